@@ -1,0 +1,91 @@
+"""A x = b for symmetric A given by its products: cg, neumann, identity, dense. Each tells its residual and curvature."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.types import Matvec, Params, Solve, Solver
+
+
+def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
+    """Conjugate gradients, stopped when |A x - b| <= tolerance |b|, or by the first direction with p.Ap <= 0.
+
+    Exact to the tolerance where A is positive definite. `curvature` is the least p.Ap / p.p met; at or below 0 the
+    iteration stopped at the last iterate before it, and the system has no minimiser: trust nothing, raise the prior.
+    The residual is recomputed from x at the end, not taken from the recurrence.
+    """
+
+    @jax.jit
+    def advance(x, r, p, Ap, rr, pAp):
+        alpha = rr / pAp
+        x, r = optax.tree.add_scale(x, alpha, p), optax.tree.add_scale(r, -alpha, Ap)
+        after = optax.tree.vdot(r, r)
+        return x, r, optax.tree.add_scale(r, after / rr, p), after
+
+    dots = jax.jit(lambda p, Ap: (optax.tree.vdot(p, Ap), optax.tree.vdot(p, p)))
+
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+        size = float(tree.norm(b))
+        x = optax.tree.zeros_like(b) if guess is None else guess
+        r = b if guess is None else optax.tree.sub(b, matvec(x))
+        p, rr = r, optax.tree.vdot(r, r)
+        curvature, steps = float("nan"), 0
+        while steps < max_steps and float(rr) ** 0.5 > tolerance * size:
+            Ap = matvec(p)
+            pAp, pp = dots(p, Ap)
+            steps += 1
+            curvature = float(jnp.fmin(pAp / pp, curvature))
+            if not float(pAp) > 0:  # also true of a nan
+                break
+            x, r, p, rr = advance(x, r, p, Ap, rr, pAp)
+        return Solve(x, _residual(matvec, x, b), curvature, steps)
+
+    return solve
+
+
+def neumann(*, rate: float, terms: int) -> Solver:
+    """x = rate * sum_{k < terms} (I - rate A)^k b: unrolling `terms` gradient steps; right for rate < 2 / max eig(A)."""
+
+    update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + rate * (z - y), x, Ax, b))
+
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+        x = optax.tree.zeros_like(b) if guess is None else guess
+        for _ in range(terms):
+            x = update(x, matvec(x), b)
+        return Solve(x, _residual(matvec, x, b), float("nan"), terms)
+
+    return solve
+
+
+def identity(*, scale: float = 1.0) -> Solver:
+    """x = scale * b: no curvature. The entries are then alignments, <grad l_i, grad L_v>, not hypergradients."""
+
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+        return Solve(optax.tree.scale(scale, b), float("nan"), float("nan"), 0)
+
+    return solve
+
+
+def dense(*, limit: int = 4096) -> Solver:
+    """Forms A column by column and solves directly; for checking, and for up to `limit` parameters.
+
+    Works for indefinite A too (`curvature` is then the least eigenvalue, below 0).
+    """
+
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+        flat, unravel = ravel_pytree(b)
+        if flat.size > limit:
+            raise ValueError(f"{flat.size} parameters are too many for the dense solver (limit {limit}); use cg.")
+        columns = [ravel_pytree(matvec(unravel(row)))[0] for row in jnp.eye(flat.size, dtype=flat.dtype)]
+        A = jnp.stack(columns, axis=1)
+        x = unravel(jnp.linalg.solve(A, flat))
+        least = float(jnp.linalg.eigvalsh((A + A.T) / 2)[0])
+        return Solve(x, _residual(matvec, x, b), least, flat.size)
+
+    return solve
+
+
+def _residual(matvec: Matvec, x: Params, b: Params) -> float:
+    return float(tree.norm(optax.tree.sub(matvec(x), b)) / tree.norm(b))

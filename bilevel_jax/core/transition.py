@@ -1,0 +1,147 @@
+"""One optimiser step, forward and backward, and the drivers that repeat it: the only code that is differentiated."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.types import (
+    Adjoint,
+    Batch,
+    Fixed,
+    Hyper,
+    Info,
+    Inner,
+    Params,
+    Problem,
+    Run,
+    Scalar,
+    Slice,
+    Stream,
+    Transition,
+)
+
+
+def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Transition:
+    """One step of training under `optimizer` and its transpose, both compiled.
+
+        forward:   g = d(inner + prior)/d params;  params', opt' = update(g, opt, params)
+        backward:  (g~, o~, p~) = vjp(update)(adjoint);  (H g~, entries) = jvp of grad(inner + prior) along g~;
+                   adjoint = (p~ + H g~, o~)
+
+    One forward-over-reverse product along g~ gives the Hessian product and the entry of every weight that the step
+    touched, without a per-example gradient. Everything is traced at the highest matmul precision: JAX's default would
+    multiply float32 as TF32 on a GPU and as bfloat16 on a TPU, which second derivatives do not survive.
+
+    Micro-batches are summed in a scan, so that a step's memory is that of one of them.
+    """
+
+    def gradient(params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:
+        def add_micro(total, micro):
+            value = jax.value_and_grad(problem.inner)(params, micro[0], fixed, micro[1])
+            return optax.tree.add(total, value), None
+
+        prior = jax.value_and_grad(problem.prior)(params, fixed)
+        return jax.lax.scan(add_micro, prior, (weights, batch))[0]
+
+    def product(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> tuple[Params, Slice]:
+        def add_micro(total, micro):
+            def both(params):
+                return jax.grad(problem.inner, argnums=(0, 1))(params, micro[0], fixed, micro[1])
+
+            hessian, entries = jax.jvp(both, (params,), (v,))[1]
+            return optax.tree.add(total, hessian), entries
+
+        prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, fixed), (params,), (v,))[1]
+        return jax.lax.scan(add_micro, prior, (weights, batch))
+
+    @jax.jit
+    def forward(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info]:
+        with jax.default_matmul_precision("highest"):
+            loss, grad = gradient(state.params, weights, fixed, batch)
+            updates, opt = optimizer.update(grad, state.opt, state.params)
+            return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), Info(
+                loss, grad, tree.norm(grad)
+            )
+
+    @jax.jit
+    def backward(
+        state: Inner, grad: Params, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
+    ) -> tuple[Adjoint, Slice]:
+        with jax.default_matmul_precision("highest"):
+            grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
+            hessian, entries = product(state.params, weights, fixed, batch, grad_bar)
+            return Adjoint(optax.tree.add(params_bar, hessian), opt_bar), entries
+
+    return Transition(forward, backward)
+
+
+def update_transpose(
+    optimizer: optax.GradientTransformation, grad: Params, state: Inner, adjoint: Adjoint
+) -> tuple[Params, Params, list[jax.Array]]:
+    """The adjoint, pulled back through one optimiser update: (of the gradient, of the parameters, of the state)."""
+    floats, join = tree.partition(state.opt)
+
+    def update(grad, params, floats):
+        updates, opt = optimizer.update(grad, join(floats), params)
+        return optax.apply_updates(params, updates), tree.inexact(opt)
+
+    return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt))
+
+
+def begin(optimizer: optax.GradientTransformation, params: Params) -> Inner:
+    """The state before the first step."""
+    return Inner(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def train(
+    problem: Problem,
+    step: Transition,
+    start: Inner,
+    hyper: Hyper,
+    fixed: Fixed,
+    stream: Stream,
+    *,
+    every: int | None = None,
+    keep: bool = False,
+    on_step: Callable[[int, Info], None] | None = None,
+    store: tuple[Callable[[int, Inner], None], Callable[[int], Inner]] | None = None,
+) -> Run:
+    """Train over a stream from the driver of long runs, a Python loop, and return what the estimators read.
+
+    Keeps the state before every `every`-th step (default: ceil(sqrt(steps))), or, with `keep`, every state *and*
+    gradient, so that a sweep replays nothing. `store` is a (put, get) pair for snapshots that should live elsewhere
+    than in memory; `on_step` is called after each step with the step's number and its `Info` (still on the device).
+    """
+    every = 1 if keep else every or max(1, int(stream.steps**0.5 + 0.999))
+    snapshots: dict[int, Inner] = {}
+    gradients: dict[int, Params] = {}
+    put, get = store or (snapshots.__setitem__, snapshots.__getitem__)
+    take = jax.jit(problem.take)
+    state = start
+    for index in range(stream.steps):
+        if index % every == 0:
+            put(index, state)
+        batch = stream.batch(index)
+        state, info = step.forward(state, take(hyper, batch), fixed, batch)
+        if keep:
+            gradients[index] = info.grad
+        if on_step:
+            on_step(index, info)
+    return Run(start, state, stream.steps, every, get, gradients.__getitem__ if keep else None)
+
+
+@partial(jax.jit, static_argnames=("step", "take"))
+def scan(step: Transition, take, start: Inner, hyper: Hyper, fixed: Fixed, batches: Batch) -> Inner:
+    """Train over stacked batches (leaves [steps, micro, ...]) with `lax.scan`: the driver of small problems.
+
+    The end of training as one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests.
+    """
+
+    def body(state, batch):
+        return step.forward(state, take(hyper, batch), fixed, batch)[0], None
+
+    return jax.lax.scan(body, start, batches)[0]

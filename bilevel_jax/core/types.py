@@ -1,0 +1,176 @@
+"""The few types that everything speaks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+Params = PyTree
+"""What the inner problem trains."""
+Slice = PyTree
+"""The part of the outer variable that one batch touches; leaves lead with [micro, ...], as a batch's do."""
+Hyper = PyTree
+"""What the estimators differentiate with respect to; by default the weight table, float[rows]."""
+Fixed = PyTree
+"""Constant over a run (a frozen base model). Never stacked, scanned or differentiated."""
+Batch = PyTree
+"""A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the row of the weight
+table of each example (`PADDING` where there is none), and `rows` float[micro], the number of real examples in the whole
+global step (in a stream that is summed, as the validation stream is: in the whole stream)."""
+Scalar = Float[Array, ""]
+
+PADDING = 2**31 - 1
+"""The row of an empty example slot: beyond any table, so reading it gives weight 0 and adding to it does nothing."""
+
+
+class Stream(NamedTuple):
+    """Batches as a pure function of the step: one step, one batch, for ever. Resuming needs no iterator state."""
+
+    batch: Callable[[int], Batch]
+    steps: int
+
+
+class Loss(NamedTuple):
+    """Per-example losses as `link(outputs)`, the link convex in the outputs, so that Gauss-Newton is defined."""
+
+    outputs: Callable[[Params, Fixed, Batch], PyTree]
+    link: Callable[[PyTree, Fixed, Batch], Float[Array, "examples"]]
+
+
+class Problem(NamedTuple):
+    """min over hyper of L_v(params*(hyper)), where params* comes from training on inner + prior.
+
+    The functions see one micro-batch: a batch and a slice without their leading axis, except `take` and `add`, which
+    see the whole global step.
+    """
+
+    inner: Callable[[Params, Slice, Fixed, Batch], Scalar]
+    """One micro-batch's share of the training loss: sum(weights * losses) / rows."""
+    prior: Callable[[Params, Fixed], Scalar]
+    """r(params), added once per step."""
+    outer: Callable[[Params, Fixed, Batch], Scalar]
+    """One micro-batch's share of L_v; summed over all of the validation stream."""
+    take: Callable[[Hyper, Batch], Slice]
+    """The slice of hyper that a global step touches."""
+    add: Callable[[Hyper, Batch, Slice], Hyper]
+    """The transpose of `take`: a scatter-add, in which repeated rows add up."""
+
+
+class Inner(NamedTuple):
+    """The state of training: all that the next step needs."""
+
+    params: Params
+    opt: PyTree
+    step: Int[Array, ""]
+
+
+class Info(NamedTuple):
+    """What one training step tells: the loss it started from (nats), its gradient and the gradient's norm."""
+
+    loss: Scalar
+    grad: Params
+    norm: Scalar
+
+
+class Adjoint(NamedTuple):
+    """d L_v / d (state of training): of the parameters and of the optimiser state's inexact leaves, in leaf order."""
+
+    params: Params
+    opt: list[Array]
+
+
+class Transition(NamedTuple):
+    """One optimiser step, forward and backward."""
+
+    forward: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info]]
+    backward: Callable[[Inner, Params, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
+    """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, d L_v / d slice)."""
+
+
+class Run(NamedTuple):
+    """A finished training run, as the estimators read it."""
+
+    start: Inner
+    end: Inner
+    steps: int
+    every: int
+    """A snapshot is kept before every `every`-th step; a segment is the steps between two snapshots."""
+    snapshot: Callable[[int], Inner]
+    """The state before a step that `every` divides; from memory or from disk, core does not see."""
+    gradient: Callable[[int], Params] | None = None
+    """The gradient of a step, where training kept all of them (then `every` is 1 and nothing is replayed)."""
+
+
+class Sweep(NamedTuple):
+    """The state of a reverse sweep between two segments; written to disk, it is what resuming needs."""
+
+    segment: int
+    """The segment to do next; below `stop` when the sweep is done."""
+    adjoint: Adjoint
+    grad: Hyper
+    value: Scalar
+    """L_v at the end of training, nats."""
+    first: Scalar
+    """The norm of the adjoint at the end of training."""
+    peak: Scalar
+    """The largest norm of the adjoint so far."""
+    replayed: Bool[Array, ""]
+
+
+class Checks(NamedTuple):
+    """Numerical trouble as fields, never as exceptions inside jit; nan where a field does not apply."""
+
+    residual: float = float("nan")
+    """|A x - b| / |b| of the linear solve."""
+    curvature: float = float("nan")
+    """The least p.Ap / p.p that the solve met; at or below 0 the system was not positive definite."""
+    gap: float = float("nan")
+    """<v, grad of inner + prior>, nats of L_v: what finishing the inner training would still change, to first order."""
+    growth: float = float("nan")
+    """The largest norm of the adjoint over its norm at the end of training."""
+    replayed: bool = True
+    """Every replayed segment ended, bit for bit, where training did."""
+    steps: int = 0
+    """Training steps swept, or products of the linear solve."""
+    sample: float = float("nan")
+    """Cosine of the solutions on half and on all of the curvature batches that were used."""
+    batches: int = 0
+    """Curvature batches that were used."""
+
+
+class Estimate(NamedTuple):
+    """A hypergradient with its diagnostics."""
+
+    grad: Hyper
+    """d L_v / d hyper, nats per unit of weight; below 0 where more weight lowers L_v."""
+    value: Scalar
+    """L_v, nats."""
+    direction: Params
+    """implicit: the solution v; unrolled: d L_v / d (parameters at the first step swept)."""
+    checks: Checks
+
+
+Estimator = Callable[[Run, Hyper, Fixed, Stream, Stream], Estimate]
+"""(run, hyper, fixed, train stream, validation stream) -> Estimate."""
+Matvec = Callable[[Params], Params]
+
+
+class Solve(NamedTuple):
+    """The result of a linear solve A x = b."""
+
+    x: Params
+    residual: float
+    curvature: float
+    steps: int
+
+
+Solver = Callable[[Matvec, Params, Params | None], Solve]
+"""(product v -> A v, right-hand side, first guess) -> Solve."""
+
+
+class Weighting(NamedTuple):
+    """A map from an outer variable to the weight table; pulled back once per estimate, outside the sweep."""
+
+    init: Callable[[], Hyper]
+    weights: Callable[[Hyper], Float[Array, "rows"]]

@@ -1,0 +1,211 @@
+"""The resumable reverse sweep over a training run: exact for L_v(theta_T(w)), the run that really happened."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.transition import update_transpose
+from bilevel_jax.core.types import (
+    Adjoint,
+    Checks,
+    Estimate,
+    Estimator,
+    Fixed,
+    Hyper,
+    Inner,
+    Params,
+    Problem,
+    Run,
+    Scalar,
+    Stream,
+    Sweep,
+    Transition,
+)
+
+
+def unrolled(
+    problem: Problem,
+    step: Transition,
+    *,
+    window: int | None = None,
+    on_segment: Callable[[Sweep], None] | None = None,
+    resume: Sweep | None = None,
+) -> Estimator:
+    """d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps (default: all).
+
+        lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
+        grad += (d step_t / d w)^T lambda_{t+1}
+
+    Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
+    stops early). Time: one training step and one Hessian product per step, and one more training step where the run
+    kept snapshots only. Memory: the states and gradients of one segment.
+
+    `on_segment` receives the sweep after each segment; pass a saved one as `resume` to go on from there.
+
+    Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
+    `checks.growth`, and ask `certify`. `checks.replayed` is False where a replayed segment missed the state that
+    training reached (another device, another program): then the sweep differentiated another run.
+    """
+    value_and_slope = outer_gradient(problem)
+    segment = _segment(problem, step)
+
+    def estimate(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, validation: Stream) -> Estimate:
+        first = 0 if window is None else max(0, run.steps - window)
+        sweep = resume or begin_sweep(run, hyper, *value_and_slope(run.end.params, fixed, validation))
+        while sweep.segment >= first // run.every:
+            sweep = segment(run, hyper, fixed, train, sweep, first)
+            if on_segment:
+                on_segment(sweep)
+        checks = Checks(growth=float(sweep.peak / sweep.first), replayed=bool(sweep.replayed), steps=run.steps - first)
+        return Estimate(sweep.grad, sweep.value, sweep.adjoint.params, checks)
+
+    return estimate
+
+
+def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[Scalar, Params]]:
+    """(params, fixed, validation stream) -> L_v and its gradient, over *all* of the stream."""
+
+    @jax.jit
+    def add(total, params, fixed, batch):
+        def add_micro(total, micro):
+            return optax.tree.add(total, jax.value_and_grad(problem.outer)(params, fixed, micro)), None
+
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.scan(add_micro, total, batch)[0]
+
+    def value_and_slope(params: Params, fixed: Fixed, stream: Stream) -> tuple[Scalar, Params]:
+        shapes = jax.eval_shape(jax.value_and_grad(problem.outer), params, fixed, _first_micro(stream))
+        total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        for index in range(stream.steps):
+            total = add(total, params, fixed, stream.batch(index))
+        return total
+
+    return value_and_slope
+
+
+def outer_value(problem: Problem) -> Callable[[Params, Fixed, Stream], Scalar]:
+    """(params, fixed, validation stream) -> L_v in nats, over all of the stream."""
+
+    @jax.jit
+    def share(params, fixed, batch):
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.map(lambda micro: problem.outer(params, fixed, micro), batch).sum()
+
+    def value(params: Params, fixed: Fixed, stream: Stream) -> Scalar:
+        return sum((share(params, fixed, stream.batch(i)) for i in range(stream.steps)), start=jnp.zeros(()))
+
+    return value
+
+
+def begin_sweep(run: Run, hyper: Hyper, value: Scalar, slope: Params) -> Sweep:
+    """The sweep before its first segment: the adjoint is grad L_v, and 0 for the optimiser's state."""
+    size = tree.norm(slope)
+    adjoint = Adjoint(slope, [jnp.zeros_like(leaf) for leaf in tree.inexact(run.end.opt)])
+    grad = jax.tree.map(jnp.zeros_like, hyper)
+    return Sweep((run.steps - 1) // run.every, adjoint, grad, value, size, size, jnp.array(True))
+
+
+def _segment(problem: Problem, step: Transition):
+    take = jax.jit(problem.take)
+    # Donated, so that adding a batch's entries touches the batch's rows and copies no table.
+    add = jax.jit(problem.add, donate_argnums=0)
+    larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
+    same = jax.jit(tree.equal)
+
+    def visited(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, a: int, z: int):
+        """The states and gradients of steps a..z-1, and whether replaying them ended where training did."""
+        if run.gradient is not None:
+            return [(run.snapshot(t), run.gradient(t)) for t in range(a, z)], jnp.array(True)
+        state, visits = run.snapshot(a), []
+        for t in range(a, z):
+            batch = train.batch(t)
+            after, info = step.forward(state, take(hyper, batch), fixed, batch)
+            visits.append((state, info.grad))
+            state = after
+        return visits, same(state, run.end if z == run.steps else run.snapshot(z))
+
+    def segment(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep, first: int) -> Sweep:
+        a = sweep.segment * run.every
+        z = min(a + run.every, run.steps)
+        visits, replayed = visited(run, hyper, fixed, train, a, z)
+        adjoint, peak, grad = sweep.adjoint, sweep.peak, jax.tree.map(jnp.copy, sweep.grad)
+        for t in reversed(range(max(a, first), z)):
+            state, gradient = visits.pop()
+            batch = train.batch(t)
+            adjoint, entries = step.backward(state, gradient, take(hyper, batch), fixed, batch, adjoint)
+            grad, peak = add(grad, batch, entries), larger(peak, adjoint)
+        return sweep._replace(
+            segment=sweep.segment - 1,
+            adjoint=adjoint,
+            grad=grad,
+            peak=peak,
+            replayed=jnp.logical_and(sweep.replayed, replayed),
+        )
+
+    return segment
+
+
+def check_differentiable(
+    problem: Problem,
+    step: Transition,
+    optimizer: optax.GradientTransformation,
+    run: Run,
+    hyper: Hyper,
+    fixed: Fixed,
+    train: Stream,
+) -> None:
+    """Refuse an optimiser whose update has no usable derivative, with the remedy, before a sweep is begun.
+
+    Pulls a vector back through the update at the first and the middle snapshot, at the gradient met there and at the
+    same gradient with half of its entries set to exactly 0 (what rows of an embedding get before their first use).
+
+    Raises:
+        ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at every snapshot
+            (lion and other sign methods: no weight would change anything).
+    """
+    take = jax.jit(problem.take)
+    reached = False
+    middle = run.steps // 2 // run.every * run.every
+    for index in sorted({0, middle}):
+        batch, state = train.batch(index), run.snapshot(index)
+        grad = step.forward(state, take(hyper, batch), fixed, batch)[1].grad
+        for place, probe in (("a gradient of this run", grad), ("a gradient with zero entries", _half_zero(grad))):
+            ok, alive = _probe(optimizer, probe, state)
+            if not ok:
+                raise ValueError(
+                    f"the optimiser's update has a derivative that is not finite at {place} (step {index}). Adam and "
+                    "its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
+                )
+            reached |= bool(alive)
+    if not reached:
+        raise ValueError(
+            "the optimiser's update does not depend on the gradient's size (its derivative is 0), as with lion or "
+            "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
+        )
+
+
+def _probe(
+    optimizer: optax.GradientTransformation, grad: Params, state: Inner
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    keys = optax.tree.split_key_like(jax.random.key(0), grad)
+    cotangent = jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, grad)
+    adjoint = Adjoint(cotangent, [jnp.zeros_like(leaf) for leaf in tree.inexact(state.opt)])
+    grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
+    alive = jnp.logical_or(tree.norm(grad_bar) > 0, (tree.norm(opt_bar) > 0) if opt_bar else False)
+    return tree.finite((grad_bar, params_bar, opt_bar)), alive
+
+
+def _half_zero(grad: Params) -> Params:
+    def halve(leaf):
+        return leaf * jnp.asarray(np.arange(leaf.size) % 2, leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.map(halve, grad)
+
+
+def _first_micro(stream: Stream):
+    return jax.tree.map(lambda leaf: leaf[0], stream.batch(0))

@@ -1,0 +1,135 @@
+"""What a compiled step is made of: precision, sizes, traces, devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.types import Adjoint, Stream
+from bilevel_jax.core.unrolled import outer_gradient, unrolled
+from tests.core.problems import ROWS, lora, relative
+
+ADAMW = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-2, eps_root=1e-12))
+
+
+def jaxprs(toy, weights):
+    """The traced forward and backward steps."""
+    step = transition(toy.problem, ADAMW)
+    state, batch = begin(ADAMW, toy.params), toy.train.batch(0)
+    part = toy.problem.take(weights, batch)
+    adjoint = Adjoint(toy.params, tree.inexact(state.opt))
+    yield jax.make_jaxpr(step.forward)(state, part, toy.fixed, batch)
+    yield jax.make_jaxpr(step.backward)(state, toy.params, part, toy.fixed, batch, adjoint)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_every_product_is_traced_at_the_highest_precision():
+    count = 0
+    for traced in jaxprs(lora(), jnp.ones(ROWS)):
+        for equation in equations(traced.jaxpr):
+            if equation.primitive.name == "dot_general":
+                count += 1
+                assert equation.params["precision"] == (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert count > 10
+
+
+def test_no_array_of_a_step_grows_with_the_number_of_rows():
+    toy = lora()
+    few, many = ([str(traced) for traced in jaxprs(toy, jnp.ones(rows))] for rows in (ROWS, 10_000_019))
+    assert few == many
+
+
+def test_each_step_compiles_once():
+    toy = lora()
+    traces = []
+
+    def counted(params, weights, fixed, batch):
+        traces.append(1)
+        return toy.problem.inner(params, weights, fixed, batch)
+
+    problem = toy.problem._replace(inner=counted)
+    step = transition(problem, ADAMW)
+    estimator = unrolled(problem, step)
+
+    def once(weights):
+        run = train(problem, step, begin(ADAMW, toy.params), weights, toy.fixed, toy.train)
+        return estimator(run, weights, toy.fixed, toy.train, toy.validation)
+
+    once(jnp.ones(ROWS))
+    first = len(traces)
+    once(jnp.full(ROWS, 0.5))
+    assert len(traces) == first  # a second run and sweep trace nothing
+    assert first <= 6  # forward and backward, each through a scan body that jax may trace more than once
+
+
+def test_eight_devices_equal_one(eight_devices):
+    """Rows spread over the devices, parameters on each of them: the same entries."""
+    toy = lora(steps=8)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices)
+    weights = jnp.ones(48)  # divisible by 8; the last rows are never touched
+    wide = 8  # ten example slots padded to sixteen, two for each device
+
+    def spread(step):
+        batch = toy.train.batch(step)
+        padded = {
+            "index": np.full((1, 16), 2**31 - 1, np.int32), "x": np.zeros((1, 16, 6)), "y": np.zeros((1, 16)),
+        }  # fmt: skip
+        for name in padded:
+            flat = np.asarray(batch[name]).reshape(1, 10, *batch[name].shape[2:])
+            padded[name][:, :10] = flat
+        rows = jax.device_put(np.asarray(batch["rows"])[:1], NamedSharding(mesh, P()))
+        return {k: jax.device_put(v, NamedSharding(mesh, P(None, "data"))) for k, v in padded.items()} | {"rows": rows}
+
+    assert wide == len(eight_devices)
+    put = lambda value, spec: jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), value)  # noqa: E731
+    validation = put(toy.validation.batch(0), P())
+    distributed = toy._replace(
+        params=put(toy.params, P()),
+        fixed=put(toy.fixed, P()),
+        train=Stream(spread, toy.train.steps),
+        validation=Stream(lambda step: validation, 1),
+    )
+    results = []
+    for where, table in ((toy, weights), (distributed, put(weights, P("data")))):
+        step = transition(toy.problem, ADAMW)
+        run = train(toy.problem, step, begin(ADAMW, where.params), table, where.fixed, where.train)
+        results.append(unrolled(toy.problem, step)(run, table, where.fixed, where.train, where.validation).grad)
+    assert len(results[1].sharding.device_set) == 8
+    assert relative(np.asarray(results[1]), np.asarray(results[0])) < 1e-12
+
+
+def test_the_outer_gradient_sums_over_all_of_the_stream():
+    toy = lora()
+    full = toy.validation.batch(0)
+    halves = [
+        {name: leaf[:, part] if leaf.ndim > 1 else leaf for name, leaf in full.items()}
+        for part in (slice(0, 7), slice(7, 20))
+    ]
+    pieces = Stream(halves.__getitem__, 2)
+    function = outer_gradient(toy.problem)
+    for whole, split in zip(
+        jax.tree.leaves(function(toy.params, toy.fixed, toy.validation)),
+        jax.tree.leaves(function(toy.params, toy.fixed, pieces)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(split, whole, rtol=1e-12, atol=1e-15)
+
+
+def test_losses_of_another_shape_are_refused():
+    toy = lora()
+    with pytest.raises(ValueError, match=r"losses \(5,\) and weights \(4,\) differ; give one loss per example"):
+        batch = jax.tree.map(lambda leaf: leaf[0], toy.train.batch(0))
+        toy.problem.inner(toy.params, jnp.ones(4), toy.fixed, batch)

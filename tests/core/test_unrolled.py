@@ -1,0 +1,231 @@
+"""The reverse sweep against plain reverse mode through a scan, and the laws that it keeps."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel_jax.core import arrays
+from bilevel_jax.core.problem import shared
+from bilevel_jax.core.transition import begin, scan, train, transition
+from bilevel_jax.core.types import PADDING, Stream
+from bilevel_jax.core.unrolled import check_differentiable, outer_value, unrolled
+from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.05),
+    "momentum": optax.sgd(0.05, momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-2, eps_root=1e-12),
+    "adamw, clipped, scheduled": optax.chain(
+        optax.clip_by_global_norm(0.3), optax.adamw(SCHEDULE, b2=0.99, eps_root=1e-12, weight_decay=0.1)
+    ),
+    "rmsprop, decayed": optax.chain(
+        optax.add_decayed_weights(0.01), optax.rmsprop(1e-3, eps=1e-6, momentum=0.5, eps_in_sqrt=True)
+    ),
+}
+ADAMW = OPTIMIZERS["adamw, clipped, scheduled"]
+WEIGHTS = np.random.default_rng(0).uniform(0.2, 2, ROWS)
+
+
+def estimate(toy, optimizer, *, keep=False, every=None, **options):
+    step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), keep=keep, every=every)
+    return unrolled(toy.problem, step, **options)(run, jnp.asarray(WEIGHTS), toy.fixed, toy.train, toy.validation)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_reverse_mode_through_a_scan(name):
+    toy = lora()
+    value, grad = through_scan(toy, OPTIMIZERS[name], jnp.asarray(WEIGHTS))
+    out = estimate(toy, OPTIMIZERS[name])
+    assert relative(out.grad, grad) < 1e-12  # two orders of summation of the same float64 numbers
+    assert relative(out.value, value) < 1e-13
+    assert out.checks.replayed and out.checks.growth >= 1
+
+
+def test_equals_finite_differences():
+    toy = lora()
+    out = estimate(toy, ADAMW)
+    value = outer_value(toy.problem)
+
+    def retrained(weights):
+        return value(trained(toy, ADAMW, weights)[1].end.params, toy.fixed, toy.validation)
+
+    direction = jnp.sign(out.grad)
+    for size, bound in ((1e-2, 1e-2), (1e-3, 1e-4), (1e-4, 1e-6)):  # falls 100 times for each 10 in the step
+        slope = (retrained(WEIGHTS + size * direction) - retrained(WEIGHTS - size * direction)) / (2 * size)
+        assert abs(float(slope / jnp.vdot(out.grad, direction)) - 1) < bound
+
+
+@pytest.mark.parametrize("every", (1, 5, 24, 100))
+def test_segments_and_kept_states_change_no_bit(every):
+    toy = lora()
+    np.testing.assert_array_equal(estimate(toy, ADAMW, every=every).grad, estimate(toy, ADAMW, keep=True).grad)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_interrupted_and_resumed_changes_no_bit(after):
+    """The sweep is saved after a segment, written to bytes, read by a program with cold caches, and gone on with."""
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    whole = estimate(toy, ADAMW)
+    step, run = trained(toy, ADAMW, weights)
+    saved = []
+    unrolled(toy.problem, step, on_segment=saved.append)(run, weights, toy.fixed, toy.train, toy.validation)
+    assert len(saved) == 5
+    leaves, structure = jax.tree.flatten(saved[after])
+    file = io.BytesIO()
+    np.savez(file, *leaves)
+    file.seek(0)
+    loaded = structure.unflatten(list(np.load(file).values()))
+    loaded = jax.tree.map(jnp.asarray, loaded)._replace(segment=int(loaded.segment))
+    jax.clear_caches()
+    step, run = trained(toy, ADAMW, weights)
+    rest = unrolled(toy.problem, step, resume=loaded)(run, weights, toy.fixed, toy.train, toy.validation)
+    np.testing.assert_array_equal(rest.grad, whole.grad)
+    assert rest.checks == whole.checks
+
+
+def test_window_sweeps_the_last_steps_only():
+    toy = lora()
+    weights = jnp.asarray(WEIGHTS)
+    _, run = trained(toy, ADAMW, weights)
+    step = transition(toy.problem, ADAMW)
+
+    def tail(weights):
+        state = jax.lax.stop_gradient(run.snapshot(15))
+        batches = jax.tree.map(lambda leaf: leaf[15:], stacked(toy.train))
+        end = scan(step, toy.problem.take, state, weights, toy.fixed, batches)
+        return toy.problem.outer(end.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], toy.validation.batch(0)))
+
+    out = estimate(toy, ADAMW, window=9)
+    assert relative(out.grad, jax.grad(tail)(weights)) < 1e-12
+    assert out.checks.steps == 9
+    assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a segment is no longer one
+    np.testing.assert_array_equal(estimate(toy, ADAMW, window=99).grad, estimate(toy, ADAMW).grad)
+
+
+def test_loop_and_scan_are_one_training():
+    toy = lora()
+    step, run = trained(toy, ADAMW, jnp.asarray(WEIGHTS))
+    end = scan(step, toy.problem.take, run.start, jnp.asarray(WEIGHTS), toy.fixed, stacked(toy.train))
+    assert relative(end.params, run.end.params) < 1e-14
+
+
+def test_micro_batches_change_nothing():
+    toy = lora()
+    whole = toy._replace(train=Stream(lambda step: toy.train.batch(step, 1), toy.train.steps))
+    one, two = estimate(whole, ADAMW), estimate(toy, ADAMW)
+    assert relative(one.grad, two.grad) < 1e-13
+
+
+def test_permuting_rows_permutes_entries():
+    toy = lora()
+    order = np.random.default_rng(5).permutation(ROWS)
+    place = np.argsort(order)
+
+    def batch(step):
+        full = toy.train.batch(step)
+        index = np.asarray(full["index"])
+        renamed = np.where(index == PADDING, PADDING, place[np.minimum(index, ROWS - 1)])
+        return {**full, "index": jnp.asarray(renamed)}
+
+    renamed = toy._replace(train=Stream(batch, toy.train.steps))
+    step, run = trained(renamed, ADAMW, jnp.asarray(WEIGHTS)[order])
+    out = unrolled(toy.problem, step)(run, jnp.asarray(WEIGHTS)[order], toy.fixed, renamed.train, toy.validation)
+    np.testing.assert_array_equal(out.grad, estimate(toy, ADAMW).grad[order])
+
+
+def test_rows_that_no_batch_touched_have_entry_zero():
+    toy = lora(steps=2)
+    seen = np.unique(stacked(toy.train)["index"])
+    grad = np.asarray(estimate(toy, ADAMW).grad)
+    assert (grad[seen[seen != PADDING]] != 0).all()
+    assert (np.delete(grad, seen[seen != PADDING]) == 0).all()
+
+
+def test_an_example_in_two_halves_keeps_its_total():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 3)))
+    y = jnp.asarray(np.random.default_rng(2).normal(size=9))
+
+    def losses(p, data):
+        return (data[0] @ p - data[1]) ** 2
+
+    def entries(rows, weights):
+        return arrays.hypergradient(
+            losses, jnp.zeros(3), (x[rows], y[rows]), (x[:3], y[:3]), weights=weights, steps=12,
+            optimizer=optax.sgd(0.05 * len(rows)),  # the denominator counts rows; the rate takes it out
+        ).grad  # fmt: skip
+
+    whole = entries(np.arange(9), jnp.full(9, 0.8))
+    halves = entries(np.append(np.arange(9), 8), jnp.full(10, 0.8).at[8].set(0.5).at[9].set(0.3))
+    assert relative(halves[:8], whole[:8]) < 1e-12
+    assert relative(0.5 * halves[8] + 0.3 * halves[9], 0.8 * whole[8]) < 1e-12
+
+
+def test_a_global_outer_variable():
+    """The strength of a penalty: the same transition, `take` broadcasts and `add` sums."""
+    x, y = jnp.asarray(np.random.default_rng(3).normal(size=(12, 4))), jnp.ones(12)
+
+    def squares(p, batch):
+        return (batch["data"][0] @ p - batch["data"][1]) ** 2
+
+    problem = shared(
+        lambda p, strength, fixed, b: jnp.mean(squares(p, b)) + jnp.exp(strength["log"]) * jnp.sum(p**2),
+        lambda p, fixed, b: jnp.mean(squares(p, b)),
+    )
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    stream, held_out = arrays.shuffled_stream((x, y), 12, 10, 0), arrays.rows_stream((x[:5], y[:5]))
+    hyper = {"log": jnp.asarray(-1.0)}
+    step = transition(problem, optimizer)
+    run = train(problem, step, begin(optimizer, jnp.zeros(4)), hyper, None, stream)
+    out = unrolled(problem, step)(run, hyper, None, stream, held_out)
+
+    def value(hyper):
+        end = scan(step, problem.take, begin(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
+        return problem.outer(end.params, None, jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
+
+    assert relative(out.grad["log"], jax.grad(value)(hyper)["log"]) < 1e-12
+
+
+REFUSED = {
+    "adam without eps_root": (optax.adam(1e-2), "not finite.*eps_root > 0"),
+    "lion": (optax.lion(1e-3), "does not depend on the gradient's size.*lion.*Use sgd"),
+    "sign": (optax.chain(optax.scale_by_sign(), optax.sgd(1e-3)), "its derivative is 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_an_optimizer_without_derivative(name):
+    optimizer, message = REFUSED[name]
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, optimizer, weights)
+    with pytest.raises(ValueError, match=message):
+        check_differentiable(toy.problem, step, optimizer, run, weights, toy.fixed, toy.train)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_accepts_an_optimizer_with_one(name):
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, OPTIMIZERS[name], weights)
+    check_differentiable(toy.problem, step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train)
+
+
+def test_a_replay_that_misses_is_told():
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, ADAMW, weights)
+    other = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshot(5))
+    broken = run._replace(snapshot=lambda index: other if index == 5 else run.snapshot(index))
+    out = unrolled(toy.problem, step)(broken, weights, toy.fixed, toy.train, toy.validation)
+    assert not out.checks.replayed
+
+
+def test_hypergradient_wants_one_estimand():
+    with pytest.raises(ValueError, match="either optimizer .* or prior"):
+        arrays.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training rows"):
+        arrays.hypergradient(
+            lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), prior=1.0
+        )
