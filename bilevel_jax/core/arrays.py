@@ -56,9 +56,7 @@ def hypergradient(
     >>> estimate = hypergradient(losses, params, (x, y), (xv, yv), optimizer=optax.adamw(1e-2, eps_root=1e-12))
     """
     if (optimizer is None) == (prior is None):
-        raise ValueError(
-            "give either optimizer (unrolled: differentiates a training run) or prior (implicit), not both."
-        )
+        raise ValueError("give either optimizer (unrolled, through a training run) or prior (implicit).")
     rows = jax.tree.leaves(training)[0].shape[0]
     weights = jnp.ones(rows) if weights is None else jnp.asarray(weights)
     if weights.shape != (rows,):
@@ -71,14 +69,13 @@ def hypergradient(
     if optimizer is None:
         state = begin(optax.identity(), params)
         run = Run(state, state, 0, 1, lambda step: state)
-        # The centre of the proximal prior is `fixed` with every entry set to 0, so any tree of the right shape will do.
-        return implicit(problem, hessian(problem), solver or cg())(
-            run, weights, params, rows_stream(training), held_out
-        )
+        # The prior's centre is `fixed` with every entry set to 0, so any tree of the right shape will do.
+        estimator = implicit(problem, hessian(problem), solver or cg())
+        return estimator(run, weights, params, rows_stream(training), held_out)
     stream = shuffled_stream(training, batch or rows, steps, seed)
     step = transition(problem, optimizer)
-    run = train(problem, step, begin(optimizer, params), weights, params, stream)
-    check_differentiable(problem, step, optimizer, run, weights, params, stream)
+    run = train(step, begin(optimizer, params), weights, params, stream)
+    check_differentiable(step, optimizer, run, weights, params, stream)
     return unrolled(problem, step)(run, weights, params, stream, held_out)
 
 

@@ -56,9 +56,8 @@ class Verdict(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return " ".join(
-            filter(None, [f"{self.level}{' ' + self.scope if self.scope else ''}:", self.reason, self.remedy])
-        )
+        head = f"{self.level} {self.scope}".strip()
+        return " ".join(filter(None, [f"{head}:", self.reason, self.remedy]))
 
 
 def exact(retrain: Retrain, hyper: Hyper, grad: Hyper, steps: Sequence[float] = (0.1, 0.03, 0.01, 0.003)) -> Exact:
@@ -145,32 +144,27 @@ def verdict(certificates: Certificates) -> Verdict:
     small language models, not from a theorem.
     """
     checks = certificates.checks
-    remedy = "Lower the learning rate, raise eps_root, or use method: window."
     if not checks.replayed:
-        return Verdict(
-            "DO NOT BELIEVE",
-            "",
-            "replaying the training run did not end where training did.",
-            "Run again on one kind of device.",
-        )
+        reason = "replaying the training run did not end where training did."
+        return Verdict("DO NOT BELIEVE", "", reason, "Run again on one kind of device.")
     if checks.curvature <= 0:
-        return Verdict(
-            "DO NOT BELIEVE", "", f"the curvature is not positive definite ({checks.curvature:.2g}).",
-            "Raise the prior, use curvature: gauss_newton, or method: unrolled.",
-        )  # fmt: skip
+        reason = f"the curvature is not positive definite ({checks.curvature:.2g})."
+        return Verdict("DO NOT BELIEVE", "", reason, "Raise the prior, or use Gauss-Newton curvature, or unrolled.")
     if checks.residual > 0.1:
-        return Verdict(
-            "DO NOT BELIEVE", "", f"the linear system was not solved (relative residual {checks.residual:.2g}).",
-            "Raise max_steps or the prior.",
-        )  # fmt: skip
+        reason = f"the linear system was not solved (relative residual {checks.residual:.2g})."
+        return Verdict("DO NOT BELIEVE", "", reason, "Raise the number of iterations or the prior.")
     if certificates.exact is None or certificates.smooth is None:
-        return Verdict("UNDECIDED", "", "the certificates were not computed.", "Run without --fast.")
-    ratio, cosine = certificates.exact.ratios[0], certificates.smooth
-    told = f"a change of {certificates.exact.steps[0]:g} in every weight moves L_v by {ratio:.2f} of what the gradient predicts, and removing a fifth of the rows turns the gradient to a cosine of {cosine:.2f}."
+        return Verdict("UNDECIDED", "", "the certificates were not computed.", "Compute them (run without --fast).")
+    size, ratio, cosine = certificates.exact.steps[0], certificates.exact.ratios[0], certificates.smooth
+    reason = (
+        f"a change of {size:g} in every weight moves L_v by {ratio:.2f} of what the gradient predicts, and without a "
+        f"fifth of the rows the gradient keeps a cosine of {cosine:.2f}."
+    )
+    remedy = "Lower the learning rate, raise eps_root, or use a window."
     if not 0.9 <= ratio <= 1.1 or not cosine >= 0.5:
-        return Verdict("DO NOT BELIEVE", "", told, remedy)
+        return Verdict("DO NOT BELIEVE", "", reason, remedy)
     if 0.95 <= ratio <= 1.05 and cosine >= 0.9:
-        return Verdict("BELIEVE", "changes up to half of the data", told, "")
+        return Verdict("BELIEVE", "changes up to half of the data", reason, "")
     if 0.95 <= ratio <= 1.05 and cosine >= 0.7:
-        return Verdict("BELIEVE", "small changes", told, "")
-    return Verdict("UNDECIDED", "", told, remedy)
+        return Verdict("BELIEVE", "small changes", reason, "")
+    return Verdict("UNDECIDED", "", reason, remedy)

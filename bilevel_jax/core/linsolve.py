@@ -1,4 +1,4 @@
-"""A x = b for symmetric A given by its products: cg, neumann, identity, dense. Each tells its residual and curvature."""
+"""A x = b for symmetric A given by its products: cg, neumann, identity, dense; each tells its residual."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
 
 
 def neumann(*, rate: float, terms: int) -> Solver:
-    """x = rate * sum_{k < terms} (I - rate A)^k b: unrolling `terms` gradient steps; right for rate < 2 / max eig(A)."""
+    """x = rate * sum_{k < terms} (I - rate A)^k b: `terms` gradient steps; converges for rate < 2 / max eig(A)."""
 
     update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + rate * (z - y), x, Ax, b))
 

@@ -1,5 +1,6 @@
 """One optimiser step, forward and backward, and the drivers that repeat it: the only code that is differentiated."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -76,7 +77,7 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
             hessian, entries = product(state.params, weights, fixed, batch, grad_bar)
             return Adjoint(optax.tree.add(params_bar, hessian), opt_bar), entries
 
-    return Transition(forward, backward)
+    return Transition(forward, backward, jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0))
 
 
 def update_transpose(
@@ -98,7 +99,6 @@ def begin(optimizer: optax.GradientTransformation, params: Params) -> Inner:
 
 
 def train(
-    problem: Problem,
     step: Transition,
     start: Inner,
     hyper: Hyper,
@@ -107,41 +107,47 @@ def train(
     *,
     every: int | None = None,
     keep: bool = False,
-    on_step: Callable[[int, Info], None] | None = None,
     store: tuple[Callable[[int, Inner], None], Callable[[int], Inner]] | None = None,
+    resume: Inner | None = None,
+    on_step: Callable[[Inner, Info], None] | None = None,
 ) -> Run:
-    """Train over a stream from the driver of long runs, a Python loop, and return what the estimators read.
+    """Train over a stream with the driver of long runs, a Python loop, and return what the estimators read.
 
     Keeps the state before every `every`-th step (default: ceil(sqrt(steps))), or, with `keep`, every state *and*
     gradient, so that a sweep replays nothing. `store` is a (put, get) pair for snapshots that should live elsewhere
-    than in memory; `on_step` is called after each step with the step's number and its `Info` (still on the device).
+    than in memory; `resume` is a later state of the same run, whose earlier snapshots the store then holds already.
+    `on_step` is called after each step with the state reached and what the step told, both still on the device.
     """
-    every = 1 if keep else every or max(1, int(stream.steps**0.5 + 0.999))
+    every = 1 if keep else every or snapshot_interval(stream.steps)
     snapshots: dict[int, Inner] = {}
     gradients: dict[int, Params] = {}
     put, get = store or (snapshots.__setitem__, snapshots.__getitem__)
-    take = jax.jit(problem.take)
-    state = start
-    for index in range(stream.steps):
+    state = start if resume is None else resume
+    for index in range(int(state.step), stream.steps):
         if index % every == 0:
             put(index, state)
         batch = stream.batch(index)
-        state, info = step.forward(state, take(hyper, batch), fixed, batch)
+        state, info = step.forward(state, step.take(hyper, batch), fixed, batch)
         if keep:
             gradients[index] = info.grad
         if on_step:
-            on_step(index, info)
+            on_step(state, info)
     return Run(start, state, stream.steps, every, get, gradients.__getitem__ if keep else None)
 
 
-@partial(jax.jit, static_argnames=("step", "take"))
-def scan(step: Transition, take, start: Inner, hyper: Hyper, fixed: Fixed, batches: Batch) -> Inner:
+def snapshot_interval(steps: int) -> int:
+    """ceil(sqrt(steps)): as many snapshots as steps in a segment, the least memory for one replay."""
+    return math.isqrt(max(steps - 1, 0)) + 1
+
+
+@partial(jax.jit, static_argnames="step")
+def scan(step: Transition, start: Inner, hyper: Hyper, fixed: Fixed, batches: Batch) -> Inner:
     """Train over stacked batches (leaves [steps, micro, ...]) with `lax.scan`: the driver of small problems.
 
     The end of training as one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests.
     """
 
     def body(state, batch):
-        return step.forward(state, take(hyper, batch), fixed, batch)[0], None
+        return step.forward(state, step.take(hyper, batch), fixed, batch)[0], None
 
     return jax.lax.scan(body, start, batches)[0]

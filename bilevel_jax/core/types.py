@@ -81,11 +81,14 @@ class Adjoint(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """One optimiser step, forward and backward."""
+    """One optimiser step, forward and backward, and the compiled access to the outer variable."""
 
     forward: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info]]
     backward: Callable[[Inner, Params, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
-    """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, d L_v / d slice)."""
+    """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, slice's)."""
+    take: Callable[[Hyper, Batch], Slice]
+    add: Callable[[Hyper, Batch, Slice], Hyper]
+    """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
 
 
 class Run(NamedTuple):

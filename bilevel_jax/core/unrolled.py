@@ -1,6 +1,7 @@
 """The resumable reverse sweep over a training run: exact for L_v(theta_T(w)), the run that really happened."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,43 +29,108 @@ from bilevel_jax.core.types import (
 )
 
 
-def unrolled(
-    problem: Problem,
-    step: Transition,
-    *,
-    window: int | None = None,
-    on_segment: Callable[[Sweep], None] | None = None,
-    resume: Sweep | None = None,
-) -> Estimator:
+class Sweeper(NamedTuple):
+    """A reverse sweep in pieces, for drivers that save between segments."""
+
+    begin: Callable[[Run, Hyper, Fixed, Stream], Sweep]
+    """(run, hyper, fixed, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
+    advance: Callable[[Run, Hyper, Fixed, Stream, Sweep], Sweep]
+    """(run, hyper, fixed, train stream, sweep): one segment further back."""
+    done: Callable[[Run, Sweep], bool]
+    finish: Callable[[Run, Sweep], Estimate]
+
+
+def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -> Estimator:
     """d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps (default: all).
 
         lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
         grad += (d step_t / d w)^T lambda_{t+1}
 
     Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
-    stops early). Time: one training step and one Hessian product per step, and one more training step where the run
-    kept snapshots only. Memory: the states and gradients of one segment.
-
-    `on_segment` receives the sweep after each segment; pass a saved one as `resume` to go on from there.
+    stops early). Time: one Hessian product per step, and one more training step where the run kept snapshots only.
+    Memory: the states and gradients of one segment.
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
     `checks.growth`, and ask `certify`. `checks.replayed` is False where a replayed segment missed the state that
     training reached (another device, another program): then the sweep differentiated another run.
     """
-    value_and_slope = outer_gradient(problem)
-    segment = _segment(problem, step)
+    sweeps = sweeper(problem, step, window=window)
 
     def estimate(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, validation: Stream) -> Estimate:
-        first = 0 if window is None else max(0, run.steps - window)
-        sweep = resume or begin_sweep(run, hyper, *value_and_slope(run.end.params, fixed, validation))
-        while sweep.segment >= first // run.every:
-            sweep = segment(run, hyper, fixed, train, sweep, first)
-            if on_segment:
-                on_segment(sweep)
-        checks = Checks(growth=float(sweep.peak / sweep.first), replayed=bool(sweep.replayed), steps=run.steps - first)
-        return Estimate(sweep.grad, sweep.value, sweep.adjoint.params, checks)
+        sweep = sweeps.begin(run, hyper, fixed, validation)
+        while not sweeps.done(run, sweep):
+            sweep = sweeps.advance(run, hyper, fixed, train, sweep)
+        return sweeps.finish(run, sweep)
 
     return estimate
+
+
+def sweeper(
+    problem: Problem,
+    step: Transition,
+    *,
+    window: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Sweeper:
+    """The pieces of `unrolled`. A `Sweep` is plain arrays: save it after any segment, load it, and go on.
+
+    `on_step` is called after each step swept with the step's number.
+    """
+    value_and_slope = outer_gradient(problem)
+    larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
+    same = jax.jit(tree.equal)
+
+    def first(run: Run) -> int:
+        return 0 if window is None else max(0, run.steps - window)
+
+    def begin(run: Run, hyper: Hyper, fixed: Fixed, validation: Stream) -> Sweep:
+        value, slope = value_and_slope(run.end.params, fixed, validation)
+        size = tree.norm(slope)
+        adjoint = Adjoint(slope, [jnp.zeros_like(leaf) for leaf in tree.inexact(run.end.opt)])
+        grad = jax.tree.map(jnp.zeros_like, hyper)
+        return Sweep((run.steps - 1) // run.every, adjoint, grad, value, size, size, jnp.array(True))
+
+    def visited(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, a: int, z: int):
+        """The states and gradients of steps a..z-1, and whether replaying them ended where training did."""
+        if run.gradient is not None:
+            return [(run.snapshot(t), run.gradient(t)) for t in range(a, z)], jnp.array(True)
+        state, visits = run.snapshot(a), []
+        for t in range(a, z):
+            batch = train.batch(t)
+            after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
+            visits.append((state, info.grad))
+            state = after
+        return visits, same(state, run.end if z == run.steps else run.snapshot(z))
+
+    def advance(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep) -> Sweep:
+        a = sweep.segment * run.every
+        z = min(a + run.every, run.steps)
+        visits, replayed = visited(run, hyper, fixed, train, a, z)
+        adjoint, peak, grad = sweep.adjoint, sweep.peak, jax.tree.map(jnp.copy, sweep.grad)
+        for t in reversed(range(max(a, first(run)), z)):
+            state, gradient = visits.pop()
+            batch = train.batch(t)
+            adjoint, entries = step.backward(state, gradient, step.take(hyper, batch), fixed, batch, adjoint)
+            grad, peak = step.add(grad, batch, entries), larger(peak, adjoint)
+            if on_step:
+                on_step(t)
+        return sweep._replace(
+            segment=sweep.segment - 1,
+            adjoint=adjoint,
+            grad=grad,
+            peak=peak,
+            replayed=jnp.logical_and(sweep.replayed, replayed),
+        )
+
+    def done(run: Run, sweep: Sweep) -> bool:
+        return sweep.segment < first(run) // run.every
+
+    def finish(run: Run, sweep: Sweep) -> Estimate:
+        growth, replayed = float(sweep.peak / sweep.first), bool(sweep.replayed)
+        checks = Checks(growth=growth, replayed=replayed, steps=run.steps - first(run))
+        return Estimate(sweep.grad, sweep.value, sweep.adjoint.params, checks)
+
+    return Sweeper(begin, advance, done, finish)
 
 
 def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[Scalar, Params]]:
@@ -102,56 +168,7 @@ def outer_value(problem: Problem) -> Callable[[Params, Fixed, Stream], Scalar]:
     return value
 
 
-def begin_sweep(run: Run, hyper: Hyper, value: Scalar, slope: Params) -> Sweep:
-    """The sweep before its first segment: the adjoint is grad L_v, and 0 for the optimiser's state."""
-    size = tree.norm(slope)
-    adjoint = Adjoint(slope, [jnp.zeros_like(leaf) for leaf in tree.inexact(run.end.opt)])
-    grad = jax.tree.map(jnp.zeros_like, hyper)
-    return Sweep((run.steps - 1) // run.every, adjoint, grad, value, size, size, jnp.array(True))
-
-
-def _segment(problem: Problem, step: Transition):
-    take = jax.jit(problem.take)
-    # Donated, so that adding a batch's entries touches the batch's rows and copies no table.
-    add = jax.jit(problem.add, donate_argnums=0)
-    larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
-    same = jax.jit(tree.equal)
-
-    def visited(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, a: int, z: int):
-        """The states and gradients of steps a..z-1, and whether replaying them ended where training did."""
-        if run.gradient is not None:
-            return [(run.snapshot(t), run.gradient(t)) for t in range(a, z)], jnp.array(True)
-        state, visits = run.snapshot(a), []
-        for t in range(a, z):
-            batch = train.batch(t)
-            after, info = step.forward(state, take(hyper, batch), fixed, batch)
-            visits.append((state, info.grad))
-            state = after
-        return visits, same(state, run.end if z == run.steps else run.snapshot(z))
-
-    def segment(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep, first: int) -> Sweep:
-        a = sweep.segment * run.every
-        z = min(a + run.every, run.steps)
-        visits, replayed = visited(run, hyper, fixed, train, a, z)
-        adjoint, peak, grad = sweep.adjoint, sweep.peak, jax.tree.map(jnp.copy, sweep.grad)
-        for t in reversed(range(max(a, first), z)):
-            state, gradient = visits.pop()
-            batch = train.batch(t)
-            adjoint, entries = step.backward(state, gradient, take(hyper, batch), fixed, batch, adjoint)
-            grad, peak = add(grad, batch, entries), larger(peak, adjoint)
-        return sweep._replace(
-            segment=sweep.segment - 1,
-            adjoint=adjoint,
-            grad=grad,
-            peak=peak,
-            replayed=jnp.logical_and(sweep.replayed, replayed),
-        )
-
-    return segment
-
-
 def check_differentiable(
-    problem: Problem,
     step: Transition,
     optimizer: optax.GradientTransformation,
     run: Run,
@@ -168,12 +185,11 @@ def check_differentiable(
         ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at every snapshot
             (lion and other sign methods: no weight would change anything).
     """
-    take = jax.jit(problem.take)
     reached = False
     middle = run.steps // 2 // run.every * run.every
     for index in sorted({0, middle}):
         batch, state = train.batch(index), run.snapshot(index)
-        grad = step.forward(state, take(hyper, batch), fixed, batch)[1].grad
+        grad = step.forward(state, step.take(hyper, batch), fixed, batch)[1].grad
         for place, probe in (("a gradient of this run", grad), ("a gradient with zero entries", _half_zero(grad))):
             ok, alive = _probe(optimizer, probe, state)
             if not ok:

@@ -124,7 +124,7 @@ def through_scan(toy: Toy, optimizer: optax.GradientTransformation, weights: jax
     step = transition(toy.problem, optimizer)
 
     def value(weights):
-        end = scan(step, toy.problem.take, begin(optimizer, toy.params), weights, toy.fixed, stacked(toy.train))
+        end = scan(step, begin(optimizer, toy.params), weights, toy.fixed, stacked(toy.train))
         return toy.problem.outer(end.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], toy.validation.batch(0)))
 
     return jax.jit(jax.value_and_grad(value))(weights)
@@ -132,7 +132,7 @@ def through_scan(toy: Toy, optimizer: optax.GradientTransformation, weights: jax
 
 def trained(toy: Toy, optimizer: optax.GradientTransformation, weights: jax.Array, **options):
     step = transition(toy.problem, optimizer)
-    return step, train(toy.problem, step, begin(optimizer, toy.params), weights, toy.fixed, toy.train, **options)
+    return step, train(step, begin(optimizer, toy.params), weights, toy.fixed, toy.train, **options)
 
 
 def relative(one, other) -> float:

@@ -8,9 +8,8 @@ from scipy import stats
 
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks
-from tests.core.problems import normal
 
-SLOPE = normal(1, 40)
+SLOPE = np.random.default_rng(1).normal(size=40)
 
 
 def linear(weights):
@@ -33,7 +32,7 @@ def test_exact_is_one_for_a_linear_function_and_not_for_a_chaotic_one():
 def test_smooth_compares_the_rows_that_stay():
     weights, key = jnp.ones(40), jax.random.key(3)
     assert abs(certify.smooth(lambda w: SLOPE * jnp.where(w > 0, 1, 9), key, weights, SLOPE) - 1) < 1e-12
-    assert certify.smooth(lambda w: -SLOPE, key, weights, SLOPE) < -0.99
+    assert certify.smooth(lambda w: -jnp.asarray(SLOPE), key, weights, SLOPE) < -0.99
     assert (certify.without(key, weights, 0.2) == 0).sum() == 8
 
 

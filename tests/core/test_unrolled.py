@@ -12,7 +12,7 @@ from bilevel_jax.core import arrays
 from bilevel_jax.core.problem import shared
 from bilevel_jax.core.transition import begin, scan, train, transition
 from bilevel_jax.core.types import PADDING, Stream
-from bilevel_jax.core.unrolled import check_differentiable, outer_value, unrolled
+from bilevel_jax.core.unrolled import check_differentiable, outer_value, sweeper, unrolled
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
@@ -72,10 +72,11 @@ def test_interrupted_and_resumed_changes_no_bit(after):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
     step, run = trained(toy, ADAMW, weights)
-    saved = []
-    unrolled(toy.problem, step, on_segment=saved.append)(run, weights, toy.fixed, toy.train, toy.validation)
-    assert len(saved) == 5
-    leaves, structure = jax.tree.flatten(saved[after])
+    sweeps = sweeper(toy.problem, step)
+    sweep = sweeps.begin(run, weights, toy.fixed, toy.validation)
+    for _ in range(after + 1):
+        sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
+    leaves, structure = jax.tree.flatten(sweep)
     file = io.BytesIO()
     np.savez(file, *leaves)
     file.seek(0)
@@ -83,7 +84,10 @@ def test_interrupted_and_resumed_changes_no_bit(after):
     loaded = jax.tree.map(jnp.asarray, loaded)._replace(segment=int(loaded.segment))
     jax.clear_caches()
     step, run = trained(toy, ADAMW, weights)
-    rest = unrolled(toy.problem, step, resume=loaded)(run, weights, toy.fixed, toy.train, toy.validation)
+    sweeps = sweeper(toy.problem, step)
+    while not sweeps.done(run, loaded):
+        loaded = sweeps.advance(run, weights, toy.fixed, toy.train, loaded)
+    rest = sweeps.finish(run, loaded)
     np.testing.assert_array_equal(rest.grad, whole.grad)
     assert rest.checks == whole.checks
 
@@ -97,7 +101,7 @@ def test_window_sweeps_the_last_steps_only():
     def tail(weights):
         state = jax.lax.stop_gradient(run.snapshot(15))
         batches = jax.tree.map(lambda leaf: leaf[15:], stacked(toy.train))
-        end = scan(step, toy.problem.take, state, weights, toy.fixed, batches)
+        end = scan(step, state, weights, toy.fixed, batches)
         return toy.problem.outer(end.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], toy.validation.batch(0)))
 
     out = estimate(toy, ADAMW, window=9)
@@ -110,7 +114,7 @@ def test_window_sweeps_the_last_steps_only():
 def test_loop_and_scan_are_one_training():
     toy = lora()
     step, run = trained(toy, ADAMW, jnp.asarray(WEIGHTS))
-    end = scan(step, toy.problem.take, run.start, jnp.asarray(WEIGHTS), toy.fixed, stacked(toy.train))
+    end = scan(step, run.start, jnp.asarray(WEIGHTS), toy.fixed, stacked(toy.train))
     assert relative(end.params, run.end.params) < 1e-14
 
 
@@ -180,11 +184,11 @@ def test_a_global_outer_variable():
     stream, held_out = arrays.shuffled_stream((x, y), 12, 10, 0), arrays.rows_stream((x[:5], y[:5]))
     hyper = {"log": jnp.asarray(-1.0)}
     step = transition(problem, optimizer)
-    run = train(problem, step, begin(optimizer, jnp.zeros(4)), hyper, None, stream)
+    run = train(step, begin(optimizer, jnp.zeros(4)), hyper, None, stream)
     out = unrolled(problem, step)(run, hyper, None, stream, held_out)
 
     def value(hyper):
-        end = scan(step, problem.take, begin(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
+        end = scan(step, begin(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
         return problem.outer(end.params, None, jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
 
     assert relative(out.grad["log"], jax.grad(value)(hyper)["log"]) < 1e-12
@@ -203,14 +207,14 @@ def test_refuses_an_optimizer_without_derivative(name):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, optimizer, weights)
     with pytest.raises(ValueError, match=message):
-        check_differentiable(toy.problem, step, optimizer, run, weights, toy.fixed, toy.train)
+        check_differentiable(step, optimizer, run, weights, toy.fixed, toy.train)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_accepts_an_optimizer_with_one(name):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, OPTIMIZERS[name], weights)
-    check_differentiable(toy.problem, step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train)
+    check_differentiable(step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train)
 
 
 def test_a_replay_that_misses_is_told():
