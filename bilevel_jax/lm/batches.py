@@ -1,0 +1,259 @@
+"""Streams of batches: pure functions of the step, of one shape for a whole run, built in O(batch).
+
+A global step draws `batch` examples and deals them, in order, to micro-batches of E example slots. A micro-batch is R
+rows of L token places; without packing R = E, with packing several examples share a row. Batches are numpy:
+
+    tokens      i32[M,R,L]   what the model reads: ids[:-1]
+    targets     i32[M,R,L]   what it should say next: ids[1:]
+    positions   i32[M,R,L]   from 0 for each example
+    segments    i32[M,R,L]   0 = padding, 1.. = the examples packed in this row; attention stays within a segment
+    slot        i32[M,R,L]   the example slot that a supervised target belongs to; E where not supervised
+    index       i32[M,E]     the row of the weight table; PADDING for an empty slot
+    supervised  f32[M,E]     number of supervised targets; 1 for an empty slot, so that it may be divided by
+    rows        f32[M]       real examples in the whole global step (in an evaluation stream: in the whole stream)
+
+What a global step holds is the same packed or not, as 1 x 16 or as 16 x 1.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from bilevel_jax.core.types import PADDING, Batch, Stream
+from bilevel_jax.lm.tokens import Corpus
+
+Order = Callable[[int], Int[np.ndarray, "batch"]]
+"""step -> the rows of the corpus of that global step; an empty slot holds the number of rows of the corpus."""
+
+ROUNDS = 16
+"""Feistel rounds. At 5 to 12 rows 6 are visibly uneven (chi-square of pairs of places) and 10 are not."""
+
+
+class Layout(NamedTuple):
+    """The shape of every batch of a run: [micro, rows, length] token places and [micro, examples] slots."""
+
+    micro: int
+    examples: int
+    rows: int
+    length: int
+
+
+def order(rows: int, batch: int, seed: int) -> Order:
+    """Epochs without replacement, each a new permutation of range(rows); O(batch) work and memory per call.
+
+    A pure function of (seed, step) without tables, so that resuming needs no state and ten million rows cost what
+    ten do. The last step of an epoch is filled up with `rows`, so every epoch covers every row exactly once.
+    """
+    return subset(range(rows), rows, batch, seed)
+
+
+def subset(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: int, seed: int) -> Order:
+    """As `order`, over the chosen rows only; `rows` is the size of the whole corpus, to which they refer."""
+    steps = steps_per_epoch(len(chosen), batch)
+    lookup = _lookup(chosen, rows)
+
+    def at(step: int) -> Int[np.ndarray, "batch"]:
+        epoch, part = divmod(step, steps)
+        return lookup(_filled(part, len(chosen), batch, lambda places: permutation(places, len(chosen), seed, epoch)))
+
+    return at
+
+
+def in_order(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: int) -> Order:
+    """The chosen rows one after another, without shuffling: one epoch of `steps_per_epoch` steps."""
+    lookup = _lookup(chosen, rows)
+    return lambda step: lookup(_filled(step, len(chosen), batch, lambda places: places))
+
+
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """ceil(rows / batch): the last step of an epoch may be partly empty."""
+    if rows < 1 or batch < 1:
+        raise ValueError(f"{rows} rows in batches of {batch}: both must be at least 1.")
+    return -(-rows // batch)
+
+
+def layout(corpus: Corpus, orders: Sequence[Order], steps: int, *, micro: int, length: int, packing: bool) -> Layout:
+    """The one shape that holds every step of every given order (all seeds and subsets of a comparison).
+
+    `micro` is the number of micro-batches and `length` the token places in a row; an example of n tokens takes n - 1.
+    With packing this counts, step by step, the rows that the fullest micro-batch needs.
+    """
+    longest = int(corpus.lengths.max()) - 1
+    if longest > length:
+        row = int(corpus.lengths.argmax())
+        raise ValueError(
+            f"row {row} takes {longest} token places, but a row of the batch has {length}. "
+            "Raise length, or tokenize with a smaller max_length."
+        )
+    batch = len(orders[0](0))
+    if micro < 1 or batch % micro:
+        raise ValueError(f"a batch of {batch} examples does not split into {micro} micro-batches of equal size.")
+    examples = batch // micro
+    if not packing:
+        return Layout(micro, examples, examples, length)
+    rows = max(
+        _fit(_places(corpus, part), length)[-1]
+        for one in orders
+        for step in range(steps)
+        for part in one(step).reshape(micro, examples)
+    )
+    return Layout(micro, examples, rows, length)
+
+
+def evaluation_layout(corpus: Corpus, batch: int, *, micro: int, length: int, packing: bool) -> Layout:
+    """The layout of `evaluation_stream`: every row of the corpus once, in order."""
+    steps = steps_per_epoch(len(corpus.kept), batch)
+    orders = [in_order(corpus.kept, corpus.rows, batch)]
+    return layout(corpus, orders, steps, micro=micro, length=length, packing=packing)
+
+
+def longest(corpus: Corpus, multiple: int = 8) -> int:
+    """Token places of the longest example, rounded up: the least `length` that a layout of this corpus may have."""
+    return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
+
+
+def train_stream(corpus: Corpus, order: Order, steps: int, layout: Layout, *, total: int = 0) -> Stream:
+    """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
+
+    A stream that is summed rather than stepped on (what implicit estimators read) gives `total`, the number of all its
+    rows, which takes the place of `rows`.
+    """
+    return Stream(lambda step: _batch(corpus, order(step), layout, total), steps)
+
+
+def evaluation_stream(corpus: Corpus, layout: Layout) -> Stream:
+    """Every row once, in order; its `rows` is the number of all of them, so a sum over the stream is the mean."""
+    batch = layout.micro * layout.examples
+    one = in_order(corpus.kept, corpus.rows, batch)
+    total = len(corpus.kept)
+    return Stream(lambda step: _batch(corpus, one(step), layout, total), steps_per_epoch(total, batch))
+
+
+def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
+    """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends the given places.
+
+    An alternating Feistel network on a grid just above `size`: each round adds a keyed hash of one coordinate to the
+    other, which is a bijection. What lands outside range(size) is sent on until it is back inside (cycle walking),
+    which is again a bijection and happens to one place in sqrt(size).
+    """
+    across = math.isqrt(max(size - 1, 0)) + 1
+    down = -(-size // across)
+    key = _mix_int(_mix_int(seed) + epoch)  # not symmetric: seed 1, epoch 2 is not seed 2, epoch 1
+    keys = [np.uint64(_mix_int(key + turn)) for turn in range(ROUNDS)]
+    out = np.asarray(places).astype(np.uint64)
+    outside = np.arange(out.size)
+    while outside.size:
+        left, right = out[outside] % np.uint64(across), out[outside] // np.uint64(across)
+        for turn in range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ keys[turn])) % np.uint64(across)
+            right = (right + _mix(left ^ keys[turn + 1])) % np.uint64(down)
+        out[outside] = left + right * np.uint64(across)
+        outside = outside[out[outside] >= size]
+    return out.astype(np.int64)
+
+
+# ---- building
+
+
+def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, total: int) -> Batch:
+    micro, examples, rows, length = layout
+    if len(chosen) != micro * examples:
+        raise ValueError(f"a step of {len(chosen)} examples does not fit {micro} micro-batches of {examples}.")
+    shape = (micro, rows, length)
+    tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
+    slot = np.full(shape, examples, np.int32)
+    index = np.full((micro, examples), PADDING, np.int32)
+    supervised = np.ones((micro, examples), np.float32)
+    for m, part in enumerate(chosen.reshape(micro, examples)):
+        places = _places(corpus, part)
+        if rows >= examples:  # no packing, or packing that gains nothing; more where a mesh asks for a multiple
+            at, start = np.arange(examples), np.zeros(examples, np.int64)
+        else:
+            at, start, needed = _fit(places, length)
+            if needed > rows:
+                raise ValueError(
+                    f"a micro-batch needs {needed} rows and has {rows}. Give its order to `layout` as well."
+                )
+        for e in np.flatnonzero(part < corpus.rows):
+            row, n = int(part[e]), int(places[e])
+            if n < 1:
+                raise ValueError(f"row {row} was dropped by the tokenizer. Draw from `corpus.kept` with `subset`.")
+            first = int(corpus.offsets[row])
+            ids, wanted = corpus.ids[first : first + n + 1], corpus.supervised[first + 1 : first + n + 1]
+            here = (m, at[e], slice(start[e], start[e] + n))
+            tokens[here], targets[here], positions[here] = ids[:-1], ids[1:], np.arange(n)
+            segments[here] = segments[m, at[e]].max() + 1
+            slot[here] = np.where(wanted, e, examples)
+            index[m, e], supervised[m, e] = row, wanted.sum()
+    real = total or int((chosen < corpus.rows).sum())
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "segments": segments,
+        "slot": slot,
+        "index": index,
+        "supervised": supervised,
+        "rows": np.full(micro, real, np.float32),
+    }
+
+
+def _places(corpus: Corpus, chosen: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "examples"]:
+    """Token places that each example takes; 0 for an empty slot."""
+    real = chosen < corpus.rows
+    row = np.where(real, chosen, 0)
+    return np.where(real, np.maximum(corpus.offsets[row + 1] - corpus.offsets[row] - 1, 0), 0)
+
+
+def _fit(
+    places: Int[np.ndarray, "examples"], length: int
+) -> tuple[Int[np.ndarray, "examples"], Int[np.ndarray, "examples"], int]:
+    """First fit, longest first: (row, start) of each example, and the rows needed (at most one per example)."""
+    at, start = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+    used: list[int] = []
+    for e in np.argsort(-places, kind="stable"):
+        n = int(places[e])
+        row = next((r for r, u in enumerate(used) if u + n <= length), len(used))
+        if row == len(used):
+            used.append(0)
+        at[e], start[e] = row, used[row]
+        used[row] += n
+    return at, start, len(used)
+
+
+def _filled(part: int, rows: int, batch: int, permute: Callable[[np.ndarray], np.ndarray]) -> Int[np.ndarray, "batch"]:
+    """Places part * batch ... of an epoch of `rows`, permuted; `rows` itself beyond its end."""
+    places = np.arange(part * batch, (part + 1) * batch)
+    real = places < rows
+    places[real] = permute(places[real])
+    places[~real] = rows
+    return places
+
+
+def _lookup(chosen: Sequence[int] | np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    """places in `chosen` -> rows of the corpus, and len(chosen) -> rows."""
+    if isinstance(chosen, range) and chosen == range(rows):
+        return lambda places: places  # all rows: no table of them
+    table = np.append(np.asarray(chosen, np.int64), rows)
+    if table[:-1].min(initial=0) < 0 or table[:-1].max(initial=0) >= rows:
+        raise ValueError(f"chosen rows lie in {table[:-1].min()}..{table[:-1].max()}; the corpus has 0..{rows - 1}.")
+    return lambda places: table[places]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014), cut to 32 bits so that sums stay below 2**64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (values ^ (values >> np.uint64(31))) >> np.uint64(32)
+
+
+def _mix_int(value: int) -> int:
+    """The same on one Python int, with the generator's increment before it and all 64 bits after it."""
+    mask = 2**64 - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

@@ -1,0 +1,208 @@
+"""Low-rank adapters: x W + scale (x A) B over a frozen base; folding, a canonical gauge, PEFT folders in and out."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from bilevel_jax.lm.models.config import PROJECTIONS, DecoderConfig, projection_shape
+from bilevel_jax.lm.models.huggingface import fresh_folder, layer_name, open_tensors, read_stack, write_tensors
+
+Params = Any
+Adapters = dict[str, dict[str, "Adapter"]]
+"""`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join` puts them beside a base."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one projection in all layers: W + scale A B. A pytree whose leaves are `a` and `b`."""
+
+    a: Float[Array, "layers in rank"]
+    b: Float[Array, "layers rank out"]
+    scale: float = field(metadata={"static": True})
+    """alpha / rank. Static: no optimiser, decay or derivative can reach it."""
+
+
+def init_lora(
+    config: DecoderConfig,
+    key: PRNGKeyArray,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    dtype: Any = jnp.float32,
+) -> Adapters:
+    """Fresh adapters on `targets`: A ~ normal with variance 1 / in, B = 0, so that the model starts as the base.
+
+    Drawn in float32 and cast, so that float32 and float64 start from the same numbers. scale = alpha / rank.
+    With B = 0 the gradient of A is exactly 0 at the first step: an optimiser whose update is not differentiable at
+    zero (Adam with eps_root = 0) has a NaN derivative there.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank}; an adapter has a rank of at least 1.")
+    unknown = sorted(set(targets) - set(PROJECTIONS))
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets {list(targets)}: {unknown or 'none given'}; the projections are {PROJECTIONS}.")
+    lora = {}
+    for name in targets:
+        source, sink = projection_shape(config, name)
+        # keyed by the projection, not by its place in `targets`: adding a target leaves the others' draws alone
+        draw = jax.random.fold_in(key, PROJECTIONS.index(name))
+        a = jax.random.normal(draw, (config.layers, source, rank), jnp.float32) / math.sqrt(source)
+        lora[name] = Adapter(a.astype(dtype), jnp.zeros((config.layers, rank, sink), dtype), alpha / rank)
+    return {"lora": lora}
+
+
+def join(base: Params, adapters: Adapters) -> Params:
+    """One tree from a base and its adapters, as `Decoder.hidden` and `Decoder.head` take it. No arithmetic.
+
+    Raises ValueError where an adapter does not fit the base, or the base has adapters already.
+    """
+    if set(adapters) != {"lora"} or "lora" in base:
+        raise ValueError(
+            f"join(base, adapters) got a base with {sorted(base)} and adapters with {sorted(adapters)}; "
+            "give a base without 'lora' and the tree that init_lora or load_peft made."
+        )
+    for name, adapter in adapters["lora"].items():
+        kernel = base["layers"][name]["kernel"].shape
+        if (*adapter.a.shape[:2], adapter.b.shape[2]) != kernel or adapter.a.shape[2] != adapter.b.shape[1]:
+            raise ValueError(
+                f"adapter of {name}: factors {adapter.a.shape} and {adapter.b.shape} do not fit the base's {kernel}."
+            )
+    return {**base, **adapters}
+
+
+def merge(base: Params, adapters: Adapters) -> Params:
+    """The base with W + scale A B in place of W, for export. float32 at least where the base was stored in less.
+
+    For a base in bfloat16 do not cast the result back before measuring: rounding W + AB to bfloat16 can lose AB.
+    """
+    join(base, adapters)  # for its checks
+    layers = dict(base["layers"])
+    for name, adapter in adapters["lora"].items():
+        kernel = layers[name]["kernel"]
+        dtype = jnp.promote_types(jnp.promote_types(kernel.dtype, adapter.a.dtype), jnp.float32)
+        product = jnp.matmul(adapter.a.astype(dtype), adapter.b.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+        layers[name] = {**layers[name], "kernel": kernel.astype(dtype) + adapter.scale * product}
+    return {**base, "layers": layers}
+
+
+def balance(adapters: Adapters) -> Adapters:
+    """The same products A B with AᵀA = BBᵀ (diagonal, descending) in every layer: the canonical gauge.
+
+    With A = Q_a R_a, Bᵀ = Q_b R_b and R_a R_bᵀ = U S Vᵀ:  A' = Q_a U √S, B' = √S Vᵀ Q_bᵀ. The answer depends on A B
+    only, up to the signs of the columns (and rotations among equal singular values), so a damped solve after it is
+    the same for (A G, G⁻¹B). A layer whose product is 0 (fresh adapters) is left alone. Where A B has not full rank,
+    the missing directions become 0 in both factors and no gradient leaves that point: balance before a solve,
+    not in the middle of training.
+    """
+
+    def one(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        qa, ra = jnp.linalg.qr(a.astype(dtype))
+        qb, rb = jnp.linalg.qr(b.astype(dtype).T)
+        u, s, vt = jnp.linalg.svd(jnp.matmul(ra, rb.T, precision=jax.lax.Precision.HIGHEST), full_matrices=False)
+        root = jnp.sqrt(s)
+        new_a = jnp.matmul(qa, u * root[None, :], precision=jax.lax.Precision.HIGHEST)
+        new_b = jnp.matmul(root[:, None] * vt, qb.T, precision=jax.lax.Precision.HIGHEST)
+        live = s[0] > 0
+        return jnp.where(live, _pad(new_a, a.shape).astype(a.dtype), a), jnp.where(
+            live, _pad(new_b, b.shape).astype(b.dtype), b
+        )
+
+    def each(adapter):
+        a, b = jax.vmap(one)(adapter.a, adapter.b)
+        return Adapter(a, b, adapter.scale)
+
+    return {"lora": {name: each(adapter) for name, adapter in adapters["lora"].items()}}
+
+
+def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, base: str | None = None) -> None:
+    """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors). `base` names the base model.
+
+    Written beside `folder` and renamed, so that there is a whole folder or none. Raises FileExistsError if `folder`
+    holds something, ValueError if the adapters differ in rank or scale (one adapter_config.json has one of each).
+    """
+    lora = adapters["lora"]
+    kinds = {(adapter.a.shape[2], adapter.scale) for adapter in lora.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"adapters with different (rank, scale) {sorted(kinds)}; save_peft writes one of each.")
+    ((rank, scale),) = kinds
+    alpha = scale * rank
+    alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    tensors = {}
+    for name, adapter in lora.items():
+        for part, leaf in (("lora_A", adapter.a), ("lora_B", adapter.b)):
+            for layer, factor in enumerate(np.asarray(leaf)):
+                tensors[_peft_name(layer, name, part)] = np.ascontiguousarray(factor.T)
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(lora),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with fresh_folder(folder) as target:
+        (target / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_tensors(target / "adapter_model.safetensors", tensors)
+
+
+def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.float32) -> Adapters:
+    """The adapters in a PEFT folder, checked against `config`.
+
+    Raises ValueError for what `x W + scale (x A) B` with one rank does not say (DoRA, trained biases, saved modules,
+    per-layer ranks), for missing or unexpected tensors and for wrong shapes.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
+    empty = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
+    odd = [key for key, wanted in plain.items() if about.get(key, wanted) != wanted] + [
+        k for k in empty if about.get(k)
+    ]
+    if odd:
+        raise ValueError(f"{path}: { {key: about[key] for key in odd} } is not supported; only plain LoRA is.")
+    rank = about["r"]
+    scale = about["lora_alpha"] / (math.sqrt(rank) if about.get("use_rslora") else rank)
+    tensors = open_tensors(folder, "adapter_model.safetensors")
+    wanted = {
+        name: [_peft_name(layer, name, part) for part in ("lora_A", "lora_B") for layer in range(config.layers)]
+        for name in PROJECTIONS
+        if any(f".{name}." in key for key in tensors)
+    }
+    names = {key for keys in wanted.values() for key in keys}
+    missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
+    if missing or unexpected or not wanted:
+        raise ValueError(f"{folder}: adapter tensors missing {missing[:5]}, unexpected {unexpected[:5]}.")
+    lora = {}
+    for name, keys in wanted.items():
+        source, sink = projection_shape(config, name)
+        a = read_stack(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
+        b = read_stack(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
+        lora[name] = Adapter(a, b, scale)
+    return {"lora": lora}
+
+
+def _peft_name(layer: int, projection: str, part: str) -> str:
+    return f"base_model.model.{layer_name(layer, projection)}.{part}.weight"
+
+
+def _pad(x: Array, shape: tuple[int, ...]) -> Array:
+    # a rank above the width: the reduced factorisation has fewer columns than the adapter
+    return jnp.pad(x, [(0, whole - part) for whole, part in zip(shape, x.shape, strict=True)])

@@ -1,0 +1,1 @@
+"""Files, devices and time: the floor that runs things and never differentiates."""

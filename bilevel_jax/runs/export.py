@@ -1,0 +1,126 @@
+"""What a selection leaves behind: weights.parquet, selected.jsonl and model/."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from bilevel_jax.core.types import Params
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.data import Example
+from bilevel_jax.runs.config import Output, SelectConfig, config_hash
+from bilevel_jax.runs.files import replacing
+from bilevel_jax.runs.learn import Learned
+from bilevel_jax.runs.task import Task
+
+
+def weights_table(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]) -> pa.Table:
+    """One row per training row, joined by `id` and never by position; signs and units in the schema's metadata."""
+    chosen = np.zeros(task.rows, bool)
+    chosen[selected] = True
+    columns = {
+        "id": [example.id for example in task.examples],
+        "row": np.arange(task.rows),
+        "source": [example.source for example in task.examples],
+        "label": [example.label for example in task.examples],
+        "weight": learned.weights,
+        "entry": learned.entries,
+        "first_entry": learned.first_entries,
+        "alignment": learned.alignment,
+        "loss": learned.losses,
+        "selected": chosen,
+        "file": [example.file for example in task.examples],
+        "line": [example.line for example in task.examples],
+    }
+    meaning = {
+        "weight": "factor of the row's loss; the mean of a competing weighting is 1",
+        "entry": "d L_v / d weight at these weights, nats per token of V_fit per unit of weight; "
+        "below 0: more weight lowers L_v",
+        "first_entry": "the same at weight 1 for every row",
+        "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
+        "loss": "the row's loss at the end of uniform training, nats per token",
+        "estimand": estimand(config),
+        "precision": f"{config.model.train_dtype}, matrix products at the highest precision",
+        "device": jax.devices()[0].device_kind,
+        "config_hash": config_hash(config),
+        "outer_step": str(learned.best),
+    }
+    table = pa.table(columns)
+    return table.replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
+
+
+def estimand(config: SelectConfig) -> str:
+    """What the method's gradient is the gradient of; printed beside every number."""
+    outer, steps = config.outer, config.train.steps
+    return {
+        "unrolled": f"L_v(theta_T(w)), the training run itself (T = {steps} steps): exact",
+        "window": f"L_v(theta_T(w)) through the last {outer.window} of {steps} steps: an approximation of unrolled",
+        "implicit": f"L_v(theta*(w)), the minimiser of the weighted loss + {outer.prior:g}/2 |theta - start|^2, by "
+        f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
+        + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
+        "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
+    }[outer.method]
+
+
+def select_rows(
+    weights: Float[np.ndarray, "rows"], among: Int[np.ndarray, "kept"], output: Output, seed: int
+) -> Int[np.ndarray, "selected"]:
+    """The rows to keep, in row order: the top share by weight, those above a threshold, or a weighted resample.
+
+    A resample draws with replacement in proportion to the weights, so a row may come more than once.
+    """
+    if output.resample:
+        share = weights[among] / weights[among].sum()
+        drawn = np.random.default_rng(seed).choice(among, output.resample, p=share)
+        return np.sort(drawn)
+    if output.threshold:
+        kept = among[weights[among] >= output.threshold]
+        if not len(kept):
+            raise ValueError(
+                f"no row has a weight of output.threshold = {output.threshold:g} or more; the largest is "
+                f"{weights[among].max():.3g}. Lower it, or use output.top_share."
+            )
+        return kept
+    count = max(1, round(output.top_share * len(among)))
+    return np.sort(among[np.argsort(-weights[among], kind="stable")][:count])
+
+
+def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:
+    """The kept rows as jsonl in their order, in the form of chat messages, prompt and response, or text."""
+    return "".join(
+        json.dumps({**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}, ensure_ascii=False)
+        + "\n"
+        for row in selected
+    )
+
+
+def _content(example: Example) -> dict[str, Any]:
+    roles = [turn.role for turn in example.turns]
+    if roles == ["text"]:
+        return {"text": example.turns[0].content}
+    if roles == ["prompt", "response"]:
+        return {"prompt": example.turns[0].content, "response": example.turns[1].content}
+    return {"messages": [{"role": turn.role, "content": turn.content} for turn in example.turns]}
+
+
+def write_weights(path: Path, table: pa.Table) -> None:
+    """weights.parquet, whole or not at all."""
+    with replacing(path) as part:
+        pq.write_table(table, part)
+
+
+def write_model(folder: Path, task: Task, params: Params) -> None:
+    """The trained model as a Hugging Face folder; LoRA adapters are folded into the base, and kept beside it."""
+    params = jax.device_get(params)
+    if task.base is None:
+        lm.save(folder, task.architecture, params, tokenizer=task.tokenizer)
+        return
+    base = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), task.base)
+    lm.save(folder, task.architecture, lm.merge(base, params), tokenizer=task.tokenizer)
+    lm.save_peft(folder.with_name(f"{folder.name}-adapter"), task.architecture, params)

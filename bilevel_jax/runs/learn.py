@@ -1,0 +1,202 @@
+"""The outer loop: train, estimate, step the weights, train again; the best weights by V_select."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bilevel_jax.core import tree, weighting
+from bilevel_jax.core.types import Checks, Hyper, Params, Weighting
+from bilevel_jax.core.unrolled import check_differentiable, outer_value
+from bilevel_jax.lm.features import features
+from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.session import Session
+from bilevel_jax.runs.statistics import auc
+from bilevel_jax.runs.task import PARTS, Task, per_row
+from bilevel_jax.runs.training import Trainer
+
+
+class Tables(NamedTuple):
+    """What the outer loop carries from step to step and a checkpoint keeps."""
+
+    hyper: Hyper
+    best: Hyper
+    best_entries: Float[Array, "rows"]
+    first_entries: Float[Array, "rows"]
+    alignment: Float[Array, "rows"]
+    """Entries of alignment at the end of the first (uniform) training: a baseline."""
+    losses: Float[Array, "rows"]
+    """Each row's loss at the end of the first (uniform) training, nats per token: a baseline."""
+    start: Params
+    """Where the next training starts; moves with restart: warm."""
+
+
+class Learned(NamedTuple):
+    """The weights, where they come from, and how the loop went."""
+
+    weights: Float[np.ndarray, "rows"]
+    entries: Float[np.ndarray, "rows"]
+    first_entries: Float[np.ndarray, "rows"]
+    alignment: Float[np.ndarray, "rows"]
+    losses: Float[np.ndarray, "rows"]
+    records: list[dict[str, Any]]
+    best: int
+    """The outer step whose weights these are."""
+    ended: str
+    """Why the loop ended, in words."""
+
+
+def order_seed(config: SelectConfig, step: int) -> int:
+    """The seed of an outer step's data order: a new one at each restart, or the weights over-fit one order."""
+    return config.data.seed + (step if config.outer.redraw else 0)
+
+
+def make_weighting(task: Task, config: SelectConfig) -> Weighting:
+    """The configured map from the outer variable to the weight table."""
+    name = config.outer.weighting
+    if name == "per_source":
+        names = sorted({example.source for example in task.examples})
+        if len(names) < 2:
+            raise ValueError(
+                f"outer.weighting = per_source needs two sources, and every row comes from {names[0]!r}. Set "
+                "data.source_field to the key that tells sources apart, or choose another weighting."
+            )
+        source = np.array([names.index(example.source) for example in task.examples])
+        return weighting.per_source(jnp.asarray(source), len(names))
+    if name == "by_features":
+        return weighting.by_features(jnp.asarray(features(task.examples, task.corpus)))
+    return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows)
+
+
+def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) -> Learned:
+    """Optimise the weights by hypergradients of L_v on V_fit, and return the best by L_v on V_select.
+
+    Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
+    hypergradient divided by its rms. Without V_select the last weights count. Ends after outer.steps steps, after
+    outer.patience steps without a better V_select, or where the effective sample size falls below its floor.
+    """
+    outer, folder = config.outer, session.folder / "checkpoints" / "outer"
+    chosen = make_weighting(task, config)
+    weights_of = jax.jit(chosen.weights)
+    pull_back = jax.jit(lambda hyper, entries: weighting.pull_back(chosen, hyper, entries))
+    descend = jax.jit(weighting.normalised_descent(outer.learning_rate, outer.max_step))
+    value = outer_value(task.problem)
+    good = good_rows(task, config)
+
+    zero = jnp.zeros(task.rows)
+    tables = Tables(chosen.init(), chosen.init(), zero, zero, zero, zero, task.fresh(config.train.seed))
+    records: list[dict[str, Any]] = []
+    if found := checkpoint.restore(folder, tables):
+        tables, records = found.tree, found.meta["records"]
+        session.advance(sum(record["work"] for record in records))
+    ended = _ended(records, config, task.rows)
+
+    while not ended:
+        step, before = len(records), session.work
+        weights = weights_of(tables.hyper)
+        stream = task.stream(order_seed(config, step))
+        session.phase(f"outer step {step} of {outer.steps}")
+        start = trainer.begin(tables.start)
+        run = trainer.run(weights, start, stream, save_as=step)
+        fixed = task.fixed(run.start.params)
+        if step == 0 and outer.method in ("unrolled", "window"):
+            check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)
+        estimate = trainer.estimate(run, weights, stream, save_as=step)
+        if not bool(tree.finite(estimate.grad)):
+            raise FloatingPointError(
+                f"the hypergradient of outer step {step} is not finite ({estimate.checks}). Training itself was "
+                "finite: raise optimizer.eps_root, lower optimizer.learning_rate, or use outer.method: window."
+            )
+        read = {
+            part: float(value(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
+            for part in PARTS
+        }
+        record = {
+            "step": step,
+            "loss": read,
+            "ess": float(weighting.effective_size(weights)),
+            "entropy": float(weighting.entropy(weights)),
+            "largest": float(weights.max()),
+            "auc": auc(np.asarray(weights), good) if good is not None else None,
+            "checks": _plain(estimate.checks),
+        }
+        tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
+        tables = tables._replace(hyper=descend(tables.hyper, pull_back(tables.hyper, estimate.grad)))
+        record["work"] = session.work - before
+        records.append(record)
+        session.log.write({"event": "outer", **record})
+        session.say(_line(record))
+        checkpoint.save(folder, step, tables, {"records": records})
+        session.saved()
+        ended = _ended(records, config, task.rows)
+
+    best = _best(records)
+    return Learned(
+        weights=np.asarray(weights_of(tables.best)),
+        entries=np.asarray(tables.best_entries),
+        first_entries=np.asarray(tables.first_entries),
+        alignment=np.asarray(tables.alignment),
+        losses=np.asarray(tables.losses),
+        records=records,
+        best=best,
+        ended=ended,
+    )
+
+
+def good_rows(task: Task, config: SelectConfig) -> np.ndarray | None:
+    """Which rows carry the label data.good_label; None where the data have no such labels."""
+    labels = [example.label for example in task.examples]
+    if not config.data.label_field or all(label is None for label in labels):
+        return None
+    return np.array([label == config.data.good_label for label in labels])
+
+
+def _advance(task, trainer, tables: Tables, records, record, run, grad, weights, config: SelectConfig) -> Tables:
+    """The tables after an outer step, before its step on the outer variable."""
+    if not records:
+        direct = trainer.direct(run, weights, alignment=True)
+        fixed = task.fixed(run.start.params)
+        losses = per_row(task.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
+        tables = tables._replace(first_entries=grad, alignment=direct.grad, losses=jnp.asarray(losses, grad.dtype))
+    if _best([*records, record]) == len(records):
+        tables = tables._replace(best=tables.hyper, best_entries=grad)
+    if config.outer.restart == "warm":
+        tables = tables._replace(start=run.end.params)
+    return tables
+
+
+def _best(records: list[dict[str, Any]]) -> int:
+    """The step with the least L_v on V_select; without V_select, the last."""
+    values = [record["loss"]["select"] for record in records]
+    return len(records) - 1 if values[0] is None else int(np.argmin(values))
+
+
+def _ended(records: list[dict[str, Any]], config: SelectConfig, rows: int) -> str:
+    """Why the loop ends here, or nothing."""
+    outer = config.outer
+    if not records:
+        return ""
+    if records[-1]["ess"] < outer.ess_floor * rows:
+        return (
+            f"the effective sample size fell to {records[-1]['ess']:.0f} of {rows} rows, below outer.ess_floor "
+            f"({outer.ess_floor:g} of the rows)"
+        )
+    since = len(records) - 1 - _best(records)
+    if outer.patience and since >= outer.patience:
+        return f"{since} outer steps in a row did not lower L_v on V_select (outer.patience)"
+    return f"all {outer.steps} outer steps were made" if len(records) > outer.steps else ""
+
+
+def _line(record: dict[str, Any]) -> str:
+    loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
+    auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
+    return f"outer step {record['step']:>3}   L_v (nats per token): {loss}   ESS {record['ess']:.0f}{auc_words}"
+
+
+def _plain(checks: Checks) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and np.isnan(value) else value for key, value in checks._asdict().items()
+    }

@@ -1,0 +1,70 @@
+"""The optimiser of a run: from its config to one optax chain, whose derivative is finite everywhere."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_jax.runs.config import Optimizer
+
+
+def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The optax chain of `config` for a training run of `steps` steps: clip, direction, decay, rate."""
+    decoupled = config.name in ("adamw", "lion")
+    chain = [
+        clip(config.clip) if config.clip else None,
+        optax.add_decayed_weights(config.weight_decay) if config.weight_decay and not decoupled else None,
+        DIRECTIONS[config.name](config),
+        optax.add_decayed_weights(config.weight_decay) if config.weight_decay and decoupled else None,
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    ]
+    return optax.chain(*(link for link in chain if link is not None))
+
+
+def _adam(config: Optimizer) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, config.eps_root)
+
+
+DIRECTIONS = {
+    "sgd": lambda config: None,
+    "momentum": lambda config: optax.trace(config.momentum),
+    "adam": _adam,
+    "adamw": _adam,
+    "lion": lambda config: optax.scale_by_lion(config.b1, config.b2),
+}
+
+
+def schedule(config: Optimizer, steps: int) -> optax.Schedule:
+    """Step -> learning rate: up to the peak over `warmup` steps, then constant, or down to 0 at `steps`.
+
+    The first step already moves, at 1/(warmup + 1) of the peak: a rate of 0 would waste it and zero its rows' entries.
+    """
+
+    def rate(count):
+        rise = jnp.minimum(1.0, (count + 1) / (config.warmup + 1))
+        done = jnp.clip((count - config.warmup) / max(1, steps - config.warmup), 0.0, 1.0)
+        return config.learning_rate * rise * SHAPES[config.schedule](done)
+
+    return rate
+
+
+SHAPES = {
+    "constant": lambda done: jnp.ones_like(done),
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+}
+
+
+def clip(greatest: float) -> optax.GradientTransformation:
+    """Scale the whole gradient down to norm `greatest` where it is longer.
+
+    optax.clip_by_global_norm is the same function, but its derivative is NaN at a zero gradient.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        squared = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(updates))
+        long = squared > greatest**2
+        scale = jnp.where(long, greatest / jnp.sqrt(jnp.where(long, squared, 1.0)), 1.0)  # no sqrt at 0
+        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

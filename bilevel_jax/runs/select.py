@@ -1,0 +1,170 @@
+"""The main job: learn a weight for every training row, certify it, compare it, and write what a person can trust."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.core import certify
+from bilevel_jax.core.types import Checks
+from bilevel_jax.runs import config as configs
+from bilevel_jax.runs import export, files, report
+from bilevel_jax.runs.certificates import certificates
+from bilevel_jax.runs.compare import FIRST_SEED, Arm, arms, compare
+from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
+from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.statistics import auc
+from bilevel_jax.runs.task import Task, prepare
+from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer
+
+
+def select(config: SelectConfig) -> dict[str, Any]:
+    """Run the verb in `config.output.folder` and return what result.json holds.
+
+    Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
+    for a training that diverges, and `session.Interrupted` when asked to stop.
+    """
+    output = config.output
+    folder = files.new_run_folder(output.folder, output.resume)
+    with files.lock(folder):
+        if output.resume:
+            _refuse_another(config, folder)
+        seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
+        task = prepare(config, folder, seeds)
+        files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
+        files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+        with session(
+            folder, resume=output.resume, progress=output.progress, save_seconds=60 * output.save_minutes, log_after=None
+        ) as work:
+            return _work(task, config, work, folder)
+
+
+def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict[str, Any]:
+    for note in task.notes:
+        work.say(note)
+    work.phase("starting", total=planned_work(task, config))
+    trainer = Trainer(task, config.outer, work)
+    learned = learn(task, config, trainer, work)
+    certified = _certify(task, config, trainer, work, learned)
+    verdicts = {name: certify.verdict(one) for name, one in certified.items()}
+
+    selected = export.select_rows(learned.weights, task.trainable(), config.output, config.data.seed)
+    subset = np.unique(selected)
+    rows = compare(task, config, trainer, work, arms(task, config, learned, subset))
+    work.phase("writing")
+    export.write_weights(folder / "weights.parquet", export.weights_table(task, config, learned, subset))
+    files.write_atomic(folder / "selected.jsonl", export.selected_lines(task.examples, learned.weights, selected))
+    if not (folder / "model").exists():
+        export.write_model(folder / "model", task, _final_params(task, config, trainer, learned))
+
+    verdict = worst(verdicts)
+    good = good_rows(task, config)
+    result = {
+        "verdict": {**verdict._asdict(), "sentence": str(verdict)},
+        "estimand": export.estimand(config),
+        "certificates": {name: _plain(one) for name, one in certified.items()},
+        "verdicts": {name: one._asdict() for name, one in verdicts.items()},
+        "records": learned.records,
+        "best": learned.best,
+        "ended": learned.ended,
+        "auc": {
+            "weights": auc(learned.weights, good),
+            "first_entries": auc(-learned.first_entries, good),
+            "alignment": auc(-learned.alignment, good),
+            "low_loss": auc(-learned.losses, good),
+        }
+        if good is not None
+        else None,
+        "compare": rows,
+        "notes": task.notes,
+        "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
+        "selected": len(selected),
+        "work": {"outer": sum(record["work"] for record in learned.records)}
+        | {name: work.cost(name)[0] for name in ("certify", "compare")},
+        "config_hash": configs.config_hash(config),
+    }
+    files.write_atomic(folder / "result.json", json.dumps(_json(result), indent=1))
+    report.write(folder)
+    return result
+
+
+def planned_work(task: Task, config: SelectConfig) -> float:
+    """The whole run in training steps, for the ETA."""
+    outer, steps = config.outer, task.steps
+    swept = min(outer.window, steps) if outer.method == "window" else steps
+    estimate = swept * (REPLAY + PRODUCT) if outer.method in ("unrolled", "window") else 0
+    one_pass = 2 * math.ceil(task.rows / task.batch)
+    total = (outer.steps + 1) * (steps + estimate) + one_pass
+    if config.certify.enabled:
+        ends = 2 if outer.restart == "cold" else 1
+        retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
+        total += ends * (retrains * steps + estimate)
+    if config.compare.enabled:
+        total += len(config.compare.rows) * config.compare.seeds * steps
+    return total + steps
+
+
+def worst(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
+    """The verdict of the run: that of its least trustworthy gradient."""
+    order = ("DO NOT BELIEVE", "UNDECIDED", "BELIEVE")
+    return min(verdicts.values(), key=lambda one: (order.index(one.level), "half" in one.scope))
+
+
+def _certify(
+    task: Task, config: SelectConfig, trainer: Trainer, work: Session, learned: Learned
+) -> dict[str, certify.Certificates]:
+    """Certificates of the gradient at uniform weights and, where restarts are cold, at the learned weights."""
+    places = {"uniform weights": (0, np.ones(task.rows), learned.first_entries)}
+    if config.outer.restart == "cold" and learned.best > 0:
+        places["learned weights"] = (learned.best, learned.weights, learned.entries)
+    out = {}
+    for name, (step, weights, entries) in places.items():
+        record = learned.records[step]
+        checks = Checks(**{key: value for key, value in record["checks"].items() if value is not None})
+        out[name] = certificates(
+            task, config, trainer, work, name=name, weights=weights.astype(entries.dtype), entries=entries, step=step,
+            value=record["loss"]["fit"], checks=checks,
+        )  # fmt: skip
+    return out
+
+
+def _final_params(task: Task, config: SelectConfig, trainer: Trainer, learned: Learned) -> Any:
+    """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
+    start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED))
+    stream = task.stream(config.data.seed + FIRST_SEED, packed=False)
+    return trainer.run(jnp.asarray(learned.weights), start, stream).end.params
+
+
+def _refuse_another(config: SelectConfig, folder: Path) -> None:
+    """Resuming under another config would mix two runs; the differences are named."""
+    before = configs.load(folder / files.RESOLVED)
+    if different := configs.differences(before, config):
+        raise ValueError(
+            f"{folder} was started with another config, so it cannot be resumed: {'; '.join(different)}. "
+            "Start a new run with --out, or give the config that it was started with."
+        )
+
+
+def _plain(certified: certify.Certificates) -> dict[str, Any]:
+    return {
+        "exact": certified.exact._asdict() if certified.exact else None,
+        "smooth": certified.smooth,
+        "predictive": certified.predictive._asdict() if certified.predictive else None,
+        "checks": certified.checks._asdict(),
+    }
+
+
+def _json(value: Any) -> Any:
+    """The same with nan as null: JSON has no nan."""
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["Arm", "planned_work", "select", "worst"]

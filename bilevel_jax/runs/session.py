@@ -1,0 +1,139 @@
+"""What every verb needs while it works: its folder and log, a progress bar with an ETA, and a way to stop and go on."""
+
+import contextlib
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bilevel_jax.runs import files
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT); it has saved, and `--resume` goes on."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; everything is saved. Go on with --resume.")
+
+
+class Session:
+    """A run at work. `advance` counts work and notices signals; `once` remembers finished jobs across a resume."""
+
+    def __init__(self, folder: Path, log: files.JsonLog, bar: Progress, save_seconds: float):
+        self.folder, self.log = folder, log
+        self._bar, self._task = bar, bar.add_task("starting", total=None)
+        self._save_seconds, self._saved = save_seconds, time.monotonic()
+        self._signal = 0
+        self._done_path = folder / "checkpoints" / "done.json"
+        self._done: dict[str, Any] = json.loads(self._done_path.read_text()) if self._done_path.exists() else {}
+        self.work = 0.0
+
+    def phase(self, words: str, total: float | None = None) -> None:
+        """Name what is being done; `total` is the work of the whole run, in training steps."""
+        self._bar.update(self._task, description=words, **({} if total is None else {"total": total}))
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count work, in training steps (a forward and a backward pass)."""
+        self.work += amount
+        self._bar.update(self._task, completed=self.work)
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def due(self) -> bool:
+        """Whether to save now: a signal came, or the last save is long ago."""
+        return bool(self._signal) or time.monotonic() - self._saved > self._save_seconds
+
+    def saved(self) -> None:
+        """Note a save, and stop if a signal asked for it."""
+        self._saved = time.monotonic()
+        if self._signal:
+            raise Interrupted(self._signal)
+
+    def check(self) -> None:
+        """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
+        if self._signal:
+            raise Interrupted(self._signal)
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """The JSON value of a job, made now or, if a run before this one finished it, remembered."""
+        if key not in self._done:
+            before, started = self.work, time.monotonic()
+            value = make()
+            self._done[key] = {"value": value, "work": self.work - before, "seconds": time.monotonic() - started}
+            files.write_atomic(self._done_path, json.dumps(self._done))
+            self.check()
+        else:
+            self.advance(self._done[key]["work"])
+        return self._done[key]["value"]
+
+    def cost(self, prefix: str) -> tuple[float, float]:
+        """(training steps, seconds) of the finished jobs whose key begins with `prefix`."""
+        jobs = [job for key, job in self._done.items() if key.startswith(prefix)]
+        return sum(job["work"] for job in jobs), sum(job["seconds"] for job in jobs)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """The signal handler: finish the step, save, then raise `Interrupted`. A second signal stops at once."""
+        if self._signal:
+            raise KeyboardInterrupt
+        self._signal = number
+        self.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+
+@contextlib.contextmanager
+def session(folder: Path, *, resume: bool, progress: bool, save_seconds: float, log_after: int | None) -> Iterator[Session]:
+    """Open a run: lock its folder, catch signals, show the bar; close all of it whatever happens."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, disable=not progress, transient=True,
+    )  # fmt: skip
+    log = files.JsonLog(folder / "log.jsonl", log_after if resume else None)
+    work = Session(folder, log, bar, save_seconds)
+    before = {number: signal.signal(number, work.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with bar:
+            yield work
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        log.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and commit: what another person needs to see the same numbers."""
+    packages = ("bilevel-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

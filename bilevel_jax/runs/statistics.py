@@ -1,0 +1,26 @@
+"""Small statistics for tables: area under the ROC curve, confidence intervals of a mean."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""The .975 quantile of Student's t for 1 .. 15 degrees of freedom; above them 2.131, slightly too wide."""
+
+
+def auc(scores: Float[np.ndarray, "rows"], positive: Bool[np.ndarray, "rows"]) -> float:
+    """P(score of a positive row > score of another), ties counting half; nan unless both kinds are there."""
+    count = int(positive.sum())
+    if not 0 < count < len(positive):
+        return float("nan")
+    _, inverse, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[inverse]
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half-width of its 95 % interval by Student's t over the seeds); half-width nan for one value."""
+    count = len(values)
+    if count < 2:
+        return float(np.mean(values)), float("nan")
+    quantile = STUDENT[min(count - 1, len(STUDENT)) - 1]
+    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / np.sqrt(count))

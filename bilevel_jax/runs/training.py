@@ -1,0 +1,191 @@
+"""One training run and one estimate of a task: resumable in the middle, watched for numbers that are not finite."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.core import curvature, linsolve, tree
+from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.transition import begin, snapshot_interval, train
+from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
+from bilevel_jax.core.unrolled import Sweeper, sweeper
+from bilevel_jax.lm.models import balance
+from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.config import Outer
+from bilevel_jax.runs.session import Session
+from bilevel_jax.runs.task import Task
+
+REPLAY, PRODUCT = 1.0, 3.0
+"""Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three."""
+
+
+class Midway(NamedTuple):
+    """What is saved in the middle of an outer step; always of one structure, so that loading needs no questions."""
+
+    state: Inner
+    snapshots: list[Inner]
+    sweep: Sweep
+
+
+class Trainer:
+    """Trains a task and estimates its hypergradient; compiled once, used for every outer step."""
+
+    def __init__(self, task: Task, outer: Outer, session: Session):
+        self.task, self.outer, self.session = task, outer, session
+        self.every = snapshot_interval(task.steps)
+        self.folder: Path = session.folder / "checkpoints" / "inner"
+        window = outer.window if outer.method == "window" else None
+        self._sweeps: Sweeper | None = None
+        if outer.method in ("unrolled", "window"):
+            swept = lambda step: session.advance(REPLAY + PRODUCT)  # noqa: E731
+            self._sweeps = sweeper(task.problem, task.step, window=window, on_step=swept)
+
+    def begin(self, params: Params) -> Inner:
+        """The state before the first step."""
+        return begin(self.task.optimizer, params)
+
+    def run(self, weights: jax.Array, start: Inner, stream: Stream, *, save_as: int | None = None) -> Run:
+        """Train once. With `save_as` (the outer step) the run is saved when due, and gone on with where it was saved."""
+        task, session = self.task, self.session
+        snapshots: dict[int, Inner] = {}
+        saved = None if save_as is None else self._load(save_as, start, weights)
+        if saved is not None:
+            count = -(-int(saved.state.step) // self.every)
+            snapshots = {index * self.every: snapshot for index, snapshot in enumerate(saved.snapshots[:count])}
+            session.advance(int(saved.state.step))
+        losses: dict[int, jax.Array] = {}
+        reached = 0 if saved is None else int(saved.state.step)
+
+        def on_step(state: Inner, info: Info) -> None:
+            nonlocal reached
+            losses[reached] = info.loss
+            reached += 1
+            session.advance()
+            due = session.due()
+            if due or reached % self.every == 0:  # not at every step: reading a loss waits for the device
+                self._check_finite(losses, stream)
+            if due:
+                if save_as is not None:
+                    self._save(save_as, Midway(state, self._listed(snapshots, start), self._no_sweep(start, weights)))
+                session.saved()
+
+        store = (snapshots.__setitem__, snapshots.__getitem__)
+        run = train(
+            task.step, start, weights, task.fixed(start.params), stream,
+            every=self.every, store=store, resume=None if saved is None else saved.state, on_step=on_step,
+        )  # fmt: skip
+        self._check_finite(losses, stream)
+        return run
+
+    def value(self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, value: Any) -> float:
+        """Train, keep nothing, and return L_v: what certificates ask for again and again."""
+        session, task = self.session, self.task
+
+        def on_step(state: Inner, info: Info) -> None:
+            session.advance()
+            session.check()
+
+        discard = (lambda index, state: None, lambda index: start)
+        run = train(task.step, start, weights, task.fixed(start.params), stream, store=discard, on_step=on_step)
+        return float(value(run.end.params, task.fixed(start.params), validation))
+
+    def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, save_as: int | None = None) -> Estimate:
+        """The hypergradient of L_v on V_fit by the configured method."""
+        task, fixed = self.task, self.task.fixed(run.start.params)
+        validation = task.held_out["fit"]
+        if self._sweeps is None:
+            return self.direct(run, weights)
+        saved = None if save_as is None else self._load(save_as, run.start, weights)
+        sweep = saved.sweep if saved is not None and saved.sweep.segment >= -1 else None
+        sweep = sweep or self._sweeps.begin(run, weights, fixed, validation)
+        while not self._sweeps.done(run, sweep):
+            sweep = self._sweeps.advance(run, weights, fixed, stream, sweep)
+            if self.session.due():
+                if save_as is not None:
+                    snapshots = {index * self.every: run.snapshot(index * self.every) for index in range(self.slots)}
+                    self._save(save_as, Midway(run.end, self._listed(snapshots, run.start), sweep))
+                self.session.saved()
+        return self._sweeps.finish(run, sweep)
+
+    def direct(self, run: Run, weights: jax.Array, *, alignment: bool = False) -> Estimate:
+        """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>."""
+        task, outer = self.task, self.outer
+        fixed = task.fixed(run.start.params)
+        summed = task.summed(seed=0)
+        if alignment or outer.method == "alignment":
+            estimator = self._alignment
+        else:
+            # A LoRA product has many factorings; a prior on the factors singles out the balanced one.
+            params = balance(run.end.params) if task.base is not None else run.end.params
+            run = run._replace(end=run.end._replace(params=params))
+            estimator = self._implicit
+        self.session.advance(2 * summed.steps)
+        return estimator(run, weights, fixed, summed, task.held_out["fit"])
+
+    @cached_property
+    def _alignment(self) -> Estimator:
+        return implicit(self.task.problem, self._product(), linsolve.identity())
+
+    @cached_property
+    def _implicit(self) -> Estimator:
+        solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
+        return implicit(self.task.problem, self._product(), solver, batches=batches)
+
+    def _product(self) -> curvature.Product:
+        if self.outer.curvature == "hessian":
+            return curvature.hessian(self.task.problem)
+        return curvature.gauss_newton(self.task.problem, self.task.loss)
+
+    # ---- saving in the middle
+
+    @property
+    def slots(self) -> int:
+        """Snapshots that a run keeps."""
+        return -(-self.task.steps // self.every)
+
+    def _listed(self, snapshots: dict[int, Inner], start: Inner) -> list[Inner]:
+        return [snapshots.get(index * self.every, start) for index in range(self.slots)]
+
+    def _no_sweep(self, start: Inner, weights: jax.Array) -> Sweep:
+        zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
+        adjoint = Adjoint(start.params, tree.inexact(start.opt))
+        return Sweep(-2, adjoint, weights, zero, zero, zero, jnp.array(True))
+
+    def _save(self, outer_step: int, midway: Midway) -> None:
+        checkpoint.save(self.folder, outer_step, midway, {}, keep=1)
+
+    def _load(self, outer_step: int, start: Inner, weights: jax.Array) -> Midway | None:
+        like = Midway(start, [start] * self.slots, self._no_sweep(start, weights))
+        if outer_step not in checkpoint.steps(self.folder):
+            return None
+        found = checkpoint.restore(self.folder, like)
+        return found.tree if found and found.step == outer_step else None
+
+    # ---- numbers that are not finite
+
+    def _check_finite(self, losses: dict[int, jax.Array], stream: Stream) -> None:
+        """Raise for the first loss that is not finite; forget the others."""
+        values = {step: float(loss) for step, loss in losses.items()}
+        losses.clear()
+        step = next((step for step, value in values.items() if not np.isfinite(value)), None)
+        if step is None:
+            return
+        index = np.asarray(stream.batch(step)["index"])
+        ids = [self.task.examples[row].id for row in index[index != PADDING][:3] if row < self.task.rows]
+        raise FloatingPointError(
+            f"the training loss is {values[step]} at step {step} of {self.task.steps}; the batch held "
+            f"{', '.join(ids)}, .... Lower optimizer.learning_rate, set optimizer.clip, or look at these rows. "
+            "The last good checkpoint is kept: --resume goes on from it."
+        )
+
+
+SOLVERS = {
+    "cg": lambda outer: linsolve.cg(tolerance=outer.tolerance, max_steps=outer.max_iterations),
+    "neumann": lambda outer: linsolve.neumann(rate=outer.neumann_rate, terms=outer.max_iterations),
+    "dense": lambda outer: linsolve.dense(),
+    "identity": lambda outer: linsolve.identity(),
+}

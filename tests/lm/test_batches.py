@@ -1,0 +1,231 @@
+"""Orders are permutations without tables; batches hold the same examples packed or not, split or whole."""
+
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bilevel_jax.core.types import PADDING
+from bilevel_jax.lm.batches import (
+    Layout,
+    evaluation_layout,
+    evaluation_stream,
+    in_order,
+    layout,
+    longest,
+    order,
+    permutation,
+    steps_per_epoch,
+    subset,
+    train_stream,
+)
+from bilevel_jax.lm.tokens import Tokenized, corpus_of
+
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 99, 100, 101, 1000, 4097]
+
+
+def corpus(rows, seed=0, longest=12):
+    """Rows of 2 to `longest` tokens, all tokens different, the last half of each row supervised."""
+    rng = np.random.default_rng(seed)
+    out, at = [], 1
+    for n in rng.integers(2, longest + 1, rows):
+        mask = np.arange(n) >= max(n // 2, 1)
+        out.append(Tokenized(np.arange(at, at + n, dtype=np.int32), mask))
+        at += n
+    return corpus_of(out)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_permutation_is_a_bijection(size):
+    for seed, epoch in [(0, 0), (1, 0), (0, 1), (-5, 3), (2**70, 10**6)]:
+        assert sorted(permutation(np.arange(size), size, seed, epoch)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_small_permutations_are_all_equally_likely(size):
+    counts = Counter(tuple(permutation(np.arange(size), size, 0, epoch)) for epoch in range(2400))
+    kinds = {2: 2, 3: 6, 4: 24}[size]
+    expected = 2400 / kinds
+    assert len(counts) == kinds
+    # chi-square: mean kinds - 1, standard deviation sqrt(2 (kinds - 1)); 5 of them
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < kinds - 1 + 5 * (2 * (kinds - 1)) ** 0.5
+
+
+@pytest.mark.parametrize("size", [10, 100, 1000])
+def test_positions_are_uniform_and_epochs_and_seeds_are_unrelated(size):
+    draws = np.stack([permutation(np.arange(size), size, seed, epoch) for seed in range(20) for epoch in range(20)])
+    for places in (draws[:, 0], draws[:, size // 2], draws[:, -1]):
+        counts = np.histogram(places, bins=10, range=(0, size))[0]
+        assert ((counts - 40) ** 2 / 40).sum() < 9 + 5 * 18**0.5  # chi-square with 9 degrees of freedom, 5 deviations
+    pairs = np.histogram2d(draws[:, 0], draws[:, 1], bins=5, range=[(0, size)] * 2)[0] / len(draws)
+    chance = (size / 5) ** 2 / (size * (size - 1)) * (1 - np.eye(5) * 5 / size)
+    assert (((pairs - chance) ** 2 / chance).sum() * len(draws)) < 24 + 5 * 48**0.5
+    steps = np.diff(draws, axis=1)  # neighbours must not stay neighbours
+    assert abs((steps == 1).mean() - 1 / size) < 5 / np.sqrt(steps.size * size)
+    ranks = draws - (size - 1) / 2
+    cosines = (ranks[1:] * ranks[:-1]).sum(1) / (ranks**2).sum(1)[0]
+    assert abs(cosines.mean()) < 5 / np.sqrt(size * len(cosines)) and abs(cosines).max() < 5 / np.sqrt(size - 1)
+
+
+def test_seed_and_epoch_do_not_change_places():
+    keys = [(seed, epoch) for seed in range(8) for epoch in range(8)]
+    assert len({tuple(permutation(np.arange(50), 50, *key)) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("rows, batch", [(1, 1), (1, 4), (2, 4), (3, 2), (10, 5), (10, 4), (1000, 64)])
+def test_every_epoch_covers_every_row_once(rows, batch):
+    draw, steps = order(rows, batch, 3), steps_per_epoch(rows, batch)
+    epochs = [np.concatenate([draw(e * steps + s) for s in range(steps)]) for e in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == steps * batch
+        assert sorted(epoch[:rows]) == list(range(rows)) and (epoch[rows:] == rows).all()
+    if rows == 1000:
+        assert (epochs[0][:rows] == epochs[1][:rows]).mean() < 0.01  # 1 of 1000 by chance
+        assert (draw(1) == order(rows, batch, 4)(1)).mean() < 0.2
+        assert (draw(17) == order(rows, batch, 3)(17)).all()  # no state
+
+
+def test_ten_million_rows_cost_what_ten_do():
+    draw = order(10**7, 64, 0)
+    draw(0)
+    tracemalloc.start()
+    chosen = np.concatenate([draw(step) for step in (1, 10**5, 10**9)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000  # bytes; one table of the rows would be 80 million
+    assert len(set(chosen)) == 192 and chosen.max() < 10**7 and chosen.max() > 9 * 10**6
+
+
+def test_building_a_batch_does_not_touch_the_whole_corpus():
+    many = 200_000
+    flat = np.arange(many * 5, dtype=np.int32)
+    big = corpus_of([Tokenized(flat[:5], np.ones(5, bool))])
+    big = type(big)(flat, np.ones(many * 5, bool), np.arange(0, many * 5 + 1, 5))
+    stream = train_stream(big, order(many, 8, 0), 10, Layout(2, 4, 4, 8))
+    stream.batch(0)
+    tracemalloc.start()
+    stream.batch(5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000  # bytes; the offsets alone are 1.6 million
+
+
+def test_subset_keeps_the_numbers_of_the_whole_table():
+    chosen = [3, 11, 40, 41, 99]
+    draw = subset(chosen, 100, 2, 0)
+    drawn = np.concatenate([draw(step) for step in range(3)])
+    assert sorted(drawn) == [*chosen, 100] and drawn[-1] == 100
+    data = corpus(100)
+    stream = train_stream(data, draw, 3, layout(data, [draw], 3, micro=1, length=longest(data), packing=False))
+    assert set(np.concatenate([stream.batch(s)["index"].ravel() for s in range(3)])) == {*chosen, PADDING}
+    assert [float(stream.batch(s)["rows"][0]) for s in range(3)] == [2, 2, 1]
+    with pytest.raises(ValueError, match=r"chosen rows lie in 3..100; the corpus has 0..99"):
+        subset([3, 100], 100, 2, 0)
+    with pytest.raises(ValueError, match="0 rows in batches of 2: both must be at least 1"):
+        subset([], 100, 2, 0)
+
+
+def contents(batch):
+    """What a global step holds, whatever its layout: {row: its (token, target, position, supervised) in order}."""
+    micro, rows, length = batch["tokens"].shape
+    empty = batch["index"].shape[1]
+    found = {}
+    for m in range(micro):
+        for r in range(rows):
+            segments = batch["segments"][m, r]
+            assert (batch["slot"][m, r][segments == 0] == empty).all()
+            for segment in range(1, segments.max() + 1):
+                here = np.flatnonzero(segments == segment)
+                assert (np.diff(here) == 1).all()
+                assert (batch["positions"][m, r, here] == np.arange(len(here))).all()
+                slots = set(batch["slot"][m, r, here]) - {empty}
+                assert len(slots) == 1
+                slot = slots.pop()
+                supervised = batch["slot"][m, r, here] == slot
+                assert batch["supervised"][m, slot] == supervised.sum()
+                row = int(batch["index"][m, slot])
+                assert row not in found
+                places = zip(batch["tokens"][m, r, here], batch["targets"][m, r, here], supervised, strict=True)
+                found[row] = [tuple(map(int, place)) for place in places]
+    assert sorted(found) == sorted(i for i in batch["index"].ravel() if i != PADDING)
+    assert (batch["supervised"][batch["index"] == PADDING] == 1).all()
+    return found
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("micro", [1, 2, 16])
+def test_composition_is_the_same_whatever_the_layout(micro, packing):
+    data, steps = corpus(39), 6
+    draws = [order(39, 16, seed) for seed in range(3)]
+    shape = layout(data, draws, steps, micro=micro, length=longest(data), packing=packing)
+    assert shape.micro * shape.examples == 16 and shape.length == 16
+    if packing and micro == 1:
+        assert shape.rows <= 10  # 16 examples of 1 to 11 places in rows of 16
+    for draw in draws:
+        stream = train_stream(data, draw, steps, shape)
+        for step in range(steps):
+            batch = stream.batch(step)
+            assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+                "tokens": ((micro, shape.rows, 16), "int32"),
+                "targets": ((micro, shape.rows, 16), "int32"),
+                "positions": ((micro, shape.rows, 16), "int32"),
+                "segments": ((micro, shape.rows, 16), "int32"),
+                "slot": ((micro, shape.rows, 16), "int32"),
+                "index": ((micro, shape.examples), "int32"),
+                "supervised": ((micro, shape.examples), "float32"),
+                "rows": ((micro,), "float32"),
+            }
+            real = [int(i) for i in draw(step) if i < 39]
+            found = contents(batch)
+            assert sorted(found) == sorted(real)
+            assert (batch["rows"] == len(real)).all()
+            assert [i for i in batch["index"].ravel() if i != PADDING] == real
+            for row, places in found.items():
+                ids, mask = data.row(row)
+                assert places == list(zip(ids[:-1].tolist(), ids[1:].tolist(), mask[1:].astype(int), strict=True))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_covers_every_row_once_in_order(packing):
+    data = corpus(11)
+    shape = evaluation_layout(data, 4, micro=2, length=20, packing=packing)
+    stream = evaluation_stream(data, shape)
+    assert stream.steps == 3
+    batches = [stream.batch(step) for step in range(3)]
+    index = np.concatenate([b["index"].ravel() for b in batches])
+    assert index.tolist() == [*range(11), PADDING]
+    assert all((b["rows"] == 11).all() for b in batches)
+    assert sorted(row for b in batches for row in contents(b)) == list(range(11))
+
+
+def test_dropped_rows_keep_their_numbers_and_are_never_drawn():
+    full = corpus(6)
+    parts = [full.row(i) if i != 2 else Tokenized(np.zeros(0, np.int32), np.zeros(0, bool)) for i in range(6)]
+    data = corpus_of(parts)
+    assert data.kept.tolist() == [0, 1, 3, 4, 5] and data.rows == 6
+    stream = evaluation_stream(data, evaluation_layout(data, 2, micro=1, length=16, packing=False))
+    index = np.concatenate([stream.batch(s)["index"].ravel() for s in range(stream.steps)])
+    assert index.tolist() == [0, 1, 3, 4, 5, PADDING] and stream.batch(0)["rows"][0] == 5
+    with pytest.raises(ValueError, match="row 2 was dropped by the tokenizer. Draw from `corpus.kept` with `subset`"):
+        train_stream(data, in_order(range(6), 6, 6), 1, Layout(1, 6, 6, 16)).batch(0)
+
+
+def test_spare_rows_stay_empty():
+    data, draw = corpus(20), order(20, 4, 0)
+    exact, spare = (train_stream(data, draw, 5, Layout(1, 4, rows, 16)).batch(2) for rows in (4, 8))
+    assert contents(exact) == contents(spare)
+    assert (spare["tokens"][:, :4] == exact["tokens"]).all() and not spare["segments"][:, 4:].any()
+
+
+def test_errors_of_layouts():
+    data = corpus(20)
+    draw = order(20, 4, 0)
+    with pytest.raises(ValueError, match=r"row \d+ takes 11 token places, but a row of the batch has 6. Raise length"):
+        layout(data, [draw], 2, micro=1, length=6, packing=True)
+    with pytest.raises(ValueError, match="a batch of 4 examples does not split into 3 micro-batches"):
+        layout(data, [draw], 2, micro=3, length=16, packing=True)
+    with pytest.raises(ValueError, match="a step of 4 examples does not fit 2 micro-batches of 4"):
+        train_stream(data, draw, 1, Layout(2, 4, 4, 16)).batch(0)
+    with pytest.raises(ValueError, match=r"needs \d rows and has 1. Give its order to `layout` as well"):
+        train_stream(data, draw, 1, Layout(1, 4, 1, 12)).batch(0)

@@ -1,0 +1,229 @@
+"""Adapters: against peft both ways, the gauge, folding, and what may be trained."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax.lm.models import (
+    DecoderConfig,
+    balance,
+    decoder,
+    init,
+    init_lora,
+    join,
+    load,
+    load_peft,
+    merge,
+    save_peft,
+)
+from bilevel_jax.lm.models.lora import Adapter
+
+TINY = DecoderConfig(
+    vocab=31, width=16, inner=24, layers=2, heads=4, kv_heads=2, head_dim=4, max_length=64, init_scale=0.3
+)
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENS = np.random.default_rng(0).integers(0, TINY.vocab, (2, 9)).astype(np.int32)
+
+
+def logits(config, params, tokens=TOKENS):
+    model = decoder(config)
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden = jax.jit(model.hidden)(params, tokens, positions, jnp.ones_like(tokens))
+    return np.asarray(hidden @ model.head(params))
+
+
+def trained(config, *, dtype=jnp.float32, **options):
+    """Adapters away from their start: B is not zero."""
+    options = {"rank": 3, "alpha": 6, "targets": ALL, **options}
+    adapters = init_lora(config, jax.random.key(1), dtype=dtype, **options)
+    keys = iter(jax.random.split(jax.random.key(2), 2 * len(options["targets"])))
+    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape, jnp.float32).astype(dtype), adapters)
+
+
+def change(adapters, function):
+    """Apply (a, b) -> (a, b) to every adapter."""
+    return {"lora": {name: Adapter(*function(x.a, x.b), x.scale) for name, x in adapters["lora"].items()}}
+
+
+def products(adapters):
+    return {name: np.asarray(x.a @ x.b) for name, x in adapters["lora"].items()}
+
+
+# peft asks a model for a property that transformers has renamed
+PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model saved by transformers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("base")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def peft_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS).long()).logits.numpy()
+
+
+@PEFT
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["qv", "all"])
+def test_peft_reads_what_we_save(base, tmp_path, targets):
+    import peft
+    import transformers
+
+    config, params = load(base)
+    adapters = trained(config, targets=targets)
+    save_peft(tmp_path / "adapter", config, adapters, base="someone/a-model")
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")
+    )
+    ours = logits(config, join(params, adapters))
+    np.testing.assert_allclose(peft_logits(model), ours, atol=1e-5)  # float32, other order of sums
+    assert np.abs(ours - logits(config, params)).max() > 0.1
+    again = load_peft(tmp_path / "adapter", config)
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+
+
+@PEFT
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_we_read_what_peft_saves(base, tmp_path, rslora):
+    import peft
+    import torch
+    import transformers
+
+    options = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_rslora=rslora, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    config, params = load(base)
+    ours = logits(config, join(params, load_peft(tmp_path, config)))
+    np.testing.assert_allclose(ours, peft_logits(model), atol=1e-5)  # float32, other order of sums
+
+
+def test_load_peft_refuses(tmp_path):
+    save_peft(tmp_path / "adapter", TINY, trained(TINY))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    about = json.loads(path.read_text())
+    with pytest.raises(ValueError, match=r"missing \['base_model.model.model.layers.2"):
+        load_peft(tmp_path / "adapter", replace(TINY, layers=3))
+    with pytest.raises(
+        ValueError, match=r"lora_A.weight: the file has \(3, 16\), the configuration asks for \(3, 32\)"
+    ):
+        load_peft(tmp_path / "adapter", replace(TINY, width=32))
+    path.write_text(json.dumps({**about, "use_dora": True}))
+    with pytest.raises(ValueError, match="'use_dora': True} is not supported; only plain LoRA is"):
+        load_peft(tmp_path / "adapter", TINY)
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file"):
+        load_peft(tmp_path, TINY)
+
+
+def test_fresh_adapters_change_nothing(x64):
+    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
+    adapters = init_lora(TINY, jax.random.key(1), rank=3, alpha=6, dtype=jnp.float64)
+    np.testing.assert_allclose(logits(TINY, join(params, adapters)), logits(TINY, params), atol=1e-13)  # B = 0
+    single = init_lora(TINY, jax.random.key(1), rank=3, alpha=6)
+    jax.tree.map(np.testing.assert_array_equal, single, adapters)  # drawn in float32, cast
+    more = init_lora(TINY, jax.random.key(1), rank=3, alpha=6, targets=ALL)
+    np.testing.assert_array_equal(more["lora"]["v_proj"].a, single["lora"]["v_proj"].a)  # a target does not move others
+
+
+def test_merged_equals_joined(x64):
+    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
+    adapters = trained(TINY, dtype=jnp.float64)
+    out = logits(TINY, join(params, adapters))
+    np.testing.assert_allclose(logits(TINY, merge(params, adapters)), out, atol=1e-12)  # float64, other order of sums
+    assert np.abs(out - logits(TINY, params)).max() > 0.1
+
+
+def test_frozen_base_in_bfloat16_is_upcast():
+    stored = init(TINY, jax.random.key(0), dtype=jnp.bfloat16)
+    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
+    adapters = trained(TINY)
+    out = logits(TINY, join(stored, adapters))
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, logits(TINY, join(upcast, adapters)), atol=1e-6)  # float32 rounding
+    folded = merge(stored, adapters)["layers"]["q_proj"]["kernel"]
+    assert folded.dtype == jnp.float32  # in bfloat16 it would lose the adapter
+
+
+def test_only_factors_are_trained():
+    params, adapters = init(TINY, jax.random.key(0)), trained(TINY, targets=("q_proj", "up_proj"))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)]
+    assert paths == [f"['lora']['{name}'].{part}" for name in ("q_proj", "up_proj") for part in "ab"]
+    model = decoder(TINY)
+    tokens = jnp.asarray(TOKENS)
+
+    def loss(adapters, params):
+        return model.hidden(join(params, adapters), tokens, tokens, jnp.ones_like(tokens)).std()
+
+    grad = jax.jit(jax.grad(loss))(adapters, params)
+    assert jax.tree.structure(grad) == jax.tree.structure(adapters)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grad))
+    assert grad["lora"]["q_proj"].scale == 2.0
+
+
+def test_the_gauge_does_not_change_the_model(x64):
+    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
+    adapters = trained(TINY, dtype=jnp.float64)
+    out = logits(TINY, join(params, adapters))
+    for other in (change(adapters, lambda a, b: (5 * a, b / 5)), balance(adapters)):
+        np.testing.assert_allclose(logits(TINY, join(params, other)), out, atol=1e-12)  # float64
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20], ids="rank {}".format)  # 20 is above the width
+def test_balance_is_canonical(rank, x64):
+    adapters = trained(TINY, rank=rank, targets=("k_proj", "down_proj"), dtype=jnp.float64)
+    fixed_gauge = jax.jit(balance)
+    balanced = fixed_gauge(adapters)
+    mix = jnp.eye(rank) + 0.3 * jax.random.normal(jax.random.key(3), (rank, rank)) / rank
+    other = fixed_gauge(change(adapters, lambda a, b: (a @ mix, jnp.linalg.inv(mix) @ b)))
+    for name, adapter in balanced["lora"].items():
+        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
+        assert a.shape == adapters["lora"][name].a.shape and b.shape == adapters["lora"][name].b.shape
+        np.testing.assert_allclose(a @ b, products(adapters)[name], atol=1e-12)  # float64
+        np.testing.assert_allclose(a.swapaxes(1, 2) @ a, b @ b.swapaxes(1, 2), atol=1e-12)
+        if rank < 16:  # above the width the zero singular values have no directions of their own
+            np.testing.assert_allclose(np.abs(other["lora"][name].a), np.abs(a), atol=1e-9)  # up to signs of columns
+
+
+def test_balance_leaves_a_zero_product_alone():
+    fresh = init_lora(TINY, jax.random.key(1), rank=3, alpha=6)
+    jax.tree.map(np.testing.assert_array_equal, balance(fresh), fresh)
+    half = change(fresh, lambda a, b: (a, b.at[1].set(1.0)))  # one layer zero, one of rank 1
+    balanced = balance(half)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(balanced))
+    for name, product in products(half).items():
+        np.testing.assert_allclose(products(balanced)[name], product, atol=1e-5)  # float32
+        np.testing.assert_array_equal(balanced["lora"][name].a[0], fresh["lora"][name].a[0])
+
+
+def test_errors_say_what_to_do():
+    params, adapters = init(TINY, jax.random.key(0)), trained(TINY)
+    with pytest.raises(ValueError, match="give a base without 'lora'"):
+        join(join(params, adapters), adapters)
+    with pytest.raises(ValueError, match=r"adapter of q_proj: factors \(3, 16, 3\) and \(3, 3, 16\) do not fit"):
+        join(params, trained(replace(TINY, layers=3), targets=("q_proj",)))
+    with pytest.raises(ValueError, match=r"\['lm_head'\]; the projections are"):
+        init_lora(TINY, jax.random.key(0), rank=2, alpha=2, targets=("q_proj", "lm_head"))
+    with pytest.raises(ValueError, match="rank 0; an adapter has a rank of at least 1"):
+        init_lora(TINY, jax.random.key(0), rank=0, alpha=2)

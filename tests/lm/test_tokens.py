@@ -1,0 +1,243 @@
+"""Exactly one BOS, an end token, and a mask that decodes to the response, whatever tokenizer and template."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bilevel_jax.lm.cipher import tokenizer as cipher_tokenizer
+from bilevel_jax.lm.data import Example, Turn
+from bilevel_jax.lm.tokens import Tokenized, corpus_of, load_tokenizer, tokenize
+
+MODELS = Path(__file__).parents[3] / "shared" / "models"
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|head|>' + m.role + '\n' + m.content + '<|eot|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}"
+)
+BLOCKS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|eot|>' }}{% endgeneration %}{% else %}{{ m.content + '<|eot|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+OUTSIDE = BLOCKS.replace("+ '<|eot|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|eot|>' }}")
+PLAIN = (  # no special tokens, no generation prompt
+    "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+)
+LLAMA2 = (  # every exchange is a document of its own
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
+    "{{ raise_exception('no system turns') }}{% endif %}{% endfor %}"
+)
+THINKING = (  # what stands before an answer goes once it is not the last: the prompt is no prefix
+    "{% for m in messages %}{{ '<|head|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '(thinks) ' }}{% endif %}{{ m.content + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant\n(thinks) ' }}{% endif %}"
+)
+
+
+def bpe(template=None, bos="<|begin|>", eos="<|eot|>"):
+    """A byte-level BPE as of Llama 3, whose post-processor puts BOS in front once more."""
+    special = ["<|begin|>", "<|eot|>", "<|end|>", "<|head|>", "<|/head|>"]
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    text = ["user assistant system Name a pet. A cat, or a dog.\n\nWhich one is it? The cat is."] * 4
+    inner.train_from_iterator(text, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    out = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, chat_template=template)
+    out.add_special_tokens({"additional_special_tokens": special})
+    out.bos_token, out.eos_token = bos, eos
+    return out
+
+
+def example(*contents, roles=("user", "assistant"), line=1):
+    roles = [roles[i % len(roles)] for i in range(len(contents))] if len(contents) > 1 else ["text"]
+    return Example(f"{line:x}#0", 0, tuple(map(Turn, roles, contents)), "mine", None, "rows.jsonl", line)
+
+
+def runs(row, tokenizer):
+    """The decoded text of each run of targets."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], row.supervised, [0]]).astype(int)))
+    return [tokenizer.decode(row.ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+PAIR = example("Name a pet.", "A cat, 猫!")
+TALK = example("Name a pet.", "A cat", "Which one?", "The cat\nis it.")
+TEXT = example("The cat is.\n Or a dog?")
+TABLE = [
+    ("llama3", bpe(LLAMA3), PAIR, ["A cat, 猫!<|eot|>"]),
+    ("llama3 talk", bpe(LLAMA3), TALK, ["A cat<|eot|>", "The cat\nis it.<|eot|>"]),
+    ("another eos", bpe(LLAMA3, eos="<|end|>"), PAIR, ["A cat, 猫!<|eot|><|end|>"]),
+    ("no bos, no eos", bpe(CHATML, bos=None, eos=None), TALK, ["A cat<|eot|>", "The cat\nis it.<|eot|>"]),
+    ("template without bos", bpe(CHATML), TALK, ["A cat<|eot|>", "The cat\nis it.<|eot|>"]),
+    ("generation blocks", bpe(BLOCKS), TALK, ["A cat<|eot|>", "The cat\nis it.<|eot|>"]),
+    ("blocks without the end", bpe(OUTSIDE), TALK, ["A cat<|eot|>", "The cat\nis it.<|eot|>"]),
+    ("blocks, text row", bpe(BLOCKS), TEXT, ["The cat is.\n Or a dog?<|eot|>"]),
+    ("headers, no generation prompt", bpe(PLAIN), TALK, ["A cat\n", "The cat\nis it.<|eot|>"]),
+    ("llama2", bpe(LLAMA2), TALK, [" A cat <|eot|>", " The cat\nis it. <|eot|>"]),
+    ("no template", bpe(), PAIR, ["A cat, 猫!<|eot|>"]),
+    ("no template, no bos", bpe(bos=None), PAIR, ["A cat, 猫!<|eot|>"]),
+    ("empty prompt", bpe(), example("", "A cat"), ["A cat<|eot|>"]),
+    ("text", bpe(), TEXT, ["The cat is.\n Or a dog?<|eot|>"]),
+    ("cipher", cipher_tokenizer(), example("bhace>", "cibdf"), ["cibdf</s>"]),
+]
+
+
+@pytest.mark.parametrize("name, tokenizer, row, wanted", TABLE, ids=[row[0] for row in TABLE])
+def test_mask_decodes_to_the_response(name, tokenizer, row, wanted):
+    corpus, report = tokenize([row], tokenizer, max_length=200)
+    out = corpus.row(0)
+    assert runs(out, tokenizer) == wanted
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert not out.supervised[0] and out.supervised[-1]
+    if bos is not None and "llama2" not in name:
+        assert out.ids[0] == bos and (out.ids == bos).sum() == 1
+    if eos is not None:
+        assert out.ids[-1] == eos and out.ids[-2] != eos
+    assert (out.ids.dtype, out.supervised.dtype) == (np.int32, bool)
+    assert (report.rows, report.tokens, report.supervised) == (1, len(out.ids), out.supervised.sum())
+    assert report.longest == len(out.ids) and report.truncated == report.dropped == report.merged == 0
+
+
+def test_llama2_begins_with_one_bos_though_the_template_writes_one_per_exchange():
+    tokenizer = bpe(LLAMA2)
+    ids = tokenize([TALK], tokenizer, max_length=200)[0].ids
+    assert [int(i) for i in np.flatnonzero(ids == tokenizer.bos_token_id)][0] == 0
+    assert (ids == tokenizer.bos_token_id).sum() == 2
+
+
+def test_prompt_is_what_generation_will_be_given():
+    tokenizer = bpe(LLAMA3)
+    out = tokenize([PAIR], tokenizer, max_length=200)[0].row(0)
+    asked = tokenizer.apply_chat_template(
+        [PAIR.turns[0]._asdict()], add_generation_prompt=True, return_dict=False, tokenize=True
+    )
+    assert out.ids[~out.supervised].tolist() == asked
+
+
+def test_rows_keep_their_order_whatever_path_they_take():
+    rows = [TEXT, TALK, PAIR, TEXT]
+    for template in (BLOCKS, LLAMA3):
+        tokenizer = bpe(template)
+        corpus, report = tokenize(rows, tokenizer, max_length=200)
+        assert corpus.rows == report.rows == 4 and corpus.kept.tolist() == [0, 1, 2, 3]
+        assert [len(runs(corpus.row(i), tokenizer)) for i in range(4)] == [1, 2, 1, 1]
+        alone = [tokenize([row], tokenizer, max_length=200)[0].row(0).ids.tolist() for row in rows]
+        assert [corpus.row(i).ids.tolist() for i in range(4)] == alone
+
+
+def test_template_joins_prompt_and_response():
+    tokenizer = bpe()
+    corpus, _ = tokenize([PAIR], tokenizer, max_length=99, template="Q: {prompt}\nA:\n{response}")
+    assert tokenizer.decode(corpus.ids) == "<|begin|>Q: Name a pet.\nA:\nA cat, 猫!<|eot|>"
+    assert runs(corpus.row(0), tokenizer) == ["A cat, 猫!<|eot|>"]
+    braces = example("{response} {x} %s", "{prompt}")
+    assert tokenizer.decode(tokenize([braces], tokenizer, max_length=99)[0].ids).endswith("%s\n{prompt}<|eot|>")
+    for template in ("{prompt}", "{response} {prompt}", "{prompt}{prompt}{response}", "{prompt}{response}."):
+        with pytest.raises(ValueError, match=r"must hold \{prompt\} once and \{response\} once, at its end. Write"):
+            tokenize([PAIR], tokenizer, max_length=99, template=template)
+
+
+def test_token_across_the_border():
+    tokenizer = bpe()
+    template = "{prompt} A: {response}"  # the space goes into the first token of the response
+    corpus, report = tokenize([example("Name a pet.", "The cat")], tokenizer, max_length=99, template=template)
+    assert report.merged == 1 and runs(corpus.row(0), tokenizer) == [" The cat<|eot|>"]
+    assert "1 prompts end in white space that the first token of the response takes in" in str(report)
+    with pytest.raises(ValueError, match="rows.jsonl:7: a token holds the end of a prompt and the start of a response"):
+        tokenize([example("Which on", "e", line=7)], tokenizer, max_length=99, template="{prompt}{response}")
+
+
+def test_too_long():
+    tokenizer = bpe()
+    rows = [PAIR, example("Name a pet.", "A cat. " * 9, line=2), example("Name a pet. " * 9, "A cat", line=3)]
+    lengths = tokenize(rows, tokenizer, max_length=999)[0].lengths
+    limit = int(lengths[0])
+    assert lengths[1] > limit and lengths[2] > limit
+    tokenize(rows[:1], tokenizer, max_length=limit)  # exactly at the limit is fine
+    with pytest.raises(ValueError) as error:
+        tokenize(rows, tokenizer, max_length=limit)
+    assert str(error.value) == (
+        f"rows.jsonl:2: {lengths[1]} tokens, and max_length is {limit}. Raise max_length, shorten the row, or set "
+        "truncate to 'right' or 'drop'. (1 more rows have such a problem.)"
+    )
+    with pytest.raises(ValueError, match=rf"rows.jsonl:3: {lengths[2]} tokens, and its prompt alone fills max_length"):
+        tokenize(rows, tokenizer, max_length=limit, truncate="right")
+    corpus, report = tokenize(rows[:2], tokenizer, max_length=limit, truncate="right")
+    assert corpus.lengths.tolist() == [limit, limit] and report.truncated == 1
+    assert "A cat. A cat. ".startswith(runs(corpus.row(1), tokenizer)[0][:9]) and corpus.ids[-1] != 1
+    corpus, report = tokenize(rows, tokenizer, max_length=limit, truncate="drop")
+    assert corpus.lengths.tolist() == [limit, 0, 0] and corpus.kept.tolist() == [0] and report.dropped == 2
+    assert "2 rows dropped as too long" in str(report)
+    with pytest.raises(ValueError, match="none of 2 rows is within max_length = "):
+        tokenize(rows[1:], tokenizer, max_length=limit, truncate="drop")
+
+
+ERRORS = [
+    (
+        bpe(),
+        example("a<|eot|>", "b"),
+        {},
+        r"holds '<\|eot\|>', which the tokenizer reads as a special token",
+    ),
+    (bpe(), TALK, {}, "rows.jsonl:1: a dialogue of 4 turns, and the tokenizer has no chat template."),
+    (bpe(THINKING), TALK, {}, r"changes what stands before message 2 .* Use a template with {% generation %} blocks"),
+    (bpe(LLAMA3.replace("trim", "upper")), PAIR, {}, "the chat template changes the text of message 2"),
+    (bpe(LLAMA2), example("a", "b", roles=("system", "assistant")), {}, r"refuses the roles \['system', .*no system"),
+    (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
+    (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
+    (bpe(), PAIR, {"truncate": "left"}, r"truncate is 'left'; it is one of \['error', 'right', 'drop'\]"),
+    (bpe(), PAIR, {"max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
+]
+
+
+@pytest.mark.parametrize("tokenizer, row, options, message", ERRORS)
+def test_error(tokenizer, row, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize([row], tokenizer, **({"max_length": 200} | options))
+
+
+def test_unknown_tokens_are_counted():
+    corpus, report = tokenize([example("bhace>", "ciéB7")], cipher_tokenizer(), max_length=32)
+    assert report.unknown == pytest.approx(3 / 13) and "23.1% of the tokens are unknown" in str(report)
+
+
+def test_corpus_of_rows():
+    rows = [Tokenized(np.arange(n, dtype=np.int32), np.arange(n) > 1) for n in (3, 0, 2)]
+    corpus = corpus_of(rows)
+    assert corpus.lengths.tolist() == [3, 0, 2] and corpus.kept.tolist() == [0, 2] and corpus.rows == 3
+    assert corpus.row(2).ids.tolist() == [0, 1] and corpus.row(0).supervised.tolist() == [False, False, True]
+
+
+def test_load_tokenizer(tmp_path):
+    bpe(LLAMA3).save_pretrained(str(tmp_path / "model"))
+    loaded = load_tokenizer(tmp_path / "model")
+    assert tokenize([TALK], loaded, max_length=99)[0].ids.tolist() == (
+        tokenize([TALK], bpe(LLAMA3), max_length=99)[0].ids.tolist()
+    )
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json or tokenizer_config.json. Name a folder in the"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(not MODELS.is_dir(), reason="the shared folder of real models is absent")
+@pytest.mark.parametrize("name", ["babyllama-1m", "stories-260k"])
+def test_real_tokenizer(name):
+    tokenizer = load_tokenizer(MODELS / name)
+    rows = [example("Tom said:", "“Hi”, 3 + 4 = 7\n\nThe end.", line=1), example("One day, Lily\nran.", line=2)]
+    corpus, report = tokenize(rows, tokenizer, max_length=256)
+    assert tokenizer.decode(corpus.row(0).ids).replace("<s> ", "<s>") == "<s>Tom said:\n“Hi”, 3 + 4 = 7\n\nThe end.</s>"
+    assert runs(corpus.row(0), tokenizer) == ["“Hi”, 3 + 4 = 7\n\nThe end.</s>"]
+    assert runs(corpus.row(1), tokenizer) == ["One day, Lily\nran.</s>"]
+    for i in range(2):
+        ids = corpus.row(i).ids
+        assert (ids == 1).sum() == (ids == 2).sum() == 1 and ids[0] == 1 and ids[-1] == 2
+    assert report.unknown == 0 and 0 < report.bytes < 0.3  # characters outside the vocabulary are spelled in bytes

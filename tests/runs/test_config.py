@@ -1,0 +1,240 @@
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from bilevel_jax.runs.config import (
+    MAY_DIFFER,
+    SelectConfig,
+    check,
+    config_hash,
+    differences,
+    find,
+    load,
+    resolved,
+)
+from bilevel_jax.runs.optimizers import DIRECTIONS, SHAPES, clip, optimizer, schedule
+from bilevel_jax.runs.read import fields, read
+
+SMALL = """
+model: {path: builtin:cipher, lora_rank: 1e1}
+data: {train: a.jsonl, validation: [v.jsonl]}
+optimizer:
+  learning_rate: 1e-5
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def broken(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read(SelectConfig, path)
+    return str(caught.value).replace(f"{path}", "c.yaml")
+
+
+def test_values_are_decoded_by_their_fields_type(small):
+    config = load(small)
+    assert config.optimizer.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
+    assert config.model.lora_rank == 10 and isinstance(config.model.lora_rank, int)
+    assert config.data.train == ("a.jsonl",) and config.data.validation == ("v.jsonl",)
+    assert config.outer == SelectConfig().outer
+
+
+def test_the_command_line_wins(small):
+    flags = ["--optimizer.learning-rate", "2e-4", "--data.train", "x", "y", "--fast", "--out=there", "--resume"]
+    config = load(small, flags)
+    assert config.optimizer.learning_rate == 2e-4
+    assert config.data.train == ("x", "y")
+    assert not config.compare.enabled and not config.certify.enabled
+    assert config.output.folder == "there" and config.output.resume
+
+
+def test_defaults_need_only_a_model_and_data():
+    config = load(None, ["--model.path", "m", "--data.train", "t", "--data.validation", "v"])
+    assert config.train == SelectConfig().train
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("modle: {path: x}", "c.yaml:1: unknown section 'modle'; did you mean 'model'? the sections: model, data,"),
+        (
+            "optimizer:\n  learning_rat: 1",
+            "c.yaml:2: unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'? the keys of optimizer:",
+        ),
+        ("output: {learning_rate: 3}", "did you mean 'optimizer.learning_rate'?"),
+        ("train: {steps: 1.5}", "c.yaml:1: train.steps is 1.5 (float); wanted a whole number."),
+        ("train: {steps: many}", "train.steps is 'many' (str); wanted a whole number."),
+        ("train: {steps: true}", "train.steps is True (bool); wanted a whole number."),
+        ("train: {steps: }", "train.steps is empty; wanted a whole number."),
+        ("outer: {prior: .nan}", "outer.prior is nan (float); wanted a number."),
+        ("outer: {method: exact}", "wanted one of unrolled, implicit, window, alignment."),
+        ("outer: {redraw: 'yes'}", "outer.redraw is 'yes' (str); wanted true or false."),
+        ("data: {template: 3}", "data.template is 3 (int); wanted text (quote"),
+        ("data: {split: [1, 2]}", "wanted a list of 3."),
+        ("train: 3", "c.yaml:1: train is 3 (int); wanted its keys: steps, batch, micro, seed."),
+        ("train:\n  steps: 3\n  steps: 4", "c.yaml:3: 'train.steps' stands twice; the first is at c.yaml:2."),
+        ("3", "c.yaml: holds 3 (int); wanted sections: model,"),
+        ("true: 1", "unknown section 'True'"),
+        ("train: [", "c.yaml: not YAML:"),
+    ],
+)
+def test_trouble_in_the_file_is_named(tmp_path, text, said):
+    assert said in broken(tmp_path, text)
+
+
+def test_all_trouble_is_told_at_once(tmp_path):
+    text = broken(tmp_path, "modle: {}\ntrain: {step: 1, batch: x}\n")
+    assert len(text.splitlines()) == 3
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert read(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
+    (tmp_path / "c.yaml").write_text("train:\n")
+    assert read(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--train.micro", "3"], "train.micro = 3: must be 1 or more and divide train.batch"),
+        (["--outer.method", "implicit"], "outer.prior = 0.0: must be 0 or more; the implicit method needs it above 0"),
+        (["--optimizer.name", "lion"], "optimizer.name = 'lion': lion steps along a sign, whose derivative is 0"),
+        (["--outer.max-step", "inf"], "outer.max_step = inf: must be finite"),
+        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
+        (["--data.split", "0.5", "0.5", "0.5"], "data.split = (0.5, 0.5, 0.5): three shares"),
+        (["--model.lora-rank", "0", "--model.base-dtype", "bfloat16"], "only a frozen base can be stored in bfloat16"),
+        (["--optimizer.warmup", "9", "--train.steps", "9"], "must be 0 or more and below train.steps"),
+        (["--output.threshold", "1", "--output.resample", "5"], "they are two ways to select"),
+        (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
+    ],
+)
+def test_rules(small, flags, said):
+    with pytest.raises(ValueError) as caught:
+        load(small, flags)
+    assert said in str(caught.value)
+
+
+def test_rules_hold_for_lion_where_its_derivative_is_not_used(small):
+    assert load(small, ["--optimizer.name", "lion", "--outer.method", "alignment"]).optimizer.name == "lion"
+
+
+def test_broken_rules_are_told_together():
+    with pytest.raises(ValueError) as caught:
+        check(SelectConfig(), "here")
+    assert [line.split()[0] for line in str(caught.value).splitlines()[1:]] == [
+        "model.path",
+        "data.train",
+        "data.validation",
+    ]
+
+
+def test_a_wrong_flag_names_the_nearest(small, capsys):
+    with pytest.raises(SystemExit):
+        load(small, ["--optimizer.learning-rat", "3"])
+    assert "--optimizer.learning-rate" in capsys.readouterr().err
+
+
+def test_help_says_what_every_key_means(small, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(small, ["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for section, kind in fields(SelectConfig).items():
+        for key in fields(kind):
+            flag = f"--{section}.{key}".replace("_", "-")
+            start = text.index(flag)  # the flag's own line, then what it means, then its default
+            about = " ".join(text[start : text.index("(default:", start)].replace("│", "").split()[2:])
+            assert len(about) > 10, f"{flag} has no comment"
+
+
+def test_resolved_reads_back_equal(small, tmp_path):
+    config = load(small, ["--data.template", "é: {prompt}\n", "--output.folder", "1e5"])
+    (tmp_path / "config.yaml").write_text(resolved(config), encoding="utf-8")
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_hash_and_differences_see_what_changes_the_numbers(small):
+    config, other = load(small), load(small, ["--train.steps", "7", "--optimizer.warmup", "2"])
+    assert config_hash(config) != config_hash(other)
+    assert differences(config, other) == [
+        "optimizer.warmup: 10 in the run, 2 now",
+        "train.steps: 300 in the run, 7 now",
+    ]
+    moved = load(small, ["--out", "b", "--resume", "--output.no-progress", "--devices.data", "2"])
+    assert config_hash(config) == config_hash(moved) and differences(config, moved) == []
+
+
+def test_what_may_differ_exists():
+    known = {f"{section}.{key}" for section, kind in fields(SelectConfig).items() for key in fields(kind)}
+    assert set(MAY_DIFFER) <= known
+
+
+def test_a_config_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml: no such config"):
+        find("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_optimizers_go_downhill(name):
+    config = fields(SelectConfig)["optimizer"](name=name, learning_rate=0.1, warmup=0, clip=1.0, weight_decay=1e-3)
+    tx = optimizer(config, steps=60)
+    params = jnp.array([2.0, -1.0])
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(2 * params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert jnp.linalg.norm(params) < 0.3  # from 2.2
+
+
+def test_adamw_is_that_of_optax(x64):
+    config = SelectConfig().optimizer
+    ours = optimizer(config, steps=300)
+    theirs = optax.adamw(schedule(config, 300), eps_root=config.eps_root, weight_decay=config.weight_decay)
+    params = jnp.array([1.0, 2.0])
+    a, b = ours.init(params), theirs.init(params)
+    for grad in ([0.3, -2.0], [0.0, 1.0]):
+        (u, a), (v, b) = ours.update(jnp.array(grad), a, params), theirs.update(jnp.array(grad), b, params)
+        assert jnp.allclose(u, v, rtol=1e-12)  # the same formula in another order
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_schedules(name):
+    config = fields(SelectConfig)["optimizer"](schedule=name, warmup=10, learning_rate=2.0)
+    rates = jnp.array([schedule(config, 100)(step) for step in range(101)])
+    assert rates[0] == pytest.approx(2 / 11) and float(rates.max()) == pytest.approx(2.0) and rates[10] == 2.0
+    assert rates[100] == pytest.approx(2.0 if name == "constant" else 0.0, abs=1e-6)
+
+
+def test_clip_is_that_of_optax_with_a_derivative_at_zero():
+    grad = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
+    for greatest in (1.0, 10.0):
+        ours, theirs = clip(greatest), optax.clip_by_global_norm(greatest)
+        a, b = ours.update(grad, ours.init(grad))[0], theirs.update(grad, theirs.init(grad))[0]
+        assert jnp.allclose(a["a"], b["a"])
+    slope = jax.grad(lambda g: clip(1.0).update(g, optax.EmptyState())[0].sum())(jnp.zeros(2))
+    assert jnp.array_equal(slope, jnp.ones(2))
+    assert not math.isnan(float(slope[0]))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_the_configs_that_come_with_the_package_are_right(path):
+    assert load(path).model.path != ""
