@@ -16,7 +16,7 @@ Retrain = Callable[[Hyper], float]
 
 
 class Exact(NamedTuple):
-    """Central differences of the estimand along sign(grad), over the same slope predicted by the estimate."""
+    """Central differences of the estimand along w * sign(grad), over the slope that the estimate predicts."""
 
     steps: tuple[float, ...]
     ratios: tuple[float, ...]
@@ -60,20 +60,21 @@ class Verdict(NamedTuple):
         return " ".join(filter(None, [f"{head}:", self.reason, self.remedy]))
 
 
-def exact(retrain: Retrain, hyper: Hyper, grad: Hyper, steps: Sequence[float] = (0.1, 0.03, 0.01, 0.003)) -> Exact:
-    """ratio(s) = [L_v(h + s d) - L_v(h - s d)] / (2 s <grad, d>) with d = sign(grad); 1 where the estimate is right.
+def exact(retrain: Retrain, weights: Hyper, grad: Hyper, steps: Sequence[float] = (0.1, 0.03, 0.01, 0.003)) -> Exact:
+    """ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>) with d = w * sign(grad); 1 where the estimate is right.
 
-    Along sign(grad) nothing cancels; along a random direction <grad, d> does, and in float32 the ratio would be off by
-    percents for a gradient that is right to 1e-4. The largest step also tells regimes apart: it leaves 1 where training
-    is chaotic, although the derivative is right. Costs two retrains a step.
+    Every weight changes by the share s of itself, so none turns negative. Along the signs of grad nothing cancels;
+    along a random direction <grad, d> does, and in float32 the ratio would be off by percents for a gradient that is
+    right to 1e-4. The largest step also tells regimes apart: its ratio leaves 1 where training is chaotic, although
+    the derivative is right. Costs two retrains a step.
     """
-    direction = jax.tree.map(jnp.sign, grad)
+    direction = jax.tree.map(lambda w, g: w * jnp.sign(g), weights, grad)
     slope = float(optax.tree.vdot(grad, direction))
     if slope == 0:
         return Exact(tuple(steps), (float("nan"),) * len(steps))
     ratios = []
     for size in steps:
-        up, down = (retrain(optax.tree.add_scale(hyper, sign * size, direction)) for sign in (1.0, -1.0))
+        up, down = (retrain(optax.tree.add_scale(weights, sign * size, direction)) for sign in (1.0, -1.0))
         ratios.append((up - down) / (2 * size * slope))
     return Exact(tuple(steps), tuple(ratios))
 
@@ -157,8 +158,8 @@ def verdict(certificates: Certificates) -> Verdict:
         return Verdict("UNDECIDED", "", "the certificates were not computed.", "Compute them (run without --fast).")
     size, ratio, cosine = certificates.exact.steps[0], certificates.exact.ratios[0], certificates.smooth
     reason = (
-        f"a change of {size:g} in every weight moves L_v by {ratio:.2f} of what the gradient predicts, and without a "
-        f"fifth of the rows the gradient keeps a cosine of {cosine:.2f}."
+        f"a change of every weight by {size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and without a "
+        f"fifth of the rows the gradient keeps a cosine of {cosine:.3f}."
     )
     remedy = "Lower the learning rate, raise eps_root, or use a window."
     if not 0.9 <= ratio <= 1.1 or not cosine >= 0.5:

@@ -144,9 +144,14 @@ def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[
         with jax.default_matmul_precision("highest"):
             return jax.lax.scan(add_micro, total, batch)[0]
 
+    @jax.jit  # or each call would trace the model to learn the dtypes
+    def zero(params, fixed, batch):
+        micro = jax.tree.map(lambda leaf: leaf[0], batch)
+        shapes = jax.eval_shape(jax.value_and_grad(problem.outer), params, fixed, micro)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
     def value_and_slope(params: Params, fixed: Fixed, stream: Stream) -> tuple[Scalar, Params]:
-        shapes = jax.eval_shape(jax.value_and_grad(problem.outer), params, fixed, _first_micro(stream))
-        total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total = zero(params, fixed, stream.batch(0))
         for index in range(stream.steps):
             total = add(total, params, fixed, stream.batch(index))
         return total
@@ -221,7 +226,3 @@ def _half_zero(grad: Params) -> Params:
         return leaf * jnp.asarray(np.arange(leaf.size) % 2, leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(halve, grad)
-
-
-def _first_micro(stream: Stream):
-    return jax.tree.map(lambda leaf: leaf[0], stream.batch(0))

@@ -1,7 +1,7 @@
 """The quickstart's task: a next-letter cipher with right, consistently wrong and random rows, as ordinary files.
 
-`bhace>` wants `cibdf`: every letter moves on by one, and the last of the twelve returns to the first. A model of 22
-thousand parameters learns it in seconds, and which training rows hurt is known.
+`bhz>` wants `cia`: every letter moves on by one. A model of 22 thousand parameters that can already copy learns it in
+seconds, a handful of trusted rows does not teach it the whole alphabet, and which training rows hurt is known.
 """
 
 import json
@@ -42,16 +42,18 @@ def write(
     validation: int = 16,
     select: int = 16,
     report: int = 128,
+    copies: int = 512,
 ) -> Path:
-    """Write train, validation, select and report .jsonl and model/ (config and tokenizer, no weights) into `folder`.
+    """Write train, validation, select, report and copies .jsonl and untrained/ (config and tokenizer) into `folder`.
 
-    Training rows carry the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters); all
-    other rows are clean. No prompt stands in two rows. The same arguments write the same bytes; a part of 0 rows is
+    Training rows carry the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters); rows of
+    copies repeat the prompt's letters, for the model to learn the form before it is asked anything; all other rows
+    are clean. No prompt stands in two rows. The same arguments write the same bytes; a part of 0 rows is
     left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
     sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "select": select}
-    sizes["report"] = report
+    sizes |= {"report": report, "copies": copies}
     if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= STRINGS:
         raise ValueError(f"{sizes} rows: none may be negative, and together they must be 1 to {STRINGS} strings.")
     drawn = permutation(np.arange(sum(sizes.values())), STRINGS, seed).tolist()
@@ -59,45 +61,48 @@ def write(
     random = iter(_letters(number) for number in permutation(np.arange(2 * noise + 2), STRINGS, seed, 1).tolist())
 
     def noisy(string: str) -> str:
-        return next(r for r in random if r not in (rotate(string, 1), rotate(string, -1)))
+        return next(r for r in random if r not in {rotate(string, by) for by in (-1, 0, 1)})
 
     rules: dict[str, Callable[[str], str]] = {
         "clean": lambda string: rotate(string, 1),
         "wrong": lambda string: rotate(string, -1),
         "noise": noisy,
+        "copy": lambda string: rotate(string, 0),
     }
 
     def rows(label: str, count: int) -> list[dict[str, str]]:
         taken = [next(strings) for _ in range(count)]
         return [{"prompt": s + ">", "response": rules[label](s), "label": label} for s in taken]
 
-    train = [row for label in rules for row in rows(label, sizes[label])]
+    train = [row for label in ("clean", "wrong", "noise") for row in rows(label, sizes[label])]
     shuffled = [train[i] for i in permutation(np.arange(len(train)), max(len(train), 1), seed, 2)]
     files = {"train": shuffled} | {name: rows("clean", sizes[name]) for name in ("validation", "select", "report")}
+    files["copies"] = rows("copy", copies)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if part:
             _put(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
-    (folder / "model").mkdir(exist_ok=True)
-    _put(folder / "model" / "config.json", json.dumps(config(), indent=2) + "\n")
-    tokenizer().save_pretrained(str(folder / "model"))
+    (folder / "untrained").mkdir(exist_ok=True)
+    _put(folder / "untrained" / "config.json", json.dumps(config(), indent=2) + "\n")
+    tokenizer().save_pretrained(str(folder / "untrained"))
     return folder
 
 
 def rotate(string: str, by: int) -> str:
-    """Each letter moved on by `by` places among the twelve."""
-    return "".join(LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)] for letter in string)
+    """Each letter moved on by `by` places among the twelve, and every second letter by one more."""
+    moved = ((LETTERS.index(letter) + by + place % 2) % len(LETTERS) for place, letter in enumerate(string))
+    return "".join(LETTERS[number] for number in moved)
 
 
 def config() -> dict[str, Any]:
-    """config.json of a Llama of 2 layers and width 32: 21,696 parameters, embeddings tied."""
+    """config.json of a Llama of 2 layers and width 32: 21,952 parameters, embeddings tied."""
     return {
         "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
+        "attention_bias": True,
         "bos_token_id": SPECIAL.index("<s>"),
         "dtype": "float32",
         "eos_token_id": SPECIAL.index("</s>"),
-        "head_dim": 8,
+        "head_dim": 16,
         "hidden_act": "silu",
         "hidden_size": 32,
         "initializer_range": 0.18,
@@ -105,12 +110,12 @@ def config() -> dict[str, Any]:
         "max_position_embeddings": 32,
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
         "num_hidden_layers": 2,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 2,
         "pad_token_id": SPECIAL.index("<pad>"),
         "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"},
         "tie_word_embeddings": True,
         "vocab_size": len(SPECIAL) + len(CHARACTERS),
     }

@@ -20,7 +20,9 @@ from bilevel_jax.runs.learn import Learned
 from bilevel_jax.runs.task import Task
 
 
-def weights_table(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]) -> pa.Table:
+def weights_table(
+    task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]
+) -> pa.Table:
     """One row per training row, joined by `id` and never by position; signs and units in the schema's metadata."""
     chosen = np.zeros(task.rows, bool)
     chosen[selected] = True
@@ -94,7 +96,9 @@ def select_rows(
 def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:
     """The kept rows as jsonl in their order, in the form of chat messages, prompt and response, or text."""
     return "".join(
-        json.dumps({**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}, ensure_ascii=False)
+        json.dumps(
+            {**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}, ensure_ascii=False
+        )
         + "\n"
         for row in selected
     )

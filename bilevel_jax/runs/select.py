@@ -38,7 +38,11 @@ def select(config: SelectConfig) -> dict[str, Any]:
         files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
         files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
         with session(
-            folder, resume=output.resume, progress=output.progress, save_seconds=60 * output.save_minutes, log_after=None
+            folder,
+            resume=output.resume,
+            progress=output.progress,
+            save_seconds=60 * output.save_minutes,
+            log_after=None,
         ) as work:
             return _work(task, config, work, folder)
 
@@ -85,10 +89,11 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         "selected": len(selected),
         "work": {"outer": sum(record["work"] for record in learned.records)}
         | {name: work.cost(name)[0] for name in ("certify", "compare")},
+        "seconds": {name: work.cost(name)[1] for name in ("certify", "compare")},
         "config_hash": configs.config_hash(config),
     }
     files.write_atomic(folder / "result.json", json.dumps(_json(result), indent=1))
-    report.write(folder)
+    report.write(folder, task.examples)
     return result
 
 

@@ -93,7 +93,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(folder: Path, *, resume: bool, progress: bool, save_seconds: float, log_after: int | None) -> Iterator[Session]:
+def session(
+    folder: Path, *, resume: bool, progress: bool, save_seconds: float, log_after: int | None
+) -> Iterator[Session]:
     """Open a run: lock its folder, catch signals, show the bar; close all of it whatever happens."""
     (folder / "checkpoints").mkdir(exist_ok=True)
     console = Console(stderr=True)
@@ -116,7 +118,17 @@ def session(folder: Path, *, resume: bool, progress: bool, save_seconds: float, 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and commit: what another person needs to see the same numbers."""
-    packages = ("bilevel-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+    packages = (
+        "bilevel-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "datasets",
+        "numpy",
+    )
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +15,16 @@ from jaxtyping import Float, Int
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.transition import transition
 from bilevel_jax.core.types import PADDING, Fixed, Loss, Params, Problem, Stream, Transition
-from bilevel_jax.lm import batches, cipher, data, losses, tokens
+from bilevel_jax.lm import batches, data, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.optimizers import optimizer
 
-BUILTIN = "builtin:cipher"
 PARTS = ("fit", "select", "report")
 
 
@@ -108,7 +107,7 @@ def prepare(config: SelectConfig, folder: Path, seeds: Sequence[int]) -> Task:
     `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share
     must hold each of them. The quickstart's own files are written into `folder`/input.
     """
-    config = builtin(config, folder)
+    config = embedded(config, folder)
     examples, trusted, notes = _rows(config)
     mesh = placing.make_mesh(config.devices.data)
     tokenizer = tokens.load_tokenizer(config.model.path)
@@ -148,7 +147,10 @@ def prepare(config: SelectConfig, folder: Path, seeds: Sequence[int]) -> Task:
         trusted=trusted,
         notes=notes,
         corpus=corpus,
-        held_out={part: placing.kept(mesh, batches.evaluation_stream(one, layout._replace(rows=layout.examples))) for part, one in evaluated.items()},
+        held_out={
+            part: placing.kept(mesh, batches.evaluation_stream(one, layout._replace(rows=layout.examples)))
+            for part, one in evaluated.items()
+        },
         architecture=architecture,
         decoder=decoder,
         tokenizer=tokenizer,
@@ -202,29 +204,6 @@ def per_row(
         index = np.asarray(batch["index"])
         out[index[index != PADDING]] = np.asarray(compiled(params, fixed, batch))[index != PADDING]
     return out
-
-
-def builtin(config: SelectConfig, folder: Path) -> SelectConfig:
-    """The config with the embedded task's name replaced by the files that it is written to, once."""
-    if BUILTIN not in (config.model.path, *config.data.train):
-        return config
-    made = cipher.write(folder / "input", seed=config.data.seed)
-
-    def files(name: str, paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(made / f"{name}.jsonl") if path == BUILTIN else path for path in paths)
-
-    rows = config.data
-    return replace(
-        config,
-        model=replace(config.model, path=str(made / "model") if config.model.path == BUILTIN else config.model.path),
-        data=replace(
-            rows,
-            train=files("train", rows.train),
-            validation=files("validation", rows.validation),
-            select=files("select", rows.select),
-            report=files("report", rows.report),
-        ),
-    )
 
 
 def _rows(config: SelectConfig) -> tuple[list[Example], dict[str, list[Example]], list[str]]:

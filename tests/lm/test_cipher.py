@@ -10,11 +10,11 @@ from bilevel_jax.lm.cipher import LETTERS, config, letter_accuracy, rotate, toke
 from bilevel_jax.lm.data import leaks, load
 from bilevel_jax.lm.tokens import load_tokenizer, tokenize
 
-PARTS = {"train": 384, "validation": 16, "select": 16, "report": 128}
+PARTS = {"train": 384, "validation": 16, "select": 16, "report": 128, "copies": 512}
 
 
 def test_rotate():
-    assert rotate("bhace", 1) == "cibdf" and rotate("lab", 1) == "abc" and rotate("abc", -1) == "lab"
+    assert rotate("bhz", 1) == "cia" and rotate("zab", 1) == "abc" and rotate("abc", -1) == "zab"
 
 
 def test_rules_and_counts(tmp_path):
@@ -24,18 +24,19 @@ def test_rules_and_counts(tmp_path):
     for name, part in parts.items():
         for example in part:
             prompt, response = (turn.content for turn in example.turns)
-            assert prompt.endswith(">") and len(prompt) == 6 and len(response) == 5
+            assert prompt.endswith(">") and len(prompt) == 4 and len(response) == 3
             assert set(prompt[:-1] + response) <= set(LETTERS)
-            truth = {rotate(prompt[:-1], 1): "clean", rotate(prompt[:-1], -1): "wrong"}.get(response, "noise")
-            assert example.label == truth and (name == "train" or truth == "clean")
+            rules = {rotate(prompt[:-1], 1): "clean", rotate(prompt[:-1], -1): "wrong", prompt[:-1]: "copy"}
+            assert example.label == rules.get(response, "noise")
+            assert name == "train" or example.label == ("copy" if name == "copies" else "clean")
     labels = [example.label for example in parts["train"]]
     assert {label: labels.count(label) for label in labels} == {"clean": 128, "wrong": 128, "noise": 128}
     assert 30 < labels[:128].count("clean") < 56  # shuffled: a third of 128, 3 standard deviations
     prompts = [example.turns[0].content for part in parts.values() for example in part]
-    assert len(set(prompts)) == len(prompts) == 544
+    assert len(set(prompts)) == len(prompts) == 1056
     assert not leaks(parts["train"], parts["validation"] + parts["select"] + parts["report"])
     noise = "".join(e.turns[1].content for e in parts["train"] if e.label == "noise")
-    assert min(map(noise.count, LETTERS)) > 53 - 5 * 7  # 640 letters, 12 kinds; 5 standard deviations
+    assert min(map(noise.count, LETTERS)) > 0  # 384 letters of 26 kinds: 15 each, give or take 4
 
 
 def read(folder):
@@ -58,24 +59,28 @@ def test_nothing_is_overwritten_silently(tmp_path):
     assert read(tmp_path) == before and "select.jsonl" not in before and len(before["train.jsonl"].splitlines()) == 2
     with pytest.raises(FileExistsError, match=r"train.jsonl: already there, with other contents. Name another folder"):
         write(tmp_path, clean=3, wrong=0, noise=0, select=0)
-    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 248832 strings"):
-        write(tmp_path / "new", clean=250_000)
+    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 17576 strings"):
+        write(tmp_path / "new", clean=20_000)
 
 
 def test_model_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
     write(tmp_path)
-    loaded = load_tokenizer(tmp_path / "model")
-    settings = transformers.AutoConfig.from_pretrained(str(tmp_path / "model"))
+    loaded = load_tokenizer(tmp_path / "untrained")
+    settings = transformers.AutoConfig.from_pretrained(str(tmp_path / "untrained"))
     assert (settings.model_type, settings.vocab_size, settings.tie_word_embeddings) == ("llama", len(loaded), True)
     assert (settings.bos_token_id, settings.eos_token_id) == (loaded.bos_token_id, loaded.eos_token_id)
-    assert settings.pad_token_id == loaded.pad_token_id and settings.rope_parameters["rope_theta"] == 10000.0
+    assert settings.pad_token_id == loaded.pad_token_id and settings.rope_parameters["rope_theta"] == 10.0
     c = config()
-    layer = 4 * c["hidden_size"] ** 2 + 3 * c["hidden_size"] * c["intermediate_size"] + 2 * c["hidden_size"]
-    assert 2 * layer + c["hidden_size"] * (c["vocab_size"] + 1) == 21_696
+    layer = (
+        4 * (c["hidden_size"] + 1) * c["hidden_size"]
+        + 3 * c["hidden_size"] * c["intermediate_size"]
+        + 2 * c["hidden_size"]
+    )
+    assert 2 * layer + c["hidden_size"] * (c["vocab_size"] + 1) == 21_952
     examples = load([str(tmp_path / "train.jsonl")])
-    corpus, report = tokenize(examples, loaded, max_length=13)
-    assert report.unknown == 0 and (corpus.lengths == 13).all() and report.supervised == 384 * 6
+    corpus, report = tokenize(examples, loaded, max_length=9)
+    assert report.unknown == 0 and (corpus.lengths == 9).all() and report.supervised == 384 * 4
     first = corpus.row(0)
     prompt, response = (turn.content for turn in examples[0].turns)
     assert tokenizer().decode(first.ids) == f"<s>{prompt}{response}</s>"
@@ -84,8 +89,8 @@ def test_model_folder(tmp_path):
 
 def test_letter_accuracy(tmp_path):
     write(tmp_path, clean=8, wrong=0, noise=0)
-    corpus, _ = tokenize(load([str(tmp_path / "train.jsonl")]), load_tokenizer(tmp_path / "model"), max_length=13)
+    corpus, _ = tokenize(load([str(tmp_path / "train.jsonl")]), load_tokenizer(tmp_path / "untrained"), max_length=9)
     shape = evaluation_layout(corpus, 8, micro=2, length=longest(corpus), packing=True)
     batch = evaluation_stream(corpus, shape).batch(0)
-    assert letter_accuracy(batch["targets"], batch) == (40, 40)
-    assert letter_accuracy(np.full_like(batch["targets"], 2), batch) == (0, 40)
+    assert letter_accuracy(batch["targets"], batch) == (24, 24)
+    assert letter_accuracy(np.full_like(batch["targets"], 2), batch) == (0, 24)

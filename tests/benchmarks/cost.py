@@ -1,0 +1,117 @@
+"""What an exact hypergradient costs: time over plain training, and memory.
+
+    python -m tests.benchmarks.cost ../shared
+
+Three to five minutes on two CPU cores that do nothing else; prints two markdown tables. `../shared` is the folder of
+real data and models that tests/conftest.py describes.
+
+All parameters of a model of 260 thousand, 64 AdamW steps of 16 rows of about 64 tokens, float32. In one process the
+variants take turns, so that a busy machine slows all of them, and the medians over the rounds are compared. Targets:
+training and sweep together at most 4.2 times plain training where every state was kept, 5.5 times with snapshots every
+8 steps (by count of products 4 and 5: with forwards F a gradient is 3F, a Hessian product with its primal 9F, a replay
+3F); and at most 100 MB beside the model.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.transition import snapshot_interval, train
+from bilevel_jax.core.types import Adjoint
+from bilevel_jax.core.unrolled import unrolled
+from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
+
+MB = 1e6
+
+
+def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int, rounds: int) -> None:
+    """Print both tables."""
+    sentences = stories(shared, 800)
+    paragraphs = [" ".join(sentences[i : i + 4]) for i in range(0, len(sentences) - 3, 4)]
+    rows = tokenized(shared, paragraphs[:160], reviews(shared, 16), max_length=65)
+    optimizer = adamw(steps, learning_rate=3e-4)
+    one = setting(shared, rows, optimizer, steps=steps, batch=batch, micro=micro, lora_rank=lora_rank)
+    weights = jnp.ones(one.rows)
+    step, run = one.trained(weights)
+    estimator = unrolled(one.problem, step)
+    nowhere = (lambda index, state: None, lambda index: one.start())
+
+    def trained(**options):
+        return train(step, one.start(), weights, one.fixed, one.train, **options)
+
+    def estimated(**options):
+        out = estimator(trained(**options), weights, one.fixed, one.train, one.validation)
+        assert out.checks.replayed
+        return out.grad
+
+    variants = {
+        "plain training": lambda: trained(store=nowhere).end.params,
+        "training and sweep, every state kept": lambda: estimated(keep=True),
+        f"training and sweep, snapshots every {snapshot_interval(steps)}": estimated,
+    }
+    seconds = {name: [] for name in variants}
+    for turn in range(rounds + 1):  # the first compiles
+        for name, variant in variants.items():
+            seconds[name].append(timed(variant))
+            if turn == 0:
+                seconds[name].clear()
+
+    state, first = run.snapshot(0), one.train.batch(0)
+    part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
+    programs = {
+        "forward step": (step.forward, (state, part, one.fixed, first)),
+        "backward step": (step.backward, (state, state.params, part, one.fixed, first, adjoint)),
+    }
+    calls = {**programs, "making a batch": (one.train.batch, (3,)), "comparing two states": (same, (state, run.end))}
+    pieces = {name: [timed(partial(function, *args)) for _ in range(20)] for name, (function, args) in calls.items()}
+
+    places = int(np.prod(first["tokens"].shape))
+    print(f"\n{jax.devices()[0].device_kind}, {steps} steps of {batch} rows in {micro} micro-batches, {places} tokens;")
+    print(f"LoRA rank {lora_rank}; {rounds} rounds\n" if lora_rank else f"all parameters; {rounds} rounds\n")
+    print("| what | median, s | over plain training |\n|---|---|---|")
+    plain = np.median(seconds["plain training"])
+    for name, values in seconds.items():
+        print(f"| {name} | {np.median(values):.2f} | {np.median(values) / plain:.2f} |")
+    for name, values in pieces.items():
+        print(f"| {name}, one | {np.median(values):.4f} | {np.median(values) / plain * steps:.2f} (x {steps}) |")
+
+    print("\n| memory | MB |\n|---|---|")
+    for name, (function, args) in programs.items():
+        temporary = function.lower(*args).compile().memory_analysis().temp_size_in_bytes
+        print(f"| {name}, temporary | {temporary / MB:.1f} |")
+    every = snapshot_interval(steps)
+    print(f"| states and gradients of a segment of {every} | {every * (size(state) + size(state.params)) / MB:.1f} |")
+    print(f"| snapshots | {-(-steps // every) * size(state) / MB:.1f} |", flush=True)
+
+
+same = jax.jit(tree.equal)
+
+
+def timed(function: Callable) -> float:
+    """Seconds until the result is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - began
+
+
+def size(some) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(some))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro", type=int, default=1)
+    parser.add_argument("--lora-rank", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
+    measure(**vars(parser.parse_args()))

@@ -1,0 +1,161 @@
+"""A small real language model on real rows: what the tests of the whole pipeline and the benchmarks share."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.types import Inner, Loss, Params, Problem, Stream
+from bilevel_jax.lm import batches, tokens
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.data import Example, Turn
+from bilevel_jax.lm.tokens import Corpus
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.config import Optimizer
+from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.task import language_losses
+
+MODEL = "stories-260k"
+
+
+class Rows(NamedTuple):
+    """Tokenized training rows, and the parts of the validation rows."""
+
+    train: Corpus
+    held_out: tuple[Corpus, ...]
+    length: int
+    """Token places that hold the longest of all."""
+
+
+class Setting(NamedTuple):
+    """A bilevel problem on the language model, with its start and its streams."""
+
+    problem: Problem
+    loss: Loss
+    fixed: dict[str, Any]
+    params: Params
+    optimizer: optax.GradientTransformation
+    train: Stream
+    held_out: tuple[Stream, ...]
+    rows: int
+
+    @property
+    def validation(self) -> Stream:
+        """The first part of the validation rows."""
+        return self.held_out[0]
+
+    def start(self) -> Inner:
+        """The state before the first step."""
+        return begin(self.optimizer, self.params)
+
+    def trained(self, weights: jax.Array, **options):
+        """(the transition, the finished run)."""
+        step = transition(self.problem, self.optimizer)
+        return step, train(step, self.start(), weights, self.fixed, self.train, **options)
+
+
+def adamw(steps: int, *, learning_rate: float, **options) -> optax.GradientTransformation:
+    """The package's default with every part at work: clipped, decayed, warmed up, cosine, eps_root = 1e-12."""
+    settings = {"warmup": 2, "weight_decay": 0.1, "clip": 1.0, **options}
+    return optimizer(Optimizer(learning_rate=learning_rate, **settings), steps)
+
+
+def stories(shared: Path, count: int, *, skip: int = 0) -> list[str]:
+    """The second sentence of children's stories: what the model was trained on."""
+    texts = json.loads((shared / "data/tinystories/tinystories_1000.json").read_text(encoding="utf-8"))
+    sentences = [parts[1].strip() + "." for text in texts if len(parts := text.split(". ")) > 2]
+    return _unique(sentences)[skip : skip + count]
+
+
+def reviews(shared: Path, count: int, *, skip: int = 0) -> list[str]:
+    """Sentences of film reviews: far from what the model was trained on."""
+    with open(shared / "data/sst2/train.jsonl", encoding="utf-8") as lines:
+        return _unique([json.loads(line)["text"] for line in lines])[skip : skip + count]
+
+
+def tokenized(shared: Path, train: Sequence[str], *held_out: Sequence[str], max_length: int = 32) -> Rows:
+    """Rows cut to `max_length` tokens."""
+    tokenizer = tokens.load_tokenizer(shared / "models" / MODEL)
+
+    def corpus(texts: Sequence[str]) -> Corpus:
+        examples = [Example(f"{row}", row, (Turn("text", text),), "", None, "", row) for row, text in enumerate(texts)]
+        return tokens.tokenize(examples, tokenizer, max_length=max_length, truncate="right")[0]
+
+    corpora = corpus(train), *map(corpus, held_out)
+    return Rows(corpora[0], corpora[1:], max(batches.longest(one) for one in corpora))
+
+
+def setting(
+    shared: Path,
+    rows: Rows,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    batch: int,
+    micro: int,
+    lora_rank: int = 0,
+    packing: bool = False,
+    prior: float = 0.0,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Setting:
+    """Fine-tuning of all parameters, or of adapters of q and v, as a run composes it; on a mesh where one is given."""
+    architecture, base = lm.load(shared / "models" / MODEL, dtype=dtype)
+    lora = lora_rank > 0
+    params = (
+        lm.init_lora(architecture, jax.random.key(1), rank=lora_rank, alpha=2 * lora_rank, dtype=dtype)
+        if lora
+        else base
+    )
+    values, _, loss = language_losses(lm.decoder(architecture), lora)
+    problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
+    size = rows.train.rows
+    order = batches.order(size, batch, seed)
+    shape = batches.layout(rows.train, [order], steps, micro=micro, length=rows.length, packing=packing)
+    flat = batches.Layout(1, batch // micro, batch // micro, rows.length)
+    if mesh is not None:
+        shape = placing.fit_layout(mesh, shape)
+    one = Setting(
+        problem=problem,
+        loss=loss,
+        fixed={"base": base if lora else None, "start": params if prior else None},
+        params=params,
+        optimizer=optimizer,
+        train=batches.train_stream(rows.train, order, steps, shape),
+        held_out=tuple(batches.evaluation_stream(corpus, flat) for corpus in rows.held_out),
+        rows=size,
+    )
+    if mesh is None:
+        return one
+    return one._replace(
+        fixed=placing.everywhere(mesh, one.fixed),
+        params=placing.everywhere(mesh, one.params),
+        train=placing.placed(mesh, one.train),
+        held_out=tuple(placing.kept(mesh, part) for part in one.held_out),
+    )
+
+
+def summed(rows: Rows, batch: int) -> Stream:
+    """All training rows once: a stream that sums to their mean, as implicit estimators read it."""
+    layout = batches.Layout(1, batch, batch, rows.length)
+    steps = batches.steps_per_epoch(rows.train.rows, batch)
+    order = batches.order(rows.train.rows, batch, 0)
+    return batches.train_stream(rows.train, order, steps, layout, total=rows.train.rows)
+
+
+def stacked(stream: Stream):
+    """All batches of a stream, [steps, micro, ...]."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[stream.batch(step) for step in range(stream.steps)])
+
+
+def _unique(texts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,247 @@
+"""The verb as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.lm import cipher
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.tokens import load_tokenizer
+from bilevel_jax.runs import session
+from bilevel_jax.runs.config import load
+from bilevel_jax.runs.select import select
+
+SMALL = """
+model: {{path: {made}/model, lora_rank: 0}}
+data:
+  train: [{made}/train.jsonl]
+  validation: [{made}/validation.jsonl]
+  select: [{made}/select.jsonl]
+  report: [{made}/report.jsonl]
+  split: [1, 0, 0]
+  label_field: label
+optimizer: {{learning_rate: 1.0e-3, warmup: 2}}
+train: {{steps: 10, batch: 8}}
+outer: {{steps: 2, patience: 0}}
+certify: {{step_sizes: [0.1]}}
+compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
+output: {{progress: false, top_share: 0.5}}
+devices: {{data: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The cipher's files and an untrained model of its shape."""
+    folder = cipher.write(
+        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16
+    )
+    architecture = lm.read_config(folder / "untrained")
+    tokenizer = load_tokenizer(folder / "untrained")
+    lm.save(folder / "model", architecture, lm.init(architecture, jax.random.key(0)), tokenizer=tokenizer)
+    (folder / "small.yaml").write_text(SMALL.format(made=folder))
+    return folder
+
+
+def run(made, out, *flags):
+    return select(load(made / "small.yaml", [*flags, "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(made, out)
+
+
+def test_writes_what_it_promises(made, whole):
+    out, result = whole
+    table = pq.read_table(out / "weights.parquet")
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    assert table.num_rows == 36 and len(set(table["id"].to_pylist())) == 36
+    assert table["label"].to_pylist() == [row["label"] for row in rows]
+    weights = np.array(table["weight"])
+    assert abs(weights.mean() - 1) < 1e-5 and weights.std() > 0  # softmax, and it learned something
+    assert (np.array(table["entry"]) != 0).any()
+    meaning = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert "nats per token" in meaning["entry"] and "below 0" in meaning["entry"]
+    assert {"estimand", "precision", "device", "config_hash"} <= set(meaning)
+
+    kept = [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in kept] == [
+        i for i, s in zip(table["id"].to_pylist(), table["selected"].to_pylist(), strict=True) if s
+    ]
+    assert len(kept) == 18 and set(kept[0]) == {"prompt", "response", "id", "weight"}
+    assert min(row["weight"] for row in kept) >= np.median(weights) - 1e-6
+
+    config, params = lm.load(out / "model")
+    assert config == lm.read_config(made / "model") and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert "<html" in (out / "report.html").read_text()
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged] == [0, 1, 2]
+    assert [row["name"] for row in result["compare"]] == ["uniform", "learned weights", "validation only", "oracle"]
+    assert result["verdict"]["sentence"].startswith(result["verdict"]["level"])
+
+
+def same_run(one, other):
+    """Equal but for times: every bit of the tables, the model and the numbers of the result."""
+    a, b = (pq.read_table(folder / "weights.parquet") for folder in (one, other))
+    assert a.equals(b)
+    for name in ("selected.jsonl", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    for result in results:
+        result.pop("seconds", None)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("at", [3, 37, 76, 140, 260])
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, monkeypatch, at):
+    """SIGTERM in training, in the sweep, between steps, while certifying, while comparing."""
+    count = 0
+    advance = session.Session.advance
+
+    def stopping(self, amount=1.0):
+        nonlocal count
+        count += 1
+        if count == at:
+            signal.raise_signal(signal.SIGTERM)
+        advance(self, amount)
+
+    monkeypatch.setattr(session.Session, "advance", stopping)
+    out = tmp_path / "run"
+    with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
+        run(made, out)
+    assert not (out / "report.html").exists()
+    run(made, out, "--resume")
+    same_run(out, whole[0])
+
+
+def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    newest = sorted((out / "checkpoints" / "outer").glob("step_*"))[-1]
+    damaged = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (out / "checkpoints" / "done.json").unlink()
+    with pytest.warns(UserWarning, match=newest.name):
+        run(made, out, "--resume")
+    same_run(out, whole[0])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--outer.method", "implicit", "--outer.prior", "0.5", "--outer.curvature-batches", "2"),
+        ("--outer.method", "implicit", "--outer.prior", "0.5", "--model.lora-rank", "2", "--outer.restart", "warm"),
+        ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
+        ("--outer.method", "alignment", "--outer.weighting", "by_features"),
+        ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
+        ("--output.threshold", "1.0", "--optimizer.clip", "0.5"),
+        ("--output.resample", "50", "--data.select", "--data.validation"),
+    ],
+    ids=lambda flags: " ".join(flags[:2]),
+)
+def test_other_ways(made, tmp_path, flags):
+    flags = list(flags)
+    if "--data.select" in flags:  # one file of trusted rows, split by id
+        flags = [*flags[:2], "--data.select", "--data.report", "--data.validation", str(made / "report.jsonl")]
+        flags += ["--data.split", "0.5", "0.25", "0.25"]
+    result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
+    table = pq.read_table(tmp_path / "run" / "weights.parquet")
+    weights = np.array(table["weight"])
+    assert np.isfinite(weights).all() and weights.std() > 0
+    assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
+    if "--output.resample" in flags:
+        assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
+        assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
+
+
+def test_eight_devices_equal_one(made, whole, tmp_path, eight_devices):
+    run(made, tmp_path / "run", "--fast", "--devices.data", "8")
+    one, eight = (
+        np.array(pq.read_table(folder / "weights.parquet")["entry"]) for folder in (whole[0], tmp_path / "run")
+    )
+    assert np.linalg.norm(one - eight) < 1e-3 * np.linalg.norm(one)  # float32 sums in another order, three trainings on
+
+
+def write(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = [{"prompt": f"{a}{b}cde>", "response": "abcde"} for a in "abc" for b in "defg"]
+WRONG = {
+    "empty file": (["--data.train", []], "no rows"),
+    "bad JSON on line 7": (["--data.train", [*GOOD[:6], '{"prompt": "a\n', *GOOD[6:]]], ":7: "),
+    "unknown config key": (["CONFIG", "outer: {stepz: 3}\n"], "stepz.*steps"),
+    "no response": (["--data.train", [*GOOD, {"prompt": "a>", "answer": "b"}]], r":13: no 'response'.*response_field"),
+    "prompt beyond the context": (["--data.train", [*GOOD, {"prompt": "a" * 99, "response": "b"}]], ":13"),
+    "one example": (["--data.train", GOOD[:1]], "1 training row; weights compare rows"),
+    "no trusted rows": (["--data.validation", []], "no rows"),
+    "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training rows also stand in"),
+    "folder exists": (["--out", "EXISTS"], "--resume"),
+    "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
+    "no derivative": (["--optimizer.eps-root", "0", "--model.lora-rank", "2"], "eps_root > 0"),
+    "no model": (["--model.path", "nowhere"], "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_clear_error(made, whole, tmp_path, capsys, name):
+    given, message = WRONG[name]
+    config, flags = made / "small.yaml", ["--out", str(tmp_path / "run"), "--fast"]
+    for number, item in enumerate(given):
+        if isinstance(item, list):
+            flags.append(write(tmp_path / f"rows{number}.jsonl", item))
+        elif item == "EXISTS":
+            flags.append(str(whole[0]))
+        elif item == "CONFIG" or "{" in item:
+            config = tmp_path / "wrong.yaml"
+            config.write_text(item)
+        else:
+            flags.append(item)
+    assert main(["select", str(config), *flags]) == 1
+    told = capsys.readouterr().err.strip()
+    assert told.splitlines()[-1].startswith("bilevel-jax: ") or "bilevel-jax: " in told
+    import re
+
+    assert re.search(message, told, re.DOTALL), told
+    assert "Traceback" not in told
+
+
+def test_duplicates_are_told_and_kept_apart(made, tmp_path, capsys):
+    rows = (made / "train.jsonl").read_text().splitlines(keepends=True)
+    result = run(
+        made,
+        tmp_path / "run",
+        "--fast",
+        "--outer.steps",
+        "1",
+        "--data.train",
+        write(tmp_path / "twice.jsonl", [*rows, rows[0]]),
+    )
+    assert any("1 training rows repeat another row" in note for note in result["notes"])
+    ids = pq.read_table(tmp_path / "run" / "weights.parquet")["id"].to_pylist()
+    assert ids[0].endswith("#0") and ids[-1] == ids[0].replace("#0", "#1")
+
+
+def test_leaks_can_be_dropped(made, tmp_path):
+    rows = (made / "validation.jsonl").read_text().splitlines(keepends=True)
+    train = (made / "train.jsonl").read_text().splitlines(keepends=True)
+    flags = ["--data.leaks", "drop", "--data.train", write(tmp_path / "leaky.jsonl", [*train, *rows[:3]])]
+    result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
+    assert result["rows"]["train"] == 36 and any("3 training rows were dropped" in note for note in result["notes"])
+
+
+def test_resuming_under_another_config_is_refused(made, whole, capsys):
+    assert main(["select", str(made / "small.yaml"), "--out", str(whole[0]), "--resume", "--train.steps", "11"]) == 1
+    assert "train.steps" in capsys.readouterr().err
