@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
 
 
 def exact(retrain: Retrain, weights: Hyper, grad: Hyper, steps: Sequence[float] = (0.1, 0.03, 0.01, 0.003)) -> Exact:
-    """ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>) with d = w * sign(grad); 1 where the estimate is right.
+    """ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>) with d = w * sign(grad); 1 where grad is right.
 
     Every weight changes by the share s of itself, so none turns negative. Along the signs of grad nothing cancels;
     along a random direction <grad, d> does, and in float32 the ratio would be off by percents for a gradient that is

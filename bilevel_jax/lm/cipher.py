@@ -1,7 +1,8 @@
 """The quickstart's task: a next-letter cipher with right, consistently wrong and random rows, as ordinary files.
 
-`bhz>` wants `cia`: every letter moves on by one. A model of 22 thousand parameters that can already copy learns it in
-seconds, a handful of trusted rows does not teach it the whole alphabet, and which training rows hurt is known.
+`bhat>` wants `ciba`: every letter moves on by one, and after the last of the twenty comes the first. A model of 22
+thousand parameters that can already copy learns it in seconds; a handful of trusted rows does not teach it the whole
+alphabet; and which training rows hurt is known.
 """
 
 import json
@@ -17,8 +18,8 @@ from bilevel_jax.lm.batches import permutation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LETTERS = "abcdefghijkl"
-WIDTH = 5
+LETTERS = "abcdefghijklmnopqrst"
+WIDTH = 4
 STRINGS = len(LETTERS) ** WIDTH
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz> \n"
@@ -89,9 +90,8 @@ def write(
 
 
 def rotate(string: str, by: int) -> str:
-    """Each letter moved on by `by` places among the twelve, and every second letter by one more."""
-    moved = ((LETTERS.index(letter) + by + place % 2) % len(LETTERS) for place, letter in enumerate(string))
-    return "".join(LETTERS[number] for number in moved)
+    """Each letter moved on by `by` places; after the last of the twenty comes the first."""
+    return "".join(LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)] for letter in string)
 
 
 def config() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The comparison table: cold retrains with the learned weights and with every simple alternative, read on V_report."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.nd
     count = len(selected)
     share = f"{count} rows"
     drawn = np.sort(np.random.default_rng(config.data.seed).choice(everything, count, replace=False))
+    good = good_rows(task, config)
+    known = np.zeros(task.rows, bool) if good is None else good
     available: dict[str, Callable[[], Arm]] = {
         "uniform": lambda: Arm("uniform", "every row with weight 1", everything, ones),
         "learned": lambda: Arm("learned weights", "every row with its learned weight", everything, table),
@@ -61,11 +64,10 @@ def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.nd
             "train + validation", "all rows and V_fit, weight 1", np.concatenate([everything, fit]), ones
         ),
         "oracle": lambda: Arm(
-            "oracle", f"the rows whose label is {config.data.good_label!r}", everything[good[everything]], ones
+            "oracle", f"the rows whose label is {config.data.good_label!r}", everything[known[everything]], ones
         ),
     }  # fmt: skip
-    good = good_rows(task, config)
-    wanted = [name for name in config.compare.rows if name != "oracle" or (good is not None and good.any())]
+    wanted = [name for name in config.compare.rows if name != "oracle" or known.any()]
     return [available[name]() for name in wanted]
 
 
@@ -82,10 +84,10 @@ def compare(
     results = []
     for arm in table:
         session.phase(f"comparing: {arm.name}")
+        train = partial(_train, task, config, trainer, session, read, arm)
         runs = [
-            session.once(f"compare/{arm.name}/{seed}", lambda arm=arm, seed=seed: _train(task, config, trainer, session, read, arm, seed))
-            for seed in range(config.compare.seeds)
-        ]  # fmt: skip
+            session.once(f"compare/{arm.name}/{seed}", partial(train, seed)) for seed in range(config.compare.seeds)
+        ]
         columns = [*PARTS, "accuracy"]
         intervals = {
             column: mean_interval([run[column] for run in runs]) for column in columns if runs[0][column] is not None

@@ -43,7 +43,7 @@ def embedded(config: SelectConfig, folder: Path) -> SelectConfig:
 
 
 def pretrain(made: Path) -> None:
-    """Teach the untrained model to copy its prompt, and save it as `made`/model: it then knows the form of an answer."""
+    """Teach the untrained model to copy its prompt, the form of every answer, and save it as `made`/model."""
     tokenizer = tokens.load_tokenizer(made / "untrained")
     architecture = lm.read_config(made / "untrained")
     corpus, _ = tokens.tokenize(data.load([str(made / "copies.jsonl")]), tokenizer, max_length=architecture.max_length)

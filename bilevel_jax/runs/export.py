@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example
+from bilevel_jax.lm.data import Example, kind_of
 from bilevel_jax.runs.config import Output, SelectConfig, config_hash
 from bilevel_jax.runs.files import replacing
 from bilevel_jax.runs.learn import Learned
@@ -95,22 +95,21 @@ def select_rows(
 
 def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:
     """The kept rows as jsonl in their order, in the form of chat messages, prompt and response, or text."""
-    return "".join(
-        json.dumps(
-            {**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}, ensure_ascii=False
-        )
-        + "\n"
-        for row in selected
-    )
+    lines = []
+    for row in selected:
+        content = {**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}
+        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+    # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
+    return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _content(example: Example) -> dict[str, Any]:
-    roles = [turn.role for turn in example.turns]
-    if roles == ["text"]:
-        return {"text": example.turns[0].content}
-    if roles == ["prompt", "response"]:
-        return {"prompt": example.turns[0].content, "response": example.turns[1].content}
-    return {"messages": [{"role": turn.role, "content": turn.content} for turn in example.turns]}
+    turns = example.turns
+    if kind_of(example) == "text":
+        return {"text": turns[0].content}
+    if kind_of(example) == "prompt":
+        return {"prompt": turns[0].content, "response": turns[1].content}
+    return {"messages": [turn._asdict() for turn in turns]}
 
 
 def write_weights(path: Path, table: pa.Table) -> None:

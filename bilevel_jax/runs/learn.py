@@ -1,5 +1,6 @@
 """The outer loop: train, estimate, step the weights, train again; the best weights by V_select."""
 
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) 
     ended = _ended(records, config, task.rows)
 
     while not ended:
-        step, before = len(records), session.work
+        step, before, began = len(records), session.work, time.monotonic()
         weights = weights_of(tables.hyper)
         stream = task.stream(order_seed(config, step))
         session.phase(f"outer step {step} of {outer.steps}")
@@ -125,7 +126,7 @@ def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) 
         }
         tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
         tables = tables._replace(hyper=descend(tables.hyper, pull_back(tables.hyper, estimate.grad)))
-        record["work"] = session.work - before
+        record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
         session.say(_line(record))

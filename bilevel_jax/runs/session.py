@@ -41,7 +41,7 @@ class Session:
 
     def phase(self, words: str, total: float | None = None) -> None:
         """Name what is being done; `total` is the work of the whole run, in training steps."""
-        self._bar.update(self._task, description=words, **({} if total is None else {"total": total}))
+        self._bar.update(self._task, description=words, total=total)  # None leaves the total as it is
 
     def advance(self, amount: float = 1.0) -> None:
         """Count work, in training steps (a forward and a backward pass)."""

@@ -49,7 +49,7 @@ class Trainer:
         return begin(self.task.optimizer, params)
 
     def run(self, weights: jax.Array, start: Inner, stream: Stream, *, save_as: int | None = None) -> Run:
-        """Train once. With `save_as` (the outer step) the run is saved when due, and gone on with where it was saved."""
+        """Train once. With `save_as` (the outer step) it is saved when due, and goes on from where it was saved."""
         task, session = self.task, self.session
         snapshots: dict[int, Inner] = {}
         saved = None if save_as is None else self._load(save_as, start, weights)

@@ -14,7 +14,7 @@ PARTS = {"train": 384, "validation": 16, "select": 16, "report": 128, "copies": 
 
 
 def test_rotate():
-    assert rotate("bhz", 1) == "cia" and rotate("zab", 1) == "abc" and rotate("abc", -1) == "zab"
+    assert rotate("bhat", 1) == "ciba" and rotate("tab", 1) == "abc" and rotate("abc", -1) == "tab"
 
 
 def test_rules_and_counts(tmp_path):
@@ -24,7 +24,7 @@ def test_rules_and_counts(tmp_path):
     for name, part in parts.items():
         for example in part:
             prompt, response = (turn.content for turn in example.turns)
-            assert prompt.endswith(">") and len(prompt) == 4 and len(response) == 3
+            assert prompt.endswith(">") and len(prompt) == 5 and len(response) == 4
             assert set(prompt[:-1] + response) <= set(LETTERS)
             rules = {rotate(prompt[:-1], 1): "clean", rotate(prompt[:-1], -1): "wrong", prompt[:-1]: "copy"}
             assert example.label == rules.get(response, "noise")
@@ -36,7 +36,7 @@ def test_rules_and_counts(tmp_path):
     assert len(set(prompts)) == len(prompts) == 1056
     assert not leaks(parts["train"], parts["validation"] + parts["select"] + parts["report"])
     noise = "".join(e.turns[1].content for e in parts["train"] if e.label == "noise")
-    assert min(map(noise.count, LETTERS)) > 0  # 384 letters of 26 kinds: 15 each, give or take 4
+    assert min(map(noise.count, LETTERS)) > 0  # 512 letters of 20 kinds: 26 each, give or take 5
 
 
 def read(folder):
@@ -49,7 +49,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert read(tmp_path / "a") == read(tmp_path / "b")
     assert read(tmp_path / "a")["train.jsonl"] != read(tmp_path / "c")["train.jsonl"]
     first = read(tmp_path / "a")["train.jsonl"].splitlines()[0]
-    assert json.loads(first) == {"prompt": "djkca>", "response": "cijbl", "label": "wrong"}  # on every machine
+    assert json.loads(first) == {"prompt": "hdhe>", "response": "gcgd", "label": "wrong"}  # on every machine
 
 
 def test_nothing_is_overwritten_silently(tmp_path):
@@ -59,8 +59,8 @@ def test_nothing_is_overwritten_silently(tmp_path):
     assert read(tmp_path) == before and "select.jsonl" not in before and len(before["train.jsonl"].splitlines()) == 2
     with pytest.raises(FileExistsError, match=r"train.jsonl: already there, with other contents. Name another folder"):
         write(tmp_path, clean=3, wrong=0, noise=0, select=0)
-    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 17576 strings"):
-        write(tmp_path / "new", clean=20_000)
+    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 160000 strings"):
+        write(tmp_path / "new", clean=200_000)
 
 
 def test_model_folder(tmp_path):
@@ -79,8 +79,8 @@ def test_model_folder(tmp_path):
     )
     assert 2 * layer + c["hidden_size"] * (c["vocab_size"] + 1) == 21_952
     examples = load([str(tmp_path / "train.jsonl")])
-    corpus, report = tokenize(examples, loaded, max_length=9)
-    assert report.unknown == 0 and (corpus.lengths == 9).all() and report.supervised == 384 * 4
+    corpus, report = tokenize(examples, loaded, max_length=11)
+    assert report.unknown == 0 and (corpus.lengths == 11).all() and report.supervised == 384 * 5
     first = corpus.row(0)
     prompt, response = (turn.content for turn in examples[0].turns)
     assert tokenizer().decode(first.ids) == f"<s>{prompt}{response}</s>"
@@ -89,8 +89,8 @@ def test_model_folder(tmp_path):
 
 def test_letter_accuracy(tmp_path):
     write(tmp_path, clean=8, wrong=0, noise=0)
-    corpus, _ = tokenize(load([str(tmp_path / "train.jsonl")]), load_tokenizer(tmp_path / "untrained"), max_length=9)
+    corpus, _ = tokenize(load([str(tmp_path / "train.jsonl")]), load_tokenizer(tmp_path / "untrained"), max_length=11)
     shape = evaluation_layout(corpus, 8, micro=2, length=longest(corpus), packing=True)
     batch = evaluation_stream(corpus, shape).batch(0)
-    assert letter_accuracy(batch["targets"], batch) == (24, 24)
-    assert letter_accuracy(np.full_like(batch["targets"], 2), batch) == (0, 24)
+    assert letter_accuracy(batch["targets"], batch) == (32, 32)
+    assert letter_accuracy(np.full_like(batch["targets"], 2), batch) == (0, 32)

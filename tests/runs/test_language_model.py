@@ -77,7 +77,7 @@ class Swept(NamedTuple):
         return float(outer_value(one.problem)(run.end.params, one.fixed, one.validation))
 
     def ratios(self, steps) -> np.ndarray:
-        """Differences of retrained L_v along sign(grad), over what the estimate predicts."""
+        """Differences of retrained L_v along w sign(grad), over what the estimate predicts."""
         return np.asarray(certify.exact(self.retrain, self.weights, self.estimate.grad, steps).ratios)
 
 

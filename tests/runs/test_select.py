@@ -22,13 +22,12 @@ model: {{path: {made}/model, lora_rank: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/validation.jsonl]
-  select: [{made}/select.jsonl]
   report: [{made}/report.jsonl]
   split: [1, 0, 0]
   label_field: label
-optimizer: {{learning_rate: 1.0e-3, warmup: 2}}
+optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
 train: {{steps: 10, batch: 8}}
-outer: {{steps: 2, patience: 0}}
+outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
 certify: {{step_sizes: [0.1]}}
 compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
 output: {{progress: false, top_share: 0.5}}
@@ -40,7 +39,7 @@ devices: {{data: 1}}
 def made(tmp_path_factory):
     """The cipher's files and an untrained model of its shape."""
     folder = cipher.write(
-        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16
+        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16, copies=0
     )
     architecture = lm.read_config(folder / "untrained")
     tokenizer = load_tokenizer(folder / "untrained")
@@ -68,6 +67,7 @@ def test_writes_what_it_promises(made, whole):
     assert table["label"].to_pylist() == [row["label"] for row in rows]
     weights = np.array(table["weight"])
     assert abs(weights.mean() - 1) < 1e-5 and weights.std() > 0  # softmax, and it learned something
+    assert [round(record["entropy"], 3) for record in result["records"]][0] == round(np.log(36), 3)
     assert (np.array(table["entry"]) != 0).any()
     meaning = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     assert "nats per token" in meaning["entry"] and "below 0" in meaning["entry"]
@@ -97,7 +97,9 @@ def same_run(one, other):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
     for result in results:
-        result.pop("seconds", None)
+        result.pop("seconds")
+        for record in result["records"]:
+            record.pop("seconds")
     assert results[0] == results[1]
 
 
