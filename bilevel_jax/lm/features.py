@@ -22,7 +22,7 @@ def features(examples: Sequence[Example], corpus: Corpus) -> Float[np.ndarray, "
     columns = []
     for row in range(rows):
         ids, supervised = corpus.row(row)
-        response = ids[supervised]
+        response = ids[supervised].astype(np.int64)
         buckets = np.bincount(response * 2654435761 % 2**32 % HASHED, minlength=HASHED) / max(1, len(response))
         lengths = [np.log1p(len(ids) - len(response)), np.log1p(len(response))]
         columns.append([*lengths, len(set(response.tolist())) / max(1, len(response)), *buckets])

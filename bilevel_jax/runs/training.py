@@ -101,7 +101,10 @@ class Trainer:
             return self.direct(run, weights)
         saved = None if save_as is None else self._load(save_as, run.start, weights)
         sweep = saved.sweep if saved is not None and saved.sweep.segment >= -1 else None
-        sweep = sweep or self._sweeps.begin(run, weights, fixed, validation)
+        if sweep is None:
+            sweep = self._sweeps.begin(run, weights, fixed, validation)
+        else:
+            self.session.advance((REPLAY + PRODUCT) * (run.steps - (sweep.segment + 1) * self.every))
         while not self._sweeps.done(run, sweep):
             sweep = self._sweeps.advance(run, weights, fixed, stream, sweep)
             if self.session.due():

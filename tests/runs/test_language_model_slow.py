@@ -52,7 +52,7 @@ def test_float32_differences_agree_on_a_smooth_run(rank, eps_root, warmup, share
         return float(value(train(step, one.start(), w, one.fixed, one.train).end.params, one.fixed, one.validation))
 
     ratios = certify.exact(retrain, jnp.ones(one.rows), out.grad, (0.1, 0.03)).ratios
-    assert np.abs(np.asarray(ratios) - 1).max() < 0.02  # measured .987 to 1.004
+    assert np.abs(np.asarray(ratios) - 1).max() < 0.02  # measured .990 to 1.004
     assert out.checks.replayed
 
 

@@ -103,9 +103,9 @@ def same_run(one, other):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("at", [3, 37, 76, 140, 260])
+@pytest.mark.parametrize("at", [27, 36, pytest.param(90, marks=pytest.mark.slow), 160])
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, monkeypatch, at):
-    """SIGTERM in training, in the sweep, between steps, while certifying, while comparing."""
+    """SIGTERM in a training, in a sweep, while certifying, while comparing."""
     count = 0
     advance = session.Session.advance
 
@@ -142,12 +142,15 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--outer.method", "implicit", "--outer.prior", "0.5", "--outer.curvature-batches", "2"),
+        pytest.param(
+            ("--outer.method", "implicit", "--outer.prior", "0.5", "--outer.curvature-batches", "2"),
+            marks=pytest.mark.slow,
+        ),
         ("--outer.method", "implicit", "--outer.prior", "0.5", "--model.lora-rank", "2", "--outer.restart", "warm"),
         ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
         ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
-        ("--output.threshold", "1.0", "--optimizer.clip", "0.5"),
+        pytest.param(("--output.threshold", "1.0", "--optimizer.clip", "0.5"), marks=pytest.mark.slow),
         ("--output.resample", "50", "--data.select", "--data.validation"),
     ],
     ids=lambda flags: " ".join(flags[:2]),
@@ -160,19 +163,21 @@ def test_other_ways(made, tmp_path, flags):
     result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
     table = pq.read_table(tmp_path / "run" / "weights.parquet")
     weights = np.array(table["weight"])
-    assert np.isfinite(weights).all() and weights.std() > 0
+    assert np.isfinite(weights).all() and (weights.std() > 0 or result["best"] == 0)
     assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
     if "--output.resample" in flags:
         assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
         assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
 
 
-def test_eight_devices_equal_one(made, whole, tmp_path, eight_devices):
-    run(made, tmp_path / "run", "--fast", "--devices.data", "8")
-    one, eight = (
-        np.array(pq.read_table(folder / "weights.parquet")["entry"]) for folder in (whole[0], tmp_path / "run")
-    )
-    assert np.linalg.norm(one - eight) < 1e-3 * np.linalg.norm(one)  # float32 sums in another order, three trainings on
+def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64):
+    smooth = ("--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3")  # so that rounding is not amplified
+    flags = ("--fast", "--outer.steps", "1", "--model.train-dtype", "float64", *smooth)
+    for devices in ("1", "8"):
+        run(made, tmp_path / devices, *flags, "--devices.data", devices)
+    one, eight = (np.array(pq.read_table(tmp_path / devices / "weights.parquet")["entry"]) for devices in "18")
+    assert one.dtype == np.float64
+    assert np.linalg.norm(one - eight) < 1e-9 * np.linalg.norm(one)  # sums in another order, through two trainings
 
 
 def write(path, rows):
