@@ -44,6 +44,7 @@ class Data:
     source_field: str = "source"  # key of where a row comes from: used by weighting per_source and in the report
     label_field: str = ""  # key of a known quality: adds AUC and the oracle's row to the report; never seen in training
     good_label: str = "clean"  # the label of good rows
+    empty: Literal["error", "drop"] = "error"  # rows with an empty part: name them and stop, or leave them out
     template: str = ""  # prompt template with {prompt}, or empty: the tokenizer's chat template
     max_length: int = 1024  # tokens of an example
     truncate: Literal["error", "right", "drop"] = "error"  # examples beyond that: stop and name them, cut, leave out

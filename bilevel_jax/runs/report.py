@@ -161,8 +161,12 @@ def lead(run: Results) -> Html:
         paragraph(element("b", "Remedy: "), verdict["remedy"]) if verdict["remedy"] else None,
         paragraph(element("b", "For you: "), _meaning(run)),
         paragraph(element("b", "What the gradient is of: "), run.result["estimand"], "."),
-        note("The lowest of: " + "; ".join(f"{name}: {one['level']}" for name, one in places.items()) + ".")
-        if len(places) > 1
+        note(
+            "This is the verdict on the gradient at uniform weights, where the thresholds were calibrated. At the "
+            f"learned weights they would say {places['learned weights']['level']}: near its optimum a loss has little "
+            "slope left, and the ratio tells less."
+        )
+        if "learned weights" in places
         else None,
         class_=f"verdict {kind}",
     )
@@ -727,7 +731,8 @@ def certificates(run: Results) -> Html:
         ),
         Column("wanted", ["BELIEVE", *(check.wanted for check in checks)]),
         Column(
-            "in plain words", ["the place's own verdict; the run's is the lowest", *(check.words for check in checks)]
+            "in plain words",
+            ["by the thresholds; the run's verdict is that at uniform weights", *(check.words for check in checks)],
         ),
     ]
     curves = [

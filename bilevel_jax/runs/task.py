@@ -216,6 +216,7 @@ def _rows(config: SelectConfig) -> tuple[list[Example], dict[str, list[Example]]
         text_field=rows.text_field,
         source_field=rows.source_field,
         label_field=rows.label_field,
+        empty=rows.empty,
     )
     train = data.load(rows.train, options)
     notes = [f"training: {data.summary(train)}"]

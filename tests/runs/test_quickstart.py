@@ -1,0 +1,48 @@
+"""The quickstart finds the rows that it hid, on seeds that nobody tuned for; and says so when it cannot be believed."""
+
+import json
+import statistics
+
+import pytest
+
+from bilevel_jax.runs.config import load
+from bilevel_jax.runs.select import select
+
+pytestmark = pytest.mark.slow  # about two minutes a seed
+
+
+def run(out, *flags):
+    return select(load("configs/quickstart.yaml", ["--out", str(out), "--output.no-progress", *flags]))
+
+
+def letters(accuracy: float) -> float:
+    """Letter accuracy from token accuracy: of five targets the fifth, EOS, is always right."""
+    return (5 * accuracy - 1) / 4
+
+
+def test_finds_what_was_hidden_on_fresh_seeds(tmp_path):
+    areas = []
+    for seed in (11, 12, 13):
+        result = run(tmp_path / str(seed), "--data.seed", str(seed))
+        mean = {row["name"]: row["mean"] for row in result["compare"]}
+        half = {row["name"]: row["interval"] for row in result["compare"]}
+        learned = mean.pop("learned weights")
+        areas.append(result["auc"]["weights"])
+        assert areas[-1] >= 0.95
+        assert letters(learned["accuracy"]) >= 0.88
+        assert learned["report"] <= mean["uniform"]["report"] / 2
+        for name in set(mean) - {"oracle", "selected subset"}:  # the subset is the learned weights' own
+            assert (
+                learned["report"] + half["learned weights"]["report"] < mean[name]["report"] - half[name]["report"]
+            ), name
+        assert result["verdict"]["level"] == "BELIEVE"
+    assert statistics.median(areas) >= 0.98
+
+
+def test_a_chaotic_learning_rate_is_not_believed(tmp_path):
+    flags = ("--optimizer.learning-rate", "3e-2", "--optimizer.eps-root", "1e-12", "--outer.steps", "1")
+    result = run(tmp_path / "chaos", *flags, "--compare.no-enabled")
+    assert result["verdict"]["level"] == "DO NOT BELIEVE"
+    assert (
+        "Lower the learning rate" in json.loads((tmp_path / "chaos" / "result.json").read_text())["verdict"]["sentence"]
+    )
