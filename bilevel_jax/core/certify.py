@@ -161,7 +161,7 @@ def verdict(certificates: Certificates) -> Verdict:
         f"a change of every weight by {size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and without a "
         f"fifth of the rows the gradient keeps a cosine of {cosine:.3f}."
     )
-    remedy = "Lower the learning rate, raise eps_root, or use a window."
+    remedy = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."
     if not 0.9 <= ratio <= 1.1 or not cosine >= 0.5:
         return Verdict("DO NOT BELIEVE", "", reason, remedy)
     if 0.95 <= ratio <= 1.05 and cosine >= 0.9:

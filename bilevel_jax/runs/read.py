@@ -24,7 +24,7 @@ def read(kind: type[Config], path: Path) -> Config:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     sections = fields(kind)
-    if content is None:
+    if root is None or content is None:
         return kind()
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {_said(content)}; wanted sections: {', '.join(sections)}.")
