@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.cost ../shared
 
-Three to five minutes on two CPU cores that do nothing else; prints two markdown tables. `../shared` is the folder of
+Minutes on two CPU cores (more on busy ones: try --steps 32); prints two markdown tables. `../shared` is the folder of
 real data and models that tests/conftest.py describes.
 
 All parameters of a model of 260 thousand, 64 AdamW steps of 16 rows of about 64 tokens, float32. In one process the
