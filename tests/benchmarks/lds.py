@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.lds ../shared --learning-rate 3e-4 --lora-rank 0
 
-One setting per call, 9 to 16 minutes on two busy CPU cores; prints one markdown table. `../shared` is the folder of real
-data and models that tests/conftest.py describes.
+One setting per call, 9 to 16 minutes on two busy CPU cores; prints one markdown table. `../shared` is the folder of
+real data and models that tests/conftest.py describes.
 
 400 training rows, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not), cut to
 32 tokens; V is 64 + 64 other reviews. 64 AdamW steps of 16 rows under the package's defaults (eps_root = 1e-12, warm-up
