@@ -166,7 +166,7 @@ def lead(run: Results) -> Html:
             f"learned weights they would say {places['learned weights']['level']}: near its optimum a loss has little "
             "slope left, and the ratio tells less."
         )
-        if "learned weights" in places
+        if "learned weights" in places and places["learned weights"]["level"] != verdict["level"]
         else None,
         class_=f"verdict {kind}",
     )
