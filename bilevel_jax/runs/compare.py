@@ -12,7 +12,7 @@ from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, good_rows
 from bilevel_jax.runs.session import Session
-from bilevel_jax.runs.statistics import mean_interval
+from bilevel_jax.runs.statistics import mean_interval, top
 from bilevel_jax.runs.task import PARTS, Task, per_row
 from bilevel_jax.runs.training import Trainer
 
@@ -27,12 +27,6 @@ class Arm(NamedTuple):
     meaning: str
     rows: Int[np.ndarray, "chosen"]
     weights: Float[np.ndarray, "corpus"]
-
-
-def top(scores: Float[np.ndarray, "rows"], count: int, among: Int[np.ndarray, "kept"]) -> Int[np.ndarray, "count"]:
-    """The `count` rows of `among` with the largest scores, in row order; ties go to the earlier row."""
-    ranked = among[np.argsort(-scores[among], kind="stable")]
-    return np.sort(ranked[:count])
 
 
 def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]) -> list[Arm]:

@@ -17,6 +17,7 @@ from bilevel_jax.lm.data import Example, kind_of
 from bilevel_jax.runs.config import Output, SelectConfig, config_hash
 from bilevel_jax.runs.files import replacing
 from bilevel_jax.runs.learn import Learned
+from bilevel_jax.runs.statistics import top
 from bilevel_jax.runs.task import Task
 
 
@@ -89,8 +90,7 @@ def select_rows(
                 f"{weights[among].max():.3g}. Lower it, or use output.top_share."
             )
         return kept
-    count = max(1, round(output.top_share * len(among)))
-    return np.sort(among[np.argsort(-weights[among], kind="stable")][:count])
+    return top(weights, max(1, round(output.top_share * len(among))), among)
 
 
 def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:

@@ -1,7 +1,7 @@
-"""Small statistics for tables: area under the ROC curve, confidence intervals of a mean."""
+"""Small statistics for tables: area under the ROC curve, confidence intervals of a mean, the best rows."""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """The .975 quantile of Student's t for 1 .. 15 degrees of freedom; above them 2.131, slightly too wide."""
@@ -24,3 +24,9 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
         return float(np.mean(values)), float("nan")
     quantile = STUDENT[min(count - 1, len(STUDENT)) - 1]
     return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / np.sqrt(count))
+
+
+def top(scores: Float[np.ndarray, "rows"], count: int, among: Int[np.ndarray, "kept"]) -> Int[np.ndarray, "count"]:
+    """The `count` rows of `among` with the largest scores, in row order; ties go to the earlier row."""
+    ranked = among[np.argsort(-scores[among], kind="stable")]
+    return np.sort(ranked[:count])

@@ -1,6 +1,5 @@
 """From a config to everything that a run on a language model is made of: rows, tokens, model, problem, streams."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,8 +291,3 @@ def _parameters(
         )
 
     return base, adapters
-
-
-def label_counts(examples: Sequence[Example]) -> Counter[str]:
-    """How many rows carry each label; empty where rows carry none."""
-    return Counter(example.label for example in examples if example.label is not None)

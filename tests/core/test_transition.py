@@ -80,9 +80,9 @@ def test_eight_devices_equal_one(eight_devices):
     toy = lora(steps=8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices)
     weights = jnp.ones(48)  # divisible by 8; the last rows are never touched
-    wide = 8  # ten example slots padded to sixteen, two for each device
 
     def spread(step):
+        """Ten example slots padded to sixteen, two for each device."""
         batch = toy.train.batch(step)
         padded = {
             "index": np.full((1, 16), 2**31 - 1, np.int32), "x": np.zeros((1, 16, 6)), "y": np.zeros((1, 16)),
@@ -93,7 +93,6 @@ def test_eight_devices_equal_one(eight_devices):
         rows = jax.device_put(np.asarray(batch["rows"])[:1], NamedSharding(mesh, P()))
         return {k: jax.device_put(v, NamedSharding(mesh, P(None, "data"))) for k, v in padded.items()} | {"rows": rows}
 
-    assert wide == len(eight_devices)
     put = lambda value, spec: jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), value)  # noqa: E731
     validation = put(toy.validation.batch(0), P())
     distributed = toy._replace(
