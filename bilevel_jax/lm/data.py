@@ -52,6 +52,8 @@ class Example(NamedTuple):
     file: str
     line: int
     """1-based; in a parquet table or a `datasets` folder, the row."""
+    rejected: tuple[Turn, ...] = ()
+    """In a preference pair, the dialogue with the response that was not preferred; `turns` has the one that was."""
 
     @property
     def where(self) -> str:
