@@ -1,16 +1,20 @@
 """Streams of batches: pure functions of the step, of one shape for a whole run, built in O(batch).
 
-A global step draws `batch` examples and deals them, in order, to micro-batches of E example slots. A micro-batch is R
-rows of L token places; without packing R = E, with packing several examples share a row. Batches are numpy:
+A global step draws `batch` examples and deals them, in order, to micro-batches of E example slots. An example is one
+sequence or, for preference pairs, two; so there are S = E or S = 2E sequence slots, of which 2e and 2e + 1 are the
+chosen and the rejected side of example e. A micro-batch is R rows of L token places; without packing R = S, with
+packing several sequences share a row. Batches are numpy:
 
     tokens      i32[M,R,L]   what the model reads: ids[:-1]
     targets     i32[M,R,L]   what it should say next: ids[1:]
-    positions   i32[M,R,L]   from 0 for each example
-    segments    i32[M,R,L]   0 = padding, 1.. = the examples packed in this row; attention stays within a segment
-    slot        i32[M,R,L]   the example slot that a supervised target belongs to; E where not supervised
+    positions   i32[M,R,L]   from 0 for each sequence
+    segments    i32[M,R,L]   0 = padding, 1.. = the sequences packed in this row; attention stays within a segment
+    slot        i32[M,R,L]   the sequence slot that a supervised target belongs to; S where not supervised
     index       i32[M,E]     the row of the weight table; PADDING for an empty slot
-    supervised  f32[M,E]     number of supervised targets; 1 for an empty slot, so that it may be divided by
+    supervised  f32[M,S]     number of supervised targets; 1 for an empty slot, so that it may be divided by
+    reference   f32[M,E]     where the corpus has it: the reference model's margin of a pair, nats; 0 for an empty slot
     rows        f32[M]       real examples in the whole global step (in an evaluation stream: in the whole stream)
+    targeted    f32[M]       supervised targets in the same, for losses per token
 
 What a global step holds is the same packed or not, as 1 x 16 or as 16 x 1.
 """
@@ -39,6 +43,13 @@ class Layout(NamedTuple):
     examples: int
     rows: int
     length: int
+    sequences: int = 1
+    """Sequences of an example: 2 for preference pairs."""
+
+    @property
+    def flat(self) -> "Layout":
+        """The layout without packing: one row of token places for each sequence."""
+        return self._replace(rows=self.examples * self.sequences)
 
 
 def order(rows: int, batch: int, seed: int) -> Order:
@@ -78,12 +89,12 @@ def steps_per_epoch(rows: int, batch: int) -> int:
 def layout(corpus: Corpus, orders: Sequence[Order], steps: int, *, micro: int, length: int, packing: bool) -> Layout:
     """The one shape that holds every step of every given order (all seeds and subsets of a comparison).
 
-    `micro` is the number of micro-batches and `length` the token places in a row; an example of n tokens takes n - 1.
+    `micro` is the number of micro-batches and `length` the token places in a row; a sequence of n tokens takes n - 1.
     With packing this counts, step by step, the rows that the fullest micro-batch needs.
     """
     longest = int(corpus.lengths.max()) - 1
     if longest > length:
-        row = int(corpus.lengths.argmax())
+        row = int(corpus.lengths.argmax()) // corpus.sequences
         raise ValueError(
             f"row {row} takes {longest} token places, but a row of the batch has {length}. "
             "Raise length, or tokenize with a smaller max_length."
@@ -92,15 +103,16 @@ def layout(corpus: Corpus, orders: Sequence[Order], steps: int, *, micro: int, l
     if micro < 1 or batch % micro:
         raise ValueError(f"a batch of {batch} examples does not split into {micro} micro-batches of equal size.")
     examples = batch // micro
+    flat = Layout(micro, examples, examples * corpus.sequences, length, corpus.sequences)
     if not packing:
-        return Layout(micro, examples, examples, length)
+        return flat
     rows = max(
         _fit(_places(corpus, part), length)[-1]
         for one in orders
         for step in range(steps)
         for part in one(step).reshape(micro, examples)
     )
-    return Layout(micro, examples, rows, length)
+    return flat._replace(rows=rows)
 
 
 def evaluation_layout(corpus: Corpus, batch: int, *, micro: int, length: int, packing: bool) -> Layout:
@@ -111,7 +123,7 @@ def evaluation_layout(corpus: Corpus, batch: int, *, micro: int, length: int, pa
 
 
 def longest(corpus: Corpus, multiple: int = 8) -> int:
-    """Token places of the longest example, rounded up: the least `length` that a layout of this corpus may have."""
+    """Token places of the longest sequence, rounded up: the least `length` that a layout of this corpus may have."""
     return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
 
 
@@ -119,17 +131,21 @@ def train_stream(corpus: Corpus, order: Order, steps: int, layout: Layout, *, to
     """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
 
     A stream that is summed rather than stepped on (what implicit estimators read) gives `total`, the number of all its
-    rows, which takes the place of `rows`.
+    rows, which takes the place of `rows`; its targets are then counted here, once.
     """
-    return Stream(lambda step: _batch(corpus, order(step), layout, total), steps)
+    if not total:
+        return Stream(lambda step: _batch(corpus, order(step), layout, None), steps)
+    chosen = np.concatenate([order(step) for step in range(steps)])
+    whole = total, _targeted(corpus, chosen[chosen < corpus.rows])
+    return Stream(lambda step: _batch(corpus, order(step), layout, whole), steps)
 
 
 def evaluation_stream(corpus: Corpus, layout: Layout) -> Stream:
     """Every row once, in order; its `rows` is the number of all of them, so a sum over the stream is the mean."""
     batch = layout.micro * layout.examples
     one = in_order(corpus.kept, corpus.rows, batch)
-    total = len(corpus.kept)
-    return Stream(lambda step: _batch(corpus, one(step), layout, total), steps_per_epoch(total, batch))
+    whole = len(corpus.kept), _targeted(corpus, corpus.kept)
+    return Stream(lambda step: _batch(corpus, one(step), layout, whole), steps_per_epoch(whole[0], batch))
 
 
 def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
@@ -158,68 +174,89 @@ def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: 
 # ---- building
 
 
-def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, total: int) -> Batch:
-    micro, examples, rows, length = layout
+def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, whole: tuple[int, int] | None) -> Batch:
+    """`whole` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
+    micro, examples, rows, length, sequences = layout
     if len(chosen) != micro * examples:
         raise ValueError(f"a step of {len(chosen)} examples does not fit {micro} micro-batches of {examples}.")
+    if sequences != corpus.sequences:
+        raise ValueError(
+            f"the layout has {sequences} sequences for each example and the corpus {corpus.sequences}; "
+            "make the layout by `layout`, from this corpus."
+        )
+    slots = examples * sequences
     shape = (micro, rows, length)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
-    slot = np.full(shape, examples, np.int32)
-    index = np.full((micro, examples), PADDING, np.int32)
-    supervised = np.ones((micro, examples), np.float32)
+    slot = np.full(shape, slots, np.int32)
+    supervised = np.ones((micro, slots), np.float32)
+    real = chosen < corpus.rows
+    targeted = 0
     for m, part in enumerate(chosen.reshape(micro, examples)):
         places = _places(corpus, part)
-        if rows >= examples:  # no packing, or packing that gains nothing; more where a mesh asks for a multiple
-            at, start = np.arange(examples), np.zeros(examples, np.int64)
+        if rows >= slots:  # no packing, or packing that gains nothing; more where a mesh asks for a multiple
+            at, start = np.arange(slots), np.zeros(slots, np.int64)
         else:
             at, start, needed = _fit(places, length)
             if needed > rows:
                 raise ValueError(
                     f"a micro-batch needs {needed} rows and has {rows}. Give its order to `layout` as well."
                 )
-        for e in np.flatnonzero(part < corpus.rows):
-            row, n = int(part[e]), int(places[e])
+        for s in np.flatnonzero(np.repeat(part < corpus.rows, sequences)):
+            row, n = int(part[s // sequences]), int(places[s])
             if n < 1:
                 raise ValueError(f"row {row} was dropped by the tokenizer. Draw from `corpus.kept` with `subset`.")
-            first = int(corpus.offsets[row])
+            first = int(corpus.offsets[row * sequences + s % sequences])
             ids, wanted = corpus.ids[first : first + n + 1], corpus.supervised[first + 1 : first + n + 1]
-            here = (m, at[e], slice(start[e], start[e] + n))
+            here = (m, at[s], slice(start[s], start[s] + n))
             tokens[here], targets[here], positions[here] = ids[:-1], ids[1:], np.arange(n)
-            segments[here] = segments[m, at[e]].max() + 1
-            slot[here] = np.where(wanted, e, examples)
-            index[m, e], supervised[m, e] = row, wanted.sum()
-    real = total or int((chosen < corpus.rows).sum())
-    return {
+            segments[here] = segments[m, at[s]].max() + 1
+            slot[here] = np.where(wanted, s, slots)
+            supervised[m, s] = wanted.sum()
+            targeted += int(wanted.sum())
+    count, targeted = whole or (int(real.sum()), targeted)
+    batch = {
         "tokens": tokens,
         "targets": targets,
         "positions": positions,
         "segments": segments,
         "slot": slot,
-        "index": index,
+        "index": np.where(real, chosen, PADDING).astype(np.int32).reshape(micro, examples),
         "supervised": supervised,
-        "rows": np.full(micro, real, np.float32),
+        "rows": np.full(micro, count, np.float32),
+        "targeted": np.full(micro, targeted, np.float32),
     }
+    if corpus.reference is not None:
+        reference = np.where(real, corpus.reference[np.where(real, chosen, 0)], 0)
+        batch["reference"] = reference.astype(np.float32).reshape(micro, examples)
+    return batch
 
 
-def _places(corpus: Corpus, chosen: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "examples"]:
-    """Token places that each example takes; 0 for an empty slot."""
-    real = chosen < corpus.rows
-    row = np.where(real, chosen, 0)
-    return np.where(real, np.maximum(corpus.offsets[row + 1] - corpus.offsets[row] - 1, 0), 0)
+def _places(corpus: Corpus, chosen: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "slots"]:
+    """Token places that each sequence of the chosen rows takes; 0 for an empty slot."""
+    real = (chosen < corpus.rows)[:, None]
+    sequence = np.where(real, chosen[:, None] * corpus.sequences + np.arange(corpus.sequences), 0)
+    return np.where(real, np.maximum(corpus.offsets[sequence + 1] - corpus.offsets[sequence] - 1, 0), 0).ravel()
+
+
+def _targeted(corpus: Corpus, chosen: Int[np.ndarray, "chosen"]) -> int:
+    """Supervised targets of the chosen rows; a sequence's first token has nothing before it to predict it from."""
+    before = np.concatenate([[0], np.cumsum(corpus.supervised)])
+    first, last = np.minimum(corpus.offsets[:-1] + 1, corpus.offsets[1:]), corpus.offsets[1:]
+    return int((before[last] - before[first]).reshape(-1, corpus.sequences).sum(1)[chosen].sum())
 
 
 def _fit(
-    places: Int[np.ndarray, "examples"], length: int
-) -> tuple[Int[np.ndarray, "examples"], Int[np.ndarray, "examples"], int]:
-    """First fit, longest first: (row, start) of each example, and the rows needed (at most one per example)."""
+    places: Int[np.ndarray, "slots"], length: int
+) -> tuple[Int[np.ndarray, "slots"], Int[np.ndarray, "slots"], int]:
+    """First fit, longest first: (row, start) of each sequence, and the rows needed (at most one per sequence)."""
     at, start = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
     used: list[int] = []
-    for e in np.argsort(-places, kind="stable"):
-        n = int(places[e])
+    for s in np.argsort(-places, kind="stable"):
+        n = int(places[s])
         row = next((r for r, u in enumerate(used) if u + n <= length), len(used))
         if row == len(used):
             used.append(0)
-        at[e], start[e] = row, used[row]
+        at[s], start[s] = row, used[row]
         used[row] += n
     return at, start, len(used)
 

@@ -1,8 +1,9 @@
 """Per-example losses of supervised fine-tuning, and their split into outputs and a convex link.
 
 A batch is one micro-batch: a dict of `tokens`, `targets`, `positions`, `segments` (0 = padding) and `slot`, all
-int32[rows, len], and `supervised` float32[examples]. `slot` says which example a *target* counts for; `examples` (one
-past the last) = none. `supervised` is the number of those targets, 1 for an empty slot. Packing changes nothing.
+int32[rows, len], and `supervised` float32[slots]. `slot` says which sequence a *target* counts for; `slots` (one past
+the last) = none. `supervised` is the number of those targets, 1 for an empty slot. Here an example is one sequence;
+`preferences` compares two. Packing changes nothing.
 """
 
 from collections.abc import Callable
@@ -16,27 +17,43 @@ from bilevel_jax.core.types import Batch, Fixed, Loss, Params
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.lm.models.lora import join
 
-Normalise = Literal["example_mean", "token_sum"]
+Normalise = Literal["example_mean", "token_sum", "token_mean"]
+NORMALISE = ("example_mean", "token_sum", "token_mean")
 
 
 def sft(
     decoder: Decoder, *, chunk: int = 1024, normalise: Normalise = "example_mean"
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
-    """(params, batch) -> the loss of each example: -(1/|y|) Σ_t log p(y_t | x, y_<t), nats per supervised token.
+    """(params, batch) -> the loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t.
 
-    `token_sum` leaves out the 1/|y|: nats per example, so that long answers count for more. An empty slot is exactly 0.
-    Logits live for `chunk` tokens at a time, in the forward and in the backward pass, never for the whole batch.
-    A target outside the vocabulary gives NaN (or, if negative, counts from the end): check tokens where they are made.
+    example_mean  (1/|y|) Σ_t n_t        nats per token; every example counts the same
+    token_sum     Σ_t n_t                nats per example; long answers count for more
+    token_mean    (rows/tokens) Σ_t n_t  nats per token; every token counts the same. rows and tokens are those of the
+                  global step, so that Σ_i w_i loss_i / rows = Σ_i w_i Σ_t n_t / tokens, as trainers that average over
+                  tokens do. The number then depends on the step that an example stands in.
+
+    An empty slot is exactly 0. Logits live for `chunk` tokens at a time, in the forward and in the backward pass,
+    never for the whole batch. A target outside the vocabulary gives NaN (or, if negative, counts from the end): check
+    tokens where they are made. Preference pairs are refused: their losses are in `preferences`.
     """
     _check(chunk, normalise)
+    tokens = _token_losses(decoder, chunk)
 
     def losses(params: Params, batch: Batch) -> Array:
-        per_token = _in_chunks(
-            _negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk
-        )
-        return _examples(per_token, batch, normalise)
+        _refuse_pairs(batch)
+        return _normalised(_per_sequence(tokens(params, batch), batch), batch, normalise)
 
     return losses
+
+
+def log_likelihoods(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "slots"]]:
+    """(params, batch) -> Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected.
+
+    An empty slot is exactly 0.
+    """
+    _check(chunk, "token_sum")
+    tokens = _token_losses(decoder, chunk)
+    return lambda params, batch: -_per_sequence(tokens(params, batch), batch)
 
 
 def accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
@@ -48,8 +65,9 @@ def accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch]
     _check(chunk, "example_mean")
 
     def right(params: Params, batch: Batch) -> Array:
+        _refuse_pairs(batch)
         hits = _in_chunks(_is_likeliest, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
-        return _examples(hits, batch, "example_mean")
+        return _normalised(_per_sequence(hits, batch), batch, "example_mean")
 
     return right
 
@@ -66,18 +84,21 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
     def hidden(params: Params, fixed: Fixed, batch: Batch) -> Array:
         if fixed is None:
             raise ValueError("frozen_head=True takes the head from `fixed`, which is None; use frozen_head=False.")
+        _refuse_pairs(batch)
         return _hidden(decoder, assemble(params, fixed), batch)
 
     def affine_link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
         per_token = _in_chunks(_negative_log_likelihood, outputs, decoder.head(fixed), batch, chunk)
-        return _examples(per_token, batch, normalise)
+        return _normalised(_per_sequence(per_token, batch), batch, normalise)
 
     def logits(params: Params, fixed: Fixed, batch: Batch) -> Array:
+        _refuse_pairs(batch)
         whole = assemble(params, fixed)
         return _hidden(decoder, whole, batch) @ decoder.head(whole)
 
     def link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
-        return _examples(_negative_log_likelihood(outputs, _targets(batch)), batch, normalise)
+        per_token = _negative_log_likelihood(outputs, _targets(batch))
+        return _normalised(_per_sequence(per_token, batch), batch, normalise)
 
     return Loss(hidden, affine_link) if frozen_head else Loss(logits, link)
 
@@ -85,6 +106,13 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
 def assemble(params: Params, fixed: Fixed) -> Params:
     """The whole parameter tree: `params` themselves, or adapters `params` joined to the frozen base `fixed`."""
     return params if fixed is None else join(fixed, params)
+
+
+def _token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
+    def tokens(params: Params, batch: Batch) -> Array:
+        return _in_chunks(_negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
+
+    return tokens
 
 
 def _hidden(decoder: Decoder, params: Params, batch: Batch) -> Array:
@@ -133,15 +161,31 @@ def _targets(batch: Batch) -> Array:
     return jnp.where(batch["slot"] < batch["supervised"].shape[0], batch["targets"], 0)
 
 
-def _examples(token_losses: Float[Array, "rows len"], batch: Batch, normalise: Normalise) -> Float[Array, "examples"]:
-    """Sum the tokens of each example. By masks and not by a scatter: the same order, so the same bits, on every run."""
-    examples = jnp.arange(batch["supervised"].shape[0])[:, None, None]
-    sums = jnp.sum(jnp.where(batch["slot"][None] == examples, token_losses[None], 0), axis=(1, 2))
-    return sums / batch["supervised"] if normalise == "example_mean" else sums
+def _per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:
+    """Sums over the tokens of each sequence. By masks, not by a scatter: one order, so the same bits, on every run."""
+    slots = jnp.arange(batch["supervised"].shape[0])[:, None, None]
+    return jnp.sum(jnp.where(batch["slot"][None] == slots, token_losses[None], 0), axis=(1, 2))
+
+
+def _normalised(sums: Float[Array, "examples"], batch: Batch, normalise: Normalise) -> Float[Array, "examples"]:
+    if normalise == "example_mean":
+        return sums / batch["supervised"]
+    if normalise == "token_mean":
+        return sums * batch["rows"] / batch["targeted"]
+    return sums
+
+
+def _refuse_pairs(batch: Batch) -> None:
+    examples, slots = batch["index"].shape[0], batch["supervised"].shape[0]
+    if slots != examples:
+        raise ValueError(
+            f"a batch of {examples} examples with {slots} sequences: these are preference pairs, and this loss takes "
+            "one sequence for each example. Take `dpo` or `simpo`, or tokenize the chosen responses alone."
+        )
 
 
 def _check(chunk: int, normalise: Any) -> None:
     if chunk < 1:
         raise ValueError(f"chunk {chunk}; a chunk is at least one token.")
-    if normalise not in ("example_mean", "token_sum"):
-        raise ValueError(f"normalise {normalise!r}; choose 'example_mean' or 'token_sum'.")
+    if normalise not in NORMALISE:
+        raise ValueError(f"normalise is {normalise!r}; it is one of {list(NORMALISE)}.")

@@ -175,11 +175,13 @@ def test_composition_is_the_same_whatever_the_layout(micro, packing):
                 "index": ((micro, shape.examples), "int32"),
                 "supervised": ((micro, shape.examples), "float32"),
                 "rows": ((micro,), "float32"),
+                "targeted": ((micro,), "float32"),
             }
             real = [int(i) for i in draw(step) if i < 39]
             found = contents(batch)
             assert sorted(found) == sorted(real)
             assert (batch["rows"] == len(real)).all()
+            assert (batch["targeted"] == sum(data.row(i).supervised[1:].sum() for i in real)).all()
             assert [i for i in batch["index"].ravel() if i != PADDING] == real
             for row, places in found.items():
                 ids, mask = data.row(row)

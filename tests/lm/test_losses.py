@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilevel_jax.core.types import PADDING
 from bilevel_jax.lm.losses import assemble, sft, sft_loss
 from bilevel_jax.lm.models import DecoderConfig, decoder, init, init_lora
 
@@ -39,8 +40,9 @@ def batch_of(rows, length, slots):
             targets[row, answer], slot[row, answer] = response, example
             supervised[example] = len(response)
             start += len(whole)
-    names = ("tokens", "targets", "positions", "segments", "slot", "supervised")
-    values = (tokens, targets, positions, segments, slot, supervised)
+    index = np.where(np.arange(slots) < len(EXAMPLES), np.arange(slots), PADDING).astype(np.int32)
+    names = ("tokens", "targets", "positions", "segments", "slot", "supervised", "index")
+    values = (tokens, targets, positions, segments, slot, supervised, index)
     return {name: jnp.asarray(value) for name, value in zip(names, values, strict=True)}
 
 
@@ -159,7 +161,7 @@ def test_logits_of_the_batch_never_live():
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="chunk 0; a chunk is at least one token"):
         sft(MODEL, chunk=0)
-    with pytest.raises(ValueError, match="choose 'example_mean' or 'token_sum'"):
+    with pytest.raises(ValueError, match="normalise is 'batch'; it is one of .*'token_mean'"):
         sft(MODEL, normalise="batch")
     with pytest.raises(ValueError, match="use frozen_head=False"):
         sft_loss(MODEL, frozen_head=True).outputs(init(TINY, jax.random.key(0)), None, PACKED)

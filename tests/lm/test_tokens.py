@@ -168,7 +168,7 @@ def test_too_long():
         tokenize(rows, tokenizer, max_length=limit)
     assert str(error.value) == (
         f"rows.jsonl:2: {lengths[1]} tokens, and max_length is {limit}. Raise max_length, shorten the row, or set "
-        "truncate to 'right' or 'drop'. (1 more rows have such a problem.)"
+        "truncate to 'left', 'right' or 'drop'. (1 more rows have such a problem.)"
     )
     with pytest.raises(ValueError, match=rf"rows.jsonl:3: {lengths[2]} tokens, and its prompt alone fills max_length"):
         tokenize(rows, tokenizer, max_length=limit, truncate="right")
@@ -195,7 +195,7 @@ ERRORS = [
     (bpe(LLAMA2), example("a", "b", roles=("system", "assistant")), {}, r"refuses the roles \['system', .*no system"),
     (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
     (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
-    (bpe(), PAIR, {"truncate": "left"}, r"truncate is 'left'; it is one of \['error', 'right', 'drop'\]"),
+    (bpe(), PAIR, {"truncate": "middle"}, r"truncate is 'middle'; it is one of \['error', 'left', 'right', 'drop'\]"),
     (bpe(), PAIR, {"max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
 ]
 
