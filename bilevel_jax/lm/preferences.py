@@ -81,7 +81,7 @@ def margins(decoder: Decoder, *, per_token: bool = False, chunk: int = 1024) -> 
 
 
 def pair_accuracy(
-    decoder: Decoder, *, method: Method, chunk: int = 1024
+    decoder: Decoder, method: Method, *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> 1 for each pair that the model orders rightly, 0 if wrongly, 1/2 for a tie or an empty slot.
 
