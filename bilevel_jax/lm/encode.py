@@ -137,7 +137,10 @@ def _whole_text(example: Example) -> tuple[str, list[int]]:
 def _by_prefix(examples: Sequence[Example], texts: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer) -> list[Row]:
     """The mask by comparing tokens: those of the text up to each edge must be a prefix of those of the whole."""
     pieces = [piece for text, edges in texts for piece in (text, *(text[:edge] for edge in edges))]
-    encoded = iter(tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else [])
+    different = list(dict.fromkeys(pieces))  # the last edge is the whole text, and a pair has one prompt
+    ids_of = tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"] if different else []
+    known = dict(zip(different, ids_of, strict=True))
+    encoded = (known[piece] for piece in pieces)
     rows: list[Row] = []
     for example, (_, edges) in zip(examples, texts, strict=True):
         ids, merged = list(next(encoded)), 0

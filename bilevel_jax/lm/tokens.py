@@ -282,7 +282,7 @@ def _finish(ids: list[int], mask: Mask, tokenizer: Tokenizer) -> tuple[list[int]
     if bos is not None:
         lead = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         ids, mask = [bos, *ids[lead:]], [0, *mask[lead:]]
-    end = max((i + 1 for i, wanted in enumerate(mask) if wanted), default=0)
+    end = len(mask) - next((i for i, wanted in enumerate(reversed(mask)) if wanted), len(mask))
     ids, mask = ids[:end], mask[:end]
     if end and eos is not None and ids[-1] != eos:
         ids, mask = [*ids, eos], [*mask, mask[-1]]

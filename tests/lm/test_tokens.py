@@ -27,6 +27,7 @@ BLOCKS = (
     "{{ '\n' }}{% endfor %}"
 )
 OUTSIDE = BLOCKS.replace("+ '<|eot|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|eot|>' }}")
+ONE_BLOCK = BLOCKS.replace("== 'assistant'", "== 'assistant' and loop.last")
 PLAIN = (  # no special tokens, no generation prompt
     "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
 )
@@ -72,6 +73,7 @@ def runs(row, tokenizer):
 
 PAIR = example("Name a pet.", "A cat, 猫!")
 TALK = example("Name a pet.", "A cat", "Which one?", "The cat\nis it.")
+TALK_TEXT = [turn.content for turn in TALK.turns]
 TEXT = example("The cat is.\n Or a dog?")
 TABLE = [
     ("llama3", bpe(LLAMA3), PAIR, ["A cat, 猫!<|eot|>"]),
@@ -182,6 +184,126 @@ def test_too_long():
         tokenize(rows[1:], tokenizer, max_length=limit, truncate="drop")
 
 
+def pair(chosen, rejected, line=1):
+    """A preference pair: a row with a second dialogue."""
+    return example(*chosen, line=line)._replace(rejected=example(*rejected).turns)
+
+
+ASKED = ("Name a pet.", "A dog", "Which one?")
+SHORT, LONG = "It is.", "The cat\nis it."
+PAIRS = {  # the templates with and without generation blocks; the tokens of the prompt come from another path each
+    "llama3": (bpe(LLAMA3), ASKED),
+    "blocks": (bpe(BLOCKS), ASKED),
+    "blocks without the end": (bpe(OUTSIDE), ASKED),
+    "no template": (bpe(), ASKED[:1]),
+    "no template, no bos": (bpe(bos=None), ASKED[:1]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair_is_two_sequences_in_which_the_responses_count(name):
+    tokenizer, prompt = PAIRS[name]
+    row = pair((*prompt, SHORT), (*prompt, LONG))
+    corpus, report = tokenize([row, row], tokenizer, max_length=200)
+    assert (corpus.rows, corpus.sequences, len(corpus.offsets)) == (2, 2, 5) and corpus.kept.tolist() == [0, 1]
+    for i in range(2):
+        assert [runs(corpus.row(i, side), tokenizer) for side in range(2)] == [[f"{SHORT}<|eot|>"], [f"{LONG}<|eot|>"]]
+        chosen, rejected = (corpus.row(i, side) for side in range(2))
+        n = int(chosen.supervised.argmax())
+        assert n == rejected.supervised.argmax() and (chosen.ids[:n] == rejected.ids[:n]).all()  # one prompt
+    alone = [tokenize([example(*prompt, text)], tokenizer, max_length=200)[0].ids for text in (SHORT, LONG)]
+    assert all((corpus.row(1, side).ids == alone[side]).all() for side in range(2))
+    assert (report.rows, report.tokens, report.longest) == (2, len(corpus.ids), len(alone[1]))
+
+
+@pytest.mark.parametrize("template", [LLAMA3, BLOCKS], ids=["llama3", "blocks"])
+def test_pair_that_differs_in_several_turns(template):
+    tokenizer = bpe(template)
+    row = pair((*ASKED, SHORT, "Which?", "A cat"), (*ASKED, LONG, "Is it?", "A dog"))
+    wanted = [["It is.<|eot|>", "A cat<|eot|>"], ["The cat\nis it.<|eot|>", "A dog<|eot|>"]]
+    corpus = tokenize([row], tokenizer, max_length=200)[0]
+    assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == wanted
+    corpus = tokenize([row], tokenizer, max_length=200, supervise="last")[0]
+    assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == [one[1:] for one in wanted]
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, OUTSIDE, PLAIN, LLAMA2])
+def test_supervise_the_last_answer(template):
+    tokenizer = bpe(template)
+    whole, last = (tokenize([TALK], tokenizer, max_length=200, supervise=which)[0] for which in ("all", "last"))
+    assert (whole.ids == last.ids).all()
+    assert runs(last.row(0), tokenizer) == runs(whole.row(0), tokenizer)[1:]
+    for row in (PAIR, TEXT):  # nothing to leave out
+        one, other = (tokenize([row], tokenizer, max_length=200, supervise=which)[0] for which in ("all", "last"))
+        assert (one.supervised == other.supervised).all()
+
+
+@pytest.mark.parametrize("bos", ["<|begin|>", None])
+def test_cut_on_the_left(bos):
+    tokenizer = bpe(bos=bos)
+    row, lead = example("Name a pet. Which one is it?", "A cat"), int(bos is not None)
+    whole = tokenize([row], tokenizer, max_length=99)[0].row(0)
+    response = int(whole.supervised.sum())
+    for limit in range(2, len(whole.ids) + 2):
+        out, report = tokenize([row], tokenizer, max_length=limit, truncate="left")
+        ids, mask = out.row(0)
+        gone = max(len(whole.ids) - limit, 0)
+        room = len(whole.ids) - response - 1  # all of the prompt but BOS; without BOS, one token stays to begin with
+        kept = np.delete(whole.ids, slice(lead, lead + min(gone, room)))
+        assert ids.tolist() == kept[:limit].tolist() and not mask[0] and len(ids) == min(limit, len(whole.ids))
+        assert mask.sum() == min(response, limit - 1)
+        assert (report.beheaded, report.truncated, report.dropped) == (gone > 0, gone > room, 0)
+        assert str(report).count("cut at the beginning") == (gone > 0)
+
+
+def test_answer_torn_on_the_left_is_only_read():
+    tokenizer = bpe(BLOCKS)
+    whole = tokenize([TALK], tokenizer, max_length=200)[0].row(0)
+    first = np.flatnonzero(np.diff(whole.supervised.astype(int), prepend=0) == 1)
+    for gone in range(1, int(first[1])):
+        corpus, _ = tokenize([TALK], tokenizer, max_length=len(whole.ids) - gone, truncate="left")
+        assert corpus.ids.tolist() == [whole.ids[0], *whole.ids[1 + gone :]]
+        assert len(runs(corpus.row(0), tokenizer)) == 1 + (1 + gone <= first[0])  # whole, or not at all
+        assert runs(corpus.row(0), tokenizer)[-1] == "The cat\nis it.<|eot|>"
+
+
+def test_pair_too_long():
+    tokenizer = bpe()
+    prompt = "Name a pet. Which one is it?"
+    rows = [pair((prompt, "A cat"), (prompt, "A dog. A cat. The cat is.")), pair(("A", "It"), ("A", "is"), line=2)]
+    whole = tokenize(rows, tokenizer, max_length=99)[0]
+    short, long = whole.lengths[:2]
+    n = int(whole.row(0).supervised.argmax())  # tokens of BOS and prompt
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="left")
+    assert corpus.lengths[:2].tolist() == [short - 3, long - 3]  # both sides lose what the longer one must
+    assert (corpus.row(0).ids[: n - 3] == corpus.row(0, 1).ids[: n - 3]).all() and report.beheaded == 1
+    assert [corpus.row(0, side).supervised.argmax() for side in range(2)] == [n - 3, n - 3]
+    corpus, report = tokenize(rows, tokenizer, max_length=long - n, truncate="left")  # one less than BOS and response
+    assert corpus.lengths[:2].tolist() == [short - n + 1, long - n]
+    assert (report.beheaded, report.truncated) == (1, 1)
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="right")
+    assert corpus.lengths[:2].tolist() == [min(short, long - 3), long - 3] and report.truncated == 1
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 1, truncate="drop")  # one side fits: both go
+    assert corpus.lengths[:2].tolist() == [0, 0] and report.dropped == 1
+    assert corpus.kept.tolist() == [1] and corpus.rows == 2
+    with pytest.raises(ValueError, match=rf"rows.jsonl:1: {long} tokens, and max_length is {long - 1}. Raise"):
+        tokenize(rows, tokenizer, max_length=long - 1)
+
+
+def test_reference_belongs_to_every_pair():
+    corpus = tokenize([pair(("a", "b"), ("a", "c"))] * 3, bpe(), max_length=20)[0]
+    assert corpus.with_reference(np.arange(3)).reference.tolist() == [0, 1, 2]
+    dropped = corpus_of([corpus.row(0), corpus.row(0, 1), *[Tokenized(corpus.ids[:0], corpus.supervised[:0])] * 2], 2)
+    dropped.with_reference(np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match="the reference of row 1 is nan; give one for every row in `kept`"):
+        corpus.with_reference(np.array([1.0, np.nan, 0]))
+    for wrong in (corpus, tokenize([PAIR] * 6, bpe(), max_length=20)[0]):
+        with pytest.raises(ValueError, match=r"reference \(6,\) for . rows of . sequence\(s\)"):
+            wrong.with_reference(np.zeros(6))
+    with pytest.raises(ValueError, match="3 sequences do not make rows of 2"):
+        corpus_of([corpus.row(0)] * 3, 2)
+
+
 ERRORS = [
     (
         bpe(),
@@ -196,6 +318,12 @@ ERRORS = [
     (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
     (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
     (bpe(), PAIR, {"truncate": "middle"}, r"truncate is 'middle'; it is one of \['error', 'left', 'right', 'drop'\]"),
+    (bpe(), PAIR, {"supervise": "first"}, r"supervise is 'first'; it is one of \['all', 'last'\]"),
+    (bpe(), pair(("a", "b"), ("a", "c<|eot|>")), {}, r"holds '<\|eot\|>', which the tokenizer reads as a special"),
+    (bpe(), pair(("a", "b"), ("a", "b")), {}, "rows.jsonl:1: the chosen and the rejected response are the same"),
+    (bpe(), pair(("a", "b"), ("c", "b")), {}, "differ at message 1 before the assistant answers; a preference compa"),
+    (bpe(LLAMA3), pair(TALK_TEXT, TALK_TEXT[:2]), {}, "differ at message 3 before the assistant answers"),
+    (bpe(ONE_BLOCK), TALK, {"supervise": "last"}, "2 messages of the assistant, and .* blocks mark 1, so the last can"),
     (bpe(), PAIR, {"max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
 ]
 
@@ -204,6 +332,14 @@ ERRORS = [
 def test_error(tokenizer, row, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize([row], tokenizer, **({"max_length": 200} | options))
+
+
+def test_pairs_and_single_rows_do_not_mix():
+    rows = [PAIR, pair(("a", "b"), ("a", "c"), line=2)]
+    with pytest.raises(ValueError, match="rows.jsonl:2: a preference pair, and the rows before it are none"):
+        tokenize(rows, bpe(), max_length=20)
+    with pytest.raises(ValueError, match="rows.jsonl:1: no preference pair, and the rows before it are pairs"):
+        tokenize(rows[::-1], bpe(), max_length=20)
 
 
 def test_unknown_tokens_are_counted():
