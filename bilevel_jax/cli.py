@@ -32,7 +32,7 @@ def _select(arguments: list[str]) -> int:
 
     given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
     try:
-        settings = config.load(given[0] if given else None, arguments[len(given) :])
+        settings = config.load(config.SelectConfig, given[0] if given else None, arguments[len(given) :])
         if settings.model.train_dtype == "float64":
             import jax
 

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, good_rows
+from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import mean_interval, top
-from bilevel_jax.runs.task import PARTS, Task, per_row
+from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.training import Trainer
 
 FIRST_SEED = 10_000
@@ -98,7 +99,7 @@ def compare(
                 "interval": {column: half for column, (_, half) in intervals.items()},
             }
         )
-        session.say(_line(results[-1]))
+        session.say(_line(results[-1], task.objective.right))
     return results
 
 
@@ -112,11 +113,11 @@ def _train(task, config, trainer, session, read, arm: Arm, seed: int) -> dict[st
         for part in PARTS
     }
     report = "report" if "report" in task.held_out else "fit"
-    right = per_row(task.accuracy, run.end.params, fixed, task.held_out[report], len(task.trusted[report]))
+    right = per_row(task.objective.accuracy, run.end.params, fixed, task.held_out[report], len(task.trusted[report]))
     return {**values, "accuracy": float(np.nanmean(right))}
 
 
-def _line(result: dict[str, Any]) -> str:
+def _line(result: dict[str, Any], right: str) -> str:
     mean, half = result["mean"].get("report"), result["interval"].get("report")
     loss = "" if mean is None else f"L_v on V_report {mean:.4f} ± {half:.4f}   "
-    return f"{result['name']:<20}{loss}token accuracy {result['mean']['accuracy']:.3f}   {result['rows']} rows"
+    return f"{result['name']:<20}{loss}{right} {result['mean']['accuracy']:.3f}   {result['rows']} rows"

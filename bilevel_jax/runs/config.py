@@ -2,16 +2,19 @@
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
 
 from bilevel_jax.runs.read import read
+from bilevel_jax.runs.rules import check, leaves
+
+Format = Literal["auto", "chat", "prompt", "alpaca", "text"]
+Normalise = Literal["example_mean", "token_sum", "token_mean"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Data:
     select: tuple[str, ...] = ()  # own rows for V_select (early stopping); empty: a share of validation
     report: tuple[str, ...] = ()  # own rows for V_report (headline numbers); empty: a share of validation
     split: tuple[float, float, float] = (0.5, 0.25, 0.25)  # shares of validation for V_fit, V_select, V_report
-    format: Literal["auto", "chat", "prompt", "alpaca", "text"] = "auto"  # shape of a row; auto looks at its keys
+    format: Format = "auto"  # shape of a row; auto looks at its keys
     prompt_field: str = "prompt"  # key of the question in a row
     response_field: str = "response"  # key of the answer; its tokens carry the loss
     text_field: str = "text"  # key of plain text; all its tokens carry the loss
@@ -47,10 +50,23 @@ class Data:
     empty: Literal["error", "drop"] = "error"  # rows with an empty part: name them and stop, or leave them out
     template: str = ""  # prompt template with {prompt}, or empty: the tokenizer's chat template
     max_length: int = 1024  # tokens of an example
-    truncate: Literal["error", "right", "drop"] = "error"  # examples beyond that: stop and name them, cut, leave out
+    truncate: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
+    supervise: Literal["all", "last"] = "all"  # targets of a dialogue: every assistant turn, or the last alone
     packing: bool = False  # several examples in one sequence: faster, same numbers
     leaks: Literal["error", "drop"] = "error"  # what to do with training rows that also stand in validation
     seed: int = 0  # of the split and of the data's order
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one example."""
+
+    name: Literal["sft", "dpo", "simpo"] = "sft"  # sft: of a response; dpo and simpo: of a pair, chosen and rejected
+    normalise: Normalise = "example_mean"  # sft: nats per token of each row, per row, or per token of a step
+    beta: float = 0.0  # dpo, simpo: how sharply a margin is judged; 0: the usual 0.1 of dpo, 2.5 of simpo
+    gamma_ratio: float = 0.55  # simpo: the margin that is asked for, nats per token (gamma / beta)
+    label_smoothing: float = 0.0  # dpo: the share of pairs whose order is taken to be wrong, below 0.5
+    reference: str = ""  # dpo: reference.parquet of another run; empty: made at the start, by the model itself
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Optimizer:
     name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "adamw"  # lion's derivative is 0: not for unrolled
     learning_rate: float = 1e-4  # peak; too high a rate makes exact hypergradients useless (certify measures it)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"  # after warmup; cosine and linear end at 0
-    warmup: int = 10  # steps over which the rate rises
+    warmup: float = 10.0  # steps over which the rate rises; below 1: that share of all steps
     weight_decay: float = 0.0  # pull to 0, decoupled (adamw, lion) or added to the gradient (the others)
     momentum: float = 0.9  # of name=momentum
     b1: float = 0.9  # decay of the gradient's mean
@@ -78,6 +94,32 @@ class Train:
     batch: int = 16  # examples in one step, over all devices
     micro: int = 1  # pieces that a step is cut into: less memory, same numbers
     seed: int = 0  # of the start of the parameters
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run with given weights."""
+
+    epochs: float = 1.0  # passes over the training rows; 0: train.steps counts
+    steps: int = 0  # optimiser steps, where epochs is 0
+    batch: int = 16  # examples in one step, over all devices
+    micro: int = 1  # pieces that a step is cut into: less memory, same numbers
+    seed: int = 0  # of the start of the parameters
+    compute: Literal["float32", "bfloat16"] = "float32"  # factors of the matrix products; sums stay in float32
+    evaluate_every: int = 50  # steps between two readings of the validation loss; it is read at both ends too
+    keep: Literal["last", "best"] = "last"  # which parameters are written: the last, or the best on V_select
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of the training rows come from."""
+
+    file: str = ""  # weights.parquet of `select`, or parquet, jsonl, json with an id; empty: the constant
+    column: str = "weight"  # its column: a weight, or a score (larger is better)
+    constant: float = 1.0  # the weight of every row where no file is given
+    transform: Literal["none", "negate", "minmax", "rank"] = "none"  # score -> weight: -s; (s - min)/(max - min); rank
+    mean_one: bool = False  # divide by the mean, so that the learning rate keeps its meaning
+    missing: Literal["error", "one", "zero", "drop"] = "error"  # rows whose id the file lacks
 
 
 @dataclass(frozen=True)
@@ -111,9 +153,27 @@ class Output:
     resume: bool = False  # go on with the run in that folder
     progress: bool = True  # show a progress bar
     save_minutes: float = 10.0  # save in the middle of an outer step when the last save is older
-    top_share: float = 0.8  # share of rows, by weight, that go into the selected data
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What is written, and where."""
+
+    folder: str = "out"  # the run's folder; never overwritten
+    resume: bool = False  # go on with the run in that folder
+    progress: bool = True  # show a progress bar
+    save_minutes: float = 10.0  # save when the last save is older
+    model: Literal["full", "adapter", "both"] = "both"  # LoRA: the merged model, the PEFT adapter, or both
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which rows the selected data hold."""
+
+    top_share: float = 0.8  # share of rows, by weight
     threshold: float = 0.0  # instead: rows of at least this weight (the mean weight is 1); 0 = off
-    resample: int = 0  # instead: so many rows drawn in proportion to their weight; 0 = off
+    resample: int = 0  # instead: so many rows drawn in proportion to their weight, as whole repeats; 0 = off
+    per_source: int = 0  # instead: so many rows, each source in proportion to its total weight, by weight; 0 = off
 
 
 Row = Literal[
@@ -158,135 +218,116 @@ class SelectConfig:
 
     model: Model = Model()
     data: Data = Data()
+    objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     outer: Outer = Outer()
     output: Output = Output()
+    keep: Keep = Keep()
     compare: Compare = Compare()
     certify: Certify = Certify()
     devices: Devices = Devices()
 
 
-SHORT = {
-    "--fast": ("--compare.no-enabled", "--certify.no-enabled"),
-    "--resume": ("--output.resume",),
-    "--out": ("--output.folder",),
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a language model with a weight for each training row.
+
+    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
+    stand. Short forms: --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    objective: Objective = Objective()
+    weights: Weights = Weights()
+    optimizer: Optimizer = Optimizer()
+    train: Training = Training()
+    output: TrainOutput = TrainOutput()
+    devices: Devices = Devices()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is printed."""
+
+    rows: int = 3  # training rows whose tokens are shown, and as many of validation
+    ids: tuple[str, ...] = ()  # rows to show, by id, instead of the first
+    width: int = 0  # characters in a line; 0: those of the terminal
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what training would see: tokens and labels, lengths, truncation, duplicates, leaks, sources.
+
+    CONFIG is the file of any other verb: the sections that are not below are passed over.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    objective: Objective = Objective()
+    look: Look = Look()
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where."""
+
+    folder: str = "out/export"  # made anew; never overwritten
+    form: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"  # the trainer whose input form is written
+    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"  # auto: as the rows came
+    container: Literal["jsonl", "json", "parquet", "datasets"] = "jsonl"  # datasets: a folder of `save_to_disk`
+    weight: bool = True  # a `weight` key in each row, for trainers that read one
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the rows that their weights choose, in the input form of another trainer, with a card that says how.
+
+    CONFIG is the folder of a `select` run, or a config file: the sections that are not below are passed over.
+    Short form: --out FOLDER = --export.folder FOLDER.
+    """
+
+    data: Data = Data()
+    weights: Weights = Weights()
+    keep: Keep = Keep()
+    export: Export = Export()
+
+
+Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig)
+VERBS: dict[type, str] = {
+    SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
+}  # fmt: skip
+
+RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.folder",)}
+SHORT: dict[type, dict[str, tuple[str, ...]]] = {
+    SelectConfig: RUN | {"--fast": ("--compare.no-enabled", "--certify.no-enabled")},
+    TrainConfig: RUN,
+    ExportConfig: {"--out": ("--export.folder",)},
 }
 
 # What may differ when a run is resumed: nothing here changes what is computed.
 MAY_DIFFER = ("output.folder", "output.resume", "output.progress", "output.save_minutes", "devices.data")
 
-# (key, what must hold, what is said otherwise). All that fail are reported together.
-Rule = tuple[str, Callable[[SelectConfig], bool], str]
-RULES: tuple[Rule, ...] = (
-    ("model.path", lambda c: c.model.path != "", "name a checkpoint's folder, or builtin:cipher"),
-    ("model.lora_rank", lambda c: c.model.lora_rank >= 0, "must be 0 (train all parameters) or more"),
-    ("model.lora_alpha", lambda c: c.model.lora_alpha > 0, "must be above 0"),
-    (
-        "model.lora_targets",
-        lambda c: c.model.lora_rank == 0 or len(c.model.lora_targets) > 0,
-        "name at least one projection, or set model.lora_rank to 0 to train all parameters",
-    ),
-    (
-        "model.base_dtype",
-        lambda c: c.model.base_dtype == "float32" or c.model.lora_rank > 0,
-        "only a frozen base can be stored in bfloat16: set model.lora_rank above 0",
-    ),
-    ("data.train", lambda c: len(c.data.train) > 0, "name the rows to be judged: files or a dataset"),
-    ("data.validation", lambda c: len(c.data.validation) > 0, "name the trusted rows: files or a dataset"),
-    (
-        "data.split",
-        lambda c: min(c.data.split) >= 0 and c.data.split[0] > 0 and abs(sum(c.data.split) - 1) < 1e-6,
-        "three shares (fit, select, report), none negative, fit above 0, that sum to 1",
-    ),
-    ("data.max_length", lambda c: c.data.max_length >= 2, "must be 2 or more"),
-    ("data.seed", lambda c: c.data.seed >= 0, "must be 0 or more"),
-    ("optimizer.learning_rate", lambda c: c.optimizer.learning_rate > 0, "must be above 0"),
-    (
-        "optimizer.warmup",
-        lambda c: 0 <= c.optimizer.warmup < max(c.train.steps, 1),
-        "must be 0 or more and below train.steps",
-    ),
-    ("optimizer.weight_decay", lambda c: c.optimizer.weight_decay >= 0, "must be 0 or more"),
-    ("optimizer.momentum", lambda c: 0 <= c.optimizer.momentum < 1, "must be in [0, 1)"),
-    ("optimizer.b1", lambda c: 0 <= c.optimizer.b1 < 1, "must be in [0, 1)"),
-    ("optimizer.b2", lambda c: 0 <= c.optimizer.b2 < 1, "must be in [0, 1)"),
-    ("optimizer.eps", lambda c: c.optimizer.eps >= 0, "must be 0 or more"),
-    ("optimizer.eps_root", lambda c: c.optimizer.eps_root >= 0, "must be 0 or more"),
-    ("optimizer.clip", lambda c: c.optimizer.clip >= 0, "must be 0 (no clipping) or more"),
-    (
-        "optimizer.name",
-        lambda c: c.optimizer.name != "lion" or c.outer.method not in ("unrolled", "window"),
-        "lion steps along a sign, whose derivative is 0: choose adamw, or set outer.method to implicit or alignment",
-    ),
-    ("train.steps", lambda c: c.train.steps >= 1, "must be 1 or more"),
-    ("train.batch", lambda c: c.train.batch >= 1, "must be 1 or more"),
-    (
-        "train.micro",
-        lambda c: c.train.micro >= 1 and c.train.batch % c.train.micro == 0,
-        "must be 1 or more and divide train.batch",
-    ),
-    ("train.seed", lambda c: c.train.seed >= 0, "must be 0 or more"),
-    ("outer.steps", lambda c: c.outer.steps >= 1, "must be 1 or more"),
-    ("outer.learning_rate", lambda c: c.outer.learning_rate > 0, "must be above 0"),
-    ("outer.max_step", lambda c: c.outer.max_step > 0, "must be above 0"),
-    ("outer.ess_floor", lambda c: 0 <= c.outer.ess_floor < 1, "must be in [0, 1)"),
-    ("outer.patience", lambda c: c.outer.patience >= 0, "must be 0 (never stop early) or more"),
-    ("outer.window", lambda c: c.outer.window >= 1, "must be 1 or more"),
-    (
-        "outer.prior",
-        lambda c: c.outer.prior >= 0 and (c.outer.prior > 0 or c.outer.method != "implicit"),
-        "must be 0 or more; the implicit method needs it above 0 (try 0.1), or set outer.method to unrolled",
-    ),
-    ("outer.tolerance", lambda c: 0 < c.outer.tolerance < 1, "must be in (0, 1)"),
-    ("outer.max_iterations", lambda c: c.outer.max_iterations >= 1, "must be 1 or more"),
-    ("outer.curvature_batches", lambda c: c.outer.curvature_batches >= 1, "must be 1 or more"),
-    ("output.folder", lambda c: c.output.folder != "", "name the run's folder"),
-    ("output.top_share", lambda c: 0 < c.output.top_share <= 1, "must be in (0, 1]"),
-    ("output.threshold", lambda c: c.output.threshold >= 0, "must be 0 (off) or more"),
-    (
-        "output.resample",
-        lambda c: c.output.resample >= 0 and not (c.output.resample > 0 and c.output.threshold > 0),
-        "must be 0 (off) or more, and output.threshold or output.resample must be 0: they are two ways to select",
-    ),
-    ("compare.seeds", lambda c: c.compare.seeds >= 1, "must be 1 or more"),
-    (
-        "certify.step_sizes",
-        lambda c: len(c.certify.step_sizes) > 0 and all(0 < size < 1 for size in c.certify.step_sizes),
-        "name at least one, each in (0, 1)",
-    ),
-    ("certify.removed", lambda c: 0 < c.certify.removed < 1, "must be in (0, 1)"),
-    (
-        "certify.retrains",
-        lambda c: c.certify.retrains == 0 or c.certify.retrains >= 8,
-        "must be 0 (not measured), or 8 or more: fewer tell nothing about a correlation",
-    ),
-    ("devices.data", lambda c: c.devices.data >= 0, "must be 0 (all) or more"),
-    ("output.save_minutes", lambda c: c.output.save_minutes > 0, "must be above 0"),
-    ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
-)
 
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> SelectConfig:
+def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (None: the defaults), apply command-line overrides, check every rule.
 
     Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
     nearest flags named. `--help` among the overrides prints every key, its default and what it means.
     """
-    config = SelectConfig() if path is None else read(SelectConfig, find(path))
-    flags = [flag for override in overrides for flag in _long(override)]
-    prog = f"bilevel-jax select {'CONFIG' if path is None else path}"
-    config = tyro.cli(SelectConfig, prog=prog, args=flags, default=config)
+    others = () if kind in (SelectConfig, TrainConfig) else sections()
+    config = kind() if path is None else read(kind, find(path), others)
+    flags = [flag for override in overrides for flag in _long(kind, override)]
+    prog = f"bilevel-jax {VERBS[kind]} {'CONFIG' if path is None else path}"
+    config = tyro.cli(kind, prog=prog, args=flags, default=config)
     check(config, "the defaults and the command line" if path is None else f"{path} and the command line")
     return config
 
 
-def check(config: SelectConfig, where: str) -> None:
-    """Every rule of RULES, or one ValueError that lists those which do not hold."""
-    broken = [f"{key} = {_get(config, key)!r}: {text}" for key, holds, text in RULES if not holds(config)]
-    broken += [f"{key} = {value!r}: must be finite" for key, value in _leaves(config) if not _finite(value)]
-    if broken:
-        raise ValueError("\n  ".join([f"{where}:", *broken]))
+def sections() -> set[str]:
+    """The sections of all verbs."""
+    return {field.name for kind in VERBS for field in dataclasses.fields(kind)}
 
 
 def find(path: str | Path) -> Path:
@@ -300,30 +341,39 @@ def find(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no such config. Those that come with the package: {', '.join(known) or 'none'}.")
 
 
-def resolved(config: SelectConfig) -> str:
+def resolved(config: Any) -> str:
     """The whole config as YAML text that `load` reads back to an equal config."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120, allow_unicode=True)
 
 
-def config_hash(config: SelectConfig) -> str:
+def config_hash(config: Any) -> str:
     """SHA-256 of every key that changes what is computed: MAY_DIFFER is left out."""
-    text = "\n".join(f"{key}={value!r}" for key, value in _leaves(config) if key not in MAY_DIFFER)
+    text = "\n".join(f"{key}={value!r}" for key, value in leaves(config) if key not in MAY_DIFFER)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def differences(before: SelectConfig, now: SelectConfig) -> list[str]:
+def differences(before: Any, now: Any) -> list[str]:
     """One line per key that keeps `now` from resuming a run of `before`; empty when it may."""
-    old = dict(_leaves(before))
+    old = dict(leaves(before))
     return [
         f"{key}: {old[key]!r} in the run, {value!r} now"
-        for key, value in _leaves(now)
+        for key, value in leaves(now)
         if key not in MAY_DIFFER and old[key] != value
     ]
 
 
-def _long(flag: str) -> tuple[str, ...]:
+def refuse_another(config: Any, path: Path) -> None:
+    """Resuming under another config than the one stored at `path` would mix two runs; the differences are named."""
+    if different := differences(load(type(config), path), config):
+        raise ValueError(
+            f"{path.parent} was started with another config, so it cannot be resumed: {'; '.join(different)}. "
+            "Start a new run with --out, or give the config that it was started with."
+        )
+
+
+def _long(kind: type, flag: str) -> tuple[str, ...]:
     name, equals, value = flag.partition("=")
-    *others, last = SHORT.get(name, (name,))
+    *others, last = SHORT.get(kind, {}).get(name, (name,))
     return (*others, f"{last}{equals}{value}")
 
 
@@ -331,16 +381,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _leaves(config: SelectConfig) -> list[tuple[str, Any]]:
-    return [(f"{name}.{key}", value) for name, section in vars(config).items() for key, value in vars(section).items()]
-
-
-def _get(config: SelectConfig, key: str) -> Any:
-    return dict(_leaves(config))[key]
-
-
-def _finite(value: Any) -> bool:
-    items = value if isinstance(value, tuple) else (value,)
-    return all(math.isfinite(item) for item in items if isinstance(item, float))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.lm import batches, cipher, data, losses, tokens
 from bilevel_jax.lm import models as lm
-from bilevel_jax.runs.config import Optimizer, SelectConfig
+from bilevel_jax.runs.config import InspectConfig, Optimizer, SelectConfig, TrainConfig
 from bilevel_jax.runs.optimizers import optimizer
 
+Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig)
 NAME = "builtin:cipher"
 STEPS, BATCH = 300, 32
 
 
-def embedded(config: SelectConfig, folder: Path) -> SelectConfig:
+def embedded(config: Config, folder: Path) -> Config:
     """The config with `builtin:cipher` replaced by the files that it is made into, once, in `folder`/input."""
     if NAME not in (config.model.path, *config.data.train):
         return config

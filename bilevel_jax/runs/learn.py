@@ -14,9 +14,10 @@ from bilevel_jax.core.unrolled import check_differentiable, outer_value
 from bilevel_jax.lm.features import features
 from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
-from bilevel_jax.runs.task import PARTS, Task, per_row
+from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.training import Trainer
 
 
@@ -30,7 +31,7 @@ class Tables(NamedTuple):
     alignment: Float[Array, "rows"]
     """Entries of alignment at the end of the first (uniform) training: a baseline."""
     losses: Float[Array, "rows"]
-    """Each row's loss at the end of the first (uniform) training, nats per token: a baseline."""
+    """Each row's loss at the end of the first (uniform) training: a baseline."""
     start: Params
     """Where the next training starts; moves with restart: warm."""
 
@@ -129,7 +130,7 @@ def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) 
         record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
-        session.say(_line(record))
+        session.say(_line(record, task.objective.unit))
         checkpoint.save(folder, step, tables, {"records": records})
         session.saved()
         ended = _ended(records, config, task.rows)
@@ -160,7 +161,7 @@ def _advance(task, trainer, tables: Tables, records, record, run, grad, weights,
     if not records:
         direct = trainer.direct(run, weights, alignment=True)
         fixed = task.fixed(run.start.params)
-        losses = per_row(task.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
+        losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
         tables = tables._replace(first_entries=grad, alignment=direct.grad, losses=jnp.asarray(losses, grad.dtype))
     if _best([*records, record]) == len(records):
         tables = tables._replace(best=tables.hyper, best_entries=grad)
@@ -191,10 +192,10 @@ def _ended(records: list[dict[str, Any]], config: SelectConfig, rows: int) -> st
     return f"all {outer.steps} outer steps were made" if len(records) > outer.steps else ""
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any], unit: str) -> str:
     loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
     auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    return f"outer step {record['step']:>3}   L_v (nats per token): {loss}   ESS {record['ess']:.0f}{auc_words}"
+    return f"outer step {record['step']:>3}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"
 
 
 def _plain(checks: Checks) -> dict[str, Any]:

@@ -39,9 +39,11 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     The first step already moves, at 1/(warmup + 1) of the peak: a rate of 0 would waste it and zero its rows' entries.
     """
 
+    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * steps)
+
     def rate(count):
-        rise = jnp.minimum(1.0, (count + 1) / (config.warmup + 1))
-        done = jnp.clip((count - config.warmup) / max(1, steps - config.warmup), 0.0, 1.0)
+        rise = jnp.minimum(1.0, (count + 1) / (warmup + 1))
+        done = jnp.clip((count - warmup) / max(1, steps - warmup), 0.0, 1.0)
         return config.learning_rate * rise * SHAPES[config.schedule](done)
 
     return rate

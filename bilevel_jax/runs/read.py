@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,11 @@ import yaml
 Config = TypeVar("Config")
 
 
-def read(kind: type[Config], path: Path) -> Config:
+def read(kind: type[Config], path: Path, others: Collection[str] = ()) -> Config:
     """`path` as a `kind`: a dataclass of sections, each a dataclass of plain fields, all with defaults.
 
-    Raises one ValueError that lists every unknown, repeated or wrongly typed key.
+    Raises one ValueError that lists every unknown, repeated or wrongly typed key. Sections, and keys of a section, that
+    are named in `others` or that `kind` lacks there are passed over: the file was written for another verb.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -32,6 +33,8 @@ def read(kind: type[Config], path: Path) -> Config:
     given = {}
     for name, values in content.items():
         at = lines.get(str(name), str(path))
+        if name not in sections and name in others:
+            continue
         if name not in sections:
             trouble.append(
                 f"{at}: unknown section '{name}'; {_nearest(name, sections)}the sections: {', '.join(sections)}."

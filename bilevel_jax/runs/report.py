@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs import figures, files
+from bilevel_jax.runs import figures, files, keep
+from bilevel_jax.runs.config import Keep
 from bilevel_jax.runs.figures import COLOURS, Dot, Html, Series, element, join
 from bilevel_jax.runs.statistics import mean_interval
 
@@ -1093,12 +1094,7 @@ def _seeds(run: Results) -> str:
 
 
 def _rule(run: Results) -> str:
-    output = run.config["output"]
-    if output["resample"]:
-        return "drawn in proportion to weight"
-    if output["threshold"]:
-        return f"weight {output['threshold']:g} or more"
-    return f"the top {_percent(output['top_share'])} by weight"
+    return keep.rule(Keep(**run.config["keep"]))
 
 
 def _moved(change: float) -> str:

@@ -11,10 +11,12 @@ import numpy as np
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs import export, files, report
+from bilevel_jax.runs import files, outputs, report, rows
 from bilevel_jax.runs.certificates import certificates
 from bilevel_jax.runs.compare import FIRST_SEED, arms, compare
 from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
 from bilevel_jax.runs.session import Session, environment, session
 from bilevel_jax.runs.statistics import auc
@@ -32,9 +34,13 @@ def select(config: SelectConfig) -> dict[str, Any]:
     folder = files.new_run_folder(output.folder, output.resume)
     with files.lock(folder):
         if output.resume:
-            _refuse_another(config, folder)
+            configs.refuse_another(config, folder / files.RESOLVED)
+        ready = embedded(config, folder)
+        found = rows.load(ready.data)
+        if len(found.train) < 2:
+            raise ValueError(f"{len(found.train)} training row; weights compare rows, so give at least 2.")
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
-        task = prepare(config, folder, seeds)
+        task = prepare(ready, found, folder, steps=config.train.steps, seeds=seeds, prior=config.outer.prior)
         files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
         files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
         with session(
@@ -56,14 +62,15 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     certified = _certify(task, config, trainer, work, learned)
     verdicts = {name: certify.verdict(one) for name, one in certified.items()}
 
-    selected = export.select_rows(learned.weights, task.trainable(), config.output, config.data.seed)
+    sources = [example.source for example in task.examples]
+    selected = keep_rows(learned.weights, task.trainable(), config.keep, sources=sources, seed=config.data.seed)
     subset = np.unique(selected)
-    rows = compare(task, config, trainer, work, arms(task, config, learned, subset))
+    compared = compare(task, config, trainer, work, arms(task, config, learned, subset))
     work.phase("writing")
-    export.write_weights(folder / "weights.parquet", export.weights_table(task, config, learned, subset))
-    files.write_atomic(folder / "selected.jsonl", export.selected_lines(task.examples, learned.weights, selected))
+    outputs.write_weights(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
+    files.write_atomic(folder / "selected.jsonl", outputs.selected_lines(task.examples, learned.weights, selected))
     if not (folder / "model").exists():
-        export.write_model(folder / "model", task, _final_params(task, config, trainer, learned))
+        outputs.write_model(folder / "model", task, _final_params(task, config, trainer, learned))
 
     # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
     # tells less; that certificate is in the report, but is not the verdict.
@@ -71,7 +78,9 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     good = good_rows(task, config)
     result = {
         "verdict": {**verdict._asdict(), "sentence": str(verdict)},
-        "estimand": export.estimand(config),
+        "estimand": outputs.estimand(config),
+        "unit": task.objective.unit,
+        "right": task.objective.right,
         "certificates": {name: _plain(one) for name, one in certified.items()},
         "verdicts": {name: one._asdict() for name, one in verdicts.items()},
         "records": learned.records,
@@ -85,7 +94,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         }
         if good is not None
         else None,
-        "compare": rows,
+        "compare": compared,
         "notes": task.notes,
         "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
         "selected": len(selected),
@@ -139,16 +148,6 @@ def _final_params(task: Task, config: SelectConfig, trainer: Trainer, learned: L
     start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED))
     stream = task.stream(config.data.seed + FIRST_SEED, packed=False)
     return trainer.run(jnp.asarray(learned.weights), start, stream).end.params
-
-
-def _refuse_another(config: SelectConfig, folder: Path) -> None:
-    """Resuming under another config would mix two runs; the differences are named."""
-    before = configs.load(folder / files.RESOLVED)
-    if different := configs.differences(before, config):
-        raise ValueError(
-            f"{folder} was started with another config, so it cannot be resumed: {'; '.join(different)}. "
-            "Start a new run with --out, or give the config that it was started with."
-        )
 
 
 def _plain(certified: certify.Certificates) -> dict[str, Any]:

@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow as pa
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.transition import transition
-from bilevel_jax.core.types import PADDING, Fixed, Loss, Params, Problem, Stream, Transition
-from bilevel_jax.lm import batches, data, losses, tokens
+from bilevel_jax.core.types import PADDING, Batch, Fixed, Params, Problem, Stream, Transition
+from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs import reference
+from bilevel_jax.runs.config import InspectConfig, Model, SelectConfig, TrainConfig
+from bilevel_jax.runs.objective import Objective, check_rows, objective
 from bilevel_jax.runs.optimizers import optimizer
-
-PARTS = ("fit", "select", "report")
+from bilevel_jax.runs.rows import Rows
 
 
 class Task(NamedTuple):
@@ -46,11 +47,7 @@ class Task(NamedTuple):
     fresh: Callable[[int], Params]
     """seed -> parameters at the start of training."""
     problem: Problem
-    loss: Loss
-    losses: Callable
-    """(params, fixed, micro-batch) -> nats per token of each example."""
-    accuracy: Callable
-    """(params, fixed, micro-batch) -> the share of each example's targets that are the likeliest token."""
+    objective: Objective
     optimizer: optax.GradientTransformation
     step: Transition
     steps: int
@@ -75,7 +72,7 @@ class Task(NamedTuple):
         """
         chosen = self.trainable() if chosen is None else chosen
         order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
-        layout = self.layout if packed else self.flat
+        layout = self.layout if packed else self.layout.flat
         return placing.placed(self.mesh, batches.train_stream(self.corpus, order, self.steps, layout))
 
     def summed(self, seed: int) -> Stream:
@@ -83,13 +80,8 @@ class Task(NamedTuple):
         chosen = self.trainable()
         order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
         steps = batches.steps_per_epoch(len(chosen), self.batch)
-        stream = batches.train_stream(self.corpus, order, steps, self.flat, total=len(chosen))
+        stream = batches.train_stream(self.corpus, order, steps, self.layout.flat, total=len(chosen))
         return placing.placed(self.mesh, stream)
-
-    @property
-    def flat(self) -> Layout:
-        """The layout without packing: one row of tokens for each example."""
-        return self.layout._replace(rows=self.layout.examples)
 
     def trainable(self) -> Int[np.ndarray, "kept"]:
         """The rows with weights that were not dropped as too long."""
@@ -100,55 +92,61 @@ class Task(NamedTuple):
         return self.corpus.kept[self.corpus.kept >= self.rows]
 
 
-def prepare(config: SelectConfig, folder: Path, seeds: Sequence[int]) -> Task:
-    """Load, check and tokenize the data, load or make the model, and compose the bilevel problem.
+def prepare(
+    config: SelectConfig | TrainConfig,
+    rows: Rows,
+    folder: Path,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    prior: float = 0.0,
+) -> Task:
+    """Tokenize the rows, load the model, and compose the bilevel problem.
 
     `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share
-    must hold each of them. The quickstart's own files are written into `folder`/input.
+    must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
+    written into `folder`, and read from there when the run is resumed.
     """
-    config = embedded(config, folder)
-    examples, trusted, notes = _rows(config)
+    examples, trusted = rows.train, {part: some for part, some in rows.trusted.items() if some}
+    check_rows(config.objective, [*examples, *(row for some in trusted.values() for row in some)])
     mesh = placing.make_mesh(config.devices.data)
     tokenizer = tokens.load_tokenizer(config.model.path)
     architecture = lm.read_config(config.model.path)
-    limit = min(config.data.max_length, architecture.max_length)
-
-    def tokenized(rows: list[Example], name: str) -> Corpus:
-        corpus, report = tokens.tokenize(
-            rows,
-            tokenizer,
-            max_length=limit,
-            truncate=config.data.truncate,
-            template=config.data.template or tokens.TEMPLATE,
-        )
+    notes = list(rows.notes)
+    together = {"training and V_fit": examples + trusted.get("fit", [])}
+    together |= {f"V_{part}": some for part, some in trusted.items()}
+    corpora = {}
+    for name, some in together.items():
+        corpora[name], report = tokenized(config, some, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
-        return corpus
 
-    corpus = tokenized(examples + trusted["fit"], "training and V_fit")
-    evaluated = {part: tokenized(rows, f"V_{part}") for part, rows in trusted.items() if rows}
-    longest = max(batches.longest(one) for one in (corpus, *evaluated.values()))
+    dtype = jnp.dtype(config.model.train_dtype)
+    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute == "bfloat16" else None
+    decoder = lm.decoder(architecture, remat=config.model.remat, compute=compute)
+    base, fresh = _parameters(config.model, architecture, dtype)
+    base = None if base is None else placing.everywhere(mesh, base)
+    if config.objective.name == "dpo":
+        start = base if base is not None else fresh(config.train.seed)
+        corpora = _referenced(config, folder, corpora, together, lm.decoder(architecture), start, mesh)
+
+    corpus = corpora.pop("training and V_fit")
+    longest = max(batches.longest(one) for one in (corpus, *corpora.values()))
     trainable = corpus.kept[corpus.kept < len(examples)]
     orders = [batches.subset(trainable, corpus.rows, config.train.batch, seed) for seed in seeds]
     layout = batches.layout(
-        corpus, orders, config.train.steps, micro=config.train.micro, length=longest, packing=config.data.packing
+        corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
     )
     layout = placing.fit_layout(mesh, layout)
-
-    dtype = jnp.dtype(config.model.train_dtype)
-    decoder = lm.decoder(architecture, remat=config.model.remat)
-    base, fresh = _parameters(config, architecture, dtype)
-    base = None if base is None else placing.everywhere(mesh, base)
-    values, right, loss = language_losses(decoder, base is not None)
-    problem = weighted(values, prior=_prior(config.outer.prior))
-    optimiser = optimizer(config.optimizer, config.train.steps)
+    chosen = objective(config.objective, decoder, lora=base is not None)
+    problem = weighted(chosen.losses, prior=_prior(prior))
+    optimiser = optimizer(config.optimizer, steps)
     return Task(
         examples=examples,
         trusted=trusted,
         notes=notes,
         corpus=corpus,
         held_out={
-            part: placing.kept(mesh, batches.evaluation_stream(one, layout._replace(rows=layout.examples)))
-            for part, one in evaluated.items()
+            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat)) for part in trusted
         },
         architecture=architecture,
         decoder=decoder,
@@ -156,32 +154,62 @@ def prepare(config: SelectConfig, folder: Path, seeds: Sequence[int]) -> Task:
         base=base,
         fresh=lambda seed: placing.everywhere(mesh, fresh(seed)),
         problem=problem,
-        loss=loss,
-        losses=values,
-        accuracy=right,
+        objective=chosen,
         optimizer=optimiser,
         step=transition(problem, optimiser),
-        steps=config.train.steps,
+        steps=steps,
         batch=layout.micro * layout.examples,
         mesh=mesh,
         layout=layout,
-        prior=config.outer.prior > 0,
+        prior=prior > 0,
     )
 
 
-def language_losses(decoder: lm.Decoder, lora: bool) -> tuple[Callable, Callable, Loss]:
-    """Per-example losses and accuracies of supervised fine-tuning, and the losses split for Gauss-Newton."""
-    per_example, right = losses.sft(decoder), losses.accuracy(decoder)
-    split = losses.sft_loss(decoder, frozen_head=lora)
-    loss = Loss(
-        lambda params, fixed, batch: split.outputs(params, fixed["base"], batch),
-        lambda outputs, fixed, batch: split.link(outputs, fixed["base"], batch),
+def tokenized(
+    config: SelectConfig | TrainConfig | InspectConfig,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    architecture: lm.DecoderConfig,
+) -> tuple[Corpus, tokens.Report]:
+    """The tokens of some rows, as every verb makes them."""
+    return tokens.tokenize(
+        examples,
+        tokenizer,
+        max_length=min(config.data.max_length, architecture.max_length),
+        truncate=config.data.truncate,
+        template=config.data.template or tokens.TEMPLATE,
+        supervise=config.data.supervise,
     )
-    return (
-        lambda params, fixed, batch: per_example(losses.assemble(params, fixed["base"]), batch),
-        lambda params, fixed, batch: right(losses.assemble(params, fixed["base"]), batch),
-        loss,
-    )
+
+
+def _referenced(
+    config: SelectConfig | TrainConfig,
+    folder: Path,
+    corpora: dict[str, Corpus],
+    examples: dict[str, list[Example]],
+    decoder: lm.Decoder,
+    params: Params,
+    mesh: Mesh,
+) -> dict[str, Corpus]:
+    """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
+    made_by = reference.fingerprint(config.model.path, f"{config.model.train_dtype} {config.model.base_dtype}")
+    stored = config.objective.reference or (folder / reference.NAME if (folder / reference.NAME).exists() else "")
+    log_p = losses.log_likelihoods(decoder)
+
+    def sides(params: Params, fixed: Fixed, batch: Batch) -> jax.Array:
+        return log_p(params, batch).reshape(-1, 2)
+
+    values, tables = {}, []
+    for name, corpus in corpora.items():
+        if stored:
+            values[name] = reference.read(stored, examples[name], corpus, made_by)
+        else:
+            flat = batches.Layout(1, config.train.batch, 2 * config.train.batch, batches.longest(corpus), 2)
+            stream = placing.placed(mesh, batches.evaluation_stream(corpus, placing.fit_layout(mesh, flat)))
+            values[name] = per_row(sides, params, None, stream, corpus.rows)
+        tables.append(reference.table(examples[name], corpus, values[name], made_by))
+    reference.write(folder / reference.NAME, pa.concat_tables(tables))
+    return {name: reference.with_reference(corpus, values[name]) for name, corpus in corpora.items()}
 
 
 def _prior(delta: float) -> Callable | None:
@@ -189,89 +217,29 @@ def _prior(delta: float) -> Callable | None:
 
 
 def per_row(
-    function: Callable[[Params, Fixed, Any], Float[jax.Array, "examples"]],
+    function: Callable[[Params, Fixed, Batch], Float[jax.Array, "examples *rest"]],
     params: Params,
     fixed: Fixed,
     stream: Stream,
     rows: int,
-) -> Float[np.ndarray, "rows"]:
-    """One number per row of a stream, by the row's index; nan for rows that the stream does not hold."""
+) -> Float[np.ndarray, "rows *rest"]:
+    """What `function` says of each row of a stream, by the row's index; nan for rows that the stream does not hold."""
     compiled = jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
-    out = np.full(rows, np.nan)
+    out: np.ndarray | None = None
     for step in range(stream.steps):
         batch = stream.batch(step)
-        index = np.asarray(batch["index"])
-        out[index[index != PADDING]] = np.asarray(compiled(params, fixed, batch))[index != PADDING]
+        index, values = np.asarray(batch["index"]), np.asarray(compiled(params, fixed, batch))
+        if out is None:
+            out = np.full((rows, *values.shape[2:]), np.nan)
+        out[index[index != PADDING]] = values[index != PADDING]
+    assert out is not None  # a stream has at least one step
     return out
 
 
-def _rows(config: SelectConfig) -> tuple[list[Example], dict[str, list[Example]], list[str]]:
-    """Training rows, the three parts of the trusted rows, and notes about duplicates and leaks."""
-    rows = config.data
-    options = data.DataOptions(
-        format=rows.format,
-        prompt_field=rows.prompt_field,
-        response_field=rows.response_field,
-        text_field=rows.text_field,
-        source_field=rows.source_field,
-        label_field=rows.label_field,
-        empty=rows.empty,
-    )
-    train = data.load(rows.train, options)
-    notes = [f"training: {data.summary(train)}"]
-    trusted = _parts(config, options)
-    notes += [f"V_{part}: {data.summary(part_rows)}" for part, part_rows in trusted.items() if part_rows]
-    for part, others in (("select", ("report",)), ("fit", ("select", "report"))):
-        for other in others:
-            if pairs := data.leaks(trusted[part], trusted[other]):
-                raise ValueError(
-                    f"{len(pairs)} trusted rows stand in both V_{part} and V_{other}, the first: {pairs[0][0].where} "
-                    f"and {pairs[0][1].where}. V_{other} would not be independent: remove them from one."
-                )
-    leaked = data.leaks(train, [row for part in trusted.values() for row in part])
-    if leaked and rows.leaks == "error":
-        raise ValueError(
-            f"{len({row.id for row, _ in leaked})} training rows also stand in the trusted rows, the first: "
-            f"{leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be rewarded for being copied. "
-            "Remove them, or set data.leaks to drop."
-        )
-    if leaked:
-        gone = {row.row for row, _ in leaked}
-        train = [row for row in train if row.row not in gone]
-        notes.append(f"{len(gone)} training rows were dropped because they also stand in the trusted rows.")
-        if not train:
-            raise ValueError("every training row also stands in the trusted rows; nothing is left to be judged.")
-    if groups := data.duplicates(train):
-        copies = sum(len(group) - 1 for group in groups)
-        first = " and ".join(row.where for row in groups[0][:2])
-        notes.append(f"{copies} training rows repeat another row, the first: {first}. Each copy has its own weight.")
-    if len(train) < 2:
-        raise ValueError(f"{len(train)} training row; weights compare rows, so give at least 2.")
-    return train, trusted, notes
-
-
-def _parts(config: SelectConfig, options: data.DataOptions) -> dict[str, list[Example]]:
-    """V_fit, V_select and V_report: from files of their own where given, the rest by splitting `validation`."""
-    rows = config.data
-    own = {"select": rows.select, "report": rows.report}
-    trusted = {part: data.load(paths, options) if paths else [] for part, paths in own.items()}
-    shares = dict(zip(PARTS, rows.split, strict=True))
-    wanted = [part for part in PARTS if shares[part] > 0 and not trusted.get(part)]
-    total = sum(shares[part] for part in wanted)
-    validation = data.load(rows.validation, options)
-    pieces = (
-        data.split(validation, [shares[part] / total for part in wanted], rows.seed)
-        if len(wanted) > 1
-        else (validation,)
-    )
-    return {part: [] for part in PARTS} | trusted | dict(zip(wanted, pieces, strict=True))
-
-
 def _parameters(
-    config: SelectConfig, architecture: lm.DecoderConfig, dtype: Any
+    model: Model, architecture: lm.DecoderConfig, dtype: Any
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters at the start)."""
-    model = config.model
     if model.scratch:
         return None, lambda seed: lm.init(architecture, jax.random.key(seed), dtype=dtype)
     if model.lora_rank == 0:

@@ -145,7 +145,7 @@ class Trainer:
     def _product(self) -> curvature.Product:
         if self.outer.curvature == "hessian":
             return curvature.hessian(self.task.problem)
-        return curvature.gauss_newton(self.task.problem, self.task.loss)
+        return curvature.gauss_newton(self.task.problem, self.task.objective.loss)
 
     # ---- saving in the middle
 

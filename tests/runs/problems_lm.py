@@ -19,9 +19,10 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.config import Objective as Chosen
 from bilevel_jax.runs.config import Optimizer
+from bilevel_jax.runs.objective import objective
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.task import language_losses
 
 MODEL = "stories-260k"
 
@@ -116,7 +117,8 @@ def setting(
         if lora
         else base
     )
-    values, _, loss = language_losses(lm.decoder(architecture), lora)
+    chosen = objective(Chosen(), lm.decoder(architecture), lora=lora)
+    values, loss = chosen.losses, chosen.loss
     problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
     size = rows.train.rows
     order = batches.order(size, batch, seed)

@@ -43,7 +43,7 @@ def broken(tmp_path, text):
 
 
 def test_values_are_decoded_by_their_fields_type(small):
-    config = load(small)
+    config = load(SelectConfig, small)
     assert config.optimizer.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
     assert config.model.lora_rank == 10 and isinstance(config.model.lora_rank, int)
     assert config.data.train == ("a.jsonl",) and config.data.validation == ("v.jsonl",)
@@ -52,7 +52,7 @@ def test_values_are_decoded_by_their_fields_type(small):
 
 def test_the_command_line_wins(small):
     flags = ["--optimizer.learning-rate", "2e-4", "--data.train", "x", "y", "--fast", "--out=there", "--resume"]
-    config = load(small, flags)
+    config = load(SelectConfig, small, flags)
     assert config.optimizer.learning_rate == 2e-4
     assert config.data.train == ("x", "y")
     assert not config.compare.enabled and not config.certify.enabled
@@ -60,7 +60,7 @@ def test_the_command_line_wins(small):
 
 
 def test_defaults_need_only_a_model_and_data():
-    config = load(None, ["--model.path", "m", "--data.train", "t", "--data.validation", "v"])
+    config = load(SelectConfig, None, ["--model.path", "m", "--data.train", "t", "--data.validation", "v"])
     assert config.train == SelectConfig().train
 
 
@@ -115,19 +115,20 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
         (["--data.split", "0.5", "0.5", "0.5"], "data.split = (0.5, 0.5, 0.5): three shares"),
         (["--model.lora-rank", "0", "--model.base-dtype", "bfloat16"], "only a frozen base can be stored in bfloat16"),
-        (["--optimizer.warmup", "9", "--train.steps", "9"], "must be 0 or more and below train.steps"),
-        (["--output.threshold", "1", "--output.resample", "5"], "they are two ways to select"),
+        (["--optimizer.warmup", "9", "--train.steps", "9"], "a whole number of steps below train.steps"),
+        (["--keep.threshold", "1", "--keep.resample", "5"], "keep: threshold, resample and per_source are three ways"),
         (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
     ],
 )
 def test_rules(small, flags, said):
     with pytest.raises(ValueError) as caught:
-        load(small, flags)
+        load(SelectConfig, small, flags)
     assert said in str(caught.value)
 
 
 def test_rules_hold_for_lion_where_its_derivative_is_not_used(small):
-    assert load(small, ["--optimizer.name", "lion", "--outer.method", "alignment"]).optimizer.name == "lion"
+    flags = ["--optimizer.name", "lion", "--outer.method", "alignment"]
+    assert load(SelectConfig, small, flags).optimizer.name == "lion"
 
 
 def test_broken_rules_are_told_together():
@@ -142,13 +143,13 @@ def test_broken_rules_are_told_together():
 
 def test_a_wrong_flag_names_the_nearest(small, capsys):
     with pytest.raises(SystemExit):
-        load(small, ["--optimizer.learning-rat", "3"])
+        load(SelectConfig, small, ["--optimizer.learning-rat", "3"])
     assert "--optimizer.learning-rate" in capsys.readouterr().err
 
 
 def test_help_says_what_every_key_means(small, capsys):
     with pytest.raises(SystemExit) as caught:
-        load(small, ["--help"])
+        load(SelectConfig, small, ["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
     for section, kind in fields(SelectConfig).items():
@@ -160,19 +161,20 @@ def test_help_says_what_every_key_means(small, capsys):
 
 
 def test_resolved_reads_back_equal(small, tmp_path):
-    config = load(small, ["--data.template", "é: {prompt}\n", "--output.folder", "1e5"])
+    config = load(SelectConfig, small, ["--data.template", "é: {prompt}\n", "--output.folder", "1e5"])
     (tmp_path / "config.yaml").write_text(resolved(config), encoding="utf-8")
-    assert load(tmp_path / "config.yaml") == config
+    assert load(SelectConfig, tmp_path / "config.yaml") == config
 
 
 def test_hash_and_differences_see_what_changes_the_numbers(small):
-    config, other = load(small), load(small, ["--train.steps", "7", "--optimizer.warmup", "2"])
+    config = load(SelectConfig, small)
+    other = load(SelectConfig, small, ["--train.steps", "7", "--optimizer.warmup", "2"])
     assert config_hash(config) != config_hash(other)
     assert differences(config, other) == [
-        "optimizer.warmup: 10 in the run, 2 now",
+        "optimizer.warmup: 10.0 in the run, 2.0 now",
         "train.steps: 300 in the run, 7 now",
     ]
-    moved = load(small, ["--out", "b", "--resume", "--output.no-progress", "--devices.data", "2"])
+    moved = load(SelectConfig, small, ["--out", "b", "--resume", "--output.no-progress", "--devices.data", "2"])
     assert config_hash(config) == config_hash(moved) and differences(config, moved) == []
 
 
@@ -237,4 +239,4 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_the_configs_that_come_with_the_package_are_right(path):
-    assert load(path).model.path != ""
+    assert load(SelectConfig, path).model.path != ""

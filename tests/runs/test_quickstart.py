@@ -5,14 +5,14 @@ import statistics
 
 import pytest
 
-from bilevel_jax.runs.config import load
+from bilevel_jax.runs.config import SelectConfig, load
 from bilevel_jax.runs.select import select
 
 pytestmark = pytest.mark.slow  # about two minutes a seed
 
 
 def run(out, *flags):
-    return select(load("configs/quickstart.yaml", ["--out", str(out), "--output.no-progress", *flags]))
+    return select(load(SelectConfig, "configs/quickstart.yaml", ["--out", str(out), "--output.no-progress", *flags]))
 
 
 def letters(accuracy: float) -> float:

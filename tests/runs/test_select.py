@@ -14,7 +14,7 @@ from bilevel_jax.lm import cipher
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.runs import session
-from bilevel_jax.runs.config import load
+from bilevel_jax.runs.config import SelectConfig, load
 from bilevel_jax.runs.select import select
 
 SMALL = """
@@ -30,7 +30,8 @@ train: {{steps: 10, batch: 8}}
 outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
 certify: {{step_sizes: [0.1]}}
 compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
-output: {{progress: false, top_share: 0.5}}
+output: {{progress: false}}
+keep: {{top_share: 0.5}}
 devices: {{data: 1}}
 """
 
@@ -49,7 +50,7 @@ def made(tmp_path_factory):
 
 
 def run(made, out, *flags):
-    return select(load(made / "small.yaml", [*flags, "--out", str(out)]))
+    return select(load(SelectConfig, made / "small.yaml", [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +151,8 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
         ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
         ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
-        pytest.param(("--output.threshold", "1.0", "--optimizer.clip", "0.5"), marks=pytest.mark.slow),
-        ("--output.resample", "50", "--data.select", "--data.validation"),
+        pytest.param(("--keep.threshold", "1.0", "--optimizer.clip", "0.5"), marks=pytest.mark.slow),
+        ("--keep.resample", "50", "--data.select", "--data.validation"),
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
@@ -165,7 +166,7 @@ def test_other_ways(made, tmp_path, flags):
     weights = np.array(table["weight"])
     assert np.isfinite(weights).all() and (weights.std() > 0 or result["best"] == 0)
     assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
-    if "--output.resample" in flags:
+    if "--keep.resample" in flags:
         assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
         assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
 

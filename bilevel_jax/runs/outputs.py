@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, kind_of
-from bilevel_jax.runs.config import Output, SelectConfig, config_hash
+from bilevel_jax.runs.config import SelectConfig, config_hash
 from bilevel_jax.runs.files import replacing
 from bilevel_jax.runs.learn import Learned
-from bilevel_jax.runs.statistics import top
 from bilevel_jax.runs.task import Task
 
 
@@ -43,11 +42,11 @@ def weights_table(
     }
     meaning = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "entry": "d L_v / d weight at these weights, nats per token of V_fit per unit of weight; "
+        "entry": f"d L_v / d weight at these weights, {task.objective.unit} on V_fit per unit of weight; "
         "below 0: more weight lowers L_v",
         "first_entry": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
-        "loss": "the row's loss at the end of uniform training, nats per token",
+        "loss": f"the row's loss at the end of uniform training, {task.objective.unit}",
         "estimand": estimand(config),
         "precision": f"{config.model.train_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,
@@ -69,28 +68,6 @@ def estimand(config: SelectConfig) -> str:
         + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
         "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
     }[outer.method]
-
-
-def select_rows(
-    weights: Float[np.ndarray, "rows"], among: Int[np.ndarray, "kept"], output: Output, seed: int
-) -> Int[np.ndarray, "selected"]:
-    """The rows to keep, in row order: the top share by weight, those above a threshold, or a weighted resample.
-
-    A resample draws with replacement in proportion to the weights, so a row may come more than once.
-    """
-    if output.resample:
-        share = weights[among] / weights[among].sum()
-        drawn = np.random.default_rng(seed).choice(among, output.resample, p=share)
-        return np.sort(drawn)
-    if output.threshold:
-        kept = among[weights[among] >= output.threshold]
-        if not len(kept):
-            raise ValueError(
-                f"no row has a weight of output.threshold = {output.threshold:g} or more; the largest is "
-                f"{weights[among].max():.3g}. Lower it, or use output.top_share."
-            )
-        return kept
-    return top(weights, max(1, round(output.top_share * len(among))), among)
 
 
 def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:

@@ -1,0 +1,169 @@
+"""What must hold of a config: one table of rules, all that fail told together."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+# (key, what must hold, what is said otherwise); a rule about a section that a config has not does not apply, and one
+# that reads further sections names them in `NEEDS`. All that fail are reported together.
+Rule = tuple[str, Callable[[Any], bool], str]
+RULES: tuple[Rule, ...] = (
+    ("model.path", lambda c: c.model.path != "", "name a checkpoint's folder, or builtin:cipher"),
+    ("model.lora_rank", lambda c: c.model.lora_rank >= 0, "must be 0 (train all parameters) or more"),
+    ("model.lora_alpha", lambda c: c.model.lora_alpha > 0, "must be above 0"),
+    (
+        "model.lora_targets",
+        lambda c: c.model.lora_rank == 0 or len(c.model.lora_targets) > 0,
+        "name at least one projection, or set model.lora_rank to 0 to train all parameters",
+    ),
+    (
+        "model.base_dtype",
+        lambda c: c.model.base_dtype == "float32" or c.model.lora_rank > 0,
+        "only a frozen base can be stored in bfloat16: set model.lora_rank above 0",
+    ),
+    ("data.train", lambda c: len(c.data.train) > 0, "name the rows to be judged: files or a dataset"),
+    ("data.validation", lambda c: len(c.data.validation) > 0, "name the trusted rows: files or a dataset"),
+    (
+        "data.split",
+        lambda c: min(c.data.split) >= 0 and c.data.split[0] > 0 and abs(sum(c.data.split) - 1) < 1e-6,
+        "three shares (fit, select, report), none negative, fit above 0, that sum to 1",
+    ),
+    ("data.max_length", lambda c: c.data.max_length >= 2, "must be 2 or more"),
+    ("data.seed", lambda c: c.data.seed >= 0, "must be 0 or more"),
+    ("optimizer.learning_rate", lambda c: c.optimizer.learning_rate > 0, "must be above 0"),
+    (
+        "optimizer.warmup",
+        lambda c: (
+            0 <= c.optimizer.warmup < (c.train.steps or math.inf)
+            and (c.optimizer.warmup % 1 == 0 or c.optimizer.warmup < 1)
+        ),
+        "must be a whole number of steps below train.steps, or a share of them below 1",
+    ),
+    ("optimizer.weight_decay", lambda c: c.optimizer.weight_decay >= 0, "must be 0 or more"),
+    ("optimizer.momentum", lambda c: 0 <= c.optimizer.momentum < 1, "must be in [0, 1)"),
+    ("optimizer.b1", lambda c: 0 <= c.optimizer.b1 < 1, "must be in [0, 1)"),
+    ("optimizer.b2", lambda c: 0 <= c.optimizer.b2 < 1, "must be in [0, 1)"),
+    ("optimizer.eps", lambda c: c.optimizer.eps >= 0, "must be 0 or more"),
+    ("optimizer.eps_root", lambda c: c.optimizer.eps_root >= 0, "must be 0 or more"),
+    ("optimizer.clip", lambda c: c.optimizer.clip >= 0, "must be 0 (no clipping) or more"),
+    (
+        "optimizer.name",
+        lambda c: c.optimizer.name != "lion" or c.outer.method not in ("unrolled", "window"),
+        "lion steps along a sign, whose derivative is 0: choose adamw, or set outer.method to implicit or alignment",
+    ),
+    (
+        "train.steps",
+        lambda c: c.train.steps >= 1 or (c.train.steps == 0 and getattr(c.train, "epochs", 0) > 0),
+        "must be 1 or more",
+    ),
+    ("train.epochs", lambda c: c.train.epochs >= 0, "must be 0 (train.steps counts) or more"),
+    ("train.batch", lambda c: c.train.batch >= 1, "must be 1 or more"),
+    (
+        "train.micro",
+        lambda c: c.train.micro >= 1 and c.train.batch % c.train.micro == 0,
+        "must be 1 or more and divide train.batch",
+    ),
+    ("train.seed", lambda c: c.train.seed >= 0, "must be 0 or more"),
+    ("outer.steps", lambda c: c.outer.steps >= 1, "must be 1 or more"),
+    ("outer.learning_rate", lambda c: c.outer.learning_rate > 0, "must be above 0"),
+    ("outer.max_step", lambda c: c.outer.max_step > 0, "must be above 0"),
+    ("outer.ess_floor", lambda c: 0 <= c.outer.ess_floor < 1, "must be in [0, 1)"),
+    ("outer.patience", lambda c: c.outer.patience >= 0, "must be 0 (never stop early) or more"),
+    ("outer.window", lambda c: c.outer.window >= 1, "must be 1 or more"),
+    (
+        "outer.prior",
+        lambda c: c.outer.prior >= 0 and (c.outer.prior > 0 or c.outer.method != "implicit"),
+        "must be 0 or more; the implicit method needs it above 0 (try 0.1), or set outer.method to unrolled",
+    ),
+    ("outer.tolerance", lambda c: 0 < c.outer.tolerance < 1, "must be in (0, 1)"),
+    ("outer.max_iterations", lambda c: c.outer.max_iterations >= 1, "must be 1 or more"),
+    ("outer.curvature_batches", lambda c: c.outer.curvature_batches >= 1, "must be 1 or more"),
+    ("output.folder", lambda c: c.output.folder != "", "name the run's folder"),
+    ("keep.top_share", lambda c: 0 < c.keep.top_share <= 1, "must be in (0, 1]"),
+    ("keep.threshold", lambda c: c.keep.threshold >= 0, "must be 0 (off) or more"),
+    ("keep.resample", lambda c: c.keep.resample >= 0, "must be 0 (off) or more"),
+    ("keep.per_source", lambda c: c.keep.per_source >= 0, "must be 0 (off) or more"),
+    (
+        "keep",
+        lambda c: sum(value > 0 for value in (c.keep.threshold, c.keep.resample, c.keep.per_source)) <= 1,
+        "threshold, resample and per_source are three ways to select: give one and leave the others at 0",
+    ),
+    ("compare.seeds", lambda c: c.compare.seeds >= 1, "must be 1 or more"),
+    (
+        "certify.step_sizes",
+        lambda c: len(c.certify.step_sizes) > 0 and all(0 < size < 1 for size in c.certify.step_sizes),
+        "name at least one, each in (0, 1)",
+    ),
+    ("certify.removed", lambda c: 0 < c.certify.removed < 1, "must be in (0, 1)"),
+    (
+        "certify.retrains",
+        lambda c: c.certify.retrains == 0 or c.certify.retrains >= 8,
+        "must be 0 (not measured), or 8 or more: fewer tell nothing about a correlation",
+    ),
+    ("devices.data", lambda c: c.devices.data >= 0, "must be 0 (all) or more"),
+    ("output.save_minutes", lambda c: c.output.save_minutes > 0, "must be above 0"),
+    ("objective.beta", lambda c: c.objective.beta >= 0, "must be 0 (the usual one) or more"),
+    ("objective.gamma_ratio", lambda c: c.objective.gamma_ratio >= 0, "must be 0 or more"),
+    (
+        "objective.label_smoothing",
+        lambda c: (
+            0 <= c.objective.label_smoothing < 0.5 and (c.objective.label_smoothing == 0 or c.objective.name == "dpo")
+        ),
+        "must be in [0, 0.5), and only dpo has it",
+    ),
+    (
+        "objective.normalise",
+        lambda c: c.objective.normalise == "example_mean" or c.objective.name == "sft",
+        "is of sft alone: dpo sums over the tokens of a response, simpo means over them",
+    ),
+    (
+        "objective.reference",
+        lambda c: c.objective.reference == "" or c.objective.name == "dpo",
+        "is of dpo alone: the other objectives have no reference model",
+    ),
+    (
+        "model.scratch",
+        lambda c: not (c.model.scratch and c.objective.name == "dpo"),
+        "dpo compares with the model that it starts from, which must not be random: set model.scratch to false",
+    ),
+    ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
+    ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
+    ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
+)
+
+NEEDS = {
+    "data.validation": ("outer",),
+    "optimizer.warmup": ("train",),
+    "optimizer.name": ("outer",),
+    "data.split": ("train",),
+}
+"""Rules that speak of more than their own section, or hold for one verb alone."""
+
+
+def check(config: Any, where: str) -> None:
+    """Every rule of RULES that applies, or one ValueError that lists those which do not hold."""
+    values = dict(leaves(config))
+    broken = [
+        f"{key} = {values[key]!r}: {text}" if key in values else f"{key}: {text}"
+        for key, holds, text in RULES
+        if _applies(key, config, values) and not holds(config)
+    ]
+    broken += [f"{key} = {value!r}: must be finite" for key, value in values.items() if not _finite(value)]
+    if broken:
+        raise ValueError("\n  ".join([f"{where}:", *broken]))
+
+
+def leaves(config: Any) -> list[tuple[str, Any]]:
+    """("section.key", value) of every key."""
+    return [(f"{name}.{key}", value) for name, section in vars(config).items() for key, value in vars(section).items()]
+
+
+def _applies(key: str, config: Any, values: dict[str, Any]) -> bool:
+    sections = {field.name for field in dataclasses.fields(config)}
+    return (key in values or key in sections) and sections.issuperset(NEEDS.get(key, ()))
+
+
+def _finite(value: Any) -> bool:
+    items = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(item) for item in items if isinstance(item, float))
