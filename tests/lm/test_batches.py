@@ -25,15 +25,16 @@ from bilevel_jax.lm.tokens import Tokenized, corpus_of
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 99, 100, 101, 1000, 4097]
 
 
-def corpus(rows, seed=0, longest=12):
-    """Rows of 2 to `longest` tokens, all tokens different, the last half of each row supervised."""
+def corpus(rows, seed=0, longest=12, sequences=1):
+    """Sequences of 2 to `longest` tokens, all tokens different, the last half of each supervised."""
     rng = np.random.default_rng(seed)
     out, at = [], 1
-    for n in rng.integers(2, longest + 1, rows):
+    for n in rng.integers(2, longest + 1, rows * sequences):
         mask = np.arange(n) >= max(n // 2, 1)
         out.append(Tokenized(np.arange(at, at + n, dtype=np.int32), mask))
         at += n
-    return corpus_of(out)
+    made = corpus_of(out, sequences)
+    return made.with_reference(rng.normal(size=rows)) if sequences == 2 else made
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -127,9 +128,10 @@ def test_subset_keeps_the_numbers_of_the_whole_table():
 
 
 def contents(batch):
-    """What a global step holds, whatever its layout: {row: its (token, target, position, supervised) in order}."""
+    """What a global step holds, whatever its layout: {sequence: its (token, target, supervised) in order}."""
     micro, rows, length = batch["tokens"].shape
-    empty = batch["index"].shape[1]
+    empty = batch["supervised"].shape[1]
+    sequences = empty // batch["index"].shape[1]
     found = {}
     for m in range(micro):
         for r in range(rows):
@@ -144,24 +146,28 @@ def contents(batch):
                 slot = slots.pop()
                 supervised = batch["slot"][m, r, here] == slot
                 assert batch["supervised"][m, slot] == supervised.sum()
-                row = int(batch["index"][m, slot])
+                row = int(batch["index"][m, slot // sequences]) * sequences + slot % sequences
                 assert row not in found
                 places = zip(batch["tokens"][m, r, here], batch["targets"][m, r, here], supervised, strict=True)
                 found[row] = [tuple(map(int, place)) for place in places]
-    assert sorted(found) == sorted(i for i in batch["index"].ravel() if i != PADDING)
-    assert (batch["supervised"][batch["index"] == PADDING] == 1).all()
+    real = [i for i in batch["index"].ravel() if i != PADDING]
+    assert sorted(found) == sorted(i * sequences + side for i in real for side in range(sequences))
+    assert (batch["supervised"][np.repeat(batch["index"] == PADDING, sequences, axis=1)] == 1).all()
     return found
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("micro", [1, 2, 16])
-def test_composition_is_the_same_whatever_the_layout(micro, packing):
-    data, steps = corpus(39), 6
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
+    data, steps = corpus(39, sequences=sequences), 6
     draws = [order(39, 16, seed) for seed in range(3)]
     shape = layout(data, draws, steps, micro=micro, length=longest(data), packing=packing)
     assert shape.micro * shape.examples == 16 and shape.length == 16
     if packing and micro == 1:
-        assert shape.rows <= 10  # 16 examples of 1 to 11 places in rows of 16
+        assert shape.rows <= 10 * sequences  # 16 examples of 1 to 11 places in rows of 16
+    if not packing:
+        assert shape == shape.flat and shape.rows == shape.examples * sequences
     for draw in draws:
         stream = train_stream(data, draw, steps, shape)
         for step in range(steps):
@@ -173,32 +179,59 @@ def test_composition_is_the_same_whatever_the_layout(micro, packing):
                 "segments": ((micro, shape.rows, 16), "int32"),
                 "slot": ((micro, shape.rows, 16), "int32"),
                 "index": ((micro, shape.examples), "int32"),
-                "supervised": ((micro, shape.examples), "float32"),
+                "supervised": ((micro, shape.examples * sequences), "float32"),
                 "rows": ((micro,), "float32"),
                 "targeted": ((micro,), "float32"),
-            }
+            } | ({"reference": ((micro, shape.examples), "float32")} if sequences == 2 else {})
             real = [int(i) for i in draw(step) if i < 39]
             found = contents(batch)
-            assert sorted(found) == sorted(real)
+            assert sorted(found) == sorted(i * sequences + side for i in real for side in range(sequences))
             assert (batch["rows"] == len(real)).all()
-            assert (batch["targeted"] == sum(data.row(i).supervised[1:].sum() for i in real)).all()
+            assert (batch["targeted"] == sum(data.row(*divmod(j, sequences)).supervised[1:].sum() for j in found)).all()
             assert [i for i in batch["index"].ravel() if i != PADDING] == real
-            for row, places in found.items():
-                ids, mask = data.row(row)
+            if sequences == 2:
+                there = batch["index"] != PADDING
+                np.testing.assert_array_equal(batch["reference"][there], data.reference[real].astype(np.float32))
+                assert not batch["reference"][~there].any()
+            for sequence, places in found.items():
+                ids, mask = data.row(*divmod(sequence, sequences))
                 assert places == list(zip(ids[:-1].tolist(), ids[1:].tolist(), mask[1:].astype(int), strict=True))
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_evaluation_covers_every_row_once_in_order(packing):
-    data = corpus(11)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_evaluation_covers_every_row_once_in_order(sequences, packing):
+    data = corpus(11, sequences=sequences)
     shape = evaluation_layout(data, 4, micro=2, length=20, packing=packing)
     stream = evaluation_stream(data, shape)
     assert stream.steps == 3
     batches = [stream.batch(step) for step in range(3)]
     index = np.concatenate([b["index"].ravel() for b in batches])
     assert index.tolist() == [*range(11), PADDING]
-    assert all((b["rows"] == 11).all() for b in batches)
-    assert sorted(row for b in batches for row in contents(b)) == list(range(11))
+    found = [contents(b) for b in batches]
+    assert sorted(sequence for one in found for sequence in one) == list(range(11 * sequences))
+    targets = sum(wanted for one in found for places in one.values() for *_, wanted in places)
+    assert all((b["rows"] == 11).all() and (b["targeted"] == targets).all() for b in batches)
+
+
+def test_summed_stream_counts_the_rows_that_it_holds():
+    data, chosen = corpus(30), np.arange(3, 25)
+    draw = subset(chosen, 30, 8, 0)
+    stream = train_stream(data, draw, 3, Layout(2, 4, 4, 16), total=len(chosen))
+    batches = [stream.batch(step) for step in range(3)]
+    targets = sum(data.row(int(i)).supervised[1:].sum() for i in chosen)
+    assert all((b["rows"] == 22).all() and (b["targeted"] == targets).all() for b in batches)
+    assert sum((b["slot"] < 4).sum() for b in batches) == targets
+
+
+def test_sides_of_a_pair_lie_side_by_side():
+    data, draw = corpus(8, sequences=2), order(8, 4, 0)
+    flat = layout(data, [draw], 2, micro=1, length=16, packing=False)
+    for batch in (train_stream(data, draw, 2, flat._replace(rows=rows)).batch(0) for rows in (8, 16)):
+        for e, row in enumerate(batch["index"][0]):
+            for side in range(2):
+                ids = data.row(row, side).ids
+                assert batch["tokens"][0, 2 * e + side, : len(ids) - 1].tolist() == ids[:-1].tolist()
 
 
 def test_dropped_rows_keep_their_numbers_and_are_never_drawn():
@@ -229,5 +262,11 @@ def test_errors_of_layouts():
         layout(data, [draw], 2, micro=3, length=16, packing=True)
     with pytest.raises(ValueError, match="a step of 4 examples does not fit 2 micro-batches of 4"):
         train_stream(data, draw, 1, Layout(2, 4, 4, 16)).batch(0)
+    with pytest.raises(ValueError, match="the layout has 1 sequences for each example and the corpus 2; make the lay"):
+        train_stream(corpus(20, sequences=2), draw, 1, Layout(1, 4, 4, 16)).batch(0)
+    pairs = corpus(20, sequences=2, longest=40)
+    row = int(pairs.lengths.argmax()) // 2
+    with pytest.raises(ValueError, match=rf"row {row} takes {pairs.lengths.max() - 1} token places"):
+        layout(pairs, [draw], 2, micro=1, length=16, packing=False)
     with pytest.raises(ValueError, match=r"needs \d rows and has 1. Give its order to `layout` as well"):
         train_stream(data, draw, 1, Layout(1, 4, 1, 12)).batch(0)
