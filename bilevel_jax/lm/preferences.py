@@ -119,7 +119,7 @@ def _dpo_link(beta: float, smoothing: float) -> Link:
 
     def link(values: Array, batch: Batch) -> Array:
         z = beta * (values - _reference(batch))
-        return _real(-(1 - smoothing) * jax.nn.log_sigmoid(z) - smoothing * jax.nn.log_sigmoid(-z), batch)
+        return _real(-(1 - smoothing) * _log_sigmoid(z) - smoothing * _log_sigmoid(-z), batch)
 
     return link
 
@@ -128,7 +128,28 @@ def _simpo_link(beta: float, gamma_ratio: float) -> Link:
     _check_beta(beta)
     if not (math.isfinite(gamma_ratio) and gamma_ratio >= 0):
         raise ValueError(f"gamma_ratio is {gamma_ratio}; it is a finite number of at least 0.")
-    return lambda values, batch: _real(-jax.nn.log_sigmoid(beta * (values - gamma_ratio)), batch)
+    return lambda values, batch: _real(-_log_sigmoid(beta * (values - gamma_ratio)), batch)
+
+
+@jax.custom_jvp
+def _log_sigmoid(z: Array) -> Array:
+    return jax.nn.log_sigmoid(z)
+
+
+@jax.custom_jvp
+def _sigmoid(z: Array) -> Array:
+    return jax.nn.sigmoid(z)
+
+
+# jax differentiates these to σ (1 - σ), in which all digits cancel where σ is near 1: .3 % off in float32 at z = 9
+@_log_sigmoid.defjvp
+def _(primals, tangents):
+    return _log_sigmoid(*primals), _sigmoid(-primals[0]) * tangents[0]
+
+
+@_sigmoid.defjvp
+def _(primals, tangents):
+    return _sigmoid(*primals), _sigmoid(*primals) * _sigmoid(-primals[0]) * tangents[0]
 
 
 def _real(values: Float[Array, "examples"], batch: Batch) -> Float[Array, "examples"]:
