@@ -16,6 +16,7 @@ from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report
 from bilevel_jax.runs.config import Data, Outer, SelectConfig
+from bilevel_jax.runs.page import number
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {
@@ -257,7 +258,7 @@ def numbers(value):
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return [number for item in value for number in numbers(item)]
+        return [one for item in value for one in numbers(item)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
@@ -335,7 +336,7 @@ def test_the_ends_are_the_largest_and_the_least_weights(tmp_path):
     ],
 )  # fmt: skip
 def test_number(value, text):
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize("log", [False, True])

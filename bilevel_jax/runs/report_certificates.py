@@ -1,0 +1,196 @@
+"""The certificates in a report: what was checked, against which threshold, in plain words."""
+
+import math
+from typing import Any, NamedTuple
+
+from bilevel_jax.runs import figures
+from bilevel_jax.runs.figures import Html, Series, element, join
+from bilevel_jax.runs.page import NONE, Column, figure, note, number, paragraph, table
+from bilevel_jax.runs.results import Results, real
+
+UNIT = "nats per token"
+LOOKS = {"BELIEVE": ("good", "✓"), "UNDECIDED": ("fair", "?"), "DO NOT BELIEVE": ("bad", "✕")}
+
+
+class Check(NamedTuple):
+    """One line of the table of certificates."""
+
+    name: str
+    values: list[Any]
+    """A number, text or None for each place."""
+    wanted: str
+    words: str
+    states: list[str]
+    """good, fair or bad for each place, or nothing."""
+
+
+def certificates(run: Results) -> Html:
+    """What was checked at each place, against which threshold, in plain words."""
+    places = run.result["certificates"]
+    other = (
+        ""
+        if run.config["outer"]["method"] == "unrolled"
+        else " The retrains measure the training run that really happens, so a ratio off 1 also tells how far this "
+        "method's estimate is from it."
+    )
+    computed = any(one["exact"] or one["smooth"] is not None for one in places.values())
+    every = _checks(run)
+    checks = [check for check in every if any(value is not None for value in check.values)]
+    absent = [check.name for check in every if check not in checks]
+    cells = [[_cell(check.values[index], check.states[index]) for check in checks] for index in range(len(places))]
+    verdicts = [run.result["verdicts"][name] for name in places]
+    heads = [join(element("b", "verdict")), *(join(element("b", check.name)) for check in checks)]
+    columns = [
+        Column("check", heads),
+        *(
+            Column(f"at {name}", [_badge(verdict), *cells[index]])
+            for index, (name, verdict) in enumerate(zip(places, verdicts, strict=True))
+        ),
+        Column("wanted", ["BELIEVE", *(check.wanted for check in checks)]),
+        Column(
+            "in plain words",
+            ["by the thresholds; the run's verdict is that at uniform weights", *(check.words for check in checks)],
+        ),
+    ]
+    curves = [
+        Series(name, one["exact"]["steps"], [real(ratio) for ratio in one["exact"]["ratios"]], index)
+        for index, (name, one) in enumerate(places.items())
+        if one["exact"] and any(ratio is not None for ratio in one["exact"]["ratios"])
+    ]
+    picture = None
+    if curves:
+        picture = figure(
+            figures.lines(
+                curves,
+                "change of every weight",
+                "actual / predicted change of L_v",
+                bands=[(0.95, 1.05), (0.9, 1.1)],
+                log=True,
+                include=[0.88, 1.12],
+            ),
+            "Shaded: [.95, 1.05], and lighter [.9, 1.1]. On the right the changes are large and training may bend "
+            "away from its slope; on the left they are small, and a ratio off 1 there is rounding or an estimate of "
+            "something else.",
+        )
+    return join(
+        paragraph(
+            "An exact gradient can still be useless where training is chaotic. So it was checked by training again "
+            "with changed weights, and by estimating it again without some rows. The thresholds come from ten "
+            "calibrated settings of small "
+            "language models, not from a theorem." + other
+        ),
+        note(
+            "The certificates were not computed (--fast, or certify.enabled: false); below: the estimate's own.",
+            "warning",
+        )
+        if not computed
+        else None,
+        note(_one_place(run)) if computed and len(places) == 1 else None,
+        table(*columns, name="checks"),
+        note(
+            "✓ in the wanted range, ~ between the bars, ✕ beyond the outer one. "
+            + (f"Without a number in this run: {', '.join(absent)}. " if absent else "")
+            + "Residual, curvature, gap, sample, and batches belong to a linear solve (outer.method: implicit), growth "
+            "and replayed to a reverse sweep (unrolled, window), predictive to runs with certify.retrains above 0. "
+            f"{NONE}: does not apply at this place, or was not finite."
+        ),
+        picture,
+    )
+
+
+ANY = (-math.inf, math.inf)
+
+
+OWN_CHECKS = (
+    (
+        "growth",
+        "any; not judged",
+        "largest norm of the adjoint over its norm at the end: how strongly early steps matter",
+    ),
+    ("residual", "at most .1", "what the linear solve left unsolved, relative to its right-hand side"),
+    ("curvature", "above 0", "least curvature that the solve met; at or below 0 there is no minimum to differentiate"),
+    (
+        "gap",
+        "near 0; not judged",
+        f"{UNIT} of L_v that finishing the inner training would still change, to first order",
+    ),
+    ("sample", "above .95; not judged", "cosine of the solutions on half and on all of the curvature batches"),
+    ("steps", "", "training steps swept, or products of the linear solve"),
+    ("batches", "", "curvature batches of the linear solve"),
+)
+"""The checks that every estimate makes of itself: (field, what is wanted, in plain words)."""
+
+
+def _checks(run: Results) -> list[Check]:
+    places = list(run.result["certificates"].values())
+    exact, predicted = [one["exact"] for one in places], [one["predictive"] for one in places]
+    own = [one["checks"] for one in places]
+    swept = run.config["outer"]["method"] in ("unrolled", "window")
+    checks = []
+    for index, size in enumerate(next((one["steps"] for one in exact if one), [])):
+        ratios = [one["ratios"][index] if one else None for one in exact]
+        words = f"actual over predicted change of L_v when each weight moves by {size:g} along sign(gradient)"
+        if index == 0:  # the step that verdicts are made of
+            wanted, good, fair = ".95 to 1.05; outside .9 to 1.1: do not believe", (0.95, 1.05), (0.9, 1.1)
+            checks.append(_judged(f"exact, step {size:g}", ratios, wanted, words, good, fair))
+        else:
+            checks.append(_judged(f"exact, step {size:g}", ratios, "near 1; not judged", words))
+    checks.append(
+        _judged(
+            "smooth",
+            [one["smooth"] for one in places],
+            ".7 or more, .9 for changes of half the data; below .5: do not believe",
+            "cosine between the gradient and the gradient without a random fifth of the rows",
+            (0.7, math.inf),
+            (0.5, math.inf),
+        )
+    )
+    told = next((f" when a random {one['fraction']:.0%} of the rows is left out" for one in predicted if one), "")
+    for key, words in (("rank", "rank correlation of predicted and actual"), ("slope", "actual per predicted")):
+        values = [one[key] if one else None for one in predicted]
+        words = f"{words} changes of L_v{told}" + ("; with 8 trainings its error is about .35" if key == "rank" else "")
+        checks.append(_judged(f"predictive {key}", values, "near 1; not judged", words))
+    replayed = [("yes" if one["replayed"] else "no") if swept else None for one in own]
+    states = [{"yes": "good", "no": "bad"}.get(value or "", "") for value in replayed]
+    words = "every replayed piece of training ended bit for bit where training did"
+    checks.append(Check("replayed", replayed, "yes", words, states))
+    bars = {"residual": (-math.inf, 0.1), "curvature": (math.ulp(0.0), math.inf)}
+    for key, wanted, words in OWN_CHECKS:
+        checks.append(_judged(key, [one[key] for one in own], wanted, words, bars.get(key, ANY), bars.get(key, ANY)))
+    return checks
+
+
+def _judged(
+    name: str,
+    values: list[float | None],
+    wanted: str,
+    words: str,
+    good: tuple[float, float] = ANY,
+    fair: tuple[float, float] = ANY,
+) -> Check:
+    """A check with its state at each place; one that is wanted anyhow has none."""
+
+    def state(value: float | None) -> str:
+        if value is None or good == ANY:
+            return ""
+        return "good" if good[0] <= value <= good[1] else "fair" if fair[0] <= value <= fair[1] else "bad"
+
+    return Check(name, values, wanted, words, [state(value) for value in values])
+
+
+def _cell(value: Any, state: str) -> Html:
+    text = value if isinstance(value, str) else number(value)
+    words = {"good": "✓", "fair": "~", "bad": "✕"}
+    return element("span", text, f" {words[state]}" if state else None, class_=f"figure {state}".strip())
+
+
+def _badge(verdict: dict[str, Any]) -> Html:
+    kind, icon = LOOKS[verdict["level"]]
+    scope = f", {verdict['scope']}" if verdict["scope"] else ""
+    return element("span", f"{icon} {verdict['level']}{scope}", class_=f"badge {kind}")
+
+
+def _one_place(run: Results) -> str:
+    if run.config["outer"]["restart"] != "cold":
+        return "Only the gradient at uniform weights was checked: a later warm restart cannot be repeated alone."
+    return "Only the gradient at uniform weights was checked: the weights written are the uniform ones, of step 0."

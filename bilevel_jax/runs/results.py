@@ -1,0 +1,66 @@
+"""A finished run's folder, read for its report."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import yaml
+
+from bilevel_jax.lm.data import Example
+from bilevel_jax.runs import files
+
+PARTS = {"fit": "V_fit", "select": "V_select", "report": "V_report"}
+"""The parts of the trusted rows, as people read them."""
+
+
+class Results(NamedTuple):
+    """A run's folder, read."""
+
+    name: str
+    result: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    rows: dict[str, Any]
+    """Columns of weights.parquet: numbers as arrays, text as lists."""
+    meanings: dict[str, str]
+    """What the columns mean, and facts about the run, from the parquet file's metadata."""
+    examples: dict[str, Example]
+    """By id; rows without one are shown without their text."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.yaml as a dict of sections."""
+        return yaml.safe_load(self.config_text)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any row has a label."""
+        return any(label is not None for label in self.rows["label"])
+
+
+def read(folder: Path, examples: Sequence[Example]) -> Results:
+    """result.json, config.yaml, environment.json and weights.parquet of a run."""
+    table = pq.read_table(folder / "weights.parquet")
+    text = ("id", "source", "label", "file")
+    return Results(
+        name=folder.resolve().name,
+        result=json.loads((folder / "result.json").read_text("utf-8")),
+        config_text=(folder / files.RESOLVED).read_text("utf-8"),
+        environment=json.loads((folder / "environment.json").read_text("utf-8")),
+        rows={name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names},
+        meanings={key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
+        examples={example.id: example for example in examples},
+    )
+
+
+def part_of(run: Results) -> str:
+    """The most independent trusted set that was read: V_report, or what there is."""
+    return next((part for part in ("report", "select") if run.result["rows"].get(part)), "fit")
+
+
+def real(value: float | None) -> float:
+    """The number; nan for None, which is how JSON holds it."""
+    return math.nan if value is None else float(value)
