@@ -1,14 +1,20 @@
 """The command line: `bilevel-jax VERB CONFIG [options]`, one line each into runs/."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 USAGE = """usage: bilevel-jax VERB CONFIG [options]
 
   select CONFIG   learn a weight for every training row from a small trusted validation set, by exact hypergradients;
                   writes the weights, the selected subset, a model and a report
+  train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
+                  all parameters or LoRA; writes the model and a report
+  inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
+  export RUN      write the rows that their weights choose, in the input form of another trainer
 
-CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml is for your own).
-`bilevel-jax select --help` explains every option; any of them may follow CONFIG, as in
+CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
+for your own). `bilevel-jax VERB --help` explains every option; any of them may follow CONFIG, as in
 
   bilevel-jax select configs/select.yaml --model.path FOLDER --data.train rows.jsonl --out out/first
 """
@@ -28,30 +34,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _select(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.select import select
+
+        result = select(config)
+        return f"{result['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import SelectConfig
+
+    return _run(SelectConfig, arguments, work)
+
+
+def _train(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.train import summary, train
+
+        return f"{summary(train(config))}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import TrainConfig
+
+    return _run(TrainConfig, arguments, work)
+
+
+def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
+    """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
     from bilevel_jax.runs import config, session
 
     given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
     try:
-        settings = config.load(config.SelectConfig, given[0] if given else None, arguments[len(given) :])
-        if settings.model.train_dtype == "float64":
+        settings = config.load(kind, given[0] if given else None, arguments[len(given) :])
+        if "model" in vars(settings) and settings.model.train_dtype == "float64":
             import jax
 
             jax.config.update("jax_enable_x64", True)
-        from bilevel_jax.runs.select import select
-
-        result = select(settings)
+        print(work(settings))
     except session.Interrupted as stop:
         print(f"bilevel-jax: {stop}", file=sys.stderr)
         return 128 + stop.number
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"bilevel-jax: {error}", file=sys.stderr)
         return 1
-    print(result["verdict"]["sentence"])
-    print(f"report: {settings.output.folder}/report.html")
     return 0
 
 
-VERBS = {"select": _select}
+VERBS = {"select": _select, "train": _train}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,14 +40,6 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
     """
 
-    def gradient(params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:
-        def add_micro(total, micro):
-            value = jax.value_and_grad(problem.inner)(params, micro[0], fixed, micro[1])
-            return optax.tree.add(total, value), None
-
-        prior = jax.value_and_grad(problem.prior)(params, fixed)
-        return jax.lax.scan(add_micro, prior, (weights, batch))[0]
-
     def product(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> tuple[Params, Slice]:
         def add_micro(total, micro):
             def both(params):
@@ -62,7 +54,7 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
     @jax.jit
     def forward(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info]:
         with jax.default_matmul_precision("highest"):
-            loss, grad = gradient(state.params, weights, fixed, batch)
+            loss, grad = gradient(problem, state.params, weights, fixed, batch)
             updates, opt = optimizer.update(grad, state.opt, state.params)
             return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), Info(
                 loss, grad, tree.norm(grad)
@@ -78,6 +70,35 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
             return Adjoint(optax.tree.add(params_bar, hessian), opt_bar), entries
 
     return Transition(forward, backward, jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0))
+
+
+def gradient(problem: Problem, params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:
+    """inner + prior and its gradient, over all micro-batches of a step; one of them in memory at a time."""
+
+    def add_micro(total, micro):
+        value = jax.value_and_grad(problem.inner)(params, micro[0], fixed, micro[1])
+        return optax.tree.add(total, value), None
+
+    prior = jax.value_and_grad(problem.prior)(params, fixed)
+    return jax.lax.scan(add_micro, prior, (weights, batch))[0]
+
+
+def descent(
+    problem: Problem, optimizer: optax.GradientTransformation
+) -> Callable[[Inner, Hyper, Fixed, Batch], tuple[Inner, Scalar]]:
+    """The same step for training alone: (state, hyper, fixed, batch) -> (state', loss), compiled.
+
+    Nothing of it is differentiated, so the products have JAX's default precision, the gradient is not kept, and the
+    state that is given is donated: its memory becomes that of the state returned.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Inner, hyper: Hyper, fixed: Fixed, batch: Batch) -> tuple[Inner, Scalar]:
+        loss, grad = gradient(problem, state.params, problem.take(hyper, batch), fixed, batch)
+        updates, opt = optimizer.update(grad, state.opt, state.params)
+        return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), loss
+
+    return step
 
 
 def update_transpose(

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 RESOLVED = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK = ".lock"
 
@@ -55,6 +58,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write the whole file or nothing: a reader, a kill or a full disk never meets half of it."""
     with replacing(path) as part:
         part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_table(path: str | Path, table: pa.Table) -> None:
+    """A parquet file, whole or not at all."""
+    with replacing(path) as part:
+        pq.write_table(table, part)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, kind_of
-from bilevel_jax.runs.config import SelectConfig, config_hash
-from bilevel_jax.runs.files import replacing
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, config_hash
 from bilevel_jax.runs.learn import Learned
 from bilevel_jax.runs.task import Task
 
@@ -89,18 +87,33 @@ def _content(example: Example) -> dict[str, Any]:
     return {"messages": [turn._asdict() for turn in turns]}
 
 
-def write_weights(path: Path, table: pa.Table) -> None:
-    """weights.parquet, whole or not at all."""
-    with replacing(path) as part:
-        pq.write_table(table, part)
+def given_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
+    """What `train` used: one row per training row, joined by `id`."""
+    columns = {
+        "id": [example.id for example in task.examples],
+        "row": np.arange(task.rows),
+        "source": [example.source for example in task.examples],
+        "label": [example.label for example in task.examples],
+        "weight": weights,
+        "file": [example.file for example in task.examples],
+        "line": [example.line for example in task.examples],
+    }
+    meaning = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash(config)}
+    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
 
 
-def write_model(folder: Path, task: Task, params: Params) -> None:
-    """The trained model as a Hugging Face folder; LoRA adapters are folded into the base, and kept beside it."""
+def write_model(folder: Path, task: Task, params: Params, *, base_path: str, parts: str = "both") -> None:
+    """The trained model as a Hugging Face folder; adapters folded into the base ("full"), beside it, or "both".
+
+    What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
+    two goes on with the second.
+    """
     params = jax.device_get(params)
-    if task.base is None:
-        lm.save(folder, task.architecture, params, tokenizer=task.tokenizer)
+    adapter = folder.with_name(f"{folder.name}-adapter")
+    if task.base is not None and parts != "full" and not adapter.exists():
+        lm.save_peft(adapter, task.architecture, params, base=base_path)
+    if folder.exists() or (task.base is not None and parts == "adapter"):
         return
-    base = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), task.base)
-    lm.save(folder, task.architecture, lm.merge(base, params), tokenizer=task.tokenizer)
-    lm.save_peft(folder.with_name(f"{folder.name}-adapter"), task.architecture, params)
+    if task.base is not None:
+        params = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), task.base), params)
+    lm.save(folder, task.architecture, params, tokenizer=task.tokenizer)

@@ -12,7 +12,6 @@ from jaxtyping import Float
 
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus
-from bilevel_jax.runs import files
 
 NAME = "reference.parquet"
 
@@ -47,12 +46,6 @@ def table(examples: Sequence[Example], corpus: Corpus, values: Float[np.ndarray,
         "model": made_by,
     }
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
-
-
-def write(path: Path, table: pa.Table) -> None:
-    """Whole or not at all."""
-    with files.replacing(path) as part:
-        pq.write_table(table, part)
 
 
 def read(path: str | Path, examples: Sequence[Example], corpus: Corpus, made_by: str) -> Float[np.ndarray, "rows 2"]:

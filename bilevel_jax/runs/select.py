@@ -67,10 +67,11 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     subset = np.unique(selected)
     compared = compare(task, config, trainer, work, arms(task, config, learned, subset))
     work.phase("writing")
-    outputs.write_weights(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
+    files.write_table(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
     files.write_atomic(folder / "selected.jsonl", outputs.selected_lines(task.examples, learned.weights, selected))
     if not (folder / "model").exists():
-        outputs.write_model(folder / "model", task, _final_params(task, config, trainer, learned))
+        params = _final_params(task, config, trainer, learned)
+        outputs.write_model(folder / "model", task, params, base_path=config.model.path)
 
     # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
     # tells less; that certificate is in the report, but is not the verdict.

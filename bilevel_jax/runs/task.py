@@ -20,8 +20,8 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus
+from bilevel_jax.runs import files, reference
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs import reference
 from bilevel_jax.runs.config import InspectConfig, Model, SelectConfig, TrainConfig
 from bilevel_jax.runs.objective import Objective, check_rows, objective
 from bilevel_jax.runs.optimizers import optimizer
@@ -199,8 +199,12 @@ def _referenced(
     def sides(params: Params, fixed: Fixed, batch: Batch) -> jax.Array:
         return log_p(params, batch).reshape(-1, 2)
 
-    values, tables = {}, []
+    values: dict[str, np.ndarray] = {}
+    tables = []
     for name, corpus in corpora.items():
+        if name == "V_fit":  # its rows were read behind the training rows
+            values[name] = values["training and V_fit"][-corpus.rows :]
+            continue
         if stored:
             values[name] = reference.read(stored, examples[name], corpus, made_by)
         else:
@@ -208,7 +212,7 @@ def _referenced(
             stream = placing.placed(mesh, batches.evaluation_stream(corpus, placing.fit_layout(mesh, flat)))
             values[name] = per_row(sides, params, None, stream, corpus.rows)
         tables.append(reference.table(examples[name], corpus, values[name], made_by))
-    reference.write(folder / reference.NAME, pa.concat_tables(tables))
+    files.write_table(folder / reference.NAME, pa.concat_tables(tables))
     return {name: reference.with_reference(corpus, values[name]) for name, corpus in corpora.items()}
 
 

@@ -67,7 +67,8 @@ class Trainer:
             session.advance()
             due = session.due()
             if due or reached % self.every == 0:  # not at every step: reading a loss waits for the device
-                self._check_finite(losses, stream)
+                check_finite(task, losses, stream)
+                losses.clear()
             if due:
                 if save_as is not None:
                     self._save(save_as, Midway(state, self._listed(snapshots, start), self._no_sweep(start, weights)))
@@ -78,7 +79,7 @@ class Trainer:
             task.step, start, weights, task.fixed(start.params), stream,
             every=self.every, store=store, resume=None if saved is None else saved.state, on_step=on_step,
         )  # fmt: skip
-        self._check_finite(losses, stream)
+        check_finite(task, losses, stream)
         return run
 
     def value(self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, value: Any) -> float:
@@ -172,22 +173,20 @@ class Trainer:
         found = checkpoint.restore(self.folder, like)
         return found.tree if found and found.step == outer_step else None
 
-    # ---- numbers that are not finite
 
-    def _check_finite(self, losses: dict[int, jax.Array], stream: Stream) -> None:
-        """Raise for the first loss that is not finite; forget the others."""
-        values = {step: float(loss) for step, loss in losses.items()}
-        losses.clear()
-        step = next((step for step, value in values.items() if not np.isfinite(value)), None)
-        if step is None:
-            return
-        index = np.asarray(stream.batch(step)["index"])
-        ids = [self.task.examples[row].id for row in index[index != PADDING][:3] if row < self.task.rows]
-        raise FloatingPointError(
-            f"the training loss is {values[step]} at step {step} of {self.task.steps}; the batch held "
-            f"{', '.join(ids)}, .... Lower optimizer.learning_rate, set optimizer.clip, or look at these rows. "
-            "The last good checkpoint is kept: --resume goes on from it."
-        )
+def check_finite(task: Task, losses: dict[int, jax.Array], stream: Stream) -> dict[int, float]:
+    """The losses by step, as numbers; a FloatingPointError that names rows for the first that is not finite."""
+    values = {step: float(loss) for step, loss in losses.items()}
+    step = next((step for step, value in values.items() if not np.isfinite(value)), None)
+    if step is None:
+        return values
+    index = np.asarray(stream.batch(step)["index"])
+    ids = [task.examples[row].id for row in index[index != PADDING][:3] if row < task.rows]
+    raise FloatingPointError(
+        f"the training loss is {values[step]} at step {step} of {task.steps}; the batch held "
+        f"{', '.join(ids)}, .... Lower optimizer.learning_rate, set optimizer.clip, or look at these rows. "
+        "The last good checkpoint is kept: --resume goes on from it."
+    )
 
 
 SOLVERS = {

@@ -1,0 +1,277 @@
+"""The verb `train`: fine-tuning with one weight per training row; first-order, resumable, exported."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.core.transition import begin, descent
+from bilevel_jax.core.types import Inner, Params
+from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.lm import batches
+from bilevel_jax.runs import checkpoint, files, outputs, rows, train_report, weights
+from bilevel_jax.runs import config as configs
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.config import TrainConfig
+from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.optimizers import schedule
+from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.task import Task, per_row, prepare
+from bilevel_jax.runs.training import check_finite
+
+READ = 10
+"""Steps between two looks at the losses: each look waits for the device."""
+
+
+class Progress(NamedTuple):
+    """What a checkpoint keeps."""
+
+    state: Inner
+    best: Params
+    """The parameters of the least L_v on V_select so far; () where the last ones are kept."""
+
+
+class Trained(NamedTuple):
+    """The parameters to keep, and how training went."""
+
+    params: Params
+    after: dict[str, Any]
+    """What the kept parameters do on the trusted rows."""
+    records: list[dict[str, Any]]
+    tokens: int
+    seconds: float
+    """Of training, without evaluation."""
+    speed: float
+    """Supervised tokens per second after the first steps, which compile; nan for a run as short as that."""
+    resumed: int
+    """The step that this process began with."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run the verb in `config.output.folder` and return what result.json holds.
+
+    Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
+    for a training that diverges, and `session.Interrupted` when asked to stop.
+    """
+    output = config.output
+    folder = files.new_run_folder(output.folder, output.resume)
+    with files.lock(folder):
+        if output.resume:
+            configs.refuse_another(config, folder / files.RESOLVED)
+        ready = embedded(config, folder)
+        found = rows.load(ready.data)
+        given = weights.given(ready.weights, found.train)
+        kept = [example for example, keep in zip(found.train, given.kept, strict=True) if keep]
+        steps = config.train.steps or math.ceil(
+            config.train.epochs * batches.steps_per_epoch(len(kept), config.train.batch)
+        )
+        task = prepare(ready, found._replace(train=kept), folder, steps=steps, seeds=[config.data.seed])
+        if config.train.keep == "best" and "select" not in task.held_out:
+            raise ValueError(
+                "train.keep = best chooses by V_select, which has no rows: give data.validation or .select."
+            )
+        files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
+        files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+        with session(
+            folder,
+            resume=output.resume,
+            progress=output.progress,
+            save_seconds=60 * output.save_minutes,
+            log_after=None,
+        ) as work:
+            table = given.weights[given.kept]
+            for note in [*task.notes, f"weights: {given.source}; {_about(table)}."]:
+                work.say(note)
+            trained = _train(task, config, table, work)
+            return _write(task, config, given, trained, work, folder)
+
+
+def _train(task: Task, config: TrainConfig, table: np.ndarray, work: Session) -> Trained:
+    folder, every = work.folder / "checkpoints" / "train", config.train.evaluate_every
+    best_kept = config.train.keep == "best"
+    step = descent(task.problem, task.optimizer)
+    rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
+    read = _reader(task)
+    hyper = placing.everywhere(task.mesh, jnp.asarray(table, config.model.train_dtype))
+    stream = task.stream(config.data.seed)
+    # copied: a step takes the memory of the state that it is given, and the model's own must stay
+    params = jax.tree.map(jnp.copy, task.fresh(config.train.seed))
+    progress = Progress(begin(task.optimizer, params), jax.tree.map(jnp.copy, params) if best_kept else ())
+    fixed = task.fixed(params)
+    records: list[dict[str, Any]] = []
+    tokens, seconds = 0, 0.0
+    if found := checkpoint.restore(folder, progress):
+        progress, records = found.tree, found.meta["records"]
+        tokens, seconds = found.meta["tokens"], found.meta["seconds"]
+    state, best = progress
+    resumed = int(state.step)
+    work.phase("training", total=float(task.steps))
+    work.advance(resumed)
+
+    def evaluate(reached: int) -> None:
+        nonlocal best
+        record = {"step": reached, **read(state.params, fixed, full=reached == 0)}
+        if best_kept and _is_best(records, record):
+            best = jax.tree.map(jnp.copy, state.params)
+        records.append(record)
+        work.log.write({"event": "evaluated", **record})
+        work.say(_line(record, task.objective.unit))
+
+    if not records and task.held_out:
+        evaluate(0)
+    losses: dict[int, jax.Array] = {}
+    counts: list[jax.Array] = []
+    began, timed = time.monotonic(), _Speed()
+    for index in range(resumed, task.steps):
+        batch = stream.batch(index)
+        state, losses[index] = step(state, hyper, fixed, batch)
+        counts.append(batch["targeted"])
+        work.advance()
+        reached, due = index + 1, work.due()
+        last = reached == task.steps
+        if due or last or reached % READ == 0 or reached % every == 0:
+            values = check_finite(task, losses, stream)
+            new = sum(int(count[0]) for count in counts)
+            work.log.write(
+                {
+                    "event": "steps",
+                    "step": reached,
+                    "first": min(values),
+                    "losses": list(values.values()),
+                    "rates": [float(rates[at]) for at in values],
+                }
+            )
+            tokens += new
+            timed.add(new)
+            losses.clear()
+            counts.clear()
+        if task.held_out and (last or reached % every == 0):
+            seconds += time.monotonic() - began
+            evaluate(reached)
+            began = time.monotonic()
+            timed.pause()
+        if due or last:
+            meta = {"records": records, "tokens": tokens, "seconds": seconds + time.monotonic() - began}
+            checkpoint.save(folder, reached, Progress(state, best), meta)
+            work.saved()
+    seconds += time.monotonic() - began
+    kept = best if best_kept else state.params
+    return Trained(kept, read(kept, fixed, full=True), records, tokens, seconds, timed.rate(), resumed)
+
+
+class _Speed:
+    """Tokens per second, without the first count (compilation) and without what lies between `pause` and the next."""
+
+    def __init__(self):
+        self.tokens, self.seconds, self.last = 0, 0.0, None
+
+    def add(self, tokens: int) -> None:
+        now = time.monotonic()
+        if self.last is not None:
+            self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self.last
+        self.last = now
+
+    def pause(self) -> None:
+        self.last = time.monotonic() if self.last is not None else None
+
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else float("nan")
+
+
+def _reader(task: Task):
+    """(params, fixed, full) -> L_v of each part, and with `full` the accuracies."""
+    value = outer_value(task.problem)
+
+    def read(params: Params, fixed: Any, *, full: bool) -> dict[str, Any]:
+        losses = {part: float(value(params, fixed, stream)) for part, stream in task.held_out.items()}
+        accuracy = None
+        if full:
+            accuracy = {
+                part: float(
+                    np.nanmean(per_row(task.objective.accuracy, params, fixed, stream, len(task.trusted[part])))
+                )
+                for part, stream in task.held_out.items()
+            }
+        return {"loss": losses, "accuracy": accuracy}
+
+    return read
+
+
+def _write(
+    task: Task, config: TrainConfig, given: weights.Given, trained: Trained, work: Session, folder: Path
+) -> dict[str, Any]:
+    work.phase("writing")
+    table = given.weights[given.kept]
+    files.write_table(folder / "weights.parquet", outputs.given_table(task, config, table, given.source))
+    outputs.write_model(folder / "model", task, trained.params, base_path=config.model.path, parts=config.output.model)
+    records = trained.records
+    best = min(records, key=lambda record: record["loss"]["select"]) if config.train.keep == "best" else None
+    ends = {"before": records[0], "after": trained.after} if records else {}
+    result = {
+        "steps": task.steps,
+        "epochs": task.steps * config.train.batch / task.rows,
+        "batch": config.train.batch,
+        "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
+        "objective": config.objective.name,
+        "unit": task.objective.unit,
+        "right": task.objective.right,
+        "parts": {
+            part: {
+                when: {"loss": record["loss"][part], "accuracy": record["accuracy"][part]}
+                for when, record in ends.items()
+            }
+            for part in task.held_out
+        },
+        "best": {"step": best["step"], "part": "select"} if best else None,
+        "kept": config.train.keep,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "tokens_per_second": trained.speed if math.isfinite(trained.speed) else None,
+        "weights": {
+            "source": given.source,
+            "ess": float(table.sum() ** 2 / (table**2).sum()),
+            "mean": float(table.mean()),
+            "zero": int((table == 0).sum()),
+            "missing": given.missing,
+        },
+        "records": records,
+        "notes": task.notes,
+        "resumed": trained.resumed,
+        "config_hash": configs.config_hash(config),
+    }
+    files.write_atomic(folder / "result.json", json.dumps(result, indent=1))
+    train_report.write(folder, task.examples)
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One sentence: what the validation loss did."""
+    parts = result["parts"]
+    rows_words = f"{result['steps']:,} steps on {result['rows']['train']:,} rows"
+    part = next((name for name in ("report", "select", "fit") if name in parts), None)
+    if part is None:
+        return f"{rows_words}; no validation rows were given, so nothing says whether the model became better."
+    before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
+    moved = "fell" if after < before else "ROSE"
+    return f"{rows_words}; L_v on V_{part} {moved} from {before:.4f} to {after:.4f} {result['unit']}."
+
+
+def _is_best(records: list[dict[str, Any]], record: dict[str, Any]) -> bool:
+    return all(record["loss"]["select"] < other["loss"]["select"] for other in records)
+
+
+def _about(table: np.ndarray) -> str:
+    effective = table.sum() ** 2 / (table**2).sum()
+    return (
+        f"mean {table.mean():.3g}, {int((table == 0).sum()):,} of {len(table):,} are 0, effective size {effective:.0f}"
+    )
+
+
+def _line(record: dict[str, Any], unit: str) -> str:
+    loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items())
+    return f"step {record['step']:>6}   L_v ({unit}): {loss}"
