@@ -1,199 +1,50 @@
-"""Rows of every layout and file become Examples; what cannot be used is an error with file, line and remedy."""
+"""Examples: ids from content, what is dropped, pairs, streams, duplicates, leaks, splits."""
 
 import json
 import random
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel_jax.lm.data import DataOptions, Turn, duplicates, kind_of, leaks, load, split, summary
-
-PAIR = (Turn("user", "1 + 1?"), Turn("assistant", "2"))
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-CHAT += [{"role": "assistant", "content": "ho"}]
-QA = DataOptions(prompt_field="question", response_field="answer")
-
-LAYOUTS = [
-    ({"prompt": "1 + 1?", "response": "2"}, DataOptions(), PAIR),
-    ({"question": "1 + 1?", "answer": "2"}, QA, PAIR),
-    ({"prompt": "1 + 1?", "completion": "2"}, DataOptions(response_field="completion"), PAIR),
-    ({"instruction": "1 + 1?", "output": "2"}, DataOptions(), PAIR),
-    ({"instruction": "1 + 1?", "input": "", "output": "2"}, DataOptions(), PAIR),
-    ({"instruction": "1 + 1?", "input": None, "output": "2"}, DataOptions(), PAIR),
-    ({"instruction": "Add.", "input": "1, 1", "output": "2"}, DataOptions(), (Turn("user", "Add.\n1, 1"), PAIR[1])),
-    ({"text": "Once."}, DataOptions(), (Turn("text", "Once."),)),
-    ({"story": "Once."}, DataOptions(text_field="story"), (Turn("text", "Once."),)),
-    ({"messages": CHAT}, DataOptions(), tuple(Turn(**m) for m in CHAT)),
-    ({"text": "Once.", "prompt": "a", "response": "b"}, DataOptions(format="text"), (Turn("text", "Once."),)),
-]
-
-
-def lines(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def put(folder, text, name="rows.jsonl"):
-    path = folder / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(path)
-
-
-@pytest.mark.parametrize("row, options, turns", LAYOUTS)
-def test_layout(tmp_path, row, options, turns):
-    (example,) = load([put(tmp_path, lines(row))], options)
-    assert example.turns == turns
-    assert (example.row, example.line, example.source, example.label) == (0, 1, "rows", None)
-    assert kind_of(example) == {1: "text", 2: "prompt", 3: "chat"}[len(turns)]
-
-
-def write_folder(folder, rows, name):
-    datasets.Dataset.from_list(rows).save_to_disk(str(folder / name))
-    return str(folder / name)
-
-
-def write_split(folder, rows, name):
-    datasets.DatasetDict({"fit": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder / name))
-    return str(folder / name) + "@fit"
-
-
-def write_parquet(folder, rows, name):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
-    return str(folder / f"{name}.parquet")
-
-
-WRITERS = {
-    "jsonl": lambda folder, rows, name: put(folder, "\n" + lines(*rows), f"{name}.jsonl"),
-    "json": lambda folder, rows, name: put(folder, json.dumps(rows, indent=1), f"{name}.json"),
-    "instances": lambda folder, rows, name: put(
-        folder, json.dumps({"type": "text2text", "instances": rows}), f"{name}.json"
-    ),
-    "bom": lambda folder, rows, name: put(folder, b"\xef\xbb\xbf" + json.dumps(rows).encode(), f"{name}.json"),
-    "parquet": write_parquet,
-    "folder": write_folder,
-    "split": write_split,
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_file(tmp_path, writer):
-    rows = [
-        {"prompt": f"p{i}\n[", "response": f"r\u2028é{i}", "source": "web" if i else None, "label": i} for i in range(3)
-    ]
-    examples = load([WRITERS[writer](tmp_path, rows, "mine")])
-    assert [tuple(t.content for t in e.turns) for e in examples] == [(r["prompt"], r["response"]) for r in rows]
-    assert [e.source for e in examples] == ["mine", "web", "web"]
-    assert [e.label for e in examples] == ["0", "1", "2"]
-    assert [e.row for e in examples] == [0, 1, 2]
-
-
-def test_json_of_strings_is_text(tmp_path):
-    examples = load([put(tmp_path, json.dumps(["a", "b"]), "s.json"), put(tmp_path, lines("c"), "t.jsonl")])
-    assert [(e.turns[0], e.row, e.source) for e in examples] == [
-        (Turn("text", t), i, s) for i, (t, s) in enumerate(zip("abc", "sst", strict=True))
-    ]
-
-
-def test_json_knows_the_line_of_each_row(tmp_path):
-    text = '{"note": "[",\n "instances":\n [{"text":\n "a"},\n\n {"text": "b"}, {"text": "c"}\n]}'
-    assert [e.line for e in load([put(tmp_path, text, "a.json")])] == [3, 6, 6]
-    assert [e.line for e in load([put(tmp_path, '\n[\n"a",\n"b\\n",\n"c"]', "b.json")])] == [3, 4, 5]
-
+from bilevel_jax.lm.data import (
+    DataOptions,
+    content_hash,
+    detected,
+    duplicates,
+    is_pair,
+    kind_of,
+    leaks,
+    load,
+    split,
+    stream,
+    summary,
+)
+from tests.lm.rows import lines, put
 
 GOOD = {"prompt": "a", "response": "b"}
-KEYS = "Set data.prompt_field and data.response_field, or data.text_field, to your names."
-ERRORS = [
-    ("", "rows.jsonl: no rows."),
-    (lines(*[GOOD] * 6) + '{"prompt": \n', "rows.jsonl:7: bad JSON, Expecting value at column 11. Mend that line."),
-    (
-        lines(GOOD, {"prompt": "a", "reply": "b"}),
-        "rows.jsonl:2: no 'response'; the keys are ['prompt', 'reply']. Set data.response_field to one of them.",
-    ),
-    (lines({"prompt": "a", "reply": "b"}), "rows.jsonl:1: no 'response'; the keys are ['prompt', 'reply']. Set data."),
-    (lines({"q": "a", "a": "b"}), "rows.jsonl:1: no known layout; the keys are ['a', 'q'], and 'messages', 'prompt'"),
-    (lines({"q": "a", "a": "b"}), KEYS),
-    (lines(GOOD | {"text": "c"}), "fit the formats ['prompt', 'text']. Set data.format to one of them."),
-    (lines(GOOD, GOOD | {"response": " \n"}), "rows.jsonl:2: 'response' is empty, so there is nothing to learn from."),
-    (lines({"text": ""}), "rows.jsonl:1: 'text' is empty"),
-    (lines(GOOD | {"response": 3}), "rows.jsonl:1: 'response' is int 3; a string is wanted."),
-    (lines(GOOD | {"response": None}), "rows.jsonl:1: 'response' is NoneType None; a string is wanted."),
-    (lines(GOOD | {"source": ["x"]}), "rows.jsonl:1: 'source' is list ['x']; a string or a number is wanted."),
-    (lines(GOOD, "text"), "rows.jsonl:2: a bare string among prompt rows. Keep one layout per file."),
-    (lines({"text": "a"}, GOOD), "rows.jsonl:2: no 'text'; the keys are ['prompt', 'response']."),
-    (lines({"instruction": "a", "output": "b"}, GOOD), "rows.jsonl:2: no 'instruction'; the keys are"),
-    (lines({"messages": CHAT}, GOOD), "rows.jsonl:2: no 'messages'; the keys are"),
-    (lines([1, 2]), "rows.jsonl:1: the row is list [1, 2]; a JSON object"),
-    (lines({"messages": []}), "'messages' is list []; a list of {role, content} objects is wanted."),
-    (lines({"messages": [{"role": "user"}]}), "message 1 is dict {'role': 'user'}; an object with role and content"),
-    (
-        lines({"messages": [{"role": "human", "content": "a"}]}),
-        "message 1 has role str 'human'; the roles are ['system', 'user', 'assistant']. Rename it.",
-    ),
-    (lines({"messages": [*CHAT[1:], CHAT[0]]}), "message 3 is a system message; only the first one may be."),
-    (lines({"messages": CHAT[:2]}), "the last message has role 'user'; training needs an answer."),
-    (lines({"messages": [{"role": "assistant", "content": ""}]}), "'content of message 1' is empty"),
-    (b'{"text": "\xff"}\n', "rows.jsonl:1: not UTF-8 (byte 10). Convert the file to UTF-8."),
-]
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-@pytest.mark.parametrize("text, message", ERRORS)
-def test_error_in_a_row(tmp_path, text, message):
-    with pytest.raises(ValueError) as error:
-        load([put(tmp_path, text)])
-    assert message in str(error.value)
-
-
-def test_errors_of_files(tmp_path):
-    put(tmp_path, lines(GOOD), "train.jsonl")
-    put(tmp_path, lines(GOOD, GOOD), "lines.json")
-    put(tmp_path, '{"a": 1}', "object.json")
-    put(tmp_path, "x", "rows.csv")
-    put(tmp_path, "x", "rows.parquet")
-    both = write_split(tmp_path, [GOOD], "both").removesuffix("@fit")
-    table = [
-        (FileNotFoundError, str(tmp_path / "trian.jsonl"), "no such file. Nearest in", "train.jsonl"),
-        (FileNotFoundError, str(tmp_path / "no" / "a.jsonl"), "There is no folder", "either"),
-        (ValueError, str(tmp_path / "lines.json"), "lines.json:2: bad JSON, Extra data", "the .jsonl format: rename"),
-        (ValueError, str(tmp_path / "object.json"), "an object with a list 'instances', is wanted", "object.json"),
-        (ValueError, str(tmp_path / "rows.csv"), "the name must end in one of", ".parquet"),
-        (ValueError, str(tmp_path / "rows.parquet"), "not a parquet file", "rows.parquet"),
-        (ValueError, str(tmp_path), "not one that `datasets.save_to_disk` wrote", "lines.json"),
-        (ValueError, both, "no split asked for; it has ['fit']", "@NAME"),
-        (ValueError, "hub:owner/name", "is written hub:name@split", "hub:name:config@split"),
-    ]
-    for kind, path, *texts in table:
-        with pytest.raises(kind) as error:
-            load([path])
-        assert all(text in str(error.value) for text in texts), str(error.value)
+def test_errors_of_options():
     for paths, options, text in [
         ("a.jsonl", DataOptions(), "a list of paths is wanted"),
         ([], DataOptions(), "no data paths were given"),
-        (["a"], DataOptions(format="csv"), "data.format is 'csv'; it is one of ['auto', 'chat'"),
+        (["a"], DataOptions(format="csv"), "data.format is 'csv'; it is one of ['auto', 'text', 'chat', 'sharegpt',"),
         (["a"], DataOptions(empty="skip"), "data.empty is 'skip'; it is one of ['error', 'drop']."),
     ]:
-        with pytest.raises(ValueError) as error:
-            load(paths, options)
-        assert text in str(error.value)
-
-
-def test_hub_name_without_a_network_says_what_to_do(monkeypatch):
-    def offline(name, config, split):
-        raise ConnectionError(f"cannot reach {name} {config} {split}")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        ValueError, match=r"hub:o/n:c@train\[:9\]: the hub gave .*cannot reach o/n c train\[:9\].*network"
-    ):
-        load(["hub:o/n:c@train[:9]"])
+        for read in (load, stream):  # a stream says it at once, not when it is first read
+            with pytest.raises(ValueError) as error:
+                read(paths, options)
+            assert text in str(error.value)
 
 
 def test_empty_rows_can_be_dropped(tmp_path):
     path = put(tmp_path, lines(GOOD, GOOD | {"response": ""}, {"prompt": "c", "response": "d"}))
-    examples = load([path], DataOptions(empty="drop"))
+    dropped = []
+    examples = load([path], DataOptions(empty="drop"), dropped.append)
     assert [(e.row, e.line) for e in examples] == [(0, 1), (1, 3)]
+    assert [text.split("rows.jsonl:")[1].split(",")[0] for text in dropped] == ["2: 'response' is empty"]
 
 
 def test_ids_belong_to_the_content(tmp_path):
@@ -209,7 +60,9 @@ def test_ids_belong_to_the_content(tmp_path):
     assert len({e.id for e in first}) == 10
     assert first[0].id == "9610a0242db8ea82#0"  # written in old runs: must never change
     assert [[e.row for e in group] for group in duplicates(first)] == [[0, 7], [1, 8], [2, 9]]
-    assert summary(first) == "10 rows; 10 prompt; 10 sources; labels l0, l1, l2, l3, l4, l5, l6, l7; " + (
+    assert summary(
+        first
+    ) == "10 rows; 10 prompt from rows.jsonl; 10 sources; labels l0, l1, l2, l3, l4, l5, l6, l7; " + (
         "3 are copies of an earlier row"
     )
 
@@ -222,7 +75,7 @@ def test_leaks_are_found_whatever_the_layout_case_and_spaces(tmp_path):
     ]
     train = load([put(tmp_path, lines(*rows), "text.jsonl")])
     chats = [
-        {"messages": [CHAT[0], {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": a}]}
+        {"messages": [SYSTEM, {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": a}]}
         for a in ("a cat", "a dog")
     ]
     train += load([put(tmp_path, lines(*chats), "chat.jsonl")])
@@ -261,3 +114,81 @@ def test_split_sizes_seeds_and_errors(rows):
         split(rows, (0.5, 0.6), 0)
     with pytest.raises(ValueError, match=r"splitting 1 rows .* leaves parts of \[.*\] rows, .* or another seed"):
         split(rows[:1], (0.5, 0.5), 0)
+
+
+# ---- pairs
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_the_id_of_a_pair_covers_both_sides(tmp_path):
+    rows = [pair("a", "b", "c"), pair("a", "b", "d"), pair("a", "c", "b"), pair("a", "b", "c")]
+    examples = load([put(tmp_path, lines(*rows))])
+    assert [e.id.split("#")[1] for e in examples] == ["0", "0", "0", "1"]
+    assert len({e.id for e in examples}) == 4 and all(is_pair(e) for e in examples)
+    assert [[e.row for e in group] for group in duplicates(examples)] == [[0, 3]]
+    sides = {content_hash(side) for side in (examples[0].turns, examples[0].rejected)}
+    assert content_hash(examples[0].turns, examples[0].rejected) not in sides
+    assert examples[0].id == "a71532cd215b4869#0"  # written in old runs: must never change
+
+
+def test_a_pair_leaks_by_its_prompt_and_its_chosen_response(tmp_path):
+    validation = load([put(tmp_path, lines(pair("What?", "a", "b")), "trusted.jsonl")])
+    rows = [pair("what?", "A", "c"), pair("What?", "b", "a"), pair("Who?", "a", "b")]
+    train = load([put(tmp_path, lines(*rows))])
+    assert [one.line for one, _ in leaks(train, validation)] == [1]
+    single = load([put(tmp_path, lines({"prompt": "What?", "response": "a"}), "single.jsonl")])
+    assert [one.line for one, _ in leaks(single, validation)] == [1]
+    many = load([put(tmp_path, lines(*(pair(f"{i % 20}", "a", f"b{i}") for i in range(40))), "many.jsonl")])
+    one, other = split(many, (0.5, 0.5), 0)
+    assert not leaks(one, other)
+
+
+@pytest.mark.parametrize("read", [load, stream])
+def test_pairs_and_single_dialogues_do_not_mix(tmp_path, read):
+    paths = [put(tmp_path, lines(GOOD), "single.jsonl"), put(tmp_path, lines(pair("a", "b", "c")), "pairs.jsonl")]
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 is a preference pair, and .*single.jsonl:1 is not: one loss"):
+        list(read(paths))
+
+
+# ---- streams
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from("abc ")), st.integers(0, 12))
+def test_a_stream_is_what_load_gives(tmp_path_factory, texts, skip):
+    path = put(tmp_path_factory.mktemp("stream"), lines("z", *texts))
+    options = DataOptions(empty="drop")
+    examples = load([path, path], options)
+    assert list(stream([path, path], options)) == examples
+    assert list(stream([path, path], options, skip=skip)) == examples[skip:]  # ids and rows included
+
+
+def test_a_stream_reads_no_further_than_it_must(tmp_path):
+    rows = stream([put(tmp_path, lines("a", "b") + "{bad\n")])
+    assert [next(rows).turns[0].content for _ in range(2)] == ["a", "b"]
+    with pytest.raises(ValueError, match="rows.jsonl:3: bad JSON"):
+        next(rows)
+
+
+# ---- summary
+
+
+def test_summary_names_the_format_of_each_file(tmp_path):
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    paths = [
+        put(tmp_path, lines(*[{"conversations": [*talk, *talk[:1]]}] * 3), "share.jsonl"),
+        put(tmp_path, json.dumps([GOOD | {"source": "web"}]), "plain.json"),
+    ]
+    examples = load(paths)
+    assert detected(examples) == {paths[0]: "sharegpt", paths[1]: "prompt"}
+    assert summary(examples) == (
+        "4 rows; 3 sharegpt from share.jsonl, 1 prompt from plain.json; 2 sources; 3 are copies of an earlier row; "
+        "3 lost a last message of the user, which nothing answers"
+    )
+    many = load([put(tmp_path, lines({"text": f"{i}"}), f"{i}.jsonl") for i in range(5)])
+    assert summary(many) == "5 rows; 5 text from 5 files; 5 sources"
+    assert {kind_of(e) for e in many} == {"text"}
+    assert summary([examples[3]._replace(format="")]).startswith("1 rows; 1 prompt from plain.json")
