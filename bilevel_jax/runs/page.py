@@ -310,6 +310,8 @@ td:first-child, th:first-child { padding-left: 8px; }
   font-weight: 700; font-size: 13px; }
 .examples { width: 100%; table-layout: fixed; } .examples th:nth-child(1) { width: 76px; }
 .examples th:nth-child(2) { width: 122px; } .examples th:nth-child(3) { width: 250px; }
+.examples.short th:nth-child(2) { width: 250px; } .examples.short th:nth-child(3) { width: auto; }
+.role.good, .role.bad { color: var(--v); font-weight: 600; }
 .turn { display: grid; grid-template-columns: 68px minmax(0, 1fr); gap: 8px; } .role { color: var(--muted);
   font-size: 12px; line-height: 21px; }
 .content { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; font: 13px/21px var(--mono); }

@@ -35,7 +35,6 @@ from bilevel_jax.runs.report_examples import ends
 from bilevel_jax.runs.report_weights import axis, chosen, groups, weights
 from bilevel_jax.runs.results import PARTS, Results, part_of, read, real
 
-UNIT = "nats per token"
 LEAD = ("oracle", "uniform", "learned weights", "selected subset", "random subset")
 """Arms of the first picture, from above."""
 
@@ -57,7 +56,7 @@ def page(run: Results) -> str:
     intro = join(
         "bilevel_jax select, run ",
         element("b", run.name),
-        f". L_v is the trained model's loss on trusted rows, in {UNIT}; lower is better. V_fit steers the weights; "
+        f". L_v is the trained model's loss on trusted rows, in {run.unit}; lower is better. V_fit steers the weights; "
         "V_report is kept apart and only read for this report.",
     )
     sections = [
@@ -100,7 +99,7 @@ def lead(run: Results) -> Html:
         part = part_of(run)
         pictures.append(
             figure(
-                compared([row for name in LEAD if (row := arm(run, name))] or rows, part),
+                compared(run, [row for name in LEAD if (row := arm(run, name))] or rows, part),
                 "Measured: models trained again from cold. Dot: mean; bar: 95 % interval; small dots: each of "
                 f"{seeds_of(run)}. Further left is better.",
             )
@@ -146,16 +145,16 @@ def headline(run: Results) -> Html:
         if part == "report"
         else f" There is no V_report, so this is read on {PARTS[part]}, which the weights have seen."
     )
-    amount = f"{interval(Estimate(abs(gain.mean), gain.half)).removeprefix('+')} {UNIT}"
+    amount = f"{interval(Estimate(abs(gain.mean), gain.half)).removeprefix('+')} {run.unit}"
     if math.isnan(gain.half):
         words = (
-            f"Learned weights {_moved(gain.mean)} L_v on {PARTS[part]} by {number(abs(gain.mean))} {UNIT} against "
+            f"Learned weights {_moved(gain.mean)} L_v on {PARTS[part]} by {number(abs(gain.mean))} {run.unit} against "
             "uniform weights, with one seed: no interval, so this may be chance."
         )
     elif abs(gain.mean) <= gain.half:
         words = (
             f"Learned and uniform weights cannot be told apart on {PARTS[part]}: learned less uniform is "
-            f"{interval(gain)} {UNIT} over {seeds_of(run)}."
+            f"{interval(gain)} {run.unit} over {seeds_of(run)}."
         )
     else:
         words = (
@@ -172,9 +171,9 @@ def boxes(run: Results) -> Html:
     shown = []
     for name in ("learned weights", "uniform"):
         if row := arm(run, name):
-            shown.append((f"L_v on {PARTS[part]}, {name}", interval(mean_of(row, part)).removeprefix("+"), UNIT))
+            shown.append((f"L_v on {PARTS[part]}, {name}", interval(mean_of(row, part)).removeprefix("+"), run.unit))
     if gain := difference(run, "learned weights", part):
-        shown.append(("learned − uniform, paired", interval(gain), f"{UNIT}; below 0 is better"))
+        shown.append(("learned − uniform, paired", interval(gain), f"{run.unit}; below 0 is better"))
     shown += [
         ("rows", f"{total:,}", f"{run.result['selected']:,} kept: {_rule(run)}"),
         ("effective sample size", number(ess), f"rows, {percent(ess / total)} of all"),
@@ -230,11 +229,12 @@ def loop(run: Results) -> Html:
         if "report" in parts and int(np.argmin(values)) != best:
             words.append(
                 f"V_report was lowest at step {int(np.argmin(values))} ({number(min(values))} against "
-                f"{number(values[best])} {UNIT}); only a V_select may choose such a step (data.split or data.select)."
+                f"{number(values[best])} {run.unit}); only a V_select may choose such a step "
+                "(data.split or data.select)."
             )
     columns = [
         Column("step", steps),
-        *(Column(PARTS[part], [record["loss"][part] for record in records], f"L_v, {UNIT}") for part in parts),
+        *(Column(PARTS[part], [record["loss"][part] for record in records], f"L_v, {run.unit}") for part in parts),
         Column("ESS", [record["ess"] for record in records], "rows"),
         Column("entropy", [record["entropy"] for record in records], "nats"),
         Column("largest", [record["largest"] for record in records], "weight"),
@@ -274,7 +274,7 @@ def _curves(run: Results) -> Html:
         for part, colour in (("fit", 1), ("select", 2), ("report", 0))
         if records[0]["loss"].get(part) is not None
     ]
-    return figures.lines(curves, "outer step", f"L_v, {UNIT}", mark=_mark(run))
+    return figures.lines(curves, "outer step", f"L_v, {run.unit}", mark=_mark(run))
 
 
 def _mark(run: Results) -> tuple[float, str]:
@@ -292,11 +292,11 @@ def _gap(run: Results) -> Html:
     count = run.result["rows"].get("fit", 0)
     if run.result["best"] == 0:
         return paragraph(
-            element("b", f"Gap between V_fit and V_report: {signed(now)} {UNIT}"),
+            element("b", f"Gap between V_fit and V_report: {signed(now)} {run.unit}"),
             " at step 0, where V_fit has steered nothing yet: the two sets differ by that much on their own.",
         )
     return paragraph(
-        element("b", f"Gap between V_fit and V_report: {signed(now)} {UNIT}"),
+        element("b", f"Gap between V_fit and V_report: {signed(now)} {run.unit}"),
         f" at step {run.result['best']} (V_report less V_fit), against {signed(first)} at step 0, before V_fit "
         "steered anything. ",
         f"The growth, {signed(now - first)}, is the mark of over-fitting to the {count:,} rows of V_fit; more trusted "

@@ -8,7 +8,6 @@ from bilevel_jax.runs.figures import Html, Series, element, join
 from bilevel_jax.runs.page import NONE, Column, figure, note, number, paragraph, table
 from bilevel_jax.runs.results import Results, real
 
-UNIT = "nats per token"
 LOOKS = {"BELIEVE": ("good", "✓"), "UNDECIDED": ("fair", "?"), "DO NOT BELIEVE": ("bad", "✕")}
 
 
@@ -112,7 +111,7 @@ OWN_CHECKS = (
     (
         "gap",
         "near 0; not judged",
-        f"{UNIT} of L_v that finishing the inner training would still change, to first order",
+        "{unit} of L_v that finishing the inner training would still change, to first order",
     ),
     ("sample", "above .95; not judged", "cosine of the solutions on half and on all of the curvature batches"),
     ("steps", "", "training steps swept, or products of the linear solve"),
@@ -156,7 +155,8 @@ def _checks(run: Results) -> list[Check]:
     checks.append(Check("replayed", replayed, "yes", words, states))
     bars = {"residual": (-math.inf, 0.1), "curvature": (math.ulp(0.0), math.inf)}
     for key, wanted, words in OWN_CHECKS:
-        checks.append(_judged(key, [one[key] for one in own], wanted, words, bars.get(key, ANY), bars.get(key, ANY)))
+        bar, values = bars.get(key, ANY), [one[key] for one in own]
+        checks.append(_judged(key, values, wanted, words.format(unit=run.unit), bar, bar))
     return checks
 
 

@@ -10,8 +10,6 @@ from bilevel_jax.runs.page import NONE, Column, Estimate, details, figure, inter
 from bilevel_jax.runs.results import PARTS, Results, part_of, real
 from bilevel_jax.runs.statistics import mean_interval
 
-UNIT = "nats per token"
-
 
 def comparison(run: Results) -> Html:
     """Every arm, trained from cold under every seed."""
@@ -36,11 +34,14 @@ def comparison(run: Results) -> Html:
     ]
     main = table(
         Column("trained on", names),
-        *(Column(PARTS[one], [mean_of(row, one) for row in rows], f"L_v, {UNIT}") for one in reversed(parts)),
+        *(Column(PARTS[one], [mean_of(row, one) for row in rows], f"L_v, {run.unit}") for one in reversed(parts)),
         Column(
-            f"{PARTS[part]} less uniform's", [_against(one) for one in differences], f"paired by seed, {UNIT}", "tight"
+            f"{PARTS[part]} less uniform's",
+            [_against(one) for one in differences],
+            f"paired by seed, {run.unit}",
+            "tight",
         ),
-        Column("accuracy", [mean_of(row, "accuracy") for row in rows], f"share of target tokens, {PARTS[part]}"),
+        Column(run.result["right"], [mean_of(row, "accuracy") for row in rows], f"{run.share}, {PARTS[part]}"),
         Column("rows", [row["rows"] for row in rows]),
         Column("steps", [row["steps"] for row in rows]),
         Column("epochs", [row["epochs"] for row in rows]),
@@ -54,8 +55,8 @@ def comparison(run: Results) -> Html:
     seeds = table(
         Column("trained on", [row["name"] for row in rows for _ in row["runs"]]),
         Column("seed", [seed for row in rows for seed, _ in enumerate(row["runs"])]),
-        *(Column(PARTS[one], [each[one] for each in trainings], f"L_v, {UNIT}") for one in reversed(parts)),
-        Column("accuracy", [each["accuracy"] for each in trainings], "share of target tokens"),
+        *(Column(PARTS[one], [each[one] for each in trainings], f"L_v, {run.unit}") for one in reversed(parts)),
+        Column(run.result["right"], [each["accuracy"] for each in trainings], run.share),
     )
     second = "fit" if part != "fit" else ""
     caption = (
@@ -71,7 +72,7 @@ def comparison(run: Results) -> Html:
             "epochs. " + " ".join([oracle(run, part), _headroom(run, part)])
         ),
         main,
-        figure(compared(rows, part, second), caption, wide=True),
+        figure(compared(run, rows, part, second), caption, wide=True),
         note(
             "▼ below and ▲ above uniform by more than the interval; ≈ not told apart. The intervals are for one row "
             "each: with many rows, one in twenty strays by chance. “validation only” and “train + validation” train "
@@ -91,7 +92,7 @@ def oracle(run: Results, part: str) -> str:
     gap = difference(run, "oracle", part)
     if not gap:
         return ""
-    amount = f"{interval(gap)} {UNIT} on {PARTS[part]}"
+    amount = f"{interval(gap)} {run.unit} on {PARTS[part]}"
     if gap.mean + gap.half < 0:
         return (
             f"The oracle, which trains on the good rows alone, beats uniform ({amount}), so an AUC against the labels "
@@ -114,7 +115,7 @@ def _headroom(run: Results, part: str) -> str:
     return f"Of that headroom the learned weights close {share} on average."
 
 
-def compared(rows: Sequence[dict[str, Any]], part: str, second: str = "") -> Html:
+def compared(run: Results, rows: Sequence[dict[str, Any]], part: str, second: str = "") -> Html:
     """A dot and an interval per arm, read on one part of the trusted rows, and hollow on a second."""
     uniform = next((row for row in rows if row["name"] == "uniform"), None)
     return figures.dots(
@@ -128,7 +129,7 @@ def compared(rows: Sequence[dict[str, Any]], part: str, second: str = "") -> Htm
             )
             for row in rows
         ],
-        f"L_v, {UNIT}" if second else f"L_v on {PARTS[part]}, {UNIT}",
+        f"L_v, {run.unit}" if second else f"L_v on {PARTS[part]}, {run.unit}",
         names=(f"L_v on {PARTS[part]}", "L_v on V_fit") if second else ("", ""),
         width=780 if second else 520,
         reference=mean_of(uniform, part).mean if uniform else math.nan,

@@ -36,6 +36,16 @@ class Results(NamedTuple):
         return yaml.safe_load(self.config_text)
 
     @property
+    def unit(self) -> str:
+        """The unit of a loss: nats per token, per example or per pair."""
+        return self.result["unit"]
+
+    @property
+    def share(self) -> str:
+        """What an accuracy is a share of."""
+        return "share of pairs" if self.result["right"] == "pair accuracy" else "share of target tokens"
+
+    @property
     def labelled(self) -> bool:
         """Whether any row has a label."""
         return any(label is not None for label in self.rows["label"])

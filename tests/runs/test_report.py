@@ -75,6 +75,8 @@ def result(level="BELIEVE", **changes):
     return {
         "verdict": VERDICTS[level] | {"sentence": level},
         "estimand": "L_v(theta_T(w)), the training run itself (T = 128 steps): exact",
+        "unit": "nats per token",
+        "right": "token accuracy",
         "certificates": {"uniform weights": one, "learned weights": one},
         "verdicts": {"uniform weights": VERDICTS[level], "learned weights": VERDICTS["BELIEVE"]},
         "records": records,
@@ -181,8 +183,21 @@ def words(page: str) -> str:
     return re.sub(r"\s+", " ", Balance(page).words)
 
 
+def pairs(count=40):
+    """Preference pairs: a system turn and a question, then two answers."""
+    return [
+        row._replace(
+            turns=(Turn("system", "prompt of both"), row.turns[0], Turn("assistant", f"better {row.row} {HOSTILE}")),
+            rejected=(Turn("system", "prompt of both"), row.turns[0], Turn("assistant", f"worse {row.row} {HOSTILE}")),
+        )
+        for row in examples(count)
+    ]
+
+
+PAIRS = {"unit": "nats per pair", "right": "pair accuracy"}
 CASES = {
     "whole": {},
+    "pairs": {"told": result(**PAIRS), "rows": pairs()},
     "no labels": {"told": result(auc=None), "rows": examples(labels=False)},
     "one source": {"rows": examples(sources=1)},
     "no compare": {"told": result(compare=[])},
@@ -252,6 +267,48 @@ def test_hostile_text_is_shown_and_never_markup(tmp_path):
 def test_long_text_is_cut_and_says_how_long_it_was(tmp_path):
     page = written(tmp_path, rows=examples(texts="ab " * 100_000))
     assert "… (300,000 characters)" in page and len(page) < 200_000
+
+
+@pytest.mark.parametrize(
+    "told, unit, right",
+    [
+        ({}, "nats per token", "token accuracy share of target tokens, V_report"),
+        ({"unit": "nats per example"}, "nats per example", "token accuracy share of target tokens, V_report"),
+        (PAIRS, "nats per pair", "pair accuracy share of pairs, V_report"),
+    ],
+)
+def test_units_are_those_of_the_objective(told, unit, right, tmp_path):
+    place = {"exact": None, "smooth": None, "predictive": None, "checks": checks(gap=0.01)}
+    text = words(written(tmp_path, result(**told, certificates={"uniform weights": place})))
+    assert f"loss on trusted rows, in {unit}; lower" in text and right in text
+    assert f"{unit} of L_v that finishing the inner training" in text and f"{unit} per unit of weight" in text
+    assert set(re.findall(r"nats per \w+", text)) == {unit}
+
+
+def test_a_pair_is_shown_as_prompt_chosen_and_rejected(tmp_path):
+    page = written(tmp_path, **CASES["pairs"])
+    text = words(page)
+    card = re.search(r"system prompt of both user question (\d+) chosen better (\d+) (.*?) rejected worse (\d+)", text)
+    assert card and card[1] == card[2] == card[4]
+    assert text.count("prompt of both") == 20 and "assistant" not in text
+    assert html.escape("<script>") in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, says",
+    [
+        ("b", "b", "user a chosen b rejected b"),
+        ("bcd", "bce", "user a assistant b user c chosen d rejected e"),
+        ("b", "bcd", "user a chosen b rejected b rejected user c rejected d"),
+        ("bcdefghi", "bcdefghj", "(2 turns before) … user c"),
+    ],
+)
+def test_the_sides_of_a_pair_begin_where_they_part(chosen, rejected, says, tmp_path):
+    def turns(end):
+        return tuple(Turn("assistant" if at % 2 else "user", letter) for at, letter in enumerate("a" + end))
+
+    rows = [row._replace(turns=turns(chosen), rejected=turns(rejected)) for row in examples(2)]
+    assert says in words(written(tmp_path, result(**PAIRS), rows))
 
 
 def numbers(value):
