@@ -1,18 +1,16 @@
 """The quickstart finds the rows that it hid, on seeds that nobody tuned for; and says so when it cannot be believed."""
 
-import json
 import statistics
 
 import pytest
 
-from bilevel_jax.runs.config import SelectConfig, load
-from bilevel_jax.runs.select import select
+from tests.runs.command import run_verb
 
 pytestmark = pytest.mark.slow  # about two minutes a seed
 
 
 def run(out, *flags):
-    return select(load(SelectConfig, "configs/quickstart.yaml", ["--out", str(out), "--output.no-progress", *flags]))
+    return run_verb("select", "configs/quickstart.yaml", out, *flags)
 
 
 def letters(accuracy: float) -> float:
@@ -47,6 +45,4 @@ def test_a_chaotic_learning_rate_is_not_believed(tmp_path):
     flags = ("--optimizer.learning-rate", "3e-2", "--optimizer.eps-root", "1e-12", "--outer.steps", "1")
     result = run(tmp_path / "chaos", *flags, "--compare.no-enabled")
     assert result["verdict"]["level"] == "DO NOT BELIEVE"
-    assert (
-        "Lower the learning rate" in json.loads((tmp_path / "chaos" / "result.json").read_text())["verdict"]["sentence"]
-    )
+    assert "Lower the learning rate" in result["verdict"]["sentence"]

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm import tokens
-from bilevel_jax.runs.config import SelectConfig, load
-from bilevel_jax.runs.select import select
+from tests.runs.command import run_verb
 from tests.runs.problems_lm import MODEL
 
 pytestmark = pytest.mark.slow
@@ -53,11 +52,11 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
         "model.path": shared / "models" / MODEL, "model.lora-rank": 0, "data.train": tmp_path / "train.jsonl",
         "data.validation": tmp_path / "validation.jsonl", "data.label-field": "label", "data.max-length": 96,
         "optimizer.eps-root": 1e-8, "train.steps": 64, "outer.steps": 4, "keep.top-share": 0.4, "compare.seeds": 1,
-        "certify.step-sizes": 0.1, "output.folder": tmp_path / "run",
+        "certify.step-sizes": 0.1,
     }  # fmt: skip
-    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    rows = ["--compare.rows", "uniform", "learned", "selected", "alignment", "oracle", "--output.no-progress"]
-    result = select(load(SelectConfig, "configs/select.yaml", [*arguments, *rows]))
+    given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
+    arms = ["--compare.rows", "uniform", "learned", "selected", "alignment", "oracle"]
+    result = run_verb("select", "configs/select.yaml", tmp_path / "run", *given, *arms)
     loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
     assert loss["oracle"] < loss["uniform"] - 0.2  # else the labels mean nothing here
     headroom = (loss["uniform"] - loss["learned weights"]) / (loss["uniform"] - loss["oracle"])
