@@ -13,7 +13,10 @@ import yaml
 from bilevel_jax.runs.read import read
 from bilevel_jax.runs.rules import check, leaves
 
-Format = Literal["auto", "chat", "prompt", "alpaca", "text"]
+Format = Literal[
+    "auto", "text", "chat", "sharegpt", "prompt", "completion", "alpaca",
+    "preference", "implicit_preference", "alpaca_preference", "sharegpt_preference", "hh",
+]  # fmt: skip
 Normalise = Literal["example_mean", "token_sum", "token_mean"]
 
 
@@ -44,6 +47,10 @@ class Data:
     prompt_field: str = "prompt"  # key of the question in a row
     response_field: str = "response"  # key of the answer; its tokens carry the loss
     text_field: str = "text"  # key of plain text; all its tokens carry the loss
+    messages_field: str = "messages"  # key of a dialogue
+    system_field: str = "system"  # key of a system prompt beside the row's own layout
+    chosen_field: str = "chosen"  # key of the preferred response of a pair
+    rejected_field: str = "rejected"  # key of the other response
     source_field: str = "source"  # key of where a row comes from: used by weighting per_source and in the report
     label_field: str = ""  # key of a known quality: adds AUC and the oracle's row to the report; never seen in training
     good_label: str = "clean"  # the label of good rows

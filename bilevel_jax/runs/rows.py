@@ -1,5 +1,6 @@
 """The rows of a run: training rows, the three parts of the trusted rows, and what a person should know about them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from bilevel_jax.lm import data
@@ -25,10 +26,13 @@ def load(rows: Data) -> Rows:
     Raises ValueError where trusted rows stand in two of their parts, or training rows among them.
     """
     options = reading(rows)
-    train = data.load(rows.train, options)
+    dropped: list[str] = []
+    train = data.load(rows.train, options, dropped=dropped.append)
+    trusted = parts(rows, options, dropped.append)
     notes = [f"training: {data.summary(train)}"]
-    trusted = _parts(rows, options)
     notes += [f"V_{part}: {data.summary(part_rows)}" for part, part_rows in trusted.items() if part_rows]
+    if dropped:
+        notes.append(f"{len(dropped):,} rows were left out (data.empty = drop), the first: {dropped[0]}")
     for part, others in (("select", ("report",)), ("fit", ("select", "report"))):
         for other in others:
             if pairs := data.leaks(trusted[part], trusted[other]):
@@ -56,16 +60,19 @@ def load(rows: Data) -> Rows:
     return Rows(train, trusted, notes)
 
 
-def _parts(rows: Data, options: data.DataOptions) -> dict[str, list[Example]]:
-    """V_fit, V_select and V_report: from files of their own where given, the rest by splitting `validation`."""
+def parts(rows: Data, options: data.DataOptions, dropped: Callable[[str], None]) -> dict[str, list[Example]]:
+    """V_fit, V_select and V_report: from files of their own where given, the rest by splitting `validation`.
+
+    Not yet checked for rows that stand in two of them. `dropped` is called for each row that is left out as empty.
+    """
     if not rows.validation and not rows.select and not rows.report:
         return {part: [] for part in PARTS}
     own = {"select": rows.select, "report": rows.report}
-    trusted = {part: data.load(paths, options) if paths else [] for part, paths in own.items()}
+    trusted = {part: data.load(paths, options, dropped=dropped) if paths else [] for part, paths in own.items()}
     shares = dict(zip(PARTS, rows.split, strict=True))
     wanted = [part for part in PARTS if shares[part] > 0 and not trusted.get(part)]
     total = sum(shares[part] for part in wanted)
-    validation = data.load(rows.validation, options)
+    validation = data.load(rows.validation, options, dropped=dropped)
     pieces = (
         data.split(validation, [shares[part] / total for part in wanted], rows.seed)
         if len(wanted) > 1
@@ -81,6 +88,10 @@ def reading(rows: Data) -> data.DataOptions:
         prompt_field=rows.prompt_field,
         response_field=rows.response_field,
         text_field=rows.text_field,
+        messages_field=rows.messages_field,
+        system_field=rows.system_field,
+        chosen_field=rows.chosen_field,
+        rejected_field=rows.rejected_field,
         source_field=rows.source_field,
         label_field=rows.label_field,
         empty=rows.empty,

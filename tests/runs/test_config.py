@@ -1,14 +1,21 @@
+import dataclasses
 import math
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
+from bilevel_jax.lm.data import DataOptions
+from bilevel_jax.lm.formats import FORMATS
 from bilevel_jax.runs.config import (
     MAY_DIFFER,
+    Format,
+    InspectConfig,
     SelectConfig,
+    TrainConfig,
     check,
     config_hash,
     differences,
@@ -239,4 +246,11 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_the_configs_that_come_with_the_package_are_right(path):
-    assert load(SelectConfig, path).model.path != ""
+    kind = TrainConfig if path.stem.startswith("train") else SelectConfig
+    assert load(kind, path).model.path != ""
+    assert load(InspectConfig, path).data.train  # its other sections are passed over
+
+
+def test_the_formats_of_the_config_are_those_that_are_read():
+    assert get_args(Format) == ("auto", *FORMATS)
+    assert {field.name for field in dataclasses.fields(DataOptions)} <= set(fields(fields(SelectConfig)["data"]))
