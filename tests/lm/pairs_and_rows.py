@@ -1,8 +1,10 @@
-"""Random preference pairs and single rows, and a decoder small enough for float64: what the tests of losses share."""
+"""Random preference pairs and single rows, and decoders that compile fast: what the tests of losses share."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.lm.models import DecoderConfig
+from bilevel_jax.lm.models import Decoder, DecoderConfig
 from bilevel_jax.lm.tokens import Corpus, Tokenized, corpus_of
 
 VOCAB = 29
@@ -33,3 +35,22 @@ def corpus(rows: list[tuple[list[int], list[list[int]]]]) -> Corpus:
         sequences,
     )
     return made.with_reference(np.random.default_rng(1).normal(size=len(rows))) if sequences == 2 else made
+
+
+def mixer() -> Decoder:
+    """A causal mean over each segment, then one layer: all of a decoder that batches and losses can tell."""
+
+    def hidden(params, tokens, positions, segments):
+        length = tokens.shape[1]
+        seen = (segments[:, :, None] == segments[:, None, :]) & jnp.tri(length, dtype=bool)[None]
+        x = params["embed"][tokens] + params["place"][positions]
+        return jnp.tanh((x + seen @ x / seen.sum(-1, keepdims=True)) @ params["mix"])
+
+    return Decoder(TINY, hidden, lambda params: params["head"])
+
+
+def start(dtype, seed: int = 0):
+    """Random parameters of the mixer."""
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
+    shapes = {"embed": (VOCAB, 8), "place": (16, 8), "mix": (8, 8), "head": (8, VOCAB)}
+    return {name: 0.7 * jax.random.normal(next(keys), shape, dtype) for name, shape in shapes.items()}
