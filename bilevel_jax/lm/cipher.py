@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bilevel_jax.core.types import Batch
 from bilevel_jax.lm.batches import permutation
 
 if TYPE_CHECKING:
@@ -141,14 +140,6 @@ def tokenizer() -> "PreTrainedTokenizerFast":
         model_max_length=config()["max_position_embeddings"],
         chat_template=TEMPLATE,
     )
-
-
-def letter_accuracy(predicted: np.ndarray, batch: Batch) -> tuple[int, int]:
-    """(right letters, letters) of the most likely next tokens, i32[M,R,L]; teacher-forced, EOS not counted."""
-    eos, empty = SPECIAL.index("</s>"), batch["index"].shape[-1]
-    letters = (np.asarray(batch["slot"]) < empty) & (np.asarray(batch["targets"]) != eos)
-    right = letters & (np.asarray(predicted) == np.asarray(batch["targets"]))
-    return int(right.sum()), int(letters.sum())
 
 
 def _letters(number: int) -> str:

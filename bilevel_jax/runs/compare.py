@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.lm.batches import steps_per_epoch
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, good_rows
 from bilevel_jax.runs.rows import PARTS
@@ -93,7 +94,7 @@ def compare(
                 "meaning": arm.meaning,
                 "rows": len(arm.rows),
                 "steps": task.steps,
-                "epochs": task.steps * task.batch / len(arm.rows),
+                "epochs": task.steps / steps_per_epoch(len(arm.rows), task.batch),
                 "runs": runs,
                 "mean": {column: mean for column, (mean, _) in intervals.items()},
                 "interval": {column: half for column, (_, half) in intervals.items()},

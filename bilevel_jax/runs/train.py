@@ -214,7 +214,7 @@ def _write(
     ends = {"before": records[0], "after": trained.after} if records else {}
     result = {
         "steps": task.steps,
-        "epochs": task.steps * config.train.batch / task.rows,
+        "epochs": task.steps / batches.steps_per_epoch(len(task.trainable()), config.train.batch),
         "batch": config.train.batch,
         "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
         "objective": config.objective.name,

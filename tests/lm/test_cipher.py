@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 
-from bilevel_jax.lm.batches import evaluation_layout, evaluation_stream, longest
-from bilevel_jax.lm.cipher import LETTERS, config, letter_accuracy, rotate, tokenizer, write
+from bilevel_jax.lm.cipher import LETTERS, config, rotate, tokenizer, write
 from bilevel_jax.lm.data import leaks, load
 from bilevel_jax.lm.tokens import load_tokenizer, tokenize
 
@@ -85,12 +83,3 @@ def test_model_folder(tmp_path):
     prompt, response = (turn.content for turn in examples[0].turns)
     assert tokenizer().decode(first.ids) == f"<s>{prompt}{response}</s>"
     assert tokenizer().decode(first.ids[first.supervised]) == f"{response}</s>"
-
-
-def test_letter_accuracy(tmp_path):
-    write(tmp_path, clean=8, wrong=0, noise=0)
-    corpus, _ = tokenize(load([str(tmp_path / "train.jsonl")]), load_tokenizer(tmp_path / "untrained"), max_length=11)
-    shape = evaluation_layout(corpus, 8, micro=2, length=longest(corpus), packing=True)
-    batch = evaluation_stream(corpus, shape).batch(0)
-    assert letter_accuracy(batch["targets"], batch) == (32, 32)
-    assert letter_accuracy(np.full_like(batch["targets"], 2), batch) == (0, 32)

@@ -10,47 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.lm import cipher
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.runs import session
 from bilevel_jax.runs.config import SelectConfig, load
 from bilevel_jax.runs.select import select
 
-SMALL = """
-model: {{path: {made}/model, lora_rank: 0}}
-data:
-  train: [{made}/train.jsonl]
-  validation: [{made}/validation.jsonl]
-  report: [{made}/report.jsonl]
-  split: [1, 0, 0]
-  label_field: label
-optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
-train: {{steps: 10, batch: 8}}
-outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
-certify: {{step_sizes: [0.1]}}
-compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
-output: {{progress: false}}
-keep: {{top_share: 0.5}}
-devices: {{data: 1}}
-"""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The cipher's files and an untrained model of its shape."""
-    folder = cipher.write(
-        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16, copies=0
-    )
-    architecture = lm.read_config(folder / "untrained")
-    tokenizer = load_tokenizer(folder / "untrained")
-    lm.save(folder / "model", architecture, lm.init(architecture, jax.random.key(0)), tokenizer=tokenizer)
-    (folder / "small.yaml").write_text(SMALL.format(made=folder))
-    return folder
-
 
 def run(made, out, *flags):
-    return select(load(SelectConfig, made / "small.yaml", [*flags, "--out", str(out)]))
+    return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +173,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_gets_one_clear_error(made, whole, tmp_path, capsys, name):
     given, message = WRONG[name]
-    config, flags = made / "small.yaml", ["--out", str(tmp_path / "run"), "--fast"]
+    config, flags = made / "select.yaml", ["--out", str(tmp_path / "run"), "--fast"]
     for number, item in enumerate(given):
         if isinstance(item, list):
             flags.append(write(tmp_path / f"rows{number}.jsonl", item))
@@ -251,5 +218,5 @@ def test_leaks_can_be_dropped(made, tmp_path):
 
 
 def test_resuming_under_another_config_is_refused(made, whole, capsys):
-    assert main(["select", str(made / "small.yaml"), "--out", str(whole[0]), "--resume", "--train.steps", "11"]) == 1
+    assert main(["select", str(made / "select.yaml"), "--out", str(whole[0]), "--resume", "--train.steps", "11"]) == 1
     assert "train.steps" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""A tiny task that every verb runs on in a second: the cipher's files, pairs of its answers, an untrained model."""
+
+import json
+
+import jax
+import pytest
+
+from bilevel_jax.lm import cipher
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.tokens import load_tokenizer
+
+SELECT = """
+model: {{path: {made}/model, lora_rank: 0}}
+data:
+  train: [{made}/train.jsonl]
+  validation: [{made}/validation.jsonl]
+  report: [{made}/report.jsonl]
+  split: [1, 0, 0]
+  label_field: label
+optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
+train: {{steps: 10, batch: 8}}
+outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
+certify: {{step_sizes: [0.1]}}
+compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
+output: {{progress: false}}
+keep: {{top_share: 0.5}}
+devices: {{data: 1}}
+"""
+TRAIN = """
+model: {{path: {made}/model, lora_rank: 0}}
+data:
+  train: [{made}/train.jsonl]
+  validation: [{made}/report.jsonl]
+  select: [{made}/select.jsonl]
+  split: [0.5, 0, 0.5]
+  label_field: label
+optimizer: {{learning_rate: 3.0e-3, warmup: 0.1}}
+train: {{epochs: 2, batch: 8, evaluate_every: 4}}
+output: {{progress: false}}
+devices: {{data: 1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The cipher's files and an untrained model of its shape; pairs*.jsonl prefer early letters to late ones."""
+    folder = cipher.write(
+        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16, copies=0
+    )
+    architecture = lm.read_config(folder / "untrained")
+    tokenizer = load_tokenizer(folder / "untrained")
+    lm.save(folder / "model", architecture, lm.init(architecture, jax.random.key(0)), tokenizer=tokenizer)
+    (folder / "select.yaml").write_text(SELECT.format(made=folder))
+    (folder / "train.yaml").write_text(TRAIN.format(made=folder))
+    for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("report", "pairs_report")):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        (folder / f"{new}.jsonl").write_text("".join(json.dumps(pair(row)) + "\n" for row in rows))
+    return folder
+
+
+def pair(row):
+    """An answer of early letters against one of late letters; swapped where the row's label says that it is wrong."""
+    places = [cipher.LETTERS.index(letter) % 10 for letter in row["prompt"][:-1]]
+    right = "".join(cipher.LETTERS[place] for place in places)
+    wrong = "".join(cipher.LETTERS[place + 10] for place in places)
+    good = row["label"] != "wrong"
+    return {
+        "prompt": row["prompt"],
+        "chosen": right if good else wrong,
+        "rejected": wrong if good else right,
+        "label": "clean" if good else "swapped",
+    }

@@ -1,0 +1,215 @@
+"""The verb `train` as a user runs it: what it writes, which weights it uses, that it stops and goes on."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.data import load as load_rows
+from bilevel_jax.runs import session
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
+from bilevel_jax.runs.select import select
+from bilevel_jax.runs.train import summary, train
+
+PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.select")
+OBJECTIVES = {
+    "sft": (),
+    "dpo": ("--objective.name", "dpo", *PAIRS),
+    "simpo": ("--objective.name", "simpo", *PAIRS),
+}
+
+
+def run(made, out, *flags):
+    given = [str(made / flag) if flag.endswith(".jsonl") and "/" not in flag else flag for flag in flags]
+    return train(load(TrainConfig, made / "train.yaml", [*given, "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result)."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return out, run(made, out)
+
+
+def weights_file(path, examples, weights, **more):
+    pq.write_table(pa.table({"id": [e.id for e in examples], "weight": weights, **more}), path)
+    return str(path)
+
+
+def tensors(folder):
+    return {key: np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(lm.load(folder / "model")[1])}
+
+
+def test_writes_what_it_promises(made, whole):
+    out, result = whole
+    assert result["steps"] == 10 and result["epochs"] == 2
+    before, after = (result["parts"]["report"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"] and set(result["parts"]) == {"fit", "select", "report"}
+    assert [record["step"] for record in result["records"]] == [0, 4, 8, 10]
+    assert summary(result).startswith("10 steps on 36 rows; L_v on V_report fell from")
+    table = pq.read_table(out / "weights.parquet")
+    assert set(table["weight"].to_pylist()) == {1.0} and table.num_rows == 36
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in steps if record["event"] == "steps"]
+    losses = {record["first"] + i: loss for record in steps for i, loss in enumerate(record["losses"])}
+    assert sorted(losses) == list(range(10)) and losses[9] < losses[0]
+    assert "<html" in (out / "report.html").read_text()
+    assert result["tokens"] == 2 * 36 * 5  # four letters and EOS in every row, in each of two epochs
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns(made, tmp_path, objective):
+    result = run(made, tmp_path / "run", *OBJECTIVES[objective], "--train.epochs", "6")
+    part = result["parts"]["report"]
+    assert part["after"]["loss"] < part["before"]["loss"]
+    assert part["after"]["accuracy"] >= part["before"]["accuracy"]
+    assert result["unit"] == ("nats per token" if objective == "sft" else "nats per pair")
+    if objective == "dpo":
+        assert part["before"]["loss"] == pytest.approx(np.log(2), abs=1e-5)  # the model starts as its own reference
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_select_weighs_pairs(made, tmp_path, objective):
+    flags = [
+        "--objective.name", objective, "--data.train", str(made / "pairs.jsonl"), "--data.validation",
+        str(made / "pairs_validation.jsonl"), "--data.report", str(made / "pairs_report.jsonl"),
+        "--outer.learning-rate", "1.0", "--train.steps", "20", "--compare.rows", "uniform", "learned",
+        "--optimizer.eps-root", "1e-6",
+    ]  # fmt: skip
+    result = select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
+    assert result["auc"]["weights"] > 0.9  # a third of the pairs is swapped
+    loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
+    assert loss["learned weights"] < loss["uniform"]
+    assert "nats per pair" in (tmp_path / "run" / "report.html").read_text()
+    assert result["certificates"]["uniform weights"]["exact"]["ratios"][0] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "flags, at",
+    [((), 6), (("--train.keep", "best", "--model.lora-rank", "2"), 9), (OBJECTIVES["dpo"], 3)],
+    ids=["sft", "lora, best", "dpo"],
+)
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, monkeypatch, flags, at):
+    run(made, tmp_path / "whole", *flags)
+    count, advance = 0, session.Session.advance
+
+    def stopping(self, amount=1.0):
+        nonlocal count
+        count += 1
+        if count == at:
+            signal.raise_signal(signal.SIGTERM)
+        advance(self, amount)
+
+    monkeypatch.setattr(session.Session, "advance", stopping)
+    with pytest.raises(session.Interrupted, match="everything is saved"):
+        run(made, tmp_path / "run", *flags)
+    result = run(made, tmp_path / "run", *flags, "--resume")
+    assert 0 < result["resumed"] < result["steps"]
+    for name in ("model/model.safetensors", "weights.parquet"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    other = json.loads((tmp_path / "whole" / "result.json").read_text())
+    for key in ("records", "parts", "tokens", "best"):
+        assert result[key] == other[key], key
+
+
+def test_weights_are_joined_by_id(made, tmp_path):
+    """A file in another order, with a row that is not there; weights of 2 and 0 where uniform has 1."""
+    examples = load_rows([str(made / "train.jsonl")])
+    weights = np.where(np.arange(36) % 2, 2.0, 0.0)
+    other = [*reversed(examples), examples[0]._replace(id="0" * 16 + "#0")]
+    path = weights_file(tmp_path / "w.parquet", other, [*reversed(weights.tolist()), 7.0])
+    result = run(made, tmp_path / "run", "--weights.file", path)
+    assert pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_pylist() == weights.tolist()
+    assert result["weights"]["zero"] == 18 and result["weights"]["ess"] == pytest.approx(18)
+
+
+def test_constant_weights_scale_the_loss(made, tmp_path):
+    """A constant weight c is c times the loss: the same as c times the learning rate of plain SGD, bit-near."""
+    sgd = ("--optimizer.name", "sgd", "--optimizer.schedule", "constant", "--optimizer.warmup", "0")
+    run(made, tmp_path / "weight", *sgd, "--weights.constant", "2", "--optimizer.learning-rate", "0.05")
+    run(made, tmp_path / "rate", *sgd, "--optimizer.learning-rate", "0.1")
+    one, other = tensors(tmp_path / "weight"), tensors(tmp_path / "rate")
+    assert all(np.allclose(one[key], other[key], atol=1e-7) for key in one)
+
+
+def test_rows_without_a_weight_are_dropped_or_weigh_nothing(made, tmp_path):
+    """Dropped: the run on the remaining rows, bit for bit."""
+    examples = load_rows([str(made / "train.jsonl")])
+    path = weights_file(tmp_path / "w.parquet", examples[:24], [1.0] * 24)
+    dropped = run(made, tmp_path / "dropped", "--weights.file", path, "--weights.missing", "drop")
+    (tmp_path / "fewer.jsonl").write_text("".join((made / "train.jsonl").read_text().splitlines(True)[:24]))
+    run(made, tmp_path / "fewer", "--data.train", str(tmp_path / "fewer.jsonl"))
+    assert dropped["rows"]["train"] == 24 and dropped["weights"]["missing"] == 12
+    one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("dropped", "fewer"))
+    assert one == other
+    zero = run(made, tmp_path / "zero", "--weights.file", path, "--weights.missing", "zero")
+    assert zero["rows"]["train"] == 36 and zero["weights"]["zero"] == 12
+
+
+def test_the_best_parameters_are_kept(made, tmp_path):
+    """A rate that overshoots: the best on V_select is not the last, and is what is written."""
+    flags = ("--optimizer.learning-rate", "0.3", "--optimizer.schedule", "constant", "--train.keep", "best")
+    result = run(made, tmp_path / "run", *flags, "--train.evaluate-every", "1")
+    values = [record["loss"]["select"] for record in result["records"]]
+    assert result["best"]["step"] == int(np.argmin(values)) < result["steps"]
+    assert result["parts"]["select"]["after"]["loss"] == min(values)
+
+
+def test_without_validation(made, tmp_path):
+    result = run(made, tmp_path / "run", "--data.validation", "--data.select")
+    assert result["parts"] == {} and "nothing says whether" in summary(result)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "parts, written", [("full", {"model"}), ("adapter", {"model-adapter"}), ("both", {"model", "model-adapter"})]
+)
+def test_lora_is_written_as_asked(made, tmp_path, parts, written):
+    run(made, tmp_path / "run", "--model.lora-rank", "2", "--train.epochs", "1", "--output.model", parts)
+    assert {path.name for path in (tmp_path / "run").glob("model*")} == written
+
+
+def test_bfloat16_products_train(made, tmp_path):
+    result = run(made, tmp_path / "run", "--train.compute", "bfloat16", "--train.epochs", "6")
+    part = result["parts"]["report"]
+    assert part["after"]["loss"] < part["before"]["loss"]
+    assert all(leaf.dtype == np.float32 for leaf in tensors(tmp_path / "run").values())
+
+
+def test_a_stored_reference_is_used_and_checked(made, whole, tmp_path, capsys):
+    run(made, tmp_path / "one", *OBJECTIVES["dpo"])
+    stored = ("--objective.reference", str(tmp_path / "one" / "reference.parquet"))
+    run(made, tmp_path / "two", *OBJECTIVES["dpo"], *stored)
+    one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == other
+    with pytest.raises(ValueError, match="made by another model"):
+        run(made, tmp_path / "three", *OBJECTIVES["dpo"], *stored, "--model.path", str(whole[0] / "model"))
+    with pytest.raises(ValueError, match="were read as other tokens"):
+        run(made, tmp_path / "four", *OBJECTIVES["dpo"], *stored, "--data.truncate", "left", "--data.max-length", "9")
+
+
+WRONG = {
+    "single responses": (("--objective.name", "dpo"), "compares a chosen with a rejected one.*objective.name to sft"),
+    "pairs": (("--data.train", "pairs.jsonl"), "a preference pair, and objective.name = sft"),
+    "best without V_select": (("--train.keep", "best", "--data.select", "--data.split", "1", "0", "0"), "has no rows"),
+    "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
+    "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
+    "smoothing of sft": (("--objective.label-smoothing", "0.1"), "only dpo has it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_clear_error(made, tmp_path, capsys, name):
+    import re
+
+    flags, message = WRONG[name]
+    given = [str(made / flag) if flag.endswith(".jsonl") else flag for flag in flags]
+    assert main(["train", str(made / "train.yaml"), *given, "--out", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert re.search(message, told, re.DOTALL) and "Traceback" not in told, told
