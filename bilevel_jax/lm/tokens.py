@@ -97,7 +97,7 @@ class Report(NamedTuple):
     """Tokens of the longest row, after truncation."""
     truncated: int
     """Rows whose end was cut at max_length; of a pair, that of either side."""
-    beheaded: int
+    truncated_left: int
     """Rows whose beginning was cut, so that the response fits into max_length."""
     dropped: int
     """Rows left empty because they, or a side of the pair, are longer than max_length."""
@@ -114,7 +114,7 @@ class Report(NamedTuple):
         parts = [
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised:,} of them targets; longest {self.longest}",
             *([f"{self.truncated:,} rows cut at the end"] if self.truncated else []),
-            *([f"{self.beheaded:,} rows cut at the beginning"] if self.beheaded else []),
+            *([f"{self.truncated_left:,} rows cut at the beginning"] if self.truncated_left else []),
             *([f"{self.dropped:,} rows dropped as too long"] if self.dropped else []),
             *([f"{self.unknown:.1%} of the tokens are unknown to the tokenizer"] if self.unknown else []),
             *([f"{self.bytes:.1%} of the tokens are bytes of unknown characters"] if self.bytes else []),
@@ -211,7 +211,7 @@ def tokenize(
         supervised=int(corpus.supervised.sum()),
         longest=int(lengths.max()),
         truncated=counts["right"],
-        beheaded=counts["left"],
+        truncated_left=counts["left"],
         dropped=counts["drop"],
         unknown=float(np.isin(corpus.ids, unknown).mean()),
         bytes=float(np.isin(corpus.ids, single).mean()),

@@ -252,7 +252,7 @@ def test_cut_on_the_left(bos):
         kept = np.delete(whole.ids, slice(lead, lead + min(gone, room)))
         assert ids.tolist() == kept[:limit].tolist() and not mask[0] and len(ids) == min(limit, len(whole.ids))
         assert mask.sum() == min(response, limit - 1)
-        assert (report.beheaded, report.truncated, report.dropped) == (gone > 0, gone > room, 0)
+        assert (report.truncated_left, report.truncated, report.dropped) == (gone > 0, gone > room, 0)
         assert str(report).count("cut at the beginning") == (gone > 0)
 
 
@@ -276,11 +276,11 @@ def test_pair_too_long():
     n = int(whole.row(0).supervised.argmax())  # tokens of BOS and prompt
     corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="left")
     assert corpus.lengths[:2].tolist() == [short - 3, long - 3]  # both sides lose what the longer one must
-    assert (corpus.row(0).ids[: n - 3] == corpus.row(0, 1).ids[: n - 3]).all() and report.beheaded == 1
+    assert (corpus.row(0).ids[: n - 3] == corpus.row(0, 1).ids[: n - 3]).all() and report.truncated_left == 1
     assert [corpus.row(0, side).supervised.argmax() for side in range(2)] == [n - 3, n - 3]
     corpus, report = tokenize(rows, tokenizer, max_length=long - n, truncate="left")  # one less than BOS and response
     assert corpus.lengths[:2].tolist() == [short - n + 1, long - n]
-    assert (report.beheaded, report.truncated) == (1, 1)
+    assert (report.truncated_left, report.truncated) == (1, 1)
     corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="right")
     assert corpus.lengths[:2].tolist() == [min(short, long - 3), long - 3] and report.truncated == 1
     corpus, report = tokenize(rows, tokenizer, max_length=long - 1, truncate="drop")  # one side fits: both go
