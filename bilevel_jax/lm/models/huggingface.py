@@ -16,10 +16,11 @@ from jaxtyping import Array
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from bilevel_jax.lm.models.config import MLP, PROJECTIONS, DecoderConfig, projection_shape, read_config, write_config
+from bilevel_jax.lm.models.config import DecoderConfig
+from bilevel_jax.lm.models.families import FAMILIES, read_config, skeleton, write_config
 
-NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
-HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+"""Ends of names that old checkpoints have and no model learns: rotary frequencies and causal masks."""
 
 
 class Tensor(NamedTuple):
@@ -55,11 +56,11 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig
     names missing and unexpected tensors and wrong shapes. A tied head in the file is ignored, as transformers does.
     """
     config = read_config(folder)
-    tensors = open_tensors(folder, "model.safetensors")
+    tensors = _from_the_base(config, open_tensors(folder, "model.safetensors"))
     leaves = table(config)
     wanted = {name for leaf in jax.tree.leaves(leaves, is_leaf=_is_leaf) for name in leaf.names}
-    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # a buffer, in old checkpoints
-    ignored |= {"lm_head.weight"} if config.tied else set()
+    ignored = {name for name in tensors if name.endswith(BUFFERS)}
+    ignored |= {_tensor(FAMILIES[config.family].top["head"], "kernel")} if config.tied else set()
     missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - ignored)
     if missing or unexpected:
         raise ValueError(
@@ -105,33 +106,36 @@ def save(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *
 
 def table(config: DecoderConfig) -> dict[str, Any]:
     """The parameter tree with a `Leaf` in place of each array."""
+    family = FAMILIES[config.family]
 
-    def stack(name: str, shape: tuple[int, ...], part: str = "weight") -> Leaf:
-        names = tuple(f"{layer_name(layer, name)}.{part}" for layer in range(config.layers))
-        return Leaf(names, shape, len(shape) == 2, True)
+    def stacked(name: str, part: str, shape: tuple[int, ...]) -> Leaf:
+        names = tuple(_tensor(layer_name(config, layer, name), part) for layer in range(config.layers))
+        transpose = part == "kernel" and family.transposed
+        return Leaf(names, shape[::-1] if transpose else shape, transpose, True)
 
-    def linear(name: str) -> dict[str, Leaf]:
-        source, sink = projection_shape(config, name)
-        kernel = {"kernel": stack(name, (sink, source))}
-        return {**kernel, "bias": stack(name, (sink,), "bias")} if name in config.biases else kernel
+    def top(name: str, shape: tuple[int, ...], part: str = "kernel") -> Leaf:
+        return Leaf((_tensor(family.top[name], part),), shape, name == "head", False)
 
-    layers = {name: linear(name) for name in PROJECTIONS}
-    layers |= {name: {"scale": stack(name, (config.width,))} for name in NORMS}
-    if config.qk_norm:
-        layers |= {name: {"scale": stack(name, (config.head_dim,))} for name in HEAD_NORMS}
-    embedding = (config.vocab, config.width)
-    top = {
-        "embed": Leaf(("model.embed_tokens.weight",), embedding, False, False),
-        "layers": layers,
-        "norm": {"scale": Leaf(("model.norm.weight",), (config.width,), False, False)},
+    modules = skeleton(config)
+    tree = {
+        "embed": top("embed", (config.vocab, config.width)),
+        "layers": {
+            name: {part: stacked(name, part, shape) for part, shape in parts.items()}
+            for name, parts in modules.layer_shapes.items()
+        },
+        "norm": {part: top("norm", shape, part) for part, shape in modules.norm_shapes.items()},
     }
-    return top if config.tied else {**top, "head": Leaf(("lm_head.weight",), embedding, True, False)}
+    if not config.tied:
+        tree["head"] = top("head", (config.vocab, config.width))
+    if config.rope is None:
+        tree["positions"] = top("positions", (config.max_length, config.width))
+    return tree
 
 
-def layer_name(layer: int, name: str) -> str:
+def layer_name(config: DecoderConfig, layer: int, name: str) -> str:
     """The name of a module of a layer in a checkpoint."""
-    inside = {**NORMS, **HEAD_NORMS}.get(name) or f"{'mlp' if name in MLP else 'self_attn'}.{name}"
-    return f"model.layers.{layer}.{inside}"
+    family = FAMILIES[config.family]
+    return f"{family.top['layers']}.{layer}.{family.inside[name]}"
 
 
 def open_tensors(folder: str | Path, file: str) -> dict[str, Tensor]:
@@ -180,6 +184,19 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _tensor(module: str, part: str) -> str:
+    return f"{module}.{'bias' if part == 'bias' else 'weight'}"
+
+
+def _from_the_base(config: DecoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's own files were saved from the model without its head: their names lack the first part."""
+    top = FAMILIES[config.family].top
+    first = f"{top['embed'].partition('.')[0]}."
+    if any(name.startswith(first) for name in tensors):
+        return tensors
+    return {name if name.startswith(f"{top['head']}.") else first + name: tensor for name, tensor in tensors.items()}
 
 
 def _is_leaf(node: Any) -> bool:

@@ -3,32 +3,22 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from bilevel_jax.lm.models.config import PROJECTIONS, DecoderConfig, projection_shape
+from bilevel_jax.lm.models.blocks import Adapter
+from bilevel_jax.lm.models.config import DecoderConfig
+from bilevel_jax.lm.models.families import FAMILIES, peft_target, projections, targeted
 from bilevel_jax.lm.models.huggingface import fresh_folder, layer_name, open_tensors, read_stack, write_tensors
 
 Params = Any
-Adapters = dict[str, dict[str, "Adapter"]]
+Adapters = dict[str, dict[str, Adapter]]
 """`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join` puts them beside a base."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Adapter:
-    """The factors of one projection in all layers: W + scale A B. A pytree whose leaves are `a` and `b`."""
-
-    a: Float[Array, "layers in rank"]
-    b: Float[Array, "layers rank out"]
-    scale: float = field(metadata={"static": True})
-    """alpha / rank. Static: no optimiser, decay or derivative can reach it."""
 
 
 def init_lora(
@@ -37,25 +27,24 @@ def init_lora(
     *,
     rank: int,
     alpha: float,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] = (),
     dtype: Any = jnp.float32,
 ) -> Adapters:
     """Fresh adapters on `targets`: A ~ normal with variance 1 / in, B = 0, so that the model starts as the base.
 
+    Targets are Hugging Face's names of projections, matched by their ends as peft does (GPT-2's `c_proj` is two of
+    them, `mlp.c_proj` one). None: what peft takes for the family, such as the queries and values of a Llama.
     Drawn in float32 and cast, so that float32 and float64 start from the same numbers. scale = alpha / rank.
     With B = 0 the gradient of A is exactly 0 at the first step: an optimiser whose update is not differentiable at
     zero (Adam with eps_root = 0) has a NaN derivative there.
     """
     if rank < 1:
         raise ValueError(f"rank {rank}; an adapter has a rank of at least 1.")
-    unknown = sorted(set(targets) - set(PROJECTIONS))
-    if unknown or not targets:
-        raise ValueError(f"LoRA targets {list(targets)}: {unknown or 'none given'}; the projections are {PROJECTIONS}.")
-    lora = {}
-    for name in targets:
-        source, sink = projection_shape(config, name)
+    lora, shapes = {}, projections(config)
+    for name in targeted(config, targets):
+        source, sink = shapes[name]
         # keyed by the projection, not by its place in `targets`: adding a target leaves the others' draws alone
-        draw = jax.random.fold_in(key, PROJECTIONS.index(name))
+        draw = jax.random.fold_in(key, list(shapes).index(name))
         a = jax.random.normal(draw, (config.layers, source, rank), jnp.float32) / math.sqrt(source)
         lora[name] = Adapter(a.astype(dtype), jnp.zeros((config.layers, rank, sink), dtype), alpha / rank)
     return {"lora": lora}
@@ -142,17 +131,17 @@ def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, 
     for name, adapter in lora.items():
         for part, leaf in (("lora_A", adapter.a), ("lora_B", adapter.b)):
             for layer, factor in enumerate(np.asarray(leaf)):
-                tensors[_peft_name(layer, name, part)] = np.ascontiguousarray(factor.T)
+                tensors[_peft_name(config, layer, name, part)] = np.ascontiguousarray(factor.T)
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(lora),
+        "target_modules": sorted({peft_target(config, name) for name in lora}),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not FAMILIES[config.family].transposed,
         "inference_mode": True,
     }
     with fresh_folder(folder) as target:
@@ -171,7 +160,7 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")
     about = json.loads(path.read_text(encoding="utf-8"))
-    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
+    plain = {"peft_type": "LORA", "bias": "none"}  # fan_in_fan_out is how a base is stored, not what the factors are
     empty = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
     odd = [key for key, wanted in plain.items() if about.get(key, wanted) != wanted] + [
         k for k in empty if about.get(k)
@@ -181,10 +170,11 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
     rank = about["r"]
     scale = about["lora_alpha"] / (math.sqrt(rank) if about.get("use_rslora") else rank)
     tensors = open_tensors(folder, "adapter_model.safetensors")
+    shapes = projections(config)
     wanted = {
-        name: [_peft_name(layer, name, part) for part in ("lora_A", "lora_B") for layer in range(config.layers)]
-        for name in PROJECTIONS
-        if any(f".{name}." in key for key in tensors)
+        name: [_peft_name(config, layer, name, part) for part in ("lora_A", "lora_B") for layer in range(config.layers)]
+        for name in shapes
+        if any(f".{FAMILIES[config.family].inside[name]}.lora_" in key for key in tensors)
     }
     names = {key for keys in wanted.values() for key in keys}
     missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
@@ -192,15 +182,15 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
         raise ValueError(f"{folder}: adapter tensors missing {missing[:5]}, unexpected {unexpected[:5]}.")
     lora = {}
     for name, keys in wanted.items():
-        source, sink = projection_shape(config, name)
+        source, sink = shapes[name]
         a = read_stack(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
         b = read_stack(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
         lora[name] = Adapter(a, b, scale)
     return {"lora": lora}
 
 
-def _peft_name(layer: int, projection: str, part: str) -> str:
-    return f"base_model.model.{layer_name(layer, projection)}.{part}.weight"
+def _peft_name(config: DecoderConfig, layer: int, projection: str, part: str) -> str:
+    return f"base_model.model.{layer_name(config, layer, projection)}.{part}.weight"
 
 
 def _pad(x: Array, shape: tuple[int, ...]) -> Array:

@@ -1,0 +1,129 @@
+"""What layers are built of: linear maps with adapters, norms, attention, rotation. Plain products: all have a jvp."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+Draw = Callable[[int, int], Array]
+"""(in, out) -> a fresh matrix, float32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one projection in all layers: W + scale A B. A pytree whose leaves are `a` and `b`."""
+
+    a: Float[Array, "layers in rank"]
+    b: Float[Array, "layers rank out"]
+    scale: float = field(metadata={"static": True})
+    """alpha / rank. Static: no optimiser, decay or derivative can reach it."""
+
+
+class Context(NamedTuple):
+    """What a layer reads beside the stream x: float[tokens, width], tokens = rows * len."""
+
+    rotation: tuple[Array, ...]
+    """cos, sin: [rows, len, rotated / 2]; empty where positions are learned."""
+    mask: Bool[Array, "rows len len"]
+    adapters: dict[str, Adapter]
+    compute: Any
+    """The dtype of the factors of the products; None: no cast."""
+
+
+class Linear(nnx.Module):
+    """x W + b, plus scale (x A) B where an adapter is given: W + AB is never formed."""
+
+    def __init__(self, source: int, sink: int, bias: bool, draw: Draw):
+        self.kernel = nnx.Param(draw(source, sink))
+        self.bias = nnx.Param(jnp.zeros(sink, jnp.float32)) if bias else None
+
+    def __call__(self, x: Array, adapter: Adapter | None, compute: Any) -> Array:
+        """float[tokens, in] -> float[tokens, out], in the dtype of x."""
+        y = _product(x, self.kernel[...], compute)
+        if adapter is not None:
+            y = y + adapter.scale * _product(_product(x, adapter.a, compute), adapter.b, compute)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, :]
+
+
+def project(layer: nnx.Module, name: str, x: Array, context: Context) -> Array:
+    """x through the `Linear` of that name, with its adapter if there is one."""
+    return getattr(layer, name)(x, context.adapters.get(name), context.compute)
+
+
+class Norm(nnx.Module):
+    """x / rms(x) * (offset + scale) over the last axis; a fresh norm multiplies by 1."""
+
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(width, 1.0 - offset, jnp.float32))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Array) -> Array:
+        """Any leading axes."""
+        normal = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(x.dtype)
+        scale = scale + self.offset if self.offset else scale
+        return normal * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+        """In the dtype of x."""
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        normal = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return normal * self.scale[...].astype(x.dtype)[None, :] + self.bias[...].astype(x.dtype)[None, :]
+
+
+def attention(
+    q: Float[Array, "rows len heads dim"],
+    k: Float[Array, "rows keys kv_heads dim"],
+    v: Float[Array, "rows keys kv_heads dim"],
+    mask: Bool[Array, "rows len keys"],
+    compute: Any = None,
+    scalar: float | None = None,
+) -> Float[Array, "rows len heads dim"]:
+    """softmax(q kᵀ / √scalar) v where the mask allows, with heads / kv_heads queries to one key; scalar None: dim.
+
+    Plain products, and not a fused kernel, on purpose: it has a jvp, and a Hessian product in the dtype of its
+    arguments. Every query must see some key.
+    """
+    rows, length, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    # batch axes first, a group's queries in one matrix: on CPU a third faster than an einsum in the given layout
+    q = (q * (scalar or dim) ** -0.5).reshape(rows, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(rows, kv_heads, group * length, dim)
+    scores = _product(q, k.transpose(0, 2, 3, 1), compute).reshape(rows, kv_heads, group, length, keys)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min / 2)  # finite: no inf - inf in a jvp
+    shares = jax.nn.softmax(scores, axis=-1).reshape(rows, kv_heads, group * length, keys)
+    out = _product(shares, v.transpose(0, 2, 1, 3), compute).reshape(rows, kv_heads, group, length, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
+
+
+def rotate(x: Float[Array, "rows len heads dim"], cos: Array, sin: Array) -> Float[Array, "rows len heads dim"]:
+    """Rotate coordinate j against j + rotated / 2 by the angle of its position; the coordinates after them stay.
+
+    cos, sin are [rows, len, rotated / 2].
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    low, high, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin, rest], axis=-1)
+
+
+def _product(x: Array, kernel: Array, compute: Any) -> Array:
+    if compute is None:
+        return x @ kernel.astype(x.dtype)
+    return jnp.matmul(x.astype(compute), kernel.astype(compute), preferred_element_type=x.dtype)

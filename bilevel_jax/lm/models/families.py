@@ -1,0 +1,147 @@
+"""The table of families, and what follows from it: config.json in and out, names and shapes of parameters."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from bilevel_jax.lm.models import gemma3, gpt2, llama, neox
+from bilevel_jax.lm.models.blocks import Draw
+from bilevel_jax.lm.models.config import DecoderConfig, refuse
+
+
+class Family(NamedTuple):
+    """What a family's file says."""
+
+    read: Callable[[str, Mapping[str, Any]], DecoderConfig]
+    """(where, contents of config.json) -> configuration; ValueError for what its layer does not compute."""
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    """The family's own keys of config.json."""
+    layer: Callable[[DecoderConfig, Draw], nnx.Module]
+    norm: Callable[[DecoderConfig], nnx.Module]
+    """The norm before the head."""
+    top: dict[str, str]
+    """Name in the parameter tree -> name in a checkpoint."""
+    inside: dict[str, str]
+    """The same inside a layer; projections first. The last part of a projection's name is what LoRA targets."""
+    lora: tuple[str, ...]
+    """What LoRA targets if nobody says; peft's choice."""
+    transposed: bool = True
+    """The file has matrices as [out, in], the tree as [in, out]."""
+
+
+LLAMA = Family(llama.read, llama.write, llama.Layer, llama.norm, llama.TOP, llama.INSIDE, ("q_proj", "v_proj"))
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3_text": LLAMA._replace(
+        read=gemma3.read, write=gemma3.write, layer=gemma3.Layer, norm=gemma3.norm, inside=gemma3.INSIDE
+    ),
+    "gpt_neox": Family(neox.read, neox.write, neox.Layer, neox.norm, neox.TOP, neox.INSIDE, ("query_key_value",)),
+    "gpt2": Family(gpt2.read, gpt2.write, gpt2.Layer, gpt2.norm, gpt2.TOP, gpt2.INSIDE, ("c_attn",), transposed=False),
+}
+"""The supported values of `model_type`."""
+
+
+class Skeleton(NamedTuple):
+    """A decoder's modules without arrays: graphs to merge arrays into, and the arrays' shapes."""
+
+    layer: Any
+    norm: Any
+    layer_shapes: dict[str, dict[str, tuple[int, ...]]]
+    """name -> {kernel: (in, out), bias} or {scale, bias}; of one layer."""
+    norm_shapes: dict[str, tuple[int, ...]]
+
+
+def read_config(source: str | Path | Mapping[str, Any]) -> DecoderConfig:
+    """The configuration in `source`: a folder with a config.json, that file, or its contents.
+
+    Reads the spellings of transformers 4 and 5. Defaults of missing keys are those of transformers. Raises ValueError
+    for a model, or a feature of one, that the decoder does not compute: nothing is ignored that would change a logit.
+    """
+    if isinstance(source, Mapping):
+        where, raw = "config", dict(source)
+    else:
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give a Hugging Face model folder.")
+        where, raw = str(path), json.loads(path.read_text(encoding="utf-8"))
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: model_type {family!r} is not supported; supported: {sorted(FAMILIES)}.")
+    refuse(where, raw, {"quantization_config": None})
+    return FAMILIES[family].read(where, raw)
+
+
+def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The contents of a config.json that transformers 4 and 5 both read; `dtype` is that of the weights' file."""
+    raw = FAMILIES[config.family].write(config) | {
+        "model_type": config.family,
+        "vocab_size": config.vocab,
+        "tie_word_embeddings": config.tied,
+        "initializer_range": config.init_scale,
+        "bos_token_id": config.bos,
+        "eos_token_id": list(config.eos) if isinstance(config.eos, tuple) else config.eos,
+        "pad_token_id": config.pad,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if read_config(raw) != config:
+        raise ValueError(f"a {config.family} config.json cannot express {config}; change `family` or the odd field.")
+    return raw
+
+
+@cache
+def skeleton(config: DecoderConfig) -> Skeleton:
+    """The modules of a family without arrays."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"family {config.family!r} is not supported; supported: {sorted(FAMILIES)}.")
+    family = FAMILIES[config.family]
+    layer = nnx.eval_shape(lambda: family.layer(config, lambda *shape: jnp.zeros(shape, jnp.float32)))
+    norm = nnx.eval_shape(lambda: family.norm(config))
+    (layer_graph, layer_state), (norm_graph, norm_state) = nnx.split(layer), nnx.split(norm)
+    shapes = {
+        name: {part: leaf.shape for part, leaf in parts.items()}
+        for name, parts in nnx.to_pure_dict(layer_state).items()
+    }
+    ordered = {name: shapes[name] for name in family.inside if name in shapes}
+    return Skeleton(
+        layer_graph,
+        norm_graph,
+        ordered,
+        {part: leaf.shape for part, leaf in nnx.to_pure_dict(norm_state).items()},
+    )
+
+
+def projections(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The matrices of a layer: name in the tree -> (in, out)."""
+    return {name: parts["kernel"] for name, parts in skeleton(config).layer_shapes.items() if "kernel" in parts}
+
+
+def peft_target(config: DecoderConfig, projection: str) -> str:
+    """What peft calls a projection: the last part of its name, or all of it where two projections end alike."""
+    names = [FAMILIES[config.family].inside[name] for name in projections(config)]
+    whole = FAMILIES[config.family].inside[projection]
+    last = whole.rpartition(".")[2]
+    return whole if [name.rpartition(".")[2] for name in names].count(last) > 1 else last
+
+
+def targeted(config: DecoderConfig, targets: Sequence[str]) -> list[str]:
+    """The projections that `targets` mean, as peft reads them: all whose name ends so. No targets: the family's own."""
+    family = FAMILIES[config.family]
+    names = {name: f".{family.inside[name]}" for name in projections(config)}
+    wanted = [f".{end}" for end in targets or family.lora]
+    if unknown := sorted(end[1:] for end in wanted if not any(name.endswith(end) for name in names.values())):
+        known = ", ".join(peft_target(config, name) for name in names)
+        raise ValueError(
+            f"LoRA targets {list(targets)}: {config.family} has no {unknown}; the projections are {known}."
+        )
+    return [name for name, whole in names.items() if whole.endswith(tuple(wanted))]

@@ -1,0 +1,108 @@
+"""GPT-2: learned positions, LayerNorm, one matrix for queries, keys and values; files hold matrices as [in, out]."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bilevel_jax.lm.models.blocks import Context, Draw, LayerNorm, Linear, attention, project
+from bilevel_jax.lm.models.config import ACTIVATIONS, DecoderConfig, read_activation, read_eos, refuse, require
+
+PROJECTIONS = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
+TOP = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "layers": "transformer.h",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+INSIDE = {
+    "c_attn": "attn.c_attn",
+    "attn_c_proj": "attn.c_proj",
+    "c_fc": "mlp.c_fc",
+    "mlp_c_proj": "mlp.c_proj",
+    "input_norm": "ln_1",
+    "post_norm": "ln_2",
+}
+# reorder_and_upcast_attn is left out: it changes the order of float32 arithmetic, not what is computed
+COMPUTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each after its norm and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, draw: Draw):
+        def linear(name, source, sink):
+            return Linear(source, sink, name in config.biases, draw)
+
+        self.config = config
+        self.c_attn = linear("c_attn", config.width, 3 * config.width)
+        self.attn_c_proj = linear("attn_c_proj", config.width, config.width)
+        self.c_fc = linear("c_fc", config.width, config.inner)
+        self.mlp_c_proj = linear("mlp_c_proj", config.inner, config.width)
+        self.input_norm, self.post_norm = norm(config), norm(config)
+
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
+        """One layer on flat tokens."""
+        rows, length = context.mask.shape[:2]
+        fused = project(self, "c_attn", self.input_norm(x), context)  # all queries, then all keys, then all values
+        heads = rows, length, self.config.heads, self.config.head_dim
+        q, k, v = (part.reshape(heads) for part in jnp.split(fused, 3, axis=-1))
+        out = attention(q, k, v, context.mask, context.compute).reshape(rows * length, -1)
+        x = x + project(self, "attn_c_proj", out, context)
+        inner = ACTIVATIONS[self.config.activation](project(self, "c_fc", self.post_norm(x), context))
+        return x + project(self, "mlp_c_proj", inner, context)
+
+
+def norm(config: DecoderConfig) -> LayerNorm:
+    """Each norm of the family."""
+    return LayerNorm(config.width, config.eps)
+
+
+def read(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+    """Of transformers 4 and 5, which spell it alike."""
+    require(where, raw, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
+    refuse(where, raw, COMPUTED)
+    width, heads = raw["n_embd"], raw["n_head"]
+    if width % heads:
+        raise ValueError(f"{where}: n_embd {width} is not a multiple of n_head {heads}.")
+    return DecoderConfig(
+        family="gpt2",
+        vocab=raw["vocab_size"],
+        width=width,
+        inner=raw.get("n_inner") or 4 * width,
+        layers=raw["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        max_length=raw["n_positions"],
+        eps=raw.get("layer_norm_epsilon", 1e-5),
+        rope=None,
+        tied=raw.get("tie_word_embeddings", True),
+        biases=PROJECTIONS,
+        activation=read_activation(where, raw, "activation_function", "gelu_new"),
+        init_scale=raw.get("initializer_range", 0.02),
+        bos=raw.get("bos_token_id", 50256),
+        eos=read_eos(raw, 50256),
+        pad=raw.get("pad_token_id"),
+    )
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The family's keys."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": config.width,
+        "n_inner": config.inner,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_positions": config.max_length,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.eps,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        **COMPUTED,
+    }

@@ -1,0 +1,204 @@
+"""Llama, Mistral, Qwen2, Qwen3: RMSNorm, rotary positions, grouped-query attention, a gated feed-forward."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bilevel_jax.lm.models.blocks import Context, Draw, Linear, Norm, attention, project, rotate
+from bilevel_jax.lm.models.config import (
+    ACTIVATIONS,
+    DecoderConfig,
+    Rope,
+    read_activation,
+    read_eos,
+    read_rope,
+    read_windows,
+    require,
+    write_rope,
+    write_windows,
+)
+
+QKV = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+TOP = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "head": "lm_head"}
+INSIDE = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+class Layer(nnx.Module):
+    """Attention and gated feed-forward, each after its norm and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, draw: Draw):
+        self.config = config
+        matrices(self, draw)
+        self.input_norm = Norm(config.width, config.eps)
+        self.post_norm = Norm(config.width, config.eps)
+
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
+        """One layer on flat tokens."""
+        x = x + attend(self, self.input_norm(x), context)
+        return x + gated(self, self.post_norm(x), context)
+
+
+def matrices(layer: Any, draw: Draw, offset: float = 0.0) -> None:
+    """Give a layer its projections and the norms of its heads."""
+    config = layer.config
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+
+    def linear(name, source, sink):
+        return Linear(source, sink, name in config.biases, draw)
+
+    layer.q_proj = linear("q_proj", config.width, queries)
+    layer.k_proj = linear("k_proj", config.width, keys)
+    layer.v_proj = linear("v_proj", config.width, keys)
+    layer.o_proj = linear("o_proj", queries, config.width)
+    layer.gate_proj = linear("gate_proj", config.width, config.inner)
+    layer.up_proj = linear("up_proj", config.width, config.inner)
+    layer.down_proj = linear("down_proj", config.inner, config.width)
+    layer.q_norm = Norm(config.head_dim, config.eps, offset) if config.qk_norm else None
+    layer.k_norm = Norm(config.head_dim, config.eps, offset) if config.qk_norm else None
+
+
+def attend(layer: Any, x: Array, context: Context) -> Array:
+    """Grouped-query attention of normed tokens, with the projections that `matrices` made."""
+    config = layer.config
+    rows, length = context.mask.shape[:2]
+
+    def split(x, heads, norm):
+        x = x.reshape(rows, length, heads, config.head_dim)
+        return rotate(x if norm is None else norm(x), *context.rotation)
+
+    q = split(project(layer, "q_proj", x, context), config.heads, layer.q_norm)
+    k = split(project(layer, "k_proj", x, context), config.kv_heads, layer.k_norm)
+    v = project(layer, "v_proj", x, context).reshape(k.shape)
+    out = attention(q, k, v, context.mask, context.compute, config.query_scalar)
+    return project(layer, "o_proj", out.reshape(rows * length, -1), context)
+
+
+def gated(layer: Any, x: Array, context: Context) -> Array:
+    """down(activation(gate(x)) * up(x)) of normed tokens."""
+    gate = ACTIVATIONS[layer.config.activation](project(layer, "gate_proj", x, context))
+    return project(layer, "down_proj", gate * project(layer, "up_proj", x, context), context)
+
+
+def norm(config: DecoderConfig) -> Norm:
+    """The one before the head."""
+    return Norm(config.width, config.eps)
+
+
+def read(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+    """Of transformers 4 (`rope_theta`, `rope_scaling` at the top) and 5 (`rope_parameters`)."""
+    family = raw["model_type"]
+    require(where, raw, (*REQUIRED, *(() if family == "llama" else ("num_key_value_heads",))))
+    heads, length = raw["num_attention_heads"], raw["max_position_embeddings"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    if family == "qwen3" and "head_dim" not in raw:
+        head_dim = 128  # transformers' default; not width / heads
+    spelled = {
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        "partial_rotary_factor": raw.get("partial_rotary_factor"),
+        **(raw.get("rope_scaling") or raw.get("rope_parameters") or {}),
+    }
+    return DecoderConfig(
+        family=family,
+        vocab=raw["vocab_size"],
+        width=raw["hidden_size"],
+        inner=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_length=length,
+        eps=raw.get("rms_norm_eps", 1e-6),
+        rope=read_rope(where, spelled, length, whole=True),
+        tied=raw.get("tie_word_embeddings", False),
+        biases=_biases(raw),
+        qk_norm=family == "qwen3",
+        windows=_windows(where, raw),
+        activation=read_activation(where, raw, "hidden_act", "silu"),
+        init_scale=raw.get("initializer_range", 0.02),
+        bos=raw.get("bos_token_id"),
+        eos=read_eos(raw),
+        pad=raw.get("pad_token_id"),
+    )
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The family's keys. Rotary parameters in both spellings: one that knew neither would take theta = 10000."""
+    rope = config.rope or Rope()
+    raw = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "hidden_size": config.width,
+        "intermediate_size": config.inner,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_length,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.eps,
+        "rope_parameters": write_rope(rope),
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.kind == "default" else write_rope(rope),
+        "attention_dropout": 0.0,
+    }
+    if config.family in ("llama", "qwen3"):
+        raw["attention_bias"] = "q_proj" in config.biases
+    if config.family == "llama":
+        raw["mlp_bias"] = "up_proj" in config.biases
+    if config.family == "mistral":
+        raw["sliding_window"] = max(config.windows, default=0) or None
+    if config.family in ("qwen2", "qwen3"):
+        raw["use_sliding_window"] = any(config.windows)
+        raw["sliding_window"] = max(config.windows, default=0) or None
+        raw["max_window_layers"] = config.layers - sum(window > 0 for window in config.windows)
+        raw["layer_types"] = write_windows(config)
+    return raw
+
+
+def _biases(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    if raw["model_type"] == "qwen2":
+        return QKV
+    attention = (*QKV, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
+    return attention + (MLP if raw["model_type"] == "llama" and raw.get("mlp_bias", False) else ())
+
+
+def _windows(where: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    layers = raw["num_hidden_layers"]
+    if raw["model_type"] == "llama":
+        return ()
+    window = raw.get("sliding_window", 4096)
+    if raw["model_type"] == "mistral":
+        return (window,) * layers if window else ()
+    if not raw.get("use_sliding_window", False) or not window:
+        return ()
+    first = raw.get("max_window_layers", 28)
+    kinds = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return read_windows(where, kinds, layers, window)
