@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm.models import (
-    DecoderConfig,
     balance,
     decoder,
     init,
@@ -21,27 +20,23 @@ from bilevel_jax.lm.models import (
     save_peft,
 )
 from bilevel_jax.lm.models.lora import Adapter
+from tests.lm.test_models import CONFIGS, NEOX_BIASES, TINY, compiled, make
 
-TINY = DecoderConfig(
-    vocab=31, width=16, inner=24, layers=2, heads=4, kv_heads=2, head_dim=4, max_length=64, init_scale=0.3
-)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab, (2, 9)).astype(np.int32)
 
 
 def logits(config, params, tokens=TOKENS):
-    model = decoder(config)
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden = jax.jit(model.hidden)(params, tokens, positions, jnp.ones_like(tokens))
-    return np.asarray(hidden @ model.head(params))
+    return np.asarray(compiled(config)(params, tokens, positions, jnp.ones_like(tokens)))
 
 
 def trained(config, *, dtype=jnp.float32, **options):
     """Adapters away from their start: B is not zero."""
     options = {"rank": 3, "alpha": 6, "targets": ALL, **options}
     adapters = init_lora(config, jax.random.key(1), dtype=dtype, **options)
-    keys = iter(jax.random.split(jax.random.key(2), 2 * len(options["targets"])))
+    keys = iter(jax.random.split(jax.random.key(2), 2 * len(adapters["lora"])))
     return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape, jnp.float32).astype(dtype), adapters)
 
 
@@ -60,17 +55,17 @@ PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is depreca
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base model saved by transformers."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    """family -> the folder of a base model saved by transformers."""
     pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("base")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    folders = {}
+
+    def made(family):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            make(family, folders[family])
+        return folders[family]
+
+    return made
 
 
 def peft_logits(model):
@@ -80,17 +75,32 @@ def peft_logits(model):
         return model.eval()(torch.tensor(TOKENS).long()).logits.numpy()
 
 
+# id: (row of FAMILIES, what we target, what the saved configuration says)
+TARGETS = {
+    "llama": ("llama-untied-theta-5e5", (), ["q_proj", "v_proj"]),
+    "llama-all": ("llama-untied-theta-5e5", ALL, sorted(ALL)),
+    "neox": ("gpt-neox", (), ["query_key_value"]),
+    "neox-all": ("gpt-neox", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), None),
+    "gpt2": ("gpt2", (), ["c_attn"]),
+    "gpt2-all": ("gpt2", ("c_attn", "c_proj", "c_fc"), ["attn.c_proj", "c_attn", "c_fc", "mlp.c_proj"]),
+    "gpt2-one": ("gpt2", ("mlp.c_proj",), ["mlp.c_proj"]),
+    "gemma3": ("gemma3", (), ["q_proj", "v_proj"]),
+}
+
+
 @PEFT
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL], ids=["qv", "all"])
-def test_peft_reads_what_we_save(base, tmp_path, targets):
+@pytest.mark.parametrize("family, targets, named", TARGETS.values(), ids=TARGETS)
+def test_peft_reads_what_we_save(base, tmp_path, family, targets, named):
     import peft
     import transformers
 
-    config, params = load(base)
+    config, params = load(base(family))
     adapters = trained(config, targets=targets)
     save_peft(tmp_path / "adapter", config, adapters, base="someone/a-model")
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert about["target_modules"] == (named or sorted(targets))
     model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")
+        transformers.AutoModelForCausalLM.from_pretrained(base(family)), str(tmp_path / "adapter")
     )
     ours = logits(config, join(params, adapters))
     np.testing.assert_allclose(peft_logits(model), ours, atol=1e-5)  # float32, other order of sums
@@ -100,22 +110,30 @@ def test_peft_reads_what_we_save(base, tmp_path, targets):
 
 
 @PEFT
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-def test_we_read_what_peft_saves(base, tmp_path, rslora):
+@pytest.mark.parametrize(
+    "family, targets, options",
+    [
+        ("llama-untied-theta-5e5", ["q_proj", "down_proj"], {}),
+        ("llama-untied-theta-5e5", ["q_proj", "down_proj"], {"use_rslora": True}),
+        ("gpt-neox", ["query_key_value", "dense"], {}),
+        ("gpt2", ["c_attn", "c_proj"], {"fan_in_fan_out": True}),
+        ("gemma3", ["o_proj", "up_proj"], {}),
+    ],
+    ids=["llama", "rslora", "neox", "gpt2", "gemma3"],
+)
+def test_we_read_what_peft_saves(base, tmp_path, family, targets, options):
     import peft
     import torch
     import transformers
 
-    options = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_rslora=rslora, task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), options)
+    options = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base(family)), options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path)
-    config, params = load(base)
+    config, params = load(base(family))
     ours = logits(config, join(params, load_peft(tmp_path, config)))
     np.testing.assert_allclose(ours, peft_logits(model), atol=1e-5)  # float32, other order of sums
 
@@ -147,12 +165,17 @@ def test_fresh_adapters_change_nothing(x64):
     np.testing.assert_array_equal(more["lora"]["v_proj"].a, single["lora"]["v_proj"].a)  # a target does not move others
 
 
-def test_merged_equals_joined(x64):
-    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
-    adapters = trained(TINY, dtype=jnp.float64)
-    out = logits(TINY, join(params, adapters))
-    np.testing.assert_allclose(logits(TINY, merge(params, adapters)), out, atol=1e-12)  # float64, other order of sums
-    assert np.abs(out - logits(TINY, params)).max() > 0.1
+EVERY = {"plain": ALL, "neox": NEOX_BIASES, "gpt2": ("c_attn", "c_proj", "c_fc"), "gemma3": ALL}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_merged_equals_joined(name, x64):
+    config = CONFIGS[name]
+    params = init(config, jax.random.key(0), dtype=jnp.float64)
+    adapters = trained(config, dtype=jnp.float64, targets=EVERY[name])
+    out = logits(config, join(params, adapters))
+    np.testing.assert_allclose(logits(config, merge(params, adapters)), out, atol=1e-12)  # float64, other order of sums
+    assert np.abs(out - logits(config, params)).max() > 0.1
 
 
 def test_frozen_base_in_bfloat16_is_upcast():
@@ -225,5 +248,10 @@ def test_errors_say_what_to_do():
         join(params, trained(replace(TINY, layers=3), targets=("q_proj",)))
     with pytest.raises(ValueError, match=r"\['lm_head'\]; the projections are"):
         init_lora(TINY, jax.random.key(0), rank=2, alpha=2, targets=("q_proj", "lm_head"))
+    with pytest.raises(
+        ValueError,
+        match=r"gpt2 has no \['q_proj', 'v_proj'\]; the projections are c_attn, attn.c_proj, c_fc, mlp.c_proj\.",
+    ):
+        init_lora(CONFIGS["gpt2"], jax.random.key(0), rank=2, alpha=2, targets=("q_proj", "v_proj"))
     with pytest.raises(ValueError, match="rank 0; an adapter has a rank of at least 1"):
         init_lora(TINY, jax.random.key(0), rank=0, alpha=2)
