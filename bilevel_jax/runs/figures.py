@@ -3,14 +3,16 @@
 import html
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 COLOURS = 6
 """Groups and series that can be told apart; callers gather the rest in one."""
 DRAWN = 500
-"""Points drawn of one group: enough to see its shape, few enough for a small file."""
+"""Points drawn of one group or series: enough to see its shape, few enough for a small file."""
+MARKED = 20
+"""Markers on one line, and values told in words for those who cannot see it."""
 TURNS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """Characters that turn the direction of what follows them: right-to-left text needs none of them, spoofing does."""
 CONTROLS: dict[int, str] = (
@@ -44,6 +46,8 @@ class Series(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     colour: int = 0
+    kind: Literal["marked", "plain", "cloud"] = "marked"
+    """A line with a marker at each value; a bare line, for many values; single points, for many noisy ones."""
 
 
 def element(name: str, /, *children: str | None, **attributes: object) -> Html:
@@ -119,11 +123,20 @@ def lines(
     bands: Sequence[tuple[float, float]] = (),
     log: bool = False,
     include: Sequence[float] = (),
+    height: float = 180,
 ) -> Html:
-    """Lines with markers over a shared x (`log`: equal steps per factor); `bands` shade what is wanted of y."""
-    left, right, top, bottom = 58, 520, 30, 210
+    """Lines over a shared x (`log`: equal steps per factor); `bands` shade what is wanted of y.
+
+    What the axis of y does not hold (see `held`) is drawn at its edge.
+    """
+    left, right = 58, 520
+    shapes = {"cloud": "faint", "plain": "line"}
+    entries = [(one.name, f"k{one.colour}", shapes.get(one.kind, str(one.colour))) for one in series]
+    legend = sum(_wide(name) for name, *_ in entries) if len(entries) > 1 else 0
+    below = 20 if legend + 6.4 * len(unit) > right - left else 0  # the legend has a line of its own
+    top, bottom = 30 + below, 30 + below + height
     x = scale([value for one in series for value in one.x], left + 10, right - 14, log=log, margin=0)
-    y = scale([*(v for one in series for v in one.y), *include], bottom, top + 8)
+    y = scale([*held(series), *include], bottom, top + 8)
     parts = [
         element(
             "rect", x=left, width=right - left, y=_n(y(high)), height=_n(y(low) - y(high)), class_="band"
@@ -143,14 +156,36 @@ def lines(
         parts.append(_text(x(mark[0]) + (-5 if late else 5), top + 10, mark[1], f"tick{' end' if late else ''}"))
     for one in series:
         points = [(x(a), y(b)) for a, b in zip(one.x, one.y, strict=True) if math.isfinite(b)]
-        path = " ".join(f"{_n(a)},{_n(b)}" for a, b in points)
-        parts.append(element("polyline", points=path, class_=f"line k{one.colour} d{one.colour}"))
-        parts += [_marker(a, b, one.colour) for a, b in points]
-    if len(series) > 1:
-        entries = [(one.name, f"k{one.colour}", str(one.colour)) for one in series]
-        parts += _legend(entries, right - sum(_wide(name) for name, *_ in entries))
-    words = "; ".join(f"{one.name}: {', '.join(f'{value:.4g}' for value in one.y)}" for one in series)
+        some = [points[at] for at in evenly(len(points))]
+        if one.kind == "cloud":
+            path = "".join(f"M{_n(a)} {_n(b)}h0" for a, b in some)
+            parts.append(element("path", d=path, class_=f"cloud fine k{one.colour}"))
+            continue
+        path = " ".join(f"{_n(a)},{_n(b)}" for a, b in some)
+        dashes = f" d{one.colour}" if one.kind == "marked" else ""
+        parts.append(element("polyline", points=path, class_=f"line k{one.colour}{dashes}"))
+        if one.kind == "marked":
+            parts += [_marker(a, b, one.colour) for a, b in (points[at] for at in evenly(len(points), MARKED))]
+    if legend:
+        parts.append(element("g", *_legend(entries, right - legend), transform=f"translate(0 {below})"))
+    words = "; ".join(f"{one.name}: {_told(one.y)}" for one in series)
     return _svg(parts, right, bottom + 40, f"{unit} by {label}. {words}")
+
+
+def held(series: Sequence[Series]) -> list[float]:
+    """The finite values that the axis of y holds: of lines all, of clouds those that are not far out.
+
+    Far out, after Tukey: more than three times the width of the middle half beyond it.
+    """
+    values: list[float] = []
+    for one in series:
+        array = np.asarray(one.y, float)
+        array = array[np.isfinite(array)]
+        if one.kind == "cloud" and len(array):
+            low, high = np.quantile(array, [0.25, 0.75])
+            array = array[(array >= low - 3 * (high - low)) & (array <= high + 3 * (high - low))]
+        values += array.tolist()
+    return values
 
 
 def strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Html:
@@ -164,7 +199,7 @@ def strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: f
     for index, (name, values) in enumerate(groups):
         middle = top + height * (index + 0.5)
         ordered = np.sort(values)
-        some = ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), DRAWN)).round().astype(int)]
+        some = ordered[evenly(len(ordered))]
         path = "".join(  # offsets by the golden ratio: spread evenly, and the same every time
             f"M{_n(x(value))} {_n(middle + (place * 0.618034 % 1 - 0.5) * 24)}h0" for place, value in enumerate(some)
         )
@@ -210,6 +245,22 @@ def histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference
 
 
 # ---- scales and marks
+
+
+def evenly(count: int, most: int = DRAWN) -> np.ndarray:
+    """At most so many of `count` places, evenly spaced, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
+def _told(values: Sequence[float]) -> str:
+    """The values in words; of many, how many there are, the ends and the range."""
+    if len(values) <= MARKED:
+        return ", ".join(f"{value:.4g}" if math.isfinite(value) else "–" for value in values)
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    return (
+        f"{len(values)} values from {finite[0]:.4g} to {finite[-1]:.4g}, between {min(finite):.4g} and "
+        f"{max(finite):.4g}"
+    )
 
 
 class Scale(NamedTuple):
@@ -287,6 +338,8 @@ def _legend(entries: Sequence[tuple[str, str, str]], start: float) -> list[Html]
     for name, colour, shape in entries:
         if shape == "area":
             parts.append(element("rect", x=_n(start), y=4, width=10, height=10, class_=f"area {colour}"))
+        elif shape == "line":
+            parts.append(_line(start - 4, 9, start + 14, 9, f"line {colour}"))
         elif shape.isdigit():
             parts += [_line(start - 4, 9, start + 14, 9, f"line {colour} d{shape}"), _marker(start + 5, 9, int(shape))]
         else:
@@ -350,6 +403,7 @@ svg .whisker { stroke: var(--k); stroke-width: 1.6; } svg .whisker.strong { stro
 svg .line { stroke: var(--k); fill: none; stroke-width: 1.8; } svg .d1 { stroke-dasharray: 6 3; }
 svg .d2 { stroke-dasharray: 2 3; }
 svg .cloud { stroke: var(--k); fill: none; stroke-width: 4; stroke-linecap: round; opacity: .42; }
+svg .cloud.fine { stroke-width: 3.5; opacity: .45; }
 svg .area { fill: var(--k); }
 .k0 { --k: var(--c0); } .k1 { --k: var(--c1); } .k2 { --k: var(--c2); }
 .k3 { --k: var(--c3); } .k4 { --k: var(--c4); } .k5 { --k: var(--c5); }

@@ -144,7 +144,7 @@ def _big(value: str) -> Html:
     return element("b", mean, element("small", f" ± {half}") if sign else None)
 
 
-def reproduced(run: Results, verb: str) -> Html:
+def reproduced(run: Results, verb: str, precision: str) -> Html:
     """The command, the environment, the columns and the settings: what another person needs to see the same."""
     environment, arguments = run.environment, run.environment["command"]
     packages, kinds = environment["packages"], environment["devices"]
@@ -153,7 +153,7 @@ def reproduced(run: Results, verb: str) -> Html:
         "commit": environment["commit"] or f"{NONE} (not a git checkout)",
         "config hash": run.result["config_hash"],
         "device": f"{devices} ({environment['backend']}), processes: {environment['processes']}",
-        "precision": run.meanings.get("precision", NONE),
+        "precision": precision,
         "platform": f"Python {environment['python']}, {environment['platform']}",
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
     }
@@ -217,6 +217,11 @@ def bounded(text: str, *, end: bool = False) -> Html:
     if end and len(text) > 120:
         return element("bdi", f"…{text[-120:]}", title=text[:1000])
     return element("bdi", cut(text, 80))
+
+
+def counted(what: str, count: int) -> str:
+    """So many of something."""
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def capital(text: str) -> str:
@@ -298,7 +303,8 @@ th { font-weight: 600; text-align: left; vertical-align: bottom; font-size: 13px
 th, td { padding: 5px 16px 5px 0; } td { vertical-align: top; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; }
 .n { text-align: right; } td.n, td.tight { white-space: nowrap; } .unit, .sub { display: block; }
-.line { margin-right: 14px; } .unit { font-weight: 400; color: var(--muted); font-size: 12px; max-width: 20ch; }
+.line { margin-right: 14px; display: inline-block; }
+.unit { font-weight: 400; color: var(--muted); font-size: 12px; max-width: 20ch; }
 th.n .unit { margin-left: auto; } .sub { color: var(--muted); font-size: 12px; line-height: 1.35; }
 tr.strong td { background: var(--panel); } tr.oracle td { border-bottom: 2px solid var(--muted); }
 td:first-child, th:first-child { padding-left: 8px; }
@@ -310,6 +316,7 @@ td:first-child, th:first-child { padding-left: 8px; }
   font-weight: 700; font-size: 13px; }
 .examples { width: 100%; table-layout: fixed; } .examples th:nth-child(1) { width: 76px; }
 .examples th:nth-child(2) { width: 122px; } .examples th:nth-child(3) { width: 250px; }
+.examples.short th:nth-child(1) { width: 92px; }
 .examples.short th:nth-child(2) { width: 250px; } .examples.short th:nth-child(3) { width: auto; }
 .role.good, .role.bad { color: var(--v); font-weight: 600; }
 .turn { display: grid; grid-template-columns: 68px minmax(0, 1fr); gap: 8px; } .role { color: var(--muted);

@@ -346,5 +346,5 @@ def provenance(run: Results) -> Html:
             f"One training step is a forward and a backward pass over one batch. {NONE}: not timed. Total: "
             f"{number(float(sum(work.values())))} training steps."
         ),
-        reproduced(run, "select"),
+        reproduced(run, "select", run.meanings.get("precision", NONE)),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from bilevel_jax.runs import figures
 from bilevel_jax.runs.figures import Dot, Html, element, join
-from bilevel_jax.runs.page import NONE, Column, Estimate, details, figure, interval, note, paragraph, table
+from bilevel_jax.runs.page import NONE, Column, Estimate, counted, details, figure, interval, note, paragraph, table
 from bilevel_jax.runs.results import PARTS, Results, part_of, real
 from bilevel_jax.runs.statistics import mean_interval
 
@@ -160,5 +160,4 @@ def difference(run: Results, name: str, part: str) -> Estimate | None:
 
 def seeds_of(run: Results) -> str:
     """How many seeds each arm has, in words."""
-    count = len(run.result["compare"][0]["runs"])
-    return f"{count} seed{'s' if count != 1 else ''}"
+    return counted("seed", len(run.result["compare"][0]["runs"]))

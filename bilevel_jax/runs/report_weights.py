@@ -31,7 +31,7 @@ def weights(run: Results) -> Html:
             f"Rows by weight{f', coloured by {by}' if several else ''}. Dashed: weight 1, where every row began.",
         ),
         figure(
-            _held(values),
+            held(values, "learned"),
             "How much of all weight the rows with the largest weights hold. Dashed orange: equal weights; the higher "
             "the curve, the fewer rows count.",
         ),
@@ -50,10 +50,9 @@ def weights(run: Results) -> Html:
         f"{number(record['largest'])}, the least {number(float(values.min()))}, the median "
         f"{number(float(np.median(values)))}."
     )
-    same = bool(np.ptp(values) <= 1e-6 * max(abs(float(values.max())), 1e-30))
     return join(
         paragraph(spread),
-        note("All weights are equal: this run tells no row from another.", "warning") if same else None,
+        note("All weights are equal: this run tells no row from another.", "warning") if equal(values) else None,
         element("div", *pictures, class_="pair"),
         *(join(element("h3", f"By {key}"), by_key(run, key)) for key in keys),
         _aucs(run),
@@ -65,17 +64,23 @@ def chosen(run: Results) -> dict[str, Any]:
     return run.result["records"][run.result["best"]]
 
 
-def _held(values: np.ndarray) -> Html:
+def equal(values: np.ndarray) -> bool:
+    """Whether all rows have one weight, up to rounding."""
+    return bool(np.ptp(values) <= 1e-6 * max(abs(float(values.max())), 1e-30))
+
+
+def held(values: np.ndarray, name: str) -> Html:
+    """How much of all weight the rows with the largest weights hold."""
     share = np.concatenate([[0.0], np.cumsum(np.sort(values)[::-1])]) / (values.sum() or math.nan)
     at = [0.0, 1, 2, 5, *range(10, 101, 10)]
-    held = [100 * float(np.interp(percent / 100 * len(values), np.arange(len(share)), share)) for percent in at]
-    curves = [Series("learned", at, held), Series("equal", [0, 100], [0, 100], 1)]
+    shares = [100 * float(np.interp(percent / 100 * len(values), np.arange(len(share)), share)) for percent in at]
+    curves = [Series(name, at, shares), Series("equal", [0, 100], [0, 100], 1)]
     return figures.lines(curves, "rows with the largest weights, % of all rows", "share of all weight, %")
 
 
 def by_key(run: Results, key: str) -> Html:
     """A table of the weights of each label or source."""
-    values, kept = run.rows["weight"].astype(float), run.rows["selected"]
+    values, kept = run.rows["weight"].astype(float), run.rows.get("selected")
     masks = _masks(run, key, 20)
     total = values.sum() or math.nan
     return table(
@@ -87,7 +92,7 @@ def by_key(run: Results, key: str) -> Html:
         Column("median", [float(np.median(values[mask])) for _, mask in masks], "weight"),
         Column("least", [float(values[mask].min()) for _, mask in masks], "weight"),
         Column("largest", [float(values[mask].max()) for _, mask in masks], "weight"),
-        Column("kept", [int(kept[mask].sum()) for _, mask in masks], "rows"),
+        *([] if kept is None else [Column("kept", [int(kept[mask].sum()) for _, mask in masks], "rows")]),
     )
 
 
