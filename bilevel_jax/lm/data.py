@@ -115,8 +115,8 @@ def leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[tuple
     """
     held: dict[str, list[Example]] = {}
     for example in validation:
-        held.setdefault(_gist(example), []).append(example)
-    return [(example, other) for example in train for other in held.get(_gist(example), ())]
+        held.setdefault(gist(example), []).append(example)
+    return [(example, other) for example in train for other in held.get(gist(example), ())]
 
 
 def split(examples: Sequence[Example], fractions: Sequence[float], seed: int) -> tuple[list[Example], ...]:
@@ -131,7 +131,7 @@ def split(examples: Sequence[Example], fractions: Sequence[float], seed: int) ->
     edges = [sum(fractions[: i + 1]) for i in range(len(fractions) - 1)]
     parts: tuple[list[Example], ...] = tuple([] for _ in fractions)
     for example in examples:
-        place = int(_digest(f"{seed} {_gist(example)}"), 16) / 2**64
+        place = int(_digest(f"{seed} {gist(example)}"), 16) / 2**64
         part = parts[bisect.bisect_right(edges, place)]
         part.append(example._replace(row=len(part)))
     if not all(parts):
@@ -250,7 +250,7 @@ def _name(row: Any, field: str, where: str) -> str | None:
 # ---- hashes
 
 
-def _gist(example: Example) -> str:
+def gist(example: Example) -> str:
     """What the example says, without case, white space, layout and system turns."""
     text = " ".join(turn.content for turn in example.turns if turn.role != "system")
     return _digest(" ".join(text.casefold().split()))

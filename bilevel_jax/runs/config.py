@@ -28,7 +28,7 @@ class Model:
     scratch: bool = False  # train from random parameters, drawn anew for each seed, instead of the checkpoint's
     lora_rank: int = 16  # rank of the LoRA factors; 0 trains all parameters
     lora_alpha: float = 16.0  # LoRA scale: the factors' product counts alpha/rank times
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # projections that get LoRA factors
+    lora_targets: tuple[str, ...] = ()  # projections that get LoRA factors; empty: the usual ones of the model's family
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen base is stored; it is upcast layer by layer
     train_dtype: Literal["float32", "float64"] = "float32"  # trained parameters, optimiser state and hypergradients
     remat: bool = True  # recompute layers in the backward pass: less memory, about a third more time
@@ -60,6 +60,8 @@ class Data:
     truncate: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
     supervise: Literal["all", "last"] = "all"  # targets of a dialogue: every assistant turn, or the last alone
     packing: bool = False  # several examples in one sequence: faster, same numbers
+    streaming: bool = False  # train: read the training rows as training goes, for data too large to hold
+    shuffle_buffer: int = 10000  # streaming: rows held back to be shuffled; 0 keeps the order of the files
     leaks: Literal["error", "drop"] = "error"  # what to do with training rows that also stand in validation
     seed: int = 0  # of the split and of the data's order
 
@@ -107,8 +109,8 @@ class Train:
 class Training:
     """One training run with given weights."""
 
-    epochs: float = 1.0  # passes over the training rows; 0: train.steps counts
-    steps: int = 0  # optimiser steps, where epochs is 0
+    epochs: float = 1.0  # passes over the training rows
+    steps: int = 0  # optimiser steps; 0: as many as train.epochs asks for
     batch: int = 16  # examples in one step, over all devices
     micro: int = 1  # pieces that a step is cut into: less memory, same numbers
     seed: int = 0  # of the start of the parameters
@@ -258,15 +260,18 @@ class TrainConfig:
 class Look:
     """What is printed."""
 
-    rows: int = 3  # training rows whose tokens are shown, and as many of validation
-    ids: tuple[str, ...] = ()  # rows to show, by id, instead of the first
+    rows: int = 3  # rows of each part whose tokens are shown, the first ones; 0: none
+    ids: tuple[str, ...] = ()  # rows to show instead, by id, as in weights.parquet
+    tokens: int = 300  # tokens shown of one row; a longer one loses its middle
     width: int = 0  # characters in a line; 0: those of the terminal
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what training would see: tokens and labels, lengths, truncation, duplicates, leaks, sources.
+    """Show what training would see, before anyone spends an hour: nothing is trained, and no weights are loaded.
 
+    Prints lengths, targets, BOS and EOS, truncation, sources, copies and leaks, some rows token by token, and what a
+    person should act on. Where another verb would stop, it counts, names the first place, and goes on.
     CONFIG is the file of any other verb: the sections that are not below are passed over.
     """
 
@@ -281,8 +286,8 @@ class Export:
     """What is written, and where."""
 
     folder: str = "out/export"  # made anew; never overwritten
-    form: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"  # the trainer whose input form is written
-    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"  # auto: as the rows came
+    form: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"  # whose input; maxtext is Tunix's, too
+    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"  # of the rows; auto: as they came
     container: Literal["jsonl", "json", "parquet", "datasets"] = "jsonl"  # datasets: a folder of `save_to_disk`
     weight: bool = True  # a `weight` key in each row, for trainers that read one
 
@@ -291,7 +296,9 @@ class Export:
 class ExportConfig:
     """Write the rows that their weights choose, in the input form of another trainer, with a card that says how.
 
-    CONFIG is the folder of a `select` run, or a config file: the sections that are not below are passed over.
+    CONFIG is the folder of a run of `select` or `train`, whose data and weights are used, or a config file with
+    weights.file; the sections that are not below are passed over. The section keep says which rows are written: the
+    top share, those above a threshold, whole repeats by weight (for trainers that read no weight), or a mix of sources.
     Short form: --out FOLDER = --export.folder FOLDER.
     """
 

@@ -1,6 +1,5 @@
 """Log-probabilities of the reference model (DPO): made once, stored by id, and refused for another model or text."""
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,10 +77,9 @@ def read(path: str | Path, examples: Sequence[Example], corpus: Corpus, made_by:
     return np.stack([stored[side].to_numpy()[rows] for side in ("chosen", "rejected")], axis=1)
 
 
-def with_reference(corpus: Corpus, values: Float[np.ndarray, "rows 2"]) -> Corpus:
-    """The corpus with log p(chosen) - log p(rejected) of each pair; 0 for a dropped one, which no batch reads."""
-    margin = np.nan_to_num(values[:, 0] - values[:, 1])
-    return dataclasses.replace(corpus, reference=margin.astype(np.float32))
+def margins(values: Float[np.ndarray, "rows 2"]) -> Float[np.ndarray, "rows"]:
+    """log p(chosen) - log p(rejected) of each pair; 0 for a dropped one, which no batch reads."""
+    return np.nan_to_num(values[:, 0] - values[:, 1])
 
 
 def token_hashes(corpus: Corpus) -> np.ndarray:

@@ -21,15 +21,15 @@ class Rows(NamedTuple):
 
 
 def load(rows: Data) -> Rows:
-    """Read all files of `rows`; refuse or drop what stands in two places.
+    """Read all files of `rows`; refuse or drop what stands in two places. Streamed training rows are not read here.
 
     Raises ValueError where trusted rows stand in two of their parts, or training rows among them.
     """
     options = reading(rows)
     dropped: list[str] = []
-    train = data.load(rows.train, options, dropped=dropped.append)
+    train = [] if rows.streaming else data.load(rows.train, options, dropped=dropped.append)
     trusted = parts(rows, options, dropped.append)
-    notes = [f"training: {data.summary(train)}"]
+    notes = ["training: rows are read as training goes" if rows.streaming else f"training: {data.summary(train)}"]
     notes += [f"V_{part}: {data.summary(part_rows)}" for part, part_rows in trusted.items() if part_rows]
     if dropped:
         notes.append(f"{len(dropped):,} rows were left out (data.empty = drop), the first: {dropped[0]}")

@@ -13,11 +13,6 @@ RULES: tuple[Rule, ...] = (
     ("model.lora_rank", lambda c: c.model.lora_rank >= 0, "must be 0 (train all parameters) or more"),
     ("model.lora_alpha", lambda c: c.model.lora_alpha > 0, "must be above 0"),
     (
-        "model.lora_targets",
-        lambda c: c.model.lora_rank == 0 or len(c.model.lora_targets) > 0,
-        "name at least one projection, or set model.lora_rank to 0 to train all parameters",
-    ),
-    (
         "model.base_dtype",
         lambda c: c.model.base_dtype == "float32" or c.model.lora_rank > 0,
         "only a frozen base can be stored in bfloat16: set model.lora_rank above 0",
@@ -57,7 +52,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.train.steps >= 1 or (c.train.steps == 0 and getattr(c.train, "epochs", 0) > 0),
         "must be 1 or more",
     ),
-    ("train.epochs", lambda c: c.train.epochs >= 0, "must be 0 (train.steps counts) or more"),
+    ("train.epochs", lambda c: c.train.epochs > 0, "must be above 0"),
     ("train.batch", lambda c: c.train.batch >= 1, "must be 1 or more"),
     (
         "train.micro",
@@ -80,6 +75,9 @@ RULES: tuple[Rule, ...] = (
     ("outer.max_iterations", lambda c: c.outer.max_iterations >= 1, "must be 1 or more"),
     ("outer.curvature_batches", lambda c: c.outer.curvature_batches >= 1, "must be 1 or more"),
     ("output.folder", lambda c: c.output.folder != "", "name the run's folder"),
+    ("look.rows", lambda c: c.look.rows >= 0, "must be 0 (show none) or more"),
+    ("look.tokens", lambda c: c.look.tokens >= 2, "must be 2 or more"),
+    ("look.width", lambda c: c.look.width == 0 or c.look.width >= 40, "must be 0 (the terminal's) or 40 or more"),
     ("keep.top_share", lambda c: 0 < c.keep.top_share <= 1, "must be in (0, 1]"),
     ("keep.threshold", lambda c: c.keep.threshold >= 0, "must be 0 (off) or more"),
     ("keep.resample", lambda c: c.keep.resample >= 0, "must be 0 (off) or more"),
@@ -88,6 +86,12 @@ RULES: tuple[Rule, ...] = (
         "keep",
         lambda c: sum(value > 0 for value in (c.keep.threshold, c.keep.resample, c.keep.per_source)) <= 1,
         "threshold, resample and per_source are three ways to select: give one and leave the others at 0",
+    ),
+    ("export.folder", lambda c: c.export.folder != "", "name the folder to write"),
+    (
+        "export.container",
+        lambda c: c.export.container != "datasets" or c.export.form != "llama_factory",
+        "LLaMA-Factory reads files of rows, not a folder of `datasets`: choose jsonl, json or parquet",
     ),
     ("compare.seeds", lambda c: c.compare.seeds >= 1, "must be 1 or more"),
     (
@@ -127,6 +131,27 @@ RULES: tuple[Rule, ...] = (
         lambda c: not (c.model.scratch and c.objective.name == "dpo"),
         "dpo compares with the model that it starts from, which must not be random: set model.scratch to false",
     ),
+    (
+        "data.streaming",
+        lambda c: not c.data.streaming or not hasattr(c, "outer"),
+        "is for verb train alone: every row of select has a weight of its own, which asks for all rows at hand",
+    ),
+    (
+        "data.packing",
+        lambda c: not (c.data.packing and c.data.streaming),
+        "packing needs to know all rows before the first step; set data.packing or data.streaming to false",
+    ),
+    ("data.shuffle_buffer", lambda c: c.data.shuffle_buffer >= 0, "must be 0 (keep the order) or more"),
+    (
+        "train.steps",
+        lambda c: c.train.steps > 0 or not c.data.streaming,
+        "streaming does not know how many rows an epoch has: say how many steps to make",
+    ),
+    (
+        "objective.name",
+        lambda c: not (c.data.streaming and c.objective.name == "dpo"),
+        "dpo needs the reference model's log-probabilities of all rows before the first step; use simpo",
+    ),
     ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
     ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
@@ -137,6 +162,7 @@ NEEDS = {
     "optimizer.warmup": ("train",),
     "optimizer.name": ("outer",),
     "data.split": ("train",),
+    "data.packing": ("train",),
 }
 """Rules that speak of more than their own section, or hold for one verb alone."""
 

@@ -113,9 +113,11 @@ def prepare(
     tokenizer = tokens.load_tokenizer(config.model.path)
     architecture = lm.read_config(config.model.path)
     notes = list(rows.notes)
-    together = {"training and V_fit": examples + trusted.get("fit", [])}
+    streamed = config.data.streaming
+    sequences = 1 if config.objective.name == "sft" else 2
+    together = {} if streamed else {"training and V_fit": examples + trusted.get("fit", [])}
     together |= {f"V_{part}": some for part, some in trusted.items()}
-    corpora = {}
+    corpora: dict[str, Corpus] = {}
     for name, some in together.items():
         corpora[name], report = tokenized(config, some, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
@@ -129,13 +131,18 @@ def prepare(
         start = base if base is not None else fresh(config.train.seed)
         corpora = _referenced(config, folder, corpora, together, lm.decoder(architecture), start, mesh)
 
-    corpus = corpora.pop("training and V_fit")
-    longest = max(batches.longest(one) for one in (corpus, *corpora.values()))
-    trainable = corpus.kept[corpus.kept < len(examples)]
-    orders = [batches.subset(trainable, corpus.rows, config.train.batch, seed) for seed in seeds]
-    layout = batches.layout(
-        corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
-    )
+    if streamed:
+        corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
+        each, places = config.train.batch // config.train.micro, limit(config, architecture) - 1
+        layout = batches.Layout(config.train.micro, each, each * sequences, places, sequences)
+    else:
+        corpus = corpora.pop("training and V_fit")
+        longest = max(batches.longest(one) for one in (corpus, *corpora.values()))
+        trainable = corpus.kept[corpus.kept < len(examples)]
+        orders = [batches.subset(trainable, corpus.rows, config.train.batch, seed) for seed in seeds]
+        layout = batches.layout(
+            corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
+        )
     layout = placing.fit_layout(mesh, layout)
     chosen = objective(config.objective, decoder, lora=base is not None)
     problem = weighted(chosen.losses, prior=_prior(prior))
@@ -175,11 +182,16 @@ def tokenized(
     return tokens.tokenize(
         examples,
         tokenizer,
-        max_length=min(config.data.max_length, architecture.max_length),
+        max_length=limit(config, architecture),
         truncate=config.data.truncate,
         template=config.data.template or tokens.TEMPLATE,
         supervise=config.data.supervise,
     )
+
+
+def limit(config: SelectConfig | TrainConfig | InspectConfig, architecture: lm.DecoderConfig) -> int:
+    """Tokens that an example may have."""
+    return min(config.data.max_length, architecture.max_length)
 
 
 def _referenced(
@@ -213,7 +225,7 @@ def _referenced(
             values[name] = per_row(sides, params, None, stream, corpus.rows)
         tables.append(reference.table(examples[name], corpus, values[name], made_by))
     files.write_table(folder / reference.NAME, pa.concat_tables(tables))
-    return {name: reference.with_reference(corpus, values[name]) for name, corpus in corpora.items()}
+    return {name: corpus.with_reference(reference.margins(values[name])) for name, corpus in corpora.items()}
 
 
 def _prior(delta: float) -> Callable | None:

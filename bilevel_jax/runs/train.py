@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.core.transition import begin, descent
-from bilevel_jax.core.types import Inner, Params
+from bilevel_jax.core.types import Batch, Inner, Params, Stream
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm import batches
 from bilevel_jax.runs import checkpoint, files, outputs, rows, train_report, weights
@@ -19,13 +20,19 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import TrainConfig
 from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.objective import check_rows
 from bilevel_jax.runs.optimizers import schedule
 from bilevel_jax.runs.session import Session, environment, session
-from bilevel_jax.runs.task import Task, per_row, prepare
+from bilevel_jax.runs.streamed import Streamed
+from bilevel_jax.runs.task import Task, per_row, prepare, tokenized
 from bilevel_jax.runs.training import check_finite
 
 READ = 10
 """Steps between two looks at the losses: each look waits for the device."""
+
+
+Feed = Callable[[int], tuple[Any, Batch]]
+"""step -> (the weights that the batch's index points into, the batch), on the mesh."""
 
 
 class Progress(NamedTuple):
@@ -65,7 +72,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             configs.refuse_another(config, folder / files.RESOLVED)
         ready = embedded(config, folder)
         found = rows.load(ready.data)
-        given = weights.given(ready.weights, found.train)
+        given = weights.given(ready.weights, found.train) if found.train else weights.unknown(ready.weights)
         kept = [example for example, keep in zip(found.train, given.kept, strict=True) if keep]
         steps = config.train.steps or math.ceil(
             config.train.epochs * batches.steps_per_epoch(len(kept), config.train.batch)
@@ -85,20 +92,46 @@ def train(config: TrainConfig) -> dict[str, Any]:
             log_after=None,
         ) as work:
             table = given.weights[given.kept]
-            for note in [*task.notes, f"weights: {given.source}; {_about(table)}."]:
+            for note in [*task.notes, f"weights: {given.source}{_about(table)}."]:
                 work.say(note)
-            trained = _train(task, config, table, work)
-            return _write(task, config, given, trained, work, folder)
+            feed, streamed = _feed(task, ready, table)
+            trained = _train(task, config, feed, work)
+            if streamed is not None:
+                task = task._replace(examples=list(streamed.met.values()))
+                table = np.array([streamed.weigh(example) for example in task.examples], float)
+            return _write(task, config, given, table, trained, work, folder)
 
 
-def _train(task: Task, config: TrainConfig, table: np.ndarray, work: Session) -> Trained:
+def _feed(task: Task, config: TrainConfig, table: np.ndarray) -> tuple[Feed, Streamed | None]:
+    """The rows and weights of each step; and, where rows are streamed, what reads them."""
+    dtype = config.model.train_dtype
+    if not config.data.streaming:
+        hyper = placing.everywhere(task.mesh, jnp.asarray(table, dtype))
+        stream = task.stream(config.data.seed)
+        return lambda step: (hyper, stream.batch(step)), None
+    streamed = Streamed(
+        config.data,
+        task.layout,
+        weigh=weights.by_row(config.weights),
+        tokenize=lambda examples: tokenized(config, examples, task.tokenizer, task.architecture),
+        check=lambda examples: check_rows(config.objective, examples),
+        trusted=[example for part in task.trusted.values() for example in part],
+    )
+
+    def feed(step: int) -> tuple[Any, Batch]:
+        hyper, batch = streamed.batch(step)
+        placed = placing.placed(task.mesh, Stream(lambda _: batch, 1))
+        return placing.everywhere(task.mesh, jnp.asarray(hyper, dtype)), placed.batch(0)
+
+    return feed, streamed
+
+
+def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Trained:
     folder, every = work.folder / "checkpoints" / "train", config.train.evaluate_every
     best_kept = config.train.keep == "best"
     step = descent(task.problem, task.optimizer)
     rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
     read = _reader(task)
-    hyper = placing.everywhere(task.mesh, jnp.asarray(table, config.model.train_dtype))
-    stream = task.stream(config.data.seed)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     params = jax.tree.map(jnp.copy, task.fresh(config.train.seed))
     progress = Progress(begin(task.optimizer, params), jax.tree.map(jnp.copy, params) if best_kept else ())
@@ -128,14 +161,14 @@ def _train(task: Task, config: TrainConfig, table: np.ndarray, work: Session) ->
     counts: list[jax.Array] = []
     began, timed = time.monotonic(), _Speed()
     for index in range(resumed, task.steps):
-        batch = stream.batch(index)
+        hyper, batch = feed(index)
         state, losses[index] = step(state, hyper, fixed, batch)
         counts.append(batch["targeted"])
         work.advance()
         reached, due = index + 1, work.due()
         last = reached == task.steps
         if due or last or reached % READ == 0 or reached % every == 0:
-            values = check_finite(task, losses, stream)
+            values = check_finite(task, losses, lambda at: feed(at)[1])
             new = sum(int(count[0]) for count in counts)
             work.log.write(
                 {
@@ -203,10 +236,15 @@ def _reader(task: Task):
 
 
 def _write(
-    task: Task, config: TrainConfig, given: weights.Given, trained: Trained, work: Session, folder: Path
+    task: Task,
+    config: TrainConfig,
+    given: weights.Given,
+    table: np.ndarray,
+    trained: Trained,
+    work: Session,
+    folder: Path,
 ) -> dict[str, Any]:
     work.phase("writing")
-    table = given.weights[given.kept]
     files.write_table(folder / "weights.parquet", outputs.given_table(task, config, table, given.source))
     outputs.write_model(folder / "model", task, trained.params, base_path=config.model.path, parts=config.output.model)
     records = trained.records
@@ -214,7 +252,9 @@ def _write(
     ends = {"before": records[0], "after": trained.after} if records else {}
     result = {
         "steps": task.steps,
-        "epochs": task.steps / batches.steps_per_epoch(len(task.trainable()), config.train.batch),
+        "epochs": task.steps * task.batch / task.rows  # streamed: no step is cut short at the end of an epoch
+        if config.data.streaming
+        else task.steps / batches.steps_per_epoch(len(task.trainable()), task.batch),
         "batch": config.train.batch,
         "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
         "objective": config.objective.name,
@@ -266,10 +306,10 @@ def _is_best(records: list[dict[str, Any]], record: dict[str, Any]) -> bool:
 
 
 def _about(table: np.ndarray) -> str:
-    effective = table.sum() ** 2 / (table**2).sum()
-    return (
-        f"mean {table.mean():.3g}, {int((table == 0).sum()):,} of {len(table):,} are 0, effective size {effective:.0f}"
-    )
+    if not len(table):
+        return ""
+    zero, effective = int((table == 0).sum()), table.sum() ** 2 / (table**2).sum()
+    return f"; mean {table.mean():.3g}, {zero:,} of {len(table):,} are 0, effective size {effective:.0f}"
 
 
 def _line(record: dict[str, Any], unit: str) -> str:

@@ -1,5 +1,6 @@
 """One training run and one estimate of a task: resumable in the middle, watched for numbers that are not finite."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from bilevel_jax.core import curvature, linsolve, tree
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.transition import begin, snapshot_interval, train
-from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
+from bilevel_jax.core.types import PADDING, Adjoint, Batch, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
 from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import checkpoint
@@ -67,7 +68,7 @@ class Trainer:
             session.advance()
             due = session.due()
             if due or reached % self.every == 0:  # not at every step: reading a loss waits for the device
-                check_finite(task, losses, stream)
+                check_finite(task, losses, stream.batch)
                 losses.clear()
             if due:
                 if save_as is not None:
@@ -79,7 +80,7 @@ class Trainer:
             task.step, start, weights, task.fixed(start.params), stream,
             every=self.every, store=store, resume=None if saved is None else saved.state, on_step=on_step,
         )  # fmt: skip
-        check_finite(task, losses, stream)
+        check_finite(task, losses, stream.batch)
         return run
 
     def value(self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, value: Any) -> float:
@@ -174,13 +175,13 @@ class Trainer:
         return found.tree if found and found.step == outer_step else None
 
 
-def check_finite(task: Task, losses: dict[int, jax.Array], stream: Stream) -> dict[int, float]:
+def check_finite(task: Task, losses: dict[int, jax.Array], batch: Callable[[int], Batch]) -> dict[int, float]:
     """The losses by step, as numbers; a FloatingPointError that names rows for the first that is not finite."""
     values = {step: float(loss) for step, loss in losses.items()}
     step = next((step for step, value in values.items() if not np.isfinite(value)), None)
     if step is None:
         return values
-    index = np.asarray(stream.batch(step)["index"])
+    index = np.asarray(batch(step)["index"])
     ids = [task.examples[row].id for row in index[index != PADDING][:3] if row < task.rows]
     raise FloatingPointError(
         f"the training loss is {values[step]} at step {step} of {task.steps}; the batch held "

@@ -75,6 +75,43 @@ def given(config: Weights, examples: Sequence[Example]) -> Given:
     return Given(weights, kept, int(absent.sum()), f"{config.column} of {config.file}{how}{scaled}")
 
 
+def unknown(config: Weights) -> Given:
+    """What can be said of weights before any row was read."""
+    source = f"{config.column} of {config.file}" if config.file else f"{config.constant:g} for every row"
+    return Given(np.zeros(0), np.zeros(0, bool), 0, source)
+
+
+def by_row(config: Weights) -> Callable[[Example], float | None]:
+    """The configured weight of one row at a time, for rows that are streamed; None for a row to be left out.
+
+    As `given`, but for two things that would need all rows: `mean_one` divides by the mean of the file, and a score is
+    transformed over the file.
+    """
+    if not config.file:
+        return lambda example: config.constant
+    values = column(config.file, config.column)
+    scores = np.array(list(values.values()))
+    weights = TRANSFORMS[config.transform](scores)
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        odd, weight = next(pair for pair in zip(values, weights, strict=True) if not 0 <= pair[1] < np.inf)
+        raise ValueError(
+            f"{config.file}: {config.column} gives {odd} the weight {weight:.4g}; a weight is "
+            "finite and 0 or more. If it is a score, set weights.transform to minmax or rank."
+        )
+    table = dict(zip(values, (weights / weights.mean() if config.mean_one else weights).tolist(), strict=True))
+    otherwise = {"one": 1.0, "zero": 0.0, "drop": None}
+
+    def weigh(example: Example) -> float | None:
+        if example.id not in table and config.missing == "error":
+            raise ValueError(
+                f"{config.file}: no weight for the row {example.id} at {example.where}. "
+                "Set weights.missing to one, zero or drop."
+            )
+        return table.get(example.id, otherwise.get(config.missing))
+
+    return weigh
+
+
 def column(path: str, name: str) -> dict[str, float]:
     """id -> value of one column of a parquet, jsonl or json file."""
     ids, values = _read(path, name)
