@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jaxtyping import Int
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example, kind_of
+from bilevel_jax.lm.data import Example, is_pair, kind_of, row_of
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, config_hash
 from bilevel_jax.runs.learn import Learned
 from bilevel_jax.runs.task import Task
@@ -69,22 +68,16 @@ def estimand(config: SelectConfig) -> str:
 
 
 def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:
-    """The kept rows as jsonl in their order, in the form of chat messages, prompt and response, or text."""
+    """The kept rows as jsonl in their order, in the layout of `data.row_of` that holds all, with id and weight."""
+    kinds = {kind_of(examples[row]) for row in selected}
+    dialogues = "preference_chat" if is_pair(examples[0]) else "chat"
+    layout = dialogues if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
     lines = []
     for row in selected:
-        content = {**_content(examples[row]), "id": examples[row].id, "weight": float(weights[row])}
+        content = {**row_of(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
         lines.append(json.dumps(content, ensure_ascii=False) + "\n")
     # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _content(example: Example) -> dict[str, Any]:
-    turns = example.turns
-    if kind_of(example) == "text":
-        return {"text": turns[0].content}
-    if kind_of(example) == "prompt":
-        return {"prompt": turns[0].content, "response": turns[1].content}
-    return {"messages": [turn._asdict() for turn in turns]}
 
 
 def given_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
