@@ -11,7 +11,8 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
   train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
-  export RUN      write the rows that their weights choose, in the input form of another trainer
+  export RUN      write the rows that their weights choose, in the input form of another trainer; RUN is a run's folder,
+                  or a CONFIG that names weights
 
 CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
 for your own). `bilevel-jax VERB --help` explains every option; any of them may follow CONFIG, as in
@@ -56,6 +57,17 @@ def _train(arguments: list[str]) -> int:
     return _run(TrainConfig, arguments, work)
 
 
+def _inspect(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.inspect import inspect
+
+        return inspect(config)
+
+    from bilevel_jax.runs.config import InspectConfig
+
+    return _run(InspectConfig, arguments, work)
+
+
 def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
     from bilevel_jax.runs import config, session
@@ -77,7 +89,7 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     return 0
 
 
-VERBS = {"select": _select, "train": _train}
+VERBS = {"select": _select, "train": _train, "inspect": _inspect}
 
 if __name__ == "__main__":
     sys.exit(main())
