@@ -1,7 +1,9 @@
 """The command line: `bilevel-jax VERB CONFIG [options]`, one line each into runs/."""
 
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 USAGE = """usage: bilevel-jax VERB CONFIG [options]
@@ -68,6 +70,28 @@ def _inspect(arguments: list[str]) -> int:
     return _run(InspectConfig, arguments, work)
 
 
+def _export(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.export import export
+
+        return export(config, run, f"bilevel-jax export {shlex.join(arguments)}")
+
+    from bilevel_jax.runs.config import ExportConfig
+
+    run = Path(arguments[0]) if arguments and Path(arguments[0]).is_dir() else None
+    if run is None:
+        return _run(ExportConfig, arguments, work)
+    if not (run / "config.yaml").is_file():
+        print(
+            f"bilevel-jax: {run} holds no run: config.yaml is missing. Give a run's folder or a config.",
+            file=sys.stderr,
+        )
+        return 1
+    from bilevel_jax.runs.export import of_run
+
+    return _run(ExportConfig, [str(run / "config.yaml"), *of_run(run), *arguments[1:]], work)
+
+
 def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
     from bilevel_jax.runs import config, session
@@ -89,7 +113,7 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     return 0
 
 
-VERBS = {"select": _select, "train": _train, "inspect": _inspect}
+VERBS = {"select": _select, "train": _train, "inspect": _inspect, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

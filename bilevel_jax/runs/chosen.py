@@ -1,0 +1,92 @@
+"""The rows that an export writes: joined with their weights by id, chosen by a rule, counted."""
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from bilevel_jax.lm import data
+from bilevel_jax.lm.data import Example
+from bilevel_jax.runs import rows, weights
+from bilevel_jax.runs.config import ExportConfig, InspectConfig
+from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.keep import keep_rows
+
+
+class Chosen(NamedTuple):
+    """The rows with a weight, and how often each was chosen."""
+
+    examples: list[Example]
+    weights: Float[np.ndarray, "rows"]
+    repeats: Int[np.ndarray, "rows"]
+    source: str
+    """Where the weights come from, in words."""
+    notes: list[str]
+
+
+def choose(config: ExportConfig, run: Path | None = None) -> Chosen:
+    """The rows with a weight, and how often `config.keep` takes each; `run` is where builtin:cipher may lie.
+
+    Raises ValueError for rows without a weight, unless the run that made the weights left them out.
+    """
+    if not config.weights.file and (config.keep.top_share < 1 or config.keep.resample):
+        raise ValueError(
+            "weights.file is empty, so every row weighs the same and there is nothing to choose by. Give a run's "
+            "folder or weights.file, or set keep.top_share to 1 to write every row."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        made = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
+        config = replace(config, data=embedded(InspectConfig(data=config.data), made).data)
+        empty: list[str] = []
+        examples = data.load(config.data.train, rows.reading(config.data), empty.append)
+        notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []
+        examples, left = _without_leaks(config, examples)
+    notes += left
+    given = weights.given(config.weights, examples)
+    usable = given.kept & ~_never_read(config, examples)
+    if missing := int((~given.kept).sum()):
+        notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
+    if unread := int((given.kept & ~usable).sum()):
+        notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
+    sources = [example.source for example in examples]
+    places = keep_rows(given.weights, np.flatnonzero(usable), config.keep, sources=sources, seed=config.data.seed)
+    if config.keep.per_source and len(places) < config.keep.per_source:
+        notes.append(
+            f"keep.per_source = {config.keep.per_source:,}: a source gave all it has, so {len(places):,} rows."
+        )
+    repeats = np.bincount(places, minlength=len(examples))[usable]
+    examples = [example for example, use in zip(examples, usable, strict=True) if use]
+    return Chosen(examples, given.weights[usable], repeats, given.source, notes)
+
+
+def _without_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """The rows without those that a run with data.leaks = drop left out, so that they have no weight."""
+    if config.data.leaks != "drop" or not config.weights.file or config.weights.missing != "error":
+        return examples, []
+    known = weights.column(config.weights.file, config.weights.column)
+    absent = [example for example in examples if example.id not in known]
+    if not absent:
+        return examples, []
+    gone = {example.id for example in absent}
+    with contextlib.suppress(FileNotFoundError):  # where the trusted rows are not at hand, nothing can be compared
+        trusted = rows.parts(config.data, rows.reading(config.data), lambda message: None)
+        gone = {row.id for row, _ in data.leaks(absent, [row for part in trusted.values() for row in part])}
+    left = [example for example in examples if example.id not in gone]
+    return left, [
+        f"{len(gone):,} rows were left out, as by the run: they stand in the trusted rows, too."
+    ] if gone else []
+
+
+def _never_read(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:
+    """Rows that a run of `select` left out as too long: they have no loss there."""
+    file = config.weights.file
+    if not file.endswith(".parquet") or "loss" not in pq.ParquetFile(file).schema_arrow.names:
+        return np.zeros(len(examples), bool)
+    losses = weights.column(file, "loss")
+    return np.array([not np.isfinite(losses.get(example.id, 0.0)) for example in examples])

@@ -1,0 +1,286 @@
+"""Rows in the input forms of other trainers: TRL, axolotl, LLaMA-Factory, MaxText and Tunix."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from bilevel_jax.lm import data
+from bilevel_jax.lm.data import Example
+from bilevel_jax.lm.encode import TEMPLATE, joiner
+
+Row = dict[str, Any]
+ENDS = {"jsonl": ".jsonl", "json": ".json", "parquet": ".parquet", "datasets": ""}
+"""How the name of the rows' file ends; `datasets` is a folder."""
+BUILDER = {"jsonl": "json", "json": "json", "parquet": "parquet", "datasets": "arrow"}
+"""What `datasets.load_dataset` calls such files."""
+
+
+class Target(NamedTuple):
+    """What is to be written, and where."""
+
+    layout: str
+    """chat, prompt, text or preference: that of all rows."""
+    path: Path
+    """The file of rows, or the folder of `datasets`."""
+    container: str
+    template: str
+    """data.template: it joins a prompt and its response where no chat template does; empty if none was given."""
+
+
+class Form(NamedTuple):
+    """Rows as a trainer reads them."""
+
+    rows: list[Row]
+    config: tuple[str, str] | None
+    """(name, text) of a file with the trainer's settings for these rows."""
+    use: str
+    """For people: how the trainer is pointed at the rows. Markdown."""
+
+
+def layout_of(examples: Sequence[Example], asked: str) -> str:
+    """The layout of all rows: `asked`, or with auto the one they came in; a ValueError where it cannot hold one."""
+    kinds = [_kind(example) for example in examples]
+    layout = asked if asked != "auto" else "chat" if set(kinds) == {"chat", "prompt"} else kinds[0]
+    for example, kind in zip(examples, kinds, strict=True):
+        if kind != layout and (kind, layout) != ("prompt", "chat"):
+            remedy = (
+                "Set export.layout to chat"
+                if (kind, layout) == ("chat", "prompt")
+                else "Set export.layout to auto"
+                if len(set(kinds)) == 1
+                else "Keep dialogues, plain texts and preference pairs in sets of their own"
+            )
+            raise ValueError(
+                f"{example.where}: a row of the layout '{kind}' cannot be written as '{layout}'. {remedy}."
+            )
+    return layout
+
+
+def trl(examples: Sequence[Example], target: Target) -> Form:
+    """messages; prompt and completion; text; prompt, chosen and rejected.
+
+    Prompts and responses are lists of messages, which the chat template joins. Where data.template says how to join
+    them they are strings, which TRL puts side by side.
+    """
+    answered = target.layout in ("prompt", "preference")
+    plain = bool(target.template) and answered
+    rows = [_strings(one, target.template) if plain else _messages(one, target.layout) for one in examples]
+    rows = [_renamed(row, {"response": "completion"}) for row in rows]
+    trainer = "DPOTrainer(model, DPOConfig()" if target.layout == "preference" else "SFTTrainer(model, SFTConfig()"
+    notes = []
+    if target.layout == "chat":
+        trainer = "SFTTrainer(model, SFTConfig(assistant_only_loss=True)"
+        notes.append("Without `assistant_only_loss=True` TRL learns the questions too.")
+    if plain:
+        notes.append("Prompts and responses are strings, the prompt as data.template writes it.")
+    elif answered:
+        notes.append(
+            "Prompts and responses are messages, so the tokenizer needs a chat template; for one without, export with "
+            f"`--data.template`, such as {TEMPLATE!r}."
+        )
+    code = f"```python\n{_load(target)}\ntrainer = {trainer}, train_dataset=rows)\n```"
+    return Form(rows, None, "\n\n".join([code, *notes]))
+
+
+def axolotl(examples: Sequence[Example], target: Target) -> Form:
+    """`chat_template` reads messages, `alpaca` instruction and output, `completion` text; DPO two answers."""
+    pairs = target.layout == "preference"
+    kinds: dict[str, Row] = {
+        "chat": {
+            "type": "chat_template",
+            "field_messages": "messages",
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
+        },
+        "prompt": {"type": "alpaca"},
+        "text": {"type": "completion"},
+        "preference": {
+            "split": "train",
+            "type": "chat_template.default",
+            "field_messages": "messages",
+            "field_chosen": "chosen",
+            "field_rejected": "rejected",
+        },
+    }
+    rows = [
+        _answers(one, "messages")
+        if pairs
+        else _asked(one)
+        if target.layout == "prompt"
+        else _messages(one, target.layout)
+        for one in examples
+    ]
+    file = {} if target.container == "datasets" else {"ds_type": BUILDER[target.container]}
+    settings: Row = {"rl": "dpo"} if pairs else {}
+    text = _yaml(settings | {"datasets": [{"path": str(target.path)} | file | kinds[target.layout]]})
+    use = f"Put `axolotl.yaml` into your config:\n\n```yaml\n{text}```"
+    if target.layout == "prompt":
+        use += "\n\n`alpaca` puts words of its own around each prompt; export with export.layout = chat for none."
+    return Form(rows, ("axolotl.yaml", text), use)
+
+
+def llama_factory(examples: Sequence[Example], target: Target) -> Form:
+    """The alpaca layout for a prompt and its response (or two, with ranking), sharegpt for dialogues, text alone."""
+    pairs = target.layout == "preference"
+    dialogue = target.layout == "chat" or (pairs and not all(map(_is_short, examples)))
+    if dialogue:
+        rows = [_spoken(_answers(one, "conversations")) if pairs else data.row_of(one, "sharegpt") for one in examples]
+        columns = {"messages": "conversations"}
+    elif target.layout == "text":
+        rows, columns = [data.row_of(example, "text") for example in examples], {"prompt": "text"}
+    else:
+        rows, columns = [_asked(example) for example in examples], {"prompt": "instruction", "query": "input"}
+        columns |= {} if pairs else {"response": "output"}
+    columns |= {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
+    info: Row = {"file_name": target.path.name, "formatting": "sharegpt" if dialogue else "alpaca"}
+    info |= {"ranking": True} if pairs else {}
+    info |= {"columns": columns}
+    if dialogue:
+        info |= {
+            "tags": {
+                "role_tag": "from",
+                "content_tag": "value",
+                "user_tag": "human",
+                "assistant_tag": "gpt",
+                "system_tag": "system",
+            }
+        }
+    name = target.path.parent.name
+    text = json.dumps({name: info}, indent=2, ensure_ascii=False) + "\n"
+    stage = {"text": "pt", "preference": "dpo"}.get(target.layout, "sft")
+    settings = _yaml({"stage": stage, "dataset_dir": str(target.path.parent), "dataset": name})
+    use = f"`dataset_info.json` describes the rows. In your training config:\n\n```yaml\n{settings}```"
+    if skipped := [example for example in examples if not _alternates(example)]:
+        use += (
+            f"\n\n{len(skipped):,} rows, the first {skipped[0].where}, do not go from user to assistant and back in "
+            "turns; LLaMA-Factory warns of such rows and skips them."
+        )
+    return Form(rows, ("dataset_info.json", text), use)
+
+
+def maxtext(examples: Sequence[Example], target: Target) -> Form:
+    """messages, or lists of them as prompt and completion; text; for DPO strings, since no chat template is applied."""
+    if target.layout == "preference":
+        rows = [_strings(example, target.template or TEMPLATE) for example in examples]
+    else:
+        rows = [_renamed(_messages(example, target.layout), {"response": "completion"}) for example in examples]
+    columns = {
+        "chat": ["messages"],
+        "prompt": ["prompt", "completion"],
+        "text": ["text"],
+        "preference": ["prompt", "chosen", "rejected"],
+    }[target.layout]
+    files = target.path / "*.arrow" if target.container == "datasets" else target.path
+    settings: Row = {
+        "text": {},
+        "preference": {"use_dpo": True, "packing": False},
+    }.get(target.layout, {"use_sft": True, "sft_train_on_completion_only": True})
+    settings = {
+        "dataset_type": "hf",
+        "hf_path": BUILDER[target.container],
+        "hf_train_files": str(files),
+        "train_split": "train",
+        "train_data_columns": columns,
+    } | settings
+    text = _yaml(settings)
+    use = f"The keys of MaxText's config, whose SFT and DPO run on Tunix:\n\n```yaml\n{text}```"
+    if target.layout == "preference":
+        use += (
+            "\n\nNo chat template is applied: the prompt stands as data.template writes it. Tunix's own `DPOTrainer` "
+            "takes the three columns as `DataInput(prompts, chosen_responses, rejected_responses)`."
+        )
+    return Form(rows, ("maxtext.yml", text), use)
+
+
+FORMS = {"trl": trl, "axolotl": axolotl, "llama_factory": llama_factory, "maxtext": maxtext}
+NAMES = {"trl": "TRL", "axolotl": "Axolotl", "llama_factory": "LLaMA-Factory", "maxtext": "MaxText and Tunix"}
+
+
+# ---- rows
+
+
+def _kind(example: Example) -> str:
+    return "preference" if data.is_pair(example) else data.kind_of(example)
+
+
+def _is_short(example: Example) -> bool:
+    """Whether both sides of a pair are one question and one answer."""
+    sides = (example.turns, example.rejected)
+    return {data.kind_of(example._replace(turns=side)) for side in sides} == {"prompt"}
+
+
+def _messages(example: Example, layout: str) -> Row:
+    """Every part as a list of messages; a text stays a text."""
+    if layout == "prompt":
+        prompt, response = (turn._asdict() for turn in example.turns)
+        return {"prompt": [prompt], "response": [response]}
+    return data.row_of(example, "preference_chat" if layout == "preference" else layout)
+
+
+def _strings(example: Example, template: str) -> Row:
+    """Every part as a string: the prompt as the template writes it, up to the response."""
+    if data.is_pair(example) and not _is_short(example):
+        raise ValueError(
+            f"{example.where}: a dialogue of several messages, and this form joins one prompt and one response by a "
+            "template. Set export.form to trl and leave data.template empty."
+        )
+    row = data.row_of(example, _kind(example))
+    text, (start, _) = joiner(template)(example._replace(rejected=()))
+    return row | {"prompt": text[:start]}
+
+
+def _asked(example: Example) -> Row:
+    """The alpaca layout; of a pair, with chosen and rejected in place of output."""
+    if not data.is_pair(example):
+        return data.row_of(example, "alpaca")
+    return _renamed(data.row_of(example, "preference"), {"prompt": "instruction"}) | {"input": ""}
+
+
+def _answers(example: Example, name: str) -> Row:
+    """The messages of the prompt under `name`, and one message each for the two answers."""
+    row = data.row_of(example, "preference_chat")
+    for side in ("chosen", "rejected"):
+        if len(row[side]) != 1:
+            raise ValueError(
+                f"{example.where}: the {side} side goes on for {len(row[side])} messages behind the prompt, and this "
+                "form holds one. Set export.form to trl, or leave the row out."
+            )
+    return {name: row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
+
+
+def _spoken(row: Row) -> Row:
+    """The same in the words of ShareGPT."""
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+
+    def said(message: Row) -> Row:
+        return {"from": names[message["role"]], "value": message["content"]}
+
+    return {
+        key: [said(message) for message in value] if isinstance(value, list) else said(value)
+        for key, value in row.items()
+    }
+
+
+def _alternates(example: Example) -> bool:
+    """Whether the turns behind a system message go user, assistant, user, assistant ...; texts have none."""
+    roles = [turn.role for turn in example.turns if turn.role != "system"]
+    return roles in (["text"], ["user", "assistant"] * (len(roles) // 2))
+
+
+def _renamed(row: Row, names: dict[str, str]) -> Row:
+    return {names.get(key, key): value for key, value in row.items()}
+
+
+def _yaml(settings: Row) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _load(target: Target) -> str:
+    if target.container == "datasets":
+        return f"from datasets import load_from_disk\n\nrows = load_from_disk({json.dumps(str(target.path))})"
+    builder = BUILDER[target.container]
+    files = f"data_files={json.dumps(str(target.path))}"
+    return f'from datasets import load_dataset\n\nrows = load_dataset("{builder}", {files}, split="train")'
