@@ -33,12 +33,14 @@ class Mode(NamedTuple):
     packing: bool
     learning_rate: float
     """Smooth in runs of 48 steps and more, as test_language_model_slow shows."""
+    eps_root: float = 1e-12
+    """With LoRA's B = 0 the first steps meet gradients near sqrt(1e-12), where Adam bends too much for a difference."""
 
     def __str__(self):
         return f"{f'lora {self.lora_rank}' if self.lora_rank else 'full'}{', packed' if self.packing else ''}"
 
 
-MODES = [Mode(0, False, 3e-4), Mode(4, True, 3e-3)]
+MODES = [Mode(0, False, 3e-4), Mode(4, True, 3e-3, 1e-8)]
 FULL, LORA = MODES
 
 
@@ -52,7 +54,7 @@ def problem(shared: Path, mode: Mode, *, micro: int = MICRO, prior: float = 0.0,
     data = rows(shared)
     data = data._replace(length=2 * data.length) if mode.packing else data  # two examples to a row
     return setting(
-        shared, data, adamw(STEPS, learning_rate=mode.learning_rate), steps=STEPS, batch=BATCH, micro=micro,
+        shared, data, adamw(STEPS, learning_rate=mode.learning_rate, eps_root=mode.eps_root), steps=STEPS, batch=BATCH, micro=micro,
         lora_rank=mode.lora_rank, packing=mode.packing, prior=prior, dtype=jnp.float64 if x64 else jnp.float32,
     )  # fmt: skip
 
@@ -124,7 +126,8 @@ def test_equals_finite_differences(mode, shared, x64):
 
     The steps are small because the first Adam steps are close to signs: gradients near sqrt(eps_root) bend.
     """
-    errors = np.abs(swept(shared, mode).ratios((1e-4, 1e-5, 1e-6, 1e-7)) - 1)
+    largest = 1e-4 if mode.eps_root < 1e-8 else 1e-3
+    errors = np.abs(swept(shared, mode).ratios([largest / 10**power for power in range(4)]) - 1)
     assert errors.min() < 1e-6
     falls = (errors[:-1] / errors[1:])[errors[:-1] > 1e-6]  # above the noise
     assert len(falls) >= 2 and (falls > 80).all() and (falls < 120).all()
@@ -142,7 +145,7 @@ def test_float32_is_enough(mode, shared):
     assert relative(grad, reference) < 5e-3
     assert np.vdot(grad, reference) / np.linalg.norm(grad) / np.linalg.norm(reference) > 0.9999
     assert abs(single.ratios([0.1]) - bent) < 0.02  # at smaller steps L_v's rounding drowns the difference
-    assert abs(bent - 1) < 0.1  # in six steps the first, close to a sign, counts for much: a curve, not an error
+    assert abs(bent - 1) < 0.05  # in six steps the first, close to a sign, counts for much: a curve, not an error
 
 
 def test_packing_and_micro_batches_change_nothing(shared, x64):
