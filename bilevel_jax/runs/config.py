@@ -55,7 +55,7 @@ class Data:
     label_field: str = ""  # key of a known quality: adds AUC and the oracle's row to the report; never seen in training
     good_label: str = "clean"  # the label of good rows
     empty: Literal["error", "drop"] = "error"  # rows with an empty part: name them and stop, or leave them out
-    template: str = ""  # prompt template with {prompt}, or empty: the tokenizer's chat template
+    template: str = ""  # where the tokenizer has no chat template: {prompt} and {response} with what joins them
     max_length: int = 1024  # tokens of an example
     truncate: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
     supervise: Literal["all", "last"] = "all"  # targets of a dialogue: every assistant turn, or the last alone

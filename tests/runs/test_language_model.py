@@ -53,8 +53,9 @@ def rows(shared: Path) -> Rows:
 def problem(shared: Path, mode: Mode, *, micro: int = MICRO, prior: float = 0.0, x64: bool = True) -> Setting:
     data = rows(shared)
     data = data._replace(length=2 * data.length) if mode.packing else data  # two examples to a row
+    optimizer = adamw(STEPS, learning_rate=mode.learning_rate, eps_root=mode.eps_root)
     return setting(
-        shared, data, adamw(STEPS, learning_rate=mode.learning_rate, eps_root=mode.eps_root), steps=STEPS, batch=BATCH, micro=micro,
+        shared, data, optimizer, steps=STEPS, batch=BATCH, micro=micro,
         lora_rank=mode.lora_rank, packing=mode.packing, prior=prior, dtype=jnp.float64 if x64 else jnp.float32,
     )  # fmt: skip
 
