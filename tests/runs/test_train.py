@@ -4,6 +4,7 @@ import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ from bilevel_jax.runs import session
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.train import summary, train
+from tests.runs.command import run_verb
+from tests.runs.problems_lm import MODEL, reviews
 
 PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.select")
 OBJECTIVES = {
@@ -256,3 +259,55 @@ def test_streamed_weights_and_leaks(made, tmp_path):
     (tmp_path / "leaky.jsonl").write_text(rows)
     with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the trusted rows, at .*report.jsonl:1"):
         run(made, tmp_path / "leaky", *STREAMED, "--data.train", str(tmp_path / "leaky.jsonl"))
+
+
+def greedy(folder, ids, count):
+    """The next tokens by the largest logit, with our decoder."""
+    config, params = lm.load(folder)
+    decoder = lm.decoder(config)
+
+    @jax.jit
+    def logits(tokens):
+        places, segments = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+        return decoder.hidden(params, tokens, places, segments) @ decoder.head(params)
+
+    tokens = np.zeros((1, len(ids) + count), np.int32)  # one shape: what stands behind is not seen
+    tokens[0, : len(ids)] = ids
+    for place in range(len(ids), tokens.shape[1]):
+        tokens[0, place] = np.asarray(logits(jnp.asarray(tokens)))[0, place - 1].argmax()
+    return tokens[0, len(ids) :].tolist()
+
+
+def continued(folder, text, count):
+    """How `transformers` continues `text`, and how we do: token ids, EOS as any other."""
+    torch = pytest.importorskip("torch", reason="needs the parity extra")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=-1)
+    return out[0, len(ids) :].tolist(), greedy(folder, ids, count)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_the_written_model_says_the_same_in_transformers(whole):
+    theirs, ours = continued(whole[0] / "model", "abcd>", 4)
+    assert theirs == ours
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared, tmp_path):
+    texts = reviews(shared, 160)
+    for name, part in (("train", texts[:96]), ("validation", texts[96:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    flags = {
+        "model.path": shared / "models" / MODEL, "data.train": tmp_path / "train.jsonl", "data.max-length": 64,
+        "data.validation": tmp_path / "validation.jsonl", "optimizer.learning-rate": 3e-3,
+    }  # fmt: skip
+    given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
+    result = run_verb("train", "configs/train.yaml", tmp_path / "run", *given)
+    report = result["parts"]["report"]
+    assert report["after"]["loss"] < report["before"]["loss"] - 0.3
+    theirs, ours = continued(tmp_path / "run" / "model", "the film is", 20)
+    assert theirs == ours
