@@ -177,3 +177,18 @@ class Weighting(NamedTuple):
 
     init: Callable[[], Hyper]
     weights: Callable[[Hyper], Float[Array, "rows"]]
+
+
+class Single(NamedTuple):
+    """A single-loop method: the parameters and the weights move together, so one driver trains with any of them.
+
+    A state has `params` and `step`; it is plain arrays, and saving it is all that resuming needs. `step` is compiled
+    and donates the state that it is given: its memory becomes that of the state returned. An info has at least
+    `value`, the share of L_v of the validation batch, `loss`, the weighted loss of the training batch (both nats,
+    before the step), and `weights`, the slice that the step used.
+    """
+
+    init: Callable[[Params], PyTree]
+    """The state before the first step; `params` is copied, as the first step donates it."""
+    step: Callable[[PyTree, Fixed, Batch, Batch], tuple[PyTree, PyTree]]
+    """(state, fixed, training batch, validation batch) -> (state, info)."""
