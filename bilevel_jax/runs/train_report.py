@@ -187,7 +187,8 @@ def _trained(run: Results) -> Html:
     model, result = run.config["model"], run.result
     what = "all parameters of "
     if model["lora_rank"]:
-        what = f"LoRA factors of rank {model['lora_rank']} ({', '.join(model['lora_targets']) or 'the projections usual for its family'}) of "
+        targets = ", ".join(model["lora_targets"]) or "on the projections usual for its family"
+        what = f"LoRA factors of rank {model['lora_rank']} ({targets}) of "
     steps, batch, total = result["steps"], result["batch"], result["rows"]["train"]
     return join(
         what,
