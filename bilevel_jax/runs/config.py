@@ -17,6 +17,8 @@ Format = Literal[
     "auto", "text", "chat", "sharegpt", "prompt", "completion", "alpaca",
     "preference", "implicit_preference", "alpaca_preference", "sharegpt_preference", "hh",
 ]  # fmt: skip
+Method = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
+SINGLE_LOOP = ("penalty", "bmo", "mixing")
 Normalise = Literal["example_mean", "token_sum", "token_mean"]
 
 
@@ -135,7 +137,7 @@ class Weights:
 class Outer:
     """How the weights are learned."""
 
-    method: Literal["unrolled", "implicit", "window", "alignment"] = "unrolled"  # unrolled: exact for the run itself
+    method: Method = "unrolled"  # unrolled: exact for the run itself; penalty, bmo and mixing: see single
     weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"  # what is learned -> weights
     steps: int = 8  # steps of the weights: each trains once and sweeps once
     learning_rate: float = 0.7  # of the weights' logits, along the hypergradient divided by its rms
@@ -152,6 +154,21 @@ class Outer:
     tolerance: float = 1e-4  # implicit: relative residual at which the solve stops
     max_iterations: int = 100  # implicit: products at which it gives up
     curvature_batches: int = 8  # implicit: batches in the matrix; doubled until the solution stays
+
+
+@dataclass(frozen=True)
+class Single:
+    """Methods whose weights move with the parameters, in one run that trains on V as well: penalty, bmo, mixing."""
+
+    steps: int = 0  # steps of that run; 0: as many as outer.steps trainings have
+    batch: int = 16  # validation examples in one step
+    shares: tuple[float, ...] = (0.5, 0.4, 0.3)  # share of L_v in the loss, for equal parts of the run (mixing: rho)
+    second: Literal["copy", "none"] = "copy"  # penalty: a second model trained on the weighted rows alone, or none
+    temperatures: tuple[float, float] = (1.0, 0.1)  # bmo: tau at the first and the last step, geometric between
+    reference: Literal["none", "snapshot", "copy"] = "none"  # bmo: what losses are compared with (phi)
+    inner_steps: int = 1  # bmo with a copy: its steps for each step
+    proximal: float = 1.0  # bmo with a copy: strength of its pull to the parameters (l)
+    read_every: int = 50  # steps between two readings of L_v
 
 
 @dataclass(frozen=True)
@@ -231,6 +248,7 @@ class SelectConfig:
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     outer: Outer = Outer()
+    single: Single = Single()
     output: Output = Output()
     keep: Keep = Keep()
     compare: Compare = Compare()

@@ -154,6 +154,22 @@ RULES: tuple[Rule, ...] = (
     ),
     ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
     ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
+    ("single.steps", lambda c: c.single.steps >= 0, "must be 0 (train.steps * outer.steps) or more"),
+    ("single.batch", lambda c: c.single.batch >= 1, "must be 1 or more"),
+    (
+        "single.shares",
+        lambda c: len(c.single.shares) > 0 and all(0 < share < 1 for share in c.single.shares),
+        "name at least one share of L_v, each in (0, 1)",
+    ),
+    ("single.temperatures", lambda c: min(c.single.temperatures) > 0, "must be above 0"),
+    ("single.inner_steps", lambda c: c.single.inner_steps >= 1, "must be 1 or more"),
+    ("single.proximal", lambda c: c.single.proximal > 0, "must be above 0"),
+    ("single.read_every", lambda c: c.single.read_every >= 1, "must be 1 or more"),
+    (
+        "outer.weighting",
+        lambda c: c.outer.method != "penalty" or c.outer.weighting != "by_features",
+        "the penalty method steps the weights of the rows at hand: choose softmax, sigmoid or per_source",
+    ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )
 
