@@ -85,7 +85,7 @@ def test_defaults_need_only_a_model_and_data():
         ("train: {steps: true}", "train.steps is True (bool); wanted a whole number."),
         ("train: {steps: }", "train.steps is empty; wanted a whole number."),
         ("outer: {prior: .nan}", "outer.prior is nan (float); wanted a number."),
-        ("outer: {method: exact}", "wanted one of unrolled, implicit, window, alignment."),
+        ("outer: {method: exact}", "wanted one of unrolled, implicit, window, alignment, penalty, bmo, mixing."),
         ("outer: {redraw: 'yes'}", "outer.redraw is 'yes' (str); wanted true or false."),
         ("data: {template: 3}", "data.template is 3 (int); wanted text (quote"),
         ("data: {split: [1, 2]}", "wanted a list of 3."),
