@@ -180,15 +180,18 @@ class Weighting(NamedTuple):
 
 
 class Single(NamedTuple):
-    """A single-loop method: the parameters and the weights move together, so one driver trains with any of them.
+    """A single-loop method: the parameters and the weights move together, so that one driver trains with any of them.
 
-    A state has `params` and `step`; it is plain arrays, and saving it is all that resuming needs. `step` is compiled
-    and donates the state that it is given: its memory becomes that of the state returned. An info has at least
-    `value`, the share of L_v of the validation batch, `loss`, the weighted loss of the training batch (both nats,
-    before the step), and `weights`, the slice that the step used.
+    A state is plain arrays, has `inner: Inner` (the parameters, their optimiser's state, the steps done), and saving it
+    is all that resuming needs. An info has at least `inner`, the weighted loss with the prior, `outer`, L_v of the
+    validation batch (both nats, before the step), `share`, the part of L_v in the gradient, and `norm`, the gradient's.
     """
 
-    init: Callable[[Params], PyTree]
-    """The state before the first step; `params` is copied, as the first step donates it."""
-    step: Callable[[PyTree, Fixed, Batch, Batch], tuple[PyTree, PyTree]]
-    """(state, fixed, training batch, validation batch) -> (state, info)."""
+    init: Callable[[Params], Any]
+    """The state before the first step, in buffers of its own."""
+    step: Callable[[Any, Fixed, Batch, Batch], tuple[Any, Any]]
+    """(state, fixed, training batch, validation batch) -> (state, info); compiled; the state given is donated."""
+    weights: Callable[[Any], Float[Array, "rows"]]
+    """state -> the whole table, mean about 1; it costs O(rows)."""
+    estimand: str
+    """What the trained model and the weights solve, in words."""

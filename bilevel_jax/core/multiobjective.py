@@ -1,0 +1,298 @@
+"""Multi-objective training (BMO): every row is an objective, and L_v chooses on their weakly Pareto-optimal set.
+
+    min over theta of L_v(theta)  s.t.  theta in WP(l_1 .. l_N): no theta' lowers all l_i at once
+
+theta itself follows L_v, so the method *trains on the validation rows* (the optimistic estimand); the weights of rows
+are a closed form of losses, and no table of weights is learned. arXiv 2511.21056 states the problem; the merit function
+and its weights are reconstructed here, not read there, and the bounds below are derived here.
+
+With gaps z_i = l_i(phi) - l_i(theta), in nats, over N rows, a temperature tau and a strength s:
+
+    u(theta) = max_phi { min_i -z_i - (s/2) |phi - theta|^2 }          the merit function of weak Pareto optimality
+    m(theta) = max_phi { -tau log mean_i exp(z_i / tau) - (s/2) |phi - theta|^2 }            its smooth form
+    0 <= u <= m <= u + tau log N;   grad m = mean_i w_i grad l_i(theta) + s (phi* - theta);   w_i = N softmax_i(z / tau)
+
+phi = theta shows u >= 0, and u = 0 where theta is weakly Pareto-optimal (only there, if the losses are convex); there
+0 <= m <= tau log N. With a sum in the place of the mean, v = m - tau log N and -tau log N <= v <= u; its gradient and
+weights are the same. As tau -> 0, m -> u. But m = 0 only where mean_i grad l_i = 0: at a fixed tau the minimiser of m
+is the minimiser of the *mean* loss, and m alone pulls to it along the front, with a force of order tau.
+
+If one model attains the least loss 0 on every row (*separable* data) and s = 0, then l_i(phi*) = 0, and
+m = -tau log mean_i exp(-l_i(theta) / tau) is a soft minimum of the losses that needs no second model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.transition import begin, gradient
+from bilevel_jax.core.types import (
+    PADDING,
+    Batch,
+    Fixed,
+    Inner,
+    Params,
+    Problem,
+    PyTree,
+    Scalar,
+    Single,
+    Slice,
+    Stream,
+)
+
+ESTIMAND = (
+    "multi-objective: min over the weakly Pareto-optimal theta of the training rows' losses of L_v; theta itself is "
+    "pulled by L_v, so it trains on V"
+)
+
+Gaps = Float[Array, "..."]
+"""l_i(phi) - l_i(theta), nats; -inf where there is no row. Above 0 where theta fits a row better than phi does."""
+
+
+class Copy(NamedTuple):
+    """phi is a second copy of the model, which follows its own minimisation from step to step."""
+
+    optimizer: optax.GradientTransformation
+    steps: int = 1
+    """Steps of phi for each step of theta, K; each costs a forward and a backward pass."""
+    strength: float = 1.0
+    """s of (s/2) |phi - theta|^2; above minus the least curvature of the losses, the minimum over phi is unique."""
+
+
+Phi = Literal["none", "snapshot"] | Copy
+
+
+class State(NamedTuple):
+    """All that the next step needs; plain arrays, so that saving and loading it is resuming."""
+
+    inner: Inner
+    """theta, its optimiser's state and the number of steps done."""
+    phi: Params
+    """The parameters that theta is compared with; () in the separable form."""
+    phi_opt: PyTree
+    level: Scalar
+    """Running tau log mean_i exp(z_i / tau), nats: the normaliser of the weights."""
+    measured: Scalar
+    """Rows that went into the level; 0 = measure it on the next batch, before its weights are taken."""
+    table: Float[Array, "rows"]
+    """The gap that each row had when it was last seen, nats; -inf before. Written in O(batch), read by `weights`."""
+
+
+class Info(NamedTuple):
+    """What one step tells, all of it at the theta that the step started from, and the phi that it used."""
+
+    inner: Scalar
+    """sum_i w_i l_i / rows + prior, of the training batch, nats."""
+    outer: Scalar
+    """L_v of the validation batch, nats."""
+    share: Scalar
+    """The part of L_v in the gradient."""
+    norm: Scalar
+    """The norm of theta's gradient."""
+    tau: Scalar
+    weights: Slice
+    """float[micro, examples], mean about 1; 0 for padding."""
+    gaps: Slice
+    """z of each example, float[micro, examples], nats; -inf for padding."""
+    merit: Scalar
+    """Estimate of m(theta), nats, by the running level; a lower bound as far as phi is not the maximiser."""
+
+
+def multiobjective(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    rows: int,
+    *,
+    share: optax.Schedule,
+    tau: optax.Schedule,
+    phi: Phi = "none",
+    memory: float = 1024.0,
+) -> Single:
+    """theta <- opt(share grad L_v + (1 - share) grad m), one step for each pair of a training and a validation batch.
+
+        grad m = sum_i w_i grad l_i(theta) / rows + grad prior + s (phi - theta);   w_i = exp((z_i - level) / tau)
+
+    `phi`: "none" is the separable form, whose steps cost what plain training's do; "snapshot" compares with the
+    parameters that training started from, or those of the last `refresh`, by the ratio (pi_theta / pi_phi)^(1/tau) of
+    likelihoods, for one more forward pass; `Copy` takes K steps towards the maximiser phi*, and moves phi along with
+    theta, as it is phi - theta that varies slowly.
+
+    `level` is the normaliser over the last `memory` rows or so (while they are fewer, the exact one over all of them),
+    as it stood *before* the step: the weight of a row depends on no other row of its batch, except in the very first
+    step. It is held in nats, so that a falling tau does not make it stale.
+
+    `problem` must be linear in its slice, as `weighted` makes it. L_v of a validation batch is the mean over its own
+    rows. Micro-batches are summed in a scan; no work of a step grows with the number of rows.
+
+    Estimand: `ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the front).
+
+    Wrong: "none" where rows cannot be fitted (noise in an answer costs its row weight); "snapshot" where phi is far
+    from phi* (m is then a lower bound); `Copy` with too few steps, which `merit` below 0 tells; memory so long that the
+    losses change by more than tau within it, or so short that it misses the rows that hold the weight (the mean of
+    `weights` leaves 1). Where few rows hold most of the weight, every minibatch is a noisy sample.
+
+    Source: the problem is that of arXiv 2511.21056; merit function, weights and steps are reconstructed.
+
+    Raises:
+        ValueError: if phi is no form, tau does not start above 0, or memory, steps or strength are out of range.
+    """
+    copy = phi if isinstance(phi, Copy) else None
+    if copy is None and phi not in ("none", "snapshot"):
+        raise ValueError(f"phi={phi!r}; use 'none', 'snapshot' or Copy(optimizer, steps, strength).")
+    if copy is not None and not (copy.strength > 0 and copy.steps >= 1):
+        raise ValueError(f"{copy.steps} steps and strength {copy.strength} of phi; give at least 1, and above 0.")
+    if not float(tau(0)) > 0 or not memory >= 0:
+        raise ValueError(f"tau starts at {float(tau(0))}, memory {memory}; give a positive tau and no negative memory.")
+    held_out = problem._replace(
+        inner=lambda params, weights, fixed, batch: problem.outer(params, fixed, batch),
+        prior=lambda params, fixed: jnp.zeros(()),
+    )
+
+    def init(params: Params) -> State:
+        inner = begin(optimizer, jax.tree.map(jnp.array, params))  # buffers of its own: the step donates them
+        other = () if phi == "none" else jax.tree.map(jnp.array, params)
+        opt = copy.optimizer.init(other) if copy else ()
+        return State(inner, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(rows, -jnp.inf))
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, fixed: Fixed, train: Batch, validation: Batch) -> tuple[State, Info]:
+        (params, opt, done), other, phi_opt = state.inner, state.phi, state.phi_opt
+        heat, lam = jnp.asarray(tau(done), float), jnp.asarray(share(done), float)
+        level = jax.lax.cond(
+            state.measured > 0, lambda: state.level, lambda: -merit(gaps(problem, params, other, fixed, train), heat)
+        )
+        if copy:
+            own = all_losses(problem, params, fixed, train)
+
+            def follow(carry, _):
+                at, opt = carry
+                grad = weighted_slope(problem, at, fixed, train, lambda values, own: values - own, own, level, heat)[1]
+                grad = optax.tree.add_scale(grad, copy.strength, optax.tree.sub(at, params))
+                updates, opt = copy.optimizer.update(grad, opt, at)
+                return (optax.apply_updates(at, updates), opt), None
+
+            (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=copy.steps)
+        theirs = all_losses(problem, other, fixed, train)
+        inner, slope, z, chosen = weighted_slope(
+            problem, params, fixed, train, lambda values, theirs: theirs - values, theirs, level, heat
+        )
+        seen, kept = jnp.sum(z > -jnp.inf), jnp.minimum(state.measured, memory)
+        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - merit(z, heat) / heat])
+        level = heat * (jax.nn.logsumexp(both) - jnp.log(kept + seen))
+
+        value = problem.prior(params, fixed) - (0 if phi == "none" else problem.prior(other, fixed)) - level
+        if copy:
+            apart = optax.tree.sub(other, params)
+            value = value - copy.strength / 2 * optax.tree.norm(apart, squared=True)
+            slope = optax.tree.add_scale(slope, copy.strength, apart)
+        real = jnp.sum(validation["index"] != PADDING)
+        held = {**validation, "rows": jnp.full_like(validation["rows"], real)}
+        outer, pull = gradient(held_out, params, None, fixed, held)
+        grad = jax.tree.map(lambda a, b: (lam * a + (1 - lam) * b).astype(b.dtype), pull, slope)
+        updates, opt = optimizer.update(grad, opt, params)
+        after = optax.apply_updates(params, updates)
+        if copy:
+            other = optax.tree.add(other, optax.tree.sub(after, params))
+        table = state.table.at[train["index"]].set(z, mode="drop")
+        info = Info(inner, outer, lam, tree.norm(grad), heat, chosen, z, value)
+        return State(Inner(after, opt, done + 1), other, phi_opt, level, state.measured + seen, table), info
+
+    def table(state: State) -> Float[Array, "rows"]:
+        """By the gaps that were seen last; 1 for a row that no batch touched. `weights` gives the exact table."""
+        return jnp.where(state.table > -jnp.inf, importance(state.table, tau(state.inner.step)), 1)
+
+    return Single(init, step, table, ESTIMAND)
+
+
+def refresh(state: State, phi: Params) -> State:
+    """Compare with other parameters from here on (a new sampling snapshot): level and table are measured afresh."""
+    start = jnp.zeros_like(state.level), jnp.zeros_like(state.measured), jnp.full_like(state.table, -jnp.inf)
+    return State(state.inner, jax.tree.map(jnp.array, phi), state.phi_opt, *start)
+
+
+def geometric(start: float, end: float, steps: int) -> optax.Schedule:
+    """From `start` to `end` over `steps` steps, by the same factor each, and `end` from there on."""
+    return lambda step: start * (end / start) ** jnp.minimum(step / steps, 1.0)
+
+
+def merit(gaps: Gaps, tau: Scalar | float) -> Scalar:
+    """m = -tau log mean_i exp(gaps_i / tau) over the rows that are there, nats: at a phi, without strength and prior.
+
+    A lower bound of m(theta) at any phi. Minus tau log N it is v. Between min_i -gaps_i and that plus tau log N.
+    """
+    return -tau * (jax.nn.logsumexp(gaps / tau) - jnp.log(jnp.sum(gaps > -jnp.inf)))
+
+
+def importance(gaps: Gaps, tau: Scalar | float) -> Gaps:
+    """w_i = N softmax_i(gaps / tau): mean 1 over the N rows that are there, 0 for the others."""
+    return jnp.exp((gaps + merit(gaps, tau)) / tau)
+
+
+def weights(
+    problem: Problem, params: Params, phi: Params, fixed: Fixed, stream: Stream, rows: int, tau: float
+) -> Float[Array, "rows"]:
+    """The weight of every row at the end of training, by one pass over a stream that gives each row (at least) once.
+
+    `phi` is that of the state; () is the separable form. Mean 1 over the rows that the stream gives, 0 for the others.
+    """
+    table = jnp.full(rows, -jnp.inf)
+    for index in range(stream.steps):
+        table = _write(problem, table, params, phi, fixed, stream.batch(index))
+    return importance(table, tau)
+
+
+@partial(jax.jit, static_argnames="problem", donate_argnames="table")
+def _write(problem: Problem, table: Gaps, params: Params, phi: Params, fixed: Fixed, batch: Batch) -> Gaps:
+    return table.at[batch["index"]].set(gaps(problem, params, phi, fixed, batch), mode="drop")
+
+
+def gaps(problem: Problem, params: Params, phi: Params, fixed: Fixed, batch: Batch) -> Gaps:
+    """l_i(phi) - l_i(theta) of a batch, float[micro, examples], nats; -inf in padding. Two forward passes at most."""
+    z = all_losses(problem, phi, fixed, batch) - all_losses(problem, params, fixed, batch)
+    return jnp.where(batch["index"] != PADDING, z, -jnp.inf)
+
+
+def all_losses(problem: Problem, params: Params, fixed: Fixed, batch: Batch) -> Slice:
+    """The losses of a batch, float[micro, examples], nats, one micro-batch in memory at a time; 0 for params ()."""
+    if not jax.tree.leaves(params):
+        return jnp.zeros(batch["index"].shape)
+    return jax.lax.map(lambda micro: losses(problem, params, fixed, micro), batch)
+
+
+def losses(problem: Problem, params: Params, fixed: Fixed, micro: Batch) -> Float[Array, "examples"]:
+    """The losses of one micro-batch, nats: as `inner` is linear in the weights, its derivative by them times rows."""
+    return micro["rows"] * jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), fixed, micro)
+
+
+def weighted_slope(
+    problem: Problem,
+    params: Params,
+    fixed: Fixed,
+    batch: Batch,
+    gap: Callable[[Slice, Slice], Gaps],
+    others: Slice,
+    level: Scalar,
+    tau: Scalar,
+) -> tuple[Scalar, Params, Gaps, Slice]:
+    """sum_i sg(w_i) l_i / rows + prior, its gradient, z = gap(l, others) and w = exp((z - level) / tau), in one pass.
+
+    The weights are known between the forward and the backward pass of their micro-batch, so neither is done twice.
+    """
+
+    def add_micro(total, inputs):
+        micro, others = inputs
+        values, pull = jax.vjp(lambda params: losses(problem, params, fixed, micro), params)
+        z = jnp.where(micro["index"] != PADDING, gap(values, others), -jnp.inf)
+        chosen = jnp.exp((z - level) / tau)
+        part = chosen / micro["rows"]
+        return optax.tree.add(total, (jnp.sum(part * values), pull(part)[0])), (z, chosen)
+
+    prior = jax.value_and_grad(problem.prior)(params, fixed)
+    (value, slope), (z, chosen) = jax.lax.scan(add_micro, prior, (batch, others))
+    return value, slope, z, chosen
