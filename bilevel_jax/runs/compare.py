@@ -80,7 +80,7 @@ def compare(
     results = []
     for arm in table:
         session.phase(f"comparing: {arm.name}")
-        train = partial(_train, task, config, trainer, session, read, arm)
+        train = partial(retrain, task, config, trainer, session, read, arm)
         runs = [
             session.once(f"compare/{arm.name}/{seed}", partial(train, seed)) for seed in range(config.compare.seeds)
         ]
@@ -104,7 +104,8 @@ def compare(
     return results
 
 
-def _train(task, config, trainer, session, read, arm: Arm, seed: int) -> dict[str, Any]:
+def retrain(task, config, trainer, session, read, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on V_report."""
     start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED + seed))
     stream = task.stream(config.data.seed + FIRST_SEED + seed, arm.rows, packed=False)
     run = trainer.run(jnp.asarray(arm.weights, jnp.result_type(float)), start, stream)

@@ -326,15 +326,69 @@ class ExportConfig:
     export: Export = Export()
 
 
-Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig)
+@dataclass(frozen=True)
+class Arrays:
+    """A classification task with wrong labels, where data.train is one .npz: x_train, y_train, x_test, y_test."""
+
+    hidden: tuple[int, ...] = ()  # widths of the hidden layers (ReLU); none: linear softmax regression
+    rows: int = 5000  # training rows, which get weights; drawn from x_train anew for each seed
+    fit: int = 500  # rows of V_fit, drawn from the rest of x_train
+    select: int = 0  # rows of V_select, likewise; 0: the last weights count
+    report: int = 0  # rows of V_report, drawn from x_test; 0: all of them
+    noise: Literal["forced", "redrawn", "none"] = "forced"  # forced: to a wrong class; redrawn: uniform over all
+    share: float = 0.5  # of the training rows whose label is changed
+
+
+BenchMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
+BenchArm = Literal[
+    "uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "aligned", "low_loss"
+]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared, and at what cost."""
+
+    methods: tuple[BenchMethod, ...] = ("unrolled", "window", "implicit", "alignment", "penalty", "mixing")  # rows
+    arms: tuple[BenchArm, ...] = get_args(BenchArm)  # rows that learn no weights
+    passes: int = 2000  # budget of a method for one seed: forward and backward passes over one batch
+    seeds: int = 3  # wrong labels, data order and start are drawn anew for each
+    top_share: float = 0.5  # share of the rows that random, aligned and low_loss keep
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods that learn weights: one data set, one budget, several seeds, models trained again from cold.
+
+    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
+    classification task, section arrays) or rows of text. Short forms: --resume = --output.resume;
+    --out FOLDER = --output.folder FOLDER.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    arrays: Arrays = Arrays()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    outer: Outer = Outer()
+    single: Single = Single()
+    bench: Bench = Bench()
+    output: Output = Output()
+    devices: Devices = Devices()
+
+
+Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig, CompareConfig)
 VERBS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
+    CompareConfig: "compare",
 }  # fmt: skip
 
 RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.folder",)}
 SHORT: dict[type, dict[str, tuple[str, ...]]] = {
     SelectConfig: RUN | {"--fast": ("--compare.no-enabled", "--certify.no-enabled")},
     TrainConfig: RUN,
+    CompareConfig: RUN,
     ExportConfig: {"--out": ("--export.folder",)},
 }
 
@@ -348,7 +402,7 @@ def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] =
     Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
     nearest flags named. `--help` among the overrides prints every key, its default and what it means.
     """
-    others = () if kind in (SelectConfig, TrainConfig) else sections()
+    others = () if kind in (SelectConfig, TrainConfig, CompareConfig) else sections()
     config = kind() if path is None else read(kind, find(path), others)
     flags = [flag for override in overrides for flag in _long(kind, override)]
     prog = f"bilevel-jax {VERBS[kind]} {'CONFIG' if path is None else path}"

@@ -5,11 +5,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+
+def on_arrays(config: Any) -> bool:
+    """Whether a run of `compare` reads arrays rather than text."""
+    return hasattr(config, "arrays") and len(config.data.train) == 1 and config.data.train[0].endswith(".npz")
+
+
 # (key, what must hold, what is said otherwise); a rule about a section that a config has not does not apply, and one
 # that reads further sections names them in `NEEDS`. All that fail are reported together.
 Rule = tuple[str, Callable[[Any], bool], str]
 RULES: tuple[Rule, ...] = (
-    ("model.path", lambda c: c.model.path != "", "name a checkpoint's folder, or builtin:cipher"),
+    ("model.path", lambda c: c.model.path != "" or on_arrays(c), "name a checkpoint's folder, or builtin:cipher"),
     ("model.lora_rank", lambda c: c.model.lora_rank >= 0, "must be 0 (train all parameters) or more"),
     ("model.lora_alpha", lambda c: c.model.lora_alpha > 0, "must be above 0"),
     (
@@ -18,7 +24,11 @@ RULES: tuple[Rule, ...] = (
         "only a frozen base can be stored in bfloat16: set model.lora_rank above 0",
     ),
     ("data.train", lambda c: len(c.data.train) > 0, "name the rows to be judged: files or a dataset"),
-    ("data.validation", lambda c: len(c.data.validation) > 0, "name the trusted rows: files or a dataset"),
+    (
+        "data.validation",
+        lambda c: len(c.data.validation) > 0 or on_arrays(c),
+        "name the trusted rows: files or a dataset",
+    ),
     (
         "data.split",
         lambda c: min(c.data.split) >= 0 and c.data.split[0] > 0 and abs(sum(c.data.split) - 1) < 1e-6,
@@ -170,6 +180,32 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.outer.method != "penalty" or c.outer.weighting != "by_features",
         "the penalty method steps the weights of the rows at hand: choose softmax, sigmoid or per_source",
     ),
+    (
+        "arrays.hidden",
+        lambda c: all(width >= 1 for width in c.arrays.hidden),
+        "each width must be 1 or more; none at all is linear regression",
+    ),
+    ("arrays.rows", lambda c: c.arrays.rows >= 2, "must be 2 or more: weights compare rows"),
+    ("arrays.fit", lambda c: c.arrays.fit >= 1, "must be 1 or more"),
+    ("arrays.select", lambda c: c.arrays.select >= 0, "must be 0 (none) or more"),
+    ("arrays.report", lambda c: c.arrays.report >= 0, "must be 0 (all test rows) or more"),
+    ("arrays.share", lambda c: 0 <= c.arrays.share <= 1, "must be in [0, 1]"),
+    ("bench.passes", lambda c: c.bench.passes >= 1, "must be 1 or more"),
+    ("bench.seeds", lambda c: c.bench.seeds >= 1, "must be 1 or more; an interval needs 2"),
+    ("bench.top_share", lambda c: 0 < c.bench.top_share <= 1, "must be in (0, 1]"),
+    ("bench.methods", lambda c: len(set(c.bench.methods)) == len(c.bench.methods), "name each method once"),
+    ("bench.arms", lambda c: len(set(c.bench.arms)) == len(c.bench.arms), "name each arm once"),
+    ("bench", lambda c: len(c.bench.methods) + len(c.bench.arms) > 0, "name a method or an arm to compare"),
+    (
+        "bench.methods",
+        lambda c: "implicit" not in c.bench.methods or c.outer.prior > 0,
+        "implicit needs outer.prior above 0 (try 0.01), for all methods, as they share one inner problem",
+    ),
+    (
+        "data.packing",
+        lambda c: not (hasattr(c, "bench") and c.data.packing),
+        "compare draws orders that packing cannot know beforehand; set it to false (the numbers are the same)",
+    ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )
 
@@ -179,6 +215,7 @@ NEEDS = {
     "optimizer.name": ("outer",),
     "data.split": ("train",),
     "data.packing": ("train",),
+    "bench.methods": ("bench",),
 }
 """Rules that speak of more than their own section, or hold for one verb alone."""
 

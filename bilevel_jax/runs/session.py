@@ -31,7 +31,8 @@ class Session:
     """A run at work. `advance` counts work and notices signals; `once` remembers finished jobs across a resume."""
 
     def __init__(self, folder: Path, log: files.JsonLog, bar: Progress, save_seconds: float):
-        self.folder, self.log = folder, log
+        self.folder: Path = folder
+        self.log: files.JsonLog | Marked = log
         self._bar, self._task = bar, bar.add_task("starting", total=None)
         self._save_seconds, self._saved = save_seconds, time.monotonic()
         self._signal = 0
@@ -84,12 +85,70 @@ class Session:
         jobs = [job for key, job in self._done.items() if key.startswith(prefix)]
         return sum(job["work"] for job in jobs), sum(job["seconds"] for job in jobs)
 
+    def within(self, name: str) -> "Session":
+        """The same run seen from a part of it: own checkpoints, its name in the log and in the bar, silent otherwise.
+
+        Work, signals and saves are those of the whole; finished jobs are remembered by the whole alone.
+        """
+        return Part(self, name)
+
     def stop(self, number: int, frame: Any) -> None:
         """The signal handler: finish the step, save, then raise `Interrupted`. A second signal stops at once."""
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
         self.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+
+class Part(Session):
+    """See `Session.within`."""
+
+    def __init__(self, whole: Session, name: str):
+        self.folder, self.log = whole.folder / "parts" / name, Marked(whole.log, name)
+        self._whole, self._name = whole, name
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def work(self) -> float:  # type: ignore[override]
+        """Of the whole."""
+        return self._whole.work
+
+    def phase(self, words: str, total: float | None = None) -> None:
+        """As of the whole, with the part's name."""
+        self._whole.phase(f"{self._name}: {words}")
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Counts for the whole."""
+        self._whole.advance(amount)
+
+    def say(self, line: str) -> None:
+        """Nothing: the log has it."""
+
+    def due(self) -> bool:
+        """As of the whole."""
+        return self._whole.due()
+
+    def saved(self) -> None:
+        """As of the whole."""
+        self._whole.saved()
+
+    def check(self) -> None:
+        """As of the whole."""
+        self._whole.check()
+
+
+class Marked:
+    """A log whose records say which part of the run wrote them."""
+
+    def __init__(self, log: "files.JsonLog | Marked", name: str):
+        self._log, self._name = log, name
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record with the part's name."""
+        self._log.write({"part": self._name, **record})
+
+    def close(self) -> None:
+        """The whole closes it."""
 
 
 @contextlib.contextmanager

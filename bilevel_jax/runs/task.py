@@ -19,6 +19,7 @@ from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
+from bilevel_jax.lm.features import features
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import files, reference
 from bilevel_jax.runs import mesh as placing
@@ -82,6 +83,10 @@ class Task(NamedTuple):
         steps = batches.steps_per_epoch(len(chosen), self.batch)
         stream = batches.train_stream(self.corpus, order, steps, self.layout.flat, total=len(chosen))
         return placing.placed(self.mesh, stream)
+
+    def features(self) -> Float[np.ndarray, "rows features"]:
+        """Plain features of the rows with weights, for weights that extend to unseen rows."""
+        return features(self.examples, self.corpus)
 
     def trainable(self) -> Int[np.ndarray, "kept"]:
         """The rows with weights that were not dropped as too long."""

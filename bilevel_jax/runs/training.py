@@ -130,6 +130,8 @@ class Trainer:
             estimator = self._implicit
         self.session.advance(2 * summed.steps)
         estimate = estimator(run, weights, fixed, summed, task.held_out["fit"])
+        if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
+            self.session.advance(PRODUCT * estimate.checks.steps * estimate.checks.batches)
         if task.base is None or alignment:
             return estimate
         # The prior's centre is not balanced along, so its slope, and with it the gap, would depend on the factoring.
