@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import tree, weighting
-from bilevel_jax.core.types import Checks, Hyper, Params, Weighting
+from bilevel_jax.core.types import Checks, Hyper, Params, Run, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, outer_value
 from bilevel_jax.lm.features import features
 from bilevel_jax.runs import checkpoint
@@ -60,17 +60,30 @@ def make_weighting(task: Task, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
     name = config.outer.weighting
     if name == "per_source":
-        names = sorted({example.source for example in task.examples})
-        if len(names) < 2:
-            raise ValueError(
-                f"outer.weighting = per_source needs two sources, and every row comes from {names[0]!r}. Set "
-                "data.source_field to the key that tells sources apart, or choose another weighting."
-            )
-        source = np.array([names.index(example.source) for example in task.examples])
-        return weighting.per_source(jnp.asarray(source), len(names))
+        source, count = source_numbers(task)
+        return weighting.per_source(jnp.asarray(source), count)
     if name == "by_features":
         return weighting.by_features(jnp.asarray(features(task.examples, task.corpus)))
     return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows)
+
+
+def source_numbers(task: Task) -> tuple[Int[np.ndarray, "rows"], int]:
+    """(the number of each row's source, how many there are)."""
+    names, numbers = np.unique([example.source for example in task.examples], return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(
+            f"outer.weighting = per_source needs two sources, and every row comes from {str(names[0])!r}. Set "
+            "data.source_field to the key that tells sources apart, or choose another weighting."
+        )
+    return numbers, len(names)
+
+
+def baselines(task: Task, trainer: Trainer, run: Run, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
+    direct = trainer.direct(run, weights, alignment=True)
+    fixed = task.fixed(run.start.params)
+    losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
+    return direct.grad, jnp.asarray(losses, direct.grad.dtype)
 
 
 def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) -> Learned:
@@ -159,10 +172,8 @@ def good_rows(task: Task, config: SelectConfig) -> np.ndarray | None:
 def _advance(task, trainer, tables: Tables, records, record, run, grad, weights, config: SelectConfig) -> Tables:
     """The tables after an outer step, before its step on the outer variable."""
     if not records:
-        direct = trainer.direct(run, weights, alignment=True)
-        fixed = task.fixed(run.start.params)
-        losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
-        tables = tables._replace(first_entries=grad, alignment=direct.grad, losses=jnp.asarray(losses, grad.dtype))
+        alignment, losses = baselines(task, trainer, run, weights)
+        tables = tables._replace(first_entries=grad, alignment=alignment, losses=losses)
     if _best([*records, record]) == len(records):
         tables = tables._replace(best=tables.hyper, best_entries=grad)
     if config.outer.restart == "warm":

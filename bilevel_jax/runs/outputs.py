@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from bilevel_jax.core import multiobjective, penalty
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, is_pair, kind_of, row_of
@@ -50,6 +51,8 @@ def weights_table(
         "config_hash": config_hash(config),
         "outer_step": str(learned.best),
     }
+    if np.isnan(learned.entries).all():  # a single-loop method has no entries
+        columns = {name: column for name, column in columns.items() if name not in ("entry", "first_entry")}
     table = pa.table(columns)
     return table.replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
 
@@ -64,6 +67,9 @@ def estimand(config: SelectConfig) -> str:
         f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
         + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
         "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
+        "penalty": penalty.OPTIMISTIC,
+        "bmo": multiobjective.ESTIMAND,
+        "mixing": penalty.MIXED,
     }[outer.method]
 
 

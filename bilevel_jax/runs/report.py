@@ -8,7 +8,7 @@ import numpy as np
 
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import figures, files, keep
-from bilevel_jax.runs.config import Keep
+from bilevel_jax.runs.config import SINGLE_LOOP, Keep
 from bilevel_jax.runs.figures import Html, Series, element, join
 from bilevel_jax.runs.page import (
     NONE,
@@ -195,6 +195,8 @@ def _meaning(run: Results) -> str:
             "read no meaning into the weight of single rows: the gradient that led to them does not foretell what "
             f"training does when weights change this much. To use the weights, rely on {then}, not on the gradient."
         )
+    if _single(run):
+        return f"this method moves weights and parameters together and offers nothing to certify: go by {then}."
     if not any(one["exact"] for one in run.result["certificates"].values()):
         return (
             f"nothing speaks for or against the weights yet. Before acting on them, run the certificates, and {then}."
@@ -239,8 +241,8 @@ def loop(run: Results) -> Html:
         Column("entropy", [record["entropy"] for record in records], "nats"),
         Column("largest", [record["largest"] for record in records], "weight"),
         *([Column("AUC", [record["auc"] for record in records], "weights, labels")] if run.result["auc"] else []),
-        Column("growth", [record["checks"]["growth"] for record in records], "of the adjoint"),
-        Column("residual", [record["checks"]["residual"] for record in records], "relative"),
+        Column("growth", [record["checks"].get("growth") for record in records], "of the adjoint"),
+        Column("residual", [record["checks"].get("residual") for record in records], "relative"),
         Column("cost", [record["work"] for record in records], "training steps"),
     ]
     columns = [column for column in columns if any(cell is not None for cell in column.cells)]
@@ -251,7 +253,7 @@ def loop(run: Results) -> Html:
             "div",
             figure(
                 _curves(run),
-                "V_fit steers the weights."
+                ("V_fit is trained on." if _single(run) else "V_fit steers the weights.")
                 + (" V_report never influenced them, nor the choice of the step." if "report" in parts else ""),
             ),
             figure(
@@ -348,3 +350,8 @@ def provenance(run: Results) -> Html:
         ),
         reproduced(run, "select", run.meanings.get("precision", NONE)),
     )
+
+
+def _single(run: Results) -> bool:
+    """Whether weights and parameters moved together, so that there was no hypergradient."""
+    return run.config["outer"]["method"] in SINGLE_LOOP

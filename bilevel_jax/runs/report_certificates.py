@@ -26,6 +26,12 @@ class Check(NamedTuple):
 def certificates(run: Results) -> Html:
     """What was checked at each place, against which threshold, in plain words."""
     places = run.result["certificates"]
+    if not places:
+        return paragraph(
+            "This method moves the weights together with the parameters, by first-order steps. It has no "
+            "hypergradient, so there is nothing to certify: judge it by what retraining with its weights measured, "
+            "beside the same comparison under outer.method: unrolled."
+        )
     other = (
         ""
         if run.config["outer"]["method"] == "unrolled"

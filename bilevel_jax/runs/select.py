@@ -19,9 +19,17 @@ from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
 from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.single import Alone, learn_alone, steps_of, work_of
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, prepare
 from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer
+
+NOTHING_TO_CERTIFY = certify.Verdict(
+    "UNDECIDED",
+    "",
+    "the method has no hypergradient, so nothing of it can be certified.",
+    "Judge it by the comparison, beside outer.method: unrolled.",
+)
 
 
 def select(config: SelectConfig) -> dict[str, Any]:
@@ -58,9 +66,14 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         work.say(note)
     work.phase("starting", total=planned_work(task, config))
     trainer = Trainer(task, config.outer, work)
-    learned = learn(task, config, trainer, work)
-    certified = _certify(task, config, trainer, work, learned)
-    verdicts = {name: certify.verdict(one) for name, one in certified.items()}
+    alone: Alone | None = None
+    if config.outer.method in configs.SINGLE_LOOP:
+        learned, alone = learn_alone(task, config, trainer, work)
+        certified, verdicts = {}, {"uniform weights": NOTHING_TO_CERTIFY}
+    else:
+        learned = learn(task, config, trainer, work)
+        certified = _certify(task, config, trainer, work, learned)
+        verdicts = {name: certify.verdict(one) for name, one in certified.items()}
 
     sources = [example.source for example in task.examples]
     selected = keep_rows(learned.weights, task.trainable(), config.keep, sources=sources, seed=config.data.seed)
@@ -72,6 +85,8 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     if not (folder / "model").exists():
         params = _final_params(task, config, trainer, learned)
         outputs.write_model(folder / "model", task, params, base_path=config.model.path)
+    if alone is not None:
+        outputs.write_model(folder / "model-own", task, alone.params, base_path=config.model.path)
 
     # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
     # tells less; that certificate is in the report, but is not the verdict.
@@ -89,7 +104,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         "ended": learned.ended,
         "auc": {
             "weights": auc(learned.weights, good),
-            "first_entries": auc(-learned.first_entries, good),
+            **({} if alone else {"first_entries": auc(-learned.first_entries, good)}),
             "alignment": auc(-learned.alignment, good),
             "low_loss": auc(-learned.losses, good),
         }
@@ -117,7 +132,9 @@ def planned_work(task: Task, config: SelectConfig) -> float:
     estimate = swept * (REPLAY + PRODUCT) if outer.method in ("unrolled", "window") else 0
     one_pass = 2 * math.ceil(task.rows / task.batch)
     total = (outer.steps + 1) * (steps + estimate) + one_pass
-    if config.certify.enabled:
+    if outer.method in configs.SINGLE_LOOP:
+        total = steps + one_pass + steps_of(config) * work_of(config)
+    if config.certify.enabled and outer.method not in configs.SINGLE_LOOP:
         ends = 2 if outer.restart == "cold" else 1
         retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
         total += ends * (retrains * steps + estimate)

@@ -1,0 +1,183 @@
+"""Methods whose weights move with the parameters: one run of penalty, bmo or direct mixing, resumable."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.core import multiobjective, penalty, weighting
+from bilevel_jax.core.types import Params, Single
+from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.weighting import Selector
+from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.learn import Learned, baselines, good_rows, source_numbers
+from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.rows import PARTS
+from bilevel_jax.runs.session import Session
+from bilevel_jax.runs.statistics import auc
+from bilevel_jax.runs.task import Task
+from bilevel_jax.runs.training import Trainer
+
+COPY, PLAIN, FORWARD = 3.0, 2.0, 1 / 3
+"""Work of a step in training steps: the training batch and the validation batch, and with a second model once more; of
+a forward pass alone."""
+
+
+class Alone(NamedTuple):
+    """What one run of a single-loop method gives."""
+
+    weights: Float[np.ndarray, "rows"]
+    params: Params
+    """The model that the method trained itself, on V too."""
+    records: list[dict[str, Any]]
+    estimand: str
+
+
+def steps_of(config: SelectConfig) -> int:
+    """Steps of the one run; by default as many as the outer loop's trainings have together."""
+    return config.single.steps or config.train.steps * config.outer.steps
+
+
+def work_of(config: SelectConfig) -> float:
+    """The work of one step, in training steps."""
+    single, method = config.single, config.outer.method
+    if method == "bmo":
+        return PLAIN + {"none": 0.0, "snapshot": FORWARD, "copy": single.inner_steps + FORWARD}[single.reference]
+    return COPY if method == "penalty" and single.second == "copy" else PLAIN
+
+
+def run_single(task: Task, config: SelectConfig, session: Session, *, seed: int = 0) -> Alone:
+    """Train parameters and weights together, as outer.method says, and return both.
+
+    Validation batches are drawn from V_fit alone, in epochs of their own. The records are of readings of L_v: on V_fit,
+    which is trained on, and on V_select and V_report, which are not. Raises FloatingPointError where L_v is not finite.
+    """
+    folder = session.folder / "checkpoints" / f"single-{seed}"
+    steps, every = steps_of(config), config.single.read_every
+    made = method(task, config, steps)
+    read = outer_value(task.problem)
+    good = good_rows(task, config)
+    params = task.fresh(config.train.seed + seed)
+    fixed = task.fixed(params)
+    state = made.init(params)
+    train = task.stream(config.data.seed + seed, packed=False)
+    validation = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
+    records: list[dict[str, Any]] = []
+    if found := checkpoint.restore(folder, state):
+        state, records = found.tree, found.meta["records"]
+        session.advance(work_of(config) * int(state.inner.step))
+
+    def reading(step: int, seconds: float) -> dict[str, Any]:
+        weights = made.weights(state)
+        loss = {
+            part: float(read(state.inner.params, fixed, task.held_out[part])) if part in task.held_out else None
+            for part in PARTS
+        }
+        if not math.isfinite(loss["fit"] or math.nan):
+            raise FloatingPointError(
+                f"L_v on V_fit is {loss['fit']} at step {step} of {steps}. Lower optimizer.learning_rate, or set "
+                "optimizer.clip. The last good checkpoint is kept: --resume goes on from it."
+            )
+        return {
+            "step": step,
+            "loss": loss,
+            "ess": float(weighting.effective_size(weights)),
+            "entropy": float(weighting.entropy(weights)),
+            "largest": float(weights.max()),
+            "auc": auc(np.asarray(weights), good) if good is not None else None,
+            "checks": {},
+            "work": 0.0 if not records else work_of(config) * (step - records[-1]["step"]),
+            "seconds": seconds,
+        }
+
+    session.phase(f"{config.outer.method}: {steps} steps")
+    began = time.monotonic()
+    if not records:
+        records.append(reading(0, 0.0))
+    for step in range(int(state.inner.step), steps):
+        state, _ = made.step(state, fixed, train.batch(step), validation.batch(step))
+        session.advance(work_of(config))
+        reached, due = step + 1, session.due()
+        if reached % every == 0 or reached == steps:
+            records.append(reading(reached, time.monotonic() - began))
+            began = time.monotonic()
+            session.log.write({"event": "single", **records[-1]})
+            session.say(_line(records[-1], task.objective.unit))
+        if due or reached == steps:
+            checkpoint.save(folder, reached, state, {"records": records})
+            session.saved()
+    weights = made.weights(state)
+    if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
+        params, stream = state.inner.params, task.summed(seed=0)
+        end = config.single.temperatures[1]
+        weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.rows, end)
+    return Alone(np.asarray(weights), state.inner.params, records, made.estimand)
+
+
+def learn_alone(task: Task, config: SelectConfig, trainer: Trainer, session: Session) -> tuple[Learned, Alone]:
+    """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
+    uniform = jnp.ones(task.rows)
+    session.phase("uniform training, for the baselines")
+    run = trainer.run(uniform, trainer.begin(task.fresh(config.train.seed)), task.stream(config.data.seed))
+    alignment, losses = baselines(task, trainer, run, uniform)
+    alone = run_single(task, config, session)
+    none = np.full(task.rows, np.nan, alignment.dtype)
+    learned = Learned(
+        weights=alone.weights,
+        entries=none,
+        first_entries=none,
+        alignment=np.asarray(alignment),
+        losses=np.asarray(losses),
+        records=alone.records,
+        best=len(alone.records) - 1,
+        ended=f"all {steps_of(config)} steps were made",
+    )
+    return learned, alone
+
+
+def method(task: Task, config: SelectConfig, steps: int) -> Single:
+    """The configured method as (init, step, weights)."""
+    single, outer = config.single, config.outer
+    part = max(1, -(-steps // len(single.shares)))
+    tx = optimizer(config.optimizer, steps)
+    if outer.method == "mixing":
+        return penalty.mixing(task.problem, tx, single.shares[0], task.rows)
+    share = penalty.by_epoch(single.shares, part)
+    if outer.method == "bmo":
+        start, end = single.temperatures
+        tau = multiobjective.geometric(start, end, steps)
+        copy = multiobjective.Copy(optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
+        phi = copy if single.reference == "copy" else single.reference
+        return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=phi)
+    visits = max(1.0, steps * task.batch / len(task.trainable()))
+    # every visit moves a logit by about `rate`: over the run as far as outer.steps steps of the outer loop would
+    rate = outer.learning_rate * outer.steps / visits
+    return penalty.single(
+        task.problem,
+        tx,
+        selector(task, config),
+        share=share,
+        rate=lambda step: rate,
+        second=single.second,
+        normalised=True,
+        cap=outer.max_step,
+    )
+
+
+def selector(task: Task, config: SelectConfig) -> Selector:
+    """The weights as a single-loop method steps them: on the rows of a batch alone."""
+    if config.outer.weighting == "per_source":
+        source, count = source_numbers(task)
+        return weighting.per_source_selector(jnp.asarray(source), count)
+    kinds = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
+    return kinds[config.outer.weighting](task.rows)
+
+
+def _line(record: dict[str, Any], unit: str) -> str:
+    loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
+    auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
+    return f"step {record['step']:>6}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"

@@ -1,0 +1,76 @@
+"""Single-loop methods in `select`: what they write, that they stop and go on, and what they prefer."""
+
+import json
+import signal
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.runs import session
+from bilevel_jax.runs.config import SelectConfig, load
+from bilevel_jax.runs.select import select
+
+METHODS = {
+    "penalty": ("--outer.method", "penalty", "--outer.weighting", "sigmoid", "--single.read-every", "20"),
+    "memory-saving": ("--outer.method", "penalty", "--single.second", "none", "--single.read-every", "20"),
+    "per source": ("--outer.method", "penalty", "--outer.weighting", "per_source", "--data.source-field", "label"),
+    "bmo": ("--outer.method", "bmo", "--single.read-every", "20"),
+    "bmo with a copy": ("--outer.method", "bmo", "--single.reference", "copy", "--single.read-every", "60"),
+    "mixing": ("--outer.method", "mixing", "--single.read-every", "20"),
+}
+
+
+def run(made, out, *flags):
+    flags = ("--single.steps", "60", "--compare.rows", "uniform", "learned", *flags)
+    return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
+    result = run(made, tmp_path / "run", *METHODS[name])
+    weights = np.array(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"])
+    assert np.isfinite(weights).all() and (weights.std() == 0) == (name == "mixing")
+    assert result["verdict"]["level"] == "UNDECIDED" and "no hypergradient" in result["verdict"]["reason"]
+    assert "trains on V" in result["estimand"]
+    assert result["records"][-1]["loss"]["fit"] < result["records"][0]["loss"]["fit"]
+    assert (tmp_path / "run" / "model-own" / "model.safetensors").exists()
+    assert [row["name"] for row in result["compare"]] == ["uniform", "learned weights"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<html" in page and "trains on V" in page and ">nan<" not in page
+
+
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, monkeypatch):
+    run(made, tmp_path / "whole", "--fast", *METHODS["penalty"])
+    count, advance = 0, session.Session.advance
+
+    def stopping(self, amount=1.0):
+        nonlocal count
+        count += 1
+        if count == 45:
+            signal.raise_signal(signal.SIGTERM)
+        advance(self, amount)
+
+    monkeypatch.setattr(session.Session, "advance", stopping)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", "--fast", *METHODS["penalty"])
+    run(made, tmp_path / "run", "--fast", *METHODS["penalty"], "--resume")
+    for name in ("weights.parquet", "model-own/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_divergence_is_told(made, tmp_path):
+    """A rate at which ten steps do not diverge, but sixty do."""
+    flags = (
+        "--optimizer.name",
+        "sgd",
+        "--optimizer.learning-rate",
+        "1e30",
+        "--train.steps",
+        "1",
+        "--optimizer.warmup",
+        "0",
+    )
+    with pytest.raises(FloatingPointError, match="L_v on V_fit is (nan|inf) at step 20 of 60"):
+        run(made, tmp_path / "run", "--fast", *METHODS["mixing"], *flags)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["packages"]
