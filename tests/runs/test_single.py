@@ -28,14 +28,15 @@ def run(made, out, *flags):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
-    result = run(made, tmp_path / "run", *METHODS[name])
+    whole = name == "penalty"  # the comparison is the same for all of them
+    result = run(made, tmp_path / "run", *METHODS[name], *(() if whole else ("--fast",)))
     weights = np.array(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"])
     assert np.isfinite(weights).all() and (weights.std() == 0) == (name == "mixing")
     assert result["verdict"]["level"] == "UNDECIDED" and "no hypergradient" in result["verdict"]["reason"]
     assert "trains on V" in result["estimand"]
     assert result["records"][-1]["loss"]["fit"] < result["records"][0]["loss"]["fit"]
     assert (tmp_path / "run" / "model-own" / "model.safetensors").exists()
-    assert [row["name"] for row in result["compare"]] == ["uniform", "learned weights"]
+    assert [row["name"] for row in result["compare"]] == (["uniform", "learned weights"] if whole else [])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<html" in page and "trains on V" in page and ">nan<" not in page
 
