@@ -13,7 +13,7 @@ Bilevel as one objective, with lambda = 1 / (1 + gamma), G the weighted training
 | direct mixing | none | equal | constant rho: `mixing` |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -38,14 +38,12 @@ from bilevel_jax.core.types import (
     Problem,
     Run,
     Scalar,
+    Single,
     Slice,
     Stream,
 )
 from bilevel_jax.core.unrolled import outer_gradient
 from bilevel_jax.core.weighting import Selector, equal_selector, inverse_rms
-
-Schedule = Callable[[Any], Any]
-"""step -> a number; optax's schedules are such functions."""
 
 OPTIMISTIC = (
     "optimistic bilevel: min over weights and over theta in argmin G(., w) of L_v; theta itself is pulled by L_v, "
@@ -85,19 +83,7 @@ class Info(NamedTuple):
     """l_i(theta) - l_i(u), nats; 0 for padding."""
 
 
-class Single(NamedTuple):
-    """A single-loop method: theta, the weights and what else there is take one step on every batch."""
-
-    init: Callable[[Params], State]
-    step: Callable[[State, Fixed, Batch, Batch], tuple[State, Info]]
-    """(state, fixed, training batch, validation batch) -> (state, info); compiled; the state given is donated."""
-    weights: Callable[[State], Float[Array, "rows"]]
-    """The whole table; for the end of a run."""
-    estimand: str
-    """What the trained model and the weights solve, in words."""
-
-
-def by_epoch(values: Sequence[float], steps_per_epoch: int) -> Schedule:
+def by_epoch(values: Sequence[float], steps_per_epoch: int) -> optax.Schedule:
     """step -> values[epoch], the last value for all epochs beyond the list.
 
     Raises:
@@ -108,37 +94,29 @@ def by_epoch(values: Sequence[float], steps_per_epoch: int) -> Schedule:
     return lambda step: jnp.asarray(values)[jnp.minimum(step // steps_per_epoch, len(values) - 1)]
 
 
-def from_gamma(gamma: Schedule) -> Schedule:
+def from_gamma(gamma: optax.Schedule) -> optax.Schedule:
     """step -> lambda = 1 / (1 + gamma(step)): the share of L_v where the inner problem is penalised by gamma."""
     return lambda step: 1 / (1 + gamma(step))
 
 
 def penalty(
-    problem: Problem,
-    optimizer: optax.GradientTransformation,
-    *,
-    gamma: float,
-    steps: int,
-    batches: int | None = None,
+    problem: Problem, optimizer: optax.GradientTransformation, *, gamma: float, steps: int, batches: int | None = None
 ) -> Estimator:
     """d L_v(theta*(w)) / dw up to O(1 / gamma), by two minimisers and no second derivative.
 
         theta_0 = argmin G + r,  theta_gamma = argmin L_v + gamma (G + r),
         entry_i = gamma (l_i(theta_gamma) - l_i(theta_0)) / rows
 
-    Sign and units are those of `implicit`. The streams are summed, as there: the train stream gives every row once
-    with `rows` = all of them. Both minimisers are sought by `steps` steps of `optimizer`, each over the whole streams
-    (of the train stream, over the first `batches`); theta_0 from the end of the run, theta_gamma from theta_0, on
-    lambda L_v + (1 - lambda) (G + r), so that one learning rate suits every gamma.
+    Sign, units and (summed) streams are those of `implicit`. Each minimiser is sought by `steps` steps of `optimizer`
+    over the whole streams (of the train stream: its first `batches`), theta_0 from the end of the run, theta_gamma from
+    theta_0 on lambda L_v + (1 - lambda) (G + r), so that one learning rate suits every gamma.
 
-    `value` is L_v(theta_0) and `direction` is gamma (theta_0 - theta_gamma), which tends to implicit's v. `checks`:
-    `residual` = |grad L_v + gamma grad (G + r)| / |grad L_v| at theta_gamma; `gap` = <direction, grad (G + r)> at
-    theta_0, nats of L_v.
+    `value` is L_v(theta_0); `direction`, gamma (theta_0 - theta_gamma), tends to implicit's v. `checks.residual` is
+    |grad L_v + gamma grad (G + r)| / |grad L_v| at theta_gamma, `gap` <direction, grad (G + r)(theta_0)>, nats.
 
-    Wrong where the minimiser of G + r is not unique and curved: then it is the optimistic estimand's. Wrong where
-    gamma is small (error O(1 / gamma)), where it is so large that rounding shows (about gamma * 6e-8 * l_i in float32:
-    keep it near 1e3), and where a minimiser was not reached (`residual`, `gap`).
-
+    Wrong where the minimiser of G + r is not unique and curved (then it is the optimistic estimand's), where gamma is
+    small (error O(1 / gamma)) or so large that rounding shows (in float32 keep it near 1e3: errors of .1 to .3 % were
+    measured there, of 3 % at 1e5), and where a minimiser was not reached (`residual`, `gap`).
     Source: the value function of Kwon et al. (2023) and Shen & Chen (2023).
 
     Raises:
@@ -151,7 +129,7 @@ def penalty(
     take, add = jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
 
     free = problem._replace(prior=lambda params, fixed: jnp.zeros(()))
-    prior_slope, advance = jax.jit(jax.grad(problem.prior)), jax.jit(partial(descend, optimizer))
+    prior_slope, mixed, advance = jax.jit(jax.grad(problem.prior)), jax.jit(blend), jax.jit(partial(descend, optimizer))
 
     @jax.jit
     def add_slope(total, params, weights, fixed, batch):
@@ -179,7 +157,7 @@ def penalty(
             for _ in range(steps):
                 slope = inner_slope(state.params, hyper, fixed, sample)
                 if mix:
-                    slope = blend(value_and_slope(state.params, fixed, validation)[1], slope, mix)
+                    slope = mixed(value_and_slope(state.params, fixed, validation)[1], slope, mix)
                 state = advance(state, slope)
             return state.params
 
@@ -208,8 +186,8 @@ def single(
     optimizer: optax.GradientTransformation,
     selector: Selector,
     *,
-    share: Schedule,
-    rate: Schedule,
+    share: optax.Schedule,
+    rate: optax.Schedule,
     second: Literal["copy", "none"] = "copy",
     normalised: bool = False,
     cap: float = float("inf"),
@@ -223,7 +201,8 @@ def single(
     the selector's logits, both of the step's number. The entries l_i(theta) - l_i(u) are in nats per example, so that
     a row moves as much in a large batch as in a small one; they lack the factor gamma (ScaleBiO and V-PBGD have it,
     SEAL does not): put it into `rate` where it is wanted. With `normalised` the slope is divided by the rms of its
-    entries that are not 0. Never Adam on the logits: it moves rows that are absent, and is blind to size.
+    entries that are not 0; such steps never come to rest, and where all differences are rounding they follow rounding:
+    let `rate` fall. Never Adam on the logits: it moves rows that are absent, and is blind to size.
 
     second="copy" is the minimax form: u ascends on -gamma (G + r)(u), so a row weighs less where following V costs it
     loss. With second="none" there is no u and l_i(u) = 0, the memory-saving form: it needs one model less and **only
@@ -231,15 +210,15 @@ def single(
 
     Estimand: optimistic bilevel, min over w and over theta in argmin G(., w) of L_v, as gamma grows: theta itself is
     pulled by L_v, that is, **it trains on V**; compare with training on V alone and with `mixing`, never on V itself.
-
-    Work per step is O(batch), whatever the number of rows. L_v of a validation batch is the mean over its own rows.
+    Work per step is O(batch), whatever the number of rows. L_v is the mean over the validation batch's own rows.
     Products have JAX's default precision, as in training.
 
-    Source: theta and h as in the public code of SEAL and of offline data selection, u as in ScaleBiO's. Theirs differ
-    in scale: ScaleBiO divides a source's weight by its count in the batch, SEAL's selector runs under Adam.
+    Source: theta and h as in SEAL's public code, u as in ScaleBiO's, which divides a source's weight by its count in
+    the batch.
 
-    Wrong: with large steps softmax weights collapse on a few rows (watch the effective size); with gamma fixed, L_v
-    and the weights are those of the penalised problem, not of its limit.
+    Wrong: softmax weights end on few rows, at times on a useless one if `rate` is large while theta is still far off:
+    watch the effective size, begin with rate 0. With gamma fixed, L_v and the weights are those of the penalised
+    problem, not of its limit.
 
     Raises:
         ValueError: if `second` is neither "copy" nor "none".
