@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from bilevel_jax.core.types import Params, Single
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.core.weighting import Selector
 from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, baselines, good_rows, source_numbers
 from bilevel_jax.runs.optimizers import optimizer
@@ -50,7 +52,7 @@ def work_of(config: SelectConfig) -> float:
     return COPY if method == "penalty" and single.second == "copy" else PLAIN
 
 
-def run_single(task: Task, config: SelectConfig, session: Session, *, seed: int = 0) -> Alone:
+def run_single(task: Task | ArrayTask, config: SelectConfig, session: Session, *, seed: int = 0) -> Alone:
     """Train parameters and weights together, as outer.method says, and return both.
 
     Validation batches are drawn from V_fit alone, in epochs of their own. The records are of readings of L_v: on V_fit,
@@ -118,7 +120,9 @@ def run_single(task: Task, config: SelectConfig, session: Session, *, seed: int 
     return Alone(np.asarray(weights), state.inner.params, records, made.estimand)
 
 
-def learn_alone(task: Task, config: SelectConfig, trainer: Trainer, session: Session) -> tuple[Learned, Alone]:
+def learn_alone(
+    task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session
+) -> tuple[Learned, Alone]:
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
     uniform = jnp.ones(task.rows)
     session.phase("uniform training, for the baselines")
@@ -139,7 +143,7 @@ def learn_alone(task: Task, config: SelectConfig, trainer: Trainer, session: Ses
     return learned, alone
 
 
-def method(task: Task, config: SelectConfig, steps: int) -> Single:
+def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
     """The configured method as (init, step, weights)."""
     single, outer = config.single, config.outer
     part = max(1, -(-steps // len(single.shares)))
@@ -153,22 +157,37 @@ def method(task: Task, config: SelectConfig, steps: int) -> Single:
         copy = multiobjective.Copy(optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
         phi = copy if single.reference == "copy" else single.reference
         return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=phi)
-    visits = max(1.0, steps * task.batch / len(task.trainable()))
-    # every visit moves a logit by about `rate`: over the run as far as outer.steps steps of the outer loop would
-    rate = outer.learning_rate * outer.steps / visits
     return penalty.single(
         task.problem,
         tx,
         selector(task, config),
         share=share,
-        rate=lambda step: rate,
+        rate=falling(outer.learning_rate * outer.steps * len(task.trainable()) / task.batch, steps),
         second=single.second,
         normalised=True,
         cap=outer.max_step,
     )
 
 
-def selector(task: Task, config: SelectConfig) -> Selector:
+def falling(total: float, steps: int) -> Callable[[Any], Any]:
+    """step -> rate of the weights: 0 for the first tenth of the run, then falling evenly to 0; they sum to `total`.
+
+    A normalised step moves every logit that it meets by about its rate. So that a logit moves in all about as far as in
+    the outer loop, `total` is (steps there) x (rate there) x (steps here that it takes to meet every row once). Not at
+    once, as a model that knows nothing yet drives the weights onto any row; and falling, as normalised steps do not
+    come to rest by themselves.
+    """
+    quiet = steps // 10
+    left = steps - quiet
+    peak = 2 * total / (left + 1)  # the rates are left, left - 1, ... 1 times peak / left
+
+    def rate(step):
+        return jnp.where(step < quiet, 0.0, peak * (steps - step) / left)
+
+    return rate
+
+
+def selector(task: Task | ArrayTask, config: SelectConfig) -> Selector:
     """The weights as a single-loop method steps them: on the rows of a batch alone."""
     if config.outer.weighting == "per_source":
         source, count = source_numbers(task)
