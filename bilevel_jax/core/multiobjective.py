@@ -21,7 +21,6 @@ If one model attains the least loss 0 on every row (*separable* data) and s = 0,
 m = -tau log mean_i exp(-l_i(theta) / tau) is a soft minimum of the losses that needs no second model.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -32,19 +31,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.transition import begin, gradient
-from bilevel_jax.core.types import (
-    PADDING,
-    Batch,
-    Fixed,
-    Inner,
-    Params,
-    Problem,
-    PyTree,
-    Scalar,
-    Single,
-    Slice,
-    Stream,
-)
+from bilevel_jax.core.types import PADDING, Batch, Fixed, Inner, Params, Problem, Scalar, Single, Slice, Stream
 
 ESTIMAND = (
     "multi-objective: min over the weakly Pareto-optimal theta of the training rows' losses of L_v; theta itself is "
@@ -59,6 +46,7 @@ class Copy(NamedTuple):
     """phi is a second copy of the model, which follows its own minimisation from step to step."""
 
     optimizer: optax.GradientTransformation
+    """Its rate should fall with tau: the curvature of what phi minimises grows as 1 / tau."""
     steps: int = 1
     """Steps of phi for each step of theta, K; each costs a forward and a backward pass."""
     strength: float = 1.0
@@ -75,13 +63,21 @@ class State(NamedTuple):
     """theta, its optimiser's state and the number of steps done."""
     phi: Params
     """The parameters that theta is compared with; () in the separable form."""
-    phi_opt: PyTree
+    phi_opt: optax.OptState
     level: Scalar
     """Running tau log mean_i exp(z_i / tau), nats: the normaliser of the weights."""
     measured: Scalar
     """Rows that went into the level; 0 = measure it on the next batch, before its weights are taken."""
     table: Float[Array, "rows"]
     """The gap that each row had when it was last seen, nats; -inf before. Written in O(batch), read by `weights`."""
+
+
+class Normaliser(NamedTuple):
+    """What turns a gap into a weight, min(exp((z - level) / tau), largest), whatever else is in the batch."""
+
+    level: Scalar
+    tau: Scalar
+    largest: Scalar
 
 
 class Info(NamedTuple):
@@ -112,7 +108,7 @@ def multiobjective(
     share: optax.Schedule,
     tau: optax.Schedule,
     phi: Phi = "none",
-    memory: float = 1024.0,
+    memory: float = 512.0,
 ) -> Single:
     """theta <- opt(share grad L_v + (1 - share) grad m), one step for each pair of a training and a validation batch.
 
@@ -121,11 +117,15 @@ def multiobjective(
     `phi`: "none" is the separable form, whose steps cost what plain training's do; "snapshot" compares with the
     parameters that training started from, or those of the last `refresh`, by the ratio (pi_theta / pi_phi)^(1/tau) of
     likelihoods, for one more forward pass; `Copy` takes K steps towards the maximiser phi*, and moves phi along with
-    theta, as it is phi - theta that varies slowly.
+    theta: phi* - theta varies slowly, and where phi stays behind, training diverges at small tau (measured).
 
-    `level` is the normaliser over the last `memory` rows or so (while they are fewer, the exact one over all of them),
-    as it stood *before* the step: the weight of a row depends on no other row of its batch, except in the very first
-    step. It is held in nats, so that a falling tau does not make it stale.
+    `level` is the normaliser over the last `memory` rows or so, at most an epoch (while there were fewer, the exact one
+    over all of them), as it stood *before* the step: the weight of a row depends on no other row of its batch, except
+    in the very first step. It is held in nats, which a falling tau moves least. It lags: while losses or tau fall, the
+    mean weight is above 1. Measured on a regression (4096 rows, batches of 32, 4 epochs, three schedules of tau, two
+    rates), the rms error of its log within an epoch is at most .25; that of the exact sum over `table` at most .73, as
+    the gaps are an epoch old, but .005 at rest, and it costs O(rows) wherever tau moves. No weight is let above the
+    number of rows that the level is measured on, with those of the batch: were the row among them, it could not be.
 
     `problem` must be linear in its slice, as `weighted` makes it. L_v of a validation batch is the mean over its own
     rows. Micro-batches are summed in a scan; no work of a step grows with the number of rows.
@@ -158,7 +158,7 @@ def multiobjective(
         inner = begin(optimizer, jax.tree.map(jnp.array, params))  # buffers of its own: the step donates them
         other = () if phi == "none" else jax.tree.map(jnp.array, params)
         opt = copy.optimizer.init(other) if copy else ()
-        return State(inner, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(rows, -jnp.inf))
+        return State(inner, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(rows, -jnp.inf, float))
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: State, fixed: Fixed, train: Batch, validation: Batch) -> tuple[State, Info]:
@@ -167,22 +167,21 @@ def multiobjective(
         level = jax.lax.cond(
             state.measured > 0, lambda: state.level, lambda: -merit(gaps(problem, params, other, fixed, train), heat)
         )
+        seen, kept = jnp.sum(train["index"] != PADDING), jnp.minimum(state.measured, min(memory, rows))
+        normaliser = Normaliser(level, heat, kept + seen)
         if copy:
             own = all_losses(problem, params, fixed, train)
 
             def follow(carry, _):
                 at, opt = carry
-                grad = weighted_slope(problem, at, fixed, train, lambda values, own: values - own, own, level, heat)[1]
+                grad = weighted_slope(problem, at, fixed, train, normaliser, own, -1)[1]
                 grad = optax.tree.add_scale(grad, copy.strength, optax.tree.sub(at, params))
                 updates, opt = copy.optimizer.update(grad, opt, at)
                 return (optax.apply_updates(at, updates), opt), None
 
             (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=copy.steps)
         theirs = all_losses(problem, other, fixed, train)
-        inner, slope, z, chosen = weighted_slope(
-            problem, params, fixed, train, lambda values, theirs: theirs - values, theirs, level, heat
-        )
-        seen, kept = jnp.sum(z > -jnp.inf), jnp.minimum(state.measured, memory)
+        inner, slope, z, chosen = weighted_slope(problem, params, fixed, train, normaliser, theirs, 1)
         both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - merit(z, heat) / heat])
         level = heat * (jax.nn.logsumexp(both) - jnp.log(kept + seen))
 
@@ -241,7 +240,7 @@ def weights(
 
     `phi` is that of the state; () is the separable form. Mean 1 over the rows that the stream gives, 0 for the others.
     """
-    table = jnp.full(rows, -jnp.inf)
+    table = jnp.full(rows, -jnp.inf, float)
     for index in range(stream.steps):
         table = _write(problem, table, params, phi, fixed, stream.batch(index))
     return importance(table, tau)
@@ -275,21 +274,22 @@ def weighted_slope(
     params: Params,
     fixed: Fixed,
     batch: Batch,
-    gap: Callable[[Slice, Slice], Gaps],
+    normaliser: Normaliser,
     others: Slice,
-    level: Scalar,
-    tau: Scalar,
+    sign: int,
 ) -> tuple[Scalar, Params, Gaps, Slice]:
-    """sum_i sg(w_i) l_i / rows + prior, its gradient, z = gap(l, others) and w = exp((z - level) / tau), in one pass.
+    """(sum_i sg(w_i) l_i / rows + prior, its gradient, z, w) by one forward and one backward pass.
 
-    The weights are known between the forward and the backward pass of their micro-batch, so neither is done twice.
+    z = sign (others - l): sign is 1 where params is theta, -1 where it is phi. The weights of a micro-batch are known
+    between its two passes.
     """
+    level, tau, largest = normaliser
 
     def add_micro(total, inputs):
         micro, others = inputs
         values, pull = jax.vjp(lambda params: losses(problem, params, fixed, micro), params)
-        z = jnp.where(micro["index"] != PADDING, gap(values, others), -jnp.inf)
-        chosen = jnp.exp((z - level) / tau)
+        z = jnp.where(micro["index"] != PADDING, sign * (others - values), -jnp.inf)
+        chosen = jnp.minimum(jnp.exp((z - level) / tau), largest)
         part = chosen / micro["rows"]
         return optax.tree.add(total, (jnp.sum(part * values), pull(part)[0])), (z, chosen)
 

@@ -1,0 +1,333 @@
+"""BMO: the merit function against its definition, a known front, rows that should lose their weight, laws of a step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel_jax.core import arrays
+from bilevel_jax.core import multiobjective as bmo
+from bilevel_jax.core.multiobjective import Copy, geometric, importance, merit, multiobjective
+from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.transition import gradient
+from bilevel_jax.core.types import PADDING
+from tests.core.problems import ROWS, lora, normal, relative
+from tests.core.test_transition import equations
+
+ONE, NOTHING, STILL = optax.constant_schedule(1.0), optax.constant_schedule(0.0), optax.sgd(0.0)
+HALF, TAU = optax.constant_schedule(0.5), optax.constant_schedule(0.3)
+FORMS = {"none": "none", "snapshot": "snapshot", "copy": Copy(optax.sgd(0.05), 2, 0.5)}
+
+
+def test_bounds_and_weights():
+    """min -z <= m <= min -z + tau log N, in nats; weights have mean 1; a shift of all gaps leaves them alone."""
+    for seed, tau in ((0, 1.0), (1, 0.1), (2, 1e-3)):
+        z = normal(seed, 12)
+        m, least = merit(z, tau), -z.max()
+        assert least - 1e-12 <= m <= least + tau * jnp.log(12) + 1e-12
+        w = importance(z, tau)
+        assert abs(w.mean() - 1) < 1e-12
+        assert relative(importance(z + 3, tau), w) < 1e-10
+        assert abs(merit(z + 3, tau) - m + 3) < 1e-12
+        padded = jnp.append(z, -jnp.inf)
+        assert abs(merit(padded, tau) - m) < 1e-12 and importance(padded, tau)[-1] == 0
+    assert merit(jnp.zeros(7), 0.2) == 0  # phi = theta: m >= 0
+    assert jnp.isfinite(importance(jnp.array([-1e4, 1e4]), 1e-2)).all()
+
+
+class Convex:
+    """Six objectives without a common minimiser, each strongly convex, in three dimensions; with a prior."""
+
+    rows, width, strength = 6, 3, 0.7
+    fixed = normal(33, 3)
+    data = (normal(30, 6, 3), normal(31, 6, 3))
+
+    def __init__(self):
+        prior = proximal(0.2, lambda fixed: fixed)
+        self.problem = weighted(lambda p, fixed, b: self.losses(p, b["data"]), prior=prior)
+        self.batch = arrays.rows_stream(self.data).batch(0)
+
+    def losses(self, params, data=None):
+        centre, slope = self.data if data is None else data
+        return 0.5 * jnp.sum((params[None] - centre) ** 2, -1) + jax.nn.softplus(slope @ params)
+
+    def inner(self, phi, theta, tau):
+        """What phi minimises; written out, with a mean in the logarithm."""
+        z = (self.losses(phi) - self.losses(theta)) / tau
+        prior = 0.1 * (jnp.sum((phi - self.fixed) ** 2) - jnp.sum((theta - self.fixed) ** 2))
+        return tau * jnp.log(jnp.mean(jnp.exp(z))) + prior + self.strength / 2 * jnp.sum((phi - theta) ** 2)
+
+    @partial(jax.jit, static_argnums=0)
+    def maximiser(self, theta, tau):
+        """Newton's method with a halved step, to the last bit."""
+
+        def newton(index, phi):
+            slope, curvature = jax.grad(self.inner)(phi, theta, tau), jax.hessian(self.inner)(phi, theta, tau)
+            return phi - jnp.where(index < 60, 0.5, 1.0) * jnp.linalg.solve(curvature, slope)
+
+        return jax.lax.fori_loop(0, 80, newton, theta)
+
+    def value(self, theta, tau):
+        return -self.inner(self.maximiser(theta, tau), theta, tau)
+
+    def one(self, theta, tau, form, phi=None):
+        """(gradient, info) of one step at theta with L_v left out."""
+        made = multiobjective(
+            self.problem, optax.sgd(1.0), self.rows, share=NOTHING, tau=optax.constant_schedule(tau), phi=form
+        )
+        state = made.init(theta)
+        state = state if phi is None else bmo.refresh(state, phi)
+        after, info = made.step(state, self.fixed, self.batch, self.batch)
+        return theta - after.inner.params, info
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.1])
+def test_gradient_is_that_of_the_merit_function(tau):
+    """Finite differences of m, its inner minimum solved anew at each point: the envelope theorem."""
+    toy, theta, h = Convex(), normal(40, 3), 1e-5
+    phi = toy.maximiser(theta, tau)
+    assert jnp.linalg.norm(jax.grad(toy.inner)(phi, theta, tau)) < 1e-12
+    differences = [(toy.value(theta + h * e, tau) - toy.value(theta - h * e, tau)) / (2 * h) for e in jnp.eye(3)]
+    grad, info = toy.one(theta, tau, Copy(STILL, 1, toy.strength), phi)
+    assert relative(grad, jnp.array(differences)) < 1e-6  # central differences: h^2 / tau^2 and 1e-16 / h
+    assert abs(info.merit - toy.value(theta, tau)) < 1e-12
+    assert info.merit >= 0
+    low = toy.one(theta, tau, Copy(STILL, 1, toy.strength), phi + 0.1 * normal(41, 3))[1]
+    assert low.merit < info.merit  # a lower bound away from the maximiser
+
+
+@pytest.mark.parametrize("form", ["none", "snapshot"])
+def test_gradient_at_a_given_phi(form):
+    toy, theta, phi = Convex(), normal(40, 3), normal(42, 3)
+
+    def value(theta):
+        prior = toy.problem.prior(theta, toy.fixed)
+        if form == "none":
+            return merit(-toy.losses(theta), 0.3) + prior
+        return merit(toy.losses(phi) - toy.losses(theta), 0.3) + prior - toy.problem.prior(phi, toy.fixed)
+
+    grad, info = toy.one(theta, 0.3, form, phi if form == "snapshot" else None)
+    assert relative(grad, jax.grad(value)(theta)) < 1e-12
+    assert abs(info.merit - value(theta)) < 1e-12
+
+
+def test_the_copy_finds_the_maximiser():
+    toy, theta = Convex(), normal(40, 3)
+    made = multiobjective(
+        toy.problem, STILL, toy.rows, share=NOTHING, tau=TAU, phi=Copy(optax.sgd(0.05), 20, toy.strength), memory=0
+    )
+    state = made.init(theta)
+    for _ in range(100):
+        state, info = made.step(state, toy.fixed, toy.batch, toy.batch)
+    assert relative(state.phi, toy.maximiser(theta, 0.3)) < 1e-9
+    assert abs(info.merit - toy.value(theta, 0.3)) < 1e-9
+
+
+def test_two_objectives_end_on_the_front_where_validation_is_least():
+    """Quadratics around (-1, 0) and (1, 0): the front is the segment between; L_v is least on it at (.4, 0).
+
+    With share 3e-3 the optimum of share L_v + (1 - share) m lies 6e-4 beside the front: m grows as d^2 / (2 (1 + s)).
+    Along the front tau pulls to the middle, by tau artanh(.4) / share = 1.4e-3.
+    """
+    centres, aim, steps, inner = jnp.array([[-1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.4, 0.1]]), 40_000, 20
+    problem = weighted(lambda p, fixed, b: 0.5 * jnp.sum((p[None] - b["data"]) ** 2, -1))
+    train, held_out = (arrays.rows_stream(data).batch(0) for data in (centres, aim))
+    tau, share = geometric(1.0, 1e-5, steps // 2), geometric(0.5, 3e-3, steps // 2)
+    rate = geometric(0.2, 0.2e-5, inner * steps // 2)  # phi's problem has curvature 1 / tau along the front
+    copy = Copy(optax.sgd(rate, momentum=0.9, nesterov=True), inner, 1.0)
+    made = multiobjective(problem, optax.sgd(0.1), 2, share=share, tau=tau, phi=copy, memory=0)
+
+    @jax.jit
+    def run(state):
+        return jax.lax.scan(lambda state, _: made.step(state, (), train, held_out), state, length=steps)
+
+    for start in ([0.5, 2.0], [-3.0, -1.0]):
+        state, info = run(made.init(jnp.array(start)))
+        along, beside = state.inner.params
+        assert abs(beside) < 1e-3
+        assert abs(along - 0.4) < 2e-3
+        assert relative(info.weights[-1].ravel(), jnp.array([0.6, 1.4])) < 3e-3  # barycentric coordinates
+        assert -1e-9 < info.merit[-1] < 1e-5 * jnp.log(2) + beside**2
+
+
+def useless(seed: int, gap: float = 2.0):
+    """15 rows that validation agrees with, 15 with validation's questions and answers wrong by +-gap; 40 dimensions."""
+    rng = np.random.default_rng(seed)
+    truth, xv, x = rng.normal(size=40), rng.normal(size=(20, 40)), rng.normal(size=(15, 40))
+    wrong = xv[:15] @ truth + gap * rng.choice([-1.0, 1.0], 15)
+    problem = weighted(lambda p, fixed, b: 0.5 * (b["data"][0] @ p - b["data"][1]) ** 2)
+    training = np.concatenate([x, xv[:15]]), np.concatenate([x @ truth, wrong])
+    return problem, arrays.rows_stream(training), arrays.rows_stream((xv, xv @ truth))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_useless_rows_lose_their_weight(seed):
+    """tau 1 -> .3 at share .5: measured L_v 6.0e-6 to 8.5e-6, greatest useless weight 3.0e-3 to 3.6e-3."""
+    problem, train, held_out = useless(seed)
+    made = multiobjective(problem, optax.sgd(0.02, momentum=0.9), 30, share=HALF, tau=geometric(1, 0.3, 5000), memory=0)
+
+    @jax.jit
+    def run(state):
+        batches = train.batch(0), held_out.batch(0)
+        return jax.lax.scan(lambda state, _: made.step(state, (), *batches), state, length=15_000)[0]
+
+    state = run(made.init(jnp.zeros(40)))
+    w = bmo.weights(problem, state.inner.params, (), (), train, 30, 0.3)
+    value = problem.outer(state.inner.params, (), jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
+    assert value < 2e-5
+    assert w[15:].max() < 5e-3 and abs(w.mean() - 1) < 1e-12
+    assert relative(made.weights(state), w) < 1e-6
+
+
+def started(form, toy=None, **options):
+    """The LoRA toy after three steps of a form, on copies of the batches."""
+    toy = toy or lora()
+    options = {"share": HALF, "tau": TAU, **options}
+    made = multiobjective(toy.problem, optax.adam(1e-2), ROWS, phi=FORMS[form], **options)
+    state = made.init(toy.params)
+    for step in range(3):
+        state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(step))
+    return toy, made, state
+
+
+def stepped(toy, made, state, batch, held_out=None):
+    """One step of a copy of the state: the one that is given stays."""
+    held_out = toy.validation.batch(0) if held_out is None else held_out
+    return made.step(jax.tree.map(jnp.array, state), toy.fixed, batch, held_out)
+
+
+def split(batch, micro):
+    """The same rows in another number of micro-batches."""
+    rows = jnp.full((micro,), batch["rows"][0])
+    return {k: v.reshape(micro, -1, *v.shape[2:]) for k, v in batch.items() if k != "rows"} | {"rows": rows}
+
+
+def same(one, other, order=slice(None)):
+    """States and infos agree; examples are compared in the order given."""
+    slots = ("weights", "gaps")
+    for field in slots:
+        a, b = (getattr(info, field).ravel() for info in (one[1], other[1]))
+        np.testing.assert_allclose(a[order], b, rtol=1e-10)
+    blank = [(state, info._replace(weights=0, gaps=0)) for state, info in (one, other)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), *blank)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_and_orders_of_a_batch_are_equal(form):
+    toy, made, state = started(form)
+    batch = toy.train.batch(4)  # the last of its epoch: three rows and padding
+    assert (batch["index"] == PADDING).any()
+    whole = stepped(toy, made, state, batch)
+    for micro in (1, 5):
+        held_out = split(toy.validation.batch(0), 4)
+        same(whole, stepped(toy, made, state, split(batch, micro), held_out))
+    order = np.random.default_rng(0).permutation(10)
+    shuffled = {k: v if k == "rows" else v.reshape(10, *v.shape[2:])[order].reshape(v.shape) for k, v in batch.items()}
+    same(whole, stepped(toy, made, state, shuffled), order)
+
+
+@pytest.mark.parametrize("form", ["none", "snapshot"])
+def test_weights_do_not_depend_on_the_batch(form):
+    """Nor L_v on the `rows` of a validation batch that is a part of a stream."""
+    toy, made, state = started(form)
+    one, other = toy.train.batch(3), toy.train.batch(2)
+    mixed = jax.tree.map(lambda a, b: a.at[1].set(b[1]), one, other)
+    (_, first), (_, second) = (stepped(toy, made, state, batch) for batch in (one, mixed))
+    assert (first.weights[0] == second.weights[0]).all()
+    assert (first.weights[1] != second.weights[1]).any()
+    partial_stream = toy.validation.batch(0) | {"rows": jnp.full((1,), 77.0)}
+    assert stepped(toy, made, state, one, partial_stream)[1].outer == first.outer
+
+
+def test_a_level_that_lags_far_behind_bounds_the_weights():
+    toy, made, state = started("none")
+    _, info = stepped(toy, made, state._replace(level=state.level - 1e4), toy.train.batch(3))
+    assert (info.weights == 40).all()  # 30 rows before this batch, and its 10
+    assert jnp.isfinite(info.norm)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_epoch_at_fixed_theta_measures_the_normaliser_of_all_rows(form):
+    """Batches of unequal size; phi is fixed too."""
+    toy = lora()
+    phi = FORMS[form] if form != "copy" else Copy(STILL, 1, 0.5)
+    made = multiobjective(toy.problem, STILL, ROWS, share=HALF, tau=TAU, phi=phi)
+    state = made.init(toy.params)
+    if form != "none":
+        state = bmo.refresh(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
+    seen = made.weights(state)
+    assert (seen == 1).all()
+    other = jax.tree.map(jnp.array, state.phi)
+    for step in range(5):
+        state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(0))
+    assert state.measured == ROWS
+    exact = bmo.weights(toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=5), ROWS, 0.3)
+    assert relative(made.weights(state), exact) < 1e-12
+    assert abs(exact.mean() - 1) < 1e-12
+    assert abs(jnp.mean(jnp.exp((state.table - state.level) / 0.3)) - 1) < 1e-12
+    half = bmo.weights(toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=2), ROWS, 0.3)
+    assert (half == 0).sum() == ROWS - 20 and abs(half.sum() - 20) < 1e-9  # rows that the stream lacks
+
+
+def test_schedules_and_rules():
+    tau = geometric(1.0, 0.1, 10)
+    np.testing.assert_allclose([tau(0), tau(5), tau(10), tau(99)], [1, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
+    made = partial(multiobjective, lora().problem, STILL, ROWS, share=HALF)
+    with pytest.raises(ValueError, match="phi='snap'; use 'none', 'snapshot' or Copy"):
+        made(tau=TAU, phi="snap")
+    with pytest.raises(ValueError, match="1 steps and strength 0.0 of phi; give at least 1, and above 0"):
+        made(tau=TAU, phi=Copy(STILL, 1, 0.0))
+    with pytest.raises(ValueError, match="tau starts at 0.0, memory 512.0; give a positive tau"):
+        made(tau=NOTHING)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_once_and_works_on_the_batch_alone(form):
+    plain, traces = lora().problem, []
+
+    def counted(*inputs):
+        traces.append(1)
+        return plain.inner(*inputs)
+
+    toy, made, state = started(form, lora()._replace(problem=plain._replace(inner=counted)))
+    before = len(traces)
+    stepped(toy, made, state, toy.train.batch(3))
+    assert len(traces) == before
+    types = [[leaf.aval for leaf in jax.tree.leaves(at)] for at in (made.init(toy.params), state)]
+    assert types[0] == types[1]  # nor does the second step compile again
+
+    def traced(rows):
+        many = multiobjective(toy.problem, optax.adam(1e-2), rows, share=HALF, tau=TAU, phi=FORMS[form])
+        shape = jax.eval_shape(many.init, toy.params)
+        return jax.make_jaxpr(many.step)(shape, toy.fixed, toy.train.batch(0), toy.validation.batch(0))
+
+    rows = 10_000_019
+    touching = {
+        equation.primitive.name
+        for equation in equations(traced(rows).jaxpr)
+        if any(rows in getattr(v.aval, "shape", ()) for v in [*equation.invars, *equation.outvars])
+    }
+    assert touching <= {"jit", "pjit", "scatter"}  # the table is written in place, in the rows of the batch
+
+
+def test_the_separable_form_multiplies_no_more_than_plain_training():
+    toy = lora()
+    batch, weights = toy.train.batch(0), jnp.ones((2, 5))
+    products = [
+        sum(equation.primitive.name == "dot_general" for equation in equations(jax.make_jaxpr(f)(toy.params).jaxpr))
+        for f in (
+            lambda p: gradient(toy.problem, p, weights, toy.fixed, batch),
+            lambda p: bmo.weighted_slope(toy.problem, p, toy.fixed, batch, bmo.Normaliser(0.0, 1.0, 9.0), weights, 1),
+        )
+    ]
+    assert products[0] == products[1] > 0
+
+
+def test_losses_come_from_the_problem():
+    toy = lora()
+    micro = jax.tree.map(lambda leaf: leaf[0], toy.train.batch(0))
+    direct = (jnp.tanh(micro["x"] @ toy.fixed["base"]) @ toy.fixed["head"] - micro["y"]) ** 2  # LoRA's b is 0
+    assert relative(bmo.losses(toy.problem, toy.params, toy.fixed, micro), direct) < 1e-12
