@@ -10,6 +10,7 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
 
   select CONFIG   learn a weight for every training row from a small trusted validation set, by exact hypergradients;
                   writes the weights, the selected subset, a model and a report
+  compare CONFIG  compare methods that learn weights: one data set, one budget, several seeds; a table and a picture
   train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
@@ -46,6 +47,17 @@ def _select(arguments: list[str]) -> int:
     from bilevel_jax.runs.config import SelectConfig
 
     return _run(SelectConfig, arguments, work)
+
+
+def _compare(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.bench import bench
+
+        return f"{bench(config)['sentence']}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import CompareConfig
+
+    return _run(CompareConfig, arguments, work)
 
 
 def _train(arguments: list[str]) -> int:
@@ -113,7 +125,7 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     return 0
 
 
-VERBS = {"select": _select, "train": _train, "inspect": _inspect, "export": _export}
+VERBS = {"select": _select, "compare": _compare, "train": _train, "inspect": _inspect, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

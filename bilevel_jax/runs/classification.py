@@ -286,8 +286,8 @@ def outputs(params: Params, fixed: Fixed, batch: Batch) -> Float[Array, "example
     if batch["x"].dtype == jnp.uint8:
         x = x / 255
     for layer in hidden:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ last["kernel"] + last["bias"]
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ last["kernel"] + last["bias"][None]
 
 
 def link(logits: Float[Array, "examples classes"], fixed: Fixed, batch: Batch) -> Float[Array, "examples"]:

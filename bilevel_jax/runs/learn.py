@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from bilevel_jax.core import tree, weighting
 from bilevel_jax.core.types import Checks, Hyper, Params, Run, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, outer_value
-from bilevel_jax.lm.features import features
 from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
@@ -56,18 +56,18 @@ def order_seed(config: SelectConfig, step: int) -> int:
     return config.data.seed + (step if config.outer.redraw else 0)
 
 
-def make_weighting(task: Task, config: SelectConfig) -> Weighting:
+def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
     name = config.outer.weighting
     if name == "per_source":
         source, count = source_numbers(task)
         return weighting.per_source(jnp.asarray(source), count)
     if name == "by_features":
-        return weighting.by_features(jnp.asarray(features(task.examples, task.corpus)))
+        return weighting.by_features(jnp.asarray(task.features()))
     return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows)
 
 
-def source_numbers(task: Task) -> tuple[Int[np.ndarray, "rows"], int]:
+def source_numbers(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
     """(the number of each row's source, how many there are)."""
     names, numbers = np.unique([example.source for example in task.examples], return_inverse=True)
     if len(names) < 2:
@@ -78,7 +78,7 @@ def source_numbers(task: Task) -> tuple[Int[np.ndarray, "rows"], int]:
     return numbers, len(names)
 
 
-def baselines(task: Task, trainer: Trainer, run: Run, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def baselines(task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
     direct = trainer.direct(run, weights, alignment=True)
     fixed = task.fixed(run.start.params)
@@ -86,7 +86,7 @@ def baselines(task: Task, trainer: Trainer, run: Run, weights: jax.Array) -> tup
     return direct.grad, jnp.asarray(losses, direct.grad.dtype)
 
 
-def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) -> Learned:
+def learn(task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session) -> Learned:
     """Optimise the weights by hypergradients of L_v on V_fit, and return the best by L_v on V_select.
 
     Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
@@ -161,7 +161,7 @@ def learn(task: Task, config: SelectConfig, trainer: Trainer, session: Session) 
     )
 
 
-def good_rows(task: Task, config: SelectConfig) -> np.ndarray | None:
+def good_rows(task: Task | ArrayTask, config: SelectConfig) -> np.ndarray | None:
     """Which rows carry the label data.good_label; None where the data have no such labels."""
     labels = [example.label for example in task.examples]
     if not config.data.label_field or all(label is None for label in labels):

@@ -16,6 +16,7 @@ from bilevel_jax.core.types import PADDING, Adjoint, Batch, Estimate, Estimator,
 from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import Outer
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
@@ -35,7 +36,7 @@ class Midway(NamedTuple):
 class Trainer:
     """Trains a task and estimates its hypergradient; compiled once, used for every outer step."""
 
-    def __init__(self, task: Task, outer: Outer, session: Session):
+    def __init__(self, task: Task | ArrayTask, outer: Outer, session: Session):
         self.task, self.outer, self.session = task, outer, session
         self.every = snapshot_interval(task.steps)
         self.folder: Path = session.folder / "checkpoints" / "inner"
@@ -177,7 +178,9 @@ class Trainer:
         return found.tree if found and found.step == outer_step else None
 
 
-def check_finite(task: Task, losses: dict[int, jax.Array], batch: Callable[[int], Batch]) -> dict[int, float]:
+def check_finite(
+    task: Task | ArrayTask, losses: dict[int, jax.Array], batch: Callable[[int], Batch]
+) -> dict[int, float]:
     """The losses by step, as numbers; a FloatingPointError that names rows for the first that is not finite."""
     values = {step: float(loss) for step, loss in losses.items()}
     step = next((step for step, value in values.items() if not np.isfinite(value)), None)

@@ -1,0 +1,31 @@
+"""A small classification file: three kinds of 8 x 8 images that a linear model tells apart, as bytes or as floats."""
+
+import numpy as np
+
+CLASSES, SIDE = 3, 8
+
+
+def write(path, *, train=120, test=40, floats=False):
+    """Every image differs from every other, so that rows can be recognised."""
+    random = np.random.default_rng(0)
+    shapes = random.uniform(0, 200, (CLASSES, SIDE, SIDE))
+    arrays = {}
+    for part, rows in (("train", train), ("test", test)):
+        y = random.integers(0, CLASSES, rows)
+        x = (shapes[y] + random.uniform(0, 55, (rows, SIDE, SIDE))).astype(np.uint8)
+        arrays |= {f"x_{part}": x / np.float32(255) if floats else x, f"y_{part}": y}
+    np.savez(path, **arrays)
+    return path
+
+
+CONFIG = """
+data: {{train: ['{path}']}}
+arrays: {{rows: 60, fit: 24, report: 30}}
+optimizer: {{name: momentum, learning_rate: 0.3, schedule: constant, warmup: 0}}
+train: {{steps: 6, batch: 20}}
+outer: {{weighting: sigmoid, learning_rate: 1.0, prior: 0.01, window: 2, max_iterations: 3, curvature_batches: 3}}
+single: {{read_every: 20}}
+bench: {{passes: 120, seeds: 2}}
+output: {{progress: false}}
+devices: {{data: 1}}
+"""
