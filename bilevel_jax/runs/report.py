@@ -85,7 +85,9 @@ def lead(run: Results) -> Html:
         paragraph(capital(verdict["reason"])),
         paragraph(element("b", "Remedy: "), verdict["remedy"]) if verdict["remedy"] else None,
         paragraph(element("b", "For you: "), _meaning(run)),
-        paragraph(element("b", "What the gradient is of: "), run.result["estimand"], "."),
+        paragraph(
+            element("b", "Solved: " if _single(run) else "What the gradient is of: "), run.result["estimand"], "."
+        ),
         note(
             "This is the verdict on the gradient at uniform weights, where the thresholds were calibrated. At the "
             f"learned weights they would say {places['learned weights']['level']}: near its optimum a loss has little "
