@@ -98,14 +98,16 @@ def page(name: str, result: Row, config_text: str, environment: Row) -> str:
 def sentence(result: Row) -> str:
     """Who leads, by how much, from whom it is not told apart, and whether the question means anything here."""
     methods = [row for row in result["rows"] if row["learns"] and "report" in row["mean"]]
-    parts = []
-    if result["labels"]:
+    parts, labels = [], result["labels"]
+    if labels:
         parts += _leads(methods, "auc", -1, "ranks the rows best", "AUC")
         parts += _leads(methods, "f1", -1, "sorts them best", "F1")
     parts += _leads(
         methods, "with_v report", 1, "trained again with its weights and V_fit is lowest on V_report", "L_v"
     )
     rows = {row["name"]: row for row in result["rows"]}
+    if once := [f"{name} {_said(rows[name], 'auc')}" for name in ("aligned", "low_loss") if name in rows and labels]:
+        parts.append(f"Ranked once, after uniform training: AUC {', '.join(once)}.")
     if "validation" in rows and "train+validation" in rows:
         pair = [f"{_said(rows[name], 'report')}" for name in ("validation", "train+validation")]
         parts.append(f"V_fit alone reaches {pair[0]}, all rows with V_fit {pair[1]}.")
