@@ -1,6 +1,7 @@
 """From a config to everything that a run on a language model is made of: rows, tokens, model, problem, streams."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,7 +246,7 @@ def per_row(
     rows: int,
 ) -> Float[np.ndarray, "rows *rest"]:
     """What `function` says of each row of a stream, by the row's index; nan for rows that the stream does not hold."""
-    compiled = jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
+    compiled = _by_micro(function)
     out: np.ndarray | None = None
     for step in range(stream.steps):
         batch = stream.batch(step)
@@ -255,6 +256,12 @@ def per_row(
         out[index[index != PADDING]] = values[index != PADDING]
     assert out is not None  # a stream has at least one step
     return out
+
+
+@lru_cache(maxsize=8)
+def _by_micro(function: Callable) -> Callable:
+    """`function` of each micro-batch, compiled; remembered, as a comparison reads the same again and again."""
+    return jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
 
 
 def _parameters(
