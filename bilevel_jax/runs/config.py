@@ -161,7 +161,6 @@ class Single:
     """Methods whose weights move with the parameters, in one run that trains on V as well: penalty, bmo, mixing."""
 
     steps: int = 0  # steps of that run; 0: as many as outer.steps trainings have
-    batch: int = 16  # validation examples in one step
     shares: tuple[float, ...] = (0.5, 0.4, 0.3)  # share of L_v in the loss, for equal parts of the run (mixing: rho)
     second: Literal["copy", "none"] = "copy"  # penalty: a second model trained on the weighted rows alone, or none
     temperatures: tuple[float, float] = (1.0, 0.1)  # bmo: tau at the first and the last step, geometric between

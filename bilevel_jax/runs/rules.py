@@ -165,7 +165,6 @@ RULES: tuple[Rule, ...] = (
     ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
     ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
     ("single.steps", lambda c: c.single.steps >= 0, "must be 0 (train.steps * outer.steps) or more"),
-    ("single.batch", lambda c: c.single.batch >= 1, "must be 1 or more"),
     (
         "single.shares",
         lambda c: len(c.single.shares) > 0 and all(0 < share < 1 for share in c.single.shares),
