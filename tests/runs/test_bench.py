@@ -84,7 +84,7 @@ def same(one, other):
     assert a == b
 
 
-@pytest.mark.parametrize("at", [4, pytest.param(30, marks=pytest.mark.slow), 80, 250])
+@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (4, 30, 250)), 80])
 def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path, monkeypatch, at):
     """SIGTERM while looking first, in a retrain, in an outer step, in the second seed."""
     count = 0
@@ -105,6 +105,7 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
     same(tmp_path / "run", whole[0])
 
 
+@pytest.mark.slow
 def test_every_method_runs(config, tmp_path):
     flags = ("--bench.seeds", "1", "--bench.methods", *METHODS, "--bench.arms", "oracle+validation")
     result = run(config, tmp_path / "run", *flags, "--arrays.hidden", "4", "--arrays.noise", "redrawn")

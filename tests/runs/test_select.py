@@ -71,7 +71,7 @@ def same_run(one, other):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("at", [27, 36, pytest.param(90, marks=pytest.mark.slow), 160])
+@pytest.mark.parametrize("at", [27, *(pytest.param(at, marks=pytest.mark.slow) for at in (36, 90)), 160])
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, monkeypatch, at):
     """SIGTERM in a training, in a sweep, while certifying, while comparing."""
     count = 0

@@ -27,7 +27,10 @@ def run(made, out, *flags):
     return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = ("memory-saving", "per source", "bmo with a copy")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
 def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
     whole = name == "penalty"  # the comparison is the same for all of them
     result = run(made, tmp_path / "run", *METHODS[name], *(() if whole else ("--fast",)))
