@@ -25,7 +25,7 @@ from bilevel_jax.runs.learn import baselines, good_rows
 from bilevel_jax.runs.methods import METHODS, Outcome, once
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.rules import on_arrays
-from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.statistics import auc, mean_interval, top
 from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.task import prepare as prepare_text
@@ -40,22 +40,10 @@ def bench(config: CompareConfig) -> dict[str, Any]:
 
     Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
     """
-    output = config.output
-    folder = files.new_run_folder(output.folder, output.resume)
-    with files.lock(folder):
-        if output.resume:
-            configs.refuse_another(config, folder / files.RESOLVED)
+    with run_folder(config) as folder:
         task_of = tasks(config, folder)
         _affordable(config, task_of(0))
-        files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
-        files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-        with session(
-            folder,
-            resume=output.resume,
-            progress=output.progress,
-            save_seconds=60 * output.save_minutes,
-            log_after=None,
-        ) as work:
+        with started(config, folder) as work:
             return _work(config, task_of, work)
 
 

@@ -18,7 +18,7 @@ from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
-from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.single import Alone, learn_alone, steps_of, work_of
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, prepare
@@ -38,26 +38,14 @@ def select(config: SelectConfig) -> dict[str, Any]:
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
     """
-    output = config.output
-    folder = files.new_run_folder(output.folder, output.resume)
-    with files.lock(folder):
-        if output.resume:
-            configs.refuse_another(config, folder / files.RESOLVED)
+    with run_folder(config) as folder:
         ready = embedded(config, folder)
         found = rows.load(ready.data)
         if len(found.train) < 2:
             raise ValueError(f"{len(found.train)} training row; weights compare rows, so give at least 2.")
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
         task = prepare(ready, found, folder, steps=config.train.steps, seeds=seeds, prior=config.outer.prior)
-        files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
-        files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-        with session(
-            folder,
-            resume=output.resume,
-            progress=output.progress,
-            save_seconds=60 * output.save_minutes,
-            log_after=None,
-        ) as work:
+        with started(config, folder) as work:
             return _work(task, config, work, folder)
 
 

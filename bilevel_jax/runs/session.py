@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import files
 
 
@@ -152,10 +153,31 @@ class Marked:
 
 
 @contextlib.contextmanager
-def session(
-    folder: Path, *, resume: bool, progress: bool, save_seconds: float, log_after: int | None
-) -> Iterator[Session]:
-    """Open a run: lock its folder, catch signals, show the bar; close all of it whatever happens."""
+def run_folder(config: Any) -> Iterator[Path]:
+    """The folder of a verb's run, locked: made new, or, to resume, that of a run with the same config.
+
+    Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config.
+    """
+    folder = files.new_run_folder(config.output.folder, config.output.resume)
+    with files.lock(folder):
+        if config.output.resume:
+            configs.refuse_another(config, folder / files.RESOLVED)
+        yield folder
+
+
+@contextlib.contextmanager
+def started(config: Any, folder: Path) -> Iterator[Session]:
+    """Write what the run was told and where it runs, and open it."""
+    output = config.output
+    files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
+    files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+    with session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as work:
+        yield work
+
+
+@contextlib.contextmanager
+def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
+    """Open a run: catch signals, show the bar; close all of it whatever happens."""
     (folder / "checkpoints").mkdir(exist_ok=True)
     console = Console(stderr=True)
     bar = Progress(
@@ -163,7 +185,7 @@ def session(
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
         console=console, disable=not progress, transient=True,
     )  # fmt: skip
-    log = files.JsonLog(folder / "log.jsonl", log_after if resume else None)
+    log = files.JsonLog(folder / "log.jsonl", None)
     work = Session(folder, log, bar, save_seconds)
     before = {number: signal.signal(number, work.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -22,7 +22,7 @@ from bilevel_jax.runs.config import TrainConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.objective import check_rows
 from bilevel_jax.runs.optimizers import schedule
-from bilevel_jax.runs.session import Session, environment, session
+from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.streamed import Streamed
 from bilevel_jax.runs.task import Task, per_row, prepare, tokenized
 from bilevel_jax.runs.training import check_finite
@@ -65,11 +65,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
     """
-    output = config.output
-    folder = files.new_run_folder(output.folder, output.resume)
-    with files.lock(folder):
-        if output.resume:
-            configs.refuse_another(config, folder / files.RESOLVED)
+    with run_folder(config) as folder:
         ready = embedded(config, folder)
         found = rows.load(ready.data)
         given = weights.given(ready.weights, found.train) if found.train else weights.unknown(ready.weights)
@@ -82,15 +78,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise ValueError(
                 "train.keep = best chooses by V_select, which has no rows: give data.validation or .select."
             )
-        files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
-        files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-        with session(
-            folder,
-            resume=output.resume,
-            progress=output.progress,
-            save_seconds=60 * output.save_minutes,
-            log_after=None,
-        ) as work:
+        with started(config, folder) as work:
             table = given.weights[given.kept]
             for note in [*task.notes, f"weights: {given.source}{_about(table)}."]:
                 work.say(note)
