@@ -191,6 +191,7 @@ def main_table(result: Row) -> Html:
                 for key, head, what in shown
             ),
             marks={index: "strong" for index, row in enumerate(rows) if row["learns"]},
+            name="bench",
         ),
         note(f"{NONE}: does not apply. Shaded: methods that learn weights."),
         *(note(f"{row['name']}: {cell['ended']}.") for row in rows for cell in row["runs"] if cell.get("ended")),

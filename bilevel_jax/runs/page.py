@@ -312,6 +312,7 @@ td:first-child, th:first-child { padding-left: 8px; }
   font-size: 11px; white-space: nowrap; }
 .checks td:nth-last-child(-n+2) { color: var(--muted); font-size: 13px; min-width: 130px; }
 .checks td { overflow-wrap: normal; }
+.bench td:first-child { min-width: 130px; overflow-wrap: normal; }
 .checks .figure { white-space: nowrap; color: var(--v, inherit); font-weight: 500; } .badge { color: var(--v);
   font-weight: 700; font-size: 13px; }
 .examples { width: 100%; table-layout: fixed; } .examples th:nth-child(1) { width: 76px; }
