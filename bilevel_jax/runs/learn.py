@@ -143,7 +143,7 @@ def learn(task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, sessio
         record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
-        session.say(_line(record, task.objective.unit))
+        session.say(reading_line(f"outer step {step:>3}", record, task.objective.unit))
         checkpoint.save(folder, step, tables, {"records": records})
         session.saved()
         ended = _ended(records, config, task.rows)
@@ -203,10 +203,11 @@ def _ended(records: list[dict[str, Any]], config: SelectConfig, rows: int) -> st
     return f"all {outer.steps} outer steps were made" if len(records) > outer.steps else ""
 
 
-def _line(record: dict[str, Any], unit: str) -> str:
+def reading_line(where: str, record: dict[str, Any], unit: str) -> str:
+    """One line for people: L_v on every part, effective size, AUC."""
     loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
     auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    return f"outer step {record['step']:>3}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"
+    return f"{where}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"
 
 
 def _plain(checks: Checks) -> dict[str, Any]:

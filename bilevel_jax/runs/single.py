@@ -16,7 +16,7 @@ from bilevel_jax.core.weighting import Selector
 from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import Learned, baselines, good_rows, source_numbers
+from bilevel_jax.runs.learn import Learned, baselines, good_rows, reading_line, source_numbers
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
@@ -108,7 +108,7 @@ def run_single(task: Task | ArrayTask, config: SelectConfig, session: Session, *
             records.append(reading(reached, time.monotonic() - began))
             began = time.monotonic()
             session.log.write({"event": "single", **records[-1]})
-            session.say(_line(records[-1], task.objective.unit))
+            session.say(reading_line(f"step {reached:>6}", records[-1], task.objective.unit))
         if due or reached == steps:
             checkpoint.save(folder, reached, state, {"records": records})
             session.saved()
@@ -194,9 +194,3 @@ def selector(task: Task | ArrayTask, config: SelectConfig) -> Selector:
         return weighting.per_source_selector(jnp.asarray(source), count)
     kinds = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
     return kinds[config.outer.weighting](task.rows)
-
-
-def _line(record: dict[str, Any], unit: str) -> str:
-    loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
-    auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    return f"step {record['step']:>6}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"

@@ -1,6 +1,7 @@
 """A tiny task that every verb runs on in a second: the cipher's files, pairs of its answers, an untrained model."""
 
 import json
+import signal
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from bilevel_jax.lm import cipher
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.tokens import load_tokenizer
+from bilevel_jax.runs.session import Session
 
 SELECT = """
 model: {{path: {made}/model, lora_rank: 0}}
@@ -70,3 +72,22 @@ def pair(row):
         "rejected": wrong if good else right,
         "label": "clean" if good else "swapped",
     }
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """count -> from now on, SIGTERM at the count-th piece of work that a run counts, and at no other."""
+
+    def stop(count):
+        done, advance = 0, Session.advance
+
+        def stopping(self, amount=1.0):
+            nonlocal done
+            done += 1
+            if done == count:
+                signal.raise_signal(signal.SIGTERM)
+            advance(self, amount)
+
+        monkeypatch.setattr(Session, "advance", stopping)
+
+    return stop

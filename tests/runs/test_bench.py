@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -85,19 +84,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (4, 30, 250)), 80])
-def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path, monkeypatch, at):
+def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path, stop_at, at):
     """SIGTERM while looking first, in a retrain, in an outer step, in the second seed."""
-    count = 0
-    advance = session.Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal count
-        count += 1
-        if count == at:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    monkeypatch.setattr(session.Session, "advance", stopping)
+    stop_at(at)
     with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
         run(config, tmp_path / "run", *ITERATED)
     assert not (tmp_path / "run" / "report.html").exists()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -72,19 +71,9 @@ def same_run(one, other):
 
 
 @pytest.mark.parametrize("at", [27, *(pytest.param(at, marks=pytest.mark.slow) for at in (36, 90)), 160])
-def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, monkeypatch, at):
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop_at, at):
     """SIGTERM in a training, in a sweep, while certifying, while comparing."""
-    count = 0
-    advance = session.Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal count
-        count += 1
-        if count == at:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    monkeypatch.setattr(session.Session, "advance", stopping)
+    stop_at(at)
     out = tmp_path / "run"
     with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
         run(made, out)

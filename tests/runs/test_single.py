@@ -1,7 +1,6 @@
 """Single-loop methods in `select`: what they write, that they stop and go on, and what they prefer."""
 
 import json
-import signal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -45,18 +44,9 @@ def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
     assert "<html" in page and "trains on V" in page and ">nan<" not in page
 
 
-def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, monkeypatch):
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at):
     run(made, tmp_path / "whole", "--fast", *METHODS["penalty"])
-    count, advance = 0, session.Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal count
-        count += 1
-        if count == 45:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    monkeypatch.setattr(session.Session, "advance", stopping)
+    stop_at(45)
     with pytest.raises(session.Interrupted):
         run(made, tmp_path / "run", "--fast", *METHODS["penalty"])
     run(made, tmp_path / "run", "--fast", *METHODS["penalty"], "--resume")

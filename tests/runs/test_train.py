@@ -1,7 +1,6 @@
 """The verb `train` as a user runs it: what it writes, which weights it uses, that it stops and goes on."""
 
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -98,18 +97,9 @@ def test_select_weighs_pairs(made, tmp_path, objective):
     [((), 6), (("--train.keep", "best", "--model.lora-rank", "2"), 9), (OBJECTIVES["dpo"], 3)],
     ids=["sft", "lora, best", "dpo"],
 )
-def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, monkeypatch, flags, at):
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, flags, at):
     run(made, tmp_path / "whole", *flags)
-    count, advance = 0, session.Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal count
-        count += 1
-        if count == at:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    monkeypatch.setattr(session.Session, "advance", stopping)
+    stop_at(at)
     with pytest.raises(session.Interrupted, match="everything is saved"):
         run(made, tmp_path / "run", *flags)
     result = run(made, tmp_path / "run", *flags, "--resume")
@@ -230,19 +220,10 @@ def test_streamed_rows_are_the_rows_in_order(made, tmp_path):
     assert ids == [example.id for example in load_rows([str(made / "train.jsonl")])]
 
 
-def test_streamed_stopped_and_resumed_changes_no_bit(made, tmp_path, monkeypatch):
+def test_streamed_stopped_and_resumed_changes_no_bit(made, tmp_path, stop_at):
     flags = (*STREAMED, "--data.shuffle-buffer", "10", "--objective.name", "simpo", *PAIRS)
     run(made, tmp_path / "whole", *flags)
-    count, advance = 0, session.Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal count
-        count += 1
-        if count == 8:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    monkeypatch.setattr(session.Session, "advance", stopping)
+    stop_at(8)
     with pytest.raises(session.Interrupted):
         run(made, tmp_path / "run", *flags)
     run(made, tmp_path / "run", *flags, "--resume")
