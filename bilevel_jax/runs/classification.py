@@ -20,9 +20,10 @@ from bilevel_jax.core.types import PADDING, Batch, Fixed, Loss, Params, Problem,
 from bilevel_jax.lm import batches
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.config import Arrays, SelectConfig
+from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.objective import Objective
 from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.sections import Arrays
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.runs.config import Keep
+from bilevel_jax.runs.sections import Keep
 from bilevel_jax.runs.statistics import top
 
 

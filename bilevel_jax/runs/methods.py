@@ -10,9 +10,9 @@ from jaxtyping import Float
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.runs.classification import ArrayTask
-from bilevel_jax.runs.config import Method as MethodName
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import learn
+from bilevel_jax.runs.sections import Method as MethodName
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.single import run_single, work_of
 from bilevel_jax.runs.task import Task

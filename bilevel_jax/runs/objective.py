@@ -7,7 +7,7 @@ from bilevel_jax.core.types import Loss
 from bilevel_jax.lm import losses, preferences
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs import config as configs
+from bilevel_jax.runs import sections
 
 USUAL_BETA = {"dpo": 0.1, "simpo": 2.5}
 """DPO: the paper's and the field's default; SimPO: the instruction-tuned setting of its paper."""
@@ -28,19 +28,19 @@ class Objective(NamedTuple):
     """What `accuracy` is called."""
 
 
-def objective(config: configs.Objective, decoder: lm.Decoder, *, lora: bool) -> Objective:
+def objective(config: sections.Objective, decoder: lm.Decoder, *, lora: bool) -> Objective:
     """Compose the objective; with `lora` the trained parameters are adapters over `fixed["base"]`."""
     return {"sft": _sft, "dpo": _pairs, "simpo": _pairs}[config.name](config, decoder, lora)
 
 
-def unit(config: configs.Objective) -> str:
+def unit(config: sections.Objective) -> str:
     """The unit of a loss."""
     if config.name == "sft":
         return "nats per example" if config.normalise == "token_sum" else "nats per token"
     return "nats per pair"
 
 
-def check_rows(config: configs.Objective, examples: list[Example]) -> None:
+def check_rows(config: sections.Objective, examples: list[Example]) -> None:
     """Raise ValueError where the rows are not what the objective reads: pairs, or single responses."""
     pairs = config.name != "sft"
     odd = next((example for example in examples if bool(example.rejected) != pairs), None)
@@ -57,7 +57,7 @@ def check_rows(config: configs.Objective, examples: list[Example]) -> None:
     )
 
 
-def _sft(config: configs.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
+def _sft(config: sections.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
     split = losses.sft_loss(decoder, frozen_head=lora, normalise=config.normalise)
     return Objective(
         _over_base(losses.sft(decoder, normalise=config.normalise)),
@@ -68,7 +68,7 @@ def _sft(config: configs.Objective, decoder: lm.Decoder, lora: bool) -> Objectiv
     )
 
 
-def _pairs(config: configs.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
+def _pairs(config: sections.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
     beta = config.beta or USUAL_BETA[config.name]
     if config.name == "dpo":
         smoothing = config.label_smoothing

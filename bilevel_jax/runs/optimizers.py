@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.runs.config import Optimizer
+from bilevel_jax.runs.sections import Optimizer
 
 
 def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:

@@ -8,7 +8,6 @@ import numpy as np
 
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import figures, files, keep
-from bilevel_jax.runs.config import SINGLE_LOOP, Keep
 from bilevel_jax.runs.figures import Html, Series, element, join
 from bilevel_jax.runs.page import (
     NONE,
@@ -34,6 +33,7 @@ from bilevel_jax.runs.report_comparison import arm, compared, comparison, differ
 from bilevel_jax.runs.report_examples import ends
 from bilevel_jax.runs.report_weights import axis, chosen, groups, weights
 from bilevel_jax.runs.results import PARTS, Results, part_of, read, real
+from bilevel_jax.runs.sections import SINGLE_LOOP, Keep
 
 LEAD = ("oracle", "uniform", "learned weights", "selected subset", "random subset")
 """Arms of the first picture, from above."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs.config import Data
+from bilevel_jax.runs.sections import Data
 
 PARTS = ("fit", "select", "report")
 

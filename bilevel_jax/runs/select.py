@@ -18,6 +18,7 @@ from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
+from bilevel_jax.runs.sections import SINGLE_LOOP
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.single import Alone, learn_alone, steps_of, work_of
 from bilevel_jax.runs.statistics import auc
@@ -55,7 +56,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     work.phase("starting", total=planned_work(task, config))
     trainer = Trainer(task, config.outer, work)
     alone: Alone | None = None
-    if config.outer.method in configs.SINGLE_LOOP:
+    if config.outer.method in SINGLE_LOOP:
         learned, alone = learn_alone(task, config, trainer, work)
         certified, verdicts = {}, {"uniform weights": NOTHING_TO_CERTIFY}
     else:
@@ -120,9 +121,9 @@ def planned_work(task: Task, config: SelectConfig) -> float:
     estimate = swept * (REPLAY + PRODUCT) if outer.method in ("unrolled", "window") else 0
     one_pass = 2 * math.ceil(task.rows / task.batch)
     total = (outer.steps + 1) * (steps + estimate) + one_pass
-    if outer.method in configs.SINGLE_LOOP:
+    if outer.method in SINGLE_LOOP:
         total = steps + one_pass + steps_of(config) * work_of(config)
-    if config.certify.enabled and outer.method not in configs.SINGLE_LOOP:
+    if config.certify.enabled and outer.method not in SINGLE_LOOP:
         ends = 2 if outer.restart == "cold" else 1
         retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
         total += ends * (retrains * steps + estimate)

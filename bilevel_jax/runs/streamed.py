@@ -11,8 +11,8 @@ from bilevel_jax.lm import batches, data
 from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus, Report
-from bilevel_jax.runs.config import Data
 from bilevel_jax.runs.rows import reading
+from bilevel_jax.runs.sections import Data
 
 Weigh = Callable[[Example], float | None]
 """The weight of a row; None leaves it out."""

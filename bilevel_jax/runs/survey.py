@@ -12,7 +12,7 @@ from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.encode import joiner
 from bilevel_jax.lm.tokens import Corpus, Tokenized
 from bilevel_jax.lm.turns import shared
-from bilevel_jax.runs.config import Data
+from bilevel_jax.runs.sections import Data
 
 WHOLE = 1 << 40
 """A length that no row has."""

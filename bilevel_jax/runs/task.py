@@ -24,10 +24,11 @@ from bilevel_jax.lm.features import features
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import files, reference
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.config import InspectConfig, Model, SelectConfig, TrainConfig
+from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.objective import Objective, check_rows, objective
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.rows import Rows
+from bilevel_jax.runs.sections import Model
 
 
 class Task(NamedTuple):

@@ -17,7 +17,7 @@ from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs.classification import ArrayTask
-from bilevel_jax.runs.config import Outer
+from bilevel_jax.runs.sections import Outer
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs.config import Weights
+from bilevel_jax.runs.sections import Weights
 
 
 class Given(NamedTuple):

@@ -27,8 +27,8 @@ from bilevel_jax.core.transition import begin, descent
 from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.config import Optimizer
 from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.sections import Optimizer
 from tests.runs.problems_lm import stories
 
 

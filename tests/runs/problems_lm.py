@@ -19,10 +19,10 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.config import Objective as Chosen
-from bilevel_jax.runs.config import Optimizer
 from bilevel_jax.runs.objective import objective
 from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.sections import Objective as Chosen
+from bilevel_jax.runs.sections import Optimizer
 
 MODEL = "stories-260k"
 

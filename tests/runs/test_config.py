@@ -13,7 +13,6 @@ from bilevel_jax.lm.formats import FORMATS
 from bilevel_jax.runs.config import (
     MAY_DIFFER,
     CompareConfig,
-    Format,
     InspectConfig,
     SelectConfig,
     TrainConfig,
@@ -26,6 +25,7 @@ from bilevel_jax.runs.config import (
 )
 from bilevel_jax.runs.optimizers import DIRECTIONS, SHAPES, clip, optimizer, schedule
 from bilevel_jax.runs.read import fields, read
+from bilevel_jax.runs.sections import Format
 
 SMALL = """
 model: {path: builtin:cipher, lora_rank: 1e1}

@@ -10,8 +10,9 @@ from bilevel_jax.cli import main
 from bilevel_jax.lm import cipher
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import load_tokenizer
-from bilevel_jax.runs.config import Data, InspectConfig, load
+from bilevel_jax.runs.config import InspectConfig, load
 from bilevel_jax.runs.inspect import plain, spelled
+from bilevel_jax.runs.sections import Data
 from bilevel_jax.runs.survey import TRIES, read, survey
 from tests.lm.test_tokens import CHATML, LLAMA2, bpe
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.config import Keep
 from bilevel_jax.runs.keep import keep_rows, rule
+from bilevel_jax.runs.sections import Keep
 
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5, 1.0, 3.0])
 SOURCES = ["a", "a", "b", "b", "b", "c"]

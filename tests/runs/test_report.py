@@ -15,8 +15,9 @@ import pytest
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report
-from bilevel_jax.runs.config import Data, Outer, SelectConfig
+from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.page import number
+from bilevel_jax.runs.sections import Data, Outer
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {

@@ -12,7 +12,8 @@ import pytest
 
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report_curves, train_report
-from bilevel_jax.runs.config import Model, Objective, TrainConfig, Training, TrainOutput, Weights
+from bilevel_jax.runs.config import TrainConfig
+from bilevel_jax.runs.sections import Model, Objective, Training, TrainOutput, Weights
 from tests.runs.test_report import HOSTILE, PAIRS, Balance, examples, numbers, pairs, words
 
 CLEAN = figures.printable(HOSTILE)  # neither a parquet file nor a YAML file can hold half a surrogate pair

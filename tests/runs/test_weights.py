@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.config import Weights
+from bilevel_jax.runs.sections import Weights
 from bilevel_jax.runs.weights import given
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]

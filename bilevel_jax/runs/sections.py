@@ -1,0 +1,273 @@
+"""The sections of all configs: frozen dataclasses, one key a line, with its default and what it means."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Format = Literal[
+    "auto", "text", "chat", "sharegpt", "prompt", "completion", "alpaca",
+    "preference", "implicit_preference", "alpaca_preference", "sharegpt_preference", "hh",
+]  # fmt: skip
+Method = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
+SINGLE_LOOP = ("penalty", "bmo", "mixing")
+Normalise = Literal["example_mean", "token_sum", "token_mean"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The language model and which of its parameters are trained."""
+
+    path: str = ""  # folder of a Hugging Face checkpoint, or builtin:cipher for the small model made on the spot
+    scratch: bool = False  # train from random parameters, drawn anew for each seed, instead of the checkpoint's
+    lora_rank: int = 16  # rank of the LoRA factors; 0 trains all parameters
+    lora_alpha: float = 16.0  # LoRA scale: the factors' product counts alpha/rank times
+    lora_targets: tuple[str, ...] = ()  # projections that get LoRA factors; empty: the usual ones of the model's family
+    base_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen base is stored; it is upcast layer by layer
+    train_dtype: Literal["float32", "float64"] = "float32"  # trained parameters, optimiser state and hypergradients
+    remat: bool = True  # recompute layers in the backward pass: less memory, about a third more time
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows to be judged, the trusted validation rows, and how text is read from them."""
+
+    train: tuple[str, ...] = ()  # files (jsonl, json, parquet) or a dataset name: the rows that get weights
+    validation: tuple[str, ...] = ()  # trusted rows; split by id into V_fit, V_select and V_report
+    select: tuple[str, ...] = ()  # own rows for V_select (early stopping); empty: a share of validation
+    report: tuple[str, ...] = ()  # own rows for V_report (headline numbers); empty: a share of validation
+    split: tuple[float, float, float] = (0.5, 0.25, 0.25)  # shares of validation for V_fit, V_select, V_report
+    format: Format = "auto"  # shape of a row; auto looks at its keys
+    prompt_field: str = "prompt"  # key of the question in a row
+    response_field: str = "response"  # key of the answer; its tokens carry the loss
+    text_field: str = "text"  # key of plain text; all its tokens carry the loss
+    messages_field: str = "messages"  # key of a dialogue
+    system_field: str = "system"  # key of a system prompt beside the row's own layout
+    chosen_field: str = "chosen"  # key of the preferred response of a pair
+    rejected_field: str = "rejected"  # key of the other response
+    source_field: str = "source"  # key of where a row comes from: used by weighting per_source and in the report
+    label_field: str = ""  # key of a known quality: adds AUC and the oracle's row to the report; never seen in training
+    good_label: str = "clean"  # the label of good rows
+    empty: Literal["error", "drop"] = "error"  # rows with an empty part: name them and stop, or leave them out
+    template: str = ""  # where the tokenizer has no chat template: {prompt} and {response} with what joins them
+    max_length: int = 1024  # tokens of an example
+    truncate: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
+    supervise: Literal["all", "last"] = "all"  # targets of a dialogue: every assistant turn, or the last alone
+    packing: bool = False  # several examples in one sequence: faster, same numbers
+    streaming: bool = False  # train: read the training rows as training goes, for data too large to hold
+    shuffle_buffer: int = 10000  # streaming: rows held back to be shuffled; 0 keeps the order of the files
+    leaks: Literal["error", "drop"] = "error"  # what to do with training rows that also stand in validation
+    seed: int = 0  # of the split and of the data's order
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one example."""
+
+    name: Literal["sft", "dpo", "simpo"] = "sft"  # sft: of a response; dpo and simpo: of a pair, chosen and rejected
+    normalise: Normalise = "example_mean"  # sft: nats per token of each row, per row, or per token of a step
+    beta: float = 0.0  # dpo, simpo: how sharply a margin is judged; 0: the usual 0.1 of dpo, 2.5 of simpo
+    gamma_ratio: float = 0.55  # simpo: the margin that is asked for, nats per token (gamma / beta)
+    label_smoothing: float = 0.0  # dpo: the share of pairs whose order is taken to be wrong, below 0.5
+    reference: str = ""  # dpo: reference.parquet of another run; empty: made at the start, by the model itself
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How parameters are trained, and what the hypergradient differentiates."""
+
+    name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "adamw"  # lion's derivative is 0: not for unrolled
+    learning_rate: float = 1e-4  # peak; too high a rate makes exact hypergradients useless (certify measures it)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # after warmup; cosine and linear end at 0
+    warmup: float = 10.0  # steps over which the rate rises; below 1: that share of all steps
+    weight_decay: float = 0.0  # pull to 0, decoupled (adamw, lion) or added to the gradient (the others)
+    momentum: float = 0.9  # of name=momentum
+    b1: float = 0.9  # decay of the gradient's mean
+    b2: float = 0.999  # decay of the squared gradient's mean
+    eps: float = 1e-8  # added outside the square root
+    eps_root: float = 1e-12  # added inside the square root; 0 makes the derivative NaN where a gradient is 0
+    clip: float = 0.0  # greatest norm of the gradient; 0 does not clip
+
+
+@dataclass(frozen=True)
+class Train:
+    """One training run; the outer loop repeats it."""
+
+    steps: int = 300  # optimiser steps of one run
+    batch: int = 16  # examples in one step, over all devices
+    micro: int = 1  # pieces that a step is cut into: less memory, same numbers
+    seed: int = 0  # of the start of the parameters
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run with given weights."""
+
+    epochs: float = 1.0  # passes over the training rows
+    steps: int = 0  # optimiser steps; 0: as many as train.epochs asks for
+    batch: int = 16  # examples in one step, over all devices
+    micro: int = 1  # pieces that a step is cut into: less memory, same numbers
+    seed: int = 0  # of the start of the parameters
+    compute: Literal["float32", "bfloat16"] = "float32"  # factors of the matrix products; sums stay in float32
+    evaluate_every: int = 50  # steps between two readings of the validation loss; it is read at both ends too
+    keep: Literal["last", "best"] = "last"  # which parameters are written: the last, or the best on V_select
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of the training rows come from."""
+
+    file: str = ""  # weights.parquet of `select`, or parquet, jsonl, json with an id; empty: the constant
+    column: str = "weight"  # its column: a weight, or a score (larger is better)
+    constant: float = 1.0  # the weight of every row where no file is given
+    transform: Literal["none", "negate", "minmax", "rank"] = "none"  # score -> weight: -s; (s - min)/(max - min); rank
+    mean_one: bool = False  # divide by the mean, so that the learning rate keeps its meaning
+    missing: Literal["error", "one", "zero", "drop"] = "error"  # rows whose id the file lacks
+
+
+@dataclass(frozen=True)
+class Outer:
+    """How the weights are learned."""
+
+    method: Method = "unrolled"  # unrolled: exact for the run itself; penalty, bmo and mixing: see single
+    weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"  # what is learned -> weights
+    steps: int = 8  # steps of the weights: each trains once and sweeps once
+    learning_rate: float = 0.7  # of the weights' logits, along the hypergradient divided by its rms
+    max_step: float = 2.0  # greatest change of one logit in one step
+    restart: Literal["cold", "warm"] = "cold"  # train from the first parameters again, or from the last
+    redraw: bool = True  # new data order at each restart, or the weights over-fit one order
+    ess_floor: float = 0.1  # stop when the effective sample size falls below this share of the rows
+    patience: int = 3  # stop after so many steps without a better loss on V_select; 0 never stops
+    window: int = 20  # method=window: how many last steps are swept
+    prior: float = 0.0  # delta in the training loss's prior delta/2 |params - start|^2; method=implicit needs it
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # implicit: the matrix of the solve
+    solver: Literal["cg", "neumann", "dense", "identity"] = "cg"  # implicit: how it is solved
+    neumann_rate: float = 0.1  # solver=neumann: step size, below 2 over the largest curvature
+    tolerance: float = 1e-4  # implicit: relative residual at which the solve stops
+    max_iterations: int = 100  # implicit: products at which it gives up
+    curvature_batches: int = 8  # implicit: batches in the matrix; doubled until the solution stays
+
+
+@dataclass(frozen=True)
+class Single:
+    """Methods whose weights move with the parameters, in one run that trains on V as well: penalty, bmo, mixing."""
+
+    steps: int = 0  # steps of that run; 0: as many as outer.steps trainings have
+    shares: tuple[float, ...] = (0.5, 0.4, 0.3)  # share of L_v in the loss, for equal parts of the run (mixing: rho)
+    second: Literal["copy", "none"] = "copy"  # penalty: a second model trained on the weighted rows alone, or none
+    temperatures: tuple[float, float] = (1.0, 0.1)  # bmo: tau at the first and the last step, geometric between
+    reference: Literal["none", "snapshot", "copy"] = "none"  # bmo: what losses are compared with (phi)
+    inner_steps: int = 1  # bmo with a copy: its steps for each step
+    proximal: float = 1.0  # bmo with a copy: strength of its pull to the parameters (l)
+    read_every: int = 50  # steps between two readings of L_v
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written, and where."""
+
+    folder: str = "out"  # the run's folder; never overwritten
+    resume: bool = False  # go on with the run in that folder
+    progress: bool = True  # show a progress bar
+    save_minutes: float = 10.0  # save in the middle of an outer step when the last save is older
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What is written, and where."""
+
+    folder: str = "out"  # the run's folder; never overwritten
+    resume: bool = False  # go on with the run in that folder
+    progress: bool = True  # show a progress bar
+    save_minutes: float = 10.0  # save when the last save is older
+    model: Literal["full", "adapter", "both"] = "both"  # LoRA: the merged model, the PEFT adapter, or both
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which rows the selected data hold."""
+
+    top_share: float = 0.8  # share of rows, by weight
+    threshold: float = 0.0  # instead: rows of at least this weight (the mean weight is 1); 0 = off
+    resample: int = 0  # instead: so many rows drawn in proportion to their weight, as whole repeats; 0 = off
+    per_source: int = 0  # instead: so many rows, each source in proportion to its total weight, by weight; 0 = off
+
+
+Row = Literal[
+    "uniform", "learned", "selected", "random", "alignment", "perplexity", "validation", "train+validation", "oracle"
+]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The headline numbers: cold retraining with the final weights, read on V_report."""
+
+    enabled: bool = True  # costs one training per row and seed
+    seeds: int = 3  # trainings per row
+    rows: tuple[Row, ...] = get_args(Row)  # what is compared
+
+
+@dataclass(frozen=True)
+class Certify:
+    """Is the hypergradient exact, smooth, predictive? Ends in a verdict."""
+
+    enabled: bool = True  # costs two trainings per step size and one sweep
+    step_sizes: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)  # exact: finite differences along the gradient's sign
+    removed: float = 0.2  # smooth: share of rows left out
+    retrains: int = 0  # predictive: trainings with changed weights; 0 = not measured, else at least 8
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of the run."""
+
+    data: int = 0  # devices over which the examples of a step are spread; 0 = all
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is printed."""
+
+    rows: int = 3  # rows of each part whose tokens are shown, the first ones; 0: none
+    ids: tuple[str, ...] = ()  # rows to show instead, by id, as in weights.parquet
+    tokens: int = 300  # tokens shown of one row; a longer one loses its middle
+    width: int = 0  # characters in a line; 0: those of the terminal
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where."""
+
+    folder: str = "out/export"  # made anew; never overwritten
+    form: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"  # whose input; maxtext is Tunix's, too
+    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"  # of the rows; auto: as they came
+    container: Literal["jsonl", "json", "parquet", "datasets"] = "jsonl"  # datasets: a folder of `save_to_disk`
+    weight: bool = True  # a `weight` key in each row, for trainers that read one
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A classification task with wrong labels, where data.train is one .npz: x_train, y_train, x_test, y_test."""
+
+    hidden: tuple[int, ...] = ()  # widths of the hidden layers (ReLU); none: linear softmax regression
+    rows: int = 5000  # training rows, which get weights; drawn from x_train anew for each seed
+    fit: int = 500  # rows of V_fit, drawn from the rest of x_train
+    select: int = 0  # rows of V_select, likewise; 0: the last weights count
+    report: int = 0  # rows of V_report, drawn from x_test; 0: all of them
+    noise: Literal["forced", "redrawn", "none"] = "forced"  # forced: to a wrong class; redrawn: uniform over all
+    share: float = 0.5  # of the training rows whose label is changed
+
+
+BenchMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
+BenchArm = Literal[
+    "uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "aligned", "low_loss"
+]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared, and at what cost."""
+
+    methods: tuple[BenchMethod, ...] = ("unrolled", "window", "implicit", "alignment", "penalty", "mixing")  # rows
+    arms: tuple[BenchArm, ...] = get_args(BenchArm)  # rows that learn no weights
+    passes: int = 2000  # budget of a method for one seed: forward and backward passes over one batch
+    seeds: int = 3  # wrong labels, data order and start are drawn anew for each
+    top_share: float = 0.5  # share of the rows that random, aligned and low_loss keep
