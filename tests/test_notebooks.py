@@ -1,0 +1,57 @@
+"""A notebook is what its script says, and its outputs are those of one run, from top to bottom, that ended well."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
+AGAIN = "make it again: python notebooks/execute.py notebooks/{}.py"
+PLACE = re.compile(r"(?<![\w.:/<])/(?:[\w.-]+/)+[\w.-]+|[A-Z]:\\\w|site-packages")
+
+
+def cells(script: str) -> list[tuple[str, str]]:
+    """(kind, source) of each cell of a percent script, read without jupytext."""
+    found = []
+    for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        head, _, body = part.partition("\n")
+        kind = "markdown" if head.strip() == "[markdown]" else "code"
+        if kind == "markdown":
+            body = "\n".join(re.sub(r"^# ?", "", line) for line in body.splitlines())
+        found.append((kind, body.strip("\n")))
+    return found
+
+
+def text(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else "".join(source)
+
+
+def test_every_notebook_has_a_script_and_every_script_a_notebook():
+    assert SCRIPTS and [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == [path.stem for path in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_notebook(script):
+    file, again = script.with_suffix(".ipynb"), AGAIN.format(script.stem)
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    found = [(cell["cell_type"], text(cell["source"])) for cell in notebook["cells"]]
+    assert found == cells(script.read_text(encoding="utf-8")), f"stale; {again}"
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], f"not one run; {again}"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [text(output["text"]) for output in outputs if output.get("name") == "stderr"]
+    assert any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})), "no figure"
+    words = [text(output.get("text", "")) + text(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    places = [match[0] for part in [*words, *(source for _, source in found)] for match in PLACE.finditer(part)]
+    assert not places, f"places on somebody's machine: {places}"
+    assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{number}" for number in range(len(found))]
+    assert file.stat().st_size < 500_000
+
+
+def test_the_reader_of_scripts():
+    script = '# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\nx = 1\n\n\n# %%\nprint("# %% no cell")\n'
+    assert cells(script) == [("markdown", "# Title\n\nText."), ("code", "x = 1"), ("code", 'print("# %% no cell")')]
+    assert PLACE.search("saved to /home/me/x.png") and not PLACE.search("https://arxiv.org/abs/2511.21056, a/b, 1 / 2")
