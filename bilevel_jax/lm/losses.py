@@ -9,6 +9,7 @@ the last) = none. `supervised` is the number of those targets, 1 for an empty sl
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -116,6 +117,9 @@ def _token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Flo
 
 
 def _hidden(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    places = [batch[name] for name in ("tokens", "targets", "positions", "segments", "slot")]
+    chex.assert_rank(places, 2)
+    chex.assert_equal_shape(places)  # or one row of positions would broadcast over all, and the numbers be wrong
     return decoder.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
 
 

@@ -165,3 +165,9 @@ def test_errors_say_what_to_do():
         sft(MODEL, normalise="batch")
     with pytest.raises(ValueError, match="use frozen_head=False"):
         sft_loss(MODEL, frozen_head=True).outputs(init(TINY, jax.random.key(0)), None, PACKED)
+
+
+def test_one_row_of_positions_for_all_rows_is_refused():
+    params = init(TINY, jax.random.key(0))
+    with pytest.raises(AssertionError, match="assert_equal_shape"):
+        sft(MODEL)(params, SEPARATE | {"positions": SEPARATE["positions"][:1]})
