@@ -124,6 +124,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How scores of training rows are made; larger is better."""
+
+    seed: int = 0  # of what a score draws: the holdout model's start, random
+    holdout_steps: int = 0  # reducible: steps of the holdout model on V_fit; 0: as many as the run, which is the most
+
+
+@dataclass(frozen=True)
 class Outer:
     """How the weights are learned."""
 
