@@ -12,7 +12,7 @@ from bilevel_jax.core import arrays
 from bilevel_jax.core.problem import shared
 from bilevel_jax.core.transition import begin, scan, train, transition
 from bilevel_jax.core.types import PADDING, Stream
-from bilevel_jax.core.unrolled import check_differentiable, outer_value, sweeper, unrolled
+from bilevel_jax.core.unrolled import check_differentiable, each, outer_value, sweeper, unrolled
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
@@ -109,6 +109,26 @@ def test_window_sweeps_the_last_steps_only():
     assert out.checks.steps == 9
     assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a segment is no longer one
     np.testing.assert_array_equal(estimate(toy, ADAMW, window=99).grad, estimate(toy, ADAMW).grad)
+
+
+def test_several_outer_losses_in_one_sweep_are_the_single_ones():
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, ADAMW, weights)
+    rows = int((np.asarray(toy.validation.batch(0)["index"]) != PADDING).sum())
+
+    def only(row):
+        full = toy.validation.batch(0)
+        return Stream(lambda _: {**full, "index": jnp.where(full["index"] == row, row, PADDING)}, 1)
+
+    streams = [toy.validation, *(only(row) for row in range(rows))]
+    swept = []
+    out = each(toy.problem, step, on_step=swept.append)(run, weights, toy.fixed, toy.train, streams)
+    assert sorted(swept) == list(range(run.steps)) and out.checks.replayed
+    for index, stream in enumerate(streams):
+        one = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, stream)
+        assert relative(out.grad[index], one.grad) < 1e-12  # the same float64 sums in another order
+        assert relative(out.value[index], one.value) < 1e-13
+    assert relative(out.grad[1:].sum(0), out.grad[0]) < 1e-12  # each row's loss is a share of L_v
 
 
 def test_loop_and_scan_are_one_training():
