@@ -63,14 +63,24 @@ def accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch]
     With the true tokens before each target given (teacher forcing): not the accuracy of generated text. An empty slot
     is 0.
     """
+    return averaged(decoder, _is_likeliest, chunk=chunk)
+
+
+def averaged(
+    decoder: Decoder, measure: Callable[[Array, Array], Array], *, chunk: int = 1024
+) -> Callable[[Params, Batch], Float[Array, "examples"]]:
+    """(params, batch) -> the mean of measure(logits, targets) over each example's supervised targets.
+
+    `measure` takes float[rows, len, vocab] and int32[rows, len] and gives float[rows, len]. An empty slot is 0.
+    """
     _check(chunk, "example_mean")
 
-    def right(params: Params, batch: Batch) -> Array:
+    def values(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        hits = _in_chunks(_is_likeliest, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
-        return _normalised(_per_sequence(hits, batch), batch, "example_mean")
+        measured = _in_chunks(measure, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
+        return _normalised(_per_sequence(measured, batch), batch, "example_mean")
 
-    return right
+    return values
 
 
 def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalise: Normalise = "example_mean") -> Loss:

@@ -1,0 +1,1 @@
+"""One number per example from a language model's likelihoods; larger is better, always."""

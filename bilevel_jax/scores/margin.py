@@ -1,0 +1,30 @@
+"""EL2N: how far the predicted probabilities are from the answer that the row gives."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.lm.losses import averaged
+from bilevel_jax.lm.models.decoder import Decoder
+
+
+def el2n(logits: Float[Array, "*rows classes"], labels: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """s_i = |p_i - y_i|_2, of softmax probabilities p and the one-hot label y, 0 to sqrt(2): large for hard rows.
+
+    Source: Paul, Ganguli & Dziugaite, arXiv 2107.07075, who average over several models early in training. Wrong where
+    labels are: wrong ones score highest.
+    """
+    p = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    return jnp.linalg.norm(p - jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype), axis=-1)
+
+
+def token_el2n(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
+    """(params, batch) -> the mean of `el2n` over each example's targets; the vocabulary are the classes.
+
+    Between 1 - p(y_t) and sqrt(2) (1 - p(y_t)) for each token: bounded, so unlike in the loss no token can outweigh the
+    others. It takes all probabilities of a token, so it reads batches as losses do rather than asking for likelihoods.
+    """
+    return averaged(decoder, el2n, chunk=chunk)

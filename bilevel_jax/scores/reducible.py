@@ -1,0 +1,21 @@
+"""RHO-loss: how much of a row's loss a model that was trained on the holdout does not have."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.lm.loglik import LogLik
+from bilevel_jax.scores.perplexity import loss
+from bilevel_jax.scores.requests import Rows
+
+
+def reducible(rows: Rows, model: Sequence[LogLik], trained_on_holdout: Sequence[LogLik]) -> Float[np.ndarray, "rows"]:
+    """s_i = ℓ_i(θ) - ℓ_i(θ_holdout), nats per token: hard now, and not hard for a model that learned what is wanted.
+
+    Both answer the requests of `loss(rows, ...)`, which are the same. Low for what is known already (ℓ(θ) is small) and
+    for noise (ℓ(θ_holdout) is as large). Source: Mindermann et al., arXiv 2206.07137. Wrong where the holdout is too
+    small to train on: θ_holdout must generalise to the rows.
+    """
+    score = loss(rows, rows).combine
+    return score(model) - score(trained_on_holdout)
