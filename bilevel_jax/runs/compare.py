@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm.batches import steps_per_epoch
+from bilevel_jax.runs import scoring
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, good_rows
 from bilevel_jax.runs.rows import PARTS
@@ -31,7 +32,9 @@ class Arm(NamedTuple):
     weights: Float[np.ndarray, "corpus"]
 
 
-def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]) -> list[Arm]:
+def arms(
+    task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"], session: Session
+) -> list[Arm]:
     """The rows of the table that the config asks for and the data allow."""
     everything, fit = task.trainable(), task.fit_rows()
     ones = np.ones(task.corpus.rows)
@@ -42,6 +45,15 @@ def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.nd
     drawn = np.sort(np.random.default_rng(config.data.seed).choice(everything, count, replace=False))
     good = good_rows(task, config)
     known = np.zeros(task.rows, bool) if good is None else good
+
+    def scored(name: str) -> Arm:
+        params = task.fresh(config.train.seed)
+        values = scoring.once(name, name, task, params, config.scores, session).values
+        return Arm(
+            f"{name}, top", f"{share} of the largest {name} by the model before training",
+            top(values, count, everything), ones,
+        )  # fmt: skip
+
     available: dict[str, Callable[[], Arm]] = {
         "uniform": lambda: Arm("uniform", "every row with weight 1", everything, ones),
         "learned": lambda: Arm("learned weights", "every row with its learned weight", everything, table),
@@ -64,7 +76,7 @@ def arms(task: Task, config: SelectConfig, learned: Learned, selected: Int[np.nd
         ),
     }  # fmt: skip
     wanted = [name for name in config.compare.rows if name != "oracle" or known.any()]
-    return [available[name]() for name in wanted]
+    return [available[name]() if name in available else scored(name) for name in wanted]
 
 
 def compare(

@@ -14,6 +14,7 @@ from bilevel_jax.runs.read import read
 from bilevel_jax.runs.rules import check, leaves
 from bilevel_jax.runs.sections import (
     Arrays,
+    Audit,
     Bench,
     Certify,
     Compare,
@@ -27,6 +28,7 @@ from bilevel_jax.runs.sections import (
     Optimizer,
     Outer,
     Output,
+    Scores,
     Single,
     Train,
     Training,
@@ -51,6 +53,7 @@ class SelectConfig:
     train: Train = Train()
     outer: Outer = Outer()
     single: Single = Single()
+    scores: Scores = Scores()
     output: Output = Output()
     keep: Keep = Keep()
     compare: Compare = Compare()
@@ -70,6 +73,7 @@ class TrainConfig:
     data: Data = Data()
     objective: Objective = Objective()
     weights: Weights = Weights()
+    scores: Scores = Scores()
     optimizer: Optimizer = Optimizer()
     train: Training = Training()
     output: TrainOutput = TrainOutput()
@@ -129,10 +133,33 @@ class CompareConfig:
     devices: Devices = Devices()
 
 
-Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig, CompareConfig)
+@dataclass(frozen=True)
+class AuditConfig:
+    """Judge cheap scores of training rows by exact ones, and all of them by retraining without some rows.
+
+    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
+    classification task, section arrays) or rows of text. Short forms: --fast = --certify.no-enabled;
+    --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    arrays: Arrays = Arrays()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    outer: Outer = Outer()
+    scores: Scores = Scores()
+    audit: Audit = Audit()
+    certify: Certify = Certify()
+    output: Output = Output()
+    devices: Devices = Devices()
+
+
+Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig, CompareConfig, AuditConfig)
 VERBS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
-    CompareConfig: "compare",
+    CompareConfig: "compare", AuditConfig: "audit",
 }  # fmt: skip
 
 RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.folder",)}
@@ -140,6 +167,7 @@ SHORT: dict[type, dict[str, tuple[str, ...]]] = {
     SelectConfig: RUN | {"--fast": ("--compare.no-enabled", "--certify.no-enabled")},
     TrainConfig: RUN,
     CompareConfig: RUN,
+    AuditConfig: RUN | {"--fast": ("--certify.no-enabled",)},
     ExportConfig: {"--out": ("--export.folder",)},
 }
 
@@ -153,7 +181,7 @@ def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] =
     Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
     nearest flags named. `--help` among the overrides prints every key, its default and what it means.
     """
-    others = () if kind in (SelectConfig, TrainConfig, CompareConfig) else sections()
+    others = () if kind in (SelectConfig, TrainConfig, CompareConfig, AuditConfig) else sections()
     config = kind() if path is None else read(kind, find(path), others)
     flags = [flag for override in overrides for flag in _long(kind, override)]
     prog = f"bilevel-jax {VERBS[kind]} {'CONFIG' if path is None else path}"

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from bilevel_jax.core import tree, weighting
 from bilevel_jax.core.types import Checks, Hyper, Params, Run, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, outer_value
-from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs import checkpoint, scoring
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.rows import PARTS
@@ -139,7 +139,9 @@ def learn(task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, sessio
             "checks": _plain(estimate.checks),
         }
         tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
-        tables = tables._replace(hyper=descend(tables.hyper, pull_back(tables.hyper, estimate.grad)))
+        # the first training is uniform in any case: what is certified and compared with begins there
+        origin = tables.hyper if step else scoring.warm(task, config, tables.hyper, session)
+        tables = tables._replace(hyper=descend(origin, pull_back(tables.hyper, estimate.grad)))
         record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})

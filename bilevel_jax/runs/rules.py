@@ -84,6 +84,14 @@ RULES: tuple[Rule, ...] = (
     ("outer.tolerance", lambda c: 0 < c.outer.tolerance < 1, "must be in (0, 1)"),
     ("outer.max_iterations", lambda c: c.outer.max_iterations >= 1, "must be 1 or more"),
     ("outer.curvature_batches", lambda c: c.outer.curvature_batches >= 1, "must be 1 or more"),
+    (
+        "outer.warm_start",
+        lambda c: (
+            c.outer.warm_start == ""
+            or (c.outer.method not in ("penalty", "bmo", "mixing") and c.outer.weighting != "by_features")
+        ),
+        "is for methods that train, estimate and train again, under softmax, sigmoid or per_source; leave it empty",
+    ),
     ("output.folder", lambda c: c.output.folder != "", "name the run's folder"),
     ("look.rows", lambda c: c.look.rows >= 0, "must be 0 (show none) or more"),
     ("look.tokens", lambda c: c.look.tokens >= 2, "must be 2 or more"),
@@ -162,6 +170,28 @@ RULES: tuple[Rule, ...] = (
         lambda c: not (c.data.streaming and c.objective.name == "dpo"),
         "dpo needs the reference model's log-probabilities of all rows before the first step; use simpo",
     ),
+    (
+        "weights.score",
+        lambda c: not (c.weights.score and c.weights.file),
+        "weights come from a file or from a score: give one of weights.file and weights.score",
+    ),
+    (
+        "weights.score",
+        lambda c: not (c.weights.score and c.data.streaming),
+        "a score compares all rows, which streaming does not hold: set data.streaming to false, or score the rows by "
+        "a run of their own and give its scores.parquet as weights.file",
+    ),
+    (
+        "weights.transform",
+        lambda c: not c.weights.score or c.weights.transform == "none",
+        "is of weights.file; what becomes of a score is said by weights.scale",
+    ),
+    ("weights.refresh", lambda c: c.weights.refresh >= 1, "must be 1 (at the start alone) or more"),
+    ("weights.quantile", lambda c: 0 <= c.weights.quantile < 0.5, "must be in [0, 0.5)"),
+    ("scores.k", lambda c: c.scores.k >= 1, "must be 1 or more"),
+    ("scores.alike", lambda c: c.scores.alike > 0, "must be above 0; above 1 nothing is alike"),
+    ("scores.seed", lambda c: c.scores.seed >= 0, "must be 0 or more"),
+    ("scores.holdout_steps", lambda c: c.scores.holdout_steps >= 0, "must be 0 (as many as the run) or more"),
     ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
     ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
     ("single.steps", lambda c: c.single.steps >= 0, "must be 0 (train.steps * outer.steps) or more"),
@@ -205,6 +235,24 @@ RULES: tuple[Rule, ...] = (
         lambda c: not (hasattr(c, "bench") and c.data.packing),
         "compare draws orders that packing cannot know beforehand; set it to false (the numbers are the same)",
     ),
+    ("audit.queries", lambda c: c.audit.queries == 0 or c.audit.queries >= 2, "must be 0 (none), or 2 or more"),
+    ("audit.together", lambda c: c.audit.together >= 1, "must be 1 or more"),
+    (
+        "audit.subsets",
+        lambda c: c.audit.subsets >= 8,
+        "must be 8 or more: fewer tell nothing about a correlation (40 give it to about .1)",
+    ),
+    (
+        "audit.removed",
+        lambda c: len(set(c.audit.removed)) == len(c.audit.removed) > 0 and all(0 < one < 1 for one in c.audit.removed),
+        "name at least one share, each once and in (0, 1)",
+    ),
+    ("audit.at", lambda c: len(c.audit.at) > 0, "name at least one of start and end"),
+    (
+        "audit.entries",
+        lambda c: "implicit" not in c.audit.entries or c.outer.prior > 0,
+        "implicit needs outer.prior above 0 (try 0.01), for all entries, as they share one inner problem",
+    ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )
 
@@ -215,6 +263,7 @@ NEEDS = {
     "data.split": ("train",),
     "data.packing": ("train",),
     "bench.methods": ("bench",),
+    "audit.entries": ("audit",),
 }
 """Rules that speak of more than their own section, or hold for one verb alone."""
 

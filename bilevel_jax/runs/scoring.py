@@ -1,9 +1,11 @@
 """Scores of the training rows by name: one number per row, larger is better, from a model and V_fit."""
 
 import difflib
+import json
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,20 +17,25 @@ from jaxtyping import Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.transition import begin, descent
-from bilevel_jax.core.types import Batch, Fixed, Params, Problem
+from bilevel_jax.core.types import Batch, Fixed, Hyper, Params, Problem
 from bilevel_jax.core.unrolled import outer_gradient
+from bilevel_jax.lm.losses import assemble
+from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import checkpoint, files
 from bilevel_jax.runs.classification import ArrayTask
+from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.sections import Scores
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
+
+NAME = "scores.parquet"
 
 
 class Scored(NamedTuple):
     """The scores of all training rows, and what they cost."""
 
     values: Float[np.ndarray, "rows"]
-    """Larger is better; nan for rows that were dropped as too long."""
+    """Larger is better; nan for rows that were dropped as too long, and where `notes` say that there is none."""
     passes: float
     """Cost in training steps, that is, forward and backward passes over one batch; a forward pass alone is a third."""
     seconds: float
@@ -52,36 +59,86 @@ Make = Callable[[Task | ArrayTask, Params, Scores, Session], Made]
 def score(name: str, task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Scored:
     """The score `name`, a key of SCORES, of every training row under the model `params`.
 
-    Raises ValueError for a name that is not there, a task that it cannot judge, a holdout without rows, and scores
-    that are not finite.
+    Raises ValueError for a name that is not there, a task that it cannot judge and a holdout without rows, and
+    FloatingPointError where no row has a finite score. Where some have none, a note says how many.
     """
-    check(name, arrays=isinstance(task, ArrayTask))
-    if name not in WITHOUT_HOLDOUT and "fit" not in task.held_out:
-        raise ValueError(
-            f"the score {name!r} compares with trusted rows, and V_fit has none: give data.validation, with a share "
-            f"above 0 for V_fit in data.split, or choose one of {', '.join(WITHOUT_HOLDOUT)}."
-        )
+    check(name, arrays=isinstance(task, ArrayTask), holdout="fit" in task.held_out)
     began = time.monotonic()
     made = SCORES[name](task, params, settings, session)
     values, rows = np.asarray(made.values, float), task.trainable()
-    odd = rows[~np.isfinite(values[rows])]
-    if len(odd):
+    values = np.where(np.isfinite(values), values, np.nan)
+    without, notes = rows[np.isnan(values[rows])], made.notes
+    if len(without) == len(rows):
         raise FloatingPointError(
-            f"the score {name!r} is {values[odd[0]]} for {len(odd):,} of {len(rows):,} rows, the first "
-            f"{task.examples[odd[0]].where}. The model's losses on these rows are not finite: look at them, or lower "
-            "optimizer.learning_rate."
+            f"the score {name!r} is no finite number for any of {len(rows):,} rows. Is the model's loss finite? Lower "
+            "optimizer.learning_rate, or look at the rows."
         )
-    return Scored(values, made.passes, time.monotonic() - began, made.notes)
+    if len(without):
+        first = task.examples[without[0]].where
+        notes = (*notes, f"{len(without):,} of {len(rows):,} rows have no finite {name}, the first {first}.")
+    return Scored(values, made.passes, time.monotonic() - began, notes)
 
 
-def check(name: str, *, arrays: bool = False) -> None:
-    """A ValueError that names the nearest score where there is none of that name, or none for such data."""
+def once(column: str, name: str, task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Scored:
+    """`score`, kept as a column of scores.parquet in the run's folder; read from there where it was made before.
+
+    The file holds the rows that were read (none that was dropped), by id, with what made each column in its metadata.
+    """
+    path, rows = session.folder / NAME, task.trainable()
+    stored = pq.read_table(path) if path.exists() else _table(task)
+    ids = [task.examples[row].id for row in rows]
+    if stored["id"].to_pylist() != ids:
+        raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
+    if column not in stored.column_names:
+        made = score(name, task, params, settings, session)
+        about = {"score": name, "meaning": MEANINGS[name], **made._asdict()}
+        del about["values"]
+        known = (stored.schema.metadata or {}) | {column.encode(): json.dumps(about).encode()}
+        stored = stored.append_column(column, pa.array(made.values[rows])).replace_schema_metadata(known)
+        files.write_table(path, stored)
+    about = json.loads(stored.schema.metadata[column.encode()])
+    values = np.full(task.rows, np.nan)
+    values[rows] = stored[column].to_numpy()
+    return Scored(values, about["passes"], about["seconds"], tuple(about["notes"]))
+
+
+def warm(task: Task | ArrayTask, config: SelectConfig, hyper: Hyper, session: Session) -> Hyper:
+    """The logits `hyper`, all 0, or those of outer.warm_start: its scores, standardised and cut at -2 and 2.
+
+    Of a weighting by sources, the mean over each source's rows. A row without a score stays at 0.
+    """
+    name, outer = config.outer.warm_start, config.outer
+    if not name:
+        return hyper
+    params = task.fresh(config.train.seed)
+    values = once(name, name, task, params, config.scores, session).values
+    spread = float(np.nanstd(values))
+    logits = np.nan_to_num(np.clip((values - np.nanmean(values)) / (spread or 1.0), -2, 2))
+    if outer.weighting == "per_source":
+        _, source = np.unique([example.source for example in task.examples], return_inverse=True)
+        logits = np.bincount(source, logits) / np.bincount(source)
+    return jnp.asarray(logits, hyper.dtype)
+
+
+def has(column: str, folder: Path) -> bool:
+    """Whether `once` has made a column in this folder."""
+    path = folder / NAME
+    return path.exists() and column in pq.ParquetFile(path).schema_arrow.names
+
+
+def check(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
+    """A ValueError that says what there is where there is no such score, or none for arrays, or without a holdout."""
     if name not in SCORES:
         close = difflib.get_close_matches(name, SCORES, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"there is no score {name!r}; {hint}the scores: {', '.join(SCORES)}.")
     if arrays and name not in ON_ARRAYS:
         raise ValueError(f"the score {name!r} reads text; for arrays there are {', '.join(ON_ARRAYS)}.")
+    if not holdout and name not in WITHOUT_HOLDOUT:
+        raise ValueError(
+            f"the score {name!r} compares with trusted rows, and V_fit has none: give data.validation, with a share "
+            f"above 0 for V_fit in data.split, or choose one of {', '.join(WITHOUT_HOLDOUT)}."
+        )
 
 
 # ---- scores that read the losses of the rows
@@ -135,11 +192,22 @@ def alignment(task: Task | ArrayTask, params: Params, settings: Scores, session:
     return Made(values, validation.steps + _epoch(task) * 2 / 3)
 
 
+def margin(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+    """EL2N: how far the model's probabilities are from the row's own answer; see `scores.margin`. Large for hard rows.
+
+    Of a preference pair its two sides are the classes: sqrt(2) (1 - σ(z)), where -log σ(z) is its loss.
+    """
+    if isinstance(task, Task) and task.corpus.sequences == 2:
+        return Made(np.sqrt(2) * -np.expm1(-_losses(task, params)), _epoch(task) / 3)
+    far = _el2n_of_labels(task.objective.loss.outputs) if isinstance(task, ArrayTask) else _el2n_of_tokens(task.decoder)
+    return Made(per_row(far, params, task.fixed(params), task.summed(seed=0), task.rows), _epoch(task) / 3)
+
+
 def random(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
-    """Uniform in [0, 1), from scores.seed: what every score has to beat."""
-    values = np.full(task.rows, np.nan)
-    values[task.trainable()] = np.random.default_rng(settings.seed).random(len(task.trainable()))
-    return Made(values, 0.0)
+    """Uniform in [0, 1), from the row's id and scores.seed: what every score has to beat."""
+    from bilevel_jax.scores.embedding import number
+
+    return Made(np.array([number(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
 
 
 SCORES: dict[str, Make] = {
@@ -147,13 +215,28 @@ SCORES: dict[str, Make] = {
     "perplexity": perplexity,
     "reducible": reducible,
     "alignment": alignment,
+    "margin": margin,
     "random": random,
 }
-ON_ARRAYS = ("loss", "perplexity", "reducible", "alignment", "random")
-WITHOUT_HOLDOUT = ("loss", "perplexity", "random")
+MEANINGS = {
+    "loss": "the row's loss, in the unit of the objective",
+    "perplexity": "-exp of the row's loss",
+    "reducible": "the row's loss minus its loss under a model trained on V_fit alone",
+    "alignment": "<grad loss_i, grad L_v>: how much a small step on the row lowers L_v",
+    "margin": "EL2N, |p - onehot| of the row's own answer",
+    "random": "uniform in [0, 1)",
+}
+ON_ARRAYS = ("loss", "perplexity", "reducible", "alignment", "margin", "random")
+WITHOUT_HOLDOUT = ("loss", "perplexity", "margin", "random")
 
 
 # ---- parts
+
+
+def _table(task: Task | ArrayTask) -> pa.Table:
+    examples = [task.examples[row] for row in task.trainable()]
+    columns = {key: [getattr(example, key) for example in examples] for key in ("id", "row", "source", "label")}
+    return pa.table(columns)
 
 
 def _losses(task: Task | ArrayTask, params: Params) -> Float[np.ndarray, "rows"]:
@@ -181,6 +264,21 @@ def _along(losses: Callable) -> Callable:
             return jax.jvp(lambda p: losses(p, fixed, batch), (params,), (v,))[1]
 
     return slopes
+
+
+@lru_cache(maxsize=8)
+def _el2n_of_labels(outputs: Callable) -> Callable:
+    from bilevel_jax.scores.margin import el2n
+
+    return lambda params, fixed, batch: el2n(outputs(params, fixed, batch), batch["y"])
+
+
+@lru_cache(maxsize=8)
+def _el2n_of_tokens(decoder: Decoder) -> Callable:
+    from bilevel_jax.scores.margin import token_el2n
+
+    of_sequences = token_el2n(decoder)
+    return lambda params, fixed, batch: of_sequences(assemble(params, fixed["base"]), batch)
 
 
 def _holdout(task: Task | ArrayTask, seed: int, steps: int, session: Session) -> Params:

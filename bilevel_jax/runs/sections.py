@@ -7,6 +7,7 @@ Format = Literal[
     "auto", "text", "chat", "sharegpt", "prompt", "completion", "alpaca",
     "preference", "implicit_preference", "alpaca_preference", "sharegpt_preference", "hh",
 ]  # fmt: skip
+ScoreName = Literal["", "ica", "perplexity", "loss", "reducible", "oneshot", "alignment", "margin", "random"]
 Method = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
 SINGLE_LOOP = ("penalty", "bmo", "mixing")
 Normalise = Literal["example_mean", "token_sum", "token_mean"]
@@ -115,6 +116,10 @@ class Training:
 class Weights:
     """Where the weights of the training rows come from."""
 
+    score: ScoreName = ""  # made of the rows as the model trains, instead of a file; see section scores
+    refresh: int = 1  # score: how often it is made, at equal spacing over the run; 1: once, at the start
+    scale: Literal["batch", "rows", "quantiles"] = "batch"  # score -> 0 to 1 by min-max over each step's rows, or all
+    quantile: float = 0.05  # scale=quantiles: share of rows at each end that is cut to weight 0 or 1, then min-max
     file: str = ""  # weights.parquet of `select`, or parquet, jsonl, json with an id; empty: the constant
     column: str = "weight"  # its column: a weight, or a score (larger is better)
     constant: float = 1.0  # the weight of every row where no file is given
@@ -125,9 +130,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores of training rows are made; larger is better."""
+    """How scores of training rows are made, from the model and V_fit; larger is better."""
 
-    seed: int = 0  # of what a score draws: the holdout model's start, random
+    k: int = 3  # ica: rows of V_fit that are shown before each row
+    demonstrations: str = "knn"  # ica: which: knn (nearest), clustered:K (of the row's cluster), fixed or random
+    embedding: Literal["tfidf", "hidden"] = "tfidf"  # ica: what near means: words, or the model's mean hidden states
+    per_token: bool = True  # ica, oneshot: mean over a response's tokens, as losses are; false: their sum
+    alike: float = 0.95  # ica, oneshot: questions of this cosine or more are never shown to each other
+    template: str = ""  # ica, oneshot: {demonstrations} and {row} with what stands around them
+    demonstration: str = ""  # ica, oneshot: {demonstration} with what stands around each
+    seed: int = 0  # of what a score draws: demonstrations, the holdout model's start, random
     holdout_steps: int = 0  # reducible: steps of the holdout model on V_fit; 0: as many as the run, which is the most
 
 
@@ -152,6 +164,7 @@ class Outer:
     tolerance: float = 1e-4  # implicit: relative residual at which the solve stops
     max_iterations: int = 100  # implicit: products at which it gives up
     curvature_batches: int = 8  # implicit: batches in the matrix; doubled until the solution stays
+    warm_start: ScoreName = ""  # the logits from which the first step goes: standardised scores; empty: equal weights
 
 
 @dataclass(frozen=True)
@@ -200,8 +213,11 @@ class Keep:
 
 
 Row = Literal[
-    "uniform", "learned", "selected", "random", "alignment", "perplexity", "validation", "train+validation", "oracle"
-]
+    "uniform", "learned", "selected", "random", "alignment", "perplexity", "validation", "train+validation", "oracle",
+    "ica", "loss", "reducible", "oneshot", "margin",
+]  # fmt: skip
+USUAL_ROWS: tuple[Row, ...] = get_args(Row)[:9]
+"""Without the scores, which are made by the model before training; alignment and perplexity: after uniform training."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +226,7 @@ class Compare:
 
     enabled: bool = True  # costs one training per row and seed
     seeds: int = 3  # trainings per row
-    rows: tuple[Row, ...] = get_args(Row)  # what is compared
+    rows: tuple[Row, ...] = USUAL_ROWS  # what is compared; the names of scores: the best rows by them
 
 
 @dataclass(frozen=True)
@@ -279,3 +295,23 @@ class Bench:
     passes: int = 2000  # budget of a method for one seed: forward and backward passes over one batch
     seeds: int = 3  # wrong labels, data order and start are drawn anew for each
     top_share: float = 0.5  # share of the rows that random, aligned and low_loss keep
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Which scores are judged, and by which retrains."""
+
+    entries: tuple[Literal["unrolled", "implicit", "alignment"], ...] = (
+        "unrolled",
+        "implicit",
+        "alignment",
+    )  # of L_v and queries
+    scores: tuple[str, ...] = ()  # cheap scores, as in weights.score; empty: every one that the data allow
+    at: tuple[Literal["start", "end"], ...] = (
+        "start",
+        "end",
+    )  # models that cheap scores read: before or after training
+    queries: int = 8  # rows of V_fit whose own losses are foretold beside L_v, with entries of their own; 0: none
+    together: int = 16  # queries in one reverse sweep: more is faster and takes more memory
+    removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first
+    subsets: int = 40  # retrains of each share

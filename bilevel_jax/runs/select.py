@@ -67,7 +67,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     sources = [example.source for example in task.examples]
     selected = keep_rows(learned.weights, task.trainable(), config.keep, sources=sources, seed=config.data.seed)
     subset = np.unique(selected)
-    compared = compare(task, config, trainer, work, arms(task, config, learned, subset))
+    compared = compare(task, config, trainer, work, arms(task, config, learned, subset, work))
     work.phase("writing")
     files.write_table(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
     files.write_atomic(folder / "selected.jsonl", outputs.selected_lines(task.examples, learned.weights, selected))

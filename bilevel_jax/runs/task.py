@@ -73,10 +73,13 @@ class Task(NamedTuple):
 
         The packed shape holds the orders of the outer loop only; other rows or seeds want packed=False.
         """
-        chosen = self.trainable() if chosen is None else chosen
-        order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
+        order = self.order(seed, chosen)
         layout = self.layout if packed else self.layout.flat
         return placing.placed(self.mesh, batches.train_stream(self.corpus, order, self.steps, layout))
+
+    def order(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None) -> batches.Order:
+        """step -> the corpus rows of its batch in `stream`."""
+        return batches.subset(self.trainable() if chosen is None else chosen, self.corpus.rows, self.batch, seed)
 
     def summed(self, seed: int) -> Stream:
         """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.core.transition import begin, descent
-from bilevel_jax.core.types import Batch, Inner, Params, Stream
+from bilevel_jax.core.types import Batch, Hyper, Inner, Params, Problem, Stream
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm import batches
-from bilevel_jax.runs import checkpoint, files, outputs, rows, train_report, weights
+from bilevel_jax.runs import checkpoint, files, outputs, rows, scoring, train_report, weights
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import TrainConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.objective import check_rows
 from bilevel_jax.runs.optimizers import schedule
+from bilevel_jax.runs.reweighting import Reweighting
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.streamed import Streamed
 from bilevel_jax.runs.task import Task, per_row, prepare, tokenized
@@ -31,8 +32,16 @@ READ = 10
 """Steps between two looks at the losses: each look waits for the device."""
 
 
-Feed = Callable[[int], tuple[Any, Batch]]
-"""step -> (the weights that the batch's index points into, the batch), on the mesh."""
+class Feed(NamedTuple):
+    """What training reads."""
+
+    at: Callable[[int], tuple[Hyper, Batch]]
+    """step -> (the weights as `problem` reads them, the batch), on the mesh."""
+    problem: Problem
+    renew: Callable[[int, Params], None] = lambda step, params: None
+    """(step, parameters before it): called before each step, so that the weights may follow the model."""
+    renewed: tuple[int, ...] = ()
+    """The steps at which `renew` may take long."""
 
 
 class Progress(NamedTuple):
@@ -68,6 +77,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with run_folder(config) as folder:
         ready = embedded(config, folder)
         found = rows.load(ready.data)
+        if config.weights.score:
+            scoring.check(config.weights.score, holdout=bool(found.trusted["fit"]))
         given = weights.given(ready.weights, found.train) if found.train else weights.unknown(ready.weights)
         kept = [example for example, keep in zip(found.train, given.kept, strict=True) if keep]
         steps = config.train.steps or math.ceil(
@@ -80,23 +91,39 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
         with started(config, folder) as work:
             table = given.weights[given.kept]
-            for note in [*task.notes, f"weights: {given.source}{_about(table)}."]:
+            moving = Reweighting(task, config, work) if config.weights.score else None
+            given = given._replace(source=moving.source) if moving else given
+            for note in [*task.notes, f"weights: {given.source}{'' if moving else _about(table)}."]:
                 work.say(note)
-            feed, streamed = _feed(task, ready, table)
-            trained = _train(task, config, feed, work)
-            if streamed is not None:
+            if moving:
+                trained = _train(task, config, _scored(task, config, moving), work)
+                table = moving.received().weights
+            elif not config.data.streaming:
+                trained = _train(task, config, _fixed(task, config, table), work)
+            else:
+                feed, streamed = _streamed(task, ready)
+                trained = _train(task, config, feed, work)
                 task = task._replace(examples=list(streamed.met.values()))
                 table = np.array([streamed.weigh(example) for example in task.examples], float)
-            return _write(task, config, given, table, trained, work, folder)
+            return _write(task, config, given, table, moving, trained, work, folder)
 
 
-def _feed(task: Task, config: TrainConfig, table: np.ndarray) -> tuple[Feed, Streamed | None]:
-    """The rows and weights of each step; and, where rows are streamed, what reads them."""
+def _fixed(task: Task, config: TrainConfig, table: np.ndarray) -> Feed:
+    """One weight for each row, from the beginning to the end."""
+    hyper = placing.everywhere(task.mesh, jnp.asarray(table, config.model.train_dtype))
+    stream = task.stream(config.data.seed)
+    return Feed(lambda step: (hyper, stream.batch(step)), task.problem)
+
+
+def _scored(task: Task, config: TrainConfig, moving: Reweighting) -> Feed:
+    """The weights that a score gives to the rows of each step."""
+    stream = task.stream(config.data.seed)
+    return Feed(lambda step: (moving.hyper(step), stream.batch(step)), moving.problem, moving.renew, moving.starts)
+
+
+def _streamed(task: Task, config: TrainConfig) -> tuple[Feed, Streamed]:
+    """Rows that are read as training goes, with their weights; and what reads them."""
     dtype = config.model.train_dtype
-    if not config.data.streaming:
-        hyper = placing.everywhere(task.mesh, jnp.asarray(table, dtype))
-        stream = task.stream(config.data.seed)
-        return lambda step: (hyper, stream.batch(step)), None
     streamed = Streamed(
         config.data,
         task.layout,
@@ -106,18 +133,18 @@ def _feed(task: Task, config: TrainConfig, table: np.ndarray) -> tuple[Feed, Str
         trusted=[example for part in task.trusted.values() for example in part],
     )
 
-    def feed(step: int) -> tuple[Any, Batch]:
+    def at(step: int) -> tuple[Hyper, Batch]:
         hyper, batch = streamed.batch(step)
         placed = placing.placed(task.mesh, Stream(lambda _: batch, 1))
         return placing.everywhere(task.mesh, jnp.asarray(hyper, dtype)), placed.batch(0)
 
-    return feed, streamed
+    return Feed(at, task.problem), streamed
 
 
 def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Trained:
     folder, every = work.folder / "checkpoints" / "train", config.train.evaluate_every
     best_kept = config.train.keep == "best"
-    step = descent(task.problem, task.optimizer)
+    step = descent(feed.problem, task.optimizer)
     rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
     read = _reader(task)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
@@ -149,14 +176,19 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
     counts: list[jax.Array] = []
     began, timed = time.monotonic(), _Speed()
     for index in range(resumed, task.steps):
-        hyper, batch = feed(index)
+        seconds += time.monotonic() - began
+        feed.renew(index, state.params)
+        began = time.monotonic()
+        if index in feed.renewed:
+            timed.pause()
+        hyper, batch = feed.at(index)
         state, losses[index] = step(state, hyper, fixed, batch)
         counts.append(batch["targeted"])
         work.advance()
-        reached, due = index + 1, work.due()
+        reached, due = index + 1, work.due() or index + 1 in feed.renewed  # making scores may be stopped, too
         last = reached == task.steps
         if due or last or reached % READ == 0 or reached % every == 0:
-            values = check_finite(task, losses, lambda at: feed(at)[1])
+            values = check_finite(task, losses, lambda at: feed.at(at)[1])
             new = sum(int(count[0]) for count in counts)
             work.log.write(
                 {
@@ -228,6 +260,7 @@ def _write(
     config: TrainConfig,
     given: weights.Given,
     table: np.ndarray,
+    moving: Reweighting | None,
     trained: Trained,
     work: Session,
     folder: Path,
@@ -267,6 +300,7 @@ def _write(
             "zero": int((table == 0).sum()),
             "missing": given.missing,
         },
+        "scoring": moving.told(trained.seconds) if moving else None,
         "records": records,
         "notes": task.notes,
         "resumed": trained.resumed,

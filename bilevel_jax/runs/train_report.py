@@ -31,6 +31,7 @@ from bilevel_jax.runs.page import (
 )
 from bilevel_jax.runs.report_curves import Log, caption, chosen_step, losses, rates, read_log
 from bilevel_jax.runs.report_examples import ends
+from bilevel_jax.runs.report_scores import Scores, read_scores, scores
 from bilevel_jax.runs.report_weights import axis, by_key, equal, groups, held
 from bilevel_jax.runs.results import PARTS, Results, read, real
 
@@ -60,11 +61,12 @@ def write(folder: Path, examples: Sequence[Example]) -> Path:
     text from data, config and environment is escaped: training data is hostile.
     """
     path = folder / "report.html"
-    files.write_atomic(path, page(read(folder, examples), read_log(folder / "log.jsonl")))
+    text = page(read(folder, examples), read_log(folder / "log.jsonl"), read_scores(folder))
+    files.write_atomic(path, text)
     return path
 
 
-def page(run: Results, log: Log) -> str:
+def page(run: Results, log: Log, made: Scores | None = None) -> str:
     """The whole report as HTML."""
     told = verdict(run)
     intro = join(
@@ -74,6 +76,7 @@ def page(run: Results, log: Log) -> str:
     )
     sections = [
         ("validation", "What the trusted rows say", validation(run)),
+        *([("scores", "The scores", scores(run, made))] if made else []),
         ("weights", "The weights", weights(run)),
         ("examples", "The examples at both ends", rows(run)),
         ("model", "Load the model", loading(run)),
@@ -256,7 +259,9 @@ def validation(run: Results) -> Html:
     written = run.result["steps"] if best is None else best
     after = f"after step {written:,}"
     uses = {
-        "fit": "read only here; select learns weights from it",
+        "fit": "the holdout of the score"
+        if run.config["weights"]["score"]
+        else "read only here; select learns weights from it",
         "select": "chooses the step" if best is not None else "may choose a step (train.keep: best)",
         "report": "kept apart, read only",
     }
