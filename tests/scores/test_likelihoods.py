@@ -1,0 +1,160 @@
+"""Scores from a row's own likelihood, one-shot scores, and what they ask: the tokens of training, exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax.lm import batches
+from bilevel_jax.lm.losses import log_likelihoods, sft
+from bilevel_jax.lm.models import decoder, init
+from bilevel_jax.lm.tokens import Tokenized, corpus_of, tokenize
+from bilevel_jax.scores.margin import el2n, token_el2n
+from bilevel_jax.scores.oneshot import oneshot
+from bilevel_jax.scores.perplexity import loss, perplexity
+from bilevel_jax.scores.random import random
+from bilevel_jax.scores.reducible import reducible
+from bilevel_jax.scores.requests import rows_of, take
+from tests.lm.pairs_and_rows import TINY, VOCAB
+from tests.lm.test_tokens import CHATML, PAIR, TALK, bpe, example
+from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
+
+MODEL = decoder(TINY, remat=False)
+HOLDOUT = rows(("name a pet", "cat"), ("name a fish", "cod"), ("what is a tree", "oak"), ("what is red", "wine"))
+ROWS = rows(("name a cat", "tac"), ("is a tree red", "zzz"), ("what is a fish", "doc"), ("xylo", "queue"))
+
+
+def batch_of(corpus):
+    layout = batches.evaluation_layout(corpus, corpus.rows, micro=1, length=batches.longest(corpus), packing=False)
+    batch = batches.evaluation_stream(corpus, layout).batch(0)
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+
+
+def forward(params):
+    """The requests as a corpus of their own through the model's plain forward pass."""
+
+    def answer(requests):
+        wholes = [np.array([*request.prefix, *request.response], np.int32) for request in requests]
+        lengths = [len(request.prefix) for request in requests]
+        asked = [Tokenized(w, np.arange(len(w)) >= n) for w, n in zip(wholes, lengths, strict=True)]
+        nats = jax.jit(log_likelihoods(MODEL))(params, batch_of(corpus_of(asked)))
+        return [(float(n), len(request.response)) for n, request in zip(nats, requests, strict=True)]
+
+    return answer
+
+
+def talks(seed=0):
+    """Rows with one, two and three runs of targets."""
+    rng = np.random.default_rng(seed)
+    masks = ["0011", "0110011", "01", "001011011", "0001111"]
+    tokens = [rng.integers(0, VOCAB, len(mask)).astype(np.int32) for mask in masks]
+    corpus = corpus_of([Tokenized(t, np.array([*map(int, m)], bool)) for t, m in zip(tokens, masks, strict=True)])
+    return rows_of([example(f"{i}", "x", line=i) for i in range(len(masks))], corpus)
+
+
+def test_loss_is_that_of_training():
+    some, params = talks(), init(TINY, jax.random.key(0))
+    plan = loss(some, some)
+    trained = np.asarray(jax.jit(sft(MODEL))(params, batch_of(some.corpus)))
+    assert [len(plan.requests), plan.wanted] == [8, 0]
+    np.testing.assert_allclose(plan.combine(forward(params)(plan.requests)), trained, rtol=1e-5)
+    np.testing.assert_allclose(
+        perplexity(some, some).combine(forward(params)(plan.requests)), -np.exp(trained), rtol=1e-5
+    )
+
+
+def test_requests_hold_the_tokens_of_the_tokenizer():
+    tokenizer = bpe(CHATML)
+    corpus, _ = tokenize([TALK, PAIR], tokenizer, max_length=99)
+    asked = loss(rows_of([TALK, PAIR], corpus), rows_of([], corpus)).requests
+    assert [tokenizer.decode(request.response) for request in asked] == [
+        "A cat<|eot|>",
+        "The cat\nis it.<|eot|>",
+        "A cat, 猫!<|eot|>",
+    ]
+    assert [*asked[1].prefix, *asked[1].response] == corpus.row(0).ids.tolist()
+    assert all(request.prefix.count(tokenizer.bos_token_id) == 1 for request in asked)
+
+
+def test_loss_and_perplexity_of_a_pair_are_those_of_the_chosen_response():
+    pairs = rows(("name a cat", "tac", "zzzz"))
+    assert scores(loss, pairs, HOLDOUT) == scores(loss, rows(("name a cat", "tac")), HOLDOUT)
+
+
+def test_reducible_is_the_difference_of_two_models():
+    plan = loss(ROWS, HOLDOUT)
+    answers = engine(plan.requests)
+    better = [answer._replace(nats=answer.nats / 2) for answer in answers]
+    np.testing.assert_allclose(reducible(ROWS, answers, better), plan.combine(answers) / 2, rtol=1e-12)
+    np.testing.assert_array_equal(reducible(ROWS, answers, answers), 0)
+
+
+def test_one_shot_counts_the_holdout_rows_that_become_likelier():
+    plan = oneshot(PLAIN, max_length=99)(ROWS, HOLDOUT)
+    anchors = [(ids(e.turns[0].content), ids(e.turns[1].content)) for e in HOLDOUT.examples]
+    shown = [[0, *ids(e.turns[0].content), *ids(e.turns[1].content)] for e in ROWS.examples]
+    expected = [np.mean([log_p(y, [*row, *x]) > log_p(y, [0, *x]) for x, y in anchors]) for row in shown]
+    found = plan.combine(engine(plan.requests))
+    assert found.tolist() == expected and len(set(expected)) > 1
+    assert plan.held.tolist() == [4] * 4 and plan.wanted == 4 and len(plan.requests) == 4 + 16
+
+
+def test_one_shot_leaves_out_copies_near_duplicates_and_what_does_not_fit():
+    some = rows(("name a pet", "hat"), ("name a fish", "cod"), ("x" * 60, "y"), ("abc", "d"))
+    asked = oneshot(PLAIN, max_length=40)(some, HOLDOUT)
+    assert asked.held.tolist() == [3, 3, 0, 4]
+    found = asked.combine(engine(asked.requests))
+    assert np.isnan(found[2]) and np.isfinite(found[[0, 1, 3]]).all()
+    with pytest.raises(ValueError, match="0 holdout rows, and k = 1 of them are to be shown"):
+        oneshot(PLAIN, max_length=40)(some, take(HOLDOUT, np.arange(0)))
+
+
+def test_random_scores_are_uniform_and_follow_the_row():
+    many = rows(*[(f"{a}{b}{c}", "x") for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyz"])
+    drawn = scores(random(3), many, HOLDOUT)
+    assert abs(drawn.mean() - 0.5) < 4 * 12**-0.5 / len(drawn) ** 0.5 and drawn.min() >= 0 and drawn.max() < 1
+    order = np.random.default_rng(0).permutation(len(drawn))
+    np.testing.assert_array_equal(scores(random(3), take(many, order), HOLDOUT), drawn[order])
+    assert abs(np.corrcoef(drawn, scores(random(4), many, HOLDOUT))[0, 1]) < 4 / len(drawn) ** 0.5
+
+
+@pytest.mark.parametrize("score", [loss, perplexity, random(0), oneshot(PLAIN, max_length=99)], ids=str)
+def test_permuting_rows_permutes_scores_and_one_row_is_enough(score):
+    order = np.array([2, 0, 3, 1])
+    whole = scores(score, ROWS, HOLDOUT)
+    np.testing.assert_array_equal(scores(score, take(ROWS, order), HOLDOUT), whole[order])
+    np.testing.assert_array_equal(scores(score, take(ROWS, order[:1]), HOLDOUT), whole[2:3])
+
+
+def test_answers_must_be_as_many_as_requests():
+    with pytest.raises(ValueError, match="3 answers to 4 requests; give one for each, in their order"):
+        loss(ROWS, HOLDOUT).combine(engine(loss(ROWS, HOLDOUT).requests)[:3])
+    with pytest.raises(ValueError, match="4 examples from row 1 of a corpus of 4"):
+        rows_of(ROWS.examples, ROWS.corpus, first=1)
+
+
+def test_el2n_is_its_formula_and_lies_between_multiples_of_one_minus_p():
+    logits = jnp.asarray(3 * np.random.default_rng(0).normal(size=(50, 7)), jnp.float32)
+    labels = jnp.asarray(np.arange(50) % 7)
+    p = np.exp(np.asarray(logits, float)) / np.exp(np.asarray(logits, float)).sum(1, keepdims=True)
+    expected = np.linalg.norm(p - np.eye(7)[np.arange(50) % 7], axis=1)
+    compiled = jax.jit(el2n)
+    found = np.asarray(compiled(logits, labels))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32
+    miss = 1 - p[np.arange(50), np.arange(50) % 7]
+    assert (miss <= expected + 1e-12).all() and (expected <= 2**0.5 * miss + 1e-12).all()
+    sure = (
+        np.asarray(compiled(jnp.asarray(200 * np.eye(7)[np.arange(50) % 7], jnp.float32), labels)),
+        np.asarray(compiled(-logits * 1e3, labels)),
+    )
+    assert (sure[0] == 0).all() and np.isfinite(sure[1]).all() and sure[1].max() <= 2**0.5 + 1e-6
+
+
+def test_token_el2n_is_the_mean_over_the_targets():
+    some, params, model = talks(), init(TINY, jax.random.key(0)), MODEL
+    found = jax.jit(token_el2n(model, chunk=8))(params, batch_of(some.corpus))
+    batch = batch_of(some.corpus)
+    logits = model.hidden(params, *(batch[key] for key in ("tokens", "positions", "segments"))) @ model.head(params)
+    each, slot = np.asarray(el2n(logits, batch["targets"])), np.asarray(batch["slot"])
+    expected = [each[slot == i].mean() for i in range(len(some.examples))]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32

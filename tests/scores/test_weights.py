@@ -1,0 +1,34 @@
+"""Scores to weights: min-max over a global batch or the whole set, clipped quantiles; nan, ties and empty slots."""
+
+import numpy as np
+import pytest
+
+from bilevel_jax.core.types import PADDING
+from bilevel_jax.scores.weights import by_batch, clipped, minmax
+
+SCORES = np.array([-1.0, 3.0, 1.0, np.nan, 100.0, 0.0])
+
+
+def test_minmax():
+    np.testing.assert_allclose(minmax(SCORES), [0, 4 / 101, 2 / 101, 0, 1, 1 / 101], rtol=1e-12)
+    np.testing.assert_array_equal(minmax(np.array([2.0, np.nan, 2.0])), [1, 0, 1])
+    with pytest.raises(ValueError, match="none of 2 scores is a finite number"):
+        minmax(np.array([np.nan, np.inf]))
+
+
+def test_clipped_quantiles_bound_an_outlier():
+    weights = clipped(SCORES, 0, 0.75)
+    np.testing.assert_allclose(weights, [0, 1, 0.5, 0, 1, 0.25], rtol=1e-12)
+    np.testing.assert_array_equal(clipped(SCORES, 0, 1), minmax(SCORES))
+    for low, high in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
+        with pytest.raises(ValueError, match="two with 0 <= low < high <= 1 are wanted"):
+            clipped(SCORES, low, high)
+
+
+def test_by_batch_is_over_the_whole_step_however_it_is_cut():
+    index = np.array([4, 1, PADDING, 0, 2, PADDING])
+    weights = by_batch(SCORES, index)
+    np.testing.assert_allclose(weights, [1, 4 / 101, 0, 0, 2 / 101, 0], rtol=1e-12)
+    for shape in ((1, 6), (6, 1), (2, 3)):
+        np.testing.assert_array_equal(by_batch(SCORES, index.reshape(shape)).ravel(), weights)
+    np.testing.assert_array_equal(by_batch(SCORES, np.array([[1], [PADDING]])), [[1], [0]])
