@@ -80,7 +80,7 @@ def pull_back(weighting: Weighting, hyper: Hyper, entries: Table) -> Hyper:
     return jax.vjp(weighting.weights, hyper)[1](entries)[0]
 
 
-def normalised_descent(rate: float, cap: float) -> Callable[[Hyper, Hyper], Hyper]:
+def normalised_descent(rate: float | Scalar, cap: float) -> Callable[[Hyper, Hyper], Hyper]:
     """(hyper, gradient) -> hyper - clip(rate * gradient / rms(gradient), -cap, cap).
 
     The rms is over the entries that are not 0, so that rows that no batch touched neither move nor change the scale.

@@ -1,6 +1,7 @@
 """The outer loop: train, estimate, step the weights, train again; the best weights by V_select."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,17 @@ from bilevel_jax.core.unrolled import check_differentiable, outer_value
 from bilevel_jax.runs import checkpoint, scoring
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.optimizers import SHAPES
 from bilevel_jax.runs.rows import PARTS
+from bilevel_jax.runs.sections import Outer
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.training import Trainer
+
+Records = list[dict[str, Any]]
+Progress = Callable[[Records], float]
+"""Records of the steps so far -> how far the loop is: 0 at the start, at most 1 while another step may be made."""
 
 
 class Tables(NamedTuple):
@@ -44,7 +51,7 @@ class Learned(NamedTuple):
     first_entries: Float[np.ndarray, "rows"]
     alignment: Float[np.ndarray, "rows"]
     losses: Float[np.ndarray, "rows"]
-    records: list[dict[str, Any]]
+    records: Records
     best: int
     """The outer step whose weights these are."""
     ended: str
@@ -86,28 +93,46 @@ def baselines(task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.A
     return direct.grad, jnp.asarray(losses, direct.grad.dtype)
 
 
-def learn(task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session) -> Learned:
+def rate(outer: Outer, progress: float) -> float:
+    """The rate of the weights at a point of the loop: outer.learning_rate, falling to 0 at 1 as outer.schedule says.
+
+    A normalised step has the same length wherever it is made, and each is of another data order: at a constant rate
+    the weights keep the noise of the last orders, at a falling one it averages out.
+    """
+    return outer.learning_rate * float(SHAPES[outer.schedule](progress))
+
+
+def travel(outer: Outer) -> float:
+    """The sum of the rates of outer.steps steps: how far a logit goes if every step is of the rms length."""
+    return sum(rate(outer, step / outer.steps) for step in range(outer.steps))
+
+
+def learn(
+    task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session, progress: Progress | None = None
+) -> Learned:
     """Optimise the weights by hypergradients of L_v on V_fit, and return the best by L_v on V_select.
 
     Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
-    hypergradient divided by its rms. Without V_select the last weights count. Ends after outer.steps steps, after
-    outer.patience steps without a better V_select, or where the effective sample size falls below its floor.
+    hypergradient divided by its rms, at the rate of its place in the loop. Without V_select the last weights count.
+    Ends after outer.steps steps (with `progress`, where it passes 1 instead), after outer.patience steps without a
+    better V_select, or where the effective sample size falls below its floor.
     """
     outer, folder = config.outer, session.folder / "checkpoints" / "outer"
     chosen = make_weighting(task, config)
     weights_of = jax.jit(chosen.weights)
     pull_back = jax.jit(lambda hyper, entries: weighting.pull_back(chosen, hyper, entries))
-    descend = jax.jit(weighting.normalised_descent(outer.learning_rate, outer.max_step))
+    descend = jax.jit(lambda rate, hyper, grad: weighting.normalised_descent(rate, outer.max_step)(hyper, grad))
+    progress = progress or (lambda records: len(records) / outer.steps)
     value = outer_value(task.problem)
     good = good_rows(task, config)
 
     zero = jnp.zeros(task.rows)
     tables = Tables(chosen.init(), chosen.init(), zero, zero, zero, zero, task.fresh(config.train.seed))
-    records: list[dict[str, Any]] = []
+    records: Records = []
     if found := checkpoint.restore(folder, tables):
         tables, records = found.tree, found.meta["records"]
         session.advance(sum(record["work"] for record in records))
-    ended = _ended(records, config, task.rows)
+    ended = _ended(records, config, task.rows, progress)
 
     while not ended:
         step, before, began = len(records), session.work, time.monotonic()
@@ -141,14 +166,15 @@ def learn(task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, sessio
         tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = tables.hyper if step else scoring.warm(task, config, tables.hyper, session)
-        tables = tables._replace(hyper=descend(origin, pull_back(tables.hyper, estimate.grad)))
+        pulled = pull_back(tables.hyper, estimate.grad)
+        tables = tables._replace(hyper=descend(rate(outer, min(1.0, progress(records))), origin, pulled))
         record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
         session.say(reading_line(f"outer step {step:>3}", record, task.objective.unit))
         checkpoint.save(folder, step, tables, {"records": records})
         session.saved()
-        ended = _ended(records, config, task.rows)
+        ended = _ended(records, config, task.rows, progress)
 
     best = _best(records)
     return Learned(
@@ -183,13 +209,13 @@ def _advance(task, trainer, tables: Tables, records, record, run, grad, weights,
     return tables
 
 
-def _best(records: list[dict[str, Any]]) -> int:
+def _best(records: Records) -> int:
     """The step with the least L_v on V_select; without V_select, the last."""
     values = [record["loss"]["select"] for record in records]
     return len(records) - 1 if values[0] is None else int(np.argmin(values))
 
 
-def _ended(records: list[dict[str, Any]], config: SelectConfig, rows: int) -> str:
+def _ended(records: Records, config: SelectConfig, rows: int, progress: Progress) -> str:
     """Why the loop ends here, or nothing."""
     outer = config.outer
     if not records:
@@ -202,7 +228,7 @@ def _ended(records: list[dict[str, Any]], config: SelectConfig, rows: int) -> st
     since = len(records) - 1 - _best(records)
     if outer.patience and since >= outer.patience:
         return f"{since} outer steps in a row did not lower L_v on V_select (outer.patience)"
-    return f"all {outer.steps} outer steps were made" if len(records) > outer.steps else ""
+    return f"all {len(records) - 1} outer steps were made" if progress(records) > 1 else ""
 
 
 def reading_line(where: str, record: dict[str, Any], unit: str) -> str:

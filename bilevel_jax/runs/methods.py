@@ -11,7 +11,7 @@ from jaxtyping import Float
 from bilevel_jax.core.types import Params
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import learn
+from bilevel_jax.runs.learn import Records, learn
 from bilevel_jax.runs.sections import Method as MethodName
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.single import run_single, work_of
@@ -49,24 +49,20 @@ class Method(NamedTuple):
 
 
 def outer_loop(task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float) -> Outcome:
-    """`learn.learn` with as many outer steps as the budget pays for.
+    """`learn.learn` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
 
-    What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so steps are added while
+    What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another is made while
     the dearest so far still fits.
     """
-    trainer = Trainer(task, config.outer, session)
-    steps, spent = int((budget - once(task)) / step_cost(task, config)) - 1, 0.0
-    while True:
-        session.advance(-spent)  # `learn` counts again what it finds done
-        learned = learn(task, replace(config, outer=replace(config.outer, steps=steps)), trainer, session)
-        costs = [record["work"] for record in learned.records]
-        spent = sum(costs)
-        early = len(learned.records) <= steps
-        more = int((budget - spent) / max(costs[1:]))
-        if early or more < 1:
-            break
-        steps += more
-    return Outcome(learned.weights, _trail(learned.records), spent, _seconds(learned.records), learned.ended * early)
+
+    def progress(records: Records) -> float:
+        costs = [record["work"] for record in records]
+        return sum(costs) / (budget - max(costs[1:], default=step_cost(task, config)))
+
+    learned = learn(task, config, Trainer(task, config.outer, session), session, progress)
+    early = learned.ended if progress(learned.records) <= 1 else ""
+    spent = sum(record["work"] for record in learned.records)
+    return Outcome(learned.weights, _trail(learned.records), spent, _seconds(learned.records), early)
 
 
 def step_cost(task: Task | ArrayTask, config: SelectConfig) -> float:

@@ -150,7 +150,8 @@ class Outer:
     method: Method = "unrolled"  # unrolled: exact for the run itself; penalty, bmo and mixing: see single
     weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"  # what is learned -> weights
     steps: int = 8  # steps of the weights: each trains once and sweeps once
-    learning_rate: float = 0.7  # of the weights' logits, along the hypergradient divided by its rms
+    learning_rate: float = 0.7  # of the weights' logits, along the hypergradient divided by its rms; at the start
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # cosine and linear end at 0: the weights settle
     max_step: float = 2.0  # greatest change of one logit in one step
     restart: Literal["cold", "warm"] = "cold"  # train from the first parameters again, or from the last
     redraw: bool = True  # new data order at each restart, or the weights over-fit one order
@@ -297,20 +298,17 @@ class Bench:
     top_share: float = 0.5  # share of the rows that random, aligned and low_loss keep
 
 
+Entries = Literal["unrolled", "implicit", "alignment"]
+Moment = Literal["start", "end"]
+
+
 @dataclass(frozen=True)
 class Audit:
     """Which scores are judged, and by which retrains."""
 
-    entries: tuple[Literal["unrolled", "implicit", "alignment"], ...] = (
-        "unrolled",
-        "implicit",
-        "alignment",
-    )  # of L_v and queries
+    entries: tuple[Entries, ...] = get_args(Entries)  # estimates of dL/dw: of L_v, and of each query its own
     scores: tuple[str, ...] = ()  # cheap scores, as in weights.score; empty: every one that the data allow
-    at: tuple[Literal["start", "end"], ...] = (
-        "start",
-        "end",
-    )  # models that cheap scores read: before or after training
+    at: tuple[Moment, ...] = get_args(Moment)  # which models cheap scores read: before training, after it
     queries: int = 8  # rows of V_fit whose own losses are foretold beside L_v, with entries of their own; 0: none
     together: int = 16  # queries in one reverse sweep: more is faster and takes more memory
     removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first

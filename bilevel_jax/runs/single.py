@@ -16,7 +16,7 @@ from bilevel_jax.core.weighting import Selector
 from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import Learned, baselines, good_rows, reading_line, source_numbers
+from bilevel_jax.runs.learn import Learned, baselines, good_rows, reading_line, source_numbers, travel
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
@@ -162,7 +162,7 @@ def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
         tx,
         selector(task, config),
         share=share,
-        rate=falling(outer.learning_rate * outer.steps * len(task.trainable()) / task.batch, steps),
+        rate=falling(travel(outer) * len(task.trainable()) / task.batch, steps),
         second=single.second,
         normalised=True,
         cap=outer.max_step,
@@ -173,7 +173,7 @@ def falling(total: float, steps: int) -> Callable[[Any], Any]:
     """step -> rate of the weights: 0 for the first tenth of the run, then falling evenly to 0; they sum to `total`.
 
     A normalised step moves every logit that it meets by about its rate. So that a logit moves in all about as far as in
-    the outer loop, `total` is (steps there) x (rate there) x (steps here that it takes to meet every row once). Not at
+    the outer loop, `total` is (sum of the rates there) x (steps here that it takes to meet every row once). Not at
     once, as a model that knows nothing yet drives the weights onto any row; and falling, as normalised steps do not
     come to rest by themselves.
     """
