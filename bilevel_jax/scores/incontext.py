@@ -12,7 +12,7 @@ from bilevel_jax.lm.encode import Tokenizer
 from bilevel_jax.lm.tokens import Tokenized
 from bilevel_jax.scores.demonstrations import Choice
 from bilevel_jax.scores.embedding import number
-from bilevel_jax.scores.requests import Engine, Plan, Rows, Score, per_token, plan, take, targets
+from bilevel_jax.scores.requests import Answer, Plan, Rows, Score, per_token, plan, take, targets
 
 TEMPLATE = "{demonstrations}{row}"
 
@@ -21,8 +21,10 @@ class Prompt(NamedTuple):
     """How demonstrations are put before a row, in tokens; `prompt` makes it from templates."""
 
     bos: tuple[int, ...]
+    system: tuple[int, ...]
+    """A system message that the chat template adds by itself; it stands once, before the demonstrations."""
     before: tuple[int, ...]
-    """Between BOS and the first demonstration."""
+    """Between that and the first demonstration."""
     around: tuple[tuple[int, ...], tuple[int, ...]]
     """Before and after each demonstration."""
     behind: tuple[int, ...]
@@ -30,20 +32,25 @@ class Prompt(NamedTuple):
     end: tuple[int, ...]
     """What is taken off the end of a demonstration: an EOS that training adds and no template writes."""
 
+    def skip(self, row: Tokenized) -> int:
+        """Tokens at the beginning of a row that `head` has: BOS and the chat template's own system message."""
+        start = (*self.bos, *self.system)
+        return len(start) if tuple(row.ids[: len(start)].tolist()) == start else len(self.bos)
+
     def piece(self, shown: Tokenized) -> tuple[int, ...]:
         """One demonstration."""
-        ids = tuple(shown.ids.tolist())[len(self.bos) :]
-        body = ids[: len(ids) - len(self.end)] if self.end and ids[-1:] == self.end else ids
+        body = tuple(shown.ids.tolist())[self.skip(shown) :]
+        body = body[: len(body) - len(self.end)] if self.end and body[-1:] == self.end else body
         return (*self.around[0], *body, *self.around[1])
 
     def head(self, pieces: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """All that stands before a row; the least wanted demonstration first, so the best is nearest to the row."""
         shown = (token for piece in reversed(pieces) for token in piece)
-        return (*self.bos, *self.before, *shown, *self.behind)
+        return (*self.bos, *self.system, *self.before, *shown, *self.behind)
 
     def fitting(self, pieces: Sequence[tuple[int, ...]], row: int, max_length: int) -> list[tuple[int, ...]]:
-        """The pieces, best first, that still fit before a row of so many tokens (its BOS included)."""
-        room = max_length - row - len(self.before) - len(self.behind)
+        """The pieces, best first, that fit before a row of so many tokens beyond those that it skips."""
+        room = max_length - row - len(self.head([]))
         fits = []
         for piece in pieces:
             if len(piece) <= room:
@@ -59,10 +66,10 @@ def prompt(tokenizer: Tokenizer, template: str = TEMPLATE, demonstration: str = 
     their BOS. So the tokens of a response are the same with and without demonstrations, all rows with the same
     demonstrations begin with the same tokens, and no text of a row can pass for a part of a template. The default for
     `demonstration` is "{demonstration}" and the white space that the tokenizer's chat template writes between
-    exchanges, or an empty line where it has none. A system message that a chat template adds by itself stands in each
-    demonstration as well.
+    exchanges, or an empty line where it has none: then demonstrations are what earlier exchanges of one dialogue are.
+    A system message of the row's own stands behind the demonstrations.
     """
-    exchange = _exchange(tokenizer)
+    exchange, system = _exchange(tokenizer)
     space = exchange[len(exchange.rstrip()) :] if exchange else "\n\n"
     before, behind, rest = _parts(template, ("{demonstrations}", "{row}"), TEMPLATE)
     if rest:
@@ -74,6 +81,7 @@ def prompt(tokenizer: Tokenizer, template: str = TEMPLATE, demonstration: str = 
     written = eos is None or exchange.rstrip().endswith(str(tokenizer.eos_token))
     return Prompt(
         bos=() if bos is None else (bos,),
+        system=tuple(i for i in _literal(system, tokenizer) if i != bos),
         before=_literal(before, tokenizer),
         around=(_literal(around[0], tokenizer), _literal(around[1], tokenizer)),
         behind=_literal(behind, tokenizer),
@@ -103,14 +111,16 @@ def ica(form: Prompt, choose: Choice, *, max_length: int, k: int = 3, normalise:
         for i in range(len(rows.examples)):
             sides = rows.sides(i)
             longest = max(len(side.ids) for side in sides)
+            skip = form.skip(sides[0])
             if longest > max_length:
                 where = rows.examples[i].where
                 raise ValueError(
                     f"{where}: {longest} tokens, and max_length is {max_length}. Raise it, or drop the row."
                 )
-            shown = form.fitting([pieces[j] for j in chosen[i].tolist() if j >= 0], longest, max_length)
+            best = [pieces[j] for j in chosen[i].tolist() if j >= 0] if longest else []  # 0: a row dropped as too long
+            shown = form.fitting(best, longest - skip, max_length)
             held[i] = len(shown)
-            head, skip = (form.head(shown), len(form.bos)) if shown else ((), 0)
+            head, skip = (form.head(shown), skip) if shown else ((), 0)
             asked += [targets(side) for side in sides] + [targets(side, head, skip) for side in sides]
         sequences = rows.corpus.sequences
 
@@ -129,7 +139,7 @@ def agreement(
     other: Score,
     rows: Rows,
     holdout: Rows,
-    engine: Engine,
+    answer: Answer,
     *,
     sample: int = 200,
     seed: int = 0,
@@ -143,15 +153,17 @@ def agreement(
     if len(drawn) < 2:
         raise ValueError(f"{len(drawn)} rows with a score in a sample of {sample}; a rank correlation takes two.")
     asked = other(take(rows, np.array(drawn)), holdout)
-    return spearman(jnp.asarray(scores[drawn]), jnp.asarray(asked.combine(engine(asked.requests))))
+    return spearman(jnp.asarray(scores[drawn]), jnp.asarray(asked.combine(answer(asked.requests))))
 
 
-def _exchange(tokenizer: Tokenizer) -> str:
-    """One question and its answer as the chat template writes them; empty where there is none."""
+def _exchange(tokenizer: Tokenizer) -> tuple[str, str]:
+    """One question and its answer as the chat template writes them, and what it writes before the first of them."""
     if not tokenizer.chat_template:
-        return ""
+        return "", ""
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return str(tokenizer.apply_chat_template(said, tokenize=False))
+    once, twice = (str(tokenizer.apply_chat_template(said * n, tokenize=False)) for n in (1, 2))
+    again = twice.removeprefix(once)
+    return once, once.removesuffix(again) if again != twice and once.endswith(again) else ""
 
 
 def _parts(template: str, places: Sequence[str], remedy: str) -> list[str]:

@@ -22,13 +22,13 @@ def oneshot(form: Prompt, *, max_length: int, alike: float = ALIKE) -> Score:
         check(holdout, 1)
         anchors = [holdout.sides(j)[0] for j in range(len(holdout.examples))]
         alone = [targets(anchor) for anchor in anchors]
-        shown, asked = np.zeros((len(rows.examples), len(anchors)), bool), list(alone)
+        shown, asked, kept = np.zeros((len(rows.examples), len(anchors)), bool), list(alone), rows.kept
         for block, banned in alike_to(rows, holdout, alike):
             for i, out in zip(range(block.start, block.stop), banned, strict=True):
                 head = form.head([form.piece(rows.sides(i)[0])])
-                fits = [len(head) + len(anchor.ids) - len(form.bos) <= max_length for anchor in anchors]
-                shown[i] = ~out & fits & rows.kept[i]
-                asked += [targets(anchors[j], head, len(form.bos)) for j in np.flatnonzero(shown[i])]
+                fits = [len(head) + len(anchor.ids) - form.skip(anchor) <= max_length for anchor in anchors]
+                shown[i] = ~out & fits & kept[i]
+                asked += [targets(anchors[j], head, form.skip(anchors[j])) for j in np.flatnonzero(shown[i])]
 
         def share(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
             rises = np.zeros(shown.shape)

@@ -47,8 +47,8 @@ class Plan(NamedTuple):
 
 Score = Callable[[Rows, Rows], Plan]
 """(rows to score, holdout rows) -> plan."""
-Engine = Callable[[Sequence[Request]], Sequence[LogLik]]
-"""What answers requests: `lm.loglik`, under some parameters."""
+Answer = Callable[[Sequence[Request]], Sequence[LogLik]]
+"""What answers requests: an engine of `lm.loglik` under some parameters."""
 
 
 def rows_of(examples: Sequence[Example], corpus: Corpus, first: int = 0) -> Rows:

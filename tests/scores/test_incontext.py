@@ -17,6 +17,9 @@ from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
 HOLDOUT = rows(("name a pet", "cat"), ("name a fish", "cod"), ("what is a tree", "oak"), ("what is red", "wine"))
 ROWS = rows(("name a cat", "tac"), ("is a tree red", "zzz"), ("what is a fish", "doc"), ("xylo", "queue"))
 PAIRS = rows(("name a cat", "tac", "zz"), ("is a tree red", "zzz", "oak oak"), ("what is a fish", "doc", "c"))
+SYSTEM = (  # one that adds a system message by itself
+    "{% if messages[0].role != 'system' %}{{ '<|head|>system\nYou name pets.<|eot|>\n' }}{% endif %}" + CHATML
+)
 CHOICES = ["knn", "clustered:2", "fixed", "random"]
 
 
@@ -128,7 +131,7 @@ def test_rows_dropped_as_too_long_have_no_score_and_are_never_shown():
     corpus, _ = tokenize(examples, tokenizer, max_length=20, truncate="drop")
     some = rows_of(examples, corpus)
     asked = ica(prompt(tokenizer), choice("knn", alike=2), k=1, max_length=60)(some, some)
-    assert [len(some.sides(1)[0].ids), int(asked.held[1])] == [0, 1]
+    assert [len(some.sides(1)[0].ids), int(asked.held[1])] == [0, 0]
     values = asked.combine(engine_of(asked.requests))
     assert np.isnan(values[1]) and np.isfinite(values[[0, 2]]).all()
     with pytest.raises(ValueError, match="2 holdout rows, and k = 3 of them are to be shown. Give more holdout rows"):
@@ -146,7 +149,7 @@ def engine_of(requests):
     return [(-float(len(r.prefix) + len(r.response)), len(r.response)) for r in requests]
 
 
-@pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS], ids=["llama3", "chatml", "blocks"])
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, SYSTEM], ids=["llama3", "chatml", "blocks", "system"])
 @pytest.mark.parametrize("eos", ["<|eot|>", "<|end|>"])
 def test_demonstrations_are_earlier_exchanges_as_the_chat_template_writes_them(template, eos):
     tokenizer = bpe(template, eos=eos)

@@ -7,16 +7,16 @@ demonstrations do to a response is what training on them would do.
 import math
 
 import numpy as np
-from bilevel_jax.lm.loglik import LogLik
 
 from bilevel_jax.lm.data import Example, Turn, content_hash
+from bilevel_jax.lm.loglik import LogLik
 from bilevel_jax.lm.tokens import Tokenized, corpus_of
 from bilevel_jax.scores.incontext import Prompt
 from bilevel_jax.scores.requests import rows_of
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?"
-PLAIN = Prompt((BOS,), (), ((), ()), (), ())
+PLAIN = Prompt((BOS,), (), (), ((), ()), (), ())
 """Nothing around demonstrations."""
 
 
