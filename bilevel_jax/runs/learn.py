@@ -162,12 +162,13 @@ def learn(
             "largest": float(weights.max()),
             "auc": auc(np.asarray(weights), good) if good is not None else None,
             "checks": _plain(estimate.checks),
+            "rate": rate(outer, min(1.0, progress(records))),
         }
         tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = tables.hyper if step else scoring.warm(task, config, tables.hyper, session)
         pulled = pull_back(tables.hyper, estimate.grad)
-        tables = tables._replace(hyper=descend(rate(outer, min(1.0, progress(records))), origin, pulled))
+        tables = tables._replace(hyper=descend(record["rate"], origin, pulled))
         record |= {"work": session.work - before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})

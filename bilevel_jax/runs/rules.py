@@ -189,6 +189,7 @@ RULES: tuple[Rule, ...] = (
     ("weights.refresh", lambda c: c.weights.refresh >= 1, "must be 1 (at the start alone) or more"),
     ("weights.quantile", lambda c: 0 <= c.weights.quantile < 0.5, "must be in [0, 0.5)"),
     ("scores.k", lambda c: c.scores.k >= 1, "must be 1 or more"),
+    ("scores.anchors", lambda c: c.scores.anchors >= 1, "must be 1 or more"),
     ("scores.alike", lambda c: c.scores.alike > 0, "must be above 0; above 1 nothing is alike"),
     ("scores.seed", lambda c: c.scores.seed >= 0, "must be 0 or more"),
     ("scores.holdout_steps", lambda c: c.scores.holdout_steps >= 0, "must be 0 (as many as the run) or more"),
@@ -197,8 +198,8 @@ RULES: tuple[Rule, ...] = (
     ("single.steps", lambda c: c.single.steps >= 0, "must be 0 (train.steps * outer.steps) or more"),
     (
         "single.shares",
-        lambda c: len(c.single.shares) > 0 and all(0 < share < 1 for share in c.single.shares),
-        "name at least one share of L_v, each in (0, 1)",
+        lambda c: len(c.single.shares) > 0 and all(0 < share <= 1 for share in c.single.shares),
+        "name at least one share of L_v, each above 0 and at most 1 (V alone)",
     ),
     ("single.temperatures", lambda c: min(c.single.temperatures) > 0, "must be above 0"),
     ("single.inner_steps", lambda c: c.single.inner_steps >= 1, "must be 1 or more"),

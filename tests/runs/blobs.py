@@ -23,7 +23,9 @@ data: {{train: ['{path}']}}
 arrays: {{rows: 60, fit: 24, report: 30}}
 optimizer: {{name: momentum, learning_rate: 0.3, schedule: constant, warmup: 0}}
 train: {{steps: 6, batch: 20}}
-outer: {{weighting: sigmoid, learning_rate: 1.0, prior: 0.01, window: 2, max_iterations: 3, curvature_batches: 3}}
+outer:
+  {{weighting: sigmoid, learning_rate: 1.0, schedule: linear, prior: 0.01, window: 2, max_iterations: 3,
+   curvature_batches: 3}}
 single: {{read_every: 20}}
 bench: {{passes: 120, seeds: 2}}
 output: {{progress: false}}

@@ -68,6 +68,10 @@ def test_writes_what_it_promises(whole):
     assert "forward-backward passes" in "\n".join(lines)
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {record["part"] for record in logged} == {f"seed {s} {m}" for s in (0, 1) for m in ITERATED[1:]}
+    steps = [record for record in logged if record["part"] == "seed 0 unrolled"]
+    assert [record["work"] for record in steps] == [6 + 30, 30, 30]  # baselines; 6 steps and their sweep of 4 each
+    rates = [record["rate"] for record in steps]
+    assert rates == pytest.approx([1, 1 - 36 / 90, 1 - 66 / 90], rel=1e-6)  # by what is spent before the last step
 
 
 def same(one, other):
