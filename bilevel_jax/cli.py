@@ -11,6 +11,7 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
   select CONFIG   learn a weight for every training row from a small trusted validation set, by exact hypergradients;
                   writes the weights, the selected subset, a model and a report
   compare CONFIG  compare methods that learn weights: one data set, one budget, several seeds; a table and a picture
+  audit CONFIG    judge cheap scores of training rows by exact ones, and all of them by retraining without some rows
   train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
@@ -58,6 +59,17 @@ def _compare(arguments: list[str]) -> int:
     from bilevel_jax.runs.config import CompareConfig
 
     return _run(CompareConfig, arguments, work)
+
+
+def _audit(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.audit import audit
+
+        return f"{audit(config)['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import AuditConfig
+
+    return _run(AuditConfig, arguments, work)
 
 
 def _train(arguments: list[str]) -> int:
@@ -125,7 +137,9 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     return 0
 
 
-VERBS = {"select": _select, "compare": _compare, "train": _train, "inspect": _inspect, "export": _export}
+VERBS = {
+    "select": _select, "compare": _compare, "audit": _audit, "train": _train, "inspect": _inspect, "export": _export,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,5 @@
 """The verb `compare`: every method on one data set at one budget, several seeds, models trained again from cold."""
 
-import json
 import math
 import shutil
 import time
@@ -129,7 +128,7 @@ def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], wor
     result["sentence"] = bench_report.sentence(result)
     work.phase("writing")
     files.write_table(work.folder / "weights.parquet", pa.concat_tables(tables))
-    files.write_atomic(work.folder / "result.json", json.dumps(_json(result), indent=1))
+    files.write_json(work.folder / "result.json", result)
     files.write_atomic(work.folder / "table.md", bench_report.markdown(result))
     bench_report.write(work.folder)
     return result
@@ -315,12 +314,3 @@ def _last(task: Task | ArrayTask) -> str:
 def _line(name: str, cell: dict[str, Any]) -> str:
     words = [f"{key} {cell[key]:.3f}" for key in ("report", "accuracy", "auc", "f1") if cell.get(key) is not None]
     return f"{name:<20}{'   '.join(words)}   {cell['passes']:,.0f} passes   {cell['seconds']:.0f} s"
-
-
-def _json(value: Any) -> Any:
-    """The same with nan as null: JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.certify import Certificates
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import order_seed
 from bilevel_jax.runs.session import Session
@@ -17,7 +18,7 @@ from bilevel_jax.runs.training import Trainer
 
 
 def certificates(
-    task: Task,
+    task: Task | ArrayTask,
     config: SelectConfig,
     trainer: Trainer,
     session: Session,

@@ -60,6 +60,11 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """A JSON file, whole or not at all; numbers that are not finite become null."""
+    write_atomic(path, json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
 def write_table(path: str | Path, table: pa.Table) -> None:
     """A parquet file, whole or not at all."""
     with replacing(path) as part:
@@ -144,6 +149,14 @@ def _step(line: bytes) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
         return math.inf  # a damaged line: it and all after it go
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """The main job: learn a weight for every training row, certify it, compare it, and write what a person can trust."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         | {name: work.cost(name)[1] for name in ("certify", "compare")},
         "config_hash": configs.config_hash(config),
     }
-    files.write_atomic(folder / "result.json", json.dumps(_json(result), indent=1))
+    files.write_json(folder / "result.json", result)
     report.write(folder, task.examples)
     return result
 
@@ -164,12 +163,3 @@ def _plain(certified: certify.Certificates) -> dict[str, Any]:
         "predictive": certified.predictive._asdict() if certified.predictive else None,
         "checks": certified.checks._asdict(),
     }
-
-
-def _json(value: Any) -> Any:
-    """The same with nan as null: JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

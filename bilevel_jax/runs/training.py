@@ -117,11 +117,23 @@ class Trainer:
                 self.session.saved()
         return self._sweeps.finish(run, sweep)
 
-    def direct(self, run: Run, weights: jax.Array, *, alignment: bool = False) -> Estimate:
-        """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>."""
+    def direct(
+        self,
+        run: Run,
+        weights: jax.Array,
+        *,
+        alignment: bool = False,
+        summed: Stream | None = None,
+        validation: Stream | None = None,
+    ) -> Estimate:
+        """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>.
+
+        `summed` (default: all rows, read anew in each pass) and `validation` (default: V_fit) take their places.
+        """
         task, outer = self.task, self.outer
         fixed = task.fixed(run.start.params)
-        summed = task.summed(seed=0)
+        summed = summed or task.summed(seed=0)
+        validation = validation or task.held_out["fit"]
         if alignment or outer.method == "alignment":
             estimator = self._alignment
         else:
@@ -130,7 +142,7 @@ class Trainer:
             run = run._replace(end=run.end._replace(params=params))
             estimator = self._implicit
         self.session.advance(2 * summed.steps)
-        estimate = estimator(run, weights, fixed, summed, task.held_out["fit"])
+        estimate = estimator(run, weights, fixed, summed, validation)
         if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
             self.session.advance(PRODUCT * estimate.checks.steps * estimate.checks.batches)
         if task.base is None or alignment:
