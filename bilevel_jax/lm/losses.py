@@ -99,7 +99,7 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
         return _hidden(decoder, assemble(params, fixed), batch)
 
     def affine_link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
-        per_token = _in_chunks(_negative_log_likelihood, outputs, decoder.head(fixed), batch, chunk)
+        per_token = _in_chunks(negative_log_likelihood, outputs, decoder.head(fixed), batch, chunk)
         return _normalised(_per_sequence(per_token, batch), batch, normalise)
 
     def logits(params: Params, fixed: Fixed, batch: Batch) -> Array:
@@ -108,7 +108,7 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
         return _hidden(decoder, whole, batch) @ decoder.head(whole)
 
     def link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
-        per_token = _negative_log_likelihood(outputs, _targets(batch))
+        per_token = negative_log_likelihood(outputs, _targets(batch))
         return _normalised(_per_sequence(per_token, batch), batch, normalise)
 
     return Loss(hidden, affine_link) if frozen_head else Loss(logits, link)
@@ -121,7 +121,7 @@ def assemble(params: Params, fixed: Fixed) -> Params:
 
 def _token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
     def tokens(params: Params, batch: Batch) -> Array:
-        return _in_chunks(_negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
+        return _in_chunks(negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
 
     return tokens
 
@@ -164,7 +164,8 @@ def _is_likeliest(logits: Float[Array, "rows len vocab"], targets: Array) -> Flo
     return (jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype)
 
 
-def _negative_log_likelihood(logits: Float[Array, "rows len vocab"], targets: Array) -> Float[Array, "rows len"]:
+def negative_log_likelihood(logits: Float[Array, "rows len vocab"], targets: Array) -> Float[Array, "rows len"]:
+    """-log softmax(logits) at the targets, nats; float32 at least."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked

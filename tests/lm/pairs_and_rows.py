@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.lm.models import Decoder, DecoderConfig
+from bilevel_jax.lm.models import Decoder, DecoderConfig, decoder
 from bilevel_jax.lm.tokens import Corpus, Tokenized, corpus_of
 
 VOCAB = 29
@@ -46,7 +46,7 @@ def mixer() -> Decoder:
         x = params["embed"][tokens] + params["place"][positions]
         return jnp.tanh((x + seen @ x / seen.sum(-1, keepdims=True)) @ params["mix"])
 
-    return Decoder(TINY, hidden, lambda params: params["head"])
+    return decoder(TINY)._replace(hidden=hidden, head=lambda params: params["head"])
 
 
 def start(dtype, seed: int = 0):

@@ -1,5 +1,6 @@
 """What layers are built of: linear maps with adapters, norms, attention, rotation. Plain products: all have a jvp."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +25,18 @@ class Adapter:
     """alpha / rank. Static: no optimiser, decay or derivative can reach it."""
 
 
+class Past(NamedTuple):
+    """Earlier tokens that the queries of a block also attend to."""
+
+    keys: Float[Array, "rows kv_heads dim slots"]
+    values: Float[Array, "rows kv_heads slots dim"]
+    mask: Bool[Array, "rows len slots"]
+
+
+Memory = tuple[Float[Array, "rows kv_heads dim len"], Float[Array, "rows kv_heads len dim"]]
+"""The keys and values of a block of tokens, in the order in which attention takes them."""
+
+
 class Context(NamedTuple):
     """What a layer reads beside the stream x: float[tokens, width], tokens = rows * len."""
 
@@ -33,6 +46,8 @@ class Context(NamedTuple):
     adapters: dict[str, Adapter]
     compute: Any
     """The dtype of the factors of the products; None: no cast."""
+    past: tuple[Past, ...] = ()
+    """Earlier tokens than the block's."""
 
 
 class Linear(nnx.Module):
@@ -88,28 +103,42 @@ class LayerNorm(nnx.Module):
 
 def attention(
     q: Float[Array, "rows len heads dim"],
-    k: Float[Array, "rows keys kv_heads dim"],
-    v: Float[Array, "rows keys kv_heads dim"],
-    mask: Bool[Array, "rows len keys"],
-    compute: Any = None,
+    k: Float[Array, "rows len kv_heads dim"],
+    v: Float[Array, "rows len kv_heads dim"],
+    context: Context,
     scalar: float | None = None,
-) -> Float[Array, "rows len heads dim"]:
+) -> tuple[Float[Array, "rows len heads dim"], Memory]:
     """softmax(q kᵀ / √scalar) v where the mask allows, with heads / kv_heads queries to one key; scalar None: dim.
 
-    Plain products, and not a fused kernel, on purpose: it has a jvp, and a Hessian product in the dtype of its
+    Over the block's own tokens and, in the same softmax, those of `context.past`. Also the block's keys and values, for
+    a cache. Plain products, and not a fused kernel, on purpose: it has a jvp, and a Hessian product in the dtype of its
     arguments. Every query must see some key.
     """
     rows, length, heads, dim = q.shape
-    keys, kv_heads = k.shape[1:3]
+    kv_heads = k.shape[2]
     group = heads // kv_heads
     # batch axes first, a group's queries in one matrix: on CPU a third faster than an einsum in the given layout
     q = (q * (scalar or dim) ** -0.5).reshape(rows, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, group * length, dim)
-    scores = _product(q, k.transpose(0, 2, 3, 1), compute).reshape(rows, kv_heads, group, length, keys)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min / 2)  # finite: no inf - inf in a jvp
-    shares = jax.nn.softmax(scores, axis=-1).reshape(rows, kv_heads, group * length, keys)
-    out = _product(shares, v.transpose(0, 2, 1, 3), compute).reshape(rows, kv_heads, group, length, dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
+
+    def scores(keys, mask):
+        out = _product(q, keys, context.compute).reshape(rows, kv_heads, group, length, keys.shape[-1])
+        return jnp.where(mask[:, None, None], out, jnp.finfo(out.dtype).min / 2)  # finite: no inf - inf in a jvp
+
+    def mixed(shares, values):
+        shares = shares.reshape(rows, kv_heads, group * length, values.shape[2])
+        return _product(shares, values, context.compute).reshape(rows, kv_heads, group, length, dim)
+
+    memory = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    if not context.past:
+        out = mixed(jax.nn.softmax(scores(memory[0], context.mask), axis=-1), memory[1])
+    else:
+        parts = (*context.past, Past(*memory, context.mask))
+        shares = jax.nn.softmax(jnp.concatenate([scores(part.keys, part.mask) for part in parts], axis=-1), axis=-1)
+        ends = itertools.accumulate(part.mask.shape[-1] for part in parts[:-1])
+        pieces = jnp.split(shares, list(ends), axis=-1)
+        out = sum(mixed(piece, part.values) for piece, part in zip(pieces, parts, strict=True))
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim), memory
 
 
 def rotate(x: Float[Array, "rows len heads dim"], cos: Array, sin: Array) -> Float[Array, "rows len heads dim"]:

@@ -1,7 +1,7 @@
 """The decoder as two pure functions of a plain parameter tree; Flax NNX modules inside, layers stacked and scanned."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from bilevel_jax.lm.models.blocks import Context
+from bilevel_jax.lm.models.cache import EMPTY, Cache, earlier, own
 from bilevel_jax.lm.models.config import DecoderConfig, Rope, frequencies
 from bilevel_jax.lm.models.families import FAMILIES, projections, skeleton
 
@@ -27,6 +28,10 @@ class Decoder(NamedTuple):
     """(params, tokens, positions, segments), all int32[rows, len] -> float[rows, len, width], after the final norm."""
     head: Callable[[Params], Array]
     """params -> float[width, vocab]."""
+    extend: Callable[[Params, Sequence[Cache], Array, Array], tuple[Array, Cache]]
+    """(params, caches, tokens, positions) -> `hidden` of a block of tokens that follow what the caches hold, and the
+    block's own cache. One sequence to a row; its tokens, in the caches and then in the block, stand at consecutive
+    positions. `EMPTY` as a position: padding, on any side. Without caches it reads a sequence from its start."""
 
 
 def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -> Decoder:
@@ -50,36 +55,72 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         angles = positions[..., None].astype(dtype) * rotary[None, None, :]
         return jnp.cos(angles), jnp.sin(angles)
 
-    def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
-        rows, length = tokens.shape
-        dtype = _dtype(params)
-        far = rotation(config.rope, positions, dtype)
-        near = rotation(config.local_rope, positions, dtype) if any(local) else ()
-        mask = visible(segments)
-        windows = _windows(config, length)
-
-        def layer(x, xs):
-            weights, adapters, window, is_local = xs
-            seen = mask if window is None else mask & nearby(length, window)[None]
-            turn = jax.tree.map(partial(jnp.where, is_local), near, far) if near else far
-            return nnx.merge(modules.layer, weights)(x, Context(turn, seen, adapters, compute)), None
-
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # scan keeps XLA from undoing it
+    def embedded(params: Params, tokens: Array, positions: Array, dtype: Any) -> Array:
         x = params["embed"][tokens.reshape(-1)].astype(dtype)  # tokens flat: 2-D products are faster on CPU
         if config.embed_scale != 1:
             x = x * config.embed_scale
         if config.rope is None:
             learned = params["positions"].at[positions.reshape(-1)]
             x = x + learned.get(mode="fill", fill_value=jnp.nan).astype(dtype)  # beyond the last: not the last one's
-        xs = params["layers"], params.get("lora", {}), windows, jnp.asarray(local) if any(local) else None
-        x, _ = jax.lax.scan(body, x, xs)
+        return x
+
+    def turns(positions: Array, dtype: Any) -> Callable[[Any], tuple[Array, ...]]:
+        far = rotation(config.rope, positions, dtype)
+        near = rotation(config.local_rope, positions, dtype) if any(local) else ()
+        return lambda is_local: jax.tree.map(partial(jnp.where, is_local), near, far) if near else far
+
+    def stack(params: Params, windows: Array | None) -> tuple:
+        return params["layers"], params.get("lora", {}), windows, jnp.asarray(local) if any(local) else None
+
+    def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
+        rows, length = tokens.shape
+        dtype = _dtype(params)
+        turn = turns(positions, dtype)
+        mask = visible(segments)
+
+        def layer(x, xs):
+            weights, adapters, window, is_local = xs
+            seen = mask if window is None else mask & nearby(length, window)[None]
+            x, _ = nnx.merge(modules.layer, weights)(x, Context(turn(is_local), seen, adapters, compute))
+            return x, None
+
+        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # scan keeps XLA from undoing it
+        x = embedded(params, tokens, positions, dtype)
+        x, _ = jax.lax.scan(body, x, stack(params, _windows(config, length)))
         return nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width)
+
+    def extend(params: Params, caches: Sequence[Cache], tokens: Array, positions: Array) -> tuple[Array, Cache]:
+        rows, length = tokens.shape
+        dtype = _dtype(params)
+        places = jnp.where(positions == EMPTY, 0, positions)
+        turn = turns(places, dtype)
+        itself = jnp.eye(length, dtype=bool)[None]  # padding sees something, so nothing is 0/0
+        before = [cache.positions if cache.owner is None else cache.positions[cache.owner] for cache in caches]
+
+        def layer(x, xs):
+            (weights, adapters, window, is_local), kept = xs
+            past = tuple(
+                own(cache, keys, values, earlier(positions, at, window))
+                for cache, (keys, values), at in zip(caches, kept, before, strict=True)
+            )
+            seen = earlier(positions, positions, window) | itself
+            context = Context(turn(is_local), seen, adapters, compute, past)
+            x, memory = nnx.merge(modules.layer, weights)(x, context)
+            # what `compute` would cast in each product is kept as that: half of the memory, the same numbers
+            return x, jax.tree.map(lambda part: part.astype(compute or dtype), memory)
+
+        x = embedded(params, tokens, places, dtype)
+        windows = _windows(config, length + sum(at.shape[1] for at in before))
+        kept = [(cache.keys, cache.values) for cache in caches]
+        x, (keys, values) = jax.lax.scan(layer, x, (stack(params, windows), kept))
+        out = nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width)
+        return out, Cache(keys, values, positions)
 
     def head(params: Params) -> Array:
         kernel = params["embed"].T if config.tied else params["head"]
         return kernel.astype(_dtype(params))
 
-    return Decoder(config, hidden, head)
+    return Decoder(config, hidden, head, extend)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))  # eagerly, it would compile every operation by itself

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bilevel_jax.lm.models import llama
-from bilevel_jax.lm.models.blocks import Context, Draw, Norm
+from bilevel_jax.lm.models.blocks import Context, Draw, Memory, Norm
 from bilevel_jax.lm.models.config import (
     DecoderConfig,
     Rope,
@@ -44,10 +44,11 @@ class Layer(nnx.Module):
         llama.matrices(self, draw, offset=1.0)
         self.input_norm, self.attended_norm, self.post_norm, self.gated_norm = (norm(config) for _ in range(4))
 
-    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
-        """One layer on flat tokens."""
-        x = x + self.attended_norm(llama.attend(self, self.input_norm(x), context))
-        return x + self.gated_norm(llama.gated(self, self.post_norm(x), context))
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> tuple[Array, Memory]:
+        """One layer on flat tokens: float[tokens, width], and its keys and values."""
+        attended, memory = llama.attend(self, self.input_norm(x), context)
+        x = x + self.attended_norm(attended)
+        return x + self.gated_norm(llama.gated(self, self.post_norm(x), context)), memory
 
 
 def norm(config: DecoderConfig) -> Norm:

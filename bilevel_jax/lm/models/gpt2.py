@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bilevel_jax.lm.models.blocks import Context, Draw, LayerNorm, Linear, attention, project
+from bilevel_jax.lm.models.blocks import Context, Draw, LayerNorm, Linear, Memory, attention, project
 from bilevel_jax.lm.models.config import ACTIVATIONS, DecoderConfig, read_activation, read_eos, refuse, require
 
 PROJECTIONS = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
@@ -44,16 +44,16 @@ class Layer(nnx.Module):
         self.mlp_c_proj = linear("mlp_c_proj", config.inner, config.width)
         self.input_norm, self.post_norm = norm(config), norm(config)
 
-    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
-        """One layer on flat tokens."""
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> tuple[Array, Memory]:
+        """One layer on flat tokens: float[tokens, width], and its keys and values."""
         rows, length = context.mask.shape[:2]
         fused = project(self, "c_attn", self.input_norm(x), context)  # all queries, then all keys, then all values
         heads = rows, length, self.config.heads, self.config.head_dim
         q, k, v = (part.reshape(heads) for part in jnp.split(fused, 3, axis=-1))
-        out = attention(q, k, v, context.mask, context.compute).reshape(rows * length, -1)
-        x = x + project(self, "attn_c_proj", out, context)
+        out, memory = attention(q, k, v, context)
+        x = x + project(self, "attn_c_proj", out.reshape(rows * length, -1), context)
         inner = ACTIVATIONS[self.config.activation](project(self, "c_fc", self.post_norm(x), context))
-        return x + project(self, "mlp_c_proj", inner, context)
+        return x + project(self, "mlp_c_proj", inner, context), memory
 
 
 def norm(config: DecoderConfig) -> LayerNorm:

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bilevel_jax.lm.models.blocks import Context, Draw, Linear, Norm, attention, project, rotate
+from bilevel_jax.lm.models.blocks import Context, Draw, Linear, Memory, Norm, attention, project, rotate
 from bilevel_jax.lm.models.config import (
     ACTIVATIONS,
     DecoderConfig,
@@ -61,10 +61,11 @@ class Layer(nnx.Module):
         self.input_norm = Norm(config.width, config.eps)
         self.post_norm = Norm(config.width, config.eps)
 
-    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
-        """One layer on flat tokens."""
-        x = x + attend(self, self.input_norm(x), context)
-        return x + gated(self, self.post_norm(x), context)
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> tuple[Array, Memory]:
+        """One layer on flat tokens: float[tokens, width], and its keys and values."""
+        attended, memory = attend(self, self.input_norm(x), context)
+        x = x + attended
+        return x + gated(self, self.post_norm(x), context), memory
 
 
 def matrices(layer: Any, draw: Draw, offset: float = 0.0) -> None:
@@ -86,7 +87,7 @@ def matrices(layer: Any, draw: Draw, offset: float = 0.0) -> None:
     layer.k_norm = Norm(config.head_dim, config.eps, offset) if config.qk_norm else None
 
 
-def attend(layer: Any, x: Array, context: Context) -> Array:
+def attend(layer: Any, x: Array, context: Context) -> tuple[Array, Memory]:
     """Grouped-query attention of normed tokens, with the projections that `matrices` made."""
     config = layer.config
     rows, length = context.mask.shape[:2]
@@ -98,8 +99,8 @@ def attend(layer: Any, x: Array, context: Context) -> Array:
     q = split(project(layer, "q_proj", x, context), config.heads, layer.q_norm)
     k = split(project(layer, "k_proj", x, context), config.kv_heads, layer.k_norm)
     v = project(layer, "v_proj", x, context).reshape(k.shape)
-    out = attention(q, k, v, context.mask, context.compute, config.query_scalar)
-    return project(layer, "o_proj", out.reshape(rows * length, -1), context)
+    out, memory = attention(q, k, v, context, config.query_scalar)
+    return project(layer, "o_proj", out.reshape(rows * length, -1), context), memory
 
 
 def gated(layer: Any, x: Array, context: Context) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bilevel_jax.lm.models.blocks import Context, Draw, LayerNorm, Linear, attention, project, rotate
+from bilevel_jax.lm.models.blocks import Context, Draw, LayerNorm, Linear, Memory, attention, project, rotate
 from bilevel_jax.lm.models.config import (
     ACTIVATIONS,
     DecoderConfig,
@@ -58,21 +58,22 @@ class Layer(nnx.Module):
         self.dense_4h_to_h = linear("dense_4h_to_h", config.inner, config.width)
         self.input_norm, self.post_norm = norm(config), norm(config)
 
-    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> Float[Array, "tokens width"]:
-        """One layer on flat tokens."""
-        attended = x + self.attend(self.input_norm(x), context)
+    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> tuple[Array, Memory]:
+        """One layer on flat tokens: float[tokens, width], and its keys and values."""
+        out, memory = self.attend(self.input_norm(x), context)
+        attended = x + out
         inner = project(self, "dense_h_to_4h", self.post_norm(x if self.config.parallel else attended), context)
-        return attended + project(self, "dense_4h_to_h", ACTIVATIONS[self.config.activation](inner), context)
+        return attended + project(self, "dense_4h_to_h", ACTIVATIONS[self.config.activation](inner), context), memory
 
-    def attend(self, x: Array, context: Context) -> Array:
+    def attend(self, x: Array, context: Context) -> tuple[Array, Memory]:
         """Attention of normed tokens."""
         rows, length = context.mask.shape[:2]
         fused = project(self, "query_key_value", x, context)  # of each head: its query, its key, its value
         fused = fused.reshape(rows, length, self.config.heads, 3, self.config.head_dim)
         q, k, v = (fused[:, :, :, part] for part in range(3))
         q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
-        out = attention(q, k, v, context.mask, context.compute)
-        return project(self, "dense", out.reshape(rows * length, -1), context)
+        out, memory = attention(q, k, v, context)
+        return project(self, "dense", out.reshape(rows * length, -1), context), memory
 
 
 def norm(config: DecoderConfig) -> LayerNorm:
