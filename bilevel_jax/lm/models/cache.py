@@ -1,0 +1,68 @@
+"""The keys and values of tokens that were read, which later tokens attend to without reading them again."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bilevel_jax.lm.models.blocks import Past
+from bilevel_jax.lm.models.config import DecoderConfig
+
+EMPTY = -1
+"""The position of a slot, or of a place of a block, that holds no token."""
+
+
+class Cache(NamedTuple):
+    """Tokens that were read, one sequence in each row; empty slots may lie anywhere.
+
+    Both arrays are in the order in which the products of attention take them, so that no token is moved again.
+    """
+
+    keys: Float[Array, "layers rows kv_heads dim slots"]
+    """After the rotation: a token keeps the position that it was read at."""
+    values: Float[Array, "layers rows kv_heads slots dim"]
+    positions: Int[Array, "rows slots"]
+    """Of each token in its sequence; `EMPTY` where there is none."""
+    owner: Int[Array, "batch"] | None = None
+    """The row of this cache that each row of a batch continues, so that many rows share one; None: its own."""
+
+
+def empty(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
+    """A cache without tokens, to be filled by `write`; `dtype` is that of a block's keys."""
+    shape = (config.layers, rows, config.kv_heads)
+    keys, values = (
+        jnp.zeros((*shape, config.head_dim, slots), dtype),
+        jnp.zeros((*shape, slots, config.head_dim), dtype),
+    )
+    return Cache(keys, values, jnp.full((rows, slots), EMPTY, jnp.int32))
+
+
+def write(cache: Cache, block: Cache, at: Int[Array, ""] | int) -> Cache:
+    """The cache with a block in slots at, at + 1, ... of every row. In place where the cache is a loop's or donated.
+
+    A block that would reach beyond the last slot overwrites earlier ones instead: allocate as many as will be written.
+    """
+    put = jax.lax.dynamic_update_slice_in_dim
+    return cache._replace(
+        keys=put(cache.keys, block.keys.astype(cache.keys.dtype), at, 4),
+        values=put(cache.values, block.values.astype(cache.values.dtype), at, 3),
+        positions=put(cache.positions, block.positions.astype(cache.positions.dtype), at, 1),
+    )
+
+
+def own(cache: Cache, keys: Array, values: Array, mask: Bool[Array, "batch len slots"]) -> Past:
+    """What one layer's attention reads of a cache: that layer's keys and values, a row for each row of the batch.
+
+    Shared rows are copied here, one layer at a time: the whole cache is never there once for each row.
+    """
+    return Past(keys, values, mask) if cache.owner is None else Past(keys[cache.owner], values[cache.owner], mask)
+
+
+def earlier(
+    positions: Int[Array, "rows len"], before: Int[Array, "rows slots"], window: Int[Array, ""] | None
+) -> Bool[Array, "rows len slots"]:
+    """mask[row, i, s]: token i sees slot s: it holds a token, not a later one, and one within the window (0: all)."""
+    distance = positions[:, :, None] - before[:, None, :]
+    seen = (before[:, None, :] != EMPTY) & (distance >= 0)
+    return seen if window is None else seen & ((distance < window) | (window == 0))
