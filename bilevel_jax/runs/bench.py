@@ -118,6 +118,7 @@ def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], wor
         "budget": config.bench.passes,
         "steps": task.steps,
         "batch": task.batch,
+        "restart": config.outer.restart,
         "seeds": config.bench.seeds,
         "top_share": config.bench.top_share,
         "counts": {"train": task.rows} | {part: len(task.trusted[part]) for part in task.held_out},

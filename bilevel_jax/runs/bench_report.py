@@ -129,11 +129,16 @@ def protocol(result: Row) -> str:
         f"Rows: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
         f"{result['batch']} (a training step 1, a swept step 1 to replay and 3 for its Hessian product, a product of "
         "implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One training is "
-        f"{result['steps']} steps, which is also what every retrain makes. Seeds: {result['seeds']}; ± is the "
-        "half-width of the 95 % interval of their mean by Student's t. " + (DEFINITIONS if result["labels"] else "")
+        f"{result['steps']} steps, which is also what every retrain makes; {RESTARTS[result['restart']]}. Seeds: "
+        f"{result['seeds']}; ± is the half-width of the 95 % interval of their mean by Student's t. "
+        + (DEFINITIONS if result["labels"] else "")
     )
 
 
+RESTARTS = {
+    "cold": "while weights are learned, each training begins at the first parameters",
+    "warm": "while weights are learned, each training begins where the last one ended (retrains never do)",
+}
 DEFINITIONS = (
     "F1 is the field's for hyper-cleaning: a row counts as called good where its weight is above 1, which for weights "
     "2σ(h) is σ(h) > .5; rows of a subset count as called good. Subsets are given their share, which methods are not."

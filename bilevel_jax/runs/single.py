@@ -157,12 +157,14 @@ def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
         copy = multiobjective.Copy(optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
         phi = copy if single.reference == "copy" else single.reference
         return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=phi)
+    # a row's logit moves in the steps that meet the row, a source's in every step
+    meet = 1.0 if outer.weighting == "per_source" else len(task.trainable()) / task.batch
     return penalty.single(
         task.problem,
         tx,
         selector(task, config),
         share=share,
-        rate=falling(travel(outer) * len(task.trainable()) / task.batch, steps),
+        rate=falling(travel(outer) * meet, steps),
         second=single.second,
         normalised=True,
         cap=outer.max_step,
@@ -173,7 +175,7 @@ def falling(total: float, steps: int) -> Callable[[Any], Any]:
     """step -> rate of the weights: 0 for the first tenth of the run, then falling evenly to 0; they sum to `total`.
 
     A normalised step moves every logit that it meets by about its rate. So that a logit moves in all about as far as in
-    the outer loop, `total` is (sum of the rates there) x (steps here that it takes to meet every row once). Not at
+    the outer loop, `total` is (sum of the rates there) x (steps here that it takes to move every logit once). Not at
     once, as a model that knows nothing yet drives the weights onto any row; and falling, as normalised steps do not
     come to rest by themselves.
     """
