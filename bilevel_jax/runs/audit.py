@@ -121,8 +121,8 @@ def _work(
     scores = entries + cheap_scores(config, task, trained, names, work)
     certified = certificate(config, task, trained, entries, exact, work)
     made = bank.retrained(
-        task, trained.trainer, work, start=trained.start, stream=trained.stream, queries=asked,
-        fractions=config.audit.removed, count=config.audit.subsets, seed=config.data.seed,
+        task, work, start=trained.start, stream=trained.stream, queries=asked, fractions=config.audit.removed,
+        count=config.audit.subsets, together=min(config.audit.together, config.audit.subsets), seed=config.data.seed,
     )  # fmt: skip
     work.phase("writing")
     result = judging.judged(settings(config), task, scores, made, certified)

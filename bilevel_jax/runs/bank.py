@@ -1,20 +1,22 @@
 """The bank of retrains that every score is judged by: random rows leave, the same training runs again."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.core.types import PADDING, Inner, Stream
+from bilevel_jax.core.types import PADDING, Inner, Params, Stream, Transition
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
-from bilevel_jax.runs.training import Trainer
 
 TARGETS = {"fit": "L_v", "queries": "each query", "report": "V_report"}
 """What is predicted, as people read it."""
@@ -46,7 +48,6 @@ def subsets(
 
 def retrained(
     task: Task | ArrayTask,
-    trainer: Trainer,
     session: Session,
     *,
     start: Inner,
@@ -54,32 +55,66 @@ def retrained(
     queries: Int[np.ndarray, "queries"],
     fractions: tuple[float, ...],
     count: int,
+    together: int,
     seed: int,
 ) -> Bank:
-    """Train once without each subset, its rows at weight 0, and read the losses; a finished retrain is remembered.
+    """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are remembered.
 
-    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)).
+    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
+    `together`, side by side, which changes no loss but by rounding.
     """
     value, fixed = outer_value(task.problem), task.fixed(start.params)
+    held = {part: task.held_out[part] for part in TARGETS if part in task.held_out}
     left_out = np.stack([subsets(task.rows, task.trainable(), one, count, seed) for one in fractions])
 
-    def retrain(gone: Bool[np.ndarray, "rows"]) -> dict[str, list[float]]:
-        params = trainer.run(jnp.asarray(~gone, jnp.result_type(float)), start, stream).end.params
-        held = {part: task.held_out[part] for part in TARGETS if part in task.held_out}
-        found = {part: [float(value(params, fixed, stream))] for part, stream in held.items()}
+    def read(params: Params) -> dict[str, list[float]]:
+        found = {part: [float(value(params, fixed, some))] for part, some in held.items()}
         if len(queries):
-            losses = per_row(task.objective.losses, params, fixed, task.held_out["fit"], len(task.trusted["fit"]))
+            losses = per_row(task.objective.losses, params, fixed, held["fit"], len(task.trusted["fit"]))
             found["queries"] = losses[queries].tolist()
         return found
 
-    lines = []
+    def retrain(gone: Bool[np.ndarray, "some rows"]) -> list[dict[str, list[float]]]:
+        missing = together - len(gone)  # filled up, so that every group is of one shape and compiled once
+        params = side_by_side(task, session, start, stream, np.pad(gone, ((0, missing), (0, 0)), mode="edge"))
+        found = [read(jax.tree.map(itemgetter(at), params)) for at in range(len(gone))]
+        if not all(np.isfinite(values).all() for one in found for values in one.values()):
+            raise FloatingPointError(
+                "a model trained without some of the rows has a loss that is not finite, although the one trained with "
+                "all rows has not. Lower optimizer.learning_rate, or set optimizer.clip."
+            )
+        return found
+
+    lines: list[list[dict[str, list[float]]]] = []
     for fraction, some in zip(fractions, left_out, strict=True):
         session.phase(f"retraining without {fraction:.3g} of the rows")
-        jobs = {f"bank/{fraction:g}/{number}": partial(retrain, gone) for number, gone in enumerate(some)}
-        lines.append([session.once(key, job) for key, job in jobs.items()])
+        groups = {first: some[first : first + together] for first in range(0, count, together)}
+        jobs = {f"bank/{fraction:g}/{first}": partial(retrain, gone) for first, gone in groups.items()}
+        lines.append([line for key, job in jobs.items() for line in session.once(key, job)])
     targets = [target for target in TARGETS if target in lines[0][0]]
     losses = {target: np.array([[line[target] for line in some] for some in lines]) for target in targets}
     return Bank(fractions, left_out, losses)
+
+
+def side_by_side(
+    task: Task | ArrayTask, session: Session, start: Inner, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
+) -> Params:
+    """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
+    take, forward = _several(task.step)
+    weights, fixed = jnp.asarray(~left_out, jnp.result_type(float)), task.fixed(start.params)
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
+    for step in range(stream.steps):
+        batch = stream.batch(step)
+        state, _ = forward(state, take(weights, batch), fixed, batch)
+        session.advance(len(left_out))
+        session.check()
+    return state.params
+
+
+@lru_cache(maxsize=2)
+def _several(step: Transition) -> tuple[Callable, Callable]:
+    """`take` and `forward` of several runs at once; remembered, so that they are compiled once."""
+    return jax.jit(jax.vmap(step.take, in_axes=(0, None))), jax.jit(jax.vmap(step.forward, in_axes=(0, 0, None, None)))
 
 
 def only(stream: Stream, row: int) -> Stream:
