@@ -21,12 +21,15 @@ from bilevel_jax.core.types import Batch, Fixed, Hyper, Params, Problem
 from bilevel_jax.core.unrolled import outer_gradient
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.lm.models import Decoder
-from bilevel_jax.runs import checkpoint, files
+from bilevel_jax.runs import checkpoint, files, likelihoods
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.likelihoods import Made
 from bilevel_jax.runs.sections import Scores
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
+from bilevel_jax.scores.embedding import number
+from bilevel_jax.scores.margin import el2n, token_el2n
 
 NAME = "scores.parquet"
 
@@ -42,14 +45,6 @@ class Scored(NamedTuple):
     """With compilation, which the first call of a shape pays."""
     notes: tuple[str, ...] = ()
     """What a person should know of these scores."""
-
-
-class Made(NamedTuple):
-    """What one score's function gives; `score` adds the time."""
-
-    values: Float[np.ndarray, "rows"]
-    passes: float
-    notes: tuple[str, ...] = ()
 
 
 Make = Callable[[Task | ArrayTask, Params, Scores, Session], Made]
@@ -192,6 +187,18 @@ def alignment(task: Task | ArrayTask, params: Params, settings: Scores, session:
     return Made(values, validation.steps + _epoch(task) * 2 / 3)
 
 
+def ica(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+    """How much likelier the row's answer is after rows of V_fit as demonstrations (ICA); see `scores.incontext`."""
+    assert isinstance(task, Task)  # `check` has refused arrays
+    return likelihoods.ica(task, params, settings, session)
+
+
+def oneshot(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+    """How many answers of V_fit are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
+    assert isinstance(task, Task)  # `check` has refused arrays
+    return likelihoods.one_shot(task, params, settings, session)
+
+
 def margin(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
     """EL2N: how far the model's probabilities are from the row's own answer; see `scores.margin`. Large for hard rows.
 
@@ -205,23 +212,25 @@ def margin(task: Task | ArrayTask, params: Params, settings: Scores, session: Se
 
 def random(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
     """Uniform in [0, 1), from the row's id and scores.seed: what every score has to beat."""
-    from bilevel_jax.scores.embedding import number
-
     return Made(np.array([number(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
 
 
 SCORES: dict[str, Make] = {
+    "ica": ica,
     "loss": loss,
     "perplexity": perplexity,
     "reducible": reducible,
+    "oneshot": oneshot,
     "alignment": alignment,
     "margin": margin,
     "random": random,
 }
 MEANINGS = {
+    "ica": "how much likelier rows of V_fit, shown before it, make the row's answer: nats, per token by default",
     "loss": "the row's loss, in the unit of the objective",
     "perplexity": "-exp of the row's loss",
     "reducible": "the row's loss minus its loss under a model trained on V_fit alone",
+    "oneshot": "the share of the answers of V_fit that are likelier after the row",
     "alignment": "<grad loss_i, grad L_v>: how much a small step on the row lowers L_v",
     "margin": "EL2N, |p - onehot| of the row's own answer",
     "random": "uniform in [0, 1)",
@@ -268,15 +277,11 @@ def _along(losses: Callable) -> Callable:
 
 @lru_cache(maxsize=8)
 def _el2n_of_labels(outputs: Callable) -> Callable:
-    from bilevel_jax.scores.margin import el2n
-
     return lambda params, fixed, batch: el2n(outputs(params, fixed, batch), batch["y"])
 
 
 @lru_cache(maxsize=8)
 def _el2n_of_tokens(decoder: Decoder) -> Callable:
-    from bilevel_jax.scores.margin import token_el2n
-
     of_sequences = token_el2n(decoder)
     return lambda params, fixed, batch: of_sequences(assemble(params, fixed["base"]), batch)
 

@@ -139,7 +139,8 @@ class Scores:
     alike: float = 0.95  # ica, oneshot: questions of this cosine or more are never shown to each other
     template: str = ""  # ica, oneshot: {demonstrations} and {row} with what stands around them
     demonstration: str = ""  # ica, oneshot: {demonstration} with what stands around each
-    seed: int = 0  # of what a score draws: demonstrations, the holdout model's start, random
+    anchors: int = 32  # oneshot: rows of V_fit that judge, drawn once; each row is shown to every one of them
+    seed: int = 0  # of what a score draws: demonstrations, anchors, the holdout model's start, random
     holdout_steps: int = 0  # reducible: steps of the holdout model on V_fit; 0: as many as the run, which is the most
 
 
@@ -310,6 +311,6 @@ class Audit:
     scores: tuple[str, ...] = ()  # cheap scores, as in weights.score; empty: every one that the data allow
     at: tuple[Moment, ...] = get_args(Moment)  # which models cheap scores read: before training, after it
     queries: int = 8  # rows of V_fit whose own losses are foretold beside L_v, with entries of their own; 0: none
-    together: int = 16  # queries in one reverse sweep: more is faster and takes more memory
+    together: int = 16  # queries in one reverse sweep, retrains side by side: more is faster and takes more memory
     removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first
     subsets: int = 40  # retrains of each share
