@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.lm import batches
-from bilevel_jax.lm.losses import log_likelihoods, sft
+from bilevel_jax.lm import batches, loglik
+from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.models import decoder, init
 from bilevel_jax.lm.tokens import Tokenized, corpus_of, tokenize
+from bilevel_jax.scores.demonstrations import choice
+from bilevel_jax.scores.incontext import ica
 from bilevel_jax.scores.margin import el2n, token_el2n
 from bilevel_jax.scores.oneshot import oneshot
 from bilevel_jax.scores.perplexity import loss, perplexity
@@ -30,17 +32,9 @@ def batch_of(corpus):
     return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
 
 
-def forward(params):
-    """The requests as a corpus of their own through the model's plain forward pass."""
-
-    def answer(requests):
-        wholes = [np.array([*request.prefix, *request.response], np.int32) for request in requests]
-        lengths = [len(request.prefix) for request in requests]
-        asked = [Tokenized(w, np.arange(len(w)) >= n) for w, n in zip(wholes, lengths, strict=True)]
-        nats = jax.jit(log_likelihoods(MODEL))(params, batch_of(corpus_of(asked)))
-        return [(float(n), len(request.response)) for n, request in zip(nats, requests, strict=True)]
-
-    return answer
+@pytest.fixture(scope="module")
+def params():
+    return init(TINY, jax.random.key(0))
 
 
 def talks(seed=0):
@@ -52,15 +46,22 @@ def talks(seed=0):
     return rows_of([example(f"{i}", "x", line=i) for i in range(len(masks))], corpus)
 
 
-def test_loss_is_that_of_training():
-    some, params = talks(), init(TINY, jax.random.key(0))
-    plan = loss(some, some)
+def test_loss_is_that_of_training(params):
+    some = talks()
+    asked, reader = loss(some, some), loglik.engine(MODEL, lengths=[16])
+    answers = reader.score(params, asked.requests)
     trained = np.asarray(jax.jit(sft(MODEL))(params, batch_of(some.corpus)))
-    assert [len(plan.requests), plan.wanted] == [8, 0]
-    np.testing.assert_allclose(plan.combine(forward(params)(plan.requests)), trained, rtol=1e-5)
-    np.testing.assert_allclose(
-        perplexity(some, some).combine(forward(params)(plan.requests)), -np.exp(trained), rtol=1e-5
-    )
+    assert [len(asked.requests), asked.wanted] == [8, 0]
+    np.testing.assert_allclose(asked.combine(answers), trained, atol=1e-5)
+    np.testing.assert_allclose(perplexity(some, some).combine(answers), -np.exp(trained), rtol=1e-5)
+
+
+def test_in_context_scores_do_not_depend_on_batches_or_on_what_is_shared(params):
+    asked = ica(PLAIN, choice("fixed"), k=2, max_length=TINY.max_length)(ROWS, HOLDOUT)
+    readers = loglik.engine(MODEL, lengths=[64], share=False), loglik.engine(MODEL, lengths=[32, 64], tokens=128)
+    whole, shared = (asked.combine(reader.score(params, asked.requests)) for reader in readers)
+    assert np.abs(whole).min() > 1e-4
+    np.testing.assert_allclose(shared, whole, atol=1e-5)
 
 
 def test_requests_hold_the_tokens_of_the_tokenizer():
@@ -150,8 +151,8 @@ def test_el2n_is_its_formula_and_lies_between_multiples_of_one_minus_p():
     assert (sure[0] == 0).all() and np.isfinite(sure[1]).all() and sure[1].max() <= 2**0.5 + 1e-6
 
 
-def test_token_el2n_is_the_mean_over_the_targets():
-    some, params, model = talks(), init(TINY, jax.random.key(0)), MODEL
+def test_token_el2n_is_the_mean_over_the_targets(params):
+    some, model = talks(), MODEL
     found = jax.jit(token_el2n(model, chunk=8))(params, batch_of(some.corpus))
     batch = batch_of(some.corpus)
     logits = model.hidden(params, *(batch[key] for key in ("tokens", "positions", "segments"))) @ model.head(params)
