@@ -12,8 +12,8 @@ from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.linsolve import cg
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import begin, train, transition
-from bilevel_jax.core.types import PADDING, Batch, Estimate, Params, PyTree, Run, Solver, Stream
+from bilevel_jax.core.transition import begin, finished, train, transition
+from bilevel_jax.core.types import PADDING, Batch, Estimate, Params, PyTree, Solver, Stream
 from bilevel_jax.core.unrolled import check_differentiable, unrolled
 
 
@@ -67,11 +67,9 @@ def hypergradient(
     )
     held_out = rows_stream(validation)
     if optimizer is None:
-        state = begin(optax.identity(), params)
-        run = Run(state, state, 0, 1, lambda step: state)
         # The prior's centre is `fixed` with every entry set to 0, so any tree of the right shape will do.
         estimator = implicit(problem, hessian(problem), solver or cg())
-        return estimator(run, weights, params, rows_stream(training), held_out)
+        return estimator(finished(params), weights, params, rows_stream(training), held_out)
     stream = shuffled_stream(training, batch or rows, steps, seed)
     step = transition(problem, optimizer)
     run = train(step, begin(optimizer, params), weights, params, stream)
@@ -80,9 +78,10 @@ def hypergradient(
 
 
 def rows_stream(data: PyTree) -> Stream:
-    """All rows as one batch: a stream whose sum is the mean over the rows."""
+    """All rows as one batch, made once: a stream whose sum is the mean over the rows."""
     rows = jax.tree.leaves(data)[0].shape[0]
-    return Stream(lambda step: _batch(data, np.arange(rows), rows), 1)
+    batch = _batch(data, np.arange(rows), rows)
+    return Stream(lambda step: batch, 1)
 
 
 def shuffled_stream(data: PyTree, batch: int, steps: int, seed: int) -> Stream:

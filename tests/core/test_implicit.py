@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from bilevel_jax.core import arrays, linsolve
 from bilevel_jax.core.curvature import gauss_newton, hessian
 from bilevel_jax.core.implicit import implicit, sampled
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin
-from bilevel_jax.core.types import Loss, Run, Stream
+from bilevel_jax.core.transition import finished
+from bilevel_jax.core.types import Loss, Stream
 from tests.core.problems import logistic, normal, relative, ridge
 
 CLOSED = (ridge, logistic)
@@ -69,10 +68,9 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
     problem = weighted(lambda p, fixed, b: link(outputs(p, fixed, b), fixed, b))
     params = {"in": normal(21, 4, 5), "out": normal(22, 5)}
     stream = arrays.rows_stream((normal(23, 30, 4), 5 * normal(24, 30)))
-    run = Run(begin(optax.identity(), params), begin(optax.identity(), params), 0, 1, lambda step: None)
     curvatures = {}
     for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, Loss(outputs, link)))):
-        estimate = implicit(problem, product, linsolve.dense())(run, jnp.ones(30), None, stream, stream)
+        estimate = implicit(problem, product, linsolve.dense())(finished(params), jnp.ones(30), None, stream, stream)
         curvatures[name] = estimate.checks.curvature
     assert curvatures["hessian"] < -1e-3  # and the check says so
     assert curvatures["gn"] > -1e-12  # 0 up to rounding

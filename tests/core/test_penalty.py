@@ -34,12 +34,6 @@ def made(toy, selector="softmax", second="copy", *, optimizer=None, **options):
     return penalty.single(toy.problem, optimizer, SELECTORS[selector], second=second, **options)
 
 
-def kept(stream):
-    """A stream of one batch that is made once."""
-    batch = stream.batch(0)
-    return Stream(lambda step: batch, 1)
-
-
 def drive(method, toy, steps, state=None):
     """A Python loop, as the driver of long runs does it; donated states are never read again."""
     state = method.init(toy.params) if state is None else state
@@ -54,7 +48,7 @@ def drive(method, toy, steps, state=None):
 @pytest.mark.parametrize("make", (ridge, logistic))
 def test_the_error_falls_as_one_over_gamma(make):
     closed = make()
-    problem, streams = closed.problem(), [kept(stream) for stream in closed.streams()]
+    problem, streams = closed.problem(), closed.streams()
     optimizer = optax.sgd(0.3, momentum=0.8, nesterov=True)
     gammas, errors, apart = (10.0, 100.0, 1000.0, 10000.0), [], []
     exact = implicit(problem, hessian(problem), linsolve.dense())(closed.run(), closed.weights, closed.params, *streams)

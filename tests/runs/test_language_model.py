@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import certify, curvature, linsolve, tree
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.transition import begin, scan, train, transition
+from bilevel_jax.core.transition import finished, scan, train, transition
 from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, Run, Transition
 from bilevel_jax.core.unrolled import outer_value, unrolled
 from bilevel_jax.lm.models import balance
@@ -183,12 +183,6 @@ def test_eight_devices_equal_one(eight_devices, shared):
 # ---- implicit Gauss-Newton
 
 
-def at(params) -> Run:
-    """A run that ends at `params`, for the estimators that read its end only."""
-    state = begin(optax.identity(), params)
-    return Run(state, state, 0, 1, lambda step: state)
-
-
 def with_prior(shared: Path, mode: Mode) -> tuple[Setting, Params]:
     """The problem with a prior, and the parameters after the short training."""
     return problem(shared, mode, prior=1.0), swept(shared, mode).run.end.params
@@ -218,7 +212,7 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
     other = {"lora": {name: Adapter(3 * x.a, x.b / 3, x.scale) for name, x in params["lora"].items()}}
 
     def estimate(params) -> Estimate:
-        out = estimator(at(params), w, one.fixed, stream, one.validation)
+        out = estimator(finished(params), w, one.fixed, stream, one.validation)
         assert out.checks.residual < 1e-6 and out.checks.curvature > 0
         return out
 
