@@ -24,7 +24,8 @@ from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 from bilevel_jax.scores import incontext, oneshot
 from bilevel_jax.scores.demonstrations import choice
-from bilevel_jax.scores.embedding import hidden_states, number, tfidf
+from bilevel_jax.scores.embedding import hidden_states, tfidf
+from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Plan, Rows, rows_of, take
 
 SAMPLE = 200

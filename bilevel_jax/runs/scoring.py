@@ -28,8 +28,8 @@ from bilevel_jax.runs.likelihoods import Made
 from bilevel_jax.runs.sections import Scores
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
-from bilevel_jax.scores.embedding import number
 from bilevel_jax.scores.margin import el2n, token_el2n
+from bilevel_jax.scores.random import number
 
 NAME = "scores.parquet"
 

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data import gist
-from bilevel_jax.scores.embedding import Embedding, blocks, clusters, cosines, number, tfidf
+from bilevel_jax.scores.embedding import Embedding, blocks, clusters, cosines, tfidf
+from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Rows
 
 Choice = Callable[[Rows, Rows, int], Int[np.ndarray, "rows k"]]

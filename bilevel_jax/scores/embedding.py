@@ -1,6 +1,5 @@
 """Questions as unit vectors, and which of them are alike: TF-IDF without a model, or mean hidden states of one."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -128,11 +127,6 @@ def clusters(
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         centroids = np.where(lengths > 0, sums / np.maximum(lengths, 1e-30), centroids)
     return centroids, found
-
-
-def number(text: str, seed: int = 0) -> int:
-    """64 bits that depend on nothing but the text and the seed: draws by id do not depend on where a row stands."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")
 
 
 def _words(example: Example) -> list[str]:

@@ -11,7 +11,7 @@ from bilevel_jax.core.certify import spearman
 from bilevel_jax.lm.encode import Tokenizer
 from bilevel_jax.lm.tokens import Tokenized
 from bilevel_jax.scores.demonstrations import Choice
-from bilevel_jax.scores.embedding import number
+from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Answer, Plan, Rows, Score, per_token, plan, take, targets
 
 TEMPLATE = "{demonstrations}{row}"

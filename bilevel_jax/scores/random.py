@@ -1,8 +1,9 @@
-"""Random numbers as scores: what every other score must beat."""
+"""Random numbers that follow a row by its id; and as scores, what every other score must beat."""
+
+import hashlib
 
 import numpy as np
 
-from bilevel_jax.scores.embedding import number
 from bilevel_jax.scores.requests import Plan, Rows, Score, plan
 
 
@@ -15,3 +16,8 @@ def random(seed: int = 0) -> Score:
         return plan(asked, lambda nats, tokens: drawn, np.zeros(len(drawn), int), 0)
 
     return score
+
+
+def number(text: str, seed: int = 0) -> int:
+    """64 bits that depend on nothing but the text and the seed: draws by id do not depend on where a row stands."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")

@@ -152,10 +152,14 @@ def test_el2n_is_its_formula_and_lies_between_multiples_of_one_minus_p():
 
 
 def test_token_el2n_is_the_mean_over_the_targets(params):
-    some, model = talks(), MODEL
-    found = jax.jit(token_el2n(model, chunk=8))(params, batch_of(some.corpus))
+    some = talks()
     batch = batch_of(some.corpus)
-    logits = model.hidden(params, *(batch[key] for key in ("tokens", "positions", "segments"))) @ model.head(params)
-    each, slot = np.asarray(el2n(logits, batch["targets"])), np.asarray(batch["slot"])
-    expected = [each[slot == i].mean() for i in range(len(some.examples))]
+
+    @jax.jit
+    def both(params, batch):
+        hidden = MODEL.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
+        return token_el2n(MODEL, chunk=8)(params, batch), el2n(hidden @ MODEL.head(params), batch["targets"])
+
+    found, each = both(params, batch)
+    expected = [np.asarray(each)[np.asarray(batch["slot"]) == i].mean() for i in range(len(some.examples))]
     np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32
