@@ -153,7 +153,8 @@ def engine(
                 for batch in todo:
                     if part.stems and cache is None:
                         cache = read(params, place(_stem_batch(part.stems, sizes, rows)))
-                    values = losses(params, cache, place(_row_batch(batch, distinct, sizes, rows, cached=bool(cache))))
+                    made = _row_batch(batch, distinct, sizes, rows, cached=cache is not None)
+                    values = losses(params, cache, place(made))
                     if last is not None:
                         collect(*last)
                     last = batch, values
@@ -183,12 +184,15 @@ def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: 
     Longest first, so that a batch is filled with shorter rows and only the last, cheapest one is not full.
     """
 
+    def length(row: Row) -> int:
+        prefix, response = requests[row.request]
+        return len(prefix) + len(response) - 1 - row.start  # the last token is only predicted
+
     def batches(waiting: list[Row]) -> list[list[Row]]:
-        lengths = {row: len(_read(requests[row.request])) - row.start for row in waiting}
-        waiting = sorted(waiting, key=lambda row: (-lengths[row], row.request))
+        waiting = sorted(waiting, key=lambda row: (-length(row), row.request))
         out, at = [], 0
         while at < len(waiting):
-            count = rows(_fit(lengths[waiting[at]], sizes))
+            count = rows(_fit(length(waiting[at]), sizes))
             out.append(waiting[at : at + count])
             at += count
         return out
@@ -221,8 +225,12 @@ def _stem_batch(stems: list[np.ndarray], sizes: Sequence[int], rows: Callable[[i
 def _row_batch(
     batch: list[Row], requests: Sequence[Request], sizes: Sequence[int], rows: Callable[[int], int], *, cached: bool
 ) -> Batch:
-    ids = [np.asarray(_read(requests[row.request])[row.start :], np.int32) for row in batch]
-    responses = [requests[row.request].response for row in batch]
+    pairs = [requests[row.request] for row in batch]
+    ids = [
+        np.asarray((prefix + response)[row.start : -1], np.int32)
+        for row, (prefix, response) in zip(batch, pairs, strict=True)
+    ]
+    responses = [response for _, response in pairs]
     length = _fit(max(map(len, ids)), sizes)
     count = rows(length)
     targets = np.zeros((1, count, length), np.int32)
@@ -248,9 +256,9 @@ def _left_padded(sequences: Sequence[np.ndarray], starts: Sequence[int], rows: i
 def _tail_losses(
     hidden: Float[Array, "rows len width"], head: Array, targets: Array, scored: Array, chunk: int
 ) -> Float[Array, "rows len"]:
-    """-log p of the targets in the last `scored` columns, in pieces of about `chunk` tokens; 0 before them, about.
+    """-log p of the targets in the last `scored` columns (before them: anything), in pieces of about `chunk` tokens.
 
-    The number of pieces is data: logits are made of the responses only, and compiled once for every length of them.
+    The number of pieces is data: logits are made of the responses only, and one program serves every length of them.
     """
     rows, length, _ = hidden.shape
     size = min(length, max(1, chunk // rows))
@@ -262,11 +270,6 @@ def _tail_losses(
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, 1)
 
     return jax.lax.fori_loop(0, -(-scored // size), piece, jnp.zeros((rows, length), hidden.dtype))
-
-
-def _read(request: Request) -> tuple[int, ...]:
-    """What the model reads: all but the last token, which is only predicted."""
-    return (request.prefix + request.response)[:-1]
 
 
 def _lengths(config: DecoderConfig, lengths: Sequence[int]) -> list[int]:

@@ -19,11 +19,11 @@ class Stem(NamedTuple):
 
 
 def stems(sequences: Sequence[Int[np.ndarray, "len"]], least: int = LEAST) -> list[Stem]:
-    """The disjoint stems that save the most tokens, a sequence continuing one stem or none. `sequences` are sorted.
+    """The disjoint stems that save the most tokens. `sequences` are sorted; all that begin with a stem continue it.
 
     A stem of n tokens that m sequences share saves (m - 1) n. Sorted sequences form a tree of common beginnings, and
     at each of its branchings the choice is between that stem and the best ones of its branches: one pass finds the
-    optimum. Stems of stems (demonstrations, then a question that several responses answer) are not nested: the one
+    optimum. Stems are not nested: of demonstrations, and a question after them that several responses answer, the one
     that saves more is taken.
     """
     chosen = [Branch(0, 0, 0, [])]  # the path from the root to where the last two sequences part
