@@ -81,7 +81,8 @@ def hidden_states(decoder: Decoder, params: Params, batch: int = 16) -> Embeddin
             real = np.arange(places)[None] < np.pad(lengths[some], (0, batch - len(some)))[:, None]
             positions = np.broadcast_to(np.arange(places, dtype=np.int32), real.shape)
             states = compiled(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(real, jnp.int32))
-            out[some] = (np.asarray(states, float) * real[..., None]).sum(1)[: len(some)]
+            # not times `real`: a padded place beyond the last learned position is nan
+            out[some] = np.where(real[..., None], np.asarray(states, float), 0.0).sum(1)[: len(some)]
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-30)
 
     return lambda rows, holdout: (vectors(rows), vectors(holdout))
