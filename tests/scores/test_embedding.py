@@ -90,3 +90,13 @@ def test_clusters_of_copies_and_of_nothing_in_common_are_finite():
         assert np.isfinite(centroids).all() and found.shape == (4,)
     with pytest.raises(ValueError, match="5 clusters of 4 rows; between 1 and the number of rows"):
         clusters(np.ones((4, 1)), 5, seed=0)
+
+
+def test_padding_beyond_the_last_learned_position_is_not_read():
+    def hidden(params, tokens, positions, segments):
+        states = jax.nn.one_hot(tokens, TINY.width)
+        return jax.numpy.where(segments[..., None] == 0, jax.numpy.nan, states)
+
+    embed = hidden_states(decoder(TINY)._replace(hidden=hidden), {}, batch=4)
+    found = embed(rows(("abba", "x"), ("a", "x")), HOLDOUT)[0]  # counts of BOS, a, b; of unit length
+    np.testing.assert_allclose(found[:, :3], [[1 / 3, 2 / 3, 2 / 3], [0.5**0.5, 0.5**0.5, 0]], rtol=1e-6)
