@@ -166,7 +166,7 @@ def estimates(
         estimate = estimator(name, config, task, trained, work)
         values, told = _kept(work, name, estimate, [fit])
         # each query's share of L_v, times the number of rows: its own loss
-        size = len(task.trusted["fit"])
+        size = float(np.ravel(fit.batch(0)["rows"])[0])
         lines = [size * _kept(work, f"{name} of queries {n}", estimate, some)[0] for n, some in enumerate(groups)]
         at = "through" if name == EXACT else "end"
         passes, seconds = task.steps + told["passes"], trained.seconds + told["seconds"]
@@ -229,7 +229,9 @@ def cheap_scores(
             found = scoring.once(column, name, task, params, config.scores, work)
             steps, waited = (task.steps, trained.seconds) if model == "end" else (0, 0.0)
             cost = (found.passes + steps, found.seconds + waited)
-            scores.append(Score(title, model, found.values, None, *cost, found.notes))
+            # a row without a score is neither good nor bad
+            values = np.where(np.isnan(found.values), np.nanmean(found.values), found.values)
+            scores.append(Score(title, model, values, None, *cost, found.notes))
             work.say(_line(scores[-1]))
     return scores
 

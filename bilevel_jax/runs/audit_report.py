@@ -19,7 +19,6 @@ from bilevel_jax.runs.page import (
     note,
     number,
     paragraph,
-    percent,
     table,
 )
 from bilevel_jax.runs.results import PARTS, real
@@ -54,6 +53,7 @@ def page(name: str, result: Row, config_text: str, environment: Row) -> str:
         f". L_v is a model's loss on the rows of V_fit, in {result['unit']}; lower is better. A score is one number "
         "for each training row; larger is better.",
     )
+    pictures = (figure(cost(result, at), caption(result, at), wide=True) for at in range(len(result["removed"])))
     lead = join(
         banner(
             "good" if use else "fair",
@@ -62,11 +62,7 @@ def page(name: str, result: Row, config_text: str, environment: Row) -> str:
             paragraph(result["verdict"]["sentence"]),
             note(protocol(result)),
         ),
-        element(
-            "div",
-            *(figure(cost(result, at), caption(result, at)) for at in range(len(result["removed"]))),
-            class_="pair",
-        ),
+        element("div", *pictures, class_="pair"),
     )
     packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
     certificate = result["certificate"]
@@ -103,7 +99,7 @@ def page(name: str, result: Row, config_text: str, environment: Row) -> str:
 def protocol(result: Row) -> str:
     """How the bank was made, and what the numbers are."""
     counts = ", ".join(f"{PARTS.get(part, part)} {count:,}" for part, count in result["counts"].items())
-    shares = " and ".join(percent(share) for share in result["removed"])
+    shares = " and ".join(share_of(share) for share in result["removed"])
     return (
         f"Rows: {counts}. One bank for all: {result['subsets']} retrains without a random {shares} of the rows each, "
         f"{result['steps']} steps of {result['batch']} rows, with the start (seed {result['seeds']['start']}) and the "
@@ -118,8 +114,13 @@ def protocol(result: Row) -> str:
 
 def caption(result: Row, at: int) -> str:
     """What the figure of a share of rows shows."""
-    shown = f"LDS for L_v when {percent(result['removed'][at])} of the rows leave, by cost; bars are 95 % intervals."
+    shown = f"LDS for L_v when {share_of(result['removed'][at])} of the rows leave, by cost; bars are 95 % intervals."
     return shown if at else f"{shown} Dashed: no better than chance."
+
+
+def share_of(share: float) -> str:
+    """The share in per cent, as short as it was given."""
+    return f"{100 * share:g}\u00a0%"
 
 
 # ---- tables
@@ -127,13 +128,15 @@ def caption(result: Row, at: int) -> str:
 
 def main_table(result: Row) -> Html:
     """A line per score: how well it foretells L_v, whether it agrees with the exact entries, what it costs."""
-    rows = result["rows"]
+    rows = ranked(result)
     columns = [
-        Column(f"LDS, {percent(share)} out", [reading(row["lds"]["fit"][at]) for row in rows], "for L_v")
+        Column(f"LDS, {share_of(share)} out", [reading(row["lds"]["fit"][at]) for row in rows], "for L_v", "tight")
         for at, share in enumerate(result["removed"])
     ]
     if any("rank" in row for row in rows):
-        columns.append(Column("exact", [reading(row.get("rank")) for row in rows], "rank correlation over the rows"))
+        columns.append(
+            Column("exact entries", [reading(row.get("rank")) for row in rows], "correlation with it", "tight")
+        )
     if result["labels"]:
         columns.append(Column("AUC", [row["auc"] for row in rows], "good rows against bad, by label"))
     names = [join(element("b", row["name"]), element("span", MODELS[row["at"]], class_="sub")) for row in rows]
@@ -141,8 +144,8 @@ def main_table(result: Row) -> Html:
         table(
             Column("", names),
             *columns,
-            Column("passes", [row["passes"] for row in rows], "of L_v's score"),
-            Column("seconds", [row["seconds"] for row in rows], "with compilation"),
+            Column("passes", [round(row["passes"]) for row in rows], "of L_v's score"),
+            Column("seconds", [round(row["seconds"]) for row in rows], "with compilation"),
             marks={at: "strong" for at, row in enumerate(rows) if row["name"] == result["verdict"]["use"]},
             name="bench",
         ),
@@ -152,12 +155,14 @@ def main_table(result: Row) -> Html:
 
 def other_table(result: Row) -> Html:
     """The same scores against single queries and against V_report."""
-    rows, found = result["rows"], result["rows"][0]["lds"]
+    rows, found = ranked(result), result["rows"][0]["lds"]
     others = [target for target in TARGETS if target in found and target != "fit"]
     if not others:
         return paragraph("Nothing but L_v was read: audit.queries is 0 and there is no V_report.")
     columns = [
-        Column(f"{TOLD[target]}, {percent(share)} out", [reading(row["lds"][target][at]) for row in rows], "LDS")
+        Column(
+            f"{TOLD[target]}, {share_of(share)} out", [reading(row["lds"][target][at]) for row in rows], "LDS", "tight"
+        )
         for target in others
         for at, share in enumerate(result["removed"])
     ]
@@ -169,6 +174,11 @@ def other_table(result: Row) -> Html:
             "number per row. V_report is foretold by the scores for V_fit: what is lost is how V_fit differs from it."
         ),
     )
+
+
+def ranked(result: Row) -> list[Row]:
+    """The scores, those that foretell L_v best first."""
+    return sorted(result["rows"], key=lambda row: -real(row["lds"]["fit"][0][0]))
 
 
 def reading(found: Sequence[float | None] | None) -> str:

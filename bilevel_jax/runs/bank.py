@@ -32,7 +32,7 @@ class Bank(NamedTuple):
 
     def predicted(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
         """The rise of the loss that scores (larger is better) foretell: the sum of those of the rows that left."""
-        return np.einsum("fsr,...r->...fs", self.left_out.astype(float), np.nan_to_num(scores))
+        return np.einsum("fsr,...r->...fs", self.left_out.astype(float), scores)
 
 
 def subsets(

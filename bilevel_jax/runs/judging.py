@@ -67,7 +67,7 @@ def judged(
     told = certified[1] if certified else None
     return {
         "rows": lines,
-        "verdict": verdict(lines, {name: found["fit"][0] for name, found in draws.items()}, told, made.fractions[0]),
+        "verdict": verdict(lines, draws, told, made.fractions[0]),
         "certificate": {**told._asdict(), "sentence": str(told)} if told else None,
         "removed": made.fractions,
         "subsets": made.left_out.shape[1],
@@ -84,14 +84,15 @@ def judged(
 
 def verdict(
     lines: list[dict[str, Any]],
-    draws: dict[str, Float[np.ndarray, "draws"]],
+    draws: dict[str, dict[str, list[Float[np.ndarray, "draws"]]]],
     certificate: certify.Verdict | None,
     fraction: float,
 ) -> dict[str, Any]:
     """Which cheap score to use, or none; read from the retrains without `fraction` of the rows.
 
     The best is the one with the largest linear-datamodelling score for L_v. None where the interval of that score
-    includes 0, or where the certificates say that training is too rough for any sum over rows.
+    includes 0, or where the certificates say that training is too rough for any sum over rows. Where another score
+    foretells V_report better, which none of them has read, the sentence says so.
     """
     foretold = {line["name"]: line["lds"]["fit"][0] for line in lines}
     measured = [line for line in lines if math.isfinite(foretold[line["name"]].value)]
@@ -102,20 +103,31 @@ def verdict(
         return {"use": None, "sentence": f"None: no cheap score was judged.{tail}"}
     best = max(rivals, key=lambda line: foretold[line["name"]].value)
     name, found = best["name"], foretold[best["name"]]
-    much = f"a rank correlation of {_said(found)} with L_v after training without {fraction:.0%} of the rows"
+    much = (
+        f"its sum over the rows that leave has a rank correlation of {_said(found)} with L_v after training without "
+        f"them ({100 * fraction:g} % of the rows)"
+    )
     if certificate and certificate.level == "DO NOT BELIEVE":
         why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
-        return {"use": None, "sentence": f"{why} The best of the cheap scores, {name}, has {much}.{tail}"}
+        return {"use": None, "sentence": f"{why} Of the cheap scores, {name} is best: {much}.{tail}"}
     if not found.low > 0:
-        why = f"None: no cheap score tells which rows L_v needs. The best, {name}, has {much}, which may be 0."
+        why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {much}, which may be 0."
         return {"use": None, "sentence": why + tail}
-    close = [
-        line["name"]
-        for line in rivals
-        if line is not best and not bootstrap.reading(draws[name] - draws[line["name"]]).low > 0
-    ]
+    close = [line["name"] for line in rivals if line is not best and not _above(draws, name, line["name"], "fit")]
     told = f" Not told apart from it: {', '.join(close)}." if close else ""
+    if "report" in best["lds"]:
+        there = max(rivals, key=lambda line: line["lds"]["report"][0].value)
+        if _above(draws, there["name"], name, "report"):
+            told += (
+                f" But on V_report, which no score has read, {there['name']} does better: "
+                f"{_said(there['lds']['report'][0])} against {_said(best['lds']['report'][0])}; V_fit may be too small."
+            )
     return {"use": name, "sentence": f"Use {name}: {much}, for {best['passes']:,.0f} passes.{told}{tail}"}
+
+
+def _above(draws: dict[str, dict[str, list[np.ndarray]]], one: str, other: str, target: str) -> bool:
+    """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
+    return bootstrap.reading(draws[one][target][0] - draws[other][target][0]).low > 0
 
 
 def _said(found: bootstrap.Reading) -> str:

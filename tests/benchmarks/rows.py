@@ -1,20 +1,25 @@
-"""Small files of real rows for `configs/compare_sources.yaml` and `configs/compare_solutions.yaml`.
+"""Small files of real rows for `configs/compare_sources.yaml`, `compare_solutions.yaml` and `audit_stories.yaml`.
 
     python -m tests.benchmarks.rows ../shared/data out/rows
 
 Sources: the first 150 instructions each of text-davinci-003 and of GPT-4 (field `source`), and GPT-4's trusted ones.
 Solutions: what four models answered to the first 60 test questions (fields `source` and `label`, correct or wrong),
 and the answers of the data set's authors to other questions as trusted rows.
+
+Reviews: sentences of film reviews, the first half as prompt and the rest as response: 80 as they are, 50 whose letters
+went through one fixed substitution, 30 openings of school arithmetic instead (`label`), and 64 trusted ones.
 """
 
 import argparse
 import itertools
 import json
+import random
+import string
 from pathlib import Path
 
 
 def main(data: Path, out: Path) -> None:
-    """Write sources*.jsonl and solutions*.jsonl into `out`."""
+    """Write sources*.jsonl, solutions*.jsonl and reviews*.jsonl into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     tiny = {path.stem: json.loads(path.read_text("utf-8")) for path in (data / "scalebio_tiny").glob("*.json")}
     davinci, gpt4 = (
@@ -42,6 +47,28 @@ def main(data: Path, out: Path) -> None:
     answers = [{"prompt": row["question"], "response": row["ground_truth"]} for row in questions]
     write(out / "solutions_trusted.jsonl", answers[60:160])
     write(out / "solutions_report.jsonl", answers[160:310])
+
+    with open(data / "sst2" / "train.jsonl", encoding="utf-8") as file:
+        sentences = list(dict.fromkeys(json.loads(line)["text"] for line in file))
+    drawn = random.Random(0)
+    sentences = drawn.sample([text for text in sentences if 40 <= len(text) <= 90], 194)
+    letters = str.maketrans(string.ascii_lowercase, "".join(drawn.sample(string.ascii_lowercase, 26)))
+    with open(data / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
+        arithmetic = [json.loads(line)["question"][:80] for line in itertools.islice(file, 30)]
+    parts = {
+        "clean": sentences[:80],
+        "garbled": [text.translate(letters) for text in sentences[80:130]],
+        "off-domain": arithmetic,
+    }
+    reviews = [halves(text) | {"label": label} for label, part in parts.items() for text in part]
+    write(out / "reviews.jsonl", drawn.sample(reviews, len(reviews)))
+    write(out / "reviews_trusted.jsonl", [halves(text) for text in sentences[130:]])
+
+
+def halves(text: str) -> dict[str, str]:
+    """A sentence as prompt and response, cut between two words."""
+    words = text.split()
+    return {"prompt": " ".join(words[: len(words) // 2]), "response": " ".join(words[len(words) // 2 :])}
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -155,8 +155,8 @@ def test_text_with_every_score(made, tmp_path):
 # ---- the verdict
 
 
-def line(name, low, value=0.5):
-    lds = {"fit": [bootstrap.Reading(value, low, 0.9)]}
+def line(name, low, value=0.5, report=0.5):
+    lds = {"fit": [bootstrap.Reading(value, low, 0.9)], "report": [bootstrap.Reading(report, low, 0.9)]}
     return {"name": name, "lds": lds, "passes": 10.0}
 
 
@@ -165,16 +165,24 @@ STEADY, NOISY = np.full(501, 0.5), np.random.default_rng(0).normal(0.4, 0.5, 501
 
 
 def test_the_verdict_says_which_score_or_none():
-    draws = {"one": STEADY, "near": NOISY, "far": STEADY - 0.3, "unrolled": STEADY + 0.4, "random": STEADY + 0.3}
+    fit = {"one": STEADY, "near": NOISY, "far": STEADY - 0.3, "unrolled": STEADY + 0.4, "random": STEADY + 0.3}
+    draws = {name: {"fit": [values], "report": [STEADY]} for name, values in fit.items()}
     lines = [line("one", 0.3), line("near", 0.1, 0.4), line("far", 0.1, 0.2), line("unrolled", 0.8, 0.9)]
     told = verdict([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
     assert told["use"] == "one"
     assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
+    assert "V_report" not in told["sentence"]
     none = verdict([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "which may be 0" in none["sentence"]
     rough = verdict(lines, draws, BAD, 0.5)
     assert rough["use"] is None and "ratio 2. Lower the rate." in rough["sentence"]
     assert verdict([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
+
+
+def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read():
+    draws = {"one": {"fit": [STEADY], "report": [STEADY]}, "far": {"fit": [STEADY - 0.3], "report": [STEADY + 0.3]}}
+    told = verdict([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
+    assert told["use"] == "one" and "on V_report, which no score has read, far does better: 0.80" in told["sentence"]
 
 
 WRONG = {
