@@ -62,7 +62,9 @@ def decode(kind: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"one of {', '.join(arguments)}")
+            close = _nearest(value, [one for one in arguments if one]).strip()
+            names = ", ".join(one or "''" for one in arguments)
+            raise ValueError(f"one of {names}{close and f' ({close})'}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]  # a single item needs no brackets

@@ -119,13 +119,13 @@ class Reweighting:
         out: list[dict[str, Any]] = []
         for start, scored in self.made.items():
             values = scored.values[rows]
-            before = self.made[out[-1]["step"]].values[rows] if out else values
+            before = self.made[out[-1]["step"]].values[rows] if out else None
             spread = np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
             out.append(
                 {
                     "step": start,
                     **dict(zip(("least", "lower", "median", "upper", "largest"), spread, strict=True)),
-                    "with_first": _correlation(self.made[0].values[rows], values),
+                    "with_first": _correlation(self.made[0].values[rows] if out else None, values),
                     "with_previous": _correlation(before, values),
                     "auc": None if good is None else auc(filled(values), good),
                     "passes": scored.passes,
@@ -171,14 +171,14 @@ def filled(scores: Float[np.ndarray, "rows"]) -> Float[np.ndarray, "rows"]:
     return np.where(np.isnan(scores), np.nanmin(scores), scores)
 
 
-def _correlation(one: Float[np.ndarray, "rows"], other: Float[np.ndarray, "rows"]) -> float | None:
-    value = rank_correlation(filled(one), filled(other))
+def _correlation(one: Float[np.ndarray, "rows"] | None, other: Float[np.ndarray, "rows"]) -> float | None:
+    value = np.nan if one is None else rank_correlation(filled(one), filled(other))
     return None if np.isnan(value) else value
 
 
 def _line(record: dict[str, Any]) -> str:
     label = "" if record["auc"] is None else f"   AUC {record['auc']:.3f}"
     same = record["with_previous"]
-    moved = "" if record["step"] == 0 or same is None else f"   rank correlation with those before {same:.3f}"
+    moved = "" if same is None else f"   rank correlation with those before {same:.3f}"
     middle = f"median {record['median']:.4g}, half of them in [{record['lower']:.4g}, {record['upper']:.4g}]"
     return f"step {record['step']:>6}   scores made in {record['seconds']:.1f} s: {middle}{moved}{label}"

@@ -1,5 +1,7 @@
 """Scores by name, and training with the weights that they give while the model moves."""
 
+import signal
+from functools import partial
 from typing import get_args
 
 import jax
@@ -8,23 +10,30 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bilevel_jax.cli import main
 from bilevel_jax.core.transition import begin, gradient
 from bilevel_jax.core.transition import train as run_plain
-from bilevel_jax.runs import bench, rows, scoring, session
-from bilevel_jax.runs.config import CompareConfig, TrainConfig, load
+from bilevel_jax.lm.data import load as load_rows
+from bilevel_jax.lm.losses import assemble
+from bilevel_jax.runs import bench, likelihoods, rows, scoring, session
+from bilevel_jax.runs.config import CompareConfig, SelectConfig, TrainConfig, load
 from bilevel_jax.runs.reweighting import Reweighting
-from bilevel_jax.runs.sections import ScoreName, Scores
+from bilevel_jax.runs.sections import ScoreName, Scores, Weights
+from bilevel_jax.runs.select import select
 from bilevel_jax.runs.task import prepare
 from bilevel_jax.runs.train import train
-from bilevel_jax.scores.weights import by_batch
+from bilevel_jax.runs.weights import given as given_weights
+from bilevel_jax.scores import incontext
+from bilevel_jax.scores.demonstrations import choice
+from bilevel_jax.scores.weights import by_batch, minmax
 from tests.runs import blobs
 
 PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.select")
 
 
 def config(made, *flags):
-    given = [str(made / flag) if flag.endswith(".jsonl") and "/" not in flag else flag for flag in flags]
-    return load(TrainConfig, made / "train.yaml", given)
+    told = [str(made / flag) if flag.endswith(".jsonl") and "/" not in flag else flag for flag in flags]
+    return load(TrainConfig, made / "train.yaml", told)
 
 
 def run(made, out, *flags):
@@ -121,12 +130,13 @@ def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective
     scores = moving.made[0].values[index]
     weights = (scores - scores.min()) / (scores.max() - scores.min())
     assert 0 < weights.mean() < 1
-    _, grad = gradient(task.problem, params, moving.problem.take(moving.hyper(3), batch), fixed, batch)
-    flat = jax.tree.map(lambda leaf: leaf, task_of(made, tmp_path, *flags[:-1], "1").stream(told.data.seed).batch(3))
-    one = {name: leaf[0] for name, leaf in flat.items()}
+    weigh = moving.problem.take(moving.hyper(3), batch)
+    _, grad = jax.jit(partial(gradient, task.problem))(params, weigh, fixed, batch)
+    whole = task_of(made, tmp_path, *flags[:-1], "1").stream(told.data.seed).batch(3)
+    one = {name: leaf[0] for name, leaf in whole.items()}
     assert np.array_equal(np.asarray(one["index"]), index)
-    each = jax.jacrev(lambda p: task.objective.losses(p, fixed, one))(params)
-    wanted = jax.tree.map(lambda leaf: jnp.tensordot(jnp.asarray(weights, leaf.dtype), leaf, 1) / 8, each)
+    given = jnp.asarray(weights, jnp.float32)
+    wanted = jax.jit(jax.grad(lambda p: jnp.vdot(given, task.objective.losses(p, fixed, one)) / 8))(params)
     for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(wanted), strict=True):
         assert np.allclose(a, b, rtol=1e-4, atol=1e-6)  # float32
 
@@ -165,7 +175,52 @@ def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch
     one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "plain"))
     assert one == other
     assert result["scoring"]["equal"] == result["steps"] and result["weights"]["mean"] == 1
-    assert "all rows had one score, which tells none from another: weight 1" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+        "all rows had one score, which tells none from another: weight 1"
+        in (tmp_path / "run" / "report.html").read_text()
+    )
+
+
+# ---- scores that ask the model
+
+
+def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
+    """Of adapters over a base; stopped while the model answers, it goes on with what was answered, to the same bits."""
+    flags = ("--model.lora-rank", "2")
+    task, settings = task_of(made, tmp_path, *flags), Scores(k=2)
+    params = jax.tree.map(lambda leaf: leaf + 0.05, task.fresh(0))
+    with opened(tmp_path) as work:
+        whole = scoring.score("ica", task, params, settings, work)
+        with pytest.raises(ValueError, match="4 holdout rows, and k = 9 of them are to be shown"):
+            scoring.score("ica", task, params, Scores(k=9), work)
+    decoder, model = task.decoder, assemble(params, task.base)
+
+    @jax.jit
+    def log_p(ids):
+        here = jnp.arange(ids.shape[0])[None]
+        logits = decoder.hidden(model, ids[None], here, jnp.ones_like(here))[0] @ decoder.head(model)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], 1)[:, 0]
+
+    (rows_, holdout), form = likelihoods.parts(task), incontext.prompt(task.tokenizer)
+    chosen = choice("knn")(rows_, holdout, 2)
+    for i in range(3):
+        ids, asked = rows_.sides(i)[0]
+        head = form.head([form.piece(holdout.sides(int(j))[0]) for j in chosen[i]])
+        said = len(ids) - int(asked.argmax())
+        before, after = (log_p(jnp.asarray(x))[-said:].mean() for x in (ids, [*head, *ids[1:].tolist()]))
+        assert whole.values[i] == pytest.approx(float(after - before), abs=2e-5)  # float32
+    assert whole.passes > 0 and np.isfinite(whole.values).all()
+
+    (tmp_path / "other").mkdir()
+    with opened(tmp_path / "other") as work, pytest.raises(session.Interrupted):
+        work.stop(signal.SIGTERM, None)
+        scoring.score("ica", task, params, settings, work)
+    kept = tmp_path / "other" / "checkpoints" / "answers.jsonl"
+    assert kept.stat().st_size > 0
+    kept.write_text(kept.read_text() + '{"torn')
+    with opened(tmp_path / "other") as work:
+        assert np.array_equal(scoring.score("ica", task, params, settings, work).values, whole.values)
+    assert not kept.exists()
 
 
 # ---- whole runs
@@ -174,12 +229,16 @@ def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "flags, at",
     [
-        (("alignment", "--weights.refresh", "3"), 6),
-        (("perplexity", "--weights.refresh", "2", "--data.packing", "--model.lora-rank", "2"), 5),
-        (("reducible", "--objective.name", "dpo", *PAIRS), 2),
+        (("ica", "--scores.k", "2", "--weights.refresh", "3"), 6),
+        pytest.param(
+            ("perplexity", "--weights.refresh", "2", "--data.packing", "--model.lora-rank", "2"), 5,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("ica", "--scores.k", "2", "--objective.name", "dpo", *PAIRS), 3, marks=pytest.mark.slow),
+        pytest.param(("reducible", "--objective.name", "simpo", *PAIRS), 3, marks=pytest.mark.slow),
     ],
-    ids=["sft", "lora, packed", "dpo"],
-)
+    ids=["sft", "lora, packed", "dpo", "simpo"],
+)  # fmt: skip
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, flags, at):
     flags = ("--weights.score", *flags)
     run(made, tmp_path / "whole", *flags)
@@ -192,3 +251,54 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, fl
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     one, other = (pq.read_table(tmp_path / name / scoring.NAME) for name in ("run", "whole"))
     assert one.equals(other)
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "The scores of all rows" in report or "Bar: median" in report
+
+
+def test_select_compares_scores_and_starts_from_them(made, tmp_path):
+    """The first training is uniform all the same; the second has the score's logits. What is written is read again."""
+    flags = [
+        "--outer.warm-start", "perplexity", "--outer.steps", "1", "--outer.learning-rate", "1e-6",
+        "--certify.no-enabled", "--compare.rows", "uniform", "reducible", "--compare.seeds", "1",
+        "--scores.holdout-steps", "4", "--train.steps", "6", "--outer.weighting", "softmax",
+        "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    result = select(load(SelectConfig, made / "select.yaml", flags))
+    assert [row["name"] for row in result["compare"]] == ["uniform", "reducible, top"]
+    assert result["records"][0]["ess"] == pytest.approx(36) and result["records"][1]["ess"] < 30
+    stored = pq.read_table(tmp_path / "run" / scoring.NAME)
+    assert stored.column_names == ["id", "row", "source", "label", "perplexity", "reducible"]
+    values = stored["perplexity"].to_numpy()
+    logits = np.clip((values - values.mean()) / values.std(), -2, 2)
+    expected = np.exp(logits) / np.exp(logits).mean()
+    assert np.allclose(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy(), expected, rtol=1e-4)
+    file = Weights(file=str(tmp_path / "run" / scoring.NAME), column="reducible", transform="minmax")
+    examples = load_rows([str(made / "train.jsonl")])
+    assert np.allclose(given_weights(file, examples).weights, minmax(stored["reducible"].to_numpy()))
+
+
+WRONG = {
+    "both": (("--weights.score", "ica", "--weights.file", "w.parquet"), "give one of weights.file and weights.score"),
+    "streamed": (
+        ("--weights.score", "loss", "--data.streaming", "--train.steps", "4"),
+        "which streaming does not hold",
+    ),
+    "no holdout": (("--weights.score", "ica", "--data.validation", "--data.select"), "V_fit has none: give data"),
+    "k": (("--weights.score", "ica", "--scores.k", "5"), "4 holdout rows, and k = 5 of them are to be shown"),
+    "way": (("--weights.score", "ica", "--scores.k", "2", "--scores.demonstrations", "near"), "they are 'knn'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_clear_error(made, tmp_path, capsys, name):
+    flags, said = WRONG[name]
+    assert main(["train", str(made / "train.yaml"), *flags, "--out", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert said in told.replace("\n", " ") and "Traceback" not in told, told
+
+
+def test_a_config_that_names_no_score_is_told_the_nearest(made, tmp_path):
+    text = (made / "train.yaml").read_text() + "weights: {score: icaa}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"weights.score is 'icaa' .str.; wanted one of '', ica.*did you mean 'ica'"):
+        load(TrainConfig, tmp_path / "c.yaml")
