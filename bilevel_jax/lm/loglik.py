@@ -94,7 +94,7 @@ def engine(
     tokens    token places of a batch, and of the stems that are cached together: this bounds the memory
     lengths   the lengths that rows are padded to; empty: 32, 48, 64, 96, 128 ... up to the context of the model. A row
               of a batch is as long as the shortest of them that holds it, and each pair of a stem's and a row's length
-              compiles once
+              compiles once (reading stems once more for each power of 2 of their number)
     multiple  the rows of every batch are a multiple of it: the number of devices
     chunk     tokens whose logits live at the same time
     place     puts a batch, leaves [1, rows, ...] or [1], on the devices
@@ -112,7 +112,11 @@ def engine(
 
     @jax.jit
     def read(params: Params, batch: Batch) -> Cache:
-        return decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
+        cache = decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
+        count, length = cache.positions.shape
+        more = rows(length) - count  # rows of one number, so that `losses` compiles once for this length of stems
+        keys, values = (jnp.pad(part, [(0, 0), (0, more), *[(0, 0)] * 3]) for part in (cache.keys, cache.values))
+        return Cache(keys, values, jnp.pad(cache.positions, [(0, more), (0, 0)], constant_values=EMPTY))
 
     @jax.jit
     def losses(params: Params, cache: Cache | None, batch: Batch) -> Array:
@@ -152,7 +156,7 @@ def engine(
                 cache = None
                 for batch in todo:
                     if part.stems and cache is None:
-                        cache = read(params, place(_stem_batch(part.stems, sizes, rows)))
+                        cache = read(params, place(_stem_batch(part.stems, sizes, rows, multiple)))
                     made = _row_batch(batch, distinct, sizes, rows, cached=cache is not None)
                     values = losses(params, cache, place(made))
                     if last is not None:
@@ -217,9 +221,11 @@ def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: 
     yield Part([], batches([Row(request, 0, 0) for request in sorted(alone)]))
 
 
-def _stem_batch(stems: list[np.ndarray], sizes: Sequence[int], rows: Callable[[int], int]) -> Batch:
+def _stem_batch(stems: list[np.ndarray], sizes: Sequence[int], rows: Callable[[int], int], multiple: int) -> Batch:
+    """Of as many rows as there are stems, rounded up to `multiple` times a power of 2: often there are few."""
     length = _fit(max(map(len, stems)), sizes)
-    return _left_padded(stems, [0] * len(stems), rows(length), length)
+    doublings = (-(-len(stems) // multiple) - 1).bit_length()
+    return _left_padded(stems, [0] * len(stems), min(multiple * 2**doublings, rows(length)), length)
 
 
 def _row_batch(
