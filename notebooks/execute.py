@@ -28,6 +28,8 @@ def execute(script: Path) -> None:
     """Write the notebook of a script; where a cell fails nothing is written, and the error is raised."""
     notebook = jupytext.read(script, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        cell.source = cell.source.strip("\n")  # the formatter wants two empty lines above a function
     where = {"metadata": {"path": str(script.parent)}}
     NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, resources=where).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
