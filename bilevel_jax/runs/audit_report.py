@@ -56,7 +56,7 @@ def page(name: str, result: Row, config_text: str, environment: Row) -> str:
     pictures = (figure(cost(result, at), caption(result, at), wide=True) for at in range(len(result["removed"])))
     lead = join(
         banner(
-            "good" if use else "fair",
+            "good" if use and not result["verdict"]["instead"] else "fair",
             "✓" if use else "?",
             f"Use {use}" if use else "Use none of the cheap scores",
             paragraph(result["verdict"]["sentence"]),
@@ -115,7 +115,7 @@ def protocol(result: Row) -> str:
 def caption(result: Row, at: int) -> str:
     """What the figure of a share of rows shows."""
     shown = f"LDS for L_v when {share_of(result['removed'][at])} of the rows leave, by cost; bars are 95 % intervals."
-    return shown if at else f"{shown} Dashed: no better than chance."
+    return shown if at else f"{shown} Dashed: no better than chance. What costs no pass is drawn at 1."
 
 
 def share_of(share: float) -> str:
@@ -185,8 +185,8 @@ def reading(found: Sequence[float | None] | None) -> str:
     """A value with its interval."""
     if found is None or found[0] is None:
         return NONE
-    value, low, high = (f"{real(one):.3f}".replace("-", "−") for one in found)
-    return f"{value} [{low}, {high}]"
+    value, low, high = (real(one) for one in found)
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]".replace("-", "−")
 
 
 # ---- the picture

@@ -100,7 +100,7 @@ def verdict(
     exact = next((line for line in lines if line["name"] == EXACT), None)
     tail = f" The exact entries reach {_said(foretold[EXACT])} for {exact['passes']:,.0f} passes." if exact else ""
     if not rivals:
-        return {"use": None, "sentence": f"None: no cheap score was judged.{tail}"}
+        return {"use": None, "instead": None, "sentence": f"None: no cheap score was judged.{tail}"}
     best = max(rivals, key=lambda line: foretold[line["name"]].value)
     name, found = best["name"], foretold[best["name"]]
     much = (
@@ -109,20 +109,26 @@ def verdict(
     )
     if certificate and certificate.level == "DO NOT BELIEVE":
         why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
-        return {"use": None, "sentence": f"{why} Of the cheap scores, {name} is best: {much}.{tail}"}
+        return {"use": None, "instead": None, "sentence": f"{why} Of the cheap scores, {name} is best: {much}.{tail}"}
     if not found.low > 0:
         why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {much}, which may be 0."
-        return {"use": None, "sentence": why + tail}
+        return {"use": None, "instead": None, "sentence": why + tail}
     close = [line["name"] for line in rivals if line is not best and not _above(draws, name, line["name"], "fit")]
     told = f" Not told apart from it: {', '.join(close)}." if close else ""
+    instead = None
     if "report" in best["lds"]:
         there = max(rivals, key=lambda line: line["lds"]["report"][0].value)
         if _above(draws, there["name"], name, "report"):
+            instead = there["name"]
             told += (
                 f" But on V_report, which no score has read, {there['name']} does better: "
                 f"{_said(there['lds']['report'][0])} against {_said(best['lds']['report'][0])}; V_fit may be too small."
             )
-    return {"use": name, "sentence": f"Use {name}: {much}, for {best['passes']:,.0f} passes.{told}{tail}"}
+    return {
+        "use": name,
+        "instead": instead,
+        "sentence": f"Use {name}: {much}, for {best['passes']:,.0f} passes.{told}{tail}",
+    }
 
 
 def _above(draws: dict[str, dict[str, list[np.ndarray]]], one: str, other: str, target: str) -> bool:

@@ -171,7 +171,7 @@ def test_the_verdict_says_which_score_or_none():
     told = verdict([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
     assert told["use"] == "one"
     assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
-    assert "V_report" not in told["sentence"]
+    assert told["instead"] is None and "V_report" not in told["sentence"]
     none = verdict([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "which may be 0" in none["sentence"]
     rough = verdict(lines, draws, BAD, 0.5)
@@ -182,7 +182,8 @@ def test_the_verdict_says_which_score_or_none():
 def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read():
     draws = {"one": {"fit": [STEADY], "report": [STEADY]}, "far": {"fit": [STEADY - 0.3], "report": [STEADY + 0.3]}}
     told = verdict([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
-    assert told["use"] == "one" and "on V_report, which no score has read, far does better: 0.80" in told["sentence"]
+    assert (told["use"], told["instead"]) == ("one", "far")
+    assert "on V_report, which no score has read, far does better: 0.80" in told["sentence"]
 
 
 WRONG = {

@@ -12,6 +12,7 @@ from bilevel_jax.lm.data import DataOptions
 from bilevel_jax.lm.formats import FORMATS
 from bilevel_jax.runs.config import (
     MAY_DIFFER,
+    AuditConfig,
     CompareConfig,
     InspectConfig,
     SelectConfig,
@@ -247,7 +248,8 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_the_configs_that_come_with_the_package_are_right(path):
-    kind = {"train": TrainConfig, "compare": CompareConfig}.get(path.stem.split("_")[0], SelectConfig)
+    kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig}
+    kind = kinds.get(path.stem.split("_")[0], SelectConfig)
     config = load(kind, path)
     assert config.data.train
     if config.model.path:  # arrays have no language model
