@@ -159,16 +159,19 @@ def other_table(result: Row) -> Html:
     others = [target for target in TARGETS if target in found and target != "fit"]
     if not others:
         return paragraph("Nothing but L_v was read: audit.queries is 0 and there is no V_report.")
-    columns = [
-        Column(
-            f"{TOLD[target]}, {share_of(share)} out", [reading(row["lds"][target][at]) for row in rows], "LDS", "tight"
+    tables = [
+        table(
+            Column("", [element("b", row["name"]) for row in rows], TOLD[target]),
+            *(
+                Column(f"LDS, {share_of(share)} out", [reading(row["lds"][target][at]) for row in rows], "", "tight")
+                for at, share in enumerate(result["removed"])
+            ),
         )
         for target in others
-        for at, share in enumerate(result["removed"])
     ]
     own = ", ".join(row["name"] for row in rows if row["own_queries"]) or "no score"
     return join(
-        table(Column("", [element("b", row["name"]) for row in rows]), *columns, name="bench"),
+        *tables,
         note(
             f"Queries are rows of V_fit. Entries of their own: {own}; the other scores foretell every query by one "
             "number per row. V_report is foretold by the scores for V_fit: what is lost is how V_fit differs from it."
@@ -186,7 +189,8 @@ def reading(found: Sequence[float | None] | None) -> str:
     if found is None or found[0] is None:
         return NONE
     value, low, high = (real(one) for one in found)
-    return f"{value:.3f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+    digits = 2 if high - low > 0.02 else 3
+    return f"{value:.3f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
 
 
 # ---- the picture
