@@ -119,7 +119,10 @@ def test_random_scores_are_uniform_and_follow_the_row():
     assert abs(np.corrcoef(drawn, scores(random(4), many, HOLDOUT))[0, 1]) < 4 / len(drawn) ** 0.5
 
 
-@pytest.mark.parametrize("score", [loss, perplexity, random(0), oneshot(PLAIN, max_length=99)], ids=str)
+EVERY = {"loss": loss, "perplexity": perplexity, "random": random(0), "oneshot": oneshot(PLAIN, max_length=99)}
+
+
+@pytest.mark.parametrize("score", EVERY.values(), ids=EVERY.keys())
 def test_permuting_rows_permutes_scores_and_one_row_is_enough(score):
     order = np.array([2, 0, 3, 1])
     whole = scores(score, ROWS, HOLDOUT)
