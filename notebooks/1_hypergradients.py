@@ -262,7 +262,7 @@ panels[1].set(xlabel="training steps $T$", title="unrolled")
 panels[1].legend(loc="upper right")
 panels[2].loglog(gammas, error_penalty, "o-")
 panels[2].loglog(gammas, error_penalty[0] * gammas[0] / np.array(gammas), color="grey", lw=1, ls=":")
-panels[2].text(2e3, 1e-2, f"slope {slope:.2f}", color=BLUE)
+panels[2].text(5e2, 1e-1, f"slope {slope:.2f}", color=BLUE)
 panels[2].set(xlabel="penalty strength $\\gamma$", title="penalty", ylim=(1e-16, 50))
 plt.show()
 
@@ -394,18 +394,18 @@ shade = axes.contourf(grid[..., 0], grid[..., 1], levels, levels=np.linspace(0, 
 figure.colorbar(shade, label="$L_v$, nats")
 line = jnp.linspace(0, 2, 2)
 axes.plot(line, (answer - row[0] * line) / row[1], color="black", lw=1, label="training loss 0")
-for places, label in zip(paths, ("training from two starts", None), strict=True):
+for places, label in zip(paths, ("training, two starts", None), strict=True):
     axes.plot(*places.T, color=BLUE, label=label)
     axes.plot(*places[0], "o", color=BLUE, mfc="white")
     axes.plot(*places[-1], "o", color=BLUE)
-axes.plot(*ridges.T, color=GREEN, label="ridge minimiser, $w$ from 0 to 1000")
+axes.plot(*ridges.T, color=GREEN, label="ridge, $w$ from 0 to 1000")
 axes.plot(*ridge(1.0), "o", color=GREEN)
-axes.annotate("w = 1", ridge(1.0), (8, -10), textcoords="offset points", color=GREEN)
+axes.annotate("w = 1", ridge(1.0), (-38, 2), textcoords="offset points", color=GREEN)
 axes.plot(*np.array(together).T, color=ORANGE, label="penalty, $\\gamma=1$")
 axes.plot(*together[-1], "o", color=ORANGE)
 axes.set(xlabel="$\\theta_1$", ylabel="$\\theta_2$", xlim=(-0.1, 2.1), ylim=(-0.1, 1.9))
 axes.grid(False)
-axes.legend(loc="lower right", fontsize=9)
+axes.legend(loc=(0.54, 0.06), fontsize=9)
 plt.show()
 
 
@@ -435,7 +435,7 @@ assert all(abs(float(one.grad[0])) < 1e-3 for one in sweeps) and float(ridge_ent
 # - The penalty run (orange) follows the trusted row as well. It ends where both lines cross, with $L_v = 0$. No weight
 #   could have brought the other two there.
 #
-# The same in forty dimensions, with weights learned to the end: 15 useful rows (other questions, right answers), 15
+# The same in forty dimensions, with learned weights: 15 useful rows (other questions, right answers), 15
 # useless ones (questions of the trusted rows, answered wrongly), 20 trusted rows. One model fits all 30 training rows.
 # Weights are $30\,\mathrm{softmax}(h)$.
 

@@ -218,7 +218,8 @@ for axes, (title, series, band) in zip(panels, shown, strict=True):
     axes.semilogx(rates, series, color="grey", lw=1)
     for level, colour in COLOURS.items():
         chosen = [index for index, rate in enumerate(rates) if verdicts[rate].level == level]
-        axes.plot([rates[i] for i in chosen], [series[i] for i in chosen], "o", ms=8, color=colour, label=level)
+        if chosen:
+            axes.plot([rates[i] for i in chosen], [series[i] for i in chosen], "o", ms=8, color=colour, label=level)
     if band:
         axes.axhspan(*band, color=GREEN, alpha=0.12)
     axes.set(xlabel="learning rate", title=title, ylim=(-0.1, 1.2))
@@ -268,7 +269,7 @@ axes.loglog([], [], color="grey", lw=0.8, label="20 random directions")
 axes.loglog(steps, errors[:, 0], "o-", color=BLUE, label="sign(g)")
 axes.axhline(true_error, color=ORANGE, ls="--", label="the gradient's own error")
 axes.set(xlabel="step size s", ylabel="|ratio $-$ 1|", title="float32, learning rate 0.003")
-axes.legend(loc=(0.6, 0.1), fontsize=9)
+axes.legend(loc=(0.66, 0.09), fontsize=8)
 plt.show()
 
 lengths = float(jnp.abs(grad).sum()), float(np.median([abs(d @ grad) for d in directions[1:]]))
@@ -380,6 +381,7 @@ for (name, (estimated, retrained)), colour in zip(
     check = certify.exact(lambda w, retrained=retrained: retrained(w, start), ones, entries[name][CALM])
     right.semilogx(check.steps, check.ratios, "o-", color=colour, label=name)
 left.set(xlabel="s", ylabel="change of $L_v$, thousandths of a nat", title="the landscape, close by")
+left.locator_params(axis="x", nbins=5)
 left.legend()
 right.set(xlabel="step size s", ylabel="ratio", title="certificate: exact")
 plt.show()
