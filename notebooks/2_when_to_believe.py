@@ -245,7 +245,8 @@ print("growth of the adjoint:", {rate: round(value, 1) for rate, value in growth
 # Along $d = \mathrm{sign}\,g$ that is $\sum_i |g_i|$: nothing cancels. Along random signs its mean square is
 # $\sum_i g_i^2$, because the cross terms average out; and by Cauchy and Schwarz $\sum |g_i|$ is larger than
 # $(\sum g_i^2)^{1/2}$, by a factor of up to $\sqrt n$. The same rounding error is compared to a smaller number, and at
-# times to almost nothing. So in single precision a random direction accuses a gradient that is right:
+# times to almost nothing. The curvature, which spoils large steps, is compared to the same two numbers. So a random
+# direction accuses a gradient that is right, in single precision at small steps too (left: rounding; right: curvature):
 
 # %%
 start = begins(CALM)
