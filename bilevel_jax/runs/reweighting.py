@@ -80,7 +80,9 @@ class Reweighting:
             self.made[start] = scoring.once(column, name, self.task, params, self.config.scores, self.session)
             scores, scale = filled(self.made[start].values), self.config.weights.scale
             self._tables[start] = scores if scale == "batch" else over_rows(scores, self.config.weights)
-            self.session.say(_line(self.records()[-1]))
+            record = self.records()[-1]
+            self.session.log.write({"event": "scored", **record})
+            self.session.say(_line(record))
             self.session.phase("training")
 
     def hyper(self, step: int) -> Hyper:
@@ -149,9 +151,8 @@ class Reweighting:
 
     def _good(self) -> Bool[np.ndarray, "kept"] | None:
         labels = [self.task.examples[row].label for row in self.task.trainable()]
-        if not self.config.data.label_field or all(label is None for label in labels):
-            return None
-        return np.array([label == self.config.data.good_label for label in labels])
+        good = np.array([label == self.config.data.good_label for label in labels])
+        return good if 0 < good.sum() < len(good) else None  # of one kind alone there is nothing to tell apart
 
 
 def starts(steps: int, count: int) -> tuple[int, ...]:
