@@ -48,7 +48,10 @@ def inspect(config: InspectConfig) -> str:
     named = {"training": train} | {f"V_{part}": some for part, some in trusted.items() if some}
     parts = [survey(name, some, tokenizer, ready.data, limit) for name, some in named.items()]
     twice = copies(train, trusted)
-    console = Console(width=config.look.width or None, markup=False, emoji=False, highlight=False)
+    console = Console(
+        width=config.look.width or None, markup=False, emoji=False, highlight=False,
+        force_jupyter=False,  # plain text in a notebook, too
+    )  # fmt: skip
     console.print(_table(parts, tokenizer, limit))
     for line in _twice(twice):
         console.print(plain(line))

@@ -179,7 +179,7 @@ def started(config: Any, folder: Path) -> Iterator[Session]:
 def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     (folder / "checkpoints").mkdir(exist_ok=True)
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),

@@ -73,6 +73,12 @@ def test_what_training_would_see_of_rows_without_fault(look):
     )
 
 
+def test_a_notebook_gets_the_same_text(look, monkeypatch):
+    told = look(rows(20), rows(16, 100))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert look(rows(20), rows(16, 100)) == told
+
+
 def test_rows_are_shown_by_id_and_long_ones_lose_their_middle(look):
     out = look(rows(20), (), "--look.rows", "2")
     assert len(re.findall("⟦", out)) == 2 + 1  # the legend, too
