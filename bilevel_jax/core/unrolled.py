@@ -1,6 +1,7 @@
 """The resumable reverse sweep over a training run: exact for L_v(theta_T(w)), the run that really happened."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -223,13 +224,14 @@ def check_differentiable(
         ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at every snapshot
             (lion and other sign methods: no weight would change anything).
     """
+    probe, halved = jax.jit(partial(_probe, optimizer)), jax.jit(_half_zero)  # one by one, their operations take longer
     reached = False
     middle = run.steps // 2 // run.every * run.every
     for index in sorted({0, middle}):
         batch, state = train.batch(index), run.snapshot(index)
         grad = step.forward(state, step.take(hyper, batch), fixed, batch)[1].grad
-        for place, probe in (("a gradient of this run", grad), ("a gradient with zero entries", _half_zero(grad))):
-            ok, alive = _probe(optimizer, probe, state)
+        for place, one in (("a gradient of this run", grad), ("a gradient with zero entries", halved(grad))):
+            ok, alive = probe(one, state)
             if not ok:
                 raise ValueError(
                     f"the optimiser's update has a derivative that is not finite at {place} (step {index}). Adam and "
