@@ -37,7 +37,7 @@ def read(kind: type[Config], path: Path, others: Collection[str] = ()) -> Config
             continue
         if name not in sections:
             trouble.append(
-                f"{at}: unknown section '{name}'; {_nearest(name, sections)}the sections: {', '.join(sections)}."
+                f"{at}: unknown section '{name}'; {nearest(name, sections)}the sections: {', '.join(sections)}."
             )
         elif not isinstance(values, dict | None):
             trouble.append(f"{at}: {name} is {_said(values)}; wanted its keys: {', '.join(fields(sections[name]))}.")
@@ -62,7 +62,7 @@ def decode(kind: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in arguments:
-            close = _nearest(value, [one for one in arguments if one]).strip()
+            close = nearest(value, [one for one in arguments if one]).strip()
             names = ", ".join(one or "''" for one in arguments)
             raise ValueError(f"one of {names}{close and f' ({close})'}")
         return value
@@ -107,12 +107,13 @@ def _field(sections: dict[str, Any], name: str, key: str) -> Any:
     if key in known:
         return known[key]
     elsewhere = [f"{section}.{key}" for section in sections if key in fields(sections[section])]
-    hint = f"did you mean '{elsewhere[0]}'? " if elsewhere else _nearest(key, known)
+    hint = f"did you mean '{elsewhere[0]}'? " if elsewhere else nearest(key, known)
     raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(known)}.")
 
 
-def _nearest(name: Any, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """`did you mean ...?` with the name that is most like the given one; nothing where none is alike."""
+    close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"did you mean '{close[0]}'? " if close else ""
 
 

@@ -1,6 +1,5 @@
 """Scores of the training rows by name: one number per row, larger is better, from a model and V_fit."""
 
-import difflib
 import json
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from bilevel_jax.runs import checkpoint, files, likelihoods
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.likelihoods import Made
+from bilevel_jax.runs.read import nearest
 from bilevel_jax.runs.sections import Scores
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
@@ -124,9 +124,7 @@ def has(column: str, folder: Path) -> bool:
 def check(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
     """A ValueError that says what there is where there is no such score, or none for arrays, or without a holdout."""
     if name not in SCORES:
-        close = difflib.get_close_matches(name, SCORES, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no score {name!r}; {hint}the scores: {', '.join(SCORES)}.")
+        raise ValueError(f"there is no score {name!r}; {nearest(name, SCORES)}the scores: {', '.join(SCORES)}.")
     if arrays and name not in ON_ARRAYS:
         raise ValueError(f"the score {name!r} reads text; for arrays there are {', '.join(ON_ARRAYS)}.")
     if not holdout and name not in WITHOUT_HOLDOUT:
