@@ -1,0 +1,311 @@
+# %% [markdown]
+# # A selection on a language model
+#
+# From rows of text to a verdict, one weight per row, a report, and files for a trainer: what the verb
+# `bilevel-jax select` does, with every step in view.
+#
+# With the folder of a real model, this page trains one of 260 thousand parameters, which knows children's stories, on
+# passages of such stories, half of them garbled; trusted passages judge. Without one it takes the task that the package
+# makes itself: a next-letter cipher with rows of a right rule, of a wrong one, and of none. It says below which of the
+# two you see; what is said about numbers is computed from them. The folders are found beside the repository, or
+# named: `BILEVEL_MODEL` (a Hugging Face folder) and `BILEVEL_STORIES` (a JSON list of texts).
+
+# %%
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ["TERM"] = "dumb"  # text without colours
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the model is small: compiling is what takes time
+
+warnings.filterwarnings("ignore", message="IProgress")  # no bar is drawn here
+
+import numpy as np
+import pyarrow.parquet as pq
+from IPython.display import SVG, display
+
+from bilevel_jax.lm import tokens
+from bilevel_jax.runs import figures, page
+from bilevel_jax.runs.config import ExportConfig, InspectConfig, SelectConfig, load
+from bilevel_jax.runs.export import export, of_run
+from bilevel_jax.runs.inspect import inspect
+from bilevel_jax.runs.select import select
+
+SHARED = Path("../../shared").resolve()
+MODEL = Path(os.environ.get("BILEVEL_MODEL", SHARED / "models/stories-260k")).resolve()
+STORIES = Path(os.environ.get("BILEVEL_STORIES", SHARED / "data/tinystories/tinystories_1000.json")).resolve()
+REAL = MODEL.is_dir() and STORIES.is_file()
+work = tempfile.TemporaryDirectory()
+os.chdir(work.name)
+if REAL:
+    print("Real: a pretrained model of children's stories, and stories of the kind that it was trained on.")
+else:
+    print("No folder of a model was found: this is the task that the package makes itself, a cipher.")
+
+# %% [markdown]
+# ## Data in
+#
+# Rows are jsonl: plain text, or prompts with responses, or chats. The **training rows** get the weights. The **trusted
+# rows** say what is wanted; they are split by id into V_fit, which steers the weights, and V_select, which chooses the
+# step to stop at. A third set, V_report, is read for the report alone.
+#
+# Of the stories one passage each is taken, so that no story is in two sets. The garbled rows went through one fixed
+# permutation of the vocabulary: they have a grammar of their own and can be learned, which costs the model dear. The
+# labels `clean` and `garbled` are **never seen in training**: they are there to check the result.
+
+
+# %%
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def passages(texts):
+    """Two sentences from the middle of each story, of 40 to 90 characters."""
+    for text in texts:
+        sentences = re.findall(r"[A-Z][^.!?\n]*[.!?]", text)
+        pairs = [f"{a} {b}" for a, b in zip(sentences[2:], sentences[3:], strict=False)]
+        if some := [pair for pair in pairs if 40 <= len(pair) <= 90]:
+            yield some[0]
+
+
+def garbler(tokenizer, random):
+    """Text -> text, by one permutation of all whole tokens."""
+    special = set(tokenizer.all_special_ids)
+    plain = sorted(i for text, i in tokenizer.get_vocab().items() if i not in special and not text.startswith("<0x"))
+    permuted = dict(zip(plain, random.permutation(plain).tolist(), strict=True))
+
+    def garbled(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer.decode([permuted.get(i, i) for i in ids]).strip()
+
+    return garbled
+
+
+if REAL:
+    random = np.random.default_rng(0)
+    texts = list(dict.fromkeys(passages(json.loads(STORIES.read_text(encoding="utf-8")))))
+    garbled = garbler(tokens.load_tokenizer(str(MODEL)), random)
+    train = [{"text": text, "label": "clean"} for text in texts[:64]]
+    train += [{"text": garbled(text), "label": "garbled"} for text in texts[64:128]]
+    write("train.jsonl", [train[i] for i in random.permutation(len(train))])
+    write("trusted.jsonl", [{"text": text} for text in texts[128:224]])
+    write("report.jsonl", [{"text": text} for text in texts[224:320]])
+    base = "select.yaml"
+    flags = {
+        "model.path": MODEL, "model.lora-rank": 0, "model.no-remat": (),
+        "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.report": "report.jsonl",
+        "data.split": ("0.667", "0.333", "0"), "data.label-field": "label", "data.max-length": 96,
+        "optimizer.learning-rate": 5e-4, "optimizer.warmup": 2, "optimizer.eps-root": 1e-8,
+        "train.steps": 16, "train.batch": 8, "outer.steps": 2, "keep.top-share": 0.5,
+    }  # fmt: skip
+else:
+    base = "quickstart.yaml"
+    flags = {
+        "model.no-remat": (), "train.steps": 96, "outer.steps": 4,
+    }  # fmt: skip
+flags |= {
+    "compare.seeds": 2, "certify.step-sizes": "0.1",
+    "compare.rows": ("uniform", "learned", "selected", "alignment", "perplexity", "validation", "oracle"),
+}  # fmt: skip
+
+
+def words(flags):
+    """The flags as on a command line."""
+    for key, value in flags.items():
+        yield f"--{key}"
+        yield from map(str, value if isinstance(value, tuple) else (value,))
+
+
+# %% [markdown]
+# ## What training would see
+#
+# The verb `inspect` trains nothing. It reads the same config and prints lengths, copies, leaks, and the first rows
+# token by token; what stands between ⟦ and ⟧ is a target, and one token `<s>` begins the row.
+
+# %%
+about = {key: value for key, value in flags.items() if key.startswith(("model.", "data."))}
+seen = load(InspectConfig, base, [*words(about | {"look.rows": 1, "look.width": 100})])
+print(inspect(seen))
+
+# %% [markdown]
+# ## The run
+#
+# From weight 1 for every row, each outer step trains a model from the same start, sweeps back through that training
+# for $\mathrm{d} L_v / \mathrm{d} w_i$ (exact: of the run that happened), and moves the weights against it; the next
+# step trains anew, in a new order of the rows. Then the certificates, then the comparison: models trained again from
+# cold. Each line is what the run says while it works; on a terminal a progress bar with the time that is left stands
+# below.
+
+# %%
+with contextlib.redirect_stderr(sys.stdout):
+    result = select(load(SelectConfig, base, [*words(flags), "--out", "run", "--output.no-progress"]))
+
+# %% [markdown]
+# ## The verdict
+#
+# The gradient is exact for the run that happened. Whether it says anything about the *next* run is another question,
+# and two measurements answer it. **Exact**: change every weight by 10 % in the direction of the gradient's sign, train
+# again, and compare the change of $L_v$ with the predicted one; a ratio of 1 means that the derivative still holds at
+# that distance. **Smooth**: leave a fifth of the rows out and compute the gradient again; a cosine near 1 means that
+# the entries of the rest do not hang on who else was in the data. Where the learning rate is too high the second
+# breaks down first: the derivative is right, and predicts nothing.
+#
+# The verdict is at uniform weights, where its thresholds were calibrated. At the learned weights the slope is nearly
+# 0, as it should be at the end of a descent, so that a ratio of two small numbers tells less there.
+
+# %%
+print(f"{result['verdict']['level']}: {result['verdict']['reason']}")
+print("The number is the derivative of", result["estimand"] + ".")
+for place, one in result["certificates"].items():
+    ratio = one["exact"]["ratios"][0]
+    replayed = one["checks"]["replayed"]
+    print(f"at {place:<16}  ratio {ratio:.3f}, smooth {one['smooth']:.3f}, replayed bit for bit: {replayed}")
+
+start = result["certificates"]["uniform weights"]
+believed = 0.95 <= start["exact"]["ratios"][0] <= 1.05 and start["smooth"] >= 0.7
+assert believed == (result["verdict"]["level"] == "BELIEVE")  # the rule, in numbers
+assert start["checks"]["replayed"]  # every replayed segment ended where training did
+
+# %% [markdown]
+# ## The report
+#
+# The run left `report.html`, one file with everything in it. Its pictures are vector graphics without a script; here
+# are three of them. First the outer loop: V_fit, which steers, may fall below V_report, which nothing was chosen by;
+# where the two part, V is being over-fitted. Then the comparison: models trained again from cold, filled dots read on
+# V_report, hollow ones on V_fit; the dashed line is uniform weights. Then the weights, by label.
+
+# %%
+report = Path("run/report.html").read_text(encoding="utf-8")
+COLOURS = page.STYLE.split("@media")[0]  # the report's, for light pages
+
+
+def picture(begins):
+    """The report's figure whose description begins so."""
+    found = next(one for one in re.findall(r"<svg.*?</svg>", report, re.DOTALL) if f'aria-label="{begins}' in one)
+    style = COLOURS + figures.STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
+    display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
+
+
+unit = result["unit"]
+for begins in (f"L_v, {unit} by outer step", f"L_v, {unit}:", "weight"):
+    picture(begins)
+
+# %% [markdown]
+# ## Who went up, and who down
+#
+# `weights.parquet` has one line for each training row, joined by an id that comes from the row's content. `entry` is
+# $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_entry` the same at weight 1; below 0: more weight
+# on this row lowers $L_v$.
+
+# %%
+table = pq.read_table("run/weights.parquet").to_pandas()
+
+
+def shown(row):
+    """The text of a row, cut, as it stands in its file."""
+    found = json.loads(Path(row.file).read_text(encoding="utf-8").splitlines()[row.line - 1])
+    whole = found.get("text") or f"{found['prompt']} → {found['response']}"
+    return whole if len(whole) <= 76 else whole[:75] + "…"
+
+
+ordered = table.sort_values("weight", ascending=False)
+for words_of, some in (("largest", ordered.head(6)), ("least", ordered.tail(6))):
+    print(f"The {words_of} weights (weight, first_entry in {unit} per unit of weight, label, text):")
+    for row in some.itertuples():
+        print(f"  {row.weight:.3f}  {row.first_entry:+.1e}  {row.label:<8} {shown(row)}")
+
+good = table["label"] == "clean"
+names = {
+    "weights": "the learned weights",
+    "first_entries": "one exact gradient",
+    "alignment": "alignment",
+    "low_loss": "least loss",
+}
+print(
+    "\nAUC against the hidden labels:", ", ".join(f"{names[key]} {value:.3f}" for key, value in result["auc"].items())
+)
+assert table["weight"][good].mean() > 1 > table["weight"][~good].mean()
+assert result["auc"]["weights"] > 0.85
+
+# %% [markdown]
+# ## Does it help? Trained again from cold
+#
+# Labels are not the aim, a better model is. Each line below is a model trained from the same start, with an order of
+# the rows that the weights have not seen, and read on V_report. Read the `oracle` first: it trains on the clean rows
+# alone, and only if it beats uniform weights do the labels mean anything for this model.
+#
+# Then look at the choices that learn nothing: the rows of least loss, and V alone (`validation only`). **Where one of
+# them is as good, take it; it is cheaper.** The stories are such a case: garbled text has a high loss for a model that
+# knows stories, so every score finds it, and V alone, which holds nothing but what is wanted, is no worse. The
+# cipher is the other case: its wrong rows follow a rule that can be learned, so a low loss does not mean right, its 16
+# trusted rows are too few to train on, and the learned weights win by far.
+
+# %%
+lines = {row["name"]: row for row in result["compare"]}
+for name, row in sorted(lines.items(), key=lambda item: item[1]["mean"]["report"]):
+    runs = ", ".join(f"{one['report']:.3f}" for one in row["runs"])
+    size = f"{row['rows']} rows, {row['epochs']:.1f} epochs"
+    print(f"{name:<18} {row['mean']['report']:.3f} {unit}   (seeds {runs})   {size}")
+
+loss = {name: row["mean"]["report"] for name, row in lines.items()}
+headroom = loss["uniform"] - loss["oracle"]
+won = {name: (loss["uniform"] - value) / headroom for name, value in loss.items()}
+print(f"\nThe oracle is {headroom:.3f} {unit} better than uniform weights. Of that way go")
+for name, share in sorted(won.items(), key=lambda item: -item[1]):
+    print(f"  {name:<18} {share:.0%}")
+assert headroom > 0.05 and won["learned weights"] > 0.5
+simple = min(("low loss, top", "alignment, top", "validation only"), key=loss.get)
+print(f"\nThe best choice that learns nothing is {simple}: {loss[simple]:.3f} {unit}.")
+if REAL and "BILEVEL_MODEL" not in os.environ:
+    assert loss["validation only"] == loss[simple] < loss["selected subset"]
+elif not REAL:
+    assert loss["learned weights"] < loss[simple]
+
+# %% [markdown]
+# ## How to go on
+#
+# `export` writes the rows that the weights choose as another trainer reads them, with a card that says how they were
+# chosen. From a shell:
+#
+# ```sh
+# bilevel-jax export run --export.form axolotl --keep.top-share 0.5 --out rows-to-keep
+# ```
+
+# %%
+config = load(
+    ExportConfig,
+    "run/config.yaml",
+    [*of_run(Path("run")), "--keep.top-share", "0.5", "--export.form", "axolotl", "--out", "rows-to-keep"],
+)
+print(export(config, Path("run"), "bilevel-jax export run --export.form axolotl --keep.top-share 0.5"))
+for file in sorted(Path("rows-to-keep").iterdir()):
+    print(f"  {file.name}")
+kept = [json.loads(line) for line in Path("rows-to-keep/train.jsonl").read_text(encoding="utf-8").splitlines()]
+label = dict(zip(table["id"], table["label"], strict=True))
+share = np.mean([label[row["id"]] == "clean" for row in kept])
+print(f"{share:.0%} of the kept rows are clean; of all rows {good.mean():.0%}.")
+assert share > good.mean()
+
+# %% [markdown]
+# Or train here with the soft weights, one for each row, joined by id; the model that comes out loads in
+# `transformers`:
+#
+# ```sh
+# bilevel-jax train configs/train.yaml --model.path FOLDER --data.train train.jsonl --weights.file run/weights.parquet \
+#     --data.validation trusted.jsonl --out tuned
+# ```
+#
+# Before you trust weights of your own rows: is the verdict BELIEVE? If not, lower the learning rate until it is. Does
+# the comparison beat `validation only`? If not, the trusted rows alone would do. And is the learned row's V_report near
+# its V_fit? If not, V is too small, and more trusted rows help more than more outer steps.
+
+# %%
+for one in (lines[name] for name in ("learned weights", "validation only") if name in lines):
+    print(f"{one['name']:<16} V_fit {one['mean']['fit']:.3f}, V_report {one['mean']['report']:.3f} {unit}")
+work.cleanup()
