@@ -203,8 +203,8 @@ assert ranks["training to the end"][-1] > 0.99 and scores(1, 2, 5, 10) > 0 > sco
 # %% [markdown]
 # *Left:* as the prior sharpens, the score tends to the linear form, with an error of order $1/(a + b)$. *Middle:* the
 # linear form grows with every demonstration; the score does not, because what is known cannot be learned again. It ends
-# at the reducible loss, dashed. *Right:* the order of the rows starts as that of the small step and ends as that of the
-# finished training. On the way rows of different lengths change places, but few: the order suffers less than the size.
+# at the reducible loss, dashed. *Right:* the order of the rows is at first nearer to that of the small step, and ends
+# as that of the finished training. Only rows of different lengths change places: the order suffers less than the size.
 #
 # The last printed lines show where the claim fails altogether, in order as well as in size: demonstrations that confirm
 # the model's mean have no gradient ($\nabla L = 0$), so the linear form says nothing, and yet the exact learner becomes
