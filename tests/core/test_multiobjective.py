@@ -84,7 +84,7 @@ class Convex:
         return theta - after.inner.params, info
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.3, 0.1])
+@pytest.mark.parametrize("tau", [1.0, pytest.param(0.3, marks=pytest.mark.slow), 0.1])
 def test_gradient_is_that_of_the_merit_function(tau):
     """Finite differences of m, its inner minimum solved anew at each point: the envelope theorem."""
     toy, theta, h = Convex(), normal(40, 3), 1e-5

@@ -86,7 +86,9 @@ def shared_engine():
     return one, seen
 
 
-@pytest.mark.parametrize("name", ["window", pytest.param("gpt2", marks=pytest.mark.slow), "gemma3"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "gpt2")), "gemma3"]
+)
 def test_equals_the_plain_forward(name, x64):
     config = CONFIGS[name]
     params = init(config, jax.random.key(0), dtype=jnp.float64)

@@ -74,7 +74,9 @@ def test_streams_are_pure_and_cover_every_row_once(path):
     assert sum(int((b["index"] != PADDING).sum()) for b in summed) == 60 == summed[0]["rows"][0]
 
 
-@pytest.mark.parametrize("flags", [(), ("--arrays.hidden", "5"), ("--train.micro", "2")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), marks=pytest.mark.slow), ("--arrays.hidden", "5"), ("--train.micro", "2")], ids=str
+)
 def test_unrolled_equals_autodiff_through_scan(path, x64, flags):
     made = task(path, "--model.train-dtype", "float64", *flags)
     weights = jnp.linspace(0.5, 1.5, made.rows)

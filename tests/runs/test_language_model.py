@@ -102,7 +102,7 @@ def test_the_run_holds_every_trap(shared):
     assert {16, 24} <= set(rows(shared).train.lengths.tolist())
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", [FULL, pytest.param(LORA, marks=pytest.mark.slow)], ids=str)
 def test_equals_reverse_mode_through_a_scan(mode, shared, x64):
     one, step, w, _, out = swept(shared, mode)
     held_out = [jax.tree.map(lambda leaf: leaf[0], one.validation.batch(i)) for i in range(one.validation.steps)]
@@ -134,7 +134,7 @@ def test_equals_finite_differences(mode, shared, x64):
     assert len(falls) >= 2 and (falls > 80).all() and (falls < 120).all()
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", [pytest.param(FULL, marks=pytest.mark.slow), LORA], ids=str)
 def test_float32_is_enough(mode, shared):
     """float32 against float64, and against differences of the float32 program itself."""
     single = swept(shared, mode, x64=False)
@@ -162,6 +162,7 @@ def test_packing_and_micro_batches_change_nothing(shared, x64):
             assert relative(ours, theirs) < 1e-12  # float64, other order of sums
 
 
+@pytest.mark.slow  # tests/runs/test_select.py has the same for the verb, with the embedded model
 def test_eight_devices_equal_one(eight_devices, shared):
     """Examples spread over devices, parameters on each of them: L_v, gradient and entries of one device."""
     results = []
