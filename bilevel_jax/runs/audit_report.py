@@ -1,6 +1,5 @@
 """The report of `audit`: which score to use, quality against cost, every reading with its interval."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from bilevel_jax.runs.page import (
     paragraph,
     table,
 )
-from bilevel_jax.runs.results import PARTS, real
+from bilevel_jax.runs.results import PARTS, real, write_page
 
 Row = dict[str, Any]
 MODELS = {
@@ -35,13 +34,7 @@ TOLD = {"fit": "L_v", "queries": "single queries, mean", "report": "V_report"}
 
 def write(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    path = folder / "report.html"
-    result = json.loads((folder / "result.json").read_text("utf-8"))
-    text = {name: (folder / name).read_text("utf-8") for name in (files.RESOLVED, "environment.json")}
-    files.write_atomic(
-        path, page(folder.resolve().name, result, text[files.RESOLVED], json.loads(text["environment.json"]))
-    )
-    return path
+    return write_page(folder, page)
 
 
 def page(name: str, result: Row, config_text: str, environment: Row) -> str:

@@ -1,6 +1,5 @@
 """What `compare` leaves to read: a sentence, a picture of quality against cost, the table; HTML and Markdown."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from bilevel_jax.runs.page import (
     paragraph,
     table,
 )
-from bilevel_jax.runs.results import PARTS, real
+from bilevel_jax.runs.results import PARTS, real, write_page
 from bilevel_jax.runs.statistics import mean_interval
 
 Row = dict[str, Any]
@@ -46,13 +45,7 @@ COLUMNS = (
 
 def write(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    path = folder / "report.html"
-    result = json.loads((folder / "result.json").read_text("utf-8"))
-    text = {name: (folder / name).read_text("utf-8") for name in (files.RESOLVED, "environment.json")}
-    files.write_atomic(
-        path, page(folder.resolve().name, result, text[files.RESOLVED], json.loads(text["environment.json"]))
-    )
-    return path
+    return write_page(folder, page)
 
 
 def page(name: str, result: Row, config_text: str, environment: Row) -> str:

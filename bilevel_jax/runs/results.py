@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,3 +74,12 @@ def part_of(run: Results) -> str:
 def real(value: float | None) -> float:
     """The number; nan for None, which is how JSON holds it."""
     return math.nan if value is None else float(value)
+
+
+def write_page(folder: Path, page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
+    """Write `folder`/report.html, `page` of (the run's name, its result, its config, its environment)."""
+    path = folder / "report.html"
+    text = {name: (folder / name).read_text("utf-8") for name in ("result.json", files.RESOLVED, "environment.json")}
+    result, environment = json.loads(text["result.json"]), json.loads(text["environment.json"])
+    files.write_atomic(path, page(folder.resolve().name, result, text[files.RESOLVED], environment))
+    return path
