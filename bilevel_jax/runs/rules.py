@@ -254,6 +254,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: "implicit" not in c.audit.entries or c.outer.prior > 0,
         "implicit needs outer.prior above 0 (try 0.01), for all entries, as they share one inner problem",
     ),
+    (
+        "check.name",
+        lambda c: c.check.name in ("", "numeric", "exact") or ".py:" in c.check.name,
+        "is numeric, exact, path/to/file.py:function, or nothing",
+    ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )
 

@@ -60,6 +60,15 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Check:
+    """How a generated response is judged by a rule, where one is known."""
+
+    name: str = ""  # numeric, exact, or path/to/file.py:function of (question, answer, response); empty: not judged
+    answer_field: str = ""  # key of the right answer in a row; empty: the row's own response
+    markers: tuple[str, ...] = ("####", "Final Answer:")  # numeric: what the answer stands behind; else the last number
+
+
+@dataclass(frozen=True)
 class Objective:
     """The loss of one example."""
 
