@@ -71,12 +71,12 @@ def prompt(tokenizer: Tokenizer, template: str = TEMPLATE, demonstration: str = 
     """
     exchange, system = _exchange(tokenizer)
     space = exchange[len(exchange.rstrip()) :] if exchange else "\n\n"
-    before, behind, rest = _parts(template, ("{demonstrations}", "{row}"), TEMPLATE)
+    before, behind, rest = parts(template, ("{demonstrations}", "{row}"), TEMPLATE)
     if rest:
         raise ValueError(
             f"the template {template!r} goes on after {{row}}, which the model would not read. End it there."
         )
-    around = _parts(demonstration or "{demonstration}" + space, ("{demonstration}",), "{demonstration}\n\n")
+    around = parts(demonstration or "{demonstration}" + space, ("{demonstration}",), "{demonstration}\n\n")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     written = eos is None or exchange.rstrip().endswith(str(tokenizer.eos_token))
     return Prompt(
@@ -156,6 +156,19 @@ def agreement(
     return spearman(jnp.asarray(scores[drawn]), jnp.asarray(asked.combine(answer(asked.requests))))
 
 
+def parts(template: str, places: Sequence[str], remedy: str) -> list[str]:
+    """The text before, between and after the places, each of which must stand in the template once, in this order."""
+    found = [template.find(place) for place in places]
+    if any(template.count(place) != 1 for place in places) or found != sorted(found):
+        names = " and then ".join(places)
+        raise ValueError(f"the template {template!r} must hold {names}, once each. Write, for instance, {remedy!r}.")
+    pieces = []
+    for place in places:
+        piece, _, template = template.partition(place)
+        pieces.append(piece)
+    return [*pieces, template]
+
+
 def _exchange(tokenizer: Tokenizer) -> tuple[str, str]:
     """One question and its answer as the chat template writes them, and what it writes before the first of them."""
     if not tokenizer.chat_template:
@@ -164,19 +177,6 @@ def _exchange(tokenizer: Tokenizer) -> tuple[str, str]:
     once, twice = (str(tokenizer.apply_chat_template(said * n, tokenize=False)) for n in (1, 2))
     again = twice.removeprefix(once)
     return once, once.removesuffix(again) if again != twice and once.endswith(again) else ""
-
-
-def _parts(template: str, places: Sequence[str], remedy: str) -> list[str]:
-    """The text before, between and after the places, each of which must stand in the template once, in this order."""
-    found = [template.find(place) for place in places]
-    if any(template.count(place) != 1 for place in places) or found != sorted(found):
-        names = " and then ".join(places)
-        raise ValueError(f"the template {template!r} must hold {names}, once each. Write, for instance, {remedy!r}.")
-    parts = []
-    for place in places:
-        part, _, template = template.partition(place)
-        parts.append(part)
-    return [*parts, template]
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ A score is a function (rows, holdout) -> Plan. A plan asks nothing of a model: `
 `combine` turns the answers into scores. So the same plan is asked again each time the model has moved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.loglik import LogLik, Request
-from bilevel_jax.lm.tokens import Corpus, Tokenized
+from bilevel_jax.lm.tokens import Corpus, Tokenized, corpus_of
 
 
 class Rows(NamedTuple):
@@ -78,6 +78,24 @@ def targets(sequence: Tokenized, head: tuple[int, ...] = (), skip: int = 0) -> l
         Request((*head, *ids[skip:start]), tuple(ids[start:stop]))
         for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
     ]
+
+
+def shortened(corpus: Corpus, ends: Collection[int], most: int = 0) -> tuple[Corpus, int]:
+    """The rows without tokens of `ends` at their end, and without what follows `most` targets (0: nothing is cut).
+
+    Also how many rows were cut.
+    """
+    rows, cut = [], 0
+    for i in range(corpus.rows):
+        ids, supervised = corpus.row(i)
+        length = len(ids)
+        while length and int(ids[length - 1]) in ends:
+            length -= 1
+        places = np.flatnonzero(supervised[:length])
+        if most and len(places) > most:
+            length, cut = int(places[most]), cut + 1
+        rows.append(Tokenized(ids[:length], supervised[:length]))
+    return corpus_of(rows), cut
 
 
 def plan(

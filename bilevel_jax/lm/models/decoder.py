@@ -32,6 +32,10 @@ class Decoder(NamedTuple):
     """(params, caches, tokens, positions) -> `hidden` of a block of tokens that follow what the caches hold, and the
     block's own cache. One sequence to a row; its tokens, in the caches and then in the block, stand at consecutive
     positions. `EMPTY` as a position: padding, on any side. Without caches it reads a sequence from its start."""
+    states: Callable[[Params, Array, Array, Array, Callable[[Array], Array]], Array]
+    """(params, tokens, positions, segments, reduce) -> reduce(x) of each hidden state x [rows, len, width], stacked
+    [layers + 1, ...]: what enters each layer, and at the end `hidden`. They are the hidden_states of `transformers`;
+    reduced one by one, so that they are never all there."""
 
 
 def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -> Decoder:
@@ -72,7 +76,9 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
     def stack(params: Params, windows: Array | None) -> tuple:
         return params["layers"], params.get("lora", {}), windows, jnp.asarray(local) if any(local) else None
 
-    def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
+    def through(
+        params: Params, tokens: Array, positions: Array, segments: Array, seen_before: Callable[[Array], Any]
+    ) -> tuple[Array, Any]:
         rows, length = tokens.shape
         dtype = _dtype(params)
         turn = turns(positions, dtype)
@@ -81,13 +87,23 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         def layer(x, xs):
             weights, adapters, window, is_local = xs
             seen = mask if window is None else mask & nearby(length, window)[None]
+            before = seen_before(x.reshape(rows, length, config.width))
             x, _ = nnx.merge(modules.layer, weights)(x, Context(turn(is_local), seen, adapters, compute))
-            return x, None
+            return x, before
 
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # scan keeps XLA from undoing it
         x = embedded(params, tokens, positions, dtype)
-        x, _ = jax.lax.scan(body, x, stack(params, _windows(config, length)))
-        return nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width)
+        x, before = jax.lax.scan(body, x, stack(params, _windows(config, length)))
+        return nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width), before
+
+    def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
+        return through(params, tokens, positions, segments, lambda x: None)[0]
+
+    def states(
+        params: Params, tokens: Array, positions: Array, segments: Array, reduce: Callable[[Array], Array]
+    ) -> Array:
+        last, before = through(params, tokens, positions, segments, reduce)
+        return jnp.concatenate([before, reduce(last)[None]])
 
     def extend(params: Params, caches: Sequence[Cache], tokens: Array, positions: Array) -> tuple[Array, Cache]:
         rows, length = tokens.shape
@@ -120,7 +136,7 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         kernel = params["embed"].T if config.tied else params["head"]
         return kernel.astype(_dtype(params))
 
-    return Decoder(config, hidden, head, extend)
+    return Decoder(config, hidden, head, extend, states)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))  # eagerly, it would compile every operation by itself

@@ -1,0 +1,32 @@
+"""Instruction-following difficulty: how little its prompt helps the model to foretell a response."""
+
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.lm.loglik import Request
+from bilevel_jax.scores.requests import Plan, Rows, Score, per_token, plan, targets
+
+
+def ifd(bos: int | None) -> Score:
+    """s_i = ℓ(y_i | x_i) / ℓ(y_i), the loss of a row's last response with its prompt over that without.
+
+    The same tokens in both, after `bos` alone in ℓ(y); where the model has no such token, ℓ(y) is the mean over all
+    tokens but the first. Near 1 the prompt does not help, above 1 it misleads; its authors keep the largest below 1.
+    nan for a response without tokens, or of a single token where there is no `bos`. The holdout is not read. Source:
+    Li et al., arXiv 2308.12032. Wrong for short responses, whose ℓ(y) is mostly that of their first tokens.
+    """
+
+    def score(rows: Rows, holdout: Rows) -> Plan:
+        asked = []
+        for i in range(len(rows.examples)):
+            given = targets(rows.sides(i)[0])[-1:]
+            whole = [request.response if bos is None else (bos, *request.response) for request in given]
+            asked += [given, [Request(ids[:1], ids[1:]) for ids in whole]]
+
+        def ratio(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
+            losses = -per_token(nats, tokens).reshape(-1, 2)
+            return losses[:, 0] / losses[:, 1]
+
+        return plan(asked, ratio, np.zeros(len(rows.examples), int), 0)
+
+    return score

@@ -1,0 +1,67 @@
+"""Self-aligned perplexity: of a response, by a model that has just been shown how it answers other questions itself."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from bilevel_jax.scores.incontext import parts
+from bilevel_jax.scores.perplexity import perplexity
+from bilevel_jax.scores.requests import Plan, Rows
+
+TEMPLATE = (
+    "{question}\n\nWhen you answer, follow the style of inference of these examples.\n\n{examples}"
+    "Now answer the question, in that style of inference."
+)
+EXAMPLE = "Inference example:\n{answer}\n\n"
+FINAL = "\n\nFinal Answer: "
+"""Stands between an answer of the model and the right result, where that is known."""
+
+
+def sppl(rows: Rows, holdout: Rows) -> Plan:
+    """s_i = -exp(-(1/|y_i|) Σ_t log p(y_it | P_i, y_i<t)), where the prompt P_i shows answers of the model's own.
+
+    SPPL is -s_i, and the least wins. `rows` are those whose questions `prompt` made, their responses without the end
+    token (`requests.shortened`); all strategies of a question have one prompt, which `loglik` reads once. The holdout
+    is not read. Source: arXiv 2502.11779. Wrong where the model does not take on a style from examples, as models that
+    were not tuned to follow instructions.
+    """
+    return perplexity(rows, holdout)
+
+
+def prompt(template: str = TEMPLATE, example: str = EXAMPLE) -> Callable[[str, Sequence[str]], str]:
+    """(question, the model's answers to other questions) -> what the model is asked; only answers are shown.
+
+    The order is the published one: the question, to follow a style, the examples, to solve it. The words are ours.
+    """
+    start, between, end = parts(template, ("{question}", "{examples}"), TEMPLATE)
+    before, after = parts(example, ("{answer}",), EXAMPLE)
+
+    def write(question: str, answers: Sequence[str]) -> str:
+        shown = "".join(before + answer + after for answer in answers)
+        return start + question + between + shown + end
+
+    return write
+
+
+def examples(kept: Bool[np.ndarray, "questions"], k: int) -> Int[np.ndarray, "questions k"]:
+    """The questions whose answers are shown before each: of the M kept answers, number (p + j) mod (M - 1), j = 1 .. k.
+
+    p is how many kept answers stand before the question's own: its number, where all are kept. As published the
+    modulus is M - 1, not M, so the last answer is shown to nobody; and no question is shown its own. (Counting
+    questions rather than kept answers would do that, once a checker has removed some.) Raises ValueError for fewer
+    than k + 2 kept answers, as one question would then see an answer twice, or its own.
+    """
+    at = np.flatnonzero(kept)
+    if k < 1 or len(at) < k + 2:
+        raise ValueError(
+            f"{len(at)} of {len(kept)} answers of the model can be shown, {k} to a question; that takes at least 1 to "
+            f"a question and {max(k, 1) + 2} in all. Take larger blocks, or a checker that lets more answers pass."
+        )
+    place = np.cumsum(kept) - kept
+    return at[(place[:, None] + np.arange(1, k + 1)[None]) % (len(at) - 1)]
+
+
+def with_result(answer: str, result: str | None) -> str:
+    """The answer with the right result behind it, where there is one."""
+    return answer if result is None else f"{answer}{FINAL}{result}"
