@@ -1,11 +1,23 @@
-"""Responses that a language model writes: what is asked for, what comes back, and whoever answers."""
+"""Responses that a language model writes: sampling and greedy, batched, with a cache, in one compiled program."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from bilevel_jax.core.types import Batch, Params
+from bilevel_jax.lm.models.cache import EMPTY, Cache, write
+from bilevel_jax.lm.models.decoder import Decoder
+from bilevel_jax.lm.padding import buckets, fit, left_padded
 
 
 class Prompt(NamedTuple):
-    """A question as a generator reads it."""
+    """A question as a generator reads it; `prompts.prompts` makes it from an example."""
 
     id: str
     """Keys its draws: neither the other prompts nor their order, batches or devices change what is drawn."""
@@ -39,8 +51,336 @@ class Response(NamedTuple):
     log_probs: tuple[float, ...]
     """Nats of each token under the sampler: after temperature, top-k and top-p; () if unknown."""
     ended: bool
-    """False: cut at `max_new`, or where the context ends."""
+    """False: cut at `max_new`."""
 
 
 Generator = Callable[[Sequence[Prompt], Sequence[int]], list[list[Response]]]
 """(prompts, numbers of the draws) -> responses, [prompt][draw]. The same prompt and draw is the same response."""
+
+
+class Store(NamedTuple):
+    """What has been written before, and where more goes: how an interrupted generation goes on."""
+
+    fingerprint: str
+    """Of the model and its precision. Part of each key, so that another model's responses are never read."""
+    done: Mapping[str, Response]
+    """`key` of a prompt and a draw -> its response."""
+    save: Callable[[dict[str, Response]], None]
+    """Keeps new responses; they must be there, whole or not at all, when it returns."""
+
+
+class Row(NamedTuple):
+    """A row of a batch: which of the distinct prompts, and which draw."""
+
+    prompt: int
+    draw: int
+
+
+class Sampler(NamedTuple):
+    """Responses of a model in this process."""
+
+    sample: Callable[[Params, Sequence[Prompt], Sequence[int]], list[list[Response]]]
+    """(params, prompts, draws) -> responses, [prompt][draw]; with its params, a `Generator`."""
+    resume: Callable[[Params, Sequence[Prompt], Sequence[int], Store], list[list[Response]]]
+    """The same, from and to a store. After an interruption the same call gives, on a CPU, the same bits as without."""
+
+
+def sampler(
+    decoder: Decoder,
+    sampling: Sampling,
+    decode: Callable[[Sequence[int], Sequence[int]], str],
+    *,
+    end: Sequence[int],
+    tokens: int = 8192,
+    lengths: Sequence[int] = (),
+    multiple: int = 1,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sampler:
+    """The sampler of a decoder: its compiled program lives as long as it does, whatever the parameters.
+
+    A batch of prompts, padded on the left, is read once; then one token after another, for all draws together, until
+    every row has ended. Token t of a draw is argmax(log p + Gumbel noise), log p as in `log_probabilities`, and the
+    noise a function of (seed, prompt id, draw, t) alone. So what is drawn depends on the order of the prompts not at
+    all, and on batches and devices only through the rounding of log p: a token differs with a probability of about the
+    total variation between the two, 1e-6 in float32 (bit-equal on the same batches). The log-probs of a response are
+    those of every token of it, the end token included once; under temperature 0 they are 0, for nothing is drawn.
+
+    decode    (tokens of a prompt, tokens of a response without its end token) -> text; `decoding` makes it
+    end       the tokens that end a response; with none, each has `max_new` tokens
+    tokens    token places of a batch, prompts and responses: this bounds the memory
+    lengths   the lengths that prompts are padded to; empty: 32, 48, 64, 96, 128 ... up to the context of the model.
+              Each of them compiles once, and once more for each power of 2 of the prompts or rows of a smaller batch
+    multiple  the rows of every batch are a multiple of it: the number of devices
+    place     puts a batch, leaves [1, rows, ...], on the devices
+    progress  called with (responses done, responses to make) after every batch
+
+    Raises ValueError, with the prompt's id, for a prompt that is empty, that leaves fewer than `max_new` places of the
+    model's context, or that holds a token that the vocabulary lacks; for two prompts of one id; and
+    FloatingPointError where the model's probabilities are not numbers.
+    """
+    _check_options(sampling, decoder, end, tokens, multiple)
+    new, sizes = sampling.max_new, buckets(decoder.config, lengths)
+
+    def rows(length: int) -> int:
+        return max(1, tokens // (length + new) // multiple) * multiple
+
+    @jax.jit
+    def write_all(params: Params, batch: Batch) -> tuple[Array, Array]:
+        ids, owner = batch["tokens"][0], batch["owner"][0]
+        keys = _keys(sampling.seed, batch["words"][0], batch["draws"][0])
+        head = decoder.head(params)
+        hidden, block = decoder.extend(params, (), ids, batch["positions"][0])
+        cache, last = _shared(block, owner, new - 1), batch["positions"][0][owner, -1]
+        count, length = len(owner), ids.shape[1]
+
+        def choose(hidden: Array, step: Array | int) -> tuple[Array, Array]:
+            log_p = log_probabilities(hidden @ head, sampling)
+            token = _drawn(log_p, keys, step) if sampling.temperature else jnp.argmax(log_p, -1)
+            return token.astype(jnp.int32), jnp.take_along_axis(log_p, token[:, None], 1)[:, 0]
+
+        def ends(token: Array) -> Array:
+            return jnp.isin(token, jnp.asarray(end, jnp.int32)) if end else jnp.zeros_like(token, bool)
+
+        def put(out: Array, column: Array, step: Array | int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(out, column[:, None], step, 1)
+
+        def go_on(state: tuple) -> Array:
+            step, _, ended, *_ = state
+            return (step < new) & ~ended.all()
+
+        def one(state: tuple) -> tuple:
+            step, token, ended, cache, out, log_probs = state
+            hidden, block = decoder.extend(params, (cache,), token[:, None], (last + step)[:, None])
+            cache = write(cache, block, length + step - 1)
+            token, log_prob = choose(hidden[:, 0], step)
+            return step + 1, token, ended | ends(token), cache, put(out, token, step), put(log_probs, log_prob, step)
+
+        token, log_prob = choose(hidden[owner, -1], 0)
+        out = put(jnp.zeros((count, new), jnp.int32), token, 0)
+        log_probs = put(jnp.zeros((count, new), log_prob.dtype), log_prob, 0)
+        padding = batch["draws"][0] < 0
+        state = jnp.int32(1), token, padding | ends(token), cache, out, log_probs
+        *_, out, log_probs = jax.lax.while_loop(go_on, one, state)
+        return out, log_probs
+
+    def resume(params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: Store) -> list[list[Response]]:
+        distinct = _distinct(prompts)
+        _check(distinct, sampling, decoder)
+        different = sorted(set(draws)) if sampling.temperature else [0] * bool(draws)  # greedy has one response
+        known = {
+            Row(at, draw): store.done.get(key(prompt, draw, sampling, store.fingerprint))
+            for at, prompt in enumerate(distinct)
+            for draw in different
+        }
+        count = sum(response is not None for response in known.values())
+
+        def collect(batch: list[Row], values: tuple[Array, Array]) -> None:
+            nonlocal count
+            fresh = {}
+            for row, ids, log_probs in zip(batch, *map(np.asarray, values), strict=False):  # then rows of padding
+                prompt = distinct[row.prompt]
+                if known[row] is None:
+                    response = _response(prompt, ids.tolist(), log_probs.tolist(), set(end), decode)
+                    known[row] = fresh[key(prompt, row.draw, sampling, store.fingerprint)] = response
+            count += len(fresh)
+            store.save(fresh)
+            progress(count, len(known))
+
+        last = None  # one batch is made and sent while the one before it is computed
+        for batch in _plan(distinct, different, sizes, rows):
+            # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
+            if all(known[row] is not None for row in batch):
+                continue
+            values = write_all(params, place(_batch(batch, distinct, sizes, rows, multiple)))
+            if last is not None:
+                collect(*last)
+            last = batch, values
+        if last is not None:
+            collect(*last)
+        at = {prompt.id: place for place, prompt in enumerate(distinct)}
+        wanted = draws if sampling.temperature else [0] * len(draws)
+        return [[known[Row(at[prompt.id], draw)] for draw in wanted] for prompt in prompts]  # type: ignore[misc]
+
+    return Sampler(lambda params, prompts, draws: resume(params, prompts, draws, NOTHING), resume)
+
+
+NOTHING = Store("", {}, lambda responses: None)
+"""Reads and keeps nothing."""
+
+
+def log_probabilities(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
+    """log p of the next token under the sampler, nats; -inf for tokens that it never draws.
+
+    log softmax of logits / temperature, over the `top_k` greatest, and of these over the fewest that together have
+    probability `top_p` or more, in that order (as transformers: the probabilities of top-p are those that top-k
+    leaves). Tokens as probable as the last one that stays stay, too. Temperature 0: 0 for the greatest logit, the first
+    of equal ones. NaN where a row's logits are not all finite.
+    """
+    finite = jnp.isfinite(logits).all(-1, keepdims=True)
+    if sampling.temperature == 0:
+        greatest = jnp.argmax(logits, -1)[:, None] == jnp.arange(logits.shape[-1])[None]
+        log_p = jnp.where(greatest, 0.0, -jnp.inf).astype(logits.dtype)
+    else:
+        logits = logits / sampling.temperature
+        if 0 < sampling.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        log_p = jax.nn.log_softmax(logits, -1)
+        if sampling.top_p < 1:
+            down = -jnp.sort(-log_p, axis=-1)
+            shares = jnp.exp(down)
+            stay = jnp.cumsum(shares, -1) - shares < sampling.top_p  # what is before it has not reached top_p
+            least = jnp.min(jnp.where(stay, down, jnp.inf), -1, keepdims=True)
+            log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p), -1)
+    return jnp.where(finite, log_p, jnp.nan)
+
+
+def decoding(tokenizer) -> Callable[[Sequence[int], Sequence[int]], str]:
+    """(tokens of a prompt, of a response) -> the text that the response adds, special tokens left out.
+
+    Decoded behind its prompt, since many tokenizers drop the white space that a text begins with.
+    """
+
+    def decode(prompt: Sequence[int], response: Sequence[int]) -> str:
+        before, whole = (
+            str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for ids in (prompt, (*prompt, *response))
+        )
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return str(tokenizer.decode(list(response), skip_special_tokens=True))  # a character begins in the prompt
+
+    return decode
+
+
+def key(prompt: Prompt, draw: int, sampling: Sampling, fingerprint: str) -> str:
+    """32 hex digits of a prompt, a draw, how it is drawn and the model that writes."""
+    return hashlib.sha256(json.dumps([fingerprint, prompt, draw, sampling]).encode()).hexdigest()[:32]
+
+
+# ---- on the device
+
+
+def _keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "rows"]) -> PRNGKeyArray:
+    """One key to a draw of a prompt."""
+    root = jax.random.key(seed)
+
+    def one(words: Array, draw: Array) -> PRNGKeyArray:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), draw)
+
+    return jax.vmap(one)(words, draws)
+
+
+def _drawn(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | int) -> Int[Array, "rows"]:
+    """A token of each row. Noise rather than a uniform number on the cumulative sum: rounding moves it least."""
+
+    def noise(key: PRNGKeyArray) -> Array:
+        # float32 whatever the model, so that a float64 model draws the same; high: no cut at 2^-23
+        return jax.random.gumbel(jax.random.fold_in(key, step), log_p.shape[1:], jnp.float32, mode="high")
+
+    return jnp.argmax(log_p + jax.vmap(noise)(keys).astype(log_p.dtype), -1)
+
+
+def _shared(block: Cache, owner: Int[Array, "rows"], more: int) -> Cache:
+    """Prompts that were read once as the beginning of every row that continues them, with slots for `more` tokens.
+
+    Copied once, and not in each step: the copy is a part of the cache that the loop would read anyway.
+    """
+    free = [(0, 0), (0, more)]
+    return Cache(
+        jnp.pad(block.keys[:, owner], [(0, 0)] * 3 + free),
+        jnp.pad(block.values[:, owner], [(0, 0)] * 2 + [*free, (0, 0)]),
+        jnp.pad(block.positions[owner], free, constant_values=EMPTY),
+    )
+
+
+# ---- on the host
+
+
+def _plan(
+    prompts: Sequence[Prompt], draws: Sequence[int], sizes: Sequence[int], rows: Callable[[int], int]
+) -> list[list[Row]]:
+    """Batches, a function of the prompts and draws alone; longest prompts first, all draws of a prompt side by side."""
+    order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at].tokens), prompts[at].id))
+    waiting = [Row(at, draw) for at in order for draw in draws]
+    batches, at = [], 0
+    while at < len(waiting):
+        count = rows(fit(len(prompts[waiting[at].prompt].tokens), sizes))
+        count -= count % len(draws) if count >= len(draws) else 0  # whole prompts: each is read in one batch only
+        batches.append(waiting[at : at + count])
+        at += count
+    return batches
+
+
+def _batch(
+    batch: list[Row], prompts: Sequence[Prompt], sizes: Sequence[int], rows: Callable[[int], int], multiple: int
+) -> Batch:
+    read = list(dict.fromkeys(row.prompt for row in batch))
+    length = fit(max(len(prompts[at].tokens) for at in read), sizes)
+
+    def padded(count: int) -> int:
+        return min(multiple * 2 ** (-(-count // multiple) - 1).bit_length(), rows(length))
+
+    owner, draws = np.zeros((1, padded(len(batch))), np.int32), np.full((1, padded(len(batch))), -1, np.int32)
+    words = np.zeros((*draws.shape, 2), np.uint32)
+    for at, row in enumerate(batch):
+        owner[0, at], draws[0, at], words[0, at] = read.index(row.prompt), row.draw, _words(prompts[row.prompt].id)
+    ids = [np.asarray(prompts[at].tokens, np.int32) for at in read]
+    padding = left_padded(ids, [0] * len(ids), padded(len(read)), length)
+    return padding | {"owner": owner, "draws": draws, "words": words}
+
+
+def _words(id: str) -> Int[np.ndarray, "2"]:
+    """64 bits of an id."""
+    return np.frombuffer(hashlib.sha256(id.encode()).digest()[:8], "<u4")
+
+
+def _response(
+    prompt: Prompt, ids: list[int], log_probs: list[float], end: set[int], decode: Callable[..., str]
+) -> Response:
+    count = next((at + 1 for at, token in enumerate(ids) if token in end), len(ids))
+    ended = ids[count - 1] in end
+    ids, log_probs = ids[:count], log_probs[:count]
+    if not np.isfinite(log_probs).all():
+        raise FloatingPointError(
+            f"prompt {prompt.id}: the model's logits are not all finite. Its parameters are broken or too large."
+        )
+    return Response(decode(prompt.tokens, ids[: count - ended]), tuple(ids), tuple(log_probs), ended)
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once, in an order that does not depend on theirs."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if found.setdefault(prompt.id, prompt) != prompt:
+            raise ValueError(
+                f"two different prompts have the id {prompt.id!r}, and would be drawn with the same noise."
+            )
+    return [found[id] for id in sorted(found)]
+
+
+def _check_options(sampling: Sampling, decoder: Decoder, end: Sequence[int], tokens: int, multiple: int) -> None:
+    if min(tokens, multiple, sampling.max_new) < 1:
+        raise ValueError(f"tokens {tokens}, multiple {multiple}, max_new {sampling.max_new}: each must be at least 1.")
+    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise ValueError(f"{sampling}: temperature and top_k must be 0 or more, and top_p in (0, 1].")
+    if any(not 0 <= token < decoder.config.vocab for token in end):
+        raise ValueError(f"end tokens {list(end)} lie outside of the vocabulary, 0 to {decoder.config.vocab - 1}.")
+
+
+def _check(prompts: Sequence[Prompt], sampling: Sampling, decoder: Decoder) -> None:
+    config = decoder.config
+    room = config.max_length - sampling.max_new + 1  # the last token of a response is not read
+    long = [prompt for prompt in prompts if len(prompt.tokens) > room]
+    if long:
+        raise ValueError(
+            f"prompt {long[0].id} has {len(long[0].tokens)} tokens; with max_new = {sampling.max_new} the model's "
+            f"context of {config.max_length} has room for {room}. Lower max_new, or leave the prompt out"
+            f"{f' ({len(long) - 1} more are too long)' if len(long) > 1 else ''}."
+        )
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise ValueError(f"prompt {prompt.id} is empty; begin it with the BOS token.")
+        if min(prompt.tokens) < 0 or max(prompt.tokens) >= config.vocab:
+            raise ValueError(f"prompt {prompt.id}: a token lies outside of the vocabulary, 0 to {config.vocab - 1}.")

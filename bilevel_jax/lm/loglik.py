@@ -14,6 +14,7 @@ from bilevel_jax.lm.losses import negative_log_likelihood
 from bilevel_jax.lm.models.cache import EMPTY, Cache
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.decoder import Decoder
+from bilevel_jax.lm.padding import buckets, fit, left_padded
 from bilevel_jax.lm.stems import stems
 
 
@@ -103,7 +104,7 @@ def engine(
     Scoring raises ValueError, with the request's index, for one that is longer than the model's context, that has a
     response after nothing, or a token that the vocabulary lacks. An empty response has 0 nats and 0 tokens.
     """
-    sizes = _lengths(decoder.config, lengths)
+    sizes = buckets(decoder.config, lengths)
     if min(tokens, multiple, chunk) < 1:
         raise ValueError(f"tokens {tokens}, multiple {multiple}, chunk {chunk}: each must be at least 1.")
 
@@ -196,7 +197,7 @@ def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: 
         waiting = sorted(waiting, key=lambda row: (-length(row), row.request))
         out, at = [], 0
         while at < len(waiting):
-            count = rows(_fit(length(waiting[at]), sizes))
+            count = rows(fit(length(waiting[at]), sizes))
             out.append(waiting[at : at + count])
             at += count
         return out
@@ -206,7 +207,7 @@ def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: 
     alone = set(range(len(requests))).difference(*(range(stem.start, stem.stop) for stem in found))
     found, at = sorted(found, key=lambda stem: (-stem.length, stem.start)), 0
     while at < len(found):
-        together = found[at : at + rows(_fit(found[at].length, sizes))]
+        together = found[at : at + rows(fit(found[at].length, sizes))]
         yield Part(
             [np.asarray(requests[stem.start].prefix[: stem.length], np.int32) for stem in together],
             batches(
@@ -223,9 +224,9 @@ def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: 
 
 def _stem_batch(stems: list[np.ndarray], sizes: Sequence[int], rows: Callable[[int], int], multiple: int) -> Batch:
     """Of as many rows as there are stems, rounded up to `multiple` times a power of 2: often there are few."""
-    length = _fit(max(map(len, stems)), sizes)
+    length = fit(max(map(len, stems)), sizes)
     doublings = (-(-len(stems) // multiple) - 1).bit_length()
-    return _left_padded(stems, [0] * len(stems), min(multiple * 2**doublings, rows(length)), length)
+    return left_padded(stems, [0] * len(stems), min(multiple * 2**doublings, rows(length)), length)
 
 
 def _row_batch(
@@ -237,26 +238,17 @@ def _row_batch(
         for row, (prefix, response) in zip(batch, pairs, strict=True)
     ]
     responses = [response for _, response in pairs]
-    length = _fit(max(map(len, ids)), sizes)
+    length = fit(max(map(len, ids)), sizes)
     count = rows(length)
     targets = np.zeros((1, count, length), np.int32)
     for row, response in enumerate(responses):
         targets[0, row, length - len(response) :] = response
     scored = np.asarray([max(map(len, responses))], np.int32)
-    out = _left_padded(ids, [row.start for row in batch], count, length) | {"targets": targets, "scored": scored}
+    out = left_padded(ids, [row.start for row in batch], count, length) | {"targets": targets, "scored": scored}
     if cached:
         owner = [row.owner for row in batch] + [0] * (count - len(batch))
         out["owner"] = np.asarray([owner], np.int32)
     return out
-
-
-def _left_padded(sequences: Sequence[np.ndarray], starts: Sequence[int], rows: int, length: int) -> Batch:
-    """Sequences that end where the rows end: the responses are then the last columns of a batch."""
-    tokens, positions = np.zeros((1, rows, length), np.int32), np.full((1, rows, length), EMPTY, np.int32)
-    for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-        tokens[0, row, length - len(ids) :] = ids
-        positions[0, row, length - len(ids) :] = np.arange(start, start + len(ids))
-    return {"tokens": tokens, "positions": positions}
 
 
 def _tail_losses(
@@ -276,18 +268,6 @@ def _tail_losses(
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, 1)
 
     return jax.lax.fori_loop(0, -(-scored // size), piece, jnp.zeros((rows, length), hidden.dtype))
-
-
-def _lengths(config: DecoderConfig, lengths: Sequence[int]) -> list[int]:
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"lengths {list(lengths)}: each is at least 1 token.")
-    powers = [2**power for power in range(5, config.max_length.bit_length())]
-    chosen = lengths or [length for power in powers for length in (power, power + power // 2)]
-    return sorted({length for length in chosen if length < config.max_length} | {config.max_length})
-
-
-def _fit(length: int, sizes: Sequence[int]) -> int:
-    return next(size for size in sizes if size >= length)
 
 
 def _check(requests: Sequence[Request], config: DecoderConfig) -> None:
