@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs import files
+from bilevel_jax.runs import files, inputs
 
 
 class Interrupted(Exception):
@@ -154,14 +154,16 @@ class Marked:
 
 @contextlib.contextmanager
 def run_folder(config: Any) -> Iterator[Path]:
-    """The folder of a verb's run, locked: made new, or, to resume, that of a run with the same config.
+    """The folder of a verb's run, locked: made new, or, to resume, that of a run with the same config and files.
 
-    Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config.
+    Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
+    other data, or another model.
     """
     folder = files.new_run_folder(config.output.folder, config.output.resume)
     with files.lock(folder):
         if config.output.resume:
             configs.refuse_another(config, folder / files.RESOLVED)
+            inputs.refuse_changed(config, folder)
         yield folder
 
 
@@ -171,6 +173,7 @@ def started(config: Any, folder: Path) -> Iterator[Session]:
     output = config.output
     files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
     files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+    inputs.record(config, folder)
     with session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as work:
         yield work
 

@@ -1,0 +1,64 @@
+"""A run is resumed with the files that it was started with, or not at all."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from bilevel_jax.runs import inputs
+from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.sections import Data, Model
+
+
+@pytest.fixture
+def started(tmp_path):
+    """(config, the run's folder, the training rows, a file of the model)."""
+    rows, trusted, model = tmp_path / "rows.jsonl", tmp_path / "trusted.jsonl", tmp_path / "model"
+    model.mkdir()
+    rows.write_text('{"text": "abc"}\n')
+    trusted.write_text('{"text": "abd"}\n')
+    (model / "model.safetensors").write_bytes(b"0123")
+    data = Data(train=(str(rows), "hub:owner/name@train"), validation=(str(trusted),))
+    config = SelectConfig(model=Model(path=str(model)), data=data)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    inputs.record(config, folder)
+    inputs.refuse_changed(config, folder)
+    return config, folder, rows, model / "model.safetensors"
+
+
+def test_a_touched_file_is_the_same(started):
+    config, folder, rows, _ = started
+    os.utime(rows, (1, 1))
+    inputs.refuse_changed(config, folder)
+
+
+def test_changed_data_and_model_are_both_named(started):
+    config, folder, rows, weights = started
+    rows.write_text('{"text": "abcd"}\n')
+    weights.write_bytes(b"0124")
+    os.utime(weights, (1, 1))
+    with pytest.raises(ValueError, match="started with other files") as caught:
+        inputs.refuse_changed(config, folder)
+    assert f"data.train: {rows} had 16 bytes then and has 17 now" in str(caught.value)
+    assert f"model.path: {weights} has another content of the same size" in str(caught.value)
+    inputs.record(config, folder)  # what was recorded first stays
+    with pytest.raises(ValueError, match="other files"):
+        inputs.refuse_changed(config, folder)
+
+
+def test_a_file_more_or_less_is_named(started):
+    config, folder, rows, weights = started
+    (weights.parent / "tokenizer.json").write_text("{}")
+    rows.unlink()
+    with pytest.raises(ValueError, match="tokenizer.json was not there then") as caught:
+        inputs.refuse_changed(config, folder)
+    assert f"data.train: {rows} is not there now" in str(caught.value)
+
+
+def test_every_key_that_names_files_exists():
+    from bilevel_jax.runs.config import sections
+
+    config = replace(SelectConfig(), data=Data(train=("nowhere",)))
+    assert inputs.given(config) == {}
+    assert {key.split(".")[0] for key in inputs.KEYS} <= sections()
