@@ -30,6 +30,7 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
+from bilevel_jax.core.problem import base, per_unit
 from bilevel_jax.core.transition import begin, gradient
 from bilevel_jax.core.types import PADDING, Batch, Fixed, Inner, Params, Problem, Scalar, Single, Slice, Stream
 
@@ -119,13 +120,14 @@ def multiobjective(
     likelihoods, for one more forward pass; `Copy` takes K steps towards the maximiser phi*, and moves phi along with
     theta: phi* - theta varies slowly, and where phi stays behind, training diverges at small tau (measured).
 
-    `level` is the normaliser over the last `memory` rows or so, at most an epoch (while there were fewer, the exact one
-    over all of them), as it stood *before* the step: the weight of a row depends on no other row of its batch, except
-    in the very first step. It is held in nats, which a falling tau moves least. It lags: while losses or tau fall, the
-    mean weight is above 1. Measured on a regression (4096 rows, batches of 32, 4 epochs, three schedules of tau, two
-    rates), the rms error of its log within an epoch is at most .25; that of the exact sum over `table` at most .73, as
-    the gaps are an epoch old, but .005 at rest, and it costs O(rows) wherever tau moves. No weight is let above the
-    number of rows that the level is measured on, with those of the batch: were the row among them, it could not be.
+    `level` is the normaliser over the last `memory` rows or so, at most an epoch (while there were fewer, the exact
+    one over all of them), as it stood *before* the step: the weight of a row depends on no other row of its batch,
+    except in the very first step. Rows that count less than others (`base`) count so in it, too. It is held in
+    nats, which a falling tau moves least. It lags: while losses or tau fall, the mean weight is above 1. Measured
+    on a regression (4096 rows, batches of 32, 4 epochs, three schedules of tau, two rates), the rms error of its
+    log within an epoch is at most .25; that of the exact sum over `table` at most .73, as the gaps are an epoch
+    old, but .005 at rest, and it costs O(rows) wherever tau moves. No weight is let above the number of rows that
+    the level is measured on, with those of the batch: were the row among them, it could not be.
 
     `problem` must be linear in its slice, as `weighted` makes it. L_v of a validation batch is the mean over its own
     rows. Micro-batches are summed in a scan; no work of a step grows with the number of rows.
@@ -164,10 +166,13 @@ def multiobjective(
     def step(state: State, fixed: Fixed, train: Batch, validation: Batch) -> tuple[State, Info]:
         (params, opt, done), other, phi_opt = state.inner, state.phi, state.phi_opt
         heat, lam = jnp.asarray(tau(done), float), jnp.asarray(share(done), float)
+        counts = jnp.where(train["index"] != PADDING, base(train), 0)
         level = jax.lax.cond(
-            state.measured > 0, lambda: state.level, lambda: -merit(gaps(problem, params, other, fixed, train), heat)
+            state.measured > 0,
+            lambda: state.level,
+            lambda: -merit(gaps(problem, params, other, fixed, train), heat, counts),
         )
-        seen, kept = jnp.sum(train["index"] != PADDING), jnp.minimum(state.measured, min(memory, rows))
+        seen, kept = jnp.sum(counts), jnp.minimum(state.measured, min(memory, rows))
         normaliser = Normaliser(level, heat, kept + seen)
         if copy:
             own = all_losses(problem, params, fixed, train)
@@ -182,7 +187,7 @@ def multiobjective(
             (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=copy.steps)
         theirs = all_losses(problem, other, fixed, train)
         inner, slope, z, chosen = weighted_slope(problem, params, fixed, train, normaliser, theirs, 1)
-        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - merit(z, heat) / heat])
+        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - merit(z, heat, counts) / heat])
         level = heat * (jax.nn.logsumexp(both) - jnp.log(kept + seen))
 
         value = problem.prior(params, fixed) - (0 if phi == "none" else problem.prior(other, fixed)) - level
@@ -220,12 +225,14 @@ def geometric(start: float, end: float, steps: int) -> optax.Schedule:
     return lambda step: start * (end / start) ** jnp.minimum(step / steps, 1.0)
 
 
-def merit(gaps: Gaps, tau: Scalar | float) -> Scalar:
+def merit(gaps: Gaps, tau: Scalar | float, counts: Float[Array, "..."] | None = None) -> Scalar:
     """m = -tau log mean_i exp(gaps_i / tau) over the rows that are there, nats: at a phi, without strength and prior.
 
     A lower bound of m(theta) at any phi. Minus tau log N it is v. Between min_i -gaps_i and that plus tau log N.
+    `counts` (default: 1) says how much each row counts in the mean.
     """
-    return -tau * (jax.nn.logsumexp(gaps / tau) - jnp.log(jnp.sum(gaps > -jnp.inf)))
+    counts = jnp.where(gaps > -jnp.inf, 1.0 if counts is None else counts, 0)
+    return -tau * (jax.nn.logsumexp(gaps / tau, b=counts) - jnp.log(jnp.sum(counts)))
 
 
 def importance(gaps: Gaps, tau: Scalar | float) -> Gaps:
@@ -266,7 +273,8 @@ def all_losses(problem: Problem, params: Params, fixed: Fixed, batch: Batch) -> 
 
 def losses(problem: Problem, params: Params, fixed: Fixed, micro: Batch) -> Float[Array, "examples"]:
     """The losses of one micro-batch, nats: as `inner` is linear in the weights, its derivative by them times rows."""
-    return micro["rows"] * jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), fixed, micro)
+    slope = jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), fixed, micro)
+    return micro["rows"] * per_unit(slope, micro)
 
 
 def weighted_slope(
@@ -290,7 +298,7 @@ def weighted_slope(
         values, pull = jax.vjp(lambda params: losses(problem, params, fixed, micro), params)
         z = jnp.where(micro["index"] != PADDING, sign * (others - values), -jnp.inf)
         chosen = jnp.minimum(jnp.exp((z - level) / tau), largest)
-        part = chosen / micro["rows"]
+        part = chosen * base(micro) / micro["rows"]
         return optax.tree.add(total, (jnp.sum(part * values), pull(part)[0])), (z, chosen)
 
     prior = jax.value_and_grad(problem.prior)(params, fixed)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.implicit import sampled
+from bilevel_jax.core.problem import per_unit
 from bilevel_jax.core.transition import begin, gradient
 from bilevel_jax.core.types import (
     PADDING,
@@ -199,10 +200,11 @@ def single(
 
     Everything is read at the parameters before the step. `share` gives lambda = 1 / (1 + gamma) and `rate` the step on
     the selector's logits, both of the step's number. The entries l_i(theta) - l_i(u) are in nats per example, so that
-    a row moves as much in a large batch as in a small one; they lack the factor gamma (ScaleBiO and V-PBGD have it,
-    SEAL does not): put it into `rate` where it is wanted. With `normalised` the slope is divided by the rms of its
-    entries that are not 0; such steps never come to rest, and where all differences are rounding they follow rounding:
-    let `rate` fall. Never Adam on the logits: it moves rows that are absent, and is blind to size.
+    a row moves as much in a large batch as in a small one, and one that counts 1/G (`base`) as much as a whole one: G
+    such rows go where the one they replace would. They lack the factor gamma (ScaleBiO and V-PBGD have it, SEAL does
+    not): put it into `rate` where it is wanted. With `normalised` the slope is divided by the rms of its entries that
+    are not 0; such steps never come to rest, and where all differences are rounding they follow rounding: let `rate`
+    fall. Never Adam on the logits: it moves rows that are absent, and is blind to size.
 
     second="copy" is the minimax form: u ascends on -gamma (G + r)(u), so a row weighs less where following V costs it
     loss. With second="none" there is no u and l_i(u) = 0, the memory-saving form: it needs one model less and **only
@@ -248,7 +250,7 @@ def single(
         if copy is not None:
             _, follow, losses = losses_and_slope(problem, copy.params, weights, fixed, train)
             entries, copy = entries - losses, descend(optimizer, copy, follow)
-        entries = jnp.where(present, entries * train["rows"][:, None], 0)
+        entries = jnp.where(present, per_unit(entries, train) * train["rows"][:, None], 0)
         change = selector.slope(state.outer, index, entries)
         scale = -rate(inner.step) * (inverse_rms(change) if normalised else 1)
         change = jax.tree.map(lambda leaf: jnp.clip(scale * leaf, -cap, cap), change)

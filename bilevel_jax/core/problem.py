@@ -20,7 +20,8 @@ def weighted(
         min_w L_v(params*(w)),  inner = sum_i w_i losses_i / rows,  L_v = mean of `outer` over the validation rows
 
     The denominator is the number of real examples in the *global* step, never the sum of the weights and never a
-    micro-batch or a device: so the gradient and its entries are the same for any split of the step.
+    micro-batch or a device: so the gradient and its entries are the same for any split of the step. Where batches have
+    a `base`, each example counts with it beside its weight: inner = sum_i base_i w_i losses_i / rows.
 
     `outer` (default: `losses`) gives the losses of validation rows; `prior` (default: none) is added once per step.
     """
@@ -30,7 +31,7 @@ def weighted(
         values = losses(params, fixed, batch)
         if values.shape != weights.shape:
             raise ValueError(f"losses {values.shape} and weights {weights.shape} differ; give one loss per example.")
-        return jnp.sum(weights * values) / batch["rows"]
+        return jnp.sum(weights * base(batch) * values) / batch["rows"]
 
     def share(params: Params, fixed: Fixed, batch: Batch) -> Scalar:
         values = outer(params, fixed, batch)
@@ -43,6 +44,19 @@ def weighted(
         return table.at[batch["index"]].add(entries, mode="drop")
 
     return Problem(inner, prior or (lambda params, fixed: jnp.zeros(())), share, take, add)
+
+
+def base(batch: Batch) -> Float[Array, "*micro examples"] | float:
+    """How much each example counts before any weight: the leaf `base` of the batch, 1 where there is none."""
+    return batch.get("base", 1.0)
+
+
+def per_unit(values: Float[Array, "*micro examples"], batch: Batch) -> Float[Array, "*micro examples"]:
+    """values / base, and 0 for an example of base 0: from d inner / d weight back to what one whole example says."""
+    if "base" not in batch:
+        return values
+    counts = batch["base"] > 0
+    return jnp.where(counts, values / jnp.where(counts, batch["base"], 1), 0)
 
 
 def shared(

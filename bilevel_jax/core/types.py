@@ -17,7 +17,8 @@ Fixed = PyTree
 Batch = PyTree
 """A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the row of the weight
 table of each example (`PADDING` where there is none), and `rows` float[micro], the number of real examples in the whole
-global step (in a stream that is summed, as the validation stream is: in the whole stream)."""
+global step (in a stream that is summed, as the validation stream is: in the whole stream). Where examples do not all
+count the same before they are weighted, `base` float[micro, examples], mean 1: a factor of each."""
 Scalar = Float[Array, ""]
 
 PADDING = 2**31 - 1

@@ -13,6 +13,9 @@ packing several sequences share a row. Batches are numpy:
     index       i32[M,E]     the row of the weight table; PADDING for an empty slot
     supervised  f32[M,S]     number of supervised targets; 1 for an empty slot, so that it may be divided by
     reference   f32[M,E]     where the corpus has it: the reference model's margin of a pair, nats; 0 for an empty slot
+    sampler     f32[M,R,L]   where the corpus has it: log-probability of the target under the model that sampled it,
+                             nats; nan where it was not sampled
+    base        f32[M,E]     where the corpus has it: how much the example counts before any weight; 0 for an empty slot
     rows        f32[M]       real examples in the whole global step (in an evaluation stream: in the whole stream)
     targeted    f32[M]       supervised targets in the same, for losses per token
 
@@ -71,6 +74,20 @@ def subset(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: 
         return lookup(_filled(part, len(chosen), batch, lambda places: permutation(places, len(chosen), seed, epoch)))
 
     return at
+
+
+def grouped(groups: Int[np.ndarray, "groups size"], rows: int, batch: int, seed: int) -> Order:
+    """As `subset`, but whole groups are shuffled, and the rows of one stand side by side, in one micro-batch.
+
+    For losses that compare rows. A group that is not full holds `rows` in its empty places. `batch` must be a multiple
+    of the size, and so must be the slots of a micro-batch.
+    """
+    size = groups.shape[1]
+    if batch % size:
+        raise ValueError(f"a batch of {batch} rows does not hold whole groups of {size}.")
+    table = np.concatenate([groups, np.full((1, size), rows)])
+    of_groups = order(len(groups), batch // size, seed)
+    return lambda step: table[of_groups(step)].ravel()
 
 
 def in_order(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: int) -> Order:
@@ -188,6 +205,7 @@ def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, who
     shape = (micro, rows, length)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     slot = np.full(shape, slots, np.int32)
+    sampler = np.full(shape, np.nan, np.float32)
     supervised = np.ones((micro, slots), np.float32)
     real = chosen < corpus.rows
     targeted = 0
@@ -211,6 +229,8 @@ def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, who
             tokens[here], targets[here], positions[here] = ids[:-1], ids[1:], np.arange(n)
             segments[here] = segments[m, at[s]].max() + 1
             slot[here] = np.where(wanted, s, slots)
+            if corpus.sampler is not None:
+                sampler[here] = corpus.sampler[first + 1 : first + n + 1]
             supervised[m, s] = wanted.sum()
             targeted += int(wanted.sum())
     count, targeted = whole or (int(real.sum()), targeted)
@@ -228,6 +248,11 @@ def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, who
     if corpus.reference is not None:
         reference = np.where(real, corpus.reference[np.where(real, chosen, 0)], 0)
         batch["reference"] = reference.astype(np.float32).reshape(micro, examples)
+    if corpus.sampler is not None:
+        batch["sampler"] = sampler
+    if corpus.base is not None:
+        base = np.where(real, corpus.base[np.where(real, chosen, 0)], 0)
+        batch["base"] = base.astype(np.float32).reshape(micro, examples)
     return batch
 
 

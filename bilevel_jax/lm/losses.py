@@ -38,11 +38,11 @@ def sft(
     tokens where they are made. Preference pairs are refused: their losses are in `preferences`.
     """
     _check(chunk, normalise)
-    tokens = _token_losses(decoder, chunk)
+    tokens = token_losses(decoder, chunk)
 
     def losses(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        return _normalised(_per_sequence(tokens(params, batch), batch), batch, normalise)
+        return normalised(per_sequence(tokens(params, batch), batch), batch, normalise)
 
     return losses
 
@@ -53,8 +53,8 @@ def log_likelihoods(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params,
     An empty slot is exactly 0.
     """
     _check(chunk, "token_sum")
-    tokens = _token_losses(decoder, chunk)
-    return lambda params, batch: -_per_sequence(tokens(params, batch), batch)
+    tokens = token_losses(decoder, chunk)
+    return lambda params, batch: -per_sequence(tokens(params, batch), batch)
 
 
 def accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
@@ -78,7 +78,7 @@ def averaged(
     def values(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
         measured = _in_chunks(measure, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
-        return _normalised(_per_sequence(measured, batch), batch, "example_mean")
+        return normalised(per_sequence(measured, batch), batch, "example_mean")
 
     return values
 
@@ -100,7 +100,7 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
 
     def affine_link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
         per_token = _in_chunks(negative_log_likelihood, outputs, decoder.head(fixed), batch, chunk)
-        return _normalised(_per_sequence(per_token, batch), batch, normalise)
+        return normalised(per_sequence(per_token, batch), batch, normalise)
 
     def logits(params: Params, fixed: Fixed, batch: Batch) -> Array:
         _refuse_pairs(batch)
@@ -109,7 +109,7 @@ def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalis
 
     def link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
         per_token = negative_log_likelihood(outputs, _targets(batch))
-        return _normalised(_per_sequence(per_token, batch), batch, normalise)
+        return normalised(per_sequence(per_token, batch), batch, normalise)
 
     return Loss(hidden, affine_link) if frozen_head else Loss(logits, link)
 
@@ -119,7 +119,9 @@ def assemble(params: Params, fixed: Fixed) -> Params:
     return params if fixed is None else join(fixed, params)
 
 
-def _token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
+def token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
+    """(params, batch) -> -log p of the target at every place, nats; of token 0 where no example counts the place."""
+
     def tokens(params: Params, batch: Batch) -> Array:
         return _in_chunks(negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
 
@@ -176,13 +178,14 @@ def _targets(batch: Batch) -> Array:
     return jnp.where(batch["slot"] < batch["supervised"].shape[0], batch["targets"], 0)
 
 
-def _per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:
+def per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:
     """Sums over the tokens of each sequence. By masks, not by a scatter: one order, so the same bits, on every run."""
     slots = jnp.arange(batch["supervised"].shape[0])[:, None, None]
     return jnp.sum(jnp.where(batch["slot"][None] == slots, token_losses[None], 0), axis=(1, 2))
 
 
-def _normalised(sums: Float[Array, "examples"], batch: Batch, normalise: Normalise) -> Float[Array, "examples"]:
+def normalised(sums: Float[Array, "examples"], batch: Batch, normalise: Normalise) -> Float[Array, "examples"]:
+    """Sums over the tokens of examples as the losses that `sft` names."""
     if normalise == "example_mean":
         return sums / batch["supervised"]
     if normalise == "token_mean":

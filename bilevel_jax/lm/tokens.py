@@ -45,10 +45,18 @@ class Corpus:
     reference: Float[np.ndarray, "rows"] | None = None
     """Of pairs, for DPO: log p(chosen) - log p(rejected) under the reference model, summed over the tokens of the
     responses, nats; anything for a dropped row."""
+    sampler: Float[np.ndarray, "tokens"] | None = None
+    """Log-probability of each token under the model that sampled it, nats; nan for a token that was not sampled."""
+    base: Float[np.ndarray, "rows"] | None = None
+    """How much each row counts before any weight; where it is not given, 1."""
 
     def __post_init__(self) -> None:
         if (len(self.offsets) - 1) % self.sequences:
             raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences}.")
+        if self.sampler is not None and self.sampler.shape != self.ids.shape:
+            raise ValueError(f"sampler {self.sampler.shape} for {len(self.ids)} tokens; give one number for each.")
+        if self.base is not None and (self.base.shape != (self.rows,) or not (self.base >= 0).all()):
+            raise ValueError(f"base {self.base.shape} for {self.rows} rows; give each a number of at least 0.")
         if self.reference is None:
             return
         if self.sequences != 2 or self.reference.shape != (self.rows,):
@@ -84,6 +92,10 @@ class Corpus:
     def with_reference(self, reference: Float[np.ndarray, "rows"]) -> "Corpus":
         """The same pairs with `preferences.margins` under the reference model."""
         return replace(self, reference=np.asarray(reference))
+
+    def with_sampler(self, sampler: Float[np.ndarray, "tokens"], base: Float[np.ndarray, "rows"]) -> "Corpus":
+        """The same rows, with the sampler's log-probabilities of their tokens, and how much each row counts."""
+        return replace(self, sampler=np.asarray(sampler, np.float32), base=np.asarray(base, np.float32))
 
 
 class Report(NamedTuple):
