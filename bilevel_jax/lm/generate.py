@@ -165,12 +165,12 @@ def sampler(
         return out, log_probs
 
     def resume(params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: Store) -> list[list[Response]]:
-        distinct = _distinct(prompts)
-        _check(distinct, sampling, decoder)
+        asked = distinct(prompts)
+        _check(asked, sampling, decoder)
         different = sorted(set(draws)) if sampling.temperature else [0] * bool(draws)  # greedy has one response
         known = {
             Row(at, draw): store.done.get(key(prompt, draw, sampling, store.fingerprint))
-            for at, prompt in enumerate(distinct)
+            for at, prompt in enumerate(asked)
             for draw in different
         }
         count = sum(response is not None for response in known.values())
@@ -179,7 +179,7 @@ def sampler(
             nonlocal count
             fresh = {}
             for row, ids, log_probs in zip(batch, *map(np.asarray, values), strict=False):  # then rows of padding
-                prompt = distinct[row.prompt]
+                prompt = asked[row.prompt]
                 if known[row] is None:
                     response = _response(prompt, ids.tolist(), log_probs.tolist(), set(end), decode)
                     known[row] = fresh[key(prompt, row.draw, sampling, store.fingerprint)] = response
@@ -188,17 +188,17 @@ def sampler(
             progress(count, len(known))
 
         last = None  # one batch is made and sent while the one before it is computed
-        for batch in _plan(distinct, different, sizes, rows):
+        for batch in _plan(asked, different, sizes, rows):
             # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
             if all(known[row] is not None for row in batch):
                 continue
-            values = write_all(params, place(_batch(batch, distinct, sizes, rows, multiple)))
+            values = write_all(params, place(_batch(batch, asked, sizes, rows, multiple)))
             if last is not None:
                 collect(*last)
             last = batch, values
         if last is not None:
             collect(*last)
-        at = {prompt.id: place for place, prompt in enumerate(distinct)}
+        at = {prompt.id: place for place, prompt in enumerate(asked)}
         wanted = draws if sampling.temperature else [0] * len(draws)
         return [[known[Row(at[prompt.id], draw)] for draw in wanted] for prompt in prompts]  # type: ignore[misc]
 
@@ -349,7 +349,7 @@ def _response(
     return Response(decode(prompt.tokens, ids[: count - ended]), tuple(ids), tuple(log_probs), ended)
 
 
-def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Each prompt once, in an order that does not depend on theirs."""
     found: dict[str, Prompt] = {}
     for prompt in prompts:

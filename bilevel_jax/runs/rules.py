@@ -193,6 +193,25 @@ RULES: tuple[Rule, ...] = (
     ("scores.alike", lambda c: c.scores.alike > 0, "must be above 0; above 1 nothing is alike"),
     ("scores.seed", lambda c: c.scores.seed >= 0, "must be 0 or more"),
     ("scores.holdout_steps", lambda c: c.scores.holdout_steps >= 0, "must be 0 (as many as the run) or more"),
+    ("generate.draws", lambda c: c.generate.draws >= 1, "must be 1 or more"),
+    ("generate.temperature", lambda c: c.generate.temperature >= 0, "must be 0 (greedy) or more"),
+    ("generate.top_k", lambda c: c.generate.top_k >= 0, "must be 0 (all tokens) or more"),
+    ("generate.top_p", lambda c: 0 < c.generate.top_p <= 1, "must be in (0, 1]"),
+    ("generate.max_new", lambda c: c.generate.max_new >= 1, "must be 1 or more"),
+    ("generate.seed", lambda c: c.generate.seed >= 0, "must be 0 or more"),
+    ("generate.tokens", lambda c: c.generate.tokens >= 1, "must be 1 or more"),
+    (
+        "generate.url",
+        lambda c: c.generate.source == "embedded" or c.generate.url.startswith(("http://", "https://")),
+        "is where a service is, as http://localhost:8000/v1; or set generate.source to embedded",
+    ),
+    (
+        "generate.model",
+        lambda c: c.generate.source == "embedded" or c.generate.model != "",
+        "name the model at the service",
+    ),
+    ("generate.concurrency", lambda c: c.generate.concurrency >= 1, "must be 1 or more"),
+    ("generate.timeout", lambda c: c.generate.timeout > 0, "must be above 0"),
     ("weights.constant", lambda c: c.weights.constant >= 0, "must be 0 or more"),
     ("train.evaluate_every", lambda c: c.train.evaluate_every >= 1, "must be 1 or more"),
     ("single.steps", lambda c: c.single.steps >= 0, "must be 0 (train.steps * outer.steps) or more"),
@@ -259,6 +278,40 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.check.name in ("", "numeric", "exact") or ".py:" in c.check.name,
         "is numeric, exact, path/to/file.py:function, or nothing",
     ),
+    ("rank.block", lambda c: c.rank.block >= 2, "must be 2 or more; a spread takes many"),
+    ("rank.blocks", lambda c: c.rank.blocks >= 1, "must be 1 or more; a spread takes 2"),
+    (
+        "rank.k",
+        lambda c: 1 <= c.rank.k <= c.rank.block - 2,
+        "must be 1 or more, and at most rank.block - 2: answers to other questions are shown, none twice",
+    ),
+    ("rank.trim", lambda c: 0 <= c.rank.trim < 0.5, "must be in [0, 0.5)"),
+    ("rank.beta", lambda c: 0 <= c.rank.beta <= 1 or c.rank.beta == -1, "must be in [0, 1], or -1 (by their spread)"),
+    ("rank.draws", lambda c: c.rank.draws >= 1, "must be 1 or more"),
+    ("rank.max_question", lambda c: c.rank.max_question >= 0, "must be 0 (no limit) or more"),
+    ("rank.max_response", lambda c: c.rank.max_response >= 0, "must be 0 (no limit) or more"),
+    (
+        "rank.decide",
+        lambda c: c.rank.decide in (c.rank.metrics or (c.rank.decide,)),
+        "is not among rank.metrics: add it, or let one of them pick",
+    ),
+    (
+        "rank.metrics",
+        lambda c: c.rank.reward_field != "" or "car" not in (*c.rank.metrics, c.rank.decide),
+        "car divides rewards: name rank.reward_field",
+    ),
+    (
+        "rank.train_rows",
+        lambda c: c.rank.train_rows == 0 or len(c.data.validation) > 0,
+        "must be 0 (off), or name in data.validation the rows to be tested on",
+    ),
+    ("rank.train_rows", lambda c: c.rank.train_rows >= 0, "must be 0 (off) or more"),
+    ("rank.train_seeds", lambda c: c.rank.train_seeds >= 1, "must be 1 or more; an interval needs 2"),
+    (
+        "check.answer_field",
+        lambda c: c.check.name == "" or c.check.answer_field != "",
+        "name the key of the right result: the responses of a strategy may be wrong",
+    ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )
 
@@ -270,6 +323,7 @@ NEEDS = {
     "data.packing": ("train",),
     "bench.methods": ("bench",),
     "audit.entries": ("audit",),
+    "check.answer_field": ("rank",),
 }
 """Rules that speak of more than their own section, or hold for one verb alone."""
 

@@ -154,6 +154,25 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """How responses are written: by the model itself, or by a service with the OpenAI-compatible HTTP API."""
+
+    source: Literal["embedded", "service"] = "embedded"  # the model itself, in this process; or generate.url
+    draws: int = 1  # responses to each prompt
+    temperature: float = 1.0  # divides the logits; 0: greedy
+    top_k: int = 0  # only the k most probable tokens; 0: all
+    top_p: float = 1.0  # only the most probable tokens that together reach this probability; 1: all
+    max_new: int = 256  # tokens of a response, its end token included
+    seed: int = 0  # of what is drawn
+    tokens: int = 8192  # embedded: token places of a batch, prompts and responses: this bounds the memory
+    url: str = ""  # service: its address up to /v1, as http://localhost:8000/v1
+    model: str = ""  # service: the name of the model there
+    key_variable: str = "OPENAI_API_KEY"  # service: the environment variable with its key, which is written nowhere
+    concurrency: int = 8  # service: requests at the same time
+    timeout: float = 120.0  # service: seconds without a sign of it until a request is sent again
+
+
+@dataclass(frozen=True)
 class Outer:
     """How the weights are learned."""
 
@@ -323,3 +342,33 @@ class Audit:
     together: int = 16  # queries in one reverse sweep, retrains side by side: more is faster and takes more memory
     removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first
     subsets: int = 40  # retrains of each share
+
+
+RankMetric = Literal["sppl", "perplexity", "ifd", "self_similarity", "mix", "car"]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which responses are compared, and how."""
+
+    responses_field: str = "responses"  # table: key of the map {strategy: response}; rows without it: a file for each
+    strategies: tuple[str, ...] = ()  # those to compare; empty: all
+    id_field: str = ""  # files of strategies: key that joins their rows; empty: the question itself
+    reward_field: str = ""  # car: key of a reward for each response; in a table a map {strategy: number}
+    metrics: tuple[RankMetric, ...] = ()  # what is computed; empty: all, car where there are rewards
+    decide: RankMetric = "sppl"  # the metric that picks
+    block: int = 50  # questions of a block, which are also those that the model's shown answers come from
+    blocks: int = 3  # disjoint blocks; fewer where the questions do not suffice
+    k: int = 2  # sppl: answers of the model's own before each question
+    mean: Literal["arithmetic", "geometric", "trimmed"] = "arithmetic"  # sppl, perplexity: over a block
+    trim: float = 0.1  # mean=trimmed: share of the questions that is left out at either end
+    beta: float = 0.5  # mix: weight of perplexity against 1 - self_similarity; -1: by how much each varies
+    draws: int = 1  # self_similarity: answers of the model's own to each question; sppl shows the first
+    answers: str = ""  # file of the model's own answers, a question and a response a row; empty: generated
+    template: str = ""  # sppl: {question} and {examples} with what stands around them
+    example: str = ""  # sppl: {answer} with what stands around each
+    max_question: int = 0  # tokens; longer questions are not drawn, and counted; 0: all are
+    max_response: int = 0  # tokens; longer responses are cut there, and counted; 0: none is
+    accuracies: tuple[str, ...] = ()  # known ones, name=number for each strategy or a .json file: correlations
+    train_rows: int = 0  # train-then-test: responses of each strategy to train on, tested on data.validation; 0: off
+    train_seeds: int = 3  # train-then-test: trainings for each strategy
