@@ -1,4 +1,4 @@
-"""Responses from a service with the OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp and others): chat completions."""
+"""Responses from a service with the OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp): chat completions."""
 
 import hashlib
 import http.client
@@ -37,13 +37,13 @@ def client(
 ) -> Client:
     """The client of a model at a service; `url` ends before /chat/completions, as in http://localhost:8000/v1.
 
-    Each draw is a request of its own with n = 1 and a seed of its own, a function of (seed, prompt id, draw): so a draw
-    does not depend on what else is asked for. Whether the service keeps to the seed, and to the same numbers on the next
-    day, is up to it. `top_k` is sent where it is above 0; the official API has none and refuses it.
+    Each draw is a request of its own with n = 1 and its own seed, a function of (seed, prompt id, draw): so it does not
+    depend on what else is asked for. Whether the service keeps to the seed is up to it. `top_k` is sent where it is
+    above 0; the official API has none and refuses it.
 
-    The log-probs of a response are those of the service where they are those of the sampler: under temperature 1 without
-    top-k and top-p, since services report the model's own. In other cases, and where there are none, (). Tokens are not
-    told, nor, by most services, the end token's log-prob.
+    The log-probs of a response are the service's where these are the sampler's: under temperature 1 without top-k and
+    top-p, since services report the model's own. In other cases, and where there are none, (). Tokens are not told,
+    nor, by most services, the end token's log-prob.
 
     key_variable  the environment variable that holds the service's key; it is sent to `url` and kept nowhere. Where
                   there is no such variable, none is sent
@@ -57,12 +57,10 @@ def client(
     completion, and after the last retry; what other requests brought till then is in the store.
     """
     if not url.startswith(("http://", "https://")) or not model:
-        raise ValueError(
-            f"url {url!r} and model {model!r}: a service has a url that begins with http, and a model name."
-        )
+        raise ValueError(f"url {url!r}, model {model!r}: give a url that begins with http, and the name of a model.")
     if concurrency < 1 or retries < 0 or timeout <= 0:
         raise ValueError(
-            f"concurrency {concurrency}, retries {retries}, timeout {timeout}: want at least 1, 0, above 0."
+            f"concurrency {concurrency}, retries {retries}, timeout {timeout}: give at least 1, at least 0, above 0."
         )
     address = url.rstrip("/") + "/chat/completions"
 
