@@ -29,6 +29,12 @@ def everywhere(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
+def shapes(mesh: Mesh, tree: Any) -> Any:
+    """The shapes of arrays that `everywhere` would place: for what is compiled without them."""
+    copied = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=copied), tree)
+
+
 def placed(mesh: Mesh, stream: Stream) -> Stream:
     """The same stream with its batches on the mesh: the only place where data meet devices."""
     put = _put(mesh)

@@ -58,6 +58,8 @@ class Task(NamedTuple):
     mesh: Mesh
     layout: Layout
     prior: bool
+    groups: Int[np.ndarray, "groups size"] | None = None
+    """Rows that stand side by side in every batch, for losses that compare them; None: rows are shuffled one by one."""
 
     @property
     def rows(self) -> int:
@@ -79,6 +81,8 @@ class Task(NamedTuple):
 
     def order(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None) -> batches.Order:
         """step -> the corpus rows of its batch in `stream`."""
+        if chosen is None and self.groups is not None:
+            return batches.grouped(self.groups, self.corpus.rows, self.batch, seed)
         return batches.subset(self.trainable() if chosen is None else chosen, self.corpus.rows, self.batch, seed)
 
     def summed(self, seed: int) -> Stream:
@@ -102,6 +106,23 @@ class Task(NamedTuple):
         return self.corpus.kept[self.corpus.kept >= self.rows]
 
 
+class Text(NamedTuple):
+    """The rows of a run as tokens."""
+
+    examples: list[Example]
+    trusted: dict[str, list[Example]]
+    """The parts that have rows."""
+    notes: list[str]
+    tokenizer: Any
+    architecture: lm.DecoderConfig
+    corpora: dict[str, Corpus]
+    """TOGETHER (unless training rows are streamed) and each part of the trusted rows."""
+
+
+TOGETHER = "training and V_fit"
+"""The corpus of the rows that get weights, with V_fit behind them."""
+
+
 def prepare(
     config: SelectConfig | TrainConfig,
     rows: Rows,
@@ -117,38 +138,60 @@ def prepare(
     must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
     written into `folder`, and read from there when the run is resumed.
     """
-    examples, trusted = rows.train, {part: some for part, some in rows.trusted.items() if some}
-    check_rows(config.objective, [*examples, *(row for some in trusted.values() for row in some)])
     mesh = placing.make_mesh(config.devices.data)
-    tokenizer = tokens.load_tokenizer(config.model.path)
-    architecture = lm.read_config(config.model.path)
-    notes = list(rows.notes)
-    streamed = config.data.streaming
-    sequences = 1 if config.objective.name == "sft" else 2
-    together = {} if streamed else {"training and V_fit": examples + trusted.get("fit", [])}
-    together |= {f"V_{part}": some for part, some in trusted.items()}
-    corpora: dict[str, Corpus] = {}
-    for name, some in together.items():
-        corpora[name], report = tokenized(config, some, tokenizer, architecture)
-        notes.append(f"{name}: {report}.")
-
-    dtype = jnp.dtype(config.model.train_dtype)
-    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute == "bfloat16" else None
-    decoder = lm.decoder(architecture, remat=config.model.remat, compute=compute)
-    base, fresh = _parameters(config.model, architecture, dtype)
+    text = read(config, rows)
+    base, fresh = _parameters(config.model, text.architecture)
     base = None if base is None else placing.everywhere(mesh, base)
     if config.objective.name == "dpo":
         start = base if base is not None else fresh(config.train.seed)
-        corpora = _referenced(config, folder, corpora, together, lm.decoder(architecture), start, mesh)
+        text = text._replace(corpora=_referenced(config, folder, text, lm.decoder(text.architecture), start, mesh))
+    everywhere = lambda seed: placing.everywhere(mesh, fresh(seed))  # noqa: E731
+    return compose(config, text, base, everywhere, mesh, steps=steps, seeds=seeds, prior=prior)
 
-    if streamed:
+
+def read(config: SelectConfig | TrainConfig, rows: Rows) -> Text:
+    """The rows as tokens of the model's tokenizer; checked against the objective."""
+    examples, trusted = rows.train, {part: some for part, some in rows.trusted.items() if some}
+    check_rows(config.objective, [*examples, *(row for some in trusted.values() for row in some)])
+    tokenizer, architecture = tokens.load_tokenizer(config.model.path), lm.read_config(config.model.path)
+    notes, corpora = list(rows.notes), {}
+    for name, some in named(examples, trusted, streamed=config.data.streaming).items():
+        corpora[name], report = tokenized(config, some, tokenizer, architecture)
+        notes.append(f"{name}: {report}.")
+    return Text(examples, trusted, notes, tokenizer, architecture, corpora)
+
+
+def named(
+    examples: list[Example], trusted: dict[str, list[Example]], *, streamed: bool = False
+) -> dict[str, list[Example]]:
+    """The rows of each corpus of a `Text`."""
+    together = {} if streamed else {TOGETHER: examples + trusted.get("fit", [])}
+    return together | {f"V_{part}": some for part, some in trusted.items()}
+
+
+def compose(
+    config: SelectConfig | TrainConfig,
+    text: Text,
+    base: Params | None,
+    fresh: Callable[[int], Params],
+    mesh: Mesh,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    prior: float,
+) -> Task:
+    """The task of a text and of parameters that lie on the mesh: arrays, or, to estimate a run, shapes of arrays."""
+    corpora, longest = text.corpora, max((batches.longest(one) for one in text.corpora.values()), default=0)
+    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute == "bfloat16" else None
+    decoder = lm.decoder(text.architecture, remat=config.model.remat, compute=compute)
+    if config.data.streaming:
+        sequences = 1 if config.objective.name == "sft" else 2
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
-        each, places = config.train.batch // config.train.micro, limit(config, architecture) - 1
+        each, places = config.train.batch // config.train.micro, limit(config, text.architecture) - 1
         layout = batches.Layout(config.train.micro, each, each * sequences, places, sequences)
     else:
-        corpus = corpora.pop("training and V_fit")
-        longest = max(batches.longest(one) for one in (corpus, *corpora.values()))
-        trainable = corpus.kept[corpus.kept < len(examples)]
+        corpus = corpora[TOGETHER]
+        trainable = corpus.kept[corpus.kept < len(text.examples)]
         orders = [batches.subset(trainable, corpus.rows, config.train.batch, seed) for seed in seeds]
         layout = batches.layout(
             corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
@@ -158,18 +201,19 @@ def prepare(
     problem = weighted(chosen.losses, prior=_prior(prior))
     optimiser = optimizer(config.optimizer, steps)
     return Task(
-        examples=examples,
-        trusted=trusted,
-        notes=notes,
+        examples=text.examples,
+        trusted=text.trusted,
+        notes=text.notes,
         corpus=corpus,
         held_out={
-            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat)) for part in trusted
+            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat))
+            for part in text.trusted
         },
-        architecture=architecture,
+        architecture=text.architecture,
         decoder=decoder,
-        tokenizer=tokenizer,
+        tokenizer=text.tokenizer,
         base=base,
-        fresh=lambda seed: placing.everywhere(mesh, fresh(seed)),
+        fresh=fresh,
         problem=problem,
         objective=chosen,
         optimizer=optimiser,
@@ -180,6 +224,21 @@ def prepare(
         layout=layout,
         prior=prior > 0,
     )
+
+
+def abstract(model: Model, architecture: lm.DecoderConfig, mesh: Mesh) -> tuple[Params | None, Callable[[int], Params]]:
+    """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
+    dtype = jnp.dtype(model.train_dtype)
+
+    def whole(of: Any) -> Params:
+        return jax.eval_shape(lambda: lm.init(architecture, jax.random.key(0), dtype=of))
+
+    if model.scratch or model.lora_rank == 0:
+        start = placing.shapes(mesh, whole(dtype))
+        return None, lambda seed: start
+    base = placing.shapes(mesh, whole(_base_dtype(model)))
+    factors = placing.shapes(mesh, jax.eval_shape(lambda: _adapters(model, architecture, 0)))
+    return base, lambda seed: factors
 
 
 def tokenized(
@@ -205,15 +264,10 @@ def limit(config: SelectConfig | TrainConfig | InspectConfig, architecture: lm.D
 
 
 def _referenced(
-    config: SelectConfig | TrainConfig,
-    folder: Path,
-    corpora: dict[str, Corpus],
-    examples: dict[str, list[Example]],
-    decoder: lm.Decoder,
-    params: Params,
-    mesh: Mesh,
+    config: SelectConfig | TrainConfig, folder: Path, text: Text, decoder: lm.Decoder, params: Params, mesh: Mesh
 ) -> dict[str, Corpus]:
     """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
+    corpora, examples = text.corpora, named(text.examples, text.trusted, streamed=config.data.streaming)
     made_by = reference.fingerprint(config.model.path, f"{config.model.train_dtype} {config.model.base_dtype}")
     stored = config.objective.reference or (folder / reference.NAME if (folder / reference.NAME).exists() else "")
     log_p = losses.log_likelihoods(decoder)
@@ -225,7 +279,7 @@ def _referenced(
     tables = []
     for name, corpus in corpora.items():
         if name == "V_fit":  # its rows were read behind the training rows
-            values[name] = values["training and V_fit"][-corpus.rows :]
+            values[name] = values[TOGETHER][-corpus.rows :]
             continue
         if stored:
             values[name] = reference.read(stored, examples[name], corpus, made_by)
@@ -268,26 +322,28 @@ def _by_micro(function: Callable) -> Callable:
     return jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
 
 
-def _parameters(
-    model: Model, architecture: lm.DecoderConfig, dtype: Any
-) -> tuple[Params | None, Callable[[int], Params]]:
+def _parameters(model: Model, architecture: lm.DecoderConfig) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters at the start)."""
+    dtype = jnp.dtype(model.train_dtype)
     if model.scratch:
         return None, lambda seed: lm.init(architecture, jax.random.key(seed), dtype=dtype)
+    _, loaded = lm.load(model.path, dtype=_base_dtype(model))
     if model.lora_rank == 0:
-        _, loaded = lm.load(model.path, dtype=dtype)
         return None, lambda seed: loaded
-    base_dtype = jnp.bfloat16 if model.base_dtype == "bfloat16" else dtype
-    _, base = lm.load(model.path, dtype=base_dtype)
+    return loaded, lambda seed: _adapters(model, architecture, seed)
 
-    def adapters(seed: int) -> Params:
-        return lm.init_lora(
-            architecture,
-            jax.random.key(seed),
-            rank=model.lora_rank,
-            alpha=model.lora_alpha,
-            targets=model.lora_targets,
-            dtype=dtype,
-        )
 
-    return base, adapters
+def _base_dtype(model: Model) -> Any:
+    """What the checkpoint is cast to: the base's dtype, or, where it is trained itself, that of training."""
+    return jnp.bfloat16 if model.lora_rank and model.base_dtype == "bfloat16" else jnp.dtype(model.train_dtype)
+
+
+def _adapters(model: Model, architecture: lm.DecoderConfig, seed: int) -> Params:
+    return lm.init_lora(
+        architecture,
+        jax.random.key(seed),
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        targets=model.lora_targets,
+        dtype=jnp.dtype(model.train_dtype),
+    )
