@@ -1,0 +1,324 @@
+"""Responses: those of transformers, of the right distribution, and the same however they are batched or placed."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy.stats import chisquare
+
+from bilevel_jax.lm.generate import Prompt, Sampling, Store, decoding, log_probabilities, sampler
+from bilevel_jax.lm.loglik import Request, engine
+from bilevel_jax.lm.models import decoder, init, init_lora, join, load
+from bilevel_jax.lm.tokens import load_tokenizer
+from tests.lm.test_models import CONFIGS, FAMILIES, GPT2, TINY, make
+from tests.runs.problems_lm import stories
+
+END = (5, 9)
+DRAWS = (0, 1, 7)
+LIKE = Sampling(max_new=12, seed=3)
+
+
+def words(prompt, response):
+    """A decoder of tokens to text for models without a tokenizer."""
+    return " ".join(map(str, response))
+
+
+def prompts(count=11, longest=30):
+    rng = np.random.default_rng(0)
+    lengths = [1, longest, *rng.integers(2, longest, count - 2)]
+    return [
+        Prompt(f"row {row}", tuple(rng.integers(0, TINY.vocab, length).tolist())) for row, length in enumerate(lengths)
+    ]
+
+
+PROMPTS = prompts()
+
+
+def make_sampler(config=TINY, sampling=LIKE, compute=None, **options):
+    return sampler(
+        decoder(config, compute=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (16,), **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init(TINY, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def one():
+    """A sampler of the tiny Llama, the shapes of its batches, and the shapes that were traced."""
+    model, shapes, traced = decoder(TINY), set(), []
+
+    def extend(params, caches, tokens, positions):
+        if not caches:
+            traced.append(tokens.shape)
+        return model.extend(params, caches, tokens, positions)
+
+    def place(batch):
+        shapes.add((batch["tokens"].shape, batch["owner"].shape))
+        return batch
+
+    options = {"end": END, "tokens": 400, "lengths": (16,)}
+    return sampler(model._replace(extend=extend), LIKE, words, place=place, **options), shapes, traced
+
+
+@pytest.fixture(scope="module")
+def expected(params, one):
+    return one[0].sample(params, PROMPTS, DRAWS)
+
+
+def tokens_of(out):
+    return [[response.tokens for response in some] for some in out]
+
+
+def log_probs_of(out):
+    return np.concatenate([response.log_probs for some in out for response in some])
+
+
+def test_log_probs_are_those_of_a_forward_pass(params, expected):
+    requests = [
+        Request(prompt.tokens, response.tokens)
+        for prompt, some in zip(PROMPTS, expected, strict=True)
+        for response in some
+    ]
+    # one request for each token, behind all that stands before it: the engine tells sums
+    single = [Request((*a, *b[:t]), b[t : t + 1]) for a, b in requests for t in range(len(b))]
+    scores = engine(decoder(TINY), tokens=2048, lengths=(48,)).score(params, single)
+    np.testing.assert_allclose(log_probs_of(expected), [score.nats for score in scores], atol=1e-5)  # float32
+
+
+def test_a_response_ends_once_and_holds_nothing_else(expected):
+    ended = 0
+    for response in itertools.chain(*expected):
+        inner = response.tokens[:-1] if response.ended else response.tokens
+        assert not set(inner) & set(END) and response.text == words((), inner)
+        assert response.ended == (response.tokens[-1] in END) and (response.ended or len(response.tokens) == 12)
+        assert len(response.log_probs) == len(response.tokens)
+        ended += response.ended
+    assert 0 < ended < len(PROMPTS) * len(DRAWS)
+
+
+def test_order_batches_and_devices_change_no_token(params, one, expected, eight_devices):
+    order = np.random.default_rng(1).permutation(len(PROMPTS))
+    mixed = one[0].sample(params, [PROMPTS[at] for at in order], DRAWS[::-1])
+    assert [row[::-1] for row in mixed] == [expected[at] for at in order]  # the same bits
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices)
+    spread = NamedSharding(mesh, P(None, "data"))
+    everywhere = jax.device_put(params, NamedSharding(mesh, P()))
+    eight = make_sampler(tokens=1, multiple=8, place=lambda batch: jax.device_put(batch, spread))
+    for other, where in ((make_sampler(tokens=1, lengths=(64,)), params), (eight, everywhere)):
+        out = other.sample(where, PROMPTS, DRAWS)
+        assert tokens_of(out) == tokens_of(expected)
+        np.testing.assert_allclose(log_probs_of(out), log_probs_of(expected), atol=1e-5)  # float32, other sums
+    alone = one[0].sample(params, PROMPTS[2:3], DRAWS[1:2])
+    assert tokens_of(alone) == [[expected[2][1].tokens]]
+
+
+def test_draws_are_different_and_belong_to_the_id(params, one, expected):
+    assert len({response.tokens for some in expected for response in some}) > 2 * len(PROMPTS)
+    renamed = one[0].sample(params, [prompt._replace(id=f"{prompt.id}'") for prompt in PROMPTS], DRAWS)
+    assert all(a != b for a, b in zip(tokens_of(renamed), tokens_of(expected), strict=True))
+
+
+def test_compiles_once_for_each_shape(params, one, expected):
+    sample, shapes, traced = one
+    sample.sample(jax.tree.map(lambda leaf: 2 * leaf, params), PROMPTS, (5, 6, 11))
+    assert len(traced) == len(shapes) <= 6
+
+
+def test_an_interrupted_generation_goes_on(params, one, expected):
+    class Stopped(Exception):
+        pass
+
+    disk, seen, stop = {}, [], [1]
+
+    def progress(done, total):
+        seen.append((done, total))
+        if len(seen) == stop[0]:
+            raise Stopped
+
+    again = make_sampler(progress=progress)
+    store = Store("model", disk, disk.update)
+    with pytest.raises(Stopped):
+        again.resume(params, PROMPTS, DRAWS, store)
+    total = len(PROMPTS) * len(DRAWS)
+    assert 0 < len(disk) < total
+    stop[0] = 0
+    assert again.resume(params, PROMPTS, DRAWS, store) == expected  # the same bits
+    assert seen[-1] == (total, total) and len(disk) == total
+    done = len(seen)
+    assert again.resume(params, PROMPTS, DRAWS, store) == expected and len(seen) == done
+    again.resume(params, PROMPTS[:1], DRAWS, store._replace(fingerprint="other"))
+    assert len(disk) == total + len(DRAWS)
+
+
+SAMPLING = Sampling(temperature=1.3, top_k=12, top_p=0.8, max_new=2)
+
+
+def test_draws_follow_the_probabilities(params):
+    """Both tokens of 6,000 draws, against the exact probabilities after temperature, top-k and top-p."""
+    prompt, draws, model = PROMPTS[3], range(6000), decoder(TINY)
+    (out,) = make_sampler(sampling=SAMPLING, end=(), tokens=10**6).sample(params, [prompt], draws)
+
+    @jax.jit
+    def exact(tokens):
+        hidden = model.hidden(params, tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+        return log_probabilities((hidden @ model.head(params))[0, -1:], SAMPLING)[0]
+
+    drawn = np.asarray([response.tokens for response in out])
+    common = np.bincount(drawn[:, 0]).argmax()
+    after = drawn[drawn[:, 0] == common]
+    for seen, before in ((drawn[:, 0], prompt.tokens), (after[:, 1], (*prompt.tokens, common))):
+        log_p = np.asarray(exact(jnp.asarray([before], jnp.int32)), float)
+        counts, kept = np.bincount(seen, minlength=TINY.vocab), np.isfinite(log_p)
+        assert 4 <= kept.sum() <= 12 and counts[~kept].sum() == 0
+        shares = np.exp(log_p[kept])
+        assert chisquare(counts[kept], shares / shares.sum() * len(seen)).pvalue > 0.01
+    first = np.asarray(exact(jnp.asarray([prompt.tokens], jnp.int32)))
+    np.testing.assert_allclose([r.log_probs[0] for r in out], first[drawn[:, 0]], atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7), Sampling(top_k=5), Sampling(top_p=0.6), Sampling(1.7, 20, 0.9), Sampling(0.3, 1, 0.5),
+        Sampling(top_k=500, top_p=1e-6),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_probabilities_equal_those_of_transformers(sampling):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    logits = 3 * np.random.default_rng(0).standard_normal((7, 200)).astype(np.float32)
+    scores = transformers.TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(logits))
+    if sampling.top_k:
+        scores = transformers.TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = transformers.TopPLogitsWarper(sampling.top_p)(None, scores)
+    out = np.asarray(log_probabilities(jnp.asarray(logits), sampling))
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(scores.numpy()))
+    np.testing.assert_allclose(out, torch.log_softmax(scores, -1).numpy(), atol=2e-6)  # float32
+
+
+def test_ties_stay_together_and_greedy_takes_the_first():
+    logits = jnp.asarray([[0.0, 2.0, 2.0, 1.0, 2.0]])
+    kept = [log_probabilities(logits, Sampling(**some)) for some in ({"top_k": 2}, {"top_p": 0.3})]
+    for log_p in kept:
+        np.testing.assert_allclose(jnp.exp(log_p)[0], [0, 1 / 3, 1 / 3, 0, 1 / 3], atol=1e-6)
+    np.testing.assert_array_equal(jnp.exp(log_probabilities(logits, Sampling(0.0)))[0], [0, 1, 0, 0, 0])
+    assert np.isnan(log_probabilities(logits.at[0, 3].set(jnp.nan), Sampling(0.0))).all()
+
+
+def in_transformers(model, prompts, max_new, end):
+    """Greedy responses of transformers, from one batch with padding on the left; nothing after the end token."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids, mask = np.zeros((len(prompts), longest), np.int64), np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    options = dict(max_new_tokens=max_new, do_sample=False, eos_token_id=list(end), pad_token_id=0, use_cache=True)
+    with torch.no_grad():
+        out = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, longest:].tolist()
+    cut = [next((at + 1 for at, token in enumerate(row) if token in end), len(row)) for row in out]
+    return [tuple(row[:count]) for row, count in zip(out, cut, strict=True)]
+
+
+FAST = ("gemma3",)
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_greedy_equals_transformers(family, tmp_path):
+    reference = make(family, tmp_path)
+    config, params = load(tmp_path)
+    asked = [prompt._replace(tokens=tuple(3 * token + 4 for token in prompt.tokens)) for prompt in PROMPTS]
+    options = dict(end=(1, 2), tokens=10**4, lengths=(32,))
+    out = make_sampler(config, Sampling(0.0, max_new=20), **options).sample(params, asked, (0, 1))
+    assert [row[0] for row in out] == [row[1] for row in out]
+    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 20, (1, 2))
+    assert not log_probs_of(out).any()
+
+
+@pytest.mark.parametrize("name", ["stories-260k", pytest.param("babyllama-1m", marks=pytest.mark.slow)])
+def test_greedy_of_a_real_model_equals_transformers(name, shared):
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = shared / "models" / name
+    (config, params), tokenizer = load(folder), load_tokenizer(folder)
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 8)]
+    asked = [Prompt(str(at), (config.bos, *ids[: 5 + 3 * at])) for at, ids in enumerate(texts)]
+    sample = sampler(decoder(config), Sampling(0.0, max_new=80), decoding(tokenizer), end=[config.eos], lengths=(32,))
+    out = sample.sample(params, asked, (0,))
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 80, (config.eos,))
+    for prompt, (response,) in zip(asked, out, strict=True):
+        whole = (*prompt.tokens, *response.tokens)
+        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_family_and_adapters(config, x64):
+    adapters = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, dtype=jnp.float64)
+    base = init(config, jax.random.key(0), dtype=jnp.float64)
+    params = join(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
+    out = make_sampler(config, tokens=10**4, lengths=(32,)).sample(params, PROMPTS, DRAWS)
+    requests = [Request(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
+    scores = engine(decoder(config), tokens=4096, lengths=(48,)).score(params, requests)
+    sums = [sum(response.log_probs) for some in out for response in some]
+    np.testing.assert_allclose(sums, [score.nats for score in scores], atol=1e-11)  # float64, up to 12 tokens
+
+
+@pytest.mark.slow
+def test_bfloat16_factors(params):
+    out = make_sampler(compute=jnp.bfloat16, tokens=10**4).sample(params, PROMPTS, DRAWS)
+    requests = [Request(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
+    low = engine(decoder(TINY, compute=jnp.bfloat16), tokens=4096).score(params, requests)
+    sums = np.asarray([sum(response.log_probs) for some in out for response in some])
+    counts = np.asarray([score.tokens for score in low])
+    assert np.abs((sums - [score.nats for score in low]) / counts).max() < 2e-2  # 8 bits of mantissa, other blocks
+    assert np.isfinite(sums).all()
+
+
+def test_the_context_is_used_to_its_end():
+    """The last token of a response is not read, so it needs no place; a learned position beyond the last is NaN."""
+    config_params, sampling = init(GPT2, jax.random.key(0)), Sampling(0.0, max_new=5)
+    sample = make_sampler(GPT2, sampling, end=(), lengths=()).sample
+    ((response,),) = sample(config_params, [Prompt("full", (1,) * 60)], (0,))
+    assert len(response.tokens) == 5
+    with pytest.raises(ValueError, match=r"long has 61 tokens; with max_new = 5 .* context of 64 has room for 60"):
+        sample(config_params, [Prompt("full", (1,) * 60), Prompt("long", (1,) * 61)], (0,))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, config_params)
+    with pytest.raises(FloatingPointError, match="prompt full: the model's logits are not all finite"):
+        sample(broken, [Prompt("full", (1,) * 60)], (0,))
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (Prompt("a", ()), "prompt a is empty; begin it with the BOS token"),
+        (Prompt("a", (31,)), "prompt a: a token lies outside of the vocabulary, 0 to 30"),
+        (Prompt("row 0", (3, 3)), "two different prompts have the id 'row 0'"),
+    ],
+)
+def test_errors_name_the_prompt(bad, message, params, one):
+    with pytest.raises(ValueError, match=message):
+        one[0].sample(params, [*PROMPTS, bad], (0,))
+
+
+def test_options_are_checked(params, one):
+    for sampling in (Sampling(-1.0), Sampling(top_k=-1), Sampling(top_p=0.0)):
+        with pytest.raises(ValueError, match="temperature and top_k must be 0 or more, and top_p in"):
+            make_sampler(sampling=sampling)
+    with pytest.raises(ValueError, match="max_new 0: each must be at least 1"):
+        make_sampler(sampling=Sampling(max_new=0))
+    with pytest.raises(ValueError, match=r"end tokens \[31\] lie outside"):
+        make_sampler(end=[31])
+    assert one[0].sample(params, [], (0,)) == [] and one[0].sample(params, PROMPTS[:2], ()) == [[], []]
