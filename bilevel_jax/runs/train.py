@@ -19,6 +19,7 @@ from bilevel_jax.runs import checkpoint, files, outputs, rows, scoring, train_re
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import TrainConfig
+from bilevel_jax.runs.diagnosis import first_broken
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.objective import check_rows
 from bilevel_jax.runs.optimizers import schedule
@@ -26,7 +27,7 @@ from bilevel_jax.runs.reweighting import Reweighting
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.streamed import Streamed
 from bilevel_jax.runs.task import Task, per_row, prepare, tokenized
-from bilevel_jax.runs.training import check_finite
+from bilevel_jax.runs.training import check_finite, row_name
 
 READ = 10
 """Steps between two looks at the losses: each look waits for the device."""
@@ -149,7 +150,8 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
     read = _reader(task)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     params = jax.tree.map(jnp.copy, task.fresh(config.train.seed))
-    progress = Progress(begin(task.optimizer, params), jax.tree.map(jnp.copy, params) if best_kept else ())
+    start = placing.settled(task.mesh, begin(task.optimizer, params))
+    progress = Progress(start, jax.tree.map(jnp.copy, params) if best_kept else ())
     fixed = task.fixed(params)
     records: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
@@ -170,6 +172,14 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
         work.log.write({"event": "evaluated", **record})
         work.say(_line(record, task.objective.unit))
 
+    def explain(broken: int) -> str:
+        saved = checkpoint.restore(folder, progress)
+        began = saved.tree.state if saved else begin(task.optimizer, task.fresh(config.train.seed))
+        return first_broken(
+            feed.problem, task.optimizer, task.objective.losses, began, broken, fixed, feed.at,
+            (lambda slot: f"row {slot + 1} of the batch") if config.data.streaming else lambda row: row_name(task, row),
+        )  # fmt: skip
+
     if not records and task.held_out:
         evaluate(0)
     losses: dict[int, jax.Array] = {}
@@ -188,7 +198,7 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
         reached, due = index + 1, work.due() or index + 1 in feed.renewed  # making scores may be stopped, too
         last = reached == task.steps
         if due or last or reached % READ == 0 or reached % every == 0:
-            values = check_finite(task, losses, lambda at: feed.at(at)[1])
+            values = check_finite(task, losses, explain, state.params)
             new = sum(int(count[0]) for count in counts)
             work.log.write(
                 {

@@ -12,11 +12,13 @@ import numpy as np
 from bilevel_jax.core import curvature, linsolve, tree
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.transition import begin, snapshot_interval, train
-from bilevel_jax.core.types import PADDING, Adjoint, Batch, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
+from bilevel_jax.core.types import Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
 from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
+from bilevel_jax.runs.diagnosis import first_broken
 from bilevel_jax.runs.sections import Outer
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
@@ -48,7 +50,7 @@ class Trainer:
 
     def begin(self, params: Params) -> Inner:
         """The state before the first step."""
-        return begin(self.task.optimizer, params)
+        return placing.settled(self.task.mesh, begin(self.task.optimizer, params))
 
     def run(self, weights: jax.Array, start: Inner, stream: Stream, *, save_as: int | None = None) -> Run:
         """Train once. With `save_as` (the outer step) it is saved when due, and goes on from where it was saved."""
@@ -62,6 +64,13 @@ class Trainer:
         losses: dict[int, jax.Array] = {}
         reached = 0 if saved is None else int(saved.state.step)
 
+        def explain(step: int) -> str:
+            began = max(snapshots, default=0)
+            return first_broken(
+                task.problem, task.optimizer, task.objective.losses, snapshots.get(began, start), step,
+                task.fixed(start.params), lambda at: (weights, stream.batch(at)), lambda row: row_name(task, row),
+            )  # fmt: skip
+
         def on_step(state: Inner, info: Info) -> None:
             nonlocal reached
             losses[reached] = info.loss
@@ -69,7 +78,7 @@ class Trainer:
             session.advance()
             due = session.due()
             if due or reached % self.every == 0:  # not at every step: reading a loss waits for the device
-                check_finite(task, losses, stream.batch)
+                check_finite(task, losses, explain, state.params)
                 losses.clear()
             if due:
                 if save_as is not None:
@@ -81,7 +90,7 @@ class Trainer:
             task.step, start, weights, task.fixed(start.params), stream,
             every=self.every, store=store, resume=None if saved is None else saved.state, on_step=on_step,
         )  # fmt: skip
-        check_finite(task, losses, stream.batch)
+        check_finite(task, losses, explain, run.end.params)
         return run
 
     def value(self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, value: Any) -> float:
@@ -177,7 +186,7 @@ class Trainer:
     def _no_sweep(self, start: Inner, weights: jax.Array) -> Sweep:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         adjoint = Adjoint(start.params, tree.inexact(start.opt))
-        return Sweep(-2, adjoint, weights, zero, zero, zero, jnp.array(True))
+        return placing.settled(self.task.mesh, Sweep(-2, adjoint, weights, zero, zero, zero, jnp.array(True)))
 
     def _save(self, outer_step: int, midway: Midway) -> None:
         checkpoint.save(self.folder, outer_step, midway, {}, keep=1)
@@ -191,20 +200,34 @@ class Trainer:
 
 
 def check_finite(
-    task: Task | ArrayTask, losses: dict[int, jax.Array], batch: Callable[[int], Batch]
+    task: Task | ArrayTask, losses: dict[int, jax.Array], explain: Callable[[int], str], params: Params
 ) -> dict[int, float]:
-    """The losses by step, as numbers; a FloatingPointError that names rows for the first that is not finite."""
+    """The losses by step, as numbers, where they and the parameters after them are finite.
+
+    Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
+    """
     values = {step: float(loss) for step, loss in losses.items()}
     step = next((step for step, value in values.items() if not np.isfinite(value)), None)
-    if step is None:
+    if step is None and (not values or bool(_finite(params))):
         return values
-    index = np.asarray(batch(step)["index"])
-    ids = [task.examples[row].id for row in index[index != PADDING][:3] if row < task.rows]
+    what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
+    last = max(values) if step is None else step
     raise FloatingPointError(
-        f"the training loss is {values[step]} at step {step} of {task.steps}; the batch held "
-        f"{', '.join(ids)}, .... Lower optimizer.learning_rate, set optimizer.clip, or look at these rows. "
-        "The last good checkpoint is kept: --resume goes on from it."
+        f"{what} at step {last} of {task.steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.clip, "
+        "or look at these rows. The last good checkpoint is kept: --resume goes on from it."
     )
+
+
+_finite = jax.jit(tree.finite)
+
+
+def row_name(task: Task | ArrayTask, row: int) -> str:
+    """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
+    fit = row - task.rows
+    example = task.examples[row] if fit < 0 else task.trusted["fit"][fit]
+    where = getattr(example, "where", "")
+    identity = getattr(example, "id", str(row))
+    return f"{identity} ({where})" if where else identity
 
 
 SOLVERS = {

@@ -1,0 +1,71 @@
+"""Killed at any moment, a run goes on where it was: the end is the same, bit for bit."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT
+
+KILLS = 12
+"""For each verb: with three of them the runs are killed 36 times."""
+FLAGS = {
+    "select": ("--outer.steps", "3", "--outer.method", "unrolled"),
+    "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.prior", "0.5"),
+    "train": ("--train.epochs", "20"),
+}
+SAVE = ("--output.save-minutes", "0.002")
+"""After every few steps."""
+
+
+def start(verb, made, out, *flags):
+    config = made / ("train.yaml" if verb == "train" else "select.yaml")
+    command = [sys.executable, "-m", "bilevel_jax.cli", "train" if verb == "train" else "select", str(config)]
+    command += [*FLAGS[verb], *SAVE, "--out", str(out), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", FLAGS)
+def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
+    """SIGKILL and SIGTERM in turn, at moments drawn over the whole run: imports, training, sweep, solve, export."""
+    draw = random.Random(verb)
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    assert start(verb, made, whole).communicate()[0] is not None
+    seconds = time.monotonic() - began
+    assert (whole / "report.html").exists()
+    died, resumed = 0, 0
+    while died < KILLS:
+        flags = ("--resume",) if (out / "config.yaml").exists() else ()
+        resumed += bool(flags)
+        run = start(verb, made, out, *flags)
+        try:
+            run.wait(draw.uniform(0.2, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL if died % 2 else signal.SIGTERM)
+        told = run.communicate()[0]
+        died += run.returncode != 0
+        assert run.returncode in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM), told
+        if run.returncode == 0:  # finished: what is compared, and then from the beginning
+            same(whole, out)
+            shutil.rmtree(out)
+    flags = ("--resume",) if (out / "config.yaml").exists() else ()
+    run = start(verb, made, out, *flags)
+    assert run.communicate()[0] is not None and run.returncode == 0
+    same(whole, out)
+    assert resumed >= KILLS // 3  # or hardly any was killed at work
+
+
+def same(one, other):
+    """The tables and the models, to the bit."""
+    assert pq.read_table(one / "weights.parquet").equals(pq.read_table(other / "weights.parquet"))
+    model = "model/model.safetensors"
+    assert (one / model).read_bytes() == (other / model).read_bytes()
