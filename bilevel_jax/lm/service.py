@@ -4,11 +4,11 @@ import hashlib
 import http.client
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from email.message import Message
 from typing import Any
 
@@ -54,7 +54,7 @@ def client(
     progress      called with (responses done, responses wanted) after each
 
     Raises RuntimeError, with the service's words, for a status that is not in AGAIN, for an answer that is no chat
-    completion, and after the last retry; what other requests brought till then is in the store.
+    completion, and after the last retry; what other requests brought is in the store.
     """
     if not url.startswith(("http://", "https://")) or not model:
         raise ValueError(f"url {url!r}, model {model!r}: give a url that begins with http, and the name of a model.")
@@ -64,7 +64,7 @@ def client(
         )
     address = url.rstrip("/") + "/chat/completions"
 
-    def ask(prompt: Prompt, draw: int) -> Response:
+    def ask(prompt: Prompt, draw: int, stopped: threading.Event) -> Response:
         body, secret = _body(model, prompt, draw, sampling), os.environ.get(key_variable, "")
         for again in range(retries + 1):
             try:
@@ -79,10 +79,10 @@ def client(
                 pause = _retry_after(error.headers) or wait * 2**again
             except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
                 trouble, pause = str(error) or type(error).__name__, wait * 2**again
-            if again < retries:
-                time.sleep(min(pause, LONGEST))
+            if again == retries or stopped.wait(min(pause, LONGEST)):
+                break
         raise RuntimeError(
-            f"{address} did not answer prompt {prompt.id} after {retries + 1} tries; the last: {trouble}. "
+            f"{address} did not answer prompt {prompt.id} after {again + 1} tries; the last: {trouble}. "
             "Is it running, and within its limits? Lower concurrency, or raise timeout."
         )
 
@@ -96,17 +96,28 @@ def client(
             for draw in sorted(set(draws))
         }
         known = {pair: store.done[name] for pair, name in names.items() if name in store.done}
-        by_id = {prompt.id: prompt for prompt in different}
+        by_id, stopped = {prompt.id: prompt for prompt in different}, threading.Event()
         pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
-        try:
-            asked = {pool.submit(ask, by_id[id], draw): (id, draw) for id, draw in names if (id, draw) not in known}
-            for future in as_completed(asked):
-                pair = asked[future]
+        asked = {
+            pool.submit(ask, by_id[id], draw, stopped): (id, draw) for id, draw in names if (id, draw) not in known
+        }
+
+        def keep(future: Future[Response]) -> None:
+            pair = asked[future]
+            if pair not in known:
                 known[pair] = future.result()
                 store.save({names[pair]: known[pair]})
+
+        try:
+            for future in as_completed(asked):
+                keep(future)
                 progress(len(known), len(names))
-        finally:  # after an error or a signal, what has not been sent is not sent
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # after an error or a signal nothing more is sent, and what is under way, perhaps paid for, is kept
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            for future in asked:
+                if not future.cancelled() and future.exception() is None:
+                    keep(future)
         return [[known[prompt.id, draw] for draw in draws] for prompt in prompts]
 
     return respond

@@ -40,7 +40,7 @@ PROMPTS = prompts()
 
 def make_sampler(config=TINY, sampling=LIKE, compute=None, **options):
     return sampler(
-        decoder(config, compute=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (16,), **options}
+        decoder(config, compute=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (32,), **options}
     )
 
 
@@ -63,7 +63,7 @@ def one():
         shapes.add((batch["tokens"].shape, batch["owner"].shape))
         return batch
 
-    options = {"end": END, "tokens": 400, "lengths": (16,)}
+    options = {"end": END, "tokens": 400, "lengths": (32,)}
     return sampler(model._replace(extend=extend), LIKE, words, place=place, **options), shapes, traced
 
 
@@ -128,7 +128,7 @@ def test_draws_are_different_and_belong_to_the_id(params, one, expected):
 def test_compiles_once_for_each_shape(params, one, expected):
     sample, shapes, traced = one
     sample.sample(jax.tree.map(lambda leaf: 2 * leaf, params), PROMPTS, (5, 6, 11))
-    assert len(traced) == len(shapes) <= 6
+    assert len(traced) == len(shapes) <= 3
 
 
 def test_an_interrupted_generation_goes_on(params, one, expected):
@@ -222,18 +222,17 @@ def in_transformers(model, prompts, max_new, end):
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
     options = dict(max_new_tokens=max_new, do_sample=False, eos_token_id=list(end), pad_token_id=0, use_cache=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations: threads would wait for each other
     with torch.no_grad():
         out = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, longest:].tolist()
+    torch.set_num_threads(threads)
     cut = [next((at + 1 for at, token in enumerate(row) if token in end), len(row)) for row in out]
     return [tuple(row[:count]) for row, count in zip(out, cut, strict=True)]
 
 
-FAST = ("gemma3",)
-
-
-@pytest.mark.parametrize(
-    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers(family, tmp_path):
     reference = make(family, tmp_path)
     config, params = load(tmp_path)
@@ -252,15 +251,15 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
 
     folder = shared / "models" / name
     (config, params), tokenizer = load(folder), load_tokenizer(folder)
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 8)]
-    asked = [Prompt(str(at), (config.bos, *ids[: 5 + 3 * at])) for at, ids in enumerate(texts)]
-    sample = sampler(decoder(config), Sampling(0.0, max_new=80), decoding(tokenizer), end=[config.eos], lengths=(32,))
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 6)]
+    asked = [Prompt(str(at), (config.bos, *ids[: 5 + 4 * at])) for at, ids in enumerate(texts)]
+    sample = sampler(decoder(config), Sampling(0.0, max_new=60), decoding(tokenizer), end=[config.eos], lengths=(32,))
     out = sample.sample(params, asked, (0,))
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 80, (config.eos,))
+    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, (config.eos,))
     for prompt, (response,) in zip(asked, out, strict=True):
         whole = (*prompt.tokens, *response.tokens)
-        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 80
+        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 60
 
 
 @pytest.mark.slow
