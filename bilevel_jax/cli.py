@@ -12,6 +12,10 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
                   writes the weights, the selected subset, a model and a report
   compare CONFIG  compare methods that learn weights: one data set, one budget, several seeds; a table and a picture
   audit CONFIG    judge cheap scores of training rows by exact ones, and all of them by retraining without some rows
+  rank CONFIG     which way of generating responses will train a model best, from a small sample, without training:
+                  self-aligned perplexity and other scores, with intervals; a pick, or no clear winner
+  refine CONFIG   let a model answer questions itself, train on that under the eyes of trusted rows, and accept what is
+                  better, in rounds; every response traceable, every decision with its interval
   train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
@@ -70,6 +74,28 @@ def _audit(arguments: list[str]) -> int:
     from bilevel_jax.runs.config import AuditConfig
 
     return _run(AuditConfig, arguments, work)
+
+
+def _rank(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.rank import rank
+
+        return f"{rank(config)['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import RankConfig
+
+    return _run(RankConfig, arguments, work)
+
+
+def _refine(arguments: list[str]) -> int:
+    def work(config):
+        from bilevel_jax.runs.refine import refine
+
+        return f"{refine(config)['sentence']}\nreport: {config.output.folder}/report.html"
+
+    from bilevel_jax.runs.config import RefineConfig
+
+    return _run(RefineConfig, arguments, work)
 
 
 def _train(arguments: list[str]) -> int:
@@ -138,7 +164,8 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
 
 
 VERBS = {
-    "select": _select, "compare": _compare, "audit": _audit, "train": _train, "inspect": _inspect, "export": _export,
+    "select": _select, "compare": _compare, "audit": _audit, "rank": _rank, "refine": _refine, "train": _train,
+    "inspect": _inspect, "export": _export,
 }  # fmt: skip
 
 if __name__ == "__main__":

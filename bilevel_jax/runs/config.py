@@ -17,10 +17,12 @@ from bilevel_jax.runs.sections import (
     Audit,
     Bench,
     Certify,
+    Check,
     Compare,
     Data,
     Devices,
     Export,
+    Generate,
     Keep,
     Look,
     Model,
@@ -28,6 +30,8 @@ from bilevel_jax.runs.sections import (
     Optimizer,
     Outer,
     Output,
+    Rank,
+    Refine,
     Scores,
     Single,
     Train,
@@ -156,10 +160,70 @@ class AuditConfig:
     devices: Devices = Devices()
 
 
-Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, ExportConfig, CompareConfig, AuditConfig)
+@dataclass(frozen=True)
+class RankConfig:
+    """Which way of generating responses will train a model best, from a small sample and without training.
+
+    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one table whose
+    rows map strategies to responses (data.prompt_field, rank.responses_field), or a file of responses for each
+    strategy, called after it. The model answers a sample of the questions itself (section generate), and each strategy
+    is judged by how the model takes its responses: self-aligned perplexity after answers of its own (sppl),
+    perplexity, instruction-following difficulty (ifd), likeness to its own answers (self_similarity), a mix of the
+    last and perplexity, and rewards over loss (car). Ends in a pick, or "no clear winner". Sections
+    optimizer and train, and the model's LoRA, are those of rank.train_rows alone. Short forms:
+    --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    rank: Rank = Rank()
+    generate: Generate = Generate(temperature=0.95, top_k=50, top_p=0.7)
+    check: Check = Check()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    output: Output = Output()
+    devices: Devices = Devices()
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Refine a model on its own responses, in rounds, and replace it only where that helps on rows nobody trained on.
+
+    In each round the present model answers some questions of data.train (section generate; their offline rows leave);
+    every method of refine.methods weighs the rows, with V_fit as the judge (sections outer, single), and trains a
+    candidate; and the best candidate replaces the model where the lower bound of its gain on V_select, by paired
+    bootstrap, is above 0. V_report is read once, at the end. CONFIG is a YAML file of the sections below; every flag
+    overrides one of its keys. Short forms: --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    objective: Objective = Objective()
+    refine: Refine = Refine()
+    generate: Generate = Generate(draws=4)
+    check: Check = Check()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    outer: Outer = Outer(weighting="sigmoid")
+    single: Single = Single()
+    output: Output = Output()
+    devices: Devices = Devices()
+
+
+Config = TypeVar(
+    "Config",
+    SelectConfig,
+    TrainConfig,
+    InspectConfig,
+    ExportConfig,
+    CompareConfig,
+    AuditConfig,
+    RankConfig,
+    RefineConfig,
+)
 VERBS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
-    CompareConfig: "compare", AuditConfig: "audit",
+    CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
 }  # fmt: skip
 
 RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.folder",)}
@@ -168,11 +232,19 @@ SHORT: dict[type, dict[str, tuple[str, ...]]] = {
     TrainConfig: RUN,
     CompareConfig: RUN,
     AuditConfig: RUN | {"--fast": ("--certify.no-enabled",)},
+    RankConfig: RUN,
+    RefineConfig: RUN,
     ExportConfig: {"--out": ("--export.folder",)},
 }
 
 # What may differ when a run is resumed: nothing here changes what is computed.
-MAY_DIFFER = ("output.folder", "output.resume", "output.progress", "output.save_minutes", "devices.data")
+MAY_DIFFER = (
+    "output.folder",
+    "output.resume",
+    "output.progress",
+    "output.save_minutes",
+    *(f"devices.{key}" for key in ("data", "model", "parameters", "coordinator", "processes", "process")),
+)
 
 
 def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -181,7 +253,8 @@ def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] =
     Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
     nearest flags named. `--help` among the overrides prints every key, its default and what it means.
     """
-    others = () if kind in (SelectConfig, TrainConfig, CompareConfig, AuditConfig) else sections()
+    runs = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
+    others = () if kind in runs else sections()
     config = kind() if path is None else read(kind, find(path), others)
     flags = [flag for override in overrides for flag in _long(kind, override)]
     prog = f"bilevel-jax {VERBS[kind]} {'CONFIG' if path is None else path}"

@@ -11,11 +11,11 @@ from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.lm import batches, cipher, data, losses, tokens
 from bilevel_jax.lm import models as lm
-from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config import InspectConfig, RankConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.sections import Optimizer
 
-Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig)
+Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig, RankConfig)
 NAME = "builtin:cipher"
 STEPS, BATCH = 300, 32
 

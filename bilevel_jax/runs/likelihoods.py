@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,27 +43,47 @@ class Made(NamedTuple):
     """What a person should know of these scores."""
 
 
-class Model:
-    """The task's model under some parameters, answering requests; what it answered before a stop is not asked again."""
+class Reader:
+    """A model answering requests; what it answered before a stop is not asked again."""
 
-    def __init__(self, task: Task, params: Params, session: Session):
-        self.whole = assemble(params, task.base)
-        self._asked = _asked(task.decoder, task.mesh, session)
+    def __init__(self, decoder: Decoder, whole: Params, mesh: Mesh, session: Session):
+        self.whole = whole
+        self._asked = _asked(decoder, mesh, session)
         self._path = session.folder / "checkpoints" / "answers.jsonl"
         self._before = self._asked.places
-        self._step = task.layout.micro * task.layout.rows * task.layout.length
 
-    def __call__(self, requests: Sequence[Request]) -> list[LogLik]:
-        """The answers, in order."""
+    def __call__(
+        self, requests: Sequence[Request], on_batch: Callable[[int], None] = lambda done: None
+    ) -> list[LogLik]:
+        """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
         store = Store(fingerprint(self.whole), _stored(self._path), lambda new: _append(self._path, new))
+        self._asked.on_batch = on_batch
         answers = self._asked.engine.resume(self.whole, requests, store)
         self._path.unlink(missing_ok=True)
         return answers
 
     @property
+    def places(self) -> int:
+        """Token places that were read so far."""
+        return self._asked.places - self._before
+
+
+class Model:
+    """The task's model under some parameters, answering requests; counts its work in training steps."""
+
+    def __init__(self, task: Task, params: Params, session: Session):
+        self.whole = assemble(params, task.base)
+        self._reader = Reader(task.decoder, self.whole, task.mesh, session)
+        self._step = task.layout.micro * task.layout.rows * task.layout.length
+
+    def __call__(self, requests: Sequence[Request]) -> list[LogLik]:
+        """The answers, in order."""
+        return self._reader(requests)
+
+    @property
     def passes(self) -> float:
         """The work so far in training steps: token places read, a forward pass being a third of a step."""
-        return (self._asked.places - self._before) / self._step / 3
+        return self._reader.places / self._step / 3
 
 
 class Asked:
@@ -71,14 +91,17 @@ class Asked:
 
     def __init__(self, decoder: Decoder, mesh: Mesh, session: Session):
         self.places = 0
+        self.on_batch: Callable[[int], None] = lambda done: None
 
         def place(batch: Batch) -> Batch:
             self.places += batch["tokens"].size
             return placing.placed(mesh, Stream(lambda step: batch, 1)).batch(0)
 
-        self.engine = engine(
-            decoder, multiple=mesh.shape["data"], place=place, progress=lambda done, total: session.check()
-        )
+        def progress(done: int, total: int) -> None:
+            self.on_batch(done)
+            session.check()
+
+        self.engine = engine(decoder, multiple=mesh.size, place=place, progress=progress)
 
 
 @lru_cache(maxsize=4)

@@ -54,7 +54,8 @@ def read(kind: type[Config], path: Path, others: Collection[str] = ()) -> Config
             given[name] = chosen
     if trouble:
         raise ValueError("\n".join(trouble))
-    return kind(**{name: sections[name](**chosen) for name, chosen in given.items()})
+    defaults = kind()  # a verb may have its own for a section
+    return kind(**{name: dataclasses.replace(getattr(defaults, name), **chosen) for name, chosen in given.items()})
 
 
 def decode(kind: Any, value: Any) -> Any:

@@ -36,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     ),
     ("data.max_length", lambda c: c.data.max_length >= 2, "must be 2 or more"),
     ("data.seed", lambda c: c.data.seed >= 0, "must be 0 or more"),
+    ("train.skip", lambda c: c.train.skip >= 0, "must be 0 (stop at the first) or more"),
     ("optimizer.learning_rate", lambda c: c.optimizer.learning_rate > 0, "must be above 0"),
     (
         "optimizer.warmup",
@@ -124,6 +125,14 @@ RULES: tuple[Rule, ...] = (
         "must be 0 (not measured), or 8 or more: fewer tell nothing about a correlation",
     ),
     ("devices.data", lambda c: c.devices.data >= 0, "must be 0 (all) or more"),
+    ("devices.model", lambda c: c.devices.model >= 1, "must be 1 (every device has all parameters) or more"),
+    (
+        "devices.coordinator",
+        lambda c: c.devices.coordinator in ("", "auto") or c.devices.coordinator.rpartition(":")[2].isdigit(),
+        "is host:port of the first process, auto, or nothing",
+    ),
+    ("devices.processes", lambda c: c.devices.processes >= 0, "must be 0 (found out) or more"),
+    ("devices.process", lambda c: c.devices.process >= -1, "must be -1 (found out) or the number of a process"),
     ("output.save_minutes", lambda c: c.output.save_minutes > 0, "must be above 0"),
     ("objective.beta", lambda c: c.objective.beta >= 0, "must be 0 (the usual one) or more"),
     ("objective.gamma_ratio", lambda c: c.objective.gamma_ratio >= 0, "must be 0 or more"),
@@ -287,7 +296,6 @@ RULES: tuple[Rule, ...] = (
     ),
     ("rank.trim", lambda c: 0 <= c.rank.trim < 0.5, "must be in [0, 0.5)"),
     ("rank.beta", lambda c: 0 <= c.rank.beta <= 1 or c.rank.beta == -1, "must be in [0, 1], or -1 (by their spread)"),
-    ("rank.draws", lambda c: c.rank.draws >= 1, "must be 1 or more"),
     ("rank.max_question", lambda c: c.rank.max_question >= 0, "must be 0 (no limit) or more"),
     ("rank.max_response", lambda c: c.rank.max_response >= 0, "must be 0 (no limit) or more"),
     (
@@ -311,6 +319,70 @@ RULES: tuple[Rule, ...] = (
         "check.answer_field",
         lambda c: c.check.name == "" or c.check.answer_field != "",
         "name the key of the right result: the responses of a strategy may be wrong",
+    ),
+    ("refine.rounds", lambda c: c.refine.rounds >= 1, "must be 1 or more"),
+    ("refine.share", lambda c: 0 < c.refine.share <= 1, "must be in (0, 1]"),
+    (
+        "refine.methods",
+        lambda c: 0 < len(c.refine.methods) == len(set(c.refine.methods)),
+        "name at least one, each once",
+    ),
+    (
+        "refine.clip",
+        lambda c: c.refine.clip >= 1,
+        "must be 1 or more: below it not even the sampler keeps its gradient",
+    ),
+    ("refine.level", lambda c: 0 < c.refine.level <= 0.5, "must be in (0, 0.5]"),
+    (
+        "refine.ratio",
+        lambda c: c.refine.ratio != "sequence" or "unrolled" not in c.refine.methods,
+        "ratios of sequences have no potential, so unrolled would differentiate another training: choose token",
+    ),
+    (
+        "refine.ratio",
+        lambda c: c.refine.ratio != "sequence" or c.train.batch // c.train.micro % c.generate.draws == 0,
+        "compares the generate.draws responses to a question, which must fit: make train.batch / train.micro a "
+        "multiple of generate.draws, or choose token",
+    ),
+    (
+        "refine.ratio",
+        lambda c: c.refine.ratio == "none" or c.refine.questions == "none" or c.generate.temperature > 0,
+        "greedy responses were not drawn, so they have no ratio: set generate.temperature above 0, or choose none",
+    ),
+    (
+        "refine.questions",
+        lambda c: c.refine.questions != "dynamic" or set(c.refine.methods) & {"unrolled", "penalty", "bmo"},
+        "dynamic needs weights to choose by: name unrolled, penalty or bmo in refine.methods",
+    ),
+    (
+        "refine.checked",
+        lambda c: c.refine.checked == "report" or c.check.name != "",
+        "filter needs a checker: name one in check.name",
+    ),
+    (
+        "outer.weighting",
+        lambda c: not hasattr(c, "refine") or c.outer.weighting in ("sigmoid", "softmax"),
+        "every response has a weight of its own: choose sigmoid or softmax",
+    ),
+    (
+        "objective.name",
+        lambda c: not hasattr(c, "refine") or (c.objective.name == "sft" and c.objective.normalise == "example_mean"),
+        "refine reads single responses, each by its mean over tokens: leave objective as it is",
+    ),
+    (
+        "generate.source",
+        lambda c: not hasattr(c, "refine") or c.generate.source == "embedded",
+        "refine trains the model that writes: leave it at embedded",
+    ),
+    (
+        "model.scratch",
+        lambda c: not (hasattr(c, "refine") and c.model.scratch),
+        "refine begins with a model that can answer: set model.scratch to false",
+    ),
+    (
+        "data.packing",
+        lambda c: not (hasattr(c, "refine") and c.data.packing),
+        "responses have lengths that packing cannot know beforehand; set it to false (the numbers are the same)",
     ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
 )

@@ -119,6 +119,7 @@ class Training:
     compute: Literal["float32", "bfloat16"] = "float32"  # factors of the matrix products; sums stay in float32
     evaluate_every: int = 50  # steps between two readings of the validation loss; it is read at both ends too
     keep: Literal["last", "best"] = "last"  # which parameters are written: the last, or the best on V_select
+    skip: int = 0  # steps that may be left out because their gradient is not finite; one more stops the run
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,26 @@ class Generate:
     key_variable: str = "OPENAI_API_KEY"  # service: the environment variable with its key, which is written nowhere
     concurrency: int = 8  # service: requests at the same time
     timeout: float = 120.0  # service: seconds without a sign of it until a request is sent again
+
+
+RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "uniform"]
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Rounds: the model answers some questions anew, candidates are trained on that, the best replaces it or not."""
+
+    rounds: int = 3  # each generates, trains every candidate and tests the best of them
+    questions: Literal["fixed", "dynamic", "all", "none"] = "fixed"  # answered anew: drawn once, least weight now, ...
+    share: float = 0.1  # fixed, dynamic: share of the questions that are answered in a round
+    methods: tuple[RefineMethod, ...] = ("penalty",)  # a candidate each: how rows are weighted; uniform: not at all
+    beside: bool = False  # keep the offline rows of these questions beside the responses, or let responses replace them
+    ratio: Literal["token", "sequence", "none"] = "token"  # responses' losses by importance ratio; bmo: its own weights
+    clip: float = 10.0  # the largest ratio
+    start: Literal["accepted", "first"] = "accepted"  # the model that candidates are trained from
+    checked: Literal["report", "filter"] = "report"  # what section check is for: told alone, or wrong responses are out
+    level: float = 0.05  # of the test of a candidate: one-sided, on V_select, by paired bootstrap
+    corrected: bool = True  # divide it by the number of looks, rounds times methods, so that it holds for the whole run
 
 
 @dataclass(frozen=True)
@@ -271,9 +292,14 @@ class Certify:
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of the run."""
+    """The devices of the run: a mesh of data x model of them, in one process or in several that work as one."""
 
-    data: int = 0  # devices over which the examples of a step are spread; 0 = all
+    data: int = 0  # copies of the parameters, that is, groups of devices; 0 = as many as all devices make
+    model: int = 1  # devices that share one copy: each keeps a part, brought together layer by layer where it is used
+    parameters: tuple[str, ...] = ()  # rules before the usual ones, as 'layers/down_proj/kernel = - model -'
+    coordinator: str = ""  # several processes: host:port of the first, or auto (TPU pods, SLURM, Open MPI, Kubernetes)
+    processes: int = 0  # how many processes; 0: the environment (JAX_NUM_PROCESSES) or the cluster says
+    process: int = -1  # the number of this one, from 0; -1: the environment (JAX_PROCESS_ID) or the cluster says
 
 
 @dataclass(frozen=True)
@@ -363,7 +389,6 @@ class Rank:
     mean: Literal["arithmetic", "geometric", "trimmed"] = "arithmetic"  # sppl, perplexity: over a block
     trim: float = 0.1  # mean=trimmed: share of the questions that is left out at either end
     beta: float = 0.5  # mix: weight of perplexity against 1 - self_similarity; -1: by how much each varies
-    draws: int = 1  # self_similarity: answers of the model's own to each question; sppl shows the first
     answers: str = ""  # file of the model's own answers, a question and a response a row; empty: generated
     template: str = ""  # sppl: {question} and {examples} with what stands around them
     example: str = ""  # sppl: {answer} with what stands around each

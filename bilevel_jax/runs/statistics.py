@@ -1,5 +1,7 @@
 """Small statistics for tables: area under the ROC curve, rank correlation, intervals of a mean, the best rows."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -20,6 +22,19 @@ def rank_correlation(one: Float[np.ndarray, "n"], other: Float[np.ndarray, "n"])
     a, b = (ranks(values) - (len(values) + 1) / 2 for values in (one, other))
     scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float(a @ b) / scale if scale else float("nan")
+
+
+def weighted_rank_correlation(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Σ SD ρ / Σ SD over pairs (scores, accuracies) of strategies; SD is that of the accuracies, ρ `rank_correlation`.
+
+    So pairs whose strategies hardly differ count little: how arXiv 2502.11779 judges a metric over models and tasks.
+    Scores are larger-is-better (give minus a perplexity). Pairs without a rank correlation do not count; nan for none.
+    """
+    spreads = np.array([np.std(accuracies) for _, accuracies in pairs])
+    found = np.array([rank_correlation(*pair) for pair in pairs])
+    there = np.isfinite(found)
+    total = float(spreads[there].sum())
+    return float((spreads * found)[there].sum()) / total if total else float("nan")
 
 
 def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
