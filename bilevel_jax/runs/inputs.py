@@ -12,6 +12,7 @@ from bilevel_jax.runs.rules import leaves
 NAME = "inputs.json"
 KEYS = (
     "model.path", "data.train", "data.validation", "data.select", "data.report", "weights.file", "objective.reference",
+    "rank.answers", "rank.accuracies",
 )  # fmt: skip
 """Of the configs: those whose values name files."""
 
