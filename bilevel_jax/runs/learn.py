@@ -176,6 +176,7 @@ def learn(
         checkpoint.save(folder, step, tables, {"records": records})
         session.saved()
         ended = _ended(records, config, task.rows, progress)
+        del run, estimate  # or their snapshots would live beside those of the next training
 
     best = _best(records)
     return Learned(

@@ -1,6 +1,5 @@
 """The main job: learn a weight for every training row, certify it, compare it, and write what a person can trust."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs import files, outputs, report, rows
+from bilevel_jax.runs import files, outputs, plan, report, rows
 from bilevel_jax.runs.certificates import certificates
 from bilevel_jax.runs.compare import FIRST_SEED, arms, compare
 from bilevel_jax.runs.config import SelectConfig
@@ -19,10 +18,10 @@ from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
 from bilevel_jax.runs.sections import SINGLE_LOOP
 from bilevel_jax.runs.session import Session, run_folder, started
-from bilevel_jax.runs.single import Alone, learn_alone, steps_of, work_of
+from bilevel_jax.runs.single import Alone, learn_alone
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, prepare
-from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer
+from bilevel_jax.runs.training import Trainer
 
 NOTHING_TO_CERTIFY = certify.Verdict(
     "UNDECIDED",
@@ -52,7 +51,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
 def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict[str, Any]:
     for note in task.notes:
         work.say(note)
-    work.phase("starting", total=planned_work(task, config))
+    work.phase("starting", total=sum(stage.work for stage in plan.selection(task, config)))
     trainer = Trainer(task, config.outer, work)
     alone: Alone | None = None
     if config.outer.method in SINGLE_LOOP:
@@ -111,24 +110,6 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     files.write_json(folder / "result.json", result)
     report.write(folder, task.examples)
     return result
-
-
-def planned_work(task: Task, config: SelectConfig) -> float:
-    """The whole run in training steps, for the ETA."""
-    outer, steps = config.outer, task.steps
-    swept = min(outer.window, steps) if outer.method == "window" else steps
-    estimate = swept * (REPLAY + PRODUCT) if outer.method in ("unrolled", "window") else 0
-    one_pass = 2 * math.ceil(task.rows / task.batch)
-    total = (outer.steps + 1) * (steps + estimate) + one_pass
-    if outer.method in SINGLE_LOOP:
-        total = steps + one_pass + steps_of(config) * work_of(config)
-    if config.certify.enabled and outer.method not in SINGLE_LOOP:
-        ends = 2 if outer.restart == "cold" else 1
-        retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
-        total += ends * (retrains * steps + estimate)
-    if config.compare.enabled:
-        total += len(config.compare.rows) * config.compare.seeds * steps
-    return total + steps
 
 
 def _certify(
