@@ -54,6 +54,10 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
 
 def written(body):
     """What a model that keeps to its seed would say."""
@@ -69,8 +73,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     one = Server()
     yield one
-    one.http.shutdown()
-    one.http.server_close()
+    one.close()
 
 
 def ask(server, sampling=PLAIN, prompts=PROMPTS, draws=(0, 1), store=NOTHING, **options):

@@ -1,0 +1,107 @@
+"""A run's responses: kept as they come, under who wrote them and how, and not written again after a stop."""
+
+import json
+import signal
+from dataclasses import dataclass, replace
+
+import jax
+import pytest
+
+from bilevel_jax.lm.generate import Prompt
+from bilevel_jax.lm.models import decoder, init
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.generation import NAME, generators
+from bilevel_jax.runs.rules import check
+from bilevel_jax.runs.sections import Generate
+from bilevel_jax.runs.session import Interrupted, session
+from tests.lm.test_models import TINY
+from tests.lm.test_service import Server
+
+PROMPTS = [Prompt(f"row {at}", (1, 2 + at), ({"role": "user", "content": str(at)},)) for at in range(6)]
+SETTINGS = Generate(max_new=5, tokens=100)  # two rows to a batch
+
+
+class Words:
+    """A tokenizer whose tokens are numbers."""
+
+    eos_token_id = 3
+
+    def decode(self, ids, **options):
+        return "".join(f"{token} " for token in ids)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init(TINY, jax.random.key(0))
+
+
+MODEL, MESH = decoder(TINY), placing.make_mesh(1)
+
+
+def opened(folder):
+    folder.mkdir(exist_ok=True)
+    return session(folder, progress=False, save_seconds=600)
+
+
+def lines(folder):
+    return (folder / "checkpoints" / NAME).read_text().splitlines()
+
+
+def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path):
+    with opened(tmp_path / "whole") as work:
+        expected = generators(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
+        assert [response.text for response in expected[0]] == [
+            Words().decode(response.tokens[: len(response.tokens) - response.ended]) for response in expected[0]
+        ]
+    assert len(lines(tmp_path / "whole")) == 6
+    folder = tmp_path / "stopped"
+    with opened(folder) as work:
+        work.stop(signal.SIGTERM, None)
+        with pytest.raises(Interrupted):
+            generators(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
+    assert len(lines(folder)) == 1
+    with open(folder / "checkpoints" / NAME, "a") as file:
+        file.write('{"torn by a kill": ["')
+    with opened(folder) as work:
+        make = generators(SETTINGS, MODEL, Words(), MESH, work)
+        assert make(params)(PROMPTS, (0, 1)) == expected  # the same bits
+        assert lines(folder) == lines(tmp_path / "whole")
+        assert make(params)(PROMPTS[::-1], (1, 0)) == [row[::-1] for row in expected[::-1]]
+        assert len(lines(folder)) == 6
+        other = make(jax.tree.map(lambda leaf: 2 * leaf, params))(PROMPTS[:1], (0, 1))
+        assert other[0] != expected[0] and len(lines(folder)) == 7
+        generators(replace(SETTINGS, seed=1), MODEL, Words(), MESH, work)(params)(PROMPTS[:1], (0, 1))
+    assert len({key for line in lines(folder) for key in json.loads(line)}) == 12 + 2 + 2
+
+
+def test_a_service_writes_whatever_the_parameters(tmp_path, monkeypatch):
+    monkeypatch.delenv("http_proxy", raising=False)
+    server = Server()
+    settings = Generate("service", url=server.url, model="small", key_variable="NO_SUCH_VARIABLE")
+    for _ in range(2):
+        with opened(tmp_path) as work:
+            make = generators(settings, MODEL, Words(), MESH, work)
+            one, two = (make(params)(PROMPTS, (0, 1)) for params in (None, {}))
+            assert one == two and all(response.log_probs for row in one for response in row)
+    assert len(server.requests) == 12
+    server.close()
+
+
+@dataclass(frozen=True)
+class Config:
+    generate: Generate
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (Generate("service", model="small"), r"generate.url = ''.* is where a service is, as http://localhost:8000/v1"),
+        (Generate("service", url="http://localhost:8000/v1"), "generate.model = ''.* name the model at the service"),
+        (Generate(top_p=0.0), r"generate.top_p = 0.0.* must be in \(0, 1\]"),
+        (Generate(temperature=-1.0), r"generate.temperature = -1.0.* must be 0 \(greedy\) or more"),
+    ],
+)
+def test_settings_are_checked(settings, said):
+    with pytest.raises(ValueError, match=said):
+        check(Config(settings), "the config")
+    check(Config(Generate()), "the config")
