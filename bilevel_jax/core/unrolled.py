@@ -1,7 +1,7 @@
 """The resumable reverse sweep over a training run: exact for L_v(theta_T(w)), the run that really happened."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -111,8 +111,6 @@ def sweeper(
     `on_step` is called after each step swept with the step's number.
     """
     value_and_slope = outer_gradient(problem)
-    larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
-    same = jax.jit(tree.equal)
 
     def first(run: Run) -> int:
         return 0 if window is None else max(0, run.steps - window)
@@ -134,7 +132,7 @@ def sweeper(
             after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
             visits.append((state, info.grad))
             state = after
-        return visits, same(state, run.end if z == run.steps else run.snapshot(z))
+        return visits, _same(state, run.end if z == run.steps else run.snapshot(z))
 
     def advance(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep) -> Sweep:
         a = sweep.segment * run.every
@@ -145,7 +143,7 @@ def sweeper(
             state, gradient = visits.pop()
             batch = train.batch(t)
             adjoint, entries = step.backward(state, gradient, step.take(hyper, batch), fixed, batch, adjoint)
-            grad, peak = step.add(grad, batch, entries), larger(peak, adjoint)
+            grad, peak = step.add(grad, batch, entries), _larger(peak, adjoint)
             if on_step:
                 on_step(t)
         return sweep._replace(
@@ -167,6 +165,11 @@ def sweeper(
     return Sweeper(begin, advance, done, finish)
 
 
+_same = jax.jit(tree.equal)
+_larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
+
+
+@lru_cache(maxsize=8)  # so that a run which comes back to a problem with other rows compiles nothing again
 def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[Scalar, Params]]:
     """(params, fixed, validation stream) -> L_v and its gradient, over *all* of the stream."""
 
@@ -193,6 +196,7 @@ def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[
     return value_and_slope
 
 
+@lru_cache(maxsize=8)
 def outer_value(problem: Problem) -> Callable[[Params, Fixed, Stream], Scalar]:
     """(params, fixed, validation stream) -> L_v in nats, over all of the stream."""
 

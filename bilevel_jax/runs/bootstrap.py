@@ -1,4 +1,4 @@
-"""Rank correlations of resampled items: point values, bootstrap intervals, paired differences."""
+"""Rank correlations and gains of resampled items: point values, bootstrap intervals, paired differences."""
 
 from typing import NamedTuple
 
@@ -50,6 +50,23 @@ def reading(draws: Float[np.ndarray, "draws"]) -> Reading:
     rest = draws[1:][np.isfinite(draws[1:])]
     low, high = np.quantile(rest, [0.025, 0.975]) if len(rest) else (np.nan, np.nan)
     return Reading(float(draws[0]), float(low), float(high))
+
+
+def paired_gain(
+    before: Float[np.ndarray, "items"], after: Float[np.ndarray, "items"], level: float, seed: tuple[int, ...]
+) -> tuple[Reading, float]:
+    """The mean of before - after over items, with its 95 % interval, and its lower bound at a one-sided `level`.
+
+    Items are resampled, both readings of one together; quantiles of the means. Bounds are too high for few items: their
+    tails are thinner than a mean's. As many resamples as put 25 below the bound, and at least 4000.
+    """
+    gain = np.asarray(before - after, float)
+    draws, random = max(4000, round(25 / level)), np.random.default_rng(seed)
+    means = np.concatenate(
+        [random.choice(gain, (min(DRAWS, draws - first), len(gain))).mean(1) for first in range(0, draws, DRAWS)]
+    )
+    low, high, bound = np.quantile(means, [0.025, 0.975, level])
+    return Reading(float(gain.mean()), float(low), float(high)), float(bound)
 
 
 Places = tuple[Int[np.ndarray, "pairs n"], Int[np.ndarray, "pairs n"], Int[np.ndarray, "pairs n"]]

@@ -52,20 +52,32 @@ def work_of(config: SelectConfig) -> float:
     return COPY if method == "penalty" and single.second == "copy" else PLAIN
 
 
-def run_single(task: Task | ArrayTask, config: SelectConfig, session: Session, *, seed: int = 0) -> Alone:
+def run_single(
+    task: Task | ArrayTask,
+    config: SelectConfig,
+    session: Session,
+    *,
+    seed: int = 0,
+    made: Single | None = None,
+    snapshot: Params | None = None,
+) -> Alone:
     """Train parameters and weights together, as outer.method says, and return both.
 
+    `made` is `method` of another task of the same shape, already compiled; `snapshot` the parameters that BMO compares
+    with under single.reference = snapshot (default: those that training starts from).
     Validation batches are drawn from V_fit alone, in epochs of their own. The records are of readings of L_v: on V_fit,
     which is trained on, and on V_select and V_report, which are not. Raises FloatingPointError where L_v is not finite.
     """
     folder = session.folder / "checkpoints" / f"single-{seed}"
     steps, every = steps_of(config), config.single.read_every
-    made = method(task, config, steps)
+    made = made or method(task, config, steps)
     read = outer_value(task.problem)
     good = good_rows(task, config)
     params = task.fresh(config.train.seed + seed)
     fixed = task.fixed(params)
     state = made.init(params)
+    if snapshot is not None and config.outer.method == "bmo" and config.single.reference == "snapshot":
+        state = multiobjective.refresh(state, snapshot)
     train = task.stream(config.data.seed + seed, packed=False)
     validation = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
     records: list[dict[str, Any]] = []

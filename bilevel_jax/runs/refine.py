@@ -1,0 +1,395 @@
+"""The verb `refine`: rounds in which the model answers questions itself, and is replaced only where that helped."""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Array, Float
+
+from bilevel_jax.core.types import Params
+from bilevel_jax.lm import tokens
+from bilevel_jax.lm.losses import assemble
+from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.runs import checkers, checkpoint, files, outputs, refine_candidates, refine_report, rows
+from bilevel_jax.runs import config as configs
+from bilevel_jax.runs.bootstrap import paired_gain
+from bilevel_jax.runs.checkers import Checker
+from bilevel_jax.runs.config import RefineConfig
+from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.generation import generators
+from bilevel_jax.runs.likelihoods import fingerprint
+from bilevel_jax.runs.refine_candidates import ESTIMANDS, LEARNS, Candidate, Train, settings
+from bilevel_jax.runs.refine_rows import Made, answers, choose, judged, question_weights, task_of
+from bilevel_jax.runs.sections import RefineMethod
+from bilevel_jax.runs.session import Session, run_folder, started
+from bilevel_jax.runs.task import Task, per_row, prepare
+
+
+class State(NamedTuple):
+    """What a round leaves to the next."""
+
+    params: Params
+    """Of the present model: the last that was accepted."""
+    weights: Float[Array, "questions"]
+    """The last weight of each question; 1 before the first."""
+
+
+class Run(NamedTuple):
+    """What all rounds share."""
+
+    config: RefineConfig
+    task: Task
+    """Of the offline rows."""
+    trains: dict[RefineMethod, Train]
+    write: Any
+    """parameters -> the generator of the model with them."""
+    checker: Checker | None
+    work: Session
+
+
+def refine(config: RefineConfig) -> dict[str, Any]:
+    """Run the verb in `config.output.folder` and return what result.json holds.
+
+    Raises as `select.select` does, and ValueError without V_fit or V_select, and for questions that are too long.
+    """
+    with run_folder(config) as folder:
+        data = embedded(settings(config, "uniform"), folder)
+        ready = replace(config, model=data.model, data=data.data)
+        task = prepared(ready, folder)
+        checker = checkers.checker(ready.check, judged_rows(ready, task)) if ready.check.name else None
+        with started(config, folder) as work:
+            trains = refine_candidates.candidates(ready, task)
+            whole = generators(ready.generate, task.decoder, task.tokenizer, task.mesh, work)
+            run = Run(ready, task, trains, lambda params: whole(assemble(params, task.base)), checker, work)
+            return _work(run, config)
+
+
+def prepared(config: RefineConfig, folder: Path) -> Task:
+    """The task of the offline rows, in a shape that holds every response.
+
+    Raises ValueError where a part of the trusted rows is missing, or a question leaves no room for a response.
+    """
+    found = rows.load(config.data)
+    task = prepare(settings(config, "uniform"), found, folder, steps=config.train.steps, seeds=[config.data.seed])
+    if missing := [part for part in ("fit", "select") if part not in task.held_out]:
+        raise ValueError(
+            f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by V_fit and judged "
+            "on V_select. Give data.validation with shares for both in data.split, or data.select."
+        )
+    asked = [task.examples[row] for row in task.trainable()] + task.trusted.get("report", [])
+    questions = prompts(asked, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    longest = max((len(one.tokens) for one in questions), default=0) + config.generate.max_new
+    if longest > task.architecture.max_length:
+        raise ValueError(
+            f"the longest question has {longest - config.generate.max_new} tokens; with generate.max_new = "
+            f"{config.generate.max_new} that is more than the model's {task.architecture.max_length}. Lower it."
+        )
+    places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
+    return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
+
+
+def judged_rows(config: RefineConfig, task: Task) -> list[Any]:
+    """The rows whose responses a checker will see."""
+    offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable()]
+    return offline + task.trusted.get("report", [])
+
+
+def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
+    task, work, ready = run.task, run.work, run.config
+    for note in task.notes:
+        work.say(note)
+    total = ready.refine.rounds * sum(refine_candidates.work(ready, name) for name in ready.refine.methods)
+    work.phase("starting", total=total)
+    folder = work.folder / "checkpoints" / "rounds"
+    start = task.fresh(ready.train.seed)
+    state, records = State(start, jnp.ones(task.rows)), []
+    if found := checkpoint.restore(folder, state):
+        state, records = found.tree, found.meta["records"]
+        work.advance(sum(record["work"] for record in records))
+    for number in range(len(records), ready.refine.rounds):
+        state, record = one_round(run, state, number)
+        records.append(record)
+        work.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED}})
+        work.say(_line(record))
+        checkpoint.save(folder, number, state, {"records": records})
+        for name in ready.refine.methods:
+            shutil.rmtree(_part(work, number, name), ignore_errors=True)
+        work.saved()
+    work.phase("reading V_report")
+    ends = {"first": start, "last": state.params}
+    held = work.once("report", lambda: last_reading(run, ends))
+    work.phase("writing")
+    outputs.write_model(work.folder / "model", task, state.params, base_path=ready.model.path)
+    _write_tables(run, records)
+    result = {
+        "records": records,
+        "accepted": sum(record["accepted"] for record in records),
+        "report": held,
+        "unit": task.objective.unit,
+        "estimands": {name: ESTIMANDS[name] for name in ready.refine.methods},
+        "looks": looks(ready),
+        "rows": {"train": task.rows, **{part: len(some) for part, some in task.trusted.items()}},
+        "checker": ready.check.name,
+        "examples": shown(run, records),
+        "moved": moved(run, records),
+        "notes": task.notes,
+        "seconds": work.cost("")[1],
+        "config_hash": configs.config_hash(config),
+    }
+    result["sentence"] = refine_report.sentence(result)
+    files.write_json(work.folder / "result.json", result)
+    refine_report.write(work.folder)
+    return result
+
+
+# ---- a round
+
+
+def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any]]:
+    """Choose questions, answer them with the present model, train every candidate, test the best one."""
+    config, first, work = run.config, run.task, run.work
+    began, before = time.monotonic(), work.work
+    mark = fingerprint(assemble(state.params, first.base))
+    chosen = choose(config, first.trainable(), np.asarray(state.weights))
+    work.phase(f"round {number}: responses")
+    found = answers(config, first, chosen, number, _responses(work, number), run.write(state.params), mark, run.checker)
+    written = time.monotonic() - began
+    made = task_of(config, first, found, number)
+    origin = state.params if config.refine.start == "accepted" else first.fresh(config.train.seed)
+    made = made._replace(task=made.task._replace(fresh=lambda seed: origin))
+
+    present = select_losses(first, state.params)
+    tried: dict[str, Candidate] = {}
+    read: dict[str, Float[np.ndarray, "select"]] = {}
+    told: list[dict[str, Any]] = []
+    for name in config.refine.methods:
+        work.phase(f"round {number}: {name}")
+        tried[name], cost = trained(run, made, state.params, number, name)
+        read[name] = select_losses(first, tried[name].params)
+        told.append({"name": name, "select": float(read[name].mean()), **cost})
+    best, *others = sorted(tried, key=lambda name: read[name].mean())
+    gain, bound = paired_gain(present, read[best], level_of(config), (config.data.seed, 13, number))
+    accepted = bound > 0
+    judge = next((name for name in (best, *others) if name in LEARNS), None)
+    weights = tried[judge].weights if judge else np.ones(len(made.base))
+    files.write_table(_weights(work, number), weights_table(run, made, weights, judge, number))
+    record = {
+        "step": number,
+        "model": mark,
+        "questions": len(chosen),
+        "responses": len(found.texts),
+        "ended": float(np.mean(found.ended)) if found.ended else None,
+        "tokens": int(sum(len(one) for one in found.tokens)),
+        "right": judged(found.values),
+        "present": float(present.mean()),
+        "candidates": told,
+        "best": best,
+        "gain": gain._asdict(),
+        "bound": bound,
+        "accepted": bool(accepted),
+        "judge": judge,
+        "ess": float(weights.sum() ** 2 / (weights**2).sum()),
+        "seconds_writing": written,
+        "work": work.work - before,
+        "seconds": time.monotonic() - began,
+    }
+    after = jnp.asarray(question_weights(made, weights, first.rows), state.weights.dtype)
+    return State(tried[best].params if accepted else state.params, after if judge else state.weights), record
+
+
+def trained(run: Run, made: Made, sampler: Params, number: int, name: RefineMethod) -> tuple[Candidate, dict[str, Any]]:
+    """A candidate, trained now or found where a stopped run left it; what it cost, and its loss on V_fit."""
+    work = run.work
+    part = work.within(_part(work, number, name).name)
+    end = part.folder / "checkpoints" / "end"
+    like = (made.task.fresh(0), jnp.ones(made.task.rows))
+
+    def make() -> dict[str, Any]:
+        began, before = time.monotonic(), work.work
+        candidate = run.trains[name](made, sampler, part, number)
+        checkpoint.save(end, 0, (candidate.params, jnp.asarray(candidate.weights, like[1].dtype)), {})
+        return {"work": work.work - before, "seconds": time.monotonic() - began}
+
+    told = work.once(f"round {number}/{name}", make)
+    found = checkpoint.restore(end, like)
+    if found is None:
+        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Start anew.")
+    params, weights = found.tree
+    return Candidate(params, np.asarray(weights)), dict(told)
+
+
+def looks(config: RefineConfig) -> int:
+    """How often V_select is asked whether a candidate is better: once for each candidate of each round."""
+    return config.refine.rounds * len(config.refine.methods)
+
+
+def level_of(config: RefineConfig) -> float:
+    """The level of one test. Corrected, that of the run over the looks (Bonferroni): all of them together keep it.
+
+    The best of several candidates is tested, which is as if each had been; later rounds look again.
+    """
+    return config.refine.level / (looks(config) if config.refine.corrected else 1)
+
+
+def select_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
+    """The loss of each row of V_select, nats."""
+    return part_losses(task, params, "select")
+
+
+def part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
+    """The loss of each row of a part of the trusted rows that is not too long, nats."""
+    stream, count = task.held_out[part], len(task.trusted[part])
+    values = per_row(task.objective.losses, params, task.fixed(params), stream, count)
+    return values[np.isfinite(values)]
+
+
+# ---- the end
+
+
+def last_reading(run: Run, ends: dict[str, Params]) -> dict[str, Any] | None:
+    """L_v on V_report before and after all rounds, and, with a checker, how many answers are right: read once."""
+    if "report" not in run.task.held_out:
+        return None
+    before, after = (part_losses(run.task, params, "report") for params in ends.values())
+    gain, _ = paired_gain(before, after, 0.025, (run.config.data.seed, 17))
+    accuracy = [answered(run, params) for params in ends.values()] if run.checker else None
+    right = None
+    if accuracy:
+        difference, _ = paired_gain(accuracy[1], accuracy[0], 0.025, (run.config.data.seed, 19))
+        right = {"first": float(accuracy[0].mean()), "last": float(accuracy[1].mean()), "gain": difference._asdict()}
+    return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
+
+
+def answered(run: Run, params: Params) -> Float[np.ndarray, "report"]:
+    """What the checker says of the greedy answer to each question of V_report."""
+    config, task = run.config, run.task
+    greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, draws=1)
+    held = task.trusted["report"]
+    asked = prompts(held, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    written = generators(greedy, task.decoder, task.tokenizer, task.mesh, run.work)(assemble(params, task.base))
+    assert run.checker is not None
+    return np.array(
+        [run.checker(example, some[0].text) for example, some in zip(held, written(asked, [0]), strict=True)]
+    )
+
+
+def weights_table(run: Run, made: Made, weights: Float[np.ndarray, "rows"], judge: str | None, number: int) -> pa.Table:
+    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline rows."""
+    first = run.task.examples
+    asked = [first[row] for row in made.question]
+    return pa.table(
+        {
+            "round": np.full(len(weights), number),
+            "id": [example.id for example in made.task.examples],
+            "question": [example.id for example in asked],
+            "generated": made.response >= 0,
+            "source": [example.source for example in asked],
+            "label": pa.array([example.label for example in asked], pa.string()),
+            "base": made.base,
+            "weight": np.asarray(weights, float),
+            "method": pa.array([judge] * len(weights), pa.string()),
+        }
+    )
+
+
+def _write_tables(run: Run, records: list[dict[str, Any]]) -> None:
+    """weights.parquet and responses.parquet: all rounds, one behind the other."""
+    work, weights, responses = run.work, [], []
+    for record in records:
+        of = pq.read_table(_weights(work, record["step"]))
+        weights.append(of)
+        known = dict(zip(of["id"].to_pylist(), of["weight"].to_pylist(), strict=True))
+        some = pq.read_table(_responses(work, record["step"]))
+        some = some.append_column("weight", pa.array([known[one] for one in some["id"].to_pylist()], pa.float64()))
+        responses.append(some.append_column("accepted", pa.array([record["accepted"]] * len(some), pa.bool_())))
+    meaning = {
+        "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
+        "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
+        "config_hash": configs.config_hash(run.config),
+    }
+    table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
+    files.write_table(work.folder / "weights.parquet", table)
+    meaning = {
+        "model": "fingerprint of the model that wrote the response",
+        "log_prob": "sum of log_probs, nats: of each token under the sampler, after temperature, top-k and top-p",
+        "accepted": "whether the best candidate of the round became the model",
+    }
+    table = pa.concat_tables(responses).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
+    files.write_table(work.folder / "responses.parquet", table)
+
+
+def shown(run: Run, records: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
+    """Responses of the last round that weigh most and least, with their questions, for the report."""
+    table = pq.read_table(run.work.folder / "responses.parquet").to_pylist()
+    last = [row for row in table if row["round"] == len(records) - 1]
+    known = {example.id: example for example in run.task.examples}
+    ranked = sorted(last, key=lambda row: -row["weight"])
+    chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
+    return [
+        {
+            "id": row["id"],
+            "question": known[row["question"]].turns[-2].content if len(known[row["question"]].turns) > 1 else "",
+            "offline": known[row["question"]].turns[-1].content,
+            "label": known[row["question"]].label,
+            "text": row["text"],
+            "ended": row["ended"],
+            "log_prob": row["log_prob"],
+            "checker": row["checker"],
+            "weight": row["weight"],
+        }
+        for row in chosen
+    ]
+
+
+def moved(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean weight of each kind of row in each round: offline rows by label, responses by what the checker says."""
+    out = []
+    for record in records:
+        table = pq.read_table(_weights(run.work, record["step"])).to_pandas()
+        values = pq.read_table(_responses(run.work, record["step"])).to_pandas().set_index("id")["checker"]
+        right = table["id"].map(values)
+        kind = table["label"].fillna("offline")
+        generated = np.where(right.isna(), "response", np.where(right >= 0.5, "right response", "wrong response"))
+        kind = kind.where(~table["generated"], generated)
+        means = table.assign(kind=kind).groupby("kind")["weight"].agg(["mean", "size"])
+        out += [
+            {"round": record["step"], "kind": name, "weight": float(one["mean"]), "rows": int(one["size"])}
+            for name, one in means.iterrows()
+        ]
+    return out
+
+
+# ---- where things are
+
+
+LOGGED = ("model", "questions", "responses", "right", "present", "best", "gain", "bound", "accepted", "ess", "seconds")
+
+
+def _responses(work: Session, number: int) -> Path:
+    return work.folder / "rounds" / f"responses-{number}.parquet"
+
+
+def _weights(work: Session, number: int) -> Path:
+    return work.folder / "rounds" / f"weights-{number}.parquet"
+
+
+def _part(work: Session, number: int, name: str) -> Path:
+    return work.folder / "parts" / f"round {number} {name}"
+
+
+def _line(record: dict[str, Any]) -> str:
+    """One line for people."""
+    gain = record["gain"]
+    tried = "  ".join(f"{one['name']} {one['select']:.4f}" for one in record["candidates"])
+    right = "" if record["right"] is None else f"   {record['right']:.0%} of the responses right"
+    return (
+        f"round {record['step']}   L_v on V_select: present {record['present']:.4f}  {tried}   gain "
+        f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
+        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}"
+    )
