@@ -185,7 +185,7 @@ def prepare(config: SelectConfig, arrays: Arrays, source: Source, net: Network) 
         for row, place in enumerate(places["train"].tolist())
     ]
     trusted = {part: parts[part] for part in ("fit", "select", "report") if parts[part].rows}
-    mesh = placing.make_mesh(config.devices.data)
+    mesh = placing.make_mesh(config.devices.data, config.devices.model)
     each = config.train.batch // config.train.micro
     placing.fit_layout(mesh, batches.Layout(config.train.micro, each, each, 1))
     told = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[arrays.noise]

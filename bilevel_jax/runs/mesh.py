@@ -1,4 +1,4 @@
-"""Where arrays live: one named mesh, parameters on every device, the rows of a batch spread over `data`."""
+"""Where arrays live: a named mesh of `data` x `model` devices, the rows of a batch spread over all of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,59 +11,94 @@ from jax.sharding import PartitionSpec as P
 from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.batches import Layout
 
-SPREAD = P(None, "data")
-"""[micro, rows or examples, ...]: the second axis over the devices."""
+SPREAD = P(None, ("data", "model"))
+"""[micro, rows or examples, ...]: the second axis over all devices."""
 
 
-def make_mesh(data: int) -> Mesh:
-    """`data` devices in one row; 0 takes all that there are."""
+def make_mesh(data: int, model: int = 1) -> Mesh:
+    """`data` times `model` devices; data = 0 takes all that there are.
+
+    The rows of a batch are spread over all of them. `model` devices share one copy of the parameters, of which each
+    keeps a part (`partition`), so that larger models fit; there are `data` copies.
+    """
     devices = jax.devices()
-    count = data or len(devices)
+    wanted = f"devices.data x devices.model = {data or 'all'} x {model}"
+    if len(devices) % model and not data:
+        raise ValueError(f"{wanted}, but {len(devices)} devices do not split into groups of {model}.")
+    count = data * model or len(devices)
     if count > len(devices):
-        raise ValueError(f"devices.data = {count}, but there are {len(devices)} devices: {devices[0].device_kind}.")
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+        raise ValueError(f"{wanted}, but there are {len(devices)} devices: {devices[0].device_kind}.")
+    if jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"{wanted}, but several processes use all of their {len(devices)} devices: set devices.data to 0."
+        )
+    return jax.make_mesh(
+        (count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+    )
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Arrays on the mesh, as `where` says: one sharding, or a tree of them.
+
+    Of several processes each gives the same values and keeps the part of its own devices; nothing is sent.
+    """
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(where)):
+        return jax.device_put(tree, where)
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda leaf: where, tree)
+
+    def part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        here = np.asarray(leaf)
+        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    return jax.tree.map(part, tree, where)
 
 
 def everywhere(mesh: Mesh, tree: Any) -> Any:
     """A copy on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return put(tree, NamedSharding(mesh, P()))
 
 
-def shapes(mesh: Mesh, tree: Any) -> Any:
-    """The shapes of arrays that `everywhere` would place: for what is compiled without them."""
+def settled(mesh: Mesh, tree: Any) -> Any:
+    """The tree with a copy on every device of each array that is not on the mesh yet: an optimiser's counters, say."""
     copied = NamedSharding(mesh, P())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=copied), tree)
+
+    def settle(leaf: Any) -> Any:
+        there = getattr(leaf, "sharding", copied)  # a number stays a number
+        return leaf if isinstance(there, NamedSharding) and there.mesh == mesh else put(leaf, copied)
+
+    return jax.tree.map(settle, tree)
 
 
 def placed(mesh: Mesh, stream: Stream) -> Stream:
     """The same stream with its batches on the mesh: the only place where data meet devices."""
-    put = _put(mesh)
-    return Stream(lambda step: put(stream.batch(step)), stream.steps)
+    place = _placing(mesh)
+    return Stream(lambda step: place(stream.batch(step)), stream.steps)
 
 
 def kept(mesh: Mesh, stream: Stream) -> Stream:
     """As `placed`, with every batch made and moved once: for the small sets that are read again and again."""
-    put = _put(mesh)
-    batches = [put(stream.batch(step)) for step in range(stream.steps)]
+    place = _placing(mesh)
+    batches = [place(stream.batch(step)) for step in range(stream.steps)]
     return Stream(batches.__getitem__, stream.steps)
 
 
 def fit_layout(mesh: Mesh, layout: Layout) -> Layout:
     """The layout with its rows rounded up to a multiple of the devices; its examples must already be one."""
-    count = mesh.shape["data"]
-    if layout.examples % count:
+    if layout.examples % mesh.size:
         raise ValueError(
-            f"train.batch / train.micro = {layout.examples} examples do not spread evenly over {count} devices. "
-            f"Choose a multiple of {count}, or set devices.data."
+            f"train.batch / train.micro = {layout.examples} examples do not spread evenly over {mesh.size} devices. "
+            f"Choose a multiple of {mesh.size}, or set devices.data."
         )
-    return layout._replace(rows=-(-layout.rows // count) * count)
+    return layout._replace(rows=-(-layout.rows // mesh.size) * mesh.size)
 
 
-def _put(mesh: Mesh) -> Callable[[Batch], Batch]:
+def _placing(mesh: Mesh) -> Callable[[Batch], Batch]:
     spread, copied = NamedSharding(mesh, SPREAD), NamedSharding(mesh, P())
 
-    def put(batch: Batch) -> Batch:
-        where = {name: copied if np.ndim(leaf) == 1 else spread for name, leaf in batch.items()}
-        return jax.device_put(batch, where)
+    def place(batch: Batch) -> Batch:
+        return put(batch, {name: copied if np.ndim(leaf) == 1 else spread for name, leaf in batch.items()})
 
-    return put
+    return place

@@ -21,6 +21,7 @@ from bilevel_jax.core.unrolled import outer_gradient
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import checkpoint, files, likelihoods
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.likelihoods import Made
@@ -289,7 +290,7 @@ def _holdout(task: Task | ArrayTask, seed: int, steps: int, session: Session) ->
     folder = session.folder / "checkpoints" / "holdout"
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     start = jax.tree.map(jnp.copy, task.fresh(seed))
-    state, fixed = begin(task.optimizer, start), task.fixed(task.fresh(seed))
+    state, fixed = placing.settled(task.mesh, begin(task.optimizer, start)), task.fixed(task.fresh(seed))
     if found := checkpoint.restore(folder, state):
         state = found.tree
     stream, weights = task.stream(seed, task.fit_rows(), packed=False), jnp.ones(task.corpus.rows)

@@ -22,7 +22,7 @@ from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.features import features
 from bilevel_jax.lm.tokens import Corpus
-from bilevel_jax.runs import files, reference
+from bilevel_jax.runs import files, partition, reference
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.objective import Objective, check_rows, objective
@@ -138,15 +138,18 @@ def prepare(
     must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
     written into `folder`, and read from there when the run is resumed.
     """
-    mesh = placing.make_mesh(config.devices.data)
+    mesh = placing.make_mesh(config.devices.data, config.devices.model)
+    split = partition.table(config.devices.parameters, mesh)
     text = read(config, rows)
-    base, fresh = _parameters(config.model, text.architecture)
-    base = None if base is None else placing.everywhere(mesh, base)
+    base, fresh = _parameters(config.model, text.architecture, mesh, split)
     if config.objective.name == "dpo":
         start = base if base is not None else fresh(config.train.seed)
-        text = text._replace(corpora=_referenced(config, folder, text, lm.decoder(text.architecture), start, mesh))
-    everywhere = lambda seed: placing.everywhere(mesh, fresh(seed))  # noqa: E731
-    return compose(config, text, base, everywhere, mesh, steps=steps, seeds=seeds, prior=prior)
+        decoder = lm.decoder(text.architecture, gather=partition.gathering(mesh, split))
+        text = text._replace(corpora=_referenced(config, folder, text, decoder, start, mesh))
+    if left := partition.whole(mesh, split, fresh(config.train.seed) if base is None else base):
+        words = f"devices.model = {config.devices.model} does not divide {', '.join(left)}: whole on every device."
+        text = text._replace(notes=[*text.notes, words])
+    return compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
 
 
 def read(config: SelectConfig | TrainConfig, rows: Rows) -> Text:
@@ -175,15 +178,17 @@ def compose(
     base: Params | None,
     fresh: Callable[[int], Params],
     mesh: Mesh,
+    split: partition.Table,
     *,
     steps: int,
     seeds: Sequence[int],
     prior: float,
 ) -> Task:
-    """The task of a text and of parameters that lie on the mesh: arrays, or, to estimate a run, shapes of arrays."""
+    """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
     corpora, longest = text.corpora, max((batches.longest(one) for one in text.corpora.values()), default=0)
     compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute == "bfloat16" else None
-    decoder = lm.decoder(text.architecture, remat=config.model.remat, compute=compute)
+    gather = partition.gathering(mesh, split)
+    decoder = lm.decoder(text.architecture, remat=config.model.remat, compute=compute, gather=gather)
     if config.data.streaming:
         sequences = 1 if config.objective.name == "sft" else 2
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
@@ -226,7 +231,9 @@ def compose(
     )
 
 
-def abstract(model: Model, architecture: lm.DecoderConfig, mesh: Mesh) -> tuple[Params | None, Callable[[int], Params]]:
+def abstract(
+    model: Model, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
     dtype = jnp.dtype(model.train_dtype)
 
@@ -234,10 +241,10 @@ def abstract(model: Model, architecture: lm.DecoderConfig, mesh: Mesh) -> tuple[
         return jax.eval_shape(lambda: lm.init(architecture, jax.random.key(0), dtype=of))
 
     if model.scratch or model.lora_rank == 0:
-        start = placing.shapes(mesh, whole(dtype))
+        start = partition.shapes(mesh, split, whole(dtype))
         return None, lambda seed: start
-    base = placing.shapes(mesh, whole(_base_dtype(model)))
-    factors = placing.shapes(mesh, jax.eval_shape(lambda: _adapters(model, architecture, 0)))
+    base = partition.shapes(mesh, split, whole(_base_dtype(model)))
+    factors = partition.shapes(mesh, split, jax.eval_shape(lambda: _adapters(model, architecture, 0)))
     return base, lambda seed: factors
 
 
@@ -322,15 +329,23 @@ def _by_micro(function: Callable) -> Callable:
     return jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
 
 
-def _parameters(model: Model, architecture: lm.DecoderConfig) -> tuple[Params | None, Callable[[int], Params]]:
-    """(frozen base or None, seed -> trained parameters at the start)."""
-    dtype = jnp.dtype(model.train_dtype)
+def _parameters(
+    model: Model, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+) -> tuple[Params | None, Callable[[int], Params]]:
+    """(frozen base or None, seed -> trained parameters at the start), on the mesh."""
+
+    def fresh(seed: int) -> Params:
+        if model.scratch:
+            return lm.init(architecture, jax.random.key(seed), dtype=jnp.dtype(model.train_dtype))
+        return _adapters(model, architecture, seed)
+
     if model.scratch:
-        return None, lambda seed: lm.init(architecture, jax.random.key(seed), dtype=dtype)
-    _, loaded = lm.load(model.path, dtype=_base_dtype(model))
+        return None, lambda seed: partition.partitioned(mesh, split, fresh(seed))
+    place = partition.placing(mesh, split)
+    _, loaded = lm.load(model.path, dtype=_base_dtype(model), place=place)
     if model.lora_rank == 0:
         return None, lambda seed: loaded
-    return loaded, lambda seed: _adapters(model, architecture, seed)
+    return loaded, lambda seed: partition.partitioned(mesh, split, fresh(seed))
 
 
 def _base_dtype(model: Model) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel_jax.core.transition import begin, descent
 from bilevel_jax.core.types import Batch, Hyper, Inner, Params, Problem, Stream
@@ -67,6 +68,8 @@ class Trained(NamedTuple):
     """Supervised tokens per second after the first steps, which compile; nan for a run as short as that."""
     resumed: int
     """The step that this process began with."""
+    skipped: int
+    """Steps that were left out because their gradient was not finite."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -145,12 +148,15 @@ def _streamed(task: Task, config: TrainConfig) -> tuple[Feed, Streamed]:
 def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Trained:
     folder, every = work.folder / "checkpoints" / "train", config.train.evaluate_every
     best_kept = config.train.keep == "best"
-    step = descent(feed.problem, task.optimizer)
+    optimizer = task.optimizer
+    if config.train.skip:  # the step then leaves the parameters and the optimiser's state as they are
+        optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=config.train.skip)
+    step = descent(feed.problem, optimizer)
     rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
     read = _reader(task)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     params = jax.tree.map(jnp.copy, task.fresh(config.train.seed))
-    start = placing.settled(task.mesh, begin(task.optimizer, params))
+    start = placing.settled(task.mesh, begin(optimizer, params))
     progress = Progress(start, jax.tree.map(jnp.copy, params) if best_kept else ())
     fixed = task.fixed(params)
     records: list[dict[str, Any]] = []
@@ -174,11 +180,14 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
 
     def explain(broken: int) -> str:
         saved = checkpoint.restore(folder, progress)
-        began = saved.tree.state if saved else begin(task.optimizer, task.fresh(config.train.seed))
+        began = saved.tree.state if saved else begin(optimizer, task.fresh(config.train.seed))
         return first_broken(
-            feed.problem, task.optimizer, task.objective.losses, began, broken, fixed, feed.at,
+            feed.problem, optimizer, task.objective.losses, began, broken, fixed, feed.at,
             (lambda slot: f"row {slot + 1} of the batch") if config.data.streaming else lambda row: row_name(task, row),
         )  # fmt: skip
+
+    def left_out() -> int:
+        return int(state.opt.total_notfinite) if config.train.skip else 0
 
     if not records and task.held_out:
         evaluate(0)
@@ -198,7 +207,10 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
         reached, due = index + 1, work.due() or index + 1 in feed.renewed  # making scores may be stopped, too
         last = reached == task.steps
         if due or last or reached % READ == 0 or reached % every == 0:
-            values = check_finite(task, losses, explain, state.params)
+            skipped = left_out()
+            values = check_finite(task, losses, explain, state.params, forgiven=0 < skipped <= config.train.skip)
+            if odd := [at for at, loss in values.items() if not math.isfinite(loss)]:
+                work.say(f"left out, as the loss was not finite: step {', '.join(map(str, odd))} ({skipped} so far)")
             new = sum(int(count[0]) for count in counts)
             work.log.write(
                 {
@@ -224,7 +236,7 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
             work.saved()
     seconds += time.monotonic() - began
     kept = best if best_kept else state.params
-    return Trained(kept, read(kept, fixed, full=True), records, tokens, seconds, timed.rate(), resumed)
+    return Trained(kept, read(kept, fixed, full=True), records, tokens, seconds, timed.rate(), resumed, left_out())
 
 
 class _Speed:
@@ -302,6 +314,7 @@ def _write(
         "kept": config.train.keep,
         "tokens": trained.tokens,
         "seconds": trained.seconds,
+        "skipped": trained.skipped,
         "tokens_per_second": trained.speed if math.isfinite(trained.speed) else None,
         "weights": {
             "source": given.source,
@@ -312,7 +325,7 @@ def _write(
         },
         "scoring": moving.told(trained.seconds) if moving else None,
         "records": records,
-        "notes": task.notes,
+        "notes": task.notes + ([f"{trained.skipped} steps were left out: not finite."] if trained.skipped else []),
         "resumed": trained.resumed,
         "config_hash": configs.config_hash(config),
     }

@@ -200,14 +200,19 @@ class Trainer:
 
 
 def check_finite(
-    task: Task | ArrayTask, losses: dict[int, jax.Array], explain: Callable[[int], str], params: Params
+    task: Task | ArrayTask,
+    losses: dict[int, jax.Array],
+    explain: Callable[[int], str],
+    params: Params,
+    *,
+    forgiven: bool = False,
 ) -> dict[int, float]:
-    """The losses by step, as numbers, where they and the parameters after them are finite.
+    """The losses by step, as numbers, where they (unless `forgiven`) and the parameters after them are finite.
 
     Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
     """
     values = {step: float(loss) for step, loss in losses.items()}
-    step = next((step for step, value in values.items() if not np.isfinite(value)), None)
+    step = next((step for step, value in values.items() if not np.isfinite(value) and not forgiven), None)
     if step is None and (not values or bool(_finite(params))):
         return values
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"

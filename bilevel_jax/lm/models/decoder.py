@@ -38,7 +38,9 @@ class Decoder(NamedTuple):
     reduced one by one, so that they are never all there."""
 
 
-def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -> Decoder:
+def decoder(
+    config: DecoderConfig, *, remat: bool = True, compute: Any = None, gather: Callable[[Params], Params] = lambda p: p
+) -> Decoder:
     """The functions of a decoder.
 
     Attention is causal and inside equal nonzero segments, so packed rows give what separate rows give; a padding
@@ -46,7 +48,9 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
     float32: a base stored in bfloat16 is upcast one layer at a time. `remat` recomputes each layer in the backward
     pass: the memory of one layer for a third more arithmetic (on CPU no slower: less memory traffic). `compute`
     (jnp.bfloat16) is the dtype of the factors of the matrix products, accumulated in float32; None: no cast. It is for
-    forward passes: a backward pass gains little, and hypergradients in bfloat16 can be noise.
+    forward passes: a backward pass gains little, and hypergradients in bfloat16 can be noise. `gather` gets a part of
+    the tree where it is used, one layer (without its leading axis) or what stands outside of the layers, and gives it
+    back: parameters that are split over devices are brought together there, layer by layer.
     """
     modules = skeleton(config)
     # whether a layer has a window, and so the other rope
@@ -60,6 +64,7 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         return jnp.cos(angles), jnp.sin(angles)
 
     def embedded(params: Params, tokens: Array, positions: Array, dtype: Any) -> Array:
+        params = gather({name: params[name] for name in ("embed", "positions") if name in params})
         x = params["embed"][tokens.reshape(-1)].astype(dtype)  # tokens flat: 2-D products are faster on CPU
         if config.embed_scale != 1:
             x = x * config.embed_scale
@@ -86,6 +91,7 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
 
         def layer(x, xs):
             weights, adapters, window, is_local = xs
+            weights, adapters = together(weights, adapters)
             seen = mask if window is None else mask & nearby(length, window)[None]
             before = seen_before(x.reshape(rows, length, config.width))
             x, _ = nnx.merge(modules.layer, weights)(x, Context(turn(is_local), seen, adapters, compute))
@@ -94,7 +100,14 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # scan keeps XLA from undoing it
         x = embedded(params, tokens, positions, dtype)
         x, before = jax.lax.scan(body, x, stack(params, _windows(config, length)))
-        return nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width), before
+        return last_norm(params, x).reshape(rows, length, config.width), before
+
+    def last_norm(params: Params, x: Array) -> Array:
+        return nnx.merge(modules.norm, gather({"norm": params["norm"]})["norm"])(x)
+
+    def together(weights: Params, adapters: Params) -> tuple[Params, Params]:
+        whole = gather({"layers": weights, "lora": adapters})
+        return whole["layers"], whole["lora"]
 
     def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
         return through(params, tokens, positions, segments, lambda x: None)[0]
@@ -115,6 +128,7 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
 
         def layer(x, xs):
             (weights, adapters, window, is_local), kept = xs
+            weights, adapters = together(weights, adapters)
             past = tuple(
                 own(cache, keys, values, earlier(positions, at, window))
                 for cache, (keys, values), at in zip(caches, kept, before, strict=True)
@@ -129,11 +143,13 @@ def decoder(config: DecoderConfig, *, remat: bool = True, compute: Any = None) -
         windows = _windows(config, length + sum(at.shape[1] for at in before))
         kept = [(cache.keys, cache.values) for cache in caches]
         x, (keys, values) = jax.lax.scan(layer, x, (stack(params, windows), kept))
-        out = nnx.merge(modules.norm, params["norm"])(x).reshape(rows, length, config.width)
+        out = last_norm(params, x).reshape(rows, length, config.width)
         return out, Cache(keys, values, positions)
 
     def head(params: Params) -> Array:
-        kernel = params["embed"].T if config.tied else params["head"]
+        name = "embed" if config.tied else "head"
+        kernel = gather({name: params[name]})[name]
+        kernel = kernel.T if config.tied else kernel
         return kernel.astype(_dtype(params))
 
     return Decoder(config, hidden, head, extend, states)

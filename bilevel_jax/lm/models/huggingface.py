@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,11 +49,17 @@ class Leaf(NamedTuple):
     stacked: bool
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict[str, Any]]:
+def load(
+    folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    place: Callable[[Any, np.ndarray], Array] = lambda path, values: jnp.asarray(values),
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """The model in a Hugging Face folder: its configuration and its parameters cast to `dtype`.
 
-    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time. Raises ValueError that
-    names missing and unexpected tensors and wrong shapes. A tied head in the file is ignored, as transformers does.
+    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time; `place` gets each with
+    its path in the tree, and puts it on a device, or spreads it over several. Raises ValueError that names missing and
+    unexpected tensors and wrong shapes. A tied head in the file is ignored, as transformers does.
     """
     config = read_config(folder)
     tensors = _from_the_base(config, open_tensors(folder, "model.safetensors"))
@@ -68,11 +74,11 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig
             f"Missing {len(missing)}: {missing[:5]}; unexpected {len(unexpected)}: {unexpected[:5]}."
         )
 
-    def read(leaf: Leaf) -> Array:
+    def read(path: Any, leaf: Leaf) -> Array:
         stack = read_stack(tensors, leaf.names, leaf.shape, dtype, transpose=leaf.transpose)
-        return stack if leaf.stacked else stack[0]
+        return place(path, stack if leaf.stacked else stack[0])
 
-    return config, jax.tree.map(read, leaves, is_leaf=_is_leaf)
+    return config, jax.tree_util.tree_map_with_path(read, leaves, is_leaf=_is_leaf)
 
 
 def save(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, tokenizer: Any = None) -> None:
@@ -154,7 +160,7 @@ def open_tensors(folder: str | Path, file: str) -> dict[str, Tensor]:
 
 def read_stack(
     tensors: Mapping[str, Tensor], names: Sequence[str], shape: tuple[int, ...], dtype: Any, *, transpose: bool
-) -> Array:
+) -> np.ndarray:
     """Tensors of one shape as one array [len(names), *shape] of `dtype`; each transposed if asked."""
     out = np.empty((len(names), *(shape[::-1] if transpose else shape)), np.dtype(dtype))
     for row, name in zip(out, names, strict=True):
@@ -162,7 +168,7 @@ def read_stack(
             raise ValueError(f"{name}: the file has {tensors[name].shape()}, the configuration asks for {shape}.")
         value = tensors[name].read()
         row[...] = value.T if transpose else value
-    return jnp.asarray(out)
+    return out
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

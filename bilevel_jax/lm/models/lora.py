@@ -185,7 +185,7 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
         source, sink = shapes[name]
         a = read_stack(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
         b = read_stack(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
-        lora[name] = Adapter(a, b, scale)
+        lora[name] = Adapter(jnp.asarray(a), jnp.asarray(b), scale)
     return {"lora": lora}
 
 
