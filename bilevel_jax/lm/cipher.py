@@ -5,13 +5,13 @@ thousand parameters that can already copy learns it in seconds; a handful of tru
 alphabet; and which training rows hurt is known.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bilevel_jax.lm import characters
 from bilevel_jax.lm.batches import permutation
 
 if TYPE_CHECKING:
@@ -20,16 +20,8 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnopqrst"
 WIDTH = 4
 STRINGS = len(LETTERS) ** WIDTH
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz> \n"
 """All the tokenizer knows; more than the cipher needs, so that one's own short rows can be tried."""
-
-# A dialogue is written without any header: the prompt's last character asks. The blocks mark what is learned.
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
-)
 
 
 def write(
@@ -81,10 +73,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if part:
-            _put(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
-    (folder / "untrained").mkdir(exist_ok=True)
-    _put(folder / "untrained" / "config.json", json.dumps(config(), indent=2) + "\n")
-    tokenizer().save_pretrained(str(folder / "untrained"))
+            characters.write_rows(folder / f"{name}.jsonl", part)
+    characters.write_untrained(folder / "untrained", CHARACTERS)
     return folder
 
 
@@ -94,59 +84,14 @@ def rotate(string: str, by: int) -> str:
 
 
 def config() -> dict[str, Any]:
-    """config.json of a Llama of 2 layers and width 32: 21,952 parameters, embeddings tied."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": True,
-        "bos_token_id": SPECIAL.index("<s>"),
-        "dtype": "float32",
-        "eos_token_id": SPECIAL.index("</s>"),
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "initializer_range": 0.18,
-        "intermediate_size": 64,
-        "max_position_embeddings": 32,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "pad_token_id": SPECIAL.index("<pad>"),
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "vocab_size": len(SPECIAL) + len(CHARACTERS),
-    }
+    """config.json of the model: 21,952 parameters."""
+    return characters.config(CHARACTERS)
 
 
 def tokenizer() -> "PreTrainedTokenizerFast":
-    """One token per character, with a chat template that adds nothing but BOS and EOS."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    pad, bos, eos, unk = SPECIAL
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        clean_up_tokenization_spaces=False,
-        model_max_length=config()["max_position_embeddings"],
-        chat_template=TEMPLATE,
-    )
+    """One token per character."""
+    return characters.tokenizer(CHARACTERS)
 
 
 def _letters(number: int) -> str:
     return "".join(LETTERS[number // len(LETTERS) ** place % len(LETTERS)] for place in range(WIDTH))
-
-
-def _put(path: Path, text: str) -> None:
-    if path.exists() and path.read_bytes() != text.encode():
-        raise FileExistsError(f"{path}: already there, with other contents. Name another folder, or remove the file.")
-    path.write_bytes(text.encode())

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bilevel_jax.lm import cipher, data, tokens
+from bilevel_jax.lm import data, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Tokenized
 from bilevel_jax.runs import objective, rows
 from bilevel_jax.runs.config import InspectConfig
-from bilevel_jax.runs.embedded import NAME, embedded
+from bilevel_jax.runs.embedded import untrained
 from bilevel_jax.runs.figures import printable
 from bilevel_jax.runs.survey import Copies, Marks, Part, Reading, copies, survey
 
@@ -37,7 +37,7 @@ def inspect(config: InspectConfig) -> str:
     Raises ValueError for files, rows or a template that no verb could begin with.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ready = _made(config, Path(folder))
+        ready = untrained(config, Path(folder))
         tokenizer = tokens.load_tokenizer(ready.model.path)
         architecture = lm.read_config(ready.model.path)
         limit = min(ready.data.max_length, architecture.max_length)
@@ -73,16 +73,6 @@ def inspect(config: InspectConfig) -> str:
 def plain(text: str) -> Text:
     """Text of anyone's as what it is: no markup is obeyed, and no control character reaches the terminal."""
     return Text(printable(text).translate(EIGHT_BIT))
-
-
-def _made(config: InspectConfig, folder: Path) -> InspectConfig:
-    """The config with builtin:cipher's files in place; its tokenizer is there before its model is trained."""
-    if NAME not in (config.model.path, *config.data.train):
-        return config
-    model = config.model
-    if model.path == NAME:
-        model = replace(model, path=str(cipher.write(folder / "input", seed=config.data.seed) / "untrained"))
-    return embedded(replace(config, model=model), folder)
 
 
 # ---- the table

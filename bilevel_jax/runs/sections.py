@@ -17,7 +17,7 @@ Normalise = Literal["example_mean", "token_sum", "token_mean"]
 class Model:
     """The language model and which of its parameters are trained."""
 
-    path: str = ""  # folder of a Hugging Face checkpoint, or builtin:cipher for the small model made on the spot
+    path: str = ""  # folder of a Hugging Face checkpoint; builtin:cipher or builtin:sums: made on the spot
     scratch: bool = False  # train from random parameters, drawn anew for each seed, instead of the checkpoint's
     lora_rank: int = 16  # rank of the LoRA factors; 0 trains all parameters
     lora_alpha: float = 16.0  # LoRA scale: the factors' product counts alpha/rank times
@@ -310,6 +310,22 @@ class Look:
     ids: tuple[str, ...] = ()  # rows to show instead, by id, as in weights.parquet
     tokens: int = 300  # tokens shown of one row; a longer one loses its middle
     width: int = 0  # characters in a line; 0: those of the terminal
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of which machine the estimate is, and how far it may go to make it."""
+
+    verb: Literal["auto", "select", "train", "compare", "audit"] = "auto"  # whose config it is; auto: by its sections
+    devices: int = 0  # devices of the run; more than there are: simulated, for compiling alone; 0: those there are
+    memory_gib: float = 0.0  # memory of one device; 0: that of this machine's
+    rows: int = 0  # training rows of data.max_length tokens each, in place of data that are not here; 0: read the data
+    trusted: int = 256  # rows: trusted rows beside them
+    compile: bool = True  # ask the compiler for workspaces; false: sizes of arrays alone, in seconds
+    measure: bool = True  # time a few steps on this machine, with random parameters, where they fit
+    tflops: float = 0.0  # hours by a device's peak speed, 1e12 operations a second, instead of timing steps
+    mfu: float = 0.35  # tflops: the share of the peak that training reaches
+    out: str = ""  # folder for estimate.json
 
 
 @dataclass(frozen=True)

@@ -182,12 +182,7 @@ def started(config: Any, folder: Path) -> Iterator[Session]:
 def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     (folder / "checkpoints").mkdir(exist_ok=True)
-    console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        console=console, disable=not progress, transient=True,
-    )  # fmt: skip
+    bar = progress_bar(progress)
     log = files.JsonLog(folder / "log.jsonl", None)
     work = Session(folder, log, bar, save_seconds)
     before = {number: signal.signal(number, work.stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -198,6 +193,16 @@ def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Se
         for number, handler in before.items():
             signal.signal(number, handler)
         log.close()
+
+
+def progress_bar(shown: bool) -> Progress:
+    """A bar with the time that is left, gone when its work is done."""
+    console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, disable=not shown, transient=True,
+    )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""The embedded tasks in a config: their files and options, and what their models know before the run."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.data import load
+from bilevel_jax.lm.generate import Sampling, decoding, sampler
+from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.lm.tokens import load_tokenizer
+from bilevel_jax.lm.turns import DataOptions
+from bilevel_jax.runs.checkers import checker
+from bilevel_jax.runs.config import InspectConfig, SelectConfig
+from bilevel_jax.runs.embedded import embedded, named, untrained
+from bilevel_jax.runs.sections import Check, Data, Model, Output
+
+SUMS = Data(
+    train=("builtin:sums?corrupted=0.7&rows=30",),
+    validation=("builtin:sums",),
+    select=("builtin:sums",),
+    report=("builtin:sums",),
+)
+
+
+def test_files_and_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["bilevel_jax.runs.embedded"], "pretrain", None)  # nothing is trained
+    rows = InspectConfig(data=replace(SUMS, train=(*SUMS.train, "own.jsonl")))
+    found = embedded(rows, tmp_path).data
+    assert found.train == (str(tmp_path / "input" / "train.jsonl"), "own.jsonl")
+    assert [Path(*paths).name for paths in (found.validation, found.select, found.report)] == [
+        "validation.jsonl",
+        "select.jsonl",
+        "report.jsonl",
+    ]
+    labels = [example.label for example in load(found.train[:1], DataOptions(label_field="label"))]
+    assert (len(labels), labels.count("wrong")) == (30, 21)
+    assert embedded(InspectConfig(data=Data(train=("own.jsonl",))), tmp_path / "new").data.train == ("own.jsonl",)
+    assert not (tmp_path / "new").exists()
+    model = untrained(InspectConfig(model=Model(path="builtin:sums"), data=SUMS), tmp_path).model
+    assert lm.read_config(model.path).vocab == 18
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            Data(train=("builtin:sum",)),
+            r"builtin:sum is no embedded task; they are \['builtin:cipher', 'builtin:sums'\]",
+        ),
+        (replace(SUMS, train=("builtin:cipher",)), "are two embedded tasks; a run has room for one"),
+        (replace(SUMS, report=("builtin:sums?rows=9",)), r"rows=9: options of an embedded task are set in data.train"),
+        (replace(SUMS, train=("builtin:sums?corupted=1",)), "has no option 'corupted'; .* Did you mean corrupted?"),
+        (replace(SUMS, train=("builtin:sums?rows=few",)), "rows='few' is no int"),
+        (replace(SUMS, train=("builtin:sums", "builtin:sums?rows=9")), "with two sets of options"),
+    ],
+)
+def test_refused(data, said):
+    with pytest.raises(ValueError, match=said):
+        named(InspectConfig(data=data))
+
+
+@pytest.mark.slow  # teaches the model for some minutes
+def test_the_model_of_sums_knows_both_rules(tmp_path):
+    config = SelectConfig(model=Model(path="builtin:sums"), data=SUMS, output=Output(progress=False))
+    found = embedded(config, tmp_path)
+    architecture, params = lm.load(found.model.path)
+    tokenizer = load_tokenizer(found.model.path)
+    rows = load(found.data.report)
+    asked = prompts(rows, tokenizer)
+    judge = checker(Check("numeric"), rows)
+
+    def right(sampling, draws):
+        sample = sampler(lm.decoder(architecture), sampling, decoding(tokenizer), end=[tokenizer.eos_token_id]).sample
+        drawn = sample(params, asked, range(draws))
+        return np.array([[judge(row, one.text) for one in some] for row, some in zip(rows, drawn, strict=True)])
+
+    greedy, four = right(Sampling(temperature=0, max_new=6), 1), right(Sampling(max_new=6), 4)
+    print(f"greedy {greedy.mean():.3f}, drawn {four.mean():.3f}, one of four {four.max(1).mean():.3f}")
+    assert 0.2 < greedy.mean() < 0.7 and 0.25 < four.mean() < 0.6
+    assert four.max(1).mean() > four.mean() + 0.25
