@@ -21,6 +21,7 @@ from bilevel_jax.runs.sections import (
     Compare,
     Data,
     Devices,
+    Estimate,
     Export,
     Generate,
     Keep,
@@ -210,6 +211,21 @@ class RefineConfig:
     devices: Devices = Devices()
 
 
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Say what a run will take before it begins: memory of each device, disk, work, hours. Loads no weights.
+
+    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that verb may follow it:
+    `bilevel-jax select --help` lists them. Parameters are shapes only, so that a model may be larger than this machine:
+    its config.json is enough, with --estimate.rows where data and tokenizer are not here, --estimate.devices for a mesh
+    of devices that are not here, --estimate.tflops for their speed and --estimate.memory-gib for their memory. On
+    the folder of a finished run it prints what was estimated beside what was measured. Short form:
+    --out FOLDER = --estimate.out FOLDER.
+    """
+
+    estimate: Estimate = Estimate()
+
+
 Config = TypeVar(
     "Config",
     SelectConfig,
@@ -261,6 +277,47 @@ def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] =
     config = tyro.cli(kind, prog=prog, args=flags, default=config)
     check(config, "the defaults and the command line" if path is None else f"{path} and the command line")
     return config
+
+
+def load_estimated(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, Estimate]:
+    """The config of the run that is to be estimated, as its verb would load it, and what is asked of the estimate.
+
+    Raises ValueError for a file that no verb which can be estimated would read, and for one that several would.
+    """
+    flags = ["--estimate.out" if flag == "--out" else flag.replace("--out=", "--estimate.out=") for flag in overrides]
+    asked, others = tyro.cli(
+        EstimateConfig,
+        prog="bilevel-jax estimate CONFIG",
+        args=flags,
+        default=EstimateConfig(),
+        return_unknown_args=True,
+    )
+    check(asked, "the command line")
+    if path is None:
+        raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
+    kinds: dict[str, Any] = {VERBS[kind]: kind for kind in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)}
+    verb = asked.estimate.verb if asked.estimate.verb != "auto" else _verb_of(find(path), kinds)
+    return load(kinds[verb], path, others), asked.estimate
+
+
+def _verb_of(path: Path, kinds: dict[str, Any]) -> str:
+    """The one verb whose config a file is."""
+    fit, trouble = [], {}
+    for verb, kind in kinds.items():
+        try:
+            read(kind, path)
+            fit.append(verb)
+        except ValueError as error:
+            trouble[verb] = str(error)
+    if len(fit) == 1:
+        return fit[0]
+    if fit:
+        raise ValueError(f"{path} may be a config of {' or '.join(fit)}: say of which by --estimate.verb.")
+    nearest = min(trouble, key=lambda verb: trouble[verb].count("\n"))
+    raise ValueError(
+        f"{path} is a config of none of {', '.join(kinds)}, which can be estimated. As one of {nearest}: "
+        f"{trouble[nearest]}"
+    )
 
 
 def sections() -> set[str]:

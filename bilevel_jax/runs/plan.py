@@ -4,9 +4,9 @@ import math
 from typing import NamedTuple
 
 from bilevel_jax.runs.classification import ArrayTask
-from bilevel_jax.runs.config import SelectConfig
+from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.sections import SINGLE_LOOP
-from bilevel_jax.runs.single import steps_of, work_of
+from bilevel_jax.runs.single import FORWARD, steps_of, work_of
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.training import PRODUCT, REPLAY
 
@@ -58,6 +58,24 @@ def selection(task: Task | ArrayTask, config: SelectConfig) -> list[Stage]:
         arms = [row for row in config.compare.rows if row != "oracle" or known]
         stages.append(training.times(len(arms) * config.compare.seeds, "comparison"))
     return [*stages, training.times(1, "the model that is written")]
+
+
+def readings(task: Task, config: SelectConfig | TrainConfig) -> float:
+    """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
+
+    Each estimate takes the gradient of L_v too, and each retrain of a certificate reads V_fit alone.
+    """
+    each = {part: stream.steps for part, stream in task.held_out.items()}
+    everything, fit = sum(each.values()) * FORWARD, each.get("fit", 0)
+    if isinstance(config, TrainConfig):
+        return everything * (task.steps // config.train.evaluate_every + 2)
+    total = (config.outer.steps + 1) * (everything + fit)
+    if config.certify.enabled:
+        places = 2 if config.outer.restart == "cold" else 1
+        total += places * (2 * len(config.certify.step_sizes) + config.certify.retrains) * fit * FORWARD
+    if config.compare.enabled:
+        total += len(config.compare.rows) * config.compare.seeds * everything
+    return total
 
 
 def _estimate(config: SelectConfig, steps: int, one_pass: int) -> Stage:

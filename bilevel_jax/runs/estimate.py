@@ -1,0 +1,405 @@
+"""The verb `estimate`: what a run will take, from shapes and compiled steps, before anything is loaded or allocated."""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+from jax.extend.backend import clear_backends
+
+from bilevel_jax.core.transition import snapshot_interval
+from bilevel_jax.lm import batches
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.data import Example, Turn
+from bilevel_jax.lm.tokens import Corpus
+from bilevel_jax.runs import audit, bench, estimate_table, files, memory, partition, plan, programs, rows, task
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.embedded import untrained
+from bilevel_jax.runs.learn import order_seed
+from bilevel_jax.runs.memory import GIB, Workspace
+from bilevel_jax.runs.plan import Stage
+from bilevel_jax.runs.programs import Compiled, Program, Steps
+from bilevel_jax.runs.rules import on_arrays
+from bilevel_jax.runs.sections import Estimate
+from bilevel_jax.runs.task import Task, Text
+from bilevel_jax.runs.train import planned_steps
+
+NAME = "estimate.json"
+FEW = 4
+"""A quarter of the steps, as a remedy."""
+
+Run = SelectConfig | TrainConfig
+
+
+class Subject(NamedTuple):
+    """What is estimated: a task of shapes."""
+
+    config: Run
+    task: Task
+    shapes: Steps
+
+
+def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
+    """Print the estimate, write it where --estimate.out says, and return its verdict in a sentence.
+
+    Raises ValueError for a config that its verb would not run either, FileNotFoundError where there is no config.json.
+    """
+    if on_arrays(config):
+        raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
+    began = time.monotonic()
+    simulated = simulate(asked.devices)
+    with tempfile.TemporaryDirectory() as folder:
+        run = settings(config, asked)
+        if asked.rows:
+            run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
+            text = blank(run, asked)
+        else:
+            run = cast(Any, untrained)(run, Path(folder))
+            text = task.read(run, rows.load(run.data))
+        subject = shaped(run, text)
+        found = described(config, subject, simulated)
+        workspace = Workspace()
+        if asked.compile:
+            made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
+            workspace = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
+            found |= told(config, subject, made, asked, simulated)
+        found |= lived(subject, workspace, asked, simulated)
+        if asked.compile and found["budget"] and found["peak"] > found["budget"]:
+            found["remedies"] = remedies(run, text, workspace, found["peak"], asked, simulated)
+    found["seconds_to_estimate"] = time.monotonic() - began
+    if asked.out:
+        out = Path(asked.out)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / NAME, found)
+    return estimate_table.show(found)
+
+
+# ---- what is estimated
+
+
+def simulate(count: int) -> bool:
+    """Make sure of `count` devices (0: those there are); whether they had to be simulated, for compiling alone."""
+    if count <= len(jax.devices()):
+        return False
+    clear_backends()  # how many there are is read when jax first looks for them
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return True
+
+
+def settings(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> Run:
+    """The run as the settings of `select` or `train`, on the devices that are asked for."""
+    if isinstance(config, CompareConfig):
+        run: Any = bench.settings(config, 0)
+    else:
+        run = audit.settings(config) if isinstance(config, AuditConfig) else config
+    if asked.devices:
+        model = run.devices.model
+        if asked.devices % model:
+            raise ValueError(f"estimate.devices = {asked.devices} is no multiple of devices.model = {model}.")
+        run = replace(run, devices=replace(run.devices, data=asked.devices // model))
+    return run
+
+
+def blank(config: Run, asked: Estimate) -> Text:
+    """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
+    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
+        raise FileNotFoundError(f"{config.model.path}/config.json: no such file; it is all that is needed of a model.")
+    architecture = lm.read_config(config.model.path)
+    sequences = 1 if config.objective.name == "sft" else 2
+    longest = task.limit(config, architecture)
+    one = Example("", 0, (Turn("text", ""),), "", None, "", 0)
+
+    def corpus(count: int) -> Corpus:
+        lengths = np.full(count * sequences, 2)
+        lengths[0] = longest
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        made = Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
+        return made.with_reference(np.zeros(count)) if config.objective.name == "dpo" else made
+
+    sizes = np.floor(np.array(config.data.split) * asked.trusted).astype(int)
+    trusted = {
+        part: [one] * int(size) for part, size in zip(rows.PARTS, sizes, strict=True) if size and config.data.validation
+    }
+    named = task.named([one] * asked.rows, trusted, streamed=config.data.streaming)
+    notes = [f"{asked.rows:,} rows of {longest:,} tokens each stand for the data."]
+    return Text(
+        [one] * asked.rows,
+        trusted,
+        notes,
+        None,
+        architecture,
+        {name: corpus(len(some)) for name, some in named.items()},
+    )
+
+
+def shaped(config: Run, text: Text) -> Subject:
+    """The task of a text with parameters that are shapes only."""
+    mesh = placing.make_mesh(config.devices.data, config.devices.model)
+    split = partition.table(config.devices.parameters, mesh)
+    if config.objective.name == "dpo":
+        text = text._replace(
+            corpora={name: one.with_reference(np.zeros(one.rows)) for name, one in text.corpora.items()}
+        )
+    base, fresh = task.abstract(config.model, text.architecture, mesh, split)
+    if isinstance(config, TrainConfig):
+        steps, seeds, prior = planned_steps(config, len(text.examples)), [config.data.seed], 0.0
+    else:
+        steps, prior = config.train.steps, config.outer.prior
+        seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
+    made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
+    return Subject(config, made, programs.steps(made, first_batch(made, config)))
+
+
+def first_batch(made: Task, config: Run) -> Any:
+    """A batch of the run, on the mesh."""
+    if not config.data.streaming:
+        return made.stream(config.data.seed).batch(0)
+    ids = np.zeros(2 * made.layout.sequences, np.int32)
+    corpus = Corpus(ids, ids == 0, np.arange(0, len(ids) + 1, 2), made.layout.sequences)
+    order = batches.subset([0], 1, made.batch, 0)
+    return placing.placed(made.mesh, batches.train_stream(corpus, order, 1, made.layout)).batch(0)
+
+
+# ---- what the compiler says
+
+
+def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Program]:
+    """The steps of the run by their name in `Workspace`.
+
+    XLA's CPU compiler turns a base in bfloat16 into float32 as a whole, once, which takes twice its memory again; those
+    of accelerators have no need to. For devices that are simulated the base is therefore compiled as float32.
+    """
+    made, shapes = subject.task, subject.shapes
+    if simulated and made.base is not None:
+        wide = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding), made.base
+        )
+        made = made._replace(base=wide)
+        shapes = shapes._replace(fixed=made.fixed(shapes.params))
+    if isinstance(subject.config, TrainConfig):
+        return {"forward": programs.descending(made, shapes)}
+    steps = {"forward": programs.forward(made, shapes)}
+    if subject.config.outer.method in ("unrolled", "window"):
+        steps["backward"] = programs.backward(made, shapes)
+    if "fit" in made.held_out and made.layout != made.layout.flat:  # V is not packed, and may be wider than a step
+        steps["slope"] = programs.slope(made, shapes, made.held_out["fit"].batch(0))
+    return steps
+
+
+def upcast(subject: Subject, simulated: bool) -> float:
+    """Bytes of a layer and of the embedding or head of a base in bfloat16, as float32, which are there while used."""
+    base = subject.task.base
+    if not simulated or base is None or set(memory.by_dtype(base)) == {"float32"}:
+        return 0.0
+    layer = 4 * sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(base["layers"]))
+    return layer + 4 * math.prod(base["embed"].shape)
+
+
+def told(config: Any, subject: Subject, made: dict[str, Compiled], asked: Estimate, simulated: bool) -> dict[str, Any]:
+    """Workspaces, operations and hours."""
+    one, steps = subject.task, compiled_steps(subject, simulated)
+    forward = made["forward"].flops
+    backward = made["backward"].flops if "backward" in made else plan.PRODUCT * forward
+    stages = planned(config, subject)
+    flops = sum(stage.forwards * forward + stage.backwards * backward + stage.others * forward for stage in stages)
+    found: dict[str, Any] = {
+        "programs": {
+            name: {"workspace": one.temporary, "flops": one.flops, "seconds_to_compile": one.seconds}
+            for name, one in made.items()
+        },
+        "flops": flops,
+        "trainings_by_flops": flops / (one.steps * forward),
+    }
+    count = one.mesh.size
+    seconds: dict[str, float] = {}
+    if asked.tflops:
+        speed = count * asked.tflops * 1e12 * asked.mfu
+        seconds = {"forward": forward / speed, "backward": backward / speed, "batch": 0.0}
+        source = f"{asked.tflops:g} Tflop/s a device at {asked.mfu:.0%}, given"
+    elif not asked.measure:
+        source = "not asked for (--estimate.no-measure)"
+    elif simulated:
+        source = "not measured: the devices are simulated; give --estimate.tflops"
+    else:
+        room, wanted = free(), max(memory.held(step.arguments) + made[name].temporary for name, step in steps.items())
+        if wanted * count > 0.8 * room:
+            source = f"not measured: a step takes {wanted * count / GIB:.1f} GiB, and {room / GIB:.1f} are free"
+        else:
+            seconds = {name: programs.timed(step, made[name].run) for name, step in steps.items()}
+            seconds.setdefault("backward", plan.PRODUCT * seconds["forward"])
+            seconds["batch"] = _feeding(subject)
+            source = f"measured on {count} x {jax.devices()[0].device_kind}"
+    found["speed"] = {"source": source, **seconds}
+    if seconds:
+        found["hours"] = {stage.name: _hours(stage, seconds) for stage in stages}
+        read = plan.readings(one, subject.config)
+        found["hours"]["readings of losses"] = read * seconds["forward"] / 3600
+        alone = one.steps * (seconds["forward"] + seconds["batch"]) / 3600
+        found["hours_of_one_training"] = alone
+    return found
+
+
+def _hours(stage: Stage, seconds: dict[str, float]) -> float:
+    forward, backward = seconds["forward"] + seconds["batch"], seconds["backward"] + seconds["batch"]
+    return (stage.forwards * forward + stage.backwards * backward + stage.others * forward) / 3600
+
+
+def _feeding(subject: Subject) -> float:
+    """Median seconds of making a batch and moving it to the devices."""
+    if subject.config.data.streaming:
+        return 0.0
+    stream, seconds = subject.task.stream(subject.config.data.seed), []
+    for step in range(min(5, stream.steps)):
+        began = time.monotonic()
+        jax.block_until_ready(stream.batch(step))
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds)
+
+
+def planned(config: Any, subject: Subject) -> list[Stage]:
+    """The stages of the run."""
+    if isinstance(config, TrainConfig):
+        return [Stage("training", forwards=subject.task.steps)]
+    if isinstance(config, CompareConfig):
+        return [Stage("all methods and arms", others=bench.planned_work(config, subject.task))]
+    if isinstance(config, AuditConfig):
+        return [Stage("entries and retrains", others=audit.planned_work(config, subject.task, config.audit.queries))]
+    return plan.selection(subject.task, config)
+
+
+# ---- what lives when
+
+
+def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
+    """The run's shape, its parameters, its work and its disk: all that needs no compiler."""
+    one, shapes, run = subject.task, subject.shapes, subject.config
+    stages, every = planned(config, subject), snapshot_interval(one.steps)
+    state = memory.held(shapes.state)
+    kept = 0 if isinstance(run, TrainConfig) else -(-one.steps // every)
+    return {
+        "verb": {TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}.get(type(config), "select"),
+        "model": {"path": run.model.path, "lora_rank": run.model.lora_rank, "remat": run.model.remat},
+        "method": None if isinstance(run, TrainConfig) else run.outer.method,
+        "devices": {
+            "count": one.mesh.size,
+            "mesh": dict(one.mesh.shape),
+            "kind": one.mesh.devices.flat[0].device_kind,
+            "simulated": simulated,
+        },
+        "shape": {
+            "rows": one.rows, "steps": one.steps, "batch": one.batch, "micro": one.layout.micro,
+            "places": one.layout.micro * one.layout.rows * one.layout.length, "length": one.layout.length,
+        },
+        "parameters": {"base": memory.by_dtype(one.base), "trained": memory.by_dtype(shapes.params)},
+        "arrays": {
+            "base": memory.held(one.base),
+            "trained parameters": memory.held(shapes.params),
+            "optimiser": memory.held(shapes.state.opt),
+            "batch": memory.held(shapes.batch),
+            "snapshot": state,
+            "snapshots": kept,
+            "segment": 0 if isinstance(run, TrainConfig) else every * (state + memory.held(shapes.params)),
+        },
+        "disk": memory.disk(one, run, shapes),
+        "work": {stage.name: stage.work for stage in stages},
+        "passes": sum(stage.work for stage in stages),
+        "trainings": sum(stage.work for stage in stages) / one.steps,
+        "notes": one.notes,
+    }  # fmt: skip
+
+
+def lived(subject: Subject, workspace: Workspace, asked: Estimate, simulated: bool) -> dict[str, Any]:
+    """The phases of the run, the largest, and what the memory of a device is."""
+    phases = memory.phases(subject.task, subject.config, subject.shapes, workspace)
+    top = max(phases, key=lambda phase: phase.bytes)
+    found: dict[str, Any] = {
+        "phases": [{"name": phase.name, "bytes": phase.bytes, "parts": phase.parts} for phase in phases],
+        "peak": top.bytes,
+        "peak_phase": top.name,
+        "budget": asked.memory_gib * GIB or (0.0 if simulated else of_device()),
+    }
+    if isinstance(subject.config, SelectConfig) and subject.config.outer.method in ("unrolled", "window"):
+        whole = memory.every_state_kept(subject.task, subject.config, subject.shapes, workspace)
+        sweep = max((phase for phase in phases if phase.name != "writing the model"), key=lambda phase: phase.bytes)
+        found["alternatives"] = {"snapshots": sweep.bytes, "every state": whole.bytes}
+    return found
+
+
+def of_device() -> float:
+    """Bytes that one device of this machine has; the CPU's devices share the machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / len(jax.local_devices())
+
+
+def free() -> float:
+    """Bytes that are free for arrays now, on all devices."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"]) * jax.device_count()
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+# ---- what to do where it does not fit
+
+
+def remedies(
+    run: Run, text: Text, workspace: Workspace, peak: float, asked: Estimate, simulated: bool
+) -> list[dict[str, Any]]:
+    """Changes of the config with the peak that they give, the least first; each is estimated as the run itself is."""
+    model, train = run.model, cast(Any, run.train)
+    devices = shaped(run, text).task.mesh.size
+    most = max(1, train.batch // devices)
+    changed: dict[str, tuple[Run, bool]] = {}  # words -> (config, whether the steps are compiled anew)
+    if train.micro < most:
+        changed[f"train.micro: {most}"] = replace(run, train=replace(train, micro=most)), True
+    if not model.remat:
+        changed["model.remat: true"] = replace(run, model=replace(model, remat=True)), True
+    if model.lora_rank and model.base_dtype == "float32":
+        changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), False
+    if not model.lora_rank and not model.scratch:
+        changed["model.lora_rank: 16"] = replace(run, model=replace(model, lora_rank=16)), True
+    if run.devices.model < devices:
+        parts = replace(run.devices, data=1, model=devices)
+        changed[f"devices.model: {devices}"] = replace(run, devices=parts), True
+    if isinstance(run, SelectConfig) and run.train.steps >= FEW:
+        fewer = run.train.steps // FEW
+        changed[f"train.steps: {fewer}"] = replace(run, train=replace(run.train, steps=fewer)), False
+    found = []
+    for words, (other, anew) in changed.items():
+        try:
+            subject = shaped(other, text)
+        except ValueError:  # a model that the change does not fit
+            continue
+        space = workspace
+        if anew:
+            made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
+            space = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
+        least = lived(subject, space, asked, simulated)["peak"]
+        if least < peak:
+            found.append({"change": words, "peak": least})
+    return sorted(found, key=lambda one: one["peak"])
+
+
+# ---- after a run
+
+
+def compared(folder: Path) -> str:
+    """Print what was estimated of a finished run beside what was measured, and return it in a sentence."""
+    for name in (files.RESOLVED, "result.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if "measured" not in result:
+        raise ValueError(f"{folder}/result.json has nothing measured: it is of another verb, or of an older version.")
+    return estimate_table.beside(result["estimate"], result["measured"])

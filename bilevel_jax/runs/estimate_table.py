@@ -1,0 +1,186 @@
+"""An estimate as a person reads it on a terminal: memory, work, disk, what would not fit and what to do about it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bilevel_jax.runs.memory import GIB
+
+STEPS = {"forward": "training step", "backward": "step back", "slope": "gradient of L_v"}
+
+
+def show(found: dict[str, Any]) -> str:
+    """Print an estimate, and return its verdict in a sentence."""
+    console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
+    for part in (_subject(found), _memory(found), _compiled(found), _work(found), _disk(found)):
+        if part is not None:
+            console.print(part)
+            console.print()
+    for line in _notes(found):
+        console.print(line, soft_wrap=True)
+    return _verdict(found)
+
+
+def beside(estimated: dict[str, Any], measured: dict[str, Any]) -> str:
+    """Print what was estimated beside what was measured, and return the work in a sentence."""
+    console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
+    table = _table("", "estimated", "measured", "")
+    for name, one, other, note in comparison(estimated, measured):
+        table.add_row(name, one, other, note)
+    console.print(table)
+    passes, done = estimated["passes"], measured["passes"]
+    return f"The run took {done:,.0f} of at most {passes:,.0f} training steps that were planned."
+
+
+def comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, estimated before the run, measured, what to know of it), for a terminal and for a report."""
+    whole = measured["memory_of"] == "process"
+    return [
+        ("work, training steps", f"{estimated['passes']:,.0f}", f"{measured['passes']:,.0f}", "estimated: at most"),
+        (
+            "memory",
+            size(estimated["peak"]),
+            size(measured["memory"]),
+            "estimated: arrays on one device, without the workspace of a step; measured: "
+            + (
+                f"the whole process, {size(measured['memory_before'])} of it before training began"
+                if whole
+                else "one device"
+            ),
+        ),
+        (
+            "disk",
+            size(sum(estimated["disk"].values())),
+            size(measured["disk"]),
+            "estimated: checkpoints and models alone",
+        ),
+        (
+            "seconds a training step",
+            "",
+            f"{measured['seconds_per_pass']:.3g}",
+            f"on {measured['device']}, all included",
+        ),
+    ]
+
+
+# ---- the tables
+
+
+def _subject(found: dict[str, Any]) -> Table:
+    table = _table("parameters", "dtype", "number", "bytes")
+    for name, counts in found["parameters"].items():
+        for dtype, count in counts.items():
+            table.add_row(name, dtype, f"{count:,}", size(count * WIDTHS[dtype]))
+    return table
+
+
+def _memory(found: dict[str, Any]) -> Table:
+    phases = found["phases"]
+    table = _table("one device, at the same time", *(phase["name"] for phase in phases))
+    for name in dict.fromkeys(part for phase in phases for part in phase["parts"]):
+        cells = [phase["parts"].get(name, 0) for phase in phases]
+        if any(cells):
+            table.add_row(name, *(size(cell) if cell else "" for cell in cells))
+    table.add_section()
+    table.add_row("in all", *(size(phase["bytes"]) for phase in phases))
+    return table
+
+
+def _compiled(found: dict[str, Any]) -> Table | None:
+    if "programs" not in found:
+        return None
+    table = _table("compiled", "workspace", "Tflop", "seconds a call", "seconds to compile")
+    for name, one in found["programs"].items():
+        seconds = found["speed"].get(name)
+        table.add_row(
+            STEPS[name], size(one["workspace"]), f"{one['flops'] / 1e12:,.4g}",
+            "" if seconds is None else f"{seconds:.3g}", f"{one['seconds_to_compile']:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _work(found: dict[str, Any]) -> Table:
+    hours = found.get("hours", {})
+    table = _table("work", "training steps", "x one training", "hours")
+    for name, work in found["work"].items():
+        table.add_row(name, f"{work:,.0f}", f"{work / found['shape']['steps']:.1f}", _hours(hours.get(name)))
+    if "readings of losses" in hours:
+        table.add_row("readings of losses", "", "", _hours(hours["readings of losses"]))
+    table.add_section()
+    table.add_row("in all", f"{found['passes']:,.0f}", f"{found['trainings']:.1f}", _hours(sum(hours.values()) or None))
+    return table
+
+
+def _disk(found: dict[str, Any]) -> Table:
+    table = _table("disk", "at most")
+    for name, amount in found["disk"].items():
+        if amount:
+            table.add_row(name, size(amount))
+    return table
+
+
+def _notes(found: dict[str, Any]) -> Iterable[str]:
+    devices, shape = found["devices"], found["shape"]
+    kind = "simulated: the workspace is what XLA's CPU compiler plans" if devices["simulated"] else devices["kind"]
+    yield (
+        f"{shape['steps']:,} steps of {shape['batch']:,} rows in {shape['micro']} micro-batches, {shape['places']:,} "
+        f"token places a step; {devices['count']} devices ({kind})."
+    )
+    if devices["simulated"]:
+        yield (
+            "Another compiler fuses other operations and lays arrays out otherwise: take the workspace of a GPU or TPU "
+            "for a guess, and the arrays for exact."
+        )
+    if "flops" in found:
+        yield (
+            f"{found['flops']:.3g} floating-point operations of matrix products, {found['trainings_by_flops']:.1f} x "
+            f"one training. Seconds: {found['speed']['source']}."
+        )
+    if several := found.get("alternatives"):
+        yield (
+            f"A sweep from sqrt(T) snapshots takes {size(several['snapshots'])}, 5 x the time of training by count of "
+            f"products; with every state kept it would take {size(several['every state'])} and 4 x. Runs use the first."
+        )
+    yield f"The estimate took {found['seconds_to_estimate']:.0f} s."
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    peak, budget = found["peak"], found["budget"]
+    most = f"{size(peak)} of one device at the most, in the phase “{found['peak_phase']}”"
+    if "programs" not in found:
+        most += ", without the workspace of a step"
+    if not budget:
+        return f"{most}. Say by --estimate.memory-gib what a device has."
+    if peak <= budget:
+        return f"It fits: {most}; {size(budget)} are there."
+    cures = [f"  {one['change']:<32}{size(one['peak'])}" for one in found.get("remedies", [])]
+    lines = ["It does not fit: " + f"{most}; {size(budget)} are there."]
+    return "\n".join([*lines, *(["What would help, with the peak then:", *cures] if cures else [])])
+
+
+# ---- numbers in words
+
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def size(amount: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, bytes_ in (("GiB", GIB), ("MiB", 2.0**20), ("KiB", 2.0**10)):
+        if amount >= bytes_:
+            return f"{amount / bytes_:,.4g} {unit}"
+    return f"{amount:.0f} B"
+
+
+def _hours(value: float | None) -> str:
+    return "" if value is None else f"{value:,.3g}"
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    return table

@@ -1,0 +1,187 @@
+"""What of a run lives at the same time on one device, and what it leaves on the disk: bytes, before it begins."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bilevel_jax.core.transition import snapshot_interval
+from bilevel_jax.runs.config import SelectConfig, TrainConfig
+from bilevel_jax.runs.programs import Steps
+from bilevel_jax.runs.sections import SINGLE_LOOP, Model
+from bilevel_jax.runs.task import Task
+
+GIB = 2.0**30
+
+
+class Phase(NamedTuple):
+    """A time of a run, and the bytes of one device that are taken then."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+class Workspace(NamedTuple):
+    """Bytes of one device beside arguments and results, while each step runs; 0 where nobody asked the compiler."""
+
+    forward: float = 0.0
+    """A training step."""
+    backward: float = 0.0
+    """A step back through it."""
+    slope: float = 0.0
+    """The gradient of one batch's share of L_v."""
+
+
+def held(some: Any) -> int:
+    """Bytes of all leaves on one device: arrays or shapes, whole or the part that their sharding gives it."""
+    return sum(_held(leaf) for leaf in jax.tree.leaves(some))
+
+
+def by_dtype(some: Any) -> dict[str, int]:
+    """Numbers, not bytes, of all leaves in all, by dtype."""
+    counts: dict[str, int] = {}
+    for leaf in jax.tree.leaves(some):
+        counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
+    return counts
+
+
+def phases(task: Task, config: SelectConfig | TrainConfig, shapes: Steps, workspace: Workspace) -> list[Phase]:
+    """What lives in each phase of a run; the largest is the run's peak.
+
+    Exact for the arrays, as long as a device does not run ahead of the host. For methods that move weights and
+    parameters together the phase of that run is not among them.
+    """
+    always = _always(task, config, shapes)
+    if isinstance(config, TrainConfig):
+        return [_descending(config, shapes, always, workspace), writing(task, config.model, always, shapes)]
+    return [*_estimating(task, config, shapes, always, workspace), writing(task, config.model, always, shapes)]
+
+
+def _always(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
+    """What a run holds from the beginning to the end."""
+    streams = task.held_out.values()
+    table = held(shapes.weights)
+    tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
+    loaded = task.base is None and not config.model.scratch
+    return {
+        "base": held(task.base),
+        # every training starts from it, and steps in memory of its own
+        "the model as loaded": held(shapes.params) if loaded else 0,
+        "trusted rows": sum(held(stream.batch(step)) for stream in streams for step in range(stream.steps)),
+        "weight tables": tables * table,
+        "batch": held(shapes.batch),
+    }
+
+
+def _descending(config: TrainConfig, shapes: Steps, always: Mapping[str, float], workspace: Workspace) -> Phase:
+    best = held(shapes.params) if config.train.keep == "best" else 0
+    parts = {"parameters and optimiser": held(shapes.state), "best parameters": best, "workspace": workspace.forward}
+    return Phase("training", {**always, **parts})
+
+
+def _estimating(
+    task: Task, config: SelectConfig, shapes: Steps, always: dict[str, float], workspace: Workspace
+) -> list[Phase]:
+    state, gradient = held(shapes.state), held(shapes.params)
+    adjoint, table = held(shapes.adjoint), held(shapes.weights)
+    every = snapshot_interval(task.steps)
+    kept = -(-task.steps // every)
+    # the first snapshot is the start; its parameters are those of the model as loaded
+    snapshots = {"snapshots": kept * state - (gradient if always["the model as loaded"] else 0)}
+    training = Phase(
+        "training",
+        {
+            **always,
+            **snapshots,
+            "states of a step": 2 * state,
+            "gradients": 2 * gradient,
+            "workspace": workspace.forward,
+        },
+    )
+    reading = Phase(
+        "gradient of L_v",
+        {**always, **snapshots, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
+    )
+    if config.outer.method not in ("unrolled", "window"):
+        # a solve's vectors: its solution, residual, direction, product and right-hand side, and the solution before
+        solve = {"vectors of the solve": 7 * gradient} if config.outer.method == "implicit" else {}
+        return [training, reading._replace(parts={**reading.parts, **solve})]
+    here = {**always, **snapshots, "end": state}
+    replaying = Phase(
+        "replay of a segment",
+        {
+            **here, "states of a segment": every * state, "gradients of a segment": every * gradient,
+            "adjoints": adjoint, "workspace": workspace.forward,
+        },
+    )  # fmt: skip
+    sweeping = Phase(
+        "step back",
+        {
+            **here, "states of a segment": (every - 1) * state, "gradients of a segment": every * gradient,
+            "adjoints": 2 * adjoint, "entries": table, "workspace": workspace.backward,
+        },
+    )  # fmt: skip
+    return [training, reading, replaying, sweeping]
+
+
+def writing(task: Task, model: Model, always: dict[str, float], shapes: Steps) -> Phase:
+    """The model in float32, for the file."""
+    trained = held(shapes.params)
+    if task.base is None:
+        return Phase("writing the model", {**always, "trained parameters": trained})
+    # brought together from all devices, in float32
+    cast = 4 * sum(by_dtype(task.base).values())
+    merged = 4 * sum(math.prod(task.base["layers"][name]["kernel"].shape) for name in shapes.params["lora"])
+    parts = {"trained parameters": trained, "base in float32": cast, "merged projections": merged}
+    return Phase("writing the model", {**always, **parts})
+
+
+def every_state_kept(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace) -> Phase:
+    """A step back where training kept every state and gradient, so that nothing is replayed."""
+    state, gradient = held(shapes.state), held(shapes.params)
+    parts = {
+        "states": (task.steps + 1) * state,
+        "gradients": task.steps * gradient,
+        "adjoints": 2 * held(shapes.adjoint),
+        "workspace": workspace.backward,
+    }
+    return Phase("every state kept", {**_always(task, config, shapes), **parts})
+
+
+def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
+    """Bytes that a run leaves in its folder, without those of its log and report; checkpoints may be compressed."""
+    params, state = _stored(shapes.params), _stored(shapes.state)
+    table = _stored(shapes.weights)
+    found: dict[str, float] = {}
+    if isinstance(config, TrainConfig):
+        found["checkpoints"] = 2 * (state + (params if config.train.keep == "best" else 0))
+    elif config.outer.method in SINGLE_LOOP:
+        found["checkpoints"] = 2 * state
+    else:
+        found["checkpoints"] = 2 * (6 * table + params)
+        kept = -(-task.steps // snapshot_interval(task.steps))
+        found["in the middle of an outer step"] = (kept + 1) * state + _stored(shapes.adjoint) + table
+    if task.base is None:
+        found["model"] = params
+    else:
+        parts = config.output.model if isinstance(config, TrainConfig) else "both"
+        found["model"] = 4 * sum(by_dtype(task.base).values()) if parts != "adapter" else 0
+        found["adapter"] = params if parts != "full" else 0
+    return found
+
+
+def _stored(some: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(some))
+
+
+def _held(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize

@@ -1,0 +1,185 @@
+"""The compiled steps of a run, asked before it: the memory they work in, their operations, their seconds."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters import partial_eval
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bilevel_jax.core import tree
+from bilevel_jax.core.transition import descent
+from bilevel_jax.core.types import Adjoint, Batch, Inner, Params
+from bilevel_jax.runs.task import Task
+
+
+class Program(NamedTuple):
+    """A function that a run compiles, with the shapes that it gets. The shapes lie on the mesh."""
+
+    function: Any
+    """Made by jax.jit."""
+    arguments: tuple[Any, ...]
+    after: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] = lambda result, arguments: arguments
+    """(result, arguments) -> the arguments of the next call; for a function that takes the memory of its own."""
+
+
+class Steps(NamedTuple):
+    """The shapes that a training of a task goes through; arrays are those of one batch alone."""
+
+    params: Params
+    state: Inner
+    adjoint: Adjoint
+    weights: jax.ShapeDtypeStruct
+    """The weight table."""
+    slice: jax.ShapeDtypeStruct
+    """The weights of the batch."""
+    fixed: Any
+    batch: Batch
+
+
+def steps(task: Task, batch: Batch) -> Steps:
+    """The shapes of a task whose parameters are arrays or shapes of arrays."""
+    params = jax.tree.map(lambda leaf: _shape(leaf, leaf.sharding), task.fresh(0))
+    copied = NamedSharding(task.mesh, PartitionSpec())
+    # an optimiser's moments lie where their parameters do; what else it has, everywhere
+    opt = optax.tree.map_params(
+        task.optimizer,
+        lambda leaf, like: _shape(leaf, like.sharding),
+        jax.eval_shape(task.optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: _shape(leaf, copied),
+    )
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=copied)
+    state = Inner(params, opt, count)
+    dtype, index = jax.tree.leaves(params)[0].dtype, batch["index"]
+    weights = jax.ShapeDtypeStruct((task.rows,), dtype, sharding=copied)
+    part = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
+    return Steps(params, state, Adjoint(params, tree.inexact(opt)), weights, part, task.fixed(params), batch)
+
+
+def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def forward(task: Task, shapes: Steps) -> Program:
+    """A training step whose gradient is kept, for a sweep."""
+    return Program(task.step.forward, (shapes.state, shapes.slice, shapes.fixed, shapes.batch))
+
+
+def backward(task: Task, shapes: Steps) -> Program:
+    """A step back through a training step."""
+    arguments = (shapes.state, shapes.params, shapes.slice, shapes.fixed, shapes.batch, shapes.adjoint)
+    return Program(task.step.backward, arguments)
+
+
+def descending(task: Task, shapes: Steps) -> Program:
+    """A training step of the verb `train`, which takes the memory of the state that it is given."""
+    arguments = (shapes.state, shapes.weights, shapes.fixed, shapes.batch)
+    function = descent(task.problem, task.optimizer)
+    return Program(function, arguments, lambda result, before: (result[0], *before[1:]))
+
+
+def slope(task: Task, shapes: Steps, held_out: Batch) -> Program:
+    """The gradient of one batch's share of L_v."""
+
+    @jax.jit
+    def outer(params: Params, fixed: Any, batch: Batch) -> tuple[Any, Params]:
+        def add(total, micro):
+            value = jax.value_and_grad(task.problem.outer)(params, fixed, micro)
+            return jax.tree.map(jnp.add, total, value), None
+
+        zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype), jax.tree.map(jnp.zeros_like, params)
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.scan(add, zero, batch)[0]
+
+    return Program(outer, (shapes.params, shapes.fixed, held_out))
+
+
+class Compiled(NamedTuple):
+    """A program, compiled."""
+
+    run: Any
+    temporary: int
+    """Bytes on one device beside arguments and results, while it runs."""
+    flops: float
+    """Of one call, over all devices."""
+    seconds: float
+    """That tracing and compiling took."""
+
+
+def compiled(program: Program) -> Compiled:
+    """Compile for the mesh that the shapes lie on; nothing is allocated.
+
+    `temporary` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another one
+    (GPU, TPU) fuses other operations and lays arrays out otherwise. What a library takes for itself while it runs is
+    not in it.
+    """
+    began = time.monotonic()
+    traced = program.function.trace(*program.arguments)
+    run = traced.lower().compile()
+    temporary = run.memory_analysis().temp_size_in_bytes
+    return Compiled(run, temporary, flops(traced.jaxpr.jaxpr), time.monotonic() - began)
+
+
+def flops(jaxpr: Any) -> float:
+    """Operations of the matrix products of a traced program: 2 m n k each, times the turns of the loops around it.
+
+    What no result depends on is left out, as the compiler leaves it out. XLA's own cost_analysis counts the body of a
+    loop once, and the layers, the micro-batches and the chunks of the loss are loops here.
+    """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _products(needed)
+
+
+def _products(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+            continue
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda one: hasattr(one, "jaxpr"))
+        inner = [getattr(part, "jaxpr", part) for part in parts]
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(_products(one) for one in inner if hasattr(one, "eqns"))
+    return total
+
+
+def timed(program: Program, run: Any, *, calls: int = 5, most: float = 60.0) -> float:
+    """Median seconds of a call on random arrays of the program's shapes, after one that is not counted.
+
+    A step takes as long whatever the parameters are, so no model is loaded. Stops after `most` seconds.
+    """
+    arguments = tuple(_drawn(argument, number) for number, argument in enumerate(program.arguments))
+    seconds: list[float] = []
+    began = time.monotonic()
+    while len(seconds) < calls + 1 and (len(seconds) < 2 or time.monotonic() - began < most):
+        start = time.monotonic()
+        result = jax.block_until_ready(run(*arguments))
+        seconds.append(time.monotonic() - start)
+        arguments = program.after(result, arguments)
+    return statistics.median(seconds[1:])
+
+
+def _drawn(shapes: Any, seed: int) -> Any:
+    """Arrays of these shapes, on the devices that they name: normal numbers, small ones; whole numbers are 0."""
+    leaves, treedef = jax.tree.flatten(shapes)
+
+    def draw(number: int, leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+        def normal(key):  # squared gradients of an optimiser must not be negative
+            return (0.02 * jnp.abs(jax.random.normal(key, leaf.shape, jnp.float32))).astype(leaf.dtype)
+
+        return jax.jit(normal, out_shardings=leaf.sharding)(jax.random.fold_in(jax.random.key(seed), number))
+
+    return jax.tree.unflatten(treedef, [draw(number, leaf) for number, leaf in enumerate(leaves)])
