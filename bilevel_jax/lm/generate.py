@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bilevel_jax.core.types import Batch, Params
 from bilevel_jax.lm.models.cache import EMPTY, Cache, write
@@ -225,15 +225,11 @@ def log_probabilities(logits: Float[Array, "rows vocab"], sampling: Sampling) ->
     else:
         logits = logits / sampling.temperature
         if 0 < sampling.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+            logits = jnp.where(_greatest(logits, jnp.ones_like(logits), sampling.top_k), logits, -jnp.inf)
         log_p = jax.nn.log_softmax(logits, -1)
         if sampling.top_p < 1:
-            down = -jnp.sort(-log_p, axis=-1)
-            shares = jnp.exp(down)
-            stay = jnp.cumsum(shares, -1) - shares < sampling.top_p  # what is before it has not reached top_p
-            least = jnp.min(jnp.where(stay, down, jnp.inf), -1, keepdims=True)
-            log_p = jax.nn.log_softmax(jnp.where(log_p < least, -jnp.inf, log_p), -1)
+            log_p = jnp.where(_greatest(log_p, jnp.exp(log_p), sampling.top_p), log_p, -jnp.inf)
+            log_p = jax.nn.log_softmax(log_p, -1)
     return jnp.where(finite, log_p, jnp.nan)
 
 
@@ -261,6 +257,26 @@ def key(prompt: Prompt, draw: int, sampling: Sampling, fingerprint: str) -> str:
 
 
 # ---- on the device
+
+
+def _greatest(values: Float[Array, "rows vocab"], masses: Array, least: float) -> Bool[Array, "rows vocab"]:
+    """The greatest values of each row, the fewest whose masses sum to `least`, with those equal to the last of them.
+
+    The edge is found bit by bit, in unsigned integers that are ordered as the values are: sorting a vocabulary of
+    32,000 takes 20 times as long on a CPU.
+    """
+    word = {4: jnp.uint32, 8: jnp.uint64}[values.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(values + 0.0, word)  # -0 is 0
+    top = jnp.asarray(1, word) << jnp.asarray(8 * values.dtype.itemsize - 1, word)
+    order = jnp.where(bits >= top, ~bits, bits | top)
+
+    def one(number: Array, edge: Array) -> Array:
+        higher = edge | (top >> number.astype(word))
+        enough = jnp.sum(jnp.where(order >= higher, masses, 0), -1, keepdims=True) >= least
+        return jnp.where(enough, higher, edge)
+
+    edge = jax.lax.fori_loop(0, 8 * values.dtype.itemsize, one, jnp.zeros((len(values), 1), word))
+    return order >= edge
 
 
 def _keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "rows"]) -> PRNGKeyArray:

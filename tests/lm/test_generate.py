@@ -202,6 +202,10 @@ def test_probabilities_equal_those_of_transformers(sampling):
     out = np.asarray(log_probabilities(jnp.asarray(logits), sampling))
     np.testing.assert_array_equal(np.isfinite(out), np.isfinite(scores.numpy()))
     np.testing.assert_allclose(out, torch.log_softmax(scores, -1).numpy(), atol=2e-6)  # float32
+    with jax.enable_x64(True):
+        double = log_probabilities(jnp.asarray(logits, jnp.float64), sampling)
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(double, out, atol=2e-6)
 
 
 def test_ties_stay_together_and_greedy_takes_the_first():
