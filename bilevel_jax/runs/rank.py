@@ -1,62 +1,32 @@
 """The verb `rank`: which way of generating responses will train the model best, from a sample and without training."""
 
-import re
-import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jax.sharding import Mesh
 
-from bilevel_jax.core.types import Batch, Params, Stream
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm import tokens
+from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.encode import Tokenizer
-from bilevel_jax.lm.prompts import ends, prompts
 from bilevel_jax.runs import candidates, files, rank_report, ranking, trials
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.candidates import Candidates, Question
-from bilevel_jax.runs.checkers import checker
 from bilevel_jax.runs.config import RankConfig
-from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.generation import generators
 from bilevel_jax.runs.likelihoods import Reader
 from bilevel_jax.runs.ranking import METRICS, Measured
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.statistics import rank_correlation
+from bilevel_jax.runs.target import Answers, Target, answers, asked, load, tokenized
 from bilevel_jax.scores import selfaligned
 from bilevel_jax.scores.ifd import ifd
 from bilevel_jax.scores.perplexity import perplexity
-from bilevel_jax.scores.requests import Plan, Rows, rows_of, shortened
+from bilevel_jax.scores.requests import Plan, Rows
 from bilevel_jax.scores.selfsimilarity import similarity
+from bilevel_jax.scores.strategies import CAP
 
 TABLE = "rank.parquet"
-SPARE = 4
-"""Further answers that are drawn to a question whose answer cannot be used, at most."""
-
-
-class Target(NamedTuple):
-    """The model that will be trained, before it is."""
-
-    decoder: lm.Decoder
-    tokenizer: Tokenizer
-    params: Params
-    mesh: Mesh
-
-
-class Answers(NamedTuple):
-    """What the model says itself."""
-
-    texts: list[list[list[str]]]
-    """Of each block, each question, each draw."""
-    kept: np.ndarray
-    """bool[blocks, block]: the checker let the first one pass, or there is none."""
-    notes: list[str]
 
 
 def rank(config: RankConfig) -> dict[str, Any]:
@@ -65,8 +35,8 @@ def rank(config: RankConfig) -> dict[str, Any]:
     Raises as `candidates.load` and `candidates.drawn` do, and ValueError for questions or responses that do not fit the
     model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
     """
+    _writer(config)
     with run_folder(config) as folder:
-        config = embedded(config, folder)
         found = candidates.load(config)
         known = candidates.accuracies(config.rank.accuracies, found.strategies)
         target = load(config)
@@ -75,21 +45,13 @@ def rank(config: RankConfig) -> dict[str, Any]:
             return _work(config, target, found._replace(notes=found.notes + notes), sample, known, work)
 
 
-def load(config: RankConfig) -> Target:
-    """The model and its tokenizer, on the mesh."""
-    architecture, params = lm.load(config.model.path, dtype=jnp.dtype(config.model.train_dtype))
-    mesh = placing.make_mesh(config.devices.data)
-    decoder = lm.decoder(architecture, remat=False)
-    return Target(decoder, tokens.load_tokenizer(config.model.path), placing.everywhere(mesh, params), mesh)
-
-
 def sampled(config: RankConfig, target: Target, found: Candidates) -> tuple[list[list[Question]], list[str]]:
     """The blocks of questions, and what was left out of them."""
     questions, most = found.questions, config.rank.max_question
     notes = []
     if most:
-        asked = prompts([one.answered("yes") for one in questions], target.tokenizer, template=_template(config))
-        questions = [one for one, prompt in zip(questions, asked, strict=True) if len(prompt.tokens) <= most]
+        made = asked(config, target, questions)
+        questions = [one for one, prompt in zip(questions, made, strict=True) if len(prompt.tokens) <= most]
         notes.append(f"{len(questions):,} questions have at most {most} tokens (rank.max_question), template included")
     sample = candidates.drawn(questions, config.rank.block, config.rank.blocks, config.data.seed)
     if len(sample) < config.rank.blocks:
@@ -117,7 +79,7 @@ def _work(
         "known": known,
         "tested": tested,
         "against": against(result, known, tested),
-        "notes": [*found.notes, *said.notes, *_remarks(config, measured, cut, len(rows.examples))],
+        "notes": [*found.notes, *said.notes, *remarks(config, measured, found, rows, cut)],
         "costs": costs | told,
         "seconds": work.cost("")[1] + costs["answers"],
         "config_hash": configs.config_hash(config),
@@ -133,41 +95,6 @@ def _work(
 # ---- what is measured
 
 
-def answers(config: RankConfig, target: Target, sample: Sequence[Sequence[Question]], work: Session) -> Answers:
-    """The model's own answers: read from rank.answers, or generated; then judged, where there is a checker."""
-    questions = [one for block in sample for one in block]
-    unusable = _special(target.tokenizer)
-    notes = []
-    if config.rank.answers:
-        given = candidates.own_answers(config.rank.answers, config)
-        if missing := [one for one in questions if one.text not in given]:
-            raise ValueError(
-                f"{config.rank.answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
-                f"the first at {missing[0].where}. Add them, or leave rank.answers empty: they are generated then."
-            )
-        texts = [given[one.text][: config.generate.draws] for one in questions]
-    else:
-        texts, again = _generated(config, target, questions, unusable, work)
-        if again:
-            notes.append(
-                f"{again:,} answers of the model were empty or held a special token; others were drawn instead"
-            )
-    for one, some in zip(questions, texts, strict=True):
-        if any(not text.strip() or unusable(text) for text in some) or not some:
-            raise ValueError(
-                f"{one.where}: the model gives no answer to this question that can be shown (empty, or with a special "
-                "token). Raise generate.temperature, or give answers by rank.answers."
-            )
-    kept = np.ones(len(questions), bool)
-    if config.check.name:
-        judge = checker(config.check, [one.answered(one.responses[0]) for one in questions])
-        pairs = zip(questions, texts, strict=True)
-        kept = np.array([judge(one.answered(some[0]), some[0]) >= 0.5 for one, some in pairs])
-        notes.append(f"{int(kept.sum()):,} of {len(kept):,} answers of the model are right; the others are not shown")
-    size = len(sample[0])
-    return Answers([texts[at : at + size] for at in range(0, len(texts), size)], kept.reshape(-1, size), notes)
-
-
 def measure(
     config: RankConfig, target: Target, sample: Sequence[Sequence[Question]], rows: Rows, said: Answers, work: Session
 ) -> tuple[Measured, dict[str, float]]:
@@ -176,7 +103,7 @@ def measure(
     wanted = {part for name in ranking.wanted(config.rank) for part in METRICS[name].reads}
     plans: dict[str, Plan] = {}
     if "sppl" in wanted:
-        shown = _tokenized(config, target, prompted(config, sample, said))[0]
+        shown = tokenized(config, target, prompted(config, sample, said))[0]
         plans["sppl"] = selfaligned.sppl(shown, shown)
     if "perplexity" in wanted:
         plans["perplexity"] = perplexity(rows, rows)
@@ -185,8 +112,8 @@ def measure(
     for name, plan in plans.items():
         _check_lengths(name, plan, rows, target.decoder.config.max_length)
     pairs = _pairs(config, target, rows, sample, said) if "self_similarity" in wanted else ([], [])
-    asked = {request for plan in plans.values() for request in plan.requests}
-    work.phase("scoring", total=work.work + len(asked) + len({*pairs[0], *pairs[1]}))
+    distinct = {request for plan in plans.values() for request in plan.requests}
+    work.phase("scoring", total=work.work + len(distinct) + len({*pairs[0], *pairs[1]}))
 
     told = work.once("scores", lambda: _scored(target, plans, work))
     found = {name: np.reshape(values, shape) for name, values in told["values"].items()}
@@ -209,16 +136,14 @@ def measure(
 
 def prompted(config: RankConfig, sample: Sequence[Sequence[Question]], said: Answers) -> list[Example]:
     """Every response behind its question with the model's own answers to other questions of its block."""
-    write = selfaligned.prompt(
-        config.rank.template or selfaligned.TEMPLATE, config.rank.example or selfaligned.EXAMPLE
-    )  # fmt: skip
+    write = _writer(config)
     out = []
     for block, texts, kept in zip(sample, said.texts, said.kept, strict=True):
         shown = selfaligned.examples(kept, config.rank.k)
         own = [selfaligned.with_result(some[0], one.result) for one, some in zip(block, texts, strict=True)]
         for one, places in zip(block, shown, strict=True):
-            asked = one._replace(text=write(one.text, [own[at] for at in places]))
-            out += [asked.answered(response) for response in one.responses]
+            with_own = one._replace(text=write(one.text, [own[at] for at in places]))
+            out += [with_own.answered(response) for response in one.responses]
     return out
 
 
@@ -272,39 +197,32 @@ def table(
     return pa.table(columns).replace_schema_metadata({key: text for key, text in about.items() if key in columns})
 
 
+def remarks(config: RankConfig, measured: Measured, found: Candidates, rows: Rows, cut: int) -> list[str]:
+    """What a person should know of the numbers."""
+    out, count, shown = [], len(rows.examples), ranking.wanted(config.rank)
+    if cut:
+        out.append(
+            f"{cut:,} of {count:,} responses were cut at {config.rank.max_response} tokens (rank.max_response): the "
+            "ranking is of their beginnings"
+        )
+    if config.rank.mean == "arithmetic":
+        for name in ("sppl", "perplexity"):
+            out += _alone(METRICS[name].title, measured[name], found, rows) if name in shown else []
+    if "mix" in shown and (capped := float((measured["perplexity"] >= CAP).mean())) > 0.5:
+        out.append(
+            f"{capped:.0%} of the perplexities are at the cap of {CAP:g} that mix has: what it reads of perplexity are "
+            "the few others, whose differences min-max makes as large as any"
+        )
+    if "ifd" in shown and (above := float((measured["ifd"] > 1).mean())) > 0.5:
+        out.append(f"IFD is above 1 for {above:.0%} of the responses: their questions make them less probable")
+    if config.rank.answers == "" and config.generate.source == "service":
+        out.append(
+            "the answers of the model are a service's: SPPL is self-aligned only where it serves this very model"
+        )
+    return out
+
+
 # ---- parts
-
-
-def _generated(
-    config: RankConfig, target: Target, questions: Sequence[Question], unusable: Any, work: Session
-) -> tuple[list[list[str]], int]:
-    """The first usable answers to each question, and how many drawn before them were not."""
-    work.phase("answering")
-    # a response that is always the same, so that prompts do not depend on the strategies
-    asked = prompts([one.answered("yes") for one in questions], target.tokenizer, template=_template(config))
-    asked = [prompt._replace(id=one.id) for prompt, one in zip(asked, questions, strict=True)]
-    new, context = config.generate.max_new, target.decoder.config.max_length
-    for prompt, one in zip(asked, questions, strict=True):
-        if config.generate.source == "embedded" and len(prompt.tokens) + new > context:
-            raise ValueError(
-                f"{one.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new = "
-                f"{new}; the model's context holds {context}. Lower generate.max_new, or set rank.max_question to "
-                f"{context - new} or less."
-            )
-    write = generators(config.generate, target.decoder, target.tokenizer, target.mesh, work)(target.params)
-    count = config.generate.draws
-    texts: dict[str, list[str]] = {}
-    again = 0
-    for draws in (range(count), range(count, count + SPARE)):
-        for prompt, responses in zip(asked, write(asked, draws), strict=True):
-            found = texts.setdefault(prompt.id, [])
-            good = [one.text for one in responses if one.text.strip() and not unusable(one.text)]
-            again += len(responses) - len(good) if draws.start == 0 else 0
-            found += good[: count - len(found)]
-        asked = [prompt for prompt in asked if len(texts[prompt.id]) < count]
-        if not asked or not config.generate.temperature:
-            break
-    return [texts[one.id] for one in questions], again
 
 
 def _scored(target: Target, plans: dict[str, Plan], work: Session) -> dict[str, Any]:
@@ -324,8 +242,8 @@ def _scored(target: Target, plans: dict[str, Plan], work: Session) -> dict[str, 
         at += len(some)
         sign = METRICS[name].sign  # scores are larger-is-better; what is shown are perplexities
         values[name] = (sign * plan.combine(some)).tolist()
-    asked = sum(len(request.prefix) + len(request.response) for request in requests)
-    return {"values": values, "seconds": time.monotonic() - began, "places": read.places, "tokens": asked}
+    size = sum(len(request.prefix) + len(request.response) for request in requests)
+    return {"values": values, "seconds": time.monotonic() - began, "places": read.places, "tokens": size}
 
 
 def _alike(target: Target, pairs: tuple[list[Any], list[Any]], work: Session) -> dict[str, Any]:
@@ -354,7 +272,7 @@ def _pairs(
         for one, some in zip(block, texts, strict=True)
         for text in some
     ]
-    their = _tokenized(config, target, own)[0]
+    their = tokenized(config, target, own)[0]
     draws, strategies = len(said.texts[0][0]), len(sample[0][0].responses)
     responses, others = [], []
     for i in range(len(rows.examples)):
@@ -371,22 +289,14 @@ def _ids(rows: Rows, i: int) -> tuple[int, ...]:
 
 def _responses(config: RankConfig, target: Target, sample: Sequence[Sequence[Question]]) -> tuple[Rows, int]:
     """Every response behind its question, and how many were cut."""
-    return _tokenized(
+    return tokenized(
         config, target, [one.answered(text) for block in sample for one in block for text in one.responses]
     )
 
 
-def _tokenized(config: RankConfig, target: Target, examples: list[Example]) -> tuple[Rows, int]:
-    """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response."""
-    tokenizer = target.tokenizer
-    corpus, _ = tokens.tokenize(examples, tokenizer, max_length=sys.maxsize, template=_template(config))
-    last = {*ends(tokenizer, target.decoder.config.eos), *tokenizer.all_special_ids}
-    corpus, cut = shortened(corpus, last, config.rank.max_response)
-    return rows_of(examples, corpus), cut
-
-
-def _template(config: RankConfig) -> str:
-    return config.data.template or tokens.TEMPLATE
+def _writer(config: RankConfig) -> Callable[[str, Sequence[str]], str]:
+    """What is asked with the answers that are shown; a ValueError where the templates of the config cannot be used."""
+    return selfaligned.prompt(config.rank.template or selfaligned.TEMPLATE, config.rank.example or selfaligned.EXAMPLE)
 
 
 def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
@@ -403,29 +313,13 @@ def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
     )
 
 
-def _special(tokenizer: Tokenizer) -> Any:
-    """text -> whether it holds a special token, which the tokenizer would read as one."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    names = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))).search if names else lambda text: None
-
-
-def _remarks(config: RankConfig, measured: Measured, cut: int, responses: int) -> list[str]:
-    """What a person should know of the numbers."""
-    out = []
-    if cut:
-        out.append(
-            f"{cut:,} of {responses:,} responses were cut at {config.rank.max_response} tokens (rank.max_response): "
-            "the ranking is of their beginnings"
-        )
-    if "mix" in ranking.wanted(config.rank):
-        capped = float((measured["perplexity"] >= 10).mean())
-        if capped > 0.5:
-            out.append(
-                f"{capped:.0%} of the perplexities are at the cap of 10 that mix has, so it reads little of them"
-            )
-    if "ifd" in measured and (above := float((measured["ifd"] > 1).mean())) > 0.5:
-        out.append(f"IFD is above 1 for {above:.0%} of the responses: their questions make them less probable")
-    if config.rank.answers == "" and config.generate.source == "service":
-        out.append("the shown answers are those of the service: SPPL is self-aligned only where it serves this model")
-    return [text for text in out if text]
+def _alone(title: str, values: np.ndarray, found: Candidates, rows: Rows) -> list[str]:
+    """Strategies of which one response makes more than half of the arithmetic mean."""
+    flat = values.reshape(-1, values.shape[-1])
+    shares = flat.max(0) / flat.sum(0)
+    return [
+        f"one response makes {share:.0%} of the {title} of {found.strategies[s]}, that to "
+        f"{rows.examples[int(flat[:, s].argmax()) * flat.shape[1] + s].where}: see whether rank.mean = geometric agrees"
+        for s, share in enumerate(shares.tolist())
+        if share > 0.5
+    ]
