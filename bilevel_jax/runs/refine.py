@@ -59,8 +59,8 @@ def refine(config: RefineConfig) -> dict[str, Any]:
     Raises as `select.select` does, and ValueError without V_fit or V_select, and for questions that are too long.
     """
     with run_folder(config) as folder:
-        data = embedded(settings(config, "uniform"), folder)
-        ready = replace(config, model=data.model, data=data.data)
+        made = embedded(replace(settings(config, "uniform"), data=config.data), folder)
+        ready = replace(config, model=made.model, data=made.data)
         task = prepared(ready, folder)
         checker = checkers.checker(ready.check, judged_rows(ready, task)) if ready.check.name else None
         with started(config, folder) as work:

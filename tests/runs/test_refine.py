@@ -1,0 +1,347 @@
+"""The verb `refine`: what a round is made of, what it writes, that it stops and goes on, what it refuses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.lm import losses
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.importance import self_sampled
+from bilevel_jax.runs import refine, session
+from bilevel_jax.runs.bootstrap import paired_gain
+from bilevel_jax.runs.config import RefineConfig, load
+from bilevel_jax.runs.likelihoods import fingerprint
+from bilevel_jax.runs.refine_candidates import _step, candidates, weights_of
+from bilevel_jax.runs.refine_rows import answers, choose, question_weights, task_of
+
+CONFIG = """
+model: {{path: {made}/model, lora_rank: 0}}
+data:
+  train: [{made}/train.jsonl]
+  validation: [{made}/validation.jsonl]
+  select: [{made}/select.jsonl]
+  report: [{made}/report.jsonl]
+  split: [1, 0, 0]
+  label_field: label
+refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [penalty, unrolled], level: 0.5}}
+generate: {{draws: 2, max_new: 6}}
+check: {{name: exact}}
+optimizer: {{learning_rate: 1.0e-2, warmup: 2}}
+train: {{steps: 6, batch: 8}}
+outer: {{steps: 1, weighting: sigmoid}}
+single: {{steps: 6, read_every: 6}}
+output: {{progress: false}}
+devices: {{data: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(made):
+    (made / "refine.yaml").write_text(CONFIG.format(made=made))
+    return made / "refine.yaml"
+
+
+def run(config, out, *flags):
+    return refine.refine(load(RefineConfig, config, [*flags, "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
+    out, traced, counts = tmp_path_factory.mktemp("refine") / "run", [], []
+    hidden, one_round = losses._hidden, refine.one_round
+
+    def counted(*args):
+        traced.append(1)
+        return hidden(*args)
+
+    def round_(*args):
+        made = one_round(*args)
+        counts.append(len(traced))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "_hidden", counted)
+        patch.setattr(refine, "one_round", round_)
+        result = run(config, out)
+    return out, result, counts
+
+
+@pytest.fixture(scope="module")
+def ready(config, tmp_path_factory):
+    """(config, the offline task, the model's generator) without a run."""
+    settings = load(RefineConfig, config, ["--refine.share", "0.2", "--generate.draws", "3", "--train.batch", "9"])
+    folder = tmp_path_factory.mktemp("ready")
+    (folder / "checkpoints").mkdir()
+    task = refine.prepared(settings, folder)
+    with session.session(folder, progress=False, save_seconds=1e9) as work:
+        yield settings, task, refine.generators(settings.generate, task.decoder, task.tokenizer, task.mesh, work)
+
+
+def answered(ready, folder, number=0, **changes):
+    settings, task, write = ready
+    params = task.fresh(0)
+    chosen = choose(settings, task.trainable(), np.ones(task.rows))
+    arguments = {"fingerprint": fingerprint(params), "checker": None} | changes
+    return answers(settings, task, chosen, number, folder / "responses.parquet", write(params), **arguments)
+
+
+# ---- what a round is made of
+
+
+def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
+    """No prompt token is a target, labels are shifted once: else the model would not find its own log-probabilities."""
+    settings, task, _ = ready
+    found = answered(ready, tmp_path)
+    made = task_of(settings, task, found, 0)
+    corpus, params, offline = made.task.corpus, task.fresh(0), task.rows - len(found.questions)
+    assert made.task.rows == offline + 3 * len(found.questions) == len(made.task.examples)
+    assert not set(made.question[:offline]) & set(found.questions)  # their offline rows have left
+    for at, response in enumerate(found.tokens):
+        ids, supervised = corpus.row(offline + at)
+        assert ids[supervised].tolist() == response.tolist()
+        before = task.corpus.row(int(found.owner[at]))
+        assert ids[~supervised].tolist() == before.ids[~before.supervised].tolist()  # the prompt that training reads
+        place = corpus.offsets[offline + at] + np.flatnonzero(supervised)
+        np.testing.assert_array_equal(corpus.sampler[place], found.log_probs[at])
+    assert np.isfinite(corpus.sampler).sum() == sum(len(one) for one in found.tokens)
+    stream = made.task.summed(0)
+    assert set(stream.batch(0)) >= {"sampler", "base"}
+    token_losses = jax.jit(losses.token_losses(task.decoder, 1024))
+    loss = {ratio: jax.jit(self_sampled(task.decoder, ratio=ratio)) for ratio in ("token", "none")}
+    for step in range(stream.steps):
+        batch = jax.tree.map(lambda leaf: leaf[0], stream.batch(step))
+        own, stored = -np.asarray(token_losses(params, batch)), np.asarray(batch["sampler"])
+        sampled = np.isfinite(stored)
+        np.testing.assert_allclose(own[sampled], stored[sampled], atol=1e-5)  # float32, with and without a cache
+        np.testing.assert_allclose(loss["token"](params, batch), loss["none"](params, batch), atol=1e-5)
+
+
+def test_a_question_counts_once(ready, tmp_path):
+    settings, task, _ = ready
+    found = answered(ready, tmp_path)
+    made = task_of(settings, task, found, 0)
+    assert made.base.mean() == pytest.approx(1)
+    each = np.bincount(made.question, made.base, task.rows)
+    np.testing.assert_allclose(each, each[0])
+    index = np.concatenate([np.asarray(made.task.summed(0).batch(at)["index"]).ravel() for at in range(6)])
+    base = np.concatenate([np.asarray(made.task.summed(0).batch(at)["base"]).ravel() for at in range(6)])
+    np.testing.assert_allclose(base[index < made.task.rows], made.base[index[index < made.task.rows]], rtol=1e-6)
+
+
+def test_wrong_responses_can_be_left_out(ready, tmp_path):
+    settings, task, _ = ready
+    verdicts = iter([1, 0, 1] + [0] * 100)
+    found = answered(ready, tmp_path, checker=lambda example, text: float(next(verdicts)))
+    filtered = load(RefineConfig, None, ["--refine.checked", "filter", "--check.name", "exact", *NEEDED])
+    base = task_of(filtered, task, found, 0).base[task.rows - len(found.questions) :]
+    kept = base / task_of(filtered, task, found, 0).base[0]
+    np.testing.assert_allclose(kept, [0.5, 0, 0.5] + [0] * (len(base) - 3))
+
+
+NEEDED = ("--model.path", "x", "--data.train", "x", "--data.validation", "x")
+
+
+def test_log_probabilities_of_another_model_are_refused(ready, tmp_path):
+    first = answered(ready, tmp_path)
+    again = answered(ready, tmp_path)  # from the file
+    assert again.texts == first.texts and again.tokens[0].tolist() == first.tokens[0].tolist()
+    with pytest.raises(ValueError, match="responses of the model .* are not its own"):
+        answered(ready, tmp_path, fingerprint="0" * 16)
+    other = answered(ready, tmp_path / "later", number=1)
+    assert other.texts != first.texts  # the same model, other draws
+
+
+def test_dynamic_takes_the_least_weights_and_fixed_the_same_questions(ready):
+    settings, task, _ = ready
+    weights = np.random.default_rng(0).permutation(task.rows).astype(float)
+    dynamic = choose(settings, task.trainable(), weights)
+    assert sorted(weights[dynamic]) == list(range(len(dynamic)))
+    fixed = load(RefineConfig, None, ["--refine.questions", "fixed", *NEEDED])
+    assert choose(fixed, task.trainable(), weights).tolist() == choose(fixed, task.trainable(), -weights).tolist()
+
+
+def test_responses_move_as_the_row_that_they_share(ready):
+    """G rows of base 1/G with one entry between them go where one row would; their logits are not G times slower."""
+    entries, base = jnp.array([0.3, -0.2, 0.5]), jnp.ones(3)
+    split, third = jnp.array([0.3, -0.2, 0.5 / 3, 0.5 / 3, 0.5 / 3]), jnp.array([1, 1, 1 / 3, 1 / 3, 1 / 3])
+    for name in ("sigmoid", "softmax"):
+        one = _step(name, 1e9, jnp.zeros(3), base, entries, jnp.ones(()))
+        more = _step(name, 1e9, jnp.zeros(5), third, split, jnp.ones(()))
+        ratio = np.asarray(more)[[0, 1, 2, 3, 4]] / np.asarray(one)[[0, 1, 2, 2, 2]]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)  # the rms over five rows is not that over three
+        weights = [weights_of(name, hyper, of) for hyper, of in ((one, base), (one[jnp.array([0, 1, 2, 2, 2])], third))]
+        np.testing.assert_allclose(weights[1], np.asarray(weights[0])[[0, 1, 2, 2, 2]], rtol=1e-5)
+
+
+def test_the_bound_holds_its_level():
+    """Gains with mean 0: of 400 tests at level .1 about 40 are passed; and the interval covers 0 in about 95 %."""
+    random, passed, covered = np.random.default_rng(0), 0, 0
+    for number in range(400):
+        before = random.normal(size=60)
+        gain, bound = paired_gain(before, before + random.normal(size=60), 0.1, (number,))
+        passed += bound > 0
+        covered += gain.low < 0 < gain.high
+    assert 22 <= passed <= 62 and 365 <= covered <= 392  # three standard errors of a binomial, and its small bias
+
+
+# ---- a run
+
+
+def test_compiles_in_the_first_round_only(whole):
+    assert whole[2][0] == whole[2][1] > 0
+
+
+def test_every_response_is_traceable(whole):
+    out, result, _ = whole
+    rows, weights = (pq.read_table(out / name).to_pandas() for name in ("responses.parquet", "weights.parquet"))
+    assert result["accepted"] == 2 and rows["accepted"].all()  # an untrained model: any training helps
+    assert (rows["id"] == rows["question"] + "/" + rows["round"].astype(str) + "/" + rows["draw"].astype(str)).all()
+    marks = rows.groupby("round")["model"].unique()
+    assert len(marks[0]) == len(marks[1]) == 1 and marks[0] != marks[1]  # refreshed, though training was 6 steps
+    assert marks[0][0] == result["records"][0]["model"]
+    joined = rows.merge(weights[weights["generated"]], on="id", validate="one_to_one")
+    assert len(joined) == len(rows) and (joined["weight_x"] == joined["weight_y"]).all()
+    assert (rows["log_probs"].map(sum) - rows["log_prob"]).abs().max() < 1e-5
+    assert (rows["log_probs"].map(len) == rows["tokens"].map(len)).all()
+    assert weights[weights["generated"]]["weight"].std() > 0
+
+
+def test_dynamic_mode_uses_what_it_generated(whole):
+    """The questions of round 1 are those of the least weight after round 0, and their responses were trained on."""
+    weights = pq.read_table(whole[0] / "weights.parquet").to_pandas()
+    first, second = (weights[weights["round"] == number] for number in (0, 1))
+    mean = (first["base"] * first["weight"]).groupby(first["question"]).sum() / first.groupby("question")["base"].sum()
+    chosen = second[second["generated"]]["question"].unique()
+    assert len(chosen) == 9 and mean[chosen].max() <= mean.drop(chosen).min()
+    assert not set(second[~second["generated"]]["question"]) & set(chosen)
+    assert (second.groupby("question")["base"].sum().round(5).nunique()) == 1
+
+
+def test_writes_a_model_and_a_report(whole):
+    out, result, _ = whole
+    params = lm.load(out / "model", dtype=jnp.float32)[1]
+    assert fingerprint(params) not in {record["model"] for record in result["records"]}
+    held = result["report"]
+    assert held["first"] > held["last"] and held["gain"]["value"] == pytest.approx(held["first"] - held["last"])
+    assert result["sentence"].startswith("2 of 2 rounds accepted; L_v on V_report fell from ")
+    assert result["looks"] == 4 and "right answers" in result["sentence"]
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "accepted" in page and ">nan<" not in page
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["accepted"] for line in log if line["event"] == "round"] == [True, True]
+
+
+def same(one, other):
+    for name in ("model/model.safetensors", "responses.parquet", "weights.parquet"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(count, marks=[pytest.mark.slow] * (count != 14)) for count in (3, 8, 14, 20, 26, 31, 40)]
+)
+def test_stopped_anywhere_and_resumed_changes_no_bit(config, whole, tmp_path, stop_at, count):
+    stop_at(count)
+    with pytest.raises(session.Interrupted):
+        run(config, tmp_path / "run")
+    run(config, tmp_path / "run", "--resume")
+    same(whole[0], tmp_path / "run")
+
+
+def test_what_is_not_better_is_not_taken(config, tmp_path):
+    """A training that moves nothing gains nothing: the model stays, bit for bit, and so says the sentence."""
+    flags = ("--refine.methods", "uniform", "--refine.questions", "none", "--optimizer.learning-rate", "1e-30")
+    result = run(config, tmp_path / "run", "--refine.rounds", "1", *flags)
+    assert result["accepted"] == 0 and result["records"][0]["bound"] <= 0
+    assert "0 of 1 round accepted: the model is the one that was given" in result["sentence"]
+    given = load(RefineConfig, config).model.path
+    before, after = (lm.load(path, dtype=jnp.float32)[1] for path in (given, tmp_path / "run" / "model"))
+    assert fingerprint(before) == fingerprint(after)
+
+
+ARMS = {
+    "mixing": ("--refine.methods", "mixing", "--refine.questions", "fixed"),
+    "bmo, from the first": (
+        "--refine.methods", "bmo", "--single.reference", "snapshot", "--refine.start", "first",
+    ),
+    "sequences": ("--refine.methods", "penalty", "--refine.ratio", "sequence", "--train.batch", "8"),
+    "all, beside": ("--refine.methods", "uniform", "--refine.questions", "all", "--refine.beside"),
+    "softmax": ("--refine.methods", "unrolled", "--outer.weighting", "softmax", "--refine.ratio", "none"),
+    "adapters": ("--refine.methods", "unrolled", "--model.lora-rank", "2", "--model.base-dtype", "bfloat16"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_runs(config, tmp_path, name):
+    result = run(config, tmp_path / "run", *ARMS[name])
+    assert len(result["records"]) == 2 and np.isfinite(result["report"]["last"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+REFUSED = {
+    "differentiate another training": ("--refine.ratio", "sequence", "--refine.methods", "unrolled"),
+    "multiple of generate.draws": (
+        "--refine.ratio",
+        "sequence",
+        "--refine.methods",
+        "penalty",
+        "--generate.draws",
+        "3",
+    ),
+    "they have no ratio": ("--generate.temperature", "0"),
+    "dynamic needs weights": ("--refine.questions", "dynamic", "--refine.methods", "uniform"),
+    "filter needs a checker": ("--refine.checked", "filter"),
+    "choose sigmoid or softmax": ("--outer.weighting", "per_source"),
+    "leave objective as it is": ("--objective.name", "simpo"),
+    "a model that can answer": ("--model.scratch",),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused(words):
+    with pytest.raises(ValueError, match=words):
+        load(RefineConfig, None, [*NEEDED, "--train.batch", "8", *REFUSED[words]])
+
+
+def test_what_the_data_lack_is_told(config, tmp_path):
+    with pytest.raises(ValueError, match="no rows for V_select"):
+        run(config, tmp_path / "a", "--data.select")
+    with pytest.raises(ValueError, match="longest question has 6 tokens; with generate.max_new = 40"):
+        run(config, tmp_path / "b", "--generate.max-new", "40")
+
+
+@pytest.mark.slow
+def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
+    """Also where training starts from another: the weights of the first step are ratios to the sampler."""
+    from dataclasses import replace
+
+    from bilevel_jax.core import multiobjective
+
+    settings, task, _ = ready
+    single = replace(settings.single, reference="snapshot", steps=1)
+    settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single=single)
+    made = task_of(settings, task, answered(ready, tmp_path), 0)
+    compared, refresh = [], multiobjective.refresh
+    monkeypatch.setattr(
+        multiobjective, "refresh", lambda state, phi: compared.append(fingerprint(phi)) or refresh(state, phi)
+    )
+    sampler = jax.tree.map(lambda leaf: leaf + 0.01, task.fresh(0))
+    (tmp_path / "bmo" / "checkpoints").mkdir(parents=True)
+    with session.session(tmp_path / "bmo", progress=False, save_seconds=1e9) as work:
+        candidate = candidates(settings, task)["bmo"](made, sampler, work, 0)
+    assert compared == [fingerprint(sampler)]
+    assert candidate.weights.std() > 0
+
+
+def test_question_weights_are_means_over_its_rows(ready, tmp_path):
+    settings, task, _ = ready
+    made = task_of(settings, task, answered(ready, tmp_path), 0)
+    weights = np.random.default_rng(1).uniform(size=made.task.rows)
+    found = question_weights(made, weights, task.rows)
+    for question in (made.question[0], made.question[-1]):
+        assert found[question] == pytest.approx(weights[made.question == question].mean())
