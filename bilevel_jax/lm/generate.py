@@ -2,19 +2,19 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int
 
 from bilevel_jax.core.types import Batch, Params
 from bilevel_jax.lm.models.cache import EMPTY, Cache, write
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.lm.padding import buckets, fit, left_padded
+from bilevel_jax.lm.sampling import Sampling, draw_keys, drawn, log_probabilities
 
 
 class Prompt(NamedTuple):
@@ -26,20 +26,6 @@ class Prompt(NamedTuple):
     """For a model in this process: BOS and template included; the response begins right after."""
     messages: tuple[dict[str, str], ...] = ()
     """The same as chat messages, {"role": ..., "content": ...}, for a service."""
-
-
-class Sampling(NamedTuple):
-    """How a response is drawn."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0: greedy, the most probable token."""
-    top_k: int = 0
-    """Only the k most probable tokens; 0: all."""
-    top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability; 1: all."""
-    max_new: int = 256
-    """Tokens of a response at most, the end token included."""
-    seed: int = 0
 
 
 class Response(NamedTuple):
@@ -129,7 +115,7 @@ def sampler(
     @jax.jit
     def write_all(params: Params, batch: Batch) -> tuple[Array, Array]:
         ids, owner = batch["tokens"][0], batch["owner"][0]
-        keys = _keys(sampling.seed, batch["words"][0], batch["draws"][0])
+        keys = draw_keys(sampling.seed, batch["words"][0], batch["draws"][0])
         head = decoder.head(params)
         hidden, block = decoder.extend(params, (), ids, batch["positions"][0])
         cache, last = _shared(block, owner, new - 1), batch["positions"][0][owner, -1]
@@ -137,7 +123,7 @@ def sampler(
 
         def choose(hidden: Array, step: Array | int) -> tuple[Array, Array]:
             log_p = log_probabilities(hidden @ head, sampling)
-            token = _drawn(log_p, keys, step) if sampling.temperature else jnp.argmax(log_p, -1)
+            token = drawn(log_p, keys, step) if sampling.temperature else jnp.argmax(log_p, -1)
             return token.astype(jnp.int32), jnp.take_along_axis(log_p, token[:, None], 1)[:, 0]
 
         def ends(token: Array) -> Array:
@@ -167,7 +153,7 @@ def sampler(
 
     def resume(params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: Store) -> list[list[Response]]:
         asked = distinct(prompts)
-        _check(asked, sampling, decoder)
+        _check(asked, draws, sampling, decoder)
         different = sorted(set(draws)) if sampling.temperature else [0] * bool(draws)  # greedy has one response
         known = {
             Row(at, draw): store.done.get(key(prompt, draw, sampling, store.fingerprint))
@@ -210,29 +196,6 @@ NOTHING = Store("", {}, lambda responses: None)
 """Reads and keeps nothing."""
 
 
-def log_probabilities(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
-    """log p of the next token under the sampler, nats; -inf for tokens that it never draws.
-
-    log softmax of logits / temperature, over the `top_k` greatest, and of these over the fewest that together have
-    probability `top_p` or more, in that order (as transformers: the probabilities of top-p are those that top-k
-    leaves). Tokens as probable as the last one that stays stay, too. Temperature 0: 0 for the greatest logit, the first
-    of equal ones. NaN where a row's logits are not all finite.
-    """
-    finite = jnp.isfinite(logits).all(-1, keepdims=True)
-    if sampling.temperature == 0:
-        greatest = jnp.argmax(logits, -1)[:, None] == jnp.arange(logits.shape[-1])[None]
-        log_p = jnp.where(greatest, 0.0, -jnp.inf).astype(logits.dtype)
-    else:
-        logits = logits / sampling.temperature
-        if 0 < sampling.top_k < logits.shape[-1]:
-            logits = jnp.where(_greatest(logits, jnp.ones_like(logits), sampling.top_k), logits, -jnp.inf)
-        log_p = jax.nn.log_softmax(logits, -1)
-        if sampling.top_p < 1:
-            log_p = jnp.where(_greatest(log_p, jnp.exp(log_p), sampling.top_p), log_p, -jnp.inf)
-            log_p = jax.nn.log_softmax(log_p, -1)
-    return jnp.where(finite, log_p, jnp.nan)
-
-
 def decoding(tokenizer) -> Callable[[Sequence[int], Sequence[int]], str]:
     """(tokens of a prompt, of a response) -> the text that the response adds, special tokens left out.
 
@@ -257,57 +220,6 @@ def key(prompt: Prompt, draw: int, sampling: Sampling, fingerprint: str) -> str:
 
 
 # ---- on the device
-
-
-def _greatest(values: Float[Array, "rows vocab"], masses: Array, least: float) -> Bool[Array, "rows vocab"]:
-    """The greatest values of each row, the fewest whose masses sum to `least`, with those equal to the last of them.
-
-    The edge is found bit by bit, in unsigned integers that are ordered as the values are: sorting a vocabulary of
-    32,000 takes 20 times as long on a CPU.
-    """
-    word = {4: jnp.uint32, 8: jnp.uint64}[values.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(values + 0.0, word)  # -0 is 0
-    top = jnp.asarray(1, word) << jnp.asarray(8 * values.dtype.itemsize - 1, word)
-    order = jnp.where(bits >= top, ~bits, bits | top)
-
-    def one(number: Array, edge: Array) -> Array:
-        higher = edge | (top >> number.astype(word))
-        enough = jnp.sum(jnp.where(order >= higher, masses, 0), -1, keepdims=True) >= least
-        return jnp.where(enough, higher, edge)
-
-    edge = jax.lax.fori_loop(0, 8 * values.dtype.itemsize, one, jnp.zeros((len(values), 1), word))
-    return order >= edge
-
-
-def _keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "rows"]) -> PRNGKeyArray:
-    """One key to a draw of a prompt."""
-    root = jax.random.key(seed)
-
-    def one(words: Array, draw: Array) -> PRNGKeyArray:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), draw)
-
-    return jax.vmap(one)(words, draws)
-
-
-def _drawn(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | int) -> Int[Array, "rows"]:
-    """A token of each row: which of about √vocab groups of tokens, then which token of the group.
-
-    Each by argmax(log p + Gumbel noise), which rounding moves least; a uniform number on the cumulative sum would fall
-    into another token wherever one of the vocab edges moves. In two stages, since noise for every token costs more than
-    a step of a small model.
-    """
-    rows, vocab = log_p.shape
-    width = math.isqrt(vocab - 1) + 1
-    groups = jnp.pad(log_p, [(0, 0), (0, width * width - vocab)], constant_values=-jnp.inf).reshape(rows, width, width)
-
-    def noise(key: PRNGKeyArray) -> Array:
-        # float32 whatever the model, so that a float64 model draws the same; high: no cut at 2^-23
-        return jax.random.gumbel(jax.random.fold_in(key, step), (2, width), jnp.float32, mode="high")
-
-    first, second = jnp.moveaxis(jax.vmap(noise)(keys).astype(log_p.dtype), 1, 0)
-    group = jnp.argmax(jax.nn.logsumexp(groups, -1) + first, -1)
-    within = jnp.take_along_axis(groups, group[:, None, None], 1)[:, 0]
-    return group * width + jnp.argmax(within + second, -1)
 
 
 def _shared(block: Cache, owner: Int[Array, "rows"], more: int) -> Cache:
@@ -397,8 +309,10 @@ def _check_options(sampling: Sampling, decoder: Decoder, end: Sequence[int], tok
         raise ValueError(f"end tokens {list(end)} lie outside of the vocabulary, 0 to {decoder.config.vocab - 1}.")
 
 
-def _check(prompts: Sequence[Prompt], sampling: Sampling, decoder: Decoder) -> None:
+def _check(prompts: Sequence[Prompt], draws: Sequence[int], sampling: Sampling, decoder: Decoder) -> None:
     config = decoder.config
+    if min(draws, default=0) < 0:
+        raise ValueError(f"draws {list(draws)}: numbers of draws are 0 or more.")
     room = config.max_length - sampling.max_new + 1  # the last token of a response is not read
     long = [prompt for prompt in prompts if len(prompt.tokens) > room]
     if long:

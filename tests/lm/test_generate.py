@@ -10,9 +10,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.stats import chisquare
 
-from bilevel_jax.lm.generate import Prompt, Sampling, Store, decoding, log_probabilities, sampler
+from bilevel_jax.lm.generate import Prompt, Sampling, Store, decoding, sampler
 from bilevel_jax.lm.loglik import Request, engine
 from bilevel_jax.lm.models import decoder, init, init_lora, join, load
+from bilevel_jax.lm.sampling import log_probabilities
 from bilevel_jax.lm.tokens import load_tokenizer
 from tests.lm.test_models import CONFIGS, FAMILIES, GPT2, TINY, make
 from tests.runs.problems_lm import stories
@@ -324,4 +325,6 @@ def test_options_are_checked(params, one):
         make_sampler(sampling=Sampling(max_new=0))
     with pytest.raises(ValueError, match=r"end tokens \[31\] lie outside"):
         make_sampler(end=[31])
+    with pytest.raises(ValueError, match=r"draws \[0, -1\]: numbers of draws are 0 or more"):
+        one[0].sample(params, PROMPTS, [0, -1])
     assert one[0].sample(params, [], (0,)) == [] and one[0].sample(params, PROMPTS[:2], ()) == [[], []]
