@@ -19,6 +19,8 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
   train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
+  estimate CONFIG say what a run will take: memory of each device, disk, work, hours; for models and devices that are
+                  not here, too. On the folder of a finished run: the estimate beside what was measured
   export RUN      write the rows that their weights choose, in the input form of another trainer; RUN is a run's folder,
                   or a CONFIG that names weights
 
@@ -142,18 +144,51 @@ def _export(arguments: list[str]) -> int:
     return _run(ExportConfig, [str(run / "config.yaml"), *of_run(run), *arguments[1:]], work)
 
 
-def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
-    """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
-    from bilevel_jax.runs import config, session
+def _estimate(arguments: list[str]) -> int:
+    def work():
+        from bilevel_jax.runs import config, estimate
+
+        if given and Path(given[0]).is_dir():
+            return estimate.compared(Path(given[0]))
+        run, asked = config.load_estimated(given[0] if given else None, arguments[len(given) :])
+        _widen(run)
+        return estimate.estimate(run, asked)
 
     given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
-    try:
-        settings = config.load(kind, given[0] if given else None, arguments[len(given) :])
-        if "model" in vars(settings) and settings.model.train_dtype == "float64":
-            import jax
+    return _guarded(work)
 
-            jax.config.update("jax_enable_x64", True)
-        print(work(settings))
+
+def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
+    """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
+    from bilevel_jax.runs import config
+
+    def loaded():
+        settings = config.load(kind, given[0] if given else None, arguments[len(given) :])
+        if "devices" in vars(settings):
+            from bilevel_jax.runs import processes
+
+            processes.start(settings.devices)
+        _widen(settings)
+        return work(settings)
+
+    given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
+    return _guarded(loaded)
+
+
+def _widen(settings: Any) -> None:
+    """Let jax have float64 where a config trains in it."""
+    if "model" in vars(settings) and settings.model.train_dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
+def _guarded(work: Callable[[], str]) -> int:
+    """Print what the work says; trouble of the user's or the machine's is one line."""
+    from bilevel_jax.runs import session
+
+    try:
+        print(work())
     except session.Interrupted as stop:
         print(f"bilevel-jax: {stop}", file=sys.stderr)
         return 128 + stop.number
@@ -165,7 +200,7 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
 
 VERBS = {
     "select": _select, "compare": _compare, "audit": _audit, "rank": _rank, "refine": _refine, "train": _train,
-    "inspect": _inspect, "export": _export,
+    "inspect": _inspect, "estimate": _estimate, "export": _export,
 }  # fmt: skip
 
 if __name__ == "__main__":

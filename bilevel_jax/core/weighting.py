@@ -39,14 +39,33 @@ class Selector(NamedTuple):
     """state -> the same state without the rounding that running sums gathered; once an epoch, it costs O(rows)."""
 
 
-def softmax(rows: int) -> Weighting:
-    """w = rows * softmax(h), one logit for each row: the weights compete, their mean is 1 (the paper's default)."""
-    return Weighting(lambda: jnp.zeros(rows), lambda h: rows * jax.nn.softmax(h))
+def softmax(rows: int, size: int = 0) -> Weighting:
+    """w = rows * softmax(h), one logit for each row: the weights compete, their mean is 1 (the paper's default).
+
+    `size` > rows: the table has entries of weight 0 at its end, so that devices divide it evenly.
+    """
+    size = size or rows
+
+    def weights(h: Table) -> Table:
+        return rows * jax.nn.softmax(h if size == rows else jnp.where(jnp.arange(size) < rows, h, -jnp.inf))
+
+    return Weighting(lambda: jnp.zeros(size), weights)
 
 
-def sigmoid(rows: int) -> Weighting:
-    """w = 2 sigmoid(h), one logit for each row: the weights do not compete; between 0 and 2."""
-    return Weighting(lambda: jnp.zeros(rows), lambda h: 2 * jax.nn.sigmoid(h))
+def sigmoid(rows: int, size: int = 0) -> Weighting:
+    """w = 2 sigmoid(h), one logit for each row: the weights do not compete; between 0 and 2. `size` as in `softmax`."""
+    size = size or rows
+
+    def weights(h: Table) -> Table:
+        w = 2 * jax.nn.sigmoid(h)
+        return w if size == rows else jnp.where(jnp.arange(size) < rows, w, 0)
+
+    return Weighting(lambda: jnp.zeros(size), weights)
+
+
+def padded(weighting: Weighting, more: int) -> Weighting:
+    """A weighting whose table gets `more` entries of weight 0 at its end; for those whose outer variable is small."""
+    return Weighting(weighting.init, lambda h: jnp.pad(weighting.weights(h), (0, more)))
 
 
 def per_source(source: Int[Array, "rows"], sources: int) -> Weighting:

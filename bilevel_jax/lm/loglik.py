@@ -83,6 +83,7 @@ def engine(
     multiple: int = 1,
     chunk: int = 4096,
     place: Callable[[Batch], Batch] = lambda batch: batch,
+    fetch: Callable[[Array], np.ndarray] = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
     """The engine of a decoder: its compiled functions live as long as it does, whatever the parameters.
@@ -99,6 +100,7 @@ def engine(
     multiple  the rows of every batch are a multiple of it: the number of devices
     chunk     tokens whose logits live at the same time
     place     puts a batch, leaves [1, rows, ...] or [1], on the devices
+    fetch     gets all of an array from them
     progress  called with (requests done, distinct requests) after every batch
 
     Scoring raises ValueError, with the request's index, for one that is longer than the model's context, that has a
@@ -135,7 +137,7 @@ def engine(
 
         def collect(batch: list[Row], values: Array) -> None:
             nonlocal count
-            for row, line in zip(batch, np.asarray(values, np.float64), strict=False):  # then rows of padding
+            for row, line in zip(batch, fetch(values).astype(np.float64), strict=False):  # then rows of padding
                 if known[row.request] is None:
                     count += 1
                     nats = -float(line[-len(distinct[row.request].response) :].sum())

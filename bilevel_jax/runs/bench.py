@@ -266,7 +266,7 @@ def _first(task: Task | ArrayTask, base: SelectConfig, seed: int, trainer: Train
         alignment, losses = baselines(task, trainer, run, ones)
         path.parent.mkdir(exist_ok=True)
         with files.replacing(path) as place, open(place, "wb") as file:
-            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses))
+            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.rows])
         return work.work - before
 
     work.phase(key)

@@ -1,7 +1,6 @@
 """The certificates of a run: its hypergradient checked by training again, and by leaving rows out."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -9,6 +8,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.certify import Certificates
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import order_seed
@@ -38,7 +38,7 @@ def certificates(
     settings = config.certify
     if not settings.enabled:
         return Certificates(None, None, None, checks)
-    at, grad = jnp.asarray(weights), jnp.asarray(entries)
+    at, grad = placing.everywhere(task.mesh, (weights, entries))
     start = trainer.begin(task.fresh(config.train.seed))
     stream = task.stream(order_seed(config, step))
     read = outer_value(task.problem)

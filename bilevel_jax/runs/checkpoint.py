@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from bilevel_jax.runs import processes
 from bilevel_jax.runs.files import full, sync, write_atomic
 
 PyTree = Any
@@ -55,29 +55,31 @@ def save(folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], keep
     leaves = _flatten(tree)
     head = {"step": step, "meta": meta, "leaves": [_describe(name, leaf) for name, leaf in leaves]}
     json.dumps(head)  # a meta that is not JSON fails here, before anything is written
-    first = jax.process_index() == 0
+    first = processes.first()
+
+    def make() -> None:
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed while saving
+        part.mkdir(parents=True)
+
+    def place() -> None:
+        _seal(part, head)
+        _swap(part, final)
+        if keep is not None:
+            prune(folder, keep)
+
     try:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed while saving
-            part.mkdir(parents=True)
-        _meet(f"{part} made")
+        processes.by_first(make)
         stored = {_key(i): _data(leaf) for i, (_, leaf) in enumerate(leaves) if _is_stored(leaf)}
         if stored:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((part / "arrays").absolute(), stored)
-        _meet(f"{part} written")
-        if first:
-            _seal(part, head)
-            _swap(part, final)
-        _meet(f"{final} in place")
+        processes.by_first(place)
     except BaseException as error:
         if first:
             shutil.rmtree(part, ignore_errors=True)
         if disk_full := full(final, error):
             raise disk_full from error
         raise
-    if first and keep is not None:
-        prune(folder, keep)
     return final
 
 
@@ -87,14 +89,23 @@ def restore(folder: str | Path, like: PyTree, step: int | None = None) -> Restor
     `like` holds arrays or jax.ShapeDtypeStruct. A step that is damaged or incomplete is passed over with a warning that
     says what is wrong with it. A sound step of another structure is an error: going further back would not help.
     """
-    for found in reversed(steps(folder)) if step is None else [step]:
-        path = _folder(folder, found)
-        head, trouble = _verify(path)
-        if head is None:
-            warnings.warn(f"checkpoint {path} is refused: {trouble}", stacklevel=2)
-            continue
-        return Restored(_load(path, head, like), head["meta"], head["step"])
-    return None
+
+    def valid() -> int:
+        for found in reversed(steps(folder)) if step is None else [step]:
+            head, trouble = _verify(_folder(folder, found))
+            if head is not None:
+                return found
+            warnings.warn(f"checkpoint {_folder(folder, found)} is refused: {trouble}", stacklevel=3)
+        return -1
+
+    found = processes.agreed(valid() if processes.first() else -1)
+    if found < 0:
+        return None
+    path = _folder(folder, found)
+    head, trouble = _verify(path, contents=False)
+    if head is None:
+        raise ValueError(f"checkpoint {path} is refused: {trouble}. All processes need to see {folder}.")
+    return Restored(_load(path, head, like), head["meta"], head["step"])
 
 
 def prune(folder: str | Path, keep: int) -> None:
@@ -270,9 +281,3 @@ def _verify(path: Path, contents: bool = True) -> tuple[dict[str, Any] | None, s
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _meet(name: str) -> None:
-    """Wait for the other processes of a distributed run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm.batches import steps_per_epoch
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import scoring
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, good_rows
@@ -120,7 +121,7 @@ def retrain(task, config, trainer, session, read, arm: Arm, seed: int) -> dict[s
     """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on V_report."""
     start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED + seed))
     stream = task.stream(config.data.seed + FIRST_SEED + seed, arm.rows, packed=False)
-    run = trainer.run(jnp.asarray(arm.weights, jnp.result_type(float)), start, stream)
+    run = trainer.run(placing.table(task.mesh, arm.weights.astype(jnp.result_type(float))), start, stream)
     fixed = task.fixed(start.params)
     values = {
         part: float(read(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None

@@ -10,6 +10,7 @@ import optax
 
 from bilevel_jax.core.transition import gradient
 from bilevel_jax.core.types import PADDING, Batch, Fixed, Hyper, Inner, Params, Problem
+from bilevel_jax.runs.processes import fetch
 
 Losses = Callable[[Params, Fixed, Batch], jax.Array]
 NAMED = 3
@@ -39,7 +40,7 @@ def first_broken(
         if bad := _leaf(state.params):
             return f"{bad} of the parameters is not finite before step {step}"
         hyper, batch = at(step)
-        index, values = np.asarray(batch["index"]), np.asarray(by_row(state.params, fixed, batch))
+        index, values = fetch(batch["index"]), fetch(by_row(state.params, fixed, batch))
         present = index != PADDING
         rows = index[present & ~np.isfinite(values)]
         if len(rows):

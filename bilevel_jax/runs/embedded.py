@@ -13,6 +13,7 @@ from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.lm import batches, cipher, data, losses, sums, tokens
 from bilevel_jax.lm import models as lm
+from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.sections import Optimizer
@@ -60,9 +61,14 @@ def embedded(config: Config, folder: Path) -> Config:
     if not name:
         return config
     task = TASKS[name]
-    made = task.write(folder / "input", seed=config.data.seed, **options)
-    if _is_builtin(config.model.path) and not (made / "model").exists():
-        pretrain(made, task, progress=not isinstance(config, InspectConfig) and config.output.progress)
+    made = folder / "input"
+
+    def make() -> None:
+        task.write(made, seed=config.data.seed, **options)
+        if _is_builtin(config.model.path) and not (made / "model").exists():
+            pretrain(made, task, progress=not isinstance(config, InspectConfig) and config.output.progress)
+
+    processes.by_first(make)
 
     def files(part: str, paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(made / f"{part}.jsonl") if _is_builtin(path) else path for path in paths)
@@ -81,7 +87,7 @@ def embedded(config: Config, folder: Path) -> Config:
     )
 
 
-def untrained(config: InspectConfig, folder: Path) -> InspectConfig:
+def untrained(config: Config, folder: Path) -> Config:
     """As `embedded`, with the model's config and tokenizer alone, for which nothing is trained."""
     name, options = named(config)
     if name and _is_builtin(config.model.path):

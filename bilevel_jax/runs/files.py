@@ -9,10 +9,12 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from bilevel_jax.runs import processes
 
 RESOLVED = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK = ".lock"
@@ -55,9 +57,16 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write the whole file or nothing: a reader, a kill or a full disk never meets half of it."""
-    with replacing(path) as part:
-        part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    """Write the whole file or nothing: a reader, a kill or a full disk never meets half of it.
+
+    Of several processes all call this, and the first writes.
+    """
+
+    def write() -> None:
+        with replacing(path) as part:
+            part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+    processes.by_first(write)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -66,9 +75,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_table(path: str | Path, table: pa.Table) -> None:
-    """A parquet file, whole or not at all."""
-    with replacing(path) as part:
-        pq.write_table(table, part)
+    """A parquet file, whole or not at all; of several processes the first writes."""
+
+    def write() -> None:
+        with replacing(path) as part:
+            pq.write_table(table, part)
+
+    processes.by_first(write)
 
 
 @contextlib.contextmanager
@@ -108,13 +121,16 @@ def full(path: Path, error: BaseException) -> OSError | None:
 
 
 class JsonLog:
-    """One JSON object per line, appended and flushed; nan becomes null.
+    """One JSON object per line, appended and flushed; nan becomes null. Of several processes the first writes.
 
     Every record carries a `step` that never falls. `resume_after` removes what an interrupted run wrote after that
     step (and a torn last line), so that a resumed run repeats nothing.
     """
 
     def __init__(self, path: str | Path, resume_after: int | None = None):
+        self._file: IO[str] | None = None
+        if not processes.first():
+            return
         if resume_after is not None and Path(path).exists():
             with open(path, "rb+") as file:
                 whole = 0
@@ -130,6 +146,8 @@ class JsonLog:
         if "step" not in record:
             raise ValueError(f"a log record needs a 'step'; its keys are {sorted(record)}.")
         line = json.dumps(_jsonable(record), allow_nan=False, ensure_ascii=False)
+        if self._file is None:
+            return
         try:
             self._file.write(line + "\n")
             self._file.flush()
@@ -140,8 +158,9 @@ class JsonLog:
 
     def close(self) -> None:
         """Put the log on the disk and close it."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _step(line: bytes) -> float:

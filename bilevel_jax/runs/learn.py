@@ -13,9 +13,11 @@ from bilevel_jax.core import tree, weighting
 from bilevel_jax.core.types import Checks, Hyper, Params, Run, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, outer_value
 from bilevel_jax.runs import checkpoint, scoring
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.optimizers import SHAPES
+from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.sections import Outer
 from bilevel_jax.runs.session import Session
@@ -65,13 +67,13 @@ def order_seed(config: SelectConfig, step: int) -> int:
 
 def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
-    name = config.outer.weighting
+    name, size = config.outer.weighting, placing.table_size(task.rows)
     if name == "per_source":
         source, count = source_numbers(task)
-        return weighting.per_source(jnp.asarray(source), count)
+        return weighting.padded(weighting.per_source(jnp.asarray(source), count), size - task.rows)
     if name == "by_features":
-        return weighting.by_features(jnp.asarray(task.features()))
-    return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows)
+        return weighting.padded(weighting.by_features(jnp.asarray(task.features())), size - task.rows)
+    return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows, size)
 
 
 def source_numbers(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
@@ -90,7 +92,7 @@ def baselines(task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.A
     direct = trainer.direct(run, weights, alignment=True)
     fixed = task.fixed(run.start.params)
     losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
-    return direct.grad, jnp.asarray(losses, direct.grad.dtype)
+    return direct.grad, placing.table(task.mesh, losses.astype(direct.grad.dtype))
 
 
 def rate(outer: Outer, progress: float) -> float:
@@ -126,8 +128,8 @@ def learn(
     value = outer_value(task.problem)
     good = good_rows(task, config)
 
-    zero = jnp.zeros(task.rows)
-    tables = Tables(chosen.init(), chosen.init(), zero, zero, zero, zero, task.fresh(config.train.seed))
+    hyper, zero = (placing.table(task.mesh, one) for one in (chosen.init(), jnp.zeros(task.rows)))
+    tables = Tables(hyper, hyper, zero, zero, zero, zero, task.fresh(config.train.seed))
     records: Records = []
     if found := checkpoint.restore(folder, tables):
         tables, records = found.tree, found.meta["records"]
@@ -160,7 +162,7 @@ def learn(
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(np.asarray(weights), good) if good is not None else None,
+            "auc": auc(fetch(weights)[: task.rows], good) if good is not None else None,
             "checks": _plain(estimate.checks),
             "rate": rate(outer, min(1.0, progress(records))),
         }
@@ -180,11 +182,11 @@ def learn(
 
     best = _best(records)
     return Learned(
-        weights=np.asarray(weights_of(tables.best)),
-        entries=np.asarray(tables.best_entries),
-        first_entries=np.asarray(tables.first_entries),
-        alignment=np.asarray(tables.alignment),
-        losses=np.asarray(tables.losses),
+        weights=fetch(weights_of(tables.best))[: task.rows],
+        entries=fetch(tables.best_entries)[: task.rows],
+        first_entries=fetch(tables.first_entries)[: task.rows],
+        alignment=fetch(tables.alignment)[: task.rows],
+        losses=fetch(tables.losses)[: task.rows],
         records=records,
         best=best,
         ended=ended,

@@ -19,6 +19,8 @@ from bilevel_jax.lm.loglik import LogLik, Request, Store, engine
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs import processes
+from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.sections import Scores
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
@@ -59,7 +61,7 @@ class Reader:
         store = Store(fingerprint(self.whole), _stored(self._path), lambda new: _append(self._path, new))
         self._asked.on_batch = on_batch
         answers = self._asked.engine.resume(self.whole, requests, store)
-        self._path.unlink(missing_ok=True)
+        processes.by_first(lambda: self._path.unlink(missing_ok=True))
         return answers
 
     @property
@@ -101,7 +103,7 @@ class Asked:
             self.on_batch(done)
             session.check()
 
-        self.engine = engine(decoder, multiple=mesh.size, place=place, progress=progress)
+        self.engine = engine(decoder, multiple=mesh.size, place=place, fetch=fetch, progress=progress)
 
 
 @lru_cache(maxsize=4)
@@ -112,7 +114,7 @@ def _asked(decoder: Decoder, mesh: Mesh, session: Session) -> Asked:
 def ica(task: Task, params: Params, settings: Scores, session: Session) -> Made:
     """`incontext.ica` with V_fit as the holdout."""
     model, (rows, holdout) = Model(task, params, session), parts(task)
-    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.whole)
+    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.whole, fetch=fetch)
 
     def score(demonstrations: str) -> incontext.Score:
         chosen = choice(demonstrations, embedding=embedding, alike=settings.alike, seed=settings.seed)
@@ -186,6 +188,8 @@ def _stored(path: Path) -> dict[str, float]:
 
 
 def _append(path: Path, new: dict[str, float]) -> None:
+    if not processes.first():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(new) + "\n")
         file.flush()

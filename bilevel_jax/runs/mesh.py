@@ -13,6 +13,8 @@ from bilevel_jax.lm.batches import Layout
 
 SPREAD = P(None, ("data", "model"))
 """[micro, rows or examples, ...]: the second axis over all devices."""
+LARGE, ROUND = 2**20, 2**12
+"""Rows from which the weight table is split over the devices, and what its length is then a multiple of."""
 
 
 def make_mesh(data: int, model: int = 1) -> Mesh:
@@ -22,6 +24,8 @@ def make_mesh(data: int, model: int = 1) -> Mesh:
     keeps a part (`partition`), so that larger models fit; there are `data` copies.
     """
     devices = jax.devices()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(f"{jax.process_count()} processes that do not know of each other: set devices.coordinator.")
     wanted = f"devices.data x devices.model = {data or 'all'} x {model}"
     if len(devices) % model and not data:
         raise ValueError(f"{wanted}, but {len(devices)} devices do not split into groups of {model}.")
@@ -59,6 +63,20 @@ def put(tree: Any, where: Any) -> Any:
 def everywhere(mesh: Mesh, tree: Any) -> Any:
     """A copy on every device."""
     return put(tree, NamedSharding(mesh, P()))
+
+
+def table_size(rows: int) -> int:
+    """Entries of the weight table: `rows`, and from LARGE of them a few more, so that devices divide it evenly."""
+    return rows if rows < LARGE else -(-rows // ROUND) * ROUND
+
+
+def table(mesh: Mesh, values: Any) -> jax.Array:
+    """The weight table, or what goes with it: a copy everywhere; from LARGE rows split by row, with 0 at its end."""
+    size = table_size(len(values))
+    if size > len(values):
+        values = np.pad(np.asarray(values), (0, size - len(values)))
+    split = size >= LARGE and size % mesh.size == 0
+    return put(values, NamedSharding(mesh, P(mesh.axis_names) if split else P()))
 
 
 def settled(mesh: Mesh, tree: Any) -> Any:

@@ -13,6 +13,7 @@ from bilevel_jax.core import multiobjective, penalty
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, is_pair, kind_of, row_of
+from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, config_hash
 from bilevel_jax.runs.learn import Learned
 from bilevel_jax.runs.task import Task
@@ -107,12 +108,18 @@ def write_model(folder: Path, task: Task, params: Params, *, base_path: str, par
     What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
     two goes on with the second.
     """
-    params = jax.device_get(params)
+    params = jax.tree.map(processes.fetch, params)
+    base = jax.tree.map(processes.fetch, task.base) if parts != "adapter" else task.base
     adapter = folder.with_name(f"{folder.name}-adapter")
-    if task.base is not None and parts != "full" and not adapter.exists():
-        lm.save_peft(adapter, task.architecture, params, base=base_path)
-    if folder.exists() or (task.base is not None and parts == "adapter"):
-        return
-    if task.base is not None:
-        params = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), task.base), params)
-    lm.save(folder, task.architecture, params, tokenizer=task.tokenizer)
+
+    def write() -> None:
+        if task.base is not None and parts != "full" and not adapter.exists():
+            lm.save_peft(adapter, task.architecture, params, base=base_path)
+        if folder.exists() or (task.base is not None and parts == "adapter"):
+            return
+        whole = params
+        if task.base is not None:
+            whole = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params)
+        lm.save(folder, task.architecture, whole, tokenizer=task.tokenizer)
+
+    processes.by_first(write)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -88,7 +87,7 @@ class Reweighting:
     def hyper(self, step: int) -> Hyper:
         """What `problem` reads at a step, on the mesh."""
         weights = self._of(step)[1].reshape(self.task.layout.micro, self.task.layout.examples)
-        return placing.everywhere(self.task.mesh, jnp.asarray(weights, self.config.model.train_dtype))
+        return placing.everywhere(self.task.mesh, weights.astype(self.config.model.train_dtype))
 
     def received(self) -> Received:
         """The weights of the whole run, from its order and its scores."""

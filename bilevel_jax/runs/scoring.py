@@ -113,7 +113,7 @@ def warm(task: Task | ArrayTask, config: SelectConfig, hyper: Hyper, session: Se
     if outer.weighting == "per_source":
         _, source = np.unique([example.source for example in task.examples], return_inverse=True)
         logits = np.bincount(source, logits) / np.bincount(source)
-    return jnp.asarray(logits, hyper.dtype)
+    return placing.table(task.mesh, logits.astype(hyper.dtype))
 
 
 def has(column: str, folder: Path) -> bool:

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs import files, outputs, plan, report, rows
+from bilevel_jax.runs import files, measured, outputs, plan, processes, report, rows
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.certificates import certificates
 from bilevel_jax.runs.compare import FIRST_SEED, arms, compare
 from bilevel_jax.runs.config import SelectConfig
@@ -52,6 +52,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     for note in task.notes:
         work.say(note)
     work.phase("starting", total=sum(stage.work for stage in plan.selection(task, config)))
+    expected = measured.expected(task, config, work)
     trainer = Trainer(task, config.outer, work)
     alone: Alone | None = None
     if config.outer.method in SINGLE_LOOP:
@@ -69,7 +70,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     work.phase("writing")
     files.write_table(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
     files.write_atomic(folder / "selected.jsonl", outputs.selected_lines(task.examples, learned.weights, selected))
-    if not (folder / "model").exists():
+    if not processes.agreed((folder / "model").exists()):
         params = _final_params(task, config, trainer, learned)
         outputs.write_model(folder / "model", task, params, base_path=config.model.path)
     if alone is not None:
@@ -106,9 +107,13 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         "seconds": {"outer": sum(record["seconds"] for record in learned.records)}
         | {name: work.cost(name)[1] for name in ("certify", "compare")},
         "config_hash": configs.config_hash(config),
+        "estimate": expected,
     }
+    result["measured"] = measured.taken(
+        task, folder, passes=work.work, seconds=sum(result["seconds"].values()), timed=sum(result["work"].values())
+    )  # fmt: skip
     files.write_json(folder / "result.json", result)
-    report.write(folder, task.examples)
+    processes.by_first(lambda: report.write(folder, task.examples))
     return result
 
 
@@ -134,7 +139,7 @@ def _final_params(task: Task, config: SelectConfig, trainer: Trainer, learned: L
     """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
     start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED))
     stream = task.stream(config.data.seed + FIRST_SEED, packed=False)
-    return trainer.run(jnp.asarray(learned.weights), start, stream).end.params
+    return trainer.run(placing.table(task.mesh, learned.weights), start, stream).end.params
 
 
 def _plain(certified: certify.Certificates) -> dict[str, Any]:

@@ -17,7 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs import files, inputs
+from bilevel_jax.runs import files, inputs, processes
+
+DISTRIBUTED = ("select", "train")
+"""The verbs that several processes can run."""
+PERIOD = 1.0
+"""Seconds, about, between two meetings of several processes about signals and saves."""
 
 
 class Interrupted(Exception):
@@ -37,6 +42,9 @@ class Session:
         self._bar, self._task = bar, bar.add_task("starting", total=None)
         self._save_seconds, self._saved = save_seconds, time.monotonic()
         self._signal = 0
+        self._asked = 0
+        """The signal that all processes have agreed on; without others the one that came."""
+        self._wait, self._calls, self._met = 1, 0, time.monotonic()
         self._done_path = folder / "checkpoints" / "done.json"
         self._done: dict[str, Any] = json.loads(self._done_path.read_text()) if self._done_path.exists() else {}
         self.work = 0.0
@@ -52,22 +60,44 @@ class Session:
 
     def say(self, line: str) -> None:
         """One line for the person who watches."""
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if processes.first():
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def due(self) -> bool:
         """Whether to save now: a signal came, or the last save is long ago."""
-        return bool(self._signal) or time.monotonic() - self._saved > self._save_seconds
+        return self._agree() or bool(self._asked)
 
     def saved(self) -> None:
         """Note a save, and stop if a signal asked for it."""
         self._saved = time.monotonic()
-        if self._signal:
-            raise Interrupted(self._signal)
+        if not processes.several():
+            self._asked = self._signal
+        if self._asked:
+            raise Interrupted(self._asked)
 
     def check(self) -> None:
         """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
-        if self._signal:
-            raise Interrupted(self._signal)
+        self._agree()
+        if self._asked:
+            raise Interrupted(self._asked)
+
+    def _agree(self) -> bool:
+        """Whether the last save is long ago, by the first process's clock; takes note of a signal to any of them.
+
+        Several processes meet about once a second, always at the same call: between two meetings nothing is asked.
+        """
+        late = time.monotonic() - self._saved > self._save_seconds
+        if not processes.several():
+            self._asked = self._signal
+            return late
+        self._calls += 1
+        if self._calls < self._wait:
+            return False
+        now = time.monotonic()
+        pace = max(1, min(10_000, int(self._calls * PERIOD / max(now - self._met, 1e-3))))
+        said = processes.table([self._signal, late, pace])
+        self._asked, self._wait, self._calls, self._met = int(said[:, 0].max()), int(said[0, 2]), 0, now
+        return bool(said[0, 1])
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The JSON value of a job, made now or, if a run before this one finished it, remembered."""
@@ -159,11 +189,21 @@ def run_folder(config: Any) -> Iterator[Path]:
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model.
     """
-    folder = files.new_run_folder(config.output.folder, config.output.resume)
-    with files.lock(folder):
-        if config.output.resume:
-            configs.refuse_another(config, folder / files.RESOLVED)
-            inputs.refuse_changed(config, folder)
+    verb, folder = configs.VERBS[type(config)], Path(config.output.folder)
+    if processes.several() and verb not in DISTRIBUTED:
+        raise ValueError(
+            f"{verb} runs in one process, on all devices of one machine; in several there are {', '.join(DISTRIBUTED)}."
+        )
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            files.new_run_folder(folder, config.output.resume)
+            held.enter_context(files.lock(folder))
+            if config.output.resume:
+                configs.refuse_another(config, folder / files.RESOLVED)
+                inputs.refuse_changed(config, folder)
+
+        processes.by_first(take)
         yield folder
 
 
@@ -173,7 +213,7 @@ def started(config: Any, folder: Path) -> Iterator[Session]:
     output = config.output
     files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
     files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-    inputs.record(config, folder)
+    processes.by_first(lambda: inputs.record(config, folder))
     with session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as work:
         yield work
 
@@ -181,8 +221,8 @@ def started(config: Any, folder: Path) -> Iterator[Session]:
 @contextlib.contextmanager
 def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    bar = progress_bar(progress)
+    processes.by_first(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
+    bar = progress_bar(progress and processes.first())
     log = files.JsonLog(folder / "log.jsonl", None)
     work = Session(folder, log, bar, save_seconds)
     before = {number: signal.signal(number, work.stop) for number in (signal.SIGTERM, signal.SIGINT)}

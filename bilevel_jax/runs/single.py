@@ -14,10 +14,12 @@ from bilevel_jax.core.types import Params, Single
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.core.weighting import Selector
 from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Learned, baselines, good_rows, reading_line, source_numbers, travel
 from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
@@ -75,7 +77,7 @@ def run_single(
     good = good_rows(task, config)
     params = task.fresh(config.train.seed + seed)
     fixed = task.fixed(params)
-    state = made.init(params)
+    state = placing.settled(task.mesh, made.init(params))
     if snapshot is not None and config.outer.method == "bmo" and config.single.reference == "snapshot":
         state = multiobjective.refresh(state, snapshot)
     train = task.stream(config.data.seed + seed, packed=False)
@@ -102,7 +104,7 @@ def run_single(
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(np.asarray(weights), good) if good is not None else None,
+            "auc": auc(fetch(weights), good) if good is not None else None,
             "checks": {},
             "work": 0.0 if not records else work_of(config) * (step - records[-1]["step"]),
             "seconds": seconds,
@@ -129,14 +131,14 @@ def run_single(
         params, stream = state.inner.params, task.summed(seed=0)
         end = config.single.temperatures[1]
         weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.rows, end)
-    return Alone(np.asarray(weights), state.inner.params, records, made.estimand)
+    return Alone(fetch(weights), state.inner.params, records, made.estimand)
 
 
 def learn_alone(
     task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session
 ) -> tuple[Learned, Alone]:
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
-    uniform = jnp.ones(task.rows)
+    uniform = placing.table(task.mesh, jnp.ones(task.rows))
     session.phase("uniform training, for the baselines")
     run = trainer.run(uniform, trainer.begin(task.fresh(config.train.seed)), task.stream(config.data.seed))
     alignment, losses = baselines(task, trainer, run, uniform)
@@ -146,8 +148,8 @@ def learn_alone(
         weights=alone.weights,
         entries=none,
         first_entries=none,
-        alignment=np.asarray(alignment),
-        losses=np.asarray(losses),
+        alignment=fetch(alignment)[: task.rows],
+        losses=fetch(losses)[: task.rows],
         records=alone.records,
         best=len(alone.records) - 1,
         ended=f"all {steps_of(config)} steps were made",

@@ -27,6 +27,7 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.objective import Objective, check_rows, objective
 from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import Rows
 from bilevel_jax.runs.sections import Model
 
@@ -315,7 +316,7 @@ def per_row(
     out: np.ndarray | None = None
     for step in range(stream.steps):
         batch = stream.batch(step)
-        index, values = np.asarray(batch["index"]), np.asarray(compiled(params, fixed, batch))
+        index, values = fetch(batch["index"]), fetch(compiled(params, fixed, batch))
         if out is None:
             out = np.full((rows, *values.shape[2:]), np.nan)
         out[index[index != PADDING]] = values[index != PADDING]

@@ -16,7 +16,7 @@ from bilevel_jax.core.transition import begin, descent
 from bilevel_jax.core.types import Batch, Hyper, Inner, Params, Problem, Stream
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm import batches
-from bilevel_jax.runs import checkpoint, files, outputs, rows, scoring, train_report, weights
+from bilevel_jax.runs import checkpoint, files, measured, outputs, processes, rows, scoring, train_report, weights
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import TrainConfig
@@ -85,15 +85,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
             scoring.check(config.weights.score, holdout=bool(found.trusted["fit"]))
         given = weights.given(ready.weights, found.train) if found.train else weights.unknown(ready.weights)
         kept = [example for example, keep in zip(found.train, given.kept, strict=True) if keep]
-        steps = config.train.steps or math.ceil(
-            config.train.epochs * batches.steps_per_epoch(len(kept), config.train.batch)
-        )
+        steps = planned_steps(config, len(kept))
         task = prepare(ready, found._replace(train=kept), folder, steps=steps, seeds=[config.data.seed])
         if config.train.keep == "best" and "select" not in task.held_out:
             raise ValueError(
                 "train.keep = best chooses by V_select, which has no rows: give data.validation or .select."
             )
         with started(config, folder) as work:
+            measured.expected(task, config, work)
             table = given.weights[given.kept]
             moving = Reweighting(task, config, work) if config.weights.score else None
             given = given._replace(source=moving.source) if moving else given
@@ -112,9 +111,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return _write(task, config, given, table, moving, trained, work, folder)
 
 
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    """Optimiser steps of the run: as many as are asked for, or as the epochs over so many rows have."""
+    if config.train.steps:
+        return config.train.steps
+    return math.ceil(config.train.epochs * batches.steps_per_epoch(rows, config.train.batch))
+
+
 def _fixed(task: Task, config: TrainConfig, table: np.ndarray) -> Feed:
     """One weight for each row, from the beginning to the end."""
-    hyper = placing.everywhere(task.mesh, jnp.asarray(table, config.model.train_dtype))
+    hyper = placing.table(task.mesh, table.astype(config.model.train_dtype))
     stream = task.stream(config.data.seed)
     return Feed(lambda step: (hyper, stream.batch(step)), task.problem)
 
@@ -328,9 +334,11 @@ def _write(
         "notes": task.notes + ([f"{trained.skipped} steps were left out: not finite."] if trained.skipped else []),
         "resumed": trained.resumed,
         "config_hash": configs.config_hash(config),
+        "estimate": measured.expected(task, config, work),
+        "measured": measured.taken(task, folder, passes=work.work, seconds=trained.seconds, timed=task.steps),
     }
     files.write_atomic(folder / "result.json", json.dumps(result, indent=1))
-    train_report.write(folder, task.examples)
+    processes.by_first(lambda: train_report.write(folder, task.examples))
     return result
 
 

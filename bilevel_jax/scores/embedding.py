@@ -60,7 +60,9 @@ def tfidf(rows: Rows, holdout: Rows) -> tuple[Vectors, Vectors]:
     return vectors(rows.examples), vectors(holdout.examples)
 
 
-def hidden_states(decoder: Decoder, params: Params, batch: int = 16) -> Embedding:
+def hidden_states(
+    decoder: Decoder, params: Params, batch: int = 16, fetch: Callable[[jax.Array], np.ndarray] = np.asarray
+) -> Embedding:
     """The mean of the last hidden states over the tokens before the first target; of a text row, over all its tokens.
 
     Their cosines are large for any two texts, so near-duplicates are found by `tfidf` whatever the embedding.
@@ -82,7 +84,7 @@ def hidden_states(decoder: Decoder, params: Params, batch: int = 16) -> Embeddin
             positions = np.broadcast_to(np.arange(places, dtype=np.int32), real.shape)
             states = compiled(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(real, jnp.int32))
             # not times `real`: a padded place beyond the last learned position is nan
-            out[some] = np.where(real[..., None], np.asarray(states, float), 0.0).sum(1)[: len(some)]
+            out[some] = np.where(real[..., None], fetch(states).astype(float), 0.0).sum(1)[: len(some)]
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-30)
 
     return lambda rows, holdout: (vectors(rows), vectors(holdout))
