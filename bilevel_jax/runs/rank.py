@@ -79,12 +79,13 @@ def _work(
         "known": known,
         "tested": tested,
         "against": against(result, known, tested),
-        "notes": [*found.notes, *said.notes, *remarks(config, measured, found, rows, cut)],
+        "notes": [*found.notes, *said.notes],
+        "remarks": remarks(config, measured, found, rows, cut),
         "costs": costs | told,
         "seconds": work.cost("")[1] + costs["answers"],
         "config_hash": configs.config_hash(config),
     }
-    for note in result["notes"][len(found.notes) :]:
+    for note in (*said.notes, *result["remarks"]):
         work.say(note)
     files.write_table(work.folder / TABLE, table(found.strategies, sample, measured, rows, said))
     files.write_json(work.folder / "result.json", result)
@@ -140,7 +141,10 @@ def prompted(config: RankConfig, sample: Sequence[Sequence[Question]], said: Ans
     out = []
     for block, texts, kept in zip(sample, said.texts, said.kept, strict=True):
         shown = selfaligned.examples(kept, config.rank.k)
-        own = [selfaligned.with_result(some[0], one.result) for one, some in zip(block, texts, strict=True)]
+        own = [
+            selfaligned.with_result(some[0], one.result, config.rank.final)
+            for one, some in zip(block, texts, strict=True)
+        ]
         for one, places in zip(block, shown, strict=True):
             with_own = one._replace(text=write(one.text, [own[at] for at in places]))
             out += [with_own.answered(response) for response in one.responses]

@@ -14,6 +14,7 @@ from bilevel_jax.runs.page import (
     NONE,
     Column,
     banner,
+    capital,
     cut,
     details,
     document,
@@ -67,6 +68,7 @@ def page(responses: Sequence[Row], name: str, result: Row, config_text: str, env
             ),
             class_="pair",
         ),
+        *(note(f"{capital(text)}.", "warning") for text in result["remarks"]),
         note(
             f"Strategies stand in the order of {METRICS[decide].title}, the best at the top. Bars: 95 % bootstrap "
             "intervals over the questions. Small points: the blocks, each with its own answers of the model."
@@ -131,13 +133,7 @@ def ranking_table(result: Row, decide: str) -> Html:
     columns = [
         Column(
             METRICS[metric].title,
-            [
-                join(
-                    element("b", f"{places[metric][at]}. "),
-                    reading(result["metrics"][metric][at]["score"]),
-                )
-                for at in order
-            ],
+            [_ranked(places[metric][at], result["metrics"][metric][at]["score"]) for at in order],
             WINS[METRICS[metric].sign],
             "tight",
         )
@@ -166,6 +162,12 @@ def ranking_table(result: Row, decide: str) -> Html:
             name="bench",
         ),
     )
+
+
+def _ranked(place: int, found: Sequence[float | None]) -> Html:
+    """A score with its rank, its interval below."""
+    value, low, high = (number(real(one), 3) for one in found)
+    return join(element("b", f"{place}. "), value, element("span", f"[{low}, {high}]", class_="sub"))
 
 
 def agreement(result: Row) -> Html:
@@ -257,6 +259,7 @@ def _question(rows: Sequence[Row], reads: Sequence[str], by: str, sign: int) -> 
                 *(Column(_short(key), [row[key] for row in ordered]) for key in reads),
                 Column("tokens", [row["tokens"] for row in ordered], "read"),
                 Column("response", [element("div", cut(row["response"], WIDE), class_="content") for row in ordered]),
+                name="bench",
             ),
         ),
     )
@@ -302,7 +305,7 @@ def provenance(result: Row, config_text: str, environment: Row) -> Html:
     """What was read, and what another person needs."""
     packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
     return join(
-        *(paragraph(f"{text}.") for text in result["notes"]),
+        *(paragraph(f"{capital(text)}.") for text in result["notes"]),
         element("pre", f"bilevel-jax rank {files.RESOLVED} --out ANOTHER_FOLDER"),
         paragraph("rank.parquet holds every question and strategy: its text, the model's own answer, every number."),
         paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
@@ -319,7 +322,7 @@ def panel(result: Row, metric: str, decide: str) -> Html:
     names, lines, order = result["strategies"], result["metrics"][metric], order_of(result, decide)
     bottom = top + height * len(order)
     values = [real(one) for line in lines for one in (*line["score"], *line["blocks"])]
-    wide = max(values) > 20 * min(values) > 0
+    wide = metric in ("sppl", "perplexity") and max(values) > 20 * min(values) > 0
     x = scale(values, left, right - 8, log=wide)
     parts = [element("line", x1=left, y1=bottom, x2=right - 8, y2=bottom, class_="axis")]
     for tick in x.ticks():

@@ -127,9 +127,8 @@ def pick(
     first = sum(block == 1 for block in lines[best]["ranks"])
     said = (
         f"{names[best]} has the {end} {title}, {_said(bootstrap.reading(draws[:, best]))}, then {names[second]}, "
-        f"{_said(bootstrap.reading(draws[:, second]))}; by {abs(gaps[0].value):.3g} "
-        f"[{gaps[0].low:.3g}, {gaps[0].high:.3g}] on the same questions, and it is first in {first} of "
-        f"{len(lines[best]['ranks'])} blocks."
+        f"{_said(bootstrap.reading(draws[:, second]))}; by {_said(gaps[0], 3)} on the same questions, and it is first "
+        f"in {first} of {len(lines[best]['ranks'])} blocks."
     )
     if gaps[0].low > 0:
         rest = f" Not told apart from it: {', '.join(close)}." if close else ""
@@ -164,5 +163,5 @@ def _drawn(score: Strategy, measured: Measured, chosen: Int[np.ndarray, "draws b
     return found
 
 
-def _said(found: Reading) -> str:
-    return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+def _said(found: Reading, digits: int = 4) -> str:
+    return f"{found.value:.{digits}g} [{found.low:.{digits}g}, {found.high:.{digits}g}]".replace("-", "−")

@@ -408,6 +408,7 @@ class Rank:
     answers: str = ""  # file of the model's own answers, a question and a response a row; empty: generated
     template: str = ""  # sppl: {question} and {examples} with what stands around them
     example: str = ""  # sppl: {answer} with what stands around each
+    final: str = "\n\nFinal Answer: "  # sppl: between a shown answer and check.answer_field; empty: that is not shown
     max_question: int = 0  # tokens; longer questions are not drawn, and counted; 0: all are
     max_response: int = 0  # tokens; longer responses are cut there, and counted; 0: none is
     accuracies: tuple[str, ...] = ()  # known ones, name=number for each strategy or a .json file: correlations

@@ -33,13 +33,16 @@ def prompt(template: str = TEMPLATE, example: str = EXAMPLE) -> Callable[[str, S
     """(question, the model's answers to other questions) -> what the model is asked; only answers are shown.
 
     The order is the published one: the question, to follow a style, the examples, to solve it. The words are ours.
+    A template may have it the other way round, as suits models that were never taught to follow instructions.
     """
-    start, between, end = parts(template, ("{question}", "{examples}"), TEMPLATE)
+    last = 0 <= template.find("{examples}") < template.find("{question}")
+    places = ("{examples}", "{question}") if last else ("{question}", "{examples}")
+    start, between, end = parts(template, places, TEMPLATE)
     before, after = parts(example, ("{answer}",), EXAMPLE)
 
     def write(question: str, answers: Sequence[str]) -> str:
         shown = "".join(before + answer + after for answer in answers)
-        return start + question + between + shown + end
+        return start + (shown + between + question if last else question + between + shown) + end
 
     return write
 
@@ -62,6 +65,6 @@ def examples(kept: Bool[np.ndarray, "questions"], k: int) -> Int[np.ndarray, "qu
     return at[(place[:, None] + np.arange(1, k + 1)[None]) % (len(at) - 1)]
 
 
-def with_result(answer: str, result: str | None) -> str:
-    """The answer with the right result behind it, where there is one."""
-    return answer if result is None else f"{answer}{FINAL}{result}"
+def with_result(answer: str, result: str | None, final: str = FINAL) -> str:
+    """The answer with the right result behind it, where there is one; an empty `final` leaves it out."""
+    return answer if result is None or not final else f"{answer}{final}{result}"

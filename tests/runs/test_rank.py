@@ -173,7 +173,6 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
         tmp_path / "own.jsonl",
         [{"prompt": r["prompt"], "response": "zz" if r["prompt"] in wrong else r["result"]} for r in rows],
     )
-    monkeypatch.setattr(selfaligned, "FINAL", " ")  # the small model knows no colon, and has 32 places
     seen = []
     write_prompt = selfaligned.prompt
 
@@ -183,6 +182,7 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
 
     monkeypatch.setattr(selfaligned, "prompt", spy)
     flags = ("--rank.answers", str(tmp_path / "own.jsonl"), "--check.name", "exact", "--check.answer-field", "result")
+    flags += ("--rank.final", " ")  # the small model knows no colon, and has 32 places
     result = run(inputs, tmp_path / "run", *flags, "--rank.block", "18", "--rank.blocks", "1", "--rank.k", "1")
     table = pq.read_table(tmp_path / "run" / "rank.parquet").to_pandas()[::3]
     assert (table["own_answer_kept"] == ~table["question"].isin(wrong)).all()

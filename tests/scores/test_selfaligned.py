@@ -180,9 +180,11 @@ def test_prompt_puts_no_text_into_places_that_text_itself_names():
     assert selfaligned.prompt("{question}|{examples}.", "<{answer}>")("{examples}{", ["{question}", "}"]) == (
         "{examples}{|<{question}><}>."
     )
-    with pytest.raises(ValueError, match="must hold {question} and then {examples}, once each"):
-        selfaligned.prompt("{examples} {question}")
-    assert selfaligned.with_result("a", None) == "a"
+    assert selfaligned.prompt("a{examples}b{question}c", "{answer}")("{examples}", ["1", "2"]) == "a12b{examples}c"
+    for template in ("{question}", "{examples}{question}{question}", "{examples}"):
+        with pytest.raises(ValueError, match="must hold {.*} and then {.*}, once each"):
+            selfaligned.prompt(template)
+    assert selfaligned.with_result("a", None) == selfaligned.with_result("a", "3", "") == "a"
 
 
 def test_responses_are_cut_by_tokens_and_lose_every_end_mark():
