@@ -1,0 +1,129 @@
+"""Does a model gain from its own responses? Every arm of `refine` on the sums task, where the truth is known.
+
+    python -m tests.benchmarks.refine FOLDER --seeds 3 --corrupted 0.4 0.7
+
+Prints one markdown table for each share of corrupted rows: right answers (greedy, by the checker) and L_v on 384 other
+questions, rounds that were accepted, right responses, cost, mean ± standard deviation over the seeds. A seed has
+questions, labels, a pretrained model and orders of its own, the same for all arms. Arms are configs/refine_*.yaml with
+the flags of ARMS. What is finished in FOLDER is read there: the command goes on after a stop.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel_jax.lm import sums
+from bilevel_jax.runs.config import RefineConfig, SelectConfig, load
+from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.refine import refine
+
+NONE, FIXED, DYNAMIC, ALL = (("--refine.questions", name) for name in ("none", "fixed", "dynamic", "all"))
+ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "validation alone": ("refine_mixing", ("--single.shares", "1.0")),
+    "direct mixing": ("refine_mixing", ()),
+    "BDS, offline": ("refine_offline", ()),
+    "BMO, offline": ("refine_bmo", NONE),
+    "exact, offline": ("refine_exact", NONE),
+    "self-training": ("refine_self_training", ()),
+    "mixing + online": ("refine_mixing", FIXED),
+    "BDS + online fixed": ("refine_dynamic", FIXED),
+    "BDS + online dynamic": ("refine_dynamic", ()),
+    "BMO + online fixed": ("refine_bmo", ()),
+    "exact + online fixed": ("refine_exact", ()),
+    "exact + online dynamic": ("refine_exact", DYNAMIC),
+    "exact, all questions": ("refine_exact", ALL),
+    "right responses (oracle)": ("refine_self_training", ("--refine.checked", "filter")),
+}
+"""name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth."""
+
+
+def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]) -> None:
+    """Run what is not there, and print the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        model = pretrained(folder / f"model-{seed}", seed)
+        for share in corrupted:
+            made = sums.write(folder / f"rows-{seed}-{share:g}", seed=seed, corrupted=share)
+            for name in arms:
+                result = arm(folder / f"{seed}-{share:g}-{name.replace(' ', '_')}", name, made, model, seed)
+                cells.setdefault((name, share), []).append(result)
+                print(f"seed {seed}  {share:.0%}  {name}: {result['sentence']}", flush=True)
+    for share in corrupted:
+        print(f"\n{share:.0%} of the rows by the wrong rule, {seeds} seeds\n")
+        print(table({name: cells[name, share] for name in arms}))
+
+
+def pretrained(folder: Path, seed: int) -> Path:
+    """The task's model, taught once for a seed."""
+    folder.mkdir(exist_ok=True)
+    flags = ["--model.path", "builtin:sums", "--data.train", "builtin:sums", "--data.validation", "builtin:sums"]
+    ready = embedded(load(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
+    return Path(ready.model.path)
+
+
+def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str, Any]:
+    """One run: finished, gone on with, or begun."""
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    config, flags = ARMS[name]
+    files = {part: made / f"{part}.jsonl" for part in ("train", "validation", "select", "report")}
+    data = [text for part, path in files.items() for text in (f"--data.{part}", str(path))]
+    resume = ["--resume"] if (folder / "config.yaml").exists() else []
+    given = [*flags, *data, "--model.path", str(model), "--data.seed", str(seed), "--devices.data", "1"]
+    given += ["--output.no-progress", "--out", str(folder), *resume]
+    refine(load(RefineConfig, f"{config}.yaml", given))
+    return json.loads((folder / "result.json").read_text())
+
+
+def table(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """The table as markdown."""
+    heads = [
+        "arm",
+        "right answers",
+        "L_v on V_report",
+        "rounds accepted",
+        "right responses",
+        "training steps",
+        "seconds",
+    ]
+    first = next(iter(cells.values()))
+    given = [spread([run["report"]["right"]["first"] for run in first], 3)]
+    given += [spread([run["report"]["first"] for run in first], 3), "", "", "", ""]
+    lines = [heads, ["---"] * len(heads), ["the model as given", *given]]
+    for name, runs in cells.items():
+        right = [one["right"] for run in runs for one in run["records"] if one["right"] is not None]
+        lines.append(
+            [
+                name,
+                spread([run["report"]["right"]["last"] for run in runs], 3),
+                spread([run["report"]["last"] for run in runs], 3),
+                f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
+                f"{np.mean(right):.3f}" if right else "",
+                f"{np.mean([sum(one['work'] for one in run['records']) for run in runs]):,.0f}",
+                f"{np.mean([sum(one['seconds'] for one in run['records']) for run in runs]):,.0f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over the seeds."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--corrupted", type=float, nargs="+", default=[0.4, 0.7])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    options = parser.parse_args()
+    measure(options.folder, seeds=options.seeds, corrupted=options.corrupted, arms=options.arms)
