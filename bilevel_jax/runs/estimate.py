@@ -15,7 +15,6 @@ import numpy as np
 from jax.extend.backend import clear_backends
 
 from bilevel_jax.core.transition import snapshot_interval
-from bilevel_jax.lm import batches
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import Corpus
@@ -72,7 +71,7 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
             workspace = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
             found |= told(config, subject, made, asked, simulated)
         found |= lived(subject, workspace, asked, simulated)
-        if asked.compile and found["budget"] and found["peak"] > found["budget"]:
+        if found["budget"] and found["peak"] > found["budget"]:
             found["remedies"] = remedies(run, text, workspace, found["peak"], asked, simulated)
     found["seconds_to_estimate"] = time.monotonic() - began
     if asked.out:
@@ -156,17 +155,7 @@ def shaped(config: Run, text: Text) -> Subject:
         steps, prior = config.train.steps, config.outer.prior
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
     made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
-    return Subject(config, made, programs.steps(made, first_batch(made, config)))
-
-
-def first_batch(made: Task, config: Run) -> Any:
-    """A batch of the run, on the mesh."""
-    if not config.data.streaming:
-        return made.stream(config.data.seed).batch(0)
-    ids = np.zeros(2 * made.layout.sequences, np.int32)
-    corpus = Corpus(ids, ids == 0, np.arange(0, len(ids) + 1, 2), made.layout.sequences)
-    order = batches.subset([0], 1, made.batch, 0)
-    return placing.placed(made.mesh, batches.train_stream(corpus, order, 1, made.layout)).batch(0)
+    return Subject(config, made, programs.steps(made, programs.first_batch(made, config)))
 
 
 # ---- what the compiler says
@@ -361,9 +350,9 @@ def remedies(
     devices = shaped(run, text).task.mesh.size
     most = max(1, train.batch // devices)
     changed: dict[str, tuple[Run, bool]] = {}  # words -> (config, whether the steps are compiled anew)
-    if train.micro < most:
+    if train.micro < most and asked.compile:
         changed[f"train.micro: {most}"] = replace(run, train=replace(train, micro=most)), True
-    if not model.remat:
+    if not model.remat and asked.compile:
         changed["model.remat: true"] = replace(run, model=replace(model, remat=True)), True
     if model.lora_rank and model.base_dtype == "float32":
         changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), False
@@ -382,7 +371,7 @@ def remedies(
         except ValueError:  # a model that the change does not fit
             continue
         space = workspace
-        if anew:
+        if anew and asked.compile:
             made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
             space = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
         least = lived(subject, space, asked, simulated)["peak"]

@@ -46,7 +46,7 @@ def comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> list[tupl
             size(measured["memory"]),
             "estimated: arrays on one device, without the workspace of a step; measured: "
             + (
-                f"the whole process, {size(measured['memory_before'])} of it before training began"
+                f"the whole process, {size(estimated['memory_before'])} of it before training began"
                 if whole
                 else "one device"
             ),

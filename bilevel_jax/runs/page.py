@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel_jax.runs import figures, files
+from bilevel_jax.runs.estimate_table import comparison
 from bilevel_jax.runs.figures import Html, element, join
 from bilevel_jax.runs.results import Results
 
@@ -142,6 +143,18 @@ def figure(picture: Html, caption: str, *, wide: bool = False) -> Html:
 def _big(value: str) -> Html:
     mean, sign, half = value.partition(" ± ")
     return element("b", mean, element("small", f" ± {half}") if sign else None)
+
+
+def foretold(run: Results) -> Html | None:
+    """What the run was expected to take, by sizes alone, beside what it took; runs of before that have none."""
+    if "measured" not in run.result:
+        return None
+    lines = comparison(run.result["estimate"], run.result["measured"])
+    names, expected, found, notes = zip(*lines, strict=True)
+    return join(
+        element("h3", "Estimated and measured"),
+        table(Column("what", names), Column("estimated", expected), Column("measured", found), Column("", notes)),
+    )
 
 
 def reproduced(run: Results, verb: str, precision: str) -> Html:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
@@ -15,6 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bilevel_jax.core import tree
 from bilevel_jax.core.transition import descent
 from bilevel_jax.core.types import Adjoint, Batch, Inner, Params
+from bilevel_jax.lm import batches
+from bilevel_jax.lm.tokens import Corpus
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.task import Task
 
 
@@ -64,6 +69,17 @@ def steps(task: Task, batch: Batch) -> Steps:
 
 def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
+    """A batch of the run, on the mesh; for rows that are streamed one of the same shape."""
+    if not config.data.streaming:
+        return task.stream(config.data.seed).batch(0)
+    sequences = task.layout.sequences
+    ids = np.zeros(2 * sequences, np.int32)
+    corpus = Corpus(ids, ids == 0, np.arange(0, len(ids) + 1, 2), sequences)
+    order = batches.subset([0], 1, task.batch, 0)
+    return placing.placed(task.mesh, batches.train_stream(corpus, order, 1, task.layout)).batch(0)
 
 
 def forward(task: Task, shapes: Steps) -> Program:

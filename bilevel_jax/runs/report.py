@@ -18,6 +18,7 @@ from bilevel_jax.runs.page import (
     details,
     document,
     figure,
+    foretold,
     interval,
     note,
     number,
@@ -350,6 +351,7 @@ def provenance(run: Results) -> Html:
             f"One training step is a forward and a backward pass over one batch. {NONE}: not timed. Total: "
             f"{number(float(sum(work.values())))} training steps."
         ),
+        foretold(run),
         reproduced(run, "select", run.meanings.get("precision", NONE)),
     )
 

@@ -385,6 +385,12 @@ RULES: tuple[Rule, ...] = (
         "responses have lengths that packing cannot know beforehand; set it to false (the numbers are the same)",
     ),
     ("outer.neumann_rate", lambda c: c.outer.neumann_rate > 0, "must be above 0"),
+    ("estimate.devices", lambda c: c.estimate.devices >= 0, "must be 0 (those there are) or more"),
+    ("estimate.memory_gib", lambda c: c.estimate.memory_gib >= 0, "must be 0 (this machine's) or more"),
+    ("estimate.rows", lambda c: c.estimate.rows >= 0, "must be 0 (read the data) or more"),
+    ("estimate.trusted", lambda c: c.estimate.trusted >= 1, "must be 1 or more"),
+    ("estimate.tflops", lambda c: c.estimate.tflops >= 0, "must be 0 (time steps) or more"),
+    ("estimate.mfu", lambda c: 0 < c.estimate.mfu <= 1, "must be in (0, 1]"),
 )
 
 NEEDS = {

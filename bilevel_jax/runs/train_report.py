@@ -20,6 +20,7 @@ from bilevel_jax.runs.page import (
     details,
     document,
     figure,
+    foretold,
     note,
     number,
     paragraph,
@@ -393,6 +394,7 @@ def provenance(run: Results) -> Html:
         note(f"The run was stopped and went on at step {resumed:,}; its speed is that of the last part.")
         if resumed
         else None,
+        foretold(run),
         reproduced(
             run,
             "train",

@@ -12,7 +12,7 @@ import pytest
 from bilevel_jax.cli import main
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import load as load_rows
-from bilevel_jax.runs import session
+from bilevel_jax.runs import session, task
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.train import summary, train
@@ -62,6 +62,8 @@ def test_writes_what_it_promises(made, whole):
     losses = {record["first"] + i: loss for record in steps for i, loss in enumerate(record["losses"])}
     assert sorted(losses) == list(range(10)) and losses[9] < losses[0]
     assert "<html" in (out / "report.html").read_text()
+    assert result["measured"]["passes"] == result["estimate"]["passes"] == 10 and result["measured"]["memory"] > 0
+    assert result["measured"]["disk"] > result["estimate"]["disk"]["model"] == 4 * 21_952
     assert result["tokens"] == 2 * 36 * 5  # four letters and EOS in every row, in each of two epochs
 
 
@@ -292,3 +294,24 @@ def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared,
     assert report["after"]["loss"] < report["before"]["loss"] - 0.3
     theirs, ours = continued(tmp_path / "run" / "model", "the film is", 20)
     assert theirs == ours
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, monkeypatch):
+    """One row's loss is nan: it is met in each of two epochs."""
+    made_by = task.objective
+
+    def objective(*args, **kwargs):
+        whole = made_by(*args, **kwargs)
+
+        def losses(params, fixed, batch):
+            return whole.losses(params, fixed, batch) * jnp.where(batch["index"] == 5, jnp.nan, 1)
+
+        return whole._replace(losses=losses)
+
+    monkeypatch.setattr(task, "objective", objective)
+    result = run(made, tmp_path / "two", "--train.skip", "2")
+    assert result["skipped"] == 2 and "2 steps were left out: not finite." in result["notes"]
+    assert all(np.isfinite(leaf).all() for leaf in tensors(tmp_path / "two").values())
+    for skip in ("1", "0"):
+        with pytest.raises(FloatingPointError, match=r"the loss of \w+#0 \(.*train.jsonl:6\) is not finite"):
+            run(made, tmp_path / f"skip {skip}", "--train.skip", skip)

@@ -1,0 +1,240 @@
+"""What `estimate` says, against what the same run really holds, compiles, counts and leaves on the disk."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.core.transition import begin
+from bilevel_jax.runs import estimate, memory, programs, rows
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, load, load_estimated
+from bilevel_jax.runs.select import select
+from bilevel_jax.runs.session import Session
+from bilevel_jax.runs.task import prepare, read
+from tests.conftest import ROOT
+
+LLAMA_3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 128000,
+    "eos_token_id": 128001, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+LARGE = (
+    "--model.base-dtype", "bfloat16", "--train.steps", "1000", "--train.batch", "64", "--train.micro", "8",
+    "--data.max-length", "1024", "--estimate.rows", "50000", "--estimate.devices", "8", "--estimate.tflops", "989",
+)  # fmt: skip
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A folder with the config.json of Llama-3-8B, and nothing else."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    return folder
+
+
+def subjects(made, tmp_path, *flags):
+    """The same run of shapes, and of arrays: (config, subject, task)."""
+    config = load(SelectConfig, made / "select.yaml", flags)
+    found = rows.load(config.data)
+    task = prepare(config, found, tmp_path, steps=config.train.steps, seeds=[0], prior=config.outer.prior)
+    return config, estimate.shaped(config, read(config, found)), task
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--model.lora-rank", "2"), ("--model.lora-rank", "2", "--model.base-dtype", "bfloat16")],
+    ids=["all", "lora", "bfloat16"],
+)
+def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
+    _, subject, task = subjects(made, tmp_path, *flags)
+    params = task.fresh(0)
+    state = begin(task.optimizer, params)
+    for shapes, arrays in (
+        (subject.task.base, task.base),
+        (subject.shapes.params, params),
+        (subject.shapes.state, state),
+    ):
+        assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
+        for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
+            assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert memory.held(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert memory.held(subject.shapes.state) == 4 * 3 * size + 3 * 4  # AdamW's moments, and three counts
+    assert memory.held(subject.shapes.adjoint) == 4 * 3 * size
+
+
+def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
+    _, subject, task = subjects(made, tmp_path)
+    batch, weights = task.stream(0).batch(0), jnp.ones(task.rows)
+    state = begin(task.optimizer, task.fresh(0))
+    part = task.step.take(weights, batch)
+    whole = task.step.forward.lower(state, part, task.fixed(state.params), batch).compile().memory_analysis()
+    found = programs.compiled(programs.forward(subject.task, subject.shapes))
+    assert found.temporary == whole.temp_size_in_bytes > 0
+    assert programs.timed(programs.forward(subject.task, subject.shapes), found.run, calls=2) > 0
+
+
+def test_operations_are_counted_by_hand(made, tmp_path):
+    """All parameters, no layer recomputed. Every product once forwards and twice backwards, the loss's once more."""
+    _, subject, _ = subjects(made, tmp_path, "--model.no-remat", "--train.micro", "2")
+    raw = json.loads((made / "model" / "config.json").read_text())
+    width, inner, layers = raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"]
+    layout = subject.task.layout
+    places = layout.micro * layout.rows * layout.length
+    heads = raw["num_attention_heads"] * raw["head_dim"]
+    linear = 2 * places * layers * (4 * width * heads + 3 * width * inner)
+    attention = 2 * places * layers * 2 * layout.length * heads
+    head = 2 * places * width * raw["vocab_size"]
+
+    def flops(program):
+        return programs.flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
+
+    body = linear + attention
+    assert flops(programs.forward(subject.task, subject.shapes)) == 3 * body + 4 * head
+    # with tangents each product is two more; the gradient itself is not asked for, so its last product falls away
+    forwards, downwards, sideways = 3, 3, 2
+    expected = (forwards + downwards + sideways) * linear + (forwards + 2 * downwards) * attention
+    assert flops(programs.backward(subject.task, subject.shapes)) == expected + (8 + forwards) * head
+
+
+def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsys):
+    before = sum(array.nbytes for array in jax.live_arrays())
+    flags = [*LARGE, "--model.path", str(large), "--estimate.no-compile", "--estimate.memory-gib", "24"]
+    assert main(["estimate", "configs/select.yaml", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 50e6
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "estimate.json").read_text())
+    assert found["parameters"]["base"] == {"bfloat16": 8_030_261_248}  # as its model card counts them
+    factors = 32 * 16 * ((4096 + 4096) + (4096 + 1024))  # rank 16 on queries and values
+    assert found["parameters"]["trained"] == {"float32": factors}
+    assert found["arrays"]["snapshot"] == 4 * 3 * factors + 12 and found["arrays"]["snapshots"] == 32
+    assert found["arrays"]["base"] == 2 * 8_030_261_248  # whole on each of the devices
+    assert "It does not fit" in out and "devices.model: 8" in out and "writing the model" in out
+
+
+@pytest.mark.slow
+def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
+    """A process of its own, with one device: minutes, and the memory of a small one."""
+    command = [sys.executable, "-m", "bilevel_jax.cli", "estimate", "configs/select.yaml", *LARGE]
+    command += ["--model.path", str(large), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0 and usage.ru_maxrss < 3 * 2**20  # KiB
+    found = json.loads((tmp_path / "out" / "estimate.json").read_text())
+    assert found["devices"] | {"kind": ""} == {
+        "count": 8, "mesh": {"data": 8, "model": 1}, "kind": "", "simulated": True,
+    }  # fmt: skip
+    forward, backward = (found["programs"][name] for name in ("forward", "backward"))
+    assert 2.5 < forward["flops"] / 1.02e15 < 3 and 5 < backward["flops"] / 1.02e15 < 6  # of a forward pass
+    assert 0 < forward["workspace"] < backward["workspace"] < 10 * 2**30  # no float32 copy of the base
+    assert found["hours_of_one_training"] == pytest.approx(1000 * forward["flops"] / (8 * 989e12 * 0.35) / 3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        (
+            "--outer.method",
+            "implicit",
+            "--outer.prior",
+            "0.5",
+            "--outer.solver",
+            "neumann",
+            "--outer.max-iterations",
+            "3",
+        ),
+        ("--outer.method", "window", "--outer.window", "4"),
+        ("--outer.method", "alignment"),
+        ("--outer.method", "penalty", "--outer.weighting", "sigmoid"),
+    ],
+    ids=lambda flags: " ".join(flags[:2]) or "unrolled",
+)
+def test_a_run_counts_what_was_planned(made, tmp_path, flags):
+    result = select(load(SelectConfig, made / "select.yaml", [*flags, "--fast", "--out", str(tmp_path / "run")]))
+    assert result["measured"]["passes"] == result["estimate"]["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, rank):
+    """At every piece of work that a run counts: never more than its largest phase, and as much in the sweep."""
+    live, advance = [], Session.advance
+
+    def counting(self, amount=1.0):
+        live.append(sum({one.unsafe_buffer_pointer(): one.nbytes for one in jax.live_arrays()}.values()))
+        advance(self, amount)
+
+    flags = ("--fast", "--model.lora-rank", str(rank))
+    before = sum(array.nbytes for array in jax.live_arrays())
+    _, subject, _ = subjects(made, tmp_path, *flags)
+    largest = max(
+        phase.bytes for phase in memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    )
+    monkeypatch.setattr(Session, "advance", counting)
+    select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
+    assert max(live) - before == pytest.approx(largest, rel=0.01)
+
+
+WRONG = {
+    "no config.json": (("--model.path", "nowhere", "--estimate.rows", "10"), "nowhere/config.json: no such file"),
+    "devices and batch": (("--estimate.devices", "3"), "8 examples do not spread evenly over 3 devices"),
+    "devices and groups": (
+        ("--estimate.devices", "4", "--devices.model", "3"),
+        "4 is no multiple of devices.model = 3",
+    ),
+    "a wrong number": (("--estimate.mfu", "2"), r"estimate.mfu = 2.0: must be in \(0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_estimated_is_told(made, capsys, name):
+    flags, words = WRONG[name]
+    assert main(["estimate", str(made / "select.yaml"), "--estimate.no-compile", *flags]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_the_verb_is_known_by_its_sections(made, tmp_path):
+    assert isinstance(load_estimated(made / "select.yaml")[0], SelectConfig)
+    config, asked = load_estimated(
+        made / "train.yaml", ["--train.epochs", "3", "--out", "there", "--estimate.rows", "7"]
+    )
+    assert isinstance(config, TrainConfig) and config.train.epochs == 3
+    assert (asked.out, asked.rows, config.output.folder) == ("there", 7, "out")
+    (tmp_path / "other.yaml").write_text("rank: {sample: 3}\n")
+    with pytest.raises(ValueError, match="config of none of select, train, compare, audit.*unknown section 'rank'"):
+        load_estimated(tmp_path / "other.yaml")
+    (tmp_path / "either.yaml").write_text("model: {path: here}\n")
+    with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.verb"):
+        load_estimated(tmp_path / "either.yaml")
+
+
+def test_a_finished_run_is_shown_beside_its_estimate(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    result = {
+        "estimate": {
+            "passes": 300, "peak": 2**30, "peak_phase": "step back", "disk": {"model": 2**20}, "memory_before": 2**29,
+        },
+        "measured": {
+            "passes": 240, "memory": 2**31, "memory_of": "process", "disk": 2**21, "seconds_per_pass": 0.25,
+            "device": "1 x cpu",
+        },
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert main(["estimate", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "work, training steps 300 240" in out and "1 GiB 2 GiB" in out and "1 MiB 2 MiB" in out
+    assert "240 of at most 300 training steps" in out
+    del result["measured"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert main(["estimate", str(tmp_path)]) == 1 and "nothing measured" in capsys.readouterr().err
