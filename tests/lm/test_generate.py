@@ -264,7 +264,7 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, (config.eos,))
     for prompt, (response,) in zip(asked, out, strict=True):
         whole = (*prompt.tokens, *response.tokens)
-        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 60
+        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 40
 
 
 @pytest.mark.slow
