@@ -2,7 +2,7 @@
 
 `384+267=` wants `651`; who forgets the carries writes `541`. Both rules can be learned, and the model is taught both
 from the start, so that it often knows better than the rows that it is then trained on. Every question carries
-somewhere, hence the rules never agree.
+somewhere, hence the rules never agree; every sum is below 1000, hence all answers have three digits.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ from bilevel_jax.lm import characters
 from bilevel_jax.lm.batches import permutation
 
 CHARACTERS = "0123456789+= \n"
-LEAST, NUMBERS = 100, 900
+LEAST, NUMBERS = 100, 800
 QUESTIONS = NUMBERS * NUMBERS
+MISTAKEN = 0.4
+"""Share of the lessons that forget the carries: they are easier to learn, so it is below a half."""
 
 
 def write(
@@ -33,16 +35,16 @@ def write(
     """Write train, validation, select, report and lessons .jsonl and untrained/ (config and tokenizer) into `folder`.
 
     Of the training `rows`, round(corrupted rows) forget the carries (label wrong), round(noise rows) answer with a
-    number drawn at random (noise), and the others are right (clean). Half of the `lessons` are right and half forget
-    the carries: from them the model is pretrained. All other files are right. No question stands in two rows, nor with
-    its numbers exchanged. The same arguments write the same bytes, and neither `corrupted` nor `noise` moves
-    a question; a part of 0 rows is left out, and a file that is already there with other contents is an error.
+    number drawn at random (noise), and the others are right (clean). Of the `lessons`, from which the model is
+    pretrained, round(MISTAKEN lessons) forget the carries. All other files are right. No question stands in two rows,
+    nor with its numbers exchanged. The same arguments write the same bytes, and neither `corrupted` nor `noise` moves a
+    question; a part of 0 rows is left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
     sizes = {"rows": rows, "validation": validation, "select": select, "report": report, "lessons": lessons}
     wrong, random = round(corrupted * rows), round(noise * rows)
-    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= QUESTIONS // 10:
-        raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {QUESTIONS // 10}.")
+    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= QUESTIONS // 8:
+        raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {QUESTIONS // 8}.")
     if min(wrong, random) < 0 or wrong + random > rows:
         raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
     questions = _questions(seed)
@@ -66,7 +68,7 @@ def write(
 
     files = {"train": table("rows", labels("rows", wrong=wrong, noise=random))}
     files |= {name: table(name, ["clean"] * sizes[name]) for name in ("validation", "select", "report")}
-    files["lessons"] = table("lessons", labels("lessons", wrong=lessons // 2, noise=0))
+    files["lessons"] = table("lessons", labels("lessons", wrong=round(MISTAKEN * lessons), noise=0))
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if part:
@@ -76,7 +78,7 @@ def write(
 
 
 def forgetful(a: int, b: int) -> str:
-    """The sum of two three-digit numbers, each column added by itself: its carry is lost, and so are leading zeros."""
+    """The sum of two numbers of three digits, each column added by itself: what it carries is lost."""
     return str(sum((a // place + b // place) % 10 * place for place in (1, 10, 100)))
 
 
@@ -86,6 +88,6 @@ def _questions(seed: int) -> Iterator[tuple[int, int]]:
     for start in range(0, QUESTIONS, 4096):
         for number in permutation(np.arange(start, min(start + 4096, QUESTIONS)), QUESTIONS, seed).tolist():
             a, b = LEAST + number // NUMBERS, LEAST + number % NUMBERS
-            if forgetful(a, b) != str(a + b) and (min(a, b), max(a, b)) not in seen:
+            if a + b < 1000 and forgetful(a, b) != str(a + b) and (min(a, b), max(a, b)) not in seen:
                 seen.add((min(a, b), max(a, b)))
                 yield a, b

@@ -44,7 +44,7 @@ TASKS = {
         sums.write,
         {"corrupted": float, "noise": float, "rows": int},
         "lessons",
-        3500,
+        3000,
         64,
         Optimizer(learning_rate=4e-3, warmup=20, b2=0.99),
     ),

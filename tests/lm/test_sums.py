@@ -15,7 +15,7 @@ SIZES = {"rows": 60, "select": 20, "report": 40, "lessons": 200}
 
 @pytest.mark.parametrize(
     ("a", "b", "right", "wrong"),
-    [(384, 267, "651", "541"), (500, 500, "1000", "0"), (999, 999, "1998", "888"), (901, 199, "1100", "90")],
+    [(384, 267, "651", "541"), (199, 101, "300", "290"), (555, 445, "1000", "990"), (899, 100, "999", "999")],
 )
 def test_rules(a, b, right, wrong):
     assert str(a + b) == right and forgetful(a, b) == wrong
@@ -33,13 +33,14 @@ def test_labels_tell_the_truth(tmp_path, corrupted, noise):
     for part in parts.values():
         for example in part:
             a, b = numbers(example)
-            assert 100 <= min(a, b) and max(a, b) < 1000 and forgetful(a, b) != str(a + b)
+            assert 100 <= min(a, b) and a + b < 1000 and forgetful(a, b) != str(a + b)
+            assert len(example.turns[1].content) == 3
             kind = {str(a + b): "clean", forgetful(a, b): "wrong"}.get(example.turns[1].content, "noise")
             assert example.label == kind
     labels = [example.label for example in parts["train"]]
     assert (labels.count("wrong"), labels.count("noise")) == (round(60 * corrupted), round(60 * noise))
     assert 4 < labels[:20].count("wrong") / corrupted * 0.4 < 14  # shuffled
-    assert [e.label for e in parts["lessons"]].count("wrong") == 100
+    assert [e.label for e in parts["lessons"]].count("wrong") == 80
     assert {e.label for name in ("validation", "select", "report") for e in parts[name]} == {"clean"}
     asked = [frozenset(numbers(example)) for part in parts.values() for example in part]
     assert len(set(asked)) == len(asked) == sum(PARTS.values())  # not even with the numbers exchanged
@@ -66,13 +67,13 @@ def test_seeds(tmp_path):
     assert [e.turns[0] for e in few] == [e.turns[0] for e in many]
     assert all(other.label == "wrong" for one, other in zip(few, many, strict=True) if one.label == "wrong")
     first = json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])
-    assert first == {"prompt": "825+915=", "response": "1740", "label": "clean"}  # on every machine
+    assert first == {"prompt": "184+578=", "response": "762", "label": "clean"}  # on every machine
     with pytest.raises(FileExistsError, match="train.jsonl: already there, with other contents"):
         write(tmp_path / "a", corrupted=0.7, **SIZES)
 
 
 def test_impossible_sizes(tmp_path):
-    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 81000"):
-        write(tmp_path, rows=80_000)
+    with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 80000"):
+        write(tmp_path, rows=79_000)
     with pytest.raises(ValueError, match=r"corrupted=0.7, noise=0.4: shares of the rows are wanted, of at most 1"):
         write(tmp_path, corrupted=0.7, noise=0.4)
