@@ -82,6 +82,7 @@ def sampler(
     lengths: Sequence[int] = (),
     multiple: int = 1,
     place: Callable[[Batch], Batch] = lambda batch: batch,
+    fetch: Callable[[Array], np.ndarray] = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sampler:
     """The sampler of a decoder: its compiled program lives as long as it does, whatever the parameters.
@@ -100,6 +101,7 @@ def sampler(
               Each of them compiles once, and once more for each power of 2 of the prompts or rows of a smaller batch
     multiple  the rows of every batch are a multiple of it: the number of devices
     place     puts a batch, leaves [1, rows, ...], on the devices
+    fetch     gets all of an array from them
     progress  called with (responses done, responses to make) after every batch
 
     Raises ValueError, with the prompt's id, for a prompt that is empty, that leaves fewer than `max_new` places of the
@@ -165,7 +167,7 @@ def sampler(
         def collect(batch: list[Row], values: tuple[Array, Array]) -> None:
             nonlocal count
             fresh = {}
-            for row, ids, log_probs in zip(batch, *map(np.asarray, values), strict=False):  # then rows of padding
+            for row, ids, log_probs in zip(batch, *map(fetch, values), strict=False):  # then rows of padding
                 prompt = asked[row.prompt]
                 if known[row] is None:
                     response = _response(prompt, ids.tolist(), log_probs.tolist(), set(end), decode)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 
 from bilevel_jax.core.types import Batch, Params, Stream
 from bilevel_jax.lm import generate, service
-from bilevel_jax.lm.generate import Generator, Response, Sampling, Store
+from bilevel_jax.lm.generate import Generator, Prompt, Response, Store
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.lm.prompts import ends
-from bilevel_jax.runs import files
+from bilevel_jax.lm.sampling import Sampling
+from bilevel_jax.runs import files, processes
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.likelihoods import fingerprint
 from bilevel_jax.runs.sections import Generate
@@ -50,14 +51,20 @@ def generators(
             concurrency=settings.concurrency, timeout=settings.timeout, progress=progress,
         )  # fmt: skip
         store = Store(f"{settings.url} {settings.model}", kept.responses, kept.save)
-        return lambda params: lambda prompts, draws: ask(prompts, draws, store)
+
+        def answered(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
+            processes.by_first(lambda: ask(prompts, draws, store))
+            kept.read()
+            return ask(prompts, draws, store)  # all of it is there
+
+        return lambda params: answered
 
     def place(batch: Batch) -> Batch:
         return placing.placed(mesh, Stream(lambda step: batch, 1)).batch(0)
 
     sampler = generate.sampler(
         decoder, sampling, generate.decoding(tokenizer), end=ends(tokenizer, decoder.config.eos),
-        tokens=settings.tokens, multiple=mesh.size, place=place, progress=progress,
+        tokens=settings.tokens, multiple=mesh.size, place=place, fetch=processes.fetch, progress=progress,
     )  # fmt: skip
 
     def generator(params: Params) -> Generator:
@@ -72,21 +79,24 @@ class Kept:
 
     def __init__(self, path: Path):
         self.responses: dict[str, Response] = {}
-        self._path = path
-        if not path.exists():
+        self._path, self._read = path, 0
+        processes.by_first(self._mend)
+        self.read()
+
+    def read(self) -> None:
+        """Take in what another process has written since."""
+        if not self._path.exists():
             return
-        with open(path, "rb+") as file:
-            whole = 0
+        with open(self._path, "rb") as file:
+            file.seek(self._read)
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
                 self.responses |= {key: _response(fields) for key, fields in json.loads(line).items()}
-            file.truncate(whole)
+            self._read = file.tell()
 
     def save(self, new: dict[str, Response]) -> None:
-        """Append; it is on the disk when this returns."""
-        if not new:
+        """Append; it is on the disk when this returns. Of several processes the first writes."""
+        self.responses |= new
+        if not new or not processes.first():
             return
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -95,7 +105,11 @@ class Kept:
                 os.fsync(file.fileno())
         except OSError as error:
             raise files.full(self._path, error) or error from error
-        self.responses |= new
+
+    def _mend(self) -> None:
+        if self._path.exists():
+            content = self._path.read_bytes()
+            os.truncate(self._path, content.rfind(b"\n") + 1)
 
 
 def _response(fields: list[Any]) -> Response:
