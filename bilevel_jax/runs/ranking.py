@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.bootstrap import Reading
+from bilevel_jax.runs.page import number
 from bilevel_jax.runs.sections import Rank
 from bilevel_jax.runs.statistics import rank_correlation
 from bilevel_jax.scores import strategies
@@ -164,4 +165,5 @@ def _drawn(score: Strategy, measured: Measured, chosen: Int[np.ndarray, "draws b
 
 
 def _said(found: Reading, digits: int = 4) -> str:
-    return f"{found.value:.{digits}g} [{found.low:.{digits}g}, {found.high:.{digits}g}]".replace("-", "−")
+    value, low, high = (number(one, digits) for one in found)
+    return f"{value} [{low}, {high}]"
