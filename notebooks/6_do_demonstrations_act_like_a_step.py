@@ -43,7 +43,7 @@ from bilevel_jax.lm import batches, cipher, data, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.loglik import LogLik, Request, engine
 from bilevel_jax.runs.bootstrap import rank_correlations, reading, resampled
-from bilevel_jax.runs.embedded import pretrain
+from bilevel_jax.runs.embedded import TASKS, pretrain
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.sections import Optimizer
 from bilevel_jax.runs.statistics import auc, rank_correlation
@@ -269,7 +269,7 @@ def story_rows(model):
 def cipher_rows():
     """The package's own task: answers of a right rule, of a wrong one, and of none; a model that can only copy."""
     made = cipher.write(folder / "cipher", clean=48, wrong=24, noise=24, validation=40)
-    pretrain(made)
+    pretrain(made, TASKS["cipher"], progress=False)
     return made
 
 
