@@ -91,6 +91,7 @@ def prepared(config: RefineConfig, folder: Path) -> Task:
             f"{config.generate.max_new} that is more than the model's {task.architecture.max_length}. Lower it."
         )
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
+    task = refine_candidates.with_programs(config, task)
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
 
 

@@ -2,24 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.core import penalty, tree, weighting
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import transition
-from bilevel_jax.core.types import Hyper, Params, Single
+from bilevel_jax.core.types import Hyper, Params, Problem, Single, Transition
 from bilevel_jax.core.unrolled import check_differentiable
-from bilevel_jax.lm.importance import self_sampled
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.importance import Ratio, self_sampled
 from bilevel_jax.lm.losses import assemble
-from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs import checkpoint, sections
 from bilevel_jax.runs.config import RefineConfig, SelectConfig
 from bilevel_jax.runs.learn import rate
+from bilevel_jax.runs.objective import Objective, objective
+from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.refine_rows import Made
 from bilevel_jax.runs.sections import RefineMethod
 from bilevel_jax.runs.session import Session
@@ -49,28 +53,74 @@ Train = Callable[[Made, Params, Session, int], Candidate]
 Training starts from `task.fresh`. It goes on in the middle after a stop."""
 
 
+class Programs(NamedTuple):
+    """The functions that a run compiles."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    plain: Problem
+    """With the losses of the objective."""
+    plain_step: Transition
+    problem: Problem
+    """With importance ratios in the losses of responses; L_v without."""
+    step: Transition
+
+
+_decoder = lru_cache(maxsize=4)(lm.decoder)
+
+
+def with_programs(config: RefineConfig, task: Task) -> Task:
+    """The task with functions that another run of this process may have compiled already: those of `programs`."""
+    # parameters that are split over devices are gathered by a decoder of their own
+    decoder = task.decoder if config.devices.model > 1 else _decoder(task.architecture, remat=config.model.remat)
+    made = programs_of(config, task._replace(decoder=decoder))
+    return task._replace(
+        decoder=decoder, objective=made.objective, optimizer=made.optimizer, problem=made.problem, step=made.step
+    )
+
+
+def programs_of(config: RefineConfig, task: Task) -> Programs:
+    """`programs` as the config has it."""
+    refined, draws = config.refine, config.generate.draws
+    return programs(
+        task.decoder, config.objective, task.base is not None, config.optimizer, config.train.steps, refined.ratio,
+        draws if refined.ratio == "sequence" else 1, refined.clip,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def programs(
+    decoder: lm.Decoder,
+    losses: sections.Objective,
+    lora: bool,
+    training: sections.Optimizer,
+    steps: int,
+    ratio: Ratio,
+    responses: int,
+    clip: float,
+) -> Programs:
+    """The problems of a run and one step of each; the same ones for the same arguments."""
+    chosen, optimiser = objective(losses, decoder, lora=lora), optimizer(training, steps)
+    plain = weighted(chosen.losses)
+    step = transition(plain, optimiser)
+    if ratio == "none":
+        return Programs(chosen, optimiser, plain, step, plain, step)
+    own = self_sampled(decoder, ratio=ratio, responses=responses, clip=clip)
+    problem = weighted(lambda params, fixed, batch: own(assemble(params, fixed["base"]), batch), outer=chosen.losses)
+    return Programs(chosen, optimiser, plain, step, problem, transition(problem, optimiser))
+
+
 def candidates(config: RefineConfig, first: Task) -> dict[RefineMethod, Train]:
     """What trains each configured method; nothing is compiled again for another round.
 
     Only V_fit is read, by the methods that use it; V_select and V_report stay unseen.
     """
-    ratio = config.refine.ratio
-    problem, step = first.problem, first.step
-    if ratio != "none":
-        losses = self_sampled(first.decoder, ratio=ratio, responses=config.generate.draws, clip=config.refine.clip)
-        problem = weighted(
-            lambda params, fixed, batch: losses(assemble(params, fixed["base"]), batch), outer=first.objective.losses
-        )
-        step = transition(problem, first.optimizer)
+    made_of = programs_of(config, first)
 
     def unseen(task: Task, name: RefineMethod) -> Task:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
-        held_out = {"fit": task.held_out["fit"]}
-        return (
-            task._replace(held_out=held_out)
-            if name == "bmo"
-            else task._replace(held_out=held_out, problem=problem, step=step)
-        )
+        task = task._replace(held_out={"fit": task.held_out["fit"]})
+        return task._replace(problem=made_of.plain, step=made_of.plain_step) if name == "bmo" else task
 
     def made(name: RefineMethod, of: Callable[..., Candidate]) -> Train:
         return lambda rows, sampler, session, number: of(

@@ -27,10 +27,10 @@ data:
   report: [{made}/report.jsonl]
   split: [1, 0, 0]
   label_field: label
-refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [penalty, unrolled], level: 0.5}}
+refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
 generate: {{draws: 2, max_new: 6}}
 check: {{name: exact}}
-optimizer: {{learning_rate: 1.0e-2, warmup: 2}}
+optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
 train: {{steps: 6, batch: 8}}
 outer: {{steps: 1, weighting: sigmoid}}
 single: {{steps: 6, read_every: 6}}
@@ -242,7 +242,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(count, marks=[pytest.mark.slow] * (count != 14)) for count in (3, 8, 14, 20, 26, 31, 40)]
+    "count",
+    [pytest.param(count, marks=[pytest.mark.slow] * (count not in (9, 30))) for count in (3, 9, 16, 22, 30, 37)],
 )
 def test_stopped_anywhere_and_resumed_changes_no_bit(config, whole, tmp_path, stop_at, count):
     stop_at(count)
