@@ -318,12 +318,14 @@ def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
 
 
 def _alone(title: str, values: np.ndarray, found: Candidates, rows: Rows) -> list[str]:
-    """Strategies of which one response makes more than half of the arithmetic mean."""
+    """How many strategies owe more than half of their arithmetic mean to one response, and the worst of them."""
     flat = values.reshape(-1, values.shape[-1])
     shares = flat.max(0) / flat.sum(0)
+    if not (shares > 0.5).any():
+        return []
+    s = int(shares.argmax())
+    where = rows.examples[int(flat[:, s].argmax()) * flat.shape[1] + s].where
     return [
-        f"one response makes {share:.0%} of the {title} of {found.strategies[s]}, that to "
-        f"{rows.examples[int(flat[:, s].argmax()) * flat.shape[1] + s].where}: see whether rank.mean = geometric agrees"
-        for s, share in enumerate(shares.tolist())
-        if share > 0.5
+        f"one response makes more than half of the {title} of {int((shares > 0.5).sum())} of {len(shares)} strategies, "
+        f"at worst {shares[s]:.0%} of that of {found.strategies[s]} ({where}): see whether rank.mean = geometric agrees"
     ]

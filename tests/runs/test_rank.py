@@ -216,7 +216,8 @@ def test_a_response_that_makes_a_mean_alone_is_named(inputs, whole):
     values = np.ones((3, 6, 3))
     values[1, 2, 2] = 40.0
     notes = remarks(config(inputs, "--rank.metrics", "sppl"), {"sppl": values}, found, rows_of_nothing(some), 0)
-    assert len(notes) == 1 and f"makes 70% of the SPPL of same <b>, that to {blocks[1][2].where}:" in notes[0]
+    worst = f"half of the SPPL of 1 of 3 strategies, at worst 70% of that of same <b> ({blocks[1][2].where}): see"
+    assert len(notes) == 1 and worst in notes[0]
     flags = ("--rank.metrics", "sppl", "--rank.mean", "geometric")
     assert remarks(config(inputs, *flags), {"sppl": values}, found, rows_of_nothing(some), 0) == []
 
