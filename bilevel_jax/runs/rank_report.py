@@ -101,8 +101,8 @@ def protocol(result: Row, decide: str) -> str:
         f"{counts['blocks']} disjoint blocks of {counts['block']} questions, drawn by id from {counts['questions']:,}. "
         "A strategy's score is the mean over the blocks. The rule: the best two are compared on the same resampled "
         "questions; a pick takes a 95 % interval of their difference that does not reach 0. The interval knows how "
-        "questions vary; not that the two were chosen after looking, nor how trainings vary. No metric sees whether a "
-        f"response is right.{rest}"
+        "questions vary; not that the two were chosen after looking, nor how trainings, or other answers of the "
+        f"model, vary. No metric sees whether a response is right.{rest}"
     )
 
 

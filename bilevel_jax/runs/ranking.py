@@ -117,7 +117,7 @@ def pick(
     The best two by their scores are compared on the same resampled questions. The best is picked where the 95 %
     interval of their difference does not reach 0; else there is no clear winner, and all that are not told apart from
     the best are named. The interval knows how questions vary, not that the best two were chosen after looking, nor how
-    trainings vary.
+    trainings, or other answers drawn from the model, vary.
     """
     title, sign = METRICS[metric].title, METRICS[metric].sign
     order = np.argsort(-sign * draws[0], kind="stable")

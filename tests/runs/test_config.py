@@ -15,6 +15,8 @@ from bilevel_jax.runs.config import (
     AuditConfig,
     CompareConfig,
     InspectConfig,
+    RankConfig,
+    RefineConfig,
     SelectConfig,
     TrainConfig,
     check,
@@ -248,7 +250,8 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_the_configs_that_come_with_the_package_are_right(path):
-    kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig}
+    kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}
+    kinds |= {"refine": RefineConfig}
     kind = kinds.get(path.stem.split("_")[0], SelectConfig)
     config = load(kind, path)
     assert config.data.train
