@@ -27,11 +27,12 @@ from bilevel_jax.runs.memory import GIB, Workspace
 from bilevel_jax.runs.plan import Stage
 from bilevel_jax.runs.programs import Compiled, Program, Steps
 from bilevel_jax.runs.rules import on_arrays
-from bilevel_jax.runs.sections import Estimate
+from bilevel_jax.runs.sections import SINGLE_LOOP, Estimate
 from bilevel_jax.runs.task import Task, Text
 from bilevel_jax.runs.train import planned_steps
 
 NAME = "estimate.json"
+NAMES = {SelectConfig: "select", TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}
 FEW = 4
 """A quarter of the steps, as a remedy."""
 
@@ -41,9 +42,16 @@ Run = SelectConfig | TrainConfig
 class Subject(NamedTuple):
     """What is estimated: a task of shapes."""
 
+    verb: str
     config: Run
+    """The run as the settings of `select` or `train`."""
     task: Task
     shapes: Steps
+
+    @property
+    def writes(self) -> bool:
+        """Whether a model is written."""
+        return self.verb in ("select", "train")
 
 
 def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
@@ -56,23 +64,23 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
     began = time.monotonic()
     simulated = simulate(asked.devices)
     with tempfile.TemporaryDirectory() as folder:
-        run = settings(config, asked)
+        run, verb = settings(config, asked), NAMES[type(config)]
         if asked.rows:
             run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
             text = blank(run, asked)
         else:
             run = cast(Any, untrained)(run, Path(folder))
             text = task.read(run, rows.load(run.data))
-        subject = shaped(run, text)
+        subject = shaped(run, text, verb)
         found = described(config, subject, simulated)
         workspace = Workspace()
         if asked.compile:
             made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
             workspace = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
             found |= told(config, subject, made, asked, simulated)
-        found |= lived(subject, workspace, asked, simulated)
+        found |= lived(subject, workspace, asked, simulated, found.get("speed", {}))
         if found["budget"] and found["peak"] > found["budget"]:
-            found["remedies"] = remedies(run, text, workspace, found["peak"], asked, simulated)
+            found["remedies"] = remedies(subject, text, workspace, found["peak"], asked, simulated)
     found["seconds_to_estimate"] = time.monotonic() - began
     if asked.out:
         out = Path(asked.out)
@@ -88,6 +96,10 @@ def simulate(count: int) -> bool:
     """Make sure of `count` devices (0: those there are); whether they had to be simulated, for compiling alone."""
     if count <= len(jax.devices()):
         return False
+    if jax.live_arrays():
+        raise ValueError(
+            f"estimate.devices = {count}, and jax has started with {len(jax.devices())}: ask in a process of its own."
+        )
     clear_backends()  # how many there are is read when jax first looks for them
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
@@ -140,7 +152,7 @@ def blank(config: Run, asked: Estimate) -> Text:
     )
 
 
-def shaped(config: Run, text: Text) -> Subject:
+def shaped(config: Run, text: Text, verb: str) -> Subject:
     """The task of a text with parameters that are shapes only."""
     mesh = placing.make_mesh(config.devices.data, config.devices.model)
     split = partition.table(config.devices.parameters, mesh)
@@ -155,7 +167,7 @@ def shaped(config: Run, text: Text) -> Subject:
         steps, prior = config.train.steps, config.outer.prior
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
     made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
-    return Subject(config, made, programs.steps(made, programs.first_batch(made, config)))
+    return Subject(verb, config, made, programs.steps(made, programs.first_batch(made, config)))
 
 
 # ---- what the compiler says
@@ -179,6 +191,8 @@ def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Program]:
     steps = {"forward": programs.forward(made, shapes)}
     if subject.config.outer.method in ("unrolled", "window"):
         steps["backward"] = programs.backward(made, shapes)
+    if subject.config.outer.method in SINGLE_LOOP:
+        steps["alone"] = programs.alone(made, subject.config, shapes)
     if "fit" in made.held_out and made.layout != made.layout.flat:  # V is not packed, and may be wider than a step
         steps["slope"] = programs.slope(made, shapes, made.held_out["fit"].batch(0))
     return steps
@@ -275,13 +289,14 @@ def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
     state = memory.held(shapes.state)
     kept = 0 if isinstance(run, TrainConfig) else -(-one.steps // every)
     return {
-        "verb": {TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}.get(type(config), "select"),
+        "verb": subject.verb,
         "model": {"path": run.model.path, "lora_rank": run.model.lora_rank, "remat": run.model.remat},
         "method": None if isinstance(run, TrainConfig) else run.outer.method,
         "devices": {
             "count": one.mesh.size,
             "mesh": dict(one.mesh.shape),
             "kind": one.mesh.devices.flat[0].device_kind,
+            "backend": jax.default_backend(),
             "simulated": simulated,
         },
         "shape": {
@@ -298,7 +313,7 @@ def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
             "snapshots": kept,
             "segment": 0 if isinstance(run, TrainConfig) else every * (state + memory.held(shapes.params)),
         },
-        "disk": memory.disk(one, run, shapes),
+        "disk": memory.disk(one, run, shapes) if subject.writes else {},
         "work": {stage.name: stage.work for stage in stages},
         "passes": sum(stage.work for stage in stages),
         "trainings": sum(stage.work for stage in stages) / one.steps,
@@ -306,9 +321,12 @@ def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lived(subject: Subject, workspace: Workspace, asked: Estimate, simulated: bool) -> dict[str, Any]:
-    """The phases of the run, the largest, and what the memory of a device is."""
+def lived(
+    subject: Subject, workspace: Workspace, asked: Estimate, simulated: bool, speed: dict[str, float]
+) -> dict[str, Any]:
+    """The phases of the run, the largest, and what the memory of a device is; `speed`: seconds of a step, if known."""
     phases = memory.phases(subject.task, subject.config, subject.shapes, workspace)
+    phases = phases if subject.writes else phases[:-1]
     top = max(phases, key=lambda phase: phase.bytes)
     found: dict[str, Any] = {
         "phases": [{"name": phase.name, "bytes": phase.bytes, "parts": phase.parts} for phase in phases],
@@ -318,9 +336,21 @@ def lived(subject: Subject, workspace: Workspace, asked: Estimate, simulated: bo
     }
     if isinstance(subject.config, SelectConfig) and subject.config.outer.method in ("unrolled", "window"):
         whole = memory.every_state_kept(subject.task, subject.config, subject.shapes, workspace)
-        sweep = max((phase for phase in phases if phase.name != "writing the model"), key=lambda phase: phase.bytes)
-        found["alternatives"] = {"snapshots": sweep.bytes, "every state": whole.bytes}
+        sweep = max((phase for phase in phases if phase.name != "writing"), key=lambda phase: phase.bytes)
+        found["alternatives"] = {
+            "snapshots": sweep.bytes,
+            "every_state": whole.bytes,
+            "snapshots_time": _times(speed, 2.0),
+            "every_state_time": _times(speed, 1.0),
+        }
     return found
+
+
+def _times(speed: dict[str, float], forwards: float) -> float | None:
+    """Training and sweep over training alone, by the seconds of a step."""
+    if "forward" not in speed:
+        return None
+    return forwards + speed["backward"] / speed["forward"]
 
 
 def of_device() -> float:
@@ -343,11 +373,11 @@ def free() -> float:
 
 
 def remedies(
-    run: Run, text: Text, workspace: Workspace, peak: float, asked: Estimate, simulated: bool
+    subject: Subject, text: Text, workspace: Workspace, peak: float, asked: Estimate, simulated: bool
 ) -> list[dict[str, Any]]:
     """Changes of the config with the peak that they give, the least first; each is estimated as the run itself is."""
-    model, train = run.model, cast(Any, run.train)
-    devices = shaped(run, text).task.mesh.size
+    run = subject.config
+    model, train, devices = run.model, cast(Any, run.train), subject.task.mesh.size
     most = max(1, train.batch // devices)
     changed: dict[str, tuple[Run, bool]] = {}  # words -> (config, whether the steps are compiled anew)
     if train.micro < most and asked.compile:
@@ -355,7 +385,7 @@ def remedies(
     if not model.remat and asked.compile:
         changed["model.remat: true"] = replace(run, model=replace(model, remat=True)), True
     if model.lora_rank and model.base_dtype == "float32":
-        changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), False
+        changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), not simulated
     if not model.lora_rank and not model.scratch:
         changed["model.lora_rank: 16"] = replace(run, model=replace(model, lora_rank=16)), True
     if run.devices.model < devices:
@@ -367,14 +397,14 @@ def remedies(
     found = []
     for words, (other, anew) in changed.items():
         try:
-            subject = shaped(other, text)
+            changed_to = shaped(other, text, subject.verb)
         except ValueError:  # a model that the change does not fit
             continue
         space = workspace
         if anew and asked.compile:
-            made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
-            space = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
-        least = lived(subject, space, asked, simulated)["peak"]
+            made = {name: programs.compiled(one) for name, one in compiled_steps(changed_to, simulated).items()}
+            space = Workspace(**{name: one.temporary + upcast(changed_to, simulated) for name, one in made.items()})
+        least = lived(changed_to, space, asked, simulated, {})["peak"]
         if least < peak:
             found.append({"change": words, "peak": least})
     return sorted(found, key=lambda one: one["peak"])

@@ -7,9 +7,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bilevel_jax.runs.memory import GIB
+from bilevel_jax.runs.memory import GIB, MIDWAY
 
-STEPS = {"forward": "training step", "backward": "step back", "slope": "gradient of L_v"}
+OF_VERB = {
+    "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model beside it.",
+    "audit": "Memory is that of one training and its sweep; audit.together of them, side by side, take as many states.",
+}
+STEPS = {
+    "forward": "training step", "backward": "step back", "slope": "slope of L_v", "alone": "step of both models",
+}  # fmt: skip
 
 
 def show(found: dict[str, Any]) -> str:
@@ -27,10 +33,14 @@ def show(found: dict[str, Any]) -> str:
 def beside(estimated: dict[str, Any], measured: dict[str, Any]) -> str:
     """Print what was estimated beside what was measured, and return the work in a sentence."""
     console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
-    table = _table("", "estimated", "measured", "")
-    for name, one, other, note in comparison(estimated, measured):
-        table.add_row(name, one, other, note)
+    table = _table("", "estimated", "measured")
+    lines = comparison(estimated, measured)
+    for name, one, other, _ in lines:
+        table.add_row(name, one, other)
     console.print(table)
+    console.print()
+    for name, _, _, note in lines:
+        console.print(f"{name}: {note}.", soft_wrap=True)
     passes, done = estimated["passes"], measured["passes"]
     return f"The run took {done:,.0f} of at most {passes:,.0f} training steps that were planned."
 
@@ -53,9 +63,9 @@ def comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> list[tupl
         ),
         (
             "disk",
-            size(sum(estimated["disk"].values())),
+            size(sum(amount for name, amount in estimated["disk"].items() if name != MIDWAY)),
             size(measured["disk"]),
-            "estimated: checkpoints and models alone",
+            "estimated: checkpoints and models, without what is saved in the middle of an outer step",
         ),
         (
             "seconds a training step",
@@ -79,7 +89,7 @@ def _subject(found: dict[str, Any]) -> Table:
 
 def _memory(found: dict[str, Any]) -> Table:
     phases = found["phases"]
-    table = _table("one device, at the same time", *(phase["name"] for phase in phases))
+    table = _table("on one device", *(phase["name"] for phase in phases))
     for name in dict.fromkeys(part for phase in phases for part in phase["parts"]):
         cells = [phase["parts"].get(name, 0) for phase in phases]
         if any(cells):
@@ -124,25 +134,38 @@ def _disk(found: dict[str, Any]) -> Table:
 
 def _notes(found: dict[str, Any]) -> Iterable[str]:
     devices, shape = found["devices"], found["shape"]
-    kind = "simulated: the workspace is what XLA's CPU compiler plans" if devices["simulated"] else devices["kind"]
+    kind = "simulated" if devices["simulated"] else devices["kind"]
+    micro, count = shape["micro"], devices["count"]
     yield (
-        f"{shape['steps']:,} steps of {shape['batch']:,} rows in {shape['micro']} micro-batches, {shape['places']:,} "
-        f"token places a step; {devices['count']} devices ({kind})."
+        f"{shape['steps']:,} steps of {shape['batch']:,} rows in {micro} micro-batch{'es' * (micro > 1)}, "
+        f"{shape['places']:,} token places a step; {count} device{'s' * (count > 1)} ({kind})."
     )
-    if devices["simulated"]:
+    if "programs" in found and (devices["simulated"] or devices["backend"] == "cpu"):
         yield (
-            "Another compiler fuses other operations and lays arrays out otherwise: take the workspace of a GPU or TPU "
-            "for a guess, and the arrays for exact."
+            "Workspaces are those of XLA's CPU compiler. Another one fuses other operations and lays arrays out "
+            "otherwise: for a GPU or a TPU take them for a guess, and the arrays for exact."
         )
+    if devices["simulated"] and "bfloat16" in found["parameters"]["base"]:
+        yield (
+            "The CPU compiler would keep a float32 copy of a whole bfloat16 base; workspaces are those with a float32 "
+            "base, and a layer and the embedding in float32 besides."
+        )
+    if remark := OF_VERB.get(found["verb"]):
+        yield remark
     if "flops" in found:
         yield (
             f"{found['flops']:.3g} floating-point operations of matrix products, {found['trainings_by_flops']:.1f} x "
             f"one training. Seconds: {found['speed']['source']}."
         )
     if several := found.get("alternatives"):
+        sweep, kept = (
+            "" if rate is None else f", {rate:.1f} x by these seconds"
+            for rate in (several["snapshots_time"], several["every_state_time"])
+        )
         yield (
-            f"A sweep from sqrt(T) snapshots takes {size(several['snapshots'])}, 5 x the time of training by count of "
-            f"products; with every state kept it would take {size(several['every state'])} and 4 x. Runs use the first."
+            f"Training and sweep from sqrt(T) snapshots take {size(several['snapshots'])} and 5 x the time of training "
+            f"by count of products{sweep}; with every state kept {size(several['every_state'])} and 4 x{kept}. Runs do "
+            "the first."
         )
     yield f"The estimate took {found['seconds_to_estimate']:.0f} s."
 
@@ -170,8 +193,8 @@ def size(amount: float) -> str:
     """Bytes in the unit that suits them."""
     for unit, bytes_ in (("GiB", GIB), ("MiB", 2.0**20), ("KiB", 2.0**10)):
         if amount >= bytes_:
-            return f"{amount / bytes_:,.4g} {unit}"
-    return f"{amount:.0f} B"
+            return f"{amount / bytes_:,.4g}\u00a0{unit}"
+    return f"{amount:.0f}\u00a0B"
 
 
 def _hours(value: float | None) -> str:
@@ -180,7 +203,7 @@ def _hours(value: float | None) -> str:
 
 def _table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(heads[0])
+    table.add_column(heads[0], no_wrap=True)
     for head in heads[1:]:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     return table

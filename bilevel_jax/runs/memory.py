@@ -8,12 +8,15 @@ import jax
 import numpy as np
 
 from bilevel_jax.core.transition import snapshot_interval
+from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.programs import Steps
 from bilevel_jax.runs.sections import SINGLE_LOOP, Model
 from bilevel_jax.runs.task import Task
 
 GIB = 2.0**30
+MIDWAY = "in the middle of an outer step"
+"""What is left there by a run that was stopped, or that took longer than output.save_minutes for an outer step."""
 
 
 class Phase(NamedTuple):
@@ -37,6 +40,8 @@ class Workspace(NamedTuple):
     """A step back through it."""
     slope: float = 0.0
     """The gradient of one batch's share of L_v."""
+    alone: float = 0.0
+    """A step of a method whose weights move with the parameters."""
 
 
 def held(some: Any) -> int:
@@ -55,8 +60,7 @@ def by_dtype(some: Any) -> dict[str, int]:
 def phases(task: Task, config: SelectConfig | TrainConfig, shapes: Steps, workspace: Workspace) -> list[Phase]:
     """What lives in each phase of a run; the largest is the run's peak.
 
-    Exact for the arrays, as long as a device does not run ahead of the host. For methods that move weights and
-    parameters together the phase of that run is not among them.
+    Exact for the arrays, as long as a device does not run ahead of the host.
     """
     always = _always(task, config, shapes)
     if isinstance(config, TrainConfig):
@@ -106,16 +110,19 @@ def _estimating(
         },
     )
     reading = Phase(
-        "gradient of L_v",
+        "slope of L_v",
         {**always, **snapshots, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
+    if config.outer.method in SINGLE_LOOP:
+        both = held(programs.alone(task, config, shapes).arguments[0])
+        return [training, Phase("both models", {**always, "states of a step": both, "workspace": workspace.alone})]
     if config.outer.method not in ("unrolled", "window"):
         # a solve's vectors: its solution, residual, direction, product and right-hand side, and the solution before
         solve = {"vectors of the solve": 7 * gradient} if config.outer.method == "implicit" else {}
         return [training, reading._replace(parts={**reading.parts, **solve})]
     here = {**always, **snapshots, "end": state}
     replaying = Phase(
-        "replay of a segment",
+        "replay",
         {
             **here, "states of a segment": every * state, "gradients of a segment": every * gradient,
             "adjoints": adjoint, "workspace": workspace.forward,
@@ -135,12 +142,12 @@ def writing(task: Task, model: Model, always: dict[str, float], shapes: Steps) -
     """The model in float32, for the file."""
     trained = held(shapes.params)
     if task.base is None:
-        return Phase("writing the model", {**always, "trained parameters": trained})
+        return Phase("writing", {**always, "trained parameters": trained})
     # brought together from all devices, in float32
     cast = 4 * sum(by_dtype(task.base).values())
     merged = 4 * sum(math.prod(task.base["layers"][name]["kernel"].shape) for name in shapes.params["lora"])
     parts = {"trained parameters": trained, "base in float32": cast, "merged projections": merged}
-    return Phase("writing the model", {**always, **parts})
+    return Phase("writing", {**always, **parts})
 
 
 def every_state_kept(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace) -> Phase:
@@ -167,7 +174,7 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
     else:
         found["checkpoints"] = 2 * (6 * table + params)
         kept = -(-task.steps // snapshot_interval(task.steps))
-        found["in the middle of an outer step"] = (kept + 1) * state + _stored(shapes.adjoint) + table
+        found[MIDWAY] = (kept + 1) * state + _stored(shapes.adjoint) + table
     if task.base is None:
         found["model"] = params
     else:

@@ -19,6 +19,7 @@ from bilevel_jax.core.types import Adjoint, Batch, Inner, Params
 from bilevel_jax.lm import batches
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs import single
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.task import Task
 
@@ -114,6 +115,18 @@ def slope(task: Task, shapes: Steps, held_out: Batch) -> Program:
             return jax.lax.scan(add, zero, batch)[0]
 
     return Program(outer, (shapes.params, shapes.fixed, held_out))
+
+
+def alone(task: Task, config: SelectConfig, shapes: Steps) -> Program:
+    """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
+
+    Its state is taken to lie whole on every device.
+    """
+    copied = NamedSharding(task.mesh, PartitionSpec())
+    made = single.method(task, config, single.steps_of(config))
+    state = jax.tree.map(lambda leaf: _shape(leaf, copied), jax.eval_shape(made.init, shapes.params))
+    batch = task.stream(config.data.seed, packed=False).batch(0)
+    return Program(made.step, (state, shapes.fixed, batch, batch), lambda result, before: (result[0], *before[1:]))
 
 
 class Compiled(NamedTuple):
