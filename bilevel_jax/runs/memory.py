@@ -110,7 +110,7 @@ def _estimating(
         },
     )
     reading = Phase(
-        "slope of L_v",
+        "slope",
         {**always, **snapshots, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
     if config.outer.method in SINGLE_LOOP:
