@@ -36,9 +36,10 @@ def write(
 
     Of the training `rows`, round(corrupted rows) forget the carries (label wrong), round(noise rows) answer with a
     number drawn at random (noise), and the others are right (clean). Of the `lessons`, from which the model is
-    pretrained, round(MISTAKEN lessons) forget the carries. All other files are right. No question stands in two rows,
-    nor with its numbers exchanged. The same arguments write the same bytes, and neither `corrupted` nor `noise` moves a
-    question; a part of 0 rows is left out, and a file that is already there with other contents is an error.
+    pretrained, round(MISTAKEN lessons) forget the carries. All other files are right. The key `answer` holds the
+    right sum of every row, for a checker alone. No question stands in two rows, nor with its numbers exchanged. The
+    same arguments write the same bytes, and neither `corrupted` nor `noise` moves a question; a part of 0 rows is
+    left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
     sizes = {"rows": rows, "validation": validation, "select": select, "report": report, "lessons": lessons}
@@ -62,7 +63,7 @@ def write(
 
     def table(name: str, labels: list[str]) -> list[dict[str, str]]:
         return [
-            {"prompt": f"{a}+{b}=", "response": answer(label, a, b), "label": label}
+            {"prompt": f"{a}+{b}=", "response": answer(label, a, b), "label": label, "answer": str(a + b)}
             for (a, b), label in zip(parts[name], labels, strict=True)
         ]
 

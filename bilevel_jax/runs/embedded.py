@@ -42,7 +42,7 @@ TASKS = {
     "cipher": Task(cipher.write, {}, "copies", 300, 32, Optimizer(learning_rate=4e-3, warmup=20, b2=0.99)),
     "sums": Task(
         sums.write,
-        {"corrupted": float, "noise": float, "rows": int},
+        {"corrupted": float, "noise": float, "rows": int, "validation": int, "select": int},
         "lessons",
         3000,
         64,

@@ -67,7 +67,7 @@ def test_seeds(tmp_path):
     assert [e.turns[0] for e in few] == [e.turns[0] for e in many]
     assert all(other.label == "wrong" for one, other in zip(few, many, strict=True) if one.label == "wrong")
     first = json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])
-    assert first == {"prompt": "184+578=", "response": "762", "label": "clean"}  # on every machine
+    assert first == {"prompt": "184+578=", "response": "762", "label": "clean", "answer": "762"}  # on every machine
     with pytest.raises(FileExistsError, match="train.jsonl: already there, with other contents"):
         write(tmp_path / "a", corrupted=0.7, **SIZES)
 
