@@ -1,5 +1,6 @@
 """What `estimate` says, against what the same run really holds, compiles, counts and leaves on the disk."""
 
+import gc
 import json
 import math
 import os
@@ -182,6 +183,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
     flags = ("--fast", "--model.lora-rank", str(rank))
     _, subject, _ = subjects(made, tmp_path, *flags)
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    gc.collect()  # what tests before this one left
     before = live()
     monkeypatch.setattr(Session, "advance", counting)
     select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
