@@ -56,7 +56,7 @@ def page(responses: Sequence[Row], name: str, result: Row, config_text: str, env
         banner(
             "good" if verdict["use"] else "fair",
             "✓" if verdict["use"] else "?",
-            f"Use {verdict['use']}" if verdict["use"] else "No clear winner",
+            f"Use {verdict['use']}" if verdict["use"] else verdict["sentence"].partition(":")[0],
             paragraph(verdict["sentence"]),
             note(protocol(result, decide)),
         ),

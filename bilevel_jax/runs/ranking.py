@@ -18,6 +18,9 @@ Measured = dict[str, Float[np.ndarray, "blocks block strategies"]]
 """What was measured of each response -> its values."""
 Strategy = Callable[[dict[str, Float[np.ndarray, "*draws blocks block strategies"]]], np.ndarray]
 """Measured values -> [*draws, blocks, strategies]."""
+MISLED = 2.0
+"""The median of SPPL over perplexity from which SPPL picks nothing. It was 1.07 and 1.08 for two small models of
+stories, and 179 for one that never read more than one sum."""
 
 
 class Metric(NamedTuple):
@@ -76,7 +79,9 @@ def ranking(options: Rank, names: Sequence[str], measured: Measured, seed: int) 
         "strategies": list(names),
         "metrics": table,
         "agreement": agreement({name: METRICS[name].sign * draws[name][0] for name in draws}),
-        "verdict": pick(options.decide, names, draws[options.decide], table[options.decide]),
+        "verdict": doubted(
+            measured, pick(options.decide, names, draws[options.decide], table[options.decide]), options
+        ),
     }
 
 
@@ -136,6 +141,24 @@ def pick(
         return {"use": names[best], "close": close, "gap": gaps[0], "sentence": f"Use {names[best]}: {said}{rest}"}
     sentence = f"No clear winner: {said} That difference may be 0. Not told apart from it: {', '.join(close)}."
     return {"use": None, "close": close, "gap": gaps[0], "sentence": sentence}
+
+
+def doubted(measured: Measured, verdict: dict[str, Any], options: Rank) -> dict[str, Any]:
+    """The verdict, without a pick where SPPL decides and the shown answers only confuse the model.
+
+    Then responses are much less probable behind them (`MISLED`), and SPPL ranks how confused the model is.
+    """
+    if options.decide != "sppl" or "perplexity" not in measured:
+        return verdict
+    ratio = float(np.median(measured["sppl"] / measured["perplexity"]))
+    if not ratio > MISLED:
+        return verdict
+    said = (
+        f"No pick by SPPL: answers of its own, shown before a question, make the model find responses less probable "
+        f"(median of SPPL over perplexity {number(ratio, 3)}), so it does not take them for examples. Set "
+        "rank.template to what it knows, or rank.decide to perplexity."
+    )
+    return verdict | {"use": None, "sentence": said}
 
 
 def _lines(draws: np.ndarray, each: Float[np.ndarray, "blocks strategies"], sign: int) -> list[dict[str, Any]]:

@@ -250,6 +250,16 @@ def test_the_pick_is_paired_or_there_is_none():
     assert "c" not in none["close"]
 
 
+def test_no_pick_by_a_model_that_examples_confuse():
+    clear = measured(1.0, 1.0)
+    for factor, use in ((1.9, "a"), (2.1, None)):
+        both = clear | {"perplexity": clear["sppl"] / factor}
+        verdict = ranking.ranking(Rank(metrics=("sppl", "perplexity")), "abc", both, 0)["verdict"]
+        assert verdict["use"] == use
+    assert "No pick by SPPL: " in verdict["sentence"] and "perplexity 2.10), so it does not" in verdict["sentence"]
+    assert ranking.ranking(Rank(decide="perplexity", metrics=("sppl",)), "abc", both, 0)["verdict"]["use"] == "a"
+
+
 def test_a_pick_among_equals_is_rare():
     """Two strategies that do not differ: the rule picks one in about 1 of 20 samples, whichever it is."""
     options = Rank(metrics=("sppl",))
