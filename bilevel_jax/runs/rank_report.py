@@ -325,7 +325,8 @@ def panel(result: Row, metric: str, decide: str) -> Html:
     wide = metric in ("sppl", "perplexity") and max(values) > 20 * min(values) > 0
     x = scale(values, left, right - 8, log=wide)
     parts = [element("line", x1=left, y1=bottom, x2=right - 8, y2=bottom, class_="axis")]
-    for tick in x.ticks():
+    ticks = x.ticks()
+    for tick in ticks[:: -(-len(ticks) // 6) or 1]:  # as many as there is room for, also over many decades
         parts.append(element("line", x1=_n(x(tick)), y1=top, x2=_n(x(tick)), y2=bottom, class_="grid"))
         parts.append(element("text", f"{tick:g}", x=_n(x(tick)), y=bottom + 16, class_="tick middle"))
     best = order_of(result, metric)[0]
