@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -64,13 +65,13 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
     began = time.monotonic()
     simulated = simulate(asked.devices)
     with tempfile.TemporaryDirectory() as folder:
-        run, verb = settings(config, asked), NAMES[type(config)]
+        run: Any = settings(config, asked)
+        verb = NAMES[type(config)]
         if asked.rows:
             run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
             text = blank(run, asked)
         else:
-            run = cast(Any, untrained)(run, Path(folder))
-            text = task.read(run, rows.load(run.data))
+            run, text = _read(run, Path(folder))
         subject = shaped(run, text, verb)
         found = described(config, subject, simulated)
         workspace = Workspace()
@@ -120,6 +121,17 @@ def settings(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> Run:
     return run
 
 
+def _read(config: Any, folder: Path) -> tuple[Run, Text]:
+    """The rows of the run, as it would read them."""
+    ready = untrained(config, folder)
+    try:
+        return ready, task.read(ready, rows.load(ready.data))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Where data or a tokenizer are not here, --estimate.rows stands for them."
+        ) from error
+
+
 def blank(config: Run, asked: Estimate) -> Text:
     """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
     if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
@@ -133,8 +145,7 @@ def blank(config: Run, asked: Estimate) -> Text:
         lengths = np.full(count * sequences, 2)
         lengths[0] = longest
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        made = Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
-        return made.with_reference(np.zeros(count)) if config.objective.name == "dpo" else made
+        return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
 
     sizes = np.floor(np.array(config.data.split) * asked.trusted).astype(int)
     trusted = {
@@ -366,7 +377,9 @@ def free() -> float:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats["bytes_in_use"]) * jax.device_count()
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.is_file() else None
+    return 1024.0 * int(found[1]) if found else of_device() * jax.device_count() / 2
 
 
 # ---- what to do where it does not fit

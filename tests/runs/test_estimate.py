@@ -192,6 +192,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
 
 WRONG = {
     "no config.json": (("--model.path", "nowhere", "--estimate.rows", "10"), "nowhere/config.json: no such file"),
+    "no data": (("--data.train", "nowhere.jsonl"), "nowhere.jsonl.*--estimate.rows stands for them"),
     "devices and batch": (("--estimate.devices", "3"), "8 examples do not spread evenly over 3 devices"),
     "devices and groups": (
         ("--estimate.devices", "4", "--devices.model", "3"),
