@@ -128,12 +128,11 @@ def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
     command = [sys.executable, "-m", "bilevel_jax.cli", "estimate", "configs/select.yaml", *LARGE]
     command += ["--model.path", str(large), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0 and usage.ru_maxrss < 3 * 2**20  # KiB
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0 and usage.ru_maxrss < 3 * 2**20  # KiB
     found = json.loads((tmp_path / "out" / "estimate.json").read_text())
-    assert found["devices"] | {"kind": ""} == {
-        "count": 8, "mesh": {"data": 8, "model": 1}, "kind": "", "simulated": True,
-    }  # fmt: skip
+    devices = found["devices"]
+    assert devices["count"] == 8 and devices["mesh"] == {"data": 8, "model": 1} and devices["simulated"]
     forward, backward = (found["programs"][name] for name in ("forward", "backward"))
     assert 2.5 < forward["flops"] / 1.02e15 < 3 and 5 < backward["flops"] / 1.02e15 < 6  # of a forward pass
     assert 0 < forward["workspace"] < backward["workspace"] < 10 * 2**30  # no float32 copy of the base
@@ -181,13 +180,14 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
         advance(self, amount)
 
     flags = ("--fast", "--model.lora-rank", str(rank))
-    _, subject, _ = subjects(made, tmp_path, *flags)
+    config = load(SelectConfig, made / "select.yaml", flags)
+    subject = estimate.shaped(config, read(config, rows.load(config.data)), "select")
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()
     monkeypatch.setattr(Session, "advance", counting)
     select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
-    assert most - before == pytest.approx(max(phase.bytes for phase in phases), rel=0.01)
+    assert most - before == pytest.approx(max(phase.bytes for phase in phases if phase.name != "writing"), rel=0.01)
 
 
 WRONG = {
