@@ -351,7 +351,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "refine.questions",
-        lambda c: c.refine.questions != "dynamic" or set(c.refine.methods) & {"unrolled", "penalty", "bmo"},
+        lambda c: c.refine.questions != "dynamic" or not {"unrolled", "penalty", "bmo"}.isdisjoint(c.refine.methods),
         "dynamic needs weights to choose by: name unrolled, penalty or bmo in refine.methods",
     ),
     (

@@ -80,7 +80,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     # tells less; that certificate is in the report, but is not the verdict.
     verdict = verdicts["uniform weights"]
     good = good_rows(task, config)
-    result = {
+    result: dict[str, Any] = {
         "verdict": {**verdict._asdict(), "sentence": str(verdict)},
         "estimand": outputs.estimand(config),
         "unit": task.objective.unit,
