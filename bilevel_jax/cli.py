@@ -24,6 +24,9 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
   export RUN      write the rows that their weights choose, in the input form of another trainer; RUN is a run's folder,
                   or a CONFIG that names weights
 
+On several hosts start the same select or train on each, with --devices.coordinator (auto on TPU pods, SLURM and
+Kubernetes) and one folder that all of them see. --devices.model N splits a large model over N devices.
+
 CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
 for your own). `bilevel-jax VERB --help` explains every option; any of them may follow CONFIG, as in
 

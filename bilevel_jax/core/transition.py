@@ -18,6 +18,7 @@ from bilevel_jax.core.types import (
     Inner,
     Params,
     Problem,
+    PyTree,
     Run,
     Scalar,
     Slice,
@@ -39,6 +40,16 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
 
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
     """
+    forward, backward = steps(problem, optimizer)
+    return Transition(
+        jax.jit(forward), jax.jit(backward), jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
+    )
+
+
+def steps(
+    problem: Problem, optimizer: optax.GradientTransformation, total: Callable[[PyTree], PyTree] = lambda part: part
+) -> tuple[Callable, Callable]:
+    """(forward, backward) of `transition`, to be compiled; `total` sums further what was summed over micro-batches."""
 
     def product(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> tuple[Params, Slice]:
         def add_micro(total, micro):
@@ -51,25 +62,23 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
         prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, fixed), (params,), (v,))[1]
         return jax.lax.scan(add_micro, prior, (weights, batch))
 
-    @jax.jit
     def forward(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info]:
         with jax.default_matmul_precision("highest"):
-            loss, grad = gradient(problem, state.params, weights, fixed, batch)
+            loss, grad = total(gradient(problem, state.params, weights, fixed, batch))
             updates, opt = optimizer.update(grad, state.opt, state.params)
             return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), Info(
                 loss, grad, tree.norm(grad)
             )
 
-    @jax.jit
     def backward(
         state: Inner, grad: Params, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
     ) -> tuple[Adjoint, Slice]:
         with jax.default_matmul_precision("highest"):
             grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
             hessian, entries = product(state.params, weights, fixed, batch, grad_bar)
-            return Adjoint(optax.tree.add(params_bar, hessian), opt_bar), entries
+            return Adjoint(optax.tree.add(params_bar, total(hessian)), opt_bar), entries
 
-    return Transition(forward, backward, jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0))
+    return forward, backward
 
 
 def gradient(problem: Problem, params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:

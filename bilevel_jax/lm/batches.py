@@ -27,13 +27,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from bilevel_jax.core.types import PADDING, Batch, Stream
 from bilevel_jax.lm.tokens import Corpus
 
 Order = Callable[[int], Int[np.ndarray, "batch"]]
 """step -> the rows of the corpus of that global step; an empty slot holds the number of rows of the corpus."""
+
+Own = Bool[np.ndarray, "rows"]
+"""Which rows of token places are made here; the others, which other processes make, stay empty."""
 
 ROUNDS = 16
 """Feistel rounds. At 5 to 12 rows 6 are visibly uneven (chi-square of pairs of places) and 10 are not."""
@@ -144,25 +147,27 @@ def longest(corpus: Corpus, multiple: int = 8) -> int:
     return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
 
 
-def train_stream(corpus: Corpus, order: Order, steps: int, layout: Layout, *, total: int = 0) -> Stream:
+def train_stream(
+    corpus: Corpus, order: Order, steps: int, layout: Layout, *, total: int = 0, own: Own | None = None
+) -> Stream:
     """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
 
     A stream that is summed rather than stepped on (what implicit estimators read) gives `total`, the number of all its
     rows, which takes the place of `rows`; its targets are then counted here, once.
     """
     if not total:
-        return Stream(lambda step: _batch(corpus, order(step), layout, None), steps)
+        return Stream(lambda step: _batch(corpus, order(step), layout, None, own), steps)
     chosen = np.concatenate([order(step) for step in range(steps)])
     whole = total, _targeted(corpus, chosen[chosen < corpus.rows])
-    return Stream(lambda step: _batch(corpus, order(step), layout, whole), steps)
+    return Stream(lambda step: _batch(corpus, order(step), layout, whole, own), steps)
 
 
-def evaluation_stream(corpus: Corpus, layout: Layout) -> Stream:
+def evaluation_stream(corpus: Corpus, layout: Layout, *, own: Own | None = None) -> Stream:
     """Every row once, in order; its `rows` is the number of all of them, so a sum over the stream is the mean."""
     batch = layout.micro * layout.examples
     one = in_order(corpus.kept, corpus.rows, batch)
     whole = len(corpus.kept), _targeted(corpus, corpus.kept)
-    return Stream(lambda step: _batch(corpus, one(step), layout, whole), steps_per_epoch(whole[0], batch))
+    return Stream(lambda step: _batch(corpus, one(step), layout, whole, own), steps_per_epoch(whole[0], batch))
 
 
 def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
@@ -191,7 +196,13 @@ def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: 
 # ---- building
 
 
-def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, whole: tuple[int, int] | None) -> Batch:
+def _batch(
+    corpus: Corpus,
+    chosen: Int[np.ndarray, "batch"],
+    layout: Layout,
+    whole: tuple[int, int] | None,
+    own: Own | None,
+) -> Batch:
     """`whole` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
     micro, examples, rows, length, sequences = layout
     if len(chosen) != micro * examples:
@@ -225,14 +236,16 @@ def _batch(corpus: Corpus, chosen: Int[np.ndarray, "batch"], layout: Layout, who
                 raise ValueError(f"row {row} was dropped by the tokenizer. Draw from `corpus.kept` with `subset`.")
             first = int(corpus.offsets[row * sequences + s % sequences])
             ids, wanted = corpus.ids[first : first + n + 1], corpus.supervised[first + 1 : first + n + 1]
+            supervised[m, s] = wanted.sum()
+            targeted += int(wanted.sum())
+            if own is not None and not own[at[s]]:
+                continue
             here = (m, at[s], slice(start[s], start[s] + n))
             tokens[here], targets[here], positions[here] = ids[:-1], ids[1:], np.arange(n)
             segments[here] = segments[m, at[s]].max() + 1
             slot[here] = np.where(wanted, s, slots)
             if corpus.sampler is not None:
                 sampler[here] = corpus.sampler[first + 1 : first + n + 1]
-            supervised[m, s] = wanted.sum()
-            targeted += int(wanted.sum())
     count, targeted = whole or (int(real.sum()), targeted)
     batch = {
         "tokens": tokens,

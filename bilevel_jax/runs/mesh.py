@@ -90,6 +90,17 @@ def settled(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(settle, tree)
 
 
+def own(mesh: Mesh, rows: int) -> np.ndarray | None:
+    """Which of the rows of a batch lie on this process's devices; None: all of them."""
+    spread = NamedSharding(mesh, SPREAD)
+    if spread.is_fully_addressable:
+        return None
+    mine = np.zeros((1, rows), bool)
+    for part in spread.addressable_devices_indices_map(mine.shape).values():
+        mine[part] = True
+    return mine[0]
+
+
 def placed(mesh: Mesh, stream: Stream) -> Stream:
     """The same stream with its batches on the mesh: the only place where data meet devices."""
     place = _placing(mesh)

@@ -43,7 +43,7 @@ def table(rules: Sequence[str], mesh: Mesh) -> Table:
         except re.error as error:
             raise ValueError(f"devices.parameters: {pattern!r} is no regular expression: {error}.") from error
         own[pattern] = tuple(None if name == "-" else name for name in names)
-    return {**own, **DECODER}
+    return own | {pattern: axes for pattern, axes in DECODER.items() if pattern not in own}
 
 
 def shardings(mesh: Mesh, rules: Table, tree: Any) -> Any:

@@ -34,6 +34,8 @@ def start(devices: Devices) -> None:
     count = devices.processes or int(os.environ.get("JAX_NUM_PROCESSES", "0"))
     number = devices.process if devices.process >= 0 else int(os.environ.get("JAX_PROCESS_ID", "-1"))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the session handles
+    # on CPUs two programs may run at once, in another order in another process, and wait for each other for ever
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             None if coordinator == "auto" else coordinator, count or None, number if number >= 0 else None

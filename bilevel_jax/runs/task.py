@@ -78,7 +78,8 @@ class Task(NamedTuple):
         """
         order = self.order(seed, chosen)
         layout = self.layout if packed else self.layout.flat
-        return placing.placed(self.mesh, batches.train_stream(self.corpus, order, self.steps, layout))
+        own = placing.own(self.mesh, layout.rows)
+        return placing.placed(self.mesh, batches.train_stream(self.corpus, order, self.steps, layout, own=own))
 
     def order(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None) -> batches.Order:
         """step -> the corpus rows of its batch in `stream`."""
@@ -91,7 +92,9 @@ class Task(NamedTuple):
         chosen = self.trainable()
         order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
         steps = batches.steps_per_epoch(len(chosen), self.batch)
-        stream = batches.train_stream(self.corpus, order, steps, self.layout.flat, total=len(chosen))
+        flat = self.layout.flat
+        own = placing.own(self.mesh, flat.rows)
+        stream = batches.train_stream(self.corpus, order, steps, flat, total=len(chosen), own=own)
         return placing.placed(self.mesh, stream)
 
     def features(self) -> Float[np.ndarray, "rows features"]:
@@ -203,6 +206,7 @@ def compose(
             corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
         )
     layout = placing.fit_layout(mesh, layout)
+    own = placing.own(mesh, layout.flat.rows)
     chosen = objective(config.objective, decoder, lora=base is not None)
     problem = weighted(chosen.losses, prior=_prior(prior))
     optimiser = optimizer(config.optimizer, steps)
@@ -212,7 +216,7 @@ def compose(
         notes=text.notes,
         corpus=corpus,
         held_out={
-            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat))
+            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat, own=own))
             for part in text.trusted
         },
         architecture=text.architecture,

@@ -1,0 +1,141 @@
+"""Parameters split over devices: by which rules, how much of them a device keeps, and what is brought together when."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax.core import tree, weighting
+from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.transition import begin, transition
+from bilevel_jax.core.types import Adjoint
+from bilevel_jax.lm import batches
+from bilevel_jax.lm import models as lm
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs import partition
+from bilevel_jax.runs.objective import objective
+from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.sections import Objective, Optimizer
+from tests.runs.agreement import SHAPE, corpus
+
+MANY = 10_000_003
+
+
+@pytest.fixture
+def mesh(eight_devices):
+    return placing.make_mesh(2, 4)
+
+
+def kept(some) -> tuple[int, int]:
+    """(bytes on the first device, bytes in all) of some arrays."""
+    leaves = jax.tree.leaves(some)
+    here = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device.id == 0]
+    return sum(here), sum(leaf.nbytes for leaf in leaves)
+
+
+def collectives(compiled, kind: str) -> list[int]:
+    """The number of entries of each array that a collective of this kind makes."""
+    found = re.findall(rf"= (\(?[^=]*?\)?) {kind}(?:-start)?\(", compiled.as_text())
+    shapes = [dims for each in found for dims in re.findall(r"\w+\[([\d,]*)\]", each)]
+    return [int(np.prod([int(one) for one in dims.split(",") if one])) for dims in shapes]
+
+
+def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
+    """Of parameters, moments, gradient and adjoint; and no more than one layer is brought together at a time."""
+    split = partition.table((), mesh)
+    decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
+    params = partition.partitioned(mesh, split, lm.init(SHAPE, jax.random.key(0)))
+    assert partition.whole(mesh, split, params) == []
+    problem = weighted(objective(Objective(), decoder, lora=False).losses)
+    adamw = optimizer(Optimizer(learning_rate=1e-3, warmup=0), 2)
+    step, state = transition(problem, adamw), placing.settled(mesh, begin(adamw, params))
+    layout = placing.fit_layout(mesh, batches.Layout(1, 16, 16, 8))
+    batch = placing.placed(mesh, batches.train_stream(corpus(20, 1), batches.order(20, 16, 0), 1, layout)).batch(0)
+    fixed, part = {"base": None, "start": None}, step.take(placing.table(mesh, jnp.ones(20)), batch)
+    after, info = step.forward(state, part, fixed, batch)
+    adjoint = Adjoint(info.grad, tree.inexact(jax.tree.map(jnp.zeros_like, state.opt)))
+    back, _ = step.backward(state, info.grad, part, fixed, batch, adjoint)
+    for some in (state, after, info.grad, back):
+        here, all_of_it = kept(some)
+        assert here < 0.3 * all_of_it  # a quarter, and the norms
+    step.forward(after, part, fixed, batch)
+    assert step.forward._cache_size() == 1  # what comes out lies as what went in
+    largest = max(leaf.size for leaf in jax.tree.leaves(params["layers"])) // SHAPE.layers
+    for program, arguments in (
+        (step.forward, (state, part, fixed, batch)),
+        (step.backward, (state, info.grad, part, fixed, batch, adjoint)),
+    ):
+        gathered = collectives(program.lower(*arguments).compile(), "all-gather")
+        assert gathered and max(gathered) <= max(largest, params["embed"].size)
+
+
+def test_no_program_brings_a_table_of_ten_million_rows_together(mesh, eight_devices):
+    """Reading and adding a batch's entries, the weights, their transpose, the step on them; shapes alone."""
+    size = placing.table_size(MANY)
+    assert MANY <= size < MANY + placing.ROUND and size % 8 == 0
+    rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    table = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=rows)
+    assert placing.table(mesh, np.ones(placing.LARGE, np.float32)).sharding == rows
+    problem, chosen = weighted(lambda params, fixed, batch: batch["rows"]), weighting.softmax(MANY, size)
+    spread = jax.NamedSharding(mesh, placing.SPREAD)
+    batch = {"index": jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=spread)}
+    entries = jax.ShapeDtypeStruct((2, 64), jnp.float32, sharding=spread)
+    descend = weighting.normalised_descent(0.1, 2.0)
+    programs = [
+        (problem.take, (table, batch), {}),
+        (problem.add, (table, batch, entries), {"donate_argnums": 0}),
+        (chosen.weights, (table,), {}),
+        (lambda hyper, grad: weighting.pull_back(chosen, hyper, grad), (table, table), {}),
+        (descend, (table, table), {}),
+        (weighting.effective_size, (table,), {}),
+    ]
+    for function, arguments, options in programs:
+        compiled = jax.jit(function, **options).lower(*arguments).compile()
+        moved = [n for kind in ("all-gather", "all-reduce", "all-to-all") for n in collectives(compiled, kind)]
+        assert max(moved, default=0) <= 2 * 64, function
+        out = jax.tree.leaves(compiled.output_shardings)[0]
+        assert function in (problem.take, weighting.effective_size) or out.is_equivalent_to(rows, 1)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_the_end_of_a_longer_table_has_no_weight(name):
+    make = {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name]
+    hyper = jax.random.normal(jax.random.key(0), (11,))
+    longer = jnp.pad(hyper, (0, 5), constant_values=3.0)
+    weights = make(11, 16).weights(longer)
+    np.testing.assert_allclose(weights[:11], make(11).weights(hyper), rtol=1e-6)
+    assert (weights[11:] == 0).all() and make(11, 16).init().shape == (16,)
+    pulled = weighting.pull_back(make(11, 16), longer, jnp.arange(16.0))
+    np.testing.assert_allclose(
+        pulled[:11], weighting.pull_back(make(11), hyper, jnp.arange(11.0)), rtol=1e-4, atol=1e-5
+    )
+    assert (pulled[11:] == 0).all()
+
+
+def test_own_rules_come_first_and_wrong_ones_are_told(mesh):
+    rules = partition.table(["layers/down_proj/kernel = - model -", "head = -"], mesh)
+    params = jax.eval_shape(lambda: lm.init(SHAPE, jax.random.key(0)))
+    where = jax.tree.map(lambda at: at.spec, partition.shardings(mesh, rules, params))
+    assert where["layers"]["down_proj"]["kernel"] == jax.P(None, "model") and where["head"] == jax.P()
+    assert where["layers"]["up_proj"]["kernel"] == jax.P(None, None, "model") and where["norm"]["scale"] == jax.P()
+    for rule in ("head", "head = rows", "( = model", "= model"):
+        with pytest.raises(ValueError, match="devices.parameters: .*(is no rule|no regular expression)"):
+            partition.table([rule], mesh)
+    with pytest.raises(ValueError, match=r"norm/scale has 1 axes \[16\], and its rule 2"):
+        partition.shardings(mesh, partition.table(["norm/scale = - model"], mesh), params)
+
+
+def test_what_does_not_divide_stays_whole_and_is_named(eight_devices):
+    mesh = placing.make_mesh(1, 3)
+    split = partition.table((), mesh)
+    params = jax.eval_shape(lambda: lm.init(SHAPE, jax.random.key(0)))
+    assert "embed" in partition.whole(mesh, split, params)
+    assert partition.shardings(mesh, split, params)["embed"].spec == jax.P()
+
+
+@pytest.mark.parametrize("data, model, words", [(0, 3, "groups of 3"), (8, 2, "there are 8 devices")])
+def test_a_mesh_that_does_not_fit_is_refused(data, model, words, eight_devices):
+    with pytest.raises(ValueError, match=words):
+        placing.make_mesh(data, model)
