@@ -8,15 +8,22 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import tokens
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.lm.prompts import prompts
-from bilevel_jax.runs import checkers, checkpoint, files, outputs, refine_candidates, refine_report, rows
+from bilevel_jax.runs import (
+    checkers,
+    checkpoint,
+    files,
+    outputs,
+    refine_candidates,
+    refine_outputs,
+    refine_report,
+    rows,
+)
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs.bootstrap import paired_gain
 from bilevel_jax.runs.checkers import Checker
@@ -127,7 +134,7 @@ def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
     held = work.once("report", lambda: last_reading(run, ends))
     work.phase("writing")
     outputs.write_model(work.folder / "model", task, state.params, base_path=ready.model.path)
-    _write_tables(run, records)
+    refine_outputs.write(work, records, configs.config_hash(config))
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
@@ -137,8 +144,8 @@ def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
         "looks": looks(ready),
         "rows": {"train": task.rows, **{part: len(some) for part, some in task.trusted.items()}},
         "checker": ready.check.name,
-        "examples": shown(run, records),
-        "moved": moved(run, records),
+        "examples": refine_outputs.shown(work, task, records),
+        "moved": refine_outputs.moved(work, records),
         "notes": task.notes,
         "seconds": work.cost("")[1],
         "config_hash": configs.config_hash(config),
@@ -159,7 +166,16 @@ def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any
     mark = fingerprint(assemble(state.params, first.base))
     chosen = choose(config, first.trainable(), np.asarray(state.weights))
     work.phase(f"round {number}: responses")
-    found = answers(config, first, chosen, number, _responses(work, number), run.write(state.params), mark, run.checker)
+    found = answers(
+        config,
+        first,
+        chosen,
+        number,
+        refine_outputs.responses_path(work, number),
+        run.write(state.params),
+        mark,
+        run.checker,
+    )
     written = time.monotonic() - began
     made = task_of(config, first, found, number)
     origin = state.params if config.refine.start == "accepted" else first.fresh(config.train.seed)
@@ -179,7 +195,9 @@ def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in LEARNS), None)
     weights = tried[judge].weights if judge else np.ones(len(made.base))
-    files.write_table(_weights(work, number), weights_table(run, made, weights, judge, number))
+    files.write_table(
+        refine_outputs.weights_path(work, number), refine_outputs.weights_table(first, made, weights, judge, number)
+    )
     record = {
         "step": number,
         "model": mark,
@@ -280,104 +298,7 @@ def answered(run: Run, params: Params) -> Float[np.ndarray, "report"]:
     )
 
 
-def weights_table(run: Run, made: Made, weights: Float[np.ndarray, "rows"], judge: str | None, number: int) -> pa.Table:
-    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline rows."""
-    first = run.task.examples
-    asked = [first[row] for row in made.question]
-    return pa.table(
-        {
-            "round": np.full(len(weights), number),
-            "id": [example.id for example in made.task.examples],
-            "question": [example.id for example in asked],
-            "generated": made.response >= 0,
-            "source": [example.source for example in asked],
-            "label": pa.array([example.label for example in asked], pa.string()),
-            "base": made.base,
-            "weight": np.asarray(weights, float),
-            "method": pa.array([judge] * len(weights), pa.string()),
-        }
-    )
-
-
-def _write_tables(run: Run, records: list[dict[str, Any]]) -> None:
-    """weights.parquet and responses.parquet: all rounds, one behind the other."""
-    work, weights, responses = run.work, [], []
-    for record in records:
-        of = pq.read_table(_weights(work, record["step"]))
-        weights.append(of)
-        known = dict(zip(of["id"].to_pylist(), of["weight"].to_pylist(), strict=True))
-        some = pq.read_table(_responses(work, record["step"]))
-        some = some.append_column("weight", pa.array([known[one] for one in some["id"].to_pylist()], pa.float64()))
-        responses.append(some.append_column("accepted", pa.array([record["accepted"]] * len(some), pa.bool_())))
-    meaning = {
-        "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
-        "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
-        "config_hash": configs.config_hash(run.config),
-    }
-    table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
-    files.write_table(work.folder / "weights.parquet", table)
-    meaning = {
-        "model": "fingerprint of the model that wrote the response",
-        "log_prob": "sum of log_probs, nats: of each token under the sampler, after temperature, top-k and top-p",
-        "accepted": "whether the best candidate of the round became the model",
-    }
-    table = pa.concat_tables(responses).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
-    files.write_table(work.folder / "responses.parquet", table)
-
-
-def shown(run: Run, records: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
-    """Responses of the last round that weigh most and least, with their questions, for the report."""
-    table = pq.read_table(run.work.folder / "responses.parquet").to_pylist()
-    last = [row for row in table if row["round"] == len(records) - 1]
-    known = {example.id: example for example in run.task.examples}
-    ranked = sorted(last, key=lambda row: -row["weight"])
-    chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
-    return [
-        {
-            "id": row["id"],
-            "question": known[row["question"]].turns[-2].content if len(known[row["question"]].turns) > 1 else "",
-            "offline": known[row["question"]].turns[-1].content,
-            "label": known[row["question"]].label,
-            "text": row["text"],
-            "ended": row["ended"],
-            "log_prob": row["log_prob"],
-            "checker": row["checker"],
-            "weight": row["weight"],
-        }
-        for row in chosen
-    ]
-
-
-def moved(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean weight of each kind of row in each round: offline rows by label, responses by what the checker says."""
-    out = []
-    for record in records:
-        table = pq.read_table(_weights(run.work, record["step"])).to_pandas()
-        values = pq.read_table(_responses(run.work, record["step"])).to_pandas().set_index("id")["checker"]
-        right = table["id"].map(values)
-        kind = table["label"].fillna("offline")
-        generated = np.where(right.isna(), "response", np.where(right >= 0.5, "right response", "wrong response"))
-        kind = kind.where(~table["generated"], generated)
-        means = table.assign(kind=kind).groupby("kind")["weight"].agg(["mean", "size"])
-        out += [
-            {"round": record["step"], "kind": name, "weight": float(one["mean"]), "rows": int(one["size"])}
-            for name, one in means.iterrows()
-        ]
-    return out
-
-
-# ---- where things are
-
-
 LOGGED = ("model", "questions", "responses", "right", "present", "best", "gain", "bound", "accepted", "ess", "seconds")
-
-
-def _responses(work: Session, number: int) -> Path:
-    return work.folder / "rounds" / f"responses-{number}.parquet"
-
-
-def _weights(work: Session, number: int) -> Path:
-    return work.folder / "rounds" / f"weights-{number}.parquet"
 
 
 def _part(work: Session, number: int, name: str) -> Path:

@@ -167,7 +167,7 @@ def rounds(result: Row) -> Html:
         Column("gain", gains, "95 % interval", "tight"),
         Column("bound", [Signed(record["bound"]) if is_best else None for (record, _), is_best in
                          zip(lines, best, strict=True)], "one-sided, per look"),
-        Column("", decided),
+        Column("", decided, "", "tight"),
         Column("responses right", [record["right"] for record, _ in lines], "share, by the checker"),
         Column("ended", [record["ended"] for record, _ in lines], "share of responses"),
         Column("ESS", [record["ess"] for record, _ in lines], "rows, of the best that weighs"),

@@ -21,7 +21,8 @@ from bilevel_jax.runs.config import RefineConfig, SelectConfig, load
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.refine import refine
 
-NONE, FIXED, DYNAMIC, ALL = (("--refine.questions", name) for name in ("none", "fixed", "dynamic", "all"))
+TRUSTED = {"validation": 64, "select": 128}
+NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "validation alone": ("refine_mixing", ("--single.shares", "1.0")),
     "direct mixing": ("refine_mixing", ()),
@@ -29,13 +30,11 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "BMO, offline": ("refine_bmo", NONE),
     "exact, offline": ("refine_exact", NONE),
     "self-training": ("refine_self_training", ()),
-    "mixing + online": ("refine_mixing", FIXED),
     "BDS + online fixed": ("refine_dynamic", FIXED),
     "BDS + online dynamic": ("refine_dynamic", ()),
     "BMO + online fixed": ("refine_bmo", ()),
     "exact + online fixed": ("refine_exact", ()),
     "exact + online dynamic": ("refine_exact", DYNAMIC),
-    "exact, all questions": ("refine_exact", ALL),
     "right responses (oracle)": ("refine_self_training", ("--refine.checked", "filter")),
 }
 """name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth."""
@@ -50,7 +49,7 @@ def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]
     for seed in range(seeds):
         model = pretrained(folder / f"model-{seed}", seed)
         for share in corrupted:
-            made = sums.write(folder / f"rows-{seed}-{share:g}", seed=seed, corrupted=share)
+            made = sums.write(folder / f"rows-{seed}-{share:g}", seed=seed, corrupted=share, **TRUSTED)
             for name in arms:
                 result = arm(folder / f"{seed}-{share:g}-{name.replace(' ', '_')}", name, made, model, seed)
                 cells.setdefault((name, share), []).append(result)
@@ -63,7 +62,8 @@ def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]
 def pretrained(folder: Path, seed: int) -> Path:
     """The task's model, taught once for a seed."""
     folder.mkdir(exist_ok=True)
-    flags = ["--model.path", "builtin:sums", "--data.train", "builtin:sums", "--data.validation", "builtin:sums"]
+    task = "builtin:sums?" + "&".join(f"{part}={count}" for part, count in TRUSTED.items())
+    flags = ["--model.path", "builtin:sums", "--data.train", task, "--data.validation", "builtin:sums"]
     ready = embedded(load(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
     return Path(ready.model.path)
 
