@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.types import Params
+from bilevel_jax.core.types import PADDING, Params
 from bilevel_jax.lm import tokens
+from bilevel_jax.lm.generate import Generator
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.lm.prompts import prompts
 from bilevel_jax.runs import (
@@ -54,7 +56,7 @@ class Run(NamedTuple):
     task: Task
     """Of the offline rows."""
     trains: dict[RefineMethod, Train]
-    write: Any
+    write: Callable[[Params], Generator]
     """parameters -> the generator of the model with them."""
     checker: Checker | None
     work: Session
@@ -223,7 +225,7 @@ def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any
 
 
 def trained(run: Run, made: Made, sampler: Params, number: int, name: RefineMethod) -> tuple[Candidate, dict[str, Any]]:
-    """A candidate, trained now or found where a stopped run left it; what it cost, and its loss on V_fit."""
+    """A candidate, trained now or found where a stopped run left it, and what it cost."""
     work = run.work
     part = work.within(_part(work, number, name).name)
     end = part.folder / "checkpoints" / "end"
@@ -262,10 +264,16 @@ def select_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
 
 
 def part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
-    """The loss of each row of a part of the trusted rows that is not too long, nats."""
+    """The loss of each row of a part of the trusted rows that is not too long, nats; FloatingPointError for another."""
     stream, count = task.held_out[part], len(task.trusted[part])
     values = per_row(task.objective.losses, params, task.fixed(params), stream, count)
-    return values[np.isfinite(values)]
+    index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
+    values = values[np.sort(index[index != PADDING])]
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"the loss of a row of V_{part} is not finite. Lower optimizer.learning_rate, or set optimizer.clip."
+        )
+    return values
 
 
 # ---- the end
