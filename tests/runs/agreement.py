@@ -1,0 +1,104 @@
+"""The same numbers by different ways of spreading the work: what each way is asked for, and a process of its own."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevel_jax.core import linsolve, tree
+from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.types import Adjoint
+from bilevel_jax.core.unrolled import outer_gradient, unrolled
+from bilevel_jax.lm import batches
+from bilevel_jax.lm import models as lm
+from bilevel_jax.lm.tokens import Corpus
+from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs import partition, processes
+from bilevel_jax.runs.objective import objective
+from bilevel_jax.runs.pmapped import pmapped
+from bilevel_jax.runs.processes import fetch
+from bilevel_jax.runs.sections import Devices, Objective
+
+ROWS, STEPS, BATCH, LENGTH = 29, 2, 16, 8
+RATE, DAMPING = 0.1, 60.0
+SGD = optax.sgd(RATE)
+damped = jax.jit(partial(jax.tree.map, lambda v, back: DAMPING * v + (v - back) / RATE))
+SHAPE = lm.DecoderConfig(
+    family="llama",
+    vocab=24,
+    width=16,
+    inner=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    max_length=16,
+    tied=False,
+    init_scale=0.4,
+)
+
+
+def corpus(rows: int, seed: int) -> Corpus:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, LENGTH + 2, rows)
+    ids = random.integers(1, SHAPE.vocab, lengths.sum()).astype(np.int32)
+    supervised = random.random(len(ids)) < 0.7
+    supervised[np.cumsum(lengths) - 1] = True  # each row has a target
+    return Corpus(ids, supervised, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def numbers(data: int, model: int = 1, *, pmap: bool = False) -> dict[str, np.ndarray]:
+    """The sampled batches, the gradient, the entries and a CG solution, on a mesh or under pmap; float64."""
+    mesh = placing.make_mesh(data, model)
+    split = partition.table((), mesh)
+    decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
+    params = lm.init(SHAPE, jax.random.key(0), dtype=jnp.float64)
+    params = params if pmap else partition.partitioned(mesh, split, params)
+    problem = weighted(objective(Objective(), decoder, lora=False).losses)
+    rows = corpus(ROWS, 1)
+    micro = 8 if pmap else 1  # pmap deals micro-batches to its devices
+    layout = placing.fit_layout(mesh, batches.Layout(micro, BATCH // micro, BATCH // micro, LENGTH))
+    own = placing.own(mesh, layout.rows)
+    stream = batches.train_stream(rows, batches.order(ROWS, BATCH, 0), STEPS, layout, own=own)
+    validation = batches.evaluation_stream(corpus(16, 2), layout, own=own)
+    weights, fixed = jnp.asarray(np.random.default_rng(3).uniform(0.5, 2, ROWS)), {"base": None, "start": None}
+    start = begin(SGD, params)
+    if not pmap:  # which takes what lies on the host, or on one device
+        stream, validation = placing.placed(mesh, stream), placing.kept(mesh, validation)
+        weights, start = placing.settled(mesh, (weights, start))
+
+    step = (partial(pmapped, devices=jax.devices()) if pmap else transition)(problem, SGD)
+    run = train(step, start, weights, fixed, stream)
+    estimate = unrolled(problem, step)(run, weights, fixed, stream, validation)
+
+    batch = stream.batch(0)
+    part = step.take(weights, batch)
+    grad = step.forward(start, part, fixed, batch)[1].grad
+
+    def product(v):
+        """(H + DAMPING) v, from the transpose v - RATE H v of a step."""
+        back = step.backward(start, grad, part, fixed, batch, Adjoint(v, tree.inexact(start.opt)))[0].params
+        return damped(v, back)
+
+    slope = outer_gradient(problem)(params, fixed, validation)[1]
+    solve = linsolve.cg(tolerance=1e-12)(product, slope)
+    assert solve.residual < 1e-11 and solve.curvature > 0 and estimate.checks.replayed
+    flatten = lambda some: np.concatenate([fetch(leaf).ravel() for leaf in jax.tree.leaves(some)])  # noqa: E731
+    return {
+        "batches": flatten([stream.batch(index)[name] for index in range(STEPS) for name in ("tokens", "index")]),
+        "gradient": flatten(grad),
+        "entries": fetch(estimate.grad),
+        "solution": flatten(solve.x),
+    }
+
+
+if __name__ == "__main__":  # coordinator, number, file
+    jax.config.update("jax_enable_x64", True)
+    processes.start(Devices(coordinator=sys.argv[1], processes=2, process=int(sys.argv[2])))
+    found = numbers(0)
+    if jax.process_index() == 0:
+        np.savez(sys.argv[3], **found)
