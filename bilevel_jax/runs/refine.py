@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bilevel_jax.core.transition import finished
 from bilevel_jax.core.types import PADDING, Params
 from bilevel_jax.lm import tokens
 from bilevel_jax.lm.generate import Generator
@@ -38,6 +39,7 @@ from bilevel_jax.runs.refine_rows import Made, answers, choose, judged, question
 from bilevel_jax.runs.sections import RefineMethod
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.task import Task, per_row, prepare
+from bilevel_jax.runs.training import Trainer
 
 
 class State(NamedTuple):
@@ -46,7 +48,7 @@ class State(NamedTuple):
     params: Params
     """Of the present model: the last that was accepted."""
     weights: Float[Array, "questions"]
-    """The last weight of each question; 1 before the first."""
+    """The last weight of each question; before the first, what dynamic begins with (`first_weights`), or 1."""
 
 
 class Run(NamedTuple):
@@ -122,6 +124,8 @@ def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
     if found := checkpoint.restore(folder, state):
         state, records = found.tree, found.meta["records"]
         work.advance(sum(record["work"] for record in records))
+    elif ready.refine.questions == "dynamic":
+        state = state._replace(weights=first_weights(run, start))
     for number in range(len(records), ready.refine.rounds):
         state, record = one_round(run, state, number)
         records.append(record)
@@ -222,6 +226,18 @@ def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any
     }
     after = jnp.asarray(question_weights(made, weights, first.rows), state.weights.dtype)
     return State(tried[best].params if accepted else state.params, after if judge else state.weights), record
+
+
+def first_weights(run: Run, params: Params) -> Float[Array, "questions"]:
+    """What takes the place of weights before any were learned: -d L_v / d w_i of one step at the given model, its sign.
+
+    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises L_v on V_fit, to first order.
+    """
+    made = refine_candidates.programs_of(run.config, run.task)
+    task = run.task._replace(problem=made.plain, step=made.plain_step)
+    run.work.phase("alignment of the offline rows")
+    trainer = Trainer(task, settings(run.config, "unrolled").outer, run.work)
+    return -trainer.direct(finished(params), jnp.ones(task.rows), alignment=True).grad
 
 
 def trained(run: Run, made: Made, sampler: Params, number: int, name: RefineMethod) -> tuple[Candidate, dict[str, Any]]:

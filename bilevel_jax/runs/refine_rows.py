@@ -60,8 +60,7 @@ def choose(
 ) -> Int[np.ndarray, "chosen"]:
     """The questions of a round, ascending, their number the same in every round.
 
-    fixed: drawn once from data.seed. dynamic: those of the least weight now, ties by the same draw (before the first
-    weights, all are ties). all, none.
+    fixed: drawn once from data.seed. dynamic: those of the least weight now, ties by the same draw. all, none.
     """
     if config.refine.questions in ("all", "none"):
         return trainable if config.refine.questions == "all" else trainable[:0]

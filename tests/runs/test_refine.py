@@ -236,6 +236,34 @@ def test_writes_a_model_and_a_report(whole):
     assert [line["accepted"] for line in log if line["event"] == "round"] == [True, True]
 
 
+@pytest.mark.slow
+def test_dynamic_begins_with_the_rows_that_raise_validation_loss(whole, config, tmp_path):
+    """Against slow, separate gradients: the questions of round 0 are those of the least <grad l_i, grad L_v>."""
+    task = refine.prepared(load(RefineConfig, config), tmp_path)
+    params = task.fresh(0)
+    slope = jax.jit(jax.jacrev(lambda params, batch: task.objective.losses(params, task.fixed(params), batch)))
+    pull = jax.grad(lambda p: task.problem.outer(p, task.fixed(p), jax.tree.map(lambda a: a[0], batch_of(task))))(
+        params
+    )
+    aligned = np.full(task.rows, np.nan)
+    stream = task.summed(0)
+    for step in range(stream.steps):
+        batch = jax.tree.map(lambda leaf: leaf[0], stream.batch(step))
+        each = jax.tree.map(lambda a, b: a.reshape(len(a), -1) @ b.ravel(), slope(params, batch), pull)
+        index = np.asarray(batch["index"])
+        aligned[index[index < task.rows]] = np.asarray(sum(jax.tree.leaves(each)))[index < task.rows]
+    rows = pq.read_table(whole[0] / "responses.parquet").to_pandas()
+    chosen = rows[rows["round"] == 0]["question"].unique()
+    wanted = [task.examples[row].id for row in np.argsort(aligned)[: len(chosen)]]
+    assert set(chosen) == set(wanted)
+
+
+def batch_of(task):
+    stream = task.held_out["fit"]
+    assert stream.steps == 1
+    return stream.batch(0)
+
+
 def same(one, other):
     for name in ("model/model.safetensors", "responses.parquet", "weights.parquet"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
