@@ -185,7 +185,7 @@ sampled = jnp.array([sum(one.log_probs) for one in written]).reshape(-1, BLOCK) 
 
 
 @jax.jit
-def means(flat, batch, sampled):
+def both(flat, batch, sampled):
     """Of each block: the mean of rho grad log pi, that of grad log pi, the ratios."""
 
     def one(inputs):
@@ -199,7 +199,7 @@ def means(flat, batch, sampled):
 
 again = jax.lax.map(lambda batch: log_p(old, batch), batch)
 assert jnp.abs(again - sampled).max() < 1e-3  # the sampler's log-probabilities are those that training finds
-weighted, plain, ratios = means(new, batch, sampled)
+weighted, plain, ratios = both(new, batch, sampled)
 ratios = np.asarray(ratios).ravel()
 print(
     f"{COUNT:,} answers, {len({one.text for one in written})} different ones; mean ratio {ratios.mean():.3f}, "
@@ -209,17 +209,17 @@ slope = jnp.linalg.norm(jax.grad(loss_v)(flat_old, batch_v))
 print(f"length of the old model's gradient of L_v, for comparison: {slope:.1f}")
 
 
-def lengths(means, n):
+def lengths(gradients, n):
     """|mean of n answers|, of every disjoint set of n."""
-    return np.linalg.norm(np.asarray(means).reshape(COUNT // n, n // BLOCK, -1).mean(1), axis=1)
+    return np.linalg.norm(np.asarray(gradients).reshape(COUNT // n, n // BLOCK, -1).mean(1), axis=1)
 
 
 sizes = [BLOCK * 2**k for k in range(7)]
 rms = {n: np.sqrt((lengths(weighted, n) ** 2).mean()) for n in sizes}
 figure, axes = plt.subplots()
-for means_of, name, colour in ((weighted, "with the ratio", BLUE), (plain, "without", ORANGE)):
-    middle = [np.sqrt((lengths(means_of, n) ** 2).mean()) for n in sizes]
-    low, high = np.array([np.quantile(lengths(means_of, n), (0.1, 0.9)) for n in sizes]).T
+for gradients, name, colour in ((weighted, "with the ratio", BLUE), (plain, "without", ORANGE)):
+    middle = [np.sqrt((lengths(gradients, n) ** 2).mean()) for n in sizes]
+    low, high = np.array([np.quantile(lengths(gradients, n), (0.1, 0.9)) for n in sizes]).T
     axes.fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
     axes.plot(sizes, middle, "o-", color=colour, label=name)
 axes.plot(sizes, rms[BLOCK] * np.sqrt(BLOCK / np.array(sizes)), "k--", lw=1, label=r"$\propto 1/\sqrt{n}$")
@@ -324,6 +324,12 @@ error = a.std() / np.sqrt(a.size)
 told = auc(a.ravel(), good.ravel())
 print(f"mean of a {a.mean():+.2f} ± {error:.2f} (standard error); rms {np.sqrt((a**2).mean()):.1f}")
 print(f"right answers {a[good].mean():+.2f}, others {a[~good].mean():+.2f}; AUC of a against the checker {told:.3f}")
+truth = [row.turns[1].content for row in report] * 16
+letters = np.array([sum(map(str.__eq__, one.text, right)) for one, right in zip(by_draw, truth, strict=True)]).reshape(
+    a.shape
+)
+means = [a[letters == count].mean() for count in range(5)]
+print("mean of a by the number of right letters, 0 to 4:", "  ".join(f"{mean:+.1f}" for mean in means))
 bins = np.linspace(*np.quantile(a, (0.002, 0.998)), 60)
 figure, axes = plt.subplots()
 axes.hist([a[good], a[~good]], bins, stacked=True, color=[GREEN, ORANGE], label=["right", "not right"])
@@ -337,12 +343,14 @@ axes.legend()
 plt.show()
 
 assert abs(a.mean()) < 4 * error  # zero in expectation, as section 2 has it
+assert means == sorted(means)  # also among answers that are not right
 assert told > 0.5 + 3 / np.sqrt(12 * min(good.sum(), (~good).sum()))  # V tells right from wrong
 
 # %% [markdown]
 # One step on the answers to half of these questions, then, of one length for all: unweighted, weighted by the entries,
 # and weighted by the truth (right answers against the mean). What it does is read on the right answers to the other
-# half, which gave no weights and no answers. 16 sets of answers, one for each draw, give the bars.
+# half, which gave no weights and no answers. 16 sets of answers, one for each draw, give the bars. The entries may do
+# better than the truth, because they see more than it says: an answer with three right letters of four is not right.
 
 # %%
 half = len(report) // 2
