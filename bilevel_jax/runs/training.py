@@ -15,7 +15,7 @@ from bilevel_jax.core.transition import begin, snapshot_interval, train
 from bilevel_jax.core.types import Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
 from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
-from bilevel_jax.runs import checkpoint
+from bilevel_jax.runs import checkpoint, processes
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.diagnosis import first_broken
@@ -42,6 +42,12 @@ class Trainer:
         self.task, self.outer, self.session = task, outer, session
         self.every = snapshot_interval(task.steps)
         self.folder: Path = session.folder / "checkpoints" / "inner"
+        split = dict(task.mesh.shape).get("model", 1) > 1
+        if outer.method == "implicit" and split and processes.several() and jax.default_backend() == "cpu":
+            raise ValueError(
+                "outer.method = implicit with devices.model above 1 can hang in several processes on CPUs: the many "
+                "small programs of its solve wait for each other. Set devices.model to 1, or outer.method to unrolled."
+            )
         window = outer.window if outer.method == "window" else None
         self._sweeps: Sweeper | None = None
         if outer.method in ("unrolled", "window"):

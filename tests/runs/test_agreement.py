@@ -52,10 +52,10 @@ WAYS = {
 }
 
 
-SLOW = pytest.param("8 x 1", marks=pytest.mark.slow)  # test_select has eight devices, too
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in ("8 x 1", "pmap")]  # test_select has eight devices, too
 
 
-@pytest.mark.parametrize("way", ["4 x 2", "pmap", "2 processes", SLOW])
+@pytest.mark.parametrize("way", ["4 x 2", "2 processes", *SLOW])
 def test_equals_one_device(way, one_device, tmp_path, eight_devices, x64):
     found = WAYS[way](tmp_path)
     np.testing.assert_array_equal(found["batches"], one_device["batches"])

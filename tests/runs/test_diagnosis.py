@@ -49,9 +49,7 @@ def test_names_the_tensor_whose_gradient_is_not_finite():
 
 def test_names_the_tensor_that_an_update_breaks():
     x = np.full((5, 2, 1), 1e15)
-    assert told(x, rate=1e30).startswith(
-        "the update of step 0 made slope not finite; the step held row 0"
-    )
+    assert told(x, rate=1e30).startswith("the update of step 0 made slope not finite; the step held row 0")
 
 
 def test_names_parameters_that_were_broken_before_the_first_step():

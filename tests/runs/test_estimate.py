@@ -74,6 +74,7 @@ def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
     assert memory.held(subject.shapes.adjoint) == 4 * 3 * size
 
 
+@pytest.mark.slow  # compiles two steps of a run twice
 def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
     _, subject, task = subjects(made, tmp_path)
     batch, weights = task.stream(0).batch(0), jnp.ones(task.rows)
