@@ -32,12 +32,14 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "self-training": ("refine_self_training", ()),
     "BDS + online fixed": ("refine_dynamic", FIXED),
     "BDS + online dynamic": ("refine_dynamic", ()),
+    "BDS + online dynamic, more steps": ("refine_dynamic", ("--single.steps", "520")),
     "BMO + online fixed": ("refine_bmo", ()),
     "exact + online fixed": ("refine_exact", ()),
     "exact + online dynamic": ("refine_exact", DYNAMIC),
     "right responses (oracle)": ("refine_self_training", ("--refine.checked", "filter")),
 }
-"""name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth."""
+"""name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth; "more steps"
+has the cost of the exact arms."""
 
 
 def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]) -> None:
