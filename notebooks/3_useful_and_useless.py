@@ -31,6 +31,7 @@ from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.linsolve import cg
 from bilevel_jax.core.multiobjective import Copy, geometric, multiobjective
 from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.schedule import everything
 from bilevel_jax.core.transition import begin, finished, train, transition
 from bilevel_jax.core.types import Stream
 from bilevel_jax.core.unrolled import unrolled
@@ -625,7 +626,7 @@ def unrolled_for(task, steps, optimizer):
     whole, trusted = rows_stream(task.training).batch(0), rows_stream(task.trusted)
     stream, step = Stream(lambda _: whole, steps), transition(problem, optimizer)
     estimator, start = unrolled(problem, step), begin(optimizer, jnp.zeros_like(task.truth))
-    return lambda w: estimator(train(step, start, w, None, stream, keep=True), w, None, stream, trusted)
+    return lambda w: estimator(train(step, start, w, None, stream, keep=everything(stream.steps)), w, None, stream, trusted)
 
 
 def learn(estimate, rows, steps):

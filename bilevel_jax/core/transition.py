@@ -1,14 +1,13 @@
 """One optimiser step, forward and backward, and the drivers that repeat it: the only code that is differentiated."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.core import tree
+from bilevel_jax.core import schedule, tree
 from bilevel_jax.core.types import (
     Adjoint,
     Batch,
@@ -16,6 +15,7 @@ from bilevel_jax.core.types import (
     Hyper,
     Info,
     Inner,
+    Keep,
     Params,
     Problem,
     PyTree,
@@ -24,6 +24,7 @@ from bilevel_jax.core.types import (
     Slice,
     Stream,
     Transition,
+    Visit,
 )
 
 
@@ -131,7 +132,7 @@ def begin(optimizer: optax.GradientTransformation, params: Params) -> Inner:
 def finished(params: Params) -> Run:
     """A run that ended at `params`, however they were found: for estimators that read a run's end only (`implicit`)."""
     state = begin(optax.identity(), params)
-    return Run(state, state, 0, 1, lambda step: state)
+    return Run(state, state, 0, schedule.NOTHING, {}, {})
 
 
 def train(
@@ -141,39 +142,35 @@ def train(
     fixed: Fixed,
     stream: Stream,
     *,
-    every: int | None = None,
-    keep: bool = False,
-    store: tuple[Callable[[int, Inner], None], Callable[[int], Inner]] | None = None,
+    keep: Keep | None = None,
+    since: int = 0,
+    snapshots: MutableMapping[int, Inner] | None = None,
     resume: Inner | None = None,
     on_step: Callable[[Inner, Info], None] | None = None,
 ) -> Run:
     """Train over a stream with the driver of long runs, a Python loop, and return what the estimators read.
 
-    Keeps the state before every `every`-th step (default: ceil(sqrt(steps))), or, with `keep`, every state *and*
-    gradient, so that a sweep replays nothing. `store` is a (put, get) pair for snapshots that should live elsewhere
-    than in memory; `resume` is a later state of the same run, whose earlier snapshots the store then holds already.
-    `on_step` is called after each step with the state reached and what the step told, both still on the device.
+    Keeps what `keep` says (default: `schedule.square_root`) for a sweep back to step `since`. `snapshots` is where
+    states go that should live elsewhere than in a dict; `resume` is a later state of the same run, whose earlier
+    snapshots are then there already. `on_step` is called after each step with the state reached and what the step told,
+    both still on the device.
     """
-    every = 1 if keep else every or snapshot_interval(stream.steps)
-    snapshots: dict[int, Inner] = {}
-    gradients: dict[int, Params] = {}
-    put, get = store or (snapshots.__setitem__, snapshots.__getitem__)
+    keep = schedule.square_root(stream.steps - since) if keep is None else keep
+    snapshots = {} if snapshots is None else snapshots
+    kept = {since + place for place in schedule.placed(0, stream.steps - since, *keep)}
+    tape: dict[int, Visit] = {}
     state = start if resume is None else resume
     for index in range(int(state.step), stream.steps):
-        if index % every == 0:
-            put(index, state)
+        if index in kept:
+            snapshots[index] = state
         batch = stream.batch(index)
-        state, info = step.forward(state, step.take(hyper, batch), fixed, batch)
-        if keep:
-            gradients[index] = info.grad
+        after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
+        if index >= max(since, stream.steps - keep.tape):
+            tape[index] = Visit(state, info.grad)
+        state = after
         if on_step:
             on_step(state, info)
-    return Run(start, state, stream.steps, every, get, gradients.__getitem__ if keep else None)
-
-
-def snapshot_interval(steps: int) -> int:
-    """ceil(sqrt(steps)): as many snapshots as steps in a segment, the least memory for one replay."""
-    return math.isqrt(max(steps - 1, 0)) + 1
+    return Run(start, state, stream.steps, keep, snapshots, tape)
 
 
 @partial(jax.jit, static_argnames="step")

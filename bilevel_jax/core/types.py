@@ -1,6 +1,6 @@
 """The few types that everything speaks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
@@ -92,25 +92,44 @@ class Transition(NamedTuple):
     """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
 
 
+class Keep(NamedTuple):
+    """What of a training is kept for its sweep; see `schedule`."""
+
+    snapshots: int
+    """States kept at the same time."""
+    tape: int
+    """Steps whose state and gradient are kept at the same time: a sweep goes back through so many at once."""
+
+
+class Visit(NamedTuple):
+    """A step of training as a sweep goes back through it."""
+
+    state: Inner
+    """Before the step."""
+    grad: Params
+
+
 class Run(NamedTuple):
     """A finished training run, as the estimators read it."""
 
     start: Inner
     end: Inner
     steps: int
-    every: int
-    """A snapshot is kept before every `every`-th step; a segment is the steps between two snapshots."""
-    snapshot: Callable[[int], Inner]
-    """The state before a step that `every` divides; from memory or from disk, core does not see."""
-    gradient: Callable[[int], Params] | None = None
-    """The gradient of a step, where training kept all of them (then `every` is 1 and nothing is replayed)."""
+    keep: Keep
+    snapshots: MutableMapping[int, Inner]
+    """The states before some steps, in memory or elsewhere, core does not see. A sweep adds others where it has to
+    replay twice, and removes those that it is done with; any that are there serve the next."""
+    tape: dict[int, Visit]
+    """The last steps. A sweep clears it where it needs the memory for earlier ones."""
 
 
 class Sweep(NamedTuple):
-    """The state of a reverse sweep between two segments; written to disk, it is what resuming needs."""
+    """The state of a reverse sweep; written to disk, it is what resuming needs."""
 
-    segment: int
-    """The segment to do next; below `stop` when the sweep is done."""
+    step: int
+    """All steps from this one on are swept."""
+    edge: Inner
+    """The state before that step: what a replay of the steps before it must reach."""
     adjoint: Adjoint
     grad: Hyper
     value: Scalar
@@ -134,7 +153,7 @@ class Checks(NamedTuple):
     growth: float = float("nan")
     """The largest norm of the adjoint over its norm at the end of training."""
     replayed: bool = True
-    """Every replayed segment ended, bit for bit, where training did."""
+    """Every replayed piece ended, bit for bit, where training did."""
     steps: int = 0
     """Training steps swept, or products of the linear solve."""
     sample: float = float("nan")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
-from bilevel_jax.core import tree
+from bilevel_jax.core import schedule, tree
 from bilevel_jax.core.transition import update_transpose
 from bilevel_jax.core.types import (
     Adjoint,
@@ -27,16 +27,20 @@ from bilevel_jax.core.types import (
     Stream,
     Sweep,
     Transition,
+    Visit,
 )
+
+PIECE = 32
+"""Steps that are swept between two occasions to save: a copy of the outer variable is made for each."""
 
 
 class Sweeper(NamedTuple):
-    """A reverse sweep in pieces, for drivers that save between segments."""
+    """A reverse sweep in pieces, for drivers that save between them."""
 
     begin: Callable[[Run, Hyper, Fixed, Stream], Sweep]
     """(run, hyper, fixed, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
     advance: Callable[[Run, Hyper, Fixed, Stream, Sweep], Sweep]
-    """(run, hyper, fixed, train stream, sweep): one segment further back."""
+    """(run, hyper, fixed, train stream, sweep): at most `PIECE` steps further back."""
     done: Callable[[Run, Sweep], bool]
     finish: Callable[[Run, Sweep], Estimate]
 
@@ -48,12 +52,12 @@ def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -
         grad += (d step_t / d w)^T lambda_{t+1}
 
     Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
-    stops early). Time: one Hessian product per step, and one more training step where the run kept snapshots only.
-    Memory: the states and gradients of one segment.
+    stops early). Time: one Hessian product per step, and one more training step for each that is replayed. Memory:
+    what the run's `keep` says; it changes no bit.
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
-    `checks.growth`, and ask `certify`. `checks.replayed` is False where a replayed segment missed the state that
-    training reached (another device, another program): then the sweep differentiated another run.
+    `checks.growth`, and ask `certify`. `checks.replayed` is False where replayed steps missed the state that training
+    reached (another device, another program): then the sweep differentiated another run.
     """
     sweeps = sweeper(problem, step, window=window)
 
@@ -91,7 +95,7 @@ def each(
 
         adjoint = Adjoint(slopes, [repeated(leaf) for leaf in tree.inexact(run.end.opt)])
         grad, size = jax.tree.map(repeated, hyper), tree.norm(slopes)
-        sweep = Sweep((run.steps - 1) // run.every, adjoint, grad, values, size, size, jnp.array(True))
+        sweep = Sweep(run.steps, run.end, adjoint, grad, values, size, size, jnp.array(True))
         while not sweeps.done(run, sweep):
             sweep = sweeps.advance(run, hyper, fixed, train, sweep)
         return sweeps.finish(run, sweep)
@@ -105,10 +109,11 @@ def sweeper(
     *,
     window: int | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_replay: Callable[[int], None] | None = None,
 ) -> Sweeper:
-    """The pieces of `unrolled`. A `Sweep` is plain arrays: save it after any segment, load it, and go on.
+    """The pieces of `unrolled`. A `Sweep` is plain arrays: save it after any piece, load it, and go on.
 
-    `on_step` is called after each step swept with the step's number.
+    `on_step` is called after each step swept with the step's number, `on_replay` after each step replayed.
     """
     value_and_slope = outer_gradient(problem)
 
@@ -116,46 +121,52 @@ def sweeper(
         return 0 if window is None else max(0, run.steps - window)
 
     def begin(run: Run, hyper: Hyper, fixed: Fixed, validation: Stream) -> Sweep:
+        if run.steps and not (run.tape or run.snapshots):
+            raise ValueError("this training kept nothing for a sweep; give `train` another `keep`.")
         value, slope = value_and_slope(run.end.params, fixed, validation)
         size = tree.norm(slope)
         adjoint = Adjoint(slope, [jnp.zeros_like(leaf) for leaf in tree.inexact(run.end.opt)])
         grad = jax.tree.map(jnp.zeros_like, hyper)
-        return Sweep((run.steps - 1) // run.every, adjoint, grad, value, size, size, jnp.array(True))
+        return Sweep(run.steps, run.end, adjoint, grad, value, size, size, jnp.array(True))
 
-    def visited(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, a: int, z: int):
-        """The states and gradients of steps a..z-1, and whether replaying them ended where training did."""
-        if run.gradient is not None:
-            return [(run.snapshot(t), run.gradient(t)) for t in range(a, z)], jnp.array(True)
-        state, visits = run.snapshot(a), []
-        for t in range(a, z):
+    def replay(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, end: int) -> Inner:
+        """Put the last steps before `end` on the tape; the state that they lead to."""
+        run.tape.clear()  # what stands there is swept, and these steps need its memory
+        begin, planned = schedule.refill(run.snapshots, end, run.keep)
+        if planned:
+            for used in [kept for kept in run.snapshots if kept >= end]:
+                del run.snapshots[used]
+        state = run.snapshots[begin]
+        for t in range(begin, end):
+            if t in planned:
+                run.snapshots[t] = state
             batch = train.batch(t)
             after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
-            visits.append((state, info.grad))
+            if t >= max(first(run), end - run.keep.tape):
+                run.tape[t] = Visit(state, info.grad)
             state = after
-        return visits, _same(state, run.end if z == run.steps else run.snapshot(z))
+            if on_replay:
+                on_replay(t)
+        return state
 
     def advance(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep) -> Sweep:
-        a = sweep.segment * run.every
-        z = min(a + run.every, run.steps)
-        visits, replayed = visited(run, hyper, fixed, train, a, z)
+        t, replayed = sweep.step, sweep.replayed
+        if t - 1 not in run.tape:
+            replayed = jnp.logical_and(replayed, _same(replay(run, hyper, fixed, train, t), sweep.edge))
         adjoint, peak, grad = sweep.adjoint, sweep.peak, jax.tree.map(jnp.copy, sweep.grad)
-        for t in reversed(range(max(a, first(run)), z)):
-            state, gradient = visits.pop()
+        stop = max(first(run), t - PIECE)
+        while t > stop and t - 1 in run.tape:
+            t -= 1
+            state, gradient = run.tape[t]
             batch = train.batch(t)
             adjoint, entries = step.backward(state, gradient, step.take(hyper, batch), fixed, batch, adjoint)
             grad, peak = step.add(grad, batch, entries), _larger(peak, adjoint)
             if on_step:
                 on_step(t)
-        return sweep._replace(
-            segment=sweep.segment - 1,
-            adjoint=adjoint,
-            grad=grad,
-            peak=peak,
-            replayed=jnp.logical_and(sweep.replayed, replayed),
-        )
+        return Sweep(t, run.tape[t].state, adjoint, grad, sweep.value, sweep.first, peak, replayed)
 
     def done(run: Run, sweep: Sweep) -> bool:
-        return sweep.segment < first(run) // run.every
+        return sweep.step <= first(run)
 
     def finish(run: Run, sweep: Sweep) -> Estimate:
         growth, replayed = float(sweep.peak / sweep.first), bool(sweep.replayed)
@@ -221,18 +232,18 @@ def check_differentiable(
 ) -> None:
     """Refuse an optimiser whose update has no usable derivative, with the remedy, before a sweep is begun.
 
-    Pulls a vector back through the update at the first and the middle snapshot, at the gradient met there and at the
+    Pulls a vector back through the update at the first step and near the middle, at the gradient met there and at the
     same gradient with half of its entries set to exactly 0 (what rows of an embedding get before their first use).
 
     Raises:
-        ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at every snapshot
+        ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at both places
             (lion and other sign methods: no weight would change anything).
     """
     probe, halved = jax.jit(partial(_probe, optimizer)), jax.jit(_half_zero)  # one by one, their operations take longer
     reached = False
-    middle = run.steps // 2 // run.every * run.every
-    for index in sorted({0, middle}):
-        batch, state = train.batch(index), run.snapshot(index)
+    for state in (run.start, _middle(run)):
+        index = int(state.step)
+        batch = train.batch(index)
         grad = step.forward(state, step.take(hyper, batch), fixed, batch)[1].grad
         for place, one in (("a gradient of this run", grad), ("a gradient with zero entries", halved(grad))):
             ok, alive = probe(one, state)
@@ -247,6 +258,14 @@ def check_differentiable(
             "the optimiser's update does not depend on the gradient's size (its derivative is 0), as with lion or "
             "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
         )
+
+
+def _middle(run: Run) -> Inner:
+    """The kept state nearest to the middle of a run."""
+    middle = run.steps // 2
+    if middle in run.tape:
+        return run.tape[middle].state
+    return run.snapshots[min(run.snapshots, key=lambda step: abs(step - middle))]
 
 
 def _probe(

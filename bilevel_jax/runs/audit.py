@@ -30,7 +30,7 @@ from bilevel_jax.runs.sections import Entries
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.task import prepare as prepare_text
-from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer
+from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer, release
 
 
 class Trained(NamedTuple):
@@ -118,6 +118,7 @@ def _work(
     work.phase("training", total=planned_work(config, task, len(asked)))
     trained = train(config, task, asked, work)
     entries, exact = estimates(config, task, trained, work)
+    release(trained.run)
     scores = entries + cheap_scores(config, task, trained, names, work)
     certified = certificate(config, task, trained, entries, exact, work)
     made = bank.retrained(
@@ -142,7 +143,7 @@ def train(config: AuditConfig, task: Task | ArrayTask, asked: Int[np.ndarray, "q
     trainer = Trainer(task, settings(config).outer, work)
     start = trainer.begin(task.fresh(config.train.seed))
     stream = placing.kept(task.mesh, task.stream(config.data.seed))  # read again by every retrain
-    run = trainer.run(ones, start, stream, save_as=0)
+    run = trainer.run(ones, start, stream, swept=EXACT in config.audit.entries, save_as=0)
     if EXACT in config.audit.entries:
         check_differentiable(task.step, task.optimizer, run, ones, task.fixed(start.params), stream)
     return Trained(trainer, start, stream, run, asked, work.once("training", lambda: time.monotonic() - began))

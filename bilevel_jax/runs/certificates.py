@@ -47,7 +47,7 @@ def certificates(
         return trainer.value(changed, start, stream, task.held_out["fit"], read)
 
     def estimate(changed: jax.Array) -> jax.Array:
-        return trainer.estimate(trainer.run(changed, start, stream), changed, stream).grad
+        return trainer.estimate(trainer.run(changed, start, stream, swept=True), changed, stream).grad
 
     def exact() -> dict:
         return certify.exact(retrain, at, grad, settings.step_sizes)._asdict()

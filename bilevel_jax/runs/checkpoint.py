@@ -38,10 +38,11 @@ class Restored(NamedTuple):
 
 
 class Snapshots(NamedTuple):
-    """A store of states by step: `put(step, tree)`, `get(step, like)`."""
+    """A store of states by step: `put(step, tree)`, `get(step, like)`, `remove(step)`."""
 
     put: Callable[[int, PyTree], None]
     get: Callable[[int, PyTree], PyTree]
+    remove: Callable[[int], None]
 
 
 def save(folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], keep: int | None = 2) -> Path:
@@ -108,6 +109,12 @@ def restore(folder: str | Path, like: PyTree, step: int | None = None) -> Restor
     return Restored(_load(path, head, like), head["meta"], head["step"])
 
 
+def meta(folder: str | Path, step: int) -> dict[str, Any] | None:
+    """What was saved beside the arrays of a step; None where there is no whole step of that number."""
+    head, _ = _verify(_folder(folder, step), contents=False)
+    return None if head is None else head["meta"]
+
+
 def prune(folder: str | Path, keep: int) -> None:
     """Remove all but the last `keep` whole steps. Whole = the manifest is sound and every file has its size."""
     left = keep
@@ -138,7 +145,7 @@ def snapshots(folder: str | Path) -> Snapshots:
             raise ValueError(f"snapshot {path} is refused: {trouble}. Remove {folder} and train again to replace it.")
         return _load(path, head, like)
 
-    return Snapshots(put, get)
+    return Snapshots(put, get, lambda step: shutil.rmtree(_folder(folder, step)))
 
 
 # --- leaves: what orbax stores, and what the manifest itself can hold

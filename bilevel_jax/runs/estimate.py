@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import statistics
 import tempfile
@@ -15,7 +14,8 @@ import jax
 import numpy as np
 from jax.extend.backend import clear_backends
 
-from bilevel_jax.core.transition import snapshot_interval
+from bilevel_jax.core import schedule
+from bilevel_jax.core.types import Keep
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import Corpus
@@ -24,13 +24,15 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.embedded import untrained
 from bilevel_jax.runs.learn import order_seed
-from bilevel_jax.runs.memory import GIB, Workspace
+from bilevel_jax.runs.memory import Workspace
 from bilevel_jax.runs.plan import Stage
 from bilevel_jax.runs.programs import Compiled, Program, Steps
 from bilevel_jax.runs.rules import on_arrays
 from bilevel_jax.runs.sections import SINGLE_LOOP, Estimate
+from bilevel_jax.runs.states import GIB, held, of_device, planned, swept
 from bilevel_jax.runs.task import Task, Text
 from bilevel_jax.runs.train import planned_steps
+from bilevel_jax.runs.training import PRODUCT, REPLAY
 
 NAME = "estimate.json"
 NAMES = {SelectConfig: "select", TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}
@@ -73,7 +75,7 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
         else:
             run, text = _read(run, Path(folder))
         subject = shaped(run, text, verb)
-        found = described(config, subject, simulated)
+        found = described(config, subject, asked, simulated)
         workspace = Workspace()
         if asked.compile:
             made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
@@ -223,7 +225,7 @@ def told(config: Any, subject: Subject, made: dict[str, Compiled], asked: Estima
     one, steps = subject.task, compiled_steps(subject, simulated)
     forward = made["forward"].flops
     backward = made["backward"].flops if "backward" in made else plan.PRODUCT * forward
-    stages = planned(config, subject)
+    stages = staged(config, subject, kept(subject, asked))
     flops = sum(stage.forwards * forward + stage.backwards * backward + stage.others * forward for stage in stages)
     found: dict[str, Any] = {
         "programs": {
@@ -244,7 +246,7 @@ def told(config: Any, subject: Subject, made: dict[str, Compiled], asked: Estima
     elif simulated:
         source = "not measured: the devices are simulated; give --estimate.tflops"
     else:
-        room, wanted = free(), max(memory.held(step.arguments) + made[name].temporary for name, step in steps.items())
+        room, wanted = free(), max(held(step.arguments) + made[name].temporary for name, step in steps.items())
         if wanted * count > 0.8 * room:
             source = f"not measured: a step takes {wanted * count / GIB:.1f} GiB, and {room / GIB:.1f} are free"
         else:
@@ -279,26 +281,39 @@ def _feeding(subject: Subject) -> float:
     return statistics.median(seconds)
 
 
-def planned(config: Any, subject: Subject) -> list[Stage]:
-    """The stages of the run."""
+def staged(config: Any, subject: Subject, keep: Keep) -> list[Stage]:
+    """The stages of the run, with the steps that its sweeps really replay."""
     if isinstance(config, TrainConfig):
         return [Stage("training", forwards=subject.task.steps)]
     if isinstance(config, CompareConfig):
         return [Stage("all methods and arms", others=bench.planned_work(config, subject.task))]
     if isinstance(config, AuditConfig):
         return [Stage("entries and retrains", others=audit.planned_work(config, subject.task, config.audit.queries))]
-    return plan.selection(subject.task, config)
+    steps = swept(config.outer, subject.task.steps)
+    replayed = schedule.replays(steps, keep) / steps if keep.tape else REPLAY
+    return [
+        stage._replace(forwards=stage.forwards + (replayed - REPLAY) * stage.backwards)
+        for stage in plan.selection(subject.task, config)
+    ]
+
+
+def kept(subject: Subject, asked: Estimate) -> Keep:
+    """What a training keeps for its sweep on the device that is asked for."""
+    if isinstance(subject.config, TrainConfig):
+        return schedule.NOTHING
+    return planned(
+        subject.config.outer, subject.task.steps, subject.shapes.state, subject.task.base, asked.memory_gib * GIB
+    )
 
 
 # ---- what lives when
 
 
-def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
+def described(config: Any, subject: Subject, asked: Estimate, simulated: bool) -> dict[str, Any]:
     """The run's shape, its parameters, its work and its disk: all that needs no compiler."""
     one, shapes, run = subject.task, subject.shapes, subject.config
-    stages, every = planned(config, subject), snapshot_interval(one.steps)
-    state = memory.held(shapes.state)
-    kept = 0 if isinstance(run, TrainConfig) else -(-one.steps // every)
+    stages, keep = staged(config, subject, schedule.NOTHING), kept(subject, asked)
+    state = held(shapes.state)
     return {
         "verb": subject.verb,
         "model": {"path": run.model.path, "lora_rank": run.model.lora_rank, "remat": run.model.remat},
@@ -316,13 +331,14 @@ def described(config: Any, subject: Subject, simulated: bool) -> dict[str, Any]:
         },
         "parameters": {"base": memory.by_dtype(one.base), "trained": memory.by_dtype(shapes.params)},
         "arrays": {
-            "base": memory.held(one.base),
-            "trained parameters": memory.held(shapes.params),
-            "optimiser": memory.held(shapes.state.opt),
-            "batch": memory.held(shapes.batch),
+            "base": held(one.base),
+            "trained parameters": held(shapes.params),
+            "optimiser": held(shapes.state.opt),
+            "batch": held(shapes.batch),
             "snapshot": state,
-            "snapshots": kept,
-            "segment": 0 if isinstance(run, TrainConfig) else every * (state + memory.held(shapes.params)),
+            "snapshots": keep.snapshots,
+            "tape": keep.tape,
+            "a step on the tape": state + held(shapes.params),
         },
         "disk": memory.disk(one, run, shapes) if subject.writes else {},
         "work": {stage.name: stage.work for stage in stages},
@@ -336,7 +352,8 @@ def lived(
     subject: Subject, workspace: Workspace, asked: Estimate, simulated: bool, speed: dict[str, float]
 ) -> dict[str, Any]:
     """The phases of the run, the largest, and what the memory of a device is; `speed`: seconds of a step, if known."""
-    phases = memory.phases(subject.task, subject.config, subject.shapes, workspace)
+    keep = kept(subject, asked)
+    phases = memory.phases(subject.task, subject.config, subject.shapes, workspace, keep)
     phases = phases if subject.writes else phases[:-1]
     top = max(phases, key=lambda phase: phase.bytes)
     found: dict[str, Any] = {
@@ -346,30 +363,36 @@ def lived(
         "budget": asked.memory_gib * GIB or (0.0 if simulated else of_device()),
     }
     if isinstance(subject.config, SelectConfig) and subject.config.outer.method in ("unrolled", "window"):
-        whole = memory.every_state_kept(subject.task, subject.config, subject.shapes, workspace)
-        sweep = max((phase for phase in phases if phase.name != "writing"), key=lambda phase: phase.bytes)
-        found["alternatives"] = {
-            "snapshots": sweep.bytes,
-            "every_state": whole.bytes,
-            "snapshots_time": _times(speed, 2.0),
-            "every_state_time": _times(speed, 1.0),
-        }
+        found["kept"] = [
+            _kept(subject, workspace, keep, words, speed) for words, keep in choices(subject, keep).items()
+        ]
     return found
 
 
-def _times(speed: dict[str, float], forwards: float) -> float | None:
-    """Training and sweep over training alone, by the seconds of a step."""
-    if "forward" not in speed:
-        return None
-    return forwards + speed["backward"] / speed["forward"]
+def choices(subject: Subject, keep: Keep) -> dict[str, Keep]:
+    """What the run keeps, and what it could."""
+    steps = swept(cast(SelectConfig, subject.config).outer, subject.task.steps)
+    others = {
+        "every state": schedule.everything(steps),
+        "square root": schedule.square_root(steps),
+        "fewer": schedule.within(steps, 1, 1, 2 + math.isqrt(steps)),
+    }
+    return {"this run": keep} | {name: other for name, other in others.items() if other != keep}
 
 
-def of_device() -> float:
-    """Bytes that one device of this machine has; the CPU's devices share the machine's."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / len(jax.local_devices())
+def _kept(subject: Subject, workspace: Workspace, keep: Keep, name: str, speed: dict[str, float]) -> dict[str, Any]:
+    """The memory and the time of training and sweep, if a training keeps this."""
+    config = cast(SelectConfig, subject.config)
+    steps = swept(config.outer, subject.task.steps)
+    forwards = 1 + schedule.replays(steps, keep) / steps
+    return {
+        "name": name,
+        "snapshots": keep.snapshots,
+        "tape": keep.tape,
+        "bytes": memory.kept_otherwise(subject.task, config, subject.shapes, workspace, keep),
+        "times": forwards + PRODUCT,
+        "times_measured": forwards + speed["backward"] / speed["forward"] if "forward" in speed else None,
+    }
 
 
 def free() -> float:

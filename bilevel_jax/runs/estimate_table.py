@@ -7,7 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bilevel_jax.runs.memory import GIB, MIDWAY
+from bilevel_jax.runs.memory import MIDWAY
+from bilevel_jax.runs.states import GIB
 
 OF_VERB = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model beside it.",
@@ -21,7 +22,7 @@ STEPS = {
 def show(found: dict[str, Any]) -> str:
     """Print an estimate, and return its verdict in a sentence."""
     console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
-    for part in (_subject(found), _memory(found), _compiled(found), _work(found), _disk(found)):
+    for part in (_subject(found), _memory(found), _compiled(found), _kept(found), _work(found), _disk(found)):
         if part is not None:
             console.print(part)
             console.print()
@@ -112,6 +113,19 @@ def _compiled(found: dict[str, Any]) -> Table | None:
     return table
 
 
+def _kept(found: dict[str, Any]) -> Table | None:
+    if "kept" not in found:
+        return None
+    table = _table("kept for a sweep", "snapshots", "tape", "memory of both", "x training", "by these seconds")
+    for one in found["kept"]:
+        measured = one["times_measured"]
+        table.add_row(
+            one["name"], f"{one['snapshots']:,}", f"{one['tape']:,}", size(one["bytes"]), f"{one['times']:.2f}",
+            "" if measured is None else f"{measured:.2f}",
+        )  # fmt: skip
+    return table
+
+
 def _work(found: dict[str, Any]) -> Table:
     hours = found.get("hours", {})
     table = _table("work", "training steps", "x one training", "hours")
@@ -157,15 +171,10 @@ def _notes(found: dict[str, Any]) -> Iterable[str]:
             f"{found['flops']:.3g} floating-point operations of matrix products, {found['trainings_by_flops']:.1f} x "
             f"one training. Seconds: {found['speed']['source']}."
         )
-    if several := found.get("alternatives"):
-        sweep, kept = (
-            "" if rate is None else f", {rate:.1f} x by these seconds"
-            for rate in (several["snapshots_time"], several["every_state_time"])
-        )
+    if "kept" in found:
         yield (
-            f"Training and sweep from sqrt(T) snapshots take {size(several['snapshots'])} and 5 x the time of training "
-            f"by count of products{sweep}; with every state kept {size(several['every_state'])} and 4 x{kept}. Runs do "
-            "the first."
+            "A sweep goes back through the steps on the tape and replays others from snapshots; what is kept changes "
+            "no number. outer.memory_gib says how much it may take, outer.states where snapshots lie."
         )
     yield f"The estimate took {found['seconds_to_estimate']:.0f} s."
 

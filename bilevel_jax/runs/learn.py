@@ -142,7 +142,7 @@ def learn(
         stream = task.stream(order_seed(config, step))
         session.phase(f"outer step {step} of {outer.steps}")
         start = trainer.begin(tables.start)
-        run = trainer.run(weights, start, stream, save_as=step)
+        run = trainer.run(weights, start, stream, swept=True, save_as=step)
         fixed = task.fixed(run.start.params)
         if step == 0 and outer.method in ("unrolled", "window"):
             check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel_jax.core.transition import snapshot_interval
+from bilevel_jax.core.schedule import once
+from bilevel_jax.core.types import Keep
 from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.programs import Steps
 from bilevel_jax.runs.sections import SINGLE_LOOP, Model
+from bilevel_jax.runs.states import held, planned, swept
 from bilevel_jax.runs.task import Task
 
-GIB = 2.0**30
 MIDWAY = "in the middle of an outer step"
 """What is left there by a run that was stopped, or that took longer than output.save_minutes for an outer step."""
 
@@ -44,11 +45,6 @@ class Workspace(NamedTuple):
     """A step of a method whose weights move with the parameters."""
 
 
-def held(some: Any) -> int:
-    """Bytes of all leaves on one device: arrays or shapes, whole or the part that their sharding gives it."""
-    return sum(_held(leaf) for leaf in jax.tree.leaves(some))
-
-
 def by_dtype(some: Any) -> dict[str, int]:
     """Numbers, not bytes, of all leaves in all, by dtype."""
     counts: dict[str, int] = {}
@@ -57,15 +53,18 @@ def by_dtype(some: Any) -> dict[str, int]:
     return counts
 
 
-def phases(task: Task, config: SelectConfig | TrainConfig, shapes: Steps, workspace: Workspace) -> list[Phase]:
+def phases(
+    task: Task, config: SelectConfig | TrainConfig, shapes: Steps, workspace: Workspace, keep: Keep | None = None
+) -> list[Phase]:
     """What lives in each phase of a run; the largest is the run's peak.
 
-    Exact for the arrays, as long as a device does not run ahead of the host.
+    Exact for the arrays, as long as a device does not run ahead of the host. `keep` is what a training keeps for its
+    sweep, by default what it would here.
     """
     always = _always(task, config, shapes)
     if isinstance(config, TrainConfig):
         return [_descending(config, shapes, always, workspace), writing(task, config.model, always, shapes)]
-    return [*_estimating(task, config, shapes, always, workspace), writing(task, config.model, always, shapes)]
+    return [*_estimating(task, config, shapes, always, workspace, keep), writing(task, config.model, always, shapes)]
 
 
 def _always(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
@@ -91,27 +90,41 @@ def _descending(config: TrainConfig, shapes: Steps, always: Mapping[str, float],
 
 
 def _estimating(
-    task: Task, config: SelectConfig, shapes: Steps, always: dict[str, float], workspace: Workspace
+    task: Task,
+    config: SelectConfig,
+    shapes: Steps,
+    always: dict[str, float],
+    workspace: Workspace,
+    keep: Keep | None,
 ) -> list[Phase]:
     state, gradient = held(shapes.state), held(shapes.params)
     adjoint, table = held(shapes.adjoint), held(shapes.weights)
-    every = snapshot_interval(task.steps)
-    kept = -(-task.steps // every)
-    # the first snapshot is the start; its parameters are those of the model as loaded
-    snapshots = {"snapshots": kept * state - (gradient if always["the model as loaded"] else 0)}
+    keep = planned(config.outer, task.steps, shapes.state, task.base) if keep is None else keep
+    steps = swept(config.outer, task.steps)
+    # the start is there in any case, and its parameters are those of the model as loaded
+    starting = state - (gradient if always["the model as loaded"] else 0)
+    whole, start_again = keep.tape >= steps, steps == task.steps
+    snapshots = 0 if whole or config.outer.states != "device" else keep.snapshots - start_again
+    kept = {
+        "start": starting,
+        "snapshots": snapshots * state,
+        "states on the tape": (keep.tape - (whole and start_again)) * state,
+        "gradients on the tape": keep.tape * gradient,
+    }
     training = Phase(
         "training",
         {
             **always,
-            **snapshots,
-            "states of a step": 2 * state,
-            "gradients": 2 * gradient,
+            **kept,
+            # a step reads one and makes another; with a tape the one that is read stands on it
+            "states of a step": state if keep.tape else 2 * state,
+            "gradients": 0 if keep.tape else 2 * gradient,
             "workspace": workspace.forward,
         },
     )
     reading = Phase(
         "slope",
-        {**always, **snapshots, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
+        {**always, **kept, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
     if config.outer.method in SINGLE_LOOP:
         both = held(programs.alone(task, config, shapes).arguments[0])
@@ -120,21 +133,25 @@ def _estimating(
         # a solve's vectors: its solution, residual, direction, product and right-hand side, and the solution before
         solve = {"vectors of the solve": 7 * gradient} if config.outer.method == "implicit" else {}
         return [training, reading._replace(parts={**reading.parts, **solve})]
-    here = {**always, **snapshots, "end": state}
-    replaying = Phase(
-        "replay",
-        {
-            **here, "states of a segment": every * state, "gradients of a segment": every * gradient,
-            "adjoints": adjoint, "workspace": workspace.forward,
-        },
-    )  # fmt: skip
     sweeping = Phase(
         "step back",
         {
-            **here, "states of a segment": (every - 1) * state, "gradients of a segment": every * gradient,
-            "adjoints": 2 * adjoint, "entries": table, "workspace": workspace.backward,
+            **always, **kept, "end": state, "adjoints": 2 * adjoint, "entries": table,
+            "workspace": workspace.backward,
         },
     )  # fmt: skip
+    if whole:
+        return [training, reading, sweeping]
+    replaying = Phase(
+        "replay",
+        {
+            **always, **kept, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
+            "workspace": workspace.forward,
+        },
+    )  # fmt: skip
+    if config.outer.states != "device" or keep.snapshots < once(steps, keep.tape).snapshots:
+        # else the first state on the tape is a snapshot
+        replaying.parts["states of a step"] = state
     return [training, reading, replaying, sweeping]
 
 
@@ -150,16 +167,9 @@ def writing(task: Task, model: Model, always: dict[str, float], shapes: Steps) -
     return Phase("writing", {**always, **parts})
 
 
-def every_state_kept(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace) -> Phase:
-    """A step back where training kept every state and gradient, so that nothing is replayed."""
-    state, gradient = held(shapes.state), held(shapes.params)
-    parts = {
-        "states": (task.steps + 1) * state,
-        "gradients": task.steps * gradient,
-        "adjoints": 2 * held(shapes.adjoint),
-        "workspace": workspace.backward,
-    }
-    return Phase("every state kept", {**_always(task, config, shapes), **parts})
+def kept_otherwise(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace, keep: Keep) -> float:
+    """The peak of training and sweep on one device, in bytes, if a training kept this."""
+    return max(phase.bytes for phase in phases(task, config, shapes, workspace, keep)[:-1])
 
 
 def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
@@ -173,8 +183,9 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
         found["checkpoints"] = 2 * state
     else:
         found["checkpoints"] = 2 * (6 * table + params)
-        kept = -(-task.steps // snapshot_interval(task.steps))
-        found[MIDWAY] = (kept + 1) * state + _stored(shapes.adjoint) + table
+        keep = planned(config.outer, task.steps, shapes.state, task.base)
+        # what is resumed, the edge of the sweep, and the snapshots
+        found[MIDWAY] = (keep.snapshots + 2) * state + _stored(shapes.adjoint) + table
     if task.base is None:
         found["model"] = params
     else:
@@ -186,9 +197,3 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
 
 def _stored(some: Any) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(some))
-
-
-def _held(leaf: Any) -> int:
-    sharding = getattr(leaf, "sharding", None)
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * np.dtype(leaf.dtype).itemsize

@@ -196,7 +196,7 @@ def exact(config: SelectConfig, rows: Made, sampler: Params, session: Session, n
         session.advance(done * task.steps * (1 + REPLAY + PRODUCT))
     for at in range(done, outer.steps):
         weights, stream = weights_of(outer.weighting, hyper, base), task.stream(seed + at)
-        run = trainer.run(weights, start, stream, save_as=at)
+        run = trainer.run(weights, start, stream, swept=True, save_as=at)
         if number == at == 0:
             fixed = task.fixed(start.params)
             check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)

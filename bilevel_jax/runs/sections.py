@@ -208,6 +208,8 @@ class Outer:
     ess_floor: float = 0.1  # stop when the effective sample size falls below this share of the rows
     patience: int = 3  # stop after so many steps without a better loss on V_select; 0 never stops
     window: int = 20  # method=window: how many last steps are swept
+    memory_gib: float = 0.0  # unrolled, window: what kept states of training may take on a device; 0: half of the rest
+    states: Literal["device", "host", "disk"] = "device"  # where those between the steps at hand are kept
     prior: float = 0.0  # delta in the training loss's prior delta/2 |params - start|^2; method=implicit needs it
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # implicit: the matrix of the solve
     solver: Literal["cg", "neumann", "dense", "identity"] = "cg"  # implicit: how it is solved

@@ -1,6 +1,6 @@
 """One training run and one estimate of a task: resumable in the middle, watched for numbers that are not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.core import curvature, linsolve, tree
+from bilevel_jax.core import curvature, linsolve, schedule, tree
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.transition import begin, snapshot_interval, train
+from bilevel_jax.core.transition import begin, train
 from bilevel_jax.core.types import Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
 from bilevel_jax.core.unrolled import Sweeper, sweeper
 from bilevel_jax.lm.models import balance
-from bilevel_jax.runs import checkpoint, processes
+from bilevel_jax.runs import checkpoint, processes, states
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.diagnosis import first_broken
@@ -24,15 +24,30 @@ from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 
 REPLAY, PRODUCT = 1.0, 3.0
-"""Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three."""
+"""Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three.
+
+Each step of a sweep counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must not
+depend on the memory of the machine.
+"""
+
+
+CHECKED = 32
+"""Training steps between two looks at whether their losses are finite."""
 
 
 class Midway(NamedTuple):
-    """What is saved in the middle of an outer step; always of one structure, so that loading needs no questions."""
+    """What is saved in the middle of an outer step; its `meta` has the steps of the snapshots."""
 
     state: Inner
     snapshots: list[Inner]
     sweep: Sweep
+
+
+class Saved(NamedTuple):
+    """A `Midway` that was found."""
+
+    midway: Midway
+    kept: dict[int, Inner]
 
 
 class Trainer:
@@ -40,7 +55,6 @@ class Trainer:
 
     def __init__(self, task: Task | ArrayTask, outer: Outer, session: Session):
         self.task, self.outer, self.session = task, outer, session
-        self.every = snapshot_interval(task.steps)
         self.folder: Path = session.folder / "checkpoints" / "inner"
         split = dict(task.mesh.shape).get("model", 1) > 1
         if outer.method == "implicit" and split and processes.several() and jax.default_backend() == "cpu":
@@ -52,28 +66,41 @@ class Trainer:
         self._sweeps: Sweeper | None = None
         if outer.method in ("unrolled", "window"):
             swept = lambda step: session.advance(REPLAY + PRODUCT)  # noqa: E731
-            self._sweeps = sweeper(task.problem, task.step, window=window, on_step=swept)
+            replayed = lambda step: self._pause()  # noqa: E731
+            self._sweeps = sweeper(task.problem, task.step, window=window, on_step=swept, on_replay=replayed)
+        self._pause: Callable[[], None] = lambda: None
+        """Saves the sweep at hand, if it is time to."""
 
     def begin(self, params: Params) -> Inner:
         """The state before the first step."""
         return placing.settled(self.task.mesh, begin(self.task.optimizer, params))
 
-    def run(self, weights: jax.Array, start: Inner, stream: Stream, *, save_as: int | None = None) -> Run:
-        """Train once. With `save_as` (the outer step) it is saved when due, and goes on from where it was saved."""
+    def run(
+        self, weights: jax.Array, start: Inner, stream: Stream, *, swept: bool = False, save_as: int | None = None
+    ) -> Run:
+        """Train once, and with `swept` keep what `estimate` sweeps back through.
+
+        With `save_as` (the outer step) it is saved when due, and goes on from where it was saved.
+        """
         task, session = self.task, self.session
-        snapshots: dict[int, Inner] = {}
         saved = None if save_as is None else self._load(save_as, start, weights)
+        keep, kept = schedule.NOTHING, dict[int, Inner]()
+        if swept:
+            keep = states.planned(self.outer, task.steps, start, task.base)
+            kept = states.place(self.outer, self.folder / "states", start, resumed=saved is not None)
         if saved is not None:
-            count = -(-int(saved.state.step) // self.every)
-            snapshots = {index * self.every: snapshot for index, snapshot in enumerate(saved.snapshots[:count])}
-            session.advance(int(saved.state.step))
+            kept.update(saved.kept)
+            for later in [step for step in kept if step > int(saved.midway.state.step)]:
+                del kept[later]  # of the minutes that were lost
+            session.advance(int(saved.midway.state.step))
         losses: dict[int, jax.Array] = {}
-        reached = 0 if saved is None else int(saved.state.step)
+        reached = 0 if saved is None else int(saved.midway.state.step)
 
         def explain(step: int) -> str:
-            began = max(snapshots, default=0)
+            before = [place for place in kept if place <= step]
+            origin = kept[max(before)] if before else start
             return first_broken(
-                task.problem, task.optimizer, task.objective.losses, snapshots.get(began, start), step,
+                task.problem, task.optimizer, task.objective.losses, origin, step,
                 task.fixed(start.params), lambda at: (weights, stream.batch(at)), lambda row: row_name(task, row),
             )  # fmt: skip
 
@@ -83,18 +110,17 @@ class Trainer:
             reached += 1
             session.advance()
             due = session.due()
-            if due or reached % self.every == 0:  # not at every step: reading a loss waits for the device
+            if due or reached % CHECKED == 0:  # not at every step: reading a loss waits for the device
                 check_finite(task, losses, explain, state.params)
                 losses.clear()
             if due:
                 if save_as is not None:
-                    self._save(save_as, Midway(state, self._listed(snapshots, start), self._no_sweep(start, weights)))
+                    self._save(save_as, state, kept, self._no_sweep(start, weights))
                 session.saved()
 
-        store = (snapshots.__setitem__, snapshots.__getitem__)
         run = train(
-            task.step, start, weights, task.fixed(start.params), stream,
-            every=self.every, store=store, resume=None if saved is None else saved.state, on_step=on_step,
+            task.step, start, weights, task.fixed(start.params), stream, keep=keep, since=self._first, snapshots=kept,
+            resume=None if saved is None else saved.midway.state, on_step=on_step,
         )  # fmt: skip
         check_finite(task, losses, explain, run.end.params)
         return run
@@ -107,8 +133,7 @@ class Trainer:
             session.advance()
             session.check()
 
-        discard = (lambda index, state: None, lambda index: start)
-        run = train(task.step, start, weights, task.fixed(start.params), stream, store=discard, on_step=on_step)
+        run = train(task.step, start, weights, task.fixed(start.params), stream, keep=schedule.NOTHING, on_step=on_step)
         return float(value(run.end.params, task.fixed(start.params), validation))
 
     def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, save_as: int | None = None) -> Estimate:
@@ -118,18 +143,24 @@ class Trainer:
         if self._sweeps is None:
             return self.direct(run, weights)
         saved = None if save_as is None else self._load(save_as, run.start, weights)
-        sweep = saved.sweep if saved is not None and saved.sweep.segment >= -1 else None
+        sweep = saved.midway.sweep if saved is not None and saved.midway.sweep.step >= 0 else None
         if sweep is None:
             sweep = self._sweeps.begin(run, weights, fixed, validation)
         else:
-            self.session.advance((REPLAY + PRODUCT) * (run.steps - (sweep.segment + 1) * self.every))
-        while not self._sweeps.done(run, sweep):
-            sweep = self._sweeps.advance(run, weights, fixed, stream, sweep)
+            self.session.advance((REPLAY + PRODUCT) * (run.steps - sweep.step))
+
+        def pause() -> None:
             if self.session.due():
                 if save_as is not None:
-                    snapshots = {index * self.every: run.snapshot(index * self.every) for index in range(self.slots)}
-                    self._save(save_as, Midway(run.end, self._listed(snapshots, run.start), sweep))
+                    self._save(save_as, run.end, run.snapshots, sweep)
                 self.session.saved()
+
+        self._pause = pause
+        while not self._sweeps.done(run, sweep):
+            sweep = self._sweeps.advance(run, weights, fixed, stream, sweep)
+            pause()
+        self._pause = lambda: None  # the other holds this run's states
+        release(run)
         return self._sweeps.finish(run, sweep)
 
     def direct(
@@ -182,27 +213,36 @@ class Trainer:
     # ---- saving in the middle
 
     @property
-    def slots(self) -> int:
-        """Snapshots that a run keeps."""
-        return -(-self.task.steps // self.every)
-
-    def _listed(self, snapshots: dict[int, Inner], start: Inner) -> list[Inner]:
-        return [snapshots.get(index * self.every, start) for index in range(self.slots)]
+    def _first(self) -> int:
+        """The step at which sweeps end."""
+        return self.task.steps - states.swept(self.outer, self.task.steps)
 
     def _no_sweep(self, start: Inner, weights: jax.Array) -> Sweep:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         adjoint = Adjoint(start.params, tree.inexact(start.opt))
-        return placing.settled(self.task.mesh, Sweep(-2, adjoint, weights, zero, zero, zero, jnp.array(True)))
+        return placing.settled(self.task.mesh, Sweep(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True)))
 
-    def _save(self, outer_step: int, midway: Midway) -> None:
-        checkpoint.save(self.folder, outer_step, midway, {}, keep=1)
+    def _save(self, outer_step: int, state: Inner, kept: MutableMapping[int, Inner], sweep: Sweep) -> None:
+        """What is on disk already is not written again."""
+        steps = [] if isinstance(kept, states.Disk) else sorted(kept)
+        if isinstance(kept, states.Disk):
+            kept.settle()
+        midway = Midway(state, [kept[step] for step in steps], sweep)
+        checkpoint.save(self.folder, outer_step, midway, {"kept": steps}, keep=1)
 
-    def _load(self, outer_step: int, start: Inner, weights: jax.Array) -> Midway | None:
-        like = Midway(start, [start] * self.slots, self._no_sweep(start, weights))
-        if outer_step not in checkpoint.steps(self.folder):
+    def _load(self, outer_step: int, start: Inner, weights: jax.Array) -> "Saved | None":
+        found = checkpoint.meta(self.folder, outer_step)
+        if found is None:
             return None
-        found = checkpoint.restore(self.folder, like)
-        return found.tree if found and found.step == outer_step else None
+        like = Midway(start, [start] * len(found["kept"]), self._no_sweep(start, weights))
+        restored = checkpoint.restore(self.folder, like, outer_step)
+        return restored and Saved(restored.tree, dict(zip(found["kept"], restored.tree.snapshots, strict=True)))
+
+
+def release(run: Run) -> None:
+    """Remove what a run has on disk for sweeps that will not come."""
+    if isinstance(run.snapshots, states.Disk):
+        run.snapshots.clear()
 
 
 def check_finite(

@@ -6,10 +6,10 @@ Minutes on two CPU cores (more on busy ones: try --steps 32); prints two markdow
 real data and models that tests/conftest.py describes.
 
 All parameters of a model of 260 thousand, 64 AdamW steps of 16 rows of about 64 tokens, float32. In one process the
-variants take turns, so that a busy machine slows all of them, and the medians over the rounds are compared. Targets:
-training and sweep together at most 4.2 times plain training where every state was kept, 5.5 times with snapshots every
-8 steps (by count of products 4 and 5: with forwards F a gradient is 3F, a Hessian product with its primal 9F, a replay
-3F); and at most 100 MB beside the model.
+variants take turns, so that a busy machine slows all of them, and the medians over the rounds are compared. What is
+kept: every state and gradient; what fits half and a quarter of that memory; sqrt(steps) snapshots; and half of those.
+Targets: 4.2 times plain training with every state, 5.5 times with sqrt(steps) snapshots (by count of products, with F a
+forward pass: a gradient is 3F, a Hessian product with its primal 9F, a replayed step 3F, so 4 and 5 - 1/sqrt(steps)).
 """
 
 import argparse
@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.core import tree
-from bilevel_jax.core.transition import snapshot_interval, train
+from bilevel_jax.core import schedule, tree
+from bilevel_jax.core.transition import train
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
 from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
@@ -41,7 +41,6 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     weights = jnp.ones(one.rows)
     step, run = one.trained(weights)
     estimator = unrolled(one.problem, step)
-    nowhere = (lambda index, state: None, lambda index: one.start())
 
     def trained(**options):
         return train(step, one.start(), weights, one.fixed, one.train, **options)
@@ -51,11 +50,19 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
         assert out.checks.replayed
         return out.grad
 
-    variants = {
-        "plain training": lambda: trained(store=nowhere).end.params,
-        "training and sweep, every state kept": lambda: estimated(keep=True),
-        f"training and sweep, snapshots every {snapshot_interval(steps)}": estimated,
+    state, first = run.start, one.train.batch(0)
+    snapshot, visit = size(state), size(state) + size(state.params)
+    whole = steps * visit
+    root = schedule.square_root(steps)
+    keeps = {
+        "every state": schedule.everything(steps),
+        "half of that": schedule.within(steps, snapshot, visit, whole / 2),
+        "a quarter of it": schedule.within(steps, snapshot, visit, whole / 4),
+        "sqrt(steps) snapshots": root,
+        "half of those": schedule.within(steps, snapshot, visit, (root.snapshots * snapshot + root.tape * visit) / 2),
     }
+    variants = {"plain training": lambda: trained(keep=schedule.NOTHING).end.params}
+    variants |= {name: partial(estimated, keep=keep) for name, keep in keeps.items()}
     seconds = {name: [] for name in variants}
     for turn in range(rounds + 1):  # the first compiles
         for name, variant in variants.items():
@@ -63,7 +70,6 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
             if turn == 0:
                 seconds[name].clear()
 
-    state, first = run.snapshot(0), one.train.batch(0)
     part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
     programs = {
         "forward step": (step.forward, (state, part, one.fixed, first)),
@@ -75,20 +81,24 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     places = int(np.prod(first["tokens"].shape))
     print(f"\n{jax.devices()[0].device_kind}, {steps} steps of {batch} rows in {micro} micro-batches, {places} tokens;")
     print(f"LoRA rank {lora_rank}; {rounds} rounds\n" if lora_rank else f"all parameters; {rounds} rounds\n")
-    print("| what | median, s | over plain training |\n|---|---|---|")
+    print("| kept for the sweep | snapshots | tape | MB | by count | median, s | over plain training |")
+    print("|---|---|---|---|---|---|---|")
     plain = np.median(seconds["plain training"])
-    for name, values in seconds.items():
-        print(f"| {name} | {np.median(values):.2f} | {np.median(values) / plain:.2f} |")
+    print(f"| plain training | | | | 1 | {plain:.2f} | 1 |")
+    for name, keep in keeps.items():
+        megabytes = (keep.snapshots * snapshot + keep.tape * visit) / MB
+        count, median = 4 + schedule.replays(steps, keep) / steps, np.median(seconds[name])
+        print(f"| {name} | {keep.snapshots} | {keep.tape} | {megabytes:.0f} | {count:.2f} ", end="")
+        print(f"| {median:.2f} | {median / plain:.2f} |")
+
+    print("\n| piece | median, s | x steps, over plain training |\n|---|---|---|")
     for name, values in pieces.items():
-        print(f"| {name}, one | {np.median(values):.4f} | {np.median(values) / plain * steps:.2f} (x {steps}) |")
+        print(f"| {name} | {np.median(values):.4f} | {np.median(values) / plain * steps:.2f} |")
 
     print("\n| memory | MB |\n|---|---|")
     for name, (function, args) in programs.items():
         temporary = function.lower(*args).compile().memory_analysis().temp_size_in_bytes
-        print(f"| {name}, temporary | {temporary / MB:.1f} |")
-    every = snapshot_interval(steps)
-    print(f"| states and gradients of a segment of {every} | {every * (size(state) + size(state.params)) / MB:.1f} |")
-    print(f"| snapshots | {-(-steps // every) * size(state) / MB:.1f} |", flush=True)
+        print(f"| {name}, temporary | {temporary / MB:.1f} |", flush=True)
 
 
 same = jax.jit(tree.equal)

@@ -24,6 +24,7 @@ import numpy as np
 
 from bilevel_jax.core import certify, curvature, linsolve
 from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.schedule import everything
 from bilevel_jax.core.transition import scan, train, transition
 from bilevel_jax.core.unrolled import outer_value, unrolled
 from bilevel_jax.lm.models import balance
@@ -57,7 +58,7 @@ def measure(
         return np.array([value(params, plain.fixed, part) for part in (fit, report)])
 
     def swept(w: jax.Array):
-        run = train(step, plain.start(), w, plain.fixed, plain.train, keep=True)
+        run = train(step, plain.start(), w, plain.fixed, plain.train, keep=everything(plain.train.steps))
         return run, unrolled(plain.problem, step)(run, w, plain.fixed, plain.train, fit)
 
     run, exact = swept(weights)

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import arrays
+from bilevel_jax.core import arrays, schedule
 from bilevel_jax.core.problem import shared
 from bilevel_jax.core.transition import begin, scan, train, transition
-from bilevel_jax.core.types import PADDING, Stream
+from bilevel_jax.core.types import PADDING, Keep, Stream
 from bilevel_jax.core.unrolled import check_differentiable, each, outer_value, sweeper, unrolled
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
@@ -31,8 +31,8 @@ ADAMW = OPTIMIZERS["adamw, clipped, scheduled"]
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2, ROWS)
 
 
-def estimate(toy, optimizer, *, keep=False, every=None, **options):
-    step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), keep=keep, every=every)
+def estimate(toy, optimizer, *, keep=None, **options):
+    step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), keep=keep)
     return unrolled(toy.problem, step, **options)(run, jnp.asarray(WEIGHTS), toy.fixed, toy.train, toy.validation)
 
 
@@ -60,18 +60,29 @@ def test_equals_finite_differences():
         assert abs(float(slope / jnp.vdot(out.grad, direction)) - 1) < bound
 
 
-@pytest.mark.parametrize("every", (1, 5, 24, 100))
-def test_segments_and_kept_states_change_no_bit(every):
-    toy = lora()
-    np.testing.assert_array_equal(estimate(toy, ADAMW, every=every).grad, estimate(toy, ADAMW, keep=True).grad)
+@pytest.mark.parametrize("keep", (Keep(23, 1), Keep(4, 5), Keep(1, 12), Keep(2, 3), Keep(1, 5), Keep(3, 1)))
+def test_what_is_kept_changes_no_bit(keep):
+    """Nothing replayed, once, and many times; a second sweep of the same run, after the first used up what was kept."""
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    whole = estimate(toy, ADAMW, keep=schedule.everything(24))
+    step, run = trained(toy, ADAMW, weights, keep=keep)
+    steps_made = []
+    counted = step._replace(forward=lambda *args: (steps_made.append(1), step.forward(*args))[1])
+    for turn in range(2):
+        out = unrolled(toy.problem, counted)(run, weights, toy.fixed, toy.train, toy.validation)
+        np.testing.assert_array_equal(out.grad, whole.grad)
+        assert out.checks == whole.checks and len(run.snapshots) <= keep.snapshots
+        if turn == 0:
+            assert len(steps_made) == schedule.replays(24, keep)
 
 
+@pytest.mark.parametrize("keep", (Keep(4, 5), Keep(2, 3)))
 @pytest.mark.parametrize("after", range(4))
-def test_interrupted_and_resumed_changes_no_bit(after):
-    """The sweep is saved after a segment, written to bytes, read by a program with cold caches, and gone on with."""
+def test_interrupted_and_resumed_changes_no_bit(after, keep):
+    """The sweep is saved after a tape, written to bytes, read by a program with cold caches, and gone on with."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
-    step, run = trained(toy, ADAMW, weights)
+    step, run = trained(toy, ADAMW, weights, keep=keep)
     sweeps = sweeper(toy.problem, step)
     sweep = sweeps.begin(run, weights, toy.fixed, toy.validation)
     for _ in range(after + 1):
@@ -81,9 +92,9 @@ def test_interrupted_and_resumed_changes_no_bit(after):
     np.savez(file, *leaves)
     file.seek(0)
     loaded = structure.unflatten(list(np.load(file).values()))
-    loaded = jax.tree.map(jnp.asarray, loaded)._replace(segment=int(loaded.segment))
+    loaded = jax.tree.map(jnp.asarray, loaded)._replace(step=int(loaded.step))
     jax.clear_caches()
-    step, run = trained(toy, ADAMW, weights)
+    step, run = trained(toy, ADAMW, weights, keep=keep)
     sweeps = sweeper(toy.problem, step)
     while not sweeps.done(run, loaded):
         loaded = sweeps.advance(run, weights, toy.fixed, toy.train, loaded)
@@ -95,19 +106,23 @@ def test_interrupted_and_resumed_changes_no_bit(after):
 def test_window_sweeps_the_last_steps_only():
     toy = lora()
     weights = jnp.asarray(WEIGHTS)
-    _, run = trained(toy, ADAMW, weights)
-    step = transition(toy.problem, ADAMW)
+    step, run = trained(toy, ADAMW, weights, keep=Keep(4, 5))
+    assert sorted(run.snapshots) == [0, 4, 9, 14]
 
     def tail(weights):
-        state = jax.lax.stop_gradient(run.snapshot(15))
-        batches = jax.tree.map(lambda leaf: leaf[15:], stacked(toy.train))
+        state = jax.lax.stop_gradient(run.snapshots[14])
+        batches = jax.tree.map(lambda leaf: leaf[14:], stacked(toy.train))
         end = scan(step, state, weights, toy.fixed, batches)
         return toy.problem.outer(end.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], toy.validation.batch(0)))
 
-    out = estimate(toy, ADAMW, window=9)
+    out = estimate(toy, ADAMW, window=10)
     assert relative(out.grad, jax.grad(tail)(weights)) < 1e-12
-    assert out.checks.steps == 9
-    assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a segment is no longer one
+    assert out.checks.steps == 10
+    assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a tape is no longer one
+    last = trained(toy, ADAMW, weights, since=14)[1]
+    assert min(last.snapshots) == 14
+    only = unrolled(toy.problem, step, window=10)(last, weights, toy.fixed, toy.train, toy.validation)
+    np.testing.assert_array_equal(only.grad, out.grad)
     np.testing.assert_array_equal(estimate(toy, ADAMW, window=99).grad, estimate(toy, ADAMW).grad)
 
 
@@ -239,11 +254,17 @@ def test_accepts_an_optimizer_with_one(name):
 
 def test_a_replay_that_misses_is_told():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights)
-    other = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshot(5))
-    broken = run._replace(snapshot=lambda index: other if index == 5 else run.snapshot(index))
-    out = unrolled(toy.problem, step)(broken, weights, toy.fixed, toy.train, toy.validation)
+    step, run = trained(toy, ADAMW, weights, keep=Keep(4, 5))
+    run.snapshots[4] = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshots[4])
+    out = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
     assert not out.checks.replayed
+
+
+def test_a_training_that_kept_nothing_is_refused():
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, ADAMW, weights, keep=schedule.NOTHING)
+    with pytest.raises(ValueError, match="kept nothing"):
+        unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
 
 
 def test_hypergradient_wants_one_estimand():

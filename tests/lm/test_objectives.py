@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.schedule import once
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm.batches import Layout, evaluation_stream, layout, order, train_stream
@@ -149,7 +150,7 @@ def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     toy = Toy(problem, None, params, on_device(train), on_device(whole))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps_root=1e-12))
     weights = jnp.asarray(WEIGHTS)
-    transition, run = trained(toy, optimizer, weights, every=2)
+    transition, run = trained(toy, optimizer, weights, keep=once(4, 2))
     out = unrolled(problem, transition)(run, weights, None, toy.train, toy.validation)
     value, grad = through_scan(toy, optimizer, weights)
     assert relative(out.value, value) < 1e-12 and (grad != 0).all()

@@ -14,7 +14,7 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.core.transition import begin
-from bilevel_jax.runs import estimate, memory, programs, rows
+from bilevel_jax.runs import estimate, memory, programs, rows, states
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load, load_estimated
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.session import Session
@@ -67,11 +67,11 @@ def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
         assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
         for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
             assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
-        assert memory.held(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        assert states.held(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes))
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert memory.held(subject.shapes.state) == 4 * 3 * size + 3 * 4  # AdamW's moments, and three counts
-    assert memory.held(subject.shapes.adjoint) == 4 * 3 * size
+    assert states.held(subject.shapes.state) == 4 * 3 * size + 3 * 4  # AdamW's moments, and three counts
+    assert states.held(subject.shapes.adjoint) == 4 * 3 * size
 
 
 @pytest.mark.slow  # compiles two steps of a run twice
@@ -118,7 +118,11 @@ def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsy
     assert found["parameters"]["base"] == {"bfloat16": 8_030_261_248}  # as its model card counts them
     factors = 32 * 16 * ((4096 + 4096) + (4096 + 1024))  # rank 16 on queries and values
     assert found["parameters"]["trained"] == {"float32": factors}
-    assert found["arrays"]["snapshot"] == 4 * 3 * factors + 12 and found["arrays"]["snapshots"] == 32
+    kept = found["arrays"]
+    assert kept["snapshot"] == 4 * 3 * factors + 12 and kept["a step on the tape"] == kept["snapshot"] + 4 * factors
+    assert (kept["snapshots"], kept["tape"]) == (27, 24)  # 1000 steps, each replayed once but the last
+    taken = 27 * kept["snapshot"] + 24 * kept["a step on the tape"]
+    assert 0.95 < 2 * taken / (24 * 2**30 - 2 * 8_030_261_248 - 4 * factors) <= 1
     assert found["arrays"]["base"] == 2 * 8_030_261_248  # whole on each of the devices
     assert "It does not fit" in out and "devices.model: 8" in out and "“writing”" in out
 
@@ -167,25 +171,33 @@ def test_a_run_counts_what_was_planned(made, tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
-def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, rank):
-    """At every piece of work that a run counts: never more than its largest phase, and as much in the sweep."""
-    most, advance = 0, Session.advance
+@pytest.mark.parametrize("rank, memory_gib", [(0, 0), (2, 0), (0, 2e-3), (0, 1e-3)])
+def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, rank, memory_gib):
+    """After each step that is trained or replayed: never more than the largest phase, and as much in one of them."""
+    most, due, advance = 0, Session.due, Session.advance
 
     def live():
         return sum({one.unsafe_buffer_pointer(): one.nbytes for one in jax.live_arrays()}.values())
 
+    def counted(self):
+        count()
+        return due(self)
+
     def counting(self, amount=1.0):
-        nonlocal most
-        most = max(most, live())
+        count()
         advance(self, amount)
 
-    flags = ("--fast", "--model.lora-rank", str(rank))
+    def count():
+        nonlocal most
+        most = max(most, live())
+
+    flags = ("--fast", "--model.lora-rank", str(rank), "--outer.memory-gib", str(memory_gib))
     config = load(SelectConfig, made / "select.yaml", flags)
     subject = estimate.shaped(config, read(config, rows.load(config.data)), "select")
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()
+    monkeypatch.setattr(Session, "due", counted)
     monkeypatch.setattr(Session, "advance", counting)
     select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
     assert most - before == pytest.approx(max(phase.bytes for phase in phases if phase.name != "writing"), rel=0.01)

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import certify, curvature, linsolve, tree
 from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.schedule import everything
 from bilevel_jax.core.transition import finished, scan, train, transition
 from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, Run, Transition
 from bilevel_jax.core.unrolled import outer_value, unrolled
@@ -171,7 +172,7 @@ def test_eight_devices_equal_one(eight_devices, shared):
         optimizer = adamw(4, learning_rate=FULL.learning_rate)
         one = setting(shared, rows(shared), optimizer, steps=4, batch=16, micro=2, mesh=mesh)
         w = placing.everywhere(mesh, weights(one.rows))
-        step, run = one.trained(w, keep=True)
+        step, run = one.trained(w, keep=everything(one.train.steps))
         out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert len(out.grad.sharding.device_set) == count
         results.append(jax.device_get((out.value, run.gradient(0), out.grad)))

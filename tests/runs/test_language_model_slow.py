@@ -7,7 +7,9 @@ import pytest
 
 from bilevel_jax.core import certify, curvature, linsolve
 from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.schedule import everything, once
 from bilevel_jax.core.transition import train
+from bilevel_jax.core.types import Keep
 from bilevel_jax.core.unrolled import check_differentiable, outer_value, unrolled
 from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import mesh as placing
@@ -85,9 +87,9 @@ def test_eight_devices_equal_one_in_float64(rank, packing, eight_devices, shared
 @pytest.mark.parametrize("rank", RANKS)
 def test_kept_states_and_snapshots_change_no_bit(rank, shared):
     one = problem(rows(shared), shared, rank, packing=True)
-    reference = swept(one, keep=True)[2]
-    for every in (2, 4, 100):
-        out = swept(one, every=every)[2]
+    reference = swept(one, keep=everything(one.train.steps))[2]
+    for keep in (once(one.train.steps, 2), once(one.train.steps, 4), Keep(1, 2)):
+        out = swept(one, keep=keep)[2]
         assert out.checks == reference.checks
         np.testing.assert_array_equal(out.grad, reference.grad)
 

@@ -87,6 +87,26 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop
     same_run(out, whole[0])
 
 
+@pytest.mark.parametrize(
+    "states, memory_gib, at",
+    [
+        ("disk", "1e-3", 14),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("host", "1e-3", 27), ("device", "1e-3", 16))),
+    ],
+)
+def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, states, memory_gib, at):
+    """A tape of three steps, of two where a step is replayed more than once; stopped in a sweep, and gone on with."""
+    flags = ("--outer.states", states, "--outer.memory-gib", memory_gib, "--certify.no-enabled", "--compare.no-enabled")
+    stop_at(at)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", *flags)
+    assert (tmp_path / "run/checkpoints/inner/states").exists() == (states == "disk")
+    run(made, tmp_path / "run", *flags, "--resume")
+    here, there = (pq.read_table(folder / "weights.parquet") for folder in (tmp_path / "run", whole[0]))
+    assert here.equals(there)
+    assert not (tmp_path / "run/checkpoints/inner/states").exists()
+
+
 def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)

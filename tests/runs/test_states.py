@@ -1,0 +1,72 @@
+"""Where the states of a training are kept for its sweep."""
+
+import errno
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax.core import schedule
+from bilevel_jax.core.types import Inner, Keep
+from bilevel_jax.runs import checkpoint, states
+from bilevel_jax.runs.sections import Outer
+
+SIZE = 1000
+
+
+def state(step: int) -> Inner:
+    return Inner({"w": jnp.arange(SIZE) + 0.5 * step}, (jnp.full(SIZE, step, jnp.float32),), jnp.int32(step))
+
+
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_a_store_gives_back_what_it_got(tmp_path, where):
+    store = states.place(Outer(states=where), tmp_path / "states", state(0))
+    for step in (0, 3, 7, 12):
+        store[step] = state(step)
+    del store[7]
+    assert sorted(store) == [0, 3, 12] and len(store) == 3 and 7 not in store
+    for step in (12, 3, 0, 3):
+        jax.tree.map(np.testing.assert_array_equal, store[step], state(step))
+        assert store[step].params["w"].sharding == state(step).params["w"].sharding
+    with pytest.raises(KeyError):
+        store[7]
+    if where == "disk":
+        store.settle()
+        again = states.place(Outer(states=where), tmp_path / "states", state(0), resumed=True)
+        assert sorted(again) == [0, 3, 12]
+        jax.tree.map(np.testing.assert_array_equal, again[12], state(12))
+        assert not states.place(Outer(states=where), tmp_path / "states", state(0))  # a new run begins with nothing
+        again.clear()
+        assert not (tmp_path / "states").exists()
+
+
+def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypatch):
+    store = states.Disk(tmp_path / "states", state(0))
+    store[0] = state(0)
+    store.settle()
+    largest = max((p for p in (tmp_path / "states").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="refused.*bytes, .* were written"):
+        store[0]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_seal", full)
+    store[1] = state(1)
+    with pytest.raises(OSError, match="disk"):
+        store.settle()
+
+
+def test_what_is_planned_fits_the_budget():
+    shapes = jax.eval_shape(lambda: state(0))  # a snapshot takes 8,004 bytes and a step on the tape 12,004
+    gib = lambda amount: amount / states.GIB  # noqa: E731
+    assert states.planned(Outer(), 50, shapes, None) == schedule.everything(50)
+    assert states.planned(Outer(), 50, shapes, None, device=4000 + 2 * 48_100) == Keep(3, 2)
+    assert states.planned(Outer(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
+    assert states.planned(Outer(memory_gib=gib(200_000), states="disk"), 50, shapes, None) == Keep(3, 16)
+    assert states.planned(Outer(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(1, 15)
+    assert states.planned(Outer(method="alignment"), 50, shapes, None) == schedule.NOTHING
+    with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*devices.model"):
+        states.planned(Outer(memory_gib=gib(20_000)), 50, shapes, None)
