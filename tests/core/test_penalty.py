@@ -45,7 +45,7 @@ def drive(method, toy, steps, state=None):
 # The estimator
 
 
-@pytest.mark.parametrize("make", (ridge, logistic))
+@pytest.mark.parametrize("make", (pytest.param(ridge, marks=pytest.mark.slow), logistic))
 def test_the_error_falls_as_one_over_gamma(make):
     closed = make()
     problem, streams = closed.problem(), closed.streams()

@@ -84,9 +84,9 @@ FAR = ("16 x 1", "packed, 8 devices")
     [
         ("sft, token mean", "float64", 1e-12, EVERY),
         ("dpo", "float64", 1e-12, EVERY),
-        ("simpo", "float64", 1e-12, EVERY),
-        ("sft", "float32", 1e-6, FAR),
-        ("dpo", "float32", 1e-6, FAR),
+        pytest.param("simpo", "float64", 1e-12, EVERY, marks=pytest.mark.slow),
+        pytest.param("sft", "float32", 1e-6, FAR, marks=pytest.mark.slow),
+        pytest.param("dpo", "float32", 1e-6, FAR, marks=pytest.mark.slow),
     ],
 )
 def test_step_is_the_same_in_every_layout(name, dtype, bound, layouts, eight_devices):

@@ -125,6 +125,7 @@ def test_sentence_names_what_is_not_told_apart():
     assert "The oracle beats uniform" in told
 
 
+@pytest.mark.slow
 def test_text_with_weights_per_source(made, tmp_path):
     flags = ("--bench.methods", "window", "--bench.passes", "60", "--outer.weighting", "per_source")
     more = ("--data.source-field", "label", "--bench.seeds", "1", "--outer.window", "2", "--bench.arms", "oracle")

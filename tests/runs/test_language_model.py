@@ -103,7 +103,8 @@ def test_the_run_holds_every_trap(shared):
     assert {16, 24} <= set(rows(shared).train.lengths.tolist())
 
 
-@pytest.mark.parametrize("mode", [FULL, pytest.param(LORA, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow  # finite differences below, and a smaller model in tests/lm/test_objectives.py, are not
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=str)
 def test_equals_reverse_mode_through_a_scan(mode, shared, x64):
     one, step, w, _, out = swept(shared, mode)
     held_out = [jax.tree.map(lambda leaf: leaf[0], one.validation.batch(i)) for i in range(one.validation.steps)]
@@ -135,7 +136,8 @@ def test_equals_finite_differences(mode, shared, x64):
     assert len(falls) >= 2 and (falls > 80).all() and (falls < 120).all()
 
 
-@pytest.mark.parametrize("mode", [pytest.param(FULL, marks=pytest.mark.slow), LORA], ids=str)
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=str)
+@pytest.mark.slow
 def test_float32_is_enough(mode, shared):
     """float32 against float64, and against differences of the float32 program itself."""
     single = swept(shared, mode, x64=False)
@@ -150,6 +152,7 @@ def test_float32_is_enough(mode, shared):
     assert abs(bent - 1) < 0.05  # in six steps the first, close to a sign, counts for much: a curve, not an error
 
 
+@pytest.mark.slow  # tests/lm/test_objectives.py has every layout of a step
 def test_packing_and_micro_batches_change_nothing(shared, x64):
     results = []
     for packing, micro in ((False, 1), (False, 8), (True, 1)):
@@ -205,6 +208,7 @@ def test_gauss_newton_is_symmetric_and_positive(mode, shared, x64):
     assert (np.diag(table) > sizes).all()  # the prior's share, and something positive on top
 
 
+@pytest.mark.slow
 def test_implicit_does_not_depend_on_the_gauge(shared, x64):
     """(s A, B / s) is the same model: after `balance` it has the same entries, without it other ones."""
     one, params = with_prior(shared, LORA)

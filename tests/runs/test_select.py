@@ -152,6 +152,7 @@ def test_other_ways(made, tmp_path, flags):
         assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
 
 
+@pytest.mark.slow  # tests/runs/test_agreement.py has eight devices, a batch, an estimate and a solve at a time
 def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64):
     smooth = ("--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3")  # so that rounding is not amplified
     flags = ("--fast", "--outer.steps", "1", "--model.train-dtype", "float64", *smooth)
