@@ -626,7 +626,8 @@ def unrolled_for(task, steps, optimizer):
     whole, trusted = rows_stream(task.training).batch(0), rows_stream(task.trusted)
     stream, step = Stream(lambda _: whole, steps), transition(problem, optimizer)
     estimator, start = unrolled(problem, step), begin(optimizer, jnp.zeros_like(task.truth))
-    return lambda w: estimator(train(step, start, w, None, stream, keep=everything(stream.steps)), w, None, stream, trusted)
+    keep = everything(stream.steps)
+    return lambda w: estimator(train(step, start, w, None, stream, keep=keep), w, None, stream, trusted)
 
 
 def learn(estimate, rows, steps):

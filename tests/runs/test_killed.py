@@ -1,5 +1,6 @@
 """Killed at any moment, a run goes on where it was: the end is the same, bit for bit."""
 
+import os
 import random
 import shutil
 import signal
@@ -13,9 +14,10 @@ import pytest
 from tests.conftest import ROOT
 
 KILLS = 12
-"""For each verb: with three of them the runs are killed 36 times."""
+"""For each kind of run: with four of them the runs are killed 48 times."""
 FLAGS = {
     "select": ("--outer.steps", "3", "--outer.method", "unrolled"),
+    "states on disk": ("--outer.steps", "3", "--outer.states", "disk", "--outer.memory-gib", "1e-3"),
     "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.prior", "0.5"),
     "train": ("--train.epochs", "20"),
 }
@@ -62,6 +64,31 @@ def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
     assert run.communicate()[0] is not None and run.returncode == 0
     same(whole, out)
     assert resumed >= KILLS // 3  # or hardly any was killed at work
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_nothing_or_all_of_it(made, tmp_path):
+    """What is there is whole; where it is not there, exporting again writes it."""
+    draw, run, out = random.Random(0), tmp_path / "run", tmp_path / "rows"
+    assert start("select", made, run).communicate()[0] is not None
+    command = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.form", "axolotl"]
+    began = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for _ in range(KILLS):
+        export = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        try:
+            export.wait(draw.uniform(0.7, 1.05) * seconds)
+        except subprocess.TimeoutExpired:
+            export.kill()
+        export.wait()
+        if out.exists():
+            there = {path.name: path.read_bytes() for path in out.iterdir()}
+            assert {name: content for name, content in there.items() if name != "README.md"} == {
+                name: content for name, content in whole.items() if name != "README.md"
+            }
+            shutil.rmtree(out)
 
 
 def same(one, other):
