@@ -1,0 +1,244 @@
+"""One exact hypergradient: seconds, memory and error beside plain JAX, PyTorch and the libraries that give one.
+
+    pip install --no-deps -r tests/benchmarks/requirements.txt
+    python -m tests.benchmarks.peers
+
+Half an hour on two CPU cores; prints a markdown table for each problem. A library that is not there, or does not run,
+leaves its row with the reason. The problems, made of random numbers (peers_problems.py):
+
+    mlp          d (held-out loss after 100 Adam steps of 128 rows) / d (weights of 1,024 rows), 199,210 parameters
+    transformer  the same for a Llama of 1.89 million parameters, 16 steps of 16 rows of 64 tokens, 256 weights
+    solve        d (held-out loss at the minimum of softmax regression) / d (weights of 2,000 rows): CG to 1e-6
+
+All contestants start from the same numbers, read the same batches and take the same Adam steps in float32. Each lives
+in a process of its own with the same number of cores; after one run that compiles, the processes take turns, one of
+them at work at a time, and medians over the rounds are compared, so that a busy machine slows all. Memory is a run's
+largest resident size above that before it: imports, data and compiled programs are there, and what was freed has been
+given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad through a scan of the whole training
+in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.benchmarks import peers_problems
+
+
+class Contestant(NamedTuple):
+    """Who, which function of which module makes it, and the row that is its own plain training."""
+
+    name: str
+    module: str
+    function: str
+    plain: str = ""
+    options: dict[str, Any] = {}  # noqa: B006, RUF012
+
+
+JAX, TORCH, OURS = "plain training, JAX", "plain training, PyTorch", "plain training, bilevel_jax"
+TRAINING = (
+    Contestant(JAX, "peers_jax", "plain", JAX),
+    Contestant(TORCH, "peers_torch", "plain", TORCH),
+    Contestant(OURS, "peers_jax", "alone", OURS),
+    Contestant("jax.grad through a scan", "peers_jax", "scanned", JAX, {"checkpoint": False}),
+    Contestant("the same, jax.checkpoint on each step", "peers_jax", "scanned", JAX, {"checkpoint": True}),
+    Contestant("PyTorch autograd", "peers_torch", "autograd", TORCH),
+    Contestant("TorchOpt", "peers_torch", "torchopt", TORCH),
+    Contestant("higher, its own Adam", "peers_torch", "higher", TORCH, {"own": True}),
+    Contestant("higher, an Adam with eps_root", "peers_torch", "higher", TORCH, {"own": False}),
+    Contestant("hypertorch, reverse_unroll", "peers_torch", "hypertorch", TORCH, {"unroll": True}),
+    Contestant("hypertorch, reverse", "peers_torch", "hypertorch", TORCH, {"unroll": False}),
+    Contestant("bergson MAGIC, √T checkpoints", "peers_torch", "bergson", TORCH),
+    Contestant("bilevel_jax, every state kept", "peers_jax", "swept", OURS, {"kept": "everything"}),
+    Contestant("bilevel_jax, √T snapshots", "peers_jax", "swept", OURS, {"kept": "square root"}),
+)
+SOLVE = "jax.scipy's CG, one program"
+SOLVING = (
+    Contestant(SOLVE, "peers_jax", "closed", SOLVE),
+    Contestant("TorchOpt, solve_cg", "peers_solve", "torchopt", SOLVE),
+    Contestant("hypertorch, CG", "peers_solve", "hypertorch", SOLVE),
+    Contestant("Betty, cg", "peers_solve", "betty", SOLVE),
+    Contestant("bilevel_jax, implicit", "peers_jax", "solved", SOLVE),
+)
+ORACLE = Contestant("oracle", "peers_jax", "oracle")
+
+
+class Result(NamedTuple):
+    """One contestant's row: numbers, or why there are none."""
+
+    runs: list[tuple[float, float]]
+    """Seconds and MB of each."""
+    error: float | None = None
+    """None: it gives no hypergradient."""
+    reason: str = ""
+
+
+def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clock: str) -> None:
+    """Print the tables."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before any process starts
+    print(f"{threads} threads, {clock} time, {rounds} rounds; load {os.getloadavg()[0]:.1f} at the beginning")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in problems:
+            problem = PROBLEMS[name](Path(folder))
+            chosen = SOLVING if name == "solve" else TRAINING
+            kept = {one.plain for one in chosen if _matches(one, only)} | {chosen[0].name}
+            chosen = [one for one in chosen if one.name in kept or _matches(one, only)]
+            table(name, compete(chosen, problem, _exact(problem, threads), rounds, threads, clock), chosen)
+    print(f"\nload {os.getloadavg()[0]:.1f} at the end")
+
+
+def compete(
+    chosen: list[Contestant], problem: Any, exact: np.ndarray, rounds: int, threads: int, clock: str
+) -> dict[str, Result]:
+    """Every contestant's result; their processes live at the same time and work in turns."""
+    workers, results = {}, {}
+    for one in chosen:
+        worker = Worker(one, problem, threads)
+        try:
+            found = worker.receive()
+        except Failure as failure:
+            results[one.name] = Result([], reason=str(failure))
+            continue
+        print(f"{one.name} is ready", file=sys.stderr, flush=True)
+        error = None if found is None else float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        workers[one.name], results[one.name] = worker, Result([], error=error)
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            results[name].runs.append(worker.ask(clock))
+    for worker in workers.values():
+        worker.stop()
+    return results
+
+
+def table(name: str, results: dict[str, Result], chosen: list[Contestant]) -> None:
+    """Print one problem's rows."""
+    medians = {name: np.median(result.runs, axis=0) for name, result in results.items() if result.runs}
+    first = chosen[0].name
+    print(f"\n| {name} | s | / own plain | / {first} | MB | error |\n|---|---|---|---|---|---|")
+    for one in chosen:
+        result = results[one.name]
+        if result.reason:
+            print(f"| {one.name} | {result.reason} | | | | |")
+            continue
+        seconds, megabytes = medians[one.name]
+        ratios = [f"{seconds / medians[base][0]:.2f}" if base in medians else "" for base in (one.plain, first)]
+        error = "" if result.error is None else f"{result.error:.1e}"
+        print(f"| {one.name} | {seconds:.3f} | {' | '.join(ratios)} | {megabytes:.0f} | {error} |", flush=True)
+
+
+class Failure(Exception):
+    """Why a contestant has no numbers."""
+
+
+class Worker:
+    """A contestant's process, and the pipe to it."""
+
+    def __init__(self, one: Contestant, problem: Any, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, one, problem, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """What it sends next."""
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise Failure(f"its process ended with code {self.process.exitcode}") from None
+        if kind == "failed":
+            raise Failure(value)
+        return value
+
+    def ask(self, what: str) -> Any:
+        """One run, measured."""
+        self.pipe.send(what)
+        return self.receive()
+
+    def stop(self) -> None:
+        """End it, so that its memory is free."""
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def _work(pipe: Connection, one: Contestant, problem: Any, threads: int) -> None:
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - progress bars
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA makes as many threads as it may use cores
+    try:
+        module = importlib.import_module(f"tests.benchmarks.{one.module}")
+        run = getattr(module, one.function)(problem, **one.options)
+        answer = "found", run()
+        while True:
+            _give_back()  # or the gigabytes that one contestant has freed would be missing to the others
+            pipe.send(answer)
+            if (asked := pipe.recv()) == "stop":
+                return
+            answer = "measured", _measured(CLOCKS[asked], run)
+    except ImportError as missing:
+        pipe.send(("failed", f"not installed: {missing}"))
+    except Exception as error:  # noqa: BLE001 - a contestant's failure is a row of the table
+        pipe.send(("failed", f"does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+
+
+def _measured(clock: Callable[[], float], run: Callable) -> tuple[float, float]:
+    """Seconds of a run, and its peak in MB above the memory before it."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    before, began = _status("VmRSS"), clock()
+    run()
+    return clock() - began, (_status("VmHWM") - before) / 1e6
+
+
+def _give_back() -> None:
+    """Freed memory to the system, which C's allocator would keep."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _status(key: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PROBLEMS = {
+    "mlp": lambda folder: peers_problems.mlp(),
+    "transformer": lambda folder: peers_problems.transformer(folder),
+    "solve": lambda folder: peers_problems.regression(),
+}
+
+
+def _exact(problem: Any, threads: int) -> np.ndarray:
+    if isinstance(problem, peers_problems.Regression):
+        return problem.exact
+    worker = Worker(ORACLE, problem, threads)
+    exact = worker.receive()
+    worker.stop()
+    return exact
+
+
+def _matches(one: Contestant, only: list[str]) -> bool:
+    return not only or any(part.lower() in one.name.lower() for part in only)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--only", nargs="+", default=[], help="parts of contestants' names; their baselines run too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="cores, and threads, of each contestant")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: seconds of all its threads")
+    main(**vars(parser.parse_args()))
