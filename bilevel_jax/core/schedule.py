@@ -7,7 +7,6 @@ What is kept decides time and memory, and no bit of the result.
 """
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 
 from bilevel_jax.core.types import Keep
@@ -71,22 +70,22 @@ def placed(begin: int, end: int, snapshots: int, tape: int) -> list[int]:
     return found or [begin] * (snapshots > 0 and end > begin)
 
 
-def refill(kept: Iterable[int], end: int, keep: Keep) -> tuple[int, list[int]]:
+def refill(kept: set[int], end: int, keep: Keep) -> tuple[int, list[int]]:
     """(the kept step to replay from, further steps to keep on the way), to put the last steps before `end` on the tape.
 
-    Snapshots at or after `end` have done their service, and their places are taken to be free.
+    `kept` are steps before `end`; later ones have done their service, and their places are taken to be free.
     """
-    before = [step for step in kept if step < end]
-    begin = max(before)
-    return begin, placed(begin, end, keep.snapshots - len(before) + 1, keep.tape)[1:]
+    begin = max(kept)
+    return begin, placed(begin, end, keep.snapshots - len(kept) + 1, keep.tape)[1:]
 
 
 def replays(steps: int, keep: Keep) -> int:
     """Training steps that a sweep over `steps` repeats."""
     kept, end, total = set(placed(0, steps, *keep)), steps - keep.tape, 0
     while end > 0:
+        kept = {step for step in kept if step < end}
         begin, planned = refill(kept, end, keep)
-        kept = {step for step in kept if step < end} | set(planned)
+        kept |= set(planned)
         total, end = total + end - begin, end - keep.tape
     return total
 

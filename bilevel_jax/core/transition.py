@@ -157,11 +157,11 @@ def train(
     """
     keep = schedule.square_root(stream.steps - since) if keep is None else keep
     snapshots = {} if snapshots is None else snapshots
-    kept = {since + place for place in schedule.placed(0, stream.steps - since, *keep)}
+    kept = {since + place for place in schedule.placed(0, stream.steps - since, *keep)}  # the start is kept anyway
     tape: dict[int, Visit] = {}
     state = start if resume is None else resume
     for index in range(int(state.step), stream.steps):
-        if index in kept:
+        if index in kept and index:
             snapshots[index] = state
         batch = stream.batch(index)
         after, info = step.forward(state, step.take(hyper, batch), fixed, batch)

@@ -117,8 +117,8 @@ class Run(NamedTuple):
     steps: int
     keep: Keep
     snapshots: MutableMapping[int, Inner]
-    """The states before some steps, in memory or elsewhere, core does not see. A sweep adds others where it has to
-    replay twice, and removes those that it is done with; any that are there serve the next."""
+    """The states before some steps but the first, in memory or elsewhere, core does not see. A sweep adds others where
+    it has to replay twice, and removes those that it is done with; any that are there serve the next."""
     tape: dict[int, Visit]
     """The last steps. A sweep clears it where it needs the memory for earlier ones."""
 

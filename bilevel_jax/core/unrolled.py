@@ -121,7 +121,7 @@ def sweeper(
         return 0 if window is None else max(0, run.steps - window)
 
     def begin(run: Run, hyper: Hyper, fixed: Fixed, validation: Stream) -> Sweep:
-        if run.steps and not (run.tape or run.snapshots):
+        if run.steps and not run.keep.tape:
             raise ValueError("this training kept nothing for a sweep; give `train` another `keep`.")
         value, slope = value_and_slope(run.end.params, fixed, validation)
         size = tree.norm(slope)
@@ -132,11 +132,14 @@ def sweeper(
     def replay(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, end: int) -> Inner:
         """Put the last steps before `end` on the tape; the state that they lead to."""
         run.tape.clear()  # what stands there is swept, and these steps need its memory
-        begin, planned = schedule.refill(run.snapshots, end, run.keep)
+        before = {kept for kept in run.snapshots if kept < end}
+        if first(run) == 0 or not before:
+            before.add(0)
+        begin, planned = schedule.refill(before, end, run.keep)
         if planned:
             for used in [kept for kept in run.snapshots if kept >= end]:
                 del run.snapshots[used]
-        state = run.snapshots[begin]
+        state = run.snapshots[begin] if begin else run.start
         for t in range(begin, end):
             if t in planned:
                 run.snapshots[t] = state
@@ -265,7 +268,8 @@ def _middle(run: Run) -> Inner:
     middle = run.steps // 2
     if middle in run.tape:
         return run.tape[middle].state
-    return run.snapshots[min(run.snapshots, key=lambda step: abs(step - middle))]
+    kept = min(run.snapshots, key=lambda step: abs(step - middle), default=0)
+    return run.snapshots[kept] if kept else run.start
 
 
 def _probe(

@@ -184,8 +184,9 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
     else:
         found["checkpoints"] = 2 * (6 * table + params)
         keep = planned(config.outer, task.steps, shapes.state, task.base)
-        # what is resumed, the edge of the sweep, and the snapshots
-        found[MIDWAY] = (keep.snapshots + 2) * state + _stored(shapes.adjoint) + table
+        # what is resumed, the edge of the sweep, and the snapshots but the start
+        kept = keep.snapshots - (swept(config.outer, task.steps) == task.steps and keep.snapshots > 0)
+        found[MIDWAY] = (kept + 2) * state + _stored(shapes.adjoint) + table
     if task.base is None:
         found["model"] = params
     else:

@@ -29,8 +29,6 @@ REPLAY, PRODUCT = 1.0, 3.0
 Each step of a sweep counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must not
 depend on the memory of the machine.
 """
-
-
 CHECKED = 32
 """Training steps between two looks at whether their losses are finite."""
 
@@ -84,7 +82,8 @@ class Trainer:
         """
         task, session = self.task, self.session
         saved = None if save_as is None else self._load(save_as, start, weights)
-        keep, kept = schedule.NOTHING, dict[int, Inner]()
+        keep = schedule.NOTHING
+        kept: MutableMapping[int, Inner] = {}
         if swept:
             keep = states.planned(self.outer, task.steps, start, task.base)
             kept = states.place(self.outer, self.folder / "states", start, resumed=saved is not None)
@@ -143,11 +142,11 @@ class Trainer:
         if self._sweeps is None:
             return self.direct(run, weights)
         saved = None if save_as is None else self._load(save_as, run.start, weights)
-        sweep = saved.midway.sweep if saved is not None and saved.midway.sweep.step >= 0 else None
-        if sweep is None:
-            sweep = self._sweeps.begin(run, weights, fixed, validation)
-        else:
+        if saved is not None and saved.midway.sweep.step >= 0:
+            sweep = saved.midway.sweep
             self.session.advance((REPLAY + PRODUCT) * (run.steps - sweep.step))
+        else:
+            sweep = self._sweeps.begin(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.due():

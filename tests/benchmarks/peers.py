@@ -11,11 +11,11 @@ leaves its row with the reason. The problems, made of random numbers (peers_prob
     solve        d (held-out loss at the minimum of softmax regression) / d (weights of 2,000 rows): CG to 1e-6
 
 All contestants start from the same numbers, read the same batches and take the same Adam steps in float32. Each lives
-in a process of its own with the same number of cores; after one run that compiles, the processes take turns, one of
-them at work at a time, and medians over the rounds are compared, so that a busy machine slows all. Memory is a run's
-largest resident size above that before it: imports, data and compiled programs are there, and what was freed has been
-given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad through a scan of the whole training
-in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
+in a process of its own with the same number of cores; after a run that compiles and one that measures memory, the
+processes take turns, one of them at work at a time, and medians over the rounds are compared, so that a busy machine
+slows all. Memory is a run's largest resident size above that before it: imports, data and compiled programs are there,
+and what was freed has been given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad through a scan of the whole
+training in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
 """
 
 import argparse
@@ -35,6 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.benchmarks import peers_problems
+
+
+LARGE = 2000
+"""MB that a process may keep between its turns; several of five thousand would fill a machine."""
 
 
 class Contestant(NamedTuple):
@@ -78,8 +82,8 @@ ORACLE = Contestant("oracle", "peers_jax", "oracle")
 class Result(NamedTuple):
     """One contestant's row: numbers, or why there are none."""
 
-    runs: list[tuple[float, float]]
-    """Seconds and MB of each."""
+    seconds: list[float]
+    megabytes: float = float("nan")
     error: float | None = None
     """None: it gives no hypergradient."""
     reason: str = ""
@@ -107,16 +111,16 @@ def compete(
     for one in chosen:
         worker = Worker(one, problem, threads)
         try:
-            found = worker.receive()
+            found, megabytes = worker.receive()
         except Failure as failure:
             results[one.name] = Result([], reason=str(failure))
             continue
         print(f"{one.name} is ready", file=sys.stderr, flush=True)
         error = None if found is None else float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-        workers[one.name], results[one.name] = worker, Result([], error=error)
+        workers[one.name], results[one.name] = worker, Result([], megabytes, error)
     for _ in range(rounds):
         for name, worker in workers.items():
-            results[name].runs.append(worker.ask(clock))
+            results[name].seconds.append(worker.ask(clock))
     for worker in workers.values():
         worker.stop()
     return results
@@ -124,7 +128,7 @@ def compete(
 
 def table(name: str, results: dict[str, Result], chosen: list[Contestant]) -> None:
     """Print one problem's rows."""
-    medians = {name: np.median(result.runs, axis=0) for name, result in results.items() if result.runs}
+    medians = {name: np.median(result.seconds) for name, result in results.items() if result.seconds}
     first = chosen[0].name
     print(f"\n| {name} | s | / own plain | / {first} | MB | error |\n|---|---|---|---|---|---|")
     for one in chosen:
@@ -132,10 +136,10 @@ def table(name: str, results: dict[str, Result], chosen: list[Contestant]) -> No
         if result.reason:
             print(f"| {one.name} | {result.reason} | | | | |")
             continue
-        seconds, megabytes = medians[one.name]
-        ratios = [f"{seconds / medians[base][0]:.2f}" if base in medians else "" for base in (one.plain, first)]
+        seconds = medians[one.name]
+        ratios = [f"{seconds / medians[base]:.2f}" if base in medians else "" for base in (one.plain, first)]
         error = "" if result.error is None else f"{result.error:.1e}"
-        print(f"| {one.name} | {seconds:.3f} | {' | '.join(ratios)} | {megabytes:.0f} | {error} |", flush=True)
+        print(f"| {one.name} | {seconds:.3f} | {' | '.join(ratios)} | {result.megabytes:.0f} | {error} |", flush=True)
 
 
 class Failure(Exception):
@@ -180,25 +184,36 @@ def _work(pipe: Connection, one: Contestant, problem: Any, threads: int) -> None
     try:
         module = importlib.import_module(f"tests.benchmarks.{one.module}")
         run = getattr(module, one.function)(problem, **one.options)
-        answer = "found", run()
-        while True:
-            _give_back()  # or the gigabytes that one contestant has freed would be missing to the others
-            pipe.send(answer)
-            if (asked := pipe.recv()) == "stop":
-                return
-            answer = "measured", _measured(CLOCKS[asked], run)
+        found = run()
+        megabytes = _peak(run)
+        pipe.send(("found", (found, megabytes)))
+        while (asked := pipe.recv()) != "stop":
+            pipe.send(("seconds", _seconds(CLOCKS[asked], run, megabytes > LARGE)))
     except ImportError as missing:
         pipe.send(("failed", f"not installed: {missing}"))
     except Exception as error:  # noqa: BLE001 - a contestant's failure is a row of the table
         pipe.send(("failed", f"does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"))
 
 
-def _measured(clock: Callable[[], float], run: Callable) -> tuple[float, float]:
-    """Seconds of a run, and its peak in MB above the memory before it."""
+def _peak(run: Callable) -> float:
+    """A run's largest resident size above that before it, MB."""
+    _give_back()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    before, began = _status("VmRSS"), clock()
+    before = _status("VmRSS")
     run()
-    return clock() - began, (_status("VmHWM") - before) / 1e6
+    return (_status("VmHWM") - before) / 1e6
+
+
+def _seconds(clock: Callable[[], float], run: Callable, large: bool) -> float:
+    """Of a run in memory that the process has already; a large one fetches it before, and gives it back."""
+    if large:
+        run()
+    began = clock()
+    run()
+    seconds = clock() - began
+    if large:
+        _give_back()
+    return seconds
 
 
 def _give_back() -> None:
@@ -225,7 +240,7 @@ def _exact(problem: Any, threads: int) -> np.ndarray:
     if isinstance(problem, peers_problems.Regression):
         return problem.exact
     worker = Worker(ORACLE, problem, threads)
-    exact = worker.receive()
+    exact, _ = worker.receive()
     worker.stop()
     return exact
 

@@ -38,6 +38,13 @@ class Weighted(nn.Module):
         return (example_weight * losses).mean()
 
 
+class Layers(nn.ModuleList):
+    """Sliced into a plain list: transformers slices its layers, which higher's copies cannot."""
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return list(self)[at] if isinstance(at, slice) else super().__getitem__(at)
+
+
 class Streams:
     """A problem's tensors: the rows of every step, the held-out rows, the weights of all rows."""
 
@@ -259,4 +266,6 @@ def _llama(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     # eager attention: the fused kernels have no second derivative
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    model.model.layers = Layers(model.model.layers)
+    return model
