@@ -49,9 +49,12 @@ def implicit(
     take, add = jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
 
     @jax.jit
-    def contributions(params, weights, fixed, batch, v):
+    def contributions(gap, params, weights, fixed, batch, v):
         with jax.default_matmul_precision("highest"):
-            return jax.lax.map(lambda micro: entries(problem, params, micro[0], fixed, micro[1], v), (weights, batch))
+            slopes, parts = jax.lax.map(
+                lambda micro: entries(problem, params, micro[0], fixed, micro[1], v), (weights, batch)
+            )
+        return gap + slopes.sum(), parts
 
     @jax.jit
     def prior_slope(params, fixed, v):
@@ -70,14 +73,14 @@ def implicit(
         while count < train.steps and not sample > agreement:
             count = min(2 * count, train.steps)
             before, solution = solution, solve(count, solution.x)
-            sample = float(tree.cosine(before.x, solution.x))
+            sample = float(_cosine(before.x, solution.x))
 
-        v = optax.tree.scale(-1.0, solution.x)
+        v = _negative(solution.x)
         grad, gap = jax.tree.map(jnp.zeros_like, hyper), prior_slope(params, fixed, v)
         for index in range(train.steps):
             batch = train.batch(index)
-            slopes, parts = contributions(params, take(hyper, batch), fixed, batch, v)
-            grad, gap = add(grad, batch, parts), gap + slopes.sum()
+            gap, parts = contributions(gap, params, take(hyper, batch), fixed, batch, v)
+            grad = add(grad, batch, parts)
         checks = Checks(
             residual=solution.residual,
             curvature=solution.curvature,
@@ -89,6 +92,11 @@ def implicit(
         return Estimate(grad, value, solution.x, checks)
 
     return estimate
+
+
+_cosine = jax.jit(tree.cosine)
+_negative = jax.jit(lambda v: optax.tree.scale(-1.0, v))
+_real = jax.jit(lambda index: jnp.sum(index != PADDING))
 
 
 def entries(
@@ -113,7 +121,7 @@ def sampled(stream: Stream, count: int) -> Stream:
     """
     if count >= stream.steps:
         return stream
-    real = float(sum(int((stream.batch(index)["index"] != PADDING).sum()) for index in range(count)))
+    real = float(sum(int(_real(stream.batch(index)["index"])) for index in range(count)))
 
     def batch(index: int) -> Batch:
         full = stream.batch(index)

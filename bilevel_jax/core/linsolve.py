@@ -1,4 +1,8 @@
-"""A x = b for symmetric A given by its products: cg, neumann, identity, dense; each tells its residual."""
+"""A x = b for symmetric A given by its products: cg, neumann, identity, dense; each tells its residual.
+
+Their vector algebra is compiled, as one program where it can be: array by array it would be one for each array of the
+parameters, and where these are split over devices, as many meetings of all of them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +31,10 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
     dots = jax.jit(lambda p, Ap: (optax.tree.vdot(p, Ap), optax.tree.vdot(p, p)))
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
-        size = float(tree.norm(b))
-        x = optax.tree.zeros_like(b) if guess is None else guess
-        r = b if guess is None else optax.tree.sub(b, matvec(x))
-        p, rr = r, optax.tree.vdot(r, r)
+        size = float(_norm(b))
+        x = _zeros(b) if guess is None else guess
+        r = b if guess is None else _less(b, matvec(x))
+        p, rr = r, _square(r)
         curvature, steps = float("nan"), 0
         while steps < max_steps and float(rr) ** 0.5 > tolerance * size:
             Ap = matvec(p)
@@ -51,7 +55,7 @@ def neumann(*, rate: float, terms: int) -> Solver:
     update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + rate * (z - y), x, Ax, b))
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
-        x = optax.tree.zeros_like(b) if guess is None else guess
+        x = _zeros(b) if guess is None else guess
         for _ in range(terms):
             x = update(x, matvec(x), b)
         return Solve(x, _residual(matvec, x, b), float("nan"), terms)
@@ -63,7 +67,7 @@ def identity(*, scale: float = 1.0) -> Solver:
     """x = scale * b: no curvature. The entries are then alignments, <grad l_i, grad L_v>, not hypergradients."""
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
-        return Solve(optax.tree.scale(scale, b), float("nan"), float("nan"), 0)
+        return Solve(_scaled(scale, b), float("nan"), float("nan"), 0)
 
     return solve
 
@@ -88,4 +92,12 @@ def dense(*, limit: int = 4096) -> Solver:
 
 
 def _residual(matvec: Matvec, x: Params, b: Params) -> float:
-    return float(tree.norm(optax.tree.sub(matvec(x), b)) / tree.norm(b))
+    return float(_relative(matvec(x), b))
+
+
+_norm = jax.jit(tree.norm)
+_square = jax.jit(lambda v: optax.tree.vdot(v, v))
+_zeros = jax.jit(optax.tree.zeros_like)
+_less = jax.jit(optax.tree.sub)
+_scaled = jax.jit(optax.tree.scale)
+_relative = jax.jit(lambda Ax, b: tree.norm(optax.tree.sub(Ax, b)) / tree.norm(b))

@@ -57,8 +57,8 @@ class Trainer:
         split = dict(task.mesh.shape).get("model", 1) > 1
         if outer.method == "implicit" and split and processes.several() and jax.default_backend() == "cpu":
             raise ValueError(
-                "outer.method = implicit with devices.model above 1 can hang in several processes on CPUs: the many "
-                "small programs of its solve wait for each other. Set devices.model to 1, or outer.method to unrolled."
+                "outer.method = implicit with devices.model above 1 can hang in several processes on CPUs: the "
+                "programs of its solve wait for each other. Set devices.model to 1, or outer.method to unrolled."
             )
         window = outer.window if outer.method == "window" else None
         self._sweeps: Sweeper | None = None
