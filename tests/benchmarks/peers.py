@@ -14,8 +14,8 @@ All contestants start from the same numbers, read the same batches and take the 
 in a process of its own with the same number of cores; after a run that compiles and one that measures memory, the
 processes take turns, one of them at work at a time, and medians over the rounds are compared, so that a busy machine
 slows all. Memory is a run's largest resident size above that before it: imports, data and compiled programs are there,
-and what was freed has been given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad through a scan of the whole
-training in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
+and what was freed has been given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad
+through a scan of the whole training in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
 """
 
 import argparse
@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.benchmarks import peers_problems
-
 
 LARGE = 2000
 """MB that a process may keep between its turns; several of five thousand would fill a machine."""
