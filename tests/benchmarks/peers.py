@@ -3,8 +3,8 @@
     pip install --no-deps -r tests/benchmarks/requirements.txt
     python -m tests.benchmarks.peers
 
-Half an hour on two CPU cores; prints a markdown table for each problem. A library that is not there, or does not run,
-leaves its row with the reason. The problems, made of random numbers (peers_problems.py):
+An hour on two busy CPU cores, most of it the transformer; prints a markdown table for each problem. A library that is
+not there, or does not run, leaves its row with the reason. The problems, made of random numbers (peers_problems.py):
 
     mlp          d (held-out loss after 100 Adam steps of 128 rows) / d (weights of 1,024 rows), 199,210 parameters
     transformer  the same for a Llama of 1.89 million parameters, 16 steps of 16 rows of 64 tokens, 256 weights

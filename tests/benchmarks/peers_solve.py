@@ -74,7 +74,10 @@ def hypertorch(problem: Regression) -> Hypergradient:
 
 
 def betty(problem: Regression) -> Hypergradient:
-    """Betty's cg, called as its engine would; it takes a number of products and no tolerance."""
+    """Betty's cg, called as its engine would; it takes a number of products and no tolerance.
+
+    In 0.1.1 a new direction is made of the residual before the step, not after it, so that it does not converge.
+    """
     from betty.hypergradient.cg import cg
 
     losses = Losses(problem)
