@@ -82,7 +82,7 @@ FAR = ("16 x 1", "packed, 8 devices")
 @pytest.mark.parametrize(
     "name, dtype, bound, layouts",  # other orders of summation
     [
-        ("sft, token mean", "float64", 1e-12, EVERY),
+        pytest.param("sft, token mean", "float64", 1e-12, EVERY, marks=pytest.mark.slow),
         ("dpo", "float64", 1e-12, EVERY),
         pytest.param("simpo", "float64", 1e-12, EVERY, marks=pytest.mark.slow),
         pytest.param("sft", "float32", 1e-6, FAR, marks=pytest.mark.slow),

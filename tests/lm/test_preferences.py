@@ -122,7 +122,8 @@ def adapters():
     return jax.tree.map(lambda x: x + 0.1, start), base
 
 
-@pytest.mark.parametrize("name", ["dpo, smoothed", pytest.param("simpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dpo, smoothed", "simpo"])
+@pytest.mark.slow
 def test_gauss_newton_is_the_dense_product(name, x64):
     whole, split, options = LOSSES[name]
     params, fixed = adapters()

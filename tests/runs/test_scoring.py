@@ -115,7 +115,11 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
 
 
 @pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("objective", [(), ("--objective.name", "simpo", *PAIRS)], ids=["sft", "simpo"])
+@pytest.mark.parametrize(
+    "objective",
+    [(), pytest.param(("--objective.name", "simpo", *PAIRS), marks=pytest.mark.slow)],
+    ids=["sft", "simpo"],
+)
 def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective, micro):
     """Min-max over the global step, however it is cut: 8 micro-batches of one row alone would weigh nothing."""
     flags = (*objective, "--weights.score", "loss", "--train.batch", "8", "--train.micro", str(micro))

@@ -26,7 +26,7 @@ def run(made, out, *flags):
     return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
-SLOW = ("memory-saving", "per source", "bmo with a copy")
+SLOW = ("memory-saving", "per source", "bmo with a copy", "mixing")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
@@ -56,6 +56,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow  # tests/runs/test_train.py and test_select.py have a training that diverges
 def test_divergence_is_told(made, tmp_path):
     """A rate at which ten steps do not diverge, but sixty do."""
     flags = (

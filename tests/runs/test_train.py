@@ -96,7 +96,11 @@ def test_select_weighs_pairs(made, tmp_path, objective):
 
 @pytest.mark.parametrize(
     "flags, at",
-    [((), 6), (("--train.keep", "best", "--model.lora-rank", "2"), 9), (OBJECTIVES["dpo"], 3)],
+    [
+        ((), 6),
+        (("--train.keep", "best", "--model.lora-rank", "2"), 9),
+        pytest.param(OBJECTIVES["dpo"], 3, marks=pytest.mark.slow),
+    ],
     ids=["sft", "lora, best", "dpo"],
 )
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, flags, at):
