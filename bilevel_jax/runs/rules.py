@@ -77,6 +77,7 @@ RULES: tuple[Rule, ...] = (
     ("outer.ess_floor", lambda c: 0 <= c.outer.ess_floor < 1, "must be in [0, 1)"),
     ("outer.patience", lambda c: c.outer.patience >= 0, "must be 0 (never stop early) or more"),
     ("outer.window", lambda c: c.outer.window >= 1, "must be 1 or more"),
+    ("outer.memory_gib", lambda c: c.outer.memory_gib >= 0, "must be 0 (half of what the model leaves) or more"),
     (
         "outer.prior",
         lambda c: c.outer.prior >= 0 and (c.outer.prior > 0 or c.outer.method != "implicit"),
