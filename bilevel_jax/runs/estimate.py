@@ -364,7 +364,7 @@ def lived(
     }
     if isinstance(subject.config, SelectConfig) and subject.config.outer.method in ("unrolled", "window"):
         found["kept"] = [
-            _kept(subject, workspace, keep, words, speed) for words, keep in choices(subject, keep).items()
+            _kept(subject, workspace, other, name, speed) for name, other in choices(subject, keep).items()
         ]
     return found
 

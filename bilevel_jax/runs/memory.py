@@ -104,7 +104,7 @@ def _estimating(
     # the start is there in any case, and its parameters are those of the model as loaded
     starting = state - (gradient if always["the model as loaded"] else 0)
     whole, start_again = keep.tape >= steps, steps == task.steps
-    snapshots = 0 if whole or config.outer.states != "device" else keep.snapshots - start_again
+    snapshots = 0 if whole or config.outer.states != "device" else max(0, keep.snapshots - start_again)
     kept = {
         "start": starting,
         "snapshots": snapshots * state,

@@ -203,6 +203,14 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
     assert most - before == pytest.approx(max(phase.bytes for phase in phases if phase.name != "writing"), rel=0.01)
 
 
+def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
+    _, subject, _ = subjects(made, tmp_path, "--outer.method", "implicit", "--outer.prior", "0.5")
+    phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    for phase in phases[:-1]:
+        kept = {name: phase.parts[name] for name in ("snapshots", "states on the tape", "gradients on the tape")}
+        assert set(kept.values()) == {0} and phase.parts["start"] > 0
+
+
 WRONG = {
     "no config.json": (("--model.path", "nowhere", "--estimate.rows", "10"), "nowhere/config.json: no such file"),
     "no data": (("--data.train", "nowhere.jsonl"), "nowhere.jsonl.*--estimate.rows stands for them"),
