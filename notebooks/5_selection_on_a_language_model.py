@@ -97,7 +97,7 @@ if REAL:
     write("report.jsonl", [{"text": text} for text in texts[224:320]])
     base = "select.yaml"
     flags = {
-        "model.path": MODEL, "model.lora-rank": 0, "model.no-remat": (),
+        "model.path": MODEL, "model.lora-rank": 0, "model.remat": "none",
         "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.report": "report.jsonl",
         "data.split": ("0.667", "0.333", "0"), "data.label-field": "label", "data.max-length": 96,
         "optimizer.learning-rate": 5e-4, "optimizer.warmup": 2, "optimizer.eps-root": 1e-8,
@@ -106,7 +106,7 @@ if REAL:
 else:
     base = "quickstart.yaml"
     flags = {
-        "model.no-remat": (), "train.steps": 96, "outer.steps": 4,
+        "model.remat": "none", "train.steps": 96, "outer.steps": 4,
     }  # fmt: skip
 flags |= {
     "compare.seeds": 2, "certify.step-sizes": "0.1",

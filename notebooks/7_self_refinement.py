@@ -81,7 +81,7 @@ for name in ("validation.jsonl", "select.jsonl", "report.jsonl"):
 pretrain(made, TASKS["cipher"]._replace(lessons="lessons", steps=500), progress=False)
 
 architecture, old = lm.load(made / "model")
-decoder, tokenizer = lm.decoder(architecture, remat=False), tokens.load_tokenizer(made / "model")
+decoder, tokenizer = lm.decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
 trusted, report = (load([str(made / f"{name}.jsonl")]) for name in ("validation", "report"))
 judge = checker(Check("exact", answer_field="answer"))
 sample = sampler(
@@ -407,7 +407,7 @@ assert np.mean(moved["weighed by V"]) < -3 * np.std(moved["weighed by V"], ddof=
 # %%
 Path("refine.yaml").write_text(
     f"""
-model: {{path: {made.name}/model, lora_rank: 0, remat: false}}
+model: {{path: {made.name}/model, lora_rank: 0, remat: none}}
 data:
   train: [{made.name}/train.jsonl]
   validation: [{made.name}/validation.jsonl]

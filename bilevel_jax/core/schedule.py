@@ -3,7 +3,8 @@
 A sweep goes back through the steps of a tape, on which their states and gradients stand, and fills the tape again by
 replaying steps from a snapshot, a state that was kept. With a tape for all steps nothing is replayed; with about
 sqrt(T) snapshots and a tape of sqrt(T) steps every step but the last tape's is replayed once; with fewer, more often.
-What is kept decides time and memory, and no bit of the result.
+What is kept decides time and memory, and no bit of the result; where the tape keeps linearisations, too, the steps back
+are other programs, and the result is the same but for rounding.
 """
 
 import math
@@ -81,7 +82,7 @@ def refill(kept: set[int], end: int, keep: Keep) -> tuple[int, list[int]]:
 
 def replays(steps: int, keep: Keep) -> int:
     """Training steps that a sweep over `steps` repeats."""
-    kept, end, total = set(placed(0, steps, *keep)), steps - keep.tape, 0
+    kept, end, total = set(placed(0, steps, keep.snapshots, keep.tape)), steps - keep.tape, 0
     while end > 0:
         kept = {step for step in kept if step < end}
         begin, planned = refill(kept, end, keep)

@@ -16,6 +16,7 @@ from bilevel_jax.core.types import (
     Info,
     Inner,
     Keep,
+    Linear,
     Params,
     Problem,
     PyTree,
@@ -36,21 +37,22 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
                    adjoint = (p~ + H g~, o~)
 
     One forward-over-reverse product along g~ gives the Hessian product and the entry of every weight that the step
-    touched, without a per-example gradient. Everything is traced at the highest matmul precision: JAX's default would
-    multiply float32 as TF32 on a GPU and as bfloat16 on a TPU, which second derivatives do not survive.
+    touched, without a per-example gradient. `linearize` and `pull` are the same two with what the product needs of the
+    primal pass handed over (jax.linearize) instead of computed again: equal but for rounding. Everything is traced at
+    the highest matmul precision: JAX's default would multiply float32 as TF32 on a GPU and as bfloat16 on a TPU, which
+    second derivatives do not survive.
 
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
     """
-    forward, backward = steps(problem, optimizer)
     return Transition(
-        jax.jit(forward), jax.jit(backward), jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
+        *map(jax.jit, steps(problem, optimizer)), jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
     )
 
 
 def steps(
     problem: Problem, optimizer: optax.GradientTransformation, total: Callable[[PyTree], PyTree] = lambda part: part
-) -> tuple[Callable, Callable]:
-    """(forward, backward) of `transition`, to be compiled; `total` sums further what was summed over micro-batches."""
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """`transition`'s four functions of a step, to be compiled; `total` sums further what micro-batches summed up to."""
 
     def product(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> tuple[Params, Slice]:
         def add_micro(total, micro):
@@ -65,11 +67,12 @@ def steps(
 
     def forward(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info]:
         with jax.default_matmul_precision("highest"):
-            loss, grad = total(gradient(problem, state.params, weights, fixed, batch))
-            updates, opt = optimizer.update(grad, state.opt, state.params)
-            return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), Info(
-                loss, grad, tree.norm(grad)
-            )
+            return updated(state, *total(gradient(problem, state.params, weights, fixed, batch)))
+
+    def updated(state: Inner, loss: Scalar, grad: Params) -> tuple[Inner, Info]:
+        updates, opt = optimizer.update(grad, state.opt, state.params)
+        after = Inner(optax.apply_updates(state.params, updates), opt, state.step + 1)
+        return after, Info(loss, grad, tree.norm(grad))
 
     def backward(
         state: Inner, grad: Params, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
@@ -79,7 +82,47 @@ def steps(
             hessian, entries = product(state.params, weights, fixed, batch, grad_bar)
             return Adjoint(optax.tree.add(params_bar, total(hessian)), opt_bar), entries
 
-    return forward, backward
+    def linearize(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info, Linear]:
+        def slope(params: Params) -> tuple[tuple[Params, Slice], Scalar]:
+            def add_micro(total, micro):
+                loss, (grad, entries) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
+                    params, micro[0], fixed, micro[1]
+                )
+                return optax.tree.add(total, (loss, grad)), entries
+
+            prior = jax.value_and_grad(problem.prior)(params, fixed)
+            (loss, grad), entries = jax.lax.scan(add_micro, prior, (weights, batch))
+            return (grad, entries), loss
+
+        with jax.default_matmul_precision("highest"):
+            (grad, _), linear, loss = jax.linearize(slope, state.params, has_aux=True)
+            return *updated(state, *total((loss, grad))), _lean(linear, state, weights, fixed, batch)
+
+    def pull(
+        state: Inner, grad: Params, linear: Linear, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
+    ) -> tuple[Adjoint, Slice]:
+        with jax.default_matmul_precision("highest"):
+            grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
+            hessian, entries = linear(jax.tree.leaves((state, weights, fixed, batch)), grad_bar)
+            return Adjoint(optax.tree.add(params_bar, total(hessian)), opt_bar), entries
+
+    return forward, backward, linearize, pull
+
+
+def _lean(linear: Callable, *given: PyTree) -> Linear:
+    """The linearisation without the arrays that were given to the step: a compiled function would copy them, a frozen
+    base model among them, for every step on the tape."""
+    leaves, structure = jax.tree.flatten(linear)
+    places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(given))}
+    found = [places.get(id(leaf)) for leaf in leaves]
+
+    def apply(own: list[jax.Array], given: list[jax.Array], v: Params) -> tuple[Params, Slice]:
+        rest = iter(own)
+        whole = [next(rest) if place is None else given[place] for place in found]
+        return structure.unflatten(whole)(v)
+
+    own = [leaf for leaf, place in zip(leaves, found, strict=True) if place is None]
+    return jax.tree_util.Partial(apply, own)
 
 
 def gradient(problem: Problem, params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:
@@ -157,20 +200,42 @@ def train(
     """
     keep = schedule.square_root(stream.steps - since) if keep is None else keep
     snapshots = {} if snapshots is None else snapshots
-    kept = {since + place for place in schedule.placed(0, stream.steps - since, *keep)}  # the start is kept anyway
+    placed = schedule.placed(0, stream.steps - since, keep.snapshots, keep.tape)
+    kept = {since + place for place in placed}  # the start is kept anyway
     tape: dict[int, Visit] = {}
     state = start if resume is None else resume
     for index in range(int(state.step), stream.steps):
         if index in kept and index:
             snapshots[index] = state
-        batch = stream.batch(index)
-        after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
-        if index >= max(since, stream.steps - keep.tape):
-            tape[index] = Visit(state, info.grad)
-        state = after
+        taped = index >= max(since, stream.steps - keep.tape)
+        state, info, visited = visit(step, state, hyper, fixed, stream.batch(index), linear=taped and keep.linear)
+        if taped:
+            tape[index] = visited
         if on_step:
             on_step(state, info)
     return Run(start, state, stream.steps, keep, snapshots, tape)
+
+
+def visit(
+    step: Transition, state: Inner, hyper: Hyper, fixed: Fixed, batch: Batch, *, linear: bool
+) -> tuple[Inner, Info, Visit]:
+    """One step, and what of it goes on a tape."""
+    part = step.take(hyper, batch)
+    if linear:
+        after, info, derivatives = step.linearize(state, part, fixed, batch)
+        return after, info, Visit(state, info.grad, derivatives)
+    after, info = step.forward(state, part, fixed, batch)
+    return after, info, Visit(state, info.grad)
+
+
+def retreat(
+    step: Transition, visited: Visit, hyper: Hyper, fixed: Fixed, batch: Batch, adjoint: Adjoint
+) -> tuple[Adjoint, Slice]:
+    """One step back: (the adjoint before it, the entries of its slice)."""
+    part = step.take(hyper, batch)
+    if visited.linear is not None:
+        return step.pull(visited.state, visited.grad, visited.linear, part, fixed, batch, adjoint)
+    return step.backward(visited.state, visited.grad, part, fixed, batch, adjoint)
 
 
 @partial(jax.jit, static_argnames="step")

@@ -19,6 +19,9 @@ Batch = PyTree
 table of each example (`PADDING` where there is none), and `rows` float[micro], the number of real examples in the whole
 global step (in a stream that is summed, as the validation stream is: in the whole stream). Where examples do not all
 count the same before they are weighted, `base` float[micro, examples], mean 1: a factor of each."""
+Linear = Callable[[list[Array], Params], tuple[Params, Slice]]
+"""(what the step was given, v) -> (H v, the entries along v): a step's second derivatives, as arrays that compiled
+functions take and return."""
 Scalar = Float[Array, ""]
 
 PADDING = 2**31 - 1
@@ -87,6 +90,10 @@ class Transition(NamedTuple):
     forward: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info]]
     backward: Callable[[Inner, Params, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
     """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, slice's)."""
+    linearize: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info, Linear]]
+    """`forward`, and what `backward` would compute of it again."""
+    pull: Callable[[Inner, Params, Linear, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
+    """`backward` with it."""
     take: Callable[[Hyper, Batch], Slice]
     add: Callable[[Hyper, Batch, Slice], Hyper]
     """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
@@ -99,6 +106,8 @@ class Keep(NamedTuple):
     """States kept at the same time."""
     tape: int
     """Steps whose state and gradient are kept at the same time: a sweep goes back through so many at once."""
+    linear: bool = False
+    """Whether the steps on the tape keep their linearisations, too: a quarter less work to go back through them."""
 
 
 class Visit(NamedTuple):
@@ -107,6 +116,7 @@ class Visit(NamedTuple):
     state: Inner
     """Before the step."""
     grad: Params
+    linear: Linear | None = None
 
 
 class Run(NamedTuple):

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from bilevel_jax.core import schedule, tree
-from bilevel_jax.core.transition import update_transpose
+from bilevel_jax.core.transition import retreat, update_transpose, visit
 from bilevel_jax.core.types import (
     Adjoint,
     Checks,
@@ -27,7 +27,6 @@ from bilevel_jax.core.types import (
     Stream,
     Sweep,
     Transition,
-    Visit,
 )
 
 PIECE = 32
@@ -53,7 +52,7 @@ def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -
 
     Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
     stops early). Time: one Hessian product per step, and one more training step for each that is replayed. Memory:
-    what the run's `keep` says; it changes no bit.
+    what the run's `keep` says; it changes no bit (`keep.linear`: nothing but rounding).
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
     `checks.growth`, and ask `certify`. `checks.replayed` is False where replayed steps missed the state that training
@@ -82,6 +81,7 @@ def each(
     value_and_slope = outer_gradient(problem)
     several = step._replace(
         backward=jax.jit(jax.vmap(step.backward, in_axes=(None, None, None, None, None, 0))),
+        pull=jax.jit(jax.vmap(step.pull, in_axes=(None, None, None, None, None, None, 0))),
         add=jax.jit(jax.vmap(problem.add, in_axes=(0, None, 0)), donate_argnums=0),
     )
     sweeps = sweeper(problem, several, on_step=on_step)
@@ -143,11 +143,10 @@ def sweeper(
         for t in range(begin, end):
             if t in planned:
                 run.snapshots[t] = state
-            batch = train.batch(t)
-            after, info = step.forward(state, step.take(hyper, batch), fixed, batch)
-            if t >= max(first(run), end - run.keep.tape):
-                run.tape[t] = Visit(state, info.grad)
-            state = after
+            taped = t >= max(first(run), end - run.keep.tape)
+            state, _, visited = visit(step, state, hyper, fixed, train.batch(t), linear=taped and run.keep.linear)
+            if taped:
+                run.tape[t] = visited
             if on_replay:
                 on_replay(t)
         return state
@@ -160,9 +159,8 @@ def sweeper(
         stop = max(first(run), t - PIECE)
         while t > stop and t - 1 in run.tape:
             t -= 1
-            state, gradient = run.tape[t]
             batch = train.batch(t)
-            adjoint, entries = step.backward(state, gradient, step.take(hyper, batch), fixed, batch, adjoint)
+            adjoint, entries = retreat(step, run.tape[t], hyper, fixed, batch, adjoint)
             grad, peak = step.add(grad, batch, entries), _larger(peak, adjoint)
             if on_step:
                 on_step(t)

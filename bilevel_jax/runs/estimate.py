@@ -29,7 +29,7 @@ from bilevel_jax.runs.plan import Stage
 from bilevel_jax.runs.programs import Compiled, Program, Steps
 from bilevel_jax.runs.rules import on_arrays
 from bilevel_jax.runs.sections import SINGLE_LOOP, Estimate
-from bilevel_jax.runs.states import GIB, held, of_device, planned, swept
+from bilevel_jax.runs.states import GIB, held, of_device, swept
 from bilevel_jax.runs.task import Task, Text
 from bilevel_jax.runs.train import planned_steps
 from bilevel_jax.runs.training import PRODUCT, REPLAY
@@ -57,6 +57,13 @@ class Subject(NamedTuple):
         return self.verb in ("select", "train")
 
 
+class Made(NamedTuple):
+    """A step of the run, compiled."""
+
+    program: Program
+    compiled: Compiled
+
+
 def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
     """Print the estimate, write it where --estimate.out says, and return its verdict in a sentence.
 
@@ -78,8 +85,8 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
         found = described(config, subject, asked, simulated)
         workspace = Workspace()
         if asked.compile:
-            made = {name: programs.compiled(one) for name, one in compiled_steps(subject, simulated).items()}
-            workspace = Workspace(**{name: one.temporary + upcast(subject, simulated) for name, one in made.items()})
+            made = compiled_steps(subject, simulated)
+            workspace = worked(subject, made, simulated)
             found |= told(config, subject, made, asked, simulated)
         found |= lived(subject, workspace, asked, simulated, found.get("speed", {}))
         if found["budget"] and found["peak"] > found["budget"]:
@@ -186,8 +193,8 @@ def shaped(config: Run, text: Text, verb: str) -> Subject:
 # ---- what the compiler says
 
 
-def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Program]:
-    """The steps of the run by their name in `Workspace`.
+def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Made]:
+    """The steps of the run by their name in `Workspace`; with outer.linearize `forward` and `backward` with that.
 
     XLA's CPU compiler turns a base in bfloat16 into float32 as a whole, once, which takes twice its memory again; those
     of accelerators have no need to. For devices that are simulated the base is therefore compiled as float32.
@@ -200,15 +207,29 @@ def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Program]:
         made = made._replace(base=wide)
         shapes = shapes._replace(fixed=made.fixed(shapes.params))
     if isinstance(subject.config, TrainConfig):
-        return {"forward": programs.descending(made, shapes)}
-    steps = {"forward": programs.forward(made, shapes)}
+        return {"forward": compiled(programs.descending(made, shapes))}
+    steps = {"forward": compiled(programs.forward(made, shapes))}
     if subject.config.outer.method in ("unrolled", "window"):
-        steps["backward"] = programs.backward(made, shapes)
+        if subject.config.outer.linearize:
+            steps["linearize"] = compiled(programs.linearizing(made, shapes))
+            steps["backward"] = compiled(programs.pulling(made, shapes, steps["linearize"].compiled))
+        else:
+            steps["backward"] = compiled(programs.backward(made, shapes))
     if subject.config.outer.method in SINGLE_LOOP:
-        steps["alone"] = programs.alone(made, subject.config, shapes)
+        steps["alone"] = compiled(programs.alone(made, subject.config, shapes))
     if "fit" in made.held_out and made.layout != made.layout.flat:  # V is not packed, and may be wider than a step
-        steps["slope"] = programs.slope(made, shapes, made.held_out["fit"].batch(0))
+        steps["slope"] = compiled(programs.slope(made, shapes, made.held_out["fit"].batch(0)))
     return steps
+
+
+def compiled(program: Program) -> Made:
+    """A step and what the compiler says of it."""
+    return Made(program, programs.compiled(program))
+
+
+def worked(subject: Subject, made: dict[str, Made], simulated: bool) -> Workspace:
+    """The workspaces of the compiled steps."""
+    return Workspace(**{name: one.compiled.temporary + upcast(subject, simulated) for name, one in made.items()})
 
 
 def upcast(subject: Subject, simulated: bool) -> float:
@@ -220,17 +241,21 @@ def upcast(subject: Subject, simulated: bool) -> float:
     return layer + 4 * math.prod(base["embed"].shape)
 
 
-def told(config: Any, subject: Subject, made: dict[str, Compiled], asked: Estimate, simulated: bool) -> dict[str, Any]:
+def told(config: Any, subject: Subject, made: dict[str, Made], asked: Estimate, simulated: bool) -> dict[str, Any]:
     """Workspaces, operations and hours."""
-    one, steps = subject.task, compiled_steps(subject, simulated)
-    forward = made["forward"].flops
-    backward = made["backward"].flops if "backward" in made else plan.PRODUCT * forward
+    one = subject.task
+    forward = made["forward"].compiled.flops
+    backward = made["backward"].compiled.flops if "backward" in made else plan.PRODUCT * forward
     stages = staged(config, subject, kept(subject, asked))
     flops = sum(stage.forwards * forward + stage.backwards * backward + stage.others * forward for stage in stages)
     found: dict[str, Any] = {
         "programs": {
-            name: {"workspace": one.temporary, "flops": one.flops, "seconds_to_compile": one.seconds}
-            for name, one in made.items()
+            name: {
+                "workspace": step.compiled.temporary,
+                "flops": step.compiled.flops,
+                "seconds_to_compile": step.compiled.seconds,
+            }
+            for name, step in made.items()
         },
         "flops": flops,
         "trainings_by_flops": flops / (one.steps * forward),
@@ -246,11 +271,12 @@ def told(config: Any, subject: Subject, made: dict[str, Compiled], asked: Estima
     elif simulated:
         source = "not measured: the devices are simulated; give --estimate.tflops"
     else:
-        room, wanted = free(), max(held(step.arguments) + made[name].temporary for name, step in steps.items())
+        room = free()
+        wanted = max(held(step.program.arguments) + step.compiled.temporary for step in made.values())
         if wanted * count > 0.8 * room:
             source = f"not measured: a step takes {wanted * count / GIB:.1f} GiB, and {room / GIB:.1f} are free"
         else:
-            seconds = {name: programs.timed(step, made[name].run) for name, step in steps.items()}
+            seconds = {name: programs.timed(step.program, step.compiled.run) for name, step in made.items()}
             seconds.setdefault("backward", plan.PRODUCT * seconds["forward"])
             seconds["batch"] = _feeding(subject)
             source = f"measured on {count} x {jax.devices()[0].device_kind}"
@@ -299,11 +325,7 @@ def staged(config: Any, subject: Subject, keep: Keep) -> list[Stage]:
 
 def kept(subject: Subject, asked: Estimate) -> Keep:
     """What a training keeps for its sweep on the device that is asked for."""
-    if isinstance(subject.config, TrainConfig):
-        return schedule.NOTHING
-    return planned(
-        subject.config.outer, subject.task.steps, subject.shapes.state, subject.task.base, asked.memory_gib * GIB
-    )
+    return memory.kept(subject.task, subject.config, subject.shapes, asked.memory_gib * GIB)
 
 
 # ---- what lives when
@@ -377,6 +399,7 @@ def choices(subject: Subject, keep: Keep) -> dict[str, Keep]:
         "square root": schedule.square_root(steps),
         "fewer": schedule.within(steps, 1, 1, 2 + math.isqrt(steps)),
     }
+    others = {name: other._replace(linear=keep.linear) for name, other in others.items()}
     return {"this run": keep} | {name: other for name, other in others.items() if other != keep}
 
 
@@ -390,7 +413,7 @@ def _kept(subject: Subject, workspace: Workspace, keep: Keep, name: str, speed: 
         "snapshots": keep.snapshots,
         "tape": keep.tape,
         "bytes": memory.kept_otherwise(subject.task, config, subject.shapes, workspace, keep),
-        "times": forwards + PRODUCT,
+        "times": forwards + PRODUCT - keep.linear,
         "times_measured": forwards + speed["backward"] / speed["forward"] if "forward" in speed else None,
     }
 
@@ -418,8 +441,8 @@ def remedies(
     changed: dict[str, tuple[Run, bool]] = {}  # words -> (config, whether the steps are compiled anew)
     if train.micro < most and asked.compile:
         changed[f"train.micro: {most}"] = replace(run, train=replace(train, micro=most)), True
-    if not model.remat and asked.compile:
-        changed["model.remat: true"] = replace(run, model=replace(model, remat=True)), True
+    if model.remat != "full" and asked.compile:
+        changed["model.remat: full"] = replace(run, model=replace(model, remat="full")), True
     if model.lora_rank and model.base_dtype == "float32":
         changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), not simulated
     if not model.lora_rank and not model.scratch:
@@ -438,8 +461,7 @@ def remedies(
             continue
         space = workspace
         if anew and asked.compile:
-            made = {name: programs.compiled(one) for name, one in compiled_steps(changed_to, simulated).items()}
-            space = Workspace(**{name: one.temporary + upcast(changed_to, simulated) for name, one in made.items()})
+            space = worked(changed_to, compiled_steps(changed_to, simulated), simulated)
         least = lived(changed_to, space, asked, simulated, {})["peak"]
         if least < peak:
             found.append({"change": words, "peak": least})

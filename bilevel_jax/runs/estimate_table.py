@@ -15,7 +15,8 @@ OF_VERB = {
     "audit": "Memory is that of one training and its sweep; audit.together of them, side by side, take as many states.",
 }
 STEPS = {
-    "forward": "training step", "backward": "step back", "slope": "slope of L_v", "alone": "step of both models",
+    "forward": "training step", "linearize": "training step, linearised", "backward": "step back",
+    "slope": "slope of L_v", "alone": "step of both models",
 }  # fmt: skip
 
 

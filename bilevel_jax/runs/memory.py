@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel_jax.core.schedule import once
+from bilevel_jax.core.schedule import NOTHING, once
 from bilevel_jax.core.types import Keep
 from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.programs import Steps
 from bilevel_jax.runs.sections import SINGLE_LOOP, Model
-from bilevel_jax.runs.states import held, planned, swept
+from bilevel_jax.runs.states import held, linearised, planned, swept
 from bilevel_jax.runs.task import Task
 
 MIDWAY = "in the middle of an outer step"
@@ -39,6 +39,8 @@ class Workspace(NamedTuple):
     """A training step."""
     backward: float = 0.0
     """A step back through it."""
+    linearize: float = 0.0
+    """A training step that leaves its linearisation."""
     slope: float = 0.0
     """The gradient of one batch's share of L_v."""
     alone: float = 0.0
@@ -99,32 +101,33 @@ def _estimating(
 ) -> list[Phase]:
     state, gradient = held(shapes.state), held(shapes.params)
     adjoint, table = held(shapes.adjoint), held(shapes.weights)
-    keep = planned(config.outer, task.steps, shapes.state, task.base) if keep is None else keep
+    keep = kept(task, config, shapes) if keep is None else keep
     steps = swept(config.outer, task.steps)
     # the start is there in any case, and its parameters are those of the model as loaded
     starting = state - (gradient if always["the model as loaded"] else 0)
     whole, start_again = keep.tape >= steps, steps == task.steps
     snapshots = 0 if whole or config.outer.states != "device" else max(0, keep.snapshots - start_again)
-    kept = {
+    retained = {
         "start": starting,
         "snapshots": snapshots * state,
         "states on the tape": (keep.tape - (whole and start_again)) * state,
         "gradients on the tape": keep.tape * gradient,
+        "linearisations on the tape": keep.tape * linear(task, shapes) if keep.linear else 0,
     }
     training = Phase(
         "training",
         {
             **always,
-            **kept,
+            **retained,
             # a step reads one and makes another; with a tape the one that is read stands on it
             "states of a step": state if keep.tape else 2 * state,
             "gradients": 0 if keep.tape else 2 * gradient,
-            "workspace": workspace.forward,
+            "workspace": max(workspace.forward, workspace.linearize),
         },
     )
     reading = Phase(
         "slope",
-        {**always, **kept, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
+        {**always, **retained, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
     if config.outer.method in SINGLE_LOOP:
         both = held(programs.alone(task, config, shapes).arguments[0])
@@ -136,7 +139,7 @@ def _estimating(
     sweeping = Phase(
         "step back",
         {
-            **always, **kept, "end": state, "adjoints": 2 * adjoint, "entries": table,
+            **always, **retained, "end": state, "adjoints": 2 * adjoint, "entries": table,
             "workspace": workspace.backward,
         },
     )  # fmt: skip
@@ -145,8 +148,8 @@ def _estimating(
     replaying = Phase(
         "replay",
         {
-            **always, **kept, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
-            "workspace": workspace.forward,
+            **always, **retained, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
+            "workspace": max(workspace.forward, workspace.linearize),
         },
     )  # fmt: skip
     if config.outer.states != "device" or keep.snapshots < once(steps, keep.tape).snapshots:
@@ -167,6 +170,18 @@ def writing(task: Task, model: Model, always: dict[str, float], shapes: Steps) -
     return Phase("writing", {**always, **parts})
 
 
+def kept(task: Task, config: SelectConfig | TrainConfig, shapes: Steps, device: float = 0.0) -> Keep:
+    """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
+    if isinstance(config, TrainConfig):
+        return NOTHING
+    return planned(config.outer, task.steps, shapes.state, task.base, device, linear=lambda: linear(task, shapes))
+
+
+def linear(task: Task, shapes: Steps) -> int:
+    """Bytes of a step's linearisation on one device."""
+    return linearised(task.step, *programs.linearizing(task, shapes).arguments)
+
+
 def kept_otherwise(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace, keep: Keep) -> float:
     """The peak of training and sweep on one device, in bytes, if a training kept this."""
     return max(phase.bytes for phase in phases(task, config, shapes, workspace, keep)[:-1])
@@ -183,10 +198,10 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
         found["checkpoints"] = 2 * state
     else:
         found["checkpoints"] = 2 * (6 * table + params)
-        keep = planned(config.outer, task.steps, shapes.state, task.base)
+        keep = kept(task, config, shapes)
         # what is resumed, the edge of the sweep, and the snapshots but the start
-        kept = keep.snapshots - (swept(config.outer, task.steps) == task.steps and keep.snapshots > 0)
-        found[MIDWAY] = (kept + 2) * state + _stored(shapes.adjoint) + table
+        count = keep.snapshots - (swept(config.outer, task.steps) == task.steps and keep.snapshots > 0)
+        found[MIDWAY] = (count + 2) * state + _stored(shapes.adjoint) + table
     if task.base is None:
         found["model"] = params
     else:

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from bilevel_jax.core.transition import steps
-from bilevel_jax.core.types import Adjoint, Batch, Fixed, Inner, Params, Problem, Slice, Transition
+from bilevel_jax.core.types import Adjoint, Batch, Fixed, Inner, Linear, Params, Problem, Slice, Transition
 
 
 def pmapped(
@@ -26,9 +26,12 @@ def pmapped(
     devices = list(devices or jax.local_devices())
     count, axis = len(devices), "devices"
     shared = problem._replace(prior=lambda params, fixed: problem.prior(params, fixed) / count)
-    forward, backward = steps(shared, optimizer, total=partial(jax.lax.psum, axis_name=axis))
+    forward, backward, linearize, pull = steps(shared, optimizer, total=partial(jax.lax.psum, axis_name=axis))
     ahead = jax.pmap(forward, axis, in_axes=(None, 0, None, 0), out_axes=None, devices=devices)
     back = jax.pmap(backward, axis, in_axes=(None, None, 0, None, 0, None), out_axes=(None, 0), devices=devices)
+
+    ahead_linear = jax.pmap(linearize, axis, in_axes=(None, 0, None, 0), out_axes=(None, None, 0), devices=devices)
+    back_linear = jax.pmap(pull, axis, in_axes=(None, None, 0, 0, None, 0, None), out_axes=(None, 0), devices=devices)
 
     def dealt(tree: Batch) -> Batch:
         """[micro, ...] -> [devices, micro / devices, ...]."""
@@ -44,9 +47,17 @@ def pmapped(
         adjoint, entries = back(state, grad, dealt(weights), fixed, dealt(batch), adjoint)
         return adjoint, collected(entries)
 
+    def pull_dealt(
+        state: Inner, grad: Params, linear: Linear, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
+    ):
+        adjoint, entries = back_linear(state, grad, linear, dealt(weights), fixed, dealt(batch), adjoint)
+        return adjoint, collected(entries)
+
     return Transition(
         lambda state, weights, fixed, batch: ahead(state, dealt(weights), fixed, dealt(batch)),
         backward_dealt,
+        lambda state, weights, fixed, batch: ahead_linear(state, dealt(weights), fixed, dealt(batch)),
+        pull_dealt,
         jax.jit(problem.take),
         jax.jit(problem.add, donate_argnums=0),
     )

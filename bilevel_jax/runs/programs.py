@@ -94,6 +94,19 @@ def backward(task: Task, shapes: Steps) -> Program:
     return Program(task.step.backward, arguments)
 
 
+def linearizing(task: Task, shapes: Steps) -> Program:
+    """`forward`, with what the step back needs of it."""
+    return Program(task.step.linearize, (shapes.state, shapes.slice, shapes.fixed, shapes.batch))
+
+
+def pulling(task: Task, shapes: Steps, linearizing: "Compiled") -> Program:
+    """`backward` with that; its arrays lie where the compiled `linearizing` leaves them."""
+    linear = jax.tree.map(_shape, linearizing.run.out_info[2], linearizing.run.output_shardings[2])
+    return Program(
+        task.step.pull, (shapes.state, shapes.params, linear, shapes.slice, shapes.fixed, shapes.batch, shapes.adjoint)
+    )
+
+
 def descending(task: Task, shapes: Steps) -> Program:
     """A training step of the verb `train`, which takes the memory of the state that it is given."""
     arguments = (shapes.state, shapes.weights, shapes.fixed, shapes.batch)

@@ -24,7 +24,9 @@ class Model:
     lora_targets: tuple[str, ...] = ()  # projections that get LoRA factors; empty: the usual ones of the model's family
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen base is stored; it is upcast layer by layer
     train_dtype: Literal["float32", "float64"] = "float32"  # trained parameters, optimiser state and hypergradients
-    remat: bool = True  # recompute layers in the backward pass: less memory, about a third more time
+    remat: Literal["full", "selective", "none"] = (
+        "selective"  # what backward passes compute again: layers, cheap parts, nothing
+    )
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class Outer:
     window: int = 20  # method=window: how many last steps are swept
     memory_gib: float = 0.0  # unrolled, window: what kept states of training may take on a device; 0: half of the rest
     states: Literal["device", "host", "disk"] = "device"  # where those between the steps at hand are kept
+    linearize: bool = False  # keep what a step back needs of its gradient: a quarter less work, activations in memory
     prior: float = 0.0  # delta in the training loss's prior delta/2 |params - start|^2; method=implicit needs it
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # implicit: the matrix of the solve
     solver: Literal["cg", "neumann", "dense", "identity"] = "cg"  # implicit: how it is solved

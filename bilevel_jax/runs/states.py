@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from bilevel_jax.core import schedule
-from bilevel_jax.core.types import Inner, Keep
+from bilevel_jax.core.types import Inner, Keep, Transition
 from bilevel_jax.runs import checkpoint, processes
 from bilevel_jax.runs.sections import Outer
 
@@ -24,10 +24,13 @@ PENDING = 2
 """States that wait to be written before training waits for them."""
 
 
-def planned(outer: Outer, steps: int, state: Any, base: Any, device: float = 0.0) -> Keep:
+def planned(
+    outer: Outer, steps: int, state: Any, base: Any, device: float = 0.0, linear: Callable[[], float] = lambda: 0.0
+) -> Keep:
     """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
 
-    `state` and `base` are arrays or shapes of arrays. Without outer.memory_gib it is half of what the model leaves,
+    `state` and `base` are arrays or shapes of arrays; `linear` is asked for the bytes of a step's linearisation, where
+    outer.linearize keeps them. Without outer.memory_gib it is half of what the model leaves,
     from sizes alone, so that every run on such a device keeps the same.
 
     Raises:
@@ -35,7 +38,8 @@ def planned(outer: Outer, steps: int, state: Any, base: Any, device: float = 0.0
     """
     if outer.method not in ("unrolled", "window"):
         return schedule.NOTHING
-    snapshot, visit = held(state), held(state) + held(state.params)
+    snapshot = held(state)
+    visit = snapshot + held(state.params) + (linear() if outer.linearize else 0)
     least = visit + (snapshot if outer.states == "device" else 0)
     budget = outer.memory_gib * GIB or max(least, SHARE * ((device or of_device()) - held(base) - held(state.params)))
     if budget < least:
@@ -44,8 +48,10 @@ def planned(outer: Outer, steps: int, state: Any, base: Any, device: float = 0.0
             f"{least / GIB:.3g} GiB here. Give it that, or split the parameters (devices.model)."
         )
     if outer.states == "device":
-        return schedule.within(swept(outer, steps), snapshot, visit, budget)
-    return schedule.once(swept(outer, steps), int(budget // visit))
+        keep = schedule.within(swept(outer, steps), snapshot, visit, budget)
+    else:
+        keep = schedule.once(swept(outer, steps), int(budget // visit))
+    return keep._replace(linear=outer.linearize)
 
 
 def swept(outer: Outer, steps: int) -> int:
@@ -171,6 +177,16 @@ def _held(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def linearised(step: Transition, *arguments: Any) -> int:
+    """Bytes of a step's linearisation, beside its state and its batch; `arguments` are those of `step.linearize`.
+
+    On one device of several it is taken to be an even share, as the rows of a batch are.
+    """
+    linear = jax.eval_shape(step.linearize, *arguments)[2]
+    devices = {leaf.sharding.num_devices for leaf in jax.tree.leaves(arguments) if getattr(leaf, "sharding", None)}
+    return held(linear) // max(devices, default=1)
 
 
 def of_device() -> float:

@@ -54,7 +54,7 @@ def load(config: RankConfig) -> Target:
     tokenizer = tokens.load_tokenizer(config.model.path)
     architecture, params = lm.load(config.model.path, dtype=jnp.dtype(config.model.train_dtype))
     mesh = placing.make_mesh(config.devices.data)
-    return Target(lm.decoder(architecture, remat=False), tokenizer, placing.everywhere(mesh, params), mesh)
+    return Target(lm.decoder(architecture, remat="none"), tokenizer, placing.everywhere(mesh, params), mesh)
 
 
 def answers(config: RankConfig, target: Target, sample: Sequence[Sequence[Question]], work: Session) -> Answers:

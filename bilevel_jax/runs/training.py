@@ -85,7 +85,14 @@ class Trainer:
         keep = schedule.NOTHING
         kept: MutableMapping[int, Inner] = {}
         if swept:
-            keep = states.planned(self.outer, task.steps, start, task.base)
+
+            def linear() -> float:
+                batch = stream.batch(0)
+                return states.linearised(
+                    task.step, start, task.step.take(weights, batch), task.fixed(start.params), batch
+                )
+
+            keep = states.planned(self.outer, task.steps, start, task.base, linear=linear)
             kept = states.place(self.outer, self.folder / "states", start, resumed=saved is not None)
         if saved is not None:
             kept.update(saved.kept)

@@ -66,6 +66,8 @@ TRAINING = (
     Contestant("bergson MAGIC, √T checkpoints", "peers_torch", "bergson", TORCH),
     Contestant("bilevel_jax, every state kept", "peers_jax", "swept", OURS, {"kept": "everything"}),
     Contestant("bilevel_jax, √T snapshots", "peers_jax", "swept", OURS, {"kept": "square root"}),
+    Contestant("the same, linearised", "peers_jax", "swept", OURS, {"kept": "square root, linear"}),
+    Contestant("bilevel_jax, half of √T", "peers_jax", "swept", OURS, {"kept": "half"}),
 )
 SOLVE = "jax.scipy's CG, one program"
 SOLVING = (

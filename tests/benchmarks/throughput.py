@@ -43,7 +43,7 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
     stream = batches.train_stream(corpus, order, steps, batches.Layout(1, batch, batch, batches.longest(corpus)))
     config, params = lm.load(folder)
     adamw = optimizer(Optimizer(learning_rate=1e-4, warmup=2), steps)
-    per_example = losses.sft(lm.decoder(config, remat=False))
+    per_example = losses.sft(lm.decoder(config, remat="none"))
 
     loops = {
         "weighted `train`": _weighted(per_example, adamw, params, stream, corpus.rows),

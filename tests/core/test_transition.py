@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.transition import begin, train, transition
-from bilevel_jax.core.types import Adjoint, Stream
+from bilevel_jax.core.types import Adjoint, Keep, Stream
 from bilevel_jax.core.unrolled import outer_gradient, unrolled
 from tests.core.problems import ROWS, lora, relative
 
@@ -18,13 +18,16 @@ ADAMW = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-2, eps_root=1
 
 
 def jaxprs(toy, weights):
-    """The traced forward and backward steps."""
+    """The traced steps, forward and backward, and the same two with a linearisation between them."""
     step = transition(toy.problem, ADAMW)
     state, batch = begin(ADAMW, toy.params), toy.train.batch(0)
     part = toy.problem.take(weights, batch)
     adjoint = Adjoint(toy.params, tree.inexact(state.opt))
     yield jax.make_jaxpr(step.forward)(state, part, toy.fixed, batch)
     yield jax.make_jaxpr(step.backward)(state, toy.params, part, toy.fixed, batch, adjoint)
+    linear = step.linearize(state, part, toy.fixed, batch)[2]
+    yield jax.make_jaxpr(step.linearize)(state, part, toy.fixed, batch)
+    yield jax.make_jaxpr(step.pull)(state, toy.params, linear, part, toy.fixed, batch, adjoint)
 
 
 def equations(jaxpr):
@@ -52,7 +55,17 @@ def test_no_array_of_a_step_grows_with_the_number_of_rows():
     assert few == many
 
 
-def test_each_step_compiles_once():
+def test_a_linearisation_copies_nothing_that_the_step_was_given():
+    toy = lora()
+    *_, linearize, _ = jaxprs(toy, jnp.ones(ROWS))
+    assert not set(map(id, linearize.jaxpr.outvars)) & set(map(id, linearize.jaxpr.invars))
+    step, state, batch = transition(toy.problem, ADAMW), begin(ADAMW, toy.params), toy.train.batch(0)
+    linear = step.linearize(state, toy.problem.take(jnp.ones(ROWS), batch), toy.fixed, batch)[2]
+    assert not {leaf.shape for leaf in jax.tree.leaves(linear)} & {leaf.shape for leaf in jax.tree.leaves(toy.fixed)}
+
+
+@pytest.mark.parametrize("linear", (False, True))
+def test_each_step_compiles_once(linear):
     toy = lora()
     traces = []
 
@@ -65,14 +78,16 @@ def test_each_step_compiles_once():
     estimator = unrolled(problem, step)
 
     def once(weights):
-        run = train(step, begin(ADAMW, toy.params), weights, toy.fixed, toy.train)
+        keep = Keep(3, 6, linear)
+        run = train(step, begin(ADAMW, toy.params), weights, toy.fixed, toy.train, keep=keep)
         return estimator(run, weights, toy.fixed, toy.train, toy.validation)
 
     once(jnp.ones(ROWS))
     first = len(traces)
     once(0.5 * jnp.ones(ROWS))
     assert len(traces) == first  # a second run and sweep trace nothing
-    assert first <= 6  # forward and backward, each through a scan body that jax may trace more than once
+    # forward and backward or linearise, each through a scan body that jax may trace more than once
+    assert first <= 6
 
 
 def test_eight_devices_equal_one(eight_devices):

@@ -76,6 +76,19 @@ def test_what_is_kept_changes_no_bit(keep):
             assert len(steps_made) == schedule.replays(24, keep)
 
 
+@pytest.mark.parametrize("keep", (Keep(1, 24, linear=True), Keep(4, 5, linear=True), Keep(2, 3, linear=True)))
+def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    whole = estimate(toy, ADAMW)
+    step, run = trained(toy, ADAMW, weights, keep=keep)
+    never = step._replace(backward=lambda *arguments: pytest.fail("the primal pass is made again"))
+    out = unrolled(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
+    assert relative(out.grad, whole.grad) < 1e-13  # the same float64 sums in another program
+    assert out.checks.replayed and out.value == whole.value
+    both = each(toy.problem, never)(run, weights, toy.fixed, toy.train, [toy.validation] * 2)
+    assert relative(both.grad[1], whole.grad) < 1e-13
+
+
 @pytest.mark.parametrize("keep", (Keep(4, 5), Keep(2, 3)))
 @pytest.mark.parametrize("after", range(4))
 def test_interrupted_and_resumed_changes_no_bit(after, keep):

@@ -288,7 +288,8 @@ def test_same_draws_in_both_precisions(x64):
     jax.tree.map(np.testing.assert_array_equal, single, double)  # float32 numbers are float64 numbers
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("remat", ("full", "selective"))
+def test_remat_changes_nothing(remat):
     params = init(TINY, jax.random.key(0))
     tokens = jnp.asarray(draw_tokens(31, 2, 8))
     positions, segments = jnp.zeros_like(tokens), jnp.ones_like(tokens)
@@ -297,7 +298,8 @@ def test_remat_changes_nothing():
         model = decoder(TINY, remat=remat)
         return jax.jit(jax.grad(lambda p: model.hidden(p, tokens, positions, segments).std()))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad(True), grad(False))  # float32 rounding
+    # float32 rounding
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad(remat), grad("none"))
 
 
 def test_an_unknown_family_is_refused():

@@ -136,7 +136,7 @@ def test_weights_count_rows(name, x64):
 @pytest.mark.parametrize("kind", ["mixer", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     """Of a model that learns even pairs by DPO and odd ones by SimPO, packed, judged by the loss of responses."""
-    model = MODEL if kind == "mixer" else decoder(TINY, remat=False)
+    model = MODEL if kind == "mixer" else decoder(TINY, remat="none")
     params = start(jnp.float64) if kind == "mixer" else init(TINY, jax.random.key(0), dtype=jnp.float64)
     even, odd = dpo(model, beta=0.5, label_smoothing=0.1), simpo(model, beta=2.5, gamma_ratio=0.55)
     judge = sft(model)

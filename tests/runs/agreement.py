@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax.core import linsolve, tree
+from bilevel_jax.core import linsolve, schedule, tree
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.core.types import Adjoint
@@ -51,8 +51,9 @@ def corpus(rows: int, seed: int) -> Corpus:
     return Corpus(ids, supervised, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def numbers(data: int, model: int = 1, *, pmap: bool = False) -> dict[str, np.ndarray]:
-    """The sampled batches, the gradient, the entries and a CG solution, on a mesh or under pmap; float64."""
+def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = True) -> dict[str, np.ndarray]:
+    """The sampled batches, the gradient, the entries (by linearised steps) and a CG solution, on a mesh or under pmap;
+    float64."""
     mesh = placing.make_mesh(data, model)
     split = partition.table((), mesh)
     decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
@@ -72,7 +73,7 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False) -> dict[str, np.nd
         weights, start = placing.settled(mesh, (weights, start))
 
     step = (partial(pmapped, devices=jax.devices()) if pmap else transition)(problem, SGD)
-    run = train(step, start, weights, fixed, stream)
+    run = train(step, start, weights, fixed, stream, keep=schedule.square_root(STEPS)._replace(linear=linear))
     estimate = unrolled(problem, step)(run, weights, fixed, stream, validation)
 
     batch = stream.batch(0)

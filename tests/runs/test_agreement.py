@@ -16,7 +16,7 @@ from tests.runs.agreement import numbers
 @pytest.fixture(scope="module")
 def one_device():
     with jax.enable_x64(True):
-        return numbers(1)
+        return numbers(1, linear=False)
 
 
 def free_port() -> int:

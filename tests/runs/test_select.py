@@ -107,6 +107,21 @@ def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, st
     assert not (tmp_path / "run/checkpoints/inner/states").exists()
 
 
+@pytest.mark.slow
+def test_linearisations_change_nothing_but_rounding(made, whole, tmp_path, stop_at):
+    flags = ("--outer.linearize", "--outer.memory-gib", "2e-2", "--certify.no-enabled", "--compare.no-enabled")
+    run(made, tmp_path / "whole", *flags)
+    stop_at(14)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", *flags)
+    run(made, tmp_path / "run", *flags, "--resume")
+    same, resumed, plain = (
+        pq.read_table(folder / "weights.parquet") for folder in (tmp_path / "whole", tmp_path / "run", whole[0])
+    )
+    assert resumed.equals(same)
+    np.testing.assert_allclose(same["weight"], plain["weight"], rtol=1e-3)  # float32 through three outer steps
+
+
 def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)

@@ -67,6 +67,8 @@ def test_what_is_planned_fits_the_budget():
     assert states.planned(Outer(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
     assert states.planned(Outer(memory_gib=gib(200_000), states="disk"), 50, shapes, None) == Keep(3, 16)
     assert states.planned(Outer(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(1, 15)
+    linear = Outer(memory_gib=gib(200_000), linearize=True)
+    assert states.planned(linear, 50, shapes, None, linear=lambda: 8000) == Keep(7, 7, linear=True)
     assert states.planned(Outer(method="alignment"), 50, shapes, None) == schedule.NOTHING
     with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*devices.model"):
         states.planned(Outer(memory_gib=gib(20_000)), 50, shapes, None)

@@ -44,7 +44,7 @@ def test_a_question_is_what_the_user_says_or_the_text():
 
 
 def test_hidden_states_are_means_over_the_prompt_whatever_stands_beside_it():
-    model = decoder(TINY, remat=False)
+    model = decoder(TINY, remat="none")
     params = fresh(TINY, jax.random.key(0))
     some = rows(*[("name a pet and " * n + "x", "cat" * m) for n, m in ((0, 3), (1, 1), (2, 2), (3, 1))])
     found, other = hidden_states(model, params, batch=3)(some, take(some, np.array([2])))

@@ -21,7 +21,7 @@ from tests.lm.pairs_and_rows import TINY, VOCAB
 from tests.lm.test_tokens import CHATML, PAIR, TALK, bpe, example
 from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
 
-MODEL = decoder(TINY, remat=False)
+MODEL = decoder(TINY, remat="none")
 HOLDOUT = rows(("name a pet", "cat"), ("name a fish", "cod"), ("what is a tree", "oak"), ("what is red", "wine"))
 ROWS = rows(("name a cat", "tac"), ("is a tree red", "zzz"), ("what is a fish", "doc"), ("xylo", "queue"))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from bilevel_jax.lm.models.families import FAMILIES, projections, skeleton
 Params = dict[str, Any]
 """`embed` [vocab, width]; `positions` [max_length, width] where they are learned; `layers`: name -> {kernel
 [layers, in, out], bias} or {scale, bias}; `norm`; `head` if untied; `lora` if joined with adapters."""
+
+
+Remat = Literal["full", "selective", "none"]
+SAVED = {"full": None, "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+"""What a layer's forward pass leaves for its backward pass, beside what enters the layer."""
 
 
 class Decoder(NamedTuple):
@@ -39,14 +44,19 @@ class Decoder(NamedTuple):
 
 
 def decoder(
-    config: DecoderConfig, *, remat: bool = True, compute: Any = None, gather: Callable[[Params], Params] = lambda p: p
+    config: DecoderConfig,
+    *,
+    remat: Remat = "selective",
+    compute: Any = None,
+    gather: Callable[[Params], Params] = lambda p: p,
 ) -> Decoder:
     """The functions of a decoder.
 
     Attention is causal and inside equal nonzero segments, so packed rows give what separate rows give; a padding
     token (segment 0) sees itself only, so nothing is 0/0. Arithmetic is in the widest dtype of the parameters and
-    float32: a base stored in bfloat16 is upcast one layer at a time. `remat` recomputes each layer in the backward
-    pass: the memory of one layer for a third more arithmetic (on CPU no slower: less memory traffic). `compute`
+    float32: a base stored in bfloat16 is upcast one layer at a time. `remat` is what the backward pass computes again:
+    "full", each layer as a whole, for the memory of one layer and a third more arithmetic; "selective", all but the
+    products with weights, for their outputs in memory; "none". `compute`
     (jnp.bfloat16) is the dtype of the factors of the matrix products, accumulated in float32; None: no cast. It is for
     forward passes: a backward pass gains little, and hypergradients in bfloat16 can be noise. `gather` gets a part of
     the tree where it is used, one layer (without its leading axis) or what stands outside of the layers, and gives it
@@ -97,7 +107,10 @@ def decoder(
             x, _ = nnx.merge(modules.layer, weights)(x, Context(turn(is_local), seen, adapters, compute))
             return x, before
 
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # scan keeps XLA from undoing it
+        body = layer
+        if remat != "none":
+            # scan keeps XLA from undoing it
+            body = jax.checkpoint(layer, prevent_cse=False, policy=SAVED[remat])
         x = embedded(params, tokens, positions, dtype)
         x, before = jax.lax.scan(body, x, stack(params, _windows(config, length)))
         return last_norm(params, x).reshape(rows, length, config.width), before
