@@ -44,9 +44,9 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
 
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
     """
-    return Transition(
-        *map(jax.jit, steps(problem, optimizer)), jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
-    )
+    forward, backward, linearize, pull = map(jax.jit, steps(problem, optimizer))
+    take, add = jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
+    return Transition(forward, backward, take, add, linearize, pull)
 
 
 def steps(

@@ -90,13 +90,13 @@ class Transition(NamedTuple):
     forward: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info]]
     backward: Callable[[Inner, Params, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
     """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, slice's)."""
+    take: Callable[[Hyper, Batch], Slice]
+    add: Callable[[Hyper, Batch, Slice], Hyper]
+    """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
     linearize: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info, Linear]]
     """`forward`, and what `backward` would compute of it again."""
     pull: Callable[[Inner, Params, Linear, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
     """`backward` with it."""
-    take: Callable[[Hyper, Batch], Slice]
-    add: Callable[[Hyper, Batch, Slice], Hyper]
-    """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
 
 
 class Keep(NamedTuple):

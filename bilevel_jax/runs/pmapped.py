@@ -56,8 +56,8 @@ def pmapped(
     return Transition(
         lambda state, weights, fixed, batch: ahead(state, dealt(weights), fixed, dealt(batch)),
         backward_dealt,
-        lambda state, weights, fixed, batch: ahead_linear(state, dealt(weights), fixed, dealt(batch)),
-        pull_dealt,
         jax.jit(problem.take),
         jax.jit(problem.add, donate_argnums=0),
+        lambda state, weights, fixed, batch: ahead_linear(state, dealt(weights), fixed, dealt(batch)),
+        pull_dealt,
     )
