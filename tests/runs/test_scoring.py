@@ -57,6 +57,23 @@ def arrays(tmp_path_factory):
     return bench.tasks(load(CompareConfig, folder / "c.yaml"), folder)(0), folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ("ica", "alignment", "perplexity"))
+def test_eight_devices_equal_one(made, tmp_path, eight_devices, score):
+    """Likelihoods, gradients and training with weights that a score gives, made twice; also with split parameters."""
+    flags = ("--weights.score", score, "--weights.refresh", "2", "--scores.k", "1", "--model.train-dtype", "float64")
+    found = {}
+    with jax.enable_x64(True):
+        for data, model in ((1, 1), (8, 1), (4, 2)):
+            out = tmp_path / f"{data} x {model}"
+            run(made, out, *flags, "--devices.data", str(data), "--devices.model", str(model))
+            found[data, model] = pq.read_table(out / "scores.parquet")
+    one = found[1, 1]
+    for other in found.values():
+        for column in one.column_names[4:]:
+            np.testing.assert_allclose(np.array(other[column]), np.array(one[column]), rtol=1e-9, atol=1e-9)
+
+
 # ---- the table
 
 

@@ -167,15 +167,30 @@ def test_other_ways(made, tmp_path, flags):
         assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
 
 
+METHODS = {
+    "unrolled": (),
+    "linearised": ("--outer.linearize",),
+    "Gauss-Newton": (
+        *("--outer.method", "implicit", "--outer.curvature", "gauss_newton", "--outer.prior", "0.5"),
+        *("--outer.tolerance", "1e-12"),
+    ),
+}
+
+
 @pytest.mark.slow  # tests/runs/test_agreement.py has eight devices, a batch, an estimate and a solve at a time
-def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64):
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
     smooth = ("--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3")  # so that rounding is not amplified
-    flags = ("--fast", "--outer.steps", "1", "--model.train-dtype", "float64", *smooth)
-    for devices in ("1", "8"):
-        run(made, tmp_path / devices, *flags, "--devices.data", devices)
-    one, eight = (np.array(pq.read_table(tmp_path / devices / "weights.parquet")["entry"]) for devices in "18")
+    flags = ("--fast", "--outer.steps", "1", "--model.train-dtype", "float64", *smooth, *METHODS[method])
+    entries = {}
+    for data, model in ((1, 1), (8, 1), (4, 2)):
+        out = tmp_path / f"{data} x {model}"
+        run(made, out, *flags, "--devices.data", str(data), "--devices.model", str(model))
+        entries[data, model] = np.array(pq.read_table(out / "weights.parquet")["entry"])
+    one = entries[1, 1]
     assert one.dtype == np.float64
-    assert np.linalg.norm(one - eight) < 1e-9 * np.linalg.norm(one)  # sums in another order, through two trainings
+    for other in entries.values():  # sums in another order, through two trainings
+        assert np.linalg.norm(one - other) < 1e-9 * np.linalg.norm(one)
 
 
 def write(path, rows):
