@@ -443,6 +443,8 @@ def remedies(
         changed[f"train.micro: {most}"] = replace(run, train=replace(train, micro=most)), True
     if model.remat != "full" and asked.compile:
         changed["model.remat: full"] = replace(run, model=replace(model, remat="full")), True
+    if isinstance(run, SelectConfig) and run.outer.linearize and asked.compile:
+        changed["outer.linearize: false"] = replace(run, outer=replace(run.outer, linearize=False)), True
     if model.lora_rank and model.base_dtype == "float32":
         changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), not simulated
     if not model.lora_rank and not model.scratch:

@@ -7,9 +7,10 @@ real data and models that tests/conftest.py describes.
 
 All parameters of a model of 260 thousand, 64 AdamW steps of 16 rows of about 64 tokens, float32. In one process the
 variants take turns, so that a busy machine slows all of them, and the medians over the rounds are compared. What is
-kept: every state and gradient; what fits half and a quarter of that memory; sqrt(steps) snapshots; and half of those.
-Targets: 4.2 times plain training with every state, 5.5 times with sqrt(steps) snapshots (by count of products, with F a
-forward pass: a gradient is 3F, a Hessian product with its primal 9F, a replayed step 3F, so 4 and 5 - 1/sqrt(steps)).
+kept: every state and gradient; what fits half and a quarter of that memory; sqrt(steps) snapshots, also with the
+linearisations of the steps on the tape; and half of those. Targets: 4.2 times plain training with every state, 5.5
+times with sqrt(steps) snapshots (by count of products, with F a forward pass: a gradient is 3F, a Hessian product with
+its primal 9F, a replayed step 3F, so 4 and 5 - 1/sqrt(steps); a linearisation spares 3F of the product).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from bilevel_jax.core import schedule, tree
 from bilevel_jax.core.transition import train
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.runs.states import linearised
 from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
 
 MB = 1e6
@@ -52,6 +54,8 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
 
     state, first = run.start, one.train.batch(0)
     snapshot, visit = size(state), size(state) + size(state.params)
+    part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
+    linear = linearised(step, state, part, one.fixed, first)
     whole = steps * visit
     root = schedule.square_root(steps)
     keeps = {
@@ -59,6 +63,7 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
         "half of that": schedule.within(steps, snapshot, visit, whole / 2),
         "a quarter of it": schedule.within(steps, snapshot, visit, whole / 4),
         "sqrt(steps) snapshots": root,
+        "the same, linearised": root._replace(linear=True),
         "half of those": schedule.within(steps, snapshot, visit, (root.snapshots * snapshot + root.tape * visit) / 2),
     }
     variants = {"plain training": lambda: trained(keep=schedule.NOTHING).end.params}
@@ -70,10 +75,14 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
             if turn == 0:
                 seconds[name].clear()
 
-    part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
     programs = {
         "forward step": (step.forward, (state, part, one.fixed, first)),
         "backward step": (step.backward, (state, state.params, part, one.fixed, first, adjoint)),
+        "forward step, linearised": (step.linearize, (state, part, one.fixed, first)),
+        "backward step by a linearisation": (
+            step.pull,
+            (state, state.params, step.linearize(state, part, one.fixed, first)[2], part, one.fixed, first, adjoint),
+        ),
     }
     calls = {**programs, "making a batch": (one.train.batch, (3,)), "comparing two states": (same, (state, run.end))}
     pieces = {name: [timed(partial(function, *args)) for _ in range(20)] for name, (function, args) in calls.items()}
@@ -86,8 +95,8 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     plain = np.median(seconds["plain training"])
     print(f"| plain training | | | | 1 | {plain:.2f} | 1 |")
     for name, keep in keeps.items():
-        megabytes = (keep.snapshots * snapshot + keep.tape * visit) / MB
-        count, median = 4 + schedule.replays(steps, keep) / steps, np.median(seconds[name])
+        megabytes = (keep.snapshots * snapshot + keep.tape * (visit + keep.linear * linear)) / MB
+        count, median = 4 - keep.linear + schedule.replays(steps, keep) / steps, np.median(seconds[name])
         print(f"| {name} | {keep.snapshots} | {keep.tape} | {megabytes:.0f} | {count:.2f} ", end="")
         print(f"| {median:.2f} | {median / plain:.2f} |")
 
