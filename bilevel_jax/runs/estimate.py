@@ -12,49 +12,25 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jax.extend.backend import clear_backends
 
 from bilevel_jax.core import schedule
 from bilevel_jax.core.types import Keep
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.lm.tokens import Corpus
-from bilevel_jax.runs import audit, bench, estimate_table, files, memory, partition, plan, programs, rows, task
-from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs import audit, bench, estimate_table, files, memory, plan, programs
 from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.embedded import untrained
-from bilevel_jax.runs.learn import order_seed
 from bilevel_jax.runs.memory import Workspace
 from bilevel_jax.runs.plan import Stage
-from bilevel_jax.runs.programs import Compiled, Program, Steps
+from bilevel_jax.runs.programs import Compiled, Program
 from bilevel_jax.runs.rules import on_arrays
 from bilevel_jax.runs.sections import SINGLE_LOOP, Estimate
 from bilevel_jax.runs.states import GIB, held, of_device, swept
-from bilevel_jax.runs.task import Task, Text
-from bilevel_jax.runs.train import planned_steps
+from bilevel_jax.runs.subject import Run, Subject, blank, read_rows, settings, shaped, simulate
+from bilevel_jax.runs.task import Text
 from bilevel_jax.runs.training import PRODUCT, REPLAY
 
 NAME = "estimate.json"
 NAMES = {SelectConfig: "select", TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}
 FEW = 4
 """A quarter of the steps, as a remedy."""
-
-Run = SelectConfig | TrainConfig
-
-
-class Subject(NamedTuple):
-    """What is estimated: a task of shapes."""
-
-    verb: str
-    config: Run
-    """The run as the settings of `select` or `train`."""
-    task: Task
-    shapes: Steps
-
-    @property
-    def writes(self) -> bool:
-        """Whether a model is written."""
-        return self.verb in ("select", "train")
 
 
 class Made(NamedTuple):
@@ -80,7 +56,7 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
             run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
             text = blank(run, asked)
         else:
-            run, text = _read(run, Path(folder))
+            run, text = read_rows(run, Path(folder))
         subject = shaped(run, text, verb)
         found = described(config, subject, asked, simulated)
         workspace = Workspace()
@@ -97,97 +73,6 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / NAME, found)
     return estimate_table.show(found)
-
-
-# ---- what is estimated
-
-
-def simulate(count: int) -> bool:
-    """Make sure of `count` devices (0: those there are); whether they had to be simulated, for compiling alone."""
-    if count <= len(jax.devices()):
-        return False
-    if jax.live_arrays():
-        raise ValueError(
-            f"estimate.devices = {count}, and jax has started with {len(jax.devices())}: ask in a process of its own."
-        )
-    clear_backends()  # how many there are is read when jax first looks for them
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-    return True
-
-
-def settings(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> Run:
-    """The run as the settings of `select` or `train`, on the devices that are asked for."""
-    if isinstance(config, CompareConfig):
-        run: Any = bench.settings(config, 0)
-    else:
-        run = audit.settings(config) if isinstance(config, AuditConfig) else config
-    if asked.devices:
-        model = run.devices.model
-        if asked.devices % model:
-            raise ValueError(f"estimate.devices = {asked.devices} is no multiple of devices.model = {model}.")
-        run = replace(run, devices=replace(run.devices, data=asked.devices // model))
-    return run
-
-
-def _read(config: Any, folder: Path) -> tuple[Run, Text]:
-    """The rows of the run, as it would read them."""
-    ready = untrained(config, folder)
-    try:
-        return ready, task.read(ready, rows.load(ready.data))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} Where data or a tokenizer are not here, --estimate.rows stands for them."
-        ) from error
-
-
-def blank(config: Run, asked: Estimate) -> Text:
-    """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
-    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
-        raise FileNotFoundError(f"{config.model.path}/config.json: no such file; it is all that is needed of a model.")
-    architecture = lm.read_config(config.model.path)
-    sequences = 1 if config.objective.name == "sft" else 2
-    longest = task.limit(config, architecture)
-    one = Example("", 0, (Turn("text", ""),), "", None, "", 0)
-
-    def corpus(count: int) -> Corpus:
-        lengths = np.full(count * sequences, 2)
-        lengths[0] = longest
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
-
-    sizes = np.floor(np.array(config.data.split) * asked.trusted).astype(int)
-    trusted = {
-        part: [one] * int(size) for part, size in zip(rows.PARTS, sizes, strict=True) if size and config.data.validation
-    }
-    named = task.named([one] * asked.rows, trusted, streamed=config.data.streaming)
-    notes = [f"{asked.rows:,} rows of {longest:,} tokens each stand for the data."]
-    return Text(
-        [one] * asked.rows,
-        trusted,
-        notes,
-        None,
-        architecture,
-        {name: corpus(len(some)) for name, some in named.items()},
-    )
-
-
-def shaped(config: Run, text: Text, verb: str) -> Subject:
-    """The task of a text with parameters that are shapes only."""
-    mesh = placing.make_mesh(config.devices.data, config.devices.model)
-    split = partition.table(config.devices.parameters, mesh)
-    if config.objective.name == "dpo":
-        text = text._replace(
-            corpora={name: one.with_reference(np.zeros(one.rows)) for name, one in text.corpora.items()}
-        )
-    base, fresh = task.abstract(config.model, text.architecture, mesh, split)
-    if isinstance(config, TrainConfig):
-        steps, seeds, prior = planned_steps(config, len(text.examples)), [config.data.seed], 0.0
-    else:
-        steps, prior = config.train.steps, config.outer.prior
-        seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
-    made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
-    return Subject(verb, config, made, programs.steps(made, programs.first_batch(made, config)))
 
 
 # ---- what the compiler says

@@ -14,10 +14,11 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.core.transition import begin
-from bilevel_jax.runs import estimate, memory, programs, rows, states
+from bilevel_jax.runs import memory, programs, rows, states
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load, load_estimated
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.session import Session
+from bilevel_jax.runs.subject import shaped
 from bilevel_jax.runs.task import prepare, read
 from tests.conftest import ROOT
 
@@ -47,7 +48,7 @@ def subjects(made, tmp_path, *flags):
     config = load(SelectConfig, made / "select.yaml", flags)
     found = rows.load(config.data)
     task = prepare(config, found, tmp_path, steps=config.train.steps, seeds=[0], prior=config.outer.prior)
-    return config, estimate.shaped(config, read(config, found), "select"), task
+    return config, shaped(config, read(config, found), "select"), task
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
 
     flags = ("--fast", "--model.lora-rank", "0", *flags)
     config = load(SelectConfig, made / "select.yaml", flags)
-    subject = estimate.shaped(config, read(config, rows.load(config.data)), "select")
+    subject = shaped(config, read(config, rows.load(config.data)), "select")
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()
