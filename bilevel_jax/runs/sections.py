@@ -212,7 +212,7 @@ class Outer:
     window: int = 20  # method=window: how many last steps are swept
     memory_gib: float = 0.0  # unrolled, window: what kept states of training may take on a device; 0: half of the rest
     states: Literal["device", "host", "disk"] = "device"  # where those between the steps at hand are kept
-    linearize: bool = False  # keep what a step back needs of its gradient: a quarter less work, activations in memory
+    linearize: bool = False  # unrolled, window: a quarter less work to step back, for the activations of kept steps
     prior: float = 0.0  # delta in the training loss's prior delta/2 |params - start|^2; method=implicit needs it
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # implicit: the matrix of the solve
     solver: Literal["cg", "neumann", "dense", "identity"] = "cg"  # implicit: how it is solved
