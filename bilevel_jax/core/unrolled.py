@@ -56,7 +56,9 @@ def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
     `checks.growth`, and ask `certify`. `checks.replayed` is False where replayed steps missed the state that training
-    reached (another device, another program): then the sweep differentiated another run.
+    reached (another device, another program): then the sweep differentiated another run. With `keep.linear` replayed
+    steps are another program than trained ones: their states had the same bits in every case tried on CPUs; where a
+    compiler orders sums otherwise there, `replayed` is False for a difference that is rounding.
     """
     sweeps = sweeper(problem, step, window=window)
 

@@ -76,7 +76,7 @@ def test_what_is_kept_changes_no_bit(keep):
             assert len(steps_made) == schedule.replays(24, keep)
 
 
-@pytest.mark.parametrize("keep", (Keep(1, 24, linear=True), Keep(4, 5, linear=True), Keep(2, 3, linear=True)))
+@pytest.mark.parametrize("keep", (Keep(1, 24, linear=True), Keep(2, 3, linear=True)))
 def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
