@@ -45,7 +45,8 @@ def planned(
     if budget < least:
         raise ValueError(
             f"outer.memory_gib = {outer.memory_gib:g}: a sweep keeps at least one state of training and one step, "
-            f"{least / GIB:.3g} GiB here. Give it that, or split the parameters (devices.model)."
+            f"{least / GIB:.3g} GiB here. Give it that, or "
+            f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (devices.model)'}."
         )
     if outer.states == "device":
         keep = schedule.within(swept(outer, steps), snapshot, visit, budget)

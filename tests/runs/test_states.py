@@ -72,3 +72,5 @@ def test_what_is_planned_fits_the_budget():
     assert states.planned(Outer(method="alignment"), 50, shapes, None) == schedule.NOTHING
     with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*devices.model"):
         states.planned(Outer(memory_gib=gib(20_000)), 50, shapes, None)
+    with pytest.raises(ValueError, match="outer.memory_gib.*set outer.linearize to false"):
+        states.planned(Outer(memory_gib=gib(20_000), linearize=True), 50, shapes, None, linear=lambda: 8000)
