@@ -11,6 +11,7 @@ ScoreName = Literal["", "ica", "perplexity", "loss", "reducible", "oneshot", "al
 Method = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
 SINGLE_LOOP = ("penalty", "bmo", "mixing")
 Normalise = Literal["example_mean", "token_sum", "token_mean"]
+Remat = Literal["full", "selective", "none"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class Model:
     lora_targets: tuple[str, ...] = ()  # projections that get LoRA factors; empty: the usual ones of the model's family
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen base is stored; it is upcast layer by layer
     train_dtype: Literal["float32", "float64"] = "float32"  # trained parameters, optimiser state and hypergradients
-    remat: Literal["full", "selective", "none"] = (
-        "selective"  # what backward passes compute again: layers, cheap parts, nothing
-    )
+    remat: Remat = "selective"  # what backward passes compute again: layers (full), cheap parts of them, nothing
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ def corpus(rows: int, seed: int) -> Corpus:
     return Corpus(ids, supervised, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = True) -> dict[str, np.ndarray]:
-    """The sampled batches, the gradient, the entries (by linearised steps) and a CG solution, on a mesh or under pmap;
-    float64."""
+def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = False) -> dict[str, np.ndarray]:
+    """The sampled batches, the gradient, the entries and a CG solution, on a mesh or under pmap; float64."""
     mesh = placing.make_mesh(data, model)
     split = partition.table((), mesh)
     decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))

@@ -16,7 +16,7 @@ from tests.runs.agreement import numbers
 @pytest.fixture(scope="module")
 def one_device():
     with jax.enable_x64(True):
-        return numbers(1, linear=False)
+        return numbers(1)
 
 
 def free_port() -> int:
@@ -48,11 +48,15 @@ WAYS = {
     "8 x 1": lambda tmp_path: numbers(8),
     "4 x 2": lambda tmp_path: numbers(4, 2),
     "pmap": lambda tmp_path: numbers(1, pmap=True),
+    "4 x 2, linearised": lambda tmp_path: numbers(4, 2, linear=True),
+    "pmap, linearised": lambda tmp_path: numbers(1, pmap=True, linear=True),
     "2 processes": two_processes,
 }
 
 
-SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in ("8 x 1", "pmap")]  # test_select has eight devices, too
+SLOW = [  # test_select has eight devices, too
+    pytest.param(way, marks=pytest.mark.slow) for way in ("8 x 1", "pmap", "4 x 2, linearised", "pmap, linearised")
+]
 
 
 @pytest.mark.parametrize("way", ["4 x 2", "2 processes", *SLOW])

@@ -76,7 +76,7 @@ def test_streams_are_pure_and_cover_every_row_once(path):
 
 @pytest.mark.parametrize(
     "flags",
-    [*(pytest.param(one, marks=pytest.mark.slow) for one in ((), ("--train.micro", "2"))), ("--arrays.hidden", "5")],
+    [(), *(pytest.param(one, marks=pytest.mark.slow) for one in (("--train.micro", "2"), ("--arrays.hidden", "5")))],
     ids=str,
 )
 def test_unrolled_equals_autodiff_through_scan(path, x64, flags):

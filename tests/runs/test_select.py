@@ -146,7 +146,10 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
         ("--outer.method", "implicit", "--outer.prior", "0.5", "--model.lora-rank", "2", "--outer.restart", "warm"),
         ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
-        ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
+        pytest.param(
+            ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--keep.threshold", "1.0", "--optimizer.clip", "0.5"), marks=pytest.mark.slow),
         ("--keep.resample", "50", "--data.select", "--data.validation"),
     ],
