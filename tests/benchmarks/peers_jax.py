@@ -31,8 +31,7 @@ KEEPS = {
     "half": lambda steps: schedule.within(steps, 1, 1, schedule.square_root(steps).tape),
 }
 MICRO = 4
-"""Sequences of a micro-batch of this package's steps: whole batches of 16 are no faster, and take four times the
-memory."""
+"""Sequences of a micro-batch of this package's steps: whole batches of 16 are no faster, and take more memory."""
 
 
 class Plain(NamedTuple):
