@@ -24,13 +24,13 @@ USAGE = """usage: bilevel-jax VERB CONFIG [options]
   export RUN      write the rows that their weights choose, in the input form of another trainer; RUN is a run's folder,
                   or a CONFIG that names weights
 
-On several hosts start the same select or train on each, with --devices.coordinator (auto on TPU pods, SLURM and
-Kubernetes) and one folder that all of them see. --devices.model N splits a large model over N devices.
+On several hosts start the same select or train on each, with --distributed.coordinator-address (auto on TPU pods, SLURM and
+Kubernetes) and one folder that all of them see. --mesh.fsdp N splits a large model over N devices.
 
 CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
 for your own). `bilevel-jax VERB --help` explains every option; any of them may follow CONFIG, as in
 
-  bilevel-jax select configs/select.yaml --model.path FOLDER --data.train rows.jsonl --out out/first
+  bilevel-jax select configs/select.yaml --model.name-or-path FOLDER --data.train rows.jsonl --out out/first
 """
 
 
@@ -52,7 +52,7 @@ def _select(arguments: list[str]) -> int:
         from bilevel_jax.runs.select import select
 
         result = select(config)
-        return f"{result['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+        return f"{result['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import SelectConfig
 
@@ -63,7 +63,7 @@ def _compare(arguments: list[str]) -> int:
     def work(config):
         from bilevel_jax.runs.bench import bench
 
-        return f"{bench(config)['sentence']}\nreport: {config.output.folder}/report.html"
+        return f"{bench(config)['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import CompareConfig
 
@@ -74,7 +74,7 @@ def _audit(arguments: list[str]) -> int:
     def work(config):
         from bilevel_jax.runs.audit import audit
 
-        return f"{audit(config)['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+        return f"{audit(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import AuditConfig
 
@@ -85,7 +85,7 @@ def _rank(arguments: list[str]) -> int:
     def work(config):
         from bilevel_jax.runs.rank import rank
 
-        return f"{rank(config)['verdict']['sentence']}\nreport: {config.output.folder}/report.html"
+        return f"{rank(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import RankConfig
 
@@ -96,7 +96,7 @@ def _refine(arguments: list[str]) -> int:
     def work(config):
         from bilevel_jax.runs.refine import refine
 
-        return f"{refine(config)['sentence']}\nreport: {config.output.folder}/report.html"
+        return f"{refine(config)['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import RefineConfig
 
@@ -107,7 +107,7 @@ def _train(arguments: list[str]) -> int:
     def work(config):
         from bilevel_jax.runs.train import summary, train
 
-        return f"{summary(train(config))}\nreport: {config.output.folder}/report.html"
+        return f"{summary(train(config))}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import TrainConfig
 
@@ -167,10 +167,10 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
 
     def loaded():
         settings = config.load(kind, given[0] if given else None, arguments[len(given) :])
-        if "devices" in vars(settings):
+        if "distributed" in vars(settings):
             from bilevel_jax.runs import processes
 
-            processes.start(settings.devices)
+            processes.start(settings.distributed)
         _widen(settings)
         return work(settings)
 
@@ -180,7 +180,7 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
 
 def _widen(settings: Any) -> None:
     """Let jax have float64 where a config trains in it."""
-    if "model" in vars(settings) and settings.model.train_dtype == "float64":
+    if "model" in vars(settings) and settings.model.param_dtype == "float64":
         import jax
 
         jax.config.update("jax_enable_x64", True)

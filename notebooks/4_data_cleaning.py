@@ -85,7 +85,7 @@ def run(name, *flags):
     return result, {row["name"]: row for row in result["rows"]}, pq.read_table(folder / name / "weights.parquet")
 
 
-result, rows, weights = run("all", "--bench.methods", *METHODS)
+result, rows, weights = run("all", "--compare.methods", *METHODS)
 print(*result["notes"], sep="\n")
 print(f"Budget of each method and seed: {result['budget']} passes. One training: {result['steps']} passes.")
 
@@ -164,7 +164,7 @@ for name in ("window", "alignment"):
     print(f"L_v of unrolled less that of {name}, by seed: {', '.join(f'{one:+.3f}' for one in gap)}")
     assert (gap > 0).all()
 
-flags = ("--bench.methods", "penalty_alone", "--bench.arms", "uniform", "--bench.seeds", "1")
+flags = ("--compare.methods", "penalty_alone", "--compare.baselines", "uniform", "--compare.seeds", "1")
 far = run("far", *flags, "--outer.learning-rate", "2")[1]
 for words, some in (("as in the table", rows), ("four times as far", far)):
     one = {key: values(some, "penalty_alone", key)[0] for key in ("auc", "ess", "report")}
@@ -239,10 +239,20 @@ plt.show()
 
 # %%
 SOME = ("unrolled", "window", "bmo")
-FEW = ("--bench.methods", *SOME, "--bench.seeds", "2", "--bench.arms", "uniform", "validation", "oracle", "low_loss")
+FEW = (
+    "--compare.methods",
+    *SOME,
+    "--compare.seeds",
+    "2",
+    "--compare.baselines",
+    "uniform",
+    "validation",
+    "oracle",
+    "low_loss",
+)
 by_size = {200: rows}
 for size in (30, 1000):
-    by_size[size] = run(f"fit-{size}", *FEW, "--arrays.fit", str(size))[1]
+    by_size[size] = run(f"fit-{size}", *FEW, "--arrays.validation-examples", str(size))[1]
 by_size = dict(sorted(by_size.items()))
 
 
@@ -304,7 +314,7 @@ assert mean(large, "validation", "report") < mean(large, "low_loss", "report")
 # %%
 by_share = {0.5: rows}
 for share in (0.2, 0.8):
-    flags = ("--arrays.share", str(share), "--bench.top-share", str(round(1 - share, 1)))
+    flags = ("--arrays.noise-share", str(share), "--compare.top-share", str(round(1 - share, 1)))
     by_share[share] = run(f"share-{share}", *FEW, *flags)[1]
 by_share = dict(sorted(by_share.items()))
 

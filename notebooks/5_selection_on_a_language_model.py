@@ -97,20 +97,20 @@ if REAL:
     write("report.jsonl", [{"text": text} for text in texts[224:320]])
     base = "select.yaml"
     flags = {
-        "model.path": MODEL, "model.lora-rank": 0, "model.remat": "none",
-        "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.report": "report.jsonl",
+        "model.name_or_path": MODEL, "lora.r": 0, "model.remat": "none",
+        "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.test": "report.jsonl",
         "data.split": ("0.667", "0.333", "0"), "data.label-field": "label", "data.max-length": 96,
-        "optimizer.learning-rate": 5e-4, "optimizer.warmup": 2, "optimizer.eps-root": 1e-8,
-        "train.steps": 16, "train.batch": 8, "outer.steps": 2, "keep.top-share": 0.5,
+        "optimizer.learning-rate": 5e-4, "optimizer.warmup_steps": 2, "optimizer.eps-root": 1e-8,
+        "train.max_steps": 16, "train.global_batch_size": 8, "outer.steps": 2, "selection.top-share": 0.5,
     }  # fmt: skip
 else:
     base = "quickstart.yaml"
     flags = {
-        "model.remat": "none", "train.steps": 96, "outer.steps": 4,
+        "model.remat": "none", "train.max_steps": 96, "outer.steps": 4,
     }  # fmt: skip
 flags |= {
-    "compare.seeds": 2, "certify.step-sizes": "0.1",
-    "compare.rows": ("uniform", "learned", "selected", "alignment", "perplexity", "validation", "oracle"),
+    "retrain.seeds": 2, "certify.step-sizes": "0.1",
+    "retrain.variants": ("uniform", "learned", "selected", "alignment", "perplexity", "validation", "oracle"),
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def words(flags):
 
 # %%
 about = {key: value for key, value in flags.items() if key.startswith(("model.", "data."))}
-seen = load(InspectConfig, base, [*words(about | {"look.rows": 1, "look.width": 100})])
+seen = load(InspectConfig, base, [*words(about | {"show.examples": 1, "show.width": 100})])
 print(inspect(seen))
 
 # %% [markdown]
@@ -274,16 +274,16 @@ elif not REAL:
 # chosen. From a shell:
 #
 # ```sh
-# bilevel-jax export run --export.form axolotl --keep.top-share 0.5 --out rows-to-keep
+# bilevel-jax export run --export.format axolotl --selection.top-share 0.5 --out rows-to-keep
 # ```
 
 # %%
 config = load(
     ExportConfig,
     "run/config.yaml",
-    [*of_run(Path("run")), "--keep.top-share", "0.5", "--export.form", "axolotl", "--out", "rows-to-keep"],
+    [*of_run(Path("run")), "--selection.top-share", "0.5", "--export.format", "axolotl", "--out", "rows-to-keep"],
 )
-print(export(config, Path("run"), "bilevel-jax export run --export.form axolotl --keep.top-share 0.5"))
+print(export(config, Path("run"), "bilevel-jax export run --export.format axolotl --selection.top-share 0.5"))
 for file in sorted(Path("rows-to-keep").iterdir()):
     print(f"  {file.name}")
 kept = [json.loads(line) for line in Path("rows-to-keep/train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -297,7 +297,7 @@ assert share > good.mean()
 # `transformers`:
 #
 # ```sh
-# bilevel-jax train configs/train.yaml --model.path FOLDER --data.train train.jsonl --weights.file run/weights.parquet \
+# bilevel-jax train configs/train.yaml --model.name-or-path FOLDER --data.train train.jsonl --weights.file run/weights.parquet \
 #     --data.validation trusted.jsonl --out tuned
 # ```
 #

@@ -45,7 +45,7 @@ from bilevel_jax.lm.loglik import LogLik, Request, engine
 from bilevel_jax.runs.bootstrap import rank_correlations, reading, resampled
 from bilevel_jax.runs.embedded import TASKS, pretrain
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import OptimizerSection
 from bilevel_jax.runs.statistics import auc, rank_correlation
 from bilevel_jax.scores.demonstrations import choice
 from bilevel_jax.scores.incontext import Prompt, ica, prompt
@@ -321,7 +321,7 @@ def measure(model, made, k, rate):
 
     # the exact entries of a training run
     problem = weighted(lambda params, fixed, batch: per_example(params, batch))
-    adamw = optimizer(Optimizer(learning_rate=rate, warmup=2, eps_root=1e-8), STEPS)
+    adamw = optimizer(OptimizerSection(learning_rate=rate, warmup_steps=2, eps_root=1e-8), STEPS)
     layout = batches.Layout(1, BATCH, BATCH, length)
     stream = batches.train_stream(corpus, batches.order(corpus.rows, BATCH, 0), STEPS, layout)
     weights, step = jnp.ones(corpus.rows), transition(problem, adamw)

@@ -40,7 +40,7 @@ from bilevel_jax.runs import config, figures, page
 from bilevel_jax.runs.checkers import checker
 from bilevel_jax.runs.embedded import TASKS, pretrain
 from bilevel_jax.runs.refine import refine
-from bilevel_jax.runs.sections import Check
+from bilevel_jax.runs.sections import VerifierSection
 from bilevel_jax.runs.statistics import auc
 
 plt.style.use("notebooks.mplstyle")
@@ -83,7 +83,7 @@ pretrain(made, TASKS["cipher"]._replace(lessons="lessons", steps=500), progress=
 architecture, old = lm.load(made / "model")
 decoder, tokenizer = lm.decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
 trusted, report = (load([str(made / f"{name}.jsonl")]) for name in ("validation", "report"))
-judge = checker(Check("exact", answer_field="answer"))
+judge = checker(VerifierSection("exact", answer_field="answer"))
 sample = sampler(
     decoder, Sampling(temperature=1.0, max_new=6), decoding(tokenizer), end=[tokenizer.eos_token_id]
 ).sample

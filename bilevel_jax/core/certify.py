@@ -87,13 +87,17 @@ def without(key: Array, weights: Float[Array, "rows"], fraction: float) -> Float
 
 
 def smooth(
-    estimate: Callable[[Hyper], Hyper], key: Array, weights: Float[Array, "rows"], grad: Float[Array, "rows"]
+    estimate: Callable[[Hyper], Hyper],
+    key: Array,
+    weights: Float[Array, "rows"],
+    grad: Float[Array, "rows"],
+    removed: float = 0.2,
 ) -> float:
-    """cos(grad(w), grad(w with a random fifth of the rows removed)) over the rows that stay; one more estimate.
+    """cos(grad(w), grad(w with a random share `removed` of the rows left out)) over the rows that stay; one more sweep.
 
     Near 1 where the landscape is smooth at the size of the changes one makes; near 0 where it is noise.
     """
-    fewer = without(key, weights, 0.2)
+    fewer = without(key, weights, removed)
     stay = fewer != 0
     return float(tree.cosine(jnp.where(stay, grad, 0), jnp.where(stay, estimate(fewer), 0)))
 

@@ -26,7 +26,7 @@ def prompts(examples: Sequence[Example], tokenizer: Tokenizer, *, template: str 
         raise ValueError(f"{plain[0].where}: a row of plain text has no prompt to answer. Give rows with a prompt.")
     if not examples:
         return []
-    corpus, _ = tokenize(examples, tokenizer, max_length=sys.maxsize, template=template, supervise="last")
+    corpus, _ = tokenize(examples, tokenizer, max_length=sys.maxsize, template=template, supervise="last_turn")
     out = []
     for i, example in enumerate(examples):
         row = corpus.row(i)

@@ -17,7 +17,7 @@ from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.encode import TEMPLATE, Mask, Tokenizer, common, encode, joiner
 
 TRUNCATE = ("error", "left", "right", "drop")
-SUPERVISE = ("all", "last")
+SUPERVISE = ("all_turns", "last_turn")
 CHUNK = 512
 """Examples handed to the tokenizer at once; it works on them in parallel."""
 
@@ -159,7 +159,7 @@ def tokenize(
     max_length: int,
     truncate: str = "error",
     template: str = TEMPLATE,
-    supervise: str = "all",
+    supervise: str = "all_turns",
 ) -> tuple[Corpus, Report]:
     """Ids and response masks of all examples; row i of the corpus is examples[i].
 
@@ -262,7 +262,7 @@ def _counted(mask: Mask, example: Example, side: Example, supervise: str) -> Mas
     """The mask without the assistant turns that do not count."""
     answers = sum(turn.role == "assistant" for turn in side.turns)
     skipped = _shared_answers(example) if example.rejected else 0
-    if supervise == "last":
+    if supervise == "last_turn":
         skipped = max(skipped, answers - 1)
     if skipped <= 0:
         return mask

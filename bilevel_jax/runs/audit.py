@@ -26,7 +26,7 @@ from bilevel_jax.runs.config import AuditConfig, SelectConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.judging import EXACT, Score
 from bilevel_jax.runs.rules import on_arrays
-from bilevel_jax.runs.sections import Entries
+from bilevel_jax.runs.sections import EstimatorName
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.task import prepare as prepare_text
@@ -66,7 +66,7 @@ def settings(config: AuditConfig) -> SelectConfig:
     return SelectConfig(
         model=config.model, data=data, objective=config.objective, optimizer=config.optimizer, train=config.train,
         outer=replace(config.outer, method=EXACT), certify=config.certify, output=config.output,
-        devices=config.devices,
+        mesh=config.mesh, distributed=config.distributed, lora=config.lora,
     )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ def prepared(config: AuditConfig, folder: Path) -> Task | ArrayTask:
         source = classification.read(config.data.train[0])
         return classification.prepare(base, config.arrays, source, classification.network(base, config.arrays, source))
     ready = embedded(base, folder)
-    seeds, prior = [config.data.seed], config.outer.prior
-    return prepare_text(ready, rows.load(ready.data), folder, steps=config.train.steps, seeds=seeds, prior=prior)
+    seeds, prior = [config.data.seed], config.outer.proximal
+    return prepare_text(ready, rows.load(ready.data), folder, steps=config.train.max_steps, seeds=seeds, prior=prior)
 
 
 def cheap(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
@@ -105,7 +105,7 @@ def queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "que
 def planned_work(config: AuditConfig, task: Task | ArrayTask, asked: int) -> float:
     """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
     steps, options = task.steps, config.audit
-    sweeps = 2 * REPLAY + (1 + asked) * PRODUCT if EXACT in options.entries else 0
+    sweeps = 2 * REPLAY + (1 + asked) * PRODUCT if EXACT in options.estimators else 0
     certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY + PRODUCT if config.certify.enabled else 0
     return steps * (1 + sweeps + certified + len(options.removed) * options.subsets)
 
@@ -123,7 +123,7 @@ def _work(
     certified = certificate(config, task, trained, entries, exact, work)
     made = bank.retrained(
         task, work, start=trained.start, stream=trained.stream, queries=asked, fractions=config.audit.removed,
-        count=config.audit.subsets, together=min(config.audit.together, config.audit.subsets), seed=config.data.seed,
+        count=config.audit.subsets, together=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
     )  # fmt: skip
     work.phase("writing")
     result = judging.judged(settings(config), task, scores, made, certified)
@@ -143,8 +143,8 @@ def train(config: AuditConfig, task: Task | ArrayTask, asked: Int[np.ndarray, "q
     trainer = Trainer(task, settings(config).outer, work)
     start = trainer.begin(task.fresh(config.train.seed))
     stream = placing.kept(task.mesh, task.stream(config.data.seed))  # read again by every retrain
-    run = trainer.run(ones, start, stream, swept=EXACT in config.audit.entries, save_as=0)
-    if EXACT in config.audit.entries:
+    run = trainer.run(ones, start, stream, swept=EXACT in config.audit.estimators, save_as=0)
+    if EXACT in config.audit.estimators:
         check_differentiable(task.step, task.optimizer, run, ones, task.fixed(start.params), stream)
     return Trained(trainer, start, stream, run, asked, work.once("training", lambda: time.monotonic() - began))
 
@@ -160,9 +160,9 @@ def estimates(
     exact: dict[str, Any] = {}
     fit = task.held_out["fit"]
     apart = [bank.only(fit, row) for row in trained.queries]
-    groups = [apart[first : first + config.audit.together] for first in range(0, len(apart), config.audit.together)]
+    groups = [apart[first : first + config.audit.vmap_size] for first in range(0, len(apart), config.audit.vmap_size)]
     (work.folder / "parts").mkdir(exist_ok=True)
-    for name in config.audit.entries:
+    for name in config.audit.estimators:
         work.phase(f"entries: {name}")
         estimate = estimator(name, config, task, trained, work)
         values, told = _kept(work, name, estimate, [fit])
@@ -181,7 +181,7 @@ def estimates(
 
 
 def estimator(
-    name: Entries, config: AuditConfig, task: Task | ArrayTask, trained: Trained, work: Session
+    name: EstimatorName, config: AuditConfig, task: Task | ArrayTask, trained: Trained, work: Session
 ) -> Callable[[list[Stream]], Estimate]:
     """validation streams -> the estimate for each, its leaves lead with [streams]; of the checks, the last one's."""
     ones, fixed = jnp.ones(task.rows), task.fixed(trained.start.params)
@@ -219,12 +219,12 @@ def cheap_scores(
     """The cheap scores by the models before and after training; what needs no model, once."""
     scores: list[Score] = []
     dearest: dict[str, float] = {}
-    for at in config.audit.at:
+    for at in config.audit.checkpoints:
         params = {"start": trained.start.params, "end": trained.run.end.params}[at]
         for name in names:
-            if name == "random" and scores and at != config.audit.at[0]:
+            if name == "random" and scores and at != config.audit.checkpoints[0]:
                 continue  # it reads no model
-            if name == "alignment" and at == "end" and name in config.audit.entries:
+            if name == "alignment" and at == "end" and name in config.audit.estimators:
                 continue  # it is there, with entries of every query
             work.phase(f"scoring: {name} at the {at}")
             title, column, model = (f"{name}, {at}", f"{name}_{at}", at) if name != "random" else (name, name, "")

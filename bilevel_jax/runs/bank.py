@@ -81,7 +81,7 @@ def retrained(
         if not all(np.isfinite(values).all() for one in found for values in one.values()):
             raise FloatingPointError(
                 "a model trained without some of the rows has a loss that is not finite, although the one trained with "
-                "all rows has not. Lower optimizer.learning_rate, or set optimizer.clip."
+                "all rows has not. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
             )
         return found
 

@@ -50,6 +50,7 @@ def settings(config: CompareConfig, seed: int) -> SelectConfig:
     """One repetition as the settings of `select`, which the parts of a run are written for."""
     return SelectConfig(
         model=config.model,
+        lora=config.lora,
         data=replace(
             config.data,
             seed=config.data.seed + APART * seed,
@@ -60,9 +61,10 @@ def settings(config: CompareConfig, seed: int) -> SelectConfig:
         optimizer=config.optimizer,
         train=replace(config.train, seed=config.train.seed + seed),
         outer=replace(config.outer, patience=0),
-        single=config.single,
+        single_loop=config.single_loop,
         output=config.output,
-        devices=config.devices,
+        mesh=config.mesh,
+        distributed=config.distributed,
     )
 
 
@@ -74,32 +76,34 @@ def tasks(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTa
         return lambda seed: classification.prepare(settings(config, seed), config.arrays, source, net)
     ready = embedded(settings(config, 0), folder)
     text = prepare_text(
-        ready, rows.load(ready.data), folder, steps=config.train.steps, seeds=[0], prior=config.outer.prior
+        ready, rows.load(ready.data), folder, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal
     )
     return lambda seed: text
 
 
 def _affordable(config: CompareConfig, task: Task | ArrayTask) -> None:
-    chosen = {name: METHODS[name] for name in config.bench.methods}
+    chosen = {name: METHODS[name] for name in config.compare.methods}
     needed = {name: one.least(task, one.settings(settings(config, 0))) for name, one in chosen.items()}
-    if short := {name: math.ceil(least) for name, least in needed.items() if least > config.bench.passes}:
+    if short := {name: math.ceil(least) for name, least in needed.items() if least > config.compare.budget}:
         listed = ", ".join(f"{name} {least:,}" for name, least in short.items())
         raise ValueError(
-            f"bench.passes = {config.bench.passes:,} is too small to move a weight twice; needed: {listed}. Raise it, "
-            "lower train.steps or outer.max_iterations, or leave these methods out of bench.methods."
+            f"compare.budget = {config.compare.budget:,} is too small to move a weight twice; needed: {listed}. Raise it, "
+            "lower train.max_steps or outer.max_iterations, or leave these methods out of compare.methods."
         )
 
 
 def planned_work(config: CompareConfig, task: Task | ArrayTask) -> float:
     """The whole run in training steps, for the ETA."""
-    some, steps = config.bench, task.steps
-    return some.seeds * (steps + once(task) + len(some.arms) * steps + len(some.methods) * (some.passes + 2 * steps))
+    some, steps = config.compare, task.steps
+    return some.seeds * (
+        steps + once(task) + len(some.baselines) * steps + len(some.methods) * (some.budget + 2 * steps)
+    )
 
 
 def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], work: Session) -> dict[str, Any]:
     cells: dict[str, list[dict[str, Any]]] = {}
     tables, notes = [], []
-    for seed in range(config.bench.seeds):
+    for seed in range(config.compare.seeds):
         task = task_of(seed)
         if seed == 0:
             work.phase("starting", total=planned_work(config, task))
@@ -115,12 +119,12 @@ def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], wor
         "labels": good_rows(task, settings(config, 0)) is not None,
         "unit": task.objective.unit,
         "right": task.objective.right,
-        "budget": config.bench.passes,
+        "budget": config.compare.budget,
         "steps": task.steps,
         "batch": task.batch,
         "restart": config.outer.restart,
-        "seeds": config.bench.seeds,
-        "top_share": config.bench.top_share,
+        "seeds": config.compare.seeds,
+        "top_share": config.compare.top_share,
         "counts": {"train": task.rows} | {part: len(task.trusted[part]) for part in task.held_out},
         "notes": notes,
         "seconds": work.cost("seed")[1],
@@ -164,7 +168,7 @@ def repetition(
         made[name] = cell | {"meaning": arm.meaning, "passes": cell["passes"] + looked}
         work.say(f"seed {seed}  {_line(name, made[name])}")
     columns = {"alignment": first["alignment"], "loss": first["losses"]}
-    for name in config.bench.methods:
+    for name in config.compare.methods:
         cell, weights = learned(config, task, base, name, seed, work, read)
         columns[f"weight {name}"] = weights
         if name != "mixing":
@@ -194,9 +198,9 @@ def arms(
     """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
     everything, fit = task.trainable(), task.fit_rows()
     ones = np.ones(task.corpus.rows)
-    count = max(1, round(config.bench.top_share * len(everything)))
+    count = max(1, round(config.compare.top_share * len(everything)))
     drawn = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
-    share = f"{config.bench.top_share:.0%} of the rows"
+    share = f"{config.compare.top_share:.0%} of the rows"
     chosen: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
         "uniform": ("every row, weight 1", everything, None),
         "validation": ("V_fit alone", fit, None),
@@ -211,7 +215,7 @@ def arms(
         chosen["oracle+validation"] = ("the good rows and V_fit", np.concatenate([clean, fit]), good.astype(float))
     return {
         name: (Arm(name, chosen[name][0], chosen[name][1], ones), chosen[name][2])
-        for name in config.bench.arms
+        for name in config.compare.baselines
         if name in chosen
     }
 
@@ -225,7 +229,7 @@ def learned(
 
     def make() -> dict[str, Any]:
         part = work.within(key.replace("/", " "))
-        found = method.run(task, method.settings(base), part, float(config.bench.passes))
+        found = method.run(task, method.settings(base), part, float(config.compare.budget))
         with files.replacing(path) as place, open(place, "wb") as file:
             np.save(file, found.weights)
         return _cell(task, found, read)

@@ -25,7 +25,7 @@ class Question(NamedTuple):
     text: str
     responses: tuple[str, ...]
     result: str | None
-    """The right result, where check.answer_field names one."""
+    """The right result, where verifier.answer_field names one."""
     rewards: tuple[float, ...]
     """One for each strategy, or none at all."""
     file: str
@@ -101,8 +101,8 @@ def drawn(questions: Sequence[Question], block: int, blocks: int, seed: int) -> 
     count = min(blocks, len(questions) // block)
     if count < 1:
         raise ValueError(
-            f"{len(questions)} questions can be asked, and a block has rank.block = {block} of them. Give more "
-            "questions, lower rank.block, or raise rank.max_question."
+            f"{len(questions)} questions can be asked, and a block has rank.block_size = {block} of them. Give more "
+            "questions, lower rank.block_size, or raise rank.max_question_tokens."
         )
     ordered = sorted(questions, key=lambda one: (number(one.id, seed), one.id))
     return [ordered[first : first + block] for first in range(0, count * block, block)]
@@ -239,10 +239,10 @@ def _question(row: dict[str, Any], config: RankConfig, where: str) -> str:
 
 
 def _result(row: dict[str, Any], config: RankConfig, where: str) -> str | None:
-    name = config.check.answer_field
+    name = config.verifier.answer_field
     if not name:
         return None
-    value = field(row, name, "Set check.answer_field to one of them, or to nothing.", where)
+    value = field(row, name, "Set verifier.answer_field to one of them, or to nothing.", where)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{where}: '{name}' is {show(value)}; a string or a number is wanted.")
     return str(value)

@@ -30,7 +30,8 @@ def card(config: ExportConfig, run: Path | None, command: str, chosen: Chosen, t
         "task_categories": ["text-generation"],
     }
     made = [
-        (key, _cell(value)) for key, value in (*_made_by(run), ("weights", chosen.source), ("rule", rule(config.keep)))
+        (key, _cell(value))
+        for key, value in (*_made_by(run), ("weights", chosen.source), ("rule", rule(config.selection)))
     ]
     made += [
         ("rows with a weight", f"{len(chosen.examples):,}"),
@@ -41,19 +42,19 @@ def card(config: ExportConfig, run: Path | None, command: str, chosen: Chosen, t
     ]
     weight = (
         "`weight` is 1 in every row: the repeats are the weight."
-        if config.keep.resample
+        if config.selection.resample
         else "`weight` is the factor of the row's loss; a trainer that reads none takes every row as one."
     )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_cell(target.path.parent.name)}",
-        f"{total:,} rows{again} of {len(chosen.examples):,}, chosen by their weight ({rule(config.keep)}), in the "
-        f"layout {target.layout} of {NAMES[config.export.form]}.",
+        f"{total:,} rows{again} of {len(chosen.examples):,}, chosen by their weight ({rule(config.selection)}), in the "
+        f"layout {target.layout} of {NAMES[config.export.format]}.",
         "**Licence:** not stated. These rows were chosen from others, whose terms hold for them; name those terms "
         "before you share the rows.",
         f"## Use\n\n{use}",
         "Each row has an `id`, a hash of its text"
-        + (f". {weight}" if config.export.weight else " (`#n` counts copies).")
+        + (f". {weight}" if config.export.weight_key else " (`#n` counts copies).")
         + " `selection.parquet` tells of every row, written or not: `id`, `row`, `repeats`, `weight`, `source`.",
         "## How it was made\n\n" + _markdown(("", ""), made),
         "## Rows by source\n\n"
@@ -103,7 +104,7 @@ def _sources(chosen: Chosen) -> list[tuple[str, ...]]:
 
 def _written(config: ExportConfig, chosen: Chosen) -> np.ndarray:
     """What each row counts in what was written."""
-    return chosen.repeats.astype(float) if config.keep.resample else chosen.weights * (chosen.repeats > 0)
+    return chosen.repeats.astype(float) if config.selection.resample else chosen.weights * (chosen.repeats > 0)
 
 
 def _effective(values: np.ndarray) -> float:

@@ -55,13 +55,13 @@ def certificates(
     def predictive() -> dict:
         key = jax.random.key(config.data.seed + 2)
         return certify.predictive(
-            retrain, key, at, grad, value, fraction=settings.removed, retrains=settings.retrains
+            retrain, key, at, grad, value, fraction=settings.retrain_removed, retrains=settings.retrains
         )._asdict()
 
     session.phase(f"certifying the gradient at {name}")
     key = jax.random.key(config.data.seed + 1)
     ratios = session.once(f"certify/{name}/exact", exact)
-    cosine = session.once(f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, at, grad))
+    cosine = session.once(f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, at, grad, settings.removed))
     predicted = session.once(f"certify/{name}/predictive", predictive) if settings.retrains else None
     return Certificates(
         certify.Exact(**{key: tuple(value) for key, value in ratios.items()}),

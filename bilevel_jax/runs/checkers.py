@@ -19,7 +19,7 @@ from typing import Any
 from bilevel_jax.lm import files
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.files import show
-from bilevel_jax.runs.sections import Check
+from bilevel_jax.runs.sections import VerifierSection
 
 Checker = Callable[[Example, str], float]
 """(the row with the question and its right answer, a response) -> 0 to 1."""
@@ -40,10 +40,10 @@ _LONGEST = 400
 """Characters of a number; a model that repeats one digit writes longer ones, which are no answers."""
 
 
-def checker(check: Check, examples: Sequence[Example] = ()) -> Checker:
-    """The checker that `check.name` names: numeric, exact, or path/to/file.py:function.
+def checker(check: VerifierSection, examples: Sequence[Example] = ()) -> Checker:
+    """The checker that `verifier.name` names: numeric, exact, or path/to/file.py:function.
 
-    The right answer is what the row's key `check.answer_field` holds, read from its file again; without such a key,
+    The right answer is what the row's key `verifier.answer_field` holds, read from its file again; without such a key,
     the row's own last response. The question is what stands before that. `examples` are rows that will be asked about:
     their answers are read at once, so that one which cannot be used is told before anything is generated.
 
@@ -57,7 +57,9 @@ def checker(check: Check, examples: Sequence[Example] = ()) -> Checker:
     def gold(example: Example) -> str:
         text = answer(example)
         if check.name == "numeric" and number(text, check.markers) is None:
-            raise ValueError(f"{example.where}: no number in the right answer {show(text)}. Set check.name to exact.")
+            raise ValueError(
+                f"{example.where}: no number in the right answer {show(text)}. Set verifier.name to exact."
+            )
         return text
 
     def judged(example: Example, response: str) -> float:
@@ -93,12 +95,12 @@ def function(place: str) -> Judge:
     """The function (question, answer, response) -> bool or 0 to 1 that `path/to/file.py:function` names."""
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"check.name names {path}, which is no file. Give path/to/file.py:function.")
+        raise FileNotFoundError(f"verifier.name names {path}, which is no file. Give path/to/file.py:function.")
     module = _module(str(Path(path).resolve()), path)
     given = getattr(module, name, None)
     if not callable(given):
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ValueError(f"{path} has no function {name!r}; it has {there}. Set check.name to {path}:NAME.")
+        raise ValueError(f"{path} has no function {name!r}; it has {there}. Set verifier.name to {path}:NAME.")
 
     def judge(question: str, answer: str, response: str) -> float:
         try:
@@ -124,7 +126,7 @@ def question(example: Example) -> str:
     return "\n\n".join(turn.content for turn in example.turns[:-1])
 
 
-def _judge(check: Check) -> Judge:
+def _judge(check: VerifierSection) -> Judge:
     if check.name == "numeric":
         return lambda question, answer, response: float(
             number(answer, check.markers) == number(response, check.markers)
@@ -133,10 +135,10 @@ def _judge(check: Check) -> Judge:
         return exact
     if ".py:" in check.name:
         return function(check.name)
-    raise ValueError(f"check.name is {check.name!r}; it is numeric, exact, or path/to/file.py:function.")
+    raise ValueError(f"verifier.name is {check.name!r}; it is numeric, exact, or path/to/file.py:function.")
 
 
-def _answers(check: Check) -> Callable[[Example], str]:
+def _answers(check: VerifierSection) -> Callable[[Example], str]:
     """example -> its right answer."""
 
     @cache
@@ -146,14 +148,16 @@ def _answers(check: Check) -> Callable[[Example], str]:
     def answer(example: Example) -> str:
         if not check.answer_field:
             if example.turns[-1].role != "assistant":
-                raise ValueError(f"{example.where}: the row has no response to compare with. Set check.answer_field.")
+                raise ValueError(
+                    f"{example.where}: the row has no response to compare with. Set verifier.answer_field."
+                )
             return example.turns[-1].content
         row = rows(example.file)[example.line]
         value = row.get(check.answer_field) if isinstance(row, dict) else None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise ValueError(
                 f"{example.where}: '{check.answer_field}' is {show(value)}; a string or a number is wanted. "
-                "Set check.answer_field to the key of the right answer, or to nothing for the row's own response."
+                "Set verifier.answer_field to the key of the right answer, or to nothing for the row's own response."
             )
         return str(value)
 

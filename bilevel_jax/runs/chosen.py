@@ -35,10 +35,10 @@ def choose(config: ExportConfig, run: Path | None = None) -> Chosen:
 
     Raises ValueError for rows without a weight, unless the run that made the weights left them out.
     """
-    if not config.weights.file and (config.keep.top_share < 1 or config.keep.resample):
+    if not config.weights.file and (config.selection.top_share < 1 or config.selection.resample):
         raise ValueError(
             "weights.file is empty, so every row weighs the same and there is nothing to choose by. Give a run's "
-            "folder or weights.file, or set keep.top_share to 1 to write every row."
+            "folder or weights.file, or set selection.top_share to 1 to write every row."
         )
     with tempfile.TemporaryDirectory() as temporary:
         made = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
@@ -55,10 +55,10 @@ def choose(config: ExportConfig, run: Path | None = None) -> Chosen:
     if unread := int((given.kept & ~usable).sum()):
         notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
     sources = [example.source for example in examples]
-    places = keep_rows(given.weights, np.flatnonzero(usable), config.keep, sources=sources, seed=config.data.seed)
-    if config.keep.per_source and len(places) < config.keep.per_source:
+    places = keep_rows(given.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed)
+    if config.selection.per_source and len(places) < config.selection.per_source:
         notes.append(
-            f"keep.per_source = {config.keep.per_source:,}: a source gave all it has, so {len(places):,} rows."
+            f"selection.per_source = {config.selection.per_source:,}: a source gave all it has, so {len(places):,} rows."
         )
     repeats = np.bincount(places, minlength=len(examples))[usable]
     examples = [example for example, use in zip(examples, usable, strict=True) if use]

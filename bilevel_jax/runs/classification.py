@@ -23,7 +23,7 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.objective import Objective
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Arrays
+from bilevel_jax.runs.sections import ArraysSection
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 
@@ -147,37 +147,39 @@ def read(path: str) -> Source:
     return Source(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
 
 
-def network(config: SelectConfig, arrays: Arrays, source: Source) -> Network:
+def network(config: SelectConfig, arrays: ArraysSection, source: Source) -> Network:
     """The model of the config: linear softmax regression, or with hidden layers an MLP with ReLU."""
-    shape = (source.train.x.shape[1], *arrays.hidden, source.classes)
-    dtype = jnp.dtype(config.model.train_dtype)
+    shape = (source.train.x.shape[1], *arrays.hidden_sizes, source.classes)
+    dtype = jnp.dtype(config.model.param_dtype)
     loss = Loss(outputs, link)
     right = Objective(losses, accuracy, loss, "nats per row", "accuracy")
-    prior = config.outer.prior
+    prior = config.outer.proximal
     problem = weighted(losses, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
-    optimiser = optimizer(config.optimizer, config.train.steps)
+    optimiser = optimizer(config.optimizer, config.train.max_steps)
     return Network(problem, right, optimiser, transition(problem, optimiser), lambda seed: init(shape, seed, dtype))
 
 
-def prepare(config: SelectConfig, arrays: Arrays, source: Source, net: Network) -> ArrayTask:
+def prepare(config: SelectConfig, arrays: ArraysSection, source: Source, net: Network) -> ArrayTask:
     """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; V_report is of test rows.
 
     Raises ValueError where the file has too few rows.
     """
-    counts = {"train": arrays.rows, "fit": arrays.fit, "select": arrays.select}
+    counts = {"train": arrays.train_examples, "fit": arrays.validation_examples, "select": arrays.dev_examples}
     if sum(counts.values()) > source.train.rows:
         raise ValueError(
-            f"arrays.rows + fit + select = {sum(counts.values()):,} rows, but {source.name} has {source.train.rows:,} "
+            f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {source.name} has {source.train.rows:,} "
             "in x_train. Lower one of them."
         )
-    if arrays.report > source.test.rows:
-        raise ValueError(f"arrays.report = {arrays.report:,}, but {source.name} has {source.test.rows:,} test rows.")
+    if arrays.test_examples > source.test.rows:
+        raise ValueError(
+            f"arrays.test_examples = {arrays.test_examples:,}, but {source.name} has {source.test.rows:,} test rows."
+        )
     random = np.random.default_rng((config.data.seed, 1))
     drawn = random.permutation(source.train.rows)[: sum(counts.values())]
     places = dict(zip(counts, np.split(drawn, np.cumsum(list(counts.values()))[:-1]), strict=True))
-    reported = random.permutation(source.test.rows)[: arrays.report or None]
+    reported = random.permutation(source.test.rows)[: arrays.test_examples or None]
     parts = {part: at(source.train, rows) for part, rows in places.items()} | {"report": at(source.test, reported)}
-    noisy = noise(parts["train"].y, arrays.noise, arrays.share, source.classes, random)
+    noisy = noise(parts["train"].y, arrays.label_noise, arrays.noise_share, source.classes, random)
     clean = noisy == parts["train"].y
     corpus = Labelled(np.concatenate([parts["train"].x, parts["fit"].x]), np.concatenate([noisy, parts["fit"].y]))
     examples = [
@@ -185,16 +187,18 @@ def prepare(config: SelectConfig, arrays: Arrays, source: Source, net: Network) 
         for row, place in enumerate(places["train"].tolist())
     ]
     trusted = {part: parts[part] for part in ("fit", "select", "report") if parts[part].rows}
-    mesh = placing.make_mesh(config.devices.data, config.devices.model)
-    each = config.train.batch // config.train.micro
-    placing.fit_layout(mesh, batches.Layout(config.train.micro, each, each, 1))
-    told = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[arrays.noise]
-    share = 0.0 if arrays.noise == "none" else arrays.share
+    mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
+    each = config.train.global_batch_size // config.train.gradient_accumulation_steps
+    placing.fit_layout(mesh, batches.Layout(config.train.gradient_accumulation_steps, each, each, 1))
+    told = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
+        arrays.label_noise
+    ]
+    share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
     return ArrayTask(
         examples=examples,
         trusted={part: some.y for part, some in trusted.items()},
         notes=[
-            f"training: {arrays.rows:,} rows of {source.name}, {share:.0%} of their labels changed, {told}: "
+            f"training: {arrays.train_examples:,} rows of {source.name}, {share:.0%} of their labels changed, {told}: "
             f"{1 - clean.mean():.1%} are wrong. "
             + ", ".join(f"V_{part}: {some.rows:,} rows" for part, some in trusted.items())
             + "."
@@ -207,11 +211,11 @@ def prepare(config: SelectConfig, arrays: Arrays, source: Source, net: Network) 
         objective=net.objective,
         optimizer=net.optimizer,
         step=net.step,
-        steps=config.train.steps,
-        batch=config.train.batch,
-        micro=config.train.micro,
+        steps=config.train.max_steps,
+        batch=config.train.global_batch_size,
+        micro=config.train.gradient_accumulation_steps,
         mesh=mesh,
-        prior=config.outer.prior > 0,
+        prior=config.outer.proximal > 0,
     )
 
 
@@ -258,9 +262,9 @@ def batch_of(rows: Labelled, chosen: Int[np.ndarray, "batch"], micro: int, total
 
 def once(rows: Labelled, train: Any) -> Stream:
     """Every row once, in order, as a stream whose sum is their mean."""
-    order = batches.in_order(np.arange(rows.rows), rows.rows, train.batch)
-    steps = batches.steps_per_epoch(rows.rows, train.batch)
-    return Stream(lambda step: batch_of(rows, order(step), train.micro, rows.rows), steps)
+    order = batches.in_order(np.arange(rows.rows), rows.rows, train.global_batch_size)
+    steps = batches.steps_per_epoch(rows.rows, train.global_batch_size)
+    return Stream(lambda step: batch_of(rows, order(step), train.gradient_accumulation_steps, rows.rows), steps)
 
 
 # ---- the network: pure functions of (params, fixed, micro-batch)

@@ -76,7 +76,7 @@ def arms(
             "oracle", f"the rows whose label is {config.data.good_label!r}", everything[known[everything]], ones
         ),
     }  # fmt: skip
-    wanted = [name for name in config.compare.rows if name != "oracle" or known.any()]
+    wanted = [name for name in config.retrain.variants if name != "oracle" or known.any()]
     return [available[name]() if name in available else scored(name) for name in wanted]
 
 
@@ -87,7 +87,7 @@ def compare(
 
     The same number of steps for all: an arm with fewer rows makes more epochs, which the table states.
     """
-    if not config.compare.enabled:
+    if not config.retrain.enabled:
         return []
     read = outer_value(task.problem)
     results = []
@@ -95,7 +95,7 @@ def compare(
         session.phase(f"comparing: {arm.name}")
         train = partial(retrain, task, config, trainer, session, read, arm)
         runs = [
-            session.once(f"compare/{arm.name}/{seed}", partial(train, seed)) for seed in range(config.compare.seeds)
+            session.once(f"compare/{arm.name}/{seed}", partial(train, seed)) for seed in range(config.retrain.seeds)
         ]
         columns = [*PARTS, "accuracy"]
         intervals = {

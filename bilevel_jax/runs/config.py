@@ -13,32 +13,34 @@ import yaml
 from bilevel_jax.runs.read import read
 from bilevel_jax.runs.rules import check, leaves
 from bilevel_jax.runs.sections import (
-    Arrays,
-    Audit,
-    Bench,
-    Certify,
-    Check,
-    Compare,
-    Data,
-    Devices,
-    Estimate,
-    Export,
-    Generate,
-    Keep,
-    Look,
-    Model,
-    Objective,
-    Optimizer,
-    Outer,
-    Output,
-    Rank,
-    Refine,
-    Scores,
-    Single,
-    Train,
-    Training,
-    TrainOutput,
-    Weights,
+    ArraysSection,
+    AuditSection,
+    CertifySection,
+    CompareSection,
+    DataSection,
+    DistributedSection,
+    EstimateSection,
+    ExportSection,
+    FineTuneSection,
+    GenerateSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    OuterSection,
+    OutputSection,
+    RankSection,
+    RefineSection,
+    RetrainSection,
+    ScoresSection,
+    SelectionSection,
+    ShowSection,
+    SingleLoopSection,
+    TrainOutputSection,
+    TrainSection,
+    VerifierSection,
+    WeightsSection,
 )
 
 
@@ -47,23 +49,25 @@ class SelectConfig:
     """Learn one weight per training row from a trusted validation set.
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
-    stand. Short forms: --fast = --compare.no-enabled --certify.no-enabled; --resume = --output.resume;
-    --out FOLDER = --output.folder FOLDER.
+    stand. Short forms: --fast = --retrain.no-enabled --certify.no-enabled; --resume = --output.resume;
+    --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    objective: Objective = Objective()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    outer: Outer = Outer()
-    single: Single = Single()
-    scores: Scores = Scores()
-    output: Output = Output()
-    keep: Keep = Keep()
-    compare: Compare = Compare()
-    certify: Certify = Certify()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    outer: OuterSection = OuterSection()
+    single_loop: SingleLoopSection = SingleLoopSection()
+    scores: ScoresSection = ScoresSection()
+    output: OutputSection = OutputSection()
+    selection: SelectionSection = SelectionSection()
+    retrain: RetrainSection = RetrainSection()
+    certify: CertifySection = CertifySection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,20 @@ class TrainConfig:
     """Fine-tune a language model with a weight for each training row.
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
-    stand. Short forms: --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    stand. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    objective: Objective = Objective()
-    weights: Weights = Weights()
-    scores: Scores = Scores()
-    optimizer: Optimizer = Optimizer()
-    train: Training = Training()
-    output: TrainOutput = TrainOutput()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    weights: WeightsSection = WeightsSection()
+    scores: ScoresSection = ScoresSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: FineTuneSection = FineTuneSection()
+    output: TrainOutputSection = TrainOutputSection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,11 @@ class InspectConfig:
     CONFIG is the file of any other verb: the sections that are not below are passed over.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    objective: Objective = Objective()
-    look: Look = Look()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    show: ShowSection = ShowSection()
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,13 @@ class ExportConfig:
     CONFIG is the folder of a run of `select` or `train`, whose data and weights are used, or a config file with
     weights.file; the sections that are not below are passed over. The section keep says which rows are written: the
     top share, those above a threshold, whole repeats by weight (for trainers that read no weight), or a mix of sources.
-    Short form: --out FOLDER = --export.folder FOLDER.
+    Short form: --out FOLDER = --export.dir FOLDER.
     """
 
-    data: Data = Data()
-    weights: Weights = Weights()
-    keep: Keep = Keep()
-    export: Export = Export()
+    data: DataSection = DataSection()
+    weights: WeightsSection = WeightsSection()
+    selection: SelectionSection = SelectionSection()
+    export: ExportSection = ExportSection()
 
 
 @dataclass(frozen=True)
@@ -122,20 +129,22 @@ class CompareConfig:
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
     classification task, section arrays) or rows of text. Short forms: --resume = --output.resume;
-    --out FOLDER = --output.folder FOLDER.
+    --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    arrays: Arrays = Arrays()
-    objective: Objective = Objective()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    outer: Outer = Outer()
-    single: Single = Single()
-    bench: Bench = Bench()
-    output: Output = Output()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    arrays: ArraysSection = ArraysSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    outer: OuterSection = OuterSection()
+    single_loop: SingleLoopSection = SingleLoopSection()
+    compare: CompareSection = CompareSection()
+    output: OutputSection = OutputSection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -144,21 +153,23 @@ class AuditConfig:
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
     classification task, section arrays) or rows of text. Short forms: --fast = --certify.no-enabled;
-    --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    arrays: Arrays = Arrays()
-    objective: Objective = Objective()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    outer: Outer = Outer()
-    scores: Scores = Scores()
-    audit: Audit = Audit()
-    certify: Certify = Certify()
-    output: Output = Output()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    arrays: ArraysSection = ArraysSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    outer: OuterSection = OuterSection()
+    scores: ScoresSection = ScoresSection()
+    audit: AuditSection = AuditSection()
+    certify: CertifySection = CertifySection()
+    output: OutputSection = OutputSection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -171,19 +182,21 @@ class RankConfig:
     is judged by how the model takes its responses: self-aligned perplexity after answers of its own (sppl),
     perplexity, instruction-following difficulty (ifd), likeness to its own answers (self_similarity), a mix of the
     last and perplexity, and rewards over loss (car). Ends in a pick, or "no clear winner". Sections
-    optimizer and train, and the model's LoRA, are those of rank.train_rows alone. Short forms:
-    --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    optimizer and train, and the model's LoRA, are those of rank.train_examples alone. Short forms:
+    --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    rank: Rank = Rank()
-    generate: Generate = Generate(temperature=0.95, top_k=50, top_p=0.7)
-    check: Check = Check()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    output: Output = Output()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    rank: RankSection = RankSection()
+    generate: GenerateSection = GenerateSection(temperature=0.95, top_k=50, top_p=0.7)
+    verifier: VerifierSection = VerifierSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    output: OutputSection = OutputSection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -194,21 +207,23 @@ class RefineConfig:
     every method of refine.methods weighs the rows, with V_fit as the judge (sections outer, single), and trains a
     candidate; and the best candidate replaces the model where the lower bound of its gain on V_select, by paired
     bootstrap, is above 0. V_report is read once, at the end. CONFIG is a YAML file of the sections below; every flag
-    overrides one of its keys. Short forms: --resume = --output.resume; --out FOLDER = --output.folder FOLDER.
+    overrides one of its keys. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
     """
 
-    model: Model = Model()
-    data: Data = Data()
-    objective: Objective = Objective()
-    refine: Refine = Refine()
-    generate: Generate = Generate(draws=4)
-    check: Check = Check()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    outer: Outer = Outer(weighting="sigmoid")
-    single: Single = Single()
-    output: Output = Output()
-    devices: Devices = Devices()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    refine: RefineSection = RefineSection()
+    generate: GenerateSection = GenerateSection(num_generations=4)
+    verifier: VerifierSection = VerifierSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    outer: OuterSection = OuterSection(weighting="sigmoid")
+    single_loop: SingleLoopSection = SingleLoopSection()
+    output: OutputSection = OutputSection()
+    mesh: MeshSection = MeshSection()
+    distributed: DistributedSection = DistributedSection()
 
 
 @dataclass(frozen=True)
@@ -217,13 +232,13 @@ class EstimateConfig:
 
     CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that verb may follow it:
     `bilevel-jax select --help` lists them. Parameters are shapes only, so that a model may be larger than this machine:
-    its config.json is enough, with --estimate.rows where data and tokenizer are not here, --estimate.devices for a mesh
+    its config.json is enough, with --estimate.train-examples where data and tokenizer are not here, --estimate.devices for a mesh
     of devices that are not here, --estimate.tflops for their speed and --estimate.memory-gib for their memory. On
     the folder of a finished run it prints what was estimated beside what was measured. Short form:
-    --out FOLDER = --estimate.out FOLDER.
+    --out FOLDER = --estimate.dir FOLDER.
     """
 
-    estimate: Estimate = Estimate()
+    estimate: EstimateSection = EstimateSection()
 
 
 Config = TypeVar(
@@ -242,24 +257,25 @@ VERBS: dict[type, str] = {
     CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
 }  # fmt: skip
 
-RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.folder",)}
+RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.dir",)}
 SHORT: dict[type, dict[str, tuple[str, ...]]] = {
-    SelectConfig: RUN | {"--fast": ("--compare.no-enabled", "--certify.no-enabled")},
+    SelectConfig: RUN | {"--fast": ("--retrain.no-enabled", "--certify.no-enabled")},
     TrainConfig: RUN,
     CompareConfig: RUN,
     AuditConfig: RUN | {"--fast": ("--certify.no-enabled",)},
     RankConfig: RUN,
     RefineConfig: RUN,
-    ExportConfig: {"--out": ("--export.folder",)},
+    ExportConfig: {"--out": ("--export.dir",)},
 }
 
 # What may differ when a run is resumed: nothing here changes what is computed.
 MAY_DIFFER = (
-    "output.folder",
+    "output.dir",
     "output.resume",
     "output.progress",
     "output.save_minutes",
-    *(f"devices.{key}" for key in ("data", "model", "parameters", "coordinator", "processes", "process")),
+    *(f"mesh.{key}" for key in ("data", "fsdp", "sharding_rules")),
+    *(f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id")),
 )
 
 
@@ -279,12 +295,12 @@ def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] =
     return config
 
 
-def load_estimated(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, Estimate]:
+def load_estimated(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, EstimateSection]:
     """The config of the run that is to be estimated, as its verb would load it, and what is asked of the estimate.
 
     Raises ValueError for a file that no verb which can be estimated would read, and for one that several would.
     """
-    flags = ["--estimate.out" if flag == "--out" else flag.replace("--out=", "--estimate.out=") for flag in overrides]
+    flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
     asked, others = tyro.cli(
         EstimateConfig,
         prog="bilevel-jax estimate CONFIG",
@@ -296,7 +312,7 @@ def load_estimated(path: str | Path | None, overrides: Sequence[str] = ()) -> tu
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
     kinds: dict[str, Any] = {VERBS[kind]: kind for kind in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)}
-    verb = asked.estimate.verb if asked.estimate.verb != "auto" else _verb_of(find(path), kinds)
+    verb = asked.estimate.command if asked.estimate.command != "auto" else _verb_of(find(path), kinds)
     return load(kinds[verb], path, others), asked.estimate
 
 
@@ -312,7 +328,7 @@ def _verb_of(path: Path, kinds: dict[str, Any]) -> str:
     if len(fit) == 1:
         return fit[0]
     if fit:
-        raise ValueError(f"{path} may be a config of {' or '.join(fit)}: say of which by --estimate.verb.")
+        raise ValueError(f"{path} may be a config of {' or '.join(fit)}: say of which by --estimate.command.")
     nearest = min(trouble, key=lambda verb: trouble[verb].count("\n"))
     raise ValueError(
         f"{path} is a config of none of {', '.join(kinds)}, which can be estimated. As one of {nearest}: "

@@ -16,7 +16,7 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import OptimizerSection
 from bilevel_jax.runs.session import progress_bar
 
 Config = TypeVar("Config", SelectConfig, TrainConfig, InspectConfig)
@@ -35,18 +35,18 @@ class Task(NamedTuple):
     """The rows that teach the model."""
     steps: int
     batch: int
-    optimizer: Optimizer
+    optimizer: OptimizerSection
 
 
 TASKS = {
-    "cipher": Task(cipher.write, {}, "copies", 300, 32, Optimizer(learning_rate=4e-3, warmup=20, b2=0.99)),
+    "cipher": Task(cipher.write, {}, "copies", 300, 32, OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99)),
     "sums": Task(
         sums.write,
         {"corrupted": float, "noise": float, "rows": int, "validation": int, "select": int},
         "lessons",
         3000,
         64,
-        Optimizer(learning_rate=4e-3, warmup=20, b2=0.99),
+        OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99),
     ),
 }
 
@@ -65,7 +65,7 @@ def embedded(config: Config, folder: Path) -> Config:
 
     def make() -> None:
         task.write(made, seed=config.data.seed, **options)
-        if _is_builtin(config.model.path) and not (made / "model").exists():
+        if _is_builtin(config.model.name_or_path) and not (made / "model").exists():
             pretrain(made, task, progress=not isinstance(config, InspectConfig) and config.output.progress)
 
     processes.by_first(make)
@@ -76,13 +76,15 @@ def embedded(config: Config, folder: Path) -> Config:
     model, rows = config.model, config.data
     return replace(
         config,
-        model=replace(model, path=str(made / "model") if _is_builtin(model.path) else model.path),
+        model=replace(
+            model, name_or_path=str(made / "model") if _is_builtin(model.name_or_path) else model.name_or_path
+        ),
         data=replace(
             rows,
             train=files("train", rows.train),
             validation=files("validation", rows.validation),
-            select=files("select", rows.select),
-            report=files("report", rows.report),
+            dev=files("select", rows.dev),
+            test=files("report", rows.test),
         ),
     )
 
@@ -90,16 +92,16 @@ def embedded(config: Config, folder: Path) -> Config:
 def untrained(config: Config, folder: Path) -> Config:
     """As `embedded`, with the model's config and tokenizer alone, for which nothing is trained."""
     name, options = named(config)
-    if name and _is_builtin(config.model.path):
+    if name and _is_builtin(config.model.name_or_path):
         made = TASKS[name].write(folder / "input", seed=config.data.seed, **options)
-        config = replace(config, model=replace(config.model, path=str(made / "untrained")))
+        config = replace(config, model=replace(config.model, name_or_path=str(made / "untrained")))
     return embedded(config, folder)
 
 
 def named(config: SelectConfig | TrainConfig | InspectConfig) -> tuple[str, dict[str, Any]]:
     """(the embedded task that a config names, or nothing; what it sets of the task's options)."""
     rows = config.data
-    others = [config.model.path, *rows.validation, *rows.select, *rows.report]
+    others = [config.model.name_or_path, *rows.validation, *rows.dev, *rows.test]
     given = [path for path in (*rows.train, *others) if _is_builtin(path)]
     names = {path.removeprefix(PREFIX).partition("?")[0] for path in given}
     if unknown := sorted(names - set(TASKS)):

@@ -21,7 +21,7 @@ from bilevel_jax.runs.memory import Workspace
 from bilevel_jax.runs.plan import Stage
 from bilevel_jax.runs.programs import Compiled, Program
 from bilevel_jax.runs.rules import on_arrays
-from bilevel_jax.runs.sections import SINGLE_LOOP, Estimate
+from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.states import GIB, held, of_device, swept
 from bilevel_jax.runs.subject import Run, Subject, blank, read_rows, settings, shaped, simulate
 from bilevel_jax.runs.task import Text
@@ -40,8 +40,8 @@ class Made(NamedTuple):
     compiled: Compiled
 
 
-def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
-    """Print the estimate, write it where --estimate.out says, and return its verdict in a sentence.
+def estimate(config: Run | CompareConfig | AuditConfig, asked: EstimateSection) -> str:
+    """Print the estimate, write it where --estimate.dir says, and return its verdict in a sentence.
 
     Raises ValueError for a config that its verb would not run either, FileNotFoundError where there is no config.json.
     """
@@ -52,7 +52,7 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
     with tempfile.TemporaryDirectory() as folder:
         run: Any = settings(config, asked)
         verb = NAMES[type(config)]
-        if asked.rows:
+        if asked.train_examples:
             run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
             text = blank(run, asked)
         else:
@@ -68,8 +68,8 @@ def estimate(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> str:
         if found["budget"] and found["peak"] > found["budget"]:
             found["remedies"] = remedies(subject, text, workspace, found["peak"], asked, simulated)
     found["seconds_to_estimate"] = time.monotonic() - began
-    if asked.out:
-        out = Path(asked.out)
+    if asked.dir:
+        out = Path(asked.dir)
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / NAME, found)
     return estimate_table.show(found)
@@ -100,7 +100,7 @@ def compiled_steps(subject: Subject, simulated: bool) -> dict[str, Made]:
             steps["backward"] = compiled(programs.pulling(made, shapes, steps["linearize"].compiled))
         else:
             steps["backward"] = compiled(programs.backward(made, shapes))
-    if subject.config.outer.method in SINGLE_LOOP:
+    if subject.config.outer.method in SINGLE_LOOP_METHODS:
         steps["alone"] = compiled(programs.alone(made, subject.config, shapes))
     if "fit" in made.held_out and made.layout != made.layout.flat:  # V is not packed, and may be wider than a step
         steps["slope"] = compiled(programs.slope(made, shapes, made.held_out["fit"].batch(0)))
@@ -126,7 +126,9 @@ def upcast(subject: Subject, simulated: bool) -> float:
     return layer + 4 * math.prod(base["embed"].shape)
 
 
-def told(config: Any, subject: Subject, made: dict[str, Made], asked: Estimate, simulated: bool) -> dict[str, Any]:
+def told(
+    config: Any, subject: Subject, made: dict[str, Made], asked: EstimateSection, simulated: bool
+) -> dict[str, Any]:
     """Workspaces, operations and hours."""
     one = subject.task
     forward = made["forward"].compiled.flops
@@ -208,7 +210,7 @@ def staged(config: Any, subject: Subject, keep: Keep) -> list[Stage]:
     ]
 
 
-def kept(subject: Subject, asked: Estimate) -> Keep:
+def kept(subject: Subject, asked: EstimateSection) -> Keep:
     """What a training keeps for its sweep on the device that is asked for."""
     return memory.kept(subject.task, subject.config, subject.shapes, asked.memory_gib * GIB)
 
@@ -216,14 +218,14 @@ def kept(subject: Subject, asked: Estimate) -> Keep:
 # ---- what lives when
 
 
-def described(config: Any, subject: Subject, asked: Estimate, simulated: bool) -> dict[str, Any]:
+def described(config: Any, subject: Subject, asked: EstimateSection, simulated: bool) -> dict[str, Any]:
     """The run's shape, its parameters, its work and its disk: all that needs no compiler."""
     one, shapes, run = subject.task, subject.shapes, subject.config
     stages, keep = staged(config, subject, schedule.NOTHING), kept(subject, asked)
     state = held(shapes.state)
     return {
         "verb": subject.verb,
-        "model": {"path": run.model.path, "lora_rank": run.model.lora_rank, "remat": run.model.remat},
+        "model": {"path": run.model.name_or_path, "lora_rank": run.lora.r, "remat": run.model.remat},
         "method": None if isinstance(run, TrainConfig) else run.outer.method,
         "devices": {
             "count": one.mesh.size,
@@ -256,7 +258,7 @@ def described(config: Any, subject: Subject, asked: Estimate, simulated: bool) -
 
 
 def lived(
-    subject: Subject, workspace: Workspace, asked: Estimate, simulated: bool, speed: dict[str, float]
+    subject: Subject, workspace: Workspace, asked: EstimateSection, simulated: bool, speed: dict[str, float]
 ) -> dict[str, Any]:
     """The phases of the run, the largest, and what the memory of a device is; `speed`: seconds of a step, if known."""
     keep = kept(subject, asked)
@@ -317,29 +319,32 @@ def free() -> float:
 
 
 def remedies(
-    subject: Subject, text: Text, workspace: Workspace, peak: float, asked: Estimate, simulated: bool
+    subject: Subject, text: Text, workspace: Workspace, peak: float, asked: EstimateSection, simulated: bool
 ) -> list[dict[str, Any]]:
     """Changes of the config with the peak that they give, the least first; each is estimated as the run itself is."""
     run = subject.config
     model, train, devices = run.model, cast(Any, run.train), subject.task.mesh.size
-    most = max(1, train.batch // devices)
+    most = max(1, train.global_batch_size // devices)
     changed: dict[str, tuple[Run, bool]] = {}  # words -> (config, whether the steps are compiled anew)
-    if train.micro < most and asked.compile:
-        changed[f"train.micro: {most}"] = replace(run, train=replace(train, micro=most)), True
+    if train.gradient_accumulation_steps < most and asked.compile:
+        changed[f"train.gradient_accumulation_steps: {most}"] = (
+            replace(run, train=replace(train, gradient_accumulation_steps=most)),
+            True,
+        )
     if model.remat != "full" and asked.compile:
         changed["model.remat: full"] = replace(run, model=replace(model, remat="full")), True
     if isinstance(run, SelectConfig) and run.outer.linearize and asked.compile:
         changed["outer.linearize: false"] = replace(run, outer=replace(run.outer, linearize=False)), True
-    if model.lora_rank and model.base_dtype == "float32":
+    if run.lora.r and model.base_dtype == "float32":
         changed["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), not simulated
-    if not model.lora_rank and not model.scratch:
-        changed["model.lora_rank: 16"] = replace(run, model=replace(model, lora_rank=16)), True
-    if run.devices.model < devices:
-        parts = replace(run.devices, data=1, model=devices)
-        changed[f"devices.model: {devices}"] = replace(run, devices=parts), True
-    if isinstance(run, SelectConfig) and run.train.steps >= FEW:
-        fewer = run.train.steps // FEW
-        changed[f"train.steps: {fewer}"] = replace(run, train=replace(run.train, steps=fewer)), False
+    if not run.lora.r and not model.from_scratch:
+        changed["lora.r: 16"] = replace(run, lora=replace(run.lora, r=16)), True
+    if run.mesh.fsdp < devices:
+        parts = replace(run.mesh, data=1, fsdp=devices)
+        changed[f"mesh.fsdp: {devices}"] = replace(run, mesh=parts), True
+    if isinstance(run, SelectConfig) and run.train.max_steps >= FEW:
+        fewer = run.train.max_steps // FEW
+        changed[f"train.max_steps: {fewer}"] = replace(run, train=replace(run.train, max_steps=fewer)), False
     found = []
     for words, (other, anew) in changed.items():
         try:

@@ -12,7 +12,7 @@ from bilevel_jax.runs.states import GIB
 
 OF_VERB = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model beside it.",
-    "audit": "Memory is that of one training and its sweep; audit.together of them, side by side, take as many states.",
+    "audit": "Memory is that of one training and its sweep; audit.vmap_size of them, side by side, take as many states.",
 }
 STEPS = {
     "forward": "training step", "linearize": "training step, linearised", "backward": "step back",
@@ -175,7 +175,7 @@ def _notes(found: dict[str, Any]) -> Iterable[str]:
     if "kept" in found:
         yield (
             "A sweep goes back through the steps on the tape and replays others from snapshots; what is kept changes "
-            "no number. outer.memory_gib says how much it may take, outer.states where snapshots lie."
+            "no number. outer.memory_gib says how much it may take, outer.offload where snapshots lie."
         )
     yield f"The estimate took {found['seconds_to_estimate']:.0f} s."
 

@@ -37,7 +37,7 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
     ValueError for rows that lack a weight or do not fit the form, FileExistsError for a folder that is there already.
     """
-    folder = Path(config.export.folder)
+    folder = Path(config.export.dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already, and an export never overwrites: choose another with --out.")
     chosen = choose(config, run)
@@ -46,7 +46,7 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     layout = layout_of(examples, config.export.layout)
     name = f"train{ENDS[config.export.container]}"
     target = Target(layout, folder / name, config.export.container, config.data.template)
-    form = FORMS[config.export.form](examples, target)
+    form = FORMS[config.export.format](examples, target)
     kind = "folder" if config.export.container == "datasets" else config.export.container
     with fresh_folder(folder) as made:
         write_rows(made / name, _rows(form.rows, kept, chosen, config), kind)
@@ -62,8 +62,8 @@ def _rows(made: list[dict[str, Any]], kept: np.ndarray, chosen: Chosen, config: 
     """Each row as often as it was chosen, with its id and weight; a repeat weighs 1, since repeats are the weight."""
     out = []
     for row, i in zip(made, kept.tolist(), strict=True):
-        weight = 1.0 if config.keep.resample else float(chosen.weights[i])
-        extra = {"id": chosen.examples[i].id} | ({"weight": weight} if config.export.weight else {})
+        weight = 1.0 if config.selection.resample else float(chosen.weights[i])
+        extra = {"id": chosen.examples[i].id} | ({"weight": weight} if config.export.weight_key else {})
         out += [row | extra] * int(chosen.repeats[i])
     return out
 
@@ -95,6 +95,6 @@ def _summary(config: ExportConfig, chosen: Chosen, path: Path, layout: str) -> s
     more = f", and {len(before) - NAMED:,} more sources" if len(before) > NAMED else ""
     parts = f" ({', '.join(some)}{more})" if len(before) > 1 else ""
     return (
-        f"{int(chosen.repeats.sum()):,} of {len(chosen.examples):,} rows{parts}, {rule(config.keep)}: {path}, "
-        f"layout {layout}, for {NAMES[config.export.form]}; README.md beside it says how it was made."
+        f"{int(chosen.repeats.sum()):,} of {len(chosen.examples):,} rows{parts}, {rule(config.selection)}: {path}, "
+        f"layout {layout}, for {NAMES[config.export.format]}; README.md beside it says how it was made."
     )

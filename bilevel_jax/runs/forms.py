@@ -225,7 +225,7 @@ def _strings(example: Example, template: str) -> Row:
     if data.is_pair(example) and not _is_short(example):
         raise ValueError(
             f"{example.where}: a dialogue of several messages, and this form joins one prompt and one response by a "
-            "template. Set export.form to trl and leave data.template empty."
+            "template. Set export.format to trl and leave data.template empty."
         )
     row = data.row_of(example, _kind(example))
     text, (start, _) = joiner(template)(example._replace(rejected=()))
@@ -246,7 +246,7 @@ def _answers(example: Example, name: str) -> Row:
         if len(row[side]) != 1:
             raise ValueError(
                 f"{example.where}: the {side} side goes on for {len(row[side])} messages behind the prompt, and this "
-                "form holds one. Set export.form to trl, or leave the row out."
+                "form holds one. Set export.format to trl, or leave the row out."
             )
     return {name: row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 

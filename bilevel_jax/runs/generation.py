@@ -17,7 +17,7 @@ from bilevel_jax.lm.sampling import Sampling
 from bilevel_jax.runs import files, processes
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.likelihoods import fingerprint
-from bilevel_jax.runs.sections import Generate
+from bilevel_jax.runs.sections import GenerateSection
 from bilevel_jax.runs.session import Session
 
 NAME = "responses.jsonl"
@@ -25,7 +25,7 @@ NAME = "responses.jsonl"
 
 
 def generators(
-    settings: Generate, decoder: Decoder, tokenizer: Any, mesh: Mesh, session: Session
+    settings: GenerateSection, decoder: Decoder, tokenizer: Any, mesh: Mesh, session: Session
 ) -> Callable[[Params], Generator]:
     """What makes a `Generator`, (prompts, draws) -> responses[prompt][draw], of the model with some parameters.
 
@@ -38,16 +38,16 @@ def generators(
     then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
     `Interrupted`.
     """
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new, settings.seed)
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed)
     kept = Kept(session.folder / "checkpoints" / NAME)
 
     def progress(done: int, total: int) -> None:
         session.phase(f"writing responses, {done:,} of {total:,}")
         session.check()
 
-    if settings.source == "service":
+    if settings.backend == "service":
         ask = service.client(
-            settings.url, settings.model, sampling, key_variable=settings.key_variable,
+            settings.url, settings.model, sampling, key_variable=settings.api_key_env,
             concurrency=settings.concurrency, timeout=settings.timeout, progress=progress,
         )  # fmt: skip
         store = Store(f"{settings.url} {settings.model}", kept.responses, kept.save)
@@ -64,7 +64,7 @@ def generators(
 
     sampler = generate.sampler(
         decoder, sampling, generate.decoding(tokenizer), end=ends(tokenizer, decoder.config.eos),
-        tokens=settings.tokens, multiple=mesh.size, place=place, fetch=processes.fetch, progress=progress,
+        tokens=settings.max_batch_tokens, multiple=mesh.size, place=place, fetch=processes.fetch, progress=progress,
     )  # fmt: skip
 
     def generator(params: Params) -> Generator:

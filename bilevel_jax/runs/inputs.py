@@ -11,8 +11,8 @@ from bilevel_jax.runs.rules import leaves
 
 NAME = "inputs.json"
 KEYS = (
-    "model.path", "data.train", "data.validation", "data.select", "data.report", "weights.file", "objective.reference",
-    "rank.answers", "rank.accuracies",
+    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "objective.reference",
+    "rank.own_answers", "rank.accuracies",
 )  # fmt: skip
 """Of the configs: those whose values name files."""
 

@@ -38,8 +38,8 @@ def inspect(config: InspectConfig) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         ready = untrained(config, Path(folder))
-        tokenizer = tokens.load_tokenizer(ready.model.path)
-        architecture = lm.read_config(ready.model.path)
+        tokenizer = tokens.load_tokenizer(ready.model.name_or_path)
+        architecture = lm.read_config(ready.model.name_or_path)
         limit = min(ready.data.max_length, architecture.max_length)
         empty: list[str] = []
         options = rows.reading(replace(ready.data, empty="drop"))
@@ -49,7 +49,7 @@ def inspect(config: InspectConfig) -> str:
     parts = [survey(name, some, tokenizer, ready.data, limit) for name, some in named.items()]
     twice = copies(train, trusted)
     console = Console(
-        width=config.look.width or None, markup=False, emoji=False, highlight=False,
+        width=config.show.width or None, markup=False, emoji=False, highlight=False,
         force_jupyter=False,  # plain text in a notebook, too
     )  # fmt: skip
     console.print(_table(parts, tokenizer, limit))
@@ -58,8 +58,8 @@ def inspect(config: InspectConfig) -> str:
     for part in parts:
         _show(console, part, tokenizer, config)
     found = [*_stops(ready, parts, twice, empty, limit), *_warnings(ready, parts, twice, tokenizer, architecture)]
-    missing = sorted(set(config.look.ids) - {example.id for some in named.values() for example in some})
-    found += [f"look.ids: no row has the id {one}" for one in missing]
+    missing = sorted(set(config.show.ids) - {example.id for some in named.values() for example in some})
+    found += [f"show.ids: no row has the id {one}" for one in missing]
     console.print()
     if not found:
         return "OK: nothing to act on."
@@ -240,9 +240,11 @@ def _where(example: Example) -> str:
 
 
 def _show(console: Console, part: Part, tokenizer: Any, config: InspectConfig) -> None:
-    ids = set(config.look.ids)
+    ids = set(config.show.ids)
     chosen = [
-        place for place in range(len(part.seen)) if (part.example(place).id in ids if ids else place < config.look.rows)
+        place
+        for place in range(len(part.seen))
+        if (part.example(place).id in ids if ids else place < config.show.examples)
     ]
     if not chosen:
         return
@@ -258,7 +260,9 @@ def _show(console: Console, part: Part, tokenizer: Any, config: InspectConfig) -
         console.print(Text.assemble((plain(head).plain, "bold")))
         for name, side in zip(("chosen", "rejected") if len(sides) > 1 else ("",), sides, strict=True):
             lead = Text(f"{name:>8} ", "bold") if name else Text()
-            console.print(lead + _spelled(side, tokenizer, config.look.tokens) if len(side.ids) else Text("(left out)"))
+            console.print(
+                lead + _spelled(side, tokenizer, config.show.max_tokens) if len(side.ids) else Text("(left out)")
+            )
 
 
 def _spelled(row: Tokenized, tokenizer: Any, most: int) -> Text:
@@ -340,7 +344,7 @@ def _stops(
                 f"The first: {problems[0]}"
             )
         if part.over:
-            yield _too_long(part, config.data.truncate, limit)
+            yield _too_long(part, config.data.truncation, limit)
     if twice.leaks:
         does = "leave them out" if config.data.leaks == "drop" else "stop: remove them, or set data.leaks to drop"
         leaked = len({row.id for row, _ in twice.leaks})
@@ -361,7 +365,7 @@ def _too_long(part: Part, truncate: str, limit: int) -> str:
     does = "the other verbs stop" if truncate == "error" else ways[truncate]
     return (
         f"{part.name}: {_many(len(part.over), 'row')} ({len(part.over) / len(part.seen):.1%}) of more than {limit:,} "
-        f"tokens, the first {part.example(part.over[0]).where}. data.truncate = {truncate}: {does}. Instead: {others}"
+        f"tokens, the first {part.example(part.over[0]).where}. data.truncation = {truncate}: {does}. Instead: {others}"
     )
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.runs.sections import Keep
+from bilevel_jax.runs.sections import SelectionSection
 from bilevel_jax.runs.statistics import top
 
 
 def keep_rows(
     weights: Float[np.ndarray, "rows"],
     among: Int[np.ndarray, "kept"],
-    keep: Keep,
+    keep: SelectionSection,
     *,
     sources: Sequence[str],
     seed: int,
@@ -36,14 +36,14 @@ def keep_rows(
         kept = among[weights[among] >= keep.threshold]
         if not len(kept):
             raise ValueError(
-                f"no row has a weight of keep.threshold = {keep.threshold:g} or more; the largest is "
-                f"{weights[among].max():.3g}. Lower it, or use keep.top_share."
+                f"no row has a weight of selection.threshold = {keep.threshold:g} or more; the largest is "
+                f"{weights[among].max():.3g}. Lower it, or use selection.top_share."
             )
         return kept
     return top(weights, max(1, round(keep.top_share * len(among))), among)
 
 
-def rule(keep: Keep) -> str:
+def rule(keep: SelectionSection) -> str:
     """The rule in words."""
     if keep.resample:
         return f"{keep.resample:,} rows drawn in proportion to their weight, as whole repeats"
@@ -57,7 +57,7 @@ def rule(keep: Keep) -> str:
 def _resampled(weights: np.ndarray, among: np.ndarray, count: int, seed: int) -> np.ndarray:
     total = weights[among].sum()
     if total <= 0:
-        raise ValueError("every weight is 0, so no row can be drawn in proportion to it. Use keep.top_share.")
+        raise ValueError("every weight is 0, so no row can be drawn in proportion to it. Use selection.top_share.")
     ends = np.cumsum(weights[among]) / total
     places = (np.arange(count) + np.random.default_rng(seed).random()) / count
     return among[np.minimum(np.searchsorted(ends, places, side="right"), len(among) - 1)]
@@ -68,7 +68,7 @@ def _mixed(weights: np.ndarray, among: np.ndarray, count: int, sources: np.ndarr
     members = {name: among[sources[among] == name] for name in names}
     total = weights[among].sum()
     if total <= 0:
-        raise ValueError("every weight is 0, so no source has a share. Use keep.top_share.")
+        raise ValueError("every weight is 0, so no source has a share. Use selection.top_share.")
     quotas = {name: count * weights[rows].sum() / total for name, rows in members.items()}
     given = {name: int(quota) for name, quota in quotas.items()}
     by_remainder = sorted(names, key=lambda name: given[name] - quotas[name])

@@ -19,7 +19,7 @@ from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.optimizers import SHAPES
 from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import PARTS
-from bilevel_jax.runs.sections import Outer
+from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, per_row
@@ -62,7 +62,7 @@ class Learned(NamedTuple):
 
 def order_seed(config: SelectConfig, step: int) -> int:
     """The seed of an outer step's data order: a new one at each restart, or the weights over-fit one order."""
-    return config.data.seed + (step if config.outer.redraw else 0)
+    return config.data.seed + (step if config.outer.reshuffle else 0)
 
 
 def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
@@ -95,7 +95,7 @@ def baselines(task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.A
     return direct.grad, placing.table(task.mesh, losses.astype(direct.grad.dtype))
 
 
-def rate(outer: Outer, progress: float) -> float:
+def rate(outer: OuterSection, progress: float) -> float:
     """The rate of the weights at a point of the loop: outer.learning_rate, falling to 0 at 1 as outer.schedule says.
 
     A normalised step has the same length wherever it is made, and each is of another data order: at a constant rate
@@ -104,7 +104,7 @@ def rate(outer: Outer, progress: float) -> float:
     return outer.learning_rate * float(SHAPES[outer.schedule](progress))
 
 
-def travel(outer: Outer) -> float:
+def travel(outer: OuterSection) -> float:
     """The sum of the rates of outer.steps steps: how far a logit goes if every step is of the rms length."""
     return sum(rate(outer, step / outer.steps) for step in range(outer.steps))
 

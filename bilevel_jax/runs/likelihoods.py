@@ -21,7 +21,7 @@ from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.processes import fetch
-from bilevel_jax.runs.sections import Scores
+from bilevel_jax.runs.sections import ScoresSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 from bilevel_jax.scores import incontext, oneshot
@@ -111,13 +111,13 @@ def _asked(decoder: Decoder, mesh: Mesh, session: Session) -> Asked:
     return Asked(decoder, mesh, session)
 
 
-def ica(task: Task, params: Params, settings: Scores, session: Session) -> Made:
+def ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> Made:
     """`incontext.ica` with V_fit as the holdout."""
     model, (rows, holdout) = Model(task, params, session), parts(task)
     embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.whole, fetch=fetch)
 
     def score(demonstrations: str) -> incontext.Score:
-        chosen = choice(demonstrations, embedding=embedding, alike=settings.alike, seed=settings.seed)
+        chosen = choice(demonstrations, embedding=embedding, alike=settings.max_similarity, seed=settings.seed)
         return incontext.ica(
             _form(task, settings), chosen, max_length=task.architecture.max_length, k=settings.k,
             normalise=settings.per_token,
@@ -133,12 +133,14 @@ def ica(task: Task, params: Params, settings: Scores, session: Session) -> Made:
     return Made(values, model.passes, notes)
 
 
-def one_shot(task: Task, params: Params, settings: Scores, session: Session) -> Made:
+def one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> Made:
     """`oneshot.oneshot` with scores.anchors rows of V_fit as the holdout."""
     model, (rows, holdout) = Model(task, params, session), parts(task)
     usable = np.flatnonzero(holdout.kept)
     drawn = sorted(usable, key=lambda j: number(holdout.examples[int(j)].id, settings.seed))[: settings.anchors]
-    score = oneshot.oneshot(_form(task, settings), max_length=task.architecture.max_length, alike=settings.alike)
+    score = oneshot.oneshot(
+        _form(task, settings), max_length=task.architecture.max_length, alike=settings.max_similarity
+    )
     plan = score(rows, take(holdout, np.sort(np.array(drawn))))
     values = plan.combine(model(plan.requests))
     return Made(values, model.passes, _held(plan, rows, "rows of V_fit to be judged by"))
@@ -160,8 +162,8 @@ def _moments(params: Params) -> list[jax.Array]:
     return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
 
 
-def _form(task: Task, settings: Scores) -> incontext.Prompt:
-    return incontext.prompt(task.tokenizer, settings.template or incontext.TEMPLATE, settings.demonstration)
+def _form(task: Task, settings: ScoresSection) -> incontext.Prompt:
+    return incontext.prompt(task.tokenizer, settings.template or incontext.TEMPLATE, settings.demonstration_template)
 
 
 def _held(plan: Plan, rows: Rows, what: str) -> tuple[str, ...]:

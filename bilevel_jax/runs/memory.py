@@ -12,7 +12,7 @@ from bilevel_jax.core.types import Keep
 from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.programs import Steps
-from bilevel_jax.runs.sections import SINGLE_LOOP, Model
+from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS, ModelSection
 from bilevel_jax.runs.states import held, linearised, planned, swept
 from bilevel_jax.runs.task import Task
 
@@ -74,7 +74,7 @@ def _always(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> di
     streams = task.held_out.values()
     table = held(shapes.weights)
     tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
-    loaded = task.base is None and not config.model.scratch
+    loaded = task.base is None and not config.model.from_scratch
     return {
         "base": held(task.base),
         # every training starts from it, and steps in memory of its own
@@ -86,7 +86,7 @@ def _always(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> di
 
 
 def _descending(config: TrainConfig, shapes: Steps, always: Mapping[str, float], workspace: Workspace) -> Phase:
-    best = held(shapes.params) if config.train.keep == "best" else 0
+    best = held(shapes.params) if config.train.load_best else 0
     parts = {"parameters and optimiser": held(shapes.state), "best parameters": best, "workspace": workspace.forward}
     return Phase("training", {**always, **parts})
 
@@ -106,7 +106,7 @@ def _estimating(
     # the start is there in any case, and its parameters are those of the model as loaded
     starting = state - (gradient if always["the model as loaded"] else 0)
     whole, start_again = keep.tape >= steps, steps == task.steps
-    snapshots = 0 if whole or config.outer.states != "device" else max(0, keep.snapshots - start_again)
+    snapshots = 0 if whole or config.outer.offload != "device" else max(0, keep.snapshots - start_again)
     retained = {
         "start": starting,
         "snapshots": snapshots * state,
@@ -129,7 +129,7 @@ def _estimating(
         "slope",
         {**always, **retained, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
-    if config.outer.method in SINGLE_LOOP:
+    if config.outer.method in SINGLE_LOOP_METHODS:
         both = held(programs.alone(task, config, shapes).arguments[0])
         return [training, Phase("both models", {**always, "states of a step": both, "workspace": workspace.alone})]
     if config.outer.method not in ("unrolled", "window"):
@@ -152,13 +152,13 @@ def _estimating(
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )  # fmt: skip
-    if config.outer.states != "device" or keep.snapshots < once(steps, keep.tape).snapshots:
+    if config.outer.offload != "device" or keep.snapshots < once(steps, keep.tape).snapshots:
         # else the first state on the tape is a snapshot
         replaying.parts["states of a step"] = state
     return [training, reading, replaying, sweeping]
 
 
-def writing(task: Task, model: Model, always: dict[str, float], shapes: Steps) -> Phase:
+def writing(task: Task, model: ModelSection, always: dict[str, float], shapes: Steps) -> Phase:
     """The model in float32, for the file."""
     trained = held(shapes.params)
     if task.base is None:
@@ -193,8 +193,8 @@ def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[
     table = _stored(shapes.weights)
     found: dict[str, float] = {}
     if isinstance(config, TrainConfig):
-        found["checkpoints"] = 2 * (state + (params if config.train.keep == "best" else 0))
-    elif config.outer.method in SINGLE_LOOP:
+        found["checkpoints"] = 2 * (state + (params if config.train.load_best else 0))
+    elif config.outer.method in SINGLE_LOOP_METHODS:
         found["checkpoints"] = 2 * state
     else:
         found["checkpoints"] = 2 * (6 * table + params)

@@ -1,4 +1,4 @@
-"""Where arrays live: a named mesh of `data` x `model` devices, the rows of a batch spread over all of them."""
+"""Where arrays live: a named mesh of `data` x `fsdp` devices, the rows of a batch spread over all of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,33 +11,35 @@ from jax.sharding import PartitionSpec as P
 from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.batches import Layout
 
-SPREAD = P(None, ("data", "model"))
+SPREAD = P(None, ("data", "fsdp"))
 """[micro, rows or examples, ...]: the second axis over all devices."""
 LARGE, ROUND = 2**20, 2**12
 """Rows from which the weight table is split over the devices, and what its length is then a multiple of."""
 
 
-def make_mesh(data: int, model: int = 1) -> Mesh:
-    """`data` times `model` devices; data = 0 takes all that there are.
+def make_mesh(data: int, fsdp: int = 1) -> Mesh:
+    """`data` times `fsdp` devices; data = 0 takes all that there are.
 
-    The rows of a batch are spread over all of them. `model` devices share one copy of the parameters, of which each
+    The rows of a batch are spread over all of them. `fsdp` devices share one copy of the parameters, of which each
     keeps a part (`partition`), so that larger models fit; there are `data` copies.
     """
     devices = jax.devices()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise ValueError(f"{jax.process_count()} processes that do not know of each other: set devices.coordinator.")
-    wanted = f"devices.data x devices.model = {data or 'all'} x {model}"
-    if len(devices) % model and not data:
-        raise ValueError(f"{wanted}, but {len(devices)} devices do not split into groups of {model}.")
-    count = data * model or len(devices)
+        raise ValueError(
+            f"{jax.process_count()} processes that do not know of each other: set distributed.coordinator_address."
+        )
+    wanted = f"mesh.data x mesh.fsdp = {data or 'all'} x {fsdp}"
+    if len(devices) % fsdp and not data:
+        raise ValueError(f"{wanted}, but {len(devices)} devices do not split into groups of {fsdp}.")
+    count = data * fsdp or len(devices)
     if count > len(devices):
         raise ValueError(f"{wanted}, but there are {len(devices)} devices: {devices[0].device_kind}.")
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(
-            f"{wanted}, but several processes use all of their {len(devices)} devices: set devices.data to 0."
+            f"{wanted}, but several processes use all of their {len(devices)} devices: set mesh.data to 0."
         )
     return jax.make_mesh(
-        (count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+        (count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
     )
 
 
@@ -118,8 +120,8 @@ def fit_layout(mesh: Mesh, layout: Layout) -> Layout:
     """The layout with its rows rounded up to a multiple of the devices; its examples must already be one."""
     if layout.examples % mesh.size:
         raise ValueError(
-            f"train.batch / train.micro = {layout.examples} examples do not spread evenly over {mesh.size} devices. "
-            f"Choose a multiple of {mesh.size}, or set devices.data."
+            f"train.global_batch_size / train.gradient_accumulation_steps = {layout.examples} examples do not spread evenly over {mesh.size} devices. "
+            f"Choose a multiple of {mesh.size}, or set mesh.data."
         )
     return layout._replace(rows=-(-layout.rows // mesh.size) * mesh.size)
 

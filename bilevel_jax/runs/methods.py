@@ -12,7 +12,7 @@ from bilevel_jax.core.types import Params
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import Records, learn
-from bilevel_jax.runs.sections import Method as MethodName
+from bilevel_jax.runs.sections import OuterMethod as MethodName
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.single import run_single, work_of
 from bilevel_jax.runs.task import Task
@@ -87,7 +87,9 @@ def single_loop(task: Task | ArrayTask, config: SelectConfig, session: Session, 
     steps = int(budget / work_of(config))
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
     moves = max(1, int(budget / ((1 + REPLAY + PRODUCT) * task.steps)) - 1)
-    config = replace(config, single=replace(config.single, steps=steps), outer=replace(config.outer, steps=moves))
+    config = replace(
+        config, single_loop=replace(config.single_loop, steps=steps), outer=replace(config.outer, steps=moves)
+    )
     alone = run_single(task, config, session)
     return Outcome(
         alone.weights, _trail(alone.records), steps * work_of(config), _seconds(alone.records), "", alone.params
@@ -108,7 +110,7 @@ def _trail(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _settings(method: MethodName) -> Callable[[SelectConfig], SelectConfig]:
     return lambda config: replace(
-        config, outer=replace(config.outer, method=method), single=replace(config.single, second="copy")
+        config, outer=replace(config.outer, method=method), single_loop=replace(config.single_loop, second_model="copy")
     )
 
 
@@ -117,7 +119,7 @@ def _memory_saving(config: SelectConfig) -> SelectConfig:
     outer = replace(config.outer, method="penalty")
     if outer.weighting == "sigmoid":
         outer = replace(outer, weighting="softmax")
-    return replace(config, outer=outer, single=replace(config.single, second="none"))
+    return replace(config, outer=outer, single_loop=replace(config.single_loop, second_model="none"))
 
 
 def _iterated(name: MethodName, of: str, exact: str) -> Method:

@@ -28,19 +28,19 @@ class Objective(NamedTuple):
     """What `accuracy` is called."""
 
 
-def objective(config: sections.Objective, decoder: lm.Decoder, *, lora: bool) -> Objective:
+def objective(config: sections.ObjectiveSection, decoder: lm.Decoder, *, lora: bool) -> Objective:
     """Compose the objective; with `lora` the trained parameters are adapters over `fixed["base"]`."""
     return {"sft": _sft, "dpo": _pairs, "simpo": _pairs}[config.name](config, decoder, lora)
 
 
-def unit(config: sections.Objective) -> str:
+def unit(config: sections.ObjectiveSection) -> str:
     """The unit of a loss."""
     if config.name == "sft":
-        return "nats per example" if config.normalise == "token_sum" else "nats per token"
+        return "nats per example" if config.reduction == "token_sum" else "nats per token"
     return "nats per pair"
 
 
-def check_rows(config: sections.Objective, examples: list[Example]) -> None:
+def check_rows(config: sections.ObjectiveSection, examples: list[Example]) -> None:
     """Raise ValueError where the rows are not what the objective reads: pairs, or single responses."""
     pairs = config.name != "sft"
     odd = next((example for example in examples if bool(example.rejected) != pairs), None)
@@ -57,10 +57,10 @@ def check_rows(config: sections.Objective, examples: list[Example]) -> None:
     )
 
 
-def _sft(config: sections.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
-    split = losses.sft_loss(decoder, frozen_head=lora, normalise=config.normalise)
+def _sft(config: sections.ObjectiveSection, decoder: lm.Decoder, lora: bool) -> Objective:
+    split = losses.sft_loss(decoder, frozen_head=lora, normalise=config.reduction)
     return Objective(
-        _over_base(losses.sft(decoder, normalise=config.normalise)),
+        _over_base(losses.sft(decoder, normalise=config.reduction)),
         _over_base(losses.accuracy(decoder)),
         _split_over_base(split),
         unit(config),
@@ -68,7 +68,7 @@ def _sft(config: sections.Objective, decoder: lm.Decoder, lora: bool) -> Objecti
     )
 
 
-def _pairs(config: sections.Objective, decoder: lm.Decoder, lora: bool) -> Objective:
+def _pairs(config: sections.ObjectiveSection, decoder: lm.Decoder, lora: bool) -> Objective:
     beta = config.beta or USUAL_BETA[config.name]
     if config.name == "dpo":
         smoothing = config.label_smoothing

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import OptimizerSection
 
 
-def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimizerSection, steps: int) -> optax.GradientTransformation:
     """The optax chain of `config` for a training run of `steps` steps: clip, direction, decay, rate."""
     decoupled = config.name in ("adamw", "lion")
     chain = [
-        clip(config.clip) if config.clip else None,
+        clip(config.max_grad_norm) if config.max_grad_norm else None,
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay and not decoupled else None,
         DIRECTIONS[config.name](config),
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay and decoupled else None,
@@ -20,7 +20,7 @@ def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
     return optax.chain(*(link for link in chain if link is not None))
 
 
-def _adam(config: Optimizer) -> optax.GradientTransformation:
+def _adam(config: OptimizerSection) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.b1, config.b2, config.eps, config.eps_root)
 
 
@@ -33,13 +33,13 @@ DIRECTIONS = {
 }
 
 
-def schedule(config: Optimizer, steps: int) -> optax.Schedule:
+def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     """Step -> learning rate: up to the peak over `warmup` steps, then constant, or down to 0 at `steps`.
 
     The first step already moves, at 1/(warmup + 1) of the peak: a rate of 0 would waste it and zero its rows' entries.
     """
 
-    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * steps)
+    warmup = round(config.warmup_ratio * steps) if config.warmup_ratio > 0 else config.warmup_steps
 
     def rate(count):
         rise = jnp.minimum(1.0, (count + 1) / (warmup + 1))

@@ -47,7 +47,7 @@ def weights_table(
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
         "loss": f"the row's loss at the end of uniform training, {task.objective.unit}",
         "estimand": estimand(config),
-        "precision": f"{config.model.train_dtype}, matrix products at the highest precision",
+        "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,
         "config_hash": config_hash(config),
         "outer_step": str(learned.best),
@@ -60,11 +60,11 @@ def weights_table(
 
 def estimand(config: SelectConfig) -> str:
     """What the method's gradient is the gradient of; printed beside every number."""
-    outer, steps = config.outer, config.train.steps
+    outer, steps = config.outer, config.train.max_steps
     return {
         "unrolled": f"L_v(theta_T(w)), the training run itself (T = {steps} steps): exact",
         "window": f"L_v(theta_T(w)) through the last {outer.window} of {steps} steps: an approximation of unrolled",
-        "implicit": f"L_v(theta*(w)), the minimiser of the weighted loss + {outer.prior:g}/2 |theta - start|^2, by "
+        "implicit": f"L_v(theta*(w)), the minimiser of the weighted loss + {outer.proximal:g}/2 |theta - start|^2, by "
         f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
         + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
         "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",

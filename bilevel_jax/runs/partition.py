@@ -17,15 +17,15 @@ Table = Mapping[str, Axes]
 """Pattern -> axes. The first pattern that matches the whole of an array's path counts; without one it is not split."""
 
 DECODER: Table = {
-    r"layers/\w+/kernel": (None, None, "model"),  # [layers, in, out]
-    r"embed|positions": (None, "model"),  # [vocabulary or places, width]
-    r"head": ("model", None),  # [width, vocabulary]
+    r"layers/\w+/kernel": (None, None, "fsdp"),  # [layers, in, out]
+    r"embed|positions": (None, "fsdp"),  # [vocabulary or places, width]
+    r"head": ("fsdp", None),  # [width, vocabulary]
 }
 """The tree of lm.models.decoder, of every family. Norms, biases and adapters (lora/NAME/a, lora/NAME/b) are small."""
 
 
 def table(rules: Sequence[str], mesh: Mesh) -> Table:
-    """DECODER with rules of one's own before it: `PATTERN = AXIS AXIS ...`, an axis being data, model or - (not split).
+    """DECODER with rules of one's own before it: `PATTERN = AXIS AXIS ...`, an axis being data, fsdp or - (not split).
 
     Raises ValueError for a rule that says something else.
     """
@@ -35,13 +35,13 @@ def table(rules: Sequence[str], mesh: Mesh) -> Table:
         names = axes.split()
         if not equals or not pattern or not set(names) <= {"-", *mesh.axis_names}:
             raise ValueError(
-                f"devices.parameters: {rule!r} is no rule; wanted PATTERN = AXIS AXIS ..., each axis one of "
-                f"{', '.join(mesh.axis_names)} and - (not split), as in 'layers/down_proj/kernel = - model -'."
+                f"mesh.sharding_rules: {rule!r} is no rule; wanted PATTERN = AXIS AXIS ..., each axis one of "
+                f"{', '.join(mesh.axis_names)} and - (not split), as in 'layers/down_proj/kernel = - fsdp -'."
             )
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"devices.parameters: {pattern!r} is no regular expression: {error}.") from error
+            raise ValueError(f"mesh.sharding_rules: {pattern!r} is no regular expression: {error}.") from error
         own[pattern] = tuple(None if name == "-" else name for name in names)
     return own | {pattern: axes for pattern, axes in DECODER.items() if pattern not in own}
 
@@ -78,7 +78,7 @@ def gathering(mesh: Mesh, rules: Table) -> Callable[[Params], Params]:
 
     Its transpose splits the gradient again, so that whole parameters and whole gradients live for one layer only.
     """
-    if mesh.shape["model"] == 1:
+    if mesh.shape["fsdp"] == 1:
         return lambda params: params
 
     def gather(params: Params) -> Params:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
-from bilevel_jax.runs.sections import SINGLE_LOOP
+from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.single import FORWARD, steps_of, work_of
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.training import PRODUCT, REPLAY
@@ -44,19 +44,19 @@ def selection(task: Task | ArrayTask, config: SelectConfig) -> list[Stage]:
     one_pass = math.ceil(len(task.trainable()) / task.batch)
     training, estimate = Stage("", forwards=steps), _estimate(config, steps, one_pass)
     baselines = Stage("", others=2 * one_pass)
-    if outer.method in SINGLE_LOOP:
+    if outer.method in SINGLE_LOOP_METHODS:
         alone = Stage("", others=steps_of(config) * work_of(config))
         stages = [_sum("learning", training, baselines, alone)]
     else:
         stages = [_sum("learning", _sum("", training, estimate).times(outer.steps + 1, ""), baselines)]
-    if config.certify.enabled and outer.method not in SINGLE_LOOP:
+    if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
         places = 2 if outer.restart == "cold" else 1
         stages.append(_sum("", training.times(retrains, ""), estimate).times(places, "certificates"))
-    if config.compare.enabled:
+    if config.retrain.enabled:
         known = bool(config.data.label_field) and any(one.label == config.data.good_label for one in task.examples)
-        arms = [row for row in config.compare.rows if row != "oracle" or known]
-        stages.append(training.times(len(arms) * config.compare.seeds, "comparison"))
+        arms = [row for row in config.retrain.variants if row != "oracle" or known]
+        stages.append(training.times(len(arms) * config.retrain.seeds, "comparison"))
     return [*stages, training.times(1, "the model that is written")]
 
 
@@ -68,13 +68,13 @@ def readings(task: Task, config: SelectConfig | TrainConfig) -> float:
     each = {part: stream.steps for part, stream in task.held_out.items()}
     everything, fit = sum(each.values()) * FORWARD, each.get("fit", 0)
     if isinstance(config, TrainConfig):
-        return everything * (task.steps // config.train.evaluate_every + 2)
+        return everything * (task.steps // config.train.eval_steps + 2)
     total = (config.outer.steps + 1) * (everything + fit)
     if config.certify.enabled:
         places = 2 if config.outer.restart == "cold" else 1
         total += places * (2 * len(config.certify.step_sizes) + config.certify.retrains) * fit * FORWARD
-    if config.compare.enabled:
-        total += len(config.compare.rows) * config.compare.seeds * everything
+    if config.retrain.enabled:
+        total += len(config.retrain.variants) * config.retrain.seeds * everything
     return total
 
 

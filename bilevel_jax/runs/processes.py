@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bilevel_jax.runs.sections import Devices
+from bilevel_jax.runs.sections import DistributedSection
 
 Result = TypeVar("Result")
 LONGEST = 2000
@@ -22,17 +22,17 @@ _alone = False
 """Within `by_first`: what is asked there is the first process's own."""
 
 
-def start(devices: Devices) -> None:
+def start(distributed: DistributedSection) -> None:
     """Join the other processes of the run, if it has any; before anything asks for a device.
 
-    The coordinator is devices.coordinator or JAX_COORDINATOR_ADDRESS; the number of processes and of this one are the
+    The coordinator is distributed.coordinator_address or JAX_COORDINATOR_ADDRESS; the number of processes and of this one are the
     config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. Raises ValueError where nothing does.
     """
-    coordinator = devices.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    coordinator = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator or jax.distributed.is_initialized():
         return
-    count = devices.processes or int(os.environ.get("JAX_NUM_PROCESSES", "0"))
-    number = devices.process if devices.process >= 0 else int(os.environ.get("JAX_PROCESS_ID", "-1"))
+    count = distributed.num_processes or int(os.environ.get("JAX_NUM_PROCESSES", "0"))
+    number = distributed.process_id if distributed.process_id >= 0 else int(os.environ.get("JAX_PROCESS_ID", "-1"))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the session handles
     # on CPUs two programs may run at once, in another order in another process, and wait for each other for ever
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -42,9 +42,9 @@ def start(devices: Devices) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"devices.coordinator = {coordinator}: the processes did not find each other ({error}). On TPU pods, "
+            f"distributed.coordinator_address = {coordinator}: the processes did not find each other ({error}). On TPU pods, "
             "SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many they are "
-            "(--devices.processes), and to each its own number from 0 (--devices.process)."
+            "(--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
         ) from error
 
 

@@ -47,15 +47,17 @@ def rank(config: RankConfig) -> dict[str, Any]:
 
 def sampled(config: RankConfig, target: Target, found: Candidates) -> tuple[list[list[Question]], list[str]]:
     """The blocks of questions, and what was left out of them."""
-    questions, most = found.questions, config.rank.max_question
+    questions, most = found.questions, config.rank.max_question_tokens
     notes = []
     if most:
         made = asked(config, target, questions)
         questions = [one for one, prompt in zip(questions, made, strict=True) if len(prompt.tokens) <= most]
-        notes.append(f"{len(questions):,} questions have at most {most} tokens (rank.max_question), template included")
-    sample = candidates.drawn(questions, config.rank.block, config.rank.blocks, config.data.seed)
-    if len(sample) < config.rank.blocks:
-        notes.append(f"they suffice for {len(sample)} of {config.rank.blocks} blocks of {config.rank.block}")
+        notes.append(
+            f"{len(questions):,} questions have at most {most} tokens (rank.max_question_tokens), template included"
+        )
+    sample = candidates.drawn(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
+    if len(sample) < config.rank.num_blocks:
+        notes.append(f"they suffice for {len(sample)} of {config.rank.num_blocks} blocks of {config.rank.block_size}")
     return sample, notes
 
 
@@ -70,7 +72,7 @@ def _work(
     costs = {"answers": time.monotonic() - began}
     rows, cut = _responses(config, target, sample)
     measured, told = measure(config, target, sample, rows, said, work)
-    tested = trials.tested(config, found, work) if config.rank.train_rows else None
+    tested = trials.tested(config, found, work) if config.rank.train_examples else None
     work.phase("writing")
     result = ranking.ranking(config.rank, found.strategies, measured, config.data.seed)
     sizes = {"questions": len(found.questions), "blocks": len(sample), "block": len(sample[0]), "cut": cut}
@@ -142,7 +144,7 @@ def prompted(config: RankConfig, sample: Sequence[Sequence[Question]], said: Ans
     for block, texts, kept in zip(sample, said.texts, said.kept, strict=True):
         shown = selfaligned.examples(kept, config.rank.k)
         own = [
-            selfaligned.with_result(some[0], one.result, config.rank.final)
+            selfaligned.with_result(some[0], one.result, config.rank.final_answer)
             for one, some in zip(block, texts, strict=True)
         ]
         for one, places in zip(block, shown, strict=True):
@@ -206,7 +208,7 @@ def remarks(config: RankConfig, measured: Measured, found: Candidates, rows: Row
     out, count, shown = [], len(rows.examples), ranking.wanted(config.rank)
     if cut:
         out.append(
-            f"{cut:,} of {count:,} responses were cut at {config.rank.max_response} tokens (rank.max_response): the "
+            f"{cut:,} of {count:,} responses were cut at {config.rank.max_response_tokens} tokens (rank.max_response_tokens): the "
             "ranking is of their beginnings"
         )
     if config.rank.mean == "arithmetic":
@@ -219,7 +221,7 @@ def remarks(config: RankConfig, measured: Measured, found: Candidates, rows: Row
         )
     if "ifd" in shown and (above := float((measured["ifd"] > 1).mean())) > 0.5:
         out.append(f"IFD is above 1 for {above:.0%} of the responses: their questions make them less probable")
-    if config.rank.answers == "" and config.generate.source == "service":
+    if config.rank.own_answers == "" and config.generate.backend == "service":
         out.append(
             "the answers of the model are a service's: SPPL is self-aligned only where it serves this very model"
         )
@@ -300,7 +302,9 @@ def _responses(config: RankConfig, target: Target, sample: Sequence[Sequence[Que
 
 def _writer(config: RankConfig) -> Callable[[str, Sequence[str]], str]:
     """What is asked with the answers that are shown; a ValueError where the templates of the config cannot be used."""
-    return selfaligned.prompt(config.rank.template or selfaligned.TEMPLATE, config.rank.example or selfaligned.EXAMPLE)
+    return selfaligned.prompt(
+        config.rank.template or selfaligned.TEMPLATE, config.rank.example_template or selfaligned.EXAMPLE
+    )
 
 
 def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
@@ -312,8 +316,8 @@ def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
     shown = "with the answers that are shown before it, " if name == "sppl" else ""
     raise ValueError(
         f"{where}: {shown}the question and a response take {lengths[at]} token places, and the model's context has "
-        f"{context}; so do {int((lengths > context).sum())} of {len(lengths)}. Set rank.max_response and "
-        "rank.max_question, or lower generate.max_new or rank.k; rank.template says what else stands there."
+        f"{context}; so do {int((lengths > context).sum())} of {len(lengths)}. Set rank.max_response_tokens and "
+        "rank.max_question_tokens, or lower generate.max_new_tokens or rank.k; rank.template says what else stands there."
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.bootstrap import Reading
 from bilevel_jax.runs.page import number
-from bilevel_jax.runs.sections import Rank
+from bilevel_jax.runs.sections import RankSection
 from bilevel_jax.runs.statistics import rank_correlation
 from bilevel_jax.scores import strategies
 
@@ -54,13 +54,13 @@ METRICS = {
 }  # fmt: skip
 
 
-def wanted(options: Rank) -> list[str]:
+def wanted(options: RankSection) -> list[str]:
     """The metrics to compute, the one that decides first."""
     named = options.metrics or [name for name in METRICS if name != "car" or options.reward_field]
-    return list(dict.fromkeys([options.decide, *named]))
+    return list(dict.fromkeys([options.pick_by, *named]))
 
 
-def ranking(options: Rank, names: Sequence[str], measured: Measured, seed: int) -> dict[str, Any]:
+def ranking(options: RankSection, names: Sequence[str], measured: Measured, seed: int) -> dict[str, Any]:
     """What result.json holds of the metrics: scores with intervals, blocks, agreement, the pick.
 
     A strategy's score is the mean over the blocks of its scores in each. Intervals are percentiles of resamples of the
@@ -80,12 +80,12 @@ def ranking(options: Rank, names: Sequence[str], measured: Measured, seed: int) 
         "metrics": table,
         "agreement": agreement({name: METRICS[name].sign * draws[name][0] for name in draws}),
         "verdict": doubted(
-            measured, pick(options.decide, names, draws[options.decide], table[options.decide]), options
+            measured, pick(options.pick_by, names, draws[options.pick_by], table[options.pick_by]), options
         ),
     }
 
 
-def strategy(name: str, options: Rank) -> Strategy:
+def strategy(name: str, options: RankSection) -> Strategy:
     """The metric of each strategy in each block."""
     average = {
         "arithmetic": strategies.mean,
@@ -143,12 +143,12 @@ def pick(
     return {"use": None, "close": close, "gap": gaps[0], "sentence": sentence}
 
 
-def doubted(measured: Measured, verdict: dict[str, Any], options: Rank) -> dict[str, Any]:
+def doubted(measured: Measured, verdict: dict[str, Any], options: RankSection) -> dict[str, Any]:
     """The verdict, without a pick where SPPL decides and the shown answers only confuse the model.
 
     Then responses are much less probable behind them (`MISLED`), and SPPL ranks how confused the model is.
     """
-    if options.decide != "sppl" or "perplexity" not in measured:
+    if options.pick_by != "sppl" or "perplexity" not in measured:
         return verdict
     ratio = float(np.median(measured["sppl"] / measured["perplexity"]))
     if not ratio > MISLED:
@@ -156,7 +156,7 @@ def doubted(measured: Measured, verdict: dict[str, Any], options: Rank) -> dict[
     said = (
         f"No pick by SPPL: answers of its own, shown before a question, make the model find responses less probable "
         f"(median of SPPL over perplexity {number(ratio, 3)}), so it does not take them for examples. Set "
-        "rank.template to what it knows, or rank.decide to perplexity."
+        "rank.template to what it knows, or rank.pick_by to perplexity."
     )
     return verdict | {"use": None, "sentence": said}
 

@@ -56,7 +56,7 @@ def read(path: str | Path, examples: Sequence[Example], corpus: Corpus, made_by:
     stored = pq.read_table(path)
     if (was := (stored.schema.metadata or {}).get(b"model", b"").decode()) != made_by:
         raise ValueError(
-            f"{path}: made by another model or precision (fingerprint {was[:12] or 'none'}, and model.path has "
+            f"{path}: made by another model or precision (fingerprint {was[:12] or 'none'}, and model.name_or_path has "
             f"{made_by[:12]}). The margins would be measured from the wrong place: leave objective.reference empty."
         )
     place = {id: at for at, id in enumerate(stored["id"].to_pylist())}

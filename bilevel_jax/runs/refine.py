@@ -73,7 +73,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
         made = embedded(replace(settings(config, "uniform"), data=config.data), folder)
         ready = replace(config, model=made.model, data=made.data)
         task = prepared(ready, folder)
-        checker = checkers.checker(ready.check, judged_rows(ready, task)) if ready.check.name else None
+        checker = checkers.checker(ready.verifier, judged_rows(ready, task)) if ready.verifier.name else None
         with started(config, folder) as work:
             trains = refine_candidates.candidates(ready, task)
             whole = generators(ready.generate, task.decoder, task.tokenizer, task.mesh, work)
@@ -87,19 +87,19 @@ def prepared(config: RefineConfig, folder: Path) -> Task:
     Raises ValueError where a part of the trusted rows is missing, or a question leaves no room for a response.
     """
     found = rows.load(config.data)
-    task = prepare(settings(config, "uniform"), found, folder, steps=config.train.steps, seeds=[config.data.seed])
+    task = prepare(settings(config, "uniform"), found, folder, steps=config.train.max_steps, seeds=[config.data.seed])
     if missing := [part for part in ("fit", "select") if part not in task.held_out]:
         raise ValueError(
             f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by V_fit and judged "
-            "on V_select. Give data.validation with shares for both in data.split, or data.select."
+            "on V_select. Give data.validation with shares for both in data.split, or data.dev."
         )
     asked = [task.examples[row] for row in task.trainable()] + task.trusted.get("report", [])
     questions = prompts(asked, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    longest = max((len(one.tokens) for one in questions), default=0) + config.generate.max_new
+    longest = max((len(one.tokens) for one in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
-            f"the longest question has {longest - config.generate.max_new} tokens; with generate.max_new = "
-            f"{config.generate.max_new} that is more than the model's {task.architecture.max_length}. Lower it."
+            f"the longest question has {longest - config.generate.max_new_tokens} tokens; with generate.max_new_tokens = "
+            f"{config.generate.max_new_tokens} that is more than the model's {task.architecture.max_length}. Lower it."
         )
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = refine_candidates.with_programs(config, task)
@@ -139,7 +139,7 @@ def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
     ends = {"first": start, "last": state.params}
     held = work.once("report", lambda: last_reading(run, ends))
     work.phase("writing")
-    outputs.write_model(work.folder / "model", task, state.params, base_path=ready.model.path)
+    outputs.write_model(work.folder / "model", task, state.params, base_path=ready.model.name_or_path)
     refine_outputs.write(work, records, configs.config_hash(config))
     result = {
         "records": records,
@@ -149,7 +149,7 @@ def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
         "estimands": {name: ESTIMANDS[name] for name in ready.refine.methods},
         "looks": looks(ready),
         "rows": {"train": task.rows, **{part: len(some) for part, some in task.trusted.items()}},
-        "checker": ready.check.name,
+        "checker": ready.verifier.name,
         "examples": refine_outputs.shown(work, task, records),
         "moved": refine_outputs.moved(work, records),
         "notes": task.notes,
@@ -184,7 +184,7 @@ def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any
     )
     written = time.monotonic() - began
     made = task_of(config, first, found, number)
-    origin = state.params if config.refine.start == "accepted" else first.fresh(config.train.seed)
+    origin = state.params if config.refine.start_from == "accepted" else first.fresh(config.train.seed)
     made = made._replace(task=made.task._replace(fresh=lambda seed: origin))
 
     present = select_losses(first, state.params)
@@ -271,7 +271,7 @@ def level_of(config: RefineConfig) -> float:
 
     The best of several candidates is tested, which is as if each had been; later rounds look again.
     """
-    return config.refine.level / (looks(config) if config.refine.corrected else 1)
+    return config.refine.level / (looks(config) if config.refine.bonferroni else 1)
 
 
 def select_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
@@ -287,7 +287,7 @@ def part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "par
     values = values[np.sort(index[index != PADDING])]
     if not np.isfinite(values).all():
         raise FloatingPointError(
-            f"the loss of a row of V_{part} is not finite. Lower optimizer.learning_rate, or set optimizer.clip."
+            f"the loss of a row of V_{part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
         )
     return values
 
@@ -312,7 +312,7 @@ def last_reading(run: Run, ends: dict[str, Params]) -> dict[str, Any] | None:
 def answered(run: Run, params: Params) -> Float[np.ndarray, "report"]:
     """What the checker says of the greedy answer to each question of V_report."""
     config, task = run.config, run.task
-    greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, draws=1)
+    greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
     held = task.trusted["report"]
     asked = prompts(held, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
     written = generators(greedy, task.decoder, task.tokenizer, task.mesh, run.work)(assemble(params, task.base))

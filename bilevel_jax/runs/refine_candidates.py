@@ -72,7 +72,7 @@ _decoder = lru_cache(maxsize=4)(lm.decoder)
 def with_programs(config: RefineConfig, task: Task) -> Task:
     """The task with functions that another run of this process may have compiled already: those of `programs`."""
     # parameters that are split over devices are gathered by a decoder of their own
-    decoder = task.decoder if config.devices.model > 1 else _decoder(task.architecture, remat=config.model.remat)
+    decoder = task.decoder if config.mesh.fsdp > 1 else _decoder(task.architecture, remat=config.model.remat)
     made = programs_of(config, task._replace(decoder=decoder))
     return task._replace(
         decoder=decoder, objective=made.objective, optimizer=made.optimizer, problem=made.problem, step=made.step
@@ -81,19 +81,19 @@ def with_programs(config: RefineConfig, task: Task) -> Task:
 
 def programs_of(config: RefineConfig, task: Task) -> Programs:
     """`programs` as the config has it."""
-    refined, draws = config.refine, config.generate.draws
+    refined, draws = config.refine, config.generate.num_generations
     return programs(
-        task.decoder, config.objective, task.base is not None, config.optimizer, config.train.steps, refined.ratio,
-        draws if refined.ratio == "sequence" else 1, refined.clip,
+        task.decoder, config.objective, task.base is not None, config.optimizer, config.train.max_steps, refined.ratio,
+        draws if refined.ratio == "sequence" else 1, refined.max_ratio,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4)
 def programs(
     decoder: lm.Decoder,
-    losses: sections.Objective,
+    losses: sections.ObjectiveSection,
     lora: bool,
-    training: sections.Optimizer,
+    training: sections.OptimizerSection,
     steps: int,
     ratio: Ratio,
     responses: int,
@@ -139,14 +139,14 @@ def settings(config: RefineConfig, name: RefineMethod) -> SelectConfig:
     outer = replace(config.outer, method="unrolled" if name == "uniform" else name)
     return SelectConfig(
         model=config.model, data=replace(config.data, label_field=""), objective=config.objective,
-        optimizer=config.optimizer, train=config.train, outer=outer, single=config.single, output=config.output,
-        devices=config.devices,
+        optimizer=config.optimizer, train=config.train, outer=outer, single_loop=config.single_loop, output=config.output,
+        mesh=config.mesh, distributed=config.distributed, lora=config.lora,
     )  # fmt: skip
 
 
 def work(config: RefineConfig, name: RefineMethod) -> float:
     """What a candidate costs, in training steps."""
-    one, steps = settings(config, name), config.train.steps
+    one, steps = settings(config, name), config.train.max_steps
     if name in TOGETHER:
         return steps_of(one) * work_of(one)
     return steps if name == "uniform" else steps * (1 + config.outer.steps * (1 + REPLAY + PRODUCT))

@@ -87,7 +87,7 @@ def answers(
     """
     asked = [task.examples[row] for row in chosen]
     found = prompts(asked, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    draws = config.generate.draws
+    draws = config.generate.num_generations
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = range(number * draws, (number + 1) * draws)
@@ -140,10 +140,10 @@ def task_of(config: RefineConfig, first: Task, found: Answers, number: int) -> M
     what the checker says; a question without a right response counts nothing. All rounds have tasks of one shape.
     """
     kept = first.trainable()
-    if not config.refine.beside:
+    if not config.refine.keep_offline:
         kept = np.setdiff1d(kept, found.questions)
     count = len(found.texts)
-    credit = np.ones(count) if config.refine.checked == "report" else np.nan_to_num(found.values)
+    credit = np.ones(count) if config.refine.verifier_use == "report" else np.nan_to_num(found.values)
     credit = credit.reshape(-1, found.draws)
     total = credit.sum(1, keepdims=True)
     shares = np.divide(credit, total, out=np.zeros_like(credit), where=total > 0).ravel()

@@ -34,7 +34,7 @@ from bilevel_jax.runs.report_comparison import arm, compared, comparison, differ
 from bilevel_jax.runs.report_examples import ends
 from bilevel_jax.runs.report_weights import axis, chosen, groups, weights
 from bilevel_jax.runs.results import PARTS, Results, part_of, read, real
-from bilevel_jax.runs.sections import SINGLE_LOOP, Keep
+from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS, SelectionSection
 
 LEAD = ("oracle", "uniform", "learned weights", "selected subset", "random subset")
 """Arms of the first picture, from above."""
@@ -134,14 +134,14 @@ def headline(run: Results) -> Html:
     if not run.result["compare"]:
         return join(
             element("b", "There is no headline number: "),
-            "the comparison was skipped (--fast or compare.enabled: false). Whether these weights give a better model "
+            "the comparison was skipped (--fast or retrain.enabled: false). Whether these weights give a better model "
             "was not measured.",
         )
     part = part_of(run)
     if not (gain := difference(run, "learned weights", part)):
         return join(
             element("b", "There is no headline number: "),
-            "the comparison lacks “uniform” or “learned weights” (compare.rows).",
+            "the comparison lacks “uniform” or “learned weights” (retrain.variants).",
         )
     where = (
         ""
@@ -208,7 +208,7 @@ def _meaning(run: Results) -> str:
 
 
 def _rule(run: Results) -> str:
-    return keep.rule(Keep(**run.config["keep"]))
+    return keep.rule(SelectionSection(**run.config["selection"]))
 
 
 def _moved(change: float) -> str:
@@ -235,7 +235,7 @@ def loop(run: Results) -> Html:
             words.append(
                 f"V_report was lowest at step {int(np.argmin(values))} ({number(min(values))} against "
                 f"{number(values[best])} {run.unit}); only a V_select may choose such a step "
-                "(data.split or data.select)."
+                "(data.split or data.dev)."
             )
     columns = [
         Column("step", steps),
@@ -358,4 +358,4 @@ def provenance(run: Results) -> Html:
 
 def _single(run: Results) -> bool:
     """Whether weights and parameters moved together, so that there was no hypergradient."""
-    return run.config["outer"]["method"] in SINGLE_LOOP
+    return run.config["outer"]["method"] in SINGLE_LOOP_METHODS

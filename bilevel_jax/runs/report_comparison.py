@@ -16,7 +16,7 @@ def comparison(run: Results) -> Html:
     rows = run.result["compare"]
     if not rows:
         return note(
-            "Skipped: this run compared nothing (--fast, or compare.enabled: false), so it holds no headline number "
+            "Skipped: this run compared nothing (--fast, or retrain.enabled: false), so it holds no headline number "
             "and no evidence that the weights help. Run again without --fast to get one.",
             "warning",
         )

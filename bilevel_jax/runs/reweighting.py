@@ -10,7 +10,7 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import scoring
 from bilevel_jax.runs.config import TrainConfig
 from bilevel_jax.runs.scoring import Scored
-from bilevel_jax.runs.sections import Weights
+from bilevel_jax.runs.sections import WeightsSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc, rank_correlation
 from bilevel_jax.runs.task import Task
@@ -61,7 +61,7 @@ class Reweighting:
         often = "once, at the start" if len(self.starts) == 1 else f"{len(self.starts)} times, before the steps "
         steps = "" if len(self.starts) == 1 else ", ".join(f"{start:,}" for start in self.starts)
         mean = ", divided by the mean" if weights.mean_one else ""
-        return f"the score {weights.score}, {SCALES[weights.scale]}{mean}; made {often}{steps}"
+        return f"the score {weights.score}, {SCALES[weights.scaling]}{mean}; made {often}{steps}"
 
     def renew(self, step: int, params: Params) -> None:
         """Have the scores that `step` rests on; where they are not there, `params`, those before it, make them."""
@@ -77,7 +77,7 @@ class Reweighting:
                 )
             self.session.phase(f"scoring: {name}, {number + 1} of {len(self.starts)}")
             self.made[start] = scoring.once(column, name, self.task, params, self.config.scores, self.session)
-            scores, scale = filled(self.made[start].values), self.config.weights.scale
+            scores, scale = filled(self.made[start].values), self.config.weights.scaling
             self._tables[start] = scores if scale == "batch" else over_rows(scores, self.config.weights)
             record = self.records()[-1]
             self.session.log.write({"event": "scored", **record})
@@ -87,7 +87,7 @@ class Reweighting:
     def hyper(self, step: int) -> Hyper:
         """What `problem` reads at a step, on the mesh."""
         weights = self._of(step)[1].reshape(self.task.layout.micro, self.task.layout.examples)
-        return placing.everywhere(self.task.mesh, weights.astype(self.config.model.train_dtype))
+        return placing.everywhere(self.task.mesh, weights.astype(self.config.model.param_dtype))
 
     def received(self) -> Received:
         """The weights of the whole run, from its order and its scores."""
@@ -143,7 +143,7 @@ class Reweighting:
         """(the row of each slot of a step, PADDING for an empty one; its weight, 0 for those)."""
         chosen, table = self._order(step), self._table(step)
         index = np.where(chosen < self.task.rows, chosen, PADDING)
-        if self.config.weights.scale != "batch":
+        if self.config.weights.scaling != "batch":
             return index, np.where(index != PADDING, table[np.minimum(chosen, self.task.rows - 1)], 0.0)
         weights = scaling.by_batch(table, index)
         return index, weights / weights[index != PADDING].mean() if self.config.weights.mean_one else weights
@@ -159,9 +159,9 @@ def starts(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({index * steps // count for index in range(count)}))
 
 
-def over_rows(scores: Float[np.ndarray, "rows"], config: Weights) -> Float[np.ndarray, "rows"]:
+def over_rows(scores: Float[np.ndarray, "rows"], config: WeightsSection) -> Float[np.ndarray, "rows"]:
     """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
-    cut = config.quantile if config.scale == "quantiles" else 0.0
+    cut = config.quantile if config.scaling == "quantiles" else 0.0
     weights = scaling.clipped(scores, cut, 1 - cut)
     return weights / weights.mean() if config.mean_one else weights
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs.sections import Data
+from bilevel_jax.runs.sections import DataSection
 
 PARTS = ("fit", "select", "report")
 
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     """What loading found: layouts, duplicates, leaks."""
 
 
-def load(rows: Data) -> Rows:
+def load(rows: DataSection) -> Rows:
     """Read all files of `rows`; refuse or drop what stands in two places. Streamed training rows are not read here.
 
     Raises ValueError where trusted rows stand in two of their parts, or training rows among them.
@@ -60,14 +60,14 @@ def load(rows: Data) -> Rows:
     return Rows(train, trusted, notes)
 
 
-def parts(rows: Data, options: data.DataOptions, dropped: Callable[[str], None]) -> dict[str, list[Example]]:
+def parts(rows: DataSection, options: data.DataOptions, dropped: Callable[[str], None]) -> dict[str, list[Example]]:
     """V_fit, V_select and V_report: from files of their own where given, the rest by splitting `validation`.
 
     Not yet checked for rows that stand in two of them. `dropped` is called for each row that is left out as empty.
     """
-    if not rows.validation and not rows.select and not rows.report:
+    if not rows.validation and not rows.dev and not rows.test:
         return {part: [] for part in PARTS}
-    own = {"select": rows.select, "report": rows.report}
+    own = {"select": rows.dev, "report": rows.test}
     trusted = {part: data.load(paths, options, dropped=dropped) if paths else [] for part, paths in own.items()}
     shares = dict(zip(PARTS, rows.split, strict=True))
     wanted = [part for part in PARTS if shares[part] > 0 and not trusted.get(part)]
@@ -81,7 +81,7 @@ def parts(rows: Data, options: data.DataOptions, dropped: Callable[[str], None])
     return {part: [] for part in PARTS} | trusted | dict(zip(wanted, pieces, strict=True))
 
 
-def reading(rows: Data) -> data.DataOptions:
+def reading(rows: DataSection) -> data.DataOptions:
     """How the rows are read: the keys of `rows` that `lm.data` knows."""
     return data.DataOptions(
         format=rows.format,

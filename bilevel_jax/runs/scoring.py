@@ -26,7 +26,7 @@ from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.likelihoods import Made
 from bilevel_jax.runs.read import nearest
-from bilevel_jax.runs.sections import Scores
+from bilevel_jax.runs.sections import ScoresSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.scores.margin import el2n, token_el2n
@@ -48,11 +48,11 @@ class Scored(NamedTuple):
     """What a person should know of these scores."""
 
 
-Make = Callable[[Task | ArrayTask, Params, Scores, Session], Made]
+Make = Callable[[Task | ArrayTask, Params, ScoresSection, Session], Made]
 """(task, parameters of the judging model, settings, session) -> scores of the rows; V_fit is the holdout."""
 
 
-def score(name: str, task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Scored:
+def score(name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Scored:
     """The score `name`, a key of SCORES, of every training row under the model `params`.
 
     Raises ValueError for a name that is not there, a task that it cannot judge and a holdout without rows, and
@@ -75,7 +75,9 @@ def score(name: str, task: Task | ArrayTask, params: Params, settings: Scores, s
     return Scored(values, made.passes, time.monotonic() - began, notes)
 
 
-def once(column: str, name: str, task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Scored:
+def once(
+    column: str, name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session
+) -> Scored:
     """`score`, kept as a column of scores.parquet in the run's folder; read from there where it was made before.
 
     The file holds the rows that were read (none that was dropped), by id, with what made each column in its metadata.
@@ -138,7 +140,7 @@ def check(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
 # ---- scores that read the losses of the rows
 
 
-def loss(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def loss(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """l_i(params) in the unit of the objective: rows that the model finds hard come first.
 
     Wrong where labels are: noise is hard. `perplexity` orders the other way round.
@@ -146,7 +148,7 @@ def loss(task: Task | ArrayTask, params: Params, settings: Scores, session: Sess
     return Made(_losses(task, params), _epoch(task) / 3)
 
 
-def perplexity(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def perplexity(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """-exp(l_i(params)): rows that the model finds likely come first (small-loss selection).
 
     Wrong where the model already knows what it likes.
@@ -154,7 +156,7 @@ def perplexity(task: Task | ArrayTask, params: Params, settings: Scores, session
     return Made(-np.exp(_losses(task, params)), _epoch(task) / 3)
 
 
-def reducible(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def reducible(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """l_i(params) - l_i(holdout model): what is still to be learned and can be (RHO-LOSS, Mindermann et al. 2022).
 
     The holdout model is one of the same kind, started from scores.seed and trained on V_fit alone, with the optimiser
@@ -174,7 +176,7 @@ def reducible(task: Task | ArrayTask, params: Params, settings: Scores, session:
     return Made(_losses(task, params) - held, passes)
 
 
-def alignment(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def alignment(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """<grad l_i, grad L_v>: by how much a small step on row i lowers L_v, to first order, per unit of step.
 
     One forward-mode product of the rows' losses along grad L_v over all of V_fit; no gradient of a row is formed
@@ -186,19 +188,19 @@ def alignment(task: Task | ArrayTask, params: Params, settings: Scores, session:
     return Made(values, validation.steps + _epoch(task) * 2 / 3)
 
 
-def ica(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def ica(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """How much likelier the row's answer is after rows of V_fit as demonstrations (ICA); see `scores.incontext`."""
     assert isinstance(task, Task)  # `check` has refused arrays
     return likelihoods.ica(task, params, settings, session)
 
 
-def oneshot(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def oneshot(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """How many answers of V_fit are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
     assert isinstance(task, Task)  # `check` has refused arrays
     return likelihoods.one_shot(task, params, settings, session)
 
 
-def margin(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def margin(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """EL2N: how far the model's probabilities are from the row's own answer; see `scores.margin`. Large for hard rows.
 
     Of a preference pair its two sides are the classes: sqrt(2) (1 - σ(z)), where -log σ(z) is its loss.
@@ -209,7 +211,7 @@ def margin(task: Task | ArrayTask, params: Params, settings: Scores, session: Se
     return Made(per_row(far, params, task.fixed(params), task.summed(seed=0), task.rows), _epoch(task) / 3)
 
 
-def random(task: Task | ArrayTask, params: Params, settings: Scores, session: Session) -> Made:
+def random(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> Made:
     """Uniform in [0, 1), from the row's id and scores.seed: what every score has to beat."""
     return Made(np.array([number(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
 
@@ -304,6 +306,6 @@ def _holdout(task: Task | ArrayTask, seed: int, steps: int, session: Session) ->
     if not bool(tree.finite(state.params)):
         raise FloatingPointError(
             f"the holdout model's parameters are not finite after {steps} steps on V_fit. Lower "
-            "optimizer.learning_rate, or set optimizer.clip."
+            "optimizer.learning_rate, or set optimizer.max_grad_norm."
         )
     return state.params

@@ -16,7 +16,7 @@ from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.keep import keep_rows
 from bilevel_jax.runs.learn import Learned, good_rows, learn, order_seed
-from bilevel_jax.runs.sections import SINGLE_LOOP
+from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.single import Alone, learn_alone
 from bilevel_jax.runs.statistics import auc
@@ -43,7 +43,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
         if len(found.train) < 2:
             raise ValueError(f"{len(found.train)} training row; weights compare rows, so give at least 2.")
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
-        task = prepare(ready, found, folder, steps=config.train.steps, seeds=seeds, prior=config.outer.prior)
+        task = prepare(ready, found, folder, steps=config.train.max_steps, seeds=seeds, prior=config.outer.proximal)
         with started(config, folder) as work:
             return _work(task, config, work, folder)
 
@@ -55,7 +55,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     expected = measured.expected(task, config, work)
     trainer = Trainer(task, config.outer, work)
     alone: Alone | None = None
-    if config.outer.method in SINGLE_LOOP:
+    if config.outer.method in SINGLE_LOOP_METHODS:
         learned, alone = learn_alone(task, config, trainer, work)
         certified, verdicts = {}, {"uniform weights": NOTHING_TO_CERTIFY}
     else:
@@ -64,7 +64,7 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
         verdicts = {name: certify.verdict(one) for name, one in certified.items()}
 
     sources = [example.source for example in task.examples]
-    selected = keep_rows(learned.weights, task.trainable(), config.keep, sources=sources, seed=config.data.seed)
+    selected = keep_rows(learned.weights, task.trainable(), config.selection, sources=sources, seed=config.data.seed)
     subset = np.unique(selected)
     compared = compare(task, config, trainer, work, arms(task, config, learned, subset, work))
     work.phase("writing")
@@ -72,9 +72,9 @@ def _work(task: Task, config: SelectConfig, work: Session, folder: Path) -> dict
     files.write_atomic(folder / "selected.jsonl", outputs.selected_lines(task.examples, learned.weights, selected))
     if not processes.agreed((folder / "model").exists()):
         params = _final_params(task, config, trainer, learned)
-        outputs.write_model(folder / "model", task, params, base_path=config.model.path)
+        outputs.write_model(folder / "model", task, params, base_path=config.model.name_or_path)
     if alone is not None:
-        outputs.write_model(folder / "model-own", task, alone.params, base_path=config.model.path)
+        outputs.write_model(folder / "model-own", task, alone.params, base_path=config.model.name_or_path)
 
     # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
     # tells less; that certificate is in the report, but is not the verdict.

@@ -189,7 +189,7 @@ def run_folder(config: Any) -> Iterator[Path]:
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model.
     """
-    verb, folder = configs.VERBS[type(config)], Path(config.output.folder)
+    verb, folder = configs.VERBS[type(config)], Path(config.output.dir)
     if processes.several() and verb not in DISTRIBUTED:
         raise ValueError(
             f"{verb} runs in one process, on all devices of one machine; in several there are {', '.join(DISTRIBUTED)}."

@@ -43,15 +43,15 @@ class Alone(NamedTuple):
 
 def steps_of(config: SelectConfig) -> int:
     """Steps of the one run; by default as many as the outer loop's trainings have together."""
-    return config.single.steps or config.train.steps * config.outer.steps
+    return config.single_loop.steps or config.train.max_steps * config.outer.steps
 
 
 def work_of(config: SelectConfig) -> float:
     """The work of one step, in training steps."""
-    single, method = config.single, config.outer.method
+    single, method = config.single_loop, config.outer.method
     if method == "bmo":
         return PLAIN + {"none": 0.0, "snapshot": FORWARD, "copy": single.inner_steps + FORWARD}[single.reference]
-    return COPY if method == "penalty" and single.second == "copy" else PLAIN
+    return COPY if method == "penalty" and single.second_model == "copy" else PLAIN
 
 
 def run_single(
@@ -66,19 +66,19 @@ def run_single(
     """Train parameters and weights together, as outer.method says, and return both.
 
     `made` is `method` of another task of the same shape, already compiled; `snapshot` the parameters that BMO compares
-    with under single.reference = snapshot (default: those that training starts from).
+    with under single_loop.reference = snapshot (default: those that training starts from).
     Validation batches are drawn from V_fit alone, in epochs of their own. The records are of readings of L_v: on V_fit,
     which is trained on, and on V_select and V_report, which are not. Raises FloatingPointError where L_v is not finite.
     """
     folder = session.folder / "checkpoints" / f"single-{seed}"
-    steps, every = steps_of(config), config.single.read_every
+    steps, every = steps_of(config), config.single_loop.eval_steps
     made = made or method(task, config, steps)
     read = outer_value(task.problem)
     good = good_rows(task, config)
     params = task.fresh(config.train.seed + seed)
     fixed = task.fixed(params)
     state = placing.settled(task.mesh, made.init(params))
-    if snapshot is not None and config.outer.method == "bmo" and config.single.reference == "snapshot":
+    if snapshot is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
         state = multiobjective.refresh(state, snapshot)
     train = task.stream(config.data.seed + seed, packed=False)
     validation = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
@@ -96,7 +96,7 @@ def run_single(
         if not math.isfinite(loss["fit"] or math.nan):
             raise FloatingPointError(
                 f"L_v on V_fit is {loss['fit']} at step {step} of {steps}. Lower optimizer.learning_rate, or set "
-                "optimizer.clip. The last good checkpoint is kept: --resume goes on from it."
+                "optimizer.max_grad_norm. The last good checkpoint is kept: --resume goes on from it."
             )
         return {
             "step": step,
@@ -129,7 +129,7 @@ def run_single(
     weights = made.weights(state)
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
         params, stream = state.inner.params, task.summed(seed=0)
-        end = config.single.temperatures[1]
+        end = config.single_loop.temperatures[1]
         weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.rows, end)
     return Alone(fetch(weights), state.inner.params, records, made.estimand)
 
@@ -159,12 +159,12 @@ def learn_alone(
 
 def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
     """The configured method as (init, step, weights)."""
-    single, outer = config.single, config.outer
-    part = max(1, -(-steps // len(single.shares)))
+    single, outer = config.single_loop, config.outer
+    part = max(1, -(-steps // len(single.validation_shares)))
     tx = optimizer(config.optimizer, steps)
     if outer.method == "mixing":
-        return penalty.mixing(task.problem, tx, single.shares[0], task.rows)
-    share = penalty.by_epoch(single.shares, part)
+        return penalty.mixing(task.problem, tx, single.validation_shares[0], task.rows)
+    share = penalty.by_epoch(single.validation_shares, part)
     if outer.method == "bmo":
         start, end = single.temperatures
         tau = multiobjective.geometric(start, end, steps)
@@ -179,7 +179,7 @@ def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
         selector(task, config),
         share=share,
         rate=falling(travel(outer) * meet, steps),
-        second=single.second,
+        second=single.second_model,
         normalised=True,
         cap=outer.max_step,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from bilevel_jax.core import schedule
 from bilevel_jax.core.types import Inner, Keep, Transition
 from bilevel_jax.runs import checkpoint, processes
-from bilevel_jax.runs.sections import Outer
+from bilevel_jax.runs.sections import OuterSection
 
 GIB = 2.0**30
 SHARE = 0.5
@@ -25,7 +25,12 @@ PENDING = 2
 
 
 def planned(
-    outer: Outer, steps: int, state: Any, base: Any, device: float = 0.0, linear: Callable[[], float] = lambda: 0.0
+    outer: OuterSection,
+    steps: int,
+    state: Any,
+    base: Any,
+    device: float = 0.0,
+    linear: Callable[[], float] = lambda: 0.0,
 ) -> Keep:
     """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
 
@@ -40,31 +45,31 @@ def planned(
         return schedule.NOTHING
     snapshot = held(state)
     visit = snapshot + held(state.params) + (linear() if outer.linearize else 0)
-    least = visit + (snapshot if outer.states == "device" else 0)
+    least = visit + (snapshot if outer.offload == "device" else 0)
     budget = outer.memory_gib * GIB or max(least, SHARE * ((device or of_device()) - held(base) - held(state.params)))
     if budget < least:
         raise ValueError(
             f"outer.memory_gib = {outer.memory_gib:g}: a sweep keeps at least one state of training and one step, "
             f"{least / GIB:.3g} GiB here. Give it that, or "
-            f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (devices.model)'}."
+            f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (mesh.fsdp)'}."
         )
-    if outer.states == "device":
+    if outer.offload == "device":
         keep = schedule.within(swept(outer, steps), snapshot, visit, budget)
     else:
         keep = schedule.once(swept(outer, steps), int(budget // visit))
     return keep._replace(linear=outer.linearize)
 
 
-def swept(outer: Outer, steps: int) -> int:
+def swept(outer: OuterSection, steps: int) -> int:
     """How many of the last steps of a training are swept."""
     return min(outer.window, steps) if outer.method == "window" else steps
 
 
-def place(outer: Outer, folder: Path, like: Inner, *, resumed: bool = False) -> MutableMapping[int, Inner]:
-    """An empty store of states by step, where outer.states says; on disk, with `resumed`, what it held."""
-    if outer.states == "host":
+def place(outer: OuterSection, folder: Path, like: Inner, *, resumed: bool = False) -> MutableMapping[int, Inner]:
+    """An empty store of states by step, where outer.offload says; on disk, with `resumed`, what it held."""
+    if outer.offload == "host":
         return Host(like)
-    if outer.states == "disk":
+    if outer.offload == "disk":
         return Disk(folder, like, resumed=resumed)
     return {}
 

@@ -12,7 +12,7 @@ from bilevel_jax.lm.batches import Layout
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus, Report
 from bilevel_jax.runs.rows import reading
-from bilevel_jax.runs.sections import Data
+from bilevel_jax.runs.sections import DataSection
 
 Weigh = Callable[[Example], float | None]
 """The weight of a row; None leaves it out."""
@@ -28,7 +28,7 @@ class Streamed:
 
     def __init__(
         self,
-        rows: Data,
+        rows: DataSection,
         layout: Layout,
         *,
         weigh: Weigh,

@@ -17,7 +17,7 @@ from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, Tr
 from bilevel_jax.runs.embedded import untrained
 from bilevel_jax.runs.learn import order_seed
 from bilevel_jax.runs.programs import Steps
-from bilevel_jax.runs.sections import Estimate
+from bilevel_jax.runs.sections import EstimateSection
 from bilevel_jax.runs.task import Task, Text
 from bilevel_jax.runs.train import planned_steps
 
@@ -53,17 +53,17 @@ def simulate(count: int) -> bool:
     return True
 
 
-def settings(config: Run | CompareConfig | AuditConfig, asked: Estimate) -> Run:
+def settings(config: Run | CompareConfig | AuditConfig, asked: EstimateSection) -> Run:
     """The run as the settings of `select` or `train`, on the devices that are asked for."""
     if isinstance(config, CompareConfig):
         run: Any = bench.settings(config, 0)
     else:
         run = audit.settings(config) if isinstance(config, AuditConfig) else config
     if asked.devices:
-        model = run.devices.model
-        if asked.devices % model:
-            raise ValueError(f"estimate.devices = {asked.devices} is no multiple of devices.model = {model}.")
-        run = replace(run, devices=replace(run.devices, data=asked.devices // model))
+        fsdp = run.mesh.fsdp
+        if asked.devices % fsdp:
+            raise ValueError(f"estimate.devices = {asked.devices} is no multiple of mesh.fsdp = {fsdp}.")
+        run = replace(run, mesh=replace(run.mesh, data=asked.devices // fsdp))
     return run
 
 
@@ -74,15 +74,17 @@ def read_rows(config: Any, folder: Path) -> tuple[Run, Text]:
         return ready, task.read(ready, rows.load(ready.data))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error} Where data or a tokenizer are not here, --estimate.rows stands for them."
+            f"{error} Where data or a tokenizer are not here, --estimate.train-examples stands for them."
         ) from error
 
 
-def blank(config: Run, asked: Estimate) -> Text:
+def blank(config: Run, asked: EstimateSection) -> Text:
     """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
-    if not config.model.path or not (Path(config.model.path) / "config.json").is_file():
-        raise FileNotFoundError(f"{config.model.path}/config.json: no such file; it is all that is needed of a model.")
-    architecture = lm.read_config(config.model.path)
+    if not config.model.name_or_path or not (Path(config.model.name_or_path) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{config.model.name_or_path}/config.json: no such file; it is all that is needed of a model."
+        )
+    architecture = lm.read_config(config.model.name_or_path)
     sequences = 1 if config.objective.name == "sft" else 2
     longest = task.limit(config, architecture)
     one = Example("", 0, (Turn("text", ""),), "", None, "", 0)
@@ -93,14 +95,14 @@ def blank(config: Run, asked: Estimate) -> Text:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
 
-    sizes = np.floor(np.array(config.data.split) * asked.trusted).astype(int)
+    sizes = np.floor(np.array(config.data.split) * asked.validation_examples).astype(int)
     trusted = {
         part: [one] * int(size) for part, size in zip(rows.PARTS, sizes, strict=True) if size and config.data.validation
     }
-    named = task.named([one] * asked.rows, trusted, streamed=config.data.streaming)
-    notes = [f"{asked.rows:,} rows of {longest:,} tokens each stand for the data."]
+    named = task.named([one] * asked.train_examples, trusted, streamed=config.data.streaming)
+    notes = [f"{asked.train_examples:,} rows of {longest:,} tokens each stand for the data."]
     return Text(
-        [one] * asked.rows,
+        [one] * asked.train_examples,
         trusted,
         notes,
         None,
@@ -111,17 +113,17 @@ def blank(config: Run, asked: Estimate) -> Text:
 
 def shaped(config: Run, text: Text, verb: str) -> Subject:
     """The task of a text with parameters that are shapes only."""
-    mesh = placing.make_mesh(config.devices.data, config.devices.model)
-    split = partition.table(config.devices.parameters, mesh)
+    mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
+    split = partition.table(config.mesh.sharding_rules, mesh)
     if config.objective.name == "dpo":
         text = text._replace(
             corpora={name: one.with_reference(np.zeros(one.rows)) for name, one in text.corpora.items()}
         )
-    base, fresh = task.abstract(config.model, text.architecture, mesh, split)
+    base, fresh = task.abstract(config.model, config.lora, text.architecture, mesh, split)
     if isinstance(config, TrainConfig):
         steps, seeds, prior = planned_steps(config, len(text.examples)), [config.data.seed], 0.0
     else:
-        steps, prior = config.train.steps, config.outer.prior
+        steps, prior = config.train.max_steps, config.outer.proximal
         seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
     made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
     return Subject(verb, config, made, programs.steps(made, programs.first_batch(made, config)))

@@ -12,7 +12,7 @@ from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.encode import joiner
 from bilevel_jax.lm.tokens import Corpus, Tokenized
 from bilevel_jax.lm.turns import shared
-from bilevel_jax.runs.sections import Data
+from bilevel_jax.runs.sections import DataSection
 
 WHOLE = 1 << 40
 """A length that no row has."""
@@ -100,7 +100,7 @@ class Copies(NamedTuple):
     """(training row, trusted row) with one prompt and different responses; one for each training row."""
 
 
-def survey(name: str, examples: Sequence[Example], tokenizer: Any, rows: Data, limit: int) -> Part:
+def survey(name: str, examples: Sequence[Example], tokenizer: Any, rows: DataSection, limit: int) -> Part:
     """Tokenize the rows as every verb does, without stopping at those that cannot be read or are too long."""
     reading = read(examples, tokenizer, rows)
     if not reading.rows:
@@ -109,13 +109,13 @@ def survey(name: str, examples: Sequence[Example], tokenizer: Any, rows: Data, l
     over = [place for place, sides in enumerate(reading.sides) if max(len(side.ids) for side in sides) > limit]
     cuts = _cuts([examples[reading.rows[place]] for place in over], over, reading, tokenizer, rows, limit)
     seen = list(reading.sides)
-    for place, sides in cuts[rows.truncate].sides.items() if rows.truncate in cuts else ():
+    for place, sides in cuts[rows.truncation].sides.items() if rows.truncation in cuts else ():
         seen[place] = sides
     return Part(name, list(examples), reading, cuts, over, seen, flat, _begins(flat, tokenizer), _ends(flat, tokenizer))
 
 
 def read(
-    examples: Sequence[Example], tokenizer: Any, rows: Data, *, limit: int = WHOLE, truncate: str = "error"
+    examples: Sequence[Example], tokenizer: Any, rows: DataSection, *, limit: int = WHOLE, truncate: str = "error"
 ) -> Reading:
     """Tokenize all rows that can be; the others are found by halving the sets that the tokenizer refuses.
 
@@ -144,7 +144,7 @@ def read(
                 max_length=limit,
                 truncate=truncate,
                 template=template,
-                supervise=rows.supervise,
+                supervise=rows.train_on,
             )
         except ValueError as error:
             if len(some) == 1:
@@ -190,7 +190,7 @@ def copies(train: Sequence[Example], trusted: dict[str, list[Example]]) -> Copie
 
 
 def _cuts(
-    examples: list[Example], over: list[int], reading: Reading, tokenizer: Any, rows: Data, limit: int
+    examples: list[Example], over: list[int], reading: Reading, tokenizer: Any, rows: DataSection, limit: int
 ) -> dict[str, Cut]:
     if not over:
         return {}

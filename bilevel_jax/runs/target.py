@@ -51,25 +51,25 @@ class Answers(NamedTuple):
 
 def load(config: RankConfig) -> Target:
     """The model and its tokenizer, on the mesh."""
-    tokenizer = tokens.load_tokenizer(config.model.path)
-    architecture, params = lm.load(config.model.path, dtype=jnp.dtype(config.model.train_dtype))
-    mesh = placing.make_mesh(config.devices.data)
+    tokenizer = tokens.load_tokenizer(config.model.name_or_path)
+    architecture, params = lm.load(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
+    mesh = placing.make_mesh(config.mesh.data)
     return Target(lm.decoder(architecture, remat="none"), tokenizer, placing.everywhere(mesh, params), mesh)
 
 
 def answers(config: RankConfig, target: Target, sample: Sequence[Sequence[Question]], work: Session) -> Answers:
-    """The model's own answers: read from rank.answers, or generated; then judged, where there is a checker."""
+    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a checker."""
     questions = [one for block in sample for one in block]
     unusable = _special(target.tokenizer)
     notes = []
-    if config.rank.answers:
-        given = candidates.own_answers(config.rank.answers, config)
+    if config.rank.own_answers:
+        given = candidates.own_answers(config.rank.own_answers, config)
         if missing := [one for one in questions if one.text not in given]:
             raise ValueError(
-                f"{config.rank.answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
-                f"the first at {missing[0].where}. Add them, or leave rank.answers empty: they are generated then."
+                f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
+                f"the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are generated then."
             )
-        texts = [given[one.text][: config.generate.draws] for one in questions]
+        texts = [given[one.text][: config.generate.num_generations] for one in questions]
     else:
         texts, again = _generated(config, target, questions, unusable, work)
         if again:
@@ -80,11 +80,11 @@ def answers(config: RankConfig, target: Target, sample: Sequence[Sequence[Questi
         if any(not text.strip() or unusable(text) for text in some) or not some:
             raise ValueError(
                 f"{one.where}: the model gives no answer to this question that can be shown (empty, or with a special "
-                "token). Raise generate.temperature, or give answers by rank.answers."
+                "token). Raise generate.temperature, or give answers by rank.own_answers."
             )
     kept = np.ones(len(questions), bool)
-    if config.check.name:
-        judge = checker(config.check, [one.answered(one.responses[0]) for one in questions])
+    if config.verifier.name:
+        judge = checker(config.verifier, [one.answered(one.responses[0]) for one in questions])
         pairs = zip(questions, texts, strict=True)
         kept = np.array([judge(one.answered(some[0]), some[0]) >= 0.5 for one, some in pairs])
         notes.append(f"{int(kept.sum()):,} of {len(kept):,} answers of the model are right; the others are not shown")
@@ -100,13 +100,13 @@ def asked(config: RankConfig, target: Target, questions: Sequence[Question]) -> 
 
 
 def tokenized(config: RankConfig, target: Target, examples: list[Example]) -> tuple[Rows, int]:
-    """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response."""
+    """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
     tokenizer = target.tokenizer
     corpus, _ = tokens.tokenize(
         examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.TEMPLATE
     )
     last = {*ends(tokenizer, target.decoder.config.eos), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    corpus, cut = shortened(corpus, last, config.rank.max_response)
+    corpus, cut = shortened(corpus, last, config.rank.max_response_tokens)
     return rows_of(examples, corpus), cut
 
 
@@ -119,16 +119,16 @@ def _generated(
     """The first usable answers to each question, and how many drawn before them were not."""
     work.phase("answering")
     left = asked(config, target, questions)
-    new, context = config.generate.max_new, target.decoder.config.max_length
+    new, context = config.generate.max_new_tokens, target.decoder.config.max_length
     for prompt, one in zip(left, questions, strict=True):
-        if config.generate.source == "embedded" and len(prompt.tokens) + new > context:
+        if config.generate.backend == "embedded" and len(prompt.tokens) + new > context:
             raise ValueError(
-                f"{one.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new = "
-                f"{new}; the model's context holds {context}. Lower generate.max_new, or set rank.max_question to "
+                f"{one.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new_tokens = "
+                f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
                 f"{context - new} or less."
             )
     write = generators(config.generate, target.decoder, target.tokenizer, target.mesh, work)(target.params)
-    count = config.generate.draws
+    count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
     again = 0
     for draws in (range(count), range(count, count + SPARE)):

@@ -29,7 +29,7 @@ from bilevel_jax.runs.objective import Objective, check_rows, objective
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import Rows
-from bilevel_jax.runs.sections import Model
+from bilevel_jax.runs.sections import LoraSection, ModelSection
 
 
 class Task(NamedTuple):
@@ -142,16 +142,16 @@ def prepare(
     must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
     written into `folder`, and read from there when the run is resumed.
     """
-    mesh = placing.make_mesh(config.devices.data, config.devices.model)
-    split = partition.table(config.devices.parameters, mesh)
+    mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
+    split = partition.table(config.mesh.sharding_rules, mesh)
     text = read(config, rows)
-    base, fresh = _parameters(config.model, text.architecture, mesh, split)
+    base, fresh = _parameters(config.model, config.lora, text.architecture, mesh, split)
     if config.objective.name == "dpo":
         start = base if base is not None else fresh(config.train.seed)
         decoder = lm.decoder(text.architecture, gather=partition.gathering(mesh, split))
         text = text._replace(corpora=_referenced(config, folder, text, decoder, start, mesh))
     if left := partition.whole(mesh, split, fresh(config.train.seed) if base is None else base):
-        words = f"devices.model = {config.devices.model} does not divide {', '.join(left)}: whole on every device."
+        words = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(left)}: whole on every device."
         text = text._replace(notes=[*text.notes, words])
     return compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
 
@@ -160,7 +160,10 @@ def read(config: SelectConfig | TrainConfig, rows: Rows) -> Text:
     """The rows as tokens of the model's tokenizer; checked against the objective."""
     examples, trusted = rows.train, {part: some for part, some in rows.trusted.items() if some}
     check_rows(config.objective, [*examples, *(row for some in trusted.values() for row in some)])
-    tokenizer, architecture = tokens.load_tokenizer(config.model.path), lm.read_config(config.model.path)
+    tokenizer, architecture = (
+        tokens.load_tokenizer(config.model.name_or_path),
+        lm.read_config(config.model.name_or_path),
+    )
     notes, corpora = list(rows.notes), {}
     for name, some in named(examples, trusted, streamed=config.data.streaming).items():
         corpora[name], report = tokenized(config, some, tokenizer, architecture)
@@ -190,20 +193,28 @@ def compose(
 ) -> Task:
     """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
     corpora, longest = text.corpora, max((batches.longest(one) for one in text.corpora.values()), default=0)
-    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute == "bfloat16" else None
+    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
     gather = partition.gathering(mesh, split)
     decoder = lm.decoder(text.architecture, remat=config.model.remat, compute=compute, gather=gather)
     if config.data.streaming:
         sequences = 1 if config.objective.name == "sft" else 2
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
-        each, places = config.train.batch // config.train.micro, limit(config, text.architecture) - 1
-        layout = batches.Layout(config.train.micro, each, each * sequences, places, sequences)
+        each, places = (
+            config.train.global_batch_size // config.train.gradient_accumulation_steps,
+            limit(config, text.architecture) - 1,
+        )
+        layout = batches.Layout(config.train.gradient_accumulation_steps, each, each * sequences, places, sequences)
     else:
         corpus = corpora[TOGETHER]
         trainable = corpus.kept[corpus.kept < len(text.examples)]
-        orders = [batches.subset(trainable, corpus.rows, config.train.batch, seed) for seed in seeds]
+        orders = [batches.subset(trainable, corpus.rows, config.train.global_batch_size, seed) for seed in seeds]
         layout = batches.layout(
-            corpus, orders, steps, micro=config.train.micro, length=longest, packing=config.data.packing
+            corpus,
+            orders,
+            steps,
+            micro=config.train.gradient_accumulation_steps,
+            length=longest,
+            packing=config.data.packing,
         )
     layout = placing.fit_layout(mesh, layout)
     own = placing.own(mesh, layout.flat.rows)
@@ -237,19 +248,19 @@ def compose(
 
 
 def abstract(
-    model: Model, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
-    dtype = jnp.dtype(model.train_dtype)
+    dtype = jnp.dtype(model.param_dtype)
 
     def whole(of: Any) -> Params:
         return jax.eval_shape(lambda: lm.init(architecture, jax.random.key(0), dtype=of))
 
-    if model.scratch or model.lora_rank == 0:
+    if model.from_scratch or lora.r == 0:
         start = partition.shapes(mesh, split, whole(dtype))
         return None, lambda seed: start
-    base = partition.shapes(mesh, split, whole(_base_dtype(model)))
-    factors = partition.shapes(mesh, split, jax.eval_shape(lambda: _adapters(model, architecture, 0)))
+    base = partition.shapes(mesh, split, whole(_base_dtype(model, lora)))
+    factors = partition.shapes(mesh, split, jax.eval_shape(lambda: _adapters(model, lora, architecture, 0)))
     return base, lambda seed: factors
 
 
@@ -264,9 +275,9 @@ def tokenized(
         examples,
         tokenizer,
         max_length=limit(config, architecture),
-        truncate=config.data.truncate,
+        truncate=config.data.truncation,
         template=config.data.template or tokens.TEMPLATE,
-        supervise=config.data.supervise,
+        supervise=config.data.train_on,
     )
 
 
@@ -280,7 +291,7 @@ def _referenced(
 ) -> dict[str, Corpus]:
     """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
     corpora, examples = text.corpora, named(text.examples, text.trusted, streamed=config.data.streaming)
-    made_by = reference.fingerprint(config.model.path, f"{config.model.train_dtype} {config.model.base_dtype}")
+    made_by = reference.fingerprint(config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}")
     stored = config.objective.reference or (folder / reference.NAME if (folder / reference.NAME).exists() else "")
     log_p = losses.log_likelihoods(decoder)
 
@@ -296,7 +307,9 @@ def _referenced(
         if stored:
             values[name] = reference.read(stored, examples[name], corpus, made_by)
         else:
-            flat = batches.Layout(1, config.train.batch, 2 * config.train.batch, batches.longest(corpus), 2)
+            flat = batches.Layout(
+                1, config.train.global_batch_size, 2 * config.train.global_batch_size, batches.longest(corpus), 2
+            )
             stream = placing.placed(mesh, batches.evaluation_stream(corpus, placing.fit_layout(mesh, flat)))
             values[name] = per_row(sides, params, None, stream, corpus.rows)
         tables.append(reference.table(examples[name], corpus, values[name], made_by))
@@ -335,35 +348,35 @@ def _by_micro(function: Callable) -> Callable:
 
 
 def _parameters(
-    model: Model, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters at the start), on the mesh."""
 
     def fresh(seed: int) -> Params:
-        if model.scratch:
-            return lm.init(architecture, jax.random.key(seed), dtype=jnp.dtype(model.train_dtype))
-        return _adapters(model, architecture, seed)
+        if model.from_scratch:
+            return lm.init(architecture, jax.random.key(seed), dtype=jnp.dtype(model.param_dtype))
+        return _adapters(model, lora, architecture, seed)
 
-    if model.scratch:
+    if model.from_scratch:
         return None, lambda seed: partition.partitioned(mesh, split, fresh(seed))
     place = partition.placing(mesh, split)
-    _, loaded = lm.load(model.path, dtype=_base_dtype(model), place=place)
-    if model.lora_rank == 0:
+    _, loaded = lm.load(model.name_or_path, dtype=_base_dtype(model, lora), place=place)
+    if lora.r == 0:
         return None, lambda seed: loaded
     return loaded, lambda seed: partition.partitioned(mesh, split, fresh(seed))
 
 
-def _base_dtype(model: Model) -> Any:
+def _base_dtype(model: ModelSection, lora: LoraSection) -> Any:
     """What the checkpoint is cast to: the base's dtype, or, where it is trained itself, that of training."""
-    return jnp.bfloat16 if model.lora_rank and model.base_dtype == "bfloat16" else jnp.dtype(model.train_dtype)
+    return jnp.bfloat16 if lora.r and model.base_dtype == "bfloat16" else jnp.dtype(model.param_dtype)
 
 
-def _adapters(model: Model, architecture: lm.DecoderConfig, seed: int) -> Params:
+def _adapters(model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, seed: int) -> Params:
     return lm.init_lora(
         architecture,
         jax.random.key(seed),
-        rank=model.lora_rank,
-        alpha=model.lora_alpha,
-        targets=model.lora_targets,
-        dtype=jnp.dtype(model.train_dtype),
+        rank=lora.r,
+        alpha=lora.alpha,
+        targets=lora.target_modules,
+        dtype=jnp.dtype(model.param_dtype),
     )

@@ -87,10 +87,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         kept = [example for example, keep in zip(found.train, given.kept, strict=True) if keep]
         steps = planned_steps(config, len(kept))
         task = prepare(ready, found._replace(train=kept), folder, steps=steps, seeds=[config.data.seed])
-        if config.train.keep == "best" and "select" not in task.held_out:
-            raise ValueError(
-                "train.keep = best chooses by V_select, which has no rows: give data.validation or .select."
-            )
+        if config.train.load_best and "select" not in task.held_out:
+            raise ValueError("train.load_best chooses by V_select, which has no rows: give data.validation or .select.")
         with started(config, folder) as work:
             measured.expected(task, config, work)
             table = given.weights[given.kept]
@@ -113,14 +111,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def planned_steps(config: TrainConfig, rows: int) -> int:
     """Optimiser steps of the run: as many as are asked for, or as the epochs over so many rows have."""
-    if config.train.steps:
-        return config.train.steps
-    return math.ceil(config.train.epochs * batches.steps_per_epoch(rows, config.train.batch))
+    if config.train.max_steps:
+        return config.train.max_steps
+    return math.ceil(config.train.num_epochs * batches.steps_per_epoch(rows, config.train.global_batch_size))
 
 
 def _fixed(task: Task, config: TrainConfig, table: np.ndarray) -> Feed:
     """One weight for each row, from the beginning to the end."""
-    hyper = placing.table(task.mesh, table.astype(config.model.train_dtype))
+    hyper = placing.table(task.mesh, table.astype(config.model.param_dtype))
     stream = task.stream(config.data.seed)
     return Feed(lambda step: (hyper, stream.batch(step)), task.problem)
 
@@ -133,7 +131,7 @@ def _scored(task: Task, config: TrainConfig, moving: Reweighting) -> Feed:
 
 def _streamed(task: Task, config: TrainConfig) -> tuple[Feed, Streamed]:
     """Rows that are read as training goes, with their weights; and what reads them."""
-    dtype = config.model.train_dtype
+    dtype = config.model.param_dtype
     streamed = Streamed(
         config.data,
         task.layout,
@@ -152,11 +150,11 @@ def _streamed(task: Task, config: TrainConfig) -> tuple[Feed, Streamed]:
 
 
 def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Trained:
-    folder, every = work.folder / "checkpoints" / "train", config.train.evaluate_every
-    best_kept = config.train.keep == "best"
+    folder, every = work.folder / "checkpoints" / "train", config.train.eval_steps
+    best_kept = config.train.load_best
     optimizer = task.optimizer
-    if config.train.skip:  # the step then leaves the parameters and the optimiser's state as they are
-        optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=config.train.skip)
+    if config.train.max_nonfinite_steps:  # the step then leaves the parameters and the optimiser's state as they are
+        optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=config.train.max_nonfinite_steps)
     step = descent(feed.problem, optimizer)
     rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
     read = _reader(task)
@@ -193,7 +191,7 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
         )  # fmt: skip
 
     def left_out() -> int:
-        return int(state.opt.total_notfinite) if config.train.skip else 0
+        return int(state.opt.total_notfinite) if config.train.max_nonfinite_steps else 0
 
     if not records and task.held_out:
         evaluate(0)
@@ -214,7 +212,9 @@ def _train(task: Task, config: TrainConfig, feed: Feed, work: Session) -> Traine
         last = reached == task.steps
         if due or last or reached % READ == 0 or reached % every == 0:
             skipped = left_out()
-            values = check_finite(task, losses, explain, state.params, forgiven=0 < skipped <= config.train.skip)
+            values = check_finite(
+                task, losses, explain, state.params, forgiven=0 < skipped <= config.train.max_nonfinite_steps
+            )
             if odd := [at for at, loss in values.items() if not math.isfinite(loss)]:
                 work.say(f"left out, as the loss was not finite: step {', '.join(map(str, odd))} ({skipped} so far)")
             new = sum(int(count[0]) for count in counts)
@@ -295,16 +295,18 @@ def _write(
 ) -> dict[str, Any]:
     work.phase("writing")
     files.write_table(folder / "weights.parquet", outputs.given_table(task, config, table, given.source))
-    outputs.write_model(folder / "model", task, trained.params, base_path=config.model.path, parts=config.output.model)
+    outputs.write_model(
+        folder / "model", task, trained.params, base_path=config.model.name_or_path, parts=config.output.model
+    )
     records = trained.records
-    best = min(records, key=lambda record: record["loss"]["select"]) if config.train.keep == "best" else None
+    best = min(records, key=lambda record: record["loss"]["select"]) if config.train.load_best else None
     ends = {"before": records[0], "after": trained.after} if records else {}
     result = {
         "steps": task.steps,
         "epochs": task.steps * task.batch / task.rows  # streamed: no step is cut short at the end of an epoch
         if config.data.streaming
         else task.steps / batches.steps_per_epoch(len(task.trainable()), task.batch),
-        "batch": config.train.batch,
+        "batch": config.train.global_batch_size,
         "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
         "objective": config.objective.name,
         "unit": task.objective.unit,
@@ -317,7 +319,7 @@ def _write(
             for part in task.held_out
         },
         "best": {"step": best["step"], "part": "select"} if best else None,
-        "kept": config.train.keep,
+        "kept": "best" if config.train.load_best else "last",
         "tokens": trained.tokens,
         "seconds": trained.seconds,
         "skipped": trained.skipped,

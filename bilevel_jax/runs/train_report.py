@@ -111,7 +111,7 @@ def verdict(run: Results) -> Told:
     where, count = PARTS[one.part], run.result["rows"].get(one.part, 0)
     if not math.isfinite(one.moved):
         words = f"The loss on {where} is {number(one.before)} before and {number(one.after)} after training."
-        advice = "Do not use this model: its loss is not a number. Lower optimizer.learning_rate or set optimizer.clip."
+        advice = "Do not use this model: its loss is not a number. Lower optimizer.learning_rate or set optimizer.max_grad_norm."
         return Told("bad", "✕", "Validation loss is not finite", words, advice)
     amount = f"{signed(one.moved)}" + (f", {_percent(one.moved / one.before)}" if one.before > 0 else "")
     moved = "fell" if one.moved < 0 else "rose" if one.moved > 0 else "stayed"
@@ -135,7 +135,7 @@ def verdict(run: Results) -> Told:
             else "V_select had no part here."
         ),
         "fit": "There is only V_fit. Weights that were learned with these rows make its loss fall by design: rows that "
-        "nothing has seen (data.report) would tell more.",
+        "nothing has seen (data.test) would tell more.",
     }
     return Told("good", "✓", "Validation loss fell", f"{words}.", fair[one.part])
 
@@ -188,16 +188,16 @@ def boxes(run: Results) -> Html:
 
 
 def _trained(run: Results) -> Html:
-    model, result = run.config["model"], run.result
+    model, lora, result = run.config["model"], run.config["lora"], run.result
     what = "all parameters of "
-    if model["lora_rank"]:
-        targets = ", ".join(model["lora_targets"]) or "on the projections usual for its family"
-        what = f"LoRA factors of rank {model['lora_rank']} ({targets}) of "
+    if lora["r"]:
+        targets = ", ".join(lora["target_modules"]) or "on the projections usual for its family"
+        what = f"LoRA factors of rank {lora['r']} ({targets}) of "
     steps, batch, total = result["steps"], result["batch"], result["rows"]["train"]
     return join(
         what,
-        bounded(model["path"], end=True),
-        ", from random ones," if model["scratch"] else None,
+        bounded(model["name_or_path"], end=True),
+        ", from random ones," if model["from_scratch"] else None,
         f" by {METHODS[run.config['objective']['name']]}: {counted('step', steps)} of {counted('row', batch)}, "
         f"{_epochs(run)} of {counted('row', total)}.",
     )
@@ -244,7 +244,7 @@ def _kept(run: Results) -> str:
         words += (
             f" {PARTS[part]} was lowest at step {records[least]['step']:,}: {number(losses[least])} against "
             f"{number(losses[-1])} {run.unit} at the end. Past that point training fitted its rows rather than the "
-            "trusted ones; train.keep: best writes the step that is best on V_select."
+            "trusted ones; train.load_best: true writes the step that is best on V_select."
         )
     return words
 
@@ -263,7 +263,7 @@ def validation(run: Results) -> Html:
         "fit": "the holdout of the score"
         if run.config["weights"]["score"]
         else "read only here; select learns weights from it",
-        "select": "chooses the step" if best is not None else "may choose a step (train.keep: best)",
+        "select": "chooses the step" if best is not None else "may choose a step (train.load_best: true)",
         "report": "kept apart, read only",
     }
     parts = [one.part for one in found]
@@ -341,7 +341,7 @@ def rows(run: Results) -> Html:
 def loading(run: Results) -> Html:
     """The few lines that load what was written."""
     config = run.config
-    folder, base, rank = config["output"]["folder"], config["model"]["path"], config["model"]["lora_rank"]
+    folder, base, rank = config["output"]["dir"], config["model"]["name_or_path"], config["lora"]["r"]
     parts = config["output"]["model"] if rank else "full"
     full = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -398,7 +398,7 @@ def provenance(run: Results) -> Html:
         reproduced(
             run,
             "train",
-            f"{model['train_dtype']} parameters, matrix products of {run.config['train']['compute']} factors",
+            f"{model['param_dtype']} parameters, matrix products of {run.config['train']['compute_dtype']} factors",
         ),
     )
 

@@ -19,7 +19,7 @@ from bilevel_jax.runs import checkpoint, processes, states
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.diagnosis import first_broken
-from bilevel_jax.runs.sections import Outer
+from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 
@@ -51,14 +51,14 @@ class Saved(NamedTuple):
 class Trainer:
     """Trains a task and estimates its hypergradient; compiled once, used for every outer step."""
 
-    def __init__(self, task: Task | ArrayTask, outer: Outer, session: Session):
+    def __init__(self, task: Task | ArrayTask, outer: OuterSection, session: Session):
         self.task, self.outer, self.session = task, outer, session
         self.folder: Path = session.folder / "checkpoints" / "inner"
-        split = dict(task.mesh.shape).get("model", 1) > 1
+        split = dict(task.mesh.shape).get("fsdp", 1) > 1
         if outer.method == "implicit" and split and processes.several() and jax.default_backend() == "cpu":
             raise ValueError(
-                "outer.method = implicit with devices.model above 1 can hang in several processes on CPUs: the "
-                "programs of its solve wait for each other. Set devices.model to 1, or outer.method to unrolled."
+                "outer.method = implicit with mesh.fsdp above 1 can hang in several processes on CPUs: the "
+                "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
             )
         window = outer.window if outer.method == "window" else None
         self._sweeps: Sweeper | None = None
@@ -270,7 +270,7 @@ def check_finite(
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step
     raise FloatingPointError(
-        f"{what} at step {last} of {task.steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.clip, "
+        f"{what} at step {last} of {task.steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.max_grad_norm, "
         "or look at these rows. The last good checkpoint is kept: --resume goes on from it."
     )
 

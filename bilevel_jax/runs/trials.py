@@ -18,7 +18,7 @@ from bilevel_jax.runs.candidates import Candidates, drawn
 from bilevel_jax.runs.checkers import checker
 from bilevel_jax.runs.config import RankConfig, SelectConfig
 from bilevel_jax.runs.generation import generators
-from bilevel_jax.runs.sections import Outer
+from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import mean_interval
 from bilevel_jax.runs.task import Task, prepare
@@ -26,7 +26,7 @@ from bilevel_jax.runs.training import Trainer
 
 
 def tested(config: RankConfig, found: Candidates, work: Session) -> dict[str, Any]:
-    """L_v on data.validation after training on rank.train_rows responses of each strategy, for each seed; and before.
+    """L_v on data.validation after training on rank.train_examples responses of each strategy, for each seed; and before.
 
     One task for all: the same questions, start, data order and number of steps, so that strategies differ in their
     responses alone. With a checker, the accuracy of greedy responses to the questions of data.validation as well.
@@ -34,7 +34,7 @@ def tested(config: RankConfig, found: Candidates, work: Session) -> dict[str, An
     `task.prepare` does.
     """
     task, settings = _task(config, found, work)
-    trainer, count = Trainer(task, settings.outer, work), config.rank.train_rows
+    trainer, count = Trainer(task, settings.outer, work), config.rank.train_examples
     table = {
         name: task.trainable()[np.isin(task.trainable(), np.arange(at * count, (at + 1) * count))]
         for at, name in enumerate(found.strategies)
@@ -67,12 +67,12 @@ def _task(config: RankConfig, found: Candidates, work: Session) -> tuple[Task, S
     validation = data.load(config.data.validation, rows.reading(config.data))
     held = {turn.content.strip() for example in validation for turn in example.turns if turn.role == "user"}
     free = [one for one in found.questions if one.text.strip() not in held]
-    if len(free) < config.rank.train_rows:
+    if len(free) < config.rank.train_examples:
         raise ValueError(
-            f"rank.train_rows = {config.rank.train_rows}, but only {len(free)} of {len(found.questions)} questions do "
+            f"rank.train_examples = {config.rank.train_examples}, but only {len(free)} of {len(found.questions)} questions do "
             "not stand in data.validation. Lower it, or give more questions."
         )
-    chosen = drawn(free, config.rank.train_rows, 1, config.data.seed)[0]
+    chosen = drawn(free, config.rank.train_examples, 1, config.data.seed)[0]
     examples = [
         one.answered(one.responses[at])._replace(source=name)
         for at, name in enumerate(found.strategies)
@@ -81,11 +81,11 @@ def _task(config: RankConfig, found: Candidates, work: Session) -> tuple[Task, S
     examples = [example._replace(row=row) for row, example in enumerate(examples)]
     settings = SelectConfig(
         model=config.model, data=replace(config.data, packing=False), optimizer=config.optimizer, train=config.train,
-        outer=Outer(method="alignment"), output=config.output, devices=config.devices,
+        outer=OuterSection(method="alignment"), output=config.output, mesh=config.mesh, lora=config.lora,
     )  # fmt: skip
     trusted = {"fit": validation, "select": [], "report": []}
     loaded = rows.Rows(examples, trusted, [])
-    return prepare(settings, loaded, work.folder, steps=config.train.steps, seeds=[config.data.seed]), settings
+    return prepare(settings, loaded, work.folder, steps=config.train.max_steps, seeds=[config.data.seed]), settings
 
 
 def _trial(
@@ -98,9 +98,9 @@ def _trial(
         stream = task.stream(config.data.seed + seed, chosen, packed=False)
         params = trainer.run(jnp.ones(task.corpus.rows), start, stream).end.params
     found = {"loss": float(outer_value(task.problem)(params, task.fixed(start.params), task.held_out["fit"]))}
-    if config.check.name:
+    if config.verifier.name:
         validation = task.trusted["fit"]
-        judge = checker(config.check, validation)
+        judge = checker(config.verifier, validation)
         greedy = replace(config.generate, temperature=0.0)
         write = generators(greedy, task.decoder, task.tokenizer, task.mesh, work)(assemble(params, task.base))
         asked = prompts(validation, task.tokenizer, template=config.data.template or TEMPLATE)

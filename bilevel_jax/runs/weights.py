@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
 from bilevel_jax.lm.data import Example
-from bilevel_jax.runs.sections import Weights
+from bilevel_jax.runs.sections import WeightsSection
 
 
 class Given(NamedTuple):
@@ -26,7 +26,7 @@ class Given(NamedTuple):
     """In words."""
 
 
-def given(config: Weights, examples: Sequence[Example]) -> Given:
+def given(config: WeightsSection, examples: Sequence[Example]) -> Given:
     """The configured weights of `examples`.
 
     A file is joined by id, never by position. Raises ValueError for an id that stands twice, rows that the file lacks
@@ -75,13 +75,13 @@ def given(config: Weights, examples: Sequence[Example]) -> Given:
     return Given(weights, kept, int(absent.sum()), f"{config.column} of {config.file}{how}{scaled}")
 
 
-def unknown(config: Weights) -> Given:
+def unknown(config: WeightsSection) -> Given:
     """What can be said of weights before any row was read."""
     source = f"{config.column} of {config.file}" if config.file else f"{config.constant:g} for every row"
     return Given(np.zeros(0), np.zeros(0, bool), 0, source)
 
 
-def by_row(config: Weights) -> Callable[[Example], float | None]:
+def by_row(config: WeightsSection) -> Callable[[Example], float | None]:
     """The configured weight of one row at a time, for rows that are streamed; None for a row to be left out.
 
     As `given`, but for two things that would need all rows: `mean_one` divides by the mean of the file, and a score is

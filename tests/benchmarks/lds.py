@@ -44,7 +44,7 @@ def measure(
         reviews(shared, 64, skip=1000),
         reviews(shared, 64, skip=2000),
     )
-    optimizer = adamw(steps, learning_rate=learning_rate, warmup=10, weight_decay=0.0, eps_root=eps_root)
+    optimizer = adamw(steps, learning_rate=learning_rate, warmup_steps=10, weight_decay=0.0, eps_root=eps_root)
     plain, with_prior = (
         setting(shared, rows, optimizer, steps=steps, batch=batch, micro=1, lora_rank=lora_rank, prior=prior)
         for prior in (0.0, 1.0)

@@ -24,7 +24,7 @@ from bilevel_jax.runs.refine import refine
 TRUSTED = {"validation": 64, "select": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "validation alone": ("refine_mixing", ("--single.shares", "1.0")),
+    "validation alone": ("refine_mixing", ("--single-loop.validation-shares", "1.0")),
     "direct mixing": ("refine_mixing", ()),
     "BDS, offline": ("refine_offline", ()),
     "BMO, offline": ("refine_bmo", NONE),
@@ -32,11 +32,11 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "self-training": ("refine_self_training", ()),
     "BDS + online fixed": ("refine_dynamic", FIXED),
     "BDS + online dynamic": ("refine_dynamic", ()),
-    "BDS + online dynamic, more steps": ("refine_dynamic", ("--single.steps", "520")),
+    "BDS + online dynamic, more steps": ("refine_dynamic", ("--single-loop.steps", "520")),
     "BMO + online fixed": ("refine_bmo", ()),
     "exact + online fixed": ("refine_exact", ()),
     "exact + online dynamic": ("refine_exact", DYNAMIC),
-    "right responses (oracle)": ("refine_self_training", ("--refine.checked", "filter")),
+    "right responses (oracle)": ("refine_self_training", ("--refine.verifier-use", "filter")),
 }
 """name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth; "more steps"
 has the cost of the exact arms."""
@@ -65,9 +65,9 @@ def pretrained(folder: Path, seed: int) -> Path:
     """The task's model, taught once for a seed."""
     folder.mkdir(exist_ok=True)
     task = "builtin:sums?" + "&".join(f"{part}={count}" for part, count in TRUSTED.items())
-    flags = ["--model.path", "builtin:sums", "--data.train", task, "--data.validation", "builtin:sums"]
+    flags = ["--model.name-or-path", "builtin:sums", "--data.train", task, "--data.validation", "builtin:sums"]
     ready = embedded(load(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
-    return Path(ready.model.path)
+    return Path(ready.model.name_or_path)
 
 
 def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str
     files = {part: made / f"{part}.jsonl" for part in ("train", "validation", "select", "report")}
     data = [text for part, path in files.items() for text in (f"--data.{part}", str(path))]
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
-    given = [*flags, *data, "--model.path", str(model), "--data.seed", str(seed), "--devices.data", "1"]
+    given = [*flags, *data, "--model.name-or-path", str(model), "--data.seed", str(seed), "--mesh.data", "1"]
     given += ["--output.no-progress", "--out", str(folder), *resume]
     refine(load(RefineConfig, f"{config}.yaml", given))
     return json.loads((folder / "result.json").read_text())

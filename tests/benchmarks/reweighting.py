@@ -41,10 +41,10 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
     for name, rows in (("fit", trusted[:120]), ("report", trusted[120:])):
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     common = {
-        "model.path": shared / "models" / MODEL, "model.lora-rank": 0, "data.train": folder / "train.jsonl",
-        "data.validation": folder / "fit.jsonl", "data.report": folder / "report.jsonl", "data.label-field": "label",
-        "data.max-length": 96, "data.truncate": "right", "optimizer.learning-rate": 3e-4, "optimizer.warmup": 10,
-        "optimizer.eps-root": 1e-8, "train.steps": steps, "train.batch": 16, "devices.data": 1,
+        "model.name_or_path": shared / "models" / MODEL, "lora.r": 0, "data.train": folder / "train.jsonl",
+        "data.validation": folder / "fit.jsonl", "data.test": folder / "report.jsonl", "data.label-field": "label",
+        "data.max-length": 96, "data.truncation": "right", "optimizer.learning-rate": 3e-4, "optimizer.warmup_steps": 10,
+        "optimizer.eps-root": 1e-8, "train.max_steps": steps, "train.global_batch_size": 16, "mesh.data": 1,
     }  # fmt: skip
     given = [text for flag, value in common.items() for text in (f"--{flag}", str(value))]
     given += ["--data.split", "1", "0", "0", "--output.no-progress"]
@@ -71,7 +71,7 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
         flags, runs = flags_of(), []
         for seed in range(seeds):
             out = folder / f"{name} {seed}".replace(" ", "_")
-            drawn = ["--train.seed", str(seed), "--data.seed", str(seed), "--train.evaluate-every", str(steps)]
+            drawn = ["--train.seed", str(seed), "--data.seed", str(seed), "--train.eval-steps", str(steps)]
             result = train(load(TrainConfig, None, [*given, *flags, *drawn, "--out", str(out)]))
             runs.append(_told(result, out))
         print(_line(name, runs), flush=True)

@@ -1,11 +1,11 @@
 """Five ways of answering sums of three-digit numbers, one table, where it is known which of them trains best.
 
     python -m tests.benchmarks.strategies out/sums
-    bilevel-jax rank configs/rank.yaml --model.path out/sums/model --data.train out/sums/strategies.jsonl
-        --data.prompt-field prompt --rank.max-question 0 --rank.max-response 0 --generate.max-new 12
-        --rank.template '{examples}{question}' --rank.example $'{answer}\\n' --rank.final '' --rank.decide perplexity
-        --check.name numeric --check.answer-field result --data.validation out/sums/tested.jsonl --rank.train-rows 100
-        --model.lora-rank 0 --optimizer.learning-rate 1e-3 --train.steps 60 --train.batch 32
+    bilevel-jax rank configs/rank.yaml --model.name-or-path out/sums/model --data.train out/sums/strategies.jsonl
+        --data.prompt-field prompt --rank.max-question-tokens 0 --rank.max-response-tokens 0 --generate.max-new-tokens 12
+        --rank.template '{examples}{question}' --rank.example-template $'{answer}\\n' --rank.final-answer '' --rank.pick-by perplexity
+        --verifier.name numeric --verifier.answer-field result --data.validation out/sums/tested.jsonl --rank.train-examples 100
+        --lora.r 0 --optimizer.learning-rate 1e-3 --train.max-steps 60 --train.global-batch-size 32
 
 The model of `builtin:sums` knows two rules, the right one and one that forgets the carries. Strategies: right (the
 sum), restated (the question and its sum), mixed (right or forgetful, by a coin for each question), forgetful, random

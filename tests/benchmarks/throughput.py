@@ -28,7 +28,7 @@ from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import OptimizerSection
 from tests.runs.problems_lm import stories
 
 
@@ -42,7 +42,7 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
     order = batches.order(corpus.rows, batch, 0)
     stream = batches.train_stream(corpus, order, steps, batches.Layout(1, batch, batch, batches.longest(corpus)))
     config, params = lm.load(folder)
-    adamw = optimizer(Optimizer(learning_rate=1e-4, warmup=2), steps)
+    adamw = optimizer(OptimizerSection(learning_rate=1e-4, warmup_steps=2), steps)
     per_example = losses.sft(lm.decoder(config, remat="none"))
 
     loops = {

@@ -15,7 +15,7 @@ from bilevel_jax.lm import batches, losses
 from bilevel_jax.lm.importance import CLIP, self_sampled
 from bilevel_jax.lm.tokens import Tokenized, corpus_of
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import OptimizerSection
 
 pytestmark = pytest.mark.usefixtures("x64")
 VOCAB, WIDTH, G = 11, 4, 3
@@ -104,7 +104,7 @@ def test_unrolled_entries_are_finite_differences(params):
         lambda p, fixed, batch: self_sampled(MODEL)(p, batch),
         outer=lambda p, fixed, batch: losses.sft(MODEL)(p, batch),
     )
-    adamw = optimizer(Optimizer(learning_rate=0.02, warmup=0, schedule="constant", eps_root=1e-6), 3)
+    adamw = optimizer(OptimizerSection(learning_rate=0.02, warmup_steps=0, schedule="constant", eps_root=1e-6), 3)
     step = transition(problem, adamw)
     whole = {key: leaf[None] for key, leaf in BATCH.items()}
     stream = Stream(lambda step: whole, 3)

@@ -19,7 +19,7 @@ TABLE = {
 def test_a_prompt_and_the_response_are_the_row(template, row, begins, turns):
     tokenizer = bpe(template)
     (prompt,) = prompts([row], tokenizer)
-    corpus, _ = tokenize([row], tokenizer, max_length=200, supervise="last")
+    corpus, _ = tokenize([row], tokenizer, max_length=200, supervise="last_turn")
     ids, supervised = corpus.row(0)
     assert (*prompt.tokens, *ids[supervised]) == tuple(ids) and prompt.id == row.id
     text = tokenizer.decode(prompt.tokens)

@@ -7,7 +7,7 @@ import pytest
 from bilevel_jax.lm.data import load
 from bilevel_jax.lm.sums import forgetful, write
 from bilevel_jax.runs.checkers import checker
-from bilevel_jax.runs.sections import Check
+from bilevel_jax.runs.sections import VerifierSection
 
 PARTS = {"train": 60, "validation": 16, "select": 20, "report": 40, "lessons": 200}
 SIZES = {"rows": 60, "select": 20, "report": 40, "lessons": 200}
@@ -49,7 +49,7 @@ def test_labels_tell_the_truth(tmp_path, corrupted, noise):
         return row._replace(turns=(row.turns[0], row.turns[1]._replace(content=str(sum(numbers(row))))))
 
     for name in ("numeric", "exact"):
-        judge = checker(Check(name))
+        judge = checker(VerifierSection(name))
         assert all(judge(right(e), e.turns[1].content) == (e.label == "clean") for e in parts["train"])
 
 

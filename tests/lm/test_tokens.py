@@ -223,18 +223,22 @@ def test_pair_that_differs_in_several_turns(template):
     wanted = [["It is.<|eot|>", "A cat<|eot|>"], ["The cat\nis it.<|eot|>", "A dog<|eot|>"]]
     corpus = tokenize([row], tokenizer, max_length=200)[0]
     assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == wanted
-    corpus = tokenize([row], tokenizer, max_length=200, supervise="last")[0]
+    corpus = tokenize([row], tokenizer, max_length=200, supervise="last_turn")[0]
     assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == [one[1:] for one in wanted]
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, OUTSIDE, PLAIN, LLAMA2])
 def test_supervise_the_last_answer(template):
     tokenizer = bpe(template)
-    whole, last = (tokenize([TALK], tokenizer, max_length=200, supervise=which)[0] for which in ("all", "last"))
+    whole, last = (
+        tokenize([TALK], tokenizer, max_length=200, supervise=which)[0] for which in ("all_turns", "last_turn")
+    )
     assert (whole.ids == last.ids).all()
     assert runs(last.row(0), tokenizer) == runs(whole.row(0), tokenizer)[1:]
     for row in (PAIR, TEXT):  # nothing to leave out
-        one, other = (tokenize([row], tokenizer, max_length=200, supervise=which)[0] for which in ("all", "last"))
+        one, other = (
+            tokenize([row], tokenizer, max_length=200, supervise=which)[0] for which in ("all_turns", "last_turn")
+        )
         assert (one.supervised == other.supervised).all()
 
 
@@ -318,12 +322,17 @@ ERRORS = [
     (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
     (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
     (bpe(), PAIR, {"truncate": "middle"}, r"truncate is 'middle'; it is one of \['error', 'left', 'right', 'drop'\]"),
-    (bpe(), PAIR, {"supervise": "first"}, r"supervise is 'first'; it is one of \['all', 'last'\]"),
+    (bpe(), PAIR, {"supervise": "first"}, r"supervise is 'first'; it is one of \['all_turns', 'last_turn'\]"),
     (bpe(), pair(("a", "b"), ("a", "c<|eot|>")), {}, r"holds '<\|eot\|>', which the tokenizer reads as a special"),
     (bpe(), pair(("a", "b"), ("a", "b")), {}, "rows.jsonl:1: the chosen and the rejected response are the same"),
     (bpe(), pair(("a", "b"), ("c", "b")), {}, "differ at message 1 before the assistant answers; a preference compa"),
     (bpe(LLAMA3), pair(TALK_TEXT, TALK_TEXT[:2]), {}, "differ at message 3 before the assistant answers"),
-    (bpe(ONE_BLOCK), TALK, {"supervise": "last"}, "2 messages of the assistant, and .* blocks mark 1, so the last can"),
+    (
+        bpe(ONE_BLOCK),
+        TALK,
+        {"supervise": "last_turn"},
+        "2 messages of the assistant, and .* blocks mark 1, so the last can",
+    ),
     (bpe(), PAIR, {"max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
 ]
 

@@ -21,7 +21,7 @@ from bilevel_jax.runs import partition, processes
 from bilevel_jax.runs.objective import objective
 from bilevel_jax.runs.pmapped import pmapped
 from bilevel_jax.runs.processes import fetch
-from bilevel_jax.runs.sections import Devices, Objective
+from bilevel_jax.runs.sections import DistributedSection, ObjectiveSection
 
 ROWS, STEPS, BATCH, LENGTH = 29, 2, 16, 8
 RATE, DAMPING = 0.1, 60.0
@@ -58,7 +58,7 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
     decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
     params = lm.init(SHAPE, jax.random.key(0), dtype=jnp.float64)
     params = params if pmap else partition.partitioned(mesh, split, params)
-    problem = weighted(objective(Objective(), decoder, lora=False).losses)
+    problem = weighted(objective(ObjectiveSection(), decoder, lora=False).losses)
     rows = corpus(ROWS, 1)
     micro = 8 if pmap else 1  # pmap deals micro-batches to its devices
     layout = placing.fit_layout(mesh, batches.Layout(micro, BATCH // micro, BATCH // micro, LENGTH))
@@ -98,7 +98,7 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
 
 if __name__ == "__main__":  # coordinator, number, file
     jax.config.update("jax_enable_x64", True)
-    processes.start(Devices(coordinator=sys.argv[1], processes=2, process=int(sys.argv[2])))
+    processes.start(DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])))
     found = numbers(0)
     if jax.process_index() == 0:
         np.savez(sys.argv[3], **found)

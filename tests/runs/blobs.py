@@ -20,14 +20,14 @@ def write(path, *, train=120, test=40, floats=False):
 
 CONFIG = """
 data: {{train: ['{path}']}}
-arrays: {{rows: 60, fit: 24, report: 30}}
-optimizer: {{name: momentum, learning_rate: 0.3, schedule: constant, warmup: 0}}
-train: {{steps: 6, batch: 20}}
+arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30}}
+optimizer: {{name: momentum, learning_rate: 0.3, schedule: constant, warmup_steps: 0}}
+train: {{max_steps: 6, global_batch_size: 20}}
 outer:
-  {{weighting: sigmoid, learning_rate: 1.0, schedule: linear, prior: 0.01, window: 2, max_iterations: 3,
+  {{weighting: sigmoid, learning_rate: 1.0, schedule: linear, proximal: 0.01, window: 2, max_iterations: 3,
    curvature_batches: 3}}
-single: {{read_every: 20}}
-bench: {{passes: 120, seeds: 2}}
+single_loop: {{eval_steps: 20}}
+compare: {{budget: 120, seeds: 2}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """

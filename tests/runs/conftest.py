@@ -12,34 +12,36 @@ from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.runs.session import Session
 
 SELECT = """
-model: {{path: {made}/model, lora_rank: 0}}
+model: {{name_or_path: {made}/model}}
+lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/validation.jsonl]
-  report: [{made}/report.jsonl]
+  test: [{made}/report.jsonl]
   split: [1, 0, 0]
   label_field: label
-optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
-train: {{steps: 10, batch: 8}}
+optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
+train: {{max_steps: 10, global_batch_size: 8}}
 outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
 certify: {{step_sizes: [0.1]}}
-compare: {{seeds: 1, rows: [uniform, learned, validation, oracle]}}
+retrain: {{seeds: 1, variants: [uniform, learned, validation, oracle]}}
 output: {{progress: false}}
-keep: {{top_share: 0.5}}
-devices: {{data: 1}}
+selection: {{top_share: 0.5}}
+mesh: {{data: 1}}
 """
 TRAIN = """
-model: {{path: {made}/model, lora_rank: 0}}
+model: {{name_or_path: {made}/model}}
+lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/report.jsonl]
-  select: [{made}/select.jsonl]
+  dev: [{made}/select.jsonl]
   split: [0.5, 0, 0.5]
   label_field: label
-optimizer: {{learning_rate: 3.0e-3, warmup: 0.1}}
-train: {{epochs: 2, batch: 8, evaluate_every: 4}}
+optimizer: {{learning_rate: 3.0e-3, warmup_ratio: 0.1}}
+train: {{num_epochs: 2, global_batch_size: 8, eval_steps: 4}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """
 
 

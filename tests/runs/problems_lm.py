@@ -22,8 +22,8 @@ from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.objective import objective
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Objective as Chosen
-from bilevel_jax.runs.sections import Optimizer
+from bilevel_jax.runs.sections import ObjectiveSection as Chosen
+from bilevel_jax.runs.sections import OptimizerSection
 
 MODEL = "stories-260k"
 
@@ -66,8 +66,8 @@ class Setting(NamedTuple):
 
 def adamw(steps: int, *, learning_rate: float, **options) -> optax.GradientTransformation:
     """The package's default with every part at work: clipped, decayed, warmed up, cosine, eps_root = 1e-12."""
-    settings = {"warmup": 2, "weight_decay": 0.1, "clip": 1.0, **options}
-    return optimizer(Optimizer(learning_rate=learning_rate, **settings), steps)
+    settings = {"warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 1.0, **options}
+    return optimizer(OptimizerSection(learning_rate=learning_rate, **settings), steps)
 
 
 def stories(shared: Path, count: int, *, skip: int = 0) -> list[str]:

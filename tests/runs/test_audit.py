@@ -18,14 +18,14 @@ from tests.runs import blobs
 
 CONFIG = """
 data: {{train: ['{path}']}}
-arrays: {{rows: 60, fit: 24, report: 30, share: 0.2}}
-optimizer: {{name: sgd, learning_rate: 0.1, schedule: constant, warmup: 0}}
-train: {{steps: 6, batch: 20}}
-outer: {{prior: 0.01, max_iterations: 3, curvature_batches: 3}}
-audit: {{queries: 24, together: 12, removed: [0.5, 0.02], subsets: 16, scores: [loss, alignment, random]}}
+arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30, noise_share: 0.2}}
+optimizer: {{name: sgd, learning_rate: 0.1, schedule: constant, warmup_steps: 0}}
+train: {{max_steps: 6, global_batch_size: 20}}
+outer: {{proximal: 0.01, max_iterations: 3, curvature_batches: 3}}
+audit: {{queries: 24, vmap_size: 12, removed: [0.5, 0.02], subsets: 16, scores: [loss, alignment, random]}}
 certify: {{step_sizes: [0.1]}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """
 
 
@@ -145,8 +145,8 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
 def test_text_with_every_score(made, tmp_path):
     settings = re.sub(r"^(compare|keep):.*\n", "", (made / "select.yaml").read_text(), flags=re.MULTILINE)
     (tmp_path / "audit.yaml").write_text(settings)
-    flags = ("--outer.prior", "0.1", "--audit.queries", "3", "--audit.subsets", "8", "--audit.removed", "0.5")
-    result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.together", "2")
+    flags = ("--outer.proximal", "0.1", "--audit.queries", "3", "--audit.subsets", "8", "--audit.removed", "0.5")
+    result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.vmap-size", "2")
     names = {row["name"] for row in result["rows"]}
     assert {"unrolled", "ica, start", "ica, end", "oneshot, start"} <= names
     assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {"fit", "queries", "report"}
@@ -190,12 +190,12 @@ WRONG = {
     "too few subsets": (["--audit.subsets", "4"], "audit.subsets = 4: must be 8 or more"),
     "one query": (["--audit.queries", "1"], "audit.queries = 1: must be 0 .none., or 2 or more"),
     "more queries than rows": (["--audit.queries", "25"], "audit.queries = 25, but V_fit has 24 rows"),
-    "no trusted rows": (["--arrays.fit", "0"], "arrays.fit = 0: must be 1 or more"),
+    "no trusted rows": (["--arrays.validation-examples", "0"], "arrays.validation_examples = 0: must be 1 or more"),
     "no text to trust": (["--data.train", "rows.jsonl"], "name the trusted rows"),
     "an unknown score": (["--audit.scores", "lost"], "there is no score 'lost'; did you mean 'loss'"),
     "a score of text": (["--audit.scores", "ica"], "'ica' reads text; for arrays"),
     "a share twice": (["--audit.removed", "0.5", "0.5"], "each once and in .0, 1."),
-    "implicit without a prior": (["--outer.prior", "0"], "implicit needs outer.prior above 0"),
+    "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
     "no derivative": (["--optimizer.name", "lion"], "lion steps along a sign"),
     "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "folder exists": (["--out", "EXISTS"], "--resume"),

@@ -16,7 +16,7 @@ from bilevel_jax.runs.methods import METHODS
 from bilevel_jax.runs.statistics import auc
 from tests.runs import blobs
 
-ITERATED = ("--bench.methods", "unrolled", "implicit", "penalty")
+ITERATED = ("--compare.methods", "unrolled", "implicit", "penalty")
 ARMS = ["uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "aligned", "low_loss"]
 
 
@@ -100,8 +100,8 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
 
 @pytest.mark.slow
 def test_every_method_runs(config, tmp_path):
-    flags = ("--bench.seeds", "1", "--bench.methods", *METHODS, "--bench.arms", "oracle+validation")
-    result = run(config, tmp_path / "run", *flags, "--arrays.hidden", "4", "--arrays.noise", "redrawn")
+    flags = ("--compare.seeds", "1", "--compare.methods", *METHODS, "--compare.baselines", "oracle+validation")
+    result = run(config, tmp_path / "run", *flags, "--arrays.hidden-sizes", "4", "--arrays.label-noise", "redrawn")
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {*METHODS, "oracle+validation"} and all(METHODS[name].of for name in METHODS)
     assert "report" not in rows["mixing"]["mean"]  # it learns no weights
@@ -127,8 +127,17 @@ def test_sentence_names_what_is_not_told_apart():
 
 @pytest.mark.slow
 def test_text_with_weights_per_source(made, tmp_path):
-    flags = ("--bench.methods", "window", "--bench.passes", "60", "--outer.weighting", "per_source")
-    more = ("--data.source-field", "label", "--bench.seeds", "1", "--outer.window", "2", "--bench.arms", "oracle")
+    flags = ("--compare.methods", "window", "--compare.budget", "60", "--outer.weighting", "per_source")
+    more = (
+        "--data.source-field",
+        "label",
+        "--compare.seeds",
+        "1",
+        "--outer.window",
+        "2",
+        "--compare.baselines",
+        "oracle",
+    )
     settings = (made / "select.yaml").read_text()
     for section in ("certify", "compare", "keep"):
         settings = re.sub(rf"^{section}:.*\n", "", settings, flags=re.MULTILINE)
@@ -141,14 +150,14 @@ def test_text_with_weights_per_source(made, tmp_path):
 
 
 WRONG = {
-    "a budget too small": (["--bench.passes", "50"], "too small to move a weight twice; needed: unrolled"),
-    "implicit without a prior": (["--outer.prior", "0"], "implicit needs outer.prior above 0"),
-    "a method twice": (["--bench.methods", "mixing", "mixing"], "name each method once"),
+    "a budget too small": (["--compare.budget", "50"], "too small to move a weight twice; needed: unrolled"),
+    "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
+    "a method twice": (["--compare.methods", "mixing", "mixing"], "name each method once"),
     "packing": (["--data.packing"], "packing cannot know beforehand"),
     "no file": (["--data.train", "nowhere.npz"], "nowhere.npz: no such file"),
-    "too few rows": (["--arrays.fit", "5000"], "has 120 in x_train"),
+    "too few rows": (["--arrays.validation-examples", "5000"], "has 120 in x_train"),
     "text without trusted rows": (["--data.train", "rows.jsonl"], "name the trusted rows"),
-    "features of arrays": (["--outer.weighting", "by_features", "--bench.methods", "window"], "reads text; for arrays"),
+    "features of arrays": (["--outer.weighting", "by_features", "--compare.methods", "window"], "reads text; for arrays"),
     "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "folder exists": (["--out", "EXISTS"], "--resume"),
 }  # fmt: skip
@@ -166,6 +175,6 @@ def test_wrong_input_gets_one_clear_error(config, whole, tmp_path, capsys, name)
 
 def test_resuming_under_another_config_is_refused(config, whole, tmp_path, capsys):
     shutil.copytree(whole[0], tmp_path / "run")
-    flags = ["--out", str(tmp_path / "run"), "--resume", *ITERATED, "--bench.passes", "121"]
+    flags = ["--out", str(tmp_path / "run"), "--resume", *ITERATED, "--compare.budget", "121"]
     assert main(["compare", str(config), *flags]) == 1
-    assert "bench.passes" in capsys.readouterr().err
+    assert "compare.budget" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_noise_is_exactly_what_it_says(kind):
 
 
 def test_parts_are_disjoint_and_only_training_labels_are_changed(path):
-    made = task(path, "--arrays.select", "20")
+    made = task(path, "--arrays.dev-examples", "20")
     source = classification.read(str(path.parent / "blobs.npz"))
     truth = {row.tobytes(): y for row, y in zip(source.train.x, source.train.y, strict=True)}
     seen = [row.tobytes() for row in made.corpus.x]
@@ -63,7 +63,7 @@ def test_parts_are_disjoint_and_only_training_labels_are_changed(path):
 
 
 def test_streams_are_pure_and_cover_every_row_once(path):
-    made = task(path, "--train.batch", "16", "--train.micro", "2")
+    made = task(path, "--train.global-batch-size", "16", "--train.gradient-accumulation-steps", "2")
     stream = made.stream(seed=3)
     index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(4)])
     assert sorted(index[index != PADDING]) == list(range(60)) and (index == PADDING).sum() == 4
@@ -76,11 +76,17 @@ def test_streams_are_pure_and_cover_every_row_once(path):
 
 @pytest.mark.parametrize(
     "flags",
-    [(), *(pytest.param(one, marks=pytest.mark.slow) for one in (("--train.micro", "2"), ("--arrays.hidden", "5")))],
+    [
+        (),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (("--train.gradient-accumulation-steps", "2"), ("--arrays.hidden-sizes", "5"))
+        ),
+    ],
     ids=str,
 )
 def test_unrolled_equals_autodiff_through_scan(path, x64, flags):
-    made = task(path, "--model.train-dtype", "float64", *flags)
+    made = task(path, "--model.param-dtype", "float64", *flags)
     weights = jnp.linspace(0.5, 1.5, made.rows)
     start, stream = begin(made.optimizer, made.fresh(0)), made.stream(seed=0)
     fixed, held_out = made.fixed(start.params), made.held_out["fit"]
@@ -132,8 +138,8 @@ def test_wrong_files_are_told(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--arrays.rows", "100"), "124 rows, but blobs.npz has 120"),
-        (("--arrays.report", "99"), "arrays.report = 99, but blobs.npz has 40 test rows"),
+        (("--arrays.train-examples", "100"), "124 rows, but blobs.npz has 120"),
+        (("--arrays.test-examples", "99"), "arrays.test_examples = 99, but blobs.npz has 40 test rows"),
         (("--data.train", "nowhere.npz"), "nowhere.npz: no such file"),
     ],
 )

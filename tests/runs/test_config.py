@@ -28,10 +28,11 @@ from bilevel_jax.runs.config import (
 )
 from bilevel_jax.runs.optimizers import DIRECTIONS, SHAPES, clip, optimizer, schedule
 from bilevel_jax.runs.read import fields, read
-from bilevel_jax.runs.sections import Format
+from bilevel_jax.runs.sections import ExampleFormat
 
 SMALL = """
-model: {path: builtin:cipher, lora_rank: 1e1}
+model: {name_or_path: builtin:cipher}
+lora: {r: 1e1}
 data: {train: a.jsonl, validation: [v.jsonl]}
 optimizer:
   learning_rate: 1e-5
@@ -56,7 +57,7 @@ def broken(tmp_path, text):
 def test_values_are_decoded_by_their_fields_type(small):
     config = load(SelectConfig, small)
     assert config.optimizer.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
-    assert config.model.lora_rank == 10 and isinstance(config.model.lora_rank, int)
+    assert config.lora.r == 10 and isinstance(config.lora.r, int)
     assert config.data.train == ("a.jsonl",) and config.data.validation == ("v.jsonl",)
     assert config.outer == SelectConfig().outer
 
@@ -66,35 +67,41 @@ def test_the_command_line_wins(small):
     config = load(SelectConfig, small, flags)
     assert config.optimizer.learning_rate == 2e-4
     assert config.data.train == ("x", "y")
-    assert not config.compare.enabled and not config.certify.enabled
-    assert config.output.folder == "there" and config.output.resume
+    assert not config.retrain.enabled and not config.certify.enabled
+    assert config.output.dir == "there" and config.output.resume
 
 
 def test_defaults_need_only_a_model_and_data():
-    config = load(SelectConfig, None, ["--model.path", "m", "--data.train", "t", "--data.validation", "v"])
+    config = load(SelectConfig, None, ["--model.name-or-path", "m", "--data.train", "t", "--data.validation", "v"])
     assert config.train == SelectConfig().train
 
 
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("modle: {path: x}", "c.yaml:1: unknown section 'modle'; did you mean 'model'? the sections: model, data,"),
+        (
+            "modle: {path: x}",
+            "c.yaml:1: unknown section 'modle'; did you mean 'model'? the sections: model, lora, data,",
+        ),
         (
             "optimizer:\n  learning_rat: 1",
             "c.yaml:2: unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'? the keys of optimizer:",
         ),
         ("output: {learning_rate: 3}", "did you mean 'optimizer.learning_rate'?"),
-        ("train: {steps: 1.5}", "c.yaml:1: train.steps is 1.5 (float); wanted a whole number."),
-        ("train: {steps: many}", "train.steps is 'many' (str); wanted a whole number."),
-        ("train: {steps: true}", "train.steps is True (bool); wanted a whole number."),
-        ("train: {steps: }", "train.steps is empty; wanted a whole number."),
-        ("outer: {prior: .nan}", "outer.prior is nan (float); wanted a number."),
+        ("train: {max_steps: 1.5}", "c.yaml:1: train.max_steps is 1.5 (float); wanted a whole number."),
+        ("train: {max_steps: many}", "train.max_steps is 'many' (str); wanted a whole number."),
+        ("train: {max_steps: true}", "train.max_steps is True (bool); wanted a whole number."),
+        ("train: {max_steps:}", "train.max_steps is empty; wanted a whole number."),
+        ("outer: {proximal: .nan}", "outer.proximal is nan (float); wanted a number."),
         ("outer: {method: exact}", "wanted one of unrolled, implicit, window, alignment, penalty, bmo, mixing."),
-        ("outer: {redraw: 'yes'}", "outer.redraw is 'yes' (str); wanted true or false."),
+        ("outer: {reshuffle: 'yes'}", "outer.reshuffle is 'yes' (str); wanted true or false."),
         ("data: {template: 3}", "data.template is 3 (int); wanted text (quote"),
         ("data: {split: [1, 2]}", "wanted a list of 3."),
-        ("train: 3", "c.yaml:1: train is 3 (int); wanted its keys: steps, batch, micro, seed."),
-        ("train:\n  steps: 3\n  steps: 4", "c.yaml:3: 'train.steps' stands twice; the first is at c.yaml:2."),
+        ("train: 3", "c.yaml:1: train is 3 (int); wanted its keys: max_steps, global_batch_size,"),
+        (
+            "train:\n  max_steps: 3\n  max_steps: 4",
+            "c.yaml:3: 'train.max_steps' stands twice; the first is at c.yaml:2.",
+        ),
         ("3", "c.yaml: holds 3 (int); wanted sections: model,"),
         ("true: 1", "unknown section 'True'"),
         ("train: [", "c.yaml: not YAML:"),
@@ -105,7 +112,7 @@ def test_trouble_in_the_file_is_named(tmp_path, text, said):
 
 
 def test_all_trouble_is_told_at_once(tmp_path):
-    text = broken(tmp_path, "modle: {}\ntrain: {step: 1, batch: x}\n")
+    text = broken(tmp_path, "modle: {}\ntrain: {step: 1, global_batch_size: x}\n")
     assert len(text.splitlines()) == 3
 
 
@@ -119,15 +126,24 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--train.micro", "3"], "train.micro = 3: must be 1 or more and divide train.batch"),
-        (["--outer.method", "implicit"], "outer.prior = 0.0: must be 0 or more; the implicit method needs it above 0"),
+        (
+            ["--train.gradient-accumulation-steps", "3"],
+            "train.gradient_accumulation_steps = 3: must be 1 or more and divide train.global_batch_size",
+        ),
+        (
+            ["--outer.method", "implicit"],
+            "outer.proximal = 0.0: must be 0 or more; the implicit method needs it above 0",
+        ),
         (["--optimizer.name", "lion"], "optimizer.name = 'lion': lion steps along a sign, whose derivative is 0"),
         (["--outer.max-step", "inf"], "outer.max_step = inf: must be finite"),
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
         (["--data.split", "0.5", "0.5", "0.5"], "data.split = (0.5, 0.5, 0.5): three shares"),
-        (["--model.lora-rank", "0", "--model.base-dtype", "bfloat16"], "only a frozen base can be stored in bfloat16"),
-        (["--optimizer.warmup", "9", "--train.steps", "9"], "a whole number of steps below train.steps"),
-        (["--keep.threshold", "1", "--keep.resample", "5"], "keep: threshold, resample and per_source are three ways"),
+        (["--lora.r", "0", "--model.base-dtype", "bfloat16"], "only a frozen base can be stored in bfloat16"),
+        (["--optimizer.warmup-steps", "9", "--train.max-steps", "9"], "must be 0 or more and below train.max_steps"),
+        (
+            ["--selection.threshold", "1", "--selection.resample", "5"],
+            "selection: threshold, resample and per_source are three ways",
+        ),
         (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
     ],
 )
@@ -146,7 +162,7 @@ def test_broken_rules_are_told_together():
     with pytest.raises(ValueError) as caught:
         check(SelectConfig(), "here")
     assert [line.split()[0] for line in str(caught.value).splitlines()[1:]] == [
-        "model.path",
+        "model.name_or_path",
         "data.train",
         "data.validation",
     ]
@@ -172,20 +188,20 @@ def test_help_says_what_every_key_means(small, capsys):
 
 
 def test_resolved_reads_back_equal(small, tmp_path):
-    config = load(SelectConfig, small, ["--data.template", "é: {prompt}\n", "--output.folder", "1e5"])
+    config = load(SelectConfig, small, ["--data.template", "é: {prompt}\n", "--output.dir", "1e5"])
     (tmp_path / "config.yaml").write_text(resolved(config), encoding="utf-8")
     assert load(SelectConfig, tmp_path / "config.yaml") == config
 
 
 def test_hash_and_differences_see_what_changes_the_numbers(small):
     config = load(SelectConfig, small)
-    other = load(SelectConfig, small, ["--train.steps", "7", "--optimizer.warmup", "2"])
+    other = load(SelectConfig, small, ["--train.max-steps", "7", "--optimizer.warmup-steps", "2"])
     assert config_hash(config) != config_hash(other)
     assert differences(config, other) == [
-        "optimizer.warmup: 10.0 in the run, 2.0 now",
-        "train.steps: 300 in the run, 7 now",
+        "optimizer.warmup_steps: 10 in the run, 2 now",
+        "train.max_steps: 300 in the run, 7 now",
     ]
-    moved = load(SelectConfig, small, ["--out", "b", "--resume", "--output.no-progress", "--devices.data", "2"])
+    moved = load(SelectConfig, small, ["--out", "b", "--resume", "--output.no-progress", "--mesh.data", "2"])
     assert config_hash(config) == config_hash(moved) and differences(config, moved) == []
 
 
@@ -201,7 +217,9 @@ def test_a_config_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_optimizers_go_downhill(name):
-    config = fields(SelectConfig)["optimizer"](name=name, learning_rate=0.1, warmup=0, clip=1.0, weight_decay=1e-3)
+    config = fields(SelectConfig)["optimizer"](
+        name=name, learning_rate=0.1, warmup_steps=0, max_grad_norm=1.0, weight_decay=1e-3
+    )
     tx = optimizer(config, steps=60)
     params = jnp.array([2.0, -1.0])
 
@@ -229,7 +247,7 @@ def test_adamw_is_that_of_optax(x64):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_schedules(name):
-    config = fields(SelectConfig)["optimizer"](schedule=name, warmup=10, learning_rate=2.0)
+    config = fields(SelectConfig)["optimizer"](schedule=name, warmup_steps=10, learning_rate=2.0)
     rates = jnp.array([schedule(config, 100)(step) for step in range(101)])
     assert rates[0] == pytest.approx(2 / 11) and float(rates.max()) == pytest.approx(2.0) and rates[10] == 2.0
     assert rates[100] == pytest.approx(2.0 if name == "constant" else 0.0, abs=1e-6)
@@ -255,10 +273,10 @@ def test_the_configs_that_come_with_the_package_are_right(path):
     kind = kinds.get(path.stem.split("_")[0], SelectConfig)
     config = load(kind, path)
     assert config.data.train
-    if config.model.path:  # arrays have no language model
+    if config.model.name_or_path:  # arrays have no language model
         assert load(InspectConfig, path).data.train == config.data.train  # its other sections are passed over
 
 
 def test_the_formats_of_the_config_are_those_that_are_read():
-    assert get_args(Format) == ("auto", *FORMATS)
+    assert get_args(ExampleFormat) == ("auto", *FORMATS)
     assert {field.name for field in dataclasses.fields(DataOptions)} <= set(fields(fields(SelectConfig)["data"]))

@@ -16,13 +16,13 @@ from bilevel_jax.lm.turns import DataOptions
 from bilevel_jax.runs.checkers import checker
 from bilevel_jax.runs.config import InspectConfig, SelectConfig
 from bilevel_jax.runs.embedded import embedded, named, untrained
-from bilevel_jax.runs.sections import Check, Data, Model, Output
+from bilevel_jax.runs.sections import DataSection, ModelSection, OutputSection, VerifierSection
 
-SUMS = Data(
+SUMS = DataSection(
     train=("builtin:sums?corrupted=0.7&rows=30",),
     validation=("builtin:sums",),
-    select=("builtin:sums",),
-    report=("builtin:sums",),
+    dev=("builtin:sums",),
+    test=("builtin:sums",),
 )
 
 
@@ -31,28 +31,30 @@ def test_files_and_options(tmp_path, monkeypatch):
     rows = InspectConfig(data=replace(SUMS, train=(*SUMS.train, "own.jsonl")))
     found = embedded(rows, tmp_path).data
     assert found.train == (str(tmp_path / "input" / "train.jsonl"), "own.jsonl")
-    assert [Path(*paths).name for paths in (found.validation, found.select, found.report)] == [
+    assert [Path(*paths).name for paths in (found.validation, found.dev, found.test)] == [
         "validation.jsonl",
         "select.jsonl",
         "report.jsonl",
     ]
     labels = [example.label for example in load(found.train[:1], DataOptions(label_field="label"))]
     assert (len(labels), labels.count("wrong")) == (30, 21)
-    assert embedded(InspectConfig(data=Data(train=("own.jsonl",))), tmp_path / "new").data.train == ("own.jsonl",)
+    assert embedded(InspectConfig(data=DataSection(train=("own.jsonl",))), tmp_path / "new").data.train == (
+        "own.jsonl",
+    )
     assert not (tmp_path / "new").exists()
-    model = untrained(InspectConfig(model=Model(path="builtin:sums"), data=SUMS), tmp_path).model
-    assert lm.read_config(model.path).vocab == 18
+    model = untrained(InspectConfig(model=ModelSection(name_or_path="builtin:sums"), data=SUMS), tmp_path).model
+    assert lm.read_config(model.name_or_path).vocab == 18
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (
-            Data(train=("builtin:sum",)),
+            DataSection(train=("builtin:sum",)),
             r"builtin:sum is no embedded task; they are \['builtin:cipher', 'builtin:sums'\]",
         ),
         (replace(SUMS, train=("builtin:cipher",)), "are two embedded tasks; a run has room for one"),
-        (replace(SUMS, report=("builtin:sums?rows=9",)), r"rows=9: options of an embedded task are set in data.train"),
+        (replace(SUMS, test=("builtin:sums?rows=9",)), r"rows=9: options of an embedded task are set in data.train"),
         (replace(SUMS, train=("builtin:sums?corupted=1",)), "has no option 'corupted'; .* Did you mean corrupted?"),
         (replace(SUMS, train=("builtin:sums?rows=few",)), "rows='few' is no int"),
         (replace(SUMS, train=("builtin:sums", "builtin:sums?rows=9")), "with two sets of options"),
@@ -65,13 +67,15 @@ def test_refused(data, said):
 
 @pytest.mark.slow  # teaches the model for some minutes
 def test_the_model_of_sums_knows_both_rules(tmp_path):
-    config = SelectConfig(model=Model(path="builtin:sums"), data=SUMS, output=Output(progress=False))
+    config = SelectConfig(
+        model=ModelSection(name_or_path="builtin:sums"), data=SUMS, output=OutputSection(progress=False)
+    )
     found = embedded(config, tmp_path)
-    architecture, params = lm.load(found.model.path)
-    tokenizer = load_tokenizer(found.model.path)
-    rows = load(found.data.report)
+    architecture, params = lm.load(found.model.name_or_path)
+    tokenizer = load_tokenizer(found.model.name_or_path)
+    rows = load(found.data.test)
     asked = prompts(rows, tokenizer)
-    judge = checker(Check("numeric"), rows)
+    judge = checker(VerifierSection("numeric"), rows)
 
     def right(sampling, draws):
         sample = sampler(lm.decoder(architecture), sampling, decoding(tokenizer), end=[tokenizer.eos_token_id]).sample

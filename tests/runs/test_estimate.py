@@ -29,8 +29,8 @@ LLAMA_3_8B = {
     "eos_token_id": 128001, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 LARGE = (
-    "--model.base-dtype", "bfloat16", "--train.steps", "1000", "--train.batch", "64", "--train.micro", "8",
-    "--data.max-length", "1024", "--estimate.rows", "50000", "--estimate.devices", "8", "--estimate.tflops", "989",
+    "--model.base-dtype", "bfloat16", "--train.max-steps", "1000", "--train.global-batch-size", "64", "--train.gradient-accumulation-steps", "8",
+    "--data.max-length", "1024", "--estimate.train-examples", "50000", "--estimate.devices", "8", "--estimate.tflops", "989",
 )  # fmt: skip
 
 
@@ -47,13 +47,13 @@ def subjects(made, tmp_path, *flags):
     """The same run of shapes, and of arrays: (config, subject, task)."""
     config = load(SelectConfig, made / "select.yaml", flags)
     found = rows.load(config.data)
-    task = prepare(config, found, tmp_path, steps=config.train.steps, seeds=[0], prior=config.outer.prior)
+    task = prepare(config, found, tmp_path, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal)
     return config, shaped(config, read(config, found), "select"), task
 
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--model.lora-rank", "2"), ("--model.lora-rank", "2", "--model.base-dtype", "bfloat16")],
+    [(), ("--lora.r", "2"), ("--lora.r", "2", "--model.base-dtype", "bfloat16")],
     ids=["all", "lora", "bfloat16"],
 )
 def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
@@ -89,7 +89,7 @@ def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
 
 def test_operations_are_counted_by_hand(made, tmp_path):
     """All parameters, no layer recomputed. Every product once forwards and twice backwards, the loss's once more."""
-    _, subject, _ = subjects(made, tmp_path, "--model.remat", "none", "--train.micro", "2")
+    _, subject, _ = subjects(made, tmp_path, "--model.remat", "none", "--train.gradient-accumulation-steps", "2")
     raw = json.loads((made / "model" / "config.json").read_text())
     width, inner, layers = raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"]
     layout = subject.task.layout
@@ -117,7 +117,7 @@ def test_operations_are_counted_by_hand(made, tmp_path):
 
 
 def test_linearisations_are_as_large_as_was_said(made, tmp_path):
-    _, subject, task = subjects(made, tmp_path, "--outer.linearize", "--train.micro", "2")
+    _, subject, task = subjects(made, tmp_path, "--outer.linearize", "--train.gradient-accumulation-steps", "2")
     state, batch = begin(task.optimizer, task.fresh(0)), task.stream(0).batch(0)
     _, info, linear = task.step.linearize(state, batch["index"] * 0.0, task.fixed(state.params), batch)
     there = {one.unsafe_buffer_pointer() for one in jax.tree.leaves((state, info, batch))}
@@ -132,7 +132,7 @@ def test_linearisations_are_as_large_as_was_said(made, tmp_path):
 
 def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsys):
     before = sum(array.nbytes for array in jax.live_arrays())
-    flags = [*LARGE, "--model.path", str(large), "--estimate.no-compile", "--estimate.memory-gib", "24"]
+    flags = [*LARGE, "--model.name-or-path", str(large), "--estimate.no-compile", "--estimate.memory-gib", "24"]
     assert main(["estimate", "configs/select.yaml", *flags, "--out", str(tmp_path / "out")]) == 0
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 50e6
     out, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "estimate.json").read_text())
@@ -145,20 +145,20 @@ def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsy
     taken = 27 * kept["snapshot"] + 24 * kept["a step on the tape"]
     assert 0.95 < 2 * taken / (24 * 2**30 - 2 * 8_030_261_248 - 4 * factors) <= 1
     assert found["arrays"]["base"] == 2 * 8_030_261_248  # whole on each of the devices
-    assert "It does not fit" in out and "devices.model: 8" in out and "“writing”" in out
+    assert "It does not fit" in out and "mesh.fsdp: 8" in out and "“writing”" in out
 
 
 @pytest.mark.slow
 def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
     """A process of its own, with one device: minutes, and the memory of a small one."""
     command = [sys.executable, "-m", "bilevel_jax.cli", "estimate", "configs/select.yaml", *LARGE]
-    command += ["--model.path", str(large), "--out", str(tmp_path / "out")]
+    command += ["--model.name-or-path", str(large), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT)
     _, process.returncode, usage = os.wait4(process.pid, 0)
     assert process.returncode == 0 and usage.ru_maxrss < 3 * 2**20  # KiB
     found = json.loads((tmp_path / "out" / "estimate.json").read_text())
     devices = found["devices"]
-    assert devices["count"] == 8 and devices["mesh"] == {"data": 8, "model": 1} and devices["simulated"]
+    assert devices["count"] == 8 and devices["mesh"] == {"data": 8, "fsdp": 1} and devices["simulated"]
     forward, backward = (found["programs"][name] for name in ("forward", "backward"))
     # of a forward pass, of which no product with weights is made again
     assert 2 < forward["flops"] / 1.02e15 < 2.5 and 4 < backward["flops"] / 1.02e15 < 5
@@ -174,7 +174,7 @@ def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
         (
             "--outer.method",
             "implicit",
-            "--outer.prior",
+            "--outer.proximal",
             "0.5",
             "--outer.solver",
             "neumann",
@@ -197,7 +197,7 @@ def test_a_run_counts_what_was_planned(made, tmp_path, flags):
     "flags",
     [
         (),
-        ("--model.lora-rank", "2"),
+        ("--lora.r", "2"),
         ("--outer.memory-gib", "2e-3"),
         ("--outer.memory-gib", "1e-3"),
         ("--outer.linearize",),
@@ -224,7 +224,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
         nonlocal most
         most = max(most, live())
 
-    flags = ("--fast", "--model.lora-rank", "0", *flags)
+    flags = ("--fast", "--lora.r", "0", *flags)
     config = load(SelectConfig, made / "select.yaml", flags)
     subject = shaped(config, read(config, rows.load(config.data)), "select")
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
@@ -237,7 +237,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
 
 
 def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
-    _, subject, _ = subjects(made, tmp_path, "--outer.method", "implicit", "--outer.prior", "0.5")
+    _, subject, _ = subjects(made, tmp_path, "--outer.method", "implicit", "--outer.proximal", "0.5")
     phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     for phase in phases[:-1]:
         kept = {name: phase.parts[name] for name in ("snapshots", "states on the tape", "gradients on the tape")}
@@ -245,12 +245,15 @@ def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
 
 
 WRONG = {
-    "no config.json": (("--model.path", "nowhere", "--estimate.rows", "10"), "nowhere/config.json: no such file"),
-    "no data": (("--data.train", "nowhere.jsonl"), "nowhere.jsonl.*--estimate.rows stands for them"),
+    "no config.json": (
+        ("--model.name-or-path", "nowhere", "--estimate.train-examples", "10"),
+        "nowhere/config.json: no such file",
+    ),
+    "no data": (("--data.train", "nowhere.jsonl"), "nowhere.jsonl.*--estimate.train-examples stands for them"),
     "devices and batch": (("--estimate.devices", "3"), "8 examples do not spread evenly over 3 devices"),
     "devices and groups": (
-        ("--estimate.devices", "4", "--devices.model", "3"),
-        "4 is no multiple of devices.model = 3",
+        ("--estimate.devices", "4", "--mesh.fsdp", "3"),
+        "4 is no multiple of mesh.fsdp = 3",
     ),
     "a wrong number": (("--estimate.mfu", "2"), r"estimate.mfu = 2.0: must be in \(0, 1\]"),
 }
@@ -266,15 +269,15 @@ def test_what_cannot_be_estimated_is_told(made, capsys, name):
 def test_the_verb_is_known_by_its_sections(made, tmp_path):
     assert isinstance(load_estimated(made / "select.yaml")[0], SelectConfig)
     config, asked = load_estimated(
-        made / "train.yaml", ["--train.epochs", "3", "--out", "there", "--estimate.rows", "7"]
+        made / "train.yaml", ["--train.num-epochs", "3", "--out", "there", "--estimate.train-examples", "7"]
     )
-    assert isinstance(config, TrainConfig) and config.train.epochs == 3
-    assert (asked.out, asked.rows, config.output.folder) == ("there", 7, "out")
+    assert isinstance(config, TrainConfig) and config.train.num_epochs == 3
+    assert (asked.dir, asked.train_examples, config.output.dir) == ("there", 7, "out")
     (tmp_path / "other.yaml").write_text("rank: {sample: 3}\n")
     with pytest.raises(ValueError, match="config of none of select, train, compare, audit.*unknown section 'rank'"):
         load_estimated(tmp_path / "other.yaml")
-    (tmp_path / "either.yaml").write_text("model: {path: here}\n")
-    with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.verb"):
+    (tmp_path / "either.yaml").write_text("model: {name_or_path: here}\n")
+    with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.command"):
         load_estimated(tmp_path / "either.yaml")
 
 

@@ -107,7 +107,7 @@ def test_others_read_the_same_turns(files, capsys, form, kind, container):
     if (form, container) == ("llama_factory", "datasets"):
         pytest.skip("LLaMA-Factory reads files")
     ids = files(KINDS[kind])
-    out = export(capsys, "--export.form", form, "--export.container", container, "--keep.top-share", "0.5")
+    out = export(capsys, "--export.format", form, "--export.container", container, "--selection.top-share", "0.5")
     assert out.startswith("4 of 8 rows") and "the top 50% by weight" in out
     rows = loaded(container)
     assert [row["id"] for row in rows] == ids[4:] and [row["weight"] for row in rows] == [1.25, 1.5, 1.75, 2.0]
@@ -150,7 +150,7 @@ def test_the_hub_reads_the_folder_by_its_card(files, capsys):
 )
 def test_dataset_info_is_as_llama_factory_documents(files, capsys, kind, formatting, columns, ranking):
     files(KINDS[kind])
-    export(capsys, "--export.form", "llama_factory")
+    export(capsys, "--export.format", "llama_factory")
     (name, info), *others = json.loads(text("dataset_info.json")).items()
     assert (name, others) == ("out", []) and info["file_name"] == "train.jsonl"
     assert (info["formatting"], info["columns"], info.get("ranking")) == (formatting, columns, ranking)
@@ -171,7 +171,7 @@ def test_dataset_info_is_as_llama_factory_documents(files, capsys, kind, formatt
 def test_rows_that_llama_factory_would_skip_are_named(files, capsys):
     twice = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, CHATS[0]["messages"][2]]}
     files([*CHATS, twice])
-    export(capsys, "--export.form", "llama_factory", "--keep.top-share", "1")
+    export(capsys, "--export.format", "llama_factory", "--selection.top-share", "1")
     assert re.search("1 rows, the first rows.jsonl:9, do not go from user to assistant", text("README.md"))
 
 
@@ -186,7 +186,7 @@ def test_rows_that_llama_factory_would_skip_are_named(files, capsys):
 )
 def test_axolotl_settings(files, capsys, kind, wanted):
     files(KINDS[kind])
-    export(capsys, "--export.form", "axolotl")
+    export(capsys, "--export.format", "axolotl")
     settings = yaml.safe_load(text("axolotl.yaml"))
     assert wanted.items() <= settings["datasets"][0].items()
     assert settings.get("rl") == ("dpo" if kind == "pairs" else None)
@@ -206,7 +206,7 @@ def test_axolotl_settings(files, capsys, kind, wanted):
 )
 def test_maxtext_settings_load_their_columns(files, capsys, kind, container, wanted):
     files(KINDS[kind])
-    export(capsys, "--export.form", "maxtext", "--export.container", container)
+    export(capsys, "--export.format", "maxtext", "--export.container", container)
     settings = yaml.safe_load(text("maxtext.yml"))
     assert wanted.items() <= settings.items()
     rows = datasets.load_dataset(  # as MaxText does
@@ -217,7 +217,7 @@ def test_maxtext_settings_load_their_columns(files, capsys, kind, container, wan
 
 def test_a_template_makes_strings_that_join_to_what_was_trained_on(files, capsys):
     files(PROMPTS)
-    export(capsys, "--data.template", "Q: {prompt}\nA: {response}", "--keep.top-share", "0.1")
+    export(capsys, "--data.template", "Q: {prompt}\nA: {response}", "--selection.top-share", "0.1")
     row = first()
     assert (row["prompt"], row["completion"]) == ("Q: Question 7?\nA: ", "Answer 7.")
 
@@ -227,7 +227,7 @@ def test_a_template_makes_strings_that_join_to_what_was_trained_on(files, capsys
 
 def test_weights_are_joined_by_id_and_repeats_are_whole(files, capsys):
     ids = files(PROMPTS, weights=[0, 0, 0, 1, 0, 3, 0, 0])
-    out = export(capsys, "--keep.resample", "8", "--export.container", "parquet")
+    out = export(capsys, "--selection.resample", "8", "--export.container", "parquet")
     assert out.startswith("8 of 8 rows (a 0 of 4, b 8 of 4), 8 rows drawn in proportion to their weight")
     rows = loaded("parquet")
     assert [row["id"] for row in rows] == [ids[3]] * 2 + [ids[5]] * 6
@@ -241,14 +241,14 @@ def test_weights_are_joined_by_id_and_repeats_are_whole(files, capsys):
 
 def test_no_weight_key_when_none_is_wanted(files, capsys):
     files(PROMPTS)
-    export(capsys, "--export.no-weight")
+    export(capsys, "--export.no-weight-key")
     assert "weight" not in first()
 
 
 def test_a_mix_that_a_source_cannot_fill_is_told(files, capsys):
     files(PROMPTS, weights=[1, 9, 1, 9, 1, 9, 1, 9])
-    out = export(capsys, "--keep.per-source", "8")
-    assert "keep.per_source = 8: a source gave all it has, so 5 rows." in out and "5 of 8 rows" in out
+    out = export(capsys, "--selection.per-source", "8")
+    assert "selection.per_source = 8: a source gave all it has, so 5 rows." in out and "5 of 8 rows" in out
 
 
 def test_rows_without_a_weight(files, capsys):
@@ -278,7 +278,7 @@ def test_rows_that_the_run_dropped_as_leaks(files, capsys, validation):
 
 def test_rows_that_the_run_left_out_as_too_long(files, capsys):
     files(PROMPTS, weights=np.ones(8), loss=[1.0] * 7 + [float("nan")])
-    out = export(capsys, "--keep.top-share", "1")
+    out = export(capsys, "--selection.top-share", "1")
     assert "1 rows were too long for the run" in out and "7 of 7 rows" in out
 
 
@@ -290,7 +290,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_pa
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     files([*PROMPTS[:1], {"prompt": "a", "response": "b\ud800"}])
     assert (
-        main(["export", "config.yaml", "--out", "half", "--export.container", "parquet", "--keep.top-share", "1"]) == 1
+        main(["export", "config.yaml", "--out", "half", "--export.container", "parquet", "--selection.top-share", "1"])
+        == 1
     )
     assert sorted(path.name for path in tmp_path.iterdir() if "half" in path.name) == []
 
@@ -305,22 +306,22 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_pa
         ),
         (CHATS, ["--export.layout", "prompt"], "rows.jsonl:3: a row of the layout 'chat' .* Set export.layout to chat"),
         (PAIRS, ["--export.layout", "chat"], "a row of the layout 'preference' .* Set export.layout to auto"),
-        (DEEP, ["--export.form", "maxtext"], "a dialogue of several messages, .* Set export.form to trl"),
+        (DEEP, ["--export.format", "maxtext"], "a dialogue of several messages, .* Set export.format to trl"),
         (
             PROMPTS,
-            ["--export.container", "datasets", "--export.form", "llama_factory"],
+            ["--export.container", "datasets", "--export.format", "llama_factory"],
             "choose jsonl, json or parquet",
         ),
         (PROMPTS, ["--weights.file", ""], "weights.file is empty, so every row weighs the same"),
         (PROMPTS, ["--weights.column", "score"], "no column 'score'"),
-        (PROMPTS, ["--keep.threshold", "9"], "the largest is 2"),
-        (PROMPTS, ["--keep.threshold", "1", "--keep.resample", "5"], "three ways to select"),
-        (PROMPTS, ["--export.folder", ""], "export.folder = '': name the folder to write"),
+        (PROMPTS, ["--selection.threshold", "9"], "the largest is 2"),
+        (PROMPTS, ["--selection.threshold", "1", "--selection.resample", "5"], "three ways to select"),
+        (PROMPTS, ["--export.dir", ""], "export.dir = '': name the folder to write"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(files, capsys, rows, flags, said):
     files(rows)
-    arguments = flags if "--export.folder" in flags else ["--out", "out", *flags]
+    arguments = flags if "--export.dir" in flags else ["--out", "out", *flags]
     assert main(["export", "config.yaml", *arguments]) == 1
     assert re.search(said, capsys.readouterr().err, re.DOTALL)
 
@@ -355,9 +356,9 @@ def run(made, tmp_path_factory):
 
 def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(run), "--out", "e", "--export.form", "axolotl", "--export.layout", "chat"]) == 0
+    assert main(["export", str(run), "--out", "e", "--export.format", "axolotl", "--export.layout", "chat"]) == 0
     out = capsys.readouterr().out
-    assert "18 of 36 rows, the top 50% by weight: e/train.jsonl" in out  # keep.top_share of the run
+    assert "18 of 36 rows, the top 50% by weight: e/train.jsonl" in out  # selection.top_share of the run
     table = pq.read_table(run / "weights.parquet").to_pydict()
     rows = [json.loads(line) for line in Path("e/train.jsonl").read_text().splitlines()]
     selected = [(i, w) for i, w, s in zip(table["id"], table["weight"], table["selected"], strict=True) if s]
@@ -370,12 +371,14 @@ def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
         "method alignment, weighting softmax",
         result["config_hash"],
         result["verdict"]["level"],
-        f"`bilevel-jax export {run} --out e --export.form axolotl --export.layout chat`",
+        f"`bilevel-jax export {run} --out e --export.format axolotl --export.layout chat`",
         "**Licence:** not stated",
         "| rows with a weight | 36 |",
     ):
         assert said in card, said
-    assert main(["export", str(run), "--out", "f", "--keep.top-share", "0.25", "--weights.transform", "negate"]) == 1
+    assert (
+        main(["export", str(run), "--out", "f", "--selection.top-share", "0.25", "--weights.transform", "negate"]) == 1
+    )
     assert "If it is a score" in capsys.readouterr().err  # the command line has the last word
 
 
@@ -395,13 +398,13 @@ def test_hostile_names_stay_text_in_the_card(files, capsys):
 
 def test_defaults_are_those_of_the_help():
     config = load(ExportConfig, None, ["--data.train", "t", "--out", "there"])
-    assert config.export.folder == "there" and config.keep.top_share == 0.8
+    assert config.export.dir == "there" and config.selection.top_share == 0.8
 
 
 def test_real_pairs(files, capsys, shared, tmp_path):
     files(PAIRS)
     flags = ["--data.train", str(shared / "data" / "hh_rlhf" / "harmless_test.jsonl"), "--data.empty", "drop"]
-    flags += ["--weights.file", "", "--keep.top-share", "1"]
+    flags += ["--weights.file", "", "--selection.top-share", "1"]
     out = export(capsys, *flags)
     assert "4 rows were left out (data.empty = drop)" in out and "2,308 of 2,308 rows" in out
     ids = [example.id for example in data.load(flags[1:2], data.DataOptions(empty="drop"))]

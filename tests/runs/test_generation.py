@@ -12,13 +12,13 @@ from bilevel_jax.lm.models import decoder, init
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.generation import NAME, generators
 from bilevel_jax.runs.rules import check
-from bilevel_jax.runs.sections import Generate
+from bilevel_jax.runs.sections import GenerateSection
 from bilevel_jax.runs.session import Interrupted, session
 from tests.lm.test_models import TINY
 from tests.lm.test_service import Server
 
 PROMPTS = [Prompt(f"row {at}", (1, 2 + at), ({"role": "user", "content": str(at)},)) for at in range(6)]
-SETTINGS = Generate(max_new=5, tokens=100)  # two rows to a batch
+SETTINGS = GenerateSection(max_new_tokens=5, max_batch_tokens=100)  # two rows to a batch
 
 
 class Words:
@@ -76,7 +76,7 @@ def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path)
 def test_a_service_writes_whatever_the_parameters(tmp_path, monkeypatch):
     monkeypatch.delenv("http_proxy", raising=False)
     server = Server()
-    settings = Generate("service", url=server.url, model="small", key_variable="NO_SUCH_VARIABLE")
+    settings = GenerateSection("service", url=server.url, model="small", api_key_env="NO_SUCH_VARIABLE")
     for _ in range(2):
         with opened(tmp_path) as work:
             make = generators(settings, MODEL, Words(), MESH, work)
@@ -88,19 +88,25 @@ def test_a_service_writes_whatever_the_parameters(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Config:
-    generate: Generate
+    generate: GenerateSection
 
 
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (Generate("service", model="small"), r"generate.url = ''.* is where a service is, as http://localhost:8000/v1"),
-        (Generate("service", url="http://localhost:8000/v1"), "generate.model = ''.* name the model at the service"),
-        (Generate(top_p=0.0), r"generate.top_p = 0.0.* must be in \(0, 1\]"),
-        (Generate(temperature=-1.0), r"generate.temperature = -1.0.* must be 0 \(greedy\) or more"),
+        (
+            GenerateSection("service", model="small"),
+            r"generate.url = ''.* is where a service is, as http://localhost:8000/v1",
+        ),
+        (
+            GenerateSection("service", url="http://localhost:8000/v1"),
+            "generate.model = ''.* name the model at the service",
+        ),
+        (GenerateSection(top_p=0.0), r"generate.top_p = 0.0.* must be in \(0, 1\]"),
+        (GenerateSection(temperature=-1.0), r"generate.temperature = -1.0.* must be 0 \(greedy\) or more"),
     ],
 )
 def test_settings_are_checked(settings, said):
     with pytest.raises(ValueError, match=said):
         check(Config(settings), "the config")
-    check(Config(Generate()), "the config")
+    check(Config(GenerateSection()), "the config")

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax.runs import inputs
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.sections import Data, Model
+from bilevel_jax.runs.sections import DataSection, ModelSection
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def started(tmp_path):
     rows.write_text('{"text": "abc"}\n')
     trusted.write_text('{"text": "abd"}\n')
     (model / "model.safetensors").write_bytes(b"0123")
-    data = Data(train=(str(rows), "hub:owner/name@train"), validation=(str(trusted),))
-    config = SelectConfig(model=Model(path=str(model)), data=data)
+    data = DataSection(train=(str(rows), "hub:owner/name@train"), validation=(str(trusted),))
+    config = SelectConfig(model=ModelSection(name_or_path=str(model)), data=data)
     folder = tmp_path / "run"
     folder.mkdir()
     inputs.record(config, folder)
@@ -41,7 +41,7 @@ def test_changed_data_and_model_are_both_named(started):
     with pytest.raises(ValueError, match="started with other files") as caught:
         inputs.refuse_changed(config, folder)
     assert f"data.train: {rows} had 16 bytes then and has 17 now" in str(caught.value)
-    assert f"model.path: {weights} has another content of the same size" in str(caught.value)
+    assert f"model.name_or_path: {weights} has another content of the same size" in str(caught.value)
     inputs.record(config, folder)  # what was recorded first stays
     with pytest.raises(ValueError, match="other files"):
         inputs.refuse_changed(config, folder)
@@ -59,6 +59,6 @@ def test_a_file_more_or_less_is_named(started):
 def test_every_key_that_names_files_exists():
     from bilevel_jax.runs.config import sections
 
-    config = replace(SelectConfig(), data=Data(train=("nowhere",)))
+    config = replace(SelectConfig(), data=DataSection(train=("nowhere",)))
     assert inputs.given(config) == {}
     assert {key.split(".")[0] for key in inputs.KEYS} <= sections()

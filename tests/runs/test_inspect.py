@@ -12,7 +12,7 @@ from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.runs.config import InspectConfig, load
 from bilevel_jax.runs.inspect import plain, spelled
-from bilevel_jax.runs.sections import Data
+from bilevel_jax.runs.sections import DataSection
 from bilevel_jax.runs.survey import TRIES, read, survey
 from tests.lm.test_tokens import CHATML, LLAMA2, bpe
 
@@ -36,7 +36,9 @@ def look(letters, tmp_path, monkeypatch, capsys):
         for name, rows in paths.items():
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sections = "".join(f"  {name}: [{tmp_path}/{name}.jsonl]\n" for name in paths)
-        config.write_text(f"model: {{path: {model}}}\ndata:\n{sections}  split: [1, 0, 0]\nouter: {{steps: 3}}\n")
+        config.write_text(
+            f"model: {{name_or_path: {model}}}\ndata:\n{sections}  split: [1, 0, 0]\nouter: {{steps: 3}}\n"
+        )
         assert main(["inspect", str(config), *flags]) == code
         told = capsys.readouterr()
         return told.out if code == 0 else told.err
@@ -80,14 +82,14 @@ def test_a_notebook_gets_the_same_text(look, monkeypatch):
 
 
 def test_rows_are_shown_by_id_and_long_ones_lose_their_middle(look):
-    out = look(rows(20), (), "--look.rows", "2")
+    out = look(rows(20), (), "--show.examples", "2")
     assert len(re.findall("⟦", out)) == 2 + 1  # the legend, too
     second = re.search(r"train.jsonl:2  id (\S+)", out)[1]
-    out = look(rows(20), rows(16, 100), "--look.ids", second, "nobody#0")
+    out = look(rows(20), rows(16, 100), "--show.ids", second, "nobody#0")
     assert re.findall(r"\w+.jsonl:\d+  id", out) == ["train.jsonl:2  id"] and "no row has the id nobody#0" in out
-    out = look(rows(20), (), "--look.rows", "1", "--look.tokens", "4")
+    out = look(rows(20), (), "--show.examples", "1", "--show.max-tokens", "4")
     assert "<s>|a|a … 4 tokens, 3 of them targets … ⟦</s>⟧" in out
-    assert "tokens between" not in look(rows(20), (), "--look.rows", "0")
+    assert "tokens between" not in look(rows(20), (), "--show.examples", "0")
 
 
 def test_copies_leaks_and_overlaps_are_all_counted(look):
@@ -105,7 +107,7 @@ def test_copies_leaks_and_overlaps_are_all_counted(look):
 
 def test_parts_of_the_trusted_rows_that_overlap(look, tmp_path):
     (tmp_path / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3, 100)))
-    out = look(rows(20), rows(16, 100), "--data.report", str(tmp_path / "report.jsonl"))
+    out = look(rows(20), rows(16, 100), "--data.test", str(tmp_path / "report.jsonl"))
     assert "rows in both V_fit and V_report: 3\n    validation.jsonl:1 equals report.jsonl:1\n" in out
     assert "3 rows in both V_fit and V_report; the other verbs stop" in out
 
@@ -117,17 +119,17 @@ DEEP = {"prompt": "e" * 40 + ">", "response": "dd"}  # 45 tokens, of which 41 ar
 @pytest.mark.parametrize(
     "truncate, said",
     [
-        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncate = error: the other verbs stop. "
+        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncation = error: the other verbs stop. "
                   "Instead: right loses 13.7% of the targets and leaves 1 row without any, which stops the other "
                   "verbs; left loses 8.1% of the targets; drop loses 35.5% of the targets"),
-        ("right", "data.truncate = right: right loses 13.7% of the targets and leaves 1 row without any"),
-        ("left", "data.truncate = left: left loses 8.1% of the targets. Instead: right loses"),
-        ("drop", "data.truncate = drop: drop loses 35.5% of the targets. Instead"),
+        ("right", "data.truncation = right: right loses 13.7% of the targets and leaves 1 row without any"),
+        ("left", "data.truncation = left: left loses 8.1% of the targets. Instead: right loses"),
+        ("drop", "data.truncation = drop: drop loses 35.5% of the targets. Instead"),
     ],
 )  # fmt: skip
 def test_rows_that_are_too_long(look, tmp_path, truncate, said):
     # 20 rows of 4 targets, 41 and 3 targets: 124. right keeps 32 - 5 of 41 and none of 3; left 31 of 41 and all 3
-    out = look([*rows(20), LONG, DEEP], rows(16, 100), "--data.truncate", truncate)
+    out = look([*rows(20), LONG, DEEP], rows(16, 100), "--data.truncation", truncate)
     assert said.format(tmp_path / "train.jsonl") in flat(out)
     assert "beyond 32 2 (9.1%) 0" in flat(out)
     seen = {"error": 160 + 46 + 45, "right": 160 + 64, "left": 160 + 64, "drop": 160}[truncate]
@@ -155,7 +157,7 @@ def test_a_kind_of_rows_that_the_tokenizer_refuses_does_not_hide_the_others():
     chat = tuple(Turn(role, "ab") for role in ("user", "assistant", "user", "assistant"))
     single = (Turn("user", "a>"), Turn("assistant", "b"))
     examples = [Example(f"{i}", i, single if i % 4 == 0 else chat, "s", None, "f", i + 1) for i in range(1000)]
-    found = read(examples, bpe(), Data())
+    found = read(examples, bpe(), DataSection())
     assert found.rows == list(range(0, 1000, 4))
     assert found.problems[0].startswith("f:2: a dialogue of 4 turns") and len(found.problems) + found.untried == 750
     assert len(found.problems) >= TRIES // 4
@@ -172,13 +174,13 @@ def test_a_kind_of_rows_that_the_tokenizer_refuses_does_not_hide_the_others():
 def test_special_tokens_that_stand_too_often(template, bos, odd_bos, odd_eos):
     one = (Turn("user", "Name a pet."), Turn("assistant", "A cat."))
     examples = [Example(f"{i}", i, turns, "s", None, "f", i + 1) for i, turns in enumerate((one, one + one))]
-    part = survey("training", examples, bpe(template, bos=bos), Data(), 512)
+    part = survey("training", examples, bpe(template, bos=bos), DataSection(), 512)
     assert (part.bos.odd, part.eos.odd) == (odd_bos, odd_eos)
 
 
 def test_preference_pairs_show_both_sides_and_want_their_objective(look):
     pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "ef"} for row in rows(20)]
-    out = look(pairs, (), "--look.rows", "1", "--objective.name", "dpo")
+    out = look(pairs, (), "--show.examples", "1", "--objective.name", "dpo")
     assert "  chosen <s>|a|a|>⟦a|a|a|</s>⟧" in out and "rejected <s>|a|a|>⟦e|f|</s>⟧" in out
     assert "8 + 7 tokens, 7 targets" in out and "objective" not in out
     assert "a preference pair, and objective.name = sft reads single responses" in flat(look(pairs))
@@ -201,9 +203,9 @@ HOSTILE = "\x1b[31mred\x1b[0m \x9b31m [bold red]markup[/] :smile: \u202eback\r\x
 
 def test_hostile_text_reaches_no_terminal(look, shared):
     train = [{"prompt": HOSTILE, "response": "ok\n\n\tok", "source": HOSTILE, "label": HOSTILE}, *rows(5)]
-    flags = ("--data.label-field", "label", "--look.ids", HOSTILE)
+    flags = ("--data.label-field", "label", "--show.ids", HOSTILE)
     out = look(train, (), *flags, model=shared / "models" / "stories-260k")
-    out += look(train, (), *flags[:2], "--look.rows", "1", model=shared / "models" / "stories-260k")
+    out += look(train, (), *flags[:2], "--show.examples", "1", model=shared / "models" / "stories-260k")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out)
     assert "[bold red]markup[/]" in flat(out) and "␛[31mred" in out and "⟨U+9B⟩" in out
     assert re.search(r"⏎\n⟦o\|k\|⏎\n\|⏎\n\|⇥\|o\|k\|</s>⟧", out)
@@ -222,7 +224,7 @@ def test_every_token_is_spelled_and_together_they_are_the_text(shared):
 
 def test_real_data(look, shared, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
-    flags = ["--model.path", str(shared / "models" / "stories-260k"), "--data.max-length", "256"]
+    flags = ["--model.name-or-path", str(shared / "models" / "stories-260k"), "--data.max-length", "256"]
     for name, objective in (("hh_rlhf/harmless_test.jsonl", "dpo"), ("sst2/dev.jsonl", "sft")):
         data = ["--data.train", str(shared / "data" / name), "--data.empty", "drop", "--objective.name", objective]
         assert main(["inspect", *flags, *data]) == 0
@@ -240,12 +242,12 @@ def test_the_embedded_task_needs_no_training(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--look.rows", "-1"], "look.rows = -1: must be 0 (show none) or more"),
-        (["--look.tokens", "1"], "look.tokens = 1: must be 2 or more"),
-        (["--look.width", "20"], "look.width = 20: must be 0 (the terminal's) or 40 or more"),
+        (["--show.examples", "-1"], "show.examples = -1: must be 0 (show none) or more"),
+        (["--show.max-tokens", "1"], "show.max_tokens = 1: must be 2 or more"),
+        (["--show.width", "20"], "show.width = 20: must be 0 (the terminal's) or 40 or more"),
         ([], "data.train = ()"),
     ],
 )
 def test_rules(flags, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        load(InspectConfig, None, ["--model.path", "m", *(["--data.train", "t"] if flags else []), *flags])
+        load(InspectConfig, None, ["--model.name-or-path", "m", *(["--data.train", "t"] if flags else []), *flags])

@@ -17,9 +17,9 @@ KILLS = 12
 """For each kind of run: with four of them the runs are killed 48 times."""
 FLAGS = {
     "select": ("--outer.steps", "3", "--outer.method", "unrolled"),
-    "states on disk": ("--outer.steps", "3", "--outer.states", "disk", "--outer.memory-gib", "1e-3"),
-    "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.prior", "0.5"),
-    "train": ("--train.epochs", "20"),
+    "states on disk": ("--outer.steps", "3", "--outer.offload", "disk", "--outer.memory-gib", "1e-3"),
+    "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.proximal", "0.5"),
+    "train": ("--train.num-epochs", "20"),
 }
 SAVE = ("--output.save-minutes", "0.002")
 """After every few steps."""
@@ -71,7 +71,7 @@ def test_a_killed_export_leaves_nothing_or_all_of_it(made, tmp_path):
     """What is there is whole; where it is not there, exporting again writes it."""
     draw, run, out = random.Random(0), tmp_path / "run", tmp_path / "rows"
     assert start("select", made, run).communicate()[0] is not None
-    command = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.form", "axolotl"]
+    command = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.format", "axolotl"]
     command += ["--out", str(out)]
     began = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -45,7 +45,7 @@ def test_float32_differences_agree_on_a_smooth_run(rank, eps_root, warmup, share
     """Adam's first step is a sign, and bends where a gradient is below sqrt(eps_root): with all parameters, a warm-up
     of 2 steps and eps_root = 1e-12 the ratio is .90. A longer warm-up or a larger eps_root makes little of that step.
     """
-    optimizer = adamw(48, learning_rate=RATES[rank], eps_root=eps_root, warmup=warmup)
+    optimizer = adamw(48, learning_rate=RATES[rank], eps_root=eps_root, warmup_steps=warmup)
     one = problem(rows(shared, 128), shared, rank, steps=48, batch=16, optimizer=optimizer)
     step, _, out = swept(one)
     value = outer_value(one.problem)

@@ -17,7 +17,7 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import partition
 from bilevel_jax.runs.objective import objective
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.sections import Objective, Optimizer
+from bilevel_jax.runs.sections import ObjectiveSection, OptimizerSection
 from tests.runs.agreement import SHAPE, corpus
 
 MANY = 10_000_003
@@ -48,8 +48,8 @@ def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
     decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
     params = partition.partitioned(mesh, split, lm.init(SHAPE, jax.random.key(0)))
     assert partition.whole(mesh, split, params) == []
-    problem = weighted(objective(Objective(), decoder, lora=False).losses)
-    adamw = optimizer(Optimizer(learning_rate=1e-3, warmup=0), 2)
+    problem = weighted(objective(ObjectiveSection(), decoder, lora=False).losses)
+    adamw = optimizer(OptimizerSection(learning_rate=1e-3, warmup_steps=0), 2)
     step, state = transition(problem, adamw), placing.settled(mesh, begin(adamw, params))
     layout = placing.fit_layout(mesh, batches.Layout(1, 16, 16, 8))
     batch = placing.placed(mesh, batches.train_stream(corpus(20, 1), batches.order(20, 16, 0), 1, layout)).batch(0)
@@ -115,16 +115,16 @@ def test_the_end_of_a_longer_table_has_no_weight(name):
 
 
 def test_own_rules_come_first_and_wrong_ones_are_told(mesh):
-    rules = partition.table(["layers/down_proj/kernel = - model -", "head = -"], mesh)
+    rules = partition.table(["layers/down_proj/kernel = - fsdp -", "head = -"], mesh)
     params = jax.eval_shape(lambda: lm.init(SHAPE, jax.random.key(0)))
     where = jax.tree.map(lambda at: at.spec, partition.shardings(mesh, rules, params))
-    assert where["layers"]["down_proj"]["kernel"] == jax.P(None, "model") and where["head"] == jax.P()
-    assert where["layers"]["up_proj"]["kernel"] == jax.P(None, None, "model") and where["norm"]["scale"] == jax.P()
+    assert where["layers"]["down_proj"]["kernel"] == jax.P(None, "fsdp") and where["head"] == jax.P()
+    assert where["layers"]["up_proj"]["kernel"] == jax.P(None, None, "fsdp") and where["norm"]["scale"] == jax.P()
     for rule in ("head", "head = rows", "( = model", "= model"):
-        with pytest.raises(ValueError, match="devices.parameters: .*(is no rule|no regular expression)"):
+        with pytest.raises(ValueError, match="mesh.sharding_rules: .*(is no rule|no regular expression)"):
             partition.table([rule], mesh)
     with pytest.raises(ValueError, match=r"norm/scale has 1 axes \[16\], and its rule 2"):
-        partition.shardings(mesh, partition.table(["norm/scale = - model"], mesh), params)
+        partition.shardings(mesh, partition.table(["norm/scale = - fsdp"], mesh), params)
 
 
 def test_what_does_not_divide_stays_whole_and_is_named(eight_devices):

@@ -4,21 +4,21 @@ import pytest
 
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import CompareConfig
-from bilevel_jax.runs.sections import Devices, Output
+from bilevel_jax.runs.sections import DistributedSection, OutputSection
 from bilevel_jax.runs.session import run_folder, session
 
 
 def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "several", lambda: True)
     with pytest.raises(ValueError, match="compare runs in one process.*in several there are select, train"):
-        with run_folder(CompareConfig(output=Output(folder=str(tmp_path / "run")))):
+        with run_folder(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
             raise AssertionError("it was opened")
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_cannot_meet_are_told_how():
     with pytest.raises(ValueError, match="did not find each other .* the same host:port to all"):
-        processes.start(Devices(coordinator="nowhere:1"))  # neither how many nor which
+        processes.start(DistributedSection(coordinator_address="nowhere:1"))  # neither how many nor which
 
 
 def test_one_process_is_the_first_and_agrees_with_itself():

@@ -19,7 +19,7 @@ from tests.runs.test_select import same_run
 pytestmark = pytest.mark.slow
 
 SMOOTH = (
-    "--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3", "--model.train-dtype", "float64", "--fast",
+    "--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3", "--model.param-dtype", "float64", "--fast",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def launch(made, out, processes: int, *flags, verb: str = "select") -> list[subp
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // processes}")
     for number in range(processes):
         command = [sys.executable, "-m", "bilevel_jax.cli", verb, str(made / f"{verb}.yaml"), "--out", str(out)]
-        command += ["--devices.data", "0", *flags]
+        command += ["--mesh.data", "0", *flags]
         environment = os.environ | {"XLA_FLAGS": xla}
         if processes > 1:
             environment |= {
@@ -93,13 +93,13 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(then, made, whole
 def test_parameters_split_over_two_processes(made, whole, tmp_path):
     """A mesh of 2 x 4: each copy of the parameters lies with one process."""
     out = tmp_path / "run"
-    assert ended(launch(made, out, 2, *SMOOTH, "--devices.model", "4")) == [0, 0]
+    assert ended(launch(made, out, 2, *SMOOTH, "--mesh.fsdp", "4")) == [0, 0]
     assert far(out, whole / "1") < 1e-9
 
 
 def test_scores_and_training(made, tmp_path):
     """`train` with weights by a score of likelihoods, made twice."""
-    flags = ("--weights.score", "ica", "--weights.refresh", "2", "--scores.k", "1", "--model.train-dtype", "float64")
+    flags = ("--weights.score", "ica", "--weights.refresh", "2", "--scores.k", "1", "--model.param-dtype", "float64")
     for processes in (1, 2):
         assert ended(launch(made, tmp_path / str(processes), processes, *flags, verb="train")) == [0] * processes
     one, two = (pq.read_table(tmp_path / name / "scores.parquet") for name in "12")

@@ -38,11 +38,11 @@ def test_finds_what_was_hidden_on_fresh_seeds(tmp_path):
 
 def test_the_quickstart_itself_is_believed(tmp_path):
     """On its own seed; on other seeds the symmetry between two equally large rules can make the first step bend."""
-    assert run(tmp_path / "run", "--compare.no-enabled")["verdict"]["level"] == "BELIEVE"
+    assert run(tmp_path / "run", "--retrain.no-enabled")["verdict"]["level"] == "BELIEVE"
 
 
 def test_a_chaotic_learning_rate_is_not_believed(tmp_path):
     flags = ("--optimizer.learning-rate", "3e-2", "--optimizer.eps-root", "1e-12", "--outer.steps", "1")
-    result = run(tmp_path / "chaos", *flags, "--compare.no-enabled")
+    result = run(tmp_path / "chaos", *flags, "--retrain.no-enabled")
     assert result["verdict"]["level"] == "DO NOT BELIEVE"
     assert "Lower the learning rate" in result["verdict"]["sentence"]

@@ -14,22 +14,23 @@ from bilevel_jax.lm.tokens import Tokenized, corpus_of
 from bilevel_jax.runs import candidates, ranking, session
 from bilevel_jax.runs.config import RankConfig, load
 from bilevel_jax.runs.rank import rank, remarks
-from bilevel_jax.runs.sections import Rank
+from bilevel_jax.runs.sections import RankSection
 from bilevel_jax.runs.statistics import rank_correlation, weighted_rank_correlation
 from bilevel_jax.scores import selfaligned, strategies
 from bilevel_jax.scores.requests import rows_of
 
 CONFIG = """
-model: {{path: {made}/model, lora_rank: 0}}
+model: {{name_or_path: {made}/model}}
+lora: {{r: 0}}
 data: {{train: [{folder}/table.jsonl]}}
 rank:
-  block: 6
-  blocks: 3
+  block_size: 6
+  num_blocks: 3
   template: "{{question}} {{examples}} "
-  example: "{{answer}} "
-generate: {{max_new: 4, temperature: 1.0, top_p: 1.0, top_k: 0}}
+  example_template: "{{answer}} "
+generate: {{max_new_tokens: 4, temperature: 1.0, top_p: 1.0, top_k: 0}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """
 SHIFTS = {"next": 1, "previous": -1, "same <b>": 0}
 
@@ -73,7 +74,7 @@ def run(inputs, out, *flags):
 def whole(inputs, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, its table)."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    result = run(inputs, out, "--rank.reward-field", "rewards", "--generate.draws", "2")
+    result = run(inputs, out, "--rank.reward-field", "rewards", "--generate.num-generations", "2")
     return out, result, pq.read_table(out / "rank.parquet").to_pandas()
 
 
@@ -81,7 +82,7 @@ def whole(inputs, tmp_path_factory):
 
 
 def test_a_table_and_files_say_the_same(inputs):
-    flags = ("--rank.reward-field", "rewards", "--check.answer-field", "result")
+    flags = ("--rank.reward-field", "rewards", "--verifier.answer-field", "result")
     one = candidates.load(config(inputs, *flags))
     paths = [str(inputs / f"{name}.jsonl") for name in SHIFTS]
     for more in ((), ("--rank.id-field", "key")):
@@ -139,7 +140,7 @@ def test_the_report_shows_text_as_text(whole):
 
 def test_stopped_and_resumed_changes_no_number(inputs, whole, tmp_path, stop_at):
     """SIGTERM while scoring; the answers of the model and the likelihoods that were there are kept."""
-    flags = ("--rank.reward-field", "rewards", "--generate.draws", "2")
+    flags = ("--rank.reward-field", "rewards", "--generate.num-generations", "2")
     stop_at(1)
     with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
         run(inputs, tmp_path / "run", *flags)
@@ -152,9 +153,11 @@ def test_stopped_and_resumed_changes_no_number(inputs, whole, tmp_path, stop_at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--devices.data", "8"), ("--generate.tokens", "20")], ids=["devices", "batch"])
+@pytest.mark.parametrize(
+    "flags", [("--mesh.data", "8"), ("--generate.max-batch-tokens", "20")], ids=["devices", "batch"]
+)
 def test_neither_devices_nor_batches_change_the_ranking(inputs, whole, tmp_path, flags):
-    result = run(inputs, tmp_path / "run", "--rank.reward-field", "rewards", "--generate.draws", "2", *flags)
+    result = run(inputs, tmp_path / "run", "--rank.reward-field", "rewards", "--generate.num-generations", "2", *flags)
     table = pq.read_table(tmp_path / "run" / "rank.parquet").to_pandas()
     assert (table["own_answer"] == whole[2]["own_answer"]).all()
     for key in ("sppl", "perplexity", "ifd", "self_similarity"):
@@ -181,9 +184,16 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
         return lambda question, answers: seen.append((question, list(answers))) or inner(question, answers)
 
     monkeypatch.setattr(selfaligned, "prompt", spy)
-    flags = ("--rank.answers", str(tmp_path / "own.jsonl"), "--check.name", "exact", "--check.answer-field", "result")
-    flags += ("--rank.final", " ")  # the small model knows no colon, and has 32 places
-    result = run(inputs, tmp_path / "run", *flags, "--rank.block", "18", "--rank.blocks", "1", "--rank.k", "1")
+    flags = (
+        "--rank.own-answers",
+        str(tmp_path / "own.jsonl"),
+        "--verifier.name",
+        "exact",
+        "--verifier.answer-field",
+        "result",
+    )
+    flags += ("--rank.final-answer", " ")  # the small model knows no colon, and has 32 places
+    result = run(inputs, tmp_path / "run", *flags, "--rank.block-size", "18", "--rank.num-blocks", "1", "--rank.k", "1")
     table = pq.read_table(tmp_path / "run" / "rank.parquet").to_pandas()[::3]
     assert (table["own_answer_kept"] == ~table["question"].isin(wrong)).all()
     kept = [f"{row.own_answer} {row.own_answer}" for row in table.itertuples() if row.own_answer_kept]
@@ -196,8 +206,8 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
 @pytest.mark.slow
 def test_train_then_test_finds_the_strategy_that_the_validation_rows_follow(inputs, made, tmp_path):
     flags = (
-        "--rank.train-rows", "16", "--rank.train-seeds", "2", "--data.validation", str(made / "validation.jsonl"),
-        "--optimizer.learning-rate", "3e-3", "--optimizer.warmup", "2", "--train.steps", "40", "--train.batch", "8",
+        "--rank.train-examples", "16", "--rank.train-seeds", "2", "--data.validation", str(made / "validation.jsonl"),
+        "--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2", "--train.max-steps", "40", "--train.global-batch-size", "8",
         "--rank.accuracies", "next=.9", "previous=.1", "same <b>=.2",
     )  # fmt: skip
     result = run(inputs, tmp_path / "run", *flags)
@@ -239,7 +249,7 @@ def measured(gap, noise, seed=0):
 
 
 def test_the_pick_is_paired_or_there_is_none():
-    options = Rank(metrics=("sppl",))
+    options = RankSection(metrics=("sppl",))
     clear = ranking.ranking(options, "abc", measured(1.0, 1.0), 0)
     intervals = [line["score"] for line in clear["metrics"]["sppl"]]
     assert clear["verdict"]["use"] == "a" and clear["verdict"]["close"] == []
@@ -254,15 +264,17 @@ def test_no_pick_by_a_model_that_examples_confuse():
     clear = measured(1.0, 1.0)
     for factor, use in ((1.9, "a"), (2.1, None)):
         both = clear | {"perplexity": clear["sppl"] / factor}
-        verdict = ranking.ranking(Rank(metrics=("sppl", "perplexity")), "abc", both, 0)["verdict"]
+        verdict = ranking.ranking(RankSection(metrics=("sppl", "perplexity")), "abc", both, 0)["verdict"]
         assert verdict["use"] == use
     assert "No pick by SPPL: " in verdict["sentence"] and "perplexity 2.10), so it does not" in verdict["sentence"]
-    assert ranking.ranking(Rank(decide="perplexity", metrics=("sppl",)), "abc", both, 0)["verdict"]["use"] == "a"
+    assert (
+        ranking.ranking(RankSection(pick_by="perplexity", metrics=("sppl",)), "abc", both, 0)["verdict"]["use"] == "a"
+    )
 
 
 def test_a_pick_among_equals_is_rare():
     """Two strategies that do not differ: the rule picks one in about 1 of 20 samples, whichever it is."""
-    options = Rank(metrics=("sppl",))
+    options = RankSection(metrics=("sppl",))
     picked = [ranking.ranking(options, "abc", measured(0.0, 1.0, seed), 0)["verdict"]["use"] for seed in range(40)]
     assert sum(one is not None for one in picked) <= 8  # 5 % of 40: 9 or more once in 7,000
 
@@ -270,9 +282,9 @@ def test_a_pick_among_equals_is_rare():
 def test_spreads_and_means_by_option():
     made = measured(1.0, 1.0)
     for mean, of in (("geometric", strategies.exp_of_mean), ("trimmed", strategies.trimmed(0.1))):
-        lines = ranking.ranking(Rank(metrics=("sppl",), mean=mean), "abc", made, 0)["metrics"]["sppl"]
+        lines = ranking.ranking(RankSection(metrics=("sppl",), mean=mean), "abc", made, 0)["metrics"]["sppl"]
         np.testing.assert_allclose([line["score"].value for line in lines], of(made["sppl"]).mean(0))
-    one = ranking.ranking(Rank(metrics=("sppl",)), "abc", {"sppl": made["sppl"][:1]}, 0)["metrics"]["sppl"][0]
+    one = ranking.ranking(RankSection(metrics=("sppl",)), "abc", {"sppl": made["sppl"][:1]}, 0)["metrics"]["sppl"][0]
     assert math.isnan(one["spread"]) and len(one["blocks"]) == 1
 
 
@@ -298,7 +310,7 @@ def changed(change):
     return make
 
 
-OWN = ["--rank.answers", "NEXT"]
+OWN = ["--rank.own-answers", "NEXT"]
 WRONG = {
     "missing": (changed(lambda row: row["responses"].pop("next")), [], r"table.jsonl:3: no response of 'next'; there"),
     "empty": (changed(lambda row: row["responses"].update(next=" ")), [], r"l:3: the response of 'next' is empty. F"),
@@ -306,23 +318,23 @@ WRONG = {
     "no map": (changed(lambda row: row.update(responses="x")), [], r"l:3: 'responses' is str 'x'; a map from strat"),
     "no question": (changed(lambda row: row.pop("prompt")), [], r"table.jsonl:3: no 'prompt'; the keys are"),
     "twice": (lambda rows: [*rows, rows[1]], [], r"table.jsonl:21: the question stands at .*table.jsonl:2, too"),
-    "few questions": (lambda rows: rows[:5], [], "5 questions can be asked, and a block has rank.block = 6 of them"),
-    "long questions": (None, ["--rank.max-question", "3"], "0 questions can be asked, .* or raise rank.max_question"),
+    "few questions": (lambda rows: rows[:5], [], "5 questions can be asked, and a block has rank.block_size = 6 of them"),
+    "long questions": (None, ["--rank.max-question-tokens", "3"], "0 questions can be asked, .* or raise rank.max_question_tokens"),
     "unknown strategy": (None, ["--rank.strategies", "nxt", "same <b>"], "names 'nxt', .* did you mean 'next'"),
     "one strategy": (None, ["--rank.strategies", "next"], "1 strategy; ranking takes at least 2"),
     "one file": (None, ["--rank.responses-field", "said"], "no 'response'; the keys are .* table of strategies has"),
     "no rewards": (None, ["--rank.reward-field", "prize"], "table.jsonl:1: the reward of 'next' is NoneType None"),
-    "car": (None, ["--rank.metrics", "car", "--rank.decide", "car"], "car divides rewards: name rank.reward_field"),
-    "k": (None, ["--rank.k", "5"], "rank.k = 5: must be 1 or more, and at most rank.block - 2"),
-    "decide": (None, ["--rank.metrics", "ifd"], "rank.decide = 'sppl': is not among rank.metrics"),
+    "car": (None, ["--rank.metrics", "car", "--rank.pick-by", "car"], "car divides rewards: name rank.reward_field"),
+    "k": (None, ["--rank.k", "5"], "rank.k = 5: must be 1 or more, and at most rank.block_size - 2"),
+    "decide": (None, ["--rank.metrics", "ifd"], "rank.pick_by = 'sppl': is not among rank.metrics"),
     "template": (None, ["--rank.template", "{question}"], "must hold {question} and then {examples}, once each"),
-    "too long": (None, [*OWN, "--rank.example", 9 * "x " + "{answer}"], "and a response take .* Set rank.max_response"),
-    "long answers": (None, ["--generate.max-new", "30"], "its answer up to generate.max_new = 30; .* Lower generate"),
+    "too long": (None, [*OWN, "--rank.example-template", 9 * "x " + "{answer}"], "and a response take .* Set rank.max_response_tokens"),
+    "long answers": (None, ["--generate.max-new-tokens", "30"], "its answer up to generate.max_new_tokens = 30; .* Lower generate"),
     "accuracies": (None, ["--rank.accuracies", "next=1"], "has no number for previous, same <b>. Give one for each"),
     "accuracy of whom": (None, ["--rank.accuracies", "nxt=1"], "names 'nxt', which is no strategy; did you mean 'nex"),
-    "nothing to test on": (None, ["--rank.train-rows", "5"], "name in data.validation the rows to be tested on"),
-    "checker without results": (None, ["--check.name", "exact"], "name the key of the right result"),
-    "no answers given": (None, ["--rank.answers", "TABLE"], "no 'response'; the keys are"),
+    "nothing to test on": (None, ["--rank.train-examples", "5"], "name in data.validation the rows to be tested on"),
+    "checker without results": (None, ["--verifier.name", "exact"], "name the key of the right result"),
+    "no answers given": (None, ["--rank.own-answers", "TABLE"], "no 'response'; the keys are"),
     "answers to others": (lambda rows: [{**row, "prompt": "z" + row["prompt"]} for row in rows], OWN, "to 18 of 18 qu"),
     "folder exists": (None, ["--out", "EXISTS"], "--resume"),
 }  # fmt: skip

@@ -19,23 +19,24 @@ from bilevel_jax.runs.refine_candidates import _step, candidates, weights_of
 from bilevel_jax.runs.refine_rows import answers, choose, question_weights, task_of
 
 CONFIG = """
-model: {{path: {made}/model, lora_rank: 0}}
+model: {{name_or_path: {made}/model}}
+lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/validation.jsonl]
-  select: [{made}/select.jsonl]
-  report: [{made}/report.jsonl]
+  dev: [{made}/select.jsonl]
+  test: [{made}/report.jsonl]
   split: [1, 0, 0]
   label_field: label
 refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
-generate: {{draws: 2, max_new: 6}}
-check: {{name: exact}}
-optimizer: {{learning_rate: 3.0e-3, warmup: 2}}
-train: {{steps: 6, batch: 8}}
+generate: {{num_generations: 2, max_new_tokens: 6}}
+verifier: {{name: exact}}
+optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
+train: {{max_steps: 6, global_batch_size: 8}}
 outer: {{steps: 1, weighting: sigmoid}}
-single: {{steps: 6, read_every: 6}}
+single_loop: {{steps: 6, eval_steps: 6}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """
 
 
@@ -141,14 +142,16 @@ def test_wrong_responses_can_be_left_out(ready, tmp_path):
     verdicts = iter([1, 0, 1, 1] + [0] * 100)
     found = answered(ready, tmp_path, checker=lambda example, text: float(next(verdicts)))
     filtered = load(
-        RefineConfig, None, ["--refine.checked", "filter", "--check.name", "exact", "--generate.draws", "2", *NEEDED]
+        RefineConfig,
+        None,
+        ["--refine.verifier-use", "filter", "--verifier.name", "exact", "--generate.num-generations", "2", *NEEDED],
     )
     base = task_of(filtered, task, found, 0).base[task.rows - len(found.questions) :]
     kept = base / task_of(filtered, task, found, 0).base[0]
     np.testing.assert_allclose(kept, [1, 0, 0.5, 0.5] + [0] * (len(base) - 4))
 
 
-NEEDED = ("--model.path", "x", "--data.train", "x", "--data.validation", "x")
+NEEDED = ("--model.name-or-path", "x", "--data.train", "x", "--data.validation", "x")
 
 
 def test_log_probabilities_of_another_model_are_refused(ready, tmp_path):
@@ -292,7 +295,7 @@ def test_what_is_not_better_is_not_taken(config, tmp_path):
     result = run(config, tmp_path / "run", "--refine.rounds", "1", *flags)
     assert result["accepted"] == 0 and result["records"][0]["bound"] <= 0
     assert "0 of 1 round accepted: the model is the one that was given" in result["sentence"]
-    given = load(RefineConfig, config).model.path
+    given = load(RefineConfig, config).model.name_or_path
     before, after = (lm.load(path, dtype=jnp.float32)[1] for path in (given, tmp_path / "run" / "model"))
     assert fingerprint(before) == fingerprint(after)
 
@@ -300,12 +303,12 @@ def test_what_is_not_better_is_not_taken(config, tmp_path):
 ARMS = {
     "mixing": ("--refine.methods", "mixing", "--refine.questions", "fixed"),
     "bmo, from the first": (
-        "--refine.methods", "bmo", "--single.reference", "snapshot", "--refine.start", "first",
+        "--refine.methods", "bmo", "--single-loop.reference", "snapshot", "--refine.start-from", "first",
     ),
-    "sequences": ("--refine.methods", "penalty", "--refine.ratio", "sequence", "--train.batch", "8"),
-    "all, beside": ("--refine.methods", "uniform", "--refine.questions", "all", "--refine.beside"),
+    "sequences": ("--refine.methods", "penalty", "--refine.ratio", "sequence", "--train.global-batch-size", "8"),
+    "all, beside": ("--refine.methods", "uniform", "--refine.questions", "all", "--refine.keep-offline"),
     "softmax": ("--refine.methods", "unrolled", "--outer.weighting", "softmax", "--refine.ratio", "none"),
-    "adapters": ("--refine.methods", "unrolled", "--model.lora-rank", "2", "--model.base-dtype", "bfloat16"),
+    "adapters": ("--refine.methods", "unrolled", "--lora.r", "2", "--model.base-dtype", "bfloat16"),
 }  # fmt: skip
 
 
@@ -319,34 +322,34 @@ def test_every_arm_runs(config, tmp_path, name):
 
 REFUSED = {
     "differentiate another training": ("--refine.ratio", "sequence", "--refine.methods", "unrolled"),
-    "multiple of generate.draws": (
+    "multiple of generate.num_generations": (
         "--refine.ratio",
         "sequence",
         "--refine.methods",
         "penalty",
-        "--generate.draws",
+        "--generate.num-generations",
         "3",
     ),
     "they have no ratio": ("--generate.temperature", "0"),
     "dynamic needs weights": ("--refine.questions", "dynamic", "--refine.methods", "uniform"),
-    "filter needs a checker": ("--refine.checked", "filter"),
+    "filter needs a checker": ("--refine.verifier-use", "filter"),
     "choose sigmoid or softmax": ("--outer.weighting", "per_source"),
     "leave objective as it is": ("--objective.name", "simpo"),
-    "a model that can answer": ("--model.scratch",),
+    "a model that can answer": ("--model.from-scratch",),
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_is_refused(words):
     with pytest.raises(ValueError, match=words):
-        load(RefineConfig, None, [*NEEDED, "--train.batch", "8", *REFUSED[words]])
+        load(RefineConfig, None, [*NEEDED, "--train.global-batch-size", "8", *REFUSED[words]])
 
 
 def test_what_the_data_lack_is_told(config, tmp_path):
     with pytest.raises(ValueError, match="no rows for V_select"):
-        run(config, tmp_path / "a", "--data.select")
-    with pytest.raises(ValueError, match="longest question has 6 tokens; with generate.max_new = 40"):
-        run(config, tmp_path / "b", "--generate.max-new", "40")
+        run(config, tmp_path / "a", "--data.dev")
+    with pytest.raises(ValueError, match="longest question has 6 tokens; with generate.max_new_tokens = 40"):
+        run(config, tmp_path / "b", "--generate.max-new-tokens", "40")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.page import number
-from bilevel_jax.runs.sections import Data, Outer
+from bilevel_jax.runs.sections import DataSection, OuterSection
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {
@@ -109,7 +109,7 @@ def examples(count=40, *, labels=True, sources=3, texts=HOSTILE):
     ]
 
 
-def run_folder(tmp_path, written, rows, *, weights=None, outer=Outer(), settings=Data(train=(HOSTILE,))):  # noqa: B008
+def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), settings=DataSection(train=(HOSTILE,))):  # noqa: B008
     """A finished run's files, with as little in them as a report reads."""
     clean = figures.printable  # a parquet file and a YAML file cannot hold half a surrogate pair
     count = len(rows)
@@ -236,7 +236,7 @@ CASES = {
             },
             verdicts={"uniform weights": VERDICTS["DO NOT BELIEVE"]},
         ),
-        "outer": Outer(method="implicit", prior=0.1, restart="warm"),
+        "outer": OuterSection(method="implicit", proximal=0.1, restart="warm"),
     },
     "equal weights": {"weights": np.ones(40)},
     "zero weights": {"weights": np.r_[np.zeros(39), 40.0]},

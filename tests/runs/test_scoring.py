@@ -18,7 +18,7 @@ from bilevel_jax.lm.losses import assemble
 from bilevel_jax.runs import bench, likelihoods, rows, scoring, session
 from bilevel_jax.runs.config import CompareConfig, SelectConfig, TrainConfig, load
 from bilevel_jax.runs.reweighting import Reweighting
-from bilevel_jax.runs.sections import ScoreName, Scores, Weights
+from bilevel_jax.runs.sections import ScoreName, ScoresSection, WeightsSection
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.task import prepare
 from bilevel_jax.runs.train import train
@@ -28,7 +28,7 @@ from bilevel_jax.scores.demonstrations import choice
 from bilevel_jax.scores.weights import by_batch, minmax
 from tests.runs import blobs
 
-PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.select")
+PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.dev")
 
 
 def config(made, *flags):
@@ -61,12 +61,12 @@ def arrays(tmp_path_factory):
 @pytest.mark.parametrize("score", ("ica", "alignment", "perplexity"))
 def test_eight_devices_equal_one(made, tmp_path, eight_devices, score):
     """Likelihoods, gradients and training with weights that a score gives, made twice; also with split parameters."""
-    flags = ("--weights.score", score, "--weights.refresh", "2", "--scores.k", "1", "--model.train-dtype", "float64")
+    flags = ("--weights.score", score, "--weights.refresh", "2", "--scores.k", "1", "--model.param-dtype", "float64")
     found = {}
     with jax.enable_x64(True):
         for data, model in ((1, 1), (8, 1), (4, 2)):
             out = tmp_path / f"{data} x {model}"
-            run(made, out, *flags, "--devices.data", str(data), "--devices.model", str(model))
+            run(made, out, *flags, "--mesh.data", str(data), "--mesh.fsdp", str(model))
             found[data, model] = pq.read_table(out / "scores.parquet")
     one = found[1, 1]
     for other in found.values():
@@ -121,10 +121,10 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
     }  # fmt: skip
     with opened(folder) as work:
         for name, values in expected.items():
-            out = scoring.score(name, task, params, Scores(holdout_steps=steps), work)
+            out = scoring.score(name, task, params, ScoresSection(holdout_steps=steps), work)
             assert np.allclose(out.values, values[:n], rtol=1e-4, atol=2e-5), name  # float32 products
             assert out.notes == () and out.passes > 0
-        drawn = scoring.score("random", task, params, Scores(), work).values
+        drawn = scoring.score("random", task, params, ScoresSection(), work).values
     assert 0 <= drawn.min() and drawn.max() < 1 and abs(drawn.mean() - 0.5) < 0.12 and len(set(drawn)) == n
 
 
@@ -139,7 +139,15 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
 )
 def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective, micro):
     """Min-max over the global step, however it is cut: 8 micro-batches of one row alone would weigh nothing."""
-    flags = (*objective, "--weights.score", "loss", "--train.batch", "8", "--train.micro", str(micro))
+    flags = (
+        *objective,
+        "--weights.score",
+        "loss",
+        "--train.global-batch-size",
+        "8",
+        "--train.gradient-accumulation-steps",
+        str(micro),
+    )
     told, task = config(made, *flags), task_of(made, tmp_path, *flags)
     params = task.fresh(0)
     fixed, stream = task.fixed(params), task.stream(told.data.seed)
@@ -168,10 +176,10 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
     values[2][5] = np.nan
     at = iter(values.values())
     monkeypatch.setitem(scoring.SCORES, "random", lambda *given: scoring.Made(next(at), 1.0))
-    flags = ("--weights.score", "random", "--weights.refresh", "2", "--train.batch", "12")
+    flags = ("--weights.score", "random", "--weights.refresh", "2", "--train.global-batch-size", "12")
     task = task_of(made, tmp_path, *flags)
     with opened(tmp_path) as work:
-        one = Reweighting(task, config(made, *flags, "--weights.scale", "rows"), work)
+        one = Reweighting(task, config(made, *flags, "--weights.scaling", "rows"), work)
         one.renew(0, task.fresh(0))
         one.renew(2, task.fresh(0))
         other = Reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
@@ -207,13 +215,13 @@ def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch
 
 def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     """Of adapters over a base; stopped while the model answers, it goes on with what was answered, to the same bits."""
-    flags = ("--model.lora-rank", "2")
-    task, settings = task_of(made, tmp_path, *flags), Scores(k=2)
+    flags = ("--lora.r", "2")
+    task, settings = task_of(made, tmp_path, *flags), ScoresSection(k=2)
     params = jax.tree.map(lambda leaf: leaf + 0.05, task.fresh(0))
     with opened(tmp_path) as work:
         whole = scoring.score("ica", task, params, settings, work)
         with pytest.raises(ValueError, match="4 holdout rows, and k = 9 of them are to be shown"):
-            scoring.score("ica", task, params, Scores(k=9), work)
+            scoring.score("ica", task, params, ScoresSection(k=9), work)
     decoder, model = task.decoder, assemble(params, task.base)
 
     @jax.jit
@@ -252,7 +260,7 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     [
         (("ica", "--scores.k", "2", "--weights.refresh", "3"), 6),
         pytest.param(
-            ("perplexity", "--weights.refresh", "2", "--data.packing", "--model.lora-rank", "2"), 5,
+            ("perplexity", "--weights.refresh", "2", "--data.packing", "--lora.r", "2"), 5,
             marks=pytest.mark.slow,
         ),
         pytest.param(("ica", "--scores.k", "2", "--objective.name", "dpo", *PAIRS), 3, marks=pytest.mark.slow),
@@ -280,8 +288,8 @@ def test_select_compares_scores_and_starts_from_them(made, tmp_path):
     """The first training is uniform all the same; the second has the score's logits. What is written is read again."""
     flags = [
         "--outer.warm-start", "perplexity", "--outer.steps", "1", "--outer.learning-rate", "1e-6",
-        "--certify.no-enabled", "--compare.rows", "uniform", "reducible", "--compare.seeds", "1",
-        "--scores.holdout-steps", "4", "--train.steps", "6", "--outer.weighting", "softmax",
+        "--certify.no-enabled", "--retrain.variants", "uniform", "reducible", "--retrain.seeds", "1",
+        "--scores.holdout-steps", "4", "--train.max-steps", "6", "--outer.weighting", "softmax",
         "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     result = select(load(SelectConfig, made / "select.yaml", flags))
@@ -293,7 +301,7 @@ def test_select_compares_scores_and_starts_from_them(made, tmp_path):
     logits = np.clip((values - values.mean()) / values.std(), -2, 2)
     expected = np.exp(logits) / np.exp(logits).mean()
     assert np.allclose(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy(), expected, rtol=1e-4)
-    file = Weights(file=str(tmp_path / "run" / scoring.NAME), column="reducible", transform="minmax")
+    file = WeightsSection(file=str(tmp_path / "run" / scoring.NAME), column="reducible", transform="minmax")
     examples = load_rows([str(made / "train.jsonl")])
     assert np.allclose(given_weights(file, examples).weights, minmax(stored["reducible"].to_numpy()))
 
@@ -301,10 +309,10 @@ def test_select_compares_scores_and_starts_from_them(made, tmp_path):
 WRONG = {
     "both": (("--weights.score", "ica", "--weights.file", "w.parquet"), "give one of weights.file and weights.score"),
     "streamed": (
-        ("--weights.score", "loss", "--data.streaming", "--train.steps", "4"),
+        ("--weights.score", "loss", "--data.streaming", "--train.max-steps", "4"),
         "which streaming does not hold",
     ),
-    "no holdout": (("--weights.score", "ica", "--data.validation", "--data.select"), "V_fit has none: give data"),
+    "no holdout": (("--weights.score", "ica", "--data.validation", "--data.dev"), "V_fit has none: give data"),
     "k": (("--weights.score", "ica", "--scores.k", "5"), "4 holdout rows, and k = 5 of them are to be shown"),
     "way": (("--weights.score", "ica", "--scores.k", "2", "--scores.demonstrations", "near"), "they are 'knn'"),
 }

@@ -96,7 +96,14 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop
 )
 def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, states, memory_gib, at):
     """A tape of three steps, of two where a step is replayed more than once; stopped in a sweep, and gone on with."""
-    flags = ("--outer.states", states, "--outer.memory-gib", memory_gib, "--certify.no-enabled", "--compare.no-enabled")
+    flags = (
+        "--outer.offload",
+        states,
+        "--outer.memory-gib",
+        memory_gib,
+        "--certify.no-enabled",
+        "--retrain.no-enabled",
+    )
     stop_at(at)
     with pytest.raises(session.Interrupted):
         run(made, tmp_path / "run", *flags)
@@ -109,7 +116,7 @@ def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, st
 
 @pytest.mark.slow
 def test_linearisations_change_nothing_but_rounding(made, whole, tmp_path, stop_at):
-    flags = ("--outer.linearize", "--outer.memory-gib", "2e-2", "--certify.no-enabled", "--compare.no-enabled")
+    flags = ("--outer.linearize", "--outer.memory-gib", "2e-2", "--certify.no-enabled", "--retrain.no-enabled")
     run(made, tmp_path / "whole", *flags)
     stop_at(14)
     with pytest.raises(session.Interrupted):
@@ -140,32 +147,40 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
     "flags",
     [
         pytest.param(
-            ("--outer.method", "implicit", "--outer.prior", "0.5", "--outer.curvature-batches", "2"),
+            ("--outer.method", "implicit", "--outer.proximal", "0.5", "--outer.curvature-batches", "2"),
             marks=pytest.mark.slow,
         ),
-        ("--outer.method", "implicit", "--outer.prior", "0.5", "--model.lora-rank", "2", "--outer.restart", "warm"),
+        ("--outer.method", "implicit", "--outer.proximal", "0.5", "--lora.r", "2", "--outer.restart", "warm"),
         ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
         pytest.param(
-            ("--data.packing", "--train.micro", "2", "--outer.weighting", "per_source", "--data.source-field", "label"),
+            (
+                "--data.packing",
+                "--train.gradient-accumulation-steps",
+                "2",
+                "--outer.weighting",
+                "per_source",
+                "--data.source-field",
+                "label",
+            ),
             marks=pytest.mark.slow,
         ),
-        pytest.param(("--keep.threshold", "1.0", "--optimizer.clip", "0.5"), marks=pytest.mark.slow),
-        ("--keep.resample", "50", "--data.select", "--data.validation"),
+        pytest.param(("--selection.threshold", "1.0", "--optimizer.max-grad-norm", "0.5"), marks=pytest.mark.slow),
+        ("--selection.resample", "50", "--data.dev", "--data.validation"),
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
 def test_other_ways(made, tmp_path, flags):
     flags = list(flags)
-    if "--data.select" in flags:  # one file of trusted rows, split by id
-        flags = [*flags[:2], "--data.select", "--data.report", "--data.validation", str(made / "report.jsonl")]
+    if "--data.dev" in flags:  # one file of trusted rows, split by id
+        flags = [*flags[:2], "--data.dev", "--data.test", "--data.validation", str(made / "report.jsonl")]
         flags += ["--data.split", "0.5", "0.25", "0.25"]
     result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
     table = pq.read_table(tmp_path / "run" / "weights.parquet")
     weights = np.array(table["weight"])
     assert np.isfinite(weights).all() and (weights.std() > 0 or result["best"] == 0)
     assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
-    if "--keep.resample" in flags:
+    if "--selection.resample" in flags:
         assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
         assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
 
@@ -174,7 +189,7 @@ METHODS = {
     "unrolled": (),
     "linearised": ("--outer.linearize",),
     "Gauss-Newton": (
-        *("--outer.method", "implicit", "--outer.curvature", "gauss_newton", "--outer.prior", "0.5"),
+        *("--outer.method", "implicit", "--outer.curvature", "gauss_newton", "--outer.proximal", "0.5"),
         *("--outer.tolerance", "1e-12"),
     ),
 }
@@ -184,11 +199,11 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
     smooth = ("--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3")  # so that rounding is not amplified
-    flags = ("--fast", "--outer.steps", "1", "--model.train-dtype", "float64", *smooth, *METHODS[method])
+    flags = ("--fast", "--outer.steps", "1", "--model.param-dtype", "float64", *smooth, *METHODS[method])
     entries = {}
     for data, model in ((1, 1), (8, 1), (4, 2)):
         out = tmp_path / f"{data} x {model}"
-        run(made, out, *flags, "--devices.data", str(data), "--devices.model", str(model))
+        run(made, out, *flags, "--mesh.data", str(data), "--mesh.fsdp", str(model))
         entries[data, model] = np.array(pq.read_table(out / "weights.parquet")["entry"])
     one = entries[1, 1]
     assert one.dtype == np.float64
@@ -213,8 +228,8 @@ WRONG = {
     "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training rows also stand in"),
     "folder exists": (["--out", "EXISTS"], "--resume"),
     "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
-    "no derivative": (["--optimizer.eps-root", "0", "--model.lora-rank", "2"], "eps_root > 0"),
-    "no model": (["--model.path", "nowhere"], "nowhere"),
+    "no derivative": (["--optimizer.eps-root", "0", "--lora.r", "2"], "eps_root > 0"),
+    "no model": (["--model.name-or-path", "nowhere"], "nowhere"),
 }  # fmt: skip
 
 
@@ -266,5 +281,7 @@ def test_leaks_can_be_dropped(made, tmp_path):
 
 
 def test_resuming_under_another_config_is_refused(made, whole, capsys):
-    assert main(["select", str(made / "select.yaml"), "--out", str(whole[0]), "--resume", "--train.steps", "11"]) == 1
-    assert "train.steps" in capsys.readouterr().err
+    assert (
+        main(["select", str(made / "select.yaml"), "--out", str(whole[0]), "--resume", "--train.max-steps", "11"]) == 1
+    )
+    assert "train.max_steps" in capsys.readouterr().err

@@ -13,13 +13,13 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
     ratio 1.002 and smooth .998. Alignment alone: AUC .966, 94 % with its best 40 %."""
     with_headroom(shared, tmp_path)
     flags = {
-        "model.path": shared / "models" / MODEL, "model.lora-rank": 0, "data.train": tmp_path / "train.jsonl",
+        "model.name_or_path": shared / "models" / MODEL, "lora.r": 0, "data.train": tmp_path / "train.jsonl",
         "data.validation": tmp_path / "validation.jsonl", "data.label-field": "label", "data.max-length": 96,
-        "optimizer.eps-root": 1e-8, "train.steps": 64, "outer.steps": 4, "keep.top-share": 0.4, "compare.seeds": 1,
+        "optimizer.eps-root": 1e-8, "train.max_steps": 64, "outer.steps": 4, "selection.top-share": 0.4, "retrain.seeds": 1,
         "certify.step-sizes": 0.1,
     }  # fmt: skip
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
-    arms = ["--compare.rows", "uniform", "learned", "selected", "alignment", "oracle"]
+    arms = ["--retrain.variants", "uniform", "learned", "selected", "alignment", "oracle"]
     result = run_verb("select", "configs/select.yaml", tmp_path / "run", *given, *arms)
     loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
     assert loss["oracle"] < loss["uniform"] - 0.2  # else the labels mean nothing here

@@ -12,17 +12,24 @@ from bilevel_jax.runs.select import select
 from bilevel_jax.runs.single import falling
 
 METHODS = {
-    "penalty": ("--outer.method", "penalty", "--outer.weighting", "sigmoid", "--single.read-every", "20"),
-    "memory-saving": ("--outer.method", "penalty", "--single.second", "none", "--single.read-every", "20"),
+    "penalty": ("--outer.method", "penalty", "--outer.weighting", "sigmoid", "--single-loop.eval-steps", "20"),
+    "memory-saving": (
+        "--outer.method",
+        "penalty",
+        "--single-loop.second-model",
+        "none",
+        "--single-loop.eval-steps",
+        "20",
+    ),
     "per source": ("--outer.method", "penalty", "--outer.weighting", "per_source", "--data.source-field", "label"),
-    "bmo": ("--outer.method", "bmo", "--single.read-every", "20"),
-    "bmo with a copy": ("--outer.method", "bmo", "--single.reference", "copy", "--single.read-every", "60"),
-    "mixing": ("--outer.method", "mixing", "--single.read-every", "20"),
+    "bmo": ("--outer.method", "bmo", "--single-loop.eval-steps", "20"),
+    "bmo with a copy": ("--outer.method", "bmo", "--single-loop.reference", "copy", "--single-loop.eval-steps", "60"),
+    "mixing": ("--outer.method", "mixing", "--single-loop.eval-steps", "20"),
 }
 
 
 def run(made, out, *flags):
-    flags = ("--single.steps", "60", "--compare.rows", "uniform", "learned", *flags)
+    flags = ("--single-loop.steps", "60", "--retrain.variants", "uniform", "learned", *flags)
     return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
@@ -64,9 +71,9 @@ def test_divergence_is_told(made, tmp_path):
         "sgd",
         "--optimizer.learning-rate",
         "1e30",
-        "--train.steps",
+        "--train.max-steps",
         "1",
-        "--optimizer.warmup",
+        "--optimizer.warmup-steps",
         "0",
     )
     with pytest.raises(FloatingPointError, match="L_v on V_fit is (nan|inf) at step 20 of 60"):

@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax.core import schedule
 from bilevel_jax.core.types import Inner, Keep
 from bilevel_jax.runs import checkpoint, states
-from bilevel_jax.runs.sections import Outer
+from bilevel_jax.runs.sections import OuterSection
 
 SIZE = 1000
 
@@ -21,7 +21,7 @@ def state(step: int) -> Inner:
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_a_store_gives_back_what_it_got(tmp_path, where):
-    store = states.place(Outer(states=where), tmp_path / "states", state(0))
+    store = states.place(OuterSection(offload=where), tmp_path / "states", state(0))
     for step in (0, 3, 7, 12):
         store[step] = state(step)
     del store[7]
@@ -33,10 +33,12 @@ def test_a_store_gives_back_what_it_got(tmp_path, where):
         store[7]
     if where == "disk":
         store.settle()
-        again = states.place(Outer(states=where), tmp_path / "states", state(0), resumed=True)
+        again = states.place(OuterSection(offload=where), tmp_path / "states", state(0), resumed=True)
         assert sorted(again) == [0, 3, 12]
         jax.tree.map(np.testing.assert_array_equal, again[12], state(12))
-        assert not states.place(Outer(states=where), tmp_path / "states", state(0))  # a new run begins with nothing
+        assert not states.place(
+            OuterSection(offload=where), tmp_path / "states", state(0)
+        )  # a new run begins with nothing
         again.clear()
         assert not (tmp_path / "states").exists()
 
@@ -62,15 +64,15 @@ def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypat
 def test_what_is_planned_fits_the_budget():
     shapes = jax.eval_shape(lambda: state(0))  # a snapshot takes 8,004 bytes and a step on the tape 12,004
     gib = lambda amount: amount / states.GIB  # noqa: E731
-    assert states.planned(Outer(), 50, shapes, None) == schedule.everything(50)
-    assert states.planned(Outer(), 50, shapes, None, device=4000 + 2 * 48_100) == Keep(3, 2)
-    assert states.planned(Outer(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
-    assert states.planned(Outer(memory_gib=gib(200_000), states="disk"), 50, shapes, None) == Keep(3, 16)
-    assert states.planned(Outer(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(1, 15)
-    linear = Outer(memory_gib=gib(200_000), linearize=True)
+    assert states.planned(OuterSection(), 50, shapes, None) == schedule.everything(50)
+    assert states.planned(OuterSection(), 50, shapes, None, device=4000 + 2 * 48_100) == Keep(3, 2)
+    assert states.planned(OuterSection(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
+    assert states.planned(OuterSection(memory_gib=gib(200_000), offload="disk"), 50, shapes, None) == Keep(3, 16)
+    assert states.planned(OuterSection(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(1, 15)
+    linear = OuterSection(memory_gib=gib(200_000), linearize=True)
     assert states.planned(linear, 50, shapes, None, linear=lambda: 8000) == Keep(7, 7, linear=True)
-    assert states.planned(Outer(method="alignment"), 50, shapes, None) == schedule.NOTHING
-    with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*devices.model"):
-        states.planned(Outer(memory_gib=gib(20_000)), 50, shapes, None)
+    assert states.planned(OuterSection(method="alignment"), 50, shapes, None) == schedule.NOTHING
+    with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*mesh.fsdp"):
+        states.planned(OuterSection(memory_gib=gib(20_000)), 50, shapes, None)
     with pytest.raises(ValueError, match="outer.memory_gib.*set outer.linearize to false"):
-        states.planned(Outer(memory_gib=gib(20_000), linearize=True), 50, shapes, None, linear=lambda: 8000)
+        states.planned(OuterSection(memory_gib=gib(20_000), linearize=True), 50, shapes, None, linear=lambda: 8000)

@@ -19,7 +19,7 @@ from bilevel_jax.runs.train import summary, train
 from tests.runs.command import run_verb
 from tests.runs.problems_lm import MODEL, reviews
 
-PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.select")
+PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.dev")
 OBJECTIVES = {
     "sft": (),
     "dpo": ("--objective.name", "dpo", *PAIRS),
@@ -69,7 +69,7 @@ def test_writes_what_it_promises(made, whole):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns(made, tmp_path, objective):
-    result = run(made, tmp_path / "run", *OBJECTIVES[objective], "--train.epochs", "6")
+    result = run(made, tmp_path / "run", *OBJECTIVES[objective], "--train.num-epochs", "6")
     part = result["parts"]["report"]
     assert part["after"]["loss"] < part["before"]["loss"]
     assert 0 <= part["after"]["accuracy"] <= 1
@@ -82,8 +82,8 @@ def test_every_objective_learns(made, tmp_path, objective):
 def test_select_weighs_pairs(made, tmp_path, objective):
     flags = [
         "--objective.name", objective, "--data.train", str(made / "pairs.jsonl"), "--data.validation",
-        str(made / "pairs_validation.jsonl"), "--data.report", str(made / "pairs_report.jsonl"),
-        "--outer.learning-rate", "1.0", "--train.steps", "20", "--compare.rows", "uniform", "learned",
+        str(made / "pairs_validation.jsonl"), "--data.test", str(made / "pairs_report.jsonl"),
+        "--outer.learning-rate", "1.0", "--train.max-steps", "20", "--retrain.variants", "uniform", "learned",
         "--optimizer.eps-root", "1e-6",
     ]  # fmt: skip
     result = select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
@@ -98,7 +98,7 @@ def test_select_weighs_pairs(made, tmp_path, objective):
     "flags, at",
     [
         ((), 6),
-        (("--train.keep", "best", "--model.lora-rank", "2"), 9),
+        (("--train.load-best", "--lora.r", "2"), 9),
         pytest.param(OBJECTIVES["dpo"], 3, marks=pytest.mark.slow),
     ],
     ids=["sft", "lora, best", "dpo"],
@@ -130,7 +130,7 @@ def test_weights_are_joined_by_id(made, tmp_path):
 
 def test_constant_weights_scale_the_loss(made, tmp_path):
     """A constant weight c is c times the loss: the same as c times the learning rate of plain SGD, bit-near."""
-    sgd = ("--optimizer.name", "sgd", "--optimizer.schedule", "constant", "--optimizer.warmup", "0")
+    sgd = ("--optimizer.name", "sgd", "--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0")
     run(made, tmp_path / "weight", *sgd, "--weights.constant", "2", "--optimizer.learning-rate", "0.05")
     run(made, tmp_path / "rate", *sgd, "--optimizer.learning-rate", "0.1")
     one, other = tensors(tmp_path / "weight"), tensors(tmp_path / "rate")
@@ -153,15 +153,15 @@ def test_rows_without_a_weight_are_dropped_or_weigh_nothing(made, tmp_path):
 
 def test_the_best_parameters_are_kept(made, tmp_path):
     """A rate that overshoots: the best on V_select is not the last, and is what is written."""
-    flags = ("--optimizer.learning-rate", "0.3", "--optimizer.schedule", "constant", "--train.keep", "best")
-    result = run(made, tmp_path / "run", *flags, "--train.evaluate-every", "1")
+    flags = ("--optimizer.learning-rate", "0.3", "--optimizer.schedule", "constant", "--train.load-best")
+    result = run(made, tmp_path / "run", *flags, "--train.eval-steps", "1")
     values = [record["loss"]["select"] for record in result["records"]]
     assert result["best"]["step"] == int(np.argmin(values)) < result["steps"]
     assert result["parts"]["select"]["after"]["loss"] == min(values)
 
 
 def test_without_validation(made, tmp_path):
-    result = run(made, tmp_path / "run", "--data.validation", "--data.select")
+    result = run(made, tmp_path / "run", "--data.validation", "--data.dev")
     assert result["parts"] == {} and "nothing says whether" in summary(result)
     assert (tmp_path / "run" / "report.html").exists()
 
@@ -170,12 +170,12 @@ def test_without_validation(made, tmp_path):
     "parts, written", [("full", {"model"}), ("adapter", {"model-adapter"}), ("both", {"model", "model-adapter"})]
 )
 def test_lora_is_written_as_asked(made, tmp_path, parts, written):
-    run(made, tmp_path / "run", "--model.lora-rank", "2", "--train.epochs", "1", "--output.model", parts)
+    run(made, tmp_path / "run", "--lora.r", "2", "--train.num-epochs", "1", "--output.model", parts)
     assert {path.name for path in (tmp_path / "run").glob("model*")} == written
 
 
 def test_bfloat16_products_train(made, tmp_path):
-    result = run(made, tmp_path / "run", "--train.compute", "bfloat16", "--train.epochs", "6")
+    result = run(made, tmp_path / "run", "--train.compute-dtype", "bfloat16", "--train.num-epochs", "6")
     part = result["parts"]["report"]
     assert part["after"]["loss"] < part["before"]["loss"]
     assert all(leaf.dtype == np.float32 for leaf in tensors(tmp_path / "run").values())
@@ -188,15 +188,15 @@ def test_a_stored_reference_is_used_and_checked(made, whole, tmp_path, capsys):
     one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == other
     with pytest.raises(ValueError, match="made by another model"):
-        run(made, tmp_path / "three", *OBJECTIVES["dpo"], *stored, "--model.path", str(whole[0] / "model"))
+        run(made, tmp_path / "three", *OBJECTIVES["dpo"], *stored, "--model.name-or-path", str(whole[0] / "model"))
     with pytest.raises(ValueError, match="were read as other tokens"):
-        run(made, tmp_path / "four", *OBJECTIVES["dpo"], *stored, "--data.truncate", "left", "--data.max-length", "9")
+        run(made, tmp_path / "four", *OBJECTIVES["dpo"], *stored, "--data.truncation", "left", "--data.max-length", "9")
 
 
 WRONG = {
     "single responses": (("--objective.name", "dpo"), "compares a chosen with a rejected one.*objective.name to sft"),
     "pairs": (("--data.train", "pairs.jsonl"), "a preference pair, and objective.name = sft"),
-    "best without V_select": (("--train.keep", "best", "--data.select", "--data.split", "1", "0", "0"), "has no rows"),
+    "best without V_select": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no rows"),
     "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
     "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
     "smoothing of sft": (("--objective.label-smoothing", "0.1"), "only dpo has it"),
@@ -214,7 +214,7 @@ def test_wrong_input_gets_one_clear_error(made, tmp_path, capsys, name):
     assert re.search(message, told, re.DOTALL) and "Traceback" not in told, told
 
 
-STREAMED = ("--data.streaming", "--train.steps", "12")
+STREAMED = ("--data.streaming", "--train.max-steps", "12")
 
 
 def test_streamed_rows_are_the_rows_in_order(made, tmp_path):
@@ -289,7 +289,7 @@ def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared,
     for name, part in (("train", texts[:96]), ("validation", texts[96:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     flags = {
-        "model.path": shared / "models" / MODEL, "data.train": tmp_path / "train.jsonl", "data.max-length": 64,
+        "model.name_or_path": shared / "models" / MODEL, "data.train": tmp_path / "train.jsonl", "data.max-length": 64,
         "data.validation": tmp_path / "validation.jsonl", "optimizer.learning-rate": 3e-3,
     }  # fmt: skip
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
@@ -313,9 +313,9 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, mo
         return whole._replace(losses=losses)
 
     monkeypatch.setattr(task, "objective", objective)
-    result = run(made, tmp_path / "two", "--train.skip", "2")
+    result = run(made, tmp_path / "two", "--train.max-nonfinite-steps", "2")
     assert result["skipped"] == 2 and "2 steps were left out: not finite." in result["notes"]
     assert all(np.isfinite(leaf).all() for leaf in tensors(tmp_path / "two").values())
     for skip in ("1", "0"):
         with pytest.raises(FloatingPointError, match=r"the loss of \w+#0 \(.*train.jsonl:6\) is not finite"):
-            run(made, tmp_path / f"skip {skip}", "--train.skip", skip)
+            run(made, tmp_path / f"skip {skip}", "--train.max-nonfinite-steps", skip)

@@ -13,7 +13,14 @@ import pytest
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report_curves, train_report
 from bilevel_jax.runs.config import TrainConfig
-from bilevel_jax.runs.sections import Model, Objective, Training, TrainOutput, Weights
+from bilevel_jax.runs.sections import (
+    FineTuneSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    TrainOutputSection,
+    WeightsSection,
+)
 from tests.runs.test_report import HOSTILE, PAIRS, Balance, examples, numbers, pairs, words
 
 CLEAN = figures.printable(HOSTILE)  # neither a parquet file nor a YAML file can hold half a surrogate pair
@@ -76,10 +83,10 @@ def events(steps=96, loss=lambda step: 3 / (1 + step / 30), read=10):
 
 
 CONFIG = TrainConfig(
-    model=Model(path=f"base {CLEAN}"),
-    weights=Weights(file=f"out/{CLEAN}/weights.parquet", missing="drop"),
-    train=Training(batch=5),
-    output=TrainOutput(folder=f"out/{CLEAN}"),
+    model=ModelSection(name_or_path=f"base {CLEAN}"),
+    weights=WeightsSection(file=f"out/{CLEAN}/weights.parquet", missing="drop"),
+    train=FineTuneSection(global_batch_size=5),
+    output=TrainOutputSection(dir=f"out/{CLEAN}"),
 )
 
 
@@ -130,7 +137,11 @@ CASES = {
     "best kept": {"told": BEST},
     "no validation": {"told": result([])},
     "only V_fit": {"told": result(ONE_STEP)},
-    "pairs": {"told": result(**PAIRS), "rows": pairs(), "config": replace(CONFIG, objective=Objective(name="dpo"))},
+    "pairs": {
+        "told": result(**PAIRS),
+        "rows": pairs(),
+        "config": replace(CONFIG, objective=ObjectiveSection(name="dpo")),
+    },
     "no labels": {"rows": examples(labels=False)},
     "one source": {"rows": examples(sources=1)},
     "equal weights": {"weights": np.ones(40)},
@@ -148,8 +159,10 @@ CASES = {
     "a loss that is null": {"told": result([record(0, fit=None, ends=True), record(96, fit=None, ends=True)])},
     "nothing measured": {"told": result(tokens_per_second=None, tokens=0, seconds=0.0)},
     "resumed": {"told": result(resumed=40)},
-    "all parameters": {"config": replace(CONFIG, model=Model(path="base", lora_rank=0, scratch=True))},
-    "adapter alone": {"config": replace(CONFIG, output=TrainOutput(folder="out/x", model="adapter"))},
+    "all parameters": {
+        "config": replace(CONFIG, model=ModelSection(name_or_path="base", from_scratch=True), lora=LoraSection(r=0))
+    },
+    "adapter alone": {"config": replace(CONFIG, output=TrainOutputSection(dir="out/x", model="adapter"))},
 }
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.sections import Weights
+from bilevel_jax.runs.sections import WeightsSection
 from bilevel_jax.runs.weights import given
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]
@@ -30,14 +30,14 @@ def file(tmp_path):
 
 
 def test_a_constant():
-    out = given(Weights(constant=0.5), ROWS)
+    out = given(WeightsSection(constant=0.5), ROWS)
     assert out.weights.tolist() == [0.5] * 4 and out.kept.all() and out.source == "0.5 for every row"
 
 
 @pytest.mark.parametrize("name", ["w.parquet", "w.jsonl", "w.json"])
 def test_joined_by_id_from_every_kind_of_file(file, name):
     path = file([4.0, 3.0, 2.0, 1.0, 9.0], ["id3", "id2", "id1", "id0", "other"], name)
-    assert given(Weights(file=path), ROWS).weights.tolist() == [1, 2, 3, 4]
+    assert given(WeightsSection(file=path), ROWS).weights.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_joined_by_id_from_every_kind_of_file(file, name):
 )
 def test_scores_become_weights(file, transform, expected):
     path = file([0.0, 5.0, 5.0, 10.0], column="score")
-    out = given(Weights(file=path, column="score", transform=transform), ROWS)
+    out = given(WeightsSection(file=path, column="score", transform=transform), ROWS)
     assert out.weights.tolist() == expected
 
 
 def test_negated_and_scaled(file):
-    out = given(Weights(file=file([-1.0, -2.0, -3.0, -2.0]), transform="negate", mean_one=True), ROWS)
+    out = given(WeightsSection(file=file([-1.0, -2.0, -3.0, -2.0]), transform="negate", mean_one=True), ROWS)
     assert out.weights.tolist() == [0.5, 1.0, 1.5, 1.0]
     assert out.source.endswith(", negated, divided by their mean")
 
@@ -64,12 +64,12 @@ def test_negated_and_scaled(file):
     "missing, weights, kept", [("one", [2, 1, 1, 1], 4), ("zero", [2, 0, 0, 0], 4), ("drop", [2, 0, 0, 0], 1)]
 )
 def test_rows_that_the_file_lacks(file, missing, weights, kept):
-    out = given(Weights(file=file([2.0]), missing=missing), ROWS)
+    out = given(WeightsSection(file=file([2.0]), missing=missing), ROWS)
     assert out.weights.tolist() == weights and out.kept.sum() == kept and out.missing == 3
 
 
 def test_scaling_reads_the_kept_rows_alone(file):
-    out = given(Weights(file=file([2.0, 4.0]), missing="drop", mean_one=True), ROWS)
+    out = given(WeightsSection(file=file([2.0, 4.0]), missing="drop", mean_one=True), ROWS)
     assert out.weights[out.kept].tolist() == [2 / 3, 4 / 3]
 
 
@@ -89,15 +89,15 @@ def test_scaling_reads_the_kept_rows_alone(file):
 )
 def test_what_cannot_be_meant_is_refused(file, values, ids, options, said):
     with pytest.raises(ValueError, match=said):
-        given(Weights(file=file(values, ids), **options), ROWS)
+        given(WeightsSection(file=file(values, ids), **options), ROWS)
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.parquet: no such file"):
-        given(Weights(file="nowhere.parquet"), ROWS)
+        given(WeightsSection(file="nowhere.parquet"), ROWS)
     (tmp_path / "w.csv").write_text("id,weight")
     with pytest.raises(ValueError, match=r"read from .parquet, .jsonl or .json, not from '.csv'"):
-        given(Weights(file=str(tmp_path / "w.csv")), ROWS)
+        given(WeightsSection(file=str(tmp_path / "w.csv")), ROWS)
     (tmp_path / "w.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad JSON"):
-        given(Weights(file=str(tmp_path / "w.jsonl")), ROWS)
+        given(WeightsSection(file=str(tmp_path / "w.jsonl")), ROWS)
