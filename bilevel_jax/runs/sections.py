@@ -58,9 +58,7 @@ class DataSection:
     template: str = ""  # where the tokenizer has no chat template: {prompt} and {response} with what joins them
     max_length: int = 1024  # tokens of an example
     truncation: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
-    train_on: Literal["all_turns", "last_turn"] = (
-        "all_turns"  # targets of a dialogue: every assistant turn, or the last alone
-    )
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"  # targets: every assistant turn, or the last alone
     packing: bool = False  # several examples in one sequence: faster, same numbers
     streaming: bool = False  # train: read the training rows as training goes, for data too large to hold
     shuffle_buffer: int = 10000  # streaming: rows held back to be shuffled; 0 keeps the order of the files
