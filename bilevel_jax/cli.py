@@ -61,9 +61,9 @@ def _select(arguments: list[str]) -> int:
 
 def _compare(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.bench import bench
+        from bilevel_jax.runs.bench import compare
 
-        return f"{bench(config)['sentence']}\nreport: {config.output.dir}/report.html"
+        return f"{compare(config)['sentence']}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import CompareConfig
 
@@ -105,9 +105,9 @@ def _refine(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.train import summary, train
+        from bilevel_jax.runs.train import summarize_training, train
 
-        return f"{summary(train(config))}\nreport: {config.output.dir}/report.html"
+        return f"{summarize_training(train(config))}\nreport: {config.output.dir}/report.html"
 
     from bilevel_jax.runs.config import TrainConfig
 
@@ -142,9 +142,9 @@ def _export(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    from bilevel_jax.runs.export import of_run
+    from bilevel_jax.runs.export import flags_for_run
 
-    return _run(ExportConfig, [str(run / "config.yaml"), *of_run(run), *arguments[1:]], work)
+    return _run(ExportConfig, [str(run / "config.yaml"), *flags_for_run(run), *arguments[1:]], work)
 
 
 def _estimate(arguments: list[str]) -> int:
@@ -152,7 +152,7 @@ def _estimate(arguments: list[str]) -> int:
         from bilevel_jax.runs import config, estimate
 
         if given and Path(given[0]).is_dir():
-            return estimate.compared(Path(given[0]))
+            return estimate.compare_with_measured(Path(given[0]))
         run, asked = config.load_estimated(given[0] if given else None, arguments[len(given) :])
         _widen(run)
         return estimate.estimate(run, asked)

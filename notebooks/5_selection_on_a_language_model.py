@@ -32,7 +32,7 @@ from IPython.display import SVG, display
 from bilevel_jax.lm import tokens
 from bilevel_jax.runs import figures, page
 from bilevel_jax.runs.config import ExportConfig, InspectConfig, SelectConfig, load
-from bilevel_jax.runs.export import export, of_run
+from bilevel_jax.runs.export import export, flags_for_run
 from bilevel_jax.runs.inspect import inspect
 from bilevel_jax.runs.select import select
 
@@ -181,13 +181,13 @@ assert start["checks"]["replayed"]  # every replayed segment ended where trainin
 
 # %%
 report = Path("run/report.html").read_text(encoding="utf-8")
-COLOURS = page.STYLE.split("@media")[0]  # the report's, for light pages
+COLOURS = page.PAGE_STYLE.split("@media")[0]  # the report's, for light pages
 
 
 def picture(begins):
     """The report's figure whose description begins so."""
     found = next(one for one in re.findall(r"<svg.*?</svg>", report, re.DOTALL) if f'aria-label="{begins}' in one)
-    style = COLOURS + figures.STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
+    style = COLOURS + figures.FIGURE_STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
     display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 
@@ -281,7 +281,15 @@ elif not REAL:
 config = load(
     ExportConfig,
     "run/config.yaml",
-    [*of_run(Path("run")), "--selection.top-share", "0.5", "--export.format", "axolotl", "--out", "rows-to-keep"],
+    [
+        *flags_for_run(Path("run")),
+        "--selection.top-share",
+        "0.5",
+        "--export.format",
+        "axolotl",
+        "--out",
+        "rows-to-keep",
+    ],
 )
 print(export(config, Path("run"), "bilevel-jax export run --export.format axolotl --selection.top-share 0.5"))
 for file in sorted(Path("rows-to-keep").iterdir()):

@@ -439,7 +439,9 @@ with contextlib.redirect_stderr(sys.stdout):
 print(result["sentence"])
 REPORT = Path("refined/report.html").read_text(encoding="utf-8")
 found = re.search(r"<svg.*?</svg>", REPORT, re.DOTALL)[0]
-style = page.STYLE.split("@media")[0] + figures.STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
+style = page.PAGE_STYLE.split("@media")[0] + figures.FIGURE_STYLE.replace(
+    "width: 100%; max-width: 560px; height: auto;", ""
+)
 head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
 display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 

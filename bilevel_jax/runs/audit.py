@@ -20,27 +20,27 @@ from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs import audit_report, bank, classification, files, judging, rows, scoring
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.certificates import certificates
+from bilevel_jax.runs.certificates import compute_certificates
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import AuditConfig, SelectConfig
 from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.judging import EXACT, Score
+from bilevel_jax.runs.judging import EXACT_ESTIMATOR, DataScore
 from bilevel_jax.runs.rules import on_arrays
 from bilevel_jax.runs.sections import EstimatorName
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.task import prepare as prepare_text
-from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer, release
+from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK, Trainer, delete_stored_states
 
 
-class Trained(NamedTuple):
+class UniformTraining(NamedTuple):
     """The uniform training that entries and scores are of."""
 
     trainer: Trainer
     start: Inner
     stream: Stream
-    run: Run
-    queries: Int[np.ndarray, "queries"]
+    trajectory: Run
+    query_indices: Int[np.ndarray, "queries"]
     """Rows of V_fit."""
     seconds: float
 
@@ -51,37 +51,41 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     Raises as `select.select` does, and ValueError for scores that the task does not allow and queries it has not.
     """
     with run_folder(config) as folder:
-        task = prepared(config, folder)
-        names = cheap(config, task)
-        asked = queries(config, task)
-        with started(config, folder) as work:
-            return _work(config, task, names, asked, work)
+        task = prepare_audit_task(config, folder)
+        names = list_cheap_scores(config, task)
+        query_indices = draw_queries(config, task)
+        with started(config, folder) as session:
+            return _run_audit(config, task, names, query_indices, session)
 
 
-def settings(config: AuditConfig) -> SelectConfig:
+def select_config_for_audit(config: AuditConfig) -> SelectConfig:
     """The run as the settings of `select`, which its parts are written for."""
     data = config.data
     if on_arrays(config):
         data = replace(data, label_field="label", good_label="clean")
     return SelectConfig(
         model=config.model, data=data, objective=config.objective, optimizer=config.optimizer, train=config.train,
-        outer=replace(config.outer, method=EXACT), certify=config.certify, output=config.output,
+        outer=replace(config.outer, method=EXACT_ESTIMATOR), certify=config.certify, output=config.output,
         mesh=config.mesh, distributed=config.distributed, lora=config.lora,
     )  # fmt: skip
 
 
-def prepared(config: AuditConfig, folder: Path) -> Task | ArrayTask:
+def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
     """The task: arrays with wrong labels, or text."""
-    base = settings(config)
+    select_config = select_config_for_audit(config)
     if on_arrays(config):
         source = classification.read(config.data.train[0])
-        return classification.prepare(base, config.arrays, source, classification.network(base, config.arrays, source))
-    ready = embedded(base, folder)
+        return classification.prepare(
+            select_config, config.arrays, source, classification.network(select_config, config.arrays, source)
+        )
+    resolved = embedded(select_config, folder)
     seeds, prior = [config.data.seed], config.outer.proximal
-    return prepare_text(ready, rows.load(ready.data), folder, steps=config.train.max_steps, seeds=seeds, prior=prior)
+    return prepare_text(
+        resolved, rows.load(resolved.data), folder, steps=config.train.max_steps, seeds=seeds, prior=prior
+    )
 
 
-def cheap(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
+def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
     """The cheap scores to judge; a ValueError for one that the task does not allow."""
     arrays = isinstance(task, ArrayTask)
     for name in config.audit.scores:
@@ -89,10 +93,12 @@ def cheap(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
     return list(dict.fromkeys(config.audit.scores)) or list(scoring.ON_ARRAYS if arrays else scoring.SCORES)
 
 
-def queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
+def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
     """The rows of V_fit whose own losses are foretold, drawn from data.seed."""
-    held = task.held_out["fit"]
-    index = np.concatenate([np.asarray(held.batch(step)["index"]).ravel() for step in range(held.steps)])
+    validation_stream = task.held_out["fit"]
+    index = np.concatenate(
+        [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
+    )
     present = np.sort(index[index != PADDING])
     if config.audit.queries > len(present):
         raise ValueError(
@@ -102,202 +108,226 @@ def queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "que
     return np.sort(drawn)
 
 
-def planned_work(config: AuditConfig, task: Task | ArrayTask, asked: int) -> float:
+def count_audit_work(config: AuditConfig, task: Task | ArrayTask, num_queries: int) -> float:
     """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
     steps, options = task.steps, config.audit
-    sweeps = 2 * REPLAY + (1 + asked) * PRODUCT if EXACT in options.estimators else 0
-    certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY + PRODUCT if config.certify.enabled else 0
+    sweeps = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in options.estimators else 0
+    certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if config.certify.enabled else 0
     return steps * (1 + sweeps + certified + len(options.removed) * options.subsets)
 
 
-def _work(
-    config: AuditConfig, task: Task | ArrayTask, names: list[str], asked: Int[np.ndarray, "queries"], work: Session
+def _run_audit(
+    config: AuditConfig,
+    task: Task | ArrayTask,
+    names: list[str],
+    query_indices: Int[np.ndarray, "queries"],
+    session: Session,
 ) -> dict[str, Any]:
     for note in task.notes:
-        work.say(note)
-    work.phase("training", total=planned_work(config, task, len(asked)))
-    trained = train(config, task, asked, work)
-    entries, exact = estimates(config, task, trained, work)
-    release(trained.run)
-    scores = entries + cheap_scores(config, task, trained, names, work)
-    certified = certificate(config, task, trained, entries, exact, work)
-    made = bank.retrained(
-        task, work, start=trained.start, stream=trained.stream, queries=asked, fractions=config.audit.removed,
-        count=config.audit.subsets, together=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
+        session.say(note)
+    session.phase("training", total=count_audit_work(config, task, len(query_indices)))
+    uniform_training = train_uniform(config, task, query_indices, session)
+    estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
+    delete_stored_states(uniform_training.trajectory)
+    scores = estimate_scores + compute_cheap_scores(config, task, uniform_training, names, session)
+    certification = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
+    retrain_losses = bank.retrain_without_subsets(
+        task, session, start=uniform_training.start, stream=uniform_training.stream, queries=query_indices, fractions=config.audit.removed,
+        num_subsets=config.audit.subsets, vmap_size=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
     )  # fmt: skip
-    work.phase("writing")
-    result = judging.judged(settings(config), task, scores, made, certified)
-    result |= {"seconds": work.cost("")[1], "notes": task.notes, "config_hash": configs.config_hash(config)}
-    trusted = [getattr(one, "id", str(place)) for place, one in enumerate(task.trusted["fit"])]
-    table = bank.table(made, [example.id for example in task.examples], [trusted[row] for row in asked])
-    files.write_table(work.folder / "bank.parquet", table)
-    files.write_table(work.folder / scoring.NAME, with_entries(task, entries, work.folder))
-    files.write_json(work.folder / "result.json", result)
-    audit_report.write(work.folder)
+    session.phase("writing")
+    result = judging.judge_scores(select_config_for_audit(config), task, scores, retrain_losses, certification)
+    result |= {"seconds": session.cost("")[1], "notes": task.notes, "config_hash": configs.config_hash(config)}
+    validation_ids = [getattr(example, "id", str(index)) for index, example in enumerate(task.trusted["fit"])]
+    table = bank.build_retrain_table(
+        retrain_losses, [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
+    )
+    files.write_table(session.folder / "bank.parquet", table)
+    files.write_table(session.folder / scoring.NAME, add_estimate_columns(task, estimate_scores, session.folder))
+    files.write_json(session.folder / "result.json", result)
+    audit_report.write_audit_report(session.folder)
     return result
 
 
-def train(config: AuditConfig, task: Task | ArrayTask, asked: Int[np.ndarray, "queries"], work: Session) -> Trained:
+def train_uniform(
+    config: AuditConfig, task: Task | ArrayTask, query_indices: Int[np.ndarray, "queries"], session: Session
+) -> UniformTraining:
     """Train with weight 1 for every row."""
     began, ones = time.monotonic(), jnp.ones(task.rows)
-    trainer = Trainer(task, settings(config).outer, work)
-    start = trainer.begin(task.fresh(config.train.seed))
+    trainer = Trainer(task, select_config_for_audit(config).outer, session)
+    start = trainer.init_state(task.fresh(config.train.seed))
     stream = placing.kept(task.mesh, task.stream(config.data.seed))  # read again by every retrain
-    run = trainer.run(ones, start, stream, swept=EXACT in config.audit.estimators, save_as=0)
-    if EXACT in config.audit.estimators:
-        check_differentiable(task.step, task.optimizer, run, ones, task.fixed(start.params), stream)
-    return Trained(trainer, start, stream, run, asked, work.once("training", lambda: time.monotonic() - began))
+    trajectory = trainer.run(ones, start, stream, for_backward=EXACT_ESTIMATOR in config.audit.estimators, outer_step=0)
+    if EXACT_ESTIMATOR in config.audit.estimators:
+        check_differentiable(task.step, task.optimizer, trajectory, ones, task.fixed(start.params), stream)
+    return UniformTraining(
+        trainer, start, stream, trajectory, query_indices, session.once("training", lambda: time.monotonic() - began)
+    )
 
 
 # ---- what is judged
 
 
-def estimates(
-    config: AuditConfig, task: Task | ArrayTask, trained: Trained, work: Session
-) -> tuple[list[Score], dict[str, Any]]:
+def compute_estimates(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, session: Session
+) -> tuple[list[DataScore], dict[str, Any]]:
     """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
-    scores: list[Score] = []
-    exact: dict[str, Any] = {}
+    scores: list[DataScore] = []
+    exact_record: dict[str, Any] = {}
     fit = task.held_out["fit"]
-    apart = [bank.only(fit, row) for row in trained.queries]
-    groups = [apart[first : first + config.audit.vmap_size] for first in range(0, len(apart), config.audit.vmap_size)]
-    (work.folder / "parts").mkdir(exist_ok=True)
+    query_streams = [bank.single_example_stream(fit, row) for row in uniform_training.query_indices]
+    groups = [
+        query_streams[start : start + config.audit.vmap_size]
+        for start in range(0, len(query_streams), config.audit.vmap_size)
+    ]
+    (session.folder / "parts").mkdir(exist_ok=True)
     for name in config.audit.estimators:
-        work.phase(f"entries: {name}")
-        estimate = estimator(name, config, task, trained, work)
-        values, told = _kept(work, name, estimate, [fit])
+        session.phase(f"entries: {name}")
+        estimate = make_estimator(name, config, task, uniform_training, session)
+        values, record = _estimate_once(session, name, estimate, [fit])
         # each query's share of L_v, times the number of rows: its own loss
         size = float(np.ravel(fit.batch(0)["rows"])[0])
-        lines = [size * _kept(work, f"{name} of queries {n}", estimate, some)[0] for n, some in enumerate(groups)]
-        at = "through" if name == EXACT else "end"
-        passes, seconds = task.steps + told["passes"], trained.seconds + told["seconds"]
-        solved = told["checks"].get("residual")
+        query_values = [
+            size * _estimate_once(session, f"{name} of queries {n}", estimate, streams)[0]
+            for n, streams in enumerate(groups)
+        ]
+        checkpoint = "through" if name == EXACT_ESTIMATOR else "end"
+        passes, seconds = task.steps + record["passes"], uniform_training.seconds + record["seconds"]
+        solved = record["checks"].get("residual")
         notes = (f"relative residual of the solve for L_v {solved:.2g}",) if solved is not None else ()
-        each_query = np.concatenate(lines) if lines else None
-        scores.append(Score(name, at, values[0], each_query, passes, seconds, notes))
-        exact = told if name == EXACT else exact
-        work.say(_line(scores[-1]))
-    return scores, exact
+        each_query = np.concatenate(query_values) if query_values else None
+        scores.append(DataScore(name, checkpoint, values[0], each_query, passes, seconds, notes))
+        exact_record = record if name == EXACT_ESTIMATOR else exact_record
+        session.say(_format_score(scores[-1]))
+    return scores, exact_record
 
 
-def estimator(
-    name: EstimatorName, config: AuditConfig, task: Task | ArrayTask, trained: Trained, work: Session
+def make_estimator(
+    name: EstimatorName,
+    config: AuditConfig,
+    task: Task | ArrayTask,
+    uniform_training: UniformTraining,
+    session: Session,
 ) -> Callable[[list[Stream]], Estimate]:
     """validation streams -> the estimate for each, its leaves lead with [streams]; of the checks, the last one's."""
-    ones, fixed = jnp.ones(task.rows), task.fixed(trained.start.params)
-    if name == EXACT:
+    ones, frozen = jnp.ones(task.rows), task.fixed(uniform_training.start.params)
+    if name == EXACT_ESTIMATOR:
         losses = 1
 
         def on_step(step: int) -> None:
-            work.advance(REPLAY + losses * PRODUCT)
-            work.check()
+            session.advance(REPLAY_WORK + losses * HVP_WORK)
+            session.check()
 
         sweep = each(task.problem, task.step, on_step=on_step)
 
-        def swept(streams: list[Stream]) -> Estimate:
+        def sweep_streams(streams: list[Stream]) -> Estimate:
             nonlocal losses
             losses = len(streams)
-            return sweep(trained.run, ones, fixed, trained.stream, streams)
+            return sweep(uniform_training.trajectory, ones, frozen, uniform_training.stream, streams)
 
-        return swept
-    trainer = Trainer(task, replace(config.outer, method=name), work)
+        return sweep_streams
+    trainer = Trainer(task, replace(config.outer, method=name), session)
     summed = placing.kept(task.mesh, task.summed(seed=0))  # read again for every query
 
-    def solved(streams: list[Stream]) -> Estimate:
-        found = []
+    def solve_streams(streams: list[Stream]) -> Estimate:
+        results = []
         for stream in streams:
-            found.append(trainer.direct(trained.run, ones, summed=summed, validation=stream))
-            work.check()
-        return found[-1]._replace(grad=jnp.stack([one.grad for one in found]))
+            results.append(
+                trainer.estimate_at_end(uniform_training.trajectory, ones, train_stream=summed, validation=stream)
+            )
+            session.check()
+        return results[-1]._replace(grad=jnp.stack([one.grad for one in results]))
 
-    return solved
+    return solve_streams
 
 
-def cheap_scores(
-    config: AuditConfig, task: Task | ArrayTask, trained: Trained, names: list[str], work: Session
-) -> list[Score]:
+def compute_cheap_scores(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, names: list[str], session: Session
+) -> list[DataScore]:
     """The cheap scores by the models before and after training; what needs no model, once."""
-    scores: list[Score] = []
-    dearest: dict[str, float] = {}
-    for at in config.audit.checkpoints:
-        params = {"start": trained.start.params, "end": trained.run.end.params}[at]
+    scores: list[DataScore] = []
+    highest_cost: dict[str, float] = {}
+    for checkpoint in config.audit.checkpoints:
+        params = {"start": uniform_training.start.params, "end": uniform_training.trajectory.end.params}[checkpoint]
         for name in names:
-            if name == "random" and scores and at != config.audit.checkpoints[0]:
+            if name == "random" and scores and checkpoint != config.audit.checkpoints[0]:
                 continue  # it reads no model
-            if name == "alignment" and at == "end" and name in config.audit.estimators:
+            if name == "alignment" and checkpoint == "end" and name in config.audit.estimators:
                 continue  # it is there, with entries of every query
-            work.phase(f"scoring: {name} at the {at}")
-            title, column, model = (f"{name}, {at}", f"{name}_{at}", at) if name != "random" else (name, name, "")
-            found = scoring.once(column, name, task, params, config.scores, work)
-            steps, waited = (task.steps, trained.seconds) if model == "end" else (0, 0.0)
+            session.phase(f"scoring: {name} at the {checkpoint}")
+            title, column, model = (
+                (f"{name}, {checkpoint}", f"{name}_{checkpoint}", checkpoint) if name != "random" else (name, name, "")
+            )
+            raw_scores = scoring.once(column, name, task, params, config.scores, session)
+            steps, train_seconds = (task.steps, uniform_training.seconds) if model == "end" else (0, 0.0)
             # what a run makes once for both models (the holdout model of `reducible`) is a cost of either
-            dearest[name] = max(found.passes, dearest.get(name, 0.0))
-            cost = (dearest[name] + steps, found.seconds + waited)
+            highest_cost[name] = max(raw_scores.passes, highest_cost.get(name, 0.0))
+            cost = (highest_cost[name] + steps, raw_scores.seconds + train_seconds)
             # a row without a score is neither good nor bad
-            values = np.where(np.isnan(found.values), np.nanmean(found.values), found.values)
-            scores.append(Score(title, model, values, None, *cost, found.notes))
-            work.say(_line(scores[-1]))
+            values = np.where(np.isnan(raw_scores.values), np.nanmean(raw_scores.values), raw_scores.values)
+            scores.append(DataScore(title, model, values, None, *cost, raw_scores.notes))
+            session.say(_format_score(scores[-1]))
     return scores
 
 
-def certificate(
-    config: AuditConfig, task: Task | ArrayTask, trained: Trained, entries: list[Score], exact: dict[str, Any],
-    work: Session,
+def certify_exact(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, estimate_scores: list[DataScore], exact_record: dict[str, Any],
+    session: Session,
 ) -> tuple[certify.Certificates, certify.Verdict] | None:  # fmt: skip
     """Whether the exact entries are to be believed; None where they, or the certificates, were not asked for."""
-    if not exact or not config.certify.enabled:
+    if not exact_record or not config.certify.enabled:
         return None
-    slopes = next(-one.values for one in entries if one.name == EXACT)
-    found = certificates(
-        task, settings(config), trained.trainer, work, name="uniform weights", weights=np.ones(task.rows),
-        entries=slopes, step=0, value=exact["value"], checks=certify.Checks(**exact["checks"]),
+    slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
+    certificate_set = compute_certificates(
+        task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.rows),
+        hypergradient=slopes, step=0, validation_loss=exact_record["value"], checks=certify.Checks(**exact_record["checks"]),
     )  # fmt: skip
-    told = certify.verdict(found)
-    work.say(f"the exact entries: {told}")
-    return found, told
+    verdict = certify.verdict(certificate_set)
+    session.say(f"the exact entries: {verdict}")
+    return certificate_set, verdict
 
 
-def with_entries(task: Task | ArrayTask, scores: list[Score], folder: Path) -> pa.Table:
+def add_estimate_columns(task: Task | ArrayTask, scores: list[DataScore], folder: Path) -> pa.Table:
     """scores.parquet with the estimates as columns beside the cheap scores."""
     path, rows = folder / scoring.NAME, task.trainable()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})
     table = pq.read_table(path) if path.exists() else ids
-    known = dict(table.schema.metadata or {})
-    for one in scores:
-        if one.name in table.column_names:  # of a run that was stopped after it wrote them
-            table = table.drop_columns([one.name])
-        meaning = f"-dL_v/dweight by {one.name}, {task.objective.unit} per unit of weight; larger is better"
-        known[one.name.encode()] = json.dumps({"meaning": meaning, "passes": one.passes}).encode()
-        table = table.append_column(one.name, pa.array(one.values[rows].astype(float)))
-    return table.replace_schema_metadata(known)
+    metadata = dict(table.schema.metadata or {})
+    for score in scores:
+        if score.name in table.column_names:  # of a run that was stopped after it wrote them
+            table = table.drop_columns([score.name])
+        meaning = f"-dL_v/dweight by {score.name}, {task.objective.unit} per unit of weight; larger is better"
+        metadata[score.name.encode()] = json.dumps({"meaning": meaning, "passes": score.passes}).encode()
+        table = table.append_column(score.name, pa.array(score.values[rows].astype(float)))
+    return table.replace_schema_metadata(metadata)
 
 
 # ---- parts
 
 
-def _kept(
-    work: Session, name: str, estimate: Callable[[list[Stream]], Estimate], streams: list[Stream]
+def _estimate_once(
+    session: Session, name: str, estimate: Callable[[list[Stream]], Estimate], streams: list[Stream]
 ) -> tuple[Float[np.ndarray, "streams rows"], dict[str, Any]]:
     """(-dL/dw for each stream, what it cost and its checks): made now, or found where an earlier run left it."""
-    path = work.folder / "parts" / f"{name}.npy"
+    path = session.folder / "parts" / f"{name}.npy"
 
     def make() -> dict[str, Any]:
-        before, began = work.work, time.monotonic()
-        found = estimate(streams)
-        if not bool(tree.finite(found.grad)):
+        before, began = session.work, time.monotonic()
+        result = estimate(streams)
+        if not bool(tree.finite(result.grad)):
             raise FloatingPointError(
-                f"the entries of {name} are not finite ({found.checks}). Training itself was finite: raise "
+                f"the entries of {name} are not finite ({result.checks}). Training itself was finite: raise "
                 "optimizer.eps_root, or lower optimizer.learning_rate."
             )
         with files.replacing(path) as place, open(place, "wb") as file:
-            np.save(file, -np.asarray(found.grad))
-        checks = {key: value for key, value in found.checks._asdict().items() if not math.isnan(value)}
-        value = float(np.ravel(found.value)[0])
-        return {"passes": work.work - before, "seconds": time.monotonic() - began, "value": value, "checks": checks}
+            np.save(file, -np.asarray(result.grad))
+        checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}
+        value = float(np.ravel(result.value)[0])
+        return {"passes": session.work - before, "seconds": time.monotonic() - began, "value": value, "checks": checks}
 
-    told = work.once(f"entries/{name}", make)
-    return np.load(path), told
+    record = session.once(f"entries/{name}", make)
+    return np.load(path), record
 
 
-def _line(score: Score) -> str:
+def _format_score(score: DataScore) -> str:
     return f"{score.name:<20}{score.passes:>9,.0f} passes   {score.seconds:,.0f} s"

@@ -18,11 +18,11 @@ from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, per_row
 
-TARGETS = {"fit": "L_v", "queries": "each query", "report": "V_report"}
+TARGET_LABELS = {"fit": "L_v", "queries": "each query", "report": "V_report"}
 """What is predicted, as people read it."""
 
 
-class Bank(NamedTuple):
+class LeaveOutRetrains(NamedTuple):
     """Losses of models trained again without some rows, with the start and the data order of the first training."""
 
     fractions: tuple[float, ...]
@@ -30,23 +30,23 @@ class Bank(NamedTuple):
     losses: dict[str, Float[np.ndarray, "fractions subsets losses"]]
     """By target (a key of TARGETS): of all of V_fit, of each query, of all of V_report; only what there is."""
 
-    def predicted(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
+    def predict_loss_rise(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
         """The rise of the loss that scores (larger is better) foretell: the sum of those of the rows that left."""
         return np.einsum("fsr,...r->...fs", self.left_out.astype(float), scores)
 
 
-def subsets(
-    rows: int, trainable: Int[np.ndarray, "kept"], fraction: float, count: int, seed: int
+def draw_subsets(
+    num_examples: int, trainable: Int[np.ndarray, "kept"], fraction: float, count: int, seed: int
 ) -> Bool[np.ndarray, "subsets rows"]:
     """Which rows each subset leaves out: round(fraction * rows) of them at random, from (seed, fraction, number)."""
-    left_out = np.zeros((count, rows), bool)
+    left_out = np.zeros((count, num_examples), bool)
     for number, line in enumerate(left_out):
         random = np.random.default_rng((seed, round(1e6 * fraction), number))
         line[random.permutation(trainable)[: round(fraction * len(trainable))]] = True
     return left_out
 
 
-def retrained(
+def retrain_without_subsets(
     task: Task | ArrayTask,
     session: Session,
     *,
@@ -54,31 +54,33 @@ def retrained(
     stream: Stream,
     queries: Int[np.ndarray, "queries"],
     fractions: tuple[float, ...],
-    count: int,
-    together: int,
+    num_subsets: int,
+    vmap_size: int,
     seed: int,
-) -> Bank:
+) -> LeaveOutRetrains:
     """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are remembered.
 
     Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
     `together`, side by side, which changes no loss but by rounding.
     """
-    value, fixed = outer_value(task.problem), task.fixed(start.params)
-    held = {part: task.held_out[part] for part in TARGETS if part in task.held_out}
-    left_out = np.stack([subsets(task.rows, task.trainable(), one, count, seed) for one in fractions])
+    value, frozen = outer_value(task.problem), task.fixed(start.params)
+    part_streams = {part: task.held_out[part] for part in TARGET_LABELS if part in task.held_out}
+    left_out = np.stack(
+        [draw_subsets(task.rows, task.trainable(), fraction, num_subsets, seed) for fraction in fractions]
+    )
 
-    def read(params: Params) -> dict[str, list[float]]:
-        found = {part: [float(value(params, fixed, some))] for part, some in held.items()}
+    def read_losses(params: Params) -> dict[str, list[float]]:
+        found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
         if len(queries):
-            losses = per_row(task.objective.losses, params, fixed, held["fit"], len(task.trusted["fit"]))
+            losses = per_row(task.objective.losses, params, frozen, part_streams["fit"], len(task.trusted["fit"]))
             found["queries"] = losses[queries].tolist()
         return found
 
     def retrain(gone: Bool[np.ndarray, "some rows"]) -> list[dict[str, list[float]]]:
-        missing = together - len(gone)  # filled up, so that every group is of one shape and compiled once
-        params = side_by_side(task, session, start, stream, np.pad(gone, ((0, missing), (0, 0)), mode="edge"))
-        found = [read(jax.tree.map(itemgetter(at), params)) for at in range(len(gone))]
-        if not all(np.isfinite(values).all() for one in found for values in one.values()):
+        missing = vmap_size - len(gone)  # filled up, so that every group is of one shape and compiled once
+        params = train_vmapped(task, session, start, stream, np.pad(gone, ((0, missing), (0, 0)), mode="edge"))
+        found = [read_losses(jax.tree.map(itemgetter(at), params)) for at in range(len(gone))]
+        if not all(np.isfinite(values).all() for reading in found for values in reading.values()):
             raise FloatingPointError(
                 "a model trained without some of the rows has a loss that is not finite, although the one trained with "
                 "all rows has not. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
@@ -86,47 +88,50 @@ def retrained(
         return found
 
     lines: list[list[dict[str, list[float]]]] = []
-    for fraction, some in zip(fractions, left_out, strict=True):
+    for fraction, group in zip(fractions, left_out, strict=True):
         session.phase(f"retraining without {fraction:.3g} of the rows")
-        groups = {first: some[first : first + together] for first in range(0, count, together)}
-        jobs = {f"bank/{fraction:g}/{first}": partial(retrain, gone) for first, gone in groups.items()}
+        groups = {offset: group[offset : offset + vmap_size] for offset in range(0, num_subsets, vmap_size)}
+        jobs = {f"bank/{fraction:g}/{offset}": partial(retrain, excluded) for offset, excluded in groups.items()}
         lines.append([line for key, job in jobs.items() for line in session.once(key, job)])
-    targets = [target for target in TARGETS if target in lines[0][0]]
+    targets = [target for target in TARGET_LABELS if target in lines[0][0]]
     losses = {target: np.array([[line[target] for line in some] for some in lines]) for target in targets}
-    return Bank(fractions, left_out, losses)
+    return LeaveOutRetrains(fractions, left_out, losses)
 
 
-def side_by_side(
+def train_vmapped(
     task: Task | ArrayTask, session: Session, start: Inner, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
 ) -> Params:
     """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
-    take, forward = _several(task.step)
-    weights, fixed = jnp.asarray(~left_out, jnp.result_type(float)), task.fixed(start.params)
+    gather, forward = _vmap_step(task.step)
+    weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.fixed(start.params)
     state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
     for step in range(stream.steps):
         batch = stream.batch(step)
-        state, _ = forward(state, take(weights, batch), fixed, batch)
+        state, _ = forward(state, gather(weights, batch), frozen, batch)
         session.advance(len(left_out))
         session.check()
     return state.params
 
 
 @lru_cache(maxsize=2)
-def _several(step: Transition) -> tuple[Callable, Callable]:
+def _vmap_step(step: Transition) -> tuple[Callable, Callable]:
     """`take` and `forward` of several runs at once; remembered, so that they are compiled once."""
     return jax.jit(jax.vmap(step.take, in_axes=(0, None))), jax.jit(jax.vmap(step.forward, in_axes=(0, 0, None, None)))
 
 
-def only(stream: Stream, row: int) -> Stream:
+def single_example_stream(stream: Stream, row: int) -> Stream:
     """The validation stream with one row alone: its share of L_v, which is its loss over the number of rows."""
-    holds = (step for step in range(stream.steps) if (np.asarray(stream.batch(step)["index"]) == row).any())
-    batch = stream.batch(next(holds))
-    alone = {**batch, "index": jnp.where(batch["index"] == row, batch["index"], PADDING)}
-    return Stream(lambda _: alone, 1)
+    matching_steps = (step for step in range(stream.steps) if (np.asarray(stream.batch(step)["index"]) == row).any())
+    batch = stream.batch(next(matching_steps))
+    masked_batch = {**batch, "index": jnp.where(batch["index"] == row, batch["index"], PADDING)}
+    return Stream(lambda _: masked_batch, 1)
 
 
-def scored(
-    bank: Bank, scores: Float[np.ndarray, "rows"], each: Float[np.ndarray, "queries rows"] | None, seed: int
+def compute_lds(
+    retrains: LeaveOutRetrains,
+    scores: Float[np.ndarray, "rows"],
+    query_scores: Float[np.ndarray, "queries rows"] | None,
+    seed: int,
 ) -> dict[str, list[Float[np.ndarray, "draws"]]]:
     """Linear-datamodelling scores by target and fraction, of the bank itself and of its resamples.
 
@@ -134,32 +139,36 @@ def scored(
     single queries, each foretold by its own line of `each`, or by the one score of the rows where there is none.
     Subsets are resampled, and queries with them. The draws are the same for every score, so differences are paired.
     """
-    found: dict[str, list[np.ndarray]] = {}
-    for target, losses in bank.losses.items():
-        own = scores[None] if target != "queries" or each is None else each
-        foretold = bank.predicted(own)
-        found[target] = []
-        for index in range(len(bank.fractions)):
+    scores_by_target: dict[str, list[np.ndarray]] = {}
+    for target, losses in retrains.losses.items():
+        target_scores = scores[None] if target != "queries" or query_scores is None else query_scores
+        predicted = retrains.predict_loss_rise(target_scores)
+        scores_by_target[target] = []
+        for index in range(len(retrains.fractions)):
             actual = losses[index].T
             counts = bootstrap.resampled(actual.shape[1], (seed, index))
-            lines = np.broadcast_to(foretold[:, index], actual.shape)
-            drawn = bootstrap.rank_correlations(lines, actual, counts)
-            among = bootstrap.resampled(len(actual), (seed, index, 1)) * np.isfinite(drawn)
+            lines = np.broadcast_to(predicted[:, index], actual.shape)
+            correlations = bootstrap.rank_correlations(lines, actual, counts)
+            query_counts = bootstrap.resampled(len(actual), (seed, index, 1)) * np.isfinite(correlations)
             with np.errstate(invalid="ignore"):  # nan where a score foretells the same for every subset
-                found[target].append((among * np.nan_to_num(drawn)).sum(1) / among.sum(1))
-    return found
+                scores_by_target[target].append(
+                    (query_counts * np.nan_to_num(correlations)).sum(1) / query_counts.sum(1)
+                )
+    return scores_by_target
 
 
-def table(bank: Bank, ids: list[str], query_ids: list[str]) -> pa.Table:
+def build_retrain_table(retrains: LeaveOutRetrains, example_ids: list[str], query_ids: list[str]) -> pa.Table:
     """One row per retrain: its fraction, the ids that left, the losses; of queries a list, their ids as metadata."""
-    shape = bank.left_out.shape[:2]
-    named = np.array(ids, object)
+    shape = retrains.left_out.shape[:2]
+    id_array = np.array(example_ids, object)
     columns = {
-        "fraction": np.repeat(bank.fractions, shape[1]),
+        "fraction": np.repeat(retrains.fractions, shape[1]),
         "subset": np.tile(np.arange(shape[1]), shape[0]),
-        "left_out": [named[gone].tolist() for gone in bank.left_out.reshape(-1, bank.left_out.shape[2])],
+        "left_out": [
+            id_array[excluded].tolist() for excluded in retrains.left_out.reshape(-1, retrains.left_out.shape[2])
+        ],
     }
-    for target, losses in bank.losses.items():
+    for target, losses in retrains.losses.items():
         flat = losses.reshape(-1, losses.shape[2])
         columns[target] = flat.tolist() if target == "queries" else flat[:, 0]
     return pa.table(columns).replace_schema_metadata({"queries": "\n".join(query_ids)})

@@ -17,11 +17,11 @@ from bilevel_jax.core.weighting import effective_size
 from bilevel_jax.runs import bench_report, classification, files, rows
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs.classification import ArrayTask
-from bilevel_jax.runs.compare import Arm, retrain
+from bilevel_jax.runs.compare import RetrainVariant, retrain_variant
 from bilevel_jax.runs.config import CompareConfig, SelectConfig
 from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.learn import baselines, good_rows
-from bilevel_jax.runs.methods import METHODS, Outcome, once
+from bilevel_jax.runs.learn import compute_baseline_scores, good_label_mask
+from bilevel_jax.runs.methods import METHODS, MethodResult, count_baseline_work
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.rules import on_arrays
 from bilevel_jax.runs.session import Session, run_folder, started
@@ -30,30 +30,30 @@ from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.task import prepare as prepare_text
 from bilevel_jax.runs.training import Trainer
 
-APART = 1_000_000
+SEED_STRIDE = 1_000_000
 """Between the seeds of data and order of two repetitions: further than any outer step or retrain goes."""
 
 
-def bench(config: CompareConfig) -> dict[str, Any]:
+def compare(config: CompareConfig) -> dict[str, Any]:
     """Run the verb in `config.output.folder` and return what result.json holds.
 
     Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
     """
     with run_folder(config) as folder:
-        task_of = tasks(config, folder)
-        _affordable(config, task_of(0))
-        with started(config, folder) as work:
-            return _work(config, task_of, work)
+        build_task = make_task_builder(config, folder)
+        _check_budget(config, build_task(0))
+        with started(config, folder) as session:
+            return _run_comparison(config, build_task, session)
 
 
-def settings(config: CompareConfig, seed: int) -> SelectConfig:
+def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
     """One repetition as the settings of `select`, which the parts of a run are written for."""
     return SelectConfig(
         model=config.model,
         lora=config.lora,
         data=replace(
             config.data,
-            seed=config.data.seed + APART * seed,
+            seed=config.data.seed + SEED_STRIDE * seed,
             label_field="label" if on_arrays(config) else config.data.label_field,
             good_label="clean" if on_arrays(config) else config.data.good_label,
         ),
@@ -68,22 +68,25 @@ def settings(config: CompareConfig, seed: int) -> SelectConfig:
     )
 
 
-def tasks(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTask]:
+def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTask]:
     """seed -> the task: arrays with rows and wrong labels of their own, or always the same text."""
     if on_arrays(config):
         source = classification.read(config.data.train[0])
-        net = classification.network(settings(config, 0), config.arrays, source)
-        return lambda seed: classification.prepare(settings(config, seed), config.arrays, source, net)
-    ready = embedded(settings(config, 0), folder)
+        net = classification.network(select_config_for_seed(config, 0), config.arrays, source)
+        return lambda seed: classification.prepare(select_config_for_seed(config, seed), config.arrays, source, net)
+    resolved = embedded(select_config_for_seed(config, 0), folder)
     text = prepare_text(
-        ready, rows.load(ready.data), folder, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal
+        resolved, rows.load(resolved.data), folder, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal
     )
     return lambda seed: text
 
 
-def _affordable(config: CompareConfig, task: Task | ArrayTask) -> None:
-    chosen = {name: METHODS[name] for name in config.compare.methods}
-    needed = {name: one.least(task, one.settings(settings(config, 0))) for name, one in chosen.items()}
+def _check_budget(config: CompareConfig, task: Task | ArrayTask) -> None:
+    selected_methods = {name: METHODS[name] for name in config.compare.methods}
+    needed = {
+        name: method.min_budget(task, method.configure(select_config_for_seed(config, 0)))
+        for name, method in selected_methods.items()
+    }
     if short := {name: math.ceil(least) for name, least in needed.items() if least > config.compare.budget}:
         listed = ", ".join(f"{name} {least:,}" for name, least in short.items())
         raise ValueError(
@@ -92,31 +95,36 @@ def _affordable(config: CompareConfig, task: Task | ArrayTask) -> None:
         )
 
 
-def planned_work(config: CompareConfig, task: Task | ArrayTask) -> float:
+def count_compare_work(config: CompareConfig, task: Task | ArrayTask) -> float:
     """The whole run in training steps, for the ETA."""
-    some, steps = config.compare, task.steps
-    return some.seeds * (
-        steps + once(task) + len(some.baselines) * steps + len(some.methods) * (some.budget + 2 * steps)
+    options, steps = config.compare, task.steps
+    return options.seeds * (
+        steps
+        + count_baseline_work(task)
+        + len(options.baselines) * steps
+        + len(options.methods) * (options.budget + 2 * steps)
     )
 
 
-def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], work: Session) -> dict[str, Any]:
+def _run_comparison(
+    config: CompareConfig, build_task: Callable[[int], Task | ArrayTask], session: Session
+) -> dict[str, Any]:
     cells: dict[str, list[dict[str, Any]]] = {}
     tables, notes = [], []
     for seed in range(config.compare.seeds):
-        task = task_of(seed)
+        task = build_task(seed)
         if seed == 0:
-            work.phase("starting", total=planned_work(config, task))
+            session.phase("starting", total=count_compare_work(config, task))
         for note in task.notes:
-            work.say(f"seed {seed}  {note}")
+            session.say(f"seed {seed}  {note}")
         notes += [note for note in task.notes if note not in notes]
-        made, table = repetition(config, task, seed, work)
-        for name, cell in made.items():
+        seed_cells, table = run_repetition(config, task, seed, session)
+        for name, cell in seed_cells.items():
             cells.setdefault(name, []).append(cell)
         tables.append(table)
     result = {
-        "rows": [summary(name, cells) for name in cells],
-        "labels": good_rows(task, settings(config, 0)) is not None,
+        "rows": [summarize_method(name, cells) for name in cells],
+        "labels": good_label_mask(task, select_config_for_seed(config, 0)) is not None,
         "unit": task.objective.unit,
         "right": task.objective.right,
         "budget": config.compare.budget,
@@ -127,195 +135,215 @@ def _work(config: CompareConfig, task_of: Callable[[int], Task | ArrayTask], wor
         "top_share": config.compare.top_share,
         "counts": {"train": task.rows} | {part: len(task.trusted[part]) for part in task.held_out},
         "notes": notes,
-        "seconds": work.cost("seed")[1],
+        "seconds": session.cost("seed")[1],
         "config_hash": configs.config_hash(config),
     }
-    result["sentence"] = bench_report.sentence(result)
-    work.phase("writing")
-    files.write_table(work.folder / "weights.parquet", pa.concat_tables(tables))
-    files.write_json(work.folder / "result.json", result)
-    files.write_atomic(work.folder / "table.md", bench_report.markdown(result))
-    bench_report.write(work.folder)
+    result["sentence"] = bench_report.summarize_comparison(result)
+    session.phase("writing")
+    files.write_table(session.folder / "weights.parquet", pa.concat_tables(tables))
+    files.write_json(session.folder / "result.json", result)
+    files.write_atomic(session.folder / "table.md", bench_report.format_markdown(result))
+    bench_report.write_compare_report(session.folder)
     return result
 
 
-def repetition(
-    config: CompareConfig, task: Task | ArrayTask, seed: int, work: Session
+def run_repetition(
+    config: CompareConfig, task: Task | ArrayTask, seed: int, session: Session
 ) -> tuple[dict[str, dict[str, Any]], pa.Table]:
     """Every arm and every method under one seed: (name -> its cell of the table, the weights of every row)."""
-    base = settings(config, seed)
-    good = good_rows(task, base)
-    trainer = Trainer(task, base.outer, work)
-    read = outer_value(task.problem)
-    first = _first(task, base, seed, trainer, work)
+    select_config = select_config_for_seed(config, seed)
+    good = good_label_mask(task, select_config)
+    trainer = Trainer(task, select_config.outer, session)
+    outer_loss = outer_value(task.problem)
+    uniform_stats = _train_uniform(task, select_config, seed, trainer, session)
 
-    def cold(name: str, arm: Arm) -> dict[str, Any]:
+    def retrain_cold(name: str, variant: RetrainVariant) -> dict[str, Any]:
         def make() -> dict[str, Any]:
             began = time.monotonic()
-            found = retrain(task, base, trainer, work, read, arm, 0)
+            found = retrain_variant(task, select_config, trainer, session, outer_loss, variant, 0)
             return found | {"passes": task.steps, "seconds": time.monotonic() - began}
 
-        work.phase(f"seed {seed}/{name}")
-        return work.once(f"seed {seed}/{name}", make)
+        session.phase(f"seed {seed}/{name}")
+        return session.once(f"seed {seed}/{name}", make)
 
-    made = {}
-    for name, (arm, scores) in arms(config, task, seed, first, good).items():
-        looked = first["passes"] if name in ("aligned", "low_loss") else 0
-        kept = np.isin(np.arange(task.rows), arm.rows)
-        cell = cold(name, arm) | {"ess": int(kept.sum())}
+    cells = {}
+    for name, (variant, scores) in make_baselines(config, task, seed, uniform_stats, good).items():
+        ranking_passes = uniform_stats["passes"] if name in ("aligned", "low_loss") else 0
+        is_kept = np.isin(np.arange(task.rows), variant.example_indices)
+        cell = retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
         if good is not None and scores is not None:
-            cell |= {"auc": auc(scores, good), "f1": f1(kept, good)}
-        made[name] = cell | {"meaning": arm.meaning, "passes": cell["passes"] + looked}
-        work.say(f"seed {seed}  {_line(name, made[name])}")
-    columns = {"alignment": first["alignment"], "loss": first["losses"]}
+            cell |= {"auc": auc(scores, good), "f1": f1_score(is_kept, good)}
+        cells[name] = cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
+        session.say(f"seed {seed}  {_format_cell(name, cells[name])}")
+    columns = {"alignment": uniform_stats["alignment"], "loss": uniform_stats["losses"]}
     for name in config.compare.methods:
-        cell, weights = learned(config, task, base, name, seed, work, read)
+        cell, weights = learn_weights(config, task, select_config, name, seed, session, outer_loss)
         columns[f"weight {name}"] = weights
         if name != "mixing":
             table = np.ones(task.corpus.rows)
             table[: task.rows] = weights
             everything = task.trainable()
-            alone = cold(f"{name}, alone", Arm(name, "", everything, table))
-            joined = cold(f"{name}, with V_fit", Arm(name, "", np.concatenate([everything, task.fit_rows()]), table))
-            cell |= {key: alone[key] for key in (*PARTS, "accuracy")}
-            cell["with_v"] = {key: joined[key] for key in ("report", "accuracy")}
+            without_validation = retrain_cold(f"{name}, alone", RetrainVariant(name, "", everything, table))
+            with_validation = retrain_cold(
+                f"{name}, with V_fit", RetrainVariant(name, "", np.concatenate([everything, task.fit_rows()]), table)
+            )
+            cell |= {key: without_validation[key] for key in (*PARTS, "accuracy")}
+            cell["with_v"] = {key: with_validation[key] for key in ("report", "accuracy")}
         if good is not None and name != "mixing":
-            cell |= {"auc": auc(weights, good), "f1": f1(weights > 1, good)}
-        made[name] = cell
-        work.say(f"seed {seed}  {_line(name, cell)}")
+            cell |= {"auc": auc(weights, good), "f1": f1_score(weights > 1, good)}
+        cells[name] = cell
+        session.say(f"seed {seed}  {_format_cell(name, cell)}")
     facts = {
         "seed": np.full(task.rows, seed),
         "id": [example.id for example in task.examples],
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
     }
-    return made, pa.table(facts | columns)
+    return cells, pa.table(facts | columns)
 
 
-def arms(
-    config: CompareConfig, task: Task | ArrayTask, seed: int, first: dict[str, Any], good: np.ndarray | None
-) -> dict[str, tuple[Arm, np.ndarray | None]]:
+def make_baselines(
+    config: CompareConfig, task: Task | ArrayTask, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
+) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
     """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
     everything, fit = task.trainable(), task.fit_rows()
     ones = np.ones(task.corpus.rows)
     count = max(1, round(config.compare.top_share * len(everything)))
-    drawn = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
+    random_subset = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
     share = f"{config.compare.top_share:.0%} of the rows"
-    chosen: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
+    specs: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
         "uniform": ("every row, weight 1", everything, None),
         "validation": ("V_fit alone", fit, None),
         "train+validation": ("every row and V_fit", np.concatenate([everything, fit]), None),
-        "random": (f"{share}, at random", drawn, np.isin(np.arange(task.rows), drawn).astype(float)),
-        "aligned": (f"{share}, by alignment once", top(-first["alignment"], count, everything), -first["alignment"]),
-        "low_loss": (f"{share}, of least loss", top(-first["losses"], count, everything), -first["losses"]),
+        "random": (f"{share}, at random", random_subset, np.isin(np.arange(task.rows), random_subset).astype(float)),
+        "aligned": (
+            f"{share}, by alignment once",
+            top(-uniform_stats["alignment"], count, everything),
+            -uniform_stats["alignment"],
+        ),
+        "low_loss": (
+            f"{share}, of least loss",
+            top(-uniform_stats["losses"], count, everything),
+            -uniform_stats["losses"],
+        ),
     }
     if good is not None:
         clean = everything[good[everything]]
-        chosen["oracle"] = ("the good rows", clean, good.astype(float))
-        chosen["oracle+validation"] = ("the good rows and V_fit", np.concatenate([clean, fit]), good.astype(float))
+        specs["oracle"] = ("the good rows", clean, good.astype(float))
+        specs["oracle+validation"] = ("the good rows and V_fit", np.concatenate([clean, fit]), good.astype(float))
     return {
-        name: (Arm(name, chosen[name][0], chosen[name][1], ones), chosen[name][2])
+        name: (RetrainVariant(name, specs[name][0], specs[name][1], ones), specs[name][2])
         for name in config.compare.baselines
-        if name in chosen
+        if name in specs
     }
 
 
-def learned(
-    config: CompareConfig, task: Task | ArrayTask, base: SelectConfig, name: str, seed: int, work: Session, read: Any
+def learn_weights(
+    config: CompareConfig,
+    task: Task | ArrayTask,
+    select_config: SelectConfig,
+    name: str,
+    seed: int,
+    session: Session,
+    outer_loss: Any,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """A method's cell before its retrains, and its weights: made now, or found where an earlier run left them."""
     method, key = METHODS[name], f"seed {seed}/{name}"
-    path = work.folder / "parts" / f"{key.replace('/', ' ')}.npy"
+    path = session.folder / "parts" / f"{key.replace('/', ' ')}.npy"
 
     def make() -> dict[str, Any]:
-        part = work.within(key.replace("/", " "))
-        found = method.run(task, method.settings(base), part, float(config.compare.budget))
+        part = session.within(key.replace("/", " "))
+        outcome = method.run(task, method.configure(select_config), part, float(config.compare.budget))
         with files.replacing(path) as place, open(place, "wb") as file:
-            np.save(file, found.weights)
-        return _cell(task, found, read)
+            np.save(file, outcome.weights)
+        return _make_cell(task, outcome, outer_loss)
 
-    cell = work.once(key, make)
-    shutil.rmtree(work.folder / "parts" / key.replace("/", " "), ignore_errors=True)
+    cell = session.once(key, make)
+    shutil.rmtree(session.folder / "parts" / key.replace("/", " "), ignore_errors=True)
     return dict(cell), np.load(path)
 
 
-def _cell(task: Task | ArrayTask, found: Outcome, read: Any) -> dict[str, Any]:
+def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
     sources = sorted({example.source for example in task.examples})
-    of = np.array([example.source for example in task.examples])
+    source_names = np.array([example.source for example in task.examples])
     cell = {
-        "passes": found.passes,
-        "seconds": found.seconds,
-        "trail": found.trail,
-        "ended": found.ended,
-        "ess": float(effective_size(jnp.asarray(found.weights))),
-        "sources": {name: float(found.weights[of == name].mean()) for name in sources}
+        "passes": outcome.passes,
+        "seconds": outcome.seconds,
+        "trail": outcome.history,
+        "ended": outcome.stop_reason,
+        "ess": float(effective_size(jnp.asarray(outcome.weights))),
+        "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
         if 2 <= len(sources) <= 6
         else {},
     }
-    if found.params is not None:
-        fixed, part = task.fixed(found.params), _last(task)
-        right = per_row(task.objective.accuracy, found.params, fixed, task.held_out[part], len(task.trusted[part]))
-        value = float(read(found.params, fixed, task.held_out[part]))
-        cell["own"] = {"report": value, "accuracy": float(np.nanmean(right))}
+    if outcome.params is not None:
+        frozen, part = task.fixed(outcome.params), _held_out_part(task)
+        correct = per_row(task.objective.accuracy, outcome.params, frozen, task.held_out[part], len(task.trusted[part]))
+        value = float(outer_loss(outcome.params, frozen, task.held_out[part]))
+        cell["own"] = {"report": value, "accuracy": float(np.nanmean(correct))}
     return cell
 
 
-def _first(task: Task | ArrayTask, base: SelectConfig, seed: int, trainer: Trainer, work: Session) -> dict[str, Any]:
+def _train_uniform(
+    task: Task | ArrayTask, select_config: SelectConfig, seed: int, trainer: Trainer, session: Session
+) -> dict[str, Any]:
     """Alignment and losses of every row after a uniform training, and what they cost."""
-    path, key = work.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
+    path, key = session.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
 
     def make() -> float:
-        before, ones = work.work, jnp.ones(task.rows)
-        run = trainer.run(ones, trainer.begin(task.fresh(base.train.seed)), task.stream(base.data.seed))
-        alignment, losses = baselines(task, trainer, run, ones)
+        before, ones = session.work, jnp.ones(task.rows)
+        run = trainer.run(
+            ones, trainer.init_state(task.fresh(select_config.train.seed)), task.stream(select_config.data.seed)
+        )
+        alignment, losses = compute_baseline_scores(task, trainer, run, ones)
         path.parent.mkdir(exist_ok=True)
         with files.replacing(path) as place, open(place, "wb") as file:
             np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.rows])
-        return work.work - before
+        return session.work - before
 
-    work.phase(key)
-    passes = work.once(key, make)
-    with np.load(path) as found:
-        return {name: found[name] for name in found} | {"passes": passes}
+    session.phase(key)
+    passes = session.once(key, make)
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored} | {"passes": passes}
 
 
-def f1(kept: np.ndarray, good: np.ndarray) -> float:
+def f1_score(selected: np.ndarray, good: np.ndarray) -> float:
     """2 |kept and good| / (|kept| + |good|); a learned weight keeps where it is above 1, i.e. sigma(h) > .5."""
-    return float(2 * (kept & good).sum() / max(1, kept.sum() + good.sum()))
+    return float(2 * (selected & good).sum() / max(1, selected.sum() + good.sum()))
 
 
-def summary(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """A row of the table: means and 95 % intervals over the seeds; the distance to oracle + validation by seed."""
-    found, method = cells[name], METHODS.get(name) if "trail" in cells[name][0] else None
+    runs, method = cells[name], METHODS.get(name) if "trail" in cells[name][0] else None
     readings = {
-        key: [cell[key] for cell in found]
+        key: [cell[key] for cell in runs]
         for key in (*PARTS, "accuracy", "auc", "f1", "ess", "passes", "seconds")
-        if found[0].get(key) is not None
+        if runs[0].get(key) is not None
     }
     for of in ("with_v", "own"):
-        for key in found[0].get(of) or ():
-            readings[f"{of} {key}"] = [cell[of][key] for cell in found]
+        for key in runs[0].get(of) or ():
+            readings[f"{of} {key}"] = [cell[of][key] for cell in runs]
     if goal := cells.get("oracle+validation"):
         mine = readings.get("with_v report") or readings.get("report") or readings["own report"]
-        readings["distance"] = [one - other["report"] for one, other in zip(mine, goal, strict=True)]
-    for source in found[0].get("sources") or ():
-        readings[f"weight of {source}"] = [cell["sources"][source] for cell in found]
+        readings["distance"] = [loss - other["report"] for loss, other in zip(mine, goal, strict=True)]
+    for source in runs[0].get("sources") or ():
+        readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]
     intervals = {key: mean_interval(values) for key, values in readings.items()}
     return {
         "name": name,
         "learns": method is not None,
-        "of": method.of if method else found[0]["meaning"],
-        "exact": method.exact if method else "",
+        "of": method.estimand if method else runs[0]["meaning"],
+        "exact": method.exactness if method else "",
         "mean": {key: mean for key, (mean, _) in intervals.items()},
         "interval": {key: half for key, (_, half) in intervals.items()},
-        "runs": found,
+        "runs": runs,
     }
 
 
-def _last(task: Task | ArrayTask) -> str:
+def _held_out_part(task: Task | ArrayTask) -> str:
     return "report" if "report" in task.held_out else "fit"
 
 
-def _line(name: str, cell: dict[str, Any]) -> str:
+def _format_cell(name: str, cell: dict[str, Any]) -> str:
     words = [f"{key} {cell[key]:.3f}" for key in ("report", "accuracy", "auc", "f1") if cell.get(key) is not None]
     return f"{name:<20}{'   '.join(words)}   {cell['passes']:,.0f} passes   {cell['seconds']:.0f} s"

@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 
 from bilevel_jax.runs import files
-from bilevel_jax.runs.figures import Html, element, join, scale
+from bilevel_jax.runs.figures import Html, html_element, join_html, make_scale
 from bilevel_jax.runs.page import (
-    NONE,
+    MISSING,
     Column,
-    Estimate,
-    banner,
-    details,
-    document,
-    figure,
-    note,
-    number,
-    paragraph,
-    table,
+    MeanInterval,
+    format_number,
+    html_details,
+    html_document,
+    html_figure,
+    html_note,
+    html_paragraph,
+    html_table,
+    verdict_banner,
 )
-from bilevel_jax.runs.results import PARTS, real, write_page
+from bilevel_jax.runs.results import PART_LABELS, float_or_nan, write_report
 from bilevel_jax.runs.statistics import mean_interval
 
-Row = dict[str, Any]
-COLUMNS = (
+JsonObject = dict[str, Any]
+TABLE_COLUMNS = (
     ("auc", "AUC", "of the weights against the labels"),
     ("f1", "F1", "good rows = weight above 1"),
     ("report", "V_report", "retrained with the weights"),
@@ -43,69 +43,73 @@ COLUMNS = (
 """(key, head, what it is); columns that no row has are left out."""
 
 
-def write(folder: Path) -> Path:
+def write_compare_report(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    return write_page(folder, page)
+    return write_report(folder, render_compare_report)
 
 
-def page(name: str, result: Row, config_text: str, environment: Row) -> str:
+def render_compare_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
     """The whole report as HTML."""
-    intro = join(
+    intro = join_html(
         "bilevel_jax compare, run ",
-        element("b", name),
+        html_element("b", name),
         f". L_v is a model's loss on trusted rows, in {result['unit']}; lower is better. V_fit steers the weights; "
         "every number of the table is read on V_report, from models trained again from cold.",
     )
-    lead = join(
-        banner(
+    lead = join_html(
+        verdict_banner(
             "fair",
             "=",
             f"One budget: {result['budget']:,} passes",
-            paragraph(result["sentence"]),
-            note(protocol(result)),
+            html_paragraph(result["sentence"]),
+            html_note(describe_protocol(result)),
         ),
-        figure(trails(result), _caption(result), wide=True),
+        html_figure(plot_cost_curves(result), _format_caption(result), wide=True),
     )
     packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
     sections = [
-        ("table", "The table", main_table(result)),
-        ("methods", "What each method computes", estimands(result)),
+        ("table", "The table", render_comparison_table(result)),
+        ("methods", "What each method computes", render_estimand_table(result)),
         (
             "provenance",
             "Data, and how to see the same numbers",
-            join(
-                *(paragraph(text) for text in result["notes"]),
-                element("pre", f"bilevel-jax compare {files.RESOLVED} --out ANOTHER_FOLDER"),
-                paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
-                paragraph(f"All of it took {number(result['seconds'] / 60, 3)} minutes."),
-                details(f"{files.RESOLVED}, all settings", element("pre", config_text)),
+            join_html(
+                *(html_paragraph(text) for text in result["notes"]),
+                html_element("pre", f"bilevel-jax compare {files.RESOLVED} --out ANOTHER_FOLDER"),
+                html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
+                html_paragraph(f"All of it took {format_number(result['seconds'] / 60, 3)} minutes."),
+                html_details(f"{files.RESOLVED}, all settings", html_element("pre", config_text)),
             ),
         ),
     ]
-    return document(f"{name}: comparison", "Which method finds the rows to trust, at one budget", intro, lead, sections)
+    return html_document(
+        f"{name}: comparison", "Which method finds the rows to trust, at one budget", intro, lead, sections
+    )
 
 
 # ---- in words
 
 
-def sentence(result: Row) -> str:
+def summarize_comparison(result: JsonObject) -> str:
     """Who leads, by how much, from whom it is not told apart, and whether the question means anything here."""
     methods = [row for row in result["rows"] if row["learns"] and "report" in row["mean"]]
     parts, labels = [], result["labels"]
     if labels:
-        parts += _leads(methods, "auc", -1, "ranks the rows best", "AUC")
-        parts += _leads(methods, "f1", -1, "sorts them best", "F1")
-    parts += _leads(
+        parts += _describe_leader(methods, "auc", -1, "ranks the rows best", "AUC")
+        parts += _describe_leader(methods, "f1", -1, "sorts them best", "F1")
+    parts += _describe_leader(
         methods, "with_v report", 1, "trained again with its weights and V_fit is lowest on V_report", "L_v"
     )
     rows = {row["name"]: row for row in result["rows"]}
-    if once := [f"{name} {_said(rows[name], 'auc')}" for name in ("aligned", "low_loss") if name in rows and labels]:
-        parts.append(f"Ranked once, after uniform training: AUC {', '.join(once)}.")
+    if ranked_texts := [
+        f"{name} {_format_estimate(rows[name], 'auc')}" for name in ("aligned", "low_loss") if name in rows and labels
+    ]:
+        parts.append(f"Ranked once, after uniform training: AUC {', '.join(ranked_texts)}.")
     if "validation" in rows and "train+validation" in rows:
-        pair = [f"{_said(rows[name], 'report')}" for name in ("validation", "train+validation")]
+        pair = [f"{_format_estimate(rows[name], 'report')}" for name in ("validation", "train+validation")]
         parts.append(f"V_fit alone reaches {pair[0]}, all rows with V_fit {pair[1]}.")
     if "oracle" in rows and "uniform" in rows:
-        gain, half = mean_interval([a["report"] - b["report"] for a, b in _paired(rows["oracle"], rows["uniform"])])
+        gain, half = mean_interval([a["report"] - b["report"] for a, b in _pair_runs(rows["oracle"], rows["uniform"])])
         if gain + half < 0:
             parts.append("The oracle beats uniform, so the labels mean something here.")
         elif not math.isnan(half):
@@ -115,61 +119,61 @@ def sentence(result: Row) -> str:
     return " ".join(parts) or "No method was compared."
 
 
-def protocol(result: Row) -> str:
+def describe_protocol(result: JsonObject) -> str:
     """What is the same for all, and what a number is a mean of."""
-    counts = ", ".join(f"{PARTS.get(part, part)} {count:,}" for part, count in result["counts"].items())
+    counts = ", ".join(f"{PART_LABELS.get(part, part)} {count:,}" for part, count in result["counts"].items())
     return (
         f"Rows: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
         f"{result['batch']} (a training step 1, a swept step 1 to replay and 3 for its Hessian product, a product of "
         "implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One training is "
-        f"{result['steps']} steps, which is also what every retrain makes; {RESTARTS[result['restart']]}. Seeds: "
+        f"{result['steps']} steps, which is also what every retrain makes; {RESTART_DESCRIPTIONS[result['restart']]}. Seeds: "
         f"{result['seeds']}; ± is the half-width of the 95 % interval of their mean by Student's t. "
-        + (DEFINITIONS if result["labels"] else "")
+        + (F1_DEFINITION if result["labels"] else "")
     )
 
 
-RESTARTS = {
+RESTART_DESCRIPTIONS = {
     "cold": "while weights are learned, each training begins at the first parameters",
     "warm": "while weights are learned, each training begins where the last one ended (retrains never do)",
 }
-DEFINITIONS = (
+F1_DEFINITION = (
     "F1 is the field's for hyper-cleaning: a row counts as called good where its weight is above 1, which for weights "
     "2σ(h) is σ(h) > .5; rows of a subset count as called good. Subsets are given their share, which methods are not."
 )
 
 
-def _leads(methods: Sequence[Row], key: str, sign: int, what: str, name: str) -> list[str]:
+def _describe_leader(methods: Sequence[JsonObject], key: str, sign: int, what: str, name: str) -> list[str]:
     ranked = sorted((row for row in methods if key in row["mean"]), key=lambda row: sign * row["mean"][key])
     if not ranked:
         return []
     best, *others = ranked
-    close = [row["name"] for row in others if not _apart(best, row, key) and len(row["runs"]) > 1]
-    told = f", not told apart from {', '.join(close)}" if close else ""
-    return [f"{_named(best['name'])} {what}: {name} {_said(best, key)}{told}."]
+    close = [row["name"] for row in others if not _is_distinguishable(best, row, key) and len(row["runs"]) > 1]
+    ties = f", not told apart from {', '.join(close)}" if close else ""
+    return [f"{_display_name(best['name'])} {what}: {name} {_format_estimate(best, key)}{ties}."]
 
 
-def _named(name: str) -> str:
+def _display_name(name: str) -> str:
     return f"BMO{name[3:]}" if name.startswith("bmo") else name.replace("_", " ").capitalize()
 
 
-def _apart(one: Row, other: Row, key: str) -> bool:
+def _is_distinguishable(row: JsonObject, other: JsonObject, key: str) -> bool:
     """Whether the two differ by more than the interval of their difference by seed."""
     outer, _, inner = key.rpartition(" ")
-    pairs = [(a[outer][inner], b[outer][inner]) if outer else (a[key], b[key]) for a, b in _paired(one, other)]
+    pairs = [(a[outer][inner], b[outer][inner]) if outer else (a[key], b[key]) for a, b in _pair_runs(row, other)]
     mean, half = mean_interval([a - b for a, b in pairs])
     return abs(mean) > half  # false with one seed, whose interval is nan
 
 
-def _paired(one: Row, other: Row) -> list[tuple[Row, Row]]:
-    return list(zip(one["runs"], other["runs"], strict=True))
+def _pair_runs(row: JsonObject, other: JsonObject) -> list[tuple[JsonObject, JsonObject]]:
+    return list(zip(row["runs"], other["runs"], strict=True))
 
 
-def _said(row: Row, key: str) -> str:
-    mean, half = row["mean"].get(key), real(row["interval"].get(key))
-    return number(mean, 3) + ("" if math.isnan(half) else f" ± {number(half, 2)}")
+def _format_estimate(row: JsonObject, key: str) -> str:
+    mean, half = row["mean"].get(key), float_or_nan(row["interval"].get(key))
+    return format_number(mean, 3) + ("" if math.isnan(half) else f" ± {format_number(half, 2)}")
 
 
-def _caption(result: Row) -> str:
+def _format_caption(result: JsonObject) -> str:
     what = "AUC of the weights against the labels" if result["labels"] else "L_v on V_report of the model at that point"
     return f"Quality against cost: {what}, mean over the seeds, by what has been spent of the budget."
 
@@ -177,110 +181,114 @@ def _caption(result: Row) -> str:
 # ---- tables
 
 
-def main_table(result: Row) -> Html:
+def render_comparison_table(result: JsonObject) -> Html:
     """Arms first, then methods."""
     rows = result["rows"]
-    shown = _shown(result)
-    return join(
-        table(
-            Column("", [join(element("b", row["name"]), element("span", row["of"], class_="sub")) for row in rows]),
+    columns = _nonempty_columns(result)
+    return join_html(
+        html_table(
+            Column("", [join_html(html_element("b", row["name"]), html_element("span", row["of"], class_="sub")) for row in rows]),
             *(
-                Column(head, [_estimate(row, key) for row in rows], what)
-                for key, head, what in shown
+                Column(head, [_get_estimate(row, key) for row in rows], what)
+                for key, head, what in columns
             ),
-            marks={index: "strong" for index, row in enumerate(rows) if row["learns"]},
-            name="bench",
+            row_classes={index: "strong" for index, row in enumerate(rows) if row["learns"]},
+            css_class="bench",
         ),
-        note(f"{NONE}: does not apply. Shaded: methods that learn weights."),
-        *(note(f"{row['name']}: {cell['ended']}.") for row in rows for cell in row["runs"] if cell.get("ended")),
+        html_note(f"{MISSING}: does not apply. Shaded: methods that learn weights."),
+        *(html_note(f"{row['name']}: {cell['ended']}.") for row in rows for cell in row["runs"] if cell.get("ended")),
     )  # fmt: skip
 
 
-def estimands(result: Row) -> Html:
+def render_estimand_table(result: JsonObject) -> Html:
     """The same numbers mean different things; here is what."""
     rows = [row for row in result["rows"] if row["learns"]]
-    return table(
+    return html_table(
         Column("method", [row["name"] for row in rows]),
         Column("its gradient, or its model, is of", [row["of"] for row in rows]),
         Column("exact for that", [row["exact"] for row in rows]),
     )
 
 
-def markdown(result: Row) -> str:
+def format_markdown(result: JsonObject) -> str:
     """The table for a README, with the sentence before it and the protocol behind it."""
-    shown = _shown(result)
-    heads = ["", *(head for _, head, _ in shown)]
+    columns = _nonempty_columns(result)
+    heads = ["", *(head for _, head, _ in columns)]
     names = [f"**{row['name']}**" if row["learns"] else row["name"] for row in result["rows"]]
     lines = [
-        f"| {' | '.join([name, *(_said(row, key) for key, _, _ in shown)])} |"
+        f"| {' | '.join([name, *(_format_estimate(row, key) for key, _, _ in columns)])} |"
         for name, row in zip(names, result["rows"], strict=True)
     ]
     exact = [f"| {row['name']} | {row['of']} | {row['exact']} |" for row in result["rows"] if row["learns"]]
     return "\n".join(
         [
             result["sentence"], "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines, "",
-            protocol(result), "", "| method | of | exact for that |", "|---|---|---|", *exact, "",
+            describe_protocol(result), "", "| method | of | exact for that |", "|---|---|---|", *exact, "",
         ]
     )  # fmt: skip
 
 
-def _shown(result: Row) -> list[tuple[str, str, str]]:
-    found = [one for one in COLUMNS if any(one[0] in row["mean"] for row in result["rows"])]
+def _nonempty_columns(result: JsonObject) -> list[tuple[str, str, str]]:
+    columns = [column for column in TABLE_COLUMNS if any(column[0] in row["mean"] for row in result["rows"])]
     sources = sorted({key for row in result["rows"] for key in row["mean"] if key.startswith("weight of ")})
-    return found + [(key, key, "mean weight of its rows") for key in sources]
+    return columns + [(key, key, "mean weight of its rows") for key in sources]
 
 
-def _estimate(row: Row, key: str) -> Estimate | None:
-    return Estimate(real(row["mean"].get(key)), real(row["interval"].get(key)))
+def _get_estimate(row: JsonObject, key: str) -> MeanInterval | None:
+    return MeanInterval(float_or_nan(row["mean"].get(key)), float_or_nan(row["interval"].get(key)))
 
 
 # ---- the picture
 
 
-def trails(result: Row) -> Html:
+def plot_cost_curves(result: JsonObject) -> Html:
     """A line per method: quality by passes spent, its name at the line's end; arms as dashes in the margin."""
     left, right, top, bottom, margin = 58, 560, 14, 330, 150
-    lines = {row["name"]: _trail(row, result["labels"]) for row in result["rows"] if row["learns"]}
+    lines = {row["name"]: _mean_curve(row, result["labels"]) for row in result["rows"] if row["learns"]}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
-        return element("p", "No method made a step.")
-    x = scale([0.0, *(a for points in lines.values() for a, _ in points)], left, right, margin=0)
-    y = scale([b for points in lines.values() for _, b in points], bottom, top)
-    parts = [_rule(x(tick), top, x(tick), bottom, f"{tick:,.0f}", "middle", bottom + 16) for tick in x.ticks()]
-    parts += [_rule(left, y(tick), right, y(tick), f"{tick:g}", "end", y(tick) + 4, left - 6) for tick in y.ticks()]
-    places = _spaced({name: y(points[-1][1]) for name, points in lines.items()}, 14)
+        return html_element("p", "No method made a step.")
+    x = make_scale([0.0, *(a for points in lines.values() for a, _ in points)], left, right, margin=0)
+    y = make_scale([b for points in lines.values() for _, b in points], bottom, top)
+    parts = [_grid_line(x(tick), top, x(tick), bottom, f"{tick:,.0f}", "middle", bottom + 16) for tick in x.ticks()]
+    parts += [
+        _grid_line(left, y(tick), right, y(tick), f"{tick:g}", "end", y(tick) + 4, left - 6) for tick in y.ticks()
+    ]
+    places = _spread_labels({name: y(points[-1][1]) for name, points in lines.items()}, 14)
     for index, (name, points) in enumerate(lines.items()):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
         end_x, end_y = x(points[-1][0]), y(points[-1][1])
         colour = f"k{index % 6}{' d1' if index >= 6 else ''}"
         parts += [
-            element("polyline", points=path, class_=f"line {colour}"),
-            element("circle", cx=f"{end_x:.1f}", cy=f"{end_y:.1f}", r=4, class_=f"dot {colour}"),
-            element(
+            html_element("polyline", points=path, class_=f"line {colour}"),
+            html_element("circle", cx=f"{end_x:.1f}", cy=f"{end_y:.1f}", r=4, class_=f"dot {colour}"),
+            html_element(
                 "line", x1=f"{end_x + 6:.1f}", y1=f"{end_y:.1f}", x2=right + 12, y2=f"{places[name]:.1f}", class_="grid"
             ),
-            element("text", name, x=right + 15, y=f"{places[name] + 4:.1f}", class_="label"),
+            html_element("text", name, x=right + 15, y=f"{places[name] + 4:.1f}", class_="label"),
         ]
     what = "AUC" if result["labels"] else f"L_v on V_report, {result['unit']}"
     parts.append(
-        element("text", f"passes spent ({what} upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle")
+        html_element(
+            "text", f"passes spent ({what} upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle"
+        )
     )
     words = "; ".join(f"{name}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
-    return element("svg", *parts, viewBox=f"0 0 {right + margin} {bottom + 42}", role="img", aria_label=words)
+    return html_element("svg", *parts, viewBox=f"0 0 {right + margin} {bottom + 42}", role="img", aria_label=words)
 
 
-def _trail(row: Row, labels: bool) -> list[tuple[float, float]]:
+def _mean_curve(row: JsonObject, labels: bool) -> list[tuple[float, float]]:
     """(passes, quality), means over the seeds, as far as every seed went."""
     runs = [cell["trail"] for cell in row["runs"]]
     points = []
-    for ones in zip(*runs, strict=False):
-        values = [one["auc"] if labels else one["loss"].get("report") for one in ones]
+    for seed_points in zip(*runs, strict=False):
+        values = [point["auc"] if labels else point["loss"].get("report") for point in seed_points]
         if all(value is not None for value in values):
-            points.append((float(np.mean([one["passes"] for one in ones])), float(np.mean(values))))
+            points.append((float(np.mean([point["passes"] for point in seed_points])), float(np.mean(values))))
     return points
 
 
-def _spaced(places: dict[str, float], least: float) -> dict[str, float]:
+def _spread_labels(places: dict[str, float], least: float) -> dict[str, float]:
     """The places moved down until they are `least` apart."""
     out: dict[str, float] = {}
     for name in sorted(places, key=places.__getitem__):
@@ -288,9 +296,9 @@ def _spaced(places: dict[str, float], least: float) -> dict[str, float]:
     return out
 
 
-def _rule(
+def _grid_line(
     x1: float, y1: float, x2: float, y2: float, words: str, kind: str, at: float, start: float | None = None
 ) -> Html:
-    line = element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_="grid")
-    text = element("text", words, x=f"{x1 if start is None else start:.1f}", y=f"{at:.1f}", class_=f"tick {kind}")
-    return join(line, text)
+    line = html_element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_="grid")
+    text = html_element("text", words, x=f"{x1 if start is None else start:.1f}", y=f"{at:.1f}", class_=f"tick {kind}")
+    return join_html(line, text)

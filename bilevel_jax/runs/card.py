@@ -10,35 +10,58 @@ import numpy as np
 import yaml
 
 from bilevel_jax.runs import files
-from bilevel_jax.runs.chosen import Chosen
+from bilevel_jax.runs.chosen import SelectedExamples
 from bilevel_jax.runs.config import ExportConfig
-from bilevel_jax.runs.figures import printable
-from bilevel_jax.runs.forms import NAMES, Target
-from bilevel_jax.runs.keep import rule
+from bilevel_jax.runs.figures import show_control_characters
+from bilevel_jax.runs.forms import TRAINER_NAMES, ExportTarget
+from bilevel_jax.runs.keep import describe_selection_rule
 
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+SIZE_CATEGORIES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+)
 
 
-def card(config: ExportConfig, run: Path | None, command: str, chosen: Chosen, target: Target, use: str) -> str:
+def format_dataset_card(
+    config: ExportConfig,
+    run: Path | None,
+    command: str,
+    selected: SelectedExamples,
+    target: ExportTarget,
+    instructions: str,
+) -> str:
     """README.md of an export: front matter for the hub, how to use the rows, how they were chosen, from what."""
-    total = int(chosen.repeats.sum())
-    different = int((chosen.repeats > 0).sum())
-    again = "" if total == different else f" ({different:,} different ones)"
+    total = int(selected.repeats.sum())
+    num_distinct = int((selected.repeats > 0).sum())
+    distinct_note = "" if total == num_distinct else f" ({num_distinct:,} different ones)"
     head = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _files(target)}]}],
-        "size_categories": [next((name for most, name in SIZES if total < most), "n>10M")],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _data_files(target)}]}],
+        "size_categories": [next((name for most, name in SIZE_CATEGORIES if total < most), "n>10M")],
         "task_categories": ["text-generation"],
     }
-    made = [
-        (key, _cell(value))
-        for key, value in (*_made_by(run), ("weights", chosen.source), ("rule", rule(config.selection)))
+    facts = [
+        (key, _escape_cell(value))
+        for key, value in (
+            *_describe_run(run),
+            ("weights", selected.source),
+            ("rule", describe_selection_rule(config.selection)),
+        )
     ]
-    made += [
-        ("rows with a weight", f"{len(chosen.examples):,}"),
-        ("rows written", f"{total:,}{again}"),
-        ("effective size of the weights", f"{_effective(chosen.weights):,.0f} of {len(chosen.weights):,} rows"),
-        ("effective size of what is written", f"{_effective(_written(config, chosen)):,.0f} of {different:,} rows"),
-        *([("command", _code(command))] if command else []),
+    facts += [
+        ("rows with a weight", f"{len(selected.examples):,}"),
+        ("rows written", f"{total:,}{distinct_note}"),
+        (
+            "effective size of the weights",
+            f"{_effective_size(selected.weights):,.0f} of {len(selected.weights):,} rows",
+        ),
+        (
+            "effective size of what is written",
+            f"{_effective_size(_written_weights(config, selected)):,.0f} of {num_distinct:,} rows",
+        ),
+        *([("command", _code_span(command))] if command else []),
     ]
     weight = (
         "`weight` is 1 in every row: the repeats are the weight."
@@ -47,37 +70,39 @@ def card(config: ExportConfig, run: Path | None, command: str, chosen: Chosen, t
     )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {_cell(target.path.parent.name)}",
-        f"{total:,} rows{again} of {len(chosen.examples):,}, chosen by their weight ({rule(config.selection)}), in the "
-        f"layout {target.layout} of {NAMES[config.export.format]}.",
+        f"# {_escape_cell(target.path.parent.name)}",
+        f"{total:,} rows{distinct_note} of {len(selected.examples):,}, chosen by their weight ({describe_selection_rule(config.selection)}), in the "
+        f"layout {target.layout} of {TRAINER_NAMES[config.export.format]}.",
         "**Licence:** not stated. These rows were chosen from others, whose terms hold for them; name those terms "
         "before you share the rows.",
-        f"## Use\n\n{use}",
+        f"## Use\n\n{instructions}",
         "Each row has an `id`, a hash of its text"
         + (f". {weight}" if config.export.weight_key else " (`#n` counts copies).")
         + " `selection.parquet` tells of every row, written or not: `id`, `row`, `repeats`, `weight`, `source`.",
-        "## How it was made\n\n" + _markdown(("", ""), made),
+        "## How it was made\n\n" + _markdown_table(("", ""), facts),
         "## Rows by source\n\n"
-        + _markdown(("source", "rows before", "share of the weight", "rows written"), _sources(chosen)),
+        + _markdown_table(("source", "rows before", "share of the weight", "rows written"), _source_lines(selected)),
     ]
-    if chosen.notes:
-        parts.append("## Left out before choosing\n\n" + "\n".join(f"- {_cell(note)}" for note in chosen.notes))
+    if selected.notes:
+        parts.append(
+            "## Left out before choosing\n\n" + "\n".join(f"- {_escape_cell(note)}" for note in selected.notes)
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def _files(target: Target) -> str:
+def _data_files(target: ExportTarget) -> str:
     return f"{target.path.name}/*.arrow" if target.container == "datasets" else target.path.name
 
 
-def _made_by(run: Path | None) -> list[tuple[str, str]]:
+def _describe_run(run: Path | None) -> list[tuple[str, str]]:
     """What is known of the run."""
     if run is None:
         return []
-    config = settings_of(run)
-    result = result_of(run)
+    config = read_run_config(run)
+    result = read_run_result(run)
     outer = config.get("outer", {})
     method = ", ".join(f"{key} {outer[key]}" for key in ("method", "weighting", "steps") if key in outer)
-    found = {
+    facts = {
         "run": run.resolve().name,
         "method": f"bilevel-jax select: {method}" if outer else "bilevel-jax train",
         "estimand": result.get("estimand", ""),
@@ -85,59 +110,59 @@ def _made_by(run: Path | None) -> list[tuple[str, str]]:
         "objective": config.get("objective", {}).get("name", ""),
         "config hash": result.get("config_hash", ""),
     }
-    return [(key, str(value)) for key, value in found.items() if value]
+    return [(key, str(value)) for key, value in facts.items() if value]
 
 
-def _sources(chosen: Chosen) -> list[tuple[str, ...]]:
-    names = np.array([example.source for example in chosen.examples])
-    total = chosen.weights.sum() or 1.0
+def _source_lines(selected: SelectedExamples) -> list[tuple[str, ...]]:
+    names = np.array([example.source for example in selected.examples])
+    total = selected.weights.sum() or 1.0
     return [
         (
-            _cell(name),
+            _escape_cell(name),
             f"{count:,}",
-            f"{chosen.weights[names == name].sum() / total:.1%}",
-            f"{int(chosen.repeats[names == name].sum()):,}",
+            f"{selected.weights[names == name].sum() / total:.1%}",
+            f"{int(selected.repeats[names == name].sum()):,}",
         )
         for name, count in Counter(names.tolist()).most_common()
     ]
 
 
-def _written(config: ExportConfig, chosen: Chosen) -> np.ndarray:
+def _written_weights(config: ExportConfig, selected: SelectedExamples) -> np.ndarray:
     """What each row counts in what was written."""
-    return chosen.repeats.astype(float) if config.selection.resample else chosen.weights * (chosen.repeats > 0)
+    return selected.repeats.astype(float) if config.selection.resample else selected.weights * (selected.repeats > 0)
 
 
-def _effective(values: np.ndarray) -> float:
+def _effective_size(values: np.ndarray) -> float:
     return float(values.sum() ** 2 / (values**2).sum()) if values.any() else 0.0
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     wide = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
     return "\n".join([wide[0], "|" + " --- |" * len(head), *wide[1:]])
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Text of anyone's inside Markdown: one line, and no markup."""
-    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    text = to_one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     return text.translate({ord(mark): f"\\{mark}" for mark in "|[]*_`"})
 
 
-def _code(text: str) -> str:
-    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+def _code_span(text: str) -> str:
+    return f"`{to_one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def one_line(text: str) -> str:
+def to_one_line(text: str) -> str:
     """Text of anyone's in one line, with its control characters made visible."""
-    return " ".join(printable(text).split())
+    return " ".join(show_control_characters(text).split())
 
 
-def result_of(run: Path) -> dict[str, Any]:
+def read_run_result(run: Path) -> dict[str, Any]:
     """The result of a run; empty where it has none yet."""
     path = run / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def settings_of(run: Path) -> dict[str, Any]:
+def read_run_config(run: Path) -> dict[str, Any]:
     """The config of a run, as it was written; empty where there is none."""
     path = run / files.RESOLVED
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

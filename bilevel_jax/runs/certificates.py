@@ -11,13 +11,13 @@ from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import order_seed
+from bilevel_jax.runs.learn import data_order_seed
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.training import Trainer
 
 
-def certificates(
+def compute_certificates(
     task: Task | ArrayTask,
     config: SelectConfig,
     trainer: Trainer,
@@ -25,9 +25,9 @@ def certificates(
     *,
     name: str,
     weights: Float[np.ndarray, "rows"],
-    entries: Float[np.ndarray, "rows"],
+    hypergradient: Float[np.ndarray, "rows"],
     step: int,
-    value: float,
+    validation_loss: float,
     checks: Checks,
 ) -> Certificates:
     """Certify the estimate that outer step `step` made at `weights`: same start, same data order, trained again.
@@ -38,34 +38,42 @@ def certificates(
     settings = config.certify
     if not settings.enabled:
         return Certificates(None, None, None, checks)
-    at, grad = placing.everywhere(task.mesh, (weights, entries))
-    start = trainer.begin(task.fresh(config.train.seed))
-    stream = task.stream(order_seed(config, step))
-    read = outer_value(task.problem)
+    device_weights, grad = placing.everywhere(task.mesh, (weights, hypergradient))
+    start = trainer.init_state(task.fresh(config.train.seed))
+    stream = task.stream(data_order_seed(config, step))
+    loss_fn = outer_value(task.problem)
 
-    def retrain(changed: jax.Array) -> float:
-        return trainer.value(changed, start, stream, task.held_out["fit"], read)
+    def retrain(new_weights: jax.Array) -> float:
+        return trainer.validation_loss(new_weights, start, stream, task.held_out["fit"], loss_fn)
 
-    def estimate(changed: jax.Array) -> jax.Array:
-        return trainer.estimate(trainer.run(changed, start, stream, swept=True), changed, stream).grad
+    def estimate(new_weights: jax.Array) -> jax.Array:
+        return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
 
-    def exact() -> dict:
-        return certify.exact(retrain, at, grad, settings.step_sizes)._asdict()
+    def compute_exact() -> dict:
+        return certify.exact(retrain, device_weights, grad, settings.step_sizes)._asdict()
 
-    def predictive() -> dict:
+    def compute_predictive() -> dict:
         key = jax.random.key(config.data.seed + 2)
         return certify.predictive(
-            retrain, key, at, grad, value, fraction=settings.retrain_removed, retrains=settings.retrains
+            retrain,
+            key,
+            device_weights,
+            grad,
+            validation_loss,
+            fraction=settings.retrain_removed,
+            retrains=settings.retrains,
         )._asdict()
 
     session.phase(f"certifying the gradient at {name}")
     key = jax.random.key(config.data.seed + 1)
-    ratios = session.once(f"certify/{name}/exact", exact)
-    cosine = session.once(f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, at, grad, settings.removed))
-    predicted = session.once(f"certify/{name}/predictive", predictive) if settings.retrains else None
+    ratios = session.once(f"certify/{name}/exact", compute_exact)
+    cosine = session.once(
+        f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, device_weights, grad, settings.removed)
+    )
+    predictive_result = session.once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
     return Certificates(
-        certify.Exact(**{key: tuple(value) for key, value in ratios.items()}),
+        certify.Exact(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
         cosine,
-        certify.Predictive(**predicted) if predicted else None,
+        certify.Predictive(**predictive_result) if predictive_result else None,
         checks,
     )

@@ -16,10 +16,10 @@ from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import rows, weights
 from bilevel_jax.runs.config import ExportConfig, InspectConfig
 from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.keep import keep_rows
+from bilevel_jax.runs.keep import select_examples
 
 
-class Chosen(NamedTuple):
+class SelectedExamples(NamedTuple):
     """The rows with a weight, and how often each was chosen."""
 
     examples: list[Example]
@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
     notes: list[str]
 
 
-def choose(config: ExportConfig, run: Path | None = None) -> Chosen:
+def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedExamples:
     """The rows with a weight, and how often `config.keep` takes each; `run` is where builtin:cipher may lie.
 
     Raises ValueError for rows without a weight, unless the run that made the weights left them out.
@@ -41,49 +41,51 @@ def choose(config: ExportConfig, run: Path | None = None) -> Chosen:
             "folder or weights.file, or set selection.top_share to 1 to write every row."
         )
     with tempfile.TemporaryDirectory() as temporary:
-        made = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
-        config = replace(config, data=embedded(InspectConfig(data=config.data), made).data)
+        input_folder = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
+        config = replace(config, data=embedded(InspectConfig(data=config.data), input_folder).data)
         empty: list[str] = []
         examples = data.load(config.data.train, rows.reading(config.data), empty.append)
         notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []
-        examples, left = _without_leaks(config, examples)
-    notes += left
-    given = weights.given(config.weights, examples)
-    usable = given.kept & ~_never_read(config, examples)
-    if missing := int((~given.kept).sum()):
+        examples, leak_notes = _drop_leaks(config, examples)
+    notes += leak_notes
+    loaded_weights = weights.given(config.weights, examples)
+    usable = loaded_weights.kept & ~_find_unread(config, examples)
+    if missing := int((~loaded_weights.kept).sum()):
         notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
-    if unread := int((given.kept & ~usable).sum()):
+    if unread := int((loaded_weights.kept & ~usable).sum()):
         notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
     sources = [example.source for example in examples]
-    places = keep_rows(given.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed)
+    places = select_examples(
+        loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
+    )
     if config.selection.per_source and len(places) < config.selection.per_source:
         notes.append(
             f"selection.per_source = {config.selection.per_source:,}: a source gave all it has, so {len(places):,} rows."
         )
     repeats = np.bincount(places, minlength=len(examples))[usable]
     examples = [example for example, use in zip(examples, usable, strict=True) if use]
-    return Chosen(examples, given.weights[usable], repeats, given.source, notes)
+    return SelectedExamples(examples, loaded_weights.weights[usable], repeats, loaded_weights.source, notes)
 
 
-def _without_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Example], list[str]]:
+def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Example], list[str]]:
     """The rows without those that a run with data.leaks = drop left out, so that they have no weight."""
     if config.data.leaks != "drop" or not config.weights.file or config.weights.missing != "error":
         return examples, []
-    known = weights.column(config.weights.file, config.weights.column)
-    absent = [example for example in examples if example.id not in known]
+    known_weights = weights.column(config.weights.file, config.weights.column)
+    absent = [example for example in examples if example.id not in known_weights]
     if not absent:
         return examples, []
-    gone = {example.id for example in absent}
+    leaked_ids = {example.id for example in absent}
     with contextlib.suppress(FileNotFoundError):  # where the trusted rows are not at hand, nothing can be compared
         trusted = rows.parts(config.data, rows.reading(config.data), lambda message: None)
-        gone = {row.id for row, _ in data.leaks(absent, [row for part in trusted.values() for row in part])}
-    left = [example for example in examples if example.id not in gone]
-    return left, [
-        f"{len(gone):,} rows were left out, as by the run: they stand in the trusted rows, too."
-    ] if gone else []
+        leaked_ids = {row.id for row, _ in data.leaks(absent, [row for part in trusted.values() for row in part])}
+    remaining = [example for example in examples if example.id not in leaked_ids]
+    return remaining, [
+        f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the trusted rows, too."
+    ] if leaked_ids else []
 
 
-def _never_read(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:
+def _find_unread(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:
     """Rows that a run of `select` left out as too long: they have no loss there."""
     file = config.weights.file
     if not file.endswith(".parquet") or "loss" not in pq.ParquetFile(file).schema_arrow.names:

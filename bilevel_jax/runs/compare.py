@@ -13,75 +13,79 @@ from bilevel_jax.lm.batches import steps_per_epoch
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import scoring
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import Learned, good_rows
+from bilevel_jax.runs.learn import LearnedWeights, good_label_mask
 from bilevel_jax.runs.rows import PARTS
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import mean_interval, top
 from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.training import Trainer
 
-FIRST_SEED = 10_000
+FIRST_RETRAIN_SEED = 10_000
 """Data orders of the comparison begin here: the learned weights have seen none of them."""
 
 
-class Arm(NamedTuple):
+class RetrainVariant(NamedTuple):
     """One row of the table: which corpus rows it trains on, with which weights."""
 
     name: str
     meaning: str
-    rows: Int[np.ndarray, "chosen"]
+    example_indices: Int[np.ndarray, "chosen"]
     weights: Float[np.ndarray, "corpus"]
 
 
-def arms(
-    task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"], session: Session
-) -> list[Arm]:
+def build_variants(
+    task: Task,
+    config: SelectConfig,
+    learned: LearnedWeights,
+    selected_indices: Int[np.ndarray, "selected"],
+    session: Session,
+) -> list[RetrainVariant]:
     """The rows of the table that the config asks for and the data allow."""
-    everything, fit = task.trainable(), task.fit_rows()
+    all_indices, validation_indices = task.trainable(), task.fit_rows()
     ones = np.ones(task.corpus.rows)
-    table = ones.copy()
-    table[: task.rows] = learned.weights
-    count = len(selected)
-    share = f"{count} rows"
-    drawn = np.sort(np.random.default_rng(config.data.seed).choice(everything, count, replace=False))
-    good = good_rows(task, config)
-    known = np.zeros(task.rows, bool) if good is None else good
+    learned_weights = ones.copy()
+    learned_weights[: task.rows] = learned.weights
+    count = len(selected_indices)
+    subset_size = f"{count} rows"
+    random_indices = np.sort(np.random.default_rng(config.data.seed).choice(all_indices, count, replace=False))
+    good = good_label_mask(task, config)
+    good_mask = np.zeros(task.rows, bool) if good is None else good
 
-    def scored(name: str) -> Arm:
+    def top_by_score(name: str) -> RetrainVariant:
         params = task.fresh(config.train.seed)
         values = scoring.once(name, name, task, params, config.scores, session).values
-        return Arm(
-            f"{name}, top", f"{share} of the largest {name} by the model before training",
-            top(values, count, everything), ones,
+        return RetrainVariant(
+            f"{name}, top", f"{subset_size} of the largest {name} by the model before training",
+            top(values, count, all_indices), ones,
         )  # fmt: skip
 
-    available: dict[str, Callable[[], Arm]] = {
-        "uniform": lambda: Arm("uniform", "every row with weight 1", everything, ones),
-        "learned": lambda: Arm("learned weights", "every row with its learned weight", everything, table),
-        "selected": lambda: Arm("selected subset", f"the {share} written to selected.jsonl, weight 1", selected, ones),
-        "random": lambda: Arm("random subset", f"{share} drawn at random", drawn, ones),
-        "alignment": lambda: Arm(
-            "alignment, top", f"{share} best aligned with grad L_v after uniform training",
-            top(-learned.alignment, count, everything), ones,
+    builders: dict[str, Callable[[], RetrainVariant]] = {
+        "uniform": lambda: RetrainVariant("uniform", "every row with weight 1", all_indices, ones),
+        "learned": lambda: RetrainVariant("learned weights", "every row with its learned weight", all_indices, learned_weights),
+        "selected": lambda: RetrainVariant("selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones),
+        "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
+        "alignment": lambda: RetrainVariant(
+            "alignment, top", f"{subset_size} best aligned with grad L_v after uniform training",
+            top(-learned.alignment, count, all_indices), ones,
         ),
-        "perplexity": lambda: Arm(
-            "low loss, top", f"{share} with the least loss after uniform training",
-            top(-learned.losses, count, everything), ones,
+        "perplexity": lambda: RetrainVariant(
+            "low loss, top", f"{subset_size} with the least loss after uniform training",
+            top(-learned.losses, count, all_indices), ones,
         ),
-        "validation": lambda: Arm("validation only", "V_fit alone, weight 1", fit, ones),
-        "train+validation": lambda: Arm(
-            "train + validation", "all rows and V_fit, weight 1", np.concatenate([everything, fit]), ones
+        "validation": lambda: RetrainVariant("validation only", "V_fit alone, weight 1", validation_indices, ones),
+        "train+validation": lambda: RetrainVariant(
+            "train + validation", "all rows and V_fit, weight 1", np.concatenate([all_indices, validation_indices]), ones
         ),
-        "oracle": lambda: Arm(
-            "oracle", f"the rows whose label is {config.data.good_label!r}", everything[known[everything]], ones
+        "oracle": lambda: RetrainVariant(
+            "oracle", f"the rows whose label is {config.data.good_label!r}", all_indices[good_mask[all_indices]], ones
         ),
     }  # fmt: skip
-    wanted = [name for name in config.retrain.variants if name != "oracle" or known.any()]
-    return [available[name]() if name in available else scored(name) for name in wanted]
+    names = [name for name in config.retrain.variants if name != "oracle" or good_mask.any()]
+    return [builders[name]() if name in builders else top_by_score(name) for name in names]
 
 
-def compare(
-    task: Task, config: SelectConfig, trainer: Trainer, session: Session, table: list[Arm]
+def retrain_all_variants(
+    task: Task, config: SelectConfig, trainer: Trainer, session: Session, variants: list[RetrainVariant]
 ) -> list[dict[str, Any]]:
     """Train every arm from cold under every seed; means with 95 % intervals over the seeds.
 
@@ -89,13 +93,14 @@ def compare(
     """
     if not config.retrain.enabled:
         return []
-    read = outer_value(task.problem)
+    loss_fn = outer_value(task.problem)
     results = []
-    for arm in table:
-        session.phase(f"comparing: {arm.name}")
-        train = partial(retrain, task, config, trainer, session, read, arm)
+    for variant in variants:
+        session.phase(f"comparing: {variant.name}")
+        retrain_seed = partial(retrain_variant, task, config, trainer, session, loss_fn, variant)
         runs = [
-            session.once(f"compare/{arm.name}/{seed}", partial(train, seed)) for seed in range(config.retrain.seeds)
+            session.once(f"compare/{variant.name}/{seed}", partial(retrain_seed, seed))
+            for seed in range(config.retrain.seeds)
         ]
         columns = [*PARTS, "accuracy"]
         intervals = {
@@ -103,36 +108,38 @@ def compare(
         }
         results.append(
             {
-                "name": arm.name,
-                "meaning": arm.meaning,
-                "rows": len(arm.rows),
+                "name": variant.name,
+                "meaning": variant.meaning,
+                "rows": len(variant.example_indices),
                 "steps": task.steps,
-                "epochs": task.steps / steps_per_epoch(len(arm.rows), task.batch),
+                "epochs": task.steps / steps_per_epoch(len(variant.example_indices), task.batch),
                 "runs": runs,
                 "mean": {column: mean for column, (mean, _) in intervals.items()},
                 "interval": {column: half for column, (_, half) in intervals.items()},
             }
         )
-        session.say(_line(results[-1], task.objective.right))
+        session.say(_format_result(results[-1], task.objective.right))
     return results
 
 
-def retrain(task, config, trainer, session, read, arm: Arm, seed: int) -> dict[str, Any]:
+def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVariant, seed: int) -> dict[str, Any]:
     """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on V_report."""
-    start = trainer.begin(task.fresh(config.train.seed + FIRST_SEED + seed))
-    stream = task.stream(config.data.seed + FIRST_SEED + seed, arm.rows, packed=False)
-    run = trainer.run(placing.table(task.mesh, arm.weights.astype(jnp.result_type(float))), start, stream)
+    start = trainer.init_state(task.fresh(config.train.seed + FIRST_RETRAIN_SEED + seed))
+    stream = task.stream(config.data.seed + FIRST_RETRAIN_SEED + seed, variant.example_indices, packed=False)
+    run = trainer.run(placing.table(task.mesh, variant.weights.astype(jnp.result_type(float))), start, stream)
     fixed = task.fixed(start.params)
-    values = {
-        part: float(read(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
+    losses = {
+        part: float(loss_fn(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
         for part in PARTS
     }
-    report = "report" if "report" in task.held_out else "fit"
-    right = per_row(task.objective.accuracy, run.end.params, fixed, task.held_out[report], len(task.trusted[report]))
-    return {**values, "accuracy": float(np.nanmean(right))}
+    test_part = "report" if "report" in task.held_out else "fit"
+    accuracies = per_row(
+        task.objective.accuracy, run.end.params, fixed, task.held_out[test_part], len(task.trusted[test_part])
+    )
+    return {**losses, "accuracy": float(np.nanmean(accuracies))}
 
 
-def _line(result: dict[str, Any], right: str) -> str:
+def _format_result(result: dict[str, Any], accuracy_name: str) -> str:
     mean, half = result["mean"].get("report"), result["interval"].get("report")
     loss = "" if mean is None else f"L_v on V_report {mean:.4f} ± {half:.4f}   "
-    return f"{result['name']:<20}{loss}{right} {result['mean']['accuracy']:.3f}   {result['rows']} rows"
+    return f"{result['name']:<20}{loss}{accuracy_name} {result['mean']['accuracy']:.3f}   {result['rows']} rows"

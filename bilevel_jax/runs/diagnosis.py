@@ -12,20 +12,20 @@ from bilevel_jax.core.transition import gradient
 from bilevel_jax.core.types import PADDING, Batch, Fixed, Hyper, Inner, Params, Problem
 from bilevel_jax.runs.processes import fetch
 
-Losses = Callable[[Params, Fixed, Batch], jax.Array]
-NAMED = 3
+ExampleLosses = Callable[[Params, Fixed, Batch], jax.Array]
+MAX_NAMED_EXAMPLES = 3
 """Rows that a message names."""
 
 
-def first_broken(
+def find_first_nonfinite(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    losses: Losses,
+    losses: ExampleLosses,
     state: Inner,
-    upto: int,
+    last_step: int,
     fixed: Fixed,
-    at: Callable[[int], tuple[Hyper, Batch]],
-    name: Callable[[int], str],
+    step_inputs: Callable[[int], tuple[Hyper, Batch]],
+    example_name: Callable[[int], str],
 ) -> str:
     """In words: the first number that is not finite when steps state.step .. upto are taken again.
 
@@ -33,30 +33,32 @@ def first_broken(
     micro-batch), the gradient, the parameters after the update. `at` gives a step's weights and batch, `name` a row's
     name by its index. Where nothing is found (another rounding than the first time, as may be on a GPU) it says so.
     """
-    by_row = jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: losses(params, fixed, micro), batch))
-    slope = jax.jit(lambda params, part, fixed, batch: gradient(problem, params, part, fixed, batch)[1])
+    example_losses = jax.jit(
+        lambda params, fixed, batch: jax.lax.map(lambda micro: losses(params, fixed, micro), batch)
+    )
+    loss_gradient = jax.jit(lambda params, part, fixed, batch: gradient(problem, params, part, fixed, batch)[1])
     update = jax.jit(optimizer.update)
-    for step in range(int(state.step), upto + 1):
-        if bad := _leaf(state.params):
-            return f"{bad} of the parameters is not finite before step {step}"
-        hyper, batch = at(step)
-        index, values = fetch(batch["index"]), fetch(by_row(state.params, fixed, batch))
+    for step in range(int(state.step), last_step + 1):
+        if leaf := _nonfinite_leaf(state.params):
+            return f"{leaf} of the parameters is not finite before step {step}"
+        hyper, batch = step_inputs(step)
+        index, values = fetch(batch["index"]), fetch(example_losses(state.params, fixed, batch))
         present = index != PADDING
-        rows = index[present & ~np.isfinite(values)]
-        if len(rows):
-            return f"at step {step} the loss of {_named(rows, name)} is not finite"
-        grad = slope(state.params, problem.take(hyper, batch), fixed, batch)
-        if bad := _leaf(grad):
-            held = _held(index[present], name)
-            return f"at step {step} every loss is finite, and the gradient of {bad} is not; {held}"
+        nonfinite = index[present & ~np.isfinite(values)]
+        if len(nonfinite):
+            return f"at step {step} the loss of {_list_examples(nonfinite, example_name)} is not finite"
+        grad = loss_gradient(state.params, problem.take(hyper, batch), fixed, batch)
+        if leaf := _nonfinite_leaf(grad):
+            examples = _describe_step(index[present], example_name)
+            return f"at step {step} every loss is finite, and the gradient of {leaf} is not; {examples}"
         updates, opt = update(grad, state.opt, state.params)
         state = Inner(optax.apply_updates(state.params, updates), opt, jnp.asarray(step + 1))
-        if bad := _leaf(state.params):
-            return f"the update of step {step} made {bad} not finite; {_held(index[present], name)}"
+        if leaf := _nonfinite_leaf(state.params):
+            return f"the update of step {step} made {leaf} not finite; {_describe_step(index[present], example_name)}"
     return "taken again, those steps stayed finite: the numbers are not repeated to the bit here"
 
 
-def _leaf(tree: Any) -> str:
+def _nonfinite_leaf(tree: Any) -> str:
     """The path of the first leaf that is not finite, or nothing."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     fine = jax.device_get([jnp.isfinite(leaf).all() for _, leaf in leaves])
@@ -64,10 +66,10 @@ def _leaf(tree: Any) -> str:
     return next((jax.tree_util.keystr(path, simple=True, separator="/") for path in broken), "")
 
 
-def _named(rows: np.ndarray, name: Callable[[int], str]) -> str:
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return ", ".join(name(int(row)) for row in rows[:NAMED]) + more
+def _list_examples(indices: np.ndarray, example_name: Callable[[int], str]) -> str:
+    more = f" and {len(indices) - MAX_NAMED_EXAMPLES} more" if len(indices) > MAX_NAMED_EXAMPLES else ""
+    return ", ".join(example_name(int(row)) for row in indices[:MAX_NAMED_EXAMPLES]) + more
 
 
-def _held(rows: np.ndarray, name: Callable[[int], str]) -> str:
-    return f"the step held {_named(rows, name)}"
+def _describe_step(indices: np.ndarray, example_name: Callable[[int], str]) -> str:
+    return f"the step held {_list_examples(indices, example_name)}"

@@ -11,14 +11,14 @@ from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.encode import TEMPLATE, joiner
 
-Row = dict[str, Any]
-ENDS = {"jsonl": ".jsonl", "json": ".json", "parquet": ".parquet", "datasets": ""}
+ExportRow = dict[str, Any]
+FILE_SUFFIXES = {"jsonl": ".jsonl", "json": ".json", "parquet": ".parquet", "datasets": ""}
 """How the name of the rows' file ends; `datasets` is a folder."""
-BUILDER = {"jsonl": "json", "json": "json", "parquet": "parquet", "datasets": "arrow"}
+DATASETS_BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "datasets": "arrow"}
 """What `datasets.load_dataset` calls such files."""
 
 
-class Target(NamedTuple):
+class ExportTarget(NamedTuple):
     """What is to be written, and where."""
 
     layout: str
@@ -30,20 +30,20 @@ class Target(NamedTuple):
     """data.template: it joins a prompt and its response where no chat template does; empty if none was given."""
 
 
-class Form(NamedTuple):
+class FormattedRows(NamedTuple):
     """Rows as a trainer reads them."""
 
-    rows: list[Row]
-    config: tuple[str, str] | None
+    rows: list[ExportRow]
+    config_file: tuple[str, str] | None
     """(name, text) of a file with the trainer's settings for these rows."""
-    use: str
+    instructions: str
     """For people: how the trainer is pointed at the rows. Markdown."""
 
 
-def layout_of(examples: Sequence[Example], asked: str) -> str:
+def choose_layout(examples: Sequence[Example], requested: str) -> str:
     """The layout of all rows: `asked`, or with auto the one they came in; a ValueError where it cannot hold one."""
-    kinds = [_kind(example) for example in examples]
-    layout = asked if asked != "auto" else "chat" if set(kinds) == {"chat", "prompt"} else kinds[0]
+    kinds = [_layout_kind(example) for example in examples]
+    layout = requested if requested != "auto" else "chat" if set(kinds) == {"chat", "prompt"} else kinds[0]
     for example, kind in zip(examples, kinds, strict=True):
         if kind != layout and (kind, layout) != ("prompt", "chat"):
             remedy = (
@@ -59,36 +59,39 @@ def layout_of(examples: Sequence[Example], asked: str) -> str:
     return layout
 
 
-def trl(examples: Sequence[Example], target: Target) -> Form:
+def trl(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     """messages; prompt and completion; text; prompt, chosen and rejected.
 
     Prompts and responses are lists of messages, which the chat template joins. Where data.template says how to join
     them they are strings, which TRL puts side by side.
     """
-    answered = target.layout in ("prompt", "preference")
-    plain = bool(target.template) and answered
-    rows = [_strings(one, target.template) if plain else _messages(one, target.layout) for one in examples]
-    rows = [_renamed(row, {"response": "completion"}) for row in rows]
+    has_prompt = target.layout in ("prompt", "preference")
+    as_strings = bool(target.template) and has_prompt
+    rows = [
+        _to_strings(example, target.template) if as_strings else _to_messages(example, target.layout)
+        for example in examples
+    ]
+    rows = [_rename_keys(row, {"response": "completion"}) for row in rows]
     trainer = "DPOTrainer(model, DPOConfig()" if target.layout == "preference" else "SFTTrainer(model, SFTConfig()"
     notes = []
     if target.layout == "chat":
         trainer = "SFTTrainer(model, SFTConfig(assistant_only_loss=True)"
         notes.append("Without `assistant_only_loss=True` TRL learns the questions too.")
-    if plain:
+    if as_strings:
         notes.append("Prompts and responses are strings, the prompt as data.template writes it.")
-    elif answered:
+    elif has_prompt:
         notes.append(
             "Prompts and responses are messages, so the tokenizer needs a chat template; for one without, export with "
             f"`--data.template`, such as {TEMPLATE!r}."
         )
-    code = f"```python\n{_load(target)}\ntrainer = {trainer}, train_dataset=rows)\n```"
-    return Form(rows, None, "\n\n".join([code, *notes]))
+    code = f"```python\n{_format_loading_code(target)}\ntrainer = {trainer}, train_dataset=rows)\n```"
+    return FormattedRows(rows, None, "\n\n".join([code, *notes]))
 
 
-def axolotl(examples: Sequence[Example], target: Target) -> Form:
+def axolotl(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     """`chat_template` reads messages, `alpaca` instruction and output, `completion` text; DPO two answers."""
     pairs = target.layout == "preference"
-    kinds: dict[str, Row] = {
+    kinds: dict[str, ExportRow] = {
         "chat": {
             "type": "chat_template",
             "field_messages": "messages",
@@ -106,36 +109,41 @@ def axolotl(examples: Sequence[Example], target: Target) -> Form:
         },
     }
     rows = [
-        _answers(one, "messages")
+        _to_preference_messages(example, "messages")
         if pairs
-        else _asked(one)
+        else _to_alpaca(example)
         if target.layout == "prompt"
-        else _messages(one, target.layout)
-        for one in examples
+        else _to_messages(example, target.layout)
+        for example in examples
     ]
-    file = {} if target.container == "datasets" else {"ds_type": BUILDER[target.container]}
-    settings: Row = {"rl": "dpo"} if pairs else {}
-    text = _yaml(settings | {"datasets": [{"path": str(target.path)} | file | kinds[target.layout]]})
+    file = {} if target.container == "datasets" else {"ds_type": DATASETS_BUILDERS[target.container]}
+    settings: ExportRow = {"rl": "dpo"} if pairs else {}
+    text = _dump_yaml(settings | {"datasets": [{"path": str(target.path)} | file | kinds[target.layout]]})
     use = f"Put `axolotl.yaml` into your config:\n\n```yaml\n{text}```"
     if target.layout == "prompt":
         use += "\n\n`alpaca` puts words of its own around each prompt; export with export.layout = chat for none."
-    return Form(rows, ("axolotl.yaml", text), use)
+    return FormattedRows(rows, ("axolotl.yaml", text), use)
 
 
-def llama_factory(examples: Sequence[Example], target: Target) -> Form:
+def llama_factory(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     """The alpaca layout for a prompt and its response (or two, with ranking), sharegpt for dialogues, text alone."""
     pairs = target.layout == "preference"
     dialogue = target.layout == "chat" or (pairs and not all(map(_is_short, examples)))
     if dialogue:
-        rows = [_spoken(_answers(one, "conversations")) if pairs else data.row_of(one, "sharegpt") for one in examples]
+        rows = [
+            _to_sharegpt(_to_preference_messages(example, "conversations"))
+            if pairs
+            else data.row_of(example, "sharegpt")
+            for example in examples
+        ]
         columns = {"messages": "conversations"}
     elif target.layout == "text":
         rows, columns = [data.row_of(example, "text") for example in examples], {"prompt": "text"}
     else:
-        rows, columns = [_asked(example) for example in examples], {"prompt": "instruction", "query": "input"}
+        rows, columns = [_to_alpaca(example) for example in examples], {"prompt": "instruction", "query": "input"}
         columns |= {} if pairs else {"response": "output"}
     columns |= {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
-    info: Row = {"file_name": target.path.name, "formatting": "sharegpt" if dialogue else "alpaca"}
+    info: ExportRow = {"file_name": target.path.name, "formatting": "sharegpt" if dialogue else "alpaca"}
     info |= {"ranking": True} if pairs else {}
     info |= {"columns": columns}
     if dialogue:
@@ -151,22 +159,22 @@ def llama_factory(examples: Sequence[Example], target: Target) -> Form:
     name = target.path.parent.name
     text = json.dumps({name: info}, indent=2, ensure_ascii=False) + "\n"
     stage = {"text": "pt", "preference": "dpo"}.get(target.layout, "sft")
-    settings = _yaml({"stage": stage, "dataset_dir": str(target.path.parent), "dataset": name})
+    settings = _dump_yaml({"stage": stage, "dataset_dir": str(target.path.parent), "dataset": name})
     use = f"`dataset_info.json` describes the rows. In your training config:\n\n```yaml\n{settings}```"
     if skipped := [example for example in examples if not _alternates(example)]:
         use += (
             f"\n\n{len(skipped):,} rows, the first {skipped[0].where}, do not go from user to assistant and back in "
             "turns; LLaMA-Factory warns of such rows and skips them."
         )
-    return Form(rows, ("dataset_info.json", text), use)
+    return FormattedRows(rows, ("dataset_info.json", text), use)
 
 
-def maxtext(examples: Sequence[Example], target: Target) -> Form:
+def maxtext(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     """messages, or lists of them as prompt and completion; text; for DPO strings, since no chat template is applied."""
     if target.layout == "preference":
-        rows = [_strings(example, target.template or TEMPLATE) for example in examples]
+        rows = [_to_strings(example, target.template or TEMPLATE) for example in examples]
     else:
-        rows = [_renamed(_messages(example, target.layout), {"response": "completion"}) for example in examples]
+        rows = [_rename_keys(_to_messages(example, target.layout), {"response": "completion"}) for example in examples]
     columns = {
         "chat": ["messages"],
         "prompt": ["prompt", "completion"],
@@ -174,35 +182,35 @@ def maxtext(examples: Sequence[Example], target: Target) -> Form:
         "preference": ["prompt", "chosen", "rejected"],
     }[target.layout]
     files = target.path / "*.arrow" if target.container == "datasets" else target.path
-    settings: Row = {
+    settings: ExportRow = {
         "text": {},
         "preference": {"use_dpo": True, "packing": False},
     }.get(target.layout, {"use_sft": True, "sft_train_on_completion_only": True})
     settings = {
         "dataset_type": "hf",
-        "hf_path": BUILDER[target.container],
+        "hf_path": DATASETS_BUILDERS[target.container],
         "hf_train_files": str(files),
         "train_split": "train",
         "train_data_columns": columns,
     } | settings
-    text = _yaml(settings)
+    text = _dump_yaml(settings)
     use = f"The keys of MaxText's config, whose SFT and DPO run on Tunix:\n\n```yaml\n{text}```"
     if target.layout == "preference":
         use += (
             "\n\nNo chat template is applied: the prompt stands as data.template writes it. Tunix's own `DPOTrainer` "
             "takes the three columns as `DataInput(prompts, chosen_responses, rejected_responses)`."
         )
-    return Form(rows, ("maxtext.yml", text), use)
+    return FormattedRows(rows, ("maxtext.yml", text), use)
 
 
-FORMS = {"trl": trl, "axolotl": axolotl, "llama_factory": llama_factory, "maxtext": maxtext}
-NAMES = {"trl": "TRL", "axolotl": "Axolotl", "llama_factory": "LLaMA-Factory", "maxtext": "MaxText and Tunix"}
+FORMATTERS = {"trl": trl, "axolotl": axolotl, "llama_factory": llama_factory, "maxtext": maxtext}
+TRAINER_NAMES = {"trl": "TRL", "axolotl": "Axolotl", "llama_factory": "LLaMA-Factory", "maxtext": "MaxText and Tunix"}
 
 
 # ---- rows
 
 
-def _kind(example: Example) -> str:
+def _layout_kind(example: Example) -> str:
     return "preference" if data.is_pair(example) else data.kind_of(example)
 
 
@@ -212,7 +220,7 @@ def _is_short(example: Example) -> bool:
     return {data.kind_of(example._replace(turns=side)) for side in sides} == {"prompt"}
 
 
-def _messages(example: Example, layout: str) -> Row:
+def _to_messages(example: Example, layout: str) -> ExportRow:
     """Every part as a list of messages; a text stays a text."""
     if layout == "prompt":
         prompt, response = (turn._asdict() for turn in example.turns)
@@ -220,26 +228,26 @@ def _messages(example: Example, layout: str) -> Row:
     return data.row_of(example, "preference_chat" if layout == "preference" else layout)
 
 
-def _strings(example: Example, template: str) -> Row:
+def _to_strings(example: Example, template: str) -> ExportRow:
     """Every part as a string: the prompt as the template writes it, up to the response."""
     if data.is_pair(example) and not _is_short(example):
         raise ValueError(
             f"{example.where}: a dialogue of several messages, and this form joins one prompt and one response by a "
             "template. Set export.format to trl and leave data.template empty."
         )
-    row = data.row_of(example, _kind(example))
+    row = data.row_of(example, _layout_kind(example))
     text, (start, _) = joiner(template)(example._replace(rejected=()))
     return row | {"prompt": text[:start]}
 
 
-def _asked(example: Example) -> Row:
+def _to_alpaca(example: Example) -> ExportRow:
     """The alpaca layout; of a pair, with chosen and rejected in place of output."""
     if not data.is_pair(example):
         return data.row_of(example, "alpaca")
-    return _renamed(data.row_of(example, "preference"), {"prompt": "instruction"}) | {"input": ""}
+    return _rename_keys(data.row_of(example, "preference"), {"prompt": "instruction"}) | {"input": ""}
 
 
-def _answers(example: Example, name: str) -> Row:
+def _to_preference_messages(example: Example, name: str) -> ExportRow:
     """The messages of the prompt under `name`, and one message each for the two answers."""
     row = data.row_of(example, "preference_chat")
     for side in ("chosen", "rejected"):
@@ -251,15 +259,15 @@ def _answers(example: Example, name: str) -> Row:
     return {name: row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 
 
-def _spoken(row: Row) -> Row:
+def _to_sharegpt(row: ExportRow) -> ExportRow:
     """The same in the words of ShareGPT."""
     names = {"system": "system", "user": "human", "assistant": "gpt"}
 
-    def said(message: Row) -> Row:
+    def convert_message(message: ExportRow) -> ExportRow:
         return {"from": names[message["role"]], "value": message["content"]}
 
     return {
-        key: [said(message) for message in value] if isinstance(value, list) else said(value)
+        key: [convert_message(message) for message in value] if isinstance(value, list) else convert_message(value)
         for key, value in row.items()
     }
 
@@ -270,17 +278,17 @@ def _alternates(example: Example) -> bool:
     return roles in (["text"], ["user", "assistant"] * (len(roles) // 2))
 
 
-def _renamed(row: Row, names: dict[str, str]) -> Row:
+def _rename_keys(row: ExportRow, names: dict[str, str]) -> ExportRow:
     return {names.get(key, key): value for key, value in row.items()}
 
 
-def _yaml(settings: Row) -> str:
+def _dump_yaml(settings: ExportRow) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _load(target: Target) -> str:
+def _format_loading_code(target: ExportTarget) -> str:
     if target.container == "datasets":
         return f"from datasets import load_from_disk\n\nrows = load_from_disk({json.dumps(str(target.path))})"
-    builder = BUILDER[target.container]
+    builder = DATASETS_BUILDERS[target.container]
     files = f"data_files={json.dumps(str(target.path))}"
     return f'from datasets import load_dataset\n\nrows = load_dataset("{builder}", {files}, split="train")'

@@ -8,26 +8,26 @@ from jaxtyping import Float
 
 from bilevel_jax.core import certify
 from bilevel_jax.runs import bank, bootstrap
-from bilevel_jax.runs.bank import Bank
+from bilevel_jax.runs.bank import LeaveOutRetrains
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import good_rows
+from bilevel_jax.runs.learn import good_label_mask
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task
 
-EXACT: Literal["unrolled"] = "unrolled"
+EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
 """The entries that the other scores are ranked against."""
 
 
-class Score(NamedTuple):
+class DataScore(NamedTuple):
     """The scores of all rows by one method, before they are judged."""
 
     name: str
-    at: str
+    checkpoint: str
     """The model that it reads: at the `start` or the `end` of training, `through` all of it, or none."""
     values: Float[np.ndarray, "rows"]
     """Larger is better: of an estimate, -dL_v/dw."""
-    each: Float[np.ndarray, "queries rows"] | None
+    query_values: Float[np.ndarray, "queries rows"] | None
     """The same for each query, where the method tells queries apart."""
     passes: float
     """Forward and backward passes over one batch, the training that it reads included."""
@@ -35,54 +35,61 @@ class Score(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def judged(
+def judge_scores(
     config: SelectConfig,
     task: Task | ArrayTask,
-    scores: list[Score],
-    made: Bank,
-    certified: tuple[certify.Certificates, certify.Verdict] | None,
+    scores: list[DataScore],
+    retrain_losses: LeaveOutRetrains,
+    certification: tuple[certify.Certificates, certify.Verdict] | None,
 ) -> dict[str, Any]:
     """What result.json holds: each score's readings, and the verdict."""
-    kept, seed = task.trainable(), config.data.seed
-    good = good_rows(task, config)
-    exact = next((one.values for one in scores if one.name == EXACT), None)
-    counts = bootstrap.resampled(len(kept), (seed, 4))
-    draws = {one.name: bank.scored(made, one.values, one.each, seed) for one in scores}
+    trainable, seed = task.trainable(), config.data.seed
+    good = good_label_mask(task, config)
+    exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
+    counts = bootstrap.resampled(len(trainable), (seed, 4))
+    draws = {score.name: bank.compute_lds(retrain_losses, score.values, score.query_values, seed) for score in scores}
     lines = []
-    for one in scores:
+    for score in scores:
         line = {
-            "name": one.name,
-            "at": one.at,
-            "passes": one.passes,
-            "seconds": one.seconds,
-            "notes": one.notes,
-            "own_queries": one.each is not None,
-            "lds": {target: [bootstrap.reading(some) for some in found] for target, found in draws[one.name].items()},
-            "auc": None if good is None else auc(one.values[kept], good[kept]),
+            "name": score.name,
+            "at": score.checkpoint,
+            "passes": score.passes,
+            "seconds": score.seconds,
+            "notes": score.notes,
+            "own_queries": score.query_values is not None,
+            "lds": {
+                target: [bootstrap.reading(some) for some in by_fraction]
+                for target, by_fraction in draws[score.name].items()
+            },
+            "auc": None if good is None else auc(score.values[trainable], good[trainable]),
         }
-        if exact is not None and one.name != EXACT:
-            alike = bootstrap.rank_correlations(one.values[None, kept], exact[None, kept], counts)[:, 0]
-            line["rank"] = bootstrap.reading(alike)
+        if exact is not None and score.name != EXACT_ESTIMATOR:
+            correlations = bootstrap.rank_correlations(score.values[None, trainable], exact[None, trainable], counts)[
+                :, 0
+            ]
+            line["rank"] = bootstrap.reading(correlations)
         lines.append(line)
-    told = certified[1] if certified else None
+    certificate_verdict = certification[1] if certification else None
     return {
         "rows": lines,
-        "verdict": verdict(lines, draws, told, made.fractions[0]),
-        "certificate": {**told._asdict(), "sentence": str(told)} if told else None,
-        "removed": made.fractions,
-        "subsets": made.left_out.shape[1],
+        "verdict": choose_score(lines, draws, certificate_verdict, retrain_losses.fractions[0]),
+        "certificate": {**certificate_verdict._asdict(), "sentence": str(certificate_verdict)}
+        if certificate_verdict
+        else None,
+        "removed": retrain_losses.fractions,
+        "subsets": retrain_losses.left_out.shape[1],
         "labels": good is not None,
         "unit": task.objective.unit,
         "steps": task.steps,
         "batch": task.batch,
         "seeds": {"data": config.data.seed, "start": config.train.seed},
-        "counts": {"train": len(kept)}
+        "counts": {"train": len(trainable)}
         | {part: len(task.trusted[part]) for part in task.held_out}
-        | ({"queries": made.losses["queries"].shape[2]} if "queries" in made.losses else {}),
+        | ({"queries": retrain_losses.losses["queries"].shape[2]} if "queries" in retrain_losses.losses else {}),
     }
 
 
-def verdict(
+def choose_score(
     lines: list[dict[str, Any]],
     draws: dict[str, dict[str, list[Float[np.ndarray, "draws"]]]],
     certificate: certify.Verdict | None,
@@ -94,47 +101,55 @@ def verdict(
     includes 0, or where the certificates say that training is too rough for any sum over rows. Where another score
     foretells V_report better, which none of them has read, the sentence says so.
     """
-    foretold = {line["name"]: line["lds"]["fit"][0] for line in lines}
-    measured = [line for line in lines if math.isfinite(foretold[line["name"]].value)]
-    rivals = [line for line in measured if line["name"] not in (EXACT, "random")]
-    exact = next((line for line in lines if line["name"] == EXACT), None)
-    tail = f" The exact entries reach {_said(foretold[EXACT])} for {exact['passes']:,.0f} passes." if exact else ""
+    lds_by_name = {line["name"]: line["lds"]["fit"][0] for line in lines}
+    finite_lines = [line for line in lines if math.isfinite(lds_by_name[line["name"]].value)]
+    rivals = [line for line in finite_lines if line["name"] not in (EXACT_ESTIMATOR, "random")]
+    exact = next((line for line in lines if line["name"] == EXACT_ESTIMATOR), None)
+    tail = (
+        f" The exact entries reach {_format_reading(lds_by_name[EXACT_ESTIMATOR])} for {exact['passes']:,.0f} passes."
+        if exact
+        else ""
+    )
     if not rivals:
         return {"use": None, "instead": None, "sentence": f"None: no cheap score was judged.{tail}"}
-    best = max(rivals, key=lambda line: foretold[line["name"]].value)
-    name, found = best["name"], foretold[best["name"]]
-    much = (
-        f"its sum over the rows that leave has a rank correlation of {_said(found)} with L_v after training without "
+    best = max(rivals, key=lambda line: lds_by_name[line["name"]].value)
+    name, best_reading = best["name"], lds_by_name[best["name"]]
+    quality = (
+        f"its sum over the rows that leave has a rank correlation of {_format_reading(best_reading)} with L_v after training without "
         f"them ({100 * fraction:g} % of the rows)"
     )
     if certificate and certificate.level == "DO NOT BELIEVE":
         why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
-        return {"use": None, "instead": None, "sentence": f"{why} Of the cheap scores, {name} is best: {much}.{tail}"}
-    if not found.low > 0:
-        why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {much}, which may be 0."
+        return {
+            "use": None,
+            "instead": None,
+            "sentence": f"{why} Of the cheap scores, {name} is best: {quality}.{tail}",
+        }
+    if not best_reading.low > 0:
+        why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {quality}, which may be 0."
         return {"use": None, "instead": None, "sentence": why + tail}
-    close = [line["name"] for line in rivals if line is not best and not _above(draws, name, line["name"], "fit")]
-    told = f" Not told apart from it: {', '.join(close)}." if close else ""
+    close = [line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "fit")]
+    remarks = f" Not told apart from it: {', '.join(close)}." if close else ""
     instead = None
     if "report" in best["lds"]:
-        there = max(rivals, key=lambda line: line["lds"]["report"][0].value)
-        if _above(draws, there["name"], name, "report"):
-            instead = there["name"]
-            told += (
-                f" But on V_report, which no score has read, {there['name']} does better: "
-                f"{_said(there['lds']['report'][0])} against {_said(best['lds']['report'][0])}; V_fit may be too small."
+        best_on_test = max(rivals, key=lambda line: line["lds"]["report"][0].value)
+        if _is_higher(draws, best_on_test["name"], name, "report"):
+            instead = best_on_test["name"]
+            remarks += (
+                f" But on V_report, which no score has read, {best_on_test['name']} does better: "
+                f"{_format_reading(best_on_test['lds']['report'][0])} against {_format_reading(best['lds']['report'][0])}; V_fit may be too small."
             )
     return {
         "use": name,
         "instead": instead,
-        "sentence": f"Use {name}: {much}, for {best['passes']:,.0f} passes.{told}{tail}",
+        "sentence": f"Use {name}: {quality}, for {best['passes']:,.0f} passes.{remarks}{tail}",
     }
 
 
-def _above(draws: dict[str, dict[str, list[np.ndarray]]], one: str, other: str, target: str) -> bool:
+def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: str, target: str) -> bool:
     """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
-    return bootstrap.reading(draws[one][target][0] - draws[other][target][0]).low > 0
+    return bootstrap.reading(draws[name][target][0] - draws[other][target][0]).low > 0
 
 
-def _said(found: bootstrap.Reading) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def _format_reading(reading: bootstrap.Reading) -> str:
+    return f"{reading.value:.2f} [{reading.low:.2f}, {reading.high:.2f}]"

@@ -9,10 +9,10 @@ from bilevel_jax.runs.sections import SelectionSection
 from bilevel_jax.runs.statistics import top
 
 
-def keep_rows(
+def select_examples(
     weights: Float[np.ndarray, "rows"],
-    among: Int[np.ndarray, "kept"],
-    keep: SelectionSection,
+    candidates: Int[np.ndarray, "kept"],
+    rule: SelectionSection,
     *,
     sources: Sequence[str],
     seed: int,
@@ -28,50 +28,50 @@ def keep_rows(
 
     Raises ValueError where the rule leaves no row.
     """
-    if keep.resample:
-        return _resampled(weights, among, keep.resample, seed)
-    if keep.per_source:
-        return _mixed(weights, among, keep.per_source, np.asarray(sources))
-    if keep.threshold:
-        kept = among[weights[among] >= keep.threshold]
-        if not len(kept):
+    if rule.resample:
+        return _resample(weights, candidates, rule.resample, seed)
+    if rule.per_source:
+        return _select_per_source(weights, candidates, rule.per_source, np.asarray(sources))
+    if rule.threshold:
+        selected = candidates[weights[candidates] >= rule.threshold]
+        if not len(selected):
             raise ValueError(
-                f"no row has a weight of selection.threshold = {keep.threshold:g} or more; the largest is "
-                f"{weights[among].max():.3g}. Lower it, or use selection.top_share."
+                f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is "
+                f"{weights[candidates].max():.3g}. Lower it, or use selection.top_share."
             )
-        return kept
-    return top(weights, max(1, round(keep.top_share * len(among))), among)
+        return selected
+    return top(weights, max(1, round(rule.top_share * len(candidates))), candidates)
 
 
-def rule(keep: SelectionSection) -> str:
+def describe_selection_rule(rule: SelectionSection) -> str:
     """The rule in words."""
-    if keep.resample:
-        return f"{keep.resample:,} rows drawn in proportion to their weight, as whole repeats"
-    if keep.per_source:
-        return f"{keep.per_source:,} rows, each source in proportion to its total weight"
-    if keep.threshold:
-        return f"weight {keep.threshold:g} or more"
-    return f"the top {keep.top_share:.1%} by weight".replace(".0%", "%")
+    if rule.resample:
+        return f"{rule.resample:,} rows drawn in proportion to their weight, as whole repeats"
+    if rule.per_source:
+        return f"{rule.per_source:,} rows, each source in proportion to its total weight"
+    if rule.threshold:
+        return f"weight {rule.threshold:g} or more"
+    return f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
 
 
-def _resampled(weights: np.ndarray, among: np.ndarray, count: int, seed: int) -> np.ndarray:
-    total = weights[among].sum()
+def _resample(weights: np.ndarray, candidates: np.ndarray, count: int, seed: int) -> np.ndarray:
+    total = weights[candidates].sum()
     if total <= 0:
         raise ValueError("every weight is 0, so no row can be drawn in proportion to it. Use selection.top_share.")
-    ends = np.cumsum(weights[among]) / total
-    places = (np.arange(count) + np.random.default_rng(seed).random()) / count
-    return among[np.minimum(np.searchsorted(ends, places, side="right"), len(among) - 1)]
+    cumulative = np.cumsum(weights[candidates]) / total
+    points = (np.arange(count) + np.random.default_rng(seed).random()) / count
+    return candidates[np.minimum(np.searchsorted(cumulative, points, side="right"), len(candidates) - 1)]
 
 
-def _mixed(weights: np.ndarray, among: np.ndarray, count: int, sources: np.ndarray) -> np.ndarray:
-    names = sorted(set(sources[among]))
-    members = {name: among[sources[among] == name] for name in names}
-    total = weights[among].sum()
+def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, sources: np.ndarray) -> np.ndarray:
+    names = sorted(set(sources[candidates]))
+    members = {name: candidates[sources[candidates] == name] for name in names}
+    total = weights[candidates].sum()
     if total <= 0:
         raise ValueError("every weight is 0, so no source has a share. Use selection.top_share.")
     quotas = {name: count * weights[rows].sum() / total for name, rows in members.items()}
-    given = {name: int(quota) for name, quota in quotas.items()}
-    by_remainder = sorted(names, key=lambda name: given[name] - quotas[name])
-    for name in by_remainder[: count - sum(given.values())]:
-        given[name] += 1
-    return np.sort(np.concatenate([top(weights, min(given[name], len(rows)), rows) for name, rows in members.items()]))
+    counts = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(names, key=lambda name: counts[name] - quotas[name])
+    for name in by_remainder[: count - sum(counts.values())]:
+        counts[name] += 1
+    return np.sort(np.concatenate([top(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()]))

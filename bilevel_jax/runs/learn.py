@@ -25,42 +25,42 @@ from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task, per_row
 from bilevel_jax.runs.training import Trainer
 
-Records = list[dict[str, Any]]
-Progress = Callable[[Records], float]
+OuterRecords = list[dict[str, Any]]
+ProgressFunction = Callable[[OuterRecords], float]
 """Records of the steps so far -> how far the loop is: 0 at the start, at most 1 while another step may be made."""
 
 
-class Tables(NamedTuple):
+class OuterState(NamedTuple):
     """What the outer loop carries from step to step and a checkpoint keeps."""
 
     hyper: Hyper
-    best: Hyper
-    best_entries: Float[Array, "rows"]
-    first_entries: Float[Array, "rows"]
+    best_hyper: Hyper
+    best_hypergradient: Float[Array, "rows"]
+    first_hypergradient: Float[Array, "rows"]
     alignment: Float[Array, "rows"]
     """Entries of alignment at the end of the first (uniform) training: a baseline."""
     losses: Float[Array, "rows"]
     """Each row's loss at the end of the first (uniform) training: a baseline."""
-    start: Params
+    start_params: Params
     """Where the next training starts; moves with restart: warm."""
 
 
-class Learned(NamedTuple):
+class LearnedWeights(NamedTuple):
     """The weights, where they come from, and how the loop went."""
 
     weights: Float[np.ndarray, "rows"]
-    entries: Float[np.ndarray, "rows"]
-    first_entries: Float[np.ndarray, "rows"]
+    hypergradient: Float[np.ndarray, "rows"]
+    first_hypergradient: Float[np.ndarray, "rows"]
     alignment: Float[np.ndarray, "rows"]
     losses: Float[np.ndarray, "rows"]
-    records: Records
-    best: int
+    records: OuterRecords
+    best_step: int
     """The outer step whose weights these are."""
-    ended: str
+    stop_reason: str
     """Why the loop ended, in words."""
 
 
-def order_seed(config: SelectConfig, step: int) -> int:
+def data_order_seed(config: SelectConfig, step: int) -> int:
     """The seed of an outer step's data order: a new one at each restart, or the weights over-fit one order."""
     return config.data.seed + (step if config.outer.reshuffle else 0)
 
@@ -69,33 +69,35 @@ def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
     name, size = config.outer.weighting, placing.table_size(task.rows)
     if name == "per_source":
-        source, count = source_numbers(task)
+        source, count = source_indices(task)
         return weighting.padded(weighting.per_source(jnp.asarray(source), count), size - task.rows)
     if name == "by_features":
         return weighting.padded(weighting.by_features(jnp.asarray(task.features())), size - task.rows)
     return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows, size)
 
 
-def source_numbers(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
+def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
     """(the number of each row's source, how many there are)."""
-    names, numbers = np.unique([example.source for example in task.examples], return_inverse=True)
+    names, indices = np.unique([example.source for example in task.examples], return_inverse=True)
     if len(names) < 2:
         raise ValueError(
             f"outer.weighting = per_source needs two sources, and every row comes from {str(names[0])!r}. Set "
             "data.source_field to the key that tells sources apart, or choose another weighting."
         )
-    return numbers, len(names)
+    return indices, len(names)
 
 
-def baselines(task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def compute_baseline_scores(
+    task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
-    direct = trainer.direct(run, weights, alignment=True)
+    estimate = trainer.estimate_at_end(run, weights, alignment=True)
     fixed = task.fixed(run.start.params)
     losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
-    return direct.grad, placing.table(task.mesh, losses.astype(direct.grad.dtype))
+    return estimate.grad, placing.table(task.mesh, losses.astype(estimate.grad.dtype))
 
 
-def rate(outer: OuterSection, progress: float) -> float:
+def outer_learning_rate(outer: OuterSection, progress: float) -> float:
     """The rate of the weights at a point of the loop: outer.learning_rate, falling to 0 at 1 as outer.schedule says.
 
     A normalised step has the same length wherever it is made, and each is of another data order: at a constant rate
@@ -104,14 +106,18 @@ def rate(outer: OuterSection, progress: float) -> float:
     return outer.learning_rate * float(SHAPES[outer.schedule](progress))
 
 
-def travel(outer: OuterSection) -> float:
+def total_outer_learning_rate(outer: OuterSection) -> float:
     """The sum of the rates of outer.steps steps: how far a logit goes if every step is of the rms length."""
-    return sum(rate(outer, step / outer.steps) for step in range(outer.steps))
+    return sum(outer_learning_rate(outer, step / outer.steps) for step in range(outer.steps))
 
 
-def learn(
-    task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session, progress: Progress | None = None
-) -> Learned:
+def run_outer_loop(
+    task: Task | ArrayTask,
+    config: SelectConfig,
+    trainer: Trainer,
+    session: Session,
+    progress: ProgressFunction | None = None,
+) -> LearnedWeights:
     """Optimise the weights by hypergradients of L_v on V_fit, and return the best by L_v on V_select.
 
     Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
@@ -120,80 +126,80 @@ def learn(
     better V_select, or where the effective sample size falls below its floor.
     """
     outer, folder = config.outer, session.folder / "checkpoints" / "outer"
-    chosen = make_weighting(task, config)
-    weights_of = jax.jit(chosen.weights)
-    pull_back = jax.jit(lambda hyper, entries: weighting.pull_back(chosen, hyper, entries))
-    descend = jax.jit(lambda rate, hyper, grad: weighting.normalised_descent(rate, outer.max_step)(hyper, grad))
+    weight_map = make_weighting(task, config)
+    weights_of = jax.jit(weight_map.weights)
+    weight_map_vjp = jax.jit(lambda hyper, entries: weighting.pull_back(weight_map, hyper, entries))
+    update_hyper = jax.jit(lambda rate, hyper, grad: weighting.normalised_descent(rate, outer.max_step)(hyper, grad))
     progress = progress or (lambda records: len(records) / outer.steps)
-    value = outer_value(task.problem)
-    good = good_rows(task, config)
+    validation_loss = outer_value(task.problem)
+    good_mask = good_label_mask(task, config)
 
-    hyper, zero = (placing.table(task.mesh, one) for one in (chosen.init(), jnp.zeros(task.rows)))
-    tables = Tables(hyper, hyper, zero, zero, zero, zero, task.fresh(config.train.seed))
-    records: Records = []
-    if found := checkpoint.restore(folder, tables):
-        tables, records = found.tree, found.meta["records"]
+    hyper, zeros = (placing.table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.rows)))
+    state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.fresh(config.train.seed))
+    records: OuterRecords = []
+    if restored := checkpoint.restore(folder, state):
+        state, records = restored.tree, restored.meta["records"]
         session.advance(sum(record["work"] for record in records))
-    ended = _ended(records, config, task.rows, progress)
+    stop_reason = _stop_reason(records, config, task.rows, progress)
 
-    while not ended:
-        step, before, began = len(records), session.work, time.monotonic()
-        weights = weights_of(tables.hyper)
-        stream = task.stream(order_seed(config, step))
+    while not stop_reason:
+        step, work_before, began = len(records), session.work, time.monotonic()
+        weights = weights_of(state.hyper)
+        stream = task.stream(data_order_seed(config, step))
         session.phase(f"outer step {step} of {outer.steps}")
-        start = trainer.begin(tables.start)
-        run = trainer.run(weights, start, stream, swept=True, save_as=step)
+        start = trainer.init_state(state.start_params)
+        run = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
         fixed = task.fixed(run.start.params)
         if step == 0 and outer.method in ("unrolled", "window"):
             check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)
-        estimate = trainer.estimate(run, weights, stream, save_as=step)
+        estimate = trainer.estimate(run, weights, stream, outer_step=step)
         if not bool(tree.finite(estimate.grad)):
             raise FloatingPointError(
                 f"the hypergradient of outer step {step} is not finite ({estimate.checks}). Training itself was "
                 "finite: raise optimizer.eps_root, lower optimizer.learning_rate, or use outer.method: window."
             )
-        read = {
-            part: float(value(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
+        losses = {
+            part: float(validation_loss(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
             for part in PARTS
         }
         record = {
             "step": step,
-            "loss": read,
+            "loss": losses,
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch(weights)[: task.rows], good) if good is not None else None,
-            "checks": _plain(estimate.checks),
-            "rate": rate(outer, min(1.0, progress(records))),
+            "auc": auc(fetch(weights)[: task.rows], good_mask) if good_mask is not None else None,
+            "checks": _checks_to_json(estimate.checks),
+            "rate": outer_learning_rate(outer, min(1.0, progress(records))),
         }
-        tables = _advance(task, trainer, tables, records, record, run, estimate.grad, weights, config)
+        state = _update_outer_state(task, trainer, state, records, record, run, estimate.grad, weights, config)
         # the first training is uniform in any case: what is certified and compared with begins there
-        origin = tables.hyper if step else scoring.warm(task, config, tables.hyper, session)
-        pulled = pull_back(tables.hyper, estimate.grad)
-        tables = tables._replace(hyper=descend(record["rate"], origin, pulled))
-        record |= {"work": session.work - before, "seconds": time.monotonic() - began}
+        origin = state.hyper if step else scoring.warm(task, config, state.hyper, session)
+        hyper_grad = weight_map_vjp(state.hyper, estimate.grad)
+        state = state._replace(hyper=update_hyper(record["rate"], origin, hyper_grad))
+        record |= {"work": session.work - work_before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
-        session.say(reading_line(f"outer step {step:>3}", record, task.objective.unit))
-        checkpoint.save(folder, step, tables, {"records": records})
+        session.say(format_record(f"outer step {step:>3}", record, task.objective.unit))
+        checkpoint.save(folder, step, state, {"records": records})
         session.saved()
-        ended = _ended(records, config, task.rows, progress)
+        stop_reason = _stop_reason(records, config, task.rows, progress)
         del run, estimate  # or their snapshots would live beside those of the next training
 
-    best = _best(records)
-    return Learned(
-        weights=fetch(weights_of(tables.best))[: task.rows],
-        entries=fetch(tables.best_entries)[: task.rows],
-        first_entries=fetch(tables.first_entries)[: task.rows],
-        alignment=fetch(tables.alignment)[: task.rows],
-        losses=fetch(tables.losses)[: task.rows],
+    best_step = _best_step(records)
+    return LearnedWeights(
+        weights=fetch(weights_of(state.best_hyper))[: task.rows],
+        hypergradient=fetch(state.best_hypergradient)[: task.rows],
+        first_hypergradient=fetch(state.first_hypergradient)[: task.rows],
+        alignment=fetch(state.alignment)[: task.rows],
+        losses=fetch(state.losses)[: task.rows],
         records=records,
-        best=best,
-        ended=ended,
+        best_step=best_step,
+        stop_reason=stop_reason,
     )
 
 
-def good_rows(task: Task | ArrayTask, config: SelectConfig) -> np.ndarray | None:
+def good_label_mask(task: Task | ArrayTask, config: SelectConfig) -> np.ndarray | None:
     """Which rows carry the label data.good_label; None where the data have no such labels."""
     labels = [example.label for example in task.examples]
     if not config.data.label_field or all(label is None for label in labels):
@@ -201,48 +207,50 @@ def good_rows(task: Task | ArrayTask, config: SelectConfig) -> np.ndarray | None
     return np.array([label == config.data.good_label for label in labels])
 
 
-def _advance(task, trainer, tables: Tables, records, record, run, grad, weights, config: SelectConfig) -> Tables:
+def _update_outer_state(
+    task, trainer, state: OuterState, records, record, run, grad, weights, config: SelectConfig
+) -> OuterState:
     """The tables after an outer step, before its step on the outer variable."""
     if not records:
-        alignment, losses = baselines(task, trainer, run, weights)
-        tables = tables._replace(first_entries=grad, alignment=alignment, losses=losses)
-    if _best([*records, record]) == len(records):
-        tables = tables._replace(best=tables.hyper, best_entries=grad)
+        alignment, losses = compute_baseline_scores(task, trainer, run, weights)
+        state = state._replace(first_hypergradient=grad, alignment=alignment, losses=losses)
+    if _best_step([*records, record]) == len(records):
+        state = state._replace(best_hyper=state.hyper, best_hypergradient=grad)
     if config.outer.restart == "warm":
-        tables = tables._replace(start=run.end.params)
-    return tables
+        state = state._replace(start_params=run.end.params)
+    return state
 
 
-def _best(records: Records) -> int:
+def _best_step(records: OuterRecords) -> int:
     """The step with the least L_v on V_select; without V_select, the last."""
     values = [record["loss"]["select"] for record in records]
     return len(records) - 1 if values[0] is None else int(np.argmin(values))
 
 
-def _ended(records: Records, config: SelectConfig, rows: int, progress: Progress) -> str:
+def _stop_reason(records: OuterRecords, config: SelectConfig, num_examples: int, progress: ProgressFunction) -> str:
     """Why the loop ends here, or nothing."""
     outer = config.outer
     if not records:
         return ""
-    if records[-1]["ess"] < outer.ess_floor * rows:
+    if records[-1]["ess"] < outer.ess_floor * num_examples:
         return (
-            f"the effective sample size fell to {records[-1]['ess']:.0f} of {rows} rows, below outer.ess_floor "
+            f"the effective sample size fell to {records[-1]['ess']:.0f} of {num_examples} rows, below outer.ess_floor "
             f"({outer.ess_floor:g} of the rows)"
         )
-    since = len(records) - 1 - _best(records)
-    if outer.patience and since >= outer.patience:
-        return f"{since} outer steps in a row did not lower L_v on V_select (outer.patience)"
+    steps_since_best = len(records) - 1 - _best_step(records)
+    if outer.patience and steps_since_best >= outer.patience:
+        return f"{steps_since_best} outer steps in a row did not lower L_v on V_select (outer.patience)"
     return f"all {len(records) - 1} outer steps were made" if progress(records) > 1 else ""
 
 
-def reading_line(where: str, record: dict[str, Any], unit: str) -> str:
+def format_record(label: str, record: dict[str, Any], unit: str) -> str:
     """One line for people: L_v on every part, effective size, AUC."""
     loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
     auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    return f"{where}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"
+    return f"{label}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}"
 
 
-def _plain(checks: Checks) -> dict[str, Any]:
+def _checks_to_json(checks: Checks) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and np.isnan(value) else value for key, value in checks._asdict().items()
     }

@@ -13,31 +13,33 @@ from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 
 
-def expected(task: Task, config: SelectConfig | TrainConfig, work: Session) -> dict[str, Any]:
+def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
     """What `estimate` says without asking the compiler: training steps, bytes of arrays on one device, disk.
 
     Made where a run begins and remembered by it, with the most memory so far.
     """
-    return work.once("expected", lambda: _expected(task, config))
+    return session.once("expected", lambda: _predict_usage(task, config))
 
 
-def _expected(task: Task, config: SelectConfig | TrainConfig) -> dict[str, Any]:
-    shapes = programs.steps(task, programs.first_batch(task, config))
-    phases = memory.phases(task, config, shapes, memory.Workspace())
-    top = max(phases, key=lambda phase: phase.bytes)
-    passes = (
-        task.steps if isinstance(config, TrainConfig) else sum(stage.work for stage in plan.selection(task, config))
+def _predict_usage(task: Task, config: SelectConfig | TrainConfig) -> dict[str, Any]:
+    shapes = programs.step_shapes(task, programs.make_first_batch(task, config))
+    phases = memory.memory_phases(task, config, shapes, memory.Workspace())
+    peak_phase = max(phases, key=lambda phase: phase.total_bytes)
+    training_steps = (
+        task.steps
+        if isinstance(config, TrainConfig)
+        else sum(stage.work for stage in plan.select_run_stages(task, config))
     )
     return {
-        "passes": passes,
-        "peak": top.bytes,
-        "peak_phase": top.name,
-        "disk": memory.disk(task, config, shapes),
-        "memory_before": peak()[0],
+        "passes": training_steps,
+        "peak": peak_phase.total_bytes,
+        "peak_phase": peak_phase.name,
+        "disk": memory.disk_bytes(task, config, shapes),
+        "memory_before": peak_memory()[0],
     }
 
 
-def peak() -> tuple[float, str]:
+def peak_memory() -> tuple[float, str]:
     """The most memory so far, bytes: of one device where it tells, or else of this process, arrays and all."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -46,14 +48,16 @@ def peak() -> tuple[float, str]:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), "process"
 
 
-def taken(task: Task, folder: Path, *, passes: float, seconds: float, timed: float) -> dict[str, Any]:
+def measure_usage(
+    task: Task, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
+) -> dict[str, Any]:
     """What the run took: `passes` training steps, of which `timed` took `seconds`."""
-    most, of = peak()
+    peak_bytes, memory_of = peak_memory()
     return {
-        "passes": passes,
-        "memory": most,
-        "memory_of": of,
+        "passes": training_steps,
+        "memory": peak_bytes,
+        "memory_of": memory_of,
         "disk": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "seconds_per_pass": seconds / timed if timed else float("nan"),
+        "seconds_per_pass": seconds / timed_steps if timed_steps else float("nan"),
         "device": f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}",
     }

@@ -11,12 +11,12 @@ from bilevel_jax.core.schedule import NOTHING, once
 from bilevel_jax.core.types import Keep
 from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
-from bilevel_jax.runs.programs import Steps
+from bilevel_jax.runs.programs import StepShapes
 from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS, ModelSection
-from bilevel_jax.runs.states import held, linearised, planned, swept
+from bilevel_jax.runs.states import bytes_per_device, linearization_bytes, num_backward_steps, plan_checkpoints
 from bilevel_jax.runs.task import Task
 
-MIDWAY = "in the middle of an outer step"
+MID_STEP_CHECKPOINT = "in the middle of an outer step"
 """What is left there by a run that was stopped, or that took longer than output.save_minutes for an outer step."""
 
 
@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     parts: dict[str, float]
 
     @property
-    def bytes(self) -> float:
+    def total_bytes(self) -> float:
         """All of it."""
         return sum(self.parts.values())
 
@@ -47,169 +47,193 @@ class Workspace(NamedTuple):
     """A step of a method whose weights move with the parameters."""
 
 
-def by_dtype(some: Any) -> dict[str, int]:
+def count_by_dtype(tree: Any) -> dict[str, int]:
     """Numbers, not bytes, of all leaves in all, by dtype."""
     counts: dict[str, int] = {}
-    for leaf in jax.tree.leaves(some):
+    for leaf in jax.tree.leaves(tree):
         counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
     return counts
 
 
-def phases(
-    task: Task, config: SelectConfig | TrainConfig, shapes: Steps, workspace: Workspace, keep: Keep | None = None
+def memory_phases(
+    task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes, workspace: Workspace, plan: Keep | None = None
 ) -> list[Phase]:
     """What lives in each phase of a run; the largest is the run's peak.
 
     Exact for the arrays, as long as a device does not run ahead of the host. `keep` is what a training keeps for its
     sweep, by default what it would here.
     """
-    always = _always(task, config, shapes)
+    resident = _resident_arrays(task, config, shapes)
     if isinstance(config, TrainConfig):
-        return [_descending(config, shapes, always, workspace), writing(task, config.model, always, shapes)]
-    return [*_estimating(task, config, shapes, always, workspace, keep), writing(task, config.model, always, shapes)]
+        return [
+            _training_phase(config, shapes, resident, workspace),
+            writing_phase(task, config.model, resident, shapes),
+        ]
+    return [
+        *_hypergradient_phases(task, config, shapes, resident, workspace, plan),
+        writing_phase(task, config.model, resident, shapes),
+    ]
 
 
-def _always(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
+def _resident_arrays(task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
     """What a run holds from the beginning to the end."""
     streams = task.held_out.values()
-    table = held(shapes.weights)
-    tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
+    table_bytes = bytes_per_device(shapes.weights)
+    num_tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
     loaded = task.base is None and not config.model.from_scratch
     return {
-        "base": held(task.base),
+        "base": bytes_per_device(task.base),
         # every training starts from it, and steps in memory of its own
-        "the model as loaded": held(shapes.params) if loaded else 0,
-        "trusted rows": sum(held(stream.batch(step)) for stream in streams for step in range(stream.steps)),
-        "weight tables": tables * table,
-        "batch": held(shapes.batch),
+        "the model as loaded": bytes_per_device(shapes.params) if loaded else 0,
+        "trusted rows": sum(bytes_per_device(stream.batch(step)) for stream in streams for step in range(stream.steps)),
+        "weight tables": num_tables * table_bytes,
+        "batch": bytes_per_device(shapes.batch),
     }
 
 
-def _descending(config: TrainConfig, shapes: Steps, always: Mapping[str, float], workspace: Workspace) -> Phase:
-    best = held(shapes.params) if config.train.load_best else 0
-    parts = {"parameters and optimiser": held(shapes.state), "best parameters": best, "workspace": workspace.forward}
-    return Phase("training", {**always, **parts})
+def _training_phase(
+    config: TrainConfig, shapes: StepShapes, resident: Mapping[str, float], workspace: Workspace
+) -> Phase:
+    best_params_bytes = bytes_per_device(shapes.params) if config.train.load_best else 0
+    parts = {
+        "parameters and optimiser": bytes_per_device(shapes.state),
+        "best parameters": best_params_bytes,
+        "workspace": workspace.forward,
+    }
+    return Phase("training", {**resident, **parts})
 
 
-def _estimating(
+def _hypergradient_phases(
     task: Task,
     config: SelectConfig,
-    shapes: Steps,
-    always: dict[str, float],
+    shapes: StepShapes,
+    resident: dict[str, float],
     workspace: Workspace,
-    keep: Keep | None,
+    plan: Keep | None,
 ) -> list[Phase]:
-    state, gradient = held(shapes.state), held(shapes.params)
-    adjoint, table = held(shapes.adjoint), held(shapes.weights)
-    keep = kept(task, config, shapes) if keep is None else keep
-    steps = swept(config.outer, task.steps)
+    state, gradient = bytes_per_device(shapes.state), bytes_per_device(shapes.params)
+    adjoint, table = bytes_per_device(shapes.adjoint), bytes_per_device(shapes.weights)
+    plan = plan_task_checkpoints(task, config, shapes) if plan is None else plan
+    backward_steps = num_backward_steps(config.outer, task.steps)
     # the start is there in any case, and its parameters are those of the model as loaded
-    starting = state - (gradient if always["the model as loaded"] else 0)
-    whole, start_again = keep.tape >= steps, steps == task.steps
-    snapshots = 0 if whole or config.outer.offload != "device" else max(0, keep.snapshots - start_again)
-    retained = {
+    starting = state - (gradient if resident["the model as loaded"] else 0)
+    all_stored, starts_at_beginning = plan.tape >= backward_steps, backward_steps == task.steps
+    snapshots = 0 if all_stored or config.outer.offload != "device" else max(0, plan.snapshots - starts_at_beginning)
+    stored = {
         "start": starting,
         "snapshots": snapshots * state,
-        "states on the tape": (keep.tape - (whole and start_again)) * state,
-        "gradients on the tape": keep.tape * gradient,
-        "linearisations on the tape": keep.tape * linear(task, shapes) if keep.linear else 0,
+        "states on the tape": (plan.tape - (all_stored and starts_at_beginning)) * state,
+        "gradients on the tape": plan.tape * gradient,
+        "linearisations on the tape": plan.tape * task_linearization_bytes(task, shapes) if plan.linear else 0,
     }
     training = Phase(
         "training",
         {
-            **always,
-            **retained,
+            **resident,
+            **stored,
             # a step reads one and makes another; with a tape the one that is read stands on it
-            "states of a step": state if keep.tape else 2 * state,
-            "gradients": 0 if keep.tape else 2 * gradient,
+            "states of a step": state if plan.tape else 2 * state,
+            "gradients": 0 if plan.tape else 2 * gradient,
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )
-    reading = Phase(
+    validation_phase = Phase(
         "slope",
-        {**always, **retained, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
+        {**resident, **stored, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
     if config.outer.method in SINGLE_LOOP_METHODS:
-        both = held(programs.alone(task, config, shapes).arguments[0])
-        return [training, Phase("both models", {**always, "states of a step": both, "workspace": workspace.alone})]
+        both_models = bytes_per_device(programs.single_loop_program(task, config, shapes).arguments[0])
+        return [
+            training,
+            Phase("both models", {**resident, "states of a step": both_models, "workspace": workspace.alone}),
+        ]
     if config.outer.method not in ("unrolled", "window"):
         # a solve's vectors: its solution, residual, direction, product and right-hand side, and the solution before
         solve = {"vectors of the solve": 7 * gradient} if config.outer.method == "implicit" else {}
-        return [training, reading._replace(parts={**reading.parts, **solve})]
-    sweeping = Phase(
+        return [training, validation_phase._replace(parts={**validation_phase.parts, **solve})]
+    backward_phase = Phase(
         "step back",
         {
-            **always, **retained, "end": state, "adjoints": 2 * adjoint, "entries": table,
+            **resident, **stored, "end": state, "adjoints": 2 * adjoint, "entries": table,
             "workspace": workspace.backward,
         },
     )  # fmt: skip
-    if whole:
-        return [training, reading, sweeping]
-    replaying = Phase(
+    if all_stored:
+        return [training, validation_phase, backward_phase]
+    replay_phase = Phase(
         "replay",
         {
-            **always, **retained, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
+            **resident, **stored, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )  # fmt: skip
-    if config.outer.offload != "device" or keep.snapshots < once(steps, keep.tape).snapshots:
+    if config.outer.offload != "device" or plan.snapshots < once(backward_steps, plan.tape).snapshots:
         # else the first state on the tape is a snapshot
-        replaying.parts["states of a step"] = state
-    return [training, reading, replaying, sweeping]
+        replay_phase.parts["states of a step"] = state
+    return [training, validation_phase, replay_phase, backward_phase]
 
 
-def writing(task: Task, model: ModelSection, always: dict[str, float], shapes: Steps) -> Phase:
+def writing_phase(task: Task, model: ModelSection, resident: dict[str, float], shapes: StepShapes) -> Phase:
     """The model in float32, for the file."""
-    trained = held(shapes.params)
+    params_bytes = bytes_per_device(shapes.params)
     if task.base is None:
-        return Phase("writing", {**always, "trained parameters": trained})
+        return Phase("writing", {**resident, "trained parameters": params_bytes})
     # brought together from all devices, in float32
-    cast = 4 * sum(by_dtype(task.base).values())
+    cast = 4 * sum(count_by_dtype(task.base).values())
     merged = 4 * sum(math.prod(task.base["layers"][name]["kernel"].shape) for name in shapes.params["lora"])
-    parts = {"trained parameters": trained, "base in float32": cast, "merged projections": merged}
-    return Phase("writing", {**always, **parts})
+    parts = {"trained parameters": params_bytes, "base in float32": cast, "merged projections": merged}
+    return Phase("writing", {**resident, **parts})
 
 
-def kept(task: Task, config: SelectConfig | TrainConfig, shapes: Steps, device: float = 0.0) -> Keep:
+def plan_task_checkpoints(
+    task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes, device_bytes: float = 0.0
+) -> Keep:
     """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
     if isinstance(config, TrainConfig):
         return NOTHING
-    return planned(config.outer, task.steps, shapes.state, task.base, device, linear=lambda: linear(task, shapes))
+    return plan_checkpoints(
+        config.outer,
+        task.steps,
+        shapes.state,
+        task.base,
+        device_bytes,
+        linearization_size=lambda: task_linearization_bytes(task, shapes),
+    )
 
 
-def linear(task: Task, shapes: Steps) -> int:
+def task_linearization_bytes(task: Task, shapes: StepShapes) -> int:
     """Bytes of a step's linearisation on one device."""
-    return linearised(task.step, *programs.linearizing(task, shapes).arguments)
+    return linearization_bytes(task.step, *programs.linearize_program(task, shapes).arguments)
 
 
-def kept_otherwise(task: Task, config: SelectConfig, shapes: Steps, workspace: Workspace, keep: Keep) -> float:
+def peak_with_plan(task: Task, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: Keep) -> float:
     """The peak of training and sweep on one device, in bytes, if a training kept this."""
-    return max(phase.bytes for phase in phases(task, config, shapes, workspace, keep)[:-1])
+    return max(phase.total_bytes for phase in memory_phases(task, config, shapes, workspace, plan)[:-1])
 
 
-def disk(task: Task, config: SelectConfig | TrainConfig, shapes: Steps) -> dict[str, float]:
+def disk_bytes(task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
     """Bytes that a run leaves in its folder, without those of its log and report; checkpoints may be compressed."""
-    params, state = _stored(shapes.params), _stored(shapes.state)
-    table = _stored(shapes.weights)
-    found: dict[str, float] = {}
+    params, state = _total_bytes(shapes.params), _total_bytes(shapes.state)
+    table = _total_bytes(shapes.weights)
+    sizes: dict[str, float] = {}
     if isinstance(config, TrainConfig):
-        found["checkpoints"] = 2 * (state + (params if config.train.load_best else 0))
+        sizes["checkpoints"] = 2 * (state + (params if config.train.load_best else 0))
     elif config.outer.method in SINGLE_LOOP_METHODS:
-        found["checkpoints"] = 2 * state
+        sizes["checkpoints"] = 2 * state
     else:
-        found["checkpoints"] = 2 * (6 * table + params)
-        keep = kept(task, config, shapes)
+        sizes["checkpoints"] = 2 * (6 * table + params)
+        plan = plan_task_checkpoints(task, config, shapes)
         # what is resumed, the edge of the sweep, and the snapshots but the start
-        count = keep.snapshots - (swept(config.outer, task.steps) == task.steps and keep.snapshots > 0)
-        found[MIDWAY] = (count + 2) * state + _stored(shapes.adjoint) + table
+        count = plan.snapshots - (num_backward_steps(config.outer, task.steps) == task.steps and plan.snapshots > 0)
+        sizes[MID_STEP_CHECKPOINT] = (count + 2) * state + _total_bytes(shapes.adjoint) + table
     if task.base is None:
-        found["model"] = params
+        sizes["model"] = params
     else:
         parts = config.output.model if isinstance(config, TrainConfig) else "both"
-        found["model"] = 4 * sum(by_dtype(task.base).values()) if parts != "adapter" else 0
-        found["adapter"] = params if parts != "full" else 0
-    return found
+        sizes["model"] = 4 * sum(count_by_dtype(task.base).values()) if parts != "adapter" else 0
+        sizes["adapter"] = params if parts != "full" else 0
+    return sizes
 
 
-def _stored(some: Any) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(some))
+def _total_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

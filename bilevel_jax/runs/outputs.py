@@ -15,50 +15,50 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, is_pair, kind_of, row_of
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, config_hash
-from bilevel_jax.runs.learn import Learned
+from bilevel_jax.runs.learn import LearnedWeights
 from bilevel_jax.runs.task import Task
 
 
 def weights_table(
-    task: Task, config: SelectConfig, learned: Learned, selected: Int[np.ndarray, "selected"]
+    task: Task, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
 ) -> pa.Table:
     """One row per training row, joined by `id` and never by position; signs and units in the schema's metadata."""
-    chosen = np.zeros(task.rows, bool)
-    chosen[selected] = True
+    selected_mask = np.zeros(task.rows, bool)
+    selected_mask[selected_indices] = True
     columns = {
         "id": [example.id for example in task.examples],
         "row": np.arange(task.rows),
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
         "weight": learned.weights,
-        "entry": learned.entries,
-        "first_entry": learned.first_entries,
+        "entry": learned.hypergradient,
+        "first_entry": learned.first_hypergradient,
         "alignment": learned.alignment,
         "loss": learned.losses,
-        "selected": chosen,
+        "selected": selected_mask,
         "file": [example.file for example in task.examples],
         "line": [example.line for example in task.examples],
     }
-    meaning = {
+    meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
         "entry": f"d L_v / d weight at these weights, {task.objective.unit} on V_fit per unit of weight; "
         "below 0: more weight lowers L_v",
         "first_entry": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
         "loss": f"the row's loss at the end of uniform training, {task.objective.unit}",
-        "estimand": estimand(config),
+        "estimand": describe_estimand(config),
         "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,
         "config_hash": config_hash(config),
-        "outer_step": str(learned.best),
+        "outer_step": str(learned.best_step),
     }
-    if np.isnan(learned.entries).all():  # a single-loop method has no entries
+    if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
         columns = {name: column for name, column in columns.items() if name not in ("entry", "first_entry")}
     table = pa.table(columns)
-    return table.replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
+    return table.replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
 
-def estimand(config: SelectConfig) -> str:
+def describe_estimand(config: SelectConfig) -> str:
     """What the method's gradient is the gradient of; printed beside every number."""
     outer, steps = config.outer, config.train.max_steps
     return {
@@ -74,20 +74,22 @@ def estimand(config: SelectConfig) -> str:
     }[outer.method]
 
 
-def selected_lines(examples: list[Example], weights: np.ndarray, selected: Int[np.ndarray, "selected"]) -> str:
+def format_selected_jsonl(
+    examples: list[Example], weights: np.ndarray, selected_indices: Int[np.ndarray, "selected"]
+) -> str:
     """The kept rows as jsonl in their order, in the layout of `data.row_of` that holds all, with id and weight."""
-    kinds = {kind_of(examples[row]) for row in selected}
-    dialogues = "preference_chat" if is_pair(examples[0]) else "chat"
-    layout = dialogues if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
+    kinds = {kind_of(examples[row]) for row in selected_indices}
+    chat_layout = "preference_chat" if is_pair(examples[0]) else "chat"
+    layout = chat_layout if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
     lines = []
-    for row in selected:
+    for row in selected_indices:
         content = {**row_of(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
         lines.append(json.dumps(content, ensure_ascii=False) + "\n")
     # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def given_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
+def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
     """What `train` used: one row per training row, joined by `id`."""
     columns = {
         "id": [example.id for example in task.examples],
@@ -98,8 +100,8 @@ def given_table(task: Task, config: TrainConfig, weights: np.ndarray, source: st
         "file": [example.file for example in task.examples],
         "line": [example.line for example in task.examples],
     }
-    meaning = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash(config)}
-    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
+    meanings = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash(config)}
+    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
 
 def write_model(folder: Path, task: Task, params: Params, *, base_path: str, parts: str = "both") -> None:
@@ -117,9 +119,9 @@ def write_model(folder: Path, task: Task, params: Params, *, base_path: str, par
             lm.save_peft(adapter, task.architecture, params, base=base_path)
         if folder.exists() or (task.base is not None and parts == "adapter"):
             return
-        whole = params
+        merged_params = params
         if task.base is not None:
-            whole = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params)
-        lm.save(folder, task.architecture, whole, tokenizer=task.tokenizer)
+            merged_params = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params)
+        lm.save(folder, task.architecture, merged_params, tokenizer=task.tokenizer)
 
     processes.by_first(write)

@@ -9,108 +9,127 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel_jax.runs import figures, files
-from bilevel_jax.runs.estimate_table import comparison
-from bilevel_jax.runs.figures import Html, element, join
-from bilevel_jax.runs.results import Results
+from bilevel_jax.runs.estimate_table import compare_usage
+from bilevel_jax.runs.figures import Html, html_element, join_html
+from bilevel_jax.runs.results import RunResults
 
-NONE = "–"
+MISSING = "–"
 """Stands where there is no number."""
 
 
 class Column(NamedTuple):
     """A column of a table: numbers are aligned at their points, the rest stands left."""
 
-    head: str
+    heading: str
     cells: Sequence[Any]
     unit: str = ""
-    kind: str | None = None
+    css_class: str | None = None
     """Class of its cells; numbers have their own."""
 
 
-class Estimate(NamedTuple):
+class MeanInterval(NamedTuple):
     """A mean over seeds with the half-width of its 95 % interval; nan where there is none."""
 
     mean: float
-    half: float
+    half_width: float
 
 
-class Signed(float):
+class SignedNumber(float):
     """A number that is shown with its sign."""
 
 
-def document(title: str, heading: str, intro: Html, lead: Html, sections: Sequence[tuple[str, str, Html]]) -> str:
+def html_document(title: str, heading: str, intro: Html, lead: Html, sections: Sequence[tuple[str, str, Html]]) -> str:
     """A whole page: heading, introduction, what leads, and sections (anchor, title, content) with links to them."""
-    links = [join(element("a", name, href=f"#{key}"), " ") for key, name, _ in sections]
-    body = element(
+    links = [join_html(html_element("a", name, href=f"#{key}"), " ") for key, name, _ in sections]
+    body = html_element(
         "main",
-        element("header", element("h1", heading), element("p", intro), class_="top"),
+        html_element("header", html_element("h1", heading), html_element("p", intro), class_="top"),
         lead,
-        element("nav", *links, aria_label="sections"),
-        *(element("section", element("h2", name), content, id=key) for key, name, content in sections),
+        html_element("nav", *links, aria_label="sections"),
+        *(html_element("section", html_element("h2", name), content, id=key) for key, name, content in sections),
     )
-    head = join(
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        Html(f"<style>{STYLE}{figures.STYLE}</style>"),
+    head = join_html(
+        html_element("meta", charset="utf-8"),
+        html_element("meta", tag="viewport", content="width=device-width, initial-scale=1"),
+        html_element("meta", tag="color-scheme", content="light dark"),
+        html_element("title", title),
+        Html(f"<style>{PAGE_STYLE}{figures.FIGURE_STYLE}</style>"),
     )
-    return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
+    return (
+        f"<!doctype html>\n{html_element('html', html_element('head', head), html_element('body', body), lang='en')}\n"
+    )
 
 
-def banner(kind: str, icon: str, level: str, *content: Html | None) -> Html:
+def verdict_banner(kind: str, icon: str, level: str, *content: Html | None) -> Html:
     """The box that is read first; its kind is good, fair or bad."""
-    head = element("p", element("span", icon, class_="icon", aria_hidden="true"), level, class_="level")
-    return element("div", head, *content, class_=f"verdict {kind}")
+    head = html_element("p", html_element("span", icon, class_="icon", aria_hidden="true"), level, class_="level")
+    return html_element("div", head, *content, class_=f"verdict {kind}")
 
 
-def tiles(shown: Sequence[tuple[str, str, str]]) -> Html:
+def number_tiles(numbers: Sequence[tuple[str, str, str]]) -> Html:
     """Headline numbers in boxes: (what, number, unit)."""
     boxes = (
-        element("div", element("span", head), _big(value), element("span", unit, class_="unit"), class_="tile")
-        for head, value, unit in shown
-    )
-    return element("div", *boxes, class_="tiles")
-
-
-def table(*columns: Column, marks: dict[int, str] | None = None, name: str = "") -> Html:
-    """Columns side by side; a row's mark is its class."""
-    marks = marks or {}
-    numeric = [
-        all(cell is None or isinstance(cell, int | float | np.number | Estimate) for cell in one.cells)
-        for one in columns
-    ]
-    kinds = ["n" if number else one.kind for one, number in zip(columns, numeric, strict=True)]
-    cells = [_aligned(one.cells) if number else one.cells for one, number in zip(columns, numeric, strict=True)]
-    heads = [
-        element(
-            "th", one.head, element("span", one.unit, class_="unit") if one.unit else None, class_=kind, scope="col"
+        html_element(
+            "div",
+            html_element("span", head),
+            _headline_number(value),
+            html_element("span", unit, class_="unit"),
+            class_="tile",
         )
-        for one, kind in zip(columns, kinds, strict=True)
+        for head, value, unit in numbers
+    )
+    return html_element("div", *boxes, class_="tiles")
+
+
+def html_table(*columns: Column, row_classes: dict[int, str] | None = None, css_class: str = "") -> Html:
+    """Columns side by side; a row's mark is its class."""
+    row_classes = row_classes or {}
+    numeric = [
+        all(cell is None or isinstance(cell, int | float | np.number | MeanInterval) for cell in column.cells)
+        for column in columns
+    ]
+    kinds = ["n" if number else column.css_class for column, number in zip(columns, numeric, strict=True)]
+    cells = [
+        _align_numbers(column.cells) if number else column.cells
+        for column, number in zip(columns, numeric, strict=True)
+    ]
+    heads = [
+        html_element(
+            "th",
+            column.heading,
+            html_element("span", column.unit, class_="unit") if column.unit else None,
+            class_=kind,
+            scope="col",
+        )
+        for column, kind in zip(columns, kinds, strict=True)
     ]
     body = [
-        element(
+        html_element(
             "tr",
-            *(element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)),
-            class_=marks.get(index),
+            *(html_element("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)),
+            class_=row_classes.get(index),
         )
         for index, row in enumerate(zip(*cells, strict=True))
     ]
-    head = element("thead", element("tr", *heads)) if any(one.head for one in columns) else None
-    return element("div", element("table", head, element("tbody", *body), class_=name or None), class_="scroll")
+    head = html_element("thead", html_element("tr", *heads)) if any(column.heading for column in columns) else None
+    return html_element(
+        "div", html_element("table", head, html_element("tbody", *body), class_=css_class or None), class_="scroll"
+    )
 
 
-def _aligned(cells: Sequence[Any]) -> list[str]:
+def _align_numbers(cells: Sequence[Any]) -> list[str]:
     """Numbers of one column, padded after the point so that their points stand below each other."""
-    means = _padded([cell.mean if isinstance(cell, Estimate) else cell for cell in cells])
-    if not any(isinstance(cell, Estimate) for cell in cells):
+    means = _pad_numbers([cell.mean if isinstance(cell, MeanInterval) else cell for cell in cells])
+    if not any(isinstance(cell, MeanInterval) for cell in cells):
         return means
-    halves = _padded([cell.half if isinstance(cell, Estimate) else None for cell in cells], 3)
+    halves = _pad_numbers([cell.half_width if isinstance(cell, MeanInterval) else None for cell in cells], 3)
     return [f"{mean} ± {half}" for mean, half in zip(means, halves, strict=True)]
 
 
-def _padded(values: Sequence[Any], digits: int = 4) -> list[str]:
-    texts = [signed(value) if isinstance(value, Signed) else number(value, digits) for value in values]
+def _pad_numbers(values: Sequence[Any], digits: int = 4) -> list[str]:
+    texts = [
+        format_signed(value) if isinstance(value, SignedNumber) else format_number(value, digits) for value in values
+    ]
     after = [len(text.partition(".")[2]) for text in texts]
     longest = max(after, default=0)
     figure_space, point_space = "\u2007", "\u2008"
@@ -120,80 +139,86 @@ def _padded(values: Sequence[Any], digits: int = 4) -> list[str]:
     ]
 
 
-def paragraph(*children: str | None) -> Html:
+def html_paragraph(*children: str | None) -> Html:
     """A paragraph."""
-    return element("p", *children)
+    return html_element("p", *children)
 
 
-def note(text: str, kind: str = "") -> Html:
+def html_note(text: str, kind: str = "") -> Html:
     """A remark in small print, or a warning."""
-    return element("p", text, class_=f"note {kind}".strip())
+    return html_element("p", text, class_=f"note {kind}".strip())
 
 
-def details(summary: str, content: Html) -> Html:
+def html_details(summary: str, content: Html) -> Html:
     """Content that is folded away until it is asked for."""
-    return element("details", element("summary", summary), content)
+    return html_element("details", html_element("summary", summary), content)
 
 
-def figure(picture: Html, caption: str, *, wide: bool = False) -> Html:
+def html_figure(picture: Html, caption: str, *, wide: bool = False) -> Html:
     """A picture with its caption."""
-    return element("figure", picture, element("figcaption", caption), class_="wide" if wide else None)
+    return html_element("figure", picture, html_element("figcaption", caption), class_="wide" if wide else None)
 
 
-def _big(value: str) -> Html:
+def _headline_number(value: str) -> Html:
     mean, sign, half = value.partition(" ± ")
-    return element("b", mean, element("small", f" ± {half}") if sign else None)
+    return html_element("b", mean, html_element("small", f" ± {half}") if sign else None)
 
 
-def foretold(run: Results) -> Html | None:
+def render_usage(run: RunResults) -> Html | None:
     """What the run was expected to take, by sizes alone, beside what it took; runs of before that have none."""
     if "measured" not in run.result:
         return None
-    lines = comparison(run.result["estimate"], run.result["measured"])
-    names, expected, found, notes = zip(*lines, strict=True)
-    return join(
-        element("h3", "Estimated and measured"),
-        table(Column("what", names), Column("estimated", expected), Column("measured", found), Column("", notes)),
+    lines = compare_usage(run.result["estimate"], run.result["measured"])
+    names, expected, measured, notes = zip(*lines, strict=True)
+    return join_html(
+        html_element("h3", "Estimated and measured"),
+        html_table(
+            Column("what", names), Column("estimated", expected), Column("measured", measured), Column("", notes)
+        ),
     )
 
 
-def reproduced(run: Results, verb: str, precision: str) -> Html:
+def render_reproduction(run: RunResults, command: str, precision: str) -> Html:
     """The command, the environment, the columns and the settings: what another person needs to see the same."""
     environment, arguments = run.environment, run.environment["command"]
     packages, kinds = environment["packages"], environment["devices"]
     devices = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
     facts = {
-        "commit": environment["commit"] or f"{NONE} (not a git checkout)",
+        "commit": environment["commit"] or f"{MISSING} (not a git checkout)",
         "config hash": run.result["config_hash"],
         "device": f"{devices} ({environment['backend']}), processes: {environment['processes']}",
         "precision": precision,
         "platform": f"Python {environment['python']}, {environment['platform']}",
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
     }
-    columns = {name: meaning for name, meaning in run.meanings.items() if name in run.rows}
-    return join(
-        element("h3", "Run it again"),
-        paragraph("As it was started:"),
-        element("pre", shlex.join(["bilevel-jax" if _console(arguments[0]) else arguments[0], *arguments[1:]])),
-        paragraph("From this folder alone, with every setting written out:"),
-        element("pre", f"bilevel-jax {verb} {files.RESOLVED} --out ANOTHER_FOLDER"),
-        table(Column("", [element("b", key) for key in facts]), Column("", list(facts.values())), name="facts"),
-        details(
-            "Columns of weights.parquet, joined by id",
-            table(Column("column", list(columns)), Column("meaning", list(columns.values())), name="facts"),
+    columns = {name: meaning for name, meaning in run.column_meanings.items() if name in run.columns}
+    return join_html(
+        html_element("h3", "Run it again"),
+        html_paragraph("As it was started:"),
+        html_element(
+            "pre", shlex.join(["bilevel-jax" if _is_console_script(arguments[0]) else arguments[0], *arguments[1:]])
         ),
-        details(f"{files.RESOLVED}, all settings", element("pre", run.config_text)),
+        html_paragraph("From this folder alone, with every setting written out:"),
+        html_element("pre", f"bilevel-jax {command} {files.RESOLVED} --out ANOTHER_FOLDER"),
+        html_table(
+            Column("", [html_element("b", key) for key in facts]), Column("", list(facts.values())), css_class="facts"
+        ),
+        html_details(
+            "Columns of weights.parquet, joined by id",
+            html_table(Column("column", list(columns)), Column("meaning", list(columns.values())), css_class="facts"),
+        ),
+        html_details(f"{files.RESOLVED}, all settings", html_element("pre", run.config_text)),
     )
 
 
-def _console(program: str) -> bool:
+def _is_console_script(program: str) -> bool:
     return Path(program).name in ("bilevel-jax", "cli.py", "__main__.py")
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """Four significant digits, whole numbers in full, a true minus; – for what is missing or not finite."""
     if value is None or not math.isfinite(value):
-        return NONE
+        return MISSING
     if isinstance(value, int | np.integer) or abs(value) >= 10 ** (digits - 1) - 0.5:
         text = f"{value:,.0f}"
     elif value == 0:
@@ -203,61 +228,61 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: float) -> str:
+def format_signed(value: float) -> str:
     """The number with its sign."""
-    return number(value) if value <= 0 or not math.isfinite(value) else f"+{number(value)}"
+    return format_number(value) if value <= 0 or not math.isfinite(value) else f"+{format_number(value)}"
 
 
-def interval(one: Estimate) -> str:
+def format_interval(value: MeanInterval) -> str:
     """The signed mean and its half-width, both to the same place after the point."""
-    if math.isnan(one.half) or not 1e-3 <= one.half < 100:
-        return signed(one.mean) + _half(one.half)
-    half = number(one.half, 3)
-    return f"{one.mean:+.{len(half.partition('.')[2])}f} ± {half}".replace("-", "−")
+    if math.isnan(value.half_width) or not 1e-3 <= value.half_width < 100:
+        return format_signed(value.mean) + _format_half_width(value.half_width)
+    half = format_number(value.half_width, 3)
+    return f"{value.mean:+.{len(half.partition('.')[2])}f} ± {half}".replace("-", "−")
 
 
-def _half(half: float) -> str:
-    return "" if math.isnan(half) else f" ± {number(half, 3)}"
+def _format_half_width(half: float) -> str:
+    return "" if math.isnan(half) else f" ± {format_number(half, 3)}"
 
 
-def cut(text: str, count: int) -> str:
+def truncate_text(text: str, max_characters: int) -> str:
     """The text, or its beginning and how long it is."""
-    return text if len(text) <= count else f"{text[:count]}… ({len(text):,} characters)"
+    return text if len(text) <= max_characters else f"{text[:max_characters]}… ({len(text):,} characters)"
 
 
-def bounded(text: str, *, end: bool = False) -> Html:
+def isolate_text(text: str, *, keep_end: bool = False) -> Html:
     """A short piece of foreign text, set apart so that its direction cannot spill; `end` keeps the end of a path."""
-    if end and len(text) > 120:
-        return element("bdi", f"…{text[-120:]}", title=text[:1000])
-    return element("bdi", cut(text, 80))
+    if keep_end and len(text) > 120:
+        return html_element("bdi", f"…{text[-120:]}", title=text[:1000])
+    return html_element("bdi", truncate_text(text, 80))
 
 
-def counted(what: str, count: int) -> str:
+def format_count(noun: str, count: int) -> str:
     """So many of something."""
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
-def capital(text: str) -> str:
+def capitalize_first(text: str) -> str:
     """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """The share in per cent."""
-    return NONE if math.isnan(share) else f"{100 * share:.1f}\u00a0%"
+    return MISSING if math.isnan(share) else f"{100 * share:.1f}\u00a0%"
 
 
-def power_of(largest: float) -> int:
+def engineering_exponent(largest: float) -> int:
     """The power of ten, a multiple of three, that brings the largest number near 1."""
     return 0 if not largest > 0 else 3 * math.floor(math.log10(largest) / 3)
 
 
-def tens(power: int) -> str:
+def format_power_of_ten(power: int) -> str:
     """The power of ten in words, as it stands before a unit."""
     return "" if power == 0 else f"10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))} "
 
 
-STYLE = """
+PAGE_STYLE = """
 :root {
   color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;

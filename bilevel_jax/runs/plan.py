@@ -6,33 +6,33 @@ from typing import NamedTuple
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS
-from bilevel_jax.runs.single import FORWARD, steps_of, work_of
+from bilevel_jax.runs.single import FORWARD_WORK, num_single_loop_steps, single_loop_step_work
 from bilevel_jax.runs.task import Task
-from bilevel_jax.runs.training import PRODUCT, REPLAY
+from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK
 
 
-class Stage(NamedTuple):
+class WorkStage(NamedTuple):
     """A part of a run: how often it makes each kind of step."""
 
     name: str
-    forwards: float = 0.0
+    forward_steps: float = 0.0
     """Training steps, replayed ones too."""
-    backwards: float = 0.0
+    backward_steps: float = 0.0
     """Steps back through a training step."""
-    others: float = 0.0
+    other_work: float = 0.0
     """All else, in training steps: products of a solve, entries of all rows, steps of a single-loop method."""
 
     @property
     def work(self) -> float:
         """In training steps, as a run counts them."""
-        return self.forwards + PRODUCT * self.backwards + self.others
+        return self.forward_steps + HVP_WORK * self.backward_steps + self.other_work
 
-    def times(self, count: float, name: str) -> "Stage":
+    def repeat(self, count: float, name: str) -> "WorkStage":
         """The same, so many times."""
-        return Stage(name, count * self.forwards, count * self.backwards, count * self.others)
+        return WorkStage(name, count * self.forward_steps, count * self.backward_steps, count * self.other_work)
 
 
-def selection(task: Task | ArrayTask, config: SelectConfig) -> list[Stage]:
+def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[WorkStage]:
     """The stages of a `select` run that goes through to its end.
 
     It is the most that a run does: a loop may end early (outer.patience, outer.ess_floor), a solve before
@@ -41,60 +41,69 @@ def selection(task: Task | ArrayTask, config: SelectConfig) -> list[Stage]:
     them: readings of losses, and scores made to start from or to compare with.
     """
     outer, steps = config.outer, task.steps
-    one_pass = math.ceil(len(task.trainable()) / task.batch)
-    training, estimate = Stage("", forwards=steps), _estimate(config, steps, one_pass)
-    baselines = Stage("", others=2 * one_pass)
+    epoch_steps = math.ceil(len(task.trainable()) / task.batch)
+    training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(config, steps, epoch_steps)
+    baselines = WorkStage("", other_work=2 * epoch_steps)
     if outer.method in SINGLE_LOOP_METHODS:
-        alone = Stage("", others=steps_of(config) * work_of(config))
-        stages = [_sum("learning", training, baselines, alone)]
+        single_loop_stage = WorkStage("", other_work=num_single_loop_steps(config) * single_loop_step_work(config))
+        stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
-        stages = [_sum("learning", _sum("", training, estimate).times(outer.steps + 1, ""), baselines)]
+        stages = [_add_stages("learning", _add_stages("", training, estimate).repeat(outer.steps + 1, ""), baselines)]
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
-        places = 2 if outer.restart == "cold" else 1
-        stages.append(_sum("", training.times(retrains, ""), estimate).times(places, "certificates"))
+        certificate_count = 2 if outer.restart == "cold" else 1
+        stages.append(
+            _add_stages("", training.repeat(retrains, ""), estimate).repeat(certificate_count, "certificates")
+        )
     if config.retrain.enabled:
-        known = bool(config.data.label_field) and any(one.label == config.data.good_label for one in task.examples)
-        arms = [row for row in config.retrain.variants if row != "oracle" or known]
-        stages.append(training.times(len(arms) * config.retrain.seeds, "comparison"))
-    return [*stages, training.times(1, "the model that is written")]
+        has_good_labels = bool(config.data.label_field) and any(
+            example.label == config.data.good_label for example in task.examples
+        )
+        variants = [variant for variant in config.retrain.variants if variant != "oracle" or has_good_labels]
+        stages.append(training.repeat(len(variants) * config.retrain.seeds, "comparison"))
+    return [*stages, training.repeat(1, "the model that is written")]
 
 
-def readings(task: Task, config: SelectConfig | TrainConfig) -> float:
+def evaluation_work(task: Task, config: SelectConfig | TrainConfig) -> float:
     """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads V_fit alone.
     """
-    each = {part: stream.steps for part, stream in task.held_out.items()}
-    everything, fit = sum(each.values()) * FORWARD, each.get("fit", 0)
+    part_steps = {part: stream.steps for part, stream in task.held_out.items()}
+    all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("fit", 0)
     if isinstance(config, TrainConfig):
-        return everything * (task.steps // config.train.eval_steps + 2)
-    total = (config.outer.steps + 1) * (everything + fit)
+        return all_parts_work * (task.steps // config.train.eval_steps + 2)
+    total = (config.outer.steps + 1) * (all_parts_work + validation_steps)
     if config.certify.enabled:
-        places = 2 if config.outer.restart == "cold" else 1
-        total += places * (2 * len(config.certify.step_sizes) + config.certify.retrains) * fit * FORWARD
+        certificate_count = 2 if config.outer.restart == "cold" else 1
+        total += (
+            certificate_count
+            * (2 * len(config.certify.step_sizes) + config.certify.retrains)
+            * validation_steps
+            * FORWARD_WORK
+        )
     if config.retrain.enabled:
-        total += len(config.retrain.variants) * config.retrain.seeds * everything
+        total += len(config.retrain.variants) * config.retrain.seeds * all_parts_work
     return total
 
 
-def _estimate(config: SelectConfig, steps: int, one_pass: int) -> Stage:
+def _hypergradient_stage(config: SelectConfig, steps: int, epoch_steps: int) -> WorkStage:
     """One hypergradient of a finished training."""
     outer = config.outer
     if outer.method in ("unrolled", "window"):
-        swept = min(outer.window, steps) if outer.method == "window" else steps
-        return Stage("", forwards=REPLAY * swept, backwards=swept)
+        backward_steps = min(outer.window, steps) if outer.method == "window" else steps
+        return WorkStage("", forward_steps=REPLAY_WORK * backward_steps, backward_steps=backward_steps)
     if outer.method != "implicit":
-        return Stage("", others=2 * one_pass)
+        return WorkStage("", other_work=2 * epoch_steps)
     # a direct solve makes as many products as there are parameters, which are few where it is used
     products = outer.max_iterations if outer.solver in ("cg", "neumann") else 0
-    return Stage("", others=2 * one_pass + PRODUCT * products * min(outer.curvature_batches, one_pass))
+    return WorkStage("", other_work=2 * epoch_steps + HVP_WORK * products * min(outer.curvature_batches, epoch_steps))
 
 
-def _sum(name: str, *stages: Stage) -> Stage:
-    return Stage(
+def _add_stages(name: str, *stages: WorkStage) -> WorkStage:
+    return WorkStage(
         name,
-        sum(stage.forwards for stage in stages),
-        sum(stage.backwards for stage in stages),
-        sum(stage.others for stage in stages),
+        sum(stage.forward_steps for stage in stages),
+        sum(stage.backward_steps for stage in stages),
+        sum(stage.other_work for stage in stages),
     )

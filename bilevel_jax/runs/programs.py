@@ -30,11 +30,11 @@ class Program(NamedTuple):
     function: Any
     """Made by jax.jit."""
     arguments: tuple[Any, ...]
-    after: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] = lambda result, arguments: arguments
+    next_arguments: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] = lambda result, arguments: arguments
     """(result, arguments) -> the arguments of the next call; for a function that takes the memory of its own."""
 
 
-class Steps(NamedTuple):
+class StepShapes(NamedTuple):
     """The shapes that a training of a task goes through; arrays are those of one batch alone."""
 
     params: Params
@@ -42,37 +42,39 @@ class Steps(NamedTuple):
     adjoint: Adjoint
     weights: jax.ShapeDtypeStruct
     """The weight table."""
-    slice: jax.ShapeDtypeStruct
+    hyper_slice: jax.ShapeDtypeStruct
     """The weights of the batch."""
-    fixed: Any
+    frozen: Any
     batch: Batch
 
 
-def steps(task: Task, batch: Batch) -> Steps:
+def step_shapes(task: Task, batch: Batch) -> StepShapes:
     """The shapes of a task whose parameters are arrays or shapes of arrays."""
-    params = jax.tree.map(lambda leaf: _shape(leaf, leaf.sharding), task.fresh(0))
-    copied = NamedSharding(task.mesh, PartitionSpec())
+    params = jax.tree.map(lambda leaf: _shape_on(leaf, leaf.sharding), task.fresh(0))
+    replicated = NamedSharding(task.mesh, PartitionSpec())
     # an optimiser's moments lie where their parameters do; what else it has, everywhere
     opt = optax.tree.map_params(
         task.optimizer,
-        lambda leaf, like: _shape(leaf, like.sharding),
+        lambda leaf, like: _shape_on(leaf, like.sharding),
         jax.eval_shape(task.optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: _shape(leaf, copied),
+        transform_non_params=lambda leaf: _shape_on(leaf, replicated),
     )
-    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=copied)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = Inner(params, opt, count)
     dtype, index = jax.tree.leaves(params)[0].dtype, batch["index"]
-    weights = jax.ShapeDtypeStruct((task.rows,), dtype, sharding=copied)
-    part = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
-    return Steps(params, state, Adjoint(params, tree.inexact(opt)), weights, part, task.fixed(params), batch)
+    weights = jax.ShapeDtypeStruct((task.rows,), dtype, sharding=replicated)
+    hyper_slice = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
+    return StepShapes(
+        params, state, Adjoint(params, tree.inexact(opt)), weights, hyper_slice, task.fixed(params), batch
+    )
 
 
-def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _shape_on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
+def make_first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
     """A batch of the run, on the mesh; for rows that are streamed one of the same shape."""
     if not config.data.streaming:
         return task.stream(config.data.seed).batch(0)
@@ -83,42 +85,45 @@ def first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
     return placing.placed(task.mesh, batches.train_stream(corpus, order, 1, task.layout)).batch(0)
 
 
-def forward(task: Task, shapes: Steps) -> Program:
+def forward_program(task: Task, shapes: StepShapes) -> Program:
     """A training step whose gradient is kept, for a sweep."""
-    return Program(task.step.forward, (shapes.state, shapes.slice, shapes.fixed, shapes.batch))
+    return Program(task.step.forward, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
-def backward(task: Task, shapes: Steps) -> Program:
+def backward_program(task: Task, shapes: StepShapes) -> Program:
     """A step back through a training step."""
-    arguments = (shapes.state, shapes.params, shapes.slice, shapes.fixed, shapes.batch, shapes.adjoint)
+    arguments = (shapes.state, shapes.params, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint)
     return Program(task.step.backward, arguments)
 
 
-def linearizing(task: Task, shapes: Steps) -> Program:
+def linearize_program(task: Task, shapes: StepShapes) -> Program:
     """`forward`, with what the step back needs of it."""
-    return Program(task.step.linearize, (shapes.state, shapes.slice, shapes.fixed, shapes.batch))
+    return Program(task.step.linearize, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
-def pulling(task: Task, shapes: Steps, linearizing: "Compiled") -> Program:
+def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledProgram") -> Program:
     """`backward` with that; its arrays lie where the compiled `linearizing` leaves them."""
-    linear = jax.tree.map(_shape, linearizing.run.out_info[2], linearizing.run.output_shardings[2])
+    linearization = jax.tree.map(
+        _shape_on, compiled_linearize.executable.out_info[2], compiled_linearize.executable.output_shardings[2]
+    )
     return Program(
-        task.step.pull, (shapes.state, shapes.params, linear, shapes.slice, shapes.fixed, shapes.batch, shapes.adjoint)
+        task.step.pull,
+        (shapes.state, shapes.params, linearization, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint),
     )
 
 
-def descending(task: Task, shapes: Steps) -> Program:
+def update_program(task: Task, shapes: StepShapes) -> Program:
     """A training step of the verb `train`, which takes the memory of the state that it is given."""
-    arguments = (shapes.state, shapes.weights, shapes.fixed, shapes.batch)
+    arguments = (shapes.state, shapes.weights, shapes.frozen, shapes.batch)
     function = descent(task.problem, task.optimizer)
-    return Program(function, arguments, lambda result, before: (result[0], *before[1:]))
+    return Program(function, arguments, lambda result, arguments_before: (result[0], *arguments_before[1:]))
 
 
-def slope(task: Task, shapes: Steps, held_out: Batch) -> Program:
+def validation_gradient_program(task: Task, shapes: StepShapes, validation_batch: Batch) -> Program:
     """The gradient of one batch's share of L_v."""
 
     @jax.jit
-    def outer(params: Params, fixed: Any, batch: Batch) -> tuple[Any, Params]:
+    def outer_value_and_grad(params: Params, fixed: Any, batch: Batch) -> tuple[Any, Params]:
         def add(total, micro):
             value = jax.value_and_grad(task.problem.outer)(params, fixed, micro)
             return jax.tree.map(jnp.add, total, value), None
@@ -127,34 +132,38 @@ def slope(task: Task, shapes: Steps, held_out: Batch) -> Program:
         with jax.default_matmul_precision("highest"):
             return jax.lax.scan(add, zero, batch)[0]
 
-    return Program(outer, (shapes.params, shapes.fixed, held_out))
+    return Program(outer_value_and_grad, (shapes.params, shapes.frozen, validation_batch))
 
 
-def alone(task: Task, config: SelectConfig, shapes: Steps) -> Program:
+def single_loop_program(task: Task, config: SelectConfig, shapes: StepShapes) -> Program:
     """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
 
     Its state is taken to lie whole on every device.
     """
-    copied = NamedSharding(task.mesh, PartitionSpec())
-    made = single.method(task, config, single.steps_of(config))
-    state = jax.tree.map(lambda leaf: _shape(leaf, copied), jax.eval_shape(made.init, shapes.params))
+    replicated = NamedSharding(task.mesh, PartitionSpec())
+    method = single.build_single_loop(task, config, single.num_single_loop_steps(config))
+    state = jax.tree.map(lambda leaf: _shape_on(leaf, replicated), jax.eval_shape(method.init, shapes.params))
     batch = task.stream(config.data.seed, packed=False).batch(0)
-    return Program(made.step, (state, shapes.fixed, batch, batch), lambda result, before: (result[0], *before[1:]))
+    return Program(
+        method.step,
+        (state, shapes.frozen, batch, batch),
+        lambda result, arguments_before: (result[0], *arguments_before[1:]),
+    )
 
 
-class Compiled(NamedTuple):
+class CompiledProgram(NamedTuple):
     """A program, compiled."""
 
-    run: Any
-    temporary: int
+    executable: Any
+    workspace_bytes: int
     """Bytes on one device beside arguments and results, while it runs."""
     flops: float
     """Of one call, over all devices."""
-    seconds: float
+    compile_seconds: float
     """That tracing and compiling took."""
 
 
-def compiled(program: Program) -> Compiled:
+def compile_program(program: Program) -> CompiledProgram:
     """Compile for the mesh that the shapes lie on; nothing is allocated.
 
     `temporary` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another one
@@ -163,22 +172,22 @@ def compiled(program: Program) -> Compiled:
     """
     began = time.monotonic()
     traced = program.function.trace(*program.arguments)
-    run = traced.lower().compile()
-    temporary = run.memory_analysis().temp_size_in_bytes
-    return Compiled(run, temporary, flops(traced.jaxpr.jaxpr), time.monotonic() - began)
+    executable = traced.lower().compile()
+    workspace_bytes = executable.memory_analysis().temp_size_in_bytes
+    return CompiledProgram(executable, workspace_bytes, count_flops(traced.jaxpr.jaxpr), time.monotonic() - began)
 
 
-def flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any) -> float:
     """Operations of the matrix products of a traced program: 2 m n k each, times the turns of the loops around it.
 
     What no result depends on is left out, as the compiler leaves it out. XLA's own cost_analysis counts the body of a
     loop once, and the layers, the micro-batches and the chunks of the loss are loops here.
     """
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _products(needed)
+    live_jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _matmul_flops(live_jaxpr)
 
 
-def _products(jaxpr: Any) -> float:
+def _matmul_flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -186,30 +195,30 @@ def _products(jaxpr: Any) -> float:
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
             continue
-        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda one: hasattr(one, "jaxpr"))
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda sub_jaxpr: hasattr(sub_jaxpr, "jaxpr"))
         inner = [getattr(part, "jaxpr", part) for part in parts]
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += turns * sum(_products(one) for one in inner if hasattr(one, "eqns"))
+        iterations = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += iterations * sum(_matmul_flops(sub_jaxpr) for sub_jaxpr in inner if hasattr(sub_jaxpr, "eqns"))
     return total
 
 
-def timed(program: Program, run: Any, *, calls: int = 5, most: float = 60.0) -> float:
+def time_program(program: Program, executable: Any, *, calls: int = 5, max_seconds: float = 60.0) -> float:
     """Median seconds of a call on random arrays of the program's shapes, after one that is not counted.
 
     A step takes as long whatever the parameters are, so no model is loaded. Stops after `most` seconds.
     """
-    arguments = tuple(_drawn(argument, number) for number, argument in enumerate(program.arguments))
+    arguments = tuple(_random_arrays(argument, number) for number, argument in enumerate(program.arguments))
     seconds: list[float] = []
     began = time.monotonic()
-    while len(seconds) < calls + 1 and (len(seconds) < 2 or time.monotonic() - began < most):
+    while len(seconds) < calls + 1 and (len(seconds) < 2 or time.monotonic() - began < max_seconds):
         start = time.monotonic()
-        result = jax.block_until_ready(run(*arguments))
+        result = jax.block_until_ready(executable(*arguments))
         seconds.append(time.monotonic() - start)
-        arguments = program.after(result, arguments)
+        arguments = program.next_arguments(result, arguments)
     return statistics.median(seconds[1:])
 
 
-def _drawn(shapes: Any, seed: int) -> Any:
+def _random_arrays(shapes: Any, seed: int) -> Any:
     """Arrays of these shapes, on the devices that they name: normal numbers, small ones; whole numbers are 0."""
     leaves, treedef = jax.tree.flatten(shapes)
 

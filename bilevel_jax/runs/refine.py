@@ -34,15 +34,28 @@ from bilevel_jax.runs.config import RefineConfig
 from bilevel_jax.runs.embedded import embedded
 from bilevel_jax.runs.generation import generators
 from bilevel_jax.runs.likelihoods import fingerprint
-from bilevel_jax.runs.refine_candidates import ESTIMANDS, LEARNS, Candidate, Train, settings
-from bilevel_jax.runs.refine_rows import Made, answers, choose, judged, question_weights, task_of
+from bilevel_jax.runs.refine_candidates import (
+    ESTIMANDS,
+    WEIGHT_LEARNING_METHODS,
+    Candidate,
+    CandidateTrainer,
+    select_config_for_candidate,
+)
+from bilevel_jax.runs.refine_rows import (
+    RoundTask,
+    average_question_weights,
+    build_round_task,
+    choose_questions,
+    collect_rollouts,
+    mean_verifier_score,
+)
 from bilevel_jax.runs.sections import RefineMethod
 from bilevel_jax.runs.session import Session, run_folder, started
 from bilevel_jax.runs.task import Task, per_row, prepare
 from bilevel_jax.runs.training import Trainer
 
 
-class State(NamedTuple):
+class RefineState(NamedTuple):
     """What a round leaves to the next."""
 
     params: Params
@@ -51,17 +64,17 @@ class State(NamedTuple):
     """The last weight of each question; before the first, what dynamic begins with (`first_weights`), or 1."""
 
 
-class Run(NamedTuple):
+class RefineContext(NamedTuple):
     """What all rounds share."""
 
     config: RefineConfig
     task: Task
     """Of the offline rows."""
-    trains: dict[RefineMethod, Train]
-    write: Callable[[Params], Generator]
+    trainers: dict[RefineMethod, CandidateTrainer]
+    make_generator: Callable[[Params], Generator]
     """parameters -> the generator of the model with them."""
-    checker: Checker | None
-    work: Session
+    verifier: Checker | None
+    session: Session
 
 
 def refine(config: RefineConfig) -> dict[str, Any]:
@@ -70,216 +83,240 @@ def refine(config: RefineConfig) -> dict[str, Any]:
     Raises as `select.select` does, and ValueError without V_fit or V_select, and for questions that are too long.
     """
     with run_folder(config) as folder:
-        made = embedded(replace(settings(config, "uniform"), data=config.data), folder)
-        ready = replace(config, model=made.model, data=made.data)
-        task = prepared(ready, folder)
-        checker = checkers.checker(ready.verifier, judged_rows(ready, task)) if ready.verifier.name else None
-        with started(config, folder) as work:
-            trains = refine_candidates.candidates(ready, task)
-            whole = generators(ready.generate, task.decoder, task.tokenizer, task.mesh, work)
-            run = Run(ready, task, trains, lambda params: whole(assemble(params, task.base)), checker, work)
-            return _work(run, config)
+        resolved = embedded(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
+        refine_config = replace(config, model=resolved.model, data=resolved.data)
+        task = prepare_refine_task(refine_config, folder)
+        verifier = (
+            checkers.checker(refine_config.verifier, list_verified_examples(refine_config, task))
+            if refine_config.verifier.name
+            else None
+        )
+        with started(config, folder) as session:
+            trainers = refine_candidates.make_candidate_trainers(refine_config, task)
+            generator_factory = generators(refine_config.generate, task.decoder, task.tokenizer, task.mesh, session)
+            context = RefineContext(
+                refine_config,
+                task,
+                trainers,
+                lambda params: generator_factory(assemble(params, task.base)),
+                verifier,
+                session,
+            )
+            return _run_rounds(context, config)
 
 
-def prepared(config: RefineConfig, folder: Path) -> Task:
+def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
     """The task of the offline rows, in a shape that holds every response.
 
     Raises ValueError where a part of the trusted rows is missing, or a question leaves no room for a response.
     """
-    found = rows.load(config.data)
-    task = prepare(settings(config, "uniform"), found, folder, steps=config.train.max_steps, seeds=[config.data.seed])
+    dataset = rows.load(config.data)
+    task = prepare(
+        select_config_for_candidate(config, "uniform"),
+        dataset,
+        folder,
+        steps=config.train.max_steps,
+        seeds=[config.data.seed],
+    )
     if missing := [part for part in ("fit", "select") if part not in task.held_out]:
         raise ValueError(
             f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by V_fit and judged "
             "on V_select. Give data.validation with shares for both in data.split, or data.dev."
         )
-    asked = [task.examples[row] for row in task.trainable()] + task.trusted.get("report", [])
-    questions = prompts(asked, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    longest = max((len(one.tokens) for one in questions), default=0) + config.generate.max_new_tokens
+    question_examples = [task.examples[row] for row in task.trainable()] + task.trusted.get("report", [])
+    questions = prompts(question_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
             f"the longest question has {longest - config.generate.max_new_tokens} tokens; with generate.max_new_tokens = "
             f"{config.generate.max_new_tokens} that is more than the model's {task.architecture.max_length}. Lower it."
         )
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
-    task = refine_candidates.with_programs(config, task)
+    task = refine_candidates.attach_compiled_functions(config, task)
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
 
 
-def judged_rows(config: RefineConfig, task: Task) -> list[Any]:
+def list_verified_examples(config: RefineConfig, task: Task) -> list[Any]:
     """The rows whose responses a checker will see."""
     offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable()]
     return offline + task.trusted.get("report", [])
 
 
-def _work(run: Run, config: RefineConfig) -> dict[str, Any]:
-    task, work, ready = run.task, run.work, run.config
+def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
+    task, session, refine_config = context.task, context.session, context.config
     for note in task.notes:
-        work.say(note)
-    total = ready.refine.rounds * sum(refine_candidates.work(ready, name) for name in ready.refine.methods)
-    work.phase("starting", total=total)
-    folder = work.folder / "checkpoints" / "rounds"
-    start = task.fresh(ready.train.seed)
-    state, records = State(start, jnp.ones(task.rows)), []
-    if found := checkpoint.restore(folder, state):
-        state, records = found.tree, found.meta["records"]
-        work.advance(sum(record["work"] for record in records))
-    elif ready.refine.questions == "dynamic":
-        state = state._replace(weights=first_weights(run, start))
-    for number in range(len(records), ready.refine.rounds):
-        state, record = one_round(run, state, number)
+        session.say(note)
+    total = refine_config.refine.rounds * sum(
+        refine_candidates.count_candidate_work(refine_config, name) for name in refine_config.refine.methods
+    )
+    session.phase("starting", total=total)
+    folder = session.folder / "checkpoints" / "rounds"
+    start = task.fresh(refine_config.train.seed)
+    state, records = RefineState(start, jnp.ones(task.rows)), []
+    if restored := checkpoint.restore(folder, state):
+        state, records = restored.tree, restored.meta["records"]
+        session.advance(sum(record["work"] for record in records))
+    elif refine_config.refine.questions == "dynamic":
+        state = state._replace(weights=estimate_initial_weights(context, start))
+    for number in range(len(records), refine_config.refine.rounds):
+        state, record = run_round(context, state, number)
         records.append(record)
-        work.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED}})
-        work.say(_line(record))
+        session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
+        session.say(_format_round(record))
         checkpoint.save(folder, number, state, {"records": records})
-        for name in ready.refine.methods:
-            shutil.rmtree(_part(work, number, name), ignore_errors=True)
-        work.saved()
-    work.phase("reading V_report")
+        for name in refine_config.refine.methods:
+            shutil.rmtree(_candidate_folder(session, number, name), ignore_errors=True)
+        session.saved()
+    session.phase("reading V_report")
     ends = {"first": start, "last": state.params}
-    held = work.once("report", lambda: last_reading(run, ends))
-    work.phase("writing")
-    outputs.write_model(work.folder / "model", task, state.params, base_path=ready.model.name_or_path)
-    refine_outputs.write(work, records, configs.config_hash(config))
+    final_evaluation = session.once("report", lambda: evaluate_final(context, ends))
+    session.phase("writing")
+    outputs.write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
+    refine_outputs.write_round_tables(session, records, configs.config_hash(config))
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
-        "report": held,
+        "report": final_evaluation,
         "unit": task.objective.unit,
-        "estimands": {name: ESTIMANDS[name] for name in ready.refine.methods},
-        "looks": looks(ready),
-        "rows": {"train": task.rows, **{part: len(some) for part, some in task.trusted.items()}},
-        "checker": ready.verifier.name,
-        "examples": refine_outputs.shown(work, task, records),
-        "moved": refine_outputs.moved(work, records),
+        "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
+        "looks": count_dev_tests(refine_config),
+        "rows": {"train": task.rows, **{part: len(part_examples) for part, part_examples in task.trusted.items()}},
+        "checker": refine_config.verifier.name,
+        "examples": refine_outputs.pick_extreme_responses(session, task, records),
+        "moved": refine_outputs.average_weights_by_kind(session, records),
         "notes": task.notes,
-        "seconds": work.cost("")[1],
+        "seconds": session.cost("")[1],
         "config_hash": configs.config_hash(config),
     }
-    result["sentence"] = refine_report.sentence(result)
-    files.write_json(work.folder / "result.json", result)
-    refine_report.write(work.folder)
+    result["sentence"] = refine_report.summarize_refinement(result)
+    files.write_json(session.folder / "result.json", result)
+    refine_report.write_refine_report(session.folder)
     return result
 
 
 # ---- a round
 
 
-def one_round(run: Run, state: State, number: int) -> tuple[State, dict[str, Any]]:
+def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[RefineState, dict[str, Any]]:
     """Choose questions, answer them with the present model, train every candidate, test the best one."""
-    config, first, work = run.config, run.task, run.work
-    began, before = time.monotonic(), work.work
-    mark = fingerprint(assemble(state.params, first.base))
-    chosen = choose(config, first.trainable(), np.asarray(state.weights))
-    work.phase(f"round {number}: responses")
-    found = answers(
+    config, offline_task, session = context.config, context.task, context.session
+    began, before = time.monotonic(), session.work
+    model_fingerprint = fingerprint(assemble(state.params, offline_task.base))
+    question_rows = choose_questions(config, offline_task.trainable(), np.asarray(state.weights))
+    session.phase(f"round {number}: responses")
+    round_rollouts = collect_rollouts(
         config,
-        first,
-        chosen,
+        offline_task,
+        question_rows,
         number,
-        refine_outputs.responses_path(work, number),
-        run.write(state.params),
-        mark,
-        run.checker,
+        refine_outputs.responses_path(session, number),
+        context.make_generator(state.params),
+        model_fingerprint,
+        context.verifier,
     )
-    written = time.monotonic() - began
-    made = task_of(config, first, found, number)
-    origin = state.params if config.refine.start_from == "accepted" else first.fresh(config.train.seed)
-    made = made._replace(task=made.task._replace(fresh=lambda seed: origin))
+    writing_seconds = time.monotonic() - began
+    round_task = build_round_task(config, offline_task, round_rollouts, number)
+    start_params = state.params if config.refine.start_from == "accepted" else offline_task.fresh(config.train.seed)
+    round_task = round_task._replace(task=round_task.task._replace(fresh=lambda seed: start_params))
 
-    present = select_losses(first, state.params)
-    tried: dict[str, Candidate] = {}
-    read: dict[str, Float[np.ndarray, "select"]] = {}
-    told: list[dict[str, Any]] = []
+    present = compute_dev_losses(offline_task, state.params)
+    candidate_models: dict[str, Candidate] = {}
+    dev_losses: dict[str, Float[np.ndarray, "select"]] = {}
+    candidate_records: list[dict[str, Any]] = []
     for name in config.refine.methods:
-        work.phase(f"round {number}: {name}")
-        tried[name], cost = trained(run, made, state.params, number, name)
-        read[name] = select_losses(first, tried[name].params)
-        told.append({"name": name, "select": float(read[name].mean()), **cost})
-    best, *others = sorted(tried, key=lambda name: read[name].mean())
-    gain, bound = paired_gain(present, read[best], level_of(config), (config.data.seed, 13, number))
+        session.phase(f"round {number}: {name}")
+        candidate_models[name], cost = train_candidate(context, round_task, state.params, number, name)
+        dev_losses[name] = compute_dev_losses(offline_task, candidate_models[name].params)
+        candidate_records.append({"name": name, "select": float(dev_losses[name].mean()), **cost})
+    best, *others = sorted(candidate_models, key=lambda name: dev_losses[name].mean())
+    gain, bound = paired_gain(present, dev_losses[best], significance_level(config), (config.data.seed, 13, number))
     accepted = bound > 0
-    judge = next((name for name in (best, *others) if name in LEARNS), None)
-    weights = tried[judge].weights if judge else np.ones(len(made.base))
+    judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
+    weights = candidate_models[judge].weights if judge else np.ones(len(round_task.multiplicity))
     files.write_table(
-        refine_outputs.weights_path(work, number), refine_outputs.weights_table(first, made, weights, judge, number)
+        refine_outputs.weights_path(session, number),
+        refine_outputs.build_round_weights_table(offline_task, round_task, weights, judge, number),
     )
     record = {
         "step": number,
-        "model": mark,
-        "questions": len(chosen),
-        "responses": len(found.texts),
-        "ended": float(np.mean(found.ended)) if found.ended else None,
-        "tokens": int(sum(len(one) for one in found.tokens)),
-        "right": judged(found.values),
+        "model": model_fingerprint,
+        "questions": len(question_rows),
+        "responses": len(round_rollouts.texts),
+        "ended": float(np.mean(round_rollouts.ended)) if round_rollouts.ended else None,
+        "tokens": int(sum(len(response_tokens) for response_tokens in round_rollouts.tokens)),
+        "right": mean_verifier_score(round_rollouts.verifier_scores),
         "present": float(present.mean()),
-        "candidates": told,
+        "candidates": candidate_records,
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
         "accepted": bool(accepted),
         "judge": judge,
         "ess": float(weights.sum() ** 2 / (weights**2).sum()),
-        "seconds_writing": written,
-        "work": work.work - before,
+        "seconds_writing": writing_seconds,
+        "work": session.work - before,
         "seconds": time.monotonic() - began,
     }
-    after = jnp.asarray(question_weights(made, weights, first.rows), state.weights.dtype)
-    return State(tried[best].params if accepted else state.params, after if judge else state.weights), record
+    next_weights = jnp.asarray(average_question_weights(round_task, weights, offline_task.rows), state.weights.dtype)
+    return RefineState(
+        candidate_models[best].params if accepted else state.params, next_weights if judge else state.weights
+    ), record
 
 
-def first_weights(run: Run, params: Params) -> Float[Array, "questions"]:
+def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Array, "questions"]:
     """What takes the place of weights before any were learned: -d L_v / d w_i of one step at the given model, its sign.
 
     <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises L_v on V_fit, to first order.
     """
-    made = refine_candidates.programs_of(run.config, run.task)
-    task = run.task._replace(problem=made.plain, step=made.plain_step)
-    run.work.phase("alignment of the offline rows")
-    trainer = Trainer(task, settings(run.config, "unrolled").outer, run.work)
-    return -trainer.direct(finished(params), jnp.ones(task.rows), alignment=True).grad
+    functions = refine_candidates.compiled_functions_for_config(context.config, context.task)
+    task = context.task._replace(problem=functions.plain_problem, step=functions.plain_step)
+    context.session.phase("alignment of the offline rows")
+    trainer = Trainer(task, select_config_for_candidate(context.config, "unrolled").outer, context.session)
+    return -trainer.estimate_at_end(finished(params), jnp.ones(task.rows), alignment=True).grad
 
 
-def trained(run: Run, made: Made, sampler: Params, number: int, name: RefineMethod) -> tuple[Candidate, dict[str, Any]]:
+def train_candidate(
+    context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int, name: RefineMethod
+) -> tuple[Candidate, dict[str, Any]]:
     """A candidate, trained now or found where a stopped run left it, and what it cost."""
-    work = run.work
-    part = work.within(_part(work, number, name).name)
-    end = part.folder / "checkpoints" / "end"
-    like = (made.task.fresh(0), jnp.ones(made.task.rows))
+    session = context.session
+    candidate_session = session.within(_candidate_folder(session, number, name).name)
+    end = candidate_session.folder / "checkpoints" / "end"
+    structure = (round_task.task.fresh(0), jnp.ones(round_task.task.rows))
 
     def make() -> dict[str, Any]:
-        began, before = time.monotonic(), work.work
-        candidate = run.trains[name](made, sampler, part, number)
-        checkpoint.save(end, 0, (candidate.params, jnp.asarray(candidate.weights, like[1].dtype)), {})
-        return {"work": work.work - before, "seconds": time.monotonic() - began}
+        began, before = time.monotonic(), session.work
+        candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
+        checkpoint.save(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
+        return {"work": session.work - before, "seconds": time.monotonic() - began}
 
-    told = work.once(f"round {number}/{name}", make)
-    found = checkpoint.restore(end, like)
-    if found is None:
+    record = session.once(f"round {number}/{name}", make)
+    restored = checkpoint.restore(end, structure)
+    if restored is None:
         raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Start anew.")
-    params, weights = found.tree
-    return Candidate(params, np.asarray(weights)), dict(told)
+    params, weights = restored.tree
+    return Candidate(params, np.asarray(weights)), dict(record)
 
 
-def looks(config: RefineConfig) -> int:
+def count_dev_tests(config: RefineConfig) -> int:
     """How often V_select is asked whether a candidate is better: once for each candidate of each round."""
     return config.refine.rounds * len(config.refine.methods)
 
 
-def level_of(config: RefineConfig) -> float:
+def significance_level(config: RefineConfig) -> float:
     """The level of one test. Corrected, that of the run over the looks (Bonferroni): all of them together keep it.
 
     The best of several candidates is tested, which is as if each had been; later rounds look again.
     """
-    return config.refine.level / (looks(config) if config.refine.bonferroni else 1)
+    return config.refine.level / (count_dev_tests(config) if config.refine.bonferroni else 1)
 
 
-def select_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
+def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
     """The loss of each row of V_select, nats."""
-    return part_losses(task, params, "select")
+    return compute_part_losses(task, params, "select")
 
 
-def part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
+def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
     """The loss of each row of a part of the trusted rows that is not too long, nats; FloatingPointError for another."""
     stream, count = task.held_out[part], len(task.trusted[part])
     values = per_row(task.objective.losses, params, task.fixed(params), stream, count)
@@ -295,47 +332,62 @@ def part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "par
 # ---- the end
 
 
-def last_reading(run: Run, ends: dict[str, Params]) -> dict[str, Any] | None:
+def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str, Any] | None:
     """L_v on V_report before and after all rounds, and, with a checker, how many answers are right: read once."""
-    if "report" not in run.task.held_out:
+    if "report" not in context.task.held_out:
         return None
-    before, after = (part_losses(run.task, params, "report") for params in ends.values())
-    gain, _ = paired_gain(before, after, 0.025, (run.config.data.seed, 17))
-    accuracy = [answered(run, params) for params in ends.values()] if run.checker else None
+    before, after = (compute_part_losses(context.task, params, "report") for params in ends.values())
+    gain, _ = paired_gain(before, after, 0.025, (context.config.data.seed, 17))
+    accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
     right = None
     if accuracy:
-        difference, _ = paired_gain(accuracy[1], accuracy[0], 0.025, (run.config.data.seed, 19))
+        difference, _ = paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
         right = {"first": float(accuracy[0].mean()), "last": float(accuracy[1].mean()), "gain": difference._asdict()}
     return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
 
 
-def answered(run: Run, params: Params) -> Float[np.ndarray, "report"]:
+def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "report"]:
     """What the checker says of the greedy answer to each question of V_report."""
-    config, task = run.config, run.task
+    config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
-    held = task.trusted["report"]
-    asked = prompts(held, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    written = generators(greedy, task.decoder, task.tokenizer, task.mesh, run.work)(assemble(params, task.base))
-    assert run.checker is not None
+    test_examples = task.trusted["report"]
+    test_prompts = prompts(test_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    generate = generators(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(assemble(params, task.base))
+    assert context.verifier is not None
     return np.array(
-        [run.checker(example, some[0].text) for example, some in zip(held, written(asked, [0]), strict=True)]
+        [
+            context.verifier(example, draws[0].text)
+            for example, draws in zip(test_examples, generate(test_prompts, [0]), strict=True)
+        ]
     )
 
 
-LOGGED = ("model", "questions", "responses", "right", "present", "best", "gain", "bound", "accepted", "ess", "seconds")
+LOGGED_KEYS = (
+    "model",
+    "questions",
+    "responses",
+    "right",
+    "present",
+    "best",
+    "gain",
+    "bound",
+    "accepted",
+    "ess",
+    "seconds",
+)
 
 
-def _part(work: Session, number: int, name: str) -> Path:
-    return work.folder / "parts" / f"round {number} {name}"
+def _candidate_folder(session: Session, number: int, name: str) -> Path:
+    return session.folder / "parts" / f"round {number} {name}"
 
 
-def _line(record: dict[str, Any]) -> str:
+def _format_round(record: dict[str, Any]) -> str:
     """One line for people."""
     gain = record["gain"]
-    tried = "  ".join(f"{one['name']} {one['select']:.4f}" for one in record["candidates"])
+    losses_text = "  ".join(f"{candidate['name']} {candidate['select']:.4f}" for candidate in record["candidates"])
     right = "" if record["right"] is None else f"   {record['right']:.0%} of the responses right"
     return (
-        f"round {record['step']}   L_v on V_select: present {record['present']:.4f}  {tried}   gain "
+        f"round {record['step']}   L_v on V_select: present {record['present']:.4f}  {losses_text}   gain "
         f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
         f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}"
     )

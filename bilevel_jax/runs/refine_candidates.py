@@ -21,21 +21,21 @@ from bilevel_jax.lm.importance import Ratio, self_sampled
 from bilevel_jax.lm.losses import assemble
 from bilevel_jax.runs import checkpoint, sections
 from bilevel_jax.runs.config import RefineConfig, SelectConfig
-from bilevel_jax.runs.learn import rate
+from bilevel_jax.runs.learn import outer_learning_rate
 from bilevel_jax.runs.objective import Objective, objective
 from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.refine_rows import Made
+from bilevel_jax.runs.refine_rows import RoundTask
 from bilevel_jax.runs.sections import RefineMethod
 from bilevel_jax.runs.session import Session
-from bilevel_jax.runs.single import method, run_single, steps_of, work_of
+from bilevel_jax.runs.single import build_single_loop, num_single_loop_steps, run_single_loop, single_loop_step_work
 from bilevel_jax.runs.task import Task
-from bilevel_jax.runs.training import PRODUCT, REPLAY, Trainer
+from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK, Trainer
 
-ROUND = 1000
+ROUND_SEED_STRIDE = 1000
 """Between the seeds of the data orders of two rounds: further than a candidate goes."""
-TOGETHER: tuple[RefineMethod, ...] = ("penalty", "bmo", "mixing")
+JOINT_METHODS: tuple[RefineMethod, ...] = ("penalty", "bmo", "mixing")
 """The methods that train parameters and weights in one run, by V_fit."""
-LEARNS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo")
+WEIGHT_LEARNING_METHODS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo")
 """The methods that weigh rows."""
 
 
@@ -47,18 +47,18 @@ class Candidate(NamedTuple):
     """Beside `Made.base`; 1 where the method learns none."""
 
 
-Train = Callable[[Made, Params, Session, int], Candidate]
+CandidateTrainer = Callable[[RoundTask, Params, Session, int], Candidate]
 """(rows of the round, the model that wrote the responses, session, number of the round) -> the candidate.
 
 Training starts from `task.fresh`. It goes on in the middle after a stop."""
 
 
-class Programs(NamedTuple):
+class CompiledFunctions(NamedTuple):
     """The functions that a run compiles."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
-    plain: Problem
+    plain_problem: Problem
     """With the losses of the objective."""
     plain_step: Transition
     problem: Problem
@@ -66,30 +66,34 @@ class Programs(NamedTuple):
     step: Transition
 
 
-_decoder = lru_cache(maxsize=4)(lm.decoder)
+_cached_decoder = lru_cache(maxsize=4)(lm.decoder)
 
 
-def with_programs(config: RefineConfig, task: Task) -> Task:
+def attach_compiled_functions(config: RefineConfig, task: Task) -> Task:
     """The task with functions that another run of this process may have compiled already: those of `programs`."""
     # parameters that are split over devices are gathered by a decoder of their own
-    decoder = task.decoder if config.mesh.fsdp > 1 else _decoder(task.architecture, remat=config.model.remat)
-    made = programs_of(config, task._replace(decoder=decoder))
+    decoder = task.decoder if config.mesh.fsdp > 1 else _cached_decoder(task.architecture, remat=config.model.remat)
+    functions = compiled_functions_for_config(config, task._replace(decoder=decoder))
     return task._replace(
-        decoder=decoder, objective=made.objective, optimizer=made.optimizer, problem=made.problem, step=made.step
+        decoder=decoder,
+        objective=functions.objective,
+        optimizer=functions.optimizer,
+        problem=functions.problem,
+        step=functions.step,
     )
 
 
-def programs_of(config: RefineConfig, task: Task) -> Programs:
+def compiled_functions_for_config(config: RefineConfig, task: Task) -> CompiledFunctions:
     """`programs` as the config has it."""
     refined, draws = config.refine, config.generate.num_generations
-    return programs(
+    return build_compiled_functions(
         task.decoder, config.objective, task.base is not None, config.optimizer, config.train.max_steps, refined.ratio,
         draws if refined.ratio == "sequence" else 1, refined.max_ratio,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4)
-def programs(
+def build_compiled_functions(
     decoder: lm.Decoder,
     losses: sections.ObjectiveSection,
     lora: bool,
@@ -97,44 +101,50 @@ def programs(
     steps: int,
     ratio: Ratio,
     responses: int,
-    clip: float,
-) -> Programs:
+    max_ratio: float,
+) -> CompiledFunctions:
     """The problems of a run and one step of each; the same ones for the same arguments."""
-    chosen, optimiser = objective(losses, decoder, lora=lora), optimizer(training, steps)
-    plain = weighted(chosen.losses)
+    chosen_objective, optimiser = objective(losses, decoder, lora=lora), optimizer(training, steps)
+    plain = weighted(chosen_objective.losses)
     step = transition(plain, optimiser)
     if ratio == "none":
-        return Programs(chosen, optimiser, plain, step, plain, step)
-    own = self_sampled(decoder, ratio=ratio, responses=responses, clip=clip)
-    problem = weighted(lambda params, fixed, batch: own(assemble(params, fixed["base"]), batch), outer=chosen.losses)
-    return Programs(chosen, optimiser, plain, step, problem, transition(problem, optimiser))
+        return CompiledFunctions(chosen_objective, optimiser, plain, step, plain, step)
+    response_losses = self_sampled(decoder, ratio=ratio, responses=responses, clip=max_ratio)
+    problem = weighted(
+        lambda params, fixed, batch: response_losses(assemble(params, fixed["base"]), batch),
+        outer=chosen_objective.losses,
+    )
+    return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, transition(problem, optimiser))
 
 
-def candidates(config: RefineConfig, first: Task) -> dict[RefineMethod, Train]:
+def make_candidate_trainers(config: RefineConfig, offline_task: Task) -> dict[RefineMethod, CandidateTrainer]:
     """What trains each configured method; nothing is compiled again for another round.
 
     Only V_fit is read, by the methods that use it; V_select and V_report stay unseen.
     """
-    made_of = programs_of(config, first)
+    functions = compiled_functions_for_config(config, offline_task)
 
-    def unseen(task: Task, name: RefineMethod) -> Task:
+    def hide_held_out(task: Task, name: RefineMethod) -> Task:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
         task = task._replace(held_out={"fit": task.held_out["fit"]})
-        return task._replace(problem=made_of.plain, step=made_of.plain_step) if name == "bmo" else task
+        return task._replace(problem=functions.plain_problem, step=functions.plain_step) if name == "bmo" else task
 
-    def made(name: RefineMethod, of: Callable[..., Candidate]) -> Train:
+    def make_trainer(name: RefineMethod, of: Callable[..., Candidate]) -> CandidateTrainer:
         return lambda rows, sampler, session, number: of(
-            rows._replace(task=unseen(rows.task, name)), sampler, session, number
+            rows._replace(task=hide_held_out(rows.task, name)), sampler, session, number
         )
 
-    known: dict[RefineMethod, Callable[..., Candidate]] = {
-        name: _SingleLoop(settings(config, name)) for name in TOGETHER
+    train_functions: dict[RefineMethod, Callable[..., Candidate]] = {
+        name: _SingleLoopTrainer(select_config_for_candidate(config, name)) for name in JOINT_METHODS
     }
-    known |= {"unrolled": partial(exact, settings(config, "unrolled")), "uniform": partial(uniform, config)}
-    return {name: made(name, known[name]) for name in config.refine.methods}
+    train_functions |= {
+        "unrolled": partial(train_unrolled_candidate, select_config_for_candidate(config, "unrolled")),
+        "uniform": partial(train_uniform_candidate, config),
+    }
+    return {name: make_trainer(name, train_functions[name]) for name in config.refine.methods}
 
 
-def settings(config: RefineConfig, name: RefineMethod) -> SelectConfig:
+def select_config_for_candidate(config: RefineConfig, name: RefineMethod) -> SelectConfig:
     """A candidate's training as the settings of `select`, which the parts of a run are written for."""
     outer = replace(config.outer, method="unrolled" if name == "uniform" else name)
     return SelectConfig(
@@ -144,39 +154,52 @@ def settings(config: RefineConfig, name: RefineMethod) -> SelectConfig:
     )  # fmt: skip
 
 
-def work(config: RefineConfig, name: RefineMethod) -> float:
+def count_candidate_work(config: RefineConfig, name: RefineMethod) -> float:
     """What a candidate costs, in training steps."""
-    one, steps = settings(config, name), config.train.max_steps
-    if name in TOGETHER:
-        return steps_of(one) * work_of(one)
-    return steps if name == "uniform" else steps * (1 + config.outer.steps * (1 + REPLAY + PRODUCT))
+    select_config, steps = select_config_for_candidate(config, name), config.train.max_steps
+    if name in JOINT_METHODS:
+        return num_single_loop_steps(select_config) * single_loop_step_work(select_config)
+    return steps if name == "uniform" else steps * (1 + config.outer.steps * (1 + REPLAY_WORK + HVP_WORK))
 
 
-class _SingleLoop:
+class _SingleLoopTrainer:
     """penalty, bmo or mixing; compiled with the first round's task, as all have its shape."""
 
     def __init__(self, config: SelectConfig):
         self.config = config
-        self._made: Single | None = None
+        self._method: Single | None = None
 
-    def __call__(self, rows: Made, sampler: Params, session: Session, number: int) -> Candidate:
-        self._made = self._made or method(rows.task, self.config, steps_of(self.config))
-        alone = run_single(rows.task, self.config, session, seed=ROUND * number, made=self._made, snapshot=sampler)
-        return Candidate(alone.params, alone.weights)
+    def __call__(self, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int) -> Candidate:
+        self._method = self._method or build_single_loop(
+            round_task.task, self.config, num_single_loop_steps(self.config)
+        )
+        result = run_single_loop(
+            round_task.task,
+            self.config,
+            session,
+            seed=ROUND_SEED_STRIDE * round_number,
+            compiled_method=self._method,
+            reference_params=sampler_params,
+        )
+        return Candidate(result.params, result.weights)
 
 
-def uniform(config: RefineConfig, rows: Made, sampler: Params, session: Session, number: int) -> Candidate:
+def train_uniform_candidate(
+    config: RefineConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
+) -> Candidate:
     """Plain training on all rows, without weights and without V: what self-training is without a judge."""
-    trainer = Trainer(rows.task, settings(config, "uniform").outer, session)
-    weights = jnp.ones(rows.task.rows)
-    start, stream = (
-        trainer.begin(rows.task.fresh(config.train.seed)),
-        rows.task.stream(config.data.seed + ROUND * number),
+    trainer = Trainer(round_task.task, select_config_for_candidate(config, "uniform").outer, session)
+    weights = jnp.ones(round_task.task.rows)
+    start, data_stream = (
+        trainer.init_state(round_task.task.fresh(config.train.seed)),
+        round_task.task.stream(config.data.seed + ROUND_SEED_STRIDE * round_number),
     )
-    return Candidate(trainer.run(weights, start, stream, save_as=0).end.params, np.asarray(weights))
+    return Candidate(trainer.run(weights, start, data_stream, outer_step=0).end.params, np.asarray(weights))
 
 
-def exact(config: SelectConfig, rows: Made, sampler: Params, session: Session, number: int) -> Candidate:
+def train_unrolled_candidate(
+    config: SelectConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
+) -> Candidate:
     """outer.steps times: train, sweep back for the exact entry of every row, step its weight; then train with these.
 
         h <- h - rate e / rms(e),  e_i = (d L_v(theta_T(w)) / d w_i) / base_i, through the weighting
@@ -185,52 +208,56 @@ def exact(config: SelectConfig, rows: Made, sampler: Params, session: Session, n
     training starts from the same model, in a data order of its own; the last one is the candidate. With one step these
     are the entries at equal weights: one sweep judges every response.
     """
-    task, outer, seed = rows.task, config.outer, config.data.seed + ROUND * number
+    task, outer, seed = round_task.task, config.outer, config.data.seed + ROUND_SEED_STRIDE * round_number
     trainer = Trainer(task, outer, session)
-    start = trainer.begin(task.fresh(config.train.seed))
-    base = jnp.asarray(rows.base, jnp.result_type(float))
+    start = trainer.init_state(task.fresh(config.train.seed))
+    multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
     hyper, done = jnp.zeros(task.rows), 0
     folder = session.folder / "checkpoints" / "outer"
-    if found := checkpoint.restore(folder, hyper):
-        hyper, done = found.tree, found.step + 1
-        session.advance(done * task.steps * (1 + REPLAY + PRODUCT))
+    if restored := checkpoint.restore(folder, hyper):
+        hyper, done = restored.tree, restored.step + 1
+        session.advance(done * task.steps * (1 + REPLAY_WORK + HVP_WORK))
     for at in range(done, outer.steps):
-        weights, stream = weights_of(outer.weighting, hyper, base), task.stream(seed + at)
-        run = trainer.run(weights, start, stream, swept=True, save_as=at)
-        if number == at == 0:
-            fixed = task.fixed(start.params)
-            check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)
-        estimate = trainer.estimate(run, weights, stream, save_as=at)
+        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.stream(seed + at)
+        trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=at)
+        if round_number == at == 0:
+            frozen = task.fixed(start.params)
+            check_differentiable(task.step, task.optimizer, trajectory, weights, frozen, stream)
+        estimate = trainer.estimate(trajectory, weights, stream, outer_step=at)
         if not bool(tree.finite(estimate.grad)):
             raise FloatingPointError(
-                f"the hypergradient of round {number}, outer step {at}, is not finite ({estimate.checks}). Raise "
+                f"the hypergradient of round {round_number}, outer step {at}, is not finite ({estimate.checks}). Raise "
                 "optimizer.eps_root, or lower optimizer.learning_rate."
             )
-        speed = jnp.asarray(rate(outer, at / outer.steps))
-        hyper = _step(outer.weighting, outer.max_step, hyper, base, estimate.grad, speed)
-        session.log.write({"event": "outer", "step": at, "round": number, "fit": float(estimate.value)})
+        learning_rate = jnp.asarray(outer_learning_rate(outer, at / outer.steps))
+        hyper = _update_hyper(outer.weighting, outer.max_step, hyper, multiplicity, estimate.grad, learning_rate)
+        session.log.write({"event": "outer", "step": at, "round": round_number, "fit": float(estimate.value)})
         checkpoint.save(folder, at, hyper, {})
         session.saved()
-    weights = weights_of(outer.weighting, hyper, base)
-    run = trainer.run(weights, start, task.stream(seed + outer.steps), save_as=outer.steps)
-    return Candidate(run.end.params, np.asarray(weights))
+    weights = hyper_to_weights(outer.weighting, hyper, multiplicity)
+    trajectory = trainer.run(weights, start, task.stream(seed + outer.steps), outer_step=outer.steps)
+    return Candidate(trajectory.end.params, np.asarray(weights))
 
 
 @partial(jax.jit, static_argnums=0)
-def weights_of(name: str, hyper: Float[Array, "rows"], base: Float[Array, "rows"]) -> Float[Array, "rows"]:
+def hyper_to_weights(
+    name: str, hyper: Float[Array, "rows"], multiplicity: Float[Array, "rows"]
+) -> Float[Array, "rows"]:
     """sigmoid: 2 sigma(h); softmax: exp(h_i) over its mean, in which each row counts as `base` says."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(hyper)
     peak = jax.lax.stop_gradient(hyper.max())
     risen = jnp.exp(hyper - peak)
-    return risen * base.sum() / jnp.sum(base * risen)
+    return risen * multiplicity.sum() / jnp.sum(multiplicity * risen)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _step(name: str, cap: float, hyper: Hyper, base: Array, entries: Array, speed: Array) -> Hyper:
-    pulled = jax.vjp(lambda h: weights_of(name, h, base), hyper)[1](entries)[0]
-    slope = jnp.where(base > 0, pulled / jnp.where(base > 0, base, 1), 0)
-    return weighting.normalised_descent(speed, cap)(hyper, slope)
+def _update_hyper(
+    name: str, cap: float, hyper: Hyper, multiplicity: Array, hypergradient: Array, learning_rate: Array
+) -> Hyper:
+    hyper_gradient = jax.vjp(lambda h: hyper_to_weights(name, h, multiplicity), hyper)[1](hypergradient)[0]
+    slope = jnp.where(multiplicity > 0, hyper_gradient / jnp.where(multiplicity > 0, multiplicity, 1), 0)
+    return weighting.normalised_descent(learning_rate, cap)(hyper, slope)
 
 
 ESTIMANDS = {

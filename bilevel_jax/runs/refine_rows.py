@@ -20,7 +20,7 @@ from bilevel_jax.runs.config import RefineConfig
 from bilevel_jax.runs.task import Task
 
 
-class Answers(NamedTuple):
+class Rollouts(NamedTuple):
     """The responses of a round, question by question: response j of question q is number q * draws + j."""
 
     questions: Int[np.ndarray, "questions"]
@@ -31,31 +31,31 @@ class Answers(NamedTuple):
     log_probs: list[Float[np.ndarray, "length"]]
     """Of each token under the sampler, nats."""
     ended: list[bool]
-    values: Float[np.ndarray, "responses"]
+    verifier_scores: Float[np.ndarray, "responses"]
     """What the checker says, 0 to 1; nan without one."""
     fingerprint: str
     """Of the model that wrote them."""
-    draws: int
+    num_generations: int
 
     @property
-    def owner(self) -> Int[np.ndarray, "responses"]:
+    def question_rows(self) -> Int[np.ndarray, "responses"]:
         """The question of each response, a row of the first task."""
-        return np.repeat(self.questions, self.draws)
+        return np.repeat(self.questions, self.num_generations)
 
 
-class Made(NamedTuple):
+class RoundTask(NamedTuple):
     """The task of a round, and where its rows come from."""
 
     task: Task
-    question: Int[np.ndarray, "rows"]
+    question_rows: Int[np.ndarray, "rows"]
     """The row of the first task whose question each row answers."""
-    response: Int[np.ndarray, "rows"]
+    response_numbers: Int[np.ndarray, "rows"]
     """The number of the response in `Answers`; -1 for an offline row."""
-    base: Float[np.ndarray, "rows"]
+    multiplicity: Float[np.ndarray, "rows"]
     """How much each row counts before any weight; mean 1."""
 
 
-def choose(
+def choose_questions(
     config: RefineConfig, trainable: Int[np.ndarray, "kept"], weights: Float[np.ndarray, "questions"]
 ) -> Int[np.ndarray, "chosen"]:
     """The questions of a round, ascending, their number the same in every round.
@@ -65,49 +65,53 @@ def choose(
     if config.refine.questions in ("all", "none"):
         return trainable if config.refine.questions == "all" else trainable[:0]
     count = max(1, round(config.refine.share * len(trainable)))
-    drawn = np.random.default_rng((config.data.seed, 7)).permutation(trainable)
+    shuffled = np.random.default_rng((config.data.seed, 7)).permutation(trainable)
     if config.refine.questions == "dynamic":
-        drawn = drawn[np.argsort(weights[drawn], kind="stable")]
-    return np.sort(drawn[:count])
+        shuffled = shuffled[np.argsort(weights[shuffled], kind="stable")]
+    return np.sort(shuffled[:count])
 
 
-def answers(
+def collect_rollouts(
     config: RefineConfig,
     task: Task,
-    chosen: Int[np.ndarray, "chosen"],
-    number: int,
+    question_rows: Int[np.ndarray, "chosen"],
+    round_number: int,
     path: Path,
     generator: Generator,
     fingerprint: str,
-    checker: Checker | None,
-) -> Answers:
+    verifier: Checker | None,
+) -> Rollouts:
     """The responses of round `number`: written now and kept at `path`, or read from there.
 
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
-    asked = [task.examples[row] for row in chosen]
-    found = prompts(asked, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    question_examples = [task.examples[row] for row in question_rows]
+    question_prompts = prompts(question_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
     draws = config.generate.num_generations
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = range(number * draws, (number + 1) * draws)
-        written = [one for some in generator(found, numbers) for one in some] if found else []
+        numbers = range(round_number * draws, (round_number + 1) * draws)
+        responses = (
+            [item for prompt_responses in generator(question_prompts, numbers) for item in prompt_responses]
+            if question_prompts
+            else []
+        )
         values = [
-            checker(example, response.text) if checker else np.nan
-            for example, response in zip(np.repeat(np.arange(len(asked)), draws), written, strict=True)
-            for example in [asked[example]]
+            verifier(example, response.text) if verifier else np.nan
+            for example, response in zip(np.repeat(np.arange(len(question_examples)), draws), responses, strict=True)
+            for example in [question_examples[example]]
         ]
         table = {
-            "id": [f"{example.id}/{number}/{draw}" for example in asked for draw in range(draws)],
-            "question": [example.id for example in asked for _ in range(draws)],
-            "round": np.full(len(written), number),
-            "draw": np.tile(np.arange(draws), len(asked)),
-            "model": [fingerprint] * len(written),
-            "text": [one.text for one in written],
-            "ended": [one.ended for one in written],
-            "log_prob": [float(sum(one.log_probs)) for one in written],
-            "tokens": pa.array([list(one.tokens) for one in written], pa.list_(pa.int32())),
-            "log_probs": pa.array([list(one.log_probs) for one in written], pa.list_(pa.float32())),
+            "id": [f"{example.id}/{round_number}/{draw}" for example in question_examples for draw in range(draws)],
+            "question": [example.id for example in question_examples for _ in range(draws)],
+            "round": np.full(len(responses), round_number),
+            "draw": np.tile(np.arange(draws), len(question_examples)),
+            "model": [fingerprint] * len(responses),
+            "text": [item.text for item in responses],
+            "ended": [item.ended for item in responses],
+            "log_prob": [float(sum(item.log_probs)) for item in responses],
+            "tokens": pa.array([list(item.tokens) for item in responses], pa.list_(pa.int32())),
+            "log_probs": pa.array([list(item.log_probs) for item in responses], pa.list_(pa.float32())),
             "checker": np.array(values, float),
         }
         files.write_table(path, pa.table(table))
@@ -118,103 +122,123 @@ def answers(
             f"{path} holds responses of the model {others[0]}, and this round's is {fingerprint}: their "
             "log-probabilities are not its own. Remove the file, or start anew in another folder."
         )
-    if stored["question"].to_pylist() != [example.id for example in asked for _ in range(draws)]:
+    if stored["question"].to_pylist() != [example.id for example in question_examples for _ in range(draws)]:
         raise ValueError(f"{path} holds responses to other questions. Start anew in another folder.")
-    return Answers(
-        questions=chosen,
-        prompts=found,
+    return Rollouts(
+        questions=question_rows,
+        prompts=question_prompts,
         texts=stored["text"].to_pylist(),
-        tokens=[np.array(one, np.int32) for one in stored["tokens"].to_pylist()],
-        log_probs=[np.array(one, np.float32) for one in stored["log_probs"].to_pylist()],
+        tokens=[np.array(item, np.int32) for item in stored["tokens"].to_pylist()],
+        log_probs=[np.array(item, np.float32) for item in stored["log_probs"].to_pylist()],
         ended=stored["ended"].to_pylist(),
-        values=stored["checker"].to_numpy(),
+        verifier_scores=stored["checker"].to_numpy(),
         fingerprint=fingerprint,
-        draws=draws,
+        num_generations=draws,
     )
 
 
-def task_of(config: RefineConfig, first: Task, found: Answers, number: int) -> Made:
+def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollouts, round_number: int) -> RoundTask:
     """The task whose rows are the offline ones, without those of the chosen questions or beside them, and responses.
 
     A question counts once: each of its G responses has the base 1/G, or, where wrong ones are filtered out, a share of
     what the checker says; a question without a right response counts nothing. All rounds have tasks of one shape.
     """
-    kept = first.trainable()
+    offline_rows = offline_task.trainable()
     if not config.refine.keep_offline:
-        kept = np.setdiff1d(kept, found.questions)
-    count = len(found.texts)
-    credit = np.ones(count) if config.refine.verifier_use == "report" else np.nan_to_num(found.values)
-    credit = credit.reshape(-1, found.draws)
+        offline_rows = np.setdiff1d(offline_rows, rollouts.questions)
+    count = len(rollouts.texts)
+    credit = np.ones(count) if config.refine.verifier_use == "report" else np.nan_to_num(rollouts.verifier_scores)
+    credit = credit.reshape(-1, rollouts.num_generations)
     total = credit.sum(1, keepdims=True)
     shares = np.divide(credit, total, out=np.zeros_like(credit), where=total > 0).ravel()
-    base = np.concatenate([np.ones(len(kept)), shares])
-    base = base * len(base) / base.sum()
-    fit = np.arange(first.rows, first.corpus.rows)
-    corpus = _corpus(first.corpus, kept, found, fit)
-    table = np.concatenate([base, np.ones(len(fit))])
-    corpus = corpus.with_sampler(_sampler(first.corpus, kept, found, fit), table)
-    examples = [first.examples[row]._replace(row=at) for at, row in enumerate(kept)]
+    multiplicity = np.concatenate([np.ones(len(offline_rows)), shares])
+    multiplicity = multiplicity * len(multiplicity) / multiplicity.sum()
+    validation_rows = np.arange(offline_task.rows, offline_task.corpus.rows)
+    corpus = _build_corpus(offline_task.corpus, offline_rows, rollouts, validation_rows)
+    multiplicities = np.concatenate([multiplicity, np.ones(len(validation_rows))])
+    corpus = corpus.with_sampler(
+        _sampler_log_probs(offline_task.corpus, offline_rows, rollouts, validation_rows), multiplicities
+    )
+    examples = [offline_task.examples[row]._replace(row=at) for at, row in enumerate(offline_rows)]
     for at in range(count):
-        asked = first.examples[found.owner[at]]
-        examples.append(_example(asked, found.texts[at], number, at % found.draws, len(kept) + at))
-    groups = _groups(config, len(kept), count, corpus.rows, found.draws, number)
-    question = np.concatenate([kept, found.owner])
-    response = np.concatenate([np.full(len(kept), -1), np.arange(count)])
-    task = first._replace(
+        question_example = offline_task.examples[rollouts.question_rows[at]]
+        examples.append(
+            _make_response_example(
+                question_example,
+                rollouts.texts[at],
+                round_number,
+                at % rollouts.num_generations,
+                len(offline_rows) + at,
+            )
+        )
+    groups = _group_rows(config, len(offline_rows), count, corpus.rows, rollouts.num_generations, round_number)
+    question = np.concatenate([offline_rows, rollouts.question_rows])
+    response = np.concatenate([np.full(len(offline_rows), -1), np.arange(count)])
+    task = offline_task._replace(
         examples=examples, corpus=corpus, groups=groups if config.refine.ratio == "sequence" else None
     )
-    return Made(task, question, response, base)
+    return RoundTask(task, question, response, multiplicity)
 
 
-def question_weights(made: Made, weights: Float[np.ndarray, "rows"], count: int) -> Float[np.ndarray, "questions"]:
+def average_question_weights(
+    round_task: RoundTask, weights: Float[np.ndarray, "rows"], num_questions: int
+) -> Float[np.ndarray, "questions"]:
     """The weight of each question, of `count`: the mean over its rows by what they count; 1 for one without rows."""
-    mass = np.bincount(made.question, made.base, count)
-    total = np.bincount(made.question, made.base * weights, count)
-    return np.divide(total, mass, out=np.ones(count), where=mass > 0)
+    mass = np.bincount(round_task.question_rows, round_task.multiplicity, num_questions)
+    total = np.bincount(round_task.question_rows, round_task.multiplicity * weights, num_questions)
+    return np.divide(total, mass, out=np.ones(num_questions), where=mass > 0)
 
 
 # ---- parts
 
 
-def _corpus(first: Corpus, kept: Int[np.ndarray, "kept"], found: Answers, fit: Int[np.ndarray, "fit"]) -> Corpus:
-    rows = [first.row(int(row)) for row in kept]
-    for at, response in enumerate(found.tokens):
-        before = np.array(found.prompts[at // found.draws].tokens, np.int32)
+def _build_corpus(
+    offline_corpus: Corpus,
+    offline_rows: Int[np.ndarray, "kept"],
+    rollouts: Rollouts,
+    validation_rows: Int[np.ndarray, "fit"],
+) -> Corpus:
+    rows = [offline_corpus.row(int(row)) for row in offline_rows]
+    for at, response in enumerate(rollouts.tokens):
+        before = np.array(rollouts.prompts[at // rollouts.num_generations].tokens, np.int32)
         supervised = np.arange(len(before) + len(response)) >= len(before)
         rows.append(tokens.Tokenized(np.concatenate([before, response]), supervised))
-    return tokens.corpus_of(rows + [first.row(int(row)) for row in fit])
+    return tokens.corpus_of(rows + [offline_corpus.row(int(row)) for row in validation_rows])
 
 
-def _sampler(
-    first: Corpus, kept: Int[np.ndarray, "kept"], found: Answers, fit: Int[np.ndarray, "fit"]
+def _sampler_log_probs(
+    offline_corpus: Corpus,
+    offline_rows: Int[np.ndarray, "kept"],
+    rollouts: Rollouts,
+    validation_rows: Int[np.ndarray, "fit"],
 ) -> Float[np.ndarray, "tokens"]:
     """The log-probability of each token under the sampler; nan for prompts and offline rows."""
-    parts = [np.full(first.lengths[kept].sum(), np.nan)]
-    for at, log_probs in enumerate(found.log_probs):
-        parts += [np.full(len(found.prompts[at // found.draws].tokens), np.nan), log_probs]
-    return np.concatenate([*parts, np.full(first.lengths[fit].sum(), np.nan)])
+    parts = [np.full(offline_corpus.lengths[offline_rows].sum(), np.nan)]
+    for at, log_probs in enumerate(rollouts.log_probs):
+        parts += [np.full(len(rollouts.prompts[at // rollouts.num_generations].tokens), np.nan), log_probs]
+    return np.concatenate([*parts, np.full(offline_corpus.lengths[validation_rows].sum(), np.nan)])
 
 
-def _example(asked: Example, text: str, number: int, draw: int, row: int) -> Example:
-    last = max(at for at, turn in enumerate(asked.turns) if turn.role == "assistant")
-    return asked._replace(
-        id=f"{asked.id}/{number}/{draw}",
+def _make_response_example(question_example: Example, text: str, round_number: int, draw: int, row: int) -> Example:
+    last = max(at for at, turn in enumerate(question_example.turns) if turn.role == "assistant")
+    return question_example._replace(
+        id=f"{question_example.id}/{round_number}/{draw}",
         row=row,
-        turns=(*asked.turns[:last], Turn("assistant", text)),
+        turns=(*question_example.turns[:last], Turn("assistant", text)),
         source="responses",
         label=None,
     )
 
 
-def _groups(
-    config: RefineConfig, kept: int, count: int, rows: int, draws: int, number: int
+def _group_rows(
+    config: RefineConfig, num_offline: int, num_responses: int, padding_row: int, draws: int, round_number: int
 ) -> Int[np.ndarray, "groups draws"]:
     """Offline rows side by side at random, the last group filled up with `rows`; then the responses by question."""
-    offline = np.random.default_rng((config.data.seed, 11, number)).permutation(kept)
-    filled = np.concatenate([offline, np.full(-kept % draws, rows)])
-    return np.concatenate([filled, kept + np.arange(count)]).reshape(-1, draws).astype(np.int64)
+    offline = np.random.default_rng((config.data.seed, 11, round_number)).permutation(num_offline)
+    filled = np.concatenate([offline, np.full(-num_offline % draws, padding_row)])
+    return np.concatenate([filled, num_offline + np.arange(num_responses)]).reshape(-1, draws).astype(np.int64)
 
 
-def judged(checks: Float[np.ndarray, "responses"]) -> float | None:
+def mean_verifier_score(verifier_scores: Float[np.ndarray, "responses"]) -> float | None:
     """The mean of what a checker said; None without one."""
-    return float(checks.mean()) if len(checks) and np.isfinite(checks).all() else None
+    return float(verifier_scores.mean()) if len(verifier_scores) and np.isfinite(verifier_scores).all() else None

@@ -4,109 +4,119 @@ import math
 from typing import Any, NamedTuple
 
 from bilevel_jax.runs import figures
-from bilevel_jax.runs.figures import Html, Series, element, join
-from bilevel_jax.runs.page import NONE, Column, figure, note, number, paragraph, table
-from bilevel_jax.runs.results import Results, real
+from bilevel_jax.runs.figures import Html, Series, html_element, join_html
+from bilevel_jax.runs.page import MISSING, Column, format_number, html_figure, html_note, html_paragraph, html_table
+from bilevel_jax.runs.results import RunResults, float_or_nan
 
-LOOKS = {"BELIEVE": ("good", "✓"), "UNDECIDED": ("fair", "?"), "DO NOT BELIEVE": ("bad", "✕")}
+VERDICT_STYLES = {"BELIEVE": ("good", "✓"), "UNDECIDED": ("fair", "?"), "DO NOT BELIEVE": ("bad", "✕")}
 
 
-class Check(NamedTuple):
+class CheckRow(NamedTuple):
     """One line of the table of certificates."""
 
     name: str
     values: list[Any]
     """A number, text or None for each place."""
-    wanted: str
-    words: str
+    threshold: str
+    explanation: str
     states: list[str]
     """good, fair or bad for each place, or nothing."""
 
 
-def certificates(run: Results) -> Html:
+def render_certificates(run: RunResults) -> Html:
     """What was checked at each place, against which threshold, in plain words."""
     places = run.result["certificates"]
     if not places:
-        return paragraph(
+        return html_paragraph(
             "This method moves the weights together with the parameters, by first-order steps. It has no "
             "hypergradient, so there is nothing to certify: judge it by what retraining with its weights measured, "
             "beside the same comparison under outer.method: unrolled."
         )
-    other = (
+    method_note = (
         ""
         if run.config["outer"]["method"] == "unrolled"
         else " The retrains measure the training run that really happens, so a ratio off 1 also tells how far this "
         "method's estimate is from it."
     )
-    computed = any(one["exact"] or one["smooth"] is not None for one in places.values())
-    every = _checks(run)
-    checks = [check for check in every if any(value is not None for value in check.values)]
-    absent = [check.name for check in every if check not in checks]
-    cells = [[_cell(check.values[index], check.states[index]) for check in checks] for index in range(len(places))]
+    computed = any(certificate["exact"] or certificate["smooth"] is not None for certificate in places.values())
+    all_checks = _check_rows(run)
+    checks = [check for check in all_checks if any(value is not None for value in check.values)]
+    absent = [check.name for check in all_checks if check not in checks]
+    cells = [
+        [_check_cell(check.values[index], check.states[index]) for check in checks] for index in range(len(places))
+    ]
     verdicts = [run.result["verdicts"][name] for name in places]
-    heads = [join(element("b", "verdict")), *(join(element("b", check.name)) for check in checks)]
+    heads = [join_html(html_element("b", "verdict")), *(join_html(html_element("b", check.name)) for check in checks)]
     columns = [
         Column("check", heads),
         *(
-            Column(f"at {name}", [_badge(verdict), *cells[index]])
+            Column(f"at {name}", [_verdict_badge(verdict), *cells[index]])
             for index, (name, verdict) in enumerate(zip(places, verdicts, strict=True))
         ),
-        Column("wanted", ["BELIEVE", *(check.wanted for check in checks)]),
+        Column("wanted", ["BELIEVE", *(check.threshold for check in checks)]),
         Column(
             "in plain words",
-            ["by the thresholds; the run's verdict is that at uniform weights", *(check.words for check in checks)],
+            [
+                "by the thresholds; the run's verdict is that at uniform weights",
+                *(check.explanation for check in checks),
+            ],
         ),
     ]
     curves = [
-        Series(name, one["exact"]["steps"], [real(ratio) for ratio in one["exact"]["ratios"]], index)
-        for index, (name, one) in enumerate(places.items())
-        if one["exact"] and any(ratio is not None for ratio in one["exact"]["ratios"])
+        Series(
+            name,
+            certificate["exact"]["steps"],
+            [float_or_nan(ratio) for ratio in certificate["exact"]["ratios"]],
+            index,
+        )
+        for index, (name, certificate) in enumerate(places.items())
+        if certificate["exact"] and any(ratio is not None for ratio in certificate["exact"]["ratios"])
     ]
     picture = None
     if curves:
-        picture = figure(
-            figures.lines(
+        picture = html_figure(
+            figures.plot_lines(
                 curves,
                 "change of every weight",
                 "actual / predicted change of L_v",
                 bands=[(0.95, 1.05), (0.9, 1.1)],
-                log=True,
-                include=[0.88, 1.12],
+                log_x=True,
+                y_values_shown=[0.88, 1.12],
             ),
             "Shaded: [.95, 1.05], and lighter [.9, 1.1]. On the right the changes are large and training may bend "
             "away from its slope; on the left they are small, and a ratio off 1 there is rounding or an estimate of "
             "something else.",
         )
-    return join(
-        paragraph(
+    return join_html(
+        html_paragraph(
             "An exact gradient can still be useless where training is chaotic. So it was checked by training again "
             "with changed weights, and by estimating it again without some rows. The thresholds come from ten "
             "calibrated settings of small "
-            "language models, not from a theorem." + other
+            "language models, not from a theorem." + method_note
         ),
-        note(
+        html_note(
             "The certificates were not computed (--fast, or certify.enabled: false); below: the estimate's own.",
             "warning",
         )
         if not computed
         else None,
-        note(_one_place(run)) if computed and len(places) == 1 else None,
-        table(*columns, name="checks"),
-        note(
+        html_note(_single_place_note(run)) if computed and len(places) == 1 else None,
+        html_table(*columns, css_class="checks"),
+        html_note(
             "✓ in the wanted range, ~ between the bars, ✕ beyond the outer one. "
             + (f"Without a number in this run: {', '.join(absent)}. " if absent else "")
             + "Residual, curvature, gap, sample, and batches belong to a linear solve (outer.method: implicit), growth "
             "and replayed to a reverse sweep (unrolled, window), predictive to runs with certify.retrains above 0. "
-            f"{NONE}: does not apply at this place, or was not finite."
+            f"{MISSING}: does not apply at this place, or was not finite."
         ),
         picture,
     )
 
 
-ANY = (-math.inf, math.inf)
+UNBOUNDED = (-math.inf, math.inf)
 
 
-OWN_CHECKS = (
+ESTIMATOR_CHECKS = (
     (
         "growth",
         "any; not judged",
@@ -126,22 +136,22 @@ OWN_CHECKS = (
 """The checks that every estimate makes of itself: (field, what is wanted, in plain words)."""
 
 
-def _checks(run: Results) -> list[Check]:
+def _check_rows(run: RunResults) -> list[CheckRow]:
     places = list(run.result["certificates"].values())
     exact, predicted = [one["exact"] for one in places], [one["predictive"] for one in places]
-    own = [one["checks"] for one in places]
-    swept = run.config["outer"]["method"] in ("unrolled", "window")
+    estimator_checks = [one["checks"] for one in places]
+    has_backward_pass = run.config["outer"]["method"] in ("unrolled", "window")
     checks = []
     for index, size in enumerate(next((one["steps"] for one in exact if one), [])):
         ratios = [one["ratios"][index] if one else None for one in exact]
         words = f"actual over predicted change of L_v when each weight moves by {size:g} along sign(gradient)"
         if index == 0:  # the step that verdicts are made of
-            wanted, good, fair = ".95 to 1.05; outside .9 to 1.1: do not believe", (0.95, 1.05), (0.9, 1.1)
-            checks.append(_judged(f"exact, step {size:g}", ratios, wanted, words, good, fair))
+            threshold, good, fair = ".95 to 1.05; outside .9 to 1.1: do not believe", (0.95, 1.05), (0.9, 1.1)
+            checks.append(_judge(f"exact, step {size:g}", ratios, threshold, words, good, fair))
         else:
-            checks.append(_judged(f"exact, step {size:g}", ratios, "near 1; not judged", words))
+            checks.append(_judge(f"exact, step {size:g}", ratios, "near 1; not judged", words))
     checks.append(
-        _judged(
+        _judge(
             "smooth",
             [one["smooth"] for one in places],
             ".7 or more, .9 for changes of half the data; below .5: do not believe",
@@ -150,53 +160,57 @@ def _checks(run: Results) -> list[Check]:
             (0.5, math.inf),
         )
     )
-    told = next((f" when a random {one['fraction']:.0%} of the rows is left out" for one in predicted if one), "")
+    left_out_words = next(
+        (f" when a random {one['fraction']:.0%} of the rows is left out" for one in predicted if one), ""
+    )
     for key, words in (("rank", "rank correlation of predicted and actual"), ("slope", "actual per predicted")):
         values = [one[key] if one else None for one in predicted]
-        words = f"{words} changes of L_v{told}" + ("; with 8 trainings its error is about .35" if key == "rank" else "")
-        checks.append(_judged(f"predictive {key}", values, "near 1; not judged", words))
-    replayed = [("yes" if one["replayed"] else "no") if swept else None for one in own]
+        words = f"{words} changes of L_v{left_out_words}" + (
+            "; with 8 trainings its error is about .35" if key == "rank" else ""
+        )
+        checks.append(_judge(f"predictive {key}", values, "near 1; not judged", words))
+    replayed = [("yes" if one["replayed"] else "no") if has_backward_pass else None for one in estimator_checks]
     states = [{"yes": "good", "no": "bad"}.get(value or "", "") for value in replayed]
     words = "every replayed piece of training ended bit for bit where training did"
-    checks.append(Check("replayed", replayed, "yes", words, states))
-    bars = {"residual": (-math.inf, 0.1), "curvature": (math.ulp(0.0), math.inf)}
-    for key, wanted, words in OWN_CHECKS:
-        bar, values = bars.get(key, ANY), [one[key] for one in own]
-        checks.append(_judged(key, values, wanted, words.format(unit=run.unit), bar, bar))
+    checks.append(CheckRow("replayed", replayed, "yes", words, states))
+    bounds_by_check = {"residual": (-math.inf, 0.1), "curvature": (math.ulp(0.0), math.inf)}
+    for key, threshold, words in ESTIMATOR_CHECKS:
+        bounds, values = bounds_by_check.get(key, UNBOUNDED), [one[key] for one in estimator_checks]
+        checks.append(_judge(key, values, threshold, words.format(unit=run.unit), bounds, bounds))
     return checks
 
 
-def _judged(
+def _judge(
     name: str,
     values: list[float | None],
-    wanted: str,
-    words: str,
-    good: tuple[float, float] = ANY,
-    fair: tuple[float, float] = ANY,
-) -> Check:
+    threshold: str,
+    explanation: str,
+    good: tuple[float, float] = UNBOUNDED,
+    fair: tuple[float, float] = UNBOUNDED,
+) -> CheckRow:
     """A check with its state at each place; one that is wanted anyhow has none."""
 
     def state(value: float | None) -> str:
-        if value is None or good == ANY:
+        if value is None or good == UNBOUNDED:
             return ""
         return "good" if good[0] <= value <= good[1] else "fair" if fair[0] <= value <= fair[1] else "bad"
 
-    return Check(name, values, wanted, words, [state(value) for value in values])
+    return CheckRow(name, values, threshold, explanation, [state(value) for value in values])
 
 
-def _cell(value: Any, state: str) -> Html:
-    text = value if isinstance(value, str) else number(value)
+def _check_cell(value: Any, state: str) -> Html:
+    text = value if isinstance(value, str) else format_number(value)
     words = {"good": "✓", "fair": "~", "bad": "✕"}
-    return element("span", text, f" {words[state]}" if state else None, class_=f"figure {state}".strip())
+    return html_element("span", text, f" {words[state]}" if state else None, class_=f"figure {state}".strip())
 
 
-def _badge(verdict: dict[str, Any]) -> Html:
-    kind, icon = LOOKS[verdict["level"]]
+def _verdict_badge(verdict: dict[str, Any]) -> Html:
+    kind, icon = VERDICT_STYLES[verdict["level"]]
     scope = f", {verdict['scope']}" if verdict["scope"] else ""
-    return element("span", f"{icon} {verdict['level']}{scope}", class_=f"badge {kind}")
+    return html_element("span", f"{icon} {verdict['level']}{scope}", class_=f"badge {kind}")
 
 
-def _one_place(run: Results) -> str:
+def _single_place_note(run: RunResults) -> str:
     if run.config["outer"]["restart"] != "cold":
         return "Only the gradient at uniform weights was checked: a later warm restart cannot be repeated alone."
     return "Only the gradient at uniform weights was checked: the weights written are the uniform ones, of step 0."

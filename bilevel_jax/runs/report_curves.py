@@ -10,25 +10,25 @@ import numpy as np
 
 from bilevel_jax.runs import figures
 from bilevel_jax.runs.figures import Html, Series
-from bilevel_jax.runs.page import counted, power_of, tens
-from bilevel_jax.runs.report_weights import equal
-from bilevel_jax.runs.results import PARTS, Results, real
+from bilevel_jax.runs.page import engineering_exponent, format_count, format_power_of_ten
+from bilevel_jax.runs.report_weights import all_equal
+from bilevel_jax.runs.results import PART_LABELS, RunResults, float_or_nan
 
-COLOURS = {"fit": 1, "select": 2, "report": 0}
+PART_COLOURS = {"fit": 1, "select": 2, "report": 0}
 """Of the parts of the trusted rows, the same as in the report of `select`; 3 is training, 5 the learning rate."""
 
 
-class Log(NamedTuple):
+class TrainingLog(NamedTuple):
     """Training step by step; the loss of step s is that of the parameters after s steps, on the next batch."""
 
     steps: list[int]
     losses: list[float]
-    rates: list[float]
+    learning_rates: list[float]
 
 
-def read_log(path: Path) -> Log:
+def read_training_log(path: Path) -> TrainingLog:
     """Losses and learning rates by step. A resumed run repeats some steps: the last time counts."""
-    found: dict[int, tuple[float, float]] = {}
+    by_step: dict[int, tuple[float, float]] = {}
     for line in path.read_text("utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -36,20 +36,22 @@ def read_log(path: Path) -> Log:
             continue
         if record.get("event") == "steps":
             pairs = zip(record["losses"], record["rates"], strict=True)
-            found |= {record["first"] + at: (real(loss), real(rate)) for at, (loss, rate) in enumerate(pairs)}
-    steps = sorted(found)
-    return Log(steps, [found[step][0] for step in steps], [found[step][1] for step in steps])
+            by_step |= {
+                record["first"] + at: (float_or_nan(loss), float_or_nan(rate)) for at, (loss, rate) in enumerate(pairs)
+            }
+    steps = sorted(by_step)
+    return TrainingLog(steps, [by_step[step][0] for step in steps], [by_step[step][1] for step in steps])
 
 
-def losses(run: Results, log: Log) -> Html:
+def plot_losses(run: RunResults, log: TrainingLog) -> Html:
     """The training loss of each step and its running mean, and the validation losses."""
-    best = chosen_step(run)
+    best = written_step(run)
     mark = (best, f"written: step {best}") if best is not None else None
-    return figures.lines(_series(run, log), "steps made", f"loss, {run.unit}", mark=mark)
+    return figures.plot_lines(_loss_series(run, log), "steps made", f"loss, {run.unit}", vertical_mark=mark)
 
 
-def _series(run: Results, log: Log) -> list[Series]:
-    if (width := _width(log)) > 1:
+def _loss_series(run: RunResults, log: TrainingLog) -> list[Series]:
+    if (width := _window_size(log)) > 1:
         curves = [
             Series("each step", log.steps, log.losses, 3, "cloud"),
             Series("running mean", log.steps, running_mean(log.losses, width), 3, "plain"),
@@ -58,35 +60,42 @@ def _series(run: Results, log: Log) -> list[Series]:
         curves = [Series("training", log.steps, log.losses, 3, "plain" if len(log.steps) > 1 else "marked")]
     records = run.result["records"]
     return curves + [
-        Series(PARTS[part], [one["step"] for one in records], [real(one["loss"].get(part)) for one in records], colour)
-        for part, colour in COLOURS.items()
+        Series(
+            PART_LABELS[part],
+            [one["step"] for one in records],
+            [float_or_nan(one["loss"].get(part)) for one in records],
+            colour,
+        )
+        for part, colour in PART_COLOURS.items()
         if any(one["loss"].get(part) is not None for one in records)
     ]
 
 
-def caption(run: Results, log: Log) -> str:
+def losses_caption(run: RunResults, log: TrainingLog) -> str:
     """What the picture of the losses shows."""
     words = ["Training: the loss of each step's own rows"]
-    words.append(f"and its mean over {_width(log)} steps." if _width(log) > 1 else "as a line.")
-    values = run.rows["weight"].astype(float)
-    if equal(values) and abs(float(values[0]) - 1) < 1e-6:
+    words.append(f"and its mean over {_window_size(log)} steps." if _window_size(log) > 1 else "as a line.")
+    values = run.columns["weight"].astype(float)
+    if all_equal(values) and abs(float(values[0]) - 1) < 1e-6:
         words.append("All losses have one scale.")
     else:
         words.append("It is weighted, and validation losses are not: compare how they move, not how high they stand.")
-    held = figures.held(_series(run, log)) or [0.0]
-    if beyond := sum(math.isfinite(loss) and not min(held) <= loss <= max(held) for loss in log.losses):
-        words.append(f"Drawn at the edge: {counted('step', beyond)} beyond the axis.")
-    if odd := sum(not math.isfinite(loss) for loss in log.losses):
-        words.append(f"Not drawn: {counted('step', odd)} without a finite loss.")
+    y_values = figures.y_axis_values(_loss_series(run, log)) or [0.0]
+    if beyond := sum(math.isfinite(loss) and not min(y_values) <= loss <= max(y_values) for loss in log.losses):
+        words.append(f"Drawn at the edge: {format_count('step', beyond)} beyond the axis.")
+    if nonfinite := sum(not math.isfinite(loss) for loss in log.losses):
+        words.append(f"Not drawn: {format_count('step', nonfinite)} without a finite loss.")
     return " ".join(words)
 
 
-def rates(log: Log) -> Html:
+def plot_learning_rates(log: TrainingLog) -> Html:
     """The learning rate of each step."""
-    power = power_of(max((rate for rate in log.rates if math.isfinite(rate)), default=0.0))
-    values = [rate / 10.0**power for rate in log.rates]
+    power = engineering_exponent(max((rate for rate in log.learning_rates if math.isfinite(rate)), default=0.0))
+    values = [rate / 10.0**power for rate in log.learning_rates]
     curve = Series("learning rate", log.steps, values, 5, "plain" if len(values) > 1 else "marked")
-    return figures.lines([curve], "steps made", f"learning rate, {tens(power)}".strip(" ,"), include=[0], height=80)
+    return figures.plot_lines(
+        [curve], "steps made", f"learning rate, {format_power_of_ten(power)}".strip(" ,"), y_values_shown=[0], height=80
+    )
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -101,12 +110,12 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
         return list((sums[last] - sums[first]) / (counts[last] - counts[first]))
 
 
-def _width(log: Log) -> int:
+def _window_size(log: TrainingLog) -> int:
     """Steps in the running mean: odd, about a tenth of all, and not so many that the beginning is lost."""
     return 2 * min(len(log.steps) // 20, 50) + 1
 
 
-def chosen_step(run: Results) -> int | None:
+def written_step(run: RunResults) -> int | None:
     """The step whose parameters were written, where it was chosen."""
     best = run.result["best"]
     return best["step"] if best and run.result["kept"] == "best" else None

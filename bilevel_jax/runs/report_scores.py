@@ -9,12 +9,21 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.runs import figures, scoring
-from bilevel_jax.runs.figures import COLOURS, Html, element, join
-from bilevel_jax.runs.page import Column, counted, figure, note, number, paragraph, percent, table
-from bilevel_jax.runs.results import Results, real
+from bilevel_jax.runs.figures import NUM_COLOURS, Html, html_element, join_html
+from bilevel_jax.runs.page import (
+    Column,
+    format_count,
+    format_number,
+    format_percent,
+    html_figure,
+    html_note,
+    html_paragraph,
+    html_table,
+)
+from bilevel_jax.runs.results import RunResults, float_or_nan
 
 
-class Scores(NamedTuple):
+class ScoreHistory(NamedTuple):
     """scores.parquet, read."""
 
     columns: list[Float[np.ndarray, "kept"]]
@@ -22,33 +31,35 @@ class Scores(NamedTuple):
     meaning: str
 
 
-def read_scores(folder: Path) -> Scores | None:
+def read_score_history(folder: Path) -> ScoreHistory | None:
     """The scores of a run; None where its weights came from elsewhere."""
     if not (folder / scoring.NAME).exists():
         return None
     stored = pq.read_table(folder / scoring.NAME)
     about = {key.decode(): json.loads(value) for key, value in (stored.schema.metadata or {}).items()}
-    return Scores([stored[key].to_numpy() for key in about], next(iter(about.values()))["meaning"])
+    return ScoreHistory([stored[key].to_numpy() for key in about], next(iter(about.values()))["meaning"])
 
 
-def scores(run: Results, made: Scores) -> Html:
+def render_scores(run: RunResults, history: ScoreHistory) -> Html:
     """What the scores mean, how they spread each time, whether rows kept their ranks, and the cost."""
-    told = run.result["scoring"]
-    records, several = told["records"], len(told["records"]) > 1
+    summary = run.result["scoring"]
+    records, several = summary["records"], len(summary["records"]) > 1
     labelled = any(record["auc"] is not None for record in records)
-    share = real(told["share"])
-    cost = f"Making them took {number(told['seconds'])} seconds with compilation, {percent(share)} of the training's"
-    cost += f" {number(real(run.result['seconds']))}; in work, {number(told['passes'])} training steps against "
+    share = float_or_nan(summary["share"])
+    cost = f"Making them took {format_number(summary['seconds'])} seconds with compilation, {format_percent(share)} of the training's"
+    cost += f" {format_number(float_or_nan(run.result['seconds']))}; in work, {format_number(summary['passes'])} training steps against "
     cost += f"{run.result['steps']:,}."
-    shown = figures.evenly(len(records), COLOURS)
-    clouds = [(f"before step {records[at]['step']:,}", finite(made.columns[at])) for at in shown]
-    return join(
-        paragraph(element("b", told["score"]), f": {made.meaning}. Larger is better."),
-        figure(
-            figures.strips(clouds, f"score {told['score']}"),
+    shown_indices = figures.evenly_spaced_indices(len(records), NUM_COLOURS)
+    score_groups = [
+        (f"before step {records[at]['step']:,}", drop_nonfinite(history.columns[at])) for at in shown_indices
+    ]
+    return join_html(
+        html_paragraph(html_element("b", summary["score"]), f": {history.meaning}. Larger is better."),
+        html_figure(
+            figures.plot_strips(score_groups, f"score {summary['score']}"),
             "The scores of all rows each time that they were made. Bar: median." if several else "Bar: median.",
         ),
-        table(
+        html_table(
             Column("before step", [record["step"] for record in records]),
             *(Column(key, [record[key] for record in records], "score") for key in ("least", "median", "largest")),
             Column("same order as at first", [record["with_first"] for record in records], "rank correlation"),
@@ -57,29 +68,31 @@ def scores(run: Results, made: Scores) -> Html:
             Column("time", [record["seconds"] for record in records], "seconds"),
             Column("work", [record["passes"] for record in records], "training steps"),
         ),
-        paragraph(cost),
-        paragraph(_given(run)),
-        element("ul", *(element("li", one) for one in _notes(records))) if _notes(records) else None,
-        note("A score judges rows by its own idea of good; whether it helped is what the trusted rows above say."),
+        html_paragraph(cost),
+        html_paragraph(_describe_score_weights(run)),
+        html_element("ul", *(html_element("li", remark) for remark in _unique_notes(records)))
+        if _unique_notes(records)
+        else None,
+        html_note("A score judges rows by its own idea of good; whether it helped is what the trusted rows above say."),
     )
 
 
-def finite(values: np.ndarray) -> np.ndarray:
+def drop_nonfinite(values: np.ndarray) -> np.ndarray:
     """The numbers among the scores."""
     return values[np.isfinite(values)]
 
 
-def _given(run: Results) -> str:
-    told, total = run.result["scoring"], run.result["rows"]["train"]
+def _describe_score_weights(run: RunResults) -> str:
+    summary, total = run.result["scoring"], run.result["rows"]["train"]
     words = "The weights below are what each row got, averaged over the steps that drew it."
-    if told["drawn"] < total:
-        words += f" {counted('row', total - told['drawn'])} that no step drew: min-max over all rows, the last time."
-    if told["equal"]:
+    if summary["drawn"] < total:
         words += (
-            f" In {counted('step', told['equal'])} all rows had one score, which tells none from another: weight 1."
+            f" {format_count('row', total - summary['drawn'])} that no step drew: min-max over all rows, the last time."
         )
+    if summary["equal"]:
+        words += f" In {format_count('step', summary['equal'])} all rows had one score, which tells none from another: weight 1."
     return words
 
 
-def _notes(records: list) -> list[str]:
+def _unique_notes(records: list) -> list[str]:
     return list(dict.fromkeys(note for record in records for note in record["notes"]))

@@ -6,12 +6,21 @@ from typing import Any
 import numpy as np
 
 from bilevel_jax.runs import figures
-from bilevel_jax.runs.figures import COLOURS, Html, Series, element, join
-from bilevel_jax.runs.page import NONE, Column, bounded, figure, note, number, paragraph, table
-from bilevel_jax.runs.report_comparison import oracle
-from bilevel_jax.runs.results import Results, part_of
+from bilevel_jax.runs.figures import NUM_COLOURS, Html, Series, html_element, join_html
+from bilevel_jax.runs.page import (
+    MISSING,
+    Column,
+    format_number,
+    html_figure,
+    html_note,
+    html_paragraph,
+    html_table,
+    isolate_text,
+)
+from bilevel_jax.runs.report_comparison import describe_oracle
+from bilevel_jax.runs.results import RunResults, most_independent_part
 
-AUCS = {
+RANKING_LABELS = {
     "weights": ("learned weights", "what this run found"),
     "first_entries": ("first hypergradient", "minus the entries at weight 1: one estimate, no loop"),
     "alignment": ("alignment", "<grad loss_i, grad L_v> at the end of uniform training: the cheap way"),
@@ -19,72 +28,74 @@ AUCS = {
 }
 
 
-def weights(run: Results) -> Html:
+def render_weights(run: RunResults) -> Html:
     """How the weights spread, over all rows, by source and by label."""
-    values, record, total = run.rows["weight"].astype(float), chosen(run), run.result["rows"]["train"]
-    keys = ["label", "source"] if run.labelled else ["source"]
-    several = [key for key in keys if len(set(run.rows[key])) > 1]
-    by = several[0] if several else keys[0]
+    values, record, total = run.columns["weight"].astype(float), best_record(run), run.result["rows"]["train"]
+    keys = ["label", "source"] if run.has_labels else ["source"]
+    varied_keys = [key for key in keys if len(set(run.columns[key])) > 1]
+    group_key = varied_keys[0] if varied_keys else keys[0]
     pictures = [
-        figure(
-            figures.histogram(groups(run, by), axis(run), reference=1.0),
-            f"Rows by weight{f', coloured by {by}' if several else ''}. Dashed: weight 1, where every row began.",
+        html_figure(
+            figures.plot_histogram(group_weights(run, group_key), weight_axis_label(run), reference=1.0),
+            f"Rows by weight{f', coloured by {group_key}' if varied_keys else ''}. Dashed: weight 1, where every row began.",
         ),
-        figure(
-            held(values, "learned"),
+        html_figure(
+            plot_lorenz_curve(values, "learned"),
             "How much of all weight the rows with the largest weights hold. Dashed orange: equal weights; the higher "
             "the curve, the fewer rows count.",
         ),
     ]
-    if "source" in several and run.labelled:  # without labels the first picture of the page shows the sources
+    if "source" in varied_keys and run.has_labels:  # without labels the first picture of the page shows the sources
         pictures.append(
-            figure(
-                figures.strips(groups(run, "source"), axis(run), reference=1.0),
+            html_figure(
+                figures.plot_strips(group_weights(run, "source"), weight_axis_label(run), reference=1.0),
                 "Weights by source. Bar: median.",
             )
         )
-    spread = (
+    summary = (
         "A weight multiplies its row's loss; 1 is plain training. Together the weights amount to "
-        f"{number(record['ess'])} equally weighted rows of {total:,} (ESS); their entropy is "
-        f"{number(record['entropy'])} nats, of at most log {total:,} = {number(math.log(total))}; the largest is "
-        f"{number(record['largest'])}, the least {number(float(values.min()))}, the median "
-        f"{number(float(np.median(values)))}."
+        f"{format_number(record['ess'])} equally weighted rows of {total:,} (ESS); their entropy is "
+        f"{format_number(record['entropy'])} nats, of at most log {total:,} = {format_number(math.log(total))}; the largest is "
+        f"{format_number(record['largest'])}, the least {format_number(float(values.min()))}, the median "
+        f"{format_number(float(np.median(values)))}."
     )
-    return join(
-        paragraph(spread),
-        note("All weights are equal: this run tells no row from another.", "warning") if equal(values) else None,
-        element("div", *pictures, class_="pair"),
-        *(join(element("h3", f"By {key}"), by_key(run, key)) for key in keys),
-        _aucs(run),
+    return join_html(
+        html_paragraph(summary),
+        html_note("All weights are equal: this run tells no row from another.", "warning")
+        if all_equal(values)
+        else None,
+        html_element("div", *pictures, class_="pair"),
+        *(join_html(html_element("h3", f"By {key}"), weights_by_group_table(run, key)) for key in keys),
+        _render_aucs(run),
     )
 
 
-def chosen(run: Results) -> dict[str, Any]:
+def best_record(run: RunResults) -> dict[str, Any]:
     """The record of the outer step whose weights these are."""
     return run.result["records"][run.result["best"]]
 
 
-def equal(values: np.ndarray) -> bool:
+def all_equal(values: np.ndarray) -> bool:
     """Whether all rows have one weight, up to rounding."""
     return bool(np.ptp(values) <= 1e-6 * max(abs(float(values.max())), 1e-30))
 
 
-def held(values: np.ndarray, name: str) -> Html:
+def plot_lorenz_curve(values: np.ndarray, name: str) -> Html:
     """How much of all weight the rows with the largest weights hold."""
     share = np.concatenate([[0.0], np.cumsum(np.sort(values)[::-1])]) / (values.sum() or math.nan)
-    at = [0.0, 1, 2, 5, *range(10, 101, 10)]
-    shares = [100 * float(np.interp(percent / 100 * len(values), np.arange(len(share)), share)) for percent in at]
-    curves = [Series(name, at, shares), Series("equal", [0, 100], [0, 100], 1)]
-    return figures.lines(curves, "rows with the largest weights, % of all rows", "share of all weight, %")
+    percents = [0.0, 1, 2, 5, *range(10, 101, 10)]
+    shares = [100 * float(np.interp(percent / 100 * len(values), np.arange(len(share)), share)) for percent in percents]
+    curves = [Series(name, percents, shares), Series("equal", [0, 100], [0, 100], 1)]
+    return figures.plot_lines(curves, "rows with the largest weights, % of all rows", "share of all weight, %")
 
 
-def by_key(run: Results, key: str) -> Html:
+def weights_by_group_table(run: RunResults, key: str) -> Html:
     """A table of the weights of each label or source."""
-    values, kept = run.rows["weight"].astype(float), run.rows.get("selected")
-    masks = _masks(run, key, 20)
+    values, selected = run.columns["weight"].astype(float), run.columns.get("selected")
+    masks = _group_masks(run, key, 20)
     total = values.sum() or math.nan
-    return table(
-        Column(key, [bounded(name) for name, _ in masks]),
+    return html_table(
+        Column(key, [isolate_text(name) for name, _ in masks]),
         Column("rows", [int(mask.sum()) for _, mask in masks]),
         Column("share", [100 * float(mask.mean()) for _, mask in masks], "% of rows"),
         Column("share", [100 * float(values[mask].sum() / total) for _, mask in masks], "% of weight"),
@@ -92,39 +103,44 @@ def by_key(run: Results, key: str) -> Html:
         Column("median", [float(np.median(values[mask])) for _, mask in masks], "weight"),
         Column("least", [float(values[mask].min()) for _, mask in masks], "weight"),
         Column("largest", [float(values[mask].max()) for _, mask in masks], "weight"),
-        *([] if kept is None else [Column("kept", [int(kept[mask].sum()) for _, mask in masks], "rows")]),
+        *([] if selected is None else [Column("kept", [int(selected[mask].sum()) for _, mask in masks], "rows")]),
     )
 
 
-def _aucs(run: Results) -> Html | None:
-    found = run.result["auc"]
-    if not found:
+def _render_aucs(run: RunResults) -> Html | None:
+    aucs = run.result["auc"]
+    if not aucs:
         return None
-    rankings = {key: words for key, words in AUCS.items() if key in found}  # a single-loop method has no entries
+    rankings = {
+        key: words for key, words in RANKING_LABELS.items() if key in aucs
+    }  # a single-loop method has no entries
     good = run.config["data"]["good_label"]
-    return join(
-        element("h3", "Do the weights find the labels?"),
-        paragraph(
+    return join_html(
+        html_element("h3", "Do the weights find the labels?"),
+        html_paragraph(
             f"AUC: the chance that a row labelled “{good}” stands above a row with another label; .5 is guessing, 1 "
             "is perfect. The labels were never seen in training. ",
-            oracle(run, part_of(run))
+            describe_oracle(run, most_independent_part(run))
             or "No oracle was trained, so it is not known whether these labels matter for L_v.",
         ),
-        table(
+        html_table(
             Column(
                 "ranking rows by",
-                [join(element("b", name), element("span", words, class_="sub")) for name, words in rankings.values()],
+                [
+                    join_html(html_element("b", name), html_element("span", words, class_="sub"))
+                    for name, words in rankings.values()
+                ],
             ),
-            Column("AUC", [found[key] for key in rankings]),
+            Column("AUC", [aucs[key] for key in rankings]),
         ),
-        note(f"{NONE}: all rows carry one kind of label.") if None in found.values() else None,
+        html_note(f"{MISSING}: all rows carry one kind of label.") if None in aucs.values() else None,
     )
 
 
-def axis(run: Results) -> str:
+def weight_axis_label(run: RunResults) -> str:
     """What the axis of the weights says."""
-    floor = figures.floor_of(run.rows["weight"].astype(float))
-    beyond = int((run.rows["weight"] < floor).sum()) if floor else 0
+    floor = figures.log_axis_floor(run.columns["weight"].astype(float))
+    beyond = int((run.columns["weight"] < floor).sum()) if floor else 0
     return (
         "weight"
         + (" (log scale)" if floor else "")
@@ -132,18 +148,18 @@ def axis(run: Results) -> str:
     )
 
 
-def _masks(run: Results, key: str, most: int) -> list[tuple[str, np.ndarray]]:
+def _group_masks(run: RunResults, key: str, max_groups: int) -> list[tuple[str, np.ndarray]]:
     """(name, which rows) of the labels or sources, the good label first, then by size; the smallest gathered in one."""
-    values = np.array([f"no {key}" if value is None else value for value in run.rows[key]], dtype=object)
+    values = np.array([f"no {key}" if value is None else value for value in run.columns[key]], dtype=object)
     good = run.config["data"]["good_label"] if key == "label" else None
     names = sorted(set(values), key=lambda name: (name != good, -int((values == name).sum()), name))
-    if len(names) > most:
-        names, rest = names[: most - 1], names[most - 1 :]
+    if len(names) > max_groups:
+        names, rest = names[: max_groups - 1], names[max_groups - 1 :]
         return [*((name, values == name) for name in names), (f"{len(rest)} others", np.isin(values, rest))]
     return [(name, values == name) for name in names]
 
 
-def groups(run: Results, key: str) -> list[tuple[str, np.ndarray]]:
+def group_weights(run: RunResults, key: str) -> list[tuple[str, np.ndarray]]:
     """(name, weights) of at most as many groups as a figure can tell apart."""
-    values = run.rows["weight"].astype(float)
-    return [(name, values[mask]) for name, mask in _masks(run, key, COLOURS)]
+    values = run.columns["weight"].astype(float)
+    return [(name, values[mask]) for name, mask in _group_masks(run, key, NUM_COLOURS)]

@@ -12,20 +12,20 @@ import yaml
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import files
 
-PARTS = {"fit": "V_fit", "select": "V_select", "report": "V_report"}
+PART_LABELS = {"fit": "V_fit", "select": "V_select", "report": "V_report"}
 """The parts of the trusted rows, as people read them."""
 
 
-class Results(NamedTuple):
+class RunResults(NamedTuple):
     """A run's folder, read."""
 
     name: str
     result: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
-    rows: dict[str, Any]
+    columns: dict[str, Any]
     """Columns of weights.parquet: numbers as arrays, text as lists."""
-    meanings: dict[str, str]
+    column_meanings: dict[str, str]
     """What the columns mean, and facts about the run, from the parquet file's metadata."""
     examples: dict[str, Example]
     """By id; rows without one are shown without their text."""
@@ -41,45 +41,47 @@ class Results(NamedTuple):
         return self.result["unit"]
 
     @property
-    def share(self) -> str:
+    def accuracy_unit(self) -> str:
         """What an accuracy is a share of."""
         return "share of pairs" if self.result["right"] == "pair accuracy" else "share of target tokens"
 
     @property
-    def labelled(self) -> bool:
+    def has_labels(self) -> bool:
         """Whether any row has a label."""
-        return any(label is not None for label in self.rows["label"])
+        return any(label is not None for label in self.columns["label"])
 
 
-def read(folder: Path, examples: Sequence[Example]) -> Results:
+def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
     """result.json, config.yaml, environment.json and weights.parquet of a run."""
     table = pq.read_table(folder / "weights.parquet")
     text = ("id", "source", "label", "file")
-    return Results(
+    return RunResults(
         name=folder.resolve().name,
         result=json.loads((folder / "result.json").read_text("utf-8")),
         config_text=(folder / files.RESOLVED).read_text("utf-8"),
         environment=json.loads((folder / "environment.json").read_text("utf-8")),
-        rows={name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names},
-        meanings={key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
+        columns={
+            name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names
+        },
+        column_meanings={key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
         examples={example.id: example for example in examples},
     )
 
 
-def part_of(run: Results) -> str:
+def most_independent_part(run: RunResults) -> str:
     """The most independent trusted set that was read: V_report, or what there is."""
     return next((part for part in ("report", "select") if run.result["rows"].get(part)), "fit")
 
 
-def real(value: float | None) -> float:
+def float_or_nan(value: float | None) -> float:
     """The number; nan for None, which is how JSON holds it."""
     return math.nan if value is None else float(value)
 
 
-def write_page(folder: Path, page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
+def write_report(folder: Path, render_page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
     """Write `folder`/report.html, `page` of (the run's name, its result, its config, its environment)."""
     path = folder / "report.html"
     text = {name: (folder / name).read_text("utf-8") for name in ("result.json", files.RESOLVED, "environment.json")}
     result, environment = json.loads(text["result.json"]), json.loads(text["environment.json"])
-    files.write_atomic(path, page(folder.resolve().name, result, text[files.RESOLVED], environment))
+    files.write_atomic(path, render_page(folder.resolve().name, result, text[files.RESOLVED], environment))
     return path

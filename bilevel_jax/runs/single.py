@@ -17,7 +17,14 @@ from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.learn import Learned, baselines, good_rows, reading_line, source_numbers, travel
+from bilevel_jax.runs.learn import (
+    LearnedWeights,
+    compute_baseline_scores,
+    format_record,
+    good_label_mask,
+    source_indices,
+    total_outer_learning_rate,
+)
 from bilevel_jax.runs.optimizers import optimizer
 from bilevel_jax.runs.processes import fetch
 from bilevel_jax.runs.rows import PARTS
@@ -26,12 +33,12 @@ from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task
 from bilevel_jax.runs.training import Trainer
 
-COPY, PLAIN, FORWARD = 3.0, 2.0, 1 / 3
+TWO_MODEL_WORK, ONE_MODEL_WORK, FORWARD_WORK = 3.0, 2.0, 1 / 3
 """Work of a step in training steps: the training batch and the validation batch, and with a second model once more; of
 a forward pass alone."""
 
 
-class Alone(NamedTuple):
+class SingleLoopResult(NamedTuple):
     """What one run of a single-loop method gives."""
 
     weights: Float[np.ndarray, "rows"]
@@ -41,28 +48,31 @@ class Alone(NamedTuple):
     estimand: str
 
 
-def steps_of(config: SelectConfig) -> int:
+def num_single_loop_steps(config: SelectConfig) -> int:
     """Steps of the one run; by default as many as the outer loop's trainings have together."""
     return config.single_loop.steps or config.train.max_steps * config.outer.steps
 
 
-def work_of(config: SelectConfig) -> float:
+def single_loop_step_work(config: SelectConfig) -> float:
     """The work of one step, in training steps."""
     single, method = config.single_loop, config.outer.method
     if method == "bmo":
-        return PLAIN + {"none": 0.0, "snapshot": FORWARD, "copy": single.inner_steps + FORWARD}[single.reference]
-    return COPY if method == "penalty" and single.second_model == "copy" else PLAIN
+        return (
+            ONE_MODEL_WORK
+            + {"none": 0.0, "snapshot": FORWARD_WORK, "copy": single.inner_steps + FORWARD_WORK}[single.reference]
+        )
+    return TWO_MODEL_WORK if method == "penalty" and single.second_model == "copy" else ONE_MODEL_WORK
 
 
-def run_single(
+def run_single_loop(
     task: Task | ArrayTask,
     config: SelectConfig,
     session: Session,
     *,
     seed: int = 0,
-    made: Single | None = None,
-    snapshot: Params | None = None,
-) -> Alone:
+    compiled_method: Single | None = None,
+    reference_params: Params | None = None,
+) -> SingleLoopResult:
     """Train parameters and weights together, as outer.method says, and return both.
 
     `made` is `method` of another task of the same shape, already compiled; `snapshot` the parameters that BMO compares
@@ -71,26 +81,28 @@ def run_single(
     which is trained on, and on V_select and V_report, which are not. Raises FloatingPointError where L_v is not finite.
     """
     folder = session.folder / "checkpoints" / f"single-{seed}"
-    steps, every = steps_of(config), config.single_loop.eval_steps
-    made = made or method(task, config, steps)
-    read = outer_value(task.problem)
-    good = good_rows(task, config)
+    steps, every = num_single_loop_steps(config), config.single_loop.eval_steps
+    compiled_method = compiled_method or build_single_loop(task, config, steps)
+    validation_loss = outer_value(task.problem)
+    good_mask = good_label_mask(task, config)
     params = task.fresh(config.train.seed + seed)
     fixed = task.fixed(params)
-    state = placing.settled(task.mesh, made.init(params))
-    if snapshot is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
-        state = multiobjective.refresh(state, snapshot)
-    train = task.stream(config.data.seed + seed, packed=False)
-    validation = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
+    state = placing.settled(task.mesh, compiled_method.init(params))
+    if reference_params is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
+        state = multiobjective.refresh(state, reference_params)
+    train_stream = task.stream(config.data.seed + seed, packed=False)
+    validation_stream = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
     records: list[dict[str, Any]] = []
-    if found := checkpoint.restore(folder, state):
-        state, records = found.tree, found.meta["records"]
-        session.advance(work_of(config) * int(state.inner.step))
+    if restored := checkpoint.restore(folder, state):
+        state, records = restored.tree, restored.meta["records"]
+        session.advance(single_loop_step_work(config) * int(state.inner.step))
 
-    def reading(step: int, seconds: float) -> dict[str, Any]:
-        weights = made.weights(state)
+    def make_record(step: int, seconds: float) -> dict[str, Any]:
+        weights = compiled_method.weights(state)
         loss = {
-            part: float(read(state.inner.params, fixed, task.held_out[part])) if part in task.held_out else None
+            part: float(validation_loss(state.inner.params, fixed, task.held_out[part]))
+            if part in task.held_out
+            else None
             for part in PARTS
         }
         if not math.isfinite(loss["fit"] or math.nan):
@@ -104,88 +116,88 @@ def run_single(
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch(weights), good) if good is not None else None,
+            "auc": auc(fetch(weights), good_mask) if good_mask is not None else None,
             "checks": {},
-            "work": 0.0 if not records else work_of(config) * (step - records[-1]["step"]),
+            "work": 0.0 if not records else single_loop_step_work(config) * (step - records[-1]["step"]),
             "seconds": seconds,
         }
 
     session.phase(f"{config.outer.method}: {steps} steps")
     began = time.monotonic()
     if not records:
-        records.append(reading(0, 0.0))
+        records.append(make_record(0, 0.0))
     for step in range(int(state.inner.step), steps):
-        state, _ = made.step(state, fixed, train.batch(step), validation.batch(step))
-        session.advance(work_of(config))
-        reached, due = step + 1, session.due()
-        if reached % every == 0 or reached == steps:
-            records.append(reading(reached, time.monotonic() - began))
+        state, _ = compiled_method.step(state, fixed, train_stream.batch(step), validation_stream.batch(step))
+        session.advance(single_loop_step_work(config))
+        steps_done, due = step + 1, session.due()
+        if steps_done % every == 0 or steps_done == steps:
+            records.append(make_record(steps_done, time.monotonic() - began))
             began = time.monotonic()
             session.log.write({"event": "single", **records[-1]})
-            session.say(reading_line(f"step {reached:>6}", records[-1], task.objective.unit))
-        if due or reached == steps:
-            checkpoint.save(folder, reached, state, {"records": records})
+            session.say(format_record(f"step {steps_done:>6}", records[-1], task.objective.unit))
+        if due or steps_done == steps:
+            checkpoint.save(folder, steps_done, state, {"records": records})
             session.saved()
-    weights = made.weights(state)
+    weights = compiled_method.weights(state)
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
         params, stream = state.inner.params, task.summed(seed=0)
         end = config.single_loop.temperatures[1]
         weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.rows, end)
-    return Alone(fetch(weights), state.inner.params, records, made.estimand)
+    return SingleLoopResult(fetch(weights), state.inner.params, records, compiled_method.estimand)
 
 
-def learn_alone(
+def run_single_loop_with_baselines(
     task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session
-) -> tuple[Learned, Alone]:
+) -> tuple[LearnedWeights, SingleLoopResult]:
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
-    uniform = placing.table(task.mesh, jnp.ones(task.rows))
+    uniform_weights = placing.table(task.mesh, jnp.ones(task.rows))
     session.phase("uniform training, for the baselines")
-    run = trainer.run(uniform, trainer.begin(task.fresh(config.train.seed)), task.stream(config.data.seed))
-    alignment, losses = baselines(task, trainer, run, uniform)
-    alone = run_single(task, config, session)
-    none = np.full(task.rows, np.nan, alignment.dtype)
-    learned = Learned(
-        weights=alone.weights,
-        entries=none,
-        first_entries=none,
+    run = trainer.run(uniform_weights, trainer.init_state(task.fresh(config.train.seed)), task.stream(config.data.seed))
+    alignment, losses = compute_baseline_scores(task, trainer, run, uniform_weights)
+    result = run_single_loop(task, config, session)
+    missing = np.full(task.rows, np.nan, alignment.dtype)
+    learned = LearnedWeights(
+        weights=result.weights,
+        hypergradient=missing,
+        first_hypergradient=missing,
         alignment=fetch(alignment)[: task.rows],
         losses=fetch(losses)[: task.rows],
-        records=alone.records,
-        best=len(alone.records) - 1,
-        ended=f"all {steps_of(config)} steps were made",
+        records=result.records,
+        best_step=len(result.records) - 1,
+        stop_reason=f"all {num_single_loop_steps(config)} steps were made",
     )
-    return learned, alone
+    return learned, result
 
 
-def method(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
+def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
     """The configured method as (init, step, weights)."""
     single, outer = config.single_loop, config.outer
-    part = max(1, -(-steps // len(single.validation_shares)))
+    share_steps = max(1, -(-steps // len(single.validation_shares)))
     tx = optimizer(config.optimizer, steps)
     if outer.method == "mixing":
         return penalty.mixing(task.problem, tx, single.validation_shares[0], task.rows)
-    share = penalty.by_epoch(single.validation_shares, part)
+    share = penalty.by_epoch(single.validation_shares, share_steps)
     if outer.method == "bmo":
         start, end = single.temperatures
         tau = multiobjective.geometric(start, end, steps)
         copy = multiobjective.Copy(optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
-        phi = copy if single.reference == "copy" else single.reference
-        return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=phi)
+        reference = copy if single.reference == "copy" else single.reference
+        return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=reference)
     # a row's logit moves in the steps that meet the row, a source's in every step
-    meet = 1.0 if outer.weighting == "per_source" else len(task.trainable()) / task.batch
+    steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable()) / task.batch
     return penalty.single(
         task.problem,
         tx,
-        selector(task, config),
+        make_online_weights(task, config),
         share=share,
-        rate=falling(travel(outer) * meet, steps),
+        rate=delayed_linear_decay(total_outer_learning_rate(outer) * steps_per_epoch, steps),
         second=single.second_model,
         normalised=True,
         cap=outer.max_step,
     )
 
 
-def falling(total: float, steps: int) -> Callable[[Any], Any]:
+def delayed_linear_decay(total: float, steps: int) -> Callable[[Any], Any]:
     """step -> rate of the weights: 0 for the first tenth of the run, then falling evenly to 0; they sum to `total`.
 
     A normalised step moves every logit that it meets by about its rate. So that a logit moves in all about as far as in
@@ -193,20 +205,20 @@ def falling(total: float, steps: int) -> Callable[[Any], Any]:
     once, as a model that knows nothing yet drives the weights onto any row; and falling, as normalised steps do not
     come to rest by themselves.
     """
-    quiet = steps // 10
-    left = steps - quiet
-    peak = 2 * total / (left + 1)  # the rates are left, left - 1, ... 1 times peak / left
+    delay_steps = steps // 10
+    decay_steps = steps - delay_steps
+    peak = 2 * total / (decay_steps + 1)  # the rates are left, left - 1, ... 1 times peak / left
 
     def rate(step):
-        return jnp.where(step < quiet, 0.0, peak * (steps - step) / left)
+        return jnp.where(step < delay_steps, 0.0, peak * (steps - step) / decay_steps)
 
     return rate
 
 
-def selector(task: Task | ArrayTask, config: SelectConfig) -> Selector:
+def make_online_weights(task: Task | ArrayTask, config: SelectConfig) -> Selector:
     """The weights as a single-loop method steps them: on the rows of a batch alone."""
     if config.outer.weighting == "per_source":
-        source, count = source_numbers(task)
+        source, count = source_indices(task)
         return weighting.per_source_selector(jnp.asarray(source), count)
-    kinds = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
-    return kinds[config.outer.weighting](task.rows)
+    factories = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
+    return factories[config.outer.weighting](task.rows)

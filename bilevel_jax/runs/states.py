@@ -18,19 +18,19 @@ from bilevel_jax.runs import checkpoint, processes
 from bilevel_jax.runs.sections import OuterSection
 
 GIB = 2.0**30
-SHARE = 0.5
+DEFAULT_MEMORY_SHARE = 0.5
 """Of a device's memory beside the model: what the states of a training may take where the config says nothing."""
-PENDING = 2
+MAX_PENDING_WRITES = 2
 """States that wait to be written before training waits for them."""
 
 
-def planned(
+def plan_checkpoints(
     outer: OuterSection,
     steps: int,
     state: Any,
     base: Any,
-    device: float = 0.0,
-    linear: Callable[[], float] = lambda: 0.0,
+    device_bytes: float = 0.0,
+    linearization_size: Callable[[], float] = lambda: 0.0,
 ) -> Keep:
     """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
 
@@ -43,50 +43,58 @@ def planned(
     """
     if outer.method not in ("unrolled", "window"):
         return schedule.NOTHING
-    snapshot = held(state)
-    visit = snapshot + held(state.params) + (linear() if outer.linearize else 0)
-    least = visit + (snapshot if outer.offload == "device" else 0)
-    budget = outer.memory_gib * GIB or max(least, SHARE * ((device or of_device()) - held(base) - held(state.params)))
-    if budget < least:
+    state_bytes = bytes_per_device(state)
+    step_bytes = state_bytes + bytes_per_device(state.params) + (linearization_size() if outer.linearize else 0)
+    min_bytes = step_bytes + (state_bytes if outer.offload == "device" else 0)
+    budget = outer.memory_gib * GIB or max(
+        min_bytes,
+        DEFAULT_MEMORY_SHARE
+        * ((device_bytes or device_memory_bytes()) - bytes_per_device(base) - bytes_per_device(state.params)),
+    )
+    if budget < min_bytes:
         raise ValueError(
             f"outer.memory_gib = {outer.memory_gib:g}: a sweep keeps at least one state of training and one step, "
-            f"{least / GIB:.3g} GiB here. Give it that, or "
+            f"{min_bytes / GIB:.3g} GiB here. Give it that, or "
             f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (mesh.fsdp)'}."
         )
     if outer.offload == "device":
-        keep = schedule.within(swept(outer, steps), snapshot, visit, budget)
+        plan = schedule.within(num_backward_steps(outer, steps), state_bytes, step_bytes, budget)
     else:
-        keep = schedule.once(swept(outer, steps), int(budget // visit))
-    return keep._replace(linear=outer.linearize)
+        plan = schedule.once(num_backward_steps(outer, steps), int(budget // step_bytes))
+    return plan._replace(linear=outer.linearize)
 
 
-def swept(outer: OuterSection, steps: int) -> int:
+def num_backward_steps(outer: OuterSection, steps: int) -> int:
     """How many of the last steps of a training are swept."""
     return min(outer.window, steps) if outer.method == "window" else steps
 
 
-def place(outer: OuterSection, folder: Path, like: Inner, *, resumed: bool = False) -> MutableMapping[int, Inner]:
-    """An empty store of states by step, where outer.offload says; on disk, with `resumed`, what it held."""
+def make_state_store(
+    outer: OuterSection, folder: Path, like: Inner, *, resume: bool = False
+) -> MutableMapping[int, Inner]:
+    """An empty store of states by step, where outer.offload says; on disk, with `resume`, what it held."""
     if outer.offload == "host":
-        return Host(like)
+        return HostStore(like)
     if outer.offload == "disk":
-        return Disk(folder, like, resumed=resumed)
+        return DiskStore(folder, like, resume=resume)
     return {}
 
 
-class Host(MutableMapping[int, Inner]):
+class HostStore(MutableMapping[int, Inner]):
     """States in the host's memory: page-locked, so that they are copied while the device goes on."""
 
     def __init__(self, like: Inner):
-        self._back = jax.tree.map(lambda leaf: leaf.sharding, like)
-        self._there = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), self._back)
+        self._device_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+        self._host_sharding = jax.tree.map(
+            lambda sharding: sharding.with_memory_kind("pinned_host"), self._device_sharding
+        )
         self._states: dict[int, Inner] = {}
 
     def __setitem__(self, step: int, state: Inner) -> None:
-        self._states[step] = jax.device_put(state, self._there)
+        self._states[step] = jax.device_put(state, self._host_sharding)
 
     def __getitem__(self, step: int) -> Inner:
-        return jax.device_put(self._states[step], self._back)
+        return jax.device_put(self._states[step], self._device_sharding)
 
     def __delitem__(self, step: int) -> None:
         del self._states[step]
@@ -98,14 +106,14 @@ class Host(MutableMapping[int, Inner]):
         return len(self._states)
 
 
-class Disk(MutableMapping[int, Inner]):
+class DiskStore(MutableMapping[int, Inner]):
     """States on disk, written beside the training and read ahead of the sweep; a damaged one is an error.
 
     Several processes write and read one after another, together.
     """
 
-    def __init__(self, folder: Path, like: Inner, *, resumed: bool = False):
-        if not resumed:
+    def __init__(self, folder: Path, like: Inner, *, resume: bool = False):
+        if not resume:
             processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._files, self._folder = checkpoint.snapshots(folder), folder
         self._like = jax.tree.map(
@@ -113,38 +121,40 @@ class Disk(MutableMapping[int, Inner]):
         )
         self._steps = set(checkpoint.steps(folder))
         self._worker = None if processes.several() else ThreadPoolExecutor(1, thread_name_prefix="states")
-        self._written: dict[int, Future[None]] = {}
-        self._ahead: dict[int, Future[Inner]] = {}
+        self._pending_writes: dict[int, Future[None]] = {}
+        self._prefetched: dict[int, Future[Inner]] = {}
 
     def __setitem__(self, step: int, state: Inner) -> None:
         if self._worker is None:
             self._files.put(step, state)
         else:
-            waiting = deque(self._written)
-            while len(waiting) >= PENDING:
-                self._finish(waiting.popleft())
+            waiting = deque(self._pending_writes)
+            while len(waiting) >= MAX_PENDING_WRITES:
+                self._finish_write(waiting.popleft())
             # the worker waits for the device, too: nothing takes the memory of a state that it holds
-            self._written[step] = self._worker.submit(lambda: self._files.put(step, jax.tree.map(np.asarray, state)))
+            self._pending_writes[step] = self._worker.submit(
+                lambda: self._files.put(step, jax.tree.map(np.asarray, state))
+            )
         self._steps.add(step)
 
     def __getitem__(self, step: int) -> Inner:
         if step not in self._steps:
             raise KeyError(step)
-        for written in list(self._written):
-            self._finish(written)
+        for written in list(self._pending_writes):
+            self._finish_write(written)
         if self._worker is None:
             return self._files.get(step, self._like)
-        state = self._ahead.pop(step, None) or self._worker.submit(self._files.get, step, self._like)
-        self._ahead.clear()
+        state = self._prefetched.pop(step, None) or self._worker.submit(self._files.get, step, self._like)
+        self._prefetched.clear()
         if earlier := [other for other in self._steps if other < step]:
-            self._ahead[max(earlier)] = self._worker.submit(self._files.get, max(earlier), self._like)
+            self._prefetched[max(earlier)] = self._worker.submit(self._files.get, max(earlier), self._like)
         return state.result()
 
     def __delitem__(self, step: int) -> None:
         self._steps.remove(step)
-        self._ahead.pop(step, None)
-        for written in list(self._written):
-            self._finish(written)
+        self._prefetched.pop(step, None)
+        for written in list(self._pending_writes):
+            self._finish_write(written)
         processes.by_first(lambda: self._files.remove(step))
 
     def __iter__(self) -> Iterator[int]:
@@ -153,18 +163,18 @@ class Disk(MutableMapping[int, Inner]):
     def __len__(self) -> int:
         return len(self._steps)
 
-    def _finish(self, step: int) -> None:
-        self._written.pop(step).result()
+    def _finish_write(self, step: int) -> None:
+        self._pending_writes.pop(step).result()
 
-    def settle(self) -> None:
+    def wait_until_written(self) -> None:
         """Wait until everything is written, so that a checkpoint may count on it."""
-        for step in list(self._written):
-            self._finish(step)
+        for step in list(self._pending_writes):
+            self._finish_write(step)
 
     def clear(self) -> None:
         """Remove all of it from the disk."""
-        self.settle()
-        self._ahead.clear()
+        self.wait_until_written()
+        self._prefetched.clear()
         if self._worker:
             self._worker.shutdown()
         self._steps.clear()
@@ -174,28 +184,28 @@ class Disk(MutableMapping[int, Inner]):
 # ---- sizes
 
 
-def held(some: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes of all leaves on one device: arrays or shapes, whole or the part that their sharding gives it."""
-    return sum(_held(leaf) for leaf in jax.tree.leaves(some))
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _held(leaf: Any) -> int:
+def _leaf_bytes(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def linearised(step: Transition, *arguments: Any) -> int:
+def linearization_bytes(step: Transition, *arguments: Any) -> int:
     """Bytes of a step's linearisation, beside its state and its batch; `arguments` are those of `step.linearize`.
 
     On one device of several it is taken to be an even share, as the rows of a batch are.
     """
-    linear = jax.eval_shape(step.linearize, *arguments)[2]
+    linearization = jax.eval_shape(step.linearize, *arguments)[2]
     devices = {leaf.sharding.num_devices for leaf in jax.tree.leaves(arguments) if getattr(leaf, "sharding", None)}
-    return held(linear) // max(devices, default=1)
+    return bytes_per_device(linearization) // max(devices, default=1)
 
 
-def of_device() -> float:
+def device_memory_bytes() -> float:
     """Bytes that one device of this machine has; the CPU's devices share the machine's."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:

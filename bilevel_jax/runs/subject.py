@@ -15,31 +15,31 @@ from bilevel_jax.runs import audit, bench, partition, programs, rows, task
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.embedded import untrained
-from bilevel_jax.runs.learn import order_seed
-from bilevel_jax.runs.programs import Steps
+from bilevel_jax.runs.learn import data_order_seed
+from bilevel_jax.runs.programs import StepShapes
 from bilevel_jax.runs.sections import EstimateSection
 from bilevel_jax.runs.task import Task, Text
-from bilevel_jax.runs.train import planned_steps
+from bilevel_jax.runs.train import count_train_steps
 
-Run = SelectConfig | TrainConfig
+RunConfig = SelectConfig | TrainConfig
 
 
-class Subject(NamedTuple):
+class AbstractRun(NamedTuple):
     """What is estimated: a task of shapes."""
 
-    verb: str
-    config: Run
+    command: str
+    config: RunConfig
     """The run as the settings of `select` or `train`."""
     task: Task
-    shapes: Steps
+    shapes: StepShapes
 
     @property
-    def writes(self) -> bool:
+    def writes_model(self) -> bool:
         """Whether a model is written."""
-        return self.verb in ("select", "train")
+        return self.command in ("select", "train")
 
 
-def simulate(count: int) -> bool:
+def simulate_devices(count: int) -> bool:
     """Make sure of `count` devices (0: those there are); whether they had to be simulated, for compiling alone."""
     if count <= len(jax.devices()):
         return False
@@ -53,32 +53,32 @@ def simulate(count: int) -> bool:
     return True
 
 
-def settings(config: Run | CompareConfig | AuditConfig, asked: EstimateSection) -> Run:
+def resolve_run_config(config: RunConfig | CompareConfig | AuditConfig, options: EstimateSection) -> RunConfig:
     """The run as the settings of `select` or `train`, on the devices that are asked for."""
     if isinstance(config, CompareConfig):
-        run: Any = bench.settings(config, 0)
+        run: Any = bench.select_config_for_seed(config, 0)
     else:
-        run = audit.settings(config) if isinstance(config, AuditConfig) else config
-    if asked.devices:
+        run = audit.select_config_for_audit(config) if isinstance(config, AuditConfig) else config
+    if options.devices:
         fsdp = run.mesh.fsdp
-        if asked.devices % fsdp:
-            raise ValueError(f"estimate.devices = {asked.devices} is no multiple of mesh.fsdp = {fsdp}.")
-        run = replace(run, mesh=replace(run.mesh, data=asked.devices // fsdp))
+        if options.devices % fsdp:
+            raise ValueError(f"estimate.devices = {options.devices} is no multiple of mesh.fsdp = {fsdp}.")
+        run = replace(run, mesh=replace(run.mesh, data=options.devices // fsdp))
     return run
 
 
-def read_rows(config: Any, folder: Path) -> tuple[Run, Text]:
+def read_examples(config: Any, folder: Path) -> tuple[RunConfig, Text]:
     """The rows of the run, as it would read them."""
-    ready = untrained(config, folder)
+    ready_config = untrained(config, folder)
     try:
-        return ready, task.read(ready, rows.load(ready.data))
+        return ready_config, task.read(ready_config, rows.load(ready_config.data))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} Where data or a tokenizer are not here, --estimate.train-examples stands for them."
         ) from error
 
 
-def blank(config: Run, asked: EstimateSection) -> Text:
+def placeholder_text(config: RunConfig, options: EstimateSection) -> Text:
     """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
     if not config.model.name_or_path or not (Path(config.model.name_or_path) / "config.json").is_file():
         raise FileNotFoundError(
@@ -87,7 +87,7 @@ def blank(config: Run, asked: EstimateSection) -> Text:
     architecture = lm.read_config(config.model.name_or_path)
     sequences = 1 if config.objective.name == "sft" else 2
     longest = task.limit(config, architecture)
-    one = Example("", 0, (Turn("text", ""),), "", None, "", 0)
+    example = Example("", 0, (Turn("text", ""),), "", None, "", 0)
 
     def corpus(count: int) -> Corpus:
         lengths = np.full(count * sequences, 2)
@@ -95,35 +95,44 @@ def blank(config: Run, asked: EstimateSection) -> Text:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
 
-    sizes = np.floor(np.array(config.data.split) * asked.validation_examples).astype(int)
-    trusted = {
-        part: [one] * int(size) for part, size in zip(rows.PARTS, sizes, strict=True) if size and config.data.validation
+    sizes = np.floor(np.array(config.data.split) * options.validation_examples).astype(int)
+    parts = {
+        part: [example] * int(size)
+        for part, size in zip(rows.PARTS, sizes, strict=True)
+        if size and config.data.validation
     }
-    named = task.named([one] * asked.train_examples, trusted, streamed=config.data.streaming)
-    notes = [f"{asked.train_examples:,} rows of {longest:,} tokens each stand for the data."]
+    examples_by_corpus = task.named([example] * options.train_examples, parts, streamed=config.data.streaming)
+    notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
     return Text(
-        [one] * asked.train_examples,
-        trusted,
+        [example] * options.train_examples,
+        parts,
         notes,
         None,
         architecture,
-        {name: corpus(len(some)) for name, some in named.items()},
+        {name: corpus(len(examples)) for name, examples in examples_by_corpus.items()},
     )
 
 
-def shaped(config: Run, text: Text, verb: str) -> Subject:
+def make_abstract_run(config: RunConfig, text: Text, command: str) -> AbstractRun:
     """The task of a text with parameters that are shapes only."""
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
-    split = partition.table(config.mesh.sharding_rules, mesh)
+    sharding_rules = partition.table(config.mesh.sharding_rules, mesh)
     if config.objective.name == "dpo":
         text = text._replace(
-            corpora={name: one.with_reference(np.zeros(one.rows)) for name, one in text.corpora.items()}
+            corpora={name: corpus.with_reference(np.zeros(corpus.rows)) for name, corpus in text.corpora.items()}
         )
-    base, fresh = task.abstract(config.model, config.lora, text.architecture, mesh, split)
+    base, fresh = task.abstract(config.model, config.lora, text.architecture, mesh, sharding_rules)
     if isinstance(config, TrainConfig):
-        steps, seeds, prior = planned_steps(config, len(text.examples)), [config.data.seed], 0.0
+        steps, seeds, proximal = count_train_steps(config, len(text.examples)), [config.data.seed], 0.0
     else:
-        steps, prior = config.train.max_steps, config.outer.proximal
-        seeds = [order_seed(config, step) for step in range(config.outer.steps + 1)]
-    made = task.compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
-    return Subject(verb, config, made, programs.steps(made, programs.first_batch(made, config)))
+        steps, proximal = config.train.max_steps, config.outer.proximal
+        seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
+    abstract_task = task.compose(
+        config, text, base, fresh, mesh, sharding_rules, steps=steps, seeds=seeds, prior=proximal
+    )
+    return AbstractRun(
+        command,
+        config,
+        abstract_task,
+        programs.step_shapes(abstract_task, programs.make_first_batch(abstract_task, config)),
+    )

@@ -14,77 +14,77 @@ from bilevel_jax.lm.tokens import Corpus, Tokenized
 from bilevel_jax.lm.turns import shared
 from bilevel_jax.runs.sections import DataSection
 
-WHOLE = 1 << 40
+NO_LENGTH_LIMIT = 1 << 40
 """A length that no row has."""
-TRIES = 200
+MAX_TOKENIZER_CALLS = 200
 """How often the tokenizer is asked while rows that it refuses are searched for."""
 
-Sides = tuple[Tokenized, ...]
+TokenizedSequences = tuple[Tokenized, ...]
 """The sequences of a row: one, or the chosen and the rejected side."""
 
 
-class Reading(NamedTuple):
+class TokenizedRows(NamedTuple):
     """The rows that can be tokenized, and what keeps the others from it."""
 
-    rows: list[int]
+    indices: list[int]
     """Which of the examples, in order."""
-    sides: list[Sides]
-    merged: int
+    sequences: list[TokenizedSequences]
+    merged_spaces: int
     """Prompts that end in white space which the first token of the response takes in."""
     problems: list[str]
     """One sentence per row that cannot be read; it begins with file and line."""
-    untried: int
+    num_untried: int
     """Rows that were not looked at, since too many others could not be read."""
 
 
-class Cut(NamedTuple):
+class TruncationEffect(NamedTuple):
     """What one way to shorten rows does."""
 
-    sides: dict[int, Sides]
+    sequences: dict[int, TokenizedSequences]
     """What becomes of the rows beyond the limit; without those that the way cannot help."""
-    lost: int
+    lost_targets: int
     """Targets that go."""
-    unusable: int
+    num_unusable: int
     """Rows that no target is left of, with which the other verbs stop."""
 
 
-class Marks(NamedTuple):
+class SpecialTokenCounts(NamedTuple):
     """How often a special token stands in a row."""
 
     counts: Counter[int]
     """Times -> sequences."""
-    odd: list[int]
+    odd_rows: list[int]
     """The rows in which it stands too seldom or too often."""
 
 
-class Part(NamedTuple):
+class PartSurvey(NamedTuple):
     """The rows of one part and what training would see of them."""
 
     name: str
     examples: list[Example]
-    reading: Reading
-    cuts: dict[str, Cut]
+    tokenized: TokenizedRows
+    truncation_effects: dict[str, TruncationEffect]
     """right, left and drop -> what they would do; empty where no row is too long."""
-    over: list[int]
+    overlong: list[int]
     """Rows beyond the limit, as places in `reading.rows`."""
-    seen: list[Sides]
+    as_trained: list[TokenizedSequences]
     """What training sees of each readable row: cut as configured; whole where it would stop."""
-    flat: Corpus
+    corpus: Corpus
     """All that can be read, uncut."""
-    bos: Marks
-    eos: Marks
+    bos: SpecialTokenCounts
+    eos: SpecialTokenCounts
 
     def example(self, place: int) -> Example:
         """The example of a readable row."""
-        return self.examples[self.reading.rows[place]]
+        return self.examples[self.tokenized.indices[place]]
 
     @property
     def lengths(self) -> Int[np.ndarray, "rows"]:
         """Tokens of each readable row before any cut; of a pair, those of its longer side."""
-        return self.flat.lengths.reshape(-1, self.flat.sequences).max(1)
+        return self.corpus.lengths.reshape(-1, self.corpus.sequences).max(1)
 
 
-class Copies(NamedTuple):
+class Duplicates(NamedTuple):
     """What stands in two places."""
 
     train: list[list[Example]]
@@ -94,36 +94,57 @@ class Copies(NamedTuple):
     """(training row, trusted row)."""
     overlaps: dict[tuple[str, str], list[tuple[Example, Example]]]
     """Names of two parts of the trusted rows -> the rows that stand in both."""
-    answers: list[list[Example]]
+    repeated_prompts: list[list[Example]]
     """Training rows with one prompt and different responses, in groups."""
-    prompts: list[tuple[Example, Example]]
+    shared_prompts: list[tuple[Example, Example]]
     """(training row, trusted row) with one prompt and different responses; one for each training row."""
 
 
-def survey(name: str, examples: Sequence[Example], tokenizer: Any, rows: DataSection, limit: int) -> Part:
+def survey_part(name: str, examples: Sequence[Example], tokenizer: Any, section: DataSection, limit: int) -> PartSurvey:
     """Tokenize the rows as every verb does, without stopping at those that cannot be read or are too long."""
-    reading = read(examples, tokenizer, rows)
-    if not reading.rows:
-        raise ValueError(reading.problems[0])
-    flat = tokens.corpus_of([side for sides in reading.sides for side in sides], len(reading.sides[0]))
-    over = [place for place, sides in enumerate(reading.sides) if max(len(side.ids) for side in sides) > limit]
-    cuts = _cuts([examples[reading.rows[place]] for place in over], over, reading, tokenizer, rows, limit)
-    seen = list(reading.sides)
-    for place, sides in cuts[rows.truncation].sides.items() if rows.truncation in cuts else ():
-        seen[place] = sides
-    return Part(name, list(examples), reading, cuts, over, seen, flat, _begins(flat, tokenizer), _ends(flat, tokenizer))
+    tokenized = tokenize_readable(examples, tokenizer, section)
+    if not tokenized.indices:
+        raise ValueError(tokenized.problems[0])
+    corpus = tokens.corpus_of([side for sides in tokenized.sequences for side in sides], len(tokenized.sequences[0]))
+    overlong = [
+        place for place, sides in enumerate(tokenized.sequences) if max(len(side.ids) for side in sides) > limit
+    ]
+    truncation_effects = _compute_truncation_effects(
+        [examples[tokenized.indices[place]] for place in overlong], overlong, tokenized, tokenizer, section, limit
+    )
+    as_trained = list(tokenized.sequences)
+    for place, sides in (
+        truncation_effects[section.truncation].sequences.items() if section.truncation in truncation_effects else ()
+    ):
+        as_trained[place] = sides
+    return PartSurvey(
+        name,
+        list(examples),
+        tokenized,
+        truncation_effects,
+        overlong,
+        as_trained,
+        corpus,
+        _check_bos(corpus, tokenizer),
+        _check_eos(corpus, tokenizer),
+    )
 
 
-def read(
-    examples: Sequence[Example], tokenizer: Any, rows: DataSection, *, limit: int = WHOLE, truncate: str = "error"
-) -> Reading:
+def tokenize_readable(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    section: DataSection,
+    *,
+    limit: int = NO_LENGTH_LIMIT,
+    truncate: str = "error",
+) -> TokenizedRows:
     """Tokenize all rows that can be; the others are found by halving the sets that the tokenizer refuses.
 
     Texts, single answers and dialogues are sets of their own: a tokenizer may refuse all of one kind.
     """
-    template = rows.template or tokens.TEMPLATE
+    template = section.template or tokens.TEMPLATE
     joiner(template)  # a template that is wrong is wrong for every row
-    found: dict[int, Sides] = {}
+    sequences_by_index: dict[int, TokenizedSequences] = {}
     problems: dict[int, str] = {}
     merged = untried = tries = 0
     kinds: dict[str, list[int]] = {}
@@ -132,54 +153,60 @@ def read(
         kinds.setdefault(min(map(data.kind_of, sides)), []).append(i)
     waiting = [kinds[kind] for kind in sorted(kinds)]  # taken from the end: chat, refused most often, is last
     while waiting:
-        some = waiting.pop()
-        if tries >= TRIES and problems:
-            untried += len(some)
+        group = waiting.pop()
+        if tries >= MAX_TOKENIZER_CALLS and problems:
+            untried += len(group)
             continue
         tries += 1
         try:
             corpus, report = tokens.tokenize(
-                [examples[i] for i in some],
+                [examples[i] for i in group],
                 tokenizer,
                 max_length=limit,
                 truncate=truncate,
                 template=template,
-                supervise=rows.train_on,
+                supervise=section.train_on,
             )
         except ValueError as error:
-            if len(some) == 1:
-                problems[some[0]] = str(error)
+            if len(group) == 1:
+                problems[group[0]] = str(error)
             else:
-                waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
             continue
         merged += report.merged
-        found |= {i: tuple(corpus.row(at, side) for side in range(corpus.sequences)) for at, i in enumerate(some)}
-    places = sorted(found)
-    return Reading(places, [found[i] for i in places], merged, [problems[i] for i in sorted(problems)], untried)
+        sequences_by_index |= {
+            i: tuple(corpus.row(at, side) for side in range(corpus.sequences)) for at, i in enumerate(group)
+        }
+    places = sorted(sequences_by_index)
+    return TokenizedRows(
+        places, [sequences_by_index[i] for i in places], merged, [problems[i] for i in sorted(problems)], untried
+    )
 
 
-def copies(train: Sequence[Example], trusted: dict[str, list[Example]]) -> Copies:
+def find_duplicates(train: Sequence[Example], trusted: dict[str, list[Example]]) -> Duplicates:
     """What stands twice among the training rows, among the trusted rows, and in both."""
-    held = [row for part in trusted.values() for row in part]
+    trusted_examples = [row for part in trusted.values() for row in part]
     names = [part for part in trusted if trusted[part]]
-    pairs = {(one, other): data.leaks(trusted[one], trusted[other]) for one in names for other in names if one < other}
+    pairs = {
+        (item, other): data.leaks(trusted[item], trusted[other]) for item in names for other in names if item < other
+    }
     by_prompt: dict[str, list[Example]] = {}
     for example in train:
-        by_prompt.setdefault(_prompt(example), []).append(example)
+        by_prompt.setdefault(_normalize_prompt(example), []).append(example)
     by_prompt.pop("", None)
-    answered = {_prompt(example): example for example in reversed(held)}
-    leaks = data.leaks(train, held)
+    trusted_by_prompt = {_normalize_prompt(example): example for example in reversed(trusted_examples)}
+    leaks = data.leaks(train, trusted_examples)
     leaked = {example.row for example, _ in leaks}
-    return Copies(
+    return Duplicates(
         train=data.duplicates(train),
-        trusted=data.duplicates(held),
+        trusted=data.duplicates(trusted_examples),
         leaks=leaks,
-        overlaps={parts: found for parts, found in pairs.items() if found},
-        answers=[group for group in by_prompt.values() if len({_content(one) for one in group}) > 1],
-        prompts=[
-            (example, answered[prompt])
+        overlaps={parts: matches for parts, matches in pairs.items() if matches},
+        repeated_prompts=[group for group in by_prompt.values() if len({_content_id(one) for one in group}) > 1],
+        shared_prompts=[
+            (example, trusted_by_prompt[prompt])
             for prompt, group in by_prompt.items()
-            if prompt in answered
+            if prompt in trusted_by_prompt
             for example in group
             if example.row not in leaked
         ],
@@ -189,76 +216,83 @@ def copies(train: Sequence[Example], trusted: dict[str, list[Example]]) -> Copie
 # ---- what is cut
 
 
-def _cuts(
-    examples: list[Example], over: list[int], reading: Reading, tokenizer: Any, rows: DataSection, limit: int
-) -> dict[str, Cut]:
-    if not over:
+def _compute_truncation_effects(
+    examples: list[Example],
+    overlong: list[int],
+    tokenized: TokenizedRows,
+    tokenizer: Any,
+    section: DataSection,
+    limit: int,
+) -> dict[str, TruncationEffect]:
+    if not overlong:
         return {}
-    before = [reading.sides[place] for place in over]
+    before = [tokenized.sequences[place] for place in overlong]
     right = [tuple(Tokenized(side.ids[:limit], side.supervised[:limit]) for side in sides) for sides in before]
-    left = read(examples, tokenizer, rows, limit=limit, truncate="left")
+    left = tokenize_readable(examples, tokenizer, section, limit=limit, truncate="left")
     none = [tuple(Tokenized(side.ids[:0], side.supervised[:0]) for side in sides) for sides in before]
-    whole = sum(map(_targets, before))
+    whole = sum(map(_count_targets, before))
     return {
-        "right": Cut(
-            dict(zip(over, right, strict=True)),
-            whole - sum(map(_targets, right)),
+        "right": TruncationEffect(
+            dict(zip(overlong, right, strict=True)),
+            whole - sum(map(_count_targets, right)),
             sum(not all(side.supervised.any() for side in sides) for sides in right),
         ),
-        "left": Cut(
-            {over[i]: sides for i, sides in zip(left.rows, left.sides, strict=True)},
-            whole - sum(map(_targets, left.sides)),
-            len(over) - len(left.rows),
+        "left": TruncationEffect(
+            {overlong[i]: sides for i, sides in zip(left.indices, left.sequences, strict=True)},
+            whole - sum(map(_count_targets, left.sequences)),
+            len(overlong) - len(left.indices),
         ),
-        "drop": Cut(dict(zip(over, none, strict=True)), whole, 0),
+        "drop": TruncationEffect(dict(zip(overlong, none, strict=True)), whole, 0),
     }
 
 
-def _targets(sides: Sides) -> int:
+def _count_targets(sides: TokenizedSequences) -> int:
     return sum(int(side.supervised.sum()) for side in sides)
 
 
 # ---- BOS and EOS
 
 
-def _begins(flat: Corpus, tokenizer: Any) -> Marks:
+def _check_bos(corpus: Corpus, tokenizer: Any) -> SpecialTokenCounts:
     """BOS: one in front is wanted, and none behind it."""
-    wanted = int(tokenizer.bos_token_id is not None)
-    is_bos = flat.ids == tokenizer.bos_token_id
+    expected = int(tokenizer.bos_token_id is not None)
+    is_bos = corpus.ids == tokenizer.bos_token_id
     if tokenizer.bos_token_id == tokenizer.eos_token_id:  # one token for both: only the one in front begins
-        is_bos = is_bos & np.isin(np.arange(len(flat.ids)), flat.offsets[:-1])
-    counts = _each(is_bos, flat)
-    return Marks(Counter(counts.tolist()), _rows(counts != wanted, flat))
+        is_bos = is_bos & np.isin(np.arange(len(corpus.ids)), corpus.offsets[:-1])
+    counts = _count_per_sequence(is_bos, corpus)
+    return SpecialTokenCounts(Counter(counts.tolist()), _rows_where(counts != expected, corpus))
 
 
-def _ends(flat: Corpus, tokenizer: Any) -> Marks:
+def _check_eos(corpus: Corpus, tokenizer: Any) -> SpecialTokenCounts:
     """EOS: the last target of a row is one, and no answer holds two."""
-    is_eos = flat.ids == tokenizer.eos_token_id
-    before = np.concatenate([[False], flat.supervised[:-1]])
-    before[flat.offsets[:-1]] = False
-    answers = _each(flat.supervised & ~before, flat)
-    taught = _each(flat.supervised & is_eos, flat)
-    last = is_eos[flat.offsets[1:] - 1]  # nothing stands behind the last target
-    return Marks(Counter(_each(is_eos, flat).tolist()), _rows(~last | (taught > answers), flat))
+    is_eos = corpus.ids == tokenizer.eos_token_id
+    before = np.concatenate([[False], corpus.supervised[:-1]])
+    before[corpus.offsets[:-1]] = False
+    answers = _count_per_sequence(corpus.supervised & ~before, corpus)
+    taught = _count_per_sequence(corpus.supervised & is_eos, corpus)
+    last = is_eos[corpus.offsets[1:] - 1]  # nothing stands behind the last target
+    return SpecialTokenCounts(
+        Counter(_count_per_sequence(is_eos, corpus).tolist()), _rows_where(~last | (taught > answers), corpus)
+    )
 
 
-def _each(which: np.ndarray, flat: Corpus) -> np.ndarray:
+def _count_per_sequence(mask: np.ndarray, corpus: Corpus) -> np.ndarray:
     """How many there are in each sequence."""
-    return np.add.reduceat(which.astype(np.int64), flat.offsets[:-1])
+    return np.add.reduceat(mask.astype(np.int64), corpus.offsets[:-1])
 
 
-def _rows(odd: np.ndarray, flat: Corpus) -> list[int]:
-    return np.flatnonzero(odd.reshape(-1, flat.sequences).any(1)).tolist()
+def _rows_where(odd: np.ndarray, corpus: Corpus) -> list[int]:
+    return np.flatnonzero(odd.reshape(-1, corpus.sequences).any(1)).tolist()
 
 
 # ---- copies
 
 
-def _prompt(example: Example) -> str:
+def _normalize_prompt(example: Example) -> str:
     """What the response answers, without case and white space; empty for a text."""
     at = shared(example.turns, example.rejected) if example.rejected else len(example.turns) - 1
     return " ".join(" ".join(turn.content for turn in example.turns[:at]).casefold().split())
 
 
-def _content(example: Example) -> str:
+def _content_id(example: Example) -> str:
     return example.id.split("#")[0]

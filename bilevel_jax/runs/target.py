@@ -26,11 +26,11 @@ from bilevel_jax.runs.generation import generators
 from bilevel_jax.runs.session import Session
 from bilevel_jax.scores.requests import Rows, rows_of, shortened
 
-SPARE = 4
+SPARE_DRAWS = 4
 """Further answers that are drawn to a question whose answer cannot be used, at most."""
 
 
-class Target(NamedTuple):
+class RankModel(NamedTuple):
     """The model that will be trained, before it is."""
 
     decoder: lm.Decoder
@@ -39,111 +39,125 @@ class Target(NamedTuple):
     mesh: Mesh
 
 
-class Answers(NamedTuple):
+class OwnAnswers(NamedTuple):
     """What the model says itself."""
 
     texts: list[list[list[str]]]
     """Of each block, each question, each draw."""
-    kept: Bool[np.ndarray, "blocks block"]
+    accepted: Bool[np.ndarray, "blocks block"]
     """The checker let the first one pass, or there is none."""
     notes: list[str]
 
 
-def load(config: RankConfig) -> Target:
+def load_rank_model(config: RankConfig) -> RankModel:
     """The model and its tokenizer, on the mesh."""
     tokenizer = tokens.load_tokenizer(config.model.name_or_path)
     architecture, params = lm.load(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
     mesh = placing.make_mesh(config.mesh.data)
-    return Target(lm.decoder(architecture, remat="none"), tokenizer, placing.everywhere(mesh, params), mesh)
+    return RankModel(lm.decoder(architecture, remat="none"), tokenizer, placing.everywhere(mesh, params), mesh)
 
 
-def answers(config: RankConfig, target: Target, sample: Sequence[Sequence[Question]], work: Session) -> Answers:
+def collect_own_answers(
+    config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]], session: Session
+) -> OwnAnswers:
     """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a checker."""
-    questions = [one for block in sample for one in block]
-    unusable = _special(target.tokenizer)
+    questions = [question for block in sample for question in block]
+    unusable = _special_token_matcher(rank_model.tokenizer)
     notes = []
     if config.rank.own_answers:
-        given = candidates.own_answers(config.rank.own_answers, config)
-        if missing := [one for one in questions if one.text not in given]:
+        known_answers = candidates.read_own_answers(config.rank.own_answers, config)
+        if missing := [question for question in questions if question.text not in known_answers]:
             raise ValueError(
                 f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
                 f"the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are generated then."
             )
-        texts = [given[one.text][: config.generate.num_generations] for one in questions]
+        texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
     else:
-        texts, again = _generated(config, target, questions, unusable, work)
-        if again:
+        texts, num_redrawn = _generate_answers(config, rank_model, questions, unusable, session)
+        if num_redrawn:
             notes.append(
-                f"{again:,} answers of the model were empty or held a special token; others were drawn instead"
+                f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
             )
-    for one, some in zip(questions, texts, strict=True):
-        if any(not text.strip() or unusable(text) for text in some) or not some:
+    for question, drafts in zip(questions, texts, strict=True):
+        if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
             raise ValueError(
-                f"{one.where}: the model gives no answer to this question that can be shown (empty, or with a special "
+                f"{question.where}: the model gives no answer to this question that can be shown (empty, or with a special "
                 "token). Raise generate.temperature, or give answers by rank.own_answers."
             )
-    kept = np.ones(len(questions), bool)
+    accepted = np.ones(len(questions), bool)
     if config.verifier.name:
-        judge = checker(config.verifier, [one.answered(one.responses[0]) for one in questions])
+        judge = checker(config.verifier, [question.with_response(question.responses[0]) for question in questions])
         pairs = zip(questions, texts, strict=True)
-        kept = np.array([judge(one.answered(some[0]), some[0]) >= 0.5 for one, some in pairs])
-        notes.append(f"{int(kept.sum()):,} of {len(kept):,} answers of the model are right; the others are not shown")
+        accepted = np.array([judge(question.with_response(drafts[0]), drafts[0]) >= 0.5 for question, drafts in pairs])
+        notes.append(
+            f"{int(accepted.sum()):,} of {len(accepted):,} answers of the model are right; the others are not shown"
+        )
     size = len(sample[0])
-    return Answers([texts[at : at + size] for at in range(0, len(texts), size)], kept.reshape(-1, size), notes)
+    return OwnAnswers([texts[at : at + size] for at in range(0, len(texts), size)], accepted.reshape(-1, size), notes)
 
 
-def asked(config: RankConfig, target: Target, questions: Sequence[Question]) -> list[Prompt]:
+def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
     """The questions as prompts, each by the id of its text: what is drawn does not depend on the strategies."""
-    same = [one.answered("yes") for one in questions]
-    made = prompts(same, target.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    return [prompt._replace(id=one.id) for prompt, one in zip(made, questions, strict=True)]
+    placeholder_examples = [question.with_response("yes") for question in questions]
+    question_prompts = prompts(
+        placeholder_examples, rank_model.tokenizer, template=config.data.template or tokens.TEMPLATE
+    )
+    return [prompt._replace(id=question.id) for prompt, question in zip(question_prompts, questions, strict=True)]
 
 
-def tokenized(config: RankConfig, target: Target, examples: list[Example]) -> tuple[Rows, int]:
+def tokenize_for_scoring(config: RankConfig, rank_model: RankModel, examples: list[Example]) -> tuple[Rows, int]:
     """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
-    tokenizer = target.tokenizer
+    tokenizer = rank_model.tokenizer
     corpus, _ = tokens.tokenize(
         examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.TEMPLATE
     )
-    last = {*ends(tokenizer, target.decoder.config.eos), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    corpus, cut = shortened(corpus, last, config.rank.max_response_tokens)
-    return rows_of(examples, corpus), cut
+    end_tokens = {*ends(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
+        tokenizer.unk_token_id
+    }
+    corpus, num_cut = shortened(corpus, end_tokens, config.rank.max_response_tokens)
+    return rows_of(examples, corpus), num_cut
 
 
 # ---- parts
 
 
-def _generated(
-    config: RankConfig, target: Target, questions: Sequence[Question], unusable: Callable[[str], Any], work: Session
+def _generate_answers(
+    config: RankConfig,
+    rank_model: RankModel,
+    questions: Sequence[Question],
+    unusable: Callable[[str], Any],
+    session: Session,
 ) -> tuple[list[list[str]], int]:
     """The first usable answers to each question, and how many drawn before them were not."""
-    work.phase("answering")
-    left = asked(config, target, questions)
-    new, context = config.generate.max_new_tokens, target.decoder.config.max_length
-    for prompt, one in zip(left, questions, strict=True):
+    session.phase("answering")
+    pending = build_question_prompts(config, rank_model, questions)
+    new, context = config.generate.max_new_tokens, rank_model.decoder.config.max_length
+    for prompt, item in zip(pending, questions, strict=True):
         if config.generate.backend == "embedded" and len(prompt.tokens) + new > context:
             raise ValueError(
-                f"{one.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new_tokens = "
+                f"{item.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new_tokens = "
                 f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
                 f"{context - new} or less."
             )
-    write = generators(config.generate, target.decoder, target.tokenizer, target.mesh, work)(target.params)
+    generate = generators(config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session)(
+        rank_model.params
+    )
     count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
-    again = 0
-    for draws in (range(count), range(count, count + SPARE)):
-        for prompt, responses in zip(left, write(left, draws), strict=True):
-            found = texts.setdefault(prompt.id, [])
-            good = [one.text for one in responses if one.text.strip() and not unusable(one.text)]
-            again += len(responses) - len(good) if draws.start == 0 else 0
-            found += good[: count - len(found)]
-        left = [prompt for prompt in left if len(texts[prompt.id]) < count]
-        if not left or not config.generate.temperature:
+    num_redrawn = 0
+    for draws in (range(count), range(count, count + SPARE_DRAWS)):
+        for prompt, responses in zip(pending, generate(pending, draws), strict=True):
+            usable = texts.setdefault(prompt.id, [])
+            good = [item.text for item in responses if item.text.strip() and not unusable(item.text)]
+            num_redrawn += len(responses) - len(good) if draws.start == 0 else 0
+            usable += good[: count - len(usable)]
+        pending = [prompt for prompt in pending if len(texts[prompt.id]) < count]
+        if not pending or not config.generate.temperature:
             break
-    return [texts[one.id] for one in questions], again
+    return [texts[item.id] for item in questions], num_redrawn
 
 
-def _special(tokenizer: Tokenizer) -> Callable[[str], Any]:
+def _special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:
     """text -> whether it holds a special token, which the tokenizer would read as one."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     names = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)

@@ -18,34 +18,34 @@ from bilevel_jax.lm.models import balance
 from bilevel_jax.runs import checkpoint, processes, states
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
-from bilevel_jax.runs.diagnosis import first_broken
+from bilevel_jax.runs.diagnosis import find_first_nonfinite
 from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 
-REPLAY, PRODUCT = 1.0, 3.0
+REPLAY_WORK, HVP_WORK = 1.0, 3.0
 """Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three.
 
 Each step of a sweep counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must not
 depend on the memory of the machine.
 """
-CHECKED = 32
+FINITE_CHECK_INTERVAL = 32
 """Training steps between two looks at whether their losses are finite."""
 
 
-class Midway(NamedTuple):
+class MidStepCheckpoint(NamedTuple):
     """What is saved in the middle of an outer step; its `meta` has the steps of the snapshots."""
 
     state: Inner
     snapshots: list[Inner]
-    sweep: Sweep
+    backward_state: Sweep
 
 
-class Saved(NamedTuple):
+class RestoredMidStep(NamedTuple):
     """A `Midway` that was found."""
 
-    midway: Midway
-    kept: dict[int, Inner]
+    checkpoint: MidStepCheckpoint
+    snapshots: dict[int, Inner]
 
 
 class Trainer:
@@ -61,77 +61,87 @@ class Trainer:
                 "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
             )
         window = outer.window if outer.method == "window" else None
-        self._sweeps: Sweeper | None = None
+        self._backward_pass: Sweeper | None = None
         if outer.method in ("unrolled", "window"):
-            swept = lambda step: session.advance(REPLAY + PRODUCT)  # noqa: E731
-            replayed = lambda step: self._pause()  # noqa: E731
-            self._sweeps = sweeper(task.problem, task.step, window=window, on_step=swept, on_replay=replayed)
+            on_step = lambda step: session.advance(REPLAY_WORK + HVP_WORK)  # noqa: E731
+            on_replay = lambda step: self._pause()  # noqa: E731
+            self._backward_pass = sweeper(task.problem, task.step, window=window, on_step=on_step, on_replay=on_replay)
         self._pause: Callable[[], None] = lambda: None
         """Saves the sweep at hand, if it is time to."""
 
-    def begin(self, params: Params) -> Inner:
+    def init_state(self, params: Params) -> Inner:
         """The state before the first step."""
         return placing.settled(self.task.mesh, begin(self.task.optimizer, params))
 
     def run(
-        self, weights: jax.Array, start: Inner, stream: Stream, *, swept: bool = False, save_as: int | None = None
+        self,
+        weights: jax.Array,
+        start: Inner,
+        stream: Stream,
+        *,
+        for_backward: bool = False,
+        outer_step: int | None = None,
     ) -> Run:
         """Train once, and with `swept` keep what `estimate` sweeps back through.
 
         With `save_as` (the outer step) it is saved when due, and goes on from where it was saved.
         """
         task, session = self.task, self.session
-        saved = None if save_as is None else self._load(save_as, start, weights)
-        keep = schedule.NOTHING
-        kept: MutableMapping[int, Inner] = {}
-        if swept:
+        restored = None if outer_step is None else self._load_mid_step(outer_step, start, weights)
+        plan = schedule.NOTHING
+        snapshots: MutableMapping[int, Inner] = {}
+        if for_backward:
 
-            def linear() -> float:
+            def linearization_size() -> float:
                 batch = stream.batch(0)
-                return states.linearised(
+                return states.linearization_bytes(
                     task.step, start, task.step.take(weights, batch), task.fixed(start.params), batch
                 )
 
-            keep = states.planned(self.outer, task.steps, start, task.base, linear=linear)
-            kept = states.place(self.outer, self.folder / "states", start, resumed=saved is not None)
-        if saved is not None:
-            kept.update(saved.kept)
-            for later in [step for step in kept if step > int(saved.midway.state.step)]:
-                del kept[later]  # of the minutes that were lost
-            session.advance(int(saved.midway.state.step))
+            plan = states.plan_checkpoints(
+                self.outer, task.steps, start, task.base, linearization_size=linearization_size
+            )
+            snapshots = states.make_state_store(self.outer, self.folder / "states", start, resume=restored is not None)
+        if restored is not None:
+            snapshots.update(restored.snapshots)
+            for later in [step for step in snapshots if step > int(restored.checkpoint.state.step)]:
+                del snapshots[later]  # of the minutes that were lost
+            session.advance(int(restored.checkpoint.state.step))
         losses: dict[int, jax.Array] = {}
-        reached = 0 if saved is None else int(saved.midway.state.step)
+        steps_done = 0 if restored is None else int(restored.checkpoint.state.step)
 
         def explain(step: int) -> str:
-            before = [place for place in kept if place <= step]
-            origin = kept[max(before)] if before else start
-            return first_broken(
+            before = [place for place in snapshots if place <= step]
+            origin = snapshots[max(before)] if before else start
+            return find_first_nonfinite(
                 task.problem, task.optimizer, task.objective.losses, origin, step,
-                task.fixed(start.params), lambda at: (weights, stream.batch(at)), lambda row: row_name(task, row),
+                task.fixed(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
             )  # fmt: skip
 
         def on_step(state: Inner, info: Info) -> None:
-            nonlocal reached
-            losses[reached] = info.loss
-            reached += 1
+            nonlocal steps_done
+            losses[steps_done] = info.loss
+            steps_done += 1
             session.advance()
             due = session.due()
-            if due or reached % CHECKED == 0:  # not at every step: reading a loss waits for the device
+            if due or steps_done % FINITE_CHECK_INTERVAL == 0:  # not at every step: reading a loss waits for the device
                 check_finite(task, losses, explain, state.params)
                 losses.clear()
             if due:
-                if save_as is not None:
-                    self._save(save_as, state, kept, self._no_sweep(start, weights))
+                if outer_step is not None:
+                    self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
                 session.saved()
 
         run = train(
-            task.step, start, weights, task.fixed(start.params), stream, keep=keep, since=self._first, snapshots=kept,
-            resume=None if saved is None else saved.midway.state, on_step=on_step,
+            task.step, start, weights, task.fixed(start.params), stream, keep=plan, since=self._first_backward_step, snapshots=snapshots,
+            resume=None if restored is None else restored.checkpoint.state, on_step=on_step,
         )  # fmt: skip
         check_finite(task, losses, explain, run.end.params)
         return run
 
-    def value(self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, value: Any) -> float:
+    def validation_loss(
+        self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, loss_fn: Any
+    ) -> float:
         """Train, keep nothing, and return L_v: what certificates ask for again and again."""
         session, task = self.session, self.task
 
@@ -140,42 +150,42 @@ class Trainer:
             session.check()
 
         run = train(task.step, start, weights, task.fixed(start.params), stream, keep=schedule.NOTHING, on_step=on_step)
-        return float(value(run.end.params, task.fixed(start.params), validation))
+        return float(loss_fn(run.end.params, task.fixed(start.params), validation))
 
-    def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, save_as: int | None = None) -> Estimate:
+    def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, outer_step: int | None = None) -> Estimate:
         """The hypergradient of L_v on V_fit by the configured method."""
         task, fixed = self.task, self.task.fixed(run.start.params)
         validation = task.held_out["fit"]
-        if self._sweeps is None:
-            return self.direct(run, weights)
-        saved = None if save_as is None else self._load(save_as, run.start, weights)
-        if saved is not None and saved.midway.sweep.step >= 0:
-            sweep = saved.midway.sweep
-            self.session.advance((REPLAY + PRODUCT) * (run.steps - sweep.step))
+        if self._backward_pass is None:
+            return self.estimate_at_end(run, weights)
+        restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
+        if restored is not None and restored.checkpoint.backward_state.step >= 0:
+            backward_state = restored.checkpoint.backward_state
+            self.session.advance((REPLAY_WORK + HVP_WORK) * (run.steps - backward_state.step))
         else:
-            sweep = self._sweeps.begin(run, weights, fixed, validation)
+            backward_state = self._backward_pass.begin(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.due():
-                if save_as is not None:
-                    self._save(save_as, run.end, run.snapshots, sweep)
+                if outer_step is not None:
+                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state)
                 self.session.saved()
 
         self._pause = pause
-        while not self._sweeps.done(run, sweep):
-            sweep = self._sweeps.advance(run, weights, fixed, stream, sweep)
+        while not self._backward_pass.done(run, backward_state):
+            backward_state = self._backward_pass.advance(run, weights, fixed, stream, backward_state)
             pause()
         self._pause = lambda: None  # the other holds this run's states
-        release(run)
-        return self._sweeps.finish(run, sweep)
+        delete_stored_states(run)
+        return self._backward_pass.finish(run, backward_state)
 
-    def direct(
+    def estimate_at_end(
         self,
         run: Run,
         weights: jax.Array,
         *,
         alignment: bool = False,
-        summed: Stream | None = None,
+        train_stream: Stream | None = None,
         validation: Stream | None = None,
     ) -> Estimate:
         """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>.
@@ -184,7 +194,7 @@ class Trainer:
         """
         task, outer = self.task, self.outer
         fixed = task.fixed(run.start.params)
-        summed = summed or task.summed(seed=0)
+        train_stream = train_stream or task.summed(seed=0)
         validation = validation or task.held_out["fit"]
         if alignment or outer.method == "alignment":
             estimator = self._alignment
@@ -193,10 +203,10 @@ class Trainer:
             params = balance(run.end.params) if task.base is not None else run.end.params
             run = run._replace(end=run.end._replace(params=params))
             estimator = self._implicit
-        self.session.advance(2 * summed.steps)
-        estimate = estimator(run, weights, fixed, summed, validation)
+        self.session.advance(2 * train_stream.steps)
+        estimate = estimator(run, weights, fixed, train_stream, validation)
         if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
-            self.session.advance(PRODUCT * estimate.checks.steps * estimate.checks.batches)
+            self.session.advance(HVP_WORK * estimate.checks.steps * estimate.checks.batches)
         if task.base is None or alignment:
             return estimate
         # The prior's centre is not balanced along, so its slope, and with it the gap, would depend on the factoring.
@@ -204,14 +214,14 @@ class Trainer:
 
     @cached_property
     def _alignment(self) -> Estimator:
-        return implicit(self.task.problem, self._product(), linsolve.identity())
+        return implicit(self.task.problem, self._curvature_product(), linsolve.identity())
 
     @cached_property
     def _implicit(self) -> Estimator:
         solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
-        return implicit(self.task.problem, self._product(), solver, batches=batches)
+        return implicit(self.task.problem, self._curvature_product(), solver, batches=batches)
 
-    def _product(self) -> curvature.Product:
+    def _curvature_product(self) -> curvature.Product:
         if self.outer.curvature == "hessian":
             return curvature.hessian(self.task.problem)
         return curvature.gauss_newton(self.task.problem, self.task.objective.loss)
@@ -219,35 +229,39 @@ class Trainer:
     # ---- saving in the middle
 
     @property
-    def _first(self) -> int:
+    def _first_backward_step(self) -> int:
         """The step at which sweeps end."""
-        return self.task.steps - states.swept(self.outer, self.task.steps)
+        return self.task.steps - states.num_backward_steps(self.outer, self.task.steps)
 
-    def _no_sweep(self, start: Inner, weights: jax.Array) -> Sweep:
+    def _empty_backward_state(self, start: Inner, weights: jax.Array) -> Sweep:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         adjoint = Adjoint(start.params, tree.inexact(start.opt))
         return placing.settled(self.task.mesh, Sweep(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True)))
 
-    def _save(self, outer_step: int, state: Inner, kept: MutableMapping[int, Inner], sweep: Sweep) -> None:
+    def _save_mid_step(
+        self, outer_step: int, state: Inner, snapshots: MutableMapping[int, Inner], backward_state: Sweep
+    ) -> None:
         """What is on disk already is not written again."""
-        steps = [] if isinstance(kept, states.Disk) else sorted(kept)
-        if isinstance(kept, states.Disk):
-            kept.settle()
-        midway = Midway(state, [kept[step] for step in steps], sweep)
+        steps = [] if isinstance(snapshots, states.DiskStore) else sorted(snapshots)
+        if isinstance(snapshots, states.DiskStore):
+            snapshots.wait_until_written()
+        midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
         checkpoint.save(self.folder, outer_step, midway, {"kept": steps}, keep=1)
 
-    def _load(self, outer_step: int, start: Inner, weights: jax.Array) -> "Saved | None":
-        found = checkpoint.meta(self.folder, outer_step)
-        if found is None:
+    def _load_mid_step(self, outer_step: int, start: Inner, weights: jax.Array) -> "RestoredMidStep | None":
+        meta = checkpoint.meta(self.folder, outer_step)
+        if meta is None:
             return None
-        like = Midway(start, [start] * len(found["kept"]), self._no_sweep(start, weights))
+        like = MidStepCheckpoint(start, [start] * len(meta["kept"]), self._empty_backward_state(start, weights))
         restored = checkpoint.restore(self.folder, like, outer_step)
-        return restored and Saved(restored.tree, dict(zip(found["kept"], restored.tree.snapshots, strict=True)))
+        return restored and RestoredMidStep(
+            restored.tree, dict(zip(meta["kept"], restored.tree.snapshots, strict=True))
+        )
 
 
-def release(run: Run) -> None:
+def delete_stored_states(run: Run) -> None:
     """Remove what a run has on disk for sweeps that will not come."""
-    if isinstance(run.snapshots, states.Disk):
+    if isinstance(run.snapshots, states.DiskStore):
         run.snapshots.clear()
 
 
@@ -257,15 +271,15 @@ def check_finite(
     explain: Callable[[int], str],
     params: Params,
     *,
-    forgiven: bool = False,
+    allow_nonfinite: bool = False,
 ) -> dict[int, float]:
     """The losses by step, as numbers, where they (unless `forgiven`) and the parameters after them are finite.
 
     Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
     """
     values = {step: float(loss) for step, loss in losses.items()}
-    step = next((step for step, value in values.items() if not np.isfinite(value) and not forgiven), None)
-    if step is None and (not values or bool(_finite(params))):
+    step = next((step for step, value in values.items() if not np.isfinite(value) and not allow_nonfinite), None)
+    if step is None and (not values or bool(_all_finite(params))):
         return values
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step
@@ -275,15 +289,15 @@ def check_finite(
     )
 
 
-_finite = jax.jit(tree.finite)
+_all_finite = jax.jit(tree.finite)
 
 
-def row_name(task: Task | ArrayTask, row: int) -> str:
+def describe_example(task: Task | ArrayTask, index: int) -> str:
     """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
-    fit = row - task.rows
-    example = task.examples[row] if fit < 0 else task.trusted["fit"][fit]
+    fit = index - task.rows
+    example = task.examples[index] if fit < 0 else task.trusted["fit"][fit]
     where = getattr(example, "where", "")
-    identity = getattr(example, "id", str(row))
+    identity = getattr(example, "id", str(index))
     return f"{identity} ({where})" if where else identity
 
 

@@ -27,7 +27,7 @@ from bilevel_jax.core import schedule, tree
 from bilevel_jax.core.transition import train
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.runs.states import linearised
+from bilevel_jax.runs.states import linearization_bytes
 from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
 
 MB = 1e6
@@ -55,7 +55,7 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     state, first = run.start, one.train.batch(0)
     snapshot, visit = size(state), size(state) + size(state.params)
     part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
-    linear = linearised(step, state, part, one.fixed, first)
+    linear = linearization_bytes(step, state, part, one.fixed, first)
     whole = steps * visit
     root = schedule.square_root(steps)
     keeps = {

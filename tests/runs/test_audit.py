@@ -12,7 +12,7 @@ from bilevel_jax.core.certify import Verdict
 from bilevel_jax.runs import bank, bootstrap, session
 from bilevel_jax.runs.audit import audit
 from bilevel_jax.runs.config import AuditConfig, load
-from bilevel_jax.runs.judging import verdict
+from bilevel_jax.runs.judging import choose_score
 from bilevel_jax.runs.statistics import auc, rank_correlation
 from tests.runs import blobs
 
@@ -86,11 +86,12 @@ def test_permuted_scores_foretell_nothing(whole):
     for line, gone in zip(left_out[0], table["left_out"].to_pylist()[:16], strict=True):
         line[[place[one] for one in gone]] = True
     assert (left_out.sum(2) == 30).all() and len({line.tobytes() for line in left_out[0]}) == 16
-    made = bank.Bank((0.5,), left_out, {"fit": np.array(table["fit"][:16]).reshape(1, 16, 1)})
+    made = bank.LeaveOutRetrains((0.5,), left_out, {"fit": np.array(table["fit"][:16]).reshape(1, 16, 1)})
     exact, random = ids["unrolled"].to_numpy(), np.random.default_rng(0)
-    assert bank.scored(made, exact, None, 0)["fit"][0][0] == pytest.approx(_lds(whole[1], "unrolled"))
+    assert bank.compute_lds(made, exact, None, 0)["fit"][0][0] == pytest.approx(_lds(whole[1], "unrolled"))
     nulls = [
-        rank_correlation(made.predicted(random.permutation(exact))[0], made.losses["fit"][0, :, 0]) for _ in range(400)
+        rank_correlation(made.predict_loss_rise(random.permutation(exact))[0], made.losses["fit"][0, :, 0])
+        for _ in range(400)
     ]
     assert abs(np.mean(nulls)) < 0.05  # 400 permutations of a correlation over 16: standard error .013
 
@@ -168,20 +169,20 @@ def test_the_verdict_says_which_score_or_none():
     fit = {"one": STEADY, "near": NOISY, "far": STEADY - 0.3, "unrolled": STEADY + 0.4, "random": STEADY + 0.3}
     draws = {name: {"fit": [values], "report": [STEADY]} for name, values in fit.items()}
     lines = [line("one", 0.3), line("near", 0.1, 0.4), line("far", 0.1, 0.2), line("unrolled", 0.8, 0.9)]
-    told = verdict([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
+    told = choose_score([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
     assert told["use"] == "one"
     assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
     assert told["instead"] is None and "V_report" not in told["sentence"]
-    none = verdict([line("one", -0.1)], draws, GOOD, 0.5)
+    none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "which may be 0" in none["sentence"]
-    rough = verdict(lines, draws, BAD, 0.5)
+    rough = choose_score(lines, draws, BAD, 0.5)
     assert rough["use"] is None and "ratio 2. Lower the rate." in rough["sentence"]
-    assert verdict([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
+    assert choose_score([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
 
 
 def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read():
     draws = {"one": {"fit": [STEADY], "report": [STEADY]}, "far": {"fit": [STEADY - 0.3], "report": [STEADY + 0.3]}}
-    told = verdict([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
+    told = choose_score([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
     assert (told["use"], told["instead"]) == ("one", "far")
     assert "on V_report, which no score has read, far does better: 0.80" in told["sentence"]
 

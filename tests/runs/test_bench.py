@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.runs import bench_report, session
-from bilevel_jax.runs.bench import bench, f1
+from bilevel_jax.runs.bench import compare, f1_score
 from bilevel_jax.runs.config import CompareConfig, load
 from bilevel_jax.runs.methods import METHODS
 from bilevel_jax.runs.statistics import auc
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 
 
 def run(config, out, *flags):
-    return bench(load(CompareConfig, config, [*flags, "--out", str(out)]))
+    return compare(load(CompareConfig, config, [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_writes_what_it_promises(whole):
             mine = table[table["seed"] == seed]
             weights, good = mine[f"weight {name}"].to_numpy(), (mine["label"] == "clean").to_numpy()
             assert weights.std() > 0 and cell["auc"] == auc(weights, good)
-            assert cell["f1"] == f1(weights > 1, good)
+            assert cell["f1"] == f1_score(weights > 1, good)
             assert 0.5 * 120 < cell["passes"] <= 120 and cell["trail"][-1]["passes"] <= cell["passes"]
         assert row["mean"]["auc"] == np.mean([cell["auc"] for cell in row["runs"]])
         assert row["interval"]["report"] > 0 and "with_v report" in row["mean"]
@@ -103,7 +103,7 @@ def test_every_method_runs(config, tmp_path):
     flags = ("--compare.seeds", "1", "--compare.methods", *METHODS, "--compare.baselines", "oracle+validation")
     result = run(config, tmp_path / "run", *flags, "--arrays.hidden-sizes", "4", "--arrays.label-noise", "redrawn")
     rows = {row["name"]: row for row in result["rows"]}
-    assert set(rows) == {*METHODS, "oracle+validation"} and all(METHODS[name].of for name in METHODS)
+    assert set(rows) == {*METHODS, "oracle+validation"} and all(METHODS[name].estimand for name in METHODS)
     assert "report" not in rows["mixing"]["mean"]  # it learns no weights
     for name in METHODS:
         assert rows[name]["mean"]["passes"] <= 120 and np.isfinite(rows[name]["mean"]["distance"])
@@ -120,7 +120,7 @@ def test_sentence_names_what_is_not_told_apart():
         row("uniform", [2.0, 2.1, 2.2], False), row("oracle", [1.0, 1.1, 1.2], False),
         row("one", [1.0, 1.1, 1.2]), row("near", [1.1, 1.05, 1.25]), row("far", [1.5, 1.6, 1.7]),
     ]  # fmt: skip
-    told = bench_report.sentence({"rows": rows, "labels": False, "seeds": 3})
+    told = bench_report.summarize_comparison({"rows": rows, "labels": False, "seeds": 3})
     assert "One trained again" in told and "not told apart from near." in told and "far" not in told
     assert "The oracle beats uniform" in told
 

@@ -23,7 +23,7 @@ def path(tmp_path_factory):
 
 
 def task(path, *flags, seed=0):
-    return bench.tasks(load(CompareConfig, path, flags), path.parent)(seed)
+    return bench.make_task_builder(load(CompareConfig, path, flags), path.parent)(seed)
 
 
 @pytest.mark.parametrize("kind", ["forced", "redrawn", "none"])

@@ -6,7 +6,7 @@ import optax
 
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.transition import begin
-from bilevel_jax.runs.diagnosis import first_broken
+from bilevel_jax.runs.diagnosis import find_first_nonfinite
 
 
 def losses(params, fixed, batch):
@@ -27,7 +27,9 @@ def told(x, *, rate=0.1, params=None, function=losses, upto=4):
             "rows": jnp.full(1, 2.0),
         }
 
-    return first_broken(weighted(function), sgd, function, begin(sgd, params), upto, None, at, lambda row: f"row {row}")
+    return find_first_nonfinite(
+        weighted(function), sgd, function, begin(sgd, params), upto, None, at, lambda row: f"row {row}"
+    )
 
 
 def test_names_the_row_whose_loss_is_not_finite():

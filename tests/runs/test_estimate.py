@@ -18,7 +18,7 @@ from bilevel_jax.runs import memory, programs, rows, states
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load, load_estimated
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.session import Session
-from bilevel_jax.runs.subject import shaped
+from bilevel_jax.runs.subject import make_abstract_run
 from bilevel_jax.runs.task import prepare, read
 from tests.conftest import ROOT
 
@@ -48,7 +48,7 @@ def subjects(made, tmp_path, *flags):
     config = load(SelectConfig, made / "select.yaml", flags)
     found = rows.load(config.data)
     task = prepare(config, found, tmp_path, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal)
-    return config, shaped(config, read(config, found), "select"), task
+    return config, make_abstract_run(config, read(config, found), "select"), task
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
         assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
         for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
             assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
-        assert states.held(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        assert states.bytes_per_device(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes))
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert states.held(subject.shapes.state) == 4 * 3 * size + 3 * 4  # AdamW's moments, and three counts
-    assert states.held(subject.shapes.adjoint) == 4 * 3 * size
+    assert states.bytes_per_device(subject.shapes.state) == 4 * 3 * size + 3 * 4  # AdamW's moments, and three counts
+    assert states.bytes_per_device(subject.shapes.adjoint) == 4 * 3 * size
 
 
 @pytest.mark.slow  # compiles two steps of a run twice
@@ -82,9 +82,9 @@ def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
     state = begin(task.optimizer, task.fresh(0))
     part = task.step.take(weights, batch)
     whole = task.step.forward.lower(state, part, task.fixed(state.params), batch).compile().memory_analysis()
-    found = programs.compiled(programs.forward(subject.task, subject.shapes))
-    assert found.temporary == whole.temp_size_in_bytes > 0
-    assert programs.timed(programs.forward(subject.task, subject.shapes), found.run, calls=2) > 0
+    found = programs.compile_program(programs.forward_program(subject.task, subject.shapes))
+    assert found.workspace_bytes == whole.temp_size_in_bytes > 0
+    assert programs.time_program(programs.forward_program(subject.task, subject.shapes), found.executable, calls=2) > 0
 
 
 def test_operations_are_counted_by_hand(made, tmp_path):
@@ -100,17 +100,17 @@ def test_operations_are_counted_by_hand(made, tmp_path):
     head = 2 * places * width * raw["vocab_size"]
 
     def flops(program):
-        return programs.flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
+        return programs.count_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
 
     body = linear + attention
-    assert flops(programs.forward(subject.task, subject.shapes)) == 3 * body + 4 * head
+    assert flops(programs.forward_program(subject.task, subject.shapes)) == 3 * body + 4 * head
     # with tangents each product is two more; the gradient itself is not asked for, so its last product falls away
     forwards, downwards, sideways = 3, 3, 2
     expected = (forwards + downwards + sideways) * linear + (forwards + 2 * downwards) * attention
-    backward = flops(programs.backward(subject.task, subject.shapes))
+    backward = flops(programs.backward_program(subject.task, subject.shapes))
     assert backward == expected + (8 + forwards) * head
-    linearizing = programs.linearizing(subject.task, subject.shapes)
-    pulling = programs.pulling(subject.task, subject.shapes, programs.compiled(linearizing))
+    linearizing = programs.linearize_program(subject.task, subject.shapes)
+    pulling = programs.vjp_program(subject.task, subject.shapes, programs.compile_program(linearizing))
     # what is left out of a step back: of each primal product the two that are not of the gradient alone
     assert flops(linearizing) == 3 * body + 4 * head
     assert flops(pulling) == backward - (2 * linear + 3 * attention + 2 * head)
@@ -122,12 +122,18 @@ def test_linearisations_are_as_large_as_was_said(made, tmp_path):
     _, info, linear = task.step.linearize(state, batch["index"] * 0.0, task.fixed(state.params), batch)
     there = {one.unsafe_buffer_pointer() for one in jax.tree.leaves((state, info, batch))}
     own = {one.unsafe_buffer_pointer(): one.nbytes for one in jax.tree.leaves(linear)}
-    assert memory.linear(subject.task, subject.shapes) == sum(size for at, size in own.items() if at not in there) > 0
-    keep = memory.kept(subject.task, subject.config, subject.shapes)
+    assert (
+        memory.task_linearization_bytes(subject.task, subject.shapes)
+        == sum(size for at, size in own.items() if at not in there)
+        > 0
+    )
+    keep = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes)
     assert keep.linear and keep.tape == subject.task.steps
-    tight = memory.kept(subject.task, subject.config, subject.shapes, device=2e7)
-    phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace(), tight)
-    assert phases[0].parts["linearisations on the tape"] == tight.tape * memory.linear(subject.task, subject.shapes)
+    tight = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes, device_bytes=2e7)
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace(), tight)
+    assert phases[0].parts["linearisations on the tape"] == tight.tape * memory.task_linearization_bytes(
+        subject.task, subject.shapes
+    )
 
 
 def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsys):
@@ -226,19 +232,21 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
 
     flags = ("--fast", "--lora.r", "0", *flags)
     config = load(SelectConfig, made / "select.yaml", flags)
-    subject = shaped(config, read(config, rows.load(config.data)), "select")
-    phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    subject = make_abstract_run(config, read(config, rows.load(config.data)), "select")
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()
     monkeypatch.setattr(Session, "due", counted)
     monkeypatch.setattr(Session, "advance", counting)
     select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
-    assert most - before == pytest.approx(max(phase.bytes for phase in phases if phase.name != "writing"), rel=0.01)
+    assert most - before == pytest.approx(
+        max(phase.total_bytes for phase in phases if phase.name != "writing"), rel=0.01
+    )
 
 
 def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
     _, subject, _ = subjects(made, tmp_path, "--outer.method", "implicit", "--outer.proximal", "0.5")
-    phases = memory.phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     for phase in phases[:-1]:
         kept = {name: phase.parts[name] for name in ("snapshots", "states on the tape", "gradients on the tape")}
         assert set(kept.values()) == {0} and phase.parts["start"] > 0

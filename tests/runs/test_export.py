@@ -15,7 +15,7 @@ from bilevel_jax.cli import main
 from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs.config import ExportConfig, load
-from bilevel_jax.runs.forms import FORMS, Target, layout_of
+from bilevel_jax.runs.forms import FORMATTERS, ExportTarget, choose_layout
 
 PROMPTS = [{"prompt": f"Question {i}?", "response": f"Answer {i}.", "source": "ab"[i % 2]} for i in range(8)]
 CHATS = [
@@ -331,14 +331,14 @@ def test_mixed_rows():
         return Example("x#0", 0, tuple(Turn(role, role) for role in roles), "s", None, "f", 1)
 
     short, long, text = row("user", "assistant"), row("user", "assistant", "user", "assistant"), row("text")
-    assert [layout_of(rows, "auto") for rows in ([short], [short, long], [long], [text])] == [
+    assert [choose_layout(rows, "auto") for rows in ([short], [short, long], [long], [text])] == [
         "prompt", "chat", "chat", "text",
     ]  # fmt: skip
-    assert layout_of([short], "chat") == "chat"
+    assert choose_layout([short], "chat") == "chat"
     with pytest.raises(ValueError, match="in sets of their own"):
-        layout_of([short, text], "auto")
-    for form in FORMS.values():
-        made = form([short, long], Target("chat", Path("out/t"), "jsonl", ""))
+        choose_layout([short, text], "auto")
+    for form in FORMATTERS.values():
+        made = form([short, long], ExportTarget("chat", Path("out/t"), "jsonl", ""))
         assert len({tuple(row) for row in made.rows}) == 1  # one layout for all rows of a file
 
 

@@ -11,9 +11,9 @@ from bilevel_jax.lm import cipher
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.runs.config import InspectConfig, load
-from bilevel_jax.runs.inspect import plain, spelled
+from bilevel_jax.runs.inspect import spell_tokens, to_plain_text
 from bilevel_jax.runs.sections import DataSection
-from bilevel_jax.runs.survey import TRIES, read, survey
+from bilevel_jax.runs.survey import MAX_TOKENIZER_CALLS, survey_part, tokenize_readable
 from tests.lm.test_tokens import CHATML, LLAMA2, bpe
 
 
@@ -157,10 +157,10 @@ def test_a_kind_of_rows_that_the_tokenizer_refuses_does_not_hide_the_others():
     chat = tuple(Turn(role, "ab") for role in ("user", "assistant", "user", "assistant"))
     single = (Turn("user", "a>"), Turn("assistant", "b"))
     examples = [Example(f"{i}", i, single if i % 4 == 0 else chat, "s", None, "f", i + 1) for i in range(1000)]
-    found = read(examples, bpe(), DataSection())
-    assert found.rows == list(range(0, 1000, 4))
-    assert found.problems[0].startswith("f:2: a dialogue of 4 turns") and len(found.problems) + found.untried == 750
-    assert len(found.problems) >= TRIES // 4
+    found = tokenize_readable(examples, bpe(), DataSection())
+    assert found.indices == list(range(0, 1000, 4))
+    assert found.problems[0].startswith("f:2: a dialogue of 4 turns") and len(found.problems) + found.num_untried == 750
+    assert len(found.problems) >= MAX_TOKENIZER_CALLS // 4
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_a_kind_of_rows_that_the_tokenizer_refuses_does_not_hide_the_others():
 def test_special_tokens_that_stand_too_often(template, bos, odd_bos, odd_eos):
     one = (Turn("user", "Name a pet."), Turn("assistant", "A cat."))
     examples = [Example(f"{i}", i, turns, "s", None, "f", i + 1) for i, turns in enumerate((one, one + one))]
-    part = survey("training", examples, bpe(template, bos=bos), DataSection(), 512)
-    assert (part.bos.odd, part.eos.odd) == (odd_bos, odd_eos)
+    part = survey_part("training", examples, bpe(template, bos=bos), DataSection(), 512)
+    assert (part.bos.odd_rows, part.eos.odd_rows) == (odd_bos, odd_eos)
 
 
 def test_preference_pairs_show_both_sides_and_want_their_objective(look):
@@ -209,14 +209,14 @@ def test_hostile_text_reaches_no_terminal(look, shared):
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out)
     assert "[bold red]markup[/]" in flat(out) and "␛[31mred" in out and "⟨U+9B⟩" in out
     assert re.search(r"⏎\n⟦o\|k\|⏎\n\|⏎\n\|⇥\|o\|k\|</s>⟧", out)
-    assert str(plain("[red]x[/]\x1b")) == "[red]x[/]␛"
+    assert str(to_plain_text("[red]x[/]\x1b")) == "[red]x[/]␛"
 
 
 def test_every_token_is_spelled_and_together_they_are_the_text(shared):
     tokenizer = load_tokenizer(shared / "models" / "stories-260k")
     text = "Once upon a time, 日本 é."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = spelled([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], tokenizer)
+    pieces = spell_tokens([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], tokenizer)
     assert pieces[0] == ("<s>", True) and pieces[-1] == ("</s>", True) and len(pieces) == len(ids) + 2
     assert "".join(piece for piece, _ in pieces[1:-1] if not piece.startswith("‹")) == text
     assert ("‹<0xE6>›", False) in pieces  # the first byte of a character that only the third one completes

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.keep import keep_rows, rule
+from bilevel_jax.runs.keep import describe_selection_rule, select_examples
 from bilevel_jax.runs.sections import SelectionSection
 
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5, 1.0, 3.0])
@@ -12,7 +12,7 @@ ALL = np.arange(6)
 
 
 def kept(keep, weights=WEIGHTS, among=ALL, seed=0, sources=SOURCES):
-    return keep_rows(weights, among, keep, sources=sources, seed=seed).tolist()
+    return select_examples(weights, among, keep, sources=sources, seed=seed).tolist()
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_a_threshold_above_all_weights_is_an_error():
     ],
 )
 def test_the_rule_in_words(keep, words):
-    assert rule(keep) == words
+    assert describe_selection_rule(keep) == words

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.learn import rate, travel
+from bilevel_jax.runs.learn import outer_learning_rate, total_outer_learning_rate
 from bilevel_jax.runs.sections import OuterSection
 
 SHAPES = {
@@ -17,9 +17,13 @@ SHAPES = {
 def test_the_rate_falls_as_the_schedule_says(schedule):
     outer = OuterSection(schedule=schedule, learning_rate=0.7)
     for progress in (0.0, 0.25, 0.5, 1.0):
-        assert rate(outer, progress) == pytest.approx(0.7 * SHAPES[schedule](progress), abs=1e-6)  # in float32
+        assert outer_learning_rate(outer, progress) == pytest.approx(
+            0.7 * SHAPES[schedule](progress), abs=1e-6
+        )  # in float32
 
 
 @pytest.mark.parametrize("schedule, expected", [("constant", 8 * 0.7), ("linear", 9 * 0.35), ("cosine", 9 * 0.35)])
 def test_travel_is_the_sum_of_the_rates(schedule, expected):
-    assert travel(OuterSection(schedule=schedule, learning_rate=0.7, steps=8)) == pytest.approx(expected, rel=1e-6)
+    assert total_outer_learning_rate(OuterSection(schedule=schedule, learning_rate=0.7, steps=8)) == pytest.approx(
+        expected, rel=1e-6
+    )

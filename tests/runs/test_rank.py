@@ -13,7 +13,7 @@ from bilevel_jax.lm import cipher
 from bilevel_jax.lm.tokens import Tokenized, corpus_of
 from bilevel_jax.runs import candidates, ranking, session
 from bilevel_jax.runs.config import RankConfig, load
-from bilevel_jax.runs.rank import rank, remarks
+from bilevel_jax.runs.rank import collect_remarks, rank
 from bilevel_jax.runs.sections import RankSection
 from bilevel_jax.runs.statistics import rank_correlation, weighted_rank_correlation
 from bilevel_jax.scores import selfaligned, strategies
@@ -83,27 +83,27 @@ def whole(inputs, tmp_path_factory):
 
 def test_a_table_and_files_say_the_same(inputs):
     flags = ("--rank.reward-field", "rewards", "--verifier.answer-field", "result")
-    one = candidates.load(config(inputs, *flags))
+    one = candidates.load_strategy_responses(config(inputs, *flags))
     paths = [str(inputs / f"{name}.jsonl") for name in SHIFTS]
     for more in ((), ("--rank.id-field", "key")):
-        other = candidates.load(config(inputs, *flags, *more, "--data.train", *paths))
+        other = candidates.load_strategy_responses(config(inputs, *flags, *more, "--data.train", *paths))
         assert other.strategies == one.strategies == tuple(SHIFTS)
         mine, theirs = ({q.id: q._replace(file="", line=0) for q in some.questions} for some in (one, other))
         assert mine == theirs and len(mine) == 20
-    some = candidates.load(config(inputs, "--rank.strategies", "same <b>", "next"))
+    some = candidates.load_strategy_responses(config(inputs, "--rank.strategies", "same <b>", "next"))
     assert some.strategies == ("same <b>", "next") and some.questions[0].responses[1] == one.questions[0].responses[0]
 
 
 def test_blocks_are_disjoint_and_follow_ids(inputs):
-    questions = candidates.load(config(inputs)).questions
-    blocks = candidates.drawn(questions, 6, 3, seed=0)
+    questions = candidates.load_strategy_responses(config(inputs)).questions
+    blocks = candidates.draw_blocks(questions, 6, 3, seed=0)
     ids = [one.id for block in blocks for one in block]
     assert [len(block) for block in blocks] == [6, 6, 6] and len(set(ids)) == 18
-    assert candidates.drawn(questions[::-1], 6, 3, seed=0) == blocks
+    assert candidates.draw_blocks(questions[::-1], 6, 3, seed=0) == blocks
     fewer = [one for one in questions if one.id not in ids[:1]]
-    assert [one.id for one in candidates.drawn(fewer, 6, 3, seed=0)[0]] == ids[1:7]
-    assert len(candidates.drawn(questions, 6, 9, seed=0)) == 3
-    assert [one.id for block in candidates.drawn(questions, 6, 3, seed=1) for one in block] != ids
+    assert [one.id for one in candidates.draw_blocks(fewer, 6, 3, seed=0)[0]] == ids[1:7]
+    assert len(candidates.draw_blocks(questions, 6, 9, seed=0)) == 3
+    assert [one.id for block in candidates.draw_blocks(questions, 6, 3, seed=1) for one in block] != ids
 
 
 # ---- what it computes
@@ -220,16 +220,16 @@ def test_train_then_test_finds_the_strategy_that_the_validation_rows_follow(inpu
 
 
 def test_a_response_that_makes_a_mean_alone_is_named(inputs, whole):
-    found = candidates.load(config(inputs))
-    blocks = candidates.drawn(found.questions, 6, 3, 0)
-    some = [one.answered(text) for block in blocks for one in block for text in one.responses]
+    found = candidates.load_strategy_responses(config(inputs))
+    blocks = candidates.draw_blocks(found.questions, 6, 3, 0)
+    some = [one.with_response(text) for block in blocks for one in block for text in one.responses]
     values = np.ones((3, 6, 3))
     values[1, 2, 2] = 40.0
-    notes = remarks(config(inputs, "--rank.metrics", "sppl"), {"sppl": values}, found, rows_of_nothing(some), 0)
+    notes = collect_remarks(config(inputs, "--rank.metrics", "sppl"), {"sppl": values}, found, rows_of_nothing(some), 0)
     worst = f"half of the SPPL of 1 of 3 strategies, at worst 70% of that of same <b> ({blocks[1][2].where}): see"
     assert len(notes) == 1 and worst in notes[0]
     flags = ("--rank.metrics", "sppl", "--rank.mean", "geometric")
-    assert remarks(config(inputs, *flags), {"sppl": values}, found, rows_of_nothing(some), 0) == []
+    assert collect_remarks(config(inputs, *flags), {"sppl": values}, found, rows_of_nothing(some), 0) == []
 
 
 def rows_of_nothing(examples):
@@ -250,12 +250,12 @@ def measured(gap, noise, seed=0):
 
 def test_the_pick_is_paired_or_there_is_none():
     options = RankSection(metrics=("sppl",))
-    clear = ranking.ranking(options, "abc", measured(1.0, 1.0), 0)
+    clear = ranking.rank_strategies(options, "abc", measured(1.0, 1.0), 0)
     intervals = [line["score"] for line in clear["metrics"]["sppl"]]
     assert clear["verdict"]["use"] == "a" and clear["verdict"]["close"] == []
     assert intervals[0].high > intervals[1].low  # unpaired, the two would not be told apart
     assert clear["metrics"]["sppl"][1]["behind"].low > 0 and clear["metrics"]["sppl"][0]["behind"] is None
-    none = ranking.ranking(options, "abc", measured(0.1, 3.0), 0)["verdict"]
+    none = ranking.rank_strategies(options, "abc", measured(0.1, 3.0), 0)["verdict"]
     assert none["use"] is None and none["close"] and "That difference may be 0" in none["sentence"]
     assert "c" not in none["close"]
 
@@ -264,27 +264,32 @@ def test_no_pick_by_a_model_that_examples_confuse():
     clear = measured(1.0, 1.0)
     for factor, use in ((1.9, "a"), (2.1, None)):
         both = clear | {"perplexity": clear["sppl"] / factor}
-        verdict = ranking.ranking(RankSection(metrics=("sppl", "perplexity")), "abc", both, 0)["verdict"]
+        verdict = ranking.rank_strategies(RankSection(metrics=("sppl", "perplexity")), "abc", both, 0)["verdict"]
         assert verdict["use"] == use
     assert "No pick by SPPL: " in verdict["sentence"] and "perplexity 2.10), so it does not" in verdict["sentence"]
     assert (
-        ranking.ranking(RankSection(pick_by="perplexity", metrics=("sppl",)), "abc", both, 0)["verdict"]["use"] == "a"
+        ranking.rank_strategies(RankSection(pick_by="perplexity", metrics=("sppl",)), "abc", both, 0)["verdict"]["use"]
+        == "a"
     )
 
 
 def test_a_pick_among_equals_is_rare():
     """Two strategies that do not differ: the rule picks one in about 1 of 20 samples, whichever it is."""
     options = RankSection(metrics=("sppl",))
-    picked = [ranking.ranking(options, "abc", measured(0.0, 1.0, seed), 0)["verdict"]["use"] for seed in range(40)]
+    picked = [
+        ranking.rank_strategies(options, "abc", measured(0.0, 1.0, seed), 0)["verdict"]["use"] for seed in range(40)
+    ]
     assert sum(one is not None for one in picked) <= 8  # 5 % of 40: 9 or more once in 7,000
 
 
 def test_spreads_and_means_by_option():
     made = measured(1.0, 1.0)
     for mean, of in (("geometric", strategies.exp_of_mean), ("trimmed", strategies.trimmed(0.1))):
-        lines = ranking.ranking(RankSection(metrics=("sppl",), mean=mean), "abc", made, 0)["metrics"]["sppl"]
+        lines = ranking.rank_strategies(RankSection(metrics=("sppl",), mean=mean), "abc", made, 0)["metrics"]["sppl"]
         np.testing.assert_allclose([line["score"].value for line in lines], of(made["sppl"]).mean(0))
-    one = ranking.ranking(RankSection(metrics=("sppl",)), "abc", {"sppl": made["sppl"][:1]}, 0)["metrics"]["sppl"][0]
+    one = ranking.rank_strategies(RankSection(metrics=("sppl",)), "abc", {"sppl": made["sppl"][:1]}, 0)["metrics"][
+        "sppl"
+    ][0]
     assert math.isnan(one["spread"]) and len(one["blocks"]) == 1
 
 

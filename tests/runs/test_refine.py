@@ -15,8 +15,8 @@ from bilevel_jax.runs import refine, session
 from bilevel_jax.runs.bootstrap import paired_gain
 from bilevel_jax.runs.config import RefineConfig, load
 from bilevel_jax.runs.likelihoods import fingerprint
-from bilevel_jax.runs.refine_candidates import _step, candidates, weights_of
-from bilevel_jax.runs.refine_rows import answers, choose, question_weights, task_of
+from bilevel_jax.runs.refine_candidates import _update_hyper, hyper_to_weights, make_candidate_trainers
+from bilevel_jax.runs.refine_rows import average_question_weights, build_round_task, choose_questions, collect_rollouts
 
 CONFIG = """
 model: {{name_or_path: {made}/model}}
@@ -54,7 +54,7 @@ def run(config, out, *flags):
 def whole(config, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
     out, traced, counts = tmp_path_factory.mktemp("refine") / "run", [], []
-    hidden, one_round = losses._hidden, refine.one_round
+    hidden, one_round = losses._hidden, refine.run_round
 
     def counted(*args):
         traced.append(1)
@@ -67,7 +67,7 @@ def whole(config, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "_hidden", counted)
-        patch.setattr(refine, "one_round", round_)
+        patch.setattr(refine, "run_round", round_)
         result = run(config, out)
     return out, result, counts
 
@@ -78,7 +78,7 @@ def ready(config, tmp_path_factory):
     settings = load(RefineConfig, config, ["--refine.share", "0.25"])
     folder = tmp_path_factory.mktemp("ready")
     (folder / "checkpoints").mkdir()
-    task = refine.prepared(settings, folder)
+    task = refine.prepare_refine_task(settings, folder)
     with session.session(folder, progress=False, save_seconds=1e9) as work:
         yield settings, task, refine.generators(settings.generate, task.decoder, task.tokenizer, task.mesh, work)
 
@@ -86,9 +86,9 @@ def ready(config, tmp_path_factory):
 def answered(ready, folder, number=0, **changes):
     settings, task, write = ready
     params = task.fresh(0)
-    chosen = choose(settings, task.trainable(), np.ones(task.rows))
-    arguments = {"fingerprint": fingerprint(params), "checker": None} | changes
-    return answers(settings, task, chosen, number, folder / "responses.parquet", write(params), **arguments)
+    chosen = choose_questions(settings, task.trainable(), np.ones(task.rows))
+    arguments = {"fingerprint": fingerprint(params), "verifier": None} | changes
+    return collect_rollouts(settings, task, chosen, number, folder / "responses.parquet", write(params), **arguments)
 
 
 # ---- what a round is made of
@@ -98,10 +98,10 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
     """No prompt token is a target, labels are shifted once: else the model would not find its own log-probabilities."""
     settings, task, _ = ready
     found = answered(ready, tmp_path)
-    made = task_of(settings, task, found, 0)
+    made = build_round_task(settings, task, found, 0)
     corpus, params, offline = made.task.corpus, task.fresh(0), task.rows - len(found.questions)
     assert made.task.rows == offline + 2 * len(found.questions) == len(made.task.examples)
-    assert not set(made.question[:offline]) & set(found.questions)  # their offline rows have left
+    assert not set(made.question_rows[:offline]) & set(found.questions)  # their offline rows have left
     for at, response in enumerate(found.tokens):
         ids, supervised = corpus.row(offline + at)
         assert ids[supervised].tolist() == response.tolist()
@@ -125,29 +125,31 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
 def test_a_question_counts_once(ready, tmp_path):
     settings, task, _ = ready
     found = answered(ready, tmp_path)
-    made = task_of(settings, task, found, 0)
-    assert made.base.mean() == pytest.approx(1)
-    each = np.bincount(made.question, made.base, task.rows)
+    made = build_round_task(settings, task, found, 0)
+    assert made.multiplicity.mean() == pytest.approx(1)
+    each = np.bincount(made.question_rows, made.multiplicity, task.rows)
     np.testing.assert_allclose(each, each[0])
     stream = made.task.summed(0)
     index, base = (
         np.concatenate([np.asarray(stream.batch(at)[name]).ravel() for at in range(stream.steps)])
         for name in ("index", "base")
     )
-    np.testing.assert_allclose(base[index < made.task.rows], made.base[index[index < made.task.rows]], rtol=1e-6)
+    np.testing.assert_allclose(
+        base[index < made.task.rows], made.multiplicity[index[index < made.task.rows]], rtol=1e-6
+    )
 
 
 def test_wrong_responses_can_be_left_out(ready, tmp_path):
     settings, task, _ = ready
     verdicts = iter([1, 0, 1, 1] + [0] * 100)
-    found = answered(ready, tmp_path, checker=lambda example, text: float(next(verdicts)))
+    found = answered(ready, tmp_path, verifier=lambda example, text: float(next(verdicts)))
     filtered = load(
         RefineConfig,
         None,
         ["--refine.verifier-use", "filter", "--verifier.name", "exact", "--generate.num-generations", "2", *NEEDED],
     )
-    base = task_of(filtered, task, found, 0).base[task.rows - len(found.questions) :]
-    kept = base / task_of(filtered, task, found, 0).base[0]
+    base = build_round_task(filtered, task, found, 0).multiplicity[task.rows - len(found.questions) :]
+    kept = base / build_round_task(filtered, task, found, 0).multiplicity[0]
     np.testing.assert_allclose(kept, [1, 0, 0.5, 0.5] + [0] * (len(base) - 4))
 
 
@@ -167,10 +169,13 @@ def test_log_probabilities_of_another_model_are_refused(ready, tmp_path):
 def test_dynamic_takes_the_least_weights_and_fixed_the_same_questions(ready):
     settings, task, _ = ready
     weights = np.random.default_rng(0).permutation(task.rows).astype(float)
-    dynamic = choose(settings, task.trainable(), weights)
+    dynamic = choose_questions(settings, task.trainable(), weights)
     assert sorted(weights[dynamic]) == list(range(len(dynamic)))
     fixed = load(RefineConfig, None, ["--refine.questions", "fixed", *NEEDED])
-    assert choose(fixed, task.trainable(), weights).tolist() == choose(fixed, task.trainable(), -weights).tolist()
+    assert (
+        choose_questions(fixed, task.trainable(), weights).tolist()
+        == choose_questions(fixed, task.trainable(), -weights).tolist()
+    )
 
 
 def test_responses_move_as_the_row_that_they_share(ready):
@@ -178,11 +183,13 @@ def test_responses_move_as_the_row_that_they_share(ready):
     entries, base = jnp.array([0.3, -0.2, 0.5]), jnp.ones(3)
     split, third = jnp.array([0.3, -0.2, 0.5 / 3, 0.5 / 3, 0.5 / 3]), jnp.array([1, 1, 1 / 3, 1 / 3, 1 / 3])
     for name in ("sigmoid", "softmax"):
-        one = _step(name, 1e9, jnp.zeros(3), base, entries, jnp.ones(()))
-        more = _step(name, 1e9, jnp.zeros(5), third, split, jnp.ones(()))
+        one = _update_hyper(name, 1e9, jnp.zeros(3), base, entries, jnp.ones(()))
+        more = _update_hyper(name, 1e9, jnp.zeros(5), third, split, jnp.ones(()))
         ratio = np.asarray(more)[[0, 1, 2, 3, 4]] / np.asarray(one)[[0, 1, 2, 2, 2]]
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)  # the rms over five rows is not that over three
-        weights = [weights_of(name, hyper, of) for hyper, of in ((one, base), (one[jnp.array([0, 1, 2, 2, 2])], third))]
+        weights = [
+            hyper_to_weights(name, hyper, of) for hyper, of in ((one, base), (one[jnp.array([0, 1, 2, 2, 2])], third))
+        ]
         np.testing.assert_allclose(weights[1], np.asarray(weights[0])[[0, 1, 2, 2, 2]], rtol=1e-5)
 
 
@@ -247,7 +254,7 @@ def test_writes_a_model_and_a_report(whole):
 @pytest.mark.slow
 def test_dynamic_begins_with_the_rows_that_raise_validation_loss(whole, config, tmp_path):
     """Against slow, separate gradients: the questions of round 0 are those of the least <grad l_i, grad L_v>."""
-    task = refine.prepared(load(RefineConfig, config), tmp_path)
+    task = refine.prepare_refine_task(load(RefineConfig, config), tmp_path)
     params = task.fresh(0)
     slope = jax.jit(jax.jacrev(lambda params, batch: task.objective.losses(params, task.fixed(params), batch)))
     pull = jax.grad(lambda p: task.problem.outer(p, task.fixed(p), jax.tree.map(lambda a: a[0], batch_of(task))))(
@@ -362,7 +369,7 @@ def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     settings, task, _ = ready
     single = replace(settings.single, reference="snapshot", steps=1)
     settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single=single)
-    made = task_of(settings, task, answered(ready, tmp_path), 0)
+    made = build_round_task(settings, task, answered(ready, tmp_path), 0)
     compared, refresh = [], multiobjective.refresh
     monkeypatch.setattr(
         multiobjective, "refresh", lambda state, phi: compared.append(fingerprint(phi)) or refresh(state, phi)
@@ -370,15 +377,15 @@ def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     sampler = jax.tree.map(lambda leaf: leaf + 0.01, task.fresh(0))
     (tmp_path / "bmo" / "checkpoints").mkdir(parents=True)
     with session.session(tmp_path / "bmo", progress=False, save_seconds=1e9) as work:
-        candidate = candidates(settings, task)["bmo"](made, sampler, work, 0)
+        candidate = make_candidate_trainers(settings, task)["bmo"](made, sampler, work, 0)
     assert compared == [fingerprint(sampler)]
     assert candidate.weights.std() > 0
 
 
 def test_question_weights_are_means_over_its_rows(ready, tmp_path):
     settings, task, _ = ready
-    made = task_of(settings, task, answered(ready, tmp_path), 0)
+    made = build_round_task(settings, task, answered(ready, tmp_path), 0)
     weights = np.random.default_rng(1).uniform(size=made.task.rows)
-    found = question_weights(made, weights, task.rows)
-    for question in (made.question[0], made.question[-1]):
-        assert found[question] == pytest.approx(weights[made.question == question].mean())
+    found = average_question_weights(made, weights, task.rows)
+    for question in (made.question_rows[0], made.question_rows[-1]):
+        assert found[question] == pytest.approx(weights[made.question_rows == question].mean())

@@ -16,7 +16,7 @@ from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import figures, files, report
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.page import number
+from bilevel_jax.runs.page import format_number
 from bilevel_jax.runs.sections import DataSection, OuterSection
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
@@ -111,7 +111,7 @@ def examples(count=40, *, labels=True, sources=3, texts=HOSTILE):
 
 def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), settings=DataSection(train=(HOSTILE,))):  # noqa: B008
     """A finished run's files, with as little in them as a report reads."""
-    clean = figures.printable  # a parquet file and a YAML file cannot hold half a surrogate pair
+    clean = figures.show_control_characters  # a parquet file and a YAML file cannot hold half a surrogate pair
     count = len(rows)
     weights = np.exp(np.random.default_rng(0).normal(0, 2, count)) if weights is None else weights
     columns = {
@@ -146,7 +146,7 @@ def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), s
 
 def written(tmp_path: Path, told=None, rows=None, **changes) -> str:
     rows = run_folder(tmp_path, told or result(), rows or examples(), **changes)
-    path = report.write(tmp_path, rows)
+    path = report.write_select_report(tmp_path, rows)
     assert path == tmp_path / "report.html"
     assert path.stat().st_size < 1.5e6
     return path.read_text("utf-8")
@@ -376,7 +376,7 @@ def test_what_was_left_out_is_said(tmp_path):
 
 def test_rows_without_text_are_still_listed(tmp_path):
     run_folder(tmp_path, result(), examples())
-    assert "its text was not given to the report" in words(report.write(tmp_path, []).read_text("utf-8"))
+    assert "its text was not given to the report" in words(report.write_select_report(tmp_path, []).read_text("utf-8"))
 
 
 def test_the_ends_are_the_largest_and_the_least_weights(tmp_path):
@@ -394,13 +394,13 @@ def test_the_ends_are_the_largest_and_the_least_weights(tmp_path):
     ],
 )  # fmt: skip
 def test_number(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("low, high", [(0.9, 1.1), (1e-6, 40.0), (3.0, 4000.0), (0.003, 0.1), (5.0, 5.0)])
 def test_scales_hold_their_values_and_have_ticks(low, high, log):
-    scale = figures.scale([low, math.nan, high], 10, 90, log=log)
+    scale = figures.make_scale([low, math.nan, high], 10, 90, log=log)
     assert 10 <= scale(low) <= scale(high) <= 90
     ticks = scale.ticks()
     assert 1 <= len(ticks) <= 12 and all(scale.low <= tick <= scale.high for tick in ticks)

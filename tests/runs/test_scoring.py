@@ -54,7 +54,7 @@ def arrays(tmp_path_factory):
     """A classification task of three kinds of small images, and its folder."""
     folder = tmp_path_factory.mktemp("blobs")
     (folder / "c.yaml").write_text(blobs.CONFIG.format(path=blobs.write(folder / "blobs.npz")))
-    return bench.tasks(load(CompareConfig, folder / "c.yaml"), folder)(0), folder
+    return bench.make_task_builder(load(CompareConfig, folder / "c.yaml"), folder)(0), folder
 
 
 @pytest.mark.slow

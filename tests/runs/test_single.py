@@ -9,7 +9,7 @@ import pytest
 from bilevel_jax.runs import session
 from bilevel_jax.runs.config import SelectConfig, load
 from bilevel_jax.runs.select import select
-from bilevel_jax.runs.single import falling
+from bilevel_jax.runs.single import delayed_linear_decay
 
 METHODS = {
     "penalty": ("--outer.method", "penalty", "--outer.weighting", "sigmoid", "--single-loop.eval-steps", "20"),
@@ -83,6 +83,6 @@ def test_divergence_is_told(made, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 7, 60])
 def test_the_rate_of_the_weights_falls_and_sums_to_what_it_should(steps):
-    rates = np.array([float(falling(12.0, steps)(step)) for step in range(steps)])
+    rates = np.array([float(delayed_linear_decay(12.0, steps)(step)) for step in range(steps)])
     assert rates.sum() == pytest.approx(12.0, rel=1e-5)
     assert (rates[: steps // 10] == 0).all() and (np.diff(rates[steps // 10 :]) < 0).all() and rates[-1] > 0

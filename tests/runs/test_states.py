@@ -21,7 +21,7 @@ def state(step: int) -> Inner:
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_a_store_gives_back_what_it_got(tmp_path, where):
-    store = states.place(OuterSection(offload=where), tmp_path / "states", state(0))
+    store = states.make_state_store(OuterSection(offload=where), tmp_path / "states", state(0))
     for step in (0, 3, 7, 12):
         store[step] = state(step)
     del store[7]
@@ -32,11 +32,11 @@ def test_a_store_gives_back_what_it_got(tmp_path, where):
     with pytest.raises(KeyError):
         store[7]
     if where == "disk":
-        store.settle()
-        again = states.place(OuterSection(offload=where), tmp_path / "states", state(0), resumed=True)
+        store.wait_until_written()
+        again = states.make_state_store(OuterSection(offload=where), tmp_path / "states", state(0), resume=True)
         assert sorted(again) == [0, 3, 12]
         jax.tree.map(np.testing.assert_array_equal, again[12], state(12))
-        assert not states.place(
+        assert not states.make_state_store(
             OuterSection(offload=where), tmp_path / "states", state(0)
         )  # a new run begins with nothing
         again.clear()
@@ -44,9 +44,9 @@ def test_a_store_gives_back_what_it_got(tmp_path, where):
 
 
 def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypatch):
-    store = states.Disk(tmp_path / "states", state(0))
+    store = states.DiskStore(tmp_path / "states", state(0))
     store[0] = state(0)
-    store.settle()
+    store.wait_until_written()
     largest = max((p for p in (tmp_path / "states").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     with pytest.raises(ValueError, match="refused.*bytes, .* were written"):
@@ -58,21 +58,27 @@ def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "_seal", full)
     store[1] = state(1)
     with pytest.raises(OSError, match="disk"):
-        store.settle()
+        store.wait_until_written()
 
 
 def test_what_is_planned_fits_the_budget():
     shapes = jax.eval_shape(lambda: state(0))  # a snapshot takes 8,004 bytes and a step on the tape 12,004
     gib = lambda amount: amount / states.GIB  # noqa: E731
-    assert states.planned(OuterSection(), 50, shapes, None) == schedule.everything(50)
-    assert states.planned(OuterSection(), 50, shapes, None, device=4000 + 2 * 48_100) == Keep(3, 2)
-    assert states.planned(OuterSection(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
-    assert states.planned(OuterSection(memory_gib=gib(200_000), offload="disk"), 50, shapes, None) == Keep(3, 16)
-    assert states.planned(OuterSection(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(1, 15)
+    assert states.plan_checkpoints(OuterSection(), 50, shapes, None) == schedule.everything(50)
+    assert states.plan_checkpoints(OuterSection(), 50, shapes, None, device_bytes=4000 + 2 * 48_100) == Keep(3, 2)
+    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
+    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000), offload="disk"), 50, shapes, None) == Keep(
+        3, 16
+    )
+    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(
+        1, 15
+    )
     linear = OuterSection(memory_gib=gib(200_000), linearize=True)
-    assert states.planned(linear, 50, shapes, None, linear=lambda: 8000) == Keep(7, 7, linear=True)
-    assert states.planned(OuterSection(method="alignment"), 50, shapes, None) == schedule.NOTHING
+    assert states.plan_checkpoints(linear, 50, shapes, None, linearization_size=lambda: 8000) == Keep(7, 7, linear=True)
+    assert states.plan_checkpoints(OuterSection(method="alignment"), 50, shapes, None) == schedule.NOTHING
     with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*mesh.fsdp"):
-        states.planned(OuterSection(memory_gib=gib(20_000)), 50, shapes, None)
+        states.plan_checkpoints(OuterSection(memory_gib=gib(20_000)), 50, shapes, None)
     with pytest.raises(ValueError, match="outer.memory_gib.*set outer.linearize to false"):
-        states.planned(OuterSection(memory_gib=gib(20_000), linearize=True), 50, shapes, None, linear=lambda: 8000)
+        states.plan_checkpoints(
+            OuterSection(memory_gib=gib(20_000), linearize=True), 50, shapes, None, linearization_size=lambda: 8000
+        )

@@ -15,7 +15,7 @@ from bilevel_jax.lm.data import load as load_rows
 from bilevel_jax.runs import session, task
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
 from bilevel_jax.runs.select import select
-from bilevel_jax.runs.train import summary, train
+from bilevel_jax.runs.train import summarize_training, train
 from tests.runs.command import run_verb
 from tests.runs.problems_lm import MODEL, reviews
 
@@ -54,7 +54,7 @@ def test_writes_what_it_promises(made, whole):
     before, after = (result["parts"]["report"][when] for when in ("before", "after"))
     assert after["loss"] < before["loss"] and set(result["parts"]) == {"fit", "select", "report"}
     assert [record["step"] for record in result["records"]] == [0, 4, 8, 10]
-    assert summary(result).startswith("10 steps on 36 rows; L_v on V_report fell from")
+    assert summarize_training(result).startswith("10 steps on 36 rows; L_v on V_report fell from")
     table = pq.read_table(out / "weights.parquet")
     assert set(table["weight"].to_pylist()) == {1.0} and table.num_rows == 36
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -162,7 +162,7 @@ def test_the_best_parameters_are_kept(made, tmp_path):
 
 def test_without_validation(made, tmp_path):
     result = run(made, tmp_path / "run", "--data.validation", "--data.dev")
-    assert result["parts"] == {} and "nothing says whether" in summary(result)
+    assert result["parts"] == {} and "nothing says whether" in summarize_training(result)
     assert (tmp_path / "run" / "report.html").exists()
 
 

@@ -23,7 +23,9 @@ from bilevel_jax.runs.sections import (
 )
 from tests.runs.test_report import HOSTILE, PAIRS, Balance, examples, numbers, pairs, words
 
-CLEAN = figures.printable(HOSTILE)  # neither a parquet file nor a YAML file can hold half a surrogate pair
+CLEAN = figures.show_control_characters(
+    HOSTILE
+)  # neither a parquet file nor a YAML file can hold half a surrogate pair
 
 
 def record(step, *, ends=False, **losses):
@@ -93,14 +95,14 @@ CONFIG = TrainConfig(
 def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONFIG) -> str:
     """The page of a finished run's folder, with as little in it as a report reads."""
     told, rows = told or result(), rows or examples()
-    rows = [row._replace(id=figures.printable(row.id)) for row in rows]
+    rows = [row._replace(id=figures.show_control_characters(row.id)) for row in rows]
     weights = np.exp(np.random.default_rng(0).normal(0, 2, len(rows))) if weights is None else weights
     table = pa.table(
         {
             "id": [row.id for row in rows],
             "row": np.arange(len(rows)),
-            "source": [figures.printable(row.source) for row in rows],
-            "label": pa.array([row.label and figures.printable(row.label) for row in rows], pa.string()),
+            "source": [figures.show_control_characters(row.source) for row in rows],
+            "label": pa.array([row.label and figures.show_control_characters(row.label) for row in rows], pa.string()),
             "weight": np.asarray(weights, np.float32),
             "file": [row.file for row in rows],
             "line": [row.line for row in rows],
@@ -122,7 +124,7 @@ def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONF
         "commit": None,
     }
     (folder / "environment.json").write_text(json.dumps(environment))
-    path = train_report.write(folder, rows)
+    path = train_report.write_train_report(folder, rows)
     assert path == folder / "report.html" and path.stat().st_size < 1.5e6
     return path.read_text("utf-8")
 
@@ -257,7 +259,7 @@ def test_a_repeated_step_counts_once_and_a_torn_line_is_passed_over(tmp_path):
     first, again = events(20, loss=lambda step: 1.0), events(20, loss=lambda step: 2.0)
     lines = [json.dumps(first[0]), json.dumps(first[1])[:30] + json.dumps(again[1]), json.dumps(again[1])]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    log = report_curves.read_log(tmp_path / "log.jsonl")
+    log = report_curves.read_training_log(tmp_path / "log.jsonl")
     assert log.steps == list(range(20)) and log.losses == [1.0] * 10 + [2.0] * 10
 
 
