@@ -153,7 +153,7 @@ def _estimate(arguments: list[str]) -> int:
 
         if given and Path(given[0]).is_dir():
             return estimate.compare_with_measured(Path(given[0]))
-        run, asked = config.load_estimated(given[0] if given else None, arguments[len(given) :])
+        run, asked = config.load_config_to_estimate(given[0] if given else None, arguments[len(given) :])
         _widen(run)
         return estimate.estimate(run, asked)
 
@@ -166,11 +166,11 @@ def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
     from bilevel_jax.runs import config
 
     def loaded():
-        settings = config.load(kind, given[0] if given else None, arguments[len(given) :])
+        settings = config.load_config(kind, given[0] if given else None, arguments[len(given) :])
         if "distributed" in vars(settings):
             from bilevel_jax.runs import processes
 
-            processes.start(settings.distributed)
+            processes.initialize_distributed(settings.distributed)
         _widen(settings)
         return work(settings)
 

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bilevel_jax.runs.bench import compare
-from bilevel_jax.runs.config import CompareConfig, load
+from bilevel_jax.runs.config import CompareConfig, load_config
 from bilevel_jax.runs.methods import METHODS
 
 plt.style.use("notebooks.mplstyle")
@@ -80,7 +80,7 @@ devices: {{data: 1}}
 def run(name, *flags):
     """result.json of one run of the bench, its rows by name, and the weights of every row."""
     with contextlib.redirect_stderr(io.StringIO()):  # its lines, which say how long each part took
-        compare(load(CompareConfig, folder / "compare.yaml", [*flags, "--out", str(folder / name)]))
+        compare(load_config(CompareConfig, folder / "compare.yaml", [*flags, "--out", str(folder / name)]))
     result = json.loads((folder / name / "result.json").read_text())
     return result, {row["name"]: row for row in result["rows"]}, pq.read_table(folder / name / "weights.parquet")
 

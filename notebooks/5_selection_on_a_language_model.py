@@ -31,7 +31,7 @@ from IPython.display import SVG, display
 
 from bilevel_jax.lm import tokens
 from bilevel_jax.runs import figures, page
-from bilevel_jax.runs.config import ExportConfig, InspectConfig, SelectConfig, load
+from bilevel_jax.runs.config import ExportConfig, InspectConfig, SelectConfig, load_config
 from bilevel_jax.runs.export import export, flags_for_run
 from bilevel_jax.runs.inspect import inspect
 from bilevel_jax.runs.select import select
@@ -129,7 +129,7 @@ def words(flags):
 
 # %%
 about = {key: value for key, value in flags.items() if key.startswith(("model.", "data."))}
-seen = load(InspectConfig, base, [*words(about | {"show.examples": 1, "show.width": 100})])
+seen = load_config(InspectConfig, base, [*words(about | {"show.examples": 1, "show.width": 100})])
 print(inspect(seen))
 
 # %% [markdown]
@@ -143,7 +143,7 @@ print(inspect(seen))
 
 # %%
 with contextlib.redirect_stderr(sys.stdout):
-    result = select(load(SelectConfig, base, [*words(flags), "--out", "run", "--output.no-progress"]))
+    result = select(load_config(SelectConfig, base, [*words(flags), "--out", "run", "--output.no-progress"]))
 
 # %% [markdown]
 # ## The verdict
@@ -278,7 +278,7 @@ elif not REAL:
 # ```
 
 # %%
-config = load(
+config = load_config(
     ExportConfig,
     "run/config.yaml",
     [

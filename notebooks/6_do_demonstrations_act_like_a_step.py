@@ -41,10 +41,10 @@ from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import batches, cipher, data, losses, tokens
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.loglik import LogLik, Request, engine
-from bilevel_jax.runs.bootstrap import rank_correlations, reading, resampled
-from bilevel_jax.runs.embedded import TASKS, pretrain
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.lm.loglik import LogLik, LogLikRequest, make_loglik_scorer
+from bilevel_jax.runs.bootstrap import bootstrap_rank_correlations, percentile_interval, resample_counts
+from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import OptimizerSection
 from bilevel_jax.runs.statistics import auc, rank_correlation
 from bilevel_jax.scores.demonstrations import choice
@@ -79,7 +79,7 @@ def coins(flips):
     """Rows of text that are nothing but flips."""
     examples = [data.Example(f"{i}#0", i, (data.Turn("text", f),), "", None, "coins", i) for i, f in enumerate(flips)]
     sequences = [np.array([BOS, *map(int, f)], np.int32) for f in flips]
-    return rows_of(examples, tokens.corpus_of([tokens.Tokenized(ids, np.arange(len(ids)) > 0) for ids in sequences]))
+    return rows_of(examples, tokens.corpus_from_sequences([tokens.TokenizedSequence(ids, np.arange(len(ids)) > 0) for ids in sequences]))
 
 
 def reader(requests):
@@ -268,8 +268,8 @@ def story_rows(model):
 
 def cipher_rows():
     """The package's own task: answers of a right rule, of a wrong one, and of none; a model that can only copy."""
-    made = cipher.write(folder / "cipher", clean=48, wrong=24, noise=24, validation=40)
-    pretrain(made, TASKS["cipher"], progress=False)
+    made = cipher.write_cipher_data(folder / "cipher", clean=48, wrong=24, noise=24, validation=40)
+    pretrain_builtin_model(made, BUILTIN_TASKS["cipher"], progress=False)
     return made
 
 
@@ -300,20 +300,20 @@ STEPS, BATCH, LEARNED = 16, 12, (1, 2, 4, 8, 16, 32)
 def one_batch(corpus, length, micro=1):
     """All rows in `micro` micro-batches."""
     count = corpus.rows // micro
-    return batches.evaluation_stream(corpus, batches.Layout(micro, count, count, length))
+    return batches.make_evaluation_stream(corpus, batches.BatchShape(micro, count, count, length))
 
 
 def measure(model, made, k, rate):
     """Everything that this page compares: name -> one number for each training row, larger = better."""
-    architecture, params = lm.load(model)
-    decoder, tokenizer = lm.decoder(architecture), tokens.load_tokenizer(str(model))
-    examples, held = (data.load([str(made / f"{name}.jsonl")]) for name in ("train", "validation"))
+    architecture, params = lm.load_model(model)
+    decoder, tokenizer = lm.make_decoder(architecture), tokens.load_tokenizer(str(model))
+    examples, held = (data.load_examples([str(made / f"{name}.jsonl")]) for name in ("train", "validation"))
     corpus, judge = (
         tokens.tokenize(part, tokenizer, max_length=architecture.max_length)[0] for part in (examples, held)
     )
-    length = max(batches.longest(corpus), batches.longest(judge))
+    length = max(batches.padded_max_length(corpus), batches.padded_max_length(judge))
     all_rows, trusted_rows = one_batch(corpus, length), one_batch(judge, length)
-    per_example = losses.sft(decoder)
+    per_example = losses.sft_losses(decoder)
     values = jax.jit(lambda params, batch: per_example(params, jax.tree.map(lambda leaf: leaf[0], batch)))
     before = values(params, all_rows.batch(0))
 
@@ -321,10 +321,10 @@ def measure(model, made, k, rate):
 
     # the exact entries of a training run
     problem = weighted(lambda params, fixed, batch: per_example(params, batch))
-    adamw = optimizer(OptimizerSection(learning_rate=rate, warmup_steps=2, eps_root=1e-8), STEPS)
-    layout = batches.Layout(1, BATCH, BATCH, length)
-    stream = batches.train_stream(corpus, batches.order(corpus.rows, BATCH, 0), STEPS, layout)
-    weights, step = jnp.ones(corpus.rows), transition(problem, adamw)
+    adamw = build_optimizer(OptimizerSection(learning_rate=rate, warmup_steps=2, eps_root=1e-8), STEPS)
+    layout = batches.BatchShape(1, BATCH, BATCH, length)
+    stream = batches.make_train_stream(corpus, batches.shuffled_order(corpus.num_examples, BATCH, 0), STEPS, layout)
+    weights, step = jnp.ones(corpus.num_examples), transition(problem, adamw)
     run = train(step, begin(adamw, params), weights, None, stream)
     estimate = unrolled(problem, step)(run, weights, None, stream, trusted_rows)
     assert estimate.checks.replayed
@@ -338,8 +338,8 @@ def measure(model, made, k, rate):
         table = jax.lax.map(partial(slope, params), trusted)
         return jax.lax.map(lambda micro: table @ slope(params, micro), batch), jnp.sum(table.mean(0) ** 2)
 
-    answer, form = engine(decoder, lengths=(96, 320), share=False), prompt(tokenizer)
-    one_by_one = one_batch(corpus, length, corpus.rows).batch(0), one_batch(judge, length, judge.rows).batch(0)
+    answer, form = make_loglik_scorer(decoder, bucket_lengths=(96, 320), share_prefixes=False), prompt(tokenizer)
+    one_by_one = one_batch(corpus, length, corpus.num_examples).batch(0), one_batch(judge, length, judge.num_examples).batch(0)
     steepness = {}
     for when, reached in (("", params), (", trained", run.end.params)):
         # by gradients: the inner product of each training row with each trusted row; their mean over V is alignment
@@ -352,8 +352,8 @@ def measure(model, made, k, rate):
             shown = choice(name)(*sides, k)
             found[f"alignment with shown {name}{when}"] = np.take_along_axis(np.array(gram), shown, 1).mean(1)
             assert (asked.held == k).all()
-        last = [judge.row(i).ids.tolist() for i in range(judge.rows)]
-        ends = answer.score(reached, [Request(tuple(ids[:-1]), tuple(ids[-1:])) for ids in last])
+        last = [judge.get_sequence(i).ids.tolist() for i in range(judge.num_examples)]
+        ends = answer.score(reached, [LogLikRequest(tuple(ids[:-1]), tuple(ids[-1:])) for ids in last])
         print(
             f"trusted rows{when}: {float(values(reached, trusted_rows.batch(0)).mean()):.2f} nats per token; "
             f"the token that ends an answer {-np.mean([one.nats for one in ends]):.2f} nats"
@@ -368,7 +368,7 @@ def measure(model, made, k, rate):
             found[f"{int(state.step)} × step on V"] = np.array(change)
 
     again = batches.Stream(lambda step: trusted_rows.batch(0), max(LEARNED))
-    train(transition(problem, descent), begin(descent, params), jnp.ones(judge.rows), None, again, on_step=keep)
+    train(transition(problem, descent), begin(descent, params), jnp.ones(judge.num_examples), None, again, on_step=keep)
     return found, np.array([example.label == "clean" for example in examples])
 
 
@@ -423,8 +423,8 @@ PAIRS = [
 def correlations(some):
     """The rank correlation of each pair over some of the rows, with its 95 % bootstrap interval."""
     one, other = (np.stack([found[pair[side]][some] for pair in PAIRS]) for side in (0, 1))
-    draws = rank_correlations(one, other, resampled(int(some.sum()), (0,)))
-    return [reading(draws[:, pair]) for pair in range(len(PAIRS))]
+    draws = bootstrap_rank_correlations(one, other, resample_counts(int(some.sum()), (0,)))
+    return [percentile_interval(draws[:, pair]) for pair in range(len(PAIRS))]
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), width_ratios=(1, 1.1))

@@ -33,12 +33,12 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.lm import batches, cipher, losses, tokens
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import load
-from bilevel_jax.lm.generate import Sampling, decoding, sampler
-from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.lm.data import load_examples
+from bilevel_jax.lm.generate import SamplingParams, make_detokenizer, make_sampler
+from bilevel_jax.lm.prompts import make_prompts
 from bilevel_jax.runs import config, figures, page
-from bilevel_jax.runs.checkers import checker
-from bilevel_jax.runs.embedded import TASKS, pretrain
+from bilevel_jax.runs.checkers import make_verifier
+from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
 from bilevel_jax.runs.refine import refine
 from bilevel_jax.runs.sections import VerifierSection
 from bilevel_jax.runs.statistics import auc
@@ -58,13 +58,13 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 # %%
 work = tempfile.TemporaryDirectory()
 os.chdir(work.name)
-made = cipher.write("cipher", clean=845, wrong=691, noise=0, validation=16, select=64, report=128, copies=0)
+made = cipher.write_cipher_data("cipher", clean=845, wrong=691, noise=0, validation=16, dev=64, test=128, copies=0)
 
 
 def read(name):
     """The rows of a file, each with its right answer: for the checker, never for training."""
     rows = [json.loads(line) for line in (made / name).read_text().splitlines()]
-    return [row | {"answer": cipher.rotate(row["prompt"][:-1], 1)} for row in rows]
+    return [row | {"answer": cipher.rotate_letters(row["prompt"][:-1], 1)} for row in rows]
 
 
 def write(name, rows):
@@ -78,16 +78,16 @@ write("lessons.jsonl", random.permutation(clean[:768] + wrong[:512]).tolist())
 write("train.jsonl", random.permutation(clean[768:] + wrong[512:]).tolist())  # 256 rows, 70 % of them wrong
 for name in ("validation.jsonl", "select.jsonl", "report.jsonl"):
     write(name, read(name))
-pretrain(made, TASKS["cipher"]._replace(lessons="lessons", steps=500), progress=False)
+pretrain_builtin_model(made, BUILTIN_TASKS["cipher"]._replace(pretraining_file="lessons", num_steps=500), progress=False)
 
-architecture, old = lm.load(made / "model")
-decoder, tokenizer = lm.decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
-trusted, report = (load([str(made / f"{name}.jsonl")]) for name in ("validation", "report"))
-judge = checker(VerifierSection("exact", answer_field="answer"))
-sample = sampler(
-    decoder, Sampling(temperature=1.0, max_new=6), decoding(tokenizer), end=[tokenizer.eos_token_id]
+architecture, old = lm.load_model(made / "model")
+decoder, tokenizer = lm.make_decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
+trusted, report = (load_examples([str(made / f"{name}.jsonl")]) for name in ("validation", "report"))
+judge = make_verifier(VerifierSection("exact", answer_field="answer"))
+sample = make_sampler(
+    decoder, SamplingParams(temperature=1.0, max_new_tokens=6), make_detokenizer(tokenizer), end_tokens=[tokenizer.eos_token_id]
 ).sample
-drawn = sample(old, prompts(report, tokenizer), range(16))
+drawn = sample(old, make_prompts(report, tokenizer), range(16))
 right = np.array([[judge(row, one.text) for one in some] for row, some in zip(report, drawn, strict=True)])
 print(f"{right.mean():.0%} of the answers are right; of 4 answers to a question, one or more in", end=" ")
 print(f"{right[:, :4].max(1).mean():.0%} of the questions")
@@ -115,17 +115,17 @@ assert right[:, :4].max(1).mean() > right.mean() + 0.1  # it knows more than it 
 def corpus_of(asked, written):
     """Questions with the model's answers, as training reads them."""
     rows = [
-        tokens.Tokenized(
+        tokens.TokenizedSequence(
             np.array([*q.tokens, *one.tokens]), np.arange(len(q.tokens) + len(one.tokens)) >= len(q.tokens)
         )
         for q, one in zip(asked, written, strict=True)
     ]
-    return tokens.corpus_of(rows)
+    return tokens.corpus_from_sequences(rows)
 
 
 def blocks(corpus, size):
     """All rows as arrays [blocks, size, ...]: each block is one batch."""
-    stream = batches.evaluation_stream(corpus, batches.Layout(1, size, size, 16))
+    stream = batches.make_evaluation_stream(corpus, batches.BatchShape(1, size, size, 16))
     found = [stream.batch(step) for step in range(stream.steps)]
     return {
         key: jnp.stack([batch[key][0] for batch in found])
@@ -133,7 +133,7 @@ def blocks(corpus, size):
     }
 
 
-log_p = losses.log_likelihoods(decoder)  # (params, batch) -> log p(y|x) of each row, nats
+log_p = losses.sequence_log_likelihoods(decoder)  # (params, batch) -> log p(y|x) of each row, nats
 flat_old, unravel = ravel_pytree(old)
 rows_v, _ = tokens.tokenize(trusted, tokenizer, max_length=32)
 batch_v = jax.tree.map(lambda x: x[0], blocks(rows_v, len(trusted)))
@@ -150,7 +150,7 @@ for _ in range(3):
     slope = jax.grad(loss_v)(new, batch_v)
     new = new - 0.03 * slope / jnp.linalg.norm(slope)
 
-question = prompts(report[:1], tokenizer)
+question = make_prompts(report[:1], tokenizer)
 ids = jnp.array([question[0].tokens])
 
 
@@ -308,7 +308,7 @@ plt.show()
 by_draw = [
     one for some in zip(*drawn, strict=True) for one in some
 ]  # the first answer to each question, the second ...
-batch = blocks(corpus_of(prompts(report, tokenizer) * 16, by_draw), len(report))  # a block for each draw
+batch = blocks(corpus_of(make_prompts(report, tokenizer) * 16, by_draw), len(report))  # a block for each draw
 direction = -jax.grad(loss_v)(flat_old, batch_v)
 
 
@@ -427,7 +427,7 @@ devices: {{data: 1}}
     encoding="utf-8",
 )
 with contextlib.redirect_stderr(sys.stdout):
-    result = refine(config.load(config.RefineConfig, "refine.yaml", []))
+    result = refine(config.load_config(config.RefineConfig, "refine.yaml", []))
 
 # %% [markdown]
 # Not one row that somebody else wrote was trained on, and most of the model's answers were wrong. What moved it

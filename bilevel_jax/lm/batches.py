@@ -32,81 +32,81 @@ from jaxtyping import Bool, Int
 from bilevel_jax.core.types import PADDING, Batch, Stream
 from bilevel_jax.lm.tokens import Corpus
 
-Order = Callable[[int], Int[np.ndarray, "batch"]]
+BatchOrder = Callable[[int], Int[np.ndarray, "batch"]]
 """step -> the rows of the corpus of that global step; an empty slot holds the number of rows of the corpus."""
 
-Own = Bool[np.ndarray, "rows"]
+LocalRows = Bool[np.ndarray, "rows"]
 """Which rows of token places are made here; the others, which other processes make, stay empty."""
 
-ROUNDS = 16
+FEISTEL_ROUNDS = 16
 """Feistel rounds. At 5 to 12 rows 6 are visibly uneven (chi-square of pairs of places) and 10 are not."""
 
 
-class Layout(NamedTuple):
+class BatchShape(NamedTuple):
     """The shape of every batch of a run: [micro, rows, length] token places and [micro, examples] slots."""
 
-    micro: int
+    num_micro_batches: int
     examples: int
     rows: int
     length: int
-    sequences: int = 1
+    sequences_per_example: int = 1
     """Sequences of an example: 2 for preference pairs."""
 
     @property
-    def flat(self) -> "Layout":
+    def unpacked(self) -> "BatchShape":
         """The layout without packing: one row of token places for each sequence."""
-        return self._replace(rows=self.examples * self.sequences)
+        return self._replace(rows=self.examples * self.sequences_per_example)
 
 
-def order(rows: int, batch: int, seed: int) -> Order:
+def shuffled_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
     """Epochs without replacement, each a new permutation of range(rows); O(batch) work and memory per call.
 
     A pure function of (seed, step) without tables, so that resuming needs no state and ten million rows cost what
     ten do. The last step of an epoch is filled up with `rows`, so every epoch covers every row exactly once.
     """
-    return subset(range(rows), rows, batch, seed)
+    return shuffled_subset_order(range(num_examples), num_examples, batch_size, seed)
 
 
-def subset(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: int, seed: int) -> Order:
+def shuffled_subset_order(indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int, seed: int) -> BatchOrder:
     """As `order`, over the chosen rows only; `rows` is the size of the whole corpus, to which they refer."""
-    steps = steps_per_epoch(len(chosen), batch)
-    lookup = _lookup(chosen, rows)
+    steps = steps_per_epoch(len(indices), batch_size)
+    lookup = _make_lookup(indices, corpus_size)
 
-    def at(step: int) -> Int[np.ndarray, "batch"]:
+    def indices_at(step: int) -> Int[np.ndarray, "batch"]:
         epoch, part = divmod(step, steps)
-        return lookup(_filled(part, len(chosen), batch, lambda places: permutation(places, len(chosen), seed, epoch)))
+        return lookup(_take_step(part, len(indices), batch_size, lambda places: permute_indices(places, len(indices), seed, epoch)))
 
-    return at
+    return indices_at
 
 
-def grouped(groups: Int[np.ndarray, "groups size"], rows: int, batch: int, seed: int) -> Order:
+def shuffled_group_order(groups: Int[np.ndarray, "groups size"], corpus_size: int, batch_size: int, seed: int) -> BatchOrder:
     """As `subset`, but whole groups are shuffled, and the rows of one stand side by side, in one micro-batch.
 
     For losses that compare rows. A group that is not full holds `rows` in its empty places. `batch` must be a multiple
     of the size, and so must be the slots of a micro-batch.
     """
     size = groups.shape[1]
-    if batch % size:
-        raise ValueError(f"a batch of {batch} rows does not hold whole groups of {size}.")
-    table = np.concatenate([groups, np.full((1, size), rows)])
-    of_groups = order(len(groups), batch // size, seed)
+    if batch_size % size:
+        raise ValueError(f"a batch of {batch_size} rows does not hold whole groups of {size}.")
+    table = np.concatenate([groups, np.full((1, size), corpus_size)])
+    of_groups = shuffled_order(len(groups), batch_size // size, seed)
     return lambda step: table[of_groups(step)].ravel()
 
 
-def in_order(chosen: Sequence[int] | Int[np.ndarray, "chosen"], rows: int, batch: int) -> Order:
+def sequential_order(indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int) -> BatchOrder:
     """The chosen rows one after another, without shuffling: one epoch of `steps_per_epoch` steps."""
-    lookup = _lookup(chosen, rows)
-    return lambda step: lookup(_filled(step, len(chosen), batch, lambda places: places))
+    lookup = _make_lookup(indices, corpus_size)
+    return lambda step: lookup(_take_step(step, len(indices), batch_size, lambda places: places))
 
 
-def steps_per_epoch(rows: int, batch: int) -> int:
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """ceil(rows / batch): the last step of an epoch may be partly empty."""
-    if rows < 1 or batch < 1:
-        raise ValueError(f"{rows} rows in batches of {batch}: both must be at least 1.")
-    return -(-rows // batch)
+    if num_examples < 1 or batch_size < 1:
+        raise ValueError(f"{num_examples} rows in batches of {batch_size}: both must be at least 1.")
+    return -(-num_examples // batch_size)
 
 
-def layout(corpus: Corpus, orders: Sequence[Order], steps: int, *, micro: int, length: int, packing: bool) -> Layout:
+def fit_batch_shape(corpus: Corpus, orders: Sequence[BatchOrder], steps: int, *, num_micro_batches: int, length: int, packing: bool) -> BatchShape:
     """The one shape that holds every step of every given order (all seeds and subsets of a comparison).
 
     `micro` is the number of micro-batches and `length` the token places in a row; a sequence of n tokens takes n - 1.
@@ -114,63 +114,63 @@ def layout(corpus: Corpus, orders: Sequence[Order], steps: int, *, micro: int, l
     """
     longest = int(corpus.lengths.max()) - 1
     if longest > length:
-        row = int(corpus.lengths.argmax()) // corpus.sequences
+        row = int(corpus.lengths.argmax()) // corpus.sequences_per_example
         raise ValueError(
             f"row {row} takes {longest} token places, but a row of the batch has {length}. "
             "Raise length, or tokenize with a smaller max_length."
         )
     batch = len(orders[0](0))
-    if micro < 1 or batch % micro:
-        raise ValueError(f"a batch of {batch} examples does not split into {micro} micro-batches of equal size.")
-    examples = batch // micro
-    flat = Layout(micro, examples, examples * corpus.sequences, length, corpus.sequences)
+    if num_micro_batches < 1 or batch % num_micro_batches:
+        raise ValueError(f"a batch of {batch} examples does not split into {num_micro_batches} micro-batches of equal size.")
+    examples = batch // num_micro_batches
+    unpacked = BatchShape(num_micro_batches, examples, examples * corpus.sequences_per_example, length, corpus.sequences_per_example)
     if not packing:
-        return flat
+        return unpacked
     rows = max(
-        _fit(_places(corpus, part), length)[-1]
-        for one in orders
+        _pack_first_fit(_sequence_lengths(corpus, indices), length)[-1]
+        for order in orders
         for step in range(steps)
-        for part in one(step).reshape(micro, examples)
+        for indices in order(step).reshape(num_micro_batches, examples)
     )
-    return flat._replace(rows=rows)
+    return unpacked._replace(rows=rows)
 
 
-def evaluation_layout(corpus: Corpus, batch: int, *, micro: int, length: int, packing: bool) -> Layout:
+def fit_evaluation_batch_shape(corpus: Corpus, batch_size: int, *, num_micro_batches: int, length: int, packing: bool) -> BatchShape:
     """The layout of `evaluation_stream`: every row of the corpus once, in order."""
-    steps = steps_per_epoch(len(corpus.kept), batch)
-    orders = [in_order(corpus.kept, corpus.rows, batch)]
-    return layout(corpus, orders, steps, micro=micro, length=length, packing=packing)
+    steps = steps_per_epoch(len(corpus.kept_indices), batch_size)
+    orders = [sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)]
+    return fit_batch_shape(corpus, orders, steps, num_micro_batches=num_micro_batches, length=length, packing=packing)
 
 
-def longest(corpus: Corpus, multiple: int = 8) -> int:
+def padded_max_length(corpus: Corpus, multiple: int = 8) -> int:
     """Token places of the longest sequence, rounded up: the least `length` that a layout of this corpus may have."""
     return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
 
 
-def train_stream(
-    corpus: Corpus, order: Order, steps: int, layout: Layout, *, total: int = 0, own: Own | None = None
+def make_train_stream(
+    corpus: Corpus, order: BatchOrder, steps: int, batch_shape: BatchShape, *, total_examples: int = 0, local_rows: LocalRows | None = None
 ) -> Stream:
     """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
 
     A stream that is summed rather than stepped on (what implicit estimators read) gives `total`, the number of all its
     rows, which takes the place of `rows`; its targets are then counted here, once.
     """
-    if not total:
-        return Stream(lambda step: _batch(corpus, order(step), layout, None, own), steps)
-    chosen = np.concatenate([order(step) for step in range(steps)])
-    whole = total, _targeted(corpus, chosen[chosen < corpus.rows])
-    return Stream(lambda step: _batch(corpus, order(step), layout, whole, own), steps)
+    if not total_examples:
+        return Stream(lambda step: _build_batch(corpus, order(step), batch_shape, None, local_rows), steps)
+    indices = np.concatenate([order(step) for step in range(steps)])
+    totals = total_examples, _count_targets(corpus, indices[indices < corpus.num_examples])
+    return Stream(lambda step: _build_batch(corpus, order(step), batch_shape, totals, local_rows), steps)
 
 
-def evaluation_stream(corpus: Corpus, layout: Layout, *, own: Own | None = None) -> Stream:
+def make_evaluation_stream(corpus: Corpus, batch_shape: BatchShape, *, local_rows: LocalRows | None = None) -> Stream:
     """Every row once, in order; its `rows` is the number of all of them, so a sum over the stream is the mean."""
-    batch = layout.micro * layout.examples
-    one = in_order(corpus.kept, corpus.rows, batch)
-    whole = len(corpus.kept), _targeted(corpus, corpus.kept)
-    return Stream(lambda step: _batch(corpus, one(step), layout, whole, own), steps_per_epoch(whole[0], batch))
+    batch_size = batch_shape.num_micro_batches * batch_shape.examples
+    order = sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)
+    totals = len(corpus.kept_indices), _count_targets(corpus, corpus.kept_indices)
+    return Stream(lambda step: _build_batch(corpus, order(step), batch_shape, totals, local_rows), steps_per_epoch(totals[0], batch_size))
 
 
-def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
+def permute_indices(indices: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
     """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends the given places.
 
     An alternating Feistel network on a grid just above `size`: each round adds a keyed hash of one coordinate to the
@@ -179,15 +179,15 @@ def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: 
     """
     across = math.isqrt(max(size - 1, 0)) + 1
     down = -(-size // across)
-    key = _mix_int(_mix_int(seed) + epoch)  # not symmetric: seed 1, epoch 2 is not seed 2, epoch 1
-    keys = [np.uint64(_mix_int(key + turn)) for turn in range(ROUNDS)]
-    out = np.asarray(places).astype(np.uint64)
+    key = _splitmix_int(_splitmix_int(seed) + epoch)  # not symmetric: seed 1, epoch 2 is not seed 2, epoch 1
+    keys = [np.uint64(_splitmix_int(key + round_number)) for round_number in range(FEISTEL_ROUNDS)]
+    out = np.asarray(indices).astype(np.uint64)
     outside = np.arange(out.size)
     while outside.size:
         left, right = out[outside] % np.uint64(across), out[outside] // np.uint64(across)
-        for turn in range(0, ROUNDS, 2):
-            left = (left + _mix(right ^ keys[turn])) % np.uint64(across)
-            right = (right + _mix(left ^ keys[turn + 1])) % np.uint64(down)
+        for round_number in range(0, FEISTEL_ROUNDS, 2):
+            left = (left + _splitmix(right ^ keys[round_number])) % np.uint64(across)
+            right = (right + _splitmix(left ^ keys[round_number + 1])) % np.uint64(down)
         out[outside] = left + right * np.uint64(across)
         outside = outside[out[outside] >= size]
     return out.astype(np.int64)
@@ -196,136 +196,136 @@ def permutation(places: Int[np.ndarray, "places"], size: int, seed: int, epoch: 
 # ---- building
 
 
-def _batch(
+def _build_batch(
     corpus: Corpus,
-    chosen: Int[np.ndarray, "batch"],
-    layout: Layout,
-    whole: tuple[int, int] | None,
-    own: Own | None,
+    indices: Int[np.ndarray, "batch"],
+    batch_shape: BatchShape,
+    totals: tuple[int, int] | None,
+    local_rows: LocalRows | None,
 ) -> Batch:
     """`whole` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
-    micro, examples, rows, length, sequences = layout
-    if len(chosen) != micro * examples:
-        raise ValueError(f"a step of {len(chosen)} examples does not fit {micro} micro-batches of {examples}.")
-    if sequences != corpus.sequences:
+    num_micro_batches, examples, rows, length, sequences_per_example = batch_shape
+    if len(indices) != num_micro_batches * examples:
+        raise ValueError(f"a step of {len(indices)} examples does not fit {num_micro_batches} micro-batches of {examples}.")
+    if sequences_per_example != corpus.sequences_per_example:
         raise ValueError(
-            f"the layout has {sequences} sequences for each example and the corpus {corpus.sequences}; "
+            f"the layout has {sequences_per_example} sequences for each example and the corpus {corpus.sequences_per_example}; "
             "make the layout by `layout`, from this corpus."
         )
-    slots = examples * sequences
-    shape = (micro, rows, length)
+    slots = examples * sequences_per_example
+    shape = (num_micro_batches, rows, length)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     slot = np.full(shape, slots, np.int32)
-    sampler = np.full(shape, np.nan, np.float32)
-    supervised = np.ones((micro, slots), np.float32)
-    real = chosen < corpus.rows
+    sampler_log_probs = np.full(shape, np.nan, np.float32)
+    supervised = np.ones((num_micro_batches, slots), np.float32)
+    real = indices < corpus.num_examples
     targeted = 0
-    for m, part in enumerate(chosen.reshape(micro, examples)):
-        places = _places(corpus, part)
+    for m, part in enumerate(indices.reshape(num_micro_batches, examples)):
+        lengths = _sequence_lengths(corpus, part)
         if rows >= slots:  # no packing, or packing that gains nothing; more where a mesh asks for a multiple
-            at, start = np.arange(slots), np.zeros(slots, np.int64)
+            row_of, start = np.arange(slots), np.zeros(slots, np.int64)
         else:
-            at, start, needed = _fit(places, length)
+            row_of, start, needed = _pack_first_fit(lengths, length)
             if needed > rows:
                 raise ValueError(
                     f"a micro-batch needs {needed} rows and has {rows}. Give its order to `layout` as well."
                 )
-        for s in np.flatnonzero(np.repeat(part < corpus.rows, sequences)):
-            row, n = int(part[s // sequences]), int(places[s])
+        for s in np.flatnonzero(np.repeat(part < corpus.num_examples, sequences_per_example)):
+            row, n = int(part[s // sequences_per_example]), int(lengths[s])
             if n < 1:
                 raise ValueError(f"row {row} was dropped by the tokenizer. Draw from `corpus.kept` with `subset`.")
-            first = int(corpus.offsets[row * sequences + s % sequences])
-            ids, wanted = corpus.ids[first : first + n + 1], corpus.supervised[first + 1 : first + n + 1]
-            supervised[m, s] = wanted.sum()
-            targeted += int(wanted.sum())
-            if own is not None and not own[at[s]]:
+            first = int(corpus.offsets[row * sequences_per_example + s % sequences_per_example])
+            ids, is_target = corpus.ids[first : first + n + 1], corpus.target_mask[first + 1 : first + n + 1]
+            supervised[m, s] = is_target.sum()
+            targeted += int(is_target.sum())
+            if local_rows is not None and not local_rows[row_of[s]]:
                 continue
-            here = (m, at[s], slice(start[s], start[s] + n))
-            tokens[here], targets[here], positions[here] = ids[:-1], ids[1:], np.arange(n)
-            segments[here] = segments[m, at[s]].max() + 1
-            slot[here] = np.where(wanted, s, slots)
-            if corpus.sampler is not None:
-                sampler[here] = corpus.sampler[first + 1 : first + n + 1]
-    count, targeted = whole or (int(real.sum()), targeted)
+            cell = (m, row_of[s], slice(start[s], start[s] + n))
+            tokens[cell], targets[cell], positions[cell] = ids[:-1], ids[1:], np.arange(n)
+            segments[cell] = segments[m, row_of[s]].max() + 1
+            slot[cell] = np.where(is_target, s, slots)
+            if corpus.sampler_log_probs is not None:
+                sampler_log_probs[cell] = corpus.sampler_log_probs[first + 1 : first + n + 1]
+    count, targeted = totals or (int(real.sum()), targeted)
     batch = {
         "tokens": tokens,
         "targets": targets,
         "positions": positions,
         "segments": segments,
         "slot": slot,
-        "index": np.where(real, chosen, PADDING).astype(np.int32).reshape(micro, examples),
+        "index": np.where(real, indices, PADDING).astype(np.int32).reshape(num_micro_batches, examples),
         "supervised": supervised,
-        "rows": np.full(micro, count, np.float32),
-        "targeted": np.full(micro, targeted, np.float32),
+        "rows": np.full(num_micro_batches, count, np.float32),
+        "targeted": np.full(num_micro_batches, targeted, np.float32),
     }
-    if corpus.reference is not None:
-        reference = np.where(real, corpus.reference[np.where(real, chosen, 0)], 0)
-        batch["reference"] = reference.astype(np.float32).reshape(micro, examples)
-    if corpus.sampler is not None:
-        batch["sampler"] = sampler
-    if corpus.base is not None:
-        base = np.where(real, corpus.base[np.where(real, chosen, 0)], 0)
-        batch["base"] = base.astype(np.float32).reshape(micro, examples)
+    if corpus.reference_margins is not None:
+        reference_margins = np.where(real, corpus.reference_margins[np.where(real, indices, 0)], 0)
+        batch["reference"] = reference_margins.astype(np.float32).reshape(num_micro_batches, examples)
+    if corpus.sampler_log_probs is not None:
+        batch["sampler"] = sampler_log_probs
+    if corpus.multiplicity is not None:
+        multiplicity = np.where(real, corpus.multiplicity[np.where(real, indices, 0)], 0)
+        batch["base"] = multiplicity.astype(np.float32).reshape(num_micro_batches, examples)
     return batch
 
 
-def _places(corpus: Corpus, chosen: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "slots"]:
+def _sequence_lengths(corpus: Corpus, indices: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "slots"]:
     """Token places that each sequence of the chosen rows takes; 0 for an empty slot."""
-    real = (chosen < corpus.rows)[:, None]
-    sequence = np.where(real, chosen[:, None] * corpus.sequences + np.arange(corpus.sequences), 0)
+    real = (indices < corpus.num_examples)[:, None]
+    sequence = np.where(real, indices[:, None] * corpus.sequences_per_example + np.arange(corpus.sequences_per_example), 0)
     return np.where(real, np.maximum(corpus.offsets[sequence + 1] - corpus.offsets[sequence] - 1, 0), 0).ravel()
 
 
-def _targeted(corpus: Corpus, chosen: Int[np.ndarray, "chosen"]) -> int:
+def _count_targets(corpus: Corpus, indices: Int[np.ndarray, "chosen"]) -> int:
     """Supervised targets of the chosen rows; a sequence's first token has nothing before it to predict it from."""
-    before = np.concatenate([[0], np.cumsum(corpus.supervised)])
+    before = np.concatenate([[0], np.cumsum(corpus.target_mask)])
     first, last = np.minimum(corpus.offsets[:-1] + 1, corpus.offsets[1:]), corpus.offsets[1:]
-    return int((before[last] - before[first]).reshape(-1, corpus.sequences).sum(1)[chosen].sum())
+    return int((before[last] - before[first]).reshape(-1, corpus.sequences_per_example).sum(1)[indices].sum())
 
 
-def _fit(
-    places: Int[np.ndarray, "slots"], length: int
+def _pack_first_fit(
+    lengths: Int[np.ndarray, "slots"], length: int
 ) -> tuple[Int[np.ndarray, "slots"], Int[np.ndarray, "slots"], int]:
     """First fit, longest first: (row, start) of each sequence, and the rows needed (at most one per sequence)."""
-    at, start = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+    row_of, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     used: list[int] = []
-    for s in np.argsort(-places, kind="stable"):
-        n = int(places[s])
+    for s in np.argsort(-lengths, kind="stable"):
+        n = int(lengths[s])
         row = next((r for r, u in enumerate(used) if u + n <= length), len(used))
         if row == len(used):
             used.append(0)
-        at[s], start[s] = row, used[row]
+        row_of[s], start[s] = row, used[row]
         used[row] += n
-    return at, start, len(used)
+    return row_of, start, len(used)
 
 
-def _filled(part: int, rows: int, batch: int, permute: Callable[[np.ndarray], np.ndarray]) -> Int[np.ndarray, "batch"]:
+def _take_step(step: int, num_examples: int, batch_size: int, permute: Callable[[np.ndarray], np.ndarray]) -> Int[np.ndarray, "batch"]:
     """Places part * batch ... of an epoch of `rows`, permuted; `rows` itself beyond its end."""
-    places = np.arange(part * batch, (part + 1) * batch)
-    real = places < rows
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    real = places < num_examples
     places[real] = permute(places[real])
-    places[~real] = rows
+    places[~real] = num_examples
     return places
 
 
-def _lookup(chosen: Sequence[int] | np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+def _make_lookup(indices: Sequence[int] | np.ndarray, corpus_size: int) -> Callable[[np.ndarray], np.ndarray]:
     """places in `chosen` -> rows of the corpus, and len(chosen) -> rows."""
-    if isinstance(chosen, range) and chosen == range(rows):
+    if isinstance(indices, range) and indices == range(corpus_size):
         return lambda places: places  # all rows: no table of them
-    table = np.append(np.asarray(chosen, np.int64), rows)
-    if table[:-1].min(initial=0) < 0 or table[:-1].max(initial=0) >= rows:
-        raise ValueError(f"chosen rows lie in {table[:-1].min()}..{table[:-1].max()}; the corpus has 0..{rows - 1}.")
+    table = np.append(np.asarray(indices, np.int64), corpus_size)
+    if table[:-1].min(initial=0) < 0 or table[:-1].max(initial=0) >= corpus_size:
+        raise ValueError(f"chosen rows lie in {table[:-1].min()}..{table[:-1].max()}; the corpus has 0..{corpus_size - 1}.")
     return lambda places: table[places]
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _splitmix(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014), cut to 32 bits so that sums stay below 2**64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (values ^ (values >> np.uint64(31))) >> np.uint64(32)
 
 
-def _mix_int(value: int) -> int:
+def _splitmix_int(value: int) -> int:
     """The same on one Python int, with the generator's increment before it and all 64 bits after it."""
     mask = 2**64 - 1
     value = (value + 0x9E3779B97F4A7C15) & mask

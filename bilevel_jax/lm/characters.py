@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
 # A dialogue is written without any header: the prompt's last character asks. The blocks mark what is learned.
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
     "{% else %}{{ message.content }}{% endif %}{% endfor %}"
 )
 
 
-def config(characters: str) -> dict[str, Any]:
+def make_char_config(characters: str) -> dict[str, Any]:
     """config.json of a Llama of 2 layers and width 32, embeddings tied: some 22 thousand parameters."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": True,
-        "bos_token_id": SPECIAL.index("<s>"),
+        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
         "dtype": "float32",
-        "eos_token_id": SPECIAL.index("</s>"),
+        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
         "head_dim": 16,
         "hidden_act": "silu",
         "hidden_size": 32,
@@ -37,49 +37,49 @@ def config(characters: str) -> dict[str, Any]:
         "num_attention_heads": 2,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,
-        "pad_token_id": SPECIAL.index("<pad>"),
+        "pad_token_id": SPECIAL_TOKENS.index("<pad>"),
         "rms_norm_eps": 1e-05,
         "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"},
         "tie_word_embeddings": True,
-        "vocab_size": len(SPECIAL) + len(characters),
+        "vocab_size": len(SPECIAL_TOKENS) + len(characters),
     }
 
 
-def tokenizer(characters: str) -> "PreTrainedTokenizerFast":
+def make_char_tokenizer(characters: str) -> "PreTrainedTokenizerFast":
     """One token per character, with a chat template that adds nothing but BOS and EOS."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    pad, bos, eos, unk = SPECIAL
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    fast_tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    fast_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast_tokenizer.decoder = decoders.Fuse()
+    pad, bos, eos, unk = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
+        tokenizer_object=fast_tokenizer,
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
         unk_token=unk,
         clean_up_tokenization_spaces=False,
-        model_max_length=config(characters)["max_position_embeddings"],
-        chat_template=TEMPLATE,
+        model_max_length=make_char_config(characters)["max_position_embeddings"],
+        chat_template=CHAT_TEMPLATE,
     )
 
 
-def write_untrained(folder: Path, characters: str) -> None:
+def write_untrained_model(folder: Path, characters: str) -> None:
     """`folder` as a checkpoint without parameters: config and tokenizer."""
     folder.mkdir(exist_ok=True)
-    put(folder / "config.json", json.dumps(config(characters), indent=2) + "\n")
-    tokenizer(characters).save_pretrained(str(folder))
+    write_once(folder / "config.json", json.dumps(make_char_config(characters), indent=2) + "\n")
+    make_char_tokenizer(characters).save_pretrained(str(folder))
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """The rows as jsonl; a file that is there with other contents is an error."""
-    put(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_once(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def put(path: Path, text: str) -> None:
+def write_once(path: Path, text: str) -> None:
     """Write a file, unless it is there with just this text; one with another is an error."""
     if path.exists() and path.read_bytes() != text.encode():
         raise FileExistsError(f"{path}: already there, with other contents. Name another folder, or remove the file.")

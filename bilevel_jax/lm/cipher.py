@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bilevel_jax.lm import characters
-from bilevel_jax.lm.batches import permutation
+from bilevel_jax.lm.batches import permute_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrst"
-WIDTH = 4
-STRINGS = len(LETTERS) ** WIDTH
+STRING_LENGTH = 4
+NUM_STRINGS = len(LETTERS) ** STRING_LENGTH
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz> \n"
 """All the tokenizer knows; more than the cipher needs, so that one's own short rows can be tried."""
 
 
-def write(
+def write_cipher_data(
     folder: str | Path,
     *,
     seed: int = 0,
@@ -32,8 +32,8 @@ def write(
     wrong: int = 128,
     noise: int = 128,
     validation: int = 16,
-    select: int = 16,
-    report: int = 128,
+    dev: int = 16,
+    test: int = 128,
     copies: int = 512,
 ) -> Path:
     """Write train, validation, select, report and copies .jsonl and untrained/ (config and tokenizer) into `folder`.
@@ -44,54 +44,54 @@ def write(
     left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
-    sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "select": select}
-    sizes |= {"report": report, "copies": copies}
-    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= STRINGS:
-        raise ValueError(f"{sizes} rows: none may be negative, and together they must be 1 to {STRINGS} strings.")
-    drawn = permutation(np.arange(sum(sizes.values())), STRINGS, seed).tolist()
-    strings = iter(_letters(number) for number in drawn)
-    random = iter(_letters(number) for number in permutation(np.arange(2 * noise + 2), STRINGS, seed, 1).tolist())
+    sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "select": dev}
+    sizes |= {"report": test, "copies": copies}
+    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_STRINGS:
+        raise ValueError(f"{sizes} rows: none may be negative, and together they must be 1 to {NUM_STRINGS} strings.")
+    numbers = permute_indices(np.arange(sum(sizes.values())), NUM_STRINGS, seed).tolist()
+    strings = iter(_spell_number(number) for number in numbers)
+    random_strings = iter(_spell_number(number) for number in permute_indices(np.arange(2 * noise + 2), NUM_STRINGS, seed, 1).tolist())
 
     def noisy(string: str) -> str:
-        return next(r for r in random if r not in {rotate(string, by) for by in (-1, 0, 1)})
+        return next(r for r in random_strings if r not in {rotate_letters(string, by) for by in (-1, 0, 1)})
 
     rules: dict[str, Callable[[str], str]] = {
-        "clean": lambda string: rotate(string, 1),
-        "wrong": lambda string: rotate(string, -1),
+        "clean": lambda string: rotate_letters(string, 1),
+        "wrong": lambda string: rotate_letters(string, -1),
         "noise": noisy,
-        "copy": lambda string: rotate(string, 0),
+        "copy": lambda string: rotate_letters(string, 0),
     }
 
     def rows(label: str, count: int) -> list[dict[str, str]]:
-        taken = [next(strings) for _ in range(count)]
-        return [{"prompt": s + ">", "response": rules[label](s), "label": label} for s in taken]
+        chosen_strings = [next(strings) for _ in range(count)]
+        return [{"prompt": s + ">", "response": rules[label](s), "label": label} for s in chosen_strings]
 
     train = [row for label in ("clean", "wrong", "noise") for row in rows(label, sizes[label])]
-    shuffled = [train[i] for i in permutation(np.arange(len(train)), max(len(train), 1), seed, 2)]
+    shuffled = [train[i] for i in permute_indices(np.arange(len(train)), max(len(train), 1), seed, 2)]
     files = {"train": shuffled} | {name: rows("clean", sizes[name]) for name in ("validation", "select", "report")}
     files["copies"] = rows("copy", copies)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         if part:
-            characters.write_rows(folder / f"{name}.jsonl", part)
-    characters.write_untrained(folder / "untrained", CHARACTERS)
+            characters.write_jsonl(folder / f"{name}.jsonl", part)
+    characters.write_untrained_model(folder / "untrained", CHARACTERS)
     return folder
 
 
-def rotate(string: str, by: int) -> str:
+def rotate_letters(string: str, by: int) -> str:
     """Each letter moved on by `by` places; after the last of the twenty comes the first."""
     return "".join(LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)] for letter in string)
 
 
-def config() -> dict[str, Any]:
+def make_cipher_config() -> dict[str, Any]:
     """config.json of the model: 21,952 parameters."""
-    return characters.config(CHARACTERS)
+    return characters.make_char_config(CHARACTERS)
 
 
-def tokenizer() -> "PreTrainedTokenizerFast":
+def make_cipher_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per character."""
-    return characters.tokenizer(CHARACTERS)
+    return characters.make_char_tokenizer(CHARACTERS)
 
 
-def _letters(number: int) -> str:
-    return "".join(LETTERS[number // len(LETTERS) ** place % len(LETTERS)] for place in range(WIDTH))
+def _spell_number(number: int) -> str:
+    return "".join(LETTERS[number // len(LETTERS) ** place % len(LETTERS)] for place in range(STRING_LENGTH))

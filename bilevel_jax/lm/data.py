@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_jax.lm import files, formats
-from bilevel_jax.lm.turns import DataOptions, Dialogue, Empty, Turn
+from bilevel_jax.lm.turns import DataOptions, Dialogue, EmptyExampleError, Turn
 
 
 class Example(NamedTuple):
@@ -36,7 +36,7 @@ class Example(NamedTuple):
     """In a preference pair, the dialogue with the response that was not preferred; `turns` has the one that was."""
     format: str = ""
     """The layout that its file was read in, a name in `formats.FORMATS`."""
-    cut: int = 0
+    num_dropped_turns: int = 0
     """Turns of the user at the end of a ShareGPT row that were left out, because nothing answers them."""
 
     @property
@@ -45,24 +45,24 @@ class Example(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-def load(
+def load_examples(
     paths: Sequence[str],
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
-    dropped: Callable[[str], Any] = lambda message: None,
+    on_drop: Callable[[str], Any] = lambda message: None,
 ) -> list[Example]:
     """Read all rows of all paths, in order; `row` counts through them.
 
     Strict: a row that cannot be used raises a ValueError that names its file and line, rather than being skipped.
     With options.empty = drop, `dropped` is called for each row that is left out, with a sentence that says why.
     """
-    _check(paths, options)
-    return list(_examples(paths, options, dropped, lazy=False))
+    _check_options(paths, options)
+    return list(_iter_examples(paths, options, on_drop, streaming=False))
 
 
-def stream(
+def stream_examples(
     paths: Sequence[str],
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
-    dropped: Callable[[str], Any] = lambda message: None,
+    on_drop: Callable[[str], Any] = lambda message: None,
     *,
     skip: int = 0,
 ) -> Iterator[Example]:
@@ -72,34 +72,34 @@ def stream(
     occurrences, some 100 bytes are held per distinct row; they are also why skipped rows are read and hashed (tens of
     thousands a second), though no further. Data sets of the hub are streamed rather than downloaded first.
     """
-    _check(paths, options)
-    return itertools.islice(_examples(paths, options, dropped, lazy=True), skip, None)
+    _check_options(paths, options)
+    return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True), skip, None)
 
 
-def row_of(example: Example, layout: str = "auto") -> dict[str, Any]:
+def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:
     """The example as a row of the given layout, one of `formats.LAYOUTS`; `load` reads it as the same turns, same id.
 
     auto: text, prompt, chat, preference or preference_chat, the first that can hold it; rows of one file should be of
     one layout. Nothing but the turns is in it: add id, source or weight as other keys.
     """
-    if layout == "auto" and is_pair(example):
-        kinds = {kind_of(example._replace(turns=side)) for side in (example.turns, example.rejected)}
-        layout = "preference" if kinds == {"prompt"} else "preference_chat"
-    elif layout == "auto":
-        layout = kind_of(example)
-    return formats.write(Dialogue(example.turns, example.rejected), layout, example.where)
+    if row_format == "auto" and is_preference_pair(example):
+        kinds = {example_kind(example._replace(turns=side)) for side in (example.turns, example.rejected)}
+        row_format = "preference" if kinds == {"prompt"} else "preference_chat"
+    elif row_format == "auto":
+        row_format = example_kind(example)
+    return formats.dialogue_to_row(Dialogue(example.turns, example.rejected), row_format, example.where)
 
 
-def content_hash(turns: Iterable[Turn], rejected: Iterable[Turn] = ()) -> str:
+def hash_content(turns: Iterable[Turn], rejected: Iterable[Turn] = ()) -> str:
     """64 bits of SHA-256 of the turns, as 16 hex digits; for 10 million rows one collision in 370,000 sets.
 
     That of a preference pair covers both dialogues, and differs from that of either.
     """
     sides = [[list(turn) for turn in side] for side in (turns, rejected)]
-    return _digest(json.dumps(sides if sides[1] else sides[0], ensure_ascii=False))
+    return _hash_text(json.dumps(sides if sides[1] else sides[0], ensure_ascii=False))
 
 
-def duplicates(examples: Sequence[Example]) -> list[list[Example]]:
+def find_duplicates(examples: Sequence[Example]) -> list[list[Example]]:
     """The groups of two or more examples that have exactly the same turns, in order of first appearance."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
@@ -107,19 +107,19 @@ def duplicates(examples: Sequence[Example]) -> list[list[Example]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[tuple[Example, Example]]:
+def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[tuple[Example, Example]]:
     """Pairs (train, validation) that say the same: equal up to case, white space, layout and system turns.
 
     Catches copies, not paraphrases, and not a prompt that comes back with another response. Of a preference pair,
     prompt and chosen response count: the same pair with its sides exchanged is no leak.
     """
-    held: dict[str, list[Example]] = {}
+    by_hash: dict[str, list[Example]] = {}
     for example in validation:
-        held.setdefault(gist(example), []).append(example)
-    return [(example, other) for example in train for other in held.get(gist(example), ())]
+        by_hash.setdefault(hash_normalized_text(example), []).append(example)
+    return [(example, other) for example in train for other in by_hash.get(hash_normalized_text(example), ())]
 
 
-def split(examples: Sequence[Example], fractions: Sequence[float], seed: int) -> tuple[list[Example], ...]:
+def split_examples(examples: Sequence[Example], fractions: Sequence[float], seed: int) -> tuple[list[Example], ...]:
     """Deal the examples into parts of about the given fractions, by a hash of their content and the seed.
 
     Where a row goes depends on nothing but its own content, so adding, removing or reordering rows moves no other
@@ -131,8 +131,8 @@ def split(examples: Sequence[Example], fractions: Sequence[float], seed: int) ->
     edges = [sum(fractions[: i + 1]) for i in range(len(fractions) - 1)]
     parts: tuple[list[Example], ...] = tuple([] for _ in fractions)
     for example in examples:
-        place = int(_digest(f"{seed} {gist(example)}"), 16) / 2**64
-        part = parts[bisect.bisect_right(edges, place)]
+        quantile = int(_hash_text(f"{seed} {hash_normalized_text(example)}"), 16) / 2**64
+        part = parts[bisect.bisect_right(edges, quantile)]
         part.append(example._replace(row=len(part)))
     if not all(parts):
         raise ValueError(
@@ -142,39 +142,39 @@ def split(examples: Sequence[Example], fractions: Sequence[float], seed: int) ->
     return parts
 
 
-def summary(examples: Sequence[Example]) -> str:
+def summarize_examples(examples: Sequence[Example]) -> str:
     """One line for people: rows, the format of each file, sources, labels, duplicates."""
-    found = Counter((e.format or kind_of(e), e.file) for e in examples)
-    formats_only = Counter(e.format or kind_of(e) for e in examples)
+    formats_and_files = Counter((e.format or example_kind(e), e.file) for e in examples)
+    formats_only = Counter(e.format or example_kind(e) for e in examples)
     sources = Counter(e.source for e in examples)
     labels = Counter(e.label for e in examples if e.label is not None)
-    copies = sum(len(group) - 1 for group in duplicates(examples))
-    cut = sum(e.cut > 0 for e in examples)
-    named = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in found.most_common()]
-    grouped = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
+    copies = sum(len(group) - 1 for group in find_duplicates(examples))
+    shortened = sum(e.num_dropped_turns > 0 for e in examples)
+    by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
+    by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
     parts = [
         f"{len(examples):,} rows",
-        ", ".join(named) if len(named) <= 4 else f"{', '.join(grouped)} from {len(named)} files",
+        ", ".join(by_file) if len(by_file) <= 4 else f"{', '.join(by_format)} from {len(by_file)} files",
         f"{len(sources)} sources" if len(sources) > 1 else f"source {next(iter(sources), 'none')}",
         *([f"labels {', '.join(sorted(labels)[:8])}"] if labels else []),
         *([f"{copies:,} are copies of an earlier row"] if copies else []),
-        *([f"{cut:,} lost a last message of the user, which nothing answers"] if cut else []),
+        *([f"{shortened:,} lost a last message of the user, which nothing answers"] if shortened else []),
     ]
     return "; ".join(parts)
 
 
-def detected(examples: Sequence[Example]) -> dict[str, str]:
+def list_formats(examples: Sequence[Example]) -> dict[str, str]:
     """file -> the layout that it was read in, forced or found out."""
     return {example.file: example.format for example in examples}
 
 
-def kind_of(example: Example) -> str:
+def example_kind(example: Example) -> str:
     """text, prompt (one user turn, one assistant turn) or chat."""
     roles = [turn.role for turn in example.turns]
     return "text" if roles == ["text"] else "prompt" if roles == ["user", "assistant"] else "chat"
 
 
-def is_pair(example: Example) -> bool:
+def is_preference_pair(example: Example) -> bool:
     """Whether it is a preference pair: a chosen and a rejected dialogue."""
     return bool(example.rejected)
 
@@ -182,23 +182,23 @@ def is_pair(example: Example) -> bool:
 # ---- rows -> examples
 
 
-def _examples(
-    paths: Sequence[str], options: DataOptions, dropped: Callable[[str], Any], lazy: bool
+def _iter_examples(
+    paths: Sequence[str], options: DataOptions, on_drop: Callable[[str], Any], streaming: bool
 ) -> Iterator[Example]:
     count = 0
     seen: Counter[str] = Counter()
     firsts: dict[bool, str] = {}
     for path in map(str, paths):
-        kind, before, empty = options.format, count, 0
-        for line, row in files.read_rows(path, lazy=lazy):
+        row_format, count_before, num_empty = options.format, count, 0
+        for line, row in files.read_rows(path, streaming=streaming):
             where = f"{path}:{line}"
-            kind = kind if kind != "auto" else formats.detect(row, options, where)
+            row_format = row_format if row_format != "auto" else formats.detect_format(row, options, where)
             try:
-                turns, rejected, cut = formats.read(row, kind, options, where)
-            except Empty as error:
+                turns, rejected, num_dropped_turns = formats.parse_row(row, row_format, options, where)
+            except EmptyExampleError as error:
                 if options.empty == "drop":
-                    dropped(str(error))
-                    empty += 1
+                    on_drop(str(error))
+                    num_empty += 1
                     continue
                 raise
             firsts.setdefault(bool(rejected), where)
@@ -207,54 +207,54 @@ def _examples(
                     f"{firsts[True]} is a preference pair, and {firsts[False]} is not: one loss cannot read both. "
                     "Give pairs alone, or none; data.format says how a file is read."
                 )
-            content = content_hash(turns, rejected)
-            source, label = (_name(row, field, where) for field in (options.source_field, options.label_field))
+            content = hash_content(turns, rejected)
+            source, label = (_read_name(row, field, where) for field in (options.source_field, options.label_field))
             yield Example(
                 id=f"{content}#{seen[content]}",
                 row=count,
                 turns=turns,
-                source=source or files.stem(path),
+                source=source or files.source_name(path),
                 label=label,
                 file=path,
                 line=line,
                 rejected=rejected,
-                format=kind,
-                cut=cut,
+                format=row_format,
+                num_dropped_turns=num_dropped_turns,
             )
             seen[content] += 1
             count += 1
-        if count == before:
-            left = f" but {empty} with nothing to learn from" if empty else ""
+        if count == count_before:
+            left = f" but {num_empty} with nothing to learn from" if num_empty else ""
             raise ValueError(f"{path}: no rows{left}. Give a file with at least one, or leave it out.")
 
 
-def _check(paths: Sequence[str], options: DataOptions) -> None:
+def _check_options(paths: Sequence[str], options: DataOptions) -> None:
     if isinstance(paths, str):
         raise ValueError(f"data paths are the string {paths!r}; a list of paths is wanted. Write [{paths!r}].")
     if not paths:
         raise ValueError("no data paths were given; name at least one file.")
-    known = {"format": ["auto", *formats.FORMATS], "empty": ["error", "drop"]}
-    for name, values in known.items():
+    allowed = {"format": ["auto", *formats.READ_FORMATS], "empty": ["error", "drop"]}
+    for name, values in allowed.items():
         if getattr(options, name) not in values:
             raise ValueError(f"data.{name} is {getattr(options, name)!r}; it is one of {values}.")
 
 
-def _name(row: Any, field: str, where: str) -> str | None:
+def _read_name(row: Any, field: str, where: str) -> str | None:
     """A source or a label: a string, or a number as a string."""
     value = row.get(field) if isinstance(row, dict) else None
     if isinstance(value, (dict, list)):
-        raise ValueError(f"{where}: '{field}' is {files.show(value)}; a string or a number is wanted.")
+        raise ValueError(f"{where}: '{field}' is {files.describe_value(value)}; a string or a number is wanted.")
     return None if value is None else str(value)
 
 
 # ---- hashes
 
 
-def gist(example: Example) -> str:
+def hash_normalized_text(example: Example) -> str:
     """What the example says, without case, white space, layout and system turns."""
     text = " ".join(turn.content for turn in example.turns if turn.role != "system")
-    return _digest(" ".join(text.casefold().split()))
+    return _hash_text(" ".join(text.casefold().split()))
 
 
-def _digest(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.tokens import Corpus
 
-HASHED = 32
+NUM_HASH_BUCKETS = 32
 """Buckets of the hashed vocabulary."""
 
 
-def features(examples: Sequence[Example], corpus: Corpus) -> Float[np.ndarray, "rows features"]:
+def extract_features(examples: Sequence[Example], corpus: Corpus) -> Float[np.ndarray, "rows features"]:
     """Log lengths of prompt and response, the response's type-token ratio, source indicators, hashed token shares.
 
     Standardised over the rows; features that do not vary are left out. No model is needed, so a new row's weight is a
@@ -21,9 +21,9 @@ def features(examples: Sequence[Example], corpus: Corpus) -> Float[np.ndarray, "
     rows = len(examples)
     columns = []
     for row in range(rows):
-        ids, supervised = corpus.row(row)
+        ids, supervised = corpus.get_sequence(row)
         response = ids[supervised].astype(np.int64)
-        buckets = np.bincount(response * 2654435761 % 2**32 % HASHED, minlength=HASHED) / max(1, len(response))
+        buckets = np.bincount(response * 2654435761 % 2**32 % NUM_HASH_BUCKETS, minlength=NUM_HASH_BUCKETS) / max(1, len(response))
         lengths = [np.log1p(len(ids) - len(response)), np.log1p(len(response))]
         columns.append([*lengths, len(set(response.tolist())) / max(1, len(response)), *buckets])
     table = np.array(columns)

@@ -23,10 +23,10 @@ from typing import Any
 
 from bilevel_jax.lm import pairs
 from bilevel_jax.lm import turns as part
-from bilevel_jax.lm.turns import CHAT, DataOptions, Dialogue, Empty, Turn, Turns
+from bilevel_jax.lm.turns import CHAT_ROLES, DataOptions, Dialogue, EmptyExampleError, Turn, Turns
 
 
-def detect(row: Any, options: DataOptions, where: str) -> str:
+def detect_format(row: Any, options: DataOptions, where: str) -> str:
     """The layout of a file, from its first row."""
     if isinstance(row, str):
         return "text"
@@ -37,12 +37,12 @@ def detect(row: Any, options: DataOptions, where: str) -> str:
         return "prompt"
     sides = {options.chosen_field, options.rejected_field}
     if sides != {DataOptions.chosen_field, DataOptions.rejected_field} or sides <= set(row):
-        return pairs.detect(row, options, where)
+        return pairs.detect_preference_format(row, options, where)
     if options.prompt_field != DataOptions.prompt_field:
         return "prompt"
     if options.messages_field != DataOptions.messages_field:
-        return _chat_or_sharegpt(row, options)
-    wanted = {
+        return _detect_chat_or_sharegpt(row, options)
+    required_fields = {
         "chat": {"messages"},
         "sharegpt": {"conversation" if "conversation" in row else "conversations"},
         "prompt": {"prompt", "response"},
@@ -50,11 +50,11 @@ def detect(row: Any, options: DataOptions, where: str) -> str:
         "alpaca": {"instruction", "output"},
         "text": {"text"},
     }
-    found = [kind for kind, fields in wanted.items() if fields <= set(row)]
-    if len(found) == 1:
-        return _chat_or_sharegpt(row, options) if found == ["chat"] else found[0]
-    if found:
-        raise ValueError(f"{where}: the keys {sorted(row)} fit the formats {found}. Set data.format to one of them.")
+    matches = [kind for kind, fields in required_fields.items() if fields <= set(row)]
+    if len(matches) == 1:
+        return _detect_chat_or_sharegpt(row, options) if matches == ["chat"] else matches[0]
+    if matches:
+        raise ValueError(f"{where}: the keys {sorted(row)} fit the formats {matches}. Set data.format to one of them.")
     if sides & set(row):
         return "preference"  # whose reader says which side is missing
     if "prompt" in row:
@@ -66,144 +66,144 @@ def detect(row: Any, options: DataOptions, where: str) -> str:
     )
 
 
-def read(row: Any, kind: str, options: DataOptions, where: str) -> Dialogue:
+def parse_row(row: Any, row_format: str, options: DataOptions, where: str) -> Dialogue:
     """What a row of the given layout says; raises Empty for a row with nothing to learn from."""
     if isinstance(row, str):
-        if kind != "text":
-            raise ValueError(f"{where}: a bare string among {kind} rows. Keep one layout per file.")
+        if row_format != "text":
+            raise ValueError(f"{where}: a bare string among {row_format} rows. Keep one layout per file.")
         row = {options.text_field: row}
     part.check_row(row, where)
-    return FORMATS[kind](row, options, where)
+    return READ_FORMATS[row_format](row, options, where)
 
 
-def write(dialogue: Dialogue, layout: str, where: str) -> dict[str, Any]:
+def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str, Any]:
     """A row of the given layout that `read` reads as the same turns.
 
     preference gives strings, preference_chat lists of messages. Raises ValueError for a dialogue that the layout
     cannot hold.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"the layout is {layout!r}; it is one of {list(LAYOUTS)}.")
-    if bool(dialogue.rejected) != layout.startswith("preference"):
+    if row_format not in WRITE_FORMATS:
+        raise ValueError(f"the layout is {row_format!r}; it is one of {list(WRITE_FORMATS)}.")
+    if bool(dialogue.rejected) != row_format.startswith("preference"):
         has, use = ("a pair", "preference_chat") if dialogue.rejected else ("a dialogue that is no pair", "chat")
-        raise ValueError(f"{where}: {has} does not fit the layout '{layout}'. Use '{use}'.")
-    if (dialogue.turns[0].role == "text") != (layout == "text"):
-        is_, use = ("a dialogue", "chat") if layout == "text" else ("a plain text", "text")
-        raise ValueError(f"{where}: {is_} does not fit the layout '{layout}'. Use '{use}'.")
-    return LAYOUTS[layout](dialogue, where)
+        raise ValueError(f"{where}: {has} does not fit the layout '{row_format}'. Use '{use}'.")
+    if (dialogue.turns[0].role == "text") != (row_format == "text"):
+        is_, use = ("a dialogue", "chat") if row_format == "text" else ("a plain text", "text")
+        raise ValueError(f"{where}: {is_} does not fit the layout '{row_format}'. Use '{use}'.")
+    return WRITE_FORMATS[row_format](dialogue, where)
 
 
 # ---- rows -> turns
 
 
-def _text(row: dict, options: DataOptions, where: str) -> Dialogue:
-    text = part.field(row, options.text_field, "Set data.text_field to one of them.", where)
-    return Dialogue((Turn("text", part.filled(text, options.text_field, where)),))
+def _parse_text(row: dict, options: DataOptions, where: str) -> Dialogue:
+    text = part.read_field(row, options.text_field, "Set data.text_field to one of them.", where)
+    return Dialogue((Turn("text", part.require_nonblank(text, options.text_field, where)),))
 
 
-def _chat(row: dict, options: DataOptions, where: str) -> Dialogue:
+def _parse_chat(row: dict, options: DataOptions, where: str) -> Dialogue:
     name = options.messages_field
-    messages = part.field(row, name, "Keep one layout per file.", where)
-    return Dialogue(part.answered(part.messages(messages, name, CHAT, where), where))
+    messages = part.read_field(row, name, "Keep one layout per file.", where)
+    return Dialogue(part.require_answer(part.parse_messages(messages, name, CHAT_ROLES, where), where))
 
 
-def _sharegpt(row: dict, options: DataOptions, where: str) -> Dialogue:
-    turns = part.conversation(row, options, where)
+def _parse_sharegpt(row: dict, options: DataOptions, where: str) -> Dialogue:
+    turns = part.read_conversation(row, options, where)
     # They are pieces of longer dialogues. No loss sees what stands behind the last answer, so nothing is lost.
     length = max((i for i, turn in enumerate(turns, 1) if turn.role == "assistant"), default=0)
     if not length:
-        raise Empty(
+        raise EmptyExampleError(
             f"{where}: no message of the assistant, so there is nothing to learn from. "
             "Remove the row, or set data.empty to 'drop' to leave such rows out."
         )
-    return Dialogue(turns[:length], cut=len(turns) - length)
+    return Dialogue(turns[:length], num_dropped_turns=len(turns) - length)
 
 
-def _prompt(row: dict, options: DataOptions, where: str) -> Dialogue:
+def _parse_prompt_response(row: dict, options: DataOptions, where: str) -> Dialogue:
     name = options.response_field
-    response = part.field(row, name, "Set data.response_field to one of them.", where)
-    return Dialogue(part.join(part.prompt(row, options, where), response, name, where))
+    response = part.read_field(row, name, "Set data.response_field to one of them.", where)
+    return Dialogue(part.join_response(part.read_prompt(row, options, where), response, name, where))
 
 
-def _completion(row: dict, options: DataOptions, where: str) -> Dialogue:
-    response = part.field(row, "completion", "Keep one layout per file, or set data.response_field.", where)
-    return Dialogue(part.join(part.prompt(row, options, where), response, "completion", where))
+def _parse_prompt_completion(row: dict, options: DataOptions, where: str) -> Dialogue:
+    response = part.read_field(row, "completion", "Keep one layout per file, or set data.response_field.", where)
+    return Dialogue(part.join_response(part.read_prompt(row, options, where), response, "completion", where))
 
 
-def _alpaca(row: dict, options: DataOptions, where: str) -> Dialogue:
-    prompt = part.instruction(row, options, where)
+def _parse_alpaca(row: dict, options: DataOptions, where: str) -> Dialogue:
+    prompt = part.read_instruction(row, options, where)
     remedy = "Keep one layout per file, or set data.prompt_field and data.response_field."
     return Dialogue(
-        (*prompt, Turn("assistant", part.filled(part.field(row, "output", remedy, where), "output", where)))
+        (*prompt, Turn("assistant", part.require_nonblank(part.read_field(row, "output", remedy, where), "output", where)))
     )
 
 
-def _chat_or_sharegpt(row: dict, options: DataOptions) -> str:
+def _detect_chat_or_sharegpt(row: dict, options: DataOptions) -> str:
     messages = row.get(options.messages_field)
     first = messages[0] if isinstance(messages, list) and messages else None
     return "sharegpt" if isinstance(first, dict) and "from" in first else "chat"
 
 
-FORMATS: dict[str, Callable[[dict, DataOptions, str], Dialogue]] = {
-    "text": _text,
-    "chat": _chat,
-    "sharegpt": _sharegpt,
-    "prompt": _prompt,
-    "completion": _completion,
-    "alpaca": _alpaca,
-    "preference": pairs.preference,
-    "implicit_preference": pairs.implicit,
-    "alpaca_preference": pairs.alpaca,
-    "sharegpt_preference": pairs.sharegpt,
-    "hh": pairs.hh,
+READ_FORMATS: dict[str, Callable[[dict, DataOptions, str], Dialogue]] = {
+    "text": _parse_text,
+    "chat": _parse_chat,
+    "sharegpt": _parse_sharegpt,
+    "prompt": _parse_prompt_response,
+    "completion": _parse_prompt_completion,
+    "alpaca": _parse_alpaca,
+    "preference": pairs.parse_preference,
+    "implicit_preference": pairs.parse_implicit_preference,
+    "alpaca_preference": pairs.parse_alpaca_preference,
+    "sharegpt_preference": pairs.parse_sharegpt_preference,
+    "hh": pairs.parse_hh,
 }
 
 
 # ---- turns -> rows
 
 
-def _messages(turns: Turns) -> list[dict[str, str]]:
+def _turns_to_messages(turns: Turns) -> list[dict[str, str]]:
     return [turn._asdict() for turn in turns]
 
 
-def _spoken(dialogue: Dialogue, where: str) -> dict[str, Any]:
+def _to_sharegpt(dialogue: Dialogue, where: str) -> dict[str, Any]:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     return {"conversations": [{"from": names[role], "value": content} for role, content in dialogue.turns]}
 
 
-def _asked(turns: Turns, names: tuple[str, str], layout: str, where: str) -> dict[str, str]:
+def _to_prompt_response(turns: Turns, names: tuple[str, str], row_format: str, where: str) -> dict[str, str]:
     """One prompt and one response under the given names, with the system message if there is one."""
     system = {"system": turns[0].content} if turns[0].role == "system" and turns[0].content else {}
     rest = turns[len(system) :]
     if [turn.role for turn in rest] != ["user", "assistant"]:
-        use = "preference_chat" if layout == "preference" else "chat"
+        use = "preference_chat" if row_format == "preference" else "chat"
         raise ValueError(
-            f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{layout}', which has one prompt "
+            f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{row_format}', which has one prompt "
             f"and one response. Use '{use}'."
         )
     return system | dict(zip(names, (turn.content for turn in rest), strict=True))
 
 
-def _preferred(dialogue: Dialogue, where: str) -> dict[str, Any]:
-    chosen = _asked(dialogue.turns, ("prompt", "chosen"), "preference", where)
-    return chosen | _asked(dialogue.rejected, ("prompt", "rejected"), "preference", where)
+def _to_preference(dialogue: Dialogue, where: str) -> dict[str, Any]:
+    chosen = _to_prompt_response(dialogue.turns, ("prompt", "chosen"), "preference", where)
+    return chosen | _to_prompt_response(dialogue.rejected, ("prompt", "rejected"), "preference", where)
 
 
-def _preferred_messages(dialogue: Dialogue, where: str) -> dict[str, Any]:
-    at = part.shared(dialogue.turns, dialogue.rejected)
-    sides = {"prompt": dialogue.turns[:at], "chosen": dialogue.turns[at:], "rejected": dialogue.rejected[at:]}
-    return {name: _messages(turns) for name, turns in sides.items()}
+def _to_preference_chat(dialogue: Dialogue, where: str) -> dict[str, Any]:
+    num_shared = part.count_shared_turns(dialogue.turns, dialogue.rejected)
+    sides = {"prompt": dialogue.turns[:num_shared], "chosen": dialogue.turns[num_shared:], "rejected": dialogue.rejected[num_shared:]}
+    return {name: _turns_to_messages(turns) for name, turns in sides.items()}
 
 
-LAYOUTS: dict[str, Callable[[Dialogue, str], dict[str, Any]]] = {
+WRITE_FORMATS: dict[str, Callable[[Dialogue, str], dict[str, Any]]] = {
     "text": lambda dialogue, where: {"text": dialogue.turns[0].content},
-    "chat": lambda dialogue, where: {"messages": _messages(dialogue.turns)},
-    "sharegpt": _spoken,
-    "prompt": lambda dialogue, where: _asked(dialogue.turns, ("prompt", "response"), "prompt", where),
-    "completion": lambda dialogue, where: _asked(dialogue.turns, ("prompt", "completion"), "completion", where),
+    "chat": lambda dialogue, where: {"messages": _turns_to_messages(dialogue.turns)},
+    "sharegpt": _to_sharegpt,
+    "prompt": lambda dialogue, where: _to_prompt_response(dialogue.turns, ("prompt", "response"), "prompt", where),
+    "completion": lambda dialogue, where: _to_prompt_response(dialogue.turns, ("prompt", "completion"), "completion", where),
     "alpaca": lambda dialogue, where: (
-        _asked(dialogue.turns, ("instruction", "output"), "alpaca", where) | {"input": ""}
+        _to_prompt_response(dialogue.turns, ("instruction", "output"), "alpaca", where) | {"input": ""}
     ),
-    "preference": _preferred,
-    "preference_chat": _preferred_messages,
+    "preference": _to_preference,
+    "preference_chat": _to_preference_chat,
 }

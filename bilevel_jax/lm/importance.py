@@ -17,21 +17,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.losses import Normalise, normalised, per_sequence, token_losses
+from bilevel_jax.lm.losses import LossReduction, reduce_losses, sum_per_sequence, token_losses
 from bilevel_jax.lm.models.decoder import Decoder
 
-Ratio = Literal["token", "sequence", "none"]
-CLIP = 10.0
+RatioKind = Literal["token", "sequence", "none"]
+DEFAULT_MAX_RATIO = 10.0
 """The largest ratio that a gradient is multiplied by, as in the public code of online selection."""
 
 
-def self_sampled(
+def importance_weighted_losses(
     decoder: Decoder,
     *,
-    ratio: Ratio = "token",
-    responses: int = 1,
-    clip: float = CLIP,
-    normalise: Normalise = "example_mean",
+    ratio: RatioKind = "token",
+    responses_per_prompt: int = 1,
+    max_ratio: float = DEFAULT_MAX_RATIO,
+    reduction: LossReduction = "example_mean",
     chunk: int = 1024,
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the loss of each example; where `sampler` is nan, that of `losses.sft`, n_t = -log π_θ(y_t).
@@ -52,32 +52,32 @@ def self_sampled(
     Raises:
         ValueError: if `ratio` is no name, or `clip` is below 1 (then not even the sampler itself keeps its gradient).
     """
-    if ratio not in get_args(Ratio):
-        raise ValueError(f"ratio is {ratio!r}; it is one of {list(get_args(Ratio))}.")
-    if not (math.isfinite(clip) and clip >= 1):
-        raise ValueError(f"clip is {clip}; it is a finite number of at least 1.")
-    tokens, top = token_losses(decoder, chunk), math.log(clip)
+    if ratio not in get_args(RatioKind):
+        raise ValueError(f"ratio is {ratio!r}; it is one of {list(get_args(RatioKind))}.")
+    if not (math.isfinite(max_ratio) and max_ratio >= 1):
+        raise ValueError(f"clip is {max_ratio}; it is a finite number of at least 1.")
+    tokens, max_log_ratio = token_losses(decoder, chunk), math.log(max_ratio)
 
     def losses(params: Params, batch: Batch) -> Array:
-        plain = tokens(params, batch)
+        nll = tokens(params, batch)
         if ratio == "none":
-            return normalised(per_sequence(plain, batch), batch, normalise)
+            return reduce_losses(sum_per_sequence(nll, batch), batch, reduction)
         if "sampler" not in batch:
             raise ValueError("the batch has no `sampler`; give the corpus one by `with_sampler`.")
-        sampled = jnp.isfinite(batch["sampler"])
-        q = jnp.where(sampled, batch["sampler"], 0)
+        is_sampled = jnp.isfinite(batch["sampler"])
+        sampler_log_probs = jnp.where(is_sampled, batch["sampler"], 0)
         if ratio == "token":
-            values = jnp.where(sampled, 1 - q - _potential(-plain - q, top), plain)
-            return normalised(per_sequence(values, batch), batch, normalise)
-        logs = per_sequence(jnp.where(sampled, -plain - q, 0), batch)
-        own = per_sequence(sampled.astype(plain.dtype), batch) > 0
-        shares = jax.nn.softmax(jnp.minimum(logs, top).reshape(-1, responses), axis=1).ravel()
-        weight = jnp.where(own, responses * jax.lax.stop_gradient(shares), 1)
-        return weight * normalised(per_sequence(plain, batch), batch, normalise)
+            values = jnp.where(is_sampled, 1 - sampler_log_probs - _potential(-nll - sampler_log_probs, max_log_ratio), nll)
+            return reduce_losses(sum_per_sequence(values, batch), batch, reduction)
+        log_ratios = sum_per_sequence(jnp.where(is_sampled, -nll - sampler_log_probs, 0), batch)
+        has_samples = sum_per_sequence(is_sampled.astype(nll.dtype), batch) > 0
+        shares = jax.nn.softmax(jnp.minimum(log_ratios, max_log_ratio).reshape(-1, responses_per_prompt), axis=1).ravel()
+        weight = jnp.where(has_samples, responses_per_prompt * jax.lax.stop_gradient(shares), 1)
+        return weight * reduce_losses(sum_per_sequence(nll, batch), batch, reduction)
 
     return losses
 
 
-def _potential(r: Float[Array, "rows len"], top: float) -> Float[Array, "rows len"]:
+def _potential(r: Float[Array, "rows len"], max_log_ratio: float) -> Float[Array, "rows len"]:
     """ψ: its derivative is min(exp r, exp top), continuous."""
-    return jnp.where(r <= top, jnp.exp(jnp.where(r <= top, r, top)), math.exp(top) * (1 + r - top))
+    return jnp.where(r <= max_log_ratio, jnp.exp(jnp.where(r <= max_log_ratio, r, max_log_ratio)), math.exp(max_log_ratio) * (1 + r - max_log_ratio))

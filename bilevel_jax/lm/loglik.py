@@ -11,14 +11,14 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Batch, Params
 from bilevel_jax.lm.losses import negative_log_likelihood
-from bilevel_jax.lm.models.cache import EMPTY, Cache
+from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.decoder import Decoder
-from bilevel_jax.lm.padding import buckets, fit, left_padded
-from bilevel_jax.lm.stems import stems
+from bilevel_jax.lm.padding import make_buckets, pad_left, pick_bucket
+from bilevel_jax.lm.stems import find_shared_prefixes
 
 
-class Request(NamedTuple):
+class LogLikRequest(NamedTuple):
     """A response to be scored after its prefix; token ids of the model's vocabulary."""
 
     prefix: tuple[int, ...]
@@ -31,61 +31,61 @@ class LogLik(NamedTuple):
 
     nats: float
     """At most 0; NaN where the model's own numbers are."""
-    tokens: int
+    num_tokens: int
     """Of the response: nats / tokens is per token."""
 
 
-class Store(NamedTuple):
+class LogLikStore(NamedTuple):
     """What has been scored before, and where more goes: how an interrupted scoring goes on."""
 
     fingerprint: str
     """Of the model and its precision. Part of each key, so that another model's results are never read."""
-    done: Mapping[str, float]
+    results: Mapping[str, float]
     """`key` of a request -> nats."""
     save: Callable[[dict[str, float]], None]
     """Appends new results; they must be there, whole or not at all, when it returns."""
-    every: int = 4096
+    save_every: int = 4096
     """Requests to a save, about; the last save is smaller. What is finished is also saved when scoring is stopped."""
 
 
-class Engine(NamedTuple):
+class LogLikScorer(NamedTuple):
     """Log-likelihoods of a list of requests, in its order."""
 
-    score: Callable[[Params, Sequence[Request]], list[LogLik]]
-    resume: Callable[[Params, Sequence[Request], Store], list[LogLik]]
+    score: Callable[[Params, Sequence[LogLikRequest]], list[LogLik]]
+    resume: Callable[[Params, Sequence[LogLikRequest], LogLikStore], list[LogLik]]
     """The same, from and to a store. After an interruption the same list gives, on a CPU, the same bits as without."""
 
 
-class Row(NamedTuple):
+class RequestRow(NamedTuple):
     """A request as a row of a batch: what is read after the cached stem."""
 
     request: int
     """Its place among the distinct requests."""
-    owner: int
+    source_row: int
     """The row of the cache that it continues."""
     start: int
     """The position of the first token that is read."""
 
 
-class Part(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Stems that are cached together (none: requests that share nothing), and the batches that continue them."""
 
-    stems: list[np.ndarray]
-    batches: list[list[Row]]
+    prefixes: list[np.ndarray]
+    batches: list[list[RequestRow]]
 
 
-def engine(
+def make_loglik_scorer(
     decoder: Decoder,
     *,
-    tokens: int = 4096,
-    lengths: Sequence[int] = (),
-    share: bool = True,
-    multiple: int = 1,
+    max_batch_tokens: int = 4096,
+    bucket_lengths: Sequence[int] = (),
+    share_prefixes: bool = True,
+    row_multiple: int = 1,
     chunk: int = 4096,
     place: Callable[[Batch], Batch] = lambda batch: batch,
     fetch: Callable[[Array], np.ndarray] = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Engine:
+) -> LogLikScorer:
     """The engine of a decoder: its compiled functions live as long as it does, whatever the parameters.
 
     Equal requests are scored once. With `share`, what prefixes have in common is read once and kept as keys and values
@@ -106,133 +106,133 @@ def engine(
     Scoring raises ValueError, with the request's index, for one that is longer than the model's context, that has a
     response after nothing, or a token that the vocabulary lacks. An empty response has 0 nats and 0 tokens.
     """
-    sizes = buckets(decoder.config, lengths)
-    if min(tokens, multiple, chunk) < 1:
-        raise ValueError(f"tokens {tokens}, multiple {multiple}, chunk {chunk}: each must be at least 1.")
+    sizes = make_buckets(decoder.config, bucket_lengths)
+    if min(max_batch_tokens, row_multiple, chunk) < 1:
+        raise ValueError(f"tokens {max_batch_tokens}, multiple {row_multiple}, chunk {chunk}: each must be at least 1.")
 
-    def rows(length: int) -> int:
-        return max(1, tokens // length // multiple) * multiple
+    def rows_per_batch(length: int) -> int:
+        return max(1, max_batch_tokens // length // row_multiple) * row_multiple
 
     @jax.jit
-    def read(params: Params, batch: Batch) -> Cache:
+    def read_prefixes(params: Params, batch: Batch) -> KVCache:
         cache = decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
         count, length = cache.positions.shape
-        more = rows(length) - count  # rows of one number, so that `losses` compiles once for this length of stems
-        keys, values = (jnp.pad(part, [(0, 0), (0, more), *[(0, 0)] * 3]) for part in (cache.keys, cache.values))
-        return Cache(keys, values, jnp.pad(cache.positions, [(0, more), (0, 0)], constant_values=EMPTY))
+        missing_rows = rows_per_batch(length) - count  # rows of one number, so that `losses` compiles once for this length of stems
+        keys, values = (jnp.pad(part, [(0, 0), (0, missing_rows), *[(0, 0)] * 3]) for part in (cache.keys, cache.values))
+        return KVCache(keys, values, jnp.pad(cache.positions, [(0, missing_rows), (0, 0)], constant_values=EMPTY_POSITION))
 
     @jax.jit
-    def losses(params: Params, cache: Cache | None, batch: Batch) -> Array:
-        caches = () if cache is None else (cache._replace(owner=batch["owner"][0]),)
+    def losses(params: Params, cache: KVCache | None, batch: Batch) -> Array:
+        caches = () if cache is None else (cache._replace(source_row=batch["owner"][0]),)
         hidden, _ = decoder.extend(params, caches, batch["tokens"][0], batch["positions"][0])
-        return _tail_losses(hidden, decoder.head(params), batch["targets"][0], batch["scored"][0], chunk)
+        return _response_losses(hidden, decoder.head(params), batch["targets"][0], batch["scored"][0], chunk)
 
-    def resume(params: Params, requests: Sequence[Request], store: Store) -> list[LogLik]:
-        _check(requests, decoder.config)
+    def resume(params: Params, requests: Sequence[LogLikRequest], store: LogLikStore) -> list[LogLik]:
+        _check_requests(requests, decoder.config)
         distinct = sorted({request for request in requests if request.response})
-        keys = [key(request, store.fingerprint) for request in distinct]
-        known = [store.done.get(one) for one in keys]
-        waiting: dict[str, float] = {}
-        count = sum(nats is not None for nats in known)
+        keys = [hash_request(request, store.fingerprint) for request in distinct]
+        nats_found = [store.results.get(request_key) for request_key in keys]
+        unsaved: dict[str, float] = {}
+        count = sum(nats is not None for nats in nats_found)
 
-        def collect(batch: list[Row], values: Array) -> None:
+        def collect(batch: list[RequestRow], values: Array) -> None:
             nonlocal count
             for row, line in zip(batch, fetch(values).astype(np.float64), strict=False):  # then rows of padding
-                if known[row.request] is None:
+                if nats_found[row.request] is None:
                     count += 1
                     nats = -float(line[-len(distinct[row.request].response) :].sum())
-                    known[row.request] = waiting[keys[row.request]] = nats
+                    nats_found[row.request] = unsaved[keys[row.request]] = nats
             progress(count, len(distinct))
-            if len(waiting) >= store.every:
+            if len(unsaved) >= store.save_every:
                 flush()
 
         def flush() -> None:
-            if waiting:
-                store.save(dict(waiting))
-                waiting.clear()
+            if unsaved:
+                store.save(dict(unsaved))
+                unsaved.clear()
 
         try:
-            last = None  # one batch is made and sent while the one before it is computed
-            for part in _plan(distinct, share, sizes, rows):
+            in_flight = None  # one batch is made and sent while the one before it is computed
+            for group in _plan_batches(distinct, share_prefixes, sizes, rows_per_batch):
                 # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
-                todo = [batch for batch in part.batches if any(known[row.request] is None for row in batch)]
+                unfinished = [batch for batch in group.batches if any(nats_found[row.request] is None for row in batch)]
                 cache = None
-                for batch in todo:
-                    if part.stems and cache is None:
-                        cache = read(params, place(_stem_batch(part.stems, sizes, rows, multiple)))
-                    made = _row_batch(batch, distinct, sizes, rows, cached=cache is not None)
-                    values = losses(params, cache, place(made))
-                    if last is not None:
-                        collect(*last)
-                    last = batch, values
-            if last is not None:
-                collect(*last)
+                for batch in unfinished:
+                    if group.prefixes and cache is None:
+                        cache = read_prefixes(params, place(_build_prefix_batch(group.prefixes, sizes, rows_per_batch, row_multiple)))
+                    arrays = _build_request_batch(batch, distinct, sizes, rows_per_batch, cached=cache is not None)
+                    values = losses(params, cache, place(arrays))
+                    if in_flight is not None:
+                        collect(*in_flight)
+                    in_flight = batch, values
+            if in_flight is not None:
+                collect(*in_flight)
         finally:
             flush()
-        table = dict(zip(distinct, known, strict=True))
-        return [LogLik(table.get(request, 0.0) or 0.0, len(request.response)) for request in requests]
+        nats_by_request = dict(zip(distinct, nats_found, strict=True))
+        return [LogLik(nats_by_request.get(request, 0.0) or 0.0, len(request.response)) for request in requests]
 
-    return Engine(lambda params, requests: resume(params, requests, NOTHING), resume)
+    return LogLikScorer(lambda params, requests: resume(params, requests, NULL_LOGLIK_STORE), resume)
 
 
-NOTHING = Store("", {}, lambda results: None)
+NULL_LOGLIK_STORE = LogLikStore("", {}, lambda results: None)
 """Reads and keeps nothing."""
 
 
-def key(request: Request, fingerprint: str) -> str:
+def hash_request(request: LogLikRequest, fingerprint: str) -> str:
     """32 hex digits of a request and of the model that scores it."""
     ids = np.asarray([len(request.prefix), *request.prefix, *request.response], np.int32)
     return hashlib.sha256(fingerprint.encode() + b"\0" + ids.tobytes()).hexdigest()[:32]
 
 
-def _plan(requests: Sequence[Request], share: bool, sizes: Sequence[int], rows: Callable[[int], int]) -> Iterator[Part]:
+def _plan_batches(requests: Sequence[LogLikRequest], share_prefixes: bool, sizes: Sequence[int], rows_per_batch: Callable[[int], int]) -> Iterator[PrefixGroup]:
     """Stems and batches, all a function of the set of requests alone. `requests` are distinct and sorted.
 
     Longest first, so that a batch is filled with shorter rows and only the last, cheapest one is not full.
     """
 
-    def length(row: Row) -> int:
+    def tokens_to_read(row: RequestRow) -> int:
         prefix, response = requests[row.request]
         return len(prefix) + len(response) - 1 - row.start  # the last token is only predicted
 
-    def batches(waiting: list[Row]) -> list[list[Row]]:
-        waiting = sorted(waiting, key=lambda row: (-length(row), row.request))
+    def split_into_batches(pending: list[RequestRow]) -> list[list[RequestRow]]:
+        pending = sorted(pending, key=lambda row: (-tokens_to_read(row), row.request))
         out, at = [], 0
-        while at < len(waiting):
-            count = rows(fit(length(waiting[at]), sizes))
-            out.append(waiting[at : at + count])
+        while at < len(pending):
+            count = rows_per_batch(pick_bucket(tokens_to_read(pending[at]), sizes))
+            out.append(pending[at : at + count])
             at += count
         return out
 
     # the last token of a prefix predicts the response, so it is read again with each
-    found = stems([np.asarray(request.prefix[:-1], np.int32) for request in requests]) if share else []
-    alone = set(range(len(requests))).difference(*(range(stem.start, stem.stop) for stem in found))
-    found, at = sorted(found, key=lambda stem: (-stem.length, stem.start)), 0
-    while at < len(found):
-        together = found[at : at + rows(fit(found[at].length, sizes))]
-        yield Part(
-            [np.asarray(requests[stem.start].prefix[: stem.length], np.int32) for stem in together],
-            batches(
+    shared_prefixes = find_shared_prefixes([np.asarray(request.prefix[:-1], np.int32) for request in requests]) if share_prefixes else []
+    without_prefix = set(range(len(requests))).difference(*(range(shared_prefix.start, shared_prefix.stop) for shared_prefix in shared_prefixes))
+    shared_prefixes, at = sorted(shared_prefixes, key=lambda shared_prefix: (-shared_prefix.length, shared_prefix.start)), 0
+    while at < len(shared_prefixes):
+        group = shared_prefixes[at : at + rows_per_batch(pick_bucket(shared_prefixes[at].length, sizes))]
+        yield PrefixGroup(
+            [np.asarray(requests[shared_prefix.start].prefix[: shared_prefix.length], np.int32) for shared_prefix in group],
+            split_into_batches(
                 [
-                    Row(request, owner, stem.length)
-                    for owner, stem in enumerate(together)
-                    for request in range(stem.start, stem.stop)
+                    RequestRow(request, source_row, shared_prefix.length)
+                    for source_row, shared_prefix in enumerate(group)
+                    for request in range(shared_prefix.start, shared_prefix.stop)
                 ]
             ),
         )
-        at += len(together)
-    yield Part([], batches([Row(request, 0, 0) for request in sorted(alone)]))
+        at += len(group)
+    yield PrefixGroup([], split_into_batches([RequestRow(request, 0, 0) for request in sorted(without_prefix)]))
 
 
-def _stem_batch(stems: list[np.ndarray], sizes: Sequence[int], rows: Callable[[int], int], multiple: int) -> Batch:
+def _build_prefix_batch(prefixes: list[np.ndarray], sizes: Sequence[int], rows_per_batch: Callable[[int], int], row_multiple: int) -> Batch:
     """Of as many rows as there are stems, rounded up to `multiple` times a power of 2: often there are few."""
-    length = fit(max(map(len, stems)), sizes)
-    doublings = (-(-len(stems) // multiple) - 1).bit_length()
-    return left_padded(stems, [0] * len(stems), min(multiple * 2**doublings, rows(length)), length)
+    length = pick_bucket(max(map(len, prefixes)), sizes)
+    doublings = (-(-len(prefixes) // row_multiple) - 1).bit_length()
+    return pad_left(prefixes, [0] * len(prefixes), min(row_multiple * 2**doublings, rows_per_batch(length)), length)
 
 
-def _row_batch(
-    batch: list[Row], requests: Sequence[Request], sizes: Sequence[int], rows: Callable[[int], int], *, cached: bool
+def _build_request_batch(
+    batch: list[RequestRow], requests: Sequence[LogLikRequest], sizes: Sequence[int], rows_per_batch: Callable[[int], int], *, cached: bool
 ) -> Batch:
     pairs = [requests[row.request] for row in batch]
     ids = [
@@ -240,20 +240,20 @@ def _row_batch(
         for row, (prefix, response) in zip(batch, pairs, strict=True)
     ]
     responses = [response for _, response in pairs]
-    length = fit(max(map(len, ids)), sizes)
-    count = rows(length)
+    length = pick_bucket(max(map(len, ids)), sizes)
+    count = rows_per_batch(length)
     targets = np.zeros((1, count, length), np.int32)
     for row, response in enumerate(responses):
         targets[0, row, length - len(response) :] = response
     scored = np.asarray([max(map(len, responses))], np.int32)
-    out = left_padded(ids, [row.start for row in batch], count, length) | {"targets": targets, "scored": scored}
+    out = pad_left(ids, [row.start for row in batch], count, length) | {"targets": targets, "scored": scored}
     if cached:
-        owner = [row.owner for row in batch] + [0] * (count - len(batch))
-        out["owner"] = np.asarray([owner], np.int32)
+        source_row = [row.source_row for row in batch] + [0] * (count - len(batch))
+        out["owner"] = np.asarray([source_row], np.int32)
     return out
 
 
-def _tail_losses(
+def _response_losses(
     hidden: Float[Array, "rows len width"], head: Array, targets: Array, scored: Array, chunk: int
 ) -> Float[Array, "rows len"]:
     """-log p of the targets in the last `scored` columns (before them: anything), in pieces of about `chunk` tokens.
@@ -272,17 +272,17 @@ def _tail_losses(
     return jax.lax.fori_loop(0, -(-scored // size), piece, jnp.zeros((rows, length), hidden.dtype))
 
 
-def _check(requests: Sequence[Request], config: DecoderConfig) -> None:
+def _check_requests(requests: Sequence[LogLikRequest], config: DecoderConfig) -> None:
     for index, (prefix, response) in enumerate(requests):
-        about = f"request {index} ({len(prefix)} tokens of prefix, {len(response)} of response)"
+        description = f"request {index} ({len(prefix)} tokens of prefix, {len(response)} of response)"
         if not response:
             continue
         if not prefix:
-            raise ValueError(f"{about}: nothing stands before the response; begin the prefix with the BOS token.")
-        if (read := len(prefix) + len(response) - 1) > config.max_length:
+            raise ValueError(f"{description}: nothing stands before the response; begin the prefix with the BOS token.")
+        if (num_read := len(prefix) + len(response) - 1) > config.max_length:
             raise ValueError(
-                f"{about} takes {read} token places, and the model's context has {config.max_length}. "
+                f"{description} takes {num_read} token places, and the model's context has {config.max_length}. "
                 "Shorten it, or use fewer demonstrations."
             )
-        if min(min(prefix), min(response)) < 0 or max(max(prefix), max(response)) >= config.vocab:
-            raise ValueError(f"{about}: a token lies outside of the vocabulary, 0 to {config.vocab - 1}.")
+        if min(min(prefix), min(response)) < 0 or max(max(prefix), max(response)) >= config.vocab_size:
+            raise ValueError(f"{description}: a token lies outside of the vocabulary, 0 to {config.vocab_size - 1}.")

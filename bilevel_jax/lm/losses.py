@@ -16,14 +16,14 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Batch, Fixed, Loss, Params
 from bilevel_jax.lm.models.decoder import Decoder
-from bilevel_jax.lm.models.lora import join
+from bilevel_jax.lm.models.lora import join_adapters
 
-Normalise = Literal["example_mean", "token_sum", "token_mean"]
-NORMALISE = ("example_mean", "token_sum", "token_mean")
+LossReduction = Literal["example_mean", "token_sum", "token_mean"]
+LOSS_REDUCTIONS = ("example_mean", "token_sum", "token_mean")
 
 
-def sft(
-    decoder: Decoder, *, chunk: int = 1024, normalise: Normalise = "example_mean"
+def sft_losses(
+    decoder: Decoder, *, chunk: int = 1024, reduction: LossReduction = "example_mean"
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t.
 
@@ -37,105 +37,105 @@ def sft(
     never for the whole batch. A target outside the vocabulary gives NaN (or, if negative, counts from the end): check
     tokens where they are made. Preference pairs are refused: their losses are in `preferences`.
     """
-    _check(chunk, normalise)
+    _check_options(chunk, reduction)
     tokens = token_losses(decoder, chunk)
 
     def losses(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        return normalised(per_sequence(tokens(params, batch), batch), batch, normalise)
+        return reduce_losses(sum_per_sequence(tokens(params, batch), batch), batch, reduction)
 
     return losses
 
 
-def log_likelihoods(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "slots"]]:
+def sequence_log_likelihoods(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "slots"]]:
     """(params, batch) -> Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected.
 
     An empty slot is exactly 0.
     """
-    _check(chunk, "token_sum")
+    _check_options(chunk, "token_sum")
     tokens = token_losses(decoder, chunk)
-    return lambda params, batch: -per_sequence(tokens(params, batch), batch)
+    return lambda params, batch: -sum_per_sequence(tokens(params, batch), batch)
 
 
-def accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
+def token_accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the share of each example's supervised targets that are the likeliest token, 0 to 1.
 
     With the true tokens before each target given (teacher forcing): not the accuracy of generated text. An empty slot
     is 0.
     """
-    return averaged(decoder, _is_likeliest, chunk=chunk)
+    return mean_over_targets(decoder, _is_likeliest, chunk=chunk)
 
 
-def averaged(
+def mean_over_targets(
     decoder: Decoder, measure: Callable[[Array, Array], Array], *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the mean of measure(logits, targets) over each example's supervised targets.
 
     `measure` takes float[rows, len, vocab] and int32[rows, len] and gives float[rows, len]. An empty slot is 0.
     """
-    _check(chunk, "example_mean")
+    _check_options(chunk, "example_mean")
 
     def values(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        measured = _in_chunks(measure, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
-        return normalised(per_sequence(measured, batch), batch, "example_mean")
+        token_values = _map_chunks(measure, _hidden_states(decoder, params, batch), decoder.head(params), batch, chunk)
+        return reduce_losses(sum_per_sequence(token_values, batch), batch, "example_mean")
 
     return values
 
 
-def sft_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, normalise: Normalise = "example_mean") -> Loss:
+def sft_composite_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, reduction: LossReduction = "example_mean") -> Loss:
     """The losses of `sft` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     frozen_head=True: outputs are the hidden states [rows, len, width]; the link, log-sum-exp of an affine map, applies
     the head that lives in `fixed` and sees `chunk` tokens at a time. For LoRA, where no head is trained.
     frozen_head=False: outputs are the logits [rows, len, vocab], all of them at once.
     """
-    _check(chunk, normalise)
+    _check_options(chunk, reduction)
 
-    def hidden(params: Params, fixed: Fixed, batch: Batch) -> Array:
-        if fixed is None:
+    def hidden(params: Params, frozen: Fixed, batch: Batch) -> Array:
+        if frozen is None:
             raise ValueError("frozen_head=True takes the head from `fixed`, which is None; use frozen_head=False.")
         _refuse_pairs(batch)
-        return _hidden(decoder, assemble(params, fixed), batch)
+        return _hidden_states(decoder, assemble_params(params, frozen), batch)
 
-    def affine_link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
-        per_token = _in_chunks(negative_log_likelihood, outputs, decoder.head(fixed), batch, chunk)
-        return normalised(per_sequence(per_token, batch), batch, normalise)
+    def affine_link(outputs: Array, frozen: Fixed, batch: Batch) -> Array:
+        per_token = _map_chunks(negative_log_likelihood, outputs, decoder.head(frozen), batch, chunk)
+        return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
 
-    def logits(params: Params, fixed: Fixed, batch: Batch) -> Array:
+    def logits(params: Params, frozen: Fixed, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        whole = assemble(params, fixed)
-        return _hidden(decoder, whole, batch) @ decoder.head(whole)
+        all_params = assemble_params(params, frozen)
+        return _hidden_states(decoder, all_params, batch) @ decoder.head(all_params)
 
-    def link(outputs: Array, fixed: Fixed, batch: Batch) -> Array:
-        per_token = negative_log_likelihood(outputs, _targets(batch))
-        return normalised(per_sequence(per_token, batch), batch, normalise)
+    def link(outputs: Array, frozen: Fixed, batch: Batch) -> Array:
+        per_token = negative_log_likelihood(outputs, _valid_targets(batch))
+        return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
 
     return Loss(hidden, affine_link) if frozen_head else Loss(logits, link)
 
 
-def assemble(params: Params, fixed: Fixed) -> Params:
+def assemble_params(params: Params, frozen: Fixed) -> Params:
     """The whole parameter tree: `params` themselves, or adapters `params` joined to the frozen base `fixed`."""
-    return params if fixed is None else join(fixed, params)
+    return params if frozen is None else join_adapters(frozen, params)
 
 
 def token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
     """(params, batch) -> -log p of the target at every place, nats; of token 0 where no example counts the place."""
 
     def tokens(params: Params, batch: Batch) -> Array:
-        return _in_chunks(negative_log_likelihood, _hidden(decoder, params, batch), decoder.head(params), batch, chunk)
+        return _map_chunks(negative_log_likelihood, _hidden_states(decoder, params, batch), decoder.head(params), batch, chunk)
 
     return tokens
 
 
-def _hidden(decoder: Decoder, params: Params, batch: Batch) -> Array:
-    places = [batch[name] for name in ("tokens", "targets", "positions", "segments", "slot")]
-    chex.assert_rank(places, 2)
-    chex.assert_equal_shape(places)  # or one row of positions would broadcast over all, and the numbers be wrong
+def _hidden_states(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    arrays = [batch[name] for name in ("tokens", "targets", "positions", "segments", "slot")]
+    chex.assert_rank(arrays, 2)
+    chex.assert_equal_shape(arrays)  # or one row of positions would broadcast over all, and the numbers be wrong
     return decoder.hidden(params, batch["tokens"], batch["positions"], batch["segments"])
 
 
-def _in_chunks(
+def _map_chunks(
     measure: Callable[[Array, Array], Array],
     hidden: Float[Array, "rows len width"],
     head: Float[Array, "width vocab"],
@@ -150,15 +150,15 @@ def _in_chunks(
     pieces = -(-length // max(1, chunk // rows))
     size = -(-length // pieces)
 
-    def cut(x: Array) -> Array:
+    def split_length(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, pieces, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(piece: tuple[Array, Array]) -> Array:
+    def measure_chunk(piece: tuple[Array, Array]) -> Array:
         return measure(piece[0] @ head.astype(piece[0].dtype), piece[1])
 
-    out = jax.lax.map(one, (cut(hidden), cut(_targets(batch))))
+    out = jax.lax.map(measure_chunk, (split_length(hidden), split_length(_valid_targets(batch))))
     return jnp.moveaxis(out, 0, 1).reshape(rows, pieces * size)[:, :length]
 
 
@@ -173,22 +173,22 @@ def negative_log_likelihood(logits: Float[Array, "rows len vocab"], targets: Arr
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _targets(batch: Batch) -> Array:
+def _valid_targets(batch: Batch) -> Array:
     # a place that no example counts may hold anything (-100), and must not be NaN: NaN * 0 is NaN in a gradient
     return jnp.where(batch["slot"] < batch["supervised"].shape[0], batch["targets"], 0)
 
 
-def per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:
+def sum_per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:
     """Sums over the tokens of each sequence. By masks, not by a scatter: one order, so the same bits, on every run."""
     slots = jnp.arange(batch["supervised"].shape[0])[:, None, None]
     return jnp.sum(jnp.where(batch["slot"][None] == slots, token_losses[None], 0), axis=(1, 2))
 
 
-def normalised(sums: Float[Array, "examples"], batch: Batch, normalise: Normalise) -> Float[Array, "examples"]:
+def reduce_losses(sums: Float[Array, "examples"], batch: Batch, reduction: LossReduction) -> Float[Array, "examples"]:
     """Sums over the tokens of examples as the losses that `sft` names."""
-    if normalise == "example_mean":
+    if reduction == "example_mean":
         return sums / batch["supervised"]
-    if normalise == "token_mean":
+    if reduction == "token_mean":
         return sums * batch["rows"] / batch["targeted"]
     return sums
 
@@ -202,8 +202,8 @@ def _refuse_pairs(batch: Batch) -> None:
         )
 
 
-def _check(chunk: int, normalise: Any) -> None:
+def _check_options(chunk: int, reduction: Any) -> None:
     if chunk < 1:
         raise ValueError(f"chunk {chunk}; a chunk is at least one token.")
-    if normalise not in NORMALISE:
-        raise ValueError(f"normalise is {normalise!r}; it is one of {list(NORMALISE)}.")
+    if reduction not in LOSS_REDUCTIONS:
+        raise ValueError(f"normalise is {reduction!r}; it is one of {list(LOSS_REDUCTIONS)}.")

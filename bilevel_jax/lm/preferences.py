@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import PADDING, Batch, Loss, Params
-from bilevel_jax.lm.losses import assemble, log_likelihoods
+from bilevel_jax.lm.losses import assemble_params, sequence_log_likelihoods
 from bilevel_jax.lm.models.decoder import Decoder
 
-Method = Literal["dpo", "simpo"]
-Margins = Callable[[Params, Batch], Float[Array, "examples"]]
-Link = Callable[[Float[Array, "examples"], Batch], Float[Array, "examples"]]
+PreferenceMethod = Literal["dpo", "simpo"]
+MarginFn = Callable[[Params, Batch], Float[Array, "examples"]]
+LinkFn = Callable[[Float[Array, "examples"], Batch], Float[Array, "examples"]]
 
 
-def dpo(
+def dpo_losses(
     decoder: Decoder, *, beta: float, label_smoothing: float = 0.0, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the DPO loss of each pair, nats (Rafailov et al., arXiv 2305.18290).
@@ -33,18 +33,18 @@ def dpo(
     way round (conservative DPO, Mitchell 2023). Wrong when the reference was computed by
     another model, template or max_length than the one that training starts from.
     """
-    return _composed(margins(decoder, chunk=chunk), _dpo_link(beta, label_smoothing))
+    return _compose(preference_margins(decoder, chunk=chunk), _dpo_link(beta, label_smoothing))
 
 
-def dpo_loss(decoder: Decoder, *, beta: float, label_smoothing: float = 0.0, chunk: int = 1024) -> Loss:
+def dpo_composite_loss(decoder: Decoder, *, beta: float, label_smoothing: float = 0.0, chunk: int = 1024) -> Loss:
     """The losses of `dpo` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     The outputs are the margins log π(y_w) - log π(y_l), one for each pair; link'' = β² σ(z) σ(-z) > 0.
     """
-    return _split(margins(decoder, chunk=chunk), _dpo_link(beta, label_smoothing))
+    return _make_composite_loss(preference_margins(decoder, chunk=chunk), _dpo_link(beta, label_smoothing))
 
 
-def simpo(
+def simpo_losses(
     decoder: Decoder, *, beta: float, gamma_ratio: float, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> the SimPO loss of each pair, nats (Meng, Xia & Chen, arXiv 2405.14734); no reference model.
@@ -53,23 +53,23 @@ def simpo(
 
     Wrong to compare with DPO at the same β: here it multiplies nats per token, there nats per response.
     """
-    return _composed(margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
+    return _compose(preference_margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
 
 
-def simpo_loss(decoder: Decoder, *, beta: float, gamma_ratio: float, chunk: int = 1024) -> Loss:
+def simpo_composite_loss(decoder: Decoder, *, beta: float, gamma_ratio: float, chunk: int = 1024) -> Loss:
     """The losses of `simpo` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     The outputs are the margins log π(y_w)/|y_w| - log π(y_l)/|y_l|; link'' = β² σ(z) σ(-z) > 0.
     """
-    return _split(margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
+    return _make_composite_loss(preference_margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
 
 
-def margins(decoder: Decoder, *, per_token: bool = False, chunk: int = 1024) -> Margins:
+def preference_margins(decoder: Decoder, *, per_token: bool = False, chunk: int = 1024) -> MarginFn:
     """(params, batch) -> log π(y_w) - log π(y_l) of each pair, nats; `per_token`: each over its number of tokens.
 
     Under the reference model this is what `Corpus.reference` holds.
     """
-    likelihoods = log_likelihoods(decoder, chunk=chunk)
+    likelihoods = sequence_log_likelihoods(decoder, chunk=chunk)
 
     def differences(params: Params, batch: Batch) -> Array:
         _refuse_single(batch)
@@ -81,7 +81,7 @@ def margins(decoder: Decoder, *, per_token: bool = False, chunk: int = 1024) -> 
 
 
 def pair_accuracy(
-    decoder: Decoder, method: Method, *, chunk: int = 1024
+    decoder: Decoder, method: PreferenceMethod, *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """(params, batch) -> 1 for each pair that the model orders rightly, 0 if wrongly, 1/2 for a tie or an empty slot.
 
@@ -90,27 +90,27 @@ def pair_accuracy(
     """
     if method not in ("dpo", "simpo"):
         raise ValueError(f"method is {method!r}; it is one of ['dpo', 'simpo'].")
-    differences = margins(decoder, per_token=method == "simpo", chunk=chunk)
+    differences = preference_margins(decoder, per_token=method == "simpo", chunk=chunk)
 
-    def right(params: Params, batch: Batch) -> Array:
-        beyond = differences(params, batch) - (_reference(batch) if method == "dpo" else 0)
-        return (jnp.sign(beyond) + 1) / 2
+    def is_ordered(params: Params, batch: Batch) -> Array:
+        margin_gain = differences(params, batch) - (_reference_margins(batch) if method == "dpo" else 0)
+        return (jnp.sign(margin_gain) + 1) / 2
 
-    return right
+    return is_ordered
 
 
-def _composed(outputs: Margins, link: Link) -> Callable[[Params, Batch], Float[Array, "examples"]]:
+def _compose(outputs: MarginFn, link: LinkFn) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     return lambda params, batch: link(outputs(params, batch), batch)
 
 
-def _split(outputs: Margins, link: Link) -> Loss:
+def _make_composite_loss(outputs: MarginFn, link: LinkFn) -> Loss:
     return Loss(
-        lambda params, fixed, batch: outputs(assemble(params, fixed), batch),
+        lambda params, fixed, batch: outputs(assemble_params(params, fixed), batch),
         lambda values, fixed, batch: link(values, batch),
     )
 
 
-def _dpo_link(beta: float, smoothing: float) -> Link:
+def _dpo_link(beta: float, smoothing: float) -> LinkFn:
     _check_beta(beta)
     if not 0 <= smoothing < 0.5:
         raise ValueError(
@@ -118,17 +118,17 @@ def _dpo_link(beta: float, smoothing: float) -> Link:
         )
 
     def link(values: Array, batch: Batch) -> Array:
-        z = beta * (values - _reference(batch))
-        return _real(-(1 - smoothing) * _log_sigmoid(z) - smoothing * _log_sigmoid(-z), batch)
+        z = beta * (values - _reference_margins(batch))
+        return _zero_padding(-(1 - smoothing) * _log_sigmoid(z) - smoothing * _log_sigmoid(-z), batch)
 
     return link
 
 
-def _simpo_link(beta: float, gamma_ratio: float) -> Link:
+def _simpo_link(beta: float, gamma_ratio: float) -> LinkFn:
     _check_beta(beta)
     if not (math.isfinite(gamma_ratio) and gamma_ratio >= 0):
         raise ValueError(f"gamma_ratio is {gamma_ratio}; it is a finite number of at least 0.")
-    return lambda values, batch: _real(-_log_sigmoid(beta * (values - gamma_ratio)), batch)
+    return lambda values, batch: _zero_padding(-_log_sigmoid(beta * (values - gamma_ratio)), batch)
 
 
 @jax.custom_jvp
@@ -152,11 +152,11 @@ def _(primals, tangents):
     return _sigmoid(*primals), _sigmoid(*primals) * _sigmoid(-primals[0]) * tangents[0]
 
 
-def _real(values: Float[Array, "examples"], batch: Batch) -> Float[Array, "examples"]:
+def _zero_padding(values: Float[Array, "examples"], batch: Batch) -> Float[Array, "examples"]:
     return jnp.where(batch["index"] != PADDING, values, 0)
 
 
-def _reference(batch: Batch) -> Float[Array, "examples"]:
+def _reference_margins(batch: Batch) -> Float[Array, "examples"]:
     if "reference" not in batch:
         raise ValueError(
             "DPO compares with a reference model, and the batch has no `reference`. Compute `margins` under the "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
-class Sampling(NamedTuple):
+class SamplingParams(NamedTuple):
     """How a response is drawn."""
 
     temperature: float = 1.0
@@ -17,12 +17,12 @@ class Sampling(NamedTuple):
     """Only the k most probable tokens; 0: all."""
     top_p: float = 1.0
     """Only the most probable tokens that together reach this probability; 1: all."""
-    max_new: int = 256
+    max_new_tokens: int = 256
     """Tokens of a response at most, the end token included."""
     seed: int = 0
 
 
-def log_probabilities(logits: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
+def log_probabilities(logits: Float[Array, "rows vocab"], sampling: SamplingParams) -> Float[Array, "rows vocab"]:
     """log p of the next token under the sampler, nats; -inf for tokens that it never draws.
 
     log softmax of logits / temperature, over the `top_k` greatest, and of these over the fewest that together have
@@ -37,25 +37,25 @@ def log_probabilities(logits: Float[Array, "rows vocab"], sampling: Sampling) ->
     else:
         logits = logits / sampling.temperature
         if 0 < sampling.top_k < logits.shape[-1]:
-            logits = jnp.where(_greatest(logits, jnp.ones_like(logits), sampling.top_k), logits, -jnp.inf)
+            logits = jnp.where(_top_mass(logits, jnp.ones_like(logits), sampling.top_k), logits, -jnp.inf)
         log_p = jax.nn.log_softmax(logits, -1)
         if sampling.top_p < 1:
-            log_p = jnp.where(_greatest(log_p, jnp.exp(log_p), sampling.top_p), log_p, -jnp.inf)
+            log_p = jnp.where(_top_mass(log_p, jnp.exp(log_p), sampling.top_p), log_p, -jnp.inf)
             log_p = jax.nn.log_softmax(log_p, -1)
     return jnp.where(finite, log_p, jnp.nan)
 
 
-def draw_keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "rows"]) -> PRNGKeyArray:
+def make_draw_keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "rows"]) -> PRNGKeyArray:
     """One key to a draw of a prompt."""
     root = jax.random.key(seed)
 
-    def one(words: Array, draw: Array) -> PRNGKeyArray:
+    def draw_key(words: Array, draw: Array) -> PRNGKeyArray:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), draw)
 
-    return jax.vmap(one)(words, draws)
+    return jax.vmap(draw_key)(words, draws)
 
 
-def drawn(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | int) -> Int[Array, "rows"]:
+def sample_tokens(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | int) -> Int[Array, "rows"]:
     """A token of each row: which of about √vocab groups of tokens, then which token of the group.
 
     Each by argmax(log p + Gumbel noise), which rounding moves least; a uniform number on the cumulative sum would fall
@@ -76,7 +76,7 @@ def drawn(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | i
     return group * width + jnp.argmax(within + second, -1)
 
 
-def _greatest(values: Float[Array, "rows vocab"], masses: Array, least: float) -> Bool[Array, "rows vocab"]:
+def _top_mass(values: Float[Array, "rows vocab"], masses: Array, min_mass: float) -> Bool[Array, "rows vocab"]:
     """The greatest values of each row, the fewest whose masses sum to `least`, with those equal to the last of them.
 
     The edge is found bit by bit, in unsigned integers that are ordered as the values are: sorting a vocabulary of
@@ -87,10 +87,10 @@ def _greatest(values: Float[Array, "rows vocab"], masses: Array, least: float) -
     top = jnp.asarray(1, word) << jnp.asarray(8 * values.dtype.itemsize - 1, word)
     order = jnp.where(bits >= top, ~bits, bits | top)
 
-    def one(number: Array, edge: Array) -> Array:
+    def refine_bit(number: Array, edge: Array) -> Array:
         higher = edge | (top >> number.astype(word))
-        enough = jnp.sum(jnp.where(order >= higher, masses, 0), -1, keepdims=True) >= least
+        enough = jnp.sum(jnp.where(order >= higher, masses, 0), -1, keepdims=True) >= min_mass
         return jnp.where(enough, higher, edge)
 
-    edge = jax.lax.fori_loop(0, 8 * values.dtype.itemsize, one, jnp.zeros((len(values), 1), word))
+    edge = jax.lax.fori_loop(0, 8 * values.dtype.itemsize, refine_bit, jnp.zeros((len(values), 1), word))
     return order >= edge

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-LEAST = 16
+MIN_PREFIX_LENGTH = 16
 """Tokens. A shorter stem is not worth a cache: rows are padded by more than that."""
 
 
-class Stem(NamedTuple):
+class SharedPrefix(NamedTuple):
     """Sequences start to stop (not included), in sorted order, all begin with the same `length` tokens."""
 
     start: int
@@ -18,7 +18,7 @@ class Stem(NamedTuple):
     length: int
 
 
-def stems(sequences: Sequence[Int[np.ndarray, "len"]], least: int = LEAST) -> list[Stem]:
+def find_shared_prefixes(sequences: Sequence[Int[np.ndarray, "len"]], min_length: int = MIN_PREFIX_LENGTH) -> list[SharedPrefix]:
     """The disjoint stems that save the most tokens. `sequences` are sorted; all that begin with a stem continue it.
 
     A stem of n tokens that m sequences share saves (m - 1) n. Sorted sequences form a tree of common beginnings, and
@@ -26,42 +26,42 @@ def stems(sequences: Sequence[Int[np.ndarray, "len"]], least: int = LEAST) -> li
     optimum. Stems are not nested: of demonstrations, and a question after them that several responses answer, the one
     that saves more is taken.
     """
-    chosen = [Branch(0, 0, 0, [])]  # the path from the root to where the last two sequences part
+    open_branches = [PrefixBranch(0, 0, 0, [])]  # the path from the root to where the last two sequences part
     for place in range(1, len(sequences) + 1):
-        common = 0 if place == len(sequences) else _common(sequences[place - 1], sequences[place])
-        closed = Branch(0, place - 1, 0, [])
-        while chosen[-1].depth > common:
-            closed = _close(_add(chosen.pop(), closed), place, least)
-        if chosen[-1].depth == common:
-            chosen.append(_add(chosen.pop(), closed))
+        common = 0 if place == len(sequences) else _common_length(sequences[place - 1], sequences[place])
+        closed = PrefixBranch(0, place - 1, 0, [])
+        while open_branches[-1].depth > common:
+            closed = _close_branch(_add_child(open_branches.pop(), closed), place, min_length)
+        if open_branches[-1].depth == common:
+            open_branches.append(_add_child(open_branches.pop(), closed))
         else:
-            chosen.append(closed._replace(depth=common))
-    return chosen[0].stems
+            open_branches.append(closed._replace(depth=common))
+    return open_branches[0].prefixes
 
 
-class Branch(NamedTuple):
+class PrefixBranch(NamedTuple):
     """The sequences from `start` on that share `depth` tokens, and the best stems among them so far."""
 
     depth: int
     start: int
-    saved: int
-    stems: list[Stem]
+    saved_tokens: int
+    prefixes: list[SharedPrefix]
 
 
-def _add(parent: Branch, child: Branch) -> Branch:
-    parent.stems.extend(child.stems)
-    return parent._replace(saved=parent.saved + child.saved)
+def _add_child(parent: PrefixBranch, child: PrefixBranch) -> PrefixBranch:
+    parent.prefixes.extend(child.prefixes)
+    return parent._replace(saved_tokens=parent.saved_tokens + child.saved_tokens)
 
 
-def _close(branch: Branch, stop: int, least: int) -> Branch:
-    saved = (stop - branch.start - 1) * branch.depth
-    if branch.depth < least or saved < branch.saved:
+def _close_branch(branch: PrefixBranch, stop: int, min_length: int) -> PrefixBranch:
+    saved_tokens = (stop - branch.start - 1) * branch.depth
+    if branch.depth < min_length or saved_tokens < branch.saved_tokens:
         return branch
-    return branch._replace(saved=saved, stems=[Stem(branch.start, stop, branch.depth)])
+    return branch._replace(saved_tokens=saved_tokens, prefixes=[SharedPrefix(branch.start, stop, branch.depth)])
 
 
-def _common(one: Int[np.ndarray, "len"], two: Int[np.ndarray, "len"]) -> int:
+def _common_length(first: Int[np.ndarray, "len"], second: Int[np.ndarray, "len"]) -> int:
     """How many tokens both begin with."""
-    length = min(len(one), len(two))
-    differ = np.flatnonzero(one[:length] != two[:length])
+    length = min(len(first), len(second))
+    differ = np.flatnonzero(first[:length] != second[:length])
     return int(differ[0]) if len(differ) else length

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bilevel_jax.lm.files import show
+from bilevel_jax.lm.files import describe_value
 
 ROLES = ("system", "user", "assistant")
-CHAT = {role: role for role in ROLES}
-SPEAKERS = CHAT | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
+CHAT_ROLES = {role: role for role in ROLES}
+SHAREGPT_ROLES = CHAT_ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
 """Names of the speakers in ShareGPT dialogues, in small letters -> roles."""
-TOOLS = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
-CONVERSATIONS = ("conversations", "conversation", "messages")
+TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
+CONVERSATION_FIELDS = ("conversations", "conversation", "messages")
 """Fields in which ShareGPT rows have their messages, the usual one first."""
 
 
@@ -30,7 +30,7 @@ class Dialogue(NamedTuple):
     turns: Turns
     rejected: Turns = ()
     """In a preference pair, the dialogue with the response that was not preferred: the same prompt, another end."""
-    cut: int = 0
+    num_dropped_turns: int = 0
     """User turns at the end that were left out because nothing answers them."""
 
 
@@ -55,82 +55,82 @@ class DataOptions:
     response equal to the rejected one): error, or drop (leave it out of the set)."""
 
 
-class Empty(ValueError):
+class EmptyExampleError(ValueError):
     """A row with nothing to learn from."""
 
 
-def shared(turns: Turns, rejected: Turns) -> int:
+def count_shared_turns(turns: Turns, rejected: Turns) -> int:
     """How many turns the two dialogues of a pair begin with in common: the prompt's."""
     pairs = enumerate(zip(turns, rejected, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(turns), len(rejected)))
+    return next((i for i, (turn, other) in pairs if turn != other), min(len(turns), len(rejected)))
 
 
 # ---- prompts and responses of a row
 
 
-def prompt(row: dict, options: DataOptions, where: str) -> Turns:
+def read_prompt(row: dict, options: DataOptions, where: str) -> Turns:
     """What the prompt field holds, a string or messages that end with the user's, behind the system message."""
     name = options.prompt_field
-    value = field(row, name, "Set data.prompt_field to one of them.", where)
+    value = read_field(row, name, "Set data.prompt_field to one of them.", where)
     if not isinstance(value, list):
-        return with_system((Turn("user", string(value, name, where)),), row, options, where)
-    return with_system(_asking(messages(value, name, SPEAKERS, where), name, where), row, options, where)
+        return prepend_system((Turn("user", require_string(value, name, where)),), row, options, where)
+    return prepend_system(_require_question(parse_messages(value, name, SHAREGPT_ROLES, where), name, where), row, options, where)
 
 
-def instruction(row: dict, options: DataOptions, where: str) -> Turns:
+def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
     """The prompt of an Alpaca row: history, instruction and input, behind the system message."""
     remedy = "Keep one layout per file, or set data.prompt_field and data.response_field."
-    text = string(field(row, "instruction", remedy, where), "instruction", where)
+    text = require_string(read_field(row, "instruction", remedy, where), "instruction", where)
     extra = row.get("input")
-    if extra is not None and string(extra, "input", where):
+    if extra is not None and require_string(extra, "input", where):
         text = f"{text}\n{extra}"
     turns: list[Turn] = []
     for earlier in row.get("history") or ():
-        if not isinstance(earlier, list) or [type(said) for said in earlier] != [str, str]:
-            raise ValueError(f"{where}: 'history' holds {show(earlier)}; pairs [instruction, output] are wanted.")
-        turns += [Turn("user", earlier[0]), Turn("assistant", filled(earlier[1], "history", where))]
-    return with_system((*turns, Turn("user", text)), row, options, where)
+        if not isinstance(earlier, list) or [type(text_part) for text_part in earlier] != [str, str]:
+            raise ValueError(f"{where}: 'history' holds {describe_value(earlier)}; pairs [instruction, output] are wanted.")
+        turns += [Turn("user", earlier[0]), Turn("assistant", require_nonblank(earlier[1], "history", where))]
+    return prepend_system((*turns, Turn("user", text)), row, options, where)
 
 
-def conversation(row: dict, options: DataOptions, where: str) -> Turns:
+def read_conversation(row: dict, options: DataOptions, where: str) -> Turns:
     """The messages of a ShareGPT row, behind the system message; none where the list is empty."""
-    name = conversation_field(row, options)
-    value = field(row, name, "Set data.messages_field to one of them.", where)
-    return with_system(() if value == [] else messages(value, name, SPEAKERS, where), row, options, where)
+    name = find_conversation_field(row, options)
+    value = read_field(row, name, "Set data.messages_field to one of them.", where)
+    return prepend_system(() if value == [] else parse_messages(value, name, SHAREGPT_ROLES, where), row, options, where)
 
 
-def conversation_prompt(row: dict, options: DataOptions, where: str) -> Turns:
+def read_conversation_prompt(row: dict, options: DataOptions, where: str) -> Turns:
     """A ShareGPT dialogue that waits for an answer."""
-    return _asking(conversation(row, options, where), conversation_field(row, options), where)
+    return _require_question(read_conversation(row, options, where), find_conversation_field(row, options), where)
 
 
-def conversation_field(row: dict, options: DataOptions) -> str:
+def find_conversation_field(row: dict, options: DataOptions) -> str:
     """Where a ShareGPT row has its messages."""
     if options.messages_field != DataOptions.messages_field:
         return options.messages_field
-    return next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
+    return next((name for name in CONVERSATION_FIELDS if name in row), CONVERSATION_FIELDS[0])
 
 
-def join(asked: Turns, response: Any, name: str, where: str) -> Turns:
+def join_response(prompt: Turns, response: Any, name: str, where: str) -> Turns:
     """A prompt and its response, which is a string or messages; where those begin with the prompt, it stands once."""
     if not isinstance(response, (list, dict)):
-        return (*asked, Turn("assistant", filled(response, name, where)))
-    said = messages([response] if isinstance(response, dict) else response, name, SPEAKERS, where)
-    for begin in (asked, asked[1:] if asked[0].role == "system" else asked):
-        if said[: len(begin)] == begin:
-            said = said[len(begin) :]
-    if not said or said[0].role != "assistant":
+        return (*prompt, Turn("assistant", require_nonblank(response, name, where)))
+    answer = parse_messages([response] if isinstance(response, dict) else response, name, SHAREGPT_ROLES, where)
+    for begin in (prompt, prompt[1:] if prompt[0].role == "system" else prompt):
+        if answer[: len(begin)] == begin:
+            answer = answer[len(begin) :]
+    if not answer or answer[0].role != "assistant":
         raise ValueError(
-            f"{where}: '{name}' does not answer the prompt: {show(response)}. "
+            f"{where}: '{name}' does not answer the prompt: {describe_value(response)}. "
             "Begin it with a message of the assistant, or with all messages of the prompt."
         )
-    return asked + answered(said, where)
+    return prompt + require_answer(answer, where)
 
 
-def with_system(turns: Turns, row: dict, options: DataOptions, where: str) -> Turns:
+def prepend_system(turns: Turns, row: dict, options: DataOptions, where: str) -> Turns:
     """The turns behind the row's own system message, if it has one."""
     text = row.get(options.system_field)
-    if text is None or not string(text, options.system_field, where):
+    if text is None or not require_string(text, options.system_field, where):
         return turns
     if turns and turns[0].role == "system":
         if turns[0].content != text:
@@ -142,7 +142,7 @@ def with_system(turns: Turns, row: dict, options: DataOptions, where: str) -> Tu
     return (Turn("system", text), *turns)
 
 
-def answered(turns: Turns, where: str) -> Turns:
+def require_answer(turns: Turns, where: str) -> Turns:
     """The turns, of which the last must be the assistant's."""
     if turns[-1].role != "assistant":
         raise ValueError(
@@ -152,7 +152,7 @@ def answered(turns: Turns, where: str) -> Turns:
     return turns
 
 
-def _asking(turns: Turns, name: str, where: str) -> Turns:
+def _require_question(turns: Turns, name: str, where: str) -> Turns:
     if not turns or turns[-1].role != "user":
         last = f"its last message has role '{turns[-1].role}'" if turns else "it is empty"
         raise ValueError(f"{where}: '{name}' is a prompt, and {last}. End it with a message of the user.")
@@ -162,56 +162,56 @@ def _asking(turns: Turns, name: str, where: str) -> Turns:
 # ---- messages, fields, strings
 
 
-def messages(value: Any, name: str, roles: dict[str, str], where: str) -> Turns:
+def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> Turns:
     """A list of {role, content} or {from, value} as turns; `roles` says which names of speakers are known."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: '{name}' is {show(value)}; a list of {{role, content}} objects is wanted.")
+        raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a list of {{role, content}} objects is wanted.")
     turns = []
     for number, message in enumerate(value, 1):
-        this = f"message {number} of {name}"
+        message_name = f"message {number} of {name}"
         keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         if not isinstance(message, dict) or not set(keys) <= set(message):
-            raise ValueError(f"{where}: {this} is {show(message)}; an object with {' and '.join(keys)} is wanted.")
+            raise ValueError(f"{where}: {message_name} is {describe_value(message)}; an object with {' and '.join(keys)} is wanted.")
         speaker = message[keys[0]]
-        if message.get("tool_calls") or (isinstance(speaker, str) and speaker.lower() in TOOLS):
+        if message.get("tool_calls") or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
             raise ValueError(
-                f"{where}: {this} is a call of a tool or its result (role {show(speaker)}); only system, user and "
+                f"{where}: {message_name} is a call of a tool or its result (role {describe_value(speaker)}); only system, user and "
                 "assistant are read. Remove the row, or write the call into the text of a message."
             )
-        role = roles.get(speaker.lower() if roles is SPEAKERS else speaker) if isinstance(speaker, str) else None
+        role = roles.get(speaker.lower() if roles is SHAREGPT_ROLES else speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise ValueError(f"{where}: {this} has role {show(speaker)}; the roles are {list(roles)}. Rename it.")
+            raise ValueError(f"{where}: {message_name} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it.")
         if role == "system" and number > 1:
-            raise ValueError(f"{where}: {this} is a system message; only the first one may be.")
-        check = filled if role == "assistant" else string
-        turns.append(Turn(role, check(message[keys[1]], f"{keys[1]} of {this}", where)))
+            raise ValueError(f"{where}: {message_name} is a system message; only the first one may be.")
+        check = require_nonblank if role == "assistant" else require_string
+        turns.append(Turn(role, check(message[keys[1]], f"{keys[1]} of {message_name}", where)))
     return tuple(turns)
 
 
 def check_row(row: Any, where: str) -> None:
     """Raises ValueError unless the row is an object with fields."""
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: the row is {show(row)}; a JSON object such as {{"prompt": ...}} is wanted.')
+        raise ValueError(f'{where}: the row is {describe_value(row)}; a JSON object such as {{"prompt": ...}} is wanted.')
 
 
-def field(row: dict, name: str, remedy: str, where: str) -> Any:
+def read_field(row: dict, name: str, remedy: str, where: str) -> Any:
     """row[name], or a ValueError that names the keys and ends in the remedy."""
     if name in row:
         return row[name]
     raise ValueError(f"{where}: no '{name}'; the keys are {sorted(row)}. {remedy}")
 
 
-def string(value: Any, name: str, where: str) -> str:
+def require_string(value: Any, name: str, where: str) -> str:
     """The value, which must be a string."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: '{name}' is {show(value)}; a string is wanted.")
+        raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a string is wanted.")
     return value
 
 
-def filled(value: Any, name: str, where: str) -> str:
+def require_nonblank(value: Any, name: str, where: str) -> str:
     """The value, which must be a string with something else than white space in it; else Empty."""
-    if not string(value, name, where).strip():
-        raise Empty(
+    if not require_string(value, name, where).strip():
+        raise EmptyExampleError(
             f"{where}: '{name}' is empty, so there is nothing to learn from. "
             "Fill it, or set data.empty to 'drop' to leave such rows out."
         )

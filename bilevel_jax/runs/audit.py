@@ -23,13 +23,13 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.certificates import compute_certificates
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import AuditConfig, SelectConfig
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.judging import EXACT_ESTIMATOR, DataScore
-from bilevel_jax.runs.rules import on_arrays
+from bilevel_jax.runs.rules import reads_array_data
 from bilevel_jax.runs.sections import EstimatorName
-from bilevel_jax.runs.session import Session, run_folder, started
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.task import Task
-from bilevel_jax.runs.task import prepare as prepare_text
+from bilevel_jax.runs.task import prepare_text_task as prepare_text
 from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK, Trainer, delete_stored_states
 
 
@@ -50,18 +50,18 @@ def audit(config: AuditConfig) -> dict[str, Any]:
 
     Raises as `select.select` does, and ValueError for scores that the task does not allow and queries it has not.
     """
-    with run_folder(config) as folder:
+    with open_run_dir(config) as folder:
         task = prepare_audit_task(config, folder)
         names = list_cheap_scores(config, task)
         query_indices = draw_queries(config, task)
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             return _run_audit(config, task, names, query_indices, session)
 
 
 def select_config_for_audit(config: AuditConfig) -> SelectConfig:
     """The run as the settings of `select`, which its parts are written for."""
     data = config.data
-    if on_arrays(config):
+    if reads_array_data(config):
         data = replace(data, label_field="label", good_label="clean")
     return SelectConfig(
         model=config.model, data=data, objective=config.objective, optimizer=config.optimizer, train=config.train,
@@ -73,15 +73,15 @@ def select_config_for_audit(config: AuditConfig) -> SelectConfig:
 def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
     """The task: arrays with wrong labels, or text."""
     select_config = select_config_for_audit(config)
-    if on_arrays(config):
-        source = classification.read(config.data.train[0])
-        return classification.prepare(
-            select_config, config.arrays, source, classification.network(select_config, config.arrays, source)
+    if reads_array_data(config):
+        source = classification.read_npz_dataset(config.data.train[0])
+        return classification.prepare_array_task(
+            select_config, config.arrays, source, classification.build_array_model(select_config, config.arrays, source)
         )
-    resolved = embedded(select_config, folder)
+    resolved = resolve_builtin(select_config, folder)
     seeds, prior = [config.data.seed], config.outer.proximal
     return prepare_text(
-        resolved, rows.load(resolved.data), folder, steps=config.train.max_steps, seeds=seeds, prior=prior
+        resolved, rows.load_splits(resolved.data), folder, num_steps=config.train.max_steps, seeds=seeds, proximal_strength=prior
     )
 
 
@@ -89,13 +89,13 @@ def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
     """The cheap scores to judge; a ValueError for one that the task does not allow."""
     arrays = isinstance(task, ArrayTask)
     for name in config.audit.scores:
-        scoring.check(name, arrays=arrays)
-    return list(dict.fromkeys(config.audit.scores)) or list(scoring.ON_ARRAYS if arrays else scoring.SCORES)
+        scoring.check_score_name(name, arrays=arrays)
+    return list(dict.fromkeys(config.audit.scores)) or list(scoring.ARRAY_SCORES if arrays else scoring.SCORES)
 
 
 def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
     """The rows of V_fit whose own losses are foretold, drawn from data.seed."""
-    validation_stream = task.held_out["fit"]
+    validation_stream = task.held_out_streams["fit"]
     index = np.concatenate(
         [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
     )
@@ -110,7 +110,7 @@ def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray,
 
 def count_audit_work(config: AuditConfig, task: Task | ArrayTask, num_queries: int) -> float:
     """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
-    steps, options = task.steps, config.audit
+    steps, options = task.num_steps, config.audit
     sweeps = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in options.estimators else 0
     certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if config.certify.enabled else 0
     return steps * (1 + sweeps + certified + len(options.removed) * options.subsets)
@@ -124,8 +124,8 @@ def _run_audit(
     session: Session,
 ) -> dict[str, Any]:
     for note in task.notes:
-        session.say(note)
-    session.phase("training", total=count_audit_work(config, task, len(query_indices)))
+        session.print_line(note)
+    session.set_phase("training", total=count_audit_work(config, task, len(query_indices)))
     uniform_training = train_uniform(config, task, query_indices, session)
     estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
     delete_stored_states(uniform_training.trajectory)
@@ -135,15 +135,15 @@ def _run_audit(
         task, session, start=uniform_training.start, stream=uniform_training.stream, queries=query_indices, fractions=config.audit.removed,
         num_subsets=config.audit.subsets, vmap_size=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
     )  # fmt: skip
-    session.phase("writing")
+    session.set_phase("writing")
     result = judging.judge_scores(select_config_for_audit(config), task, scores, retrain_losses, certification)
-    result |= {"seconds": session.cost("")[1], "notes": task.notes, "config_hash": configs.config_hash(config)}
-    validation_ids = [getattr(example, "id", str(index)) for index, example in enumerate(task.trusted["fit"])]
+    result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": configs.config_hash(config)}
+    validation_ids = [getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["fit"])]
     table = bank.build_retrain_table(
         retrain_losses, [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
     )
-    files.write_table(session.folder / "bank.parquet", table)
-    files.write_table(session.folder / scoring.NAME, add_estimate_columns(task, estimate_scores, session.folder))
+    files.write_parquet(session.folder / "bank.parquet", table)
+    files.write_parquet(session.folder / scoring.SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
     files.write_json(session.folder / "result.json", result)
     audit_report.write_audit_report(session.folder)
     return result
@@ -153,15 +153,15 @@ def train_uniform(
     config: AuditConfig, task: Task | ArrayTask, query_indices: Int[np.ndarray, "queries"], session: Session
 ) -> UniformTraining:
     """Train with weight 1 for every row."""
-    began, ones = time.monotonic(), jnp.ones(task.rows)
+    began, ones = time.monotonic(), jnp.ones(task.num_examples)
     trainer = Trainer(task, select_config_for_audit(config).outer, session)
-    start = trainer.init_state(task.fresh(config.train.seed))
-    stream = placing.kept(task.mesh, task.stream(config.data.seed))  # read again by every retrain
+    start = trainer.init_state(task.init_params(config.train.seed))
+    stream = placing.cache_stream(task.mesh, task.training_stream(config.data.seed))  # read again by every retrain
     trajectory = trainer.run(ones, start, stream, for_backward=EXACT_ESTIMATOR in config.audit.estimators, outer_step=0)
     if EXACT_ESTIMATOR in config.audit.estimators:
-        check_differentiable(task.step, task.optimizer, trajectory, ones, task.fixed(start.params), stream)
+        check_differentiable(task.train_step, task.optimizer, trajectory, ones, task.frozen(start.params), stream)
     return UniformTraining(
-        trainer, start, stream, trajectory, query_indices, session.once("training", lambda: time.monotonic() - began)
+        trainer, start, stream, trajectory, query_indices, session.run_once("training", lambda: time.monotonic() - began)
     )
 
 
@@ -174,7 +174,7 @@ def compute_estimates(
     """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
     scores: list[DataScore] = []
     exact_record: dict[str, Any] = {}
-    fit = task.held_out["fit"]
+    fit = task.held_out_streams["fit"]
     query_streams = [bank.single_example_stream(fit, row) for row in uniform_training.query_indices]
     groups = [
         query_streams[start : start + config.audit.vmap_size]
@@ -182,7 +182,7 @@ def compute_estimates(
     ]
     (session.folder / "parts").mkdir(exist_ok=True)
     for name in config.audit.estimators:
-        session.phase(f"entries: {name}")
+        session.set_phase(f"entries: {name}")
         estimate = make_estimator(name, config, task, uniform_training, session)
         values, record = _estimate_once(session, name, estimate, [fit])
         # each query's share of L_v, times the number of rows: its own loss
@@ -192,13 +192,13 @@ def compute_estimates(
             for n, streams in enumerate(groups)
         ]
         checkpoint = "through" if name == EXACT_ESTIMATOR else "end"
-        passes, seconds = task.steps + record["passes"], uniform_training.seconds + record["seconds"]
+        passes, seconds = task.num_steps + record["passes"], uniform_training.seconds + record["seconds"]
         solved = record["checks"].get("residual")
         notes = (f"relative residual of the solve for L_v {solved:.2g}",) if solved is not None else ()
         each_query = np.concatenate(query_values) if query_values else None
         scores.append(DataScore(name, checkpoint, values[0], each_query, passes, seconds, notes))
         exact_record = record if name == EXACT_ESTIMATOR else exact_record
-        session.say(_format_score(scores[-1]))
+        session.print_line(_format_score(scores[-1]))
     return scores, exact_record
 
 
@@ -210,15 +210,15 @@ def make_estimator(
     session: Session,
 ) -> Callable[[list[Stream]], Estimate]:
     """validation streams -> the estimate for each, its leaves lead with [streams]; of the checks, the last one's."""
-    ones, frozen = jnp.ones(task.rows), task.fixed(uniform_training.start.params)
+    ones, frozen = jnp.ones(task.num_examples), task.frozen(uniform_training.start.params)
     if name == EXACT_ESTIMATOR:
         losses = 1
 
         def on_step(step: int) -> None:
             session.advance(REPLAY_WORK + losses * HVP_WORK)
-            session.check()
+            session.check_signals()
 
-        sweep = each(task.problem, task.step, on_step=on_step)
+        sweep = each(task.problem, task.train_step, on_step=on_step)
 
         def sweep_streams(streams: list[Stream]) -> Estimate:
             nonlocal losses
@@ -227,7 +227,7 @@ def make_estimator(
 
         return sweep_streams
     trainer = Trainer(task, replace(config.outer, method=name), session)
-    summed = placing.kept(task.mesh, task.summed(seed=0))  # read again for every query
+    summed = placing.cache_stream(task.mesh, task.full_pass_stream(seed=0))  # read again for every query
 
     def solve_streams(streams: list[Stream]) -> Estimate:
         results = []
@@ -235,7 +235,7 @@ def make_estimator(
             results.append(
                 trainer.estimate_at_end(uniform_training.trajectory, ones, train_stream=summed, validation=stream)
             )
-            session.check()
+            session.check_signals()
         return results[-1]._replace(grad=jnp.stack([one.grad for one in results]))
 
     return solve_streams
@@ -254,19 +254,19 @@ def compute_cheap_scores(
                 continue  # it reads no model
             if name == "alignment" and checkpoint == "end" and name in config.audit.estimators:
                 continue  # it is there, with entries of every query
-            session.phase(f"scoring: {name} at the {checkpoint}")
+            session.set_phase(f"scoring: {name} at the {checkpoint}")
             title, column, model = (
                 (f"{name}, {checkpoint}", f"{name}_{checkpoint}", checkpoint) if name != "random" else (name, name, "")
             )
-            raw_scores = scoring.once(column, name, task, params, config.scores, session)
-            steps, train_seconds = (task.steps, uniform_training.seconds) if model == "end" else (0, 0.0)
+            raw_scores = scoring.load_or_compute_score(column, name, task, params, config.scores, session)
+            steps, train_seconds = (task.num_steps, uniform_training.seconds) if model == "end" else (0, 0.0)
             # what a run makes once for both models (the holdout model of `reducible`) is a cost of either
             highest_cost[name] = max(raw_scores.passes, highest_cost.get(name, 0.0))
             cost = (highest_cost[name] + steps, raw_scores.seconds + train_seconds)
             # a row without a score is neither good nor bad
             values = np.where(np.isnan(raw_scores.values), np.nanmean(raw_scores.values), raw_scores.values)
             scores.append(DataScore(title, model, values, None, *cost, raw_scores.notes))
-            session.say(_format_score(scores[-1]))
+            session.print_line(_format_score(scores[-1]))
     return scores
 
 
@@ -279,24 +279,24 @@ def certify_exact(
         return None
     slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
     certificate_set = compute_certificates(
-        task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.rows),
+        task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.num_examples),
         hypergradient=slopes, step=0, validation_loss=exact_record["value"], checks=certify.Checks(**exact_record["checks"]),
     )  # fmt: skip
     verdict = certify.verdict(certificate_set)
-    session.say(f"the exact entries: {verdict}")
+    session.print_line(f"the exact entries: {verdict}")
     return certificate_set, verdict
 
 
 def add_estimate_columns(task: Task | ArrayTask, scores: list[DataScore], folder: Path) -> pa.Table:
     """scores.parquet with the estimates as columns beside the cheap scores."""
-    path, rows = folder / scoring.NAME, task.trainable()
+    path, rows = folder / scoring.SCORES_FILE, task.trainable_indices()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})
     table = pq.read_table(path) if path.exists() else ids
     metadata = dict(table.schema.metadata or {})
     for score in scores:
         if score.name in table.column_names:  # of a run that was stopped after it wrote them
             table = table.drop_columns([score.name])
-        meaning = f"-dL_v/dweight by {score.name}, {task.objective.unit} per unit of weight; larger is better"
+        meaning = f"-dL_v/dweight by {score.name}, {task.objective.loss_unit} per unit of weight; larger is better"
         metadata[score.name.encode()] = json.dumps({"meaning": meaning, "passes": score.passes}).encode()
         table = table.append_column(score.name, pa.array(score.values[rows].astype(float)))
     return table.replace_schema_metadata(metadata)
@@ -312,20 +312,20 @@ def _estimate_once(
     path = session.folder / "parts" / f"{name}.npy"
 
     def make() -> dict[str, Any]:
-        before, began = session.work, time.monotonic()
+        before, began = session.work_done, time.monotonic()
         result = estimate(streams)
         if not bool(tree.finite(result.grad)):
             raise FloatingPointError(
                 f"the entries of {name} are not finite ({result.checks}). Training itself was finite: raise "
                 "optimizer.eps_root, or lower optimizer.learning_rate."
             )
-        with files.replacing(path) as place, open(place, "wb") as file:
+        with files.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, -np.asarray(result.grad))
         checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}
         value = float(np.ravel(result.value)[0])
-        return {"passes": session.work - before, "seconds": time.monotonic() - began, "value": value, "checks": checks}
+        return {"passes": session.work_done - before, "seconds": time.monotonic() - began, "value": value, "checks": checks}
 
-    record = session.once(f"entries/{name}", make)
+    record = session.run_once(f"entries/{name}", make)
     return np.load(path), record
 
 

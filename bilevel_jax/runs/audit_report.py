@@ -75,14 +75,14 @@ def render_audit_report(name: str, result: JsonObject, config_text: str, environ
             "Data, and how to see the same numbers",
             join_html(
                 *(html_paragraph(text) for text in result["notes"]),
-                html_element("pre", f"bilevel-jax audit {files.RESOLVED} --out ANOTHER_FOLDER"),
+                html_element("pre", f"bilevel-jax audit {files.CONFIG_FILE} --out ANOTHER_FOLDER"),
                 html_paragraph(
                     "bank.parquet holds every retrain: which rows left, and the losses then. scores.parquet holds "
                     "every score by id, larger is better; a column of it can be the weights.column of a training."
                 ),
                 html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
                 html_paragraph(f"All of it took {format_number(result['seconds'] / 60, 3)} minutes."),
-                html_details(f"{files.RESOLVED}, all settings", html_element("pre", config_text)),
+                html_details(f"{files.CONFIG_FILE}, all settings", html_element("pre", config_text)),
             ),
         ),
     ]

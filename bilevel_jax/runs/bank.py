@@ -16,7 +16,7 @@ from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.session import Session
-from bilevel_jax.runs.task import Task, per_row
+from bilevel_jax.runs.task import Task, evaluate_per_example
 
 TARGET_LABELS = {"fit": "L_v", "queries": "each query", "report": "V_report"}
 """What is predicted, as people read it."""
@@ -63,16 +63,16 @@ def retrain_without_subsets(
     Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
     `together`, side by side, which changes no loss but by rounding.
     """
-    value, frozen = outer_value(task.problem), task.fixed(start.params)
-    part_streams = {part: task.held_out[part] for part in TARGET_LABELS if part in task.held_out}
+    value, frozen = outer_value(task.problem), task.frozen(start.params)
+    part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
     left_out = np.stack(
-        [draw_subsets(task.rows, task.trainable(), fraction, num_subsets, seed) for fraction in fractions]
+        [draw_subsets(task.num_examples, task.trainable_indices(), fraction, num_subsets, seed) for fraction in fractions]
     )
 
     def read_losses(params: Params) -> dict[str, list[float]]:
         found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
         if len(queries):
-            losses = per_row(task.objective.losses, params, frozen, part_streams["fit"], len(task.trusted["fit"]))
+            losses = evaluate_per_example(task.objective.losses, params, frozen, part_streams["fit"], len(task.held_out_examples["fit"]))
             found["queries"] = losses[queries].tolist()
         return found
 
@@ -89,10 +89,10 @@ def retrain_without_subsets(
 
     lines: list[list[dict[str, list[float]]]] = []
     for fraction, group in zip(fractions, left_out, strict=True):
-        session.phase(f"retraining without {fraction:.3g} of the rows")
+        session.set_phase(f"retraining without {fraction:.3g} of the rows")
         groups = {offset: group[offset : offset + vmap_size] for offset in range(0, num_subsets, vmap_size)}
         jobs = {f"bank/{fraction:g}/{offset}": partial(retrain, excluded) for offset, excluded in groups.items()}
-        lines.append([line for key, job in jobs.items() for line in session.once(key, job)])
+        lines.append([line for key, job in jobs.items() for line in session.run_once(key, job)])
     targets = [target for target in TARGET_LABELS if target in lines[0][0]]
     losses = {target: np.array([[line[target] for line in some] for some in lines]) for target in targets}
     return LeaveOutRetrains(fractions, left_out, losses)
@@ -102,14 +102,14 @@ def train_vmapped(
     task: Task | ArrayTask, session: Session, start: Inner, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
 ) -> Params:
     """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
-    gather, forward = _vmap_step(task.step)
-    weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.fixed(start.params)
+    gather, forward = _vmap_step(task.train_step)
+    weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.frozen(start.params)
     state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
     for step in range(stream.steps):
         batch = stream.batch(step)
         state, _ = forward(state, gather(weights, batch), frozen, batch)
         session.advance(len(left_out))
-        session.check()
+        session.check_signals()
     return state.params
 
 
@@ -146,10 +146,10 @@ def compute_lds(
         scores_by_target[target] = []
         for index in range(len(retrains.fractions)):
             actual = losses[index].T
-            counts = bootstrap.resampled(actual.shape[1], (seed, index))
+            counts = bootstrap.resample_counts(actual.shape[1], (seed, index))
             lines = np.broadcast_to(predicted[:, index], actual.shape)
-            correlations = bootstrap.rank_correlations(lines, actual, counts)
-            query_counts = bootstrap.resampled(len(actual), (seed, index, 1)) * np.isfinite(correlations)
+            correlations = bootstrap.bootstrap_rank_correlations(lines, actual, counts)
+            query_counts = bootstrap.resample_counts(len(actual), (seed, index, 1)) * np.isfinite(correlations)
             with np.errstate(invalid="ignore"):  # nan where a score foretells the same for every subset
                 scores_by_target[target].append(
                     (query_counts * np.nan_to_num(correlations)).sum(1) / query_counts.sum(1)

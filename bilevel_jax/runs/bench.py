@@ -19,15 +19,15 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.compare import RetrainVariant, retrain_variant
 from bilevel_jax.runs.config import CompareConfig, SelectConfig
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.learn import compute_baseline_scores, good_label_mask
 from bilevel_jax.runs.methods import METHODS, MethodResult, count_baseline_work
-from bilevel_jax.runs.rows import PARTS
-from bilevel_jax.runs.rules import on_arrays
-from bilevel_jax.runs.session import Session, run_folder, started
-from bilevel_jax.runs.statistics import auc, mean_interval, top
-from bilevel_jax.runs.task import Task, per_row
-from bilevel_jax.runs.task import prepare as prepare_text
+from bilevel_jax.runs.rows import PART_NAMES
+from bilevel_jax.runs.rules import reads_array_data
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.statistics import auc, mean_interval, top_indices
+from bilevel_jax.runs.task import Task, evaluate_per_example
+from bilevel_jax.runs.task import prepare_text_task as prepare_text
 from bilevel_jax.runs.training import Trainer
 
 SEED_STRIDE = 1_000_000
@@ -39,10 +39,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
     """
-    with run_folder(config) as folder:
+    with open_run_dir(config) as folder:
         build_task = make_task_builder(config, folder)
         _check_budget(config, build_task(0))
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             return _run_comparison(config, build_task, session)
 
 
@@ -54,8 +54,8 @@ def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
         data=replace(
             config.data,
             seed=config.data.seed + SEED_STRIDE * seed,
-            label_field="label" if on_arrays(config) else config.data.label_field,
-            good_label="clean" if on_arrays(config) else config.data.good_label,
+            label_field="label" if reads_array_data(config) else config.data.label_field,
+            good_label="clean" if reads_array_data(config) else config.data.good_label,
         ),
         objective=config.objective,
         optimizer=config.optimizer,
@@ -70,13 +70,13 @@ def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
 
 def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTask]:
     """seed -> the task: arrays with rows and wrong labels of their own, or always the same text."""
-    if on_arrays(config):
-        source = classification.read(config.data.train[0])
-        net = classification.network(select_config_for_seed(config, 0), config.arrays, source)
-        return lambda seed: classification.prepare(select_config_for_seed(config, seed), config.arrays, source, net)
-    resolved = embedded(select_config_for_seed(config, 0), folder)
+    if reads_array_data(config):
+        source = classification.read_npz_dataset(config.data.train[0])
+        net = classification.build_array_model(select_config_for_seed(config, 0), config.arrays, source)
+        return lambda seed: classification.prepare_array_task(select_config_for_seed(config, seed), config.arrays, source, net)
+    resolved = resolve_builtin(select_config_for_seed(config, 0), folder)
     text = prepare_text(
-        resolved, rows.load(resolved.data), folder, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal
+        resolved, rows.load_splits(resolved.data), folder, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
     )
     return lambda seed: text
 
@@ -97,7 +97,7 @@ def _check_budget(config: CompareConfig, task: Task | ArrayTask) -> None:
 
 def count_compare_work(config: CompareConfig, task: Task | ArrayTask) -> float:
     """The whole run in training steps, for the ETA."""
-    options, steps = config.compare, task.steps
+    options, steps = config.compare, task.num_steps
     return options.seeds * (
         steps
         + count_baseline_work(task)
@@ -114,9 +114,9 @@ def _run_comparison(
     for seed in range(config.compare.seeds):
         task = build_task(seed)
         if seed == 0:
-            session.phase("starting", total=count_compare_work(config, task))
+            session.set_phase("starting", total=count_compare_work(config, task))
         for note in task.notes:
-            session.say(f"seed {seed}  {note}")
+            session.print_line(f"seed {seed}  {note}")
         notes += [note for note in task.notes if note not in notes]
         seed_cells, table = run_repetition(config, task, seed, session)
         for name, cell in seed_cells.items():
@@ -125,22 +125,22 @@ def _run_comparison(
     result = {
         "rows": [summarize_method(name, cells) for name in cells],
         "labels": good_label_mask(task, select_config_for_seed(config, 0)) is not None,
-        "unit": task.objective.unit,
-        "right": task.objective.right,
+        "unit": task.objective.loss_unit,
+        "right": task.objective.accuracy_name,
         "budget": config.compare.budget,
-        "steps": task.steps,
-        "batch": task.batch,
+        "steps": task.num_steps,
+        "batch": task.batch_size,
         "restart": config.outer.restart,
         "seeds": config.compare.seeds,
         "top_share": config.compare.top_share,
-        "counts": {"train": task.rows} | {part: len(task.trusted[part]) for part in task.held_out},
+        "counts": {"train": task.num_examples} | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
         "notes": notes,
-        "seconds": session.cost("seed")[1],
+        "seconds": session.job_cost("seed")[1],
         "config_hash": configs.config_hash(config),
     }
     result["sentence"] = bench_report.summarize_comparison(result)
-    session.phase("writing")
-    files.write_table(session.folder / "weights.parquet", pa.concat_tables(tables))
+    session.set_phase("writing")
+    files.write_parquet(session.folder / "weights.parquet", pa.concat_tables(tables))
     files.write_json(session.folder / "result.json", result)
     files.write_atomic(session.folder / "table.md", bench_report.format_markdown(result))
     bench_report.write_compare_report(session.folder)
@@ -161,40 +161,40 @@ def run_repetition(
         def make() -> dict[str, Any]:
             began = time.monotonic()
             found = retrain_variant(task, select_config, trainer, session, outer_loss, variant, 0)
-            return found | {"passes": task.steps, "seconds": time.monotonic() - began}
+            return found | {"passes": task.num_steps, "seconds": time.monotonic() - began}
 
-        session.phase(f"seed {seed}/{name}")
-        return session.once(f"seed {seed}/{name}", make)
+        session.set_phase(f"seed {seed}/{name}")
+        return session.run_once(f"seed {seed}/{name}", make)
 
     cells = {}
     for name, (variant, scores) in make_baselines(config, task, seed, uniform_stats, good).items():
         ranking_passes = uniform_stats["passes"] if name in ("aligned", "low_loss") else 0
-        is_kept = np.isin(np.arange(task.rows), variant.example_indices)
+        is_kept = np.isin(np.arange(task.num_examples), variant.example_indices)
         cell = retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
         if good is not None and scores is not None:
             cell |= {"auc": auc(scores, good), "f1": f1_score(is_kept, good)}
         cells[name] = cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
-        session.say(f"seed {seed}  {_format_cell(name, cells[name])}")
+        session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
     columns = {"alignment": uniform_stats["alignment"], "loss": uniform_stats["losses"]}
     for name in config.compare.methods:
         cell, weights = learn_weights(config, task, select_config, name, seed, session, outer_loss)
         columns[f"weight {name}"] = weights
         if name != "mixing":
-            table = np.ones(task.corpus.rows)
-            table[: task.rows] = weights
-            everything = task.trainable()
+            table = np.ones(task.corpus.num_examples)
+            table[: task.num_examples] = weights
+            everything = task.trainable_indices()
             without_validation = retrain_cold(f"{name}, alone", RetrainVariant(name, "", everything, table))
             with_validation = retrain_cold(
-                f"{name}, with V_fit", RetrainVariant(name, "", np.concatenate([everything, task.fit_rows()]), table)
+                f"{name}, with V_fit", RetrainVariant(name, "", np.concatenate([everything, task.validation_indices()]), table)
             )
-            cell |= {key: without_validation[key] for key in (*PARTS, "accuracy")}
+            cell |= {key: without_validation[key] for key in (*PART_NAMES, "accuracy")}
             cell["with_v"] = {key: with_validation[key] for key in ("report", "accuracy")}
         if good is not None and name != "mixing":
             cell |= {"auc": auc(weights, good), "f1": f1_score(weights > 1, good)}
         cells[name] = cell
-        session.say(f"seed {seed}  {_format_cell(name, cell)}")
+        session.print_line(f"seed {seed}  {_format_cell(name, cell)}")
     facts = {
-        "seed": np.full(task.rows, seed),
+        "seed": np.full(task.num_examples, seed),
         "id": [example.id for example in task.examples],
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
@@ -206,8 +206,8 @@ def make_baselines(
     config: CompareConfig, task: Task | ArrayTask, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
 ) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
     """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
-    everything, fit = task.trainable(), task.fit_rows()
-    ones = np.ones(task.corpus.rows)
+    everything, fit = task.trainable_indices(), task.validation_indices()
+    ones = np.ones(task.corpus.num_examples)
     count = max(1, round(config.compare.top_share * len(everything)))
     random_subset = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
     share = f"{config.compare.top_share:.0%} of the rows"
@@ -215,15 +215,15 @@ def make_baselines(
         "uniform": ("every row, weight 1", everything, None),
         "validation": ("V_fit alone", fit, None),
         "train+validation": ("every row and V_fit", np.concatenate([everything, fit]), None),
-        "random": (f"{share}, at random", random_subset, np.isin(np.arange(task.rows), random_subset).astype(float)),
+        "random": (f"{share}, at random", random_subset, np.isin(np.arange(task.num_examples), random_subset).astype(float)),
         "aligned": (
             f"{share}, by alignment once",
-            top(-uniform_stats["alignment"], count, everything),
+            top_indices(-uniform_stats["alignment"], count, everything),
             -uniform_stats["alignment"],
         ),
         "low_loss": (
             f"{share}, of least loss",
-            top(-uniform_stats["losses"], count, everything),
+            top_indices(-uniform_stats["losses"], count, everything),
             -uniform_stats["losses"],
         ),
     }
@@ -252,13 +252,13 @@ def learn_weights(
     path = session.folder / "parts" / f"{key.replace('/', ' ')}.npy"
 
     def make() -> dict[str, Any]:
-        part = session.within(key.replace("/", " "))
+        part = session.part_session(key.replace("/", " "))
         outcome = method.run(task, method.configure(select_config), part, float(config.compare.budget))
-        with files.replacing(path) as place, open(place, "wb") as file:
+        with files.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
 
-    cell = session.once(key, make)
+    cell = session.run_once(key, make)
     shutil.rmtree(session.folder / "parts" / key.replace("/", " "), ignore_errors=True)
     return dict(cell), np.load(path)
 
@@ -277,9 +277,9 @@ def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -
         else {},
     }
     if outcome.params is not None:
-        frozen, part = task.fixed(outcome.params), _held_out_part(task)
-        correct = per_row(task.objective.accuracy, outcome.params, frozen, task.held_out[part], len(task.trusted[part]))
-        value = float(outer_loss(outcome.params, frozen, task.held_out[part]))
+        frozen, part = task.frozen(outcome.params), _held_out_part(task)
+        correct = evaluate_per_example(task.objective.accuracy, outcome.params, frozen, task.held_out_streams[part], len(task.held_out_examples[part]))
+        value = float(outer_loss(outcome.params, frozen, task.held_out_streams[part]))
         cell["own"] = {"report": value, "accuracy": float(np.nanmean(correct))}
     return cell
 
@@ -291,18 +291,18 @@ def _train_uniform(
     path, key = session.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
 
     def make() -> float:
-        before, ones = session.work, jnp.ones(task.rows)
+        before, ones = session.work_done, jnp.ones(task.num_examples)
         run = trainer.run(
-            ones, trainer.init_state(task.fresh(select_config.train.seed)), task.stream(select_config.data.seed)
+            ones, trainer.init_state(task.init_params(select_config.train.seed)), task.training_stream(select_config.data.seed)
         )
         alignment, losses = compute_baseline_scores(task, trainer, run, ones)
         path.parent.mkdir(exist_ok=True)
-        with files.replacing(path) as place, open(place, "wb") as file:
-            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.rows])
-        return session.work - before
+        with files.atomic_replace(path) as place, open(place, "wb") as file:
+            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.num_examples])
+        return session.work_done - before
 
-    session.phase(key)
-    passes = session.once(key, make)
+    session.set_phase(key)
+    passes = session.run_once(key, make)
     with np.load(path) as stored:
         return {name: stored[name] for name in stored} | {"passes": passes}
 
@@ -317,7 +317,7 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
     runs, method = cells[name], METHODS.get(name) if "trail" in cells[name][0] else None
     readings = {
         key: [cell[key] for cell in runs]
-        for key in (*PARTS, "accuracy", "auc", "f1", "ess", "passes", "seconds")
+        for key in (*PART_NAMES, "accuracy", "auc", "f1", "ess", "passes", "seconds")
         if runs[0].get(key) is not None
     }
     for of in ("with_v", "own"):
@@ -341,7 +341,7 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
 
 
 def _held_out_part(task: Task | ArrayTask) -> str:
-    return "report" if "report" in task.held_out else "fit"
+    return "report" if "report" in task.held_out_streams else "fit"
 
 
 def _format_cell(name: str, cell: dict[str, Any]) -> str:

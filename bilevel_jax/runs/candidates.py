@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_jax.lm import files
-from bilevel_jax.lm.data import Example, content_hash
-from bilevel_jax.lm.files import show
-from bilevel_jax.lm.turns import Turn, check_row, field, string
+from bilevel_jax.lm.data import Example, hash_content
+from bilevel_jax.lm.files import describe_value
+from bilevel_jax.lm.turns import Turn, check_row, read_field, require_string
 from bilevel_jax.runs.config import RankConfig
-from bilevel_jax.runs.read import nearest
+from bilevel_jax.runs.read import suggest_nearest
 from bilevel_jax.scores.random import number
 
 MAX_NAMES_SHOWN = 3
@@ -39,7 +39,7 @@ class Question(NamedTuple):
     def with_response(self, response: str) -> Example:
         """The question as a row with this response."""
         turns = Turn("user", self.text), Turn("assistant", response)
-        return Example(f"{content_hash(turns)}#0", 0, turns, "", None, self.file, self.line, format="prompt")
+        return Example(f"{hash_content(turns)}#0", 0, turns, "", None, self.file, self.line, format="prompt")
 
 
 class StrategyResponses(NamedTuple):
@@ -77,7 +77,7 @@ def load_strategy_responses(config: RankConfig) -> StrategyResponses:
                     "answer every question: add it, remove the row, or name in rank.strategies those that do."
                 )
             text, place = row.responses[name]
-            text = string(text, name, place)
+            text = require_string(text, name, place)
             if not text.strip() and config.data.empty == "error":
                 raise ValueError(f"{place}: the response of '{name}' is empty. Fill it, or set data.empty to drop.")
             responses.append(text)
@@ -85,7 +85,7 @@ def load_strategy_responses(config: RankConfig) -> StrategyResponses:
             dropped.append(where)
             continue
         rewards = tuple(_read_reward(row, name, where) for name in strategies) if config.rank.reward_field else ()
-        key = content_hash([Turn("user", row.text)])
+        key = hash_content([Turn("user", row.text)])
         questions.append(Question(key, row.text, tuple(responses), row.reference_answer, rewards, row.file, row.line))
     notes = [f"{len(questions):,} questions, each answered by {len(strategies)} strategies: {', '.join(strategies)}"]
     if dropped:
@@ -115,7 +115,7 @@ def read_own_answers(path: str, config: RankConfig) -> dict[str, list[str]]:
         where = f"{path}:{line}"
         check_row(row, where)
         question, answer = (
-            string(field(row, name, f"Set data.{key} to one of them.", where), name, where)
+            require_string(read_field(row, name, f"Set data.{key} to one of them.", where), name, where)
             for key, name in (
                 ("prompt_field", config.data.prompt_field), ("response_field", config.data.response_field),
             )
@@ -140,13 +140,13 @@ def parse_accuracies(specs: Sequence[str], strategies: Sequence[str]) -> dict[st
     for name, value in pairs:
         if name not in strategies:
             raise ValueError(
-                f"rank.accuracies names {name!r}, which is no strategy; {nearest(name, strategies)}they are "
+                f"rank.accuracies names {name!r}, which is no strategy; {suggest_nearest(name, strategies)}they are "
                 f"{_format_names(strategies)}. Write name=number, or a .json file of {{name: number}}."
             )
         try:
             parsed[name] = float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"rank.accuracies has {show(value)} for {name!r}; a number is wanted.") from None
+            raise ValueError(f"rank.accuracies has {describe_value(value)} for {name!r}; a number is wanted.") from None
     if specs and (missing := [name for name in strategies if name not in parsed]):
         raise ValueError(f"rank.accuracies has no number for {_format_names(missing)}. Give one for each strategy.")
     return parsed
@@ -173,10 +173,10 @@ def _read_strategy_table(config: RankConfig) -> tuple[list[str], list[_QuestionR
             where = f"{path}:{line}"
             check_row(row, where)
             responses_field = config.rank.responses_field
-            responses = field(row, responses_field, "Set rank.responses_field to one of them.", where)
+            responses = read_field(row, responses_field, "Set rank.responses_field to one of them.", where)
             if not isinstance(responses, dict):
                 raise ValueError(
-                    f"{where}: '{responses_field}' is {show(responses)}; a map from strategies to responses is wanted."
+                    f"{where}: '{responses_field}' is {describe_value(responses)}; a map from strategies to responses is wanted."
                 )
             # of a parquet table, a map has null for strategies that other rows have
             answers = {str(name): (text, where) for name, text in responses.items() if text is not None}
@@ -196,7 +196,7 @@ def _read_strategy_table(config: RankConfig) -> tuple[list[str], list[_QuestionR
 
 
 def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionRow]]:
-    names = [files.stem(path) for path in config.data.train]
+    names = [files.source_name(path) for path in config.data.train]
     if len(set(names)) < len(names):
         raise ValueError(
             f"data.train has files of one name, {_format_names(names)}; a strategy is called after its file."
@@ -208,10 +208,10 @@ def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionR
             check_row(row, where)
             text = _read_question(row, config, where)
             remedy = "Set data.response_field to one of them; a table of strategies has rank.responses_field."
-            response = field(row, config.data.response_field, remedy, where)
+            response = read_field(row, config.data.response_field, remedy, where)
             key = text
             if config.rank.id_field:
-                key = str(field(row, config.rank.id_field, "Set rank.id_field to one of them.", where))
+                key = str(read_field(row, config.rank.id_field, "Set rank.id_field to one of them.", where))
             joined_row = joined.setdefault(
                 key, _QuestionRow(text, {}, {}, _read_reference_answer(row, config, where), path, line)
             )
@@ -221,8 +221,8 @@ def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionR
                 )
             if joined_row.text != text:
                 raise ValueError(
-                    f"{where}: {config.rank.id_field} {key} asks {show(text)}, and at {joined_row.file}:{joined_row.line} "
-                    f"{show(joined_row.text)}. One id must be one question."
+                    f"{where}: {config.rank.id_field} {key} asks {describe_value(text)}, and at {joined_row.file}:{joined_row.line} "
+                    f"{describe_value(joined_row.text)}. One id must be one question."
                 )
             joined_row.responses[name] = response, where
             if config.rank.reward_field:
@@ -234,7 +234,7 @@ def _choose_strategies(names: Sequence[str], config: RankConfig, is_table: bool)
     for name in config.rank.strategies:
         if name not in names:
             raise ValueError(
-                f"rank.strategies names {name!r}, which has no response; {nearest(name, names)}there are those of "
+                f"rank.strategies names {name!r}, which has no response; {suggest_nearest(name, names)}there are those of "
                 f"{', '.join(names)}."
             )
     strategies = tuple(dict.fromkeys(config.rank.strategies or names))
@@ -249,7 +249,7 @@ def _choose_strategies(names: Sequence[str], config: RankConfig, is_table: bool)
 
 def _read_question(row: dict[str, Any], config: RankConfig, where: str) -> str:
     name = config.data.prompt_field
-    text = string(field(row, name, "Set data.prompt_field to one of them.", where), name, where)
+    text = require_string(read_field(row, name, "Set data.prompt_field to one of them.", where), name, where)
     if not text.strip():
         raise ValueError(f"{where}: '{name}' is empty. Fill it, or remove the row.")
     return text
@@ -259,16 +259,16 @@ def _read_reference_answer(row: dict[str, Any], config: RankConfig, where: str) 
     name = config.verifier.answer_field
     if not name:
         return None
-    value = field(row, name, "Set verifier.answer_field to one of them, or to nothing.", where)
+    value = read_field(row, name, "Set verifier.answer_field to one of them, or to nothing.", where)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: '{name}' is {show(value)}; a string or a number is wanted.")
+        raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a string or a number is wanted.")
     return str(value)
 
 
 def _read_reward(row: _QuestionRow, name: str, where: str) -> float:
     value = row.rewards.get(name) if isinstance(row.rewards, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: the reward of '{name}' is {show(value)}; a number is wanted for each strategy.")
+        raise ValueError(f"{where}: the reward of '{name}' is {describe_value(value)}; a number is wanted for each strategy.")
     return float(value)
 
 

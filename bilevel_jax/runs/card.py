@@ -164,5 +164,5 @@ def read_run_result(run: Path) -> dict[str, Any]:
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """The config of a run, as it was written; empty where there is none."""
-    path = run / files.RESOLVED
+    path = run / files.CONFIG_FILE
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -38,13 +38,13 @@ def compute_certificates(
     settings = config.certify
     if not settings.enabled:
         return Certificates(None, None, None, checks)
-    device_weights, grad = placing.everywhere(task.mesh, (weights, hypergradient))
-    start = trainer.init_state(task.fresh(config.train.seed))
-    stream = task.stream(data_order_seed(config, step))
+    device_weights, grad = placing.replicate(task.mesh, (weights, hypergradient))
+    start = trainer.init_state(task.init_params(config.train.seed))
+    stream = task.training_stream(data_order_seed(config, step))
     loss_fn = outer_value(task.problem)
 
     def retrain(new_weights: jax.Array) -> float:
-        return trainer.validation_loss(new_weights, start, stream, task.held_out["fit"], loss_fn)
+        return trainer.validation_loss(new_weights, start, stream, task.held_out_streams["fit"], loss_fn)
 
     def estimate(new_weights: jax.Array) -> jax.Array:
         return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
@@ -64,13 +64,13 @@ def compute_certificates(
             retrains=settings.retrains,
         )._asdict()
 
-    session.phase(f"certifying the gradient at {name}")
+    session.set_phase(f"certifying the gradient at {name}")
     key = jax.random.key(config.data.seed + 1)
-    ratios = session.once(f"certify/{name}/exact", compute_exact)
-    cosine = session.once(
+    ratios = session.run_once(f"certify/{name}/exact", compute_exact)
+    cosine = session.run_once(
         f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, device_weights, grad, settings.removed)
     )
-    predictive_result = session.once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
+    predictive_result = session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
     return Certificates(
         certify.Exact(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
         cosine,

@@ -18,29 +18,29 @@ from typing import Any
 
 from bilevel_jax.lm import files
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.files import show
+from bilevel_jax.lm.files import describe_value
 from bilevel_jax.runs.sections import VerifierSection
 
-Checker = Callable[[Example, str], float]
+Verifier = Callable[[Example, str], float]
 """(the row with the question and its right answer, a response) -> 0 to 1."""
-Judge = Callable[[str, str, str], float]
+Grader = Callable[[str, str, str], float]
 """(question, right answer, response) -> 0 to 1: what a checker is made of, and what a user may give."""
 
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
     rf"""(?P<sign>(?<![\w)\]}}])[-+\u2212])? [$€£¥]?
     (?<![A-Za-z\d])(?<!\d\.)
     (?: (?P<ones>\d+)\ (?P<part>\d+)/(?P<parts>\d+)
-      | (?P<over>{_WHOLE})/(?P<under>{_WHOLE})
-      | (?P<plain>{_WHOLE}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))? | (?<!\.)\.\d+) )""",
+      | (?P<over>{_INTEGER})/(?P<under>{_INTEGER})
+      | (?P<plain>{_INTEGER}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))? | (?<!\.)\.\d+) )""",
     re.VERBOSE | re.ASCII,
 )
 _LATEX = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_LONGEST = 400
+_MAX_NUMBER_LENGTH = 400
 """Characters of a number; a model that repeats one digit writes longer ones, which are no answers."""
 
 
-def checker(check: VerifierSection, examples: Sequence[Example] = ()) -> Checker:
+def make_verifier(config: VerifierSection, examples: Sequence[Example] = ()) -> Verifier:
     """The checker that `verifier.name` names: numeric, exact, or path/to/file.py:function.
 
     The right answer is what the row's key `verifier.answer_field` holds, read from its file again; without such a key,
@@ -51,133 +51,133 @@ def checker(check: VerifierSection, examples: Sequence[Example] = ()) -> Checker
     (or is no number, where numbers are compared), and, when called, for a function that fails or returns no number
     from 0 to 1. FileNotFoundError for a file that is not there.
     """
-    answer = _answers(check)
-    judge = _judge(check)
+    read_answer = _answer_reader(config)
+    grade = _make_grader(config)
 
-    def gold(example: Example) -> str:
-        text = answer(example)
-        if check.name == "numeric" and number(text, check.markers) is None:
+    def reference_answer(example: Example) -> str:
+        text = read_answer(example)
+        if config.name == "numeric" and parse_final_number(text, config.markers) is None:
             raise ValueError(
-                f"{example.where}: no number in the right answer {show(text)}. Set verifier.name to exact."
+                f"{example.where}: no number in the right answer {describe_value(text)}. Set verifier.name to exact."
             )
         return text
 
-    def judged(example: Example, response: str) -> float:
-        right = gold(example)
+    def verify(example: Example, response: str) -> float:
+        correct_answer = reference_answer(example)
         try:
-            return judge(question(example), right, response)
+            return grade(question_text(example), correct_answer, response)
         except ValueError as error:
             raise ValueError(f"{example.where}: {error}") from error
 
     for example in examples:
-        gold(example)
-    return judged
+        reference_answer(example)
+    return verify
 
 
-def number(text: str, markers: Sequence[str] = ()) -> Fraction | None:
+def parse_final_number(text: str, markers: Sequence[str] = ()) -> Fraction | None:
     """The number that a text ends in: the first behind its last marker or, where it has no marker, its last; or None.
 
     Exact, so 0.33 is not 1/3, and 50 % is 50. Markers are found in any case. Wrong where a response goes on after its
     answer without a marker, and where another number stands between the marker and the answer.
     """
-    behind = list(re.finditer("|".join(map(re.escape, markers)), text, re.IGNORECASE)) if markers else []
-    text = _LATEX.sub(r"\1/\2", text[behind[-1].end() :] if behind else text)
-    found = list(_NUMBER.finditer(text))
-    return _value(found[0 if behind else -1]) if found else None
+    marker_matches = list(re.finditer("|".join(map(re.escape, markers)), text, re.IGNORECASE)) if markers else []
+    text = _LATEX.sub(r"\1/\2", text[marker_matches[-1].end() :] if marker_matches else text)
+    number_matches = list(_NUMBER.finditer(text))
+    return _parse_number(number_matches[0 if marker_matches else -1]) if number_matches else None
 
 
-def exact(question: str, answer: str, response: str) -> float:
+def exact_match(question: str, answer: str, response: str) -> float:
     """1 where answer and response are equal up to white space: none at the ends, one space for each run of it."""
     return float(answer.split() == response.split())
 
 
-def function(place: str) -> Judge:
+def load_grader(location: str) -> Grader:
     """The function (question, answer, response) -> bool or 0 to 1 that `path/to/file.py:function` names."""
-    path, _, name = place.rpartition(":")
+    path, _, name = location.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"verifier.name names {path}, which is no file. Give path/to/file.py:function.")
-    module = _module(str(Path(path).resolve()), path)
-    given = getattr(module, name, None)
-    if not callable(given):
-        there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ValueError(f"{path} has no function {name!r}; it has {there}. Set verifier.name to {path}:NAME.")
+    module = _load_module(str(Path(path).resolve()), path)
+    user_function = getattr(module, name, None)
+    if not callable(user_function):
+        function_names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ValueError(f"{path} has no function {name!r}; it has {function_names}. Set verifier.name to {path}:NAME.")
 
-    def judge(question: str, answer: str, response: str) -> float:
+    def grade(question: str, answer: str, response: str) -> float:
         try:
-            value = given(question, answer, response)
+            value = user_function(question, answer, response)
         except Exception as error:
             raise ValueError(
-                f"{place} failed at {_line(error, path)} with {type(error).__name__}: {error}. It is called with "
+                f"{location} failed at {_error_location(error, path)} with {type(error).__name__}: {error}. It is called with "
                 "(question, answer, response), three strings."
             ) from error
         try:
-            judged = float(value)
+            grade_value = float(value)
         except (TypeError, ValueError):
-            judged = math.nan
-        if not 0 <= judged <= 1:
-            raise ValueError(f"{place} returned {show(value)} for the response {show(response)}; 0 to 1 is wanted.")
-        return judged
+            grade_value = math.nan
+        if not 0 <= grade_value <= 1:
+            raise ValueError(f"{location} returned {describe_value(value)} for the response {describe_value(response)}; 0 to 1 is wanted.")
+        return grade_value
 
-    return judge
+    return grade
 
 
-def question(example: Example) -> str:
+def question_text(example: Example) -> str:
     """All that stands before the row's last response, one turn behind the other, an empty line between."""
     return "\n\n".join(turn.content for turn in example.turns[:-1])
 
 
-def _judge(check: VerifierSection) -> Judge:
-    if check.name == "numeric":
+def _make_grader(config: VerifierSection) -> Grader:
+    if config.name == "numeric":
         return lambda question, answer, response: float(
-            number(answer, check.markers) == number(response, check.markers)
+            parse_final_number(answer, config.markers) == parse_final_number(response, config.markers)
         )
-    if check.name == "exact":
-        return exact
-    if ".py:" in check.name:
-        return function(check.name)
-    raise ValueError(f"verifier.name is {check.name!r}; it is numeric, exact, or path/to/file.py:function.")
+    if config.name == "exact":
+        return exact_match
+    if ".py:" in config.name:
+        return load_grader(config.name)
+    raise ValueError(f"verifier.name is {config.name!r}; it is numeric, exact, or path/to/file.py:function.")
 
 
-def _answers(check: VerifierSection) -> Callable[[Example], str]:
+def _answer_reader(config: VerifierSection) -> Callable[[Example], str]:
     """example -> its right answer."""
 
     @cache
-    def rows(path: str) -> dict[int, Any]:
+    def read_rows_by_line(path: str) -> dict[int, Any]:
         return dict(files.read_rows(path))
 
-    def answer(example: Example) -> str:
-        if not check.answer_field:
+    def read_answer(example: Example) -> str:
+        if not config.answer_field:
             if example.turns[-1].role != "assistant":
                 raise ValueError(
                     f"{example.where}: the row has no response to compare with. Set verifier.answer_field."
                 )
             return example.turns[-1].content
-        row = rows(example.file)[example.line]
-        value = row.get(check.answer_field) if isinstance(row, dict) else None
+        row = read_rows_by_line(example.file)[example.line]
+        value = row.get(config.answer_field) if isinstance(row, dict) else None
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise ValueError(
-                f"{example.where}: '{check.answer_field}' is {show(value)}; a string or a number is wanted. "
+                f"{example.where}: '{config.answer_field}' is {describe_value(value)}; a string or a number is wanted. "
                 "Set verifier.answer_field to the key of the right answer, or to nothing for the row's own response."
             )
         return str(value)
 
-    return answer
+    return read_answer
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    if len(found[0]) > _LONGEST:
+def _parse_number(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > _MAX_NUMBER_LENGTH:
         return None
-    sign = -1 if found["sign"] in ("-", "\u2212") else 1
-    part = {
-        name: Fraction(text.replace(",", "")) for name, text in found.groupdict().items() if text and name != "sign"
+    sign = -1 if match["sign"] in ("-", "\u2212") else 1
+    fractions = {
+        name: Fraction(text.replace(",", "")) for name, text in match.groupdict().items() if text and name != "sign"
     }
-    if "plain" in part:
-        return sign * part["plain"]
-    over, under = (part["part"], part["parts"]) if "ones" in part else (part["over"], part["under"])
-    return sign * (part.get("ones", Fraction(0)) + over / under) if under else None
+    if "plain" in fractions:
+        return sign * fractions["plain"]
+    numerator, denominator = (fractions["part"], fractions["parts"]) if "ones" in fractions else (fractions["over"], fractions["under"])
+    return sign * (fractions.get("ones", Fraction(0)) + numerator / denominator) if denominator else None
 
 
-def _module(resolved: str, path: str) -> Any:
+def _load_module(resolved: str, path: str) -> Any:
     """The file as a module of its own; its name is in sys.modules while it runs, as dataclasses want."""
     name = f"checker {resolved}"
     spec = importlib.util.spec_from_file_location(name, resolved)
@@ -187,14 +187,14 @@ def _module(resolved: str, path: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__} at {_line(error, path)}: {error}") from error
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__} at {_error_location(error, path)}: {error}") from error
     return module
 
 
-def _line(error: BaseException, path: str) -> str:
+def _error_location(error: BaseException, path: str) -> str:
     """`file:line` where the error arose, in the user's file if it passed through it."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f"{path}:{error.lineno}"
-    own = str(Path(path).resolve())
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    resolved_path = str(Path(path).resolve())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == resolved_path]
     return f"{path}:{lines[-1]}" if lines else path

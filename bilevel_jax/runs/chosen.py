@@ -15,7 +15,7 @@ from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import rows, weights
 from bilevel_jax.runs.config import ExportConfig, InspectConfig
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.keep import select_examples
 
 
@@ -42,17 +42,17 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
         )
     with tempfile.TemporaryDirectory() as temporary:
         input_folder = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
-        config = replace(config, data=embedded(InspectConfig(data=config.data), input_folder).data)
+        config = replace(config, data=resolve_builtin(InspectConfig(data=config.data), input_folder).data)
         empty: list[str] = []
-        examples = data.load(config.data.train, rows.reading(config.data), empty.append)
+        examples = data.load_examples(config.data.train, rows.make_data_options(config.data), empty.append)
         notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []
         examples, leak_notes = _drop_leaks(config, examples)
     notes += leak_notes
-    loaded_weights = weights.given(config.weights, examples)
-    usable = loaded_weights.kept & ~_find_unread(config, examples)
-    if missing := int((~loaded_weights.kept).sum()):
+    loaded_weights = weights.load_weights(config.weights, examples)
+    usable = loaded_weights.keep_mask & ~_find_unread(config, examples)
+    if missing := int((~loaded_weights.keep_mask).sum()):
         notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
-    if unread := int((loaded_weights.kept & ~usable).sum()):
+    if unread := int((loaded_weights.keep_mask & ~usable).sum()):
         notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
     sources = [example.source for example in examples]
     places = select_examples(
@@ -71,14 +71,14 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
     """The rows without those that a run with data.leaks = drop left out, so that they have no weight."""
     if config.data.leaks != "drop" or not config.weights.file or config.weights.missing != "error":
         return examples, []
-    known_weights = weights.column(config.weights.file, config.weights.column)
+    known_weights = weights.read_id_column(config.weights.file, config.weights.column)
     absent = [example for example in examples if example.id not in known_weights]
     if not absent:
         return examples, []
     leaked_ids = {example.id for example in absent}
     with contextlib.suppress(FileNotFoundError):  # where the trusted rows are not at hand, nothing can be compared
-        trusted = rows.parts(config.data, rows.reading(config.data), lambda message: None)
-        leaked_ids = {row.id for row, _ in data.leaks(absent, [row for part in trusted.values() for row in part])}
+        trusted = rows.load_held_out(config.data, rows.make_data_options(config.data), lambda message: None)
+        leaked_ids = {row.id for row, _ in data.find_leaks(absent, [row for part in trusted.values() for row in part])}
     remaining = [example for example in examples if example.id not in leaked_ids]
     return remaining, [
         f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the trusted rows, too."
@@ -90,5 +90,5 @@ def _find_unread(config: ExportConfig, examples: Sequence[Example]) -> np.ndarra
     file = config.weights.file
     if not file.endswith(".parquet") or "loss" not in pq.ParquetFile(file).schema_arrow.names:
         return np.zeros(len(examples), bool)
-    losses = weights.column(file, "loss")
+    losses = weights.read_id_column(file, "loss")
     return np.array([not np.isfinite(losses.get(example.id, 0.0)) for example in examples])

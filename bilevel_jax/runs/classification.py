@@ -22,117 +22,117 @@ from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.objective import Objective
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import ArraysSection
 
-NAMES = ("x_train", "y_train", "x_test", "y_test")
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-class Labelled(NamedTuple):
+class LabelledArrays(NamedTuple):
     """Rows of features, in the type that they were stored in (images stay one byte a pixel), and their classes."""
 
     x: np.ndarray
     y: Int[np.ndarray, "rows"]
 
     @property
-    def rows(self) -> int:
+    def num_examples(self) -> int:
         """How many there are."""
         return len(self.y)
 
 
-class Source(NamedTuple):
+class ArrayDataset(NamedTuple):
     """What the file holds: rows to train and trust, and rows that V_report is drawn from."""
 
-    train: Labelled
-    test: Labelled
-    classes: int
+    train: LabelledArrays
+    test: LabelledArrays
+    num_classes: int
     name: str
 
 
-class Network(NamedTuple):
+class ArrayModel(NamedTuple):
     """What is compiled: shared by the tasks of all seeds, so that it is compiled once."""
 
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    step: Transition
-    fresh: Callable[[int], Params]
+    train_step: Transition
+    init_params: Callable[[int], Params]
 
 
 class ArrayTask(NamedTuple):
     """The ingredients of a run on arrays, with the names that `task.Task` gives them."""
 
     examples: list[Example]
-    trusted: dict[str, Int[np.ndarray, "rows"]]
+    held_out_examples: dict[str, Int[np.ndarray, "rows"]]
     """The classes of V_fit, V_select and V_report."""
     notes: list[str]
-    corpus: Labelled
+    corpus: LabelledArrays
     """The N rows with weights, with their noisy labels, then those of V_fit."""
-    held_out: dict[str, Stream]
-    base: None
-    fresh: Callable[[int], Params]
+    held_out_streams: dict[str, Stream]
+    base_params: None
+    init_params: Callable[[int], Params]
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    step: Transition
-    steps: int
-    batch: int
-    micro: int
+    train_step: Transition
+    num_steps: int
+    batch_size: int
+    num_micro_batches: int
     mesh: Mesh
-    prior: bool
+    has_proximal: bool
 
     @property
-    def rows(self) -> int:
+    def num_examples(self) -> int:
         """N, the size of the weight table."""
         return len(self.examples)
 
-    def fixed(self, start: Params) -> Fixed:
+    def frozen(self, start: Params) -> Fixed:
         """The start of training where the prior is centred there."""
-        return {"base": None, "start": start if self.prior else None}
+        return {"base": None, "start": start if self.has_proximal else None}
 
-    def stream(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
+    def training_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
         """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights)."""
         del packed
-        chosen = self.trainable() if chosen is None else chosen
-        order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
-        return placing.placed(
-            self.mesh, Stream(lambda step: batch_of(self.corpus, order(step), self.micro), self.steps)
+        indices = self.trainable_indices() if indices is None else indices
+        order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
+        return placing.place_stream(
+            self.mesh, Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps)
         )
 
-    def summed(self, seed: int) -> Stream:
+    def full_pass_stream(self, seed: int) -> Stream:
         """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
-        order = batches.subset(self.trainable(), self.corpus.rows, self.batch, seed)
-        steps = batches.steps_per_epoch(self.rows, self.batch)
-        stream = Stream(lambda step: batch_of(self.corpus, order(step), self.micro, self.rows), steps)
-        return placing.placed(self.mesh, stream)
+        order = batches.shuffled_subset_order(self.trainable_indices(), self.corpus.num_examples, self.batch_size, seed)
+        steps = batches.steps_per_epoch(self.num_examples, self.batch_size)
+        stream = Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, self.num_examples), steps)
+        return placing.place_stream(self.mesh, stream)
 
-    def trainable(self) -> Int[np.ndarray, "rows"]:
+    def trainable_indices(self) -> Int[np.ndarray, "rows"]:
         """The rows with weights."""
-        return np.arange(self.rows)
+        return np.arange(self.num_examples)
 
-    def fit_rows(self) -> Int[np.ndarray, "fit"]:
+    def validation_indices(self) -> Int[np.ndarray, "fit"]:
         """The corpus rows of V_fit."""
-        return np.arange(self.rows, self.corpus.rows)
+        return np.arange(self.num_examples, self.corpus.num_examples)
 
-    def features(self) -> Float[np.ndarray, "rows features"]:
+    def example_features(self) -> Float[np.ndarray, "rows features"]:
         """For outer.weighting = by_features, which reads text."""
         raise ValueError("outer.weighting = by_features reads text; for arrays choose softmax, sigmoid or per_source.")
 
 
-def read(path: str) -> Source:
+def read_npz_dataset(path: str) -> ArrayDataset:
     """An .npz file with x_train, y_train, x_test, y_test: features [rows, ...] and classes 0, 1, ....
 
     Raises ValueError with the remedy where something else is in it.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. data.train names an .npz file with {', '.join(NAMES)}.")
+        raise FileNotFoundError(f"{path}: no such file. data.train names an .npz file with {', '.join(NPZ_KEYS)}.")
     with np.load(path, allow_pickle=False) as file:
-        if missing := [name for name in NAMES if name not in file]:
+        if missing := [name for name in NPZ_KEYS if name not in file]:
             raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(file) or 'nothing'}.")
-        given = {name: file[name] for name in NAMES}
-    parts = []
+        arrays = {name: file[name] for name in NPZ_KEYS}
+    labelled_parts = []
     for part in ("train", "test"):
-        x, y = given[f"x_{part}"], given[f"y_{part}"]
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if y.ndim != 1 or len(x) != len(y) or not np.issubdtype(y.dtype, np.integer) or y.min(initial=0) < 0:
             raise ValueError(
                 f"{path}: y_{part} is {y.dtype}{list(y.shape)} beside x_{part} {x.dtype}{list(x.shape)}; wanted one "
@@ -140,152 +140,152 @@ def read(path: str) -> Source:
             )
         if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
             raise ValueError(f"{path}: x_{part} is {x.dtype}; wanted uint8 (divided by 255 in training) or floats.")
-        parts.append(Labelled(x.reshape(len(x), -1), y.astype(np.int32)))
-    train, test = parts
+        labelled_parts.append(LabelledArrays(x.reshape(len(x), -1), y.astype(np.int32)))
+    train, test = labelled_parts
     if train.x.shape[1] != test.x.shape[1]:
         raise ValueError(f"{path}: {train.x.shape[1]} features in x_train and {test.x.shape[1]} in x_test.")
-    return Source(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
+    return ArrayDataset(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
 
 
-def network(config: SelectConfig, arrays: ArraysSection, source: Source) -> Network:
+def build_array_model(config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset) -> ArrayModel:
     """The model of the config: linear softmax regression, or with hidden layers an MLP with ReLU."""
-    shape = (source.train.x.shape[1], *arrays.hidden_sizes, source.classes)
+    shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
     dtype = jnp.dtype(config.model.param_dtype)
-    loss = Loss(outputs, link)
-    right = Objective(losses, accuracy, loss, "nats per row", "accuracy")
-    prior = config.outer.proximal
-    problem = weighted(losses, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
-    optimiser = optimizer(config.optimizer, config.train.max_steps)
-    return Network(problem, right, optimiser, transition(problem, optimiser), lambda seed: init(shape, seed, dtype))
+    composite_loss = Loss(network_logits, cross_entropy)
+    run_objective = Objective(network_losses, network_accuracy, composite_loss, "nats per row", "accuracy")
+    proximal_strength = config.outer.proximal
+    problem = weighted(network_losses, prior=proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None)
+    run_optimizer = build_optimizer(config.optimizer, config.train.max_steps)
+    return ArrayModel(problem, run_objective, run_optimizer, transition(problem, run_optimizer), lambda seed: init_network(shape, seed, dtype))
 
 
-def prepare(config: SelectConfig, arrays: ArraysSection, source: Source, net: Network) -> ArrayTask:
+def prepare_array_task(config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset, model: ArrayModel) -> ArrayTask:
     """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; V_report is of test rows.
 
     Raises ValueError where the file has too few rows.
     """
     counts = {"train": arrays.train_examples, "fit": arrays.validation_examples, "select": arrays.dev_examples}
-    if sum(counts.values()) > source.train.rows:
+    if sum(counts.values()) > dataset.train.num_examples:
         raise ValueError(
-            f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {source.name} has {source.train.rows:,} "
+            f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {dataset.name} has {dataset.train.num_examples:,} "
             "in x_train. Lower one of them."
         )
-    if arrays.test_examples > source.test.rows:
+    if arrays.test_examples > dataset.test.num_examples:
         raise ValueError(
-            f"arrays.test_examples = {arrays.test_examples:,}, but {source.name} has {source.test.rows:,} test rows."
+            f"arrays.test_examples = {arrays.test_examples:,}, but {dataset.name} has {dataset.test.num_examples:,} test rows."
         )
     random = np.random.default_rng((config.data.seed, 1))
-    drawn = random.permutation(source.train.rows)[: sum(counts.values())]
-    places = dict(zip(counts, np.split(drawn, np.cumsum(list(counts.values()))[:-1]), strict=True))
-    reported = random.permutation(source.test.rows)[: arrays.test_examples or None]
-    parts = {part: at(source.train, rows) for part, rows in places.items()} | {"report": at(source.test, reported)}
-    noisy = noise(parts["train"].y, arrays.label_noise, arrays.noise_share, source.classes, random)
-    clean = noisy == parts["train"].y
-    corpus = Labelled(np.concatenate([parts["train"].x, parts["fit"].x]), np.concatenate([noisy, parts["fit"].y]))
+    indices = random.permutation(dataset.train.num_examples)[: sum(counts.values())]
+    indices_by_part = dict(zip(counts, np.split(indices, np.cumsum(list(counts.values()))[:-1]), strict=True))
+    test_indices = random.permutation(dataset.test.num_examples)[: arrays.test_examples or None]
+    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()} | {"report": take_examples(dataset.test, test_indices)}
+    noisy_labels = add_label_noise(parts["train"].y, arrays.label_noise, arrays.noise_share, dataset.num_classes, random)
+    clean_mask = noisy_labels == parts["train"].y
+    corpus = LabelledArrays(np.concatenate([parts["train"].x, parts["fit"].x]), np.concatenate([noisy_labels, parts["fit"].y]))
     examples = [
-        Example(f"{place}", row, (), f"label {noisy[row]}", "clean" if clean[row] else "wrong", source.name, place + 1)
-        for row, place in enumerate(places["train"].tolist())
+        Example(f"{index}", row, (), f"label {noisy_labels[row]}", "clean" if clean_mask[row] else "wrong", dataset.name, index + 1)
+        for row, index in enumerate(indices_by_part["train"].tolist())
     ]
-    trusted = {part: parts[part] for part in ("fit", "select", "report") if parts[part].rows}
+    held_out = {part: parts[part] for part in ("fit", "select", "report") if parts[part].num_examples}
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
-    each = config.train.global_batch_size // config.train.gradient_accumulation_steps
-    placing.fit_layout(mesh, batches.Layout(config.train.gradient_accumulation_steps, each, each, 1))
-    told = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
+    micro_batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
+    placing.align_layout(mesh, batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size, 1))
+    noise_description = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
         arrays.label_noise
     ]
-    share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
+    noise_share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
     return ArrayTask(
         examples=examples,
-        trusted={part: some.y for part, some in trusted.items()},
+        held_out_examples={part: labelled.y for part, labelled in held_out.items()},
         notes=[
-            f"training: {arrays.train_examples:,} rows of {source.name}, {share:.0%} of their labels changed, {told}: "
-            f"{1 - clean.mean():.1%} are wrong. "
-            + ", ".join(f"V_{part}: {some.rows:,} rows" for part, some in trusted.items())
+            f"training: {arrays.train_examples:,} rows of {dataset.name}, {noise_share:.0%} of their labels changed, {noise_description}: "
+            f"{1 - clean_mask.mean():.1%} are wrong. "
+            + ", ".join(f"V_{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
             + "."
         ],
         corpus=corpus,
-        held_out={part: placing.kept(mesh, once(some, config.train)) for part, some in trusted.items()},
-        base=None,
-        fresh=lambda seed: placing.everywhere(mesh, net.fresh(seed)),
-        problem=net.problem,
-        objective=net.objective,
-        optimizer=net.optimizer,
-        step=net.step,
-        steps=config.train.max_steps,
-        batch=config.train.global_batch_size,
-        micro=config.train.gradient_accumulation_steps,
+        held_out_streams={part: placing.cache_stream(mesh, array_evaluation_stream(labelled, config.train)) for part, labelled in held_out.items()},
+        base_params=None,
+        init_params=lambda seed: placing.replicate(mesh, model.init_params(seed)),
+        problem=model.problem,
+        objective=model.objective,
+        optimizer=model.optimizer,
+        train_step=model.train_step,
+        num_steps=config.train.max_steps,
+        batch_size=config.train.global_batch_size,
+        num_micro_batches=config.train.gradient_accumulation_steps,
         mesh=mesh,
-        prior=config.outer.proximal > 0,
+        has_proximal=config.outer.proximal > 0,
     )
 
 
-def at(rows: Labelled, places: Int[np.ndarray, "places"]) -> Labelled:
+def take_examples(labelled: LabelledArrays, indices: Int[np.ndarray, "places"]) -> LabelledArrays:
     """The rows at these places."""
-    return Labelled(rows.x[places], rows.y[places])
+    return LabelledArrays(labelled.x[indices], labelled.y[indices])
 
 
-def noise(
-    y: Int[np.ndarray, "rows"],
+def add_label_noise(
+    labels: Int[np.ndarray, "rows"],
     kind: Literal["none", "forced", "redrawn"],
     share: float,
-    classes: int,
+    num_classes: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, "rows"]:
     """The labels with exactly `share` of the rows changed: `forced`, each to another class, all others equally likely;
     `redrawn`, uniformly over all classes, so that one in `classes` of them stays right."""
-    out = y.copy()
+    noisy_labels = labels.copy()
     if kind == "none":
-        return out
-    chosen = random.permutation(len(y))[: round(share * len(y))]
+        return noisy_labels
+    changed = random.permutation(len(labels))[: round(share * len(labels))]
     if kind == "forced":
-        out[chosen] = (y[chosen] + random.integers(1, classes, len(chosen))) % classes
+        noisy_labels[changed] = (labels[changed] + random.integers(1, num_classes, len(changed))) % num_classes
     else:
-        out[chosen] = random.integers(0, classes, len(chosen))
-    return out
+        noisy_labels[changed] = random.integers(0, num_classes, len(changed))
+    return noisy_labels
 
 
 # ---- batches
 
 
-def batch_of(rows: Labelled, chosen: Int[np.ndarray, "batch"], micro: int, total: int = 0) -> Batch:
+def make_array_batch(labelled: LabelledArrays, indices: Int[np.ndarray, "batch"], num_micro_batches: int, total_examples: int = 0) -> Batch:
     """The chosen rows as a batch; `total` is the number of rows of a stream that is summed rather than stepped on."""
-    real = chosen < rows.rows
-    some = at(rows, np.where(real, chosen, 0))
-    each = len(chosen) // micro
+    is_real = indices < labelled.num_examples
+    examples = take_examples(labelled, np.where(is_real, indices, 0))
+    micro_batch_size = len(indices) // num_micro_batches
     return {
-        "x": some.x.reshape(micro, each, -1),
-        "y": some.y.reshape(micro, each),
-        "index": np.where(real, chosen, PADDING).astype(np.int32).reshape(micro, each),
-        "rows": np.full(micro, total or int(real.sum()), np.float32),
+        "x": examples.x.reshape(num_micro_batches, micro_batch_size, -1),
+        "y": examples.y.reshape(num_micro_batches, micro_batch_size),
+        "index": np.where(is_real, indices, PADDING).astype(np.int32).reshape(num_micro_batches, micro_batch_size),
+        "rows": np.full(num_micro_batches, total_examples or int(is_real.sum()), np.float32),
     }
 
 
-def once(rows: Labelled, train: Any) -> Stream:
+def array_evaluation_stream(labelled: LabelledArrays, train_config: Any) -> Stream:
     """Every row once, in order, as a stream whose sum is their mean."""
-    order = batches.in_order(np.arange(rows.rows), rows.rows, train.global_batch_size)
-    steps = batches.steps_per_epoch(rows.rows, train.global_batch_size)
-    return Stream(lambda step: batch_of(rows, order(step), train.gradient_accumulation_steps, rows.rows), steps)
+    order = batches.sequential_order(np.arange(labelled.num_examples), labelled.num_examples, train_config.global_batch_size)
+    steps = batches.steps_per_epoch(labelled.num_examples, train_config.global_batch_size)
+    return Stream(lambda step: make_array_batch(labelled, order(step), train_config.gradient_accumulation_steps, labelled.num_examples), steps)
 
 
 # ---- the network: pure functions of (params, fixed, micro-batch)
 
 
-def init(shape: tuple[int, ...], seed: int, dtype: Any) -> Params:
+def init_network(layer_sizes: tuple[int, ...], seed: int, dtype: Any) -> Params:
     """Layers {kernel, bias}: normal with variance 2 / width in (He et al. 2015), 1 / width in of the last; biases 0."""
-    keys = jax.random.split(jax.random.key(seed), len(shape) - 1)
-    gains = [2.0] * (len(shape) - 2) + [1.0]
+    keys = jax.random.split(jax.random.key(seed), len(layer_sizes) - 1)
+    gains = [2.0] * (len(layer_sizes) - 2) + [1.0]
     return [
         {
-            "kernel": (gain / before) ** 0.5 * jax.random.normal(key, (before, after), dtype),
-            "bias": jnp.zeros(after, dtype),
+            "kernel": (gain / fan_in) ** 0.5 * jax.random.normal(key, (fan_in, fan_out), dtype),
+            "bias": jnp.zeros(fan_out, dtype),
         }
-        for key, gain, before, after in zip(keys, gains, shape, shape[1:], strict=False)
+        for key, gain, fan_in, fan_out in zip(keys, gains, layer_sizes, layer_sizes[1:], strict=False)
     ]
 
 
-def outputs(params: Params, fixed: Fixed, batch: Batch) -> Float[Array, "examples classes"]:
+def network_logits(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples classes"]:
     """The logits."""
-    del fixed
+    del frozen
     *hidden, last = params
     x = batch["x"].astype(last["kernel"].dtype)
     if batch["x"].dtype == jnp.uint8:
@@ -295,18 +295,18 @@ def outputs(params: Params, fixed: Fixed, batch: Batch) -> Float[Array, "example
     return x @ last["kernel"] + last["bias"][None]
 
 
-def link(logits: Float[Array, "examples classes"], fixed: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def cross_entropy(logits: Float[Array, "examples classes"], frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
     """-log softmax(logits)[y], nats: convex in the logits."""
-    del fixed
+    del frozen
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
-def losses(params: Params, fixed: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def network_losses(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
     """The cross-entropy of each row, nats."""
-    return link(outputs(params, fixed, batch), fixed, batch)
+    return cross_entropy(network_logits(params, frozen, batch), frozen, batch)
 
 
-def accuracy(params: Params, fixed: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def network_accuracy(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
     """Whether the class of the largest logit is the label."""
-    right = outputs(params, fixed, batch).argmax(-1) == batch["y"]
-    return right.astype(jnp.float32)
+    is_correct = network_logits(params, frozen, batch).argmax(-1) == batch["y"]
+    return is_correct.astype(jnp.float32)

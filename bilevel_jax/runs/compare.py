@@ -14,10 +14,10 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import scoring
 from bilevel_jax.runs.config import SelectConfig
 from bilevel_jax.runs.learn import LearnedWeights, good_label_mask
-from bilevel_jax.runs.rows import PARTS
+from bilevel_jax.runs.rows import PART_NAMES
 from bilevel_jax.runs.session import Session
-from bilevel_jax.runs.statistics import mean_interval, top
-from bilevel_jax.runs.task import Task, per_row
+from bilevel_jax.runs.statistics import mean_interval, top_indices
+from bilevel_jax.runs.task import Task, evaluate_per_example
 from bilevel_jax.runs.training import Trainer
 
 FIRST_RETRAIN_SEED = 10_000
@@ -41,22 +41,22 @@ def build_variants(
     session: Session,
 ) -> list[RetrainVariant]:
     """The rows of the table that the config asks for and the data allow."""
-    all_indices, validation_indices = task.trainable(), task.fit_rows()
-    ones = np.ones(task.corpus.rows)
+    all_indices, validation_indices = task.trainable_indices(), task.validation_indices()
+    ones = np.ones(task.corpus.num_examples)
     learned_weights = ones.copy()
-    learned_weights[: task.rows] = learned.weights
+    learned_weights[: task.num_examples] = learned.weights
     count = len(selected_indices)
     subset_size = f"{count} rows"
     random_indices = np.sort(np.random.default_rng(config.data.seed).choice(all_indices, count, replace=False))
     good = good_label_mask(task, config)
-    good_mask = np.zeros(task.rows, bool) if good is None else good
+    good_mask = np.zeros(task.num_examples, bool) if good is None else good
 
     def top_by_score(name: str) -> RetrainVariant:
-        params = task.fresh(config.train.seed)
-        values = scoring.once(name, name, task, params, config.scores, session).values
+        params = task.init_params(config.train.seed)
+        values = scoring.load_or_compute_score(name, name, task, params, config.scores, session).values
         return RetrainVariant(
             f"{name}, top", f"{subset_size} of the largest {name} by the model before training",
-            top(values, count, all_indices), ones,
+            top_indices(values, count, all_indices), ones,
         )  # fmt: skip
 
     builders: dict[str, Callable[[], RetrainVariant]] = {
@@ -66,11 +66,11 @@ def build_variants(
         "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
         "alignment": lambda: RetrainVariant(
             "alignment, top", f"{subset_size} best aligned with grad L_v after uniform training",
-            top(-learned.alignment, count, all_indices), ones,
+            top_indices(-learned.alignment, count, all_indices), ones,
         ),
         "perplexity": lambda: RetrainVariant(
             "low loss, top", f"{subset_size} with the least loss after uniform training",
-            top(-learned.losses, count, all_indices), ones,
+            top_indices(-learned.losses, count, all_indices), ones,
         ),
         "validation": lambda: RetrainVariant("validation only", "V_fit alone, weight 1", validation_indices, ones),
         "train+validation": lambda: RetrainVariant(
@@ -96,13 +96,13 @@ def retrain_all_variants(
     loss_fn = outer_value(task.problem)
     results = []
     for variant in variants:
-        session.phase(f"comparing: {variant.name}")
+        session.set_phase(f"comparing: {variant.name}")
         retrain_seed = partial(retrain_variant, task, config, trainer, session, loss_fn, variant)
         runs = [
-            session.once(f"compare/{variant.name}/{seed}", partial(retrain_seed, seed))
+            session.run_once(f"compare/{variant.name}/{seed}", partial(retrain_seed, seed))
             for seed in range(config.retrain.seeds)
         ]
-        columns = [*PARTS, "accuracy"]
+        columns = [*PART_NAMES, "accuracy"]
         intervals = {
             column: mean_interval([run[column] for run in runs]) for column in columns if runs[0][column] is not None
         }
@@ -111,29 +111,29 @@ def retrain_all_variants(
                 "name": variant.name,
                 "meaning": variant.meaning,
                 "rows": len(variant.example_indices),
-                "steps": task.steps,
-                "epochs": task.steps / steps_per_epoch(len(variant.example_indices), task.batch),
+                "steps": task.num_steps,
+                "epochs": task.num_steps / steps_per_epoch(len(variant.example_indices), task.batch_size),
                 "runs": runs,
                 "mean": {column: mean for column, (mean, _) in intervals.items()},
                 "interval": {column: half for column, (_, half) in intervals.items()},
             }
         )
-        session.say(_format_result(results[-1], task.objective.right))
+        session.print_line(_format_result(results[-1], task.objective.accuracy_name))
     return results
 
 
 def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVariant, seed: int) -> dict[str, Any]:
     """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on V_report."""
-    start = trainer.init_state(task.fresh(config.train.seed + FIRST_RETRAIN_SEED + seed))
+    start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED + seed))
     stream = task.stream(config.data.seed + FIRST_RETRAIN_SEED + seed, variant.example_indices, packed=False)
-    run = trainer.run(placing.table(task.mesh, variant.weights.astype(jnp.result_type(float))), start, stream)
+    run = trainer.run(placing.place_table(task.mesh, variant.weights.astype(jnp.result_type(float))), start, stream)
     fixed = task.fixed(start.params)
     losses = {
         part: float(loss_fn(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
-        for part in PARTS
+        for part in PART_NAMES
     }
     test_part = "report" if "report" in task.held_out else "fit"
-    accuracies = per_row(
+    accuracies = evaluate_per_example(
         task.objective.accuracy, run.end.params, fixed, task.held_out[test_part], len(task.trusted[test_part])
     )
     return {**losses, "accuracy": float(np.nanmean(accuracies))}

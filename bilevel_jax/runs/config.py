@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from bilevel_jax.runs.read import read
-from bilevel_jax.runs.rules import check, leaves
+from bilevel_jax.runs.read import read_yaml_config
+from bilevel_jax.runs.rules import check_config, flatten_config
 from bilevel_jax.runs.sections import (
     ArraysSection,
     AuditSection,
@@ -241,8 +241,8 @@ class EstimateConfig:
     estimate: EstimateSection = EstimateSection()
 
 
-Config = TypeVar(
-    "Config",
+ConfigT = TypeVar(
+    "ConfigT",
     SelectConfig,
     TrainConfig,
     InspectConfig,
@@ -252,24 +252,24 @@ Config = TypeVar(
     RankConfig,
     RefineConfig,
 )
-VERBS: dict[type, str] = {
+COMMANDS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
     CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
 }  # fmt: skip
 
-RUN: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.dir",)}
-SHORT: dict[type, dict[str, tuple[str, ...]]] = {
-    SelectConfig: RUN | {"--fast": ("--retrain.no-enabled", "--certify.no-enabled")},
-    TrainConfig: RUN,
-    CompareConfig: RUN,
-    AuditConfig: RUN | {"--fast": ("--certify.no-enabled",)},
-    RankConfig: RUN,
-    RefineConfig: RUN,
+RUN_SHORT_FLAGS: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.dir",)}
+SHORT_FLAGS: dict[type, dict[str, tuple[str, ...]]] = {
+    SelectConfig: RUN_SHORT_FLAGS | {"--fast": ("--retrain.no-enabled", "--certify.no-enabled")},
+    TrainConfig: RUN_SHORT_FLAGS,
+    CompareConfig: RUN_SHORT_FLAGS,
+    AuditConfig: RUN_SHORT_FLAGS | {"--fast": ("--certify.no-enabled",)},
+    RankConfig: RUN_SHORT_FLAGS,
+    RefineConfig: RUN_SHORT_FLAGS,
     ExportConfig: {"--out": ("--export.dir",)},
 }
 
 # What may differ when a run is resumed: nothing here changes what is computed.
-MAY_DIFFER = (
+RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",
     "output.progress",
@@ -279,116 +279,116 @@ MAY_DIFFER = (
 )
 
 
-def load(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(config_class: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a YAML file (None: the defaults), apply command-line overrides, check every rule.
 
     Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
     nearest flags named. `--help` among the overrides prints every key, its default and what it means.
     """
-    runs = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
-    others = () if kind in runs else sections()
-    config = kind() if path is None else read(kind, find(path), others)
-    flags = [flag for override in overrides for flag in _long(kind, override)]
-    prog = f"bilevel-jax {VERBS[kind]} {'CONFIG' if path is None else path}"
-    config = tyro.cli(kind, prog=prog, args=flags, default=config)
-    check(config, "the defaults and the command line" if path is None else f"{path} and the command line")
+    commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
+    ignored_sections = () if config_class in commands_with_own_sections else section_names()
+    config = config_class() if path is None else read_yaml_config(config_class, find_config(path), ignored_sections)
+    flags = [flag for override in overrides for flag in _expand_short_flag(config_class, override)]
+    prog = f"bilevel-jax {COMMANDS[config_class]} {'CONFIG' if path is None else path}"
+    config = tyro.cli(config_class, prog=prog, args=flags, default=config)
+    check_config(config, "the defaults and the command line" if path is None else f"{path} and the command line")
     return config
 
 
-def load_estimated(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, EstimateSection]:
+def load_config_to_estimate(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, EstimateSection]:
     """The config of the run that is to be estimated, as its verb would load it, and what is asked of the estimate.
 
     Raises ValueError for a file that no verb which can be estimated would read, and for one that several would.
     """
     flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
-    asked, others = tyro.cli(
+    options, command_flags = tyro.cli(
         EstimateConfig,
         prog="bilevel-jax estimate CONFIG",
         args=flags,
         default=EstimateConfig(),
         return_unknown_args=True,
     )
-    check(asked, "the command line")
+    check_config(options, "the command line")
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
-    kinds: dict[str, Any] = {VERBS[kind]: kind for kind in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)}
-    verb = asked.estimate.command if asked.estimate.command != "auto" else _verb_of(find(path), kinds)
-    return load(kinds[verb], path, others), asked.estimate
+    config_classes: dict[str, Any] = {COMMANDS[config_class]: config_class for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)}
+    command = options.estimate.command if options.estimate.command != "auto" else _detect_command(find_config(path), config_classes)
+    return load_config(config_classes[command], path, command_flags), options.estimate
 
 
-def _verb_of(path: Path, kinds: dict[str, Any]) -> str:
+def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
     """The one verb whose config a file is."""
-    fit, trouble = [], {}
-    for verb, kind in kinds.items():
+    matches, errors = [], {}
+    for command, config_class in config_classes.items():
         try:
-            read(kind, path)
-            fit.append(verb)
+            read_yaml_config(config_class, path)
+            matches.append(command)
         except ValueError as error:
-            trouble[verb] = str(error)
-    if len(fit) == 1:
-        return fit[0]
-    if fit:
-        raise ValueError(f"{path} may be a config of {' or '.join(fit)}: say of which by --estimate.command.")
-    nearest = min(trouble, key=lambda verb: trouble[verb].count("\n"))
+            errors[command] = str(error)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"{path} may be a config of {' or '.join(matches)}: say of which by --estimate.command.")
+    closest_command = min(errors, key=lambda command: errors[command].count("\n"))
     raise ValueError(
-        f"{path} is a config of none of {', '.join(kinds)}, which can be estimated. As one of {nearest}: "
-        f"{trouble[nearest]}"
+        f"{path} is a config of none of {', '.join(config_classes)}, which can be estimated. As one of {closest_command}: "
+        f"{errors[closest_command]}"
     )
 
 
-def sections() -> set[str]:
+def section_names() -> set[str]:
     """The sections of all verbs."""
-    return {field.name for kind in VERBS for field in dataclasses.fields(kind)}
+    return {field.name for config_class in COMMANDS for field in dataclasses.fields(config_class)}
 
 
-def find(path: str | Path) -> Path:
+def find_config(path: str | Path) -> Path:
     """The file itself, or the one of that name among the configs that come with the package."""
     package = Path(__file__).resolve().parent.parent
-    shipped = [package / "configs", package.parent / "configs"]  # in a wheel; in a clone
-    for candidate in (Path(path), *(folder / Path(path).name for folder in shipped)):
+    shipped_folders = [package / "configs", package.parent / "configs"]  # in a wheel; in a clone
+    for candidate in (Path(path), *(folder / Path(path).name for folder in shipped_folders)):
         if candidate.is_file():
             return candidate
-    known = sorted({file.name for folder in shipped if folder.is_dir() for file in folder.glob("*.yaml")})
-    raise FileNotFoundError(f"{path}: no such config. Those that come with the package: {', '.join(known) or 'none'}.")
+    shipped_names = sorted({file.name for folder in shipped_folders if folder.is_dir() for file in folder.glob("*.yaml")})
+    raise FileNotFoundError(f"{path}: no such config. Those that come with the package: {', '.join(shipped_names) or 'none'}.")
 
 
-def resolved(config: Any) -> str:
+def config_to_yaml(config: Any) -> str:
     """The whole config as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)), sort_keys=False, width=120, allow_unicode=True)
 
 
 def config_hash(config: Any) -> str:
     """SHA-256 of every key that changes what is computed: MAY_DIFFER is left out."""
-    text = "\n".join(f"{key}={value!r}" for key, value in leaves(config) if key not in MAY_DIFFER)
+    text = "\n".join(f"{key}={value!r}" for key, value in flatten_config(config) if key not in RESUME_EXEMPT_KEYS)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def differences(before: Any, now: Any) -> list[str]:
+def diff_configs(old_config: Any, new_config: Any) -> list[str]:
     """One line per key that keeps `now` from resuming a run of `before`; empty when it may."""
-    old = dict(leaves(before))
+    old_values = dict(flatten_config(old_config))
     return [
-        f"{key}: {old[key]!r} in the run, {value!r} now"
-        for key, value in leaves(now)
-        if key not in MAY_DIFFER and old[key] != value
+        f"{key}: {old_values[key]!r} in the run, {value!r} now"
+        for key, value in flatten_config(new_config)
+        if key not in RESUME_EXEMPT_KEYS and old_values[key] != value
     ]
 
 
-def refuse_another(config: Any, path: Path) -> None:
+def check_same_config(config: Any, path: Path) -> None:
     """Resuming under another config than the one stored at `path` would mix two runs; the differences are named."""
-    if different := differences(load(type(config), path), config):
+    if changed_keys := diff_configs(load_config(type(config), path), config):
         raise ValueError(
-            f"{path.parent} was started with another config, so it cannot be resumed: {'; '.join(different)}. "
+            f"{path.parent} was started with another config, so it cannot be resumed: {'; '.join(changed_keys)}. "
             "Start a new run with --out, or give the config that it was started with."
         )
 
 
-def _long(kind: type, flag: str) -> tuple[str, ...]:
+def _expand_short_flag(config_class: type, flag: str) -> tuple[str, ...]:
     name, equals, value = flag.partition("=")
-    *others, last = SHORT.get(kind, {}).get(name, (name,))
-    return (*others, f"{last}{equals}{value}")
+    *leading_flags, last_flag = SHORT_FLAGS.get(config_class, {}).get(name, (name,))
+    return (*leading_flags, f"{last_flag}{equals}{value}")
 
 
-def _plain(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, tuple) else value

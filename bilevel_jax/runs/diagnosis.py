@@ -10,7 +10,7 @@ import optax
 
 from bilevel_jax.core.transition import gradient
 from bilevel_jax.core.types import PADDING, Batch, Fixed, Hyper, Inner, Params, Problem
-from bilevel_jax.runs.processes import fetch
+from bilevel_jax.runs.processes import fetch_to_host
 
 ExampleLosses = Callable[[Params, Fixed, Batch], jax.Array]
 MAX_NAMED_EXAMPLES = 3
@@ -42,7 +42,7 @@ def find_first_nonfinite(
         if leaf := _nonfinite_leaf(state.params):
             return f"{leaf} of the parameters is not finite before step {step}"
         hyper, batch = step_inputs(step)
-        index, values = fetch(batch["index"]), fetch(example_losses(state.params, fixed, batch))
+        index, values = fetch_to_host(batch["index"]), fetch_to_host(example_losses(state.params, fixed, batch))
         present = index != PADDING
         nonfinite = index[present & ~np.isfinite(values)]
         if len(nonfinite):

@@ -20,7 +20,7 @@ from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, Tr
 from bilevel_jax.runs.memory import Workspace
 from bilevel_jax.runs.plan import WorkStage
 from bilevel_jax.runs.programs import CompiledProgram, Program
-from bilevel_jax.runs.rules import on_arrays
+from bilevel_jax.runs.rules import reads_array_data
 from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.states import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
 from bilevel_jax.runs.subject import (
@@ -32,7 +32,7 @@ from bilevel_jax.runs.subject import (
     resolve_run_config,
     simulate_devices,
 )
-from bilevel_jax.runs.task import Text
+from bilevel_jax.runs.task import TokenizedData
 from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK
 
 ESTIMATE_FILE = "estimate.json"
@@ -53,7 +53,7 @@ def estimate(config: RunConfig | CompareConfig | AuditConfig, options: EstimateS
 
     Raises ValueError for a config that its verb would not run either, FileNotFoundError where there is no config.json.
     """
-    if on_arrays(config):
+    if reads_array_data(config):
         raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
     began = time.monotonic()
     simulated = simulate_devices(options.devices)
@@ -93,12 +93,12 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
     of accelerators have no need to. For devices that are simulated the base is therefore compiled as float32.
     """
     task, shapes = abstract_run.task, abstract_run.shapes
-    if simulated and task.base is not None:
+    if simulated and task.base_params is not None:
         float32_base = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding), task.base
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding), task.base_params
         )
-        task = task._replace(base=float32_base)
-        shapes = shapes._replace(frozen=task.fixed(shapes.params))
+        task = task._replace(base_params=float32_base)
+        shapes = shapes._replace(frozen=task.frozen(shapes.params))
     if isinstance(abstract_run.config, TrainConfig):
         return {"forward": compile_step(programs.update_program(task, shapes))}
     steps = {"forward": compile_step(programs.forward_program(task, shapes))}
@@ -110,8 +110,8 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
             steps["backward"] = compile_step(programs.backward_program(task, shapes))
     if abstract_run.config.outer.method in SINGLE_LOOP_METHODS:
         steps["alone"] = compile_step(programs.single_loop_program(task, abstract_run.config, shapes))
-    if "fit" in task.held_out and task.layout != task.layout.flat:  # V is not packed, and may be wider than a step
-        steps["slope"] = compile_step(programs.validation_gradient_program(task, shapes, task.held_out["fit"].batch(0)))
+    if "fit" in task.held_out_streams and task.layout != task.layout.unpacked:  # V is not packed, and may be wider than a step
+        steps["slope"] = compile_step(programs.validation_gradient_program(task, shapes, task.held_out_streams["fit"].batch(0)))
     return steps
 
 
@@ -129,7 +129,7 @@ def collect_workspace(abstract_run: AbstractRun, steps: dict[str, CompiledStep],
 
 def upcast_bytes(abstract_run: AbstractRun, simulated: bool) -> float:
     """Bytes of a layer and of the embedding or head of a base in bfloat16, as float32, which are there while used."""
-    base = abstract_run.task.base
+    base = abstract_run.task.base_params
     if not simulated or base is None or set(memory.count_by_dtype(base)) == {"float32"}:
         return 0.0
     layer = 4 * sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(base["layers"]))
@@ -157,7 +157,7 @@ def estimate_compute(
             for name, step in steps.items()
         },
         "flops": flops,
-        "trainings_by_flops": flops / (task.steps * forward),
+        "trainings_by_flops": flops / (task.num_steps * forward),
     }
     count = task.mesh.size
     seconds: dict[str, float] = {}
@@ -190,7 +190,7 @@ def estimate_compute(
         result["hours"] = {stage.name: _stage_hours(stage, seconds) for stage in stages}
         evaluation_steps = plan.evaluation_work(task, abstract_run.config)
         result["hours"]["readings of losses"] = evaluation_steps * seconds["forward"] / 3600
-        training_hours = task.steps * (seconds["forward"] + seconds["batch"]) / 3600
+        training_hours = task.num_steps * (seconds["forward"] + seconds["batch"]) / 3600
         result["hours_of_one_training"] = training_hours
     return result
 
@@ -204,7 +204,7 @@ def _time_batch(abstract_run: AbstractRun) -> float:
     """Median seconds of making a batch and moving it to the devices."""
     if abstract_run.config.data.streaming:
         return 0.0
-    stream, seconds = abstract_run.task.stream(abstract_run.config.data.seed), []
+    stream, seconds = abstract_run.task.training_stream(abstract_run.config.data.seed), []
     for step in range(min(5, stream.steps)):
         began = time.monotonic()
         jax.block_until_ready(stream.batch(step))
@@ -215,7 +215,7 @@ def _time_batch(abstract_run: AbstractRun) -> float:
 def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Keep) -> list[WorkStage]:
     """The stages of the run, with the steps that its sweeps really replay."""
     if isinstance(config, TrainConfig):
-        return [WorkStage("training", forward_steps=abstract_run.task.steps)]
+        return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
     if isinstance(config, CompareConfig):
         return [WorkStage("all methods and arms", other_work=bench.count_compare_work(config, abstract_run.task))]
     if isinstance(config, AuditConfig):
@@ -225,7 +225,7 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Keep) -
                 other_work=audit.count_audit_work(config, abstract_run.task, config.audit.queries),
             )
         ]
-    steps = num_backward_steps(config.outer, abstract_run.task.steps)
+    steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
     replays_per_step = schedule.replays(steps, checkpoint_plan) / steps if checkpoint_plan.tape else REPLAY_WORK
     return [
         stage._replace(forward_steps=stage.forward_steps + (replays_per_step - REPLAY_WORK) * stage.backward_steps)
@@ -263,12 +263,12 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
             "simulated": simulated,
         },
         "shape": {
-            "rows": task.rows, "steps": task.steps, "batch": task.batch, "micro": task.layout.micro,
-            "places": task.layout.micro * task.layout.rows * task.layout.length, "length": task.layout.length,
+            "rows": task.num_examples, "steps": task.num_steps, "batch": task.batch_size, "micro": task.layout.num_micro_batches,
+            "places": task.layout.num_micro_batches * task.layout.rows * task.layout.length, "length": task.layout.length,
         },
-        "parameters": {"base": memory.count_by_dtype(task.base), "trained": memory.count_by_dtype(shapes.params)},
+        "parameters": {"base": memory.count_by_dtype(task.base_params), "trained": memory.count_by_dtype(shapes.params)},
         "arrays": {
-            "base": bytes_per_device(task.base),
+            "base": bytes_per_device(task.base_params),
             "trained parameters": bytes_per_device(shapes.params),
             "optimiser": bytes_per_device(shapes.state.opt),
             "batch": bytes_per_device(shapes.batch),
@@ -280,7 +280,7 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
         "disk": memory.disk_bytes(task, run, shapes) if abstract_run.writes_model else {},
         "work": {stage.name: stage.work for stage in stages},
         "passes": sum(stage.work for stage in stages),
-        "trainings": sum(stage.work for stage in stages) / task.steps,
+        "trainings": sum(stage.work for stage in stages) / task.num_steps,
         "notes": task.notes,
     }  # fmt: skip
 
@@ -315,7 +315,7 @@ def estimate_memory(
 
 def alternative_plans(abstract_run: AbstractRun, checkpoint_plan: Keep) -> dict[str, Keep]:
     """What the run keeps, and what it could."""
-    steps = num_backward_steps(cast(SelectConfig, abstract_run.config).outer, abstract_run.task.steps)
+    steps = num_backward_steps(cast(SelectConfig, abstract_run.config).outer, abstract_run.task.num_steps)
     others = {
         "every state": schedule.everything(steps),
         "square root": schedule.square_root(steps),
@@ -330,7 +330,7 @@ def _plan_costs(
 ) -> dict[str, Any]:
     """The memory and the time of training and sweep, if a training keeps this."""
     config = cast(SelectConfig, abstract_run.config)
-    steps = num_backward_steps(config.outer, abstract_run.task.steps)
+    steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
     forwards = 1 + schedule.replays(steps, checkpoint_plan) / steps
     return {
         "name": name,
@@ -356,7 +356,7 @@ def free_memory_bytes() -> float:
 
 
 def find_remedies(
-    abstract_run: AbstractRun, text: Text, workspace: Workspace, peak: float, options: EstimateSection, simulated: bool
+    abstract_run: AbstractRun, text: TokenizedData, workspace: Workspace, peak: float, options: EstimateSection, simulated: bool
 ) -> list[dict[str, Any]]:
     """Changes of the config with the peak that they give, the least first; each is estimated as the run itself is."""
     run = abstract_run.config
@@ -402,7 +402,7 @@ def find_remedies(
 
 def compare_with_measured(folder: Path) -> str:
     """Print what was estimated of a finished run beside what was measured, and return it in a sentence."""
-    for name in (files.RESOLVED, "result.json"):
+    for name in (files.CONFIG_FILE, "result.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))

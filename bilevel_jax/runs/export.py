@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bilevel_jax.lm.files import write_rows
-from bilevel_jax.lm.models.huggingface import fresh_folder
+from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.card import format_dataset_card, read_run_config, read_run_result, to_one_line
 from bilevel_jax.runs.chosen import SelectedExamples, choose_examples
 from bilevel_jax.runs.config import ExportConfig
@@ -48,7 +48,7 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     target = ExportTarget(layout, folder / name, config.export.container, config.data.template)
     formatted = FORMATTERS[config.export.format](examples, target)
     kind = "folder" if config.export.container == "datasets" else config.export.container
-    with fresh_folder(folder) as temporary_folder:
+    with atomic_folder(folder) as temporary_folder:
         write_rows(temporary_folder / name, _build_export_rows(formatted.rows, indices, selected, config), kind)
         pq.write_table(_selection_table(selected), temporary_folder / "selection.parquet")
         if formatted.config_file:

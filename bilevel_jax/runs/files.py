@@ -16,33 +16,33 @@ import pyarrow.parquet as pq
 
 from bilevel_jax.runs import processes
 
-RESOLVED = "config.yaml"  # the resolved config: what makes a folder a run's folder
-LOCK = ".lock"
+CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
+LOCK_FILE = ".lock"
 
 
-def new_run_folder(path: str | Path, resume: bool = False) -> Path:
+def create_run_dir(path: str | Path, resume: bool = False) -> Path:
     """The folder of a run, made if needed. An earlier run is never overwritten, and only a run can be resumed."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another folder with --out.")
     if resume:
-        if not (path / RESOLVED).is_file():
-            raise FileNotFoundError(f"{path} holds no run ({RESOLVED} is missing); start one without --resume.")
+        if not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
         return path
-    present = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.is_dir() else []
-    if RESOLVED in present:
+    present_names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE) if path.is_dir() else []
+    if CONFIG_FILE in present_names:
         raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
-    if present:
-        some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
-        raise FileExistsError(f"{path} is not empty ({some}); choose another folder with --out.")
+    if present_names:
+        shown_names = ", ".join(present_names[:3]) + (", ..." if len(present_names) > 3 else "")
+        raise FileExistsError(f"{path} is not empty ({shown_names}); choose another folder with --out.")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 @contextlib.contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
+def lock_run_dir(folder: str | Path) -> Iterator[None]:
     """Hold `folder` for this process; a second run is refused. The kernel frees the lock of a killed process."""
-    path = Path(folder) / LOCK
+    path = Path(folder) / LOCK_FILE
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,45 +63,45 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """
 
     def write() -> None:
-        with replacing(path) as part:
+        with atomic_replace(path) as part:
             part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
-    processes.by_first(write)
+    processes.run_on_first_process(write)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """A JSON file, whole or not at all; numbers that are not finite become null."""
-    write_atomic(path, json.dumps(_finite(value), indent=1, allow_nan=False))
+    write_atomic(path, json.dumps(_nonfinite_to_none(value), indent=1, allow_nan=False))
 
 
-def write_table(path: str | Path, table: pa.Table) -> None:
+def write_parquet(path: str | Path, table: pa.Table) -> None:
     """A parquet file, whole or not at all; of several processes the first writes."""
 
     def write() -> None:
-        with replacing(path) as part:
+        with atomic_replace(path) as part:
             pq.write_table(table, part)
 
-    processes.by_first(write)
+    processes.run_on_first_process(write)
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_replace(path: str | Path) -> Iterator[Path]:
     """A name to write to; what was written takes the place of `path` at the end of the block, whole or not at all."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        sync(part)
+        fsync_path(part)
         os.replace(part, path)
-        sync(path.parent)
+        fsync_path(path.parent)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if disk_full := full(path, error):
+        if disk_full := disk_full_error(path, error):
             raise disk_full from error
         raise
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Have the kernel put a file, or a folder's list of names, on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -110,7 +110,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def full(path: Path, error: BaseException) -> OSError | None:
+def disk_full_error(path: Path, error: BaseException) -> OSError | None:
     """A clear error if `error` is a full disk (also in the words of orbax's storage), else None."""
     if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and os.strerror(errno.ENOSPC) not in str(
         error
@@ -129,30 +129,30 @@ class JsonLog:
 
     def __init__(self, path: str | Path, resume_after: int | None = None):
         self._file: IO[str] | None = None
-        if not processes.first():
+        if not processes.is_first_process():
             return
         if resume_after is not None and Path(path).exists():
             with open(path, "rb+") as file:
-                whole = 0
+                intact_bytes = 0
                 for line in file:
-                    if not line.endswith(b"\n") or _step(line) > resume_after:
+                    if not line.endswith(b"\n") or _read_step(line) > resume_after:
                         break
-                    whole += len(line)
-                file.truncate(whole)
+                    intact_bytes += len(line)
+                file.truncate(intact_bytes)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held open until close)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numpy and jax scalars and arrays become numbers and lists."""
         if "step" not in record:
             raise ValueError(f"a log record needs a 'step'; its keys are {sorted(record)}.")
-        line = json.dumps(_jsonable(record), allow_nan=False, ensure_ascii=False)
+        line = json.dumps(_to_jsonable(record), allow_nan=False, ensure_ascii=False)
         if self._file is None:
             return
         try:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            if disk_full := full(Path(self._file.name), error):
+            if disk_full := disk_full_error(Path(self._file.name), error):
                 raise disk_full from error
             raise
 
@@ -163,28 +163,28 @@ class JsonLog:
             self._file.close()
 
 
-def _step(line: bytes) -> float:
+def _read_step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
         return math.inf  # a damaged line: it and all after it go
 
 
-def _finite(value: Any) -> Any:
+def _nonfinite_to_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_nonfinite_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _jsonable(value: Any) -> Any:
+def _to_jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): _to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [_to_jsonable(item) for item in value]
     if isinstance(value, float):
         return None if math.isnan(value) else str(value) if math.isinf(value) else value
     if isinstance(value, str | int | bool | None):
         return value
-    return _jsonable(value.tolist() if hasattr(value, "tolist") else str(value))
+    return _to_jsonable(value.tolist() if hasattr(value, "tolist") else str(value))

@@ -9,7 +9,7 @@ import yaml
 
 from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.encode import TEMPLATE, joiner
+from bilevel_jax.lm.encode import DEFAULT_TEMPLATE, make_template_renderer
 
 ExportRow = dict[str, Any]
 FILE_SUFFIXES = {"jsonl": ".jsonl", "json": ".json", "parquet": ".parquet", "datasets": ""}
@@ -82,7 +82,7 @@ def trl(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     elif has_prompt:
         notes.append(
             "Prompts and responses are messages, so the tokenizer needs a chat template; for one without, export with "
-            f"`--data.template`, such as {TEMPLATE!r}."
+            f"`--data.template`, such as {DEFAULT_TEMPLATE!r}."
         )
     code = f"```python\n{_format_loading_code(target)}\ntrainer = {trainer}, train_dataset=rows)\n```"
     return FormattedRows(rows, None, "\n\n".join([code, *notes]))
@@ -133,12 +133,12 @@ def llama_factory(examples: Sequence[Example], target: ExportTarget) -> Formatte
         rows = [
             _to_sharegpt(_to_preference_messages(example, "conversations"))
             if pairs
-            else data.row_of(example, "sharegpt")
+            else data.example_to_row(example, "sharegpt")
             for example in examples
         ]
         columns = {"messages": "conversations"}
     elif target.layout == "text":
-        rows, columns = [data.row_of(example, "text") for example in examples], {"prompt": "text"}
+        rows, columns = [data.example_to_row(example, "text") for example in examples], {"prompt": "text"}
     else:
         rows, columns = [_to_alpaca(example) for example in examples], {"prompt": "instruction", "query": "input"}
         columns |= {} if pairs else {"response": "output"}
@@ -172,7 +172,7 @@ def llama_factory(examples: Sequence[Example], target: ExportTarget) -> Formatte
 def maxtext(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     """messages, or lists of them as prompt and completion; text; for DPO strings, since no chat template is applied."""
     if target.layout == "preference":
-        rows = [_to_strings(example, target.template or TEMPLATE) for example in examples]
+        rows = [_to_strings(example, target.template or DEFAULT_TEMPLATE) for example in examples]
     else:
         rows = [_rename_keys(_to_messages(example, target.layout), {"response": "completion"}) for example in examples]
     columns = {
@@ -211,13 +211,13 @@ TRAINER_NAMES = {"trl": "TRL", "axolotl": "Axolotl", "llama_factory": "LLaMA-Fac
 
 
 def _layout_kind(example: Example) -> str:
-    return "preference" if data.is_pair(example) else data.kind_of(example)
+    return "preference" if data.is_preference_pair(example) else data.example_kind(example)
 
 
 def _is_short(example: Example) -> bool:
     """Whether both sides of a pair are one question and one answer."""
     sides = (example.turns, example.rejected)
-    return {data.kind_of(example._replace(turns=side)) for side in sides} == {"prompt"}
+    return {data.example_kind(example._replace(turns=side)) for side in sides} == {"prompt"}
 
 
 def _to_messages(example: Example, layout: str) -> ExportRow:
@@ -225,31 +225,31 @@ def _to_messages(example: Example, layout: str) -> ExportRow:
     if layout == "prompt":
         prompt, response = (turn._asdict() for turn in example.turns)
         return {"prompt": [prompt], "response": [response]}
-    return data.row_of(example, "preference_chat" if layout == "preference" else layout)
+    return data.example_to_row(example, "preference_chat" if layout == "preference" else layout)
 
 
 def _to_strings(example: Example, template: str) -> ExportRow:
     """Every part as a string: the prompt as the template writes it, up to the response."""
-    if data.is_pair(example) and not _is_short(example):
+    if data.is_preference_pair(example) and not _is_short(example):
         raise ValueError(
             f"{example.where}: a dialogue of several messages, and this form joins one prompt and one response by a "
             "template. Set export.format to trl and leave data.template empty."
         )
-    row = data.row_of(example, _layout_kind(example))
-    text, (start, _) = joiner(template)(example._replace(rejected=()))
+    row = data.example_to_row(example, _layout_kind(example))
+    text, (start, _) = make_template_renderer(template)(example._replace(rejected=()))
     return row | {"prompt": text[:start]}
 
 
 def _to_alpaca(example: Example) -> ExportRow:
     """The alpaca layout; of a pair, with chosen and rejected in place of output."""
-    if not data.is_pair(example):
-        return data.row_of(example, "alpaca")
-    return _rename_keys(data.row_of(example, "preference"), {"prompt": "instruction"}) | {"input": ""}
+    if not data.is_preference_pair(example):
+        return data.example_to_row(example, "alpaca")
+    return _rename_keys(data.example_to_row(example, "preference"), {"prompt": "instruction"}) | {"input": ""}
 
 
 def _to_preference_messages(example: Example, name: str) -> ExportRow:
     """The messages of the prompt under `name`, and one message each for the two answers."""
-    row = data.row_of(example, "preference_chat")
+    row = data.example_to_row(example, "preference_chat")
     for side in ("chosen", "rejected"):
         if len(row[side]) != 1:
             raise ValueError(

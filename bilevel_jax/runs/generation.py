@@ -10,23 +10,23 @@ from jax.sharding import Mesh
 
 from bilevel_jax.core.types import Batch, Params, Stream
 from bilevel_jax.lm import generate, service
-from bilevel_jax.lm.generate import Generator, Prompt, Response, Store
+from bilevel_jax.lm.generate import GenerateFn, Prompt, Response, ResponseStore
 from bilevel_jax.lm.models import Decoder
-from bilevel_jax.lm.prompts import ends
-from bilevel_jax.lm.sampling import Sampling
+from bilevel_jax.lm.prompts import find_end_tokens
+from bilevel_jax.lm.sampling import SamplingParams
 from bilevel_jax.runs import files, processes
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.likelihoods import fingerprint
+from bilevel_jax.runs.likelihoods import fingerprint_params
 from bilevel_jax.runs.sections import GenerateSection
 from bilevel_jax.runs.session import Session
 
-NAME = "responses.jsonl"
+RESPONSES_FILE = "responses.jsonl"
 """In the run's checkpoints: one line for each time that something was kept."""
 
 
-def generators(
+def make_generator_factory(
     settings: GenerateSection, decoder: Decoder, tokenizer: Any, mesh: Mesh, session: Session
-) -> Callable[[Params], Generator]:
+) -> Callable[[Params], GenerateFn]:
     """What makes a `Generator`, (prompts, draws) -> responses[prompt][draw], of the model with some parameters.
 
     `prompts.prompts` makes prompts of examples; the draws of a round are any numbers, `range(settings.draws)` or those
@@ -38,80 +38,80 @@ def generators(
     then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
     `Interrupted`.
     """
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed)
-    kept = Kept(session.folder / "checkpoints" / NAME)
+    sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed)
+    response_store = ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE)
 
     def progress(done: int, total: int) -> None:
-        session.phase(f"writing responses, {done:,} of {total:,}")
-        session.check()
+        session.set_phase(f"writing responses, {done:,} of {total:,}")
+        session.check_signals()
 
     if settings.backend == "service":
-        ask = service.client(
-            settings.url, settings.model, sampling, key_variable=settings.api_key_env,
+        query_service = service.make_chat_client(
+            settings.url, settings.model, sampling, api_key_env=settings.api_key_env,
             concurrency=settings.concurrency, timeout=settings.timeout, progress=progress,
         )  # fmt: skip
-        store = Store(f"{settings.url} {settings.model}", kept.responses, kept.save)
+        store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
 
-        def answered(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
-            processes.by_first(lambda: ask(prompts, draws, store))
-            kept.read()
-            return ask(prompts, draws, store)  # all of it is there
+        def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
+            processes.run_on_first_process(lambda: query_service(prompts, draws, store))
+            response_store.read_new()
+            return query_service(prompts, draws, store)  # all of it is there
 
-        return lambda params: answered
+        return lambda params: generate_from_service
 
-    def place(batch: Batch) -> Batch:
-        return placing.placed(mesh, Stream(lambda step: batch, 1)).batch(0)
+    def place_batch(batch: Batch) -> Batch:
+        return placing.place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
 
-    sampler = generate.sampler(
-        decoder, sampling, generate.decoding(tokenizer), end=ends(tokenizer, decoder.config.eos),
-        tokens=settings.max_batch_tokens, multiple=mesh.size, place=place, fetch=processes.fetch, progress=progress,
+    sampler = generate.make_sampler(
+        decoder, sampling, generate.make_detokenizer(tokenizer), end_tokens=find_end_tokens(tokenizer, decoder.config.eos),
+        max_batch_tokens=settings.max_batch_tokens, row_multiple=mesh.size, place=place_batch, fetch=processes.fetch_to_host, progress=progress,
     )  # fmt: skip
 
-    def generator(params: Params) -> Generator:
-        store = Store(fingerprint(params), kept.responses, kept.save)
+    def make_generator(params: Params) -> GenerateFn:
+        store = ResponseStore(fingerprint_params(params), response_store.responses, response_store.append)
         return lambda prompts, draws: sampler.resume(params, prompts, draws, store)
 
-    return generator
+    return make_generator
 
 
-class Kept:
+class ResponseFile:
     """Responses in a file, one JSON object a line, appended; a line that a kill has torn is taken off."""
 
     def __init__(self, path: Path):
         self.responses: dict[str, Response] = {}
-        self._path, self._read = path, 0
-        processes.by_first(self._mend)
-        self.read()
+        self._path, self._bytes_read = path, 0
+        processes.run_on_first_process(self._drop_torn_line)
+        self.read_new()
 
-    def read(self) -> None:
+    def read_new(self) -> None:
         """Take in what another process has written since."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
-            file.seek(self._read)
+            file.seek(self._bytes_read)
             for line in file:
-                self.responses |= {key: _response(fields) for key, fields in json.loads(line).items()}
-            self._read = file.tell()
+                self.responses |= {key: _parse_response(fields) for key, fields in json.loads(line).items()}
+            self._bytes_read = file.tell()
 
-    def save(self, new: dict[str, Response]) -> None:
+    def append(self, new_responses: dict[str, Response]) -> None:
         """Append; it is on the disk when this returns. Of several processes the first writes."""
-        self.responses |= new
-        if not new or not processes.first():
+        self.responses |= new_responses
+        if not new_responses or not processes.is_first_process():
             return
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(new) + "\n")
+                file.write(json.dumps(new_responses) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise files.full(self._path, error) or error from error
+            raise files.disk_full_error(self._path, error) or error from error
 
-    def _mend(self) -> None:
+    def _drop_torn_line(self) -> None:
         if self._path.exists():
             content = self._path.read_bytes()
             os.truncate(self._path, content.rfind(b"\n") + 1)
 
 
-def _response(fields: list[Any]) -> Response:
+def _parse_response(fields: list[Any]) -> Response:
     text, tokens, log_probs, ended = fields
     return Response(text, tuple(tokens), tuple(log_probs), ended)

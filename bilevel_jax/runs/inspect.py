@@ -16,10 +16,10 @@ from rich.text import Text
 from bilevel_jax.lm import data, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.tokens import Tokenized
+from bilevel_jax.lm.tokens import TokenizedSequence
 from bilevel_jax.runs import objective, rows
 from bilevel_jax.runs.config import InspectConfig
-from bilevel_jax.runs.embedded import untrained
+from bilevel_jax.runs.embedded import resolve_builtin_untrained
 from bilevel_jax.runs.figures import show_control_characters
 from bilevel_jax.runs.survey import (
     Duplicates,
@@ -44,14 +44,14 @@ def inspect(config: InspectConfig) -> str:
     Raises ValueError for files, rows or a template that no verb could begin with.
     """
     with tempfile.TemporaryDirectory() as folder:
-        resolved = untrained(config, Path(folder))
+        resolved = resolve_builtin_untrained(config, Path(folder))
         tokenizer = tokens.load_tokenizer(resolved.model.name_or_path)
         architecture = lm.read_config(resolved.model.name_or_path)
         limit = min(resolved.data.max_length, architecture.max_length)
         empty: list[str] = []
-        options = rows.reading(replace(resolved.data, empty="drop"))
-        train = data.load(resolved.data.train, options, empty.append)
-        trusted = rows.parts(resolved.data, options, empty.append)
+        options = rows.make_data_options(replace(resolved.data, empty="drop"))
+        train = data.load_examples(resolved.data.train, options, empty.append)
+        trusted = rows.load_held_out(resolved.data, options, empty.append)
     examples_by_part = {"training": train} | {
         f"V_{part}": part_examples for part, part_examples in trusted.items() if part_examples
     }
@@ -154,7 +154,7 @@ def _count_tokens(part: PartSurvey) -> int:
 
 
 def _count_targets(part: PartSurvey) -> int:
-    return sum(int(side.supervised.sum()) for sides in part.as_trained for side in sides)
+    return sum(int(side.target_mask.sum()) for sides in part.as_trained for side in sides)
 
 
 def _format_quantiles(lengths: np.ndarray) -> str:
@@ -283,7 +283,7 @@ def _print_examples(console: Console, part: PartSurvey, tokenizer: Any, config: 
     console.rule(Text(f"{part.name}: tokens between |, targets between ⟦ and ⟧"), align="left", style="dim")
     for place in shown_places:
         example, sides = part.example(place), part.as_trained[place]
-        targets = sum(int(side.supervised.sum()) for side in sides)
+        targets = sum(int(side.target_mask.sum()) for side in sides)
         count = " + ".join(f"{len(side.ids):,}" for side in sides)
         head = f"{_format_place(example)}  id {example.id}  source {_shorten(example.source)}  {count} tokens, {targets:,} targets"
         console.print(Text.assemble((to_plain_text(head).plain, "bold")))
@@ -294,16 +294,16 @@ def _print_examples(console: Console, part: PartSurvey, tokenizer: Any, config: 
             )
 
 
-def _render_tokens(row: Tokenized, tokenizer: Any, max_tokens: int) -> Text:
+def _render_tokens(row: TokenizedSequence, tokenizer: Any, max_tokens: int) -> Text:
     """The tokens one after the other, of a long row the beginning and the end."""
     total = len(row.ids)
     head = total if total <= max_tokens else max_tokens - max_tokens // 3
-    out = _render_token_span(row.ids[:head], row.supervised[:head], tokenizer, joined=head < total)
+    out = _render_token_span(row.ids[:head], row.target_mask[:head], tokenizer, joined=head < total)
     if head < total:
         start = total - max_tokens // 3
-        gone = row.supervised[head:start]
+        gone = row.target_mask[head:start]
         out.append(f" … {len(gone):,} tokens, {int(gone.sum()):,} of them targets … ", "reverse")
-        out.append_text(_render_token_span(row.ids[start:], row.supervised[start:], tokenizer))
+        out.append_text(_render_token_span(row.ids[start:], row.target_mask[start:], tokenizer))
     return out
 
 
@@ -362,7 +362,7 @@ def _find_errors(
         does = "left out" if config.data.empty == "drop" else "a stop for the other verbs"
         yield f"{_format_quantity(len(empty), 'row')} with nothing to learn from, {does}. The first: {empty[0]}"
     try:
-        objective.check_rows(config.objective, [example for part in parts for example in part.examples])
+        objective.check_examples(config.objective, [example for part in parts for example in part.examples])
     except ValueError as error:
         yield f"the other verbs stop: {error}"
     for part in parts:
@@ -384,7 +384,7 @@ def _find_errors(
 
 
 def _describe_overlong(part: PartSurvey, truncate: str, limit: int) -> str:
-    whole = max(int(part.corpus.supervised.sum()), 1)
+    whole = max(int(part.corpus.target_mask.sum()), 1)
     ways = {
         name: f"{name} loses {cut.lost_targets / whole:.1%} of the targets"
         + (
@@ -443,12 +443,12 @@ def _find_odd_rows(part: PartSurvey, tokenizer: Any, architecture: lm.DecoderCon
         yield f"{_describe_first(part, part.bos.odd_rows)}: not exactly {expected} BOS; look at the chat template"
     if part.eos.odd_rows and tokenizer.eos_token_id is not None:
         yield f"{_describe_first(part, part.eos.odd_rows)}: no EOS at the end, or more than one in an answer"
-    if (largest := int(part.corpus.ids.max())) >= architecture.vocab:
-        yield f"the tokenizer gives the token {largest}, and the model has {architecture.vocab}: they are no pair"
-    targets = np.array([sum(int(side.supervised.sum()) for side in sides) for sides in part.tokenized.sequences])
-    lengths = part.corpus.lengths.reshape(-1, part.corpus.sequences).sum(1)
+    if (largest := int(part.corpus.ids.max())) >= architecture.vocab_size:
+        yield f"the tokenizer gives the token {largest}, and the model has {architecture.vocab_size}: they are no pair"
+    targets = np.array([sum(int(side.target_mask.sum()) for side in sides) for sides in part.tokenized.sequences])
+    lengths = part.corpus.lengths.reshape(-1, part.corpus.sequences_per_example).sum(1)
     dialogue = np.array([example.turns[0].role != "text" for example in map(part.example, range(len(targets)))])
-    whole = np.flatnonzero(dialogue & (targets >= lengths - part.corpus.sequences)).tolist()
+    whole = np.flatnonzero(dialogue & (targets >= lengths - part.corpus.sequences_per_example)).tolist()
     if whole:
         yield f"{_describe_first(part, whole)}: every token is a target, as if there were no prompt"
     if (share := targets.sum() / lengths.sum()) < 0.1:
@@ -461,7 +461,7 @@ def _find_odd_rows(part: PartSurvey, tokenizer: Any, architecture: lm.DecoderCon
         fraction = float(np.isin(part.corpus.ids, token_ids).mean())
         if fraction > threshold:
             yield f"{fraction:.1%} of the tokens are {kind}: was it made for this language?"
-    if cut := sum(example.cut > 0 for example in part.examples):
+    if cut := sum(example.num_dropped_turns > 0 for example in part.examples):
         yield f"{_format_quantity(cut, 'dialogue')} lost a last message of the user, which nothing answers"
 
 

@@ -43,10 +43,10 @@ def judge_scores(
     certification: tuple[certify.Certificates, certify.Verdict] | None,
 ) -> dict[str, Any]:
     """What result.json holds: each score's readings, and the verdict."""
-    trainable, seed = task.trainable(), config.data.seed
+    trainable, seed = task.trainable_indices(), config.data.seed
     good = good_label_mask(task, config)
     exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
-    counts = bootstrap.resampled(len(trainable), (seed, 4))
+    counts = bootstrap.resample_counts(len(trainable), (seed, 4))
     draws = {score.name: bank.compute_lds(retrain_losses, score.values, score.query_values, seed) for score in scores}
     lines = []
     for score in scores:
@@ -58,16 +58,16 @@ def judge_scores(
             "notes": score.notes,
             "own_queries": score.query_values is not None,
             "lds": {
-                target: [bootstrap.reading(some) for some in by_fraction]
+                target: [bootstrap.percentile_interval(some) for some in by_fraction]
                 for target, by_fraction in draws[score.name].items()
             },
             "auc": None if good is None else auc(score.values[trainable], good[trainable]),
         }
         if exact is not None and score.name != EXACT_ESTIMATOR:
-            correlations = bootstrap.rank_correlations(score.values[None, trainable], exact[None, trainable], counts)[
+            correlations = bootstrap.bootstrap_rank_correlations(score.values[None, trainable], exact[None, trainable], counts)[
                 :, 0
             ]
-            line["rank"] = bootstrap.reading(correlations)
+            line["rank"] = bootstrap.percentile_interval(correlations)
         lines.append(line)
     certificate_verdict = certification[1] if certification else None
     return {
@@ -79,12 +79,12 @@ def judge_scores(
         "removed": retrain_losses.fractions,
         "subsets": retrain_losses.left_out.shape[1],
         "labels": good is not None,
-        "unit": task.objective.unit,
-        "steps": task.steps,
-        "batch": task.batch,
+        "unit": task.objective.loss_unit,
+        "steps": task.num_steps,
+        "batch": task.batch_size,
         "seeds": {"data": config.data.seed, "start": config.train.seed},
         "counts": {"train": len(trainable)}
-        | {part: len(task.trusted[part]) for part in task.held_out}
+        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams}
         | ({"queries": retrain_losses.losses["queries"].shape[2]} if "queries" in retrain_losses.losses else {}),
     }
 
@@ -148,8 +148,8 @@ def choose_score(
 
 def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: str, target: str) -> bool:
     """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
-    return bootstrap.reading(draws[name][target][0] - draws[other][target][0]).low > 0
+    return bootstrap.percentile_interval(draws[name][target][0] - draws[other][target][0]).low > 0
 
 
-def _format_reading(reading: bootstrap.Reading) -> str:
+def _format_reading(reading: bootstrap.BootstrapInterval) -> str:
     return f"{reading.value:.2f} [{reading.low:.2f}, {reading.high:.2f}]"

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.runs.sections import SelectionSection
-from bilevel_jax.runs.statistics import top
+from bilevel_jax.runs.statistics import top_indices
 
 
 def select_examples(
@@ -40,7 +40,7 @@ def select_examples(
                 f"{weights[candidates].max():.3g}. Lower it, or use selection.top_share."
             )
         return selected
-    return top(weights, max(1, round(rule.top_share * len(candidates))), candidates)
+    return top_indices(weights, max(1, round(rule.top_share * len(candidates))), candidates)
 
 
 def describe_selection_rule(rule: SelectionSection) -> str:
@@ -74,4 +74,4 @@ def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, 
     by_remainder = sorted(names, key=lambda name: counts[name] - quotas[name])
     for name in by_remainder[: count - sum(counts.values())]:
         counts[name] += 1
-    return np.sort(np.concatenate([top(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()]))
+    return np.sort(np.concatenate([top_indices(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()]))

@@ -16,13 +16,13 @@ from bilevel_jax.runs import checkpoint, scoring
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.optimizers import SHAPES
-from bilevel_jax.runs.processes import fetch
-from bilevel_jax.runs.rows import PARTS
+from bilevel_jax.runs.optimizers import DECAY_SHAPES
+from bilevel_jax.runs.processes import fetch_to_host
+from bilevel_jax.runs.rows import PART_NAMES
 from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
-from bilevel_jax.runs.task import Task, per_row
+from bilevel_jax.runs.task import Task, evaluate_per_example
 from bilevel_jax.runs.training import Trainer
 
 OuterRecords = list[dict[str, Any]]
@@ -67,13 +67,13 @@ def data_order_seed(config: SelectConfig, step: int) -> int:
 
 def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
-    name, size = config.outer.weighting, placing.table_size(task.rows)
+    name, size = config.outer.weighting, placing.padded_table_size(task.num_examples)
     if name == "per_source":
         source, count = source_indices(task)
-        return weighting.padded(weighting.per_source(jnp.asarray(source), count), size - task.rows)
+        return weighting.padded(weighting.per_source(jnp.asarray(source), count), size - task.num_examples)
     if name == "by_features":
-        return weighting.padded(weighting.by_features(jnp.asarray(task.features())), size - task.rows)
-    return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.rows, size)
+        return weighting.padded(weighting.by_features(jnp.asarray(task.example_features())), size - task.num_examples)
+    return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.num_examples, size)
 
 
 def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
@@ -92,9 +92,9 @@ def compute_baseline_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
     estimate = trainer.estimate_at_end(run, weights, alignment=True)
-    fixed = task.fixed(run.start.params)
-    losses = per_row(task.objective.losses, run.end.params, fixed, task.summed(seed=0), task.rows)
-    return estimate.grad, placing.table(task.mesh, losses.astype(estimate.grad.dtype))
+    fixed = task.frozen(run.start.params)
+    losses = evaluate_per_example(task.objective.losses, run.end.params, fixed, task.full_pass_stream(seed=0), task.num_examples)
+    return estimate.grad, placing.place_table(task.mesh, losses.astype(estimate.grad.dtype))
 
 
 def outer_learning_rate(outer: OuterSection, progress: float) -> float:
@@ -103,7 +103,7 @@ def outer_learning_rate(outer: OuterSection, progress: float) -> float:
     A normalised step has the same length wherever it is made, and each is of another data order: at a constant rate
     the weights keep the noise of the last orders, at a falling one it averages out.
     """
-    return outer.learning_rate * float(SHAPES[outer.schedule](progress))
+    return outer.learning_rate * float(DECAY_SHAPES[outer.schedule](progress))
 
 
 def total_outer_learning_rate(outer: OuterSection) -> float:
@@ -134,24 +134,24 @@ def run_outer_loop(
     validation_loss = outer_value(task.problem)
     good_mask = good_label_mask(task, config)
 
-    hyper, zeros = (placing.table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.rows)))
-    state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.fresh(config.train.seed))
+    hyper, zeros = (placing.place_table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.num_examples)))
+    state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(config.train.seed))
     records: OuterRecords = []
-    if restored := checkpoint.restore(folder, state):
+    if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
         session.advance(sum(record["work"] for record in records))
-    stop_reason = _stop_reason(records, config, task.rows, progress)
+    stop_reason = _stop_reason(records, config, task.num_examples, progress)
 
     while not stop_reason:
-        step, work_before, began = len(records), session.work, time.monotonic()
+        step, work_before, began = len(records), session.work_done, time.monotonic()
         weights = weights_of(state.hyper)
-        stream = task.stream(data_order_seed(config, step))
-        session.phase(f"outer step {step} of {outer.steps}")
+        stream = task.training_stream(data_order_seed(config, step))
+        session.set_phase(f"outer step {step} of {outer.steps}")
         start = trainer.init_state(state.start_params)
         run = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
-        fixed = task.fixed(run.start.params)
+        fixed = task.frozen(run.start.params)
         if step == 0 and outer.method in ("unrolled", "window"):
-            check_differentiable(task.step, task.optimizer, run, weights, fixed, stream)
+            check_differentiable(task.train_step, task.optimizer, run, weights, fixed, stream)
         estimate = trainer.estimate(run, weights, stream, outer_step=step)
         if not bool(tree.finite(estimate.grad)):
             raise FloatingPointError(
@@ -159,8 +159,8 @@ def run_outer_loop(
                 "finite: raise optimizer.eps_root, lower optimizer.learning_rate, or use outer.method: window."
             )
         losses = {
-            part: float(validation_loss(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
-            for part in PARTS
+            part: float(validation_loss(run.end.params, fixed, task.held_out_streams[part])) if part in task.held_out_streams else None
+            for part in PART_NAMES
         }
         record = {
             "step": step,
@@ -168,31 +168,31 @@ def run_outer_loop(
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch(weights)[: task.rows], good_mask) if good_mask is not None else None,
+            "auc": auc(fetch_to_host(weights)[: task.num_examples], good_mask) if good_mask is not None else None,
             "checks": _checks_to_json(estimate.checks),
             "rate": outer_learning_rate(outer, min(1.0, progress(records))),
         }
         state = _update_outer_state(task, trainer, state, records, record, run, estimate.grad, weights, config)
         # the first training is uniform in any case: what is certified and compared with begins there
-        origin = state.hyper if step else scoring.warm(task, config, state.hyper, session)
+        origin = state.hyper if step else scoring.warm_start_logits(task, config, state.hyper, session)
         hyper_grad = weight_map_vjp(state.hyper, estimate.grad)
         state = state._replace(hyper=update_hyper(record["rate"], origin, hyper_grad))
-        record |= {"work": session.work - work_before, "seconds": time.monotonic() - began}
+        record |= {"work": session.work_done - work_before, "seconds": time.monotonic() - began}
         records.append(record)
         session.log.write({"event": "outer", **record})
-        session.say(format_record(f"outer step {step:>3}", record, task.objective.unit))
-        checkpoint.save(folder, step, state, {"records": records})
-        session.saved()
-        stop_reason = _stop_reason(records, config, task.rows, progress)
+        session.print_line(format_record(f"outer step {step:>3}", record, task.objective.loss_unit))
+        checkpoint.save_checkpoint(folder, step, state, {"records": records})
+        session.mark_saved()
+        stop_reason = _stop_reason(records, config, task.num_examples, progress)
         del run, estimate  # or their snapshots would live beside those of the next training
 
     best_step = _best_step(records)
     return LearnedWeights(
-        weights=fetch(weights_of(state.best_hyper))[: task.rows],
-        hypergradient=fetch(state.best_hypergradient)[: task.rows],
-        first_hypergradient=fetch(state.first_hypergradient)[: task.rows],
-        alignment=fetch(state.alignment)[: task.rows],
-        losses=fetch(state.losses)[: task.rows],
+        weights=fetch_to_host(weights_of(state.best_hyper))[: task.num_examples],
+        hypergradient=fetch_to_host(state.best_hypergradient)[: task.num_examples],
+        first_hypergradient=fetch_to_host(state.first_hypergradient)[: task.num_examples],
+        alignment=fetch_to_host(state.alignment)[: task.num_examples],
+        losses=fetch_to_host(state.losses)[: task.num_examples],
         records=records,
         best_step=best_step,
         stop_reason=stop_reason,

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from bilevel_jax.core.types import Batch, Params, Stream
-from bilevel_jax.lm.loglik import LogLik, Request, Store, engine
-from bilevel_jax.lm.losses import assemble
+from bilevel_jax.lm.loglik import LogLik, LogLikRequest, LogLikStore, make_loglik_scorer
+from bilevel_jax.lm.losses import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import processes
-from bilevel_jax.runs.processes import fetch
+from bilevel_jax.runs.processes import fetch_to_host
 from bilevel_jax.runs.sections import ScoresSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
@@ -30,11 +30,11 @@ from bilevel_jax.scores.embedding import hidden_states, tfidf
 from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Plan, Rows, rows_of, take
 
-SAMPLE = 200
+AGREEMENT_SAMPLE_SIZE = 200
 """Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
 
 
-class Made(NamedTuple):
+class ScoreResult(NamedTuple):
     """What the function of one score gives."""
 
     values: Float[np.ndarray, "rows"]
@@ -45,116 +45,116 @@ class Made(NamedTuple):
     """What a person should know of these scores."""
 
 
-class Reader:
+class ResumableEngine:
     """A model answering requests; what it answered before a stop is not asked again."""
 
-    def __init__(self, decoder: Decoder, whole: Params, mesh: Mesh, session: Session):
-        self.whole = whole
-        self._asked = _asked(decoder, mesh, session)
+    def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, session: Session):
+        self.params = params
+        self._engine = _cached_engine(decoder, mesh, session)
         self._path = session.folder / "checkpoints" / "answers.jsonl"
-        self._before = self._asked.places
+        self._positions_before = self._engine.positions_read
 
     def __call__(
-        self, requests: Sequence[Request], on_batch: Callable[[int], None] = lambda done: None
+        self, requests: Sequence[LogLikRequest], on_batch: Callable[[int], None] = lambda done: None
     ) -> list[LogLik]:
         """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
-        store = Store(fingerprint(self.whole), _stored(self._path), lambda new: _append(self._path, new))
-        self._asked.on_batch = on_batch
-        answers = self._asked.engine.resume(self.whole, requests, store)
-        processes.by_first(lambda: self._path.unlink(missing_ok=True))
+        store = LogLikStore(fingerprint_params(self.params), _read_answers(self._path), lambda new: _append_answers(self._path, new))
+        self._engine.on_batch = on_batch
+        answers = self._engine.engine.resume(self.params, requests, store)
+        processes.run_on_first_process(lambda: self._path.unlink(missing_ok=True))
         return answers
 
     @property
-    def places(self) -> int:
+    def positions_read(self) -> int:
         """Token places that were read so far."""
-        return self._asked.places - self._before
+        return self._engine.positions_read - self._positions_before
 
 
-class Model:
+class TaskLikelihoods:
     """The task's model under some parameters, answering requests; counts its work in training steps."""
 
     def __init__(self, task: Task, params: Params, session: Session):
-        self.whole = assemble(params, task.base)
-        self._reader = Reader(task.decoder, self.whole, task.mesh, session)
-        self._step = task.layout.micro * task.layout.rows * task.layout.length
+        self.params = assemble_params(params, task.base_params)
+        self._engine = ResumableEngine(task.decoder, self.params, task.mesh, session)
+        self._positions_per_step = task.layout.num_micro_batches * task.layout.rows * task.layout.length
 
-    def __call__(self, requests: Sequence[Request]) -> list[LogLik]:
+    def __call__(self, requests: Sequence[LogLikRequest]) -> list[LogLik]:
         """The answers, in order."""
-        return self._reader(requests)
+        return self._engine(requests)
 
     @property
     def passes(self) -> float:
         """The work so far in training steps: token places read, a forward pass being a third of a step."""
-        return self._reader.places / self._step / 3
+        return self._engine.positions_read / self._positions_per_step / 3
 
 
-class Asked:
+class CountingEngine:
     """An engine, compiled once for a run, and how many token places it has read."""
 
     def __init__(self, decoder: Decoder, mesh: Mesh, session: Session):
-        self.places = 0
+        self.positions_read = 0
         self.on_batch: Callable[[int], None] = lambda done: None
 
-        def place(batch: Batch) -> Batch:
-            self.places += batch["tokens"].size
-            return placing.placed(mesh, Stream(lambda step: batch, 1)).batch(0)
+        def place_batch(batch: Batch) -> Batch:
+            self.positions_read += batch["tokens"].size
+            return placing.place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
 
         def progress(done: int, total: int) -> None:
             self.on_batch(done)
-            session.check()
+            session.check_signals()
 
-        self.engine = engine(decoder, multiple=mesh.size, place=place, fetch=fetch, progress=progress)
+        self.engine = make_loglik_scorer(decoder, row_multiple=mesh.size, place=place_batch, fetch=fetch_to_host, progress=progress)
 
 
 @lru_cache(maxsize=4)
-def _asked(decoder: Decoder, mesh: Mesh, session: Session) -> Asked:
-    return Asked(decoder, mesh, session)
+def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEngine:
+    return CountingEngine(decoder, mesh, session)
 
 
-def ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> Made:
+def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`incontext.ica` with V_fit as the holdout."""
-    model, (rows, holdout) = Model(task, params, session), parts(task)
-    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.whole, fetch=fetch)
+    model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
+    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
 
-    def score(demonstrations: str) -> incontext.Score:
-        chosen = choice(demonstrations, embedding=embedding, alike=settings.max_similarity, seed=settings.seed)
+    def make_score(demonstrations: str) -> incontext.Score:
+        demonstration_choice = choice(demonstrations, embedding=embedding, alike=settings.max_similarity, seed=settings.seed)
         return incontext.ica(
-            _form(task, settings), chosen, max_length=task.architecture.max_length, k=settings.k,
+            _prompt_format(task, settings), demonstration_choice, max_length=task.architecture.max_length, k=settings.k,
             normalise=settings.per_token,
         )  # fmt: skip
 
-    plan = score(settings.demonstrations)(rows, holdout)
+    plan = make_score(settings.demonstrations)(train_rows, holdout)
     values = plan.combine(model(plan.requests))
-    notes = _held(plan, rows, "demonstrations")
-    sample = min(SAMPLE, len(task.trainable()) // 10)
+    notes = _shortage_notes(plan, train_rows, "demonstrations")
+    sample = min(AGREEMENT_SAMPLE_SIZE, len(task.trainable_indices()) // 10)
     if settings.demonstrations != "knn" and sample >= 10:
-        same = incontext.agreement(values, score("knn"), rows, holdout, model, sample=sample, seed=settings.seed)
-        notes += (f"rank correlation with demonstrations = knn on {sample} rows: {same:.3f}.",)
-    return Made(values, model.passes, notes)
+        correlation = incontext.agreement(values, make_score("knn"), train_rows, holdout, model, sample=sample, seed=settings.seed)
+        notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
+    return ScoreResult(values, model.passes, notes)
 
 
-def one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> Made:
+def compute_one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`oneshot.oneshot` with scores.anchors rows of V_fit as the holdout."""
-    model, (rows, holdout) = Model(task, params, session), parts(task)
-    usable = np.flatnonzero(holdout.kept)
-    drawn = sorted(usable, key=lambda j: number(holdout.examples[int(j)].id, settings.seed))[: settings.anchors]
+    model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
+    usable_indices = np.flatnonzero(holdout.kept)
+    anchors = sorted(usable_indices, key=lambda j: number(holdout.examples[int(j)].id, settings.seed))[: settings.anchors]
     score = oneshot.oneshot(
-        _form(task, settings), max_length=task.architecture.max_length, alike=settings.max_similarity
+        _prompt_format(task, settings), max_length=task.architecture.max_length, alike=settings.max_similarity
     )
-    plan = score(rows, take(holdout, np.sort(np.array(drawn))))
+    plan = score(train_rows, take(holdout, np.sort(np.array(anchors))))
     values = plan.combine(model(plan.requests))
-    return Made(values, model.passes, _held(plan, rows, "rows of V_fit to be judged by"))
+    return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of V_fit to be judged by"))
 
 
-def parts(task: Task) -> tuple[Rows, Rows]:
+def train_and_validation_rows(task: Task) -> tuple[Rows, Rows]:
     """(the training rows, those of V_fit), as scores read them."""
-    return rows_of(task.examples, task.corpus), rows_of(task.trusted["fit"], task.corpus, first=task.rows)
+    return rows_of(task.examples, task.corpus), rows_of(task.held_out_examples["fit"], task.corpus, first=task.num_examples)
 
 
-def fingerprint(params: Params) -> str:
+def fingerprint_params(params: Params) -> str:
     """16 hex digits of all parameters: of the sum and the sum of squares of each, so that they stay on the device."""
     moments = _moments(params)
-    return hashlib.sha256(b"".join(np.asarray(one).tobytes() for one in jax.tree.leaves(moments))).hexdigest()[:16]
+    return hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).hexdigest()[:16]
 
 
 @jax.jit
@@ -162,37 +162,37 @@ def _moments(params: Params) -> list[jax.Array]:
     return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
 
 
-def _form(task: Task, settings: ScoresSection) -> incontext.Prompt:
+def _prompt_format(task: Task, settings: ScoresSection) -> incontext.Prompt:
     return incontext.prompt(task.tokenizer, settings.template or incontext.TEMPLATE, settings.demonstration_template)
 
 
-def _held(plan: Plan, rows: Rows, what: str) -> tuple[str, ...]:
+def _shortage_notes(plan: Plan, rows: Rows, what: str) -> tuple[str, ...]:
     """How many rows got fewer than were wanted, where any did."""
-    held = plan.held[rows.kept]
-    few, none = int((held < plan.wanted).sum()), int((held == 0).sum())
-    if not few:
+    counts = plan.held[rows.kept]
+    num_short, num_empty = int((counts < plan.wanted).sum()), int((counts == 0).sum())
+    if not num_short:
         return ()
     return (
-        f"{few:,} of {len(held):,} rows had fewer than {plan.wanted} {what}, {none:,} of them none: the rest did not "
+        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.wanted} {what}, {num_empty:,} of them none: the rest did not "
         "fit the model's context, or were near-duplicates of the row.",
     )
 
 
-def _stored(path: Path) -> dict[str, float]:
+def _read_answers(path: Path) -> dict[str, float]:
     """Answers by key; a line that was torn by a kill is passed over."""
-    found: dict[str, float] = {}
+    answers: dict[str, float] = {}
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
-            found |= json.loads(line)
+            answers |= json.loads(line)
         except ValueError:
             continue
-    return found
+    return answers
 
 
-def _append(path: Path, new: dict[str, float]) -> None:
-    if not processes.first():
+def _append_answers(path: Path, answers: dict[str, float]) -> None:
+    if not processes.is_first_process():
         return
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(new) + "\n")
+        file.write(json.dumps(answers) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -18,7 +18,7 @@ def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Sessi
 
     Made where a run begins and remembered by it, with the most memory so far.
     """
-    return session.once("expected", lambda: _predict_usage(task, config))
+    return session.run_once("expected", lambda: _predict_usage(task, config))
 
 
 def _predict_usage(task: Task, config: SelectConfig | TrainConfig) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _predict_usage(task: Task, config: SelectConfig | TrainConfig) -> dict[str, 
     phases = memory.memory_phases(task, config, shapes, memory.Workspace())
     peak_phase = max(phases, key=lambda phase: phase.total_bytes)
     training_steps = (
-        task.steps
+        task.num_steps
         if isinstance(config, TrainConfig)
         else sum(stage.work for stage in plan.select_run_stages(task, config))
     )

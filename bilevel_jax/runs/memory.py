@@ -77,12 +77,12 @@ def memory_phases(
 
 def _resident_arrays(task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
     """What a run holds from the beginning to the end."""
-    streams = task.held_out.values()
+    streams = task.held_out_streams.values()
     table_bytes = bytes_per_device(shapes.weights)
     num_tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
-    loaded = task.base is None and not config.model.from_scratch
+    loaded = task.base_params is None and not config.model.from_scratch
     return {
-        "base": bytes_per_device(task.base),
+        "base": bytes_per_device(task.base_params),
         # every training starts from it, and steps in memory of its own
         "the model as loaded": bytes_per_device(shapes.params) if loaded else 0,
         "trusted rows": sum(bytes_per_device(stream.batch(step)) for stream in streams for step in range(stream.steps)),
@@ -114,10 +114,10 @@ def _hypergradient_phases(
     state, gradient = bytes_per_device(shapes.state), bytes_per_device(shapes.params)
     adjoint, table = bytes_per_device(shapes.adjoint), bytes_per_device(shapes.weights)
     plan = plan_task_checkpoints(task, config, shapes) if plan is None else plan
-    backward_steps = num_backward_steps(config.outer, task.steps)
+    backward_steps = num_backward_steps(config.outer, task.num_steps)
     # the start is there in any case, and its parameters are those of the model as loaded
     starting = state - (gradient if resident["the model as loaded"] else 0)
-    all_stored, starts_at_beginning = plan.tape >= backward_steps, backward_steps == task.steps
+    all_stored, starts_at_beginning = plan.tape >= backward_steps, backward_steps == task.num_steps
     snapshots = 0 if all_stored or config.outer.offload != "device" else max(0, plan.snapshots - starts_at_beginning)
     stored = {
         "start": starting,
@@ -176,11 +176,11 @@ def _hypergradient_phases(
 def writing_phase(task: Task, model: ModelSection, resident: dict[str, float], shapes: StepShapes) -> Phase:
     """The model in float32, for the file."""
     params_bytes = bytes_per_device(shapes.params)
-    if task.base is None:
+    if task.base_params is None:
         return Phase("writing", {**resident, "trained parameters": params_bytes})
     # brought together from all devices, in float32
-    cast = 4 * sum(count_by_dtype(task.base).values())
-    merged = 4 * sum(math.prod(task.base["layers"][name]["kernel"].shape) for name in shapes.params["lora"])
+    cast = 4 * sum(count_by_dtype(task.base_params).values())
+    merged = 4 * sum(math.prod(task.base_params["layers"][name]["kernel"].shape) for name in shapes.params["lora"])
     parts = {"trained parameters": params_bytes, "base in float32": cast, "merged projections": merged}
     return Phase("writing", {**resident, **parts})
 
@@ -193,9 +193,9 @@ def plan_task_checkpoints(
         return NOTHING
     return plan_checkpoints(
         config.outer,
-        task.steps,
+        task.num_steps,
         shapes.state,
-        task.base,
+        task.base_params,
         device_bytes,
         linearization_size=lambda: task_linearization_bytes(task, shapes),
     )
@@ -203,7 +203,7 @@ def plan_task_checkpoints(
 
 def task_linearization_bytes(task: Task, shapes: StepShapes) -> int:
     """Bytes of a step's linearisation on one device."""
-    return linearization_bytes(task.step, *programs.linearize_program(task, shapes).arguments)
+    return linearization_bytes(task.train_step, *programs.linearize_program(task, shapes).arguments)
 
 
 def peak_with_plan(task: Task, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: Keep) -> float:
@@ -224,13 +224,13 @@ def disk_bytes(task: Task, config: SelectConfig | TrainConfig, shapes: StepShape
         sizes["checkpoints"] = 2 * (6 * table + params)
         plan = plan_task_checkpoints(task, config, shapes)
         # what is resumed, the edge of the sweep, and the snapshots but the start
-        count = plan.snapshots - (num_backward_steps(config.outer, task.steps) == task.steps and plan.snapshots > 0)
+        count = plan.snapshots - (num_backward_steps(config.outer, task.num_steps) == task.num_steps and plan.snapshots > 0)
         sizes[MID_STEP_CHECKPOINT] = (count + 2) * state + _total_bytes(shapes.adjoint) + table
-    if task.base is None:
+    if task.base_params is None:
         sizes["model"] = params
     else:
         parts = config.output.model if isinstance(config, TrainConfig) else "both"
-        sizes["model"] = 4 * sum(count_by_dtype(task.base).values()) if parts != "adapter" else 0
+        sizes["model"] = 4 * sum(count_by_dtype(task.base_params).values()) if parts != "adapter" else 0
         sizes["adapter"] = params if parts != "full" else 0
     return sizes
 

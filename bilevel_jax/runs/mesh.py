@@ -9,15 +9,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bilevel_jax.core.types import Batch, Stream
-from bilevel_jax.lm.batches import Layout
+from bilevel_jax.lm.batches import BatchShape
 
-SPREAD = P(None, ("data", "fsdp"))
+BATCH_SPEC = P(None, ("data", "fsdp"))
 """[micro, rows or examples, ...]: the second axis over all devices."""
-LARGE, ROUND = 2**20, 2**12
+MIN_SHARDED_TABLE_SIZE, SHARDED_TABLE_MULTIPLE = 2**20, 2**12
 """Rows from which the weight table is split over the devices, and what its length is then a multiple of."""
 
 
-def make_mesh(data: int, fsdp: int = 1) -> Mesh:
+def make_mesh(data_size: int, fsdp: int = 1) -> Mesh:
     """`data` times `fsdp` devices; data = 0 takes all that there are.
 
     The rows of a batch are spread over all of them. `fsdp` devices share one copy of the parameters, of which each
@@ -28,95 +28,95 @@ def make_mesh(data: int, fsdp: int = 1) -> Mesh:
         raise ValueError(
             f"{jax.process_count()} processes that do not know of each other: set distributed.coordinator_address."
         )
-    wanted = f"mesh.data x mesh.fsdp = {data or 'all'} x {fsdp}"
-    if len(devices) % fsdp and not data:
-        raise ValueError(f"{wanted}, but {len(devices)} devices do not split into groups of {fsdp}.")
-    count = data * fsdp or len(devices)
+    requested = f"mesh.data x mesh.fsdp = {data_size or 'all'} x {fsdp}"
+    if len(devices) % fsdp and not data_size:
+        raise ValueError(f"{requested}, but {len(devices)} devices do not split into groups of {fsdp}.")
+    count = data_size * fsdp or len(devices)
     if count > len(devices):
-        raise ValueError(f"{wanted}, but there are {len(devices)} devices: {devices[0].device_kind}.")
+        raise ValueError(f"{requested}, but there are {len(devices)} devices: {devices[0].device_kind}.")
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(
-            f"{wanted}, but several processes use all of their {len(devices)} devices: set mesh.data to 0."
+            f"{requested}, but several processes use all of their {len(devices)} devices: set mesh.data to 0."
         )
     return jax.make_mesh(
         (count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
     )
 
 
-def put(tree: Any, where: Any) -> Any:
+def place_arrays(tree: Any, shardings: Any) -> Any:
     """Arrays on the mesh, as `where` says: one sharding, or a tree of them.
 
     Of several processes each gives the same values and keeps the part of its own devices; nothing is sent.
     """
-    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(where)):
-        return jax.device_put(tree, where)
-    if isinstance(where, NamedSharding):
-        where = jax.tree.map(lambda leaf: where, tree)
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda leaf: shardings, tree)
 
-    def part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        here = np.asarray(leaf)
-        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+        host_array = np.asarray(leaf)
+        return jax.make_array_from_callback(host_array.shape, sharding, lambda index: host_array[index])
 
-    return jax.tree.map(part, tree, where)
+    return jax.tree.map(place_leaf, tree, shardings)
 
 
-def everywhere(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """A copy on every device."""
-    return put(tree, NamedSharding(mesh, P()))
+    return place_arrays(tree, NamedSharding(mesh, P()))
 
 
-def table_size(rows: int) -> int:
+def padded_table_size(num_examples: int) -> int:
     """Entries of the weight table: `rows`, and from LARGE of them a few more, so that devices divide it evenly."""
-    return rows if rows < LARGE else -(-rows // ROUND) * ROUND
+    return num_examples if num_examples < MIN_SHARDED_TABLE_SIZE else -(-num_examples // SHARDED_TABLE_MULTIPLE) * SHARDED_TABLE_MULTIPLE
 
 
-def table(mesh: Mesh, values: Any) -> jax.Array:
+def place_table(mesh: Mesh, values: Any) -> jax.Array:
     """The weight table, or what goes with it: a copy everywhere; from LARGE rows split by row, with 0 at its end."""
-    size = table_size(len(values))
+    size = padded_table_size(len(values))
     if size > len(values):
         values = np.pad(np.asarray(values), (0, size - len(values)))
-    split = size >= LARGE and size % mesh.size == 0
-    return put(values, NamedSharding(mesh, P(mesh.axis_names) if split else P()))
+    is_sharded = size >= MIN_SHARDED_TABLE_SIZE and size % mesh.size == 0
+    return place_arrays(values, NamedSharding(mesh, P(mesh.axis_names) if is_sharded else P()))
 
 
-def settled(mesh: Mesh, tree: Any) -> Any:
+def replicate_unplaced(mesh: Mesh, tree: Any) -> Any:
     """The tree with a copy on every device of each array that is not on the mesh yet: an optimiser's counters, say."""
-    copied = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
 
-    def settle(leaf: Any) -> Any:
-        there = getattr(leaf, "sharding", copied)  # a number stays a number
-        return leaf if isinstance(there, NamedSharding) and there.mesh == mesh else put(leaf, copied)
+    def place_leaf(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", replicated)  # a number stays a number
+        return leaf if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else place_arrays(leaf, replicated)
 
-    return jax.tree.map(settle, tree)
+    return jax.tree.map(place_leaf, tree)
 
 
-def own(mesh: Mesh, rows: int) -> np.ndarray | None:
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray | None:
     """Which of the rows of a batch lie on this process's devices; None: all of them."""
-    spread = NamedSharding(mesh, SPREAD)
-    if spread.is_fully_addressable:
+    batch_sharding = NamedSharding(mesh, BATCH_SPEC)
+    if batch_sharding.is_fully_addressable:
         return None
-    mine = np.zeros((1, rows), bool)
-    for part in spread.addressable_devices_indices_map(mine.shape).values():
-        mine[part] = True
-    return mine[0]
+    is_local = np.zeros((1, num_rows), bool)
+    for index in batch_sharding.addressable_devices_indices_map(is_local.shape).values():
+        is_local[index] = True
+    return is_local[0]
 
 
-def placed(mesh: Mesh, stream: Stream) -> Stream:
+def place_stream(mesh: Mesh, stream: Stream) -> Stream:
     """The same stream with its batches on the mesh: the only place where data meet devices."""
-    place = _placing(mesh)
-    return Stream(lambda step: place(stream.batch(step)), stream.steps)
+    place_batch = _batch_placer(mesh)
+    return Stream(lambda step: place_batch(stream.batch(step)), stream.steps)
 
 
-def kept(mesh: Mesh, stream: Stream) -> Stream:
+def cache_stream(mesh: Mesh, stream: Stream) -> Stream:
     """As `placed`, with every batch made and moved once: for the small sets that are read again and again."""
-    place = _placing(mesh)
-    batches = [place(stream.batch(step)) for step in range(stream.steps)]
+    place_batch = _batch_placer(mesh)
+    batches = [place_batch(stream.batch(step)) for step in range(stream.steps)]
     return Stream(batches.__getitem__, stream.steps)
 
 
-def fit_layout(mesh: Mesh, layout: Layout) -> Layout:
+def align_layout(mesh: Mesh, layout: BatchShape) -> BatchShape:
     """The layout with its rows rounded up to a multiple of the devices; its examples must already be one."""
     if layout.examples % mesh.size:
         raise ValueError(
@@ -126,10 +126,10 @@ def fit_layout(mesh: Mesh, layout: Layout) -> Layout:
     return layout._replace(rows=-(-layout.rows // mesh.size) * mesh.size)
 
 
-def _placing(mesh: Mesh) -> Callable[[Batch], Batch]:
-    spread, copied = NamedSharding(mesh, SPREAD), NamedSharding(mesh, P())
+def _batch_placer(mesh: Mesh) -> Callable[[Batch], Batch]:
+    batch_sharding, replicated = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
 
-    def place(batch: Batch) -> Batch:
-        return put(batch, {name: copied if np.ndim(leaf) == 1 else spread for name, leaf in batch.items()})
+    def place_batch(batch: Batch) -> Batch:
+        return place_arrays(batch, {name: replicated if np.ndim(leaf) == 1 else batch_sharding for name, leaf in batch.items()})
 
-    return place
+    return place_batch

@@ -69,26 +69,26 @@ def _run_outer_loop_within_budget(task: Task | ArrayTask, config: SelectConfig, 
 
 def count_outer_step_work(task: Task | ArrayTask, config: SelectConfig) -> float:
     """The most that one outer step costs, in passes: a training and an estimate."""
-    outer, epoch = config.outer, math.ceil(len(task.trainable()) / task.batch)
+    outer, epoch = config.outer, math.ceil(len(task.trainable_indices()) / task.batch_size)
     estimate = {
-        "unrolled": (REPLAY_WORK + HVP_WORK) * task.steps,
-        "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.steps),
+        "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
+        "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
         "alignment": 2.0 * epoch,
         "implicit": 2.0 * epoch + HVP_WORK * outer.max_iterations * epoch,
     }
-    return task.steps + estimate[outer.method]
+    return task.num_steps + estimate[outer.method]
 
 
 def count_baseline_work(task: Task | ArrayTask) -> float:
     """What the first outer step costs beside: the baselines at uniform weights."""
-    return 2.0 * math.ceil(len(task.trainable()) / task.batch)
+    return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
 
 
 def _run_single_loop_within_budget(task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float) -> MethodResult:
     """`single.run_single` with as many steps as the budget pays for."""
     steps = int(budget / single_loop_step_work(config))
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
-    moves = max(1, int(budget / ((1 + REPLAY_WORK + HVP_WORK) * task.steps)) - 1)
+    moves = max(1, int(budget / ((1 + REPLAY_WORK + HVP_WORK) * task.num_steps)) - 1)
     config = replace(
         config, single_loop=replace(config.single_loop, steps=steps), outer=replace(config.outer, steps=moves)
     )

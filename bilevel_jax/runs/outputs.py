@@ -12,7 +12,7 @@ from jaxtyping import Int
 from bilevel_jax.core import multiobjective, penalty
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example, is_pair, kind_of, row_of
+from bilevel_jax.lm.data import Example, example_kind, example_to_row, is_preference_pair
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, config_hash
 from bilevel_jax.runs.learn import LearnedWeights
@@ -23,11 +23,11 @@ def weights_table(
     task: Task, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
 ) -> pa.Table:
     """One row per training row, joined by `id` and never by position; signs and units in the schema's metadata."""
-    selected_mask = np.zeros(task.rows, bool)
+    selected_mask = np.zeros(task.num_examples, bool)
     selected_mask[selected_indices] = True
     columns = {
         "id": [example.id for example in task.examples],
-        "row": np.arange(task.rows),
+        "row": np.arange(task.num_examples),
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
         "weight": learned.weights,
@@ -41,11 +41,11 @@ def weights_table(
     }
     meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "entry": f"d L_v / d weight at these weights, {task.objective.unit} on V_fit per unit of weight; "
+        "entry": f"d L_v / d weight at these weights, {task.objective.loss_unit} on V_fit per unit of weight; "
         "below 0: more weight lowers L_v",
         "first_entry": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
-        "loss": f"the row's loss at the end of uniform training, {task.objective.unit}",
+        "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
         "estimand": describe_estimand(config),
         "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,
@@ -78,12 +78,12 @@ def format_selected_jsonl(
     examples: list[Example], weights: np.ndarray, selected_indices: Int[np.ndarray, "selected"]
 ) -> str:
     """The kept rows as jsonl in their order, in the layout of `data.row_of` that holds all, with id and weight."""
-    kinds = {kind_of(examples[row]) for row in selected_indices}
-    chat_layout = "preference_chat" if is_pair(examples[0]) else "chat"
+    kinds = {example_kind(examples[row]) for row in selected_indices}
+    chat_layout = "preference_chat" if is_preference_pair(examples[0]) else "chat"
     layout = chat_layout if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
     lines = []
     for row in selected_indices:
-        content = {**row_of(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
+        content = {**example_to_row(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
         lines.append(json.dumps(content, ensure_ascii=False) + "\n")
     # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
@@ -93,7 +93,7 @@ def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, so
     """What `train` used: one row per training row, joined by `id`."""
     columns = {
         "id": [example.id for example in task.examples],
-        "row": np.arange(task.rows),
+        "row": np.arange(task.num_examples),
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
         "weight": weights,
@@ -110,18 +110,18 @@ def write_model(folder: Path, task: Task, params: Params, *, base_path: str, par
     What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
     two goes on with the second.
     """
-    params = jax.tree.map(processes.fetch, params)
-    base = jax.tree.map(processes.fetch, task.base) if parts != "adapter" else task.base
+    params = jax.tree.map(processes.fetch_to_host, params)
+    base = jax.tree.map(processes.fetch_to_host, task.base_params) if parts != "adapter" else task.base_params
     adapter = folder.with_name(f"{folder.name}-adapter")
 
     def write() -> None:
-        if task.base is not None and parts != "full" and not adapter.exists():
+        if task.base_params is not None and parts != "full" and not adapter.exists():
             lm.save_peft(adapter, task.architecture, params, base=base_path)
-        if folder.exists() or (task.base is not None and parts == "adapter"):
+        if folder.exists() or (task.base_params is not None and parts == "adapter"):
             return
         merged_params = params
-        if task.base is not None:
-            merged_params = lm.merge(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params)
-        lm.save(folder, task.architecture, merged_params, tokenizer=task.tokenizer)
+        if task.base_params is not None:
+            merged_params = lm.merge_adapters(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params)
+        lm.save_model(folder, task.architecture, merged_params, tokenizer=task.tokenizer)
 
-    processes.by_first(write)
+    processes.run_on_first_process(write)

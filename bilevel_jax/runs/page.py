@@ -199,7 +199,7 @@ def render_reproduction(run: RunResults, command: str, precision: str) -> Html:
             "pre", shlex.join(["bilevel-jax" if _is_console_script(arguments[0]) else arguments[0], *arguments[1:]])
         ),
         html_paragraph("From this folder alone, with every setting written out:"),
-        html_element("pre", f"bilevel-jax {command} {files.RESOLVED} --out ANOTHER_FOLDER"),
+        html_element("pre", f"bilevel-jax {command} {files.CONFIG_FILE} --out ANOTHER_FOLDER"),
         html_table(
             Column("", [html_element("b", key) for key in facts]), Column("", list(facts.values())), css_class="facts"
         ),
@@ -207,7 +207,7 @@ def render_reproduction(run: RunResults, command: str, precision: str) -> Html:
             "Columns of weights.parquet, joined by id",
             html_table(Column("column", list(columns)), Column("meaning", list(columns.values())), css_class="facts"),
         ),
-        html_details(f"{files.RESOLVED}, all settings", html_element("pre", run.config_text)),
+        html_details(f"{files.CONFIG_FILE}, all settings", html_element("pre", run.config_text)),
     )
 
 

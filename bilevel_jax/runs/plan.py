@@ -40,8 +40,8 @@ def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[Work
     first. Only `implicit` may do more, where it doubles outer.curvature_batches. Not counted, as a run does not count
     them: readings of losses, and scores made to start from or to compare with.
     """
-    outer, steps = config.outer, task.steps
-    epoch_steps = math.ceil(len(task.trainable()) / task.batch)
+    outer, steps = config.outer, task.num_steps
+    epoch_steps = math.ceil(len(task.trainable_indices()) / task.batch_size)
     training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(config, steps, epoch_steps)
     baselines = WorkStage("", other_work=2 * epoch_steps)
     if outer.method in SINGLE_LOOP_METHODS:
@@ -69,10 +69,10 @@ def evaluation_work(task: Task, config: SelectConfig | TrainConfig) -> float:
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads V_fit alone.
     """
-    part_steps = {part: stream.steps for part, stream in task.held_out.items()}
+    part_steps = {part: stream.steps for part, stream in task.held_out_streams.items()}
     all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("fit", 0)
     if isinstance(config, TrainConfig):
-        return all_parts_work * (task.steps // config.train.eval_steps + 2)
+        return all_parts_work * (task.num_steps // config.train.eval_steps + 2)
     total = (config.outer.steps + 1) * (all_parts_work + validation_steps)
     if config.certify.enabled:
         certificate_count = 2 if config.outer.restart == "cold" else 1

@@ -10,7 +10,7 @@ from bilevel_jax.core.transition import steps
 from bilevel_jax.core.types import Adjoint, Batch, Fixed, Inner, Linear, Params, Problem, Slice, Transition
 
 
-def pmapped(
+def pmap_train_step(
     problem: Problem, optimizer: optax.GradientTransformation, devices: Sequence[jax.Device] | None = None
 ) -> Transition:
     """`transition` under jax.pmap: in its place everywhere, and equal to it but for rounding.
@@ -25,39 +25,39 @@ def pmapped(
     """
     devices = list(devices or jax.local_devices())
     count, axis = len(devices), "devices"
-    shared = problem._replace(prior=lambda params, fixed: problem.prior(params, fixed) / count)
-    forward, backward, linearize, pull = steps(shared, optimizer, total=partial(jax.lax.psum, axis_name=axis))
-    ahead = jax.pmap(forward, axis, in_axes=(None, 0, None, 0), out_axes=None, devices=devices)
-    back = jax.pmap(backward, axis, in_axes=(None, None, 0, None, 0, None), out_axes=(None, 0), devices=devices)
+    per_device_problem = problem._replace(prior=lambda params, frozen: problem.prior(params, frozen) / count)
+    forward_step, backward_step, linearize, vjp_step = steps(per_device_problem, optimizer, total=partial(jax.lax.psum, axis_name=axis))
+    pmap_forward = jax.pmap(forward_step, axis, in_axes=(None, 0, None, 0), out_axes=None, devices=devices)
+    pmap_backward = jax.pmap(backward_step, axis, in_axes=(None, None, 0, None, 0, None), out_axes=(None, 0), devices=devices)
 
-    ahead_linear = jax.pmap(linearize, axis, in_axes=(None, 0, None, 0), out_axes=(None, None, 0), devices=devices)
-    back_linear = jax.pmap(pull, axis, in_axes=(None, None, 0, 0, None, 0, None), out_axes=(None, 0), devices=devices)
+    pmap_linearize = jax.pmap(linearize, axis, in_axes=(None, 0, None, 0), out_axes=(None, None, 0), devices=devices)
+    pmap_vjp = jax.pmap(vjp_step, axis, in_axes=(None, None, 0, 0, None, 0, None), out_axes=(None, 0), devices=devices)
 
-    def dealt(tree: Batch) -> Batch:
+    def split_over_devices(tree: Batch) -> Batch:
         """[micro, ...] -> [devices, micro / devices, ...]."""
-        micro = len(jax.tree.leaves(tree)[0])
-        if micro % count:
-            raise ValueError(f"{micro} micro-batches cannot be dealt to {count} devices; make it a multiple of them.")
-        return jax.tree.map(lambda leaf: leaf.reshape(count, micro // count, *leaf.shape[1:]), tree)
+        num_micro_batches = len(jax.tree.leaves(tree)[0])
+        if num_micro_batches % count:
+            raise ValueError(f"{num_micro_batches} micro-batches cannot be dealt to {count} devices; make it a multiple of them.")
+        return jax.tree.map(lambda leaf: leaf.reshape(count, num_micro_batches // count, *leaf.shape[1:]), tree)
 
-    def collected(tree: Slice) -> Slice:
+    def merge_devices(tree: Slice) -> Slice:
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
-    def backward_dealt(state: Inner, grad: Params, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint):
-        adjoint, entries = back(state, grad, dealt(weights), fixed, dealt(batch), adjoint)
-        return adjoint, collected(entries)
+    def backward_over_devices(state: Inner, grad: Params, weights: Slice, frozen: Fixed, batch: Batch, adjoint: Adjoint):
+        adjoint, hypergradient = pmap_backward(state, grad, split_over_devices(weights), frozen, split_over_devices(batch), adjoint)
+        return adjoint, merge_devices(hypergradient)
 
-    def pull_dealt(
-        state: Inner, grad: Params, linear: Linear, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
+    def vjp_over_devices(
+        state: Inner, grad: Params, linearization: Linear, weights: Slice, frozen: Fixed, batch: Batch, adjoint: Adjoint
     ):
-        adjoint, entries = back_linear(state, grad, linear, dealt(weights), fixed, dealt(batch), adjoint)
-        return adjoint, collected(entries)
+        adjoint, hypergradient = pmap_vjp(state, grad, linearization, split_over_devices(weights), frozen, split_over_devices(batch), adjoint)
+        return adjoint, merge_devices(hypergradient)
 
     return Transition(
-        lambda state, weights, fixed, batch: ahead(state, dealt(weights), fixed, dealt(batch)),
-        backward_dealt,
+        lambda state, weights, frozen, batch: pmap_forward(state, split_over_devices(weights), frozen, split_over_devices(batch)),
+        backward_over_devices,
         jax.jit(problem.take),
         jax.jit(problem.add, donate_argnums=0),
-        lambda state, weights, fixed, batch: ahead_linear(state, dealt(weights), fixed, dealt(batch)),
-        pull_dealt,
+        lambda state, weights, frozen, batch: pmap_linearize(state, split_over_devices(weights), frozen, split_over_devices(batch)),
+        vjp_over_devices,
     )

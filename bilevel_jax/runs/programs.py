@@ -50,7 +50,7 @@ class StepShapes(NamedTuple):
 
 def step_shapes(task: Task, batch: Batch) -> StepShapes:
     """The shapes of a task whose parameters are arrays or shapes of arrays."""
-    params = jax.tree.map(lambda leaf: _shape_on(leaf, leaf.sharding), task.fresh(0))
+    params = jax.tree.map(lambda leaf: _shape_on(leaf, leaf.sharding), task.init_params(0))
     replicated = NamedSharding(task.mesh, PartitionSpec())
     # an optimiser's moments lie where their parameters do; what else it has, everywhere
     opt = optax.tree.map_params(
@@ -63,10 +63,10 @@ def step_shapes(task: Task, batch: Batch) -> StepShapes:
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = Inner(params, opt, count)
     dtype, index = jax.tree.leaves(params)[0].dtype, batch["index"]
-    weights = jax.ShapeDtypeStruct((task.rows,), dtype, sharding=replicated)
+    weights = jax.ShapeDtypeStruct((task.num_examples,), dtype, sharding=replicated)
     hyper_slice = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
     return StepShapes(
-        params, state, Adjoint(params, tree.inexact(opt)), weights, hyper_slice, task.fixed(params), batch
+        params, state, Adjoint(params, tree.inexact(opt)), weights, hyper_slice, task.frozen(params), batch
     )
 
 
@@ -77,28 +77,28 @@ def _shape_on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def make_first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
     """A batch of the run, on the mesh; for rows that are streamed one of the same shape."""
     if not config.data.streaming:
-        return task.stream(config.data.seed).batch(0)
-    sequences = task.layout.sequences
+        return task.training_stream(config.data.seed).batch(0)
+    sequences = task.layout.sequences_per_example
     ids = np.zeros(2 * sequences, np.int32)
     corpus = Corpus(ids, ids == 0, np.arange(0, len(ids) + 1, 2), sequences)
-    order = batches.subset([0], 1, task.batch, 0)
-    return placing.placed(task.mesh, batches.train_stream(corpus, order, 1, task.layout)).batch(0)
+    order = batches.shuffled_subset_order([0], 1, task.batch_size, 0)
+    return placing.place_stream(task.mesh, batches.make_train_stream(corpus, order, 1, task.layout)).batch(0)
 
 
 def forward_program(task: Task, shapes: StepShapes) -> Program:
     """A training step whose gradient is kept, for a sweep."""
-    return Program(task.step.forward, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
+    return Program(task.train_step.forward, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
 def backward_program(task: Task, shapes: StepShapes) -> Program:
     """A step back through a training step."""
     arguments = (shapes.state, shapes.params, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint)
-    return Program(task.step.backward, arguments)
+    return Program(task.train_step.backward, arguments)
 
 
 def linearize_program(task: Task, shapes: StepShapes) -> Program:
     """`forward`, with what the step back needs of it."""
-    return Program(task.step.linearize, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
+    return Program(task.train_step.linearize, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
 def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledProgram") -> Program:
@@ -107,7 +107,7 @@ def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledPro
         _shape_on, compiled_linearize.executable.out_info[2], compiled_linearize.executable.output_shardings[2]
     )
     return Program(
-        task.step.pull,
+        task.train_step.pull,
         (shapes.state, shapes.params, linearization, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint),
     )
 
@@ -143,7 +143,7 @@ def single_loop_program(task: Task, config: SelectConfig, shapes: StepShapes) ->
     replicated = NamedSharding(task.mesh, PartitionSpec())
     method = single.build_single_loop(task, config, single.num_single_loop_steps(config))
     state = jax.tree.map(lambda leaf: _shape_on(leaf, replicated), jax.eval_shape(method.init, shapes.params))
-    batch = task.stream(config.data.seed, packed=False).batch(0)
+    batch = task.training_stream(config.data.seed, packed=False).batch(0)
     return Program(
         method.step,
         (state, shapes.frozen, batch, batch),

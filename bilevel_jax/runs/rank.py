@@ -14,9 +14,9 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.candidates import Question, StrategyResponses
 from bilevel_jax.runs.config import RankConfig
-from bilevel_jax.runs.likelihoods import Reader
+from bilevel_jax.runs.likelihoods import ResumableEngine
 from bilevel_jax.runs.ranking import METRICS, ResponseMeasures
-from bilevel_jax.runs.session import Session, run_folder, started
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.statistics import rank_correlation
 from bilevel_jax.runs.target import (
     OwnAnswers,
@@ -43,12 +43,12 @@ def rank(config: RankConfig) -> dict[str, Any]:
     model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
     """
     _make_prompt_formatter(config)
-    with run_folder(config) as folder:
+    with open_run_dir(config) as folder:
         strategy_responses = candidates.load_strategy_responses(config)
         accuracies = candidates.parse_accuracies(config.rank.accuracies, strategy_responses.strategies)
         rank_model = load_rank_model(config)
         sample, notes = sample_blocks(config, rank_model, strategy_responses)
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             return _run_ranking(
                 config,
                 rank_model,
@@ -86,14 +86,14 @@ def _run_ranking(
     session: Session,
 ) -> dict[str, Any]:  # fmt: skip
     for note in strategy_responses.notes:
-        session.say(note)
+        session.print_line(note)
     began = time.monotonic()
     own_answers = collect_own_answers(config, rank_model, sample, session)
     costs = {"answers": time.monotonic() - began}
     rows, num_cut = _tokenize_all_responses(config, rank_model, sample)
     measures, measure_costs = measure_responses(config, rank_model, sample, rows, own_answers, session)
     trial_results = trials.run_trials(config, strategy_responses, session) if config.rank.train_examples else None
-    session.phase("writing")
+    session.set_phase("writing")
     result = ranking.rank_strategies(config.rank, strategy_responses.strategies, measures, config.data.seed)
     sizes = {
         "questions": len(strategy_responses.questions),
@@ -109,12 +109,12 @@ def _run_ranking(
         "notes": [*strategy_responses.notes, *own_answers.notes],
         "remarks": collect_remarks(config, measures, strategy_responses, rows, num_cut),
         "costs": costs | measure_costs,
-        "seconds": session.cost("")[1] + costs["answers"],
+        "seconds": session.job_cost("")[1] + costs["answers"],
         "config_hash": configs.config_hash(config),
     }
     for note in (*own_answers.notes, *result["remarks"]):
-        session.say(note)
-    files.write_table(
+        session.print_line(note)
+    files.write_parquet(
         session.folder / TABLE_FILE,
         build_response_table(strategy_responses.strategies, sample, measures, rows, own_answers),
     )
@@ -155,13 +155,13 @@ def measure_responses(
         else ([], [])
     )
     distinct = {request for plan in plans.values() for request in plan.requests}
-    session.phase("scoring", total=session.work + len(distinct) + len({*pairs[0], *pairs[1]}))
+    session.set_phase("scoring", total=session.work_done + len(distinct) + len({*pairs[0], *pairs[1]}))
 
-    stored = session.once("scores", lambda: _compute_likelihood_scores(rank_model, plans, session))
+    stored = session.run_once("scores", lambda: _compute_likelihood_scores(rank_model, plans, session))
     measures = {name: np.reshape(values, shape) for name, values in stored["values"].items()}
     costs = {"scores": stored["seconds"], "places": stored["places"], "tokens": stored["tokens"]}
     if "self_similarity" in inputs:
-        stored = session.once("self_similarity", lambda: _compute_self_similarity(rank_model, pairs, session))
+        stored = session.run_once("self_similarity", lambda: _compute_self_similarity(rank_model, pairs, session))
         measures["self_similarity"] = np.reshape(stored["values"], (*shape, -1)).mean(-1)
         costs["self_similarity"] = stored["seconds"]
     if "rewards" in inputs:
@@ -234,7 +234,7 @@ def build_response_table(
         "response": [question.responses[s] for _, _, question, s in cells],
         "own_answer": [own_answers.texts[b][q][0] for b, q, _, _ in cells],
         "own_answer_kept": [bool(own_answers.accepted[b, q]) for b, q, _, _ in cells],
-        "tokens": [int(rows.sides(i)[0].supervised.sum()) for i in range(len(cells))],
+        "tokens": [int(rows.sides(i)[0].target_mask.sum()) for i in range(len(cells))],
     }
     columns |= {name: values.ravel() for name, values in measures.items()}
     about = {
@@ -290,7 +290,7 @@ def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, Plan], se
         session.advance(now - done)
         done = now
 
-    reader = Reader(rank_model.decoder, rank_model.params, rank_model.mesh, session)
+    reader = ResumableEngine(rank_model.decoder, rank_model.params, rank_model.mesh, session)
     requests = [request for plan in plans.values() for request in plan.requests]
     replies = reader(requests, on_batch)
     values, at = {}, 0
@@ -300,7 +300,7 @@ def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, Plan], se
         sign = METRICS[name].sign  # scores are larger-is-better; what is shown are perplexities
         values[name] = (sign * plan.combine(plan_replies)).tolist()
     size = sum(len(request.prefix) + len(request.response) for request in requests)
-    return {"values": values, "seconds": time.monotonic() - began, "places": reader.places, "tokens": size}
+    return {"values": values, "seconds": time.monotonic() - began, "places": reader.positions_read, "tokens": size}
 
 
 def _compute_self_similarity(
@@ -309,11 +309,11 @@ def _compute_self_similarity(
     began = time.monotonic()
 
     def place_on_mesh(batch: Batch) -> Batch:
-        return placing.placed(rank_model.mesh, Stream(lambda step: batch, 1)).batch(0)
+        return placing.place_stream(rank_model.mesh, Stream(lambda step: batch, 1)).batch(0)
 
     def progress(done: int) -> None:
         session.advance(done)
-        session.check()
+        session.check_signals()
 
     compute_similarity = similarity(
         rank_model.decoder,

@@ -337,12 +337,12 @@ def render_provenance(result: JsonObject, config_text: str, environment: JsonObj
     packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
     return join_html(
         *(html_paragraph(f"{capitalize_first(text)}.") for text in result["notes"]),
-        html_element("pre", f"bilevel-jax rank {files.RESOLVED} --out ANOTHER_FOLDER"),
+        html_element("pre", f"bilevel-jax rank {files.CONFIG_FILE} --out ANOTHER_FOLDER"),
         html_paragraph(
             "rank.parquet holds every question and strategy: its text, the model's own answer, every number."
         ),
         html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
-        html_details(f"{files.RESOLVED}, all settings", html_element("pre", config_text)),
+        html_details(f"{files.CONFIG_FILE}, all settings", html_element("pre", config_text)),
     )
 
 

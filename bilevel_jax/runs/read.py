@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-Config = TypeVar("Config")
+ConfigT = TypeVar("ConfigT")
 
 
-def read(kind: type[Config], path: Path, others: Collection[str] = ()) -> Config:
+def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: Collection[str] = ()) -> ConfigT:
     """`path` as a `kind`: a dataclass of sections, each a dataclass of plain fields, all with defaults.
 
     Raises one ValueError that lists every unknown, repeated or wrongly typed key. Sections, and keys of a section, that
@@ -24,71 +24,71 @@ def read(kind: type[Config], path: Path, others: Collection[str] = ()) -> Config
         root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
-    sections = fields(kind)
+    sections = field_types(config_class)
     if root is None or content is None:
-        return kind()
+        return config_class()
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {_said(content)}; wanted sections: {', '.join(sections)}.")
-    lines, trouble = _lines(root, str(path))
-    given = {}
+        raise ValueError(f"{path}: holds {_describe_value(content)}; wanted sections: {', '.join(sections)}.")
+    lines, errors = _locate_keys(root, str(path))
+    values_by_section = {}
     for name, values in content.items():
-        at = lines.get(str(name), str(path))
-        if name not in sections and name in others:
+        location = lines.get(str(name), str(path))
+        if name not in sections and name in ignored_sections:
             continue
         if name not in sections:
-            trouble.append(
-                f"{at}: unknown section '{name}'; {nearest(name, sections)}the sections: {', '.join(sections)}."
+            errors.append(
+                f"{location}: unknown section '{name}'; {suggest_nearest(name, sections)}the sections: {', '.join(sections)}."
             )
         elif not isinstance(values, dict | None):
-            trouble.append(f"{at}: {name} is {_said(values)}; wanted its keys: {', '.join(fields(sections[name]))}.")
+            errors.append(f"{location}: {name} is {_describe_value(values)}; wanted its keys: {', '.join(field_types(sections[name]))}.")
         else:
-            chosen = {}
+            section_values = {}
             for key, value in (values or {}).items():
-                at = lines.get(f"{name}.{key}", str(path))
+                location = lines.get(f"{name}.{key}", str(path))
                 try:
-                    chosen[key] = decode(_field(sections, name, key), value)
+                    section_values[key] = decode_value(_key_type(sections, name, key), value)
                 except KeyError as error:
-                    trouble.append(f"{at}: {error.args[0]}")
+                    errors.append(f"{location}: {error.args[0]}")
                 except ValueError as error:
-                    trouble.append(f"{at}: {name}.{key} is {_said(value)}; wanted {error}.")
-            given[name] = chosen
-    if trouble:
-        raise ValueError("\n".join(trouble))
-    defaults = kind()  # a verb may have its own for a section
-    return kind(**{name: dataclasses.replace(getattr(defaults, name), **chosen) for name, chosen in given.items()})
+                    errors.append(f"{location}: {name}.{key} is {_describe_value(value)}; wanted {error}.")
+            values_by_section[name] = section_values
+    if errors:
+        raise ValueError("\n".join(errors))
+    defaults = config_class()  # a verb may have its own for a section
+    return config_class(**{name: dataclasses.replace(getattr(defaults, name), **section_values) for name, section_values in values_by_section.items()})
 
 
-def decode(kind: Any, value: Any) -> Any:
+def decode_value(expected_type: Any, value: Any) -> Any:
     """`value`, as YAML gave it, as the type `kind`; a ValueError says what was wanted."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = typing.get_origin(expected_type), typing.get_args(expected_type)
     if origin is Literal:
         if value not in arguments:
-            close = nearest(value, [one for one in arguments if one]).strip()
-            names = ", ".join(one or "''" for one in arguments)
-            raise ValueError(f"one of {names}{close and f' ({close})'}")
+            suggestion = suggest_nearest(value, [choice for choice in arguments if choice]).strip()
+            names = ", ".join(choice or "''" for choice in arguments)
+            raise ValueError(f"one of {names}{suggestion and f' ({suggestion})'}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]  # a single item needs no brackets
         if arguments[-1] is ...:
-            return tuple(decode(arguments[0], item) for item in items)
+            return tuple(decode_value(arguments[0], item) for item in items)
         if len(items) != len(arguments):
             raise ValueError(f"a list of {len(arguments)}")
-        return tuple(decode(each, item) for each, item in zip(arguments, items, strict=True))
-    if kind in (str, bool) and isinstance(value, kind):
+        return tuple(decode_value(item_type, item) for item_type, item in zip(arguments, items, strict=True))
+    if expected_type in (str, bool) and isinstance(value, expected_type):
         return value
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+    if expected_type in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-5 as text
         except ValueError:
             number = math.nan
-        if kind is float and not math.isnan(number):
+        if expected_type is float and not math.isnan(number):
             return number
-        if kind is int and number.is_integer():
+        if expected_type is int and number.is_integer():
             return value if isinstance(value, int) else int(number)
-    raise ValueError(WANTED[kind])
+    raise ValueError(TYPE_DESCRIPTIONS[expected_type])
 
 
-WANTED = {
+TYPE_DESCRIPTIONS = {
     str: "text (quote what looks like a number or a date)",
     bool: "true or false",
     int: "a whole number",
@@ -96,45 +96,45 @@ WANTED = {
 }
 
 
-def fields(kind: Any) -> dict[str, Any]:
+def field_types(dataclass_type: Any) -> dict[str, Any]:
     """The fields of a dataclass and their types."""
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(dataclass_type)
+    return {field.name: hints[field.name] for field in dataclasses.fields(dataclass_type)}
 
 
-def _field(sections: dict[str, Any], name: str, key: str) -> Any:
+def _key_type(sections: dict[str, Any], name: str, key: str) -> Any:
     """The type of a key, or a KeyError that names the nearest one, also of another section."""
-    known = fields(sections[name])
-    if key in known:
-        return known[key]
-    elsewhere = [f"{section}.{key}" for section in sections if key in fields(sections[section])]
-    hint = f"did you mean '{elsewhere[0]}'? " if elsewhere else nearest(key, known)
-    raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(known)}.")
+    key_types = field_types(sections[name])
+    if key in key_types:
+        return key_types[key]
+    keys_elsewhere = [f"{section}.{key}" for section in sections if key in field_types(sections[section])]
+    hint = f"did you mean '{keys_elsewhere[0]}'? " if keys_elsewhere else suggest_nearest(key, key_types)
+    raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(key_types)}.")
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
+def suggest_nearest(name: Any, names: Iterable[str]) -> str:
     """`did you mean ...?` with the name that is most like the given one; nothing where none is alike."""
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean '{close[0]}'? " if close else ""
+    matches = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"did you mean '{matches[0]}'? " if matches else ""
 
 
-def _said(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return "empty" if value is None else f"{value!r} ({type(value).__name__})"
 
 
-def _lines(root: yaml.Node, path: str) -> tuple[dict[str, str], list[str]]:
+def _locate_keys(root: yaml.Node, path: str) -> tuple[dict[str, str], list[str]]:
     """file:line of each section and key, and a complaint for each that stands twice (YAML would take the last)."""
     lines: dict[str, str] = {}
-    twice: list[str] = []
+    duplicates: list[str] = []
 
     def walk(node, prefix):
         for key, value in node.value:
-            name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+            name, location = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
             if name in lines:
-                twice.append(f"{at}: '{name}' stands twice; the first is at {lines[name]}.")
-            lines[name] = at
+                duplicates.append(f"{location}: '{name}' stands twice; the first is at {lines[name]}.")
+            lines[name] = location
             if prefix == "" and isinstance(value, yaml.MappingNode):
                 walk(value, f"{name}.")
 
     walk(root, "")
-    return lines, twice
+    return lines, duplicates

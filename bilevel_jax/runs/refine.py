@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from bilevel_jax.core.transition import finished
 from bilevel_jax.core.types import PADDING, Params
 from bilevel_jax.lm import tokens
-from bilevel_jax.lm.generate import Generator
-from bilevel_jax.lm.losses import assemble
-from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.lm.generate import GenerateFn
+from bilevel_jax.lm.losses import assemble_params
+from bilevel_jax.lm.prompts import make_prompts
 from bilevel_jax.runs import (
     checkers,
     checkpoint,
@@ -28,12 +28,12 @@ from bilevel_jax.runs import (
     rows,
 )
 from bilevel_jax.runs import config as configs
-from bilevel_jax.runs.bootstrap import paired_gain
-from bilevel_jax.runs.checkers import Checker
+from bilevel_jax.runs.bootstrap import bootstrap_paired_gain
+from bilevel_jax.runs.checkers import Verifier
 from bilevel_jax.runs.config import RefineConfig
-from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.generation import generators
-from bilevel_jax.runs.likelihoods import fingerprint
+from bilevel_jax.runs.embedded import resolve_builtin
+from bilevel_jax.runs.generation import make_generator_factory
+from bilevel_jax.runs.likelihoods import fingerprint_params
 from bilevel_jax.runs.refine_candidates import (
     ESTIMANDS,
     WEIGHT_LEARNING_METHODS,
@@ -50,8 +50,8 @@ from bilevel_jax.runs.refine_rows import (
     mean_verifier_score,
 )
 from bilevel_jax.runs.sections import RefineMethod
-from bilevel_jax.runs.session import Session, run_folder, started
-from bilevel_jax.runs.task import Task, per_row, prepare
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.task import Task, evaluate_per_example, prepare_text_task
 from bilevel_jax.runs.training import Trainer
 
 
@@ -71,9 +71,9 @@ class RefineContext(NamedTuple):
     task: Task
     """Of the offline rows."""
     trainers: dict[RefineMethod, CandidateTrainer]
-    make_generator: Callable[[Params], Generator]
+    make_generator: Callable[[Params], GenerateFn]
     """parameters -> the generator of the model with them."""
-    verifier: Checker | None
+    verifier: Verifier | None
     session: Session
 
 
@@ -82,23 +82,23 @@ def refine(config: RefineConfig) -> dict[str, Any]:
 
     Raises as `select.select` does, and ValueError without V_fit or V_select, and for questions that are too long.
     """
-    with run_folder(config) as folder:
-        resolved = embedded(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
+    with open_run_dir(config) as folder:
+        resolved = resolve_builtin(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
         refine_config = replace(config, model=resolved.model, data=resolved.data)
         task = prepare_refine_task(refine_config, folder)
         verifier = (
-            checkers.checker(refine_config.verifier, list_verified_examples(refine_config, task))
+            checkers.make_verifier(refine_config.verifier, list_verified_examples(refine_config, task))
             if refine_config.verifier.name
             else None
         )
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             trainers = refine_candidates.make_candidate_trainers(refine_config, task)
-            generator_factory = generators(refine_config.generate, task.decoder, task.tokenizer, task.mesh, session)
+            generator_factory = make_generator_factory(refine_config.generate, task.decoder, task.tokenizer, task.mesh, session)
             context = RefineContext(
                 refine_config,
                 task,
                 trainers,
-                lambda params: generator_factory(assemble(params, task.base)),
+                lambda params: generator_factory(assemble_params(params, task.base_params)),
                 verifier,
                 session,
             )
@@ -110,21 +110,21 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
 
     Raises ValueError where a part of the trusted rows is missing, or a question leaves no room for a response.
     """
-    dataset = rows.load(config.data)
-    task = prepare(
+    dataset = rows.load_splits(config.data)
+    task = prepare_text_task(
         select_config_for_candidate(config, "uniform"),
         dataset,
         folder,
-        steps=config.train.max_steps,
+        num_steps=config.train.max_steps,
         seeds=[config.data.seed],
     )
-    if missing := [part for part in ("fit", "select") if part not in task.held_out]:
+    if missing := [part for part in ("fit", "select") if part not in task.held_out_streams]:
         raise ValueError(
             f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by V_fit and judged "
             "on V_select. Give data.validation with shares for both in data.split, or data.dev."
         )
-    question_examples = [task.examples[row] for row in task.trainable()] + task.trusted.get("report", [])
-    questions = prompts(question_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get("report", [])
+    questions = make_prompts(question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
@@ -138,22 +138,22 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
 
 def list_verified_examples(config: RefineConfig, task: Task) -> list[Any]:
     """The rows whose responses a checker will see."""
-    offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable()]
-    return offline + task.trusted.get("report", [])
+    offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
+    return offline + task.held_out_examples.get("report", [])
 
 
 def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     task, session, refine_config = context.task, context.session, context.config
     for note in task.notes:
-        session.say(note)
+        session.print_line(note)
     total = refine_config.refine.rounds * sum(
         refine_candidates.count_candidate_work(refine_config, name) for name in refine_config.refine.methods
     )
-    session.phase("starting", total=total)
+    session.set_phase("starting", total=total)
     folder = session.folder / "checkpoints" / "rounds"
-    start = task.fresh(refine_config.train.seed)
-    state, records = RefineState(start, jnp.ones(task.rows)), []
-    if restored := checkpoint.restore(folder, state):
+    start = task.init_params(refine_config.train.seed)
+    state, records = RefineState(start, jnp.ones(task.num_examples)), []
+    if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
         session.advance(sum(record["work"] for record in records))
     elif refine_config.refine.questions == "dynamic":
@@ -162,30 +162,30 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         state, record = run_round(context, state, number)
         records.append(record)
         session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
-        session.say(_format_round(record))
-        checkpoint.save(folder, number, state, {"records": records})
+        session.print_line(_format_round(record))
+        checkpoint.save_checkpoint(folder, number, state, {"records": records})
         for name in refine_config.refine.methods:
             shutil.rmtree(_candidate_folder(session, number, name), ignore_errors=True)
-        session.saved()
-    session.phase("reading V_report")
+        session.mark_saved()
+    session.set_phase("reading V_report")
     ends = {"first": start, "last": state.params}
-    final_evaluation = session.once("report", lambda: evaluate_final(context, ends))
-    session.phase("writing")
+    final_evaluation = session.run_once("report", lambda: evaluate_final(context, ends))
+    session.set_phase("writing")
     outputs.write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
     refine_outputs.write_round_tables(session, records, configs.config_hash(config))
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
         "report": final_evaluation,
-        "unit": task.objective.unit,
+        "unit": task.objective.loss_unit,
         "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
         "looks": count_dev_tests(refine_config),
-        "rows": {"train": task.rows, **{part: len(part_examples) for part, part_examples in task.trusted.items()}},
+        "rows": {"train": task.num_examples, **{part: len(part_examples) for part, part_examples in task.held_out_examples.items()}},
         "checker": refine_config.verifier.name,
         "examples": refine_outputs.pick_extreme_responses(session, task, records),
         "moved": refine_outputs.average_weights_by_kind(session, records),
         "notes": task.notes,
-        "seconds": session.cost("")[1],
+        "seconds": session.job_cost("")[1],
         "config_hash": configs.config_hash(config),
     }
     result["sentence"] = refine_report.summarize_refinement(result)
@@ -200,10 +200,10 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
 def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[RefineState, dict[str, Any]]:
     """Choose questions, answer them with the present model, train every candidate, test the best one."""
     config, offline_task, session = context.config, context.task, context.session
-    began, before = time.monotonic(), session.work
-    model_fingerprint = fingerprint(assemble(state.params, offline_task.base))
-    question_rows = choose_questions(config, offline_task.trainable(), np.asarray(state.weights))
-    session.phase(f"round {number}: responses")
+    began, before = time.monotonic(), session.work_done
+    model_fingerprint = fingerprint_params(assemble_params(state.params, offline_task.base_params))
+    question_rows = choose_questions(config, offline_task.trainable_indices(), np.asarray(state.weights))
+    session.set_phase(f"round {number}: responses")
     round_rollouts = collect_rollouts(
         config,
         offline_task,
@@ -216,24 +216,24 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
     )
     writing_seconds = time.monotonic() - began
     round_task = build_round_task(config, offline_task, round_rollouts, number)
-    start_params = state.params if config.refine.start_from == "accepted" else offline_task.fresh(config.train.seed)
-    round_task = round_task._replace(task=round_task.task._replace(fresh=lambda seed: start_params))
+    start_params = state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
+    round_task = round_task._replace(task=round_task.task._replace(init_params=lambda seed: start_params))
 
     present = compute_dev_losses(offline_task, state.params)
     candidate_models: dict[str, Candidate] = {}
     dev_losses: dict[str, Float[np.ndarray, "select"]] = {}
     candidate_records: list[dict[str, Any]] = []
     for name in config.refine.methods:
-        session.phase(f"round {number}: {name}")
+        session.set_phase(f"round {number}: {name}")
         candidate_models[name], cost = train_candidate(context, round_task, state.params, number, name)
         dev_losses[name] = compute_dev_losses(offline_task, candidate_models[name].params)
         candidate_records.append({"name": name, "select": float(dev_losses[name].mean()), **cost})
     best, *others = sorted(candidate_models, key=lambda name: dev_losses[name].mean())
-    gain, bound = paired_gain(present, dev_losses[best], significance_level(config), (config.data.seed, 13, number))
+    gain, bound = bootstrap_paired_gain(present, dev_losses[best], significance_level(config), (config.data.seed, 13, number))
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
     weights = candidate_models[judge].weights if judge else np.ones(len(round_task.multiplicity))
-    files.write_table(
+    files.write_parquet(
         refine_outputs.weights_path(session, number),
         refine_outputs.build_round_weights_table(offline_task, round_task, weights, judge, number),
     )
@@ -254,10 +254,10 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
         "judge": judge,
         "ess": float(weights.sum() ** 2 / (weights**2).sum()),
         "seconds_writing": writing_seconds,
-        "work": session.work - before,
+        "work": session.work_done - before,
         "seconds": time.monotonic() - began,
     }
-    next_weights = jnp.asarray(average_question_weights(round_task, weights, offline_task.rows), state.weights.dtype)
+    next_weights = jnp.asarray(average_question_weights(round_task, weights, offline_task.num_examples), state.weights.dtype)
     return RefineState(
         candidate_models[best].params if accepted else state.params, next_weights if judge else state.weights
     ), record
@@ -269,10 +269,10 @@ def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Ar
     <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises L_v on V_fit, to first order.
     """
     functions = refine_candidates.compiled_functions_for_config(context.config, context.task)
-    task = context.task._replace(problem=functions.plain_problem, step=functions.plain_step)
-    context.session.phase("alignment of the offline rows")
+    task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
+    context.session.set_phase("alignment of the offline rows")
     trainer = Trainer(task, select_config_for_candidate(context.config, "unrolled").outer, context.session)
-    return -trainer.estimate_at_end(finished(params), jnp.ones(task.rows), alignment=True).grad
+    return -trainer.estimate_at_end(finished(params), jnp.ones(task.num_examples), alignment=True).grad
 
 
 def train_candidate(
@@ -280,18 +280,18 @@ def train_candidate(
 ) -> tuple[Candidate, dict[str, Any]]:
     """A candidate, trained now or found where a stopped run left it, and what it cost."""
     session = context.session
-    candidate_session = session.within(_candidate_folder(session, number, name).name)
+    candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
-    structure = (round_task.task.fresh(0), jnp.ones(round_task.task.rows))
+    structure = (round_task.task.init_params(0), jnp.ones(round_task.task.num_examples))
 
     def make() -> dict[str, Any]:
-        began, before = time.monotonic(), session.work
+        began, before = time.monotonic(), session.work_done
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
-        checkpoint.save(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
-        return {"work": session.work - before, "seconds": time.monotonic() - began}
+        checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
+        return {"work": session.work_done - before, "seconds": time.monotonic() - began}
 
-    record = session.once(f"round {number}/{name}", make)
-    restored = checkpoint.restore(end, structure)
+    record = session.run_once(f"round {number}/{name}", make)
+    restored = checkpoint.restore_checkpoint(end, structure)
     if restored is None:
         raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Start anew.")
     params, weights = restored.tree
@@ -318,8 +318,8 @@ def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "select"
 
 def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
     """The loss of each row of a part of the trusted rows that is not too long, nats; FloatingPointError for another."""
-    stream, count = task.held_out[part], len(task.trusted[part])
-    values = per_row(task.objective.losses, params, task.fixed(params), stream, count)
+    stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
+    values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
     index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
     values = values[np.sort(index[index != PADDING])]
     if not np.isfinite(values).all():
@@ -334,14 +334,14 @@ def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarr
 
 def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str, Any] | None:
     """L_v on V_report before and after all rounds, and, with a checker, how many answers are right: read once."""
-    if "report" not in context.task.held_out:
+    if "report" not in context.task.held_out_streams:
         return None
     before, after = (compute_part_losses(context.task, params, "report") for params in ends.values())
-    gain, _ = paired_gain(before, after, 0.025, (context.config.data.seed, 17))
+    gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17))
     accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
     right = None
     if accuracy:
-        difference, _ = paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
+        difference, _ = bootstrap_paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
         right = {"first": float(accuracy[0].mean()), "last": float(accuracy[1].mean()), "gain": difference._asdict()}
     return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
 
@@ -350,9 +350,9 @@ def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.nd
     """What the checker says of the greedy answer to each question of V_report."""
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
-    test_examples = task.trusted["report"]
-    test_prompts = prompts(test_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
-    generate = generators(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(assemble(params, task.base))
+    test_examples = task.held_out_examples["report"]
+    test_prompts = make_prompts(test_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
+    generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(assemble_params(params, task.base_params))
     assert context.verifier is not None
     return np.array(
         [

@@ -17,13 +17,13 @@ from bilevel_jax.core.transition import transition
 from bilevel_jax.core.types import Hyper, Params, Problem, Single, Transition
 from bilevel_jax.core.unrolled import check_differentiable
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.importance import Ratio, self_sampled
-from bilevel_jax.lm.losses import assemble
+from bilevel_jax.lm.importance import RatioKind, importance_weighted_losses
+from bilevel_jax.lm.losses import assemble_params
 from bilevel_jax.runs import checkpoint, sections
 from bilevel_jax.runs.config import RefineConfig, SelectConfig
 from bilevel_jax.runs.learn import outer_learning_rate
-from bilevel_jax.runs.objective import Objective, objective
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.objective import Objective, build_objective
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.refine_rows import RoundTask
 from bilevel_jax.runs.sections import RefineMethod
 from bilevel_jax.runs.session import Session
@@ -66,7 +66,7 @@ class CompiledFunctions(NamedTuple):
     step: Transition
 
 
-_cached_decoder = lru_cache(maxsize=4)(lm.decoder)
+_cached_decoder = lru_cache(maxsize=4)(lm.make_decoder)
 
 
 def attach_compiled_functions(config: RefineConfig, task: Task) -> Task:
@@ -79,7 +79,7 @@ def attach_compiled_functions(config: RefineConfig, task: Task) -> Task:
         objective=functions.objective,
         optimizer=functions.optimizer,
         problem=functions.problem,
-        step=functions.step,
+        train_step=functions.step,
     )
 
 
@@ -87,7 +87,7 @@ def compiled_functions_for_config(config: RefineConfig, task: Task) -> CompiledF
     """`programs` as the config has it."""
     refined, draws = config.refine, config.generate.num_generations
     return build_compiled_functions(
-        task.decoder, config.objective, task.base is not None, config.optimizer, config.train.max_steps, refined.ratio,
+        task.decoder, config.objective, task.base_params is not None, config.optimizer, config.train.max_steps, refined.ratio,
         draws if refined.ratio == "sequence" else 1, refined.max_ratio,
     )  # fmt: skip
 
@@ -99,19 +99,19 @@ def build_compiled_functions(
     lora: bool,
     training: sections.OptimizerSection,
     steps: int,
-    ratio: Ratio,
+    ratio: RatioKind,
     responses: int,
     max_ratio: float,
 ) -> CompiledFunctions:
     """The problems of a run and one step of each; the same ones for the same arguments."""
-    chosen_objective, optimiser = objective(losses, decoder, lora=lora), optimizer(training, steps)
+    chosen_objective, optimiser = build_objective(losses, decoder, lora=lora), build_optimizer(training, steps)
     plain = weighted(chosen_objective.losses)
     step = transition(plain, optimiser)
     if ratio == "none":
         return CompiledFunctions(chosen_objective, optimiser, plain, step, plain, step)
-    response_losses = self_sampled(decoder, ratio=ratio, responses=responses, clip=max_ratio)
+    response_losses = importance_weighted_losses(decoder, ratio=ratio, responses_per_prompt=responses, max_ratio=max_ratio)
     problem = weighted(
-        lambda params, fixed, batch: response_losses(assemble(params, fixed["base"]), batch),
+        lambda params, fixed, batch: response_losses(assemble_params(params, fixed["base"]), batch),
         outer=chosen_objective.losses,
     )
     return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, transition(problem, optimiser))
@@ -126,8 +126,8 @@ def make_candidate_trainers(config: RefineConfig, offline_task: Task) -> dict[Re
 
     def hide_held_out(task: Task, name: RefineMethod) -> Task:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
-        task = task._replace(held_out={"fit": task.held_out["fit"]})
-        return task._replace(problem=functions.plain_problem, step=functions.plain_step) if name == "bmo" else task
+        task = task._replace(held_out_streams={"fit": task.held_out_streams["fit"]})
+        return task._replace(problem=functions.plain_problem, train_step=functions.plain_step) if name == "bmo" else task
 
     def make_trainer(name: RefineMethod, of: Callable[..., Candidate]) -> CandidateTrainer:
         return lambda rows, sampler, session, number: of(
@@ -189,10 +189,10 @@ def train_uniform_candidate(
 ) -> Candidate:
     """Plain training on all rows, without weights and without V: what self-training is without a judge."""
     trainer = Trainer(round_task.task, select_config_for_candidate(config, "uniform").outer, session)
-    weights = jnp.ones(round_task.task.rows)
+    weights = jnp.ones(round_task.task.num_examples)
     start, data_stream = (
-        trainer.init_state(round_task.task.fresh(config.train.seed)),
-        round_task.task.stream(config.data.seed + ROUND_SEED_STRIDE * round_number),
+        trainer.init_state(round_task.task.init_params(config.train.seed)),
+        round_task.task.training_stream(config.data.seed + ROUND_SEED_STRIDE * round_number),
     )
     return Candidate(trainer.run(weights, start, data_stream, outer_step=0).end.params, np.asarray(weights))
 
@@ -210,19 +210,19 @@ def train_unrolled_candidate(
     """
     task, outer, seed = round_task.task, config.outer, config.data.seed + ROUND_SEED_STRIDE * round_number
     trainer = Trainer(task, outer, session)
-    start = trainer.init_state(task.fresh(config.train.seed))
+    start = trainer.init_state(task.init_params(config.train.seed))
     multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
-    hyper, done = jnp.zeros(task.rows), 0
+    hyper, done = jnp.zeros(task.num_examples), 0
     folder = session.folder / "checkpoints" / "outer"
-    if restored := checkpoint.restore(folder, hyper):
+    if restored := checkpoint.restore_checkpoint(folder, hyper):
         hyper, done = restored.tree, restored.step + 1
-        session.advance(done * task.steps * (1 + REPLAY_WORK + HVP_WORK))
+        session.advance(done * task.num_steps * (1 + REPLAY_WORK + HVP_WORK))
     for at in range(done, outer.steps):
-        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.stream(seed + at)
+        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.training_stream(seed + at)
         trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=at)
         if round_number == at == 0:
-            frozen = task.fixed(start.params)
-            check_differentiable(task.step, task.optimizer, trajectory, weights, frozen, stream)
+            frozen = task.frozen(start.params)
+            check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
         estimate = trainer.estimate(trajectory, weights, stream, outer_step=at)
         if not bool(tree.finite(estimate.grad)):
             raise FloatingPointError(
@@ -232,10 +232,10 @@ def train_unrolled_candidate(
         learning_rate = jnp.asarray(outer_learning_rate(outer, at / outer.steps))
         hyper = _update_hyper(outer.weighting, outer.max_step, hyper, multiplicity, estimate.grad, learning_rate)
         session.log.write({"event": "outer", "step": at, "round": round_number, "fit": float(estimate.value)})
-        checkpoint.save(folder, at, hyper, {})
-        session.saved()
+        checkpoint.save_checkpoint(folder, at, hyper, {})
+        session.mark_saved()
     weights = hyper_to_weights(outer.weighting, hyper, multiplicity)
-    trajectory = trainer.run(weights, start, task.stream(seed + outer.steps), outer_step=outer.steps)
+    trajectory = trainer.run(weights, start, task.training_stream(seed + outer.steps), outer_step=outer.steps)
     return Candidate(trajectory.end.params, np.asarray(weights))
 
 

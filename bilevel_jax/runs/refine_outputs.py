@@ -65,14 +65,14 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
         "config_hash": config_hash,
     }
     table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
-    files.write_table(session.folder / "weights.parquet", table)
+    files.write_parquet(session.folder / "weights.parquet", table)
     meaning = {
         "model": "fingerprint of the model that wrote the response",
         "log_prob": "sum of log_probs, nats: of each token under the sampler, after temperature, top-k and top-p",
         "accepted": "whether the best candidate of the round became the model",
     }
     table = pa.concat_tables(responses).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
-    files.write_table(session.folder / "responses.parquet", table)
+    files.write_parquet(session.folder / "responses.parquet", table)
 
 
 def pick_extreme_responses(

@@ -101,14 +101,14 @@ def render_refine_report(name: str, result: JsonObject, config_text: str, enviro
             join_html(
                 *(html_paragraph(text) for text in result["notes"]),
                 *(html_paragraph(f"{key}: {text}.") for key, text in result["estimands"].items()),
-                html_element("pre", f"bilevel-jax refine {files.RESOLVED} --out ANOTHER_FOLDER"),
+                html_element("pre", f"bilevel-jax refine {files.CONFIG_FILE} --out ANOTHER_FOLDER"),
                 html_paragraph(
                     "responses.parquet holds every response: question, round, draw, the model's fingerprint, tokens "
                     "with their log-probabilities, the checker's word, the weight, whether its round was accepted. "
                     "weights.parquet holds the weight of every row in every round."
                 ),
                 html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
-                html_details(f"{files.RESOLVED}, all settings", html_element("pre", config_text)),
+                html_details(f"{files.CONFIG_FILE}, all settings", html_element("pre", config_text)),
             ),
         ),
     ]

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm import tokens
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.generate import Generator, Prompt
-from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.lm.generate import GenerateFn, Prompt
+from bilevel_jax.lm.prompts import make_prompts
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.lm.turns import Turn
 from bilevel_jax.runs import files
-from bilevel_jax.runs.checkers import Checker
+from bilevel_jax.runs.checkers import Verifier
 from bilevel_jax.runs.config import RefineConfig
 from bilevel_jax.runs.task import Task
 
@@ -77,16 +77,16 @@ def collect_rollouts(
     question_rows: Int[np.ndarray, "chosen"],
     round_number: int,
     path: Path,
-    generator: Generator,
+    generator: GenerateFn,
     fingerprint: str,
-    verifier: Checker | None,
+    verifier: Verifier | None,
 ) -> Rollouts:
     """The responses of round `number`: written now and kept at `path`, or read from there.
 
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
     question_examples = [task.examples[row] for row in question_rows]
-    question_prompts = prompts(question_examples, task.tokenizer, template=config.data.template or tokens.TEMPLATE)
+    question_prompts = make_prompts(question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
     draws = config.generate.num_generations
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def collect_rollouts(
             "log_probs": pa.array([list(item.log_probs) for item in responses], pa.list_(pa.float32())),
             "checker": np.array(values, float),
         }
-        files.write_table(path, pa.table(table))
+        files.write_parquet(path, pa.table(table))
     stored = pq.read_table(path)
     others = sorted({*stored["model"].to_pylist()} - {fingerprint})
     if others:
@@ -143,7 +143,7 @@ def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollout
     A question counts once: each of its G responses has the base 1/G, or, where wrong ones are filtered out, a share of
     what the checker says; a question without a right response counts nothing. All rounds have tasks of one shape.
     """
-    offline_rows = offline_task.trainable()
+    offline_rows = offline_task.trainable_indices()
     if not config.refine.keep_offline:
         offline_rows = np.setdiff1d(offline_rows, rollouts.questions)
     count = len(rollouts.texts)
@@ -153,10 +153,10 @@ def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollout
     shares = np.divide(credit, total, out=np.zeros_like(credit), where=total > 0).ravel()
     multiplicity = np.concatenate([np.ones(len(offline_rows)), shares])
     multiplicity = multiplicity * len(multiplicity) / multiplicity.sum()
-    validation_rows = np.arange(offline_task.rows, offline_task.corpus.rows)
+    validation_rows = np.arange(offline_task.num_examples, offline_task.corpus.num_examples)
     corpus = _build_corpus(offline_task.corpus, offline_rows, rollouts, validation_rows)
     multiplicities = np.concatenate([multiplicity, np.ones(len(validation_rows))])
-    corpus = corpus.with_sampler(
+    corpus = corpus.with_sampler_log_probs(
         _sampler_log_probs(offline_task.corpus, offline_rows, rollouts, validation_rows), multiplicities
     )
     examples = [offline_task.examples[row]._replace(row=at) for at, row in enumerate(offline_rows)]
@@ -171,7 +171,7 @@ def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollout
                 len(offline_rows) + at,
             )
         )
-    groups = _group_rows(config, len(offline_rows), count, corpus.rows, rollouts.num_generations, round_number)
+    groups = _group_rows(config, len(offline_rows), count, corpus.num_examples, rollouts.num_generations, round_number)
     question = np.concatenate([offline_rows, rollouts.question_rows])
     response = np.concatenate([np.full(len(offline_rows), -1), np.arange(count)])
     task = offline_task._replace(
@@ -198,12 +198,12 @@ def _build_corpus(
     rollouts: Rollouts,
     validation_rows: Int[np.ndarray, "fit"],
 ) -> Corpus:
-    rows = [offline_corpus.row(int(row)) for row in offline_rows]
+    rows = [offline_corpus.get_sequence(int(row)) for row in offline_rows]
     for at, response in enumerate(rollouts.tokens):
         before = np.array(rollouts.prompts[at // rollouts.num_generations].tokens, np.int32)
         supervised = np.arange(len(before) + len(response)) >= len(before)
-        rows.append(tokens.Tokenized(np.concatenate([before, response]), supervised))
-    return tokens.corpus_of(rows + [offline_corpus.row(int(row)) for row in validation_rows])
+        rows.append(tokens.TokenizedSequence(np.concatenate([before, response]), supervised))
+    return tokens.corpus_from_sequences(rows + [offline_corpus.get_sequence(int(row)) for row in validation_rows])
 
 
 def _sampler_log_probs(

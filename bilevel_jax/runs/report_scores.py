@@ -33,9 +33,9 @@ class ScoreHistory(NamedTuple):
 
 def read_score_history(folder: Path) -> ScoreHistory | None:
     """The scores of a run; None where its weights came from elsewhere."""
-    if not (folder / scoring.NAME).exists():
+    if not (folder / scoring.SCORES_FILE).exists():
         return None
-    stored = pq.read_table(folder / scoring.NAME)
+    stored = pq.read_table(folder / scoring.SCORES_FILE)
     about = {key.decode(): json.loads(value) for key, value in (stored.schema.metadata or {}).items()}
     return ScoreHistory([stored[key].to_numpy() for key in about], next(iter(about.values()))["meaning"])
 

@@ -58,7 +58,7 @@ def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
     return RunResults(
         name=folder.resolve().name,
         result=json.loads((folder / "result.json").read_text("utf-8")),
-        config_text=(folder / files.RESOLVED).read_text("utf-8"),
+        config_text=(folder / files.CONFIG_FILE).read_text("utf-8"),
         environment=json.loads((folder / "environment.json").read_text("utf-8")),
         columns={
             name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names
@@ -81,7 +81,7 @@ def float_or_nan(value: float | None) -> float:
 def write_report(folder: Path, render_page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
     """Write `folder`/report.html, `page` of (the run's name, its result, its config, its environment)."""
     path = folder / "report.html"
-    text = {name: (folder / name).read_text("utf-8") for name in ("result.json", files.RESOLVED, "environment.json")}
+    text = {name: (folder / name).read_text("utf-8") for name in ("result.json", files.CONFIG_FILE, "environment.json")}
     result, environment = json.loads(text["result.json"]), json.loads(text["environment.json"])
-    files.write_atomic(path, render_page(folder.resolve().name, result, text[files.RESOLVED], environment))
+    files.write_atomic(path, render_page(folder.resolve().name, result, text[files.CONFIG_FILE], environment))
     return path

@@ -7,92 +7,92 @@ from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs.sections import DataSection
 
-PARTS = ("fit", "select", "report")
+PART_NAMES = ("fit", "select", "report")
 
 
-class Rows(NamedTuple):
+class DataSplits(NamedTuple):
     """What was loaded, checked for copies across the parts."""
 
     train: list[Example]
-    trusted: dict[str, list[Example]]
+    held_out: dict[str, list[Example]]
     """V_fit, V_select and V_report; all empty where no validation rows were given."""
     notes: list[str]
     """What loading found: layouts, duplicates, leaks."""
 
 
-def load(rows: DataSection) -> Rows:
+def load_splits(config: DataSection) -> DataSplits:
     """Read all files of `rows`; refuse or drop what stands in two places. Streamed training rows are not read here.
 
     Raises ValueError where trusted rows stand in two of their parts, or training rows among them.
     """
-    options = reading(rows)
+    options = make_data_options(config)
     dropped: list[str] = []
-    train = [] if rows.streaming else data.load(rows.train, options, dropped=dropped.append)
-    trusted = parts(rows, options, dropped.append)
-    notes = ["training: rows are read as training goes" if rows.streaming else f"training: {data.summary(train)}"]
-    notes += [f"V_{part}: {data.summary(part_rows)}" for part, part_rows in trusted.items() if part_rows]
+    train = [] if config.streaming else data.load_examples(config.train, options, on_drop=dropped.append)
+    held_out = load_held_out(config, options, dropped.append)
+    notes = ["training: rows are read as training goes" if config.streaming else f"training: {data.summarize_examples(train)}"]
+    notes += [f"V_{part}: {data.summarize_examples(part_examples)}" for part, part_examples in held_out.items() if part_examples]
     if dropped:
         notes.append(f"{len(dropped):,} rows were left out (data.empty = drop), the first: {dropped[0]}")
-    for part, others in (("select", ("report",)), ("fit", ("select", "report"))):
-        for other in others:
-            if pairs := data.leaks(trusted[part], trusted[other]):
+    for part, other_parts in (("select", ("report",)), ("fit", ("select", "report"))):
+        for other_part in other_parts:
+            if pairs := data.find_leaks(held_out[part], held_out[other_part]):
                 raise ValueError(
-                    f"{len(pairs)} trusted rows stand in both V_{part} and V_{other}, the first: {pairs[0][0].where} "
-                    f"and {pairs[0][1].where}. V_{other} would not be independent: remove them from one."
+                    f"{len(pairs)} trusted rows stand in both V_{part} and V_{other_part}, the first: {pairs[0][0].where} "
+                    f"and {pairs[0][1].where}. V_{other_part} would not be independent: remove them from one."
                 )
-    leaked = data.leaks(train, [row for part in trusted.values() for row in part])
-    if leaked and rows.leaks == "error":
+    leaked_pairs = data.find_leaks(train, [example for part in held_out.values() for example in part])
+    if leaked_pairs and config.leaks == "error":
         raise ValueError(
-            f"{len({row.id for row, _ in leaked})} training rows also stand in the trusted rows, the first: "
-            f"{leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be rewarded for being copied. "
+            f"{len({example.id for example, _ in leaked_pairs})} training rows also stand in the trusted rows, the first: "
+            f"{leaked_pairs[0][0].where} equals {leaked_pairs[0][1].where}. Their weights would be rewarded for being copied. "
             "Remove them, or set data.leaks to drop."
         )
-    if leaked:
-        gone = {row.row for row, _ in leaked}
-        train = [row for row in train if row.row not in gone]
-        notes.append(f"{len(gone)} training rows were dropped because they also stand in the trusted rows.")
+    if leaked_pairs:
+        leaked_rows = {example.row for example, _ in leaked_pairs}
+        train = [example for example in train if example.row not in leaked_rows]
+        notes.append(f"{len(leaked_rows)} training rows were dropped because they also stand in the trusted rows.")
         if not train:
             raise ValueError("every training row also stands in the trusted rows; nothing is left to be judged.")
-    if groups := data.duplicates(train):
+    if groups := data.find_duplicates(train):
         copies = sum(len(group) - 1 for group in groups)
-        first = " and ".join(row.where for row in groups[0][:2])
-        notes.append(f"{copies} training rows repeat another row, the first: {first}. Each copy has its own weight.")
-    return Rows(train, trusted, notes)
+        first_places = " and ".join(example.where for example in groups[0][:2])
+        notes.append(f"{copies} training rows repeat another row, the first: {first_places}. Each copy has its own weight.")
+    return DataSplits(train, held_out, notes)
 
 
-def parts(rows: DataSection, options: data.DataOptions, dropped: Callable[[str], None]) -> dict[str, list[Example]]:
+def load_held_out(config: DataSection, options: data.DataOptions, on_dropped: Callable[[str], None]) -> dict[str, list[Example]]:
     """V_fit, V_select and V_report: from files of their own where given, the rest by splitting `validation`.
 
     Not yet checked for rows that stand in two of them. `dropped` is called for each row that is left out as empty.
     """
-    if not rows.validation and not rows.dev and not rows.test:
-        return {part: [] for part in PARTS}
-    own = {"select": rows.dev, "report": rows.test}
-    trusted = {part: data.load(paths, options, dropped=dropped) if paths else [] for part, paths in own.items()}
-    shares = dict(zip(PARTS, rows.split, strict=True))
-    wanted = [part for part in PARTS if shares[part] > 0 and not trusted.get(part)]
-    total = sum(shares[part] for part in wanted)
-    validation = data.load(rows.validation, options, dropped=dropped)
-    pieces = (
-        data.split(validation, [shares[part] / total for part in wanted], rows.seed)
-        if len(wanted) > 1
+    if not config.validation and not config.dev and not config.test:
+        return {part: [] for part in PART_NAMES}
+    paths_by_part = {"select": config.dev, "report": config.test}
+    held_out = {part: data.load_examples(paths, options, on_drop=on_dropped) if paths else [] for part, paths in paths_by_part.items()}
+    shares = dict(zip(PART_NAMES, config.split, strict=True))
+    parts_to_split = [part for part in PART_NAMES if shares[part] > 0 and not held_out.get(part)]
+    total = sum(shares[part] for part in parts_to_split)
+    validation = data.load_examples(config.validation, options, on_drop=on_dropped)
+    split_examples = (
+        data.split_examples(validation, [shares[part] / total for part in parts_to_split], config.seed)
+        if len(parts_to_split) > 1
         else (validation,)
     )
-    return {part: [] for part in PARTS} | trusted | dict(zip(wanted, pieces, strict=True))
+    return {part: [] for part in PART_NAMES} | held_out | dict(zip(parts_to_split, split_examples, strict=True))
 
 
-def reading(rows: DataSection) -> data.DataOptions:
+def make_data_options(config: DataSection) -> data.DataOptions:
     """How the rows are read: the keys of `rows` that `lm.data` knows."""
     return data.DataOptions(
-        format=rows.format,
-        prompt_field=rows.prompt_field,
-        response_field=rows.response_field,
-        text_field=rows.text_field,
-        messages_field=rows.messages_field,
-        system_field=rows.system_field,
-        chosen_field=rows.chosen_field,
-        rejected_field=rows.rejected_field,
-        source_field=rows.source_field,
-        label_field=rows.label_field,
-        empty=rows.empty,
+        format=config.format,
+        prompt_field=config.prompt_field,
+        response_field=config.response_field,
+        text_field=config.text_field,
+        messages_field=config.messages_field,
+        system_field=config.system_field,
+        chosen_field=config.chosen_field,
+        rejected_field=config.rejected_field,
+        source_field=config.source_field,
+        label_field=config.label_field,
+        empty=config.empty,
     )

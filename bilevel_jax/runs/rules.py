@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def on_arrays(config: Any) -> bool:
+def reads_array_data(config: Any) -> bool:
     """Whether a run of `compare` reads arrays rather than text."""
     return hasattr(config, "arrays") and len(config.data.train) == 1 and config.data.train[0].endswith(".npz")
 
@@ -14,10 +14,10 @@ def on_arrays(config: Any) -> bool:
 # (key, what must hold, what is said otherwise); a rule about a section that a config has not does not apply, and one
 # that reads further sections names them in `NEEDS`. All that fail are reported together.
 Rule = tuple[str, Callable[[Any], bool], str]
-RULES: tuple[Rule, ...] = (
+CONFIG_RULES: tuple[Rule, ...] = (
     (
         "model.name_or_path",
-        lambda c: c.model.name_or_path != "" or on_arrays(c),
+        lambda c: c.model.name_or_path != "" or reads_array_data(c),
         "name a checkpoint's folder, or builtin:cipher",
     ),
     ("lora.r", lambda c: c.lora.r >= 0, "must be 0 (train all parameters) or more"),
@@ -30,7 +30,7 @@ RULES: tuple[Rule, ...] = (
     ("data.train", lambda c: len(c.data.train) > 0, "name the rows to be judged: files or a dataset"),
     (
         "data.validation",
-        lambda c: len(c.data.validation) > 0 or on_arrays(c),
+        lambda c: len(c.data.validation) > 0 or reads_array_data(c),
         "name the trusted rows: files or a dataset",
     ),
     (
@@ -419,7 +419,7 @@ RULES: tuple[Rule, ...] = (
     ("estimate.mfu", lambda c: 0 < c.estimate.mfu <= 1, "must be in (0, 1]"),
 )
 
-NEEDS = {
+REQUIRED_SECTIONS = {
     "data.validation": ("outer",),
     "optimizer.warmup_steps": ("train",),
     "optimizer.name": ("outer",),
@@ -432,29 +432,29 @@ NEEDS = {
 """Rules that speak of more than their own section, or hold for one verb alone."""
 
 
-def check(config: Any, where: str) -> None:
+def check_config(config: Any, config_source: str) -> None:
     """Every rule of RULES that applies, or one ValueError that lists those which do not hold."""
-    values = dict(leaves(config))
-    broken = [
+    values = dict(flatten_config(config))
+    violations = [
         f"{key} = {values[key]!r}: {text}" if key in values else f"{key}: {text}"
-        for key, holds, text in RULES
-        if _applies(key, config, values) and not holds(config)
+        for key, holds, text in CONFIG_RULES
+        if _rule_applies(key, config, values) and not holds(config)
     ]
-    broken += [f"{key} = {value!r}: must be finite" for key, value in values.items() if not _finite(value)]
-    if broken:
-        raise ValueError("\n  ".join([f"{where}:", *broken]))
+    violations += [f"{key} = {value!r}: must be finite" for key, value in values.items() if not _is_finite(value)]
+    if violations:
+        raise ValueError("\n  ".join([f"{config_source}:", *violations]))
 
 
-def leaves(config: Any) -> list[tuple[str, Any]]:
+def flatten_config(config: Any) -> list[tuple[str, Any]]:
     """("section.key", value) of every key."""
     return [(f"{name}.{key}", value) for name, section in vars(config).items() for key, value in vars(section).items()]
 
 
-def _applies(key: str, config: Any, values: dict[str, Any]) -> bool:
+def _rule_applies(key: str, config: Any, values: dict[str, Any]) -> bool:
     sections = {field.name for field in dataclasses.fields(config)}
-    return (key in values or key in sections) and sections.issuperset(NEEDS.get(key, ()))
+    return (key in values or key in sections) and sections.issuperset(REQUIRED_SECTIONS.get(key, ()))
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     items = value if isinstance(value, tuple) else (value,)
     return all(math.isfinite(item) for item in items if isinstance(item, float))

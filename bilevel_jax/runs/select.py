@@ -13,14 +13,14 @@ from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.certificates import compute_certificates
 from bilevel_jax.runs.compare import FIRST_RETRAIN_SEED, build_variants, retrain_all_variants
 from bilevel_jax.runs.config import SelectConfig
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.keep import select_examples
 from bilevel_jax.runs.learn import LearnedWeights, data_order_seed, good_label_mask, run_outer_loop
 from bilevel_jax.runs.sections import SINGLE_LOOP_METHODS
-from bilevel_jax.runs.session import Session, run_folder, started
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.single import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.statistics import auc
-from bilevel_jax.runs.task import Task, prepare
+from bilevel_jax.runs.task import Task, prepare_text_task
 from bilevel_jax.runs.training import Trainer
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -37,23 +37,23 @@ def select(config: SelectConfig) -> dict[str, Any]:
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
     """
-    with run_folder(config) as folder:
-        resolved = embedded(config, folder)
-        dataset = rows.load(resolved.data)
+    with open_run_dir(config) as folder:
+        resolved = resolve_builtin(config, folder)
+        dataset = rows.load_splits(resolved.data)
         if len(dataset.train) < 2:
             raise ValueError(f"{len(dataset.train)} training row; weights compare rows, so give at least 2.")
         seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
-        task = prepare(
-            resolved, dataset, folder, steps=config.train.max_steps, seeds=seeds, prior=config.outer.proximal
+        task = prepare_text_task(
+            resolved, dataset, folder, num_steps=config.train.max_steps, seeds=seeds, proximal_strength=config.outer.proximal
         )
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             return _run_selection(task, config, session, folder)
 
 
 def _run_selection(task: Task, config: SelectConfig, session: Session, folder: Path) -> dict[str, Any]:
     for note in task.notes:
-        session.say(note)
-    session.phase("starting", total=sum(stage.work for stage in plan.select_run_stages(task, config)))
+        session.print_line(note)
+    session.set_phase("starting", total=sum(stage.work for stage in plan.select_run_stages(task, config)))
     expected = measured.predict_usage(task, config, session)
     trainer = Trainer(task, config.outer, session)
     single_loop_result: SingleLoopResult | None = None
@@ -67,18 +67,18 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
 
     sources = [example.source for example in task.examples]
     selected = select_examples(
-        learned.weights, task.trainable(), config.selection, sources=sources, seed=config.data.seed
+        learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed
     )
     subset = np.unique(selected)
     comparison = retrain_all_variants(
         task, config, trainer, session, build_variants(task, config, learned, subset, session)
     )
-    session.phase("writing")
-    files.write_table(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
+    session.set_phase("writing")
+    files.write_parquet(folder / "weights.parquet", outputs.weights_table(task, config, learned, subset))
     files.write_atomic(
         folder / "selected.jsonl", outputs.format_selected_jsonl(task.examples, learned.weights, selected)
     )
-    if not processes.agreed((folder / "model").exists()):
+    if not processes.broadcast_from_first((folder / "model").exists()):
         params = _train_final_model(task, config, trainer, learned)
         outputs.write_model(folder / "model", task, params, base_path=config.model.name_or_path)
     if single_loop_result is not None:
@@ -91,8 +91,8 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
     result: dict[str, Any] = {
         "verdict": {**verdict._asdict(), "sentence": str(verdict)},
         "estimand": outputs.describe_estimand(config),
-        "unit": task.objective.unit,
-        "right": task.objective.right,
+        "unit": task.objective.loss_unit,
+        "right": task.objective.accuracy_name,
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         "records": learned.records,
@@ -108,20 +108,20 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
         else None,
         "compare": comparison,
         "notes": task.notes,
-        "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
+        "rows": {"train": task.num_examples, **{part: len(examples) for part, examples in task.held_out_examples.items()}},
         "selected": len(selected),
         "work": {"outer": sum(record["work"] for record in learned.records)}
-        | {name: session.cost(name)[0] for name in ("certify", "compare")},
+        | {name: session.job_cost(name)[0] for name in ("certify", "compare")},
         "seconds": {"outer": sum(record["seconds"] for record in learned.records)}
-        | {name: session.cost(name)[1] for name in ("certify", "compare")},
+        | {name: session.job_cost(name)[1] for name in ("certify", "compare")},
         "config_hash": configs.config_hash(config),
         "estimate": expected,
     }
     result["measured"] = measured.measure_usage(
-        task, folder, training_steps=session.work, seconds=sum(result["seconds"].values()), timed_steps=sum(result["work"].values())
+        task, folder, training_steps=session.work_done, seconds=sum(result["seconds"].values()), timed_steps=sum(result["work"].values())
     )  # fmt: skip
     files.write_json(folder / "result.json", result)
-    processes.by_first(lambda: report.write_select_report(folder, task.examples))
+    processes.run_on_first_process(lambda: report.write_select_report(folder, task.examples))
     return result
 
 
@@ -129,7 +129,7 @@ def _certify(
     task: Task, config: SelectConfig, trainer: Trainer, session: Session, learned: LearnedWeights
 ) -> dict[str, certify.Certificates]:
     """Certificates of the gradient at uniform weights and, where restarts are cold, at the learned weights."""
-    points = {"uniform weights": (0, np.ones(task.rows), learned.first_hypergradient)}
+    points = {"uniform weights": (0, np.ones(task.num_examples), learned.first_hypergradient)}
     if config.outer.restart == "cold" and learned.best_step > 0:
         points["learned weights"] = (learned.best_step, learned.weights, learned.hypergradient)
     out = {}
@@ -145,9 +145,9 @@ def _certify(
 
 def _train_final_model(task: Task, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Any:
     """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
-    start = trainer.init_state(task.fresh(config.train.seed + FIRST_RETRAIN_SEED))
-    stream = task.stream(config.data.seed + FIRST_RETRAIN_SEED, packed=False)
-    return trainer.run(placing.table(task.mesh, learned.weights), start, stream).end.params
+    start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED))
+    stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, packed=False)
+    return trainer.run(placing.place_table(task.mesh, learned.weights), start, stream).end.params
 
 
 def _certificates_to_dict(certified: certify.Certificates) -> dict[str, Any]:

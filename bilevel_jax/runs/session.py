@@ -19,9 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import files, inputs, processes
 
-DISTRIBUTED = ("select", "train")
+MULTIPROCESS_COMMANDS = ("select", "train")
 """The verbs that several processes can run."""
-PERIOD = 1.0
+SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
 
 
@@ -38,140 +38,140 @@ class Session:
 
     def __init__(self, folder: Path, log: files.JsonLog, bar: Progress, save_seconds: float):
         self.folder: Path = folder
-        self.log: files.JsonLog | Marked = log
+        self.log: files.JsonLog | PartLog = log
         self._bar, self._task = bar, bar.add_task("starting", total=None)
-        self._save_seconds, self._saved = save_seconds, time.monotonic()
-        self._signal = 0
-        self._asked = 0
+        self._save_seconds, self._last_save = save_seconds, time.monotonic()
+        self._received_signal = 0
+        self._agreed_signal = 0
         """The signal that all processes have agreed on; without others the one that came."""
-        self._wait, self._calls, self._met = 1, 0, time.monotonic()
-        self._done_path = folder / "checkpoints" / "done.json"
-        self._done: dict[str, Any] = json.loads(self._done_path.read_text()) if self._done_path.exists() else {}
-        self.work = 0.0
+        self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
+        self._finished_jobs_path = folder / "checkpoints" / "done.json"
+        self._finished_jobs: dict[str, Any] = json.loads(self._finished_jobs_path.read_text()) if self._finished_jobs_path.exists() else {}
+        self.work_done = 0.0
 
-    def phase(self, words: str, total: float | None = None) -> None:
+    def set_phase(self, description: str, total: float | None = None) -> None:
         """Name what is being done; `total` is the work of the whole run, in training steps."""
-        self._bar.update(self._task, description=words, total=total)  # None leaves the total as it is
+        self._bar.update(self._task, description=description, total=total)  # None leaves the total as it is
 
     def advance(self, amount: float = 1.0) -> None:
         """Count work, in training steps (a forward and a backward pass)."""
-        self.work += amount
-        self._bar.update(self._task, completed=self.work)
+        self.work_done += amount
+        self._bar.update(self._task, completed=self.work_done)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """One line for the person who watches."""
-        if processes.first():
+        if processes.is_first_process():
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def due(self) -> bool:
+    def should_save(self) -> bool:
         """Whether to save now: a signal came, or the last save is long ago."""
-        return self._agree() or bool(self._asked)
+        return self._sync_signals() or bool(self._agreed_signal)
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """Note a save, and stop if a signal asked for it."""
-        self._saved = time.monotonic()
-        if not processes.several():
-            self._asked = self._signal
-        if self._asked:
-            raise Interrupted(self._asked)
+        self._last_save = time.monotonic()
+        if not processes.is_multiprocess():
+            self._agreed_signal = self._received_signal
+        if self._agreed_signal:
+            raise Interrupted(self._agreed_signal)
 
-    def check(self) -> None:
+    def check_signals(self) -> None:
         """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
-        self._agree()
-        if self._asked:
-            raise Interrupted(self._asked)
+        self._sync_signals()
+        if self._agreed_signal:
+            raise Interrupted(self._agreed_signal)
 
-    def _agree(self) -> bool:
+    def _sync_signals(self) -> bool:
         """Whether the last save is long ago, by the first process's clock; takes note of a signal to any of them.
 
         Several processes meet about once a second, always at the same call: between two meetings nothing is asked.
         """
-        late = time.monotonic() - self._saved > self._save_seconds
-        if not processes.several():
-            self._asked = self._signal
-            return late
-        self._calls += 1
-        if self._calls < self._wait:
+        save_due = time.monotonic() - self._last_save > self._save_seconds
+        if not processes.is_multiprocess():
+            self._agreed_signal = self._received_signal
+            return save_due
+        self._calls_since_sync += 1
+        if self._calls_since_sync < self._calls_per_sync:
             return False
         now = time.monotonic()
-        pace = max(1, min(10_000, int(self._calls * PERIOD / max(now - self._met, 1e-3))))
-        said = processes.table([self._signal, late, pace])
-        self._asked, self._wait, self._calls, self._met = int(said[:, 0].max()), int(said[0, 2]), 0, now
-        return bool(said[0, 1])
+        calls_per_sync = max(1, min(10_000, int(self._calls_since_sync * SYNC_SECONDS / max(now - self._last_sync, 1e-3))))
+        all_values = processes.allgather_values([self._received_signal, save_due, calls_per_sync])
+        self._agreed_signal, self._calls_per_sync, self._calls_since_sync, self._last_sync = int(all_values[:, 0].max()), int(all_values[0, 2]), 0, now
+        return bool(all_values[0, 1])
 
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
+    def run_once(self, key: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of a job, made now or, if a run before this one finished it, remembered."""
-        if key not in self._done:
-            before, started = self.work, time.monotonic()
-            value = make()
-            self._done[key] = {"value": value, "work": self.work - before, "seconds": time.monotonic() - started}
-            files.write_atomic(self._done_path, json.dumps(self._done))
-            self.check()
+        if key not in self._finished_jobs:
+            work_before, start_time = self.work_done, time.monotonic()
+            value = compute()
+            self._finished_jobs[key] = {"value": value, "work": self.work_done - work_before, "seconds": time.monotonic() - start_time}
+            files.write_atomic(self._finished_jobs_path, json.dumps(self._finished_jobs))
+            self.check_signals()
         else:
-            self.advance(self._done[key]["work"])
-        return self._done[key]["value"]
+            self.advance(self._finished_jobs[key]["work"])
+        return self._finished_jobs[key]["value"]
 
-    def cost(self, prefix: str) -> tuple[float, float]:
+    def job_cost(self, prefix: str) -> tuple[float, float]:
         """(training steps, seconds) of the finished jobs whose key begins with `prefix`."""
-        jobs = [job for key, job in self._done.items() if key.startswith(prefix)]
+        jobs = [job for key, job in self._finished_jobs.items() if key.startswith(prefix)]
         return sum(job["work"] for job in jobs), sum(job["seconds"] for job in jobs)
 
-    def within(self, name: str) -> "Session":
+    def part_session(self, name: str) -> "Session":
         """The same run seen from a part of it: own checkpoints, its name in the log and in the bar, silent otherwise.
 
         Work, signals and saves are those of the whole; finished jobs are remembered by the whole alone.
         """
-        return Part(self, name)
+        return PartSession(self, name)
 
-    def stop(self, number: int, frame: Any) -> None:
+    def handle_signal(self, number: int, frame: Any) -> None:
         """The signal handler: finish the step, save, then raise `Interrupted`. A second signal stops at once."""
-        if self._signal:
+        if self._received_signal:
             raise KeyboardInterrupt
-        self._signal = number
-        self.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+        self._received_signal = number
+        self.print_line(f"{signal.Signals(number).name}: finishing the step, then saving")
 
 
-class Part(Session):
+class PartSession(Session):
     """See `Session.within`."""
 
-    def __init__(self, whole: Session, name: str):
-        self.folder, self.log = whole.folder / "parts" / name, Marked(whole.log, name)
-        self._whole, self._name = whole, name
+    def __init__(self, parent: Session, name: str):
+        self.folder, self.log = parent.folder / "parts" / name, PartLog(parent.log, name)
+        self._parent, self._name = parent, name
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     @property
-    def work(self) -> float:  # type: ignore[override]
+    def work_done(self) -> float:  # type: ignore[override]
         """Of the whole."""
-        return self._whole.work
+        return self._parent.work_done
 
-    def phase(self, words: str, total: float | None = None) -> None:
+    def set_phase(self, description: str, total: float | None = None) -> None:
         """As of the whole, with the part's name."""
-        self._whole.phase(f"{self._name}: {words}")
+        self._parent.set_phase(f"{self._name}: {description}")
 
     def advance(self, amount: float = 1.0) -> None:
         """Counts for the whole."""
-        self._whole.advance(amount)
+        self._parent.advance(amount)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Nothing: the log has it."""
 
-    def due(self) -> bool:
+    def should_save(self) -> bool:
         """As of the whole."""
-        return self._whole.due()
+        return self._parent.should_save()
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """As of the whole."""
-        self._whole.saved()
+        self._parent.mark_saved()
 
-    def check(self) -> None:
+    def check_signals(self) -> None:
         """As of the whole."""
-        self._whole.check()
+        self._parent.check_signals()
 
 
-class Marked:
+class PartLog:
     """A log whose records say which part of the run wrote them."""
 
-    def __init__(self, log: "files.JsonLog | Marked", name: str):
+    def __init__(self, log: "files.JsonLog | PartLog", name: str):
         self._log, self._name = log, name
 
     def write(self, record: dict[str, Any]) -> None:
@@ -183,59 +183,59 @@ class Marked:
 
 
 @contextlib.contextmanager
-def run_folder(config: Any) -> Iterator[Path]:
+def open_run_dir(config: Any) -> Iterator[Path]:
     """The folder of a verb's run, locked: made new, or, to resume, that of a run with the same config and files.
 
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model.
     """
-    verb, folder = configs.VERBS[type(config)], Path(config.output.dir)
-    if processes.several() and verb not in DISTRIBUTED:
+    command, folder = configs.COMMANDS[type(config)], Path(config.output.dir)
+    if processes.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
         raise ValueError(
-            f"{verb} runs in one process, on all devices of one machine; in several there are {', '.join(DISTRIBUTED)}."
+            f"{command} runs in one process, on all devices of one machine; in several there are {', '.join(MULTIPROCESS_COMMANDS)}."
         )
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
 
-        def take() -> None:
-            files.new_run_folder(folder, config.output.resume)
-            held.enter_context(files.lock(folder))
+        def claim_folder() -> None:
+            files.create_run_dir(folder, config.output.resume)
+            stack.enter_context(files.lock_run_dir(folder))
             if config.output.resume:
-                configs.refuse_another(config, folder / files.RESOLVED)
-                inputs.refuse_changed(config, folder)
+                configs.check_same_config(config, folder / files.CONFIG_FILE)
+                inputs.check_inputs_unchanged(config, folder)
 
-        processes.by_first(take)
+        processes.run_on_first_process(claim_folder)
         yield folder
 
 
 @contextlib.contextmanager
-def started(config: Any, folder: Path) -> Iterator[Session]:
+def start_session(config: Any, folder: Path) -> Iterator[Session]:
     """Write what the run was told and where it runs, and open it."""
     output = config.output
-    files.write_atomic(folder / files.RESOLVED, configs.resolved(config))
-    files.write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-    processes.by_first(lambda: inputs.record(config, folder))
-    with session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as work:
-        yield work
+    files.write_atomic(folder / files.CONFIG_FILE, configs.config_to_yaml(config))
+    files.write_atomic(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+    processes.run_on_first_process(lambda: inputs.record_inputs(config, folder))
+    with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
+        yield run_session
 
 
 @contextlib.contextmanager
-def session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
+def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
-    processes.by_first(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
-    bar = progress_bar(progress and processes.first())
+    processes.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
+    bar = make_progress_bar(progress and processes.is_first_process())
     log = files.JsonLog(folder / "log.jsonl", None)
-    work = Session(folder, log, bar, save_seconds)
-    before = {number: signal.signal(number, work.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    run_session = Session(folder, log, bar, save_seconds)
+    old_handlers = {number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with bar:
-            yield work
+            yield run_session
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
         log.close()
 
 
-def progress_bar(shown: bool) -> Progress:
+def make_progress_bar(shown: bool) -> Progress:
     """A bar with the time that is left, gone when its work is done."""
     console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
     return Progress(
@@ -245,7 +245,7 @@ def progress_bar(shown: bool) -> Progress:
     )  # fmt: skip
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions, devices and commit: what another person needs to see the same numbers."""
     packages = (
         "bilevel-jax",
@@ -265,7 +265,7 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _package_version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
         "backend": jax.default_backend(),
         "processes": jax.process_count(),
@@ -273,7 +273,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def _package_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

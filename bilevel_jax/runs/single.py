@@ -25,9 +25,9 @@ from bilevel_jax.runs.learn import (
     source_indices,
     total_outer_learning_rate,
 )
-from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.processes import fetch
-from bilevel_jax.runs.rows import PARTS
+from bilevel_jax.runs.optimizers import build_optimizer
+from bilevel_jax.runs.processes import fetch_to_host
+from bilevel_jax.runs.rows import PART_NAMES
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import auc
 from bilevel_jax.runs.task import Task
@@ -85,25 +85,25 @@ def run_single_loop(
     compiled_method = compiled_method or build_single_loop(task, config, steps)
     validation_loss = outer_value(task.problem)
     good_mask = good_label_mask(task, config)
-    params = task.fresh(config.train.seed + seed)
-    fixed = task.fixed(params)
-    state = placing.settled(task.mesh, compiled_method.init(params))
+    params = task.init_params(config.train.seed + seed)
+    fixed = task.frozen(params)
+    state = placing.replicate_unplaced(task.mesh, compiled_method.init(params))
     if reference_params is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
         state = multiobjective.refresh(state, reference_params)
-    train_stream = task.stream(config.data.seed + seed, packed=False)
-    validation_stream = task.stream(config.data.seed + seed + 1, task.fit_rows(), packed=False)
+    train_stream = task.training_stream(config.data.seed + seed, packed=False)
+    validation_stream = task.training_stream(config.data.seed + seed + 1, task.validation_indices(), packed=False)
     records: list[dict[str, Any]] = []
-    if restored := checkpoint.restore(folder, state):
+    if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
         session.advance(single_loop_step_work(config) * int(state.inner.step))
 
     def make_record(step: int, seconds: float) -> dict[str, Any]:
         weights = compiled_method.weights(state)
         loss = {
-            part: float(validation_loss(state.inner.params, fixed, task.held_out[part]))
-            if part in task.held_out
+            part: float(validation_loss(state.inner.params, fixed, task.held_out_streams[part]))
+            if part in task.held_out_streams
             else None
-            for part in PARTS
+            for part in PART_NAMES
         }
         if not math.isfinite(loss["fit"] or math.nan):
             raise FloatingPointError(
@@ -116,52 +116,52 @@ def run_single_loop(
             "ess": float(weighting.effective_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch(weights), good_mask) if good_mask is not None else None,
+            "auc": auc(fetch_to_host(weights), good_mask) if good_mask is not None else None,
             "checks": {},
             "work": 0.0 if not records else single_loop_step_work(config) * (step - records[-1]["step"]),
             "seconds": seconds,
         }
 
-    session.phase(f"{config.outer.method}: {steps} steps")
+    session.set_phase(f"{config.outer.method}: {steps} steps")
     began = time.monotonic()
     if not records:
         records.append(make_record(0, 0.0))
     for step in range(int(state.inner.step), steps):
         state, _ = compiled_method.step(state, fixed, train_stream.batch(step), validation_stream.batch(step))
         session.advance(single_loop_step_work(config))
-        steps_done, due = step + 1, session.due()
+        steps_done, due = step + 1, session.should_save()
         if steps_done % every == 0 or steps_done == steps:
             records.append(make_record(steps_done, time.monotonic() - began))
             began = time.monotonic()
             session.log.write({"event": "single", **records[-1]})
-            session.say(format_record(f"step {steps_done:>6}", records[-1], task.objective.unit))
+            session.print_line(format_record(f"step {steps_done:>6}", records[-1], task.objective.loss_unit))
         if due or steps_done == steps:
-            checkpoint.save(folder, steps_done, state, {"records": records})
-            session.saved()
+            checkpoint.save_checkpoint(folder, steps_done, state, {"records": records})
+            session.mark_saved()
     weights = compiled_method.weights(state)
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
-        params, stream = state.inner.params, task.summed(seed=0)
+        params, stream = state.inner.params, task.full_pass_stream(seed=0)
         end = config.single_loop.temperatures[1]
-        weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.rows, end)
-    return SingleLoopResult(fetch(weights), state.inner.params, records, compiled_method.estimand)
+        weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.num_examples, end)
+    return SingleLoopResult(fetch_to_host(weights), state.inner.params, records, compiled_method.estimand)
 
 
 def run_single_loop_with_baselines(
     task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session
 ) -> tuple[LearnedWeights, SingleLoopResult]:
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
-    uniform_weights = placing.table(task.mesh, jnp.ones(task.rows))
-    session.phase("uniform training, for the baselines")
-    run = trainer.run(uniform_weights, trainer.init_state(task.fresh(config.train.seed)), task.stream(config.data.seed))
+    uniform_weights = placing.place_table(task.mesh, jnp.ones(task.num_examples))
+    session.set_phase("uniform training, for the baselines")
+    run = trainer.run(uniform_weights, trainer.init_state(task.init_params(config.train.seed)), task.training_stream(config.data.seed))
     alignment, losses = compute_baseline_scores(task, trainer, run, uniform_weights)
     result = run_single_loop(task, config, session)
-    missing = np.full(task.rows, np.nan, alignment.dtype)
+    missing = np.full(task.num_examples, np.nan, alignment.dtype)
     learned = LearnedWeights(
         weights=result.weights,
         hypergradient=missing,
         first_hypergradient=missing,
-        alignment=fetch(alignment)[: task.rows],
-        losses=fetch(losses)[: task.rows],
+        alignment=fetch_to_host(alignment)[: task.num_examples],
+        losses=fetch_to_host(losses)[: task.num_examples],
         records=result.records,
         best_step=len(result.records) - 1,
         stop_reason=f"all {num_single_loop_steps(config)} steps were made",
@@ -173,18 +173,18 @@ def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) 
     """The configured method as (init, step, weights)."""
     single, outer = config.single_loop, config.outer
     share_steps = max(1, -(-steps // len(single.validation_shares)))
-    tx = optimizer(config.optimizer, steps)
+    tx = build_optimizer(config.optimizer, steps)
     if outer.method == "mixing":
-        return penalty.mixing(task.problem, tx, single.validation_shares[0], task.rows)
+        return penalty.mixing(task.problem, tx, single.validation_shares[0], task.num_examples)
     share = penalty.by_epoch(single.validation_shares, share_steps)
     if outer.method == "bmo":
         start, end = single.temperatures
         tau = multiobjective.geometric(start, end, steps)
-        copy = multiobjective.Copy(optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
+        copy = multiobjective.Copy(build_optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
         reference = copy if single.reference == "copy" else single.reference
-        return multiobjective.multiobjective(task.problem, tx, task.rows, share=share, tau=tau, phi=reference)
+        return multiobjective.multiobjective(task.problem, tx, task.num_examples, share=share, tau=tau, phi=reference)
     # a row's logit moves in the steps that meet the row, a source's in every step
-    steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable()) / task.batch
+    steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable_indices()) / task.batch_size
     return penalty.single(
         task.problem,
         tx,
@@ -221,4 +221,4 @@ def make_online_weights(task: Task | ArrayTask, config: SelectConfig) -> Selecto
         source, count = source_indices(task)
         return weighting.per_source_selector(jnp.asarray(source), count)
     factories = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
-    return factories[config.outer.weighting](task.rows)
+    return factories[config.outer.weighting](task.num_examples)

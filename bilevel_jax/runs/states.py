@@ -114,13 +114,13 @@ class DiskStore(MutableMapping[int, Inner]):
 
     def __init__(self, folder: Path, like: Inner, *, resume: bool = False):
         if not resume:
-            processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        self._files, self._folder = checkpoint.snapshots(folder), folder
+            processes.run_on_first_process(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self._files, self._folder = checkpoint.make_snapshot_store(folder), folder
         self._like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
-        self._steps = set(checkpoint.steps(folder))
-        self._worker = None if processes.several() else ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._steps = set(checkpoint.list_checkpoint_steps(folder))
+        self._worker = None if processes.is_multiprocess() else ThreadPoolExecutor(1, thread_name_prefix="states")
         self._pending_writes: dict[int, Future[None]] = {}
         self._prefetched: dict[int, Future[Inner]] = {}
 
@@ -155,7 +155,7 @@ class DiskStore(MutableMapping[int, Inner]):
         self._prefetched.pop(step, None)
         for written in list(self._pending_writes):
             self._finish_write(written)
-        processes.by_first(lambda: self._files.remove(step))
+        processes.run_on_first_process(lambda: self._files.remove(step))
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._steps))
@@ -178,7 +178,7 @@ class DiskStore(MutableMapping[int, Inner]):
         if self._worker:
             self._worker.shutdown()
         self._steps.clear()
-        processes.by_first(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+        processes.run_on_first_process(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
 
 # ---- sizes

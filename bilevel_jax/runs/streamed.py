@@ -8,17 +8,17 @@ import numpy as np
 
 from bilevel_jax.core.types import Batch
 from bilevel_jax.lm import batches, data
-from bilevel_jax.lm.batches import Layout
+from bilevel_jax.lm.batches import BatchShape
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.tokens import Corpus, Report
-from bilevel_jax.runs.rows import reading
+from bilevel_jax.lm.tokens import Corpus, TokenizationReport
+from bilevel_jax.runs.rows import make_data_options
 from bilevel_jax.runs.sections import DataSection
 
-Weigh = Callable[[Example], float | None]
+WeightFunction = Callable[[Example], float | None]
 """The weight of a row; None leaves it out."""
 
 
-class Streamed:
+class StreamingBatches:
     """Batches by step, in the order of the files, shuffled through a buffer; epoch after epoch.
 
     A pure function of the step all the same: a step that does not follow the last one reads again from the beginning,
@@ -28,65 +28,65 @@ class Streamed:
 
     def __init__(
         self,
-        rows: DataSection,
-        layout: Layout,
+        config: DataSection,
+        layout: BatchShape,
         *,
-        weigh: Weigh,
-        tokenize: Callable[[Sequence[Example]], tuple[Corpus, Report]],
-        check: Callable[[list[Example]], None],
-        trusted: Sequence[Example],
+        weight_of: WeightFunction,
+        tokenize: Callable[[Sequence[Example]], tuple[Corpus, TokenizationReport]],
+        check_examples: Callable[[list[Example]], None],
+        held_out_examples: Sequence[Example],
     ):
-        self.rows, self.layout, self.weigh, self.tokenize, self.check = rows, layout, weigh, tokenize, check
-        self.trusted = {data.gist(example): example for example in trusted}
-        self.met: dict[str, Example] = {}
+        self.config, self.layout, self.weight_of, self.tokenize, self.check_examples = config, layout, weight_of, tokenize, check_examples
+        self.held_out_examples = {data.hash_normalized_text(example): example for example in held_out_examples}
+        self.seen_examples: dict[str, Example] = {}
         """Every row that was read so far, by id, without its text."""
-        self._next, self._source = -1, iter(())  # type: tuple[int, Iterator[Example]]
+        self._next_step, self._source = -1, iter(())  # type: tuple[int, Iterator[Example]]
 
     def batch(self, step: int) -> tuple[np.ndarray, Batch]:
         """(the weight of each slot's row, the batch whose index points into them)."""
-        size = self.layout.micro * self.layout.examples
-        if step != self._next:
-            self._source = itertools.islice(self._examples(), step * size, None)
-        self._next = step + 1
+        size = self.layout.num_micro_batches * self.layout.examples
+        if step != self._next_step:
+            self._source = itertools.islice(self._iterate_examples(), step * size, None)
+        self._next_step = step + 1
         examples = list(itertools.islice(self._source, size))
-        self.check(examples)
+        self.check_examples(examples)
         corpus, _ = self.tokenize(examples)
-        chosen = np.where(np.isin(np.arange(size), corpus.kept), np.arange(size), corpus.rows)
-        weights = np.array([self.weigh(example) for example in examples], float)
-        stream = batches.train_stream(corpus, lambda _: chosen, 1, self.layout)
+        indices = np.where(np.isin(np.arange(size), corpus.kept_indices), np.arange(size), corpus.num_examples)
+        weights = np.array([self.weight_of(example) for example in examples], float)
+        stream = batches.make_train_stream(corpus, lambda _: indices, 1, self.layout)
         return weights, stream.batch(0)
 
-    def _examples(self) -> Iterator[Example]:
+    def _iterate_examples(self) -> Iterator[Example]:
         """Rows for ever, those without a weight left out."""
         for epoch in itertools.count():
-            rows = self._checked(data.stream(self.rows.train, reading(self.rows)))
-            yield from _shuffled(rows, self.rows.shuffle_buffer, self.rows.seed + epoch)
+            rows = self._drop_leaks(data.stream_examples(self.config.train, make_data_options(self.config)))
+            yield from _shuffle_with_buffer(rows, self.config.shuffle_buffer, self.config.seed + epoch)
 
-    def _checked(self, rows: Iterator[Example]) -> Iterator[Example]:
+    def _drop_leaks(self, examples: Iterator[Example]) -> Iterator[Example]:
         any_left = False
-        for example in rows:
-            copy = self.trusted.get(data.gist(example))
-            if copy is not None and self.rows.leaks == "error":
+        for example in examples:
+            leaked_from = self.held_out_examples.get(data.hash_normalized_text(example))
+            if leaked_from is not None and self.config.leaks == "error":
                 raise ValueError(
-                    f"{example.where} also stands in the trusted rows, at {copy.where}. The validation loss would "
+                    f"{example.where} also stands in the trusted rows, at {leaked_from.where}. The validation loss would "
                     "reward copying it. Remove it, or set data.leaks to drop."
                 )
-            if copy is None and self.weigh(example) is not None:
+            if leaked_from is None and self.weight_of(example) is not None:
                 any_left = True
-                self.met.setdefault(example.id, example._replace(turns=(), rejected=()))
+                self.seen_examples.setdefault(example.id, example._replace(turns=(), rejected=()))
                 yield example
         if not any_left:
-            raise ValueError(f"{', '.join(self.rows.train)}: no row is left to train on.")
+            raise ValueError(f"{', '.join(self.config.train)}: no row is left to train on.")
 
 
-def _shuffled(rows: Iterator[Example], size: int, seed: int) -> Iterator[Example]:
+def _shuffle_with_buffer(examples: Iterator[Example], size: int, seed: int) -> Iterator[Example]:
     """Each row swaps places with a random one of the `size` before it; 0 leaves the order."""
     if not size:
-        yield from rows
+        yield from examples
         return
     rng: Any = np.random.default_rng(seed)
-    buffer = list(itertools.islice(rows, size))
-    for example in rows:
+    buffer = list(itertools.islice(examples, size))
+    for example in examples:
         place = int(rng.integers(size))
         yield buffer[place]
         buffer[place] = example

@@ -14,11 +14,11 @@ from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import audit, bench, partition, programs, rows, task
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.embedded import untrained
+from bilevel_jax.runs.embedded import resolve_builtin_untrained
 from bilevel_jax.runs.learn import data_order_seed
 from bilevel_jax.runs.programs import StepShapes
 from bilevel_jax.runs.sections import EstimateSection
-from bilevel_jax.runs.task import Task, Text
+from bilevel_jax.runs.task import Task, TokenizedData
 from bilevel_jax.runs.train import count_train_steps
 
 RunConfig = SelectConfig | TrainConfig
@@ -67,18 +67,18 @@ def resolve_run_config(config: RunConfig | CompareConfig | AuditConfig, options:
     return run
 
 
-def read_examples(config: Any, folder: Path) -> tuple[RunConfig, Text]:
+def read_examples(config: Any, folder: Path) -> tuple[RunConfig, TokenizedData]:
     """The rows of the run, as it would read them."""
-    ready_config = untrained(config, folder)
+    ready_config = resolve_builtin_untrained(config, folder)
     try:
-        return ready_config, task.read(ready_config, rows.load(ready_config.data))
+        return ready_config, task.tokenize_splits(ready_config, rows.load_splits(ready_config.data))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} Where data or a tokenizer are not here, --estimate.train-examples stands for them."
         ) from error
 
 
-def placeholder_text(config: RunConfig, options: EstimateSection) -> Text:
+def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedData:
     """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
     if not config.model.name_or_path or not (Path(config.model.name_or_path) / "config.json").is_file():
         raise FileNotFoundError(
@@ -86,7 +86,7 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> Text:
         )
     architecture = lm.read_config(config.model.name_or_path)
     sequences = 1 if config.objective.name == "sft" else 2
-    longest = task.limit(config, architecture)
+    longest = task.max_example_length(config, architecture)
     example = Example("", 0, (Turn("text", ""),), "", None, "", 0)
 
     def corpus(count: int) -> Corpus:
@@ -98,12 +98,12 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> Text:
     sizes = np.floor(np.array(config.data.split) * options.validation_examples).astype(int)
     parts = {
         part: [example] * int(size)
-        for part, size in zip(rows.PARTS, sizes, strict=True)
+        for part, size in zip(rows.PART_NAMES, sizes, strict=True)
         if size and config.data.validation
     }
-    examples_by_corpus = task.named([example] * options.train_examples, parts, streamed=config.data.streaming)
+    examples_by_corpus = task.group_by_corpus([example] * options.train_examples, parts, streaming=config.data.streaming)
     notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
-    return Text(
+    return TokenizedData(
         [example] * options.train_examples,
         parts,
         notes,
@@ -113,22 +113,22 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> Text:
     )
 
 
-def make_abstract_run(config: RunConfig, text: Text, command: str) -> AbstractRun:
+def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> AbstractRun:
     """The task of a text with parameters that are shapes only."""
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sharding_rules = partition.table(config.mesh.sharding_rules, mesh)
+    sharding_rules = partition.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     if config.objective.name == "dpo":
         text = text._replace(
-            corpora={name: corpus.with_reference(np.zeros(corpus.rows)) for name, corpus in text.corpora.items()}
+            corpora={name: corpus.with_reference_margins(np.zeros(corpus.num_examples)) for name, corpus in text.corpora.items()}
         )
-    base, fresh = task.abstract(config.model, config.lora, text.architecture, mesh, sharding_rules)
+    base, fresh = task.make_abstract_params(config.model, config.lora, text.architecture, mesh, sharding_rules)
     if isinstance(config, TrainConfig):
         steps, seeds, proximal = count_train_steps(config, len(text.examples)), [config.data.seed], 0.0
     else:
         steps, proximal = config.train.max_steps, config.outer.proximal
         seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
-    abstract_task = task.compose(
-        config, text, base, fresh, mesh, sharding_rules, steps=steps, seeds=seeds, prior=proximal
+    abstract_task = task.compose_text_task(
+        config, text, base, fresh, mesh, sharding_rules, num_steps=steps, seeds=seeds, proximal_strength=proximal
     )
     return AbstractRun(
         command,

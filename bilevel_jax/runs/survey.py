@@ -9,9 +9,9 @@ from jaxtyping import Int
 
 from bilevel_jax.lm import data, tokens
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.encode import joiner
-from bilevel_jax.lm.tokens import Corpus, Tokenized
-from bilevel_jax.lm.turns import shared
+from bilevel_jax.lm.encode import make_template_renderer
+from bilevel_jax.lm.tokens import Corpus, TokenizedSequence
+from bilevel_jax.lm.turns import count_shared_turns
 from bilevel_jax.runs.sections import DataSection
 
 NO_LENGTH_LIMIT = 1 << 40
@@ -19,7 +19,7 @@ NO_LENGTH_LIMIT = 1 << 40
 MAX_TOKENIZER_CALLS = 200
 """How often the tokenizer is asked while rows that it refuses are searched for."""
 
-TokenizedSequences = tuple[Tokenized, ...]
+TokenizedSequences = tuple[TokenizedSequence, ...]
 """The sequences of a row: one, or the chosen and the rejected side."""
 
 
@@ -81,7 +81,7 @@ class PartSurvey(NamedTuple):
     @property
     def lengths(self) -> Int[np.ndarray, "rows"]:
         """Tokens of each readable row before any cut; of a pair, those of its longer side."""
-        return self.corpus.lengths.reshape(-1, self.corpus.sequences).max(1)
+        return self.corpus.lengths.reshape(-1, self.corpus.sequences_per_example).max(1)
 
 
 class Duplicates(NamedTuple):
@@ -105,7 +105,7 @@ def survey_part(name: str, examples: Sequence[Example], tokenizer: Any, section:
     tokenized = tokenize_readable(examples, tokenizer, section)
     if not tokenized.indices:
         raise ValueError(tokenized.problems[0])
-    corpus = tokens.corpus_of([side for sides in tokenized.sequences for side in sides], len(tokenized.sequences[0]))
+    corpus = tokens.corpus_from_sequences([side for sides in tokenized.sequences for side in sides], len(tokenized.sequences[0]))
     overlong = [
         place for place, sides in enumerate(tokenized.sequences) if max(len(side.ids) for side in sides) > limit
     ]
@@ -142,15 +142,15 @@ def tokenize_readable(
 
     Texts, single answers and dialogues are sets of their own: a tokenizer may refuse all of one kind.
     """
-    template = section.template or tokens.TEMPLATE
-    joiner(template)  # a template that is wrong is wrong for every row
+    template = section.template or tokens.DEFAULT_TEMPLATE
+    make_template_renderer(template)  # a template that is wrong is wrong for every row
     sequences_by_index: dict[int, TokenizedSequences] = {}
     problems: dict[int, str] = {}
     merged = untried = tries = 0
     kinds: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         sides = [example, example._replace(turns=example.rejected)] if example.rejected else [example]
-        kinds.setdefault(min(map(data.kind_of, sides)), []).append(i)
+        kinds.setdefault(min(map(data.example_kind, sides)), []).append(i)
     waiting = [kinds[kind] for kind in sorted(kinds)]  # taken from the end: chat, refused most often, is last
     while waiting:
         group = waiting.pop()
@@ -163,9 +163,9 @@ def tokenize_readable(
                 [examples[i] for i in group],
                 tokenizer,
                 max_length=limit,
-                truncate=truncate,
+                truncation=truncate,
                 template=template,
-                supervise=section.train_on,
+                train_on=section.train_on,
             )
         except ValueError as error:
             if len(group) == 1:
@@ -175,7 +175,7 @@ def tokenize_readable(
             continue
         merged += report.merged
         sequences_by_index |= {
-            i: tuple(corpus.row(at, side) for side in range(corpus.sequences)) for at, i in enumerate(group)
+            i: tuple(corpus.get_sequence(at, side) for side in range(corpus.sequences_per_example)) for at, i in enumerate(group)
         }
     places = sorted(sequences_by_index)
     return TokenizedRows(
@@ -188,18 +188,18 @@ def find_duplicates(train: Sequence[Example], trusted: dict[str, list[Example]])
     trusted_examples = [row for part in trusted.values() for row in part]
     names = [part for part in trusted if trusted[part]]
     pairs = {
-        (item, other): data.leaks(trusted[item], trusted[other]) for item in names for other in names if item < other
+        (item, other): data.find_leaks(trusted[item], trusted[other]) for item in names for other in names if item < other
     }
     by_prompt: dict[str, list[Example]] = {}
     for example in train:
         by_prompt.setdefault(_normalize_prompt(example), []).append(example)
     by_prompt.pop("", None)
     trusted_by_prompt = {_normalize_prompt(example): example for example in reversed(trusted_examples)}
-    leaks = data.leaks(train, trusted_examples)
+    leaks = data.find_leaks(train, trusted_examples)
     leaked = {example.row for example, _ in leaks}
     return Duplicates(
-        train=data.duplicates(train),
-        trusted=data.duplicates(trusted_examples),
+        train=data.find_duplicates(train),
+        trusted=data.find_duplicates(trusted_examples),
         leaks=leaks,
         overlaps={parts: matches for parts, matches in pairs.items() if matches},
         repeated_prompts=[group for group in by_prompt.values() if len({_content_id(one) for one in group}) > 1],
@@ -227,15 +227,15 @@ def _compute_truncation_effects(
     if not overlong:
         return {}
     before = [tokenized.sequences[place] for place in overlong]
-    right = [tuple(Tokenized(side.ids[:limit], side.supervised[:limit]) for side in sides) for sides in before]
+    right = [tuple(TokenizedSequence(side.ids[:limit], side.target_mask[:limit]) for side in sides) for sides in before]
     left = tokenize_readable(examples, tokenizer, section, limit=limit, truncate="left")
-    none = [tuple(Tokenized(side.ids[:0], side.supervised[:0]) for side in sides) for sides in before]
+    none = [tuple(TokenizedSequence(side.ids[:0], side.target_mask[:0]) for side in sides) for sides in before]
     whole = sum(map(_count_targets, before))
     return {
         "right": TruncationEffect(
             dict(zip(overlong, right, strict=True)),
             whole - sum(map(_count_targets, right)),
-            sum(not all(side.supervised.any() for side in sides) for sides in right),
+            sum(not all(side.target_mask.any() for side in sides) for sides in right),
         ),
         "left": TruncationEffect(
             {overlong[i]: sides for i, sides in zip(left.indices, left.sequences, strict=True)},
@@ -247,7 +247,7 @@ def _compute_truncation_effects(
 
 
 def _count_targets(sides: TokenizedSequences) -> int:
-    return sum(int(side.supervised.sum()) for side in sides)
+    return sum(int(side.target_mask.sum()) for side in sides)
 
 
 # ---- BOS and EOS
@@ -266,10 +266,10 @@ def _check_bos(corpus: Corpus, tokenizer: Any) -> SpecialTokenCounts:
 def _check_eos(corpus: Corpus, tokenizer: Any) -> SpecialTokenCounts:
     """EOS: the last target of a row is one, and no answer holds two."""
     is_eos = corpus.ids == tokenizer.eos_token_id
-    before = np.concatenate([[False], corpus.supervised[:-1]])
+    before = np.concatenate([[False], corpus.target_mask[:-1]])
     before[corpus.offsets[:-1]] = False
-    answers = _count_per_sequence(corpus.supervised & ~before, corpus)
-    taught = _count_per_sequence(corpus.supervised & is_eos, corpus)
+    answers = _count_per_sequence(corpus.target_mask & ~before, corpus)
+    taught = _count_per_sequence(corpus.target_mask & is_eos, corpus)
     last = is_eos[corpus.offsets[1:] - 1]  # nothing stands behind the last target
     return SpecialTokenCounts(
         Counter(_count_per_sequence(is_eos, corpus).tolist()), _rows_where(~last | (taught > answers), corpus)
@@ -282,7 +282,7 @@ def _count_per_sequence(mask: np.ndarray, corpus: Corpus) -> np.ndarray:
 
 
 def _rows_where(odd: np.ndarray, corpus: Corpus) -> list[int]:
-    return np.flatnonzero(odd.reshape(-1, corpus.sequences).any(1)).tolist()
+    return np.flatnonzero(odd.reshape(-1, corpus.sequences_per_example).any(1)).tolist()
 
 
 # ---- copies
@@ -290,7 +290,7 @@ def _rows_where(odd: np.ndarray, corpus: Corpus) -> list[int]:
 
 def _normalize_prompt(example: Example) -> str:
     """What the response answers, without case and white space; empty for a text."""
-    at = shared(example.turns, example.rejected) if example.rejected else len(example.turns) - 1
+    at = count_shared_turns(example.turns, example.rejected) if example.rejected else len(example.turns) - 1
     return " ".join(" ".join(turn.content for turn in example.turns[:at]).casefold().split())
 
 

@@ -16,13 +16,13 @@ from bilevel_jax.lm import tokens
 from bilevel_jax.lm.data import Example
 from bilevel_jax.lm.encode import Tokenizer
 from bilevel_jax.lm.generate import Prompt
-from bilevel_jax.lm.prompts import ends, prompts
+from bilevel_jax.lm.prompts import find_end_tokens, make_prompts
 from bilevel_jax.runs import candidates
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.candidates import Question
-from bilevel_jax.runs.checkers import checker
+from bilevel_jax.runs.checkers import make_verifier
 from bilevel_jax.runs.config import RankConfig
-from bilevel_jax.runs.generation import generators
+from bilevel_jax.runs.generation import make_generator_factory
 from bilevel_jax.runs.session import Session
 from bilevel_jax.scores.requests import Rows, rows_of, shortened
 
@@ -52,9 +52,9 @@ class OwnAnswers(NamedTuple):
 def load_rank_model(config: RankConfig) -> RankModel:
     """The model and its tokenizer, on the mesh."""
     tokenizer = tokens.load_tokenizer(config.model.name_or_path)
-    architecture, params = lm.load(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
+    architecture, params = lm.load_model(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
     mesh = placing.make_mesh(config.mesh.data)
-    return RankModel(lm.decoder(architecture, remat="none"), tokenizer, placing.everywhere(mesh, params), mesh)
+    return RankModel(lm.make_decoder(architecture, remat="none"), tokenizer, placing.replicate(mesh, params), mesh)
 
 
 def collect_own_answers(
@@ -86,7 +86,7 @@ def collect_own_answers(
             )
     accepted = np.ones(len(questions), bool)
     if config.verifier.name:
-        judge = checker(config.verifier, [question.with_response(question.responses[0]) for question in questions])
+        judge = make_verifier(config.verifier, [question.with_response(question.responses[0]) for question in questions])
         pairs = zip(questions, texts, strict=True)
         accepted = np.array([judge(question.with_response(drafts[0]), drafts[0]) >= 0.5 for question, drafts in pairs])
         notes.append(
@@ -99,8 +99,8 @@ def collect_own_answers(
 def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
     """The questions as prompts, each by the id of its text: what is drawn does not depend on the strategies."""
     placeholder_examples = [question.with_response("yes") for question in questions]
-    question_prompts = prompts(
-        placeholder_examples, rank_model.tokenizer, template=config.data.template or tokens.TEMPLATE
+    question_prompts = make_prompts(
+        placeholder_examples, rank_model.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
     )
     return [prompt._replace(id=question.id) for prompt, question in zip(question_prompts, questions, strict=True)]
 
@@ -109,9 +109,9 @@ def tokenize_for_scoring(config: RankConfig, rank_model: RankModel, examples: li
     """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
     tokenizer = rank_model.tokenizer
     corpus, _ = tokens.tokenize(
-        examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.TEMPLATE
+        examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.DEFAULT_TEMPLATE
     )
-    end_tokens = {*ends(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
+    end_tokens = {*find_end_tokens(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
         tokenizer.unk_token_id
     }
     corpus, num_cut = shortened(corpus, end_tokens, config.rank.max_response_tokens)
@@ -129,7 +129,7 @@ def _generate_answers(
     session: Session,
 ) -> tuple[list[list[str]], int]:
     """The first usable answers to each question, and how many drawn before them were not."""
-    session.phase("answering")
+    session.set_phase("answering")
     pending = build_question_prompts(config, rank_model, questions)
     new, context = config.generate.max_new_tokens, rank_model.decoder.config.max_length
     for prompt, item in zip(pending, questions, strict=True):
@@ -139,7 +139,7 @@ def _generate_answers(
                 f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
                 f"{context - new} or less."
             )
-    generate = generators(config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session)(
+    generate = make_generator_factory(config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session)(
         rank_model.params
     )
     count = config.generate.num_generations

@@ -18,17 +18,17 @@ from bilevel_jax.core.transition import transition
 from bilevel_jax.core.types import PADDING, Batch, Fixed, Params, Problem, Stream, Transition
 from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.batches import Layout
+from bilevel_jax.lm.batches import BatchShape
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.features import features
+from bilevel_jax.lm.features import extract_features
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import files, partition, reference
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import InspectConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.objective import Objective, check_rows, objective
-from bilevel_jax.runs.optimizers import optimizer
-from bilevel_jax.runs.processes import fetch
-from bilevel_jax.runs.rows import Rows
+from bilevel_jax.runs.objective import Objective, build_objective, check_examples
+from bilevel_jax.runs.optimizers import build_optimizer
+from bilevel_jax.runs.processes import fetch_to_host
+from bilevel_jax.runs.rows import DataSplits
 from bilevel_jax.runs.sections import LoraSection, ModelSection
 
 
@@ -37,84 +37,84 @@ class Task(NamedTuple):
 
     examples: list[Example]
     """The rows that get weights: rows 0 .. N-1 of `corpus`."""
-    trusted: dict[str, list[Example]]
+    held_out_examples: dict[str, list[Example]]
     """V_fit (steers the weights; rows N .. of `corpus`), V_select (stops early), V_report (headline numbers)."""
     notes: list[str]
     """What loading found and a person should know: duplicates, leaks, truncation."""
     corpus: Corpus
-    held_out: dict[str, Stream]
+    held_out_streams: dict[str, Stream]
     architecture: lm.DecoderConfig
     decoder: lm.Decoder
     tokenizer: Any
-    base: Params | None
+    base_params: Params | None
     """The frozen base under LoRA; None where all parameters are trained."""
-    fresh: Callable[[int], Params]
+    init_params: Callable[[int], Params]
     """seed -> parameters at the start of training."""
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    step: Transition
-    steps: int
-    batch: int
+    train_step: Transition
+    num_steps: int
+    batch_size: int
     mesh: Mesh
-    layout: Layout
-    prior: bool
+    layout: BatchShape
+    has_proximal: bool
     groups: Int[np.ndarray, "groups size"] | None = None
     """Rows that stand side by side in every batch, for losses that compare them; None: rows are shuffled one by one."""
 
     @property
-    def rows(self) -> int:
+    def num_examples(self) -> int:
         """N, the size of the weight table."""
         return len(self.examples)
 
-    def fixed(self, start: Params) -> Fixed:
+    def frozen(self, start: Params) -> Fixed:
         """What the losses need beside the parameters; the start of training too where the prior is centred there."""
-        return {"base": self.base, "start": start if self.prior else None}
+        return {"base": self.base_params, "start": start if self.has_proximal else None}
 
-    def stream(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
+    def training_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
         """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights).
 
         The packed shape holds the orders of the outer loop only; other rows or seeds want packed=False.
         """
-        order = self.order(seed, chosen)
-        layout = self.layout if packed else self.layout.flat
-        own = placing.own(self.mesh, layout.rows)
-        return placing.placed(self.mesh, batches.train_stream(self.corpus, order, self.steps, layout, own=own))
+        order = self.data_order(seed, indices)
+        layout = self.layout if packed else self.layout.unpacked
+        local_slots = placing.local_rows(self.mesh, layout.rows)
+        return placing.place_stream(self.mesh, batches.make_train_stream(self.corpus, order, self.num_steps, layout, local_rows=local_slots))
 
-    def order(self, seed: int, chosen: Int[np.ndarray, "chosen"] | None = None) -> batches.Order:
+    def data_order(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> batches.BatchOrder:
         """step -> the corpus rows of its batch in `stream`."""
-        if chosen is None and self.groups is not None:
-            return batches.grouped(self.groups, self.corpus.rows, self.batch, seed)
-        return batches.subset(self.trainable() if chosen is None else chosen, self.corpus.rows, self.batch, seed)
+        if indices is None and self.groups is not None:
+            return batches.shuffled_group_order(self.groups, self.corpus.num_examples, self.batch_size, seed)
+        return batches.shuffled_subset_order(self.trainable_indices() if indices is None else indices, self.corpus.num_examples, self.batch_size, seed)
 
-    def summed(self, seed: int) -> Stream:
+    def full_pass_stream(self, seed: int) -> Stream:
         """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
-        chosen = self.trainable()
-        order = batches.subset(chosen, self.corpus.rows, self.batch, seed)
-        steps = batches.steps_per_epoch(len(chosen), self.batch)
-        flat = self.layout.flat
-        own = placing.own(self.mesh, flat.rows)
-        stream = batches.train_stream(self.corpus, order, steps, flat, total=len(chosen), own=own)
-        return placing.placed(self.mesh, stream)
+        indices = self.trainable_indices()
+        order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
+        steps = batches.steps_per_epoch(len(indices), self.batch_size)
+        flat = self.layout.unpacked
+        local_slots = placing.local_rows(self.mesh, flat.rows)
+        stream = batches.make_train_stream(self.corpus, order, steps, flat, total_examples=len(indices), local_rows=local_slots)
+        return placing.place_stream(self.mesh, stream)
 
-    def features(self) -> Float[np.ndarray, "rows features"]:
+    def example_features(self) -> Float[np.ndarray, "rows features"]:
         """Plain features of the rows with weights, for weights that extend to unseen rows."""
-        return features(self.examples, self.corpus)
+        return extract_features(self.examples, self.corpus)
 
-    def trainable(self) -> Int[np.ndarray, "kept"]:
+    def trainable_indices(self) -> Int[np.ndarray, "kept"]:
         """The rows with weights that were not dropped as too long."""
-        return self.corpus.kept[self.corpus.kept < self.rows]
+        return self.corpus.kept_indices[self.corpus.kept_indices < self.num_examples]
 
-    def fit_rows(self) -> Int[np.ndarray, "kept"]:
+    def validation_indices(self) -> Int[np.ndarray, "kept"]:
         """The corpus rows of V_fit."""
-        return self.corpus.kept[self.corpus.kept >= self.rows]
+        return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
 
-class Text(NamedTuple):
+class TokenizedData(NamedTuple):
     """The rows of a run as tokens."""
 
     examples: list[Example]
-    trusted: dict[str, list[Example]]
+    held_out_examples: dict[str, list[Example]]
     """The parts that have rows."""
     notes: list[str]
     tokenizer: Any
@@ -123,18 +123,18 @@ class Text(NamedTuple):
     """TOGETHER (unless training rows are streamed) and each part of the trusted rows."""
 
 
-TOGETHER = "training and V_fit"
+JOINT_CORPUS = "training and V_fit"
 """The corpus of the rows that get weights, with V_fit behind them."""
 
 
-def prepare(
+def prepare_text_task(
     config: SelectConfig | TrainConfig,
-    rows: Rows,
+    splits: DataSplits,
     folder: Path,
     *,
-    steps: int,
+    num_steps: int,
     seeds: Sequence[int],
-    prior: float = 0.0,
+    proximal_strength: float = 0.0,
 ) -> Task:
     """Tokenize the rows, load the model, and compose the bilevel problem.
 
@@ -143,227 +143,227 @@ def prepare(
     written into `folder`, and read from there when the run is resumed.
     """
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
-    split = partition.table(config.mesh.sharding_rules, mesh)
-    text = read(config, rows)
-    base, fresh = _parameters(config.model, config.lora, text.architecture, mesh, split)
+    sharding_rules = partition.parse_sharding_rules(config.mesh.sharding_rules, mesh)
+    tokenized_data = tokenize_splits(config, splits)
+    base_params, init_params = _load_params(config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules)
     if config.objective.name == "dpo":
-        start = base if base is not None else fresh(config.train.seed)
-        decoder = lm.decoder(text.architecture, gather=partition.gathering(mesh, split))
-        text = text._replace(corpora=_referenced(config, folder, text, decoder, start, mesh))
-    if left := partition.whole(mesh, split, fresh(config.train.seed) if base is None else base):
-        words = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(left)}: whole on every device."
-        text = text._replace(notes=[*text.notes, words])
-    return compose(config, text, base, fresh, mesh, split, steps=steps, seeds=seeds, prior=prior)
+        reference_params = base_params if base_params is not None else init_params(config.train.seed)
+        decoder = lm.make_decoder(tokenized_data.architecture, gather_params=partition.parameter_gatherer(mesh, sharding_rules))
+        tokenized_data = tokenized_data._replace(corpora=_attach_reference_margins(config, folder, tokenized_data, decoder, reference_params, mesh))
+    if unsharded := partition.find_unsharded(mesh, sharding_rules, init_params(config.train.seed) if base_params is None else base_params):
+        note = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(unsharded)}: whole on every device."
+        tokenized_data = tokenized_data._replace(notes=[*tokenized_data.notes, note])
+    return compose_text_task(config, tokenized_data, base_params, init_params, mesh, sharding_rules, num_steps=num_steps, seeds=seeds, proximal_strength=proximal_strength)
 
 
-def read(config: SelectConfig | TrainConfig, rows: Rows) -> Text:
+def tokenize_splits(config: SelectConfig | TrainConfig, splits: DataSplits) -> TokenizedData:
     """The rows as tokens of the model's tokenizer; checked against the objective."""
-    examples, trusted = rows.train, {part: some for part, some in rows.trusted.items() if some}
-    check_rows(config.objective, [*examples, *(row for some in trusted.values() for row in some)])
+    examples, held_out = splits.train, {part: part_examples for part, part_examples in splits.held_out.items() if part_examples}
+    check_examples(config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)])
     tokenizer, architecture = (
         tokens.load_tokenizer(config.model.name_or_path),
         lm.read_config(config.model.name_or_path),
     )
-    notes, corpora = list(rows.notes), {}
-    for name, some in named(examples, trusted, streamed=config.data.streaming).items():
-        corpora[name], report = tokenized(config, some, tokenizer, architecture)
+    notes, corpora = list(splits.notes), {}
+    for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
+        corpora[name], report = tokenize_examples(config, part_examples, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
-    return Text(examples, trusted, notes, tokenizer, architecture, corpora)
+    return TokenizedData(examples, held_out, notes, tokenizer, architecture, corpora)
 
 
-def named(
-    examples: list[Example], trusted: dict[str, list[Example]], *, streamed: bool = False
+def group_by_corpus(
+    examples: list[Example], held_out: dict[str, list[Example]], *, streaming: bool = False
 ) -> dict[str, list[Example]]:
     """The rows of each corpus of a `Text`."""
-    together = {} if streamed else {TOGETHER: examples + trusted.get("fit", [])}
-    return together | {f"V_{part}": some for part, some in trusted.items()}
+    joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("fit", [])}
+    return joint | {f"V_{part}": part_examples for part, part_examples in held_out.items()}
 
 
-def compose(
+def compose_text_task(
     config: SelectConfig | TrainConfig,
-    text: Text,
-    base: Params | None,
-    fresh: Callable[[int], Params],
+    tokenized_data: TokenizedData,
+    base_params: Params | None,
+    init_params: Callable[[int], Params],
     mesh: Mesh,
-    split: partition.Table,
+    sharding_rules: partition.ShardingRules,
     *,
-    steps: int,
+    num_steps: int,
     seeds: Sequence[int],
-    prior: float,
+    proximal_strength: float,
 ) -> Task:
     """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
-    corpora, longest = text.corpora, max((batches.longest(one) for one in text.corpora.values()), default=0)
-    compute = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
-    gather = partition.gathering(mesh, split)
-    decoder = lm.decoder(text.architecture, remat=config.model.remat, compute=compute, gather=gather)
+    corpora, longest = tokenized_data.corpora, max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0)
+    compute_dtype = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
+    gather_params = partition.parameter_gatherer(mesh, sharding_rules)
+    decoder = lm.make_decoder(tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params)
     if config.data.streaming:
         sequences = 1 if config.objective.name == "sft" else 2
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
-        each, places = (
+        micro_batch_size, num_positions = (
             config.train.global_batch_size // config.train.gradient_accumulation_steps,
-            limit(config, text.architecture) - 1,
+            max_example_length(config, tokenized_data.architecture) - 1,
         )
-        layout = batches.Layout(config.train.gradient_accumulation_steps, each, each * sequences, places, sequences)
+        layout = batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size * sequences, num_positions, sequences)
     else:
-        corpus = corpora[TOGETHER]
-        trainable = corpus.kept[corpus.kept < len(text.examples)]
-        orders = [batches.subset(trainable, corpus.rows, config.train.global_batch_size, seed) for seed in seeds]
-        layout = batches.layout(
+        corpus = corpora[JOINT_CORPUS]
+        trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
+        orders = [batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed) for seed in seeds]
+        layout = batches.fit_batch_shape(
             corpus,
             orders,
-            steps,
-            micro=config.train.gradient_accumulation_steps,
+            num_steps,
+            num_micro_batches=config.train.gradient_accumulation_steps,
             length=longest,
             packing=config.data.packing,
         )
-    layout = placing.fit_layout(mesh, layout)
-    own = placing.own(mesh, layout.flat.rows)
-    chosen = objective(config.objective, decoder, lora=base is not None)
-    problem = weighted(chosen.losses, prior=_prior(prior))
-    optimiser = optimizer(config.optimizer, steps)
+    layout = placing.align_layout(mesh, layout)
+    local_slots = placing.local_rows(mesh, layout.unpacked.rows)
+    run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
+    problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
+    run_optimizer = build_optimizer(config.optimizer, num_steps)
     return Task(
-        examples=text.examples,
-        trusted=text.trusted,
-        notes=text.notes,
+        examples=tokenized_data.examples,
+        held_out_examples=tokenized_data.held_out_examples,
+        notes=tokenized_data.notes,
         corpus=corpus,
-        held_out={
-            part: placing.kept(mesh, batches.evaluation_stream(corpora[f"V_{part}"], layout.flat, own=own))
-            for part in text.trusted
+        held_out_streams={
+            part: placing.cache_stream(mesh, batches.make_evaluation_stream(corpora[f"V_{part}"], layout.unpacked, local_rows=local_slots))
+            for part in tokenized_data.held_out_examples
         },
-        architecture=text.architecture,
+        architecture=tokenized_data.architecture,
         decoder=decoder,
-        tokenizer=text.tokenizer,
-        base=base,
-        fresh=fresh,
+        tokenizer=tokenized_data.tokenizer,
+        base_params=base_params,
+        init_params=init_params,
         problem=problem,
-        objective=chosen,
-        optimizer=optimiser,
-        step=transition(problem, optimiser),
-        steps=steps,
-        batch=layout.micro * layout.examples,
+        objective=run_objective,
+        optimizer=run_optimizer,
+        train_step=transition(problem, run_optimizer),
+        num_steps=num_steps,
+        batch_size=layout.num_micro_batches * layout.examples,
         mesh=mesh,
         layout=layout,
-        prior=prior > 0,
+        has_proximal=proximal_strength > 0,
     )
 
 
-def abstract(
-    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+def make_abstract_params(
+    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, sharding_rules: partition.ShardingRules
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
     dtype = jnp.dtype(model.param_dtype)
 
-    def whole(of: Any) -> Params:
-        return jax.eval_shape(lambda: lm.init(architecture, jax.random.key(0), dtype=of))
+    def model_shapes(dtype: Any) -> Params:
+        return jax.eval_shape(lambda: lm.init_params(architecture, jax.random.key(0), dtype=dtype))
 
     if model.from_scratch or lora.r == 0:
-        start = partition.shapes(mesh, split, whole(dtype))
+        start = partition.make_sharded_shapes(mesh, sharding_rules, model_shapes(dtype))
         return None, lambda seed: start
-    base = partition.shapes(mesh, split, whole(_base_dtype(model, lora)))
-    factors = partition.shapes(mesh, split, jax.eval_shape(lambda: _adapters(model, lora, architecture, 0)))
-    return base, lambda seed: factors
+    base_params = partition.make_sharded_shapes(mesh, sharding_rules, model_shapes(_base_dtype(model, lora)))
+    adapters = partition.make_sharded_shapes(mesh, sharding_rules, jax.eval_shape(lambda: _init_adapters(model, lora, architecture, 0)))
+    return base_params, lambda seed: adapters
 
 
-def tokenized(
+def tokenize_examples(
     config: SelectConfig | TrainConfig | InspectConfig,
     examples: Sequence[Example],
     tokenizer: Any,
     architecture: lm.DecoderConfig,
-) -> tuple[Corpus, tokens.Report]:
+) -> tuple[Corpus, tokens.TokenizationReport]:
     """The tokens of some rows, as every verb makes them."""
     return tokens.tokenize(
         examples,
         tokenizer,
-        max_length=limit(config, architecture),
-        truncate=config.data.truncation,
-        template=config.data.template or tokens.TEMPLATE,
-        supervise=config.data.train_on,
+        max_length=max_example_length(config, architecture),
+        truncation=config.data.truncation,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        train_on=config.data.train_on,
     )
 
 
-def limit(config: SelectConfig | TrainConfig | InspectConfig, architecture: lm.DecoderConfig) -> int:
+def max_example_length(config: SelectConfig | TrainConfig | InspectConfig, architecture: lm.DecoderConfig) -> int:
     """Tokens that an example may have."""
     return min(config.data.max_length, architecture.max_length)
 
 
-def _referenced(
-    config: SelectConfig | TrainConfig, folder: Path, text: Text, decoder: lm.Decoder, params: Params, mesh: Mesh
+def _attach_reference_margins(
+    config: SelectConfig | TrainConfig, folder: Path, tokenized_data: TokenizedData, decoder: lm.Decoder, params: Params, mesh: Mesh
 ) -> dict[str, Corpus]:
     """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
-    corpora, examples = text.corpora, named(text.examples, text.trusted, streamed=config.data.streaming)
-    made_by = reference.fingerprint(config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}")
-    stored = config.objective.reference or (folder / reference.NAME if (folder / reference.NAME).exists() else "")
-    log_p = losses.log_likelihoods(decoder)
+    corpora, examples = tokenized_data.corpora, group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=config.data.streaming)
+    model_fingerprint = reference.fingerprint_model_files(config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}")
+    stored_path = config.objective.reference or (folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else "")
+    log_likelihoods = losses.sequence_log_likelihoods(decoder)
 
-    def sides(params: Params, fixed: Fixed, batch: Batch) -> jax.Array:
-        return log_p(params, batch).reshape(-1, 2)
+    def pair_log_probs(params: Params, frozen: Fixed, batch: Batch) -> jax.Array:
+        return log_likelihoods(params, batch).reshape(-1, 2)
 
-    values: dict[str, np.ndarray] = {}
+    log_probs: dict[str, np.ndarray] = {}
     tables = []
     for name, corpus in corpora.items():
         if name == "V_fit":  # its rows were read behind the training rows
-            values[name] = values[TOGETHER][-corpus.rows :]
+            log_probs[name] = log_probs[JOINT_CORPUS][-corpus.num_examples :]
             continue
-        if stored:
-            values[name] = reference.read(stored, examples[name], corpus, made_by)
+        if stored_path:
+            log_probs[name] = reference.read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
         else:
-            flat = batches.Layout(
-                1, config.train.global_batch_size, 2 * config.train.global_batch_size, batches.longest(corpus), 2
+            flat = batches.BatchShape(
+                1, config.train.global_batch_size, 2 * config.train.global_batch_size, batches.padded_max_length(corpus), 2
             )
-            stream = placing.placed(mesh, batches.evaluation_stream(corpus, placing.fit_layout(mesh, flat)))
-            values[name] = per_row(sides, params, None, stream, corpus.rows)
-        tables.append(reference.table(examples[name], corpus, values[name], made_by))
-    files.write_table(folder / reference.NAME, pa.concat_tables(tables))
-    return {name: corpus.with_reference(reference.margins(values[name])) for name, corpus in corpora.items()}
+            stream = placing.place_stream(mesh, batches.make_evaluation_stream(corpus, placing.align_layout(mesh, flat)))
+            log_probs[name] = evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
+        tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
+    files.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
+    return {name: corpus.with_reference_margins(reference.reference_margins(log_probs[name])) for name, corpus in corpora.items()}
 
 
-def _prior(delta: float) -> Callable | None:
-    return proximal(delta, lambda fixed: fixed["start"]) if delta else None
+def _proximal_term(strength: float) -> Callable | None:
+    return proximal(strength, lambda frozen: frozen["start"]) if strength else None
 
 
-def per_row(
+def evaluate_per_example(
     function: Callable[[Params, Fixed, Batch], Float[jax.Array, "examples *rest"]],
     params: Params,
-    fixed: Fixed,
+    frozen: Fixed,
     stream: Stream,
-    rows: int,
+    num_examples: int,
 ) -> Float[np.ndarray, "rows *rest"]:
     """What `function` says of each row of a stream, by the row's index; nan for rows that the stream does not hold."""
-    compiled = _by_micro(function)
-    out: np.ndarray | None = None
+    compiled = _map_micro_batches(function)
+    example_values: np.ndarray | None = None
     for step in range(stream.steps):
         batch = stream.batch(step)
-        index, values = fetch(batch["index"]), fetch(compiled(params, fixed, batch))
-        if out is None:
-            out = np.full((rows, *values.shape[2:]), np.nan)
-        out[index[index != PADDING]] = values[index != PADDING]
-    assert out is not None  # a stream has at least one step
-    return out
+        index, values = fetch_to_host(batch["index"]), fetch_to_host(compiled(params, frozen, batch))
+        if example_values is None:
+            example_values = np.full((num_examples, *values.shape[2:]), np.nan)
+        example_values[index[index != PADDING]] = values[index != PADDING]
+    assert example_values is not None  # a stream has at least one step
+    return example_values
 
 
 @lru_cache(maxsize=8)
-def _by_micro(function: Callable) -> Callable:
+def _map_micro_batches(function: Callable) -> Callable:
     """`function` of each micro-batch, compiled; remembered, as a comparison reads the same again and again."""
-    return jax.jit(lambda params, fixed, batch: jax.lax.map(lambda micro: function(params, fixed, micro), batch))
+    return jax.jit(lambda params, frozen, batch: jax.lax.map(lambda micro: function(params, frozen, micro), batch))
 
 
-def _parameters(
-    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, split: partition.Table
+def _load_params(
+    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, sharding_rules: partition.ShardingRules
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters at the start), on the mesh."""
 
-    def fresh(seed: int) -> Params:
+    def init_params(seed: int) -> Params:
         if model.from_scratch:
-            return lm.init(architecture, jax.random.key(seed), dtype=jnp.dtype(model.param_dtype))
-        return _adapters(model, lora, architecture, seed)
+            return lm.init_params(architecture, jax.random.key(seed), dtype=jnp.dtype(model.param_dtype))
+        return _init_adapters(model, lora, architecture, seed)
 
     if model.from_scratch:
-        return None, lambda seed: partition.partitioned(mesh, split, fresh(seed))
-    place = partition.placing(mesh, split)
-    _, loaded = lm.load(model.name_or_path, dtype=_base_dtype(model, lora), place=place)
+        return None, lambda seed: partition.shard_tree(mesh, sharding_rules, init_params(seed))
+    place = partition.parameter_placer(mesh, sharding_rules)
+    _, loaded = lm.load_model(model.name_or_path, dtype=_base_dtype(model, lora), place=place)
     if lora.r == 0:
         return None, lambda seed: loaded
-    return loaded, lambda seed: partition.partitioned(mesh, split, fresh(seed))
+    return loaded, lambda seed: partition.shard_tree(mesh, sharding_rules, init_params(seed))
 
 
 def _base_dtype(model: ModelSection, lora: LoraSection) -> Any:
@@ -371,12 +371,12 @@ def _base_dtype(model: ModelSection, lora: LoraSection) -> Any:
     return jnp.bfloat16 if lora.r and model.base_dtype == "bfloat16" else jnp.dtype(model.param_dtype)
 
 
-def _adapters(model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, seed: int) -> Params:
+def _init_adapters(model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, seed: int) -> Params:
     return lm.init_lora(
         architecture,
         jax.random.key(seed),
         rank=lora.r,
         alpha=lora.alpha,
-        targets=lora.target_modules,
+        target_modules=lora.target_modules,
         dtype=jnp.dtype(model.param_dtype),
     )

@@ -21,13 +21,13 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.config import TrainConfig
 from bilevel_jax.runs.diagnosis import find_first_nonfinite
-from bilevel_jax.runs.embedded import embedded
-from bilevel_jax.runs.objective import check_rows
-from bilevel_jax.runs.optimizers import schedule
+from bilevel_jax.runs.embedded import resolve_builtin
+from bilevel_jax.runs.objective import check_examples
+from bilevel_jax.runs.optimizers import learning_rate_schedule
 from bilevel_jax.runs.reweighting import Reweighting
-from bilevel_jax.runs.session import Session, run_folder, started
-from bilevel_jax.runs.streamed import Streamed
-from bilevel_jax.runs.task import Task, per_row, prepare, tokenized
+from bilevel_jax.runs.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.streamed import StreamingBatches
+from bilevel_jax.runs.task import Task, evaluate_per_example, prepare_text_task, tokenize_examples
 from bilevel_jax.runs.training import check_finite, describe_example
 
 LOSS_SYNC_STEPS = 10
@@ -78,34 +78,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
     """
-    with run_folder(config) as folder:
-        resolved = embedded(config, folder)
-        dataset = rows.load(resolved.data)
+    with open_run_dir(config) as folder:
+        resolved = resolve_builtin(config, folder)
+        dataset = rows.load_splits(resolved.data)
         if config.weights.score:
-            scoring.check(config.weights.score, holdout=bool(dataset.trusted["fit"]))
+            scoring.check_score_name(config.weights.score, holdout=bool(dataset.held_out["fit"]))
         loaded_weights = (
-            weights.given(resolved.weights, dataset.train) if dataset.train else weights.unknown(resolved.weights)
+            weights.load_weights(resolved.weights, dataset.train) if dataset.train else weights.describe_unread_weights(resolved.weights)
         )
         kept_examples = [
-            example for example, is_kept in zip(dataset.train, loaded_weights.kept, strict=True) if is_kept
+            example for example, is_kept in zip(dataset.train, loaded_weights.keep_mask, strict=True) if is_kept
         ]
         steps = count_train_steps(config, len(kept_examples))
-        task = prepare(resolved, dataset._replace(train=kept_examples), folder, steps=steps, seeds=[config.data.seed])
-        if config.train.load_best and "select" not in task.held_out:
+        task = prepare_text_task(resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed])
+        if config.train.load_best and "select" not in task.held_out_streams:
             raise ValueError("train.load_best chooses by V_select, which has no rows: give data.validation or .select.")
-        with started(config, folder) as session:
+        with start_session(config, folder) as session:
             measured.predict_usage(task, config, session)
-            example_weights = loaded_weights.weights[loaded_weights.kept]
+            example_weights = loaded_weights.weights[loaded_weights.keep_mask]
             reweighting = Reweighting(task, config, session) if config.weights.score else None
             loaded_weights = loaded_weights._replace(source=reweighting.source) if reweighting else loaded_weights
             for note in [
                 *task.notes,
                 f"weights: {loaded_weights.source}{'' if reweighting else _describe_weights(example_weights)}.",
             ]:
-                session.say(note)
+                session.print_line(note)
             if reweighting:
                 training_result = _run_training(task, config, _scored_weights_input(task, config, reweighting), session)
-                example_weights = reweighting.received().weights
+                example_weights = reweighting.summarize_weights().weights
             elif not config.data.streaming:
                 training_result = _run_training(
                     task, config, _constant_weights_input(task, config, example_weights), session
@@ -113,8 +113,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             else:
                 training_input, example_stream = _streaming_input(task, resolved)
                 training_result = _run_training(task, config, training_input, session)
-                task = task._replace(examples=list(example_stream.met.values()))
-                example_weights = np.array([example_stream.weigh(example) for example in task.examples], float)
+                task = task._replace(examples=list(example_stream.seen_examples.values()))
+                example_weights = np.array([example_stream.weight_of(example) for example in task.examples], float)
             return _write_outputs(
                 task, config, loaded_weights, example_weights, reweighting, training_result, session, folder
             )
@@ -129,38 +129,38 @@ def count_train_steps(config: TrainConfig, num_examples: int) -> int:
 
 def _constant_weights_input(task: Task, config: TrainConfig, example_weights: np.ndarray) -> TrainingInput:
     """One weight for each row, from the beginning to the end."""
-    hyper = placing.table(task.mesh, example_weights.astype(config.model.param_dtype))
-    stream = task.stream(config.data.seed)
+    hyper = placing.place_table(task.mesh, example_weights.astype(config.model.param_dtype))
+    stream = task.training_stream(config.data.seed)
     return TrainingInput(lambda step: (hyper, stream.batch(step)), task.problem)
 
 
 def _scored_weights_input(task: Task, config: TrainConfig, reweighting: Reweighting) -> TrainingInput:
     """The weights that a score gives to the rows of each step."""
-    stream = task.stream(config.data.seed)
+    stream = task.training_stream(config.data.seed)
     return TrainingInput(
-        lambda step: (reweighting.hyper(step), stream.batch(step)),
+        lambda step: (reweighting.step_weights(step), stream.batch(step)),
         reweighting.problem,
-        reweighting.renew,
-        reweighting.starts,
+        reweighting.update_scores,
+        reweighting.refresh_steps,
     )
 
 
-def _streaming_input(task: Task, config: TrainConfig) -> tuple[TrainingInput, Streamed]:
+def _streaming_input(task: Task, config: TrainConfig) -> tuple[TrainingInput, StreamingBatches]:
     """Rows that are read as training goes, with their weights; and what reads them."""
     dtype = config.model.param_dtype
-    example_stream = Streamed(
+    example_stream = StreamingBatches(
         config.data,
         task.layout,
-        weigh=weights.by_row(config.weights),
-        tokenize=lambda examples: tokenized(config, examples, task.tokenizer, task.architecture),
-        check=lambda examples: check_rows(config.objective, examples),
-        trusted=[example for part in task.trusted.values() for example in part],
+        weight_of=weights.make_weight_function(config.weights),
+        tokenize=lambda examples: tokenize_examples(config, examples, task.tokenizer, task.architecture),
+        check_examples=lambda examples: check_examples(config.objective, examples),
+        held_out_examples=[example for part in task.held_out_examples.values() for example in part],
     )
 
     def batch_at(step: int) -> tuple[Hyper, Batch]:
         hyper, batch = example_stream.batch(step)
-        device_stream = placing.placed(task.mesh, Stream(lambda _: batch, 1))
-        return placing.everywhere(task.mesh, jnp.asarray(hyper, dtype)), device_stream.batch(0)
+        device_stream = placing.place_stream(task.mesh, Stream(lambda _: batch, 1))
+        return placing.replicate(task.mesh, jnp.asarray(hyper, dtype)), device_stream.batch(0)
 
     return TrainingInput(batch_at, task.problem), example_stream
 
@@ -172,21 +172,21 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
     if config.train.max_nonfinite_steps:  # the step then leaves the parameters and the optimiser's state as they are
         optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=config.train.max_nonfinite_steps)
     step = descent(training_input.problem, optimizer)
-    rates = np.asarray(jax.vmap(schedule(config.optimizer, task.steps))(jnp.arange(task.steps)), float)
+    rates = np.asarray(jax.vmap(learning_rate_schedule(config.optimizer, task.num_steps))(jnp.arange(task.num_steps)), float)
     evaluator = _make_evaluator(task)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
-    params = jax.tree.map(jnp.copy, task.fresh(config.train.seed))
-    start = placing.settled(task.mesh, begin(optimizer, params))
+    params = jax.tree.map(jnp.copy, task.init_params(config.train.seed))
+    start = placing.replicate_unplaced(task.mesh, begin(optimizer, params))
     progress = TrainCheckpoint(start, jax.tree.map(jnp.copy, params) if load_best else ())
-    frozen = task.fixed(params)
+    frozen = task.frozen(params)
     records: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
-    if restored := checkpoint.restore(folder, progress):
+    if restored := checkpoint.restore_checkpoint(folder, progress):
         progress, records = restored.tree, restored.meta["records"]
         tokens, seconds = restored.meta["tokens"], restored.meta["seconds"]
     state, best = progress
     resumed = int(state.step)
-    session.phase("training", total=float(task.steps))
+    session.set_phase("training", total=float(task.num_steps))
     session.advance(resumed)
 
     def evaluate(reached: int) -> None:
@@ -196,11 +196,11 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
             best = jax.tree.map(jnp.copy, state.params)
         records.append(record)
         session.log.write({"event": "evaluated", **record})
-        session.say(_format_evaluation(record, task.objective.unit))
+        session.print_line(_format_evaluation(record, task.objective.loss_unit))
 
     def explain(broken: int) -> str:
-        saved = checkpoint.restore(folder, progress)
-        began = saved.tree.state if saved else begin(optimizer, task.fresh(config.train.seed))
+        saved = checkpoint.restore_checkpoint(folder, progress)
+        began = saved.tree.state if saved else begin(optimizer, task.init_params(config.train.seed))
         return find_first_nonfinite(
             training_input.problem, optimizer, task.objective.losses, began, broken, frozen, training_input.batch_at,
             (lambda slot: f"row {slot + 1} of the batch") if config.data.streaming else lambda row: describe_example(task, row),
@@ -209,12 +209,12 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
     def count_skipped() -> int:
         return int(state.opt.total_notfinite) if config.train.max_nonfinite_steps else 0
 
-    if not records and task.held_out:
+    if not records and task.held_out_streams:
         evaluate(0)
     losses: dict[int, jax.Array] = {}
     counts: list[jax.Array] = []
     began, token_rate = time.monotonic(), _TokenRate()
-    for index in range(resumed, task.steps):
+    for index in range(resumed, task.num_steps):
         seconds += time.monotonic() - began
         training_input.update_weights(index, state.params)
         began = time.monotonic()
@@ -226,16 +226,16 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
         session.advance()
         reached, due = (
             index + 1,
-            session.due() or index + 1 in training_input.update_steps,
+            session.should_save() or index + 1 in training_input.update_steps,
         )  # making scores may be stopped, too
-        last = reached == task.steps
+        last = reached == task.num_steps
         if due or last or reached % LOSS_SYNC_STEPS == 0 or reached % eval_steps == 0:
             skipped = count_skipped()
             values = check_finite(
                 task, losses, explain, state.params, allow_nonfinite=0 < skipped <= config.train.max_nonfinite_steps
             )
             if skipped_steps := [at for at, loss in values.items() if not math.isfinite(loss)]:
-                session.say(
+                session.print_line(
                     f"left out, as the loss was not finite: step {', '.join(map(str, skipped_steps))} ({skipped} so far)"
                 )
             new_tokens = sum(int(count[0]) for count in counts)
@@ -252,15 +252,15 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
             token_rate.add(new_tokens)
             losses.clear()
             counts.clear()
-        if task.held_out and (last or reached % eval_steps == 0):
+        if task.held_out_streams and (last or reached % eval_steps == 0):
             seconds += time.monotonic() - began
             evaluate(reached)
             began = time.monotonic()
             token_rate.pause()
         if due or last:
             meta = {"records": records, "tokens": tokens, "seconds": seconds + time.monotonic() - began}
-            checkpoint.save(folder, reached, TrainCheckpoint(state, best), meta)
-            session.saved()
+            checkpoint.save_checkpoint(folder, reached, TrainCheckpoint(state, best), meta)
+            session.mark_saved()
     seconds += time.monotonic() - began
     final_params = best if load_best else state.params
     return TrainingResult(
@@ -299,14 +299,14 @@ def _make_evaluator(task: Task):
     value = outer_value(task.problem)
 
     def evaluate(params: Params, frozen: Any, *, full: bool) -> dict[str, Any]:
-        losses = {part: float(value(params, frozen, stream)) for part, stream in task.held_out.items()}
+        losses = {part: float(value(params, frozen, stream)) for part, stream in task.held_out_streams.items()}
         accuracy = None
         if full:
             accuracy = {
                 part: float(
-                    np.nanmean(per_row(task.objective.accuracy, params, frozen, stream, len(task.trusted[part])))
+                    np.nanmean(evaluate_per_example(task.objective.accuracy, params, frozen, stream, len(task.held_out_examples[part])))
                 )
-                for part, stream in task.held_out.items()
+                for part, stream in task.held_out_streams.items()
             }
         return {"loss": losses, "accuracy": accuracy}
 
@@ -316,15 +316,15 @@ def _make_evaluator(task: Task):
 def _write_outputs(
     task: Task,
     config: TrainConfig,
-    loaded_weights: weights.Given,
+    loaded_weights: weights.LoadedWeights,
     example_weights: np.ndarray,
     reweighting: Reweighting | None,
     training_result: TrainingResult,
     session: Session,
     folder: Path,
 ) -> dict[str, Any]:
-    session.phase("writing")
-    files.write_table(
+    session.set_phase("writing")
+    files.write_parquet(
         folder / "weights.parquet", outputs.train_weights_table(task, config, example_weights, loaded_weights.source)
     )
     outputs.write_model(
@@ -334,21 +334,21 @@ def _write_outputs(
     best = min(records, key=lambda record: record["loss"]["select"]) if config.train.load_best else None
     ends = {"before": records[0], "after": training_result.final_metrics} if records else {}
     result = {
-        "steps": task.steps,
-        "epochs": task.steps * task.batch / task.rows  # streamed: no step is cut short at the end of an epoch
+        "steps": task.num_steps,
+        "epochs": task.num_steps * task.batch_size / task.num_examples  # streamed: no step is cut short at the end of an epoch
         if config.data.streaming
-        else task.steps / batches.steps_per_epoch(len(task.trainable()), task.batch),
+        else task.num_steps / batches.steps_per_epoch(len(task.trainable_indices()), task.batch_size),
         "batch": config.train.global_batch_size,
-        "rows": {"train": task.rows, **{part: len(examples) for part, examples in task.trusted.items()}},
+        "rows": {"train": task.num_examples, **{part: len(examples) for part, examples in task.held_out_examples.items()}},
         "objective": config.objective.name,
-        "unit": task.objective.unit,
-        "right": task.objective.right,
+        "unit": task.objective.loss_unit,
+        "right": task.objective.accuracy_name,
         "parts": {
             part: {
                 when: {"loss": record["loss"][part], "accuracy": record["accuracy"][part]}
                 for when, record in ends.items()
             }
-            for part in task.held_out
+            for part in task.held_out_streams
         },
         "best": {"step": best["step"], "part": "select"} if best else None,
         "kept": "best" if config.train.load_best else "last",
@@ -363,9 +363,9 @@ def _write_outputs(
             "ess": float(example_weights.sum() ** 2 / (example_weights**2).sum()),
             "mean": float(example_weights.mean()),
             "zero": int((example_weights == 0).sum()),
-            "missing": loaded_weights.missing,
+            "missing": loaded_weights.num_missing,
         },
-        "scoring": reweighting.told(training_result.seconds) if reweighting else None,
+        "scoring": reweighting.to_result(training_result.seconds) if reweighting else None,
         "records": records,
         "notes": task.notes
         + ([f"{training_result.num_skipped} steps were left out: not finite."] if training_result.num_skipped else []),
@@ -373,11 +373,11 @@ def _write_outputs(
         "config_hash": configs.config_hash(config),
         "estimate": measured.predict_usage(task, config, session),
         "measured": measured.measure_usage(
-            task, folder, training_steps=session.work, seconds=training_result.seconds, timed_steps=task.steps
+            task, folder, training_steps=session.work_done, seconds=training_result.seconds, timed_steps=task.num_steps
         ),
     }
     files.write_atomic(folder / "result.json", json.dumps(result, indent=1))
-    processes.by_first(lambda: train_report.write_train_report(folder, task.examples))
+    processes.run_on_first_process(lambda: train_report.write_train_report(folder, task.examples))
     return result
 
 

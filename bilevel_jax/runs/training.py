@@ -14,7 +14,7 @@ from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.transition import begin, train
 from bilevel_jax.core.types import Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
 from bilevel_jax.core.unrolled import Sweeper, sweeper
-from bilevel_jax.lm.models import balance
+from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs import checkpoint, processes, states
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
@@ -55,7 +55,7 @@ class Trainer:
         self.task, self.outer, self.session = task, outer, session
         self.folder: Path = session.folder / "checkpoints" / "inner"
         split = dict(task.mesh.shape).get("fsdp", 1) > 1
-        if outer.method == "implicit" and split and processes.several() and jax.default_backend() == "cpu":
+        if outer.method == "implicit" and split and processes.is_multiprocess() and jax.default_backend() == "cpu":
             raise ValueError(
                 "outer.method = implicit with mesh.fsdp above 1 can hang in several processes on CPUs: the "
                 "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
@@ -65,13 +65,13 @@ class Trainer:
         if outer.method in ("unrolled", "window"):
             on_step = lambda step: session.advance(REPLAY_WORK + HVP_WORK)  # noqa: E731
             on_replay = lambda step: self._pause()  # noqa: E731
-            self._backward_pass = sweeper(task.problem, task.step, window=window, on_step=on_step, on_replay=on_replay)
+            self._backward_pass = sweeper(task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay)
         self._pause: Callable[[], None] = lambda: None
         """Saves the sweep at hand, if it is time to."""
 
     def init_state(self, params: Params) -> Inner:
         """The state before the first step."""
-        return placing.settled(self.task.mesh, begin(self.task.optimizer, params))
+        return placing.replicate_unplaced(self.task.mesh, begin(self.task.optimizer, params))
 
     def run(
         self,
@@ -95,11 +95,11 @@ class Trainer:
             def linearization_size() -> float:
                 batch = stream.batch(0)
                 return states.linearization_bytes(
-                    task.step, start, task.step.take(weights, batch), task.fixed(start.params), batch
+                    task.train_step, start, task.train_step.take(weights, batch), task.frozen(start.params), batch
                 )
 
             plan = states.plan_checkpoints(
-                self.outer, task.steps, start, task.base, linearization_size=linearization_size
+                self.outer, task.num_steps, start, task.base_params, linearization_size=linearization_size
             )
             snapshots = states.make_state_store(self.outer, self.folder / "states", start, resume=restored is not None)
         if restored is not None:
@@ -115,7 +115,7 @@ class Trainer:
             origin = snapshots[max(before)] if before else start
             return find_first_nonfinite(
                 task.problem, task.optimizer, task.objective.losses, origin, step,
-                task.fixed(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
+                task.frozen(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
             )  # fmt: skip
 
         def on_step(state: Inner, info: Info) -> None:
@@ -123,17 +123,17 @@ class Trainer:
             losses[steps_done] = info.loss
             steps_done += 1
             session.advance()
-            due = session.due()
+            due = session.should_save()
             if due or steps_done % FINITE_CHECK_INTERVAL == 0:  # not at every step: reading a loss waits for the device
                 check_finite(task, losses, explain, state.params)
                 losses.clear()
             if due:
                 if outer_step is not None:
                     self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
-                session.saved()
+                session.mark_saved()
 
         run = train(
-            task.step, start, weights, task.fixed(start.params), stream, keep=plan, since=self._first_backward_step, snapshots=snapshots,
+            task.train_step, start, weights, task.frozen(start.params), stream, keep=plan, since=self._first_backward_step, snapshots=snapshots,
             resume=None if restored is None else restored.checkpoint.state, on_step=on_step,
         )  # fmt: skip
         check_finite(task, losses, explain, run.end.params)
@@ -147,15 +147,15 @@ class Trainer:
 
         def on_step(state: Inner, info: Info) -> None:
             session.advance()
-            session.check()
+            session.check_signals()
 
-        run = train(task.step, start, weights, task.fixed(start.params), stream, keep=schedule.NOTHING, on_step=on_step)
-        return float(loss_fn(run.end.params, task.fixed(start.params), validation))
+        run = train(task.train_step, start, weights, task.frozen(start.params), stream, keep=schedule.NOTHING, on_step=on_step)
+        return float(loss_fn(run.end.params, task.frozen(start.params), validation))
 
     def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, outer_step: int | None = None) -> Estimate:
         """The hypergradient of L_v on V_fit by the configured method."""
-        task, fixed = self.task, self.task.fixed(run.start.params)
-        validation = task.held_out["fit"]
+        task, fixed = self.task, self.task.frozen(run.start.params)
+        validation = task.held_out_streams["fit"]
         if self._backward_pass is None:
             return self.estimate_at_end(run, weights)
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
@@ -166,10 +166,10 @@ class Trainer:
             backward_state = self._backward_pass.begin(run, weights, fixed, validation)
 
         def pause() -> None:
-            if self.session.due():
+            if self.session.should_save():
                 if outer_step is not None:
                     self._save_mid_step(outer_step, run.end, run.snapshots, backward_state)
-                self.session.saved()
+                self.session.mark_saved()
 
         self._pause = pause
         while not self._backward_pass.done(run, backward_state):
@@ -193,21 +193,21 @@ class Trainer:
         `summed` (default: all rows, read anew in each pass) and `validation` (default: V_fit) take their places.
         """
         task, outer = self.task, self.outer
-        fixed = task.fixed(run.start.params)
-        train_stream = train_stream or task.summed(seed=0)
-        validation = validation or task.held_out["fit"]
+        fixed = task.frozen(run.start.params)
+        train_stream = train_stream or task.full_pass_stream(seed=0)
+        validation = validation or task.held_out_streams["fit"]
         if alignment or outer.method == "alignment":
             estimator = self._alignment
         else:
             # A LoRA product has many factorings; a prior on the factors singles out the balanced one.
-            params = balance(run.end.params) if task.base is not None else run.end.params
+            params = balance_adapters(run.end.params) if task.base_params is not None else run.end.params
             run = run._replace(end=run.end._replace(params=params))
             estimator = self._implicit
         self.session.advance(2 * train_stream.steps)
         estimate = estimator(run, weights, fixed, train_stream, validation)
         if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
             self.session.advance(HVP_WORK * estimate.checks.steps * estimate.checks.batches)
-        if task.base is None or alignment:
+        if task.base_params is None or alignment:
             return estimate
         # The prior's centre is not balanced along, so its slope, and with it the gap, would depend on the factoring.
         return estimate._replace(checks=estimate.checks._replace(gap=float("nan")))
@@ -224,19 +224,19 @@ class Trainer:
     def _curvature_product(self) -> curvature.Product:
         if self.outer.curvature == "hessian":
             return curvature.hessian(self.task.problem)
-        return curvature.gauss_newton(self.task.problem, self.task.objective.loss)
+        return curvature.gauss_newton(self.task.problem, self.task.objective.composite_loss)
 
     # ---- saving in the middle
 
     @property
     def _first_backward_step(self) -> int:
         """The step at which sweeps end."""
-        return self.task.steps - states.num_backward_steps(self.outer, self.task.steps)
+        return self.task.num_steps - states.num_backward_steps(self.outer, self.task.num_steps)
 
     def _empty_backward_state(self, start: Inner, weights: jax.Array) -> Sweep:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         adjoint = Adjoint(start.params, tree.inexact(start.opt))
-        return placing.settled(self.task.mesh, Sweep(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True)))
+        return placing.replicate_unplaced(self.task.mesh, Sweep(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True)))
 
     def _save_mid_step(
         self, outer_step: int, state: Inner, snapshots: MutableMapping[int, Inner], backward_state: Sweep
@@ -246,14 +246,14 @@ class Trainer:
         if isinstance(snapshots, states.DiskStore):
             snapshots.wait_until_written()
         midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
-        checkpoint.save(self.folder, outer_step, midway, {"kept": steps}, keep=1)
+        checkpoint.save_checkpoint(self.folder, outer_step, midway, {"kept": steps}, max_to_keep=1)
 
     def _load_mid_step(self, outer_step: int, start: Inner, weights: jax.Array) -> "RestoredMidStep | None":
-        meta = checkpoint.meta(self.folder, outer_step)
+        meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
         if meta is None:
             return None
         like = MidStepCheckpoint(start, [start] * len(meta["kept"]), self._empty_backward_state(start, weights))
-        restored = checkpoint.restore(self.folder, like, outer_step)
+        restored = checkpoint.restore_checkpoint(self.folder, like, outer_step)
         return restored and RestoredMidStep(
             restored.tree, dict(zip(meta["kept"], restored.tree.snapshots, strict=True))
         )
@@ -284,7 +284,7 @@ def check_finite(
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step
     raise FloatingPointError(
-        f"{what} at step {last} of {task.steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.max_grad_norm, "
+        f"{what} at step {last} of {task.num_steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.max_grad_norm, "
         "or look at these rows. The last good checkpoint is kept: --resume goes on from it."
     )
 
@@ -294,8 +294,8 @@ _all_finite = jax.jit(tree.finite)
 
 def describe_example(task: Task | ArrayTask, index: int) -> str:
     """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
-    fit = index - task.rows
-    example = task.examples[index] if fit < 0 else task.trusted["fit"][fit]
+    fit = index - task.num_examples
+    example = task.examples[index] if fit < 0 else task.held_out_examples["fit"][fit]
     where = getattr(example, "where", "")
     identity = getattr(example, "id", str(index))
     return f"{identity} ({where})" if where else identity

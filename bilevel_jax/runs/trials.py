@@ -10,18 +10,18 @@ import numpy as np
 
 from bilevel_jax.core.unrolled import outer_value
 from bilevel_jax.lm import data
-from bilevel_jax.lm.losses import assemble
-from bilevel_jax.lm.prompts import prompts
-from bilevel_jax.lm.tokens import TEMPLATE
+from bilevel_jax.lm.losses import assemble_params
+from bilevel_jax.lm.prompts import make_prompts
+from bilevel_jax.lm.tokens import DEFAULT_TEMPLATE
 from bilevel_jax.runs import rows
 from bilevel_jax.runs.candidates import StrategyResponses, draw_blocks
-from bilevel_jax.runs.checkers import checker
+from bilevel_jax.runs.checkers import make_verifier
 from bilevel_jax.runs.config import RankConfig, SelectConfig
-from bilevel_jax.runs.generation import generators
+from bilevel_jax.runs.generation import make_generator_factory
 from bilevel_jax.runs.sections import OuterSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.statistics import mean_interval
-from bilevel_jax.runs.task import Task, prepare
+from bilevel_jax.runs.task import Task, prepare_text_task
 from bilevel_jax.runs.training import Trainer
 
 
@@ -36,29 +36,29 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
     task, select_config = _prepare_trial_task(config, strategy_responses, session)
     trainer, count = Trainer(task, select_config.outer, session), config.rank.train_examples
     indices_by_strategy = {
-        name: task.trainable()[np.isin(task.trainable(), np.arange(at * count, (at + 1) * count))]
+        name: task.trainable_indices()[np.isin(task.trainable_indices(), np.arange(at * count, (at + 1) * count))]
         for at, name in enumerate(strategy_responses.strategies)
     }
-    session.phase("training", total=session.work + len(indices_by_strategy) * config.rank.train_seeds * task.steps)
+    session.set_phase("training", total=session.work_done + len(indices_by_strategy) * config.rank.train_seeds * task.num_steps)
     started = time.monotonic()
     train_and_score = partial(_run_trial, config, task, trainer, session)
-    before = session.once("trials/before", partial(train_and_score, None, 0))
+    before = session.run_once("trials/before", partial(train_and_score, None, 0))
     lines = []
     for name, indices in indices_by_strategy.items():
-        session.phase(f"training on {name}")
+        session.set_phase(f"training on {name}")
         seeds = range(config.rank.train_seeds)
-        runs = [session.once(f"trials/{name}/{seed}", partial(train_and_score, indices, seed)) for seed in seeds]
+        runs = [session.run_once(f"trials/{name}/{seed}", partial(train_and_score, indices, seed)) for seed in seeds]
         means = {key: mean_interval([one[key] for one in runs]) for key in runs[0]}
         lines.append({"name": name, "rows": len(indices), "runs": runs, "mean": means})
-        session.say(f"{name:<28}L_v {means['loss'][0]:.4f} ± {means['loss'][1]:.4f} after {task.steps} steps")
+        session.print_line(f"{name:<28}L_v {means['loss'][0]:.4f} ± {means['loss'][1]:.4f} after {task.num_steps} steps")
     return {
         "before": before,
         "strategies": lines,
         "decided_by": "accuracy" if "accuracy" in before else "loss",
-        "unit": task.objective.unit,
-        "steps": task.steps,
-        "batch": task.batch,
-        "validation": len(task.trusted["fit"]),
+        "unit": task.objective.loss_unit,
+        "steps": task.num_steps,
+        "batch": task.batch_size,
+        "validation": len(task.held_out_examples["fit"]),
         "seconds": time.monotonic() - started,
     }
 
@@ -66,7 +66,7 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
 def _prepare_trial_task(
     config: RankConfig, strategy_responses: StrategyResponses, session: Session
 ) -> tuple[Task, SelectConfig]:
-    validation = data.load(config.data.validation, rows.reading(config.data))
+    validation = data.load_examples(config.data.validation, rows.make_data_options(config.data))
     validation_questions = {
         turn.content.strip() for example in validation for turn in example.turns if turn.role == "user"
     }
@@ -90,9 +90,9 @@ def _prepare_trial_task(
         outer=OuterSection(method="alignment"), output=config.output, mesh=config.mesh, lora=config.lora,
     )  # fmt: skip
     trusted = {"fit": validation, "select": [], "report": []}
-    dataset = rows.Rows(examples, trusted, [])
-    return prepare(
-        select_config, dataset, session.folder, steps=config.train.max_steps, seeds=[config.data.seed]
+    dataset = rows.DataSplits(examples, trusted, [])
+    return prepare_text_task(
+        select_config, dataset, session.folder, num_steps=config.train.max_steps, seeds=[config.data.seed]
     ), select_config
 
 
@@ -100,18 +100,18 @@ def _run_trial(
     config: RankConfig, task: Task, trainer: Trainer, session: Session, indices: np.ndarray | None, seed: int
 ) -> dict[str, float]:
     """One training on the chosen rows (None: no training), and what it did."""
-    start = trainer.init_state(task.fresh(config.train.seed + seed))
+    start = trainer.init_state(task.init_params(config.train.seed + seed))
     params = start.params
     if indices is not None:
-        stream = task.stream(config.data.seed + seed, indices, packed=False)
-        params = trainer.run(jnp.ones(task.corpus.rows), start, stream).end.params
-    scores = {"loss": float(outer_value(task.problem)(params, task.fixed(start.params), task.held_out["fit"]))}
+        stream = task.training_stream(config.data.seed + seed, indices, packed=False)
+        params = trainer.run(jnp.ones(task.corpus.num_examples), start, stream).end.params
+    scores = {"loss": float(outer_value(task.problem)(params, task.frozen(start.params), task.held_out_streams["fit"]))}
     if config.verifier.name:
-        validation = task.trusted["fit"]
-        judge = checker(config.verifier, validation)
+        validation = task.held_out_examples["fit"]
+        judge = make_verifier(config.verifier, validation)
         greedy = replace(config.generate, temperature=0.0)
-        generate = generators(greedy, task.decoder, task.tokenizer, task.mesh, session)(assemble(params, task.base))
-        validation_prompts = prompts(validation, task.tokenizer, template=config.data.template or TEMPLATE)
+        generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(assemble_params(params, task.base_params))
+        validation_prompts = make_prompts(validation, task.tokenizer, template=config.data.template or DEFAULT_TEMPLATE)
         responses = [draws[0].text for draws in generate(validation_prompts, [0])]
         scores["accuracy"] = float(
             np.mean([judge(example, text) for example, text in zip(validation, responses, strict=True)])

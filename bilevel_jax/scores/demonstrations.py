@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.lm.data import gist
+from bilevel_jax.lm.data import hash_normalized_text
 from bilevel_jax.scores.embedding import Embedding, blocks, clusters, cosines, tfidf
 from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Rows
@@ -69,11 +69,11 @@ def alike_to(
     one, other = tfidf(rows, holdout)
     copies: dict[str, list[int]] = {}
     for j, example in enumerate(holdout.examples):
-        copies.setdefault(gist(example), []).append(j)
+        copies.setdefault(hash_normalized_text(example), []).append(j)
     for block in blocks(len(rows.examples), len(holdout.examples)):
         banned = (cosines(one[block], other) >= alike) | ~holdout.kept[None]
         for b, example in enumerate(rows.examples[block]):
-            banned[b, copies.get(gist(example), [])] = True
+            banned[b, copies.get(hash_normalized_text(example), [])] = True
         yield block, banned
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from bilevel_jax.core.types import Params
-from bilevel_jax.lm.data import Example, kind_of
+from bilevel_jax.lm.data import Example, example_kind
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.scores.requests import Rows
 
@@ -138,7 +138,7 @@ def _words(example: Example) -> list[str]:
 
 def _prompt(rows: Rows, i: int) -> Int[np.ndarray, "length"]:
     ids, supervised = rows.sides(i)[0]
-    return ids if kind_of(rows.examples[i]) == "text" else ids[: int(np.argmax([*supervised, True]))]
+    return ids if example_kind(rows.examples[i]) == "text" else ids[: int(np.argmax([*supervised, True]))]
 
 
 def _dense(vectors: Vectors, i: Any) -> Float[np.ndarray, "features"]:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.lm.loglik import Request
+from bilevel_jax.lm.loglik import LogLikRequest
 from bilevel_jax.scores.requests import Plan, Rows, Score, per_token, plan, targets
 
 
@@ -21,7 +21,7 @@ def ifd(bos: int | None) -> Score:
         for i in range(len(rows.examples)):
             given = targets(rows.sides(i)[0])[-1:]
             whole = [request.response if bos is None else (bos, *request.response) for request in given]
-            asked += [given, [Request(ids[:1], ids[1:]) for ids in whole]]
+            asked += [given, [LogLikRequest(ids[:1], ids[1:]) for ids in whole]]
 
         def ratio(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
             losses = -per_token(nats, tokens).reshape(-1, 2)

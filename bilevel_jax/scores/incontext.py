@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from bilevel_jax.core.certify import spearman
 from bilevel_jax.lm.encode import Tokenizer
-from bilevel_jax.lm.tokens import Tokenized
+from bilevel_jax.lm.tokens import TokenizedSequence
 from bilevel_jax.scores.demonstrations import Choice
 from bilevel_jax.scores.random import number
 from bilevel_jax.scores.requests import Answer, Plan, Rows, Score, per_token, plan, take, targets
@@ -32,12 +32,12 @@ class Prompt(NamedTuple):
     end: tuple[int, ...]
     """What is taken off the end of a demonstration: an EOS that training adds and no template writes."""
 
-    def skip(self, row: Tokenized) -> int:
+    def skip(self, row: TokenizedSequence) -> int:
         """Tokens at the beginning of a row that `head` has: BOS and the chat template's own system message."""
         start = (*self.bos, *self.system)
         return len(start) if tuple(row.ids[: len(start)].tolist()) == start else len(self.bos)
 
-    def piece(self, shown: Tokenized) -> tuple[int, ...]:
+    def piece(self, shown: TokenizedSequence) -> tuple[int, ...]:
         """One demonstration."""
         body = tuple(shown.ids.tolist())[self.skip(shown) :]
         body = body[: len(body) - len(self.end)] if self.end and body[-1:] == self.end else body
@@ -122,7 +122,7 @@ def ica(form: Prompt, choose: Choice, *, max_length: int, k: int = 3, normalise:
             held[i] = len(shown)
             head, skip = (form.head(shown), skip) if shown else ((), 0)
             asked += [targets(side) for side in sides] + [targets(side, head, skip) for side in sides]
-        sequences = rows.corpus.sequences
+        sequences = rows.corpus.sequences_per_example
 
         def change(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
             values = per_token(nats, tokens if normalise else np.sign(tokens)).reshape(-1, 2, sequences)

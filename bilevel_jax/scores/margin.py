@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.losses import averaged
+from bilevel_jax.lm.losses import mean_over_targets
 from bilevel_jax.lm.models.decoder import Decoder
 
 
@@ -27,4 +27,4 @@ def token_el2n(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batc
     Between 1 - p(y_t) and sqrt(2) (1 - p(y_t)) for each token: bounded, so unlike in the loss no token can outweigh the
     others. It takes all probabilities of a token, so it reads batches as losses do rather than asking for likelihoods.
     """
-    return averaged(decoder, el2n, chunk=chunk)
+    return mean_over_targets(decoder, el2n, chunk=chunk)

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.loglik import LogLik, Request
-from bilevel_jax.lm.tokens import Corpus, Tokenized, corpus_of
+from bilevel_jax.lm.loglik import LogLik, LogLikRequest
+from bilevel_jax.lm.tokens import Corpus, TokenizedSequence, corpus_from_sequences
 
 
 class Rows(NamedTuple):
@@ -26,17 +26,17 @@ class Rows(NamedTuple):
     @property
     def kept(self) -> Bool[np.ndarray, "rows"]:
         """False for a row that was dropped as too long: its score is nan, and it is never shown."""
-        return np.isin(self.at, self.corpus.kept)
+        return np.isin(self.at, self.corpus.kept_indices)
 
-    def sides(self, i: int) -> list[Tokenized]:
+    def sides(self, i: int) -> list[TokenizedSequence]:
         """The sequences of row i: one, or those of the chosen and the rejected response of a pair."""
-        return [self.corpus.row(int(self.at[i]), side) for side in range(self.corpus.sequences)]
+        return [self.corpus.get_sequence(int(self.at[i]), side) for side in range(self.corpus.sequences_per_example)]
 
 
 class Plan(NamedTuple):
     """What to ask, and what to make of the answers."""
 
-    requests: list[Request]
+    requests: list[LogLikRequest]
     combine: Callable[[Sequence[LogLik]], Float[np.ndarray, "rows"]]
     """The answers, in the order of the requests -> scores, larger is better; nan for a row without any target."""
     held: Int[np.ndarray, "rows"]
@@ -47,15 +47,15 @@ class Plan(NamedTuple):
 
 Score = Callable[[Rows, Rows], Plan]
 """(rows to score, holdout rows) -> plan."""
-Answer = Callable[[Sequence[Request]], Sequence[LogLik]]
+Answer = Callable[[Sequence[LogLikRequest]], Sequence[LogLik]]
 """What answers requests: an engine of `lm.loglik` under some parameters."""
 
 
 def rows_of(examples: Sequence[Example], corpus: Corpus, first: int = 0) -> Rows:
     """examples[i] is row first + i of the corpus, as where training rows and holdout rows share one."""
-    if first + len(examples) > corpus.rows:
+    if first + len(examples) > corpus.num_examples:
         raise ValueError(
-            f"{len(examples)} examples from row {first} of a corpus of {corpus.rows}: each example is a row of it. "
+            f"{len(examples)} examples from row {first} of a corpus of {corpus.num_examples}: each example is a row of it. "
             "Tokenize the examples themselves."
         )
     return Rows(examples, corpus, first + np.arange(len(examples)))
@@ -66,16 +66,16 @@ def take(rows: Rows, chosen: Int[np.ndarray, "chosen"]) -> Rows:
     return Rows([rows.examples[i] for i in chosen], rows.corpus, rows.at[chosen])
 
 
-def targets(sequence: Tokenized, head: tuple[int, ...] = (), skip: int = 0) -> list[Request]:
+def targets(sequence: TokenizedSequence, head: tuple[int, ...] = (), skip: int = 0) -> list[LogLikRequest]:
     """One request for each run of targets, which is an assistant turn, given all that stands before it.
 
     Together they ask for what training sums: nats of the same tokens after the same tokens. `head` goes in front, in
     place of the first `skip` tokens (the BOS, which the head has).
     """
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], sequence.supervised, [False]]).astype(np.int8)))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], sequence.target_mask, [False]]).astype(np.int8)))
     ids = sequence.ids.tolist()
     return [
-        Request((*head, *ids[skip:start]), tuple(ids[start:stop]))
+        LogLikRequest((*head, *ids[skip:start]), tuple(ids[start:stop]))
         for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
     ]
 
@@ -86,20 +86,20 @@ def shortened(corpus: Corpus, ends: Collection[int], most: int = 0) -> tuple[Cor
     Also how many rows were cut.
     """
     rows, cut = [], 0
-    for i in range(corpus.rows):
-        ids, supervised = corpus.row(i)
+    for i in range(corpus.num_examples):
+        ids, supervised = corpus.get_sequence(i)
         length = len(ids)
         while length and int(ids[length - 1]) in ends:
             length -= 1
         places = np.flatnonzero(supervised[:length])
         if most and len(places) > most:
             length, cut = int(places[most]), cut + 1
-        rows.append(Tokenized(ids[:length], supervised[:length]))
-    return corpus_of(rows), cut
+        rows.append(TokenizedSequence(ids[:length], supervised[:length]))
+    return corpus_from_sequences(rows), cut
 
 
 def plan(
-    asked: Sequence[Sequence[Request]],
+    asked: Sequence[Sequence[LogLikRequest]],
     reduce: Callable[[Float[np.ndarray, "sequences"], Float[np.ndarray, "sequences"]], Float[np.ndarray, "rows"]],
     held: Int[np.ndarray, "rows"],
     wanted: int,

@@ -45,7 +45,7 @@ def similarity(
             total = jnp.where(counted[..., None], x, 0).sum(1)
             return total / jnp.maximum(counted.sum(1), 1)[:, None]
 
-        return decoder.states(params, batch["tokens"][0], batch["positions"][0], batch["segments"][0], mean)
+        return decoder.reduce_hidden_states(params, batch["tokens"][0], batch["positions"][0], batch["segments"][0], mean)
 
     def vectors(params: Params, texts: Sequence[Ids]) -> Float[np.ndarray, "texts states width"]:
         out = np.zeros((len(texts), decoder.config.layers + 1, decoder.config.width))

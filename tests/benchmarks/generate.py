@@ -24,7 +24,7 @@ import transformers
 
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.generate import Prompt, Sampler, Sampling, decoding, sampler
+from bilevel_jax.lm.generate import Prompt, Sampler, SamplingParams, make_detokenizer, make_sampler
 from bilevel_jax.lm.tokens import load_tokenizer
 from tests.runs.problems_lm import stories
 
@@ -41,17 +41,17 @@ def measure(
     print(f"| model | batch | | {' | '.join(heads)} | sampler, tokens/s | ratio | same tokens |")
     print("|---|---|---|" + "---|" * (len(threads) + 3))
     for name in models:
-        config, params = lm.load(shared / "models" / name)
+        config, params = lm.load_model(shared / "models" / name)
         tokenizer = load_tokenizer(shared / "models" / name)
         reference = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name).eval()
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stories(shared, 1000)]
         ids = [[config.bos, *text][:prompt] for text in texts if len(text) >= prompt]
         for batch in batches:
             for how, temperature in WAYS.items():
-                sampling = Sampling(temperature, max_new=new)
-                ours = sampler(
-                    lm.decoder(config), sampling, decoding(tokenizer), end=(), tokens=batch * (prompt + new),
-                    lengths=(prompt,),
+                sampling = SamplingParams(temperature, max_new_tokens=new)
+                ours = make_sampler(
+                    lm.make_decoder(config), sampling, make_detokenizer(tokenizer), end_tokens=(), max_batch_tokens=batch * (prompt + new),
+                    bucket_lengths=(prompt,),
                 )  # fmt: skip
                 asked = [Prompt(str(row), tuple(ids[row])) for row in range(batch)]
                 turns = [partial(_reference, reference, ids[:batch], sampling, count) for count in threads]
@@ -78,15 +78,15 @@ def _ours(ours: Sampler, params: Params, prompts: list[Prompt]) -> list[tuple[in
     return [row[0].tokens for row in ours.sample(params, prompts, (0,))]
 
 
-def _reference(model: torch.nn.Module, ids: list[list[int]], sampling: Sampling, threads: int) -> list[tuple[int, ...]]:
+def _reference(model: torch.nn.Module, ids: list[list[int]], sampling: SamplingParams, threads: int) -> list[tuple[int, ...]]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     tokens = torch.tensor(ids)
     options = {"do_sample": sampling.temperature > 0} | ({"top_k": 0} if sampling.temperature else {})
     with torch.no_grad():
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=sampling.max_new,
-            min_new_tokens=sampling.max_new, pad_token_id=0, eos_token_id=None, **options,
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.max_new_tokens, pad_token_id=0, eos_token_id=None, **options,
         )  # fmt: skip
     torch.set_num_threads(before)
     return [tuple(row) for row in out[:, tokens.shape[1] :].tolist()]

@@ -27,7 +27,7 @@ from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.schedule import everything
 from bilevel_jax.core.transition import scan, train, transition
 from bilevel_jax.core.unrolled import outer_value, unrolled
-from bilevel_jax.lm.models import balance
+from bilevel_jax.lm.models import balance_adapters
 from tests.runs.problems_lm import adamw, reviews, setting, stacked, stories, summed, tokenized
 
 FRACTIONS = (0.5, 0.075)
@@ -64,7 +64,7 @@ def measure(
     run, exact = swept(weights)
     once = summed(rows, batch)
     product = curvature.gauss_newton(with_prior.problem, with_prior.loss)
-    params = balance(run.end.params) if lora_rank else run.end.params
+    params = balance_adapters(run.end.params) if lora_rank else run.end.params
     stationary = run._replace(end=run.end._replace(params=params))
     estimates = {
         "unrolled": exact,

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.loglik import Request, engine
+from bilevel_jax.lm.loglik import LogLikRequest, make_loglik_scorer
 from bilevel_jax.lm.tokens import load_tokenizer
 from tests.runs.problems_lm import stories
 
@@ -34,9 +34,9 @@ def measure(shared: Path, *, models: list[str], rows: int, rounds: int, tokens: 
     print("| model | k | demonstrations | tokens each | requests/s unshared | shared | ratio | apart, nats/token |")
     print("|---|---|---|---|---|---|---|---|")
     for name in models:
-        config, params = lm.load(shared / "models" / name)
-        decoder = lm.decoder(config)
-        engines = {share: engine(decoder, share=share, tokens=tokens) for share in (False, True)}
+        config, params = lm.load_model(shared / "models" / name)
+        decoder = lm.make_decoder(config)
+        engines = {share: make_loglik_scorer(decoder, share_prefixes=share, max_batch_tokens=tokens) for share in (False, True)}
         ids = _text(shared, name)
         for k in (3, 10):
             for kind in kinds:
@@ -50,7 +50,7 @@ def measure(shared: Path, *, models: list[str], rows: int, rounds: int, tokens: 
                         if turn:
                             seconds[share].append(time.perf_counter() - began)
                 unshared, together = (rows / float(np.median(seconds[share])) for share in (False, True))
-                apart = max(abs(a.nats - b.nats) / a.tokens for a, b in zip(scores[True], scores[False], strict=True))
+                apart = max(abs(a.nats - b.nats) / a.num_tokens for a, b in zip(scores[True], scores[False], strict=True))
                 length = np.mean([len(prefix) + len(response) for prefix, response in requests])
                 cells = name, k, kind, *(f"{x:.0f}" for x in (length, unshared, together)), f"{together / unshared:.2f}"
                 print("| " + " | ".join(map(str, cells)) + f" | {apart:.0e} |", flush=True)
@@ -62,7 +62,7 @@ def _text(shared: Path, name: str) -> np.ndarray:
     return np.concatenate([np.asarray(text) for text in texts])
 
 
-def _requests(ids: np.ndarray, config: lm.DecoderConfig, k: int, kind: str, rows: int) -> list[Request]:
+def _requests(ids: np.ndarray, config: lm.DecoderConfig, k: int, kind: str, rows: int) -> list[LogLikRequest]:
     sets, answers = KINDS[kind]
     rng = np.random.default_rng(0)
     longest = (config.max_length - 1) // (k + 1)
@@ -79,10 +79,10 @@ def _requests(ids: np.ndarray, config: lm.DecoderConfig, k: int, kind: str, rows
 
     if answers > 1:  # the demonstrations and the question are one prompt of its own
         questions = [demonstrations() + piece(half()) for _ in range(rows // answers)]
-        return [Request((config.bos, *question), piece(half())) for question in questions for _ in range(answers)]
+        return [LogLikRequest((config.bos, *question), piece(half())) for question in questions for _ in range(answers)]
     fixed = [demonstrations() for _ in range(sets)]
     return [
-        Request((config.bos, *(fixed[row % sets] if sets else demonstrations()), *piece(half())), piece(half()))
+        LogLikRequest((config.bos, *(fixed[row % sets] if sets else demonstrations()), *piece(half())), piece(half()))
         for row in range(rows)
     ]
 

@@ -18,7 +18,7 @@ from bilevel_jax.core.types import Problem, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import losses
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.models.config import frequencies
+from bilevel_jax.lm.models.config import rope_frequencies
 from tests.benchmarks.peers_problems import Adam, Regression, Training
 
 Rows = dict[str, Any]
@@ -173,7 +173,7 @@ def _plain(problem: Training, dtype: Any) -> Plain:
     if isinstance(problem.start, list):
         params, per_row = problem.start, _mlp_losses
     else:
-        config, stacked = lm.load(problem.start, dtype=dtype)
+        config, stacked = lm.load_model(problem.start, dtype=dtype)
         layers = [jax.tree.map(lambda leaf, at=at: leaf[at], stacked["layers"]) for at in range(config.layers)]
         params, per_row = {**stacked, "layers": layers}, partial(_llama_losses, config)
     cast = partial(_array, dtype=dtype)
@@ -194,8 +194,8 @@ def _ours(problem: Training) -> tuple[Problem, optax.GradientTransformation, Any
         core = weighted(lambda params, fixed, batch: _mlp_losses(params, batch))
         made = dict
     else:
-        config, params = lm.load(problem.start)
-        per_row = losses.sft(lm.decoder(config))
+        config, params = lm.load_model(problem.start)
+        per_row = losses.sft_losses(lm.make_decoder(config))
         core = weighted(lambda params, fixed, batch: per_row(params, batch))
         made = _sequences
 
@@ -240,7 +240,7 @@ def _llama_losses(config: lm.DecoderConfig, params: Any, rows: Rows) -> jax.Arra
     tokens, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]
     (count, length), heads, dim = tokens.shape, config.heads, config.head_dim
     x = params["embed"][tokens.reshape(-1)]
-    angles = jnp.arange(length, dtype=x.dtype)[:, None] * jnp.asarray(frequencies(config.rope, dim), x.dtype)[None]
+    angles = jnp.arange(length, dtype=x.dtype)[:, None] * jnp.asarray(rope_frequencies(config.rope, dim), x.dtype)[None]
     cos, sin = (turn(angles)[None, None] for turn in (jnp.cos, jnp.sin))
     causal = jnp.tril(jnp.ones((length, length), bool))
 

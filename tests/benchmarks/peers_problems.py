@@ -78,14 +78,14 @@ def transformer(folder: Path, *, steps: int = 16, batch: int = 16, rows: int = 2
     from bilevel_jax.lm import models as lm
 
     config = lm.DecoderConfig(
-        vocab=512, width=192, inner=480, layers=4, heads=6, kv_heads=6, head_dim=32, max_length=length
+        vocab_size=512, width=192, mlp_width=480, layers=4, heads=6, kv_heads=6, head_dim=32, max_length=length
     )
-    lm.save(folder, config, lm.init(config, jax.random.key(0)))
+    lm.save_model(folder, config, lm.init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(1)
-    successors = rng.integers(config.vocab, size=(config.vocab, 4))
+    successors = rng.integers(config.vocab_size, size=(config.vocab_size, 4))
 
     def sample(count: int) -> dict[str, np.ndarray]:
-        tokens = rng.integers(config.vocab, size=(count, length + 1))
+        tokens = rng.integers(config.vocab_size, size=(count, length + 1))
         for place in range(length):
             tokens[:, place + 1] = successors[tokens[:, place], rng.integers(4, size=count)]
         return {"tokens": tokens}

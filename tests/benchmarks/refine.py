@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from bilevel_jax.lm import sums
-from bilevel_jax.runs.config import RefineConfig, SelectConfig, load
-from bilevel_jax.runs.embedded import embedded
+from bilevel_jax.runs.config import RefineConfig, SelectConfig, load_config
+from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.refine import refine
 
 TRUSTED = {"validation": 64, "select": 128}
@@ -51,7 +51,7 @@ def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]
     for seed in range(seeds):
         model = pretrained(folder / f"model-{seed}", seed)
         for share in corrupted:
-            made = sums.write(folder / f"rows-{seed}-{share:g}", seed=seed, corrupted=share, **TRUSTED)
+            made = sums.write_sums_data(folder / f"rows-{seed}-{share:g}", seed=seed, corrupted=share, **TRUSTED)
             for name in arms:
                 result = arm(folder / f"{seed}-{share:g}-{name.replace(' ', '_')}", name, made, model, seed)
                 cells.setdefault((name, share), []).append(result)
@@ -66,7 +66,7 @@ def pretrained(folder: Path, seed: int) -> Path:
     folder.mkdir(exist_ok=True)
     task = "builtin:sums?" + "&".join(f"{part}={count}" for part, count in TRUSTED.items())
     flags = ["--model.name-or-path", "builtin:sums", "--data.train", task, "--data.validation", "builtin:sums"]
-    ready = embedded(load(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
+    ready = resolve_builtin(load_config(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
     return Path(ready.model.name_or_path)
 
 
@@ -80,7 +80,7 @@ def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
     given = [*flags, *data, "--model.name-or-path", str(model), "--data.seed", str(seed), "--mesh.data", "1"]
     given += ["--output.no-progress", "--out", str(folder), *resume]
-    refine(load(RefineConfig, f"{config}.yaml", given))
+    refine(load_config(RefineConfig, f"{config}.yaml", given))
     return json.loads((folder / "result.json").read_text())
 
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 
-from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.statistics import auc, mean_interval
 from bilevel_jax.runs.train import train
@@ -51,7 +51,7 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
 
     def learned() -> list[str]:
         flags = ["--outer.weighting", "sigmoid", "--outer.learning-rate", "1", "--outer.steps", "4", "--fast"]
-        select(load(SelectConfig, None, [*given, *flags, "--out", str(folder / "select")]))
+        select(load_config(SelectConfig, None, [*given, *flags, "--out", str(folder / "select")]))
         return ["--weights.file", str(folder / "select" / "weights.parquet")]
 
     clean = folder / "clean.jsonl"
@@ -72,7 +72,7 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
         for seed in range(seeds):
             out = folder / f"{name} {seed}".replace(" ", "_")
             drawn = ["--train.seed", str(seed), "--data.seed", str(seed), "--train.eval-steps", str(steps)]
-            result = train(load(TrainConfig, None, [*given, *flags, *drawn, "--out", str(out)]))
+            result = train(load_config(TrainConfig, None, [*given, *flags, *drawn, "--out", str(out)]))
             runs.append(_told(result, out))
         print(_line(name, runs), flush=True)
     print(f"\n{seeds} seeds of {steps} steps, means and 95 % intervals; {time.perf_counter() - began:.0f} s")

@@ -17,21 +17,21 @@ import json
 import random
 from pathlib import Path
 
-from bilevel_jax.lm.sums import forgetful
-from bilevel_jax.runs.embedded import TASKS, pretrain
+from bilevel_jax.lm.sums import add_without_carries
+from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
 
 
 def main(out: Path) -> None:
     """Write strategies.jsonl, tested.jsonl and model/ into `out`; teaching the model takes two minutes."""
-    made = TASKS["sums"].write(out)
+    made = BUILTIN_TASKS["sums"].write_files(out)
     if not (made / "model").exists():
-        pretrain(made, TASKS["sums"])
+        pretrain_builtin_model(made, BUILTIN_TASKS["sums"])
     drawn = random.Random(0)
     rows = []
     for line in (made / "train.jsonl").read_text("utf-8").splitlines():
         prompt = json.loads(line)["prompt"]
         a, b = map(int, prompt[:-1].split("+"))
-        right, wrong = str(a + b), forgetful(a, b)
+        right, wrong = str(a + b), add_without_carries(a, b)
         responses = {
             "right": right,
             "restated": f"{prompt}{right}",

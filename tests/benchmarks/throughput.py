@@ -27,7 +27,7 @@ from bilevel_jax.core.transition import begin, descent
 from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import OptimizerSection
 from tests.runs.problems_lm import stories
 
@@ -38,15 +38,15 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
     texts = stories(shared, 800)
     texts = [" ".join(texts[i : i + 4]) for i in range(0, len(texts) - 3, 4)]
     rows = [Example(f"{i}", i, (Turn("text", text),), "", None, "", i) for i, text in enumerate(texts)]
-    corpus, _ = tokens.tokenize(rows, tokens.load_tokenizer(folder), max_length=length + 1, truncate="right")
-    order = batches.order(corpus.rows, batch, 0)
-    stream = batches.train_stream(corpus, order, steps, batches.Layout(1, batch, batch, batches.longest(corpus)))
-    config, params = lm.load(folder)
-    adamw = optimizer(OptimizerSection(learning_rate=1e-4, warmup_steps=2), steps)
-    per_example = losses.sft(lm.decoder(config, remat="none"))
+    corpus, _ = tokens.tokenize(rows, tokens.load_tokenizer(folder), max_length=length + 1, truncation="right")
+    order = batches.shuffled_order(corpus.num_examples, batch, 0)
+    stream = batches.make_train_stream(corpus, order, steps, batches.BatchShape(1, batch, batch, batches.padded_max_length(corpus)))
+    config, params = lm.load_model(folder)
+    adamw = build_optimizer(OptimizerSection(learning_rate=1e-4, warmup_steps=2), steps)
+    per_example = losses.sft_losses(lm.make_decoder(config, remat="none"))
 
     loops = {
-        "weighted `train`": _weighted(per_example, adamw, params, stream, corpus.rows),
+        "weighted `train`": _weighted(per_example, adamw, params, stream, corpus.num_examples),
         "plain optax, no weights": _plain(per_example, adamw, params, stream),
     }
     torch_loop = _torch(folder, stream)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.lm.models import Decoder, DecoderConfig, decoder
-from bilevel_jax.lm.tokens import Corpus, Tokenized, corpus_of
+from bilevel_jax.lm.models import Decoder, DecoderConfig, make_decoder
+from bilevel_jax.lm.tokens import Corpus, TokenizedSequence, corpus_from_sequences
 
 VOCAB = 29
 TINY = DecoderConfig(
-    vocab=VOCAB, width=8, inner=12, layers=1, heads=2, kv_heads=1, head_dim=4, max_length=64, init_scale=0.4
+    vocab_size=VOCAB, width=8, mlp_width=12, layers=1, heads=2, kv_heads=1, head_dim=4, max_length=64, init_scale=0.4
 )
 
 
@@ -26,15 +26,15 @@ def texts(rows: int, sequences: int, seed: int = 0) -> list[tuple[list[int], lis
 def corpus(rows: list[tuple[list[int], list[list[int]]]]) -> Corpus:
     """The rows as a tokenizer would give them; pairs have a random reference."""
     sequences = len(rows[0][1])
-    made = corpus_of(
+    made = corpus_from_sequences(
         [
-            Tokenized(np.array(prompt + response, np.int32), np.arange(len(prompt + response)) >= len(prompt))
+            TokenizedSequence(np.array(prompt + response, np.int32), np.arange(len(prompt + response)) >= len(prompt))
             for prompt, responses in rows
             for response in responses
         ],
         sequences,
     )
-    return made.with_reference(np.random.default_rng(1).normal(size=len(rows))) if sequences == 2 else made
+    return made.with_reference_margins(np.random.default_rng(1).normal(size=len(rows))) if sequences == 2 else made
 
 
 def mixer() -> Decoder:
@@ -46,7 +46,7 @@ def mixer() -> Decoder:
         x = params["embed"][tokens] + params["place"][positions]
         return jnp.tanh((x + seen @ x / seen.sum(-1, keepdims=True)) @ params["mix"])
 
-    return decoder(TINY)._replace(hidden=hidden, head=lambda params: params["head"])
+    return make_decoder(TINY)._replace(hidden=hidden, head=lambda params: params["head"])
 
 
 def start(dtype, seed: int = 0):

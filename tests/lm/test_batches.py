@@ -8,19 +8,19 @@ import pytest
 
 from bilevel_jax.core.types import PADDING
 from bilevel_jax.lm.batches import (
-    Layout,
-    evaluation_layout,
-    evaluation_stream,
-    in_order,
-    layout,
-    longest,
-    order,
-    permutation,
+    BatchShape,
+    fit_batch_shape,
+    fit_evaluation_batch_shape,
+    make_evaluation_stream,
+    make_train_stream,
+    padded_max_length,
+    permute_indices,
+    sequential_order,
+    shuffled_order,
+    shuffled_subset_order,
     steps_per_epoch,
-    subset,
-    train_stream,
 )
-from bilevel_jax.lm.tokens import Tokenized, corpus_of
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 99, 100, 101, 1000, 4097]
 
@@ -31,21 +31,21 @@ def corpus(rows, seed=0, longest=12, sequences=1):
     out, at = [], 1
     for n in rng.integers(2, longest + 1, rows * sequences):
         mask = np.arange(n) >= max(n // 2, 1)
-        out.append(Tokenized(np.arange(at, at + n, dtype=np.int32), mask))
+        out.append(TokenizedSequence(np.arange(at, at + n, dtype=np.int32), mask))
         at += n
-    made = corpus_of(out, sequences)
-    return made.with_reference(rng.normal(size=rows)) if sequences == 2 else made
+    made = corpus_from_sequences(out, sequences)
+    return made.with_reference_margins(rng.normal(size=rows)) if sequences == 2 else made
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_permutation_is_a_bijection(size):
     for seed, epoch in [(0, 0), (1, 0), (0, 1), (-5, 3), (2**70, 10**6)]:
-        assert sorted(permutation(np.arange(size), size, seed, epoch)) == list(range(size))
+        assert sorted(permute_indices(np.arange(size), size, seed, epoch)) == list(range(size))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_small_permutations_are_all_equally_likely(size):
-    counts = Counter(tuple(permutation(np.arange(size), size, 0, epoch)) for epoch in range(2400))
+    counts = Counter(tuple(permute_indices(np.arange(size), size, 0, epoch)) for epoch in range(2400))
     kinds = {2: 2, 3: 6, 4: 24}[size]
     expected = 2400 / kinds
     assert len(counts) == kinds
@@ -55,7 +55,7 @@ def test_small_permutations_are_all_equally_likely(size):
 
 @pytest.mark.parametrize("size", [10, 100, 1000])
 def test_positions_are_uniform_and_epochs_and_seeds_are_unrelated(size):
-    draws = np.stack([permutation(np.arange(size), size, seed, epoch) for seed in range(20) for epoch in range(20)])
+    draws = np.stack([permute_indices(np.arange(size), size, seed, epoch) for seed in range(20) for epoch in range(20)])
     for places in (draws[:, 0], draws[:, size // 2], draws[:, -1]):
         counts = np.histogram(places, bins=10, range=(0, size))[0]
         assert ((counts - 40) ** 2 / 40).sum() < 9 + 5 * 18**0.5  # chi-square with 9 degrees of freedom, 5 deviations
@@ -71,24 +71,24 @@ def test_positions_are_uniform_and_epochs_and_seeds_are_unrelated(size):
 
 def test_seed_and_epoch_do_not_change_places():
     keys = [(seed, epoch) for seed in range(8) for epoch in range(8)]
-    assert len({tuple(permutation(np.arange(50), 50, *key)) for key in keys}) == len(keys)
+    assert len({tuple(permute_indices(np.arange(50), 50, *key)) for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize("rows, batch", [(1, 1), (1, 4), (2, 4), (3, 2), (10, 5), (10, 4), (1000, 64)])
 def test_every_epoch_covers_every_row_once(rows, batch):
-    draw, steps = order(rows, batch, 3), steps_per_epoch(rows, batch)
+    draw, steps = shuffled_order(rows, batch, 3), steps_per_epoch(rows, batch)
     epochs = [np.concatenate([draw(e * steps + s) for s in range(steps)]) for e in range(3)]
     for epoch in epochs:
         assert len(epoch) == steps * batch
         assert sorted(epoch[:rows]) == list(range(rows)) and (epoch[rows:] == rows).all()
     if rows == 1000:
         assert (epochs[0][:rows] == epochs[1][:rows]).mean() < 0.01  # 1 of 1000 by chance
-        assert (draw(1) == order(rows, batch, 4)(1)).mean() < 0.2
-        assert (draw(17) == order(rows, batch, 3)(17)).all()  # no state
+        assert (draw(1) == shuffled_order(rows, batch, 4)(1)).mean() < 0.2
+        assert (draw(17) == shuffled_order(rows, batch, 3)(17)).all()  # no state
 
 
 def test_ten_million_rows_cost_what_ten_do():
-    draw = order(10**7, 64, 0)
+    draw = shuffled_order(10**7, 64, 0)
     draw(0)
     tracemalloc.start()
     chosen = np.concatenate([draw(step) for step in (1, 10**5, 10**9)])
@@ -101,9 +101,9 @@ def test_ten_million_rows_cost_what_ten_do():
 def test_building_a_batch_does_not_touch_the_whole_corpus():
     many = 200_000
     flat = np.arange(many * 5, dtype=np.int32)
-    big = corpus_of([Tokenized(flat[:5], np.ones(5, bool))])
+    big = corpus_from_sequences([TokenizedSequence(flat[:5], np.ones(5, bool))])
     big = type(big)(flat, np.ones(many * 5, bool), np.arange(0, many * 5 + 1, 5))
-    stream = train_stream(big, order(many, 8, 0), 10, Layout(2, 4, 4, 8))
+    stream = make_train_stream(big, shuffled_order(many, 8, 0), 10, BatchShape(2, 4, 4, 8))
     stream.batch(0)
     tracemalloc.start()
     stream.batch(5)
@@ -114,17 +114,17 @@ def test_building_a_batch_does_not_touch_the_whole_corpus():
 
 def test_subset_keeps_the_numbers_of_the_whole_table():
     chosen = [3, 11, 40, 41, 99]
-    draw = subset(chosen, 100, 2, 0)
+    draw = shuffled_subset_order(chosen, 100, 2, 0)
     drawn = np.concatenate([draw(step) for step in range(3)])
     assert sorted(drawn) == [*chosen, 100] and drawn[-1] == 100
     data = corpus(100)
-    stream = train_stream(data, draw, 3, layout(data, [draw], 3, micro=1, length=longest(data), packing=False))
+    stream = make_train_stream(data, draw, 3, fit_batch_shape(data, [draw], 3, num_micro_batches=1, length=padded_max_length(data), packing=False))
     assert set(np.concatenate([stream.batch(s)["index"].ravel() for s in range(3)])) == {*chosen, PADDING}
     assert [float(stream.batch(s)["rows"][0]) for s in range(3)] == [2, 2, 1]
     with pytest.raises(ValueError, match=r"chosen rows lie in 3..100; the corpus has 0..99"):
-        subset([3, 100], 100, 2, 0)
+        shuffled_subset_order([3, 100], 100, 2, 0)
     with pytest.raises(ValueError, match="0 rows in batches of 2: both must be at least 1"):
-        subset([], 100, 2, 0)
+        shuffled_subset_order([], 100, 2, 0)
 
 
 def contents(batch):
@@ -161,15 +161,15 @@ def contents(batch):
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
     data, steps = corpus(39, sequences=sequences), 6
-    draws = [order(39, 16, seed) for seed in range(3)]
-    shape = layout(data, draws, steps, micro=micro, length=longest(data), packing=packing)
-    assert shape.micro * shape.examples == 16 and shape.length == 16
+    draws = [shuffled_order(39, 16, seed) for seed in range(3)]
+    shape = fit_batch_shape(data, draws, steps, num_micro_batches=micro, length=padded_max_length(data), packing=packing)
+    assert shape.num_micro_batches * shape.examples == 16 and shape.length == 16
     if packing and micro == 1:
         assert shape.rows <= 10 * sequences  # 16 examples of 1 to 11 places in rows of 16
     if not packing:
-        assert shape == shape.flat and shape.rows == shape.examples * sequences
+        assert shape == shape.unpacked and shape.rows == shape.examples * sequences
     for draw in draws:
-        stream = train_stream(data, draw, steps, shape)
+        stream = make_train_stream(data, draw, steps, shape)
         for step in range(steps):
             batch = stream.batch(step)
             assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
@@ -202,8 +202,8 @@ def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_evaluation_covers_every_row_once_in_order(sequences, packing):
     data = corpus(11, sequences=sequences)
-    shape = evaluation_layout(data, 4, micro=2, length=20, packing=packing)
-    stream = evaluation_stream(data, shape)
+    shape = fit_evaluation_batch_shape(data, 4, num_micro_batches=2, length=20, packing=packing)
+    stream = make_evaluation_stream(data, shape)
     assert stream.steps == 3
     batches = [stream.batch(step) for step in range(3)]
     index = np.concatenate([b["index"].ravel() for b in batches])
@@ -216,8 +216,8 @@ def test_evaluation_covers_every_row_once_in_order(sequences, packing):
 
 def test_summed_stream_counts_the_rows_that_it_holds():
     data, chosen = corpus(30), np.arange(3, 25)
-    draw = subset(chosen, 30, 8, 0)
-    stream = train_stream(data, draw, 3, Layout(2, 4, 4, 16), total=len(chosen))
+    draw = shuffled_subset_order(chosen, 30, 8, 0)
+    stream = make_train_stream(data, draw, 3, BatchShape(2, 4, 4, 16), total_examples=len(chosen))
     batches = [stream.batch(step) for step in range(3)]
     targets = sum(data.row(int(i)).supervised[1:].sum() for i in chosen)
     assert all((b["rows"] == 22).all() and (b["targeted"] == targets).all() for b in batches)
@@ -225,9 +225,9 @@ def test_summed_stream_counts_the_rows_that_it_holds():
 
 
 def test_sides_of_a_pair_lie_side_by_side():
-    data, draw = corpus(8, sequences=2), order(8, 4, 0)
-    flat = layout(data, [draw], 2, micro=1, length=16, packing=False)
-    for batch in (train_stream(data, draw, 2, flat._replace(rows=rows)).batch(0) for rows in (8, 16)):
+    data, draw = corpus(8, sequences=2), shuffled_order(8, 4, 0)
+    flat = fit_batch_shape(data, [draw], 2, num_micro_batches=1, length=16, packing=False)
+    for batch in (make_train_stream(data, draw, 2, flat._replace(rows=rows)).batch(0) for rows in (8, 16)):
         for e, row in enumerate(batch["index"][0]):
             for side in range(2):
                 ids = data.row(row, side).ids
@@ -236,37 +236,37 @@ def test_sides_of_a_pair_lie_side_by_side():
 
 def test_dropped_rows_keep_their_numbers_and_are_never_drawn():
     full = corpus(6)
-    parts = [full.row(i) if i != 2 else Tokenized(np.zeros(0, np.int32), np.zeros(0, bool)) for i in range(6)]
-    data = corpus_of(parts)
-    assert data.kept.tolist() == [0, 1, 3, 4, 5] and data.rows == 6
-    stream = evaluation_stream(data, evaluation_layout(data, 2, micro=1, length=16, packing=False))
+    parts = [full.row(i) if i != 2 else TokenizedSequence(np.zeros(0, np.int32), np.zeros(0, bool)) for i in range(6)]
+    data = corpus_from_sequences(parts)
+    assert data.kept_indices.tolist() == [0, 1, 3, 4, 5] and data.num_examples == 6
+    stream = make_evaluation_stream(data, fit_evaluation_batch_shape(data, 2, num_micro_batches=1, length=16, packing=False))
     index = np.concatenate([stream.batch(s)["index"].ravel() for s in range(stream.steps)])
     assert index.tolist() == [0, 1, 3, 4, 5, PADDING] and stream.batch(0)["rows"][0] == 5
     with pytest.raises(ValueError, match="row 2 was dropped by the tokenizer. Draw from `corpus.kept` with `subset`"):
-        train_stream(data, in_order(range(6), 6, 6), 1, Layout(1, 6, 6, 16)).batch(0)
+        make_train_stream(data, sequential_order(range(6), 6, 6), 1, BatchShape(1, 6, 6, 16)).batch(0)
 
 
 def test_spare_rows_stay_empty():
-    data, draw = corpus(20), order(20, 4, 0)
-    exact, spare = (train_stream(data, draw, 5, Layout(1, 4, rows, 16)).batch(2) for rows in (4, 8))
+    data, draw = corpus(20), shuffled_order(20, 4, 0)
+    exact, spare = (make_train_stream(data, draw, 5, BatchShape(1, 4, rows, 16)).batch(2) for rows in (4, 8))
     assert contents(exact) == contents(spare)
     assert (spare["tokens"][:, :4] == exact["tokens"]).all() and not spare["segments"][:, 4:].any()
 
 
 def test_errors_of_layouts():
     data = corpus(20)
-    draw = order(20, 4, 0)
+    draw = shuffled_order(20, 4, 0)
     with pytest.raises(ValueError, match=r"row \d+ takes 11 token places, but a row of the batch has 6. Raise length"):
-        layout(data, [draw], 2, micro=1, length=6, packing=True)
+        fit_batch_shape(data, [draw], 2, num_micro_batches=1, length=6, packing=True)
     with pytest.raises(ValueError, match="a batch of 4 examples does not split into 3 micro-batches"):
-        layout(data, [draw], 2, micro=3, length=16, packing=True)
+        fit_batch_shape(data, [draw], 2, num_micro_batches=3, length=16, packing=True)
     with pytest.raises(ValueError, match="a step of 4 examples does not fit 2 micro-batches of 4"):
-        train_stream(data, draw, 1, Layout(2, 4, 4, 16)).batch(0)
+        make_train_stream(data, draw, 1, BatchShape(2, 4, 4, 16)).batch(0)
     with pytest.raises(ValueError, match="the layout has 1 sequences for each example and the corpus 2; make the lay"):
-        train_stream(corpus(20, sequences=2), draw, 1, Layout(1, 4, 4, 16)).batch(0)
+        make_train_stream(corpus(20, sequences=2), draw, 1, BatchShape(1, 4, 4, 16)).batch(0)
     pairs = corpus(20, sequences=2, longest=40)
     row = int(pairs.lengths.argmax()) // 2
     with pytest.raises(ValueError, match=rf"row {row} takes {pairs.lengths.max() - 1} token places"):
-        layout(pairs, [draw], 2, micro=1, length=16, packing=False)
+        fit_batch_shape(pairs, [draw], 2, num_micro_batches=1, length=16, packing=False)
     with pytest.raises(ValueError, match=r"needs \d rows and has 1. Give its order to `layout` as well"):
-        train_stream(data, draw, 1, Layout(1, 4, 1, 12)).batch(0)
+        make_train_stream(data, draw, 1, BatchShape(1, 4, 1, 12)).batch(0)

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bilevel_jax.lm.data import load, stream
-from bilevel_jax.lm.files import WRITERS, read_rows, stem, write_rows
+from bilevel_jax.lm.data import load_examples, stream_examples
+from bilevel_jax.lm.files import FILE_WRITERS, read_rows, source_name, write_rows
 from bilevel_jax.lm.turns import Turn
 from tests.lm.rows import lines, put
 
@@ -47,7 +47,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("reader", [load, stream])
+@pytest.mark.parametrize("reader", [load_examples, stream_examples])
 def test_file(tmp_path, kind, reader):
     rows = [
         {"prompt": f"p{i}\n[", "response": f"r\u2028é{i}", "source": "web" if i else None, "label": i} for i in range(3)
@@ -60,7 +60,7 @@ def test_file(tmp_path, kind, reader):
 
 
 def test_json_of_strings_is_text(tmp_path):
-    examples = load([put(tmp_path, json.dumps(["a", "b"]), "s.json"), put(tmp_path, lines("c"), "t.jsonl")])
+    examples = load_examples([put(tmp_path, json.dumps(["a", "b"]), "s.json"), put(tmp_path, lines("c"), "t.jsonl")])
     assert [(e.turns[0], e.row, e.source) for e in examples] == [
         (Turn("text", t), i, s) for i, (t, s) in enumerate(zip("abc", "sst", strict=True))
     ]
@@ -68,8 +68,8 @@ def test_json_of_strings_is_text(tmp_path):
 
 def test_json_knows_the_line_of_each_row(tmp_path):
     text = '{"note": "[",\n "instances":\n [{"text":\n "a"},\n\n {"text": "b"}, {"text": "c"}\n]}'
-    assert [e.line for e in load([put(tmp_path, text, "a.json")])] == [3, 6, 6]
-    assert [e.line for e in load([put(tmp_path, '\n[\n"a",\n"b\\n",\n"c"]', "b.json")])] == [3, 4, 5]
+    assert [e.line for e in load_examples([put(tmp_path, text, "a.json")])] == [3, 6, 6]
+    assert [e.line for e in load_examples([put(tmp_path, '\n[\n"a",\n"b\\n",\n"c"]', "b.json")])] == [3, 4, 5]
 
 
 def test_errors_of_files(tmp_path):
@@ -96,7 +96,7 @@ def test_errors_of_files(tmp_path):
     ]
     for kind, path, *texts in table:
         with pytest.raises(kind) as error:
-            load([path])
+            load_examples([path])
         assert all(text in str(error.value) for text in texts), str(error.value)
 
 
@@ -108,7 +108,7 @@ def test_hub_name_without_a_network_says_what_to_do(monkeypatch):
     with pytest.raises(
         ValueError, match=r"hub:o/n:c@train\[:9\]: the hub gave .*cannot reach o/n c train\[:9\].*network"
     ):
-        load(["hub:o/n:c@train[:9]"])
+        load_examples(["hub:o/n:c@train[:9]"])
 
 
 def test_hub_is_streamed_for_streams_alone(monkeypatch):
@@ -120,12 +120,12 @@ def test_hub_is_streamed_for_streams_alone(monkeypatch):
         raise ConnectionError("the network went away")
 
     monkeypatch.setattr(datasets, "load_dataset", online)
-    rows = stream(["hub:o/n@train"])
+    rows = stream_examples(["hub:o/n@train"])
     assert [next(rows).id.split("#")[1] for _ in range(2)] == ["0", "1"]
     with pytest.raises(ValueError, match="the network went away"):
         next(rows)
     with pytest.raises(ValueError, match="the network went away"):
-        load(["hub:o/n@train"])
+        load_examples(["hub:o/n@train"])
     assert asked == [True, False]
 
 
@@ -136,7 +136,7 @@ ROWS = [
 ENDS = {"jsonl": "out.jsonl", "json": "out.json", "parquet": "out.parquet", "folder": "out"}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", FILE_WRITERS)
 def test_what_is_written_is_read(tmp_path, kind):
     path = tmp_path / ENDS[kind]
     write_rows(path, iter(ROWS), kind)
@@ -167,4 +167,4 @@ def test_errors_of_writing(tmp_path):
 
 
 def test_stem():
-    assert [stem(path) for path in ("a/b.jsonl.gz", "hub:o/n:c@train", "a/set@fit")] == ["b", "n:c", "set"]
+    assert [source_name(path) for path in ("a/b.jsonl.gz", "hub:o/n:c@train", "a/set@fit")] == ["b", "n:c", "set"]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilevel_jax.lm import formats
-from bilevel_jax.lm.data import Example, kind_of, load, row_of
+from bilevel_jax.lm.data import Example, example_kind, example_to_row, load_examples
 from bilevel_jax.lm.turns import DataOptions, Dialogue, Turn
 from tests.lm.rows import lines, put
 
@@ -59,23 +59,23 @@ READ = [
 
 @pytest.mark.parametrize("name, row, options, turns", READ)
 def test_layout(tmp_path, name, row, options, turns):
-    (example,) = load([put(tmp_path, lines(row))], options)
+    (example,) = load_examples([put(tmp_path, lines(row))], options)
     assert (example.format, example.turns, example.rejected) == (name, turns, ())
     assert (example.row, example.line, example.source, example.label) == (0, 1, "rows", None)
-    assert kind_of(example) == {("text",): "text", ("user", "assistant"): "prompt"}.get(
+    assert example_kind(example) == {("text",): "text", ("user", "assistant"): "prompt"}.get(
         tuple(turn.role for turn in turns), "chat"
     )
 
 
 def test_every_format_is_documented_and_tested():
     tested = {name for name, *_ in READ}
-    assert tested == {name for name in formats.FORMATS if "preference" not in name and name != "hh"}
-    assert all(f"\n    {name} " in formats.__doc__ for name in formats.FORMATS)
+    assert tested == {name for name in formats.READ_FORMATS if "preference" not in name and name != "hh"}
+    assert all(f"\n    {name} " in formats.__doc__ for name in formats.READ_FORMATS)
 
 
 def test_sharegpt_rows_are_cut_behind_the_last_answer(tmp_path):
     rows = [{"conversations": GPT}, {"conversations": [*GPT, *said(LONG[:1]), *said(LONG[:1])]}]
-    assert [(e.turns, e.cut) for e in load([put(tmp_path, lines(*rows))])] == [(LONG, 0), (LONG, 2)]
+    assert [(e.turns, e.num_dropped_turns) for e in load_examples([put(tmp_path, lines(*rows))])] == [(LONG, 0), (LONG, 2)]
 
 
 GOOD = {"prompt": "a", "response": "b"}
@@ -157,7 +157,7 @@ ERRORS = [
 @pytest.mark.parametrize("text, message", ERRORS)
 def test_error_in_a_row(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
-        load([put(tmp_path, text)])
+        load_examples([put(tmp_path, text)])
     assert message in str(error.value)
 
 
@@ -190,14 +190,14 @@ dialogues = {
 }
 
 
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("layout", formats.WRITE_FORMATS)
 @given(data=st.data())
 def test_a_row_that_was_written_is_read_as_the_same_turns(layout, data):
     dialogue = data.draw(dialogues[layout])
-    row = formats.write(dialogue, layout, "x:1")
-    kind = formats.detect(row, DataOptions(), "x:1")
+    row = formats.dialogue_to_row(dialogue, layout, "x:1")
+    kind = formats.detect_format(row, DataOptions(), "x:1")
     assert kind == layout.removesuffix("_chat")
-    assert formats.read(row, kind, DataOptions(), "x:1") == dialogue
+    assert formats.parse_row(row, kind, DataOptions(), "x:1") == dialogue
 
 
 def example(turns, rejected=()):
@@ -215,7 +215,7 @@ def example(turns, rejected=()):
     ],
 )
 def test_a_layout_that_holds_the_example(turns, rejected, keys):
-    row = row_of(example(turns, rejected))
+    row = example_to_row(example(turns, rejected))
     assert list(row) == keys
     assert isinstance(row[keys[0]], str) == (len(turns) < 3)
 
@@ -240,16 +240,16 @@ def test_a_layout_that_holds_the_example(turns, rejected, keys):
 )
 def test_errors_of_layouts(turns, rejected, layout, message):
     with pytest.raises(ValueError) as error:
-        row_of(example(turns, rejected), layout)
+        example_to_row(example(turns, rejected), layout)
     assert message in str(error.value)
 
 
 def test_real_instructions(shared):
     paths = [str(shared / "data" / "scalebio_tiny" / f"{name}.json") for name in ("train_alpaca", "train_gpt4_alpaca")]
     dropped = []
-    train = load(paths, DataOptions(empty="drop"), dropped.append)
+    train = load_examples(paths, DataOptions(empty="drop"), dropped.append)
     assert (len(train), len(dropped)) == (9993, 7)
     assert "train_alpaca.json:5602: 'output' is empty" in dropped[0]
-    assert {e.format for e in train} == {"alpaca"} and {kind_of(e) for e in train} == {"prompt"}
-    problems = load([str(shared / "data" / "gsm8k" / "test.jsonl")], QA)
+    assert {e.format for e in train} == {"alpaca"} and {example_kind(e) for e in train} == {"prompt"}
+    problems = load_examples([str(shared / "data" / "gsm8k" / "test.jsonl")], QA)
     assert len(problems) == 1319 and all("#### " in e.turns[1].content for e in problems)

@@ -10,9 +10,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.stats import chisquare
 
-from bilevel_jax.lm.generate import Prompt, Sampling, Store, decoding, key, sampler
-from bilevel_jax.lm.loglik import Request, engine
-from bilevel_jax.lm.models import decoder, init, init_lora, join, load
+from bilevel_jax.lm.generate import (
+    Prompt,
+    ResponseStore,
+    SamplingParams,
+    hash_generation,
+    make_detokenizer,
+    make_sampler,
+)
+from bilevel_jax.lm.loglik import LogLikRequest, make_loglik_scorer
+from bilevel_jax.lm.models import init_lora, init_params, join_adapters, load_model, make_decoder
 from bilevel_jax.lm.sampling import log_probabilities
 from bilevel_jax.lm.tokens import load_tokenizer
 from tests.lm.test_models import CONFIGS, FAMILIES, GPT2, TINY, make
@@ -20,7 +27,7 @@ from tests.runs.problems_lm import stories
 
 END = (5, 9)
 DRAWS = (0, 1, 7)
-LIKE = Sampling(max_new=12, seed=3)
+LIKE = SamplingParams(max_new_tokens=12, seed=3)
 
 
 def words(prompt, response):
@@ -32,28 +39,28 @@ def prompts(count=11, longest=30):
     rng = np.random.default_rng(0)
     lengths = [1, longest, *rng.integers(2, longest, count - 2)]
     return [
-        Prompt(f"row {row}", tuple(rng.integers(0, TINY.vocab, length).tolist())) for row, length in enumerate(lengths)
+        Prompt(f"row {row}", tuple(rng.integers(0, TINY.vocab_size, length).tolist())) for row, length in enumerate(lengths)
     ]
 
 
 PROMPTS = prompts()
 
 
-def make_sampler(config=TINY, sampling=LIKE, compute=None, **options):
-    return sampler(
-        decoder(config, compute=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (32,), **options}
+def tiny_sampler(config=TINY, sampling=LIKE, compute=None, **options):
+    return make_sampler(
+        make_decoder(config, compute_dtype=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (32,), **options}
     )
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init(TINY, jax.random.key(0))
+    return init_params(TINY, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def one():
     """A sampler of the tiny Llama, the shapes of its batches, those that were traced, and what progress calls."""
-    model, shapes, traced = decoder(TINY), set(), []
+    model, shapes, traced = make_decoder(TINY), set(), []
 
     def extend(params, caches, tokens, positions):
         if not caches:
@@ -66,7 +73,7 @@ def one():
 
     hook = [lambda done, total: None]
     options = {"end": END, "tokens": 400, "lengths": (32,), "progress": lambda done, total: hook[0](done, total)}
-    return sampler(model._replace(extend=extend), LIKE, words, place=place, **options), shapes, traced, hook
+    return make_sampler(model._replace(extend=extend), LIKE, words, place=place, **options), shapes, traced, hook
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +91,13 @@ def log_probs_of(out):
 
 def test_log_probs_are_those_of_a_forward_pass(params, expected):
     requests = [
-        Request(prompt.tokens, response.tokens)
+        LogLikRequest(prompt.tokens, response.tokens)
         for prompt, some in zip(PROMPTS, expected, strict=True)
         for response in some
     ]
     # one request for each token, behind all that stands before it: the engine tells sums
-    single = [Request((*a, *b[:t]), b[t : t + 1]) for a, b in requests for t in range(len(b))]
-    scores = engine(decoder(TINY), tokens=2048, lengths=(48,)).score(params, single)
+    single = [LogLikRequest((*a, *b[:t]), b[t : t + 1]) for a, b in requests for t in range(len(b))]
+    scores = make_loglik_scorer(make_decoder(TINY), max_batch_tokens=2048, bucket_lengths=(48,)).score(params, single)
     np.testing.assert_allclose(log_probs_of(expected), [score.nats for score in scores], atol=1e-5)  # float32
 
 
@@ -112,8 +119,8 @@ def test_order_batches_and_devices_change_no_token(params, one, expected, eight_
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices)
     spread = NamedSharding(mesh, P(None, "data"))
     everywhere = jax.device_put(params, NamedSharding(mesh, P()))
-    eight = make_sampler(tokens=1, multiple=8, place=lambda batch: jax.device_put(batch, spread))
-    for other, where in ((make_sampler(tokens=1, lengths=(64,)), params), (eight, everywhere)):
+    eight = tiny_sampler(tokens=1, multiple=8, place=lambda batch: jax.device_put(batch, spread))
+    for other, where in ((tiny_sampler(tokens=1, lengths=(64,)), params), (eight, everywhere)):
         out = other.sample(where, PROMPTS, DRAWS)
         assert tokens_of(out) == tokens_of(expected)
         np.testing.assert_allclose(log_probs_of(out), log_probs_of(expected), atol=1e-5)  # float32, other sums
@@ -145,7 +152,7 @@ def test_an_interrupted_generation_goes_on(params, one, expected):
             raise Stopped
 
     again, _, _, hook = one
-    store = Store("model", disk, disk.update)
+    store = ResponseStore("model", disk, disk.update)
     hook[0] = progress
     with pytest.raises(Stopped):
         again.resume(params, PROMPTS, DRAWS, store)
@@ -169,16 +176,16 @@ def test_keys_tell_everything_apart():
         (PROMPTS[0], 0, LIKE, "b"),
     ]
     asked += [(PROMPTS[0]._replace(tokens=(1,)), 0, LIKE, "a"), (PROMPTS[0], 0, LIKE._replace(seed=4), "a")]
-    assert len({key(*one) for one in asked}) == len(asked)
+    assert len({hash_generation(*one) for one in asked}) == len(asked)
 
 
-SAMPLING = Sampling(temperature=1.3, top_k=12, top_p=0.8, max_new=2)
+SAMPLING = SamplingParams(temperature=1.3, top_k=12, top_p=0.8, max_new_tokens=2)
 
 
 def test_draws_follow_the_probabilities(params):
     """Both tokens of 6,000 draws, against the exact probabilities after temperature, top-k and top-p."""
-    prompt, draws, model = PROMPTS[3], range(6000), decoder(TINY)
-    (out,) = make_sampler(sampling=SAMPLING, end=(), tokens=10**6).sample(params, [prompt], draws)
+    prompt, draws, model = PROMPTS[3], range(6000), make_decoder(TINY)
+    (out,) = tiny_sampler(sampling=SAMPLING, end=(), tokens=10**6).sample(params, [prompt], draws)
 
     @jax.jit
     def exact(tokens):
@@ -190,7 +197,7 @@ def test_draws_follow_the_probabilities(params):
     after = drawn[drawn[:, 0] == common]
     for seen, before in ((drawn[:, 0], prompt.tokens), (after[:, 1], (*prompt.tokens, common))):
         log_p = np.asarray(exact(jnp.asarray([before], jnp.int32)), float)
-        counts, kept = np.bincount(seen, minlength=TINY.vocab), np.isfinite(log_p)
+        counts, kept = np.bincount(seen, minlength=TINY.vocab_size), np.isfinite(log_p)
         assert 4 <= kept.sum() <= 12 and counts[~kept].sum() == 0
         shares = np.exp(log_p[kept])
         assert chisquare(counts[kept], shares / shares.sum() * len(seen)).pvalue > 0.01
@@ -201,9 +208,9 @@ def test_draws_follow_the_probabilities(params):
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(1.7, 20, 0.9),
-        Sampling(0.7, top_p=0.6),
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (Sampling(0.3, 1, 0.5), Sampling(0.9, 500, 1e-6))),
+        SamplingParams(1.7, 20, 0.9),
+        SamplingParams(0.7, top_p=0.6),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (SamplingParams(0.3, 1, 0.5), SamplingParams(0.9, 500, 1e-6))),
     ],
     ids=lambda one: f"{one.temperature}-{one.top_k}-{one.top_p}",
 )
@@ -228,10 +235,10 @@ def test_probabilities_equal_those_of_transformers(sampling):
 def test_ties_stay_together_and_greedy_takes_the_first():
     logits = np.asarray([[0.0, 2.0, 2.0, 1.0, 2.0]], np.float32)
     log_p = jax.jit(log_probabilities, static_argnames="sampling")
-    for sampling in (Sampling(top_k=2), Sampling(top_p=0.3)):
+    for sampling in (SamplingParams(top_k=2), SamplingParams(top_p=0.3)):
         np.testing.assert_allclose(np.exp(log_p(logits, sampling))[0], [0, 1 / 3, 1 / 3, 0, 1 / 3], atol=1e-6)
-    np.testing.assert_array_equal(np.exp(log_p(logits, Sampling(0.0)))[0], [0, 1, 0, 0, 0])
-    assert np.isnan(log_p(np.asarray([[0.0, 2.0, 2.0, np.nan, 2.0]], np.float32), Sampling(0.0))).all()
+    np.testing.assert_array_equal(np.exp(log_p(logits, SamplingParams(0.0)))[0], [0, 1, 0, 0, 0])
+    assert np.isnan(log_p(np.asarray([[0.0, 2.0, 2.0, np.nan, 2.0]], np.float32), SamplingParams(0.0))).all()
 
 
 def in_transformers(model, prompts, max_new, end):
@@ -256,10 +263,10 @@ def in_transformers(model, prompts, max_new, end):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers(family, tmp_path):
     reference = make(family, tmp_path)
-    config, params = load(tmp_path)
+    config, params = load_model(tmp_path)
     asked = [prompt._replace(tokens=tuple(3 * token + 4 for token in prompt.tokens)) for prompt in PROMPTS]
     options = dict(end=(1, 2), tokens=10**4, lengths=(32,))
-    out = make_sampler(config, Sampling(0.0, max_new=20), **options).sample(params, asked, (0, 1))
+    out = tiny_sampler(config, SamplingParams(0.0, max_new_tokens=20), **options).sample(params, asked, (0, 1))
     assert [row[0] for row in out] == [row[1] for row in out]
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 20, (1, 2))
     assert not log_probs_of(out).any()
@@ -271,10 +278,10 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
     from transformers import AutoModelForCausalLM
 
     folder = shared / "models" / name
-    (config, params), tokenizer = load(folder), load_tokenizer(folder)
+    (config, params), tokenizer = load_model(folder), load_tokenizer(folder)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 6)]
     asked = [Prompt(str(at), (config.bos, *ids[: 5 + 4 * at])) for at, ids in enumerate(texts)]
-    sample = sampler(decoder(config), Sampling(0.0, max_new=60), decoding(tokenizer), end=[config.eos], lengths=(32,))
+    sample = make_sampler(make_decoder(config), SamplingParams(0.0, max_new_tokens=60), make_detokenizer(tokenizer), end_tokens=[config.eos], bucket_lengths=(32,))
     out = sample.sample(params, asked, (0,))
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, (config.eos,))
@@ -287,30 +294,30 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_family_and_adapters(config, x64):
     adapters = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, dtype=jnp.float64)
-    base = init(config, jax.random.key(0), dtype=jnp.float64)
-    params = join(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
-    out = make_sampler(config, tokens=10**4, lengths=(32,)).sample(params, PROMPTS, DRAWS)
-    requests = [Request(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
-    scores = engine(decoder(config), tokens=4096, lengths=(48,)).score(params, requests)
+    base = init_params(config, jax.random.key(0), dtype=jnp.float64)
+    params = join_adapters(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
+    out = tiny_sampler(config, tokens=10**4, lengths=(32,)).sample(params, PROMPTS, DRAWS)
+    requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
+    scores = make_loglik_scorer(make_decoder(config), max_batch_tokens=4096, bucket_lengths=(48,)).score(params, requests)
     sums = [sum(response.log_probs) for some in out for response in some]
     np.testing.assert_allclose(sums, [score.nats for score in scores], atol=1e-11)  # float64, up to 12 tokens
 
 
 @pytest.mark.slow
 def test_bfloat16_factors(params):
-    out = make_sampler(compute=jnp.bfloat16, tokens=10**4).sample(params, PROMPTS, DRAWS)
-    requests = [Request(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
-    low = engine(decoder(TINY, compute=jnp.bfloat16), tokens=4096).score(params, requests)
+    out = tiny_sampler(compute=jnp.bfloat16, tokens=10**4).sample(params, PROMPTS, DRAWS)
+    requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
+    low = make_loglik_scorer(make_decoder(TINY, compute_dtype=jnp.bfloat16), max_batch_tokens=4096).score(params, requests)
     sums = np.asarray([sum(response.log_probs) for some in out for response in some])
-    counts = np.asarray([score.tokens for score in low])
+    counts = np.asarray([score.num_tokens for score in low])
     assert np.abs((sums - [score.nats for score in low]) / counts).max() < 2e-2  # 8 bits of mantissa, other blocks
     assert np.isfinite(sums).all()
 
 
 def test_the_context_is_used_to_its_end():
     """The last token of a response is not read, so it needs no place; a learned position beyond the last is NaN."""
-    config_params, sampling = init(GPT2, jax.random.key(0)), Sampling(0.0, max_new=5)
-    sample = make_sampler(GPT2, sampling, end=(), lengths=()).sample
+    config_params, sampling = init_params(GPT2, jax.random.key(0)), SamplingParams(0.0, max_new_tokens=5)
+    sample = tiny_sampler(GPT2, sampling, end=(), lengths=()).sample
     ((response,),) = sample(config_params, [Prompt("full", (1,) * 60)], (0,))
     assert len(response.tokens) == 5
     with pytest.raises(ValueError, match=r"long has 61 tokens; with max_new = 5 .* context of 64 has room for 60"):
@@ -334,13 +341,13 @@ def test_errors_name_the_prompt(bad, message, params, one):
 
 
 def test_options_are_checked(params, one):
-    for sampling in (Sampling(-1.0), Sampling(top_k=-1), Sampling(top_p=0.0)):
+    for sampling in (SamplingParams(-1.0), SamplingParams(top_k=-1), SamplingParams(top_p=0.0)):
         with pytest.raises(ValueError, match="temperature and top_k must be 0 or more, and top_p in"):
-            make_sampler(sampling=sampling)
+            tiny_sampler(sampling=sampling)
     with pytest.raises(ValueError, match="max_new 0: each must be at least 1"):
-        make_sampler(sampling=Sampling(max_new=0))
+        tiny_sampler(sampling=SamplingParams(max_new_tokens=0))
     with pytest.raises(ValueError, match=r"end tokens \[31\] lie outside"):
-        make_sampler(end=[31])
+        tiny_sampler(end=[31])
     with pytest.raises(ValueError, match=r"draws \[0, -1\]: numbers of draws are 0 or more"):
         one[0].sample(params, PROMPTS, [0, -1])
     assert one[0].sample(params, [], (0,)) == [] and one[0].sample(params, PROMPTS[:2], ()) == [[], []]

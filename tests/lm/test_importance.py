@@ -12,9 +12,9 @@ from bilevel_jax.core.transition import begin, train, transition
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import batches, losses
-from bilevel_jax.lm.importance import CLIP, self_sampled
-from bilevel_jax.lm.tokens import Tokenized, corpus_of
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.lm.importance import DEFAULT_MAX_RATIO, importance_weighted_losses
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import OptimizerSection
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -42,16 +42,16 @@ def corpus(seed=0):
     for number in range(6):
         prompt = [1, 5] if number >= 3 else [1, 2 + number, 4]
         response = random.integers(3, 11, size=2 + number % 3).tolist()
-        rows.append(Tokenized(np.array(prompt + response), np.arange(len(prompt + response)) >= len(prompt)))
+        rows.append(TokenizedSequence(np.array(prompt + response), np.arange(len(prompt + response)) >= len(prompt)))
         own = random.uniform(-5, -0.1, size=len(response)) if number >= 3 else np.full(len(response), np.nan)
         sampler.append(np.concatenate([np.full(len(prompt), np.nan), own]))
     base = np.array([1, 1, 1, 1 / G, 1 / G, 1 / G]) * 6 / 4
-    return corpus_of(rows).with_sampler(np.concatenate(sampler), base)
+    return corpus_from_sequences(rows).with_sampler_log_probs(np.concatenate(sampler), base)
 
 
 DATA = corpus()
-LAYOUT = batches.Layout(1, 6, 6, batches.longest(DATA))
-BATCH = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.evaluation_stream(DATA, LAYOUT).batch(0))
+LAYOUT = batches.BatchShape(1, 6, 6, batches.padded_max_length(DATA))
+BATCH = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.make_evaluation_stream(DATA, LAYOUT).batch(0))
 
 
 def tokens_of(params, row):
@@ -73,13 +73,13 @@ def test_token_ratios_multiply_the_gradient_of_each_token_and_are_cut(params):
         values = []
         for row in range(6):
             log_p = tokens_of(p, row)
-            ratio = 1.0 if row < 3 else jnp.minimum(jnp.exp(log_p - sampler_of(row)), CLIP)
+            ratio = 1.0 if row < 3 else jnp.minimum(jnp.exp(log_p - sampler_of(row)), DEFAULT_MAX_RATIO)
             values.append(-jnp.mean(jax.lax.stop_gradient(ratio) * log_p))
         return jnp.stack(values)
 
     ratios = np.concatenate([np.exp(np.asarray(tokens_of(params[1], row)) - sampler_of(row)) for row in (3, 4, 5)])
-    assert 0 < (ratios > CLIP).sum() < len(ratios)  # both sides of the cut
-    mine = jax.jit(jax.jacrev(lambda p: self_sampled(MODEL)(p, BATCH)))(params[1])
+    assert 0 < (ratios > DEFAULT_MAX_RATIO).sum() < len(ratios)  # both sides of the cut
+    mine = jax.jit(jax.jacrev(lambda p: importance_weighted_losses(MODEL)(p, BATCH)))(params[1])
     wanted = jax.jit(jax.jacrev(field))(params[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), mine, wanted)
 
@@ -87,7 +87,7 @@ def test_token_ratios_multiply_the_gradient_of_each_token_and_are_cut(params):
 def test_second_derivatives_are_those_of_the_field(params):
     """jvp(grad) equals finite differences of the gradient; with the ratio stopped it does not."""
     v = init(2)
-    slope = jax.jit(jax.grad(lambda p: self_sampled(MODEL)(p, BATCH)[3:].sum()))
+    slope = jax.jit(jax.grad(lambda p: importance_weighted_losses(MODEL)(p, BATCH)[3:].sum()))
 
     def at(step):
         return slope(jax.tree.map(lambda a, b: a + step * b, params[1], v))
@@ -101,16 +101,16 @@ def test_second_derivatives_are_those_of_the_field(params):
 def test_unrolled_entries_are_finite_differences(params):
     """Of L_v after three steps of Adam, by the weight of each row: exact through the ratio and its cut."""
     problem = weighted(
-        lambda p, fixed, batch: self_sampled(MODEL)(p, batch),
-        outer=lambda p, fixed, batch: losses.sft(MODEL)(p, batch),
+        lambda p, fixed, batch: importance_weighted_losses(MODEL)(p, batch),
+        outer=lambda p, fixed, batch: losses.sft_losses(MODEL)(p, batch),
     )
-    adamw = optimizer(OptimizerSection(learning_rate=0.02, warmup_steps=0, schedule="constant", eps_root=1e-6), 3)
+    adamw = build_optimizer(OptimizerSection(learning_rate=0.02, warmup_steps=0, schedule="constant", eps_root=1e-6), 3)
     step = transition(problem, adamw)
     whole = {key: leaf[None] for key, leaf in BATCH.items()}
     stream = Stream(lambda step: whole, 3)
     held = corpus(1)
     validation = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf), batches.evaluation_stream(held, batches.Layout(1, 6, 6, 8)).batch(0)
+        lambda leaf: jnp.asarray(leaf), batches.make_evaluation_stream(held, batches.BatchShape(1, 6, 6, 8)).batch(0)
     )
     start = begin(adamw, params[1])
 
@@ -121,7 +121,7 @@ def test_unrolled_entries_are_finite_differences(params):
 
     def value(weights):
         end = trained(weights).end.params
-        return float(jnp.mean(losses.sft(MODEL)(end, jax.tree.map(lambda leaf: leaf[0], validation))))
+        return float(jnp.mean(losses.sft_losses(MODEL)(end, jax.tree.map(lambda leaf: leaf[0], validation))))
 
     for row in (0, 3, 4, 5):
         away = jnp.zeros(6).at[row].set(1e-5)
@@ -131,9 +131,9 @@ def test_unrolled_entries_are_finite_differences(params):
 
 def test_sequence_ratios_share_a_question_among_its_responses(params):
     logs = np.array([float((tokens_of(params[1], row) - sampler_of(row)).sum()) for row in (3, 4, 5)])
-    ratios = np.minimum(np.exp(logs), CLIP)
-    found = np.asarray(self_sampled(MODEL, ratio="sequence", responses=G)(params[1], BATCH))
-    plain = np.asarray(losses.sft(MODEL)(params[1], BATCH))
+    ratios = np.minimum(np.exp(logs), DEFAULT_MAX_RATIO)
+    found = np.asarray(importance_weighted_losses(MODEL, ratio="sequence", responses_per_prompt=G)(params[1], BATCH))
+    plain = np.asarray(losses.sft_losses(MODEL)(params[1], BATCH))
     np.testing.assert_allclose(found[:3], plain[:3])
     np.testing.assert_allclose(found[3:], plain[3:] * G * ratios / ratios.sum(), rtol=1e-6)  # the sampler's is float32
 
@@ -145,11 +145,11 @@ def test_at_the_sampler_every_ratio_is_one(params, ratio):
     for row in (3, 4, 5):
         places = np.flatnonzero(rows[row].supervised) + DATA.offsets[row]
         sampler[places] = np.asarray(tokens_of(params[0], row))
-    data = corpus_of(rows).with_sampler(sampler, np.ones(6))
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.evaluation_stream(data, LAYOUT).batch(0))
-    mine = self_sampled(MODEL, ratio=ratio, responses=G)
-    np.testing.assert_allclose(mine(params[0], batch), losses.sft(MODEL)(params[0], BATCH), rtol=1e-6)
-    slopes = (jax.jit(jax.jacrev(f))(params[0], b) for f, b in ((mine, batch), (losses.sft(MODEL), BATCH)))
+    data = corpus_from_sequences(rows).with_sampler_log_probs(sampler, np.ones(6))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.make_evaluation_stream(data, LAYOUT).batch(0))
+    mine = importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G)
+    np.testing.assert_allclose(mine(params[0], batch), losses.sft_losses(MODEL)(params[0], BATCH), rtol=1e-6)
+    slopes = (jax.jit(jax.jacrev(f))(params[0], b) for f, b in ((mine, batch), (losses.sft_losses(MODEL), BATCH)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *slopes)
 
 
@@ -157,28 +157,28 @@ def test_self_sampled_responses_alone_teach_nothing(params):
     """sum over all y of q(y) rho(y) grad log pi(y) = 0 at any pi: all responses of two tokens, token by token."""
     old, new = params
     rows = [
-        Tokenized(np.array([1, 5, a, b]), np.array([False, False, True, True]))
+        TokenizedSequence(np.array([1, 5, a, b]), np.array([False, False, True, True]))
         for a in range(VOCAB)
         for b in range(VOCAB)
     ]
-    data = corpus_of(rows)
-    shape = batches.Layout(1, len(rows), len(rows), 3)
-    plain = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.evaluation_stream(data, shape).batch(0))
+    data = corpus_from_sequences(rows)
+    shape = batches.BatchShape(1, len(rows), len(rows), 3)
+    plain = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.make_evaluation_stream(data, shape).batch(0))
     log_q = np.asarray(-losses.token_losses(MODEL, 1024)(old, plain))
     q = np.exp(log_q[:, 1:].sum(1))
     assert abs(q.sum() - 1) < 1e-12
     batch = plain | {"sampler": jnp.where(plain["slot"] < len(rows), log_q, jnp.nan)}
-    cut = self_sampled(MODEL, clip=1e6, normalise="token_sum")
+    cut = importance_weighted_losses(MODEL, max_ratio=1e6, reduction="token_sum")
     slope = jax.jit(jax.grad(lambda p: jnp.sum(q * cut(p, batch))))(new)
-    size = jax.jit(jax.grad(lambda p: jnp.sum(q * losses.sft(MODEL, normalise="token_sum")(p, plain))))(new)
+    size = jax.jit(jax.grad(lambda p: jnp.sum(q * losses.sft_losses(MODEL, reduction="token_sum")(p, plain))))(new)
     greatest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(size))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slope)) < 1e-9 * greatest
 
 
 def test_a_question_counts_once_and_weights_act_on_each_response(params):
     """The loss is the mean over questions of the mean over their responses: 1/G is in it once, and not in the rows."""
-    problem = weighted(lambda p, fixed, batch: self_sampled(MODEL)(p, batch))
-    each = np.asarray(self_sampled(MODEL)(params[1], BATCH))
+    problem = weighted(lambda p, fixed, batch: importance_weighted_losses(MODEL)(p, batch))
+    each = np.asarray(importance_weighted_losses(MODEL)(params[1], BATCH))
     questions = [each[0], each[1], each[2], each[3:].mean()]
     assert float(problem.inner(params[1], jnp.ones(6), None, BATCH)) == pytest.approx(np.mean(questions), rel=1e-6)
     for row in (1, 4):
@@ -189,28 +189,28 @@ def test_a_question_counts_once_and_weights_act_on_each_response(params):
 
 def test_groups_stay_together_and_every_row_comes_once():
     groups = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 9], [8, 9, 9]])  # of a corpus of 9 rows: 9 is an empty place
-    order = batches.grouped(groups, 9, 6, seed=3)
+    order = batches.shuffled_group_order(groups, 9, 6, seed=3)
     for epoch in range(3):
         drawn = np.concatenate([order(2 * epoch + part) for part in range(2)])
         assert sorted(drawn[drawn < 9]) == list(range(9))
         assert {tuple(row) for row in drawn.reshape(-1, 3)} == {tuple(row) for row in groups}
     assert any((order(0) != order(step)).any() for step in (2, 4))
     with pytest.raises(ValueError, match="does not hold whole groups of 3"):
-        batches.grouped(groups, 9, 4, seed=0)
+        batches.shuffled_group_order(groups, 9, 4, seed=0)
 
 
 def test_an_empty_slot_counts_nothing_and_what_is_wrong_is_told(params):
-    with_empty = batches.evaluation_stream(DATA, batches.Layout(1, 9, 9, LAYOUT.length)).batch(0)
+    with_empty = batches.make_evaluation_stream(DATA, batches.BatchShape(1, 9, 9, LAYOUT.length)).batch(0)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), with_empty)
     assert (batch["index"][6:] == PADDING).all() and (batch["base"][6:] == 0).all()
     for ratio in ("token", "sequence"):
-        found = jax.jit(self_sampled(MODEL, ratio=ratio, responses=G))(params[1], batch)
+        found = jax.jit(importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G))(params[1], batch)
         np.testing.assert_array_equal(found[6:], 0)
-        np.testing.assert_allclose(found[:6], self_sampled(MODEL, ratio=ratio, responses=G)(params[1], BATCH))
+        np.testing.assert_allclose(found[:6], importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G)(params[1], BATCH))
     with pytest.raises(ValueError, match="ratio is 'word'"):
-        self_sampled(MODEL, ratio="word")
+        importance_weighted_losses(MODEL, ratio="word")
     with pytest.raises(ValueError, match="clip is 0.5"):
-        self_sampled(MODEL, clip=0.5)
+        importance_weighted_losses(MODEL, max_ratio=0.5)
     plain = {key: leaf for key, leaf in BATCH.items() if key != "sampler"}
     with pytest.raises(ValueError, match="no `sampler`"):
-        self_sampled(MODEL)(params[0], plain)
+        importance_weighted_losses(MODEL)(params[0], plain)

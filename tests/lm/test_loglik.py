@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bilevel_jax.lm.loglik import LogLik, Request, Store, engine, key
-from bilevel_jax.lm.models import decoder, init, load
-from bilevel_jax.lm.models.cache import EMPTY
-from bilevel_jax.lm.stems import stems
+from bilevel_jax.lm.loglik import LogLik, LogLikRequest, LogLikStore, hash_request, make_loglik_scorer
+from bilevel_jax.lm.models import init_params, load_model, make_decoder
+from bilevel_jax.lm.models.cache import EMPTY_POSITION
+from bilevel_jax.lm.stems import find_shared_prefixes
 from bilevel_jax.lm.tokens import load_tokenizer
 from tests.lm.test_models import CONFIGS, GPT2, TINY
 from tests.runs.problems_lm import stories
@@ -24,7 +24,7 @@ SMALL = dict(tokens=96, lengths=(24, 48))
 
 
 def draw(rng, length):
-    return tuple(rng.integers(0, TINY.vocab, length).tolist())
+    return tuple(rng.integers(0, TINY.vocab_size, length).tolist())
 
 
 def requests(count=14):
@@ -32,11 +32,11 @@ def requests(count=14):
     rng = np.random.default_rng(0)
     sets = [draw(rng, 20), draw(rng, 31)]
     rows = [
-        Request(sets[row % 2] + draw(rng, rng.integers(1, 9)), draw(rng, rng.integers(1, 9))) for row in range(count)
+        LogLikRequest(sets[row % 2] + draw(rng, rng.integers(1, 9)), draw(rng, rng.integers(1, 9))) for row in range(count)
     ]
     question = draw(rng, 25)
-    rows += [Request(question, draw(rng, 3)), Request(question, draw(rng, 7)), Request(draw(rng, 1), draw(rng, 1))]
-    return [*rows, rows[3], Request(draw(rng, 5), ())]
+    rows += [LogLikRequest(question, draw(rng, 3)), LogLikRequest(question, draw(rng, 7)), LogLikRequest(draw(rng, 1), draw(rng, 1))]
+    return [*rows, rows[3], LogLikRequest(draw(rng, 5), ())]
 
 
 REQUESTS = requests()
@@ -44,7 +44,7 @@ REQUESTS = requests()
 
 @cache
 def whole(config):
-    model = decoder(config)
+    model = make_decoder(config)
 
     def log_p(params, tokens, segments):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -75,14 +75,14 @@ def per_token(one, two):
 
 @pytest.fixture(scope="module")
 def params():
-    return init(TINY, jax.random.key(0))
+    return init_params(TINY, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def shared_engine():
     """An engine of the tiny Llama, and the batches that it was given."""
     seen = []
-    one = engine(decoder(TINY), **SMALL, place=lambda batch: seen.append(batch) or batch)
+    one = make_loglik_scorer(make_decoder(TINY), **SMALL, place=lambda batch: seen.append(batch) or batch)
     return one, seen
 
 
@@ -91,9 +91,9 @@ def shared_engine():
 )
 def test_equals_the_plain_forward(name, x64):
     config = CONFIGS[name]
-    params = init(config, jax.random.key(0), dtype=jnp.float64)
-    out = engine(decoder(config), tokens=256, lengths=(CONTEXT,)).score(params, REQUESTS)
-    assert [score.tokens for score in out] == [len(request.response) for request in REQUESTS]
+    params = init_params(config, jax.random.key(0), dtype=jnp.float64)
+    out = make_loglik_scorer(make_decoder(config), max_batch_tokens=256, bucket_lengths=(CONTEXT,)).score(params, REQUESTS)
+    assert [score.num_tokens for score in out] == [len(request.response) for request in REQUESTS]
     np.testing.assert_allclose(nats(out), slowly(config, params, REQUESTS), atol=1e-12)  # float64, other order of sums
     assert out[-1] == LogLik(0.0, 0)
 
@@ -104,8 +104,8 @@ def test_sharing_batches_and_order_change_rounding_only(params, shared_engine):
     order = np.random.default_rng(1).permutation(len(REQUESTS))
     assert one.score(params, [REQUESTS[place] for place in order]) == [out[place] for place in order]
     apart = [
-        engine(decoder(TINY), tokens=200, lengths=(16,), chunk=3).score(params, REQUESTS),
-        engine(decoder(TINY), tokens=1, lengths=(CONTEXT,), share=False).score(params, REQUESTS),
+        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=200, bucket_lengths=(16,), chunk=3).score(params, REQUESTS),
+        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=1, bucket_lengths=(CONTEXT,), share_prefixes=False).score(params, REQUESTS),
     ]
     assert all(per_token(other, out) < 1e-5 for other in apart)  # float32
     assert nats(out)[:-1].max() < 0
@@ -115,17 +115,17 @@ def test_what_is_shared_is_read_once(params, shared_engine):
     one, seen = shared_engine
     seen.clear()
     one.score(params, REQUESTS)
-    read = sum(int((batch["positions"] != EMPTY).sum()) for batch in seen)
+    read = sum(int((batch["positions"] != EMPTY_POSITION).sum()) for batch in seen)
     distinct = set(REQUESTS[:-1])
     apart = sum(len(prefix) + len(response) - 1 for prefix, response in distinct)
     # 7 rows to each set of demonstrations; two answers to a question, whose last token is read with each
     assert read == apart - 6 * 20 - 6 * 31 - 1 * 24
-    rows = [int((batch["positions"][0, :, -1] != EMPTY).sum()) for batch in seen if "targets" in batch]
+    rows = [int((batch["positions"][0, :, -1] != EMPTY_POSITION).sum()) for batch in seen if "targets" in batch]
     assert sum(rows) == len(distinct)  # so equal requests are scored once, too
 
 
 def test_compiles_once_for_each_shape(params):
-    model, traced, shapes = decoder(TINY), [], set()
+    model, traced, shapes = make_decoder(TINY), [], set()
 
     def extend(params, caches, tokens, positions):
         traced.append(tokens.shape)
@@ -138,7 +138,7 @@ def test_compiles_once_for_each_shape(params):
         shapes.add((batch["tokens"].shape, "targets" in batch, stem))
         return batch
 
-    one = engine(model._replace(extend=extend), **SMALL, place=place)
+    one = make_loglik_scorer(model._replace(extend=extend), **SMALL, place=place)
     one.score(params, REQUESTS)
     lengths = 3  # 24, 48 and the context: of stems (one or two numbers of them), and of rows after each of them or none
     assert len(traced) == len(shapes) <= 2 * lengths + lengths * (lengths + 1)
@@ -158,8 +158,8 @@ def test_an_interrupted_scoring_goes_on(params):
         if len(batches) == stop[0]:
             raise Stopped
 
-    one = engine(decoder(TINY), **SMALL, progress=progress)
-    store = Store("model", disk, disk.update, every=1)
+    one = make_loglik_scorer(make_decoder(TINY), **SMALL, progress=progress)
+    store = LogLikStore("model", disk, disk.update, save_every=1)
     expected = one.score(params, REQUESTS)
     total, distinct = len(batches), len(set(REQUESTS)) - 1
     batches.clear()
@@ -179,14 +179,14 @@ def test_an_interrupted_scoring_goes_on(params):
 
 def test_results_are_saved_in_pieces(params, shared_engine):
     pieces = []
-    shared_engine[0].resume(params, REQUESTS, Store("", {}, pieces.append, every=7))
+    shared_engine[0].resume(params, REQUESTS, LogLikStore("", {}, pieces.append, save_every=7))
     assert len(pieces) > 1 and all(len(piece) >= 7 for piece in pieces[:-1])
     distinct = set(REQUESTS[:-1])
-    assert sorted(name for piece in pieces for name in piece) == sorted(key(request, "") for request in distinct)
+    assert sorted(name for piece in pieces for name in piece) == sorted(hash_request(request, "") for request in distinct)
 
 
 def test_keys_tell_requests_and_models_apart():
-    keys = {key(Request((1, 2), (3,)), "a"), key(Request((1,), (2, 3)), "a"), key(Request((1, 2), (3,)), "b")}
+    keys = {hash_request(LogLikRequest((1, 2), (3,)), "a"), hash_request(LogLikRequest((1,), (2, 3)), "a"), hash_request(LogLikRequest((1, 2), (3,)), "b")}
     assert len(keys) == 3
 
 
@@ -197,7 +197,7 @@ def test_eight_devices_equal_one(params, shared_engine, eight_devices):
         spread = {name: P() if np.ndim(leaf) == 1 else P(None, "data") for name, leaf in batch.items()}
         return {name: jax.device_put(leaf, NamedSharding(mesh, spread[name])) for name, leaf in batch.items()}
 
-    spread = engine(decoder(TINY), tokens=256, lengths=(CONTEXT,), multiple=8, place=place)
+    spread = make_loglik_scorer(make_decoder(TINY), max_batch_tokens=256, bucket_lengths=(CONTEXT,), row_multiple=8, place=place)
     out = spread.score(jax.device_put(params, NamedSharding(mesh, P())), REQUESTS)
     assert per_token(out, shared_engine[0].score(params, REQUESTS)) < 1e-5  # float32, other order of sums
 
@@ -205,31 +205,31 @@ def test_eight_devices_equal_one(params, shared_engine, eight_devices):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (Request((), (1,)), r"request 1 \(0 tokens of prefix, 1 of response\): nothing stands before the response"),
-        (Request((1,) * 60, (2,) * 6), r"request 1 \(60 .*, 6 .*\) takes 65 token places, .* context has 64"),
-        (Request((1, 31), (2,)), "outside of the vocabulary, 0 to 30"),
-        (Request((1, 2), (-1,)), "outside of the vocabulary, 0 to 30"),
+        (LogLikRequest((), (1,)), r"request 1 \(0 tokens of prefix, 1 of response\): nothing stands before the response"),
+        (LogLikRequest((1,) * 60, (2,) * 6), r"request 1 \(60 .*, 6 .*\) takes 65 token places, .* context has 64"),
+        (LogLikRequest((1, 31), (2,)), "outside of the vocabulary, 0 to 30"),
+        (LogLikRequest((1, 2), (-1,)), "outside of the vocabulary, 0 to 30"),
     ],
 )
 def test_errors_name_the_request(bad, message, params, shared_engine):
     with pytest.raises(ValueError, match=message):
-        shared_engine[0].score(params, [Request((1,), (2,)), bad])
+        shared_engine[0].score(params, [LogLikRequest((1,), (2,)), bad])
 
 
 def test_options_are_checked():
     with pytest.raises(ValueError, match="tokens 0, multiple 1"):
-        engine(decoder(TINY), tokens=0)
+        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=0)
     with pytest.raises(ValueError, match="each is at least 1 token"):
-        engine(decoder(TINY), lengths=(0, 8))
+        make_loglik_scorer(make_decoder(TINY), bucket_lengths=(0, 8))
 
 
 def test_the_longest_request_fits_and_no_request_is_no_work(params, shared_engine):
-    full = Request((1,) * 60, (2,) * 5)
-    config_params = init(GPT2, jax.random.key(0))
-    out = engine(decoder(GPT2), tokens=64, share=False).score(config_params, [full])
+    full = LogLikRequest((1,) * 60, (2,) * 5)
+    config_params = init_params(GPT2, jax.random.key(0))
+    out = make_loglik_scorer(make_decoder(GPT2), max_batch_tokens=64, share_prefixes=False).score(config_params, [full])
     assert np.isfinite(out[0].nats)  # 64 learned positions
     assert shared_engine[0].score(params, []) == []
-    assert shared_engine[0].score(params, [Request((), ())]) == [LogLik(0.0, 0)]
+    assert shared_engine[0].score(params, [LogLikRequest((), ())]) == [LogLik(0.0, 0)]
 
 
 def test_nan_parameters_are_seen_in_the_result(params, shared_engine):
@@ -240,9 +240,9 @@ def test_nan_parameters_are_seen_in_the_result(params, shared_engine):
 def test_a_prefix_tree_by_hand():
     rows = [np.asarray(row) for row in ([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [1, 7], [8, 9, 9, 9], [8, 9, 9, 9])]
     # three share 3 tokens (6 saved) rather than four 1 (3 saved); the last two are equal
-    assert [tuple(stem) for stem in stems(rows, least=1)] == [(0, 3, 3), (4, 6, 4)]
-    assert [tuple(stem) for stem in stems(rows, least=4)] == [(4, 6, 4)]
-    assert stems([], least=1) == stems(rows[:1], least=1) == []
+    assert [tuple(stem) for stem in find_shared_prefixes(rows, min_length=1)] == [(0, 3, 3), (4, 6, 4)]
+    assert [tuple(stem) for stem in find_shared_prefixes(rows, min_length=4)] == [(4, 6, 4)]
+    assert find_shared_prefixes([], min_length=1) == find_shared_prefixes(rows[:1], min_length=1) == []
 
 
 def best(rows, left):
@@ -262,7 +262,7 @@ def best(rows, left):
 @given(st.lists(st.lists(st.integers(0, 1), max_size=5).map(tuple), max_size=6))
 def test_stems_save_the_most(rows):
     rows = sorted(rows)
-    found = stems([np.asarray(row, np.int32) for row in rows], least=1)
+    found = find_shared_prefixes([np.asarray(row, np.int32) for row in rows], min_length=1)
     places = [place for start, stop, _ in found for place in range(start, stop)]
     assert len(places) == len(set(places))
     for start, stop, length in found:
@@ -272,12 +272,12 @@ def test_stems_save_the_most(rows):
 
 @pytest.mark.parametrize("name", ["stories-260k", pytest.param("babyllama-1m", marks=pytest.mark.slow)])
 def test_real_models(shared, name):
-    config, params = load(shared / "models" / name)
+    config, params = load_model(shared / "models" / name)
     tokenizer = load_tokenizer(shared / "models" / name)
     texts = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"])[:40] for text in stories(shared, 24)]
     demonstrations = (config.bos, *texts[0], *texts[1], *texts[2])
-    rows = [Request(demonstrations + text[: len(text) // 2], text[len(text) // 2 :]) for text in texts[3:]]
-    out = engine(decoder(config), tokens=1024).score(params, rows)
-    apart = (nats(out) - slowly(config, params, rows, 164)) / [score.tokens for score in out]
+    rows = [LogLikRequest(demonstrations + text[: len(text) // 2], text[len(text) // 2 :]) for text in texts[3:]]
+    out = make_loglik_scorer(make_decoder(config), max_batch_tokens=1024).score(params, rows)
+    apart = (nats(out) - slowly(config, params, rows, 164)) / [score.num_tokens for score in out]
     assert np.abs(apart).max() < 1e-5  # nats per token, float32
-    assert -4 < sum(nats(out)) / sum(score.tokens for score in out) < -0.5  # stories are what it has learned
+    assert -4 < sum(nats(out)) / sum(score.num_tokens for score in out) < -0.5  # stories are what it has learned

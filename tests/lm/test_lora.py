@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm.models import (
-    balance,
-    decoder,
-    init,
+    balance_adapters,
     init_lora,
-    join,
-    load,
+    init_params,
+    join_adapters,
+    load_model,
     load_peft,
-    merge,
+    make_decoder,
+    merge_adapters,
     save_peft,
 )
 from bilevel_jax.lm.models.lora import Adapter
 from tests.lm.test_models import CONFIGS, NEOX_BIASES, TINY, compiled, make
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TOKENS = np.random.default_rng(0).integers(0, TINY.vocab, (2, 9)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9)).astype(np.int32)
 
 
 def logits(config, params, tokens=TOKENS):
@@ -94,7 +94,7 @@ def test_peft_reads_what_we_save(base, tmp_path, family, targets, named):
     import peft
     import transformers
 
-    config, params = load(base(family))
+    config, params = load_model(base(family))
     adapters = trained(config, targets=targets)
     save_peft(tmp_path / "adapter", config, adapters, base="someone/a-model")
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -102,7 +102,7 @@ def test_peft_reads_what_we_save(base, tmp_path, family, targets, named):
     model = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base(family)), str(tmp_path / "adapter")
     )
-    ours = logits(config, join(params, adapters))
+    ours = logits(config, join_adapters(params, adapters))
     np.testing.assert_allclose(peft_logits(model), ours, atol=1e-5)  # float32, other order of sums
     assert np.abs(ours - logits(config, params)).max() > 0.1
     again = load_peft(tmp_path / "adapter", config)
@@ -133,8 +133,8 @@ def test_we_read_what_peft_saves(base, tmp_path, family, targets, options):
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path)
-    config, params = load(base(family))
-    ours = logits(config, join(params, load_peft(tmp_path, config)))
+    config, params = load_model(base(family))
+    ours = logits(config, join_adapters(params, load_peft(tmp_path, config)))
     np.testing.assert_allclose(ours, peft_logits(model), atol=1e-5)  # float32, other order of sums
 
 
@@ -156,12 +156,12 @@ def test_load_peft_refuses(tmp_path):
 
 
 def test_fresh_adapters_change_nothing(x64):
-    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
+    params = init_params(TINY, jax.random.key(0), dtype=jnp.float64)
     adapters = init_lora(TINY, jax.random.key(1), rank=3, alpha=6, dtype=jnp.float64)
-    np.testing.assert_allclose(logits(TINY, join(params, adapters)), logits(TINY, params), atol=1e-13)  # B = 0
+    np.testing.assert_allclose(logits(TINY, join_adapters(params, adapters)), logits(TINY, params), atol=1e-13)  # B = 0
     single = init_lora(TINY, jax.random.key(1), rank=3, alpha=6)
     jax.tree.map(np.testing.assert_array_equal, single, adapters)  # drawn in float32, cast
-    more = init_lora(TINY, jax.random.key(1), rank=3, alpha=6, targets=ALL)
+    more = init_lora(TINY, jax.random.key(1), rank=3, alpha=6, target_modules=ALL)
     np.testing.assert_array_equal(more["lora"]["v_proj"].a, single["lora"]["v_proj"].a)  # a target does not move others
 
 
@@ -171,33 +171,33 @@ EVERY = {"plain": ALL, "neox": NEOX_BIASES, "gpt2": ("c_attn", "c_proj", "c_fc")
 @pytest.mark.parametrize("name", EVERY)
 def test_merged_equals_joined(name, x64):
     config = CONFIGS[name]
-    params = init(config, jax.random.key(0), dtype=jnp.float64)
+    params = init_params(config, jax.random.key(0), dtype=jnp.float64)
     adapters = trained(config, dtype=jnp.float64, targets=EVERY[name])
-    out = logits(config, join(params, adapters))
-    np.testing.assert_allclose(logits(config, merge(params, adapters)), out, atol=1e-12)  # float64, other order of sums
+    out = logits(config, join_adapters(params, adapters))
+    np.testing.assert_allclose(logits(config, merge_adapters(params, adapters)), out, atol=1e-12)  # float64, other order of sums
     assert np.abs(out - logits(config, params)).max() > 0.1
 
 
 def test_frozen_base_in_bfloat16_is_upcast():
-    stored = init(TINY, jax.random.key(0), dtype=jnp.bfloat16)
+    stored = init_params(TINY, jax.random.key(0), dtype=jnp.bfloat16)
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     adapters = trained(TINY)
-    out = logits(TINY, join(stored, adapters))
+    out = logits(TINY, join_adapters(stored, adapters))
     assert out.dtype == np.float32
-    np.testing.assert_allclose(out, logits(TINY, join(upcast, adapters)), atol=1e-6)  # float32 rounding
-    folded = merge(stored, adapters)["layers"]["q_proj"]["kernel"]
+    np.testing.assert_allclose(out, logits(TINY, join_adapters(upcast, adapters)), atol=1e-6)  # float32 rounding
+    folded = merge_adapters(stored, adapters)["layers"]["q_proj"]["kernel"]
     assert folded.dtype == jnp.float32  # in bfloat16 it would lose the adapter
 
 
 def test_only_factors_are_trained():
-    params, adapters = init(TINY, jax.random.key(0)), trained(TINY, targets=("q_proj", "up_proj"))
+    params, adapters = init_params(TINY, jax.random.key(0)), trained(TINY, targets=("q_proj", "up_proj"))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)]
     assert paths == [f"['lora']['{name}'].{part}" for name in ("q_proj", "up_proj") for part in "ab"]
-    model = decoder(TINY)
+    model = make_decoder(TINY)
     tokens = jnp.asarray(TOKENS)
 
     def loss(adapters, params):
-        return model.hidden(join(params, adapters), tokens, tokens, jnp.ones_like(tokens)).std()
+        return model.hidden(join_adapters(params, adapters), tokens, tokens, jnp.ones_like(tokens)).std()
 
     grad = jax.jit(jax.grad(loss))(adapters, params)
     assert jax.tree.structure(grad) == jax.tree.structure(adapters)
@@ -206,17 +206,17 @@ def test_only_factors_are_trained():
 
 
 def test_the_gauge_does_not_change_the_model(x64):
-    params = init(TINY, jax.random.key(0), dtype=jnp.float64)
+    params = init_params(TINY, jax.random.key(0), dtype=jnp.float64)
     adapters = trained(TINY, dtype=jnp.float64)
-    out = logits(TINY, join(params, adapters))
-    for other in (change(adapters, lambda a, b: (5 * a, b / 5)), balance(adapters)):
-        np.testing.assert_allclose(logits(TINY, join(params, other)), out, atol=1e-12)  # float64
+    out = logits(TINY, join_adapters(params, adapters))
+    for other in (change(adapters, lambda a, b: (5 * a, b / 5)), balance_adapters(adapters)):
+        np.testing.assert_allclose(logits(TINY, join_adapters(params, other)), out, atol=1e-12)  # float64
 
 
 @pytest.mark.parametrize("rank", [1, 3, 20], ids="rank {}".format)  # 20 is above the width
 def test_balance_is_canonical(rank, x64):
     adapters = trained(TINY, rank=rank, targets=("k_proj", "down_proj"), dtype=jnp.float64)
-    fixed_gauge = jax.jit(balance)
+    fixed_gauge = jax.jit(balance_adapters)
     balanced = fixed_gauge(adapters)
     mix = jnp.eye(rank) + 0.3 * jax.random.normal(jax.random.key(3), (rank, rank)) / rank
     other = fixed_gauge(change(adapters, lambda a, b: (a @ mix, jnp.linalg.inv(mix) @ b)))
@@ -231,9 +231,9 @@ def test_balance_is_canonical(rank, x64):
 
 def test_balance_leaves_a_zero_product_alone():
     fresh = init_lora(TINY, jax.random.key(1), rank=3, alpha=6)
-    jax.tree.map(np.testing.assert_array_equal, balance(fresh), fresh)
+    jax.tree.map(np.testing.assert_array_equal, balance_adapters(fresh), fresh)
     half = change(fresh, lambda a, b: (a, b.at[1].set(1.0)))  # one layer zero, one of rank 1
-    balanced = balance(half)
+    balanced = balance_adapters(half)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(balanced))
     for name, product in products(half).items():
         np.testing.assert_allclose(products(balanced)[name], product, atol=1e-5)  # float32
@@ -241,17 +241,17 @@ def test_balance_leaves_a_zero_product_alone():
 
 
 def test_errors_say_what_to_do():
-    params, adapters = init(TINY, jax.random.key(0)), trained(TINY)
+    params, adapters = init_params(TINY, jax.random.key(0)), trained(TINY)
     with pytest.raises(ValueError, match="give a base without 'lora'"):
-        join(join(params, adapters), adapters)
+        join_adapters(join_adapters(params, adapters), adapters)
     with pytest.raises(ValueError, match=r"adapter of q_proj: factors \(3, 16, 3\) and \(3, 3, 16\) do not fit"):
-        join(params, trained(replace(TINY, layers=3), targets=("q_proj",)))
+        join_adapters(params, trained(replace(TINY, layers=3), targets=("q_proj",)))
     with pytest.raises(ValueError, match=r"\['lm_head'\]; the projections are"):
-        init_lora(TINY, jax.random.key(0), rank=2, alpha=2, targets=("q_proj", "lm_head"))
+        init_lora(TINY, jax.random.key(0), rank=2, alpha=2, target_modules=("q_proj", "lm_head"))
     with pytest.raises(
         ValueError,
         match=r"gpt2 has no \['q_proj', 'v_proj'\]; the projections are c_attn, attn.c_proj, c_fc, mlp.c_proj\.",
     ):
-        init_lora(CONFIGS["gpt2"], jax.random.key(0), rank=2, alpha=2, targets=("q_proj", "v_proj"))
+        init_lora(CONFIGS["gpt2"], jax.random.key(0), rank=2, alpha=2, target_modules=("q_proj", "v_proj"))
     with pytest.raises(ValueError, match="rank 0; an adapter has a rank of at least 1"):
         init_lora(TINY, jax.random.key(0), rank=0, alpha=2)

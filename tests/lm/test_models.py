@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.lm.models import DecoderConfig, Rope, decoder, init, load, read_config, save
+from bilevel_jax.lm.models import (
+    DecoderConfig,
+    RopeConfig,
+    init_params,
+    load_model,
+    make_decoder,
+    read_config,
+    save_model,
+)
 
 LENGTH = 40
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -65,30 +73,30 @@ SMALL = dict(
     eos_token_id=[1, 2],
 )
 TINY = DecoderConfig(
-    vocab=31, width=16, inner=24, layers=2, heads=4, kv_heads=2, head_dim=4, max_length=64, init_scale=0.3
+    vocab_size=31, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=4, max_length=64, init_scale=0.3
 )
 
 
 # the same shape in the other families
 NEOX_BIASES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 GPT2_BIASES = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
-NEOX = replace(TINY, family="gpt_neox", kv_heads=4, activation="gelu", parallel=True, biases=NEOX_BIASES)
-GPT2 = replace(TINY, family="gpt2", kv_heads=4, activation="gelu_new", rope=None, biases=GPT2_BIASES, tied=True)
-GEMMA3 = replace(TINY, family="gemma3_text", activation="gelu_pytorch_tanh", qk_norm=True, tied=True, query_scalar=9.0)
+NEOX = replace(TINY, family="gpt_neox", kv_heads=4, activation="gelu", parallel_residual=True, biased_projections=NEOX_BIASES)
+GPT2 = replace(TINY, family="gpt2", kv_heads=4, activation="gelu_new", rope=None, biased_projections=GPT2_BIASES, tied_embeddings=True)
+GEMMA3 = replace(TINY, family="gemma3_text", activation="gelu_pytorch_tanh", qk_norm=True, tied_embeddings=True, query_scalar=9.0)
 CONFIGS = {
     "plain": TINY,
     "window": replace(TINY, family="mistral", windows=(3, 3)),
-    "qwen3": replace(TINY, family="qwen3", qk_norm=True, tied=True, windows=(0, 4)),
-    "llama3": replace(TINY, rope=Rope(1e4, "llama3", 8.0, 1.0, 4.0, 16), biases=("q_proj", "o_proj", "down_proj")),
-    "neox": replace(NEOX, rope=Rope(part=0.5)),
+    "qwen3": replace(TINY, family="qwen3", qk_norm=True, tied_embeddings=True, windows=(0, 4)),
+    "llama3": replace(TINY, rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 16), biased_projections=("q_proj", "o_proj", "down_proj")),
+    "neox": replace(NEOX, rope=RopeConfig(rotary_fraction=0.5)),
     "gpt2": GPT2,
-    "gemma3": replace(GEMMA3, windows=(4, 0), rope=Rope(1e6), local_rope=Rope(100.0), embed_scale=4.0),
+    "gemma3": replace(GEMMA3, windows=(4, 0), rope=RopeConfig(1e6), local_rope=RopeConfig(100.0), embed_scale=4.0),
 }
 
 
 @functools.cache
 def compiled(config, **options):
-    model = decoder(config, **options)
+    model = make_decoder(config, **options)
     return jax.jit(lambda params, *data: model.hidden(params, *data) @ model.head(params))
 
 
@@ -150,8 +158,8 @@ def checkpoint(request, tmp_path_factory):
 
 def test_logits_equal_transformers(checkpoint, monkeypatch):
     model, folder = checkpoint
-    config, params = load(folder)
-    tokens = draw_tokens(config.vocab)
+    config, params = load_model(folder)
+    tokens = draw_tokens(config.vocab_size)
     out = logits(config, params, tokens)
     assert largest(out - torch_logits(model, tokens)) < 1e-5  # float32, other order of sums
     with jax.enable_x64(True):
@@ -163,7 +171,7 @@ def test_saved_folder_loads_in_transformers(checkpoint, tmp_path):
     import transformers
 
     model, folder = checkpoint
-    save(tmp_path / "saved", *load(folder))
+    save_model(tmp_path / "saved", *load_model(folder))
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values())
     tokens = draw_tokens(SMALL["vocab_size"])
@@ -206,8 +214,8 @@ def test_both_spellings_of_config_json(checkpoint, tmp_path):
 def test_real_models(shared, name, monkeypatch):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config, params = load(shared / "models" / name)
-    tokens = draw_tokens(config.vocab, length=200)
+    config, params = load_model(shared / "models" / name)
+    tokens = draw_tokens(config.vocab_size, length=200)
     model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name)
     # logits up to 25: in float32 both are 2e-5 away from what they are in float64
     assert largest(logits(config, params, tokens) - torch_logits(model, tokens)) < 3e-6 * 25
@@ -218,7 +226,7 @@ def test_real_models(shared, name, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_packed_equals_separate(config, x64):
-    params = init(config, jax.random.key(0), dtype=jnp.float64)
+    params = init_params(config, jax.random.key(0), dtype=jnp.float64)
     one, two = draw_tokens(config.vocab, 2, 9)
     packed = np.concatenate([one[:7], two, [0, 0, 0]])[None]
     segments = jnp.asarray([[1] * 7 + [2] * 9 + [0] * 3])
@@ -238,9 +246,9 @@ SMOOTH = {name: CONFIGS[name] for name in ("qwen3", "neox", "gpt2", "gemma3")}
 
 @pytest.mark.parametrize("config", SMOOTH.values(), ids=SMOOTH)
 def test_products_are_slopes_of_the_loss_and_its_gradient(config, x64):
-    model = decoder(config)
-    params = init(config, jax.random.key(0), dtype=jnp.float64)
-    direction = init(config, jax.random.key(1), dtype=jnp.float64)
+    model = make_decoder(config)
+    params = init_params(config, jax.random.key(0), dtype=jnp.float64)
+    direction = init_params(config, jax.random.key(1), dtype=jnp.float64)
     tokens = jnp.asarray(draw_tokens(config.vocab, 2, 8))
     segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 0]])  # with padding
     positions = jnp.broadcast_to(jnp.arange(8)[None], (2, 8))
@@ -262,8 +270,8 @@ def test_products_are_slopes_of_the_loss_and_its_gradient(config, x64):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_float64_has_no_float32_inside(config, x64):
-    model = decoder(config)
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.float64))
+    model = make_decoder(config)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype=jnp.float64))
     tokens = jnp.zeros((1, 8), jnp.int32)
     text = str(jax.make_jaxpr(jax.grad(lambda p: model.hidden(p, tokens, tokens, tokens).sum()))(params))
     assert "f64[" in text and "f32[" not in text
@@ -271,31 +279,31 @@ def test_float64_has_no_float32_inside(config, x64):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_float32_stays_float32_in_x64_mode(config, x64):
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     tokens = jnp.zeros((1, 8), jnp.int32)
     assert jax.eval_shape(compiled(config), params, tokens, tokens, tokens).dtype == np.float32
 
 
 def test_a_row_with_a_position_beyond_the_learned_ones_is_nan():
-    params = init(GPT2, jax.random.key(0))
+    params = init_params(GPT2, jax.random.key(0))
     positions = jnp.asarray([[0, 1, 2, 63], [0, 1, 2, 64]])
     out = logits(GPT2, params, draw_tokens(31, 2, 4), positions=positions)
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
 
 
 def test_same_draws_in_both_precisions(x64):
-    single, double = (init(TINY, jax.random.key(0), dtype=dtype) for dtype in (jnp.float32, jnp.float64))
+    single, double = (init_params(TINY, jax.random.key(0), dtype=dtype) for dtype in (jnp.float32, jnp.float64))
     jax.tree.map(np.testing.assert_array_equal, single, double)  # float32 numbers are float64 numbers
 
 
 @pytest.mark.parametrize("remat", ("full", "selective"))
 def test_remat_changes_nothing(remat):
-    params = init(TINY, jax.random.key(0))
+    params = init_params(TINY, jax.random.key(0))
     tokens = jnp.asarray(draw_tokens(31, 2, 8))
     positions, segments = jnp.zeros_like(tokens), jnp.ones_like(tokens)
 
     def grad(remat):
-        model = decoder(TINY, remat=remat)
+        model = make_decoder(TINY, remat=remat)
         return jax.jit(jax.grad(lambda p: model.hidden(p, tokens, positions, segments).std()))(params)
 
     # float32 rounding
@@ -303,13 +311,13 @@ def test_remat_changes_nothing(remat):
 
 
 def test_an_unknown_family_is_refused():
-    for build in (decoder, lambda config: init(config, jax.random.key(0))):
+    for build in (make_decoder, lambda config: init_params(config, jax.random.key(0))):
         with pytest.raises(ValueError, match="family 'bert' is not supported; supported: "):
             build(replace(TINY, family="bert"))
 
 
 def test_base_in_bfloat16_is_upcast():
-    stored = init(TINY, jax.random.key(0), dtype=jnp.bfloat16)
+    stored = init_params(TINY, jax.random.key(0), dtype=jnp.bfloat16)
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     out = logits(TINY, stored, draw_tokens(31))
     assert out.dtype == np.float32
@@ -317,7 +325,7 @@ def test_base_in_bfloat16_is_upcast():
 
 
 def test_compute_in_bfloat16_is_near():
-    params = init(TINY, jax.random.key(0))
+    params = init_params(TINY, jax.random.key(0))
     full, half = (logits(TINY, params, draw_tokens(31), compute=dtype) for dtype in (None, jnp.bfloat16))
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() / np.abs(full).max() < 0.05  # bfloat16 has 8 bits

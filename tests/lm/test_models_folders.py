@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.lm.models import init, load, read_config, save
+from bilevel_jax.lm.models import init_params, load_model, read_config, save_model
 from tests.lm.test_models import CONFIGS, PLAIN, SMALL, TINY, make
 
 
@@ -22,7 +22,7 @@ def test_names_without_their_first_part(tmp_path):
     tensors = load_file(file)
     assert "wte.weight" in tensors
     save_file({**tensors, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, file, metadata={"format": "pt"})
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "base")[1], load(tmp_path / "whole")[1])
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "base")[1], load_model(tmp_path / "whole")[1])
 
 
 def test_reads_shards(tmp_path):
@@ -32,7 +32,7 @@ def test_reads_shards(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     assert not (tmp_path / "shards" / "model.safetensors").exists()
-    whole, shards = load(tmp_path / "whole"), load(tmp_path / "shards")
+    whole, shards = load_model(tmp_path / "whole"), load_model(tmp_path / "shards")
     assert whole[0] == shards[0]
     jax.tree.map(np.testing.assert_array_equal, whole[1], shards[1])
 
@@ -42,25 +42,25 @@ def test_reads_shards(tmp_path):
 )
 def test_save_and_load_give_the_same_arrays(tmp_path, name, dtype):
     config = replace(CONFIGS[name], bos=0, eos=1, pad=2)
-    params = init(config, jax.random.key(0), dtype=dtype)
+    params = init_params(config, jax.random.key(0), dtype=dtype)
     (tmp_path / "model").mkdir()  # an empty folder is as good as none
-    save(tmp_path / "model", config, params)
-    again, loaded = load(tmp_path / "model", dtype=dtype)
+    save_model(tmp_path / "model", config, params)
+    again, loaded = load_model(tmp_path / "model", dtype=dtype)
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no temporary folder is left
 
 
 def test_save_refuses(tmp_path):
-    params = init(TINY, jax.random.key(0))
+    params = init_params(TINY, jax.random.key(0))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty; give another folder"):
-        save(tmp_path / "full", TINY, params)
+        save_model(tmp_path / "full", TINY, params)
     with pytest.raises(ValueError, match="merge the adapters first"):
-        save(tmp_path / "new", TINY, {**params, "lora": {}})
+        save_model(tmp_path / "new", TINY, {**params, "lora": {}})
     with pytest.raises(ValueError, match="qwen2 config.json cannot express"):
-        save(tmp_path / "new", replace(TINY, family="qwen2"), params)  # qwen2 has biases
+        save_model(tmp_path / "new", replace(TINY, family="qwen2"), params)  # qwen2 has biases
     assert not (tmp_path / "new").exists()
 
 
@@ -103,13 +103,13 @@ def test_read_config_names_missing_keys(tmp_path):
 
 
 def test_load_names_what_does_not_fit(tmp_path):
-    save(tmp_path / "model", TINY, init(TINY, jax.random.key(0)))
+    save_model(tmp_path / "model", TINY, init_params(TINY, jax.random.key(0)))
     path = tmp_path / "model" / "config.json"
     raw = json.loads(path.read_text())
 
     def load_with(**changes):
         path.write_text(json.dumps({**raw, **changes}))
-        return load(tmp_path / "model")
+        return load_model(tmp_path / "model")
 
     with pytest.raises(ValueError, match=r"Missing 9: \['model.layers.2.input_layernorm.weight'"):
         load_with(num_hidden_layers=3)

@@ -12,11 +12,17 @@ from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.schedule import once
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.lm.batches import Layout, evaluation_stream, layout, order, train_stream
-from bilevel_jax.lm.losses import sft
-from bilevel_jax.lm.models import decoder, init
-from bilevel_jax.lm.preferences import dpo, simpo
-from bilevel_jax.runs.mesh import everywhere, fit_layout, make_mesh, placed
+from bilevel_jax.lm.batches import (
+    BatchShape,
+    fit_batch_shape,
+    make_evaluation_stream,
+    make_train_stream,
+    shuffled_order,
+)
+from bilevel_jax.lm.losses import sft_losses
+from bilevel_jax.lm.models import init_params, make_decoder
+from bilevel_jax.lm.preferences import dpo_losses, simpo_losses
+from bilevel_jax.runs.mesh import align_layout, make_mesh, place_stream, replicate
 from tests.core.problems import Toy, relative, through_scan, trained
 from tests.lm.pairs_and_rows import TINY, corpus, mixer, start, texts
 
@@ -25,10 +31,10 @@ ROWS = 13
 MODEL = mixer()
 SINGLE, PAIRS = corpus(texts(ROWS, 1)), corpus(texts(ROWS, 2))
 OBJECTIVES = {  # id: (loss, rows)
-    "sft": (sft(MODEL), SINGLE),
-    "sft, token mean": (sft(MODEL, normalise="token_mean"), SINGLE),
-    "dpo": (dpo(MODEL, beta=0.5, label_smoothing=0.1), PAIRS),
-    "simpo": (simpo(MODEL, beta=2.5, gamma_ratio=0.55), PAIRS),
+    "sft": (sft_losses(MODEL), SINGLE),
+    "sft, token mean": (sft_losses(MODEL, reduction="token_mean"), SINGLE),
+    "dpo": (dpo_losses(MODEL, beta=0.5, label_smoothing=0.1), PAIRS),
+    "simpo": (simpo_losses(MODEL, beta=2.5, gamma_ratio=0.55), PAIRS),
 }
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2, ROWS)
 
@@ -61,17 +67,17 @@ def step(loss, params, table, batch, direction):
 
 def streams(data):
     """The same global step, in five layouts."""
-    draw = order(ROWS, 16, 3)
-    shape = partial(layout, data, [draw], 1, length=24)
+    draw = shuffled_order(ROWS, 16, 3)
+    shape = partial(fit_batch_shape, data, [draw], 1, length=24)
     mesh = make_mesh(8)
     packed = shape(micro=1, packing=True)
     assert packed.rows < packed.examples * data.sequences / 2
     return {
-        "1 x 16": train_stream(data, draw, 1, shape(micro=1, packing=False)),
-        "16 x 1": train_stream(data, draw, 1, shape(micro=16, packing=False)),
-        "packed": train_stream(data, draw, 1, packed),
-        "1 x 16, 8 devices": placed(mesh, train_stream(data, draw, 1, fit_layout(mesh, shape(micro=1, packing=False)))),
-        "packed, 8 devices": placed(mesh, train_stream(data, draw, 1, fit_layout(mesh, packed))),
+        "1 x 16": make_train_stream(data, draw, 1, shape(micro=1, packing=False)),
+        "16 x 1": make_train_stream(data, draw, 1, shape(micro=16, packing=False)),
+        "packed": make_train_stream(data, draw, 1, packed),
+        "1 x 16, 8 devices": place_stream(mesh, make_train_stream(data, draw, 1, align_layout(mesh, shape(micro=1, packing=False)))),
+        "packed, 8 devices": place_stream(mesh, make_train_stream(data, draw, 1, align_layout(mesh, packed))),
     }
 
 
@@ -98,7 +104,7 @@ def test_step_is_the_same_in_every_layout(name, dtype, bound, layouts, eight_dev
         for where in layouts:
             given, batch = (params, table, direction), streams(data)[where].batch(0)
             if "devices" in where:
-                given = everywhere(make_mesh(8), given)
+                given = replicate(make_mesh(8), given)
             out.append(jax.tree.map(np.asarray, step(loss, given[0], given[1], batch, given[2])))
         assert (out[0][0] > 0).all() and (out[0][2] != 0).all()
         for where, one in zip(layouts[1:], out[1:], strict=True):
@@ -119,9 +125,9 @@ def test_weights_count_rows(name, x64):
     params, direction = start(jnp.float64), start(jnp.float64, seed=1)
     gone, doubled = 4, 9
     chosen = np.arange(8) + 3
-    shape = Layout(2, 4, 4 * data.sequences, 24, data.sequences)
-    weighted_batch = train_stream(data, lambda _: chosen, 1, shape).batch(0)
-    counted_batch = train_stream(data, lambda _: np.where(chosen == gone, doubled, chosen), 1, shape).batch(0)
+    shape = BatchShape(2, 4, 4 * data.sequences_per_example, 24, data.sequences_per_example)
+    weighted_batch = make_train_stream(data, lambda _: chosen, 1, shape).batch(0)
+    counted_batch = make_train_stream(data, lambda _: np.where(chosen == gone, doubled, chosen), 1, shape).batch(0)
     counted_batch |= {"rows": weighted_batch["rows"], "targeted": weighted_batch["targeted"]}
     weights = jnp.asarray(WEIGHTS)
     _, grad, entries = step(loss, params, weights.at[gone].set(0).at[doubled].set(2), weighted_batch, direction)
@@ -136,17 +142,17 @@ def test_weights_count_rows(name, x64):
 @pytest.mark.parametrize("kind", ["mixer", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     """Of a model that learns even pairs by DPO and odd ones by SimPO, packed, judged by the loss of responses."""
-    model = MODEL if kind == "mixer" else decoder(TINY, remat="none")
-    params = start(jnp.float64) if kind == "mixer" else init(TINY, jax.random.key(0), dtype=jnp.float64)
-    even, odd = dpo(model, beta=0.5, label_smoothing=0.1), simpo(model, beta=2.5, gamma_ratio=0.55)
-    judge = sft(model)
+    model = MODEL if kind == "mixer" else make_decoder(TINY, remat="none")
+    params = start(jnp.float64) if kind == "mixer" else init_params(TINY, jax.random.key(0), dtype=jnp.float64)
+    even, odd = dpo_losses(model, beta=0.5, label_smoothing=0.1), simpo_losses(model, beta=2.5, gamma_ratio=0.55)
+    judge = sft_losses(model)
     problem = weighted(
         lambda params, fixed, batch: jnp.where(batch["index"] % 2 == 0, even(params, batch), odd(params, batch)),
         outer=lambda params, fixed, batch: judge(params, batch),
     )
-    draw = order(ROWS, 8, 0)
-    train = train_stream(PAIRS, draw, 4, layout(PAIRS, [draw], 4, micro=2, length=24, packing=True))
-    whole = evaluation_stream(SINGLE, Layout(1, 16, 16, 24))
+    draw = shuffled_order(ROWS, 8, 0)
+    train = make_train_stream(PAIRS, draw, 4, fit_batch_shape(PAIRS, [draw], 4, num_micro_batches=2, length=24, packing=True))
+    whole = make_evaluation_stream(SINGLE, BatchShape(1, 16, 16, 24))
     toy = Toy(problem, None, params, on_device(train), on_device(whole))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps_root=1e-12))
     weights = jnp.asarray(WEIGHTS)
@@ -167,9 +173,9 @@ def test_sft_is_what_trainers_average(normalise, x64):
     """Against torch's cross entropy: its mean over all tokens of the step is the mean loss under token_mean."""
     torch = pytest.importorskip("torch")
     params = start(jnp.float64)
-    stream = train_stream(SINGLE, order(ROWS, 16, 3), 1, Layout(2, 8, 8, 24))
+    stream = make_train_stream(SINGLE, shuffled_order(ROWS, 16, 3), 1, BatchShape(2, 8, 8, 24))
     batch = stream.batch(0)
-    loss, out = sft(MODEL, normalise=normalise), np.zeros(ROWS + 1)
+    loss, out = sft_losses(MODEL, reduction=normalise), np.zeros(ROWS + 1)
     by_slot = jax.jit(lambda params, batch: jax.lax.map(lambda micro: loss(params, micro), batch))(params, batch)
     out[np.minimum(batch["index"], ROWS)] = by_slot
     assert (batch["index"] == PADDING).sum() == 3 and out[ROWS] == 0

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bilevel_jax.lm.data import duplicates, is_pair, load, row_of
-from bilevel_jax.lm.formats import FORMATS
-from bilevel_jax.lm.turns import DataOptions, Turn, shared
+from bilevel_jax.lm.data import example_to_row, find_duplicates, is_preference_pair, load_examples
+from bilevel_jax.lm.formats import READ_FORMATS
+from bilevel_jax.lm.turns import DataOptions, Turn, count_shared_turns
 from tests.lm.rows import lines, put
 
 ASK = (Turn("user", "1 + 1?"),)
@@ -66,15 +66,15 @@ READ = [
 
 @pytest.mark.parametrize("name, row, options, prompt", READ)
 def test_layout(tmp_path, name, row, options, prompt):
-    (example,) = load([put(tmp_path, lines(row))], options)
+    (example,) = load_examples([put(tmp_path, lines(row))], options)
     assert (example.format, example.turns, example.rejected) == (name, prompt + RIGHT, prompt + WRONG)
-    assert is_pair(example) and shared(example.turns, example.rejected) == len(prompt)
-    again = put(tmp_path, lines(row_of(example)), "again.jsonl")
-    assert [(e.id, e.format) for e in load([again])] == [(example.id, "preference")]
+    assert is_preference_pair(example) and count_shared_turns(example.turns, example.rejected) == len(prompt)
+    again = put(tmp_path, lines(example_to_row(example)), "again.jsonl")
+    assert [(e.id, e.format) for e in load_examples([again])] == [(example.id, "preference")]
 
 
 def test_every_format_is_tested():
-    assert {name for name, *_ in READ} == {name for name in FORMATS if "preference" in name or name == "hh"}
+    assert {name for name, *_ in READ} == {name for name in READ_FORMATS if "preference" in name or name == "hh"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_every_format_is_tested():
     ],
 )
 def test_texts_part_between_words(tmp_path, chosen, rejected, parts):
-    (pair,) = load([put(tmp_path, lines({"chosen": chosen, "rejected": rejected}))])
+    (pair,) = load_examples([put(tmp_path, lines({"chosen": chosen, "rejected": rejected}))])
     assert pair.format == "implicit_preference"
     assert (pair.turns[0].content, pair.turns[1].content, pair.rejected[1].content) == parts
     assert pair.turns[0] == pair.rejected[0]
@@ -97,7 +97,7 @@ def test_texts_part_between_words(tmp_path, chosen, rejected, parts):
 
 def test_turns_of_one_speaker_in_a_row_are_one(tmp_path):
     left = "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nc\n\nHuman: d\n\nAssistant: "
-    (pair,) = load([put(tmp_path, lines({"chosen": left + "e", "rejected": left + "f\n\nAssistant: g"}))])
+    (pair,) = load_examples([put(tmp_path, lines({"chosen": left + "e", "rejected": left + "f\n\nAssistant: g"}))])
     prompt = (Turn("user", "a"), Turn("assistant", "b\n\nc\n\nc"), Turn("user", "d"))
     assert pair.turns == (*prompt, Turn("assistant", "e"))
     assert pair.rejected == (*prompt, Turn("assistant", "f\n\ng"))
@@ -105,8 +105,8 @@ def test_turns_of_one_speaker_in_a_row_are_one(tmp_path):
 
 def test_a_single_dialogue_with_marks(tmp_path):
     path = put(tmp_path, lines({"text": marked(*ASK, *RIGHT)}))
-    assert load([path])[0].turns == (Turn("text", "\n\nHuman: 1 + 1?\n\nAssistant: 2"),)
-    (example,) = load([path], DataOptions(format="hh"))
+    assert load_examples([path])[0].turns == (Turn("text", "\n\nHuman: 1 + 1?\n\nAssistant: 2"),)
+    (example,) = load_examples([path], DataOptions(format="hh"))
     assert (example.turns, example.rejected) == (ASK + RIGHT, ())
 
 
@@ -133,11 +133,11 @@ def test_nothing_to_prefer(tmp_path, row, message):
     options = DataOptions(format="hh") if "Human:" in str(row) else DataOptions()
     path = put(tmp_path, lines(row, row))
     with pytest.raises(ValueError) as error:
-        load([path], options)
+        load_examples([path], options)
     assert message in str(error.value)
     dropped = []
     with pytest.raises(ValueError, match="no rows but 2 with nothing to learn from"):
-        load([path], DataOptions(format=options.format, empty="drop"), dropped.append)
+        load_examples([path], DataOptions(format=options.format, empty="drop"), dropped.append)
     assert len(dropped) == 2 and message in dropped[0]
 
 
@@ -183,14 +183,14 @@ ERRORS = [
 @pytest.mark.parametrize("row, message", ERRORS)
 def test_error_in_a_row(tmp_path, row, message):
     with pytest.raises(ValueError) as error:
-        load([put(tmp_path, lines(row))])
+        load_examples([put(tmp_path, lines(row))])
     assert message in str(error.value)
 
 
 def test_real_dialogues(shared):
     dropped = []
     path = str(shared / "data" / "hh_rlhf" / "harmless_test.jsonl")
-    pairs = load([path], DataOptions(empty="drop"), dropped.append)
+    pairs = load_examples([path], DataOptions(empty="drop"), dropped.append)
     assert (len(pairs), {e.format for e in pairs}) == (2308, {"hh"})
     assert [int(text.split(".jsonl:")[1].split(":")[0]) for text in dropped] == [87, 517, 926, 1104]
     assert all("of chosen' is empty" in text for text in dropped)
@@ -198,13 +198,13 @@ def test_real_dialogues(shared):
         for side in (pair.turns, pair.rejected):
             assert [turn.role for turn in side] == ["user", "assistant"] * (len(side) // 2)
             assert pair.turns[:-1] == side[:-1]  # the two differ in the last answer alone
-    assert not duplicates(pairs)
+    assert not find_duplicates(pairs)
 
 
 def test_real_instructions(shared):
     dropped = []
     path = str(shared / "data" / "preference" / "instruction_preference.json")
-    pairs = load([path], DataOptions(empty="drop"), dropped.append)
+    pairs = load_examples([path], DataOptions(empty="drop"), dropped.append)
     assert (len(pairs), len(dropped), {e.format for e in pairs}) == (1094, 6, {"alpaca_preference"})
     assert all("are equal" in text for text in dropped)
     assert pairs[0].turns[0].content.endswith("spelling given.\nfreind --> friend")

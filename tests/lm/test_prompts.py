@@ -2,7 +2,7 @@
 
 import pytest
 
-from bilevel_jax.lm.prompts import ends, prompts
+from bilevel_jax.lm.prompts import find_end_tokens, make_prompts
 from bilevel_jax.lm.tokens import tokenize
 from tests.lm.test_tokens import BLOCKS, CHATML, LLAMA3, PAIR, TALK, TEXT, bpe, example
 
@@ -18,9 +18,9 @@ TABLE = {
 @pytest.mark.parametrize("template, row, begins, turns", TABLE.values(), ids=TABLE)
 def test_a_prompt_and_the_response_are_the_row(template, row, begins, turns):
     tokenizer = bpe(template)
-    (prompt,) = prompts([row], tokenizer)
-    corpus, _ = tokenize([row], tokenizer, max_length=200, supervise="last_turn")
-    ids, supervised = corpus.row(0)
+    (prompt,) = make_prompts([row], tokenizer)
+    corpus, _ = tokenize([row], tokenizer, max_length=200, train_on="last_turn")
+    ids, supervised = corpus.get_sequence(0)
     assert (*prompt.tokens, *ids[supervised]) == tuple(ids) and prompt.id == row.id
     text = tokenizer.decode(prompt.tokens)
     assert prompt.tokens[0] == tokenizer.bos_token_id and prompt.tokens.count(tokenizer.bos_token_id) == 1
@@ -32,13 +32,13 @@ def test_a_prompt_and_the_response_are_the_row(template, row, begins, turns):
 
 def test_pairs_have_one_prompt_and_text_has_none():
     pair = PAIR._replace(rejected=(PAIR.turns[0], PAIR.turns[1]._replace(content="A stone.")))
-    assert prompts([pair], bpe()) == prompts([PAIR], bpe()) and prompts([], bpe()) == []
+    assert make_prompts([pair], bpe()) == make_prompts([PAIR], bpe()) and make_prompts([], bpe()) == []
     with pytest.raises(ValueError, match="rows.jsonl:1: a row of plain text has no prompt"):
-        prompts([PAIR, TEXT], bpe())
+        make_prompts([PAIR, TEXT], bpe())
 
 
 def test_a_response_ends_at_either_end_token():
     tokenizer = bpe()
-    assert ends(tokenizer) == [tokenizer.eos_token_id]
-    assert ends(tokenizer, (tokenizer.eos_token_id, 7)) == ends(tokenizer, 7) == sorted([tokenizer.eos_token_id, 7])
-    assert ends(bpe(eos=None)) == []
+    assert find_end_tokens(tokenizer) == [tokenizer.eos_token_id]
+    assert find_end_tokens(tokenizer, (tokenizer.eos_token_id, 7)) == find_end_tokens(tokenizer, 7) == sorted([tokenizer.eos_token_id, 7])
+    assert find_end_tokens(bpe(eos=None)) == []

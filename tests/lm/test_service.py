@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bilevel_jax.lm.generate import NOTHING, Prompt, Response, Sampling, Store
-from bilevel_jax.lm.service import client
+from bilevel_jax.lm.generate import NULL_RESPONSE_STORE, Prompt, Response, ResponseStore, SamplingParams
+from bilevel_jax.lm.service import make_chat_client
 
 PROMPTS = [Prompt(f"row {at}", (), ({"role": "user", "content": f"Question {at}?"},)) for at in range(3)]
-PLAIN = Sampling()
+PLAIN = SamplingParams()
 SECRET = "a-key-that-nobody-may-see"
 
 
@@ -76,8 +76,8 @@ def server(monkeypatch):
     one.close()
 
 
-def ask(server, sampling=PLAIN, prompts=PROMPTS, draws=(0, 1), store=NOTHING, **options):
-    respond = client(server.url, "small", sampling, **{"wait": 0.01, "timeout": 5, "retries": 2, **options})
+def ask(server, sampling=PLAIN, prompts=PROMPTS, draws=(0, 1), store=NULL_RESPONSE_STORE, **options):
+    respond = make_chat_client(server.url, "small", sampling, **{"wait": 0.01, "timeout": 5, "retries": 2, **options})
     return respond(prompts, draws, store)
 
 
@@ -98,7 +98,7 @@ def test_a_draw_is_a_request_of_its_own(server):
 
 
 def test_log_probs_are_those_of_the_sampler_or_none(server):
-    ((cut,),) = ask(server, Sampling(0.7, 5, 0.9, max_new=8), PROMPTS[:1], (0,))
+    ((cut,),) = ask(server, SamplingParams(0.7, 5, 0.9, max_new_tokens=8), PROMPTS[:1], (0,))
     body = server.requests[0][1]
     assert (body["temperature"], body["top_k"], body["top_p"], body["logprobs"]) == (0.7, 5, 0.9, False)
     assert cut.log_probs == () and not cut.ended
@@ -124,7 +124,7 @@ def test_a_service_that_stays_away_is_an_error(server):
 
 def test_what_came_before_an_error_is_kept_and_not_asked_again(server):
     kept = {}
-    store = Store("small", kept, kept.update)
+    store = ResponseStore("small", kept, kept.update)
     server.trouble[:] = [200, 200, 404]
     with pytest.raises(RuntimeError, match="refused prompt row 1: status 404"):
         ask(server, store=store, concurrency=1)
@@ -150,6 +150,6 @@ def test_errors_name_what_is_wrong(server):
     with pytest.raises(ValueError, match="prompt bare has no messages"):
         ask(server, prompts=[Prompt("bare", (1, 2))])
     with pytest.raises(ValueError, match="url 'localhost:8000', model 'small'"):
-        client("localhost:8000", "small", Sampling())
+        make_chat_client("localhost:8000", "small", SamplingParams())
     with pytest.raises(ValueError, match="concurrency 0, retries 6"):
-        client(server.url, "small", Sampling(), concurrency=0)
+        make_chat_client(server.url, "small", SamplingParams(), concurrency=0)

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bilevel_jax.lm.cipher import tokenizer as cipher_tokenizer
+from bilevel_jax.lm.cipher import make_cipher_tokenizer as cipher_tokenizer
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.lm.tokens import Tokenized, corpus_of, load_tokenizer, tokenize
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences, load_tokenizer, tokenize
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 
@@ -97,17 +97,17 @@ TABLE = [
 @pytest.mark.parametrize("name, tokenizer, row, wanted", TABLE, ids=[row[0] for row in TABLE])
 def test_mask_decodes_to_the_response(name, tokenizer, row, wanted):
     corpus, report = tokenize([row], tokenizer, max_length=200)
-    out = corpus.row(0)
+    out = corpus.get_sequence(0)
     assert runs(out, tokenizer) == wanted
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert not out.supervised[0] and out.supervised[-1]
+    assert not out.target_mask[0] and out.target_mask[-1]
     if bos is not None and "llama2" not in name:
         assert out.ids[0] == bos and (out.ids == bos).sum() == 1
     if eos is not None:
         assert out.ids[-1] == eos and out.ids[-2] != eos
-    assert (out.ids.dtype, out.supervised.dtype) == (np.int32, bool)
-    assert (report.rows, report.tokens, report.supervised) == (1, len(out.ids), out.supervised.sum())
-    assert report.longest == len(out.ids) and report.truncated == report.dropped == report.merged == 0
+    assert (out.ids.dtype, out.target_mask.dtype) == (np.int32, bool)
+    assert (report.num_examples, report.num_tokens, report.num_targets) == (1, len(out.ids), out.target_mask.sum())
+    assert report.max_length == len(out.ids) and report.truncated == report.dropped == report.merged == 0
 
 
 def test_llama2_begins_with_one_bos_though_the_template_writes_one_per_exchange():
@@ -119,11 +119,11 @@ def test_llama2_begins_with_one_bos_though_the_template_writes_one_per_exchange(
 
 def test_prompt_is_what_generation_will_be_given():
     tokenizer = bpe(LLAMA3)
-    out = tokenize([PAIR], tokenizer, max_length=200)[0].row(0)
+    out = tokenize([PAIR], tokenizer, max_length=200)[0].get_sequence(0)
     asked = tokenizer.apply_chat_template(
         [PAIR.turns[0]._asdict()], add_generation_prompt=True, return_dict=False, tokenize=True
     )
-    assert out.ids[~out.supervised].tolist() == asked
+    assert out.ids[~out.target_mask].tolist() == asked
 
 
 def test_rows_keep_their_order_whatever_path_they_take():
@@ -131,17 +131,17 @@ def test_rows_keep_their_order_whatever_path_they_take():
     for template in (BLOCKS, LLAMA3):
         tokenizer = bpe(template)
         corpus, report = tokenize(rows, tokenizer, max_length=200)
-        assert corpus.rows == report.rows == 4 and corpus.kept.tolist() == [0, 1, 2, 3]
-        assert [len(runs(corpus.row(i), tokenizer)) for i in range(4)] == [1, 2, 1, 1]
-        alone = [tokenize([row], tokenizer, max_length=200)[0].row(0).ids.tolist() for row in rows]
-        assert [corpus.row(i).ids.tolist() for i in range(4)] == alone
+        assert corpus.num_examples == report.num_examples == 4 and corpus.kept_indices.tolist() == [0, 1, 2, 3]
+        assert [len(runs(corpus.get_sequence(i), tokenizer)) for i in range(4)] == [1, 2, 1, 1]
+        alone = [tokenize([row], tokenizer, max_length=200)[0].get_sequence(0).ids.tolist() for row in rows]
+        assert [corpus.get_sequence(i).ids.tolist() for i in range(4)] == alone
 
 
 def test_template_joins_prompt_and_response():
     tokenizer = bpe()
     corpus, _ = tokenize([PAIR], tokenizer, max_length=99, template="Q: {prompt}\nA:\n{response}")
     assert tokenizer.decode(corpus.ids) == "<|begin|>Q: Name a pet.\nA:\nA cat, 猫!<|eot|>"
-    assert runs(corpus.row(0), tokenizer) == ["A cat, 猫!<|eot|>"]
+    assert runs(corpus.get_sequence(0), tokenizer) == ["A cat, 猫!<|eot|>"]
     braces = example("{response} {x} %s", "{prompt}")
     assert tokenizer.decode(tokenize([braces], tokenizer, max_length=99)[0].ids).endswith("%s\n{prompt}<|eot|>")
     for template in ("{prompt}", "{response} {prompt}", "{prompt}{prompt}{response}", "{prompt}{response}."):
@@ -153,7 +153,7 @@ def test_token_across_the_border():
     tokenizer = bpe()
     template = "{prompt} A: {response}"  # the space goes into the first token of the response
     corpus, report = tokenize([example("Name a pet.", "The cat")], tokenizer, max_length=99, template=template)
-    assert report.merged == 1 and runs(corpus.row(0), tokenizer) == [" The cat<|eot|>"]
+    assert report.merged == 1 and runs(corpus.get_sequence(0), tokenizer) == [" The cat<|eot|>"]
     assert "1 prompts end in white space that the first token of the response takes in" in str(report)
     with pytest.raises(ValueError, match="rows.jsonl:7: a token holds the end of a prompt and the start of a response"):
         tokenize([example("Which on", "e", line=7)], tokenizer, max_length=99, template="{prompt}{response}")
@@ -173,15 +173,15 @@ def test_too_long():
         "truncate to 'left', 'right' or 'drop'. (1 more rows have such a problem.)"
     )
     with pytest.raises(ValueError, match=rf"rows.jsonl:3: {lengths[2]} tokens, and its prompt alone fills max_length"):
-        tokenize(rows, tokenizer, max_length=limit, truncate="right")
-    corpus, report = tokenize(rows[:2], tokenizer, max_length=limit, truncate="right")
+        tokenize(rows, tokenizer, max_length=limit, truncation="right")
+    corpus, report = tokenize(rows[:2], tokenizer, max_length=limit, truncation="right")
     assert corpus.lengths.tolist() == [limit, limit] and report.truncated == 1
-    assert "A cat. A cat. ".startswith(runs(corpus.row(1), tokenizer)[0][:9]) and corpus.ids[-1] != 1
-    corpus, report = tokenize(rows, tokenizer, max_length=limit, truncate="drop")
-    assert corpus.lengths.tolist() == [limit, 0, 0] and corpus.kept.tolist() == [0] and report.dropped == 2
+    assert "A cat. A cat. ".startswith(runs(corpus.get_sequence(1), tokenizer)[0][:9]) and corpus.ids[-1] != 1
+    corpus, report = tokenize(rows, tokenizer, max_length=limit, truncation="drop")
+    assert corpus.lengths.tolist() == [limit, 0, 0] and corpus.kept_indices.tolist() == [0] and report.dropped == 2
     assert "2 rows dropped as too long" in str(report)
     with pytest.raises(ValueError, match="none of 2 rows is within max_length = "):
-        tokenize(rows[1:], tokenizer, max_length=limit, truncate="drop")
+        tokenize(rows[1:], tokenizer, max_length=limit, truncation="drop")
 
 
 def pair(chosen, rejected, line=1):
@@ -205,15 +205,15 @@ def test_pair_is_two_sequences_in_which_the_responses_count(name):
     tokenizer, prompt = PAIRS[name]
     row = pair((*prompt, SHORT), (*prompt, LONG))
     corpus, report = tokenize([row, row], tokenizer, max_length=200)
-    assert (corpus.rows, corpus.sequences, len(corpus.offsets)) == (2, 2, 5) and corpus.kept.tolist() == [0, 1]
+    assert (corpus.num_examples, corpus.sequences_per_example, len(corpus.offsets)) == (2, 2, 5) and corpus.kept_indices.tolist() == [0, 1]
     for i in range(2):
-        assert [runs(corpus.row(i, side), tokenizer) for side in range(2)] == [[f"{SHORT}<|eot|>"], [f"{LONG}<|eot|>"]]
-        chosen, rejected = (corpus.row(i, side) for side in range(2))
-        n = int(chosen.supervised.argmax())
-        assert n == rejected.supervised.argmax() and (chosen.ids[:n] == rejected.ids[:n]).all()  # one prompt
+        assert [runs(corpus.get_sequence(i, side), tokenizer) for side in range(2)] == [[f"{SHORT}<|eot|>"], [f"{LONG}<|eot|>"]]
+        chosen, rejected = (corpus.get_sequence(i, side) for side in range(2))
+        n = int(chosen.target_mask.argmax())
+        assert n == rejected.target_mask.argmax() and (chosen.ids[:n] == rejected.ids[:n]).all()  # one prompt
     alone = [tokenize([example(*prompt, text)], tokenizer, max_length=200)[0].ids for text in (SHORT, LONG)]
-    assert all((corpus.row(1, side).ids == alone[side]).all() for side in range(2))
-    assert (report.rows, report.tokens, report.longest) == (2, len(corpus.ids), len(alone[1]))
+    assert all((corpus.get_sequence(1, side).ids == alone[side]).all() for side in range(2))
+    assert (report.num_examples, report.num_tokens, report.max_length) == (2, len(corpus.ids), len(alone[1]))
 
 
 @pytest.mark.parametrize("template", [LLAMA3, BLOCKS], ids=["llama3", "blocks"])
@@ -222,35 +222,35 @@ def test_pair_that_differs_in_several_turns(template):
     row = pair((*ASKED, SHORT, "Which?", "A cat"), (*ASKED, LONG, "Is it?", "A dog"))
     wanted = [["It is.<|eot|>", "A cat<|eot|>"], ["The cat\nis it.<|eot|>", "A dog<|eot|>"]]
     corpus = tokenize([row], tokenizer, max_length=200)[0]
-    assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == wanted
-    corpus = tokenize([row], tokenizer, max_length=200, supervise="last_turn")[0]
-    assert [runs(corpus.row(0, side), tokenizer) for side in range(2)] == [one[1:] for one in wanted]
+    assert [runs(corpus.get_sequence(0, side), tokenizer) for side in range(2)] == wanted
+    corpus = tokenize([row], tokenizer, max_length=200, train_on="last_turn")[0]
+    assert [runs(corpus.get_sequence(0, side), tokenizer) for side in range(2)] == [one[1:] for one in wanted]
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, OUTSIDE, PLAIN, LLAMA2])
 def test_supervise_the_last_answer(template):
     tokenizer = bpe(template)
     whole, last = (
-        tokenize([TALK], tokenizer, max_length=200, supervise=which)[0] for which in ("all_turns", "last_turn")
+        tokenize([TALK], tokenizer, max_length=200, train_on=which)[0] for which in ("all_turns", "last_turn")
     )
     assert (whole.ids == last.ids).all()
-    assert runs(last.row(0), tokenizer) == runs(whole.row(0), tokenizer)[1:]
+    assert runs(last.get_sequence(0), tokenizer) == runs(whole.get_sequence(0), tokenizer)[1:]
     for row in (PAIR, TEXT):  # nothing to leave out
         one, other = (
-            tokenize([row], tokenizer, max_length=200, supervise=which)[0] for which in ("all_turns", "last_turn")
+            tokenize([row], tokenizer, max_length=200, train_on=which)[0] for which in ("all_turns", "last_turn")
         )
-        assert (one.supervised == other.supervised).all()
+        assert (one.target_mask == other.target_mask).all()
 
 
 @pytest.mark.parametrize("bos", ["<|begin|>", None])
 def test_cut_on_the_left(bos):
     tokenizer = bpe(bos=bos)
     row, lead = example("Name a pet. Which one is it?", "A cat"), int(bos is not None)
-    whole = tokenize([row], tokenizer, max_length=99)[0].row(0)
-    response = int(whole.supervised.sum())
+    whole = tokenize([row], tokenizer, max_length=99)[0].get_sequence(0)
+    response = int(whole.target_mask.sum())
     for limit in range(2, len(whole.ids) + 2):
-        out, report = tokenize([row], tokenizer, max_length=limit, truncate="left")
-        ids, mask = out.row(0)
+        out, report = tokenize([row], tokenizer, max_length=limit, truncation="left")
+        ids, mask = out.get_sequence(0)
         gone = max(len(whole.ids) - limit, 0)
         room = len(whole.ids) - response - 1  # all of the prompt but BOS; without BOS, one token stays to begin with
         kept = np.delete(whole.ids, slice(lead, lead + min(gone, room)))
@@ -262,13 +262,13 @@ def test_cut_on_the_left(bos):
 
 def test_answer_torn_on_the_left_is_only_read():
     tokenizer = bpe(BLOCKS)
-    whole = tokenize([TALK], tokenizer, max_length=200)[0].row(0)
-    first = np.flatnonzero(np.diff(whole.supervised.astype(int), prepend=0) == 1)
+    whole = tokenize([TALK], tokenizer, max_length=200)[0].get_sequence(0)
+    first = np.flatnonzero(np.diff(whole.target_mask.astype(int), prepend=0) == 1)
     for gone in range(1, int(first[1])):
-        corpus, _ = tokenize([TALK], tokenizer, max_length=len(whole.ids) - gone, truncate="left")
+        corpus, _ = tokenize([TALK], tokenizer, max_length=len(whole.ids) - gone, truncation="left")
         assert corpus.ids.tolist() == [whole.ids[0], *whole.ids[1 + gone :]]
-        assert len(runs(corpus.row(0), tokenizer)) == 1 + (1 + gone <= first[0])  # whole, or not at all
-        assert runs(corpus.row(0), tokenizer)[-1] == "The cat\nis it.<|eot|>"
+        assert len(runs(corpus.get_sequence(0), tokenizer)) == 1 + (1 + gone <= first[0])  # whole, or not at all
+        assert runs(corpus.get_sequence(0), tokenizer)[-1] == "The cat\nis it.<|eot|>"
 
 
 def test_pair_too_long():
@@ -277,35 +277,35 @@ def test_pair_too_long():
     rows = [pair((prompt, "A cat"), (prompt, "A dog. A cat. The cat is.")), pair(("A", "It"), ("A", "is"), line=2)]
     whole = tokenize(rows, tokenizer, max_length=99)[0]
     short, long = whole.lengths[:2]
-    n = int(whole.row(0).supervised.argmax())  # tokens of BOS and prompt
-    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="left")
+    n = int(whole.get_sequence(0).target_mask.argmax())  # tokens of BOS and prompt
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncation="left")
     assert corpus.lengths[:2].tolist() == [short - 3, long - 3]  # both sides lose what the longer one must
-    assert (corpus.row(0).ids[: n - 3] == corpus.row(0, 1).ids[: n - 3]).all() and report.truncated_left == 1
-    assert [corpus.row(0, side).supervised.argmax() for side in range(2)] == [n - 3, n - 3]
-    corpus, report = tokenize(rows, tokenizer, max_length=long - n, truncate="left")  # one less than BOS and response
+    assert (corpus.get_sequence(0).ids[: n - 3] == corpus.get_sequence(0, 1).ids[: n - 3]).all() and report.truncated_left == 1
+    assert [corpus.get_sequence(0, side).target_mask.argmax() for side in range(2)] == [n - 3, n - 3]
+    corpus, report = tokenize(rows, tokenizer, max_length=long - n, truncation="left")  # one less than BOS and response
     assert corpus.lengths[:2].tolist() == [short - n + 1, long - n]
     assert (report.truncated_left, report.truncated) == (1, 1)
-    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncate="right")
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncation="right")
     assert corpus.lengths[:2].tolist() == [min(short, long - 3), long - 3] and report.truncated == 1
-    corpus, report = tokenize(rows, tokenizer, max_length=long - 1, truncate="drop")  # one side fits: both go
+    corpus, report = tokenize(rows, tokenizer, max_length=long - 1, truncation="drop")  # one side fits: both go
     assert corpus.lengths[:2].tolist() == [0, 0] and report.dropped == 1
-    assert corpus.kept.tolist() == [1] and corpus.rows == 2
+    assert corpus.kept_indices.tolist() == [1] and corpus.num_examples == 2
     with pytest.raises(ValueError, match=rf"rows.jsonl:1: {long} tokens, and max_length is {long - 1}. Raise"):
         tokenize(rows, tokenizer, max_length=long - 1)
 
 
 def test_reference_belongs_to_every_pair():
     corpus = tokenize([pair(("a", "b"), ("a", "c"))] * 3, bpe(), max_length=20)[0]
-    assert corpus.with_reference(np.arange(3)).reference.tolist() == [0, 1, 2]
-    dropped = corpus_of([corpus.row(0), corpus.row(0, 1), *[Tokenized(corpus.ids[:0], corpus.supervised[:0])] * 2], 2)
-    dropped.with_reference(np.array([1.0, np.nan]))
+    assert corpus.with_reference_margins(np.arange(3)).reference_margins.tolist() == [0, 1, 2]
+    dropped = corpus_from_sequences([corpus.get_sequence(0), corpus.get_sequence(0, 1), *[TokenizedSequence(corpus.ids[:0], corpus.target_mask[:0])] * 2], 2)
+    dropped.with_reference_margins(np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="the reference of row 1 is nan; give one for every row in `kept`"):
-        corpus.with_reference(np.array([1.0, np.nan, 0]))
+        corpus.with_reference_margins(np.array([1.0, np.nan, 0]))
     for wrong in (corpus, tokenize([PAIR] * 6, bpe(), max_length=20)[0]):
         with pytest.raises(ValueError, match=r"reference \(6,\) for . rows of . sequence\(s\)"):
-            wrong.with_reference(np.zeros(6))
+            wrong.with_reference_margins(np.zeros(6))
     with pytest.raises(ValueError, match="3 sequences do not make rows of 2"):
-        corpus_of([corpus.row(0)] * 3, 2)
+        corpus_from_sequences([corpus.get_sequence(0)] * 3, 2)
 
 
 ERRORS = [
@@ -353,14 +353,14 @@ def test_pairs_and_single_rows_do_not_mix():
 
 def test_unknown_tokens_are_counted():
     corpus, report = tokenize([example("bhace>", "ciéB7")], cipher_tokenizer(), max_length=32)
-    assert report.unknown == pytest.approx(3 / 13) and "23.1% of the tokens are unknown" in str(report)
+    assert report.unknown_share == pytest.approx(3 / 13) and "23.1% of the tokens are unknown" in str(report)
 
 
 def test_corpus_of_rows():
-    rows = [Tokenized(np.arange(n, dtype=np.int32), np.arange(n) > 1) for n in (3, 0, 2)]
-    corpus = corpus_of(rows)
-    assert corpus.lengths.tolist() == [3, 0, 2] and corpus.kept.tolist() == [0, 2] and corpus.rows == 3
-    assert corpus.row(2).ids.tolist() == [0, 1] and corpus.row(0).supervised.tolist() == [False, False, True]
+    rows = [TokenizedSequence(np.arange(n, dtype=np.int32), np.arange(n) > 1) for n in (3, 0, 2)]
+    corpus = corpus_from_sequences(rows)
+    assert corpus.lengths.tolist() == [3, 0, 2] and corpus.kept_indices.tolist() == [0, 2] and corpus.num_examples == 3
+    assert corpus.get_sequence(2).ids.tolist() == [0, 1] and corpus.get_sequence(0).target_mask.tolist() == [False, False, True]
 
 
 def test_load_tokenizer(tmp_path):
@@ -379,10 +379,10 @@ def test_real_tokenizer(name):
     tokenizer = load_tokenizer(MODELS / name)
     rows = [example("Tom said:", "“Hi”, 3 + 4 = 7\n\nThe end.", line=1), example("One day, Lily\nran.", line=2)]
     corpus, report = tokenize(rows, tokenizer, max_length=256)
-    assert tokenizer.decode(corpus.row(0).ids).replace("<s> ", "<s>") == "<s>Tom said:\n“Hi”, 3 + 4 = 7\n\nThe end.</s>"
-    assert runs(corpus.row(0), tokenizer) == ["“Hi”, 3 + 4 = 7\n\nThe end.</s>"]
-    assert runs(corpus.row(1), tokenizer) == ["One day, Lily\nran.</s>"]
+    assert tokenizer.decode(corpus.get_sequence(0).ids).replace("<s> ", "<s>") == "<s>Tom said:\n“Hi”, 3 + 4 = 7\n\nThe end.</s>"
+    assert runs(corpus.get_sequence(0), tokenizer) == ["“Hi”, 3 + 4 = 7\n\nThe end.</s>"]
+    assert runs(corpus.get_sequence(1), tokenizer) == ["One day, Lily\nran.</s>"]
     for i in range(2):
-        ids = corpus.row(i).ids
+        ids = corpus.get_sequence(i).ids
         assert (ids == 1).sum() == (ids == 2).sum() == 1 and ids[0] == 1 and ids[-1] == 2
-    assert report.unknown == 0 and 0 < report.bytes < 0.3  # characters outside the vocabulary are spelled in bytes
+    assert report.unknown_share == 0 and 0 < report.byte_share < 0.3  # characters outside the vocabulary are spelled in bytes

@@ -18,9 +18,9 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import partition, processes
-from bilevel_jax.runs.objective import objective
-from bilevel_jax.runs.pmapped import pmapped
-from bilevel_jax.runs.processes import fetch
+from bilevel_jax.runs.objective import build_objective
+from bilevel_jax.runs.pmapped import pmap_train_step
+from bilevel_jax.runs.processes import fetch_to_host
 from bilevel_jax.runs.sections import DistributedSection, ObjectiveSection
 
 ROWS, STEPS, BATCH, LENGTH = 29, 2, 16, 8
@@ -29,15 +29,15 @@ SGD = optax.sgd(RATE)
 damped = jax.jit(partial(jax.tree.map, lambda v, back: DAMPING * v + (v - back) / RATE))
 SHAPE = lm.DecoderConfig(
     family="llama",
-    vocab=24,
+    vocab_size=24,
     width=16,
-    inner=32,
+    mlp_width=32,
     layers=2,
     heads=2,
     kv_heads=1,
     head_dim=8,
     max_length=16,
-    tied=False,
+    tied_embeddings=False,
     init_scale=0.4,
 )
 
@@ -45,7 +45,7 @@ SHAPE = lm.DecoderConfig(
 def corpus(rows: int, seed: int) -> Corpus:
     random = np.random.default_rng(seed)
     lengths = random.integers(3, LENGTH + 2, rows)
-    ids = random.integers(1, SHAPE.vocab, lengths.sum()).astype(np.int32)
+    ids = random.integers(1, SHAPE.vocab_size, lengths.sum()).astype(np.int32)
     supervised = random.random(len(ids)) < 0.7
     supervised[np.cumsum(lengths) - 1] = True  # each row has a target
     return Corpus(ids, supervised, np.concatenate([[0], np.cumsum(lengths)]))
@@ -54,24 +54,24 @@ def corpus(rows: int, seed: int) -> Corpus:
 def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = False) -> dict[str, np.ndarray]:
     """The sampled batches, the gradient, the entries and a CG solution, on a mesh or under pmap; float64."""
     mesh = placing.make_mesh(data, model)
-    split = partition.table((), mesh)
-    decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
-    params = lm.init(SHAPE, jax.random.key(0), dtype=jnp.float64)
-    params = params if pmap else partition.partitioned(mesh, split, params)
-    problem = weighted(objective(ObjectiveSection(), decoder, lora=False).losses)
+    split = partition.parse_sharding_rules((), mesh)
+    decoder = lm.make_decoder(SHAPE, gather_params=partition.parameter_gatherer(mesh, split))
+    params = lm.init_params(SHAPE, jax.random.key(0), dtype=jnp.float64)
+    params = params if pmap else partition.shard_tree(mesh, split, params)
+    problem = weighted(build_objective(ObjectiveSection(), decoder, lora=False).losses)
     rows = corpus(ROWS, 1)
     micro = 8 if pmap else 1  # pmap deals micro-batches to its devices
-    layout = placing.fit_layout(mesh, batches.Layout(micro, BATCH // micro, BATCH // micro, LENGTH))
-    own = placing.own(mesh, layout.rows)
-    stream = batches.train_stream(rows, batches.order(ROWS, BATCH, 0), STEPS, layout, own=own)
-    validation = batches.evaluation_stream(corpus(16, 2), layout, own=own)
+    layout = placing.align_layout(mesh, batches.BatchShape(micro, BATCH // micro, BATCH // micro, LENGTH))
+    own = placing.local_rows(mesh, layout.rows)
+    stream = batches.make_train_stream(rows, batches.shuffled_order(ROWS, BATCH, 0), STEPS, layout, local_rows=own)
+    validation = batches.make_evaluation_stream(corpus(16, 2), layout, local_rows=own)
     weights, fixed = jnp.asarray(np.random.default_rng(3).uniform(0.5, 2, ROWS)), {"base": None, "start": None}
     start = begin(SGD, params)
     if not pmap:  # which takes what lies on the host, or on one device
-        stream, validation = placing.placed(mesh, stream), placing.kept(mesh, validation)
-        weights, start = placing.settled(mesh, (weights, start))
+        stream, validation = placing.place_stream(mesh, stream), placing.cache_stream(mesh, validation)
+        weights, start = placing.replicate_unplaced(mesh, (weights, start))
 
-    step = (partial(pmapped, devices=jax.devices()) if pmap else transition)(problem, SGD)
+    step = (partial(pmap_train_step, devices=jax.devices()) if pmap else transition)(problem, SGD)
     run = train(step, start, weights, fixed, stream, keep=schedule.square_root(STEPS)._replace(linear=linear))
     estimate = unrolled(problem, step)(run, weights, fixed, stream, validation)
 
@@ -87,18 +87,18 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
     slope = outer_gradient(problem)(params, fixed, validation)[1]
     solve = linsolve.cg(tolerance=1e-12)(product, slope)
     assert solve.residual < 1e-11 and solve.curvature > 0 and estimate.checks.replayed
-    flatten = lambda some: np.concatenate([fetch(leaf).ravel() for leaf in jax.tree.leaves(some)])  # noqa: E731
+    flatten = lambda some: np.concatenate([fetch_to_host(leaf).ravel() for leaf in jax.tree.leaves(some)])  # noqa: E731
     return {
         "batches": flatten([stream.batch(index)[name] for index in range(STEPS) for name in ("tokens", "index")]),
         "gradient": flatten(grad),
-        "entries": fetch(estimate.grad),
+        "entries": fetch_to_host(estimate.grad),
         "solution": flatten(solve.x),
     }
 
 
 if __name__ == "__main__":  # coordinator, number, file
     jax.config.update("jax_enable_x64", True)
-    processes.start(DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])))
+    processes.initialize_distributed(DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])))
     found = numbers(0)
     if jax.process_index() == 0:
         np.savez(sys.argv[3], **found)

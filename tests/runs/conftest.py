@@ -48,12 +48,12 @@ mesh: {{data: 1}}
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """The cipher's files and an untrained model of its shape; pairs*.jsonl prefer early letters to late ones."""
-    folder = cipher.write(
-        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, select=8, report=16, copies=0
+    folder = cipher.write_cipher_data(
+        tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, dev=8, test=16, copies=0
     )
     architecture = lm.read_config(folder / "untrained")
     tokenizer = load_tokenizer(folder / "untrained")
-    lm.save(folder / "model", architecture, lm.init(architecture, jax.random.key(0)), tokenizer=tokenizer)
+    lm.save_model(folder / "model", architecture, lm.init_params(architecture, jax.random.key(0)), tokenizer=tokenizer)
     (folder / "select.yaml").write_text(SELECT.format(made=folder))
     (folder / "train.yaml").write_text(TRAIN.format(made=folder))
     for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("report", "pairs_report")):

@@ -20,8 +20,8 @@ from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.objective import objective
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.objective import build_objective
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import ObjectiveSection as Chosen
 from bilevel_jax.runs.sections import OptimizerSection
 
@@ -67,7 +67,7 @@ class Setting(NamedTuple):
 def adamw(steps: int, *, learning_rate: float, **options) -> optax.GradientTransformation:
     """The package's default with every part at work: clipped, decayed, warmed up, cosine, eps_root = 1e-12."""
     settings = {"warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 1.0, **options}
-    return optimizer(OptimizerSection(learning_rate=learning_rate, **settings), steps)
+    return build_optimizer(OptimizerSection(learning_rate=learning_rate, **settings), steps)
 
 
 def stories(shared: Path, count: int, *, skip: int = 0) -> list[str]:
@@ -119,10 +119,10 @@ def tokenized(shared: Path, train: Sequence[str], *held_out: Sequence[str], max_
 
     def corpus(texts: Sequence[str]) -> Corpus:
         examples = [Example(f"{row}", row, (Turn("text", text),), "", None, "", row) for row, text in enumerate(texts)]
-        return tokens.tokenize(examples, tokenizer, max_length=max_length, truncate="right")[0]
+        return tokens.tokenize(examples, tokenizer, max_length=max_length, truncation="right")[0]
 
     corpora = corpus(train), *map(corpus, held_out)
-    return Rows(corpora[0], corpora[1:], max(batches.longest(one) for one in corpora))
+    return Rows(corpora[0], corpora[1:], max(batches.padded_max_length(one) for one in corpora))
 
 
 def setting(
@@ -141,48 +141,48 @@ def setting(
     mesh: Mesh | None = None,
 ) -> Setting:
     """Fine-tuning of all parameters, or of adapters of q and v, as a run composes it; on a mesh where one is given."""
-    architecture, base = lm.load(shared / "models" / MODEL, dtype=dtype)
+    architecture, base = lm.load_model(shared / "models" / MODEL, dtype=dtype)
     lora = lora_rank > 0
     params = (
         lm.init_lora(architecture, jax.random.key(1), rank=lora_rank, alpha=2 * lora_rank, dtype=dtype)
         if lora
         else base
     )
-    chosen = objective(Chosen(), lm.decoder(architecture), lora=lora)
-    values, loss = chosen.losses, chosen.loss
+    chosen = build_objective(Chosen(), lm.make_decoder(architecture), lora=lora)
+    values, loss = chosen.losses, chosen.composite_loss
     problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
-    size = rows.train.rows
-    order = batches.order(size, batch, seed)
-    shape = batches.layout(rows.train, [order], steps, micro=micro, length=rows.length, packing=packing)
-    flat = batches.Layout(1, batch // micro, batch // micro, rows.length)
+    size = rows.train.num_examples
+    order = batches.shuffled_order(size, batch, seed)
+    shape = batches.fit_batch_shape(rows.train, [order], steps, num_micro_batches=micro, length=rows.length, packing=packing)
+    flat = batches.BatchShape(1, batch // micro, batch // micro, rows.length)
     if mesh is not None:
-        shape = placing.fit_layout(mesh, shape)
+        shape = placing.align_layout(mesh, shape)
     one = Setting(
         problem=problem,
         loss=loss,
         fixed={"base": base if lora else None, "start": params if prior else None},
         params=params,
         optimizer=optimizer,
-        train=batches.train_stream(rows.train, order, steps, shape),
-        held_out=tuple(batches.evaluation_stream(corpus, flat) for corpus in rows.held_out),
+        train=batches.make_train_stream(rows.train, order, steps, shape),
+        held_out=tuple(batches.make_evaluation_stream(corpus, flat) for corpus in rows.held_out),
         rows=size,
     )
     if mesh is None:
         return one
     return one._replace(
-        fixed=placing.everywhere(mesh, one.fixed),
-        params=placing.everywhere(mesh, one.params),
-        train=placing.placed(mesh, one.train),
-        held_out=tuple(placing.kept(mesh, part) for part in one.held_out),
+        fixed=placing.replicate(mesh, one.fixed),
+        params=placing.replicate(mesh, one.params),
+        train=placing.place_stream(mesh, one.train),
+        held_out=tuple(placing.cache_stream(mesh, part) for part in one.held_out),
     )
 
 
 def summed(rows: Rows, batch: int) -> Stream:
     """All training rows once: a stream that sums to their mean, as implicit estimators read it."""
-    layout = batches.Layout(1, batch, batch, rows.length)
-    steps = batches.steps_per_epoch(rows.train.rows, batch)
-    order = batches.order(rows.train.rows, batch, 0)
-    return batches.train_stream(rows.train, order, steps, layout, total=rows.train.rows)
+    layout = batches.BatchShape(1, batch, batch, rows.length)
+    steps = batches.steps_per_epoch(rows.train.num_examples, batch)
+    order = batches.shuffled_order(rows.train.num_examples, batch, 0)
+    return batches.make_train_stream(rows.train, order, steps, layout, total_examples=rows.train.num_examples)
 
 
 def stacked(stream: Stream):

@@ -11,7 +11,7 @@ from bilevel_jax.cli import main
 from bilevel_jax.core.certify import Verdict
 from bilevel_jax.runs import bank, bootstrap, session
 from bilevel_jax.runs.audit import audit
-from bilevel_jax.runs.config import AuditConfig, load
+from bilevel_jax.runs.config import AuditConfig, load_config
 from bilevel_jax.runs.judging import choose_score
 from bilevel_jax.runs.statistics import auc, rank_correlation
 from tests.runs import blobs
@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 
 
 def run(config, out, *flags):
-    return audit(load(AuditConfig, config, [*flags, "--out", str(out)]))
+    return audit(load_config(AuditConfig, config, [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,14 @@ def test_weighted_ranks_are_those_of_repeated_items():
     random = np.random.default_rng(0)
     one = np.round(random.normal(size=(3, 20)), 1)  # with ties
     other = one + random.normal(size=(3, 20))
-    counts = bootstrap.resampled(20, (1, 2))
-    assert counts.shape == (1 + bootstrap.DRAWS, 20) and (counts[0] == 1).all() and (counts.sum(1) == 20).all()
-    found = bootstrap.rank_correlations(one, other, counts)
+    counts = bootstrap.resample_counts(20, (1, 2))
+    assert counts.shape == (1 + bootstrap.NUM_RESAMPLES, 20) and (counts[0] == 1).all() and (counts.sum(1) == 20).all()
+    found = bootstrap.bootstrap_rank_correlations(one, other, counts)
     for draw in (0, 1, 77):
         items = np.repeat(np.arange(20), counts[draw])
         for pair in range(3):
             assert abs(found[draw, pair] - rank_correlation(one[pair, items], other[pair, items])) < 1e-12
-    read = bootstrap.reading(found[:, 0])
+    read = bootstrap.percentile_interval(found[:, 0])
     assert read.low < read.value == found[0, 0] < read.high
 
 
@@ -157,7 +157,7 @@ def test_text_with_every_score(made, tmp_path):
 
 
 def line(name, low, value=0.5, report=0.5):
-    lds = {"fit": [bootstrap.Reading(value, low, 0.9)], "report": [bootstrap.Reading(report, low, 0.9)]}
+    lds = {"fit": [bootstrap.BootstrapInterval(value, low, 0.9)], "report": [bootstrap.BootstrapInterval(report, low, 0.9)]}
     return {"name": name, "lds": lds, "passes": 10.0}
 
 

@@ -11,7 +11,7 @@ import pytest
 from bilevel_jax.cli import main
 from bilevel_jax.runs import bench_report, session
 from bilevel_jax.runs.bench import compare, f1_score
-from bilevel_jax.runs.config import CompareConfig, load
+from bilevel_jax.runs.config import CompareConfig, load_config
 from bilevel_jax.runs.methods import METHODS
 from bilevel_jax.runs.statistics import auc
 from tests.runs import blobs
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 
 
 def run(config, out, *flags):
-    return compare(load(CompareConfig, config, [*flags, "--out", str(out)]))
+    return compare(load_config(CompareConfig, config, [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")

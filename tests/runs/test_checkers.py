@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from bilevel_jax.lm.data import load
-from bilevel_jax.runs.checkers import checker, number
+from bilevel_jax.lm.data import load_examples
+from bilevel_jax.runs.checkers import make_verifier, parse_final_number
 from bilevel_jax.runs.sections import VerifierSection
 
 MARKERS = VerifierSection().markers
@@ -48,13 +48,13 @@ NUMBERS = [  # text, the number that it ends in
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS, ids=[text[-20:] for text, _ in NUMBERS])
 def test_number(text, value):
-    assert number(text, MARKERS) == value
+    assert parse_final_number(text, MARKERS) == value
 
 
 def rows(tmp_path, *given):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    return load([str(path)])
+    return load_examples([str(path)])
 
 
 def test_numeric(tmp_path):
@@ -63,28 +63,28 @@ def test_numeric(tmp_path):
         {"prompt": "How many?", "response": "10 + 1,224\n#### 1,234", "gold": 7},
         {"prompt": "How much?", "response": "none", "gold": "1/2"},
     )
-    own = checker(VerifierSection("numeric"))
+    own = make_verifier(VerifierSection("numeric"))
     assert [own(one, text) for text in ("1234", "#### 1234.0", "1,234 of 2,000", "", "#### 10")] == [1, 1, 0, 0, 0]
-    field = checker(VerifierSection("numeric", answer_field="gold"), [one, two])
+    field = make_verifier(VerifierSection("numeric", answer_field="gold"), [one, two])
     assert (field(one, "so it is 7"), field(one, "1234"), field(two, "0.5"), field(two, ".49")) == (1, 0, 1, 0)
-    assert checker(VerifierSection("numeric", answer_field="gold", markers=("=>",)))(one, "=> 7, not 8") == 1
+    assert make_verifier(VerifierSection("numeric", answer_field="gold", markers=("=>",)))(one, "=> 7, not 8") == 1
     with pytest.raises(ValueError, match=r"rows.jsonl:2: no number in the right answer str 'none'. Set verifier.name"):
-        checker(VerifierSection("numeric"), [one, two])  # before anything is generated
+        make_verifier(VerifierSection("numeric"), [one, two])  # before anything is generated
     with pytest.raises(ValueError, match=r"rows.jsonl:1: 'answer' is .*None; a string or a number is wanted"):
-        checker(VerifierSection("exact", answer_field="answer"), [one])
+        make_verifier(VerifierSection("exact", answer_field="answer"), [one])
 
 
 def test_exact(tmp_path):
     (row,) = rows(tmp_path, {"prompt": "Say it", "response": "two  words"})
-    judge = checker(VerifierSection("exact"))
+    judge = make_verifier(VerifierSection("exact"))
     assert [judge(row, text) for text in (" two\nwords ", "two words", "twowords", "Two words", "")] == [1, 1, 0, 0, 0]
     (text,) = rows(tmp_path, {"text": "no dialogue"})
     with pytest.raises(ValueError, match="rows.jsonl:1: the row has no response to compare with"):
-        checker(VerifierSection("exact"), [text])
+        make_verifier(VerifierSection("exact"), [text])
     with pytest.raises(
         ValueError, match=r"verifier.name is 'equal'; it is numeric, exact, or path/to/file.py:function"
     ):
-        checker(VerifierSection("equal"))
+        make_verifier(VerifierSection("equal"))
 
 
 JUDGES = """
@@ -110,21 +110,21 @@ def test_function(tmp_path):
     (row,) = rows(tmp_path, {"prompt": "Say it", "response": "two words"})
     file = tmp_path / "own.py"
     file.write_text(JUDGES)
-    judge = checker(VerifierSection(f"{file}:judge"))
+    judge = make_verifier(VerifierSection(f"{file}:judge"))
     assert (judge(row, "two"), judge(row, "three"), type(judge(row, "two"))) == (1.0, 0.0, float)
-    assert checker(VerifierSection(f"{file}:graded"))(row, "two") == 1 / 3
+    assert make_verifier(VerifierSection(f"{file}:graded"))(row, "two") == 1 / 3
     with pytest.raises(
         ValueError, match=r"rows.jsonl:1: .*own.py:graded returned float 2.0 for the response .*; 0 to 1 is"
     ):
-        checker(VerifierSection(f"{file}:graded"))(row, "two words" * 2)
+        make_verifier(VerifierSection(f"{file}:graded"))(row, "two words" * 2)
     with pytest.raises(ValueError, match=r"failed at .*own.py:11 with ZeroDivisionError.*three strings"):
-        checker(VerifierSection(f"{file}:fails"))(row, "two")
+        make_verifier(VerifierSection(f"{file}:fails"))(row, "two")
     with pytest.raises(ValueError, match="own.py:silent returned .*None"):
-        checker(VerifierSection(f"{file}:silent"))(row, "two")
+        make_verifier(VerifierSection(f"{file}:silent"))(row, "two")
     with pytest.raises(ValueError, match=r"own.py has no function 'NUMBER'; it has \['dataclass', 'fails', 'graded'"):
-        checker(VerifierSection(f"{file}:NUMBER"))
+        make_verifier(VerifierSection(f"{file}:NUMBER"))
     with pytest.raises(FileNotFoundError, match=r"gone.py, which is no file. Give path/to/file.py:function"):
-        checker(VerifierSection(f"{tmp_path}/gone.py:judge"))
+        make_verifier(VerifierSection(f"{tmp_path}/gone.py:judge"))
     file.write_text("x = 1\ny = (\n")
     with pytest.raises(ValueError, match=r"own.py cannot be loaded: SyntaxError at .*own.py:2"):
-        checker(VerifierSection(f"{file}:judge"))
+        make_verifier(VerifierSection(f"{file}:judge"))

@@ -9,7 +9,7 @@ from bilevel_jax.core.transition import begin, scan, train
 from bilevel_jax.core.types import PADDING
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.runs import bench, classification
-from bilevel_jax.runs.config import CompareConfig, load
+from bilevel_jax.runs.config import CompareConfig, load_config
 from tests.runs import blobs
 
 
@@ -23,13 +23,13 @@ def path(tmp_path_factory):
 
 
 def task(path, *flags, seed=0):
-    return bench.make_task_builder(load(CompareConfig, path, flags), path.parent)(seed)
+    return bench.make_task_builder(load_config(CompareConfig, path, flags), path.parent)(seed)
 
 
 @pytest.mark.parametrize("kind", ["forced", "redrawn", "none"])
 def test_noise_is_exactly_what_it_says(kind):
     y = np.tile(np.arange(10, dtype=np.int32), 300)
-    noisy = classification.noise(y, kind, 0.5, 10, np.random.default_rng(0))
+    noisy = classification.add_label_noise(y, kind, 0.5, 10, np.random.default_rng(0))
     changed = noisy != y
     if kind == "none":
         assert not changed.any()
@@ -41,12 +41,12 @@ def test_noise_is_exactly_what_it_says(kind):
     counts = np.bincount((noisy - y)[changed] % 10, minlength=10)
     assert counts[0] == 0 and counts[1:].min() > 0.7 * counts[1:].mean()  # all wrong classes alike
     assert noisy.min() >= 0 and noisy.max() <= 9
-    assert np.array_equal(noisy, classification.noise(y, kind, 0.5, 10, np.random.default_rng(0)))
+    assert np.array_equal(noisy, classification.add_label_noise(y, kind, 0.5, 10, np.random.default_rng(0)))
 
 
 def test_parts_are_disjoint_and_only_training_labels_are_changed(path):
     made = task(path, "--arrays.dev-examples", "20")
-    source = classification.read(str(path.parent / "blobs.npz"))
+    source = classification.read_npz_dataset(str(path.parent / "blobs.npz"))
     truth = {row.tobytes(): y for row, y in zip(source.train.x, source.train.y, strict=True)}
     seen = [row.tobytes() for row in made.corpus.x]
     assert len(set(seen)) == 84 and set(seen) <= set(truth)
@@ -132,7 +132,7 @@ def test_wrong_files_are_told(tmp_path, arrays, message):
     }  # fmt: skip
     np.savez(tmp_path / "a.npz", **(arrays if len(arrays) == 1 and "no y_train" in message else whole | arrays))
     with pytest.raises(ValueError, match=message):
-        classification.read(str(tmp_path / "a.npz"))
+        classification.read_npz_dataset(str(tmp_path / "a.npz"))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from bilevel_jax.lm.data import DataOptions
-from bilevel_jax.lm.formats import FORMATS
+from bilevel_jax.lm.formats import READ_FORMATS
 from bilevel_jax.runs.config import (
-    MAY_DIFFER,
+    RESUME_EXEMPT_KEYS,
     AuditConfig,
     CompareConfig,
     InspectConfig,
@@ -19,15 +19,21 @@ from bilevel_jax.runs.config import (
     RefineConfig,
     SelectConfig,
     TrainConfig,
-    check,
+    check_config,
     config_hash,
-    differences,
-    find,
-    load,
-    resolved,
+    config_to_yaml,
+    diff_configs,
+    find_config,
+    load_config,
 )
-from bilevel_jax.runs.optimizers import DIRECTIONS, SHAPES, clip, optimizer, schedule
-from bilevel_jax.runs.read import fields, read
+from bilevel_jax.runs.optimizers import (
+    DECAY_SHAPES,
+    UPDATE_RULES,
+    build_optimizer,
+    clip_global_norm,
+    learning_rate_schedule,
+)
+from bilevel_jax.runs.read import field_types, read_yaml_config
 from bilevel_jax.runs.sections import ExampleFormat
 
 SMALL = """
@@ -50,12 +56,12 @@ def broken(tmp_path, text):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
-        read(SelectConfig, path)
+        read_yaml_config(SelectConfig, path)
     return str(caught.value).replace(f"{path}", "c.yaml")
 
 
 def test_values_are_decoded_by_their_fields_type(small):
-    config = load(SelectConfig, small)
+    config = load_config(SelectConfig, small)
     assert config.optimizer.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
     assert config.lora.r == 10 and isinstance(config.lora.r, int)
     assert config.data.train == ("a.jsonl",) and config.data.validation == ("v.jsonl",)
@@ -64,7 +70,7 @@ def test_values_are_decoded_by_their_fields_type(small):
 
 def test_the_command_line_wins(small):
     flags = ["--optimizer.learning-rate", "2e-4", "--data.train", "x", "y", "--fast", "--out=there", "--resume"]
-    config = load(SelectConfig, small, flags)
+    config = load_config(SelectConfig, small, flags)
     assert config.optimizer.learning_rate == 2e-4
     assert config.data.train == ("x", "y")
     assert not config.retrain.enabled and not config.certify.enabled
@@ -72,7 +78,7 @@ def test_the_command_line_wins(small):
 
 
 def test_defaults_need_only_a_model_and_data():
-    config = load(SelectConfig, None, ["--model.name-or-path", "m", "--data.train", "t", "--data.validation", "v"])
+    config = load_config(SelectConfig, None, ["--model.name-or-path", "m", "--data.train", "t", "--data.validation", "v"])
     assert config.train == SelectConfig().train
 
 
@@ -118,9 +124,9 @@ def test_all_trouble_is_told_at_once(tmp_path):
 
 def test_an_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text("# nothing\n")
-    assert read(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
+    assert read_yaml_config(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
     (tmp_path / "c.yaml").write_text("train:\n")
-    assert read(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
+    assert read_yaml_config(SelectConfig, tmp_path / "c.yaml") == SelectConfig()
 
 
 @pytest.mark.parametrize(
@@ -149,18 +155,18 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 )
 def test_rules(small, flags, said):
     with pytest.raises(ValueError) as caught:
-        load(SelectConfig, small, flags)
+        load_config(SelectConfig, small, flags)
     assert said in str(caught.value)
 
 
 def test_rules_hold_for_lion_where_its_derivative_is_not_used(small):
     flags = ["--optimizer.name", "lion", "--outer.method", "alignment"]
-    assert load(SelectConfig, small, flags).optimizer.name == "lion"
+    assert load_config(SelectConfig, small, flags).optimizer.name == "lion"
 
 
 def test_broken_rules_are_told_together():
     with pytest.raises(ValueError) as caught:
-        check(SelectConfig(), "here")
+        check_config(SelectConfig(), "here")
     assert [line.split()[0] for line in str(caught.value).splitlines()[1:]] == [
         "model.name_or_path",
         "data.train",
@@ -170,17 +176,17 @@ def test_broken_rules_are_told_together():
 
 def test_a_wrong_flag_names_the_nearest(small, capsys):
     with pytest.raises(SystemExit):
-        load(SelectConfig, small, ["--optimizer.learning-rat", "3"])
+        load_config(SelectConfig, small, ["--optimizer.learning-rat", "3"])
     assert "--optimizer.learning-rate" in capsys.readouterr().err
 
 
 def test_help_says_what_every_key_means(small, capsys):
     with pytest.raises(SystemExit) as caught:
-        load(SelectConfig, small, ["--help"])
+        load_config(SelectConfig, small, ["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    for section, kind in fields(SelectConfig).items():
-        for key in fields(kind):
+    for section, kind in field_types(SelectConfig).items():
+        for key in field_types(kind):
             flag = f"--{section}.{key}".replace("_", "-")
             start = text.index(flag)  # the flag's own line, then what it means, then its default
             about = " ".join(text[start : text.index("(default:", start)].replace("│", "").split()[2:])
@@ -188,39 +194,39 @@ def test_help_says_what_every_key_means(small, capsys):
 
 
 def test_resolved_reads_back_equal(small, tmp_path):
-    config = load(SelectConfig, small, ["--data.template", "é: {prompt}\n", "--output.dir", "1e5"])
-    (tmp_path / "config.yaml").write_text(resolved(config), encoding="utf-8")
-    assert load(SelectConfig, tmp_path / "config.yaml") == config
+    config = load_config(SelectConfig, small, ["--data.template", "é: {prompt}\n", "--output.dir", "1e5"])
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert load_config(SelectConfig, tmp_path / "config.yaml") == config
 
 
 def test_hash_and_differences_see_what_changes_the_numbers(small):
-    config = load(SelectConfig, small)
-    other = load(SelectConfig, small, ["--train.max-steps", "7", "--optimizer.warmup-steps", "2"])
+    config = load_config(SelectConfig, small)
+    other = load_config(SelectConfig, small, ["--train.max-steps", "7", "--optimizer.warmup-steps", "2"])
     assert config_hash(config) != config_hash(other)
-    assert differences(config, other) == [
+    assert diff_configs(config, other) == [
         "optimizer.warmup_steps: 10 in the run, 2 now",
         "train.max_steps: 300 in the run, 7 now",
     ]
-    moved = load(SelectConfig, small, ["--out", "b", "--resume", "--output.no-progress", "--mesh.data", "2"])
-    assert config_hash(config) == config_hash(moved) and differences(config, moved) == []
+    moved = load_config(SelectConfig, small, ["--out", "b", "--resume", "--output.no-progress", "--mesh.data", "2"])
+    assert config_hash(config) == config_hash(moved) and diff_configs(config, moved) == []
 
 
 def test_what_may_differ_exists():
-    known = {f"{section}.{key}" for section, kind in fields(SelectConfig).items() for key in fields(kind)}
-    assert set(MAY_DIFFER) <= known
+    known = {f"{section}.{key}" for section, kind in field_types(SelectConfig).items() for key in field_types(kind)}
+    assert set(RESUME_EXEMPT_KEYS) <= known
 
 
 def test_a_config_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="nowhere.yaml: no such config"):
-        find("nowhere.yaml")
+        find_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("name", UPDATE_RULES)
 def test_optimizers_go_downhill(name):
-    config = fields(SelectConfig)["optimizer"](
+    config = field_types(SelectConfig)["optimizer"](
         name=name, learning_rate=0.1, warmup_steps=0, max_grad_norm=1.0, weight_decay=1e-3
     )
-    tx = optimizer(config, steps=60)
+    tx = build_optimizer(config, num_steps=60)
     params = jnp.array([2.0, -1.0])
 
     @jax.jit
@@ -236,8 +242,8 @@ def test_optimizers_go_downhill(name):
 
 def test_adamw_is_that_of_optax(x64):
     config = SelectConfig().optimizer
-    ours = optimizer(config, steps=300)
-    theirs = optax.adamw(schedule(config, 300), eps_root=config.eps_root, weight_decay=config.weight_decay)
+    ours = build_optimizer(config, num_steps=300)
+    theirs = optax.adamw(learning_rate_schedule(config, 300), eps_root=config.eps_root, weight_decay=config.weight_decay)
     params = jnp.array([1.0, 2.0])
     a, b = ours.init(params), theirs.init(params)
     for grad in ([0.3, -2.0], [0.0, 1.0]):
@@ -245,10 +251,10 @@ def test_adamw_is_that_of_optax(x64):
         assert jnp.allclose(u, v, rtol=1e-12)  # the same formula in another order
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", DECAY_SHAPES)
 def test_schedules(name):
-    config = fields(SelectConfig)["optimizer"](schedule=name, warmup_steps=10, learning_rate=2.0)
-    rates = jnp.array([schedule(config, 100)(step) for step in range(101)])
+    config = field_types(SelectConfig)["optimizer"](schedule=name, warmup_steps=10, learning_rate=2.0)
+    rates = jnp.array([learning_rate_schedule(config, 100)(step) for step in range(101)])
     assert rates[0] == pytest.approx(2 / 11) and float(rates.max()) == pytest.approx(2.0) and rates[10] == 2.0
     assert rates[100] == pytest.approx(2.0 if name == "constant" else 0.0, abs=1e-6)
 
@@ -256,10 +262,10 @@ def test_schedules(name):
 def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     grad = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
     for greatest in (1.0, 10.0):
-        ours, theirs = clip(greatest), optax.clip_by_global_norm(greatest)
+        ours, theirs = clip_global_norm(greatest), optax.clip_by_global_norm(greatest)
         a, b = ours.update(grad, ours.init(grad))[0], theirs.update(grad, theirs.init(grad))[0]
         assert jnp.allclose(a["a"], b["a"])
-    slope = jax.grad(lambda g: clip(1.0).update(g, optax.EmptyState())[0].sum())(jnp.zeros(2))
+    slope = jax.grad(lambda g: clip_global_norm(1.0).update(g, optax.EmptyState())[0].sum())(jnp.zeros(2))
     assert jnp.array_equal(slope, jnp.ones(2))
     assert not math.isnan(float(slope[0]))
 
@@ -271,12 +277,12 @@ def test_the_configs_that_come_with_the_package_are_right(path):
     kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}
     kinds |= {"refine": RefineConfig}
     kind = kinds.get(path.stem.split("_")[0], SelectConfig)
-    config = load(kind, path)
+    config = load_config(kind, path)
     assert config.data.train
     if config.model.name_or_path:  # arrays have no language model
-        assert load(InspectConfig, path).data.train == config.data.train  # its other sections are passed over
+        assert load_config(InspectConfig, path).data.train == config.data.train  # its other sections are passed over
 
 
 def test_the_formats_of_the_config_are_those_that_are_read():
-    assert get_args(ExampleFormat) == ("auto", *FORMATS)
-    assert {field.name for field in dataclasses.fields(DataOptions)} <= set(fields(fields(SelectConfig)["data"]))
+    assert get_args(ExampleFormat) == ("auto", *READ_FORMATS)
+    assert {field.name for field in dataclasses.fields(DataOptions)} <= set(field_types(field_types(SelectConfig)["data"]))

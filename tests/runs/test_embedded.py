@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import load
-from bilevel_jax.lm.generate import Sampling, decoding, sampler
-from bilevel_jax.lm.prompts import prompts
+from bilevel_jax.lm.data import load_examples
+from bilevel_jax.lm.generate import SamplingParams, make_detokenizer, make_sampler
+from bilevel_jax.lm.prompts import make_prompts
 from bilevel_jax.lm.tokens import load_tokenizer
 from bilevel_jax.lm.turns import DataOptions
-from bilevel_jax.runs.checkers import checker
+from bilevel_jax.runs.checkers import make_verifier
 from bilevel_jax.runs.config import InspectConfig, SelectConfig
-from bilevel_jax.runs.embedded import embedded, named, untrained
+from bilevel_jax.runs.embedded import parse_builtin_reference, resolve_builtin, resolve_builtin_untrained
 from bilevel_jax.runs.sections import DataSection, ModelSection, OutputSection, VerifierSection
 
 SUMS = DataSection(
@@ -29,21 +29,21 @@ SUMS = DataSection(
 def test_files_and_options(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["bilevel_jax.runs.embedded"], "pretrain", None)  # nothing is trained
     rows = InspectConfig(data=replace(SUMS, train=(*SUMS.train, "own.jsonl")))
-    found = embedded(rows, tmp_path).data
+    found = resolve_builtin(rows, tmp_path).data
     assert found.train == (str(tmp_path / "input" / "train.jsonl"), "own.jsonl")
     assert [Path(*paths).name for paths in (found.validation, found.dev, found.test)] == [
         "validation.jsonl",
         "select.jsonl",
         "report.jsonl",
     ]
-    labels = [example.label for example in load(found.train[:1], DataOptions(label_field="label"))]
+    labels = [example.label for example in load_examples(found.train[:1], DataOptions(label_field="label"))]
     assert (len(labels), labels.count("wrong")) == (30, 21)
-    assert embedded(InspectConfig(data=DataSection(train=("own.jsonl",))), tmp_path / "new").data.train == (
+    assert resolve_builtin(InspectConfig(data=DataSection(train=("own.jsonl",))), tmp_path / "new").data.train == (
         "own.jsonl",
     )
     assert not (tmp_path / "new").exists()
-    model = untrained(InspectConfig(model=ModelSection(name_or_path="builtin:sums"), data=SUMS), tmp_path).model
-    assert lm.read_config(model.name_or_path).vocab == 18
+    model = resolve_builtin_untrained(InspectConfig(model=ModelSection(name_or_path="builtin:sums"), data=SUMS), tmp_path).model
+    assert lm.read_config(model.name_or_path).vocab_size == 18
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_files_and_options(tmp_path, monkeypatch):
 )
 def test_refused(data, said):
     with pytest.raises(ValueError, match=said):
-        named(InspectConfig(data=data))
+        parse_builtin_reference(InspectConfig(data=data))
 
 
 @pytest.mark.slow  # teaches the model for some minutes
@@ -70,19 +70,19 @@ def test_the_model_of_sums_knows_both_rules(tmp_path):
     config = SelectConfig(
         model=ModelSection(name_or_path="builtin:sums"), data=SUMS, output=OutputSection(progress=False)
     )
-    found = embedded(config, tmp_path)
-    architecture, params = lm.load(found.model.name_or_path)
+    found = resolve_builtin(config, tmp_path)
+    architecture, params = lm.load_model(found.model.name_or_path)
     tokenizer = load_tokenizer(found.model.name_or_path)
-    rows = load(found.data.test)
-    asked = prompts(rows, tokenizer)
-    judge = checker(VerifierSection("numeric"), rows)
+    rows = load_examples(found.data.test)
+    asked = make_prompts(rows, tokenizer)
+    judge = make_verifier(VerifierSection("numeric"), rows)
 
     def right(sampling, draws):
-        sample = sampler(lm.decoder(architecture), sampling, decoding(tokenizer), end=[tokenizer.eos_token_id]).sample
+        sample = make_sampler(lm.make_decoder(architecture), sampling, make_detokenizer(tokenizer), end_tokens=[tokenizer.eos_token_id]).sample
         drawn = sample(params, asked, range(draws))
         return np.array([[judge(row, one.text) for one in some] for row, some in zip(rows, drawn, strict=True)])
 
-    greedy, four = right(Sampling(temperature=0, max_new=6), 1), right(Sampling(max_new=6), 4)
+    greedy, four = right(SamplingParams(temperature=0, max_new_tokens=6), 1), right(SamplingParams(max_new_tokens=6), 4)
     print(f"greedy {greedy.mean():.3f}, drawn {four.mean():.3f}, one of four {four.max(1).mean():.3f}")
     assert 0.2 < greedy.mean() < 0.7 and 0.25 < four.mean() < 0.6
     assert four.max(1).mean() > four.mean() + 0.25

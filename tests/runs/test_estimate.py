@@ -15,11 +15,11 @@ import pytest
 from bilevel_jax.cli import main
 from bilevel_jax.core.transition import begin
 from bilevel_jax.runs import memory, programs, rows, states
-from bilevel_jax.runs.config import SelectConfig, TrainConfig, load, load_estimated
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, load_config, load_config_to_estimate
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.subject import make_abstract_run
-from bilevel_jax.runs.task import prepare, read
+from bilevel_jax.runs.task import prepare_text_task, tokenize_splits
 from tests.conftest import ROOT
 
 LLAMA_3_8B = {
@@ -45,10 +45,10 @@ def large(tmp_path):
 
 def subjects(made, tmp_path, *flags):
     """The same run of shapes, and of arrays: (config, subject, task)."""
-    config = load(SelectConfig, made / "select.yaml", flags)
-    found = rows.load(config.data)
-    task = prepare(config, found, tmp_path, steps=config.train.max_steps, seeds=[0], prior=config.outer.proximal)
-    return config, make_abstract_run(config, read(config, found), "select"), task
+    config = load_config(SelectConfig, made / "select.yaml", flags)
+    found = rows.load_splits(config.data)
+    task = prepare_text_task(config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal)
+    return config, make_abstract_run(config, tokenize_splits(config, found), "select"), task
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
     ids=lambda flags: " ".join(flags[:2]) or "unrolled",
 )
 def test_a_run_counts_what_was_planned(made, tmp_path, flags):
-    result = select(load(SelectConfig, made / "select.yaml", [*flags, "--fast", "--out", str(tmp_path / "run")]))
+    result = select(load_config(SelectConfig, made / "select.yaml", [*flags, "--fast", "--out", str(tmp_path / "run")]))
     assert result["measured"]["passes"] == result["estimate"]["passes"]
 
 
@@ -213,7 +213,7 @@ def test_a_run_counts_what_was_planned(made, tmp_path, flags):
 )
 def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, flags):
     """After each step that is trained or replayed: never more than the largest phase, and as much in one of them."""
-    most, due, advance = 0, Session.due, Session.advance
+    most, due, advance = 0, Session.should_save, Session.advance
 
     def live():
         return sum({one.unsafe_buffer_pointer(): one.nbytes for one in jax.live_arrays()}.values())
@@ -231,14 +231,14 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
         most = max(most, live())
 
     flags = ("--fast", "--lora.r", "0", *flags)
-    config = load(SelectConfig, made / "select.yaml", flags)
-    subject = make_abstract_run(config, read(config, rows.load(config.data)), "select")
+    config = load_config(SelectConfig, made / "select.yaml", flags)
+    subject = make_abstract_run(config, tokenize_splits(config, rows.load_splits(config.data)), "select")
     phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()
-    monkeypatch.setattr(Session, "due", counted)
+    monkeypatch.setattr(Session, "should_save", counted)
     monkeypatch.setattr(Session, "advance", counting)
-    select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
+    select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
     assert most - before == pytest.approx(
         max(phase.total_bytes for phase in phases if phase.name != "writing"), rel=0.01
     )
@@ -275,18 +275,18 @@ def test_what_cannot_be_estimated_is_told(made, capsys, name):
 
 
 def test_the_verb_is_known_by_its_sections(made, tmp_path):
-    assert isinstance(load_estimated(made / "select.yaml")[0], SelectConfig)
-    config, asked = load_estimated(
+    assert isinstance(load_config_to_estimate(made / "select.yaml")[0], SelectConfig)
+    config, asked = load_config_to_estimate(
         made / "train.yaml", ["--train.num-epochs", "3", "--out", "there", "--estimate.train-examples", "7"]
     )
     assert isinstance(config, TrainConfig) and config.train.num_epochs == 3
     assert (asked.dir, asked.train_examples, config.output.dir) == ("there", 7, "out")
     (tmp_path / "other.yaml").write_text("rank: {sample: 3}\n")
     with pytest.raises(ValueError, match="config of none of select, train, compare, audit.*unknown section 'rank'"):
-        load_estimated(tmp_path / "other.yaml")
+        load_config_to_estimate(tmp_path / "other.yaml")
     (tmp_path / "either.yaml").write_text("model: {name_or_path: here}\n")
     with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.command"):
-        load_estimated(tmp_path / "either.yaml")
+        load_config_to_estimate(tmp_path / "either.yaml")
 
 
 def test_a_finished_run_is_shown_beside_its_estimate(tmp_path, capsys):

@@ -14,7 +14,7 @@ import yaml
 from bilevel_jax.cli import main
 from bilevel_jax.lm import data
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.config import ExportConfig, load
+from bilevel_jax.runs.config import ExportConfig, load_config
 from bilevel_jax.runs.forms import FORMATTERS, ExportTarget, choose_layout
 
 PROMPTS = [{"prompt": f"Question {i}?", "response": f"Answer {i}.", "source": "ab"[i % 2]} for i in range(8)]
@@ -47,7 +47,7 @@ def files(tmp_path, monkeypatch):
 
     def write(rows, weights=None, **columns):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        ids = [example.id for example in data.load([str(tmp_path / "rows.jsonl")])]
+        ids = [example.id for example in data.load_examples([str(tmp_path / "rows.jsonl")])]
         weights = np.linspace(0.25, 2, len(ids)) if weights is None else np.asarray(weights, float)
         pq.write_table(pa.table({"id": ids, "weight": weights, **columns}), tmp_path / "weights.parquet")
         (tmp_path / "config.yaml").write_text("data: {train: [rows.jsonl]}\nweights: {file: weights.parquet}\n")
@@ -118,7 +118,7 @@ def test_others_read_the_same_turns(files, capsys, form, kind, container):
         assert rows[0]["prompt"] == "Question 4?\n"
         return
     path = {"datasets": "out/train"}.get(container, f"out/train.{container}")
-    assert [example.id for example in data.load([path])] == ids[4:]  # an id is a hash of the turns
+    assert [example.id for example in data.load_examples([path])] == ids[4:]  # an id is a hash of the turns
 
 
 def test_the_hub_reads_the_folder_by_its_card(files, capsys):
@@ -397,7 +397,7 @@ def test_hostile_names_stay_text_in_the_card(files, capsys):
 
 
 def test_defaults_are_those_of_the_help():
-    config = load(ExportConfig, None, ["--data.train", "t", "--out", "there"])
+    config = load_config(ExportConfig, None, ["--data.train", "t", "--out", "there"])
     assert config.export.dir == "there" and config.selection.top_share == 0.8
 
 
@@ -407,5 +407,5 @@ def test_real_pairs(files, capsys, shared, tmp_path):
     flags += ["--weights.file", "", "--selection.top-share", "1"]
     out = export(capsys, *flags)
     assert "4 rows were left out (data.empty = drop)" in out and "2,308 of 2,308 rows" in out
-    ids = [example.id for example in data.load(flags[1:2], data.DataOptions(empty="drop"))]
-    assert [example.id for example in data.load(["out/train.jsonl"])] == ids
+    ids = [example.id for example in data.load_examples(flags[1:2], data.DataOptions(empty="drop"))]
+    assert [example.id for example in data.load_examples(["out/train.jsonl"])] == ids

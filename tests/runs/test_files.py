@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.runs import files
-from bilevel_jax.runs.files import JsonLog, lock, new_run_folder, write_atomic
+from bilevel_jax.runs.files import JsonLog, create_run_dir, lock_run_dir, write_atomic
 
 
 def test_write_atomic(tmp_path):
@@ -94,33 +94,33 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-            with pytest.raises(RuntimeError, match=f"is in use by process {holder.pid} on "), lock(tmp_path):
+            with pytest.raises(RuntimeError, match=f"is in use by process {holder.pid} on "), lock_run_dir(tmp_path):
                 pass
         finally:
             holder.send_signal(signal.SIGKILL)
-    with lock(tmp_path):
+    with lock_run_dir(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
-    with lock(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path):
-    run = new_run_folder(tmp_path / "a" / "run")
+    run = create_run_dir(tmp_path / "a" / "run")
     assert run.is_dir()
-    with lock(run):
+    with lock_run_dir(run):
         pass
-    assert new_run_folder(run) == run  # only a lock file: nothing to lose
+    assert create_run_dir(run) == run  # only a lock file: nothing to lose
     (run / "config.yaml").write_text("")
     with pytest.raises(FileExistsError, match="holds a run; go on with it by --resume, or choose another folder"):
-        new_run_folder(run)
-    assert new_run_folder(run, resume=True) == run
+        create_run_dir(run)
+    assert create_run_dir(run, resume=True) == run
 
 
 def test_other_folders_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match=r"is not empty \(thesis.tex\); choose another folder with --out"):
-        new_run_folder(tmp_path)
+        create_run_dir(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
-        new_run_folder(tmp_path / "thesis.tex")
+        create_run_dir(tmp_path / "thesis.tex")
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        new_run_folder(tmp_path / "nothing", resume=True)
+        create_run_dir(tmp_path / "nothing", resume=True)

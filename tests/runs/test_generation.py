@@ -8,12 +8,12 @@ import jax
 import pytest
 
 from bilevel_jax.lm.generate import Prompt
-from bilevel_jax.lm.models import decoder, init
+from bilevel_jax.lm.models import init_params, make_decoder
 from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.generation import NAME, generators
-from bilevel_jax.runs.rules import check
+from bilevel_jax.runs.generation import RESPONSES_FILE, make_generator_factory
+from bilevel_jax.runs.rules import check_config
 from bilevel_jax.runs.sections import GenerateSection
-from bilevel_jax.runs.session import Interrupted, session
+from bilevel_jax.runs.session import Interrupted, open_session
 from tests.lm.test_models import TINY
 from tests.lm.test_service import Server
 
@@ -32,24 +32,24 @@ class Words:
 
 @pytest.fixture(scope="module")
 def params():
-    return init(TINY, jax.random.key(0))
+    return init_params(TINY, jax.random.key(0))
 
 
-MODEL, MESH = decoder(TINY), placing.make_mesh(1)
+MODEL, MESH = make_decoder(TINY), placing.make_mesh(1)
 
 
 def opened(folder):
     folder.mkdir(exist_ok=True)
-    return session(folder, progress=False, save_seconds=600)
+    return open_session(folder, progress=False, save_seconds=600)
 
 
 def lines(folder):
-    return (folder / "checkpoints" / NAME).read_text().splitlines()
+    return (folder / "checkpoints" / RESPONSES_FILE).read_text().splitlines()
 
 
 def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path):
     with opened(tmp_path / "whole") as work:
-        expected = generators(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
+        expected = make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
         assert [response.text for response in expected[0]] == [
             Words().decode(response.tokens[: len(response.tokens) - response.ended]) for response in expected[0]
         ]
@@ -58,12 +58,12 @@ def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path)
     with opened(folder) as work:
         work.stop(signal.SIGTERM, None)
         with pytest.raises(Interrupted):
-            generators(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
+            make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
     assert len(lines(folder)) == 1
-    with open(folder / "checkpoints" / NAME, "a") as file:
+    with open(folder / "checkpoints" / RESPONSES_FILE, "a") as file:
         file.write('{"torn by a kill": ["')
     with opened(folder) as work:
-        make = generators(SETTINGS, MODEL, Words(), MESH, work)
+        make = make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)
         assert make(params)(PROMPTS, (0, 1)) == expected  # the same bits
         assert lines(folder) == lines(tmp_path / "whole")
         assert make(params)(PROMPTS[::-1], (1, 0)) == [row[::-1] for row in expected[::-1]]
@@ -79,7 +79,7 @@ def test_a_service_writes_whatever_the_parameters(tmp_path, monkeypatch):
     settings = GenerateSection("service", url=server.url, model="small", api_key_env="NO_SUCH_VARIABLE")
     for _ in range(2):
         with opened(tmp_path) as work:
-            make = generators(settings, MODEL, Words(), MESH, work)
+            make = make_generator_factory(settings, MODEL, Words(), MESH, work)
             one, two = (make(params)(PROMPTS, (0, 1)) for params in (None, {}))
             assert one == two and all(response.log_probs for row in one for response in row)
     assert len(server.requests) == 12
@@ -108,5 +108,5 @@ class Config:
 )
 def test_settings_are_checked(settings, said):
     with pytest.raises(ValueError, match=said):
-        check(Config(settings), "the config")
-    check(Config(GenerateSection()), "the config")
+        check_config(Config(settings), "the config")
+    check_config(Config(GenerateSection()), "the config")

@@ -22,15 +22,15 @@ def started(tmp_path):
     config = SelectConfig(model=ModelSection(name_or_path=str(model)), data=data)
     folder = tmp_path / "run"
     folder.mkdir()
-    inputs.record(config, folder)
-    inputs.refuse_changed(config, folder)
+    inputs.record_inputs(config, folder)
+    inputs.check_inputs_unchanged(config, folder)
     return config, folder, rows, model / "model.safetensors"
 
 
 def test_a_touched_file_is_the_same(started):
     config, folder, rows, _ = started
     os.utime(rows, (1, 1))
-    inputs.refuse_changed(config, folder)
+    inputs.check_inputs_unchanged(config, folder)
 
 
 def test_changed_data_and_model_are_both_named(started):
@@ -39,12 +39,12 @@ def test_changed_data_and_model_are_both_named(started):
     weights.write_bytes(b"0124")
     os.utime(weights, (1, 1))
     with pytest.raises(ValueError, match="started with other files") as caught:
-        inputs.refuse_changed(config, folder)
+        inputs.check_inputs_unchanged(config, folder)
     assert f"data.train: {rows} had 16 bytes then and has 17 now" in str(caught.value)
     assert f"model.name_or_path: {weights} has another content of the same size" in str(caught.value)
-    inputs.record(config, folder)  # what was recorded first stays
+    inputs.record_inputs(config, folder)  # what was recorded first stays
     with pytest.raises(ValueError, match="other files"):
-        inputs.refuse_changed(config, folder)
+        inputs.check_inputs_unchanged(config, folder)
 
 
 def test_a_file_more_or_less_is_named(started):
@@ -52,13 +52,13 @@ def test_a_file_more_or_less_is_named(started):
     (weights.parent / "tokenizer.json").write_text("{}")
     rows.unlink()
     with pytest.raises(ValueError, match="tokenizer.json was not there then") as caught:
-        inputs.refuse_changed(config, folder)
+        inputs.check_inputs_unchanged(config, folder)
     assert f"data.train: {rows} is not there now" in str(caught.value)
 
 
 def test_every_key_that_names_files_exists():
-    from bilevel_jax.runs.config import sections
+    from bilevel_jax.runs.config import section_names
 
     config = replace(SelectConfig(), data=DataSection(train=("nowhere",)))
-    assert inputs.given(config) == {}
-    assert {key.split(".")[0] for key in inputs.KEYS} <= sections()
+    assert inputs.list_input_files(config) == {}
+    assert {key.split(".")[0] for key in inputs.INPUT_FILE_KEYS} <= section_names()

@@ -10,7 +10,7 @@ from bilevel_jax.cli import main
 from bilevel_jax.lm import cipher
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.lm.tokens import load_tokenizer
-from bilevel_jax.runs.config import InspectConfig, load
+from bilevel_jax.runs.config import InspectConfig, load_config
 from bilevel_jax.runs.inspect import spell_tokens, to_plain_text
 from bilevel_jax.runs.sections import DataSection
 from bilevel_jax.runs.survey import MAX_TOKENIZER_CALLS, survey_part, tokenize_readable
@@ -20,8 +20,8 @@ from tests.lm.test_tokens import CHATML, LLAMA2, bpe
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """The cipher's tokenizer and config, in a folder like a model's: 20 letters, context 32."""
-    return cipher.write(
-        tmp_path_factory.mktemp("letters"), clean=2, wrong=1, noise=1, validation=1, select=1, report=1, copies=0
+    return cipher.write_cipher_data(
+        tmp_path_factory.mktemp("letters"), clean=2, wrong=1, noise=1, validation=1, dev=1, test=1, copies=0
     ) / "untrained"  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def look(letters, tmp_path, monkeypatch, capsys):
 
 def rows(count, start=0):
     """Different prompts of two letters, answers of three."""
-    names = cipher.tokenizer().get_vocab()
+    names = cipher.make_cipher_tokenizer().get_vocab()
     alphabet = sorted(name for name in names if len(name) == 1 and name.isalpha())
     size = len(alphabet)
     return [
@@ -250,4 +250,4 @@ def test_the_embedded_task_needs_no_training(capsys, monkeypatch):
 )
 def test_rules(flags, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        load(InspectConfig, None, ["--model.name-or-path", "m", *(["--data.train", "t"] if flags else []), *flags])
+        load_config(InspectConfig, None, ["--model.name-or-path", "m", *(["--data.train", "t"] if flags else []), *flags])

@@ -17,7 +17,7 @@ from bilevel_jax.core.schedule import everything
 from bilevel_jax.core.transition import finished, scan, train, transition
 from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, Run, Transition
 from bilevel_jax.core.unrolled import outer_value, unrolled
-from bilevel_jax.lm.models import balance
+from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.lm.models.lora import Adapter
 from bilevel_jax.runs import mesh as placing
 from tests.core.problems import relative
@@ -174,7 +174,7 @@ def test_eight_devices_equal_one(eight_devices, shared):
         mesh = placing.make_mesh(count)
         optimizer = adamw(4, learning_rate=FULL.learning_rate)
         one = setting(shared, rows(shared), optimizer, steps=4, batch=16, micro=2, mesh=mesh)
-        w = placing.everywhere(mesh, weights(one.rows))
+        w = placing.replicate(mesh, weights(one.rows))
         step, run = one.trained(w, keep=everything(one.train.steps))
         out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert len(out.grad.sharding.device_set) == count
@@ -222,7 +222,7 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
         assert out.checks.residual < 1e-6 and out.checks.curvature > 0
         return out
 
-    canonical = jax.jit(balance)
+    canonical = jax.jit(balance_adapters)
     balanced = estimate(canonical(params))
     assert (
         relative(estimate(canonical(other)).grad, balanced.grad) < 1e-5

@@ -11,7 +11,7 @@ from bilevel_jax.core.schedule import everything, once
 from bilevel_jax.core.transition import train
 from bilevel_jax.core.types import Keep
 from bilevel_jax.core.unrolled import check_differentiable, outer_value, unrolled
-from bilevel_jax.lm.models import balance
+from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs import mesh as placing
 from tests.core.problems import relative
 from tests.runs.problems_lm import Rows, Setting, adamw, reviews, setting, stories, summed, tokenized
@@ -76,7 +76,7 @@ def test_eight_devices_equal_one_in_float64(rank, packing, eight_devices, shared
         mesh = placing.make_mesh(count)
         one = problem(rows(shared, 37), shared, rank, steps=4, batch=32, packing=packing, dtype=jnp.float64, mesh=mesh)
         assert one.train.batch(0)["tokens"].shape[1] == (8 if packing else 16)
-        w = placing.everywhere(mesh, jnp.ones(one.rows))
+        w = placing.replicate(mesh, jnp.ones(one.rows))
         step, run = one.trained(w)
         out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert out.checks.replayed and len(out.grad.sharding.device_set) == count
@@ -114,7 +114,7 @@ def test_conjugate_gradients_solve_what_dense_solves(shared, x64):
     one = problem(data, shared, 1, prior=1.0, dtype=jnp.float64)
     w = jnp.ones(one.rows)
     run = one.trained(w)[1]
-    run = run._replace(end=run.end._replace(params=balance(run.end.params)))
+    run = run._replace(end=run.end._replace(params=balance_adapters(run.end.params)))
     product, stream = curvature.gauss_newton(one.problem, one.loss), summed(data, 16)
     dense, cg = (
         implicit(one.problem, product, solver)(run, w, one.fixed, stream, one.validation)

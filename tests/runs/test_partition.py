@@ -15,8 +15,8 @@ from bilevel_jax.lm import batches
 from bilevel_jax.lm import models as lm
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import partition
-from bilevel_jax.runs.objective import objective
-from bilevel_jax.runs.optimizers import optimizer
+from bilevel_jax.runs.objective import build_objective
+from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import ObjectiveSection, OptimizerSection
 from tests.runs.agreement import SHAPE, corpus
 
@@ -44,16 +44,16 @@ def collectives(compiled, kind: str) -> list[int]:
 
 def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
     """Of parameters, moments, gradient and adjoint; and no more than one layer is brought together at a time."""
-    split = partition.table((), mesh)
-    decoder = lm.decoder(SHAPE, gather=partition.gathering(mesh, split))
-    params = partition.partitioned(mesh, split, lm.init(SHAPE, jax.random.key(0)))
-    assert partition.whole(mesh, split, params) == []
-    problem = weighted(objective(ObjectiveSection(), decoder, lora=False).losses)
-    adamw = optimizer(OptimizerSection(learning_rate=1e-3, warmup_steps=0), 2)
-    step, state = transition(problem, adamw), placing.settled(mesh, begin(adamw, params))
-    layout = placing.fit_layout(mesh, batches.Layout(1, 16, 16, 8))
-    batch = placing.placed(mesh, batches.train_stream(corpus(20, 1), batches.order(20, 16, 0), 1, layout)).batch(0)
-    fixed, part = {"base": None, "start": None}, step.take(placing.table(mesh, jnp.ones(20)), batch)
+    split = partition.parse_sharding_rules((), mesh)
+    decoder = lm.make_decoder(SHAPE, gather_params=partition.parameter_gatherer(mesh, split))
+    params = partition.shard_tree(mesh, split, lm.init_params(SHAPE, jax.random.key(0)))
+    assert partition.find_unsharded(mesh, split, params) == []
+    problem = weighted(build_objective(ObjectiveSection(), decoder, lora=False).losses)
+    adamw = build_optimizer(OptimizerSection(learning_rate=1e-3, warmup_steps=0), 2)
+    step, state = transition(problem, adamw), placing.replicate_unplaced(mesh, begin(adamw, params))
+    layout = placing.align_layout(mesh, batches.BatchShape(1, 16, 16, 8))
+    batch = placing.place_stream(mesh, batches.make_train_stream(corpus(20, 1), batches.shuffled_order(20, 16, 0), 1, layout)).batch(0)
+    fixed, part = {"base": None, "start": None}, step.take(placing.place_table(mesh, jnp.ones(20)), batch)
     after, info = step.forward(state, part, fixed, batch)
     adjoint = Adjoint(info.grad, tree.inexact(jax.tree.map(jnp.zeros_like, state.opt)))
     back, _ = step.backward(state, info.grad, part, fixed, batch, adjoint)
@@ -73,13 +73,13 @@ def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
 
 def test_no_program_brings_a_table_of_ten_million_rows_together(mesh, eight_devices):
     """Reading and adding a batch's entries, the weights, their transpose, the step on them; shapes alone."""
-    size = placing.table_size(MANY)
-    assert MANY <= size < MANY + placing.ROUND and size % 8 == 0
+    size = placing.padded_table_size(MANY)
+    assert MANY <= size < MANY + placing.SHARDED_TABLE_MULTIPLE and size % 8 == 0
     rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     table = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=rows)
-    assert placing.table(mesh, np.ones(placing.LARGE, np.float32)).sharding == rows
+    assert placing.place_table(mesh, np.ones(placing.MIN_SHARDED_TABLE_SIZE, np.float32)).sharding == rows
     problem, chosen = weighted(lambda params, fixed, batch: batch["rows"]), weighting.softmax(MANY, size)
-    spread = jax.NamedSharding(mesh, placing.SPREAD)
+    spread = jax.NamedSharding(mesh, placing.BATCH_SPEC)
     batch = {"index": jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=spread)}
     entries = jax.ShapeDtypeStruct((2, 64), jnp.float32, sharding=spread)
     descend = weighting.normalised_descent(0.1, 2.0)
@@ -115,24 +115,24 @@ def test_the_end_of_a_longer_table_has_no_weight(name):
 
 
 def test_own_rules_come_first_and_wrong_ones_are_told(mesh):
-    rules = partition.table(["layers/down_proj/kernel = - fsdp -", "head = -"], mesh)
-    params = jax.eval_shape(lambda: lm.init(SHAPE, jax.random.key(0)))
-    where = jax.tree.map(lambda at: at.spec, partition.shardings(mesh, rules, params))
+    rules = partition.parse_sharding_rules(["layers/down_proj/kernel = - fsdp -", "head = -"], mesh)
+    params = jax.eval_shape(lambda: lm.init_params(SHAPE, jax.random.key(0)))
+    where = jax.tree.map(lambda at: at.spec, partition.make_shardings(mesh, rules, params))
     assert where["layers"]["down_proj"]["kernel"] == jax.P(None, "fsdp") and where["head"] == jax.P()
     assert where["layers"]["up_proj"]["kernel"] == jax.P(None, None, "fsdp") and where["norm"]["scale"] == jax.P()
     for rule in ("head", "head = rows", "( = model", "= model"):
         with pytest.raises(ValueError, match="mesh.sharding_rules: .*(is no rule|no regular expression)"):
-            partition.table([rule], mesh)
+            partition.parse_sharding_rules([rule], mesh)
     with pytest.raises(ValueError, match=r"norm/scale has 1 axes \[16\], and its rule 2"):
-        partition.shardings(mesh, partition.table(["norm/scale = - fsdp"], mesh), params)
+        partition.make_shardings(mesh, partition.parse_sharding_rules(["norm/scale = - fsdp"], mesh), params)
 
 
 def test_what_does_not_divide_stays_whole_and_is_named(eight_devices):
     mesh = placing.make_mesh(1, 3)
-    split = partition.table((), mesh)
-    params = jax.eval_shape(lambda: lm.init(SHAPE, jax.random.key(0)))
-    assert "embed" in partition.whole(mesh, split, params)
-    assert partition.shardings(mesh, split, params)["embed"].spec == jax.P()
+    split = partition.parse_sharding_rules((), mesh)
+    params = jax.eval_shape(lambda: lm.init_params(SHAPE, jax.random.key(0)))
+    assert "embed" in partition.find_unsharded(mesh, split, params)
+    assert partition.make_shardings(mesh, split, params)["embed"].spec == jax.P()
 
 
 @pytest.mark.parametrize("data, model, words", [(0, 3, "groups of 3"), (8, 2, "there are 8 devices")])

@@ -5,27 +5,27 @@ import pytest
 from bilevel_jax.runs import processes
 from bilevel_jax.runs.config import CompareConfig
 from bilevel_jax.runs.sections import DistributedSection, OutputSection
-from bilevel_jax.runs.session import run_folder, session
+from bilevel_jax.runs.session import open_run_dir, open_session
 
 
 def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
     with pytest.raises(ValueError, match="compare runs in one process.*in several there are select, train"):
-        with run_folder(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
+        with open_run_dir(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
             raise AssertionError("it was opened")
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_cannot_meet_are_told_how():
     with pytest.raises(ValueError, match="did not find each other .* the same host:port to all"):
-        processes.start(DistributedSection(coordinator_address="nowhere:1"))  # neither how many nor which
+        processes.initialize_distributed(DistributedSection(coordinator_address="nowhere:1"))  # neither how many nor which
 
 
 def test_one_process_is_the_first_and_agrees_with_itself():
-    assert processes.first() and processes.agreed(7) == 7
-    assert processes.by_first(lambda: processes.by_first(lambda: 3)) == 3
+    assert processes.is_first_process() and processes.broadcast_from_first(7) == 7
+    assert processes.run_on_first_process(lambda: processes.run_on_first_process(lambda: 3)) == 3
     with pytest.raises(OSError, match="full"):
-        processes.by_first(lambda: (_ for _ in ()).throw(OSError("full")))
+        processes.run_on_first_process(lambda: (_ for _ in ()).throw(OSError("full")))
 
 
 def test_signals_and_saves_are_asked_about_at_the_same_calls(tmp_path, monkeypatch):
@@ -36,10 +36,10 @@ def test_signals_and_saves_are_asked_about_at_the_same_calls(tmp_path, monkeypat
         said.append(values)
         return processes.np.array([[0, 1, 3], values])  # the first: no signal, a save is due, and to meet in 3 calls
 
-    with session(tmp_path, progress=False, save_seconds=1e9) as work:
-        monkeypatch.setattr(processes, "several", lambda: True)
-        monkeypatch.setattr(processes, "table", table)
-        assert [work.due() for _ in range(7)] == [True, False, False, True, False, False, True] and len(said) == 3
-        work.stop(15, None)
-        assert [work.due() for _ in range(3)] == [False, False, True]  # the signal is heard when they meet
+    with open_session(tmp_path, progress=False, save_seconds=1e9) as work:
+        monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
+        monkeypatch.setattr(processes, "allgather_values", table)
+        assert [work.should_save() for _ in range(7)] == [True, False, False, True, False, False, True] and len(said) == 3
+        work.handle_signal(15, None)
+        assert [work.should_save() for _ in range(3)] == [False, False, True]  # the signal is heard when they meet
         assert said[-1][0] == 15

@@ -10,9 +10,9 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.lm import cipher
-from bilevel_jax.lm.tokens import Tokenized, corpus_of
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
 from bilevel_jax.runs import candidates, ranking, session
-from bilevel_jax.runs.config import RankConfig, load
+from bilevel_jax.runs.config import RankConfig, load_config
 from bilevel_jax.runs.rank import collect_remarks, rank
 from bilevel_jax.runs.sections import RankSection
 from bilevel_jax.runs.statistics import rank_correlation, weighted_rank_correlation
@@ -43,9 +43,9 @@ def inputs(made, tmp_path_factory):
     rows = [
         {
             "prompt": prompt,
-            "responses": {name: cipher.rotate(prompt[:4], by) for name, by in SHIFTS.items()},
+            "responses": {name: cipher.rotate_letters(prompt[:4], by) for name, by in SHIFTS.items()},
             "rewards": {name: 1.0 - abs(by - 1) / 2 for name, by in SHIFTS.items()},
-            "result": cipher.rotate(prompt[:4], 1),
+            "result": cipher.rotate_letters(prompt[:4], 1),
             "key": i,
         }
         for i, prompt in enumerate(asked)
@@ -63,7 +63,7 @@ def write(path, rows):
 
 
 def config(inputs, *flags):
-    return load(RankConfig, inputs / "rank.yaml", list(flags))
+    return load_config(RankConfig, inputs / "rank.yaml", list(flags))
 
 
 def run(inputs, out, *flags):
@@ -234,7 +234,7 @@ def test_a_response_that_makes_a_mean_alone_is_named(inputs, whole):
 
 def rows_of_nothing(examples):
     """Rows whose tokens nobody reads."""
-    return rows_of([], corpus_of([Tokenized(np.zeros(0, np.int32), np.zeros(0, bool))]))._replace(examples=examples)
+    return rows_of([], corpus_from_sequences([TokenizedSequence(np.zeros(0, np.int32), np.zeros(0, bool))]))._replace(examples=examples)
 
 
 # ---- the pick

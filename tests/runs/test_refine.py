@@ -10,11 +10,11 @@ import pytest
 
 from bilevel_jax.lm import losses
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.importance import self_sampled
+from bilevel_jax.lm.importance import importance_weighted_losses
 from bilevel_jax.runs import refine, session
-from bilevel_jax.runs.bootstrap import paired_gain
-from bilevel_jax.runs.config import RefineConfig, load
-from bilevel_jax.runs.likelihoods import fingerprint
+from bilevel_jax.runs.bootstrap import bootstrap_paired_gain
+from bilevel_jax.runs.config import RefineConfig, load_config
+from bilevel_jax.runs.likelihoods import fingerprint_params
 from bilevel_jax.runs.refine_candidates import _update_hyper, hyper_to_weights, make_candidate_trainers
 from bilevel_jax.runs.refine_rows import average_question_weights, build_round_task, choose_questions, collect_rollouts
 
@@ -47,14 +47,14 @@ def config(made):
 
 
 def run(config, out, *flags):
-    return refine.refine(load(RefineConfig, config, [*flags, "--out", str(out)]))
+    return refine.refine(load_config(RefineConfig, config, [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
     out, traced, counts = tmp_path_factory.mktemp("refine") / "run", [], []
-    hidden, one_round = losses._hidden, refine.run_round
+    hidden, one_round = losses._hidden_states, refine.run_round
 
     def counted(*args):
         traced.append(1)
@@ -66,7 +66,7 @@ def whole(config, tmp_path_factory):
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_hidden", counted)
+        patch.setattr(losses, "_hidden_states", counted)
         patch.setattr(refine, "run_round", round_)
         result = run(config, out)
     return out, result, counts
@@ -75,19 +75,19 @@ def whole(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ready(config, tmp_path_factory):
     """(config, the offline task, the model's generator) without a run."""
-    settings = load(RefineConfig, config, ["--refine.share", "0.25"])
+    settings = load_config(RefineConfig, config, ["--refine.share", "0.25"])
     folder = tmp_path_factory.mktemp("ready")
     (folder / "checkpoints").mkdir()
     task = refine.prepare_refine_task(settings, folder)
-    with session.session(folder, progress=False, save_seconds=1e9) as work:
-        yield settings, task, refine.generators(settings.generate, task.decoder, task.tokenizer, task.mesh, work)
+    with session.open_session(folder, progress=False, save_seconds=1e9) as work:
+        yield settings, task, refine.make_generator_factory(settings.generate, task.decoder, task.tokenizer, task.mesh, work)
 
 
 def answered(ready, folder, number=0, **changes):
     settings, task, write = ready
     params = task.fresh(0)
     chosen = choose_questions(settings, task.trainable(), np.ones(task.rows))
-    arguments = {"fingerprint": fingerprint(params), "verifier": None} | changes
+    arguments = {"fingerprint": fingerprint_params(params), "verifier": None} | changes
     return collect_rollouts(settings, task, chosen, number, folder / "responses.parquet", write(params), **arguments)
 
 
@@ -100,20 +100,20 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
     found = answered(ready, tmp_path)
     made = build_round_task(settings, task, found, 0)
     corpus, params, offline = made.task.corpus, task.fresh(0), task.rows - len(found.questions)
-    assert made.task.rows == offline + 2 * len(found.questions) == len(made.task.examples)
+    assert made.task.num_examples == offline + 2 * len(found.questions) == len(made.task.examples)
     assert not set(made.question_rows[:offline]) & set(found.questions)  # their offline rows have left
     for at, response in enumerate(found.tokens):
-        ids, supervised = corpus.row(offline + at)
+        ids, supervised = corpus.get_sequence(offline + at)
         assert ids[supervised].tolist() == response.tolist()
         before = task.corpus.row(int(found.owner[at]))
         assert ids[~supervised].tolist() == before.ids[~before.supervised].tolist()  # the prompt that training reads
         place = corpus.offsets[offline + at] + np.flatnonzero(supervised)
-        np.testing.assert_array_equal(corpus.sampler[place], found.log_probs[at])
-    assert np.isfinite(corpus.sampler).sum() == sum(len(one) for one in found.tokens)
-    stream = made.task.summed(0)
+        np.testing.assert_array_equal(corpus.sampler_log_probs[place], found.log_probs[at])
+    assert np.isfinite(corpus.sampler_log_probs).sum() == sum(len(one) for one in found.tokens)
+    stream = made.task.full_pass_stream(0)
     assert set(stream.batch(0)) >= {"sampler", "base"}
     token_losses = jax.jit(losses.token_losses(task.decoder, 1024))
-    loss = {ratio: jax.jit(self_sampled(task.decoder, ratio=ratio)) for ratio in ("token", "none")}
+    loss = {ratio: jax.jit(importance_weighted_losses(task.decoder, ratio=ratio)) for ratio in ("token", "none")}
     for step in range(stream.steps):
         batch = jax.tree.map(lambda leaf: leaf[0], stream.batch(step))
         own, stored = -np.asarray(token_losses(params, batch)), np.asarray(batch["sampler"])
@@ -129,13 +129,13 @@ def test_a_question_counts_once(ready, tmp_path):
     assert made.multiplicity.mean() == pytest.approx(1)
     each = np.bincount(made.question_rows, made.multiplicity, task.rows)
     np.testing.assert_allclose(each, each[0])
-    stream = made.task.summed(0)
+    stream = made.task.full_pass_stream(0)
     index, base = (
         np.concatenate([np.asarray(stream.batch(at)[name]).ravel() for at in range(stream.steps)])
         for name in ("index", "base")
     )
     np.testing.assert_allclose(
-        base[index < made.task.rows], made.multiplicity[index[index < made.task.rows]], rtol=1e-6
+        base[index < made.task.num_examples], made.multiplicity[index[index < made.task.num_examples]], rtol=1e-6
     )
 
 
@@ -143,7 +143,7 @@ def test_wrong_responses_can_be_left_out(ready, tmp_path):
     settings, task, _ = ready
     verdicts = iter([1, 0, 1, 1] + [0] * 100)
     found = answered(ready, tmp_path, verifier=lambda example, text: float(next(verdicts)))
-    filtered = load(
+    filtered = load_config(
         RefineConfig,
         None,
         ["--refine.verifier-use", "filter", "--verifier.name", "exact", "--generate.num-generations", "2", *NEEDED],
@@ -171,7 +171,7 @@ def test_dynamic_takes_the_least_weights_and_fixed_the_same_questions(ready):
     weights = np.random.default_rng(0).permutation(task.rows).astype(float)
     dynamic = choose_questions(settings, task.trainable(), weights)
     assert sorted(weights[dynamic]) == list(range(len(dynamic)))
-    fixed = load(RefineConfig, None, ["--refine.questions", "fixed", *NEEDED])
+    fixed = load_config(RefineConfig, None, ["--refine.questions", "fixed", *NEEDED])
     assert (
         choose_questions(fixed, task.trainable(), weights).tolist()
         == choose_questions(fixed, task.trainable(), -weights).tolist()
@@ -198,7 +198,7 @@ def test_the_bound_holds_its_level():
     random, passed, covered = np.random.default_rng(0), 0, 0
     for number in range(200):
         before = random.normal(size=60)
-        gain, bound = paired_gain(before, before + random.normal(size=60), 0.1, (number,))
+        gain, bound = bootstrap_paired_gain(before, before + random.normal(size=60), 0.1, (number,))
         passed += bound > 0
         covered += gain.low < 0 < gain.high
     assert 8 <= passed <= 36 and 178 <= covered <= 198  # three standard errors of a binomial, and its small bias
@@ -239,8 +239,8 @@ def test_dynamic_mode_uses_what_it_generated(whole):
 
 def test_writes_a_model_and_a_report(whole):
     out, result, _ = whole
-    params = lm.load(out / "model", dtype=jnp.float32)[1]
-    assert fingerprint(params) not in {record["model"] for record in result["records"]}
+    params = lm.load_model(out / "model", dtype=jnp.float32)[1]
+    assert fingerprint_params(params) not in {record["model"] for record in result["records"]}
     held = result["report"]
     assert held["first"] > held["last"] and held["gain"]["value"] == pytest.approx(held["first"] - held["last"])
     assert result["sentence"].startswith("2 of 2 rounds accepted; L_v on V_report fell from ")
@@ -254,19 +254,19 @@ def test_writes_a_model_and_a_report(whole):
 @pytest.mark.slow
 def test_dynamic_begins_with_the_rows_that_raise_validation_loss(whole, config, tmp_path):
     """Against slow, separate gradients: the questions of round 0 are those of the least <grad l_i, grad L_v>."""
-    task = refine.prepare_refine_task(load(RefineConfig, config), tmp_path)
-    params = task.fresh(0)
-    slope = jax.jit(jax.jacrev(lambda params, batch: task.objective.losses(params, task.fixed(params), batch)))
-    pull = jax.grad(lambda p: task.problem.outer(p, task.fixed(p), jax.tree.map(lambda a: a[0], batch_of(task))))(
+    task = refine.prepare_refine_task(load_config(RefineConfig, config), tmp_path)
+    params = task.init_params(0)
+    slope = jax.jit(jax.jacrev(lambda params, batch: task.objective.losses(params, task.frozen(params), batch)))
+    pull = jax.grad(lambda p: task.problem.outer(p, task.frozen(p), jax.tree.map(lambda a: a[0], batch_of(task))))(
         params
     )
-    aligned = np.full(task.rows, np.nan)
-    stream = task.summed(0)
+    aligned = np.full(task.num_examples, np.nan)
+    stream = task.full_pass_stream(0)
     for step in range(stream.steps):
         batch = jax.tree.map(lambda leaf: leaf[0], stream.batch(step))
         each = jax.tree.map(lambda a, b: a.reshape(len(a), -1) @ b.ravel(), slope(params, batch), pull)
         index = np.asarray(batch["index"])
-        aligned[index[index < task.rows]] = np.asarray(sum(jax.tree.leaves(each)))[index < task.rows]
+        aligned[index[index < task.num_examples]] = np.asarray(sum(jax.tree.leaves(each)))[index < task.num_examples]
     rows = pq.read_table(whole[0] / "responses.parquet").to_pandas()
     chosen = rows[rows["round"] == 0]["question"].unique()
     wanted = [task.examples[row].id for row in np.argsort(aligned)[: len(chosen)]]
@@ -302,9 +302,9 @@ def test_what_is_not_better_is_not_taken(config, tmp_path):
     result = run(config, tmp_path / "run", "--refine.rounds", "1", *flags)
     assert result["accepted"] == 0 and result["records"][0]["bound"] <= 0
     assert "0 of 1 round accepted: the model is the one that was given" in result["sentence"]
-    given = load(RefineConfig, config).model.name_or_path
-    before, after = (lm.load(path, dtype=jnp.float32)[1] for path in (given, tmp_path / "run" / "model"))
-    assert fingerprint(before) == fingerprint(after)
+    given = load_config(RefineConfig, config).model.name_or_path
+    before, after = (lm.load_model(path, dtype=jnp.float32)[1] for path in (given, tmp_path / "run" / "model"))
+    assert fingerprint_params(before) == fingerprint_params(after)
 
 
 ARMS = {
@@ -349,7 +349,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_is_refused(words):
     with pytest.raises(ValueError, match=words):
-        load(RefineConfig, None, [*NEEDED, "--train.global-batch-size", "8", *REFUSED[words]])
+        load_config(RefineConfig, None, [*NEEDED, "--train.global-batch-size", "8", *REFUSED[words]])
 
 
 def test_what_the_data_lack_is_told(config, tmp_path):
@@ -372,20 +372,20 @@ def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     made = build_round_task(settings, task, answered(ready, tmp_path), 0)
     compared, refresh = [], multiobjective.refresh
     monkeypatch.setattr(
-        multiobjective, "refresh", lambda state, phi: compared.append(fingerprint(phi)) or refresh(state, phi)
+        multiobjective, "refresh", lambda state, phi: compared.append(fingerprint_params(phi)) or refresh(state, phi)
     )
     sampler = jax.tree.map(lambda leaf: leaf + 0.01, task.fresh(0))
     (tmp_path / "bmo" / "checkpoints").mkdir(parents=True)
-    with session.session(tmp_path / "bmo", progress=False, save_seconds=1e9) as work:
+    with session.open_session(tmp_path / "bmo", progress=False, save_seconds=1e9) as work:
         candidate = make_candidate_trainers(settings, task)["bmo"](made, sampler, work, 0)
-    assert compared == [fingerprint(sampler)]
+    assert compared == [fingerprint_params(sampler)]
     assert candidate.weights.std() > 0
 
 
 def test_question_weights_are_means_over_its_rows(ready, tmp_path):
     settings, task, _ = ready
     made = build_round_task(settings, task, answered(ready, tmp_path), 0)
-    weights = np.random.default_rng(1).uniform(size=made.task.rows)
+    weights = np.random.default_rng(1).uniform(size=made.task.num_examples)
     found = average_question_weights(made, weights, task.rows)
     for question in (made.question_rows[0], made.question_rows[-1]):
         assert found[question] == pytest.approx(weights[made.question_rows == question].mean())

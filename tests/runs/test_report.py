@@ -129,7 +129,7 @@ def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), s
     pq.write_table(table, tmp_path / "weights.parquet")
     (tmp_path / "result.json").write_text(json.dumps(written))
     settings = replace(settings, train=tuple(clean(path) for path in settings.train))
-    (tmp_path / files.RESOLVED).write_text(configs.resolved(SelectConfig(outer=outer, data=settings)), "utf-8")
+    (tmp_path / files.CONFIG_FILE).write_text(configs.config_to_yaml(SelectConfig(outer=outer, data=settings)), "utf-8")
     environment = {
         "command": ["/somewhere/bin/bilevel-jax", "select", "my config.yaml", HOSTILE],
         "python": "3.11.7",

@@ -13,16 +13,16 @@ import pytest
 from bilevel_jax.cli import main
 from bilevel_jax.core.transition import begin, gradient
 from bilevel_jax.core.transition import train as run_plain
-from bilevel_jax.lm.data import load as load_rows
-from bilevel_jax.lm.losses import assemble
+from bilevel_jax.lm.data import load_examples as load_rows
+from bilevel_jax.lm.losses import assemble_params
 from bilevel_jax.runs import bench, likelihoods, rows, scoring, session
-from bilevel_jax.runs.config import CompareConfig, SelectConfig, TrainConfig, load
+from bilevel_jax.runs.config import CompareConfig, SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.reweighting import Reweighting
 from bilevel_jax.runs.sections import ScoreName, ScoresSection, WeightsSection
 from bilevel_jax.runs.select import select
-from bilevel_jax.runs.task import prepare
+from bilevel_jax.runs.task import prepare_text_task
 from bilevel_jax.runs.train import train
-from bilevel_jax.runs.weights import given as given_weights
+from bilevel_jax.runs.weights import load_weights as given_weights
 from bilevel_jax.scores import incontext
 from bilevel_jax.scores.demonstrations import choice
 from bilevel_jax.scores.weights import by_batch, minmax
@@ -33,7 +33,7 @@ PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl
 
 def config(made, *flags):
     told = [str(made / flag) if flag.endswith(".jsonl") and "/" not in flag else flag for flag in flags]
-    return load(TrainConfig, made / "train.yaml", told)
+    return load_config(TrainConfig, made / "train.yaml", told)
 
 
 def run(made, out, *flags):
@@ -42,11 +42,11 @@ def run(made, out, *flags):
 
 def task_of(made, folder, *flags, steps=4):
     told = config(made, *flags)
-    return prepare(told, rows.load(told.data), folder, steps=steps, seeds=[told.data.seed])
+    return prepare_text_task(told, rows.load_splits(told.data), folder, num_steps=steps, seeds=[told.data.seed])
 
 
 def opened(folder):
-    return session.session(folder, progress=False, save_seconds=600)
+    return session.open_session(folder, progress=False, save_seconds=600)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def arrays(tmp_path_factory):
     """A classification task of three kinds of small images, and its folder."""
     folder = tmp_path_factory.mktemp("blobs")
     (folder / "c.yaml").write_text(blobs.CONFIG.format(path=blobs.write(folder / "blobs.npz")))
-    return bench.make_task_builder(load(CompareConfig, folder / "c.yaml"), folder)(0), folder
+    return bench.make_task_builder(load_config(CompareConfig, folder / "c.yaml"), folder)(0), folder
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_eight_devices_equal_one(made, tmp_path, eight_devices, score):
 
 
 def test_the_config_offers_the_scores_that_there_are():
-    assert set(get_args(ScoreName)) == {"", *scoring.SCORES} and set(scoring.MEANINGS) == set(scoring.SCORES)
+    assert set(get_args(ScoreName)) == {"", *scoring.SCORES} and set(scoring.SCORE_MEANINGS) == set(scoring.SCORES)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_the_config_offers_the_scores_that_there_are():
 )
 def test_what_is_not_there_is_refused(name, options, said):
     with pytest.raises(ValueError, match=said):
-        scoring.check(name, **options)
-    assert scoring.check("perplexity", **options) is None
+        scoring.check_score_name(name, **options)
+    assert scoring.check_score_name("perplexity", **options) is None
 
 
 def test_scores_of_arrays_equal_plain_formulas(arrays):
@@ -121,10 +121,10 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
     }  # fmt: skip
     with opened(folder) as work:
         for name, values in expected.items():
-            out = scoring.score(name, task, params, ScoresSection(holdout_steps=steps), work)
+            out = scoring.compute_score(name, task, params, ScoresSection(holdout_steps=steps), work)
             assert np.allclose(out.values, values[:n], rtol=1e-4, atol=2e-5), name  # float32 products
             assert out.notes == () and out.passes > 0
-        drawn = scoring.score("random", task, params, ScoresSection(), work).values
+        drawn = scoring.compute_score("random", task, params, ScoresSection(), work).values
     assert 0 <= drawn.min() and drawn.max() < 1 and abs(drawn.mean() - 0.5) < 0.12 and len(set(drawn)) == n
 
 
@@ -153,13 +153,13 @@ def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective
     fixed, stream = task.fixed(params), task.stream(told.data.seed)
     with opened(tmp_path) as work:
         moving = Reweighting(task, told, work)
-        moving.renew(0, params)
+        moving.update_scores(0, params)
     batch = stream.batch(3)
     index = np.asarray(batch["index"]).ravel()
-    scores = moving.made[0].values[index]
+    scores = moving.scores_by_step[0].values[index]
     weights = (scores - scores.min()) / (scores.max() - scores.min())
     assert 0 < weights.mean() < 1
-    weigh = moving.problem.take(moving.hyper(3), batch)
+    weigh = moving.problem.take(moving.step_weights(3), batch)
     _, grad = jax.jit(partial(gradient, task.problem))(params, weigh, fixed, batch)
     whole = task_of(made, tmp_path, *flags[:-1], "1").stream(told.data.seed).batch(3)
     one = {name: leaf[0] for name, leaf in whole.items()}
@@ -175,30 +175,30 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
     values = {0: np.arange(36.0), 2: -np.arange(36.0)}
     values[2][5] = np.nan
     at = iter(values.values())
-    monkeypatch.setitem(scoring.SCORES, "random", lambda *given: scoring.Made(next(at), 1.0))
+    monkeypatch.setitem(scoring.SCORES, "random", lambda *given: scoring.ScoreResult(next(at), 1.0))
     flags = ("--weights.score", "random", "--weights.refresh", "2", "--train.global-batch-size", "12")
     task = task_of(made, tmp_path, *flags)
     with opened(tmp_path) as work:
         one = Reweighting(task, config(made, *flags, "--weights.scaling", "rows"), work)
-        one.renew(0, task.fresh(0))
-        one.renew(2, task.fresh(0))
+        one.update_scores(0, task.fresh(0))
+        one.update_scores(2, task.fresh(0))
         other = Reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
-        other.renew(3, task.fresh(0))
-    assert one.starts == (0, 2) and list(other.made) == [0, 2]
+        other.update_scores(3, task.fresh(0))
+    assert one.refresh_steps == (0, 2) and list(other.scores_by_step) == [0, 2]
     order = task.order(0)
     for step, scores in ((1, values[0]), (2, np.where(np.isnan(values[2]), -35.0, values[2]))):
-        got = np.asarray(one.hyper(step)).ravel()
+        got = np.asarray(one.step_weights(step)).ravel()
         assert np.allclose(got, ((scores - scores.min()) / 35)[order(step)])
-        got = np.asarray(other.hyper(step)).ravel()
+        got = np.asarray(other.step_weights(step)).ravel()
         assert np.allclose(got, by_batch(scores, order(step)) / by_batch(scores, order(step)).mean(), atol=1e-6)
-    got = one.received()
-    assert got.drawn == 36 and got.equal == 0
+    got = one.summarize_weights()
+    assert got.num_drawn == 36 and got.num_equal_steps == 0
     assert np.allclose(got.weights[order(1)], np.arange(36)[order(1)] / 35, atol=1)
-    assert one.records()[1]["with_first"] < -0.8
+    assert one.score_records()[1]["with_first"] < -0.8
 
 
 def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch):
-    monkeypatch.setitem(scoring.SCORES, "random", lambda task, *rest: scoring.Made(np.full(task.rows, 7.0), 0.0))
+    monkeypatch.setitem(scoring.SCORES, "random", lambda task, *rest: scoring.ScoreResult(np.full(task.rows, 7.0), 0.0))
     result = run(made, tmp_path / "run", "--weights.score", "random")
     run(made, tmp_path / "plain")
     one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "plain"))
@@ -219,10 +219,10 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     task, settings = task_of(made, tmp_path, *flags), ScoresSection(k=2)
     params = jax.tree.map(lambda leaf: leaf + 0.05, task.fresh(0))
     with opened(tmp_path) as work:
-        whole = scoring.score("ica", task, params, settings, work)
+        whole = scoring.compute_score("ica", task, params, settings, work)
         with pytest.raises(ValueError, match="4 holdout rows, and k = 9 of them are to be shown"):
-            scoring.score("ica", task, params, ScoresSection(k=9), work)
-    decoder, model = task.decoder, assemble(params, task.base)
+            scoring.compute_score("ica", task, params, ScoresSection(k=9), work)
+    decoder, model = task.decoder, assemble_params(params, task.base)
 
     @jax.jit
     def log_p(ids):
@@ -230,7 +230,7 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
         logits = decoder.hidden(model, ids[None], here, jnp.ones_like(here))[0] @ decoder.head(model)
         return jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], 1)[:, 0]
 
-    (rows_, holdout), form = likelihoods.parts(task), incontext.prompt(task.tokenizer)
+    (rows_, holdout), form = likelihoods.train_and_validation_rows(task), incontext.prompt(task.tokenizer)
     chosen = choice("knn")(rows_, holdout, 2)
     for i in range(3):
         ids, asked = rows_.sides(i)[0]
@@ -243,12 +243,12 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     (tmp_path / "other").mkdir()
     with opened(tmp_path / "other") as work, pytest.raises(session.Interrupted):
         work.stop(signal.SIGTERM, None)
-        scoring.score("ica", task, params, settings, work)
+        scoring.compute_score("ica", task, params, settings, work)
     kept = tmp_path / "other" / "checkpoints" / "answers.jsonl"
     assert kept.stat().st_size > 0
     kept.write_text(kept.read_text() + '{"torn')
     with opened(tmp_path / "other") as work:
-        assert np.array_equal(scoring.score("ica", task, params, settings, work).values, whole.values)
+        assert np.array_equal(scoring.compute_score("ica", task, params, settings, work).values, whole.values)
     assert not kept.exists()
 
 
@@ -278,7 +278,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, fl
     assert 0 < result["resumed"] < result["steps"]
     for name in ("model/model.safetensors", "weights.parquet"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    one, other = (pq.read_table(tmp_path / name / scoring.NAME) for name in ("run", "whole"))
+    one, other = (pq.read_table(tmp_path / name / scoring.SCORES_FILE) for name in ("run", "whole"))
     assert one.equals(other)
     report = (tmp_path / "run" / "report.html").read_text()
     assert "The scores of all rows" in report or "Bar: median" in report
@@ -292,16 +292,16 @@ def test_select_compares_scores_and_starts_from_them(made, tmp_path):
         "--scores.holdout-steps", "4", "--train.max-steps", "6", "--outer.weighting", "softmax",
         "--out", str(tmp_path / "run"),
     ]  # fmt: skip
-    result = select(load(SelectConfig, made / "select.yaml", flags))
+    result = select(load_config(SelectConfig, made / "select.yaml", flags))
     assert [row["name"] for row in result["compare"]] == ["uniform", "reducible, top"]
     assert result["records"][0]["ess"] == pytest.approx(36) and result["records"][1]["ess"] < 30
-    stored = pq.read_table(tmp_path / "run" / scoring.NAME)
+    stored = pq.read_table(tmp_path / "run" / scoring.SCORES_FILE)
     assert stored.column_names == ["id", "row", "source", "label", "perplexity", "reducible"]
     values = stored["perplexity"].to_numpy()
     logits = np.clip((values - values.mean()) / values.std(), -2, 2)
     expected = np.exp(logits) / np.exp(logits).mean()
     assert np.allclose(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy(), expected, rtol=1e-4)
-    file = WeightsSection(file=str(tmp_path / "run" / scoring.NAME), column="reducible", transform="minmax")
+    file = WeightsSection(file=str(tmp_path / "run" / scoring.SCORES_FILE), column="reducible", transform="minmax")
     examples = load_rows([str(made / "train.jsonl")])
     assert np.allclose(given_weights(file, examples).weights, minmax(stored["reducible"].to_numpy()))
 
@@ -330,4 +330,4 @@ def test_a_config_that_names_no_score_is_told_the_nearest(made, tmp_path):
     text = (made / "train.yaml").read_text() + "weights: {score: icaa}\n"
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"weights.score is 'icaa' .str.; wanted one of '', ica.*did you mean 'ica'"):
-        load(TrainConfig, tmp_path / "c.yaml")
+        load_config(TrainConfig, tmp_path / "c.yaml")

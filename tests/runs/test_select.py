@@ -11,12 +11,12 @@ import pytest
 from bilevel_jax.cli import main
 from bilevel_jax.lm import models as lm
 from bilevel_jax.runs import session
-from bilevel_jax.runs.config import SelectConfig, load
+from bilevel_jax.runs.config import SelectConfig, load_config
 from bilevel_jax.runs.select import select
 
 
 def run(made, out, *flags):
-    return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
+    return select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_writes_what_it_promises(made, whole):
     assert len(kept) == 18 and set(kept[0]) == {"prompt", "response", "id", "weight"}
     assert min(row["weight"] for row in kept) >= np.median(weights) - 1e-6
 
-    config, params = lm.load(out / "model")
+    config, params = lm.load_model(out / "model")
     assert config == lm.read_config(made / "model") and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert "<html" in (out / "report.html").read_text()
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.runs import session
-from bilevel_jax.runs.config import SelectConfig, load
+from bilevel_jax.runs.config import SelectConfig, load_config
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.single import delayed_linear_decay
 
@@ -30,7 +30,7 @@ METHODS = {
 
 def run(made, out, *flags):
     flags = ("--single-loop.steps", "60", "--retrain.variants", "uniform", "learned", *flags)
-    return select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
+    return select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
 SLOW = ("memory-saving", "per source", "bmo with a copy", "mixing")

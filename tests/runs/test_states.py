@@ -55,7 +55,7 @@ def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
     store[1] = state(1)
     with pytest.raises(OSError, match="disk"):
         store.wait_until_written()

@@ -11,9 +11,9 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import load as load_rows
+from bilevel_jax.lm.data import load_examples as load_rows
 from bilevel_jax.runs import session, task
-from bilevel_jax.runs.config import SelectConfig, TrainConfig, load
+from bilevel_jax.runs.config import SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.select import select
 from bilevel_jax.runs.train import summarize_training, train
 from tests.runs.command import run_verb
@@ -29,7 +29,7 @@ OBJECTIVES = {
 
 def run(made, out, *flags):
     given = [str(made / flag) if flag.endswith(".jsonl") and "/" not in flag else flag for flag in flags]
-    return train(load(TrainConfig, made / "train.yaml", [*given, "--out", str(out)]))
+    return train(load_config(TrainConfig, made / "train.yaml", [*given, "--out", str(out)]))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def weights_file(path, examples, weights, **more):
 
 
 def tensors(folder):
-    return {key: np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(lm.load(folder / "model")[1])}
+    return {key: np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(lm.load_model(folder / "model")[1])}
 
 
 def test_writes_what_it_promises(made, whole):
@@ -86,7 +86,7 @@ def test_select_weighs_pairs(made, tmp_path, objective):
         "--outer.learning-rate", "1.0", "--train.max-steps", "20", "--retrain.variants", "uniform", "learned",
         "--optimizer.eps-root", "1e-6",
     ]  # fmt: skip
-    result = select(load(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
+    result = select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
     assert result["auc"]["weights"] > 0.9  # a third of the pairs is swapped
     loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
     assert loss["learned weights"] < loss["uniform"]
@@ -250,8 +250,8 @@ def test_streamed_weights_and_leaks(made, tmp_path):
 
 def greedy(folder, ids, count):
     """The next tokens by the largest logit, with our decoder."""
-    config, params = lm.load(folder)
-    decoder = lm.decoder(config)
+    config, params = lm.load_model(folder)
+    decoder = lm.make_decoder(config)
 
     @jax.jit
     def logits(tokens):
@@ -302,7 +302,7 @@ def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared,
 
 def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, monkeypatch):
     """One row's loss is nan: it is met in each of two epochs."""
-    made_by = task.objective
+    made_by = task.build_objective
 
     def objective(*args, **kwargs):
         whole = made_by(*args, **kwargs)
@@ -312,7 +312,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, mo
 
         return whole._replace(losses=losses)
 
-    monkeypatch.setattr(task, "objective", objective)
+    monkeypatch.setattr(task, "build_objective", objective)
     result = run(made, tmp_path / "two", "--train.max-nonfinite-steps", "2")
     assert result["skipped"] == 2 and "2 steps were left out: not finite." in result["notes"]
     assert all(np.isfinite(leaf).all() for leaf in tensors(tmp_path / "two").values())

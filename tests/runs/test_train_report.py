@@ -112,7 +112,7 @@ def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONF
     (folder / "result.json").write_text(json.dumps(told))
     log = events() if log is None else log
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
-    (folder / files.RESOLVED).write_text(configs.resolved(config), "utf-8")
+    (folder / files.CONFIG_FILE).write_text(configs.config_to_yaml(config), "utf-8")
     environment = {
         "command": ["/somewhere/bin/bilevel-jax", "train", "my config.yaml", HOSTILE],
         "python": "3.11.7",

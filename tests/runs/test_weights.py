@@ -8,7 +8,7 @@ import pytest
 
 from bilevel_jax.lm.data import Example, Turn
 from bilevel_jax.runs.sections import WeightsSection
-from bilevel_jax.runs.weights import given
+from bilevel_jax.runs.weights import load_weights
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]
 
@@ -30,14 +30,14 @@ def file(tmp_path):
 
 
 def test_a_constant():
-    out = given(WeightsSection(constant=0.5), ROWS)
-    assert out.weights.tolist() == [0.5] * 4 and out.kept.all() and out.source == "0.5 for every row"
+    out = load_weights(WeightsSection(constant=0.5), ROWS)
+    assert out.weights.tolist() == [0.5] * 4 and out.keep_mask.all() and out.source == "0.5 for every row"
 
 
 @pytest.mark.parametrize("name", ["w.parquet", "w.jsonl", "w.json"])
 def test_joined_by_id_from_every_kind_of_file(file, name):
     path = file([4.0, 3.0, 2.0, 1.0, 9.0], ["id3", "id2", "id1", "id0", "other"], name)
-    assert given(WeightsSection(file=path), ROWS).weights.tolist() == [1, 2, 3, 4]
+    assert load_weights(WeightsSection(file=path), ROWS).weights.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_joined_by_id_from_every_kind_of_file(file, name):
 )
 def test_scores_become_weights(file, transform, expected):
     path = file([0.0, 5.0, 5.0, 10.0], column="score")
-    out = given(WeightsSection(file=path, column="score", transform=transform), ROWS)
+    out = load_weights(WeightsSection(file=path, column="score", transform=transform), ROWS)
     assert out.weights.tolist() == expected
 
 
 def test_negated_and_scaled(file):
-    out = given(WeightsSection(file=file([-1.0, -2.0, -3.0, -2.0]), transform="negate", mean_one=True), ROWS)
+    out = load_weights(WeightsSection(file=file([-1.0, -2.0, -3.0, -2.0]), transform="negate", mean_one=True), ROWS)
     assert out.weights.tolist() == [0.5, 1.0, 1.5, 1.0]
     assert out.source.endswith(", negated, divided by their mean")
 
@@ -64,13 +64,13 @@ def test_negated_and_scaled(file):
     "missing, weights, kept", [("one", [2, 1, 1, 1], 4), ("zero", [2, 0, 0, 0], 4), ("drop", [2, 0, 0, 0], 1)]
 )
 def test_rows_that_the_file_lacks(file, missing, weights, kept):
-    out = given(WeightsSection(file=file([2.0]), missing=missing), ROWS)
-    assert out.weights.tolist() == weights and out.kept.sum() == kept and out.missing == 3
+    out = load_weights(WeightsSection(file=file([2.0]), missing=missing), ROWS)
+    assert out.weights.tolist() == weights and out.keep_mask.sum() == kept and out.num_missing == 3
 
 
 def test_scaling_reads_the_kept_rows_alone(file):
-    out = given(WeightsSection(file=file([2.0, 4.0]), missing="drop", mean_one=True), ROWS)
-    assert out.weights[out.kept].tolist() == [2 / 3, 4 / 3]
+    out = load_weights(WeightsSection(file=file([2.0, 4.0]), missing="drop", mean_one=True), ROWS)
+    assert out.weights[out.keep_mask].tolist() == [2 / 3, 4 / 3]
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def test_scaling_reads_the_kept_rows_alone(file):
 )
 def test_what_cannot_be_meant_is_refused(file, values, ids, options, said):
     with pytest.raises(ValueError, match=said):
-        given(WeightsSection(file=file(values, ids), **options), ROWS)
+        load_weights(WeightsSection(file=file(values, ids), **options), ROWS)
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.parquet: no such file"):
-        given(WeightsSection(file="nowhere.parquet"), ROWS)
+        load_weights(WeightsSection(file="nowhere.parquet"), ROWS)
     (tmp_path / "w.csv").write_text("id,weight")
     with pytest.raises(ValueError, match=r"read from .parquet, .jsonl or .json, not from '.csv'"):
-        given(WeightsSection(file=str(tmp_path / "w.csv")), ROWS)
+        load_weights(WeightsSection(file=str(tmp_path / "w.csv")), ROWS)
     (tmp_path / "w.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad JSON"):
-        given(WeightsSection(file=str(tmp_path / "w.jsonl")), ROWS)
+        load_weights(WeightsSection(file=str(tmp_path / "w.jsonl")), ROWS)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from bilevel_jax.lm.models import decoder
-from bilevel_jax.lm.models import init as fresh
+from bilevel_jax.lm.models import init_params as fresh
+from bilevel_jax.lm.models import make_decoder
 from bilevel_jax.scores import embedding
 from bilevel_jax.scores.embedding import blocks, clusters, cosines, hidden_states, question, tfidf
 from bilevel_jax.scores.requests import take
@@ -44,7 +44,7 @@ def test_a_question_is_what_the_user_says_or_the_text():
 
 
 def test_hidden_states_are_means_over_the_prompt_whatever_stands_beside_it():
-    model = decoder(TINY, remat="none")
+    model = make_decoder(TINY, remat="none")
     params = fresh(TINY, jax.random.key(0))
     some = rows(*[("name a pet and " * n + "x", "cat" * m) for n, m in ((0, 3), (1, 1), (2, 2), (3, 1))])
     found, other = hidden_states(model, params, batch=3)(some, take(some, np.array([2])))
@@ -97,6 +97,6 @@ def test_padding_beyond_the_last_learned_position_is_not_read():
         states = jax.nn.one_hot(tokens, TINY.width)
         return jax.numpy.where(segments[..., None] == 0, jax.numpy.nan, states)
 
-    embed = hidden_states(decoder(TINY)._replace(hidden=hidden), {}, batch=4)
+    embed = hidden_states(make_decoder(TINY)._replace(hidden=hidden), {}, batch=4)
     found = embed(rows(("abba", "x"), ("a", "x")), HOLDOUT)[0]  # counts of BOS, a, b; of unit length
     np.testing.assert_allclose(found[:, :3], [[1 / 3, 2 / 3, 2 / 3], [0.5**0.5, 0.5**0.5, 0]], rtol=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm import batches, loglik
-from bilevel_jax.lm.losses import sft
-from bilevel_jax.lm.models import decoder, init
-from bilevel_jax.lm.tokens import Tokenized, corpus_of, tokenize
+from bilevel_jax.lm.losses import sft_losses
+from bilevel_jax.lm.models import init_params, make_decoder
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences, tokenize
 from bilevel_jax.scores.demonstrations import choice
 from bilevel_jax.scores.incontext import ica
 from bilevel_jax.scores.margin import el2n, token_el2n
@@ -21,20 +21,20 @@ from tests.lm.pairs_and_rows import TINY, VOCAB
 from tests.lm.test_tokens import CHATML, PAIR, TALK, bpe, example
 from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
 
-MODEL = decoder(TINY, remat="none")
+MODEL = make_decoder(TINY, remat="none")
 HOLDOUT = rows(("name a pet", "cat"), ("name a fish", "cod"), ("what is a tree", "oak"), ("what is red", "wine"))
 ROWS = rows(("name a cat", "tac"), ("is a tree red", "zzz"), ("what is a fish", "doc"), ("xylo", "queue"))
 
 
 def batch_of(corpus):
-    layout = batches.evaluation_layout(corpus, corpus.rows, micro=1, length=batches.longest(corpus), packing=False)
-    batch = batches.evaluation_stream(corpus, layout).batch(0)
+    layout = batches.fit_evaluation_batch_shape(corpus, corpus.rows, num_micro_batches=1, length=batches.padded_max_length(corpus), packing=False)
+    batch = batches.make_evaluation_stream(corpus, layout).batch(0)
     return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init(TINY, jax.random.key(0))
+    return init_params(TINY, jax.random.key(0))
 
 
 def talks(seed=0):
@@ -42,15 +42,15 @@ def talks(seed=0):
     rng = np.random.default_rng(seed)
     masks = ["0011", "0110011", "01", "001011011", "0001111"]
     tokens = [rng.integers(0, VOCAB, len(mask)).astype(np.int32) for mask in masks]
-    corpus = corpus_of([Tokenized(t, np.array([*map(int, m)], bool)) for t, m in zip(tokens, masks, strict=True)])
+    corpus = corpus_from_sequences([TokenizedSequence(t, np.array([*map(int, m)], bool)) for t, m in zip(tokens, masks, strict=True)])
     return rows_of([example(f"{i}", "x", line=i) for i in range(len(masks))], corpus)
 
 
 def test_loss_is_that_of_training(params):
     some = talks()
-    asked, reader = loss(some, some), loglik.engine(MODEL, lengths=[16])
+    asked, reader = loss(some, some), loglik.make_loglik_scorer(MODEL, bucket_lengths=[16])
     answers = reader.score(params, asked.requests)
-    trained = np.asarray(jax.jit(sft(MODEL))(params, batch_of(some.corpus)))
+    trained = np.asarray(jax.jit(sft_losses(MODEL))(params, batch_of(some.corpus)))
     assert [len(asked.requests), asked.wanted] == [8, 0]
     np.testing.assert_allclose(asked.combine(answers), trained, atol=1e-5)
     np.testing.assert_allclose(perplexity(some, some).combine(answers), -np.exp(trained), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_loss_is_that_of_training(params):
 
 def test_in_context_scores_do_not_depend_on_batches_or_on_what_is_shared(params):
     asked = ica(PLAIN, choice("fixed"), k=2, max_length=TINY.max_length)(ROWS, HOLDOUT)
-    readers = loglik.engine(MODEL, lengths=[64], share=False), loglik.engine(MODEL, lengths=[32, 64], tokens=128)
+    readers = loglik.make_loglik_scorer(MODEL, bucket_lengths=[64], share_prefixes=False), loglik.make_loglik_scorer(MODEL, bucket_lengths=[32, 64], max_batch_tokens=128)
     whole, shared = (asked.combine(reader.score(params, asked.requests)) for reader in readers)
     assert np.abs(whole).min() > 1e-4
     np.testing.assert_allclose(shared, whole, atol=1e-5)
@@ -73,7 +73,7 @@ def test_requests_hold_the_tokens_of_the_tokenizer():
         "The cat\nis it.<|eot|>",
         "A cat, 猫!<|eot|>",
     ]
-    assert [*asked[1].prefix, *asked[1].response] == corpus.row(0).ids.tolist()
+    assert [*asked[1].prefix, *asked[1].response] == corpus.get_sequence(0).ids.tolist()
     assert all(request.prefix.count(tokenizer.bos_token_id) == 1 for request in asked)
 
 

@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax.core.types import Stream
 from bilevel_jax.lm import loglik
 from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.lm.models import decoder, init, load
+from bilevel_jax.lm.models import init_params, load_model, make_decoder
 from bilevel_jax.lm.tokens import tokenize
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.scores import selfaligned
@@ -41,9 +41,9 @@ def torch_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(torch_model):
     """(parameters, answers to requests, a of pairs) of the same model."""
-    architecture, params = load(torch_model[1])
-    model = decoder(architecture)
-    engine = loglik.engine(model, lengths=[256], tokens=1024)
+    architecture, params = load_model(torch_model[1])
+    model = make_decoder(architecture)
+    engine = loglik.make_loglik_scorer(model, bucket_lengths=[256], max_batch_tokens=1024)
     return params, functools.partial(engine.score, params), similarity(model, 0, tokens=512)
 
 
@@ -141,21 +141,21 @@ def test_similarity_is_the_mean_cosine_of_transformers_hidden_states(torch_model
 def test_similarity_does_not_depend_on_batches_devices_or_padding(eight_devices):
     """GPT-2's positions are learned: a padded place beyond the last has none."""
     config = CONFIGS["gpt2"]
-    params = init(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
-    texts = [tuple(rng.integers(0, config.vocab, n).tolist()) for n in (3, 7, 64, 40, 1, 9)]
+    texts = [tuple(rng.integers(0, config.vocab_size, n).tolist()) for n in (3, 7, 64, 40, 1, 9)]
     others = texts[::-1]
-    whole = similarity(decoder(config), None)(params, texts, others)
+    whole = similarity(make_decoder(config), None)(params, texts, others)
     assert np.isfinite(whole).all()
-    np.testing.assert_allclose(similarity(decoder(config), None, tokens=1)(params, texts, others), whole, atol=1e-6)
+    np.testing.assert_allclose(similarity(make_decoder(config), None, tokens=1)(params, texts, others), whole, atol=1e-6)
     mesh = placing.make_mesh(8)
-    place = lambda batch: placing.placed(mesh, Stream(lambda step: batch, 1)).batch(0)  # noqa: E731
-    spread = similarity(decoder(config), None, multiple=8, place=place)
-    np.testing.assert_allclose(spread(placing.everywhere(mesh, params), texts, others), whole, atol=1e-6)
+    place = lambda batch: placing.place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)  # noqa: E731
+    spread = similarity(make_decoder(config), None, multiple=8, place=place)
+    np.testing.assert_allclose(spread(placing.replicate(mesh, params), texts, others), whole, atol=1e-6)
     with pytest.raises(ValueError, match="65 tokens, and the model's context holds 64"):
-        similarity(decoder(config), None)(params, [(1,) * 65], [(1,)])
+        similarity(make_decoder(config), None)(params, [(1,) * 65], [(1,)])
     with pytest.raises(ValueError, match="a response has no token"):
-        similarity(decoder(config), None)(params, [()], [(1,)])
+        similarity(make_decoder(config), None)(params, [()], [(1,)])
 
 
 def test_which_answers_are_shown():

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from bilevel_jax.lm.data import Example, Turn, content_hash
+from bilevel_jax.lm.data import Example, Turn, hash_content
 from bilevel_jax.lm.loglik import LogLik
-from bilevel_jax.lm.tokens import Tokenized, corpus_of
+from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
 from bilevel_jax.scores.incontext import Prompt
 from bilevel_jax.scores.requests import rows_of
 
@@ -29,12 +29,12 @@ def rows(*said):
     examples, sequences = [], []
     for i, (question, *answers) in enumerate(said):
         sides = [(Turn("user", question), Turn("assistant", answer)) for answer in answers]
-        key = f"{content_hash(*sides)}#0"
+        key = f"{hash_content(*sides)}#0"
         examples.append(Example(key, i, sides[0], "toy", None, "toy.jsonl", i + 1, *sides[1:]))
         for answer in answers:
             whole = [BOS, *ids(question), *ids(answer)]
-            sequences.append(Tokenized(np.array(whole, np.int32), np.arange(len(whole)) > len(question)))
-    return rows_of(examples, corpus_of(sequences, len(said[0]) - 1))
+            sequences.append(TokenizedSequence(np.array(whole, np.int32), np.arange(len(whole)) > len(question)))
+    return rows_of(examples, corpus_from_sequences(sequences, len(said[0]) - 1))
 
 
 def log_p(letters, given):

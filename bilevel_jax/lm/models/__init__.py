@@ -1,25 +1,25 @@
 """Decoder families as pure functions of a plain parameter tree, LoRA adapters, and Hugging Face folders in and out."""
 
-from bilevel_jax.lm.models.config import DecoderConfig, Rope
-from bilevel_jax.lm.models.decoder import Decoder, decoder, init
+from bilevel_jax.lm.models.config import DecoderConfig, RopeConfig
+from bilevel_jax.lm.models.decoder import Decoder, init_params, make_decoder
 from bilevel_jax.lm.models.families import FAMILIES, read_config
-from bilevel_jax.lm.models.huggingface import load, save
-from bilevel_jax.lm.models.lora import balance, init_lora, join, load_peft, merge, save_peft
+from bilevel_jax.lm.models.huggingface import load_model, save_model
+from bilevel_jax.lm.models.lora import balance_adapters, init_lora, join_adapters, load_peft, merge_adapters, save_peft
 
 __all__ = [
     "FAMILIES",
     "Decoder",
     "DecoderConfig",
-    "Rope",
-    "balance",
-    "decoder",
-    "init",
+    "RopeConfig",
+    "balance_adapters",
+    "make_decoder",
+    "init_params",
     "init_lora",
-    "join",
-    "load",
+    "join_adapters",
+    "load_model",
     "load_peft",
-    "merge",
+    "merge_adapters",
     "read_config",
-    "save",
+    "save_model",
     "save_peft",
 ]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from bilevel_jax.lm.models.blocks import Context
-from bilevel_jax.lm.models.cache import EMPTY, Cache, earlier, own
-from bilevel_jax.lm.models.config import DecoderConfig, Rope, frequencies
-from bilevel_jax.lm.models.families import FAMILIES, projections, skeleton
+from bilevel_jax.lm.models.blocks import LayerContext
+from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache, make_cache_mask, read_layer_cache
+from bilevel_jax.lm.models.config import DecoderConfig, RopeConfig, rope_frequencies
+from bilevel_jax.lm.models.families import FAMILIES, make_abstract_modules, projection_shapes
 
 Params = dict[str, Any]
 """`embed` [vocab, width]; `positions` [max_length, width] where they are learned; `layers`: name -> {kernel
@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 
 Remat = Literal["full", "selective", "none"]
-SAVED = {"full": None, "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT_POLICIES = {"full": None, "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 """What a layer's forward pass leaves for its backward pass, beside what enters the layer."""
 
 
@@ -33,22 +33,22 @@ class Decoder(NamedTuple):
     """(params, tokens, positions, segments), all int32[rows, len] -> float[rows, len, width], after the final norm."""
     head: Callable[[Params], Array]
     """params -> float[width, vocab]."""
-    extend: Callable[[Params, Sequence[Cache], Array, Array], tuple[Array, Cache]]
+    extend: Callable[[Params, Sequence[KVCache], Array, Array], tuple[Array, KVCache]]
     """(params, caches, tokens, positions) -> `hidden` of a block of tokens that follow what the caches hold, and the
     block's own cache. One sequence to a row; its tokens, in the caches and then in the block, stand at consecutive
     positions. `EMPTY` as a position: padding, on any side. Without caches it reads a sequence from its start."""
-    states: Callable[[Params, Array, Array, Array, Callable[[Array], Array]], Array]
+    reduce_hidden_states: Callable[[Params, Array, Array, Array, Callable[[Array], Array]], Array]
     """(params, tokens, positions, segments, reduce) -> reduce(x) of each hidden state x [rows, len, width], stacked
     [layers + 1, ...]: what enters each layer, and at the end `hidden`. They are the hidden_states of `transformers`;
     reduced one by one, so that they are never all there."""
 
 
-def decoder(
+def make_decoder(
     config: DecoderConfig,
     *,
     remat: Remat = "selective",
-    compute: Any = None,
-    gather: Callable[[Params], Params] = lambda p: p,
+    compute_dtype: Any = None,
+    gather_params: Callable[[Params], Params] = lambda p: p,
 ) -> Decoder:
     """The functions of a decoder.
 
@@ -62,19 +62,19 @@ def decoder(
     the tree where it is used, one layer (without its leading axis) or what stands outside of the layers, and gives it
     back: parameters that are split over devices are brought together there, layer by layer.
     """
-    modules = skeleton(config)
+    modules = make_abstract_modules(config)
     # whether a layer has a window, and so the other rope
-    local = [window > 0 for window in config.windows] if config.local_rope else []
+    has_window = [window > 0 for window in config.windows] if config.local_rope else []
 
-    def rotation(rope: Rope | None, positions: Array, dtype: Any) -> tuple[Array, ...]:
+    def rotation(rope: RopeConfig | None, positions: Array, dtype: Any) -> tuple[Array, ...]:
         if rope is None:
             return ()
-        rotary = jnp.asarray(frequencies(rope, config.head_dim), dtype)
+        rotary = jnp.asarray(rope_frequencies(rope, config.head_dim), dtype)
         angles = positions[..., None].astype(dtype) * rotary[None, None, :]
         return jnp.cos(angles), jnp.sin(angles)
 
-    def embedded(params: Params, tokens: Array, positions: Array, dtype: Any) -> Array:
-        params = gather({name: params[name] for name in ("embed", "positions") if name in params})
+    def embed_tokens(params: Params, tokens: Array, positions: Array, dtype: Any) -> Array:
+        params = gather_params({name: params[name] for name in ("embed", "positions") if name in params})
         x = params["embed"][tokens.reshape(-1)].astype(dtype)  # tokens flat: 2-D products are faster on CPU
         if config.embed_scale != 1:
             x = x * config.embed_scale
@@ -83,93 +83,93 @@ def decoder(
             x = x + learned.get(mode="fill", fill_value=jnp.nan).astype(dtype)  # beyond the last: not the last one's
         return x
 
-    def turns(positions: Array, dtype: Any) -> Callable[[Any], tuple[Array, ...]]:
-        far = rotation(config.rope, positions, dtype)
-        near = rotation(config.local_rope, positions, dtype) if any(local) else ()
-        return lambda is_local: jax.tree.map(partial(jnp.where, is_local), near, far) if near else far
+    def layer_rotation(positions: Array, dtype: Any) -> Callable[[Any], tuple[Array, ...]]:
+        global_rotation = rotation(config.rope, positions, dtype)
+        local_rotation = rotation(config.local_rope, positions, dtype) if any(has_window) else ()
+        return lambda is_local: jax.tree.map(partial(jnp.where, is_local), local_rotation, global_rotation) if local_rotation else global_rotation
 
-    def stack(params: Params, windows: Array | None) -> tuple:
-        return params["layers"], params.get("lora", {}), windows, jnp.asarray(local) if any(local) else None
+    def stack_layers(params: Params, windows: Array | None) -> tuple:
+        return params["layers"], params.get("lora", {}), windows, jnp.asarray(has_window) if any(has_window) else None
 
-    def through(
-        params: Params, tokens: Array, positions: Array, segments: Array, seen_before: Callable[[Array], Any]
+    def run_layers(
+        params: Params, tokens: Array, positions: Array, segments: Array, reduce_input: Callable[[Array], Any]
     ) -> tuple[Array, Any]:
         rows, length = tokens.shape
-        dtype = _dtype(params)
-        turn = turns(positions, dtype)
-        mask = visible(segments)
+        dtype = _arithmetic_dtype(params)
+        rotation_of = layer_rotation(positions, dtype)
+        mask = make_causal_mask(segments)
 
         def layer(x, xs):
             weights, adapters, window, is_local = xs
-            weights, adapters = together(weights, adapters)
-            seen = mask if window is None else mask & nearby(length, window)[None]
-            before = seen_before(x.reshape(rows, length, config.width))
-            x, _ = nnx.merge(modules.layer, weights)(x, Context(turn(is_local), seen, adapters, compute))
-            return x, before
+            weights, adapters = gather_layer(weights, adapters)
+            layer_mask = mask if window is None else mask & make_window_mask(length, window)[None]
+            reduced_input = reduce_input(x.reshape(rows, length, config.width))
+            x, _ = nnx.merge(modules.layer, weights)(x, LayerContext(rotation_of(is_local), layer_mask, adapters, compute_dtype))
+            return x, reduced_input
 
         body = layer
         if remat != "none":
             # scan keeps XLA from undoing it
-            body = jax.checkpoint(layer, prevent_cse=False, policy=SAVED[remat])
-        x = embedded(params, tokens, positions, dtype)
-        x, before = jax.lax.scan(body, x, stack(params, _windows(config, length)))
-        return last_norm(params, x).reshape(rows, length, config.width), before
+            body = jax.checkpoint(layer, prevent_cse=False, policy=REMAT_POLICIES[remat])
+        x = embed_tokens(params, tokens, positions, dtype)
+        x, reduced_inputs = jax.lax.scan(body, x, stack_layers(params, _window_array(config, length)))
+        return apply_final_norm(params, x).reshape(rows, length, config.width), reduced_inputs
 
-    def last_norm(params: Params, x: Array) -> Array:
-        return nnx.merge(modules.norm, gather({"norm": params["norm"]})["norm"])(x)
+    def apply_final_norm(params: Params, x: Array) -> Array:
+        return nnx.merge(modules.norm, gather_params({"norm": params["norm"]})["norm"])(x)
 
-    def together(weights: Params, adapters: Params) -> tuple[Params, Params]:
-        whole = gather({"layers": weights, "lora": adapters})
-        return whole["layers"], whole["lora"]
+    def gather_layer(weights: Params, adapters: Params) -> tuple[Params, Params]:
+        gathered = gather_params({"layers": weights, "lora": adapters})
+        return gathered["layers"], gathered["lora"]
 
     def hidden(params: Params, tokens: Array, positions: Array, segments: Array) -> Array:
-        return through(params, tokens, positions, segments, lambda x: None)[0]
+        return run_layers(params, tokens, positions, segments, lambda x: None)[0]
 
-    def states(
+    def reduce_hidden_states(
         params: Params, tokens: Array, positions: Array, segments: Array, reduce: Callable[[Array], Array]
     ) -> Array:
-        last, before = through(params, tokens, positions, segments, reduce)
-        return jnp.concatenate([before, reduce(last)[None]])
+        final_hidden, reduced_inputs = run_layers(params, tokens, positions, segments, reduce)
+        return jnp.concatenate([reduced_inputs, reduce(final_hidden)[None]])
 
-    def extend(params: Params, caches: Sequence[Cache], tokens: Array, positions: Array) -> tuple[Array, Cache]:
+    def extend(params: Params, caches: Sequence[KVCache], tokens: Array, positions: Array) -> tuple[Array, KVCache]:
         rows, length = tokens.shape
-        dtype = _dtype(params)
-        places = jnp.where(positions == EMPTY, 0, positions)
-        turn = turns(places, dtype)
-        itself = jnp.eye(length, dtype=bool)[None]  # padding sees something, so nothing is 0/0
-        before = [cache.positions if cache.owner is None else cache.positions[cache.owner] for cache in caches]
+        dtype = _arithmetic_dtype(params)
+        valid_positions = jnp.where(positions == EMPTY_POSITION, 0, positions)
+        rotation_of = layer_rotation(valid_positions, dtype)
+        self_mask = jnp.eye(length, dtype=bool)[None]  # padding sees something, so nothing is 0/0
+        cached_positions = [cache.positions if cache.source_row is None else cache.positions[cache.source_row] for cache in caches]
 
         def layer(x, xs):
-            (weights, adapters, window, is_local), kept = xs
-            weights, adapters = together(weights, adapters)
+            (weights, adapters, window, is_local), cached_key_values = xs
+            weights, adapters = gather_layer(weights, adapters)
             past = tuple(
-                own(cache, keys, values, earlier(positions, at, window))
-                for cache, (keys, values), at in zip(caches, kept, before, strict=True)
+                read_layer_cache(cache, keys, values, make_cache_mask(positions, at, window))
+                for cache, (keys, values), at in zip(caches, cached_key_values, cached_positions, strict=True)
             )
-            seen = earlier(positions, positions, window) | itself
-            context = Context(turn(is_local), seen, adapters, compute, past)
-            x, memory = nnx.merge(modules.layer, weights)(x, context)
+            layer_mask = make_cache_mask(positions, positions, window) | self_mask
+            context = LayerContext(rotation_of(is_local), layer_mask, adapters, compute_dtype, past)
+            x, key_values = nnx.merge(modules.layer, weights)(x, context)
             # what `compute` would cast in each product is kept as that: half of the memory, the same numbers
-            return x, jax.tree.map(lambda part: part.astype(compute or dtype), memory)
+            return x, jax.tree.map(lambda part: part.astype(compute_dtype or dtype), key_values)
 
-        x = embedded(params, tokens, places, dtype)
-        windows = _windows(config, length + sum(at.shape[1] for at in before))
-        kept = [(cache.keys, cache.values) for cache in caches]
-        x, (keys, values) = jax.lax.scan(layer, x, (stack(params, windows), kept))
-        out = last_norm(params, x).reshape(rows, length, config.width)
-        return out, Cache(keys, values, positions)
+        x = embed_tokens(params, tokens, valid_positions, dtype)
+        windows = _window_array(config, length + sum(at.shape[1] for at in cached_positions))
+        cached_key_values = [(cache.keys, cache.values) for cache in caches]
+        x, (keys, values) = jax.lax.scan(layer, x, (stack_layers(params, windows), cached_key_values))
+        out = apply_final_norm(params, x).reshape(rows, length, config.width)
+        return out, KVCache(keys, values, positions)
 
     def head(params: Params) -> Array:
-        name = "embed" if config.tied else "head"
-        kernel = gather({name: params[name]})[name]
-        kernel = kernel.T if config.tied else kernel
-        return kernel.astype(_dtype(params))
+        name = "embed" if config.tied_embeddings else "head"
+        kernel = gather_params({name: params[name]})[name]
+        kernel = kernel.T if config.tied_embeddings else kernel
+        return kernel.astype(_arithmetic_dtype(params))
 
-    return Decoder(config, hidden, head, extend, states)
+    return Decoder(config, hidden, head, extend, reduce_hidden_states)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))  # eagerly, it would compile every operation by itself
-def init(config: DecoderConfig, key: PRNGKeyArray, *, dtype: Any = jnp.float32) -> Params:
+def init_params(config: DecoderConfig, key: PRNGKeyArray, *, dtype: Any = jnp.float32) -> Params:
     """Fresh parameters: matrices ~ N(0, init_scale²), norms that multiply by 1, biases 0.
 
     Drawn in float32 and cast, so that a float32 and a float64 model are the same model.
@@ -186,24 +186,24 @@ def init(config: DecoderConfig, key: PRNGKeyArray, *, dtype: Any = jnp.float32) 
             start += math.prod(shape)
             return numbers[start - math.prod(shape) : start].reshape(shape)
 
-        return _arrays(family.layer(config, draw))
+        return _param_arrays(family.make_layer(config, draw))
 
-    size = sum(math.prod(shape) for shape in projections(config).values())
+    size = sum(math.prod(shape) for shape in projection_shapes(config).values())
     family = FAMILIES[config.family]
     keys = jax.random.split(key, 3)
     params = {
-        "embed": normal(keys[0], config.vocab, config.width),
+        "embed": normal(keys[0], config.vocab_size, config.width),
         "layers": jax.vmap(layer)(normal(keys[1], config.layers, size)),
-        "norm": _arrays(family.norm(config)),
+        "norm": _param_arrays(family.make_norm(config)),
     }
-    if not config.tied:
-        params["head"] = normal(keys[2], config.vocab, config.width).T
+    if not config.tied_embeddings:
+        params["head"] = normal(keys[2], config.vocab_size, config.width).T
     if config.rope is None:
         params["positions"] = normal(jax.random.fold_in(key, 3), config.max_length, config.width)
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def visible(segments: Int[Array, "rows len"]) -> Bool[Array, "rows len len"]:
+def make_causal_mask(segments: Int[Array, "rows len"]) -> Bool[Array, "rows len len"]:
     """mask[row, i, j]: token i sees token j. Causal, inside one nonzero segment; and every token sees itself."""
     length = segments.shape[1]
     i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
@@ -211,22 +211,22 @@ def visible(segments: Int[Array, "rows len"]) -> Bool[Array, "rows len len"]:
     return (same & (i >= j)[None]) | (i == j)[None]
 
 
-def nearby(length: int, window: Int[Array, ""]) -> Bool[Array, "len len"]:
+def make_window_mask(length: int, window: Int[Array, ""]) -> Bool[Array, "len len"]:
     """Whether token j is among the `window` tokens that end at i; window 0: always."""
     i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     return (i - j < window) | (window == 0)
 
 
-def _dtype(params: Params) -> Any:
+def _arithmetic_dtype(params: Params) -> Any:
     # never below float32, never a hard cast: float64 parameters stay float64
     return jnp.result_type(jnp.float32, *{leaf.dtype for leaf in jax.tree.leaves(params)})
 
 
-def _windows(config: DecoderConfig, length: int) -> Array | None:
+def _window_array(config: DecoderConfig, length: int) -> Array | None:
     if all(window == 0 or window >= length for window in config.windows):
         return None  # the window reaches back to the start
     return jnp.asarray(config.windows, jnp.int32)
 
 
-def _arrays(module: nnx.Module) -> Params:
+def _param_arrays(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bilevel_jax.lm.models.config import DecoderConfig
-from bilevel_jax.lm.models.families import FAMILIES, read_config, skeleton, write_config
+from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
 
-BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+IGNORED_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 """Ends of names that old checkpoints have and no model learns: rotary frequencies and causal masks."""
 
 
-class Tensor(NamedTuple):
+class LazyTensor(NamedTuple):
     """One tensor of a safetensors file, not read yet."""
 
     handle: Any
@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
         return self.handle.get_tensor(self.name)
 
 
-class Leaf(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a leaf of the tree lives in a checkpoint: `names` has one tensor, or one for each layer."""
 
     names: tuple[str, ...]
@@ -49,7 +49,7 @@ class Leaf(NamedTuple):
     stacked: bool
 
 
-def load(
+def load_model(
     folder: str | Path,
     *,
     dtype: Any = jnp.float32,
@@ -62,34 +62,34 @@ def load(
     unexpected tensors and wrong shapes. A tied head in the file is ignored, as transformers does.
     """
     config = read_config(folder)
-    tensors = _from_the_base(config, open_tensors(folder, "model.safetensors"))
-    leaves = table(config)
-    wanted = {name for leaf in jax.tree.leaves(leaves, is_leaf=_is_leaf) for name in leaf.names}
-    ignored = {name for name in tensors if name.endswith(BUFFERS)}
-    ignored |= {_tensor(FAMILIES[config.family].top["head"], "kernel")} if config.tied else set()
-    missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - ignored)
+    tensors = _add_base_prefix(config, open_tensors(folder, "model.safetensors"))
+    locations = locate_tensors(config)
+    expected = {name for leaf in jax.tree.leaves(locations, is_leaf=_is_location) for name in leaf.names}
+    ignored = {name for name in tensors if name.endswith(IGNORED_BUFFERS)}
+    ignored |= {_tensor_name(FAMILIES[config.family].top_names["head"], "kernel")} if config.tied_embeddings else set()
+    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected - ignored)
     if missing or unexpected:
         raise ValueError(
             f"{folder}: the tensors do not fit its config.json ({config.family}). "
             f"Missing {len(missing)}: {missing[:5]}; unexpected {len(unexpected)}: {unexpected[:5]}."
         )
 
-    def read(path: Any, leaf: Leaf) -> Array:
-        stack = read_stack(tensors, leaf.names, leaf.shape, dtype, transpose=leaf.transpose)
+    def read(path: Any, leaf: TensorLocation) -> Array:
+        stack = read_stacked_tensors(tensors, leaf.names, leaf.shape, dtype, transpose=leaf.transpose)
         return place(path, stack if leaf.stacked else stack[0])
 
-    return config, jax.tree_util.tree_map_with_path(read, leaves, is_leaf=_is_leaf)
+    return config, jax.tree_util.tree_map_with_path(read, locations, is_leaf=_is_location)
 
 
-def save(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, tokenizer: Any = None) -> None:
+def save_model(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, tokenizer: Any = None) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads: config.json, model.safetensors and the tokenizer.
 
     Each tensor keeps its dtype; config.json names the widest. Written beside `folder` and renamed, so that there is a
     whole folder or none. Raises FileExistsError if `folder` holds something, ValueError if `params` is not the tree
     of `config` (adapters: `lora.merge` them first).
     """
-    leaves = table(config)
-    flat, tree = jax.tree.flatten(leaves, is_leaf=_is_leaf)
+    locations = locate_tensors(config)
+    flat, tree = jax.tree.flatten(locations, is_leaf=_is_location)
     if jax.tree.structure(params) != tree:
         hint = "; merge the adapters first" if "lora" in params else ""
         raise ValueError(f"params with {sorted(params)} are not a tree of {config}{hint}.")
@@ -102,49 +102,49 @@ def save(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *
         for name, value in zip(leaf.names, stack, strict=True):
             tensors[name] = np.ascontiguousarray(value.T if leaf.transpose else value)
     dtype = jnp.result_type(*{value.dtype for value in tensors.values()})
-    raw = write_config(config, str(dtype))
-    with fresh_folder(folder) as target:
+    raw = config_to_dict(config, str(dtype))
+    with atomic_folder(folder) as target:
         (target / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(target / "model.safetensors", tensors)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 
 
-def table(config: DecoderConfig) -> dict[str, Any]:
+def locate_tensors(config: DecoderConfig) -> dict[str, Any]:
     """The parameter tree with a `Leaf` in place of each array."""
     family = FAMILIES[config.family]
 
-    def stacked(name: str, part: str, shape: tuple[int, ...]) -> Leaf:
-        names = tuple(_tensor(layer_name(config, layer, name), part) for layer in range(config.layers))
+    def locate_in_layers(name: str, part: str, shape: tuple[int, ...]) -> TensorLocation:
+        names = tuple(_tensor_name(checkpoint_module_name(config, layer, name), part) for layer in range(config.layers))
         transpose = part == "kernel" and family.transposed
-        return Leaf(names, shape[::-1] if transpose else shape, transpose, True)
+        return TensorLocation(names, shape[::-1] if transpose else shape, transpose, True)
 
-    def top(name: str, shape: tuple[int, ...], part: str = "kernel") -> Leaf:
-        return Leaf((_tensor(family.top[name], part),), shape, name == "head", False)
+    def locate_outside_layers(name: str, shape: tuple[int, ...], part: str = "kernel") -> TensorLocation:
+        return TensorLocation((_tensor_name(family.top_names[name], part),), shape, name == "head", False)
 
-    modules = skeleton(config)
+    modules = make_abstract_modules(config)
     tree = {
-        "embed": top("embed", (config.vocab, config.width)),
+        "embed": locate_outside_layers("embed", (config.vocab_size, config.width)),
         "layers": {
-            name: {part: stacked(name, part, shape) for part, shape in parts.items()}
+            name: {part: locate_in_layers(name, part, shape) for part, shape in parts.items()}
             for name, parts in modules.layer_shapes.items()
         },
-        "norm": {part: top("norm", shape, part) for part, shape in modules.norm_shapes.items()},
+        "norm": {part: locate_outside_layers("norm", shape, part) for part, shape in modules.norm_shapes.items()},
     }
-    if not config.tied:
-        tree["head"] = top("head", (config.vocab, config.width))
+    if not config.tied_embeddings:
+        tree["head"] = locate_outside_layers("head", (config.vocab_size, config.width))
     if config.rope is None:
-        tree["positions"] = top("positions", (config.max_length, config.width))
+        tree["positions"] = locate_outside_layers("positions", (config.max_length, config.width))
     return tree
 
 
-def layer_name(config: DecoderConfig, layer: int, name: str) -> str:
+def checkpoint_module_name(config: DecoderConfig, layer: int, name: str) -> str:
     """The name of a module of a layer in a checkpoint."""
     family = FAMILIES[config.family]
-    return f"{family.top['layers']}.{layer}.{family.inside[name]}"
+    return f"{family.top_names['layers']}.{layer}.{family.layer_names[name]}"
 
 
-def open_tensors(folder: str | Path, file: str) -> dict[str, Tensor]:
+def open_tensors(folder: str | Path, file: str) -> dict[str, LazyTensor]:
     """The tensors of `file` in `folder`, or of the shards that `file`.index.json lists; nothing is read yet."""
     folder = Path(folder)
     index = folder / f"{file}.index.json"
@@ -155,11 +155,11 @@ def open_tensors(folder: str | Path, file: str) -> dict[str, Tensor]:
     if missing:
         raise FileNotFoundError(f"{folder}: no {', '.join(missing)}; only safetensors are read, never pickles.")
     handles = [safe_open(folder / name, framework="numpy") for name in files]
-    return {name: Tensor(handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118
+    return {name: LazyTensor(handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118
 
 
-def read_stack(
-    tensors: Mapping[str, Tensor], names: Sequence[str], shape: tuple[int, ...], dtype: Any, *, transpose: bool
+def read_stacked_tensors(
+    tensors: Mapping[str, LazyTensor], names: Sequence[str], shape: tuple[int, ...], dtype: Any, *, transpose: bool
 ) -> np.ndarray:
     """Tensors of one shape as one array [len(names), *shape] of `dtype`; each transposed if asked."""
     out = np.empty((len(names), *(shape[::-1] if transpose else shape)), np.dtype(dtype))
@@ -177,7 +177,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 @contextmanager
-def fresh_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -192,18 +192,18 @@ def fresh_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def _tensor(module: str, part: str) -> str:
+def _tensor_name(module: str, part: str) -> str:
     return f"{module}.{'bias' if part == 'bias' else 'weight'}"
 
 
-def _from_the_base(config: DecoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _add_base_prefix(config: DecoderConfig, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """GPT-2's own files were saved from the model without its head: their names lack the first part."""
-    top = FAMILIES[config.family].top
+    top = FAMILIES[config.family].top_names
     first = f"{top['embed'].partition('.')[0]}."
     if any(name.startswith(first) for name in tensors):
         return tensors
     return {name if name.startswith(f"{top['head']}.") else first + name: tensor for name, tensor in tensors.items()}
 
 
-def _is_leaf(node: Any) -> bool:
-    return isinstance(node, Leaf)
+def _is_location(node: Any) -> bool:
+    return isinstance(node, TensorLocation)

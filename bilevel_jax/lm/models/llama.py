@@ -6,24 +6,33 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bilevel_jax.lm.models.blocks import Context, Draw, Linear, Memory, Norm, attention, project, rotate
+from bilevel_jax.lm.models.blocks import (
+    KeyValues,
+    LayerContext,
+    Linear,
+    MatrixInit,
+    RMSNorm,
+    apply_projection,
+    apply_rope,
+    attention,
+)
 from bilevel_jax.lm.models.config import (
     ACTIVATIONS,
     DecoderConfig,
-    Rope,
+    RopeConfig,
     read_activation,
     read_eos,
     read_rope,
     read_windows,
-    require,
-    write_rope,
-    write_windows,
+    require_keys,
+    rope_to_dict,
+    windows_to_layer_types,
 )
 
-QKV = ("q_proj", "k_proj", "v_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-TOP = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "head": "lm_head"}
-INSIDE = {
+QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+TOP_NAMES = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "head": "lm_head"}
+LAYER_NAMES = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj",
@@ -42,7 +51,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-REQUIRED = (
+REQUIRED_KEYS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -52,23 +61,23 @@ REQUIRED = (
 )
 
 
-class Layer(nnx.Module):
+class LlamaLayer(nnx.Module):
     """Attention and gated feed-forward, each after its norm and added to the stream."""
 
-    def __init__(self, config: DecoderConfig, draw: Draw):
+    def __init__(self, config: DecoderConfig, draw: MatrixInit):
         self.config = config
-        matrices(self, draw)
-        self.input_norm = Norm(config.width, config.eps)
-        self.post_norm = Norm(config.width, config.eps)
+        add_projections(self, draw)
+        self.input_norm = RMSNorm(config.width, config.eps)
+        self.post_norm = RMSNorm(config.width, config.eps)
 
-    def __call__(self, x: Float[Array, "tokens width"], context: Context) -> tuple[Array, Memory]:
+    def __call__(self, x: Float[Array, "tokens width"], context: LayerContext) -> tuple[Array, KeyValues]:
         """One layer on flat tokens: float[tokens, width], and its keys and values."""
-        attended, memory = attend(self, self.input_norm(x), context)
+        attended, memory = apply_attention(self, self.input_norm(x), context)
         x = x + attended
-        return x + gated(self, self.post_norm(x), context), memory
+        return x + apply_gated_mlp(self, self.post_norm(x), context), memory
 
 
-def matrices(layer: Any, draw: Draw, offset: float = 0.0) -> None:
+def add_projections(layer: Any, draw: MatrixInit, offset: float = 0.0) -> None:
     """Give a layer its projections and the norms of its heads."""
     config = layer.config
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -83,66 +92,66 @@ def matrices(layer: Any, draw: Draw, offset: float = 0.0) -> None:
     layer.gate_proj = linear("gate_proj", config.width, config.inner)
     layer.up_proj = linear("up_proj", config.width, config.inner)
     layer.down_proj = linear("down_proj", config.inner, config.width)
-    layer.q_norm = Norm(config.head_dim, config.eps, offset) if config.qk_norm else None
-    layer.k_norm = Norm(config.head_dim, config.eps, offset) if config.qk_norm else None
+    layer.q_norm = RMSNorm(config.head_dim, config.eps, offset) if config.qk_norm else None
+    layer.k_norm = RMSNorm(config.head_dim, config.eps, offset) if config.qk_norm else None
 
 
-def attend(layer: Any, x: Array, context: Context) -> tuple[Array, Memory]:
+def apply_attention(layer: Any, x: Array, context: LayerContext) -> tuple[Array, KeyValues]:
     """Grouped-query attention of normed tokens, with the projections that `matrices` made."""
     config = layer.config
     rows, length = context.mask.shape[:2]
 
     def split(x, heads, norm):
         x = x.reshape(rows, length, heads, config.head_dim)
-        return rotate(x if norm is None else norm(x), *context.rotation)
+        return apply_rope(x if norm is None else norm(x), *context.rotation)
 
-    q = split(project(layer, "q_proj", x, context), config.heads, layer.q_norm)
-    k = split(project(layer, "k_proj", x, context), config.kv_heads, layer.k_norm)
-    v = project(layer, "v_proj", x, context).reshape(k.shape)
+    q = split(apply_projection(layer, "q_proj", x, context), config.heads, layer.q_norm)
+    k = split(apply_projection(layer, "k_proj", x, context), config.kv_heads, layer.k_norm)
+    v = apply_projection(layer, "v_proj", x, context).reshape(k.shape)
     out, memory = attention(q, k, v, context, config.query_scalar)
-    return project(layer, "o_proj", out.reshape(rows * length, -1), context), memory
+    return apply_projection(layer, "o_proj", out.reshape(rows * length, -1), context), memory
 
 
-def gated(layer: Any, x: Array, context: Context) -> Array:
+def apply_gated_mlp(layer: Any, x: Array, context: LayerContext) -> Array:
     """down(activation(gate(x)) * up(x)) of normed tokens."""
-    gate = ACTIVATIONS[layer.config.activation](project(layer, "gate_proj", x, context))
-    return project(layer, "down_proj", gate * project(layer, "up_proj", x, context), context)
+    gate = ACTIVATIONS[layer.config.activation](apply_projection(layer, "gate_proj", x, context))
+    return apply_projection(layer, "down_proj", gate * apply_projection(layer, "up_proj", x, context), context)
 
 
-def norm(config: DecoderConfig) -> Norm:
+def make_llama_norm(config: DecoderConfig) -> RMSNorm:
     """The one before the head."""
-    return Norm(config.width, config.eps)
+    return RMSNorm(config.width, config.eps)
 
 
-def read(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+def read_llama_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     """Of transformers 4 (`rope_theta`, `rope_scaling` at the top) and 5 (`rope_parameters`)."""
     family = raw["model_type"]
-    require(where, raw, (*REQUIRED, *(() if family == "llama" else ("num_key_value_heads",))))
+    require_keys(where, raw, (*REQUIRED_KEYS, *(() if family == "llama" else ("num_key_value_heads",))))
     heads, length = raw["num_attention_heads"], raw["max_position_embeddings"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     if family == "qwen3" and "head_dim" not in raw:
         head_dim = 128  # transformers' default; not width / heads
-    spelled = {
+    rope_parameters = {
         "rope_theta": raw.get("rope_theta", 10000.0),
         "partial_rotary_factor": raw.get("partial_rotary_factor"),
         **(raw.get("rope_scaling") or raw.get("rope_parameters") or {}),
     }
     return DecoderConfig(
         family=family,
-        vocab=raw["vocab_size"],
+        vocab_size=raw["vocab_size"],
         width=raw["hidden_size"],
-        inner=raw["intermediate_size"],
+        mlp_width=raw["intermediate_size"],
         layers=raw["num_hidden_layers"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         max_length=length,
         eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope(where, spelled, length, whole=True),
-        tied=raw.get("tie_word_embeddings", False),
-        biases=_biases(raw),
+        rope=read_rope(where, rope_parameters, length, full_rotation=True),
+        tied_embeddings=raw.get("tie_word_embeddings", False),
+        biased_projections=_read_biases(raw),
         qk_norm=family == "qwen3",
-        windows=_windows(where, raw),
+        windows=_read_windows(where, raw),
         activation=read_activation(where, raw, "hidden_act", "silu"),
         init_scale=raw.get("initializer_range", 0.02),
         bos=raw.get("bos_token_id"),
@@ -151,13 +160,13 @@ def read(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
+def llama_config_to_dict(config: DecoderConfig) -> dict[str, Any]:
     """The family's keys. Rotary parameters in both spellings: one that knew neither would take theta = 10000."""
-    rope = config.rope or Rope()
+    rope = config.rope or RopeConfig()
     raw = {
         "architectures": [ARCHITECTURES[config.family]],
         "hidden_size": config.width,
-        "intermediate_size": config.inner,
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
@@ -165,33 +174,33 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "hidden_act": config.activation,
         "rms_norm_eps": config.eps,
-        "rope_parameters": write_rope(rope),
+        "rope_parameters": rope_to_dict(rope),
         "rope_theta": rope.theta,
-        "rope_scaling": None if rope.kind == "default" else write_rope(rope),
+        "rope_scaling": None if rope.scaling == "default" else rope_to_dict(rope),
         "attention_dropout": 0.0,
     }
     if config.family in ("llama", "qwen3"):
-        raw["attention_bias"] = "q_proj" in config.biases
+        raw["attention_bias"] = "q_proj" in config.biased_projections
     if config.family == "llama":
-        raw["mlp_bias"] = "up_proj" in config.biases
+        raw["mlp_bias"] = "up_proj" in config.biased_projections
     if config.family == "mistral":
         raw["sliding_window"] = max(config.windows, default=0) or None
     if config.family in ("qwen2", "qwen3"):
         raw["use_sliding_window"] = any(config.windows)
         raw["sliding_window"] = max(config.windows, default=0) or None
         raw["max_window_layers"] = config.layers - sum(window > 0 for window in config.windows)
-        raw["layer_types"] = write_windows(config)
+        raw["layer_types"] = windows_to_layer_types(config)
     return raw
 
 
-def _biases(raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _read_biases(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if raw["model_type"] == "qwen2":
-        return QKV
-    attention = (*QKV, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
-    return attention + (MLP if raw["model_type"] == "llama" and raw.get("mlp_bias", False) else ())
+        return QKV_PROJECTIONS
+    attention = (*QKV_PROJECTIONS, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
+    return attention + (MLP_PROJECTIONS if raw["model_type"] == "llama" and raw.get("mlp_bias", False) else ())
 
 
-def _windows(where: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
+def _read_windows(where: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
     layers = raw["num_hidden_layers"]
     if raw["model_type"] == "llama":
         return ()

@@ -13,8 +13,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from bilevel_jax.lm.models.blocks import Adapter
 from bilevel_jax.lm.models.config import DecoderConfig
-from bilevel_jax.lm.models.families import FAMILIES, peft_target, projections, targeted
-from bilevel_jax.lm.models.huggingface import fresh_folder, layer_name, open_tensors, read_stack, write_tensors
+from bilevel_jax.lm.models.families import FAMILIES, find_target_projections, peft_target_name, projection_shapes
+from bilevel_jax.lm.models.huggingface import (
+    atomic_folder,
+    checkpoint_module_name,
+    open_tensors,
+    read_stacked_tensors,
+    write_tensors,
+)
 
 Params = Any
 Adapters = dict[str, dict[str, Adapter]]
@@ -27,7 +33,7 @@ def init_lora(
     *,
     rank: int,
     alpha: float,
-    targets: Sequence[str] = (),
+    target_modules: Sequence[str] = (),
     dtype: Any = jnp.float32,
 ) -> Adapters:
     """Fresh adapters on `targets`: A ~ normal with variance 1 / in, B = 0, so that the model starts as the base.
@@ -40,8 +46,8 @@ def init_lora(
     """
     if rank < 1:
         raise ValueError(f"rank {rank}; an adapter has a rank of at least 1.")
-    lora, shapes = {}, projections(config)
-    for name in targeted(config, targets):
+    lora, shapes = {}, projection_shapes(config)
+    for name in find_target_projections(config, target_modules):
         source, sink = shapes[name]
         # keyed by the projection, not by its place in `targets`: adding a target leaves the others' draws alone
         draw = jax.random.fold_in(key, list(shapes).index(name))
@@ -50,7 +56,7 @@ def init_lora(
     return {"lora": lora}
 
 
-def join(base: Params, adapters: Adapters) -> Params:
+def join_adapters(base: Params, adapters: Adapters) -> Params:
     """One tree from a base and its adapters, as `Decoder.hidden` and `Decoder.head` take it. No arithmetic.
 
     Raises ValueError where an adapter does not fit the base, or the base has adapters already.
@@ -69,12 +75,12 @@ def join(base: Params, adapters: Adapters) -> Params:
     return {**base, **adapters}
 
 
-def merge(base: Params, adapters: Adapters) -> Params:
+def merge_adapters(base: Params, adapters: Adapters) -> Params:
     """The base with W + scale A B in place of W, for export. float32 at least where the base was stored in less.
 
     For a base in bfloat16 do not cast the result back before measuring: rounding W + AB to bfloat16 can lose AB.
     """
-    join(base, adapters)  # for its checks
+    join_adapters(base, adapters)  # for its checks
     layers = dict(base["layers"])
     for name, adapter in adapters["lora"].items():
         kernel = layers[name]["kernel"]
@@ -84,7 +90,7 @@ def merge(base: Params, adapters: Adapters) -> Params:
     return {**base, "layers": layers}
 
 
-def balance(adapters: Adapters) -> Adapters:
+def balance_adapters(adapters: Adapters) -> Adapters:
     """The same products A B with AᵀA = BBᵀ (diagonal, descending) in every layer: the canonical gauge.
 
     With A = Q_a R_a, Bᵀ = Q_b R_b and R_a R_bᵀ = U S Vᵀ:  A' = Q_a U √S, B' = √S Vᵀ Q_bᵀ. The answer depends on A B
@@ -94,7 +100,7 @@ def balance(adapters: Adapters) -> Adapters:
     not in the middle of training.
     """
 
-    def one(a, b):
+    def balance_layer(a, b):
         dtype = jnp.promote_types(a.dtype, jnp.float32)
         qa, ra = jnp.linalg.qr(a.astype(dtype))
         qb, rb = jnp.linalg.qr(b.astype(dtype).T)
@@ -107,11 +113,11 @@ def balance(adapters: Adapters) -> Adapters:
             live, _pad(new_b, b.shape).astype(b.dtype), b
         )
 
-    def each(adapter):
-        a, b = jax.vmap(one)(adapter.a, adapter.b)
+    def balance_projection(adapter):
+        a, b = jax.vmap(balance_layer)(adapter.a, adapter.b)
         return Adapter(a, b, adapter.scale)
 
-    return {"lora": {name: each(adapter) for name, adapter in adapters["lora"].items()}}
+    return {"lora": {name: balance_projection(adapter) for name, adapter in adapters["lora"].items()}}
 
 
 def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, base: str | None = None) -> None:
@@ -132,20 +138,20 @@ def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, 
         for part, leaf in (("lora_A", adapter.a), ("lora_B", adapter.b)):
             for layer, factor in enumerate(np.asarray(leaf)):
                 tensors[_peft_name(config, layer, name, part)] = np.ascontiguousarray(factor.T)
-    about = {
+    adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({peft_target(config, name) for name in lora}),
+        "target_modules": sorted({peft_target_name(config, name) for name in lora}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": not FAMILIES[config.family].transposed,
         "inference_mode": True,
     }
-    with fresh_folder(folder) as target:
-        (target / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as target:
+        (target / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
         write_tensors(target / "adapter_model.safetensors", tensors)
 
 
@@ -159,38 +165,38 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")
-    about = json.loads(path.read_text(encoding="utf-8"))
-    plain = {"peft_type": "LORA", "bias": "none"}  # fan_in_fan_out is how a base is stored, not what the factors are
-    empty = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
-    odd = [key for key, wanted in plain.items() if about.get(key, wanted) != wanted] + [
-        k for k in empty if about.get(k)
+    adapter_config = json.loads(path.read_text(encoding="utf-8"))
+    required_values = {"peft_type": "LORA", "bias": "none"}  # fan_in_fan_out is how a base is stored, not what the factors are
+    unset_keys = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
+    unsupported = [key for key, names_by_projection in required_values.items() if adapter_config.get(key, names_by_projection) != names_by_projection] + [
+        k for k in unset_keys if adapter_config.get(k)
     ]
-    if odd:
-        raise ValueError(f"{path}: { {key: about[key] for key in odd} } is not supported; only plain LoRA is.")
-    rank = about["r"]
-    scale = about["lora_alpha"] / (math.sqrt(rank) if about.get("use_rslora") else rank)
+    if unsupported:
+        raise ValueError(f"{path}: { {key: adapter_config[key] for key in unsupported} } is not supported; only plain LoRA is.")
+    rank = adapter_config["r"]
+    scale = adapter_config["lora_alpha"] / (math.sqrt(rank) if adapter_config.get("use_rslora") else rank)
     tensors = open_tensors(folder, "adapter_model.safetensors")
-    shapes = projections(config)
-    wanted = {
+    shapes = projection_shapes(config)
+    names_by_projection = {
         name: [_peft_name(config, layer, name, part) for part in ("lora_A", "lora_B") for layer in range(config.layers)]
         for name in shapes
-        if any(f".{FAMILIES[config.family].inside[name]}.lora_" in key for key in tensors)
+        if any(f".{FAMILIES[config.family].layer_names[name]}.lora_" in key for key in tensors)
     }
-    names = {key for keys in wanted.values() for key in keys}
+    names = {key for keys in names_by_projection.values() for key in keys}
     missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
-    if missing or unexpected or not wanted:
+    if missing or unexpected or not names_by_projection:
         raise ValueError(f"{folder}: adapter tensors missing {missing[:5]}, unexpected {unexpected[:5]}.")
     lora = {}
-    for name, keys in wanted.items():
+    for name, keys in names_by_projection.items():
         source, sink = shapes[name]
-        a = read_stack(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
-        b = read_stack(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
+        a = read_stacked_tensors(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
+        b = read_stacked_tensors(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
         lora[name] = Adapter(jnp.asarray(a), jnp.asarray(b), scale)
     return {"lora": lora}
 
 
 def _peft_name(config: DecoderConfig, layer: int, projection: str, part: str) -> str:
-    return f"base_model.model.{layer_name(config, layer, projection)}.{part}.weight"
+    return f"base_model.model.{checkpoint_module_name(config, layer, projection)}.{part}.weight"
 
 
 def _pad(x: Array, shape: tuple[int, ...]) -> Array:
