@@ -1,4 +1,4 @@
-"""The command line: `bilevel-jax VERB CONFIG [options]`, one line each into runs/."""
+"""The command line: `bilevel-jax COMMAND CONFIG [options]`, one line each into runs/."""
 
 import shlex
 import sys
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-USAGE = """usage: bilevel-jax VERB CONFIG [options]
+USAGE = """usage: bilevel-jax COMMAND CONFIG [options]
 
-  select CONFIG   learn a weight for every training row from a small trusted validation set, by exact hypergradients;
+  select CONFIG   learn a weight for every training example from a small trusted validation set, by exact hypergradients;
                   writes the weights, the selected subset, a model and a report
   compare CONFIG  compare methods that learn weights: one data set, one budget, several seeds; a table and a picture
-  audit CONFIG    judge cheap scores of training rows by exact ones, and all of them by retraining without some rows
+  audit CONFIG    judge cheap scores of training examples by exact ones, and all of them by retraining without some rows
   rank CONFIG     which way of generating responses will train a model best, from a small sample, without training:
                   self-aligned perplexity and other scores, with intervals; a pick, or no clear winner
-  refine CONFIG   let a model answer questions itself, train on that under the eyes of trusted rows, and accept what is
+  refine CONFIG   let a model answer questions itself, train on that under the eyes of validation examples, and accept what is
                   better, in rounds; every response traceable, every decision with its interval
-  train CONFIG    fine-tune with a weight for every training row (those of `select`, a score, or 1): SFT, DPO or SimPO,
+  train CONFIG    fine-tune with a weight for every training example (those of `select`, a score, or 1): SFT, DPO or SimPO,
                   all parameters or LoRA; writes the model and a report
   inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
   estimate CONFIG say what a run will take: memory of each device, disk, work, hours; for models and devices that are
@@ -28,23 +28,23 @@ On several hosts start the same select or train on each, with --distributed.coor
 Kubernetes) and one folder that all of them see. --mesh.fsdp N splits a large model over N devices.
 
 CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
-for your own). `bilevel-jax VERB --help` explains every option; any of them may follow CONFIG, as in
+for your own). `bilevel-jax COMMAND --help` explains every option; any of them may follow CONFIG, as in
 
   bilevel-jax select configs/select.yaml --model.name-or-path FOLDER --data.train rows.jsonl --out out/first
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; 0 when it succeeded, 1 for trouble told in one line, 128 + signal when it was stopped."""
+    """Run a command; 0 when it succeeded, 1 for trouble told in one line, 128 + signal when it was stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    verb, *rest = arguments
-    if verb not in VERBS:
-        print(f"bilevel-jax: no verb {verb!r}; the verbs are: {', '.join(VERBS)}.", file=sys.stderr)
+    command, *command_arguments = arguments
+    if command not in COMMANDS:
+        print(f"bilevel-jax: no command {command!r}; the commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return VERBS[verb](rest)
+    return COMMANDS[command](command_arguments)
 
 
 def _select(arguments: list[str]) -> int:
@@ -56,7 +56,7 @@ def _select(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import SelectConfig
 
-    return _run(SelectConfig, arguments, work)
+    return _run_command(SelectConfig, arguments, work)
 
 
 def _compare(arguments: list[str]) -> int:
@@ -67,7 +67,7 @@ def _compare(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import CompareConfig
 
-    return _run(CompareConfig, arguments, work)
+    return _run_command(CompareConfig, arguments, work)
 
 
 def _audit(arguments: list[str]) -> int:
@@ -78,7 +78,7 @@ def _audit(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import AuditConfig
 
-    return _run(AuditConfig, arguments, work)
+    return _run_command(AuditConfig, arguments, work)
 
 
 def _rank(arguments: list[str]) -> int:
@@ -89,7 +89,7 @@ def _rank(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import RankConfig
 
-    return _run(RankConfig, arguments, work)
+    return _run_command(RankConfig, arguments, work)
 
 
 def _refine(arguments: list[str]) -> int:
@@ -100,7 +100,7 @@ def _refine(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import RefineConfig
 
-    return _run(RefineConfig, arguments, work)
+    return _run_command(RefineConfig, arguments, work)
 
 
 def _train(arguments: list[str]) -> int:
@@ -111,7 +111,7 @@ def _train(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import TrainConfig
 
-    return _run(TrainConfig, arguments, work)
+    return _run_command(TrainConfig, arguments, work)
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -122,7 +122,7 @@ def _inspect(arguments: list[str]) -> int:
 
     from bilevel_jax.runs.config import InspectConfig
 
-    return _run(InspectConfig, arguments, work)
+    return _run_command(InspectConfig, arguments, work)
 
 
 def _export(arguments: list[str]) -> int:
@@ -135,7 +135,7 @@ def _export(arguments: list[str]) -> int:
 
     run = Path(arguments[0]) if arguments and Path(arguments[0]).is_dir() else None
     if run is None:
-        return _run(ExportConfig, arguments, work)
+        return _run_command(ExportConfig, arguments, work)
     if not (run / "config.yaml").is_file():
         print(
             f"bilevel-jax: {run} holds no run: config.yaml is missing. Give a run's folder or a config.",
@@ -144,41 +144,45 @@ def _export(arguments: list[str]) -> int:
         return 1
     from bilevel_jax.runs.export import flags_for_run
 
-    return _run(ExportConfig, [str(run / "config.yaml"), *flags_for_run(run), *arguments[1:]], work)
+    return _run_command(ExportConfig, [str(run / "config.yaml"), *flags_for_run(run), *arguments[1:]], work)
 
 
 def _estimate(arguments: list[str]) -> int:
     def work():
         from bilevel_jax.runs import config, estimate
 
-        if given and Path(given[0]).is_dir():
-            return estimate.compare_with_measured(Path(given[0]))
-        run, asked = config.load_config_to_estimate(given[0] if given else None, arguments[len(given) :])
-        _widen(run)
-        return estimate.estimate(run, asked)
+        if config_paths and Path(config_paths[0]).is_dir():
+            return estimate.compare_with_measured(Path(config_paths[0]))
+        run, estimate_settings = config.load_config_to_estimate(
+            config_paths[0] if config_paths else None, arguments[len(config_paths) :]
+        )
+        _enable_float64(run)
+        return estimate.estimate(run, estimate_settings)
 
-    given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
-    return _guarded(work)
+    config_paths = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
+    return _report_errors(work)
 
 
-def _run(kind: type, arguments: list[str], work: Callable[[Any], str]) -> int:
+def _run_command(config_type: type, arguments: list[str], command: Callable[[Any], str]) -> int:
     """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
     from bilevel_jax.runs import config
 
-    def loaded():
-        settings = config.load_config(kind, given[0] if given else None, arguments[len(given) :])
+    def load_and_run():
+        settings = config.load_config(
+            config_type, config_paths[0] if config_paths else None, arguments[len(config_paths) :]
+        )
         if "distributed" in vars(settings):
             from bilevel_jax.runs import processes
 
             processes.initialize_distributed(settings.distributed)
-        _widen(settings)
-        return work(settings)
+        _enable_float64(settings)
+        return command(settings)
 
-    given = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
-    return _guarded(loaded)
+    config_paths = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
+    return _report_errors(load_and_run)
 
 
-def _widen(settings: Any) -> None:
+def _enable_float64(settings: Any) -> None:
     """Let jax have float64 where a config trains in it."""
     if "model" in vars(settings) and settings.model.param_dtype == "float64":
         import jax
@@ -186,7 +190,7 @@ def _widen(settings: Any) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def _guarded(work: Callable[[], str]) -> int:
+def _report_errors(work: Callable[[], str]) -> int:
     """Print what the work says; trouble of the user's or the machine's is one line."""
     from bilevel_jax.runs import session
 
@@ -201,7 +205,7 @@ def _guarded(work: Callable[[], str]) -> int:
     return 0
 
 
-VERBS = {
+COMMANDS = {
     "select": _select, "compare": _compare, "audit": _audit, "rank": _rank, "refine": _refine, "train": _train,
     "inspect": _inspect, "estimate": _estimate, "export": _export,
 }  # fmt: skip

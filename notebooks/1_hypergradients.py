@@ -2,7 +2,7 @@
 # # One derivative, four ways to it
 #
 # A model is trained on rows of mixed quality; each row has a *weight*; a few *trusted* rows judge the trained model.
-# How does the trusted rows' loss change when one weight does? Were we to train again for every row, we should have to
+# How does the validation examples' loss change when one weight does? Were we to train again for every row, we should have to
 # train as often as there are rows. This page computes the answer for all rows at once, in four ways, and checks each
 # of them against a closed form. Then it shows where the four stop answering the same question.
 #
@@ -23,11 +23,11 @@ import optax
 
 from bilevel_jax import hypergradient
 from bilevel_jax.core import linsolve, penalty, weighting
-from bilevel_jax.core.arrays import rows_stream
+from bilevel_jax.core.arrays import full_batch_stream
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import begin, finished, train, transition
+from bilevel_jax.core.transition import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
 
@@ -39,13 +39,13 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 # ## 1. What a weight does
 #
 # The problem: 48 training questions $x_i \in \mathbb R^{12}$ with answers $y_i$. The first 32 answers are right up to
-# noise, the last 16 have the wrong sign. 24 trusted rows have right answers. The model is linear, and the loss of a row
+# noise, the last 16 have the wrong sign. 24 validation examples have right answers. The model is linear, and the loss of a row
 # is $\ell_i(\theta) = \tfrac12 (x_i^\top\theta - y_i)^2$, in nats: up to a constant it is minus the log-likelihood of a
 # Gaussian of variance 1. Training minimises
 #
 # $$ G(\theta, w) + r(\theta) = \tfrac1n \sum_i w_i\, \ell_i(\theta) + \tfrac\delta2 \|\theta\|^2, $$
 #
-# and $L_v(\theta)$ is the mean loss of the trusted rows, the set $V$. This inner problem is *strongly convex*: it has
+# and $L_v(\theta)$ is the mean loss of the validation examples, the set $V$. This inner problem is *strongly convex*: it has
 # exactly one minimiser $\theta^*(w)$, and as the loss is quadratic, $\theta^*(w)$ is the solution of a linear system.
 # So the curve "$L_v(\theta^*(w))$ against one weight" can simply be drawn.
 
@@ -104,7 +104,7 @@ plt.show()
 # The dashed tangents on the left are what we are after: $dL_v/dw_i$ at $w = 1$, one number per row, called the row's
 # *entry*; all of them together are the **hypergradient**. Below 0: more weight on this row lowers the trusted loss.
 # On the right, all 48 of them. Rows with a wrong answer gather on the harmful side, but not all of them: with noisy
-# data the entry says what a row *does* to this model and these trusted rows, not whether a person erred.
+# data the entry says what a row *does* to this model and these validation examples, not whether a person erred.
 
 # %%
 harmful = closed_form > 0
@@ -129,7 +129,7 @@ assert (harmful & ~right).sum() >= 12 and closed_form[~right].mean() > 0 > close
 
 # %%
 start = minimiser(ones)
-estimate = hypergradient(losses, start, training, trusted, prior=DELTA, solver=linsolve.cg(tolerance=1e-12))
+estimate = hypergradient(losses, start, training, trusted, l2=DELTA, solver=linsolve.cg(tolerance=1e-12))
 
 
 def distance(one, other=closed_form):
@@ -175,7 +175,7 @@ print(f"numbers made: {slopes.size} by the product, {table.size} in the table of
 # ## 4. The penalty way: two trained models, no second derivative
 #
 # Let $g = G + r$. Train twice: $\theta_0 = \arg\min g$, and $\theta_\gamma = \arg\min\, L_v + \gamma g$, which is
-# pulled a little towards the trusted rows. Then
+# pulled a little towards the validation examples. Then
 #
 # $$ \tfrac{\gamma}{n} \big(\ell_i(\theta_\gamma) - \ell_i(\theta_0)\big) \;\longrightarrow\; \frac{dL_v}{dw_i}
 # \quad (\gamma\to\infty),\qquad\text{with an error of order } 1/\gamma . $$
@@ -187,37 +187,37 @@ print(f"numbers made: {slopes.size} by the product, {table.size} in the table of
 # $\gamma(\ell_i(\theta_\gamma) - \ell_i(\theta_0)) = -\langle\nabla\ell_i, v\rangle + O(\gamma^{-1})$.
 # Divide by $n$. $\square$
 #
-# So a row whose loss *rises* when the model is pulled towards the trusted rows is a harmful one.
+# So a row whose loss *rises* when the model is pulled towards the validation examples is a harmful one.
 #
 # Now all three against the closed form, each against its own knob.
 
 # %%
 RATE = 0.9
 problem = weighted(lambda params, fixed, batch: losses(params, batch["data"]), prior=proximal(DELTA, jnp.zeros_like))
-everything, held_out = rows_stream(training), rows_stream(trusted)  # every step sees all rows
+everything, held_out = full_batch_stream(training), full_batch_stream(trusted)  # every step sees all rows
 whole = everything.batch(0)
 fixed = jnp.zeros(WIDTH)  # nothing is frozen here; the prior reads its shape
 
 curvature = hessian(problem)
 optimizer = optax.sgd(RATE)
-step = transition(problem, optimizer)
+step = train_step(problem, optimizer)
 sweep = unrolled(problem, step)
 
 
 def by_implicit(solver):
-    return implicit(problem, curvature, solver)(finished(start), ones, fixed, everything, held_out).grad
+    return implicit(problem, curvature, solver)(trajectory_from_params(start), ones, fixed, everything, held_out).grad
 
 
 def by_unrolled(steps, begins):
     stream = everything._replace(steps=steps)
-    run = train(step, begin(optimizer, begins), ones, fixed, stream)
+    run = train(step, init_train_state(optimizer, begins), ones, fixed, stream)
     return sweep(run, ones, fixed, stream, held_out).grad
 
 
 def by_penalty(gamma):
     momentum = optax.sgd(0.5, momentum=0.9, nesterov=True)
     estimator = penalty.penalty(problem, momentum, gamma=gamma, steps=300)
-    return estimator(finished(start), ones, fixed, everything, held_out).grad
+    return estimator(trajectory_from_params(start), ones, fixed, everything, held_out).grad
 
 
 products, lengths, gammas = (1, 3, 5, 7, 9, 11, 12, 13), (1, 3, 10, 50, 100, 200, 300), (1e1, 1e2, 1e3, 1e4)
@@ -233,10 +233,10 @@ def stopped(steps):
 
     def value(w):
         def body(state, _):
-            state, _ = step.forward(state, step.take(w, whole), fixed, whole)
+            state, _ = step.forward(state, step.gather(w, whole), fixed, whole)
             return state, losses(state.params, trusted).mean()
 
-        values = jax.lax.scan(body, begin(optimizer, jnp.zeros(WIDTH)), length=max(steps))[1]
+        values = jax.lax.scan(body, init_train_state(optimizer, jnp.zeros(WIDTH)), length=max(steps))[1]
         return values[jnp.array(steps) - 1]
 
     return value
@@ -288,7 +288,7 @@ assert abs(slope + 1) < 0.05
 
 # %%
 for window in (1, 7, 40):
-    series = by_implicit(linsolve.neumann(rate=RATE, terms=window))
+    series = by_implicit(linsolve.neumann(step_size=RATE, terms=window))
     assert distance(by_unrolled(window, start), series) < 1e-12
     print(f"{window:2d} steps = {window:2d} terms; both are {distance(series):.3f} away from the closed form")
 
@@ -304,7 +304,7 @@ for window in (1, 7, 40):
 # | $L_v(\theta^*(w))$ | the one minimiser of $G + r$ | implicit, where training has converged |
 # | $\min L_v$ over $\arg\min_\theta G(\theta, w)$ | *optimistic*: of all minimisers, the best for $V$ | penalty |
 #
-# The third **trains on** $V$: there $\theta$ itself is moved towards the trusted rows, not only the weights.
+# The third **trains on** $V$: there $\theta$ itself is moved towards the validation examples, not only the weights.
 #
 # Where the inner problem is strongly convex and training has converged, the three agree: there is one minimiser, so
 # nothing is left to be optimistic about, and $\theta_T$ is it. Section 4 has shown that. They part where one of the two
@@ -340,7 +340,7 @@ assert signs > 0 and distance(late) < 1e-10 and distance(optimistic) < 1e-3
 # Both panels are exact. A row that helps a short run need not help a long one; a report that does not say which run its
 # entries belong to says nothing.
 #
-# **Let the minimiser not be unique, and the last two part.** Two parameters, one training row, one trusted row. The
+# **Let the minimiser not be unique, and the last two part.** Two parameters, one training example, one validation example. The
 # training loss is zero on a whole line. Which of its points is "the trained model"?
 
 # %%
@@ -355,13 +355,13 @@ def pair_losses(params, data):
 
 pair_training, pair_trusted = (row[None], jnp.array([answer])), (judge_row[None], jnp.array([judge_answer]))
 plain = weighted(lambda params, fixed, batch: pair_losses(params, batch["data"]))
-pair_step = transition(plain, optax.sgd(0.15))
-pair_stream, pair_held_out = rows_stream(pair_training), rows_stream(pair_trusted)
+pair_step = train_step(plain, optax.sgd(0.15))
+pair_stream, pair_held_out = full_batch_stream(pair_training), full_batch_stream(pair_trusted)
 
 
 def path(begins, steps=60):
     """Where training goes from a start, and the hypergradient of that run."""
-    stream, state, places = pair_stream._replace(steps=steps), begin(optax.sgd(0.15), begins), [begins]
+    stream, state, places = pair_stream._replace(steps=steps), init_train_state(optax.sgd(0.15), begins), [begins]
     run = train(pair_step, state, jnp.ones(1), None, stream, on_step=lambda state, info: places.append(state.params))
     return jnp.stack(places), unrolled(plain, pair_step)(run, jnp.ones(1), None, stream, pair_held_out)
 
@@ -371,12 +371,12 @@ def ridge(w, delta=0.3):
 
 
 starts = jnp.array([[1.2, 1.7], [1.9, 1.2]])
-mixed = penalty.single(
+mixed = penalty.penalty_single_loop(
     plain,
     optax.sgd(0.6),
-    weighting.softmax_selector(1),
-    share=optax.constant_schedule(0.5),
-    rate=optax.constant_schedule(0.1),
+    weighting.online_softmax(1),
+    validation_share=optax.constant_schedule(0.5),
+    weights_learning_rate=optax.constant_schedule(0.1),
 )
 state = mixed.init(starts[1])
 together = [np.array(state.inner.params)]
@@ -422,7 +422,7 @@ for name, params in (
 ):
     print(f"{name:31s} L_v = {pair_value(params):.1e} nats")
 print("entries of the two training runs:", *[f"{float(one.grad[0]):.0e}" for one in sweeps])
-ridge_entry = hypergradient(pair_losses, ridge(1.0), pair_training, pair_trusted, prior=0.3).grad
+ridge_entry = hypergradient(pair_losses, ridge(1.0), pair_training, pair_trusted, l2=0.3).grad
 print(f"entry of the ridge minimiser: {float(ridge_entry[0]):.2f}")
 assert pair_value(together[-1]) < 1e-6 < 0.01 < min(map(pair_value, (paths[0][-1], paths[1][-1], ridge(1.0))))
 assert all(abs(float(one.grad[0])) < 1e-3 for one in sweeps) and float(ridge_entry[0]) < -0.05
@@ -432,11 +432,11 @@ assert all(abs(float(one.grad[0])) < 1e-3 for one in sweeps) and float(ridge_ent
 #   start, whatever the row's weight: at convergence the entry is **truly zero**. Where a model fits all its rows
 #   exactly, every $\nabla\ell_i$ vanishes, and so does every entry.
 # - The ridge minimiser (green) is unique for every $w$ and slides along a segment as $w$ grows: its entry is not 0.
-# - The penalty run (orange) follows the trusted row as well. It ends where both lines cross, with $L_v = 0$. No weight
+# - The penalty run (orange) follows the validation example as well. It ends where both lines cross, with $L_v = 0$. No weight
 #   could have brought the other two there.
 #
 # The same in forty dimensions, with learned weights: 15 useful rows (other questions, right answers), 15
-# useless ones (questions of the trusted rows, answered wrongly), 20 trusted rows. One model fits all 30 training rows.
+# useless ones (questions of the validation examples, answered wrongly), 20 validation examples. One model fits all 30 training examples.
 # Weights are $30\,\mathrm{softmax}(h)$.
 
 # %%
@@ -473,7 +473,7 @@ def hundred_steps(h):
 
 def learned(trained, steps=1000):
     """Outer descent on L_v(trained(h)) by its exact derivative, for which plain jax.grad is quick enough here."""
-    move = weighting.normalised_descent(0.3, 1.0)
+    move = weighting.normalized_gradient_step(0.3, 1.0)
 
     def body(h, _):
         return move(h, jax.grad(lambda h: many_value(trained(h)))(h)), None
@@ -483,7 +483,7 @@ def learned(trained, steps=1000):
 
 
 def together_of(method, steps=20_000):
-    batch, judge = rows_stream(many).batch(0), rows_stream(many_trusted).batch(0)
+    batch, judge = full_batch_stream(many).batch(0), full_batch_stream(many_trusted).batch(0)
     run = jax.jit(
         lambda state, batch, judge: jax.lax.scan(
             lambda state, _: (method.step(state, None, batch, judge)[0], None), state, length=steps
@@ -495,19 +495,19 @@ def together_of(method, steps=20_000):
 
 square = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
 nesterov = optax.sgd(0.2, momentum=0.9, nesterov=True)
-single = penalty.single(
+single = penalty.penalty_single_loop(
     square,
     nesterov,
-    weighting.softmax_selector(30),
-    share=optax.constant_schedule(0.5),
-    rate=lambda step: jnp.where(step < 5000, 0.0, 0.3),
+    weighting.online_softmax(30),
+    validation_share=optax.constant_schedule(0.5),
+    weights_learning_rate=lambda step: jnp.where(step < 5000, 0.0, 0.3),
 )
 ends = {
     "exact: ridge minimiser": learned(ridge_of),
     "exact: 100 training steps": learned(hundred_steps),
     "optimistic: penalty": together_of(single),
     "mixing, half and half": together_of(penalty.mixing(square, nesterov, 0.5, 30)),
-    "trusted rows alone": (jnp.linalg.pinv(questions) @ many_trusted[1], None),
+    "validation examples alone": (jnp.linalg.pinv(questions) @ many_trusted[1], None),
 }
 seen = [float(many_value(params)) for params, _ in ends.values()]
 fresh = [float(jnp.sum((params - truth) ** 2)) / (2 * DIMENSIONS) for params, _ in ends.values()]  # over all questions
@@ -516,7 +516,7 @@ fresh = [float(jnp.sum((params - truth) ** 2)) / (2 * DIMENSIONS) for params, _ 
 colours = (GREEN, BLUE, ORANGE, PINK, "grey")
 figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
 left.barh(list(ends), np.maximum(seen, 1e-16), color=colours, left=1e-16)
-left.set(xscale="log", xlim=(1e-16, 10), xlabel="nats, logarithmic", title="loss on the trusted rows, $L_v$")
+left.set(xscale="log", xlim=(1e-16, 10), xlabel="nats, logarithmic", title="loss on the validation examples, $L_v$")
 left.invert_yaxis()
 middle.barh(list(ends), fresh, color=colours)
 middle.set(xlabel="nats", title="loss on fresh questions")
@@ -532,11 +532,11 @@ assert seen[2] < 1e-8 and min(seen[0], seen[1]) > 0.01
 # %% [markdown]
 # The optimistic method reaches $L_v \approx 0$ and shuts out every useless row; the exact ones end at .1 and .2 after
 # 1000 steps on their weights. All three do what they say: the exact ones judge by $L_v$ a model that has never seen the
-# trusted rows, and 15 useful rows do not determine 40 parameters.
+# validation examples, and 15 useful rows do not determine 40 parameters.
 #
-# So $L_v$ must never be compared across estimands: a method that trains on the trusted rows gets it for nothing, and so
+# So $L_v$ must never be compared across estimands: a method that trains on the validation examples gets it for nothing, and so
 # does training on those rows alone, which is the best model here on fresh questions. That is why every comparison of
-# this package reads rows that no method saw, trains again from cold, and has a line "trusted rows alone".
+# this package reads rows that no method saw, trains again from cold, and has a line "validation examples alone".
 # Notebook 3 takes this example further.
 
 # %% [markdown]
@@ -560,8 +560,8 @@ def mlp_losses(params, data):
 
 network, inputs = [jnp.zeros((UNITS, UNITS))] * LAYERS, (jnp.zeros((BATCH, UNITS)),) * 2
 deep, sgd = weighted(lambda params, fixed, batch: mlp_losses(params, batch["data"])), optax.sgd(0.1)
-deep_step, state, batch = transition(deep, sgd), begin(sgd, network), rows_stream(inputs).batch(0)
-part, adjoint = deep_step.take(jnp.ones(BATCH), batch), Adjoint(network, [])
+deep_step, state, batch = train_step(deep, sgd), init_train_state(sgd, network), full_batch_stream(inputs).batch(0)
+part, adjoint = deep_step.gather(jnp.ones(BATCH), batch), Adjoint(network, [])
 
 
 def along(params, v):

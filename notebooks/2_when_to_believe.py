@@ -19,9 +19,9 @@ import optax
 
 from bilevel_jax import hypergradient
 from bilevel_jax.core import certify, tree
-from bilevel_jax.core.arrays import rows_stream, shuffled_stream
+from bilevel_jax.core.arrays import full_batch_stream, shuffled_stream
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, scan, train, transition
+from bilevel_jax.core.transition import init_train_state, scan, train, train_step
 from bilevel_jax.core.unrolled import unrolled
 
 plt.style.use("notebooks.mplstyle")
@@ -31,7 +31,7 @@ BLUE, ORANGE, GREEN = "C0", "C1", "C2"
 # ## 1. Two landscapes
 #
 # A small network (two hidden layers of 24 units, float32) learns a curved function of 4 inputs from 96 rows, of which
-# the last 24 have the wrong sign, by 120 steps of AdamW on batches of 16. 48 trusted rows judge it:
+# the last 24 have the wrong sign, by 120 steps of AdamW on batches of 16. 48 validation examples judge it:
 # $L_v(w)$ is their mean loss at the end of training with weights $w$. Losses are half squared errors, in nats.
 #
 # Nothing about the learning rate or Adam's `eps_root` is compiled in (`inject_hyperparams` makes them part of the
@@ -75,18 +75,18 @@ def losses_with(multiply):
 
 def begins(rate, eps_root=1e-12, params=network):
     """The state before training."""
-    state = begin(optimizer, params)
+    state = init_train_state(optimizer, params)
     values = {"learning_rate": rate, "eps_root": eps_root}
-    values = {name: jnp.asarray(values.get(name, old), old.dtype) for name, old in state.opt.hyperparams.items()}
-    return state._replace(opt=state.opt._replace(hyperparams=values))
+    values = {name: jnp.asarray(values.get(name, old), old.dtype) for name, old in state.opt_state.hyperparams.items()}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))
 
 
 def tools(losses, training, trusted, optimizer=optimizer):
     """(w, start) -> the exact hypergradient, and (w, start) -> L_v of a new training run, nats."""
     problem = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
-    step = transition(problem, optimizer)
+    step = train_step(problem, optimizer)
     sweep = unrolled(problem, step)
-    drawn, held_out = shuffled_stream(training, BATCH, STEPS, seed=0), rows_stream(trusted)
+    drawn, held_out = shuffled_stream(training, BATCH, STEPS, seed=0), full_batch_stream(trusted)
     kept = [drawn.batch(index) for index in range(STEPS)]  # every run sees the same batches
     stream = drawn._replace(batch=lambda index: kept[index])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
@@ -154,7 +154,7 @@ with jax.enable_x64(True):
     }
     for rate, grad in precise.items():
         start = begins(rate, params=double(network))
-        check = certify.exact(lambda w, start=start: value_64(w, start), double(ones), grad, closer)
+        check = certify.check_finite_differences(lambda w, start=start: value_64(w, start), double(ones), grad, closer)
         away[rate] = np.abs(np.array(check.ratios) - 1)
 
 figure, axes = plt.subplots(figsize=(6.4, 3.2))
@@ -194,15 +194,15 @@ def certified(start):
     found = estimate(ones, start)
     again, fewer = (lambda w: value(w, start)), (lambda w: estimate(w, start).grad)
     return certify.Certificates(
-        certify.exact(again, ones, found.grad, (0.1, 0.03, 0.01, 0.003)),
-        certify.smooth(fewer, jax.random.key(1), ones, found.grad),
-        certify.predictive(again, jax.random.key(2), ones, found.grad, float(found.value), retrains=32),
+        certify.check_finite_differences(again, ones, found.grad, (0.1, 0.03, 0.01, 0.003)),
+        certify.metasmoothness(fewer, jax.random.key(1), ones, found.grad),
+        certify.predict_removals(again, jax.random.key(2), ones, found.grad, float(found.value), num_retrains=32),
         found.checks,
     )
 
 
 by_rate = {rate: certified(begins(rate)) for rate in rates}
-verdicts = {rate: certify.verdict(one) for rate, one in by_rate.items()}
+verdicts = {rate: certify.judge_certificates(one) for rate, one in by_rate.items()}
 for rate, verdict in verdicts.items():
     print(f"{rate:<6g} {verdict}\n")
 
@@ -324,7 +324,7 @@ for eps_root, colour in zip((1e-12, 1e-4, 1e-2), (ORANGE, GREEN, BLUE), strict=T
     slope = hypergradient(
         pulled, jnp.zeros(()), tug, jnp.ones(1), optimizer=optax.adam(0.1, eps_root=eps_root), steps=1
     ).grad
-    ratio = certify.exact(
+    ratio = certify.check_finite_differences(
         lambda w, eps_root=eps_root: float(pulled(one_step(w, eps_root), 1.0)), jnp.ones(2), slope, (0.1, 1e-6)
     ).ratios[0]
     edges[eps_root] = ratio
@@ -343,10 +343,10 @@ softer = {eps_root: certified(begins(3e-2, eps_root)) for eps_root in (1e-12, 1e
 for eps_root, one in softer.items():
     print(
         f"eps_root {eps_root:<6g} ratio {one.exact.ratios[0]:.3f}, smooth {one.smooth:.2f}, "
-        f"rank {one.predictive.rank:.2f}: {certify.verdict(one).level}"
+        f"rank {one.predictive.rank:.2f}: {certify.judge_certificates(one).level}"
     )
 assert softer[1e-2].smooth > softer[1e-4].smooth > softer[1e-12].smooth
-assert certify.verdict(softer[1e-2]).level == "BELIEVE" != certify.verdict(softer[1e-12]).level
+assert certify.judge_certificates(softer[1e-2]).level == "BELIEVE" != certify.judge_certificates(softer[1e-12]).level
 
 # %% [markdown]
 # That is why "raise eps_root" stands among the verdict's remedies. It is not free: it is another optimiser, closer to
@@ -379,7 +379,9 @@ for (name, (estimated, retrained)), colour in zip(
     entries[name] = {rate: estimated(ones, begins(rate)).grad for rate in (CALM, 3e-2)}
     seen = curve(retrained, start, jnp.sign(grad), fine)
     left.plot(fine, 1e3 * (seen - seen[40]), ".-", ms=3, lw=0.8, color=colour, label=name)
-    check = certify.exact(lambda w, retrained=retrained: retrained(w, start), ones, entries[name][CALM])
+    check = certify.check_finite_differences(
+        lambda w, retrained=retrained: retrained(w, start), ones, entries[name][CALM]
+    )
     right.semilogx(check.steps, check.ratios, "o-", color=colour, label=name)
 left.set(xlabel="s", ylabel="change of $L_v$, thousandths of a nat", title="the landscape, close by")
 left.locator_params(axis="x", nbins=5)
@@ -416,7 +418,7 @@ def brief(values):
 
 adamw = optax.adamw(1e-3, eps_root=1e-12)
 estimate_16, _ = tools(losses_with(exactly), brief(training), brief(trusted), adamw)
-stored = estimate_16(ones, begin(adamw, brief(network))).grad
+stored = estimate_16(ones, init_train_state(adamw, brief(network))).grad
 exact = estimate(ones, begins(1e-3)).grad
 loss_of_storage = float(tree.norm(stored - exact) / tree.norm(exact))
 print(f"all stored in bfloat16, rate 0.001: entries {loss_of_storage:.0%} away from float32's")
@@ -429,8 +431,8 @@ assert loss_of_storage > 0.1
 
 # %%
 problem = weighted(lambda params, fixed, batch: losses_with(exactly)(params, batch["data"]))
-step, batch = transition(problem, optimizer), rows_stream(training).batch(0)
-program = str(jax.make_jaxpr(step.forward)(begins(CALM), step.take(ones, batch), None, batch))
+step, batch = train_step(problem, optimizer), full_batch_stream(training).batch(0)
+program = str(jax.make_jaxpr(step.forward)(begins(CALM), step.gather(ones, batch), None, batch))
 products, highest = program.count("dot_general["), program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
 print(f"{highest} of {products} products of a training step are at the highest precision")
 assert highest == products > 0

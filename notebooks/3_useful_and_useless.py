@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Useful and useless training rows
+# # Useful and useless training examples
 #
-# Some training rows help a model to do well on a few *trusted* rows, some contradict them. When does a method find out
+# Some training examples help a model to do well on a few *trusted* rows, some contradict them. When does a method find out
 # which is which, and when can it not? Three short theorems answer this for an idealised setting. This page states and
-# proves them, computes each, and then shows where they stop holding: with more parameters than trusted rows, outside of
+# proves them, computes each, and then shows where they stop holding: with more parameters than validation examples, outside of
 # separable data, and for the other meaning of "bilevel".
 #
 # You need: gradients, linear systems, convex functions. Notebook 1 explains the derivatives that the methods use.
@@ -23,25 +23,25 @@ import numpy as np
 import optax
 from scipy.optimize import nnls
 
-from bilevel_jax.core import multiobjective as bmo
+from bilevel_jax.core import multiobjective
 from bilevel_jax.core import penalty
-from bilevel_jax.core.arrays import rows_stream
+from bilevel_jax.core.arrays import full_batch_stream
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.linsolve import cg
-from bilevel_jax.core.multiobjective import Copy, geometric, multiobjective
+from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.schedule import everything
-from bilevel_jax.core.transition import begin, finished, train, transition
+from bilevel_jax.core.schedule import store_all_plan
+from bilevel_jax.core.transition import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.core.weighting import (
-    effective_size,
-    normalised_descent,
-    pull_back,
-    sigmoid_selector,
+    effective_sample_size,
+    normalized_gradient_step,
+    online_sigmoid,
+    online_softmax,
     softmax,
-    softmax_selector,
+    weighting_vjp,
 )
 from bilevel_jax.runs.statistics import auc
 
@@ -53,7 +53,7 @@ CONSTANT = optax.constant_schedule
 # %% [markdown]
 # ## 1. Three problems and two kinds of rows
 #
-# A row $i$ has a loss $\ell_i(\theta) \ge 0$; the trusted rows have the mean loss $L_v(\theta)$. Call a model *perfect
+# A row $i$ has a loss $\ell_i(\theta) \ge 0$; the validation examples have the mean loss $L_v(\theta)$. Call a model *perfect
 # for $i$* if it minimises $\ell_i$, and *validation-optimal* if it minimises $L_v$.
 #
 # - **Direct mixing** minimises $\rho L_v + (1-\rho)\,\frac1N\sum_i \ell_i$ for a fixed share $\rho < 1$.
@@ -69,16 +69,16 @@ CONSTANT = optax.constant_schedule
 # are **separable** if one model is perfect for all of them.
 #
 # The smallest example has two parameters. A row $(x, y)$ has $\ell = \frac12(x^\top\theta - y)^2$: its perfect models
-# are a *line*. The trusted row is the vertical line $\theta_1 = 0$. The useful row's line $\theta_1 = \theta_2$ crosses
+# are a *line*. The validation example is the vertical line $\theta_1 = 0$. The useful row's line $\theta_1 = \theta_2$ crosses
 # it. The useless row asks the same question and answers 1: its line $\theta_1 = 1$ is parallel to the trusted one. The
-# two training rows are separable: their lines cross at $(1, 1)$.
+# two training examples are separable: their lines cross at $(1, 1)$.
 
 # %%
 problem = weighted(lambda params, fixed, batch: 0.5 * (batch["data"][0] @ params - batch["data"][1]) ** 2)
 
 
 class Task(NamedTuple):
-    """Training rows (questions, answers), trusted rows, and what we know as the makers of the data."""
+    """Training examples (questions, answers), validation examples, and what we know as the makers of the data."""
 
     training: tuple
     trusted: tuple
@@ -88,7 +88,7 @@ class Task(NamedTuple):
 
 def drive(method, tasks, starts, steps, keep=lambda state, info: info.outer):
     """Train on several tasks of one shape at once, on whole batches: (parameters, weights, what was kept per step)."""
-    batches = [(rows_stream(task.training).batch(0), rows_stream(task.trusted).batch(0)) for task in tasks]
+    batches = [(full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted).batch(0)) for task in tasks]
     training, trusted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
     @jax.jit
@@ -106,7 +106,9 @@ def drive(method, tasks, starts, steps, keep=lambda state, info: info.outer):
 
 def bilevel(optimizer, selector, rate):
     """BDS by a penalty: one loop, a second copy of the model; `rate` moves the logits of the weights."""
-    return penalty.single(problem, optimizer, selector, share=CONSTANT(0.5), rate=rate)
+    return penalty.penalty_single_loop(
+        problem, optimizer, selector, validation_share=CONSTANT(0.5), weights_learning_rate=rate
+    )
 
 
 # %%
@@ -119,8 +121,18 @@ lines = Task(
 starts, steps, plain = np.array([[2.0, -0.8], [2.6, 0.9], [-0.7, 1.1]]), 4000, optax.sgd(0.1)
 planar = {
     "direct mixing": (penalty.mixing(problem, plain, 0.5, 2), MIXED),
-    "BDS (penalty)": (bilevel(plain, softmax_selector(2), lambda step: jnp.where(step < 200, 0.0, 1.0)), BILEVEL),
-    "BMO": (multiobjective(problem, plain, 2, share=CONSTANT(0.5), tau=geometric(1, 0.05, 1000), memory=0), MULTI),
+    "BDS (penalty)": (bilevel(plain, online_softmax(2), lambda step: jnp.where(step < 200, 0.0, 1.0)), BILEVEL),
+    "BMO": (
+        bmo(
+            problem,
+            plain,
+            2,
+            validation_share=CONSTANT(0.5),
+            temperature=geometric_schedule(1, 0.05, 1000),
+            normalizer_memory=0,
+        ),
+        MULTI,
+    ),
 }
 walks = {
     name: drive(method, [lines] * 3, starts, steps, keep=lambda state, info: state.inner.params)
@@ -188,7 +200,7 @@ for name, (params, weights, _) in walks.items():
 # heading.
 #
 # **Computed.** We take 41 × 41 models, and call a model *dominated* if one of the others has a lower loss on both
-# training rows. What is not dominated should be the two lines. A second way to see it is the merit function of
+# training examples. What is not dominated should be the two lines. A second way to see it is the merit function of
 # `core/multiobjective.py`: it is 0 on WP and positive elsewhere, up to $\tau \log N$. On separable rows it is a soft
 # minimum of the losses.
 
@@ -201,7 +213,7 @@ on_a_line = (grid[:, 0] == grid[:, 1]) | (grid[:, 0] == 1)
 assert (dominated == ~on_a_line).all()
 
 tau = 1e-3
-merit = jax.vmap(lambda row: bmo.merit(-row, tau))(losses)
+merit = jax.vmap(lambda row: multiobjective.smooth_merit(-row, tau))(losses)
 assert (merit >= losses.min(1) - 1e-12).all() and (merit <= losses.min(1) + tau * np.log(2) + 1e-12).all()
 print(f"{len(grid)} models, {(~dominated).sum()} not dominated: those on the two lines, and no other.")
 print(
@@ -219,8 +231,8 @@ print(
 # value of $L_v$. Now take any solution $(w, \theta)$; its $\theta$ is validation-optimal. If a row $j$ had $w_j > 0$,
 # $\theta$ would be perfect for $j$ (proof of T1), and so $j$ would be useful. $\square$
 #
-# **Computed.** 40 parameters; 20 trusted rows with exact answers; 15 training rows with questions of their own and
-# exact answers; 15 training rows that ask one of the trusted questions and answer it wrongly, by $\pm g$ with
+# **Computed.** 40 parameters; 20 validation examples with exact answers; 15 training examples with questions of their own and
+# exact answers; 15 training examples that ask one of the trusted questions and answer it wrongly, by $\pm g$ with
 # $g = 1.78$. The functions `consistent` and `useful` check the two definitions as they stand: a system of linear
 # equations has a solution, or it has none.
 
@@ -245,7 +257,7 @@ def consistent(x, y):
 
 
 def useful(task):
-    """Row by row: is there a model that is perfect for it and for all trusted rows?"""
+    """Row by row: is there a model that is perfect for it and for all validation examples?"""
     judge, answers = task.trusted
     rows = zip(*task.training, strict=True)
     return np.array([consistent(np.vstack([judge, x]), np.append(answers, y)) for x, y in rows])
@@ -302,14 +314,16 @@ def balance(tau, rho=0.5, useless=15, trusted=20, rows=ROWS):
     return weight, useless / trusted * miss**2 / 2
 
 
-cooling = geometric(1, 0.1, STEPS)
+cooling = geometric_schedule(1, 0.1, STEPS)
 methods = {
     "all rows, weight 1": penalty.mixing(problem, momentum, 0.0, ROWS),
-    "trusted rows alone": penalty.mixing(problem, momentum, 1.0, ROWS),
+    "validation examples alone": penalty.mixing(problem, momentum, 1.0, ROWS),
     "direct mixing, rho = .5": penalty.mixing(problem, momentum, 0.5, ROWS),
-    "BDS, softmax weights": bilevel(momentum, softmax_selector(ROWS), late),
-    "BDS, sigmoid weights": bilevel(momentum, sigmoid_selector(ROWS), late),
-    "BMO, tau from 1 to .1": multiobjective(problem, momentum, ROWS, share=CONSTANT(0.5), tau=cooling, memory=0),
+    "BDS, softmax weights": bilevel(momentum, online_softmax(ROWS), late),
+    "BDS, sigmoid weights": bilevel(momentum, online_sigmoid(ROWS), late),
+    "BMO, tau from 1 to .1": bmo(
+        problem, momentum, ROWS, validation_share=CONSTANT(0.5), temperature=cooling, normalizer_memory=0
+    ),
 }
 start = np.zeros((len(wide), WIDTH))
 params, weights = {}, {}
@@ -324,7 +338,7 @@ print("means of three seeds     L_v (nats)   largest useless weight   effective 
 for name in methods:
     print(
         f"{name:24}{each(trusted_loss, params[name], wide).mean():11.1e}{weights[name][:, 15:].max(1).mean():25.1e}"
-        f"{np.mean([effective_size(w) for w in weights[name]]):11.1f} of 30"
+        f"{np.mean([effective_sample_size(w) for w in weights[name]]):11.1f} of 30"
         f"{each(fresh_loss, params[name], wide).mean():21.3f}"
     )
 
@@ -332,34 +346,34 @@ for name in methods:
 values = {name: each(trusted_loss, theta, wide) for name, theta in params.items()}
 assert abs(balance(np.inf)[1] - 0.1901) < 1e-4
 assert np.abs(values["direct mixing, rho = .5"] - balance(np.inf)[1]).max() < 1e-3
-assert (values["trusted rows alone"] < 1e-20).all()
+assert (values["validation examples alone"] < 1e-20).all()
 assert (values["BDS, softmax weights"] < 1e-8).all() and (weights["BDS, softmax weights"][:, 15:] < 1e-4).all()
 assert (values["BDS, sigmoid weights"] < 1e-6).all() and (weights["BDS, sigmoid weights"][:, 15:] < 1e-3).all()
 assert (values["BMO, tau from 1 to .1"] < 1e-8).all() and (weights["BMO, tau from 1 to .1"][:, 15:] < 1e-6).all()
 
 # what T2 does not say: which of the useful rows keep their weight
-assert all(effective_size(w) < 1.2 for w in weights["BDS, softmax weights"])
-assert all(10 < effective_size(w) < 15 for w in weights["BDS, sigmoid weights"])
-assert all(abs(effective_size(w) - 15) < 1e-3 for w in weights["BMO, tau from 1 to .1"])
+assert all(effective_sample_size(w) < 1.2 for w in weights["BDS, softmax weights"])
+assert all(10 < effective_sample_size(w) < 15 for w in weights["BDS, sigmoid weights"])
+assert all(abs(effective_sample_size(w) - 15) < 1e-3 for w in weights["BMO, tau from 1 to .1"])
 
 # %% [markdown]
 # As T2 says, BDS and BMO end with $L_v$ near 0 and useless weights near 0, mixing with .19. Now the table's last two
 # columns, on which no theorem has a word:
 #
-# - *Training on the trusted rows alone reaches $L_v = 0$, too.* All methods of this table but the first train on them.
-#   What training rows add can only be seen on fresh questions.
+# - *Training on the validation examples alone reaches $L_v = 0$, too.* All methods of this table but the first train on them.
+#   What training examples add can only be seen on fresh questions.
 # - *T2 does not say which useful rows are kept.* BDS with softmax weights ended on a single useful row (effective size
 #   1 of 30): a perfectly good solution of BDS. Sigmoid weights do not compete and keep most useful rows; but a useful
 #   row that is slow to fit looks bad early on, and does not come back.
-# - *A model keeps what dropped rows taught it.* On fresh rows both forms of BDS are worse here than the trusted rows
+# - *A model keeps what dropped rows taught it.* On fresh rows both forms of BDS are worse here than the validation examples
 #   alone. Their models first settled on the mixture, and where later no row decides, they stayed where wrong answers
-#   had put them. Trained again from 0 on the trusted rows and on what kept its weight, they are better, as printed
+#   had put them. Trained again from 0 on the validation examples and on what kept its weight, they are better, as printed
 #   below. BMO weighs all fitted rows alike and ends at the best that this data allows.
 
 
 # %%
 def cold(task, table):
-    """The smallest model that is perfect for the trusted rows and for the rows of weight above .1: a cold retrain."""
+    """The smallest model that is perfect for the validation examples and for the rows of weight above .1: a cold retrain."""
     kept = table > 0.1
     x, y = np.vstack([task.trusted[0], task.training[0][kept]]), np.append(task.trusted[1], task.training[1][kept])
     assert consistent(x, y)
@@ -371,7 +385,7 @@ for name in ("BDS, softmax weights", "BDS, sigmoid weights", "BMO, tau from 1 to
     models = [cold(task, table) for task, table in zip(wide, weights[name], strict=True)]
     afresh[name], first = each(fresh_loss, models, wide), each(fresh_loss, params[name], wide)
     print(f"{name:22} loss on fresh rows {first.mean():.3f}, trained afresh {afresh[name].mean():.3f}")
-alone = each(fresh_loss, params["trusted rows alone"], wide)
+alone = each(fresh_loss, params["validation examples alone"], wide)
 assert all(each(fresh_loss, params[name], wide).mean() > 2 * alone.mean() for name in afresh if "BDS" in name)
 assert (
     afresh["BDS, sigmoid weights"].mean() < 0.6 * alone.mean() and afresh["BDS, softmax weights"].mean() < alone.mean()
@@ -395,7 +409,7 @@ plt.show()
 
 # %% [markdown]
 # *BMO while its temperature falls. The weight of useless rows follows the closed form (dots) over six powers of ten.
-# $L_v$ follows it down to about $10^{-4}$ and then lags: the trusted rows are fitted at the speed of training, not of
+# $L_v$ follows it down to about $10^{-4}$ and then lags: the validation examples are fitted at the speed of training, not of
 # the schedule.*
 
 # %%
@@ -419,7 +433,7 @@ for tau in (0.6, 0.3, 0.15):
 # $\nabla L_v = 0$, hence $\nabla\sum_i\ell_i = 0$, and the model would minimise $\sum_i \ell_i$. As the rows are
 # separable, it would then be perfect for each of them, the useless one included; so that row would be useful. $\square$
 #
-# **Computed.** 20 training rows, of which the share $c$ is useless, 20 trusted rows, 60 parameters. The balance of
+# **Computed.** 20 training examples, of which the share $c$ is useless, 20 validation examples, 60 parameters. The balance of
 # section 3 gives mixing's loss: $L_v = \frac12\,c\,(1-\rho)^2 g^2$.
 
 # %%
@@ -428,13 +442,13 @@ mixtures = [same_questions(COUNT - useless, useless, width=60, seed=1) for usele
 rate, closed = corrupted / COUNT, lambda rho: 0.5 * (corrupted / COUNT) * (1 - rho) ** 2 * GAP**2
 assert all(consistent(*task.training) and (useful(task) == task.right).all() for task in mixtures)
 
-falling = {"tau": geometric(1, 0.1, 3000), "memory": 0}
+falling = {"tau": geometric_schedule(1, 0.1, 3000), "memory": 0}
 contest = {
     "mixing, rho = .5": penalty.mixing(problem, momentum, 0.5, COUNT),
     "mixing, rho = .9": penalty.mixing(problem, momentum, 0.9, COUNT),
-    "BDS": bilevel(momentum, softmax_selector(COUNT), late),
-    "BMO, share .5": multiobjective(problem, momentum, COUNT, share=CONSTANT(0.5), **falling),
-    "BMO, share 1 to .5": multiobjective(problem, momentum, COUNT, share=geometric(1, 0.5, 3000), **falling),
+    "BDS": bilevel(momentum, online_softmax(COUNT), late),
+    "BMO, share .5": bmo(problem, momentum, COUNT, validation_share=CONSTANT(0.5), **falling),
+    "BMO, share 1 to .5": bmo(problem, momentum, COUNT, validation_share=geometric_schedule(1, 0.5, 3000), **falling),
 }
 reached, final = {}, {}
 for name, method in contest.items():
@@ -481,7 +495,7 @@ for share, table in zip(rate[trapped], stuck, strict=True):
 # %% [markdown]
 # That failure is no contradiction to T1: the optimum is there, but the way to it is not downhill everywhere. A soft
 # minimum of convex losses is not convex. While the temperature is high the wrong majority counts, and as it falls a
-# wrong answer that is nearly fitted by then keeps its weight (printed above). Starting with the trusted rows alone
+# wrong answer that is nearly fitted by then keeps its weight (printed above). Starting with the validation examples alone
 # (share from 1 to .5) avoids it.
 #
 # T3's condition is sufficient, not necessary. Usefulness looks at rows *one at a time*: two useful rows that meet the
@@ -493,7 +507,7 @@ pair = Task(
     (np.array([[1.0, -1.0], [1.0, -2.0]]), np.array([0.0, -2.0])), lines.trusted, np.array([True, True]), np.zeros(2)
 )
 assert useful(pair).all() and consistent(*pair.training)
-slopes = np.sqrt(np.array([[0.5], [0.25], [0.25]]))  # rho = .5: the trusted row, and two training rows
+slopes = np.sqrt(np.array([[0.5], [0.25], [0.25]]))  # rho = .5: the validation example, and two training examples
 mixed = np.linalg.lstsq(
     slopes * np.vstack([pair.trusted[0], pair.training[0]]),
     slopes[:, 0] * np.append(pair.trusted[1], pair.training[1]),
@@ -507,16 +521,16 @@ assert trusted_loss(mixed, pair) > 0.01
 #
 # A linear row with a question $x$ and *any* answer is useful as soon as $x$ is not a combination of the trusted
 # questions: there is then a direction in which the model can change its answer to $x$ without touching a trusted
-# answer. With more parameters than trusted rows, $d > |V|$, that is every question in general position. So the theorems
-# do not protect: the wrong answer is learned, no trusted row objects, and nothing tells it from a right one.
+# answer. With more parameters than validation examples, $d > |V|$, that is every question in general position. So the theorems
+# do not protect: the wrong answer is learned, no validation example objects, and nothing tells it from a right one.
 #
-# There are two ways out. Have $|V| \ge d$ (independent) trusted rows: then there is one validation-optimal model, and a
+# There are two ways out. Have $|V| \ge d$ (independent) validation examples: then there is one validation-optimal model, and a
 # row is useful only if its answer is right. Or look at wrong answers *inside the span* of the trusted questions, as
 # section 3 did with the same questions; combinations of them do as well. A study of "useless" rows must do one or the
 # other, or it measures nothing.
 #
-# **Computed.** 40 parameters, 10 right and 10 wrong training rows, $|V|$ from 15 to 60, the wrong rows' questions
-# either in general position or combinations of trusted ones. (To run all sizes at once, trusted rows are repeated up to
+# **Computed.** 40 parameters, 10 right and 10 wrong training examples, $|V|$ from 15 to 60, the wrong rows' questions
+# either in general position or combinations of trusted ones. (To run all sizes at once, validation examples are repeated up to
 # 120, which changes no mean.) For BDS's weights we give the area under the ROC curve (AUC): the probability that a
 # right row weighs more than a wrong one, .5 for a coin.
 
@@ -542,7 +556,7 @@ for inside in (False, True):
         for size in SIZES
         for seed in range(SEEDS)
     ]
-    theta, table, _ = drive(bilevel(momentum, softmax_selector(20), late), studied, np.zeros((15, 40)), 5000)
+    theta, table, _ = drive(bilevel(momentum, online_softmax(20), late), studied, np.zeros((15, 40)), 5000)
     trap[inside] = np.array([useful(task)[10:].mean() for task in studied]).reshape(-1, SEEDS)
     sorts[inside] = np.array([auc(w, task.right) for w, task in zip(table, studied, strict=True)]).reshape(-1, SEEDS)
     ends[inside] = each(trusted_loss, theta, studied).reshape(-1, SEEDS)
@@ -560,7 +574,7 @@ axes[1].axhline(0.5, color="0.6", linewidth=0.8)
 axes[1].text(61, 0.49, "coin", ha="right", va="top", fontsize=9)
 for axis in axes:
     axis.axvline(40, color="0.6", linestyle="--", linewidth=1)
-    axis.set(xlabel="trusted rows, $|V|$ (40 parameters)", xticks=SIZES, ylim=(-0.05, 1.05))
+    axis.set(xlabel="validation examples, $|V|$ (40 parameters)", xticks=SIZES, ylim=(-0.05, 1.05))
 axes[0].text(41, 0.93, "$|V| = d$", fontsize=9)
 axes[0].set(ylabel="share of wrong rows", title="Wrong rows that count as useful")
 axes[1].set(ylabel="AUC", title="Right rows sorted from wrong ones by BDS")
@@ -570,22 +584,24 @@ plt.show()
 # %% [markdown]
 # *Left: wrong rows in general position (black) are all useful until $|V| = d$, and from there on none is; inside the
 # span (light blue) none ever is. Right: what BDS's weights make of it, three seeds (dots) and their mean. Inside the
-# span the sorting is perfect. In general position it is a coin at 15 and 20 trusted rows, gets better as more of them
-# pull together, and is nearly perfect only with more trusted rows than parameters. (At $|V| = d$ T2 does hold, but such
+# span the sorting is perfect. In general position it is a coin at 15 and 20 validation examples, gets better as more of them
+# pull together, and is nearly perfect only with more validation examples than parameters. (At $|V| = d$ T2 does hold, but such
 # a square system is badly conditioned, and 5000 steps do not get there.)*
 
 # %%
 assert (trap[False].T == [1, 1, 1, 0, 0]).all() and (trap[True] == 0).all()
 assert (sorts[True] == 1).all() and (sorts[False][-1] > 0.95).all() and sorts[False][:2].mean() < 0.7
 assert ends[False].max() < 1e-3 and ends[True].max() < 1e-3
-print(f"general position, 15 trusted rows: L_v {ends[False][0].max():.0e} by BDS, {blended[0].max():.0e} by mixing")
+print(
+    f"general position, 15 validation examples: L_v {ends[False][0].max():.0e} by BDS, {blended[0].max():.0e} by mixing"
+)
 assert blended[0].max() < 1e-5
 
 # %% [markdown]
 # ## 6. Two meanings of "bilevel"
 #
 # So far the model itself was pulled by $L_v$: BDS as defined above is *optimistic*, its penalty form and BMO **train on
-# the trusted rows**. The exact hypergradients of notebook 1 solve another problem: the model is what training on the
+# the validation examples**. The exact hypergradients of notebook 1 solve another problem: the model is what training on the
 # weighted rows *makes of it*, $\theta^*(w)$, and $L_v$ acts on the weights only:
 #
 # $$ \min_w L_v(\theta^*(w)),\qquad \theta^*(w) = \arg\min_\theta \tfrac1N \textstyle\sum_i w_i \ell_i(\theta) +
@@ -615,19 +631,23 @@ def implicit_for(delta):
     estimator = implicit(inner, hessian(inner), cg(tolerance=1e-9))
 
     def at(task):
-        training, trusted, centre = rows_stream(task.training), rows_stream(task.trusted), jnp.zeros_like(task.truth)
-        return lambda w: estimator(finished(ridge(w, task, delta)), w, centre, training, trusted)
+        training, trusted, centre = (
+            full_batch_stream(task.training),
+            full_batch_stream(task.trusted),
+            jnp.zeros_like(task.truth),
+        )
+        return lambda w: estimator(trajectory_from_params(ridge(w, task, delta)), w, centre, training, trusted)
 
     return at
 
 
 def unrolled_for(task, steps, optimizer):
     """(weights) -> Estimate, through `steps` steps on all rows."""
-    whole, trusted = rows_stream(task.training).batch(0), rows_stream(task.trusted)
-    stream, step = Stream(lambda _: whole, steps), transition(problem, optimizer)
-    estimator, start = unrolled(problem, step), begin(optimizer, jnp.zeros_like(task.truth))
-    keep = everything(stream.steps)
-    return lambda w: estimator(train(step, start, w, None, stream, keep=keep), w, None, stream, trusted)
+    whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted)
+    stream, step = Stream(lambda _: whole, steps), train_step(problem, optimizer)
+    estimator, start = unrolled(problem, step), init_train_state(optimizer, jnp.zeros_like(task.truth))
+    keep = store_all_plan(stream.steps)
+    return lambda w: estimator(train(step, start, w, None, stream, plan=keep), w, None, stream, trusted)
 
 
 def learn(estimate, rows, steps):
@@ -637,8 +657,8 @@ def learn(estimate, rows, steps):
     for step in range(steps):
         found = estimate(weighting.weights(hyper))
         values.append(float(found.value))
-        move = normalised_descent(0.5 * 0.05 ** (step / steps), np.inf)
-        hyper = move(hyper, pull_back(weighting, hyper, found.grad))
+        move = normalized_gradient_step(0.5 * 0.05 ** (step / steps), np.inf)
+        hyper = move(hyper, weighting_vjp(weighting, hyper, found.grad))
     weights = weighting.weights(hyper)
     return np.array(weights), np.array([*values, float(estimate(weights).value)])
 
@@ -678,14 +698,14 @@ axes[1].axvline(14.5, color="0.6", linestyle="--", linewidth=1)
 axes[1].text(14, 2e-5, "useful", ha="right", fontsize=9)
 axes[1].text(15, 2e-5, "useless", ha="left", fontsize=9)
 axes[1].set(
-    yscale="log", ylim=(1e-5, 300), xlabel="training row", ylabel="weight (about 1)", title="The weights, seed 0"
+    yscale="log", ylim=(1e-5, 300), xlabel="training example", ylabel="weight (about 1)", title="The weights, seed 0"
 )
 axes[1].legend(loc="upper right", fontsize=9)
 plt.show()
 
 # %% [markdown]
 # *Left: the exact estimands (pink, yellow) end with $L_v$ of .02 to .14, above the optimistic one by seven powers of
-# ten: a model that never trains on the trusted rows cannot know what the training rows do not tell. They are below
+# ten: a model that never trains on the validation examples cannot know what the training examples do not tell. They are below
 # mixing, which does train on them. Right: optimistic BDS takes every weight right of the dashed line away; the exact
 # solution keeps some of it there, on purpose.*
 
@@ -698,7 +718,7 @@ for w in (np.where(wide[0].right, 2.0, 0.0), np.where(wide[0].right, np.linspace
     assert abs(trusted_loss(ridge(w, wide[0], 1e-9), wide[0]) - limit[0]) < 1e-4  # any weights on useful rows
 
 # %% [markdown]
-# When does the exact kind sort rows as T2 promises? When useful rows determine the model, and trusted rows determine
+# When does the exact kind sort rows as T2 promises? When useful rows determine the model, and validation examples determine
 # what is right: $n > d$ and $|V| \ge d$. Take $d = 20$ parameters, 60 right and 60 wrong rows in general position, and
 # $|V| =$ 4, 20 and 60. (Now the rows are not separable, so no theorem speaks.)
 
@@ -710,7 +730,7 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
 for axis, (size, (w, _)) in zip(axes, sorted_by.items(), strict=True):
     axis.plot(w, "o", color=EXACT, markersize=3)
     axis.axvline(59.5, color="0.6", linestyle="--", linewidth=1)
-    axis.set(yscale="log", ylim=(3e-3, 40), xlabel="training row: 60 right, 60 wrong")
+    axis.set(yscale="log", ylim=(3e-3, 40), xlabel="training example: 60 right, 60 wrong")
     axis.set_title(f"$|V|$ = {size}: AUC {auc(w, narrow[size].right):.3f}")
 axes[0].set(ylabel="weight (mean 1)")
 plt.show()
@@ -722,7 +742,7 @@ for size, (w, descent) in sorted_by.items():
     )
 
 # %% [markdown]
-# *Weights by the exact implicit hypergradient. Already 4 trusted rows sort most rows, as the right ones agree with each
+# *Weights by the exact implicit hypergradient. Already 4 validation examples sort most rows, as the right ones agree with each
 # other, but the wrong rows keep up to half of the mean weight, and some outweigh right ones. With 20 and 60 trusted
 # rows they lose it. $L_v$ ends near 0 in all three; the loss on fresh rows (printed above) does not.*
 
@@ -793,14 +813,16 @@ objectives = [Task((centres, curvatures), (target[None], jnp.ones((1, 2))), None
 
 def compromise(steps, tau, share, inner=6):
     """BMO with a second copy, whose rate falls with tau: what it minimises is curved by 1 / tau."""
-    copy = Copy(optax.sgd(lambda step: 0.1 * tau(step / inner), momentum=0.9, nesterov=True), inner, 1.0)
-    return multiobjective(conflict, optax.sgd(0.1), 2, share=share, tau=tau, phi=copy, memory=0)
+    copy = TrainedReference(optax.sgd(lambda step: 0.1 * tau(step / inner), momentum=0.9, nesterov=True), inner, 1.0)
+    return bmo(
+        conflict, optax.sgd(0.1), 2, validation_share=share, temperature=tau, reference=copy, normalizer_memory=0
+    )
 
 
 LENGTH = 6000
 schedules = {
-    "tau from 1 to .0001": (geometric(1, 1e-4, LENGTH // 2), geometric(0.5, 1e-2, LENGTH // 2)),
-    "tau = .3": (CONSTANT(0.3), geometric(0.5, 1e-2, LENGTH // 2)),
+    "tau from 1 to .0001": (geometric_schedule(1, 1e-4, LENGTH // 2), geometric_schedule(0.5, 1e-2, LENGTH // 2)),
+    "tau = .3": (CONSTANT(0.3), geometric_schedule(0.5, 1e-2, LENGTH // 2)),
 }
 settled = {
     name: drive(
@@ -874,11 +896,11 @@ assert (merits > -1e-9).all() and merits.max() < 1e-4 + 1e-4 * np.log(2)  # 0 on
 #
 # - On separable rows with at least one useful row, BDS and BMO find a validation-optimal model and take the weight of
 #   useless rows away; mixing does not, by an amount that is known. (T1 to T3, the paper's.)
-# - These statements are about *optimistic* methods, which train on the trusted rows. Always compare with the trusted
+# - These statements are about *optimistic* methods, which train on the validation examples. Always compare with the trusted
 #   rows alone, and judge on rows that nobody trained on.
 # - They say nothing about which useful rows are kept; watch the effective size. Let the model settle before the weights
 #   move.
-# - With more parameters than trusted rows, wrong rows in general position are useful. No method that sees only $L_v$
+# - With more parameters than validation examples, wrong rows in general position are useful. No method that sees only $L_v$
 #   can know better.
 # - Exact hypergradients answer another question: which weights make *training on these rows* good. There a useless row
 #   may deserve some weight, and outside of separable data errors may cancel.

@@ -5,12 +5,12 @@
 # ones, what does it cost to find out, and when is a method worth more than the simplest idea: keep the rows that a
 # model finds easy?
 #
-# The page drives the same bench as the verb `bilevel-jax compare`: every method gets the same number of forward and
+# The page drives the same bench as the command `bilevel-jax compare`: every method gets the same number of forward and
 # backward passes, then a model is **trained again from cold** with its weights and read on rows that no method has
-# seen (V_report). On the page are the data, the config, and the readings.
+# seen (test). On the page are the data, the config, and the readings.
 #
 # The notation is that of the first notebook: row $i$ has loss $\ell_i(\theta)$ and weight $w_i$, and $L_v$ is the mean
-# loss on trusted rows. Most methods look for weights such that the model trained on $\sum_i w_i \ell_i$ has a small
+# loss on validation examples. Most methods look for weights such that the model trained on $\sum_i w_i \ell_i$ has a small
 # $L_v$.
 
 # %%
@@ -44,7 +44,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 #
 # Ten classes in 50 dimensions, each a Gaussian ball of variance 1 around its own centre, which lies 4 from the origin.
 # A linear classifier is all but perfect here, if its labels are. The file holds right labels only: the bench draws
-# the training rows anew for each seed and forces the label of half of them to another class, all others equally likely.
+# the training examples anew for each seed and forces the label of half of them to another class, all others equally likely.
 
 # %%
 CLASSES, DIMENSIONS, RADIUS = 10, 50, 4.0
@@ -65,7 +65,7 @@ def mixture(path):
 mixture(folder / "mixture.npz")
 (folder / "compare.yaml").write_text(f"""
 data: {{train: ['{folder / "mixture.npz"}']}}
-arrays: {{rows: 1000, fit: 200, report: 1000, noise: forced, share: 0.5}}  # 200 trusted rows steer the weights
+arrays: {{rows: 1000, fit: 200, report: 1000, noise: forced, share: 0.5}}  # 200 validation examples steer the weights
 optimizer: {{name: momentum, learning_rate: 0.2, schedule: constant, warmup: 0}}
 train: {{steps: 10, batch: 200}}  # T = 10 steps, 2 epochs
 outer: {{weighting: sigmoid, learning_rate: 0.5, schedule: linear, restart: warm,  # a rate that falls to 0
@@ -93,16 +93,16 @@ print(f"Budget of each method and seed: {result['budget']} passes. One training:
 # ## The table
 #
 # *AUC*: how often a right row has a larger weight than a wrong one (.5 is chance). *F1*: rows of weight above 1
-# called right. *L_v*: loss on V_report of the model trained again, with the weights alone, and with V_fit added to the
+# called right. *L_v*: loss on test of the model trained again, with the weights alone, and with validation added to the
 # rows. ± is the half-width of the 95 % interval of the mean over three seeds, by Student's t.
 #
-# The upper rows learn nothing. `oracle` trains on the right rows, `validation` on the 200 trusted rows alone,
+# The upper rows learn nothing. `oracle` trains on the right rows, `validation` on the 200 validation examples alone,
 # `low_loss` on the half of the rows with the least loss after one training on all of them; mind that it is *told* that
 # it is a half.
 
 # %%
 UPPER = ("uniform", "oracle", "validation", "train+validation", "aligned", "low_loss")
-COLUMNS = {"auc": "AUC", "f1": "F1", "report": "L_v", "with_v report": "L_v, with V", "own report": "own model's L_v"}
+COLUMNS = {"auc": "AUC", "f1": "F1", "test": "L_v", "with_v report": "L_v, with V", "own report": "own model's L_v"}
 
 
 def said(row, key):
@@ -129,7 +129,7 @@ for name, method in METHODS.items():
 # **The simple baseline is hard to beat here.** Sorting by the loss of one plain training costs 30 passes of the 300,
 # and no method that learns weights calls the rows right with a clearly higher F1. The reason is in the data: the right
 # rows of a class agree with each other, the wrong ones contradict everybody, and ten steps of a linear model do not
-# learn them by heart. No trusted row is needed for that; but the share of wrong labels is, and it was given.
+# learn them by heart. No validation example is needed for that; but the share of wrong labels is, and it was given.
 #
 # **Exactness is not what these rows are short of.** `unrolled` is the only method here whose gradient is that of the
 # training that happened. Yet `window`, and even `alignment`, which is the derivative of nothing, do better for the same
@@ -167,10 +167,10 @@ for name in ("window", "alignment"):
 flags = ("--compare.methods", "penalty_alone", "--compare.baselines", "uniform", "--compare.seeds", "1")
 far = run("far", *flags, "--outer.learning-rate", "2")[1]
 for words, some in (("as in the table", rows), ("four times as far", far)):
-    one = {key: values(some, "penalty_alone", key)[0] for key in ("auc", "ess", "report")}
-    print(f"penalty_alone {words}: AUC {one['auc']:.3f}, ESS {one['ess']:.0f} rows, L_v {one['report']:.2f}")
+    one = {key: values(some, "penalty_alone", key)[0] for key in ("auc", "ess", "test")}
+    print(f"penalty_alone {words}: AUC {one['auc']:.3f}, ESS {one['ess']:.0f} rows, L_v {one['test']:.2f}")
 assert values(far, "penalty_alone", "auc")[0] > 0.95 and values(far, "penalty_alone", "ess")[0] < 20
-assert values(far, "penalty_alone", "report")[0] > values(far, "uniform", "report")[0]
+assert values(far, "penalty_alone", "test")[0] > values(far, "uniform", "test")[0]
 
 # %% [markdown]
 # ## Quality against cost
@@ -182,8 +182,8 @@ assert values(far, "penalty_alone", "report")[0] > values(far, "uniform", "repor
 # what counts in the end, the model trained again with the weights and V. A dot is one seed.
 #
 # The rate of the weights falls to 0 over the budget, so that they settle. Where a curve falls again all the same, as
-# that of `penalty` does, later steps fit the 200 rows of V rather than what they stand for; a V_select of their own,
-# which chooses the step to stop at, is the remedy, and `select` takes one from the trusted rows.
+# that of `penalty` does, later steps fit the 200 rows of V rather than what they stand for; a dev of their own,
+# which chooses the step to stop at, is the remedy, and `select` takes one from the validation examples.
 
 # %%
 COLOURS = dict(zip(METHODS, ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "0.5"], strict=True))
@@ -196,7 +196,7 @@ left.axhline(rows["low_loss"]["mean"]["auc"], color="0.4", linestyle=":", label=
 left.set(xlabel="forward and backward passes spent", ylabel="AUC of the weights", ylim=(0.45, 1.02))
 left.legend(fontsize=8, ncols=2, loc="lower right")
 
-last = {"oracle": "report", "low_loss": "report", "validation": "report", "uniform": "report"}
+last = {"oracle": "test", "low_loss": "test", "validation": "test", "uniform": "test"}
 shown = {**dict.fromkeys(learners, "with_v report"), "mixing": "own report", **last}
 shown = dict(sorted(shown.items(), key=lambda item: -rows[item[0]]["mean"][item[1]]))
 for place, (name, key) in enumerate(shown.items()):
@@ -204,10 +204,10 @@ for place, (name, key) in enumerate(shown.items()):
     right.plot(values(rows, name, key), [place] * result["seeds"], "o", markersize=3, color=colour, alpha=0.6)
     right.plot(rows[name]["mean"][key], place, "|", markersize=14, markeredgewidth=2, color=colour)
 right.set_yticks(range(len(shown)), shown)
-right.set(xlabel="$L_v$ on V_report, nats per row", xlim=(0, None), title="retrained (mixing: its own model)")
+right.set(xlabel="$L_v$ on test, nats per row", xlim=(0, None), title="retrained (mixing: its own model)")
 plt.show()
 assert all(
-    mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("report", "with_v report")
+    mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("test", "with_v report")
 )
 
 # %% [markdown]
@@ -269,47 +269,47 @@ for name in SOME:
     curve(left, by_size, name, "auc", name, COLOURS[name])
     curve(right, by_size, name, "with_v report", name, COLOURS[name])
 curve(left, by_size, "low_loss", "auc", "low_loss", "0.4", ":")
-curve(middle, by_size, "unrolled", "fit", "on V_fit", "C1")
-curve(middle, by_size, "unrolled", "report", "on V_report", "C0")
-curve(right, by_size, "low_loss", "report", "low_loss", "0.4", ":")
-curve(right, by_size, "validation", "report", "V alone", "0.4", "--")
+curve(middle, by_size, "unrolled", "validation", "on validation", "C1")
+curve(middle, by_size, "unrolled", "test", "on test", "C0")
+curve(right, by_size, "low_loss", "test", "low_loss", "0.4", ":")
+curve(right, by_size, "validation", "test", "V alone", "0.4", "--")
 left.set(xscale="log", xlabel="rows of V", ylabel="AUC", title="do weights find wrong rows?")
 middle.set(
     xscale="log", xlabel="rows of V", ylabel="$L_v$, nats per row", title="unrolled: fitted and new rows", ylim=0
 )
-right.set(xscale="log", xlabel="rows of V", title="$L_v$ on V_report, retrained with V", ylim=(0, 1.3))
+right.set(xscale="log", xlabel="rows of V", title="$L_v$ on test, retrained with V", ylim=(0, 1.3))
 for axis in (left, middle, right):
     axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# With 30 trusted rows, `unrolled` brings the loss on those 30 down and leaves that on new rows high: the derivative is
-# exact, of the wrong thing. The gap between V_fit and V_report shows it without any label, and closes as V grows. At 30
+# With 30 validation examples, `unrolled` brings the loss on those 30 down and leaves that on new rows high: the derivative is
+# exact, of the wrong thing. The gap between validation and test shows it without any label, and closes as V grows. At 30
 # rows `low_loss`, which reads no V at all, gives the better model by far. At 1,000 V finds the wrong rows well, **but
 # then V alone is a training set as good as any**. BMO needs V least here: V only keeps its model from going astray.
 
 # %%
 for size, table in by_size.items():
-    gap = mean(table, "unrolled", "report") - mean(table, "unrolled", "fit")
+    gap = mean(table, "unrolled", "test") - mean(table, "unrolled", "validation")
     print(
-        f"|V| = {size:>4}: unrolled AUC {mean(table, 'unrolled', 'auc'):.3f}, its V_report less V_fit {gap:+.3f};  "
+        f"|V| = {size:>4}: unrolled AUC {mean(table, 'unrolled', 'auc'):.3f}, its test less validation {gap:+.3f};  "
         f"L_v: unrolled with V {mean(table, 'unrolled', 'with_v report'):.3f}, bmo with V "
         f"{mean(table, 'bmo', 'with_v report'):.3f}, low_loss {mean(table, 'low_loss', 'report'):.3f}, "
         f"V alone {mean(table, 'validation', 'report'):.3f}"
     )
-gaps = [mean(table, "unrolled", "report") - mean(table, "unrolled", "fit") for table in by_size.values()]
+gaps = [mean(table, "unrolled", "test") - mean(table, "unrolled", "validation") for table in by_size.values()]
 ranks = [mean(table, "unrolled", "auc") for table in by_size.values()]
 assert gaps == sorted(gaps, reverse=True) and ranks == sorted(ranks)
 small, large = by_size[30], by_size[1000]
-assert (values(small, "unrolled", "with_v report") > values(small, "low_loss", "report") + 0.05).all()
-assert (values(small, "validation", "report") > values(small, "unrolled", "with_v report")).all()
-assert all(mean(large, "validation", "report") < mean(large, name, "with_v report") + 0.02 for name in SOME)
-assert mean(large, "validation", "report") < mean(large, "low_loss", "report")
+assert (values(small, "unrolled", "with_v report") > values(small, "low_loss", "test") + 0.05).all()
+assert (values(small, "validation", "test") > values(small, "unrolled", "with_v report")).all()
+assert all(mean(large, "validation", "test") < mean(large, name, "with_v report") + 0.02 for name in SOME)
+assert mean(large, "validation", "test") < mean(large, "low_loss", "test")
 
 # %% [markdown]
 # ## How many labels may be wrong?
 #
-# Back to 200 trusted rows; the share of wrong labels goes from a fifth to four fifths. `low_loss` is told it each time.
+# Back to 200 validation examples; the share of wrong labels goes from a fifth to four fifths. `low_loss` is told it each time.
 
 # %%
 by_share = {0.5: rows}
@@ -323,11 +323,11 @@ for name in SOME:
     curve(left, by_share, name, "auc", name, COLOURS[name])
     curve(right, by_share, name, "with_v report", name, COLOURS[name])
 curve(left, by_share, "low_loss", "auc", "low_loss", "0.4", ":")
-curve(right, by_share, "low_loss", "report", "low_loss", "0.4", ":")
-curve(right, by_share, "validation", "report", "V alone", "0.4", "--")
-curve(right, by_share, "uniform", "report", "uniform", "0.7", "-.")
+curve(right, by_share, "low_loss", "test", "low_loss", "0.4", ":")
+curve(right, by_share, "validation", "test", "V alone", "0.4", "--")
+curve(right, by_share, "uniform", "test", "uniform", "0.7", "-.")
 left.set(xlabel="share of wrong labels", ylabel="AUC", title="do weights find wrong rows?")
-right.set(xlabel="share of wrong labels", title="$L_v$ on V_report, retrained with V", ylim=(0, 2))
+right.set(xlabel="share of wrong labels", title="$L_v$ on test, retrained with V", ylim=(0, 2))
 for axis in (left, right):
     axis.legend(fontsize=8)
 plt.show()
@@ -346,12 +346,10 @@ for share, table in by_share.items():
     rest = ", ".join(f"{name} {mean(table, name, 'report'):.3f}" for name in ("low_loss", "validation", "oracle"))
     print(f"{share:.0%} wrong. AUC: {ranks}. L_v: {losses}; {rest}.")
 few, many = by_share[0.2], by_share[0.8]
-assert (
-    mean(few, "low_loss", "auc") > 0.99 and abs(mean(few, "low_loss", "report") - mean(few, "oracle", "report")) < 0.03
-)
+assert mean(few, "low_loss", "auc") > 0.99 and abs(mean(few, "low_loss", "test") - mean(few, "oracle", "test")) < 0.03
 assert (values(many, "low_loss", "auc") < values(many, "unrolled", "auc")).all()
-assert (values(many, "low_loss", "report") > values(many, "unrolled", "with_v report") + 0.2).all()
-assert all(mean(many, "validation", "report") < mean(many, name, "with_v report") + 0.02 for name in SOME)
+assert (values(many, "low_loss", "test") > values(many, "unrolled", "with_v report") + 0.2).all()
+assert all(mean(many, "validation", "test") < mean(many, name, "with_v report") + 0.02 for name in SOME)
 
 # %% [markdown]
 # ## What to pick when
@@ -361,7 +359,7 @@ assert all(mean(many, "validation", "report") < mean(many, name, "with_v report"
 # | half or more right labels, an idea of their share | `low_loss` | no higher F1, at a tenth of the cost, without V |
 # | mostly wrong labels, or harm that is not a high loss | a method that reads V | least loss keeps the majority |
 # | a large V | V alone, first | at 1,000 rows nothing was better |
-# | a small V | no steps too many, a V_select | the gap between V_fit and V_report is widest there |
+# | a small V | no steps too many, a dev | the gap between validation and test is widest there |
 # | V may be trained on, one model fits all good rows | `bmo` | best ranking and model here, for one run |
 # | V must stay clean of training | `unrolled` or `window` | V acts through the weights alone |
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A selection on a language model
 #
-# From rows of text to a verdict, one weight per row, a report, and files for a trainer: what the verb
+# From rows of text to a verdict, one weight per row, a report, and files for a trainer: what the command
 # `bilevel-jax select` does, with every step in view.
 #
 # With the folder of a real model, this page trains one of 260 thousand parameters, which knows children's stories, on
@@ -50,9 +50,9 @@ else:
 # %% [markdown]
 # ## Data in
 #
-# Rows are jsonl: plain text, or prompts with responses, or chats. The **training rows** get the weights. The **trusted
-# rows** say what is wanted; they are split by id into V_fit, which steers the weights, and V_select, which chooses the
-# step to stop at. A third set, V_report, is read for the report alone.
+# Rows are jsonl: plain text, or prompts with responses, or chats. The **training examples** get the weights. The **trusted
+# rows** say what is wanted; they are split by id into validation, which steers the weights, and dev, which chooses the
+# step to stop at. A third set, test, is read for the report alone.
 #
 # Of the stories one passage each is taken, so that no story is in two sets. The garbled rows went through one fixed
 # permutation of the vocabulary: they have a grammar of their own and can be learned, which costs the model dear. The
@@ -94,11 +94,11 @@ if REAL:
     train += [{"text": garbled(text), "label": "garbled"} for text in texts[64:128]]
     write("train.jsonl", [train[i] for i in random.permutation(len(train))])
     write("trusted.jsonl", [{"text": text} for text in texts[128:224]])
-    write("report.jsonl", [{"text": text} for text in texts[224:320]])
+    write("test.jsonl", [{"text": text} for text in texts[224:320]])
     base = "select.yaml"
     flags = {
         "model.name_or_path": MODEL, "lora.r": 0, "model.remat": "none",
-        "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.test": "report.jsonl",
+        "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.test": "test.jsonl",
         "data.split": ("0.667", "0.333", "0"), "data.label-field": "label", "data.max-length": 96,
         "optimizer.learning-rate": 5e-4, "optimizer.warmup_steps": 2, "optimizer.eps-root": 1e-8,
         "train.max_steps": 16, "train.global_batch_size": 8, "outer.steps": 2, "selection.top-share": 0.5,
@@ -124,7 +124,7 @@ def words(flags):
 # %% [markdown]
 # ## What training would see
 #
-# The verb `inspect` trains nothing. It reads the same config and prints lengths, copies, leaks, and the first rows
+# The command `inspect` trains nothing. It reads the same config and prints lengths, copies, leaks, and the first rows
 # token by token; what stands between ⟦ and ⟧ is a target, and one token `<s>` begins the row.
 
 # %%
@@ -175,9 +175,9 @@ assert start["checks"]["replayed"]  # every replayed segment ended where trainin
 # ## The report
 #
 # The run left `report.html`, one file with everything in it. Its pictures are vector graphics without a script; here
-# are three of them. First the outer loop: V_fit, which steers, may fall below V_report, which nothing was chosen by;
+# are three of them. First the outer loop: validation, which steers, may fall below test, which nothing was chosen by;
 # where the two part, V is being over-fitted. Then the comparison: models trained again from cold, filled dots read on
-# V_report, hollow ones on V_fit; the dashed line is uniform weights. Then the weights, by label.
+# test, hollow ones on validation; the dashed line is uniform weights. Then the weights, by label.
 
 # %%
 report = Path("run/report.html").read_text(encoding="utf-8")
@@ -199,7 +199,7 @@ for begins in (f"L_v, {unit} by outer step", f"L_v, {unit}:", "weight"):
 # %% [markdown]
 # ## Who went up, and who down
 #
-# `weights.parquet` has one line for each training row, joined by an id that comes from the row's content. `entry` is
+# `weights.parquet` has one line for each training example, joined by an id that comes from the row's content. `entry` is
 # $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_entry` the same at weight 1; below 0: more weight
 # on this row lowers $L_v$.
 
@@ -237,23 +237,23 @@ assert result["auc"]["weights"] > 0.85
 # ## Does it help? Trained again from cold
 #
 # Labels are not the aim, a better model is. Each line below is a model trained from the same start, with an order of
-# the rows that the weights have not seen, and read on V_report. Read the `oracle` first: it trains on the clean rows
+# the rows that the weights have not seen, and read on test. Read the `oracle` first: it trains on the clean rows
 # alone, and only if it beats uniform weights do the labels mean anything for this model.
 #
 # Then look at the choices that learn nothing: the rows of least loss, and V alone (`validation only`). **Where one of
 # them is as good, take it; it is cheaper.** The stories are such a case: garbled text has a high loss for a model that
 # knows stories, so every score finds it, and V alone, which holds nothing but what is wanted, is no worse. The
 # cipher is the other case: its wrong rows follow a rule that can be learned, so a low loss does not mean right, its 16
-# trusted rows are too few to train on, and the learned weights win by far.
+# validation examples are too few to train on, and the learned weights win by far.
 
 # %%
 lines = {row["name"]: row for row in result["compare"]}
-for name, row in sorted(lines.items(), key=lambda item: item[1]["mean"]["report"]):
-    runs = ", ".join(f"{one['report']:.3f}" for one in row["runs"])
+for name, row in sorted(lines.items(), key=lambda item: item[1]["mean"]["test"]):
+    runs = ", ".join(f"{one['test']:.3f}" for one in row["runs"])
     size = f"{row['rows']} rows, {row['epochs']:.1f} epochs"
-    print(f"{name:<18} {row['mean']['report']:.3f} {unit}   (seeds {runs})   {size}")
+    print(f"{name:<18} {row['mean']['test']:.3f} {unit}   (seeds {runs})   {size}")
 
-loss = {name: row["mean"]["report"] for name, row in lines.items()}
+loss = {name: row["mean"]["test"] for name, row in lines.items()}
 headroom = loss["uniform"] - loss["oracle"]
 won = {name: (loss["uniform"] - value) / headroom for name, value in loss.items()}
 print(f"\nThe oracle is {headroom:.3f} {unit} better than uniform weights. Of that way go")
@@ -310,10 +310,10 @@ assert share > good.mean()
 # ```
 #
 # Before you trust weights of your own rows: is the verdict BELIEVE? If not, lower the learning rate until it is. Does
-# the comparison beat `validation only`? If not, the trusted rows alone would do. And is the learned row's V_report near
-# its V_fit? If not, V is too small, and more trusted rows help more than more outer steps.
+# the comparison beat `validation only`? If not, the validation examples alone would do. And is the learned row's test near
+# its validation? If not, V is too small, and more validation examples help more than more outer steps.
 
 # %%
 for one in (lines[name] for name in ("learned weights", "validation only") if name in lines):
-    print(f"{one['name']:<16} V_fit {one['mean']['fit']:.3f}, V_report {one['mean']['report']:.3f} {unit}")
+    print(f"{one['name']:<16} validation {one['mean']['validation']:.3f}, test {one['mean']['test']:.3f} {unit}")
 work.cleanup()

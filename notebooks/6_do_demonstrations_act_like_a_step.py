@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Do demonstrations act like a step?
 #
-# *In-Context Approximation* (ICA, arXiv 2510.14459) scores a training row by reading alone. With trusted rows
+# *In-Context Approximation* (ICA, arXiv 2510.14459) scores a training example by reading alone. With validation examples
 # $C$ put before it as demonstrations, by how much does the row's answer become more likely?
 #
 # $$ s_i = \log p(y_i \mid C, x_i) - \log p(y_i \mid x_i) \quad\text{(nats)} $$
 #
 # No gradient is computed. The reason given for it is a chain of two links: reading $C$ acts like a *training step* on
-# $C$; and by how much a small step on the trusted rows lowers the row's loss is $\eta\,\langle\nabla\ell_i, \nabla L_v
+# $C$; and by how much a small step on the validation examples lowers the row's loss is $\eta\,\langle\nabla\ell_i, \nabla L_v
 # \rangle$, which is also by how much a small step on the row lowers $L_v$. So rows with a large $s_i$ should be those
 # that help. The authors did not test the first link. This page does: first where everything has a closed form, then on
 # language models, against the exact derivative of a training run.
@@ -37,7 +37,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.special import betaln
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.transition import init_train_state, train, train_step
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import batches, cipher, data, losses, tokens
 from bilevel_jax.lm import models as lm
@@ -47,9 +47,9 @@ from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
 from bilevel_jax.runs.optimizers import build_optimizer
 from bilevel_jax.runs.sections import OptimizerSection
 from bilevel_jax.runs.statistics import auc, rank_correlation
-from bilevel_jax.scores.demonstrations import choice
-from bilevel_jax.scores.incontext import Prompt, ica, prompt
-from bilevel_jax.scores.requests import rows_of
+from bilevel_jax.scores.demonstrations import demonstration_selector
+from bilevel_jax.scores.incontext import DemonstrationFormat, ica_score, make_demonstration_format
+from bilevel_jax.scores.requests import make_tokenized_examples
 
 plt.style.use("notebooks.mplstyle")
 warnings.filterwarnings("ignore", message="IProgress")  # no bar is drawn here
@@ -65,7 +65,7 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 #
 # $$ s_i = \log\frac{p(y_i, C)}{p(y_i)\,p(C)} = \log p(C \mid y_i) - \log p(C) : $$
 #
-# the score **is** the gain of the trusted rows' log-likelihood when the model learns row $i$; it is their *pointwise
+# the score **is** the gain of the validation examples' log-likelihood when the model learns row $i$; it is their *pointwise
 # mutual information*, symmetric in the two. Both sides are computed here in two ways that share no code: the left one
 # by the package's score, which makes prompts and asks a model that reads flip by flip; the right one by updating the
 # prior with the row, in closed form.
@@ -79,7 +79,10 @@ def coins(flips):
     """Rows of text that are nothing but flips."""
     examples = [data.Example(f"{i}#0", i, (data.Turn("text", f),), "", None, "coins", i) for i, f in enumerate(flips)]
     sequences = [np.array([BOS, *map(int, f)], np.int32) for f in flips]
-    return rows_of(examples, tokens.corpus_from_sequences([tokens.TokenizedSequence(ids, np.arange(len(ids)) > 0) for ids in sequences]))
+    return make_tokenized_examples(
+        examples,
+        tokens.corpus_from_sequences([tokens.TokenizedSequence(ids, np.arange(len(ids)) > 0) for ids in sequences]),
+    )
 
 
 def reader(requests):
@@ -103,7 +106,13 @@ random = np.random.default_rng(0)
 trusted = ["11011", "101", "1111"]
 drawn = ["".join(random.choice(["0", "1"], random.integers(1, 9))) for _ in range(80)]
 rows = [row for row in drawn if row not in trusted][:60]  # the score shows no row its own copy
-score = ica(Prompt((BOS,), (), (), ((), ()), (), ()), choice("fixed", alike=2), k=3, max_length=99, normalise=False)
+score = ica_score(
+    DemonstrationFormat((BOS,), (), (), ((), ()), (), ()),
+    demonstration_selector("fixed", max_similarity=2),
+    k=3,
+    max_length=99,
+    per_token_mean=False,
+)
 plan = score(coins(rows), coins(trusted))
 by_reading = plan.combine(reader(plan.requests))
 
@@ -252,7 +261,7 @@ def garbler(tokenizer, random):
 
 
 def story_rows(model):
-    """60 clean and 36 garbled answers, and 40 trusted rows, as files."""
+    """60 clean and 36 garbled answers, and 40 validation examples, as files."""
     random = np.random.default_rng(0)
     pairs = list(dict.fromkeys(passages(json.loads(STORIES.read_text(encoding="utf-8")))))[:136]
     assert len(pairs) == 136
@@ -282,10 +291,10 @@ else:
     print("No folder of a model was found: this is the cipher that the package makes itself, and its model.")
 
 # %% [markdown]
-# Measured for every training row, all as "larger is better":
+# Measured for every training example, all as "larger is better":
 #
-# - **ICA** with the nearest trusted rows as demonstrations (`knn`, as published), and with the same for all (`fixed`);
-# - **alignment** $\langle\nabla\ell_i, \nabla L_v\rangle$ over all trusted rows $V$, and over the very rows that ICA
+# - **ICA** with the nearest validation examples as demonstrations (`knn`, as published), and with the same for all (`fixed`);
+# - **alignment** $\langle\nabla\ell_i, \nabla L_v\rangle$ over all validation examples $V$, and over the very rows that ICA
 #   showed to row $i$, which is what the claim is about;
 # - what **real steps** on $V$ do to the row's loss: 1 to 32 steps of gradient descent;
 # - the **exact entry** $-dL_v/dw_i$ of a training run of 16 steps of AdamW on all parameters: the sweep of notebook 1;
@@ -304,7 +313,7 @@ def one_batch(corpus, length, micro=1):
 
 
 def measure(model, made, k, rate):
-    """Everything that this page compares: name -> one number for each training row, larger = better."""
+    """Everything that this page compares: name -> one number for each training example, larger = better."""
     architecture, params = lm.load_model(model)
     decoder, tokenizer = lm.make_decoder(architecture), tokens.load_tokenizer(str(model))
     examples, held = (data.load_examples([str(made / f"{name}.jsonl")]) for name in ("train", "validation"))
@@ -317,15 +326,15 @@ def measure(model, made, k, rate):
     values = jax.jit(lambda params, batch: per_example(params, jax.tree.map(lambda leaf: leaf[0], batch)))
     before = values(params, all_rows.batch(0))
 
-    sides = rows_of(examples, corpus), rows_of(held, judge)
+    sides = make_tokenized_examples(examples, corpus), make_tokenized_examples(held, judge)
 
     # the exact entries of a training run
     problem = weighted(lambda params, fixed, batch: per_example(params, batch))
     adamw = build_optimizer(OptimizerSection(learning_rate=rate, warmup_steps=2, eps_root=1e-8), STEPS)
     layout = batches.BatchShape(1, BATCH, BATCH, length)
     stream = batches.make_train_stream(corpus, batches.shuffled_order(corpus.num_examples, BATCH, 0), STEPS, layout)
-    weights, step = jnp.ones(corpus.num_examples), transition(problem, adamw)
-    run = train(step, begin(adamw, params), weights, None, stream)
+    weights, step = jnp.ones(corpus.num_examples), train_step(problem, adamw)
+    run = train(step, init_train_state(adamw, params), weights, None, stream)
     estimate = unrolled(problem, step)(run, weights, None, stream, trusted_rows)
     assert estimate.checks.replayed
     found = {"exact entry": -np.array(estimate.grad), "perplexity": -np.array(before)}
@@ -338,28 +347,34 @@ def measure(model, made, k, rate):
         table = jax.lax.map(partial(slope, params), trusted)
         return jax.lax.map(lambda micro: table @ slope(params, micro), batch), jnp.sum(table.mean(0) ** 2)
 
-    answer, form = make_loglik_scorer(decoder, bucket_lengths=(96, 320), share_prefixes=False), prompt(tokenizer)
-    one_by_one = one_batch(corpus, length, corpus.num_examples).batch(0), one_batch(judge, length, judge.num_examples).batch(0)
+    answer, form = (
+        make_loglik_scorer(decoder, bucket_lengths=(96, 320), share_prefixes=False),
+        make_demonstration_format(tokenizer),
+    )
+    one_by_one = (
+        one_batch(corpus, length, corpus.num_examples).batch(0),
+        one_batch(judge, length, judge.num_examples).batch(0),
+    )
     steepness = {}
     for when, reached in (("", params), (", trained", run.end.params)):
-        # by gradients: the inner product of each training row with each trusted row; their mean over V is alignment
+        # by gradients: the inner product of each training example with each validation example; their mean over V is alignment
         gram, steepness[when] = products(reached, *one_by_one)
         found["alignment" + when] = np.array(gram.mean(1))
         # by reading
         for name in ("knn", "fixed"):
-            asked = ica(form, choice(name), max_length=architecture.max_length, k=k)(*sides)
+            asked = ica_score(form, demonstration_selector(name), max_length=architecture.max_length, k=k)(*sides)
             found[f"ICA {name}{when}"] = asked.combine(answer.score(reached, asked.requests))
-            shown = choice(name)(*sides, k)
+            shown = demonstration_selector(name)(*sides, k)
             found[f"alignment with shown {name}{when}"] = np.take_along_axis(np.array(gram), shown, 1).mean(1)
-            assert (asked.held == k).all()
+            assert (asked.num_holdout == k).all()
         last = [judge.get_sequence(i).ids.tolist() for i in range(judge.num_examples)]
         ends = answer.score(reached, [LogLikRequest(tuple(ids[:-1]), tuple(ids[-1:])) for ids in last])
         print(
-            f"trusted rows{when}: {float(values(reached, trusted_rows.batch(0)).mean()):.2f} nats per token; "
+            f"validation examples{when}: {float(values(reached, trusted_rows.batch(0)).mean()):.2f} nats per token; "
             f"the token that ends an answer {-np.mean([one.nats for one in ends]):.2f} nats"
         )
 
-    # by steps on the trusted rows, each of which lowers L_v by .02 nats to first order
+    # by steps on the validation examples, each of which lowers L_v by .02 nats to first order
     descent = optax.sgd(0.02 / steepness[""])
 
     def keep(state, info):
@@ -368,7 +383,14 @@ def measure(model, made, k, rate):
             found[f"{int(state.step)} × step on V"] = np.array(change)
 
     again = batches.Stream(lambda step: trusted_rows.batch(0), max(LEARNED))
-    train(transition(problem, descent), begin(descent, params), jnp.ones(judge.num_examples), None, again, on_step=keep)
+    train(
+        train_step(problem, descent),
+        init_train_state(descent, params),
+        jnp.ones(judge.num_examples),
+        None,
+        again,
+        on_step=keep,
+    )
     return found, np.array([example.label == "clean" for example in examples])
 
 
@@ -442,7 +464,7 @@ for name, colour in (("ICA knn", BLUE), ("ICA fixed", PINK), ("alignment", ORANG
     values = [rank_correlation(found[name][clean], found[f"{number} × step on V"][clean]) for number in LEARNED]
     right.semilogx(LEARNED, values, "o-", color=colour, label=name)
 right.axhline(0, color="grey", lw=1)
-right.set(xlabel="gradient steps on the trusted rows", ylim=(-1, 1.02), title="against real steps, clean rows")
+right.set(xlabel="gradient steps on the validation examples", ylim=(-1, 1.02), title="against real steps, clean rows")
 right.legend()
 plt.show()
 

@@ -3,7 +3,7 @@
 #
 # A model answers questions, is trained on its answers, answers again. Where should anything new come from? This page
 # shows, first by a sum that is zero and then by measurement, that such training teaches *nothing* on average; what a
-# few trusted rows $V$ add to it; and a run of the verb `refine`, from the model as it is given to an accepted round.
+# few validation examples $V$ add to it; and a run of the command `refine`, from the model as it is given to an accepted round.
 #
 # You need: derivatives, and what an expectation is. Everything said here is computed here; where a number matters, an
 # `assert` stands beside it.
@@ -76,16 +76,21 @@ clean, wrong = ([line for line in lines if line["label"] == label] for label in 
 random = np.random.default_rng(0)
 write("lessons.jsonl", random.permutation(clean[:768] + wrong[:512]).tolist())
 write("train.jsonl", random.permutation(clean[768:] + wrong[512:]).tolist())  # 256 rows, 70 % of them wrong
-for name in ("validation.jsonl", "select.jsonl", "report.jsonl"):
+for name in ("validation.jsonl", "dev.jsonl", "test.jsonl"):
     write(name, read(name))
-pretrain_builtin_model(made, BUILTIN_TASKS["cipher"]._replace(pretraining_file="lessons", num_steps=500), progress=False)
+pretrain_builtin_model(
+    made, BUILTIN_TASKS["cipher"]._replace(pretraining_file="lessons", num_steps=500), progress=False
+)
 
 architecture, old = lm.load_model(made / "model")
 decoder, tokenizer = lm.make_decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
-trusted, report = (load_examples([str(made / f"{name}.jsonl")]) for name in ("validation", "report"))
+trusted, report = (load_examples([str(made / f"{name}.jsonl")]) for name in ("validation", "test"))
 judge = make_verifier(VerifierSection("exact", answer_field="answer"))
 sample = make_sampler(
-    decoder, SamplingParams(temperature=1.0, max_new_tokens=6), make_detokenizer(tokenizer), end_tokens=[tokenizer.eos_token_id]
+    decoder,
+    SamplingParams(temperature=1.0, max_new_tokens=6),
+    make_detokenizer(tokenizer),
+    end_tokens=[tokenizer.eos_token_id],
 ).sample
 drawn = sample(old, make_prompts(report, tokenizer), range(16))
 right = np.array([[judge(row, one.text) for one in some] for row, some in zip(report, drawn, strict=True)])
@@ -249,7 +254,7 @@ assert 0.75 < fall / np.sqrt(256 / 16) < 1.33  # 8 sets of 256
 # $$ \mathbb E\big[w(y)\,\nabla\log\pi_\theta(y\mid x)\big] = \nabla_\theta\, \mathbb E_{y\sim\pi_\theta}[w(y)] , $$
 #
 # the policy gradient: training goes *up the mean weight*. A weight that is the same for all answers drops out, as
-# section 2 says. All that is learned is what the weights tell apart, and here it is trusted rows that tell it.
+# section 2 says. All that is learned is what the weights tell apart, and here it is validation examples that tell it.
 #
 # The smallest example: two answers, right and wrong, $\pi_\theta(\text{right}\mid x) = \sigma(\theta\cdot\phi_x)$. One
 # trusted question has features $\phi_v$, another question $x$ is answered by the model, and $c = \phi_x\cdot\phi_v$ is
@@ -300,7 +305,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The same on the language model. The 128 questions that it answered above share nothing with the 16 trusted rows but
+# The same on the language model. The 128 questions that it answered above share nothing with the 16 validation examples but
 # the rule. The entry $a = \langle\nabla\log\pi(y\mid x), -\nabla L_v\rangle$ of each of the 2,048 answers is one
 # directional derivative: no gradient per answer is formed. The checker is asked only afterwards, for the colours.
 
@@ -398,10 +403,10 @@ assert np.mean(moved["weighed by V"]) < -3 * np.std(moved["weighed by V"], ddof=
 # %% [markdown]
 # ## 4. A run of `refine`
 #
-# The verb does this in rounds. The model answers questions of a training set, here of 256 rows of which 70 % follow the
+# The command does this in rounds. The model answers questions of a training set, here of 256 rows of which 70 % follow the
 # wrong rule; the answers take the place of these rows; every row and answer gets a weight by its *exact* entry, of the
-# training run that really happened (notebook 1), judged by the 16 trusted rows; a candidate is trained with the
-# weights; and it replaces the model only if the lower bound of its gain on V_select, 64 rows that trained nothing, is
+# training run that really happened (notebook 1), judged by the 16 validation examples; a candidate is trained with the
+# weights; and it replaces the model only if the lower bound of its gain on dev, 64 rows that trained nothing, is
 # above 0 by paired bootstrap. Beside it stands the control, a candidate of plain self-training: same rows, no weights.
 
 # %%
@@ -411,8 +416,8 @@ model: {{path: {made.name}/model, lora_rank: 0, remat: none}}
 data:
   train: [{made.name}/train.jsonl]
   validation: [{made.name}/validation.jsonl]
-  select: [{made.name}/select.jsonl]
-  report: [{made.name}/report.jsonl]
+  select: [{made.name}/dev.jsonl]
+  report: [{made.name}/test.jsonl]
   split: [1, 0, 0]
   label_field: label
 refine: {{rounds: 2, questions: all, methods: [unrolled, uniform]}}
@@ -431,8 +436,8 @@ with contextlib.redirect_stderr(sys.stdout):
 
 # %% [markdown]
 # Not one row that somebody else wrote was trained on, and most of the model's answers were wrong. What moved it
-# are 16 trusted rows, through the weights. The control has the same answers without weights. The mean of its first
-# step is zero, but the step itself is not; the optimiser follows the noise, and the loss rises. The test on V_select
+# are 16 validation examples, through the weights. The control has the same answers without weights. The mean of its first
+# step is zero, but the step itself is not; the optimiser follows the noise, and the loss rises. The test on dev
 # keeps such a candidate out: a round that does not help changes nothing, and the model stays what it was.
 
 # %%
@@ -445,8 +450,8 @@ style = page.PAGE_STYLE.split("@media")[0] + figures.FIGURE_STYLE.replace(
 head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
 display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 
-first, held = result["records"][0], result["report"]
-losses_of = {one["name"]: one["select"] for one in first["candidates"]}
+first, held = result["records"][0], result["test"]
+losses_of = {one["name"]: one["dev"] for one in first["candidates"]}
 assert first["accepted"] and first["best"] == "unrolled"
 assert losses_of["unrolled"] < first["present"] < losses_of["uniform"]
 assert held["gain"]["low"] > 0 and held["right"]["gain"]["low"] > 0  # on rows that decided nothing
@@ -455,7 +460,7 @@ assert held["gain"]["low"] > 0 and held["right"]["gain"]["low"] > 0  # on rows t
 # ## What this page does not say
 #
 # This model is tiny, its task is made for the purpose, and one seed was run. That the entries tell right answers from
-# wrong ones rests on two things that hold here: the trusted rows have the rule in common with the questions (section 3:
+# wrong ones rests on two things that hold here: the validation examples have the rule in common with the questions (section 3:
 # $c \ne 0$), and right answers are among those that the model gives. Where a model is never right, there is nothing to
 # weigh. And $V$ is used up: with every round the weights fit its 16 rows more closely, which is why the rounds are
 # judged on rows that no weight has seen. `configs/refine_*.yaml` hold the methods of the paper and their controls on

@@ -11,18 +11,18 @@ from jaxtyping import Array, Float
 from bilevel_jax.core import tree
 from bilevel_jax.core.types import Checks, Hyper
 
-Retrain = Callable[[Hyper], float]
+RetrainFn = Callable[[Hyper], float]
 """hyper -> L_v of the estimand itself, in nats: trained again (unrolled) or solved again (implicit)."""
 
 
-class Exact(NamedTuple):
+class FiniteDifferences(NamedTuple):
     """Central differences of the estimand along w * sign(grad), over the slope that the estimate predicts."""
 
     steps: tuple[float, ...]
     ratios: tuple[float, ...]
 
 
-class Predictive(NamedTuple):
+class RemovalPrediction(NamedTuple):
     """Predicted and actual changes of L_v (nats) when random rows leave the training set."""
 
     fraction: float
@@ -38,10 +38,10 @@ class Predictive(NamedTuple):
 class Certificates(NamedTuple):
     """What was checked of one estimate; None where a check was not made."""
 
-    exact: Exact | None
-    smooth: float | None
+    finite_differences: FiniteDifferences | None
+    metasmoothness: float | None
     """cos(grad(w), grad(w without a fifth of the rows)), over the rows that stay."""
-    predictive: Predictive | None
+    removal_prediction: RemovalPrediction | None
     checks: Checks
 
 
@@ -60,7 +60,9 @@ class Verdict(NamedTuple):
         return " ".join(filter(None, [f"{head}:", self.reason, self.remedy]))
 
 
-def exact(retrain: Retrain, weights: Hyper, grad: Hyper, steps: Sequence[float] = (0.1, 0.03, 0.01, 0.003)) -> Exact:
+def check_finite_differences(
+    retrain: RetrainFn, weights: Hyper, grad: Hyper, step_sizes: Sequence[float] = (0.1, 0.03, 0.01, 0.003)
+) -> FiniteDifferences:
     """ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>) with d = w * sign(grad); 1 where grad is right.
 
     Every weight changes by the share s of itself, so none turns negative. Along the signs of grad nothing cancels;
@@ -69,65 +71,65 @@ def exact(retrain: Retrain, weights: Hyper, grad: Hyper, steps: Sequence[float] 
     the derivative is right. Costs two retrains a step.
     """
     direction = jax.tree.map(lambda w, g: w * jnp.sign(g), weights, grad)
-    slope = float(optax.tree.vdot(grad, direction))
-    if slope == 0:
-        return Exact(tuple(steps), (float("nan"),) * len(steps))
+    predicted_slope = float(optax.tree.vdot(grad, direction))
+    if predicted_slope == 0:
+        return FiniteDifferences(tuple(step_sizes), (float("nan"),) * len(step_sizes))
     ratios = []
-    for size in steps:
-        up, down = (retrain(optax.tree.add_scale(weights, sign * size, direction)) for sign in (1.0, -1.0))
-        ratios.append((up - down) / (2 * size * slope))
-    return Exact(tuple(steps), tuple(ratios))
+    for step_size in step_sizes:
+        up, down = (retrain(optax.tree.add_scale(weights, sign * step_size, direction)) for sign in (1.0, -1.0))
+        ratios.append((up - down) / (2 * step_size * predicted_slope))
+    return FiniteDifferences(tuple(step_sizes), tuple(ratios))
 
 
-def without(key: Array, weights: Float[Array, "rows"], fraction: float) -> Float[Array, "rows"]:
+def drop_random_examples(key: Array, weights: Float[Array, "examples"], fraction: float) -> Float[Array, "examples"]:
     """The weights with a random `fraction` of the rows set to 0."""
     count = round(fraction * weights.shape[0])
-    gone = jax.random.permutation(key, weights.shape[0])[:count]
-    return weights.at[gone].set(0)
+    dropped = jax.random.permutation(key, weights.shape[0])[:count]
+    return weights.at[dropped].set(0)
 
 
-def smooth(
+def metasmoothness(
     estimate: Callable[[Hyper], Hyper],
     key: Array,
-    weights: Float[Array, "rows"],
-    grad: Float[Array, "rows"],
+    weights: Float[Array, "examples"],
+    grad: Float[Array, "examples"],
     removed: float = 0.2,
 ) -> float:
     """cos(grad(w), grad(w with a random share `removed` of the rows left out)) over the rows that stay; one more sweep.
 
     Near 1 where the landscape is smooth at the size of the changes one makes; near 0 where it is noise.
     """
-    fewer = without(key, weights, removed)
-    stay = fewer != 0
-    return float(tree.cosine(jnp.where(stay, grad, 0), jnp.where(stay, estimate(fewer), 0)))
+    subset_weights = drop_random_examples(key, weights, removed)
+    remaining = subset_weights != 0
+    return float(tree.cosine(jnp.where(remaining, grad, 0), jnp.where(remaining, estimate(subset_weights), 0)))
 
 
-def predictive(
-    retrain: Retrain,
+def predict_removals(
+    retrain: RetrainFn,
     key: Array,
-    weights: Float[Array, "rows"],
-    grad: Float[Array, "rows"],
-    value: float,
+    weights: Float[Array, "examples"],
+    grad: Float[Array, "examples"],
+    validation_loss: float,
     *,
     fraction: float = 0.5,
-    retrains: int = 8,
-) -> Predictive:
+    num_retrains: int = 8,
+) -> RemovalPrediction:
     """Does <grad, change> predict the change of L_v when a random `fraction` of the rows is left out?
 
     Ranks hold better than magnitudes, so read `rank` first. With 8 retrains its standard error is about .35 around 0:
     enough to tell .9 from noise, not .8 from .6.
     """
     predicted, actual = [], []
-    for one in jax.random.split(key, retrains):
-        fewer = without(one, weights, fraction)
-        predicted.append(float(jnp.vdot(grad, fewer - weights)))
-        actual.append(retrain(fewer) - value)
+    for subkey in jax.random.split(key, num_retrains):
+        subset_weights = drop_random_examples(subkey, weights, fraction)
+        predicted.append(float(jnp.vdot(grad, subset_weights - weights)))
+        actual.append(retrain(subset_weights) - validation_loss)
     p, a = jnp.array(predicted), jnp.array(actual)
     slope = jnp.vdot(p - p.mean(), a - a.mean()) / jnp.vdot(p - p.mean(), p - p.mean())
-    return Predictive(fraction, tuple(predicted), tuple(actual), spearman(p, a), float(slope))
+    return RemovalPrediction(fraction, tuple(predicted), tuple(actual), spearman(p, a), float(slope))
 
 
-def spearman(one: Float[Array, "n"], other: Float[Array, "n"]) -> float:
+def spearman(first: Float[Array, "n"], second: Float[Array, "n"]) -> float:
     """Spearman's rank correlation; ties take the mean of their ranks. nan where one of the two is constant."""
 
     def ranks(values):
@@ -135,12 +137,12 @@ def spearman(one: Float[Array, "n"], other: Float[Array, "n"]) -> float:
         ties = jnp.sum(values[:, None] == values[None, :], axis=1)
         return below + (ties - 1) / 2
 
-    a, b = ranks(one), ranks(other)
+    a, b = ranks(first), ranks(second)
     a, b = a - a.mean(), b - b.mean()
     return float(jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b)))
 
 
-def verdict(certificates: Certificates) -> Verdict:
+def judge_certificates(certificates: Certificates) -> Verdict:
     """The certificates as one level with its reason and remedy.
 
     BELIEVE for small changes where the ratio at step .1 lies in [.95, 1.05] and smooth >= .7, for changes of half of
@@ -158,11 +160,15 @@ def verdict(certificates: Certificates) -> Verdict:
     if checks.residual > 0.1:
         reason = f"the linear system was not solved (relative residual {checks.residual:.2g})."
         return Verdict("DO NOT BELIEVE", "", reason, "Raise the number of iterations or the prior.")
-    if certificates.exact is None or certificates.smooth is None:
+    if certificates.finite_differences is None or certificates.metasmoothness is None:
         return Verdict("UNDECIDED", "", "the certificates were not computed.", "Compute them (run without --fast).")
-    size, ratio, cosine = certificates.exact.steps[0], certificates.exact.ratios[0], certificates.smooth
+    step_size, ratio, cosine = (
+        certificates.finite_differences.steps[0],
+        certificates.finite_differences.ratios[0],
+        certificates.metasmoothness,
+    )
     reason = (
-        f"a change of every weight by {size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and without a "
+        f"a change of every weight by {step_size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and without a "
         f"fifth of the rows the gradient keeps a cosine of {cosine:.3f}."
     )
     remedy = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."

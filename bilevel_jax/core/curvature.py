@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.core.types import Batch, Fixed, Hyper, Loss, Params, Problem, Slice, Stream
+from bilevel_jax.core.types import Batch, CompositeLoss, Frozen, Hyper, HyperSlice, Params, Problem, Stream
 
-Product = Callable[[Params, Hyper, Fixed, Stream, Params], Params]
+CurvatureProduct = Callable[[Params, Hyper, Frozen, Stream, Params], Params]
 """(params, hyper, fixed, stream, v) -> (curvature of sum over the stream of inner, plus prior) v."""
 
 
-def hessian(problem: Problem) -> Product:
+def hessian(problem: Problem) -> CurvatureProduct:
     """The Hessian of inner + prior: exact, symmetric, and often indefinite for a fine-tuned language model."""
 
-    def one(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> Params:
-        return jax.jvp(lambda p: jax.grad(problem.inner)(p, weights, fixed, batch), (params,), (v,))[1]
+    def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:
+        return jax.jvp(lambda p: jax.grad(problem.inner)(p, weights, frozen, batch), (params,), (v,))[1]
 
-    return _streamed(problem, one)
+    return _sum_over_stream(problem, micro_product)
 
 
-def gauss_newton(problem: Problem, loss: Loss) -> Product:
+def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
     """The generalised Gauss-Newton matrix J^T L'' J of inner, with J the Jacobian of the outputs and L'' the Hessian of
     the weighted link, plus the prior's Hessian: positive semi-definite for weights >= 0 and a convex link.
 
@@ -29,41 +29,41 @@ def gauss_newton(problem: Problem, loss: Loss) -> Product:
     that it gives is the response of the proximal Bregman problem at params, not of the training loss.
     """
 
-    def one(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> Params:
+    def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:
         def outputs(p):
-            return loss.outputs(p, fixed, batch)
+            return loss.outputs(p, frozen, batch)
 
         def link(values):
-            return jnp.sum(weights * loss.link(values, fixed, batch)) / batch["rows"]
+            return jnp.sum(weights * loss.link(values, frozen, batch)) / batch["num_examples"]
 
         values, tangent = jax.jvp(outputs, (params,), (v,))
-        curved = jax.jvp(jax.grad(link), (values,), (tangent,))[1]
-        return jax.vjp(outputs, params)[1](curved)[0]
+        link_curvature = jax.jvp(jax.grad(link), (values,), (tangent,))[1]
+        return jax.vjp(outputs, params)[1](link_curvature)[0]
 
-    return _streamed(problem, one)
+    return _sum_over_stream(problem, micro_product)
 
 
-def _streamed(problem: Problem, one) -> Product:
-    take = jax.jit(problem.take)
+def _sum_over_stream(problem: Problem, micro_product) -> CurvatureProduct:
+    gather = jax.jit(problem.gather)
 
     @jax.jit
-    def prior(params, fixed, v):
+    def prior_product(params, frozen, v):
         with jax.default_matmul_precision("highest"):
-            return jax.jvp(lambda p: jax.grad(problem.prior)(p, fixed), (params,), (v,))[1]
+            return jax.jvp(lambda p: jax.grad(problem.prior)(p, frozen), (params,), (v,))[1]
 
     @jax.jit
-    def add(total, params, weights, fixed, batch, v):
+    def add_batch_product(total, params, weights, frozen, batch, v):
         def add_micro(total, micro):
-            return optax.tree.add(total, one(params, micro[0], fixed, micro[1], v)), None
+            return optax.tree.add(total, micro_product(params, micro[0], frozen, micro[1], v)), None
 
         with jax.default_matmul_precision("highest"):
             return jax.lax.scan(add_micro, total, (weights, batch))[0]
 
-    def product(params: Params, hyper: Hyper, fixed: Fixed, stream: Stream, v: Params) -> Params:
-        total = prior(params, fixed, v)
+    def product(params: Params, hyper: Hyper, frozen: Frozen, stream: Stream, v: Params) -> Params:
+        total = prior_product(params, frozen, v)
         for index in range(stream.steps):
             batch = stream.batch(index)
-            total = add(total, params, take(hyper, batch), fixed, batch, v)
+            total = add_batch_product(total, params, gather(hyper, batch), frozen, batch, v)
         return total
 
     return product

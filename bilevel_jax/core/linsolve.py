@@ -10,7 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.types import Matvec, Params, Solve, Solver
+from bilevel_jax.core.types import Matvec, Params, Solver, SolveResult
 
 
 def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
@@ -25,18 +25,18 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
     def advance(x, r, p, Ap, rr, pAp):
         alpha = rr / pAp
         x, r = optax.tree.add_scale(x, alpha, p), optax.tree.add_scale(r, -alpha, Ap)
-        after = optax.tree.vdot(r, r)
-        return x, r, optax.tree.add_scale(r, after / rr, p), after
+        new_rr = optax.tree.vdot(r, r)
+        return x, r, optax.tree.add_scale(r, new_rr / rr, p), new_rr
 
     dots = jax.jit(lambda p, Ap: (optax.tree.vdot(p, Ap), optax.tree.vdot(p, p)))
 
-    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
-        size = float(_norm(b))
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        b_norm = float(_norm(b))
         x = _zeros(b) if guess is None else guess
-        r = b if guess is None else _less(b, matvec(x))
-        p, rr = r, _square(r)
+        r = b if guess is None else _subtract(b, matvec(x))
+        p, rr = r, _squared_norm(r)
         curvature, steps = float("nan"), 0
-        while steps < max_steps and float(rr) ** 0.5 > tolerance * size:
+        while steps < max_steps and float(rr) ** 0.5 > tolerance * b_norm:
             Ap = matvec(p)
             pAp, pp = dots(p, Ap)
             steps += 1
@@ -44,21 +44,21 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
             if not float(pAp) > 0:  # also true of a nan
                 break
             x, r, p, rr = advance(x, r, p, Ap, rr, pAp)
-        return Solve(x, _residual(matvec, x, b), curvature, steps)
+        return SolveResult(x, _residual(matvec, x, b), curvature, steps)
 
     return solve
 
 
-def neumann(*, rate: float, terms: int) -> Solver:
+def neumann(*, step_size: float, terms: int) -> Solver:
     """x = rate * sum_{k < terms} (I - rate A)^k b: `terms` gradient steps; converges for rate < 2 / max eig(A)."""
 
-    update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + rate * (z - y), x, Ax, b))
+    update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + step_size * (z - y), x, Ax, b))
 
-    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
         x = _zeros(b) if guess is None else guess
         for _ in range(terms):
             x = update(x, matvec(x), b)
-        return Solve(x, _residual(matvec, x, b), float("nan"), terms)
+        return SolveResult(x, _residual(matvec, x, b), float("nan"), terms)
 
     return solve
 
@@ -66,38 +66,38 @@ def neumann(*, rate: float, terms: int) -> Solver:
 def identity(*, scale: float = 1.0) -> Solver:
     """x = scale * b: no curvature. The entries are then alignments, <grad l_i, grad L_v>, not hypergradients."""
 
-    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
-        return Solve(_scaled(scale, b), float("nan"), float("nan"), 0)
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        return SolveResult(_scale(scale, b), float("nan"), float("nan"), 0)
 
     return solve
 
 
-def dense(*, limit: int = 4096) -> Solver:
+def dense(*, max_params: int = 4096) -> Solver:
     """Forms A column by column and solves directly; for checking, and for up to `limit` parameters.
 
     Works for indefinite A too (`curvature` is then the least eigenvalue, below 0).
     """
 
-    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> Solve:
+    def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
         flat, unravel = ravel_pytree(b)
-        if flat.size > limit:
-            raise ValueError(f"{flat.size} parameters are too many for the dense solver (limit {limit}); use cg.")
+        if flat.size > max_params:
+            raise ValueError(f"{flat.size} parameters are too many for the dense solver (limit {max_params}); use cg.")
         columns = [ravel_pytree(matvec(unravel(row)))[0] for row in jnp.eye(flat.size, dtype=flat.dtype)]
         A = jnp.stack(columns, axis=1)
         x = unravel(jnp.linalg.solve(A, flat))
-        least = float(jnp.linalg.eigvalsh((A + A.T) / 2)[0])
-        return Solve(x, _residual(matvec, x, b), least, flat.size)
+        min_eigenvalue = float(jnp.linalg.eigvalsh((A + A.T) / 2)[0])
+        return SolveResult(x, _residual(matvec, x, b), min_eigenvalue, flat.size)
 
     return solve
 
 
 def _residual(matvec: Matvec, x: Params, b: Params) -> float:
-    return float(_relative(matvec(x), b))
+    return float(_relative_residual(matvec(x), b))
 
 
 _norm = jax.jit(tree.norm)
-_square = jax.jit(lambda v: optax.tree.vdot(v, v))
+_squared_norm = jax.jit(lambda v: optax.tree.vdot(v, v))
 _zeros = jax.jit(optax.tree.zeros_like)
-_less = jax.jit(optax.tree.sub)
-_scaled = jax.jit(optax.tree.scale)
-_relative = jax.jit(lambda Ax, b: tree.norm(optax.tree.sub(Ax, b)) / tree.norm(b))
+_subtract = jax.jit(optax.tree.sub)
+_scale = jax.jit(optax.tree.scale)
+_relative_residual = jax.jit(lambda Ax, b: tree.norm(optax.tree.sub(Ax, b)) / tree.norm(b))

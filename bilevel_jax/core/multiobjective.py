@@ -2,7 +2,7 @@
 
     min over theta of L_v(theta)  s.t.  theta in WP(l_1 .. l_N): no theta' lowers all l_i at once
 
-theta itself follows L_v, so the method *trains on the validation rows* (the optimistic estimand); the weights of rows
+theta itself follows L_v, so the method *trains on the validation examples* (the optimistic estimand); the weights of rows
 are a closed form of losses, and no table of weights is learned. arXiv 2511.21056 states the problem; the merit function
 and its weights are reconstructed here, not read there, and the bounds below are derived here.
 
@@ -30,87 +30,98 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.problem import base, per_unit
-from bilevel_jax.core.transition import begin, gradient
-from bilevel_jax.core.types import PADDING, Batch, Fixed, Inner, Params, Problem, Scalar, Single, Slice, Stream
+from bilevel_jax.core.problem import divide_by_multiplicity, get_multiplicity
+from bilevel_jax.core.transition import init_train_state, inner_loss_and_grad
+from bilevel_jax.core.types import (
+    PADDING,
+    Batch,
+    Frozen,
+    HyperSlice,
+    Params,
+    Problem,
+    Scalar,
+    SingleLoop,
+    Stream,
+    TrainState,
+)
 
-ESTIMAND = (
-    "multi-objective: min over the weakly Pareto-optimal theta of the training rows' losses of L_v; theta itself is "
+BMO_ESTIMAND = (
+    "multi-objective: min over the weakly Pareto-optimal theta of the training examples' losses of L_v; theta itself is "
     "pulled by L_v, so it trains on V"
 )
 
-Gaps = Float[Array, "..."]
+LossGaps = Float[Array, "..."]
 """l_i(phi) - l_i(theta), nats; -inf where there is no row. Above 0 where theta fits a row better than phi does."""
 
 
-class Copy(NamedTuple):
+class TrainedReference(NamedTuple):
     """phi is a second copy of the model, which follows its own minimisation from step to step."""
 
     optimizer: optax.GradientTransformation
     """Its rate should fall with tau: the curvature of what phi minimises grows as 1 / tau."""
-    steps: int = 1
+    inner_steps: int = 1
     """Steps of phi for each step of theta, K; each costs a forward and a backward pass."""
-    strength: float = 1.0
+    proximal: float = 1.0
     """s of (s/2) |phi - theta|^2; above minus the least curvature of the losses, the minimum over phi is unique."""
 
 
-Phi = Literal["none", "snapshot"] | Copy
+Reference = Literal["none", "snapshot"] | TrainedReference
 
 
-class State(NamedTuple):
+class BMOState(NamedTuple):
     """All that the next step needs; plain arrays, so that saving and loading it is resuming."""
 
-    inner: Inner
+    train_state: TrainState
     """theta, its optimiser's state and the number of steps done."""
-    phi: Params
+    reference: Params
     """The parameters that theta is compared with; () in the separable form."""
-    phi_opt: optax.OptState
-    level: Scalar
+    reference_opt_state: optax.OptState
+    log_normalizer: Scalar
     """Running tau log mean_i exp(z_i / tau), nats: the normaliser of the weights."""
-    measured: Scalar
+    num_measured: Scalar
     """Rows that went into the level; 0 = measure it on the next batch, before its weights are taken."""
-    table: Float[Array, "rows"]
+    last_gaps: Float[Array, "examples"]
     """The gap that each row had when it was last seen, nats; -inf before. Written in O(batch), read by `weights`."""
 
 
-class Normaliser(NamedTuple):
+class WeightNormalizer(NamedTuple):
     """What turns a gap into a weight, min(exp((z - level) / tau), largest), whatever else is in the batch."""
 
-    level: Scalar
-    tau: Scalar
-    largest: Scalar
+    log_normalizer: Scalar
+    temperature: Scalar
+    max_weight: Scalar
 
 
-class Info(NamedTuple):
+class BMOMetrics(NamedTuple):
     """What one step tells, all of it at the theta that the step started from, and the phi that it used."""
 
-    inner: Scalar
+    train_loss: Scalar
     """sum_i w_i l_i / rows + prior, of the training batch, nats."""
-    outer: Scalar
+    validation_loss: Scalar
     """L_v of the validation batch, nats."""
-    share: Scalar
+    validation_share: Scalar
     """The part of L_v in the gradient."""
-    norm: Scalar
+    grad_norm: Scalar
     """The norm of theta's gradient."""
-    tau: Scalar
-    weights: Slice
+    temperature: Scalar
+    weights: HyperSlice
     """float[micro, examples], mean about 1; 0 for padding."""
-    gaps: Slice
+    gaps: HyperSlice
     """z of each example, float[micro, examples], nats; -inf for padding."""
     merit: Scalar
     """Estimate of m(theta), nats, by the running level; a lower bound as far as phi is not the maximiser."""
 
 
-def multiobjective(
+def bmo(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    rows: int,
+    num_examples: int,
     *,
-    share: optax.Schedule,
-    tau: optax.Schedule,
-    phi: Phi = "none",
-    memory: float = 512.0,
-) -> Single:
+    validation_share: optax.Schedule,
+    temperature: optax.Schedule,
+    reference: Reference = "none",
+    normalizer_memory: float = 512.0,
+) -> SingleLoop:
     """theta <- opt(share grad L_v + (1 - share) grad m), one step for each pair of a training and a validation batch.
 
         grad m = sum_i w_i grad l_i(theta) / rows + grad prior + s (phi - theta);   w_i = exp((z_i - level) / tau)
@@ -144,163 +155,187 @@ def multiobjective(
     Raises:
         ValueError: if phi is no form, tau does not start above 0, or memory, steps or strength are out of range.
     """
-    copy = phi if isinstance(phi, Copy) else None
-    if copy is None and phi not in ("none", "snapshot"):
-        raise ValueError(f"phi={phi!r}; use 'none', 'snapshot' or Copy(optimizer, steps, strength).")
-    if copy is not None and not (copy.strength > 0 and copy.steps >= 1):
-        raise ValueError(f"{copy.steps} steps and strength {copy.strength} of phi; give at least 1, and above 0.")
-    if not float(tau(0)) > 0 or not memory >= 0:
-        raise ValueError(f"tau starts at {float(tau(0))}, memory {memory}; give a positive tau and no negative memory.")
-    held_out = problem._replace(
-        inner=lambda params, weights, fixed, batch: problem.outer(params, fixed, batch),
-        prior=lambda params, fixed: jnp.zeros(()),
+    trained_reference = reference if isinstance(reference, TrainedReference) else None
+    if trained_reference is None and reference not in ("none", "snapshot"):
+        raise ValueError(f"phi={reference!r}; use 'none', 'snapshot' or Copy(optimizer, steps, strength).")
+    if trained_reference is not None and not (trained_reference.proximal > 0 and trained_reference.inner_steps >= 1):
+        raise ValueError(
+            f"{trained_reference.inner_steps} steps and strength {trained_reference.proximal} of phi; give at least 1, and above 0."
+        )
+    if not float(temperature(0)) > 0 or not normalizer_memory >= 0:
+        raise ValueError(
+            f"tau starts at {float(temperature(0))}, memory {normalizer_memory}; give a positive tau and no negative memory."
+        )
+    validation_problem = problem._replace(
+        inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
+        prior=lambda params, frozen: jnp.zeros(()),
     )
 
-    def init(params: Params) -> State:
-        inner = begin(optimizer, jax.tree.map(jnp.array, params))  # buffers of its own: the step donates them
-        other = () if phi == "none" else jax.tree.map(jnp.array, params)
-        opt = copy.optimizer.init(other) if copy else ()
-        return State(inner, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(rows, -jnp.inf, float))
+    def init(params: Params) -> BMOState:
+        train_state = init_train_state(
+            optimizer, jax.tree.map(jnp.array, params)
+        )  # buffers of its own: the step donates them
+        other = () if reference == "none" else jax.tree.map(jnp.array, params)
+        opt = trained_reference.optimizer.init(other) if trained_reference else ()
+        return BMOState(train_state, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(num_examples, -jnp.inf, float))
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: State, fixed: Fixed, train: Batch, validation: Batch) -> tuple[State, Info]:
-        (params, opt, done), other, phi_opt = state.inner, state.phi, state.phi_opt
-        heat, lam = jnp.asarray(tau(done), float), jnp.asarray(share(done), float)
-        counts = jnp.where(train["index"] != PADDING, base(train), 0)
+    def step(state: BMOState, fixed: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
+        (params, opt, done), other, phi_opt = state.train_state, state.reference, state.reference_opt_state
+        heat, lam = jnp.asarray(temperature(done), float), jnp.asarray(validation_share(done), float)
+        counts = jnp.where(train["index"] != PADDING, get_multiplicity(train), 0)
         level = jax.lax.cond(
-            state.measured > 0,
-            lambda: state.level,
-            lambda: -merit(gaps(problem, params, other, fixed, train), heat, counts),
+            state.num_measured > 0,
+            lambda: state.log_normalizer,
+            lambda: -smooth_merit(compute_gaps(problem, params, other, fixed, train), heat, counts),
         )
-        seen, kept = jnp.sum(counts), jnp.minimum(state.measured, min(memory, rows))
-        normaliser = Normaliser(level, heat, kept + seen)
-        if copy:
-            own = all_losses(problem, params, fixed, train)
+        seen, kept = jnp.sum(counts), jnp.minimum(state.num_measured, min(normalizer_memory, num_examples))
+        normaliser = WeightNormalizer(level, heat, kept + seen)
+        if trained_reference:
+            own = batch_losses(problem, params, fixed, train)
 
             def follow(carry, _):
                 at, opt = carry
-                grad = weighted_slope(problem, at, fixed, train, normaliser, own, -1)[1]
-                grad = optax.tree.add_scale(grad, copy.strength, optax.tree.sub(at, params))
-                updates, opt = copy.optimizer.update(grad, opt, at)
+                grad = weighted_loss_and_grad(problem, at, fixed, train, normaliser, own, -1)[1]
+                grad = optax.tree.add_scale(grad, trained_reference.proximal, optax.tree.sub(at, params))
+                updates, opt = trained_reference.optimizer.update(grad, opt, at)
                 return (optax.apply_updates(at, updates), opt), None
 
-            (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=copy.steps)
-        theirs = all_losses(problem, other, fixed, train)
-        inner, slope, z, chosen = weighted_slope(problem, params, fixed, train, normaliser, theirs, 1)
-        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - merit(z, heat, counts) / heat])
+            (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=trained_reference.inner_steps)
+        theirs = batch_losses(problem, other, fixed, train)
+        train_loss, slope, z, chosen = weighted_loss_and_grad(problem, params, fixed, train, normaliser, theirs, 1)
+        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - smooth_merit(z, heat, counts) / heat])
         level = heat * (jax.nn.logsumexp(both) - jnp.log(kept + seen))
 
-        value = problem.prior(params, fixed) - (0 if phi == "none" else problem.prior(other, fixed)) - level
-        if copy:
+        value = problem.prior(params, fixed) - (0 if reference == "none" else problem.prior(other, fixed)) - level
+        if trained_reference:
             apart = optax.tree.sub(other, params)
-            value = value - copy.strength / 2 * optax.tree.norm(apart, squared=True)
-            slope = optax.tree.add_scale(slope, copy.strength, apart)
+            value = value - trained_reference.proximal / 2 * optax.tree.norm(apart, squared=True)
+            slope = optax.tree.add_scale(slope, trained_reference.proximal, apart)
         real = jnp.sum(validation["index"] != PADDING)
-        held = {**validation, "rows": jnp.full_like(validation["rows"], real)}
-        outer, pull = gradient(held_out, params, None, fixed, held)
+        held = {**validation, "num_examples": jnp.full_like(validation["num_examples"], real)}
+        validation_loss, pull = inner_loss_and_grad(validation_problem, params, None, fixed, held)
         grad = jax.tree.map(lambda a, b: (lam * a + (1 - lam) * b).astype(b.dtype), pull, slope)
         updates, opt = optimizer.update(grad, opt, params)
         after = optax.apply_updates(params, updates)
-        if copy:
+        if trained_reference:
             other = optax.tree.add(other, optax.tree.sub(after, params))
-        table = state.table.at[train["index"]].set(z, mode="drop")
-        info = Info(inner, outer, lam, tree.norm(grad), heat, chosen, z, value)
-        return State(Inner(after, opt, done + 1), other, phi_opt, level, state.measured + seen, table), info
+        last_gaps = state.last_gaps.at[train["index"]].set(z, mode="drop")
+        info = BMOMetrics(train_loss, validation_loss, lam, tree.norm(grad), heat, chosen, z, value)
+        return BMOState(
+            TrainState(after, opt, done + 1), other, phi_opt, level, state.num_measured + seen, last_gaps
+        ), info
 
-    def table(state: State) -> Float[Array, "rows"]:
+    def current_weights(state: BMOState) -> Float[Array, "examples"]:
         """By the gaps that were seen last; 1 for a row that no batch touched. `weights` gives the exact table."""
-        return jnp.where(state.table > -jnp.inf, importance(state.table, tau(state.inner.step)), 1)
+        return jnp.where(
+            state.last_gaps > -jnp.inf, weights_from_gaps(state.last_gaps, temperature(state.train_state.step)), 1
+        )
 
-    return Single(init, step, table, ESTIMAND)
+    return SingleLoop(init, step, current_weights, BMO_ESTIMAND)
 
 
-def refresh(state: State, phi: Params) -> State:
+def replace_reference(state: BMOState, reference: Params) -> BMOState:
     """Compare with other parameters from here on (a new sampling snapshot): level and table are measured afresh."""
-    start = jnp.zeros_like(state.level), jnp.zeros_like(state.measured), jnp.full_like(state.table, -jnp.inf)
-    return State(state.inner, jax.tree.map(jnp.array, phi), state.phi_opt, *start)
+    start = (
+        jnp.zeros_like(state.log_normalizer),
+        jnp.zeros_like(state.num_measured),
+        jnp.full_like(state.last_gaps, -jnp.inf),
+    )
+    return BMOState(state.train_state, jax.tree.map(jnp.array, reference), state.reference_opt_state, *start)
 
 
-def geometric(start: float, end: float, steps: int) -> optax.Schedule:
+def geometric_schedule(start: float, end: float, steps: int) -> optax.Schedule:
     """From `start` to `end` over `steps` steps, by the same factor each, and `end` from there on."""
     return lambda step: start * (end / start) ** jnp.minimum(step / steps, 1.0)
 
 
-def merit(gaps: Gaps, tau: Scalar | float, counts: Float[Array, "..."] | None = None) -> Scalar:
+def smooth_merit(
+    gaps: LossGaps, temperature: Scalar | float, multiplicities: Float[Array, "..."] | None = None
+) -> Scalar:
     """m = -tau log mean_i exp(gaps_i / tau) over the rows that are there, nats: at a phi, without strength and prior.
 
     A lower bound of m(theta) at any phi. Minus tau log N it is v. Between min_i -gaps_i and that plus tau log N.
     `counts` (default: 1) says how much each row counts in the mean.
     """
-    counts = jnp.where(gaps > -jnp.inf, 1.0 if counts is None else counts, 0)
-    return -tau * (jax.nn.logsumexp(gaps / tau, b=counts) - jnp.log(jnp.sum(counts)))
+    multiplicities = jnp.where(gaps > -jnp.inf, 1.0 if multiplicities is None else multiplicities, 0)
+    return -temperature * (jax.nn.logsumexp(gaps / temperature, b=multiplicities) - jnp.log(jnp.sum(multiplicities)))
 
 
-def importance(gaps: Gaps, tau: Scalar | float) -> Gaps:
+def weights_from_gaps(gaps: LossGaps, temperature: Scalar | float) -> LossGaps:
     """w_i = N softmax_i(gaps / tau): mean 1 over the N rows that are there, 0 for the others."""
-    return jnp.exp((gaps + merit(gaps, tau)) / tau)
+    return jnp.exp((gaps + smooth_merit(gaps, temperature)) / temperature)
 
 
-def weights(
-    problem: Problem, params: Params, phi: Params, fixed: Fixed, stream: Stream, rows: int, tau: float
-) -> Float[Array, "rows"]:
+def compute_weights(
+    problem: Problem,
+    params: Params,
+    reference: Params,
+    frozen: Frozen,
+    stream: Stream,
+    num_examples: int,
+    temperature: float,
+) -> Float[Array, "examples"]:
     """The weight of every row at the end of training, by one pass over a stream that gives each row (at least) once.
 
     `phi` is that of the state; () is the separable form. Mean 1 over the rows that the stream gives, 0 for the others.
     """
-    table = jnp.full(rows, -jnp.inf, float)
+    gap_table = jnp.full(num_examples, -jnp.inf, float)
     for index in range(stream.steps):
-        table = _write(problem, table, params, phi, fixed, stream.batch(index))
-    return importance(table, tau)
+        gap_table = _record_gaps(problem, gap_table, params, reference, frozen, stream.batch(index))
+    return weights_from_gaps(gap_table, temperature)
 
 
 @partial(jax.jit, static_argnames="problem", donate_argnames="table")
-def _write(problem: Problem, table: Gaps, params: Params, phi: Params, fixed: Fixed, batch: Batch) -> Gaps:
-    return table.at[batch["index"]].set(gaps(problem, params, phi, fixed, batch), mode="drop")
+def _record_gaps(
+    problem: Problem, gap_table: LossGaps, params: Params, reference: Params, frozen: Frozen, batch: Batch
+) -> LossGaps:
+    return gap_table.at[batch["index"]].set(compute_gaps(problem, params, reference, frozen, batch), mode="drop")
 
 
-def gaps(problem: Problem, params: Params, phi: Params, fixed: Fixed, batch: Batch) -> Gaps:
+def compute_gaps(problem: Problem, params: Params, reference: Params, frozen: Frozen, batch: Batch) -> LossGaps:
     """l_i(phi) - l_i(theta) of a batch, float[micro, examples], nats; -inf in padding. Two forward passes at most."""
-    z = all_losses(problem, phi, fixed, batch) - all_losses(problem, params, fixed, batch)
+    z = batch_losses(problem, reference, frozen, batch) - batch_losses(problem, params, frozen, batch)
     return jnp.where(batch["index"] != PADDING, z, -jnp.inf)
 
 
-def all_losses(problem: Problem, params: Params, fixed: Fixed, batch: Batch) -> Slice:
+def batch_losses(problem: Problem, params: Params, frozen: Frozen, batch: Batch) -> HyperSlice:
     """The losses of a batch, float[micro, examples], nats, one micro-batch in memory at a time; 0 for params ()."""
     if not jax.tree.leaves(params):
         return jnp.zeros(batch["index"].shape)
-    return jax.lax.map(lambda micro: losses(problem, params, fixed, micro), batch)
+    return jax.lax.map(lambda micro: micro_batch_losses(problem, params, frozen, micro), batch)
 
 
-def losses(problem: Problem, params: Params, fixed: Fixed, micro: Batch) -> Float[Array, "examples"]:
+def micro_batch_losses(problem: Problem, params: Params, frozen: Frozen, micro: Batch) -> Float[Array, "examples"]:
     """The losses of one micro-batch, nats: as `inner` is linear in the weights, its derivative by them times rows."""
-    slope = jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), fixed, micro)
-    return micro["rows"] * per_unit(slope, micro)
+    weights_grad = jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), frozen, micro)
+    return micro["num_examples"] * divide_by_multiplicity(weights_grad, micro)
 
 
-def weighted_slope(
+def weighted_loss_and_grad(
     problem: Problem,
     params: Params,
-    fixed: Fixed,
+    frozen: Frozen,
     batch: Batch,
-    normaliser: Normaliser,
-    others: Slice,
+    normalizer: WeightNormalizer,
+    other_losses: HyperSlice,
     sign: int,
-) -> tuple[Scalar, Params, Gaps, Slice]:
+) -> tuple[Scalar, Params, LossGaps, HyperSlice]:
     """(sum_i sg(w_i) l_i / rows + prior, its gradient, z, w) by one forward and one backward pass.
 
     z = sign (others - l): sign is 1 where params is theta, -1 where it is phi. The weights of a micro-batch are known
     between its two passes.
     """
-    level, tau, largest = normaliser
+    log_normalizer, temperature, max_weight = normalizer
 
     def add_micro(total, inputs):
-        micro, others = inputs
-        values, pull = jax.vjp(lambda params: losses(problem, params, fixed, micro), params)
-        z = jnp.where(micro["index"] != PADDING, sign * (others - values), -jnp.inf)
-        chosen = jnp.minimum(jnp.exp((z - level) / tau), largest)
-        part = chosen * base(micro) / micro["rows"]
+        micro, other_losses = inputs
+        values, pull = jax.vjp(lambda params: micro_batch_losses(problem, params, frozen, micro), params)
+        z = jnp.where(micro["index"] != PADDING, sign * (other_losses - values), -jnp.inf)
+        chosen = jnp.minimum(jnp.exp((z - log_normalizer) / temperature), max_weight)
+        part = chosen * get_multiplicity(micro) / micro["num_examples"]
         return optax.tree.add(total, (jnp.sum(part * values), pull(part)[0])), (z, chosen)
 
-    prior = jax.value_and_grad(problem.prior)(params, fixed)
-    (value, slope), (z, chosen) = jax.lax.scan(add_micro, prior, (batch, others))
-    return value, slope, z, chosen
+    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    (value, grad), (z, example_weights) = jax.lax.scan(add_micro, prior, (batch, other_losses))
+    return value, grad, z, example_weights

@@ -23,68 +23,70 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.implicit import sampled
-from bilevel_jax.core.problem import per_unit
-from bilevel_jax.core.transition import begin, gradient
+from bilevel_jax.core.implicit import subsample_stream
+from bilevel_jax.core.problem import divide_by_multiplicity
+from bilevel_jax.core.transition import init_train_state, inner_loss_and_grad
 from bilevel_jax.core.types import (
     PADDING,
     Batch,
     Checks,
     Estimate,
     Estimator,
-    Fixed,
+    Frozen,
     Hyper,
-    Inner,
+    HyperSlice,
     Params,
     Problem,
-    Run,
     Scalar,
-    Single,
-    Slice,
+    SingleLoop,
     Stream,
+    TrainState,
+    Trajectory,
 )
-from bilevel_jax.core.unrolled import outer_gradient
-from bilevel_jax.core.weighting import Selector, equal_selector, inverse_rms
+from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
+from bilevel_jax.core.weighting import OnlineWeights, inverse_rms, online_uniform
 
-OPTIMISTIC = (
+OPTIMISTIC_ESTIMAND = (
     "optimistic bilevel: min over weights and over theta in argmin G(., w) of L_v; theta itself is pulled by L_v, "
     "so it trains on V"
 )
-MIXED = "direct mixing: min over theta of rho L_v + (1 - rho) (mean training loss + prior); it trains on V, unweighted"
+MIXING_ESTIMAND = (
+    "direct mixing: min over theta of rho L_v + (1 - rho) (mean training loss + prior); it trains on V, unweighted"
+)
 
-OFFLINE = (0.5, 0.4, 0.3)
+OFFLINE_SELECTION_SHARES = (0.5, 0.4, 0.3)
 """lambda by epoch in the public code of offline data selection."""
-SEAL = (1.0, 0.97, 0.94)
+SEAL_SHARES = (1.0, 0.97, 0.94)
 """lambda by epoch in SEAL: the first epoch trains on V alone, while the weights already move."""
 
 
-class State(NamedTuple):
+class PenaltyState(NamedTuple):
     """All that the next step needs; plain arrays, so that saving and loading it is resuming."""
 
-    inner: Inner
+    train_state: TrainState
     """theta, its optimiser's state and the number of steps done."""
-    copy: Inner | None
+    second_model: TrainState | None
     """The second copy u, which follows the weighted training loss alone."""
-    outer: Any
+    weights_state: Any
     """The selector's state."""
 
 
-class Info(NamedTuple):
+class PenaltyMetrics(NamedTuple):
     """What one step tells, all of it at the parameters that the step started from."""
 
-    inner: Scalar
+    train_loss: Scalar
     """G + r of the training batch, nats."""
-    outer: Scalar
+    validation_loss: Scalar
     """L_v of the validation batch, nats per row."""
-    share: Scalar
+    validation_share: Scalar
     """lambda."""
-    norm: Scalar
+    grad_norm: Scalar
     """The norm of theta's gradient."""
-    entries: Float[Array, "micro examples"]
+    hypergradients: Float[Array, "micro examples"]
     """l_i(theta) - l_i(u), nats; 0 for padding."""
 
 
-def by_epoch(values: Sequence[float], steps_per_epoch: int) -> optax.Schedule:
+def epoch_schedule(values: Sequence[float], steps_per_epoch: int) -> optax.Schedule:
     """step -> values[epoch], the last value for all epochs beyond the list.
 
     Raises:
@@ -95,7 +97,7 @@ def by_epoch(values: Sequence[float], steps_per_epoch: int) -> optax.Schedule:
     return lambda step: jnp.asarray(values)[jnp.minimum(step // steps_per_epoch, len(values) - 1)]
 
 
-def from_gamma(gamma: optax.Schedule) -> optax.Schedule:
+def share_from_gamma(gamma: optax.Schedule) -> optax.Schedule:
     """step -> lambda = 1 / (1 + gamma(step)): the share of L_v where the inner problem is penalised by gamma."""
     return lambda step: 1 / (1 + gamma(step))
 
@@ -125,74 +127,83 @@ def penalty(
     """
     if not gamma > 0 or steps < 1:
         raise ValueError(f"gamma {gamma} and {steps} steps; give a positive gamma and at least one step.")
-    share = 1 / (1 + gamma)
-    value_and_slope = outer_gradient(problem)
-    take, add = jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
+    validation_share = 1 / (1 + gamma)
+    loss_and_grad = validation_loss_and_grad_fn(problem)
+    gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
 
-    free = problem._replace(prior=lambda params, fixed: jnp.zeros(()))
-    prior_slope, mixed, advance = jax.jit(jax.grad(problem.prior)), jax.jit(blend), jax.jit(partial(descend, optimizer))
+    problem_without_prior = problem._replace(prior=lambda params, frozen: jnp.zeros(()))
+    prior_gradient, mixed_gradient, advance = (
+        jax.jit(jax.grad(problem.prior)),
+        jax.jit(mix_gradients),
+        jax.jit(partial(apply_gradients, optimizer)),
+    )
 
     @jax.jit
-    def add_slope(total, params, weights, fixed, batch):
+    def add_gradient(total, params, weights, frozen, batch):
         with jax.default_matmul_precision("highest"):
-            return optax.tree.add(total, gradient(free, params, weights, fixed, batch)[1])
+            return optax.tree.add(total, inner_loss_and_grad(problem_without_prior, params, weights, frozen, batch)[1])
 
     @jax.jit
-    def differences(high, low, weights, fixed, batch):
+    def loss_differences(penalized, unpenalized, weights, frozen, batch):
         with jax.default_matmul_precision("highest"):
-            one, other = (losses_and_slope(problem, params, weights, fixed, batch)[2] for params in (high, low))
-            return jax.tree.map(lambda a, b: gamma * (a - b), one, other)
+            penalized_losses, unpenalized_losses = (
+                loss_grad_and_example_losses(problem, params, weights, frozen, batch)[2]
+                for params in (penalized, unpenalized)
+            )
+            return jax.tree.map(lambda a, b: gamma * (a - b), penalized_losses, unpenalized_losses)
 
-    def inner_slope(params: Params, hyper: Hyper, fixed: Fixed, stream: Stream) -> Params:
-        total = prior_slope(params, fixed)
+    def inner_gradient(params: Params, hyper: Hyper, frozen: Frozen, stream: Stream) -> Params:
+        total = prior_gradient(params, frozen)
         for index in range(stream.steps):
             batch = stream.batch(index)
-            total = add_slope(total, params, take(hyper, batch), fixed, batch)
+            total = add_gradient(total, params, gather(hyper, batch), frozen, batch)
         return total
 
-    def estimate(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, validation: Stream) -> Estimate:
-        sample = sampled(train, min(batches or train.steps, train.steps))
+    def estimate(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validation: Stream) -> Estimate:
+        sample = subsample_stream(train, min(batches or train.steps, train.steps))
 
         def minimise(params: Params, mix: float) -> Params:
-            state = begin(optimizer, params)
+            state = init_train_state(optimizer, params)
             for _ in range(steps):
-                slope = inner_slope(state.params, hyper, fixed, sample)
+                slope = inner_gradient(state.params, hyper, frozen, sample)
                 if mix:
-                    slope = mixed(value_and_slope(state.params, fixed, validation)[1], slope, mix)
+                    slope = mixed_gradient(loss_and_grad(state.params, frozen, validation)[1], slope, mix)
                 state = advance(state, slope)
             return state.params
 
-        low = minimise(run.end.params, 0.0)
-        high = minimise(low, share)
-        direction = optax.tree.scale(gamma, optax.tree.sub(low, high))
-        pull = value_and_slope(high, fixed, validation)[1]
-        rest = optax.tree.add_scale(pull, gamma, inner_slope(high, hyper, fixed, sample))
+        unpenalized = minimise(trajectory.end.params, 0.0)
+        penalized = minimise(unpenalized, validation_share)
+        direction = optax.tree.scale(gamma, optax.tree.sub(unpenalized, penalized))
+        outer_grad = loss_and_grad(penalized, frozen, validation)[1]
+        residual_grad = optax.tree.add_scale(outer_grad, gamma, inner_gradient(penalized, hyper, frozen, sample))
         checks = Checks(
-            residual=float(tree.norm(rest) / tree.norm(pull)),
-            gap=float(optax.tree.vdot(direction, inner_slope(low, hyper, fixed, sample))),
+            residual=float(tree.norm(residual_grad) / tree.norm(outer_grad)),
+            gap=float(optax.tree.vdot(direction, inner_gradient(unpenalized, hyper, frozen, sample))),
             steps=2 * steps,
             batches=sample.steps,
         )
         grad = jax.tree.map(jnp.zeros_like, hyper)
         for index in range(train.steps):
             batch = train.batch(index)
-            grad = add(grad, batch, differences(high, low, take(hyper, batch), fixed, batch))
-        return Estimate(grad, value_and_slope(low, fixed, validation)[0], direction, checks)
+            grad = scatter_add(
+                grad, batch, loss_differences(penalized, unpenalized, gather(hyper, batch), frozen, batch)
+            )
+        return Estimate(grad, loss_and_grad(unpenalized, frozen, validation)[0], direction, checks)
 
     return estimate
 
 
-def single(
+def penalty_single_loop(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    selector: Selector,
+    online_weights: OnlineWeights,
     *,
-    share: optax.Schedule,
-    rate: optax.Schedule,
-    second: Literal["copy", "none"] = "copy",
-    normalised: bool = False,
-    cap: float = float("inf"),
-) -> Single:
+    validation_share: optax.Schedule,
+    weights_learning_rate: optax.Schedule,
+    second_model: Literal["copy", "none"] = "copy",
+    normalize_step: bool = False,
+    max_step: float = float("inf"),
+) -> SingleLoop:
     """Train theta and the weights together: one step of each on every batch, first order only.
 
         theta <- opt(grad [lambda L_v + (1 - lambda) (G + r)]);   u <- opt(grad (G + r));
@@ -225,77 +236,102 @@ def single(
     Raises:
         ValueError: if `second` is neither "copy" nor "none".
     """
-    if second not in ("copy", "none"):
-        raise ValueError(f"second={second!r}; use 'copy' (a second model) or 'none' (the memory-saving form).")
-    held_out = problem._replace(
-        inner=lambda params, weights, fixed, batch: problem.outer(params, fixed, batch),
-        prior=lambda params, fixed: jnp.zeros(()),
+    if second_model not in ("copy", "none"):
+        raise ValueError(f"second={second_model!r}; use 'copy' (a second model) or 'none' (the memory-saving form).")
+    validation_problem = problem._replace(
+        inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
+        prior=lambda params, frozen: jnp.zeros(()),
     )
 
-    def init(params: Params) -> State:
-        def fresh() -> Inner:
-            return begin(optimizer, jax.tree.map(jnp.array, params))  # buffers of its own: the step donates them
+    def init(params: Params) -> PenaltyState:
+        def fresh_state() -> TrainState:
+            return init_train_state(
+                optimizer, jax.tree.map(jnp.array, params)
+            )  # buffers of its own: the step donates them
 
-        return State(fresh(), fresh() if second == "copy" else None, selector.init())
+        return PenaltyState(fresh_state(), fresh_state() if second_model == "copy" else None, online_weights.init())
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: State, fixed: Fixed, train: Batch, validation: Batch) -> tuple[State, Info]:
-        inner, copy, index = state.inner, state.copy, train["index"]
-        lam, weights, present = share(inner.step), selector.take(state.outer, index), index != PADDING
-        value, slope, entries = losses_and_slope(problem, inner.params, weights, fixed, train)
+    def step(
+        state: PenaltyState, fixed: Frozen, train: Batch, validation: Batch
+    ) -> tuple[PenaltyState, PenaltyMetrics]:
+        train_state, copy, index = state.train_state, state.second_model, train["index"]
+        lam, weights, present = (
+            validation_share(train_state.step),
+            online_weights.batch_weights(state.weights_state, index),
+            index != PADDING,
+        )
+        value, slope, entries = loss_grad_and_example_losses(problem, train_state.params, weights, fixed, train)
         real = jnp.sum(validation["index"] != PADDING)
-        seen = {**validation, "rows": jnp.full_like(validation["rows"], real)}
-        outer, pull = gradient(held_out, inner.params, None, fixed, seen)
-        grad = blend(pull, slope, lam)
+        seen = {**validation, "num_examples": jnp.full_like(validation["num_examples"], real)}
+        validation_loss, pull = inner_loss_and_grad(validation_problem, train_state.params, None, fixed, seen)
+        grad = mix_gradients(pull, slope, lam)
         if copy is not None:
-            _, follow, losses = losses_and_slope(problem, copy.params, weights, fixed, train)
-            entries, copy = entries - losses, descend(optimizer, copy, follow)
-        entries = jnp.where(present, per_unit(entries, train) * train["rows"][:, None], 0)
-        change = selector.slope(state.outer, index, entries)
-        scale = -rate(inner.step) * (inverse_rms(change) if normalised else 1)
-        change = jax.tree.map(lambda leaf: jnp.clip(scale * leaf, -cap, cap), change)
-        info = Info(value, outer, jnp.asarray(lam), tree.norm(grad), entries)
-        return State(descend(optimizer, inner, grad), copy, selector.move(state.outer, index, change)), info
+            _, follow, losses = loss_grad_and_example_losses(problem, copy.params, weights, fixed, train)
+            entries, copy = entries - losses, apply_gradients(optimizer, copy, follow)
+        entries = jnp.where(present, divide_by_multiplicity(entries, train) * train["num_examples"][:, None], 0)
+        change = online_weights.batch_grad(state.weights_state, index, entries)
+        scale = -weights_learning_rate(train_state.step) * (inverse_rms(change) if normalize_step else 1)
+        change = jax.tree.map(lambda leaf: jnp.clip(scale * leaf, -max_step, max_step), change)
+        info = PenaltyMetrics(value, validation_loss, jnp.asarray(lam), tree.norm(grad), entries)
+        return PenaltyState(
+            apply_gradients(optimizer, train_state, grad),
+            copy,
+            online_weights.update(state.weights_state, index, change),
+        ), info
 
-    return Single(init, step, lambda state: selector.weights(state.outer), OPTIMISTIC)
+    return SingleLoop(init, step, lambda state: online_weights.weights(state.outer), OPTIMISTIC_ESTIMAND)
 
 
-def mixing(problem: Problem, optimizer: optax.GradientTransformation, rho: float, rows: int) -> Single:
+def mixing(
+    problem: Problem, optimizer: optax.GradientTransformation, validation_share: float, num_examples: int
+) -> SingleLoop:
     """Direct mixing, the baseline: theta <- opt(grad [rho L_v + (1 - rho) (mean_i l_i + r)]), every weight 1.
 
-    Estimand: the minimiser of that sum. It **trains on V**. Where training rows contradict V (useless rows) it keeps a
+    Estimand: the minimiser of that sum. It **trains on V**. Where training examples contradict V (useless rows) it keeps a
     larger L_v than the bilevel optimum for every rho < 1; with rho = 1 it is training on V alone.
 
     Raises:
         ValueError: if rho lies outside of [0, 1].
     """
-    if not 0 <= rho <= 1:
-        raise ValueError(f"rho {rho} is no share; give a number from 0 (training rows alone) to 1 (V alone).")
+    if not 0 <= validation_share <= 1:
+        raise ValueError(
+            f"rho {validation_share} is no share; give a number from 0 (training examples alone) to 1 (V alone)."
+        )
     constant = optax.constant_schedule
-    made = single(problem, optimizer, equal_selector(rows), share=constant(rho), rate=constant(0.0), second="none")
-    return made._replace(estimand=MIXED)
+    method = penalty_single_loop(
+        problem,
+        optimizer,
+        online_uniform(num_examples),
+        validation_share=constant(validation_share),
+        weights_learning_rate=constant(0.0),
+        second_model="none",
+    )
+    return method._replace(estimand=MIXING_ESTIMAND)
 
 
-def losses_and_slope(
-    problem: Problem, params: Params, weights: Slice, fixed: Fixed, batch: Batch
-) -> tuple[Scalar, Params, Slice]:
+def loss_grad_and_example_losses(
+    problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
+) -> tuple[Scalar, Params, HyperSlice]:
     """inner + prior, its gradient, and d inner / d weights (l_i / rows), over all micro-batches in one pass."""
 
     def add_micro(total, micro):
-        value, (slope, losses) = jax.value_and_grad(problem.inner, argnums=(0, 1))(params, micro[0], fixed, micro[1])
-        return optax.tree.add(total, (value, slope)), losses
+        value, (grad, example_losses) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
+            params, micro[0], frozen, micro[1]
+        )
+        return optax.tree.add(total, (value, grad)), example_losses
 
-    prior = jax.value_and_grad(problem.prior)(params, fixed)
-    (value, slope), losses = jax.lax.scan(add_micro, prior, (weights, batch))
-    return value, slope, losses
+    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    (value, grad), example_losses = jax.lax.scan(add_micro, prior, (weights, batch))
+    return value, grad, example_losses
 
 
-def blend(outer: Params, inner: Params, share: Scalar | float) -> Params:
+def mix_gradients(outer: Params, inner: Params, outer_share: Scalar | float) -> Params:
     """share * outer + (1 - share) * inner, in the type of the parameters."""
-    return jax.tree.map(lambda a, b: (share * a + (1 - share) * b).astype(b.dtype), outer, inner)
+    return jax.tree.map(lambda a, b: (outer_share * a + (1 - outer_share) * b).astype(b.dtype), outer, inner)
 
 
-def descend(optimizer: optax.GradientTransformation, state: Inner, grad: Params) -> Inner:
+def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, grad: Params) -> TrainState:
     """The state of training after one step along a gradient."""
-    updates, opt = optimizer.update(grad, state.opt, state.params)
-    return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1)
+    updates, opt = optimizer.update(grad, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)

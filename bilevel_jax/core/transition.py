@@ -11,25 +11,25 @@ from bilevel_jax.core import schedule, tree
 from bilevel_jax.core.types import (
     Adjoint,
     Batch,
-    Fixed,
+    CheckpointPlan,
+    Frozen,
     Hyper,
-    Info,
-    Inner,
-    Keep,
-    Linear,
+    HyperSlice,
+    Linearization,
     Params,
     Problem,
     PyTree,
-    Run,
     Scalar,
-    Slice,
+    StepMetrics,
+    StoredStep,
     Stream,
-    Transition,
-    Visit,
+    TrainState,
+    TrainStep,
+    Trajectory,
 )
 
 
-def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Transition:
+def train_step(problem: Problem, optimizer: optax.GradientTransformation) -> TrainStep:
     """One step of training under `optimizer` and its transpose, both compiled.
 
         forward:   g = d(inner + prior)/d params;  params', opt' = update(g, opt, params)
@@ -44,101 +44,117 @@ def transition(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
 
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
     """
-    forward, backward, linearize, pull = map(jax.jit, steps(problem, optimizer))
-    take, add = jax.jit(problem.take), jax.jit(problem.add, donate_argnums=0)
-    return Transition(forward, backward, take, add, linearize, pull)
+    forward, backward, linearize, vjp_step = map(jax.jit, step_functions(problem, optimizer))
+    gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
+    return TrainStep(forward, backward, gather, scatter_add, linearize, vjp_step)
 
 
-def steps(
-    problem: Problem, optimizer: optax.GradientTransformation, total: Callable[[PyTree], PyTree] = lambda part: part
+def step_functions(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    all_reduce: Callable[[PyTree], PyTree] = lambda part: part,
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """`transition`'s four functions of a step, to be compiled; `total` sums further what micro-batches summed up to."""
 
-    def product(params: Params, weights: Slice, fixed: Fixed, batch: Batch, v: Params) -> tuple[Params, Slice]:
+    def hessian_product(
+        params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
+    ) -> tuple[Params, HyperSlice]:
         def add_micro(total, micro):
             def both(params):
-                return jax.grad(problem.inner, argnums=(0, 1))(params, micro[0], fixed, micro[1])
+                return jax.grad(problem.inner, argnums=(0, 1))(params, micro[0], frozen, micro[1])
 
             hessian, entries = jax.jvp(both, (params,), (v,))[1]
             return optax.tree.add(total, hessian), entries
 
-        prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, fixed), (params,), (v,))[1]
+        prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, frozen), (params,), (v,))[1]
         return jax.lax.scan(add_micro, prior, (weights, batch))
 
-    def forward(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info]:
+    def forward(state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with jax.default_matmul_precision("highest"):
-            return updated(state, *total(gradient(problem, state.params, weights, fixed, batch)))
+            return apply_update(state, *all_reduce(inner_loss_and_grad(problem, state.params, weights, frozen, batch)))
 
-    def updated(state: Inner, loss: Scalar, grad: Params) -> tuple[Inner, Info]:
-        updates, opt = optimizer.update(grad, state.opt, state.params)
-        after = Inner(optax.apply_updates(state.params, updates), opt, state.step + 1)
-        return after, Info(loss, grad, tree.norm(grad))
+    def apply_update(state: TrainState, loss: Scalar, grad: Params) -> tuple[TrainState, StepMetrics]:
+        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        new_state = TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
+        return new_state, StepMetrics(loss, grad, tree.norm(grad))
 
     def backward(
-        state: Inner, grad: Params, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
-    ) -> tuple[Adjoint, Slice]:
+        state: TrainState, grad: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, adjoint: Adjoint
+    ) -> tuple[Adjoint, HyperSlice]:
         with jax.default_matmul_precision("highest"):
-            grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
-            hessian, entries = product(state.params, weights, fixed, batch, grad_bar)
-            return Adjoint(optax.tree.add(params_bar, total(hessian)), opt_bar), entries
+            grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+            hvp, hypergradients = hessian_product(state.params, weights, frozen, batch, grad_bar)
+            return Adjoint(optax.tree.add(params_bar, all_reduce(hvp)), opt_bar), hypergradients
 
-    def linearize(state: Inner, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Inner, Info, Linear]:
-        def slope(params: Params) -> tuple[tuple[Params, Slice], Scalar]:
+    def linearize(
+        state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch
+    ) -> tuple[TrainState, StepMetrics, Linearization]:
+        def grads_and_loss(params: Params) -> tuple[tuple[Params, HyperSlice], Scalar]:
             def add_micro(total, micro):
                 loss, (grad, entries) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
-                    params, micro[0], fixed, micro[1]
+                    params, micro[0], frozen, micro[1]
                 )
                 return optax.tree.add(total, (loss, grad)), entries
 
-            prior = jax.value_and_grad(problem.prior)(params, fixed)
+            prior = jax.value_and_grad(problem.prior)(params, frozen)
             (loss, grad), entries = jax.lax.scan(add_micro, prior, (weights, batch))
             return (grad, entries), loss
 
         with jax.default_matmul_precision("highest"):
-            (grad, _), linear, loss = jax.linearize(slope, state.params, has_aux=True)
-            return *updated(state, *total((loss, grad))), _lean(linear, state, weights, fixed, batch)
+            (grad, _), linearization, loss = jax.linearize(grads_and_loss, state.params, has_aux=True)
+            return *apply_update(state, *all_reduce((loss, grad))), _strip_inputs(
+                linearization, state, weights, frozen, batch
+            )
 
-    def pull(
-        state: Inner, grad: Params, linear: Linear, weights: Slice, fixed: Fixed, batch: Batch, adjoint: Adjoint
-    ) -> tuple[Adjoint, Slice]:
+    def vjp_step(
+        state: TrainState,
+        grad: Params,
+        linearization: Linearization,
+        weights: HyperSlice,
+        frozen: Frozen,
+        batch: Batch,
+        adjoint: Adjoint,
+    ) -> tuple[Adjoint, HyperSlice]:
         with jax.default_matmul_precision("highest"):
-            grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
-            hessian, entries = linear(jax.tree.leaves((state, weights, fixed, batch)), grad_bar)
-            return Adjoint(optax.tree.add(params_bar, total(hessian)), opt_bar), entries
+            grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+            hvp, hypergradients = linearization(jax.tree.leaves((state, weights, frozen, batch)), grad_bar)
+            return Adjoint(optax.tree.add(params_bar, all_reduce(hvp)), opt_bar), hypergradients
 
-    return forward, backward, linearize, pull
+    return forward, backward, linearize, vjp_step
 
 
-def _lean(linear: Callable, *given: PyTree) -> Linear:
+def _strip_inputs(linearized: Callable, *inputs: PyTree) -> Linearization:
     """The linearisation without the arrays that were given to the step: a compiled function would copy them, a frozen
     base model among them, for every step on the tape."""
-    leaves, structure = jax.tree.flatten(linear)
-    places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(given))}
-    found = [places.get(id(leaf)) for leaf in leaves]
+    leaves, structure = jax.tree.flatten(linearized)
+    place_of_input = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(inputs))}
+    input_places = [place_of_input.get(id(leaf)) for leaf in leaves]
 
-    def apply(own: list[jax.Array], given: list[jax.Array], v: Params) -> tuple[Params, Slice]:
+    def apply(own: list[jax.Array], inputs: list[jax.Array], v: Params) -> tuple[Params, HyperSlice]:
         rest = iter(own)
-        whole = [next(rest) if place is None else given[place] for place in found]
+        whole = [next(rest) if place is None else inputs[place] for place in input_places]
         return structure.unflatten(whole)(v)
 
-    own = [leaf for leaf, place in zip(leaves, found, strict=True) if place is None]
-    return jax.tree_util.Partial(apply, own)
+    own_leaves = [leaf for leaf, place in zip(leaves, input_places, strict=True) if place is None]
+    return jax.tree_util.Partial(apply, own_leaves)
 
 
-def gradient(problem: Problem, params: Params, weights: Slice, fixed: Fixed, batch: Batch) -> tuple[Scalar, Params]:
+def inner_loss_and_grad(
+    problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
+) -> tuple[Scalar, Params]:
     """inner + prior and its gradient, over all micro-batches of a step; one of them in memory at a time."""
 
     def add_micro(total, micro):
-        value = jax.value_and_grad(problem.inner)(params, micro[0], fixed, micro[1])
+        value = jax.value_and_grad(problem.inner)(params, micro[0], frozen, micro[1])
         return optax.tree.add(total, value), None
 
-    prior = jax.value_and_grad(problem.prior)(params, fixed)
+    prior = jax.value_and_grad(problem.prior)(params, frozen)
     return jax.lax.scan(add_micro, prior, (weights, batch))[0]
 
 
-def descent(
+def forward_only_step(
     problem: Problem, optimizer: optax.GradientTransformation
-) -> Callable[[Inner, Hyper, Fixed, Batch], tuple[Inner, Scalar]]:
+) -> Callable[[TrainState, Hyper, Frozen, Batch], tuple[TrainState, Scalar]]:
     """The same step for training alone: (state, hyper, fixed, batch) -> (state', loss), compiled.
 
     Nothing of it is differentiated, so the products have JAX's default precision, the gradient is not kept, and the
@@ -146,51 +162,51 @@ def descent(
     """
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: Inner, hyper: Hyper, fixed: Fixed, batch: Batch) -> tuple[Inner, Scalar]:
-        loss, grad = gradient(problem, state.params, problem.take(hyper, batch), fixed, batch)
-        updates, opt = optimizer.update(grad, state.opt, state.params)
-        return Inner(optax.apply_updates(state.params, updates), opt, state.step + 1), loss
+    def step(state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch) -> tuple[TrainState, Scalar]:
+        loss, grad = inner_loss_and_grad(problem, state.params, problem.gather(hyper, batch), frozen, batch)
+        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1), loss
 
     return step
 
 
-def update_transpose(
-    optimizer: optax.GradientTransformation, grad: Params, state: Inner, adjoint: Adjoint
+def optimizer_vjp(
+    optimizer: optax.GradientTransformation, grad: Params, state: TrainState, adjoint: Adjoint
 ) -> tuple[Params, Params, list[jax.Array]]:
     """The adjoint, pulled back through one optimiser update: (of the gradient, of the parameters, of the state)."""
-    floats, join = tree.partition(state.opt)
+    floats, join = tree.split_inexact_leaves(state.opt_state)
 
     def update(grad, params, floats):
         updates, opt = optimizer.update(grad, join(floats), params)
-        return optax.apply_updates(params, updates), tree.inexact(opt)
+        return optax.apply_updates(params, updates), tree.inexact_leaves(opt)
 
-    return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt))
+    return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt_state))
 
 
-def begin(optimizer: optax.GradientTransformation, params: Params) -> Inner:
+def init_train_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     """The state before the first step."""
-    return Inner(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def finished(params: Params) -> Run:
+def trajectory_from_params(params: Params) -> Trajectory:
     """A run that ended at `params`, however they were found: for estimators that read a run's end only (`implicit`)."""
-    state = begin(optax.identity(), params)
-    return Run(state, state, 0, schedule.NOTHING, {}, {})
+    state = init_train_state(optax.identity(), params)
+    return Trajectory(state, state, 0, schedule.NO_CHECKPOINTS, {}, {})
 
 
 def train(
-    step: Transition,
-    start: Inner,
+    step: TrainStep,
+    start: TrainState,
     hyper: Hyper,
-    fixed: Fixed,
+    frozen: Frozen,
     stream: Stream,
     *,
-    keep: Keep | None = None,
-    since: int = 0,
-    snapshots: MutableMapping[int, Inner] | None = None,
-    resume: Inner | None = None,
-    on_step: Callable[[Inner, Info], None] | None = None,
-) -> Run:
+    plan: CheckpointPlan | None = None,
+    first_backward_step: int = 0,
+    snapshots: MutableMapping[int, TrainState] | None = None,
+    resume: TrainState | None = None,
+    on_step: Callable[[TrainState, StepMetrics], None] | None = None,
+) -> Trajectory:
     """Train over a stream with the driver of long runs, a Python loop, and return what the estimators read.
 
     Keeps what `keep` says (default: `schedule.square_root`) for a sweep back to step `since`. `snapshots` is where
@@ -198,54 +214,60 @@ def train(
     snapshots are then there already. `on_step` is called after each step with the state reached and what the step told,
     both still on the device.
     """
-    keep = schedule.square_root(stream.steps - since) if keep is None else keep
+    plan = schedule.square_root_plan(stream.steps - first_backward_step) if plan is None else plan
     snapshots = {} if snapshots is None else snapshots
-    placed = schedule.placed(0, stream.steps - since, keep.snapshots, keep.tape)
-    kept = {since + place for place in placed}  # the start is kept anyway
-    tape: dict[int, Visit] = {}
+    snapshot_offsets = schedule.place_snapshots(
+        0, stream.steps - first_backward_step, plan.snapshots, plan.stored_steps
+    )
+    snapshot_steps = {first_backward_step + offset for offset in snapshot_offsets}  # the start is kept anyway
+    stored_steps: dict[int, StoredStep] = {}
     state = start if resume is None else resume
     for index in range(int(state.step), stream.steps):
-        if index in kept and index:
+        if index in snapshot_steps and index:
             snapshots[index] = state
-        taped = index >= max(since, stream.steps - keep.tape)
-        state, info, visited = visit(step, state, hyper, fixed, stream.batch(index), linear=taped and keep.linear)
-        if taped:
-            tape[index] = visited
+        is_stored = index >= max(first_backward_step, stream.steps - plan.stored_steps)
+        state, metrics, stored_step = store_step(
+            step, state, hyper, frozen, stream.batch(index), linearize=is_stored and plan.linearize
+        )
+        if is_stored:
+            stored_steps[index] = stored_step
         if on_step:
-            on_step(state, info)
-    return Run(start, state, stream.steps, keep, snapshots, tape)
+            on_step(state, metrics)
+    return Trajectory(start, state, stream.steps, plan, snapshots, stored_steps)
 
 
-def visit(
-    step: Transition, state: Inner, hyper: Hyper, fixed: Fixed, batch: Batch, *, linear: bool
-) -> tuple[Inner, Info, Visit]:
+def store_step(
+    step: TrainStep, state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch, *, linearize: bool
+) -> tuple[TrainState, StepMetrics, StoredStep]:
     """One step, and what of it goes on a tape."""
-    part = step.take(hyper, batch)
-    if linear:
-        after, info, derivatives = step.linearize(state, part, fixed, batch)
-        return after, info, Visit(state, info.grad, derivatives)
-    after, info = step.forward(state, part, fixed, batch)
-    return after, info, Visit(state, info.grad)
+    hyper_slice = step.gather(hyper, batch)
+    if linearize:
+        new_state, metrics, linearization = step.linearize(state, hyper_slice, frozen, batch)
+        return new_state, metrics, StoredStep(state, metrics.grad, linearization)
+    new_state, metrics = step.forward(state, hyper_slice, frozen, batch)
+    return new_state, metrics, StoredStep(state, metrics.grad)
 
 
-def retreat(
-    step: Transition, visited: Visit, hyper: Hyper, fixed: Fixed, batch: Batch, adjoint: Adjoint
-) -> tuple[Adjoint, Slice]:
+def backward_step(
+    step: TrainStep, stored_step: StoredStep, hyper: Hyper, frozen: Frozen, batch: Batch, adjoint: Adjoint
+) -> tuple[Adjoint, HyperSlice]:
     """One step back: (the adjoint before it, the entries of its slice)."""
-    part = step.take(hyper, batch)
-    if visited.linear is not None:
-        return step.pull(visited.state, visited.grad, visited.linear, part, fixed, batch, adjoint)
-    return step.backward(visited.state, visited.grad, part, fixed, batch, adjoint)
+    hyper_slice = step.gather(hyper, batch)
+    if stored_step.linearization is not None:
+        return step.vjp_step(
+            stored_step.state, stored_step.grad, stored_step.linearization, hyper_slice, frozen, batch, adjoint
+        )
+    return step.backward(stored_step.state, stored_step.grad, hyper_slice, frozen, batch, adjoint)
 
 
 @partial(jax.jit, static_argnames="step")
-def scan(step: Transition, start: Inner, hyper: Hyper, fixed: Fixed, batches: Batch) -> Inner:
+def scan(step: TrainStep, start: TrainState, hyper: Hyper, frozen: Frozen, batches: Batch) -> TrainState:
     """Train over stacked batches (leaves [steps, micro, ...]) with `lax.scan`: the driver of small problems.
 
     The end of training as one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests.
     """
 
     def body(state, batch):
-        return step.forward(state, step.take(hyper, batch), fixed, batch)[0], None
+        return step.forward(state, step.gather(hyper, batch), frozen, batch)[0], None
 
     return jax.lax.scan(body, start, batches)[0]

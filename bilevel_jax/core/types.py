@@ -8,18 +8,18 @@ from jaxtyping import Array, Bool, Float, Int
 PyTree = Any
 Params = PyTree
 """What the inner problem trains."""
-Slice = PyTree
+HyperSlice = PyTree
 """The part of the outer variable that one batch touches; leaves lead with [micro, ...], as a batch's do."""
 Hyper = PyTree
 """What the estimators differentiate with respect to; by default the weight table, float[rows]."""
-Fixed = PyTree
+Frozen = PyTree
 """Constant over a run (a frozen base model). Never stacked, scanned or differentiated."""
 Batch = PyTree
 """A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the row of the weight
 table of each example (`PADDING` where there is none), and `rows` float[micro], the number of real examples in the whole
 global step (in a stream that is summed, as the validation stream is: in the whole stream). Where examples do not all
 count the same before they are weighted, `base` float[micro, examples], mean 1: a factor of each."""
-Linear = Callable[[list[Array], Params], tuple[Params, Slice]]
+Linearization = Callable[[list[Array], Params], tuple[Params, HyperSlice]]
 """(what the step was given, v) -> (H v, the entries along v): a step's second derivatives, as arrays that compiled
 functions take and return."""
 Scalar = Float[Array, ""]
@@ -35,11 +35,11 @@ class Stream(NamedTuple):
     steps: int
 
 
-class Loss(NamedTuple):
+class CompositeLoss(NamedTuple):
     """Per-example losses as `link(outputs)`, the link convex in the outputs, so that Gauss-Newton is defined."""
 
-    outputs: Callable[[Params, Fixed, Batch], PyTree]
-    link: Callable[[PyTree, Fixed, Batch], Float[Array, "examples"]]
+    outputs: Callable[[Params, Frozen, Batch], PyTree]
+    link: Callable[[PyTree, Frozen, Batch], Float[Array, "examples"]]
 
 
 class Problem(NamedTuple):
@@ -49,106 +49,108 @@ class Problem(NamedTuple):
     see the whole global step.
     """
 
-    inner: Callable[[Params, Slice, Fixed, Batch], Scalar]
+    inner: Callable[[Params, HyperSlice, Frozen, Batch], Scalar]
     """One micro-batch's share of the training loss: sum(weights * losses) / rows."""
-    prior: Callable[[Params, Fixed], Scalar]
+    prior: Callable[[Params, Frozen], Scalar]
     """r(params), added once per step."""
-    outer: Callable[[Params, Fixed, Batch], Scalar]
+    outer: Callable[[Params, Frozen, Batch], Scalar]
     """One micro-batch's share of L_v; summed over all of the validation stream."""
-    take: Callable[[Hyper, Batch], Slice]
+    gather: Callable[[Hyper, Batch], HyperSlice]
     """The slice of hyper that a global step touches."""
-    add: Callable[[Hyper, Batch, Slice], Hyper]
+    scatter_add: Callable[[Hyper, Batch, HyperSlice], Hyper]
     """The transpose of `take`: a scatter-add, in which repeated rows add up."""
 
 
-class Inner(NamedTuple):
+class TrainState(NamedTuple):
     """The state of training: all that the next step needs."""
 
     params: Params
-    opt: PyTree
+    opt_state: PyTree
     step: Int[Array, ""]
 
 
-class Info(NamedTuple):
+class StepMetrics(NamedTuple):
     """What one training step tells: the loss it started from (nats), its gradient and the gradient's norm."""
 
     loss: Scalar
     grad: Params
-    norm: Scalar
+    grad_norm: Scalar
 
 
 class Adjoint(NamedTuple):
     """d L_v / d (state of training): of the parameters and of the optimiser state's inexact leaves, in leaf order."""
 
     params: Params
-    opt: list[Array]
+    opt_state: list[Array]
 
 
-class Transition(NamedTuple):
+class TrainStep(NamedTuple):
     """One optimiser step, forward and backward, and the compiled access to the outer variable."""
 
-    forward: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info]]
-    backward: Callable[[Inner, Params, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
+    forward: Callable[[TrainState, HyperSlice, Frozen, Batch], tuple[TrainState, StepMetrics]]
+    backward: Callable[[TrainState, Params, HyperSlice, Frozen, Batch, Adjoint], tuple[Adjoint, HyperSlice]]
     """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, slice's)."""
-    take: Callable[[Hyper, Batch], Slice]
-    add: Callable[[Hyper, Batch, Slice], Hyper]
+    gather: Callable[[Hyper, Batch], HyperSlice]
+    scatter_add: Callable[[Hyper, Batch, HyperSlice], Hyper]
     """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
-    linearize: Callable[[Inner, Slice, Fixed, Batch], tuple[Inner, Info, Linear]]
+    linearize: Callable[[TrainState, HyperSlice, Frozen, Batch], tuple[TrainState, StepMetrics, Linearization]]
     """`forward`, and what `backward` would compute of it again."""
-    pull: Callable[[Inner, Params, Linear, Slice, Fixed, Batch, Adjoint], tuple[Adjoint, Slice]]
+    vjp_step: Callable[
+        [TrainState, Params, Linearization, HyperSlice, Frozen, Batch, Adjoint], tuple[Adjoint, HyperSlice]
+    ]
     """`backward` with it."""
 
 
-class Keep(NamedTuple):
+class CheckpointPlan(NamedTuple):
     """What of a training is kept for its sweep; see `schedule`."""
 
     snapshots: int
     """States kept at the same time."""
-    tape: int
+    stored_steps: int
     """Steps whose state and gradient are kept at the same time: a sweep goes back through so many at once."""
-    linear: bool = False
+    linearize: bool = False
     """Whether the steps on the tape keep their linearisations, too: a quarter less work to go back through them."""
 
 
-class Visit(NamedTuple):
+class StoredStep(NamedTuple):
     """A step of training as a sweep goes back through it."""
 
-    state: Inner
+    state: TrainState
     """Before the step."""
     grad: Params
-    linear: Linear | None = None
+    linearization: Linearization | None = None
 
 
-class Run(NamedTuple):
+class Trajectory(NamedTuple):
     """A finished training run, as the estimators read it."""
 
-    start: Inner
-    end: Inner
+    start: TrainState
+    end: TrainState
     steps: int
-    keep: Keep
-    snapshots: MutableMapping[int, Inner]
+    plan: CheckpointPlan
+    snapshots: MutableMapping[int, TrainState]
     """The states before some steps but the first, in memory or elsewhere, core does not see. A sweep adds others where
     it has to replay twice, and removes those that it is done with; any that are there serve the next."""
-    tape: dict[int, Visit]
+    stored_steps: dict[int, StoredStep]
     """The last steps. A sweep clears it where it needs the memory for earlier ones."""
 
 
-class Sweep(NamedTuple):
+class BackwardState(NamedTuple):
     """The state of a reverse sweep; written to disk, it is what resuming needs."""
 
     step: int
     """All steps from this one on are swept."""
-    edge: Inner
+    train_state: TrainState
     """The state before that step: what a replay of the steps before it must reach."""
     adjoint: Adjoint
     grad: Hyper
-    value: Scalar
+    validation_loss: Scalar
     """L_v at the end of training, nats."""
-    first: Scalar
+    norm_at_end: Scalar
     """The norm of the adjoint at the end of training."""
-    peak: Scalar
+    max_norm: Scalar
     """The largest norm of the adjoint so far."""
-    replayed: Bool[Array, ""]
+    replay_matches: Bool[Array, ""]
 
 
 class Checks(NamedTuple):
@@ -177,28 +179,28 @@ class Estimate(NamedTuple):
 
     grad: Hyper
     """d L_v / d hyper, nats per unit of weight; below 0 where more weight lowers L_v."""
-    value: Scalar
+    validation_loss: Scalar
     """L_v, nats."""
     direction: Params
     """implicit: the solution v; unrolled: d L_v / d (parameters at the first step swept)."""
     checks: Checks
 
 
-Estimator = Callable[[Run, Hyper, Fixed, Stream, Stream], Estimate]
+Estimator = Callable[[Trajectory, Hyper, Frozen, Stream, Stream], Estimate]
 """(run, hyper, fixed, train stream, validation stream) -> Estimate."""
 Matvec = Callable[[Params], Params]
 
 
-class Solve(NamedTuple):
+class SolveResult(NamedTuple):
     """The result of a linear solve A x = b."""
 
     x: Params
     residual: float
-    curvature: float
+    min_curvature: float
     steps: int
 
 
-Solver = Callable[[Matvec, Params, Params | None], Solve]
+Solver = Callable[[Matvec, Params, Params | None], SolveResult]
 """(product v -> A v, right-hand side, first guess) -> Solve."""
 
 
@@ -206,10 +208,10 @@ class Weighting(NamedTuple):
     """A map from an outer variable to the weight table; pulled back once per estimate, outside the sweep."""
 
     init: Callable[[], Hyper]
-    weights: Callable[[Hyper], Float[Array, "rows"]]
+    weights: Callable[[Hyper], Float[Array, "examples"]]
 
 
-class Single(NamedTuple):
+class SingleLoop(NamedTuple):
     """A single-loop method: the parameters and the weights move together, so that one driver trains with any of them.
 
     A state is plain arrays, has `inner: Inner` (the parameters, their optimiser's state, the steps done), and saving it
@@ -219,9 +221,9 @@ class Single(NamedTuple):
 
     init: Callable[[Params], Any]
     """The state before the first step, in buffers of its own."""
-    step: Callable[[Any, Fixed, Batch, Batch], tuple[Any, Any]]
+    step: Callable[[Any, Frozen, Batch, Batch], tuple[Any, Any]]
     """(state, fixed, training batch, validation batch) -> (state, info); compiled; the state given is donated."""
-    weights: Callable[[Any], Float[Array, "rows"]]
+    weights: Callable[[Any], Float[Array, "examples"]]
     """state -> the whole table, mean about 1; it costs O(rows)."""
     estimand: str
     """What the trained model and the weights solve, in words."""

@@ -11,40 +11,40 @@ import optax
 from jaxtyping import Array, Bool
 
 from bilevel_jax.core import schedule, tree
-from bilevel_jax.core.transition import retreat, update_transpose, visit
+from bilevel_jax.core.transition import backward_step, optimizer_vjp, store_step
 from bilevel_jax.core.types import (
     Adjoint,
+    BackwardState,
     Checks,
     Estimate,
     Estimator,
-    Fixed,
+    Frozen,
     Hyper,
-    Inner,
     Params,
     Problem,
-    Run,
     Scalar,
     Stream,
-    Sweep,
-    Transition,
+    TrainState,
+    TrainStep,
+    Trajectory,
 )
 
-PIECE = 32
+STEPS_PER_ADVANCE = 32
 """Steps that are swept between two occasions to save: a copy of the outer variable is made for each."""
 
 
-class Sweeper(NamedTuple):
+class BackwardPass(NamedTuple):
     """A reverse sweep in pieces, for drivers that save between them."""
 
-    begin: Callable[[Run, Hyper, Fixed, Stream], Sweep]
+    init: Callable[[Trajectory, Hyper, Frozen, Stream], BackwardState]
     """(run, hyper, fixed, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
-    advance: Callable[[Run, Hyper, Fixed, Stream, Sweep], Sweep]
+    advance: Callable[[Trajectory, Hyper, Frozen, Stream, BackwardState], BackwardState]
     """(run, hyper, fixed, train stream, sweep): at most `PIECE` steps further back."""
-    done: Callable[[Run, Sweep], bool]
-    finish: Callable[[Run, Sweep], Estimate]
+    is_done: Callable[[Trajectory, BackwardState], bool]
+    finish: Callable[[Trajectory, BackwardState], Estimate]
 
 
-def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -> Estimator:
+def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) -> Estimator:
     """d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps (default: all).
 
         lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
@@ -60,177 +60,212 @@ def unrolled(problem: Problem, step: Transition, *, window: int | None = None) -
     steps are another program than trained ones: their states had the same bits in every case tried on CPUs; where a
     compiler orders sums otherwise there, `replayed` is False for a difference that is rounding.
     """
-    sweeps = sweeper(problem, step, window=window)
+    backward = backward_pass(problem, step, window=window)
 
-    def estimate(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, validation: Stream) -> Estimate:
-        sweep = sweeps.begin(run, hyper, fixed, validation)
-        while not sweeps.done(run, sweep):
-            sweep = sweeps.advance(run, hyper, fixed, train, sweep)
-        return sweeps.finish(run, sweep)
+    def estimate(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validation: Stream) -> Estimate:
+        backward_state = backward.init(trajectory, hyper, frozen, validation)
+        while not backward.is_done(trajectory, backward_state):
+            backward_state = backward.advance(trajectory, hyper, frozen, train, backward_state)
+        return backward.finish(trajectory, backward_state)
 
     return estimate
 
 
 def each(
-    problem: Problem, step: Transition, *, on_step: Callable[[int], None] | None = None
-) -> Callable[[Run, Hyper, Fixed, Stream, Sequence[Stream]], Estimate]:
+    problem: Problem, step: TrainStep, *, on_step: Callable[[int], None] | None = None
+) -> Callable[[Trajectory, Hyper, Frozen, Stream, Sequence[Stream]], Estimate]:
     """d L_q(theta_T(w)) / dw for several outer losses L_q, given as validation streams, by one reverse sweep.
 
     The adjoints go back side by side, so the replayed steps and the primal passes of the Hessian products are paid for
     once. Equal to `unrolled` for each stream; every leaf of the estimate leads with [losses]. Memory: that of one sweep
     and, for each loss more, an adjoint and the tangents of one step.
     """
-    value_and_slope = outer_gradient(problem)
-    several = step._replace(
+    loss_and_grad = validation_loss_and_grad_fn(problem)
+    vmapped_step = step._replace(
         backward=jax.jit(jax.vmap(step.backward, in_axes=(None, None, None, None, None, 0))),
-        pull=jax.jit(jax.vmap(step.pull, in_axes=(None, None, None, None, None, None, 0))),
-        add=jax.jit(jax.vmap(problem.add, in_axes=(0, None, 0)), donate_argnums=0),
+        vjp_step=jax.jit(jax.vmap(step.vjp_step, in_axes=(None, None, None, None, None, None, 0))),
+        scatter_add=jax.jit(jax.vmap(problem.scatter_add, in_axes=(0, None, 0)), donate_argnums=0),
     )
-    sweeps = sweeper(problem, several, on_step=on_step)
+    backward = backward_pass(problem, vmapped_step, on_step=on_step)
 
-    def estimate(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, validations: Sequence[Stream]) -> Estimate:
-        found = [value_and_slope(run.end.params, fixed, validation) for validation in validations]
-        values, slopes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    def estimate(
+        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validations: Sequence[Stream]
+    ) -> Estimate:
+        losses_and_grads = [loss_and_grad(trajectory.end.params, frozen, validation) for validation in validations]
+        validation_losses, params_grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *losses_and_grads)
 
-        def repeated(leaf):
+        def stacked_zeros(leaf):
             return jnp.zeros((len(validations), *leaf.shape), leaf.dtype)
 
-        adjoint = Adjoint(slopes, [repeated(leaf) for leaf in tree.inexact(run.end.opt)])
-        grad, size = jax.tree.map(repeated, hyper), tree.norm(slopes)
-        sweep = Sweep(run.steps, run.end, adjoint, grad, values, size, size, jnp.array(True))
-        while not sweeps.done(run, sweep):
-            sweep = sweeps.advance(run, hyper, fixed, train, sweep)
-        return sweeps.finish(run, sweep)
+        adjoint = Adjoint(params_grads, [stacked_zeros(leaf) for leaf in tree.inexact_leaves(trajectory.end.opt_state)])
+        grad, norm_at_end = jax.tree.map(stacked_zeros, hyper), tree.norm(params_grads)
+        backward_state = BackwardState(
+            trajectory.steps,
+            trajectory.end,
+            adjoint,
+            grad,
+            validation_losses,
+            norm_at_end,
+            norm_at_end,
+            jnp.array(True),
+        )
+        while not backward.is_done(trajectory, backward_state):
+            backward_state = backward.advance(trajectory, hyper, frozen, train, backward_state)
+        return backward.finish(trajectory, backward_state)
 
     return estimate
 
 
-def sweeper(
+def backward_pass(
     problem: Problem,
-    step: Transition,
+    step: TrainStep,
     *,
     window: int | None = None,
     on_step: Callable[[int], None] | None = None,
     on_replay: Callable[[int], None] | None = None,
-) -> Sweeper:
+) -> BackwardPass:
     """The pieces of `unrolled`. A `Sweep` is plain arrays: save it after any piece, load it, and go on.
 
     `on_step` is called after each step swept with the step's number, `on_replay` after each step replayed.
     """
-    value_and_slope = outer_gradient(problem)
+    loss_and_grad = validation_loss_and_grad_fn(problem)
 
-    def first(run: Run) -> int:
-        return 0 if window is None else max(0, run.steps - window)
+    def first_step(trajectory: Trajectory) -> int:
+        return 0 if window is None else max(0, trajectory.steps - window)
 
-    def begin(run: Run, hyper: Hyper, fixed: Fixed, validation: Stream) -> Sweep:
-        if run.steps and not run.keep.tape:
+    def begin(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
+        if trajectory.steps and not trajectory.plan.stored_steps:
             raise ValueError("this training kept nothing for a sweep; give `train` another `keep`.")
-        value, slope = value_and_slope(run.end.params, fixed, validation)
-        size = tree.norm(slope)
-        adjoint = Adjoint(slope, [jnp.zeros_like(leaf) for leaf in tree.inexact(run.end.opt)])
+        validation_loss, params_grad = loss_and_grad(trajectory.end.params, frozen, validation)
+        norm_at_end = tree.norm(params_grad)
+        adjoint = Adjoint(params_grad, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(trajectory.end.opt_state)])
         grad = jax.tree.map(jnp.zeros_like, hyper)
-        return Sweep(run.steps, run.end, adjoint, grad, value, size, size, jnp.array(True))
+        return BackwardState(
+            trajectory.steps, trajectory.end, adjoint, grad, validation_loss, norm_at_end, norm_at_end, jnp.array(True)
+        )
 
-    def replay(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, end: int) -> Inner:
+    def replay(run: Trajectory, hyper: Hyper, fixed: Frozen, train: Stream, end: int) -> TrainState:
         """Put the last steps before `end` on the tape; the state that they lead to."""
-        run.tape.clear()  # what stands there is swept, and these steps need its memory
+        run.stored_steps.clear()  # what stands there is swept, and these steps need its memory
         before = {kept for kept in run.snapshots if kept < end}
-        if first(run) == 0 or not before:
+        if first_step(run) == 0 or not before:
             before.add(0)
-        begin, planned = schedule.refill(before, end, run.keep)
+        replay_from, planned = schedule.plan_replay(before, end, run.plan)
         if planned:
             for used in [kept for kept in run.snapshots if kept >= end]:
                 del run.snapshots[used]
-        state = run.snapshots[begin] if begin else run.start
-        for t in range(begin, end):
+        state = run.snapshots[replay_from] if replay_from else run.start
+        for t in range(replay_from, end):
             if t in planned:
                 run.snapshots[t] = state
-            taped = t >= max(first(run), end - run.keep.tape)
-            state, _, visited = visit(step, state, hyper, fixed, train.batch(t), linear=taped and run.keep.linear)
+            taped = t >= max(first_step(run), end - run.plan.stored_steps)
+            state, _, visited = store_step(
+                step, state, hyper, fixed, train.batch(t), linearize=taped and run.plan.linearize
+            )
             if taped:
-                run.tape[t] = visited
+                run.stored_steps[t] = visited
             if on_replay:
                 on_replay(t)
         return state
 
-    def advance(run: Run, hyper: Hyper, fixed: Fixed, train: Stream, sweep: Sweep) -> Sweep:
-        t, replayed = sweep.step, sweep.replayed
-        if t - 1 not in run.tape:
-            replayed = jnp.logical_and(replayed, _same(replay(run, hyper, fixed, train, t), sweep.edge))
-        adjoint, peak, grad = sweep.adjoint, sweep.peak, jax.tree.map(jnp.copy, sweep.grad)
-        stop = max(first(run), t - PIECE)
-        while t > stop and t - 1 in run.tape:
+    def advance(
+        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, backward_state: BackwardState
+    ) -> BackwardState:
+        t, replay_matches = backward_state.step, backward_state.replay_matches
+        if t - 1 not in trajectory.stored_steps:
+            replay_matches = jnp.logical_and(
+                replay_matches, _states_equal(replay(trajectory, hyper, frozen, train, t), backward_state.train_state)
+            )
+        adjoint, max_norm, grad = (
+            backward_state.adjoint,
+            backward_state.max_norm,
+            jax.tree.map(jnp.copy, backward_state.grad),
+        )
+        stop = max(first_step(trajectory), t - STEPS_PER_ADVANCE)
+        while t > stop and t - 1 in trajectory.stored_steps:
             t -= 1
             batch = train.batch(t)
-            adjoint, entries = retreat(step, run.tape[t], hyper, fixed, batch, adjoint)
-            grad, peak = step.add(grad, batch, entries), _larger(peak, adjoint)
+            adjoint, hypergradients = backward_step(step, trajectory.stored_steps[t], hyper, frozen, batch, adjoint)
+            grad, max_norm = step.scatter_add(grad, batch, hypergradients), _update_max_norm(max_norm, adjoint)
             if on_step:
                 on_step(t)
-        return Sweep(t, run.tape[t].state, adjoint, grad, sweep.value, sweep.first, peak, replayed)
+        return BackwardState(
+            t,
+            trajectory.stored_steps[t].state,
+            adjoint,
+            grad,
+            backward_state.validation_loss,
+            backward_state.norm_at_end,
+            max_norm,
+            replay_matches,
+        )
 
-    def done(run: Run, sweep: Sweep) -> bool:
-        return sweep.step <= first(run)
+    def done(trajectory: Trajectory, backward_state: BackwardState) -> bool:
+        return backward_state.step <= first_step(trajectory)
 
-    def finish(run: Run, sweep: Sweep) -> Estimate:
-        growth, replayed = float(sweep.peak / sweep.first), bool(sweep.replayed)
-        checks = Checks(growth=growth, replayed=replayed, steps=run.steps - first(run))
-        return Estimate(sweep.grad, sweep.value, sweep.adjoint.params, checks)
+    def finish(trajectory: Trajectory, backward_state: BackwardState) -> Estimate:
+        growth, replay_matches = (
+            float(backward_state.max_norm / backward_state.norm_at_end),
+            bool(backward_state.replay_matches),
+        )
+        checks = Checks(growth=growth, replayed=replay_matches, steps=trajectory.steps - first_step(trajectory))
+        return Estimate(backward_state.grad, backward_state.validation_loss, backward_state.adjoint.params, checks)
 
-    return Sweeper(begin, advance, done, finish)
+    return BackwardPass(begin, advance, done, finish)
 
 
-_same = jax.jit(tree.equal)
-_larger = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
+_states_equal = jax.jit(tree.bitwise_equal)
+_update_max_norm = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
 
 
 @lru_cache(maxsize=8)  # so that a run which comes back to a problem with other rows compiles nothing again
-def outer_gradient(problem: Problem) -> Callable[[Params, Fixed, Stream], tuple[Scalar, Params]]:
+def validation_loss_and_grad_fn(problem: Problem) -> Callable[[Params, Frozen, Stream], tuple[Scalar, Params]]:
     """(params, fixed, validation stream) -> L_v and its gradient, over *all* of the stream."""
 
     @jax.jit
-    def add(total, params, fixed, batch):
+    def add(total, params, frozen, batch):
         def add_micro(total, micro):
-            return optax.tree.add(total, jax.value_and_grad(problem.outer)(params, fixed, micro)), None
+            return optax.tree.add(total, jax.value_and_grad(problem.outer)(params, frozen, micro)), None
 
         with jax.default_matmul_precision("highest"):
             return jax.lax.scan(add_micro, total, batch)[0]
 
     @jax.jit  # or each call would trace the model to learn the dtypes
-    def zero(params, fixed, batch):
+    def zero(params, frozen, batch):
         micro = jax.tree.map(lambda leaf: leaf[0], batch)
-        shapes = jax.eval_shape(jax.value_and_grad(problem.outer), params, fixed, micro)
+        shapes = jax.eval_shape(jax.value_and_grad(problem.outer), params, frozen, micro)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def value_and_slope(params: Params, fixed: Fixed, stream: Stream) -> tuple[Scalar, Params]:
-        total = zero(params, fixed, stream.batch(0))
+    def loss_and_grad(params: Params, frozen: Frozen, stream: Stream) -> tuple[Scalar, Params]:
+        total = zero(params, frozen, stream.batch(0))
         for index in range(stream.steps):
-            total = add(total, params, fixed, stream.batch(index))
+            total = add(total, params, frozen, stream.batch(index))
         return total
 
-    return value_and_slope
+    return loss_and_grad
 
 
 @lru_cache(maxsize=8)
-def outer_value(problem: Problem) -> Callable[[Params, Fixed, Stream], Scalar]:
+def validation_loss_fn(problem: Problem) -> Callable[[Params, Frozen, Stream], Scalar]:
     """(params, fixed, validation stream) -> L_v in nats, over all of the stream."""
 
     @jax.jit
-    def share(params, fixed, batch):
+    def batch_loss(params, frozen, batch):
         with jax.default_matmul_precision("highest"):
-            return jax.lax.map(lambda micro: problem.outer(params, fixed, micro), batch).sum()
+            return jax.lax.map(lambda micro: problem.outer(params, frozen, micro), batch).sum()
 
-    def value(params: Params, fixed: Fixed, stream: Stream) -> Scalar:
-        return sum((share(params, fixed, stream.batch(i)) for i in range(stream.steps)), start=jnp.zeros(()))
+    def validation_loss(params: Params, frozen: Frozen, stream: Stream) -> Scalar:
+        return sum((batch_loss(params, frozen, stream.batch(i)) for i in range(stream.steps)), start=jnp.zeros(()))
 
-    return value
+    return validation_loss
 
 
 def check_differentiable(
-    step: Transition,
+    step: TrainStep,
     optimizer: optax.GradientTransformation,
-    run: Run,
+    trajectory: Trajectory,
     hyper: Hyper,
-    fixed: Fixed,
+    frozen: Frozen,
     train: Stream,
 ) -> None:
     """Refuse an optimiser whose update has no usable derivative, with the remedy, before a sweep is begun.
@@ -242,48 +277,54 @@ def check_differentiable(
         ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at both places
             (lion and other sign methods: no weight would change anything).
     """
-    probe, halved = jax.jit(partial(_probe, optimizer)), jax.jit(_half_zero)  # one by one, their operations take longer
-    reached = False
-    for state in (run.start, _middle(run)):
+    check_gradient, zero_half = (
+        jax.jit(partial(_probe_optimizer, optimizer)),
+        jax.jit(_zero_half),
+    )  # one by one, their operations take longer
+    any_nonzero = False
+    for state in (trajectory.start, _state_near_middle(trajectory)):
         index = int(state.step)
         batch = train.batch(index)
-        grad = step.forward(state, step.take(hyper, batch), fixed, batch)[1].grad
-        for place, one in (("a gradient of this run", grad), ("a gradient with zero entries", halved(grad))):
-            ok, alive = probe(one, state)
-            if not ok:
+        grad = step.forward(state, step.gather(hyper, batch), frozen, batch)[1].grad
+        for description, probe_grad in (
+            ("a gradient of this run", grad),
+            ("a gradient with zero entries", zero_half(grad)),
+        ):
+            is_finite, is_nonzero = check_gradient(probe_grad, state)
+            if not is_finite:
                 raise ValueError(
-                    f"the optimiser's update has a derivative that is not finite at {place} (step {index}). Adam and "
+                    f"the optimiser's update has a derivative that is not finite at {description} (step {index}). Adam and "
                     "its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
                 )
-            reached |= bool(alive)
-    if not reached:
+            any_nonzero |= bool(is_nonzero)
+    if not any_nonzero:
         raise ValueError(
             "the optimiser's update does not depend on the gradient's size (its derivative is 0), as with lion or "
             "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
         )
 
 
-def _middle(run: Run) -> Inner:
+def _state_near_middle(trajectory: Trajectory) -> TrainState:
     """The kept state nearest to the middle of a run."""
-    middle = run.steps // 2
-    if middle in run.tape:
-        return run.tape[middle].state
-    kept = min(run.snapshots, key=lambda step: abs(step - middle), default=0)
-    return run.snapshots[kept] if kept else run.start
+    middle = trajectory.steps // 2
+    if middle in trajectory.stored_steps:
+        return trajectory.stored_steps[middle].state
+    nearest_step = min(trajectory.snapshots, key=lambda step: abs(step - middle), default=0)
+    return trajectory.snapshots[nearest_step] if nearest_step else trajectory.start
 
 
-def _probe(
-    optimizer: optax.GradientTransformation, grad: Params, state: Inner
+def _probe_optimizer(
+    optimizer: optax.GradientTransformation, grad: Params, state: TrainState
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     keys = optax.tree.split_key_like(jax.random.key(0), grad)
     cotangent = jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, grad)
-    adjoint = Adjoint(cotangent, [jnp.zeros_like(leaf) for leaf in tree.inexact(state.opt)])
-    grad_bar, params_bar, opt_bar = update_transpose(optimizer, grad, state, adjoint)
-    alive = jnp.logical_or(tree.norm(grad_bar) > 0, (tree.norm(opt_bar) > 0) if opt_bar else False)
-    return tree.finite((grad_bar, params_bar, opt_bar)), alive
+    adjoint = Adjoint(cotangent, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(state.opt_state)])
+    grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+    is_nonzero = jnp.logical_or(tree.norm(grad_bar) > 0, (tree.norm(opt_bar) > 0) if opt_bar else False)
+    return tree.all_finite((grad_bar, params_bar, opt_bar)), is_nonzero
 
 
-def _half_zero(grad: Params) -> Params:
+def _zero_half(grad: Params) -> Params:
     def halve(leaf):
         return leaf * jnp.asarray(np.arange(leaf.size) % 2, leaf.dtype).reshape(leaf.shape)
 

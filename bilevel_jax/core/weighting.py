@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.types import PADDING, Hyper, Scalar, Weighting
 
-Table = Float[Array, "rows"]
-Index = Int[Array, "micro examples"]
-Slots = Float[Array, "micro examples"]
+WeightTable = Float[Array, "examples"]
+ExampleIndex = Int[Array, "micro examples"]
+BatchValues = Float[Array, "micro examples"]
 
 
-class Selector(NamedTuple):
+class OnlineWeights(NamedTuple):
     """Weights that single-loop methods read and move in every step, in O(batch) work whatever the number of rows.
 
     The state is a pytree of arrays, an argument of the compiled step like any other. `index` gives the row of each
@@ -27,79 +27,81 @@ class Selector(NamedTuple):
     """
 
     init: Callable[[], Any]
-    take: Callable[[Any, Index], Slots]
+    batch_weights: Callable[[Any, ExampleIndex], BatchValues]
     """(state, index) -> weights, mean 1 at the start; 0 for padding."""
-    slope: Callable[[Any, Index, Slots], Hyper]
+    batch_grad: Callable[[Any, ExampleIndex, BatchValues], Hyper]
     """(state, index, entries) -> d/dh of the batch; `entries` are nats per example and unit of weight."""
-    move: Callable[[Any, Index, Hyper], Any]
+    update: Callable[[Any, ExampleIndex, Hyper], Any]
     """(state, index, change of h) -> state; shaped as `slope` gives it."""
-    weights: Callable[[Any], Table]
+    weights: Callable[[Any], WeightTable]
     """state -> the whole table; for the end of a run, it costs O(rows)."""
-    refresh: Callable[[Any], Any]
+    renormalize: Callable[[Any], Any]
     """state -> the same state without the rounding that running sums gathered; once an epoch, it costs O(rows)."""
 
 
-def softmax(rows: int, size: int = 0) -> Weighting:
+def softmax(num_examples: int, table_size: int = 0) -> Weighting:
     """w = rows * softmax(h), one logit for each row: the weights compete, their mean is 1 (the paper's default).
 
     `size` > rows: the table has entries of weight 0 at its end, so that devices divide it evenly.
     """
-    size = size or rows
+    table_size = table_size or num_examples
 
-    def weights(h: Table) -> Table:
-        return rows * jax.nn.softmax(h if size == rows else jnp.where(jnp.arange(size) < rows, h, -jnp.inf))
+    def weights(h: WeightTable) -> WeightTable:
+        return num_examples * jax.nn.softmax(
+            h if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, h, -jnp.inf)
+        )
 
-    return Weighting(lambda: jnp.zeros(size), weights)
+    return Weighting(lambda: jnp.zeros(table_size), weights)
 
 
-def sigmoid(rows: int, size: int = 0) -> Weighting:
+def sigmoid(num_examples: int, table_size: int = 0) -> Weighting:
     """w = 2 sigmoid(h), one logit for each row: the weights do not compete; between 0 and 2. `size` as in `softmax`."""
-    size = size or rows
+    table_size = table_size or num_examples
 
-    def weights(h: Table) -> Table:
+    def weights(h: WeightTable) -> WeightTable:
         w = 2 * jax.nn.sigmoid(h)
-        return w if size == rows else jnp.where(jnp.arange(size) < rows, w, 0)
+        return w if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, w, 0)
 
-    return Weighting(lambda: jnp.zeros(size), weights)
+    return Weighting(lambda: jnp.zeros(table_size), weights)
 
 
-def padded(weighting: Weighting, more: int) -> Weighting:
+def pad_weighting(weighting: Weighting, num_padding: int) -> Weighting:
     """A weighting whose table gets `more` entries of weight 0 at its end; for those whose outer variable is small."""
-    return Weighting(weighting.init, lambda h: jnp.pad(weighting.weights(h), (0, more)))
+    return Weighting(weighting.init, lambda h: jnp.pad(weighting.weights(h), (0, num_padding)))
 
 
-def per_source(source: Int[Array, "rows"], sources: int) -> Weighting:
+def per_source(example_source: Int[Array, "examples"], num_sources: int) -> Weighting:
     """One weight for each source of data, w_i = p_s(i) / mean_j p_s(j) with p = softmax(h): their mean over rows is 1.
 
     `source` gives the source of each row, 0 .. sources-1 (the setting of ScaleBiO).
     """
-    counts = jnp.bincount(source, length=sources)
+    counts = jnp.bincount(example_source, length=num_sources)
 
-    def weights(h: Float[Array, "sources"]) -> Table:
+    def weights(h: Float[Array, "sources"]) -> WeightTable:
         p = jax.nn.softmax(h)
-        return (p / (jnp.sum(p * counts) / source.shape[0]))[source]
+        return (p / (jnp.sum(p * counts) / example_source.shape[0]))[example_source]
 
-    return Weighting(lambda: jnp.zeros(sources), weights)
+    return Weighting(lambda: jnp.zeros(num_sources), weights)
 
 
-def by_features(features: Float[Array, "rows features"]) -> Weighting:
+def by_features(features: Float[Array, "examples features"]) -> Weighting:
     """w = rows * softmax(features h), one coefficient for each feature: weights that extend to unseen rows.
 
     Features should be standardised; a constant one has no effect, as softmax ignores a shift.
     """
 
-    def weights(h: Float[Array, "features"]) -> Table:
+    def weights(h: Float[Array, "features"]) -> WeightTable:
         return features.shape[0] * jax.nn.softmax(features @ h)
 
     return Weighting(lambda: jnp.zeros(features.shape[1]), weights)
 
 
-def pull_back(weighting: Weighting, hyper: Hyper, entries: Table) -> Hyper:
+def weighting_vjp(weighting: Weighting, hyper: Hyper, hypergradients: WeightTable) -> Hyper:
     """d L_v / d hyper from the entries d L_v / d w: one vector-Jacobian product of the weighting."""
-    return jax.vjp(weighting.weights, hyper)[1](entries)[0]
+    return jax.vjp(weighting.weights, hyper)[1](hypergradients)[0]
 
 
-def normalised_descent(rate: float | Scalar, cap: float) -> Callable[[Hyper, Hyper], Hyper]:
+def normalized_gradient_step(learning_rate: float | Scalar, max_step: float) -> Callable[[Hyper, Hyper], Hyper]:
     """(hyper, gradient) -> hyper - clip(rate * gradient / rms(gradient), -cap, cap).
 
     The rms is over the entries that are not 0, so that rows that no batch touched neither move nor change the scale.
@@ -107,32 +109,32 @@ def normalised_descent(rate: float | Scalar, cap: float) -> Callable[[Hyper, Hyp
     """
 
     def step(hyper: Hyper, grad: Hyper) -> Hyper:
-        scale = rate * inverse_rms(grad)
-        return jax.tree.map(lambda h, g: h - jnp.clip(scale * g, -cap, cap), hyper, grad)
+        scale = learning_rate * inverse_rms(grad)
+        return jax.tree.map(lambda h, g: h - jnp.clip(scale * g, -max_step, max_step), hyper, grad)
 
     return step
 
 
 def inverse_rms(grad: Hyper) -> Scalar:
     """1 / rms over the entries of grad that are not 0; 0 where there is none."""
-    present = sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(grad))
-    rms = optax.tree.norm(grad) / jnp.sqrt(jnp.maximum(present, 1))
+    num_nonzero = sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(grad))
+    rms = optax.tree.norm(grad) / jnp.sqrt(jnp.maximum(num_nonzero, 1))
     return jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
 
 
-class Logits(NamedTuple):
+class SoftmaxState(NamedTuple):
     """The state of `softmax_selector`: w_i = rows * exp(logits_i - peak) / total."""
 
-    logits: Table
-    peak: Scalar
+    logits: WeightTable
+    logit_bound: Scalar
     """At least as large as every logit, so that nothing overflows."""
-    total: Scalar
+    exp_sum: Scalar
     """sum_i exp(logits_i - peak), kept by adding what the touched rows change."""
-    lost: Scalar
+    rounding_error: Scalar
     """What rounding took from `total` (Kahan): at 1e7 rows one step changes less than float32 resolves."""
 
 
-def softmax_selector(rows: int) -> Selector:
+def online_softmax(num_examples: int) -> OnlineWeights:
     """w = rows * softmax(h), the slope on present rows: d/dh_i = w_i (e_i - mean of e), the mean weighted by w.
 
     The mean is over the batch, so that rows that are absent do not move and the present ones compete with each other;
@@ -140,65 +142,76 @@ def softmax_selector(rows: int) -> Selector:
     `refresh` removes it.
     """
 
-    def logits_of(state: Logits, index: Int[Array, "..."]) -> Float[Array, "..."]:
+    def logits_of(state: SoftmaxState, index: Int[Array, "..."]) -> Float[Array, "..."]:
         return state.logits.at[index].get(mode="fill", fill_value=-jnp.inf)
 
-    def take(state: Logits, index: Index) -> Slots:
-        return rows * jnp.exp(logits_of(state, index) - state.peak) / state.total
+    def batch_weights(state: SoftmaxState, index: ExampleIndex) -> BatchValues:
+        return num_examples * jnp.exp(logits_of(state, index) - state.logit_bound) / state.exp_sum
 
-    def slope(state: Logits, index: Index, entries: Slots) -> Slots:
-        w = take(state, index)
-        mass = w.sum()
-        return w * (entries - jnp.sum(w * entries) / jnp.where(mass > 0, mass, 1))
+    def batch_grad(state: SoftmaxState, index: ExampleIndex, hypergradients: BatchValues) -> BatchValues:
+        w = batch_weights(state, index)
+        weight_sum = w.sum()
+        return w * (hypergradients - jnp.sum(w * hypergradients) / jnp.where(weight_sum > 0, weight_sum, 1))
 
-    def move(state: Logits, index: Index, change: Slots) -> Logits:
+    def update(state: SoftmaxState, index: ExampleIndex, change: BatchValues) -> SoftmaxState:
         touched = jnp.unique(index, size=index.size, fill_value=PADDING)  # a row that repeats changes the sum once
-        after = state._replace(logits=state.logits.at[index].add(change, mode="drop"))
-        old, new = logits_of(state, touched), logits_of(after, touched)
-        peak = jnp.maximum(state.peak, new.max())
-        scale = jnp.exp(state.peak - peak)
-        before = state.total * scale
-        added = jnp.sum(jnp.exp(new - peak) - jnp.exp(old - peak)) - state.lost * scale
-        total = before + added
-        return after._replace(peak=peak, total=total, lost=(total - before) - added)
+        new_state = state._replace(logits=state.logits.at[index].add(change, mode="drop"))
+        old, new = logits_of(state, touched), logits_of(new_state, touched)
+        logit_bound = jnp.maximum(state.logit_bound, new.max())
+        scale = jnp.exp(state.logit_bound - logit_bound)
+        rescaled_sum = state.exp_sum * scale
+        added = jnp.sum(jnp.exp(new - logit_bound) - jnp.exp(old - logit_bound)) - state.rounding_error * scale
+        exp_sum = rescaled_sum + added
+        return new_state._replace(
+            logit_bound=logit_bound, exp_sum=exp_sum, rounding_error=(exp_sum - rescaled_sum) - added
+        )
 
-    def refresh(state: Logits) -> Logits:
-        peak = state.logits.max()
-        return Logits(state.logits, peak, jnp.exp(state.logits - peak).sum(), jnp.zeros_like(peak))
+    def renormalize(state: SoftmaxState) -> SoftmaxState:
+        logit_bound = state.logits.max()
+        return SoftmaxState(
+            state.logits, logit_bound, jnp.exp(state.logits - logit_bound).sum(), jnp.zeros_like(logit_bound)
+        )
 
-    def init() -> Logits:
-        return refresh(Logits(jnp.zeros(rows), jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))
+    def init() -> SoftmaxState:
+        return renormalize(SoftmaxState(jnp.zeros(num_examples), jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))
 
-    return Selector(init, take, slope, move, lambda state: rows * jax.nn.softmax(state.logits), refresh)
-
-
-def sigmoid_selector(rows: int) -> Selector:
-    """w = 2 sigmoid(h), the slope on present rows: d/dh_i = w_i (1 - w_i / 2) e_i; rows do not compete."""
-
-    def take(logits: Table, index: Index) -> Slots:
-        return 2 * jax.nn.sigmoid(logits.at[index].get(mode="fill", fill_value=-jnp.inf))
-
-    def slope(logits: Table, index: Index, entries: Slots) -> Slots:
-        w = take(logits, index)
-        return w * (1 - w / 2) * entries
-
-    def move(logits: Table, index: Index, change: Slots) -> Table:
-        return logits.at[index].add(change, mode="drop")
-
-    return Selector(
-        lambda: jnp.zeros(rows), take, slope, move, lambda logits: 2 * jax.nn.sigmoid(logits), lambda logits: logits
+    return OnlineWeights(
+        init, batch_weights, batch_grad, update, lambda state: num_examples * jax.nn.softmax(state.logits), renormalize
     )
 
 
-class Sources(NamedTuple):
+def online_sigmoid(num_examples: int) -> OnlineWeights:
+    """w = 2 sigmoid(h), the slope on present rows: d/dh_i = w_i (1 - w_i / 2) e_i; rows do not compete."""
+
+    def batch_weights(logits: WeightTable, index: ExampleIndex) -> BatchValues:
+        return 2 * jax.nn.sigmoid(logits.at[index].get(mode="fill", fill_value=-jnp.inf))
+
+    def batch_grad(logits: WeightTable, index: ExampleIndex, hypergradients: BatchValues) -> BatchValues:
+        w = batch_weights(logits, index)
+        return w * (1 - w / 2) * hypergradients
+
+    def update(logits: WeightTable, index: ExampleIndex, change: BatchValues) -> WeightTable:
+        return logits.at[index].add(change, mode="drop")
+
+    return OnlineWeights(
+        lambda: jnp.zeros(num_examples),
+        batch_weights,
+        batch_grad,
+        update,
+        lambda logits: 2 * jax.nn.sigmoid(logits),
+        lambda logits: logits,
+    )
+
+
+class SourceState(NamedTuple):
     """The state of `per_source_selector`."""
 
     logits: Float[Array, "sources"]
-    source: Int[Array, "rows"]
-    counts: Int[Array, "sources"]
+    example_source: Int[Array, "examples"]
+    source_counts: Int[Array, "sources"]
 
 
-def per_source_selector(source: Int[Array, "rows"], sources: int) -> Selector:
+def online_per_source(example_source: Int[Array, "examples"], num_sources: int) -> OnlineWeights:
     """`per_source`, one weight for each source: w_s = p_s / mean_j p_s(j), p = softmax(h), stepped on its small table.
 
         d/dh = (d w / d h)^T [sum of e over the present rows of s, over the number of present rows]_s
@@ -207,55 +220,63 @@ def per_source_selector(source: Int[Array, "rows"], sources: int) -> Selector:
     others' do.
     """
 
-    def table(logits: Float[Array, "sources"], counts: Int[Array, "sources"]) -> Float[Array, "sources"]:
+    def source_weights(logits: Float[Array, "sources"], counts: Int[Array, "sources"]) -> Float[Array, "sources"]:
         p = jax.nn.softmax(logits)
         return p * counts.sum() / jnp.sum(p * counts)
 
-    def source_of(state: Sources, index: Index) -> Index:
-        return state.source.at[index].get(mode="fill", fill_value=sources)
+    def source_of(state: SourceState, index: ExampleIndex) -> ExampleIndex:
+        return state.example_source.at[index].get(mode="fill", fill_value=num_sources)
 
-    def take(state: Sources, index: Index) -> Slots:
-        return table(state.logits, state.counts).at[source_of(state, index)].get(mode="fill", fill_value=0)
+    def batch_weights(state: SourceState, index: ExampleIndex) -> BatchValues:
+        return (
+            source_weights(state.logits, state.source_counts).at[source_of(state, index)].get(mode="fill", fill_value=0)
+        )
 
-    def slope(state: Sources, index: Index, entries: Slots) -> Float[Array, "sources"]:
-        present = jnp.maximum(jnp.sum(index != PADDING), 1)
-        sums = jnp.zeros(sources, entries.dtype).at[source_of(state, index)].add(entries / present, mode="drop")
-        return jax.vjp(lambda logits: table(logits, state.counts), state.logits)[1](sums)[0]
+    def batch_grad(state: SourceState, index: ExampleIndex, hypergradients: BatchValues) -> Float[Array, "sources"]:
+        num_present = jnp.maximum(jnp.sum(index != PADDING), 1)
+        sums = (
+            jnp.zeros(num_sources, hypergradients.dtype)
+            .at[source_of(state, index)]
+            .add(hypergradients / num_present, mode="drop")
+        )
+        return jax.vjp(lambda logits: source_weights(logits, state.source_counts), state.logits)[1](sums)[0]
 
-    def move(state: Sources, index: Index, change: Float[Array, "sources"]) -> Sources:
+    def update(state: SourceState, index: ExampleIndex, change: Float[Array, "sources"]) -> SourceState:
         return state._replace(logits=state.logits + change)
 
-    def init() -> Sources:
-        return Sources(jnp.zeros(sources), jnp.array(source), jnp.bincount(source, length=sources))
+    def init() -> SourceState:
+        return SourceState(
+            jnp.zeros(num_sources), jnp.array(example_source), jnp.bincount(example_source, length=num_sources)
+        )
 
-    def weights(state: Sources) -> Table:
-        return table(state.logits, state.counts)[state.source]
+    def weights(state: SourceState) -> WeightTable:
+        return source_weights(state.logits, state.source_counts)[state.example_source]
 
-    return Selector(init, take, slope, move, weights, lambda state: state)
+    return OnlineWeights(init, batch_weights, batch_grad, update, weights, lambda state: state)
 
 
-def equal_selector(rows: int) -> Selector:
+def online_uniform(num_examples: int) -> OnlineWeights:
     """w = 1 for ever: no outer variable, so that a baseline can be driven as the methods that learn weights."""
 
-    def ones(state: None, index: Index) -> Slots:
+    def ones(state: None, index: ExampleIndex) -> BatchValues:
         return jnp.where(index != PADDING, 1.0, 0.0)
 
-    return Selector(
+    return OnlineWeights(
         lambda: None,
         ones,
-        lambda state, index, entries: jnp.zeros_like(entries),
+        lambda state, index, hypergradients: jnp.zeros_like(hypergradients),
         lambda state, index, change: state,
-        lambda state: jnp.ones(rows),
+        lambda state: jnp.ones(num_examples),
         lambda state: state,
     )
 
 
-def effective_size(weights: Table) -> Scalar:
+def effective_sample_size(weights: WeightTable) -> Scalar:
     """ESS = (sum w)^2 / sum w^2: how many equally weighted rows the weights amount to."""
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
 
 
-def entropy(weights: Table) -> Scalar:
+def entropy(weights: WeightTable) -> Scalar:
     """Entropy of w / sum w, nats; at most log(rows)."""
     p = weights / jnp.sum(weights)
     return jnp.sum(jax.scipy.special.entr(p))

@@ -67,19 +67,27 @@ def shuffled_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
     return shuffled_subset_order(range(num_examples), num_examples, batch_size, seed)
 
 
-def shuffled_subset_order(indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int, seed: int) -> BatchOrder:
+def shuffled_subset_order(
+    indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int, seed: int
+) -> BatchOrder:
     """As `order`, over the chosen rows only; `rows` is the size of the whole corpus, to which they refer."""
     steps = steps_per_epoch(len(indices), batch_size)
     lookup = _make_lookup(indices, corpus_size)
 
     def indices_at(step: int) -> Int[np.ndarray, "batch"]:
         epoch, part = divmod(step, steps)
-        return lookup(_take_step(part, len(indices), batch_size, lambda places: permute_indices(places, len(indices), seed, epoch)))
+        return lookup(
+            _take_step(
+                part, len(indices), batch_size, lambda places: permute_indices(places, len(indices), seed, epoch)
+            )
+        )
 
     return indices_at
 
 
-def shuffled_group_order(groups: Int[np.ndarray, "groups size"], corpus_size: int, batch_size: int, seed: int) -> BatchOrder:
+def shuffled_group_order(
+    groups: Int[np.ndarray, "groups size"], corpus_size: int, batch_size: int, seed: int
+) -> BatchOrder:
     """As `subset`, but whole groups are shuffled, and the rows of one stand side by side, in one micro-batch.
 
     For losses that compare rows. A group that is not full holds `rows` in its empty places. `batch` must be a multiple
@@ -93,7 +101,9 @@ def shuffled_group_order(groups: Int[np.ndarray, "groups size"], corpus_size: in
     return lambda step: table[of_groups(step)].ravel()
 
 
-def sequential_order(indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int) -> BatchOrder:
+def sequential_order(
+    indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int
+) -> BatchOrder:
     """The chosen rows one after another, without shuffling: one epoch of `steps_per_epoch` steps."""
     lookup = _make_lookup(indices, corpus_size)
     return lambda step: lookup(_take_step(step, len(indices), batch_size, lambda places: places))
@@ -106,7 +116,9 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def fit_batch_shape(corpus: Corpus, orders: Sequence[BatchOrder], steps: int, *, num_micro_batches: int, length: int, packing: bool) -> BatchShape:
+def fit_batch_shape(
+    corpus: Corpus, orders: Sequence[BatchOrder], steps: int, *, num_micro_batches: int, length: int, packing: bool
+) -> BatchShape:
     """The one shape that holds every step of every given order (all seeds and subsets of a comparison).
 
     `micro` is the number of micro-batches and `length` the token places in a row; a sequence of n tokens takes n - 1.
@@ -121,9 +133,13 @@ def fit_batch_shape(corpus: Corpus, orders: Sequence[BatchOrder], steps: int, *,
         )
     batch = len(orders[0](0))
     if num_micro_batches < 1 or batch % num_micro_batches:
-        raise ValueError(f"a batch of {batch} examples does not split into {num_micro_batches} micro-batches of equal size.")
+        raise ValueError(
+            f"a batch of {batch} examples does not split into {num_micro_batches} micro-batches of equal size."
+        )
     examples = batch // num_micro_batches
-    unpacked = BatchShape(num_micro_batches, examples, examples * corpus.sequences_per_example, length, corpus.sequences_per_example)
+    unpacked = BatchShape(
+        num_micro_batches, examples, examples * corpus.sequences_per_example, length, corpus.sequences_per_example
+    )
     if not packing:
         return unpacked
     rows = max(
@@ -135,7 +151,9 @@ def fit_batch_shape(corpus: Corpus, orders: Sequence[BatchOrder], steps: int, *,
     return unpacked._replace(rows=rows)
 
 
-def fit_evaluation_batch_shape(corpus: Corpus, batch_size: int, *, num_micro_batches: int, length: int, packing: bool) -> BatchShape:
+def fit_evaluation_batch_shape(
+    corpus: Corpus, batch_size: int, *, num_micro_batches: int, length: int, packing: bool
+) -> BatchShape:
     """The layout of `evaluation_stream`: every row of the corpus once, in order."""
     steps = steps_per_epoch(len(corpus.kept_indices), batch_size)
     orders = [sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)]
@@ -148,7 +166,13 @@ def padded_max_length(corpus: Corpus, multiple: int = 8) -> int:
 
 
 def make_train_stream(
-    corpus: Corpus, order: BatchOrder, steps: int, batch_shape: BatchShape, *, total_examples: int = 0, local_rows: LocalRows | None = None
+    corpus: Corpus,
+    order: BatchOrder,
+    steps: int,
+    batch_shape: BatchShape,
+    *,
+    total_examples: int = 0,
+    local_rows: LocalRows | None = None,
 ) -> Stream:
     """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
 
@@ -167,10 +191,15 @@ def make_evaluation_stream(corpus: Corpus, batch_shape: BatchShape, *, local_row
     batch_size = batch_shape.num_micro_batches * batch_shape.examples
     order = sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)
     totals = len(corpus.kept_indices), _count_targets(corpus, corpus.kept_indices)
-    return Stream(lambda step: _build_batch(corpus, order(step), batch_shape, totals, local_rows), steps_per_epoch(totals[0], batch_size))
+    return Stream(
+        lambda step: _build_batch(corpus, order(step), batch_shape, totals, local_rows),
+        steps_per_epoch(totals[0], batch_size),
+    )
 
 
-def permute_indices(indices: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0) -> Int[np.ndarray, "places"]:
+def permute_indices(
+    indices: Int[np.ndarray, "places"], size: int, seed: int, epoch: int = 0
+) -> Int[np.ndarray, "places"]:
     """Where a pseudo-random permutation of range(size), keyed by (seed, epoch), sends the given places.
 
     An alternating Feistel network on a grid just above `size`: each round adds a keyed hash of one coordinate to the
@@ -206,7 +235,9 @@ def _build_batch(
     """`whole` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
     num_micro_batches, examples, rows, length, sequences_per_example = batch_shape
     if len(indices) != num_micro_batches * examples:
-        raise ValueError(f"a step of {len(indices)} examples does not fit {num_micro_batches} micro-batches of {examples}.")
+        raise ValueError(
+            f"a step of {len(indices)} examples does not fit {num_micro_batches} micro-batches of {examples}."
+        )
     if sequences_per_example != corpus.sequences_per_example:
         raise ValueError(
             f"the layout has {sequences_per_example} sequences for each example and the corpus {corpus.sequences_per_example}; "
@@ -255,7 +286,7 @@ def _build_batch(
         "slot": slot,
         "index": np.where(real, indices, PADDING).astype(np.int32).reshape(num_micro_batches, examples),
         "supervised": supervised,
-        "rows": np.full(num_micro_batches, count, np.float32),
+        "num_examples": np.full(num_micro_batches, count, np.float32),
         "targeted": np.full(num_micro_batches, targeted, np.float32),
     }
     if corpus.reference_margins is not None:
@@ -265,14 +296,16 @@ def _build_batch(
         batch["sampler"] = sampler_log_probs
     if corpus.multiplicity is not None:
         multiplicity = np.where(real, corpus.multiplicity[np.where(real, indices, 0)], 0)
-        batch["base"] = multiplicity.astype(np.float32).reshape(num_micro_batches, examples)
+        batch["multiplicity"] = multiplicity.astype(np.float32).reshape(num_micro_batches, examples)
     return batch
 
 
 def _sequence_lengths(corpus: Corpus, indices: Int[np.ndarray, "examples"]) -> Int[np.ndarray, "slots"]:
     """Token places that each sequence of the chosen rows takes; 0 for an empty slot."""
     real = (indices < corpus.num_examples)[:, None]
-    sequence = np.where(real, indices[:, None] * corpus.sequences_per_example + np.arange(corpus.sequences_per_example), 0)
+    sequence = np.where(
+        real, indices[:, None] * corpus.sequences_per_example + np.arange(corpus.sequences_per_example), 0
+    )
     return np.where(real, np.maximum(corpus.offsets[sequence + 1] - corpus.offsets[sequence] - 1, 0), 0).ravel()
 
 
@@ -299,7 +332,9 @@ def _pack_first_fit(
     return row_of, start, len(used)
 
 
-def _take_step(step: int, num_examples: int, batch_size: int, permute: Callable[[np.ndarray], np.ndarray]) -> Int[np.ndarray, "batch"]:
+def _take_step(
+    step: int, num_examples: int, batch_size: int, permute: Callable[[np.ndarray], np.ndarray]
+) -> Int[np.ndarray, "batch"]:
     """Places part * batch ... of an epoch of `rows`, permuted; `rows` itself beyond its end."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     real = places < num_examples
@@ -314,7 +349,9 @@ def _make_lookup(indices: Sequence[int] | np.ndarray, corpus_size: int) -> Calla
         return lambda places: places  # all rows: no table of them
     table = np.append(np.asarray(indices, np.int64), corpus_size)
     if table[:-1].min(initial=0) < 0 or table[:-1].max(initial=0) >= corpus_size:
-        raise ValueError(f"chosen rows lie in {table[:-1].min()}..{table[:-1].max()}; the corpus has 0..{corpus_size - 1}.")
+        raise ValueError(
+            f"chosen rows lie in {table[:-1].min()}..{table[:-1].max()}; the corpus has 0..{corpus_size - 1}."
+        )
     return lambda places: table[places]
 
 

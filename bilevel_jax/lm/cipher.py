@@ -1,8 +1,8 @@
 """The quickstart's task: a next-letter cipher with right, consistently wrong and random rows, as ordinary files.
 
 `bhat>` wants `ciba`: every letter moves on by one, and after the last of the twenty comes the first. A model of 22
-thousand parameters that can already copy learns it in seconds; a handful of trusted rows does not teach it the whole
-alphabet; and which training rows hurt is known.
+thousand parameters that can already copy learns it in seconds; a handful of validation examples does not teach it the whole
+alphabet; and which training examples hurt is known.
 """
 
 from collections.abc import Callable
@@ -38,19 +38,21 @@ def write_cipher_data(
 ) -> Path:
     """Write train, validation, select, report and copies .jsonl and untrained/ (config and tokenizer) into `folder`.
 
-    Training rows carry the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters); rows of
+    Training examples carry the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters); rows of
     copies repeat the prompt's letters, for the model to learn the form before it is asked anything; all other rows
     are clean. No prompt stands in two rows. The same arguments write the same bytes; a part of 0 rows is
     left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
-    sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "select": dev}
-    sizes |= {"report": test, "copies": copies}
+    sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "dev": dev}
+    sizes |= {"test": test, "copies": copies}
     if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_STRINGS:
         raise ValueError(f"{sizes} rows: none may be negative, and together they must be 1 to {NUM_STRINGS} strings.")
     numbers = permute_indices(np.arange(sum(sizes.values())), NUM_STRINGS, seed).tolist()
     strings = iter(_spell_number(number) for number in numbers)
-    random_strings = iter(_spell_number(number) for number in permute_indices(np.arange(2 * noise + 2), NUM_STRINGS, seed, 1).tolist())
+    random_strings = iter(
+        _spell_number(number) for number in permute_indices(np.arange(2 * noise + 2), NUM_STRINGS, seed, 1).tolist()
+    )
 
     def noisy(string: str) -> str:
         return next(r for r in random_strings if r not in {rotate_letters(string, by) for by in (-1, 0, 1)})
@@ -68,7 +70,7 @@ def write_cipher_data(
 
     train = [row for label in ("clean", "wrong", "noise") for row in rows(label, sizes[label])]
     shuffled = [train[i] for i in permute_indices(np.arange(len(train)), max(len(train), 1), seed, 2)]
-    files = {"train": shuffled} | {name: rows("clean", sizes[name]) for name in ("validation", "select", "report")}
+    files = {"train": shuffled} | {name: rows("clean", sizes[name]) for name in ("validation", "dev", "test")}
     files["copies"] = rows("copy", copies)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():

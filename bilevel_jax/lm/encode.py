@@ -26,7 +26,9 @@ TemplateRenderer = Callable[[Example], tuple[str, list[int]]]
 """(text, [start, end, start, end, ...]): a text and the characters between which its responses lie."""
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, render: TemplateRenderer) -> Iterator[EncodedExample]:
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, render: TemplateRenderer
+) -> Iterator[EncodedExample]:
     """The tokens of each example, BOS and EOS not yet in order; `join` is for tokenizers without a chat template."""
     chat_template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if re.search(r"{%-?\s*generation\s*-?%}", chat_template):
@@ -35,7 +37,14 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, render: T
         with_blocks = set()
     encoded_by_blocks = iter(_encode_by_generation_blocks([examples[i] for i in sorted(with_blocks)], tokenizer))
     without_blocks = [e for i, e in enumerate(examples) if i not in with_blocks]
-    texts = [_render_plain_text(e) if example_kind(e) == "text" else _render_turns(e, tokenizer) if chat_template else render(e) for e in without_blocks]
+    texts = [
+        _render_plain_text(e)
+        if example_kind(e) == "text"
+        else _render_turns(e, tokenizer)
+        if chat_template
+        else render(e)
+        for e in without_blocks
+    ]
     encoded_by_prefix = iter(_encode_by_prefix(without_blocks, texts, tokenizer))
     return (next(encoded_by_blocks) if i in with_blocks else next(encoded_by_prefix) for i in range(len(examples)))
 
@@ -66,7 +75,9 @@ def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Length of the common prefix."""
     if first[: len(second)] == second:  # as nearly always
         return len(second)
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _encode_by_generation_blocks(examples: Sequence[Example], tokenizer: Tokenizer) -> list[EncodedExample]:
@@ -134,7 +145,9 @@ def _render_plain_text(example: Example) -> tuple[str, list[int]]:
     return text, [0, len(text)]
 
 
-def _encode_by_prefix(examples: Sequence[Example], texts: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer) -> list[EncodedExample]:
+def _encode_by_prefix(
+    examples: Sequence[Example], texts: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer
+) -> list[EncodedExample]:
     """The mask by comparing tokens: those of the text up to each edge must be a prefix of those of the whole."""
     pieces = [piece for text, edges in texts for piece in (text, *(text[:edge] for edge in edges))]
     unique_pieces = list(dict.fromkeys(pieces))  # the last edge is the whole text, and a pair has one prompt

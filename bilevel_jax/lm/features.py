@@ -23,7 +23,9 @@ def extract_features(examples: Sequence[Example], corpus: Corpus) -> Float[np.nd
     for row in range(rows):
         ids, supervised = corpus.get_sequence(row)
         response = ids[supervised].astype(np.int64)
-        buckets = np.bincount(response * 2654435761 % 2**32 % NUM_HASH_BUCKETS, minlength=NUM_HASH_BUCKETS) / max(1, len(response))
+        buckets = np.bincount(response * 2654435761 % 2**32 % NUM_HASH_BUCKETS, minlength=NUM_HASH_BUCKETS) / max(
+            1, len(response)
+        )
         lengths = [np.log1p(len(ids) - len(response)), np.log1p(len(response))]
         columns.append([*lengths, len(set(response.tolist())) / max(1, len(response)), *buckets])
     table = np.array(columns)

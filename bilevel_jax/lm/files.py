@@ -81,7 +81,9 @@ def _read_json(path: str) -> Iterator[tuple[int, Any]]:
         if match := re.search(r'"instances"\s*:\s*', text):
             start = match.end()
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: {describe_value(content)}; a list of rows, or an object with a list 'instances', is wanted.")
+        raise ValueError(
+            f"{path}: {describe_value(content)}; a list of rows, or an object with a list 'instances', is wanted."
+        )
     # A second pass finds the line on which each row starts.
     decoder, line, position = json.JSONDecoder(), 1 + text.count("\n", 0, start), start
     for row in rows:

@@ -134,7 +134,10 @@ def _parse_alpaca(row: dict, options: DataOptions, where: str) -> Dialogue:
     prompt = part.read_instruction(row, options, where)
     remedy = "Keep one layout per file, or set data.prompt_field and data.response_field."
     return Dialogue(
-        (*prompt, Turn("assistant", part.require_nonblank(part.read_field(row, "output", remedy, where), "output", where)))
+        (
+            *prompt,
+            Turn("assistant", part.require_nonblank(part.read_field(row, "output", remedy, where), "output", where)),
+        )
     )
 
 
@@ -191,7 +194,11 @@ def _to_preference(dialogue: Dialogue, where: str) -> dict[str, Any]:
 
 def _to_preference_chat(dialogue: Dialogue, where: str) -> dict[str, Any]:
     num_shared = part.count_shared_turns(dialogue.turns, dialogue.rejected)
-    sides = {"prompt": dialogue.turns[:num_shared], "chosen": dialogue.turns[num_shared:], "rejected": dialogue.rejected[num_shared:]}
+    sides = {
+        "prompt": dialogue.turns[:num_shared],
+        "chosen": dialogue.turns[num_shared:],
+        "rejected": dialogue.rejected[num_shared:],
+    }
     return {name: _turns_to_messages(turns) for name, turns in sides.items()}
 
 
@@ -200,7 +207,9 @@ WRITE_FORMATS: dict[str, Callable[[Dialogue, str], dict[str, Any]]] = {
     "chat": lambda dialogue, where: {"messages": _turns_to_messages(dialogue.turns)},
     "sharegpt": _to_sharegpt,
     "prompt": lambda dialogue, where: _to_prompt_response(dialogue.turns, ("prompt", "response"), "prompt", where),
-    "completion": lambda dialogue, where: _to_prompt_response(dialogue.turns, ("prompt", "completion"), "completion", where),
+    "completion": lambda dialogue, where: _to_prompt_response(
+        dialogue.turns, ("prompt", "completion"), "completion", where
+    ),
     "alpaca": lambda dialogue, where: (
         _to_prompt_response(dialogue.turns, ("instruction", "output"), "alpaca", where) | {"input": ""}
     ),

@@ -120,7 +120,10 @@ def make_sampler(
         keys = make_draw_keys(sampling.seed, batch["words"][0], batch["draws"][0])
         head = decoder.head(params)
         hidden, block = decoder.extend(params, (), ids, batch["positions"][0])
-        cache, last_position = _expand_cache(block, source_row, max_new_tokens - 1), batch["positions"][0][source_row, -1]
+        cache, last_position = (
+            _expand_cache(block, source_row, max_new_tokens - 1),
+            batch["positions"][0][source_row, -1],
+        )
         count, length = len(source_row), ids.shape[1]
 
         def choose(hidden: Array, step: Array | int) -> tuple[Array, Array]:
@@ -143,7 +146,14 @@ def make_sampler(
             hidden, block = decoder.extend(params, (cache,), token[:, None], (last_position + step)[:, None])
             cache = write_cache(cache, block, length + step - 1)
             token, log_prob = choose(hidden[:, 0], step)
-            return step + 1, token, ended | is_end(token), cache, write_column(tokens, token, step), write_column(log_probs, log_prob, step)
+            return (
+                step + 1,
+                token,
+                ended | is_end(token),
+                cache,
+                write_column(tokens, token, step),
+                write_column(log_probs, log_prob, step),
+            )
 
         token, log_prob = choose(hidden[source_row, -1], 0)
         tokens = write_column(jnp.zeros((count, max_new_tokens), jnp.int32), token, 0)
@@ -153,12 +163,16 @@ def make_sampler(
         *_, tokens, log_probs = jax.lax.while_loop(unfinished, generate_token, state)
         return tokens, log_probs
 
-    def resume(params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore) -> list[list[Response]]:
+    def resume(
+        params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore
+    ) -> list[list[Response]]:
         unique_prompts = deduplicate_prompts(prompts)
         _check_prompts(unique_prompts, draws, sampling, decoder)
         unique_draws = sorted(set(draws)) if sampling.temperature else [0] * bool(draws)  # greedy has one response
         responses = {
-            PromptDraw(prompt_index, draw): store.results.get(hash_generation(prompt, draw, sampling, store.fingerprint))
+            PromptDraw(prompt_index, draw): store.results.get(
+                hash_generation(prompt, draw, sampling, store.fingerprint)
+            )
             for prompt_index, prompt in enumerate(unique_prompts)
             for draw in unique_draws
         }
@@ -171,7 +185,9 @@ def make_sampler(
                 prompt = unique_prompts[row.prompt]
                 if responses[row] is None:
                     response = _make_response(prompt, ids.tolist(), log_probs.tolist(), set(end_tokens), detokenize)
-                    responses[row] = new_responses[hash_generation(prompt, row.draw, sampling, store.fingerprint)] = response
+                    responses[row] = new_responses[hash_generation(prompt, row.draw, sampling, store.fingerprint)] = (
+                        response
+                    )
             count += len(new_responses)
             store.save(new_responses)
             progress(count, len(responses))
@@ -181,7 +197,9 @@ def make_sampler(
             # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
             if all(responses[row] is not None for row in batch):
                 continue
-            values = generate_batch(params, place(_build_batch(batch, unique_prompts, sizes, rows_per_batch, row_multiple)))
+            values = generate_batch(
+                params, place(_build_batch(batch, unique_prompts, sizes, rows_per_batch, row_multiple))
+            )
             if in_flight is not None:
                 collect(*in_flight)
             in_flight = batch, values
@@ -189,7 +207,9 @@ def make_sampler(
             collect(*in_flight)
         prompt_index = {prompt.id: position for position, prompt in enumerate(unique_prompts)}
         requested_draws = draws if sampling.temperature else [0] * len(draws)
-        return [[responses[PromptDraw(prompt_index[prompt.id], draw)] for draw in requested_draws] for prompt in prompts]  # type: ignore[misc]
+        return [
+            [responses[PromptDraw(prompt_index[prompt.id], draw)] for draw in requested_draws] for prompt in prompts
+        ]  # type: ignore[misc]
 
     return Sampler(lambda params, prompts, draws: resume(params, prompts, draws, NULL_RESPONSE_STORE), resume)
 
@@ -256,7 +276,11 @@ def _plan_batches(
 
 
 def _build_batch(
-    batch: list[PromptDraw], prompts: Sequence[Prompt], sizes: Sequence[int], rows_per_batch: Callable[[int], int], row_multiple: int
+    batch: list[PromptDraw],
+    prompts: Sequence[Prompt],
+    sizes: Sequence[int],
+    rows_per_batch: Callable[[int], int],
+    row_multiple: int,
 ) -> Batch:
     prompt_indices = list(dict.fromkeys(row.prompt for row in batch))
     length = pick_bucket(max(len(prompts[at].tokens) for at in prompt_indices), sizes)
@@ -264,10 +288,17 @@ def _build_batch(
     def pad_count(count: int) -> int:
         return min(row_multiple * 2 ** (-(-count // row_multiple) - 1).bit_length(), rows_per_batch(length))
 
-    source_row, draws = np.zeros((1, pad_count(len(batch))), np.int32), np.full((1, pad_count(len(batch))), -1, np.int32)
+    source_row, draws = (
+        np.zeros((1, pad_count(len(batch))), np.int32),
+        np.full((1, pad_count(len(batch))), -1, np.int32),
+    )
     words = np.zeros((*draws.shape, 2), np.uint32)
     for at, row in enumerate(batch):
-        source_row[0, at], draws[0, at], words[0, at] = prompt_indices.index(row.prompt), row.draw, _hash_id(prompts[row.prompt].id)
+        source_row[0, at], draws[0, at], words[0, at] = (
+            prompt_indices.index(row.prompt),
+            row.draw,
+            _hash_id(prompts[row.prompt].id),
+        )
     ids = [np.asarray(prompts[at].tokens, np.int32) for at in prompt_indices]
     padding = pad_left(ids, [0] * len(ids), pad_count(len(prompt_indices)), length)
     return padding | {"owner": source_row, "draws": draws, "words": words}
@@ -302,13 +333,19 @@ def deduplicate_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [by_id[id] for id in sorted(by_id)]
 
 
-def _check_options(sampling: SamplingParams, decoder: Decoder, end_tokens: Sequence[int], max_batch_tokens: int, row_multiple: int) -> None:
+def _check_options(
+    sampling: SamplingParams, decoder: Decoder, end_tokens: Sequence[int], max_batch_tokens: int, row_multiple: int
+) -> None:
     if min(max_batch_tokens, row_multiple, sampling.max_new_tokens) < 1:
-        raise ValueError(f"tokens {max_batch_tokens}, multiple {row_multiple}, max_new {sampling.max_new_tokens}: each must be at least 1.")
+        raise ValueError(
+            f"tokens {max_batch_tokens}, multiple {row_multiple}, max_new {sampling.max_new_tokens}: each must be at least 1."
+        )
     if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise ValueError(f"{sampling}: temperature and top_k must be 0 or more, and top_p in (0, 1].")
     if any(not 0 <= token < decoder.config.vocab_size for token in end_tokens):
-        raise ValueError(f"end tokens {list(end_tokens)} lie outside of the vocabulary, 0 to {decoder.config.vocab_size - 1}.")
+        raise ValueError(
+            f"end tokens {list(end_tokens)} lie outside of the vocabulary, 0 to {decoder.config.vocab_size - 1}."
+        )
 
 
 def _check_prompts(prompts: Sequence[Prompt], draws: Sequence[int], sampling: SamplingParams, decoder: Decoder) -> None:
@@ -327,4 +364,6 @@ def _check_prompts(prompts: Sequence[Prompt], draws: Sequence[int], sampling: Sa
         if not prompt.tokens:
             raise ValueError(f"prompt {prompt.id} is empty; begin it with the BOS token.")
         if min(prompt.tokens) < 0 or max(prompt.tokens) >= config.vocab_size:
-            raise ValueError(f"prompt {prompt.id}: a token lies outside of the vocabulary, 0 to {config.vocab_size - 1}.")
+            raise ValueError(
+                f"prompt {prompt.id}: a token lies outside of the vocabulary, 0 to {config.vocab_size - 1}."
+            )

@@ -5,7 +5,7 @@ With r_t = log π_θ(y_t | x, y_<t) − log q(y_t | x, y_<t), where q is the sam
 response keeps a loss of its own, which a weight then multiplies.
 
 If q is a model's own distribution, E_{y~q}[ρ ∇log π_θ] = ∇ Σ_y π_θ(y) = 0: such responses alone teach nothing, and all
-signal comes from weights that look at something else (validation rows). With 1/|y| this holds where lengths are equal.
+signal comes from weights that look at something else (validation examples). With 1/|y| this holds where lengths are equal.
 """
 
 import math
@@ -67,11 +67,15 @@ def importance_weighted_losses(
         is_sampled = jnp.isfinite(batch["sampler"])
         sampler_log_probs = jnp.where(is_sampled, batch["sampler"], 0)
         if ratio == "token":
-            values = jnp.where(is_sampled, 1 - sampler_log_probs - _potential(-nll - sampler_log_probs, max_log_ratio), nll)
+            values = jnp.where(
+                is_sampled, 1 - sampler_log_probs - _potential(-nll - sampler_log_probs, max_log_ratio), nll
+            )
             return reduce_losses(sum_per_sequence(values, batch), batch, reduction)
         log_ratios = sum_per_sequence(jnp.where(is_sampled, -nll - sampler_log_probs, 0), batch)
         has_samples = sum_per_sequence(is_sampled.astype(nll.dtype), batch) > 0
-        shares = jax.nn.softmax(jnp.minimum(log_ratios, max_log_ratio).reshape(-1, responses_per_prompt), axis=1).ravel()
+        shares = jax.nn.softmax(
+            jnp.minimum(log_ratios, max_log_ratio).reshape(-1, responses_per_prompt), axis=1
+        ).ravel()
         weight = jnp.where(has_samples, responses_per_prompt * jax.lax.stop_gradient(shares), 1)
         return weight * reduce_losses(sum_per_sequence(nll, batch), batch, reduction)
 
@@ -80,4 +84,8 @@ def importance_weighted_losses(
 
 def _potential(r: Float[Array, "rows len"], max_log_ratio: float) -> Float[Array, "rows len"]:
     """ψ: its derivative is min(exp r, exp top), continuous."""
-    return jnp.where(r <= max_log_ratio, jnp.exp(jnp.where(r <= max_log_ratio, r, max_log_ratio)), math.exp(max_log_ratio) * (1 + r - max_log_ratio))
+    return jnp.where(
+        r <= max_log_ratio,
+        jnp.exp(jnp.where(r <= max_log_ratio, r, max_log_ratio)),
+        math.exp(max_log_ratio) * (1 + r - max_log_ratio),
+    )

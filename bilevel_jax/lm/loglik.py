@@ -117,9 +117,15 @@ def make_loglik_scorer(
     def read_prefixes(params: Params, batch: Batch) -> KVCache:
         cache = decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
         count, length = cache.positions.shape
-        missing_rows = rows_per_batch(length) - count  # rows of one number, so that `losses` compiles once for this length of stems
-        keys, values = (jnp.pad(part, [(0, 0), (0, missing_rows), *[(0, 0)] * 3]) for part in (cache.keys, cache.values))
-        return KVCache(keys, values, jnp.pad(cache.positions, [(0, missing_rows), (0, 0)], constant_values=EMPTY_POSITION))
+        missing_rows = (
+            rows_per_batch(length) - count
+        )  # rows of one number, so that `losses` compiles once for this length of stems
+        keys, values = (
+            jnp.pad(part, [(0, 0), (0, missing_rows), *[(0, 0)] * 3]) for part in (cache.keys, cache.values)
+        )
+        return KVCache(
+            keys, values, jnp.pad(cache.positions, [(0, missing_rows), (0, 0)], constant_values=EMPTY_POSITION)
+        )
 
     @jax.jit
     def losses(params: Params, cache: KVCache | None, batch: Batch) -> Array:
@@ -159,7 +165,9 @@ def make_loglik_scorer(
                 cache = None
                 for batch in unfinished:
                     if group.prefixes and cache is None:
-                        cache = read_prefixes(params, place(_build_prefix_batch(group.prefixes, sizes, rows_per_batch, row_multiple)))
+                        cache = read_prefixes(
+                            params, place(_build_prefix_batch(group.prefixes, sizes, rows_per_batch, row_multiple))
+                        )
                     arrays = _build_request_batch(batch, distinct, sizes, rows_per_batch, cached=cache is not None)
                     values = losses(params, cache, place(arrays))
                     if in_flight is not None:
@@ -185,7 +193,9 @@ def hash_request(request: LogLikRequest, fingerprint: str) -> str:
     return hashlib.sha256(fingerprint.encode() + b"\0" + ids.tobytes()).hexdigest()[:32]
 
 
-def _plan_batches(requests: Sequence[LogLikRequest], share_prefixes: bool, sizes: Sequence[int], rows_per_batch: Callable[[int], int]) -> Iterator[PrefixGroup]:
+def _plan_batches(
+    requests: Sequence[LogLikRequest], share_prefixes: bool, sizes: Sequence[int], rows_per_batch: Callable[[int], int]
+) -> Iterator[PrefixGroup]:
     """Stems and batches, all a function of the set of requests alone. `requests` are distinct and sorted.
 
     Longest first, so that a batch is filled with shorter rows and only the last, cheapest one is not full.
@@ -205,13 +215,25 @@ def _plan_batches(requests: Sequence[LogLikRequest], share_prefixes: bool, sizes
         return out
 
     # the last token of a prefix predicts the response, so it is read again with each
-    shared_prefixes = find_shared_prefixes([np.asarray(request.prefix[:-1], np.int32) for request in requests]) if share_prefixes else []
-    without_prefix = set(range(len(requests))).difference(*(range(shared_prefix.start, shared_prefix.stop) for shared_prefix in shared_prefixes))
-    shared_prefixes, at = sorted(shared_prefixes, key=lambda shared_prefix: (-shared_prefix.length, shared_prefix.start)), 0
+    shared_prefixes = (
+        find_shared_prefixes([np.asarray(request.prefix[:-1], np.int32) for request in requests])
+        if share_prefixes
+        else []
+    )
+    without_prefix = set(range(len(requests))).difference(
+        *(range(shared_prefix.start, shared_prefix.stop) for shared_prefix in shared_prefixes)
+    )
+    shared_prefixes, at = (
+        sorted(shared_prefixes, key=lambda shared_prefix: (-shared_prefix.length, shared_prefix.start)),
+        0,
+    )
     while at < len(shared_prefixes):
         group = shared_prefixes[at : at + rows_per_batch(pick_bucket(shared_prefixes[at].length, sizes))]
         yield PrefixGroup(
-            [np.asarray(requests[shared_prefix.start].prefix[: shared_prefix.length], np.int32) for shared_prefix in group],
+            [
+                np.asarray(requests[shared_prefix.start].prefix[: shared_prefix.length], np.int32)
+                for shared_prefix in group
+            ],
             split_into_batches(
                 [
                     RequestRow(request, source_row, shared_prefix.length)
@@ -224,7 +246,9 @@ def _plan_batches(requests: Sequence[LogLikRequest], share_prefixes: bool, sizes
     yield PrefixGroup([], split_into_batches([RequestRow(request, 0, 0) for request in sorted(without_prefix)]))
 
 
-def _build_prefix_batch(prefixes: list[np.ndarray], sizes: Sequence[int], rows_per_batch: Callable[[int], int], row_multiple: int) -> Batch:
+def _build_prefix_batch(
+    prefixes: list[np.ndarray], sizes: Sequence[int], rows_per_batch: Callable[[int], int], row_multiple: int
+) -> Batch:
     """Of as many rows as there are stems, rounded up to `multiple` times a power of 2: often there are few."""
     length = pick_bucket(max(map(len, prefixes)), sizes)
     doublings = (-(-len(prefixes) // row_multiple) - 1).bit_length()
@@ -232,7 +256,12 @@ def _build_prefix_batch(prefixes: list[np.ndarray], sizes: Sequence[int], rows_p
 
 
 def _build_request_batch(
-    batch: list[RequestRow], requests: Sequence[LogLikRequest], sizes: Sequence[int], rows_per_batch: Callable[[int], int], *, cached: bool
+    batch: list[RequestRow],
+    requests: Sequence[LogLikRequest],
+    sizes: Sequence[int],
+    rows_per_batch: Callable[[int], int],
+    *,
+    cached: bool,
 ) -> Batch:
     pairs = [requests[row.request] for row in batch]
     ids = [

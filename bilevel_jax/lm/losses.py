@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.types import Batch, Fixed, Loss, Params
+from bilevel_jax.core.types import Batch, CompositeLoss, Frozen, Params
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.lm.models.lora import join_adapters
 
@@ -47,7 +47,9 @@ def sft_losses(
     return losses
 
 
-def sequence_log_likelihoods(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "slots"]]:
+def sequence_log_likelihoods(
+    decoder: Decoder, *, chunk: int = 1024
+) -> Callable[[Params, Batch], Float[Array, "slots"]]:
     """(params, batch) -> Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected.
 
     An empty slot is exactly 0.
@@ -83,7 +85,9 @@ def mean_over_targets(
     return values
 
 
-def sft_composite_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, reduction: LossReduction = "example_mean") -> Loss:
+def sft_composite_loss(
+    decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, reduction: LossReduction = "example_mean"
+) -> CompositeLoss:
     """The losses of `sft` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     frozen_head=True: outputs are the hidden states [rows, len, width]; the link, log-sum-exp of an affine map, applies
@@ -92,29 +96,29 @@ def sft_composite_loss(decoder: Decoder, *, frozen_head: bool, chunk: int = 1024
     """
     _check_options(chunk, reduction)
 
-    def hidden(params: Params, frozen: Fixed, batch: Batch) -> Array:
+    def hidden(params: Params, frozen: Frozen, batch: Batch) -> Array:
         if frozen is None:
             raise ValueError("frozen_head=True takes the head from `fixed`, which is None; use frozen_head=False.")
         _refuse_pairs(batch)
         return _hidden_states(decoder, assemble_params(params, frozen), batch)
 
-    def affine_link(outputs: Array, frozen: Fixed, batch: Batch) -> Array:
+    def affine_link(outputs: Array, frozen: Frozen, batch: Batch) -> Array:
         per_token = _map_chunks(negative_log_likelihood, outputs, decoder.head(frozen), batch, chunk)
         return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
 
-    def logits(params: Params, frozen: Fixed, batch: Batch) -> Array:
+    def logits(params: Params, frozen: Frozen, batch: Batch) -> Array:
         _refuse_pairs(batch)
         all_params = assemble_params(params, frozen)
         return _hidden_states(decoder, all_params, batch) @ decoder.head(all_params)
 
-    def link(outputs: Array, frozen: Fixed, batch: Batch) -> Array:
+    def link(outputs: Array, frozen: Frozen, batch: Batch) -> Array:
         per_token = negative_log_likelihood(outputs, _valid_targets(batch))
         return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
 
-    return Loss(hidden, affine_link) if frozen_head else Loss(logits, link)
+    return CompositeLoss(hidden, affine_link) if frozen_head else CompositeLoss(logits, link)
 
 
-def assemble_params(params: Params, frozen: Fixed) -> Params:
+def assemble_params(params: Params, frozen: Frozen) -> Params:
     """The whole parameter tree: `params` themselves, or adapters `params` joined to the frozen base `fixed`."""
     return params if frozen is None else join_adapters(frozen, params)
 
@@ -123,7 +127,9 @@ def token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Floa
     """(params, batch) -> -log p of the target at every place, nats; of token 0 where no example counts the place."""
 
     def tokens(params: Params, batch: Batch) -> Array:
-        return _map_chunks(negative_log_likelihood, _hidden_states(decoder, params, batch), decoder.head(params), batch, chunk)
+        return _map_chunks(
+            negative_log_likelihood, _hidden_states(decoder, params, batch), decoder.head(params), batch, chunk
+        )
 
     return tokens
 
@@ -189,7 +195,7 @@ def reduce_losses(sums: Float[Array, "examples"], batch: Batch, reduction: LossR
     if reduction == "example_mean":
         return sums / batch["supervised"]
     if reduction == "token_mean":
-        return sums * batch["rows"] / batch["targeted"]
+        return sums * batch["num_examples"] / batch["targeted"]
     return sums
 
 

@@ -62,7 +62,9 @@ def parse_implicit_preference(row: dict, options: DataOptions, where: str) -> Di
         sides = _split_at_common_words(values, names, where)
     else:
         both = zip(names, values, strict=True)
-        sides = [part.require_answer(part.parse_messages(value, name, SHAREGPT_ROLES, where), where) for name, value in both]
+        sides = [
+            part.require_answer(part.parse_messages(value, name, SHAREGPT_ROLES, where), where) for name, value in both
+        ]
     return _make_pair((part.prepend_system(side, row, options, where) for side in sides), names, where)
 
 
@@ -72,7 +74,9 @@ def parse_hh(row: dict, options: DataOptions, where: str) -> Dialogue:
     if not {options.chosen_field, options.rejected_field} & set(row) and name in row:
         return Dialogue(_parse_hh_dialogue(row[name], name, where))
     names, values = _read_sides(row, options, where)
-    return _make_pair((_parse_hh_dialogue(value, name, where) for name, value in zip(names, values, strict=True)), names, where)
+    return _make_pair(
+        (_parse_hh_dialogue(value, name, where) for name, value in zip(names, values, strict=True)), names, where
+    )
 
 
 # ---- parts

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.types import PADDING, Batch, Loss, Params
+from bilevel_jax.core.types import PADDING, Batch, CompositeLoss, Params
 from bilevel_jax.lm.losses import assemble_params, sequence_log_likelihoods
 from bilevel_jax.lm.models.decoder import Decoder
 
@@ -36,7 +36,9 @@ def dpo_losses(
     return _compose(preference_margins(decoder, chunk=chunk), _dpo_link(beta, label_smoothing))
 
 
-def dpo_composite_loss(decoder: Decoder, *, beta: float, label_smoothing: float = 0.0, chunk: int = 1024) -> Loss:
+def dpo_composite_loss(
+    decoder: Decoder, *, beta: float, label_smoothing: float = 0.0, chunk: int = 1024
+) -> CompositeLoss:
     """The losses of `dpo` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     The outputs are the margins log π(y_w) - log π(y_l), one for each pair; link'' = β² σ(z) σ(-z) > 0.
@@ -56,12 +58,14 @@ def simpo_losses(
     return _compose(preference_margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
 
 
-def simpo_composite_loss(decoder: Decoder, *, beta: float, gamma_ratio: float, chunk: int = 1024) -> Loss:
+def simpo_composite_loss(decoder: Decoder, *, beta: float, gamma_ratio: float, chunk: int = 1024) -> CompositeLoss:
     """The losses of `simpo` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
 
     The outputs are the margins log π(y_w)/|y_w| - log π(y_l)/|y_l|; link'' = β² σ(z) σ(-z) > 0.
     """
-    return _make_composite_loss(preference_margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio))
+    return _make_composite_loss(
+        preference_margins(decoder, per_token=True, chunk=chunk), _simpo_link(beta, gamma_ratio)
+    )
 
 
 def preference_margins(decoder: Decoder, *, per_token: bool = False, chunk: int = 1024) -> MarginFn:
@@ -103,8 +107,8 @@ def _compose(outputs: MarginFn, link: LinkFn) -> Callable[[Params, Batch], Float
     return lambda params, batch: link(outputs(params, batch), batch)
 
 
-def _make_composite_loss(outputs: MarginFn, link: LinkFn) -> Loss:
-    return Loss(
+def _make_composite_loss(outputs: MarginFn, link: LinkFn) -> CompositeLoss:
+    return CompositeLoss(
         lambda params, fixed, batch: outputs(assemble_params(params, fixed), batch),
         lambda values, fixed, batch: link(values, batch),
     )

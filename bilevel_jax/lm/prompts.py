@@ -11,7 +11,9 @@ from bilevel_jax.lm.generate import Prompt
 from bilevel_jax.lm.tokens import tokenize
 
 
-def make_prompts(examples: Sequence[Example], tokenizer: Tokenizer, *, template: str = DEFAULT_TEMPLATE) -> list[Prompt]:
+def make_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, template: str = DEFAULT_TEMPLATE
+) -> list[Prompt]:
     """What stands before the last response of each example, with the example's id.
 
     The tokens are those that `tokenize` puts before that response: by the tokenizer's own chat template, with what asks
@@ -23,7 +25,9 @@ def make_prompts(examples: Sequence[Example], tokenizer: Tokenizer, *, template:
     plain text, which has no prompt, and where `tokenize` does.
     """
     if plain_texts := [example for example in examples if example_kind(example) == "text"]:
-        raise ValueError(f"{plain_texts[0].where}: a row of plain text has no prompt to answer. Give rows with a prompt.")
+        raise ValueError(
+            f"{plain_texts[0].where}: a row of plain text has no prompt to answer. Give rows with a prompt."
+        )
     if not examples:
         return []
     corpus, _ = tokenize(examples, tokenizer, max_length=sys.maxsize, template=template, train_on="last_turn")

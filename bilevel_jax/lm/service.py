@@ -94,7 +94,9 @@ def make_chat_client(
             "Is it running, and within its limits? Lower concurrency, or raise timeout."
         )
 
-    def respond(prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore = NULL_RESPONSE_STORE) -> list[list[Response]]:
+    def respond(
+        prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore = NULL_RESPONSE_STORE
+    ) -> list[list[Response]]:
         unique_prompts = deduplicate_prompts(prompts)
         if without_messages := [prompt.id for prompt in unique_prompts if not prompt.messages]:
             raise ValueError(f"prompt {without_messages[0]} has no messages, and a service reads nothing else.")
@@ -107,7 +109,9 @@ def make_chat_client(
         by_id, stopped = {prompt.id: prompt for prompt in unique_prompts}, threading.Event()
         pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
         futures = {
-            pool.submit(send_request, by_id[id], draw, stopped): (id, draw) for id, draw in keys if (id, draw) not in responses
+            pool.submit(send_request, by_id[id], draw, stopped): (id, draw)
+            for id, draw in keys
+            if (id, draw) not in responses
         }
 
         def store_response(future: Future[Response]) -> None:

@@ -18,7 +18,9 @@ class SharedPrefix(NamedTuple):
     length: int
 
 
-def find_shared_prefixes(sequences: Sequence[Int[np.ndarray, "len"]], min_length: int = MIN_PREFIX_LENGTH) -> list[SharedPrefix]:
+def find_shared_prefixes(
+    sequences: Sequence[Int[np.ndarray, "len"]], min_length: int = MIN_PREFIX_LENGTH
+) -> list[SharedPrefix]:
     """The disjoint stems that save the most tokens. `sequences` are sorted; all that begin with a stem continue it.
 
     A stem of n tokens that m sequences share saves (m - 1) n. Sorted sequences form a tree of common beginnings, and

@@ -42,7 +42,7 @@ def write_sums_data(
     left out, and a file that is already there with other contents is an error.
     """
     folder = Path(folder)
-    sizes = {"rows": train, "validation": validation, "select": dev, "report": test, "lessons": lessons}
+    sizes = {"train": train, "validation": validation, "dev": dev, "test": test, "lessons": lessons}
     num_wrong, num_random = round(corrupted * train), round(noise * train)
     if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_QUESTIONS // 8:
         raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {NUM_QUESTIONS // 8}.")
@@ -50,7 +50,11 @@ def write_sums_data(
         raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
     questions = _iter_questions(seed)
     parts = {name: [next(questions) for _ in range(count)] for name, count in sizes.items()}
-    numbers = iter((MIN_NUMBER + permute_indices(np.arange(3 * num_random), 3 * num_random * NUM_NUMBERS, seed, 1) % NUM_NUMBERS).tolist())
+    numbers = iter(
+        (
+            MIN_NUMBER + permute_indices(np.arange(3 * num_random), 3 * num_random * NUM_NUMBERS, seed, 1) % NUM_NUMBERS
+        ).tolist()
+    )
 
     def labels(name: str, *, num_wrong: int, noise: int) -> list[str]:
         count = sizes[name]
@@ -67,8 +71,8 @@ def write_sums_data(
             for (a, b), label in zip(parts[name], labels, strict=True)
         ]
 
-    files = {"train": make_rows("rows", labels("rows", num_wrong=num_wrong, noise=num_random))}
-    files |= {name: make_rows(name, ["clean"] * sizes[name]) for name in ("validation", "select", "report")}
+    files = {"train": make_rows("train", labels("train", num_wrong=num_wrong, noise=num_random))}
+    files |= {name: make_rows(name, ["clean"] * sizes[name]) for name in ("validation", "dev", "test")}
     files["lessons"] = make_rows("lessons", labels("lessons", num_wrong=round(WRONG_LESSON_SHARE * lessons), noise=0))
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():

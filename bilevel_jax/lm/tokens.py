@@ -61,9 +61,15 @@ class Corpus:
         if (len(self.offsets) - 1) % self.sequences_per_example:
             raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences_per_example}.")
         if self.sampler_log_probs is not None and self.sampler_log_probs.shape != self.ids.shape:
-            raise ValueError(f"sampler {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give one number for each.")
-        if self.multiplicity is not None and (self.multiplicity.shape != (self.num_examples,) or not (self.multiplicity >= 0).all()):
-            raise ValueError(f"base {self.multiplicity.shape} for {self.num_examples} rows; give each a number of at least 0.")
+            raise ValueError(
+                f"sampler {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give one number for each."
+            )
+        if self.multiplicity is not None and (
+            self.multiplicity.shape != (self.num_examples,) or not (self.multiplicity >= 0).all()
+        ):
+            raise ValueError(
+                f"base {self.multiplicity.shape} for {self.num_examples} rows; give each a number of at least 0."
+            )
         if self.reference_margins is None:
             return
         if self.sequences_per_example != 2 or self.reference_margins.shape != (self.num_examples,):
@@ -73,7 +79,9 @@ class Corpus:
             )
         if not np.isfinite(self.reference_margins[self.kept_indices]).all():
             row = int(self.kept_indices[~np.isfinite(self.reference_margins[self.kept_indices])][0])
-            raise ValueError(f"the reference of row {row} is {self.reference_margins[row]}; give one for every row in `kept`.")
+            raise ValueError(
+                f"the reference of row {row} is {self.reference_margins[row]}; give one for every row in `kept`."
+            )
 
     @property
     def num_examples(self) -> int:
@@ -100,9 +108,15 @@ class Corpus:
         """The same pairs with `preferences.margins` under the reference model."""
         return replace(self, reference_margins=np.asarray(reference_margins))
 
-    def with_sampler_log_probs(self, sampler_log_probs: Float[np.ndarray, "tokens"], multiplicity: Float[np.ndarray, "rows"]) -> "Corpus":
+    def with_sampler_log_probs(
+        self, sampler_log_probs: Float[np.ndarray, "tokens"], multiplicity: Float[np.ndarray, "rows"]
+    ) -> "Corpus":
         """The same rows, with the sampler's log-probabilities of their tokens, and how much each row counts."""
-        return replace(self, sampler_log_probs=np.asarray(sampler_log_probs, np.float32), multiplicity=np.asarray(multiplicity, np.float32))
+        return replace(
+            self,
+            sampler_log_probs=np.asarray(sampler_log_probs, np.float32),
+            multiplicity=np.asarray(multiplicity, np.float32),
+        )
 
 
 class TokenizationReport(NamedTuple):
@@ -242,7 +256,12 @@ def corpus_from_sequences(sequences: Sequence[TokenizedSequence], sequences_per_
     """A corpus of sequences that were tokenized elsewhere; per_row=2: chosen, rejected, chosen, ..."""
     offsets = np.concatenate([[0], np.cumsum([len(sequence.ids) for sequence in sequences])]).astype(np.int64)
     ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int32)
-    return Corpus(ids, np.concatenate([sequence.target_mask for sequence in sequences]).astype(bool), offsets, sequences_per_example)
+    return Corpus(
+        ids,
+        np.concatenate([sequence.target_mask for sequence in sequences]).astype(bool),
+        offsets,
+        sequences_per_example,
+    )
 
 
 # ---- which targets count, and the length limit
@@ -313,7 +332,9 @@ def _add_bos_and_eos(ids: list[int], mask: TurnMask, tokenizer: Tokenizer) -> tu
 EncodedSides = list[tuple[list[int], TurnMask]]
 
 
-def _truncate_sides(sides: EncodedSides, max_length: int, truncation: str, num_bos: int) -> tuple[EncodedSides, list[str]]:
+def _truncate_sides(
+    sides: EncodedSides, max_length: int, truncation: str, num_bos: int
+) -> tuple[EncodedSides, list[str]]:
     """The sides of an example within max_length, and which cuts were made; `lead` = 1 where a BOS stands in front."""
     if truncation == "drop":
         return [([], []) for _ in sides], ["drop"]

@@ -7,7 +7,9 @@ from bilevel_jax.lm.files import describe_value
 
 ROLES = ("system", "user", "assistant")
 CHAT_ROLES = {role: role for role in ROLES}
-SHAREGPT_ROLES = CHAT_ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
+SHAREGPT_ROLES = (
+    CHAT_ROLES | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
+)
 """Names of the speakers in ShareGPT dialogues, in small letters -> roles."""
 TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
 CONVERSATION_FIELDS = ("conversations", "conversation", "messages")
@@ -74,7 +76,9 @@ def read_prompt(row: dict, options: DataOptions, where: str) -> Turns:
     value = read_field(row, name, "Set data.prompt_field to one of them.", where)
     if not isinstance(value, list):
         return prepend_system((Turn("user", require_string(value, name, where)),), row, options, where)
-    return prepend_system(_require_question(parse_messages(value, name, SHAREGPT_ROLES, where), name, where), row, options, where)
+    return prepend_system(
+        _require_question(parse_messages(value, name, SHAREGPT_ROLES, where), name, where), row, options, where
+    )
 
 
 def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
@@ -87,7 +91,9 @@ def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
     turns: list[Turn] = []
     for earlier in row.get("history") or ():
         if not isinstance(earlier, list) or [type(text_part) for text_part in earlier] != [str, str]:
-            raise ValueError(f"{where}: 'history' holds {describe_value(earlier)}; pairs [instruction, output] are wanted.")
+            raise ValueError(
+                f"{where}: 'history' holds {describe_value(earlier)}; pairs [instruction, output] are wanted."
+            )
         turns += [Turn("user", earlier[0]), Turn("assistant", require_nonblank(earlier[1], "history", where))]
     return prepend_system((*turns, Turn("user", text)), row, options, where)
 
@@ -96,7 +102,9 @@ def read_conversation(row: dict, options: DataOptions, where: str) -> Turns:
     """The messages of a ShareGPT row, behind the system message; none where the list is empty."""
     name = find_conversation_field(row, options)
     value = read_field(row, name, "Set data.messages_field to one of them.", where)
-    return prepend_system(() if value == [] else parse_messages(value, name, SHAREGPT_ROLES, where), row, options, where)
+    return prepend_system(
+        () if value == [] else parse_messages(value, name, SHAREGPT_ROLES, where), row, options, where
+    )
 
 
 def read_conversation_prompt(row: dict, options: DataOptions, where: str) -> Turns:
@@ -165,13 +173,17 @@ def _require_question(turns: Turns, name: str, where: str) -> Turns:
 def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> Turns:
     """A list of {role, content} or {from, value} as turns; `roles` says which names of speakers are known."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a list of {{role, content}} objects is wanted.")
+        raise ValueError(
+            f"{where}: '{name}' is {describe_value(value)}; a list of {{role, content}} objects is wanted."
+        )
     turns = []
     for number, message in enumerate(value, 1):
         message_name = f"message {number} of {name}"
         keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         if not isinstance(message, dict) or not set(keys) <= set(message):
-            raise ValueError(f"{where}: {message_name} is {describe_value(message)}; an object with {' and '.join(keys)} is wanted.")
+            raise ValueError(
+                f"{where}: {message_name} is {describe_value(message)}; an object with {' and '.join(keys)} is wanted."
+            )
         speaker = message[keys[0]]
         if message.get("tool_calls") or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
             raise ValueError(
@@ -180,7 +192,9 @@ def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> 
             )
         role = roles.get(speaker.lower() if roles is SHAREGPT_ROLES else speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise ValueError(f"{where}: {message_name} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it.")
+            raise ValueError(
+                f"{where}: {message_name} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it."
+            )
         if role == "system" and number > 1:
             raise ValueError(f"{where}: {message_name} is a system message; only the first one may be.")
         check = require_nonblank if role == "assistant" else require_string
@@ -191,7 +205,9 @@ def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> 
 def check_row(row: Any, where: str) -> None:
     """Raises ValueError unless the row is an object with fields."""
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: the row is {describe_value(row)}; a JSON object such as {{"prompt": ...}} is wanted.')
+        raise ValueError(
+            f'{where}: the row is {describe_value(row)}; a JSON object such as {{"prompt": ...}} is wanted.'
+        )
 
 
 def read_field(row: dict, name: str, remedy: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The verb `audit`: cheap scores of training rows, judged by exact entries and by one bank of retrains."""
+"""The command `audit`: cheap scores of training examples, judged by exact entries and by one bank of retrains."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from bilevel_jax.core import certify, tree
-from bilevel_jax.core.types import PADDING, Estimate, Inner, Run, Stream
+from bilevel_jax.core.types import PADDING, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs import audit_report, bank, classification, files, judging, rows, scoring
 from bilevel_jax.runs import config as configs
@@ -37,16 +37,16 @@ class UniformTraining(NamedTuple):
     """The uniform training that entries and scores are of."""
 
     trainer: Trainer
-    start: Inner
+    start: TrainState
     stream: Stream
-    trajectory: Run
+    trajectory: Trajectory
     query_indices: Int[np.ndarray, "queries"]
-    """Rows of V_fit."""
+    """Rows of validation."""
     seconds: float
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
     Raises as `select.select` does, and ValueError for scores that the task does not allow and queries it has not.
     """
@@ -81,7 +81,12 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
     resolved = resolve_builtin(select_config, folder)
     seeds, prior = [config.data.seed], config.outer.proximal
     return prepare_text(
-        resolved, rows.load_splits(resolved.data), folder, num_steps=config.train.max_steps, seeds=seeds, proximal_strength=prior
+        resolved,
+        rows.load_splits(resolved.data),
+        folder,
+        num_steps=config.train.max_steps,
+        seeds=seeds,
+        proximal_strength=prior,
     )
 
 
@@ -94,15 +99,15 @@ def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
 
 
 def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
-    """The rows of V_fit whose own losses are foretold, drawn from data.seed."""
-    validation_stream = task.held_out_streams["fit"]
+    """The rows of validation whose own losses are foretold, drawn from data.seed."""
+    validation_stream = task.held_out_streams["validation"]
     index = np.concatenate(
         [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
     )
     present = np.sort(index[index != PADDING])
     if config.audit.queries > len(present):
         raise ValueError(
-            f"audit.queries = {config.audit.queries}, but V_fit has {len(present)} rows. Lower it, or give more rows."
+            f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more rows."
         )
     drawn = np.random.default_rng((config.data.seed, 3)).permutation(present)[: config.audit.queries]
     return np.sort(drawn)
@@ -138,12 +143,16 @@ def _run_audit(
     session.set_phase("writing")
     result = judging.judge_scores(select_config_for_audit(config), task, scores, retrain_losses, certification)
     result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": configs.config_hash(config)}
-    validation_ids = [getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["fit"])]
+    validation_ids = [
+        getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["validation"])
+    ]
     table = bank.build_retrain_table(
         retrain_losses, [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
     )
     files.write_parquet(session.folder / "bank.parquet", table)
-    files.write_parquet(session.folder / scoring.SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
+    files.write_parquet(
+        session.folder / scoring.SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder)
+    )
     files.write_json(session.folder / "result.json", result)
     audit_report.write_audit_report(session.folder)
     return result
@@ -161,7 +170,12 @@ def train_uniform(
     if EXACT_ESTIMATOR in config.audit.estimators:
         check_differentiable(task.train_step, task.optimizer, trajectory, ones, task.frozen(start.params), stream)
     return UniformTraining(
-        trainer, start, stream, trajectory, query_indices, session.run_once("training", lambda: time.monotonic() - began)
+        trainer,
+        start,
+        stream,
+        trajectory,
+        query_indices,
+        session.run_once("training", lambda: time.monotonic() - began),
     )
 
 
@@ -174,7 +188,7 @@ def compute_estimates(
     """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
     scores: list[DataScore] = []
     exact_record: dict[str, Any] = {}
-    fit = task.held_out_streams["fit"]
+    fit = task.held_out_streams["validation"]
     query_streams = [bank.single_example_stream(fit, row) for row in uniform_training.query_indices]
     groups = [
         query_streams[start : start + config.audit.vmap_size]
@@ -282,7 +296,7 @@ def certify_exact(
         task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.num_examples),
         hypergradient=slopes, step=0, validation_loss=exact_record["value"], checks=certify.Checks(**exact_record["checks"]),
     )  # fmt: skip
-    verdict = certify.verdict(certificate_set)
+    verdict = certify.judge_certificates(certificate_set)
     session.print_line(f"the exact entries: {verdict}")
     return certificate_set, verdict
 
@@ -314,7 +328,7 @@ def _estimate_once(
     def make() -> dict[str, Any]:
         before, began = session.work_done, time.monotonic()
         result = estimate(streams)
-        if not bool(tree.finite(result.grad)):
+        if not bool(tree.all_finite(result.grad)):
             raise FloatingPointError(
                 f"the entries of {name} are not finite ({result.checks}). Training itself was finite: raise "
                 "optimizer.eps_root, or lower optimizer.learning_rate."
@@ -322,8 +336,13 @@ def _estimate_once(
         with files.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, -np.asarray(result.grad))
         checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}
-        value = float(np.ravel(result.value)[0])
-        return {"passes": session.work_done - before, "seconds": time.monotonic() - began, "value": value, "checks": checks}
+        value = float(np.ravel(result.validation_loss)[0])
+        return {
+            "passes": session.work_done - before,
+            "seconds": time.monotonic() - began,
+            "value": value,
+            "checks": checks,
+        }
 
     record = session.run_once(f"entries/{name}", make)
     return np.load(path), record

@@ -29,7 +29,7 @@ CHECKPOINT_LABELS = {
     "end": "at the end of uniform training",
     "": "of no model",
 }
-TARGET_HEADINGS = {"fit": "L_v", "queries": "single queries, mean", "report": "V_report"}
+TARGET_HEADINGS = {"validation": "L_v", "queries": "single queries, mean", "test": "test"}
 
 
 def write_audit_report(folder: Path) -> Path:
@@ -43,8 +43,8 @@ def render_audit_report(name: str, result: JsonObject, config_text: str, environ
     intro = join_html(
         "bilevel_jax audit, run ",
         html_element("b", name),
-        f". L_v is a model's loss on the rows of V_fit, in {result['unit']}; lower is better. A score is one number "
-        "for each training row; larger is better.",
+        f". L_v is a model's loss on the rows of validation, in {result['unit']}; lower is better. A score is one number "
+        "for each training example; larger is better.",
     )
     pictures = (
         html_figure(plot_cost(result, at), format_caption(result, at), wide=True)
@@ -86,7 +86,9 @@ def render_audit_report(name: str, result: JsonObject, config_text: str, environ
             ),
         ),
     ]
-    return html_document(f"{name}: audit", "Which score tells what a training row is worth here", intro, lead, sections)
+    return html_document(
+        f"{name}: audit", "Which score tells what a training example is worth here", intro, lead, sections
+    )
 
 
 # ---- in words
@@ -130,7 +132,7 @@ def render_score_table(result: JsonObject) -> Html:
     columns = [
         Column(
             f"LDS, {format_share(share)} out",
-            [format_reading(row["lds"]["fit"][at]) for row in rows],
+            [format_reading(row["lds"]["validation"][at]) for row in rows],
             "for L_v",
             "tight",
         )
@@ -160,11 +162,11 @@ def render_score_table(result: JsonObject) -> Html:
 
 
 def render_other_targets(result: JsonObject) -> Html:
-    """The same scores against single queries and against V_report."""
+    """The same scores against single queries and against test."""
     rows, lds = sort_by_lds(result), result["rows"][0]["lds"]
-    others = [target for target in TARGET_LABELS if target in lds and target != "fit"]
+    others = [target for target in TARGET_LABELS if target in lds and target != "validation"]
     if not others:
-        return html_paragraph("Nothing but L_v was read: audit.queries is 0 and there is no V_report.")
+        return html_paragraph("Nothing but L_v was read: audit.queries is 0 and there is no test.")
     tables = [
         html_table(
             Column("", [html_element("b", row["name"]) for row in rows], TARGET_HEADINGS[target]),
@@ -184,15 +186,15 @@ def render_other_targets(result: JsonObject) -> Html:
     return join_html(
         *tables,
         html_note(
-            f"Queries are rows of V_fit. Entries of their own: {own}; the other scores foretell every query by one "
-            "number per row. V_report is foretold by the scores for V_fit: what is lost is how V_fit differs from it."
+            f"Queries are rows of validation. Entries of their own: {own}; the other scores foretell every query by one "
+            "number per row. test is foretold by the scores for validation: what is lost is how validation differs from it."
         ),
     )
 
 
 def sort_by_lds(result: JsonObject) -> list[JsonObject]:
     """The scores, those that foretell L_v best first."""
-    return sorted(result["rows"], key=lambda row: -float_or_nan(row["lds"]["fit"][0][0]))
+    return sorted(result["rows"], key=lambda row: -float_or_nan(row["lds"]["validation"][0][0]))
 
 
 def format_reading(values: Sequence[float | None] | None) -> str:
@@ -210,11 +212,11 @@ def format_reading(values: Sequence[float | None] | None) -> str:
 def plot_cost(result: JsonObject, at: int) -> Html:
     """A point per score, LDS by passes on a log axis, with its interval and its name."""
     left, right, top, bottom = 52, 380, 12, 300
-    rows = [row for row in result["rows"] if row["lds"]["fit"][at][0] is not None]
+    rows = [row for row in result["rows"] if row["lds"]["validation"][at][0] is not None]
     if not rows:
         return html_element("p", "Every score foretells the same for every retrain.")
     x = make_scale([max(row["passes"], 1.0) for row in rows], left + 10, right - 10, log=True)
-    y = make_scale([0.0, 1.0, *(end for row in rows for end in row["lds"]["fit"][at])], bottom, top, margin=0)
+    y = make_scale([0.0, 1.0, *(end for row in rows for end in row["lds"]["validation"][at])], bottom, top, margin=0)
     parts = [_grid_line(left, y(tick), right, y(tick), f"{tick:g}", left - 6, y(tick) + 4, "end") for tick in y.ticks()]
     parts += [
         _grid_line(x(tick), top, x(tick), bottom, f"{tick:,.0f}", x(tick), bottom + 16, "middle") for tick in x.ticks()
@@ -224,9 +226,9 @@ def plot_cost(result: JsonObject, at: int) -> Html:
             "line", x1=left, y1=_format_coordinate(y(0)), x2=right, y2=_format_coordinate(y(0)), class_="reference"
         )
     )
-    places = _spread_labels([y(row["lds"]["fit"][at][0]) for row in rows], 13, top + 4)
+    places = _spread_labels([y(row["lds"]["validation"][at][0]) for row in rows], 13, top + 4)
     for row, place in zip(rows, places, strict=True):
-        value, low, high = row["lds"]["fit"][at]
+        value, low, high = row["lds"]["validation"][at]
         point_x, point_y = x(max(row["passes"], 1.0)), y(value)
         colour = {"unrolled": "k1", result["verdict"]["use"]: "k3", "random": "k5"}.get(row["name"], "k0")
         parts += [
@@ -254,7 +256,9 @@ def plot_cost(result: JsonObject, at: int) -> Html:
     parts.append(
         html_element("text", "passes (LDS upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle")
     )
-    words = "; ".join(f"{row['name']}: {row['lds']['fit'][at][0]:.3g} for {row['passes']:,.0f} passes" for row in rows)
+    words = "; ".join(
+        f"{row['name']}: {row['lds']['validation'][at][0]:.3g} for {row['passes']:,.0f} passes" for row in rows
+    )
     return html_element("svg", *parts, viewBox=f"0 0 {right + 130} {bottom + 42}", role="img", aria_label=words)
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.core.types import PADDING, Inner, Params, Stream, Transition
-from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
+from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, evaluate_per_example
 
-TARGET_LABELS = {"fit": "L_v", "queries": "each query", "report": "V_report"}
+TARGET_LABELS = {"validation": "L_v", "queries": "each query", "test": "test"}
 """What is predicted, as people read it."""
 
 
@@ -28,7 +28,7 @@ class LeaveOutRetrains(NamedTuple):
     fractions: tuple[float, ...]
     left_out: Bool[np.ndarray, "fractions subsets rows"]
     losses: dict[str, Float[np.ndarray, "fractions subsets losses"]]
-    """By target (a key of TARGETS): of all of V_fit, of each query, of all of V_report; only what there is."""
+    """By target (a key of TARGETS): of all of validation, of each query, of all of test; only what there is."""
 
     def predict_loss_rise(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
         """The rise of the loss that scores (larger is better) foretell: the sum of those of the rows that left."""
@@ -50,7 +50,7 @@ def retrain_without_subsets(
     task: Task | ArrayTask,
     session: Session,
     *,
-    start: Inner,
+    start: TrainState,
     stream: Stream,
     queries: Int[np.ndarray, "queries"],
     fractions: tuple[float, ...],
@@ -63,16 +63,25 @@ def retrain_without_subsets(
     Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
     `together`, side by side, which changes no loss but by rounding.
     """
-    value, frozen = outer_value(task.problem), task.frozen(start.params)
+    value, frozen = validation_loss_fn(task.problem), task.frozen(start.params)
     part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
     left_out = np.stack(
-        [draw_subsets(task.num_examples, task.trainable_indices(), fraction, num_subsets, seed) for fraction in fractions]
+        [
+            draw_subsets(task.num_examples, task.trainable_indices(), fraction, num_subsets, seed)
+            for fraction in fractions
+        ]
     )
 
     def read_losses(params: Params) -> dict[str, list[float]]:
         found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
         if len(queries):
-            losses = evaluate_per_example(task.objective.losses, params, frozen, part_streams["fit"], len(task.held_out_examples["fit"]))
+            losses = evaluate_per_example(
+                task.objective.losses,
+                params,
+                frozen,
+                part_streams["validation"],
+                len(task.held_out_examples["validation"]),
+            )
             found["queries"] = losses[queries].tolist()
         return found
 
@@ -99,7 +108,7 @@ def retrain_without_subsets(
 
 
 def train_vmapped(
-    task: Task | ArrayTask, session: Session, start: Inner, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
+    task: Task | ArrayTask, session: Session, start: TrainState, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
 ) -> Params:
     """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
     gather, forward = _vmap_step(task.train_step)
@@ -114,9 +123,11 @@ def train_vmapped(
 
 
 @lru_cache(maxsize=2)
-def _vmap_step(step: Transition) -> tuple[Callable, Callable]:
+def _vmap_step(step: TrainStep) -> tuple[Callable, Callable]:
     """`take` and `forward` of several runs at once; remembered, so that they are compiled once."""
-    return jax.jit(jax.vmap(step.take, in_axes=(0, None))), jax.jit(jax.vmap(step.forward, in_axes=(0, 0, None, None)))
+    return jax.jit(jax.vmap(step.gather, in_axes=(0, None))), jax.jit(
+        jax.vmap(step.forward, in_axes=(0, 0, None, None))
+    )
 
 
 def single_example_stream(stream: Stream, row: int) -> Stream:
@@ -129,7 +140,7 @@ def single_example_stream(stream: Stream, row: int) -> Stream:
 
 def compute_lds(
     retrains: LeaveOutRetrains,
-    scores: Float[np.ndarray, "rows"],
+    scores: Float[np.ndarray, "examples"],
     query_scores: Float[np.ndarray, "queries rows"] | None,
     seed: int,
 ) -> dict[str, list[Float[np.ndarray, "draws"]]]:

@@ -1,4 +1,4 @@
-"""The verb `compare`: every method on one data set at one budget, several seeds, models trained again from cold."""
+"""The command `compare`: every method on one data set at one budget, several seeds, models trained again from cold."""
 
 import math
 import shutil
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax.core.unrolled import outer_value
-from bilevel_jax.core.weighting import effective_size
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.core.weighting import effective_sample_size
 from bilevel_jax.runs import bench_report, classification, files, rows
 from bilevel_jax.runs import config as configs
 from bilevel_jax.runs.classification import ArrayTask
@@ -35,7 +35,7 @@ SEED_STRIDE = 1_000_000
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
     Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
     """
@@ -73,10 +73,17 @@ def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Ta
     if reads_array_data(config):
         source = classification.read_npz_dataset(config.data.train[0])
         net = classification.build_array_model(select_config_for_seed(config, 0), config.arrays, source)
-        return lambda seed: classification.prepare_array_task(select_config_for_seed(config, seed), config.arrays, source, net)
+        return lambda seed: classification.prepare_array_task(
+            select_config_for_seed(config, seed), config.arrays, source, net
+        )
     resolved = resolve_builtin(select_config_for_seed(config, 0), folder)
     text = prepare_text(
-        resolved, rows.load_splits(resolved.data), folder, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
+        resolved,
+        rows.load_splits(resolved.data),
+        folder,
+        num_steps=config.train.max_steps,
+        seeds=[0],
+        proximal_strength=config.outer.proximal,
     )
     return lambda seed: text
 
@@ -133,7 +140,8 @@ def _run_comparison(
         "restart": config.outer.restart,
         "seeds": config.compare.seeds,
         "top_share": config.compare.top_share,
-        "counts": {"train": task.num_examples} | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
+        "counts": {"train": task.num_examples}
+        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
         "notes": notes,
         "seconds": session.job_cost("seed")[1],
         "config_hash": configs.config_hash(config),
@@ -154,7 +162,7 @@ def run_repetition(
     select_config = select_config_for_seed(config, seed)
     good = good_label_mask(task, select_config)
     trainer = Trainer(task, select_config.outer, session)
-    outer_loss = outer_value(task.problem)
+    outer_loss = validation_loss_fn(task.problem)
     uniform_stats = _train_uniform(task, select_config, seed, trainer, session)
 
     def retrain_cold(name: str, variant: RetrainVariant) -> dict[str, Any]:
@@ -185,10 +193,11 @@ def run_repetition(
             everything = task.trainable_indices()
             without_validation = retrain_cold(f"{name}, alone", RetrainVariant(name, "", everything, table))
             with_validation = retrain_cold(
-                f"{name}, with V_fit", RetrainVariant(name, "", np.concatenate([everything, task.validation_indices()]), table)
+                f"{name}, with validation",
+                RetrainVariant(name, "", np.concatenate([everything, task.validation_indices()]), table),
             )
             cell |= {key: without_validation[key] for key in (*PART_NAMES, "accuracy")}
-            cell["with_v"] = {key: with_validation[key] for key in ("report", "accuracy")}
+            cell["with_v"] = {key: with_validation[key] for key in ("test", "accuracy")}
         if good is not None and name != "mixing":
             cell |= {"auc": auc(weights, good), "f1": f1_score(weights > 1, good)}
         cells[name] = cell
@@ -213,9 +222,13 @@ def make_baselines(
     share = f"{config.compare.top_share:.0%} of the rows"
     specs: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
         "uniform": ("every row, weight 1", everything, None),
-        "validation": ("V_fit alone", fit, None),
-        "train+validation": ("every row and V_fit", np.concatenate([everything, fit]), None),
-        "random": (f"{share}, at random", random_subset, np.isin(np.arange(task.num_examples), random_subset).astype(float)),
+        "validation": ("validation alone", fit, None),
+        "train+validation": ("every row and validation", np.concatenate([everything, fit]), None),
+        "random": (
+            f"{share}, at random",
+            random_subset,
+            np.isin(np.arange(task.num_examples), random_subset).astype(float),
+        ),
         "aligned": (
             f"{share}, by alignment once",
             top_indices(-uniform_stats["alignment"], count, everything),
@@ -230,7 +243,7 @@ def make_baselines(
     if good is not None:
         clean = everything[good[everything]]
         specs["oracle"] = ("the good rows", clean, good.astype(float))
-        specs["oracle+validation"] = ("the good rows and V_fit", np.concatenate([clean, fit]), good.astype(float))
+        specs["oracle+validation"] = ("the good rows and validation", np.concatenate([clean, fit]), good.astype(float))
     return {
         name: (RetrainVariant(name, specs[name][0], specs[name][1], ones), specs[name][2])
         for name in config.compare.baselines
@@ -271,16 +284,22 @@ def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -
         "seconds": outcome.seconds,
         "trail": outcome.history,
         "ended": outcome.stop_reason,
-        "ess": float(effective_size(jnp.asarray(outcome.weights))),
+        "ess": float(effective_sample_size(jnp.asarray(outcome.weights))),
         "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
         if 2 <= len(sources) <= 6
         else {},
     }
     if outcome.params is not None:
         frozen, part = task.frozen(outcome.params), _held_out_part(task)
-        correct = evaluate_per_example(task.objective.accuracy, outcome.params, frozen, task.held_out_streams[part], len(task.held_out_examples[part]))
+        correct = evaluate_per_example(
+            task.objective.accuracy,
+            outcome.params,
+            frozen,
+            task.held_out_streams[part],
+            len(task.held_out_examples[part]),
+        )
         value = float(outer_loss(outcome.params, frozen, task.held_out_streams[part]))
-        cell["own"] = {"report": value, "accuracy": float(np.nanmean(correct))}
+        cell["own"] = {"test": value, "accuracy": float(np.nanmean(correct))}
     return cell
 
 
@@ -293,7 +312,9 @@ def _train_uniform(
     def make() -> float:
         before, ones = session.work_done, jnp.ones(task.num_examples)
         run = trainer.run(
-            ones, trainer.init_state(task.init_params(select_config.train.seed)), task.training_stream(select_config.data.seed)
+            ones,
+            trainer.init_state(task.init_params(select_config.train.seed)),
+            task.training_stream(select_config.data.seed),
         )
         alignment, losses = compute_baseline_scores(task, trainer, run, ones)
         path.parent.mkdir(exist_ok=True)
@@ -324,8 +345,8 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
         for key in runs[0].get(of) or ():
             readings[f"{of} {key}"] = [cell[of][key] for cell in runs]
     if goal := cells.get("oracle+validation"):
-        mine = readings.get("with_v report") or readings.get("report") or readings["own report"]
-        readings["distance"] = [loss - other["report"] for loss, other in zip(mine, goal, strict=True)]
+        mine = readings.get("with_v report") or readings.get("test") or readings["own report"]
+        readings["distance"] = [loss - other["test"] for loss, other in zip(mine, goal, strict=True)]
     for source in runs[0].get("sources") or ():
         readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]
     intervals = {key: mean_interval(values) for key, values in readings.items()}
@@ -341,9 +362,9 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
 
 
 def _held_out_part(task: Task | ArrayTask) -> str:
-    return "report" if "report" in task.held_out_streams else "fit"
+    return "test" if "test" in task.held_out_streams else "validation"
 
 
 def _format_cell(name: str, cell: dict[str, Any]) -> str:
-    words = [f"{key} {cell[key]:.3f}" for key in ("report", "accuracy", "auc", "f1") if cell.get(key) is not None]
+    words = [f"{key} {cell[key]:.3f}" for key in ("test", "accuracy", "auc", "f1") if cell.get(key) is not None]
     return f"{name:<20}{'   '.join(words)}   {cell['passes']:,.0f} passes   {cell['seconds']:.0f} s"

@@ -29,13 +29,13 @@ JsonObject = dict[str, Any]
 TABLE_COLUMNS = (
     ("auc", "AUC", "of the weights against the labels"),
     ("f1", "F1", "good rows = weight above 1"),
-    ("report", "V_report", "retrained with the weights"),
+    ("test", "test", "retrained with the weights"),
     ("accuracy", "accuracy", "the same"),
-    ("with_v report", "V_report, with V", "retrained with the weights and V_fit"),
+    ("with_v report", "test, with V", "retrained with the weights and validation"),
     ("with_v accuracy", "accuracy, with V", "the same"),
-    ("own report", "V_report, own model", "the method's own, trained on V"),
+    ("own report", "test, own model", "the method's own, trained on V"),
     ("own accuracy", "accuracy, own model", "the same"),
-    ("distance", "to oracle + V", "V_report less that of oracle + validation, by seed"),
+    ("distance", "to oracle + V", "test less that of oracle + validation, by seed"),
     ("ess", "ESS", "rows"),
     ("passes", "passes", "forward and backward, one batch"),
     ("seconds", "seconds", "one seed"),
@@ -53,8 +53,8 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
     intro = join_html(
         "bilevel_jax compare, run ",
         html_element("b", name),
-        f". L_v is a model's loss on trusted rows, in {result['unit']}; lower is better. V_fit steers the weights; "
-        "every number of the table is read on V_report, from models trained again from cold.",
+        f". L_v is a model's loss on validation examples, in {result['unit']}; lower is better. validation steers the weights; "
+        "every number of the table is read on test, from models trained again from cold.",
     )
     lead = join_html(
         verdict_banner(
@@ -92,13 +92,13 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
 
 def summarize_comparison(result: JsonObject) -> str:
     """Who leads, by how much, from whom it is not told apart, and whether the question means anything here."""
-    methods = [row for row in result["rows"] if row["learns"] and "report" in row["mean"]]
+    methods = [row for row in result["rows"] if row["learns"] and "test" in row["mean"]]
     parts, labels = [], result["labels"]
     if labels:
         parts += _describe_leader(methods, "auc", -1, "ranks the rows best", "AUC")
         parts += _describe_leader(methods, "f1", -1, "sorts them best", "F1")
     parts += _describe_leader(
-        methods, "with_v report", 1, "trained again with its weights and V_fit is lowest on V_report", "L_v"
+        methods, "with_v report", 1, "trained again with its weights and validation is lowest on test", "L_v"
     )
     rows = {row["name"]: row for row in result["rows"]}
     if ranked_texts := [
@@ -107,9 +107,9 @@ def summarize_comparison(result: JsonObject) -> str:
         parts.append(f"Ranked once, after uniform training: AUC {', '.join(ranked_texts)}.")
     if "validation" in rows and "train+validation" in rows:
         pair = [f"{_format_estimate(rows[name], 'report')}" for name in ("validation", "train+validation")]
-        parts.append(f"V_fit alone reaches {pair[0]}, all rows with V_fit {pair[1]}.")
+        parts.append(f"validation alone reaches {pair[0]}, all rows with validation {pair[1]}.")
     if "oracle" in rows and "uniform" in rows:
-        gain, half = mean_interval([a["report"] - b["report"] for a, b in _pair_runs(rows["oracle"], rows["uniform"])])
+        gain, half = mean_interval([a["test"] - b["test"] for a, b in _pair_runs(rows["oracle"], rows["uniform"])])
         if gain + half < 0:
             parts.append("The oracle beats uniform, so the labels mean something here.")
         elif not math.isnan(half):
@@ -174,7 +174,7 @@ def _format_estimate(row: JsonObject, key: str) -> str:
 
 
 def _format_caption(result: JsonObject) -> str:
-    what = "AUC of the weights against the labels" if result["labels"] else "L_v on V_report of the model at that point"
+    what = "AUC of the weights against the labels" if result["labels"] else "test loss of the model at that point"
     return f"Quality against cost: {what}, mean over the seeds, by what has been spent of the budget."
 
 
@@ -267,7 +267,7 @@ def plot_cost_curves(result: JsonObject) -> Html:
             ),
             html_element("text", name, x=right + 15, y=f"{places[name] + 4:.1f}", class_="label"),
         ]
-    what = "AUC" if result["labels"] else f"L_v on V_report, {result['unit']}"
+    what = "AUC" if result["labels"] else f"test loss, {result['unit']}"
     parts.append(
         html_element(
             "text", f"passes spent ({what} upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle"
@@ -282,7 +282,7 @@ def _mean_curve(row: JsonObject, labels: bool) -> list[tuple[float, float]]:
     runs = [cell["trail"] for cell in row["runs"]]
     points = []
     for seed_points in zip(*runs, strict=False):
-        values = [point["auc"] if labels else point["loss"].get("report") for point in seed_points]
+        values = [point["auc"] if labels else point["loss"].get("test") for point in seed_points]
         if all(value is not None for value in values):
             points.append((float(np.mean([point["passes"] for point in seed_points])), float(np.mean(values))))
     return points

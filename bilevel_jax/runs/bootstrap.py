@@ -21,7 +21,11 @@ class BootstrapInterval(NamedTuple):
 
 def resample_counts(num_items: int, seed: tuple[int, ...]) -> Int[np.ndarray, "draws items"]:
     """How often each item stands in each resample; the first line is the sample itself, every item once."""
-    counts = np.random.default_rng(seed).multinomial(num_items, np.full(num_items, 1 / num_items), size=NUM_RESAMPLES).astype(np.int32)
+    counts = (
+        np.random.default_rng(seed)
+        .multinomial(num_items, np.full(num_items, 1 / num_items), size=NUM_RESAMPLES)
+        .astype(np.int32)
+    )
     return np.concatenate([np.ones((1, num_items), counts.dtype), counts])
 
 
@@ -37,7 +41,10 @@ def bootstrap_rank_correlations(
     parts = []
     for start in range(0, len(counts), step):
         block_counts = counts[start : start + step]
-        a, b = (_resampled_ranks(value_positions, block_counts) - (block_counts.sum(1)[:, None, None] + 1) / 2 for value_positions in positions)
+        a, b = (
+            _resampled_ranks(value_positions, block_counts) - (block_counts.sum(1)[:, None, None] + 1) / 2
+            for value_positions in positions
+        )
         weight = block_counts[:, None, :]
         scale = np.sqrt((weight * a**2).sum(-1) * (weight * b**2).sum(-1))
         with np.errstate(invalid="ignore"):
@@ -63,7 +70,10 @@ def bootstrap_paired_gain(
     gain = np.asarray(before - after, float)
     draws, random = max(4000, round(25 / level)), np.random.default_rng(seed)
     means = np.concatenate(
-        [random.choice(gain, (min(NUM_RESAMPLES, draws - start), len(gain))).mean(1) for start in range(0, draws, NUM_RESAMPLES)]
+        [
+            random.choice(gain, (min(NUM_RESAMPLES, draws - start), len(gain))).mean(1)
+            for start in range(0, draws, NUM_RESAMPLES)
+        ]
     )
     low, high, bound = np.quantile(means, [0.025, 0.975, level])
     return BootstrapInterval(float(gain.mean()), float(low), float(high)), float(bound)
@@ -76,12 +86,18 @@ def _rank_positions(values: Float[np.ndarray, "pairs n"]) -> RankPositions:
     """The order of the values; of each, how many are less, and how many are not more."""
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, 1)
-    less = [np.searchsorted(sorted_row, row_values, "left") for sorted_row, row_values in zip(ordered, values, strict=True)]
-    most = [np.searchsorted(sorted_row, row_values, "right") for sorted_row, row_values in zip(ordered, values, strict=True)]
+    less = [
+        np.searchsorted(sorted_row, row_values, "left") for sorted_row, row_values in zip(ordered, values, strict=True)
+    ]
+    most = [
+        np.searchsorted(sorted_row, row_values, "right") for sorted_row, row_values in zip(ordered, values, strict=True)
+    ]
     return order, np.array(less), np.array(most)
 
 
-def _resampled_ranks(positions: RankPositions, counts: Int[np.ndarray, "draws n"]) -> Float[np.ndarray, "draws pairs n"]:
+def _resampled_ranks(
+    positions: RankPositions, counts: Int[np.ndarray, "draws n"]
+) -> Float[np.ndarray, "draws pairs n"]:
     """Mean ranks from 1 in each resample; of items that are not in it, where they would stand."""
     order, less, most = positions
     cumulative_counts = np.cumsum(counts[:, order], axis=-1)

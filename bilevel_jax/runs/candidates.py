@@ -11,7 +11,7 @@ from bilevel_jax.lm.files import describe_value
 from bilevel_jax.lm.turns import Turn, check_row, read_field, require_string
 from bilevel_jax.runs.config import RankConfig
 from bilevel_jax.runs.read import suggest_nearest
-from bilevel_jax.scores.random import number
+from bilevel_jax.scores.random import hash_to_int
 
 MAX_NAMES_SHOWN = 3
 """Names that an error shows of many."""
@@ -104,7 +104,7 @@ def draw_blocks(questions: Sequence[Question], block_size: int, max_blocks: int,
             f"{len(questions)} questions can be asked, and a block has rank.block_size = {block_size} of them. Give more "
             "questions, lower rank.block_size, or raise rank.max_question_tokens."
         )
-    ordered = sorted(questions, key=lambda question: (number(question.id, seed), question.id))
+    ordered = sorted(questions, key=lambda question: (hash_to_int(question.id, seed), question.id))
     return [ordered[start : start + block_size] for start in range(0, count * block_size, block_size)]
 
 
@@ -268,7 +268,9 @@ def _read_reference_answer(row: dict[str, Any], config: RankConfig, where: str) 
 def _read_reward(row: _QuestionRow, name: str, where: str) -> float:
     value = row.rewards.get(name) if isinstance(row.rewards, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: the reward of '{name}' is {describe_value(value)}; a number is wanted for each strategy.")
+        raise ValueError(
+            f"{where}: the reward of '{name}' is {describe_value(value)}; a number is wanted for each strategy."
+        )
     return float(value)
 
 

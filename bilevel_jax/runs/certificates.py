@@ -7,7 +7,7 @@ from jaxtyping import Float
 from bilevel_jax.core import certify
 from bilevel_jax.core.certify import Certificates
 from bilevel_jax.core.types import Checks
-from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
 from bilevel_jax.runs.config import SelectConfig
@@ -24,8 +24,8 @@ def compute_certificates(
     session: Session,
     *,
     name: str,
-    weights: Float[np.ndarray, "rows"],
-    hypergradient: Float[np.ndarray, "rows"],
+    weights: Float[np.ndarray, "examples"],
+    hypergradient: Float[np.ndarray, "examples"],
     step: int,
     validation_loss: float,
     checks: Checks,
@@ -41,39 +41,41 @@ def compute_certificates(
     device_weights, grad = placing.replicate(task.mesh, (weights, hypergradient))
     start = trainer.init_state(task.init_params(config.train.seed))
     stream = task.training_stream(data_order_seed(config, step))
-    loss_fn = outer_value(task.problem)
+    loss_fn = validation_loss_fn(task.problem)
 
     def retrain(new_weights: jax.Array) -> float:
-        return trainer.validation_loss(new_weights, start, stream, task.held_out_streams["fit"], loss_fn)
+        return trainer.validation_loss(new_weights, start, stream, task.held_out_streams["validation"], loss_fn)
 
     def estimate(new_weights: jax.Array) -> jax.Array:
         return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
 
     def compute_exact() -> dict:
-        return certify.exact(retrain, device_weights, grad, settings.step_sizes)._asdict()
+        return certify.check_finite_differences(retrain, device_weights, grad, settings.step_sizes)._asdict()
 
     def compute_predictive() -> dict:
         key = jax.random.key(config.data.seed + 2)
-        return certify.predictive(
+        return certify.predict_removals(
             retrain,
             key,
             device_weights,
             grad,
             validation_loss,
             fraction=settings.retrain_removed,
-            retrains=settings.retrains,
+            num_retrains=settings.retrains,
         )._asdict()
 
     session.set_phase(f"certifying the gradient at {name}")
     key = jax.random.key(config.data.seed + 1)
     ratios = session.run_once(f"certify/{name}/exact", compute_exact)
     cosine = session.run_once(
-        f"certify/{name}/smooth", lambda: certify.smooth(estimate, key, device_weights, grad, settings.removed)
+        f"certify/{name}/smooth", lambda: certify.metasmoothness(estimate, key, device_weights, grad, settings.removed)
     )
-    predictive_result = session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
+    predictive_result = (
+        session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
+    )
     return Certificates(
-        certify.Exact(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
+        certify.FiniteDifferences(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
         cosine,
-        certify.Predictive(**predictive_result) if predictive_result else None,
+        certify.RemovalPrediction(**predictive_result) if predictive_result else None,
         checks,
     )

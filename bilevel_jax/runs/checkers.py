@@ -99,7 +99,9 @@ def load_grader(location: str) -> Grader:
     module = _load_module(str(Path(path).resolve()), path)
     user_function = getattr(module, name, None)
     if not callable(user_function):
-        function_names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        function_names = sorted(
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        )
         raise ValueError(f"{path} has no function {name!r}; it has {function_names}. Set verifier.name to {path}:NAME.")
 
     def grade(question: str, answer: str, response: str) -> float:
@@ -115,7 +117,9 @@ def load_grader(location: str) -> Grader:
         except (TypeError, ValueError):
             grade_value = math.nan
         if not 0 <= grade_value <= 1:
-            raise ValueError(f"{location} returned {describe_value(value)} for the response {describe_value(response)}; 0 to 1 is wanted.")
+            raise ValueError(
+                f"{location} returned {describe_value(value)} for the response {describe_value(response)}; 0 to 1 is wanted."
+            )
         return grade_value
 
     return grade
@@ -173,7 +177,9 @@ def _parse_number(match: re.Match[str]) -> Fraction | None:
     }
     if "plain" in fractions:
         return sign * fractions["plain"]
-    numerator, denominator = (fractions["part"], fractions["parts"]) if "ones" in fractions else (fractions["over"], fractions["under"])
+    numerator, denominator = (
+        (fractions["part"], fractions["parts"]) if "ones" in fractions else (fractions["over"], fractions["under"])
+    )
     return sign * (fractions.get("ones", Fraction(0)) + numerator / denominator) if denominator else None
 
 
@@ -187,7 +193,9 @@ def _load_module(resolved: str, path: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__} at {_error_location(error, path)}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be loaded: {type(error).__name__} at {_error_location(error, path)}: {error}"
+        ) from error
     return module
 
 

@@ -45,7 +45,9 @@ class SnapshotStore(NamedTuple):
     remove: Callable[[int], None]
 
 
-def save_checkpoint(folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], max_to_keep: int | None = 2) -> Path:
+def save_checkpoint(
+    folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], max_to_keep: int | None = 2
+) -> Path:
     """Write `tree` and `meta` (JSON values) as `step`, whole or not at all; then keep the last `keep` (None: all).
 
     Every array is stored bit for bit: jax arrays of any dtype and sharding, numpy arrays, typed keys (as their data),
@@ -166,7 +168,9 @@ def _is_prng_key(leaf: Any) -> bool:
 
 
 def _to_storable(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_prng_key(leaf) else np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    return (
+        jax.random.key_data(leaf) if _is_prng_key(leaf) else np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    )
 
 
 def _is_stored(leaf: Any) -> bool:
@@ -194,7 +198,9 @@ def _load_tree(path: Path, manifest: dict[str, Any], like: PyTree) -> PyTree:
     ]
     if mismatches or len(stored_leaves) != len(wanted_leaves):
         more = f" ({len(mismatches)} differ; {len(stored_leaves)} leaves there, {len(wanted_leaves)} wanted)"
-        raise ValueError(f"{path} is of another structure: {mismatches[0] if mismatches else 'leaves are missing'}{more}.")
+        raise ValueError(
+            f"{path} is of another structure: {mismatches[0] if mismatches else 'leaves are missing'}{more}."
+        )
     target = {_leaf_key(i): _restore_target(leaf) for i, (_, leaf) in enumerate(named_leaves) if _is_stored(leaf)}
     arrays = {}
     if target:
@@ -248,7 +254,9 @@ def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
         fsync_path(path)
     for inside in (path for path in part.rglob("*") if path.is_dir()):
         fsync_path(inside)
-    hashes = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in files}
+    hashes = {
+        str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in files
+    }
     body = json.dumps(manifest | {"files": hashes}, indent=1)
     write_atomic(part / MANIFEST_FILE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
 

@@ -23,8 +23,8 @@ class SelectedExamples(NamedTuple):
     """The rows with a weight, and how often each was chosen."""
 
     examples: list[Example]
-    weights: Float[np.ndarray, "rows"]
-    repeats: Int[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
+    repeats: Int[np.ndarray, "examples"]
     source: str
     """Where the weights come from, in words."""
     notes: list[str]
@@ -76,12 +76,14 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
     if not absent:
         return examples, []
     leaked_ids = {example.id for example in absent}
-    with contextlib.suppress(FileNotFoundError):  # where the trusted rows are not at hand, nothing can be compared
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # where the validation examples are not at hand, nothing can be compared
         trusted = rows.load_held_out(config.data, rows.make_data_options(config.data), lambda message: None)
         leaked_ids = {row.id for row, _ in data.find_leaks(absent, [row for part in trusted.values() for row in part])}
     remaining = [example for example in examples if example.id not in leaked_ids]
     return remaining, [
-        f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the trusted rows, too."
+        f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the validation examples, too."
     ] if leaked_ids else []
 
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import transition
-from bilevel_jax.core.types import PADDING, Batch, Fixed, Loss, Params, Problem, Stream, Transition
+from bilevel_jax.core.transition import train_step
+from bilevel_jax.core.types import PADDING, Batch, CompositeLoss, Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm import batches
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import mesh as placing
@@ -32,7 +32,7 @@ class LabelledArrays(NamedTuple):
     """Rows of features, in the type that they were stored in (images stay one byte a pixel), and their classes."""
 
     x: np.ndarray
-    y: Int[np.ndarray, "rows"]
+    y: Int[np.ndarray, "examples"]
 
     @property
     def num_examples(self) -> int:
@@ -41,7 +41,7 @@ class LabelledArrays(NamedTuple):
 
 
 class ArrayDataset(NamedTuple):
-    """What the file holds: rows to train and trust, and rows that V_report is drawn from."""
+    """What the file holds: rows to train and trust, and rows that test is drawn from."""
 
     train: LabelledArrays
     test: LabelledArrays
@@ -55,7 +55,7 @@ class ArrayModel(NamedTuple):
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    train_step: Transition
+    train_step: TrainStep
     init_params: Callable[[int], Params]
 
 
@@ -63,18 +63,18 @@ class ArrayTask(NamedTuple):
     """The ingredients of a run on arrays, with the names that `task.Task` gives them."""
 
     examples: list[Example]
-    held_out_examples: dict[str, Int[np.ndarray, "rows"]]
-    """The classes of V_fit, V_select and V_report."""
+    held_out_examples: dict[str, Int[np.ndarray, "examples"]]
+    """The classes of validation, dev and test."""
     notes: list[str]
     corpus: LabelledArrays
-    """The N rows with weights, with their noisy labels, then those of V_fit."""
+    """The N rows with weights, with their noisy labels, then those of validation."""
     held_out_streams: dict[str, Stream]
     base_params: None
     init_params: Callable[[int], Params]
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    train_step: Transition
+    train_step: TrainStep
     num_steps: int
     batch_size: int
     num_micro_batches: int
@@ -86,35 +86,40 @@ class ArrayTask(NamedTuple):
         """N, the size of the weight table."""
         return len(self.examples)
 
-    def frozen(self, start: Params) -> Fixed:
+    def frozen(self, start: Params) -> Frozen:
         """The start of training where the prior is centred there."""
         return {"base": None, "start": start if self.has_proximal else None}
 
-    def training_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
+    def training_stream(
+        self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
+    ) -> Stream:
         """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights)."""
         del packed
         indices = self.trainable_indices() if indices is None else indices
         order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
         return placing.place_stream(
-            self.mesh, Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps)
+            self.mesh,
+            Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps),
         )
 
     def full_pass_stream(self, seed: int) -> Stream:
         """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
         order = batches.shuffled_subset_order(self.trainable_indices(), self.corpus.num_examples, self.batch_size, seed)
         steps = batches.steps_per_epoch(self.num_examples, self.batch_size)
-        stream = Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, self.num_examples), steps)
+        stream = Stream(
+            lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, self.num_examples), steps
+        )
         return placing.place_stream(self.mesh, stream)
 
-    def trainable_indices(self) -> Int[np.ndarray, "rows"]:
+    def trainable_indices(self) -> Int[np.ndarray, "examples"]:
         """The rows with weights."""
         return np.arange(self.num_examples)
 
-    def validation_indices(self) -> Int[np.ndarray, "fit"]:
-        """The corpus rows of V_fit."""
+    def validation_indices(self) -> Int[np.ndarray, "validation"]:
+        """The corpus rows of validation."""
         return np.arange(self.num_examples, self.corpus.num_examples)
 
-    def example_features(self) -> Float[np.ndarray, "rows features"]:
+    def example_features(self) -> Float[np.ndarray, "examples features"]:
         """For outer.weighting = by_features, which reads text."""
         raise ValueError("outer.weighting = by_features reads text; for arrays choose softmax, sigmoid or per_source.")
 
@@ -151,20 +156,30 @@ def build_array_model(config: SelectConfig, arrays: ArraysSection, dataset: Arra
     """The model of the config: linear softmax regression, or with hidden layers an MLP with ReLU."""
     shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
     dtype = jnp.dtype(config.model.param_dtype)
-    composite_loss = Loss(network_logits, cross_entropy)
+    composite_loss = CompositeLoss(network_logits, cross_entropy)
     run_objective = Objective(network_losses, network_accuracy, composite_loss, "nats per row", "accuracy")
     proximal_strength = config.outer.proximal
-    problem = weighted(network_losses, prior=proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None)
+    problem = weighted(
+        network_losses, prior=proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
+    )
     run_optimizer = build_optimizer(config.optimizer, config.train.max_steps)
-    return ArrayModel(problem, run_objective, run_optimizer, transition(problem, run_optimizer), lambda seed: init_network(shape, seed, dtype))
+    return ArrayModel(
+        problem,
+        run_objective,
+        run_optimizer,
+        train_step(problem, run_optimizer),
+        lambda seed: init_network(shape, seed, dtype),
+    )
 
 
-def prepare_array_task(config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset, model: ArrayModel) -> ArrayTask:
-    """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; V_report is of test rows.
+def prepare_array_task(
+    config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset, model: ArrayModel
+) -> ArrayTask:
+    """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; test is of test rows.
 
     Raises ValueError where the file has too few rows.
     """
-    counts = {"train": arrays.train_examples, "fit": arrays.validation_examples, "select": arrays.dev_examples}
+    counts = {"train": arrays.train_examples, "validation": arrays.validation_examples, "dev": arrays.dev_examples}
     if sum(counts.values()) > dataset.train.num_examples:
         raise ValueError(
             f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {dataset.name} has {dataset.train.num_examples:,} "
@@ -178,18 +193,34 @@ def prepare_array_task(config: SelectConfig, arrays: ArraysSection, dataset: Arr
     indices = random.permutation(dataset.train.num_examples)[: sum(counts.values())]
     indices_by_part = dict(zip(counts, np.split(indices, np.cumsum(list(counts.values()))[:-1]), strict=True))
     test_indices = random.permutation(dataset.test.num_examples)[: arrays.test_examples or None]
-    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()} | {"report": take_examples(dataset.test, test_indices)}
-    noisy_labels = add_label_noise(parts["train"].y, arrays.label_noise, arrays.noise_share, dataset.num_classes, random)
+    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()} | {
+        "test": take_examples(dataset.test, test_indices)
+    }
+    noisy_labels = add_label_noise(
+        parts["train"].y, arrays.label_noise, arrays.noise_share, dataset.num_classes, random
+    )
     clean_mask = noisy_labels == parts["train"].y
-    corpus = LabelledArrays(np.concatenate([parts["train"].x, parts["fit"].x]), np.concatenate([noisy_labels, parts["fit"].y]))
+    corpus = LabelledArrays(
+        np.concatenate([parts["train"].x, parts["validation"].x]), np.concatenate([noisy_labels, parts["validation"].y])
+    )
     examples = [
-        Example(f"{index}", row, (), f"label {noisy_labels[row]}", "clean" if clean_mask[row] else "wrong", dataset.name, index + 1)
+        Example(
+            f"{index}",
+            row,
+            (),
+            f"label {noisy_labels[row]}",
+            "clean" if clean_mask[row] else "wrong",
+            dataset.name,
+            index + 1,
+        )
         for row, index in enumerate(indices_by_part["train"].tolist())
     ]
-    held_out = {part: parts[part] for part in ("fit", "select", "report") if parts[part].num_examples}
+    held_out = {part: parts[part] for part in ("validation", "dev", "test") if parts[part].num_examples}
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
     micro_batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
-    placing.align_layout(mesh, batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size, 1))
+    placing.align_layout(
+        mesh, batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size, 1)
+    )
     noise_description = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
         arrays.label_noise
     ]
@@ -204,7 +235,10 @@ def prepare_array_task(config: SelectConfig, arrays: ArraysSection, dataset: Arr
             + "."
         ],
         corpus=corpus,
-        held_out_streams={part: placing.cache_stream(mesh, array_evaluation_stream(labelled, config.train)) for part, labelled in held_out.items()},
+        held_out_streams={
+            part: placing.cache_stream(mesh, array_evaluation_stream(labelled, config.train))
+            for part, labelled in held_out.items()
+        },
         base_params=None,
         init_params=lambda seed: placing.replicate(mesh, model.init_params(seed)),
         problem=model.problem,
@@ -225,12 +259,12 @@ def take_examples(labelled: LabelledArrays, indices: Int[np.ndarray, "places"]) 
 
 
 def add_label_noise(
-    labels: Int[np.ndarray, "rows"],
+    labels: Int[np.ndarray, "examples"],
     kind: Literal["none", "forced", "redrawn"],
     share: float,
     num_classes: int,
     random: np.random.Generator,
-) -> Int[np.ndarray, "rows"]:
+) -> Int[np.ndarray, "examples"]:
     """The labels with exactly `share` of the rows changed: `forced`, each to another class, all others equally likely;
     `redrawn`, uniformly over all classes, so that one in `classes` of them stays right."""
     noisy_labels = labels.copy()
@@ -247,7 +281,9 @@ def add_label_noise(
 # ---- batches
 
 
-def make_array_batch(labelled: LabelledArrays, indices: Int[np.ndarray, "batch"], num_micro_batches: int, total_examples: int = 0) -> Batch:
+def make_array_batch(
+    labelled: LabelledArrays, indices: Int[np.ndarray, "batch"], num_micro_batches: int, total_examples: int = 0
+) -> Batch:
     """The chosen rows as a batch; `total` is the number of rows of a stream that is summed rather than stepped on."""
     is_real = indices < labelled.num_examples
     examples = take_examples(labelled, np.where(is_real, indices, 0))
@@ -256,15 +292,22 @@ def make_array_batch(labelled: LabelledArrays, indices: Int[np.ndarray, "batch"]
         "x": examples.x.reshape(num_micro_batches, micro_batch_size, -1),
         "y": examples.y.reshape(num_micro_batches, micro_batch_size),
         "index": np.where(is_real, indices, PADDING).astype(np.int32).reshape(num_micro_batches, micro_batch_size),
-        "rows": np.full(num_micro_batches, total_examples or int(is_real.sum()), np.float32),
+        "num_examples": np.full(num_micro_batches, total_examples or int(is_real.sum()), np.float32),
     }
 
 
 def array_evaluation_stream(labelled: LabelledArrays, train_config: Any) -> Stream:
     """Every row once, in order, as a stream whose sum is their mean."""
-    order = batches.sequential_order(np.arange(labelled.num_examples), labelled.num_examples, train_config.global_batch_size)
+    order = batches.sequential_order(
+        np.arange(labelled.num_examples), labelled.num_examples, train_config.global_batch_size
+    )
     steps = batches.steps_per_epoch(labelled.num_examples, train_config.global_batch_size)
-    return Stream(lambda step: make_array_batch(labelled, order(step), train_config.gradient_accumulation_steps, labelled.num_examples), steps)
+    return Stream(
+        lambda step: make_array_batch(
+            labelled, order(step), train_config.gradient_accumulation_steps, labelled.num_examples
+        ),
+        steps,
+    )
 
 
 # ---- the network: pure functions of (params, fixed, micro-batch)
@@ -283,7 +326,7 @@ def init_network(layer_sizes: tuple[int, ...], seed: int, dtype: Any) -> Params:
     ]
 
 
-def network_logits(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples classes"]:
+def network_logits(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples classes"]:
     """The logits."""
     del frozen
     *hidden, last = params
@@ -295,18 +338,18 @@ def network_logits(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, 
     return x @ last["kernel"] + last["bias"][None]
 
 
-def cross_entropy(logits: Float[Array, "examples classes"], frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def cross_entropy(logits: Float[Array, "examples classes"], frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
     """-log softmax(logits)[y], nats: convex in the logits."""
     del frozen
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
-def network_losses(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def network_losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
     """The cross-entropy of each row, nats."""
     return cross_entropy(network_logits(params, frozen, batch), frozen, batch)
 
 
-def network_accuracy(params: Params, frozen: Fixed, batch: Batch) -> Float[Array, "examples"]:
+def network_accuracy(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
     """Whether the class of the largest logit is the label."""
     is_correct = network_logits(params, frozen, batch).argmax(-1) == batch["y"]
     return is_correct.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The comparison table: cold retrains with the learned weights and with every simple alternative, read on V_report."""
+"""The comparison table: cold retrains with the learned weights and with every simple alternative, read on test."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm.batches import steps_per_epoch
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs import scoring
@@ -72,9 +72,9 @@ def build_variants(
             "low loss, top", f"{subset_size} with the least loss after uniform training",
             top_indices(-learned.losses, count, all_indices), ones,
         ),
-        "validation": lambda: RetrainVariant("validation only", "V_fit alone, weight 1", validation_indices, ones),
+        "validation": lambda: RetrainVariant("validation only", "validation alone, weight 1", validation_indices, ones),
         "train+validation": lambda: RetrainVariant(
-            "train + validation", "all rows and V_fit, weight 1", np.concatenate([all_indices, validation_indices]), ones
+            "train + validation", "all rows and validation, weight 1", np.concatenate([all_indices, validation_indices]), ones
         ),
         "oracle": lambda: RetrainVariant(
             "oracle", f"the rows whose label is {config.data.good_label!r}", all_indices[good_mask[all_indices]], ones
@@ -93,7 +93,7 @@ def retrain_all_variants(
     """
     if not config.retrain.enabled:
         return []
-    loss_fn = outer_value(task.problem)
+    loss_fn = validation_loss_fn(task.problem)
     results = []
     for variant in variants:
         session.set_phase(f"comparing: {variant.name}")
@@ -123,7 +123,7 @@ def retrain_all_variants(
 
 
 def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVariant, seed: int) -> dict[str, Any]:
-    """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on V_report."""
+    """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on test."""
     start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED + seed))
     stream = task.stream(config.data.seed + FIRST_RETRAIN_SEED + seed, variant.example_indices, packed=False)
     run = trainer.run(placing.place_table(task.mesh, variant.weights.astype(jnp.result_type(float))), start, stream)
@@ -132,7 +132,7 @@ def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVar
         part: float(loss_fn(run.end.params, fixed, task.held_out[part])) if part in task.held_out else None
         for part in PART_NAMES
     }
-    test_part = "report" if "report" in task.held_out else "fit"
+    test_part = "test" if "test" in task.held_out else "validation"
     accuracies = evaluate_per_example(
         task.objective.accuracy, run.end.params, fixed, task.held_out[test_part], len(task.trusted[test_part])
     )
@@ -140,6 +140,6 @@ def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVar
 
 
 def _format_result(result: dict[str, Any], accuracy_name: str) -> str:
-    mean, half = result["mean"].get("report"), result["interval"].get("report")
-    loss = "" if mean is None else f"L_v on V_report {mean:.4f} ± {half:.4f}   "
+    mean, half = result["mean"].get("test"), result["interval"].get("test")
+    loss = "" if mean is None else f"test loss {mean:.4f} ± {half:.4f}   "
     return f"{result['name']:<20}{loss}{accuracy_name} {result['mean']['accuracy']:.3f}   {result['rows']} rows"

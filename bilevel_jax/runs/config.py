@@ -1,4 +1,4 @@
-"""What each verb is told: its sections, filled from a YAML file and the command line, checked at the border."""
+"""What each command is told: its sections, filled from a YAML file and the command line, checked at the border."""
 
 import dataclasses
 import hashlib
@@ -46,7 +46,7 @@ from bilevel_jax.runs.sections import (
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Learn one weight per training row from a trusted validation set.
+    """Learn one weight per training example from a trusted validation set.
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
     stand. Short forms: --fast = --retrain.no-enabled --certify.no-enabled; --resume = --output.resume;
@@ -72,7 +72,7 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune a language model with a weight for each training row.
+    """Fine-tune a language model with a weight for each training example.
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
     stand. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
@@ -96,8 +96,8 @@ class InspectConfig:
     """Show what training would see, before anyone spends an hour: nothing is trained, and no weights are loaded.
 
     Prints lengths, targets, BOS and EOS, truncation, sources, copies and leaks, some rows token by token, and what a
-    person should act on. Where another verb would stop, it counts, names the first place, and goes on.
-    CONFIG is the file of any other verb: the sections that are not below are passed over.
+    person should act on. Where another command would stop, it counts, names the first place, and goes on.
+    CONFIG is the file of any other command: the sections that are not below are passed over.
     """
 
     model: ModelSection = ModelSection()
@@ -149,7 +149,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Judge cheap scores of training rows by exact ones, and all of them by retraining without some rows.
+    """Judge cheap scores of training examples by exact ones, and all of them by retraining without some rows.
 
     CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
     classification task, section arrays) or rows of text. Short forms: --fast = --certify.no-enabled;
@@ -203,10 +203,10 @@ class RankConfig:
 class RefineConfig:
     """Refine a model on its own responses, in rounds, and replace it only where that helps on rows nobody trained on.
 
-    In each round the present model answers some questions of data.train (section generate; their offline rows leave);
-    every method of refine.methods weighs the rows, with V_fit as the judge (sections outer, single), and trains a
-    candidate; and the best candidate replaces the model where the lower bound of its gain on V_select, by paired
-    bootstrap, is above 0. V_report is read once, at the end. CONFIG is a YAML file of the sections below; every flag
+    In each round the present model answers some questions of data.train (section generate; their offline examples leave);
+    every method of refine.methods weighs the rows, with validation as the judge (sections outer, single), and trains a
+    candidate; and the best candidate replaces the model where the lower bound of its gain on dev, by paired
+    bootstrap, is above 0. test is read once, at the end. CONFIG is a YAML file of the sections below; every flag
     overrides one of its keys. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
     """
 
@@ -230,7 +230,7 @@ class RefineConfig:
 class EstimateConfig:
     """Say what a run will take before it begins: memory of each device, disk, work, hours. Loads no weights.
 
-    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that verb may follow it:
+    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that command may follow it:
     `bilevel-jax select --help` lists them. Parameters are shapes only, so that a model may be larger than this machine:
     its config.json is enough, with --estimate.train-examples where data and tokenizer are not here, --estimate.devices for a mesh
     of devices that are not here, --estimate.tflops for their speed and --estimate.memory-gib for their memory. On
@@ -296,9 +296,9 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
 
 
 def load_config_to_estimate(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, EstimateSection]:
-    """The config of the run that is to be estimated, as its verb would load it, and what is asked of the estimate.
+    """The config of the run that is to be estimated, as its command would load it, and what is asked of the estimate.
 
-    Raises ValueError for a file that no verb which can be estimated would read, and for one that several would.
+    Raises ValueError for a file that no command which can be estimated would read, and for one that several would.
     """
     flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
     options, command_flags = tyro.cli(
@@ -311,13 +311,19 @@ def load_config_to_estimate(path: str | Path | None, overrides: Sequence[str] = 
     check_config(options, "the command line")
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
-    config_classes: dict[str, Any] = {COMMANDS[config_class]: config_class for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)}
-    command = options.estimate.command if options.estimate.command != "auto" else _detect_command(find_config(path), config_classes)
+    config_classes: dict[str, Any] = {
+        COMMANDS[config_class]: config_class for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)
+    }
+    command = (
+        options.estimate.command
+        if options.estimate.command != "auto"
+        else _detect_command(find_config(path), config_classes)
+    )
     return load_config(config_classes[command], path, command_flags), options.estimate
 
 
 def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
-    """The one verb whose config a file is."""
+    """The one command whose config a file is."""
     matches, errors = [], {}
     for command, config_class in config_classes.items():
         try:
@@ -337,7 +343,7 @@ def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
 
 
 def section_names() -> set[str]:
-    """The sections of all verbs."""
+    """The sections of all commands."""
     return {field.name for config_class in COMMANDS for field in dataclasses.fields(config_class)}
 
 
@@ -348,8 +354,12 @@ def find_config(path: str | Path) -> Path:
     for candidate in (Path(path), *(folder / Path(path).name for folder in shipped_folders)):
         if candidate.is_file():
             return candidate
-    shipped_names = sorted({file.name for folder in shipped_folders if folder.is_dir() for file in folder.glob("*.yaml")})
-    raise FileNotFoundError(f"{path}: no such config. Those that come with the package: {', '.join(shipped_names) or 'none'}.")
+    shipped_names = sorted(
+        {file.name for folder in shipped_folders if folder.is_dir() for file in folder.glob("*.yaml")}
+    )
+    raise FileNotFoundError(
+        f"{path}: no such config. Those that come with the package: {', '.join(shipped_names) or 'none'}."
+    )
 
 
 def config_to_yaml(config: Any) -> str:

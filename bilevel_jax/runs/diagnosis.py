@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax.core.transition import gradient
-from bilevel_jax.core.types import PADDING, Batch, Fixed, Hyper, Inner, Params, Problem
+from bilevel_jax.core.transition import inner_loss_and_grad
+from bilevel_jax.core.types import PADDING, Batch, Frozen, Hyper, Params, Problem, TrainState
 from bilevel_jax.runs.processes import fetch_to_host
 
-ExampleLosses = Callable[[Params, Fixed, Batch], jax.Array]
+ExampleLosses = Callable[[Params, Frozen, Batch], jax.Array]
 MAX_NAMED_EXAMPLES = 3
 """Rows that a message names."""
 
@@ -21,9 +21,9 @@ def find_first_nonfinite(
     problem: Problem,
     optimizer: optax.GradientTransformation,
     losses: ExampleLosses,
-    state: Inner,
+    state: TrainState,
     last_step: int,
-    fixed: Fixed,
+    fixed: Frozen,
     step_inputs: Callable[[int], tuple[Hyper, Batch]],
     example_name: Callable[[int], str],
 ) -> str:
@@ -36,7 +36,9 @@ def find_first_nonfinite(
     example_losses = jax.jit(
         lambda params, fixed, batch: jax.lax.map(lambda micro: losses(params, fixed, micro), batch)
     )
-    loss_gradient = jax.jit(lambda params, part, fixed, batch: gradient(problem, params, part, fixed, batch)[1])
+    loss_gradient = jax.jit(
+        lambda params, part, fixed, batch: inner_loss_and_grad(problem, params, part, fixed, batch)[1]
+    )
     update = jax.jit(optimizer.update)
     for step in range(int(state.step), last_step + 1):
         if leaf := _nonfinite_leaf(state.params):
@@ -47,12 +49,12 @@ def find_first_nonfinite(
         nonfinite = index[present & ~np.isfinite(values)]
         if len(nonfinite):
             return f"at step {step} the loss of {_list_examples(nonfinite, example_name)} is not finite"
-        grad = loss_gradient(state.params, problem.take(hyper, batch), fixed, batch)
+        grad = loss_gradient(state.params, problem.gather(hyper, batch), fixed, batch)
         if leaf := _nonfinite_leaf(grad):
             examples = _describe_step(index[present], example_name)
             return f"at step {step} every loss is finite, and the gradient of {leaf} is not; {examples}"
-        updates, opt = update(grad, state.opt, state.params)
-        state = Inner(optax.apply_updates(state.params, updates), opt, jnp.asarray(step + 1))
+        updates, opt = update(grad, state.opt_state, state.params)
+        state = TrainState(optax.apply_updates(state.params, updates), opt, jnp.asarray(step + 1))
         if leaf := _nonfinite_leaf(state.params):
             return f"the update of step {step} made {leaf} not finite; {_describe_step(index[present], example_name)}"
     return "taken again, those steps stayed finite: the numbers are not repeated to the bit here"

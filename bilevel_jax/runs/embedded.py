@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.transition import init_train_state, train, train_step
 from bilevel_jax.lm import batches, cipher, data, losses, sums, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.runs import processes
@@ -39,7 +39,9 @@ class BuiltinTask(NamedTuple):
 
 
 BUILTIN_TASKS = {
-    "cipher": BuiltinTask(cipher.write_cipher_data, {}, "copies", 300, 32, OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99)),
+    "cipher": BuiltinTask(
+        cipher.write_cipher_data, {}, "copies", 300, 32, OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99)
+    ),
     "sums": BuiltinTask(
         sums.write_sums_data,
         {"corrupted": float, "noise": float, "train": int, "validation": int, "dev": int},
@@ -66,7 +68,9 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
     def write_task_files() -> None:
         task.write_files(input_folder, seed=config.data.seed, **options)
         if _is_builtin(config.model.name_or_path) and not (input_folder / "model").exists():
-            pretrain_builtin_model(input_folder, task, progress=not isinstance(config, InspectConfig) and config.output.progress)
+            pretrain_builtin_model(
+                input_folder, task, progress=not isinstance(config, InspectConfig) and config.output.progress
+            )
 
     processes.run_on_first_process(write_task_files)
 
@@ -83,8 +87,8 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
             data_config,
             train=replace_builtin("train", data_config.train),
             validation=replace_builtin("validation", data_config.validation),
-            dev=replace_builtin("select", data_config.dev),
-            test=replace_builtin("report", data_config.test),
+            dev=replace_builtin("dev", data_config.dev),
+            test=replace_builtin("test", data_config.test),
         ),
     )
 
@@ -105,11 +109,15 @@ def parse_builtin_reference(config: SelectConfig | TrainConfig | InspectConfig) 
     builtin_paths = [path for path in (*data_config.train, *other_paths) if _is_builtin(path)]
     names = {path.removeprefix(BUILTIN_PREFIX).partition("?")[0] for path in builtin_paths}
     if unknown := sorted(names - set(BUILTIN_TASKS)):
-        raise ValueError(f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are {[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}.")
+        raise ValueError(
+            f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are {[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}."
+        )
     if len(names) > 1:
         raise ValueError(f"{sorted(builtin_paths)} are two embedded tasks; a run has room for one.")
     if paths_with_options := [path for path in other_paths if _is_builtin(path) and "?" in path]:
-        raise ValueError(f"{paths_with_options[0]}: options of an embedded task are set in data.train alone. Write them there.")
+        raise ValueError(
+            f"{paths_with_options[0]}: options of an embedded task are set in data.train alone. Write them there."
+        )
     name = next(iter(names), "")
     return name, _parse_options(name, [path for path in data_config.train if _is_builtin(path)])
 
@@ -124,12 +132,19 @@ def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = 
     layout = batches.BatchShape(1, task.batch_size, task.batch_size, batches.padded_max_length(corpus))
     per_example = losses.sft_losses(lm.make_decoder(architecture))
     adamw = build_optimizer(task.optimizer, task.num_steps)
-    train_step = transition(weighted(lambda params, frozen, batch: per_example(params, batch)), adamw)
-    state = begin(adamw, lm.init_params(architecture, jax.random.key(0)))
+    step = train_step(weighted(lambda params, frozen, batch: per_example(params, batch)), adamw)
+    state = init_train_state(adamw, lm.init_params(architecture, jax.random.key(0)))
     stream = batches.make_train_stream(corpus, order, task.num_steps, layout)
     with make_progress_bar(progress) as bar:
         progress_task = bar.add_task("teaching the embedded model", total=task.num_steps)
-        trajectory = train(train_step, state, jnp.ones(corpus.num_examples), None, stream, on_step=lambda state, info: bar.advance(progress_task))
+        trajectory = train(
+            step,
+            state,
+            jnp.ones(corpus.num_examples),
+            None,
+            stream,
+            on_step=lambda state, info: bar.advance(progress_task),
+        )
     lm.save_model(folder / "model", architecture, trajectory.end.params, tokenizer=tokenizer)
 
 
@@ -140,7 +155,9 @@ def _is_builtin(path: str) -> bool:
 def _parse_options(name: str, paths: list[str]) -> dict[str, Any]:
     option_strings = {path.partition("?")[2] for path in paths}
     if len(option_strings) > 1:
-        raise ValueError(f"data.train names {BUILTIN_PREFIX}{name} with two sets of options, {sorted(paths)}; give one.")
+        raise ValueError(
+            f"data.train names {BUILTIN_PREFIX}{name} with two sets of options, {sorted(paths)}; give one."
+        )
     options: dict[str, Any] = {}
     for pair in filter(None, "".join(option_strings).split("&")):
         key, _, value = pair.partition("=")
@@ -148,7 +165,9 @@ def _parse_options(name: str, paths: list[str]) -> dict[str, Any]:
         if key not in option_types:
             close_names = difflib.get_close_matches(key, option_types, 1)
             hint = f" Did you mean {close_names[0]}?" if close_names else ""
-            raise ValueError(f"{paths[0]}: {BUILTIN_PREFIX}{name} has no option {key!r}; it has {list(option_types)}.{hint}")
+            raise ValueError(
+                f"{paths[0]}: {BUILTIN_PREFIX}{name} has no option {key!r}; it has {list(option_types)}.{hint}"
+            )
         try:
             options[key] = option_types[key](value)
         except ValueError:

@@ -1,4 +1,4 @@
-"""The verb `estimate`: what a run will take, from shapes and compiled steps, before anything is loaded or allocated."""
+"""The command `estimate`: what a run will take, from shapes and compiled steps, before anything is loaded or allocated."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from bilevel_jax.core import schedule
-from bilevel_jax.core.types import Keep
+from bilevel_jax.core.types import CheckpointPlan
 from bilevel_jax.runs import audit, bench, estimate_table, files, memory, plan, programs
 from bilevel_jax.runs.config import AuditConfig, CompareConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.memory import Workspace
@@ -51,7 +51,7 @@ class CompiledStep(NamedTuple):
 def estimate(config: RunConfig | CompareConfig | AuditConfig, options: EstimateSection) -> str:
     """Print the estimate, write it where --estimate.dir says, and return its verdict in a sentence.
 
-    Raises ValueError for a config that its verb would not run either, FileNotFoundError where there is no config.json.
+    Raises ValueError for a config that its command would not run either, FileNotFoundError where there is no config.json.
     """
     if reads_array_data(config):
         raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
@@ -110,8 +110,12 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
             steps["backward"] = compile_step(programs.backward_program(task, shapes))
     if abstract_run.config.outer.method in SINGLE_LOOP_METHODS:
         steps["alone"] = compile_step(programs.single_loop_program(task, abstract_run.config, shapes))
-    if "fit" in task.held_out_streams and task.layout != task.layout.unpacked:  # V is not packed, and may be wider than a step
-        steps["slope"] = compile_step(programs.validation_gradient_program(task, shapes, task.held_out_streams["fit"].batch(0)))
+    if (
+        "validation" in task.held_out_streams and task.layout != task.layout.unpacked
+    ):  # V is not packed, and may be wider than a step
+        steps["slope"] = compile_step(
+            programs.validation_gradient_program(task, shapes, task.held_out_streams["validation"].batch(0))
+        )
     return steps
 
 
@@ -212,7 +216,7 @@ def _time_batch(abstract_run: AbstractRun) -> float:
     return statistics.median(seconds)
 
 
-def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Keep) -> list[WorkStage]:
+def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: CheckpointPlan) -> list[WorkStage]:
     """The stages of the run, with the steps that its sweeps really replay."""
     if isinstance(config, TrainConfig):
         return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
@@ -226,14 +230,16 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Keep) -
             )
         ]
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
-    replays_per_step = schedule.replays(steps, checkpoint_plan) / steps if checkpoint_plan.tape else REPLAY_WORK
+    replays_per_step = (
+        schedule.count_replayed_steps(steps, checkpoint_plan) / steps if checkpoint_plan.stored_steps else REPLAY_WORK
+    )
     return [
         stage._replace(forward_steps=stage.forward_steps + (replays_per_step - REPLAY_WORK) * stage.backward_steps)
         for stage in plan.select_run_stages(abstract_run.task, config)
     ]
 
 
-def plan_run_checkpoints(abstract_run: AbstractRun, options: EstimateSection) -> Keep:
+def plan_run_checkpoints(abstract_run: AbstractRun, options: EstimateSection) -> CheckpointPlan:
     """What a training keeps for its sweep on the device that is asked for."""
     return memory.plan_task_checkpoints(
         abstract_run.task, abstract_run.config, abstract_run.shapes, options.memory_gib * GIB
@@ -247,12 +253,12 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
     """The run's shape, its parameters, its work and its disk: all that needs no compiler."""
     task, shapes, run = abstract_run.task, abstract_run.shapes, abstract_run.config
     stages, checkpoint_plan = (
-        list_stages(config, abstract_run, schedule.NOTHING),
+        list_stages(config, abstract_run, schedule.NO_CHECKPOINTS),
         plan_run_checkpoints(abstract_run, options),
     )
     state = bytes_per_device(shapes.state)
     return {
-        "verb": abstract_run.command,
+        "command": abstract_run.command,
         "model": {"path": run.model.name_or_path, "lora_rank": run.lora.r, "remat": run.model.remat},
         "method": None if isinstance(run, TrainConfig) else run.outer.method,
         "devices": {
@@ -270,11 +276,11 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
         "arrays": {
             "base": bytes_per_device(task.base_params),
             "trained parameters": bytes_per_device(shapes.params),
-            "optimiser": bytes_per_device(shapes.state.opt),
+            "optimiser": bytes_per_device(shapes.state.opt_state),
             "batch": bytes_per_device(shapes.batch),
             "snapshot": state,
             "snapshots": checkpoint_plan.snapshots,
-            "tape": checkpoint_plan.tape,
+            "tape": checkpoint_plan.stored_steps,
             "a step on the tape": state + bytes_per_device(shapes.params),
         },
         "disk": memory.disk_bytes(task, run, shapes) if abstract_run.writes_model else {},
@@ -313,31 +319,35 @@ def estimate_memory(
     return result
 
 
-def alternative_plans(abstract_run: AbstractRun, checkpoint_plan: Keep) -> dict[str, Keep]:
+def alternative_plans(abstract_run: AbstractRun, checkpoint_plan: CheckpointPlan) -> dict[str, CheckpointPlan]:
     """What the run keeps, and what it could."""
     steps = num_backward_steps(cast(SelectConfig, abstract_run.config).outer, abstract_run.task.num_steps)
     others = {
-        "every state": schedule.everything(steps),
-        "square root": schedule.square_root(steps),
-        "fewer": schedule.within(steps, 1, 1, 2 + math.isqrt(steps)),
+        "every state": schedule.store_all_plan(steps),
+        "square root": schedule.square_root_plan(steps),
+        "fewer": schedule.plan_within_budget(steps, 1, 1, 2 + math.isqrt(steps)),
     }
-    others = {name: other._replace(linear=checkpoint_plan.linear) for name, other in others.items()}
+    others = {name: other._replace(linearize=checkpoint_plan.linearize) for name, other in others.items()}
     return {"this run": checkpoint_plan} | {name: other for name, other in others.items() if other != checkpoint_plan}
 
 
 def _plan_costs(
-    abstract_run: AbstractRun, workspace: Workspace, checkpoint_plan: Keep, name: str, seconds: dict[str, float]
+    abstract_run: AbstractRun,
+    workspace: Workspace,
+    checkpoint_plan: CheckpointPlan,
+    name: str,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The memory and the time of training and sweep, if a training keeps this."""
     config = cast(SelectConfig, abstract_run.config)
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
-    forwards = 1 + schedule.replays(steps, checkpoint_plan) / steps
+    forwards = 1 + schedule.count_replayed_steps(steps, checkpoint_plan) / steps
     return {
         "name": name,
         "snapshots": checkpoint_plan.snapshots,
-        "tape": checkpoint_plan.tape,
+        "tape": checkpoint_plan.stored_steps,
         "bytes": memory.peak_with_plan(abstract_run.task, config, abstract_run.shapes, workspace, checkpoint_plan),
-        "times": forwards + HVP_WORK - checkpoint_plan.linear,
+        "times": forwards + HVP_WORK - checkpoint_plan.linearize,
         "times_measured": forwards + seconds["backward"] / seconds["forward"] if "forward" in seconds else None,
     }
 
@@ -356,7 +366,12 @@ def free_memory_bytes() -> float:
 
 
 def find_remedies(
-    abstract_run: AbstractRun, text: TokenizedData, workspace: Workspace, peak: float, options: EstimateSection, simulated: bool
+    abstract_run: AbstractRun,
+    text: TokenizedData,
+    workspace: Workspace,
+    peak: float,
+    options: EstimateSection,
+    simulated: bool,
 ) -> list[dict[str, Any]]:
     """Changes of the config with the peak that they give, the least first; each is estimated as the run itself is."""
     run = abstract_run.config
@@ -407,5 +422,7 @@ def compare_with_measured(folder: Path) -> str:
             raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if "measured" not in result:
-        raise ValueError(f"{folder}/result.json has nothing measured: it is of another verb, or of an older version.")
+        raise ValueError(
+            f"{folder}/result.json has nothing measured: it is of another command, or of an older version."
+        )
     return estimate_table.print_comparison(result["estimate"], result["measured"])

@@ -177,7 +177,7 @@ def _notes(estimated: dict[str, Any]) -> Iterable[str]:
             "The CPU compiler would keep a float32 copy of a whole bfloat16 base; workspaces are those with a float32 "
             "base, and a layer and the embedding in float32 besides."
         )
-    if note := COMMAND_NOTES.get(estimated["verb"]):
+    if note := COMMAND_NOTES.get(estimated["command"]):
         yield note
     if "flops" in estimated:
         yield (

@@ -1,4 +1,4 @@
-"""The verb `export`: the rows that their weights choose, in the input form of another trainer, with a card."""
+"""The command `export`: the rows that their weights choose, in the input form of another trainer, with a card."""
 
 from collections import Counter
 from pathlib import Path

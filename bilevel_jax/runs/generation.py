@@ -38,7 +38,9 @@ def make_generator_factory(
     then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
     `Interrupted`.
     """
-    sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed)
+    sampling = SamplingParams(
+        settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed
+    )
     response_store = ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE)
 
     def progress(done: int, total: int) -> None:

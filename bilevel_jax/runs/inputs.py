@@ -36,7 +36,10 @@ def record_inputs(config: Any, folder: Path) -> None:
     """Write inputs.json, once: every file's size, time of change and SHA-256. Reads all of them: seconds per 10 GB."""
     path = folder / INPUTS_FILE
     if not path.exists():
-        file_records = {key: {str(file): _describe_file(file) for file in key_files} for key, key_files in list_input_files(config).items()}
+        file_records = {
+            key: {str(file): _describe_file(file) for file in key_files}
+            for key, key_files in list_input_files(config).items()
+        }
         files.write_json(path, file_records)
 
 

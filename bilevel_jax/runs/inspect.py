@@ -1,4 +1,4 @@
-"""The verb `inspect`: rows as training would see them, token by token, and what a person should act on."""
+"""The command `inspect`: rows as training would see them, token by token, and what a person should act on."""
 
 import tempfile
 from collections import Counter
@@ -41,7 +41,7 @@ VISIBLE_CONTROL_CHARACTERS = {code: f"⟨U+{code:X}⟩" for code in (*range(0x80
 def inspect(config: InspectConfig) -> str:
     """Print everything, and return the verdict: what to act on, or that there is nothing.
 
-    Raises ValueError for files, rows or a template that no verb could begin with.
+    Raises ValueError for files, rows or a template that no command could begin with.
     """
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_builtin_untrained(config, Path(folder))
@@ -226,23 +226,25 @@ def _describe_duplicates(duplicates: Duplicates) -> list[str]:
         if count:
             lines.extend([f"{text}: {count:,}", *_first_lines(places)])
 
-    for name, groups in (("training", duplicates.train), ("the trusted rows", duplicates.trusted)):
+    for name, groups in (("training", duplicates.train), ("the validation examples", duplicates.trusted)):
         add_group(sum(len(group) - 1 for group in groups), f"copies in {name}", map(_format_places, groups))
     leaked = len({row.id for row, _ in duplicates.leaks})
     equal = (f"{_format_place(first)} equals {_format_place(other)}" for first, other in duplicates.leaks)
-    add_group(leaked, "training rows that also stand in the trusted rows", equal)
+    add_group(leaked, "training examples that also stand in the validation examples", equal)
     for (first, other), pairs in duplicates.overlaps.items():
         equal = (f"{_format_place(a)} equals {_format_place(b)}" for a, b in pairs)
         add_group(len(pairs), f"rows in both V_{first} and V_{other}", equal)
     lines = lines or ["No row stands twice: no copies, no leaks."]
-    prompts = f"training rows on {_format_quantity(len(duplicates.repeated_prompts), 'prompt')} with several responses"
+    prompts = (
+        f"training examples on {_format_quantity(len(duplicates.repeated_prompts), 'prompt')} with several responses"
+    )
     add_group(sum(map(len, duplicates.repeated_prompts)), prompts, map(_format_places, duplicates.repeated_prompts))
     prompt_pairs = (
         f"{_format_place(first)} asks what {_format_place(other)} asks" for first, other in duplicates.shared_prompts
     )
     add_group(
         len(duplicates.shared_prompts),
-        "training rows with the prompt of a trusted row, but another response",
+        "training examples with the prompt of a validation example, but another response",
         prompt_pairs,
     )
     return lines
@@ -357,19 +359,19 @@ def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
 def _find_errors(
     config: InspectConfig, parts: Sequence[PartSurvey], duplicates: Duplicates, empty: Sequence[str], limit: int
 ) -> Iterable[str]:
-    """What another verb would stop at, or was told to do about it."""
+    """What another command would stop at, or was told to do about it."""
     if empty:
-        does = "left out" if config.data.empty == "drop" else "a stop for the other verbs"
+        does = "left out" if config.data.empty == "drop" else "a stop for the other commands"
         yield f"{_format_quantity(len(empty), 'row')} with nothing to learn from, {does}. The first: {empty[0]}"
     try:
         objective.check_examples(config.objective, [example for part in parts for example in part.examples])
     except ValueError as error:
-        yield f"the other verbs stop: {error}"
+        yield f"the other commands stop: {error}"
     for part in parts:
         if problems := part.tokenized.problems:
             untried = f" ({part.tokenized.num_untried:,} more were not tried)" if part.tokenized.num_untried else ""
             yield (
-                f"{part.name}: {_format_quantity(len(problems), 'row')} that cannot be tokenized{untried}; the other verbs stop. "
+                f"{part.name}: {_format_quantity(len(problems), 'row')} that cannot be tokenized{untried}; the other commands stop. "
                 f"The first: {problems[0]}"
             )
         if part.overlong:
@@ -377,10 +379,10 @@ def _find_errors(
     if duplicates.leaks:
         does = "leave them out" if config.data.leaks == "drop" else "stop: remove them, or set data.leaks to drop"
         leaked = len({row.id for row, _ in duplicates.leaks})
-        yield f"leaks: {_format_quantity(leaked, 'training row')} among the trusted rows; the other verbs {does}"
+        yield f"leaks: {_format_quantity(leaked, 'training example')} among the validation examples; the other commands {does}"
     for (first, other), pairs in duplicates.overlaps.items():
         both = f"{_format_quantity(len(pairs), 'row')} in both V_{first} and V_{other}"
-        yield f"{both}; the other verbs stop: remove them from one"
+        yield f"{both}; the other commands stop: remove them from one"
 
 
 def _describe_overlong(part: PartSurvey, truncate: str, limit: int) -> str:
@@ -388,14 +390,14 @@ def _describe_overlong(part: PartSurvey, truncate: str, limit: int) -> str:
     ways = {
         name: f"{name} loses {cut.lost_targets / whole:.1%} of the targets"
         + (
-            f" and leaves {_format_quantity(cut.num_unusable, 'row')} without any, which stops the other verbs"
+            f" and leaves {_format_quantity(cut.num_unusable, 'row')} without any, which stops the other commands"
             if cut.num_unusable
             else ""
         )
         for name, cut in part.truncation_effects.items()
     }
     others = "; ".join(text for name, text in ways.items() if name != truncate)
-    does = "the other verbs stop" if truncate == "error" else ways[truncate]
+    does = "the other commands stop" if truncate == "error" else ways[truncate]
     return (
         f"{part.name}: {_format_quantity(len(part.overlong), 'row')} ({len(part.overlong) / len(part.as_trained):.1%}) of more than {limit:,} "
         f"tokens, the first {part.example(part.overlong[0]).where}. data.truncation = {truncate}: {does}. Instead: {others}"
@@ -409,9 +411,9 @@ def _find_warnings(
     tokenizer: Any,
     architecture: lm.DecoderConfig,
 ) -> Iterable[str]:
-    """What no verb stops at."""
+    """What no command stops at."""
     if len(parts) == 1:
-        yield "no trusted rows: `select` needs data.validation, and `train` has nothing to read its progress on"
+        yield "no validation examples: `select` needs data.validation, and `train` has nothing to read its progress on"
     if tokenizer.eos_token_id is None:
         yield "the tokenizer has no EOS: nothing teaches the model where an answer ends"
     for part in parts:
@@ -420,14 +422,14 @@ def _find_warnings(
     small = [f"{_shorten(name)} ({count})" for name, count in sources.most_common()[::-1] if count < FEW_EXAMPLES]
     if small and len(sources) > 1:
         rest = f" and {len(small) - MAX_NAMES_SHOWN:,} more" if len(small) > MAX_NAMES_SHOWN else ""
-        yield f"sources with fewer than {FEW_EXAMPLES} training rows, which tell little: {', '.join(small[:MAX_NAMES_SHOWN])}{rest}"
+        yield f"sources with fewer than {FEW_EXAMPLES} training examples, which tell little: {', '.join(small[:MAX_NAMES_SHOWN])}{rest}"
     if duplicates.train:
         extra = sum(len(group) - 1 for group in duplicates.train)
         share = extra / len(parts[0].examples)
         yield f"copies in training: {_format_quantity(extra, 'row')} ({share:.1%}), each with a weight of its own"
     if duplicates.shared_prompts:
-        count_text = _format_quantity(len(duplicates.shared_prompts), "training row")
-        yield f"{count_text} with the prompt of a trusted row, but another response: close to a leak"
+        count_text = _format_quantity(len(duplicates.shared_prompts), "training example")
+        yield f"{count_text} with the prompt of a validation example, but another response: close to a leak"
     if not config.data.packing and _padded_fill_share(parts[0]) < 0.5:
         yield (
             f"{1 - _padded_fill_share(parts[0]):.0%} of a padded batch is padding: data.packing = true is faster and gives the "

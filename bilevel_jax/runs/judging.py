@@ -1,4 +1,4 @@
-"""How scores of training rows are judged: by the bank of retrains, exact entries and known labels; the verdict."""
+"""How scores of training examples are judged: by the bank of retrains, exact entries and known labels; the verdict."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ class DataScore(NamedTuple):
     name: str
     checkpoint: str
     """The model that it reads: at the `start` or the `end` of training, `through` all of it, or none."""
-    values: Float[np.ndarray, "rows"]
+    values: Float[np.ndarray, "examples"]
     """Larger is better: of an estimate, -dL_v/dw."""
     query_values: Float[np.ndarray, "queries rows"] | None
     """The same for each query, where the method tells queries apart."""
@@ -64,9 +64,9 @@ def judge_scores(
             "auc": None if good is None else auc(score.values[trainable], good[trainable]),
         }
         if exact is not None and score.name != EXACT_ESTIMATOR:
-            correlations = bootstrap.bootstrap_rank_correlations(score.values[None, trainable], exact[None, trainable], counts)[
-                :, 0
-            ]
+            correlations = bootstrap.bootstrap_rank_correlations(
+                score.values[None, trainable], exact[None, trainable], counts
+            )[:, 0]
             line["rank"] = bootstrap.percentile_interval(correlations)
         lines.append(line)
     certificate_verdict = certification[1] if certification else None
@@ -99,9 +99,9 @@ def choose_score(
 
     The best is the one with the largest linear-datamodelling score for L_v. None where the interval of that score
     includes 0, or where the certificates say that training is too rough for any sum over rows. Where another score
-    foretells V_report better, which none of them has read, the sentence says so.
+    foretells test better, which none of them has read, the sentence says so.
     """
-    lds_by_name = {line["name"]: line["lds"]["fit"][0] for line in lines}
+    lds_by_name = {line["name"]: line["lds"]["validation"][0] for line in lines}
     finite_lines = [line for line in lines if math.isfinite(lds_by_name[line["name"]].value)]
     rivals = [line for line in finite_lines if line["name"] not in (EXACT_ESTIMATOR, "random")]
     exact = next((line for line in lines if line["name"] == EXACT_ESTIMATOR), None)
@@ -128,16 +128,18 @@ def choose_score(
     if not best_reading.low > 0:
         why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {quality}, which may be 0."
         return {"use": None, "instead": None, "sentence": why + tail}
-    close = [line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "fit")]
+    close = [
+        line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "validation")
+    ]
     remarks = f" Not told apart from it: {', '.join(close)}." if close else ""
     instead = None
-    if "report" in best["lds"]:
-        best_on_test = max(rivals, key=lambda line: line["lds"]["report"][0].value)
-        if _is_higher(draws, best_on_test["name"], name, "report"):
+    if "test" in best["lds"]:
+        best_on_test = max(rivals, key=lambda line: line["lds"]["test"][0].value)
+        if _is_higher(draws, best_on_test["name"], name, "test"):
             instead = best_on_test["name"]
             remarks += (
-                f" But on V_report, which no score has read, {best_on_test['name']} does better: "
-                f"{_format_reading(best_on_test['lds']['report'][0])} against {_format_reading(best['lds']['report'][0])}; V_fit may be too small."
+                f" But on test, which no score has read, {best_on_test['name']} does better: "
+                f"{_format_reading(best_on_test['lds']['test'][0])} against {_format_reading(best['lds']['test'][0])}; validation may be too small."
             )
     return {
         "use": name,

@@ -10,7 +10,7 @@ from bilevel_jax.runs.statistics import top_indices
 
 
 def select_examples(
-    weights: Float[np.ndarray, "rows"],
+    weights: Float[np.ndarray, "examples"],
     candidates: Int[np.ndarray, "kept"],
     rule: SelectionSection,
     *,
@@ -74,4 +74,6 @@ def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, 
     by_remainder = sorted(names, key=lambda name: counts[name] - quotas[name])
     for name in by_remainder[: count - sum(counts.values())]:
         counts[name] += 1
-    return np.sort(np.concatenate([top_indices(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()]))
+    return np.sort(
+        np.concatenate([top_indices(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()])
+    )

@@ -1,4 +1,4 @@
-"""The outer loop: train, estimate, step the weights, train again; the best weights by V_select."""
+"""The outer loop: train, estimate, step the weights, train again; the best weights by dev."""
 
 import time
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import tree, weighting
-from bilevel_jax.core.types import Checks, Hyper, Params, Run, Weighting
-from bilevel_jax.core.unrolled import check_differentiable, outer_value
+from bilevel_jax.core.types import Checks, Hyper, Params, Trajectory, Weighting
+from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.runs import checkpoint, scoring
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
@@ -35,11 +35,11 @@ class OuterState(NamedTuple):
 
     hyper: Hyper
     best_hyper: Hyper
-    best_hypergradient: Float[Array, "rows"]
-    first_hypergradient: Float[Array, "rows"]
-    alignment: Float[Array, "rows"]
+    best_hypergradient: Float[Array, "examples"]
+    first_hypergradient: Float[Array, "examples"]
+    alignment: Float[Array, "examples"]
     """Entries of alignment at the end of the first (uniform) training: a baseline."""
-    losses: Float[Array, "rows"]
+    losses: Float[Array, "examples"]
     """Each row's loss at the end of the first (uniform) training: a baseline."""
     start_params: Params
     """Where the next training starts; moves with restart: warm."""
@@ -48,11 +48,11 @@ class OuterState(NamedTuple):
 class LearnedWeights(NamedTuple):
     """The weights, where they come from, and how the loop went."""
 
-    weights: Float[np.ndarray, "rows"]
-    hypergradient: Float[np.ndarray, "rows"]
-    first_hypergradient: Float[np.ndarray, "rows"]
-    alignment: Float[np.ndarray, "rows"]
-    losses: Float[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
+    hypergradient: Float[np.ndarray, "examples"]
+    first_hypergradient: Float[np.ndarray, "examples"]
+    alignment: Float[np.ndarray, "examples"]
+    losses: Float[np.ndarray, "examples"]
     records: OuterRecords
     best_step: int
     """The outer step whose weights these are."""
@@ -70,13 +70,15 @@ def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     name, size = config.outer.weighting, placing.padded_table_size(task.num_examples)
     if name == "per_source":
         source, count = source_indices(task)
-        return weighting.padded(weighting.per_source(jnp.asarray(source), count), size - task.num_examples)
+        return weighting.pad_weighting(weighting.per_source(jnp.asarray(source), count), size - task.num_examples)
     if name == "by_features":
-        return weighting.padded(weighting.by_features(jnp.asarray(task.example_features())), size - task.num_examples)
+        return weighting.pad_weighting(
+            weighting.by_features(jnp.asarray(task.example_features())), size - task.num_examples
+        )
     return {"softmax": weighting.softmax, "sigmoid": weighting.sigmoid}[name](task.num_examples, size)
 
 
-def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int]:
+def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "examples"], int]:
     """(the number of each row's source, how many there are)."""
     names, indices = np.unique([example.source for example in task.examples], return_inverse=True)
     if len(names) < 2:
@@ -88,12 +90,14 @@ def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "rows"], int
 
 
 def compute_baseline_scores(
-    task: Task | ArrayTask, trainer: Trainer, run: Run, weights: jax.Array
+    task: Task | ArrayTask, trainer: Trainer, run: Trajectory, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
     estimate = trainer.estimate_at_end(run, weights, alignment=True)
     fixed = task.frozen(run.start.params)
-    losses = evaluate_per_example(task.objective.losses, run.end.params, fixed, task.full_pass_stream(seed=0), task.num_examples)
+    losses = evaluate_per_example(
+        task.objective.losses, run.end.params, fixed, task.full_pass_stream(seed=0), task.num_examples
+    )
     return estimate.grad, placing.place_table(task.mesh, losses.astype(estimate.grad.dtype))
 
 
@@ -118,23 +122,27 @@ def run_outer_loop(
     session: Session,
     progress: ProgressFunction | None = None,
 ) -> LearnedWeights:
-    """Optimise the weights by hypergradients of L_v on V_fit, and return the best by L_v on V_select.
+    """Optimise the weights by hypergradients of validation loss, and return the best by dev loss.
 
     Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
-    hypergradient divided by its rms, at the rate of its place in the loop. Without V_select the last weights count.
+    hypergradient divided by its rms, at the rate of its place in the loop. Without dev the last weights count.
     Ends after outer.steps steps (with `progress`, where it passes 1 instead), after outer.patience steps without a
-    better V_select, or where the effective sample size falls below its floor.
+    better dev, or where the effective sample size falls below its floor.
     """
     outer, folder = config.outer, session.folder / "checkpoints" / "outer"
     weight_map = make_weighting(task, config)
     weights_of = jax.jit(weight_map.weights)
-    weight_map_vjp = jax.jit(lambda hyper, entries: weighting.pull_back(weight_map, hyper, entries))
-    update_hyper = jax.jit(lambda rate, hyper, grad: weighting.normalised_descent(rate, outer.max_step)(hyper, grad))
+    weight_map_vjp = jax.jit(lambda hyper, entries: weighting.weighting_vjp(weight_map, hyper, entries))
+    update_hyper = jax.jit(
+        lambda rate, hyper, grad: weighting.normalized_gradient_step(rate, outer.max_step)(hyper, grad)
+    )
     progress = progress or (lambda records: len(records) / outer.steps)
-    validation_loss = outer_value(task.problem)
+    validation_loss = validation_loss_fn(task.problem)
     good_mask = good_label_mask(task, config)
 
-    hyper, zeros = (placing.place_table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.num_examples)))
+    hyper, zeros = (
+        placing.place_table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.num_examples))
+    )
     state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(config.train.seed))
     records: OuterRecords = []
     if restored := checkpoint.restore_checkpoint(folder, state):
@@ -153,19 +161,21 @@ def run_outer_loop(
         if step == 0 and outer.method in ("unrolled", "window"):
             check_differentiable(task.train_step, task.optimizer, run, weights, fixed, stream)
         estimate = trainer.estimate(run, weights, stream, outer_step=step)
-        if not bool(tree.finite(estimate.grad)):
+        if not bool(tree.all_finite(estimate.grad)):
             raise FloatingPointError(
                 f"the hypergradient of outer step {step} is not finite ({estimate.checks}). Training itself was "
                 "finite: raise optimizer.eps_root, lower optimizer.learning_rate, or use outer.method: window."
             )
         losses = {
-            part: float(validation_loss(run.end.params, fixed, task.held_out_streams[part])) if part in task.held_out_streams else None
+            part: float(validation_loss(run.end.params, fixed, task.held_out_streams[part]))
+            if part in task.held_out_streams
+            else None
             for part in PART_NAMES
         }
         record = {
             "step": step,
             "loss": losses,
-            "ess": float(weighting.effective_size(weights)),
+            "ess": float(weighting.effective_sample_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
             "auc": auc(fetch_to_host(weights)[: task.num_examples], good_mask) if good_mask is not None else None,
@@ -222,8 +232,8 @@ def _update_outer_state(
 
 
 def _best_step(records: OuterRecords) -> int:
-    """The step with the least L_v on V_select; without V_select, the last."""
-    values = [record["loss"]["select"] for record in records]
+    """The step with the least dev loss; without dev, the last."""
+    values = [record["loss"]["dev"] for record in records]
     return len(records) - 1 if values[0] is None else int(np.argmin(values))
 
 
@@ -239,7 +249,7 @@ def _stop_reason(records: OuterRecords, config: SelectConfig, num_examples: int,
         )
     steps_since_best = len(records) - 1 - _best_step(records)
     if outer.patience and steps_since_best >= outer.patience:
-        return f"{steps_since_best} outer steps in a row did not lower L_v on V_select (outer.patience)"
+        return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
     return f"all {len(records) - 1} outer steps were made" if progress(records) > 1 else ""
 
 

@@ -25,10 +25,10 @@ from bilevel_jax.runs.sections import ScoresSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task
 from bilevel_jax.scores import incontext, oneshot
-from bilevel_jax.scores.demonstrations import choice
+from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.embedding import hidden_states, tfidf
-from bilevel_jax.scores.random import number
-from bilevel_jax.scores.requests import Plan, Rows, rows_of, take
+from bilevel_jax.scores.random import hash_to_int
+from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples, make_tokenized_examples, take_examples
 
 AGREEMENT_SAMPLE_SIZE = 200
 """Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
@@ -37,7 +37,7 @@ AGREEMENT_SAMPLE_SIZE = 200
 class ScoreResult(NamedTuple):
     """What the function of one score gives."""
 
-    values: Float[np.ndarray, "rows"]
+    values: Float[np.ndarray, "examples"]
     """Larger is better; nan for a row that was dropped or has none."""
     passes: float
     """Its work, in training steps: a forward and a backward pass over one batch; a forward pass alone is a third."""
@@ -58,7 +58,9 @@ class ResumableEngine:
         self, requests: Sequence[LogLikRequest], on_batch: Callable[[int], None] = lambda done: None
     ) -> list[LogLik]:
         """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
-        store = LogLikStore(fingerprint_params(self.params), _read_answers(self._path), lambda new: _append_answers(self._path, new))
+        store = LogLikStore(
+            fingerprint_params(self.params), _read_answers(self._path), lambda new: _append_answers(self._path, new)
+        )
         self._engine.on_batch = on_batch
         answers = self._engine.engine.resume(self.params, requests, store)
         processes.run_on_first_process(lambda: self._path.unlink(missing_ok=True))
@@ -103,7 +105,9 @@ class CountingEngine:
             self.on_batch(done)
             session.check_signals()
 
-        self.engine = make_loglik_scorer(decoder, row_multiple=mesh.size, place=place_batch, fetch=fetch_to_host, progress=progress)
+        self.engine = make_loglik_scorer(
+            decoder, row_multiple=mesh.size, place=place_batch, fetch=fetch_to_host, progress=progress
+        )
 
 
 @lru_cache(maxsize=4)
@@ -112,15 +116,19 @@ def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEn
 
 
 def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """`incontext.ica` with V_fit as the holdout."""
+    """`incontext.ica` with validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
-    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
+    embedding = (
+        tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
+    )
 
-    def make_score(demonstrations: str) -> incontext.Score:
-        demonstration_choice = choice(demonstrations, embedding=embedding, alike=settings.max_similarity, seed=settings.seed)
-        return incontext.ica(
+    def make_score(demonstrations: str) -> incontext.ScoreFn:
+        demonstration_choice = demonstration_selector(
+            demonstrations, embedding=embedding, max_similarity=settings.max_similarity, seed=settings.seed
+        )
+        return incontext.ica_score(
             _prompt_format(task, settings), demonstration_choice, max_length=task.architecture.max_length, k=settings.k,
-            normalise=settings.per_token,
+            per_token_mean=settings.per_token,
         )  # fmt: skip
 
     plan = make_score(settings.demonstrations)(train_rows, holdout)
@@ -128,33 +136,41 @@ def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Se
     notes = _shortage_notes(plan, train_rows, "demonstrations")
     sample = min(AGREEMENT_SAMPLE_SIZE, len(task.trainable_indices()) // 10)
     if settings.demonstrations != "knn" and sample >= 10:
-        correlation = incontext.agreement(values, make_score("knn"), train_rows, holdout, model, sample=sample, seed=settings.seed)
+        correlation = incontext.measure_rank_agreement(
+            values, make_score("knn"), train_rows, holdout, model, sample_size=sample, seed=settings.seed
+        )
         notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
     return ScoreResult(values, model.passes, notes)
 
 
 def compute_one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """`oneshot.oneshot` with scores.anchors rows of V_fit as the holdout."""
+    """`oneshot.oneshot` with scores.anchors rows of validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
-    usable_indices = np.flatnonzero(holdout.kept)
-    anchors = sorted(usable_indices, key=lambda j: number(holdout.examples[int(j)].id, settings.seed))[: settings.anchors]
-    score = oneshot.oneshot(
-        _prompt_format(task, settings), max_length=task.architecture.max_length, alike=settings.max_similarity
+    usable_indices = np.flatnonzero(holdout.is_kept)
+    anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[
+        : settings.anchors
+    ]
+    score = oneshot.oneshot_score(
+        _prompt_format(task, settings), max_length=task.architecture.max_length, max_similarity=settings.max_similarity
     )
-    plan = score(train_rows, take(holdout, np.sort(np.array(anchors))))
+    plan = score(train_rows, take_examples(holdout, np.sort(np.array(anchors))))
     values = plan.combine(model(plan.requests))
-    return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of V_fit to be judged by"))
+    return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of validation to be judged by"))
 
 
-def train_and_validation_rows(task: Task) -> tuple[Rows, Rows]:
-    """(the training rows, those of V_fit), as scores read them."""
-    return rows_of(task.examples, task.corpus), rows_of(task.held_out_examples["fit"], task.corpus, first=task.num_examples)
+def train_and_validation_rows(task: Task) -> tuple[TokenizedExamples, TokenizedExamples]:
+    """(the training examples, those of validation), as scores read them."""
+    return make_tokenized_examples(task.examples, task.corpus), make_tokenized_examples(
+        task.held_out_examples["validation"], task.corpus, first_row=task.num_examples
+    )
 
 
 def fingerprint_params(params: Params) -> str:
     """16 hex digits of all parameters: of the sum and the sum of squares of each, so that they stay on the device."""
     moments = _moments(params)
-    return hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).hexdigest()[:16]
+    return hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).hexdigest()[
+        :16
+    ]
 
 
 @jax.jit
@@ -162,18 +178,20 @@ def _moments(params: Params) -> list[jax.Array]:
     return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
 
 
-def _prompt_format(task: Task, settings: ScoresSection) -> incontext.Prompt:
-    return incontext.prompt(task.tokenizer, settings.template or incontext.TEMPLATE, settings.demonstration_template)
+def _prompt_format(task: Task, settings: ScoresSection) -> incontext.DemonstrationFormat:
+    return incontext.make_demonstration_format(
+        task.tokenizer, settings.template or incontext.DEMONSTRATIONS_TEMPLATE, settings.demonstration_template
+    )
 
 
-def _shortage_notes(plan: Plan, rows: Rows, what: str) -> tuple[str, ...]:
+def _shortage_notes(plan: ScorePlan, rows: TokenizedExamples, what: str) -> tuple[str, ...]:
     """How many rows got fewer than were wanted, where any did."""
-    counts = plan.held[rows.kept]
-    num_short, num_empty = int((counts < plan.wanted).sum()), int((counts == 0).sum())
+    counts = plan.num_holdout[rows.is_kept]
+    num_short, num_empty = int((counts < plan.num_holdout_wanted).sum()), int((counts == 0).sum())
     if not num_short:
         return ()
     return (
-        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.wanted} {what}, {num_empty:,} of them none: the rest did not "
+        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.num_holdout_wanted} {what}, {num_empty:,} of them none: the rest did not "
         "fit the model's context, or were near-duplicates of the row.",
     )
 

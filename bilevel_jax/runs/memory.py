@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel_jax.core.schedule import NOTHING, once
-from bilevel_jax.core.types import Keep
+from bilevel_jax.core.schedule import NO_CHECKPOINTS, single_replay_plan
+from bilevel_jax.core.types import CheckpointPlan
 from bilevel_jax.runs import programs
 from bilevel_jax.runs.config import SelectConfig, TrainConfig
 from bilevel_jax.runs.programs import StepShapes
@@ -56,7 +56,11 @@ def count_by_dtype(tree: Any) -> dict[str, int]:
 
 
 def memory_phases(
-    task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes, workspace: Workspace, plan: Keep | None = None
+    task: Task,
+    config: SelectConfig | TrainConfig,
+    shapes: StepShapes,
+    workspace: Workspace,
+    plan: CheckpointPlan | None = None,
 ) -> list[Phase]:
     """What lives in each phase of a run; the largest is the run's peak.
 
@@ -85,7 +89,9 @@ def _resident_arrays(task: Task, config: SelectConfig | TrainConfig, shapes: Ste
         "base": bytes_per_device(task.base_params),
         # every training starts from it, and steps in memory of its own
         "the model as loaded": bytes_per_device(shapes.params) if loaded else 0,
-        "trusted rows": sum(bytes_per_device(stream.batch(step)) for stream in streams for step in range(stream.steps)),
+        "validation examples": sum(
+            bytes_per_device(stream.batch(step)) for stream in streams for step in range(stream.steps)
+        ),
         "weight tables": num_tables * table_bytes,
         "batch": bytes_per_device(shapes.batch),
     }
@@ -109,7 +115,7 @@ def _hypergradient_phases(
     shapes: StepShapes,
     resident: dict[str, float],
     workspace: Workspace,
-    plan: Keep | None,
+    plan: CheckpointPlan | None,
 ) -> list[Phase]:
     state, gradient = bytes_per_device(shapes.state), bytes_per_device(shapes.params)
     adjoint, table = bytes_per_device(shapes.adjoint), bytes_per_device(shapes.weights)
@@ -117,14 +123,16 @@ def _hypergradient_phases(
     backward_steps = num_backward_steps(config.outer, task.num_steps)
     # the start is there in any case, and its parameters are those of the model as loaded
     starting = state - (gradient if resident["the model as loaded"] else 0)
-    all_stored, starts_at_beginning = plan.tape >= backward_steps, backward_steps == task.num_steps
+    all_stored, starts_at_beginning = plan.stored_steps >= backward_steps, backward_steps == task.num_steps
     snapshots = 0 if all_stored or config.outer.offload != "device" else max(0, plan.snapshots - starts_at_beginning)
     stored = {
         "start": starting,
         "snapshots": snapshots * state,
-        "states on the tape": (plan.tape - (all_stored and starts_at_beginning)) * state,
-        "gradients on the tape": plan.tape * gradient,
-        "linearisations on the tape": plan.tape * task_linearization_bytes(task, shapes) if plan.linear else 0,
+        "states on the tape": (plan.stored_steps - (all_stored and starts_at_beginning)) * state,
+        "gradients on the tape": plan.stored_steps * gradient,
+        "linearisations on the tape": plan.stored_steps * task_linearization_bytes(task, shapes)
+        if plan.linearize
+        else 0,
     }
     training = Phase(
         "training",
@@ -132,8 +140,8 @@ def _hypergradient_phases(
             **resident,
             **stored,
             # a step reads one and makes another; with a tape the one that is read stands on it
-            "states of a step": state if plan.tape else 2 * state,
-            "gradients": 0 if plan.tape else 2 * gradient,
+            "states of a step": state if plan.stored_steps else 2 * state,
+            "gradients": 0 if plan.stored_steps else 2 * gradient,
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )
@@ -167,7 +175,10 @@ def _hypergradient_phases(
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )  # fmt: skip
-    if config.outer.offload != "device" or plan.snapshots < once(backward_steps, plan.tape).snapshots:
+    if (
+        config.outer.offload != "device"
+        or plan.snapshots < single_replay_plan(backward_steps, plan.stored_steps).snapshots
+    ):
         # else the first state on the tape is a snapshot
         replay_phase.parts["states of a step"] = state
     return [training, validation_phase, replay_phase, backward_phase]
@@ -187,10 +198,10 @@ def writing_phase(task: Task, model: ModelSection, resident: dict[str, float], s
 
 def plan_task_checkpoints(
     task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes, device_bytes: float = 0.0
-) -> Keep:
+) -> CheckpointPlan:
     """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
     if isinstance(config, TrainConfig):
-        return NOTHING
+        return NO_CHECKPOINTS
     return plan_checkpoints(
         config.outer,
         task.num_steps,
@@ -206,7 +217,9 @@ def task_linearization_bytes(task: Task, shapes: StepShapes) -> int:
     return linearization_bytes(task.train_step, *programs.linearize_program(task, shapes).arguments)
 
 
-def peak_with_plan(task: Task, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: Keep) -> float:
+def peak_with_plan(
+    task: Task, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
+) -> float:
     """The peak of training and sweep on one device, in bytes, if a training kept this."""
     return max(phase.total_bytes for phase in memory_phases(task, config, shapes, workspace, plan)[:-1])
 
@@ -224,7 +237,9 @@ def disk_bytes(task: Task, config: SelectConfig | TrainConfig, shapes: StepShape
         sizes["checkpoints"] = 2 * (6 * table + params)
         plan = plan_task_checkpoints(task, config, shapes)
         # what is resumed, the edge of the sweep, and the snapshots but the start
-        count = plan.snapshots - (num_backward_steps(config.outer, task.num_steps) == task.num_steps and plan.snapshots > 0)
+        count = plan.snapshots - (
+            num_backward_steps(config.outer, task.num_steps) == task.num_steps and plan.snapshots > 0
+        )
         sizes[MID_STEP_CHECKPOINT] = (count + 2) * state + _total_bytes(shapes.adjoint) + table
     if task.base_params is None:
         sizes["model"] = params

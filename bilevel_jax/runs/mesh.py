@@ -69,7 +69,11 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 def padded_table_size(num_examples: int) -> int:
     """Entries of the weight table: `rows`, and from LARGE of them a few more, so that devices divide it evenly."""
-    return num_examples if num_examples < MIN_SHARDED_TABLE_SIZE else -(-num_examples // SHARDED_TABLE_MULTIPLE) * SHARDED_TABLE_MULTIPLE
+    return (
+        num_examples
+        if num_examples < MIN_SHARDED_TABLE_SIZE
+        else -(-num_examples // SHARDED_TABLE_MULTIPLE) * SHARDED_TABLE_MULTIPLE
+    )
 
 
 def place_table(mesh: Mesh, values: Any) -> jax.Array:
@@ -130,6 +134,8 @@ def _batch_placer(mesh: Mesh) -> Callable[[Batch], Batch]:
     batch_sharding, replicated = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
 
     def place_batch(batch: Batch) -> Batch:
-        return place_arrays(batch, {name: replicated if np.ndim(leaf) == 1 else batch_sharding for name, leaf in batch.items()})
+        return place_arrays(
+            batch, {name: replicated if np.ndim(leaf) == 1 else batch_sharding for name, leaf in batch.items()}
+        )
 
     return place_batch

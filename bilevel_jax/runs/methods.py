@@ -22,7 +22,7 @@ from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK, Trainer
 class MethodResult(NamedTuple):
     """What a method gives for its budget."""
 
-    weights: Float[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
     history: list[dict[str, Any]]
     """On the way: passes and seconds so far, the AUC of the weights, their effective size, L_v of the model then."""
     passes: float
@@ -48,7 +48,9 @@ class MethodSpec(NamedTuple):
     """(task, config of `settings`) -> the least budget with which it moves a weight, in passes."""
 
 
-def _run_outer_loop_within_budget(task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float) -> MethodResult:
+def _run_outer_loop_within_budget(
+    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
+) -> MethodResult:
     """`learn.learn` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
 
     What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another is made while
@@ -84,7 +86,9 @@ def count_baseline_work(task: Task | ArrayTask) -> float:
     return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
 
 
-def _run_single_loop_within_budget(task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float) -> MethodResult:
+def _run_single_loop_within_budget(
+    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
+) -> MethodResult:
     """`single.run_single` with as many steps as the budget pays for."""
     steps = int(budget / single_loop_step_work(config))
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
@@ -138,7 +142,11 @@ def _outer_loop_method(name: MethodName, estimand: str, exactness: str) -> Metho
 
 def _single_loop_method(configure: Callable[[SelectConfig], SelectConfig], estimand: str, exactness: str) -> MethodSpec:
     return MethodSpec(
-        estimand, exactness, configure, _run_single_loop_within_budget, lambda task, config: single_loop_step_work(config)
+        estimand,
+        exactness,
+        configure,
+        _run_single_loop_within_budget,
+        lambda task, config: single_loop_step_work(config),
     )
 
 

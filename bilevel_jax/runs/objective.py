@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bilevel_jax.core.types import Loss
+from bilevel_jax.core.types import CompositeLoss
 from bilevel_jax.lm import losses, preferences
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example
@@ -20,7 +20,7 @@ class Objective(NamedTuple):
     """The loss of each example."""
     accuracy: Callable
     """The share of each example's targets that are the likeliest token; of pairs, whether the chosen side wins."""
-    composite_loss: Loss
+    composite_loss: CompositeLoss
     """The same losses as link(outputs)."""
     loss_unit: str
     """Of a loss."""
@@ -30,7 +30,9 @@ class Objective(NamedTuple):
 
 def build_objective(config: sections.ObjectiveSection, decoder: lm.Decoder, *, lora: bool) -> Objective:
     """Compose the objective; with `lora` the trained parameters are adapters over `fixed["base"]`."""
-    return {"sft": _sft_objective, "dpo": _preference_objective, "simpo": _preference_objective}[config.name](config, decoder, lora)
+    return {"sft": _sft_objective, "dpo": _preference_objective, "simpo": _preference_objective}[config.name](
+        config, decoder, lora
+    )
 
 
 def loss_unit(config: sections.ObjectiveSection) -> str:
@@ -79,15 +81,21 @@ def _preference_objective(config: sections.ObjectiveSection, decoder: lm.Decoder
         example_losses = preferences.simpo_losses(decoder, beta=beta, gamma_ratio=config.gamma_ratio)
         composite = preferences.simpo_composite_loss(decoder, beta=beta, gamma_ratio=config.gamma_ratio)
         accuracy_fn = preferences.pair_accuracy(decoder, method="simpo")
-    return Objective(_with_frozen_base(example_losses), _with_frozen_base(accuracy_fn), _composite_with_frozen_base(composite), loss_unit(config), "pair accuracy")
+    return Objective(
+        _with_frozen_base(example_losses),
+        _with_frozen_base(accuracy_fn),
+        _composite_with_frozen_base(composite),
+        loss_unit(config),
+        "pair accuracy",
+    )
 
 
 def _with_frozen_base(function: Callable) -> Callable:
     return lambda params, frozen, batch: function(losses.assemble_params(params, frozen["base"]), batch)
 
 
-def _composite_with_frozen_base(composite: Loss) -> Loss:
-    return Loss(
+def _composite_with_frozen_base(composite: CompositeLoss) -> CompositeLoss:
+    return CompositeLoss(
         lambda params, frozen, batch: composite.outputs(params, frozen["base"], batch),
         lambda outputs, frozen, batch: composite.link(outputs, frozen["base"], batch),
     )

@@ -66,7 +66,9 @@ def clip_global_norm(max_norm: float) -> optax.GradientTransformation:
         del params
         squared_norm = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(updates))
         exceeds_norm = squared_norm > max_norm**2
-        scale = jnp.where(exceeds_norm, max_norm / jnp.sqrt(jnp.where(exceeds_norm, squared_norm, 1.0)), 1.0)  # no sqrt at 0
+        scale = jnp.where(
+            exceeds_norm, max_norm / jnp.sqrt(jnp.where(exceeds_norm, squared_norm, 1.0)), 1.0
+        )  # no sqrt at 0
         return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -22,7 +22,7 @@ from bilevel_jax.runs.task import Task
 def weights_table(
     task: Task, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
 ) -> pa.Table:
-    """One row per training row, joined by `id` and never by position; signs and units in the schema's metadata."""
+    """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
     selected_mask = np.zeros(task.num_examples, bool)
     selected_mask[selected_indices] = True
     columns = {
@@ -41,7 +41,7 @@ def weights_table(
     }
     meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "entry": f"d L_v / d weight at these weights, {task.objective.loss_unit} on V_fit per unit of weight; "
+        "entry": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of weight; "
         "below 0: more weight lowers L_v",
         "first_entry": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
@@ -68,9 +68,9 @@ def describe_estimand(config: SelectConfig) -> str:
         f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
         + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
         "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
-        "penalty": penalty.OPTIMISTIC,
-        "bmo": multiobjective.ESTIMAND,
-        "mixing": penalty.MIXED,
+        "penalty": penalty.OPTIMISTIC_ESTIMAND,
+        "bmo": multiobjective.BMO_ESTIMAND,
+        "mixing": penalty.MIXING_ESTIMAND,
     }[outer.method]
 
 
@@ -90,7 +90,7 @@ def format_selected_jsonl(
 
 
 def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
-    """What `train` used: one row per training row, joined by `id`."""
+    """What `train` used: one row per training example, joined by `id`."""
     columns = {
         "id": [example.id for example in task.examples],
         "row": np.arange(task.num_examples),

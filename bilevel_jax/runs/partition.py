@@ -43,7 +43,9 @@ def parse_sharding_rules(rules: Sequence[str], mesh: Mesh) -> ShardingRules:
         except re.error as error:
             raise ValueError(f"mesh.sharding_rules: {pattern!r} is no regular expression: {error}.") from error
         custom_rules[pattern] = tuple(None if name == "-" else name for name in names)
-    return custom_rules | {pattern: axes for pattern, axes in DECODER_SHARDING_RULES.items() if pattern not in custom_rules}
+    return custom_rules | {
+        pattern: axes for pattern, axes in DECODER_SHARDING_RULES.items() if pattern not in custom_rules
+    }
 
 
 def make_shardings(mesh: Mesh, rules: ShardingRules, tree: Any) -> Any:
@@ -64,13 +66,17 @@ def shard_tree(mesh: Mesh, rules: ShardingRules, tree: Any) -> Any:
 
 def parameter_placer(mesh: Mesh, rules: ShardingRules) -> Callable[[Any, Any], jax.Array]:
     """(path, values) -> the array on the mesh: for `lm.load`, so that no device ever holds the whole model."""
-    return lambda path, values: place_arrays(values, NamedSharding(mesh, P(*_leaf_axes(mesh, rules, path, values.shape))))
+    return lambda path, values: place_arrays(
+        values, NamedSharding(mesh, P(*_leaf_axes(mesh, rules, path, values.shape)))
+    )
 
 
 def make_sharded_shapes(mesh: Mesh, rules: ShardingRules, tree: Any) -> Any:
     """The shapes of arrays that `partitioned` would place: for what is compiled without them."""
     tree_shardings = make_shardings(mesh, rules, tree)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, tree_shardings)
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, tree_shardings
+    )
 
 
 def parameter_gatherer(mesh: Mesh, rules: ShardingRules) -> Callable[[Params], Params]:
@@ -111,7 +117,9 @@ def _leaf_axes(mesh: Mesh, rules: ShardingRules, path: Any, shape: tuple[int, ..
     axes = tuple(axis if axis and mesh.shape[axis] > 1 else None for axis in axes)
     divides_evenly = all(size % mesh.shape[axis] == 0 for size, axis in zip(shape, axes, strict=False) if axis)
     num_leading_axes = max((place + 1 for place, axis in enumerate(axes) if axis), default=0)
-    return axes[:num_leading_axes] if divides_evenly else ()  # as short as jax writes it, or equal shardings would compile twice
+    return (
+        axes[:num_leading_axes] if divides_evenly else ()
+    )  # as short as jax writes it, or equal shardings would compile twice
 
 
 def _matching_axes(rules: ShardingRules, path: Any) -> MeshAxes:

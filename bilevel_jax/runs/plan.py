@@ -67,10 +67,10 @@ def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[Work
 def evaluation_work(task: Task, config: SelectConfig | TrainConfig) -> float:
     """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
 
-    Each estimate takes the gradient of L_v too, and each retrain of a certificate reads V_fit alone.
+    Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.
     """
     part_steps = {part: stream.steps for part, stream in task.held_out_streams.items()}
-    all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("fit", 0)
+    all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("validation", 0)
     if isinstance(config, TrainConfig):
         return all_parts_work * (task.num_steps // config.train.eval_steps + 2)
     total = (config.outer.steps + 1) * (all_parts_work + validation_steps)

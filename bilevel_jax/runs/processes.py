@@ -38,7 +38,9 @@ def initialize_distributed(distributed: DistributedSection) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
-            None if coordinator == "auto" else coordinator, num_processes or None, process_id if process_id >= 0 else None
+            None if coordinator == "auto" else coordinator,
+            num_processes or None,
+            process_id if process_id >= 0 else None,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -68,7 +70,11 @@ def fetch_to_host(array: Any) -> np.ndarray:
 def allgather_values(values: list[int]) -> np.ndarray:
     """int32[processes, values]: what each process says."""
     local_values = np.asarray(values, np.int32)
-    return local_values[None] if _on_first_process_only or not is_multiprocess() else np.asarray(multihost_utils.process_allgather(local_values))
+    return (
+        local_values[None]
+        if _on_first_process_only or not is_multiprocess()
+        else np.asarray(multihost_utils.process_allgather(local_values))
+    )
 
 
 def broadcast_from_first(value: int) -> int:
@@ -100,5 +106,7 @@ def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:
     if failure:
         raise failure
     if message_buffer.any():
-        raise RuntimeError(f"the first process stopped: {bytes(message_buffer).rstrip(bytes(1)).decode(errors='replace')}")
+        raise RuntimeError(
+            f"the first process stopped: {bytes(message_buffer).rstrip(bytes(1)).decode(errors='replace')}"
+        )
     return result

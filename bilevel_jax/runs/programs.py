@@ -14,8 +14,8 @@ from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.transition import descent
-from bilevel_jax.core.types import Adjoint, Batch, Inner, Params
+from bilevel_jax.core.transition import forward_only_step
+from bilevel_jax.core.types import Adjoint, Batch, Params, TrainState
 from bilevel_jax.lm import batches
 from bilevel_jax.lm.tokens import Corpus
 from bilevel_jax.runs import mesh as placing
@@ -38,7 +38,7 @@ class StepShapes(NamedTuple):
     """The shapes that a training of a task goes through; arrays are those of one batch alone."""
 
     params: Params
-    state: Inner
+    state: TrainState
     adjoint: Adjoint
     weights: jax.ShapeDtypeStruct
     """The weight table."""
@@ -61,12 +61,12 @@ def step_shapes(task: Task, batch: Batch) -> StepShapes:
         transform_non_params=lambda leaf: _shape_on(leaf, replicated),
     )
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    state = Inner(params, opt, count)
+    state = TrainState(params, opt, count)
     dtype, index = jax.tree.leaves(params)[0].dtype, batch["index"]
     weights = jax.ShapeDtypeStruct((task.num_examples,), dtype, sharding=replicated)
     hyper_slice = jax.ShapeDtypeStruct(index.shape, dtype, sharding=index.sharding)
     return StepShapes(
-        params, state, Adjoint(params, tree.inexact(opt)), weights, hyper_slice, task.frozen(params), batch
+        params, state, Adjoint(params, tree.inexact_leaves(opt)), weights, hyper_slice, task.frozen(params), batch
     )
 
 
@@ -107,15 +107,15 @@ def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledPro
         _shape_on, compiled_linearize.executable.out_info[2], compiled_linearize.executable.output_shardings[2]
     )
     return Program(
-        task.train_step.pull,
+        task.train_step.vjp_step,
         (shapes.state, shapes.params, linearization, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint),
     )
 
 
 def update_program(task: Task, shapes: StepShapes) -> Program:
-    """A training step of the verb `train`, which takes the memory of the state that it is given."""
+    """A training step of the command `train`, which takes the memory of the state that it is given."""
     arguments = (shapes.state, shapes.weights, shapes.frozen, shapes.batch)
-    function = descent(task.problem, task.optimizer)
+    function = forward_only_step(task.problem, task.optimizer)
     return Program(function, arguments, lambda result, arguments_before: (result[0], *arguments_before[1:]))
 
 

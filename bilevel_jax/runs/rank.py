@@ -1,4 +1,4 @@
-"""The verb `rank`: which way of generating responses will train the model best, from a sample and without training."""
+"""The command `rank`: which way of generating responses will train the model best, from a sample and without training."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,17 +27,17 @@ from bilevel_jax.runs.target import (
     tokenize_for_scoring,
 )
 from bilevel_jax.scores import selfaligned
-from bilevel_jax.scores.ifd import ifd
-from bilevel_jax.scores.perplexity import perplexity
-from bilevel_jax.scores.requests import Plan, Rows
-from bilevel_jax.scores.selfsimilarity import similarity
-from bilevel_jax.scores.strategies import CAP
+from bilevel_jax.scores.ifd import ifd_score
+from bilevel_jax.scores.perplexity import perplexity_score
+from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples
+from bilevel_jax.scores.selfsimilarity import response_similarity
+from bilevel_jax.scores.strategies import MAX_PERPLEXITY
 
 TABLE_FILE = "rank.parquet"
 
 
 def rank(config: RankConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
     Raises as `candidates.load` and `candidates.drawn` do, and ValueError for questions or responses that do not fit the
     model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
@@ -130,23 +130,23 @@ def measure_responses(
     config: RankConfig,
     rank_model: RankModel,
     sample: Sequence[Sequence[Question]],
-    rows: Rows,
+    rows: TokenizedExamples,
     own_answers: OwnAnswers,
     session: Session,
 ) -> tuple[ResponseMeasures, dict[str, float]]:
     """What the configured metrics read of every response, [blocks, block, strategies]; and what it cost."""
     shape = len(sample), len(sample[0]), len(sample[0][0].responses)
     inputs = {part for name in ranking.list_metrics(config.rank) for part in METRICS[name].inputs}
-    plans: dict[str, Plan] = {}
+    plans: dict[str, ScorePlan] = {}
     if "sppl" in inputs:
         prompted_rows = tokenize_for_scoring(
             config, rank_model, build_self_aligned_prompts(config, sample, own_answers)
         )[0]
-        plans["sppl"] = selfaligned.sppl(prompted_rows, prompted_rows)
+        plans["sppl"] = selfaligned.sppl_score(prompted_rows, prompted_rows)
     if "perplexity" in inputs:
-        plans["perplexity"] = perplexity(rows, rows)
+        plans["perplexity"] = perplexity_score(rows, rows)
     if "ifd" in inputs:
-        plans["ifd"] = ifd(rank_model.tokenizer.bos_token_id)(rows, rows)
+        plans["ifd"] = ifd_score(rank_model.tokenizer.bos_token_id)(rows, rows)
     for name, plan in plans.items():
         _check_lengths(name, plan, rows, rank_model.decoder.config.max_length)
     pairs = (
@@ -183,9 +183,9 @@ def build_self_aligned_prompts(
     write = _make_prompt_formatter(config)
     out = []
     for block, texts, is_kept in zip(sample, own_answers.texts, own_answers.accepted, strict=True):
-        shown_by_question = selfaligned.examples(is_kept, config.rank.k)
+        shown_by_question = selfaligned.choose_shown_answers(is_kept, config.rank.k)
         own = [
-            selfaligned.with_result(drafts[0], question.reference_answer, config.rank.final_answer)
+            selfaligned.append_result(drafts[0], question.reference_answer, config.rank.final_answer)
             for question, drafts in zip(block, texts, strict=True)
         ]
         for question, places in zip(block, shown_by_question, strict=True):
@@ -217,7 +217,7 @@ def build_response_table(
     strategies: Sequence[str],
     sample: Sequence[Sequence[Question]],
     measures: ResponseMeasures,
-    rows: Rows,
+    rows: TokenizedExamples,
     own_answers: OwnAnswers,
 ) -> pa.Table:
     """A row for each question and strategy: where it stands, its text, what was measured, the model's own answer."""
@@ -234,7 +234,7 @@ def build_response_table(
         "response": [question.responses[s] for _, _, question, s in cells],
         "own_answer": [own_answers.texts[b][q][0] for b, q, _, _ in cells],
         "own_answer_kept": [bool(own_answers.accepted[b, q]) for b, q, _, _ in cells],
-        "tokens": [int(rows.sides(i)[0].target_mask.sum()) for i in range(len(cells))],
+        "tokens": [int(rows.sequences(i)[0].target_mask.sum()) for i in range(len(cells))],
     }
     columns |= {name: values.ravel() for name, values in measures.items()}
     about = {
@@ -249,7 +249,11 @@ def build_response_table(
 
 
 def collect_remarks(
-    config: RankConfig, measures: ResponseMeasures, strategy_responses: StrategyResponses, rows: Rows, num_cut: int
+    config: RankConfig,
+    measures: ResponseMeasures,
+    strategy_responses: StrategyResponses,
+    rows: TokenizedExamples,
+    num_cut: int,
 ) -> list[str]:
     """What a person should know of the numbers."""
     out, count, metric_names = [], len(rows.examples), ranking.list_metrics(config.rank)
@@ -265,9 +269,9 @@ def collect_remarks(
                 if name in metric_names
                 else []
             )
-    if "mix" in metric_names and (capped := float((measures["perplexity"] >= CAP).mean())) > 0.5:
+    if "mix" in metric_names and (capped := float((measures["perplexity"] >= MAX_PERPLEXITY).mean())) > 0.5:
         out.append(
-            f"{capped:.0%} of the perplexities are at the cap of {CAP:g} that mix has: what it reads of perplexity are "
+            f"{capped:.0%} of the perplexities are at the cap of {MAX_PERPLEXITY:g} that mix has: what it reads of perplexity are "
             "the few others, whose differences min-max makes as large as any"
         )
     if "ifd" in metric_names and (above := float((measures["ifd"] > 1).mean())) > 0.5:
@@ -282,7 +286,7 @@ def collect_remarks(
 # ---- parts
 
 
-def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, Plan], session: Session) -> dict[str, Any]:
+def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, ScorePlan], session: Session) -> dict[str, Any]:
     began, done = time.monotonic(), 0
 
     def on_batch(now: int) -> None:
@@ -315,18 +319,22 @@ def _compute_self_similarity(
         session.advance(done)
         session.check_signals()
 
-    compute_similarity = similarity(
+    compute_similarity = response_similarity(
         rank_model.decoder,
         rank_model.tokenizer.bos_token_id,
-        multiple=rank_model.mesh.size,
-        place=place_on_mesh,
-        progress=progress,
+        batch_size_multiple=rank_model.mesh.size,
+        place_batch=place_on_mesh,
+        on_progress=progress,
     )
     return {"values": compute_similarity(rank_model.params, *pairs).tolist(), "seconds": time.monotonic() - began}
 
 
 def _pair_with_own_answers(
-    config: RankConfig, rank_model: RankModel, rows: Rows, sample: Sequence[Sequence[Question]], own_answers: OwnAnswers
+    config: RankConfig,
+    rank_model: RankModel,
+    rows: TokenizedExamples,
+    sample: Sequence[Sequence[Question]],
+    own_answers: OwnAnswers,
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """(each response, each answer of the model's own to its question), as often as there are draws."""
     own_examples = [
@@ -345,14 +353,14 @@ def _pair_with_own_answers(
     return responses, others
 
 
-def _response_token_ids(rows: Rows, i: int) -> tuple[int, ...]:
-    ids, supervised = rows.sides(i)[0]
+def _response_token_ids(rows: TokenizedExamples, i: int) -> tuple[int, ...]:
+    ids, supervised = rows.sequences(i)[0]
     return tuple(ids[supervised].tolist())
 
 
 def _tokenize_all_responses(
     config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]]
-) -> tuple[Rows, int]:
+) -> tuple[TokenizedExamples, int]:
     """Every response behind its question, and how many were cut."""
     return tokenize_for_scoring(
         config,
@@ -363,12 +371,12 @@ def _tokenize_all_responses(
 
 def _make_prompt_formatter(config: RankConfig) -> Callable[[str, Sequence[str]], str]:
     """What is asked with the answers that are shown; a ValueError where the templates of the config cannot be used."""
-    return selfaligned.prompt(
-        config.rank.template or selfaligned.TEMPLATE, config.rank.example_template or selfaligned.EXAMPLE
+    return selfaligned.prompt_writer(
+        config.rank.template or selfaligned.SPPL_TEMPLATE, config.rank.example_template or selfaligned.EXAMPLE_TEMPLATE
     )
 
 
-def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
+def _check_lengths(name: str, plan: ScorePlan, rows: TokenizedExamples, context: int) -> None:
     lengths = np.array([len(request.prefix) + len(request.response) - 1 for request in plan.requests])
     if lengths.max() <= context:
         return
@@ -383,7 +391,7 @@ def _check_lengths(name: str, plan: Plan, rows: Rows, context: int) -> None:
 
 
 def _find_outlier_responses(
-    title: str, values: np.ndarray, strategy_responses: StrategyResponses, rows: Rows
+    title: str, values: np.ndarray, strategy_responses: StrategyResponses, rows: TokenizedExamples
 ) -> list[str]:
     """How many strategies owe more than half of their arithmetic mean to one response, and the worst of them."""
     flat = values.reshape(-1, values.shape[-1])

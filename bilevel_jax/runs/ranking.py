@@ -90,18 +90,20 @@ def rank_strategies(
 def make_strategy_score(name: str, options: RankSection) -> StrategyScore:
     """The metric of each strategy in each block."""
     average = {
-        "arithmetic": strategies.mean,
-        "geometric": strategies.exp_of_mean,
-        "trimmed": strategies.trimmed(options.trim),
+        "arithmetic": strategies.arithmetic_mean,
+        "geometric": strategies.geometric_mean,
+        "trimmed": strategies.trimmed_mean(options.trim),
     }[options.mean]
     beta = None if options.beta < 0 else options.beta
     score_by_metric: dict[str, StrategyScore] = {
         "sppl": lambda measured: average(measured["sppl"]),
         "perplexity": lambda measured: average(measured["perplexity"]),
-        "ifd": lambda measured: strategies.mean(measured["ifd"]),
-        "self_similarity": lambda measured: strategies.mean(measured["self_similarity"]),
-        "mix": lambda measured: strategies.mix(measured["perplexity"], 1 - measured["self_similarity"], beta),
-        "car": lambda measured: strategies.car(measured["rewards"], np.log(measured["perplexity"])),
+        "ifd": lambda measured: strategies.arithmetic_mean(measured["ifd"]),
+        "self_similarity": lambda measured: strategies.arithmetic_mean(measured["self_similarity"]),
+        "mix": lambda measured: strategies.alignment_score(
+            measured["perplexity"], 1 - measured["self_similarity"], beta
+        ),
+        "car": lambda measured: strategies.car_score(measured["rewards"], np.log(measured["perplexity"])),
     }
     return score_by_metric[name]
 

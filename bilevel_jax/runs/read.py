@@ -17,7 +17,7 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
     """`path` as a `kind`: a dataclass of sections, each a dataclass of plain fields, all with defaults.
 
     Raises one ValueError that lists every unknown, repeated or wrongly typed key. Sections, and keys of a section, that
-    are named in `others` or that `kind` lacks there are passed over: the file was written for another verb.
+    are named in `others` or that `kind` lacks there are passed over: the file was written for another command.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -40,7 +40,9 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
                 f"{location}: unknown section '{name}'; {suggest_nearest(name, sections)}the sections: {', '.join(sections)}."
             )
         elif not isinstance(values, dict | None):
-            errors.append(f"{location}: {name} is {_describe_value(values)}; wanted its keys: {', '.join(field_types(sections[name]))}.")
+            errors.append(
+                f"{location}: {name} is {_describe_value(values)}; wanted its keys: {', '.join(field_types(sections[name]))}."
+            )
         else:
             section_values = {}
             for key, value in (values or {}).items():
@@ -54,8 +56,13 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
             values_by_section[name] = section_values
     if errors:
         raise ValueError("\n".join(errors))
-    defaults = config_class()  # a verb may have its own for a section
-    return config_class(**{name: dataclasses.replace(getattr(defaults, name), **section_values) for name, section_values in values_by_section.items()})
+    defaults = config_class()  # a command may have its own for a section
+    return config_class(
+        **{
+            name: dataclasses.replace(getattr(defaults, name), **section_values)
+            for name, section_values in values_by_section.items()
+        }
+    )
 
 
 def decode_value(expected_type: Any, value: Any) -> Any:

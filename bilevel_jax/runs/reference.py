@@ -27,7 +27,9 @@ def fingerprint_model_files(model: str | Path, dtype: str) -> str:
     return digest.hexdigest()
 
 
-def build_reference_table(examples: Sequence[Example], corpus: Corpus, log_probs: Float[np.ndarray, "rows 2"], model_fingerprint: str) -> pa.Table:
+def build_reference_table(
+    examples: Sequence[Example], corpus: Corpus, log_probs: Float[np.ndarray, "rows 2"], model_fingerprint: str
+) -> pa.Table:
     """One row per pair: id, log p of each response, its token count, and a hash of the tokens that were read."""
     target_counts = _count_targets(corpus).reshape(corpus.num_examples, 2)
     columns = {
@@ -47,7 +49,9 @@ def build_reference_table(examples: Sequence[Example], corpus: Corpus, log_probs
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in metadata.items()})
 
 
-def read_reference_log_probs(path: str | Path, examples: Sequence[Example], corpus: Corpus, model_fingerprint: str) -> Float[np.ndarray, "rows 2"]:
+def read_reference_log_probs(
+    path: str | Path, examples: Sequence[Example], corpus: Corpus, model_fingerprint: str
+) -> Float[np.ndarray, "rows 2"]:
     """The stored values of these examples, in their order.
 
     Raises ValueError where another model made them, an id is missing, or a pair's tokens are not those that were read
@@ -77,7 +81,7 @@ def read_reference_log_probs(path: str | Path, examples: Sequence[Example], corp
     return np.stack([stored[side].to_numpy()[rows] for side in ("chosen", "rejected")], axis=1)
 
 
-def reference_margins(log_probs: Float[np.ndarray, "rows 2"]) -> Float[np.ndarray, "rows"]:
+def reference_margins(log_probs: Float[np.ndarray, "rows 2"]) -> Float[np.ndarray, "examples"]:
     """log p(chosen) - log p(rejected) of each pair; 0 for a dropped one, which no batch reads."""
     return np.nan_to_num(log_probs[:, 0] - log_probs[:, 1])
 

@@ -1,4 +1,4 @@
-"""The verb `refine`: rounds in which the model answers questions itself, and is replaced only where that helped."""
+"""The command `refine`: rounds in which the model answers questions itself, and is replaced only where that helped."""
 
 import shutil
 import time
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.transition import finished
+from bilevel_jax.core.transition import trajectory_from_params
 from bilevel_jax.core.types import PADDING, Params
 from bilevel_jax.lm import tokens
 from bilevel_jax.lm.generate import GenerateFn
@@ -69,7 +69,7 @@ class RefineContext(NamedTuple):
 
     config: RefineConfig
     task: Task
-    """Of the offline rows."""
+    """Of the offline examples."""
     trainers: dict[RefineMethod, CandidateTrainer]
     make_generator: Callable[[Params], GenerateFn]
     """parameters -> the generator of the model with them."""
@@ -78,9 +78,9 @@ class RefineContext(NamedTuple):
 
 
 def refine(config: RefineConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
-    Raises as `select.select` does, and ValueError without V_fit or V_select, and for questions that are too long.
+    Raises as `select.select` does, and ValueError without validation or dev, and for questions that are too long.
     """
     with open_run_dir(config) as folder:
         resolved = resolve_builtin(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
@@ -93,7 +93,9 @@ def refine(config: RefineConfig) -> dict[str, Any]:
         )
         with start_session(config, folder) as session:
             trainers = refine_candidates.make_candidate_trainers(refine_config, task)
-            generator_factory = make_generator_factory(refine_config.generate, task.decoder, task.tokenizer, task.mesh, session)
+            generator_factory = make_generator_factory(
+                refine_config.generate, task.decoder, task.tokenizer, task.mesh, session
+            )
             context = RefineContext(
                 refine_config,
                 task,
@@ -106,9 +108,9 @@ def refine(config: RefineConfig) -> dict[str, Any]:
 
 
 def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
-    """The task of the offline rows, in a shape that holds every response.
+    """The task of the offline examples, in a shape that holds every response.
 
-    Raises ValueError where a part of the trusted rows is missing, or a question leaves no room for a response.
+    Raises ValueError where a part of the validation examples is missing, or a question leaves no room for a response.
     """
     dataset = rows.load_splits(config.data)
     task = prepare_text_task(
@@ -118,13 +120,17 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
         num_steps=config.train.max_steps,
         seeds=[config.data.seed],
     )
-    if missing := [part for part in ("fit", "select") if part not in task.held_out_streams]:
+    if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
         raise ValueError(
-            f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by V_fit and judged "
-            "on V_select. Give data.validation with shares for both in data.split, or data.dev."
+            f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by validation and judged "
+            "on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
-    question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get("report", [])
-    questions = make_prompts(question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
+    question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
+        "test", []
+    )
+    questions = make_prompts(
+        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
@@ -139,7 +145,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
 def list_verified_examples(config: RefineConfig, task: Task) -> list[Any]:
     """The rows whose responses a checker will see."""
     offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
-    return offline + task.held_out_examples.get("report", [])
+    return offline + task.held_out_examples.get("test", [])
 
 
 def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
@@ -167,20 +173,23 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         for name in refine_config.refine.methods:
             shutil.rmtree(_candidate_folder(session, number, name), ignore_errors=True)
         session.mark_saved()
-    session.set_phase("reading V_report")
+    session.set_phase("reading test")
     ends = {"first": start, "last": state.params}
-    final_evaluation = session.run_once("report", lambda: evaluate_final(context, ends))
+    final_evaluation = session.run_once("test", lambda: evaluate_final(context, ends))
     session.set_phase("writing")
     outputs.write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
     refine_outputs.write_round_tables(session, records, configs.config_hash(config))
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
-        "report": final_evaluation,
+        "test": final_evaluation,
         "unit": task.objective.loss_unit,
         "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
         "looks": count_dev_tests(refine_config),
-        "rows": {"train": task.num_examples, **{part: len(part_examples) for part, part_examples in task.held_out_examples.items()}},
+        "rows": {
+            "train": task.num_examples,
+            **{part: len(part_examples) for part, part_examples in task.held_out_examples.items()},
+        },
         "checker": refine_config.verifier.name,
         "examples": refine_outputs.pick_extreme_responses(session, task, records),
         "moved": refine_outputs.average_weights_by_kind(session, records),
@@ -216,20 +225,24 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
     )
     writing_seconds = time.monotonic() - began
     round_task = build_round_task(config, offline_task, round_rollouts, number)
-    start_params = state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
+    start_params = (
+        state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
+    )
     round_task = round_task._replace(task=round_task.task._replace(init_params=lambda seed: start_params))
 
     present = compute_dev_losses(offline_task, state.params)
     candidate_models: dict[str, Candidate] = {}
-    dev_losses: dict[str, Float[np.ndarray, "select"]] = {}
+    dev_losses: dict[str, Float[np.ndarray, "dev"]] = {}
     candidate_records: list[dict[str, Any]] = []
     for name in config.refine.methods:
         session.set_phase(f"round {number}: {name}")
         candidate_models[name], cost = train_candidate(context, round_task, state.params, number, name)
         dev_losses[name] = compute_dev_losses(offline_task, candidate_models[name].params)
-        candidate_records.append({"name": name, "select": float(dev_losses[name].mean()), **cost})
+        candidate_records.append({"name": name, "dev": float(dev_losses[name].mean()), **cost})
     best, *others = sorted(candidate_models, key=lambda name: dev_losses[name].mean())
-    gain, bound = bootstrap_paired_gain(present, dev_losses[best], significance_level(config), (config.data.seed, 13, number))
+    gain, bound = bootstrap_paired_gain(
+        present, dev_losses[best], significance_level(config), (config.data.seed, 13, number)
+    )
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
     weights = candidate_models[judge].weights if judge else np.ones(len(round_task.multiplicity))
@@ -257,7 +270,9 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,
     }
-    next_weights = jnp.asarray(average_question_weights(round_task, weights, offline_task.num_examples), state.weights.dtype)
+    next_weights = jnp.asarray(
+        average_question_weights(round_task, weights, offline_task.num_examples), state.weights.dtype
+    )
     return RefineState(
         candidate_models[best].params if accepted else state.params, next_weights if judge else state.weights
     ), record
@@ -266,13 +281,13 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
 def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Array, "questions"]:
     """What takes the place of weights before any were learned: -d L_v / d w_i of one step at the given model, its sign.
 
-    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises L_v on V_fit, to first order.
+    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises validation loss, to first order.
     """
     functions = refine_candidates.compiled_functions_for_config(context.config, context.task)
     task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
-    context.session.set_phase("alignment of the offline rows")
+    context.session.set_phase("alignment of the offline examples")
     trainer = Trainer(task, select_config_for_candidate(context.config, "unrolled").outer, context.session)
-    return -trainer.estimate_at_end(finished(params), jnp.ones(task.num_examples), alignment=True).grad
+    return -trainer.estimate_at_end(trajectory_from_params(params), jnp.ones(task.num_examples), alignment=True).grad
 
 
 def train_candidate(
@@ -299,7 +314,7 @@ def train_candidate(
 
 
 def count_dev_tests(config: RefineConfig) -> int:
-    """How often V_select is asked whether a candidate is better: once for each candidate of each round."""
+    """How often dev is asked whether a candidate is better: once for each candidate of each round."""
     return config.refine.rounds * len(config.refine.methods)
 
 
@@ -311,13 +326,13 @@ def significance_level(config: RefineConfig) -> float:
     return config.refine.level / (count_dev_tests(config) if config.refine.bonferroni else 1)
 
 
-def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "select"]:
-    """The loss of each row of V_select, nats."""
-    return compute_part_losses(task, params, "select")
+def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "dev"]:
+    """The loss of each row of dev, nats."""
+    return compute_part_losses(task, params, "dev")
 
 
 def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
-    """The loss of each row of a part of the trusted rows that is not too long, nats; FloatingPointError for another."""
+    """The loss of each row of a part of the validation examples that is not too long, nats; FloatingPointError for another."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
     index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
@@ -333,10 +348,10 @@ def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarr
 
 
 def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str, Any] | None:
-    """L_v on V_report before and after all rounds, and, with a checker, how many answers are right: read once."""
-    if "report" not in context.task.held_out_streams:
+    """test loss before and after all rounds, and, with a checker, how many answers are right: read once."""
+    if "test" not in context.task.held_out_streams:
         return None
-    before, after = (compute_part_losses(context.task, params, "report") for params in ends.values())
+    before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
     gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17))
     accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
     right = None
@@ -346,13 +361,15 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
     return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
 
 
-def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "report"]:
-    """What the checker says of the greedy answer to each question of V_report."""
+def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "test"]:
+    """What the checker says of the greedy answer to each question of test."""
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
-    test_examples = task.held_out_examples["report"]
+    test_examples = task.held_out_examples["test"]
     test_prompts = make_prompts(test_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
-    generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(assemble_params(params, task.base_params))
+    generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
+        assemble_params(params, task.base_params)
+    )
     assert context.verifier is not None
     return np.array(
         [
@@ -384,10 +401,10 @@ def _candidate_folder(session: Session, number: int, name: str) -> Path:
 def _format_round(record: dict[str, Any]) -> str:
     """One line for people."""
     gain = record["gain"]
-    losses_text = "  ".join(f"{candidate['name']} {candidate['select']:.4f}" for candidate in record["candidates"])
+    losses_text = "  ".join(f"{candidate['name']} {candidate['dev']:.4f}" for candidate in record["candidates"])
     right = "" if record["right"] is None else f"   {record['right']:.0%} of the responses right"
     return (
-        f"round {record['step']}   L_v on V_select: present {record['present']:.4f}  {losses_text}   gain "
+        f"round {record['step']}   dev loss: present {record['present']:.4f}  {losses_text}   gain "
         f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
         f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}"
     )

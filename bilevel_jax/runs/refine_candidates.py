@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core import penalty, tree, weighting
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import transition
-from bilevel_jax.core.types import Hyper, Params, Problem, Single, Transition
+from bilevel_jax.core.transition import train_step
+from bilevel_jax.core.types import Hyper, Params, Problem, SingleLoop, TrainStep
 from bilevel_jax.core.unrolled import check_differentiable
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.importance import RatioKind, importance_weighted_losses
@@ -34,7 +34,7 @@ from bilevel_jax.runs.training import HVP_WORK, REPLAY_WORK, Trainer
 ROUND_SEED_STRIDE = 1000
 """Between the seeds of the data orders of two rounds: further than a candidate goes."""
 JOINT_METHODS: tuple[RefineMethod, ...] = ("penalty", "bmo", "mixing")
-"""The methods that train parameters and weights in one run, by V_fit."""
+"""The methods that train parameters and weights in one run, by validation."""
 WEIGHT_LEARNING_METHODS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo")
 """The methods that weigh rows."""
 
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
     """A trained candidate."""
 
     params: Params
-    weights: Float[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
     """Beside `Made.base`; 1 where the method learns none."""
 
 
@@ -60,10 +60,10 @@ class CompiledFunctions(NamedTuple):
     optimizer: optax.GradientTransformation
     plain_problem: Problem
     """With the losses of the objective."""
-    plain_step: Transition
+    plain_step: TrainStep
     problem: Problem
     """With importance ratios in the losses of responses; L_v without."""
-    step: Transition
+    step: TrainStep
 
 
 _cached_decoder = lru_cache(maxsize=4)(lm.make_decoder)
@@ -106,28 +106,32 @@ def build_compiled_functions(
     """The problems of a run and one step of each; the same ones for the same arguments."""
     chosen_objective, optimiser = build_objective(losses, decoder, lora=lora), build_optimizer(training, steps)
     plain = weighted(chosen_objective.losses)
-    step = transition(plain, optimiser)
+    step = train_step(plain, optimiser)
     if ratio == "none":
         return CompiledFunctions(chosen_objective, optimiser, plain, step, plain, step)
-    response_losses = importance_weighted_losses(decoder, ratio=ratio, responses_per_prompt=responses, max_ratio=max_ratio)
+    response_losses = importance_weighted_losses(
+        decoder, ratio=ratio, responses_per_prompt=responses, max_ratio=max_ratio
+    )
     problem = weighted(
         lambda params, fixed, batch: response_losses(assemble_params(params, fixed["base"]), batch),
         outer=chosen_objective.losses,
     )
-    return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, transition(problem, optimiser))
+    return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, train_step(problem, optimiser))
 
 
 def make_candidate_trainers(config: RefineConfig, offline_task: Task) -> dict[RefineMethod, CandidateTrainer]:
     """What trains each configured method; nothing is compiled again for another round.
 
-    Only V_fit is read, by the methods that use it; V_select and V_report stay unseen.
+    Only validation is read, by the methods that use it; dev and test stay unseen.
     """
     functions = compiled_functions_for_config(config, offline_task)
 
     def hide_held_out(task: Task, name: RefineMethod) -> Task:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
-        task = task._replace(held_out_streams={"fit": task.held_out_streams["fit"]})
-        return task._replace(problem=functions.plain_problem, train_step=functions.plain_step) if name == "bmo" else task
+        task = task._replace(held_out_streams={"validation": task.held_out_streams["validation"]})
+        return (
+            task._replace(problem=functions.plain_problem, train_step=functions.plain_step) if name == "bmo" else task
+        )
 
     def make_trainer(name: RefineMethod, of: Callable[..., Candidate]) -> CandidateTrainer:
         return lambda rows, sampler, session, number: of(
@@ -167,7 +171,7 @@ class _SingleLoopTrainer:
 
     def __init__(self, config: SelectConfig):
         self.config = config
-        self._method: Single | None = None
+        self._method: SingleLoop | None = None
 
     def __call__(self, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int) -> Candidate:
         self._method = self._method or build_single_loop(
@@ -224,14 +228,16 @@ def train_unrolled_candidate(
             frozen = task.frozen(start.params)
             check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
         estimate = trainer.estimate(trajectory, weights, stream, outer_step=at)
-        if not bool(tree.finite(estimate.grad)):
+        if not bool(tree.all_finite(estimate.grad)):
             raise FloatingPointError(
                 f"the hypergradient of round {round_number}, outer step {at}, is not finite ({estimate.checks}). Raise "
                 "optimizer.eps_root, or lower optimizer.learning_rate."
             )
         learning_rate = jnp.asarray(outer_learning_rate(outer, at / outer.steps))
         hyper = _update_hyper(outer.weighting, outer.max_step, hyper, multiplicity, estimate.grad, learning_rate)
-        session.log.write({"event": "outer", "step": at, "round": round_number, "fit": float(estimate.value)})
+        session.log.write(
+            {"event": "outer", "step": at, "round": round_number, "validation": float(estimate.validation_loss)}
+        )
         checkpoint.save_checkpoint(folder, at, hyper, {})
         session.mark_saved()
     weights = hyper_to_weights(outer.weighting, hyper, multiplicity)
@@ -241,8 +247,8 @@ def train_unrolled_candidate(
 
 @partial(jax.jit, static_argnums=0)
 def hyper_to_weights(
-    name: str, hyper: Float[Array, "rows"], multiplicity: Float[Array, "rows"]
-) -> Float[Array, "rows"]:
+    name: str, hyper: Float[Array, "examples"], multiplicity: Float[Array, "examples"]
+) -> Float[Array, "examples"]:
     """sigmoid: 2 sigma(h); softmax: exp(h_i) over its mean, in which each row counts as `base` says."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(hyper)
@@ -257,13 +263,13 @@ def _update_hyper(
 ) -> Hyper:
     hyper_gradient = jax.vjp(lambda h: hyper_to_weights(name, h, multiplicity), hyper)[1](hypergradient)[0]
     slope = jnp.where(multiplicity > 0, hyper_gradient / jnp.where(multiplicity > 0, multiplicity, 1), 0)
-    return weighting.normalised_descent(learning_rate, cap)(hyper, slope)
+    return weighting.normalized_gradient_step(learning_rate, cap)(hyper, slope)
 
 
 ESTIMANDS = {
     "unrolled": "L_v(θ_T(w)), the training run itself: exact",
-    "penalty": penalty.OPTIMISTIC,
+    "penalty": penalty.OPTIMISTIC_ESTIMAND,
     "bmo": "multi-objective: least L_v among weakly Pareto-optimal θ; it trains on V",
-    "mixing": penalty.MIXED,
+    "mixing": penalty.MIXING_ESTIMAND,
     "uniform": "the mean training loss; V is not used",
 }

@@ -25,9 +25,13 @@ def weights_path(session: Session, number: int) -> Path:
 
 
 def build_round_weights_table(
-    offline_task: Task, round_task: RoundTask, weights: Float[np.ndarray, "rows"], judge: str | None, round_number: int
+    offline_task: Task,
+    round_task: RoundTask,
+    weights: Float[np.ndarray, "examples"],
+    judge: str | None,
+    round_number: int,
 ) -> pa.Table:
-    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline rows."""
+    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline examples."""
     question_examples = [offline_task.examples[row] for row in round_task.question_rows]
     return pa.table(
         {
@@ -103,7 +107,7 @@ def pick_extreme_responses(
 
 
 def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean weight of each kind of row in each round: offline rows by label, responses by what the checker says."""
+    """The mean weight of each kind of row in each round: offline examples by label, responses by what the checker says."""
     out = []
     for record in records:
         table = pq.read_table(weights_path(session, record["step"])).to_pandas()

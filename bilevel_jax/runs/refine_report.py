@@ -33,14 +33,14 @@ def write_refine_report(folder: Path) -> Path:
 
 
 def summarize_refinement(result: JsonObject) -> str:
-    """What came of it: rounds accepted, L_v and right answers on V_report before and after."""
-    num_rounds, test_result = len(result["records"]), result["report"]
+    """What came of it: rounds accepted, L_v and right answers on test before and after."""
+    num_rounds, test_result = len(result["records"]), result["test"]
     words = f"{result['accepted']} of {format_count('round', num_rounds)} accepted"
     if test_result is None:
-        return f"{words}; there is no V_report, so nothing that decided no round says whether the model became better."
+        return f"{words}; there is no test, so nothing that decided no round says whether the model became better."
     if not result["accepted"]:
-        return f"{words}: the model is the one that was given (L_v on V_report {test_result['first']:.4f} {result['unit']})."
-    gain, words = test_result["gain"], f"{words}; L_v on V_report"
+        return f"{words}: the model is the one that was given (test loss {test_result['first']:.4f} {result['unit']})."
+    gain, words = test_result["gain"], f"{words}; test loss"
     if gain["low"] <= 0 <= gain["high"]:
         words += (
             f" went from {test_result['first']:.4f} to {test_result['last']:.4f} {result['unit']}, no clear difference"
@@ -62,10 +62,10 @@ def render_refine_report(name: str, result: JsonObject, config_text: str, enviro
     intro = join_html(
         "bilevel_jax refine, run ",
         html_element("b", name),
-        f". L_v is a model's loss on trusted rows, in {result['unit']}; lower is better. V_fit steers weights, "
-        "V_select decides rounds, V_report is read once, at the end.",
+        f". L_v is a model's loss on validation examples, in {result['unit']}; lower is better. validation steers weights, "
+        "dev decides rounds, test is read once, at the end.",
     )
-    test_result = result["report"]
+    test_result = result["test"]
     better = bool(test_result) and result["accepted"] and test_result["gain"]["low"] > 0
     lead = join_html(
         html_element(
@@ -83,7 +83,7 @@ def render_refine_report(name: str, result: JsonObject, config_text: str, enviro
             ),
             html_figure(
                 plot_rounds(result),
-                "L_v on V_select. Line: the present model, before each round and after the last. Points: candidates; "
+                "dev loss. Line: the present model, before each round and after the last. Points: candidates; "
                 "filled where one was accepted. Bars: 95 % intervals of the paired difference to the present model.",
             ),
             class_="lead",
@@ -127,20 +127,20 @@ def describe_protocol(result: JsonObject) -> str:
         )
     )
     return (
-        f"{format_count('training row', result['rows']['train'])}.{rollout_text} A candidate is accepted where the lower bound of "
-        f"its gain on {format_count('row', result['rows']['select'])} of V_select, by paired bootstrap, is above 0; with "
+        f"{format_count('training example', result['rows']['train'])}.{rollout_text} A candidate is accepted where the lower bound of "
+        f"its gain on {format_count('row', result['rows']['dev'])} of dev, by paired bootstrap, is above 0; with "
         f"{format_count('look', result['looks'])} in all."
     )
 
 
 def render_test_numbers(result: JsonObject) -> Html | None:
-    """The numbers on V_report."""
-    test_result = result["report"]
+    """The numbers on test."""
+    test_result = result["test"]
     if test_result is None:
         return None
     gain = test_result["gain"]
     cells = [
-        ("L_v on V_report, before", format_number(test_result["first"]), result["unit"]),
+        ("test loss, before", format_number(test_result["first"]), result["unit"]),
         ("after", format_number(test_result["last"]), result["unit"]),
         ("gain", format_number(gain["value"]), f"{format_number(gain['low'])} to {format_number(gain['high'])}"),
     ]
@@ -168,8 +168,8 @@ def render_rounds(result: JsonObject) -> Html:
     columns = [
         Column("round", [record["step"] for record, _ in lines]),
         Column("candidate", [html_element("b", candidate["name"]) for _, candidate in lines]),
-        Column("present L_v", [record["present"] for record, _ in lines], "V_select"),
-        Column("its L_v", [candidate["select"] for _, candidate in lines], "V_select"),
+        Column("present L_v", [record["present"] for record, _ in lines], "dev"),
+        Column("its L_v", [candidate["dev"] for _, candidate in lines], "dev"),
         Column("gain", gains, "95 % interval", "tight"),
         Column("bound", [SignedNumber(record["bound"]) if is_best else None for (record, _), is_best in
                          zip(lines, best, strict=True)], "one-sided, per look"),
@@ -247,17 +247,17 @@ def format_gain(gain: JsonObject) -> str:
 
 
 def plot_rounds(result: JsonObject) -> Html:
-    """L_v on V_select: the present model as a line of steps, candidates as points with paired intervals."""
+    """dev loss: the present model as a line of steps, candidates as points with paired intervals."""
     left, right, top, bottom = 58, 520, 14, 250
     records = result["records"]
     after = [
-        next(one["select"] for one in record["candidates"] if one["name"] == record["best"])
+        next(one["dev"] for one in record["candidates"] if one["name"] == record["best"])
         if record["accepted"]
         else record["present"]
         for record in records
     ]
     ends = [end for record in records for end in _candidate_interval(record)]
-    values = [*ends, *after, *(candidate["select"] for record in records for candidate in record["candidates"])]
+    values = [*ends, *after, *(candidate["dev"] for record in records for candidate in record["candidates"])]
     y = make_scale([*values, *(record["present"] for record in records)], bottom, top)
     x = make_scale([-0.5, len(records) - 0.5 + 0.3], left, right, margin=0)
     parts = []
@@ -280,13 +280,13 @@ def plot_rounds(result: JsonObject) -> Html:
                 low, high = _candidate_interval(record)
                 parts.append(_svg_line(point_x, y(low), point_x, y(high), "whisker k1"))
             kind = "dot k3" if is_best and record["accepted"] else "hollow k1" if is_best else "faint k5"
-            title = html_element("title", f"{candidate['name']} {candidate['select']:.4f}")
+            title = html_element("title", f"{candidate['name']} {candidate['dev']:.4f}")
             parts.append(
                 html_element(
                     "circle",
                     title,
                     cx=_format_coordinate(point_x),
-                    cy=_format_coordinate(y(candidate["select"])),
+                    cy=_format_coordinate(y(candidate["dev"])),
                     r=4.5,
                     class_=kind,
                 )

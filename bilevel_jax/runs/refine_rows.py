@@ -47,11 +47,11 @@ class RoundTask(NamedTuple):
     """The task of a round, and where its rows come from."""
 
     task: Task
-    question_rows: Int[np.ndarray, "rows"]
+    question_rows: Int[np.ndarray, "examples"]
     """The row of the first task whose question each row answers."""
-    response_numbers: Int[np.ndarray, "rows"]
+    response_numbers: Int[np.ndarray, "examples"]
     """The number of the response in `Answers`; -1 for an offline row."""
-    multiplicity: Float[np.ndarray, "rows"]
+    multiplicity: Float[np.ndarray, "examples"]
     """How much each row counts before any weight; mean 1."""
 
 
@@ -86,7 +86,9 @@ def collect_rollouts(
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
     question_examples = [task.examples[row] for row in question_rows]
-    question_prompts = make_prompts(question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
+    question_prompts = make_prompts(
+        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
     draws = config.generate.num_generations
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollout
 
 
 def average_question_weights(
-    round_task: RoundTask, weights: Float[np.ndarray, "rows"], num_questions: int
+    round_task: RoundTask, weights: Float[np.ndarray, "examples"], num_questions: int
 ) -> Float[np.ndarray, "questions"]:
     """The weight of each question, of `count`: the mean over its rows by what they count; 1 for one without rows."""
     mass = np.bincount(round_task.question_rows, round_task.multiplicity, num_questions)
@@ -196,7 +198,7 @@ def _build_corpus(
     offline_corpus: Corpus,
     offline_rows: Int[np.ndarray, "kept"],
     rollouts: Rollouts,
-    validation_rows: Int[np.ndarray, "fit"],
+    validation_rows: Int[np.ndarray, "validation"],
 ) -> Corpus:
     rows = [offline_corpus.get_sequence(int(row)) for row in offline_rows]
     for at, response in enumerate(rollouts.tokens):
@@ -210,9 +212,9 @@ def _sampler_log_probs(
     offline_corpus: Corpus,
     offline_rows: Int[np.ndarray, "kept"],
     rollouts: Rollouts,
-    validation_rows: Int[np.ndarray, "fit"],
+    validation_rows: Int[np.ndarray, "validation"],
 ) -> Float[np.ndarray, "tokens"]:
-    """The log-probability of each token under the sampler; nan for prompts and offline rows."""
+    """The log-probability of each token under the sampler; nan for prompts and offline examples."""
     parts = [np.full(offline_corpus.lengths[offline_rows].sum(), np.nan)]
     for at, log_probs in enumerate(rollouts.log_probs):
         parts += [np.full(len(rollouts.prompts[at // rollouts.num_generations].tokens), np.nan), log_probs]

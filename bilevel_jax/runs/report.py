@@ -50,7 +50,7 @@ FIRST_PICTURE_VARIANTS = ("oracle", "uniform", "learned weights", "selected subs
 def write_select_report(folder: Path, examples: Sequence[Example]) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path.
 
-    One file that loads nothing else. `examples` are the training rows, for their text; they are joined by id. All
+    One file that loads nothing else. `examples` are the training examples, for their text; they are joined by id. All
     text from data, config and environment is escaped: training data is hostile.
     """
     run = read_results(folder, examples)
@@ -64,8 +64,8 @@ def render_select_report(run: RunResults) -> str:
     intro = join_html(
         "bilevel_jax select, run ",
         html_element("b", run.name),
-        f". L_v is the trained model's loss on trusted rows, in {run.unit}; lower is better. V_fit steers the weights; "
-        "V_report is kept apart and only read for this report.",
+        f". L_v is the trained model's loss on validation examples, in {run.unit}; lower is better. validation steers the weights; "
+        "test is kept apart and only read for this report.",
     )
     sections = [
         ("comparison", "Do the weights help?", render_comparison(run)),
@@ -76,7 +76,7 @@ def render_select_report(run: RunResults) -> str:
         ("provenance", "Data, cost, and how to see the same numbers", render_provenance(run)),
     ]
     title = f"{run.name}: {run.result['verdict']['level']}"
-    return html_document(title, "Which training rows to trust, and how much", intro, render_lead(run), sections)
+    return html_document(title, "Which training examples to trust, and how much", intro, render_lead(run), sections)
 
 
 # ---- the verdict and the headline
@@ -146,7 +146,7 @@ def render_lead(run: RunResults) -> Html:
 
 
 def render_headline(run: RunResults) -> Html:
-    """The one number: learned against uniform weights on V_report, paired by seed."""
+    """The one number: learned against uniform weights on test, paired by seed."""
     if not run.result["compare"]:
         return join_html(
             html_element("b", "There is no headline number: "),
@@ -161,8 +161,8 @@ def render_headline(run: RunResults) -> Html:
         )
     where = (
         ""
-        if part == "report"
-        else f" There is no V_report, so this is read on {PART_LABELS[part]}, which the weights have seen."
+        if part == "test"
+        else f" There is no test, so this is read on {PART_LABELS[part]}, which the weights have seen."
     )
     amount = f"{format_interval(MeanInterval(abs(gain.mean), gain.half_width)).removeprefix('+')} {run.unit}"
     if math.isnan(gain.half_width):
@@ -202,7 +202,7 @@ def render_key_numbers(run: RunResults) -> Html:
     cells += [
         ("rows", f"{total:,}", f"{run.result['selected']:,} kept: {_describe_selection_rule(run)}"),
         ("effective sample size", format_number(ess), f"rows, {format_percent(ess / total)} of all"),
-        ("trusted rows", f"{run.result['rows'].get('fit', 0):,}", "in V_fit, which steer the weights"),
+        ("validation examples", f"{run.result['rows'].get('fit', 0):,}", "in validation, which steer the weights"),
     ]
     return number_tiles(cells)
 
@@ -217,7 +217,7 @@ def _explain_verdict(run: RunResults) -> str:
     if level == "BELIEVE":
         return (
             "the gradient says what retraining really does, and does not hang on a few rows. A row's weight can be "
-            f"read as what V_fit rewards. Whether the weights make a better model is for {evidence}."
+            f"read as what validation rewards. Whether the weights make a better model is for {evidence}."
         )
     if level == "DO NOT BELIEVE":
         return (
@@ -243,22 +243,22 @@ def _direction_verb(change: float) -> str:
 
 
 def render_outer_loop(run: RunResults) -> Html:
-    """L_v and the effective sample size over the outer steps, and how far V_fit and V_report have parted."""
+    """L_v and the effective sample size over the outer steps, and how far validation and test have parted."""
     records, best = run.result["records"], run.result["best"]
     steps = [record["step"] for record in records]
     parts = [part for part in PART_LABELS if records[0]["loss"].get(part) is not None]
     num_examples = run.result["rows"]["train"]
     sizes = [Series("ESS", steps, [float_or_nan(record["ess"]) for record in records])]
     words = [f"Step 0 trains with weight 1 for every row. The loop ended because {run.result['ended']}."]
-    if "select" in parts:
-        words.append(f"Step {best} has the least L_v on V_select, so its weights are the ones written.")
+    if "dev" in parts:
+        words.append(f"Step {best} has the least dev loss, so its weights are the ones written.")
     else:
-        words.append("There is no V_select, so the weights of the last step are the ones written.")
-        values = [float_or_nan(record["loss"].get("report")) for record in records]
-        if "report" in parts and int(np.argmin(values)) != best:
+        words.append("There is no dev, so the weights of the last step are the ones written.")
+        values = [float_or_nan(record["loss"].get("test")) for record in records]
+        if "test" in parts and int(np.argmin(values)) != best:
             words.append(
-                f"V_report was lowest at step {int(np.argmin(values))} ({format_number(min(values))} against "
-                f"{format_number(values[best])} {run.unit}); only a V_select may choose such a step "
+                f"test was lowest at step {int(np.argmin(values))} ({format_number(min(values))} against "
+                f"{format_number(values[best])} {run.unit}); only a dev may choose such a step "
                 "(data.split or data.dev)."
             )
     columns = [
@@ -283,8 +283,8 @@ def render_outer_loop(run: RunResults) -> Html:
             "div",
             html_figure(
                 _plot_validation_losses(run),
-                ("V_fit is trained on." if _is_single_loop(run) else "V_fit steers the weights.")
-                + (" V_report never influenced them, nor the choice of the step." if "report" in parts else ""),
+                ("validation is trained on." if _is_single_loop(run) else "validation steers the weights.")
+                + (" test never influenced them, nor the choice of the step." if "test" in parts else ""),
             ),
             html_figure(
                 figures.plot_lines(
@@ -304,12 +304,12 @@ def render_outer_loop(run: RunResults) -> Html:
 
 
 def _plot_validation_losses(run: RunResults) -> Html:
-    """L_v over the outer steps; V_report has the colour that it has in the comparison."""
+    """L_v over the outer steps; test has the colour that it has in the comparison."""
     records = run.result["records"]
     steps = [record["step"] for record in records]
     curves = [
         Series(PART_LABELS[part], steps, [float_or_nan(record["loss"][part]) for record in records], colour)
-        for part, colour in (("fit", 1), ("select", 2), ("report", 0))
+        for part, colour in (("validation", 1), ("dev", 2), ("test", 0))
         if records[0]["loss"].get(part) is not None
     ]
     return figures.plot_lines(curves, "outer step", f"L_v, {run.unit}", vertical_mark=_chosen_step_mark(run))
@@ -322,25 +322,25 @@ def _chosen_step_mark(run: RunResults) -> tuple[float, str]:
 def _render_generalization_gap(run: RunResults) -> Html:
     """How far the model does better on the rows that steer the weights than on those that nobody looked at."""
     initial_gap, chosen_gap = (
-        float_or_nan(record["loss"].get("report")) - float_or_nan(record["loss"].get("fit"))
+        float_or_nan(record["loss"].get("test")) - float_or_nan(record["loss"].get("validation"))
         for record in (run.result["records"][0], best_record(run))
     )
     if math.isnan(chosen_gap):
-        return html_note("There is no V_report, so over-fitting to V_fit cannot be seen.", "warning")
-    count = run.result["rows"].get("fit", 0)
+        return html_note("There is no test, so over-fitting to validation cannot be seen.", "warning")
+    count = run.result["rows"].get("validation", 0)
     if run.result["best"] == 0:
         return html_paragraph(
-            html_element("b", f"Gap between V_fit and V_report: {format_signed(chosen_gap)} {run.unit}"),
-            " at step 0, where V_fit has steered nothing yet: the two sets differ by that much on their own.",
+            html_element("b", f"Gap between validation and test: {format_signed(chosen_gap)} {run.unit}"),
+            " at step 0, where validation has steered nothing yet: the two sets differ by that much on their own.",
         )
     return html_paragraph(
-        html_element("b", f"Gap between V_fit and V_report: {format_signed(chosen_gap)} {run.unit}"),
-        f" at step {run.result['best']} (V_report less V_fit), against {format_signed(initial_gap)} at step 0, before V_fit "
+        html_element("b", f"Gap between validation and test: {format_signed(chosen_gap)} {run.unit}"),
+        f" at step {run.result['best']} (test less validation), against {format_signed(initial_gap)} at step 0, before validation "
         "steered anything. ",
-        f"The growth, {format_signed(chosen_gap - initial_gap)}, is the mark of over-fitting to the {count:,} rows of V_fit; more trusted "
+        f"The growth, {format_signed(chosen_gap - initial_gap)}, is the mark of over-fitting to the {count:,} rows of validation; more trusted "
         "rows usually make it smaller."
         if chosen_gap > initial_gap
-        else "It did not grow: no sign of over-fitting to V_fit.",
+        else "It did not grow: no sign of over-fitting to validation.",
     )
 
 
@@ -352,9 +352,9 @@ def render_provenance(run: RunResults) -> Html:
     rows = run.result["rows"]
     uses = {
         "train": "get weights",
-        "fit": "steer the weights",
-        "select": "choose the outer step",
-        "report": "are read for this report alone",
+        "validation": "steer the weights",
+        "dev": "choose the outer step",
+        "test": "are read for this report alone",
     }
     data = html_table(
         Column("set", [{"train": "training", **PART_LABELS}[part] for part in uses]),

@@ -76,10 +76,10 @@ def render_comparison(run: RunResults) -> Html:
         *(Column(PART_LABELS[one], [each[one] for each in trainings], f"L_v, {run.unit}") for one in reversed(parts)),
         Column(run.result["right"], [each["accuracy"] for each in trainings], run.accuracy_unit),
     )
-    second_part = "fit" if part != "fit" else ""
+    second_part = "validation" if part != "validation" else ""
     caption = f"Filled: {PART_LABELS[part]}, mean and 95 % interval; small dots below: single seeds. Dashed line: uniform weights."
     if second_part:
-        caption += " Hollow: V_fit; a hollow dot far to the left of its filled one is over-fitting to V_fit."
+        caption += " Hollow: validation; a hollow dot far to the left of its filled one is over-fitting to validation."
     return join_html(
         html_paragraph(
             f"Cold retrains from fresh parameters and data orders that the weights have not seen, {describe_seeds(run)}, "
@@ -92,7 +92,7 @@ def render_comparison(run: RunResults) -> Html:
         html_note(
             "▼ below and ▲ above uniform by more than the interval; ≈ not told apart. The intervals are for one row "
             "each: with many rows, one in twenty strays by chance. “validation only” and “train + validation” train "
-            f"on V_fit, so their V_fit loss is a training loss. {MISSING}: no such number (an interval needs two seeds)."
+            f"on validation, so their validation loss is a training loss. {MISSING}: no such number (an interval needs two seeds)."
         ),
         html_details(f"Each of the {len(trainings)} trainings", seeds_table),
     )
@@ -132,7 +132,7 @@ def _describe_headroom(run: RunResults, part: str) -> str:
 
 
 def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, second_part: str = "") -> Html:
-    """A dot and an interval per arm, read on one part of the trusted rows, and hollow on a second."""
+    """A dot and an interval per arm, read on one part of the validation examples, and hollow on a second."""
     uniform = next((row for row in rows if row["name"] == "uniform"), None)
     return figures.plot_intervals(
         [
@@ -146,7 +146,7 @@ def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, 
             for row in rows
         ],
         f"L_v, {run.unit}" if second_part else f"L_v on {PART_LABELS[part]}, {run.unit}",
-        names=(f"L_v on {PART_LABELS[part]}", "L_v on V_fit") if second_part else ("", ""),
+        names=(f"L_v on {PART_LABELS[part]}", "validation loss") if second_part else ("", ""),
         width=780 if second_part else 520,
         reference=variant_interval(uniform, part).mean if uniform else math.nan,
     )

@@ -14,8 +14,8 @@ from bilevel_jax.runs.page import engineering_exponent, format_count, format_pow
 from bilevel_jax.runs.report_weights import all_equal
 from bilevel_jax.runs.results import PART_LABELS, RunResults, float_or_nan
 
-PART_COLOURS = {"fit": 1, "select": 2, "report": 0}
-"""Of the parts of the trusted rows, the same as in the report of `select`; 3 is training, 5 the learning rate."""
+PART_COLOURS = {"validation": 1, "dev": 2, "test": 0}
+"""Of the parts of the validation examples, the same as in the report of `select`; 3 is training, 5 the learning rate."""
 
 
 class TrainingLog(NamedTuple):

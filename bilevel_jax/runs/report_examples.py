@@ -1,4 +1,4 @@
-"""Training rows in a report, with their text: those of the largest and of the least weights."""
+"""Training examples in a report, with their text: those of the largest and of the least weights."""
 
 from collections.abc import Iterable, Sequence
 
@@ -37,7 +37,7 @@ def render_extreme_examples(run: RunResults) -> Html:
         magnitudes = np.abs(run.columns["entry"][np.concatenate([top, bottom])].astype(float))
         power = engineering_exponent(float(np.nanmax(magnitudes, initial=0.0)))
     meaning = (
-        "The entry is d L_v / d weight: what one more unit of weight on this row would do to L_v on V_fit, at "
+        "The entry is d L_v / d weight: what one more unit of weight on this row would do to validation loss, at "
         "these weights. ",
         html_element("b", "A negative entry means that more weight on the row lowers L_v."),
         " The weight adds up many steps, so a row with a large weight may have an entry of either sign by now. ",

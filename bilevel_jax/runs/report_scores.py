@@ -73,7 +73,9 @@ def render_scores(run: RunResults, history: ScoreHistory) -> Html:
         html_element("ul", *(html_element("li", remark) for remark in _unique_notes(records)))
         if _unique_notes(records)
         else None,
-        html_note("A score judges rows by its own idea of good; whether it helped is what the trusted rows above say."),
+        html_note(
+            "A score judges rows by its own idea of good; whether it helped is what the validation examples above say."
+        ),
     )
 
 

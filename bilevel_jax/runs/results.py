@@ -12,8 +12,8 @@ import yaml
 from bilevel_jax.lm.data import Example
 from bilevel_jax.runs import files
 
-PART_LABELS = {"fit": "V_fit", "select": "V_select", "report": "V_report"}
-"""The parts of the trusted rows, as people read them."""
+PART_LABELS = {"validation": "validation", "dev": "dev", "test": "test"}
+"""The parts of the validation examples, as people read them."""
 
 
 class RunResults(NamedTuple):
@@ -69,8 +69,8 @@ def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
 
 
 def most_independent_part(run: RunResults) -> str:
-    """The most independent trusted set that was read: V_report, or what there is."""
-    return next((part for part in ("report", "select") if run.result["rows"].get(part)), "fit")
+    """The most independent trusted set that was read: test, or what there is."""
+    return next((part for part in ("test", "dev") if run.result["rows"].get(part)), "validation")
 
 
 def float_or_nan(value: float | None) -> float:

@@ -26,7 +26,7 @@ SCALING_DESCRIPTIONS = {
 class WeightSummary(NamedTuple):
     """What the rows got over a whole run."""
 
-    weights: Float[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
     """The mean over the steps that drew a row; of a row that no step drew, min-max over all rows at the last making."""
     num_drawn: int
     """Rows that a step drew."""
@@ -45,20 +45,24 @@ class Reweighting:
         self.task, self.config, self.session = task, config, session
         self.refresh_steps = plan_refresh_steps(task.num_steps, config.weights.refresh)
         self.scores_by_step: dict[int, ExampleScores] = {}
-        self._values_by_step: dict[int, Float[np.ndarray, "rows"]] = {}
+        self._values_by_step: dict[int, Float[np.ndarray, "examples"]] = {}
         """By start, what a step picks from: scores, of which it makes its own weights, or weights."""
         self._data_order = task.data_order(config.data.seed)
 
     @property
     def problem(self) -> Problem:
         """The task's, whose outer variable is `hyper`: one weight for each slot of a step."""
-        return self.task.problem._replace(take=lambda weights, batch: weights)
+        return self.task.problem._replace(gather=lambda weights, batch: weights)
 
     @property
     def source(self) -> str:
         """Where the weights come from, in words."""
         weights = self.config.weights
-        frequency = "once, at the start" if len(self.refresh_steps) == 1 else f"{len(self.refresh_steps)} times, before the steps "
+        frequency = (
+            "once, at the start"
+            if len(self.refresh_steps) == 1
+            else f"{len(self.refresh_steps)} times, before the steps "
+        )
         steps = "" if len(self.refresh_steps) == 1 else ", ".join(f"{start:,}" for start in self.refresh_steps)
         normalization = ", divided by the mean" if weights.mean_one else ""
         return f"the score {weights.score}, {SCALING_DESCRIPTIONS[weights.scaling]}{normalization}; made {frequency}{steps}"
@@ -76,9 +80,13 @@ class Reweighting:
                     "was removed or changed since. Start the run anew, in another folder."
                 )
             self.session.set_phase(f"scoring: {name}, {refresh_index + 1} of {len(self.refresh_steps)}")
-            self.scores_by_step[refresh_step] = scoring.load_or_compute_score(column, name, self.task, params, self.config.scores, self.session)
+            self.scores_by_step[refresh_step] = scoring.load_or_compute_score(
+                column, name, self.task, params, self.config.scores, self.session
+            )
             scores, scale = fill_missing_scores(self.scores_by_step[refresh_step].values), self.config.weights.scaling
-            self._values_by_step[refresh_step] = scores if scale == "batch" else scale_over_examples(scores, self.config.weights)
+            self._values_by_step[refresh_step] = (
+                scores if scale == "batch" else scale_over_examples(scores, self.config.weights)
+            )
             record = self.score_records()[-1]
             self.session.log.write({"event": "scored", **record})
             self.session.print_line(_format_record(record))
@@ -99,7 +107,9 @@ class Reweighting:
             np.add.at(count, index[is_real], 1)
             num_equal_steps += int(np.ptp(self._values_at(step)[index[is_real]]) == 0)
         final_weights = scale_over_examples(self.scores_by_step[self.refresh_steps[-1]].values, self.config.weights)
-        return WeightSummary(np.divide(total, count, out=final_weights, where=count > 0), int((count > 0).sum()), num_equal_steps)
+        return WeightSummary(
+            np.divide(total, count, out=final_weights, where=count > 0), int((count > 0).sum()), num_equal_steps
+        )
 
     def to_result(self, seconds: float) -> dict[str, Any]:
         """What result.json says; `seconds` are those of training."""
@@ -126,7 +136,9 @@ class Reweighting:
                 {
                     "step": start,
                     **dict(zip(("least", "lower", "median", "upper", "largest"), quantiles, strict=True)),
-                    "with_first": _score_correlation(self.scores_by_step[0].values[indices] if records else None, values),
+                    "with_first": _score_correlation(
+                        self.scores_by_step[0].values[indices] if records else None, values
+                    ),
                     "with_previous": _score_correlation(previous_values, values),
                     "auc": None if good_mask is None else auc(fill_missing_scores(values), good_mask),
                     "passes": scored.passes,
@@ -136,7 +148,7 @@ class Reweighting:
             )
         return records
 
-    def _values_at(self, step: int) -> Float[np.ndarray, "rows"]:
+    def _values_at(self, step: int) -> Float[np.ndarray, "examples"]:
         return self._values_by_step[max(start for start in self.refresh_steps if start <= step)]
 
     def _slot_weights(self, step: int) -> tuple[Int[np.ndarray, "batch"], Float[np.ndarray, "batch"]]:
@@ -144,8 +156,10 @@ class Reweighting:
         corpus_indices, example_values = self._data_order(step), self._values_at(step)
         index = np.where(corpus_indices < self.task.num_examples, corpus_indices, PADDING)
         if self.config.weights.scaling != "batch":
-            return index, np.where(index != PADDING, example_values[np.minimum(corpus_indices, self.task.num_examples - 1)], 0.0)
-        weights = scaling.by_batch(example_values, index)
+            return index, np.where(
+                index != PADDING, example_values[np.minimum(corpus_indices, self.task.num_examples - 1)], 0.0
+            )
+        weights = scaling.batch_minmax_weights(example_values, index)
         return index, weights / weights[index != PADDING].mean() if self.config.weights.mean_one else weights
 
     def _good_mask(self) -> Bool[np.ndarray, "kept"] | None:
@@ -159,19 +173,21 @@ def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({index * steps // count for index in range(count)}))
 
 
-def scale_over_examples(scores: Float[np.ndarray, "rows"], config: WeightsSection) -> Float[np.ndarray, "rows"]:
+def scale_over_examples(scores: Float[np.ndarray, "examples"], config: WeightsSection) -> Float[np.ndarray, "examples"]:
     """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
     cut = config.quantile if config.scaling == "quantiles" else 0.0
-    weights = scaling.clipped(scores, cut, 1 - cut)
+    weights = scaling.clipped_minmax_weights(scores, cut, 1 - cut)
     return weights / weights.mean() if config.mean_one else weights
 
 
-def fill_missing_scores(scores: Float[np.ndarray, "rows"]) -> Float[np.ndarray, "rows"]:
+def fill_missing_scores(scores: Float[np.ndarray, "examples"]) -> Float[np.ndarray, "examples"]:
     """The scores, with the least of them where there is none."""
     return np.where(np.isnan(scores), np.nanmin(scores), scores)
 
 
-def _score_correlation(first: Float[np.ndarray, "rows"] | None, second: Float[np.ndarray, "rows"]) -> float | None:
+def _score_correlation(
+    first: Float[np.ndarray, "examples"] | None, second: Float[np.ndarray, "examples"]
+) -> float | None:
     value = np.nan if first is None else rank_correlation(fill_missing_scores(first), fill_missing_scores(second))
     return None if np.isnan(value) else value
 
@@ -181,4 +197,6 @@ def _format_record(record: dict[str, Any]) -> str:
     correlation = record["with_previous"]
     correlation_text = "" if correlation is None else f"   rank correlation with those before {correlation:.3f}"
     spread_text = f"median {record['median']:.4g}, half of them in [{record['lower']:.4g}, {record['upper']:.4g}]"
-    return f"step {record['step']:>6}   scores made in {record['seconds']:.1f} s: {spread_text}{correlation_text}{label}"
+    return (
+        f"step {record['step']:>6}   scores made in {record['seconds']:.1f} s: {spread_text}{correlation_text}{label}"
+    )

@@ -31,7 +31,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "data.validation",
         lambda c: len(c.data.validation) > 0 or reads_array_data(c),
-        "name the trusted rows: files or a dataset",
+        "name the validation examples: files or a dataset",
     ),
     (
         "data.split",
@@ -181,7 +181,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "data.streaming",
         lambda c: not c.data.streaming or not hasattr(c, "outer"),
-        "is for verb train alone: every row of select has a weight of its own, which asks for all rows at hand",
+        "is for command train alone: every row of select has a weight of its own, which asks for all rows at hand",
     ),
     (
         "data.packing",
@@ -429,7 +429,7 @@ REQUIRED_SECTIONS = {
     "audit.estimators": ("audit",),
     "verifier.answer_field": ("rank",),
 }
-"""Rules that speak of more than their own section, or hold for one verb alone."""
+"""Rules that speak of more than their own section, or hold for one command alone."""
 
 
 def check_config(config: Any, config_source: str) -> None:

@@ -1,4 +1,4 @@
-"""Scores of the training rows by name: one number per row, larger is better, from a model and V_fit."""
+"""Scores of the training examples by name: one number per row, larger is better, from a model and validation."""
 
 import json
 import time
@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.transition import begin, descent
-from bilevel_jax.core.types import Batch, Fixed, Hyper, Params, Problem
-from bilevel_jax.core.unrolled import outer_gradient
+from bilevel_jax.core.transition import forward_only_step, init_train_state
+from bilevel_jax.core.types import Batch, Frozen, Hyper, Params, Problem
+from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 from bilevel_jax.lm.losses import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs import checkpoint, files, likelihoods
@@ -30,15 +30,15 @@ from bilevel_jax.runs.sections import ScoresSection
 from bilevel_jax.runs.session import Session
 from bilevel_jax.runs.task import Task, evaluate_per_example
 from bilevel_jax.scores.margin import el2n, token_el2n
-from bilevel_jax.scores.random import number
+from bilevel_jax.scores.random import hash_to_int
 
 SCORES_FILE = "scores.parquet"
 
 
 class ExampleScores(NamedTuple):
-    """The scores of all training rows, and what they cost."""
+    """The scores of all training examples, and what they cost."""
 
-    values: Float[np.ndarray, "rows"]
+    values: Float[np.ndarray, "examples"]
     """Larger is better; nan for rows that were dropped as too long, and where `notes` say that there is none."""
     passes: float
     """Cost in training steps, that is, forward and backward passes over one batch; a forward pass alone is a third."""
@@ -49,16 +49,18 @@ class ExampleScores(NamedTuple):
 
 
 ScoreFunction = Callable[[Task | ArrayTask, Params, ScoresSection, Session], ScoreResult]
-"""(task, parameters of the judging model, settings, session) -> scores of the rows; V_fit is the holdout."""
+"""(task, parameters of the judging model, settings, session) -> scores of the rows; validation is the holdout."""
 
 
-def compute_score(name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ExampleScores:
-    """The score `name`, a key of SCORES, of every training row under the model `params`.
+def compute_score(
+    name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session
+) -> ExampleScores:
+    """The score `name`, a key of SCORES, of every training example under the model `params`.
 
     Raises ValueError for a name that is not there, a task that it cannot judge and a holdout without rows, and
     FloatingPointError where no row has a finite score. Where some have none, a note says how many.
     """
-    check_score_name(name, arrays=isinstance(task, ArrayTask), holdout="fit" in task.held_out_streams)
+    check_score_name(name, arrays=isinstance(task, ArrayTask), holdout="validation" in task.held_out_streams)
     start_time = time.monotonic()
     result = SCORES[name](task, params, settings, session)
     values, indices = np.asarray(result.values, float), task.trainable_indices()
@@ -92,7 +94,9 @@ def load_or_compute_score(
         column_metadata = {"score": name, "meaning": SCORE_MEANINGS[name], **computed._asdict()}
         del column_metadata["values"]
         table_metadata = (stored.schema.metadata or {}) | {column.encode(): json.dumps(column_metadata).encode()}
-        stored = stored.append_column(column, pa.array(computed.values[indices])).replace_schema_metadata(table_metadata)
+        stored = stored.append_column(column, pa.array(computed.values[indices])).replace_schema_metadata(
+            table_metadata
+        )
         files.write_parquet(path, stored)
     column_metadata = json.loads(stored.schema.metadata[column.encode()])
     values = np.full(task.num_examples, np.nan)
@@ -132,8 +136,8 @@ def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -
         raise ValueError(f"the score {name!r} reads text; for arrays there are {', '.join(ARRAY_SCORES)}.")
     if not holdout and name not in HOLDOUT_FREE_SCORES:
         raise ValueError(
-            f"the score {name!r} compares with trusted rows, and V_fit has none: give data.validation, with a share "
-            f"above 0 for V_fit in data.split, or choose one of {', '.join(HOLDOUT_FREE_SCORES)}."
+            f"the score {name!r} compares with validation examples, and validation has none: give data.validation, with a share "
+            f"above 0 for validation in data.split, or choose one of {', '.join(HOLDOUT_FREE_SCORES)}."
         )
 
 
@@ -159,9 +163,9 @@ def perplexity_score(task: Task | ArrayTask, params: Params, settings: ScoresSec
 def reducible_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """l_i(params) - l_i(holdout model): what is still to be learned and can be (RHO-LOSS, Mindermann et al. 2022).
 
-    The holdout model is one of the same kind, started from scores.seed and trained on V_fit alone, with the optimiser
+    The holdout model is one of the same kind, started from scores.seed and trained on validation alone, with the optimiser
     and the schedule of the run, for scores.holdout_steps. It is trained once in a run; its losses are kept there.
-    Wrong where V_fit is so small that the holdout model over-fits it: noise then looks no worse than the rest.
+    Wrong where validation is so small that the holdout model over-fits it: noise then looks no worse than the rest.
     """
     path = session.folder / "holdout.parquet"
     passes = _steps_per_epoch(task) / 3
@@ -179,23 +183,29 @@ def reducible_score(task: Task | ArrayTask, params: Params, settings: ScoresSect
 def alignment_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """<grad l_i, grad L_v>: by how much a small step on row i lowers L_v, to first order, per unit of step.
 
-    One forward-mode product of the rows' losses along grad L_v over all of V_fit; no gradient of a row is formed
+    One forward-mode product of the rows' losses along grad L_v over all of validation; no gradient of a row is formed
     (TracIn, Pruthi et al. 2020, at one checkpoint; one step of GREATS, Wang et al. 2024).
     """
-    frozen, validation = task.frozen(params), task.held_out_streams["fit"]
+    frozen, validation = task.frozen(params), task.held_out_streams["validation"]
     _, validation_gradient = _validation_gradient(task.problem)(params, frozen, validation)
-    values = evaluate_per_example(_directional_derivatives(task.objective.losses), (params, validation_gradient), frozen, task.full_pass_stream(seed=0), task.num_examples)
+    values = evaluate_per_example(
+        _directional_derivatives(task.objective.losses),
+        (params, validation_gradient),
+        frozen,
+        task.full_pass_stream(seed=0),
+        task.num_examples,
+    )
     return ScoreResult(values, validation.steps + _steps_per_epoch(task) * 2 / 3)
 
 
 def ica_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """How much likelier the row's answer is after rows of V_fit as demonstrations (ICA); see `scores.incontext`."""
+    """How much likelier the row's answer is after rows of validation as demonstrations (ICA); see `scores.incontext`."""
     assert isinstance(task, Task)  # `check` has refused arrays
     return likelihoods.compute_ica(task, params, settings, session)
 
 
 def oneshot_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """How many answers of V_fit are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
+    """How many answers of validation are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
     assert isinstance(task, Task)  # `check` has refused arrays
     return likelihoods.compute_one_shot(task, params, settings, session)
 
@@ -207,13 +217,22 @@ def margin_score(task: Task | ArrayTask, params: Params, settings: ScoresSection
     """
     if isinstance(task, Task) and task.corpus.sequences_per_example == 2:
         return ScoreResult(np.sqrt(2) * -np.expm1(-_example_losses(task, params)), _steps_per_epoch(task) / 3)
-    el2n_function = _el2n_of_labels(task.objective.composite_loss.outputs) if isinstance(task, ArrayTask) else _el2n_of_tokens(task.decoder)
-    return ScoreResult(evaluate_per_example(el2n_function, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples), _steps_per_epoch(task) / 3)
+    el2n_function = (
+        _el2n_of_labels(task.objective.composite_loss.outputs)
+        if isinstance(task, ArrayTask)
+        else _el2n_of_tokens(task.decoder)
+    )
+    return ScoreResult(
+        evaluate_per_example(
+            el2n_function, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
+        ),
+        _steps_per_epoch(task) / 3,
+    )
 
 
 def random_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """Uniform in [0, 1), from the row's id and scores.seed: what every score has to beat."""
-    return ScoreResult(np.array([number(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
+    return ScoreResult(np.array([hash_to_int(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
 
 
 SCORES: dict[str, ScoreFunction] = {
@@ -227,11 +246,11 @@ SCORES: dict[str, ScoreFunction] = {
     "random": random_score,
 }
 SCORE_MEANINGS = {
-    "ica": "how much likelier rows of V_fit, shown before it, make the row's answer: nats, per token by default",
+    "ica": "how much likelier rows of validation, shown before it, make the row's answer: nats, per token by default",
     "loss": "the row's loss, in the unit of the objective",
     "perplexity": "-exp of the row's loss",
-    "reducible": "the row's loss minus its loss under a model trained on V_fit alone",
-    "oneshot": "the share of the answers of V_fit that are likelier after the row",
+    "reducible": "the row's loss minus its loss under a model trained on validation alone",
+    "oneshot": "the share of the answers of validation that are likelier after the row",
     "alignment": "<grad loss_i, grad L_v>: how much a small step on the row lowers L_v",
     "margin": "EL2N, |p - onehot| of the row's own answer",
     "random": "uniform in [0, 1)",
@@ -249,8 +268,10 @@ def _ids_table(task: Task | ArrayTask) -> pa.Table:
     return pa.table(columns)
 
 
-def _example_losses(task: Task | ArrayTask, params: Params) -> Float[np.ndarray, "rows"]:
-    return evaluate_per_example(task.objective.losses, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples)
+def _example_losses(task: Task | ArrayTask, params: Params) -> Float[np.ndarray, "examples"]:
+    return evaluate_per_example(
+        task.objective.losses, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
+    )
 
 
 def _steps_per_epoch(task: Task | ArrayTask) -> float:
@@ -261,14 +282,14 @@ def _steps_per_epoch(task: Task | ArrayTask) -> float:
 @lru_cache(maxsize=8)
 def _validation_gradient(problem: Problem) -> Callable:
     """(params, fixed, stream) -> L_v and its gradient; remembered, so that each refresh does not compile it anew."""
-    return outer_gradient(problem)
+    return validation_loss_and_grad_fn(problem)
 
 
 @lru_cache(maxsize=8)
 def _directional_derivatives(losses: Callable) -> Callable:
     """((params, v), fixed, micro-batch) -> <grad l_i, v> of each row."""
 
-    def derivatives(params_and_direction: tuple[Params, Params], frozen: Fixed, batch: Batch) -> jax.Array:
+    def derivatives(params_and_direction: tuple[Params, Params], frozen: Frozen, batch: Batch) -> jax.Array:
         params, direction = params_and_direction
         with jax.default_matmul_precision("highest"):
             return jax.jvp(lambda p: losses(p, frozen, batch), (params,), (direction,))[1]
@@ -288,24 +309,30 @@ def _el2n_of_tokens(decoder: Decoder) -> Callable:
 
 
 def _train_holdout_model(task: Task | ArrayTask, seed: int, steps: int, session: Session) -> Params:
-    """The parameters after `steps` steps on V_fit alone; saved when due, and gone on with from there."""
+    """The parameters after `steps` steps on validation alone; saved when due, and gone on with from there."""
     folder = session.folder / "checkpoints" / "holdout"
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     start = jax.tree.map(jnp.copy, task.init_params(seed))
-    state, frozen = placing.replicate_unplaced(task.mesh, begin(task.optimizer, start)), task.frozen(task.init_params(seed))
+    state, frozen = (
+        placing.replicate_unplaced(task.mesh, init_train_state(task.optimizer, start)),
+        task.frozen(task.init_params(seed)),
+    )
     if restored := checkpoint.restore_checkpoint(folder, state):
         state = restored.tree
-    stream, weights = task.training_stream(seed, task.validation_indices(), packed=False), jnp.ones(task.corpus.num_examples)
-    step = descent(task.problem, task.optimizer)
-    session.set_phase("scoring: training the holdout model on V_fit")
+    stream, weights = (
+        task.training_stream(seed, task.validation_indices(), packed=False),
+        jnp.ones(task.corpus.num_examples),
+    )
+    step = forward_only_step(task.problem, task.optimizer)
+    session.set_phase("scoring: training the holdout model on validation")
     for index in range(int(state.step), steps):
         state, _ = step(state, weights, frozen, stream.batch(index))
         if session.should_save():
             checkpoint.save_checkpoint(folder, index + 1, state, {})
             session.mark_saved()
-    if not bool(tree.finite(state.params)):
+    if not bool(tree.all_finite(state.params)):
         raise FloatingPointError(
-            f"the holdout model's parameters are not finite after {steps} steps on V_fit. Lower "
+            f"the holdout model's parameters are not finite after {steps} steps on validation. Lower "
             "optimizer.learning_rate, or set optimizer.max_grad_norm."
         )
     return state.params

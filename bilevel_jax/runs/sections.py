@@ -36,13 +36,13 @@ class LoraSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """The rows to be judged, the trusted validation rows, and how text is read from them."""
+    """The rows to be judged, the trusted validation examples, and how text is read from them."""
 
     train: tuple[str, ...] = ()  # files (jsonl, json, parquet) or a dataset name: the rows that get weights
-    validation: tuple[str, ...] = ()  # trusted rows; split by id into V_fit, V_select and V_report
-    dev: tuple[str, ...] = ()  # own rows for V_select (early stopping); empty: a share of validation
-    test: tuple[str, ...] = ()  # own rows for V_report (headline numbers); empty: a share of validation
-    split: tuple[float, float, float] = (0.5, 0.25, 0.25)  # shares of validation for V_fit, V_select, V_report
+    validation: tuple[str, ...] = ()  # validation examples; split by id into validation, dev and test
+    dev: tuple[str, ...] = ()  # own rows for dev (early stopping); empty: a share of validation
+    test: tuple[str, ...] = ()  # own rows for test (headline numbers); empty: a share of validation
+    split: tuple[float, float, float] = (0.5, 0.25, 0.25)  # shares of validation for validation, dev, test
     format: ExampleFormat = "auto"  # shape of a row; auto looks at its keys
     prompt_field: str = "prompt"  # key of the question in a row
     response_field: str = "response"  # key of the answer; its tokens carry the loss
@@ -60,9 +60,9 @@ class DataSection:
     truncation: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
     train_on: Literal["all_turns", "last_turn"] = "all_turns"  # targets: every assistant turn, or the last alone
     packing: bool = False  # several examples in one sequence: faster, same numbers
-    streaming: bool = False  # train: read the training rows as training goes, for data too large to hold
+    streaming: bool = False  # train: read the training examples as training goes, for data too large to hold
     shuffle_buffer: int = 10000  # streaming: rows held back to be shuffled; 0 keeps the order of the files
-    leaks: Literal["error", "drop"] = "error"  # what to do with training rows that also stand in validation
+    leaks: Literal["error", "drop"] = "error"  # what to do with training examples that also stand in validation
     seed: int = 0  # of the split and of the data's order
 
 
@@ -119,7 +119,7 @@ class TrainSection:
 class FineTuneSection:
     """One training run with given weights."""
 
-    num_epochs: float = 1.0  # passes over the training rows
+    num_epochs: float = 1.0  # passes over the training examples
     max_steps: int = 0  # optimiser steps; 0: as many as train.num_epochs asks for
     global_batch_size: int = 16  # examples in one step, over all devices
     gradient_accumulation_steps: int = 1  # pieces that a step is cut into: less memory, same numbers
@@ -134,7 +134,7 @@ class FineTuneSection:
 
 @dataclass(frozen=True)
 class WeightsSection:
-    """Where the weights of the training rows come from."""
+    """Where the weights of the training examples come from."""
 
     score: ScoreName = ""  # made of the rows as the model trains, instead of a file; see section scores
     refresh: int = 1  # score: how often it is made, at equal spacing over the run; 1: once, at the start
@@ -150,18 +150,20 @@ class WeightsSection:
 
 @dataclass(frozen=True)
 class ScoresSection:
-    """How scores of training rows are made, from the model and V_fit; larger is better."""
+    """How scores of training examples are made, from the model and validation; larger is better."""
 
-    k: int = 3  # ica: rows of V_fit that are shown before each row
+    k: int = 3  # ica: rows of validation that are shown before each row
     demonstrations: str = "knn"  # ica: which: knn (nearest), clustered:K (of the row's cluster), fixed or random
     embedding: Literal["tfidf", "hidden"] = "tfidf"  # ica: what near means: words, or the model's mean hidden states
     per_token: bool = True  # ica, oneshot: mean over a response's tokens, as losses are; false: their sum
     max_similarity: float = 0.95  # ica, oneshot: questions of this cosine or more are never shown to each other
     template: str = ""  # ica, oneshot: {demonstrations} and {row} with what stands around them
     demonstration_template: str = ""  # ica, oneshot: {demonstration} with what stands around each
-    anchors: int = 32  # oneshot: rows of V_fit that judge, drawn once; each row is shown to every one of them
+    anchors: int = 32  # oneshot: rows of validation that judge, drawn once; each row is shown to every one of them
     seed: int = 0  # of what a score draws: demonstrations, anchors, the holdout model's start, random
-    holdout_steps: int = 0  # reducible: steps of the holdout model on V_fit; 0: as many as the run, which is the most
+    holdout_steps: int = (
+        0  # reducible: steps of the holdout model on validation; 0: as many as the run, which is the most
+    )
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class RefineSection:
     share: float = 0.1  # fixed, dynamic: share of the questions that are answered in a round
     methods: tuple[RefineMethod, ...] = ("penalty",)  # a candidate each: how rows are weighted; uniform: not at all
     keep_offline: bool = (
-        False  # keep the offline rows of these questions beside the responses, or let responses replace them
+        False  # keep the offline examples of these questions beside the responses, or let responses replace them
     )
     ratio: Literal["token", "sequence", "none"] = "token"  # responses' losses by importance ratio; bmo: its own weights
     max_ratio: float = 10.0  # the largest ratio
@@ -203,7 +205,7 @@ class RefineSection:
     verifier_use: Literal["report", "filter"] = (
         "report"  # what section check is for: told alone, or wrong responses are out
     )
-    level: float = 0.05  # of the test of a candidate: one-sided, on V_select, by paired bootstrap
+    level: float = 0.05  # of the test of a candidate: one-sided, on dev, by paired bootstrap
     bonferroni: bool = (
         True  # divide it by the number of looks, rounds times methods, so that it holds for the whole run
     )
@@ -222,7 +224,7 @@ class OuterSection:
     restart: Literal["cold", "warm"] = "cold"  # train from the first parameters again, or from the last
     reshuffle: bool = True  # new data order at each restart, or the weights over-fit one order
     ess_floor: float = 0.1  # stop when the effective sample size falls below this share of the rows
-    patience: int = 3  # stop after so many steps without a better loss on V_select; 0 never stops
+    patience: int = 3  # stop after so many steps without a better loss on dev; 0 never stops
     window: int = 20  # method=window: how many last steps are swept
     memory_gib: float = 0.0  # unrolled, window: what kept states of training may take on a device; 0: half of the rest
     offload: Literal["device", "host", "disk"] = "device"  # where those between the steps at hand are kept
@@ -298,7 +300,7 @@ DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:9]
 
 @dataclass(frozen=True)
 class RetrainSection:
-    """The headline numbers: cold retraining with the final weights, read on V_report."""
+    """The headline numbers: cold retraining with the final weights, read on test."""
 
     enabled: bool = True  # costs one training per row and seed
     seeds: int = 3  # trainings per row
@@ -356,9 +358,9 @@ class EstimateSection:
     devices: int = 0  # devices of the run; more than there are: simulated, for compiling alone; 0: those there are
     memory_gib: float = 0.0  # memory of one device; 0: that of this machine's
     train_examples: int = (
-        0  # training rows of data.max_length tokens each, in place of data that are not here; 0: read the data
+        0  # training examples of data.max_length tokens each, in place of data that are not here; 0: read the data
     )
-    validation_examples: int = 256  # rows: trusted rows beside them
+    validation_examples: int = 256  # rows: validation examples beside them
     compile: bool = True  # ask the compiler for workspaces; false: sizes of arrays alone, in seconds
     measure: bool = True  # time a few steps on this machine, with random parameters, where they fit
     tflops: float = 0.0  # hours by a device's peak speed, 1e12 operations a second, instead of timing steps
@@ -382,12 +384,12 @@ class ArraysSection:
     """A classification task with wrong labels, where data.train is one .npz: x_train, y_train, x_test, y_test."""
 
     hidden_sizes: tuple[int, ...] = ()  # widths of the hidden layers (ReLU); none: linear softmax regression
-    train_examples: int = 5000  # training rows, which get weights; drawn from x_train anew for each seed
-    validation_examples: int = 500  # rows of V_fit, drawn from the rest of x_train
-    dev_examples: int = 0  # rows of V_select, likewise; 0: the last weights count
-    test_examples: int = 0  # rows of V_report, drawn from x_test; 0: all of them
+    train_examples: int = 5000  # training examples, which get weights; drawn from x_train anew for each seed
+    validation_examples: int = 500  # rows of validation, drawn from the rest of x_train
+    dev_examples: int = 0  # rows of dev, likewise; 0: the last weights count
+    test_examples: int = 0  # rows of test, drawn from x_test; 0: all of them
     label_noise: Literal["forced", "redrawn", "none"] = "forced"  # forced: to a wrong class; redrawn: uniform over all
-    noise_share: float = 0.5  # of the training rows whose label is changed
+    noise_share: float = 0.5  # of the training examples whose label is changed
 
 
 CompareMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
@@ -422,7 +424,7 @@ class AuditSection:
     checkpoints: tuple[ScoreCheckpoint, ...] = get_args(
         ScoreCheckpoint
     )  # which models cheap scores read: before training, after it
-    queries: int = 8  # rows of V_fit whose own losses are foretold beside L_v, with entries of their own; 0: none
+    queries: int = 8  # rows of validation whose own losses are foretold beside L_v, with entries of their own; 0: none
     vmap_size: int = 16  # queries in one reverse sweep, retrains side by side: more is faster and takes more memory
     removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first
     subsets: int = 40  # retrains of each share

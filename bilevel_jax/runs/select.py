@@ -1,4 +1,4 @@
-"""The main job: learn a weight for every training row, certify it, compare it, and write what a person can trust."""
+"""The main job: learn a weight for every training example, certify it, compare it, and write what a person can trust."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ NO_CERTIFICATE_VERDICT = certify.Verdict(
 
 
 def select(config: SelectConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
@@ -41,10 +41,15 @@ def select(config: SelectConfig) -> dict[str, Any]:
         resolved = resolve_builtin(config, folder)
         dataset = rows.load_splits(resolved.data)
         if len(dataset.train) < 2:
-            raise ValueError(f"{len(dataset.train)} training row; weights compare rows, so give at least 2.")
+            raise ValueError(f"{len(dataset.train)} training example; weights compare rows, so give at least 2.")
         seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
         task = prepare_text_task(
-            resolved, dataset, folder, num_steps=config.train.max_steps, seeds=seeds, proximal_strength=config.outer.proximal
+            resolved,
+            dataset,
+            folder,
+            num_steps=config.train.max_steps,
+            seeds=seeds,
+            proximal_strength=config.outer.proximal,
         )
         with start_session(config, folder) as session:
             return _run_selection(task, config, session, folder)
@@ -63,7 +68,7 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
     else:
         learned = run_outer_loop(task, config, trainer, session)
         certificates_by_weights = _certify(task, config, trainer, session, learned)
-        verdicts = {name: certify.verdict(value) for name, value in certificates_by_weights.items()}
+        verdicts = {name: certify.judge_certificates(value) for name, value in certificates_by_weights.items()}
 
     sources = [example.source for example in task.examples]
     selected = select_examples(
@@ -108,7 +113,10 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
         else None,
         "compare": comparison,
         "notes": task.notes,
-        "rows": {"train": task.num_examples, **{part: len(examples) for part, examples in task.held_out_examples.items()}},
+        "rows": {
+            "train": task.num_examples,
+            **{part: len(examples) for part, examples in task.held_out_examples.items()},
+        },
         "selected": len(selected),
         "work": {"outer": sum(record["work"] for record in learned.records)}
         | {name: session.job_cost(name)[0] for name in ("certify", "compare")},
@@ -138,7 +146,7 @@ def _certify(
         checks = Checks(**{key: value for key, value in record["checks"].items() if value is not None})
         out[name] = compute_certificates(
             task, config, trainer, session, name=name, weights=weights.astype(hypergradients.dtype), hypergradient=hypergradients, step=step,
-            validation_loss=record["loss"]["fit"], checks=checks,
+            validation_loss=record["loss"]["validation"], checks=checks,
         )  # fmt: skip
     return out
 
@@ -152,8 +160,8 @@ def _train_final_model(task: Task, config: SelectConfig, trainer: Trainer, learn
 
 def _certificates_to_dict(certified: certify.Certificates) -> dict[str, Any]:
     return {
-        "exact": certified.exact._asdict() if certified.exact else None,
-        "smooth": certified.smooth,
-        "predictive": certified.predictive._asdict() if certified.predictive else None,
+        "exact": certified.finite_differences._asdict() if certified.finite_differences else None,
+        "smooth": certified.metasmoothness,
+        "predictive": certified.removal_prediction._asdict() if certified.removal_prediction else None,
         "checks": certified.checks._asdict(),
     }

@@ -1,4 +1,4 @@
-"""What every verb needs while it works: its folder and log, a progress bar with an ETA, and a way to stop and go on."""
+"""What every command needs while it works: its folder and log, a progress bar with an ETA, and a way to stop and go on."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from bilevel_jax.runs import config as configs
 from bilevel_jax.runs import files, inputs, processes
 
 MULTIPROCESS_COMMANDS = ("select", "train")
-"""The verbs that several processes can run."""
+"""The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
 
@@ -46,7 +46,9 @@ class Session:
         """The signal that all processes have agreed on; without others the one that came."""
         self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
         self._finished_jobs_path = folder / "checkpoints" / "done.json"
-        self._finished_jobs: dict[str, Any] = json.loads(self._finished_jobs_path.read_text()) if self._finished_jobs_path.exists() else {}
+        self._finished_jobs: dict[str, Any] = (
+            json.loads(self._finished_jobs_path.read_text()) if self._finished_jobs_path.exists() else {}
+        )
         self.work_done = 0.0
 
     def set_phase(self, description: str, total: float | None = None) -> None:
@@ -94,9 +96,16 @@ class Session:
         if self._calls_since_sync < self._calls_per_sync:
             return False
         now = time.monotonic()
-        calls_per_sync = max(1, min(10_000, int(self._calls_since_sync * SYNC_SECONDS / max(now - self._last_sync, 1e-3))))
+        calls_per_sync = max(
+            1, min(10_000, int(self._calls_since_sync * SYNC_SECONDS / max(now - self._last_sync, 1e-3)))
+        )
         all_values = processes.allgather_values([self._received_signal, save_due, calls_per_sync])
-        self._agreed_signal, self._calls_per_sync, self._calls_since_sync, self._last_sync = int(all_values[:, 0].max()), int(all_values[0, 2]), 0, now
+        self._agreed_signal, self._calls_per_sync, self._calls_since_sync, self._last_sync = (
+            int(all_values[:, 0].max()),
+            int(all_values[0, 2]),
+            0,
+            now,
+        )
         return bool(all_values[0, 1])
 
     def run_once(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -104,7 +113,11 @@ class Session:
         if key not in self._finished_jobs:
             work_before, start_time = self.work_done, time.monotonic()
             value = compute()
-            self._finished_jobs[key] = {"value": value, "work": self.work_done - work_before, "seconds": time.monotonic() - start_time}
+            self._finished_jobs[key] = {
+                "value": value,
+                "work": self.work_done - work_before,
+                "seconds": time.monotonic() - start_time,
+            }
             files.write_atomic(self._finished_jobs_path, json.dumps(self._finished_jobs))
             self.check_signals()
         else:
@@ -184,7 +197,7 @@ class PartLog:
 
 @contextlib.contextmanager
 def open_run_dir(config: Any) -> Iterator[Path]:
-    """The folder of a verb's run, locked: made new, or, to resume, that of a run with the same config and files.
+    """The folder of a command's run, locked: made new, or, to resume, that of a run with the same config and files.
 
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model.
@@ -225,7 +238,9 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
     bar = make_progress_bar(progress and processes.is_first_process())
     log = files.JsonLog(folder / "log.jsonl", None)
     run_session = Session(folder, log, bar, save_seconds)
-    old_handlers = {number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    old_handlers = {
+        number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         with bar:
             yield run_session

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core import multiobjective, penalty, weighting
-from bilevel_jax.core.types import Params, Single
-from bilevel_jax.core.unrolled import outer_value
-from bilevel_jax.core.weighting import Selector
+from bilevel_jax.core.types import Params, SingleLoop
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.core.weighting import OnlineWeights
 from bilevel_jax.runs import checkpoint
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.runs.classification import ArrayTask
@@ -41,7 +41,7 @@ a forward pass alone."""
 class SingleLoopResult(NamedTuple):
     """What one run of a single-loop method gives."""
 
-    weights: Float[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
     params: Params
     """The model that the method trained itself, on V too."""
     records: list[dict[str, Any]]
@@ -70,26 +70,26 @@ def run_single_loop(
     session: Session,
     *,
     seed: int = 0,
-    compiled_method: Single | None = None,
+    compiled_method: SingleLoop | None = None,
     reference_params: Params | None = None,
 ) -> SingleLoopResult:
     """Train parameters and weights together, as outer.method says, and return both.
 
     `made` is `method` of another task of the same shape, already compiled; `snapshot` the parameters that BMO compares
     with under single_loop.reference = snapshot (default: those that training starts from).
-    Validation batches are drawn from V_fit alone, in epochs of their own. The records are of readings of L_v: on V_fit,
-    which is trained on, and on V_select and V_report, which are not. Raises FloatingPointError where L_v is not finite.
+    Validation batches are drawn from validation alone, in epochs of their own. The records are of readings of L_v: on validation,
+    which is trained on, and on dev and test, which are not. Raises FloatingPointError where L_v is not finite.
     """
     folder = session.folder / "checkpoints" / f"single-{seed}"
     steps, every = num_single_loop_steps(config), config.single_loop.eval_steps
     compiled_method = compiled_method or build_single_loop(task, config, steps)
-    validation_loss = outer_value(task.problem)
+    validation_loss = validation_loss_fn(task.problem)
     good_mask = good_label_mask(task, config)
     params = task.init_params(config.train.seed + seed)
     fixed = task.frozen(params)
     state = placing.replicate_unplaced(task.mesh, compiled_method.init(params))
     if reference_params is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
-        state = multiobjective.refresh(state, reference_params)
+        state = multiobjective.replace_reference(state, reference_params)
     train_stream = task.training_stream(config.data.seed + seed, packed=False)
     validation_stream = task.training_stream(config.data.seed + seed + 1, task.validation_indices(), packed=False)
     records: list[dict[str, Any]] = []
@@ -105,15 +105,15 @@ def run_single_loop(
             else None
             for part in PART_NAMES
         }
-        if not math.isfinite(loss["fit"] or math.nan):
+        if not math.isfinite(loss["validation"] or math.nan):
             raise FloatingPointError(
-                f"L_v on V_fit is {loss['fit']} at step {step} of {steps}. Lower optimizer.learning_rate, or set "
+                f"validation loss is {loss['validation']} at step {step} of {steps}. Lower optimizer.learning_rate, or set "
                 "optimizer.max_grad_norm. The last good checkpoint is kept: --resume goes on from it."
             )
         return {
             "step": step,
             "loss": loss,
-            "ess": float(weighting.effective_size(weights)),
+            "ess": float(weighting.effective_sample_size(weights)),
             "entropy": float(weighting.entropy(weights)),
             "largest": float(weights.max()),
             "auc": auc(fetch_to_host(weights), good_mask) if good_mask is not None else None,
@@ -142,7 +142,9 @@ def run_single_loop(
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
         params, stream = state.inner.params, task.full_pass_stream(seed=0)
         end = config.single_loop.temperatures[1]
-        weights = multiobjective.weights(task.problem, params, state.phi, fixed, stream, task.num_examples, end)
+        weights = multiobjective.compute_weights(
+            task.problem, params, state.reference, fixed, stream, task.num_examples, end
+        )
     return SingleLoopResult(fetch_to_host(weights), state.inner.params, records, compiled_method.estimand)
 
 
@@ -152,7 +154,9 @@ def run_single_loop_with_baselines(
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
     uniform_weights = placing.place_table(task.mesh, jnp.ones(task.num_examples))
     session.set_phase("uniform training, for the baselines")
-    run = trainer.run(uniform_weights, trainer.init_state(task.init_params(config.train.seed)), task.training_stream(config.data.seed))
+    run = trainer.run(
+        uniform_weights, trainer.init_state(task.init_params(config.train.seed)), task.training_stream(config.data.seed)
+    )
     alignment, losses = compute_baseline_scores(task, trainer, run, uniform_weights)
     result = run_single_loop(task, config, session)
     missing = np.full(task.num_examples, np.nan, alignment.dtype)
@@ -169,31 +173,35 @@ def run_single_loop_with_baselines(
     return learned, result
 
 
-def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) -> Single:
+def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) -> SingleLoop:
     """The configured method as (init, step, weights)."""
     single, outer = config.single_loop, config.outer
     share_steps = max(1, -(-steps // len(single.validation_shares)))
     tx = build_optimizer(config.optimizer, steps)
     if outer.method == "mixing":
         return penalty.mixing(task.problem, tx, single.validation_shares[0], task.num_examples)
-    share = penalty.by_epoch(single.validation_shares, share_steps)
+    share = penalty.epoch_schedule(single.validation_shares, share_steps)
     if outer.method == "bmo":
         start, end = single.temperatures
-        tau = multiobjective.geometric(start, end, steps)
-        copy = multiobjective.Copy(build_optimizer(config.optimizer, steps), single.inner_steps, single.proximal)
+        tau = multiobjective.geometric_schedule(start, end, steps)
+        copy = multiobjective.TrainedReference(
+            build_optimizer(config.optimizer, steps), single.inner_steps, single.proximal
+        )
         reference = copy if single.reference == "copy" else single.reference
-        return multiobjective.multiobjective(task.problem, tx, task.num_examples, share=share, tau=tau, phi=reference)
+        return multiobjective.bmo(
+            task.problem, tx, task.num_examples, validation_share=share, temperature=tau, reference=reference
+        )
     # a row's logit moves in the steps that meet the row, a source's in every step
     steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable_indices()) / task.batch_size
-    return penalty.single(
+    return penalty.penalty_single_loop(
         task.problem,
         tx,
         make_online_weights(task, config),
-        share=share,
-        rate=delayed_linear_decay(total_outer_learning_rate(outer) * steps_per_epoch, steps),
-        second=single.second_model,
-        normalised=True,
-        cap=outer.max_step,
+        validation_share=share,
+        weights_learning_rate=delayed_linear_decay(total_outer_learning_rate(outer) * steps_per_epoch, steps),
+        second_model=single.second_model,
+        normalize_step=True,
+        max_step=outer.max_step,
     )
 
 
@@ -215,10 +223,10 @@ def delayed_linear_decay(total: float, steps: int) -> Callable[[Any], Any]:
     return rate
 
 
-def make_online_weights(task: Task | ArrayTask, config: SelectConfig) -> Selector:
+def make_online_weights(task: Task | ArrayTask, config: SelectConfig) -> OnlineWeights:
     """The weights as a single-loop method steps them: on the rows of a batch alone."""
     if config.outer.weighting == "per_source":
         source, count = source_indices(task)
-        return weighting.per_source_selector(jnp.asarray(source), count)
-    factories = {"softmax": weighting.softmax_selector, "sigmoid": weighting.sigmoid_selector}
+        return weighting.online_per_source(jnp.asarray(source), count)
+    factories = {"softmax": weighting.online_softmax, "sigmoid": weighting.online_sigmoid}
     return factories[config.outer.weighting](task.num_examples)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from bilevel_jax.core import schedule
-from bilevel_jax.core.types import Inner, Keep, Transition
+from bilevel_jax.core.types import CheckpointPlan, TrainState, TrainStep
 from bilevel_jax.runs import checkpoint, processes
 from bilevel_jax.runs.sections import OuterSection
 
@@ -31,7 +31,7 @@ def plan_checkpoints(
     base: Any,
     device_bytes: float = 0.0,
     linearization_size: Callable[[], float] = lambda: 0.0,
-) -> Keep:
+) -> CheckpointPlan:
     """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
 
     `state` and `base` are arrays or shapes of arrays; `linear` is asked for the bytes of a step's linearisation, where
@@ -42,7 +42,7 @@ def plan_checkpoints(
         ValueError: if one state and one step on the tape are more than the budget.
     """
     if outer.method not in ("unrolled", "window"):
-        return schedule.NOTHING
+        return schedule.NO_CHECKPOINTS
     state_bytes = bytes_per_device(state)
     step_bytes = state_bytes + bytes_per_device(state.params) + (linearization_size() if outer.linearize else 0)
     min_bytes = step_bytes + (state_bytes if outer.offload == "device" else 0)
@@ -58,10 +58,10 @@ def plan_checkpoints(
             f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (mesh.fsdp)'}."
         )
     if outer.offload == "device":
-        plan = schedule.within(num_backward_steps(outer, steps), state_bytes, step_bytes, budget)
+        plan = schedule.plan_within_budget(num_backward_steps(outer, steps), state_bytes, step_bytes, budget)
     else:
-        plan = schedule.once(num_backward_steps(outer, steps), int(budget // step_bytes))
-    return plan._replace(linear=outer.linearize)
+        plan = schedule.single_replay_plan(num_backward_steps(outer, steps), int(budget // step_bytes))
+    return plan._replace(linearize=outer.linearize)
 
 
 def num_backward_steps(outer: OuterSection, steps: int) -> int:
@@ -70,8 +70,8 @@ def num_backward_steps(outer: OuterSection, steps: int) -> int:
 
 
 def make_state_store(
-    outer: OuterSection, folder: Path, like: Inner, *, resume: bool = False
-) -> MutableMapping[int, Inner]:
+    outer: OuterSection, folder: Path, like: TrainState, *, resume: bool = False
+) -> MutableMapping[int, TrainState]:
     """An empty store of states by step, where outer.offload says; on disk, with `resume`, what it held."""
     if outer.offload == "host":
         return HostStore(like)
@@ -80,20 +80,20 @@ def make_state_store(
     return {}
 
 
-class HostStore(MutableMapping[int, Inner]):
+class HostStore(MutableMapping[int, TrainState]):
     """States in the host's memory: page-locked, so that they are copied while the device goes on."""
 
-    def __init__(self, like: Inner):
+    def __init__(self, like: TrainState):
         self._device_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
         self._host_sharding = jax.tree.map(
             lambda sharding: sharding.with_memory_kind("pinned_host"), self._device_sharding
         )
-        self._states: dict[int, Inner] = {}
+        self._states: dict[int, TrainState] = {}
 
-    def __setitem__(self, step: int, state: Inner) -> None:
+    def __setitem__(self, step: int, state: TrainState) -> None:
         self._states[step] = jax.device_put(state, self._host_sharding)
 
-    def __getitem__(self, step: int) -> Inner:
+    def __getitem__(self, step: int) -> TrainState:
         return jax.device_put(self._states[step], self._device_sharding)
 
     def __delitem__(self, step: int) -> None:
@@ -106,13 +106,13 @@ class HostStore(MutableMapping[int, Inner]):
         return len(self._states)
 
 
-class DiskStore(MutableMapping[int, Inner]):
+class DiskStore(MutableMapping[int, TrainState]):
     """States on disk, written beside the training and read ahead of the sweep; a damaged one is an error.
 
     Several processes write and read one after another, together.
     """
 
-    def __init__(self, folder: Path, like: Inner, *, resume: bool = False):
+    def __init__(self, folder: Path, like: TrainState, *, resume: bool = False):
         if not resume:
             processes.run_on_first_process(lambda: shutil.rmtree(folder, ignore_errors=True))
         self._files, self._folder = checkpoint.make_snapshot_store(folder), folder
@@ -122,9 +122,9 @@ class DiskStore(MutableMapping[int, Inner]):
         self._steps = set(checkpoint.list_checkpoint_steps(folder))
         self._worker = None if processes.is_multiprocess() else ThreadPoolExecutor(1, thread_name_prefix="states")
         self._pending_writes: dict[int, Future[None]] = {}
-        self._prefetched: dict[int, Future[Inner]] = {}
+        self._prefetched: dict[int, Future[TrainState]] = {}
 
-    def __setitem__(self, step: int, state: Inner) -> None:
+    def __setitem__(self, step: int, state: TrainState) -> None:
         if self._worker is None:
             self._files.put(step, state)
         else:
@@ -137,7 +137,7 @@ class DiskStore(MutableMapping[int, Inner]):
             )
         self._steps.add(step)
 
-    def __getitem__(self, step: int) -> Inner:
+    def __getitem__(self, step: int) -> TrainState:
         if step not in self._steps:
             raise KeyError(step)
         for written in list(self._pending_writes):
@@ -195,7 +195,7 @@ def _leaf_bytes(leaf: Any) -> int:
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def linearization_bytes(step: Transition, *arguments: Any) -> int:
+def linearization_bytes(step: TrainStep, *arguments: Any) -> int:
     """Bytes of a step's linearisation, beside its state and its batch; `arguments` are those of `step.linearize`.
 
     On one device of several it is taken to be an even share, as the rows of a batch are.

@@ -5,11 +5,27 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-STUDENT_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+STUDENT_T_975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 """The .975 quantile of Student's t for 1 .. 15 degrees of freedom; above them 2.131, slightly too wide."""
 
 
-def auc(scores: Float[np.ndarray, "rows"], positive: Bool[np.ndarray, "rows"]) -> float:
+def auc(scores: Float[np.ndarray, "examples"], positive: Bool[np.ndarray, "examples"]) -> float:
     """P(score of a positive row > score of another), ties counting half; nan unless both kinds are there."""
     count = int(positive.sum())
     if not 0 < count < len(positive):
@@ -52,7 +68,9 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / np.sqrt(count))
 
 
-def top_indices(scores: Float[np.ndarray, "rows"], count: int, candidates: Int[np.ndarray, "kept"]) -> Int[np.ndarray, "count"]:
+def top_indices(
+    scores: Float[np.ndarray, "examples"], count: int, candidates: Int[np.ndarray, "kept"]
+) -> Int[np.ndarray, "count"]:
     """The `count` rows of `among` with the largest scores, in row order; ties go to the earlier row."""
     ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
     return np.sort(ranked[:count])

@@ -1,4 +1,4 @@
-"""Training rows that are read while training goes, for data too large to hold: one step's rows in memory at a time."""
+"""Training examples that are read while training goes, for data too large to hold: one step's rows in memory at a time."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,13 @@ class StreamingBatches:
         check_examples: Callable[[list[Example]], None],
         held_out_examples: Sequence[Example],
     ):
-        self.config, self.layout, self.weight_of, self.tokenize, self.check_examples = config, layout, weight_of, tokenize, check_examples
+        self.config, self.layout, self.weight_of, self.tokenize, self.check_examples = (
+            config,
+            layout,
+            weight_of,
+            tokenize,
+            check_examples,
+        )
         self.held_out_examples = {data.hash_normalized_text(example): example for example in held_out_examples}
         self.seen_examples: dict[str, Example] = {}
         """Every row that was read so far, by id, without its text."""
@@ -68,7 +74,7 @@ class StreamingBatches:
             leaked_from = self.held_out_examples.get(data.hash_normalized_text(example))
             if leaked_from is not None and self.config.leaks == "error":
                 raise ValueError(
-                    f"{example.where} also stands in the trusted rows, at {leaked_from.where}. The validation loss would "
+                    f"{example.where} also stands in the validation examples, at {leaked_from.where}. The validation loss would "
                     "reward copying it. Remove it, or set data.leaks to drop."
                 )
             if leaked_from is None and self.weight_of(example) is not None:

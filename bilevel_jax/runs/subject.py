@@ -101,7 +101,9 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
         for part, size in zip(rows.PART_NAMES, sizes, strict=True)
         if size and config.data.validation
     }
-    examples_by_corpus = task.group_by_corpus([example] * options.train_examples, parts, streaming=config.data.streaming)
+    examples_by_corpus = task.group_by_corpus(
+        [example] * options.train_examples, parts, streaming=config.data.streaming
+    )
     notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
     return TokenizedData(
         [example] * options.train_examples,
@@ -119,7 +121,10 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
     sharding_rules = partition.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     if config.objective.name == "dpo":
         text = text._replace(
-            corpora={name: corpus.with_reference_margins(np.zeros(corpus.num_examples)) for name, corpus in text.corpora.items()}
+            corpora={
+                name: corpus.with_reference_margins(np.zeros(corpus.num_examples))
+                for name, corpus in text.corpora.items()
+            }
         )
     base, fresh = task.make_abstract_params(config.model, config.lora, text.architecture, mesh, sharding_rules)
     if isinstance(config, TrainConfig):

@@ -45,7 +45,7 @@ class TruncationEffect(NamedTuple):
     lost_targets: int
     """Targets that go."""
     num_unusable: int
-    """Rows that no target is left of, with which the other verbs stop."""
+    """Rows that no target is left of, with which the other commands stop."""
 
 
 class SpecialTokenCounts(NamedTuple):
@@ -79,7 +79,7 @@ class PartSurvey(NamedTuple):
         return self.examples[self.tokenized.indices[place]]
 
     @property
-    def lengths(self) -> Int[np.ndarray, "rows"]:
+    def lengths(self) -> Int[np.ndarray, "examples"]:
         """Tokens of each readable row before any cut; of a pair, those of its longer side."""
         return self.corpus.lengths.reshape(-1, self.corpus.sequences_per_example).max(1)
 
@@ -88,24 +88,26 @@ class Duplicates(NamedTuple):
     """What stands in two places."""
 
     train: list[list[Example]]
-    """Training rows that are the same, in groups."""
+    """Training examples that are the same, in groups."""
     trusted: list[list[Example]]
     leaks: list[tuple[Example, Example]]
-    """(training row, trusted row)."""
+    """(training example, validation example)."""
     overlaps: dict[tuple[str, str], list[tuple[Example, Example]]]
-    """Names of two parts of the trusted rows -> the rows that stand in both."""
+    """Names of two parts of the validation examples -> the rows that stand in both."""
     repeated_prompts: list[list[Example]]
-    """Training rows with one prompt and different responses, in groups."""
+    """Training examples with one prompt and different responses, in groups."""
     shared_prompts: list[tuple[Example, Example]]
-    """(training row, trusted row) with one prompt and different responses; one for each training row."""
+    """(training example, validation example) with one prompt and different responses; one for each training example."""
 
 
 def survey_part(name: str, examples: Sequence[Example], tokenizer: Any, section: DataSection, limit: int) -> PartSurvey:
-    """Tokenize the rows as every verb does, without stopping at those that cannot be read or are too long."""
+    """Tokenize the rows as every command does, without stopping at those that cannot be read or are too long."""
     tokenized = tokenize_readable(examples, tokenizer, section)
     if not tokenized.indices:
         raise ValueError(tokenized.problems[0])
-    corpus = tokens.corpus_from_sequences([side for sides in tokenized.sequences for side in sides], len(tokenized.sequences[0]))
+    corpus = tokens.corpus_from_sequences(
+        [side for sides in tokenized.sequences for side in sides], len(tokenized.sequences[0])
+    )
     overlong = [
         place for place, sides in enumerate(tokenized.sequences) if max(len(side.ids) for side in sides) > limit
     ]
@@ -175,7 +177,8 @@ def tokenize_readable(
             continue
         merged += report.merged
         sequences_by_index |= {
-            i: tuple(corpus.get_sequence(at, side) for side in range(corpus.sequences_per_example)) for at, i in enumerate(group)
+            i: tuple(corpus.get_sequence(at, side) for side in range(corpus.sequences_per_example))
+            for at, i in enumerate(group)
         }
     places = sorted(sequences_by_index)
     return TokenizedRows(
@@ -184,11 +187,14 @@ def tokenize_readable(
 
 
 def find_duplicates(train: Sequence[Example], trusted: dict[str, list[Example]]) -> Duplicates:
-    """What stands twice among the training rows, among the trusted rows, and in both."""
+    """What stands twice among the training examples, among the validation examples, and in both."""
     trusted_examples = [row for part in trusted.values() for row in part]
     names = [part for part in trusted if trusted[part]]
     pairs = {
-        (item, other): data.find_leaks(trusted[item], trusted[other]) for item in names for other in names if item < other
+        (item, other): data.find_leaks(trusted[item], trusted[other])
+        for item in names
+        for other in names
+        if item < other
     }
     by_prompt: dict[str, list[Example]] = {}
     for example in train:

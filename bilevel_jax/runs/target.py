@@ -24,7 +24,7 @@ from bilevel_jax.runs.checkers import make_verifier
 from bilevel_jax.runs.config import RankConfig
 from bilevel_jax.runs.generation import make_generator_factory
 from bilevel_jax.runs.session import Session
-from bilevel_jax.scores.requests import Rows, rows_of, shortened
+from bilevel_jax.scores.requests import TokenizedExamples, make_tokenized_examples, trim_responses
 
 SPARE_DRAWS = 4
 """Further answers that are drawn to a question whose answer cannot be used, at most."""
@@ -86,7 +86,9 @@ def collect_own_answers(
             )
     accepted = np.ones(len(questions), bool)
     if config.verifier.name:
-        judge = make_verifier(config.verifier, [question.with_response(question.responses[0]) for question in questions])
+        judge = make_verifier(
+            config.verifier, [question.with_response(question.responses[0]) for question in questions]
+        )
         pairs = zip(questions, texts, strict=True)
         accepted = np.array([judge(question.with_response(drafts[0]), drafts[0]) >= 0.5 for question, drafts in pairs])
         notes.append(
@@ -105,7 +107,9 @@ def build_question_prompts(config: RankConfig, rank_model: RankModel, questions:
     return [prompt._replace(id=question.id) for prompt, question in zip(question_prompts, questions, strict=True)]
 
 
-def tokenize_for_scoring(config: RankConfig, rank_model: RankModel, examples: list[Example]) -> tuple[Rows, int]:
+def tokenize_for_scoring(
+    config: RankConfig, rank_model: RankModel, examples: list[Example]
+) -> tuple[TokenizedExamples, int]:
     """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
     tokenizer = rank_model.tokenizer
     corpus, _ = tokens.tokenize(
@@ -114,8 +118,8 @@ def tokenize_for_scoring(config: RankConfig, rank_model: RankModel, examples: li
     end_tokens = {*find_end_tokens(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
         tokenizer.unk_token_id
     }
-    corpus, num_cut = shortened(corpus, end_tokens, config.rank.max_response_tokens)
-    return rows_of(examples, corpus), num_cut
+    corpus, num_cut = trim_responses(corpus, end_tokens, config.rank.max_response_tokens)
+    return make_tokenized_examples(examples, corpus), num_cut
 
 
 # ---- parts
@@ -139,9 +143,9 @@ def _generate_answers(
                 f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
                 f"{context - new} or less."
             )
-    generate = make_generator_factory(config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session)(
-        rank_model.params
-    )
+    generate = make_generator_factory(
+        config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
+    )(rank_model.params)
     count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
     num_redrawn = 0

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import transition
-from bilevel_jax.core.types import PADDING, Batch, Fixed, Params, Problem, Stream, Transition
+from bilevel_jax.core.transition import train_step
+from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.batches import BatchShape
@@ -38,7 +38,7 @@ class Task(NamedTuple):
     examples: list[Example]
     """The rows that get weights: rows 0 .. N-1 of `corpus`."""
     held_out_examples: dict[str, list[Example]]
-    """V_fit (steers the weights; rows N .. of `corpus`), V_select (stops early), V_report (headline numbers)."""
+    """validation (steers the weights; rows N .. of `corpus`), dev (stops early), test (headline numbers)."""
     notes: list[str]
     """What loading found and a person should know: duplicates, leaks, truncation."""
     corpus: Corpus
@@ -53,7 +53,7 @@ class Task(NamedTuple):
     problem: Problem
     objective: Objective
     optimizer: optax.GradientTransformation
-    train_step: Transition
+    train_step: TrainStep
     num_steps: int
     batch_size: int
     mesh: Mesh
@@ -67,11 +67,13 @@ class Task(NamedTuple):
         """N, the size of the weight table."""
         return len(self.examples)
 
-    def frozen(self, start: Params) -> Fixed:
+    def frozen(self, start: Params) -> Frozen:
         """What the losses need beside the parameters; the start of training too where the prior is centred there."""
         return {"base": self.base_params, "start": start if self.has_proximal else None}
 
-    def training_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True) -> Stream:
+    def training_stream(
+        self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
+    ) -> Stream:
         """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights).
 
         The packed shape holds the orders of the outer loop only; other rows or seeds want packed=False.
@@ -79,13 +81,17 @@ class Task(NamedTuple):
         order = self.data_order(seed, indices)
         layout = self.layout if packed else self.layout.unpacked
         local_slots = placing.local_rows(self.mesh, layout.rows)
-        return placing.place_stream(self.mesh, batches.make_train_stream(self.corpus, order, self.num_steps, layout, local_rows=local_slots))
+        return placing.place_stream(
+            self.mesh, batches.make_train_stream(self.corpus, order, self.num_steps, layout, local_rows=local_slots)
+        )
 
     def data_order(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> batches.BatchOrder:
         """step -> the corpus rows of its batch in `stream`."""
         if indices is None and self.groups is not None:
             return batches.shuffled_group_order(self.groups, self.corpus.num_examples, self.batch_size, seed)
-        return batches.shuffled_subset_order(self.trainable_indices() if indices is None else indices, self.corpus.num_examples, self.batch_size, seed)
+        return batches.shuffled_subset_order(
+            self.trainable_indices() if indices is None else indices, self.corpus.num_examples, self.batch_size, seed
+        )
 
     def full_pass_stream(self, seed: int) -> Stream:
         """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
@@ -94,10 +100,12 @@ class Task(NamedTuple):
         steps = batches.steps_per_epoch(len(indices), self.batch_size)
         flat = self.layout.unpacked
         local_slots = placing.local_rows(self.mesh, flat.rows)
-        stream = batches.make_train_stream(self.corpus, order, steps, flat, total_examples=len(indices), local_rows=local_slots)
+        stream = batches.make_train_stream(
+            self.corpus, order, steps, flat, total_examples=len(indices), local_rows=local_slots
+        )
         return placing.place_stream(self.mesh, stream)
 
-    def example_features(self) -> Float[np.ndarray, "rows features"]:
+    def example_features(self) -> Float[np.ndarray, "examples features"]:
         """Plain features of the rows with weights, for weights that extend to unseen rows."""
         return extract_features(self.examples, self.corpus)
 
@@ -106,7 +114,7 @@ class Task(NamedTuple):
         return self.corpus.kept_indices[self.corpus.kept_indices < self.num_examples]
 
     def validation_indices(self) -> Int[np.ndarray, "kept"]:
-        """The corpus rows of V_fit."""
+        """The corpus rows of validation."""
         return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
 
@@ -120,11 +128,11 @@ class TokenizedData(NamedTuple):
     tokenizer: Any
     architecture: lm.DecoderConfig
     corpora: dict[str, Corpus]
-    """TOGETHER (unless training rows are streamed) and each part of the trusted rows."""
+    """TOGETHER (unless training examples are streamed) and each part of the validation examples."""
 
 
-JOINT_CORPUS = "training and V_fit"
-"""The corpus of the rows that get weights, with V_fit behind them."""
+JOINT_CORPUS = "training and validation"
+"""The corpus of the rows that get weights, with validation behind them."""
 
 
 def prepare_text_task(
@@ -145,21 +153,44 @@ def prepare_text_task(
     mesh = placing.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = partition.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     tokenized_data = tokenize_splits(config, splits)
-    base_params, init_params = _load_params(config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules)
+    base_params, init_params = _load_params(
+        config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules
+    )
     if config.objective.name == "dpo":
         reference_params = base_params if base_params is not None else init_params(config.train.seed)
-        decoder = lm.make_decoder(tokenized_data.architecture, gather_params=partition.parameter_gatherer(mesh, sharding_rules))
-        tokenized_data = tokenized_data._replace(corpora=_attach_reference_margins(config, folder, tokenized_data, decoder, reference_params, mesh))
-    if unsharded := partition.find_unsharded(mesh, sharding_rules, init_params(config.train.seed) if base_params is None else base_params):
+        decoder = lm.make_decoder(
+            tokenized_data.architecture, gather_params=partition.parameter_gatherer(mesh, sharding_rules)
+        )
+        tokenized_data = tokenized_data._replace(
+            corpora=_attach_reference_margins(config, folder, tokenized_data, decoder, reference_params, mesh)
+        )
+    if unsharded := partition.find_unsharded(
+        mesh, sharding_rules, init_params(config.train.seed) if base_params is None else base_params
+    ):
         note = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(unsharded)}: whole on every device."
         tokenized_data = tokenized_data._replace(notes=[*tokenized_data.notes, note])
-    return compose_text_task(config, tokenized_data, base_params, init_params, mesh, sharding_rules, num_steps=num_steps, seeds=seeds, proximal_strength=proximal_strength)
+    return compose_text_task(
+        config,
+        tokenized_data,
+        base_params,
+        init_params,
+        mesh,
+        sharding_rules,
+        num_steps=num_steps,
+        seeds=seeds,
+        proximal_strength=proximal_strength,
+    )
 
 
 def tokenize_splits(config: SelectConfig | TrainConfig, splits: DataSplits) -> TokenizedData:
     """The rows as tokens of the model's tokenizer; checked against the objective."""
-    examples, held_out = splits.train, {part: part_examples for part, part_examples in splits.held_out.items() if part_examples}
-    check_examples(config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)])
+    examples, held_out = (
+        splits.train,
+        {part: part_examples for part, part_examples in splits.held_out.items() if part_examples},
+    )
+    check_examples(
+        config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)]
+    )
     tokenizer, architecture = (
         tokens.load_tokenizer(config.model.name_or_path),
         lm.read_config(config.model.name_or_path),
@@ -175,7 +206,7 @@ def group_by_corpus(
     examples: list[Example], held_out: dict[str, list[Example]], *, streaming: bool = False
 ) -> dict[str, list[Example]]:
     """The rows of each corpus of a `Text`."""
-    joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("fit", [])}
+    joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("validation", [])}
     return joint | {f"V_{part}": part_examples for part, part_examples in held_out.items()}
 
 
@@ -192,10 +223,17 @@ def compose_text_task(
     proximal_strength: float,
 ) -> Task:
     """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
-    corpora, longest = tokenized_data.corpora, max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0)
-    compute_dtype = jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
+    corpora, longest = (
+        tokenized_data.corpora,
+        max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0),
+    )
+    compute_dtype = (
+        jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
+    )
     gather_params = partition.parameter_gatherer(mesh, sharding_rules)
-    decoder = lm.make_decoder(tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params)
+    decoder = lm.make_decoder(
+        tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params
+    )
     if config.data.streaming:
         sequences = 1 if config.objective.name == "sft" else 2
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
@@ -203,11 +241,20 @@ def compose_text_task(
             config.train.global_batch_size // config.train.gradient_accumulation_steps,
             max_example_length(config, tokenized_data.architecture) - 1,
         )
-        layout = batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size * sequences, num_positions, sequences)
+        layout = batches.BatchShape(
+            config.train.gradient_accumulation_steps,
+            micro_batch_size,
+            micro_batch_size * sequences,
+            num_positions,
+            sequences,
+        )
     else:
         corpus = corpora[JOINT_CORPUS]
         trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
-        orders = [batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed) for seed in seeds]
+        orders = [
+            batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed)
+            for seed in seeds
+        ]
         layout = batches.fit_batch_shape(
             corpus,
             orders,
@@ -227,7 +274,9 @@ def compose_text_task(
         notes=tokenized_data.notes,
         corpus=corpus,
         held_out_streams={
-            part: placing.cache_stream(mesh, batches.make_evaluation_stream(corpora[f"V_{part}"], layout.unpacked, local_rows=local_slots))
+            part: placing.cache_stream(
+                mesh, batches.make_evaluation_stream(corpora[f"V_{part}"], layout.unpacked, local_rows=local_slots)
+            )
             for part in tokenized_data.held_out_examples
         },
         architecture=tokenized_data.architecture,
@@ -238,7 +287,7 @@ def compose_text_task(
         problem=problem,
         objective=run_objective,
         optimizer=run_optimizer,
-        train_step=transition(problem, run_optimizer),
+        train_step=train_step(problem, run_optimizer),
         num_steps=num_steps,
         batch_size=layout.num_micro_batches * layout.examples,
         mesh=mesh,
@@ -248,7 +297,11 @@ def compose_text_task(
 
 
 def make_abstract_params(
-    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, sharding_rules: partition.ShardingRules
+    model: ModelSection,
+    lora: LoraSection,
+    architecture: lm.DecoderConfig,
+    mesh: Mesh,
+    sharding_rules: partition.ShardingRules,
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
     dtype = jnp.dtype(model.param_dtype)
@@ -260,7 +313,9 @@ def make_abstract_params(
         start = partition.make_sharded_shapes(mesh, sharding_rules, model_shapes(dtype))
         return None, lambda seed: start
     base_params = partition.make_sharded_shapes(mesh, sharding_rules, model_shapes(_base_dtype(model, lora)))
-    adapters = partition.make_sharded_shapes(mesh, sharding_rules, jax.eval_shape(lambda: _init_adapters(model, lora, architecture, 0)))
+    adapters = partition.make_sharded_shapes(
+        mesh, sharding_rules, jax.eval_shape(lambda: _init_adapters(model, lora, architecture, 0))
+    )
     return base_params, lambda seed: adapters
 
 
@@ -270,7 +325,7 @@ def tokenize_examples(
     tokenizer: Any,
     architecture: lm.DecoderConfig,
 ) -> tuple[Corpus, tokens.TokenizationReport]:
-    """The tokens of some rows, as every verb makes them."""
+    """The tokens of some rows, as every command makes them."""
     return tokens.tokenize(
         examples,
         tokenizer,
@@ -287,34 +342,55 @@ def max_example_length(config: SelectConfig | TrainConfig | InspectConfig, archi
 
 
 def _attach_reference_margins(
-    config: SelectConfig | TrainConfig, folder: Path, tokenized_data: TokenizedData, decoder: lm.Decoder, params: Params, mesh: Mesh
+    config: SelectConfig | TrainConfig,
+    folder: Path,
+    tokenized_data: TokenizedData,
+    decoder: lm.Decoder,
+    params: Params,
+    mesh: Mesh,
 ) -> dict[str, Corpus]:
     """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
-    corpora, examples = tokenized_data.corpora, group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=config.data.streaming)
-    model_fingerprint = reference.fingerprint_model_files(config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}")
-    stored_path = config.objective.reference or (folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else "")
+    corpora, examples = (
+        tokenized_data.corpora,
+        group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=config.data.streaming),
+    )
+    model_fingerprint = reference.fingerprint_model_files(
+        config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}"
+    )
+    stored_path = config.objective.reference or (
+        folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else ""
+    )
     log_likelihoods = losses.sequence_log_likelihoods(decoder)
 
-    def pair_log_probs(params: Params, frozen: Fixed, batch: Batch) -> jax.Array:
+    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
         return log_likelihoods(params, batch).reshape(-1, 2)
 
     log_probs: dict[str, np.ndarray] = {}
     tables = []
     for name, corpus in corpora.items():
-        if name == "V_fit":  # its rows were read behind the training rows
+        if name == "validation":  # its rows were read behind the training examples
             log_probs[name] = log_probs[JOINT_CORPUS][-corpus.num_examples :]
             continue
         if stored_path:
             log_probs[name] = reference.read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
         else:
             flat = batches.BatchShape(
-                1, config.train.global_batch_size, 2 * config.train.global_batch_size, batches.padded_max_length(corpus), 2
+                1,
+                config.train.global_batch_size,
+                2 * config.train.global_batch_size,
+                batches.padded_max_length(corpus),
+                2,
             )
-            stream = placing.place_stream(mesh, batches.make_evaluation_stream(corpus, placing.align_layout(mesh, flat)))
+            stream = placing.place_stream(
+                mesh, batches.make_evaluation_stream(corpus, placing.align_layout(mesh, flat))
+            )
             log_probs[name] = evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
         tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
     files.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
-    return {name: corpus.with_reference_margins(reference.reference_margins(log_probs[name])) for name, corpus in corpora.items()}
+    return {
+        name: corpus.with_reference_margins(reference.reference_margins(log_probs[name]))
+        for name, corpus in corpora.items()
+    }
 
 
 def _proximal_term(strength: float) -> Callable | None:
@@ -322,9 +398,9 @@ def _proximal_term(strength: float) -> Callable | None:
 
 
 def evaluate_per_example(
-    function: Callable[[Params, Fixed, Batch], Float[jax.Array, "examples *rest"]],
+    function: Callable[[Params, Frozen, Batch], Float[jax.Array, "examples *rest"]],
     params: Params,
-    frozen: Fixed,
+    frozen: Frozen,
     stream: Stream,
     num_examples: int,
 ) -> Float[np.ndarray, "rows *rest"]:
@@ -348,7 +424,11 @@ def _map_micro_batches(function: Callable) -> Callable:
 
 
 def _load_params(
-    model: ModelSection, lora: LoraSection, architecture: lm.DecoderConfig, mesh: Mesh, sharding_rules: partition.ShardingRules
+    model: ModelSection,
+    lora: LoraSection,
+    architecture: lm.DecoderConfig,
+    mesh: Mesh,
+    sharding_rules: partition.ShardingRules,
 ) -> tuple[Params | None, Callable[[int], Params]]:
     """(frozen base or None, seed -> trained parameters at the start), on the mesh."""
 

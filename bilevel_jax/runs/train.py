@@ -1,4 +1,4 @@
-"""The verb `train`: fine-tuning with one weight per training row; first-order, resumable, exported."""
+"""The command `train`: fine-tuning with one weight per training example; first-order, resumable, exported."""
 
 import json
 import math
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax.core.transition import begin, descent
-from bilevel_jax.core.types import Batch, Hyper, Inner, Params, Problem, Stream
-from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.transition import forward_only_step, init_train_state
+from bilevel_jax.core.types import Batch, Hyper, Params, Problem, Stream, TrainState
+from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm import batches
 from bilevel_jax.runs import checkpoint, files, measured, outputs, processes, rows, scoring, train_report, weights
 from bilevel_jax.runs import config as configs
@@ -49,9 +49,9 @@ class TrainingInput(NamedTuple):
 class TrainCheckpoint(NamedTuple):
     """What a checkpoint keeps."""
 
-    state: Inner
+    state: TrainState
     best_params: Params
-    """The parameters of the least L_v on V_select so far; () where the last ones are kept."""
+    """The parameters of the least dev loss so far; () where the last ones are kept."""
 
 
 class TrainingResult(NamedTuple):
@@ -59,7 +59,7 @@ class TrainingResult(NamedTuple):
 
     params: Params
     final_metrics: dict[str, Any]
-    """What the kept parameters do on the trusted rows."""
+    """What the kept parameters do on the validation examples."""
     evaluations: list[dict[str, Any]]
     tokens: int
     seconds: float
@@ -73,7 +73,7 @@ class TrainingResult(NamedTuple):
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Run the verb in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.folder` and return what result.json holds.
 
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
@@ -82,17 +82,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         resolved = resolve_builtin(config, folder)
         dataset = rows.load_splits(resolved.data)
         if config.weights.score:
-            scoring.check_score_name(config.weights.score, holdout=bool(dataset.held_out["fit"]))
+            scoring.check_score_name(config.weights.score, holdout=bool(dataset.held_out["validation"]))
         loaded_weights = (
-            weights.load_weights(resolved.weights, dataset.train) if dataset.train else weights.describe_unread_weights(resolved.weights)
+            weights.load_weights(resolved.weights, dataset.train)
+            if dataset.train
+            else weights.describe_unread_weights(resolved.weights)
         )
         kept_examples = [
             example for example, is_kept in zip(dataset.train, loaded_weights.keep_mask, strict=True) if is_kept
         ]
         steps = count_train_steps(config, len(kept_examples))
-        task = prepare_text_task(resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed])
-        if config.train.load_best and "select" not in task.held_out_streams:
-            raise ValueError("train.load_best chooses by V_select, which has no rows: give data.validation or .select.")
+        task = prepare_text_task(
+            resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed]
+        )
+        if config.train.load_best and "dev" not in task.held_out_streams:
+            raise ValueError("train.load_best chooses by dev, which has no rows: give data.validation or .select.")
         with start_session(config, folder) as session:
             measured.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]
@@ -171,12 +175,14 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
     optimizer = task.optimizer
     if config.train.max_nonfinite_steps:  # the step then leaves the parameters and the optimiser's state as they are
         optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=config.train.max_nonfinite_steps)
-    step = descent(training_input.problem, optimizer)
-    rates = np.asarray(jax.vmap(learning_rate_schedule(config.optimizer, task.num_steps))(jnp.arange(task.num_steps)), float)
+    step = forward_only_step(training_input.problem, optimizer)
+    rates = np.asarray(
+        jax.vmap(learning_rate_schedule(config.optimizer, task.num_steps))(jnp.arange(task.num_steps)), float
+    )
     evaluator = _make_evaluator(task)
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     params = jax.tree.map(jnp.copy, task.init_params(config.train.seed))
-    start = placing.replicate_unplaced(task.mesh, begin(optimizer, params))
+    start = placing.replicate_unplaced(task.mesh, init_train_state(optimizer, params))
     progress = TrainCheckpoint(start, jax.tree.map(jnp.copy, params) if load_best else ())
     frozen = task.frozen(params)
     records: list[dict[str, Any]] = []
@@ -200,14 +206,14 @@ def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput
 
     def explain(broken: int) -> str:
         saved = checkpoint.restore_checkpoint(folder, progress)
-        began = saved.tree.state if saved else begin(optimizer, task.init_params(config.train.seed))
+        began = saved.tree.state if saved else init_train_state(optimizer, task.init_params(config.train.seed))
         return find_first_nonfinite(
             training_input.problem, optimizer, task.objective.losses, began, broken, frozen, training_input.batch_at,
             (lambda slot: f"row {slot + 1} of the batch") if config.data.streaming else lambda row: describe_example(task, row),
         )  # fmt: skip
 
     def count_skipped() -> int:
-        return int(state.opt.total_notfinite) if config.train.max_nonfinite_steps else 0
+        return int(state.opt_state.total_notfinite) if config.train.max_nonfinite_steps else 0
 
     if not records and task.held_out_streams:
         evaluate(0)
@@ -296,7 +302,7 @@ class _TokenRate:
 
 def _make_evaluator(task: Task):
     """(params, fixed, full) -> L_v of each part, and with `full` the accuracies."""
-    value = outer_value(task.problem)
+    value = validation_loss_fn(task.problem)
 
     def evaluate(params: Params, frozen: Any, *, full: bool) -> dict[str, Any]:
         losses = {part: float(value(params, frozen, stream)) for part, stream in task.held_out_streams.items()}
@@ -304,7 +310,11 @@ def _make_evaluator(task: Task):
         if full:
             accuracy = {
                 part: float(
-                    np.nanmean(evaluate_per_example(task.objective.accuracy, params, frozen, stream, len(task.held_out_examples[part])))
+                    np.nanmean(
+                        evaluate_per_example(
+                            task.objective.accuracy, params, frozen, stream, len(task.held_out_examples[part])
+                        )
+                    )
                 )
                 for part, stream in task.held_out_streams.items()
             }
@@ -331,15 +341,20 @@ def _write_outputs(
         folder / "model", task, training_result.params, base_path=config.model.name_or_path, parts=config.output.model
     )
     records = training_result.evaluations
-    best = min(records, key=lambda record: record["loss"]["select"]) if config.train.load_best else None
+    best = min(records, key=lambda record: record["loss"]["dev"]) if config.train.load_best else None
     ends = {"before": records[0], "after": training_result.final_metrics} if records else {}
     result = {
         "steps": task.num_steps,
-        "epochs": task.num_steps * task.batch_size / task.num_examples  # streamed: no step is cut short at the end of an epoch
+        "epochs": task.num_steps
+        * task.batch_size
+        / task.num_examples  # streamed: no step is cut short at the end of an epoch
         if config.data.streaming
         else task.num_steps / batches.steps_per_epoch(len(task.trainable_indices()), task.batch_size),
         "batch": config.train.global_batch_size,
-        "rows": {"train": task.num_examples, **{part: len(examples) for part, examples in task.held_out_examples.items()}},
+        "rows": {
+            "train": task.num_examples,
+            **{part: len(examples) for part, examples in task.held_out_examples.items()},
+        },
         "objective": config.objective.name,
         "unit": task.objective.loss_unit,
         "right": task.objective.accuracy_name,
@@ -350,7 +365,7 @@ def _write_outputs(
             }
             for part in task.held_out_streams
         },
-        "best": {"step": best["step"], "part": "select"} if best else None,
+        "best": {"step": best["step"], "part": "dev"} if best else None,
         "kept": "best" if config.train.load_best else "last",
         "tokens": training_result.tokens,
         "seconds": training_result.seconds,
@@ -385,16 +400,16 @@ def summarize_training(result: dict[str, Any]) -> str:
     """One sentence: what the validation loss did."""
     parts = result["parts"]
     steps_text = f"{result['steps']:,} steps on {result['rows']['train']:,} rows"
-    part = next((name for name in ("report", "select", "fit") if name in parts), None)
+    part = next((name for name in ("test", "dev", "validation") if name in parts), None)
     if part is None:
-        return f"{steps_text}; no validation rows were given, so nothing says whether the model became better."
+        return f"{steps_text}; no validation examples were given, so nothing says whether the model became better."
     before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
     direction = "fell" if after < before else "ROSE"
     return f"{steps_text}; L_v on V_{part} {direction} from {before:.4f} to {after:.4f} {result['unit']}."
 
 
 def _is_best(records: list[dict[str, Any]], record: dict[str, Any]) -> bool:
-    return all(record["loss"]["select"] < other["loss"]["select"] for other in records)
+    return all(record["loss"]["dev"] < other["loss"]["dev"] for other in records)
 
 
 def _describe_weights(example_weights: np.ndarray) -> str:

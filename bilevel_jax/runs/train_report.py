@@ -57,7 +57,7 @@ OBJECTIVE_DESCRIPTIONS = {
 
 
 class LossChange(NamedTuple):
-    """What one part of the trusted rows says of the model that is written."""
+    """What one part of the validation examples says of the model that is written."""
 
     part: str
     loss_before: float
@@ -75,7 +75,7 @@ class LossChange(NamedTuple):
 def write_train_report(folder: Path, examples: Sequence[Example]) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path.
 
-    One file that loads nothing else. `examples` are the training rows, for their text; they are joined by id. All
+    One file that loads nothing else. `examples` are the training examples, for their text; they are joined by id. All
     text from data, config and environment is escaped: training data is hostile.
     """
     path = folder / "report.html"
@@ -95,7 +95,7 @@ def render_train_report(run: RunResults, log: TrainingLog, score_history: ScoreH
         f". Losses are in {run.unit}, lower is better; {run.result['right']} is a {run.accuracy_unit}.",
     )
     sections = [
-        ("validation", "What the trusted rows say", render_validation(run)),
+        ("validation", "What the validation examples say", render_validation(run)),
         *([("scores", "The scores", render_scores(run, score_history))] if score_history else []),
         ("weights", "The weights", render_weight_distribution(run)),
         ("examples", "The examples at both ends", _render_extremes(run)),
@@ -125,12 +125,12 @@ class ValidationVerdict(NamedTuple):
 
 
 def judge_validation(run: RunResults) -> ValidationVerdict:
-    """Did the loss on the most independent trusted rows fall?"""
+    """Did the loss on the most independent validation examples fall?"""
     loss_changes = compute_loss_changes(run)
     if not loss_changes:
-        words = "There were no validation rows, so nothing here says whether the model became better."
+        words = "There were no validation examples, so nothing here says whether the model became better."
         return ValidationVerdict(
-            "fair", "?", "Not validated", words, "Give trusted rows (data.validation) to see whether it did."
+            "fair", "?", "Not validated", words, "Give validation examples (data.validation) to see whether it did."
         )
     change = loss_changes[-1]
     where, count = PART_LABELS[change.part], run.result["rows"].get(change.part, 0)
@@ -160,14 +160,10 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
             advice,
         )
     fair = {
-        "report": "V_report had no part in training. It is one training with one seed: a small change may be chance.",
-        "select": "There is no V_report. "
-        + (
-            "V_select chose the step that was kept, which flatters it."
-            if written_step(run)
-            else "V_select had no part here."
-        ),
-        "fit": "There is only V_fit. Weights that were learned with these rows make its loss fall by design: rows that "
+        "test": "test had no part in training. It is one training with one seed: a small change may be chance.",
+        "dev": "There is no test. "
+        + ("dev chose the step that was kept, which flatters it." if written_step(run) else "dev had no part here."),
+        "validation": "There is only validation. Weights that were learned with these rows make its loss fall by design: rows that "
         "nothing has seen (data.test) would tell more.",
     }
     return ValidationVerdict("good", "✓", "Validation loss fell", f"{words}.", fair[change.part])
@@ -273,7 +269,7 @@ def _describe_weights(run: RunResults) -> Html:
 def _describe_kept_params(run: RunResults) -> str:
     """Which parameters were written, and whether others were better."""
     if best := written_step(run):
-        return f"the parameters of step {best:,} of {run.result['steps']:,}, where V_select was lowest."
+        return f"the parameters of step {best:,} of {run.result['steps']:,}, where dev was lowest."
     words = "the parameters of the last step."
     loss_changes, records = compute_loss_changes(run), run.result["records"]
     if not loss_changes or len(records) < 2:
@@ -287,7 +283,7 @@ def _describe_kept_params(run: RunResults) -> str:
         words += (
             f" {PART_LABELS[part]} was lowest at step {records[least]['step']:,}: {format_number(losses[least])} against "
             f"{format_number(losses[-1])} {run.unit} at the end. Past that point training fitted its rows rather than the "
-            "trusted ones; train.load_best: true writes the step that is best on V_select."
+            "trusted ones; train.load_best: true writes the step that is best on dev."
         )
     return words
 
@@ -296,18 +292,18 @@ def _describe_kept_params(run: RunResults) -> str:
 
 
 def render_validation(run: RunResults) -> Html:
-    """Losses and accuracies of the trusted rows before and after training, and each reading."""
+    """Losses and accuracies of the validation examples before and after training, and each reading."""
     loss_changes, records, best = compute_loss_changes(run), run.result["records"], written_step(run)
     if not loss_changes:
-        return html_note("No validation rows were given (data.validation), so no loss was read on any.", "warning")
+        return html_note("No validation examples were given (data.validation), so no loss was read on any.", "warning")
     written = run.result["steps"] if best is None else best
     after = f"after step {written:,}"
     uses = {
-        "fit": "the holdout of the score"
+        "validation": "the holdout of the score"
         if run.config["weights"]["score"]
         else "read only here; select learns weights from it",
-        "select": "chooses the step" if best is not None else "may choose a step (train.load_best: true)",
-        "report": "kept apart, read only",
+        "dev": "chooses the step" if best is not None else "may choose a step (train.load_best: true)",
+        "test": "kept apart, read only",
     }
     parts = [item.part for item in loss_changes]
     right = run.result["right"]
@@ -426,9 +422,9 @@ def render_provenance(run: RunResults) -> Html:
     seconds = float_or_nan(result["seconds"])
     costs: list[tuple[str, Any, str]] = [
         ("steps", result["steps"], f"updates of the parameters, each from {format_count('row', result['batch'])}"),
-        ("epochs", _integer_if_whole(result["epochs"]), "passes over the training rows"),
+        ("epochs", _integer_if_whole(result["epochs"]), "passes over the training examples"),
         ("tokens", result["tokens"], "supervised tokens that were trained on, repeats counted"),
-        ("time", seconds, f"seconds of training{_format_duration(seconds)}, without reading the validation rows"),
+        ("time", seconds, f"seconds of training{_format_duration(seconds)}, without reading the validation examples"),
         ("speed", float_or_nan(result["tokens_per_second"]), "supervised tokens per second, after the compilation"),
     ]
     resumed = result["resumed"]
@@ -458,7 +454,7 @@ def render_provenance(run: RunResults) -> Html:
 
 
 def compute_loss_changes(run: RunResults) -> list[LossChange]:
-    """What each part of the trusted rows says of the written model, the most independent part last."""
+    """What each part of the validation examples says of the written model, the most independent part last."""
     best, records = written_step(run), run.result["records"]
     loss_changes = []
     for part in PART_LABELS:

@@ -11,9 +11,19 @@ import numpy as np
 
 from bilevel_jax.core import curvature, linsolve, schedule, tree
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.transition import begin, train
-from bilevel_jax.core.types import Adjoint, Estimate, Estimator, Info, Inner, Params, Run, Stream, Sweep
-from bilevel_jax.core.unrolled import Sweeper, sweeper
+from bilevel_jax.core.transition import init_train_state, train
+from bilevel_jax.core.types import (
+    Adjoint,
+    BackwardState,
+    Estimate,
+    Estimator,
+    Params,
+    StepMetrics,
+    Stream,
+    TrainState,
+    Trajectory,
+)
+from bilevel_jax.core.unrolled import BackwardPass, backward_pass
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs import checkpoint, processes, states
 from bilevel_jax.runs import mesh as placing
@@ -36,16 +46,16 @@ FINITE_CHECK_INTERVAL = 32
 class MidStepCheckpoint(NamedTuple):
     """What is saved in the middle of an outer step; its `meta` has the steps of the snapshots."""
 
-    state: Inner
-    snapshots: list[Inner]
-    backward_state: Sweep
+    state: TrainState
+    snapshots: list[TrainState]
+    backward_state: BackwardState
 
 
 class RestoredMidStep(NamedTuple):
     """A `Midway` that was found."""
 
     checkpoint: MidStepCheckpoint
-    snapshots: dict[int, Inner]
+    snapshots: dict[int, TrainState]
 
 
 class Trainer:
@@ -61,41 +71,43 @@ class Trainer:
                 "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
             )
         window = outer.window if outer.method == "window" else None
-        self._backward_pass: Sweeper | None = None
+        self._backward_pass: BackwardPass | None = None
         if outer.method in ("unrolled", "window"):
             on_step = lambda step: session.advance(REPLAY_WORK + HVP_WORK)  # noqa: E731
             on_replay = lambda step: self._pause()  # noqa: E731
-            self._backward_pass = sweeper(task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay)
+            self._backward_pass = backward_pass(
+                task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay
+            )
         self._pause: Callable[[], None] = lambda: None
         """Saves the sweep at hand, if it is time to."""
 
-    def init_state(self, params: Params) -> Inner:
+    def init_state(self, params: Params) -> TrainState:
         """The state before the first step."""
-        return placing.replicate_unplaced(self.task.mesh, begin(self.task.optimizer, params))
+        return placing.replicate_unplaced(self.task.mesh, init_train_state(self.task.optimizer, params))
 
     def run(
         self,
         weights: jax.Array,
-        start: Inner,
+        start: TrainState,
         stream: Stream,
         *,
         for_backward: bool = False,
         outer_step: int | None = None,
-    ) -> Run:
+    ) -> Trajectory:
         """Train once, and with `swept` keep what `estimate` sweeps back through.
 
         With `save_as` (the outer step) it is saved when due, and goes on from where it was saved.
         """
         task, session = self.task, self.session
         restored = None if outer_step is None else self._load_mid_step(outer_step, start, weights)
-        plan = schedule.NOTHING
-        snapshots: MutableMapping[int, Inner] = {}
+        plan = schedule.NO_CHECKPOINTS
+        snapshots: MutableMapping[int, TrainState] = {}
         if for_backward:
 
             def linearization_size() -> float:
                 batch = stream.batch(0)
                 return states.linearization_bytes(
-                    task.train_step, start, task.train_step.take(weights, batch), task.frozen(start.params), batch
+                    task.train_step, start, task.train_step.gather(weights, batch), task.frozen(start.params), batch
                 )
 
             plan = states.plan_checkpoints(
@@ -118,7 +130,7 @@ class Trainer:
                 task.frozen(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
             )  # fmt: skip
 
-        def on_step(state: Inner, info: Info) -> None:
+        def on_step(state: TrainState, info: StepMetrics) -> None:
             nonlocal steps_done
             losses[steps_done] = info.loss
             steps_done += 1
@@ -133,29 +145,39 @@ class Trainer:
                 session.mark_saved()
 
         run = train(
-            task.train_step, start, weights, task.frozen(start.params), stream, keep=plan, since=self._first_backward_step, snapshots=snapshots,
+            task.train_step, start, weights, task.frozen(start.params), stream, plan=plan, first_backward_step=self._first_backward_step, snapshots=snapshots,
             resume=None if restored is None else restored.checkpoint.state, on_step=on_step,
         )  # fmt: skip
         check_finite(task, losses, explain, run.end.params)
         return run
 
     def validation_loss(
-        self, weights: jax.Array, start: Inner, stream: Stream, validation: Stream, loss_fn: Any
+        self, weights: jax.Array, start: TrainState, stream: Stream, validation: Stream, loss_fn: Any
     ) -> float:
         """Train, keep nothing, and return L_v: what certificates ask for again and again."""
         session, task = self.session, self.task
 
-        def on_step(state: Inner, info: Info) -> None:
+        def on_step(state: TrainState, info: StepMetrics) -> None:
             session.advance()
             session.check_signals()
 
-        run = train(task.train_step, start, weights, task.frozen(start.params), stream, keep=schedule.NOTHING, on_step=on_step)
+        run = train(
+            task.train_step,
+            start,
+            weights,
+            task.frozen(start.params),
+            stream,
+            plan=schedule.NO_CHECKPOINTS,
+            on_step=on_step,
+        )
         return float(loss_fn(run.end.params, task.frozen(start.params), validation))
 
-    def estimate(self, run: Run, weights: jax.Array, stream: Stream, *, outer_step: int | None = None) -> Estimate:
-        """The hypergradient of L_v on V_fit by the configured method."""
+    def estimate(
+        self, run: Trajectory, weights: jax.Array, stream: Stream, *, outer_step: int | None = None
+    ) -> Estimate:
+        """The hypergradient of validation loss by the configured method."""
         task, fixed = self.task, self.task.frozen(run.start.params)
-        validation = task.held_out_streams["fit"]
+        validation = task.held_out_streams["validation"]
         if self._backward_pass is None:
             return self.estimate_at_end(run, weights)
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
@@ -163,7 +185,7 @@ class Trainer:
             backward_state = restored.checkpoint.backward_state
             self.session.advance((REPLAY_WORK + HVP_WORK) * (run.steps - backward_state.step))
         else:
-            backward_state = self._backward_pass.begin(run, weights, fixed, validation)
+            backward_state = self._backward_pass.init(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.should_save():
@@ -172,7 +194,7 @@ class Trainer:
                 self.session.mark_saved()
 
         self._pause = pause
-        while not self._backward_pass.done(run, backward_state):
+        while not self._backward_pass.is_done(run, backward_state):
             backward_state = self._backward_pass.advance(run, weights, fixed, stream, backward_state)
             pause()
         self._pause = lambda: None  # the other holds this run's states
@@ -181,7 +203,7 @@ class Trainer:
 
     def estimate_at_end(
         self,
-        run: Run,
+        run: Trajectory,
         weights: jax.Array,
         *,
         alignment: bool = False,
@@ -190,12 +212,12 @@ class Trainer:
     ) -> Estimate:
         """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>.
 
-        `summed` (default: all rows, read anew in each pass) and `validation` (default: V_fit) take their places.
+        `summed` (default: all rows, read anew in each pass) and `validation` (default: validation) take their places.
         """
         task, outer = self.task, self.outer
         fixed = task.frozen(run.start.params)
         train_stream = train_stream or task.full_pass_stream(seed=0)
-        validation = validation or task.held_out_streams["fit"]
+        validation = validation or task.held_out_streams["validation"]
         if alignment or outer.method == "alignment":
             estimator = self._alignment
         else:
@@ -221,7 +243,7 @@ class Trainer:
         solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
         return implicit(self.task.problem, self._curvature_product(), solver, batches=batches)
 
-    def _curvature_product(self) -> curvature.Product:
+    def _curvature_product(self) -> curvature.CurvatureProduct:
         if self.outer.curvature == "hessian":
             return curvature.hessian(self.task.problem)
         return curvature.gauss_newton(self.task.problem, self.task.objective.composite_loss)
@@ -233,13 +255,19 @@ class Trainer:
         """The step at which sweeps end."""
         return self.task.num_steps - states.num_backward_steps(self.outer, self.task.num_steps)
 
-    def _empty_backward_state(self, start: Inner, weights: jax.Array) -> Sweep:
+    def _empty_backward_state(self, start: TrainState, weights: jax.Array) -> BackwardState:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
-        adjoint = Adjoint(start.params, tree.inexact(start.opt))
-        return placing.replicate_unplaced(self.task.mesh, Sweep(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True)))
+        adjoint = Adjoint(start.params, tree.inexact_leaves(start.opt_state))
+        return placing.replicate_unplaced(
+            self.task.mesh, BackwardState(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True))
+        )
 
     def _save_mid_step(
-        self, outer_step: int, state: Inner, snapshots: MutableMapping[int, Inner], backward_state: Sweep
+        self,
+        outer_step: int,
+        state: TrainState,
+        snapshots: MutableMapping[int, TrainState],
+        backward_state: BackwardState,
     ) -> None:
         """What is on disk already is not written again."""
         steps = [] if isinstance(snapshots, states.DiskStore) else sorted(snapshots)
@@ -248,7 +276,7 @@ class Trainer:
         midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
         checkpoint.save_checkpoint(self.folder, outer_step, midway, {"kept": steps}, max_to_keep=1)
 
-    def _load_mid_step(self, outer_step: int, start: Inner, weights: jax.Array) -> "RestoredMidStep | None":
+    def _load_mid_step(self, outer_step: int, start: TrainState, weights: jax.Array) -> "RestoredMidStep | None":
         meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
         if meta is None:
             return None
@@ -259,7 +287,7 @@ class Trainer:
         )
 
 
-def delete_stored_states(run: Run) -> None:
+def delete_stored_states(run: Trajectory) -> None:
     """Remove what a run has on disk for sweeps that will not come."""
     if isinstance(run.snapshots, states.DiskStore):
         run.snapshots.clear()
@@ -289,13 +317,13 @@ def check_finite(
     )
 
 
-_all_finite = jax.jit(tree.finite)
+_all_finite = jax.jit(tree.all_finite)
 
 
 def describe_example(task: Task | ArrayTask, index: int) -> str:
     """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
     fit = index - task.num_examples
-    example = task.examples[index] if fit < 0 else task.held_out_examples["fit"][fit]
+    example = task.examples[index] if fit < 0 else task.held_out_examples["validation"][fit]
     where = getattr(example, "where", "")
     identity = getattr(example, "id", str(index))
     return f"{identity} ({where})" if where else identity
@@ -303,7 +331,7 @@ def describe_example(task: Task | ArrayTask, index: int) -> str:
 
 SOLVERS = {
     "cg": lambda outer: linsolve.cg(tolerance=outer.tolerance, max_steps=outer.max_iterations),
-    "neumann": lambda outer: linsolve.neumann(rate=outer.neumann_rate, terms=outer.max_iterations),
+    "neumann": lambda outer: linsolve.neumann(step_size=outer.neumann_rate, terms=outer.max_iterations),
     "dense": lambda outer: linsolve.dense(),
     "identity": lambda outer: linsolve.identity(),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.core.unrolled import outer_value
+from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm import data
 from bilevel_jax.lm.losses import assemble_params
 from bilevel_jax.lm.prompts import make_prompts
@@ -39,7 +39,9 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
         name: task.trainable_indices()[np.isin(task.trainable_indices(), np.arange(at * count, (at + 1) * count))]
         for at, name in enumerate(strategy_responses.strategies)
     }
-    session.set_phase("training", total=session.work_done + len(indices_by_strategy) * config.rank.train_seeds * task.num_steps)
+    session.set_phase(
+        "training", total=session.work_done + len(indices_by_strategy) * config.rank.train_seeds * task.num_steps
+    )
     started = time.monotonic()
     train_and_score = partial(_run_trial, config, task, trainer, session)
     before = session.run_once("trials/before", partial(train_and_score, None, 0))
@@ -50,7 +52,9 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
         runs = [session.run_once(f"trials/{name}/{seed}", partial(train_and_score, indices, seed)) for seed in seeds]
         means = {key: mean_interval([one[key] for one in runs]) for key in runs[0]}
         lines.append({"name": name, "rows": len(indices), "runs": runs, "mean": means})
-        session.print_line(f"{name:<28}L_v {means['loss'][0]:.4f} ± {means['loss'][1]:.4f} after {task.num_steps} steps")
+        session.print_line(
+            f"{name:<28}L_v {means['loss'][0]:.4f} ± {means['loss'][1]:.4f} after {task.num_steps} steps"
+        )
     return {
         "before": before,
         "strategies": lines,
@@ -58,7 +62,7 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
         "unit": task.objective.loss_unit,
         "steps": task.num_steps,
         "batch": task.batch_size,
-        "validation": len(task.held_out_examples["fit"]),
+        "validation": len(task.held_out_examples["validation"]),
         "seconds": time.monotonic() - started,
     }
 
@@ -89,7 +93,7 @@ def _prepare_trial_task(
         model=config.model, data=replace(config.data, packing=False), optimizer=config.optimizer, train=config.train,
         outer=OuterSection(method="alignment"), output=config.output, mesh=config.mesh, lora=config.lora,
     )  # fmt: skip
-    trusted = {"fit": validation, "select": [], "report": []}
+    trusted = {"validation": validation, "dev": [], "test": []}
     dataset = rows.DataSplits(examples, trusted, [])
     return prepare_text_task(
         select_config, dataset, session.folder, num_steps=config.train.max_steps, seeds=[config.data.seed]
@@ -105,12 +109,18 @@ def _run_trial(
     if indices is not None:
         stream = task.training_stream(config.data.seed + seed, indices, packed=False)
         params = trainer.run(jnp.ones(task.corpus.num_examples), start, stream).end.params
-    scores = {"loss": float(outer_value(task.problem)(params, task.frozen(start.params), task.held_out_streams["fit"]))}
+    scores = {
+        "loss": float(
+            validation_loss_fn(task.problem)(params, task.frozen(start.params), task.held_out_streams["validation"])
+        )
+    }
     if config.verifier.name:
-        validation = task.held_out_examples["fit"]
+        validation = task.held_out_examples["validation"]
         judge = make_verifier(config.verifier, validation)
         greedy = replace(config.generate, temperature=0.0)
-        generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(assemble_params(params, task.base_params))
+        generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(
+            assemble_params(params, task.base_params)
+        )
         validation_prompts = make_prompts(validation, task.tokenizer, template=config.data.template or DEFAULT_TEMPLATE)
         responses = [draws[0].text for draws in generate(validation_prompts, [0])]
         scores["accuracy"] = float(

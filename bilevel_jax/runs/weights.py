@@ -17,8 +17,8 @@ from bilevel_jax.runs.sections import WeightsSection
 class LoadedWeights(NamedTuple):
     """One weight for each row, and where it comes from."""
 
-    weights: Float[np.ndarray, "rows"]
-    keep_mask: Bool[np.ndarray, "rows"]
+    weights: Float[np.ndarray, "examples"]
+    keep_mask: Bool[np.ndarray, "examples"]
     """False for rows without a weight under missing = drop."""
     num_missing: int
     """Rows whose id the file lacks."""
@@ -34,26 +34,28 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
     """
     num_examples = len(examples)
     if not config.file:
-        return LoadedWeights(np.full(num_examples, config.constant), np.ones(num_examples, bool), 0, f"{config.constant:g} for every row")
+        return LoadedWeights(
+            np.full(num_examples, config.constant), np.ones(num_examples, bool), 0, f"{config.constant:g} for every row"
+        )
     values = read_id_column(config.file, config.column)
     scores = np.array([values.get(example.id, np.nan) for example in examples])
     is_missing = np.array([example.id not in values for example in examples])
     if is_missing.all():
         raise ValueError(
-            f"{config.file}: none of its {len(values):,} ids is that of a training row, such as {examples[0].id} "
+            f"{config.file}: none of its {len(values):,} ids is that of a training example, such as {examples[0].id} "
             f"({examples[0].where}). An id is a hash of the row's text: give the data that the weights were made for."
         )
     if is_missing.any() and config.missing == "error":
         first = examples[int(is_missing.argmax())]
         raise ValueError(
-            f"{config.file}: no weight for {int(is_missing.sum()):,} of {num_examples:,} training rows, the first {first.id} at "
+            f"{config.file}: no weight for {int(is_missing.sum()):,} of {num_examples:,} training examples, the first {first.id} at "
             f"{first.where}. Set weights.missing to one, zero or drop."
         )
     nonfinite = ~is_missing & ~np.isfinite(scores)
     if nonfinite.any():
         first = examples[int(nonfinite.argmax())]
         raise ValueError(
-            f"{config.file}: {config.column} is {scores[int(nonfinite.argmax())]} for {int(nonfinite.sum()):,} training rows, the "
+            f"{config.file}: {config.column} is {scores[int(nonfinite.argmax())]} for {int(nonfinite.sum()):,} training examples, the "
             f"first {first.id} at {first.where}. Choose another weights.column, or remove those rows."
         )
     weights = np.where(is_missing, 0.0, 1.0)
@@ -72,7 +74,9 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
         weights = weights / weights[keep_mask].mean()
     transform_note = "" if config.transform == "none" else f", {TRANSFORM_MEANINGS[config.transform]}"
     mean_note = ", divided by their mean" if config.mean_one else ""
-    return LoadedWeights(weights, keep_mask, int(is_missing.sum()), f"{config.column} of {config.file}{transform_note}{mean_note}")
+    return LoadedWeights(
+        weights, keep_mask, int(is_missing.sum()), f"{config.column} of {config.file}{transform_note}{mean_note}"
+    )
 
 
 def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
@@ -170,7 +174,9 @@ def _read_column(path: str, name: str) -> tuple[list[str], list[float]]:
         return ids, [float("nan") if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         not_a_number = next(value for value in values if not isinstance(value, int | float | None))
-        raise ValueError(f"{path}: {name} holds {not_a_number!r}; numbers are wanted. Choose another weights.column.") from None
+        raise ValueError(
+            f"{path}: {name} holds {not_a_number!r}; numbers are wanted. Choose another weights.column."
+        ) from None
 
 
 def _read_json_objects(path: str, kind: str) -> list[dict[str, Any]]:

@@ -6,20 +6,22 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data import hash_normalized_text
-from bilevel_jax.scores.embedding import Embedding, blocks, clusters, cosines, tfidf
-from bilevel_jax.scores.random import number
-from bilevel_jax.scores.requests import Rows
+from bilevel_jax.scores.embedding import Embedding, cosine_similarities, iterate_blocks, spherical_kmeans, tfidf
+from bilevel_jax.scores.random import hash_to_int
+from bilevel_jax.scores.requests import TokenizedExamples
 
-Choice = Callable[[Rows, Rows, int], Int[np.ndarray, "rows k"]]
+DemonstrationSelector = Callable[[TokenizedExamples, TokenizedExamples, int], Int[np.ndarray, "rows k"]]
 """(rows, holdout, k) -> the holdout rows to show before each row, the best first; -1 where there are no more."""
-Priority = Callable[[slice], Float[np.ndarray, "#block holdout"]]
+HoldoutPriority = Callable[[slice], Float[np.ndarray, "#block holdout"]]
 """A block of rows -> how much each holdout row is wanted; larger is better."""
 
-ALIKE = 0.95
+MAX_SIMILARITY = 0.95
 """Cosine of TF-IDF vectors from which two questions are near-duplicates."""
 
 
-def choice(name: str, *, embedding: Embedding = tfidf, alike: float = ALIKE, seed: int = 0) -> Choice:
+def demonstration_selector(
+    name: str, *, embedding: Embedding = tfidf, max_similarity: float = MAX_SIMILARITY, seed: int = 0
+) -> DemonstrationSelector:
     """How demonstrations are chosen, by name.
 
     knn          the nearest to the row by the cosine of their questions; each row has a prompt of its own
@@ -31,29 +33,29 @@ def choice(name: str, *, embedding: Embedding = tfidf, alike: float = ALIKE, see
     it, since it would give the answer away; the next best one is, and only that row's demonstrations change. Draws and
     clusters depend on ids and the seed, not on the order of the rows. Ties go to the earlier holdout row.
     """
-    kind, colon, number_of = name.partition(":")
-    clustered = number_of.isdigit() and int(number_of) > 0
-    if kind not in KINDS or clustered != (kind == "clustered") or bool(colon) != clustered:
+    kind, colon, cluster_count = name.partition(":")
+    has_cluster_count = cluster_count.isdigit() and int(cluster_count) > 0
+    if kind not in PRIORITIES or has_cluster_count != (kind == "clustered") or bool(colon) != has_cluster_count:
         raise ValueError(
             f"demonstrations are {name!r}; they are 'knn', 'clustered:K' with K > 0 clusters, 'fixed' or 'random'."
         )
 
-    def choose(rows: Rows, holdout: Rows, k: int) -> Int[np.ndarray, "rows k"]:
-        check(holdout, k)
-        priority = KINDS[kind](rows, holdout, embedding, seed, int(number_of or 0))
-        chosen = np.full((len(rows.examples), k), -1)
-        for block, banned in alike_to(rows, holdout, alike):
-            worth = np.where(banned, -np.inf, priority(block))
-            best = np.argsort(-worth, axis=1, kind="stable")[:, :k]
-            chosen[block] = np.where(np.isneginf(np.take_along_axis(worth, best, axis=1)), -1, best)
+    def choose(candidates: TokenizedExamples, holdout: TokenizedExamples, k: int) -> Int[np.ndarray, "rows k"]:
+        check_holdout_size(holdout, k)
+        priority = PRIORITIES[kind](candidates, holdout, embedding, seed, int(cluster_count or 0))
+        chosen = np.full((len(candidates.examples), k), -1)
+        for block, banned in iterate_near_duplicates(candidates, holdout, max_similarity):
+            block_priority = np.where(banned, -np.inf, priority(block))
+            best = np.argsort(-block_priority, axis=1, kind="stable")[:, :k]
+            chosen[block] = np.where(np.isneginf(np.take_along_axis(block_priority, best, axis=1)), -1, best)
         return chosen
 
     return choose
 
 
-def check(holdout: Rows, k: int) -> None:
+def check_holdout_size(holdout: TokenizedExamples, k: int) -> None:
     """Raises ValueError unless k rows of the holdout can be shown."""
-    usable = int(holdout.kept.sum())
+    usable = int(holdout.is_kept.sum())
     if k < 1:
         raise ValueError(f"k is {k}; at least one demonstration is wanted.")
     if usable < k:
@@ -62,47 +64,62 @@ def check(holdout: Rows, k: int) -> None:
         )
 
 
-def alike_to(
-    rows: Rows, holdout: Rows, alike: float = ALIKE
+def iterate_near_duplicates(
+    candidates: TokenizedExamples, holdout: TokenizedExamples, max_similarity: float = MAX_SIMILARITY
 ) -> Iterator[tuple[slice, Bool[np.ndarray, "block holdout"]]]:
     """By blocks of rows, the holdout rows that must not stand beside each: copies, near-duplicates, dropped ones."""
-    one, other = tfidf(rows, holdout)
+    candidate_vectors, holdout_vectors = tfidf(candidates, holdout)
     copies: dict[str, list[int]] = {}
     for j, example in enumerate(holdout.examples):
         copies.setdefault(hash_normalized_text(example), []).append(j)
-    for block in blocks(len(rows.examples), len(holdout.examples)):
-        banned = (cosines(one[block], other) >= alike) | ~holdout.kept[None]
-        for b, example in enumerate(rows.examples[block]):
+    for block in iterate_blocks(len(candidates.examples), len(holdout.examples)):
+        banned = (cosine_similarities(candidate_vectors[block], holdout_vectors) >= max_similarity) | ~holdout.is_kept[
+            None
+        ]
+        for b, example in enumerate(candidates.examples[block]):
             banned[b, copies.get(hash_normalized_text(example), [])] = True
         yield block, banned
 
 
-def _knn(rows: Rows, holdout: Rows, embedding: Embedding, seed: int, count: int) -> Priority:
-    one, other = embedding(rows, holdout)
-    return lambda block: cosines(one[block], other)
+def _nearest_priority(
+    candidates: TokenizedExamples, holdout: TokenizedExamples, embedding: Embedding, seed: int, count: int
+) -> HoldoutPriority:
+    candidate_vectors, holdout_vectors = embedding(candidates, holdout)
+    return lambda block: cosine_similarities(candidate_vectors[block], holdout_vectors)
 
 
-def _clustered(rows: Rows, holdout: Rows, embedding: Embedding, seed: int, count: int) -> Priority:
-    one, other = embedding(rows, holdout)
-    order = np.argsort([example.id for example in rows.examples], kind="stable")
-    centroids, found = clusters(one[order], count, seed)
+def _cluster_priority(
+    candidates: TokenizedExamples, holdout: TokenizedExamples, embedding: Embedding, seed: int, count: int
+) -> HoldoutPriority:
+    candidate_vectors, holdout_vectors = embedding(candidates, holdout)
+    order = np.argsort([example.id for example in candidates.examples], kind="stable")
+    centroids, sorted_clusters = spherical_kmeans(candidate_vectors[order], count, seed)
     cluster = np.empty(len(order), int)
-    cluster[order] = found
-    nearness = cosines(centroids, other)
+    cluster[order] = sorted_clusters
+    nearness = cosine_similarities(centroids, holdout_vectors)
     return lambda block: nearness[cluster[block]]
 
 
-def _fixed(rows: Rows, holdout: Rows, embedding: Embedding, seed: int, count: int) -> Priority:
-    drawn = np.array([number(example.id, seed) for example in holdout.examples], float)
-    return lambda block: drawn[None]
+def _fixed_priority(
+    candidates: TokenizedExamples, holdout: TokenizedExamples, embedding: Embedding, seed: int, count: int
+) -> HoldoutPriority:
+    random_priority = np.array([hash_to_int(example.id, seed) for example in holdout.examples], float)
+    return lambda block: random_priority[None]
 
 
-def _random(rows: Rows, holdout: Rows, embedding: Embedding, seed: int, count: int) -> Priority:
-    def drawn(block: slice) -> Float[np.ndarray, "block holdout"]:
-        sources = (np.random.default_rng(number(example.id, seed)) for example in rows.examples[block])
+def _random_priority(
+    candidates: TokenizedExamples, holdout: TokenizedExamples, embedding: Embedding, seed: int, count: int
+) -> HoldoutPriority:
+    def draw_priority(block: slice) -> Float[np.ndarray, "block holdout"]:
+        sources = (np.random.default_rng(hash_to_int(example.id, seed)) for example in candidates.examples[block])
         return np.stack([source.random(len(holdout.examples)) for source in sources])
 
-    return drawn
+    return draw_priority
 
 
-KINDS = {"knn": _knn, "clustered": _clustered, "fixed": _fixed, "random": _random}
+PRIORITIES = {
+    "knn": _nearest_priority,
+    "clustered": _cluster_priority,
+    "fixed": _fixed_priority,
+    "random": _random_priority,
+}

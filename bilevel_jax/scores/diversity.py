@@ -3,11 +3,11 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.scores.embedding import Vectors, cosines
+from bilevel_jax.scores.embedding import Vectors, cosine_similarities
 
 
-def greedy(
-    scores: Float[np.ndarray, "rows"], features: Vectors, count: int, *, strength: float
+def select_diverse(
+    scores: Float[np.ndarray, "examples"], features: Vectors, count: int, *, strength: float
 ) -> Int[np.ndarray, "count"]:
     """`count` rows, best first: each has the largest s_i - λ ⟨φ_i, Σ_j φ_j⟩ - λ/2 |φ_i|², j over those chosen before.
 
@@ -23,10 +23,10 @@ def greedy(
             f"strength {strength}: at most all rows with a score, features of each row and strength >= 0 are wanted."
         )
     squares = np.asarray((features * features).sum(axis=1)).ravel()
-    worth = np.where(np.isfinite(scores), scores, -np.inf) - strength / 2 * squares
+    marginal_gain = np.where(np.isfinite(scores), scores, -np.inf) - strength / 2 * squares
     chosen = np.empty(count, int)
     for n in range(count):
-        chosen[n] = best = int(np.argmax(worth))
-        worth = worth - strength * cosines(features, features[[best]])[:, 0]
-        worth[best] = -np.inf
+        chosen[n] = best = int(np.argmax(marginal_gain))
+        marginal_gain = marginal_gain - strength * cosine_similarities(features, features[[best]])[:, 0]
+        marginal_gain[best] = -np.inf
     return chosen

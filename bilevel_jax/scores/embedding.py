@@ -14,41 +14,43 @@ from scipy import sparse
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm.data import Example, example_kind
 from bilevel_jax.lm.models.decoder import Decoder
-from bilevel_jax.scores.requests import Rows
+from bilevel_jax.scores.requests import TokenizedExamples
 
 Vectors = Any
 """Rows of unit length, or zero: float[rows, features], a numpy array or a scipy CSR array."""
-Embedding = Callable[[Rows, Rows], tuple[Vectors, Vectors]]
+Embedding = Callable[[TokenizedExamples, TokenizedExamples], tuple[Vectors, Vectors]]
 """(rows, holdout) -> their vectors."""
 
-WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+WORD_PATTERN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 """Runs of letters and digits; where no spaces divide words (Chinese, Japanese), characters."""
-BLOCK = 4_000_000
+MAX_BLOCK_COSINES = 4_000_000
 """Similarities that are held at once."""
 
 
-def question(example: Example) -> str:
+def extract_question(example: Example) -> str:
     """What a row asks: the turns of the user; of a text row, the text."""
     return "\n".join(turn.content for turn in example.turns if turn.role in ("user", "text"))
 
 
-def tfidf(rows: Rows, holdout: Rows) -> tuple[Vectors, Vectors]:
+def tfidf(candidates: TokenizedExamples, holdout: TokenizedExamples) -> tuple[Vectors, Vectors]:
     """Counts of words in the question times log((1 + H)/(1 + h)) + 1, where h of the H holdout questions have the word.
 
     The words are the holdout's, so a row's vector depends on that row and the holdout alone; its other words count
     for its length (with h = 0) and match nothing. Word order and synonyms are not seen.
     """
-    seen: Counter[str] = Counter()
+    document_counts: Counter[str] = Counter()
     for example in holdout.examples:
-        seen.update(set(_words(example)))
-    column = {word: j for j, word in enumerate(sorted(seen))}
-    weight = {word: float(np.log((1 + len(holdout.examples)) / (1 + count)) + 1) for word, count in seen.items()}
-    rare = float(np.log(1 + len(holdout.examples)) + 1)
+        document_counts.update(set(_split_words(example)))
+    column = {word: j for j, word in enumerate(sorted(document_counts))}
+    weight = {
+        word: float(np.log((1 + len(holdout.examples)) / (1 + count)) + 1) for word, count in document_counts.items()
+    }
+    unseen_weight = float(np.log(1 + len(holdout.examples)) + 1)
 
     def vectors(examples: Any) -> Vectors:
         data, indices, ends = [], [], [0]
         for example in examples:
-            terms = {word: n * weight.get(word, rare) for word, n in Counter(_words(example)).items()}
+            terms = {word: n * weight.get(word, unseen_weight) for word, n in Counter(_split_words(example)).items()}
             length = float(np.sqrt(sum(value**2 for value in terms.values()))) or 1.0
             known = sorted((column[word], value / length) for word, value in terms.items() if word in column)
             indices += [j for j, _ in known]
@@ -57,90 +59,104 @@ def tfidf(rows: Rows, holdout: Rows) -> tuple[Vectors, Vectors]:
         shape = len(ends) - 1, len(column)
         return sparse.csr_array((np.array(data, float), np.array(indices, int), np.array(ends)), shape=shape)
 
-    return vectors(rows.examples), vectors(holdout.examples)
+    return vectors(candidates.examples), vectors(holdout.examples)
 
 
 def hidden_states(
-    decoder: Decoder, params: Params, batch: int = 16, fetch: Callable[[jax.Array], np.ndarray] = np.asarray
+    decoder: Decoder, params: Params, batch_size: int = 16, fetch: Callable[[jax.Array], np.ndarray] = np.asarray
 ) -> Embedding:
     """The mean of the last hidden states over the tokens before the first target; of a text row, over all its tokens.
 
     Their cosines are large for any two texts, so near-duplicates are found by `tfidf` whatever the embedding.
     """
-    compiled = jax.jit(decoder.hidden)
+    compute_hidden = jax.jit(decoder.hidden)
 
-    def vectors(rows: Rows) -> Vectors:
-        prompts = [_prompt(rows, i) for i in range(len(rows.examples))]
+    def vectors(candidates: TokenizedExamples) -> Vectors:
+        prompts = [_prompt_tokens(candidates, i) for i in range(len(candidates.examples))]
         out = np.zeros((len(prompts), decoder.config.width))
         lengths = np.array([len(ids) for ids in prompts])
         order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
-            places = 8 << max(0, int(lengths[some].max() - 1) // 8).bit_length()  # few shapes, so few compilations
-            tokens = np.zeros((batch, places), np.int32)
-            for b, i in enumerate(some):
+        for start in range(0, len(order), batch_size):
+            batch_indices = order[start : start + batch_size]
+            padded_length = (
+                8 << max(0, int(lengths[batch_indices].max() - 1) // 8).bit_length()
+            )  # few shapes, so few compilations
+            tokens = np.zeros((batch_size, padded_length), np.int32)
+            for b, i in enumerate(batch_indices):
                 tokens[b, : lengths[i]] = prompts[i]
-            real = np.arange(places)[None] < np.pad(lengths[some], (0, batch - len(some)))[:, None]
-            positions = np.broadcast_to(np.arange(places, dtype=np.int32), real.shape)
-            states = compiled(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(real, jnp.int32))
+            real = (
+                np.arange(padded_length)[None]
+                < np.pad(lengths[batch_indices], (0, batch_size - len(batch_indices)))[:, None]
+            )
+            positions = np.broadcast_to(np.arange(padded_length, dtype=np.int32), real.shape)
+            states = compute_hidden(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(real, jnp.int32))
             # not times `real`: a padded place beyond the last learned position is nan
-            out[some] = np.where(real[..., None], fetch(states).astype(float), 0.0).sum(1)[: len(some)]
+            out[batch_indices] = np.where(real[..., None], fetch(states).astype(float), 0.0).sum(1)[
+                : len(batch_indices)
+            ]
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-30)
 
-    return lambda rows, holdout: (vectors(rows), vectors(holdout))
+    return lambda candidates, holdout: (vectors(candidates), vectors(holdout))
 
 
-def cosines(one: Vectors, other: Vectors) -> Float[np.ndarray, "rows others"]:
+def cosine_similarities(first: Vectors, second: Vectors) -> Float[np.ndarray, "rows others"]:
     """Cosines of all of `one` with all of `other`; take `one` by `blocks`."""
-    product = one @ other.T
+    product = first @ second.T
     return product.toarray() if sparse.issparse(product) else np.asarray(product)
 
 
-def blocks(rows: int, others: int) -> Iterator[slice]:
+def iterate_blocks(rows: int, others: int) -> Iterator[slice]:
     """Slices of the rows such that BLOCK cosines at most are in memory at once."""
-    size = max(1, BLOCK // max(1, others))
+    size = max(1, MAX_BLOCK_COSINES // max(1, others))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def clusters(
+def spherical_kmeans(
     vectors: Vectors, count: int, seed: int, rounds: int = 20
-) -> tuple[Float[np.ndarray, "count features"], Int[np.ndarray, "rows"]]:
+) -> tuple[Float[np.ndarray, "count features"], Int[np.ndarray, "examples"]]:
     """Spherical k-means from k-means++ starts: (unit centroids, the cluster of each row).
 
     Ends early where no row moves. A cluster that loses all its rows keeps its centroid.
     """
-    rows = vectors.shape[0]
-    if not 1 <= count <= rows:
-        raise ValueError(f"{count} clusters of {rows} rows; between 1 and the number of rows are wanted.")
+    num_vectors = vectors.shape[0]
+    if not 1 <= count <= num_vectors:
+        raise ValueError(f"{count} clusters of {num_vectors} rows; between 1 and the number of rows are wanted.")
     rng = np.random.default_rng(seed)
-    centroids = _dense(vectors, rng.integers(rows))[None]
-    nearest = np.full(rows, -np.inf)
+    centroids = _dense_row(vectors, rng.integers(num_vectors))[None]
+    nearest = np.full(num_vectors, -np.inf)
     while len(centroids) < count:
         nearest = np.maximum(nearest, vectors @ centroids[-1])
-        far = np.cumsum(np.maximum(1 - nearest, 0) + 1e-12)
-        centroids = np.vstack([centroids, _dense(vectors, np.searchsorted(far, rng.random() * far[-1]))])
-    found = np.full(rows, -1)
+        cumulative_distance = np.cumsum(np.maximum(1 - nearest, 0) + 1e-12)
+        centroids = np.vstack(
+            [
+                centroids,
+                _dense_row(vectors, np.searchsorted(cumulative_distance, rng.random() * cumulative_distance[-1])),
+            ]
+        )
+    assignments = np.full(num_vectors, -1)
     for _ in range(rounds):
-        before, found = found, np.argmax(vectors @ centroids.T, axis=1)
-        if (before == found).all():
+        previous, assignments = assignments, np.argmax(vectors @ centroids.T, axis=1)
+        if (previous == assignments).all():
             break
-        members = sparse.csr_array((np.ones(rows), (found, np.arange(rows))), shape=(count, rows))
+        members = sparse.csr_array(
+            (np.ones(num_vectors), (assignments, np.arange(num_vectors))), shape=(count, num_vectors)
+        )
         sums = members @ vectors
         sums = sums.toarray() if sparse.issparse(sums) else sums
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         centroids = np.where(lengths > 0, sums / np.maximum(lengths, 1e-30), centroids)
-    return centroids, found
+    return centroids, assignments
 
 
-def _words(example: Example) -> list[str]:
-    return WORDS.findall(question(example).casefold())
+def _split_words(example: Example) -> list[str]:
+    return WORD_PATTERN.findall(extract_question(example).casefold())
 
 
-def _prompt(rows: Rows, i: int) -> Int[np.ndarray, "length"]:
-    ids, supervised = rows.sides(i)[0]
-    return ids if example_kind(rows.examples[i]) == "text" else ids[: int(np.argmax([*supervised, True]))]
+def _prompt_tokens(candidates: TokenizedExamples, i: int) -> Int[np.ndarray, "length"]:
+    ids, supervised = candidates.sequences(i)[0]
+    return ids if example_kind(candidates.examples[i]) == "text" else ids[: int(np.argmax([*supervised, True]))]
 
 
-def _dense(vectors: Vectors, i: Any) -> Float[np.ndarray, "features"]:
+def _dense_row(vectors: Vectors, i: Any) -> Float[np.ndarray, "features"]:
     row = vectors[[int(i)]]
     return (row.toarray() if sparse.issparse(row) else row)[0]

@@ -4,10 +4,17 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.lm.loglik import LogLikRequest
-from bilevel_jax.scores.requests import Plan, Rows, Score, per_token, plan, targets
+from bilevel_jax.scores.requests import (
+    ScoreFn,
+    ScorePlan,
+    TokenizedExamples,
+    make_score_plan,
+    make_target_requests,
+    per_token,
+)
 
 
-def ifd(bos: int | None) -> Score:
+def ifd_score(bos: int | None) -> ScoreFn:
     """s_i = ℓ(y_i | x_i) / ℓ(y_i), the loss of a row's last response with its prompt over that without.
 
     The same tokens in both, after `bos` alone in ℓ(y); where the model has no such token, ℓ(y) is the mean over all
@@ -16,17 +23,17 @@ def ifd(bos: int | None) -> Score:
     Li et al., arXiv 2308.12032. Wrong for short responses, whose ℓ(y) is mostly that of their first tokens.
     """
 
-    def score(rows: Rows, holdout: Rows) -> Plan:
-        asked = []
-        for i in range(len(rows.examples)):
-            given = targets(rows.sides(i)[0])[-1:]
-            whole = [request.response if bos is None else (bos, *request.response) for request in given]
-            asked += [given, [LogLikRequest(ids[:1], ids[1:]) for ids in whole]]
+    def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:
+        requests_by_sequence = []
+        for i in range(len(candidates.examples)):
+            with_prompt = make_target_requests(candidates.sequences(i)[0])[-1:]
+            responses = [request.response if bos is None else (bos, *request.response) for request in with_prompt]
+            requests_by_sequence += [with_prompt, [LogLikRequest(ids[:1], ids[1:]) for ids in responses]]
 
         def ratio(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
             losses = -per_token(nats, tokens).reshape(-1, 2)
             return losses[:, 0] / losses[:, 1]
 
-        return plan(asked, ratio, np.zeros(len(rows.examples), int), 0)
+        return make_score_plan(requests_by_sequence, ratio, np.zeros(len(candidates.examples), int), 0)
 
     return score

@@ -10,47 +10,60 @@ from jaxtyping import Float
 from bilevel_jax.core.certify import spearman
 from bilevel_jax.lm.encode import Tokenizer
 from bilevel_jax.lm.tokens import TokenizedSequence
-from bilevel_jax.scores.demonstrations import Choice
-from bilevel_jax.scores.random import number
-from bilevel_jax.scores.requests import Answer, Plan, Rows, Score, per_token, plan, take, targets
+from bilevel_jax.scores.demonstrations import DemonstrationSelector
+from bilevel_jax.scores.random import hash_to_int
+from bilevel_jax.scores.requests import (
+    LoglikFn,
+    ScoreFn,
+    ScorePlan,
+    TokenizedExamples,
+    make_score_plan,
+    make_target_requests,
+    per_token,
+    take_examples,
+)
 
-TEMPLATE = "{demonstrations}{row}"
+DEMONSTRATIONS_TEMPLATE = "{demonstrations}{row}"
 
 
-class Prompt(NamedTuple):
+class DemonstrationFormat(NamedTuple):
     """How demonstrations are put before a row, in tokens; `prompt` makes it from templates."""
 
     bos: tuple[int, ...]
     system: tuple[int, ...]
     """A system message that the chat template adds by itself; it stands once, before the demonstrations."""
-    before: tuple[int, ...]
+    prefix: tuple[int, ...]
     """Between that and the first demonstration."""
-    around: tuple[tuple[int, ...], tuple[int, ...]]
+    demonstration_affixes: tuple[tuple[int, ...], tuple[int, ...]]
     """Before and after each demonstration."""
-    behind: tuple[int, ...]
+    separator: tuple[int, ...]
     """Between the last demonstration and the row."""
-    end: tuple[int, ...]
+    stripped_eos: tuple[int, ...]
     """What is taken off the end of a demonstration: an EOS that training adds and no template writes."""
 
-    def skip(self, row: TokenizedSequence) -> int:
+    def count_skipped(self, example: TokenizedSequence) -> int:
         """Tokens at the beginning of a row that `head` has: BOS and the chat template's own system message."""
         start = (*self.bos, *self.system)
-        return len(start) if tuple(row.ids[: len(start)].tolist()) == start else len(self.bos)
+        return len(start) if tuple(example.ids[: len(start)].tolist()) == start else len(self.bos)
 
-    def piece(self, shown: TokenizedSequence) -> tuple[int, ...]:
+    def format_demonstration(self, demonstration: TokenizedSequence) -> tuple[int, ...]:
         """One demonstration."""
-        body = tuple(shown.ids.tolist())[self.skip(shown) :]
-        body = body[: len(body) - len(self.end)] if self.end and body[-1:] == self.end else body
-        return (*self.around[0], *body, *self.around[1])
+        body = tuple(demonstration.ids.tolist())[self.count_skipped(demonstration) :]
+        body = (
+            body[: len(body) - len(self.stripped_eos)] if self.stripped_eos and body[-1:] == self.stripped_eos else body
+        )
+        return (*self.demonstration_affixes[0], *body, *self.demonstration_affixes[1])
 
-    def head(self, pieces: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def format_context(self, pieces: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """All that stands before a row; the least wanted demonstration first, so the best is nearest to the row."""
-        shown = (token for piece in reversed(pieces) for token in piece)
-        return (*self.bos, *self.system, *self.before, *shown, *self.behind)
+        context_tokens = (token for piece in reversed(pieces) for token in piece)
+        return (*self.bos, *self.system, *self.prefix, *context_tokens, *self.separator)
 
-    def fitting(self, pieces: Sequence[tuple[int, ...]], row: int, max_length: int) -> list[tuple[int, ...]]:
+    def select_fitting(
+        self, pieces: Sequence[tuple[int, ...]], num_example_tokens: int, max_length: int
+    ) -> list[tuple[int, ...]]:
         """The pieces, best first, that fit before a row of so many tokens beyond those that it skips."""
-        room = max_length - row - len(self.head([]))
+        room = max_length - num_example_tokens - len(self.format_context([]))
         fits = []
         for piece in pieces:
             if len(piece) <= room:
@@ -59,7 +72,9 @@ class Prompt(NamedTuple):
         return fits
 
 
-def prompt(tokenizer: Tokenizer, template: str = TEMPLATE, demonstration: str = "") -> Prompt:
+def make_demonstration_format(
+    tokenizer: Tokenizer, template: str = DEMONSTRATIONS_TEMPLATE, demonstration_template: str = ""
+) -> DemonstrationFormat:
     """Templates -> Prompt. `template` says what stands around all demonstrations, `demonstration` around each.
 
     A row and a demonstration are the very tokens that training reads, by its chat template or its plain one, without
@@ -69,27 +84,36 @@ def prompt(tokenizer: Tokenizer, template: str = TEMPLATE, demonstration: str = 
     exchanges, or an empty line where it has none: then demonstrations are what earlier exchanges of one dialogue are.
     A system message of the row's own stands behind the demonstrations.
     """
-    exchange, system = _exchange(tokenizer)
+    exchange, system = _chat_template_exchange(tokenizer)
     space = exchange[len(exchange.rstrip()) :] if exchange else "\n\n"
-    before, behind, rest = parts(template, ("{demonstrations}", "{row}"), TEMPLATE)
-    if rest:
+    before, behind, after_row = split_template(template, ("{demonstrations}", "{row}"), DEMONSTRATIONS_TEMPLATE)
+    if after_row:
         raise ValueError(
             f"the template {template!r} goes on after {{row}}, which the model would not read. End it there."
         )
-    around = parts(demonstration or "{demonstration}" + space, ("{demonstration}",), "{demonstration}\n\n")
+    affixes = split_template(
+        demonstration_template or "{demonstration}" + space, ("{demonstration}",), "{demonstration}\n\n"
+    )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    written = eos is None or exchange.rstrip().endswith(str(tokenizer.eos_token))
-    return Prompt(
+    template_writes_eos = eos is None or exchange.rstrip().endswith(str(tokenizer.eos_token))
+    return DemonstrationFormat(
         bos=() if bos is None else (bos,),
-        system=tuple(i for i in _literal(system, tokenizer) if i != bos),
-        before=_literal(before, tokenizer),
-        around=(_literal(around[0], tokenizer), _literal(around[1], tokenizer)),
-        behind=_literal(behind, tokenizer),
-        end=() if written else (eos,),
+        system=tuple(i for i in _tokenize_literal(system, tokenizer) if i != bos),
+        prefix=_tokenize_literal(before, tokenizer),
+        demonstration_affixes=(_tokenize_literal(affixes[0], tokenizer), _tokenize_literal(affixes[1], tokenizer)),
+        separator=_tokenize_literal(behind, tokenizer),
+        stripped_eos=() if template_writes_eos else (eos,),
     )
 
 
-def ica(form: Prompt, choose: Choice, *, max_length: int, k: int = 3, normalise: bool = True) -> Score:
+def ica_score(
+    demonstration_format: DemonstrationFormat,
+    choose: DemonstrationSelector,
+    *,
+    max_length: int,
+    k: int = 3,
+    per_token_mean: bool = True,
+) -> ScoreFn:
     """s_i = log p(y_i | C_i, x_i) - log p(y_i | x_i), where C_i are k holdout rows as demonstrations, x_i the prompt.
 
     Of a preference pair, the change of its margin m = log p(y_w | x) - log p(y_l | x), without beta or a reference
@@ -104,44 +128,51 @@ def ica(form: Prompt, choose: Choice, *, max_length: int, k: int = 3, normalise:
     fewer than k rows and for rows longer than max_length.
     """
 
-    def score(rows: Rows, holdout: Rows) -> Plan:
-        chosen = choose(rows, holdout, k)
-        pieces = {int(j): form.piece(holdout.sides(j)[0]) for j in np.unique(chosen[chosen >= 0])}
-        asked, held = [], np.zeros(len(rows.examples), int)
-        for i in range(len(rows.examples)):
-            sides = rows.sides(i)
+    def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:
+        chosen = choose(candidates, holdout, k)
+        pieces = {
+            int(j): demonstration_format.format_demonstration(holdout.sequences(j)[0])
+            for j in np.unique(chosen[chosen >= 0])
+        }
+        requests_by_sequence, num_holdout = [], np.zeros(len(candidates.examples), int)
+        for i in range(len(candidates.examples)):
+            sides = candidates.sequences(i)
             longest = max(len(side.ids) for side in sides)
-            skip = form.skip(sides[0])
+            skip = demonstration_format.count_skipped(sides[0])
             if longest > max_length:
-                where = rows.examples[i].where
+                where = candidates.examples[i].where
                 raise ValueError(
                     f"{where}: {longest} tokens, and max_length is {max_length}. Raise it, or drop the row."
                 )
-            best = [pieces[j] for j in chosen[i].tolist() if j >= 0] if longest else []  # 0: a row dropped as too long
-            shown = form.fitting(best, longest - skip, max_length)
-            held[i] = len(shown)
-            head, skip = (form.head(shown), skip) if shown else ((), 0)
-            asked += [targets(side) for side in sides] + [targets(side, head, skip) for side in sides]
-        sequences = rows.corpus.sequences_per_example
+            ranked_pieces = (
+                [pieces[j] for j in chosen[i].tolist() if j >= 0] if longest else []
+            )  # 0: a row dropped as too long
+            fitting_pieces = demonstration_format.select_fitting(ranked_pieces, longest - skip, max_length)
+            num_holdout[i] = len(fitting_pieces)
+            head, skip = (demonstration_format.format_context(fitting_pieces), skip) if fitting_pieces else ((), 0)
+            requests_by_sequence += [make_target_requests(side) for side in sides] + [
+                make_target_requests(side, head, skip) for side in sides
+            ]
+        sequences = candidates.corpus.sequences_per_example
 
         def change(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
-            values = per_token(nats, tokens if normalise else np.sign(tokens)).reshape(-1, 2, sequences)
+            values = per_token(nats, tokens if per_token_mean else np.sign(tokens)).reshape(-1, 2, sequences)
             margins = values[..., 0] - values[..., 1] if sequences == 2 else values[..., 0]
             return margins[:, 1] - margins[:, 0]
 
-        return plan(asked, change, held, k)
+        return make_score_plan(requests_by_sequence, change, num_holdout, k)
 
     return score
 
 
-def agreement(
-    scores: Float[np.ndarray, "rows"],
-    other: Score,
-    rows: Rows,
-    holdout: Rows,
-    answer: Answer,
+def measure_rank_agreement(
+    scores: Float[np.ndarray, "examples"],
+    other_score: ScoreFn,
+    candidates: TokenizedExamples,
+    holdout: TokenizedExamples,
+    loglik_fn: LoglikFn,
     *,
-    sample: int = 200,
+    sample_size: int = 200,
     seed: int = 0,
 ) -> float:
     """Spearman's rank correlation of the scores with another score of a sample of the rows, -1 to 1.
@@ -149,40 +180,52 @@ def agreement(
     What `clustered` or `fixed` demonstrations lose against `knn`: the other score is asked for the sample only. nan
     where one of the two is constant on it. Rows without a score do not count.
     """
-    drawn = sorted(np.flatnonzero(np.isfinite(scores)), key=lambda i: number(rows.examples[int(i)].id, seed))[:sample]
-    if len(drawn) < 2:
-        raise ValueError(f"{len(drawn)} rows with a score in a sample of {sample}; a rank correlation takes two.")
-    asked = other(take(rows, np.array(drawn)), holdout)
-    return spearman(jnp.asarray(scores[drawn]), jnp.asarray(asked.combine(answer(asked.requests))))
+    sampled_indices = sorted(
+        np.flatnonzero(np.isfinite(scores)), key=lambda i: hash_to_int(candidates.examples[int(i)].id, seed)
+    )[:sample_size]
+    if len(sampled_indices) < 2:
+        raise ValueError(
+            f"{len(sampled_indices)} rows with a score in a sample of {sample_size}; a rank correlation takes two."
+        )
+    other_plan = other_score(take_examples(candidates, np.array(sampled_indices)), holdout)
+    return spearman(
+        jnp.asarray(scores[sampled_indices]), jnp.asarray(other_plan.combine(loglik_fn(other_plan.requests)))
+    )
 
 
-def parts(template: str, places: Sequence[str], remedy: str) -> list[str]:
+def split_template(template: str, placeholders: Sequence[str], example_template: str) -> list[str]:
     """The text before, between and after the places, each of which must stand in the template once, in this order."""
-    found = [template.find(place) for place in places]
-    if any(template.count(place) != 1 for place in places) or found != sorted(found):
-        names = " and then ".join(places)
-        raise ValueError(f"the template {template!r} must hold {names}, once each. Write, for instance, {remedy!r}.")
+    offsets = [template.find(placeholder) for placeholder in placeholders]
+    if any(template.count(placeholder) != 1 for placeholder in placeholders) or offsets != sorted(offsets):
+        names = " and then ".join(placeholders)
+        raise ValueError(
+            f"the template {template!r} must hold {names}, once each. Write, for instance, {example_template!r}."
+        )
     pieces = []
-    for place in places:
-        piece, _, template = template.partition(place)
+    for placeholder in placeholders:
+        piece, _, template = template.partition(placeholder)
         pieces.append(piece)
     return [*pieces, template]
 
 
-def _exchange(tokenizer: Tokenizer) -> tuple[str, str]:
+def _chat_template_exchange(tokenizer: Tokenizer) -> tuple[str, str]:
     """One question and its answer as the chat template writes them, and what it writes before the first of them."""
     if not tokenizer.chat_template:
         return "", ""
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    once, twice = (str(tokenizer.apply_chat_template(said * n, tokenize=False)) for n in (1, 2))
-    again = twice.removeprefix(once)
-    return once, once.removesuffix(again) if again != twice and once.endswith(again) else ""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    one_exchange, two_exchanges = (str(tokenizer.apply_chat_template(messages * n, tokenize=False)) for n in (1, 2))
+    second_exchange = two_exchanges.removeprefix(one_exchange)
+    return one_exchange, one_exchange.removesuffix(
+        second_exchange
+    ) if second_exchange != two_exchanges and one_exchange.endswith(second_exchange) else ""
 
 
-def _literal(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _tokenize_literal(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens of a text that follows other text: some tokenizers put a space before the first word of all."""
     if not text:
         return ()
-    alone, whole = tokenizer([".", "." + text], add_special_tokens=False, verbose=False)["input_ids"]
-    begins = whole[: len(alone)] == alone
-    return tuple(whole[len(alone) :] if begins else tokenizer(text, add_special_tokens=False)["input_ids"])
+    prefix_ids, joined_ids = tokenizer([".", "." + text], add_special_tokens=False, verbose=False)["input_ids"]
+    has_prefix = joined_ids[: len(prefix_ids)] == prefix_ids
+    return tuple(
+        joined_ids[len(prefix_ids) :] if has_prefix else tokenizer(text, add_special_tokens=False)["input_ids"]
+    )

@@ -3,12 +3,21 @@
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.scores.demonstrations import ALIKE, alike_to, check
-from bilevel_jax.scores.incontext import Prompt
-from bilevel_jax.scores.requests import Plan, Rows, Score, per_token, plan, targets
+from bilevel_jax.scores.demonstrations import MAX_SIMILARITY, check_holdout_size, iterate_near_duplicates
+from bilevel_jax.scores.incontext import DemonstrationFormat
+from bilevel_jax.scores.requests import (
+    ScoreFn,
+    ScorePlan,
+    TokenizedExamples,
+    make_score_plan,
+    make_target_requests,
+    per_token,
+)
 
 
-def oneshot(form: Prompt, *, max_length: int, alike: float = ALIKE) -> Score:
+def oneshot_score(
+    demonstration_format: DemonstrationFormat, *, max_length: int, max_similarity: float = MAX_SIMILARITY
+) -> ScoreFn:
     """s_i = share of the holdout rows v with log p(y_v | (x_i, y_i), x_v) > log p(y_v | x_v), 0 to 1.
 
     The golden score of Nuggets (Li et al., arXiv 2312.10302). It asks rows x holdout likelihoods: take some tens of
@@ -18,24 +27,36 @@ def oneshot(form: Prompt, *, max_length: int, alike: float = ALIKE) -> Score:
     where any demonstration helps: then all scores are near 1.
     """
 
-    def score(rows: Rows, holdout: Rows) -> Plan:
-        check(holdout, 1)
-        anchors = [holdout.sides(j)[0] for j in range(len(holdout.examples))]
-        alone = [targets(anchor) for anchor in anchors]
-        shown, asked, kept = np.zeros((len(rows.examples), len(anchors)), bool), list(alone), rows.kept
-        for block, banned in alike_to(rows, holdout, alike):
-            for i, out in zip(range(block.start, block.stop), banned, strict=True):
-                head = form.head([form.piece(rows.sides(i)[0])])
-                fits = [len(head) + len(anchor.ids) - form.skip(anchor) <= max_length for anchor in anchors]
-                shown[i] = ~out & fits & kept[i]
-                asked += [targets(anchors[j], head, form.skip(anchors[j])) for j in np.flatnonzero(shown[i])]
+    def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:
+        check_holdout_size(holdout, 1)
+        anchors = [holdout.sequences(j)[0] for j in range(len(holdout.examples))]
+        zero_shot_requests = [make_target_requests(anchor) for anchor in anchors]
+        is_shown, requests_by_sequence, is_kept = (
+            np.zeros((len(candidates.examples), len(anchors)), bool),
+            list(zero_shot_requests),
+            candidates.is_kept,
+        )
+        for block, banned in iterate_near_duplicates(candidates, holdout, max_similarity):
+            for i, near_duplicate in zip(range(block.start, block.stop), banned, strict=True):
+                head = demonstration_format.format_context(
+                    [demonstration_format.format_demonstration(candidates.sequences(i)[0])]
+                )
+                fits = [
+                    len(head) + len(anchor.ids) - demonstration_format.count_skipped(anchor) <= max_length
+                    for anchor in anchors
+                ]
+                is_shown[i] = ~near_duplicate & fits & is_kept[i]
+                requests_by_sequence += [
+                    make_target_requests(anchors[j], head, demonstration_format.count_skipped(anchors[j]))
+                    for j in np.flatnonzero(is_shown[i])
+                ]
 
-        def share(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
-            rises = np.zeros(shown.shape)
-            row, anchor = np.nonzero(shown)
+        def share_improved(nats: Float[np.ndarray, "sequences"], tokens: Float[np.ndarray, "sequences"]) -> np.ndarray:
+            rises = np.zeros(is_shown.shape)
+            row, anchor = np.nonzero(is_shown)
             rises[row, anchor] = nats[len(anchors) :] > nats[anchor]
-            return per_token(rises.sum(1), shown.sum(1))
+            return per_token(rises.sum(1), is_shown.sum(1))
 
-        return plan(asked, share, shown.sum(1), len(anchors))
+        return make_score_plan(requests_by_sequence, share_improved, is_shown.sum(1), len(anchors))
 
     return score

@@ -15,58 +15,63 @@ from bilevel_jax.lm.loglik import LogLik, LogLikRequest
 from bilevel_jax.lm.tokens import Corpus, TokenizedSequence, corpus_from_sequences
 
 
-class Rows(NamedTuple):
+class TokenizedExamples(NamedTuple):
     """Rows to score, or to show: examples, and their tokens as training reads them."""
 
     examples: Sequence[Example]
     corpus: Corpus
-    at: Int[np.ndarray, "rows"]
+    corpus_rows: Int[np.ndarray, "examples"]
     """examples[i] is row at[i] of the corpus."""
 
     @property
-    def kept(self) -> Bool[np.ndarray, "rows"]:
+    def is_kept(self) -> Bool[np.ndarray, "examples"]:
         """False for a row that was dropped as too long: its score is nan, and it is never shown."""
-        return np.isin(self.at, self.corpus.kept_indices)
+        return np.isin(self.corpus_rows, self.corpus.kept_indices)
 
-    def sides(self, i: int) -> list[TokenizedSequence]:
+    def sequences(self, i: int) -> list[TokenizedSequence]:
         """The sequences of row i: one, or those of the chosen and the rejected response of a pair."""
-        return [self.corpus.get_sequence(int(self.at[i]), side) for side in range(self.corpus.sequences_per_example)]
+        return [
+            self.corpus.get_sequence(int(self.corpus_rows[i]), side)
+            for side in range(self.corpus.sequences_per_example)
+        ]
 
 
-class Plan(NamedTuple):
+class ScorePlan(NamedTuple):
     """What to ask, and what to make of the answers."""
 
     requests: list[LogLikRequest]
-    combine: Callable[[Sequence[LogLik]], Float[np.ndarray, "rows"]]
+    combine: Callable[[Sequence[LogLik]], Float[np.ndarray, "examples"]]
     """The answers, in the order of the requests -> scores, larger is better; nan for a row without any target."""
-    held: Int[np.ndarray, "rows"]
+    num_holdout: Int[np.ndarray, "examples"]
     """Holdout rows that each row's score rests on; 0 for scores that need none."""
-    wanted: int
+    num_holdout_wanted: int
     """How many were asked for. `held` is less where rows did not fit the context or were too much alike."""
 
 
-Score = Callable[[Rows, Rows], Plan]
+ScoreFn = Callable[[TokenizedExamples, TokenizedExamples], ScorePlan]
 """(rows to score, holdout rows) -> plan."""
-Answer = Callable[[Sequence[LogLikRequest]], Sequence[LogLik]]
+LoglikFn = Callable[[Sequence[LogLikRequest]], Sequence[LogLik]]
 """What answers requests: an engine of `lm.loglik` under some parameters."""
 
 
-def rows_of(examples: Sequence[Example], corpus: Corpus, first: int = 0) -> Rows:
-    """examples[i] is row first + i of the corpus, as where training rows and holdout rows share one."""
-    if first + len(examples) > corpus.num_examples:
+def make_tokenized_examples(examples: Sequence[Example], corpus: Corpus, first_row: int = 0) -> TokenizedExamples:
+    """examples[i] is row first + i of the corpus, as where training examples and holdout rows share one."""
+    if first_row + len(examples) > corpus.num_examples:
         raise ValueError(
-            f"{len(examples)} examples from row {first} of a corpus of {corpus.num_examples}: each example is a row of it. "
+            f"{len(examples)} examples from row {first_row} of a corpus of {corpus.num_examples}: each example is a row of it. "
             "Tokenize the examples themselves."
         )
-    return Rows(examples, corpus, first + np.arange(len(examples)))
+    return TokenizedExamples(examples, corpus, first_row + np.arange(len(examples)))
 
 
-def take(rows: Rows, chosen: Int[np.ndarray, "chosen"]) -> Rows:
+def take_examples(candidates: TokenizedExamples, indices: Int[np.ndarray, "chosen"]) -> TokenizedExamples:
     """Some of the rows, in the given order."""
-    return Rows([rows.examples[i] for i in chosen], rows.corpus, rows.at[chosen])
+    return TokenizedExamples(
+        [candidates.examples[i] for i in indices], candidates.corpus, candidates.corpus_rows[indices]
+    )
 
 
-def targets(sequence: TokenizedSequence, head: tuple[int, ...] = (), skip: int = 0) -> list[LogLikRequest]:
+def make_target_requests(sequence: TokenizedSequence, head: tuple[int, ...] = (), skip: int = 0) -> list[LogLikRequest]:
     """One request for each run of targets, which is an assistant turn, given all that stands before it.
 
     Together they ask for what training sums: nats of the same tokens after the same tokens. `head` goes in front, in
@@ -80,47 +85,51 @@ def targets(sequence: TokenizedSequence, head: tuple[int, ...] = (), skip: int =
     ]
 
 
-def shortened(corpus: Corpus, ends: Collection[int], most: int = 0) -> tuple[Corpus, int]:
+def trim_responses(corpus: Corpus, end_tokens: Collection[int], max_targets: int = 0) -> tuple[Corpus, int]:
     """The rows without tokens of `ends` at their end, and without what follows `most` targets (0: nothing is cut).
 
     Also how many rows were cut.
     """
-    rows, cut = [], 0
+    trimmed, num_cut = [], 0
     for i in range(corpus.num_examples):
         ids, supervised = corpus.get_sequence(i)
         length = len(ids)
-        while length and int(ids[length - 1]) in ends:
+        while length and int(ids[length - 1]) in end_tokens:
             length -= 1
-        places = np.flatnonzero(supervised[:length])
-        if most and len(places) > most:
-            length, cut = int(places[most]), cut + 1
-        rows.append(TokenizedSequence(ids[:length], supervised[:length]))
-    return corpus_from_sequences(rows), cut
+        target_positions = np.flatnonzero(supervised[:length])
+        if max_targets and len(target_positions) > max_targets:
+            length, num_cut = int(target_positions[max_targets]), num_cut + 1
+        trimmed.append(TokenizedSequence(ids[:length], supervised[:length]))
+    return corpus_from_sequences(trimmed), num_cut
 
 
-def plan(
-    asked: Sequence[Sequence[LogLikRequest]],
-    reduce: Callable[[Float[np.ndarray, "sequences"], Float[np.ndarray, "sequences"]], Float[np.ndarray, "rows"]],
-    held: Int[np.ndarray, "rows"],
-    wanted: int,
-) -> Plan:
+def make_score_plan(
+    requests_by_sequence: Sequence[Sequence[LogLikRequest]],
+    reduce: Callable[[Float[np.ndarray, "sequences"], Float[np.ndarray, "sequences"]], Float[np.ndarray, "examples"]],
+    num_holdout: Int[np.ndarray, "examples"],
+    num_holdout_wanted: int,
+) -> ScorePlan:
     """The plan that asks all requests of each sequence and reduces (nats, tokens) of the sequences to scores.
 
     nats is Σ_t log p of the targets of a sequence, ≤ 0; tokens is their number, 0 where nothing was asked.
     """
-    requests = [request for some in asked for request in some]
-    owner = np.repeat(np.arange(len(asked)), [len(some) for some in asked])
+    requests = [request for sequence_requests in requests_by_sequence for request in sequence_requests]
+    owner = np.repeat(
+        np.arange(len(requests_by_sequence)), [len(sequence_requests) for sequence_requests in requests_by_sequence]
+    )
 
-    def combine(answers: Sequence[LogLik]) -> Float[np.ndarray, "rows"]:
+    def combine(answers: Sequence[LogLik]) -> Float[np.ndarray, "examples"]:
         if len(answers) != len(requests):
             raise ValueError(f"{len(answers)} answers to {len(requests)} requests; give one for each, in their order.")
         nats, tokens = (
-            np.bincount(owner, np.array([answer[field] for answer in answers], float), minlength=len(asked))
+            np.bincount(
+                owner, np.array([answer[field] for answer in answers], float), minlength=len(requests_by_sequence)
+            )
             for field in (0, 1)
         )
         return reduce(nats, tokens)
 
-    return Plan(requests, combine, held, wanted)
+    return ScorePlan(requests, combine, num_holdout, num_holdout_wanted)
 
 
 def per_token(

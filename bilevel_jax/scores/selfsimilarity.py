@@ -10,20 +10,20 @@ from jaxtyping import Float
 from bilevel_jax.core.types import Batch, Params
 from bilevel_jax.lm.models.decoder import Decoder
 
-Ids = tuple[int, ...]
-Similarity = Callable[[Params, Sequence[Ids], Sequence[Ids]], Float[np.ndarray, "pairs"]]
+TokenIds = tuple[int, ...]
+ResponseSimilarity = Callable[[Params, Sequence[TokenIds], Sequence[TokenIds]], Float[np.ndarray, "pairs"]]
 """(params, responses, as many other responses) -> a(y, y') of each pair."""
 
 
-def similarity(
+def response_similarity(
     decoder: Decoder,
     bos: int | None,
     *,
-    tokens: int = 4096,
-    multiple: int = 1,
-    place: Callable[[Batch], Batch] = lambda batch: batch,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Similarity:
+    max_batch_tokens: int = 4096,
+    batch_size_multiple: int = 1,
+    place_batch: Callable[[Batch], Batch] = lambda batch: batch,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> ResponseSimilarity:
     """a(y, y') = the mean, over the hidden states h of all layers, of cos(mean_t h(y)_t, mean_t h(y')_t), at most 1.
 
     D = 1 - E a(y, y') with y' drawn from the model is the distance of the alignment score of arXiv 2502.11779 v1 (not
@@ -37,7 +37,7 @@ def similarity(
     head = () if bos is None else (bos,)
 
     @jax.jit
-    def read(params: Params, batch: Batch) -> jax.Array:
+    def mean_states(params: Params, batch: Batch) -> jax.Array:
         counted = batch["counted"][0]
 
         def mean(x: jax.Array) -> jax.Array:
@@ -45,46 +45,52 @@ def similarity(
             total = jnp.where(counted[..., None], x, 0).sum(1)
             return total / jnp.maximum(counted.sum(1), 1)[:, None]
 
-        return decoder.reduce_hidden_states(params, batch["tokens"][0], batch["positions"][0], batch["segments"][0], mean)
+        return decoder.reduce_hidden_states(
+            params, batch["tokens"][0], batch["positions"][0], batch["segments"][0], mean
+        )
 
-    def vectors(params: Params, texts: Sequence[Ids]) -> Float[np.ndarray, "texts states width"]:
+    def vectors(params: Params, texts: Sequence[TokenIds]) -> Float[np.ndarray, "texts states width"]:
         out = np.zeros((len(texts), decoder.config.layers + 1, decoder.config.width))
         order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
         while order:
             longest = len(head) + len(texts[order[0]])
             length = min(1 << max(5, (longest - 1).bit_length()), decoder.config.max_length)  # few shapes
-            rows = max(1, tokens // length // multiple) * multiple
-            some, order = order[:rows], order[rows:]
-            states = read(params, place(_batch([texts[i] for i in some], head, rows, length)))
-            out[some] = np.moveaxis(np.asarray(states, float), 0, 1)[: len(some)]
-            progress(len(some))
+            rows = max(1, max_batch_tokens // length // batch_size_multiple) * batch_size_multiple
+            batch_indices, order = order[:rows], order[rows:]
+            states = mean_states(
+                params, place_batch(_make_batch([texts[i] for i in batch_indices], head, rows, length))
+            )
+            out[batch_indices] = np.moveaxis(np.asarray(states, float), 0, 1)[: len(batch_indices)]
+            on_progress(len(batch_indices))
         return out / np.maximum(np.linalg.norm(out, axis=-1, keepdims=True), 1e-30)
 
-    def pairs(params: Params, responses: Sequence[Ids], others: Sequence[Ids]) -> Float[np.ndarray, "pairs"]:
+    def pairs(params: Params, responses: Sequence[TokenIds], others: Sequence[TokenIds]) -> Float[np.ndarray, "pairs"]:
         distinct = sorted({*responses, *others})
-        _check(distinct, decoder.config.max_length - len(head))
+        _check_lengths(distinct, decoder.config.max_length - len(head))
         at = {text: i for i, text in enumerate(distinct)}
         found = vectors(params, distinct)
-        one, other = (found[[at[text] for text in some]] for some in (responses, others))
+        one, other = (found[[at[text] for text in texts]] for texts in (responses, others))
         return (one * other).sum(-1).mean(-1)
 
     return pairs
 
 
-def _batch(texts: Sequence[Ids], head: Ids, rows: int, length: int) -> Batch:
-    out = {name: np.zeros((1, rows, length), np.int32) for name in ("tokens", "segments", "counted")}
+def _make_batch(texts: Sequence[TokenIds], head: TokenIds, batch_size: int, length: int) -> Batch:
+    out = {name: np.zeros((1, batch_size, length), np.int32) for name in ("tokens", "segments", "counted")}
     for row, text in enumerate(texts):
         stop = len(head) + len(text)
         out["tokens"][0, row, :stop] = head + text
         out["segments"][0, row, :stop] = 1
         out["counted"][0, row, len(head) : stop] = 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (1, rows, length))
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (1, batch_size, length))
     return out | {"positions": np.array(positions), "counted": out["counted"].astype(bool)}
 
 
-def _check(texts: Sequence[Ids], most: int) -> None:
+def _check_lengths(texts: Sequence[TokenIds], max_tokens: int) -> None:
     lengths = [len(text) for text in texts]
     if texts and not min(lengths):
         raise ValueError("a response has no token; give responses with text.")
-    if texts and max(lengths) > most:
-        raise ValueError(f"a response has {max(lengths)} tokens, and the model's context holds {most}. Shorten it.")
+    if texts and max(lengths) > max_tokens:
+        raise ValueError(
+            f"a response has {max(lengths)} tokens, and the model's context holds {max_tokens}. Shorten it."
+        )

@@ -5,10 +5,10 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.types import PADDING
 
-Scores = Float[np.ndarray, "rows"]
+ExampleScores = Float[np.ndarray, "examples"]
 
 
-def minmax(scores: Scores) -> Scores:
+def minmax_weights(scores: ExampleScores) -> ExampleScores:
     """w_i = (s_i - min s)/(max s - min s) over the whole set; 0 for a score that is nan.
 
     Where all scores are equal they say nothing, and every weight is 1. One outlier pushes all others to one end; take
@@ -22,16 +22,16 @@ def minmax(scores: Scores) -> Scores:
     return np.where(known, weights, 0.0)
 
 
-def clipped(scores: Scores, low: float = 0.05, high: float = 0.95) -> Scores:
+def clipped_minmax_weights(scores: ExampleScores, low: float = 0.05, high: float = 0.95) -> ExampleScores:
     """As `minmax`, from the scores clipped to their quantiles `low` and `high`."""
     if not 0 <= low < high <= 1:
         raise ValueError(f"quantiles {low} and {high}; two with 0 <= low < high <= 1 are wanted.")
     known = scores[np.isfinite(scores)]
     edges = np.quantile(known, [low, high]) if known.size else (0.0, 0.0)
-    return minmax(np.clip(scores, *edges))
+    return minmax_weights(np.clip(scores, *edges))
 
 
-def by_batch(scores: Scores, index: Int[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
+def batch_minmax_weights(scores: ExampleScores, index: Int[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
     """`minmax` over the rows of one global step, as in arXiv 2510.14459. `index` are its rows; PADDING: an empty slot.
 
     All micro-batches and devices of the step at once: over a micro-batch of one row it would say nothing. An empty slot
@@ -39,5 +39,5 @@ def by_batch(scores: Scores, index: Int[np.ndarray, "*batch"]) -> Float[np.ndarr
     """
     real = index != PADDING
     weights = np.zeros(index.shape)
-    weights[real] = minmax(scores[index[real]])
+    weights[real] = minmax_weights(scores[index[real]])
     return weights

@@ -54,19 +54,21 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
 
     state, first = run.start, one.train.batch(0)
     snapshot, visit = size(state), size(state) + size(state.params)
-    part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact(state.opt))
+    part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact_leaves(state.opt))
     linear = linearization_bytes(step, state, part, one.fixed, first)
     whole = steps * visit
-    root = schedule.square_root(steps)
+    root = schedule.square_root_plan(steps)
     keeps = {
-        "every state": schedule.everything(steps),
-        "half of that": schedule.within(steps, snapshot, visit, whole / 2),
-        "a quarter of it": schedule.within(steps, snapshot, visit, whole / 4),
+        "every state": schedule.store_all_plan(steps),
+        "half of that": schedule.plan_within_budget(steps, snapshot, visit, whole / 2),
+        "a quarter of it": schedule.plan_within_budget(steps, snapshot, visit, whole / 4),
         "sqrt(steps) snapshots": root,
-        "the same, linearised": root._replace(linear=True),
-        "half of those": schedule.within(steps, snapshot, visit, (root.snapshots * snapshot + root.tape * visit) / 2),
+        "the same, linearised": root._replace(linearize=True),
+        "half of those": schedule.plan_within_budget(
+            steps, snapshot, visit, (root.snapshots * snapshot + root.stored_steps * visit) / 2
+        ),
     }
-    variants = {"plain training": lambda: trained(keep=schedule.NOTHING).end.params}
+    variants = {"plain training": lambda: trained(keep=schedule.NO_CHECKPOINTS).end.params}
     variants |= {name: partial(estimated, keep=keep) for name, keep in keeps.items()}
     seconds = {name: [] for name in variants}
     for turn in range(rounds + 1):  # the first compiles
@@ -95,9 +97,12 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     plain = np.median(seconds["plain training"])
     print(f"| plain training | | | | 1 | {plain:.2f} | 1 |")
     for name, keep in keeps.items():
-        megabytes = (keep.snapshots * snapshot + keep.tape * (visit + keep.linear * linear)) / MB
-        count, median = 4 - keep.linear + schedule.replays(steps, keep) / steps, np.median(seconds[name])
-        print(f"| {name} | {keep.snapshots} | {keep.tape} | {megabytes:.0f} | {count:.2f} ", end="")
+        megabytes = (keep.snapshots * snapshot + keep.stored_steps * (visit + keep.linearize * linear)) / MB
+        count, median = (
+            4 - keep.linearize + schedule.count_replayed_steps(steps, keep) / steps,
+            np.median(seconds[name]),
+        )
+        print(f"| {name} | {keep.snapshots} | {keep.stored_steps} | {megabytes:.0f} | {count:.2f} ", end="")
         print(f"| {median:.2f} | {median / plain:.2f} |")
 
     print("\n| piece | median, s | x steps, over plain training |\n|---|---|---|")
@@ -110,7 +115,7 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
         print(f"| {name}, temporary | {temporary / MB:.1f} |", flush=True)
 
 
-same = jax.jit(tree.equal)
+same = jax.jit(tree.bitwise_equal)
 
 
 def timed(function: Callable) -> float:

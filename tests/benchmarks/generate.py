@@ -78,7 +78,9 @@ def _ours(ours: Sampler, params: Params, prompts: list[Prompt]) -> list[tuple[in
     return [row[0].tokens for row in ours.sample(params, prompts, (0,))]
 
 
-def _reference(model: torch.nn.Module, ids: list[list[int]], sampling: SamplingParams, threads: int) -> list[tuple[int, ...]]:
+def _reference(
+    model: torch.nn.Module, ids: list[list[int]], sampling: SamplingParams, threads: int
+) -> list[tuple[int, ...]]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     tokens = torch.tensor(ids)

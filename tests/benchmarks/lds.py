@@ -5,11 +5,11 @@
 One setting per call, 9 to 16 minutes on two busy CPU cores; prints one markdown table. `../shared` is the folder of
 real data and models that tests/conftest.py describes.
 
-400 training rows, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not), cut to
+400 training examples, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not), cut to
 32 tokens; V is 64 + 64 other reviews. 64 AdamW steps of 16 rows under the package's defaults (eps_root = 1e-12, warm-up
 and cosine, clipped at 1). A random half, or 7.5 %, of the rows leaves the training set; the score is Spearman's rank
-correlation of sum_i g_i dw_i, with g the entries on V_fit, with the change of L_v when trained again, read on V_fit and
-on V_report. With 40 retrains its standard error is about (1 - score^2) / 6.
+correlation of sum_i g_i dw_i, with g the entries on validation, with the change of L_v when trained again, read on validation and
+on test. With 40 retrains its standard error is about (1 - score^2) / 6.
 
 Accept .55 for half of the rows and .85 for 7.5 % wherever the verdict on `unrolled` is BELIEVE.
 """
@@ -24,9 +24,9 @@ import numpy as np
 
 from bilevel_jax.core import certify, curvature, linsolve
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.schedule import everything
-from bilevel_jax.core.transition import scan, train, transition
-from bilevel_jax.core.unrolled import outer_value, unrolled
+from bilevel_jax.core.schedule import store_all_plan
+from bilevel_jax.core.transition import scan, train, train_step
+from bilevel_jax.core.unrolled import unrolled, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from tests.runs.problems_lm import adamw, reviews, setting, stacked, stories, summed, tokenized
 
@@ -51,14 +51,14 @@ def measure(
     )
     fit, report = plain.held_out
     weights = jnp.ones(plain.rows)
-    step, value, batches = transition(plain.problem, optimizer), outer_value(plain.problem), stacked(plain.train)
+    step, value, batches = train_step(plain.problem, optimizer), validation_loss_fn(plain.problem), stacked(plain.train)
 
     def values(w: jax.Array) -> np.ndarray:
         params = scan(step, plain.start(), w, plain.fixed, batches).params
         return np.array([value(params, plain.fixed, part) for part in (fit, report)])
 
     def swept(w: jax.Array):
-        run = train(step, plain.start(), w, plain.fixed, plain.train, keep=everything(plain.train.steps))
+        run = train(step, plain.start(), w, plain.fixed, plain.train, plan=store_all_plan(plain.train.steps))
         return run, unrolled(plain.problem, step)(run, w, plain.fixed, plain.train, fit)
 
     run, exact = swept(weights)
@@ -73,13 +73,16 @@ def measure(
         ),
         "alignment": implicit(plain.problem, product, linsolve.identity())(run, weights, plain.fixed, once, fit),
     }
-    ratios = certify.exact(lambda w: float(values(w)[0]), weights, exact.grad, (0.1,))
-    smooth = certify.smooth(lambda w: swept(w)[1].grad, jax.random.key(1), weights, exact.grad)
-    verdict = certify.verdict(certify.Certificates(ratios, smooth, None, exact.checks))
+    ratios = certify.check_finite_differences(lambda w: float(values(w)[0]), weights, exact.grad, (0.1,))
+    smooth = certify.metasmoothness(lambda w: swept(w)[1].grad, jax.random.key(1), weights, exact.grad)
+    verdict = certify.judge_certificates(certify.Certificates(ratios, smooth, None, exact.checks))
 
     base, scores = values(weights), {}
     for fraction in FRACTIONS:
-        fewer = [certify.without(key, weights, fraction) for key in jax.random.split(jax.random.key(2), retrains)]
+        fewer = [
+            certify.drop_random_examples(key, weights, fraction)
+            for key in jax.random.split(jax.random.key(2), retrains)
+        ]
         actual = np.array([values(w) - base for w in fewer])
         for name, estimate in estimates.items():
             predicted = jnp.array([jnp.vdot(estimate.grad, w - weights) for w in fewer])
@@ -87,10 +90,10 @@ def measure(
 
     trained = f"lora {lora_rank}" if lora_rank else "full"
     print(f"\n{trained}, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps of {batch} rows")
-    print(f"L_v before training {_before(plain, value)}; after {base.round(3)} nats per token on V_fit, V_report")
+    print(f"L_v before training {_before(plain, value)}; after {base.round(3)} nats per token on validation, test")
     print(f"ratio at .1 {ratios.ratios[0]:.3f}, smooth {smooth:.2f}, growth {exact.checks.growth:.3g}")
     print(f"{verdict}\n")
-    print("| estimator | half out, V_fit | 7.5 % out, V_fit | half out, V_report | 7.5 % out, V_report | checks |")
+    print("| estimator | half out, validation | 7.5 % out, validation | half out, test | 7.5 % out, test | checks |")
     print("|---|---|---|---|---|---|")
     for name, estimate in estimates.items():
         cells = [f"{scores[name, fraction][part]:.2f}" for part in (0, 1) for fraction in FRACTIONS]

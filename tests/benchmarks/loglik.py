@@ -36,7 +36,9 @@ def measure(shared: Path, *, models: list[str], rows: int, rounds: int, tokens: 
     for name in models:
         config, params = lm.load_model(shared / "models" / name)
         decoder = lm.make_decoder(config)
-        engines = {share: make_loglik_scorer(decoder, share_prefixes=share, max_batch_tokens=tokens) for share in (False, True)}
+        engines = {
+            share: make_loglik_scorer(decoder, share_prefixes=share, max_batch_tokens=tokens) for share in (False, True)
+        }
         ids = _text(shared, name)
         for k in (3, 10):
             for kind in kinds:
@@ -50,7 +52,9 @@ def measure(shared: Path, *, models: list[str], rows: int, rounds: int, tokens: 
                         if turn:
                             seconds[share].append(time.perf_counter() - began)
                 unshared, together = (rows / float(np.median(seconds[share])) for share in (False, True))
-                apart = max(abs(a.nats - b.nats) / a.num_tokens for a, b in zip(scores[True], scores[False], strict=True))
+                apart = max(
+                    abs(a.nats - b.nats) / a.num_tokens for a, b in zip(scores[True], scores[False], strict=True)
+                )
                 length = np.mean([len(prefix) + len(response) for prefix, response in requests])
                 cells = name, k, kind, *(f"{x:.0f}" for x in (length, unshared, together)), f"{together / unshared:.2f}"
                 print("| " + " | ".join(map(str, cells)) + f" | {apart:.0e} |", flush=True)

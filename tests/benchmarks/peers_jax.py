@@ -13,7 +13,7 @@ from bilevel_jax.core import linsolve, schedule
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import begin, descent, finished, train, transition
+from bilevel_jax.core.transition import forward_only_step, init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Problem, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import losses
@@ -25,10 +25,10 @@ Rows = dict[str, Any]
 
 
 KEEPS = {
-    "everything": schedule.everything,
-    "square root": schedule.square_root,
-    "square root, linear": lambda steps: schedule.square_root(steps)._replace(linear=True),
-    "half": lambda steps: schedule.within(steps, 1, 1, schedule.square_root(steps).tape),
+    "everything": schedule.store_all_plan,
+    "square root": schedule.square_root_plan,
+    "square root, linear": lambda steps: schedule.square_root_plan(steps)._replace(linearize=True),
+    "half": lambda steps: schedule.plan_within_budget(steps, 1, 1, schedule.square_root_plan(steps).stored_steps),
 }
 MICRO = 4
 """Sequences of a micro-batch of this package's steps: whole batches of 16 are no faster, and take more memory."""
@@ -98,10 +98,10 @@ def oracle(problem: Training) -> Callable[[], np.ndarray]:
 def alone(problem: Training) -> Callable[[], None]:
     """This package's training without a sweep."""
     core, adam, params, train_stream, _, weights = _ours(problem)
-    step = descent(core, adam)
+    step = forward_only_step(core, adam)
 
     def run() -> None:
-        state = begin(adam, jax.tree.map(jnp.copy, params))
+        state = init_train_state(adam, jax.tree.map(jnp.copy, params))
         for index in range(train_stream.steps):
             state, _ = step(state, weights, None, train_stream.batch(index))
         jax.block_until_ready(state)
@@ -112,12 +112,12 @@ def alone(problem: Training) -> Callable[[], None]:
 def swept(problem: Training, *, kept: str) -> Callable[[], np.ndarray]:
     """This package's training and sweep; `kept` is one of `KEEPS`."""
     core, adam, params, train_stream, held_out, weights = _ours(problem)
-    step = transition(core, adam)
+    step = train_step(core, adam)
     estimate = unrolled(core, step)
 
     def run() -> np.ndarray:
         keep = KEEPS[kept](train_stream.steps)
-        trained = train(step, begin(adam, params), weights, None, train_stream, keep=keep)
+        trained = train(step, init_train_state(adam, params), weights, None, train_stream, plan=keep)
         out = estimate(trained, weights, None, train_stream, held_out)
         if not out.checks.replayed:
             raise RuntimeError("a replayed segment missed the state that training reached.")
@@ -132,13 +132,13 @@ def solved(problem: Regression) -> Callable[[], np.ndarray]:
         "x": _array(problem.x)[None],
         "y": jnp.asarray(problem.y)[None],
         "index": jnp.arange(len(problem.y))[None],
-        "rows": jnp.full(1, len(problem.y), jnp.float32),
+        "num_examples": jnp.full(1, len(problem.y), jnp.float32),
     }
     held_out = {
         "x": _array(problem.held_out_x)[None],
         "y": jnp.asarray(problem.held_out_y)[None],
         "index": jnp.arange(len(problem.held_out_y))[None],
-        "rows": jnp.full(1, len(problem.held_out_y), jnp.float32),
+        "num_examples": jnp.full(1, len(problem.held_out_y), jnp.float32),
     }
     core = weighted(
         lambda theta, fixed, batch: _cross_entropy(batch["x"] @ theta, batch["y"]),
@@ -148,7 +148,7 @@ def solved(problem: Regression) -> Callable[[], np.ndarray]:
     theta, weights = _array(problem.solution), _array(problem.weights)
     train_stream, validation = Stream(lambda step: batch, 1), Stream(lambda step: held_out, 1)
     centre = jnp.zeros_like(theta)
-    return lambda: np.asarray(estimate(finished(theta), weights, centre, train_stream, validation).grad)
+    return lambda: np.asarray(estimate(trajectory_from_params(theta), weights, centre, train_stream, validation).grad)
 
 
 def closed(problem: Regression) -> Callable[[], np.ndarray]:
@@ -205,7 +205,7 @@ def _ours(problem: Training) -> tuple[Problem, optax.GradientTransformation, Any
         micro = {name: leaf.reshape(parts, -1, *leaf.shape[1:]) for name, leaf in {**rows, "index": index}.items()}
         whole = [made({name: leaf[part] for name, leaf in micro.items()}) for part in range(parts)]
         stacked = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
-        return jax.tree.map(_array, {**stacked, "rows": np.full(parts, len(index), np.float32)})
+        return jax.tree.map(_array, {**stacked, "num_examples": np.full(parts, len(index), np.float32)})
 
     steps = [batch({name: leaf[at] for name, leaf in problem.rows.items()}, at) for at in problem.order]
     held_out = batch(problem.held_out, np.arange(len(next(iter(problem.held_out.values())))))

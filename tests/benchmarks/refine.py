@@ -21,7 +21,7 @@ from bilevel_jax.runs.config import RefineConfig, SelectConfig, load_config
 from bilevel_jax.runs.embedded import resolve_builtin
 from bilevel_jax.runs.refine import refine
 
-TRUSTED = {"validation": 64, "select": 128}
+TRUSTED = {"validation": 64, "dev": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "validation alone": ("refine_mixing", ("--single-loop.validation-shares", "1.0")),
@@ -66,7 +66,9 @@ def pretrained(folder: Path, seed: int) -> Path:
     folder.mkdir(exist_ok=True)
     task = "builtin:sums?" + "&".join(f"{part}={count}" for part, count in TRUSTED.items())
     flags = ["--model.name-or-path", "builtin:sums", "--data.train", task, "--data.validation", "builtin:sums"]
-    ready = resolve_builtin(load_config(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder)
+    ready = resolve_builtin(
+        load_config(SelectConfig, None, [*flags, "--data.seed", str(seed), "--output.no-progress"]), folder
+    )
     return Path(ready.model.name_or_path)
 
 
@@ -75,7 +77,7 @@ def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
     config, flags = ARMS[name]
-    files = {part: made / f"{part}.jsonl" for part in ("train", "validation", "select", "report")}
+    files = {part: made / f"{part}.jsonl" for part in ("train", "validation", "dev", "test")}
     data = [text for part, path in files.items() for text in (f"--data.{part}", str(path))]
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
     given = [*flags, *data, "--model.name-or-path", str(model), "--data.seed", str(seed), "--mesh.data", "1"]
@@ -89,23 +91,23 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     heads = [
         "arm",
         "right answers",
-        "L_v on V_report",
+        "test loss",
         "rounds accepted",
         "right responses",
         "training steps",
         "seconds",
     ]
     first = next(iter(cells.values()))
-    given = [spread([run["report"]["right"]["first"] for run in first], 3)]
-    given += [spread([run["report"]["first"] for run in first], 3), "", "", "", ""]
+    given = [spread([run["test"]["right"]["first"] for run in first], 3)]
+    given += [spread([run["test"]["first"] for run in first], 3), "", "", "", ""]
     lines = [heads, ["---"] * len(heads), ["the model as given", *given]]
     for name, runs in cells.items():
         right = [one["right"] for run in runs for one in run["records"] if one["right"] is not None]
         lines.append(
             [
                 name,
-                spread([run["report"]["right"]["last"] for run in runs], 3),
-                spread([run["report"]["last"] for run in runs], 3),
+                spread([run["test"]["right"]["last"] for run in runs], 3),
+                spread([run["test"]["last"] for run in runs], 3),
                 f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
                 f"{np.mean(right):.3f}" if right else "",
                 f"{np.mean([sum(one['work'] for one in run['records']) for run in runs]):,.0f}",

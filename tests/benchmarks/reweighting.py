@@ -4,8 +4,8 @@
 
 Prints one markdown table; `../shared` is the folder of real data and models that tests/conftest.py describes. The task
 is that of tests/runs/test_selection_slow.py: 160 sentences of film reviews, 160 others whose tokens were permuted, 80
-openings of school arithmetic; of 240 trusted sentences 120 are V_fit, the holdout of all scores and of the learned
-weights, and the rest V_report, which nothing but the table reads. Every arm trains all parameters of the 260-thousand-
+openings of school arithmetic; of 240 trusted sentences 120 are validation, the holdout of all scores and of the learned
+weights, and the rest test, which nothing but the table reads. Every arm trains all parameters of the 260-thousand-
 parameter model for as many steps, from cold, under the same data orders; the oracle has the 160 rows alone. Scores give
 weights by min-max over each step's rows; AUC is of the weights that rows got against the labels.
 """
@@ -38,11 +38,11 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     with_headroom(shared, folder)
     trusted = (folder / "validation.jsonl").read_text("utf-8").splitlines(keepends=True)
-    for name, rows in (("fit", trusted[:120]), ("report", trusted[120:])):
+    for name, rows in (("validation", trusted[:120]), ("test", trusted[120:])):
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     common = {
         "model.name_or_path": shared / "models" / MODEL, "lora.r": 0, "data.train": folder / "train.jsonl",
-        "data.validation": folder / "fit.jsonl", "data.test": folder / "report.jsonl", "data.label-field": "label",
+        "data.validation": folder / "fit.jsonl", "data.test": folder / "test.jsonl", "data.label-field": "label",
         "data.max-length": 96, "data.truncation": "right", "optimizer.learning-rate": 3e-4, "optimizer.warmup_steps": 10,
         "optimizer.eps-root": 1e-8, "train.max_steps": steps, "train.global_batch_size": 16, "mesh.data": 1,
     }  # fmt: skip
@@ -51,8 +51,8 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
 
     def learned() -> list[str]:
         flags = ["--outer.weighting", "sigmoid", "--outer.learning-rate", "1", "--outer.steps", "4", "--fast"]
-        select(load_config(SelectConfig, None, [*given, *flags, "--out", str(folder / "select")]))
-        return ["--weights.file", str(folder / "select" / "weights.parquet")]
+        select(load_config(SelectConfig, None, [*given, *flags, "--out", str(folder / "dev")]))
+        return ["--weights.file", str(folder / "dev" / "weights.parquet")]
 
     clean = folder / "clean.jsonl"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text("utf-8").splitlines()]
@@ -65,7 +65,7 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
     for name, count in SCORED:
         arms[f"{name}, R = {count}"] = partial(_scored, name, count)
 
-    print("| weights | L_v on V_report, nats per token | token accuracy | AUC | scoring / training, steps |")
+    print("| weights | test loss, nats per token | token accuracy | AUC | scoring / training, steps |")
     print("|---|---|---|---|---|", flush=True)
     for name, flags_of in arms.items():
         flags, runs = flags_of(), []
@@ -85,7 +85,7 @@ def _scored(name: str, count: int) -> list[str]:
 def _told(result: dict[str, Any], out: Path) -> dict[str, float]:
     table = pq.read_table(out / "weights.parquet")
     good = np.array([label == "clean" for label in table["label"].to_pylist()])
-    after = result["parts"]["report"]["after"]
+    after = result["parts"]["test"]["after"]
     scoring = result["scoring"]
     return {
         "loss": after["loss"],

@@ -40,7 +40,7 @@ def main(out: Path) -> None:
             "random": str(drawn.randrange(100, 1000)),
         }
         rows.append({"prompt": prompt, "responses": responses, "result": right})
-    report = [json.loads(line) for line in (made / "report.jsonl").read_text("utf-8").splitlines()]
+    report = [json.loads(line) for line in (made / "test.jsonl").read_text("utf-8").splitlines()]
     write(out / "strategies.jsonl", rows)
     write(out / "tested.jsonl", [row | {"result": row["response"]} for row in report])
 

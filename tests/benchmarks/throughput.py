@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, descent
+from bilevel_jax.core.transition import forward_only_step, init_train_state
 from bilevel_jax.lm import batches, losses, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
@@ -40,7 +40,9 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
     rows = [Example(f"{i}", i, (Turn("text", text),), "", None, "", i) for i, text in enumerate(texts)]
     corpus, _ = tokens.tokenize(rows, tokens.load_tokenizer(folder), max_length=length + 1, truncation="right")
     order = batches.shuffled_order(corpus.num_examples, batch, 0)
-    stream = batches.make_train_stream(corpus, order, steps, batches.BatchShape(1, batch, batch, batches.padded_max_length(corpus)))
+    stream = batches.make_train_stream(
+        corpus, order, steps, batches.BatchShape(1, batch, batch, batches.padded_max_length(corpus))
+    )
     config, params = lm.load_model(folder)
     adamw = build_optimizer(OptimizerSection(learning_rate=1e-4, warmup_steps=2), steps)
     per_example = losses.sft_losses(lm.make_decoder(config, remat="none"))
@@ -74,11 +76,11 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
 
 
 def _weighted(per_example, adamw, params, stream, rows: int) -> Callable[[], None]:
-    step = descent(weighted(lambda params, fixed, batch: per_example(params, batch)), adamw)
+    step = forward_only_step(weighted(lambda params, fixed, batch: per_example(params, batch)), adamw)
     weights = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, rows), jnp.float32)
 
     def loop() -> None:
-        state = begin(adamw, jax.tree.map(jnp.copy, params))
+        state = init_train_state(adamw, jax.tree.map(jnp.copy, params))
         for index in range(stream.steps):
             state, loss = step(state, weights, None, jax.device_put(stream.batch(index)))
         loss.block_until_ready()

@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import arrays
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import begin, finished, scan, train, transition
-from bilevel_jax.core.types import PADDING, Problem, Run, Stream
+from bilevel_jax.core.transition import init_train_state, scan, train, train_step, trajectory_from_params
+from bilevel_jax.core.types import PADDING, Problem, Stream, Trajectory
 
 ROWS, WIDTH, HIDDEN, RANK, MICRO, SLOTS = 43, 6, 8, 2, 2, 5
 
@@ -48,11 +48,11 @@ class Closed(NamedTuple):
     def problem(self) -> Problem:
         return weighted(lambda p, fixed, b: self.losses(p, b["data"]), prior=proximal(self.delta, jnp.zeros_like))
 
-    def run(self) -> Run:
-        return finished(self.params)
+    def run(self) -> Trajectory:
+        return trajectory_from_params(self.params)
 
     def streams(self) -> tuple[Stream, Stream]:
-        return arrays.rows_stream(self.data), arrays.rows_stream(self.held_out)
+        return arrays.full_batch_stream(self.data), arrays.full_batch_stream(self.held_out)
 
 
 def ridge() -> Closed:
@@ -102,12 +102,17 @@ def lora(steps: int = 24) -> Toy:
         chosen = np.random.default_rng(epoch).permutation(ROWS)[place * MICRO * SLOTS :][: MICRO * SLOTS]
         index = np.pad(chosen, (0, MICRO * SLOTS - len(chosen)), constant_values=PADDING).reshape(micro, -1)
         at = np.minimum(index, ROWS - 1)
-        return {"index": jnp.asarray(index), "x": x[at], "y": y[at], "rows": jnp.full((micro,), float(len(chosen)))}
+        return {
+            "index": jnp.asarray(index),
+            "x": x[at],
+            "y": y[at],
+            "num_examples": jnp.full((micro,), float(len(chosen))),
+        }
 
     held_out = (normal(14, 20, WIDTH), jnp.zeros(20))
     validation = Stream(
         lambda step: {
-            "index": jnp.arange(20)[None], "x": held_out[0][None], "y": held_out[1][None], "rows": jnp.full((1,), 20.0)
+            "index": jnp.arange(20)[None], "x": held_out[0][None], "y": held_out[1][None], "num_examples": jnp.full((1,), 20.0)
         },
         1,
     )  # fmt: skip
@@ -120,18 +125,18 @@ def stacked(stream: Stream):
 
 def through_scan(toy: Toy, optimizer: optax.GradientTransformation, weights: jax.Array):
     """The oracle: plain reverse mode through `lax.scan` over the same steps."""
-    step = transition(toy.problem, optimizer)
+    step = train_step(toy.problem, optimizer)
 
     def value(weights):
-        end = scan(step, begin(optimizer, toy.params), weights, toy.fixed, stacked(toy.train))
+        end = scan(step, init_train_state(optimizer, toy.params), weights, toy.fixed, stacked(toy.train))
         return toy.problem.outer(end.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], toy.validation.batch(0)))
 
     return jax.jit(jax.value_and_grad(value))(weights)
 
 
 def trained(toy: Toy, optimizer: optax.GradientTransformation, weights: jax.Array, **options):
-    step = transition(toy.problem, optimizer)
-    return step, train(step, begin(optimizer, toy.params), weights, toy.fixed, toy.train, **options)
+    step = train_step(toy.problem, optimizer)
+    return step, train(step, init_train_state(optimizer, toy.params), weights, toy.fixed, toy.train, **options)
 
 
 def relative(one, other) -> float:

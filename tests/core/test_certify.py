@@ -22,22 +22,24 @@ def chaotic(weights):
 
 def test_exact_is_one_for_a_linear_function_and_not_for_a_chaotic_one():
     weights = jnp.ones(40)
-    np.testing.assert_allclose(certify.exact(linear, weights, SLOPE).ratios, 1, rtol=1e-9)
+    np.testing.assert_allclose(certify.check_finite_differences(linear, weights, SLOPE).ratios, 1, rtol=1e-9)
     slope = jax.grad(lambda w: jnp.sin(1e4 * (SLOPE @ w)))(weights)
-    assert max(abs(ratio) for ratio in certify.exact(chaotic, weights, slope).ratios) < 0.1
-    assert abs(certify.exact(linear, weights, 2 * SLOPE).ratios[0] - 0.5) < 1e-9  # a wrong gradient is told
-    assert np.isnan(certify.exact(linear, weights, 0 * SLOPE).ratios).all()
+    assert max(abs(ratio) for ratio in certify.check_finite_differences(chaotic, weights, slope).ratios) < 0.1
+    assert (
+        abs(certify.check_finite_differences(linear, weights, 2 * SLOPE).ratios[0] - 0.5) < 1e-9
+    )  # a wrong gradient is told
+    assert np.isnan(certify.check_finite_differences(linear, weights, 0 * SLOPE).ratios).all()
 
 
 def test_smooth_compares_the_rows_that_stay():
     weights, key = jnp.ones(40), jax.random.key(3)
-    assert abs(certify.smooth(lambda w: SLOPE * jnp.where(w > 0, 1, 9), key, weights, SLOPE) - 1) < 1e-12
-    assert certify.smooth(lambda w: -jnp.asarray(SLOPE), key, weights, SLOPE) < -0.99
-    assert (certify.without(key, weights, 0.2) == 0).sum() == 8
+    assert abs(certify.metasmoothness(lambda w: SLOPE * jnp.where(w > 0, 1, 9), key, weights, SLOPE) - 1) < 1e-12
+    assert certify.metasmoothness(lambda w: -jnp.asarray(SLOPE), key, weights, SLOPE) < -0.99
+    assert (certify.drop_random_examples(key, weights, 0.2) == 0).sum() == 8
 
 
 def test_predictive_of_a_linear_function():
-    out = certify.predictive(linear, jax.random.key(4), jnp.ones(40), SLOPE, linear(jnp.ones(40)), fraction=0.5)
+    out = certify.predict_removals(linear, jax.random.key(4), jnp.ones(40), SLOPE, linear(jnp.ones(40)), fraction=0.5)
     assert out.rank == pytest.approx(1) and abs(out.slope - 1) < 1e-9
     np.testing.assert_allclose(out.predicted, out.actual, rtol=1e-9, atol=1e-12)
 
@@ -67,7 +69,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize("ratio, smooth, checks, level", VERDICTS)
 def test_verdict(ratio, smooth, checks, level):
-    exact = None if ratio is None else certify.Exact(EXACT, (ratio,) * 4)
-    verdict = certify.verdict(certify.Certificates(exact, smooth, None, checks))
+    exact = None if ratio is None else certify.FiniteDifferences(EXACT, (ratio,) * 4)
+    verdict = certify.judge_certificates(certify.Certificates(exact, smooth, None, checks))
     assert str(verdict).startswith(f"{level}: ")
     assert verdict.level == "BELIEVE" or verdict.remedy

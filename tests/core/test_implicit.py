@@ -7,17 +7,17 @@ import pytest
 
 from bilevel_jax.core import arrays, linsolve
 from bilevel_jax.core.curvature import gauss_newton, hessian
-from bilevel_jax.core.implicit import implicit, sampled
+from bilevel_jax.core.implicit import implicit, subsample_stream
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import finished
-from bilevel_jax.core.types import Loss, Stream
+from bilevel_jax.core.transition import trajectory_from_params
+from bilevel_jax.core.types import CompositeLoss, Stream
 from tests.core.problems import logistic, normal, relative, ridge
 
 CLOSED = (ridge, logistic)
 SOLVERS = {
     "cg": linsolve.cg(tolerance=1e-12),
     "dense": linsolve.dense(),
-    "neumann": linsolve.neumann(rate=0.3, terms=2000),
+    "neumann": linsolve.neumann(step_size=0.3, terms=2000),
 }
 
 
@@ -37,7 +37,7 @@ def test_equals_closed_form(make, solver):
 def test_friendly_face_is_three_lines():
     closed = ridge()
     estimate = arrays.hypergradient(
-        closed.losses, closed.params, closed.data, closed.held_out, weights=closed.weights, prior=closed.delta,
+        closed.losses, closed.params, closed.data, closed.held_out, weights=closed.weights, l2=closed.delta,
         solver=linsolve.cg(tolerance=1e-12),
     )  # fmt: skip
     assert relative(estimate.grad, closed.gradient()) < 1e-9
@@ -46,7 +46,7 @@ def test_friendly_face_is_three_lines():
 def test_gauss_newton_is_the_hessian_where_outputs_are_linear():
     closed = logistic()
     problem = closed.problem()
-    loss = Loss(
+    loss = CompositeLoss(
         lambda p, fixed, batch: batch["data"][0] @ p, lambda z, fixed, batch: jax.nn.softplus(-batch["data"][1] * z)
     )
     train, _ = closed.streams()
@@ -67,10 +67,12 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
 
     problem = weighted(lambda p, fixed, b: link(outputs(p, fixed, b), fixed, b))
     params = {"in": normal(21, 4, 5), "out": normal(22, 5)}
-    stream = arrays.rows_stream((normal(23, 30, 4), 5 * normal(24, 30)))
+    stream = arrays.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
     curvatures = {}
-    for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, Loss(outputs, link)))):
-        estimate = implicit(problem, product, linsolve.dense())(finished(params), jnp.ones(30), None, stream, stream)
+    for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, CompositeLoss(outputs, link)))):
+        estimate = implicit(problem, product, linsolve.dense())(
+            trajectory_from_params(params), jnp.ones(30), None, stream, stream
+        )
         curvatures[name] = estimate.checks.curvature
     assert curvatures["hessian"] < -1e-3  # and the check says so
     assert curvatures["gn"] > -1e-12  # 0 up to rounding
@@ -111,24 +113,24 @@ def test_sampled_batches_double_until_they_agree():
         lambda step: {
             "data": (x[None, 5 * step : 5 * step + 5], y[None, 5 * step : 5 * step + 5]),
             "index": jnp.arange(5 * step, 5 * step + 5)[None],
-            "rows": jnp.full((1,), 50.0),
+            "num_examples": jnp.full((1,), 50.0),
         },
         10,
     )
-    half = sampled(train, 5)
-    assert float(half.batch(0)["rows"][0]) == 25.0  # so that 5 of 10 batches still sum to a mean
-    estimator = implicit(problem, hessian(problem), linsolve.dense(), batches=2, agreement=1.1)  # never satisfied
+    half = subsample_stream(train, 5)
+    assert float(half.batch(0)["num_examples"][0]) == 25.0  # so that 5 of 10 batches still sum to a mean
+    estimator = implicit(problem, hessian(problem), linsolve.dense(), batches=2, min_cosine=1.1)  # never satisfied
     estimate = estimator(closed.run(), closed.weights, closed.params, train, held_out)
     assert estimate.checks.batches == 10
     assert relative(estimate.grad, closed.gradient()) < 1e-9
-    early = implicit(problem, hessian(problem), linsolve.dense(), batches=2, agreement=-1.0)
+    early = implicit(problem, hessian(problem), linsolve.dense(), batches=2, min_cosine=-1.0)
     assert early(closed.run(), closed.weights, closed.params, train, held_out).checks.batches == 4
 
 
 def test_cg_stops_at_negative_curvature_and_says_so():
     matrix = jnp.diag(jnp.array([3.0, 1.0, -2.0]))
     solve = linsolve.cg(tolerance=1e-12)(lambda v: matrix @ v, jnp.ones(3), None)
-    assert solve.curvature <= 0 and solve.residual > 0.1
+    assert solve.min_curvature <= 0 and solve.residual > 0.1
     assert jnp.isfinite(solve.x).all()
 
 
@@ -146,4 +148,4 @@ def test_cg_does_not_lose_to_scipy():
 
 def test_dense_refuses_many_parameters():
     with pytest.raises(ValueError, match="5 parameters are too many for the dense solver.*use cg"):
-        linsolve.dense(limit=4)(lambda v: v, jnp.ones(5), None)
+        linsolve.dense(max_params=4)(lambda v: v, jnp.ones(5), None)

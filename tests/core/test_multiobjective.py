@@ -9,33 +9,33 @@ import optax
 import pytest
 
 from bilevel_jax.core import arrays
-from bilevel_jax.core import multiobjective as bmo
-from bilevel_jax.core.multiobjective import Copy, geometric, importance, merit, multiobjective
+from bilevel_jax.core import multiobjective
+from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule, smooth_merit, weights_from_gaps
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import gradient
+from bilevel_jax.core.transition import inner_loss_and_grad
 from bilevel_jax.core.types import PADDING
 from tests.core.problems import ROWS, lora, normal, relative
 from tests.core.test_transition import equations
 
 ONE, NOTHING, STILL = optax.constant_schedule(1.0), optax.constant_schedule(0.0), optax.sgd(0.0)
 HALF, TAU = optax.constant_schedule(0.5), optax.constant_schedule(0.3)
-FORMS = {"none": "none", "snapshot": "snapshot", "copy": Copy(optax.sgd(0.05), 2, 0.5)}
+FORMS = {"none": "none", "snapshot": "snapshot", "copy": TrainedReference(optax.sgd(0.05), 2, 0.5)}
 
 
 def test_bounds_and_weights():
     """min -z <= m <= min -z + tau log N, in nats; weights have mean 1; a shift of all gaps leaves them alone."""
     for seed, tau in ((0, 1.0), (1, 0.1), (2, 1e-3)):
         z = normal(seed, 12)
-        m, least = merit(z, tau), -z.max()
+        m, least = smooth_merit(z, tau), -z.max()
         assert least - 1e-12 <= m <= least + tau * jnp.log(12) + 1e-12
-        w = importance(z, tau)
+        w = weights_from_gaps(z, tau)
         assert abs(w.mean() - 1) < 1e-12
-        assert relative(importance(z + 3, tau), w) < 1e-10
-        assert abs(merit(z + 3, tau) - m + 3) < 1e-12
+        assert relative(weights_from_gaps(z + 3, tau), w) < 1e-10
+        assert abs(smooth_merit(z + 3, tau) - m + 3) < 1e-12
         padded = jnp.append(z, -jnp.inf)
-        assert abs(merit(padded, tau) - m) < 1e-12 and importance(padded, tau)[-1] == 0
-    assert merit(jnp.zeros(7), 0.2) == 0  # phi = theta: m >= 0
-    assert jnp.isfinite(importance(jnp.array([-1e4, 1e4]), 1e-2)).all()
+        assert abs(smooth_merit(padded, tau) - m) < 1e-12 and weights_from_gaps(padded, tau)[-1] == 0
+    assert smooth_merit(jnp.zeros(7), 0.2) == 0  # phi = theta: m >= 0
+    assert jnp.isfinite(weights_from_gaps(jnp.array([-1e4, 1e4]), 1e-2)).all()
 
 
 class Convex:
@@ -48,7 +48,7 @@ class Convex:
     def __init__(self):
         prior = proximal(0.2, lambda fixed: fixed)
         self.problem = weighted(lambda p, fixed, b: self.losses(p, b["data"]), prior=prior)
-        self.batch = arrays.rows_stream(self.data).batch(0)
+        self.batch = arrays.full_batch_stream(self.data).batch(0)
 
     def losses(self, params, data=None):
         centre, slope = self.data if data is None else data
@@ -75,11 +75,16 @@ class Convex:
 
     def one(self, theta, tau, form, phi=None):
         """(gradient, info) of one step at theta with L_v left out."""
-        made = multiobjective(
-            self.problem, optax.sgd(1.0), self.rows, share=NOTHING, tau=optax.constant_schedule(tau), phi=form
+        made = bmo(
+            self.problem,
+            optax.sgd(1.0),
+            self.rows,
+            validation_share=NOTHING,
+            temperature=optax.constant_schedule(tau),
+            reference=form,
         )
         state = made.init(theta)
-        state = state if phi is None else bmo.refresh(state, phi)
+        state = state if phi is None else multiobjective.replace_reference(state, phi)
         after, info = made.step(state, self.fixed, self.batch, self.batch)
         return theta - after.inner.params, info
 
@@ -91,11 +96,11 @@ def test_gradient_is_that_of_the_merit_function(tau):
     phi = toy.maximiser(theta, tau)
     assert jnp.linalg.norm(jax.grad(toy.inner)(phi, theta, tau)) < 1e-12
     differences = [(toy.value(theta + h * e, tau) - toy.value(theta - h * e, tau)) / (2 * h) for e in jnp.eye(3)]
-    grad, info = toy.one(theta, tau, Copy(STILL, 1, toy.strength), phi)
+    grad, info = toy.one(theta, tau, TrainedReference(STILL, 1, toy.strength), phi)
     assert relative(grad, jnp.array(differences)) < 1e-6  # central differences: h^2 / tau^2 and 1e-16 / h
     assert abs(info.merit - toy.value(theta, tau)) < 1e-12
     assert info.merit >= 0
-    low = toy.one(theta, tau, Copy(STILL, 1, toy.strength), phi + 0.1 * normal(41, 3))[1]
+    low = toy.one(theta, tau, TrainedReference(STILL, 1, toy.strength), phi + 0.1 * normal(41, 3))[1]
     assert low.merit < info.merit  # a lower bound away from the maximiser
 
 
@@ -106,8 +111,8 @@ def test_gradient_at_a_given_phi(form):
     def value(theta):
         prior = toy.problem.prior(theta, toy.fixed)
         if form == "none":
-            return merit(-toy.losses(theta), 0.3) + prior
-        return merit(toy.losses(phi) - toy.losses(theta), 0.3) + prior - toy.problem.prior(phi, toy.fixed)
+            return smooth_merit(-toy.losses(theta), 0.3) + prior
+        return smooth_merit(toy.losses(phi) - toy.losses(theta), 0.3) + prior - toy.problem.prior(phi, toy.fixed)
 
     grad, info = toy.one(theta, 0.3, form, phi if form == "snapshot" else None)
     assert relative(grad, jax.grad(value)(theta)) < 1e-12
@@ -116,8 +121,14 @@ def test_gradient_at_a_given_phi(form):
 
 def test_the_copy_finds_the_maximiser():
     toy, theta = Convex(), normal(40, 3)
-    made = multiobjective(
-        toy.problem, STILL, toy.rows, share=NOTHING, tau=TAU, phi=Copy(optax.sgd(0.05), 20, toy.strength), memory=0
+    made = bmo(
+        toy.problem,
+        STILL,
+        toy.rows,
+        validation_share=NOTHING,
+        temperature=TAU,
+        reference=TrainedReference(optax.sgd(0.05), 20, toy.strength),
+        normalizer_memory=0,
     )
     state = made.init(theta)
     for _ in range(100):
@@ -134,11 +145,11 @@ def test_two_objectives_end_on_the_front_where_validation_is_least():
     """
     centres, aim, steps, inner = jnp.array([[-1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.4, 0.1]]), 40_000, 20
     problem = weighted(lambda p, fixed, b: 0.5 * jnp.sum((p[None] - b["data"]) ** 2, -1))
-    train, held_out = (arrays.rows_stream(data).batch(0) for data in (centres, aim))
-    tau, share = geometric(1.0, 1e-5, steps // 2), geometric(0.5, 3e-3, steps // 2)
-    rate = geometric(0.2, 0.2e-5, inner * steps // 2)  # phi's problem has curvature 1 / tau along the front
-    copy = Copy(optax.sgd(rate, momentum=0.9, nesterov=True), inner, 1.0)
-    made = multiobjective(problem, optax.sgd(0.1), 2, share=share, tau=tau, phi=copy, memory=0)
+    train, held_out = (arrays.full_batch_stream(data).batch(0) for data in (centres, aim))
+    tau, share = geometric_schedule(1.0, 1e-5, steps // 2), geometric_schedule(0.5, 3e-3, steps // 2)
+    rate = geometric_schedule(0.2, 0.2e-5, inner * steps // 2)  # phi's problem has curvature 1 / tau along the front
+    copy = TrainedReference(optax.sgd(rate, momentum=0.9, nesterov=True), inner, 1.0)
+    made = bmo(problem, optax.sgd(0.1), 2, validation_share=share, temperature=tau, reference=copy, normalizer_memory=0)
 
     @jax.jit
     def run(state):
@@ -160,14 +171,21 @@ def useless(seed: int, gap: float = 2.0):
     wrong = xv[:15] @ truth + gap * rng.choice([-1.0, 1.0], 15)
     problem = weighted(lambda p, fixed, b: 0.5 * (b["data"][0] @ p - b["data"][1]) ** 2)
     training = np.concatenate([x, xv[:15]]), np.concatenate([x @ truth, wrong])
-    return problem, arrays.rows_stream(training), arrays.rows_stream((xv, xv @ truth))
+    return problem, arrays.full_batch_stream(training), arrays.full_batch_stream((xv, xv @ truth))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_useless_rows_lose_their_weight(seed):
     """tau 1 -> .3 at share .5: measured L_v 6.0e-6 to 8.5e-6, greatest useless weight 3.0e-3 to 3.6e-3."""
     problem, train, held_out = useless(seed)
-    made = multiobjective(problem, optax.sgd(0.02, momentum=0.9), 30, share=HALF, tau=geometric(1, 0.3, 5000), memory=0)
+    made = bmo(
+        problem,
+        optax.sgd(0.02, momentum=0.9),
+        30,
+        validation_share=HALF,
+        temperature=geometric_schedule(1, 0.3, 5000),
+        normalizer_memory=0,
+    )
 
     @jax.jit
     def run(state):
@@ -175,7 +193,7 @@ def test_useless_rows_lose_their_weight(seed):
         return jax.lax.scan(lambda state, _: made.step(state, (), *batches), state, length=15_000)[0]
 
     state = run(made.init(jnp.zeros(40)))
-    w = bmo.weights(problem, state.inner.params, (), (), train, 30, 0.3)
+    w = multiobjective.compute_weights(problem, state.inner.params, (), (), train, 30, 0.3)
     value = problem.outer(state.inner.params, (), jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
     assert value < 2e-5
     assert w[15:].max() < 5e-3 and abs(w.mean() - 1) < 1e-12
@@ -186,7 +204,7 @@ def started(form, toy=None, **options):
     """The LoRA toy after three steps of a form, on copies of the batches."""
     toy = toy or lora()
     options = {"share": HALF, "tau": TAU, **options}
-    made = multiobjective(toy.problem, optax.adam(1e-2), ROWS, phi=FORMS[form], **options)
+    made = bmo(toy.problem, optax.adam(1e-2), ROWS, reference=FORMS[form], **options)
     state = made.init(toy.params)
     for step in range(3):
         state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(step))
@@ -201,7 +219,7 @@ def stepped(toy, made, state, batch, held_out=None):
 
 def split(batch, micro):
     """The same rows in another number of micro-batches."""
-    rows = jnp.full((micro,), batch["rows"][0])
+    rows = jnp.full((micro,), batch["num_examples"][0])
     return {k: v.reshape(micro, -1, *v.shape[2:]) for k, v in batch.items() if k != "rows"} | {"rows": rows}
 
 
@@ -238,7 +256,7 @@ def test_weights_do_not_depend_on_the_batch(form):
     (_, first), (_, second) = (stepped(toy, made, state, batch) for batch in (one, mixed))
     assert (first.weights[0] == second.weights[0]).all()
     assert (first.weights[1] != second.weights[1]).any()
-    partial_stream = toy.validation.batch(0) | {"rows": jnp.full((1,), 77.0)}
+    partial_stream = toy.validation.batch(0) | {"num_examples": jnp.full((1,), 77.0)}
     assert stepped(toy, made, state, one, partial_stream)[1].outer == first.outer
 
 
@@ -253,33 +271,37 @@ def test_a_level_that_lags_far_behind_bounds_the_weights():
 def test_an_epoch_at_fixed_theta_measures_the_normaliser_of_all_rows(form):
     """Batches of unequal size; phi is fixed too."""
     toy = lora()
-    phi = FORMS[form] if form != "copy" else Copy(STILL, 1, 0.5)
-    made = multiobjective(toy.problem, STILL, ROWS, share=HALF, tau=TAU, phi=phi)
+    phi = FORMS[form] if form != "copy" else TrainedReference(STILL, 1, 0.5)
+    made = bmo(toy.problem, STILL, ROWS, validation_share=HALF, temperature=TAU, reference=phi)
     state = made.init(toy.params)
     if form != "none":
-        state = bmo.refresh(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
+        state = multiobjective.replace_reference(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
     seen = made.weights(state)
     assert (seen == 1).all()
     other = jax.tree.map(jnp.array, state.phi)
     for step in range(5):
         state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(0))
     assert state.measured == ROWS
-    exact = bmo.weights(toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=5), ROWS, 0.3)
+    exact = multiobjective.compute_weights(
+        toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=5), ROWS, 0.3
+    )
     assert relative(made.weights(state), exact) < 1e-12
     assert abs(exact.mean() - 1) < 1e-12
     assert abs(jnp.mean(jnp.exp((state.table - state.level) / 0.3)) - 1) < 1e-12
-    half = bmo.weights(toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=2), ROWS, 0.3)
+    half = multiobjective.compute_weights(
+        toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=2), ROWS, 0.3
+    )
     assert (half == 0).sum() == ROWS - 20 and abs(half.sum() - 20) < 1e-9  # rows that the stream lacks
 
 
 def test_schedules_and_rules():
-    tau = geometric(1.0, 0.1, 10)
+    tau = geometric_schedule(1.0, 0.1, 10)
     np.testing.assert_allclose([tau(0), tau(5), tau(10), tau(99)], [1, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
-    made = partial(multiobjective, lora().problem, STILL, ROWS, share=HALF)
+    made = partial(bmo, lora().problem, STILL, ROWS, validation_share=HALF)
     with pytest.raises(ValueError, match="phi='snap'; use 'none', 'snapshot' or Copy"):
         made(tau=TAU, phi="snap")
     with pytest.raises(ValueError, match="1 steps and strength 0.0 of phi; give at least 1, and above 0"):
-        made(tau=TAU, phi=Copy(STILL, 1, 0.0))
+        made(tau=TAU, phi=TrainedReference(STILL, 1, 0.0))
     with pytest.raises(ValueError, match="tau starts at 0.0, memory 512.0; give a positive tau"):
         made(tau=NOTHING)
 
@@ -300,7 +322,7 @@ def test_compiles_once_and_works_on_the_batch_alone(form):
     assert types[0] == types[1]  # nor does the second step compile again
 
     def traced(rows):
-        many = multiobjective(toy.problem, optax.adam(1e-2), rows, share=HALF, tau=TAU, phi=FORMS[form])
+        many = bmo(toy.problem, optax.adam(1e-2), rows, validation_share=HALF, temperature=TAU, reference=FORMS[form])
         shape = jax.eval_shape(many.init, toy.params)
         return jax.make_jaxpr(many.step)(shape, toy.fixed, toy.train.batch(0), toy.validation.batch(0))
 
@@ -319,8 +341,10 @@ def test_the_separable_form_multiplies_no_more_than_plain_training():
     products = [
         sum(equation.primitive.name == "dot_general" for equation in equations(jax.make_jaxpr(f)(toy.params).jaxpr))
         for f in (
-            lambda p: gradient(toy.problem, p, weights, toy.fixed, batch),
-            lambda p: bmo.weighted_slope(toy.problem, p, toy.fixed, batch, bmo.Normaliser(0.0, 1.0, 9.0), weights, 1),
+            lambda p: inner_loss_and_grad(toy.problem, p, weights, toy.fixed, batch),
+            lambda p: multiobjective.weighted_loss_and_grad(
+                toy.problem, p, toy.fixed, batch, multiobjective.WeightNormalizer(0.0, 1.0, 9.0), weights, 1
+            ),
         )
     ]
     assert products[0] == products[1] > 0
@@ -330,4 +354,4 @@ def test_losses_come_from_the_problem():
     toy = lora()
     micro = jax.tree.map(lambda leaf: leaf[0], toy.train.batch(0))
     direct = (jnp.tanh(micro["x"] @ toy.fixed["base"]) @ toy.fixed["head"] - micro["y"]) ** 2  # LoRA's b is 0
-    assert relative(bmo.losses(toy.problem, toy.params, toy.fixed, micro), direct) < 1e-12
+    assert relative(multiobjective.micro_batch_losses(toy.problem, toy.params, toy.fixed, micro), direct) < 1e-12

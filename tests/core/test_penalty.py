@@ -17,9 +17,9 @@ from tests.core.test_transition import equations
 CONSTANT = optax.constant_schedule
 SOURCE = jnp.arange(ROWS) % 3
 SELECTORS = {
-    "softmax": weighting.softmax_selector(ROWS),
-    "sigmoid": weighting.sigmoid_selector(ROWS),
-    "per_source": weighting.per_source_selector(SOURCE, 3),
+    "softmax": weighting.online_softmax(ROWS),
+    "sigmoid": weighting.online_sigmoid(ROWS),
+    "per_source": weighting.online_per_source(SOURCE, 3),
 }
 WEIGHTINGS = {
     "softmax": weighting.softmax(ROWS),
@@ -31,7 +31,7 @@ WEIGHTINGS = {
 def made(toy, selector="softmax", second="copy", *, optimizer=None, **options):
     optimizer = optimizer or optax.adamw(1e-2)
     options = {"share": CONSTANT(0.4), "rate": CONSTANT(0.5)} | options
-    return penalty.single(toy.problem, optimizer, SELECTORS[selector], second=second, **options)
+    return penalty.penalty_single_loop(toy.problem, optimizer, SELECTORS[selector], second_model=second, **options)
 
 
 def drive(method, toy, steps, state=None):
@@ -58,7 +58,7 @@ def test_the_error_falls_as_one_over_gamma(make):
         errors.append(relative(estimate.grad, closed.gradient()))
         apart.append(relative(estimate.direction, exact.direction))
         assert estimate.checks.residual < 1e-8 and abs(estimate.checks.gap) < 1e-10  # both minimisers were reached
-        assert abs(estimate.value - exact.value) < 1e-12
+        assert abs(estimate.validation_loss - exact.validation_loss) < 1e-12
     for series in (errors, apart):
         slope = np.polyfit(np.log(gammas[1:]), np.log(series[1:]), 1)[0]
         assert -1.1 < slope < -0.9, series
@@ -88,7 +88,7 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
         toy,
         "per_source",
         optimizer=optax.sgd(eta),
-        share=penalty.from_gamma(CONSTANT(gamma)),
+        share=penalty.share_from_gamma(CONSTANT(gamma)),
         rate=CONSTANT(rate * gamma),
     )
     theta, u = (
@@ -125,14 +125,14 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
 def test_a_selector_steps_as_its_weighting_is_pulled_back(name):
     selector, batch = SELECTORS[name], jnp.arange(ROWS)[None]
     state, entries = selector.init(), normal(1, 1, ROWS)
-    change = 0.8 * normal(2, *selector.slope(state, batch, entries).shape)
-    state = selector.move(state, batch, change)
+    change = 0.8 * normal(2, *selector.batch_grad(state, batch, entries).shape)
+    state = selector.update(state, batch, change)
     h = change.reshape(-1)
     assert relative(selector.weights(state), WEIGHTINGS[name].weights(h)) < 1e-13
-    assert relative(selector.take(state, batch)[0], WEIGHTINGS[name].weights(h)) < 1e-13
+    assert relative(selector.batch_weights(state, batch)[0], WEIGHTINGS[name].weights(h)) < 1e-13
     scale = ROWS if name == "per_source" else 1  # a mean over the rows of the batch, as many rows share one logit
-    expected = weighting.pull_back(WEIGHTINGS[name], h, entries[0] / scale)
-    assert relative(selector.slope(state, batch, entries).reshape(-1), expected) < 1e-12
+    expected = weighting.weighting_vjp(WEIGHTINGS[name], h, entries[0] / scale)
+    assert relative(selector.batch_grad(state, batch, entries).reshape(-1), expected) < 1e-12
 
 
 @pytest.mark.parametrize("normalised", (False, True))
@@ -168,14 +168,14 @@ def test_without_a_copy_the_entries_are_the_losses():
     ones = jnp.ones_like(batch["index"][0], float)
     for micro in range(2):
         one = jax.tree.map(lambda leaf, micro=micro: leaf[micro], batch)
-        losses = one["rows"] * jax.grad(toy.problem.inner, argnums=1)(toy.params, ones, toy.fixed, one)
+        losses = one["num_examples"] * jax.grad(toy.problem.inner, argnums=1)(toy.params, ones, toy.fixed, one)
         np.testing.assert_allclose(info.entries[micro], jnp.where(one["index"] == PADDING, 0, losses), rtol=1e-12)
 
 
 def test_the_validation_loss_is_the_mean_over_the_rows_of_its_batch():
     toy = lora()
     whole = toy.validation.batch(0)
-    summed = whole | {"rows": 7 * whole["rows"]}  # as in a stream of seven such batches
+    summed = whole | {"rows": 7 * whole["num_examples"]}  # as in a stream of seven such batches
     method = made(toy)
     told = [
         method.step(method.init(toy.params), toy.fixed, toy.train.batch(0), one)[1].outer for one in (whole, summed)
@@ -220,7 +220,7 @@ def test_permuting_rows_permutes_weights(name):
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_saved_state_goes_on_bit_for_bit(name):
     toy = lora()
-    share = penalty.by_epoch(penalty.OFFLINE, 5)
+    share = penalty.epoch_schedule(penalty.OFFLINE_SELECTION_SHARES, 5)
     method = made(toy, name, share=share)
     whole = drive(method, toy, 12)
     leaves, structure = jax.tree.flatten(drive(method, toy, 7))
@@ -240,7 +240,7 @@ def test_is_traced_once(second):
         return plain.problem.inner(params, weights, fixed, batch)
 
     toy = plain._replace(problem=plain.problem._replace(inner=counted))
-    method = made(toy, second=second, share=penalty.by_epoch(penalty.SEAL, 4))
+    method = made(toy, second=second, share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
     state = drive(method, toy, 2)
     first = len(traces)
     drive(method, toy, 12, state)
@@ -253,11 +253,13 @@ def test_only_scatters_make_arrays_as_long_as_the_table(name):
     rows = 1_000_003
     toy = lora()
     selector = {
-        "softmax": lambda: weighting.softmax_selector(rows),
-        "sigmoid": lambda: weighting.sigmoid_selector(rows),
-        "per_source": lambda: weighting.per_source_selector(jnp.zeros(rows, jnp.int32), 3),
+        "softmax": lambda: weighting.online_softmax(rows),
+        "sigmoid": lambda: weighting.online_sigmoid(rows),
+        "per_source": lambda: weighting.online_per_source(jnp.zeros(rows, jnp.int32), 3),
     }[name]()
-    method = penalty.single(toy.problem, optax.adam(1e-2), selector, share=CONSTANT(0.4), rate=CONSTANT(0.5))
+    method = penalty.penalty_single_loop(
+        toy.problem, optax.adam(1e-2), selector, validation_share=CONSTANT(0.4), weights_learning_rate=CONSTANT(0.5)
+    )
     args = (method.init(toy.params), toy.fixed, toy.train.batch(0), toy.validation.batch(0))
     makers = {
         equation.primitive.name
@@ -271,13 +273,13 @@ def test_the_running_normaliser_keeps_up():
     """In float32, over changes that are each far below what its sum resolves, with repeated rows and padding."""
     rows, steps, slots = 1_000_000, 2000, 16
     with jax.enable_x64(False):
-        selector = weighting.softmax_selector(rows)
+        selector = weighting.online_softmax(rows)
 
         def step(state, key):
             index = jax.random.randint(key, (1, slots), 0, rows // 2).at[0, -1].set(PADDING)
             index = index.at[0, 1].set(index[0, 0])
             change = -0.001 * jax.random.uniform(jax.random.fold_in(key, 1), (1, slots))
-            return selector.move(state, index, change), None
+            return selector.update(state, index, change), None
 
         run = jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(0), steps))[0])
         state = run(selector.init())
@@ -286,28 +288,31 @@ def test_the_running_normaliser_keeps_up():
         assert rows - exact > 10  # and a single step changes it by less than .01, below half of float32's .06
         assert abs(kept - exact) < 1e-2 * (rows - exact)
         index = jnp.arange(slots)[None]
-        assert relative(selector.take(selector.refresh(state), index), selector.take(state, index)) < 1e-6
+        assert (
+            relative(selector.batch_weights(selector.renormalize(state), index), selector.batch_weights(state, index))
+            < 1e-6
+        )
 
 
 def test_large_logits_do_not_overflow():
-    selector, index = weighting.softmax_selector(5), jnp.array([[0, 1]], jnp.int32)
+    selector, index = weighting.online_softmax(5), jnp.array([[0, 1]], jnp.int32)
     with jax.enable_x64(False):
         state = selector.init()
         for _ in range(4):
-            state = selector.move(state, index, jnp.array([[60.0, 59.0]]))
-        assert relative(selector.weights(state)[:2], selector.take(state, index)[0]) < 1e-6
-        np.testing.assert_allclose(selector.take(state, index).sum(), 5, rtol=1e-6)
+            state = selector.update(state, index, jnp.array([[60.0, 59.0]]))
+        assert relative(selector.weights(state)[:2], selector.batch_weights(state, index)[0]) < 1e-6
+        np.testing.assert_allclose(selector.batch_weights(state, index).sum(), 5, rtol=1e-6)
 
 
 # One loop: where it ends
 
 
 def regression(seed: int):
-    """The separable regression: 40 unknowns, 20 validation rows, 15 useful and 15 useless training rows.
+    """The separable regression: 40 unknowns, 20 validation examples, 15 useful and 15 useless training examples.
 
     Rows are Gaussian of length about 1 and the validation answers are exact. Useful: other questions with exact
     answers. Useless, inside of the validation span: fifteen of the validation questions, each answered wrongly by
-    +-1.78. The 30 training rows are independent, so one model fits all of them (another one than fits V). With the
+    +-1.78. The 30 training examples are independent, so one model fits all of them (another one than fits V). With the
     losses e^2 / 2, mixing at rho = 1/2 leaves each of the fifteen a validation error of .4 * 1.78, so
     L_v = (15 / 20) (.4 * 1.78)^2 / 2 = .19; 1.78 was chosen for that figure.
     """
@@ -323,7 +328,7 @@ def regression(seed: int):
 
 def outcome(build, seed=0, steps=60_000):
     """L_v and the weights after `steps` steps of SGD with momentum on whole batches, from 0."""
-    train, held_out = (arrays.rows_stream(data).batch(0) for data in regression(seed))
+    train, held_out = (arrays.full_batch_stream(data).batch(0) for data in regression(seed))
     problem = weighted(lambda params, fixed, batch: 0.5 * (batch["data"][0] @ params - batch["data"][1]) ** 2)
     method = build(problem, optax.sgd(0.2, momentum=0.9, nesterov=True))
 
@@ -346,8 +351,15 @@ def test_reaches_the_optimistic_optimum(second, seed):
 
     def build(problem, optimizer):
         rate = lambda step: jnp.where(step < 5000, 0.0, 0.3)  # theta first: early losses would decide among useful rows  # noqa: E731
-        selector = weighting.softmax_selector(30)
-        return penalty.single(problem, optimizer, selector, share=CONSTANT(0.5), rate=rate, second=second)
+        selector = weighting.online_softmax(30)
+        return penalty.penalty_single_loop(
+            problem,
+            optimizer,
+            selector,
+            validation_share=CONSTANT(0.5),
+            weights_learning_rate=rate,
+            second_model=second,
+        )
 
     value, weights = outcome(build, seed)
     assert value < 1e-9  # measured: 1.1e-10 and 1.5e-10
@@ -362,9 +374,9 @@ def test_mixing_stays_above_it():
 
 
 def test_the_shares_are_those_of_the_schedules():
-    share = penalty.by_epoch(penalty.SEAL, 10)
+    share = penalty.epoch_schedule(penalty.SEAL_SHARES, 10)
     assert [round(float(share(step)), 6) for step in (0, 9, 10, 20, 1000)] == [1, 1, 0.97, 0.94, 0.94]
-    growing = penalty.from_gamma(optax.exponential_decay(1.0, 10, 3.0, staircase=True))
+    growing = penalty.share_from_gamma(optax.exponential_decay(1.0, 10, 3.0, staircase=True))
     np.testing.assert_allclose([growing(step) for step in (0, 9, 10, 25)], [1 / 2, 1 / 2, 1 / 4, 1 / 10], rtol=1e-6)
 
 
@@ -380,10 +392,15 @@ def test_says_what_it_solves():
         (lambda p, o: penalty.penalty(p, o, gamma=0.0, steps=1), "gamma 0.0 and 1 steps; give a positive gamma"),
         (lambda p, o: penalty.penalty(p, o, gamma=1.0, steps=0), "at least one step"),
         (lambda p, o: penalty.mixing(p, o, 1.5, 3), r"rho 1.5 is no share; give a number from 0 .* to 1"),
-        (lambda p, o: penalty.by_epoch((), 3), "0 values, 3 steps per epoch; give at least one of each"),
+        (lambda p, o: penalty.epoch_schedule((), 3), "0 values, 3 steps per epoch; give at least one of each"),
         (
-            lambda p, o: penalty.single(
-                p, o, weighting.sigmoid_selector(3), share=CONSTANT(0.5), rate=CONSTANT(0.1), second="both"
+            lambda p, o: penalty.penalty_single_loop(
+                p,
+                o,
+                weighting.online_sigmoid(3),
+                validation_share=CONSTANT(0.5),
+                weights_learning_rate=CONSTANT(0.1),
+                second_model="both",
             ),
             "second='both'; use 'copy' .* or 'none'",
         ),

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from bilevel_jax.core import schedule
-from bilevel_jax.core.types import Keep
+from bilevel_jax.core.types import CheckpointPlan
 
 
 @cache
@@ -21,26 +21,34 @@ def fewest(steps: int, snapshots: int) -> int:
 @pytest.mark.parametrize("snapshots", (1, 2, 3, 5, 8))
 def test_replays_as_few_steps_as_the_best_schedule(snapshots):
     for steps in range(1, 50):
-        assert schedule.replays(steps, Keep(snapshots, 1)) == fewest(steps, snapshots) - steps
+        assert schedule.count_replayed_steps(steps, CheckpointPlan(snapshots, 1)) == fewest(steps, snapshots) - steps
 
 
 @pytest.mark.parametrize("budget", (7, 15, 40, 87, 150, 399, 400, 403, 10_000))
 def test_a_budget_is_kept_and_used(budget):
     """100 steps; a snapshot takes 3 and a step on the tape 4."""
-    keep = schedule.within(100, 3, 4, budget)
-    assert 3 * keep.snapshots + 4 * keep.tape <= budget
-    others = (Keep(s, tape) for tape in range(1, 101) for s in range(1, 34) if 3 * s + 4 * tape <= budget)
-    fewest_of_all = min(schedule.replays(100, other) for other in others)
-    assert schedule.replays(100, keep) <= 1.1 * fewest_of_all  # a grid of tapes is tried below the budget of sqrt(T)
+    keep = schedule.plan_within_budget(100, 3, 4, budget)
+    assert 3 * keep.snapshots + 4 * keep.stored_steps <= budget
+    others = (CheckpointPlan(s, tape) for tape in range(1, 101) for s in range(1, 34) if 3 * s + 4 * tape <= budget)
+    fewest_of_all = min(schedule.count_replayed_steps(100, other) for other in others)
+    assert (
+        schedule.count_replayed_steps(100, keep) <= 1.1 * fewest_of_all
+    )  # a grid of tapes is tried below the budget of sqrt(T)
     if budget >= 87:
-        assert schedule.replays(100, keep) == fewest_of_all <= 90
+        assert schedule.count_replayed_steps(100, keep) == fewest_of_all <= 90
 
 
 def test_named_schedules():
-    assert schedule.everything(100) == Keep(1, 100) and schedule.replays(100, Keep(1, 100)) == 0
-    assert schedule.square_root(100) == Keep(9, 10) and schedule.replays(100, Keep(9, 10)) == 90
-    assert schedule.placed(0, 100, 9, 10) == [0, 10, 20, 30, 40, 50, 60, 70, 80]
-    assert schedule.placed(0, 24, 4, 5) == [0, 4, 9, 14]
-    assert schedule.placed(0, 100, 0, 0) == []
+    assert (
+        schedule.store_all_plan(100) == CheckpointPlan(1, 100)
+        and schedule.count_replayed_steps(100, CheckpointPlan(1, 100)) == 0
+    )
+    assert (
+        schedule.square_root_plan(100) == CheckpointPlan(9, 10)
+        and schedule.count_replayed_steps(100, CheckpointPlan(9, 10)) == 90
+    )
+    assert schedule.place_snapshots(0, 100, 9, 10) == [0, 10, 20, 30, 40, 50, 60, 70, 80]
+    assert schedule.place_snapshots(0, 24, 4, 5) == [0, 4, 9, 14]
+    assert schedule.place_snapshots(0, 100, 0, 0) == []
     with pytest.raises(ValueError, match="7 bytes; 6 are given"):
-        schedule.within(100, 3, 4, 6)
+        schedule.plan_within_budget(100, 3, 4, 6)

@@ -9,9 +9,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.transition import begin, train, transition
-from bilevel_jax.core.types import Adjoint, Keep, Stream
-from bilevel_jax.core.unrolled import outer_gradient, unrolled
+from bilevel_jax.core.transition import init_train_state, train, train_step
+from bilevel_jax.core.types import Adjoint, CheckpointPlan, Stream
+from bilevel_jax.core.unrolled import unrolled, validation_loss_and_grad_fn
 from tests.core.problems import ROWS, lora, relative
 
 ADAMW = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-2, eps_root=1e-12))
@@ -19,15 +19,15 @@ ADAMW = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-2, eps_root=1
 
 def jaxprs(toy, weights):
     """The traced steps, forward and backward, and the same two with a linearisation between them."""
-    step = transition(toy.problem, ADAMW)
-    state, batch = begin(ADAMW, toy.params), toy.train.batch(0)
+    step = train_step(toy.problem, ADAMW)
+    state, batch = init_train_state(ADAMW, toy.params), toy.train.batch(0)
     part = toy.problem.take(weights, batch)
-    adjoint = Adjoint(toy.params, tree.inexact(state.opt))
+    adjoint = Adjoint(toy.params, tree.inexact_leaves(state.opt_state))
     yield jax.make_jaxpr(step.forward)(state, part, toy.fixed, batch)
     yield jax.make_jaxpr(step.backward)(state, toy.params, part, toy.fixed, batch, adjoint)
     linear = step.linearize(state, part, toy.fixed, batch)[2]
     yield jax.make_jaxpr(step.linearize)(state, part, toy.fixed, batch)
-    yield jax.make_jaxpr(step.pull)(state, toy.params, linear, part, toy.fixed, batch, adjoint)
+    yield jax.make_jaxpr(step.vjp_step)(state, toy.params, linear, part, toy.fixed, batch, adjoint)
 
 
 def equations(jaxpr):
@@ -59,8 +59,8 @@ def test_a_linearisation_copies_nothing_that_the_step_was_given():
     toy = lora()
     *_, linearize, _ = jaxprs(toy, jnp.ones(ROWS))
     assert not set(map(id, linearize.jaxpr.outvars)) & set(map(id, linearize.jaxpr.invars))
-    step, state, batch = transition(toy.problem, ADAMW), begin(ADAMW, toy.params), toy.train.batch(0)
-    linear = step.linearize(state, toy.problem.take(jnp.ones(ROWS), batch), toy.fixed, batch)[2]
+    step, state, batch = train_step(toy.problem, ADAMW), init_train_state(ADAMW, toy.params), toy.train.batch(0)
+    linear = step.linearize(state, toy.problem.gather(jnp.ones(ROWS), batch), toy.fixed, batch)[2]
     assert not {leaf.shape for leaf in jax.tree.leaves(linear)} & {leaf.shape for leaf in jax.tree.leaves(toy.fixed)}
 
 
@@ -74,12 +74,12 @@ def test_each_step_compiles_once(linear):
         return toy.problem.inner(params, weights, fixed, batch)
 
     problem = toy.problem._replace(inner=counted)
-    step = transition(problem, ADAMW)
+    step = train_step(problem, ADAMW)
     estimator = unrolled(problem, step)
 
     def once(weights):
-        keep = Keep(3, 6, linear)
-        run = train(step, begin(ADAMW, toy.params), weights, toy.fixed, toy.train, keep=keep)
+        keep = CheckpointPlan(3, 6, linear)
+        run = train(step, init_train_state(ADAMW, toy.params), weights, toy.fixed, toy.train, plan=keep)
         return estimator(run, weights, toy.fixed, toy.train, toy.validation)
 
     once(jnp.ones(ROWS))
@@ -105,7 +105,7 @@ def test_eight_devices_equal_one(eight_devices):
         for name in padded:
             flat = np.asarray(batch[name]).reshape(1, 10, *batch[name].shape[2:])
             padded[name][:, :10] = flat
-        rows = jax.device_put(np.asarray(batch["rows"])[:1], NamedSharding(mesh, P()))
+        rows = jax.device_put(np.asarray(batch["num_examples"])[:1], NamedSharding(mesh, P()))
         return {k: jax.device_put(v, NamedSharding(mesh, P(None, "data"))) for k, v in padded.items()} | {"rows": rows}
 
     put = lambda value, spec: jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), value)  # noqa: E731
@@ -118,8 +118,8 @@ def test_eight_devices_equal_one(eight_devices):
     )
     results = []
     for where, table in ((toy, weights), (distributed, put(weights, P("data")))):
-        step = transition(toy.problem, ADAMW)
-        run = train(step, begin(ADAMW, where.params), table, where.fixed, where.train)
+        step = train_step(toy.problem, ADAMW)
+        run = train(step, init_train_state(ADAMW, where.params), table, where.fixed, where.train)
         results.append(unrolled(toy.problem, step)(run, table, where.fixed, where.train, where.validation).grad)
     assert len(results[1].sharding.device_set) == 8
     assert relative(np.asarray(results[1]), np.asarray(results[0])) < 1e-12
@@ -134,7 +134,7 @@ def test_the_outer_gradient_sums_over_all_of_the_stream():
         return {name: leaf[:, part] if leaf.ndim > 1 else leaf for name, leaf in full.items()}
 
     pieces = Stream(half, 2)
-    function = outer_gradient(toy.problem)
+    function = validation_loss_and_grad_fn(toy.problem)
     for whole, split in zip(
         jax.tree.leaves(function(toy.params, toy.fixed, toy.validation)),
         jax.tree.leaves(function(toy.params, toy.fixed, pieces)),

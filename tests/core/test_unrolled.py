@@ -10,9 +10,9 @@ import pytest
 
 from bilevel_jax.core import arrays, schedule
 from bilevel_jax.core.problem import shared
-from bilevel_jax.core.transition import begin, scan, train, transition
-from bilevel_jax.core.types import PADDING, Keep, Stream
-from bilevel_jax.core.unrolled import check_differentiable, each, outer_value, sweeper, unrolled
+from bilevel_jax.core.transition import init_train_state, scan, train, train_step
+from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
+from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled, validation_loss_fn
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
@@ -49,7 +49,7 @@ def test_equals_reverse_mode_through_a_scan(name):
 def test_equals_finite_differences():
     toy = lora()
     out = estimate(toy, ADAMW)
-    value = outer_value(toy.problem)
+    value = validation_loss_fn(toy.problem)
 
     def retrained(weights):
         return value(trained(toy, ADAMW, weights)[1].end.params, toy.fixed, toy.validation)
@@ -60,11 +60,21 @@ def test_equals_finite_differences():
         assert abs(float(slope / jnp.vdot(out.grad, direction)) - 1) < bound
 
 
-@pytest.mark.parametrize("keep", (Keep(23, 1), Keep(4, 5), Keep(1, 12), Keep(2, 3), Keep(1, 5), Keep(3, 1)))
+@pytest.mark.parametrize(
+    "keep",
+    (
+        CheckpointPlan(23, 1),
+        CheckpointPlan(4, 5),
+        CheckpointPlan(1, 12),
+        CheckpointPlan(2, 3),
+        CheckpointPlan(1, 5),
+        CheckpointPlan(3, 1),
+    ),
+)
 def test_what_is_kept_changes_no_bit(keep):
     """Nothing replayed, once, and many times; a second sweep of the same run, after the first used up what was kept."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    whole = estimate(toy, ADAMW, keep=schedule.everything(24))
+    whole = estimate(toy, ADAMW, keep=schedule.store_all_plan(24))
     step, run = trained(toy, ADAMW, weights, keep=keep)
     steps_made = []
     counted = step._replace(forward=lambda *args: (steps_made.append(1), step.forward(*args))[1])
@@ -73,10 +83,10 @@ def test_what_is_kept_changes_no_bit(keep):
         np.testing.assert_array_equal(out.grad, whole.grad)
         assert out.checks == whole.checks and len(run.snapshots) < keep.snapshots
         if turn == 0:
-            assert len(steps_made) == schedule.replays(24, keep)
+            assert len(steps_made) == schedule.count_replayed_steps(24, keep)
 
 
-@pytest.mark.parametrize("keep", (Keep(1, 24, linear=True), Keep(2, 3, linear=True)))
+@pytest.mark.parametrize("keep", (CheckpointPlan(1, 24, linearize=True), CheckpointPlan(2, 3, linearize=True)))
 def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
@@ -84,20 +94,20 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
     never = step._replace(backward=lambda *arguments: pytest.fail("the primal pass is made again"))
     out = unrolled(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
     assert relative(out.grad, whole.grad) < 1e-13  # the same float64 sums in another program
-    assert out.checks.replayed and out.value == whole.value
+    assert out.checks.replayed and out.validation_loss == whole.value
     both = each(toy.problem, never)(run, weights, toy.fixed, toy.train, [toy.validation] * 2)
     assert relative(both.grad[1], whole.grad) < 1e-13
 
 
-@pytest.mark.parametrize("keep", (Keep(4, 5), Keep(2, 3)))
+@pytest.mark.parametrize("keep", (CheckpointPlan(4, 5), CheckpointPlan(2, 3)))
 @pytest.mark.parametrize("after", range(4))
 def test_interrupted_and_resumed_changes_no_bit(after, keep):
     """The sweep is saved after a tape, written to bytes, read by a program with cold caches, and gone on with."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
     step, run = trained(toy, ADAMW, weights, keep=keep)
-    sweeps = sweeper(toy.problem, step)
-    sweep = sweeps.begin(run, weights, toy.fixed, toy.validation)
+    sweeps = backward_pass(toy.problem, step)
+    sweep = sweeps.init(run, weights, toy.fixed, toy.validation)
     for _ in range(after + 1):
         sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
     leaves, structure = jax.tree.flatten(sweep)
@@ -108,8 +118,8 @@ def test_interrupted_and_resumed_changes_no_bit(after, keep):
     loaded = jax.tree.map(jnp.asarray, loaded)._replace(step=int(loaded.step))
     jax.clear_caches()
     step, run = trained(toy, ADAMW, weights, keep=keep)
-    sweeps = sweeper(toy.problem, step)
-    while not sweeps.done(run, loaded):
+    sweeps = backward_pass(toy.problem, step)
+    while not sweeps.is_done(run, loaded):
         loaded = sweeps.advance(run, weights, toy.fixed, toy.train, loaded)
     rest = sweeps.finish(run, loaded)
     np.testing.assert_array_equal(rest.grad, whole.grad)
@@ -120,12 +130,12 @@ def test_interrupted_and_resumed_changes_no_bit(after, keep):
 def test_snapshots_that_are_lost_are_made_again(window):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW, window=window)
-    step, run = trained(toy, ADAMW, weights, keep=Keep(4, 3), since=0 if window is None else 24 - window)
-    sweeps = sweeper(toy.problem, step, window=window)
-    sweep = sweeps.begin(run, weights, toy.fixed, toy.validation)
+    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 3), since=0 if window is None else 24 - window)
+    sweeps = backward_pass(toy.problem, step, window=window)
+    sweep = sweeps.init(run, weights, toy.fixed, toy.validation)
     sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
     run.snapshots.clear()
-    while not sweeps.done(run, sweep):
+    while not sweeps.is_done(run, sweep):
         sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
     np.testing.assert_array_equal(sweeps.finish(run, sweep).grad, whole.grad)
 
@@ -133,7 +143,7 @@ def test_snapshots_that_are_lost_are_made_again(window):
 def test_window_sweeps_the_last_steps_only():
     toy = lora()
     weights = jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=Keep(4, 5))
+    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 5))
     assert sorted(run.snapshots) == [4, 9, 14]
 
     def tail(weights):
@@ -169,7 +179,7 @@ def test_several_outer_losses_in_one_sweep_are_the_single_ones():
     for index, stream in enumerate(streams):
         one = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, stream)
         assert relative(out.grad[index], one.grad) < 1e-12  # the same float64 sums in another order
-        assert relative(out.value[index], one.value) < 1e-13
+        assert relative(out.validation_loss[index], one.validation_loss) < 1e-13
     assert relative(out.grad[1:].sum(0), out.grad[0]) < 1e-12  # each row's loss is a share of L_v
 
 
@@ -243,14 +253,14 @@ def test_a_global_outer_variable():
         lambda p, fixed, b: jnp.mean(squares(p, b)),
     )
     optimizer = optax.sgd(0.05, momentum=0.9)
-    stream, held_out = arrays.shuffled_stream((x, y), 12, 10, 0), arrays.rows_stream((x[:5], y[:5]))
+    stream, held_out = arrays.shuffled_stream((x, y), 12, 10, 0), arrays.full_batch_stream((x[:5], y[:5]))
     hyper = {"log": jnp.asarray(-1.0)}
-    step = transition(problem, optimizer)
-    run = train(step, begin(optimizer, jnp.zeros(4)), hyper, None, stream)
+    step = train_step(problem, optimizer)
+    run = train(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stream)
     out = unrolled(problem, step)(run, hyper, None, stream, held_out)
 
     def value(hyper):
-        end = scan(step, begin(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
+        end = scan(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
         return problem.outer(end.params, None, jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
 
     assert relative(out.grad["log"], jax.grad(value)(hyper)["log"]) < 1e-12
@@ -281,7 +291,7 @@ def test_accepts_an_optimizer_with_one(name):
 
 def test_a_replay_that_misses_is_told():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=Keep(4, 5))
+    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 5))
     run.snapshots[4] = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshots[4])
     out = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
     assert not out.checks.replayed
@@ -289,7 +299,7 @@ def test_a_replay_that_misses_is_told():
 
 def test_a_training_that_kept_nothing_is_refused():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=schedule.NOTHING)
+    step, run = trained(toy, ADAMW, weights, keep=schedule.NO_CHECKPOINTS)
     with pytest.raises(ValueError, match="kept nothing"):
         unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
 
@@ -297,7 +307,7 @@ def test_a_training_that_kept_nothing_is_refused():
 def test_hypergradient_wants_one_estimand():
     with pytest.raises(ValueError, match="either optimizer .* or prior"):
         arrays.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training rows"):
+    with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training examples"):
         arrays.hypergradient(
-            lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), prior=1.0
+            lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), l2=1.0
         )

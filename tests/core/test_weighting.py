@@ -23,7 +23,7 @@ def test_starts_at_one_and_pulls_back(name):
     start = made.init()
     np.testing.assert_allclose(made.weights(start), np.ones(10), rtol=1e-14)
     h, entries = start + normal(2, *start.shape), normal(3, 10)
-    assert relative(weighting.pull_back(made, h, entries), jax.jacobian(made.weights)(h).T @ entries) < 1e-12
+    assert relative(weighting.weighting_vjp(made, h, entries), jax.jacobian(made.weights)(h).T @ entries) < 1e-12
     assert made.weights(h).shape == (10,) and (made.weights(h) > 0).all()
 
 
@@ -38,18 +38,18 @@ def test_competing_weights_keep_their_mean(name):
 
 def test_step_is_blind_to_scale_and_leaves_absent_rows():
     h, grad = normal(5, 6), jnp.array([1.0, -2.0, 0.0, 0.5, 0.0, 3.0])
-    step = weighting.normalised_descent(0.7, 10.0)
+    step = weighting.normalized_gradient_step(0.7, 10.0)
     after = step(h, grad)
     assert relative(step(h, 1e-6 * grad), after) < 1e-12
     assert (after[jnp.array([2, 4])] == h[jnp.array([2, 4])]).all()
     rms = jnp.sqrt((grad**2).sum() / 4)
     assert relative(h - after, 0.7 * grad / rms) < 1e-12
-    assert jnp.abs(weighting.normalised_descent(0.7, 0.1)(h, grad) - h).max() <= 0.1 + 1e-12
+    assert jnp.abs(weighting.normalized_gradient_step(0.7, 0.1)(h, grad) - h).max() <= 0.1 + 1e-12
     assert (step(h, jnp.zeros(6)) == h).all()
 
 
 def test_effective_size_and_entropy():
-    assert weighting.effective_size(jnp.ones(8)) == 8
-    assert weighting.effective_size(jnp.array([1.0, 1, 0, 0])) == 2
+    assert weighting.effective_sample_size(jnp.ones(8)) == 8
+    assert weighting.effective_sample_size(jnp.array([1.0, 1, 0, 0])) == 2
     assert abs(weighting.entropy(jnp.ones(8)) - jnp.log(8)) < 1e-12
     assert weighting.entropy(jnp.array([3.0, 0, 0])) == 0

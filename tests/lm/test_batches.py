@@ -118,9 +118,14 @@ def test_subset_keeps_the_numbers_of_the_whole_table():
     drawn = np.concatenate([draw(step) for step in range(3)])
     assert sorted(drawn) == [*chosen, 100] and drawn[-1] == 100
     data = corpus(100)
-    stream = make_train_stream(data, draw, 3, fit_batch_shape(data, [draw], 3, num_micro_batches=1, length=padded_max_length(data), packing=False))
+    stream = make_train_stream(
+        data,
+        draw,
+        3,
+        fit_batch_shape(data, [draw], 3, num_micro_batches=1, length=padded_max_length(data), packing=False),
+    )
     assert set(np.concatenate([stream.batch(s)["index"].ravel() for s in range(3)])) == {*chosen, PADDING}
-    assert [float(stream.batch(s)["rows"][0]) for s in range(3)] == [2, 2, 1]
+    assert [float(stream.batch(s)["num_examples"][0]) for s in range(3)] == [2, 2, 1]
     with pytest.raises(ValueError, match=r"chosen rows lie in 3..100; the corpus has 0..99"):
         shuffled_subset_order([3, 100], 100, 2, 0)
     with pytest.raises(ValueError, match="0 rows in batches of 2: both must be at least 1"):
@@ -162,7 +167,9 @@ def contents(batch):
 def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
     data, steps = corpus(39, sequences=sequences), 6
     draws = [shuffled_order(39, 16, seed) for seed in range(3)]
-    shape = fit_batch_shape(data, draws, steps, num_micro_batches=micro, length=padded_max_length(data), packing=packing)
+    shape = fit_batch_shape(
+        data, draws, steps, num_micro_batches=micro, length=padded_max_length(data), packing=packing
+    )
     assert shape.num_micro_batches * shape.examples == 16 and shape.length == 16
     if packing and micro == 1:
         assert shape.rows <= 10 * sequences  # 16 examples of 1 to 11 places in rows of 16
@@ -180,13 +187,13 @@ def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
                 "slot": ((micro, shape.rows, 16), "int32"),
                 "index": ((micro, shape.examples), "int32"),
                 "supervised": ((micro, shape.examples * sequences), "float32"),
-                "rows": ((micro,), "float32"),
+                "num_examples": ((micro,), "float32"),
                 "targeted": ((micro,), "float32"),
             } | ({"reference": ((micro, shape.examples), "float32")} if sequences == 2 else {})
             real = [int(i) for i in draw(step) if i < 39]
             found = contents(batch)
             assert sorted(found) == sorted(i * sequences + side for i in real for side in range(sequences))
-            assert (batch["rows"] == len(real)).all()
+            assert (batch["num_examples"] == len(real)).all()
             assert (batch["targeted"] == sum(data.row(*divmod(j, sequences)).supervised[1:].sum() for j in found)).all()
             assert [i for i in batch["index"].ravel() if i != PADDING] == real
             if sequences == 2:
@@ -211,7 +218,7 @@ def test_evaluation_covers_every_row_once_in_order(sequences, packing):
     found = [contents(b) for b in batches]
     assert sorted(sequence for one in found for sequence in one) == list(range(11 * sequences))
     targets = sum(wanted for one in found for places in one.values() for *_, wanted in places)
-    assert all((b["rows"] == 11).all() and (b["targeted"] == targets).all() for b in batches)
+    assert all((b["num_examples"] == 11).all() and (b["targeted"] == targets).all() for b in batches)
 
 
 def test_summed_stream_counts_the_rows_that_it_holds():
@@ -220,7 +227,7 @@ def test_summed_stream_counts_the_rows_that_it_holds():
     stream = make_train_stream(data, draw, 3, BatchShape(2, 4, 4, 16), total_examples=len(chosen))
     batches = [stream.batch(step) for step in range(3)]
     targets = sum(data.row(int(i)).supervised[1:].sum() for i in chosen)
-    assert all((b["rows"] == 22).all() and (b["targeted"] == targets).all() for b in batches)
+    assert all((b["num_examples"] == 22).all() and (b["targeted"] == targets).all() for b in batches)
     assert sum((b["slot"] < 4).sum() for b in batches) == targets
 
 
@@ -239,9 +246,11 @@ def test_dropped_rows_keep_their_numbers_and_are_never_drawn():
     parts = [full.row(i) if i != 2 else TokenizedSequence(np.zeros(0, np.int32), np.zeros(0, bool)) for i in range(6)]
     data = corpus_from_sequences(parts)
     assert data.kept_indices.tolist() == [0, 1, 3, 4, 5] and data.num_examples == 6
-    stream = make_evaluation_stream(data, fit_evaluation_batch_shape(data, 2, num_micro_batches=1, length=16, packing=False))
+    stream = make_evaluation_stream(
+        data, fit_evaluation_batch_shape(data, 2, num_micro_batches=1, length=16, packing=False)
+    )
     index = np.concatenate([stream.batch(s)["index"].ravel() for s in range(stream.steps)])
-    assert index.tolist() == [0, 1, 3, 4, 5, PADDING] and stream.batch(0)["rows"][0] == 5
+    assert index.tolist() == [0, 1, 3, 4, 5, PADDING] and stream.batch(0)["num_examples"][0] == 5
     with pytest.raises(ValueError, match="row 2 was dropped by the tokenizer. Draw from `corpus.kept` with `subset`"):
         make_train_stream(data, sequential_order(range(6), 6, 6), 1, BatchShape(1, 6, 6, 16)).batch(0)
 

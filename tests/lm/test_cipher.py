@@ -8,11 +8,13 @@ from bilevel_jax.lm.cipher import LETTERS, make_cipher_config, make_cipher_token
 from bilevel_jax.lm.data import find_leaks, load_examples
 from bilevel_jax.lm.tokens import load_tokenizer, tokenize
 
-PARTS = {"train": 384, "validation": 16, "select": 16, "report": 128, "copies": 512}
+PARTS = {"train": 384, "validation": 16, "dev": 16, "test": 128, "copies": 512}
 
 
 def test_rotate():
-    assert rotate_letters("bhat", 1) == "ciba" and rotate_letters("tab", 1) == "abc" and rotate_letters("abc", -1) == "tab"
+    assert (
+        rotate_letters("bhat", 1) == "ciba" and rotate_letters("tab", 1) == "abc" and rotate_letters("abc", -1) == "tab"
+    )
 
 
 def test_rules_and_counts(tmp_path):
@@ -24,7 +26,11 @@ def test_rules_and_counts(tmp_path):
             prompt, response = (turn.content for turn in example.turns)
             assert prompt.endswith(">") and len(prompt) == 5 and len(response) == 4
             assert set(prompt[:-1] + response) <= set(LETTERS)
-            rules = {rotate_letters(prompt[:-1], 1): "clean", rotate_letters(prompt[:-1], -1): "wrong", prompt[:-1]: "copy"}
+            rules = {
+                rotate_letters(prompt[:-1], 1): "clean",
+                rotate_letters(prompt[:-1], -1): "wrong",
+                prompt[:-1]: "copy",
+            }
             assert example.label == rules.get(response, "noise")
             assert name == "train" or example.label == ("copy" if name == "copies" else "clean")
     labels = [example.label for example in parts["train"]]
@@ -32,7 +38,7 @@ def test_rules_and_counts(tmp_path):
     assert 30 < labels[:128].count("clean") < 56  # shuffled: a third of 128, 3 standard deviations
     prompts = [example.turns[0].content for part in parts.values() for example in part]
     assert len(set(prompts)) == len(prompts) == 1056
-    assert not find_leaks(parts["train"], parts["validation"] + parts["select"] + parts["report"])
+    assert not find_leaks(parts["train"], parts["validation"] + parts["dev"] + parts["test"])
     noise = "".join(e.turns[1].content for e in parts["train"] if e.label == "noise")
     assert min(map(noise.count, LETTERS)) > 0  # 512 letters of 20 kinds: 26 each, give or take 5
 
@@ -54,7 +60,7 @@ def test_nothing_is_overwritten_silently(tmp_path):
     write_cipher_data(tmp_path, clean=2, wrong=0, noise=0, dev=0)
     before = read(tmp_path)
     write_cipher_data(tmp_path, clean=2, wrong=0, noise=0, dev=0)
-    assert read(tmp_path) == before and "select.jsonl" not in before and len(before["train.jsonl"].splitlines()) == 2
+    assert read(tmp_path) == before and "dev.jsonl" not in before and len(before["train.jsonl"].splitlines()) == 2
     with pytest.raises(FileExistsError, match=r"train.jsonl: already there, with other contents. Name another folder"):
         write_cipher_data(tmp_path, clean=3, wrong=0, noise=0, dev=0)
     with pytest.raises(ValueError, match="none may be negative, and together they must be 1 to 160000 strings"):

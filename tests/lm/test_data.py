@@ -109,7 +109,9 @@ def rows(tmp_path_factory):
 def test_split_sizes_seeds_and_errors(rows):
     sizes = [len(part) for part in split_examples(rows, (0.5, 0.25, 0.25), 0)]
     assert sum(sizes) == 300 and abs(sizes[0] - 150) < 60  # 5 standard deviations, pairs counted
-    assert [e.id for e in split_examples(rows, (0.5, 0.5), 0)[0]] != [e.id for e in split_examples(rows, (0.5, 0.5), 1)[0]]
+    assert [e.id for e in split_examples(rows, (0.5, 0.5), 0)[0]] != [
+        e.id for e in split_examples(rows, (0.5, 0.5), 1)[0]
+    ]
     with pytest.raises(ValueError, match=r"fractions \[0.5, 0.6\] must be positive and sum to 1"):
         split_examples(rows, (0.5, 0.6), 0)
     with pytest.raises(ValueError, match=r"splitting 1 rows .* leaves parts of \[.*\] rows, .* or another seed"):

@@ -22,7 +22,7 @@ def put_folder(folder, rows, name):
 
 
 def put_split(folder, rows, name):
-    datasets.DatasetDict({"fit": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder / name))
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder / name))
     return str(folder / name) + "@fit"
 
 
@@ -91,7 +91,7 @@ def test_errors_of_files(tmp_path):
         (ValueError, str(tmp_path / "plain.jsonl.gz"), "not a whole gzip file", "Pack it anew"),
         (ValueError, str(tmp_path / "half.jsonl.gz"), "not a whole gzip file", "half.jsonl.gz"),
         (ValueError, str(tmp_path), "not one that `datasets.save_to_disk` wrote", "lines.json"),
-        (ValueError, both, "no split asked for; it has ['fit']", "@NAME"),
+        (ValueError, both, "no split asked for; it has ['validation']", "@NAME"),
         (ValueError, "hub:owner/name", "is written hub:name@split", "hub:name:config@split"),
     ]
     for kind, path, *texts in table:

@@ -75,7 +75,10 @@ def test_every_format_is_documented_and_tested():
 
 def test_sharegpt_rows_are_cut_behind_the_last_answer(tmp_path):
     rows = [{"conversations": GPT}, {"conversations": [*GPT, *said(LONG[:1]), *said(LONG[:1])]}]
-    assert [(e.turns, e.num_dropped_turns) for e in load_examples([put(tmp_path, lines(*rows))])] == [(LONG, 0), (LONG, 2)]
+    assert [(e.turns, e.num_dropped_turns) for e in load_examples([put(tmp_path, lines(*rows))])] == [
+        (LONG, 0),
+        (LONG, 2),
+    ]
 
 
 GOOD = {"prompt": "a", "response": "b"}

@@ -39,7 +39,8 @@ def prompts(count=11, longest=30):
     rng = np.random.default_rng(0)
     lengths = [1, longest, *rng.integers(2, longest, count - 2)]
     return [
-        Prompt(f"row {row}", tuple(rng.integers(0, TINY.vocab_size, length).tolist())) for row, length in enumerate(lengths)
+        Prompt(f"row {row}", tuple(rng.integers(0, TINY.vocab_size, length).tolist()))
+        for row, length in enumerate(lengths)
     ]
 
 
@@ -48,7 +49,10 @@ PROMPTS = prompts()
 
 def tiny_sampler(config=TINY, sampling=LIKE, compute=None, **options):
     return make_sampler(
-        make_decoder(config, compute_dtype=compute), sampling, words, **{"end": END, "tokens": 400, "lengths": (32,), **options}
+        make_decoder(config, compute_dtype=compute),
+        sampling,
+        words,
+        **{"end": END, "tokens": 400, "lengths": (32,), **options},
     )
 
 
@@ -210,7 +214,10 @@ def test_draws_follow_the_probabilities(params):
     [
         SamplingParams(1.7, 20, 0.9),
         SamplingParams(0.7, top_p=0.6),
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (SamplingParams(0.3, 1, 0.5), SamplingParams(0.9, 500, 1e-6))),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (SamplingParams(0.3, 1, 0.5), SamplingParams(0.9, 500, 1e-6))
+        ),
     ],
     ids=lambda one: f"{one.temperature}-{one.top_k}-{one.top_p}",
 )
@@ -281,7 +288,13 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
     (config, params), tokenizer = load_model(folder), load_tokenizer(folder)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 6)]
     asked = [Prompt(str(at), (config.bos, *ids[: 5 + 4 * at])) for at, ids in enumerate(texts)]
-    sample = make_sampler(make_decoder(config), SamplingParams(0.0, max_new_tokens=60), make_detokenizer(tokenizer), end_tokens=[config.eos], bucket_lengths=(32,))
+    sample = make_sampler(
+        make_decoder(config),
+        SamplingParams(0.0, max_new_tokens=60),
+        make_detokenizer(tokenizer),
+        end_tokens=[config.eos],
+        bucket_lengths=(32,),
+    )
     out = sample.sample(params, asked, (0,))
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, (config.eos,))
@@ -298,7 +311,9 @@ def test_every_family_and_adapters(config, x64):
     params = join_adapters(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
     out = tiny_sampler(config, tokens=10**4, lengths=(32,)).sample(params, PROMPTS, DRAWS)
     requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
-    scores = make_loglik_scorer(make_decoder(config), max_batch_tokens=4096, bucket_lengths=(48,)).score(params, requests)
+    scores = make_loglik_scorer(make_decoder(config), max_batch_tokens=4096, bucket_lengths=(48,)).score(
+        params, requests
+    )
     sums = [sum(response.log_probs) for some in out for response in some]
     np.testing.assert_allclose(sums, [score.nats for score in scores], atol=1e-11)  # float64, up to 12 tokens
 
@@ -307,7 +322,9 @@ def test_every_family_and_adapters(config, x64):
 def test_bfloat16_factors(params):
     out = tiny_sampler(compute=jnp.bfloat16, tokens=10**4).sample(params, PROMPTS, DRAWS)
     requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
-    low = make_loglik_scorer(make_decoder(TINY, compute_dtype=jnp.bfloat16), max_batch_tokens=4096).score(params, requests)
+    low = make_loglik_scorer(make_decoder(TINY, compute_dtype=jnp.bfloat16), max_batch_tokens=4096).score(
+        params, requests
+    )
     sums = np.asarray([sum(response.log_probs) for some in out for response in some])
     counts = np.asarray([score.num_tokens for score in low])
     assert np.abs((sums - [score.nats for score in low]) / counts).max() < 2e-2  # 8 bits of mantissa, other blocks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.transition import init_train_state, train, train_step
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm import batches, losses
@@ -36,7 +36,7 @@ def params():
 
 
 def corpus(seed=0):
-    """Three offline rows, then three responses to one question, with log-probabilities from -5 to -0.1."""
+    """Three offline examples, then three responses to one question, with log-probabilities from -5 to -0.1."""
     random = np.random.default_rng(seed)
     rows, sampler = [], []
     for number in range(6):
@@ -105,14 +105,14 @@ def test_unrolled_entries_are_finite_differences(params):
         outer=lambda p, fixed, batch: losses.sft_losses(MODEL)(p, batch),
     )
     adamw = build_optimizer(OptimizerSection(learning_rate=0.02, warmup_steps=0, schedule="constant", eps_root=1e-6), 3)
-    step = transition(problem, adamw)
+    step = train_step(problem, adamw)
     whole = {key: leaf[None] for key, leaf in BATCH.items()}
     stream = Stream(lambda step: whole, 3)
     held = corpus(1)
     validation = jax.tree.map(
         lambda leaf: jnp.asarray(leaf), batches.make_evaluation_stream(held, batches.BatchShape(1, 6, 6, 8)).batch(0)
     )
-    start = begin(adamw, params[1])
+    start = init_train_state(adamw, params[1])
 
     def trained(weights):
         return train(step, start, weights, None, stream)
@@ -202,11 +202,13 @@ def test_groups_stay_together_and_every_row_comes_once():
 def test_an_empty_slot_counts_nothing_and_what_is_wrong_is_told(params):
     with_empty = batches.make_evaluation_stream(DATA, batches.BatchShape(1, 9, 9, LAYOUT.length)).batch(0)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), with_empty)
-    assert (batch["index"][6:] == PADDING).all() and (batch["base"][6:] == 0).all()
+    assert (batch["index"][6:] == PADDING).all() and (batch["multiplicity"][6:] == 0).all()
     for ratio in ("token", "sequence"):
         found = jax.jit(importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G))(params[1], batch)
         np.testing.assert_array_equal(found[6:], 0)
-        np.testing.assert_allclose(found[:6], importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G)(params[1], BATCH))
+        np.testing.assert_allclose(
+            found[:6], importance_weighted_losses(MODEL, ratio=ratio, responses_per_prompt=G)(params[1], BATCH)
+        )
     with pytest.raises(ValueError, match="ratio is 'word'"):
         importance_weighted_losses(MODEL, ratio="word")
     with pytest.raises(ValueError, match="clip is 0.5"):

@@ -32,10 +32,15 @@ def requests(count=14):
     rng = np.random.default_rng(0)
     sets = [draw(rng, 20), draw(rng, 31)]
     rows = [
-        LogLikRequest(sets[row % 2] + draw(rng, rng.integers(1, 9)), draw(rng, rng.integers(1, 9))) for row in range(count)
+        LogLikRequest(sets[row % 2] + draw(rng, rng.integers(1, 9)), draw(rng, rng.integers(1, 9)))
+        for row in range(count)
     ]
     question = draw(rng, 25)
-    rows += [LogLikRequest(question, draw(rng, 3)), LogLikRequest(question, draw(rng, 7)), LogLikRequest(draw(rng, 1), draw(rng, 1))]
+    rows += [
+        LogLikRequest(question, draw(rng, 3)),
+        LogLikRequest(question, draw(rng, 7)),
+        LogLikRequest(draw(rng, 1), draw(rng, 1)),
+    ]
     return [*rows, rows[3], LogLikRequest(draw(rng, 5), ())]
 
 
@@ -92,7 +97,9 @@ def shared_engine():
 def test_equals_the_plain_forward(name, x64):
     config = CONFIGS[name]
     params = init_params(config, jax.random.key(0), dtype=jnp.float64)
-    out = make_loglik_scorer(make_decoder(config), max_batch_tokens=256, bucket_lengths=(CONTEXT,)).score(params, REQUESTS)
+    out = make_loglik_scorer(make_decoder(config), max_batch_tokens=256, bucket_lengths=(CONTEXT,)).score(
+        params, REQUESTS
+    )
     assert [score.num_tokens for score in out] == [len(request.response) for request in REQUESTS]
     np.testing.assert_allclose(nats(out), slowly(config, params, REQUESTS), atol=1e-12)  # float64, other order of sums
     assert out[-1] == LogLik(0.0, 0)
@@ -104,8 +111,12 @@ def test_sharing_batches_and_order_change_rounding_only(params, shared_engine):
     order = np.random.default_rng(1).permutation(len(REQUESTS))
     assert one.score(params, [REQUESTS[place] for place in order]) == [out[place] for place in order]
     apart = [
-        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=200, bucket_lengths=(16,), chunk=3).score(params, REQUESTS),
-        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=1, bucket_lengths=(CONTEXT,), share_prefixes=False).score(params, REQUESTS),
+        make_loglik_scorer(make_decoder(TINY), max_batch_tokens=200, bucket_lengths=(16,), chunk=3).score(
+            params, REQUESTS
+        ),
+        make_loglik_scorer(
+            make_decoder(TINY), max_batch_tokens=1, bucket_lengths=(CONTEXT,), share_prefixes=False
+        ).score(params, REQUESTS),
     ]
     assert all(per_token(other, out) < 1e-5 for other in apart)  # float32
     assert nats(out)[:-1].max() < 0
@@ -182,11 +193,17 @@ def test_results_are_saved_in_pieces(params, shared_engine):
     shared_engine[0].resume(params, REQUESTS, LogLikStore("", {}, pieces.append, save_every=7))
     assert len(pieces) > 1 and all(len(piece) >= 7 for piece in pieces[:-1])
     distinct = set(REQUESTS[:-1])
-    assert sorted(name for piece in pieces for name in piece) == sorted(hash_request(request, "") for request in distinct)
+    assert sorted(name for piece in pieces for name in piece) == sorted(
+        hash_request(request, "") for request in distinct
+    )
 
 
 def test_keys_tell_requests_and_models_apart():
-    keys = {hash_request(LogLikRequest((1, 2), (3,)), "a"), hash_request(LogLikRequest((1,), (2, 3)), "a"), hash_request(LogLikRequest((1, 2), (3,)), "b")}
+    keys = {
+        hash_request(LogLikRequest((1, 2), (3,)), "a"),
+        hash_request(LogLikRequest((1,), (2, 3)), "a"),
+        hash_request(LogLikRequest((1, 2), (3,)), "b"),
+    }
     assert len(keys) == 3
 
 
@@ -197,7 +214,9 @@ def test_eight_devices_equal_one(params, shared_engine, eight_devices):
         spread = {name: P() if np.ndim(leaf) == 1 else P(None, "data") for name, leaf in batch.items()}
         return {name: jax.device_put(leaf, NamedSharding(mesh, spread[name])) for name, leaf in batch.items()}
 
-    spread = make_loglik_scorer(make_decoder(TINY), max_batch_tokens=256, bucket_lengths=(CONTEXT,), row_multiple=8, place=place)
+    spread = make_loglik_scorer(
+        make_decoder(TINY), max_batch_tokens=256, bucket_lengths=(CONTEXT,), row_multiple=8, place=place
+    )
     out = spread.score(jax.device_put(params, NamedSharding(mesh, P())), REQUESTS)
     assert per_token(out, shared_engine[0].score(params, REQUESTS)) < 1e-5  # float32, other order of sums
 
@@ -205,7 +224,10 @@ def test_eight_devices_equal_one(params, shared_engine, eight_devices):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (LogLikRequest((), (1,)), r"request 1 \(0 tokens of prefix, 1 of response\): nothing stands before the response"),
+        (
+            LogLikRequest((), (1,)),
+            r"request 1 \(0 tokens of prefix, 1 of response\): nothing stands before the response",
+        ),
         (LogLikRequest((1,) * 60, (2,) * 6), r"request 1 \(60 .*, 6 .*\) takes 65 token places, .* context has 64"),
         (LogLikRequest((1, 31), (2,)), "outside of the vocabulary, 0 to 30"),
         (LogLikRequest((1, 2), (-1,)), "outside of the vocabulary, 0 to 30"),

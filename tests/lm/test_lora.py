@@ -174,7 +174,9 @@ def test_merged_equals_joined(name, x64):
     params = init_params(config, jax.random.key(0), dtype=jnp.float64)
     adapters = trained(config, dtype=jnp.float64, targets=EVERY[name])
     out = logits(config, join_adapters(params, adapters))
-    np.testing.assert_allclose(logits(config, merge_adapters(params, adapters)), out, atol=1e-12)  # float64, other order of sums
+    np.testing.assert_allclose(
+        logits(config, merge_adapters(params, adapters)), out, atol=1e-12
+    )  # float64, other order of sums
     assert np.abs(out - logits(config, params)).max() > 0.1
 
 

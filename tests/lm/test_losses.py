@@ -117,7 +117,9 @@ def test_link_of_outputs_is_the_loss(mode, x64):
     loss, params, fixed = split(mode, jnp.float64)
     outputs = loss.outputs(params, fixed, PACKED)
     assert outputs.shape == (2, 17, TINY.width if mode == "lora, hidden states" else TINY.vocab_size)
-    assert relative(loss.link(outputs, fixed, PACKED), sft_losses(MODEL)(assemble_params(params, fixed), PACKED)) < 1e-12  # float64
+    assert (
+        relative(loss.link(outputs, fixed, PACKED), sft_losses(MODEL)(assemble_params(params, fixed), PACKED)) < 1e-12
+    )  # float64
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,7 +145,9 @@ def test_hessian_product_is_the_slope_of_the_gradient(x64):
     @jax.jit
     def grad(step):  # at params + step * direction
         moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
-        return jax.flatten_util.ravel_pytree(jax.grad(lambda p: losses(assemble_params(p, fixed), PACKED).sum())(moved))[0]
+        return jax.flatten_util.ravel_pytree(
+            jax.grad(lambda p: losses(assemble_params(p, fixed), PACKED).sum())(moved)
+        )[0]
 
     product = jax.jvp(grad, (0.0,), (1.0,))[1]
     # step² = 1e-10 times the third derivative; a float32 cast anywhere stops at 1e-4

@@ -80,14 +80,28 @@ TINY = DecoderConfig(
 # the same shape in the other families
 NEOX_BIASES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 GPT2_BIASES = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
-NEOX = replace(TINY, family="gpt_neox", kv_heads=4, activation="gelu", parallel_residual=True, biased_projections=NEOX_BIASES)
-GPT2 = replace(TINY, family="gpt2", kv_heads=4, activation="gelu_new", rope=None, biased_projections=GPT2_BIASES, tied_embeddings=True)
-GEMMA3 = replace(TINY, family="gemma3_text", activation="gelu_pytorch_tanh", qk_norm=True, tied_embeddings=True, query_scalar=9.0)
+NEOX = replace(
+    TINY, family="gpt_neox", kv_heads=4, activation="gelu", parallel_residual=True, biased_projections=NEOX_BIASES
+)
+GPT2 = replace(
+    TINY,
+    family="gpt2",
+    kv_heads=4,
+    activation="gelu_new",
+    rope=None,
+    biased_projections=GPT2_BIASES,
+    tied_embeddings=True,
+)
+GEMMA3 = replace(
+    TINY, family="gemma3_text", activation="gelu_pytorch_tanh", qk_norm=True, tied_embeddings=True, query_scalar=9.0
+)
 CONFIGS = {
     "plain": TINY,
     "window": replace(TINY, family="mistral", windows=(3, 3)),
     "qwen3": replace(TINY, family="qwen3", qk_norm=True, tied_embeddings=True, windows=(0, 4)),
-    "llama3": replace(TINY, rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 16), biased_projections=("q_proj", "o_proj", "down_proj")),
+    "llama3": replace(
+        TINY, rope=RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 16), biased_projections=("q_proj", "o_proj", "down_proj")
+    ),
     "neox": replace(NEOX, rope=RopeConfig(rotary_fraction=0.5)),
     "gpt2": GPT2,
     "gemma3": replace(GEMMA3, windows=(4, 0), rope=RopeConfig(1e6), local_rope=RopeConfig(100.0), embed_scale=4.0),

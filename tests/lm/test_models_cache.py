@@ -20,7 +20,9 @@ TOKENS[:, :STEM] = TOKENS[[0, 0, 2, 2], :STEM]  # two rows to a stem
 def params_of(config, dtype):
     """Parameters joined with adapters that are not 0."""
     adapters = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, dtype=dtype)
-    return join_adapters(init_params(config, jax.random.key(0), dtype=dtype), jax.tree.map(lambda leaf: leaf + 0.1, adapters))
+    return join_adapters(
+        init_params(config, jax.random.key(0), dtype=dtype), jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    )
 
 
 @cache
@@ -103,7 +105,9 @@ def test_real_models(shared, name):
     @jax.jit
     def blocks(params, tokens):
         _, stem = model.extend(params, (), *padded(tokens[:1, :120], 0, 8, 0))
-        return model.extend(params, (stem._replace(source_row=jnp.zeros(2, int)),), *padded(tokens[:, 120:], 120, 16, 0))[0]
+        return model.extend(
+            params, (stem._replace(source_row=jnp.zeros(2, int)),), *padded(tokens[:, 120:], 120, 16, 0)
+        )[0]
 
     log_p = jax.jit(lambda hidden, params: jax.nn.log_softmax(hidden @ model.head(params)))
     out = log_p(blocks(params, tokens)[:, 16:], params)

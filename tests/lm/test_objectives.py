@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.schedule import once
+from bilevel_jax.core.schedule import single_replay_plan
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.lm.batches import (
@@ -76,7 +76,9 @@ def streams(data):
         "1 x 16": make_train_stream(data, draw, 1, shape(micro=1, packing=False)),
         "16 x 1": make_train_stream(data, draw, 1, shape(micro=16, packing=False)),
         "packed": make_train_stream(data, draw, 1, packed),
-        "1 x 16, 8 devices": place_stream(mesh, make_train_stream(data, draw, 1, align_layout(mesh, shape(micro=1, packing=False)))),
+        "1 x 16, 8 devices": place_stream(
+            mesh, make_train_stream(data, draw, 1, align_layout(mesh, shape(micro=1, packing=False)))
+        ),
         "packed, 8 devices": place_stream(mesh, make_train_stream(data, draw, 1, align_layout(mesh, packed))),
     }
 
@@ -128,7 +130,7 @@ def test_weights_count_rows(name, x64):
     shape = BatchShape(2, 4, 4 * data.sequences_per_example, 24, data.sequences_per_example)
     weighted_batch = make_train_stream(data, lambda _: chosen, 1, shape).batch(0)
     counted_batch = make_train_stream(data, lambda _: np.where(chosen == gone, doubled, chosen), 1, shape).batch(0)
-    counted_batch |= {"rows": weighted_batch["rows"], "targeted": weighted_batch["targeted"]}
+    counted_batch |= {"num_examples": weighted_batch["num_examples"], "targeted": weighted_batch["targeted"]}
     weights = jnp.asarray(WEIGHTS)
     _, grad, entries = step(loss, params, weights.at[gone].set(0).at[doubled].set(2), weighted_batch, direction)
     _, counted, twice = step(loss, params, weights.at[doubled].set(1), counted_batch, direction)
@@ -151,15 +153,17 @@ def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
         outer=lambda params, fixed, batch: judge(params, batch),
     )
     draw = shuffled_order(ROWS, 8, 0)
-    train = make_train_stream(PAIRS, draw, 4, fit_batch_shape(PAIRS, [draw], 4, num_micro_batches=2, length=24, packing=True))
+    train = make_train_stream(
+        PAIRS, draw, 4, fit_batch_shape(PAIRS, [draw], 4, num_micro_batches=2, length=24, packing=True)
+    )
     whole = make_evaluation_stream(SINGLE, BatchShape(1, 16, 16, 24))
     toy = Toy(problem, None, params, on_device(train), on_device(whole))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps_root=1e-12))
     weights = jnp.asarray(WEIGHTS)
-    transition, run = trained(toy, optimizer, weights, keep=once(4, 2))
+    transition, run = trained(toy, optimizer, weights, keep=single_replay_plan(4, 2))
     out = unrolled(problem, transition)(run, weights, None, toy.train, toy.validation)
     value, grad = through_scan(toy, optimizer, weights)
-    assert relative(out.value, value) < 1e-12 and (grad != 0).all()
+    assert relative(out.validation_loss, value) < 1e-12 and (grad != 0).all()
     assert relative(out.grad, grad) < 1e-11  # two orders of summation of the same float64 numbers
     assert out.checks.replayed
 
@@ -191,7 +195,9 @@ def test_sft_is_what_trainers_average(normalise, x64):
     entropy = torch.nn.functional.cross_entropy
     pairs = list(zip(logits, targets, strict=True))
     if normalise == "token_mean":
-        assert out.sum() / batch["rows"][0] == pytest.approx(float(entropy(torch.cat(logits), torch.cat(targets))))
+        assert out.sum() / batch["num_examples"][0] == pytest.approx(
+            float(entropy(torch.cat(logits), torch.cat(targets)))
+        )
         ratio = ROWS / sum(len(t) for t in targets)
         expected = [ratio * entropy(x, t, reduction="sum") for x, t in pairs]
     else:

@@ -40,5 +40,9 @@ def test_pairs_have_one_prompt_and_text_has_none():
 def test_a_response_ends_at_either_end_token():
     tokenizer = bpe()
     assert find_end_tokens(tokenizer) == [tokenizer.eos_token_id]
-    assert find_end_tokens(tokenizer, (tokenizer.eos_token_id, 7)) == find_end_tokens(tokenizer, 7) == sorted([tokenizer.eos_token_id, 7])
+    assert (
+        find_end_tokens(tokenizer, (tokenizer.eos_token_id, 7))
+        == find_end_tokens(tokenizer, 7)
+        == sorted([tokenizer.eos_token_id, 7])
+    )
     assert find_end_tokens(bpe(eos=None)) == []

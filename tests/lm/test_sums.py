@@ -9,8 +9,8 @@ from bilevel_jax.lm.sums import add_without_carries, write_sums_data
 from bilevel_jax.runs.checkers import make_verifier
 from bilevel_jax.runs.sections import VerifierSection
 
-PARTS = {"train": 60, "validation": 16, "select": 20, "report": 40, "lessons": 200}
-SIZES = {"rows": 60, "select": 20, "report": 40, "lessons": 200}
+PARTS = {"train": 60, "validation": 16, "dev": 20, "test": 40, "lessons": 200}
+SIZES = {"rows": 60, "dev": 20, "test": 40, "lessons": 200}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_labels_tell_the_truth(tmp_path, corrupted, noise):
     assert (labels.count("wrong"), labels.count("noise")) == (round(60 * corrupted), round(60 * noise))
     assert 4 < labels[:20].count("wrong") / corrupted * 0.4 < 14  # shuffled
     assert [e.label for e in parts["lessons"]].count("wrong") == 80
-    assert {e.label for name in ("validation", "select", "report") for e in parts[name]} == {"clean"}
+    assert {e.label for name in ("validation", "dev", "test") for e in parts[name]} == {"clean"}
     asked = [frozenset(numbers(example)) for part in parts.values() for example in part]
     assert len(set(asked)) == len(asked) == sum(PARTS.values())  # not even with the numbers exchanged
 

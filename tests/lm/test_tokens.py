@@ -205,9 +205,16 @@ def test_pair_is_two_sequences_in_which_the_responses_count(name):
     tokenizer, prompt = PAIRS[name]
     row = pair((*prompt, SHORT), (*prompt, LONG))
     corpus, report = tokenize([row, row], tokenizer, max_length=200)
-    assert (corpus.num_examples, corpus.sequences_per_example, len(corpus.offsets)) == (2, 2, 5) and corpus.kept_indices.tolist() == [0, 1]
+    assert (corpus.num_examples, corpus.sequences_per_example, len(corpus.offsets)) == (
+        2,
+        2,
+        5,
+    ) and corpus.kept_indices.tolist() == [0, 1]
     for i in range(2):
-        assert [runs(corpus.get_sequence(i, side), tokenizer) for side in range(2)] == [[f"{SHORT}<|eot|>"], [f"{LONG}<|eot|>"]]
+        assert [runs(corpus.get_sequence(i, side), tokenizer) for side in range(2)] == [
+            [f"{SHORT}<|eot|>"],
+            [f"{LONG}<|eot|>"],
+        ]
         chosen, rejected = (corpus.get_sequence(i, side) for side in range(2))
         n = int(chosen.target_mask.argmax())
         assert n == rejected.target_mask.argmax() and (chosen.ids[:n] == rejected.ids[:n]).all()  # one prompt
@@ -280,7 +287,9 @@ def test_pair_too_long():
     n = int(whole.get_sequence(0).target_mask.argmax())  # tokens of BOS and prompt
     corpus, report = tokenize(rows, tokenizer, max_length=long - 3, truncation="left")
     assert corpus.lengths[:2].tolist() == [short - 3, long - 3]  # both sides lose what the longer one must
-    assert (corpus.get_sequence(0).ids[: n - 3] == corpus.get_sequence(0, 1).ids[: n - 3]).all() and report.truncated_left == 1
+    assert (
+        corpus.get_sequence(0).ids[: n - 3] == corpus.get_sequence(0, 1).ids[: n - 3]
+    ).all() and report.truncated_left == 1
     assert [corpus.get_sequence(0, side).target_mask.argmax() for side in range(2)] == [n - 3, n - 3]
     corpus, report = tokenize(rows, tokenizer, max_length=long - n, truncation="left")  # one less than BOS and response
     assert corpus.lengths[:2].tolist() == [short - n + 1, long - n]
@@ -297,7 +306,14 @@ def test_pair_too_long():
 def test_reference_belongs_to_every_pair():
     corpus = tokenize([pair(("a", "b"), ("a", "c"))] * 3, bpe(), max_length=20)[0]
     assert corpus.with_reference_margins(np.arange(3)).reference_margins.tolist() == [0, 1, 2]
-    dropped = corpus_from_sequences([corpus.get_sequence(0), corpus.get_sequence(0, 1), *[TokenizedSequence(corpus.ids[:0], corpus.target_mask[:0])] * 2], 2)
+    dropped = corpus_from_sequences(
+        [
+            corpus.get_sequence(0),
+            corpus.get_sequence(0, 1),
+            *[TokenizedSequence(corpus.ids[:0], corpus.target_mask[:0])] * 2,
+        ],
+        2,
+    )
     dropped.with_reference_margins(np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="the reference of row 1 is nan; give one for every row in `kept`"):
         corpus.with_reference_margins(np.array([1.0, np.nan, 0]))
@@ -360,7 +376,11 @@ def test_corpus_of_rows():
     rows = [TokenizedSequence(np.arange(n, dtype=np.int32), np.arange(n) > 1) for n in (3, 0, 2)]
     corpus = corpus_from_sequences(rows)
     assert corpus.lengths.tolist() == [3, 0, 2] and corpus.kept_indices.tolist() == [0, 2] and corpus.num_examples == 3
-    assert corpus.get_sequence(2).ids.tolist() == [0, 1] and corpus.get_sequence(0).target_mask.tolist() == [False, False, True]
+    assert corpus.get_sequence(2).ids.tolist() == [0, 1] and corpus.get_sequence(0).target_mask.tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_load_tokenizer(tmp_path):
@@ -379,10 +399,15 @@ def test_real_tokenizer(name):
     tokenizer = load_tokenizer(MODELS / name)
     rows = [example("Tom said:", "“Hi”, 3 + 4 = 7\n\nThe end.", line=1), example("One day, Lily\nran.", line=2)]
     corpus, report = tokenize(rows, tokenizer, max_length=256)
-    assert tokenizer.decode(corpus.get_sequence(0).ids).replace("<s> ", "<s>") == "<s>Tom said:\n“Hi”, 3 + 4 = 7\n\nThe end.</s>"
+    assert (
+        tokenizer.decode(corpus.get_sequence(0).ids).replace("<s> ", "<s>")
+        == "<s>Tom said:\n“Hi”, 3 + 4 = 7\n\nThe end.</s>"
+    )
     assert runs(corpus.get_sequence(0), tokenizer) == ["“Hi”, 3 + 4 = 7\n\nThe end.</s>"]
     assert runs(corpus.get_sequence(1), tokenizer) == ["One day, Lily\nran.</s>"]
     for i in range(2):
         ids = corpus.get_sequence(i).ids
         assert (ids == 1).sum() == (ids == 2).sum() == 1 and ids[0] == 1 and ids[-1] == 2
-    assert report.unknown_share == 0 and 0 < report.byte_share < 0.3  # characters outside the vocabulary are spelled in bytes
+    assert (
+        report.unknown_share == 0 and 0 < report.byte_share < 0.3
+    )  # characters outside the vocabulary are spelled in bytes

@@ -10,9 +10,9 @@ import optax
 
 from bilevel_jax.core import linsolve, schedule, tree
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, train, transition
+from bilevel_jax.core.transition import init_train_state, train, train_step
 from bilevel_jax.core.types import Adjoint
-from bilevel_jax.core.unrolled import outer_gradient, unrolled
+from bilevel_jax.core.unrolled import unrolled, validation_loss_and_grad_fn
 from bilevel_jax.lm import batches
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.tokens import Corpus
@@ -66,27 +66,29 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
     stream = batches.make_train_stream(rows, batches.shuffled_order(ROWS, BATCH, 0), STEPS, layout, local_rows=own)
     validation = batches.make_evaluation_stream(corpus(16, 2), layout, local_rows=own)
     weights, fixed = jnp.asarray(np.random.default_rng(3).uniform(0.5, 2, ROWS)), {"base": None, "start": None}
-    start = begin(SGD, params)
+    start = init_train_state(SGD, params)
     if not pmap:  # which takes what lies on the host, or on one device
         stream, validation = placing.place_stream(mesh, stream), placing.cache_stream(mesh, validation)
         weights, start = placing.replicate_unplaced(mesh, (weights, start))
 
-    step = (partial(pmap_train_step, devices=jax.devices()) if pmap else transition)(problem, SGD)
-    run = train(step, start, weights, fixed, stream, keep=schedule.square_root(STEPS)._replace(linear=linear))
+    step = (partial(pmap_train_step, devices=jax.devices()) if pmap else train_step)(problem, SGD)
+    run = train(step, start, weights, fixed, stream, plan=schedule.square_root_plan(STEPS)._replace(linearize=linear))
     estimate = unrolled(problem, step)(run, weights, fixed, stream, validation)
 
     batch = stream.batch(0)
-    part = step.take(weights, batch)
+    part = step.gather(weights, batch)
     grad = step.forward(start, part, fixed, batch)[1].grad
 
     def product(v):
         """(H + DAMPING) v, from the transpose v - RATE H v of a step."""
-        back = step.backward(start, grad, part, fixed, batch, Adjoint(v, tree.inexact(start.opt)))[0].params
+        back = step.backward(start, grad, part, fixed, batch, Adjoint(v, tree.inexact_leaves(start.opt_state)))[
+            0
+        ].params
         return damped(v, back)
 
-    slope = outer_gradient(problem)(params, fixed, validation)[1]
+    slope = validation_loss_and_grad_fn(problem)(params, fixed, validation)[1]
     solve = linsolve.cg(tolerance=1e-12)(product, slope)
-    assert solve.residual < 1e-11 and solve.curvature > 0 and estimate.checks.replayed
+    assert solve.residual < 1e-11 and solve.min_curvature > 0 and estimate.checks.replayed
     flatten = lambda some: np.concatenate([fetch_to_host(leaf).ravel() for leaf in jax.tree.leaves(some)])  # noqa: E731
     return {
         "batches": flatten([stream.batch(index)[name] for index in range(STEPS) for name in ("tokens", "index")]),
@@ -98,7 +100,9 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
 
 if __name__ == "__main__":  # coordinator, number, file
     jax.config.update("jax_enable_x64", True)
-    processes.initialize_distributed(DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2])))
+    processes.initialize_distributed(
+        DistributedSection(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    )
     found = numbers(0)
     if jax.process_index() == 0:
         np.savez(sys.argv[3], **found)

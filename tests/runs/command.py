@@ -1,4 +1,4 @@
-"""The verbs as a user runs them: another process, on one device, with the compiler's optimisations."""
+"""The commands as a user runs them: another process, on one device, with the compiler's optimisations."""
 
 import json
 import os

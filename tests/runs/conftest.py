@@ -1,4 +1,4 @@
-"""A tiny task that every verb runs on in a second: the cipher's files, pairs of its answers, an untrained model."""
+"""A tiny task that every command runs on in a second: the cipher's files, pairs of its answers, an untrained model."""
 
 import json
 import signal
@@ -17,7 +17,7 @@ lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/validation.jsonl]
-  test: [{made}/report.jsonl]
+  test: [{made}/test.jsonl]
   split: [1, 0, 0]
   label_field: label
 optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
@@ -34,8 +34,8 @@ model: {{name_or_path: {made}/model}}
 lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
-  validation: [{made}/report.jsonl]
-  dev: [{made}/select.jsonl]
+  validation: [{made}/test.jsonl]
+  dev: [{made}/dev.jsonl]
   split: [0.5, 0, 0.5]
   label_field: label
 optimizer: {{learning_rate: 3.0e-3, warmup_ratio: 0.1}}
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
     lm.save_model(folder / "model", architecture, lm.init_params(architecture, jax.random.key(0)), tokenizer=tokenizer)
     (folder / "select.yaml").write_text(SELECT.format(made=folder))
     (folder / "train.yaml").write_text(TRAIN.format(made=folder))
-    for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("report", "pairs_report")):
+    for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("test", "pairs_report")):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         (folder / f"{new}.jsonl").write_text("".join(json.dumps(pair(row)) + "\n" for row in rows))
     return folder

@@ -13,8 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import begin, train, transition
-from bilevel_jax.core.types import Inner, Loss, Params, Problem, Stream
+from bilevel_jax.core.transition import init_train_state, train, train_step
+from bilevel_jax.core.types import CompositeLoss, Params, Problem, Stream, TrainState
 from bilevel_jax.lm import batches, tokens
 from bilevel_jax.lm import models as lm
 from bilevel_jax.lm.data import Example, Turn
@@ -29,7 +29,7 @@ MODEL = "stories-260k"
 
 
 class Rows(NamedTuple):
-    """Tokenized training rows, and the parts of the validation rows."""
+    """Tokenized training examples, and the parts of the validation examples."""
 
     train: Corpus
     held_out: tuple[Corpus, ...]
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     """A bilevel problem on the language model, with its start and its streams."""
 
     problem: Problem
-    loss: Loss
+    loss: CompositeLoss
     fixed: dict[str, Any]
     params: Params
     optimizer: optax.GradientTransformation
@@ -51,16 +51,16 @@ class Setting(NamedTuple):
 
     @property
     def validation(self) -> Stream:
-        """The first part of the validation rows."""
+        """The first part of the validation examples."""
         return self.held_out[0]
 
-    def start(self) -> Inner:
+    def start(self) -> TrainState:
         """The state before the first step."""
-        return begin(self.optimizer, self.params)
+        return init_train_state(self.optimizer, self.params)
 
     def trained(self, weights: jax.Array, **options):
         """(the transition, the finished run)."""
-        step = transition(self.problem, self.optimizer)
+        step = train_step(self.problem, self.optimizer)
         return step, train(step, self.start(), weights, self.fixed, self.train, **options)
 
 
@@ -84,7 +84,7 @@ def reviews(shared: Path, count: int, *, skip: int = 0) -> list[str]:
 
 
 def with_headroom(shared: Path, folder: Path) -> None:
-    """400 training rows: 160 sentences of film reviews, 160 others whose token ids went through one fixed permutation,
+    """400 training examples: 160 sentences of film reviews, 160 others whose token ids went through one fixed permutation,
     80 openings of school arithmetic; and 240 trusted sentences."""
     rng = np.random.default_rng(0)
     with open(shared / "data/sst2/train.jsonl", encoding="utf-8") as lines:
@@ -153,7 +153,9 @@ def setting(
     problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
     size = rows.train.num_examples
     order = batches.shuffled_order(size, batch, seed)
-    shape = batches.fit_batch_shape(rows.train, [order], steps, num_micro_batches=micro, length=rows.length, packing=packing)
+    shape = batches.fit_batch_shape(
+        rows.train, [order], steps, num_micro_batches=micro, length=rows.length, packing=packing
+    )
     flat = batches.BatchShape(1, batch // micro, batch // micro, rows.length)
     if mesh is not None:
         shape = placing.align_layout(mesh, shape)
@@ -178,7 +180,7 @@ def setting(
 
 
 def summed(rows: Rows, batch: int) -> Stream:
-    """All training rows once: a stream that sums to their mean, as implicit estimators read it."""
+    """All training examples once: a stream that sums to their mean, as implicit estimators read it."""
     layout = batches.BatchShape(1, batch, batch, rows.length)
     steps = batches.steps_per_epoch(rows.train.num_examples, batch)
     order = batches.shuffled_order(rows.train.num_examples, batch, 0)

@@ -1,4 +1,4 @@
-"""The verb `audit`: its statistics, what it finds where the truth is known, that it stops and goes on, wrong input."""
+"""The command `audit`: its statistics, what it finds where the truth is known, that it stops and goes on, wrong input."""
 
 import json
 import re
@@ -71,10 +71,10 @@ def test_weighted_ranks_are_those_of_repeated_items():
 def test_exact_entries_foretell_what_one_row_does(whole):
     """One of 60 rows leaves a linear model: nearly the infinitesimal change that the entries are exact for."""
     lds = {row["name"]: row["lds"] for row in whole[1]["rows"]}
-    for target in ("fit", "queries"):
+    for target in ("validation", "queries"):
         value, low, _ = lds["unrolled"][target][1]
         assert value > 0.97 and low > 0.9
-    assert lds["unrolled"]["fit"][1].value > lds["loss, start"]["fit"][1].value
+    assert lds["unrolled"]["validation"][1].value > lds["loss, start"]["validation"][1].value
     assert whole[1]["certificate"]["level"] and whole[1]["verdict"]["sentence"]
 
 
@@ -86,18 +86,18 @@ def test_permuted_scores_foretell_nothing(whole):
     for line, gone in zip(left_out[0], table["left_out"].to_pylist()[:16], strict=True):
         line[[place[one] for one in gone]] = True
     assert (left_out.sum(2) == 30).all() and len({line.tobytes() for line in left_out[0]}) == 16
-    made = bank.LeaveOutRetrains((0.5,), left_out, {"fit": np.array(table["fit"][:16]).reshape(1, 16, 1)})
+    made = bank.LeaveOutRetrains((0.5,), left_out, {"validation": np.array(table["validation"][:16]).reshape(1, 16, 1)})
     exact, random = ids["unrolled"].to_numpy(), np.random.default_rng(0)
-    assert bank.compute_lds(made, exact, None, 0)["fit"][0][0] == pytest.approx(_lds(whole[1], "unrolled"))
+    assert bank.compute_lds(made, exact, None, 0)["validation"][0][0] == pytest.approx(_lds(whole[1], "unrolled"))
     nulls = [
-        rank_correlation(made.predict_loss_rise(random.permutation(exact))[0], made.losses["fit"][0, :, 0])
+        rank_correlation(made.predict_loss_rise(random.permutation(exact))[0], made.losses["validation"][0, :, 0])
         for _ in range(400)
     ]
     assert abs(np.mean(nulls)) < 0.05  # 400 permutations of a correlation over 16: standard error .013
 
 
 def _lds(result, name):
-    return next(row["lds"]["fit"][0].value for row in result["rows"] if row["name"] == name)
+    return next(row["lds"]["validation"][0].value for row in result["rows"] if row["name"] == name)
 
 
 def test_writes_what_it_promises(whole):
@@ -112,18 +112,18 @@ def test_writes_what_it_promises(whole):
         assert row["auc"] == auc(scores[column].to_numpy(), good)
         if column != "unrolled":
             assert row["rank"].value == pytest.approx(rank_correlation(scores[column], scores["unrolled"]))
-    # every row of V_fit is a query, and L_v is their mean, in entries and in losses
+    # every row of validation is a query, and L_v is their mean, in entries and in losses
     for name in ("unrolled", "alignment"):
         parts = [np.load(out / "parts" / f"{name} of queries {n}.npy") for n in (0, 1)]
         each = 24 * np.concatenate(parts)
         np.testing.assert_allclose(each.mean(0), scores[name], rtol=1e-4, atol=1e-7)  # float32, another order of sums
     table = pq.read_table(out / "bank.parquet")
     assert len(table) == 32 and table.schema.metadata[b"queries"].count(b"\n") == 23
-    np.testing.assert_allclose(np.mean(table["queries"].to_pylist(), 1), table["fit"], rtol=1e-5)
+    np.testing.assert_allclose(np.mean(table["queries"].to_pylist(), 1), table["validation"], rtol=1e-5)
     passes = {row["name"]: row["passes"] for row in result["rows"]}
     assert passes["unrolled"] == 6 + 6 * 4 and passes["loss, end"] == passes["loss, start"] + 6
     text = (out / "report.html").read_text()
-    assert text.count("<svg") == 2 and "Which score tells what a training row is worth here" in text
+    assert text.count("<svg") == 2 and "Which score tells what a training example is worth here" in text
 
 
 @pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (3, 9, 200)), 60])
@@ -138,7 +138,7 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
         one, other = (pq.read_table(folder / name) for folder in (tmp_path / "run", whole[0]))
         assert one.equals(other)
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", whole[0]))
-    assert [{**row, "seconds": 0} for row in a["rows"]] == [{**row, "seconds": 0} for row in b["rows"]]
+    assert [{**row, "seconds": 0} for row in a["rows"]] == [{**row, "seconds": 0} for row in b["num_examples"]]
     assert a["verdict"] == b["verdict"] and a["certificate"] == b["certificate"]
 
 
@@ -150,14 +150,17 @@ def test_text_with_every_score(made, tmp_path):
     result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.vmap-size", "2")
     names = {row["name"] for row in result["rows"]}
     assert {"unrolled", "ica, start", "ica, end", "oneshot, start"} <= names
-    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {"fit", "queries", "report"}
+    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {"validation", "queries", "test"}
 
 
 # ---- the verdict
 
 
 def line(name, low, value=0.5, report=0.5):
-    lds = {"fit": [bootstrap.BootstrapInterval(value, low, 0.9)], "report": [bootstrap.BootstrapInterval(report, low, 0.9)]}
+    lds = {
+        "validation": [bootstrap.BootstrapInterval(value, low, 0.9)],
+        "test": [bootstrap.BootstrapInterval(report, low, 0.9)],
+    }
     return {"name": name, "lds": lds, "passes": 10.0}
 
 
@@ -167,12 +170,12 @@ STEADY, NOISY = np.full(501, 0.5), np.random.default_rng(0).normal(0.4, 0.5, 501
 
 def test_the_verdict_says_which_score_or_none():
     fit = {"one": STEADY, "near": NOISY, "far": STEADY - 0.3, "unrolled": STEADY + 0.4, "random": STEADY + 0.3}
-    draws = {name: {"fit": [values], "report": [STEADY]} for name, values in fit.items()}
+    draws = {name: {"validation": [values], "test": [STEADY]} for name, values in fit.items()}
     lines = [line("one", 0.3), line("near", 0.1, 0.4), line("far", 0.1, 0.2), line("unrolled", 0.8, 0.9)]
     told = choose_score([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
     assert told["use"] == "one"
     assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
-    assert told["instead"] is None and "V_report" not in told["sentence"]
+    assert told["instead"] is None and "test" not in told["sentence"]
     none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "which may be 0" in none["sentence"]
     rough = choose_score(lines, draws, BAD, 0.5)
@@ -181,18 +184,21 @@ def test_the_verdict_says_which_score_or_none():
 
 
 def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read():
-    draws = {"one": {"fit": [STEADY], "report": [STEADY]}, "far": {"fit": [STEADY - 0.3], "report": [STEADY + 0.3]}}
+    draws = {
+        "one": {"validation": [STEADY], "test": [STEADY]},
+        "far": {"validation": [STEADY - 0.3], "test": [STEADY + 0.3]},
+    }
     told = choose_score([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
     assert (told["use"], told["instead"]) == ("one", "far")
-    assert "on V_report, which no score has read, far does better: 0.80" in told["sentence"]
+    assert "on test, which no score has read, far does better: 0.80" in told["sentence"]
 
 
 WRONG = {
     "too few subsets": (["--audit.subsets", "4"], "audit.subsets = 4: must be 8 or more"),
     "one query": (["--audit.queries", "1"], "audit.queries = 1: must be 0 .none., or 2 or more"),
-    "more queries than rows": (["--audit.queries", "25"], "audit.queries = 25, but V_fit has 24 rows"),
-    "no trusted rows": (["--arrays.validation-examples", "0"], "arrays.validation_examples = 0: must be 1 or more"),
-    "no text to trust": (["--data.train", "rows.jsonl"], "name the trusted rows"),
+    "more queries than rows": (["--audit.queries", "25"], "audit.queries = 25, but validation has 24 rows"),
+    "no validation examples": (["--arrays.validation-examples", "0"], "arrays.validation_examples = 0: must be 1 or more"),
+    "no text to trust": (["--data.train", "rows.jsonl"], "name the validation examples"),
     "an unknown score": (["--audit.scores", "lost"], "there is no score 'lost'; did you mean 'loss'"),
     "a score of text": (["--audit.scores", "ica"], "'ica' reads text; for arrays"),
     "a share twice": (["--audit.removed", "0.5", "0.5"], "each once and in .0, 1."),

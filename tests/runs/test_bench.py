@@ -1,4 +1,4 @@
-"""The verb `compare` as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
+"""The command `compare` as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_writes_what_it_promises(whole):
             assert cell["f1"] == f1_score(weights > 1, good)
             assert 0.5 * 120 < cell["passes"] <= 120 and cell["trail"][-1]["passes"] <= cell["passes"]
         assert row["mean"]["auc"] == np.mean([cell["auc"] for cell in row["runs"]])
-        assert row["interval"]["report"] > 0 and "with_v report" in row["mean"]
+        assert row["interval"]["test"] > 0 and "with_v report" in row["mean"]
     assert "own report" in rows["penalty"]["mean"] and "own report" not in rows["unrolled"]["mean"]
     assert rows["oracle"]["mean"]["f1"] == 1 and rows["oracle+validation"]["mean"]["distance"] == 0
     assert rows["uniform"]["mean"]["passes"] == 6 and "f1" not in rows["uniform"]["mean"]
@@ -104,7 +104,7 @@ def test_every_method_runs(config, tmp_path):
     result = run(config, tmp_path / "run", *flags, "--arrays.hidden-sizes", "4", "--arrays.label-noise", "redrawn")
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {*METHODS, "oracle+validation"} and all(METHODS[name].estimand for name in METHODS)
-    assert "report" not in rows["mixing"]["mean"]  # it learns no weights
+    assert "test" not in rows["mixing"]["mean"]  # it learns no weights
     for name in METHODS:
         assert rows[name]["mean"]["passes"] <= 120 and np.isfinite(rows[name]["mean"]["distance"])
     assert "One seed tells nothing apart." in result["sentence"]
@@ -112,8 +112,8 @@ def test_every_method_runs(config, tmp_path):
 
 def test_sentence_names_what_is_not_told_apart():
     def row(name, values, learns=True):
-        runs = [{"report": value, "with_v": {"report": value}} for value in values]
-        mean = {"report": np.mean(values), "with_v report": np.mean(values)}
+        runs = [{"test": value, "with_v": {"test": value}} for value in values]
+        mean = {"test": np.mean(values), "with_v report": np.mean(values)}
         return {"name": name, "learns": learns, "mean": mean, "interval": {}, "runs": runs}
 
     rows = [
@@ -156,7 +156,7 @@ WRONG = {
     "packing": (["--data.packing"], "packing cannot know beforehand"),
     "no file": (["--data.train", "nowhere.npz"], "nowhere.npz: no such file"),
     "too few rows": (["--arrays.validation-examples", "5000"], "has 120 in x_train"),
-    "text without trusted rows": (["--data.train", "rows.jsonl"], "name the trusted rows"),
+    "text without validation examples": (["--data.train", "rows.jsonl"], "name the validation examples"),
     "features of arrays": (["--outer.weighting", "by_features", "--compare.methods", "window"], "reads text; for arrays"),
     "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "folder exists": (["--out", "EXISTS"], "--resume"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.core.transition import begin, scan, train
+from bilevel_jax.core.transition import init_train_state, scan, train
 from bilevel_jax.core.types import PADDING
 from bilevel_jax.core.unrolled import unrolled
 from bilevel_jax.runs import bench, classification
@@ -54,11 +54,11 @@ def test_parts_are_disjoint_and_only_training_labels_are_changed(path):
     clean = np.array([example.label == "clean" for example in made.examples])
     assert clean.sum() == 30 and np.array_equal(right[:60], clean) and right[60:].all()
     assert made.corpus.x.dtype == np.uint8
-    selected = {np.asarray(row).tobytes() for row in made.held_out["select"].batch(0)["x"][0]}
+    selected = {np.asarray(row).tobytes() for row in made.held_out["dev"].batch(0)["x"][0]}
     assert len(selected) == 20 and not selected & set(seen)
-    assert [len(made.trusted[part]) for part in ("fit", "select", "report")] == [24, 20, 30]
+    assert [len(made.trusted[part]) for part in ("validation", "dev", "test")] == [24, 20, 30]
     tested = {row.tobytes() for row in source.test.x}
-    assert all(np.asarray(row).tobytes() in tested for row in made.held_out["report"].batch(0)["x"][0])
+    assert all(np.asarray(row).tobytes() in tested for row in made.held_out["test"].batch(0)["x"][0])
     assert [example.id for example in task(path, seed=1).examples] != [example.id for example in made.examples]
 
 
@@ -68,10 +68,10 @@ def test_streams_are_pure_and_cover_every_row_once(path):
     index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(4)])
     assert sorted(index[index != PADDING]) == list(range(60)) and (index == PADDING).sum() == 4
     batch, again = stream.batch(3), stream.batch(3)
-    assert batch["x"].shape == (2, 8, 64) and batch["rows"].tolist() == [12.0, 12.0]
+    assert batch["x"].shape == (2, 8, 64) and batch["num_examples"].tolist() == [12.0, 12.0]
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
     summed = [made.summed(0).batch(step) for step in range(4)]
-    assert sum(int((b["index"] != PADDING).sum()) for b in summed) == 60 == summed[0]["rows"][0]
+    assert sum(int((b["index"] != PADDING).sum()) for b in summed) == 60 == summed[0]["num_examples"][0]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_streams_are_pure_and_cover_every_row_once(path):
 def test_unrolled_equals_autodiff_through_scan(path, x64, flags):
     made = task(path, "--model.param-dtype", "float64", *flags)
     weights = jnp.linspace(0.5, 1.5, made.rows)
-    start, stream = begin(made.optimizer, made.fresh(0)), made.stream(seed=0)
-    fixed, held_out = made.fixed(start.params), made.held_out["fit"]
+    start, stream = init_train_state(made.optimizer, made.fresh(0)), made.stream(seed=0)
+    fixed, held_out = made.fixed(start.params), made.held_out["validation"]
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(stream.batch, range(stream.steps)))
 
     def value(weights):
@@ -102,7 +102,7 @@ def test_unrolled_equals_autodiff_through_scan(path, x64, flags):
     run = train(made.step, start, weights, fixed, stream)
     found = unrolled(made.problem, made.step)(run, weights, fixed, stream, held_out)
     assert found.grad.dtype == jnp.float64 and float(jnp.linalg.norm(expected)) > 0
-    np.testing.assert_allclose(found.value, expected_value, rtol=1e-12)
+    np.testing.assert_allclose(found.validation_loss, expected_value, rtol=1e-12)
     np.testing.assert_allclose(found.grad, expected, rtol=1e-9, atol=1e-12)  # sums in another order
 
 
@@ -110,7 +110,7 @@ def test_floats_are_read_as_they_are(path):
     flags = ("--data.train", str(path.parent / "floats.npz"))
     one, other = task(path), task(path, *flags)
     params = one.fresh(0)
-    a, b = (made.objective.losses(params, None, jax.tree.map(lambda leaf: leaf[0], made.held_out["fit"].batch(0)))
+    a, b = (made.objective.losses(params, None, jax.tree.map(lambda leaf: leaf[0], made.held_out["validation"].batch(0)))
             for made in (one, other))  # fmt: skip
     np.testing.assert_allclose(a, b, rtol=1e-6)
 

@@ -78,7 +78,9 @@ def test_the_command_line_wins(small):
 
 
 def test_defaults_need_only_a_model_and_data():
-    config = load_config(SelectConfig, None, ["--model.name-or-path", "m", "--data.train", "t", "--data.validation", "v"])
+    config = load_config(
+        SelectConfig, None, ["--model.name-or-path", "m", "--data.train", "t", "--data.validation", "v"]
+    )
     assert config.train == SelectConfig().train
 
 
@@ -243,7 +245,9 @@ def test_optimizers_go_downhill(name):
 def test_adamw_is_that_of_optax(x64):
     config = SelectConfig().optimizer
     ours = build_optimizer(config, num_steps=300)
-    theirs = optax.adamw(learning_rate_schedule(config, 300), eps_root=config.eps_root, weight_decay=config.weight_decay)
+    theirs = optax.adamw(
+        learning_rate_schedule(config, 300), eps_root=config.eps_root, weight_decay=config.weight_decay
+    )
     params = jnp.array([1.0, 2.0])
     a, b = ours.init(params), theirs.init(params)
     for grad in ([0.3, -2.0], [0.0, 1.0]):
@@ -285,4 +289,6 @@ def test_the_configs_that_come_with_the_package_are_right(path):
 
 def test_the_formats_of_the_config_are_those_that_are_read():
     assert get_args(ExampleFormat) == ("auto", *READ_FORMATS)
-    assert {field.name for field in dataclasses.fields(DataOptions)} <= set(field_types(field_types(SelectConfig)["data"]))
+    assert {field.name for field in dataclasses.fields(DataOptions)} <= set(
+        field_types(field_types(SelectConfig)["data"])
+    )

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin
+from bilevel_jax.core.transition import init_train_state
 from bilevel_jax.runs.diagnosis import find_first_nonfinite
 
 
@@ -24,11 +24,11 @@ def told(x, *, rate=0.1, params=None, function=losses, upto=4):
         return jnp.ones(2 * len(x)), {
             "x": jnp.asarray(x[step])[None],
             "index": jnp.asarray(index),
-            "rows": jnp.full(1, 2.0),
+            "num_examples": jnp.full(1, 2.0),
         }
 
     return find_first_nonfinite(
-        weighted(function), sgd, function, begin(sgd, params), upto, None, at, lambda row: f"row {row}"
+        weighted(function), sgd, function, init_train_state(sgd, params), upto, None, at, lambda row: f"row {row}"
     )
 
 

@@ -19,7 +19,7 @@ from bilevel_jax.runs.embedded import parse_builtin_reference, resolve_builtin, 
 from bilevel_jax.runs.sections import DataSection, ModelSection, OutputSection, VerifierSection
 
 SUMS = DataSection(
-    train=("builtin:sums?corrupted=0.7&rows=30",),
+    train=("builtin:sums?corrupted=0.7&train=30",),
     validation=("builtin:sums",),
     dev=("builtin:sums",),
     test=("builtin:sums",),
@@ -33,8 +33,8 @@ def test_files_and_options(tmp_path, monkeypatch):
     assert found.train == (str(tmp_path / "input" / "train.jsonl"), "own.jsonl")
     assert [Path(*paths).name for paths in (found.validation, found.dev, found.test)] == [
         "validation.jsonl",
-        "select.jsonl",
-        "report.jsonl",
+        "dev.jsonl",
+        "test.jsonl",
     ]
     labels = [example.label for example in load_examples(found.train[:1], DataOptions(label_field="label"))]
     assert (len(labels), labels.count("wrong")) == (30, 21)
@@ -42,7 +42,9 @@ def test_files_and_options(tmp_path, monkeypatch):
         "own.jsonl",
     )
     assert not (tmp_path / "new").exists()
-    model = resolve_builtin_untrained(InspectConfig(model=ModelSection(name_or_path="builtin:sums"), data=SUMS), tmp_path).model
+    model = resolve_builtin_untrained(
+        InspectConfig(model=ModelSection(name_or_path="builtin:sums"), data=SUMS), tmp_path
+    ).model
     assert lm.read_config(model.name_or_path).vocab_size == 18
 
 
@@ -54,10 +56,10 @@ def test_files_and_options(tmp_path, monkeypatch):
             r"builtin:sum is no embedded task; they are \['builtin:cipher', 'builtin:sums'\]",
         ),
         (replace(SUMS, train=("builtin:cipher",)), "are two embedded tasks; a run has room for one"),
-        (replace(SUMS, test=("builtin:sums?rows=9",)), r"rows=9: options of an embedded task are set in data.train"),
+        (replace(SUMS, test=("builtin:sums?train=9",)), r"rows=9: options of an embedded task are set in data.train"),
         (replace(SUMS, train=("builtin:sums?corupted=1",)), "has no option 'corupted'; .* Did you mean corrupted?"),
-        (replace(SUMS, train=("builtin:sums?rows=few",)), "rows='few' is no int"),
-        (replace(SUMS, train=("builtin:sums", "builtin:sums?rows=9")), "with two sets of options"),
+        (replace(SUMS, train=("builtin:sums?train=few",)), "rows='few' is no int"),
+        (replace(SUMS, train=("builtin:sums", "builtin:sums?train=9")), "with two sets of options"),
     ],
 )
 def test_refused(data, said):
@@ -78,7 +80,9 @@ def test_the_model_of_sums_knows_both_rules(tmp_path):
     judge = make_verifier(VerifierSection("numeric"), rows)
 
     def right(sampling, draws):
-        sample = make_sampler(lm.make_decoder(architecture), sampling, make_detokenizer(tokenizer), end_tokens=[tokenizer.eos_token_id]).sample
+        sample = make_sampler(
+            lm.make_decoder(architecture), sampling, make_detokenizer(tokenizer), end_tokens=[tokenizer.eos_token_id]
+        ).sample
         drawn = sample(params, asked, range(draws))
         return np.array([[judge(row, one.text) for one in some] for row, some in zip(rows, drawn, strict=True)])
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.core.transition import begin
+from bilevel_jax.core.transition import init_train_state
 from bilevel_jax.runs import memory, programs, rows, states
 from bilevel_jax.runs.config import SelectConfig, TrainConfig, load_config, load_config_to_estimate
 from bilevel_jax.runs.select import select
@@ -47,8 +47,10 @@ def subjects(made, tmp_path, *flags):
     """The same run of shapes, and of arrays: (config, subject, task)."""
     config = load_config(SelectConfig, made / "select.yaml", flags)
     found = rows.load_splits(config.data)
-    task = prepare_text_task(config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal)
-    return config, make_abstract_run(config, tokenize_splits(config, found), "select"), task
+    task = prepare_text_task(
+        config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
+    )
+    return config, make_abstract_run(config, tokenize_splits(config, found), "dev"), task
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def subjects(made, tmp_path, *flags):
 def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
     _, subject, task = subjects(made, tmp_path, *flags)
     params = task.fresh(0)
-    state = begin(task.optimizer, params)
+    state = init_train_state(task.optimizer, params)
     for shapes, arrays in (
         (subject.task.base, task.base),
         (subject.shapes.params, params),
@@ -79,7 +81,7 @@ def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
 def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
     _, subject, task = subjects(made, tmp_path)
     batch, weights = task.stream(0).batch(0), jnp.ones(task.rows)
-    state = begin(task.optimizer, task.fresh(0))
+    state = init_train_state(task.optimizer, task.fresh(0))
     part = task.step.take(weights, batch)
     whole = task.step.forward.lower(state, part, task.fixed(state.params), batch).compile().memory_analysis()
     found = programs.compile_program(programs.forward_program(subject.task, subject.shapes))
@@ -118,7 +120,7 @@ def test_operations_are_counted_by_hand(made, tmp_path):
 
 def test_linearisations_are_as_large_as_was_said(made, tmp_path):
     _, subject, task = subjects(made, tmp_path, "--outer.linearize", "--train.gradient-accumulation-steps", "2")
-    state, batch = begin(task.optimizer, task.fresh(0)), task.stream(0).batch(0)
+    state, batch = init_train_state(task.optimizer, task.fresh(0)), task.stream(0).batch(0)
     _, info, linear = task.step.linearize(state, batch["index"] * 0.0, task.fixed(state.params), batch)
     there = {one.unsafe_buffer_pointer() for one in jax.tree.leaves((state, info, batch))}
     own = {one.unsafe_buffer_pointer(): one.nbytes for one in jax.tree.leaves(linear)}
@@ -128,10 +130,10 @@ def test_linearisations_are_as_large_as_was_said(made, tmp_path):
         > 0
     )
     keep = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes)
-    assert keep.linear and keep.tape == subject.task.steps
+    assert keep.linearize and keep.stored_steps == subject.task.steps
     tight = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes, device_bytes=2e7)
     phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace(), tight)
-    assert phases[0].parts["linearisations on the tape"] == tight.tape * memory.task_linearization_bytes(
+    assert phases[0].parts["linearisations on the tape"] == tight.stored_steps * memory.task_linearization_bytes(
         subject.task, subject.shapes
     )
 
@@ -232,7 +234,7 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
 
     flags = ("--fast", "--lora.r", "0", *flags)
     config = load_config(SelectConfig, made / "select.yaml", flags)
-    subject = make_abstract_run(config, tokenize_splits(config, rows.load_splits(config.data)), "select")
+    subject = make_abstract_run(config, tokenize_splits(config, rows.load_splits(config.data)), "dev")
     phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()

@@ -255,7 +255,7 @@ def test_rows_without_a_weight(files, capsys):
     files(PROMPTS)
     with open("rows.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "New?", "response": "Yes."}) + "\n")
-    assert "no weight for 1 of 9 training rows" in export(capsys, code=1)
+    assert "no weight for 1 of 9 training examples" in export(capsys, code=1)
     assert "1 rows have no weight and were left out" in export(capsys, "--weights.missing", "drop")
 
 
@@ -270,7 +270,7 @@ def test_rows_that_the_run_dropped_as_leaks(files, capsys, validation):
         Path("trusted.jsonl").write_text(json.dumps(trusted) + "\n")
     flags = ["--data.leaks", "drop", "--data.validation", "trusted.jsonl", "--data.split", "1", "0", "0"]
     if validation == "says something else":
-        assert "no weight for 1 of 9 training rows" in export(capsys, *flags, code=1)
+        assert "no weight for 1 of 9 training examples" in export(capsys, *flags, code=1)
         return
     out = export(capsys, *flags)
     assert "1 rows were left out" in out and "6 of 8 rows" in out

@@ -12,7 +12,7 @@ from bilevel_jax.runs.sections import DataSection, ModelSection
 
 @pytest.fixture
 def started(tmp_path):
-    """(config, the run's folder, the training rows, a file of the model)."""
+    """(config, the run's folder, the training examples, a file of the model)."""
     rows, trusted, model = tmp_path / "rows.jsonl", tmp_path / "trusted.jsonl", tmp_path / "model"
     model.mkdir()
     rows.write_text('{"text": "abc"}\n')

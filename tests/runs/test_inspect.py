@@ -27,7 +27,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture
 def look(letters, tmp_path, monkeypatch, capsys):
-    """(rows of training, of validation, more flags) -> what the verb prints at 160 columns."""
+    """(rows of training, of validation, more flags) -> what the command prints at 160 columns."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(train, trusted=(), *flags, model=letters, code=0):
@@ -97,19 +97,22 @@ def test_copies_leaks_and_overlaps_are_all_counted(look):
     trusted = [*rows(16, 100), *rows(2, 18), {"prompt": "ac>", "response": "dddd"}, rows(1, 100)[0]]
     out = look(train, trusted)
     assert "copies in training: 2\n    train.jsonl:1, train.jsonl:21, train.jsonl:22\n" in out
-    assert "copies in the trusted rows: 1\n    validation.jsonl:1, validation.jsonl:20\n" in out
-    assert "also stand in the trusted rows: 2\n    train.jsonl:19 equals validation.jsonl:17\n" in out
-    assert "training rows on 1 prompt with several responses: 2\n    train.jsonl:2, train.jsonl:23\n" in out
+    assert "copies in the validation examples: 1\n    validation.jsonl:1, validation.jsonl:20\n" in out
+    assert "also stand in the validation examples: 2\n    train.jsonl:19 equals validation.jsonl:17\n" in out
+    assert "training examples on 1 prompt with several responses: 2\n    train.jsonl:2, train.jsonl:23\n" in out
     assert "but another response: 1\n    train.jsonl:3 asks what validation.jsonl:19 asks\n" in out
-    assert "2 training rows among the trusted rows; the other verbs stop: remove them, or set data.leaks to drop" in out
-    assert "the other verbs leave them out" in look(train, trusted, "--data.leaks", "drop")
+    assert (
+        "2 training examples among the validation examples; the other commands stop: remove them, or set data.leaks to drop"
+        in out
+    )
+    assert "the other commands leave them out" in look(train, trusted, "--data.leaks", "drop")
 
 
 def test_parts_of_the_trusted_rows_that_overlap(look, tmp_path):
-    (tmp_path / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3, 100)))
-    out = look(rows(20), rows(16, 100), "--data.test", str(tmp_path / "report.jsonl"))
-    assert "rows in both V_fit and V_report: 3\n    validation.jsonl:1 equals report.jsonl:1\n" in out
-    assert "3 rows in both V_fit and V_report; the other verbs stop" in out
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3, 100)))
+    out = look(rows(20), rows(16, 100), "--data.test", str(tmp_path / "test.jsonl"))
+    assert "rows in both validation and test: 3\n    validation.jsonl:1 equals report.jsonl:1\n" in out
+    assert "3 rows in both validation and test; the other commands stop" in out
 
 
 LONG = {"prompt": "abc>", "response": "d" * 40}  # 46 tokens; the context has 32
@@ -119,9 +122,9 @@ DEEP = {"prompt": "e" * 40 + ">", "response": "dd"}  # 45 tokens, of which 41 ar
 @pytest.mark.parametrize(
     "truncate, said",
     [
-        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncation = error: the other verbs stop. "
+        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncation = error: the other commands stop. "
                   "Instead: right loses 13.7% of the targets and leaves 1 row without any, which stops the other "
-                  "verbs; left loses 8.1% of the targets; drop loses 35.5% of the targets"),
+                  "commands; left loses 8.1% of the targets; drop loses 35.5% of the targets"),
         ("right", "data.truncation = right: right loses 13.7% of the targets and leaves 1 row without any"),
         ("left", "data.truncation = left: left loses 8.1% of the targets. Instead: right loses"),
         ("drop", "data.truncation = drop: drop loses 35.5% of the targets. Instead"),
@@ -140,9 +143,12 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(look, tmp_p
     bad = [{"prompt": "a</s>b>", "response": "c"}, {"prompt": "ab>", "response": " "}]
     out = flat(look([*rows(20), *bad, *bad[:1]], rows(16, 100)))
     assert (
-        f"2 rows that cannot be tokenized; the other verbs stop. The first: {tmp_path}/train.jsonl:21: the text" in out
+        f"2 rows that cannot be tokenized; the other commands stop. The first: {tmp_path}/train.jsonl:21: the text"
+        in out
     )
-    assert f"1 row with nothing to learn from, a stop for the other verbs. The first: {tmp_path}/train.jsonl:22" in out
+    assert (
+        f"1 row with nothing to learn from, a stop for the other commands. The first: {tmp_path}/train.jsonl:22" in out
+    )
     assert "unreadable 2 0" in out
     assert "1 row with nothing to learn from, left out" in flat(look([*rows(20), *bad], (), "--data.empty", "drop"))
 
@@ -190,12 +196,12 @@ def test_what_a_person_should_act_on(look):
     out = flat(
         look([*rows(20), {**rows(1, 50)[0], "source": "tiny"}, {"prompt": "", "response": "abcdefg"}], rows(2, 100))
     )
-    assert "sources with fewer than 5 training rows, which tell little: tiny (1)" in out
-    assert "V_fit: 2 rows: too few to tell much" in out
+    assert "sources with fewer than 5 training examples, which tell little: tiny (1)" in out
+    assert "validation: 2 rows: too few to tell much" in out
     many = [{"prompt": "a" * 28 + ">", "response": name["prompt"][0]} for name in rows(20)]
     assert "only 6.2% of the tokens are targets" in flat(look(many))
     assert "is padding: data.packing = true" in flat(look([*rows(20), {"prompt": "a" * 20 + ">", "response": "b"}]))
-    assert "no trusted rows" in look(rows(20))
+    assert "no validation examples" in look(rows(20))
 
 
 HOSTILE = "\x1b[31mred\x1b[0m \x9b31m [bold red]markup[/] :smile: \u202eback\r\x07"
@@ -250,4 +256,6 @@ def test_the_embedded_task_needs_no_training(capsys, monkeypatch):
 )
 def test_rules(flags, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        load_config(InspectConfig, None, ["--model.name-or-path", "m", *(["--data.train", "t"] if flags else []), *flags])
+        load_config(
+            InspectConfig, None, ["--model.name-or-path", "m", *(["--data.train", "t"] if flags else []), *flags]
+        )

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 KILLS = 12
 """For each kind of run: with four of them the runs are killed 48 times."""
 FLAGS = {
-    "select": ("--outer.steps", "3", "--outer.method", "unrolled"),
+    "dev": ("--outer.steps", "3", "--outer.method", "unrolled"),
     "states on disk": ("--outer.steps", "3", "--outer.offload", "disk", "--outer.memory-gib", "1e-3"),
     "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.proximal", "0.5"),
     "train": ("--train.num-epochs", "20"),
@@ -35,7 +35,7 @@ def start(verb, made, out, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", FLAGS)
+@pytest.mark.parametrize("command", FLAGS)
 def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
     """SIGKILL and SIGTERM in turn, at moments drawn over the whole run: imports, training, sweep, solve, export."""
     draw = random.Random(verb)
@@ -70,7 +70,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
 def test_a_killed_export_leaves_nothing_or_all_of_it(made, tmp_path):
     """What is there is whole; where it is not there, exporting again writes it."""
     draw, run, out = random.Random(0), tmp_path / "run", tmp_path / "rows"
-    assert start("select", made, run).communicate()[0] is not None
+    assert start("dev", made, run).communicate()[0] is not None
     command = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.format", "axolotl"]
     command += ["--out", str(out)]
     began = time.monotonic()

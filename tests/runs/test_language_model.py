@@ -13,10 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import certify, curvature, linsolve, tree
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.schedule import everything
-from bilevel_jax.core.transition import finished, scan, train, transition
-from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, Run, Transition
-from bilevel_jax.core.unrolled import outer_value, unrolled
+from bilevel_jax.core.schedule import store_all_plan
+from bilevel_jax.core.transition import scan, train, train_step, trajectory_from_params
+from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, TrainStep, Trajectory
+from bilevel_jax.core.unrolled import unrolled, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.lm.models.lora import Adapter
 from bilevel_jax.runs import mesh as placing
@@ -69,20 +69,22 @@ class Swept(NamedTuple):
     """A training run and its estimate."""
 
     setting: Setting
-    step: Transition
+    step: TrainStep
     weights: jax.Array
-    run: Run
+    run: Trajectory
     estimate: Estimate
 
     def retrain(self, w) -> float:
         """L_v of the model trained with other weights."""
         one = self.setting
         run = train(self.step, one.start(), w, one.fixed, one.train)
-        return float(outer_value(one.problem)(run.end.params, one.fixed, one.validation))
+        return float(validation_loss_fn(one.problem)(run.end.params, one.fixed, one.validation))
 
     def ratios(self, steps) -> np.ndarray:
         """Differences of retrained L_v along w sign(grad), over what the estimate predicts."""
-        return np.asarray(certify.exact(self.retrain, self.weights, self.estimate.grad, steps).ratios)
+        return np.asarray(
+            certify.check_finite_differences(self.retrain, self.weights, self.estimate.grad, steps).ratios
+        )
 
 
 @cache
@@ -119,7 +121,7 @@ def test_equals_reverse_mode_through_a_scan(mode, shared, x64):
 
     value, grad = oracle(w, one.fixed, one.start(), stacked(one.train), held_out)
     assert relative(out.grad, grad) < 1e-11  # float64; measured 2e-14
-    assert relative(out.value, value) < 1e-13
+    assert relative(out.validation_loss, value) < 1e-13
     assert out.checks.replayed and (out.grad != 0).all()
 
 
@@ -159,14 +161,14 @@ def test_packing_and_micro_batches_change_nothing(shared, x64):
         one, step, w, _, out = swept(shared, FULL._replace(packing=packing), micro=micro)
         batch = one.train.batch(1)  # a step with empty slots
         assert len(batch["tokens"]) == micro and (batch["tokens"].shape[1] < BATCH // micro) == packing
-        info = step.forward(one.start(), step.take(w, batch), one.fixed, batch)[1]
-        results.append((info.loss, info.grad, out.value, out.grad))
+        info = step.forward(one.start(), step.gather(w, batch), one.fixed, batch)[1]
+        results.append((info.loss, info.grad, out.validation_loss, out.grad))
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             assert relative(ours, theirs) < 1e-12  # float64, other order of sums
 
 
-@pytest.mark.slow  # tests/runs/test_select.py has the same for the verb, with the embedded model
+@pytest.mark.slow  # tests/runs/test_select.py has the same for the command, with the embedded model
 def test_eight_devices_equal_one(eight_devices, shared):
     """Examples spread over devices, parameters on each of them: L_v, gradient and entries of one device."""
     results = []
@@ -175,10 +177,10 @@ def test_eight_devices_equal_one(eight_devices, shared):
         optimizer = adamw(4, learning_rate=FULL.learning_rate)
         one = setting(shared, rows(shared), optimizer, steps=4, batch=16, micro=2, mesh=mesh)
         w = placing.replicate(mesh, weights(one.rows))
-        step, run = one.trained(w, keep=everything(one.train.steps))
+        step, run = one.trained(w, keep=store_all_plan(one.train.steps))
         out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert len(out.grad.sharding.device_set) == count
-        results.append(jax.device_get((out.value, run.gradient(0), out.grad)))
+        results.append(jax.device_get((out.validation_loss, run.gradient(0), out.grad)))
     # float32, other order of sums; where a gradient is near 0 Adam makes the more of it (measured 0, 2e-6, 9e-4).
     # In float64 the entries agree to 1e-10: test_language_model_slow.
     for one_device, eight, bound in zip(*results, (1e-6, 2e-5, 5e-3), strict=True):
@@ -218,7 +220,7 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
     other = {"lora": {name: Adapter(3 * x.a, x.b / 3, x.scale) for name, x in params["lora"].items()}}
 
     def estimate(params) -> Estimate:
-        out = estimator(finished(params), w, one.fixed, stream, one.validation)
+        out = estimator(trajectory_from_params(params), w, one.fixed, stream, one.validation)
         assert out.checks.residual < 1e-6 and out.checks.curvature > 0
         return out
 
@@ -235,7 +237,7 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
         micro = jax.tree.map(lambda leaf: leaf[0], stream.batch(0))
 
         def objective(params):
-            return one.problem.inner(params, one.problem.take(w, micro), one.fixed, micro) + one.problem.prior(
+            return one.problem.inner(params, one.problem.gather(w, micro), one.fixed, micro) + one.problem.prior(
                 params, one.fixed
             )
 
@@ -251,9 +253,9 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
 def test_products_are_precise_and_nothing_has_the_size_of_the_table(mode, shared):
     one = problem(shared, mode, x64=False)
     many = 10_007  # rows of the table
-    step, state, batch = transition(one.problem, one.optimizer), one.start(), one.train.batch(0)
-    part = one.problem.take(weights(many), batch)
-    adjoint = Adjoint(one.params, tree.inexact(state.opt))
+    step, state, batch = train_step(one.problem, one.optimizer), one.start(), one.train.batch(0)
+    part = one.problem.gather(weights(many), batch)
+    adjoint = Adjoint(one.params, tree.inexact_leaves(state.opt_state))
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     for traced in (
         jax.make_jaxpr(step.forward)(state, part, one.fixed, batch),

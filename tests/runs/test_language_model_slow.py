@@ -7,10 +7,10 @@ import pytest
 
 from bilevel_jax.core import certify, curvature, linsolve
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.schedule import everything, once
+from bilevel_jax.core.schedule import single_replay_plan, store_all_plan
 from bilevel_jax.core.transition import train
-from bilevel_jax.core.types import Keep
-from bilevel_jax.core.unrolled import check_differentiable, outer_value, unrolled
+from bilevel_jax.core.types import CheckpointPlan
+from bilevel_jax.core.unrolled import check_differentiable, unrolled, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs import mesh as placing
 from tests.core.problems import relative
@@ -48,12 +48,12 @@ def test_float32_differences_agree_on_a_smooth_run(rank, eps_root, warmup, share
     optimizer = adamw(48, learning_rate=RATES[rank], eps_root=eps_root, warmup_steps=warmup)
     one = problem(rows(shared, 128), shared, rank, steps=48, batch=16, optimizer=optimizer)
     step, _, out = swept(one)
-    value = outer_value(one.problem)
+    value = validation_loss_fn(one.problem)
 
     def retrain(w):
         return float(value(train(step, one.start(), w, one.fixed, one.train).end.params, one.fixed, one.validation))
 
-    ratios = certify.exact(retrain, jnp.ones(one.rows), out.grad, (0.1, 0.03)).ratios
+    ratios = certify.check_finite_differences(retrain, jnp.ones(one.rows), out.grad, (0.1, 0.03)).ratios
     assert np.abs(np.asarray(ratios) - 1).max() < 0.02  # measured .990 to 1.004
     assert out.checks.replayed
 
@@ -87,8 +87,8 @@ def test_eight_devices_equal_one_in_float64(rank, packing, eight_devices, shared
 @pytest.mark.parametrize("rank", RANKS)
 def test_kept_states_and_snapshots_change_no_bit(rank, shared):
     one = problem(rows(shared), shared, rank, packing=True)
-    reference = swept(one, keep=everything(one.train.steps))[2]
-    for keep in (once(one.train.steps, 2), once(one.train.steps, 4), Keep(1, 2)):
+    reference = swept(one, keep=store_all_plan(one.train.steps))[2]
+    for keep in (single_replay_plan(one.train.steps, 2), single_replay_plan(one.train.steps, 4), CheckpointPlan(1, 2)):
         out = swept(one, keep=keep)[2]
         assert out.checks == reference.checks
         np.testing.assert_array_equal(out.grad, reference.grad)

@@ -9,7 +9,7 @@ import pytest
 
 from bilevel_jax.core import tree, weighting
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import begin, transition
+from bilevel_jax.core.transition import init_train_state, train_step
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.lm import batches
 from bilevel_jax.lm import models as lm
@@ -50,12 +50,14 @@ def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
     assert partition.find_unsharded(mesh, split, params) == []
     problem = weighted(build_objective(ObjectiveSection(), decoder, lora=False).losses)
     adamw = build_optimizer(OptimizerSection(learning_rate=1e-3, warmup_steps=0), 2)
-    step, state = transition(problem, adamw), placing.replicate_unplaced(mesh, begin(adamw, params))
+    step, state = train_step(problem, adamw), placing.replicate_unplaced(mesh, init_train_state(adamw, params))
     layout = placing.align_layout(mesh, batches.BatchShape(1, 16, 16, 8))
-    batch = placing.place_stream(mesh, batches.make_train_stream(corpus(20, 1), batches.shuffled_order(20, 16, 0), 1, layout)).batch(0)
-    fixed, part = {"base": None, "start": None}, step.take(placing.place_table(mesh, jnp.ones(20)), batch)
+    batch = placing.place_stream(
+        mesh, batches.make_train_stream(corpus(20, 1), batches.shuffled_order(20, 16, 0), 1, layout)
+    ).batch(0)
+    fixed, part = {"base": None, "start": None}, step.gather(placing.place_table(mesh, jnp.ones(20)), batch)
     after, info = step.forward(state, part, fixed, batch)
-    adjoint = Adjoint(info.grad, tree.inexact(jax.tree.map(jnp.zeros_like, state.opt)))
+    adjoint = Adjoint(info.grad, tree.inexact_leaves(jax.tree.map(jnp.zeros_like, state.opt)))
     back, _ = step.backward(state, info.grad, part, fixed, batch, adjoint)
     for some in (state, after, info.grad, back):
         here, all_of_it = kept(some)
@@ -78,25 +80,25 @@ def test_no_program_brings_a_table_of_ten_million_rows_together(mesh, eight_devi
     rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     table = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=rows)
     assert placing.place_table(mesh, np.ones(placing.MIN_SHARDED_TABLE_SIZE, np.float32)).sharding == rows
-    problem, chosen = weighted(lambda params, fixed, batch: batch["rows"]), weighting.softmax(MANY, size)
+    problem, chosen = weighted(lambda params, fixed, batch: batch["num_examples"]), weighting.softmax(MANY, size)
     spread = jax.NamedSharding(mesh, placing.BATCH_SPEC)
     batch = {"index": jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=spread)}
     entries = jax.ShapeDtypeStruct((2, 64), jnp.float32, sharding=spread)
-    descend = weighting.normalised_descent(0.1, 2.0)
+    descend = weighting.normalized_gradient_step(0.1, 2.0)
     programs = [
-        (problem.take, (table, batch), {}),
-        (problem.add, (table, batch, entries), {"donate_argnums": 0}),
+        (problem.gather, (table, batch), {}),
+        (problem.scatter_add, (table, batch, entries), {"donate_argnums": 0}),
         (chosen.weights, (table,), {}),
-        (lambda hyper, grad: weighting.pull_back(chosen, hyper, grad), (table, table), {}),
+        (lambda hyper, grad: weighting.weighting_vjp(chosen, hyper, grad), (table, table), {}),
         (descend, (table, table), {}),
-        (weighting.effective_size, (table,), {}),
+        (weighting.effective_sample_size, (table,), {}),
     ]
     for function, arguments, options in programs:
         compiled = jax.jit(function, **options).lower(*arguments).compile()
         moved = [n for kind in ("all-gather", "all-reduce", "all-to-all") for n in collectives(compiled, kind)]
         assert max(moved, default=0) <= 2 * 64, function
         out = jax.tree.leaves(compiled.output_shardings)[0]
-        assert function in (problem.take, weighting.effective_size) or out.is_equivalent_to(rows, 1)
+        assert function in (problem.gather, weighting.effective_sample_size) or out.is_equivalent_to(rows, 1)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
@@ -107,9 +109,9 @@ def test_the_end_of_a_longer_table_has_no_weight(name):
     weights = make(11, 16).weights(longer)
     np.testing.assert_allclose(weights[:11], make(11).weights(hyper), rtol=1e-6)
     assert (weights[11:] == 0).all() and make(11, 16).init().shape == (16,)
-    pulled = weighting.pull_back(make(11, 16), longer, jnp.arange(16.0))
+    pulled = weighting.weighting_vjp(make(11, 16), longer, jnp.arange(16.0))
     np.testing.assert_allclose(
-        pulled[:11], weighting.pull_back(make(11), hyper, jnp.arange(11.0)), rtol=1e-4, atol=1e-5
+        pulled[:11], weighting.weighting_vjp(make(11), hyper, jnp.arange(11.0)), rtol=1e-4, atol=1e-5
     )
     assert (pulled[11:] == 0).all()
 

@@ -18,7 +18,9 @@ def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
 
 def test_processes_that_cannot_meet_are_told_how():
     with pytest.raises(ValueError, match="did not find each other .* the same host:port to all"):
-        processes.initialize_distributed(DistributedSection(coordinator_address="nowhere:1"))  # neither how many nor which
+        processes.initialize_distributed(
+            DistributedSection(coordinator_address="nowhere:1")
+        )  # neither how many nor which
 
 
 def test_one_process_is_the_first_and_agrees_with_itself():
@@ -39,7 +41,9 @@ def test_signals_and_saves_are_asked_about_at_the_same_calls(tmp_path, monkeypat
     with open_session(tmp_path, progress=False, save_seconds=1e9) as work:
         monkeypatch.setattr(processes, "is_multiprocess", lambda: True)
         monkeypatch.setattr(processes, "allgather_values", table)
-        assert [work.should_save() for _ in range(7)] == [True, False, False, True, False, False, True] and len(said) == 3
+        assert [work.should_save() for _ in range(7)] == [True, False, False, True, False, False, True] and len(
+            said
+        ) == 3
         work.handle_signal(15, None)
         assert [work.should_save() for _ in range(3)] == [False, False, True]  # the signal is heard when they meet
         assert said[-1][0] == 15

@@ -23,7 +23,7 @@ SMOOTH = (
 )  # fmt: skip
 
 
-def launch(made, out, processes: int, *flags, verb: str = "select") -> list[subprocess.Popen]:
+def launch(made, out, processes: int, *flags, verb: str = "dev") -> list[subprocess.Popen]:
     """Eight devices in all; the log of process i is in OUT.i."""
     port, running = free_port(), []
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // processes}")

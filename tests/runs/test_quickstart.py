@@ -28,11 +28,9 @@ def test_finds_what_was_hidden_on_fresh_seeds(tmp_path):
         areas.append(result["auc"]["weights"])
         assert areas[-1] >= 0.95
         assert letters(learned["accuracy"]) >= 0.88
-        assert learned["report"] <= mean["uniform"]["report"] / 2
+        assert learned["test"] <= mean["uniform"]["test"] / 2
         for name in set(mean) - {"oracle", "selected subset"}:  # the subset is the learned weights' own
-            assert (
-                learned["report"] + half["learned weights"]["report"] < mean[name]["report"] - half[name]["report"]
-            ), name
+            assert learned["test"] + half["learned weights"]["test"] < mean[name]["test"] - half[name]["test"], name
     assert statistics.median(areas) >= 0.98
 
 

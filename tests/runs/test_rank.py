@@ -1,4 +1,4 @@
-"""The verb `rank`: what it reads, what it computes of its blocks, its pick, that it stops and goes on, wrong input."""
+"""The command `rank`: what it reads, what it computes of its blocks, its pick, that it stops and goes on, wrong input."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from bilevel_jax.runs.rank import collect_remarks, rank
 from bilevel_jax.runs.sections import RankSection
 from bilevel_jax.runs.statistics import rank_correlation, weighted_rank_correlation
 from bilevel_jax.scores import selfaligned, strategies
-from bilevel_jax.scores.requests import rows_of
+from bilevel_jax.scores.requests import make_tokenized_examples
 
 CONFIG = """
 model: {{name_or_path: {made}/model}}
@@ -122,7 +122,7 @@ def test_scores_are_means_of_blocks_of_what_the_table_holds(whole):
             assert lines[s]["score"].value == pytest.approx(sum(each) / 3)
             assert lines[s]["spread"] == pytest.approx(np.std(each, ddof=1))
             assert lines[s]["score"].low < lines[s]["score"].value < lines[s]["score"].high
-    mixed = [strategies.mix(values["perplexity"][b], 1 - values["self_similarity"][b]) for b in range(3)]
+    mixed = [strategies.alignment_score(values["perplexity"][b], 1 - values["self_similarity"][b]) for b in range(3)]
     np.testing.assert_allclose([line["score"].value for line in result["metrics"]["mix"]], np.mean(mixed, 0))
     rewards = np.array([1 - abs(by - 1) / 2 for by in SHIFTS.values()])
     car = [rewards / (1 + 3 * np.log(values["perplexity"][b]).mean(0)) for b in range(3)]
@@ -177,13 +177,13 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
         [{"prompt": r["prompt"], "response": "zz" if r["prompt"] in wrong else r["result"]} for r in rows],
     )
     seen = []
-    write_prompt = selfaligned.prompt
+    write_prompt = selfaligned.prompt_writer
 
     def spy(*templates):
         inner = write_prompt(*templates)
         return lambda question, answers: seen.append((question, list(answers))) or inner(question, answers)
 
-    monkeypatch.setattr(selfaligned, "prompt", spy)
+    monkeypatch.setattr(selfaligned, "prompt_writer", spy)
     flags = (
         "--rank.own-answers",
         str(tmp_path / "own.jsonl"),
@@ -234,7 +234,9 @@ def test_a_response_that_makes_a_mean_alone_is_named(inputs, whole):
 
 def rows_of_nothing(examples):
     """Rows whose tokens nobody reads."""
-    return rows_of([], corpus_from_sequences([TokenizedSequence(np.zeros(0, np.int32), np.zeros(0, bool))]))._replace(examples=examples)
+    return make_tokenized_examples(
+        [], corpus_from_sequences([TokenizedSequence(np.zeros(0, np.int32), np.zeros(0, bool))])
+    )._replace(examples=examples)
 
 
 # ---- the pick
@@ -284,7 +286,7 @@ def test_a_pick_among_equals_is_rare():
 
 def test_spreads_and_means_by_option():
     made = measured(1.0, 1.0)
-    for mean, of in (("geometric", strategies.exp_of_mean), ("trimmed", strategies.trimmed(0.1))):
+    for mean, of in (("geometric", strategies.geometric_mean), ("trimmed", strategies.trimmed_mean(0.1))):
         lines = ranking.rank_strategies(RankSection(metrics=("sppl",), mean=mean), "abc", made, 0)["metrics"]["sppl"]
         np.testing.assert_allclose([line["score"].value for line in lines], of(made["sppl"]).mean(0))
     one = ranking.rank_strategies(RankSection(metrics=("sppl",)), "abc", {"sppl": made["sppl"][:1]}, 0)["metrics"][

@@ -1,4 +1,4 @@
-"""The verb `refine`: what a round is made of, what it writes, that it stops and goes on, what it refuses."""
+"""The command `refine`: what a round is made of, what it writes, that it stops and goes on, what it refuses."""
 
 import json
 
@@ -24,8 +24,8 @@ lora: {{r: 0}}
 data:
   train: [{made}/train.jsonl]
   validation: [{made}/validation.jsonl]
-  dev: [{made}/select.jsonl]
-  test: [{made}/report.jsonl]
+  dev: [{made}/dev.jsonl]
+  test: [{made}/test.jsonl]
   split: [1, 0, 0]
   label_field: label
 refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
@@ -80,7 +80,11 @@ def ready(config, tmp_path_factory):
     (folder / "checkpoints").mkdir()
     task = refine.prepare_refine_task(settings, folder)
     with session.open_session(folder, progress=False, save_seconds=1e9) as work:
-        yield settings, task, refine.make_generator_factory(settings.generate, task.decoder, task.tokenizer, task.mesh, work)
+        yield (
+            settings,
+            task,
+            refine.make_generator_factory(settings.generate, task.decoder, task.tokenizer, task.mesh, work),
+        )
 
 
 def answered(ready, folder, number=0, **changes):
@@ -101,7 +105,7 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
     made = build_round_task(settings, task, found, 0)
     corpus, params, offline = made.task.corpus, task.fresh(0), task.rows - len(found.questions)
     assert made.task.num_examples == offline + 2 * len(found.questions) == len(made.task.examples)
-    assert not set(made.question_rows[:offline]) & set(found.questions)  # their offline rows have left
+    assert not set(made.question_rows[:offline]) & set(found.questions)  # their offline examples have left
     for at, response in enumerate(found.tokens):
         ids, supervised = corpus.get_sequence(offline + at)
         assert ids[supervised].tolist() == response.tolist()
@@ -241,9 +245,9 @@ def test_writes_a_model_and_a_report(whole):
     out, result, _ = whole
     params = lm.load_model(out / "model", dtype=jnp.float32)[1]
     assert fingerprint_params(params) not in {record["model"] for record in result["records"]}
-    held = result["report"]
+    held = result["test"]
     assert held["first"] > held["last"] and held["gain"]["value"] == pytest.approx(held["first"] - held["last"])
-    assert result["sentence"].startswith("2 of 2 rounds accepted; L_v on V_report fell from ")
+    assert result["sentence"].startswith("2 of 2 rounds accepted; test loss fell from ")
     assert result["looks"] == 4 and "right answers" in result["sentence"]
     page = (out / "report.html").read_text()
     assert "<svg" in page and "accepted" in page and ">nan<" not in page
@@ -274,7 +278,7 @@ def test_dynamic_begins_with_the_rows_that_raise_validation_loss(whole, config, 
 
 
 def batch_of(task):
-    stream = task.held_out["fit"]
+    stream = task.held_out["validation"]
     assert stream.steps == 1
     return stream.batch(0)
 
@@ -323,7 +327,7 @@ ARMS = {
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_runs(config, tmp_path, name):
     result = run(config, tmp_path / "run", *ARMS[name])
-    assert len(result["records"]) == 2 and np.isfinite(result["report"]["last"])
+    assert len(result["records"]) == 2 and np.isfinite(result["test"]["last"])
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -353,7 +357,7 @@ def test_what_cannot_be_is_refused(words):
 
 
 def test_what_the_data_lack_is_told(config, tmp_path):
-    with pytest.raises(ValueError, match="no rows for V_select"):
+    with pytest.raises(ValueError, match="no rows for dev"):
         run(config, tmp_path / "a", "--data.dev")
     with pytest.raises(ValueError, match="longest question has 6 tokens; with generate.max_new_tokens = 40"):
         run(config, tmp_path / "b", "--generate.max-new-tokens", "40")
@@ -370,9 +374,11 @@ def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     single = replace(settings.single, reference="snapshot", steps=1)
     settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single=single)
     made = build_round_task(settings, task, answered(ready, tmp_path), 0)
-    compared, refresh = [], multiobjective.refresh
+    compared, refresh = [], multiobjective.replace_reference
     monkeypatch.setattr(
-        multiobjective, "refresh", lambda state, phi: compared.append(fingerprint_params(phi)) or refresh(state, phi)
+        multiobjective,
+        "replace_reference",
+        lambda state, phi: compared.append(fingerprint_params(phi)) or refresh(state, phi),
     )
     sampler = jax.tree.map(lambda leaf: leaf + 0.01, task.fresh(0))
     (tmp_path / "bmo" / "checkpoints").mkdir(parents=True)

@@ -37,7 +37,7 @@ def compared(seeds=3, values=None):
     rows = []
     for arm, value in (GOOD | (values or {})).items():
         runs = [
-            {"fit": value - 0.1 + seed / 97, "select": None, "report": value + seed / 89, "accuracy": 0.4 + seed / 83}
+            {"validation": value - 0.1 + seed / 97, "dev": None, "test": value + seed / 89, "accuracy": 0.4 + seed / 83}
             for seed in range(seeds)
         ]
         half = None if seeds == 1 else 0.123
@@ -49,8 +49,8 @@ def compared(seeds=3, values=None):
                 "steps": 128,
                 "epochs": 10.65,
                 "runs": runs,
-                "mean": {key: float(np.mean([run[key] for run in runs])) for key in ("fit", "report", "accuracy")},
-                "interval": dict.fromkeys(("fit", "report", "accuracy"), half),
+                "mean": {key: float(np.mean([run[key] for run in runs])) for key in ("validation", "test", "accuracy")},
+                "interval": dict.fromkeys(("validation", "test", "accuracy"), half),
             }
         )
     return rows
@@ -63,7 +63,7 @@ def result(level="BELIEVE", **changes):
     records = [
         {
             "step": step,
-            "loss": {"fit": 1.5551 - step / 7, "select": 1.6661 - step / 9, "report": 1.7771 - step / 11},
+            "loss": {"validation": 1.5551 - step / 7, "dev": 1.6661 - step / 9, "test": 1.7771 - step / 11},
             "ess": 40.0 - 3.3 * step,
             "entropy": 3.6789 - step / 10,
             "largest": 1.0 + 4.321 * step,
@@ -86,7 +86,7 @@ def result(level="BELIEVE", **changes):
         "auc": {"weights": 0.9123, "first_entries": 0.8345, "alignment": 0.7456, "low_loss": 0.6567},
         "compare": compared(),
         "notes": [f"a note {HOSTILE}"],
-        "rows": {"train": 40, "fit": 16, "select": 8, "report": 32},
+        "rows": {"train": 40, "validation": 16, "dev": 8, "test": 32},
         "selected": 13,
         "work": {"outer": 3224.0, "certify": 3328.0, "compare": 3456.0},
         "seconds": {"certify": 12.34, "compare": 56.78},
@@ -131,7 +131,7 @@ def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), s
     settings = replace(settings, train=tuple(clean(path) for path in settings.train))
     (tmp_path / files.CONFIG_FILE).write_text(configs.config_to_yaml(SelectConfig(outer=outer, data=settings)), "utf-8")
     environment = {
-        "command": ["/somewhere/bin/bilevel-jax", "select", "my config.yaml", HOSTILE],
+        "command": ["/somewhere/bin/bilevel-jax", "dev", "my config.yaml", HOSTILE],
         "python": "3.11.7",
         "platform": "Linux",
         "packages": {"jax": "0.10.2", "bilevel-jax": None},
@@ -241,7 +241,7 @@ CASES = {
     "equal weights": {"weights": np.ones(40)},
     "zero weights": {"weights": np.r_[np.zeros(39), 40.0]},
     "two rows": {"rows": examples(2), "weights": np.array([0.5, 1.5])},
-    "many rows": {"rows": examples(10_000, sources=200), "told": result(rows={"train": 10_000, "fit": 16})},
+    "many rows": {"rows": examples(10_000, sources=200), "told": result(rows={"train": 10_000, "validation": 16})},
     "one outer step": {"told": result(records=result()["records"][:1], best=0)},
 }
 
@@ -273,15 +273,15 @@ def test_long_text_is_cut_and_says_how_long_it_was(tmp_path):
 @pytest.mark.parametrize(
     "told, unit, right",
     [
-        ({}, "nats per token", "token accuracy share of target tokens, V_report"),
-        ({"unit": "nats per example"}, "nats per example", "token accuracy share of target tokens, V_report"),
-        (PAIRS, "nats per pair", "pair accuracy share of pairs, V_report"),
+        ({}, "nats per token", "token accuracy share of target tokens, test"),
+        ({"unit": "nats per example"}, "nats per example", "token accuracy share of target tokens, test"),
+        (PAIRS, "nats per pair", "pair accuracy share of pairs, test"),
     ],
 )
 def test_units_are_those_of_the_objective(told, unit, right, tmp_path):
     place = {"exact": None, "smooth": None, "predictive": None, "checks": checks(gap=0.01)}
     text = words(written(tmp_path, result(**told, certificates={"uniform weights": place})))
-    assert f"loss on trusted rows, in {unit}; lower" in text and right in text
+    assert f"loss on validation examples, in {unit}; lower" in text and right in text
     assert f"{unit} of L_v that finishing the inner training" in text and f"{unit} per unit of weight" in text
     assert set(re.findall(r"nats per \w+", text)) == {unit}
 
@@ -343,25 +343,25 @@ def test_the_verdict_comes_first_in_words(level, tmp_path):
 @pytest.mark.parametrize(
     "values, says",
     [
-        ({}, "Learned weights lower L_v on V_report by 0.4000 ± 0.0248 nats per token"),
-        ({"learned weights": 2.0}, "Learned weights raise L_v on V_report by 0.2000 ± 0.0248 nats per token"),
+        ({}, "Learned weights lower test loss by 0.4000 ± 0.0248 nats per token"),
+        ({"learned weights": 2.0}, "Learned weights raise test loss by 0.2000 ± 0.0248 nats per token"),
         ({"oracle": 1.9}, "does not clearly beat uniform"),
-        ({"oracle": 1.0}, "beats uniform (−0.8000 ± 0.0248 nats per token on V_report)"),
+        ({"oracle": 1.0}, "beats uniform (−0.8000 ± 0.0248 nats per token on test)"),
     ],
 )
 def test_the_headline_follows_the_numbers(values, says, tmp_path):
     compare = compared(values=values)
     for row in compare[1:]:  # paired: the seeds' own spread is gone, .01 * 4.303 / sqrt(3) stays
         for run, uniform, shift in zip(row["runs"], compare[0]["runs"], (-0.01, 0, 0.01), strict=True):
-            run["report"] = uniform["report"] + (GOOD | values)[row["name"]] - GOOD["uniform"] + shift
+            run["test"] = uniform["test"] + (GOOD | values)[row["name"]] - GOOD["uniform"] + shift
     assert says in words(written(tmp_path, result(compare=compare)))
 
 
 def test_a_difference_within_its_interval_is_no_difference(tmp_path):
     compare = compared()
     for seed, (learned, uniform) in enumerate(zip(compare[1]["runs"], compare[0]["runs"], strict=True)):
-        learned["report"] = uniform["report"] + (0.3, -0.4, 0.2)[seed]
-    assert "cannot be told apart on V_report" in words(written(tmp_path, result(compare=compare)))
+        learned["test"] = uniform["test"] + (0.3, -0.4, 0.2)[seed]
+    assert "cannot be told apart on test" in words(written(tmp_path, result(compare=compare)))
 
 
 def test_what_was_left_out_is_said(tmp_path):

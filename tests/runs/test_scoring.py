@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.core.transition import begin, gradient
+from bilevel_jax.core.transition import init_train_state, inner_loss_and_grad
 from bilevel_jax.core.transition import train as run_plain
 from bilevel_jax.lm.data import load_examples as load_rows
 from bilevel_jax.lm.losses import assemble_params
@@ -24,8 +24,8 @@ from bilevel_jax.runs.task import prepare_text_task
 from bilevel_jax.runs.train import train
 from bilevel_jax.runs.weights import load_weights as given_weights
 from bilevel_jax.scores import incontext
-from bilevel_jax.scores.demonstrations import choice
-from bilevel_jax.scores.weights import by_batch, minmax
+from bilevel_jax.scores.demonstrations import demonstration_selector
+from bilevel_jax.scores.weights import batch_minmax_weights, minmax_weights
 from tests.runs import blobs
 
 PAIRS = ("--data.train", "pairs.jsonl", "--data.validation", "pairs_report.jsonl", "--data.dev")
@@ -86,7 +86,11 @@ def test_the_config_offers_the_scores_that_there_are():
     [
         ("perplexty", {}, "no score 'perplexty'; did you mean 'perplexity'?"),
         ("ica", {"arrays": True}, "reads text; for arrays there are loss"),
-        ("alignment", {"holdout": False}, "V_fit has none: give data.validation.*or choose one of loss, perplexity"),
+        (
+            "alignment",
+            {"holdout": False},
+            "validation has none: give data.validation.*or choose one of loss, perplexity",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused(name, options, said):
@@ -109,7 +113,7 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
     slope = np.einsum("nf,nc->fc", x[n:], far[n:]) / (len(y) - n), far[n:].mean(0)
     steps = 3
     run = run_plain(
-        task.step, begin(task.optimizer, task.fresh(0)), jnp.ones(len(y)), task.fixed(task.fresh(0)),
+        task.step, init_train_state(task.optimizer, task.fresh(0)), jnp.ones(len(y)), task.fixed(task.fresh(0)),
         task.stream(0, task.fit_rows())._replace(steps=steps),
     )  # fmt: skip
     held = run.end.params[0]
@@ -159,8 +163,8 @@ def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective
     scores = moving.scores_by_step[0].values[index]
     weights = (scores - scores.min()) / (scores.max() - scores.min())
     assert 0 < weights.mean() < 1
-    weigh = moving.problem.take(moving.step_weights(3), batch)
-    _, grad = jax.jit(partial(gradient, task.problem))(params, weigh, fixed, batch)
+    weigh = moving.problem.gather(moving.step_weights(3), batch)
+    _, grad = jax.jit(partial(inner_loss_and_grad, task.problem))(params, weigh, fixed, batch)
     whole = task_of(made, tmp_path, *flags[:-1], "1").stream(told.data.seed).batch(3)
     one = {name: leaf[0] for name, leaf in whole.items()}
     assert np.array_equal(np.asarray(one["index"]), index)
@@ -190,7 +194,9 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
         got = np.asarray(one.step_weights(step)).ravel()
         assert np.allclose(got, ((scores - scores.min()) / 35)[order(step)])
         got = np.asarray(other.step_weights(step)).ravel()
-        assert np.allclose(got, by_batch(scores, order(step)) / by_batch(scores, order(step)).mean(), atol=1e-6)
+        assert np.allclose(
+            got, batch_minmax_weights(scores, order(step)) / batch_minmax_weights(scores, order(step)).mean(), atol=1e-6
+        )
     got = one.summarize_weights()
     assert got.num_drawn == 36 and got.num_equal_steps == 0
     assert np.allclose(got.weights[order(1)], np.arange(36)[order(1)] / 35, atol=1)
@@ -230,11 +236,14 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
         logits = decoder.hidden(model, ids[None], here, jnp.ones_like(here))[0] @ decoder.head(model)
         return jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], 1)[:, 0]
 
-    (rows_, holdout), form = likelihoods.train_and_validation_rows(task), incontext.prompt(task.tokenizer)
-    chosen = choice("knn")(rows_, holdout, 2)
+    (rows_, holdout), form = (
+        likelihoods.train_and_validation_rows(task),
+        incontext.make_demonstration_format(task.tokenizer),
+    )
+    chosen = demonstration_selector("knn")(rows_, holdout, 2)
     for i in range(3):
-        ids, asked = rows_.sides(i)[0]
-        head = form.head([form.piece(holdout.sides(int(j))[0]) for j in chosen[i]])
+        ids, asked = rows_.sequences(i)[0]
+        head = form.format_context([form.format_demonstration(holdout.sequences(int(j))[0]) for j in chosen[i]])
         said = len(ids) - int(asked.argmax())
         before, after = (log_p(jnp.asarray(x))[-said:].mean() for x in (ids, [*head, *ids[1:].tolist()]))
         assert whole.values[i] == pytest.approx(float(after - before), abs=2e-5)  # float32
@@ -303,7 +312,7 @@ def test_select_compares_scores_and_starts_from_them(made, tmp_path):
     assert np.allclose(pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy(), expected, rtol=1e-4)
     file = WeightsSection(file=str(tmp_path / "run" / scoring.SCORES_FILE), column="reducible", transform="minmax")
     examples = load_rows([str(made / "train.jsonl")])
-    assert np.allclose(given_weights(file, examples).weights, minmax(stored["reducible"].to_numpy()))
+    assert np.allclose(given_weights(file, examples).weights, minmax_weights(stored["reducible"].to_numpy()))
 
 
 WRONG = {
@@ -312,7 +321,7 @@ WRONG = {
         ("--weights.score", "loss", "--data.streaming", "--train.max-steps", "4"),
         "which streaming does not hold",
     ),
-    "no holdout": (("--weights.score", "ica", "--data.validation", "--data.dev"), "V_fit has none: give data"),
+    "no holdout": (("--weights.score", "ica", "--data.validation", "--data.dev"), "validation has none: give data"),
     "k": (("--weights.score", "ica", "--scores.k", "5"), "4 holdout rows, and k = 5 of them are to be shown"),
     "way": (("--weights.score", "ica", "--scores.k", "2", "--scores.demonstrations", "near"), "they are 'knn'"),
 }

@@ -1,4 +1,4 @@
-"""The verb as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
+"""The command as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
 
 import json
 import shutil
@@ -172,8 +172,8 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
 )
 def test_other_ways(made, tmp_path, flags):
     flags = list(flags)
-    if "--data.dev" in flags:  # one file of trusted rows, split by id
-        flags = [*flags[:2], "--data.dev", "--data.test", "--data.validation", str(made / "report.jsonl")]
+    if "--data.dev" in flags:  # one file of validation examples, split by id
+        flags = [*flags[:2], "--data.dev", "--data.test", "--data.validation", str(made / "test.jsonl")]
         flags += ["--data.split", "0.5", "0.25", "0.25"]
     result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
     table = pq.read_table(tmp_path / "run" / "weights.parquet")
@@ -182,7 +182,7 @@ def test_other_ways(made, tmp_path, flags):
     assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
     if "--selection.resample" in flags:
         assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
-        assert all(result["rows"][part] > 0 for part in ("fit", "select", "report"))
+        assert all(result["rows"][part] > 0 for part in ("validation", "dev", "test"))
 
 
 METHODS = {
@@ -223,9 +223,9 @@ WRONG = {
     "unknown config key": (["CONFIG", "outer: {stepz: 3}\n"], "stepz.*steps"),
     "no response": (["--data.train", [*GOOD, {"prompt": "a>", "answer": "b"}]], r":13: no 'response'.*response_field"),
     "prompt beyond the context": (["--data.train", [*GOOD, {"prompt": "a" * 99, "response": "b"}]], ":13"),
-    "one example": (["--data.train", GOOD[:1]], "1 training row; weights compare rows"),
-    "no trusted rows": (["--data.validation", []], "no rows"),
-    "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training rows also stand in"),
+    "one example": (["--data.train", GOOD[:1]], "1 training example; weights compare rows"),
+    "no validation examples": (["--data.validation", []], "no rows"),
+    "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training examples also stand in"),
     "folder exists": (["--out", "EXISTS"], "--resume"),
     "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "no derivative": (["--optimizer.eps-root", "0", "--lora.r", "2"], "eps_root > 0"),
@@ -267,7 +267,7 @@ def test_duplicates_are_told_and_kept_apart(made, tmp_path, capsys):
         "--data.train",
         write(tmp_path / "twice.jsonl", [*rows, rows[0]]),
     )
-    assert any("1 training rows repeat another row" in note for note in result["notes"])
+    assert any("1 training examples repeat another row" in note for note in result["notes"])
     ids = pq.read_table(tmp_path / "run" / "weights.parquet")["id"].to_pylist()
     assert ids[0].endswith("#0") and ids[-1] == ids[0].replace("#0", "#1")
 
@@ -277,7 +277,7 @@ def test_leaks_can_be_dropped(made, tmp_path):
     train = (made / "train.jsonl").read_text().splitlines(keepends=True)
     flags = ["--data.leaks", "drop", "--data.train", write(tmp_path / "leaky.jsonl", [*train, *rows[:3]])]
     result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
-    assert result["rows"]["train"] == 36 and any("3 training rows were dropped" in note for note in result["notes"])
+    assert result["rows"]["train"] == 36 and any("3 training examples were dropped" in note for note in result["notes"])
 
 
 def test_resuming_under_another_config_is_refused(made, whole, capsys):

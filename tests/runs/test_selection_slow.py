@@ -21,7 +21,7 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
     arms = ["--retrain.variants", "uniform", "learned", "selected", "alignment", "oracle"]
     result = run_verb("select", "configs/select.yaml", tmp_path / "run", *given, *arms)
-    loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
+    loss = {row["name"]: row["mean"]["test"] for row in result["compare"]}
     assert loss["oracle"] < loss["uniform"] - 0.2  # else the labels mean nothing here
     headroom = (loss["uniform"] - loss["learned weights"]) / (loss["uniform"] - loss["oracle"])
     assert headroom >= 0.6 and result["auc"]["weights"] >= 0.85

@@ -46,7 +46,7 @@ def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
         assert np.ptp(np.log(weights)) <= 2 * np.sqrt(3) * 0.2
     assert result["verdict"]["level"] == "UNDECIDED" and "no hypergradient" in result["verdict"]["reason"]
     assert "trains on V" in result["estimand"]
-    assert result["records"][-1]["loss"]["fit"] < result["records"][0]["loss"]["fit"]
+    assert result["records"][-1]["loss"]["validation"] < result["records"][0]["loss"]["validation"]
     assert (tmp_path / "run" / "model-own" / "model.safetensors").exists()
     assert [row["name"] for row in result["compare"]] == (["uniform", "learned weights"] if whole else [])
     page = (tmp_path / "run" / "report.html").read_text()
@@ -76,7 +76,7 @@ def test_divergence_is_told(made, tmp_path):
         "--optimizer.warmup-steps",
         "0",
     )
-    with pytest.raises(FloatingPointError, match="L_v on V_fit is (nan|inf) at step 20 of 60"):
+    with pytest.raises(FloatingPointError, match="validation loss is (nan|inf) at step 20 of 60"):
         run(made, tmp_path / "run", "--fast", *METHODS["mixing"], *flags)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["packages"]
 

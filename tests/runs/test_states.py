@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from bilevel_jax.core import schedule
-from bilevel_jax.core.types import Inner, Keep
+from bilevel_jax.core.types import CheckpointPlan, TrainState
 from bilevel_jax.runs import checkpoint, states
 from bilevel_jax.runs.sections import OuterSection
 
 SIZE = 1000
 
 
-def state(step: int) -> Inner:
-    return Inner({"w": jnp.arange(SIZE) + 0.5 * step}, (jnp.full(SIZE, step, jnp.float32),), jnp.int32(step))
+def state(step: int) -> TrainState:
+    return TrainState({"w": jnp.arange(SIZE) + 0.5 * step}, (jnp.full(SIZE, step, jnp.float32),), jnp.int32(step))
 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
@@ -64,18 +64,22 @@ def test_a_damaged_state_is_an_error_and_a_full_disk_is_told(tmp_path, monkeypat
 def test_what_is_planned_fits_the_budget():
     shapes = jax.eval_shape(lambda: state(0))  # a snapshot takes 8,004 bytes and a step on the tape 12,004
     gib = lambda amount: amount / states.GIB  # noqa: E731
-    assert states.plan_checkpoints(OuterSection(), 50, shapes, None) == schedule.everything(50)
-    assert states.plan_checkpoints(OuterSection(), 50, shapes, None, device_bytes=4000 + 2 * 48_100) == Keep(3, 2)
-    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000)), 50, shapes, None) == Keep(3, 14)
-    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000), offload="disk"), 50, shapes, None) == Keep(
-        3, 16
+    assert states.plan_checkpoints(OuterSection(), 50, shapes, None) == schedule.store_all_plan(50)
+    assert states.plan_checkpoints(OuterSection(), 50, shapes, None, device_bytes=4000 + 2 * 48_100) == CheckpointPlan(
+        3, 2
     )
-    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000), method="window"), 50, shapes, None) == Keep(
-        1, 15
-    )
+    assert states.plan_checkpoints(OuterSection(memory_gib=gib(200_000)), 50, shapes, None) == CheckpointPlan(3, 14)
+    assert states.plan_checkpoints(
+        OuterSection(memory_gib=gib(200_000), offload="disk"), 50, shapes, None
+    ) == CheckpointPlan(3, 16)
+    assert states.plan_checkpoints(
+        OuterSection(memory_gib=gib(200_000), method="window"), 50, shapes, None
+    ) == CheckpointPlan(1, 15)
     linear = OuterSection(memory_gib=gib(200_000), linearize=True)
-    assert states.plan_checkpoints(linear, 50, shapes, None, linearization_size=lambda: 8000) == Keep(7, 7, linear=True)
-    assert states.plan_checkpoints(OuterSection(method="alignment"), 50, shapes, None) == schedule.NOTHING
+    assert states.plan_checkpoints(linear, 50, shapes, None, linearization_size=lambda: 8000) == CheckpointPlan(
+        7, 7, linearize=True
+    )
+    assert states.plan_checkpoints(OuterSection(method="alignment"), 50, shapes, None) == schedule.NO_CHECKPOINTS
     with pytest.raises(ValueError, match="outer.memory_gib.*at least one state.*mesh.fsdp"):
         states.plan_checkpoints(OuterSection(memory_gib=gib(20_000)), 50, shapes, None)
     with pytest.raises(ValueError, match="outer.memory_gib.*set outer.linearize to false"):

@@ -1,4 +1,4 @@
-"""The verb `train` as a user runs it: what it writes, which weights it uses, that it stops and goes on."""
+"""The command `train` as a user runs it: what it writes, which weights it uses, that it stops and goes on."""
 
 import json
 
@@ -45,16 +45,18 @@ def weights_file(path, examples, weights, **more):
 
 
 def tensors(folder):
-    return {key: np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(lm.load_model(folder / "model")[1])}
+    return {
+        key: np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(lm.load_model(folder / "model")[1])
+    }
 
 
 def test_writes_what_it_promises(made, whole):
     out, result = whole
     assert result["steps"] == 10 and result["epochs"] == 2
-    before, after = (result["parts"]["report"][when] for when in ("before", "after"))
-    assert after["loss"] < before["loss"] and set(result["parts"]) == {"fit", "select", "report"}
+    before, after = (result["parts"]["test"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"] and set(result["parts"]) == {"validation", "dev", "test"}
     assert [record["step"] for record in result["records"]] == [0, 4, 8, 10]
-    assert summarize_training(result).startswith("10 steps on 36 rows; L_v on V_report fell from")
+    assert summarize_training(result).startswith("10 steps on 36 rows; test loss fell from")
     table = pq.read_table(out / "weights.parquet")
     assert set(table["weight"].to_pylist()) == {1.0} and table.num_rows == 36
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -70,7 +72,7 @@ def test_writes_what_it_promises(made, whole):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns(made, tmp_path, objective):
     result = run(made, tmp_path / "run", *OBJECTIVES[objective], "--train.num-epochs", "6")
-    part = result["parts"]["report"]
+    part = result["parts"]["test"]
     assert part["after"]["loss"] < part["before"]["loss"]
     assert 0 <= part["after"]["accuracy"] <= 1
     assert result["unit"] == ("nats per token" if objective == "sft" else "nats per pair")
@@ -88,7 +90,7 @@ def test_select_weighs_pairs(made, tmp_path, objective):
     ]  # fmt: skip
     result = select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
     assert result["auc"]["weights"] > 0.9  # a third of the pairs is swapped
-    loss = {row["name"]: row["mean"]["report"] for row in result["compare"]}
+    loss = {row["name"]: row["mean"]["test"] for row in result["compare"]}
     assert loss["learned weights"] < loss["uniform"]
     assert "nats per pair" in (tmp_path / "run" / "report.html").read_text()
     assert result["certificates"]["uniform weights"]["exact"]["ratios"][0] == pytest.approx(1, abs=0.1)
@@ -152,12 +154,12 @@ def test_rows_without_a_weight_are_dropped_or_weigh_nothing(made, tmp_path):
 
 
 def test_the_best_parameters_are_kept(made, tmp_path):
-    """A rate that overshoots: the best on V_select is not the last, and is what is written."""
+    """A rate that overshoots: the best on dev is not the last, and is what is written."""
     flags = ("--optimizer.learning-rate", "0.3", "--optimizer.schedule", "constant", "--train.load-best")
     result = run(made, tmp_path / "run", *flags, "--train.eval-steps", "1")
-    values = [record["loss"]["select"] for record in result["records"]]
+    values = [record["loss"]["dev"] for record in result["records"]]
     assert result["best"]["step"] == int(np.argmin(values)) < result["steps"]
-    assert result["parts"]["select"]["after"]["loss"] == min(values)
+    assert result["parts"]["dev"]["after"]["loss"] == min(values)
 
 
 def test_without_validation(made, tmp_path):
@@ -176,7 +178,7 @@ def test_lora_is_written_as_asked(made, tmp_path, parts, written):
 
 def test_bfloat16_products_train(made, tmp_path):
     result = run(made, tmp_path / "run", "--train.compute-dtype", "bfloat16", "--train.num-epochs", "6")
-    part = result["parts"]["report"]
+    part = result["parts"]["test"]
     assert part["after"]["loss"] < part["before"]["loss"]
     assert all(leaf.dtype == np.float32 for leaf in tensors(tmp_path / "run").values())
 
@@ -196,7 +198,7 @@ def test_a_stored_reference_is_used_and_checked(made, whole, tmp_path, capsys):
 WRONG = {
     "single responses": (("--objective.name", "dpo"), "compares a chosen with a rejected one.*objective.name to sft"),
     "pairs": (("--data.train", "pairs.jsonl"), "a preference pair, and objective.name = sft"),
-    "best without V_select": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no rows"),
+    "best without dev": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no rows"),
     "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
     "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
     "smoothing of sft": (("--objective.label-smoothing", "0.1"), "only dpo has it"),
@@ -221,7 +223,7 @@ def test_streamed_rows_are_the_rows_in_order(made, tmp_path):
     """Without a buffer, an epoch is the files in order: the run on rows held at hand, in that order, to rounding."""
     result = run(made, tmp_path / "run", *STREAMED, "--data.shuffle-buffer", "0")
     assert result["tokens"] == 12 * 8 * 5 and result["epochs"] == 96 / 36 and result["rows"]["train"] == 36
-    assert result["parts"]["report"]["after"]["loss"] < result["parts"]["report"]["before"]["loss"]
+    assert result["parts"]["test"]["after"]["loss"] < result["parts"]["test"]["before"]["loss"]
     ids = pq.read_table(tmp_path / "run" / "weights.parquet")["id"].to_pylist()
     assert ids == [example.id for example in load_rows([str(made / "train.jsonl")])]
 
@@ -242,9 +244,9 @@ def test_streamed_weights_and_leaks(made, tmp_path):
     path = weights_file(tmp_path / "w.parquet", examples[:20], [2.0] * 20)
     result = run(made, tmp_path / "run", *STREAMED, "--weights.file", path, "--weights.missing", "drop")
     assert result["rows"]["train"] == 20 and result["weights"]["mean"] == 2
-    rows = (made / "train.jsonl").read_text() + (made / "report.jsonl").read_text()
+    rows = (made / "train.jsonl").read_text() + (made / "test.jsonl").read_text()
     (tmp_path / "leaky.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the trusted rows, at .*report.jsonl:1"):
+    with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the validation examples, at .*report.jsonl:1"):
         run(made, tmp_path / "leaky", *STREAMED, "--data.train", str(tmp_path / "leaky.jsonl"))
 
 
@@ -294,7 +296,7 @@ def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared,
     }  # fmt: skip
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
     result = run_verb("train", "configs/train.yaml", tmp_path / "run", *given)
-    report = result["parts"]["report"]
+    report = result["parts"]["test"]
     assert report["after"]["loss"] < report["before"]["loss"] - 0.3
     theirs, ours = continued(tmp_path / "run" / "model", "the film is", 20)
     assert theirs == ours

@@ -34,7 +34,7 @@ def record(step, *, ends=False, **losses):
 
 
 def readings(last=2.0123, steps=96):
-    """Three readings of V_fit, V_select and V_report; V_select is lowest in the middle."""
+    """Three readings of validation, dev and test; dev is lowest in the middle."""
     return [
         record(0, fit=3.1234, select=3.2345, report=3.3456, ends=True),
         record(steps // 2, fit=2.2234, select=1.9345, report=2.2456),
@@ -50,7 +50,7 @@ def result(records=None, **changes):
         "steps": 96,
         "epochs": 3.84,
         "batch": 5,
-        "rows": {"train": 40, "fit": 16, "select": 8, "report": 32} if records else {"train": 40},
+        "rows": {"train": 40, "validation": 16, "dev": 8, "test": 32} if records else {"train": 40},
         "objective": "sft",
         "unit": "nats per token",
         "right": "token accuracy",
@@ -130,7 +130,7 @@ def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONF
 
 
 ROSE = result(readings(last=3.9))
-BEST = result(best={"step": 48, "part": "select"}, kept="best")
+BEST = result(best={"step": 48, "part": "dev"}, kept="best")
 ONE_STEP = [record(0, fit=3.0, ends=True), record(1, fit=2.9, ends=True)]
 NAN = [record(0, report=math.nan, ends=True), record(96, report=math.nan, ends=True)]
 CASES = {
@@ -138,7 +138,7 @@ CASES = {
     "rose": {"told": ROSE},
     "best kept": {"told": BEST},
     "no validation": {"told": result([])},
-    "only V_fit": {"told": result(ONE_STEP)},
+    "only validation": {"told": result(ONE_STEP)},
     "pairs": {
         "told": result(**PAIRS),
         "rows": pairs(),
@@ -190,17 +190,17 @@ def test_hostile_text_is_shown_and_never_markup(tmp_path):
 @pytest.mark.parametrize(
     "case, level, says",
     [
-        ("whole", "Validation loss fell", "The loss on V_report (32 rows) fell from 3.346 to 2.012 nats per token"),
-        ("rose", "Validation loss rose", "The loss on V_report (32 rows) rose from 3.346 to 3.900 nats per token"),
+        ("whole", "Validation loss fell", "The loss on test (32 rows) fell from 3.346 to 2.012 nats per token"),
+        ("rose", "Validation loss rose", "The loss on test (32 rows) rose from 3.346 to 3.900 nats per token"),
         ("no validation", "Not validated", "nothing here says whether the model became better"),
-        ("only V_fit", "Validation loss fell", "make its loss fall by design"),
+        ("only validation", "Validation loss fell", "make its loss fall by design"),
         ("pairs", "Validation loss fell", "2.012 nats per pair"),
         ("validation that is not finite", "Validation loss is not finite", "Do not use this model"),
     ],
 )
 def test_the_page_begins_with_what_the_validation_loss_did(case, level, says, tmp_path):
     text = words(written(tmp_path, **CASES[case]))
-    assert text.index(level) < text.index("What the trusted rows say") and says in text
+    assert text.index(level) < text.index("What the validation examples say") and says in text
 
 
 def test_every_number_of_the_result_appears(tmp_path):
@@ -218,13 +218,13 @@ def test_every_number_of_the_result_appears(tmp_path):
 def test_a_kept_step_is_the_one_that_is_told(tmp_path):
     text = words(written(tmp_path, **CASES["best kept"]))
     assert "fell from 3.346 to 2.246 nats per token" in text  # of step 48, not of the last
-    assert "the parameters of step 48 of 96, where V_select was lowest" in text
+    assert "the parameters of step 48 of 96, where dev was lowest" in text
     assert "No accuracy was read at step 48" in text and "written: step 48" in text
 
 
 def test_a_rise_after_the_least_loss_is_told(tmp_path):
     text = words(written(tmp_path, result(readings(last=2.5))))
-    assert "V_report was lowest at step 48: 2.246 against 2.500 nats per token at the end" in text
+    assert "test was lowest at step 48: 2.246 against 2.500 nats per token at the end" in text
     assert "was lowest" not in words(written(tmp_path))
 
 

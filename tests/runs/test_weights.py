@@ -76,10 +76,15 @@ def test_scaling_reads_the_kept_rows_alone(file):
 @pytest.mark.parametrize(
     "values, ids, options, said",
     [
-        ([1.0], None, {}, r"no weight for 3 of 4 training rows, the first id1 at rows.jsonl:2. Set weights.missing"),
-        ([1.0], ["zzz"], {}, r"none of its 1 ids is that of a training row, such as id0"),
+        (
+            [1.0],
+            None,
+            {},
+            r"no weight for 3 of 4 training examples, the first id1 at rows.jsonl:2. Set weights.missing",
+        ),
+        ([1.0], ["zzz"], {}, r"none of its 1 ids is that of a training example, such as id0"),
         ([1.0, 1.0], ["id0", "id0"], {}, r"the id id0 stands twice"),
-        ([1.0, float("nan"), 1.0, 1.0], None, {}, r"weight is nan for 1 training rows, the first id1"),
+        ([1.0, float("nan"), 1.0, 1.0], None, {}, r"weight is nan for 1 training examples, the first id1"),
         ([1.0, -1.0, 1.0, 1.0], None, {}, r"the weight -1, and a weight is 0 or more. If it is a score"),
         ([0.0] * 4, None, {}, r"every weight is 0"),
         ([3.0] * 4, None, {"transform": "minmax"}, r"every score is 3, so min-max has no scale"),

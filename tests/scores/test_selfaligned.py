@@ -14,10 +14,10 @@ from bilevel_jax.lm.models import init_params, load_model, make_decoder
 from bilevel_jax.lm.tokens import tokenize
 from bilevel_jax.runs import mesh as placing
 from bilevel_jax.scores import selfaligned
-from bilevel_jax.scores.ifd import ifd
-from bilevel_jax.scores.perplexity import perplexity
-from bilevel_jax.scores.requests import rows_of, shortened
-from bilevel_jax.scores.selfsimilarity import similarity
+from bilevel_jax.scores.ifd import ifd_score
+from bilevel_jax.scores.perplexity import perplexity_score
+from bilevel_jax.scores.requests import make_tokenized_examples, trim_responses
+from bilevel_jax.scores.selfsimilarity import response_similarity
 from tests.lm.test_models import CONFIGS, SMALL
 from tests.lm.test_tokens import CHATML, bpe
 
@@ -44,18 +44,18 @@ def ours(torch_model):
     architecture, params = load_model(torch_model[1])
     model = make_decoder(architecture)
     engine = loglik.make_loglik_scorer(model, bucket_lengths=[256], max_batch_tokens=1024)
-    return params, functools.partial(engine.score, params), similarity(model, 0, tokens=512)
+    return params, functools.partial(engine.score, params), response_similarity(model, 0, max_batch_tokens=512)
 
 
 def corpus_of(tokenizer, questions, responses, most=0):
-    """Every question with every response, as the verb reads them."""
+    """Every question with every response, as the command reads them."""
     pairs = [(q, r) for q in questions for r in responses]
     some = [
         Example(f"{i:x}#0", i, (Turn("user", q), Turn("assistant", r)), "", None, "", i)
         for i, (q, r) in enumerate(pairs)
     ]
-    corpus, cut = shortened(tokenize(some, tokenizer, max_length=10**6)[0], tokenizer.all_special_ids, most)
-    return rows_of(some, corpus), cut
+    corpus, cut = trim_responses(tokenize(some, tokenizer, max_length=10**6)[0], tokenizer.all_special_ids, most)
+    return make_tokenized_examples(some, corpus), cut
 
 
 def nll(model, before, ids):
@@ -81,12 +81,12 @@ def asked_by_hand(question):
 def test_sppl_is_perplexity_after_own_answers(torch_model, ours):
     """With the text of the prompt, its cycling and the chat template written out here, and no token of an end mark."""
     model, tokenizer = torch_model[0], bpe(CHATML)
-    shown = selfaligned.examples(np.ones(5, bool), 2)
-    write = selfaligned.prompt()
-    own = [selfaligned.with_result(text, "3") for text in OWN]
+    shown = selfaligned.choose_shown_answers(np.ones(5, bool), 2)
+    write = selfaligned.prompt_writer()
+    own = [selfaligned.append_result(text, "3") for text in OWN]
     prompts = [write(q, [own[at] for at in shown[i]]) for i, q in enumerate(QUESTIONS)]
     rows, cut = corpus_of(tokenizer, prompts, RESPONSES.values())
-    plan = selfaligned.sppl(rows, rows)
+    plan = selfaligned.sppl_score(rows, rows)
     found = -plan.combine(ours[1](plan.requests)).reshape(5, 2)
     assert cut == 0
     for i in (1, 3, 4):
@@ -105,7 +105,7 @@ def test_sppl_is_perplexity_after_own_answers(torch_model, ours):
 def test_ifd_and_perplexity_are_their_loops(torch_model, ours):
     model, tokenizer = torch_model[0], bpe(CHATML)
     rows, _ = corpus_of(tokenizer, QUESTIONS[:2], RESPONSES.values())
-    plans = [perplexity(rows, rows), ifd(0)(rows, rows), ifd(None)(rows, rows)]
+    plans = [perplexity_score(rows, rows), ifd_score(0)(rows, rows), ifd_score(None)(rows, rows)]
     ppl, with_bos, without = (plan.combine(ours[1](plan.requests)).reshape(2, 2) for plan in plans)
     for i, question in enumerate(QUESTIONS[:2]):
         for s, response in enumerate(RESPONSES.values()):
@@ -145,52 +145,56 @@ def test_similarity_does_not_depend_on_batches_devices_or_padding(eight_devices)
     rng = np.random.default_rng(0)
     texts = [tuple(rng.integers(0, config.vocab_size, n).tolist()) for n in (3, 7, 64, 40, 1, 9)]
     others = texts[::-1]
-    whole = similarity(make_decoder(config), None)(params, texts, others)
+    whole = response_similarity(make_decoder(config), None)(params, texts, others)
     assert np.isfinite(whole).all()
-    np.testing.assert_allclose(similarity(make_decoder(config), None, tokens=1)(params, texts, others), whole, atol=1e-6)
+    np.testing.assert_allclose(
+        response_similarity(make_decoder(config), None, max_batch_tokens=1)(params, texts, others), whole, atol=1e-6
+    )
     mesh = placing.make_mesh(8)
     place = lambda batch: placing.place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)  # noqa: E731
-    spread = similarity(make_decoder(config), None, multiple=8, place=place)
+    spread = response_similarity(make_decoder(config), None, batch_size_multiple=8, place_batch=place)
     np.testing.assert_allclose(spread(placing.replicate(mesh, params), texts, others), whole, atol=1e-6)
     with pytest.raises(ValueError, match="65 tokens, and the model's context holds 64"):
-        similarity(make_decoder(config), None)(params, [(1,) * 65], [(1,)])
+        response_similarity(make_decoder(config), None)(params, [(1,) * 65], [(1,)])
     with pytest.raises(ValueError, match="a response has no token"):
-        similarity(make_decoder(config), None)(params, [()], [(1,)])
+        response_similarity(make_decoder(config), None)(params, [()], [(1,)])
 
 
 def test_which_answers_are_shown():
     """All kept: c[(i + j) mod (M - 1)], so the last answer is never shown, and nobody sees their own."""
     for count, k in ((4, 2), (5, 2), (50, 2), (6, 3)):
         expected = [[(i + j) % (count - 1) for j in range(1, k + 1)] for i in range(count)]
-        assert selfaligned.examples(np.ones(count, bool), k).tolist() == expected
+        assert selfaligned.choose_shown_answers(np.ones(count, bool), k).tolist() == expected
         assert max(map(max, expected)) == count - 2
         assert all(i not in line and len(set(line)) == k for i, line in enumerate(expected))
     # answers 1 and 4 of six are not kept: c = [0, 2, 3, 5], modulus 3
     kept = np.array([1, 0, 1, 1, 0, 1], bool)
-    assert selfaligned.examples(kept, 2).tolist() == [[2, 3], [3, 0], [3, 0], [0, 2], [2, 3], [2, 3]]
-    assert selfaligned.examples(kept, 1).tolist() == [[2], [3], [3], [0], [2], [2]]
+    assert selfaligned.choose_shown_answers(kept, 2).tolist() == [[2, 3], [3, 0], [3, 0], [0, 2], [2, 3], [2, 3]]
+    assert selfaligned.choose_shown_answers(kept, 1).tolist() == [[2], [3], [3], [0], [2], [2]]
     for count in (0, 1, 3):
         with pytest.raises(
             ValueError, match=f"{count} of 9 answers of the model can be shown, 2 to a question; .* 4 in all"
         ):
-            selfaligned.examples(np.arange(9) < count, 2)
+            selfaligned.choose_shown_answers(np.arange(9) < count, 2)
 
 
 def test_prompt_puts_no_text_into_places_that_text_itself_names():
-    assert selfaligned.prompt("{question}|{examples}.", "<{answer}>")("{examples}{", ["{question}", "}"]) == (
+    assert selfaligned.prompt_writer("{question}|{examples}.", "<{answer}>")("{examples}{", ["{question}", "}"]) == (
         "{examples}{|<{question}><}>."
     )
-    assert selfaligned.prompt("a{examples}b{question}c", "{answer}")("{examples}", ["1", "2"]) == "a12b{examples}c"
+    assert (
+        selfaligned.prompt_writer("a{examples}b{question}c", "{answer}")("{examples}", ["1", "2"]) == "a12b{examples}c"
+    )
     for template in ("{question}", "{examples}{question}{question}", "{examples}"):
         with pytest.raises(ValueError, match="must hold {.*} and then {.*}, once each"):
-            selfaligned.prompt(template)
-    assert selfaligned.with_result("a", None) == selfaligned.with_result("a", "3", "") == "a"
+            selfaligned.prompt_writer(template)
+    assert selfaligned.append_result("a", None) == selfaligned.append_result("a", "3", "") == "a"
 
 
 def test_responses_are_cut_by_tokens_and_lose_every_end_mark():
     tokenizer = bpe(CHATML.replace("<|eot|>", "<|end|>"))  # an end mark that is not EOS, behind which EOS is put
     rows, cut = corpus_of(tokenizer, QUESTIONS[:1], RESPONSES.values(), most=4)
     texts = [encoded(tokenizer, text) for text in RESPONSES.values()]
-    asked = perplexity(rows, rows).requests
+    asked = perplexity_score(rows, rows).requests
     assert [list(request.response) for request in asked] == [ids[:4] for ids in texts]
     assert cut == sum(len(ids) > 4 for ids in texts) >= 1

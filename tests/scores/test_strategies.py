@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from bilevel_jax.scores.strategies import CAP, car, exp_of_mean, mean, minmax, mix, trimmed
+from bilevel_jax.scores.strategies import (
+    MAX_PERPLEXITY,
+    alignment_score,
+    arithmetic_mean,
+    car_score,
+    geometric_mean,
+    scale_strategies,
+    trimmed_mean,
+)
 
 RANDOM = np.random.default_rng(0)
 PPL = np.exp(RANDOM.normal(1.5, 1, (3, 20, 4)))  # blocks, questions, strategies; some above the cap
@@ -14,12 +22,12 @@ def test_means_over_a_block():
     for block in range(3):
         for strategy in range(4):
             one = PPL[block, :, strategy].tolist()
-            assert mean(PPL)[block, strategy] == pytest.approx(sum(one) / 20)
-            assert exp_of_mean(PPL)[block, strategy] == pytest.approx(np.prod(one) ** (1 / 20))
-            assert trimmed(0.1)(PPL)[block, strategy] == pytest.approx(sum(sorted(one)[2:-2]) / 16)
-    np.testing.assert_allclose(trimmed(0.0)(PPL), mean(PPL), rtol=1e-12)
+            assert arithmetic_mean(PPL)[block, strategy] == pytest.approx(sum(one) / 20)
+            assert geometric_mean(PPL)[block, strategy] == pytest.approx(np.prod(one) ** (1 / 20))
+            assert trimmed_mean(0.1)(PPL)[block, strategy] == pytest.approx(sum(sorted(one)[2:-2]) / 16)
+    np.testing.assert_allclose(trimmed_mean(0.0)(PPL), arithmetic_mean(PPL), rtol=1e-12)
     with pytest.raises(ValueError, match=r"a share in \[0, 0.5\) at either end; 0.5 was given"):
-        trimmed(0.5)
+        trimmed_mean(0.5)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.2, None])
@@ -33,17 +41,17 @@ def test_mix_is_its_formula(beta):
             weight * (p[s] - min(p)) / (max(p) - min(p)) + (1 - weight) * (d[s] - min(d)) / (max(d) - min(d))
             for s in range(4)
         ]
-        np.testing.assert_allclose(mix(PPL, D, beta)[block], expected, rtol=1e-12)
+        np.testing.assert_allclose(alignment_score(PPL, D, beta)[block], expected, rtol=1e-12)
 
 
 def test_mix_where_nothing_varies():
-    capped = np.full((5, 3), 2 * CAP)
-    np.testing.assert_array_equal(minmax(np.ones((2, 3))), 0)
-    np.testing.assert_allclose(mix(capped, D[0, :5, :3], None), minmax(D[0, :5, :3].mean(0)))
-    np.testing.assert_array_equal(mix(capped, np.ones((5, 3)), None), 0)
+    capped = np.full((5, 3), 2 * MAX_PERPLEXITY)
+    np.testing.assert_array_equal(scale_strategies(np.ones((2, 3))), 0)
+    np.testing.assert_allclose(alignment_score(capped, D[0, :5, :3], None), scale_strategies(D[0, :5, :3].mean(0)))
+    np.testing.assert_array_equal(alignment_score(capped, np.ones((5, 3)), None), 0)
 
 
 def test_car_is_its_formula():
     rewards = RANDOM.uniform(0, 1, (20, 4))
     expected = rewards.mean(0) / (1 + 3 * np.log(PPL[0]).mean(0))
-    np.testing.assert_allclose(car(rewards, np.log(PPL[0])), expected)
+    np.testing.assert_allclose(car_score(rewards, np.log(PPL[0])), expected)

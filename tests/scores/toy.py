@@ -11,12 +11,12 @@ import numpy as np
 from bilevel_jax.lm.data import Example, Turn, hash_content
 from bilevel_jax.lm.loglik import LogLik
 from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
-from bilevel_jax.scores.incontext import Prompt
-from bilevel_jax.scores.requests import rows_of
+from bilevel_jax.scores.incontext import DemonstrationFormat
+from bilevel_jax.scores.requests import make_tokenized_examples
 
 BOS = 0
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?"
-PLAIN = Prompt((BOS,), (), (), ((), ()), (), ())
+PLAIN = DemonstrationFormat((BOS,), (), (), ((), ()), (), ())
 """Nothing around demonstrations."""
 
 
@@ -34,7 +34,7 @@ def rows(*said):
         for answer in answers:
             whole = [BOS, *ids(question), *ids(answer)]
             sequences.append(TokenizedSequence(np.array(whole, np.int32), np.arange(len(whole)) > len(question)))
-    return rows_of(examples, corpus_from_sequences(sequences, len(said[0]) - 1))
+    return make_tokenized_examples(examples, corpus_from_sequences(sequences, len(said[0]) - 1))
 
 
 def log_p(letters, given):

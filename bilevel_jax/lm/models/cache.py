@@ -56,7 +56,11 @@ def read_layer_cache(cache: KVCache, keys: Array, values: Array, mask: Bool[Arra
 
     Shared rows are copied here, one layer at a time: the whole cache is never there once for each row.
     """
-    return PastKeyValues(keys, values, mask) if cache.source_row is None else PastKeyValues(keys[cache.source_row], values[cache.source_row], mask)
+    return (
+        PastKeyValues(keys, values, mask)
+        if cache.source_row is None
+        else PastKeyValues(keys[cache.source_row], values[cache.source_row], mask)
+    )
 
 
 def make_cache_mask(

@@ -118,11 +118,19 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 def _scale_llama3(rope: RopeConfig, unscaled: np.ndarray) -> np.ndarray:
     wavelength = 2 * math.pi / unscaled  # tokens
-    short_wave_share = np.clip((rope.original_max_length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    short_wave_share = np.clip(
+        (rope.original_max_length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor),
+        0,
+        1,
+    )
     return (1 - short_wave_share) * unscaled / rope.factor + short_wave_share * unscaled
 
 
-ROPE_SCALINGS = {"default": lambda rope, plain: plain, "linear": lambda rope, plain: plain / rope.factor, "llama3": _scale_llama3}
+ROPE_SCALINGS = {
+    "default": lambda rope, plain: plain,
+    "linear": lambda rope, plain: plain / rope.factor,
+    "llama3": _scale_llama3,
+}
 
 
 # ---- what the families' readers and writers share
@@ -159,7 +167,9 @@ def read_windows(where: str, layer_types: Sequence[str], layers: int, window: in
     """`layer_types` as windows."""
     unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
     if unknown or len(layer_types) != layers:
-        raise ValueError(f"{where}: layer_types {layer_types} for {layers} layers; known: full_attention, sliding_attention.")
+        raise ValueError(
+            f"{where}: layer_types {layer_types} for {layers} layers; known: full_attention, sliding_attention."
+        )
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
     return windows if any(windows) else ()
 
@@ -178,7 +188,10 @@ def read_rope(where: str, parameters: Mapping[str, Any], length: int, *, full_ro
     if scaling not in ROPE_SCALINGS:
         raise ValueError(f"{where}: rope_type {scaling!r} is not supported; supported: {sorted(ROPE_SCALINGS)}.")
     partial_rotary_factor = parameters.get("partial_rotary_factor")
-    theta, rotary_fraction = float(parameters["rope_theta"]), 1.0 if partial_rotary_factor is None else float(partial_rotary_factor)
+    theta, rotary_fraction = (
+        float(parameters["rope_theta"]),
+        1.0 if partial_rotary_factor is None else float(partial_rotary_factor),
+    )
     if full_rotation and rotary_fraction != 1:
         raise ValueError(f"{where}: partial_rotary_factor is not supported; every coordinate of a head is rotated.")
     if scaling == "default":
@@ -187,7 +200,15 @@ def read_rope(where: str, parameters: Mapping[str, Any], length: int, *, full_ro
         return RopeConfig(theta, scaling, float(parameters["factor"]), rotary_fraction=rotary_fraction)
     original_max_length = parameters.get("original_max_position_embeddings", length)
     low_freq_factor, high_freq_factor = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-    return RopeConfig(theta, scaling, float(parameters["factor"]), low_freq_factor, high_freq_factor, original_max_length, rotary_fraction)
+    return RopeConfig(
+        theta,
+        scaling,
+        float(parameters["factor"]),
+        low_freq_factor,
+        high_freq_factor,
+        original_max_length,
+        rotary_fraction,
+    )
 
 
 def rope_to_dict(rope: RopeConfig) -> dict[str, Any]:

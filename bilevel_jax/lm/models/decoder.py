@@ -86,7 +86,11 @@ def make_decoder(
     def layer_rotation(positions: Array, dtype: Any) -> Callable[[Any], tuple[Array, ...]]:
         global_rotation = rotation(config.rope, positions, dtype)
         local_rotation = rotation(config.local_rope, positions, dtype) if any(has_window) else ()
-        return lambda is_local: jax.tree.map(partial(jnp.where, is_local), local_rotation, global_rotation) if local_rotation else global_rotation
+        return lambda is_local: (
+            jax.tree.map(partial(jnp.where, is_local), local_rotation, global_rotation)
+            if local_rotation
+            else global_rotation
+        )
 
     def stack_layers(params: Params, windows: Array | None) -> tuple:
         return params["layers"], params.get("lora", {}), windows, jnp.asarray(has_window) if any(has_window) else None
@@ -104,7 +108,9 @@ def make_decoder(
             weights, adapters = gather_layer(weights, adapters)
             layer_mask = mask if window is None else mask & make_window_mask(length, window)[None]
             reduced_input = reduce_input(x.reshape(rows, length, config.width))
-            x, _ = nnx.merge(modules.layer, weights)(x, LayerContext(rotation_of(is_local), layer_mask, adapters, compute_dtype))
+            x, _ = nnx.merge(modules.layer, weights)(
+                x, LayerContext(rotation_of(is_local), layer_mask, adapters, compute_dtype)
+            )
             return x, reduced_input
 
         body = layer
@@ -137,7 +143,9 @@ def make_decoder(
         valid_positions = jnp.where(positions == EMPTY_POSITION, 0, positions)
         rotation_of = layer_rotation(valid_positions, dtype)
         self_mask = jnp.eye(length, dtype=bool)[None]  # padding sees something, so nothing is 0/0
-        cached_positions = [cache.positions if cache.source_row is None else cache.positions[cache.source_row] for cache in caches]
+        cached_positions = [
+            cache.positions if cache.source_row is None else cache.positions[cache.source_row] for cache in caches
+        ]
 
         def layer(x, xs):
             (weights, adapters, window, is_local), cached_key_values = xs

@@ -34,17 +34,46 @@ class ModelFamily(NamedTuple):
     """The file has matrices as [out, in], the tree as [in, out]."""
 
 
-LLAMA = ModelFamily(llama.read_llama_config, llama.llama_config_to_dict, llama.LlamaLayer, llama.make_llama_norm, llama.TOP_NAMES, llama.LAYER_NAMES, ("q_proj", "v_proj"))
+LLAMA = ModelFamily(
+    llama.read_llama_config,
+    llama.llama_config_to_dict,
+    llama.LlamaLayer,
+    llama.make_llama_norm,
+    llama.TOP_NAMES,
+    llama.LAYER_NAMES,
+    ("q_proj", "v_proj"),
+)
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma3_text": LLAMA._replace(
-        read_config=gemma3.read_gemma3_config, config_to_dict=gemma3.gemma3_config_to_dict, make_layer=gemma3.Gemma3Layer, make_norm=gemma3.make_gemma3_norm, layer_names=gemma3.LAYER_NAMES
+        read_config=gemma3.read_gemma3_config,
+        config_to_dict=gemma3.gemma3_config_to_dict,
+        make_layer=gemma3.Gemma3Layer,
+        make_norm=gemma3.make_gemma3_norm,
+        layer_names=gemma3.LAYER_NAMES,
     ),
-    "gpt_neox": ModelFamily(neox.read_neox_config, neox.neox_config_to_dict, neox.NeoXLayer, neox.make_neox_norm, neox.TOP_NAMES, neox.LAYER_NAMES, ("query_key_value",)),
-    "gpt2": ModelFamily(gpt2.read_gpt2_config, gpt2.gpt2_config_to_dict, gpt2.GPT2Layer, gpt2.make_gpt2_norm, gpt2.TOP_NAMES, gpt2.LAYER_NAMES, ("c_attn",), transposed=False),
+    "gpt_neox": ModelFamily(
+        neox.read_neox_config,
+        neox.neox_config_to_dict,
+        neox.NeoXLayer,
+        neox.make_neox_norm,
+        neox.TOP_NAMES,
+        neox.LAYER_NAMES,
+        ("query_key_value",),
+    ),
+    "gpt2": ModelFamily(
+        gpt2.read_gpt2_config,
+        gpt2.gpt2_config_to_dict,
+        gpt2.GPT2Layer,
+        gpt2.make_gpt2_norm,
+        gpt2.TOP_NAMES,
+        gpt2.LAYER_NAMES,
+        ("c_attn",),
+        transposed=False,
+    ),
 }
 """The supported values of `model_type`."""
 
@@ -123,7 +152,9 @@ def make_abstract_modules(config: DecoderConfig) -> AbstractModules:
 
 def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The matrices of a layer: name in the tree -> (in, out)."""
-    return {name: parts["kernel"] for name, parts in make_abstract_modules(config).layer_shapes.items() if "kernel" in parts}
+    return {
+        name: parts["kernel"] for name, parts in make_abstract_modules(config).layer_shapes.items() if "kernel" in parts
+    }
 
 
 def peft_target_name(config: DecoderConfig, projection: str) -> str:

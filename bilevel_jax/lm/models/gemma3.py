@@ -42,7 +42,9 @@ class Gemma3Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, draw: MatrixInit):
         self.config = config
         llama.add_projections(self, draw, offset=1.0)
-        self.input_norm, self.attended_norm, self.post_norm, self.gated_norm = (make_gemma3_norm(config) for _ in range(4))
+        self.input_norm, self.attended_norm, self.post_norm, self.gated_norm = (
+            make_gemma3_norm(config) for _ in range(4)
+        )
 
     def __call__(self, x: Float[Array, "tokens width"], context: LayerContext) -> tuple[Array, KeyValues]:
         """One layer on flat tokens: float[tokens, width], and its keys and values."""
@@ -72,7 +74,10 @@ def read_gemma3_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     if unknown := sorted(set(rope_parameters) - set(LAYER_TYPES)):
         raise ValueError(f"{where}: rope_parameters has {unknown}; it has {LAYER_TYPES} in a gemma3_text model.")
     global_rope = {"rope_theta": raw.get("rope_theta", 1e6), **(rope_parameters.get("full_attention") or {})}
-    local_rope = {"rope_theta": raw.get("rope_local_base_freq", 1e4), **(rope_parameters.get("sliding_attention") or {})}
+    local_rope = {
+        "rope_theta": raw.get("rope_local_base_freq", 1e4),
+        **(rope_parameters.get("sliding_attention") or {}),
+    }
     width = raw["hidden_size"]
     return DecoderConfig(
         family="gemma3_text",

@@ -62,7 +62,9 @@ class GPT2Layer(nnx.Module):
     def __call__(self, x: Float[Array, "tokens width"], context: LayerContext) -> tuple[Array, KeyValues]:
         """One layer on flat tokens: float[tokens, width], and its keys and values."""
         rows, length = context.mask.shape[:2]
-        fused = apply_projection(self, "c_attn", self.input_norm(x), context)  # all queries, then all keys, then all values
+        fused = apply_projection(
+            self, "c_attn", self.input_norm(x), context
+        )  # all queries, then all keys, then all values
         heads = rows, length, self.config.heads, self.config.head_dim
         q, k, v = (part.reshape(heads) for part in jnp.split(fused, 3, axis=-1))
         out, memory = attention(q, k, v, context)

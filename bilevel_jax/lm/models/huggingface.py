@@ -19,7 +19,13 @@ from safetensors.numpy import save_file
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
 
-IGNORED_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+IGNORED_BUFFERS = (
+    "rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
 """Ends of names that old checkpoints have and no model learns: rotary frequencies and causal masks."""
 
 

@@ -196,7 +196,9 @@ def llama_config_to_dict(config: DecoderConfig) -> dict[str, Any]:
 def _read_biases(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if raw["model_type"] == "qwen2":
         return QKV_PROJECTIONS
-    attention = (*QKV_PROJECTIONS, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
+    attention = (
+        (*QKV_PROJECTIONS, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
+    )
     return attention + (MLP_PROJECTIONS if raw["model_type"] == "llama" and raw.get("mlp_bias", False) else ())
 
 

@@ -166,13 +166,27 @@ def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.flo
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")
     adapter_config = json.loads(path.read_text(encoding="utf-8"))
-    required_values = {"peft_type": "LORA", "bias": "none"}  # fan_in_fan_out is how a base is stored, not what the factors are
-    unset_keys = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
-    unsupported = [key for key, names_by_projection in required_values.items() if adapter_config.get(key, names_by_projection) != names_by_projection] + [
-        k for k in unset_keys if adapter_config.get(k)
-    ]
+    required_values = {
+        "peft_type": "LORA",
+        "bias": "none",
+    }  # fan_in_fan_out is how a base is stored, not what the factors are
+    unset_keys = (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+        "trainable_token_indices",
+    )
+    unsupported = [
+        key
+        for key, names_by_projection in required_values.items()
+        if adapter_config.get(key, names_by_projection) != names_by_projection
+    ] + [k for k in unset_keys if adapter_config.get(k)]
     if unsupported:
-        raise ValueError(f"{path}: { {key: adapter_config[key] for key in unsupported} } is not supported; only plain LoRA is.")
+        raise ValueError(
+            f"{path}: { {key: adapter_config[key] for key in unsupported} } is not supported; only plain LoRA is."
+        )
     rank = adapter_config["r"]
     scale = adapter_config["lora_alpha"] / (math.sqrt(rank) if adapter_config.get("use_rslora") else rank)
     tensors = open_tensors(folder, "adapter_model.safetensors")

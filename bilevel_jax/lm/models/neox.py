@@ -71,8 +71,12 @@ class NeoXLayer(nnx.Module):
         """One layer on flat tokens: float[tokens, width], and its keys and values."""
         out, memory = self.apply_attention(self.input_norm(x), context)
         attended = x + out
-        inner = apply_projection(self, "dense_h_to_4h", self.post_norm(x if self.config.parallel_residual else attended), context)
-        return attended + apply_projection(self, "dense_4h_to_h", ACTIVATIONS[self.config.activation](inner), context), memory
+        inner = apply_projection(
+            self, "dense_h_to_4h", self.post_norm(x if self.config.parallel_residual else attended), context
+        )
+        return attended + apply_projection(
+            self, "dense_4h_to_h", ACTIVATIONS[self.config.activation](inner), context
+        ), memory
 
     def apply_attention(self, x: Array, context: LayerContext) -> tuple[Array, KeyValues]:
         """Attention of normed tokens."""
