@@ -49,89 +49,89 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _select(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.select import select
+        from bilevel_jax.commands.select.run import select
 
         result = select(config)
         return f"{result['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import SelectConfig
+    from bilevel_jax.runs.config.load import SelectConfig
 
     return _run_command(SelectConfig, arguments, work)
 
 
 def _compare(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.bench import compare
+        from bilevel_jax.commands.compare.run import compare
 
         return f"{compare(config)['sentence']}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import CompareConfig
+    from bilevel_jax.runs.config.load import CompareConfig
 
     return _run_command(CompareConfig, arguments, work)
 
 
 def _audit(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.audit import audit
+        from bilevel_jax.commands.audit.run import audit
 
         return f"{audit(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import AuditConfig
+    from bilevel_jax.runs.config.load import AuditConfig
 
     return _run_command(AuditConfig, arguments, work)
 
 
 def _rank(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.rank import rank
+        from bilevel_jax.commands.rank.run import rank
 
         return f"{rank(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import RankConfig
+    from bilevel_jax.runs.config.load import RankConfig
 
     return _run_command(RankConfig, arguments, work)
 
 
 def _refine(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.refine import refine
+        from bilevel_jax.commands.refine.run import refine
 
         return f"{refine(config)['sentence']}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import RefineConfig
+    from bilevel_jax.runs.config.load import RefineConfig
 
     return _run_command(RefineConfig, arguments, work)
 
 
 def _train(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.train import summarize_training, train
+        from bilevel_jax.commands.train.run import summarize_training, train
 
         return f"{summarize_training(train(config))}\nreport: {config.output.dir}/report.html"
 
-    from bilevel_jax.runs.config import TrainConfig
+    from bilevel_jax.runs.config.load import TrainConfig
 
     return _run_command(TrainConfig, arguments, work)
 
 
 def _inspect(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.inspect import inspect
+        from bilevel_jax.commands.inspect.run import inspect
 
         return inspect(config)
 
-    from bilevel_jax.runs.config import InspectConfig
+    from bilevel_jax.runs.config.load import InspectConfig
 
     return _run_command(InspectConfig, arguments, work)
 
 
 def _export(arguments: list[str]) -> int:
     def work(config):
-        from bilevel_jax.runs.export import export
+        from bilevel_jax.commands.export.run import export
 
         return export(config, run, f"bilevel-jax export {shlex.join(arguments)}")
 
-    from bilevel_jax.runs.config import ExportConfig
+    from bilevel_jax.runs.config.load import ExportConfig
 
     run = Path(arguments[0]) if arguments and Path(arguments[0]).is_dir() else None
     if run is None:
@@ -142,22 +142,23 @@ def _export(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    from bilevel_jax.runs.export import flags_for_run
+    from bilevel_jax.commands.export.run import flags_for_run
 
     return _run_command(ExportConfig, [str(run / "config.yaml"), *flags_for_run(run), *arguments[1:]], work)
 
 
 def _estimate(arguments: list[str]) -> int:
     def work():
-        from bilevel_jax.runs import config, estimate
+        from bilevel_jax.commands.estimate.run import compare_with_measured, estimate
+        from bilevel_jax.runs.config.load import load_config_to_estimate
 
         if config_paths and Path(config_paths[0]).is_dir():
-            return estimate.compare_with_measured(Path(config_paths[0]))
-        run, estimate_settings = config.load_config_to_estimate(
+            return compare_with_measured(Path(config_paths[0]))
+        run, estimate_settings = load_config_to_estimate(
             config_paths[0] if config_paths else None, arguments[len(config_paths) :]
         )
         _enable_float64(run)
-        return estimate.estimate(run, estimate_settings)
+        return estimate(run, estimate_settings)
 
     config_paths = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
     return _report_errors(work)
@@ -165,16 +166,14 @@ def _estimate(arguments: list[str]) -> int:
 
 def _run_command(config_type: type, arguments: list[str], command: Callable[[Any], str]) -> int:
     """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
-    from bilevel_jax.runs import config
+    from bilevel_jax.runs.config.load import load_config
 
     def load_and_run():
-        settings = config.load_config(
-            config_type, config_paths[0] if config_paths else None, arguments[len(config_paths) :]
-        )
+        settings = load_config(config_type, config_paths[0] if config_paths else None, arguments[len(config_paths) :])
         if "distributed" in vars(settings):
-            from bilevel_jax.runs import processes
+            from bilevel_jax.runs.infra import distributed
 
-            processes.initialize_distributed(settings.distributed)
+            distributed.initialize_distributed(settings.distributed)
         _enable_float64(settings)
         return command(settings)
 
@@ -192,7 +191,7 @@ def _enable_float64(settings: Any) -> None:
 
 def _report_errors(work: Callable[[], str]) -> int:
     """Print what the work says; trouble of the user's or the machine's is one line."""
-    from bilevel_jax.runs import session
+    from bilevel_jax.runs.infra import session
 
     try:
         print(work())

@@ -22,12 +22,12 @@ import numpy as np
 import optax
 
 from bilevel_jax import hypergradient
-from bilevel_jax.core import linsolve, penalty, weighting
-from bilevel_jax.core.arrays import full_batch_stream
+from bilevel_jax.core import penalty, solvers, weightings
 from bilevel_jax.core.curvature import hessian
+from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import init_train_state, train, train_step, trajectory_from_params
+from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
 
@@ -129,7 +129,7 @@ assert (harmful & ~right).sum() >= 12 and closed_form[~right].mean() > 0 > close
 
 # %%
 start = minimiser(ones)
-estimate = hypergradient(losses, start, training, trusted, l2=DELTA, solver=linsolve.cg(tolerance=1e-12))
+estimate = hypergradient(losses, start, training, trusted, l2=DELTA, solver=solvers.cg(tolerance=1e-12))
 
 
 def distance(one, other=closed_form):
@@ -221,7 +221,7 @@ def by_penalty(gamma):
 
 
 products, lengths, gammas = (1, 3, 5, 7, 9, 11, 12, 13), (1, 3, 10, 50, 100, 200, 300), (1e1, 1e2, 1e3, 1e4)
-error_cg = [distance(by_implicit(linsolve.cg(tolerance=0.0, max_steps=count))) for count in products]
+error_cg = [distance(by_implicit(solvers.cg(tolerance=0.0, max_steps=count))) for count in products]
 runs = [by_unrolled(steps, jnp.zeros(WIDTH)) for steps in lengths]
 error_unrolled = [distance(grad) for grad in runs]
 error_penalty = [distance(by_penalty(gamma)) for gamma in gammas]
@@ -288,7 +288,7 @@ assert abs(slope + 1) < 0.05
 
 # %%
 for window in (1, 7, 40):
-    series = by_implicit(linsolve.neumann(step_size=RATE, terms=window))
+    series = by_implicit(solvers.neumann(step_size=RATE, terms=window))
     assert distance(by_unrolled(window, start), series) < 1e-12
     print(f"{window:2d} steps = {window:2d} terms; both are {distance(series):.3f} away from the closed form")
 
@@ -374,15 +374,15 @@ starts = jnp.array([[1.2, 1.7], [1.9, 1.2]])
 mixed = penalty.penalty_single_loop(
     plain,
     optax.sgd(0.6),
-    weighting.online_softmax(1),
+    weightings.online_softmax(1),
     validation_share=optax.constant_schedule(0.5),
     weights_learning_rate=optax.constant_schedule(0.1),
 )
 state = mixed.init(starts[1])
-together = [np.array(state.inner.params)]
+together = [np.array(state.train_state.params)]
 for _ in range(120):
     state, _ = mixed.step(state, None, pair_stream.batch(0), pair_held_out.batch(0))
-    together.append(np.array(state.inner.params))
+    together.append(np.array(state.train_state.params))
 paths, sweeps = zip(*[path(begins) for begins in starts], strict=True)
 ridges = jax.vmap(ridge)(jnp.geomspace(1e-2, 1e3, 60))
 
@@ -450,7 +450,7 @@ questions, useful = (
 wrong = questions[:15] @ truth + 1.78 * jax.random.rademacher(seeds[3], (15,), float)
 many = jnp.concatenate([useful, questions[:15]]), jnp.concatenate([useful @ truth, wrong])
 many_trusted = questions, questions @ truth
-selector = weighting.softmax(30)
+selector = weightings.softmax(30)
 
 
 def many_value(params):
@@ -473,7 +473,7 @@ def hundred_steps(h):
 
 def learned(trained, steps=1000):
     """Outer descent on L_v(trained(h)) by its exact derivative, for which plain jax.grad is quick enough here."""
-    move = weighting.normalized_gradient_step(0.3, 1.0)
+    move = weightings.normalized_gradient_step(0.3, 1.0)
 
     def body(h, _):
         return move(h, jax.grad(lambda h: many_value(trained(h)))(h)), None
@@ -490,7 +490,7 @@ def together_of(method, steps=20_000):
         )[0]
     )
     state = run(method.init(jnp.zeros(DIMENSIONS)), batch, judge)
-    return state.inner.params, method.weights(state)
+    return state.train_state.params, method.weights(state)
 
 
 square = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
@@ -498,7 +498,7 @@ nesterov = optax.sgd(0.2, momentum=0.9, nesterov=True)
 single = penalty.penalty_single_loop(
     square,
     nesterov,
-    weighting.online_softmax(30),
+    weightings.online_softmax(30),
     validation_share=optax.constant_schedule(0.5),
     weights_learning_rate=lambda step: jnp.where(step < 5000, 0.0, 0.3),
 )

@@ -19,9 +19,9 @@ import optax
 
 from bilevel_jax import hypergradient
 from bilevel_jax.core import certify, tree
-from bilevel_jax.core.arrays import full_batch_stream, shuffled_stream
+from bilevel_jax.core.hypergradient import full_batch_stream, shuffled_stream
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import init_train_state, scan, train, train_step
+from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.unrolled import unrolled
 
 plt.style.use("notebooks.mplstyle")

@@ -23,19 +23,18 @@ import numpy as np
 import optax
 from scipy.optimize import nnls
 
-from bilevel_jax.core import multiobjective
-from bilevel_jax.core import penalty
-from bilevel_jax.core.arrays import full_batch_stream
+from bilevel_jax.core import multiobjective, penalty
+from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.curvature import hessian
+from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.linsolve import cg
 from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.schedule import store_all_plan
-from bilevel_jax.core.transition import init_train_state, train, train_step, trajectory_from_params
+from bilevel_jax.core.solvers import cg
+from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Stream
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.core.weighting import (
+from bilevel_jax.core.weightings import (
     effective_sample_size,
     normalized_gradient_step,
     online_sigmoid,
@@ -43,7 +42,7 @@ from bilevel_jax.core.weighting import (
     softmax,
     weighting_vjp,
 )
-from bilevel_jax.runs.statistics import auc
+from bilevel_jax.runs.stats import auc
 
 jax.config.update("jax_enable_x64", True)
 plt.style.use("notebooks.mplstyle")
@@ -86,9 +85,12 @@ class Task(NamedTuple):
     truth: np.ndarray
 
 
-def drive(method, tasks, starts, steps, keep=lambda state, info: info.outer):
+def drive(method, tasks, starts, steps, keep=lambda state, info: info.validation_loss):
     """Train on several tasks of one shape at once, on whole batches: (parameters, weights, what was kept per step)."""
-    batches = [(full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted).batch(0)) for task in tasks]
+    batches = [
+        (full_batch_stream(task.training).batch(0), full_batch_stream(task.held_out_examples).batch(0))
+        for task in tasks
+    ]
     training, trusted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
     @jax.jit
@@ -99,7 +101,7 @@ def drive(method, tasks, starts, steps, keep=lambda state, info: info.outer):
             return state, keep(state, info)
 
         state, kept = jax.lax.scan(body, method.init(start), length=steps)
-        return state.inner.params, method.weights(state), kept
+        return state.train_state.params, method.weights(state), kept
 
     return jax.tree.map(np.array, run(jnp.asarray(starts), training, trusted))
 
@@ -135,7 +137,7 @@ planar = {
     ),
 }
 walks = {
-    name: drive(method, [lines] * 3, starts, steps, keep=lambda state, info: state.inner.params)
+    name: drive(method, [lines] * 3, starts, steps, keep=lambda state, info: state.train_state.params)
     for name, (method, _) in planar.items()
 }
 for name, (params, weights, _) in walks.items():
@@ -258,14 +260,14 @@ def consistent(x, y):
 
 def useful(task):
     """Row by row: is there a model that is perfect for it and for all validation examples?"""
-    judge, answers = task.trusted
+    judge, answers = task.held_out_examples
     rows = zip(*task.training, strict=True)
     return np.array([consistent(np.vstack([judge, x]), np.append(answers, y)) for x, y in rows])
 
 
 def trusted_loss(theta, task):
     """L_v, nats."""
-    return 0.5 * np.mean((task.trusted[0] @ theta - task.trusted[1]) ** 2)
+    return 0.5 * np.mean((task.held_out_examples[0] @ theta - task.held_out_examples[1]) ** 2)
 
 
 def fresh_loss(theta, task):
@@ -329,7 +331,7 @@ start = np.zeros((len(wide), WIDTH))
 params, weights = {}, {}
 for name, method in methods.items():
     if "BMO" in name:
-        trace = lambda state, info: (info.weights[0, 15:].max(), info.outer)  # noqa: E731
+        trace = lambda state, info: (info.weights[0, 15:].max(), info.validation_loss)  # noqa: E731
         params[name], weights[name], cooled = drive(method, wide, start, STEPS, keep=trace)
     else:
         params[name], weights[name], _ = drive(method, wide, start, STEPS)
@@ -375,7 +377,10 @@ assert all(abs(effective_sample_size(w) - 15) < 1e-3 for w in weights["BMO, tau 
 def cold(task, table):
     """The smallest model that is perfect for the validation examples and for the rows of weight above .1: a cold retrain."""
     kept = table > 0.1
-    x, y = np.vstack([task.trusted[0], task.training[0][kept]]), np.append(task.trusted[1], task.training[1][kept])
+    x, y = (
+        np.vstack([task.held_out_examples[0], task.training[0][kept]]),
+        np.append(task.held_out_examples[1], task.training[1][kept]),
+    )
     assert consistent(x, y)
     return np.linalg.lstsq(x, y, rcond=None)[0]
 
@@ -633,7 +638,7 @@ def implicit_for(delta):
     def at(task):
         training, trusted, centre = (
             full_batch_stream(task.training),
-            full_batch_stream(task.trusted),
+            full_batch_stream(task.held_out_examples),
             jnp.zeros_like(task.truth),
         )
         return lambda w: estimator(trajectory_from_params(ridge(w, task, delta)), w, centre, training, trusted)
@@ -643,7 +648,7 @@ def implicit_for(delta):
 
 def unrolled_for(task, steps, optimizer):
     """(weights) -> Estimate, through `steps` steps on all rows."""
-    whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted)
+    whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.held_out_examples)
     stream, step = Stream(lambda _: whole, steps), train_step(problem, optimizer)
     estimator, start = unrolled(problem, step), init_train_state(optimizer, jnp.zeros_like(task.truth))
     keep = store_all_plan(stream.steps)
@@ -666,7 +671,7 @@ def learn(estimate, rows, steps):
 def only_useful(task):
     """The same task without its useless rows."""
     kept = tuple(part[task.right] for part in task.training)
-    return Task(kept, task.trusted, task.right[task.right], task.truth)
+    return Task(kept, task.held_out_examples, task.right[task.right], task.truth)
 
 
 estimate = implicit_for(DELTA)

@@ -28,9 +28,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 
-from bilevel_jax.runs.bench import compare
-from bilevel_jax.runs.config import CompareConfig, load_config
-from bilevel_jax.runs.methods import METHODS
+from bilevel_jax.commands.compare.methods import METHODS
+from bilevel_jax.commands.compare.run import compare
+from bilevel_jax.runs.config.load import CompareConfig, load_config
 
 plt.style.use("notebooks.mplstyle")
 work = tempfile.TemporaryDirectory()

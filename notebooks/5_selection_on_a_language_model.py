@@ -29,12 +29,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from IPython.display import SVG, display
 
-from bilevel_jax.lm import tokens
-from bilevel_jax.runs import figures, page
-from bilevel_jax.runs.config import ExportConfig, InspectConfig, SelectConfig, load_config
-from bilevel_jax.runs.export import export, flags_for_run
-from bilevel_jax.runs.inspect import inspect
-from bilevel_jax.runs.select import select
+from bilevel_jax.commands.export.run import export, flags_for_run
+from bilevel_jax.commands.inspect.run import inspect
+from bilevel_jax.commands.select.run import select
+from bilevel_jax.lm.data import tokens
+from bilevel_jax.runs.config.load import ExportConfig, InspectConfig, SelectConfig, load_config
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.html import PAGE_STYLE
 
 SHARED = Path("../../shared").resolve()
 MODEL = Path(os.environ.get("BILEVEL_MODEL", SHARED / "models/stories-260k")).resolve()
@@ -181,7 +182,7 @@ assert start["checks"]["replayed"]  # every replayed segment ended where trainin
 
 # %%
 report = Path("run/report.html").read_text(encoding="utf-8")
-COLOURS = page.PAGE_STYLE.split("@media")[0]  # the report's, for light pages
+COLOURS = PAGE_STYLE.split("@media")[0]  # the report's, for light pages
 
 
 def picture(begins):

@@ -37,16 +37,19 @@ from jax.flatten_util import ravel_pytree
 from scipy.special import betaln
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import init_train_state, train, train_step
+from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.lm import batches, cipher, data, losses, tokens
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.loglik import LogLik, LogLikRequest, make_loglik_scorer
+from bilevel_jax.lm import models
+from bilevel_jax.lm.builtin import cipher
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.examples import Example, Turn, load_examples
+from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, make_loglik_scorer
+from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.bootstrap import bootstrap_rank_correlations, percentile_interval, resample_counts
-from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
-from bilevel_jax.runs.optimizers import build_optimizer
-from bilevel_jax.runs.sections import OptimizerSection
-from bilevel_jax.runs.statistics import auc, rank_correlation
+from bilevel_jax.runs.config.schema import OptimizerSection
+from bilevel_jax.runs.stats import auc, rank_correlation
+from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.incontext import DemonstrationFormat, ica_score, make_demonstration_format
 from bilevel_jax.scores.requests import make_tokenized_examples
@@ -77,7 +80,7 @@ BOS = 2
 
 def coins(flips):
     """Rows of text that are nothing but flips."""
-    examples = [data.Example(f"{i}#0", i, (data.Turn("text", f),), "", None, "coins", i) for i, f in enumerate(flips)]
+    examples = [Example(f"{i}#0", i, (Turn("text", f),), "", None, "coins", i) for i, f in enumerate(flips)]
     sequences = [np.array([BOS, *map(int, f)], np.int32) for f in flips]
     return make_tokenized_examples(
         examples,
@@ -308,21 +311,21 @@ STEPS, BATCH, LEARNED = 16, 12, (1, 2, 4, 8, 16, 32)
 
 def one_batch(corpus, length, micro=1):
     """All rows in `micro` micro-batches."""
-    count = corpus.rows // micro
+    count = corpus.num_examples // micro
     return batches.make_evaluation_stream(corpus, batches.BatchShape(micro, count, count, length))
 
 
 def measure(model, made, k, rate):
     """Everything that this page compares: name -> one number for each training example, larger = better."""
-    architecture, params = lm.load_model(model)
-    decoder, tokenizer = lm.make_decoder(architecture), tokens.load_tokenizer(str(model))
-    examples, held = (data.load_examples([str(made / f"{name}.jsonl")]) for name in ("train", "validation"))
+    architecture, params = models.load_model(model)
+    decoder, tokenizer = models.make_decoder(architecture), tokens.load_tokenizer(str(model))
+    examples, held = (load_examples([str(made / f"{name}.jsonl")]) for name in ("train", "validation"))
     corpus, judge = (
         tokens.tokenize(part, tokenizer, max_length=architecture.max_length)[0] for part in (examples, held)
     )
     length = max(batches.padded_max_length(corpus), batches.padded_max_length(judge))
     all_rows, trusted_rows = one_batch(corpus, length), one_batch(judge, length)
-    per_example = losses.sft_losses(decoder)
+    per_example = sft.sft_losses(decoder)
     values = jax.jit(lambda params, batch: per_example(params, jax.tree.map(lambda leaf: leaf[0], batch)))
     before = values(params, all_rows.batch(0))
 

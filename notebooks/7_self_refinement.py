@@ -31,17 +31,21 @@ import numpy as np
 from IPython.display import SVG, display
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.lm import batches, cipher, losses, tokens
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import load_examples
-from bilevel_jax.lm.generate import SamplingParams, make_detokenizer, make_sampler
-from bilevel_jax.lm.prompts import make_prompts
-from bilevel_jax.runs import config, figures, page
-from bilevel_jax.runs.checkers import make_verifier
-from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
-from bilevel_jax.runs.refine import refine
-from bilevel_jax.runs.sections import VerifierSection
-from bilevel_jax.runs.statistics import auc
+from bilevel_jax.commands.refine.run import refine
+from bilevel_jax.lm import models
+from bilevel_jax.lm.builtin import cipher
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.examples import load_examples
+from bilevel_jax.lm.inference.generate import SamplingParams, make_detokenizer, make_sampler
+from bilevel_jax.lm.inference.prompts import make_prompts
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.load import RefineConfig, load_config
+from bilevel_jax.runs.config.schema import VerifierSection
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.html import PAGE_STYLE
+from bilevel_jax.runs.scoring.verifiers import make_verifier
+from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
 
 plt.style.use("notebooks.mplstyle")
 warnings.filterwarnings("ignore", message="IProgress")  # no bar is drawn here
@@ -82,8 +86,8 @@ pretrain_builtin_model(
     made, BUILTIN_TASKS["cipher"]._replace(pretraining_file="lessons", num_steps=500), progress=False
 )
 
-architecture, old = lm.load_model(made / "model")
-decoder, tokenizer = lm.make_decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
+architecture, old = models.load_model(made / "model")
+decoder, tokenizer = models.make_decoder(architecture, remat="none"), tokens.load_tokenizer(made / "model")
 trusted, report = (load_examples([str(made / f"{name}.jsonl")]) for name in ("validation", "test"))
 judge = make_verifier(VerifierSection("exact", answer_field="answer"))
 sample = make_sampler(
@@ -138,7 +142,7 @@ def blocks(corpus, size):
     }
 
 
-log_p = losses.sequence_log_likelihoods(decoder)  # (params, batch) -> log p(y|x) of each row, nats
+log_p = sft.sequence_log_likelihoods(decoder)  # (params, batch) -> log p(y|x) of each row, nats
 flat_old, unravel = ravel_pytree(old)
 rows_v, _ = tokens.tokenize(trusted, tokenizer, max_length=32)
 batch_v = jax.tree.map(lambda x: x[0], blocks(rows_v, len(trusted)))
@@ -432,7 +436,7 @@ devices: {{data: 1}}
     encoding="utf-8",
 )
 with contextlib.redirect_stderr(sys.stdout):
-    result = refine(config.load_config(config.RefineConfig, "refine.yaml", []))
+    result = refine(load_config(RefineConfig, "refine.yaml", []))
 
 # %% [markdown]
 # Not one row that somebody else wrote was trained on, and most of the model's answers were wrong. What moved it
@@ -444,9 +448,7 @@ with contextlib.redirect_stderr(sys.stdout):
 print(result["sentence"])
 REPORT = Path("refined/report.html").read_text(encoding="utf-8")
 found = re.search(r"<svg.*?</svg>", REPORT, re.DOTALL)[0]
-style = page.PAGE_STYLE.split("@media")[0] + figures.FIGURE_STYLE.replace(
-    "width: 100%; max-width: 560px; height: auto;", ""
-)
+style = PAGE_STYLE.split("@media")[0] + figures.FIGURE_STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
 head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
 display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.problem import divide_by_multiplicity, get_multiplicity
-from bilevel_jax.core.transition import init_train_state, inner_loss_and_grad
+from bilevel_jax.core.training import init_train_state, inner_loss_and_grad
 from bilevel_jax.core.types import (
     PADDING,
     Batch,
@@ -286,7 +286,7 @@ def compute_weights(
     return weights_from_gaps(gap_table, temperature)
 
 
-@partial(jax.jit, static_argnames="problem", donate_argnames="table")
+@partial(jax.jit, static_argnames="problem", donate_argnums=1)
 def _record_gaps(
     problem: Problem, gap_table: LossGaps, params: Params, reference: Params, frozen: Frozen, batch: Batch
 ) -> LossGaps:

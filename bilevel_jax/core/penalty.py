@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from bilevel_jax.core import tree
 from bilevel_jax.core.implicit import subsample_stream
 from bilevel_jax.core.problem import divide_by_multiplicity
-from bilevel_jax.core.transition import init_train_state, inner_loss_and_grad
+from bilevel_jax.core.training import init_train_state, inner_loss_and_grad
 from bilevel_jax.core.types import (
     PADDING,
     Batch,
@@ -44,7 +44,7 @@ from bilevel_jax.core.types import (
     Trajectory,
 )
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
-from bilevel_jax.core.weighting import OnlineWeights, inverse_rms, online_uniform
+from bilevel_jax.core.weightings import OnlineWeights, inverse_rms, online_uniform
 
 OPTIMISTIC_ESTIMAND = (
     "optimistic bilevel: min over weights and over theta in argmin G(., w) of L_v; theta itself is pulled by L_v, "

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool
 
-from bilevel_jax.core import schedule, tree
-from bilevel_jax.core.transition import backward_step, optimizer_vjp, store_step
+from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.training import backward_step, optimizer_vjp, store_step
 from bilevel_jax.core.types import (
     Adjoint,
     BackwardState,
@@ -150,7 +150,7 @@ def backward_pass(
         before = {kept for kept in run.snapshots if kept < end}
         if first_step(run) == 0 or not before:
             before.add(0)
-        replay_from, planned = schedule.plan_replay(before, end, run.plan)
+        replay_from, planned = checkpointing.plan_replay(before, end, run.plan)
         if planned:
             for used in [kept for kept in run.snapshots if kept >= end]:
                 del run.snapshots[used]

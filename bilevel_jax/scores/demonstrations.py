@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.lm.data import hash_normalized_text
+from bilevel_jax.lm.data.examples import hash_normalized_text
 from bilevel_jax.scores.embedding import Embedding, cosine_similarities, iterate_blocks, spherical_kmeans, tfidf
 from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import TokenizedExamples

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from bilevel_jax.core.types import Params
-from bilevel_jax.lm.data import Example, example_kind
+from bilevel_jax.lm.data.examples import Example, example_kind
 from bilevel_jax.lm.models.decoder import Decoder
 from bilevel_jax.scores.requests import TokenizedExamples
 

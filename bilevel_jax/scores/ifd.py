@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.lm.loglik import LogLikRequest
+from bilevel_jax.lm.inference.loglik import LogLikRequest
 from bilevel_jax.scores.requests import (
     ScoreFn,
     ScorePlan,

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core.certify import spearman
-from bilevel_jax.lm.encode import Tokenizer
-from bilevel_jax.lm.tokens import TokenizedSequence
+from bilevel_jax.lm.data.encode import Tokenizer
+from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.scores.demonstrations import DemonstrationSelector
 from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.losses import mean_over_targets
+from bilevel_jax.lm.losses.sft import mean_over_targets
 from bilevel_jax.lm.models.decoder import Decoder
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.lm.loglik import LogLik
+from bilevel_jax.lm.inference.loglik import LogLik
 from bilevel_jax.scores.perplexity import loss_score
 from bilevel_jax.scores.requests import TokenizedExamples
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.lm.data import Example
-from bilevel_jax.lm.loglik import LogLik, LogLikRequest
-from bilevel_jax.lm.tokens import Corpus, TokenizedSequence, corpus_from_sequences
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.tokens import Corpus, TokenizedSequence, corpus_from_sequences
+from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest
 
 
 class TokenizedExamples(NamedTuple):

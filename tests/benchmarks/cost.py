@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.core import schedule, tree
-from bilevel_jax.core.transition import train
+from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.training import train
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.runs.states import linearization_bytes
+from bilevel_jax.runs.engine.trajectory_store import linearization_bytes
 from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
 
 MB = 1e6
@@ -57,18 +57,18 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     part, adjoint = step.take(weights, first), Adjoint(state.params, tree.inexact_leaves(state.opt))
     linear = linearization_bytes(step, state, part, one.fixed, first)
     whole = steps * visit
-    root = schedule.square_root_plan(steps)
+    root = checkpointing.square_root_plan(steps)
     keeps = {
-        "every state": schedule.store_all_plan(steps),
-        "half of that": schedule.plan_within_budget(steps, snapshot, visit, whole / 2),
-        "a quarter of it": schedule.plan_within_budget(steps, snapshot, visit, whole / 4),
+        "every state": checkpointing.store_all_plan(steps),
+        "half of that": checkpointing.plan_within_budget(steps, snapshot, visit, whole / 2),
+        "a quarter of it": checkpointing.plan_within_budget(steps, snapshot, visit, whole / 4),
         "sqrt(steps) snapshots": root,
         "the same, linearised": root._replace(linearize=True),
-        "half of those": schedule.plan_within_budget(
+        "half of those": checkpointing.plan_within_budget(
             steps, snapshot, visit, (root.snapshots * snapshot + root.stored_steps * visit) / 2
         ),
     }
-    variants = {"plain training": lambda: trained(keep=schedule.NO_CHECKPOINTS).end.params}
+    variants = {"plain training": lambda: trained(keep=checkpointing.NO_CHECKPOINTS).end.params}
     variants |= {name: partial(estimated, keep=keep) for name, keep in keeps.items()}
     seconds = {name: [] for name in variants}
     for turn in range(rounds + 1):  # the first compiles
@@ -99,7 +99,7 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     for name, keep in keeps.items():
         megabytes = (keep.snapshots * snapshot + keep.stored_steps * (visit + keep.linearize * linear)) / MB
         count, median = (
-            4 - keep.linearize + schedule.count_replayed_steps(steps, keep) / steps,
+            4 - keep.linearize + checkpointing.count_replayed_steps(steps, keep) / steps,
             np.median(seconds[name]),
         )
         print(f"| {name} | {keep.snapshots} | {keep.stored_steps} | {megabytes:.0f} | {count:.2f} ", end="")

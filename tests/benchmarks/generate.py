@@ -23,9 +23,8 @@ import torch
 import transformers
 
 from bilevel_jax.core.types import Params
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.generate import Prompt, Sampler, SamplingParams, make_detokenizer, make_sampler
-from bilevel_jax.lm.tokens import load_tokenizer
+from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.inference.generate import Prompt, Sampler, SamplingParams, make_detokenizer, make_sampler
 from tests.runs.problems_lm import stories
 
 WAYS = {"greedy": 0.0, "sampled": 1.0}
@@ -41,7 +40,7 @@ def measure(
     print(f"| model | batch | | {' | '.join(heads)} | sampler, tokens/s | ratio | same tokens |")
     print("|---|---|---|" + "---|" * (len(threads) + 3))
     for name in models:
-        config, params = lm.load_model(shared / "models" / name)
+        config, params = models.load_model(shared / "models" / name)
         tokenizer = load_tokenizer(shared / "models" / name)
         reference = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name).eval()
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stories(shared, 1000)]
@@ -50,7 +49,7 @@ def measure(
             for how, temperature in WAYS.items():
                 sampling = SamplingParams(temperature, max_new_tokens=new)
                 ours = make_sampler(
-                    lm.make_decoder(config), sampling, make_detokenizer(tokenizer), end_tokens=(), max_batch_tokens=batch * (prompt + new),
+                    models.make_decoder(config), sampling, make_detokenizer(tokenizer), end_tokens=(), max_batch_tokens=batch * (prompt + new),
                     bucket_lengths=(prompt,),
                 )  # fmt: skip
                 asked = [Prompt(str(row), tuple(ids[row])) for row in range(batch)]

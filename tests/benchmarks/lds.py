@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.core import certify, curvature, linsolve
+from bilevel_jax.core import certify, curvature, solvers
+from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.schedule import store_all_plan
-from bilevel_jax.core.transition import scan, train, train_step
+from bilevel_jax.core.training import scan, train, train_step
 from bilevel_jax.core.unrolled import unrolled, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from tests.runs.problems_lm import adamw, reviews, setting, stacked, stories, summed, tokenized
@@ -68,10 +68,10 @@ def measure(
     stationary = run._replace(end=run.end._replace(params=params))
     estimates = {
         "unrolled": exact,
-        "implicit Gauss-Newton": implicit(with_prior.problem, product, linsolve.cg(tolerance=1e-3))(
+        "implicit Gauss-Newton": implicit(with_prior.problem, product, solvers.cg(tolerance=1e-3))(
             stationary, weights, with_prior.fixed, once, fit
         ),
-        "alignment": implicit(plain.problem, product, linsolve.identity())(run, weights, plain.fixed, once, fit),
+        "alignment": implicit(plain.problem, product, solvers.identity())(run, weights, plain.fixed, once, fit),
     }
     ratios = certify.check_finite_differences(lambda w: float(values(w)[0]), weights, exact.grad, (0.1,))
     smooth = certify.metasmoothness(lambda w: swept(w)[1].grad, jax.random.key(1), weights, exact.grad)

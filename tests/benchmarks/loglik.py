@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.loglik import LogLikRequest, make_loglik_scorer
-from bilevel_jax.lm.tokens import load_tokenizer
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.inference.loglik import LogLikRequest, make_loglik_scorer
 from tests.runs.problems_lm import stories
 
 KINDS = {"fixed": (1, 1), "clustered:8": (8, 1), "knn": (0, 1), "prompts": (0, 8), "pairs": (0, 2)}
@@ -34,8 +34,8 @@ def measure(shared: Path, *, models: list[str], rows: int, rounds: int, tokens: 
     print("| model | k | demonstrations | tokens each | requests/s unshared | shared | ratio | apart, nats/token |")
     print("|---|---|---|---|---|---|---|---|")
     for name in models:
-        config, params = lm.load_model(shared / "models" / name)
-        decoder = lm.make_decoder(config)
+        config, params = models.load_model(shared / "models" / name)
+        decoder = models.make_decoder(config)
         engines = {
             share: make_loglik_scorer(decoder, share_prefixes=share, max_batch_tokens=tokens) for share in (False, True)
         }
@@ -66,7 +66,7 @@ def _text(shared: Path, name: str) -> np.ndarray:
     return np.concatenate([np.asarray(text) for text in texts])
 
 
-def _requests(ids: np.ndarray, config: lm.DecoderConfig, k: int, kind: str, rows: int) -> list[LogLikRequest]:
+def _requests(ids: np.ndarray, config: models.DecoderConfig, k: int, kind: str, rows: int) -> list[LogLikRequest]:
     sets, answers = KINDS[kind]
     rng = np.random.default_rng(0)
     longest = (config.max_length - 1) // (k + 1)

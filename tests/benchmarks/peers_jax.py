@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax.core import linsolve, schedule
+from bilevel_jax.core import checkpointing, solvers
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import forward_only_step, init_train_state, train, train_step, trajectory_from_params
+from bilevel_jax.core.training import forward_only_step, init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Problem, Stream
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.lm import losses
-from bilevel_jax.lm import models as lm
+from bilevel_jax.lm import models
+from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.models.config import rope_frequencies
 from tests.benchmarks.peers_problems import Adam, Regression, Training
 
@@ -25,10 +25,12 @@ Rows = dict[str, Any]
 
 
 KEEPS = {
-    "everything": schedule.store_all_plan,
-    "square root": schedule.square_root_plan,
-    "square root, linear": lambda steps: schedule.square_root_plan(steps)._replace(linearize=True),
-    "half": lambda steps: schedule.plan_within_budget(steps, 1, 1, schedule.square_root_plan(steps).stored_steps),
+    "everything": checkpointing.store_all_plan,
+    "square root": checkpointing.square_root_plan,
+    "square root, linear": lambda steps: checkpointing.square_root_plan(steps)._replace(linearize=True),
+    "half": lambda steps: checkpointing.plan_within_budget(
+        steps, 1, 1, checkpointing.square_root_plan(steps).stored_steps
+    ),
 }
 MICRO = 4
 """Sequences of a micro-batch of this package's steps: whole batches of 16 are no faster, and take more memory."""
@@ -144,7 +146,7 @@ def solved(problem: Regression) -> Callable[[], np.ndarray]:
         lambda theta, fixed, batch: _cross_entropy(batch["x"] @ theta, batch["y"]),
         prior=proximal(problem.delta, lambda fixed: fixed),
     )
-    estimate = implicit(core, hessian(core), linsolve.cg(tolerance=problem.tolerance, max_steps=1000))
+    estimate = implicit(core, hessian(core), solvers.cg(tolerance=problem.tolerance, max_steps=1000))
     theta, weights = _array(problem.solution), _array(problem.weights)
     train_stream, validation = Stream(lambda step: batch, 1), Stream(lambda step: held_out, 1)
     centre = jnp.zeros_like(theta)
@@ -173,7 +175,7 @@ def _plain(problem: Training, dtype: Any) -> Plain:
     if isinstance(problem.start, list):
         params, per_row = problem.start, _mlp_losses
     else:
-        config, stacked = lm.load_model(problem.start, dtype=dtype)
+        config, stacked = models.load_model(problem.start, dtype=dtype)
         layers = [jax.tree.map(lambda leaf, at=at: leaf[at], stacked["layers"]) for at in range(config.layers)]
         params, per_row = {**stacked, "layers": layers}, partial(_llama_losses, config)
     cast = partial(_array, dtype=dtype)
@@ -194,8 +196,8 @@ def _ours(problem: Training) -> tuple[Problem, optax.GradientTransformation, Any
         core = weighted(lambda params, fixed, batch: _mlp_losses(params, batch))
         made = dict
     else:
-        config, params = lm.load_model(problem.start)
-        per_row = losses.sft_losses(lm.make_decoder(config))
+        config, params = models.load_model(problem.start)
+        per_row = sft.sft_losses(models.make_decoder(config))
         core = weighted(lambda params, fixed, batch: per_row(params, batch))
         made = _sequences
 
@@ -235,7 +237,7 @@ def _mlp_losses(params: Any, rows: Rows) -> jax.Array:
     return _cross_entropy(x @ kernel + bias, rows["y"])
 
 
-def _llama_losses(config: lm.DecoderConfig, params: Any, rows: Rows) -> jax.Array:
+def _llama_losses(config: models.DecoderConfig, params: Any, rows: Rows) -> jax.Array:
     """A Llama as one would write it for this benchmark: tokens flat, layers a Python loop, nothing recomputed."""
     tokens, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]
     (count, length), heads, dim = tokens.shape, config.heads, config.head_dim

@@ -75,12 +75,12 @@ def transformer(folder: Path, *, steps: int = 16, batch: int = 16, rows: int = 2
     """A Llama of 1.89 million parameters that learns a random Markov chain; its start is drawn into `folder`."""
     import jax  # here, so that reading this module starts no framework
 
-    from bilevel_jax.lm import models as lm
+    from bilevel_jax.lm import models
 
-    config = lm.DecoderConfig(
+    config = models.DecoderConfig(
         vocab_size=512, width=192, mlp_width=480, layers=4, heads=6, kv_heads=6, head_dim=32, max_length=length
     )
-    lm.save_model(folder, config, lm.init_params(config, jax.random.key(0)))
+    models.save_model(folder, config, models.init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(1)
     successors = rng.integers(config.vocab_size, size=(config.vocab_size, 4))
 

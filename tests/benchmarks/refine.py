@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_jax.lm import sums
-from bilevel_jax.runs.config import RefineConfig, SelectConfig, load_config
-from bilevel_jax.runs.embedded import resolve_builtin
-from bilevel_jax.runs.refine import refine
+from bilevel_jax.commands.refine.run import refine
+from bilevel_jax.lm.builtin import sums
+from bilevel_jax.runs.config.load import RefineConfig, SelectConfig, load_config
+from bilevel_jax.runs.tasks.builtin import resolve_builtin
 
 TRUSTED = {"validation": 64, "dev": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))

@@ -23,10 +23,10 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 
-from bilevel_jax.runs.config import SelectConfig, TrainConfig, load_config
-from bilevel_jax.runs.select import select
-from bilevel_jax.runs.statistics import auc, mean_interval
-from bilevel_jax.runs.train import train
+from bilevel_jax.commands.select.run import select
+from bilevel_jax.commands.train.run import train
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config
+from bilevel_jax.runs.stats import auc, mean_interval
 from tests.runs.problems_lm import MODEL, with_headroom
 
 SCORED = (("ica", 1), ("ica", 5), ("alignment", 1), ("alignment", 5), ("perplexity", 1), ("random", 1))

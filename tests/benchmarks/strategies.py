@@ -17,8 +17,8 @@ import json
 import random
 from pathlib import Path
 
-from bilevel_jax.lm.sums import add_without_carries
-from bilevel_jax.runs.embedded import BUILTIN_TASKS, pretrain_builtin_model
+from bilevel_jax.lm.builtin.sums import add_without_carries
+from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
 
 
 def main(out: Path) -> None:

@@ -23,12 +23,13 @@ import numpy as np
 import optax
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import forward_only_step, init_train_state
-from bilevel_jax.lm import batches, losses, tokens
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.runs.optimizers import build_optimizer
-from bilevel_jax.runs.sections import OptimizerSection
+from bilevel_jax.core.training import forward_only_step, init_train_state
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.examples import Example, Turn
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.schema import OptimizerSection
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from tests.runs.problems_lm import stories
 
 
@@ -43,9 +44,9 @@ def measure(shared: Path, *, model: str, steps: int, batch: int, length: int, ro
     stream = batches.make_train_stream(
         corpus, order, steps, batches.BatchShape(1, batch, batch, batches.padded_max_length(corpus))
     )
-    config, params = lm.load_model(folder)
+    config, params = models.load_model(folder)
     adamw = build_optimizer(OptimizerSection(learning_rate=1e-4, warmup_steps=2), steps)
-    per_example = losses.sft_losses(lm.make_decoder(config, remat="none"))
+    per_example = sft.sft_losses(models.make_decoder(config, remat="none"))
 
     loops = {
         "weighted `train`": _weighted(per_example, adamw, params, stream, corpus.num_examples),

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.core import arrays
+from bilevel_jax.core import hypergradient
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import init_train_state, scan, train, train_step, trajectory_from_params
+from bilevel_jax.core.training import init_train_state, scan, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import PADDING, Problem, Stream, Trajectory
 
 ROWS, WIDTH, HIDDEN, RANK, MICRO, SLOTS = 43, 6, 8, 2, 2, 5
@@ -52,7 +52,7 @@ class Closed(NamedTuple):
         return trajectory_from_params(self.params)
 
     def streams(self) -> tuple[Stream, Stream]:
-        return arrays.full_batch_stream(self.data), arrays.full_batch_stream(self.held_out)
+        return hypergradient.full_batch_stream(self.data), hypergradient.full_batch_stream(self.held_out)
 
 
 def ridge() -> Closed:

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.core import arrays, linsolve
+from bilevel_jax.core import hypergradient, solvers
 from bilevel_jax.core.curvature import gauss_newton, hessian
 from bilevel_jax.core.implicit import implicit, subsample_stream
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.transition import trajectory_from_params
+from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import CompositeLoss, Stream
 from tests.core.problems import logistic, normal, relative, ridge
 
 CLOSED = (ridge, logistic)
 SOLVERS = {
-    "cg": linsolve.cg(tolerance=1e-12),
-    "dense": linsolve.dense(),
-    "neumann": linsolve.neumann(step_size=0.3, terms=2000),
+    "cg": solvers.cg(tolerance=1e-12),
+    "dense": solvers.dense(),
+    "neumann": solvers.neumann(step_size=0.3, terms=2000),
 }
 
 
@@ -36,9 +36,9 @@ def test_equals_closed_form(make, solver):
 
 def test_friendly_face_is_three_lines():
     closed = ridge()
-    estimate = arrays.hypergradient(
+    estimate = hypergradient.hypergradient(
         closed.losses, closed.params, closed.data, closed.held_out, weights=closed.weights, l2=closed.delta,
-        solver=linsolve.cg(tolerance=1e-12),
+        solver=solvers.cg(tolerance=1e-12),
     )  # fmt: skip
     assert relative(estimate.grad, closed.gradient()) < 1e-9
 
@@ -67,10 +67,10 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
 
     problem = weighted(lambda p, fixed, b: link(outputs(p, fixed, b), fixed, b))
     params = {"in": normal(21, 4, 5), "out": normal(22, 5)}
-    stream = arrays.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
+    stream = hypergradient.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
     curvatures = {}
     for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, CompositeLoss(outputs, link)))):
-        estimate = implicit(problem, product, linsolve.dense())(
+        estimate = implicit(problem, product, solvers.dense())(
             trajectory_from_params(params), jnp.ones(30), None, stream, stream
         )
         curvatures[name] = estimate.checks.curvature
@@ -87,7 +87,7 @@ def test_law_of_the_simplex_and_its_gap():
     for params, stationary in ((best, True), (best + 0.1, False)):
         at = closed._replace(params=params)
         problem = at.problem()
-        estimate = implicit(problem, hessian(problem), linsolve.dense())(at.run(), w, params, *at.streams())
+        estimate = implicit(problem, hessian(problem), solvers.dense())(at.run(), w, params, *at.streams())
         assert abs(float(w @ estimate.grad) + estimate.checks.gap) < 1e-12
         assert (abs(estimate.checks.gap) < 1e-12) == stationary
 
@@ -96,7 +96,7 @@ def test_entries_are_linear_in_the_outer_loss():
     closed = ridge()
     double = closed._replace(held_out=(jnp.sqrt(2.0) * closed.held_out[0], jnp.sqrt(2.0) * closed.held_out[1]))
     one, two = (
-        implicit(closed.problem(), hessian(closed.problem()), linsolve.dense())(
+        implicit(closed.problem(), hessian(closed.problem()), solvers.dense())(
             c.run(), c.weights, c.params, *c.streams()
         ).grad
         for c in (closed, double)
@@ -119,17 +119,17 @@ def test_sampled_batches_double_until_they_agree():
     )
     half = subsample_stream(train, 5)
     assert float(half.batch(0)["num_examples"][0]) == 25.0  # so that 5 of 10 batches still sum to a mean
-    estimator = implicit(problem, hessian(problem), linsolve.dense(), batches=2, min_cosine=1.1)  # never satisfied
+    estimator = implicit(problem, hessian(problem), solvers.dense(), batches=2, min_cosine=1.1)  # never satisfied
     estimate = estimator(closed.run(), closed.weights, closed.params, train, held_out)
     assert estimate.checks.batches == 10
     assert relative(estimate.grad, closed.gradient()) < 1e-9
-    early = implicit(problem, hessian(problem), linsolve.dense(), batches=2, min_cosine=-1.0)
+    early = implicit(problem, hessian(problem), solvers.dense(), batches=2, min_cosine=-1.0)
     assert early(closed.run(), closed.weights, closed.params, train, held_out).checks.batches == 4
 
 
 def test_cg_stops_at_negative_curvature_and_says_so():
     matrix = jnp.diag(jnp.array([3.0, 1.0, -2.0]))
-    solve = linsolve.cg(tolerance=1e-12)(lambda v: matrix @ v, jnp.ones(3), None)
+    solve = solvers.cg(tolerance=1e-12)(lambda v: matrix @ v, jnp.ones(3), None)
     assert solve.min_curvature <= 0 and solve.residual > 0.1
     assert jnp.isfinite(solve.x).all()
 
@@ -139,7 +139,7 @@ def test_cg_does_not_lose_to_scipy():
 
     a = normal(30, 40, 40)
     matrix, b = a @ a.T / 40 + 0.05 * jnp.eye(40), normal(31, 40)
-    ours = linsolve.cg(tolerance=1e-10)(lambda v: matrix @ v, b, None)
+    ours = solvers.cg(tolerance=1e-10)(lambda v: matrix @ v, b, None)
     count = []
     theirs, _ = cg(np.asarray(matrix), np.asarray(b), rtol=1e-10, callback=count.append)
     assert relative(ours.x, theirs) < 1e-8
@@ -148,4 +148,4 @@ def test_cg_does_not_lose_to_scipy():
 
 def test_dense_refuses_many_parameters():
     with pytest.raises(ValueError, match="5 parameters are too many for the dense solver.*use cg"):
-        linsolve.dense(max_params=4)(lambda v: v, jnp.ones(5), None)
+        solvers.dense(max_params=4)(lambda v: v, jnp.ones(5), None)

@@ -8,14 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import arrays
-from bilevel_jax.core import multiobjective
+from bilevel_jax.core import hypergradient, multiobjective
 from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule, smooth_merit, weights_from_gaps
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import inner_loss_and_grad
+from bilevel_jax.core.training import inner_loss_and_grad
 from bilevel_jax.core.types import PADDING
 from tests.core.problems import ROWS, lora, normal, relative
-from tests.core.test_transition import equations
+from tests.core.test_training import equations
 
 ONE, NOTHING, STILL = optax.constant_schedule(1.0), optax.constant_schedule(0.0), optax.sgd(0.0)
 HALF, TAU = optax.constant_schedule(0.5), optax.constant_schedule(0.3)
@@ -48,7 +47,7 @@ class Convex:
     def __init__(self):
         prior = proximal(0.2, lambda fixed: fixed)
         self.problem = weighted(lambda p, fixed, b: self.losses(p, b["data"]), prior=prior)
-        self.batch = arrays.full_batch_stream(self.data).batch(0)
+        self.batch = hypergradient.full_batch_stream(self.data).batch(0)
 
     def losses(self, params, data=None):
         centre, slope = self.data if data is None else data
@@ -73,7 +72,7 @@ class Convex:
     def value(self, theta, tau):
         return -self.inner(self.maximiser(theta, tau), theta, tau)
 
-    def one(self, theta, tau, form, phi=None):
+    def one(self, theta, tau, form, reference=None):
         """(gradient, info) of one step at theta with L_v left out."""
         made = bmo(
             self.problem,
@@ -86,7 +85,7 @@ class Convex:
         state = made.init(theta)
         state = state if phi is None else multiobjective.replace_reference(state, phi)
         after, info = made.step(state, self.fixed, self.batch, self.batch)
-        return theta - after.inner.params, info
+        return theta - after.train_state.params, info
 
 
 @pytest.mark.parametrize("tau", [1.0, pytest.param(0.3, marks=pytest.mark.slow), 0.1])
@@ -133,7 +132,7 @@ def test_the_copy_finds_the_maximiser():
     state = made.init(theta)
     for _ in range(100):
         state, info = made.step(state, toy.fixed, toy.batch, toy.batch)
-    assert relative(state.phi, toy.maximiser(theta, 0.3)) < 1e-9
+    assert relative(state.reference, toy.maximiser(theta, 0.3)) < 1e-9
     assert abs(info.merit - toy.value(theta, 0.3)) < 1e-9
 
 
@@ -145,7 +144,7 @@ def test_two_objectives_end_on_the_front_where_validation_is_least():
     """
     centres, aim, steps, inner = jnp.array([[-1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.4, 0.1]]), 40_000, 20
     problem = weighted(lambda p, fixed, b: 0.5 * jnp.sum((p[None] - b["data"]) ** 2, -1))
-    train, held_out = (arrays.full_batch_stream(data).batch(0) for data in (centres, aim))
+    train, held_out = (hypergradient.full_batch_stream(data).batch(0) for data in (centres, aim))
     tau, share = geometric_schedule(1.0, 1e-5, steps // 2), geometric_schedule(0.5, 3e-3, steps // 2)
     rate = geometric_schedule(0.2, 0.2e-5, inner * steps // 2)  # phi's problem has curvature 1 / tau along the front
     copy = TrainedReference(optax.sgd(rate, momentum=0.9, nesterov=True), inner, 1.0)
@@ -157,7 +156,7 @@ def test_two_objectives_end_on_the_front_where_validation_is_least():
 
     for start in ([0.5, 2.0], [-3.0, -1.0]):
         state, info = run(made.init(jnp.array(start)))
-        along, beside = state.inner.params
+        along, beside = state.train_state.params
         assert abs(beside) < 1e-3
         assert abs(along - 0.4) < 2e-3
         assert relative(info.weights[-1].ravel(), jnp.array([0.6, 1.4])) < 3e-3  # barycentric coordinates
@@ -171,7 +170,7 @@ def useless(seed: int, gap: float = 2.0):
     wrong = xv[:15] @ truth + gap * rng.choice([-1.0, 1.0], 15)
     problem = weighted(lambda p, fixed, b: 0.5 * (b["data"][0] @ p - b["data"][1]) ** 2)
     training = np.concatenate([x, xv[:15]]), np.concatenate([x @ truth, wrong])
-    return problem, arrays.full_batch_stream(training), arrays.full_batch_stream((xv, xv @ truth))
+    return problem, hypergradient.full_batch_stream(training), hypergradient.full_batch_stream((xv, xv @ truth))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -193,8 +192,8 @@ def test_useless_rows_lose_their_weight(seed):
         return jax.lax.scan(lambda state, _: made.step(state, (), *batches), state, length=15_000)[0]
 
     state = run(made.init(jnp.zeros(40)))
-    w = multiobjective.compute_weights(problem, state.inner.params, (), (), train, 30, 0.3)
-    value = problem.outer(state.inner.params, (), jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
+    w = multiobjective.compute_weights(problem, state.train_state.params, (), (), train, 30, 0.3)
+    value = problem.outer(state.train_state.params, (), jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
     assert value < 2e-5
     assert w[15:].max() < 5e-3 and abs(w.mean() - 1) < 1e-12
     assert relative(made.weights(state), w) < 1e-6
@@ -203,7 +202,7 @@ def test_useless_rows_lose_their_weight(seed):
 def started(form, toy=None, **options):
     """The LoRA toy after three steps of a form, on copies of the batches."""
     toy = toy or lora()
-    options = {"share": HALF, "tau": TAU, **options}
+    options = {"validation_share": HALF, "temperature": TAU, **options}
     made = bmo(toy.problem, optax.adam(1e-2), ROWS, reference=FORMS[form], **options)
     state = made.init(toy.params)
     for step in range(3):
@@ -262,9 +261,9 @@ def test_weights_do_not_depend_on_the_batch(form):
 
 def test_a_level_that_lags_far_behind_bounds_the_weights():
     toy, made, state = started("none")
-    _, info = stepped(toy, made, state._replace(level=state.level - 1e4), toy.train.batch(3))
+    _, info = stepped(toy, made, state._replace(log_normalizer=state.log_normalizer - 1e4), toy.train.batch(3))
     assert (info.weights == 40).all()  # 30 rows before this batch, and its 10
-    assert jnp.isfinite(info.norm)
+    assert jnp.isfinite(info.grad_norm)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -278,16 +277,16 @@ def test_an_epoch_at_fixed_theta_measures_the_normaliser_of_all_rows(form):
         state = multiobjective.replace_reference(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
     seen = made.weights(state)
     assert (seen == 1).all()
-    other = jax.tree.map(jnp.array, state.phi)
+    other = jax.tree.map(jnp.array, state.reference)
     for step in range(5):
         state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(0))
-    assert state.measured == ROWS
+    assert state.num_measured == ROWS
     exact = multiobjective.compute_weights(
         toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=5), ROWS, 0.3
     )
     assert relative(made.weights(state), exact) < 1e-12
     assert abs(exact.mean() - 1) < 1e-12
-    assert abs(jnp.mean(jnp.exp((state.table - state.level) / 0.3)) - 1) < 1e-12
+    assert abs(jnp.mean(jnp.exp((state.last_gaps - state.log_normalizer) / 0.3)) - 1) < 1e-12
     half = multiobjective.compute_weights(
         toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=2), ROWS, 0.3
     )
@@ -299,11 +298,11 @@ def test_schedules_and_rules():
     np.testing.assert_allclose([tau(0), tau(5), tau(10), tau(99)], [1, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
     made = partial(bmo, lora().problem, STILL, ROWS, validation_share=HALF)
     with pytest.raises(ValueError, match="phi='snap'; use 'none', 'snapshot' or Copy"):
-        made(tau=TAU, phi="snap")
+        made(temperature=TAU, reference="snap")
     with pytest.raises(ValueError, match="1 steps and strength 0.0 of phi; give at least 1, and above 0"):
-        made(tau=TAU, phi=TrainedReference(STILL, 1, 0.0))
+        made(temperature=TAU, reference=TrainedReference(STILL, 1, 0.0))
     with pytest.raises(ValueError, match="tau starts at 0.0, memory 512.0; give a positive tau"):
-        made(tau=NOTHING)
+        made(temperature=NOTHING)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,38 +6,40 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import arrays, linsolve, penalty, weighting
+from bilevel_jax.core import hypergradient, penalty, solvers, weightings
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.types import PADDING, Stream
 from tests.core.problems import ROWS, logistic, lora, normal, relative, ridge
-from tests.core.test_transition import equations
+from tests.core.test_training import equations
 
 CONSTANT = optax.constant_schedule
 SOURCE = jnp.arange(ROWS) % 3
 SELECTORS = {
-    "softmax": weighting.online_softmax(ROWS),
-    "sigmoid": weighting.online_sigmoid(ROWS),
-    "per_source": weighting.online_per_source(SOURCE, 3),
+    "softmax": weightings.online_softmax(ROWS),
+    "sigmoid": weightings.online_sigmoid(ROWS),
+    "per_source": weightings.online_per_source(SOURCE, 3),
 }
 WEIGHTINGS = {
-    "softmax": weighting.softmax(ROWS),
-    "sigmoid": weighting.sigmoid(ROWS),
-    "per_source": weighting.per_source(SOURCE, 3),
+    "softmax": weightings.softmax(ROWS),
+    "sigmoid": weightings.sigmoid(ROWS),
+    "per_source": weightings.per_source(SOURCE, 3),
 }
 
 
-def made(toy, selector="softmax", second="copy", *, optimizer=None, **options):
+def made(toy, selector="softmax", second_model="copy", *, optimizer=None, **options):
     optimizer = optimizer or optax.adamw(1e-2)
-    options = {"share": CONSTANT(0.4), "rate": CONSTANT(0.5)} | options
-    return penalty.penalty_single_loop(toy.problem, optimizer, SELECTORS[selector], second_model=second, **options)
+    options = {"validation_share": CONSTANT(0.4), "weights_learning_rate": CONSTANT(0.5)} | options
+    return penalty.penalty_single_loop(
+        toy.problem, optimizer, SELECTORS[selector], second_model=second_model, **options
+    )
 
 
 def drive(method, toy, steps, state=None):
     """A Python loop, as the driver of long runs does it; donated states are never read again."""
     state = method.init(toy.params) if state is None else state
-    for step in range(int(state.inner.step), steps):
+    for step in range(int(state.train_state.step), steps):
         state, _ = method.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(0))
     return state
 
@@ -51,7 +53,7 @@ def test_the_error_falls_as_one_over_gamma(make):
     problem, streams = closed.problem(), closed.streams()
     optimizer = optax.sgd(0.3, momentum=0.8, nesterov=True)
     gammas, errors, apart = (10.0, 100.0, 1000.0, 10000.0), [], []
-    exact = implicit(problem, hessian(problem), linsolve.dense())(closed.run(), closed.weights, closed.params, *streams)
+    exact = implicit(problem, hessian(problem), solvers.dense())(closed.run(), closed.weights, closed.params, *streams)
     for gamma in gammas:
         estimator = penalty.penalty(problem, optimizer, gamma=gamma, steps=160)
         estimate = estimator(closed.run(), closed.weights, closed.params, *streams)
@@ -88,8 +90,8 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
         toy,
         "per_source",
         optimizer=optax.sgd(eta),
-        share=penalty.share_from_gamma(CONSTANT(gamma)),
-        rate=CONSTANT(rate * gamma),
+        validation_share=penalty.share_from_gamma(CONSTANT(gamma)),
+        weights_learning_rate=CONSTANT(rate * gamma),
     )
     theta, u = (
         jax.tree.map(lambda leaf, seed=seed: leaf + 0.3 * normal(seed, *leaf.shape), toy.params) for seed in (1, 2)
@@ -109,16 +111,16 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
     share = 1 / (1 + gamma)
     state = method.init(toy.params)
     state = state._replace(
-        inner=state.inner._replace(params=theta),
-        copy=state.copy._replace(params=u),
-        outer=state.outer._replace(logits=h),
+        inner=state.train_state._replace(params=theta),
+        copy=state.second_model._replace(params=u),
+        outer=state.weights_state._replace(logits=h),
     )
     theta, u, h = jax.tree.map(np.array, (theta, u, h))  # the step donates its state
     after, info = method.step(state, toy.fixed, batch, held_out)
-    assert relative(jax.tree.map(lambda p, g: p - eta * share * g, theta, down), after.inner.params) < 1e-12
-    assert relative(jax.tree.map(lambda p, g: p + eta / gamma * g, u, up), after.copy.params) < 1e-12
-    assert relative(h - rate * outer, after.outer.logits) < 1e-12
-    assert float(info.share) == share
+    assert relative(jax.tree.map(lambda p, g: p - eta * share * g, theta, down), after.train_state.params) < 1e-12
+    assert relative(jax.tree.map(lambda p, g: p + eta / gamma * g, u, up), after.second_model.params) < 1e-12
+    assert relative(h - rate * outer, after.weights_state.logits) < 1e-12
+    assert float(info.validation_share) == share
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -131,7 +133,7 @@ def test_a_selector_steps_as_its_weighting_is_pulled_back(name):
     assert relative(selector.weights(state), WEIGHTINGS[name].weights(h)) < 1e-13
     assert relative(selector.batch_weights(state, batch)[0], WEIGHTINGS[name].weights(h)) < 1e-13
     scale = ROWS if name == "per_source" else 1  # a mean over the rows of the batch, as many rows share one logit
-    expected = weighting.weighting_vjp(WEIGHTINGS[name], h, entries[0] / scale)
+    expected = weightings.weighting_vjp(WEIGHTINGS[name], h, entries[0] / scale)
     assert relative(selector.batch_grad(state, batch, entries).reshape(-1), expected) < 1e-12
 
 
@@ -139,8 +141,8 @@ def test_a_selector_steps_as_its_weighting_is_pulled_back(name):
 @pytest.mark.parametrize("name", ("softmax", "sigmoid"))
 def test_absent_rows_do_not_move(name, normalised):
     toy = lora()
-    method = made(toy, name, normalised=normalised)
-    logits = lambda state: np.array(getattr(state.outer, "logits", state.outer))  # noqa: E731
+    method = made(toy, name, normalize_step=normalised)
+    logits = lambda state: np.array(getattr(state.weights_state, "logits", state.weights_state))  # noqa: E731
     state = drive(method, toy, 2)
     for step in (2, 3, 4):  # the last step of the epoch is padded
         before, index = logits(state), np.array(toy.train.batch(step)["index"])
@@ -153,7 +155,7 @@ def test_absent_rows_do_not_move(name, normalised):
 def test_normalised_steps_have_one_size_and_a_cap():
     toy = lora()
     for cap, size in ((float("inf"), 0.5), (0.2, None)):
-        after = drive(made(toy, "sigmoid", "none", normalised=True, cap=cap), toy, 1).outer
+        after = drive(made(toy, "sigmoid", "none", normalize_step=True, max_step=cap), toy, 1).outer
         moved = after[np.unique(toy.train.batch(0)["index"])]
         assert jnp.abs(moved).max() <= cap + 1e-15
         assert size is None or abs(jnp.sqrt(jnp.mean(moved**2)) - size) < 1e-12
@@ -162,14 +164,16 @@ def test_normalised_steps_have_one_size_and_a_cap():
 def test_without_a_copy_the_entries_are_the_losses():
     toy = lora()
     batch = toy.train.batch(4)  # padded
-    info = made(toy, second="none").step(
-        made(toy, second="none").init(toy.params), toy.fixed, batch, toy.validation.batch(0)
+    info = made(toy, second_model="none").step(
+        made(toy, second_model="none").init(toy.params), toy.fixed, batch, toy.validation.batch(0)
     )[1]
     ones = jnp.ones_like(batch["index"][0], float)
     for micro in range(2):
         one = jax.tree.map(lambda leaf, micro=micro: leaf[micro], batch)
         losses = one["num_examples"] * jax.grad(toy.problem.inner, argnums=1)(toy.params, ones, toy.fixed, one)
-        np.testing.assert_allclose(info.entries[micro], jnp.where(one["index"] == PADDING, 0, losses), rtol=1e-12)
+        np.testing.assert_allclose(
+            info.hypergradients[micro], jnp.where(one["index"] == PADDING, 0, losses), rtol=1e-12
+        )
 
 
 def test_the_validation_loss_is_the_mean_over_the_rows_of_its_batch():
@@ -221,11 +225,11 @@ def test_permuting_rows_permutes_weights(name):
 def test_a_saved_state_goes_on_bit_for_bit(name):
     toy = lora()
     share = penalty.epoch_schedule(penalty.OFFLINE_SELECTION_SHARES, 5)
-    method = made(toy, name, share=share)
+    method = made(toy, name, validation_share=share)
     whole = drive(method, toy, 12)
     leaves, structure = jax.tree.flatten(drive(method, toy, 7))
     saved = [np.array(leaf) for leaf in leaves]
-    fresh = made(toy, name, share=share)  # another process
+    fresh = made(toy, name, validation_share=share)  # another process
     resumed = drive(fresh, toy, 12, structure.unflatten([jnp.asarray(leaf) for leaf in saved]))
     for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -240,7 +244,7 @@ def test_is_traced_once(second):
         return plain.problem.inner(params, weights, fixed, batch)
 
     toy = plain._replace(problem=plain.problem._replace(inner=counted))
-    method = made(toy, second=second, share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
+    method = made(toy, second_model=second_model, validation_share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
     state = drive(method, toy, 2)
     first = len(traces)
     drive(method, toy, 12, state)
@@ -253,9 +257,9 @@ def test_only_scatters_make_arrays_as_long_as_the_table(name):
     rows = 1_000_003
     toy = lora()
     selector = {
-        "softmax": lambda: weighting.online_softmax(rows),
-        "sigmoid": lambda: weighting.online_sigmoid(rows),
-        "per_source": lambda: weighting.online_per_source(jnp.zeros(rows, jnp.int32), 3),
+        "softmax": lambda: weightings.online_softmax(rows),
+        "sigmoid": lambda: weightings.online_sigmoid(rows),
+        "per_source": lambda: weightings.online_per_source(jnp.zeros(rows, jnp.int32), 3),
     }[name]()
     method = penalty.penalty_single_loop(
         toy.problem, optax.adam(1e-2), selector, validation_share=CONSTANT(0.4), weights_learning_rate=CONSTANT(0.5)
@@ -273,7 +277,7 @@ def test_the_running_normaliser_keeps_up():
     """In float32, over changes that are each far below what its sum resolves, with repeated rows and padding."""
     rows, steps, slots = 1_000_000, 2000, 16
     with jax.enable_x64(False):
-        selector = weighting.online_softmax(rows)
+        selector = weightings.online_softmax(rows)
 
         def step(state, key):
             index = jax.random.randint(key, (1, slots), 0, rows // 2).at[0, -1].set(PADDING)
@@ -284,7 +288,10 @@ def test_the_running_normaliser_keeps_up():
         run = jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(0), steps))[0])
         state = run(selector.init())
         logits = np.array(state.logits, np.float64)
-        exact, kept = np.exp(logits - float(state.peak)).sum(), float(state.total) - float(state.lost)
+        exact, kept = (
+            np.exp(logits - float(state.logit_bound)).sum(),
+            float(state.exp_sum) - float(state.rounding_error),
+        )
         assert rows - exact > 10  # and a single step changes it by less than .01, below half of float32's .06
         assert abs(kept - exact) < 1e-2 * (rows - exact)
         index = jnp.arange(slots)[None]
@@ -295,7 +302,7 @@ def test_the_running_normaliser_keeps_up():
 
 
 def test_large_logits_do_not_overflow():
-    selector, index = weighting.online_softmax(5), jnp.array([[0, 1]], jnp.int32)
+    selector, index = weightings.online_softmax(5), jnp.array([[0, 1]], jnp.int32)
     with jax.enable_x64(False):
         state = selector.init()
         for _ in range(4):
@@ -328,7 +335,7 @@ def regression(seed: int):
 
 def outcome(build, seed=0, steps=60_000):
     """L_v and the weights after `steps` steps of SGD with momentum on whole batches, from 0."""
-    train, held_out = (arrays.full_batch_stream(data).batch(0) for data in regression(seed))
+    train, held_out = (hypergradient.full_batch_stream(data).batch(0) for data in regression(seed))
     problem = weighted(lambda params, fixed, batch: 0.5 * (batch["data"][0] @ params - batch["data"][1]) ** 2)
     method = build(problem, optax.sgd(0.2, momentum=0.9, nesterov=True))
 
@@ -340,7 +347,7 @@ def outcome(build, seed=0, steps=60_000):
         return jax.lax.scan(body, state, length=steps)[0]
 
     state = run(method.init(jnp.zeros(40)), train, held_out)
-    value = problem.outer(state.inner.params, None, jax.tree.map(lambda leaf: leaf[0], held_out))
+    value = problem.outer(state.train_state.params, None, jax.tree.map(lambda leaf: leaf[0], held_out))
     return float(value), np.array(method.weights(state))
 
 
@@ -351,14 +358,14 @@ def test_reaches_the_optimistic_optimum(second, seed):
 
     def build(problem, optimizer):
         rate = lambda step: jnp.where(step < 5000, 0.0, 0.3)  # theta first: early losses would decide among useful rows  # noqa: E731
-        selector = weighting.online_softmax(30)
+        selector = weightings.online_softmax(30)
         return penalty.penalty_single_loop(
             problem,
             optimizer,
             selector,
             validation_share=CONSTANT(0.5),
             weights_learning_rate=rate,
-            second_model=second,
+            second_model=second_model,
         )
 
     value, weights = outcome(build, seed)
@@ -397,7 +404,7 @@ def test_says_what_it_solves():
             lambda p, o: penalty.penalty_single_loop(
                 p,
                 o,
-                weighting.online_sigmoid(3),
+                weightings.online_sigmoid(3),
                 validation_share=CONSTANT(0.5),
                 weights_learning_rate=CONSTANT(0.1),
                 second_model="both",

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import arrays, schedule
+from bilevel_jax.core import checkpointing, hypergradient
 from bilevel_jax.core.problem import shared
-from bilevel_jax.core.transition import init_train_state, scan, train, train_step
+from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
 from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled, validation_loss_fn
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
@@ -31,8 +31,8 @@ ADAMW = OPTIMIZERS["adamw, clipped, scheduled"]
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2, ROWS)
 
 
-def estimate(toy, optimizer, *, keep=None, **options):
-    step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), keep=keep)
+def estimate(toy, optimizer, *, plan=None, **options):
+    step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), plan=plan)
     return unrolled(toy.problem, step, **options)(run, jnp.asarray(WEIGHTS), toy.fixed, toy.train, toy.validation)
 
 
@@ -61,7 +61,7 @@ def test_equals_finite_differences():
 
 
 @pytest.mark.parametrize(
-    "keep",
+    "plan",
     (
         CheckpointPlan(23, 1),
         CheckpointPlan(4, 5),
@@ -71,26 +71,26 @@ def test_equals_finite_differences():
         CheckpointPlan(3, 1),
     ),
 )
-def test_what_is_kept_changes_no_bit(keep):
+def test_what_is_kept_changes_no_bit(plan):
     """Nothing replayed, once, and many times; a second sweep of the same run, after the first used up what was kept."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    whole = estimate(toy, ADAMW, keep=schedule.store_all_plan(24))
-    step, run = trained(toy, ADAMW, weights, keep=keep)
+    whole = estimate(toy, ADAMW, plan=checkpointing.store_all_plan(24))
+    step, run = trained(toy, ADAMW, weights, plan=plan)
     steps_made = []
     counted = step._replace(forward=lambda *args: (steps_made.append(1), step.forward(*args))[1])
     for turn in range(2):
         out = unrolled(toy.problem, counted)(run, weights, toy.fixed, toy.train, toy.validation)
         np.testing.assert_array_equal(out.grad, whole.grad)
-        assert out.checks == whole.checks and len(run.snapshots) < keep.snapshots
+        assert out.checks == whole.checks and len(run.snapshots) < plan.snapshots
         if turn == 0:
-            assert len(steps_made) == schedule.count_replayed_steps(24, keep)
+            assert len(steps_made) == checkpointing.count_replayed_steps(24, plan)
 
 
-@pytest.mark.parametrize("keep", (CheckpointPlan(1, 24, linearize=True), CheckpointPlan(2, 3, linearize=True)))
-def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
+@pytest.mark.parametrize("plan", (CheckpointPlan(1, 24, linearize=True), CheckpointPlan(2, 3, linearize=True)))
+def test_linearisations_on_the_tape_change_nothing_but_rounding(plan):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
-    step, run = trained(toy, ADAMW, weights, keep=keep)
+    step, run = trained(toy, ADAMW, weights, plan=plan)
     never = step._replace(backward=lambda *arguments: pytest.fail("the primal pass is made again"))
     out = unrolled(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
     assert relative(out.grad, whole.grad) < 1e-13  # the same float64 sums in another program
@@ -99,13 +99,13 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(keep):
     assert relative(both.grad[1], whole.grad) < 1e-13
 
 
-@pytest.mark.parametrize("keep", (CheckpointPlan(4, 5), CheckpointPlan(2, 3)))
+@pytest.mark.parametrize("plan", (CheckpointPlan(4, 5), CheckpointPlan(2, 3)))
 @pytest.mark.parametrize("after", range(4))
-def test_interrupted_and_resumed_changes_no_bit(after, keep):
+def test_interrupted_and_resumed_changes_no_bit(after, plan):
     """The sweep is saved after a tape, written to bytes, read by a program with cold caches, and gone on with."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW)
-    step, run = trained(toy, ADAMW, weights, keep=keep)
+    step, run = trained(toy, ADAMW, weights, plan=plan)
     sweeps = backward_pass(toy.problem, step)
     sweep = sweeps.init(run, weights, toy.fixed, toy.validation)
     for _ in range(after + 1):
@@ -117,7 +117,7 @@ def test_interrupted_and_resumed_changes_no_bit(after, keep):
     loaded = structure.unflatten(list(np.load(file).values()))
     loaded = jax.tree.map(jnp.asarray, loaded)._replace(step=int(loaded.step))
     jax.clear_caches()
-    step, run = trained(toy, ADAMW, weights, keep=keep)
+    step, run = trained(toy, ADAMW, weights, plan=plan)
     sweeps = backward_pass(toy.problem, step)
     while not sweeps.is_done(run, loaded):
         loaded = sweeps.advance(run, weights, toy.fixed, toy.train, loaded)
@@ -130,7 +130,7 @@ def test_interrupted_and_resumed_changes_no_bit(after, keep):
 def test_snapshots_that_are_lost_are_made_again(window):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW, window=window)
-    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 3), since=0 if window is None else 24 - window)
+    step, run = trained(toy, ADAMW, weights, plan=CheckpointPlan(4, 3), since=0 if window is None else 24 - window)
     sweeps = backward_pass(toy.problem, step, window=window)
     sweep = sweeps.init(run, weights, toy.fixed, toy.validation)
     sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
@@ -143,7 +143,7 @@ def test_snapshots_that_are_lost_are_made_again(window):
 def test_window_sweeps_the_last_steps_only():
     toy = lora()
     weights = jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 5))
+    step, run = trained(toy, ADAMW, weights, plan=CheckpointPlan(4, 5))
     assert sorted(run.snapshots) == [4, 9, 14]
 
     def tail(weights):
@@ -230,7 +230,7 @@ def test_an_example_in_two_halves_keeps_its_total():
         return (data[0] @ p - data[1]) ** 2
 
     def entries(rows, weights):
-        return arrays.hypergradient(
+        return hypergradient.hypergradient(
             losses, jnp.zeros(3), (x[rows], y[rows]), (x[:3], y[:3]), weights=weights, steps=12,
             optimizer=optax.sgd(0.05 * len(rows)),  # the denominator counts rows; the rate takes it out
         ).grad  # fmt: skip
@@ -253,7 +253,7 @@ def test_a_global_outer_variable():
         lambda p, fixed, b: jnp.mean(squares(p, b)),
     )
     optimizer = optax.sgd(0.05, momentum=0.9)
-    stream, held_out = arrays.shuffled_stream((x, y), 12, 10, 0), arrays.full_batch_stream((x[:5], y[:5]))
+    stream, held_out = hypergradient.shuffled_stream((x, y), 12, 10, 0), hypergradient.full_batch_stream((x[:5], y[:5]))
     hyper = {"log": jnp.asarray(-1.0)}
     step = train_step(problem, optimizer)
     run = train(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stream)
@@ -291,7 +291,7 @@ def test_accepts_an_optimizer_with_one(name):
 
 def test_a_replay_that_misses_is_told():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=CheckpointPlan(4, 5))
+    step, run = trained(toy, ADAMW, weights, plan=CheckpointPlan(4, 5))
     run.snapshots[4] = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshots[4])
     out = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
     assert not out.checks.replayed
@@ -299,15 +299,15 @@ def test_a_replay_that_misses_is_told():
 
 def test_a_training_that_kept_nothing_is_refused():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
-    step, run = trained(toy, ADAMW, weights, keep=schedule.NO_CHECKPOINTS)
+    step, run = trained(toy, ADAMW, weights, plan=checkpointing.NO_CHECKPOINTS)
     with pytest.raises(ValueError, match="kept nothing"):
         unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
 
 
 def test_hypergradient_wants_one_estimand():
     with pytest.raises(ValueError, match="either optimizer .* or prior"):
-        arrays.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
+        hypergradient.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training examples"):
-        arrays.hypergradient(
+        hypergradient.hypergradient(
             lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), l2=1.0
         )

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel_jax.lm.data.tokens import Corpus, TokenizedSequence, corpus_from_sequences
 from bilevel_jax.lm.models import Decoder, DecoderConfig, make_decoder
-from bilevel_jax.lm.tokens import Corpus, TokenizedSequence, corpus_from_sequences
 
 VOCAB = 29
 TINY = DecoderConfig(

@@ -8,21 +8,21 @@ import numpy as np
 import optax
 import pytest
 
+from bilevel_jax.core.checkpointing import single_replay_plan
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.schedule import single_replay_plan
 from bilevel_jax.core.types import PADDING, Stream
 from bilevel_jax.core.unrolled import unrolled
-from bilevel_jax.lm.batches import (
+from bilevel_jax.lm.data.batches import (
     BatchShape,
     fit_batch_shape,
     make_evaluation_stream,
     make_train_stream,
     shuffled_order,
 )
-from bilevel_jax.lm.losses import sft_losses
+from bilevel_jax.lm.losses.preferences import dpo_losses, simpo_losses
+from bilevel_jax.lm.losses.sft import sft_losses
 from bilevel_jax.lm.models import init_params, make_decoder
-from bilevel_jax.lm.preferences import dpo_losses, simpo_losses
-from bilevel_jax.runs.mesh import align_layout, make_mesh, place_stream, replicate
+from bilevel_jax.runs.infra.placement import align_layout, make_mesh, place_stream, replicate
 from tests.core.problems import Toy, relative, through_scan, trained
 from tests.lm.pairs_and_rows import TINY, corpus, mixer, start, texts
 
@@ -71,7 +71,7 @@ def streams(data):
     shape = partial(fit_batch_shape, data, [draw], 1, length=24)
     mesh = make_mesh(8)
     packed = shape(micro=1, packing=True)
-    assert packed.rows < packed.examples * data.sequences / 2
+    assert packed.rows < packed.examples * data.sequences_per_example / 2
     return {
         "1 x 16": make_train_stream(data, draw, 1, shape(micro=1, packing=False)),
         "16 x 1": make_train_stream(data, draw, 1, shape(micro=16, packing=False)),
@@ -160,7 +160,7 @@ def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     toy = Toy(problem, None, params, on_device(train), on_device(whole))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps_root=1e-12))
     weights = jnp.asarray(WEIGHTS)
-    transition, run = trained(toy, optimizer, weights, keep=single_replay_plan(4, 2))
+    transition, run = trained(toy, optimizer, weights, plan=single_replay_plan(4, 2))
     out = unrolled(problem, transition)(run, weights, None, toy.train, toy.validation)
     value, grad = through_scan(toy, optimizer, weights)
     assert relative(out.validation_loss, value) < 1e-12 and (grad != 0).all()

@@ -6,10 +6,10 @@ import signal
 import jax
 import pytest
 
-from bilevel_jax.lm import cipher
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.tokens import load_tokenizer
-from bilevel_jax.runs.session import Session
+from bilevel_jax.lm import models
+from bilevel_jax.lm.builtin import cipher
+from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.runs.infra.session import Session
 
 SELECT = """
 model: {{name_or_path: {made}/model}}
@@ -51,9 +51,11 @@ def made(tmp_path_factory):
     folder = cipher.write_cipher_data(
         tmp_path_factory.mktemp("made"), clean=12, wrong=12, noise=12, validation=8, dev=8, test=16, copies=0
     )
-    architecture = lm.read_config(folder / "untrained")
+    architecture = models.read_config(folder / "untrained")
     tokenizer = load_tokenizer(folder / "untrained")
-    lm.save_model(folder / "model", architecture, lm.init_params(architecture, jax.random.key(0)), tokenizer=tokenizer)
+    models.save_model(
+        folder / "model", architecture, models.init_params(architecture, jax.random.key(0)), tokenizer=tokenizer
+    )
     (folder / "select.yaml").write_text(SELECT.format(made=folder))
     (folder / "train.yaml").write_text(TRAIN.format(made=folder))
     for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("test", "pairs_report")):

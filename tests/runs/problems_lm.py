@@ -13,17 +13,17 @@ import optax
 from jax.sharding import Mesh
 
 from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.transition import init_train_state, train, train_step
+from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.types import CompositeLoss, Params, Problem, Stream, TrainState
-from bilevel_jax.lm import batches, tokens
-from bilevel_jax.lm import models as lm
-from bilevel_jax.lm.data import Example, Turn
-from bilevel_jax.lm.tokens import Corpus
-from bilevel_jax.runs import mesh as placing
-from bilevel_jax.runs.objective import build_objective
-from bilevel_jax.runs.optimizers import build_optimizer
-from bilevel_jax.runs.sections import ObjectiveSection as Chosen
-from bilevel_jax.runs.sections import OptimizerSection
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.examples import Example, Turn
+from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.runs.config.schema import ObjectiveSection as Chosen
+from bilevel_jax.runs.config.schema import OptimizerSection
+from bilevel_jax.runs.infra.placement import align_layout, cache_stream, place_stream, replicate
+from bilevel_jax.runs.tasks.objective import build_objective
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
 MODEL = "stories-260k"
 
@@ -141,14 +141,14 @@ def setting(
     mesh: Mesh | None = None,
 ) -> Setting:
     """Fine-tuning of all parameters, or of adapters of q and v, as a run composes it; on a mesh where one is given."""
-    architecture, base = lm.load_model(shared / "models" / MODEL, dtype=dtype)
+    architecture, base = models.load_model(shared / "models" / MODEL, dtype=dtype)
     lora = lora_rank > 0
     params = (
-        lm.init_lora(architecture, jax.random.key(1), rank=lora_rank, alpha=2 * lora_rank, dtype=dtype)
+        models.init_lora(architecture, jax.random.key(1), rank=lora_rank, alpha=2 * lora_rank, dtype=dtype)
         if lora
         else base
     )
-    chosen = build_objective(Chosen(), lm.make_decoder(architecture), lora=lora)
+    chosen = build_objective(Chosen(), models.make_decoder(architecture), lora=lora)
     values, loss = chosen.losses, chosen.composite_loss
     problem = weighted(values, prior=proximal(prior, lambda fixed: fixed["start"]) if prior else None)
     size = rows.train.num_examples
@@ -158,7 +158,7 @@ def setting(
     )
     flat = batches.BatchShape(1, batch // micro, batch // micro, rows.length)
     if mesh is not None:
-        shape = placing.align_layout(mesh, shape)
+        shape = align_layout(mesh, shape)
     one = Setting(
         problem=problem,
         loss=loss,
@@ -172,10 +172,10 @@ def setting(
     if mesh is None:
         return one
     return one._replace(
-        fixed=placing.replicate(mesh, one.fixed),
-        params=placing.replicate(mesh, one.params),
-        train=placing.place_stream(mesh, one.train),
-        held_out=tuple(placing.cache_stream(mesh, part) for part in one.held_out),
+        fixed=replicate(mesh, one.fixed),
+        params=replicate(mesh, one.params),
+        train=place_stream(mesh, one.train),
+        held_out=tuple(cache_stream(mesh, part) for part in one.held_out),
     )
 
 

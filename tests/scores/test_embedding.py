@@ -18,8 +18,8 @@ from bilevel_jax.scores.embedding import (
     tfidf,
 )
 from bilevel_jax.scores.requests import take_examples
+from tests.lm.data.test_tokens import TALK, TEXT, example
 from tests.lm.pairs_and_rows import TINY
-from tests.lm.test_tokens import TALK, TEXT, example
 from tests.scores.toy import rows
 
 HOLDOUT = rows(("name a pet", "cat"), ("name a fish a fish", "cod"), ("what is a tree", "oak"))

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from bilevel_jax.lm.data import Example, Turn, load_examples
-from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences, tokenize
+from bilevel_jax.lm.data.examples import Example, Turn, load_examples
+from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences, tokenize
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.incontext import ica_score, make_demonstration_format, measure_rank_agreement
 from bilevel_jax.scores.requests import TokenizedExamples, make_tokenized_examples, take_examples
+from tests.lm.data.test_tokens import BLOCKS, CHATML, LLAMA3, bpe
 from tests.lm.rows import lines, put
-from tests.lm.test_tokens import BLOCKS, CHATML, LLAMA3, bpe
 from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
 
 HOLDOUT = rows(("name a pet", "cat"), ("name a fish", "cod"), ("what is a tree", "oak"), ("what is red", "wine"))

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.lm import batches, loglik
-from bilevel_jax.lm.losses import sft_losses
+from bilevel_jax.lm.data import batches
+from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences, tokenize
+from bilevel_jax.lm.inference import loglik
+from bilevel_jax.lm.losses.sft import sft_losses
 from bilevel_jax.lm.models import init_params, make_decoder
-from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences, tokenize
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.incontext import ica_score
 from bilevel_jax.scores.margin import el2n, token_el2n
@@ -17,8 +18,8 @@ from bilevel_jax.scores.perplexity import loss_score, perplexity_score
 from bilevel_jax.scores.random import random_score
 from bilevel_jax.scores.reducible import reducible_loss
 from bilevel_jax.scores.requests import make_tokenized_examples, take_examples
+from tests.lm.data.test_tokens import CHATML, PAIR, TALK, bpe, example
 from tests.lm.pairs_and_rows import TINY, VOCAB
-from tests.lm.test_tokens import CHATML, PAIR, TALK, bpe, example
 from tests.scores.toy import PLAIN, engine, ids, log_p, rows, scores
 
 MODEL = make_decoder(TINY, remat="none")
@@ -28,7 +29,7 @@ ROWS = rows(("name a cat", "tac"), ("is a tree red", "zzz"), ("what is a fish", 
 
 def batch_of(corpus):
     layout = batches.fit_evaluation_batch_shape(
-        corpus, corpus.rows, num_micro_batches=1, length=batches.padded_max_length(corpus), packing=False
+        corpus, corpus.num_examples, num_micro_batches=1, length=batches.padded_max_length(corpus), packing=False
     )
     batch = batches.make_evaluation_stream(corpus, layout).batch(0)
     return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)

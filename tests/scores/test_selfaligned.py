@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from bilevel_jax.core.types import Stream
-from bilevel_jax.lm import loglik
-from bilevel_jax.lm.data import Example, Turn
+from bilevel_jax.lm.data.examples import Example, Turn
+from bilevel_jax.lm.data.tokens import tokenize
+from bilevel_jax.lm.inference import loglik
 from bilevel_jax.lm.models import init_params, load_model, make_decoder
-from bilevel_jax.lm.tokens import tokenize
-from bilevel_jax.runs import mesh as placing
+from bilevel_jax.runs.infra.placement import make_mesh, place_stream, replicate
 from bilevel_jax.scores import selfaligned
 from bilevel_jax.scores.ifd import ifd_score
 from bilevel_jax.scores.perplexity import perplexity_score
 from bilevel_jax.scores.requests import make_tokenized_examples, trim_responses
 from bilevel_jax.scores.selfsimilarity import response_similarity
-from tests.lm.test_models import CONFIGS, SMALL
-from tests.lm.test_tokens import CHATML, bpe
+from tests.lm.data.test_tokens import CHATML, bpe
+from tests.lm.models.test_families import CONFIGS, SMALL
 
 QUESTIONS = ["Name a pet.", "Which one is it?", "Name a dog, or a cat.", "Which {answer}?", "Is it?"]
 OWN = ["A cat.", "The dog is it.", "or {question}", "user", "It is a pet."]
@@ -150,10 +150,10 @@ def test_similarity_does_not_depend_on_batches_devices_or_padding(eight_devices)
     np.testing.assert_allclose(
         response_similarity(make_decoder(config), None, max_batch_tokens=1)(params, texts, others), whole, atol=1e-6
     )
-    mesh = placing.make_mesh(8)
-    place = lambda batch: placing.place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)  # noqa: E731
+    mesh = make_mesh(8)
+    place = lambda batch: place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)  # noqa: E731
     spread = response_similarity(make_decoder(config), None, batch_size_multiple=8, place_batch=place)
-    np.testing.assert_allclose(spread(placing.replicate(mesh, params), texts, others), whole, atol=1e-6)
+    np.testing.assert_allclose(spread(replicate(mesh, params), texts, others), whole, atol=1e-6)
     with pytest.raises(ValueError, match="65 tokens, and the model's context holds 64"):
         response_similarity(make_decoder(config), None)(params, [(1,) * 65], [(1,)])
     with pytest.raises(ValueError, match="a response has no token"):

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from bilevel_jax.lm.data import Example, Turn, hash_content
-from bilevel_jax.lm.loglik import LogLik
-from bilevel_jax.lm.tokens import TokenizedSequence, corpus_from_sequences
+from bilevel_jax.lm.data.examples import Example, Turn, hash_content
+from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences
+from bilevel_jax.lm.inference.loglik import LogLik
 from bilevel_jax.scores.incontext import DemonstrationFormat
 from bilevel_jax.scores.requests import make_tokenized_examples
 

@@ -83,15 +83,15 @@ def add_projections(layer: Any, draw: MatrixInit, offset: float = 0.0) -> None:
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
     def linear(name, source, sink):
-        return Linear(source, sink, name in config.biases, draw)
+        return Linear(source, sink, name in config.biased_projections, draw)
 
     layer.q_proj = linear("q_proj", config.width, queries)
     layer.k_proj = linear("k_proj", config.width, keys)
     layer.v_proj = linear("v_proj", config.width, keys)
     layer.o_proj = linear("o_proj", queries, config.width)
-    layer.gate_proj = linear("gate_proj", config.width, config.inner)
-    layer.up_proj = linear("up_proj", config.width, config.inner)
-    layer.down_proj = linear("down_proj", config.inner, config.width)
+    layer.gate_proj = linear("gate_proj", config.width, config.mlp_width)
+    layer.up_proj = linear("up_proj", config.width, config.mlp_width)
+    layer.down_proj = linear("down_proj", config.mlp_width, config.width)
     layer.q_norm = RMSNorm(config.head_dim, config.eps, offset) if config.qk_norm else None
     layer.k_norm = RMSNorm(config.head_dim, config.eps, offset) if config.qk_norm else None
 

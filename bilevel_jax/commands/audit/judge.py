@@ -1,0 +1,160 @@
+"""How scores of training examples are judged: by the bank of retrains, exact entries and known labels; the verdict."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.commands.audit import retrains
+from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
+from bilevel_jax.core import certify
+from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs.config.load import SelectConfig
+from bilevel_jax.runs.engine.outer_loop import good_label_mask
+from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task
+
+EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
+"""The entries that the other scores are ranked against."""
+
+
+class DataScore(NamedTuple):
+    """The scores of all rows by one method, before they are judged."""
+
+    name: str
+    checkpoint: str
+    """The model that it reads: at the `start` or the `end` of training, `through` all of it, or none."""
+    values: Float[np.ndarray, "examples"]
+    """Larger is better: of an estimate, -dL_v/dw."""
+    query_values: Float[np.ndarray, "queries rows"] | None
+    """The same for each query, where the method tells queries apart."""
+    passes: float
+    """Forward and backward passes over one batch, the training that it reads included."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def judge_scores(
+    config: SelectConfig,
+    task: Task | ArrayTask,
+    scores: list[DataScore],
+    retrain_losses: LeaveOutRetrains,
+    certification: tuple[certify.Certificates, certify.Verdict] | None,
+) -> dict[str, Any]:
+    """What result.json holds: each score's readings, and the verdict."""
+    trainable, seed = task.trainable_indices(), config.data.seed
+    good = good_label_mask(task, config)
+    exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
+    counts = bootstrap.resample_counts(len(trainable), (seed, 4))
+    draws = {
+        score.name: retrains.compute_lds(retrain_losses, score.values, score.query_values, seed) for score in scores
+    }
+    lines = []
+    for score in scores:
+        line = {
+            "name": score.name,
+            "at": score.checkpoint,
+            "passes": score.passes,
+            "seconds": score.seconds,
+            "notes": score.notes,
+            "own_queries": score.query_values is not None,
+            "lds": {
+                target: [bootstrap.percentile_interval(some) for some in by_fraction]
+                for target, by_fraction in draws[score.name].items()
+            },
+            "auc": None if good is None else auc(score.values[trainable], good[trainable]),
+        }
+        if exact is not None and score.name != EXACT_ESTIMATOR:
+            correlations = bootstrap.bootstrap_rank_correlations(
+                score.values[None, trainable], exact[None, trainable], counts
+            )[:, 0]
+            line["rank"] = bootstrap.percentile_interval(correlations)
+        lines.append(line)
+    certificate_verdict = certification[1] if certification else None
+    return {
+        "rows": lines,
+        "verdict": choose_score(lines, draws, certificate_verdict, retrain_losses.fractions[0]),
+        "certificate": {**certificate_verdict._asdict(), "sentence": str(certificate_verdict)}
+        if certificate_verdict
+        else None,
+        "removed": retrain_losses.fractions,
+        "subsets": retrain_losses.left_out.shape[1],
+        "labels": good is not None,
+        "unit": task.objective.loss_unit,
+        "steps": task.num_steps,
+        "batch": task.batch_size,
+        "seeds": {"data": config.data.seed, "start": config.train.seed},
+        "counts": {"train": len(trainable)}
+        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams}
+        | ({"queries": retrain_losses.losses["queries"].shape[2]} if "queries" in retrain_losses.losses else {}),
+    }
+
+
+def choose_score(
+    lines: list[dict[str, Any]],
+    draws: dict[str, dict[str, list[Float[np.ndarray, "draws"]]]],
+    certificate: certify.Verdict | None,
+    fraction: float,
+) -> dict[str, Any]:
+    """Which cheap score to use, or none; read from the retrains without `fraction` of the rows.
+
+    The best is the one with the largest linear-datamodelling score for L_v. None where the interval of that score
+    includes 0, or where the certificates say that training is too rough for any sum over rows. Where another score
+    foretells test better, which none of them has read, the sentence says so.
+    """
+    lds_by_name = {line["name"]: line["lds"]["validation"][0] for line in lines}
+    finite_lines = [line for line in lines if math.isfinite(lds_by_name[line["name"]].value)]
+    rivals = [line for line in finite_lines if line["name"] not in (EXACT_ESTIMATOR, "random")]
+    exact = next((line for line in lines if line["name"] == EXACT_ESTIMATOR), None)
+    tail = (
+        f" The exact entries reach {_format_reading(lds_by_name[EXACT_ESTIMATOR])} for {exact['passes']:,.0f} passes."
+        if exact
+        else ""
+    )
+    if not rivals:
+        return {"use": None, "instead": None, "sentence": f"None: no cheap score was judged.{tail}"}
+    best = max(rivals, key=lambda line: lds_by_name[line["name"]].value)
+    name, best_reading = best["name"], lds_by_name[best["name"]]
+    quality = (
+        f"its sum over the rows that leave has a rank correlation of {_format_reading(best_reading)} with L_v after training without "
+        f"them ({100 * fraction:g} % of the rows)"
+    )
+    if certificate and certificate.level == "DO NOT BELIEVE":
+        why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
+        return {
+            "use": None,
+            "instead": None,
+            "sentence": f"{why} Of the cheap scores, {name} is best: {quality}.{tail}",
+        }
+    if not best_reading.low > 0:
+        why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {quality}, which may be 0."
+        return {"use": None, "instead": None, "sentence": why + tail}
+    close = [
+        line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "validation")
+    ]
+    remarks = f" Not told apart from it: {', '.join(close)}." if close else ""
+    instead = None
+    if "test" in best["lds"]:
+        best_on_test = max(rivals, key=lambda line: line["lds"]["test"][0].value)
+        if _is_higher(draws, best_on_test["name"], name, "test"):
+            instead = best_on_test["name"]
+            remarks += (
+                f" But on test, which no score has read, {best_on_test['name']} does better: "
+                f"{_format_reading(best_on_test['lds']['test'][0])} against {_format_reading(best['lds']['test'][0])}; validation may be too small."
+            )
+    return {
+        "use": name,
+        "instead": instead,
+        "sentence": f"Use {name}: {quality}, for {best['passes']:,.0f} passes.{remarks}{tail}",
+    }
+
+
+def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: str, target: str) -> bool:
+    """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
+    return bootstrap.percentile_interval(draws[name][target][0] - draws[other][target][0]).low > 0
+
+
+def _format_reading(reading: bootstrap.BootstrapInterval) -> str:
+    return f"{reading.value:.2f} [{reading.low:.2f}, {reading.high:.2f}]"

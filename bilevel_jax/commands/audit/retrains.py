@@ -1,0 +1,185 @@
+"""The bank of retrains that every score is judged by: random rows leave, the same training runs again."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Int
+
+from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+
+TARGET_LABELS = {"validation": "L_v", "queries": "each query", "test": "test"}
+"""What is predicted, as people read it."""
+
+
+class LeaveOutRetrains(NamedTuple):
+    """Losses of models trained again without some rows, with the start and the data order of the first training."""
+
+    fractions: tuple[float, ...]
+    left_out: Bool[np.ndarray, "fractions subsets rows"]
+    losses: dict[str, Float[np.ndarray, "fractions subsets losses"]]
+    """By target (a key of TARGETS): of all of validation, of each query, of all of test; only what there is."""
+
+    def predict_loss_rise(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
+        """The rise of the loss that scores (larger is better) foretell: the sum of those of the rows that left."""
+        return np.einsum("fsr,...r->...fs", self.left_out.astype(float), scores)
+
+
+def draw_subsets(
+    num_examples: int, trainable: Int[np.ndarray, "kept"], fraction: float, count: int, seed: int
+) -> Bool[np.ndarray, "subsets rows"]:
+    """Which rows each subset leaves out: round(fraction * rows) of them at random, from (seed, fraction, number)."""
+    left_out = np.zeros((count, num_examples), bool)
+    for number, line in enumerate(left_out):
+        random = np.random.default_rng((seed, round(1e6 * fraction), number))
+        line[random.permutation(trainable)[: round(fraction * len(trainable))]] = True
+    return left_out
+
+
+def retrain_without_subsets(
+    task: Task | ArrayTask,
+    session: Session,
+    *,
+    start: TrainState,
+    stream: Stream,
+    queries: Int[np.ndarray, "queries"],
+    fractions: tuple[float, ...],
+    num_subsets: int,
+    vmap_size: int,
+    seed: int,
+) -> LeaveOutRetrains:
+    """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are remembered.
+
+    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
+    `together`, side by side, which changes no loss but by rounding.
+    """
+    value, frozen = validation_loss_fn(task.problem), task.frozen(start.params)
+    part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
+    left_out = np.stack(
+        [
+            draw_subsets(task.num_examples, task.trainable_indices(), fraction, num_subsets, seed)
+            for fraction in fractions
+        ]
+    )
+
+    def read_losses(params: Params) -> dict[str, list[float]]:
+        found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
+        if len(queries):
+            losses = evaluate_per_example(
+                task.objective.losses,
+                params,
+                frozen,
+                part_streams["validation"],
+                len(task.held_out_examples["validation"]),
+            )
+            found["queries"] = losses[queries].tolist()
+        return found
+
+    def retrain(gone: Bool[np.ndarray, "some rows"]) -> list[dict[str, list[float]]]:
+        missing = vmap_size - len(gone)  # filled up, so that every group is of one shape and compiled once
+        params = train_vmapped(task, session, start, stream, np.pad(gone, ((0, missing), (0, 0)), mode="edge"))
+        found = [read_losses(jax.tree.map(itemgetter(at), params)) for at in range(len(gone))]
+        if not all(np.isfinite(values).all() for reading in found for values in reading.values()):
+            raise FloatingPointError(
+                "a model trained without some of the rows has a loss that is not finite, although the one trained with "
+                "all rows has not. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
+            )
+        return found
+
+    lines: list[list[dict[str, list[float]]]] = []
+    for fraction, group in zip(fractions, left_out, strict=True):
+        session.set_phase(f"retraining without {fraction:.3g} of the rows")
+        groups = {offset: group[offset : offset + vmap_size] for offset in range(0, num_subsets, vmap_size)}
+        jobs = {f"bank/{fraction:g}/{offset}": partial(retrain, excluded) for offset, excluded in groups.items()}
+        lines.append([line for key, job in jobs.items() for line in session.run_once(key, job)])
+    targets = [target for target in TARGET_LABELS if target in lines[0][0]]
+    losses = {target: np.array([[line[target] for line in some] for some in lines]) for target in targets}
+    return LeaveOutRetrains(fractions, left_out, losses)
+
+
+def train_vmapped(
+    task: Task | ArrayTask, session: Session, start: TrainState, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
+) -> Params:
+    """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
+    gather, forward = _vmap_step(task.train_step)
+    weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.frozen(start.params)
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
+    for step in range(stream.steps):
+        batch = stream.batch(step)
+        state, _ = forward(state, gather(weights, batch), frozen, batch)
+        session.advance(len(left_out))
+        session.check_signals()
+    return state.params
+
+
+@lru_cache(maxsize=2)
+def _vmap_step(step: TrainStep) -> tuple[Callable, Callable]:
+    """`take` and `forward` of several runs at once; remembered, so that they are compiled once."""
+    return jax.jit(jax.vmap(step.gather, in_axes=(0, None))), jax.jit(
+        jax.vmap(step.forward, in_axes=(0, 0, None, None))
+    )
+
+
+def single_example_stream(stream: Stream, row: int) -> Stream:
+    """The validation stream with one row alone: its share of L_v, which is its loss over the number of rows."""
+    matching_steps = (step for step in range(stream.steps) if (np.asarray(stream.batch(step)["index"]) == row).any())
+    batch = stream.batch(next(matching_steps))
+    masked_batch = {**batch, "index": jnp.where(batch["index"] == row, batch["index"], PADDING)}
+    return Stream(lambda _: masked_batch, 1)
+
+
+def compute_lds(
+    retrains: LeaveOutRetrains,
+    scores: Float[np.ndarray, "examples"],
+    query_scores: Float[np.ndarray, "queries rows"] | None,
+    seed: int,
+) -> dict[str, list[Float[np.ndarray, "draws"]]]:
+    """Linear-datamodelling scores by target and fraction, of the bank itself and of its resamples.
+
+    Spearman's correlation over the subsets between foretold and actual losses; for `queries` the mean of those of the
+    single queries, each foretold by its own line of `each`, or by the one score of the rows where there is none.
+    Subsets are resampled, and queries with them. The draws are the same for every score, so differences are paired.
+    """
+    scores_by_target: dict[str, list[np.ndarray]] = {}
+    for target, losses in retrains.losses.items():
+        target_scores = scores[None] if target != "queries" or query_scores is None else query_scores
+        predicted = retrains.predict_loss_rise(target_scores)
+        scores_by_target[target] = []
+        for index in range(len(retrains.fractions)):
+            actual = losses[index].T
+            counts = bootstrap.resample_counts(actual.shape[1], (seed, index))
+            lines = np.broadcast_to(predicted[:, index], actual.shape)
+            correlations = bootstrap.bootstrap_rank_correlations(lines, actual, counts)
+            query_counts = bootstrap.resample_counts(len(actual), (seed, index, 1)) * np.isfinite(correlations)
+            with np.errstate(invalid="ignore"):  # nan where a score foretells the same for every subset
+                scores_by_target[target].append(
+                    (query_counts * np.nan_to_num(correlations)).sum(1) / query_counts.sum(1)
+                )
+    return scores_by_target
+
+
+def build_retrain_table(retrains: LeaveOutRetrains, example_ids: list[str], query_ids: list[str]) -> pa.Table:
+    """One row per retrain: its fraction, the ids that left, the losses; of queries a list, their ids as metadata."""
+    shape = retrains.left_out.shape[:2]
+    id_array = np.array(example_ids, object)
+    columns = {
+        "fraction": np.repeat(retrains.fractions, shape[1]),
+        "subset": np.tile(np.arange(shape[1]), shape[0]),
+        "left_out": [
+            id_array[excluded].tolist() for excluded in retrains.left_out.reshape(-1, retrains.left_out.shape[2])
+        ],
+    }
+    for target, losses in retrains.losses.items():
+        flat = losses.reshape(-1, losses.shape[2])
+        columns[target] = flat.tolist() if target == "queries" else flat[:, 0]
+    return pa.table(columns).replace_schema_metadata({"queries": "\n".join(query_ids)})

@@ -1,0 +1,352 @@
+"""The command `audit`: cheap scores of training examples, judged by exact entries and by one bank of retrains."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from bilevel_jax.commands.audit import judge, report, retrains
+from bilevel_jax.commands.audit.judge import EXACT_ESTIMATOR, DataScore
+from bilevel_jax.core import certify, tree
+from bilevel_jax.core.types import PADDING, Estimate, Stream, TrainState, Trajectory
+from bilevel_jax.core.unrolled import check_differentiable, each
+from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, config_hash
+from bilevel_jax.runs.config.rules import reads_array_data
+from bilevel_jax.runs.config.schema import EstimatorName
+from bilevel_jax.runs.engine.certificates import compute_certificates
+from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer, delete_stored_states
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.placement import cache_stream
+from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.arrays import ArrayTask, build_array_model, prepare_array_task, read_npz_dataset
+from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
+
+
+class UniformTraining(NamedTuple):
+    """The uniform training that entries and scores are of."""
+
+    trainer: Trainer
+    start: TrainState
+    stream: Stream
+    trajectory: Trajectory
+    query_indices: Int[np.ndarray, "queries"]
+    """Rows of validation."""
+    seconds: float
+
+
+def audit(config: AuditConfig) -> dict[str, Any]:
+    """Run the command in `config.output.folder` and return what result.json holds.
+
+    Raises as `select.select` does, and ValueError for scores that the task does not allow and queries it has not.
+    """
+    with open_run_dir(config) as folder:
+        task = prepare_audit_task(config, folder)
+        names = list_cheap_scores(config, task)
+        query_indices = draw_queries(config, task)
+        with start_session(config, folder) as session:
+            return _run_audit(config, task, names, query_indices, session)
+
+
+def select_config_for_audit(config: AuditConfig) -> SelectConfig:
+    """The run as the settings of `select`, which its parts are written for."""
+    data = config.data
+    if reads_array_data(config):
+        data = replace(data, label_field="label", good_label="clean")
+    return SelectConfig(
+        model=config.model, data=data, objective=config.objective, optimizer=config.optimizer, train=config.train,
+        outer=replace(config.outer, method=EXACT_ESTIMATOR), certify=config.certify, output=config.output,
+        mesh=config.mesh, distributed=config.distributed, lora=config.lora,
+    )  # fmt: skip
+
+
+def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
+    """The task: arrays with wrong labels, or text."""
+    select_config = select_config_for_audit(config)
+    if reads_array_data(config):
+        source = read_npz_dataset(config.data.train[0])
+        return prepare_array_task(
+            select_config, config.arrays, source, build_array_model(select_config, config.arrays, source)
+        )
+    resolved = resolve_builtin(select_config, folder)
+    seeds, prior = [config.data.seed], config.outer.proximal
+    return prepare_text(
+        resolved,
+        splits.load_splits(resolved.data),
+        folder,
+        num_steps=config.train.max_steps,
+        seeds=seeds,
+        proximal_strength=prior,
+    )
+
+
+def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
+    """The cheap scores to judge; a ValueError for one that the task does not allow."""
+    arrays = isinstance(task, ArrayTask)
+    for name in config.audit.scores:
+        check_score_name(name, arrays=arrays)
+    return list(dict.fromkeys(config.audit.scores)) or list(ARRAY_SCORES if arrays else SCORES)
+
+
+def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
+    """The rows of validation whose own losses are foretold, drawn from data.seed."""
+    validation_stream = task.held_out_streams["validation"]
+    index = np.concatenate(
+        [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
+    )
+    present = np.sort(index[index != PADDING])
+    if config.audit.queries > len(present):
+        raise ValueError(
+            f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more rows."
+        )
+    drawn = np.random.default_rng((config.data.seed, 3)).permutation(present)[: config.audit.queries]
+    return np.sort(drawn)
+
+
+def count_audit_work(config: AuditConfig, task: Task | ArrayTask, num_queries: int) -> float:
+    """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
+    steps, options = task.num_steps, config.audit
+    sweeps = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in options.estimators else 0
+    certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if config.certify.enabled else 0
+    return steps * (1 + sweeps + certified + len(options.removed) * options.subsets)
+
+
+def _run_audit(
+    config: AuditConfig,
+    task: Task | ArrayTask,
+    names: list[str],
+    query_indices: Int[np.ndarray, "queries"],
+    session: Session,
+) -> dict[str, Any]:
+    for note in task.notes:
+        session.print_line(note)
+    session.set_phase("training", total=count_audit_work(config, task, len(query_indices)))
+    uniform_training = train_uniform(config, task, query_indices, session)
+    estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
+    delete_stored_states(uniform_training.trajectory)
+    scores = estimate_scores + compute_cheap_scores(config, task, uniform_training, names, session)
+    certification = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
+    retrain_losses = retrains.retrain_without_subsets(
+        task, session, start=uniform_training.start, stream=uniform_training.stream, queries=query_indices, fractions=config.audit.removed,
+        num_subsets=config.audit.subsets, vmap_size=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
+    )  # fmt: skip
+    session.set_phase("writing")
+    result = judge.judge_scores(select_config_for_audit(config), task, scores, retrain_losses, certification)
+    result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": config_hash(config)}
+    validation_ids = [
+        getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["validation"])
+    ]
+    table = retrains.build_retrain_table(
+        retrain_losses, [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
+    )
+    run_dir.write_parquet(session.folder / "bank.parquet", table)
+    run_dir.write_parquet(session.folder / SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
+    run_dir.write_json(session.folder / "result.json", result)
+    report.write_audit_report(session.folder)
+    return result
+
+
+def train_uniform(
+    config: AuditConfig, task: Task | ArrayTask, query_indices: Int[np.ndarray, "queries"], session: Session
+) -> UniformTraining:
+    """Train with weight 1 for every row."""
+    began, ones = time.monotonic(), jnp.ones(task.num_examples)
+    trainer = Trainer(task, select_config_for_audit(config).outer, session)
+    start = trainer.init_state(task.init_params(config.train.seed))
+    stream = cache_stream(task.mesh, task.training_stream(config.data.seed))  # read again by every retrain
+    trajectory = trainer.run(ones, start, stream, for_backward=EXACT_ESTIMATOR in config.audit.estimators, outer_step=0)
+    if EXACT_ESTIMATOR in config.audit.estimators:
+        check_differentiable(task.train_step, task.optimizer, trajectory, ones, task.frozen(start.params), stream)
+    return UniformTraining(
+        trainer,
+        start,
+        stream,
+        trajectory,
+        query_indices,
+        session.run_once("training", lambda: time.monotonic() - began),
+    )
+
+
+# ---- what is judged
+
+
+def compute_estimates(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, session: Session
+) -> tuple[list[DataScore], dict[str, Any]]:
+    """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
+    scores: list[DataScore] = []
+    exact_record: dict[str, Any] = {}
+    fit = task.held_out_streams["validation"]
+    query_streams = [retrains.single_example_stream(fit, row) for row in uniform_training.query_indices]
+    groups = [
+        query_streams[start : start + config.audit.vmap_size]
+        for start in range(0, len(query_streams), config.audit.vmap_size)
+    ]
+    (session.folder / "parts").mkdir(exist_ok=True)
+    for name in config.audit.estimators:
+        session.set_phase(f"entries: {name}")
+        estimate = make_estimator(name, config, task, uniform_training, session)
+        values, record = _estimate_once(session, name, estimate, [fit])
+        # each query's share of L_v, times the number of rows: its own loss
+        size = float(np.ravel(fit.batch(0)["num_examples"])[0])
+        query_values = [
+            size * _estimate_once(session, f"{name} of queries {n}", estimate, streams)[0]
+            for n, streams in enumerate(groups)
+        ]
+        checkpoint = "through" if name == EXACT_ESTIMATOR else "end"
+        passes, seconds = task.num_steps + record["passes"], uniform_training.seconds + record["seconds"]
+        solved = record["checks"].get("residual")
+        notes = (f"relative residual of the solve for L_v {solved:.2g}",) if solved is not None else ()
+        each_query = np.concatenate(query_values) if query_values else None
+        scores.append(DataScore(name, checkpoint, values[0], each_query, passes, seconds, notes))
+        exact_record = record if name == EXACT_ESTIMATOR else exact_record
+        session.print_line(_format_score(scores[-1]))
+    return scores, exact_record
+
+
+def make_estimator(
+    name: EstimatorName,
+    config: AuditConfig,
+    task: Task | ArrayTask,
+    uniform_training: UniformTraining,
+    session: Session,
+) -> Callable[[list[Stream]], Estimate]:
+    """validation streams -> the estimate for each, its leaves lead with [streams]; of the checks, the last one's."""
+    ones, frozen = jnp.ones(task.num_examples), task.frozen(uniform_training.start.params)
+    if name == EXACT_ESTIMATOR:
+        losses = 1
+
+        def on_step(step: int) -> None:
+            session.advance(REPLAY_WORK + losses * HVP_WORK)
+            session.check_signals()
+
+        sweep = each(task.problem, task.train_step, on_step=on_step)
+
+        def sweep_streams(streams: list[Stream]) -> Estimate:
+            nonlocal losses
+            losses = len(streams)
+            return sweep(uniform_training.trajectory, ones, frozen, uniform_training.stream, streams)
+
+        return sweep_streams
+    trainer = Trainer(task, replace(config.outer, method=name), session)
+    summed = cache_stream(task.mesh, task.full_pass_stream(seed=0))  # read again for every query
+
+    def solve_streams(streams: list[Stream]) -> Estimate:
+        results = []
+        for stream in streams:
+            results.append(
+                trainer.estimate_at_end(uniform_training.trajectory, ones, train_stream=summed, validation=stream)
+            )
+            session.check_signals()
+        return results[-1]._replace(grad=jnp.stack([one.grad for one in results]))
+
+    return solve_streams
+
+
+def compute_cheap_scores(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, names: list[str], session: Session
+) -> list[DataScore]:
+    """The cheap scores by the models before and after training; what needs no model, once."""
+    scores: list[DataScore] = []
+    highest_cost: dict[str, float] = {}
+    for checkpoint in config.audit.checkpoints:
+        params = {"start": uniform_training.start.params, "end": uniform_training.trajectory.end.params}[checkpoint]
+        for name in names:
+            if name == "random" and scores and checkpoint != config.audit.checkpoints[0]:
+                continue  # it reads no model
+            if name == "alignment" and checkpoint == "end" and name in config.audit.estimators:
+                continue  # it is there, with entries of every query
+            session.set_phase(f"scoring: {name} at the {checkpoint}")
+            title, column, model = (
+                (f"{name}, {checkpoint}", f"{name}_{checkpoint}", checkpoint) if name != "random" else (name, name, "")
+            )
+            raw_scores = load_or_compute_score(column, name, task, params, config.scores, session)
+            steps, train_seconds = (task.num_steps, uniform_training.seconds) if model == "end" else (0, 0.0)
+            # what a run makes once for both models (the holdout model of `reducible`) is a cost of either
+            highest_cost[name] = max(raw_scores.passes, highest_cost.get(name, 0.0))
+            cost = (highest_cost[name] + steps, raw_scores.seconds + train_seconds)
+            # a row without a score is neither good nor bad
+            values = np.where(np.isnan(raw_scores.values), np.nanmean(raw_scores.values), raw_scores.values)
+            scores.append(DataScore(title, model, values, None, *cost, raw_scores.notes))
+            session.print_line(_format_score(scores[-1]))
+    return scores
+
+
+def certify_exact(
+    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, estimate_scores: list[DataScore], exact_record: dict[str, Any],
+    session: Session,
+) -> tuple[certify.Certificates, certify.Verdict] | None:  # fmt: skip
+    """Whether the exact entries are to be believed; None where they, or the certificates, were not asked for."""
+    if not exact_record or not config.certify.enabled:
+        return None
+    slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
+    certificate_set = compute_certificates(
+        task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.num_examples),
+        hypergradient=slopes, step=0, validation_loss=exact_record["value"], checks=certify.Checks(**exact_record["checks"]),
+    )  # fmt: skip
+    verdict = certify.judge_certificates(certificate_set)
+    session.print_line(f"the exact entries: {verdict}")
+    return certificate_set, verdict
+
+
+def add_estimate_columns(task: Task | ArrayTask, scores: list[DataScore], folder: Path) -> pa.Table:
+    """scores.parquet with the estimates as columns beside the cheap scores."""
+    path, rows = folder / SCORES_FILE, task.trainable_indices()
+    ids = pa.table({"id": [task.examples[row].id for row in rows]})
+    table = pq.read_table(path) if path.exists() else ids
+    metadata = dict(table.schema.metadata or {})
+    for score in scores:
+        if score.name in table.column_names:  # of a run that was stopped after it wrote them
+            table = table.drop_columns([score.name])
+        meaning = f"-dL_v/dweight by {score.name}, {task.objective.loss_unit} per unit of weight; larger is better"
+        metadata[score.name.encode()] = json.dumps({"meaning": meaning, "passes": score.passes}).encode()
+        table = table.append_column(score.name, pa.array(score.values[rows].astype(float)))
+    return table.replace_schema_metadata(metadata)
+
+
+# ---- parts
+
+
+def _estimate_once(
+    session: Session, name: str, estimate: Callable[[list[Stream]], Estimate], streams: list[Stream]
+) -> tuple[Float[np.ndarray, "streams rows"], dict[str, Any]]:
+    """(-dL/dw for each stream, what it cost and its checks): made now, or found where an earlier run left it."""
+    path = session.folder / "parts" / f"{name}.npy"
+
+    def make() -> dict[str, Any]:
+        before, began = session.work_done, time.monotonic()
+        result = estimate(streams)
+        if not bool(tree.all_finite(result.grad)):
+            raise FloatingPointError(
+                f"the entries of {name} are not finite ({result.checks}). Training itself was finite: raise "
+                "optimizer.eps_root, or lower optimizer.learning_rate."
+            )
+        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
+            np.save(file, -np.asarray(result.grad))
+        checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}
+        value = float(np.ravel(result.validation_loss)[0])
+        return {
+            "passes": session.work_done - before,
+            "seconds": time.monotonic() - began,
+            "value": value,
+            "checks": checks,
+        }
+
+    record = session.run_once(f"entries/{name}", make)
+    return np.load(path), record
+
+
+def _format_score(score: DataScore) -> str:
+    return f"{score.name:<20}{score.passes:>9,.0f} passes   {score.seconds:,.0f} s"

@@ -1,0 +1,170 @@
+"""The methods that `compare` knows: one table, one signature, one budget in forward-backward passes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.core.types import Params
+from bilevel_jax.runs.config.load import SelectConfig
+from bilevel_jax.runs.config.schema import OuterMethod as MethodName
+from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
+from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
+from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task
+
+
+class MethodResult(NamedTuple):
+    """What a method gives for its budget."""
+
+    weights: Float[np.ndarray, "examples"]
+    history: list[dict[str, Any]]
+    """On the way: passes and seconds so far, the AUC of the weights, their effective size, L_v of the model then."""
+    passes: float
+    seconds: float
+    stop_reason: str
+    """Why it stopped before its budget was spent, or nothing."""
+    params: Params | None = None
+    """The model that a single-loop method trained itself, on V too."""
+
+
+class MethodSpec(NamedTuple):
+    """A row of the table of methods."""
+
+    estimand: str
+    """What its gradient, or its model, is of."""
+    exactness: str
+    """Whether it is exact for that."""
+    configure: Callable[[SelectConfig], SelectConfig]
+    """The config with this method in it."""
+    run: Callable[[Task | ArrayTask, SelectConfig, Session, float], MethodResult]
+    """(task, config of `settings`, session, budget in passes) -> what it gives."""
+    min_budget: Callable[[Task | ArrayTask, SelectConfig], float]
+    """(task, config of `settings`) -> the least budget with which it moves a weight, in passes."""
+
+
+def _run_outer_loop_within_budget(
+    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
+) -> MethodResult:
+    """`learn.learn` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
+
+    What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another is made while
+    the dearest so far still fits.
+    """
+
+    def progress(records: OuterRecords) -> float:
+        costs = [record["work"] for record in records]
+        return sum(costs) / (budget - max(costs[1:], default=count_outer_step_work(task, config)))
+
+    learned = run_outer_loop(task, config, Trainer(task, config.outer, session), session, progress)
+    stop_reason = learned.stop_reason if progress(learned.records) <= 1 else ""
+    spent = sum(record["work"] for record in learned.records)
+    return MethodResult(
+        learned.weights, _cost_history(learned.records), spent, _total_seconds(learned.records), stop_reason
+    )
+
+
+def count_outer_step_work(task: Task | ArrayTask, config: SelectConfig) -> float:
+    """The most that one outer step costs, in passes: a training and an estimate."""
+    outer, epoch = config.outer, math.ceil(len(task.trainable_indices()) / task.batch_size)
+    estimate = {
+        "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
+        "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
+        "alignment": 2.0 * epoch,
+        "implicit": 2.0 * epoch + HVP_WORK * outer.max_iterations * epoch,
+    }
+    return task.num_steps + estimate[outer.method]
+
+
+def count_baseline_work(task: Task | ArrayTask) -> float:
+    """What the first outer step costs beside: the baselines at uniform weights."""
+    return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
+
+
+def _run_single_loop_within_budget(
+    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
+) -> MethodResult:
+    """`single.run_single` with as many steps as the budget pays for."""
+    steps = int(budget / single_loop_step_work(config))
+    # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
+    moves = max(1, int(budget / ((1 + REPLAY_WORK + HVP_WORK) * task.num_steps)) - 1)
+    config = replace(
+        config, single_loop=replace(config.single_loop, steps=steps), outer=replace(config.outer, steps=moves)
+    )
+    result = run_single_loop(task, config, session)
+    return MethodResult(
+        result.weights,
+        _cost_history(result.records),
+        steps * single_loop_step_work(config),
+        _total_seconds(result.records),
+        "",
+        result.params,
+    )
+
+
+def _total_seconds(records: list[dict[str, Any]]) -> float:
+    return sum(record["seconds"] for record in records)
+
+
+def _cost_history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    passes = np.cumsum([record["work"] for record in records]).tolist()
+    keys = ("auc", "ess", "loss")
+    return [
+        {"passes": spent, **{key: record[key] for key in keys}} for spent, record in zip(passes, records, strict=True)
+    ]
+
+
+def _set_method(method: MethodName) -> Callable[[SelectConfig], SelectConfig]:
+    return lambda config: replace(
+        config, outer=replace(config.outer, method=method), single_loop=replace(config.single_loop, second_model="copy")
+    )
+
+
+def _without_second_model(config: SelectConfig) -> SelectConfig:
+    """Without a second model every weight only falls, so they must compete: softmax, as its authors have it."""
+    outer = replace(config.outer, method="penalty")
+    if outer.weighting == "sigmoid":
+        outer = replace(outer, weighting="softmax")
+    return replace(config, outer=outer, single_loop=replace(config.single_loop, second_model="none"))
+
+
+def _outer_loop_method(name: MethodName, estimand: str, exactness: str) -> MethodSpec:
+    def min_budget(task: Task | ArrayTask, config: SelectConfig) -> float:
+        return 2 * count_outer_step_work(task, config) + count_baseline_work(task)
+
+    return MethodSpec(estimand, exactness, _set_method(name), _run_outer_loop_within_budget, min_budget)
+
+
+def _single_loop_method(configure: Callable[[SelectConfig], SelectConfig], estimand: str, exactness: str) -> MethodSpec:
+    return MethodSpec(
+        estimand,
+        exactness,
+        configure,
+        _run_single_loop_within_budget,
+        lambda task, config: single_loop_step_work(config),
+    )
+
+
+OPTIMISTIC_ESTIMAND = "min over θ in argmin G(θ, w) of L_v: trains on V"
+METHODS: dict[str, MethodSpec] = {
+    "unrolled": _outer_loop_method("unrolled", "L_v(θ_T(w)), the training run", "yes"),
+    "window": _outer_loop_method("window", "L_v(θ_T(w)), its last steps", "no: stops early"),
+    "implicit": _outer_loop_method("implicit", "L_v(θ*(w)), the minimiser with the prior", "where θ is stationary"),
+    "alignment": _outer_loop_method("alignment", "one step's effect on L_v at the end", "no: a baseline"),
+    "penalty": _single_loop_method(_set_method("penalty"), OPTIMISTIC_ESTIMAND, "as the penalty grows"),
+    "penalty_alone": _single_loop_method(
+        _without_second_model, f"{OPTIMISTIC_ESTIMAND}; without a second model", "no: prefers low losses"
+    ),
+    "bmo": _single_loop_method(
+        _set_method("bmo"), "least L_v among weakly Pareto-optimal θ: trains on V", "as τ falls"
+    ),
+    "mixing": _single_loop_method(
+        _set_method("mixing"), "min of ρ L_v + (1 − ρ) G: trains on V", "yes; it learns no weights"
+    ),
+}
+"""`penalty` with a copy is V-PBGD and, per source, ScaleBiO; without one, SEAL as its public code trains."""

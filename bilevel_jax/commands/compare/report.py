@@ -1,0 +1,304 @@
+"""What `compare` leaves to read: a sentence, a picture of quality against cost, the table; HTML and Markdown."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
+from bilevel_jax.runs.report.html import (
+    MISSING,
+    Column,
+    MeanInterval,
+    format_number,
+    html_details,
+    html_document,
+    html_figure,
+    html_note,
+    html_paragraph,
+    html_table,
+    verdict_banner,
+)
+from bilevel_jax.runs.report.results import PART_LABELS, float_or_nan, write_report
+from bilevel_jax.runs.stats import mean_interval
+
+JsonObject = dict[str, Any]
+TABLE_COLUMNS = (
+    ("auc", "AUC", "of the weights against the labels"),
+    ("f1", "F1", "good rows = weight above 1"),
+    ("test", "test", "retrained with the weights"),
+    ("accuracy", "accuracy", "the same"),
+    ("with_v report", "test, with V", "retrained with the weights and validation"),
+    ("with_v accuracy", "accuracy, with V", "the same"),
+    ("own report", "test, own model", "the method's own, trained on V"),
+    ("own accuracy", "accuracy, own model", "the same"),
+    ("distance", "to oracle + V", "test less that of oracle + validation, by seed"),
+    ("ess", "ESS", "rows"),
+    ("passes", "passes", "forward and backward, one batch"),
+    ("seconds", "seconds", "one seed"),
+)
+"""(key, head, what it is); columns that no row has are left out."""
+
+
+def write_compare_report(folder: Path) -> Path:
+    """Write `folder`/report.html from the files of a finished run, and return its path."""
+    return write_report(folder, render_compare_report)
+
+
+def render_compare_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
+    """The whole report as HTML."""
+    intro = join_html(
+        "bilevel_jax compare, run ",
+        html_element("b", name),
+        f". L_v is a model's loss on validation examples, in {result['unit']}; lower is better. validation steers the weights; "
+        "every number of the table is read on test, from models trained again from cold.",
+    )
+    lead = join_html(
+        verdict_banner(
+            "fair",
+            "=",
+            f"One budget: {result['budget']:,} passes",
+            html_paragraph(result["sentence"]),
+            html_note(describe_protocol(result)),
+        ),
+        html_figure(plot_cost_curves(result), _format_caption(result), wide=True),
+    )
+    packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
+    sections = [
+        ("table", "The table", render_comparison_table(result)),
+        ("methods", "What each method computes", render_estimand_table(result)),
+        (
+            "provenance",
+            "Data, and how to see the same numbers",
+            join_html(
+                *(html_paragraph(text) for text in result["notes"]),
+                html_element("pre", f"bilevel-jax compare {run_dir.CONFIG_FILE} --out ANOTHER_FOLDER"),
+                html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
+                html_paragraph(f"All of it took {format_number(result['seconds'] / 60, 3)} minutes."),
+                html_details(f"{run_dir.CONFIG_FILE}, all settings", html_element("pre", config_text)),
+            ),
+        ),
+    ]
+    return html_document(
+        f"{name}: comparison", "Which method finds the rows to trust, at one budget", intro, lead, sections
+    )
+
+
+# ---- in words
+
+
+def summarize_comparison(result: JsonObject) -> str:
+    """Who leads, by how much, from whom it is not told apart, and whether the question means anything here."""
+    methods = [row for row in result["rows"] if row["learns"] and "test" in row["mean"]]
+    parts, labels = [], result["labels"]
+    if labels:
+        parts += _describe_leader(methods, "auc", -1, "ranks the rows best", "AUC")
+        parts += _describe_leader(methods, "f1", -1, "sorts them best", "F1")
+    parts += _describe_leader(
+        methods, "with_v report", 1, "trained again with its weights and validation is lowest on test", "L_v"
+    )
+    rows = {row["name"]: row for row in result["rows"]}
+    if ranked_texts := [
+        f"{name} {_format_estimate(rows[name], 'auc')}" for name in ("aligned", "low_loss") if name in rows and labels
+    ]:
+        parts.append(f"Ranked once, after uniform training: AUC {', '.join(ranked_texts)}.")
+    if "validation" in rows and "train+validation" in rows:
+        pair = [f"{_format_estimate(rows[name], 'report')}" for name in ("validation", "train+validation")]
+        parts.append(f"validation alone reaches {pair[0]}, all rows with validation {pair[1]}.")
+    if "oracle" in rows and "uniform" in rows:
+        gain, half = mean_interval([a["test"] - b["test"] for a, b in _pair_runs(rows["oracle"], rows["uniform"])])
+        if gain + half < 0:
+            parts.append("The oracle beats uniform, so the labels mean something here.")
+        elif not math.isnan(half):
+            parts.append("The oracle does not clearly beat uniform, so AUC and F1 mean little here.")
+    if result["seeds"] == 1:
+        parts.append("One seed tells nothing apart.")
+    return " ".join(parts) or "No method was compared."
+
+
+def describe_protocol(result: JsonObject) -> str:
+    """What is the same for all, and what a number is a mean of."""
+    counts = ", ".join(f"{PART_LABELS.get(part, part)} {count:,}" for part, count in result["counts"].items())
+    return (
+        f"Rows: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
+        f"{result['batch']} (a training step 1, a swept step 1 to replay and 3 for its Hessian product, a product of "
+        "implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One training is "
+        f"{result['steps']} steps, which is also what every retrain makes; {RESTART_DESCRIPTIONS[result['restart']]}. Seeds: "
+        f"{result['seeds']}; ± is the half-width of the 95 % interval of their mean by Student's t. "
+        + (F1_DEFINITION if result["labels"] else "")
+    )
+
+
+RESTART_DESCRIPTIONS = {
+    "cold": "while weights are learned, each training begins at the first parameters",
+    "warm": "while weights are learned, each training begins where the last one ended (retrains never do)",
+}
+F1_DEFINITION = (
+    "F1 is the field's for hyper-cleaning: a row counts as called good where its weight is above 1, which for weights "
+    "2σ(h) is σ(h) > .5; rows of a subset count as called good. Subsets are given their share, which methods are not."
+)
+
+
+def _describe_leader(methods: Sequence[JsonObject], key: str, sign: int, what: str, name: str) -> list[str]:
+    ranked = sorted((row for row in methods if key in row["mean"]), key=lambda row: sign * row["mean"][key])
+    if not ranked:
+        return []
+    best, *others = ranked
+    close = [row["name"] for row in others if not _is_distinguishable(best, row, key) and len(row["runs"]) > 1]
+    ties = f", not told apart from {', '.join(close)}" if close else ""
+    return [f"{_display_name(best['name'])} {what}: {name} {_format_estimate(best, key)}{ties}."]
+
+
+def _display_name(name: str) -> str:
+    return f"BMO{name[3:]}" if name.startswith("bmo") else name.replace("_", " ").capitalize()
+
+
+def _is_distinguishable(row: JsonObject, other: JsonObject, key: str) -> bool:
+    """Whether the two differ by more than the interval of their difference by seed."""
+    outer, _, inner = key.rpartition(" ")
+    pairs = [(a[outer][inner], b[outer][inner]) if outer else (a[key], b[key]) for a, b in _pair_runs(row, other)]
+    mean, half = mean_interval([a - b for a, b in pairs])
+    return abs(mean) > half  # false with one seed, whose interval is nan
+
+
+def _pair_runs(row: JsonObject, other: JsonObject) -> list[tuple[JsonObject, JsonObject]]:
+    return list(zip(row["runs"], other["runs"], strict=True))
+
+
+def _format_estimate(row: JsonObject, key: str) -> str:
+    mean, half = row["mean"].get(key), float_or_nan(row["interval"].get(key))
+    return format_number(mean, 3) + ("" if math.isnan(half) else f" ± {format_number(half, 2)}")
+
+
+def _format_caption(result: JsonObject) -> str:
+    what = "AUC of the weights against the labels" if result["labels"] else "test loss of the model at that point"
+    return f"Quality against cost: {what}, mean over the seeds, by what has been spent of the budget."
+
+
+# ---- tables
+
+
+def render_comparison_table(result: JsonObject) -> Html:
+    """Arms first, then methods."""
+    rows = result["rows"]
+    columns = _nonempty_columns(result)
+    return join_html(
+        html_table(
+            Column("", [join_html(html_element("b", row["name"]), html_element("span", row["of"], class_="sub")) for row in rows]),
+            *(
+                Column(head, [_get_estimate(row, key) for row in rows], what)
+                for key, head, what in columns
+            ),
+            row_classes={index: "strong" for index, row in enumerate(rows) if row["learns"]},
+            css_class="bench",
+        ),
+        html_note(f"{MISSING}: does not apply. Shaded: methods that learn weights."),
+        *(html_note(f"{row['name']}: {cell['ended']}.") for row in rows for cell in row["runs"] if cell.get("ended")),
+    )  # fmt: skip
+
+
+def render_estimand_table(result: JsonObject) -> Html:
+    """The same numbers mean different things; here is what."""
+    rows = [row for row in result["rows"] if row["learns"]]
+    return html_table(
+        Column("method", [row["name"] for row in rows]),
+        Column("its gradient, or its model, is of", [row["of"] for row in rows]),
+        Column("exact for that", [row["exact"] for row in rows]),
+    )
+
+
+def format_markdown(result: JsonObject) -> str:
+    """The table for a README, with the sentence before it and the protocol behind it."""
+    columns = _nonempty_columns(result)
+    heads = ["", *(head for _, head, _ in columns)]
+    names = [f"**{row['name']}**" if row["learns"] else row["name"] for row in result["rows"]]
+    lines = [
+        f"| {' | '.join([name, *(_format_estimate(row, key) for key, _, _ in columns)])} |"
+        for name, row in zip(names, result["rows"], strict=True)
+    ]
+    exact = [f"| {row['name']} | {row['of']} | {row['exact']} |" for row in result["rows"] if row["learns"]]
+    return "\n".join(
+        [
+            result["sentence"], "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines, "",
+            describe_protocol(result), "", "| method | of | exact for that |", "|---|---|---|", *exact, "",
+        ]
+    )  # fmt: skip
+
+
+def _nonempty_columns(result: JsonObject) -> list[tuple[str, str, str]]:
+    columns = [column for column in TABLE_COLUMNS if any(column[0] in row["mean"] for row in result["rows"])]
+    sources = sorted({key for row in result["rows"] for key in row["mean"] if key.startswith("weight of ")})
+    return columns + [(key, key, "mean weight of its rows") for key in sources]
+
+
+def _get_estimate(row: JsonObject, key: str) -> MeanInterval | None:
+    return MeanInterval(float_or_nan(row["mean"].get(key)), float_or_nan(row["interval"].get(key)))
+
+
+# ---- the picture
+
+
+def plot_cost_curves(result: JsonObject) -> Html:
+    """A line per method: quality by passes spent, its name at the line's end; arms as dashes in the margin."""
+    left, right, top, bottom, margin = 58, 560, 14, 330, 150
+    lines = {row["name"]: _mean_curve(row, result["labels"]) for row in result["rows"] if row["learns"]}
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return html_element("p", "No method made a step.")
+    x = make_scale([0.0, *(a for points in lines.values() for a, _ in points)], left, right, margin=0)
+    y = make_scale([b for points in lines.values() for _, b in points], bottom, top)
+    parts = [_grid_line(x(tick), top, x(tick), bottom, f"{tick:,.0f}", "middle", bottom + 16) for tick in x.ticks()]
+    parts += [
+        _grid_line(left, y(tick), right, y(tick), f"{tick:g}", "end", y(tick) + 4, left - 6) for tick in y.ticks()
+    ]
+    places = _spread_labels({name: y(points[-1][1]) for name, points in lines.items()}, 14)
+    for index, (name, points) in enumerate(lines.items()):
+        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+        end_x, end_y = x(points[-1][0]), y(points[-1][1])
+        colour = f"k{index % 6}{' d1' if index >= 6 else ''}"
+        parts += [
+            html_element("polyline", points=path, class_=f"line {colour}"),
+            html_element("circle", cx=f"{end_x:.1f}", cy=f"{end_y:.1f}", r=4, class_=f"dot {colour}"),
+            html_element(
+                "line", x1=f"{end_x + 6:.1f}", y1=f"{end_y:.1f}", x2=right + 12, y2=f"{places[name]:.1f}", class_="grid"
+            ),
+            html_element("text", name, x=right + 15, y=f"{places[name] + 4:.1f}", class_="label"),
+        ]
+    what = "AUC" if result["labels"] else f"test loss, {result['unit']}"
+    parts.append(
+        html_element(
+            "text", f"passes spent ({what} upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle"
+        )
+    )
+    words = "; ".join(f"{name}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
+    return html_element("svg", *parts, viewBox=f"0 0 {right + margin} {bottom + 42}", role="img", aria_label=words)
+
+
+def _mean_curve(row: JsonObject, labels: bool) -> list[tuple[float, float]]:
+    """(passes, quality), means over the seeds, as far as every seed went."""
+    runs = [cell["trail"] for cell in row["runs"]]
+    points = []
+    for seed_points in zip(*runs, strict=False):
+        values = [point["auc"] if labels else point["loss"].get("test") for point in seed_points]
+        if all(value is not None for value in values):
+            points.append((float(np.mean([point["passes"] for point in seed_points])), float(np.mean(values))))
+    return points
+
+
+def _spread_labels(places: dict[str, float], least: float) -> dict[str, float]:
+    """The places moved down until they are `least` apart."""
+    out: dict[str, float] = {}
+    for name in sorted(places, key=places.__getitem__):
+        out[name] = max(places[name], max(out.values(), default=-math.inf) + least)
+    return out
+
+
+def _grid_line(
+    x1: float, y1: float, x2: float, y2: float, words: str, kind: str, at: float, start: float | None = None
+) -> Html:
+    line = html_element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_="grid")
+    text = html_element("text", words, x=f"{x1 if start is None else start:.1f}", y=f"{at:.1f}", class_=f"tick {kind}")
+    return join_html(line, text)

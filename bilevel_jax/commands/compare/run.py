@@ -1,0 +1,369 @@
+"""The command `compare`: every method on one data set at one budget, several seeds, models trained again from cold."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from bilevel_jax.commands.compare import report
+from bilevel_jax.commands.compare.methods import METHODS, MethodResult, count_baseline_work
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.core.weightings import effective_sample_size
+from bilevel_jax.runs.config.load import CompareConfig, SelectConfig, config_hash
+from bilevel_jax.runs.config.rules import reads_array_data
+from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores, good_label_mask
+from bilevel_jax.runs.engine.retrain import RetrainVariant, retrain_variant
+from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.stats import auc, mean_interval, top_indices
+from bilevel_jax.runs.tasks import arrays, splits
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.splits import PART_NAMES
+from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
+
+SEED_STRIDE = 1_000_000
+"""Between the seeds of data and order of two repetitions: further than any outer step or retrain goes."""
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Run the command in `config.output.folder` and return what result.json holds.
+
+    Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
+    """
+    with open_run_dir(config) as folder:
+        build_task = make_task_builder(config, folder)
+        _check_budget(config, build_task(0))
+        with start_session(config, folder) as session:
+            return _run_comparison(config, build_task, session)
+
+
+def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
+    """One repetition as the settings of `select`, which the parts of a run are written for."""
+    return SelectConfig(
+        model=config.model,
+        lora=config.lora,
+        data=replace(
+            config.data,
+            seed=config.data.seed + SEED_STRIDE * seed,
+            label_field="label" if reads_array_data(config) else config.data.label_field,
+            good_label="clean" if reads_array_data(config) else config.data.good_label,
+        ),
+        objective=config.objective,
+        optimizer=config.optimizer,
+        train=replace(config.train, seed=config.train.seed + seed),
+        outer=replace(config.outer, patience=0),
+        single_loop=config.single_loop,
+        output=config.output,
+        mesh=config.mesh,
+        distributed=config.distributed,
+    )
+
+
+def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTask]:
+    """seed -> the task: arrays with rows and wrong labels of their own, or always the same text."""
+    if reads_array_data(config):
+        source = arrays.read_npz_dataset(config.data.train[0])
+        net = arrays.build_array_model(select_config_for_seed(config, 0), config.arrays, source)
+        return lambda seed: arrays.prepare_array_task(select_config_for_seed(config, seed), config.arrays, source, net)
+    resolved = resolve_builtin(select_config_for_seed(config, 0), folder)
+    text = prepare_text(
+        resolved,
+        splits.load_splits(resolved.data),
+        folder,
+        num_steps=config.train.max_steps,
+        seeds=[0],
+        proximal_strength=config.outer.proximal,
+    )
+    return lambda seed: text
+
+
+def _check_budget(config: CompareConfig, task: Task | ArrayTask) -> None:
+    selected_methods = {name: METHODS[name] for name in config.compare.methods}
+    needed = {
+        name: method.min_budget(task, method.configure(select_config_for_seed(config, 0)))
+        for name, method in selected_methods.items()
+    }
+    if short := {name: math.ceil(least) for name, least in needed.items() if least > config.compare.budget}:
+        listed = ", ".join(f"{name} {least:,}" for name, least in short.items())
+        raise ValueError(
+            f"compare.budget = {config.compare.budget:,} is too small to move a weight twice; needed: {listed}. Raise it, "
+            "lower train.max_steps or outer.max_iterations, or leave these methods out of compare.methods."
+        )
+
+
+def count_compare_work(config: CompareConfig, task: Task | ArrayTask) -> float:
+    """The whole run in training steps, for the ETA."""
+    options, steps = config.compare, task.num_steps
+    return options.seeds * (
+        steps
+        + count_baseline_work(task)
+        + len(options.baselines) * steps
+        + len(options.methods) * (options.budget + 2 * steps)
+    )
+
+
+def _run_comparison(
+    config: CompareConfig, build_task: Callable[[int], Task | ArrayTask], session: Session
+) -> dict[str, Any]:
+    cells: dict[str, list[dict[str, Any]]] = {}
+    tables, notes = [], []
+    for seed in range(config.compare.seeds):
+        task = build_task(seed)
+        if seed == 0:
+            session.set_phase("starting", total=count_compare_work(config, task))
+        for note in task.notes:
+            session.print_line(f"seed {seed}  {note}")
+        notes += [note for note in task.notes if note not in notes]
+        seed_cells, table = run_repetition(config, task, seed, session)
+        for name, cell in seed_cells.items():
+            cells.setdefault(name, []).append(cell)
+        tables.append(table)
+    result = {
+        "rows": [summarize_method(name, cells) for name in cells],
+        "labels": good_label_mask(task, select_config_for_seed(config, 0)) is not None,
+        "unit": task.objective.loss_unit,
+        "right": task.objective.accuracy_name,
+        "budget": config.compare.budget,
+        "steps": task.num_steps,
+        "batch": task.batch_size,
+        "restart": config.outer.restart,
+        "seeds": config.compare.seeds,
+        "top_share": config.compare.top_share,
+        "counts": {"train": task.num_examples}
+        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
+        "notes": notes,
+        "seconds": session.job_cost("seed")[1],
+        "config_hash": config_hash(config),
+    }
+    result["sentence"] = report.summarize_comparison(result)
+    session.set_phase("writing")
+    run_dir.write_parquet(session.folder / "weights.parquet", pa.concat_tables(tables))
+    run_dir.write_json(session.folder / "result.json", result)
+    run_dir.write_atomic(session.folder / "table.md", report.format_markdown(result))
+    report.write_compare_report(session.folder)
+    return result
+
+
+def run_repetition(
+    config: CompareConfig, task: Task | ArrayTask, seed: int, session: Session
+) -> tuple[dict[str, dict[str, Any]], pa.Table]:
+    """Every arm and every method under one seed: (name -> its cell of the table, the weights of every row)."""
+    select_config = select_config_for_seed(config, seed)
+    good = good_label_mask(task, select_config)
+    trainer = Trainer(task, select_config.outer, session)
+    outer_loss = validation_loss_fn(task.problem)
+    uniform_stats = _train_uniform(task, select_config, seed, trainer, session)
+
+    def retrain_cold(name: str, variant: RetrainVariant) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            began = time.monotonic()
+            found = retrain_variant(task, select_config, trainer, session, outer_loss, variant, 0)
+            return found | {"passes": task.num_steps, "seconds": time.monotonic() - began}
+
+        session.set_phase(f"seed {seed}/{name}")
+        return session.run_once(f"seed {seed}/{name}", make)
+
+    cells = {}
+    for name, (variant, scores) in make_baselines(config, task, seed, uniform_stats, good).items():
+        ranking_passes = uniform_stats["passes"] if name in ("aligned", "low_loss") else 0
+        is_kept = np.isin(np.arange(task.num_examples), variant.example_indices)
+        cell = retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
+        if good is not None and scores is not None:
+            cell |= {"auc": auc(scores, good), "f1": f1_score(is_kept, good)}
+        cells[name] = cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
+        session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
+    columns = {"alignment": uniform_stats["alignment"], "loss": uniform_stats["losses"]}
+    for name in config.compare.methods:
+        cell, weights = learn_weights(config, task, select_config, name, seed, session, outer_loss)
+        columns[f"weight {name}"] = weights
+        if name != "mixing":
+            table = np.ones(task.corpus.num_examples)
+            table[: task.num_examples] = weights
+            everything = task.trainable_indices()
+            without_validation = retrain_cold(f"{name}, alone", RetrainVariant(name, "", everything, table))
+            with_validation = retrain_cold(
+                f"{name}, with validation",
+                RetrainVariant(name, "", np.concatenate([everything, task.validation_indices()]), table),
+            )
+            cell |= {key: without_validation[key] for key in (*PART_NAMES, "accuracy")}
+            cell["with_v"] = {key: with_validation[key] for key in ("test", "accuracy")}
+        if good is not None and name != "mixing":
+            cell |= {"auc": auc(weights, good), "f1": f1_score(weights > 1, good)}
+        cells[name] = cell
+        session.print_line(f"seed {seed}  {_format_cell(name, cell)}")
+    facts = {
+        "seed": np.full(task.num_examples, seed),
+        "id": [example.id for example in task.examples],
+        "source": [example.source for example in task.examples],
+        "label": [example.label for example in task.examples],
+    }
+    return cells, pa.table(facts | columns)
+
+
+def make_baselines(
+    config: CompareConfig, task: Task | ArrayTask, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
+) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
+    """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
+    everything, fit = task.trainable_indices(), task.validation_indices()
+    ones = np.ones(task.corpus.num_examples)
+    count = max(1, round(config.compare.top_share * len(everything)))
+    random_subset = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
+    share = f"{config.compare.top_share:.0%} of the rows"
+    specs: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
+        "uniform": ("every row, weight 1", everything, None),
+        "validation": ("validation alone", fit, None),
+        "train+validation": ("every row and validation", np.concatenate([everything, fit]), None),
+        "random": (
+            f"{share}, at random",
+            random_subset,
+            np.isin(np.arange(task.num_examples), random_subset).astype(float),
+        ),
+        "aligned": (
+            f"{share}, by alignment once",
+            top_indices(-uniform_stats["alignment"], count, everything),
+            -uniform_stats["alignment"],
+        ),
+        "low_loss": (
+            f"{share}, of least loss",
+            top_indices(-uniform_stats["losses"], count, everything),
+            -uniform_stats["losses"],
+        ),
+    }
+    if good is not None:
+        clean = everything[good[everything]]
+        specs["oracle"] = ("the good rows", clean, good.astype(float))
+        specs["oracle+validation"] = ("the good rows and validation", np.concatenate([clean, fit]), good.astype(float))
+    return {
+        name: (RetrainVariant(name, specs[name][0], specs[name][1], ones), specs[name][2])
+        for name in config.compare.baselines
+        if name in specs
+    }
+
+
+def learn_weights(
+    config: CompareConfig,
+    task: Task | ArrayTask,
+    select_config: SelectConfig,
+    name: str,
+    seed: int,
+    session: Session,
+    outer_loss: Any,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """A method's cell before its retrains, and its weights: made now, or found where an earlier run left them."""
+    method, key = METHODS[name], f"seed {seed}/{name}"
+    path = session.folder / "parts" / f"{key.replace('/', ' ')}.npy"
+
+    def make() -> dict[str, Any]:
+        part = session.part_session(key.replace("/", " "))
+        outcome = method.run(task, method.configure(select_config), part, float(config.compare.budget))
+        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
+            np.save(file, outcome.weights)
+        return _make_cell(task, outcome, outer_loss)
+
+    cell = session.run_once(key, make)
+    shutil.rmtree(session.folder / "parts" / key.replace("/", " "), ignore_errors=True)
+    return dict(cell), np.load(path)
+
+
+def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
+    sources = sorted({example.source for example in task.examples})
+    source_names = np.array([example.source for example in task.examples])
+    cell = {
+        "passes": outcome.passes,
+        "seconds": outcome.seconds,
+        "trail": outcome.history,
+        "ended": outcome.stop_reason,
+        "ess": float(effective_sample_size(jnp.asarray(outcome.weights))),
+        "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
+        if 2 <= len(sources) <= 6
+        else {},
+    }
+    if outcome.params is not None:
+        frozen, part = task.frozen(outcome.params), _held_out_part(task)
+        correct = evaluate_per_example(
+            task.objective.accuracy,
+            outcome.params,
+            frozen,
+            task.held_out_streams[part],
+            len(task.held_out_examples[part]),
+        )
+        value = float(outer_loss(outcome.params, frozen, task.held_out_streams[part]))
+        cell["own"] = {"test": value, "accuracy": float(np.nanmean(correct))}
+    return cell
+
+
+def _train_uniform(
+    task: Task | ArrayTask, select_config: SelectConfig, seed: int, trainer: Trainer, session: Session
+) -> dict[str, Any]:
+    """Alignment and losses of every row after a uniform training, and what they cost."""
+    path, key = session.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
+
+    def make() -> float:
+        before, ones = session.work_done, jnp.ones(task.num_examples)
+        run = trainer.run(
+            ones,
+            trainer.init_state(task.init_params(select_config.train.seed)),
+            task.training_stream(select_config.data.seed),
+        )
+        alignment, losses = compute_baseline_scores(task, trainer, run, ones)
+        path.parent.mkdir(exist_ok=True)
+        with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
+            np.savez(file, alignment=np.asarray(alignment), losses=np.asarray(losses)[: task.num_examples])
+        return session.work_done - before
+
+    session.set_phase(key)
+    passes = session.run_once(key, make)
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored} | {"passes": passes}
+
+
+def f1_score(selected: np.ndarray, good: np.ndarray) -> float:
+    """2 |kept and good| / (|kept| + |good|); a learned weight keeps where it is above 1, i.e. sigma(h) > .5."""
+    return float(2 * (selected & good).sum() / max(1, selected.sum() + good.sum()))
+
+
+def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row of the table: means and 95 % intervals over the seeds; the distance to oracle + validation by seed."""
+    runs, method = cells[name], METHODS.get(name) if "trail" in cells[name][0] else None
+    readings = {
+        key: [cell[key] for cell in runs]
+        for key in (*PART_NAMES, "accuracy", "auc", "f1", "ess", "passes", "seconds")
+        if runs[0].get(key) is not None
+    }
+    for of in ("with_v", "own"):
+        for key in runs[0].get(of) or ():
+            readings[f"{of} {key}"] = [cell[of][key] for cell in runs]
+    if goal := cells.get("oracle+validation"):
+        mine = readings.get("with_v report") or readings.get("test") or readings["own report"]
+        readings["distance"] = [loss - other["test"] for loss, other in zip(mine, goal, strict=True)]
+    for source in runs[0].get("sources") or ():
+        readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]
+    intervals = {key: mean_interval(values) for key, values in readings.items()}
+    return {
+        "name": name,
+        "learns": method is not None,
+        "of": method.estimand if method else runs[0]["meaning"],
+        "exact": method.exactness if method else "",
+        "mean": {key: mean for key, (mean, _) in intervals.items()},
+        "interval": {key: half for key, (_, half) in intervals.items()},
+        "runs": runs,
+    }
+
+
+def _held_out_part(task: Task | ArrayTask) -> str:
+    return "test" if "test" in task.held_out_streams else "validation"
+
+
+def _format_cell(name: str, cell: dict[str, Any]) -> str:
+    words = [f"{key} {cell[key]:.3f}" for key in ("test", "accuracy", "auc", "f1") if cell.get(key) is not None]
+    return f"{name:<20}{'   '.join(words)}   {cell['passes']:,.0f} passes   {cell['seconds']:.0f} s"

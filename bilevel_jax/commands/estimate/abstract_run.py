@@ -1,0 +1,153 @@
+"""What `estimate` looks at: a run as its settings, its rows, and a task of shapes on devices that need not be here."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.backend import clear_backends
+
+from bilevel_jax.commands.audit.run import select_config_for_audit
+from bilevel_jax.commands.compare.run import select_config_for_seed
+from bilevel_jax.commands.train.run import count_train_steps
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data.examples import Example, Turn
+from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.runs.budget import compiled_steps
+from bilevel_jax.runs.budget.compiled_steps import StepShapes
+from bilevel_jax.runs.config.load import AuditConfig, CompareConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.schema import EstimateSection
+from bilevel_jax.runs.engine.outer_loop import data_order_seed
+from bilevel_jax.runs.infra import sharding
+from bilevel_jax.runs.infra.placement import make_mesh
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
+from bilevel_jax.runs.tasks.text import (
+    Task,
+    TokenizedData,
+    compose_text_task,
+    group_by_corpus,
+    make_abstract_params,
+    max_example_length,
+    tokenize_splits,
+)
+
+RunConfig = SelectConfig | TrainConfig
+
+
+class AbstractRun(NamedTuple):
+    """What is estimated: a task of shapes."""
+
+    command: str
+    config: RunConfig
+    """The run as the settings of `select` or `train`."""
+    task: Task
+    shapes: StepShapes
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether a model is written."""
+        return self.command in ("select", "train")
+
+
+def simulate_devices(count: int) -> bool:
+    """Make sure of `count` devices (0: those there are); whether they had to be simulated, for compiling alone."""
+    if count <= len(jax.devices()):
+        return False
+    if jax.live_arrays():
+        raise ValueError(
+            f"estimate.devices = {count}, and jax has started with {len(jax.devices())}: ask in a process of its own."
+        )
+    clear_backends()  # how many there are is read when jax first looks for them
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return True
+
+
+def resolve_run_config(config: RunConfig | CompareConfig | AuditConfig, options: EstimateSection) -> RunConfig:
+    """The run as the settings of `select` or `train`, on the devices that are asked for."""
+    if isinstance(config, CompareConfig):
+        run: Any = select_config_for_seed(config, 0)
+    else:
+        run = select_config_for_audit(config) if isinstance(config, AuditConfig) else config
+    if options.devices:
+        fsdp = run.mesh.fsdp
+        if options.devices % fsdp:
+            raise ValueError(f"estimate.devices = {options.devices} is no multiple of mesh.fsdp = {fsdp}.")
+        run = replace(run, mesh=replace(run.mesh, data=options.devices // fsdp))
+    return run
+
+
+def read_examples(config: Any, folder: Path) -> tuple[RunConfig, TokenizedData]:
+    """The rows of the run, as it would read them."""
+    ready_config = resolve_builtin_untrained(config, folder)
+    try:
+        return ready_config, tokenize_splits(ready_config, splits.load_splits(ready_config.data))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Where data or a tokenizer are not here, --estimate.train-examples stands for them."
+        ) from error
+
+
+def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedData:
+    """A text of so many rows, without a tokenizer: one row is as long as rows may be, and sets the shape of batches."""
+    if not config.model.name_or_path or not (Path(config.model.name_or_path) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{config.model.name_or_path}/config.json: no such file; it is all that is needed of a model."
+        )
+    architecture = models.read_config(config.model.name_or_path)
+    sequences = 1 if config.objective.name == "sft" else 2
+    longest = max_example_length(config, architecture)
+    example = Example("", 0, (Turn("text", ""),), "", None, "", 0)
+
+    def corpus(count: int) -> Corpus:
+        lengths = np.full(count * sequences, 2)
+        lengths[0] = longest
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
+
+    sizes = np.floor(np.array(config.data.split) * options.validation_examples).astype(int)
+    parts = {
+        part: [example] * int(size)
+        for part, size in zip(splits.PART_NAMES, sizes, strict=True)
+        if size and config.data.validation
+    }
+    examples_by_corpus = group_by_corpus([example] * options.train_examples, parts, streaming=config.data.streaming)
+    notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
+    return TokenizedData(
+        [example] * options.train_examples,
+        parts,
+        notes,
+        None,
+        architecture,
+        {name: corpus(len(examples)) for name, examples in examples_by_corpus.items()},
+    )
+
+
+def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> AbstractRun:
+    """The task of a text with parameters that are shapes only."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
+    if config.objective.name == "dpo":
+        text = text._replace(
+            corpora={
+                name: corpus.with_reference_margins(np.zeros(corpus.num_examples))
+                for name, corpus in text.corpora.items()
+            }
+        )
+    base, fresh = make_abstract_params(config.model, config.lora, text.architecture, mesh, sharding_rules)
+    if isinstance(config, TrainConfig):
+        steps, seeds, proximal = count_train_steps(config, len(text.examples)), [config.data.seed], 0.0
+    else:
+        steps, proximal = config.train.max_steps, config.outer.proximal
+        seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
+    abstract_task = compose_text_task(
+        config, text, base, fresh, mesh, sharding_rules, num_steps=steps, seeds=seeds, proximal_strength=proximal
+    )
+    return AbstractRun(
+        command,
+        config,
+        abstract_task,
+        compiled_steps.step_shapes(abstract_task, compiled_steps.make_first_batch(abstract_task, config)),
+    )

@@ -1,0 +1,96 @@
+"""The rows that an export writes: joined with their weights by id, chosen by a rule, counted."""
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from bilevel_jax.lm.data.examples import Example, find_leaks, load_examples
+from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
+from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.scoring import from_file
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.builtin import resolve_builtin
+
+
+class SelectedExamples(NamedTuple):
+    """The rows with a weight, and how often each was chosen."""
+
+    examples: list[Example]
+    weights: Float[np.ndarray, "examples"]
+    repeats: Int[np.ndarray, "examples"]
+    source: str
+    """Where the weights come from, in words."""
+    notes: list[str]
+
+
+def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedExamples:
+    """The rows with a weight, and how often `config.keep` takes each; `run` is where builtin:cipher may lie.
+
+    Raises ValueError for rows without a weight, unless the run that made the weights left them out.
+    """
+    if not config.weights.file and (config.selection.top_share < 1 or config.selection.resample):
+        raise ValueError(
+            "weights.file is empty, so every row weighs the same and there is nothing to choose by. Give a run's "
+            "folder or weights.file, or set selection.top_share to 1 to write every row."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        input_folder = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
+        config = replace(config, data=resolve_builtin(InspectConfig(data=config.data), input_folder).data)
+        empty: list[str] = []
+        examples = load_examples(config.data.train, splits.make_data_options(config.data), empty.append)
+        notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []
+        examples, leak_notes = _drop_leaks(config, examples)
+    notes += leak_notes
+    loaded_weights = from_file.load_weights(config.weights, examples)
+    usable = loaded_weights.keep_mask & ~_find_unread(config, examples)
+    if missing := int((~loaded_weights.keep_mask).sum()):
+        notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
+    if unread := int((loaded_weights.keep_mask & ~usable).sum()):
+        notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
+    sources = [example.source for example in examples]
+    places = select_examples(
+        loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
+    )
+    if config.selection.per_source and len(places) < config.selection.per_source:
+        notes.append(
+            f"selection.per_source = {config.selection.per_source:,}: a source gave all it has, so {len(places):,} rows."
+        )
+    repeats = np.bincount(places, minlength=len(examples))[usable]
+    examples = [example for example, use in zip(examples, usable, strict=True) if use]
+    return SelectedExamples(examples, loaded_weights.weights[usable], repeats, loaded_weights.source, notes)
+
+
+def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """The rows without those that a run with data.leaks = drop left out, so that they have no weight."""
+    if config.data.leaks != "drop" or not config.weights.file or config.weights.missing != "error":
+        return examples, []
+    known_weights = from_file.read_id_column(config.weights.file, config.weights.column)
+    absent = [example for example in examples if example.id not in known_weights]
+    if not absent:
+        return examples, []
+    leaked_ids = {example.id for example in absent}
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # where the validation examples are not at hand, nothing can be compared
+        trusted = splits.load_held_out(config.data, splits.make_data_options(config.data), lambda message: None)
+        leaked_ids = {row.id for row, _ in find_leaks(absent, [row for part in trusted.values() for row in part])}
+    remaining = [example for example in examples if example.id not in leaked_ids]
+    return remaining, [
+        f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the validation examples, too."
+    ] if leaked_ids else []
+
+
+def _find_unread(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:
+    """Rows that a run of `select` left out as too long: they have no loss there."""
+    file = config.weights.file
+    if not file.endswith(".parquet") or "loss" not in pq.ParquetFile(file).schema_arrow.names:
+        return np.zeros(len(examples), bool)
+    losses = from_file.read_id_column(file, "loss")
+    return np.array([not np.isfinite(losses.get(example.id, 0.0)) for example in examples])

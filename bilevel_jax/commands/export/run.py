@@ -1,0 +1,106 @@
+"""The command `export`: the rows that their weights choose, in the input form of another trainer, with a card."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bilevel_jax.commands.export.card import format_dataset_card, read_run_config, read_run_result, to_one_line
+from bilevel_jax.commands.export.formats import FILE_SUFFIXES, FORMATTERS, TRAINER_NAMES, ExportTarget, choose_layout
+from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
+from bilevel_jax.lm.data.files import write_rows
+from bilevel_jax.lm.models.huggingface import atomic_folder
+from bilevel_jax.runs.config.load import ExportConfig
+from bilevel_jax.runs.engine.selection import describe_selection_rule
+
+MAX_SOURCES_SHOWN = 6
+"""Sources that the line in the terminal names."""
+
+
+def flags_for_run(run: Path) -> list[str]:
+    """The flags that stand before the user's where a run's folder is exported: its own weights, as they are."""
+    config = read_run_config(run)
+    left_out = config.get("weights", {}).get("missing") == "drop"  # `train` left those rows out of its table, too
+    return [
+        *("--weights.file", str(run / "weights.parquet"), "--weights.column", "weight"),
+        *("--weights.score", "", "--weights.transform", "none", "--weights.no-mean-one"),
+        *("--weights.missing", "drop" if left_out else "error"),
+    ]
+
+
+def export(config: ExportConfig, run: Path | None = None, command: str = "") -> str:
+    """Write `config.export.folder`, and say in a few lines what is in it.
+
+    `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
+    ValueError for rows that lack a weight or do not fit the form, FileExistsError for a folder that is there already.
+    """
+    folder = Path(config.export.dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already, and an export never overwrites: choose another with --out.")
+    selected = choose_examples(config, run)
+    indices = np.flatnonzero(selected.repeats)
+    examples = [selected.examples[i] for i in indices]
+    layout = choose_layout(examples, config.export.layout)
+    name = f"train{FILE_SUFFIXES[config.export.container]}"
+    target = ExportTarget(layout, folder / name, config.export.container, config.data.template)
+    formatted = FORMATTERS[config.export.format](examples, target)
+    kind = "folder" if config.export.container == "datasets" else config.export.container
+    with atomic_folder(folder) as temporary_folder:
+        write_rows(temporary_folder / name, _build_export_rows(formatted.rows, indices, selected, config), kind)
+        pq.write_table(_selection_table(selected), temporary_folder / "selection.parquet")
+        if formatted.config_file:
+            (temporary_folder / formatted.config_file[0]).write_text(formatted.config_file[1], encoding="utf-8")
+        text = format_dataset_card(config, run, command, selected, target, formatted.instructions)
+        (temporary_folder / "README.md").write_text(text, encoding="utf-8")
+    return "\n".join(
+        [*selected.notes, *_warn_of_run_verdict(run), _summarize_export(config, selected, folder / name, layout)]
+    )
+
+
+def _build_export_rows(
+    formatted_rows: list[dict[str, Any]], indices: np.ndarray, selected: SelectedExamples, config: ExportConfig
+) -> list[dict[str, Any]]:
+    """Each row as often as it was chosen, with its id and weight; a repeat weighs 1, since repeats are the weight."""
+    out = []
+    for row, i in zip(formatted_rows, indices.tolist(), strict=True):
+        weight = 1.0 if config.selection.resample else float(selected.weights[i])
+        extra = {"id": selected.examples[i].id} | ({"weight": weight} if config.export.weight_key else {})
+        out += [row | extra] * int(selected.repeats[i])
+    return out
+
+
+def _selection_table(selected: SelectedExamples) -> pa.Table:
+    columns = {
+        "id": [example.id for example in selected.examples],
+        "row": [example.row for example in selected.examples],
+        "repeats": selected.repeats,
+        "weight": selected.weights,
+        "source": [example.source for example in selected.examples],
+    }
+    meaning = {"repeats": "how often the row was written; 0: it was left out", "row": "0-based, of the data read"}
+    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
+
+
+def _warn_of_run_verdict(run: Path | None) -> list[str]:
+    """The verdict of a run whose weights say nothing."""
+    verdict = read_run_result(run).get("verdict", {}) if run else {}
+    return [f"The run's own verdict: {verdict['sentence']}"] if verdict.get("level") == "DO NOT BELIEVE" else []
+
+
+def _summarize_export(config: ExportConfig, selected: SelectedExamples, path: Path, layout: str) -> str:
+    written = Counter[str]()
+    for example, count in zip(selected.examples, selected.repeats.tolist(), strict=True):
+        written[example.source] += count
+    before = Counter(example.source for example in selected.examples)
+    source_texts = [
+        f"{to_one_line(name)} {written[name]:,} of {count:,}" for name, count in before.most_common(MAX_SOURCES_SHOWN)
+    ]
+    rest = f", and {len(before) - MAX_SOURCES_SHOWN:,} more sources" if len(before) > MAX_SOURCES_SHOWN else ""
+    parts = f" ({', '.join(source_texts)}{rest})" if len(before) > 1 else ""
+    return (
+        f"{int(selected.repeats.sum()):,} of {len(selected.examples):,} rows{parts}, {describe_selection_rule(config.selection)}: {path}, "
+        f"layout {layout}, for {TRAINER_NAMES[config.export.format]}; README.md beside it says how it was made."
+    )

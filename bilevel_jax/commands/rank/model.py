@@ -1,0 +1,168 @@
+"""The model that is to be trained, before it is: how it reads rows, and what it answers itself."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool
+
+from bilevel_jax.commands.rank import strategies
+from bilevel_jax.commands.rank.strategies import Question
+from bilevel_jax.core.types import Params
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data import tokens
+from bilevel_jax.lm.data.encode import Tokenizer
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.inference.generate import Prompt
+from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
+from bilevel_jax.runs.config.load import RankConfig
+from bilevel_jax.runs.infra.placement import make_mesh, replicate
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.generation import make_generator_factory
+from bilevel_jax.runs.scoring.verifiers import make_verifier
+from bilevel_jax.scores.requests import TokenizedExamples, make_tokenized_examples, trim_responses
+
+SPARE_DRAWS = 4
+"""Further answers that are drawn to a question whose answer cannot be used, at most."""
+
+
+class RankModel(NamedTuple):
+    """The model that will be trained, before it is."""
+
+    decoder: models.Decoder
+    tokenizer: Tokenizer
+    params: Params
+    mesh: Mesh
+
+
+class OwnAnswers(NamedTuple):
+    """What the model says itself."""
+
+    texts: list[list[list[str]]]
+    """Of each block, each question, each draw."""
+    accepted: Bool[np.ndarray, "blocks block"]
+    """The checker let the first one pass, or there is none."""
+    notes: list[str]
+
+
+def load_rank_model(config: RankConfig) -> RankModel:
+    """The model and its tokenizer, on the mesh."""
+    tokenizer = tokens.load_tokenizer(config.model.name_or_path)
+    architecture, params = models.load_model(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
+    mesh = make_mesh(config.mesh.data)
+    return RankModel(models.make_decoder(architecture, remat="none"), tokenizer, replicate(mesh, params), mesh)
+
+
+def collect_own_answers(
+    config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]], session: Session
+) -> OwnAnswers:
+    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a checker."""
+    questions = [question for block in sample for question in block]
+    unusable = _special_token_matcher(rank_model.tokenizer)
+    notes = []
+    if config.rank.own_answers:
+        known_answers = strategies.read_own_answers(config.rank.own_answers, config)
+        if missing := [question for question in questions if question.text not in known_answers]:
+            raise ValueError(
+                f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
+                f"the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are generated then."
+            )
+        texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
+    else:
+        texts, num_redrawn = _generate_answers(config, rank_model, questions, unusable, session)
+        if num_redrawn:
+            notes.append(
+                f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
+            )
+    for question, drafts in zip(questions, texts, strict=True):
+        if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
+            raise ValueError(
+                f"{question.where}: the model gives no answer to this question that can be shown (empty, or with a special "
+                "token). Raise generate.temperature, or give answers by rank.own_answers."
+            )
+    accepted = np.ones(len(questions), bool)
+    if config.verifier.name:
+        judge = make_verifier(
+            config.verifier, [question.with_response(question.responses[0]) for question in questions]
+        )
+        pairs = zip(questions, texts, strict=True)
+        accepted = np.array([judge(question.with_response(drafts[0]), drafts[0]) >= 0.5 for question, drafts in pairs])
+        notes.append(
+            f"{int(accepted.sum()):,} of {len(accepted):,} answers of the model are right; the others are not shown"
+        )
+    size = len(sample[0])
+    return OwnAnswers([texts[at : at + size] for at in range(0, len(texts), size)], accepted.reshape(-1, size), notes)
+
+
+def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
+    """The questions as prompts, each by the id of its text: what is drawn does not depend on the strategies."""
+    placeholder_examples = [question.with_response("yes") for question in questions]
+    question_prompts = make_prompts(
+        placeholder_examples, rank_model.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
+    return [prompt._replace(id=question.id) for prompt, question in zip(question_prompts, questions, strict=True)]
+
+
+def tokenize_for_scoring(
+    config: RankConfig, rank_model: RankModel, examples: list[Example]
+) -> tuple[TokenizedExamples, int]:
+    """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
+    tokenizer = rank_model.tokenizer
+    corpus, _ = tokens.tokenize(
+        examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
+    end_tokens = {*find_end_tokens(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
+        tokenizer.unk_token_id
+    }
+    corpus, num_cut = trim_responses(corpus, end_tokens, config.rank.max_response_tokens)
+    return make_tokenized_examples(examples, corpus), num_cut
+
+
+# ---- parts
+
+
+def _generate_answers(
+    config: RankConfig,
+    rank_model: RankModel,
+    questions: Sequence[Question],
+    unusable: Callable[[str], Any],
+    session: Session,
+) -> tuple[list[list[str]], int]:
+    """The first usable answers to each question, and how many drawn before them were not."""
+    session.set_phase("answering")
+    pending = build_question_prompts(config, rank_model, questions)
+    new, context = config.generate.max_new_tokens, rank_model.decoder.config.max_length
+    for prompt, item in zip(pending, questions, strict=True):
+        if config.generate.backend == "embedded" and len(prompt.tokens) + new > context:
+            raise ValueError(
+                f"{item.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new_tokens = "
+                f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
+                f"{context - new} or less."
+            )
+    generate = make_generator_factory(
+        config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
+    )(rank_model.params)
+    count = config.generate.num_generations
+    texts: dict[str, list[str]] = {}
+    num_redrawn = 0
+    for draws in (range(count), range(count, count + SPARE_DRAWS)):
+        for prompt, responses in zip(pending, generate(pending, draws), strict=True):
+            usable = texts.setdefault(prompt.id, [])
+            good = [item.text for item in responses if item.text.strip() and not unusable(item.text)]
+            num_redrawn += len(responses) - len(good) if draws.start == 0 else 0
+            usable += good[: count - len(usable)]
+        pending = [prompt for prompt in pending if len(texts[prompt.id]) < count]
+        if not pending or not config.generate.temperature:
+            break
+    return [texts[item.id] for item in questions], num_redrawn
+
+
+def _special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:
+    """text -> whether it holds a special token, which the tokenizer would read as one."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    names = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))).search if names else lambda text: None

@@ -1,0 +1,414 @@
+"""The command `rank`: which way of generating responses will train the model best, from a sample and without training."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bilevel_jax.commands.rank import metrics, report, train_then_test
+from bilevel_jax.commands.rank.metrics import METRICS, ResponseMeasures
+from bilevel_jax.commands.rank.model import (
+    OwnAnswers,
+    RankModel,
+    build_question_prompts,
+    collect_own_answers,
+    load_rank_model,
+    tokenize_for_scoring,
+)
+from bilevel_jax.commands.rank.strategies import (
+    Question,
+    StrategyResponses,
+    draw_blocks,
+    load_strategy_responses,
+    parse_accuracies,
+)
+from bilevel_jax.core.types import Batch, Stream
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.runs.config.load import RankConfig, config_hash
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.placement import place_stream
+from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.likelihoods import ResumableEngine
+from bilevel_jax.runs.stats import rank_correlation
+from bilevel_jax.scores import selfaligned
+from bilevel_jax.scores.ifd import ifd_score
+from bilevel_jax.scores.perplexity import perplexity_score
+from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples
+from bilevel_jax.scores.selfsimilarity import response_similarity
+from bilevel_jax.scores.strategies import MAX_PERPLEXITY
+
+TABLE_FILE = "rank.parquet"
+
+
+def rank(config: RankConfig) -> dict[str, Any]:
+    """Run the command in `config.output.folder` and return what result.json holds.
+
+    Raises as `candidates.load` and `candidates.drawn` do, and ValueError for questions or responses that do not fit the
+    model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
+    """
+    _make_prompt_formatter(config)
+    with open_run_dir(config) as folder:
+        strategy_responses = load_strategy_responses(config)
+        accuracies = parse_accuracies(config.rank.accuracies, strategy_responses.strategies)
+        rank_model = load_rank_model(config)
+        sample, notes = sample_blocks(config, rank_model, strategy_responses)
+        with start_session(config, folder) as session:
+            return _run_ranking(
+                config,
+                rank_model,
+                strategy_responses._replace(notes=strategy_responses.notes + notes),
+                sample,
+                accuracies,
+                session,
+            )
+
+
+def sample_blocks(
+    config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses
+) -> tuple[list[list[Question]], list[str]]:
+    """The blocks of questions, and what was left out of them."""
+    questions, max_tokens = strategy_responses.questions, config.rank.max_question_tokens
+    notes = []
+    if max_tokens:
+        question_prompts = build_question_prompts(config, rank_model, questions)
+        questions = [
+            question
+            for question, prompt in zip(questions, question_prompts, strict=True)
+            if len(prompt.tokens) <= max_tokens
+        ]
+        notes.append(
+            f"{len(questions):,} questions have at most {max_tokens} tokens (rank.max_question_tokens), template included"
+        )
+    sample = draw_blocks(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
+    if len(sample) < config.rank.num_blocks:
+        notes.append(f"they suffice for {len(sample)} of {config.rank.num_blocks} blocks of {config.rank.block_size}")
+    return sample, notes
+
+
+def _run_ranking(
+    config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses, sample: list[list[Question]], accuracies: dict[str, float],
+    session: Session,
+) -> dict[str, Any]:  # fmt: skip
+    for note in strategy_responses.notes:
+        session.print_line(note)
+    began = time.monotonic()
+    own_answers = collect_own_answers(config, rank_model, sample, session)
+    costs = {"answers": time.monotonic() - began}
+    rows, num_cut = _tokenize_all_responses(config, rank_model, sample)
+    measures, measure_costs = measure_responses(config, rank_model, sample, rows, own_answers, session)
+    trial_results = (
+        train_then_test.run_trials(config, strategy_responses, session) if config.rank.train_examples else None
+    )
+    session.set_phase("writing")
+    result = metrics.rank_strategies(config.rank, strategy_responses.strategies, measures, config.data.seed)
+    sizes = {
+        "questions": len(strategy_responses.questions),
+        "blocks": len(sample),
+        "block": len(sample[0]),
+        "cut": num_cut,
+    }
+    result |= {
+        "counts": sizes | {"responses": len(rows.examples), "context": rank_model.decoder.config.max_length},
+        "known": accuracies,
+        "tested": trial_results,
+        "against": correlate_with_truth(result, accuracies, trial_results),
+        "notes": [*strategy_responses.notes, *own_answers.notes],
+        "remarks": collect_remarks(config, measures, strategy_responses, rows, num_cut),
+        "costs": costs | measure_costs,
+        "seconds": session.job_cost("")[1] + costs["answers"],
+        "config_hash": config_hash(config),
+    }
+    for note in (*own_answers.notes, *result["remarks"]):
+        session.print_line(note)
+    run_dir.write_parquet(
+        session.folder / TABLE_FILE,
+        build_response_table(strategy_responses.strategies, sample, measures, rows, own_answers),
+    )
+    run_dir.write_json(session.folder / "result.json", result)
+    report.write_rank_report(session.folder)
+    return result
+
+
+# ---- what is measured
+
+
+def measure_responses(
+    config: RankConfig,
+    rank_model: RankModel,
+    sample: Sequence[Sequence[Question]],
+    rows: TokenizedExamples,
+    own_answers: OwnAnswers,
+    session: Session,
+) -> tuple[ResponseMeasures, dict[str, float]]:
+    """What the configured metrics read of every response, [blocks, block, strategies]; and what it cost."""
+    shape = len(sample), len(sample[0]), len(sample[0][0].responses)
+    inputs = {part for name in metrics.list_metrics(config.rank) for part in METRICS[name].inputs}
+    plans: dict[str, ScorePlan] = {}
+    if "sppl" in inputs:
+        prompted_rows = tokenize_for_scoring(
+            config, rank_model, build_self_aligned_prompts(config, sample, own_answers)
+        )[0]
+        plans["sppl"] = selfaligned.sppl_score(prompted_rows, prompted_rows)
+    if "perplexity" in inputs:
+        plans["perplexity"] = perplexity_score(rows, rows)
+    if "ifd" in inputs:
+        plans["ifd"] = ifd_score(rank_model.tokenizer.bos_token_id)(rows, rows)
+    for name, plan in plans.items():
+        _check_lengths(name, plan, rows, rank_model.decoder.config.max_length)
+    pairs = (
+        _pair_with_own_answers(config, rank_model, rows, sample, own_answers)
+        if "self_similarity" in inputs
+        else ([], [])
+    )
+    distinct = {request for plan in plans.values() for request in plan.requests}
+    session.set_phase("scoring", total=session.work_done + len(distinct) + len({*pairs[0], *pairs[1]}))
+
+    stored = session.run_once("scores", lambda: _compute_likelihood_scores(rank_model, plans, session))
+    measures = {name: np.reshape(values, shape) for name, values in stored["values"].items()}
+    costs = {"scores": stored["seconds"], "places": stored["places"], "tokens": stored["tokens"]}
+    if "self_similarity" in inputs:
+        stored = session.run_once("self_similarity", lambda: _compute_self_similarity(rank_model, pairs, session))
+        measures["self_similarity"] = np.reshape(stored["values"], (*shape, -1)).mean(-1)
+        costs["self_similarity"] = stored["seconds"]
+    if "rewards" in inputs:
+        measures["rewards"] = np.array([[one.rewards for one in block] for block in sample])
+    for name, values in measures.items():
+        if not np.isfinite(values).all():
+            at = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise FloatingPointError(
+                f"{rows.examples[at].where}: {name} of the response of strategy {at % shape[2] + 1} is "
+                f"{values.ravel()[at]}. Is the model's loss finite, and does the response have more than one token?"
+            )
+    return measures, costs
+
+
+def build_self_aligned_prompts(
+    config: RankConfig, sample: Sequence[Sequence[Question]], own_answers: OwnAnswers
+) -> list[Example]:
+    """Every response behind its question with the model's own answers to other questions of its block."""
+    write = _make_prompt_formatter(config)
+    out = []
+    for block, texts, is_kept in zip(sample, own_answers.texts, own_answers.accepted, strict=True):
+        shown_by_question = selfaligned.choose_shown_answers(is_kept, config.rank.k)
+        own = [
+            selfaligned.append_result(drafts[0], question.reference_answer, config.rank.final_answer)
+            for question, drafts in zip(block, texts, strict=True)
+        ]
+        for question, places in zip(block, shown_by_question, strict=True):
+            with_own = question._replace(text=write(question.text, [own[at] for at in places]))
+            out += [with_own.with_response(response) for response in question.responses]
+    return out
+
+
+def correlate_with_truth(
+    result: dict[str, Any], accuracies: dict[str, float], trial_results: dict[str, Any] | None
+) -> dict[str, dict[str, float]]:
+    """Spearman's correlation of each metric, larger is better, with known accuracies and with train-then-test."""
+    truths = {}
+    if accuracies:
+        truths["accuracy"] = np.array([accuracies[name] for name in result["strategies"]])
+    if trial_results:
+        by, sign = trial_results["decided_by"], 1 if trial_results["decided_by"] == "accuracy" else -1
+        truths["train-then-test"] = sign * np.array([line["mean"][by][0] for line in trial_results["strategies"]])
+    return {
+        title: {
+            name: rank_correlation(METRICS[name].sign * np.array([line["score"].value for line in lines]), truth)
+            for name, lines in result["metrics"].items()
+        }
+        for title, truth in truths.items()
+    }
+
+
+def build_response_table(
+    strategies: Sequence[str],
+    sample: Sequence[Sequence[Question]],
+    measures: ResponseMeasures,
+    rows: TokenizedExamples,
+    own_answers: OwnAnswers,
+) -> pa.Table:
+    """A row for each question and strategy: where it stands, its text, what was measured, the model's own answer."""
+    count = len(strategies)
+    questions = [(b, q, question) for b, block in enumerate(sample) for q, question in enumerate(block)]
+    cells = [(b, q, question, s) for b, q, question in questions for s in range(count)]
+    columns: dict[str, Any] = {
+        "id": [question.id for _, _, question, _ in cells],
+        "file": [question.file for _, _, question, _ in cells],
+        "line": [question.line for _, _, question, _ in cells],
+        "block": [b for b, _, _, _ in cells],
+        "strategy": [strategies[s] for _, _, _, s in cells],
+        "question": [question.text for _, _, question, _ in cells],
+        "response": [question.responses[s] for _, _, question, s in cells],
+        "own_answer": [own_answers.texts[b][q][0] for b, q, _, _ in cells],
+        "own_answer_kept": [bool(own_answers.accepted[b, q]) for b, q, _, _ in cells],
+        "tokens": [int(rows.sequences(i)[0].target_mask.sum()) for i in range(len(cells))],
+    }
+    columns |= {name: values.ravel() for name, values in measures.items()}
+    about = {
+        "tokens": "tokens of the response that were read, end token left out",
+        "sppl": "perplexity after answers of the model's own; the least wins",
+        "perplexity": "exp(nats per token); the least wins",
+        "ifd": "loss with the question over loss without",
+        "self_similarity": "mean cosine of hidden states with the model's own answers; the largest wins",
+        "own_answer_kept": "whether the checker let the model's own answer pass",
+    }
+    return pa.table(columns).replace_schema_metadata({key: text for key, text in about.items() if key in columns})
+
+
+def collect_remarks(
+    config: RankConfig,
+    measures: ResponseMeasures,
+    strategy_responses: StrategyResponses,
+    rows: TokenizedExamples,
+    num_cut: int,
+) -> list[str]:
+    """What a person should know of the numbers."""
+    out, count, metric_names = [], len(rows.examples), metrics.list_metrics(config.rank)
+    if num_cut:
+        out.append(
+            f"{num_cut:,} of {count:,} responses were cut at {config.rank.max_response_tokens} tokens (rank.max_response_tokens): the "
+            "ranking is of their beginnings"
+        )
+    if config.rank.mean == "arithmetic":
+        for name in ("sppl", "perplexity"):
+            out += (
+                _find_outlier_responses(METRICS[name].title, measures[name], strategy_responses, rows)
+                if name in metric_names
+                else []
+            )
+    if "mix" in metric_names and (capped := float((measures["perplexity"] >= MAX_PERPLEXITY).mean())) > 0.5:
+        out.append(
+            f"{capped:.0%} of the perplexities are at the cap of {MAX_PERPLEXITY:g} that mix has: what it reads of perplexity are "
+            "the few others, whose differences min-max makes as large as any"
+        )
+    if "ifd" in metric_names and (above := float((measures["ifd"] > 1).mean())) > 0.5:
+        out.append(f"IFD is above 1 for {above:.0%} of the responses: their questions make them less probable")
+    if config.rank.own_answers == "" and config.generate.backend == "service":
+        out.append(
+            "the answers of the model are a service's: SPPL is self-aligned only where it serves this very model"
+        )
+    return out
+
+
+# ---- parts
+
+
+def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, ScorePlan], session: Session) -> dict[str, Any]:
+    began, done = time.monotonic(), 0
+
+    def on_batch(now: int) -> None:
+        nonlocal done
+        session.advance(now - done)
+        done = now
+
+    reader = ResumableEngine(rank_model.decoder, rank_model.params, rank_model.mesh, session)
+    requests = [request for plan in plans.values() for request in plan.requests]
+    replies = reader(requests, on_batch)
+    values, at = {}, 0
+    for name, plan in plans.items():
+        plan_replies = replies[at : at + len(plan.requests)]
+        at += len(plan_replies)
+        sign = METRICS[name].sign  # scores are larger-is-better; what is shown are perplexities
+        values[name] = (sign * plan.combine(plan_replies)).tolist()
+    size = sum(len(request.prefix) + len(request.response) for request in requests)
+    return {"values": values, "seconds": time.monotonic() - began, "places": reader.positions_read, "tokens": size}
+
+
+def _compute_self_similarity(
+    rank_model: RankModel, pairs: tuple[list[Any], list[Any]], session: Session
+) -> dict[str, Any]:
+    began = time.monotonic()
+
+    def place_on_mesh(batch: Batch) -> Batch:
+        return place_stream(rank_model.mesh, Stream(lambda step: batch, 1)).batch(0)
+
+    def progress(done: int) -> None:
+        session.advance(done)
+        session.check_signals()
+
+    compute_similarity = response_similarity(
+        rank_model.decoder,
+        rank_model.tokenizer.bos_token_id,
+        batch_size_multiple=rank_model.mesh.size,
+        place_batch=place_on_mesh,
+        on_progress=progress,
+    )
+    return {"values": compute_similarity(rank_model.params, *pairs).tolist(), "seconds": time.monotonic() - began}
+
+
+def _pair_with_own_answers(
+    config: RankConfig,
+    rank_model: RankModel,
+    rows: TokenizedExamples,
+    sample: Sequence[Sequence[Question]],
+    own_answers: OwnAnswers,
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(each response, each answer of the model's own to its question), as often as there are draws."""
+    own_examples = [
+        question.with_response(text)
+        for block, texts in zip(sample, own_answers.texts, strict=True)
+        for question, drafts in zip(block, texts, strict=True)
+        for text in drafts
+    ]
+    own_rows = tokenize_for_scoring(config, rank_model, own_examples)[0]
+    draws, strategies = len(own_answers.texts[0][0]), len(sample[0][0].responses)
+    responses, others = [], []
+    for i in range(len(rows.examples)):
+        offset = i // strategies * draws
+        responses += [_response_token_ids(rows, i)] * draws
+        others += [_response_token_ids(own_rows, offset + draw) for draw in range(draws)]
+    return responses, others
+
+
+def _response_token_ids(rows: TokenizedExamples, i: int) -> tuple[int, ...]:
+    ids, supervised = rows.sequences(i)[0]
+    return tuple(ids[supervised].tolist())
+
+
+def _tokenize_all_responses(
+    config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]]
+) -> tuple[TokenizedExamples, int]:
+    """Every response behind its question, and how many were cut."""
+    return tokenize_for_scoring(
+        config,
+        rank_model,
+        [question.with_response(text) for block in sample for question in block for text in question.responses],
+    )
+
+
+def _make_prompt_formatter(config: RankConfig) -> Callable[[str, Sequence[str]], str]:
+    """What is asked with the answers that are shown; a ValueError where the templates of the config cannot be used."""
+    return selfaligned.prompt_writer(
+        config.rank.template or selfaligned.SPPL_TEMPLATE, config.rank.example_template or selfaligned.EXAMPLE_TEMPLATE
+    )
+
+
+def _check_lengths(name: str, plan: ScorePlan, rows: TokenizedExamples, context: int) -> None:
+    lengths = np.array([len(request.prefix) + len(request.response) - 1 for request in plan.requests])
+    if lengths.max() <= context:
+        return
+    at = int(np.argmax(lengths))
+    where = rows.examples[at * len(rows.examples) // len(lengths)].where
+    prefix_note = "with the answers that are shown before it, " if name == "sppl" else ""
+    raise ValueError(
+        f"{where}: {prefix_note}the question and a response take {lengths[at]} token places, and the model's context has "
+        f"{context}; so do {int((lengths > context).sum())} of {len(lengths)}. Set rank.max_response_tokens and "
+        "rank.max_question_tokens, or lower generate.max_new_tokens or rank.k; rank.template says what else stands there."
+    )
+
+
+def _find_outlier_responses(
+    title: str, values: np.ndarray, strategy_responses: StrategyResponses, rows: TokenizedExamples
+) -> list[str]:
+    """How many strategies owe more than half of their arithmetic mean to one response, and the worst of them."""
+    flat = values.reshape(-1, values.shape[-1])
+    shares = flat.max(0) / flat.sum(0)
+    if not (shares > 0.5).any():
+        return []
+    worst = int(shares.argmax())
+    where = rows.examples[int(flat[:, worst].argmax()) * flat.shape[1] + worst].where
+    return [
+        f"one response makes more than half of the {title} of {int((shares > 0.5).sum())} of {len(shares)} strategies, "
+        f"at worst {shares[worst]:.0%} of that of {strategy_responses.strategies[worst]} ({where}): see whether rank.mean = geometric agrees"
+    ]

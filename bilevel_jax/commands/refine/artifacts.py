@@ -1,0 +1,124 @@
+"""What `refine` leaves beside the model: responses.parquet and weights.parquet, and what its report shows of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from bilevel_jax.commands.refine.rollouts import RoundTask
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.text import Task
+
+
+def responses_path(session: Session, number: int) -> Path:
+    """What the model wrote in a round."""
+    return session.folder / "rounds" / f"responses-{number}.parquet"
+
+
+def weights_path(session: Session, number: int) -> Path:
+    """The rows of a round with their weights."""
+    return session.folder / "rounds" / f"weights-{number}.parquet"
+
+
+def build_round_weights_table(
+    offline_task: Task,
+    round_task: RoundTask,
+    weights: Float[np.ndarray, "examples"],
+    judge: str | None,
+    round_number: int,
+) -> pa.Table:
+    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline examples."""
+    question_examples = [offline_task.examples[row] for row in round_task.question_rows]
+    return pa.table(
+        {
+            "round": np.full(len(weights), round_number),
+            "id": [example.id for example in round_task.task.examples],
+            "question": [example.id for example in question_examples],
+            "generated": round_task.response_numbers >= 0,
+            "source": [example.source for example in question_examples],
+            "label": pa.array([example.label for example in question_examples], pa.string()),
+            "base": round_task.multiplicity,
+            "weight": np.asarray(weights, float),
+            "method": pa.array([judge] * len(weights), pa.string()),
+        }
+    )
+
+
+def write_round_tables(session: Session, records: list[dict[str, Any]], config_hash: str) -> None:
+    """weights.parquet and responses.parquet: all rounds, one behind the other."""
+    weights, responses = [], []
+    for record in records:
+        round_weights = pq.read_table(weights_path(session, record["step"]))
+        weights.append(round_weights)
+        weight_by_id = dict(zip(round_weights["id"].to_pylist(), round_weights["weight"].to_pylist(), strict=True))
+        round_responses = pq.read_table(responses_path(session, record["step"]))
+        round_responses = round_responses.append_column(
+            "weight",
+            pa.array([weight_by_id[response_id] for response_id in round_responses["id"].to_pylist()], pa.float64()),
+        )
+        responses.append(
+            round_responses.append_column("accepted", pa.array([record["accepted"]] * len(round_responses), pa.bool_()))
+        )
+    meaning = {
+        "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
+        "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
+        "config_hash": config_hash,
+    }
+    table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
+    run_dir.write_parquet(session.folder / "weights.parquet", table)
+    meaning = {
+        "model": "fingerprint of the model that wrote the response",
+        "log_prob": "sum of log_probs, nats: of each token under the sampler, after temperature, top-k and top-p",
+        "accepted": "whether the best candidate of the round became the model",
+    }
+    table = pa.concat_tables(responses).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})
+    run_dir.write_parquet(session.folder / "responses.parquet", table)
+
+
+def pick_extreme_responses(
+    session: Session, offline_task: Task, records: list[dict[str, Any]], count: int = 5
+) -> list[dict[str, Any]]:
+    """Responses of the last round that weigh most and least, with their questions, for the report."""
+    table = pq.read_table(session.folder / "responses.parquet").to_pylist()
+    last = [row for row in table if row["round"] == len(records) - 1]
+    example_by_id = {example.id: example for example in offline_task.examples}
+    ranked = sorted(last, key=lambda row: -row["weight"])
+    extremes = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
+    return [
+        {
+            "id": row["id"],
+            "question": example_by_id[row["question"]].turns[-2].content
+            if len(example_by_id[row["question"]].turns) > 1
+            else "",
+            "offline": example_by_id[row["question"]].turns[-1].content,
+            "label": example_by_id[row["question"]].label,
+            "text": row["text"],
+            "ended": row["ended"],
+            "log_prob": row["log_prob"],
+            "checker": row["checker"],
+            "weight": row["weight"],
+        }
+        for row in extremes
+    ]
+
+
+def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean weight of each kind of row in each round: offline examples by label, responses by what the checker says."""
+    out = []
+    for record in records:
+        table = pq.read_table(weights_path(session, record["step"])).to_pandas()
+        values = pq.read_table(responses_path(session, record["step"])).to_pandas().set_index("id")["checker"]
+        right = table["id"].map(values)
+        kind = table["label"].fillna("offline")
+        generated = np.where(right.isna(), "response", np.where(right >= 0.5, "right response", "wrong response"))
+        kind = kind.where(~table["generated"], generated)
+        means = table.assign(kind=kind).groupby("kind")["weight"].agg(["mean", "size"])
+        out += [
+            {"round": record["step"], "kind": name, "weight": float(stats["mean"]), "rows": int(stats["size"])}
+            for name, stats in means.iterrows()
+        ]
+    return out

@@ -1,0 +1,246 @@
+"""The rows of a round of `refine`: which questions are answered anew, the responses, the task that they make."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from bilevel_jax.lm.data import tokens
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.lm.data.turns import Turn
+from bilevel_jax.lm.inference.generate import GenerateFn, Prompt
+from bilevel_jax.lm.inference.prompts import make_prompts
+from bilevel_jax.runs.config.load import RefineConfig
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.scoring.verifiers import Verifier
+from bilevel_jax.runs.tasks.text import Task
+
+
+class Rollouts(NamedTuple):
+    """The responses of a round, question by question: response j of question q is number q * draws + j."""
+
+    questions: Int[np.ndarray, "questions"]
+    """Rows of the first task, ascending."""
+    prompts: list[Prompt]
+    texts: list[str]
+    tokens: list[Int[np.ndarray, "length"]]
+    log_probs: list[Float[np.ndarray, "length"]]
+    """Of each token under the sampler, nats."""
+    ended: list[bool]
+    verifier_scores: Float[np.ndarray, "responses"]
+    """What the checker says, 0 to 1; nan without one."""
+    fingerprint: str
+    """Of the model that wrote them."""
+    num_generations: int
+
+    @property
+    def question_rows(self) -> Int[np.ndarray, "responses"]:
+        """The question of each response, a row of the first task."""
+        return np.repeat(self.questions, self.num_generations)
+
+
+class RoundTask(NamedTuple):
+    """The task of a round, and where its rows come from."""
+
+    task: Task
+    question_rows: Int[np.ndarray, "examples"]
+    """The row of the first task whose question each row answers."""
+    response_numbers: Int[np.ndarray, "examples"]
+    """The number of the response in `Answers`; -1 for an offline row."""
+    multiplicity: Float[np.ndarray, "examples"]
+    """How much each row counts before any weight; mean 1."""
+
+
+def choose_questions(
+    config: RefineConfig, trainable: Int[np.ndarray, "kept"], weights: Float[np.ndarray, "questions"]
+) -> Int[np.ndarray, "chosen"]:
+    """The questions of a round, ascending, their number the same in every round.
+
+    fixed: drawn once from data.seed. dynamic: those of the least weight now, ties by the same draw. all, none.
+    """
+    if config.refine.questions in ("all", "none"):
+        return trainable if config.refine.questions == "all" else trainable[:0]
+    count = max(1, round(config.refine.share * len(trainable)))
+    shuffled = np.random.default_rng((config.data.seed, 7)).permutation(trainable)
+    if config.refine.questions == "dynamic":
+        shuffled = shuffled[np.argsort(weights[shuffled], kind="stable")]
+    return np.sort(shuffled[:count])
+
+
+def collect_rollouts(
+    config: RefineConfig,
+    task: Task,
+    question_rows: Int[np.ndarray, "chosen"],
+    round_number: int,
+    path: Path,
+    generator: GenerateFn,
+    fingerprint: str,
+    verifier: Verifier | None,
+) -> Rollouts:
+    """The responses of round `number`: written now and kept at `path`, or read from there.
+
+    Raises ValueError where the file holds responses of another model, or to other questions.
+    """
+    question_examples = [task.examples[row] for row in question_rows]
+    question_prompts = make_prompts(
+        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
+    draws = config.generate.num_generations
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = range(round_number * draws, (round_number + 1) * draws)
+        responses = (
+            [item for prompt_responses in generator(question_prompts, numbers) for item in prompt_responses]
+            if question_prompts
+            else []
+        )
+        values = [
+            verifier(example, response.text) if verifier else np.nan
+            for example, response in zip(np.repeat(np.arange(len(question_examples)), draws), responses, strict=True)
+            for example in [question_examples[example]]
+        ]
+        table = {
+            "id": [f"{example.id}/{round_number}/{draw}" for example in question_examples for draw in range(draws)],
+            "question": [example.id for example in question_examples for _ in range(draws)],
+            "round": np.full(len(responses), round_number),
+            "draw": np.tile(np.arange(draws), len(question_examples)),
+            "model": [fingerprint] * len(responses),
+            "text": [item.text for item in responses],
+            "ended": [item.ended for item in responses],
+            "log_prob": [float(sum(item.log_probs)) for item in responses],
+            "tokens": pa.array([list(item.tokens) for item in responses], pa.list_(pa.int32())),
+            "log_probs": pa.array([list(item.log_probs) for item in responses], pa.list_(pa.float32())),
+            "checker": np.array(values, float),
+        }
+        run_dir.write_parquet(path, pa.table(table))
+    stored = pq.read_table(path)
+    others = sorted({*stored["model"].to_pylist()} - {fingerprint})
+    if others:
+        raise ValueError(
+            f"{path} holds responses of the model {others[0]}, and this round's is {fingerprint}: their "
+            "log-probabilities are not its own. Remove the file, or start anew in another folder."
+        )
+    if stored["question"].to_pylist() != [example.id for example in question_examples for _ in range(draws)]:
+        raise ValueError(f"{path} holds responses to other questions. Start anew in another folder.")
+    return Rollouts(
+        questions=question_rows,
+        prompts=question_prompts,
+        texts=stored["text"].to_pylist(),
+        tokens=[np.array(item, np.int32) for item in stored["tokens"].to_pylist()],
+        log_probs=[np.array(item, np.float32) for item in stored["log_probs"].to_pylist()],
+        ended=stored["ended"].to_pylist(),
+        verifier_scores=stored["checker"].to_numpy(),
+        fingerprint=fingerprint,
+        num_generations=draws,
+    )
+
+
+def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollouts, round_number: int) -> RoundTask:
+    """The task whose rows are the offline ones, without those of the chosen questions or beside them, and responses.
+
+    A question counts once: each of its G responses has the base 1/G, or, where wrong ones are filtered out, a share of
+    what the checker says; a question without a right response counts nothing. All rounds have tasks of one shape.
+    """
+    offline_rows = offline_task.trainable_indices()
+    if not config.refine.keep_offline:
+        offline_rows = np.setdiff1d(offline_rows, rollouts.questions)
+    count = len(rollouts.texts)
+    credit = np.ones(count) if config.refine.verifier_use == "report" else np.nan_to_num(rollouts.verifier_scores)
+    credit = credit.reshape(-1, rollouts.num_generations)
+    total = credit.sum(1, keepdims=True)
+    shares = np.divide(credit, total, out=np.zeros_like(credit), where=total > 0).ravel()
+    multiplicity = np.concatenate([np.ones(len(offline_rows)), shares])
+    multiplicity = multiplicity * len(multiplicity) / multiplicity.sum()
+    validation_rows = np.arange(offline_task.num_examples, offline_task.corpus.num_examples)
+    corpus = _build_corpus(offline_task.corpus, offline_rows, rollouts, validation_rows)
+    multiplicities = np.concatenate([multiplicity, np.ones(len(validation_rows))])
+    corpus = corpus.with_sampler_log_probs(
+        _sampler_log_probs(offline_task.corpus, offline_rows, rollouts, validation_rows), multiplicities
+    )
+    examples = [offline_task.examples[row]._replace(row=at) for at, row in enumerate(offline_rows)]
+    for at in range(count):
+        question_example = offline_task.examples[rollouts.question_rows[at]]
+        examples.append(
+            _make_response_example(
+                question_example,
+                rollouts.texts[at],
+                round_number,
+                at % rollouts.num_generations,
+                len(offline_rows) + at,
+            )
+        )
+    groups = _group_rows(config, len(offline_rows), count, corpus.num_examples, rollouts.num_generations, round_number)
+    question = np.concatenate([offline_rows, rollouts.question_rows])
+    response = np.concatenate([np.full(len(offline_rows), -1), np.arange(count)])
+    task = offline_task._replace(
+        examples=examples, corpus=corpus, groups=groups if config.refine.ratio == "sequence" else None
+    )
+    return RoundTask(task, question, response, multiplicity)
+
+
+def average_question_weights(
+    round_task: RoundTask, weights: Float[np.ndarray, "examples"], num_questions: int
+) -> Float[np.ndarray, "questions"]:
+    """The weight of each question, of `count`: the mean over its rows by what they count; 1 for one without rows."""
+    mass = np.bincount(round_task.question_rows, round_task.multiplicity, num_questions)
+    total = np.bincount(round_task.question_rows, round_task.multiplicity * weights, num_questions)
+    return np.divide(total, mass, out=np.ones(num_questions), where=mass > 0)
+
+
+# ---- parts
+
+
+def _build_corpus(
+    offline_corpus: Corpus,
+    offline_rows: Int[np.ndarray, "kept"],
+    rollouts: Rollouts,
+    validation_rows: Int[np.ndarray, "validation"],
+) -> Corpus:
+    rows = [offline_corpus.get_sequence(int(row)) for row in offline_rows]
+    for at, response in enumerate(rollouts.tokens):
+        before = np.array(rollouts.prompts[at // rollouts.num_generations].tokens, np.int32)
+        supervised = np.arange(len(before) + len(response)) >= len(before)
+        rows.append(tokens.TokenizedSequence(np.concatenate([before, response]), supervised))
+    return tokens.corpus_from_sequences(rows + [offline_corpus.get_sequence(int(row)) for row in validation_rows])
+
+
+def _sampler_log_probs(
+    offline_corpus: Corpus,
+    offline_rows: Int[np.ndarray, "kept"],
+    rollouts: Rollouts,
+    validation_rows: Int[np.ndarray, "validation"],
+) -> Float[np.ndarray, "tokens"]:
+    """The log-probability of each token under the sampler; nan for prompts and offline examples."""
+    parts = [np.full(offline_corpus.lengths[offline_rows].sum(), np.nan)]
+    for at, log_probs in enumerate(rollouts.log_probs):
+        parts += [np.full(len(rollouts.prompts[at // rollouts.num_generations].tokens), np.nan), log_probs]
+    return np.concatenate([*parts, np.full(offline_corpus.lengths[validation_rows].sum(), np.nan)])
+
+
+def _make_response_example(question_example: Example, text: str, round_number: int, draw: int, row: int) -> Example:
+    last = max(at for at, turn in enumerate(question_example.turns) if turn.role == "assistant")
+    return question_example._replace(
+        id=f"{question_example.id}/{round_number}/{draw}",
+        row=row,
+        turns=(*question_example.turns[:last], Turn("assistant", text)),
+        source="responses",
+        label=None,
+    )
+
+
+def _group_rows(
+    config: RefineConfig, num_offline: int, num_responses: int, padding_row: int, draws: int, round_number: int
+) -> Int[np.ndarray, "groups draws"]:
+    """Offline rows side by side at random, the last group filled up with `rows`; then the responses by question."""
+    offline = np.random.default_rng((config.data.seed, 11, round_number)).permutation(num_offline)
+    filled = np.concatenate([offline, np.full(-num_offline % draws, padding_row)])
+    return np.concatenate([filled, num_offline + np.arange(num_responses)]).reshape(-1, draws).astype(np.int64)
+
+
+def mean_verifier_score(verifier_scores: Float[np.ndarray, "responses"]) -> float | None:
+    """The mean of what a checker said; None without one."""
+    return float(verifier_scores.mean()) if len(verifier_scores) and np.isfinite(verifier_scores).all() else None

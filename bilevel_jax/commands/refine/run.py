@@ -1,0 +1,404 @@
+"""The command `refine`: rounds in which the model answers questions itself, and is replaced only where that helped."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bilevel_jax.commands.refine import artifacts, candidates, report
+from bilevel_jax.commands.refine.candidates import (
+    ESTIMANDS,
+    WEIGHT_LEARNING_METHODS,
+    Candidate,
+    CandidateTrainer,
+    select_config_for_candidate,
+)
+from bilevel_jax.commands.refine.rollouts import (
+    RoundTask,
+    average_question_weights,
+    build_round_task,
+    choose_questions,
+    collect_rollouts,
+    mean_verifier_score,
+)
+from bilevel_jax.core.training import trajectory_from_params
+from bilevel_jax.core.types import PADDING, Params
+from bilevel_jax.lm.data import tokens
+from bilevel_jax.lm.inference.generate import GenerateFn
+from bilevel_jax.lm.inference.prompts import make_prompts
+from bilevel_jax.lm.losses.sft import assemble_params
+from bilevel_jax.runs.bootstrap import bootstrap_paired_gain
+from bilevel_jax.runs.config.load import RefineConfig, config_hash
+from bilevel_jax.runs.config.schema import RefineMethod
+from bilevel_jax.runs.engine.artifacts import write_model
+from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.infra import checkpoint, run_dir
+from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring import verifiers
+from bilevel_jax.runs.scoring.generation import make_generator_factory
+from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from bilevel_jax.runs.scoring.verifiers import Verifier
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.text import Task, evaluate_per_example, prepare_text_task
+
+
+class RefineState(NamedTuple):
+    """What a round leaves to the next."""
+
+    params: Params
+    """Of the present model: the last that was accepted."""
+    weights: Float[Array, "questions"]
+    """The last weight of each question; before the first, what dynamic begins with (`first_weights`), or 1."""
+
+
+class RefineContext(NamedTuple):
+    """What all rounds share."""
+
+    config: RefineConfig
+    task: Task
+    """Of the offline examples."""
+    trainers: dict[RefineMethod, CandidateTrainer]
+    make_generator: Callable[[Params], GenerateFn]
+    """parameters -> the generator of the model with them."""
+    verifier: Verifier | None
+    session: Session
+
+
+def refine(config: RefineConfig) -> dict[str, Any]:
+    """Run the command in `config.output.folder` and return what result.json holds.
+
+    Raises as `select.select` does, and ValueError without validation or dev, and for questions that are too long.
+    """
+    with open_run_dir(config) as folder:
+        resolved = resolve_builtin(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
+        refine_config = replace(config, model=resolved.model, data=resolved.data)
+        task = prepare_refine_task(refine_config, folder)
+        verifier = (
+            verifiers.make_verifier(refine_config.verifier, list_verified_examples(refine_config, task))
+            if refine_config.verifier.name
+            else None
+        )
+        with start_session(config, folder) as session:
+            trainers = candidates.make_candidate_trainers(refine_config, task)
+            generator_factory = make_generator_factory(
+                refine_config.generate, task.decoder, task.tokenizer, task.mesh, session
+            )
+            context = RefineContext(
+                refine_config,
+                task,
+                trainers,
+                lambda params: generator_factory(assemble_params(params, task.base_params)),
+                verifier,
+                session,
+            )
+            return _run_rounds(context, config)
+
+
+def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
+    """The task of the offline examples, in a shape that holds every response.
+
+    Raises ValueError where a part of the validation examples is missing, or a question leaves no room for a response.
+    """
+    dataset = splits.load_splits(config.data)
+    task = prepare_text_task(
+        select_config_for_candidate(config, "uniform"),
+        dataset,
+        folder,
+        num_steps=config.train.max_steps,
+        seeds=[config.data.seed],
+    )
+    if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
+        raise ValueError(
+            f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by validation and judged "
+            "on dev. Give data.validation with shares for both in data.split, or data.dev."
+        )
+    question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
+        "test", []
+    )
+    questions = make_prompts(
+        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+    )
+    longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
+    if longest > task.architecture.max_length:
+        raise ValueError(
+            f"the longest question has {longest - config.generate.max_new_tokens} tokens; with generate.max_new_tokens = "
+            f"{config.generate.max_new_tokens} that is more than the model's {task.architecture.max_length}. Lower it."
+        )
+    places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
+    task = candidates.attach_compiled_functions(config, task)
+    return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
+
+
+def list_verified_examples(config: RefineConfig, task: Task) -> list[Any]:
+    """The rows whose responses a checker will see."""
+    offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
+    return offline + task.held_out_examples.get("test", [])
+
+
+def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
+    task, session, refine_config = context.task, context.session, context.config
+    for note in task.notes:
+        session.print_line(note)
+    total = refine_config.refine.rounds * sum(
+        candidates.count_candidate_work(refine_config, name) for name in refine_config.refine.methods
+    )
+    session.set_phase("starting", total=total)
+    folder = session.folder / "checkpoints" / "rounds"
+    start = task.init_params(refine_config.train.seed)
+    state, records = RefineState(start, jnp.ones(task.num_examples)), []
+    if restored := checkpoint.restore_checkpoint(folder, state):
+        state, records = restored.tree, restored.meta["records"]
+        session.advance(sum(record["work"] for record in records))
+    elif refine_config.refine.questions == "dynamic":
+        state = state._replace(weights=estimate_initial_weights(context, start))
+    for number in range(len(records), refine_config.refine.rounds):
+        state, record = run_round(context, state, number)
+        records.append(record)
+        session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
+        session.print_line(_format_round(record))
+        checkpoint.save_checkpoint(folder, number, state, {"records": records})
+        for name in refine_config.refine.methods:
+            shutil.rmtree(_candidate_folder(session, number, name), ignore_errors=True)
+        session.mark_saved()
+    session.set_phase("reading test")
+    ends = {"first": start, "last": state.params}
+    final_evaluation = session.run_once("test", lambda: evaluate_final(context, ends))
+    session.set_phase("writing")
+    write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
+    artifacts.write_round_tables(session, records, config_hash(config))
+    result = {
+        "records": records,
+        "accepted": sum(record["accepted"] for record in records),
+        "test": final_evaluation,
+        "unit": task.objective.loss_unit,
+        "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
+        "looks": count_dev_tests(refine_config),
+        "rows": {
+            "train": task.num_examples,
+            **{part: len(part_examples) for part, part_examples in task.held_out_examples.items()},
+        },
+        "checker": refine_config.verifier.name,
+        "examples": artifacts.pick_extreme_responses(session, task, records),
+        "moved": artifacts.average_weights_by_kind(session, records),
+        "notes": task.notes,
+        "seconds": session.job_cost("")[1],
+        "config_hash": config_hash(config),
+    }
+    result["sentence"] = report.summarize_refinement(result)
+    run_dir.write_json(session.folder / "result.json", result)
+    report.write_refine_report(session.folder)
+    return result
+
+
+# ---- a round
+
+
+def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[RefineState, dict[str, Any]]:
+    """Choose questions, answer them with the present model, train every candidate, test the best one."""
+    config, offline_task, session = context.config, context.task, context.session
+    began, before = time.monotonic(), session.work_done
+    model_fingerprint = fingerprint_params(assemble_params(state.params, offline_task.base_params))
+    question_rows = choose_questions(config, offline_task.trainable_indices(), np.asarray(state.weights))
+    session.set_phase(f"round {number}: responses")
+    round_rollouts = collect_rollouts(
+        config,
+        offline_task,
+        question_rows,
+        number,
+        artifacts.responses_path(session, number),
+        context.make_generator(state.params),
+        model_fingerprint,
+        context.verifier,
+    )
+    writing_seconds = time.monotonic() - began
+    round_task = build_round_task(config, offline_task, round_rollouts, number)
+    start_params = (
+        state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
+    )
+    round_task = round_task._replace(task=round_task.task._replace(init_params=lambda seed: start_params))
+
+    present = compute_dev_losses(offline_task, state.params)
+    candidate_models: dict[str, Candidate] = {}
+    dev_losses: dict[str, Float[np.ndarray, "dev"]] = {}
+    candidate_records: list[dict[str, Any]] = []
+    for name in config.refine.methods:
+        session.set_phase(f"round {number}: {name}")
+        candidate_models[name], cost = train_candidate(context, round_task, state.params, number, name)
+        dev_losses[name] = compute_dev_losses(offline_task, candidate_models[name].params)
+        candidate_records.append({"name": name, "dev": float(dev_losses[name].mean()), **cost})
+    best, *others = sorted(candidate_models, key=lambda name: dev_losses[name].mean())
+    gain, bound = bootstrap_paired_gain(
+        present, dev_losses[best], significance_level(config), (config.data.seed, 13, number)
+    )
+    accepted = bound > 0
+    judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
+    weights = candidate_models[judge].weights if judge else np.ones(len(round_task.multiplicity))
+    run_dir.write_parquet(
+        artifacts.weights_path(session, number),
+        artifacts.build_round_weights_table(offline_task, round_task, weights, judge, number),
+    )
+    record = {
+        "step": number,
+        "model": model_fingerprint,
+        "questions": len(question_rows),
+        "responses": len(round_rollouts.texts),
+        "ended": float(np.mean(round_rollouts.ended)) if round_rollouts.ended else None,
+        "tokens": int(sum(len(response_tokens) for response_tokens in round_rollouts.tokens)),
+        "right": mean_verifier_score(round_rollouts.verifier_scores),
+        "present": float(present.mean()),
+        "candidates": candidate_records,
+        "best": best,
+        "gain": gain._asdict(),
+        "bound": bound,
+        "accepted": bool(accepted),
+        "judge": judge,
+        "ess": float(weights.sum() ** 2 / (weights**2).sum()),
+        "seconds_writing": writing_seconds,
+        "work": session.work_done - before,
+        "seconds": time.monotonic() - began,
+    }
+    next_weights = jnp.asarray(
+        average_question_weights(round_task, weights, offline_task.num_examples), state.weights.dtype
+    )
+    return RefineState(
+        candidate_models[best].params if accepted else state.params, next_weights if judge else state.weights
+    ), record
+
+
+def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Array, "questions"]:
+    """What takes the place of weights before any were learned: -d L_v / d w_i of one step at the given model, its sign.
+
+    <grad l_i, grad L_v> / rows: below 0 where training on the offline row raises validation loss, to first order.
+    """
+    functions = candidates.compiled_functions_for_config(context.config, context.task)
+    task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
+    context.session.set_phase("alignment of the offline examples")
+    trainer = Trainer(task, select_config_for_candidate(context.config, "unrolled").outer, context.session)
+    return -trainer.estimate_at_end(trajectory_from_params(params), jnp.ones(task.num_examples), alignment=True).grad
+
+
+def train_candidate(
+    context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int, name: RefineMethod
+) -> tuple[Candidate, dict[str, Any]]:
+    """A candidate, trained now or found where a stopped run left it, and what it cost."""
+    session = context.session
+    candidate_session = session.part_session(_candidate_folder(session, number, name).name)
+    end = candidate_session.folder / "checkpoints" / "end"
+    structure = (round_task.task.init_params(0), jnp.ones(round_task.task.num_examples))
+
+    def make() -> dict[str, Any]:
+        began, before = time.monotonic(), session.work_done
+        candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
+        checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
+        return {"work": session.work_done - before, "seconds": time.monotonic() - began}
+
+    record = session.run_once(f"round {number}/{name}", make)
+    restored = checkpoint.restore_checkpoint(end, structure)
+    if restored is None:
+        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Start anew.")
+    params, weights = restored.tree
+    return Candidate(params, np.asarray(weights)), dict(record)
+
+
+def count_dev_tests(config: RefineConfig) -> int:
+    """How often dev is asked whether a candidate is better: once for each candidate of each round."""
+    return config.refine.rounds * len(config.refine.methods)
+
+
+def significance_level(config: RefineConfig) -> float:
+    """The level of one test. Corrected, that of the run over the looks (Bonferroni): all of them together keep it.
+
+    The best of several candidates is tested, which is as if each had been; later rounds look again.
+    """
+    return config.refine.level / (count_dev_tests(config) if config.refine.bonferroni else 1)
+
+
+def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "dev"]:
+    """The loss of each row of dev, nats."""
+    return compute_part_losses(task, params, "dev")
+
+
+def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
+    """The loss of each row of a part of the validation examples that is not too long, nats; FloatingPointError for another."""
+    stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
+    values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
+    index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
+    values = values[np.sort(index[index != PADDING])]
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"the loss of a row of V_{part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
+        )
+    return values
+
+
+# ---- the end
+
+
+def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str, Any] | None:
+    """test loss before and after all rounds, and, with a checker, how many answers are right: read once."""
+    if "test" not in context.task.held_out_streams:
+        return None
+    before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
+    gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17))
+    accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
+    right = None
+    if accuracy:
+        difference, _ = bootstrap_paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
+        right = {"first": float(accuracy[0].mean()), "last": float(accuracy[1].mean()), "gain": difference._asdict()}
+    return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
+
+
+def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "test"]:
+    """What the checker says of the greedy answer to each question of test."""
+    config, task = context.config, context.task
+    greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
+    test_examples = task.held_out_examples["test"]
+    test_prompts = make_prompts(test_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
+    generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
+        assemble_params(params, task.base_params)
+    )
+    assert context.verifier is not None
+    return np.array(
+        [
+            context.verifier(example, draws[0].text)
+            for example, draws in zip(test_examples, generate(test_prompts, [0]), strict=True)
+        ]
+    )
+
+
+LOGGED_KEYS = (
+    "model",
+    "questions",
+    "responses",
+    "right",
+    "present",
+    "best",
+    "gain",
+    "bound",
+    "accepted",
+    "ess",
+    "seconds",
+)
+
+
+def _candidate_folder(session: Session, number: int, name: str) -> Path:
+    return session.folder / "parts" / f"round {number} {name}"
+
+
+def _format_round(record: dict[str, Any]) -> str:
+    """One line for people."""
+    gain = record["gain"]
+    losses_text = "  ".join(f"{candidate['name']} {candidate['dev']:.4f}" for candidate in record["candidates"])
+    right = "" if record["right"] is None else f"   {record['right']:.0%} of the responses right"
+    return (
+        f"round {record['step']}   dev loss: present {record['present']:.4f}  {losses_text}   gain "
+        f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
+        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}"
+    )

@@ -1,0 +1,273 @@
+"""One optimiser step, forward and backward, and the drivers that repeat it: the only code that is differentiated."""
+
+from collections.abc import Callable, MutableMapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.types import (
+    Adjoint,
+    Batch,
+    CheckpointPlan,
+    Frozen,
+    Hyper,
+    HyperSlice,
+    Linearization,
+    Params,
+    Problem,
+    PyTree,
+    Scalar,
+    StepMetrics,
+    StoredStep,
+    Stream,
+    TrainState,
+    TrainStep,
+    Trajectory,
+)
+
+
+def train_step(problem: Problem, optimizer: optax.GradientTransformation) -> TrainStep:
+    """One step of training under `optimizer` and its transpose, both compiled.
+
+        forward:   g = d(inner + prior)/d params;  params', opt' = update(g, opt, params)
+        backward:  (g~, o~, p~) = vjp(update)(adjoint);  (H g~, entries) = jvp of grad(inner + prior) along g~;
+                   adjoint = (p~ + H g~, o~)
+
+    One forward-over-reverse product along g~ gives the Hessian product and the entry of every weight that the step
+    touched, without a per-example gradient. `linearize` and `pull` are the same two with what the product needs of the
+    primal pass handed over (jax.linearize) instead of computed again: equal but for rounding. Everything is traced at
+    the highest matmul precision: JAX's default would multiply float32 as TF32 on a GPU and as bfloat16 on a TPU, which
+    second derivatives do not survive.
+
+    Micro-batches are summed in a scan, so that a step's memory is that of one of them.
+    """
+    forward, backward, linearize, vjp_step = map(jax.jit, step_functions(problem, optimizer))
+    gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
+    return TrainStep(forward, backward, gather, scatter_add, linearize, vjp_step)
+
+
+def step_functions(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    all_reduce: Callable[[PyTree], PyTree] = lambda part: part,
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """`transition`'s four functions of a step, to be compiled; `total` sums further what micro-batches summed up to."""
+
+    def hessian_product(
+        params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
+    ) -> tuple[Params, HyperSlice]:
+        def add_micro(total, micro):
+            def both(params):
+                return jax.grad(problem.inner, argnums=(0, 1))(params, micro[0], frozen, micro[1])
+
+            hessian, entries = jax.jvp(both, (params,), (v,))[1]
+            return optax.tree.add(total, hessian), entries
+
+        prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, frozen), (params,), (v,))[1]
+        return jax.lax.scan(add_micro, prior, (weights, batch))
+
+    def forward(state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with jax.default_matmul_precision("highest"):
+            return apply_update(state, *all_reduce(inner_loss_and_grad(problem, state.params, weights, frozen, batch)))
+
+    def apply_update(state: TrainState, loss: Scalar, grad: Params) -> tuple[TrainState, StepMetrics]:
+        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        new_state = TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
+        return new_state, StepMetrics(loss, grad, tree.norm(grad))
+
+    def backward(
+        state: TrainState, grad: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, adjoint: Adjoint
+    ) -> tuple[Adjoint, HyperSlice]:
+        with jax.default_matmul_precision("highest"):
+            grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+            hvp, hypergradients = hessian_product(state.params, weights, frozen, batch, grad_bar)
+            return Adjoint(optax.tree.add(params_bar, all_reduce(hvp)), opt_bar), hypergradients
+
+    def linearize(
+        state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch
+    ) -> tuple[TrainState, StepMetrics, Linearization]:
+        def grads_and_loss(params: Params) -> tuple[tuple[Params, HyperSlice], Scalar]:
+            def add_micro(total, micro):
+                loss, (grad, entries) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
+                    params, micro[0], frozen, micro[1]
+                )
+                return optax.tree.add(total, (loss, grad)), entries
+
+            prior = jax.value_and_grad(problem.prior)(params, frozen)
+            (loss, grad), entries = jax.lax.scan(add_micro, prior, (weights, batch))
+            return (grad, entries), loss
+
+        with jax.default_matmul_precision("highest"):
+            (grad, _), linearization, loss = jax.linearize(grads_and_loss, state.params, has_aux=True)
+            return *apply_update(state, *all_reduce((loss, grad))), _strip_inputs(
+                linearization, state, weights, frozen, batch
+            )
+
+    def vjp_step(
+        state: TrainState,
+        grad: Params,
+        linearization: Linearization,
+        weights: HyperSlice,
+        frozen: Frozen,
+        batch: Batch,
+        adjoint: Adjoint,
+    ) -> tuple[Adjoint, HyperSlice]:
+        with jax.default_matmul_precision("highest"):
+            grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+            hvp, hypergradients = linearization(jax.tree.leaves((state, weights, frozen, batch)), grad_bar)
+            return Adjoint(optax.tree.add(params_bar, all_reduce(hvp)), opt_bar), hypergradients
+
+    return forward, backward, linearize, vjp_step
+
+
+def _strip_inputs(linearized: Callable, *inputs: PyTree) -> Linearization:
+    """The linearisation without the arrays that were given to the step: a compiled function would copy them, a frozen
+    base model among them, for every step on the tape."""
+    leaves, structure = jax.tree.flatten(linearized)
+    place_of_input = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(inputs))}
+    input_places = [place_of_input.get(id(leaf)) for leaf in leaves]
+
+    def apply(own: list[jax.Array], inputs: list[jax.Array], v: Params) -> tuple[Params, HyperSlice]:
+        rest = iter(own)
+        whole = [next(rest) if place is None else inputs[place] for place in input_places]
+        return structure.unflatten(whole)(v)
+
+    own_leaves = [leaf for leaf, place in zip(leaves, input_places, strict=True) if place is None]
+    return jax.tree_util.Partial(apply, own_leaves)
+
+
+def inner_loss_and_grad(
+    problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
+) -> tuple[Scalar, Params]:
+    """inner + prior and its gradient, over all micro-batches of a step; one of them in memory at a time."""
+
+    def add_micro(total, micro):
+        value = jax.value_and_grad(problem.inner)(params, micro[0], frozen, micro[1])
+        return optax.tree.add(total, value), None
+
+    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    return jax.lax.scan(add_micro, prior, (weights, batch))[0]
+
+
+def forward_only_step(
+    problem: Problem, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Hyper, Frozen, Batch], tuple[TrainState, Scalar]]:
+    """The same step for training alone: (state, hyper, fixed, batch) -> (state', loss), compiled.
+
+    Nothing of it is differentiated, so the products have JAX's default precision, the gradient is not kept, and the
+    state that is given is donated: its memory becomes that of the state returned.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch) -> tuple[TrainState, Scalar]:
+        loss, grad = inner_loss_and_grad(problem, state.params, problem.gather(hyper, batch), frozen, batch)
+        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1), loss
+
+    return step
+
+
+def optimizer_vjp(
+    optimizer: optax.GradientTransformation, grad: Params, state: TrainState, adjoint: Adjoint
+) -> tuple[Params, Params, list[jax.Array]]:
+    """The adjoint, pulled back through one optimiser update: (of the gradient, of the parameters, of the state)."""
+    floats, join = tree.split_inexact_leaves(state.opt_state)
+
+    def update(grad, params, floats):
+        updates, opt = optimizer.update(grad, join(floats), params)
+        return optax.apply_updates(params, updates), tree.inexact_leaves(opt)
+
+    return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt_state))
+
+
+def init_train_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def trajectory_from_params(params: Params) -> Trajectory:
+    """A run that ended at `params`, however they were found: for estimators that read a run's end only (`implicit`)."""
+    state = init_train_state(optax.identity(), params)
+    return Trajectory(state, state, 0, checkpointing.NO_CHECKPOINTS, {}, {})
+
+
+def train(
+    step: TrainStep,
+    start: TrainState,
+    hyper: Hyper,
+    frozen: Frozen,
+    stream: Stream,
+    *,
+    plan: CheckpointPlan | None = None,
+    first_backward_step: int = 0,
+    snapshots: MutableMapping[int, TrainState] | None = None,
+    resume: TrainState | None = None,
+    on_step: Callable[[TrainState, StepMetrics], None] | None = None,
+) -> Trajectory:
+    """Train over a stream with the driver of long runs, a Python loop, and return what the estimators read.
+
+    Keeps what `keep` says (default: `schedule.square_root`) for a sweep back to step `since`. `snapshots` is where
+    states go that should live elsewhere than in a dict; `resume` is a later state of the same run, whose earlier
+    snapshots are then there already. `on_step` is called after each step with the state reached and what the step told,
+    both still on the device.
+    """
+    plan = checkpointing.square_root_plan(stream.steps - first_backward_step) if plan is None else plan
+    snapshots = {} if snapshots is None else snapshots
+    snapshot_offsets = checkpointing.place_snapshots(
+        0, stream.steps - first_backward_step, plan.snapshots, plan.stored_steps
+    )
+    snapshot_steps = {first_backward_step + offset for offset in snapshot_offsets}  # the start is kept anyway
+    stored_steps: dict[int, StoredStep] = {}
+    state = start if resume is None else resume
+    for index in range(int(state.step), stream.steps):
+        if index in snapshot_steps and index:
+            snapshots[index] = state
+        is_stored = index >= max(first_backward_step, stream.steps - plan.stored_steps)
+        state, metrics, stored_step = store_step(
+            step, state, hyper, frozen, stream.batch(index), linearize=is_stored and plan.linearize
+        )
+        if is_stored:
+            stored_steps[index] = stored_step
+        if on_step:
+            on_step(state, metrics)
+    return Trajectory(start, state, stream.steps, plan, snapshots, stored_steps)
+
+
+def store_step(
+    step: TrainStep, state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch, *, linearize: bool
+) -> tuple[TrainState, StepMetrics, StoredStep]:
+    """One step, and what of it goes on a tape."""
+    hyper_slice = step.gather(hyper, batch)
+    if linearize:
+        new_state, metrics, linearization = step.linearize(state, hyper_slice, frozen, batch)
+        return new_state, metrics, StoredStep(state, metrics.grad, linearization)
+    new_state, metrics = step.forward(state, hyper_slice, frozen, batch)
+    return new_state, metrics, StoredStep(state, metrics.grad)
+
+
+def backward_step(
+    step: TrainStep, stored_step: StoredStep, hyper: Hyper, frozen: Frozen, batch: Batch, adjoint: Adjoint
+) -> tuple[Adjoint, HyperSlice]:
+    """One step back: (the adjoint before it, the entries of its slice)."""
+    hyper_slice = step.gather(hyper, batch)
+    if stored_step.linearization is not None:
+        return step.vjp_step(
+            stored_step.state, stored_step.grad, stored_step.linearization, hyper_slice, frozen, batch, adjoint
+        )
+    return step.backward(stored_step.state, stored_step.grad, hyper_slice, frozen, batch, adjoint)
+
+
+@partial(jax.jit, static_argnames="step")
+def scan(step: TrainStep, start: TrainState, hyper: Hyper, frozen: Frozen, batches: Batch) -> TrainState:
+    """Train over stacked batches (leaves [steps, micro, ...]) with `lax.scan`: the driver of small problems.
+
+    The end of training as one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests.
+    """
+
+    def body(state, batch):
+        return step.forward(state, step.gather(hyper, batch), frozen, batch)[0], None
+
+    return jax.lax.scan(body, start, batches)[0]

@@ -1,0 +1,98 @@
+"""An embedded task whose truth is known: sums of two three-digit numbers, right or with the carries forgotten.
+
+`384+267=` wants `651`; who forgets the carries writes `541`. Both rules can be learned, and the model is taught both
+from the start, so that it often knows better than the rows that it is then trained on. Every question carries
+somewhere, hence the rules never agree; every sum is below 1000, hence all answers have three digits.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bilevel_jax.lm.builtin import char_model
+from bilevel_jax.lm.data.batches import permute_indices
+
+CHARACTERS = "0123456789+= \n"
+MIN_NUMBER, NUM_NUMBERS = 100, 800
+NUM_QUESTIONS = NUM_NUMBERS * NUM_NUMBERS
+WRONG_LESSON_SHARE = 0.4
+"""Share of the lessons that forget the carries: they are easier to learn, so it is below a half."""
+
+
+def write_sums_data(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    corrupted: float = 0.4,
+    noise: float = 0.0,
+    train: int = 1024,
+    validation: int = 16,
+    dev: int = 64,
+    test: int = 384,
+    lessons: int = 8192,
+) -> Path:
+    """Write train, validation, select, report and lessons .jsonl and untrained/ (config and tokenizer) into `folder`.
+
+    Of the `train` training examples, round(corrupted train) forget the carries (label wrong), round(noise train) answer with a
+    number drawn at random (noise), and the others are right (clean). Of the `lessons`, from which the model is
+    pretrained, round(MISTAKEN lessons) forget the carries. All other files are right. The key `answer` holds the
+    right sum of every row, for a checker alone. No question stands in two rows, nor with its numbers exchanged. The
+    same arguments write the same bytes, and neither `corrupted` nor `noise` moves a question; a part of 0 rows is
+    left out, and a file that is already there with other contents is an error.
+    """
+    folder = Path(folder)
+    sizes = {"train": train, "validation": validation, "dev": dev, "test": test, "lessons": lessons}
+    num_wrong, num_random = round(corrupted * train), round(noise * train)
+    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= NUM_QUESTIONS // 8:
+        raise ValueError(f"{sizes}: none may be negative, and together they must be 1 to {NUM_QUESTIONS // 8}.")
+    if min(num_wrong, num_random) < 0 or num_wrong + num_random > train:
+        raise ValueError(f"corrupted={corrupted}, noise={noise}: shares of the rows are wanted, of at most 1 together.")
+    questions = _iter_questions(seed)
+    parts = {name: [next(questions) for _ in range(count)] for name, count in sizes.items()}
+    numbers = iter(
+        (
+            MIN_NUMBER + permute_indices(np.arange(3 * num_random), 3 * num_random * NUM_NUMBERS, seed, 1) % NUM_NUMBERS
+        ).tolist()
+    )
+
+    def labels(name: str, *, num_wrong: int, noise: int) -> list[str]:
+        count = sizes[name]
+        ordered = ["wrong"] * num_wrong + ["noise"] * noise + ["clean"] * (count - num_wrong - noise)
+        return [ordered[i] for i in permute_indices(np.arange(count), max(count, 1), seed, 2)]
+
+    def answer(label: str, a: int, b: int) -> str:
+        rules = {"clean": str(a + b), "wrong": add_without_carries(a, b)}
+        return rules[label] if label in rules else next(str(n) for n in numbers if str(n) not in rules.values())
+
+    def make_rows(name: str, labels: list[str]) -> list[dict[str, str]]:
+        return [
+            {"prompt": f"{a}+{b}=", "response": answer(label, a, b), "label": label, "answer": str(a + b)}
+            for (a, b), label in zip(parts[name], labels, strict=True)
+        ]
+
+    files = {"train": make_rows("train", labels("train", num_wrong=num_wrong, noise=num_random))}
+    files |= {name: make_rows(name, ["clean"] * sizes[name]) for name in ("validation", "dev", "test")}
+    files["lessons"] = make_rows("lessons", labels("lessons", num_wrong=round(WRONG_LESSON_SHARE * lessons), noise=0))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in files.items():
+        if part:
+            char_model.write_jsonl(folder / f"{name}.jsonl", part)
+    char_model.write_untrained_model(folder / "untrained", CHARACTERS)
+    return folder
+
+
+def add_without_carries(a: int, b: int) -> str:
+    """The sum of two numbers of three digits, each column added by itself: what it carries is lost."""
+    return str(sum((a // place + b // place) % 10 * place for place in (1, 10, 100)))
+
+
+def _iter_questions(seed: int) -> Iterator[tuple[int, int]]:
+    """Pairs of numbers whose sum carries, in pseudo-random order, each pair in one of its orders only."""
+    seen: set[tuple[int, int]] = set()
+    for start in range(0, NUM_QUESTIONS, 4096):
+        for number in permute_indices(np.arange(start, min(start + 4096, NUM_QUESTIONS)), NUM_QUESTIONS, seed).tolist():
+            a, b = MIN_NUMBER + number // NUM_NUMBERS, MIN_NUMBER + number % NUM_NUMBERS
+            if a + b < 1000 and add_without_carries(a, b) != str(a + b) and (min(a, b), max(a, b)) not in seen:
+                seen.add((min(a, b), max(a, b)))
+                yield a, b

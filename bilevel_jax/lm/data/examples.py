@@ -1,0 +1,260 @@
+"""Rows of files and data sets -> Examples: ids from content, errors with file and line, duplicates, leaks, splits.
+
+`files` says what is read and written, `formats` which layouts rows may have.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bilevel_jax.lm.data import files, formats
+from bilevel_jax.lm.data.turns import DataOptions, Dialogue, EmptyExampleError, Turn
+
+
+class Example(NamedTuple):
+    """One row. Prompt/response and Alpaca rows are a user turn and an assistant turn."""
+
+    id: str
+    """Hash of the turns # occurrence: the same wherever the row stands, whatever its source or label."""
+    row: int
+    """0-based position in the list it belongs to, which is its row of the weight table."""
+    turns: tuple[Turn, ...]
+    source: str
+    """The row's source field, or the name of its file."""
+    label: str | None
+    """Hidden truth ("clean", "noise", ...). Only reports and oracles may look at it."""
+    file: str
+    line: int
+    """1-based; in a parquet table or a `datasets` folder, the row."""
+    rejected: tuple[Turn, ...] = ()
+    """In a preference pair, the dialogue with the response that was not preferred; `turns` has the one that was."""
+    format: str = ""
+    """The layout that its file was read in, a name in `formats.FORMATS`."""
+    num_dropped_turns: int = 0
+    """Turns of the user at the end of a ShareGPT row that were left out, because nothing answers them."""
+
+    @property
+    def where(self) -> str:
+        """`file:line`, as it stands in every error."""
+        return f"{self.file}:{self.line}"
+
+
+def load_examples(
+    paths: Sequence[str],
+    options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    on_drop: Callable[[str], Any] = lambda message: None,
+) -> list[Example]:
+    """Read all rows of all paths, in order; `row` counts through them.
+
+    Strict: a row that cannot be used raises a ValueError that names its file and line, rather than being skipped.
+    With options.empty = drop, `dropped` is called for each row that is left out, with a sentence that says why.
+    """
+    _check_options(paths, options)
+    return list(_iter_examples(paths, options, on_drop, streaming=False))
+
+
+def stream_examples(
+    paths: Sequence[str],
+    options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    on_drop: Callable[[str], Any] = lambda message: None,
+    *,
+    skip: int = 0,
+) -> Iterator[Example]:
+    """The examples of `load`, ids and rows included, one at a time, from row `skip` on; for training without weights.
+
+    Of the rows, one batch of a table at most is held, but a .json file as a whole. For the ids, which count
+    occurrences, some 100 bytes are held per distinct row; they are also why skipped rows are read and hashed (tens of
+    thousands a second), though no further. Data sets of the hub are streamed rather than downloaded first.
+    """
+    _check_options(paths, options)
+    return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True), skip, None)
+
+
+def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:
+    """The example as a row of the given layout, one of `formats.LAYOUTS`; `load` reads it as the same turns, same id.
+
+    auto: text, prompt, chat, preference or preference_chat, the first that can hold it; rows of one file should be of
+    one layout. Nothing but the turns is in it: add id, source or weight as other keys.
+    """
+    if row_format == "auto" and is_preference_pair(example):
+        kinds = {example_kind(example._replace(turns=side)) for side in (example.turns, example.rejected)}
+        row_format = "preference" if kinds == {"prompt"} else "preference_chat"
+    elif row_format == "auto":
+        row_format = example_kind(example)
+    return formats.dialogue_to_row(Dialogue(example.turns, example.rejected), row_format, example.where)
+
+
+def hash_content(turns: Iterable[Turn], rejected: Iterable[Turn] = ()) -> str:
+    """64 bits of SHA-256 of the turns, as 16 hex digits; for 10 million rows one collision in 370,000 sets.
+
+    That of a preference pair covers both dialogues, and differs from that of either.
+    """
+    sides = [[list(turn) for turn in side] for side in (turns, rejected)]
+    return _hash_text(json.dumps(sides if sides[1] else sides[0], ensure_ascii=False))
+
+
+def find_duplicates(examples: Sequence[Example]) -> list[list[Example]]:
+    """The groups of two or more examples that have exactly the same turns, in order of first appearance."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.id.split("#")[0], []).append(example)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Pairs (train, validation) that say the same: equal up to case, white space, layout and system turns.
+
+    Catches copies, not paraphrases, and not a prompt that comes back with another response. Of a preference pair,
+    prompt and chosen response count: the same pair with its sides exchanged is no leak.
+    """
+    by_hash: dict[str, list[Example]] = {}
+    for example in validation:
+        by_hash.setdefault(hash_normalized_text(example), []).append(example)
+    return [(example, other) for example in train for other in by_hash.get(hash_normalized_text(example), ())]
+
+
+def split_examples(examples: Sequence[Example], fractions: Sequence[float], seed: int) -> tuple[list[Example], ...]:
+    """Deal the examples into parts of about the given fractions, by a hash of their content and the seed.
+
+    Where a row goes depends on nothing but its own content, so adding, removing or reordering rows moves no other
+    row; and rows that `leaks` would pair go to the same part. `row` is counted anew within each part.
+    The sizes are random: a part of fraction f of n rows has f n ± sqrt(n f (1 - f)).
+    """
+    if any(f <= 0 for f in fractions) or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise ValueError(f"split fractions {list(fractions)} must be positive and sum to 1.")
+    edges = [sum(fractions[: i + 1]) for i in range(len(fractions) - 1)]
+    parts: tuple[list[Example], ...] = tuple([] for _ in fractions)
+    for example in examples:
+        quantile = int(_hash_text(f"{seed} {hash_normalized_text(example)}"), 16) / 2**64
+        part = parts[bisect.bisect_right(edges, quantile)]
+        part.append(example._replace(row=len(part)))
+    if not all(parts):
+        raise ValueError(
+            f"splitting {len(examples)} rows by fractions {list(fractions)} leaves parts of {[len(p) for p in parts]} "
+            "rows, and every part needs one. Give more rows, fewer parts, or another seed."
+        )
+    return parts
+
+
+def summarize_examples(examples: Sequence[Example]) -> str:
+    """One line for people: rows, the format of each file, sources, labels, duplicates."""
+    formats_and_files = Counter((e.format or example_kind(e), e.file) for e in examples)
+    formats_only = Counter(e.format or example_kind(e) for e in examples)
+    sources = Counter(e.source for e in examples)
+    labels = Counter(e.label for e in examples if e.label is not None)
+    copies = sum(len(group) - 1 for group in find_duplicates(examples))
+    shortened = sum(e.num_dropped_turns > 0 for e in examples)
+    by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
+    by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
+    parts = [
+        f"{len(examples):,} rows",
+        ", ".join(by_file) if len(by_file) <= 4 else f"{', '.join(by_format)} from {len(by_file)} files",
+        f"{len(sources)} sources" if len(sources) > 1 else f"source {next(iter(sources), 'none')}",
+        *([f"labels {', '.join(sorted(labels)[:8])}"] if labels else []),
+        *([f"{copies:,} are copies of an earlier row"] if copies else []),
+        *([f"{shortened:,} lost a last message of the user, which nothing answers"] if shortened else []),
+    ]
+    return "; ".join(parts)
+
+
+def list_formats(examples: Sequence[Example]) -> dict[str, str]:
+    """file -> the layout that it was read in, forced or found out."""
+    return {example.file: example.format for example in examples}
+
+
+def example_kind(example: Example) -> str:
+    """text, prompt (one user turn, one assistant turn) or chat."""
+    roles = [turn.role for turn in example.turns]
+    return "text" if roles == ["text"] else "prompt" if roles == ["user", "assistant"] else "chat"
+
+
+def is_preference_pair(example: Example) -> bool:
+    """Whether it is a preference pair: a chosen and a rejected dialogue."""
+    return bool(example.rejected)
+
+
+# ---- rows -> examples
+
+
+def _iter_examples(
+    paths: Sequence[str], options: DataOptions, on_drop: Callable[[str], Any], streaming: bool
+) -> Iterator[Example]:
+    count = 0
+    seen: Counter[str] = Counter()
+    firsts: dict[bool, str] = {}
+    for path in map(str, paths):
+        row_format, count_before, num_empty = options.format, count, 0
+        for line, row in files.read_rows(path, streaming=streaming):
+            where = f"{path}:{line}"
+            row_format = row_format if row_format != "auto" else formats.detect_format(row, options, where)
+            try:
+                turns, rejected, num_dropped_turns = formats.parse_row(row, row_format, options, where)
+            except EmptyExampleError as error:
+                if options.empty == "drop":
+                    on_drop(str(error))
+                    num_empty += 1
+                    continue
+                raise
+            firsts.setdefault(bool(rejected), where)
+            if len(firsts) == 2:
+                raise ValueError(
+                    f"{firsts[True]} is a preference pair, and {firsts[False]} is not: one loss cannot read both. "
+                    "Give pairs alone, or none; data.format says how a file is read."
+                )
+            content = hash_content(turns, rejected)
+            source, label = (_read_name(row, field, where) for field in (options.source_field, options.label_field))
+            yield Example(
+                id=f"{content}#{seen[content]}",
+                row=count,
+                turns=turns,
+                source=source or files.source_name(path),
+                label=label,
+                file=path,
+                line=line,
+                rejected=rejected,
+                format=row_format,
+                num_dropped_turns=num_dropped_turns,
+            )
+            seen[content] += 1
+            count += 1
+        if count == count_before:
+            left = f" but {num_empty} with nothing to learn from" if num_empty else ""
+            raise ValueError(f"{path}: no rows{left}. Give a file with at least one, or leave it out.")
+
+
+def _check_options(paths: Sequence[str], options: DataOptions) -> None:
+    if isinstance(paths, str):
+        raise ValueError(f"data paths are the string {paths!r}; a list of paths is wanted. Write [{paths!r}].")
+    if not paths:
+        raise ValueError("no data paths were given; name at least one file.")
+    allowed = {"format": ["auto", *formats.READ_FORMATS], "empty": ["error", "drop"]}
+    for name, values in allowed.items():
+        if getattr(options, name) not in values:
+            raise ValueError(f"data.{name} is {getattr(options, name)!r}; it is one of {values}.")
+
+
+def _read_name(row: Any, field: str, where: str) -> str | None:
+    """A source or a label: a string, or a number as a string."""
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"{where}: '{field}' is {files.describe_value(value)}; a string or a number is wanted.")
+    return None if value is None else str(value)
+
+
+# ---- hashes
+
+
+def hash_normalized_text(example: Example) -> str:
+    """What the example says, without case, white space, layout and system turns."""
+    text = " ".join(turn.content for turn in example.turns if turn.role != "system")
+    return _hash_text(" ".join(text.casefold().split()))
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

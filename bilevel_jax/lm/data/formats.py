@@ -1,0 +1,234 @@
+r"""Layouts of rows -> turns of dialogues, and back; which layout a file has is found out from its first row.
+
+What a row may look like (`DataOptions.format` forces one; its other options give other names to fields):
+    text                 text
+    chat                 messages = [{"role": "user", "content": "..."}, ...]
+    sharegpt             conversations (or conversation) = [{"from": "human", "value": "..."}, ...]
+    prompt               prompt, response
+    completion           prompt, completion
+    alpaca               instruction, output; input and history (pairs of earlier turns) may be absent or empty
+    preference           prompt, chosen, rejected
+    implicit_preference  chosen, rejected, which begin alike: the prompt is the turns, or the words, that they share
+    alpaca_preference    instruction, chosen, rejected; input and history as in alpaca; an output is not read
+    sharegpt_preference  conversations, chosen, rejected
+    hh                   chosen, rejected, dialogues with "\n\nHuman:" and "\n\nAssistant:" before the turns; or text
+
+A bare string is a text row as well. prompt, response, completion, chosen and rejected are strings or lists of
+messages; a response may repeat the messages of the prompt. Beside every layout but text, chat and hh, `system` may hold
+the system message. ShareGPT dialogues that end with the user are cut behind the last answer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from bilevel_jax.lm.data import pairs
+from bilevel_jax.lm.data.turns import (
+    CHAT_ROLES,
+    DataOptions,
+    Dialogue,
+    EmptyExampleError,
+    Turn,
+    Turns,
+    check_row,
+    count_shared_turns,
+    join_response,
+    parse_messages,
+    read_conversation,
+    read_field,
+    read_instruction,
+    read_prompt,
+    require_answer,
+    require_nonblank,
+)
+
+
+def detect_format(row: Any, options: DataOptions, where: str) -> str:
+    """The layout of a file, from its first row."""
+    if isinstance(row, str):
+        return "text"
+    check_row(row, where)
+    if options.text_field != DataOptions.text_field:
+        return "text"
+    if options.response_field != DataOptions.response_field:
+        return "prompt"
+    sides = {options.chosen_field, options.rejected_field}
+    if sides != {DataOptions.chosen_field, DataOptions.rejected_field} or sides <= set(row):
+        return pairs.detect_preference_format(row, options, where)
+    if options.prompt_field != DataOptions.prompt_field:
+        return "prompt"
+    if options.messages_field != DataOptions.messages_field:
+        return _detect_chat_or_sharegpt(row, options)
+    required_fields = {
+        "chat": {"messages"},
+        "sharegpt": {"conversation" if "conversation" in row else "conversations"},
+        "prompt": {"prompt", "response"},
+        "completion": {"prompt", "completion"},
+        "alpaca": {"instruction", "output"},
+        "text": {"text"},
+    }
+    matches = [kind for kind, fields in required_fields.items() if fields <= set(row)]
+    if len(matches) == 1:
+        return _detect_chat_or_sharegpt(row, options) if matches == ["chat"] else matches[0]
+    if matches:
+        raise ValueError(f"{where}: the keys {sorted(row)} fit the formats {matches}. Set data.format to one of them.")
+    if sides & set(row):
+        return "preference"  # whose reader says which side is missing
+    if "prompt" in row:
+        return "prompt"  # whose reader says that the response is missing
+    raise ValueError(
+        f"{where}: no known layout; the keys are {sorted(row)}, and 'messages', 'conversations', 'prompt' and "
+        "'response', 'instruction' and 'output', 'chosen' and 'rejected', or 'text' are wanted. "
+        "Set data.prompt_field and data.response_field, or data.text_field, to your names."
+    )
+
+
+def parse_row(row: Any, row_format: str, options: DataOptions, where: str) -> Dialogue:
+    """What a row of the given layout says; raises Empty for a row with nothing to learn from."""
+    if isinstance(row, str):
+        if row_format != "text":
+            raise ValueError(f"{where}: a bare string among {row_format} rows. Keep one layout per file.")
+        row = {options.text_field: row}
+    check_row(row, where)
+    return READ_FORMATS[row_format](row, options, where)
+
+
+def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str, Any]:
+    """A row of the given layout that `read` reads as the same turns.
+
+    preference gives strings, preference_chat lists of messages. Raises ValueError for a dialogue that the layout
+    cannot hold.
+    """
+    if row_format not in WRITE_FORMATS:
+        raise ValueError(f"the layout is {row_format!r}; it is one of {list(WRITE_FORMATS)}.")
+    if bool(dialogue.rejected) != row_format.startswith("preference"):
+        has, use = ("a pair", "preference_chat") if dialogue.rejected else ("a dialogue that is no pair", "chat")
+        raise ValueError(f"{where}: {has} does not fit the layout '{row_format}'. Use '{use}'.")
+    if (dialogue.turns[0].role == "text") != (row_format == "text"):
+        is_, use = ("a dialogue", "chat") if row_format == "text" else ("a plain text", "text")
+        raise ValueError(f"{where}: {is_} does not fit the layout '{row_format}'. Use '{use}'.")
+    return WRITE_FORMATS[row_format](dialogue, where)
+
+
+# ---- rows -> turns
+
+
+def _parse_text(row: dict, options: DataOptions, where: str) -> Dialogue:
+    text = read_field(row, options.text_field, "Set data.text_field to one of them.", where)
+    return Dialogue((Turn("text", require_nonblank(text, options.text_field, where)),))
+
+
+def _parse_chat(row: dict, options: DataOptions, where: str) -> Dialogue:
+    name = options.messages_field
+    messages = read_field(row, name, "Keep one layout per file.", where)
+    return Dialogue(require_answer(parse_messages(messages, name, CHAT_ROLES, where), where))
+
+
+def _parse_sharegpt(row: dict, options: DataOptions, where: str) -> Dialogue:
+    turns = read_conversation(row, options, where)
+    # They are pieces of longer dialogues. No loss sees what stands behind the last answer, so nothing is lost.
+    length = max((i for i, turn in enumerate(turns, 1) if turn.role == "assistant"), default=0)
+    if not length:
+        raise EmptyExampleError(
+            f"{where}: no message of the assistant, so there is nothing to learn from. "
+            "Remove the row, or set data.empty to 'drop' to leave such rows out."
+        )
+    return Dialogue(turns[:length], num_dropped_turns=len(turns) - length)
+
+
+def _parse_prompt_response(row: dict, options: DataOptions, where: str) -> Dialogue:
+    name = options.response_field
+    response = read_field(row, name, "Set data.response_field to one of them.", where)
+    return Dialogue(join_response(read_prompt(row, options, where), response, name, where))
+
+
+def _parse_prompt_completion(row: dict, options: DataOptions, where: str) -> Dialogue:
+    response = read_field(row, "completion", "Keep one layout per file, or set data.response_field.", where)
+    return Dialogue(join_response(read_prompt(row, options, where), response, "completion", where))
+
+
+def _parse_alpaca(row: dict, options: DataOptions, where: str) -> Dialogue:
+    prompt = read_instruction(row, options, where)
+    remedy = "Keep one layout per file, or set data.prompt_field and data.response_field."
+    return Dialogue(
+        (
+            *prompt,
+            Turn("assistant", require_nonblank(read_field(row, "output", remedy, where), "output", where)),
+        )
+    )
+
+
+def _detect_chat_or_sharegpt(row: dict, options: DataOptions) -> str:
+    messages = row.get(options.messages_field)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return "sharegpt" if isinstance(first, dict) and "from" in first else "chat"
+
+
+READ_FORMATS: dict[str, Callable[[dict, DataOptions, str], Dialogue]] = {
+    "text": _parse_text,
+    "chat": _parse_chat,
+    "sharegpt": _parse_sharegpt,
+    "prompt": _parse_prompt_response,
+    "completion": _parse_prompt_completion,
+    "alpaca": _parse_alpaca,
+    "preference": pairs.parse_preference,
+    "implicit_preference": pairs.parse_implicit_preference,
+    "alpaca_preference": pairs.parse_alpaca_preference,
+    "sharegpt_preference": pairs.parse_sharegpt_preference,
+    "hh": pairs.parse_hh,
+}
+
+
+# ---- turns -> rows
+
+
+def _turns_to_messages(turns: Turns) -> list[dict[str, str]]:
+    return [turn._asdict() for turn in turns]
+
+
+def _to_sharegpt(dialogue: Dialogue, where: str) -> dict[str, Any]:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[role], "value": content} for role, content in dialogue.turns]}
+
+
+def _to_prompt_response(turns: Turns, names: tuple[str, str], row_format: str, where: str) -> dict[str, str]:
+    """One prompt and one response under the given names, with the system message if there is one."""
+    system = {"system": turns[0].content} if turns[0].role == "system" and turns[0].content else {}
+    rest = turns[len(system) :]
+    if [turn.role for turn in rest] != ["user", "assistant"]:
+        use = "preference_chat" if row_format == "preference" else "chat"
+        raise ValueError(
+            f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{row_format}', which has one prompt "
+            f"and one response. Use '{use}'."
+        )
+    return system | dict(zip(names, (turn.content for turn in rest), strict=True))
+
+
+def _to_preference(dialogue: Dialogue, where: str) -> dict[str, Any]:
+    chosen = _to_prompt_response(dialogue.turns, ("prompt", "chosen"), "preference", where)
+    return chosen | _to_prompt_response(dialogue.rejected, ("prompt", "rejected"), "preference", where)
+
+
+def _to_preference_chat(dialogue: Dialogue, where: str) -> dict[str, Any]:
+    num_shared = count_shared_turns(dialogue.turns, dialogue.rejected)
+    sides = {
+        "prompt": dialogue.turns[:num_shared],
+        "chosen": dialogue.turns[num_shared:],
+        "rejected": dialogue.rejected[num_shared:],
+    }
+    return {name: _turns_to_messages(turns) for name, turns in sides.items()}
+
+
+WRITE_FORMATS: dict[str, Callable[[Dialogue, str], dict[str, Any]]] = {
+    "text": lambda dialogue, where: {"text": dialogue.turns[0].content},
+    "chat": lambda dialogue, where: {"messages": _turns_to_messages(dialogue.turns)},
+    "sharegpt": _to_sharegpt,
+    "prompt": lambda dialogue, where: _to_prompt_response(dialogue.turns, ("prompt", "response"), "prompt", where),
+    "completion": lambda dialogue, where: _to_prompt_response(
+        dialogue.turns, ("prompt", "completion"), "completion", where
+    ),
+    "alpaca": lambda dialogue, where: (
+        _to_prompt_response(dialogue.turns, ("instruction", "output"), "alpaca", where) | {"input": ""}
+    ),
+    "preference": _to_preference,
+    "preference_chat": _to_preference_chat,
+}

@@ -1,0 +1,402 @@
+"""Examples -> token ids and which of them are the response: exactly one BOS, EOS, what counts, length limits.
+
+A preference pair is two sequences, the chosen and the rejected side, in which only the responses that differ count.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bilevel_jax.lm.data.encode import (
+    DEFAULT_TEMPLATE,
+    Tokenizer,
+    TurnMask,
+    common_prefix_length,
+    encode_examples,
+    make_template_renderer,
+)
+from bilevel_jax.lm.data.examples import Example
+
+TRUNCATION_MODES = ("error", "left", "right", "drop")
+TRAIN_ON_MODES = ("all_turns", "last_turn")
+TOKENIZER_CHUNK = 512
+"""Examples handed to the tokenizer at once; it works on them in parallel."""
+
+
+class TokenizedSequence(NamedTuple):
+    """One sequence: its ids, and whether each is a target, that is, part of a response (its end token included)."""
+
+    ids: Int[np.ndarray, "length"]
+    target_mask: Bool[np.ndarray, "length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """All examples in one flat array: sequence j is `ids[offsets[j]:offsets[j + 1]]`.
+
+    A row is one sequence, or two for preference pairs: 2i is the chosen side of row i and 2i + 1 the rejected one. A
+    dropped row is there, but empty.
+    """
+
+    ids: Int[np.ndarray, "tokens"]
+    target_mask: Bool[np.ndarray, "tokens"]
+    offsets: Int[np.ndarray, "rows*sequences+1"]
+    sequences_per_example: int = 1
+    """Sequences of a row."""
+    reference_margins: Float[np.ndarray, "rows"] | None = None
+    """Of pairs, for DPO: log p(chosen) - log p(rejected) under the reference model, summed over the tokens of the
+    responses, nats; anything for a dropped row."""
+    sampler_log_probs: Float[np.ndarray, "tokens"] | None = None
+    """Log-probability of each token under the model that sampled it, nats; nan for a token that was not sampled."""
+    multiplicity: Float[np.ndarray, "rows"] | None = None
+    """How much each row counts before any weight; where it is not given, 1."""
+
+    def __post_init__(self) -> None:
+        if (len(self.offsets) - 1) % self.sequences_per_example:
+            raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences_per_example}.")
+        if self.sampler_log_probs is not None and self.sampler_log_probs.shape != self.ids.shape:
+            raise ValueError(
+                f"sampler {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give one number for each."
+            )
+        if self.multiplicity is not None and (
+            self.multiplicity.shape != (self.num_examples,) or not (self.multiplicity >= 0).all()
+        ):
+            raise ValueError(
+                f"base {self.multiplicity.shape} for {self.num_examples} rows; give each a number of at least 0."
+            )
+        if self.reference_margins is None:
+            return
+        if self.sequences_per_example != 2 or self.reference_margins.shape != (self.num_examples,):
+            raise ValueError(
+                f"reference {self.reference_margins.shape} for {self.num_examples} rows of {self.sequences_per_example} sequence(s); a reference "
+                "is one margin for each preference pair."
+            )
+        if not np.isfinite(self.reference_margins[self.kept_indices]).all():
+            row = int(self.kept_indices[~np.isfinite(self.reference_margins[self.kept_indices])][0])
+            raise ValueError(
+                f"the reference of row {row} is {self.reference_margins[row]}; give one for every row in `kept`."
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of rows, dropped ones included: the size of the weight table."""
+        return (len(self.offsets) - 1) // self.sequences_per_example
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "rows*sequences"]:
+        """Tokens in each sequence."""
+        return np.diff(self.offsets)
+
+    @property
+    def kept_indices(self) -> Int[np.ndarray, "kept"]:
+        """The rows that were not dropped."""
+        return np.flatnonzero(self.lengths[:: self.sequences_per_example])
+
+    def get_sequence(self, i: int, side: int = 0) -> TokenizedSequence:
+        """One example; of a pair, side 0 is the chosen and side 1 the rejected one."""
+        sequence = i * self.sequences_per_example + side
+        part = slice(int(self.offsets[sequence]), int(self.offsets[sequence + 1]))
+        return TokenizedSequence(self.ids[part], self.target_mask[part])
+
+    def with_reference_margins(self, reference_margins: Float[np.ndarray, "rows"]) -> "Corpus":
+        """The same pairs with `preferences.margins` under the reference model."""
+        return replace(self, reference_margins=np.asarray(reference_margins))
+
+    def with_sampler_log_probs(
+        self, sampler_log_probs: Float[np.ndarray, "tokens"], multiplicity: Float[np.ndarray, "rows"]
+    ) -> "Corpus":
+        """The same rows, with the sampler's log-probabilities of their tokens, and how much each row counts."""
+        return replace(
+            self,
+            sampler_log_probs=np.asarray(sampler_log_probs, np.float32),
+            multiplicity=np.asarray(multiplicity, np.float32),
+        )
+
+
+class TokenizationReport(NamedTuple):
+    """What tokenizing did."""
+
+    num_examples: int
+    num_tokens: int
+    num_targets: int
+    """Tokens that are targets."""
+    max_length: int
+    """Tokens of the longest row, after truncation."""
+    truncated: int
+    """Rows whose end was cut at max_length; of a pair, that of either side."""
+    truncated_left: int
+    """Rows whose beginning was cut, so that the response fits into max_length."""
+    dropped: int
+    """Rows left empty because they, or a side of the pair, are longer than max_length."""
+    unknown_share: float
+    """Fraction of tokens that the tokenizer does not know."""
+    byte_share: float
+    """Fraction of tokens that are single bytes, for want of a token for the character."""
+    merged: int
+    """Responses whose first token also holds white space that ends the prompt. The tokens before the first target are
+    the prompt without it; a prompt tokenized for itself would end in a token that training never saw there."""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{self.num_examples:,} rows, {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; longest {self.max_length}",
+            *([f"{self.truncated:,} rows cut at the end"] if self.truncated else []),
+            *([f"{self.truncated_left:,} rows cut at the beginning"] if self.truncated_left else []),
+            *([f"{self.dropped:,} rows dropped as too long"] if self.dropped else []),
+            *([f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer"] if self.unknown_share else []),
+            *([f"{self.byte_share:.1%} of the tokens are bytes of unknown characters"] if self.byte_share else []),
+            *(
+                [f"{self.merged:,} prompts end in white space that the first token of the response takes in"]
+                if self.merged
+                else []
+            ),
+        ]
+        return "; ".join(parts)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a local model folder; nothing is downloaded and no code of the folder is run."""
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer.json or tokenizer_config.json. "
+            "Name a folder in the Hugging Face layout, with the model and its tokenizer."
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: str = "error",
+    template: str = DEFAULT_TEMPLATE,
+    train_on: str = "all_turns",
+) -> tuple[Corpus, TokenizationReport]:
+    """Ids and response masks of all examples; row i of the corpus is examples[i].
+
+    Dialogues go through the tokenizer's chat template where it has one, and prompt/response rows through `template`
+    where it has none; of text rows, every token but the first is a target. A row begins with exactly one BOS if the
+    tokenizer has one, and its last response ends with EOS if the tokenizer has one. What follows the last target is
+    cut off: no target sees it.
+
+    `supervise` says which assistant turns of a dialogue are targets: all, or the last one. Of a pair only those count
+    that stand behind the turns which both sides share. `truncate` says what becomes of rows beyond max_length:
+        error   an error
+        left    the beginning goes, after the BOS, and the last response stays; of a pair the same number of tokens
+                of both sides, so that they still share one prompt. A response that is too long alone loses its end.
+        right   the end goes
+        drop    the row is left empty, so that rows keep their numbers
+    """
+    if truncation not in TRUNCATION_MODES:
+        raise ValueError(f"truncate is {truncation!r}; it is one of {list(TRUNCATION_MODES)}.")
+    if train_on not in TRAIN_ON_MODES:
+        raise ValueError(f"supervise is {train_on!r}; it is one of {list(TRAIN_ON_MODES)}.")
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}; at least 2 tokens are needed, one to read and one to predict.")
+    sequences = _count_sequences_per_example(examples)
+    _check_special_tokens(examples, tokenizer)
+    render = make_template_renderer(template)
+    num_bos = int(tokenizer.bos_token_id is not None)
+    counts: Counter[str] = Counter()
+    ids: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    problems: list[str] = []
+    for first in range(0, len(examples), TOKENIZER_CHUNK):
+        chunk = examples[first : first + TOKENIZER_CHUNK]
+        encoded = encode_examples([side for example in chunk for side in _split_sides(example)], tokenizer, render)
+        for example in chunk:
+            sides = []
+            for side in _split_sides(example):
+                row, mask, merged = next(encoded)
+                sides.append(_add_bos_and_eos(row, _mask_skipped_turns(mask, example, side, train_on), tokenizer))
+                counts["merged"] += merged
+            longest = max(len(row) for row, _ in sides)
+            if longest > max_length:
+                sides, cuts = _truncate_sides(sides, max_length, truncation, num_bos)
+                counts.update(cuts)
+            if problem := _describe_problem(example, longest, sides, max_length, truncation):
+                problems.append(problem)
+            ids += [np.asarray(row, np.int32) for row, _ in sides]
+            masks += [np.asarray(mask, bool) for _, mask in sides]
+    _raise_first_problem(problems)
+    lengths = np.array([len(row) for row in ids], np.int64)
+    if not lengths.any():
+        raise ValueError(
+            f"none of {len(examples)} rows is within max_length = {max_length}. Raise it, or cut the rows."
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    corpus = Corpus(np.concatenate(ids), np.concatenate(masks), offsets, sequences)
+    byte_ids = [i for text, i in tokenizer.get_vocab().items() if re.fullmatch(r"<0x[0-9A-F]{2}>", text)]
+    unknown_ids = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
+    return corpus, TokenizationReport(
+        num_examples=len(examples),
+        num_tokens=len(corpus.ids),
+        num_targets=int(corpus.target_mask.sum()),
+        max_length=int(lengths.max()),
+        truncated=counts["right"],
+        truncated_left=counts["left"],
+        dropped=counts["drop"],
+        unknown_share=float(np.isin(corpus.ids, unknown_ids).mean()),
+        byte_share=float(np.isin(corpus.ids, byte_ids).mean()),
+        merged=counts["merged"],
+    )
+
+
+def corpus_from_sequences(sequences: Sequence[TokenizedSequence], sequences_per_example: int = 1) -> Corpus:
+    """A corpus of sequences that were tokenized elsewhere; per_row=2: chosen, rejected, chosen, ..."""
+    offsets = np.concatenate([[0], np.cumsum([len(sequence.ids) for sequence in sequences])]).astype(np.int64)
+    ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int32)
+    return Corpus(
+        ids,
+        np.concatenate([sequence.target_mask for sequence in sequences]).astype(bool),
+        offsets,
+        sequences_per_example,
+    )
+
+
+# ---- which targets count, and the length limit
+
+
+def _count_sequences_per_example(examples: Sequence[Example]) -> int:
+    """1, or 2 where the examples are preference pairs; and nothing between."""
+    pairs = [bool(example.rejected) for example in examples]
+    if any(pairs) and not all(pairs):
+        mismatch = examples[pairs.index(not pairs[0])]
+        mismatch_kind, others = ("a preference pair", "none") if mismatch.rejected else ("no preference pair", "pairs")
+        raise ValueError(
+            f"{mismatch.where}: {mismatch_kind}, and the rows before it are {others}. Keep the two in sets of their own."
+        )
+    return 2 if any(pairs) else 1
+
+
+def _split_sides(example: Example) -> list[Example]:
+    """The dialogues of an example: one, or the chosen and the rejected one."""
+    return [example, example._replace(turns=example.rejected)] if example.rejected else [example]
+
+
+def _mask_skipped_turns(mask: TurnMask, example: Example, side: Example, train_on: str) -> TurnMask:
+    """The mask without the assistant turns that do not count."""
+    answers = sum(turn.role == "assistant" for turn in side.turns)
+    skipped = _count_shared_answers(example) if example.rejected else 0
+    if train_on == "last_turn":
+        skipped = max(skipped, answers - 1)
+    if skipped <= 0:
+        return mask
+    if max(mask) != answers:
+        raise ValueError(
+            f"{example.where}: {answers} messages of the assistant, and the chat template's {{% generation %}} blocks "
+            f"mark {max(mask)}, so the last cannot be told from the others. Put one block around each."
+        )
+    return [turn if turn > skipped else 0 for turn in mask]
+
+
+def _count_shared_answers(example: Example) -> int:
+    """Assistant turns that both sides of a pair begin with; beyond them, both must answer."""
+    shared = common_prefix_length(example.turns, example.rejected)
+    differing = example.turns[shared : shared + 1] + example.rejected[shared : shared + 1]
+    if not differing:
+        raise ValueError(f"{example.where}: the chosen and the rejected response are the same. Remove the pair.")
+    if [turn.role for turn in differing] != ["assistant", "assistant"]:
+        raise ValueError(
+            f"{example.where}: the two sides of the pair differ at message {shared + 1} before the assistant answers; "
+            "a preference compares two responses to one prompt. Give both the same messages up to the response."
+        )
+    return sum(turn.role == "assistant" for turn in example.turns[:shared])
+
+
+def _add_bos_and_eos(ids: list[int], mask: TurnMask, tokenizer: Tokenizer) -> tuple[list[int], TurnMask]:
+    """Exactly one BOS in front, nothing after the last target, EOS at its end."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None:
+        num_bos = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+        ids, mask = [bos, *ids[num_bos:]], [0, *mask[num_bos:]]
+    end = len(mask) - next((i for i, is_target in enumerate(reversed(mask)) if is_target), len(mask))
+    ids, mask = ids[:end], mask[:end]
+    if end and eos is not None and ids[-1] != eos:
+        ids, mask = [*ids, eos], [*mask, mask[-1]]
+    if mask:
+        mask[0] = 0  # nothing stands before it to predict it from
+    return ids, mask
+
+
+EncodedSides = list[tuple[list[int], TurnMask]]
+
+
+def _truncate_sides(
+    sides: EncodedSides, max_length: int, truncation: str, num_bos: int
+) -> tuple[EncodedSides, list[str]]:
+    """The sides of an example within max_length, and which cuts were made; `lead` = 1 where a BOS stands in front."""
+    if truncation == "drop":
+        return [([], []) for _ in sides], ["drop"]
+    cuts = []
+    if truncation == "left" and all(any(mask) for _, mask in sides):
+        # up to the response that must stay: of a pair the first target, of a dialogue the last answer's. Without BOS
+        # one token stays before it, to predict it from.
+        response_starts = [mask.index(max(mask) if len(sides) == 1 else next(filter(None, mask))) for _, mask in sides]
+        num_removed = min(max(len(ids) for ids, _ in sides) - max_length, min(response_starts) - 1)
+        if num_removed:
+            sides = [_delete_tokens(ids, mask, num_bos, num_bos + num_removed) for ids, mask in sides]
+            cuts.append("left")
+    if any(len(ids) > max_length for ids, _ in sides):
+        sides = [(ids[:max_length], mask[:max_length]) for ids, mask in sides]
+        cuts.append("error" if truncation == "error" else "right")
+    return sides, cuts
+
+
+def _delete_tokens(ids: list[int], mask: TurnMask, start: int, stop: int) -> tuple[list[int], TurnMask]:
+    """The sequence without some tokens. An answer that loses its first words is no target: only something to read."""
+    split_turn = mask[stop - 1] if mask[stop - 1] == mask[stop] else 0
+    remaining_mask = mask[:start] + [0 if turn == split_turn else turn for turn in mask[stop:]]
+    remaining_mask[0] = 0
+    return ids[:start] + ids[stop:], remaining_mask
+
+
+def _describe_problem(example: Example, longest: int, sides: EncodedSides, max_length: int, truncation: str) -> str:
+    targets = all(any(mask) for _, mask in sides)
+    if longest > max_length and truncation == "error":
+        return (
+            f"{example.where}: {longest} tokens, and max_length is {max_length}. "
+            "Raise max_length, shorten the row, or set truncate to 'left', 'right' or 'drop'."
+        )
+    if longest > max_length and truncation == "right" and not targets:
+        return (
+            f"{example.where}: {longest} tokens, and its prompt alone fills max_length = {max_length}, so no token of "
+            "the response is left. Raise max_length, shorten the prompt, or set truncate to 'left' or 'drop'."
+        )
+    if (longest <= max_length or truncation == "left") and not targets:
+        return f"{example.where}: no token to predict among its {longest}. Remove the row."
+    return ""
+
+
+def _check_special_tokens(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+    """Text that the tokenizer would read as a special token could end a turn or start another one."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    if not special:
+        return
+    pattern = re.compile("|".join(map(re.escape, special)))
+    matches = ((e, pattern.search(turn.content)) for e in examples for turn in e.turns + e.rejected)
+    _raise_first_problem(
+        [
+            f"{example.where}: the text holds {match.group()!r}, which the tokenizer reads as a special token. "
+            "Remove it from the row."
+            for example, match in matches
+            if match
+        ]
+    )
+
+
+def _raise_first_problem(problems: Sequence[str]) -> None:
+    if problems:
+        more = f" ({len(problems) - 1} more rows have such a problem.)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)

@@ -1,0 +1,63 @@
+"""What a run was expected to take of memory, disk and work, by sizes alone, and what it took."""
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bilevel_jax.runs.budget import compiled_steps, memory, work
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.text import Task
+
+
+def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
+    """What `estimate` says without asking the compiler: training steps, bytes of arrays on one device, disk.
+
+    Made where a run begins and remembered by it, with the most memory so far.
+    """
+    return session.run_once("expected", lambda: _predict_usage(task, config))
+
+
+def _predict_usage(task: Task, config: SelectConfig | TrainConfig) -> dict[str, Any]:
+    shapes = compiled_steps.step_shapes(task, compiled_steps.make_first_batch(task, config))
+    phases = memory.memory_phases(task, config, shapes, memory.Workspace())
+    peak_phase = max(phases, key=lambda phase: phase.total_bytes)
+    training_steps = (
+        task.num_steps
+        if isinstance(config, TrainConfig)
+        else sum(stage.work for stage in work.select_run_stages(task, config))
+    )
+    return {
+        "passes": training_steps,
+        "peak": peak_phase.total_bytes,
+        "peak_phase": peak_phase.name,
+        "disk": memory.disk_bytes(task, config, shapes),
+        "memory_before": peak_memory()[0],
+    }
+
+
+def peak_memory() -> tuple[float, str]:
+    """The most memory so far, bytes: of one device where it tells, or else of this process, arrays and all."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return float(stats["peak_bytes_in_use"]), "device"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), "process"
+
+
+def measure_usage(
+    task: Task, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
+) -> dict[str, Any]:
+    """What the run took: `passes` training steps, of which `timed` took `seconds`."""
+    peak_bytes, memory_of = peak_memory()
+    return {
+        "passes": training_steps,
+        "memory": peak_bytes,
+        "memory_of": memory_of,
+        "disk": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "seconds_per_pass": seconds / timed_steps if timed_steps else float("nan"),
+        "device": f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}",
+    }

@@ -1,0 +1,109 @@
+"""What a run will do, counted in training steps before it is done."""
+
+import math
+from typing import NamedTuple
+
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
+from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, num_single_loop_steps, single_loop_step_work
+from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task
+
+
+class WorkStage(NamedTuple):
+    """A part of a run: how often it makes each kind of step."""
+
+    name: str
+    forward_steps: float = 0.0
+    """Training steps, replayed ones too."""
+    backward_steps: float = 0.0
+    """Steps back through a training step."""
+    other_work: float = 0.0
+    """All else, in training steps: products of a solve, entries of all rows, steps of a single-loop method."""
+
+    @property
+    def work(self) -> float:
+        """In training steps, as a run counts them."""
+        return self.forward_steps + HVP_WORK * self.backward_steps + self.other_work
+
+    def repeat(self, count: float, name: str) -> "WorkStage":
+        """The same, so many times."""
+        return WorkStage(name, count * self.forward_steps, count * self.backward_steps, count * self.other_work)
+
+
+def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[WorkStage]:
+    """The stages of a `select` run that goes through to its end.
+
+    It is the most that a run does: a loop may end early (outer.patience, outer.ess_floor), a solve before
+    outer.max_iterations, and the certificates at the learned weights are left out where no step was better than the
+    first. Only `implicit` may do more, where it doubles outer.curvature_batches. Not counted, as a run does not count
+    them: readings of losses, and scores made to start from or to compare with.
+    """
+    outer, steps = config.outer, task.num_steps
+    epoch_steps = math.ceil(len(task.trainable_indices()) / task.batch_size)
+    training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(config, steps, epoch_steps)
+    baselines = WorkStage("", other_work=2 * epoch_steps)
+    if outer.method in SINGLE_LOOP_METHODS:
+        single_loop_stage = WorkStage("", other_work=num_single_loop_steps(config) * single_loop_step_work(config))
+        stages = [_add_stages("learning", training, baselines, single_loop_stage)]
+    else:
+        stages = [_add_stages("learning", _add_stages("", training, estimate).repeat(outer.steps + 1, ""), baselines)]
+    if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
+        retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
+        certificate_count = 2 if outer.restart == "cold" else 1
+        stages.append(
+            _add_stages("", training.repeat(retrains, ""), estimate).repeat(certificate_count, "certificates")
+        )
+    if config.retrain.enabled:
+        has_good_labels = bool(config.data.label_field) and any(
+            example.label == config.data.good_label for example in task.examples
+        )
+        variants = [variant for variant in config.retrain.variants if variant != "oracle" or has_good_labels]
+        stages.append(training.repeat(len(variants) * config.retrain.seeds, "comparison"))
+    return [*stages, training.repeat(1, "the model that is written")]
+
+
+def evaluation_work(task: Task, config: SelectConfig | TrainConfig) -> float:
+    """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
+
+    Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.
+    """
+    part_steps = {part: stream.steps for part, stream in task.held_out_streams.items()}
+    all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("validation", 0)
+    if isinstance(config, TrainConfig):
+        return all_parts_work * (task.num_steps // config.train.eval_steps + 2)
+    total = (config.outer.steps + 1) * (all_parts_work + validation_steps)
+    if config.certify.enabled:
+        certificate_count = 2 if config.outer.restart == "cold" else 1
+        total += (
+            certificate_count
+            * (2 * len(config.certify.step_sizes) + config.certify.retrains)
+            * validation_steps
+            * FORWARD_WORK
+        )
+    if config.retrain.enabled:
+        total += len(config.retrain.variants) * config.retrain.seeds * all_parts_work
+    return total
+
+
+def _hypergradient_stage(config: SelectConfig, steps: int, epoch_steps: int) -> WorkStage:
+    """One hypergradient of a finished training."""
+    outer = config.outer
+    if outer.method in ("unrolled", "window"):
+        backward_steps = min(outer.window, steps) if outer.method == "window" else steps
+        return WorkStage("", forward_steps=REPLAY_WORK * backward_steps, backward_steps=backward_steps)
+    if outer.method != "implicit":
+        return WorkStage("", other_work=2 * epoch_steps)
+    # a direct solve makes as many products as there are parameters, which are few where it is used
+    products = outer.max_iterations if outer.solver in ("cg", "neumann") else 0
+    return WorkStage("", other_work=2 * epoch_steps + HVP_WORK * products * min(outer.curvature_batches, epoch_steps))
+
+
+def _add_stages(name: str, *stages: WorkStage) -> WorkStage:
+    return WorkStage(
+        name,
+        sum(stage.forward_steps for stage in stages),
+        sum(stage.backward_steps for stage in stages),
+        sum(stage.other_work for stage in stages),
+    )

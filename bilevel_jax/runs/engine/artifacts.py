@@ -1,0 +1,129 @@
+"""What a selection leaves behind: weights.parquet, selected.jsonl and model/."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from bilevel_jax.core import multiobjective, penalty
+from bilevel_jax.core.types import Params
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, config_hash
+from bilevel_jax.runs.engine.outer_loop import LearnedWeights
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.tasks.text import Task
+
+
+def weights_table(
+    task: Task, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
+) -> pa.Table:
+    """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
+    selected_mask = np.zeros(task.num_examples, bool)
+    selected_mask[selected_indices] = True
+    columns = {
+        "id": [example.id for example in task.examples],
+        "row": np.arange(task.num_examples),
+        "source": [example.source for example in task.examples],
+        "label": [example.label for example in task.examples],
+        "weight": learned.weights,
+        "entry": learned.hypergradient,
+        "first_entry": learned.first_hypergradient,
+        "alignment": learned.alignment,
+        "loss": learned.losses,
+        "selected": selected_mask,
+        "file": [example.file for example in task.examples],
+        "line": [example.line for example in task.examples],
+    }
+    meanings = {
+        "weight": "factor of the row's loss; the mean of a competing weighting is 1",
+        "entry": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of weight; "
+        "below 0: more weight lowers L_v",
+        "first_entry": "the same at weight 1 for every row",
+        "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
+        "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
+        "estimand": describe_estimand(config),
+        "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
+        "device": jax.devices()[0].device_kind,
+        "config_hash": config_hash(config),
+        "outer_step": str(learned.best_step),
+    }
+    if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
+        columns = {name: column for name, column in columns.items() if name not in ("entry", "first_entry")}
+    table = pa.table(columns)
+    return table.replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
+
+
+def describe_estimand(config: SelectConfig) -> str:
+    """What the method's gradient is the gradient of; printed beside every number."""
+    outer, steps = config.outer, config.train.max_steps
+    return {
+        "unrolled": f"L_v(theta_T(w)), the training run itself (T = {steps} steps): exact",
+        "window": f"L_v(theta_T(w)) through the last {outer.window} of {steps} steps: an approximation of unrolled",
+        "implicit": f"L_v(theta*(w)), the minimiser of the weighted loss + {outer.proximal:g}/2 |theta - start|^2, by "
+        f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
+        + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
+        "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
+        "penalty": penalty.OPTIMISTIC_ESTIMAND,
+        "bmo": multiobjective.BMO_ESTIMAND,
+        "mixing": penalty.MIXING_ESTIMAND,
+    }[outer.method]
+
+
+def format_selected_jsonl(
+    examples: list[Example], weights: np.ndarray, selected_indices: Int[np.ndarray, "selected"]
+) -> str:
+    """The kept rows as jsonl in their order, in the layout of `data.row_of` that holds all, with id and weight."""
+    kinds = {example_kind(examples[row]) for row in selected_indices}
+    chat_layout = "preference_chat" if is_preference_pair(examples[0]) else "chat"
+    layout = chat_layout if kinds == {"chat", "prompt"} else "auto"  # a file has one layout
+    lines = []
+    for row in selected_indices:
+        content = {**example_to_row(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
+        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+    # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
+    return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
+    """What `train` used: one row per training example, joined by `id`."""
+    columns = {
+        "id": [example.id for example in task.examples],
+        "row": np.arange(task.num_examples),
+        "source": [example.source for example in task.examples],
+        "label": [example.label for example in task.examples],
+        "weight": weights,
+        "file": [example.file for example in task.examples],
+        "line": [example.line for example in task.examples],
+    }
+    meanings = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash(config)}
+    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
+
+
+def write_model(folder: Path, task: Task, params: Params, *, base_path: str, parts: str = "both") -> None:
+    """The trained model as a Hugging Face folder; adapters folded into the base ("full"), beside it, or "both".
+
+    What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
+    two goes on with the second.
+    """
+    params = jax.tree.map(distributed.fetch_to_host, params)
+    base = jax.tree.map(distributed.fetch_to_host, task.base_params) if parts != "adapter" else task.base_params
+    adapter = folder.with_name(f"{folder.name}-adapter")
+
+    def write() -> None:
+        if task.base_params is not None and parts != "full" and not adapter.exists():
+            models.save_peft(adapter, task.architecture, params, base=base_path)
+        if folder.exists() or (task.base_params is not None and parts == "adapter"):
+            return
+        merged_params = params
+        if task.base_params is not None:
+            merged_params = models.merge_adapters(
+                jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params
+            )
+        models.save_model(folder, task.architecture, merged_params, tokenizer=task.tokenizer)
+
+    distributed.run_on_first_process(write)

@@ -1,0 +1,81 @@
+"""The certificates of a run: its hypergradient checked by training again, and by leaving rows out."""
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from bilevel_jax.core import certify
+from bilevel_jax.core.certify import Certificates
+from bilevel_jax.core.types import Checks
+from bilevel_jax.core.unrolled import validation_loss_fn
+from bilevel_jax.runs.config.load import SelectConfig
+from bilevel_jax.runs.engine.outer_loop import data_order_seed
+from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.infra.placement import replicate
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task
+
+
+def compute_certificates(
+    task: Task | ArrayTask,
+    config: SelectConfig,
+    trainer: Trainer,
+    session: Session,
+    *,
+    name: str,
+    weights: Float[np.ndarray, "examples"],
+    hypergradient: Float[np.ndarray, "examples"],
+    step: int,
+    validation_loss: float,
+    checks: Checks,
+) -> Certificates:
+    """Certify the estimate that outer step `step` made at `weights`: same start, same data order, trained again.
+
+    The differences are of L_v(theta_T(w)), the estimand of `unrolled`. For the other methods they tell how far the
+    estimate is from the effect on the run that really happens.
+    """
+    settings = config.certify
+    if not settings.enabled:
+        return Certificates(None, None, None, checks)
+    device_weights, grad = replicate(task.mesh, (weights, hypergradient))
+    start = trainer.init_state(task.init_params(config.train.seed))
+    stream = task.training_stream(data_order_seed(config, step))
+    loss_fn = validation_loss_fn(task.problem)
+
+    def retrain(new_weights: jax.Array) -> float:
+        return trainer.validation_loss(new_weights, start, stream, task.held_out_streams["validation"], loss_fn)
+
+    def estimate(new_weights: jax.Array) -> jax.Array:
+        return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
+
+    def compute_exact() -> dict:
+        return certify.check_finite_differences(retrain, device_weights, grad, settings.step_sizes)._asdict()
+
+    def compute_predictive() -> dict:
+        key = jax.random.key(config.data.seed + 2)
+        return certify.predict_removals(
+            retrain,
+            key,
+            device_weights,
+            grad,
+            validation_loss,
+            fraction=settings.retrain_removed,
+            num_retrains=settings.retrains,
+        )._asdict()
+
+    session.set_phase(f"certifying the gradient at {name}")
+    key = jax.random.key(config.data.seed + 1)
+    ratios = session.run_once(f"certify/{name}/exact", compute_exact)
+    cosine = session.run_once(
+        f"certify/{name}/smooth", lambda: certify.metasmoothness(estimate, key, device_weights, grad, settings.removed)
+    )
+    predictive_result = (
+        session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
+    )
+    return Certificates(
+        certify.FiniteDifferences(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
+        cosine,
+        certify.RemovalPrediction(**predictive_result) if predictive_result else None,
+        checks,
+    )

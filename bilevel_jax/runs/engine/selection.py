@@ -1,0 +1,79 @@
+"""Which rows a selection keeps, from their weights: a share, a threshold, whole repeats, or a mix of sources."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bilevel_jax.runs.config.schema import SelectionSection
+from bilevel_jax.runs.stats import top_indices
+
+
+def select_examples(
+    weights: Float[np.ndarray, "examples"],
+    candidates: Int[np.ndarray, "kept"],
+    rule: SelectionSection,
+    *,
+    sources: Sequence[str],
+    seed: int,
+) -> Int[np.ndarray, "selected"]:
+    """The rows to keep, in row order, out of `among`.
+
+    - top_share: that share of the rows, those of the largest weights;
+    - threshold: all rows of at least that weight;
+    - resample: n rows, row i floor or ceil of n w_i / Σ w times (systematic resampling: the least noise that whole
+      repeats allow, and each count right on average over seeds);
+    - per_source: n rows, dealt to the sources by their total weight (largest remainders) and, inside a source, those of
+      the largest weights; a source with fewer rows gives all it has.
+
+    Raises ValueError where the rule leaves no row.
+    """
+    if rule.resample:
+        return _resample(weights, candidates, rule.resample, seed)
+    if rule.per_source:
+        return _select_per_source(weights, candidates, rule.per_source, np.asarray(sources))
+    if rule.threshold:
+        selected = candidates[weights[candidates] >= rule.threshold]
+        if not len(selected):
+            raise ValueError(
+                f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is "
+                f"{weights[candidates].max():.3g}. Lower it, or use selection.top_share."
+            )
+        return selected
+    return top_indices(weights, max(1, round(rule.top_share * len(candidates))), candidates)
+
+
+def describe_selection_rule(rule: SelectionSection) -> str:
+    """The rule in words."""
+    if rule.resample:
+        return f"{rule.resample:,} rows drawn in proportion to their weight, as whole repeats"
+    if rule.per_source:
+        return f"{rule.per_source:,} rows, each source in proportion to its total weight"
+    if rule.threshold:
+        return f"weight {rule.threshold:g} or more"
+    return f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
+
+
+def _resample(weights: np.ndarray, candidates: np.ndarray, count: int, seed: int) -> np.ndarray:
+    total = weights[candidates].sum()
+    if total <= 0:
+        raise ValueError("every weight is 0, so no row can be drawn in proportion to it. Use selection.top_share.")
+    cumulative = np.cumsum(weights[candidates]) / total
+    points = (np.arange(count) + np.random.default_rng(seed).random()) / count
+    return candidates[np.minimum(np.searchsorted(cumulative, points, side="right"), len(candidates) - 1)]
+
+
+def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, sources: np.ndarray) -> np.ndarray:
+    names = sorted(set(sources[candidates]))
+    members = {name: candidates[sources[candidates] == name] for name in names}
+    total = weights[candidates].sum()
+    if total <= 0:
+        raise ValueError("every weight is 0, so no source has a share. Use selection.top_share.")
+    quotas = {name: count * weights[rows].sum() / total for name, rows in members.items()}
+    counts = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(names, key=lambda name: counts[name] - quotas[name])
+    for name in by_remainder[: count - sum(counts.values())]:
+        counts[name] += 1
+    return np.sort(
+        np.concatenate([top_indices(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()])
+    )

@@ -1,0 +1,340 @@
+"""One training run and one estimate of a task: resumable in the middle, watched for numbers that are not finite."""
+
+from collections.abc import Callable, MutableMapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.core import checkpointing, curvature, solvers, tree
+from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.training import init_train_state, train
+from bilevel_jax.core.types import (
+    Adjoint,
+    BackwardState,
+    Estimate,
+    Estimator,
+    Params,
+    StepMetrics,
+    Stream,
+    TrainState,
+    Trajectory,
+)
+from bilevel_jax.core.unrolled import BackwardPass, backward_pass
+from bilevel_jax.lm.models import balance_adapters
+from bilevel_jax.runs.config.schema import OuterSection
+from bilevel_jax.runs.engine import trajectory_store
+from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
+from bilevel_jax.runs.infra import checkpoint, distributed
+from bilevel_jax.runs.infra.placement import replicate_unplaced
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.text import Task
+
+REPLAY_WORK, HVP_WORK = 1.0, 3.0
+"""Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three.
+
+Each step of a sweep counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must not
+depend on the memory of the machine.
+"""
+FINITE_CHECK_INTERVAL = 32
+"""Training steps between two looks at whether their losses are finite."""
+
+
+class MidStepCheckpoint(NamedTuple):
+    """What is saved in the middle of an outer step; its `meta` has the steps of the snapshots."""
+
+    state: TrainState
+    snapshots: list[TrainState]
+    backward_state: BackwardState
+
+
+class RestoredMidStep(NamedTuple):
+    """A `Midway` that was found."""
+
+    checkpoint: MidStepCheckpoint
+    snapshots: dict[int, TrainState]
+
+
+class Trainer:
+    """Trains a task and estimates its hypergradient; compiled once, used for every outer step."""
+
+    def __init__(self, task: Task | ArrayTask, outer: OuterSection, session: Session):
+        self.task, self.outer, self.session = task, outer, session
+        self.folder: Path = session.folder / "checkpoints" / "inner"
+        split = dict(task.mesh.shape).get("fsdp", 1) > 1
+        if outer.method == "implicit" and split and distributed.is_multiprocess() and jax.default_backend() == "cpu":
+            raise ValueError(
+                "outer.method = implicit with mesh.fsdp above 1 can hang in several processes on CPUs: the "
+                "programs of its solve wait for each other. Set mesh.fsdp to 1, or outer.method to unrolled."
+            )
+        window = outer.window if outer.method == "window" else None
+        self._backward_pass: BackwardPass | None = None
+        if outer.method in ("unrolled", "window"):
+            on_step = lambda step: session.advance(REPLAY_WORK + HVP_WORK)  # noqa: E731
+            on_replay = lambda step: self._pause()  # noqa: E731
+            self._backward_pass = backward_pass(
+                task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay
+            )
+        self._pause: Callable[[], None] = lambda: None
+        """Saves the sweep at hand, if it is time to."""
+
+    def init_state(self, params: Params) -> TrainState:
+        """The state before the first step."""
+        return replicate_unplaced(self.task.mesh, init_train_state(self.task.optimizer, params))
+
+    def run(
+        self,
+        weights: jax.Array,
+        start: TrainState,
+        stream: Stream,
+        *,
+        for_backward: bool = False,
+        outer_step: int | None = None,
+    ) -> Trajectory:
+        """Train once, and with `swept` keep what `estimate` sweeps back through.
+
+        With `save_as` (the outer step) it is saved when due, and goes on from where it was saved.
+        """
+        task, session = self.task, self.session
+        restored = None if outer_step is None else self._load_mid_step(outer_step, start, weights)
+        plan = checkpointing.NO_CHECKPOINTS
+        snapshots: MutableMapping[int, TrainState] = {}
+        if for_backward:
+
+            def linearization_size() -> float:
+                batch = stream.batch(0)
+                return trajectory_store.linearization_bytes(
+                    task.train_step, start, task.train_step.gather(weights, batch), task.frozen(start.params), batch
+                )
+
+            plan = trajectory_store.plan_checkpoints(
+                self.outer, task.num_steps, start, task.base_params, linearization_size=linearization_size
+            )
+            snapshots = trajectory_store.make_state_store(
+                self.outer, self.folder / "states", start, resume=restored is not None
+            )
+        if restored is not None:
+            snapshots.update(restored.snapshots)
+            for later in [step for step in snapshots if step > int(restored.checkpoint.state.step)]:
+                del snapshots[later]  # of the minutes that were lost
+            session.advance(int(restored.checkpoint.state.step))
+        losses: dict[int, jax.Array] = {}
+        steps_done = 0 if restored is None else int(restored.checkpoint.state.step)
+
+        def explain(step: int) -> str:
+            before = [place for place in snapshots if place <= step]
+            origin = snapshots[max(before)] if before else start
+            return find_first_nonfinite(
+                task.problem, task.optimizer, task.objective.losses, origin, step,
+                task.frozen(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
+            )  # fmt: skip
+
+        def on_step(state: TrainState, info: StepMetrics) -> None:
+            nonlocal steps_done
+            losses[steps_done] = info.loss
+            steps_done += 1
+            session.advance()
+            due = session.should_save()
+            if due or steps_done % FINITE_CHECK_INTERVAL == 0:  # not at every step: reading a loss waits for the device
+                check_finite(task, losses, explain, state.params)
+                losses.clear()
+            if due:
+                if outer_step is not None:
+                    self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
+                session.mark_saved()
+
+        run = train(
+            task.train_step, start, weights, task.frozen(start.params), stream, plan=plan, first_backward_step=self._first_backward_step, snapshots=snapshots,
+            resume=None if restored is None else restored.checkpoint.state, on_step=on_step,
+        )  # fmt: skip
+        check_finite(task, losses, explain, run.end.params)
+        return run
+
+    def validation_loss(
+        self, weights: jax.Array, start: TrainState, stream: Stream, validation: Stream, loss_fn: Any
+    ) -> float:
+        """Train, keep nothing, and return L_v: what certificates ask for again and again."""
+        session, task = self.session, self.task
+
+        def on_step(state: TrainState, info: StepMetrics) -> None:
+            session.advance()
+            session.check_signals()
+
+        run = train(
+            task.train_step,
+            start,
+            weights,
+            task.frozen(start.params),
+            stream,
+            plan=checkpointing.NO_CHECKPOINTS,
+            on_step=on_step,
+        )
+        return float(loss_fn(run.end.params, task.frozen(start.params), validation))
+
+    def estimate(
+        self, run: Trajectory, weights: jax.Array, stream: Stream, *, outer_step: int | None = None
+    ) -> Estimate:
+        """The hypergradient of validation loss by the configured method."""
+        task, fixed = self.task, self.task.frozen(run.start.params)
+        validation = task.held_out_streams["validation"]
+        if self._backward_pass is None:
+            return self.estimate_at_end(run, weights)
+        restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
+        if restored is not None and restored.checkpoint.backward_state.step >= 0:
+            backward_state = restored.checkpoint.backward_state
+            self.session.advance((REPLAY_WORK + HVP_WORK) * (run.steps - backward_state.step))
+        else:
+            backward_state = self._backward_pass.init(run, weights, fixed, validation)
+
+        def pause() -> None:
+            if self.session.should_save():
+                if outer_step is not None:
+                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state)
+                self.session.mark_saved()
+
+        self._pause = pause
+        while not self._backward_pass.is_done(run, backward_state):
+            backward_state = self._backward_pass.advance(run, weights, fixed, stream, backward_state)
+            pause()
+        self._pause = lambda: None  # the other holds this run's states
+        delete_stored_states(run)
+        return self._backward_pass.finish(run, backward_state)
+
+    def estimate_at_end(
+        self,
+        run: Trajectory,
+        weights: jax.Array,
+        *,
+        alignment: bool = False,
+        train_stream: Stream | None = None,
+        validation: Stream | None = None,
+    ) -> Estimate:
+        """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>.
+
+        `summed` (default: all rows, read anew in each pass) and `validation` (default: validation) take their places.
+        """
+        task, outer = self.task, self.outer
+        fixed = task.frozen(run.start.params)
+        train_stream = train_stream or task.full_pass_stream(seed=0)
+        validation = validation or task.held_out_streams["validation"]
+        if alignment or outer.method == "alignment":
+            estimator = self._alignment
+        else:
+            # A LoRA product has many factorings; a prior on the factors singles out the balanced one.
+            params = balance_adapters(run.end.params) if task.base_params is not None else run.end.params
+            run = run._replace(end=run.end._replace(params=params))
+            estimator = self._implicit
+        self.session.advance(2 * train_stream.steps)
+        estimate = estimator(run, weights, fixed, train_stream, validation)
+        if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
+            self.session.advance(HVP_WORK * estimate.checks.steps * estimate.checks.batches)
+        if task.base_params is None or alignment:
+            return estimate
+        # The prior's centre is not balanced along, so its slope, and with it the gap, would depend on the factoring.
+        return estimate._replace(checks=estimate.checks._replace(gap=float("nan")))
+
+    @cached_property
+    def _alignment(self) -> Estimator:
+        return implicit(self.task.problem, self._curvature_product(), solvers.identity())
+
+    @cached_property
+    def _implicit(self) -> Estimator:
+        solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
+        return implicit(self.task.problem, self._curvature_product(), solver, batches=batches)
+
+    def _curvature_product(self) -> curvature.CurvatureProduct:
+        if self.outer.curvature == "hessian":
+            return curvature.hessian(self.task.problem)
+        return curvature.gauss_newton(self.task.problem, self.task.objective.composite_loss)
+
+    # ---- saving in the middle
+
+    @property
+    def _first_backward_step(self) -> int:
+        """The step at which sweeps end."""
+        return self.task.num_steps - trajectory_store.num_backward_steps(self.outer, self.task.num_steps)
+
+    def _empty_backward_state(self, start: TrainState, weights: jax.Array) -> BackwardState:
+        zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
+        adjoint = Adjoint(start.params, tree.inexact_leaves(start.opt_state))
+        return replicate_unplaced(
+            self.task.mesh, BackwardState(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True))
+        )
+
+    def _save_mid_step(
+        self,
+        outer_step: int,
+        state: TrainState,
+        snapshots: MutableMapping[int, TrainState],
+        backward_state: BackwardState,
+    ) -> None:
+        """What is on disk already is not written again."""
+        steps = [] if isinstance(snapshots, trajectory_store.DiskStore) else sorted(snapshots)
+        if isinstance(snapshots, trajectory_store.DiskStore):
+            snapshots.wait_until_written()
+        midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
+        checkpoint.save_checkpoint(self.folder, outer_step, midway, {"kept": steps}, max_to_keep=1)
+
+    def _load_mid_step(self, outer_step: int, start: TrainState, weights: jax.Array) -> "RestoredMidStep | None":
+        meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
+        if meta is None:
+            return None
+        like = MidStepCheckpoint(start, [start] * len(meta["kept"]), self._empty_backward_state(start, weights))
+        restored = checkpoint.restore_checkpoint(self.folder, like, outer_step)
+        return restored and RestoredMidStep(
+            restored.tree, dict(zip(meta["kept"], restored.tree.snapshots, strict=True))
+        )
+
+
+def delete_stored_states(run: Trajectory) -> None:
+    """Remove what a run has on disk for sweeps that will not come."""
+    if isinstance(run.snapshots, trajectory_store.DiskStore):
+        run.snapshots.clear()
+
+
+def check_finite(
+    task: Task | ArrayTask,
+    losses: dict[int, jax.Array],
+    explain: Callable[[int], str],
+    params: Params,
+    *,
+    allow_nonfinite: bool = False,
+) -> dict[int, float]:
+    """The losses by step, as numbers, where they (unless `forgiven`) and the parameters after them are finite.
+
+    Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
+    """
+    values = {step: float(loss) for step, loss in losses.items()}
+    step = next((step for step, value in values.items() if not np.isfinite(value) and not allow_nonfinite), None)
+    if step is None and (not values or bool(_all_finite(params))):
+        return values
+    what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
+    last = max(values) if step is None else step
+    raise FloatingPointError(
+        f"{what} at step {last} of {task.num_steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.max_grad_norm, "
+        "or look at these rows. The last good checkpoint is kept: --resume goes on from it."
+    )
+
+
+_all_finite = jax.jit(tree.all_finite)
+
+
+def describe_example(task: Task | ArrayTask, index: int) -> str:
+    """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
+    fit = index - task.num_examples
+    example = task.examples[index] if fit < 0 else task.held_out_examples["validation"][fit]
+    where = getattr(example, "where", "")
+    identity = getattr(example, "id", str(index))
+    return f"{identity} ({where})" if where else identity
+
+
+SOLVERS = {
+    "cg": lambda outer: solvers.cg(tolerance=outer.tolerance, max_steps=outer.max_iterations),
+    "neumann": lambda outer: solvers.neumann(step_size=outer.neumann_rate, terms=outer.max_iterations),
+    "dense": lambda outer: solvers.dense(),
+    "identity": lambda outer: solvers.identity(),
+}

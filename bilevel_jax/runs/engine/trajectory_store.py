@@ -1,0 +1,213 @@
+"""What of a training is kept for its sweep within a budget, and where: on the device, in host memory or on disk."""
+
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel_jax.core import checkpointing
+from bilevel_jax.core.types import CheckpointPlan, TrainState, TrainStep
+from bilevel_jax.runs.config.schema import OuterSection
+from bilevel_jax.runs.infra import checkpoint, distributed
+
+GIB = 2.0**30
+DEFAULT_MEMORY_SHARE = 0.5
+"""Of a device's memory beside the model: what the states of a training may take where the config says nothing."""
+MAX_PENDING_WRITES = 2
+"""States that wait to be written before training waits for them."""
+
+
+def plan_checkpoints(
+    outer: OuterSection,
+    steps: int,
+    state: Any,
+    base: Any,
+    device_bytes: float = 0.0,
+    linearization_size: Callable[[], float] = lambda: 0.0,
+) -> CheckpointPlan:
+    """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
+
+    `state` and `base` are arrays or shapes of arrays; `linear` is asked for the bytes of a step's linearisation, where
+    outer.linearize keeps them. Without outer.memory_gib it is half of what the model leaves,
+    from sizes alone, so that every run on such a device keeps the same.
+
+    Raises:
+        ValueError: if one state and one step on the tape are more than the budget.
+    """
+    if outer.method not in ("unrolled", "window"):
+        return checkpointing.NO_CHECKPOINTS
+    state_bytes = bytes_per_device(state)
+    step_bytes = state_bytes + bytes_per_device(state.params) + (linearization_size() if outer.linearize else 0)
+    min_bytes = step_bytes + (state_bytes if outer.offload == "device" else 0)
+    budget = outer.memory_gib * GIB or max(
+        min_bytes,
+        DEFAULT_MEMORY_SHARE
+        * ((device_bytes or device_memory_bytes()) - bytes_per_device(base) - bytes_per_device(state.params)),
+    )
+    if budget < min_bytes:
+        raise ValueError(
+            f"outer.memory_gib = {outer.memory_gib:g}: a sweep keeps at least one state of training and one step, "
+            f"{min_bytes / GIB:.3g} GiB here. Give it that, or "
+            f"{'set outer.linearize to false' if outer.linearize else 'split the parameters (mesh.fsdp)'}."
+        )
+    if outer.offload == "device":
+        plan = checkpointing.plan_within_budget(num_backward_steps(outer, steps), state_bytes, step_bytes, budget)
+    else:
+        plan = checkpointing.single_replay_plan(num_backward_steps(outer, steps), int(budget // step_bytes))
+    return plan._replace(linearize=outer.linearize)
+
+
+def num_backward_steps(outer: OuterSection, steps: int) -> int:
+    """How many of the last steps of a training are swept."""
+    return min(outer.window, steps) if outer.method == "window" else steps
+
+
+def make_state_store(
+    outer: OuterSection, folder: Path, like: TrainState, *, resume: bool = False
+) -> MutableMapping[int, TrainState]:
+    """An empty store of states by step, where outer.offload says; on disk, with `resume`, what it held."""
+    if outer.offload == "host":
+        return HostStore(like)
+    if outer.offload == "disk":
+        return DiskStore(folder, like, resume=resume)
+    return {}
+
+
+class HostStore(MutableMapping[int, TrainState]):
+    """States in the host's memory: page-locked, so that they are copied while the device goes on."""
+
+    def __init__(self, like: TrainState):
+        self._device_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+        self._host_sharding = jax.tree.map(
+            lambda sharding: sharding.with_memory_kind("pinned_host"), self._device_sharding
+        )
+        self._states: dict[int, TrainState] = {}
+
+    def __setitem__(self, step: int, state: TrainState) -> None:
+        self._states[step] = jax.device_put(state, self._host_sharding)
+
+    def __getitem__(self, step: int) -> TrainState:
+        return jax.device_put(self._states[step], self._device_sharding)
+
+    def __delitem__(self, step: int) -> None:
+        del self._states[step]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+class DiskStore(MutableMapping[int, TrainState]):
+    """States on disk, written beside the training and read ahead of the sweep; a damaged one is an error.
+
+    Several processes write and read one after another, together.
+    """
+
+    def __init__(self, folder: Path, like: TrainState, *, resume: bool = False):
+        if not resume:
+            distributed.run_on_first_process(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self._files, self._folder = checkpoint.make_snapshot_store(folder), folder
+        self._like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+        )
+        self._steps = set(checkpoint.list_checkpoint_steps(folder))
+        self._worker = None if distributed.is_multiprocess() else ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._pending_writes: dict[int, Future[None]] = {}
+        self._prefetched: dict[int, Future[TrainState]] = {}
+
+    def __setitem__(self, step: int, state: TrainState) -> None:
+        if self._worker is None:
+            self._files.put(step, state)
+        else:
+            waiting = deque(self._pending_writes)
+            while len(waiting) >= MAX_PENDING_WRITES:
+                self._finish_write(waiting.popleft())
+            # the worker waits for the device, too: nothing takes the memory of a state that it holds
+            self._pending_writes[step] = self._worker.submit(
+                lambda: self._files.put(step, jax.tree.map(np.asarray, state))
+            )
+        self._steps.add(step)
+
+    def __getitem__(self, step: int) -> TrainState:
+        if step not in self._steps:
+            raise KeyError(step)
+        for written in list(self._pending_writes):
+            self._finish_write(written)
+        if self._worker is None:
+            return self._files.get(step, self._like)
+        state = self._prefetched.pop(step, None) or self._worker.submit(self._files.get, step, self._like)
+        self._prefetched.clear()
+        if earlier := [other for other in self._steps if other < step]:
+            self._prefetched[max(earlier)] = self._worker.submit(self._files.get, max(earlier), self._like)
+        return state.result()
+
+    def __delitem__(self, step: int) -> None:
+        self._steps.remove(step)
+        self._prefetched.pop(step, None)
+        for written in list(self._pending_writes):
+            self._finish_write(written)
+        distributed.run_on_first_process(lambda: self._files.remove(step))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._steps))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def _finish_write(self, step: int) -> None:
+        self._pending_writes.pop(step).result()
+
+    def wait_until_written(self) -> None:
+        """Wait until everything is written, so that a checkpoint may count on it."""
+        for step in list(self._pending_writes):
+            self._finish_write(step)
+
+    def clear(self) -> None:
+        """Remove all of it from the disk."""
+        self.wait_until_written()
+        self._prefetched.clear()
+        if self._worker:
+            self._worker.shutdown()
+        self._steps.clear()
+        distributed.run_on_first_process(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+
+
+# ---- sizes
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of all leaves on one device: arrays or shapes, whole or the part that their sharding gives it."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def linearization_bytes(step: TrainStep, *arguments: Any) -> int:
+    """Bytes of a step's linearisation, beside its state and its batch; `arguments` are those of `step.linearize`.
+
+    On one device of several it is taken to be an even share, as the rows of a batch are.
+    """
+    linearization = jax.eval_shape(step.linearize, *arguments)[2]
+    devices = {leaf.sharding.num_devices for leaf in jax.tree.leaves(arguments) if getattr(leaf, "sharding", None)}
+    return bytes_per_device(linearization) // max(devices, default=1)
+
+
+def device_memory_bytes() -> float:
+    """Bytes that one device of this machine has; the CPU's devices share the machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / len(jax.local_devices())

@@ -1,0 +1,298 @@
+"""Checkpoints: orbax for the arrays, our manifest of hashes for the truth, behind save, restore and prune.
+
+A step is one folder, renamed into place when whole:
+
+    step_0000000012/
+      arrays/          what orbax writes
+      manifest.json    every leaf (path, shape, dtype), meta, and the SHA-256 of every file; itself hashed, written last
+
+orbax alone restores a flipped byte silently as a wrong number, and takes a truncated step for the latest one.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, write_atomic
+
+PyTree = Any
+MANIFEST_FILE = "manifest.json"
+
+
+class RestoredCheckpoint(NamedTuple):
+    """What `restore` found."""
+
+    tree: PyTree
+    meta: dict[str, Any]
+    step: int
+
+
+class SnapshotStore(NamedTuple):
+    """A store of states by step: `put(step, tree)`, `get(step, like)`, `remove(step)`."""
+
+    put: Callable[[int, PyTree], None]
+    get: Callable[[int, PyTree], PyTree]
+    remove: Callable[[int], None]
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], max_to_keep: int | None = 2
+) -> Path:
+    """Write `tree` and `meta` (JSON values) as `step`, whole or not at all; then keep the last `keep` (None: all).
+
+    Every array is stored bit for bit: jax arrays of any dtype and sharding, numpy arrays, typed keys (as their data),
+    Python numbers. With several processes all call this, and `folder` is one that all of them see.
+    """
+    folder, final = Path(folder), _step_folder(folder, step)
+    part = folder / f".{final.name}.part"
+    leaves = _flatten(tree)
+    manifest = {"step": step, "meta": meta, "leaves": [_describe_leaf(name, leaf) for name, leaf in leaves]}
+    json.dumps(manifest)  # a meta that is not JSON fails here, before anything is written
+    is_first = distributed.is_first_process()
+
+    def create_part_folder() -> None:
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed while saving
+        part.mkdir(parents=True)
+
+    def finish() -> None:
+        _write_manifest(part, manifest)
+        _move_into_place(part, final)
+        if max_to_keep is not None:
+            prune_checkpoints(folder, max_to_keep)
+
+    try:
+        distributed.run_on_first_process(create_part_folder)
+        arrays = {_leaf_key(i): _to_storable(leaf) for i, (_, leaf) in enumerate(leaves) if _is_stored(leaf)}
+        if arrays:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((part / "arrays").absolute(), arrays)
+        distributed.run_on_first_process(finish)
+    except BaseException as error:
+        if is_first:
+            shutil.rmtree(part, ignore_errors=True)
+        if disk_full := disk_full_error(final, error):
+            raise disk_full from error
+        raise
+    return final
+
+
+def restore_checkpoint(folder: str | Path, like: PyTree, step: int | None = None) -> RestoredCheckpoint | None:
+    """The latest valid step (or exactly `step`) in the structure, dtypes and shardings of `like`; None without one.
+
+    `like` holds arrays or jax.ShapeDtypeStruct. A step that is damaged or incomplete is passed over with a warning that
+    says what is wrong with it. A sound step of another structure is an error: going further back would not help.
+    """
+
+    def find_valid_step() -> int:
+        for candidate in reversed(list_checkpoint_steps(folder)) if step is None else [step]:
+            manifest, problem = _verify(_step_folder(folder, candidate))
+            if manifest is not None:
+                return candidate
+            warnings.warn(f"checkpoint {_step_folder(folder, candidate)} is refused: {problem}", stacklevel=3)
+        return -1
+
+    valid_step = distributed.broadcast_from_first(find_valid_step() if distributed.is_first_process() else -1)
+    if valid_step < 0:
+        return None
+    path = _step_folder(folder, valid_step)
+    manifest, problem = _verify(path, contents=False)
+    if manifest is None:
+        raise ValueError(f"checkpoint {path} is refused: {problem}. All processes need to see {folder}.")
+    return RestoredCheckpoint(_load_tree(path, manifest, like), manifest["meta"], manifest["step"])
+
+
+def read_checkpoint_meta(folder: str | Path, step: int) -> dict[str, Any] | None:
+    """What was saved beside the arrays of a step; None where there is no whole step of that number."""
+    manifest, _ = _verify(_step_folder(folder, step), contents=False)
+    return None if manifest is None else manifest["meta"]
+
+
+def prune_checkpoints(folder: str | Path, max_to_keep: int) -> None:
+    """Remove all but the last `keep` whole steps. Whole = the manifest is sound and every file has its size."""
+    remaining = max_to_keep
+    for step in reversed(list_checkpoint_steps(folder)):
+        path = _step_folder(folder, step)
+        if remaining > 0 and _verify(path, contents=False)[0] is not None:
+            remaining -= 1
+        elif remaining <= 0:
+            shutil.rmtree(path)
+
+
+def list_checkpoint_steps(folder: str | Path) -> list[int]:
+    """The steps that are there, valid or not, in order."""
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(folder).glob("step_*[0-9]") if path.is_dir())
+
+
+def make_snapshot_store(folder: str | Path) -> SnapshotStore:
+    """The states of a training run on disk, for the reverse sweep. A damaged one is an error, never a wrong number."""
+    folder = Path(folder)
+
+    def put(step: int, tree: PyTree) -> None:
+        save_checkpoint(folder, step, tree, {}, max_to_keep=None)
+
+    def get(step: int, like: PyTree) -> PyTree:
+        path = _step_folder(folder, step)
+        manifest, problem = _verify(path)
+        if manifest is None:
+            raise ValueError(f"snapshot {path} is refused: {problem}. Remove {folder} and train again to replace it.")
+        return _load_tree(path, manifest, like)
+
+    return SnapshotStore(put, get, lambda step: shutil.rmtree(_step_folder(folder, step)))
+
+
+# --- leaves: what orbax stores, and what the manifest itself can hold
+
+
+def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path) or "the tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _leaf_key(index: int) -> str:
+    return f"{index:06d}"
+
+
+def _is_prng_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_storable(leaf: Any) -> Any:
+    return (
+        jax.random.key_data(leaf) if _is_prng_key(leaf) else np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    )
+
+
+def _is_stored(leaf: Any) -> bool:
+    return not isinstance(leaf, bool | int | float) and np.prod(leaf.shape) > 0  # orbax refuses empty arrays
+
+
+def _describe_leaf(name: str, leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, np.generic):
+        leaf = np.asarray(leaf)  # np.float64 is also a Python float
+    if isinstance(leaf, bool | int | float):
+        return {"leaf": name, "dtype": type(leaf).__name__, "value": leaf}
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
+        raise TypeError(f"{name} is a {type(leaf).__name__}; a checkpoint holds arrays and numbers.")
+    return {"leaf": name, "dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _load_tree(path: Path, manifest: dict[str, Any], like: PyTree) -> PyTree:
+    """The tree of a verified step, after its leaves have been compared with those of `like`."""
+    named_leaves = [(name, np.asarray(leaf) if isinstance(leaf, np.generic) else leaf) for name, leaf in _flatten(like)]
+    stored_leaves, wanted_leaves = manifest["leaves"], [_describe_leaf(name, leaf) for name, leaf in named_leaves]
+    mismatches = [
+        f"{_format_leaf(a)} there, {_format_leaf(b)} wanted"
+        for a, b in zip(stored_leaves, wanted_leaves, strict=False)
+        if (a["leaf"], a["dtype"], a.get("shape")) != (b["leaf"], b["dtype"], b.get("shape"))
+    ]
+    if mismatches or len(stored_leaves) != len(wanted_leaves):
+        more = f" ({len(mismatches)} differ; {len(stored_leaves)} leaves there, {len(wanted_leaves)} wanted)"
+        raise ValueError(
+            f"{path} is of another structure: {mismatches[0] if mismatches else 'leaves are missing'}{more}."
+        )
+    target = {_leaf_key(i): _restore_target(leaf) for i, (_, leaf) in enumerate(named_leaves) if _is_stored(leaf)}
+    arrays = {}
+    if target:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore((path / "arrays").absolute(), target)
+    leaves = [
+        _from_storable(leaf, arrays[_leaf_key(i)]) if _is_stored(leaf) else _from_manifest(leaf, record)
+        for i, ((_, leaf), record) in enumerate(zip(named_leaves, stored_leaves, strict=True))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _restore_target(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if _is_prng_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf) if leaf.sharding is None else jax.random.key_data(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or _local_sharding())
+
+
+def _local_sharding() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _from_storable(leaf: Any, array: Any) -> Any:
+    if _is_prng_key(leaf):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty(0, leaf.dtype)))
+    return array
+
+
+def _from_manifest(leaf: Any, record: dict[str, Any]) -> Any:
+    if "value" in record:
+        return record["value"]  # JSON keeps Python's numbers exactly
+    return leaf if isinstance(leaf, np.ndarray) else jnp.zeros(leaf.shape, leaf.dtype)  # an empty array
+
+
+def _format_leaf(record: dict[str, Any]) -> str:
+    return f"{record['leaf']} {record['dtype']}{record.get('shape', '')}"
+
+
+# --- files: hashed, sealed, swapped into place, verified
+
+
+def _step_folder(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:010d}"
+
+
+def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    for path in files:
+        fsync_path(path)
+    for inside in (path for path in part.rglob("*") if path.is_dir()):
+        fsync_path(inside)
+    hashes = {
+        str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in files
+    }
+    body = json.dumps(manifest | {"files": hashes}, indent=1)
+    write_atomic(part / MANIFEST_FILE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+
+
+def _move_into_place(part: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():  # the same step again, after a resume
+        final.rename(old)
+    part.rename(final)
+    fsync_path(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _verify(path: Path, contents: bool = True) -> tuple[dict[str, Any] | None, str]:
+    """The manifest if everything is as it says, else None and what is wrong."""
+    try:
+        seal, _, body = (path / MANIFEST_FILE).read_text(encoding="utf-8").partition("\n")
+    except FileNotFoundError:
+        return None, f"{MANIFEST_FILE} is missing, so it was never finished" if path.is_dir() else "it is not there"
+    except UnicodeDecodeError:
+        return None, f"{MANIFEST_FILE} is damaged"
+    if hashlib.sha256(body.removesuffix("\n").encode()).hexdigest() != seal:
+        return None, f"{MANIFEST_FILE} is damaged"
+    manifest = json.loads(body)
+    for name, recorded in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return None, f"{name} is missing"
+        if file.stat().st_size != recorded["bytes"]:
+            return None, f"{name} has {file.stat().st_size} bytes, {recorded['bytes']} were written"
+        if contents and _file_sha256(file) != recorded["sha256"]:
+            return None, f"{name} is damaged: its SHA-256 is not the one that was written"
+    return manifest, ""
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

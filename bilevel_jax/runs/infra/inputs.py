@@ -1,0 +1,92 @@
+"""What a run was given: its files by size and hash, so that it is never resumed with others."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bilevel_jax.runs.config.rules import flatten_config
+from bilevel_jax.runs.infra import run_dir
+
+INPUTS_FILE = "inputs.json"
+INPUT_FILE_KEYS = (
+    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "objective.reference",
+    "rank.own_answers", "rank.accuracies",
+)  # fmt: skip
+"""Of the configs: those whose values name files."""
+
+
+def list_input_files(config: Any) -> dict[str, list[Path]]:
+    """key of the config -> the files that its value names; of a folder, all that lie in it.
+
+    Hub names and built-in tasks name no file: the first are not watched, the second are made from the config.
+    """
+    files_by_key: dict[str, list[Path]] = {}
+    for key, value in flatten_config(config):
+        if key not in INPUT_FILE_KEYS:
+            continue
+        paths = [Path(item) for item in (value if isinstance(value, tuple) else (value,)) if item]
+        if key_files := [file for path in paths for file in _list_files(path)]:
+            files_by_key[key] = key_files
+    return files_by_key
+
+
+def record_inputs(config: Any, folder: Path) -> None:
+    """Write inputs.json, once: every file's size, time of change and SHA-256. Reads all of them: seconds per 10 GB."""
+    path = folder / INPUTS_FILE
+    if not path.exists():
+        file_records = {
+            key: {str(file): _describe_file(file) for file in key_files}
+            for key, key_files in list_input_files(config).items()
+        }
+        run_dir.write_json(path, file_records)
+
+
+def check_inputs_unchanged(config: Any, folder: Path) -> None:
+    """Raise ValueError, with every difference named, where a run's files are not those that it was started with.
+
+    A file of the same size and time of change is taken for the same; any other is read and compared by its hash.
+    """
+    path = folder / INPUTS_FILE
+    if not path.exists():
+        return  # stopped before it had read its input
+    recorded = json.loads(path.read_text("utf-8"))
+    current = {key: {str(file): file for file in key_files} for key, key_files in list_input_files(config).items()}
+    changes = [
+        f"{key}: {name} {words}"
+        for key in sorted({*recorded, *current})
+        for name in sorted({*recorded.get(key, {}), *current.get(key, {})})
+        if (words := _describe_change(recorded.get(key, {}).get(name), current.get(key, {}).get(name)))
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} was started with other files, so it cannot be resumed: {'; '.join(changes)}. Put back what was "
+            "there, or start a new run with --out."
+        )
+
+
+def _list_files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.is_file():
+        yield path
+
+
+def _describe_file(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "changed_ns": file.stat().st_mtime_ns, "sha256": digest}
+
+
+def _describe_change(recorded: dict[str, Any] | None, file: Path | None) -> str:
+    if recorded is None:
+        return "was not there then"
+    if file is None:
+        return "is not there now"
+    size = file.stat().st_size
+    if size != recorded["bytes"]:
+        return f"had {recorded['bytes']:,} bytes then and has {size:,} now"
+    if file.stat().st_mtime_ns != recorded["changed_ns"] and _describe_file(file)["sha256"] != recorded["sha256"]:
+        return "has another content of the same size"
+    return ""

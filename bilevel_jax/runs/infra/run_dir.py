@@ -1,0 +1,190 @@
+"""A run's folder: made once, locked while in use, written so that a kill or a full disk leaves whole files."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bilevel_jax.runs.infra import distributed
+
+CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
+LOCK_FILE = ".lock"
+
+
+def create_run_dir(path: str | Path, resume: bool = False) -> Path:
+    """The folder of a run, made if needed. An earlier run is never overwritten, and only a run can be resumed."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; choose another folder with --out.")
+    if resume:
+        if not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
+        return path
+    present_names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE) if path.is_dir() else []
+    if CONFIG_FILE in present_names:
+        raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
+    if present_names:
+        shown_names = ", ".join(present_names[:3]) + (", ..." if len(present_names) > 3 else "")
+        raise FileExistsError(f"{path} is not empty ({shown_names}); choose another folder with --out.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def lock_run_dir(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` for this process; a second run is refused. The kernel frees the lock of a killed process."""
+    path = Path(folder) / LOCK_FILE
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RuntimeError(f"{folder} is in use by {holder}; wait, stop it, or choose another folder.") from None
+        file.truncate(0)  # the name of a dead holder
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield  # the lock file stays: removing it would let two processes lock two files of one name
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write the whole file or nothing: a reader, a kill or a full disk never meets half of it.
+
+    Of several processes all call this, and the first writes.
+    """
+
+    def write() -> None:
+        with atomic_replace(path) as part:
+            part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+    distributed.run_on_first_process(write)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """A JSON file, whole or not at all; numbers that are not finite become null."""
+    write_atomic(path, json.dumps(_nonfinite_to_none(value), indent=1, allow_nan=False))
+
+
+def write_parquet(path: str | Path, table: pa.Table) -> None:
+    """A parquet file, whole or not at all; of several processes the first writes."""
+
+    def write() -> None:
+        with atomic_replace(path) as part:
+            pq.write_table(table, part)
+
+    distributed.run_on_first_process(write)
+
+
+@contextlib.contextmanager
+def atomic_replace(path: str | Path) -> Iterator[Path]:
+    """A name to write to; what was written takes the place of `path` at the end of the block, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        fsync_path(part)
+        os.replace(part, path)
+        fsync_path(path.parent)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if disk_full := disk_full_error(path, error):
+            raise disk_full from error
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Have the kernel put a file, or a folder's list of names, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_full_error(path: Path, error: BaseException) -> OSError | None:
+    """A clear error if `error` is a full disk (also in the words of orbax's storage), else None."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and os.strerror(errno.ENOSPC) not in str(
+        error
+    ):
+        return None
+    text = f"the disk is full: {path} was not written, what was there before is intact. Free space, then --resume."
+    return OSError(errno.ENOSPC, text)
+
+
+class JsonLog:
+    """One JSON object per line, appended and flushed; nan becomes null. Of several processes the first writes.
+
+    Every record carries a `step` that never falls. `resume_after` removes what an interrupted run wrote after that
+    step (and a torn last line), so that a resumed run repeats nothing.
+    """
+
+    def __init__(self, path: str | Path, resume_after: int | None = None):
+        self._file: IO[str] | None = None
+        if not distributed.is_first_process():
+            return
+        if resume_after is not None and Path(path).exists():
+            with open(path, "rb+") as file:
+                intact_bytes = 0
+                for line in file:
+                    if not line.endswith(b"\n") or _read_step(line) > resume_after:
+                        break
+                    intact_bytes += len(line)
+                file.truncate(intact_bytes)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held open until close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; numpy and jax scalars and arrays become numbers and lists."""
+        if "step" not in record:
+            raise ValueError(f"a log record needs a 'step'; its keys are {sorted(record)}.")
+        line = json.dumps(_to_jsonable(record), allow_nan=False, ensure_ascii=False)
+        if self._file is None:
+            return
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            if disk_full := disk_full_error(Path(self._file.name), error):
+                raise disk_full from error
+            raise
+
+    def close(self) -> None:
+        """Put the log on the disk and close it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _read_step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a damaged line: it and all after it go
+
+
+def _nonfinite_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nonfinite_to_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nonfinite_to_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _to_jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(value) if math.isinf(value) else value
+    if isinstance(value, str | int | bool | None):
+        return value
+    return _to_jsonable(value.tolist() if hasattr(value, "tolist") else str(value))

@@ -1,0 +1,295 @@
+"""What every command needs while it works: its folder and log, a progress bar with an ETA, and a way to stop and go on."""
+
+import contextlib
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
+from bilevel_jax.runs.infra import distributed, inputs, run_dir
+
+MULTIPROCESS_COMMANDS = ("select", "train")
+"""The commands that several processes can run."""
+SYNC_SECONDS = 1.0
+"""Seconds, about, between two meetings of several processes about signals and saves."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT); it has saved, and `--resume` goes on."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; everything is saved. Go on with --resume.")
+
+
+class Session:
+    """A run at work. `advance` counts work and notices signals; `once` remembers finished jobs across a resume."""
+
+    def __init__(self, folder: Path, log: run_dir.JsonLog, bar: Progress, save_seconds: float):
+        self.folder: Path = folder
+        self.log: run_dir.JsonLog | PartLog = log
+        self._bar, self._task = bar, bar.add_task("starting", total=None)
+        self._save_seconds, self._last_save = save_seconds, time.monotonic()
+        self._received_signal = 0
+        self._agreed_signal = 0
+        """The signal that all processes have agreed on; without others the one that came."""
+        self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
+        self._finished_jobs_path = folder / "checkpoints" / "done.json"
+        self._finished_jobs: dict[str, Any] = (
+            json.loads(self._finished_jobs_path.read_text()) if self._finished_jobs_path.exists() else {}
+        )
+        self.work_done = 0.0
+
+    def set_phase(self, description: str, total: float | None = None) -> None:
+        """Name what is being done; `total` is the work of the whole run, in training steps."""
+        self._bar.update(self._task, description=description, total=total)  # None leaves the total as it is
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count work, in training steps (a forward and a backward pass)."""
+        self.work_done += amount
+        self._bar.update(self._task, completed=self.work_done)
+
+    def print_line(self, line: str) -> None:
+        """One line for the person who watches."""
+        if distributed.is_first_process():
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def should_save(self) -> bool:
+        """Whether to save now: a signal came, or the last save is long ago."""
+        return self._sync_signals() or bool(self._agreed_signal)
+
+    def mark_saved(self) -> None:
+        """Note a save, and stop if a signal asked for it."""
+        self._last_save = time.monotonic()
+        if not distributed.is_multiprocess():
+            self._agreed_signal = self._received_signal
+        if self._agreed_signal:
+            raise Interrupted(self._agreed_signal)
+
+    def check_signals(self) -> None:
+        """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
+        self._sync_signals()
+        if self._agreed_signal:
+            raise Interrupted(self._agreed_signal)
+
+    def _sync_signals(self) -> bool:
+        """Whether the last save is long ago, by the first process's clock; takes note of a signal to any of them.
+
+        Several processes meet about once a second, always at the same call: between two meetings nothing is asked.
+        """
+        save_due = time.monotonic() - self._last_save > self._save_seconds
+        if not distributed.is_multiprocess():
+            self._agreed_signal = self._received_signal
+            return save_due
+        self._calls_since_sync += 1
+        if self._calls_since_sync < self._calls_per_sync:
+            return False
+        now = time.monotonic()
+        calls_per_sync = max(
+            1, min(10_000, int(self._calls_since_sync * SYNC_SECONDS / max(now - self._last_sync, 1e-3)))
+        )
+        all_values = distributed.allgather_values([self._received_signal, save_due, calls_per_sync])
+        self._agreed_signal, self._calls_per_sync, self._calls_since_sync, self._last_sync = (
+            int(all_values[:, 0].max()),
+            int(all_values[0, 2]),
+            0,
+            now,
+        )
+        return bool(all_values[0, 1])
+
+    def run_once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of a job, made now or, if a run before this one finished it, remembered."""
+        if key not in self._finished_jobs:
+            work_before, start_time = self.work_done, time.monotonic()
+            value = compute()
+            self._finished_jobs[key] = {
+                "value": value,
+                "work": self.work_done - work_before,
+                "seconds": time.monotonic() - start_time,
+            }
+            run_dir.write_atomic(self._finished_jobs_path, json.dumps(self._finished_jobs))
+            self.check_signals()
+        else:
+            self.advance(self._finished_jobs[key]["work"])
+        return self._finished_jobs[key]["value"]
+
+    def job_cost(self, prefix: str) -> tuple[float, float]:
+        """(training steps, seconds) of the finished jobs whose key begins with `prefix`."""
+        jobs = [job for key, job in self._finished_jobs.items() if key.startswith(prefix)]
+        return sum(job["work"] for job in jobs), sum(job["seconds"] for job in jobs)
+
+    def part_session(self, name: str) -> "Session":
+        """The same run seen from a part of it: own checkpoints, its name in the log and in the bar, silent otherwise.
+
+        Work, signals and saves are those of the whole; finished jobs are remembered by the whole alone.
+        """
+        return PartSession(self, name)
+
+    def handle_signal(self, number: int, frame: Any) -> None:
+        """The signal handler: finish the step, save, then raise `Interrupted`. A second signal stops at once."""
+        if self._received_signal:
+            raise KeyboardInterrupt
+        self._received_signal = number
+        self.print_line(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+
+class PartSession(Session):
+    """See `Session.within`."""
+
+    def __init__(self, parent: Session, name: str):
+        self.folder, self.log = parent.folder / "parts" / name, PartLog(parent.log, name)
+        self._parent, self._name = parent, name
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def work_done(self) -> float:  # type: ignore[override]
+        """Of the whole."""
+        return self._parent.work_done
+
+    def set_phase(self, description: str, total: float | None = None) -> None:
+        """As of the whole, with the part's name."""
+        self._parent.set_phase(f"{self._name}: {description}")
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Counts for the whole."""
+        self._parent.advance(amount)
+
+    def print_line(self, line: str) -> None:
+        """Nothing: the log has it."""
+
+    def should_save(self) -> bool:
+        """As of the whole."""
+        return self._parent.should_save()
+
+    def mark_saved(self) -> None:
+        """As of the whole."""
+        self._parent.mark_saved()
+
+    def check_signals(self) -> None:
+        """As of the whole."""
+        self._parent.check_signals()
+
+
+class PartLog:
+    """A log whose records say which part of the run wrote them."""
+
+    def __init__(self, log: "run_dir.JsonLog | PartLog", name: str):
+        self._log, self._name = log, name
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record with the part's name."""
+        self._log.write({"part": self._name, **record})
+
+    def close(self) -> None:
+        """The whole closes it."""
+
+
+@contextlib.contextmanager
+def open_run_dir(config: Any) -> Iterator[Path]:
+    """The folder of a command's run, locked: made new, or, to resume, that of a run with the same config and files.
+
+    Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
+    other data, or another model.
+    """
+    command, folder = COMMANDS[type(config)], Path(config.output.dir)
+    if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
+        raise ValueError(
+            f"{command} runs in one process, on all devices of one machine; in several there are {', '.join(MULTIPROCESS_COMMANDS)}."
+        )
+    with contextlib.ExitStack() as stack:
+
+        def claim_folder() -> None:
+            run_dir.create_run_dir(folder, config.output.resume)
+            stack.enter_context(run_dir.lock_run_dir(folder))
+            if config.output.resume:
+                check_same_config(config, folder / run_dir.CONFIG_FILE)
+                inputs.check_inputs_unchanged(config, folder)
+
+        distributed.run_on_first_process(claim_folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def start_session(config: Any, folder: Path) -> Iterator[Session]:
+    """Write what the run was told and where it runs, and open it."""
+    output = config.output
+    run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
+    run_dir.write_atomic(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+    distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
+    with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
+        yield run_session
+
+
+@contextlib.contextmanager
+def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterator[Session]:
+    """Open a run: catch signals, show the bar; close all of it whatever happens."""
+    distributed.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
+    bar = make_progress_bar(progress and distributed.is_first_process())
+    log = run_dir.JsonLog(folder / "log.jsonl", None)
+    run_session = Session(folder, log, bar, save_seconds)
+    old_handlers = {
+        number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        with bar:
+            yield run_session
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        log.close()
+
+
+def make_progress_bar(shown: bool) -> Progress:
+    """A bar with the time that is left, gone when its work is done."""
+    console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, disable=not shown, transient=True,
+    )  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, devices and commit: what another person needs to see the same numbers."""
+    packages = (
+        "bilevel-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "datasets",
+        "numpy",
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _package_version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,89 @@
+"""A finished run's folder, read for its report."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import yaml
+
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.runs.infra import run_dir
+
+PART_LABELS = {"validation": "validation", "dev": "dev", "test": "test"}
+"""The parts of the validation examples, as people read them."""
+
+
+class RunResults(NamedTuple):
+    """A run's folder, read."""
+
+    name: str
+    result: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    columns: dict[str, Any]
+    """Columns of weights.parquet: numbers as arrays, text as lists."""
+    column_meanings: dict[str, str]
+    """What the columns mean, and facts about the run, from the parquet file's metadata."""
+    examples: dict[str, Example]
+    """By id; rows without one are shown without their text."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.yaml as a dict of sections."""
+        return yaml.safe_load(self.config_text)
+
+    @property
+    def unit(self) -> str:
+        """The unit of a loss: nats per token, per example or per pair."""
+        return self.result["unit"]
+
+    @property
+    def accuracy_unit(self) -> str:
+        """What an accuracy is a share of."""
+        return "share of pairs" if self.result["right"] == "pair accuracy" else "share of target tokens"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any row has a label."""
+        return any(label is not None for label in self.columns["label"])
+
+
+def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
+    """result.json, config.yaml, environment.json and weights.parquet of a run."""
+    table = pq.read_table(folder / "weights.parquet")
+    text = ("id", "source", "label", "file")
+    return RunResults(
+        name=folder.resolve().name,
+        result=json.loads((folder / "result.json").read_text("utf-8")),
+        config_text=(folder / run_dir.CONFIG_FILE).read_text("utf-8"),
+        environment=json.loads((folder / "environment.json").read_text("utf-8")),
+        columns={
+            name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names
+        },
+        column_meanings={key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
+        examples={example.id: example for example in examples},
+    )
+
+
+def most_independent_part(run: RunResults) -> str:
+    """The most independent trusted set that was read: test, or what there is."""
+    return next((part for part in ("test", "dev") if run.result["rows"].get(part)), "validation")
+
+
+def float_or_nan(value: float | None) -> float:
+    """The number; nan for None, which is how JSON holds it."""
+    return math.nan if value is None else float(value)
+
+
+def write_report(folder: Path, render_page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
+    """Write `folder`/report.html, `page` of (the run's name, its result, its config, its environment)."""
+    path = folder / "report.html"
+    text = {
+        name: (folder / name).read_text("utf-8") for name in ("result.json", run_dir.CONFIG_FILE, "environment.json")
+    }
+    result, environment = json.loads(text["result.json"]), json.loads(text["environment.json"])
+    run_dir.write_atomic(path, render_page(folder.resolve().name, result, text[run_dir.CONFIG_FILE], environment))
+    return path

@@ -1,0 +1,119 @@
+"""Who writes a run's responses: its model, or a service; each is kept as it comes, and never written twice."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from bilevel_jax.core.types import Batch, Params, Stream
+from bilevel_jax.lm.inference import generate, openai
+from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response, ResponseStore
+from bilevel_jax.lm.inference.prompts import find_end_tokens
+from bilevel_jax.lm.inference.sampling import SamplingParams
+from bilevel_jax.lm.models import Decoder
+from bilevel_jax.runs.config.schema import GenerateSection
+from bilevel_jax.runs.infra import distributed, run_dir
+from bilevel_jax.runs.infra.placement import place_stream
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+
+RESPONSES_FILE = "responses.jsonl"
+"""In the run's checkpoints: one line for each time that something was kept."""
+
+
+def make_generator_factory(
+    settings: GenerateSection, decoder: Decoder, tokenizer: Any, mesh: Mesh, session: Session
+) -> Callable[[Params], GenerateFn]:
+    """What makes a `Generator`, (prompts, draws) -> responses[prompt][draw], of the model with some parameters.
+
+    `prompts.prompts` makes prompts of examples; the draws of a round are any numbers, `range(settings.draws)` or those
+    of a later round. The parameters are whole ones (with the base, `losses.assemble`); no program is compiled again for
+    others. A service writes with the model that it has, whatever the parameters.
+
+    Every response is kept in the run's folder under the prompt, the draw, the sampling and the fingerprint of the model
+    that wrote it. What is kept is not written again, in this run or after a stop; on a CPU the same call after a stop
+    then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
+    `Interrupted`.
+    """
+    sampling = SamplingParams(
+        settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed
+    )
+    response_store = ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE)
+
+    def progress(done: int, total: int) -> None:
+        session.set_phase(f"writing responses, {done:,} of {total:,}")
+        session.check_signals()
+
+    if settings.backend == "service":
+        query_service = openai.make_chat_client(
+            settings.url, settings.model, sampling, api_key_env=settings.api_key_env,
+            concurrency=settings.concurrency, timeout=settings.timeout, progress=progress,
+        )  # fmt: skip
+        store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
+
+        def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
+            distributed.run_on_first_process(lambda: query_service(prompts, draws, store))
+            response_store.read_new()
+            return query_service(prompts, draws, store)  # all of it is there
+
+        return lambda params: generate_from_service
+
+    def place_batch(batch: Batch) -> Batch:
+        return place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
+
+    sampler = generate.make_sampler(
+        decoder, sampling, generate.make_detokenizer(tokenizer), end_tokens=find_end_tokens(tokenizer, decoder.config.eos),
+        max_batch_tokens=settings.max_batch_tokens, row_multiple=mesh.size, place=place_batch, fetch=distributed.fetch_to_host, progress=progress,
+    )  # fmt: skip
+
+    def make_generator(params: Params) -> GenerateFn:
+        store = ResponseStore(fingerprint_params(params), response_store.responses, response_store.append)
+        return lambda prompts, draws: sampler.resume(params, prompts, draws, store)
+
+    return make_generator
+
+
+class ResponseFile:
+    """Responses in a file, one JSON object a line, appended; a line that a kill has torn is taken off."""
+
+    def __init__(self, path: Path):
+        self.responses: dict[str, Response] = {}
+        self._path, self._bytes_read = path, 0
+        distributed.run_on_first_process(self._drop_torn_line)
+        self.read_new()
+
+    def read_new(self) -> None:
+        """Take in what another process has written since."""
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._bytes_read)
+            for line in file:
+                self.responses |= {key: _parse_response(fields) for key, fields in json.loads(line).items()}
+            self._bytes_read = file.tell()
+
+    def append(self, new_responses: dict[str, Response]) -> None:
+        """Append; it is on the disk when this returns. Of several processes the first writes."""
+        self.responses |= new_responses
+        if not new_responses or not distributed.is_first_process():
+            return
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(new_responses) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise run_dir.disk_full_error(self._path, error) or error from error
+
+    def _drop_torn_line(self) -> None:
+        if self._path.exists():
+            content = self._path.read_bytes()
+            os.truncate(self._path, content.rfind(b"\n") + 1)
+
+
+def _parse_response(fields: list[Any]) -> Response:
+    text, tokens, log_probs, ended = fields
+    return Response(text, tuple(tokens), tuple(log_probs), ended)

@@ -1,0 +1,216 @@
+"""Scores that ask the model for likelihoods: one engine for a run, its answers kept as they come, its work counted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from bilevel_jax.core.types import Batch, Params, Stream
+from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, LogLikStore, make_loglik_scorer
+from bilevel_jax.lm.losses.sft import assemble_params
+from bilevel_jax.lm.models import Decoder
+from bilevel_jax.runs.config.schema import ScoresSection
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import place_stream
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.scores import incontext, oneshot
+from bilevel_jax.scores.demonstrations import demonstration_selector
+from bilevel_jax.scores.embedding import hidden_states, tfidf
+from bilevel_jax.scores.random import hash_to_int
+from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples, make_tokenized_examples, take_examples
+
+AGREEMENT_SAMPLE_SIZE = 200
+"""Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
+
+
+class ScoreResult(NamedTuple):
+    """What the function of one score gives."""
+
+    values: Float[np.ndarray, "examples"]
+    """Larger is better; nan for a row that was dropped or has none."""
+    passes: float
+    """Its work, in training steps: a forward and a backward pass over one batch; a forward pass alone is a third."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of these scores."""
+
+
+class ResumableEngine:
+    """A model answering requests; what it answered before a stop is not asked again."""
+
+    def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, session: Session):
+        self.params = params
+        self._engine = _cached_engine(decoder, mesh, session)
+        self._path = session.folder / "checkpoints" / "answers.jsonl"
+        self._positions_before = self._engine.positions_read
+
+    def __call__(
+        self, requests: Sequence[LogLikRequest], on_batch: Callable[[int], None] = lambda done: None
+    ) -> list[LogLik]:
+        """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
+        store = LogLikStore(
+            fingerprint_params(self.params), _read_answers(self._path), lambda new: _append_answers(self._path, new)
+        )
+        self._engine.on_batch = on_batch
+        answers = self._engine.engine.resume(self.params, requests, store)
+        distributed.run_on_first_process(lambda: self._path.unlink(missing_ok=True))
+        return answers
+
+    @property
+    def positions_read(self) -> int:
+        """Token places that were read so far."""
+        return self._engine.positions_read - self._positions_before
+
+
+class TaskLikelihoods:
+    """The task's model under some parameters, answering requests; counts its work in training steps."""
+
+    def __init__(self, task: Task, params: Params, session: Session):
+        self.params = assemble_params(params, task.base_params)
+        self._engine = ResumableEngine(task.decoder, self.params, task.mesh, session)
+        self._positions_per_step = task.layout.num_micro_batches * task.layout.rows * task.layout.length
+
+    def __call__(self, requests: Sequence[LogLikRequest]) -> list[LogLik]:
+        """The answers, in order."""
+        return self._engine(requests)
+
+    @property
+    def passes(self) -> float:
+        """The work so far in training steps: token places read, a forward pass being a third of a step."""
+        return self._engine.positions_read / self._positions_per_step / 3
+
+
+class CountingEngine:
+    """An engine, compiled once for a run, and how many token places it has read."""
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, session: Session):
+        self.positions_read = 0
+        self.on_batch: Callable[[int], None] = lambda done: None
+
+        def place_batch(batch: Batch) -> Batch:
+            self.positions_read += batch["tokens"].size
+            return place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
+
+        def progress(done: int, total: int) -> None:
+            self.on_batch(done)
+            session.check_signals()
+
+        self.engine = make_loglik_scorer(
+            decoder, row_multiple=mesh.size, place=place_batch, fetch=fetch_to_host, progress=progress
+        )
+
+
+@lru_cache(maxsize=4)
+def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEngine:
+    return CountingEngine(decoder, mesh, session)
+
+
+def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+    """`incontext.ica` with validation as the holdout."""
+    model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
+    embedding = (
+        tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
+    )
+
+    def make_score(demonstrations: str) -> incontext.ScoreFn:
+        demonstration_choice = demonstration_selector(
+            demonstrations, embedding=embedding, max_similarity=settings.max_similarity, seed=settings.seed
+        )
+        return incontext.ica_score(
+            _prompt_format(task, settings), demonstration_choice, max_length=task.architecture.max_length, k=settings.k,
+            per_token_mean=settings.per_token,
+        )  # fmt: skip
+
+    plan = make_score(settings.demonstrations)(train_rows, holdout)
+    values = plan.combine(model(plan.requests))
+    notes = _shortage_notes(plan, train_rows, "demonstrations")
+    sample = min(AGREEMENT_SAMPLE_SIZE, len(task.trainable_indices()) // 10)
+    if settings.demonstrations != "knn" and sample >= 10:
+        correlation = incontext.measure_rank_agreement(
+            values, make_score("knn"), train_rows, holdout, model, sample_size=sample, seed=settings.seed
+        )
+        notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
+    return ScoreResult(values, model.passes, notes)
+
+
+def compute_one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+    """`oneshot.oneshot` with scores.anchors rows of validation as the holdout."""
+    model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
+    usable_indices = np.flatnonzero(holdout.is_kept)
+    anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[
+        : settings.anchors
+    ]
+    score = oneshot.oneshot_score(
+        _prompt_format(task, settings), max_length=task.architecture.max_length, max_similarity=settings.max_similarity
+    )
+    plan = score(train_rows, take_examples(holdout, np.sort(np.array(anchors))))
+    values = plan.combine(model(plan.requests))
+    return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of validation to be judged by"))
+
+
+def train_and_validation_rows(task: Task) -> tuple[TokenizedExamples, TokenizedExamples]:
+    """(the training examples, those of validation), as scores read them."""
+    return make_tokenized_examples(task.examples, task.corpus), make_tokenized_examples(
+        task.held_out_examples["validation"], task.corpus, first_row=task.num_examples
+    )
+
+
+def fingerprint_params(params: Params) -> str:
+    """16 hex digits of all parameters: of the sum and the sum of squares of each, so that they stay on the device."""
+    moments = _moments(params)
+    return hashlib.sha256(b"".join(np.asarray(moment).tobytes() for moment in jax.tree.leaves(moments))).hexdigest()[
+        :16
+    ]
+
+
+@jax.jit
+def _moments(params: Params) -> list[jax.Array]:
+    return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
+
+
+def _prompt_format(task: Task, settings: ScoresSection) -> incontext.DemonstrationFormat:
+    return incontext.make_demonstration_format(
+        task.tokenizer, settings.template or incontext.DEMONSTRATIONS_TEMPLATE, settings.demonstration_template
+    )
+
+
+def _shortage_notes(plan: ScorePlan, rows: TokenizedExamples, what: str) -> tuple[str, ...]:
+    """How many rows got fewer than were wanted, where any did."""
+    counts = plan.num_holdout[rows.is_kept]
+    num_short, num_empty = int((counts < plan.num_holdout_wanted).sum()), int((counts == 0).sum())
+    if not num_short:
+        return ()
+    return (
+        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.num_holdout_wanted} {what}, {num_empty:,} of them none: the rest did not "
+        "fit the model's context, or were near-duplicates of the row.",
+    )
+
+
+def _read_answers(path: Path) -> dict[str, float]:
+    """Answers by key; a line that was torn by a kill is passed over."""
+    answers: dict[str, float] = {}
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            answers |= json.loads(line)
+        except ValueError:
+            continue
+    return answers
+
+
+def _append_answers(path: Path, answers: dict[str, float]) -> None:
+    if not distributed.is_first_process():
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(answers) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

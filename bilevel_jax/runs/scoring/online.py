@@ -1,0 +1,201 @@
+"""Weights that a score gives while the model trains: made again as it moves, scaled to 0 .. 1."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bilevel_jax.core.types import PADDING, Hyper, Params, Problem
+from bilevel_jax.runs.config.load import TrainConfig
+from bilevel_jax.runs.config.schema import WeightsSection
+from bilevel_jax.runs.infra.placement import replicate
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
+from bilevel_jax.runs.stats import auc, rank_correlation
+from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.scores import weights as scaling
+
+SCALING_DESCRIPTIONS = {
+    "batch": "min-max over the rows of each step",
+    "rows": "min-max over all rows",
+    "quantiles": "min-max over all rows, cut at two quantiles",
+}
+
+
+class WeightSummary(NamedTuple):
+    """What the rows got over a whole run."""
+
+    weights: Float[np.ndarray, "examples"]
+    """The mean over the steps that drew a row; of a row that no step drew, min-max over all rows at the last making."""
+    num_drawn: int
+    """Rows that a step drew."""
+    num_equal_steps: int
+    """Steps whose rows all had one score, and so weight 1."""
+
+
+class Reweighting:
+    """The weights of each step, from the last making of the scores at or before it.
+
+    Scores are made before the steps `starts`, by the parameters then, and kept in the run's folder: a run that is
+    resumed reads them there, so it goes on with the same numbers. A row without a score counts as the least.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, session: Session):
+        self.task, self.config, self.session = task, config, session
+        self.refresh_steps = plan_refresh_steps(task.num_steps, config.weights.refresh)
+        self.scores_by_step: dict[int, ExampleScores] = {}
+        self._values_by_step: dict[int, Float[np.ndarray, "examples"]] = {}
+        """By start, what a step picks from: scores, of which it makes its own weights, or weights."""
+        self._data_order = task.data_order(config.data.seed)
+
+    @property
+    def problem(self) -> Problem:
+        """The task's, whose outer variable is `hyper`: one weight for each slot of a step."""
+        return self.task.problem._replace(gather=lambda weights, batch: weights)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, in words."""
+        weights = self.config.weights
+        frequency = (
+            "once, at the start"
+            if len(self.refresh_steps) == 1
+            else f"{len(self.refresh_steps)} times, before the steps "
+        )
+        steps = "" if len(self.refresh_steps) == 1 else ", ".join(f"{start:,}" for start in self.refresh_steps)
+        normalization = ", divided by the mean" if weights.mean_one else ""
+        return f"the score {weights.score}, {SCALING_DESCRIPTIONS[weights.scaling]}{normalization}; made {frequency}{steps}"
+
+    def update_scores(self, step: int, params: Params) -> None:
+        """Have the scores that `step` rests on; where they are not there, `params`, those before it, make them."""
+        name, folder = self.config.weights.score, self.session.folder
+        for refresh_index, refresh_step in enumerate(self.refresh_steps):
+            if refresh_step > step or refresh_step in self.scores_by_step:
+                continue
+            column = name if refresh_step == 0 else f"{name}_at_{refresh_step}"
+            if refresh_step < step and not has_score_column(column, folder):
+                raise FileNotFoundError(
+                    f"{folder / SCORES_FILE} has no column {column!r}, on which the steps after {refresh_step:,} rest: it "
+                    "was removed or changed since. Start the run anew, in another folder."
+                )
+            self.session.set_phase(f"scoring: {name}, {refresh_index + 1} of {len(self.refresh_steps)}")
+            self.scores_by_step[refresh_step] = load_or_compute_score(
+                column, name, self.task, params, self.config.scores, self.session
+            )
+            scores, scale = fill_missing_scores(self.scores_by_step[refresh_step].values), self.config.weights.scaling
+            self._values_by_step[refresh_step] = (
+                scores if scale == "batch" else scale_over_examples(scores, self.config.weights)
+            )
+            record = self.score_records()[-1]
+            self.session.log.write({"event": "scored", **record})
+            self.session.print_line(_format_record(record))
+            self.session.set_phase("training")
+
+    def step_weights(self, step: int) -> Hyper:
+        """What `problem` reads at a step, on the mesh."""
+        weights = self._slot_weights(step)[1].reshape(self.task.layout.num_micro_batches, self.task.layout.examples)
+        return replicate(self.task.mesh, weights.astype(self.config.model.param_dtype))
+
+    def summarize_weights(self) -> WeightSummary:
+        """The weights of the whole run, from its order and its scores."""
+        total, count, num_equal_steps = np.zeros(self.task.num_examples), np.zeros(self.task.num_examples), 0
+        for step in range(self.task.num_steps):
+            index, weights = self._slot_weights(step)
+            is_real = index != PADDING
+            np.add.at(total, index[is_real], weights[is_real])
+            np.add.at(count, index[is_real], 1)
+            num_equal_steps += int(np.ptp(self._values_at(step)[index[is_real]]) == 0)
+        final_weights = scale_over_examples(self.scores_by_step[self.refresh_steps[-1]].values, self.config.weights)
+        return WeightSummary(
+            np.divide(total, count, out=final_weights, where=count > 0), int((count > 0).sum()), num_equal_steps
+        )
+
+    def to_result(self, seconds: float) -> dict[str, Any]:
+        """What result.json says; `seconds` are those of training."""
+        records, summary = self.score_records(), self.summarize_weights()
+        return {
+            "score": self.config.weights.score,
+            "records": records,
+            "seconds": sum(record["seconds"] for record in records),
+            "share": sum(record["seconds"] for record in records) / seconds if seconds else None,
+            "passes": sum(record["passes"] for record in records),
+            "drawn": summary.num_drawn,
+            "equal": summary.num_equal_steps,
+        }
+
+    def score_records(self) -> list[dict[str, Any]]:
+        """What the log and the report say of each making so far."""
+        indices, good_mask = self.task.trainable_indices(), self._good_mask()
+        records: list[dict[str, Any]] = []
+        for start, scored in self.scores_by_step.items():
+            values = scored.values[indices]
+            previous_values = self.scores_by_step[records[-1]["step"]].values[indices] if records else None
+            quantiles = np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
+            records.append(
+                {
+                    "step": start,
+                    **dict(zip(("least", "lower", "median", "upper", "largest"), quantiles, strict=True)),
+                    "with_first": _score_correlation(
+                        self.scores_by_step[0].values[indices] if records else None, values
+                    ),
+                    "with_previous": _score_correlation(previous_values, values),
+                    "auc": None if good_mask is None else auc(fill_missing_scores(values), good_mask),
+                    "passes": scored.passes,
+                    "seconds": scored.seconds,
+                    "notes": list(scored.notes),
+                }
+            )
+        return records
+
+    def _values_at(self, step: int) -> Float[np.ndarray, "examples"]:
+        return self._values_by_step[max(start for start in self.refresh_steps if start <= step)]
+
+    def _slot_weights(self, step: int) -> tuple[Int[np.ndarray, "batch"], Float[np.ndarray, "batch"]]:
+        """(the row of each slot of a step, PADDING for an empty one; its weight, 0 for those)."""
+        corpus_indices, example_values = self._data_order(step), self._values_at(step)
+        index = np.where(corpus_indices < self.task.num_examples, corpus_indices, PADDING)
+        if self.config.weights.scaling != "batch":
+            return index, np.where(
+                index != PADDING, example_values[np.minimum(corpus_indices, self.task.num_examples - 1)], 0.0
+            )
+        weights = scaling.batch_minmax_weights(example_values, index)
+        return index, weights / weights[index != PADDING].mean() if self.config.weights.mean_one else weights
+
+    def _good_mask(self) -> Bool[np.ndarray, "kept"] | None:
+        labels = [self.task.examples[row].label for row in self.task.trainable_indices()]
+        good = np.array([label == self.config.data.good_label for label in labels])
+        return good if 0 < good.sum() < len(good) else None  # of one kind alone there is nothing to tell apart
+
+
+def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:
+    """The steps before which scores are made: `count` of them, equally spaced, the first at 0."""
+    return tuple(sorted({index * steps // count for index in range(count)}))
+
+
+def scale_over_examples(scores: Float[np.ndarray, "examples"], config: WeightsSection) -> Float[np.ndarray, "examples"]:
+    """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
+    cut = config.quantile if config.scaling == "quantiles" else 0.0
+    weights = scaling.clipped_minmax_weights(scores, cut, 1 - cut)
+    return weights / weights.mean() if config.mean_one else weights
+
+
+def fill_missing_scores(scores: Float[np.ndarray, "examples"]) -> Float[np.ndarray, "examples"]:
+    """The scores, with the least of them where there is none."""
+    return np.where(np.isnan(scores), np.nanmin(scores), scores)
+
+
+def _score_correlation(
+    first: Float[np.ndarray, "examples"] | None, second: Float[np.ndarray, "examples"]
+) -> float | None:
+    value = np.nan if first is None else rank_correlation(fill_missing_scores(first), fill_missing_scores(second))
+    return None if np.isnan(value) else value
+
+
+def _format_record(record: dict[str, Any]) -> str:
+    label = "" if record["auc"] is None else f"   AUC {record['auc']:.3f}"
+    correlation = record["with_previous"]
+    correlation_text = "" if correlation is None else f"   rank correlation with those before {correlation:.3f}"
+    spread_text = f"median {record['median']:.4g}, half of them in [{record['lower']:.4g}, {record['upper']:.4g}]"
+    return (
+        f"step {record['step']:>6}   scores made in {record['seconds']:.1f} s: {spread_text}{correlation_text}{label}"
+    )

@@ -1,0 +1,355 @@
+"""A classification task from arrays (hyper-cleaning): data with wrong labels, a small network, streams of batches.
+
+It has what `task.Task` has wherever training, estimates, the outer loop and the comparison touch it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.training import train_step
+from bilevel_jax.core.types import PADDING, Batch, CompositeLoss, Frozen, Params, Problem, Stream, TrainStep
+from bilevel_jax.lm.data import batches
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.runs.config.load import SelectConfig
+from bilevel_jax.runs.config.schema import ArraysSection
+from bilevel_jax.runs.infra.placement import align_layout, cache_stream, make_mesh, place_stream, replicate
+from bilevel_jax.runs.tasks.objective import Objective
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class LabelledArrays(NamedTuple):
+    """Rows of features, in the type that they were stored in (images stay one byte a pixel), and their classes."""
+
+    x: np.ndarray
+    y: Int[np.ndarray, "examples"]
+
+    @property
+    def num_examples(self) -> int:
+        """How many there are."""
+        return len(self.y)
+
+
+class ArrayDataset(NamedTuple):
+    """What the file holds: rows to train and trust, and rows that test is drawn from."""
+
+    train: LabelledArrays
+    test: LabelledArrays
+    num_classes: int
+    name: str
+
+
+class ArrayModel(NamedTuple):
+    """What is compiled: shared by the tasks of all seeds, so that it is compiled once."""
+
+    problem: Problem
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    init_params: Callable[[int], Params]
+
+
+class ArrayTask(NamedTuple):
+    """The ingredients of a run on arrays, with the names that `task.Task` gives them."""
+
+    examples: list[Example]
+    held_out_examples: dict[str, Int[np.ndarray, "examples"]]
+    """The classes of validation, dev and test."""
+    notes: list[str]
+    corpus: LabelledArrays
+    """The N rows with weights, with their noisy labels, then those of validation."""
+    held_out_streams: dict[str, Stream]
+    base_params: None
+    init_params: Callable[[int], Params]
+    problem: Problem
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    num_steps: int
+    batch_size: int
+    num_micro_batches: int
+    mesh: Mesh
+    has_proximal: bool
+
+    @property
+    def num_examples(self) -> int:
+        """N, the size of the weight table."""
+        return len(self.examples)
+
+    def frozen(self, start: Params) -> Frozen:
+        """The start of training where the prior is centred there."""
+        return {"base": None, "start": start if self.has_proximal else None}
+
+    def training_stream(
+        self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
+    ) -> Stream:
+        """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights)."""
+        del packed
+        indices = self.trainable_indices() if indices is None else indices
+        order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
+        return place_stream(
+            self.mesh,
+            Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps),
+        )
+
+    def full_pass_stream(self, seed: int) -> Stream:
+        """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
+        order = batches.shuffled_subset_order(self.trainable_indices(), self.corpus.num_examples, self.batch_size, seed)
+        steps = batches.steps_per_epoch(self.num_examples, self.batch_size)
+        stream = Stream(
+            lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, self.num_examples), steps
+        )
+        return place_stream(self.mesh, stream)
+
+    def trainable_indices(self) -> Int[np.ndarray, "examples"]:
+        """The rows with weights."""
+        return np.arange(self.num_examples)
+
+    def validation_indices(self) -> Int[np.ndarray, "validation"]:
+        """The corpus rows of validation."""
+        return np.arange(self.num_examples, self.corpus.num_examples)
+
+    def example_features(self) -> Float[np.ndarray, "examples features"]:
+        """For outer.weighting = by_features, which reads text."""
+        raise ValueError("outer.weighting = by_features reads text; for arrays choose softmax, sigmoid or per_source.")
+
+
+def read_npz_dataset(path: str) -> ArrayDataset:
+    """An .npz file with x_train, y_train, x_test, y_test: features [rows, ...] and classes 0, 1, ....
+
+    Raises ValueError with the remedy where something else is in it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file. data.train names an .npz file with {', '.join(NPZ_KEYS)}.")
+    with np.load(path, allow_pickle=False) as file:
+        if missing := [name for name in NPZ_KEYS if name not in file]:
+            raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(file) or 'nothing'}.")
+        arrays = {name: file[name] for name in NPZ_KEYS}
+    labelled_parts = []
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if y.ndim != 1 or len(x) != len(y) or not np.issubdtype(y.dtype, np.integer) or y.min(initial=0) < 0:
+            raise ValueError(
+                f"{path}: y_{part} is {y.dtype}{list(y.shape)} beside x_{part} {x.dtype}{list(x.shape)}; wanted one "
+                "class (a whole number from 0) for each row."
+            )
+        if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+            raise ValueError(f"{path}: x_{part} is {x.dtype}; wanted uint8 (divided by 255 in training) or floats.")
+        labelled_parts.append(LabelledArrays(x.reshape(len(x), -1), y.astype(np.int32)))
+    train, test = labelled_parts
+    if train.x.shape[1] != test.x.shape[1]:
+        raise ValueError(f"{path}: {train.x.shape[1]} features in x_train and {test.x.shape[1]} in x_test.")
+    return ArrayDataset(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
+
+
+def build_array_model(config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset) -> ArrayModel:
+    """The model of the config: linear softmax regression, or with hidden layers an MLP with ReLU."""
+    shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
+    dtype = jnp.dtype(config.model.param_dtype)
+    composite_loss = CompositeLoss(network_logits, cross_entropy)
+    run_objective = Objective(network_losses, network_accuracy, composite_loss, "nats per row", "accuracy")
+    proximal_strength = config.outer.proximal
+    problem = weighted(
+        network_losses, prior=proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
+    )
+    run_optimizer = build_optimizer(config.optimizer, config.train.max_steps)
+    return ArrayModel(
+        problem,
+        run_objective,
+        run_optimizer,
+        train_step(problem, run_optimizer),
+        lambda seed: init_network(shape, seed, dtype),
+    )
+
+
+def prepare_array_task(
+    config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset, model: ArrayModel
+) -> ArrayTask:
+    """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; test is of test rows.
+
+    Raises ValueError where the file has too few rows.
+    """
+    counts = {"train": arrays.train_examples, "validation": arrays.validation_examples, "dev": arrays.dev_examples}
+    if sum(counts.values()) > dataset.train.num_examples:
+        raise ValueError(
+            f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {dataset.name} has {dataset.train.num_examples:,} "
+            "in x_train. Lower one of them."
+        )
+    if arrays.test_examples > dataset.test.num_examples:
+        raise ValueError(
+            f"arrays.test_examples = {arrays.test_examples:,}, but {dataset.name} has {dataset.test.num_examples:,} test rows."
+        )
+    random = np.random.default_rng((config.data.seed, 1))
+    indices = random.permutation(dataset.train.num_examples)[: sum(counts.values())]
+    indices_by_part = dict(zip(counts, np.split(indices, np.cumsum(list(counts.values()))[:-1]), strict=True))
+    test_indices = random.permutation(dataset.test.num_examples)[: arrays.test_examples or None]
+    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()} | {
+        "test": take_examples(dataset.test, test_indices)
+    }
+    noisy_labels = add_label_noise(
+        parts["train"].y, arrays.label_noise, arrays.noise_share, dataset.num_classes, random
+    )
+    clean_mask = noisy_labels == parts["train"].y
+    corpus = LabelledArrays(
+        np.concatenate([parts["train"].x, parts["validation"].x]), np.concatenate([noisy_labels, parts["validation"].y])
+    )
+    examples = [
+        Example(
+            f"{index}",
+            row,
+            (),
+            f"label {noisy_labels[row]}",
+            "clean" if clean_mask[row] else "wrong",
+            dataset.name,
+            index + 1,
+        )
+        for row, index in enumerate(indices_by_part["train"].tolist())
+    ]
+    held_out = {part: parts[part] for part in ("validation", "dev", "test") if parts[part].num_examples}
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    micro_batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
+    align_layout(
+        mesh, batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size, 1)
+    )
+    noise_description = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
+        arrays.label_noise
+    ]
+    noise_share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
+    return ArrayTask(
+        examples=examples,
+        held_out_examples={part: labelled.y for part, labelled in held_out.items()},
+        notes=[
+            f"training: {arrays.train_examples:,} rows of {dataset.name}, {noise_share:.0%} of their labels changed, {noise_description}: "
+            f"{1 - clean_mask.mean():.1%} are wrong. "
+            + ", ".join(f"V_{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
+            + "."
+        ],
+        corpus=corpus,
+        held_out_streams={
+            part: cache_stream(mesh, array_evaluation_stream(labelled, config.train))
+            for part, labelled in held_out.items()
+        },
+        base_params=None,
+        init_params=lambda seed: replicate(mesh, model.init_params(seed)),
+        problem=model.problem,
+        objective=model.objective,
+        optimizer=model.optimizer,
+        train_step=model.train_step,
+        num_steps=config.train.max_steps,
+        batch_size=config.train.global_batch_size,
+        num_micro_batches=config.train.gradient_accumulation_steps,
+        mesh=mesh,
+        has_proximal=config.outer.proximal > 0,
+    )
+
+
+def take_examples(labelled: LabelledArrays, indices: Int[np.ndarray, "places"]) -> LabelledArrays:
+    """The rows at these places."""
+    return LabelledArrays(labelled.x[indices], labelled.y[indices])
+
+
+def add_label_noise(
+    labels: Int[np.ndarray, "examples"],
+    kind: Literal["none", "forced", "redrawn"],
+    share: float,
+    num_classes: int,
+    random: np.random.Generator,
+) -> Int[np.ndarray, "examples"]:
+    """The labels with exactly `share` of the rows changed: `forced`, each to another class, all others equally likely;
+    `redrawn`, uniformly over all classes, so that one in `classes` of them stays right."""
+    noisy_labels = labels.copy()
+    if kind == "none":
+        return noisy_labels
+    changed = random.permutation(len(labels))[: round(share * len(labels))]
+    if kind == "forced":
+        noisy_labels[changed] = (labels[changed] + random.integers(1, num_classes, len(changed))) % num_classes
+    else:
+        noisy_labels[changed] = random.integers(0, num_classes, len(changed))
+    return noisy_labels
+
+
+# ---- batches
+
+
+def make_array_batch(
+    labelled: LabelledArrays, indices: Int[np.ndarray, "batch"], num_micro_batches: int, total_examples: int = 0
+) -> Batch:
+    """The chosen rows as a batch; `total` is the number of rows of a stream that is summed rather than stepped on."""
+    is_real = indices < labelled.num_examples
+    examples = take_examples(labelled, np.where(is_real, indices, 0))
+    micro_batch_size = len(indices) // num_micro_batches
+    return {
+        "x": examples.x.reshape(num_micro_batches, micro_batch_size, -1),
+        "y": examples.y.reshape(num_micro_batches, micro_batch_size),
+        "index": np.where(is_real, indices, PADDING).astype(np.int32).reshape(num_micro_batches, micro_batch_size),
+        "num_examples": np.full(num_micro_batches, total_examples or int(is_real.sum()), np.float32),
+    }
+
+
+def array_evaluation_stream(labelled: LabelledArrays, train_config: Any) -> Stream:
+    """Every row once, in order, as a stream whose sum is their mean."""
+    order = batches.sequential_order(
+        np.arange(labelled.num_examples), labelled.num_examples, train_config.global_batch_size
+    )
+    steps = batches.steps_per_epoch(labelled.num_examples, train_config.global_batch_size)
+    return Stream(
+        lambda step: make_array_batch(
+            labelled, order(step), train_config.gradient_accumulation_steps, labelled.num_examples
+        ),
+        steps,
+    )
+
+
+# ---- the network: pure functions of (params, fixed, micro-batch)
+
+
+def init_network(layer_sizes: tuple[int, ...], seed: int, dtype: Any) -> Params:
+    """Layers {kernel, bias}: normal with variance 2 / width in (He et al. 2015), 1 / width in of the last; biases 0."""
+    keys = jax.random.split(jax.random.key(seed), len(layer_sizes) - 1)
+    gains = [2.0] * (len(layer_sizes) - 2) + [1.0]
+    return [
+        {
+            "kernel": (gain / fan_in) ** 0.5 * jax.random.normal(key, (fan_in, fan_out), dtype),
+            "bias": jnp.zeros(fan_out, dtype),
+        }
+        for key, gain, fan_in, fan_out in zip(keys, gains, layer_sizes, layer_sizes[1:], strict=False)
+    ]
+
+
+def network_logits(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples classes"]:
+    """The logits."""
+    del frozen
+    *hidden, last = params
+    x = batch["x"].astype(last["kernel"].dtype)
+    if batch["x"].dtype == jnp.uint8:
+        x = x / 255
+    for layer in hidden:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ last["kernel"] + last["bias"][None]
+
+
+def cross_entropy(logits: Float[Array, "examples classes"], frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
+    """-log softmax(logits)[y], nats: convex in the logits."""
+    del frozen
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def network_losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
+    """The cross-entropy of each row, nats."""
+    return cross_entropy(network_logits(params, frozen, batch), frozen, batch)
+
+
+def network_accuracy(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
+    """Whether the class of the largest logit is the label."""
+    is_correct = network_logits(params, frozen, batch).argmax(-1) == batch["y"]
+    return is_correct.astype(jnp.float32)

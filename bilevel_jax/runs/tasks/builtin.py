@@ -1,0 +1,178 @@
+"""The embedded tasks: data and small language models that the package makes itself, as ordinary files."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.training import init_train_state, train, train_step
+from bilevel_jax.lm import models
+from bilevel_jax.lm.builtin import cipher, sums
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.examples import load_examples
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.load import InspectConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.schema import OptimizerSection
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra.session import make_progress_bar
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
+
+ConfigT = TypeVar("ConfigT", SelectConfig, TrainConfig, InspectConfig)
+BUILTIN_PREFIX = "builtin:"
+"""`builtin:NAME`, in data.train also `builtin:NAME?option=value&option=value`."""
+
+
+class BuiltinTask(NamedTuple):
+    """One embedded task, and how its model is taught what it knows before the run."""
+
+    write_files: Callable[..., Path]
+    """(folder, seed=..., options) -> the folder with train, validation, select, report .jsonl and untrained/."""
+    options: dict[str, Callable[[str], Any]]
+    """What data.train may set, and how its value is read."""
+    pretraining_file: str
+    """The rows that teach the model."""
+    num_steps: int
+    batch_size: int
+    optimizer: OptimizerSection
+
+
+BUILTIN_TASKS = {
+    "cipher": BuiltinTask(
+        cipher.write_cipher_data, {}, "copies", 300, 32, OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99)
+    ),
+    "sums": BuiltinTask(
+        sums.write_sums_data,
+        {"corrupted": float, "noise": float, "train": int, "validation": int, "dev": int},
+        "lessons",
+        3000,
+        64,
+        OptimizerSection(learning_rate=4e-3, warmup_steps=20, b2=0.99),
+    ),
+}
+
+
+def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
+    """The config with `builtin:NAME` replaced by the files that it is made into, once, in `folder`/input.
+
+    Raises ValueError for a task or an option that there is not, for two tasks in one config, and for options
+    elsewhere than in data.train.
+    """
+    name, options = parse_builtin_reference(config)
+    if not name:
+        return config
+    task = BUILTIN_TASKS[name]
+    input_folder = folder / "input"
+
+    def write_task_files() -> None:
+        task.write_files(input_folder, seed=config.data.seed, **options)
+        if _is_builtin(config.model.name_or_path) and not (input_folder / "model").exists():
+            pretrain_builtin_model(
+                input_folder, task, progress=not isinstance(config, InspectConfig) and config.output.progress
+            )
+
+    distributed.run_on_first_process(write_task_files)
+
+    def replace_builtin(part: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(input_folder / f"{part}.jsonl") if _is_builtin(path) else path for path in paths)
+
+    model, data_config = config.model, config.data
+    return replace(
+        config,
+        model=replace(
+            model, name_or_path=str(input_folder / "model") if _is_builtin(model.name_or_path) else model.name_or_path
+        ),
+        data=replace(
+            data_config,
+            train=replace_builtin("train", data_config.train),
+            validation=replace_builtin("validation", data_config.validation),
+            dev=replace_builtin("dev", data_config.dev),
+            test=replace_builtin("test", data_config.test),
+        ),
+    )
+
+
+def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
+    """As `embedded`, with the model's config and tokenizer alone, for which nothing is trained."""
+    name, options = parse_builtin_reference(config)
+    if name and _is_builtin(config.model.name_or_path):
+        input_folder = BUILTIN_TASKS[name].write_files(folder / "input", seed=config.data.seed, **options)
+        config = replace(config, model=replace(config.model, name_or_path=str(input_folder / "untrained")))
+    return resolve_builtin(config, folder)
+
+
+def parse_builtin_reference(config: SelectConfig | TrainConfig | InspectConfig) -> tuple[str, dict[str, Any]]:
+    """(the embedded task that a config names, or nothing; what it sets of the task's options)."""
+    data_config = config.data
+    other_paths = [config.model.name_or_path, *data_config.validation, *data_config.dev, *data_config.test]
+    builtin_paths = [path for path in (*data_config.train, *other_paths) if _is_builtin(path)]
+    names = {path.removeprefix(BUILTIN_PREFIX).partition("?")[0] for path in builtin_paths}
+    if unknown := sorted(names - set(BUILTIN_TASKS)):
+        raise ValueError(
+            f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are {[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}."
+        )
+    if len(names) > 1:
+        raise ValueError(f"{sorted(builtin_paths)} are two embedded tasks; a run has room for one.")
+    if paths_with_options := [path for path in other_paths if _is_builtin(path) and "?" in path]:
+        raise ValueError(
+            f"{paths_with_options[0]}: options of an embedded task are set in data.train alone. Write them there."
+        )
+    name = next(iter(names), "")
+    return name, _parse_options(name, [path for path in data_config.train if _is_builtin(path)])
+
+
+def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = True) -> None:
+    """Teach the untrained model the task's lessons, and save it as `made`/model."""
+    tokenizer = tokens.load_tokenizer(folder / "untrained")
+    architecture = models.read_config(folder / "untrained")
+    examples = load_examples([str(folder / f"{task.pretraining_file}.jsonl")])
+    corpus, _ = tokens.tokenize(examples, tokenizer, max_length=architecture.max_length)
+    order = batches.shuffled_order(corpus.num_examples, task.batch_size, seed=0)
+    layout = batches.BatchShape(1, task.batch_size, task.batch_size, batches.padded_max_length(corpus))
+    per_example = sft.sft_losses(models.make_decoder(architecture))
+    adamw = build_optimizer(task.optimizer, task.num_steps)
+    step = train_step(weighted(lambda params, frozen, batch: per_example(params, batch)), adamw)
+    state = init_train_state(adamw, models.init_params(architecture, jax.random.key(0)))
+    stream = batches.make_train_stream(corpus, order, task.num_steps, layout)
+    with make_progress_bar(progress) as bar:
+        progress_task = bar.add_task("teaching the embedded model", total=task.num_steps)
+        trajectory = train(
+            step,
+            state,
+            jnp.ones(corpus.num_examples),
+            None,
+            stream,
+            on_step=lambda state, info: bar.advance(progress_task),
+        )
+    models.save_model(folder / "model", architecture, trajectory.end.params, tokenizer=tokenizer)
+
+
+def _is_builtin(path: str) -> bool:
+    return path.startswith(BUILTIN_PREFIX)
+
+
+def _parse_options(name: str, paths: list[str]) -> dict[str, Any]:
+    option_strings = {path.partition("?")[2] for path in paths}
+    if len(option_strings) > 1:
+        raise ValueError(
+            f"data.train names {BUILTIN_PREFIX}{name} with two sets of options, {sorted(paths)}; give one."
+        )
+    options: dict[str, Any] = {}
+    for pair in filter(None, "".join(option_strings).split("&")):
+        key, _, value = pair.partition("=")
+        option_types = BUILTIN_TASKS[name].options
+        if key not in option_types:
+            close_names = difflib.get_close_matches(key, option_types, 1)
+            hint = f" Did you mean {close_names[0]}?" if close_names else ""
+            raise ValueError(
+                f"{paths[0]}: {BUILTIN_PREFIX}{name} has no option {key!r}; it has {list(option_types)}.{hint}"
+            )
+        try:
+            options[key] = option_types[key](value)
+        except ValueError:
+            raise ValueError(f"{paths[0]}: {key}={value!r} is no {option_types[key].__name__}.") from None
+    return options

@@ -1,0 +1,102 @@
+"""Log-probabilities of the reference model (DPO): made once, stored by id, and refused for another model or text."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.tokens import Corpus
+
+REFERENCE_FILE = "reference.parquet"
+
+
+def fingerprint_model_files(model: str | Path, dtype: str) -> str:
+    """SHA-256 of a model folder's config.json and tensors, and of the dtype that they are read in."""
+    digest = hashlib.sha256(dtype.encode())
+    folder = Path(model)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        with open(path, "rb") as content:
+            while chunk := content.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def build_reference_table(
+    examples: Sequence[Example], corpus: Corpus, log_probs: Float[np.ndarray, "rows 2"], model_fingerprint: str
+) -> pa.Table:
+    """One row per pair: id, log p of each response, its token count, and a hash of the tokens that were read."""
+    target_counts = _count_targets(corpus).reshape(corpus.num_examples, 2)
+    columns = {
+        "id": [example.id for example in examples],
+        "chosen": log_probs[:, 0],
+        "rejected": log_probs[:, 1],
+        "chosen_tokens": target_counts[:, 0],
+        "rejected_tokens": target_counts[:, 1],
+        "tokens": hash_pair_tokens(corpus),
+    }
+    metadata = {
+        "chosen": "log p(chosen response | prompt) under the reference model, nats, summed over its tokens",
+        "rejected": "the same of the rejected response",
+        "tokens": "hash of the ids and the mask of both sides",
+        "model": model_fingerprint,
+    }
+    return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in metadata.items()})
+
+
+def read_reference_log_probs(
+    path: str | Path, examples: Sequence[Example], corpus: Corpus, model_fingerprint: str
+) -> Float[np.ndarray, "rows 2"]:
+    """The stored values of these examples, in their order.
+
+    Raises ValueError where another model made them, an id is missing, or a pair's tokens are not those that were read
+    (another template, truncation or tokenizer).
+    """
+    stored = pq.read_table(path)
+    if (stored_fingerprint := (stored.schema.metadata or {}).get(b"model", b"").decode()) != model_fingerprint:
+        raise ValueError(
+            f"{path}: made by another model or precision (fingerprint {stored_fingerprint[:12] or 'none'}, and model.name_or_path has "
+            f"{model_fingerprint[:12]}). The margins would be measured from the wrong place: leave objective.reference empty."
+        )
+    row_of_id = {id: row for row, id in enumerate(stored["id"].to_pylist())}
+    missing = [example for example in examples if example.id not in row_of_id]
+    if missing:
+        raise ValueError(
+            f"{path}: no row for {len(missing)} of {len(examples)} pairs, the first at {missing[0].where}. "
+            "Leave objective.reference empty to make it anew."
+        )
+    rows = np.array([row_of_id[example.id] for example in examples])
+    hashes = np.array(stored["tokens"].to_pylist())[rows]
+    changed = np.flatnonzero(hashes != hash_pair_tokens(corpus))
+    if len(changed):
+        raise ValueError(
+            f"{path}: {len(changed)} pairs were read as other tokens, the first at {examples[changed[0]].where}: the template, "
+            "the truncation or the tokenizer has changed. Leave objective.reference empty to make it anew."
+        )
+    return np.stack([stored[side].to_numpy()[rows] for side in ("chosen", "rejected")], axis=1)
+
+
+def reference_margins(log_probs: Float[np.ndarray, "rows 2"]) -> Float[np.ndarray, "examples"]:
+    """log p(chosen) - log p(rejected) of each pair; 0 for a dropped one, which no batch reads."""
+    return np.nan_to_num(log_probs[:, 0] - log_probs[:, 1])
+
+
+def hash_pair_tokens(corpus: Corpus) -> np.ndarray:
+    """16 hex digits for each row: of the ids and the mask of both sides."""
+    hashes = []
+    for row in range(corpus.num_examples):
+        span = slice(int(corpus.offsets[2 * row]), int(corpus.offsets[2 * row + 2]))
+        chosen_length = int(corpus.offsets[2 * row + 1]) - span.start
+        content = corpus.ids[span].tobytes() + corpus.target_mask[span].tobytes() + str(chosen_length).encode()
+        hashes.append(hashlib.sha256(content).hexdigest()[:16])
+    return np.array(hashes)
+
+
+def _count_targets(corpus: Corpus) -> np.ndarray:
+    cumulative = np.concatenate([[0], np.cumsum(corpus.target_mask)])
+    return cumulative[corpus.offsets[1:]] - cumulative[corpus.offsets[:-1]]

@@ -1,0 +1,462 @@
+"""From a config to everything that a run on a language model is made of: rows, tokens, model, problem, streams."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow as pa
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.training import train_step
+from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Problem, Stream, TrainStep
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data import batches, tokens
+from bilevel_jax.lm.data.batches import BatchShape
+from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.features import extract_features
+from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.load import InspectConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.schema import LoraSection, ModelSection
+from bilevel_jax.runs.infra import run_dir, sharding
+from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import align_layout, cache_stream, local_rows, make_mesh, place_stream
+from bilevel_jax.runs.tasks import reference
+from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_examples
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.splits import DataSplits
+
+
+class Task(NamedTuple):
+    """A run's ingredients; every array lies on the mesh."""
+
+    examples: list[Example]
+    """The rows that get weights: rows 0 .. N-1 of `corpus`."""
+    held_out_examples: dict[str, list[Example]]
+    """validation (steers the weights; rows N .. of `corpus`), dev (stops early), test (headline numbers)."""
+    notes: list[str]
+    """What loading found and a person should know: duplicates, leaks, truncation."""
+    corpus: Corpus
+    held_out_streams: dict[str, Stream]
+    architecture: models.DecoderConfig
+    decoder: models.Decoder
+    tokenizer: Any
+    base_params: Params | None
+    """The frozen base under LoRA; None where all parameters are trained."""
+    init_params: Callable[[int], Params]
+    """seed -> parameters at the start of training."""
+    problem: Problem
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    num_steps: int
+    batch_size: int
+    mesh: Mesh
+    layout: BatchShape
+    has_proximal: bool
+    groups: Int[np.ndarray, "groups size"] | None = None
+    """Rows that stand side by side in every batch, for losses that compare them; None: rows are shuffled one by one."""
+
+    @property
+    def num_examples(self) -> int:
+        """N, the size of the weight table."""
+        return len(self.examples)
+
+    def frozen(self, start: Params) -> Frozen:
+        """What the losses need beside the parameters; the start of training too where the prior is centred there."""
+        return {"base": self.base_params, "start": start if self.has_proximal else None}
+
+    def training_stream(
+        self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
+    ) -> Stream:
+        """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights).
+
+        The packed shape holds the orders of the outer loop only; other rows or seeds want packed=False.
+        """
+        order = self.data_order(seed, indices)
+        layout = self.layout if packed else self.layout.unpacked
+        local_slots = local_rows(self.mesh, layout.rows)
+        return place_stream(
+            self.mesh, batches.make_train_stream(self.corpus, order, self.num_steps, layout, local_rows=local_slots)
+        )
+
+    def data_order(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> batches.BatchOrder:
+        """step -> the corpus rows of its batch in `stream`."""
+        if indices is None and self.groups is not None:
+            return batches.shuffled_group_order(self.groups, self.corpus.num_examples, self.batch_size, seed)
+        return batches.shuffled_subset_order(
+            self.trainable_indices() if indices is None else indices, self.corpus.num_examples, self.batch_size, seed
+        )
+
+    def full_pass_stream(self, seed: int) -> Stream:
+        """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
+        indices = self.trainable_indices()
+        order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
+        steps = batches.steps_per_epoch(len(indices), self.batch_size)
+        flat = self.layout.unpacked
+        local_slots = local_rows(self.mesh, flat.rows)
+        stream = batches.make_train_stream(
+            self.corpus, order, steps, flat, total_examples=len(indices), local_rows=local_slots
+        )
+        return place_stream(self.mesh, stream)
+
+    def example_features(self) -> Float[np.ndarray, "examples features"]:
+        """Plain features of the rows with weights, for weights that extend to unseen rows."""
+        return extract_features(self.examples, self.corpus)
+
+    def trainable_indices(self) -> Int[np.ndarray, "kept"]:
+        """The rows with weights that were not dropped as too long."""
+        return self.corpus.kept_indices[self.corpus.kept_indices < self.num_examples]
+
+    def validation_indices(self) -> Int[np.ndarray, "kept"]:
+        """The corpus rows of validation."""
+        return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
+
+
+class TokenizedData(NamedTuple):
+    """The rows of a run as tokens."""
+
+    examples: list[Example]
+    held_out_examples: dict[str, list[Example]]
+    """The parts that have rows."""
+    notes: list[str]
+    tokenizer: Any
+    architecture: models.DecoderConfig
+    corpora: dict[str, Corpus]
+    """TOGETHER (unless training examples are streamed) and each part of the validation examples."""
+
+
+JOINT_CORPUS = "training and validation"
+"""The corpus of the rows that get weights, with validation behind them."""
+
+
+def prepare_text_task(
+    config: SelectConfig | TrainConfig,
+    splits: DataSplits,
+    folder: Path,
+    *,
+    num_steps: int,
+    seeds: Sequence[int],
+    proximal_strength: float = 0.0,
+) -> Task:
+    """Tokenize the rows, load the model, and compose the bilevel problem.
+
+    `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share
+    must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
+    written into `folder`, and read from there when the run is resumed.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
+    tokenized_data = tokenize_splits(config, splits)
+    base_params, init_params = _load_params(
+        config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules
+    )
+    if config.objective.name == "dpo":
+        reference_params = base_params if base_params is not None else init_params(config.train.seed)
+        decoder = models.make_decoder(
+            tokenized_data.architecture, gather_params=sharding.parameter_gatherer(mesh, sharding_rules)
+        )
+        tokenized_data = tokenized_data._replace(
+            corpora=_attach_reference_margins(config, folder, tokenized_data, decoder, reference_params, mesh)
+        )
+    if unsharded := sharding.find_unsharded(
+        mesh, sharding_rules, init_params(config.train.seed) if base_params is None else base_params
+    ):
+        note = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(unsharded)}: whole on every device."
+        tokenized_data = tokenized_data._replace(notes=[*tokenized_data.notes, note])
+    return compose_text_task(
+        config,
+        tokenized_data,
+        base_params,
+        init_params,
+        mesh,
+        sharding_rules,
+        num_steps=num_steps,
+        seeds=seeds,
+        proximal_strength=proximal_strength,
+    )
+
+
+def tokenize_splits(config: SelectConfig | TrainConfig, splits: DataSplits) -> TokenizedData:
+    """The rows as tokens of the model's tokenizer; checked against the objective."""
+    examples, held_out = (
+        splits.train,
+        {part: part_examples for part, part_examples in splits.held_out.items() if part_examples},
+    )
+    check_examples(
+        config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)]
+    )
+    tokenizer, architecture = (
+        tokens.load_tokenizer(config.model.name_or_path),
+        models.read_config(config.model.name_or_path),
+    )
+    notes, corpora = list(splits.notes), {}
+    for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
+        corpora[name], report = tokenize_examples(config, part_examples, tokenizer, architecture)
+        notes.append(f"{name}: {report}.")
+    return TokenizedData(examples, held_out, notes, tokenizer, architecture, corpora)
+
+
+def group_by_corpus(
+    examples: list[Example], held_out: dict[str, list[Example]], *, streaming: bool = False
+) -> dict[str, list[Example]]:
+    """The rows of each corpus of a `Text`."""
+    joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("validation", [])}
+    return joint | {f"V_{part}": part_examples for part, part_examples in held_out.items()}
+
+
+def compose_text_task(
+    config: SelectConfig | TrainConfig,
+    tokenized_data: TokenizedData,
+    base_params: Params | None,
+    init_params: Callable[[int], Params],
+    mesh: Mesh,
+    sharding_rules: sharding.ShardingRules,
+    *,
+    num_steps: int,
+    seeds: Sequence[int],
+    proximal_strength: float,
+) -> Task:
+    """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
+    corpora, longest = (
+        tokenized_data.corpora,
+        max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0),
+    )
+    compute_dtype = (
+        jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
+    )
+    gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
+    decoder = models.make_decoder(
+        tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params
+    )
+    if config.data.streaming:
+        sequences = 1 if config.objective.name == "sft" else 2
+        corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
+        micro_batch_size, num_positions = (
+            config.train.global_batch_size // config.train.gradient_accumulation_steps,
+            max_example_length(config, tokenized_data.architecture) - 1,
+        )
+        layout = batches.BatchShape(
+            config.train.gradient_accumulation_steps,
+            micro_batch_size,
+            micro_batch_size * sequences,
+            num_positions,
+            sequences,
+        )
+    else:
+        corpus = corpora[JOINT_CORPUS]
+        trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
+        orders = [
+            batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed)
+            for seed in seeds
+        ]
+        layout = batches.fit_batch_shape(
+            corpus,
+            orders,
+            num_steps,
+            num_micro_batches=config.train.gradient_accumulation_steps,
+            length=longest,
+            packing=config.data.packing,
+        )
+    layout = align_layout(mesh, layout)
+    local_slots = local_rows(mesh, layout.unpacked.rows)
+    run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
+    problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
+    run_optimizer = build_optimizer(config.optimizer, num_steps)
+    return Task(
+        examples=tokenized_data.examples,
+        held_out_examples=tokenized_data.held_out_examples,
+        notes=tokenized_data.notes,
+        corpus=corpus,
+        held_out_streams={
+            part: cache_stream(
+                mesh, batches.make_evaluation_stream(corpora[f"V_{part}"], layout.unpacked, local_rows=local_slots)
+            )
+            for part in tokenized_data.held_out_examples
+        },
+        architecture=tokenized_data.architecture,
+        decoder=decoder,
+        tokenizer=tokenized_data.tokenizer,
+        base_params=base_params,
+        init_params=init_params,
+        problem=problem,
+        objective=run_objective,
+        optimizer=run_optimizer,
+        train_step=train_step(problem, run_optimizer),
+        num_steps=num_steps,
+        batch_size=layout.num_micro_batches * layout.examples,
+        mesh=mesh,
+        layout=layout,
+        has_proximal=proximal_strength > 0,
+    )
+
+
+def make_abstract_params(
+    model: ModelSection,
+    lora: LoraSection,
+    architecture: models.DecoderConfig,
+    mesh: Mesh,
+    sharding_rules: sharding.ShardingRules,
+) -> tuple[Params | None, Callable[[int], Params]]:
+    """(frozen base or None, seed -> trained parameters) as shapes on the mesh: nothing is loaded, nothing allocated."""
+    dtype = jnp.dtype(model.param_dtype)
+
+    def model_shapes(dtype: Any) -> Params:
+        return jax.eval_shape(lambda: models.init_params(architecture, jax.random.key(0), dtype=dtype))
+
+    if model.from_scratch or lora.r == 0:
+        start = sharding.make_sharded_shapes(mesh, sharding_rules, model_shapes(dtype))
+        return None, lambda seed: start
+    base_params = sharding.make_sharded_shapes(mesh, sharding_rules, model_shapes(_base_dtype(model, lora)))
+    adapters = sharding.make_sharded_shapes(
+        mesh, sharding_rules, jax.eval_shape(lambda: _init_adapters(model, lora, architecture, 0))
+    )
+    return base_params, lambda seed: adapters
+
+
+def tokenize_examples(
+    config: SelectConfig | TrainConfig | InspectConfig,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    architecture: models.DecoderConfig,
+) -> tuple[Corpus, tokens.TokenizationReport]:
+    """The tokens of some rows, as every command makes them."""
+    return tokens.tokenize(
+        examples,
+        tokenizer,
+        max_length=max_example_length(config, architecture),
+        truncation=config.data.truncation,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        train_on=config.data.train_on,
+    )
+
+
+def max_example_length(config: SelectConfig | TrainConfig | InspectConfig, architecture: models.DecoderConfig) -> int:
+    """Tokens that an example may have."""
+    return min(config.data.max_length, architecture.max_length)
+
+
+def _attach_reference_margins(
+    config: SelectConfig | TrainConfig,
+    folder: Path,
+    tokenized_data: TokenizedData,
+    decoder: models.Decoder,
+    params: Params,
+    mesh: Mesh,
+) -> dict[str, Corpus]:
+    """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
+    corpora, examples = (
+        tokenized_data.corpora,
+        group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=config.data.streaming),
+    )
+    model_fingerprint = reference.fingerprint_model_files(
+        config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}"
+    )
+    stored_path = config.objective.reference or (
+        folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else ""
+    )
+    log_likelihoods = sft.sequence_log_likelihoods(decoder)
+
+    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
+        return log_likelihoods(params, batch).reshape(-1, 2)
+
+    log_probs: dict[str, np.ndarray] = {}
+    tables = []
+    for name, corpus in corpora.items():
+        if name == "validation":  # its rows were read behind the training examples
+            log_probs[name] = log_probs[JOINT_CORPUS][-corpus.num_examples :]
+            continue
+        if stored_path:
+            log_probs[name] = reference.read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
+        else:
+            flat = batches.BatchShape(
+                1,
+                config.train.global_batch_size,
+                2 * config.train.global_batch_size,
+                batches.padded_max_length(corpus),
+                2,
+            )
+            stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
+            log_probs[name] = evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
+        tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
+    run_dir.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
+    return {
+        name: corpus.with_reference_margins(reference.reference_margins(log_probs[name]))
+        for name, corpus in corpora.items()
+    }
+
+
+def _proximal_term(strength: float) -> Callable | None:
+    return proximal(strength, lambda frozen: frozen["start"]) if strength else None
+
+
+def evaluate_per_example(
+    function: Callable[[Params, Frozen, Batch], Float[jax.Array, "examples *rest"]],
+    params: Params,
+    frozen: Frozen,
+    stream: Stream,
+    num_examples: int,
+) -> Float[np.ndarray, "rows *rest"]:
+    """What `function` says of each row of a stream, by the row's index; nan for rows that the stream does not hold."""
+    compiled = _map_micro_batches(function)
+    example_values: np.ndarray | None = None
+    for step in range(stream.steps):
+        batch = stream.batch(step)
+        index, values = fetch_to_host(batch["index"]), fetch_to_host(compiled(params, frozen, batch))
+        if example_values is None:
+            example_values = np.full((num_examples, *values.shape[2:]), np.nan)
+        example_values[index[index != PADDING]] = values[index != PADDING]
+    assert example_values is not None  # a stream has at least one step
+    return example_values
+
+
+@lru_cache(maxsize=8)
+def _map_micro_batches(function: Callable) -> Callable:
+    """`function` of each micro-batch, compiled; remembered, as a comparison reads the same again and again."""
+    return jax.jit(lambda params, frozen, batch: jax.lax.map(lambda micro: function(params, frozen, micro), batch))
+
+
+def _load_params(
+    model: ModelSection,
+    lora: LoraSection,
+    architecture: models.DecoderConfig,
+    mesh: Mesh,
+    sharding_rules: sharding.ShardingRules,
+) -> tuple[Params | None, Callable[[int], Params]]:
+    """(frozen base or None, seed -> trained parameters at the start), on the mesh."""
+
+    def init_params(seed: int) -> Params:
+        if model.from_scratch:
+            return models.init_params(architecture, jax.random.key(seed), dtype=jnp.dtype(model.param_dtype))
+        return _init_adapters(model, lora, architecture, seed)
+
+    if model.from_scratch:
+        return None, lambda seed: sharding.shard_tree(mesh, sharding_rules, init_params(seed))
+    place = sharding.parameter_placer(mesh, sharding_rules)
+    _, loaded = models.load_model(model.name_or_path, dtype=_base_dtype(model, lora), place=place)
+    if lora.r == 0:
+        return None, lambda seed: loaded
+    return loaded, lambda seed: sharding.shard_tree(mesh, sharding_rules, init_params(seed))
+
+
+def _base_dtype(model: ModelSection, lora: LoraSection) -> Any:
+    """What the checkpoint is cast to: the base's dtype, or, where it is trained itself, that of training."""
+    return jnp.bfloat16 if lora.r and model.base_dtype == "bfloat16" else jnp.dtype(model.param_dtype)
+
+
+def _init_adapters(model: ModelSection, lora: LoraSection, architecture: models.DecoderConfig, seed: int) -> Params:
+    return models.init_lora(
+        architecture,
+        jax.random.key(seed),
+        rank=lora.r,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        dtype=jnp.dtype(model.param_dtype),
+    )

@@ -1,0 +1,223 @@
+"""The command `audit`: its statistics, what it finds where the truth is known, that it stops and goes on, wrong input."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.commands.audit import retrains
+from bilevel_jax.commands.audit.judge import choose_score
+from bilevel_jax.commands.audit.run import audit
+from bilevel_jax.core.certify import Verdict
+from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs.config.load import AuditConfig, load_config
+from bilevel_jax.runs.infra import session
+from bilevel_jax.runs.stats import auc, rank_correlation
+from tests.runs import blobs
+
+CONFIG = """
+data: {{train: ['{path}']}}
+arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30, noise_share: 0.2}}
+optimizer: {{name: sgd, learning_rate: 0.1, schedule: constant, warmup_steps: 0}}
+train: {{max_steps: 6, global_batch_size: 20}}
+outer: {{proximal: 0.01, max_iterations: 3, curvature_batches: 3}}
+audit: {{queries: 24, vmap_size: 12, removed: [0.5, 0.02], subsets: 16, scores: [loss, alignment, random]}}
+certify: {{step_sizes: [0.1]}}
+output: {{progress: false}}
+mesh: {{data: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blobs")
+    (folder / "audit.yaml").write_text(CONFIG.format(path=blobs.write(folder / "blobs.npz")))
+    return folder / "audit.yaml"
+
+
+def run(config, out, *flags):
+    return audit(load_config(AuditConfig, config, [*flags, "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(config, out)
+
+
+# ---- statistics
+
+
+def test_weighted_ranks_are_those_of_repeated_items():
+    random = np.random.default_rng(0)
+    one = np.round(random.normal(size=(3, 20)), 1)  # with ties
+    other = one + random.normal(size=(3, 20))
+    counts = bootstrap.resample_counts(20, (1, 2))
+    assert counts.shape == (1 + bootstrap.NUM_RESAMPLES, 20) and (counts[0] == 1).all() and (counts.sum(1) == 20).all()
+    found = bootstrap.bootstrap_rank_correlations(one, other, counts)
+    for draw in (0, 1, 77):
+        items = np.repeat(np.arange(20), counts[draw])
+        for pair in range(3):
+            assert abs(found[draw, pair] - rank_correlation(one[pair, items], other[pair, items])) < 1e-12
+    read = bootstrap.percentile_interval(found[:, 0])
+    assert read.low < read.value == found[0, 0] < read.high
+
+
+# ---- what it finds
+
+
+def test_exact_entries_foretell_what_one_row_does(whole):
+    """One of 60 rows leaves a linear model: nearly the infinitesimal change that the entries are exact for."""
+    lds = {row["name"]: row["lds"] for row in whole[1]["rows"]}
+    for target in ("validation", "queries"):
+        value, low, _ = lds["unrolled"][target][1]
+        assert value > 0.97 and low > 0.9
+    assert lds["unrolled"]["validation"][1].value > lds["loss, start"]["validation"][1].value
+    assert whole[1]["certificate"]["level"] and whole[1]["verdict"]["sentence"]
+
+
+def test_permuted_scores_foretell_nothing(whole):
+    table = pq.read_table(whole[0] / "bank.parquet")
+    ids = pq.read_table(whole[0] / "scores.parquet")
+    place = {name: row for row, name in enumerate(ids["id"].to_pylist())}
+    left_out = np.zeros((1, 16, 60), bool)
+    for line, gone in zip(left_out[0], table["left_out"].to_pylist()[:16], strict=True):
+        line[[place[one] for one in gone]] = True
+    assert (left_out.sum(2) == 30).all() and len({line.tobytes() for line in left_out[0]}) == 16
+    made = retrains.LeaveOutRetrains(
+        (0.5,), left_out, {"validation": np.array(table["validation"][:16]).reshape(1, 16, 1)}
+    )
+    exact, random = ids["unrolled"].to_numpy(), np.random.default_rng(0)
+    assert retrains.compute_lds(made, exact, None, 0)["validation"][0][0] == pytest.approx(_lds(whole[1], "unrolled"))
+    nulls = [
+        rank_correlation(made.predict_loss_rise(random.permutation(exact))[0], made.losses["validation"][0, :, 0])
+        for _ in range(400)
+    ]
+    assert abs(np.mean(nulls)) < 0.05  # 400 permutations of a correlation over 16: standard error .013
+
+
+def _lds(result, name):
+    return next(row["lds"]["validation"][0].value for row in result["rows"] if row["name"] == name)
+
+
+def test_writes_what_it_promises(whole):
+    out, result = whole
+    scores = pq.read_table(out / "scores.parquet").to_pandas()
+    names = ["unrolled", "implicit", "alignment", "loss, start", "alignment, start", "random", "loss, end"]
+    assert [row["name"] for row in result["rows"]] == names
+    good = (scores["label"] == "clean").to_numpy()
+    assert 0 < good.sum() < 60
+    columns = ["unrolled", "implicit", "alignment", "loss_start", "alignment_start", "random", "loss_end"]
+    for row, column in zip(result["rows"], columns, strict=True):
+        assert row["auc"] == auc(scores[column].to_numpy(), good)
+        if column != "unrolled":
+            assert row["rank"].value == pytest.approx(rank_correlation(scores[column], scores["unrolled"]))
+    # every row of validation is a query, and L_v is their mean, in entries and in losses
+    for name in ("unrolled", "alignment"):
+        parts = [np.load(out / "parts" / f"{name} of queries {n}.npy") for n in (0, 1)]
+        each = 24 * np.concatenate(parts)
+        np.testing.assert_allclose(each.mean(0), scores[name], rtol=1e-4, atol=1e-7)  # float32, another order of sums
+    table = pq.read_table(out / "bank.parquet")
+    assert len(table) == 32 and table.schema.metadata[b"queries"].count(b"\n") == 23
+    np.testing.assert_allclose(np.mean(table["queries"].to_pylist(), 1), table["validation"], rtol=1e-5)
+    passes = {row["name"]: row["passes"] for row in result["rows"]}
+    assert passes["unrolled"] == 6 + 6 * 4 and passes["loss, end"] == passes["loss, start"] + 6
+    text = (out / "report.html").read_text()
+    assert text.count("<svg") == 2 and "Which score tells what a training example is worth here" in text
+
+
+@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (3, 9, 200)), 60])
+def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path, stop_at, at):
+    """SIGTERM while training, in the first sweep, late in the bank, in a sweep of queries."""
+    stop_at(at)
+    with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+    run(config, tmp_path / "run", "--resume")
+    for name in ("bank.parquet", "scores.parquet"):
+        one, other = (pq.read_table(folder / name) for folder in (tmp_path / "run", whole[0]))
+        assert one.equals(other)
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", whole[0]))
+    assert [{**row, "seconds": 0} for row in a["rows"]] == [{**row, "seconds": 0} for row in b["num_examples"]]
+    assert a["verdict"] == b["verdict"] and a["certificate"] == b["certificate"]
+
+
+@pytest.mark.slow
+def test_text_with_every_score(made, tmp_path):
+    settings = re.sub(r"^(compare|keep):.*\n", "", (made / "select.yaml").read_text(), flags=re.MULTILINE)
+    (tmp_path / "audit.yaml").write_text(settings)
+    flags = ("--outer.proximal", "0.1", "--audit.queries", "3", "--audit.subsets", "8", "--audit.removed", "0.5")
+    result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.vmap-size", "2")
+    names = {row["name"] for row in result["rows"]}
+    assert {"unrolled", "ica, start", "ica, end", "oneshot, start"} <= names
+    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {"validation", "queries", "test"}
+
+
+# ---- the verdict
+
+
+def line(name, low, value=0.5, report=0.5):
+    lds = {
+        "validation": [bootstrap.BootstrapInterval(value, low, 0.9)],
+        "test": [bootstrap.BootstrapInterval(report, low, 0.9)],
+    }
+    return {"name": name, "lds": lds, "passes": 10.0}
+
+
+GOOD, BAD = Verdict("BELIEVE", "", "it is.", ""), Verdict("DO NOT BELIEVE", "", "ratio 2.", "Lower the rate.")
+STEADY, NOISY = np.full(501, 0.5), np.random.default_rng(0).normal(0.4, 0.5, 501)
+
+
+def test_the_verdict_says_which_score_or_none():
+    fit = {"one": STEADY, "near": NOISY, "far": STEADY - 0.3, "unrolled": STEADY + 0.4, "random": STEADY + 0.3}
+    draws = {name: {"validation": [values], "test": [STEADY]} for name, values in fit.items()}
+    lines = [line("one", 0.3), line("near", 0.1, 0.4), line("far", 0.1, 0.2), line("unrolled", 0.8, 0.9)]
+    told = choose_score([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
+    assert told["use"] == "one"
+    assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
+    assert told["instead"] is None and "test" not in told["sentence"]
+    none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
+    assert none["use"] is None and "which may be 0" in none["sentence"]
+    rough = choose_score(lines, draws, BAD, 0.5)
+    assert rough["use"] is None and "ratio 2. Lower the rate." in rough["sentence"]
+    assert choose_score([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
+
+
+def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read():
+    draws = {
+        "one": {"validation": [STEADY], "test": [STEADY]},
+        "far": {"validation": [STEADY - 0.3], "test": [STEADY + 0.3]},
+    }
+    told = choose_score([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
+    assert (told["use"], told["instead"]) == ("one", "far")
+    assert "on test, which no score has read, far does better: 0.80" in told["sentence"]
+
+
+WRONG = {
+    "too few subsets": (["--audit.subsets", "4"], "audit.subsets = 4: must be 8 or more"),
+    "one query": (["--audit.queries", "1"], "audit.queries = 1: must be 0 .none., or 2 or more"),
+    "more queries than rows": (["--audit.queries", "25"], "audit.queries = 25, but validation has 24 rows"),
+    "no validation examples": (["--arrays.validation-examples", "0"], "arrays.validation_examples = 0: must be 1 or more"),
+    "no text to trust": (["--data.train", "rows.jsonl"], "name the validation examples"),
+    "an unknown score": (["--audit.scores", "lost"], "there is no score 'lost'; did you mean 'loss'"),
+    "a score of text": (["--audit.scores", "ica"], "'ica' reads text; for arrays"),
+    "a share twice": (["--audit.removed", "0.5", "0.5"], "each once and in .0, 1."),
+    "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
+    "no derivative": (["--optimizer.name", "lion"], "lion steps along a sign"),
+    "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
+    "folder exists": (["--out", "EXISTS"], "--resume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_clear_error(config, whole, tmp_path, capsys, name):
+    flags, message = WRONG[name]
+    flags = [str(whole[0]) if flag == "EXISTS" else flag for flag in flags]
+    assert main(["audit", str(config), "--out", str(tmp_path / "run"), *flags]) == 1
+    told = capsys.readouterr().err.strip()
+    assert re.search(message, told, re.DOTALL), told
+    assert "Traceback" not in told

@@ -1,0 +1,321 @@
+"""What `estimate` says, against what the same run really holds, compiles, counts and leaves on the disk."""
+
+import gc
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.commands.estimate.abstract_run import make_abstract_run
+from bilevel_jax.commands.select.run import select
+from bilevel_jax.core.training import init_train_state
+from bilevel_jax.runs.budget import compiled_steps, memory
+from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config, load_config_to_estimate
+from bilevel_jax.runs.engine import trajectory_store
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.text import prepare_text_task, tokenize_splits
+from tests.conftest import ROOT
+
+LLAMA_3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 128000,
+    "eos_token_id": 128001, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+LARGE = (
+    "--model.base-dtype", "bfloat16", "--train.max-steps", "1000", "--train.global-batch-size", "64", "--train.gradient-accumulation-steps", "8",
+    "--data.max-length", "1024", "--estimate.train-examples", "50000", "--estimate.devices", "8", "--estimate.tflops", "989",
+)  # fmt: skip
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A folder with the config.json of Llama-3-8B, and nothing else."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    return folder
+
+
+def subjects(made, tmp_path, *flags):
+    """The same run of shapes, and of arrays: (config, subject, task)."""
+    config = load_config(SelectConfig, made / "select.yaml", flags)
+    found = splits.load_splits(config.data)
+    task = prepare_text_task(
+        config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
+    )
+    return config, make_abstract_run(config, tokenize_splits(config, found), "dev"), task
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora.r", "2"), ("--lora.r", "2", "--model.base-dtype", "bfloat16")],
+    ids=["all", "lora", "bfloat16"],
+)
+def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
+    _, subject, task = subjects(made, tmp_path, *flags)
+    params = task.init_params(0)
+    state = init_train_state(task.optimizer, params)
+    for shapes, arrays in (
+        (subject.task.base_params, task.base_params),
+        (subject.shapes.params, params),
+        (subject.shapes.state, state),
+    ):
+        assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
+        for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
+            assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert trajectory_store.bytes_per_device(shapes) == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(shapes))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert (
+        trajectory_store.bytes_per_device(subject.shapes.state) == 4 * 3 * size + 3 * 4
+    )  # AdamW's moments, and three counts
+    assert trajectory_store.bytes_per_device(subject.shapes.adjoint) == 4 * 3 * size
+
+
+@pytest.mark.slow  # compiles two steps of a run twice
+def test_workspace_is_that_of_the_step_on_arrays(made, tmp_path):
+    _, subject, task = subjects(made, tmp_path)
+    batch, weights = task.training_stream(0).batch(0), jnp.ones(task.num_examples)
+    state = init_train_state(task.optimizer, task.init_params(0))
+    part = task.train_step.take(weights, batch)
+    whole = task.train_step.forward.lower(state, part, task.frozen(state.params), batch).compile().memory_analysis()
+    found = compiled_steps.compile_program(compiled_steps.forward_program(subject.task, subject.shapes))
+    assert found.workspace_bytes == whole.temp_size_in_bytes > 0
+    assert (
+        compiled_steps.time_program(
+            compiled_steps.forward_program(subject.task, subject.shapes), found.executable, calls=2
+        )
+        > 0
+    )
+
+
+def test_operations_are_counted_by_hand(made, tmp_path):
+    """All parameters, no layer recomputed. Every product once forwards and twice backwards, the loss's once more."""
+    _, subject, _ = subjects(made, tmp_path, "--model.remat", "none", "--train.gradient-accumulation-steps", "2")
+    raw = json.loads((made / "model" / "config.json").read_text())
+    width, inner, layers = raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"]
+    layout = subject.task.layout
+    places = layout.num_micro_batches * layout.rows * layout.length
+    heads = raw["num_attention_heads"] * raw["head_dim"]
+    linear = 2 * places * layers * (4 * width * heads + 3 * width * inner)
+    attention = 2 * places * layers * 2 * layout.length * heads
+    head = 2 * places * width * raw["vocab_size"]
+
+    def flops(program):
+        return compiled_steps.count_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
+
+    body = linear + attention
+    assert flops(compiled_steps.forward_program(subject.task, subject.shapes)) == 3 * body + 4 * head
+    # with tangents each product is two more; the gradient itself is not asked for, so its last product falls away
+    forwards, downwards, sideways = 3, 3, 2
+    expected = (forwards + downwards + sideways) * linear + (forwards + 2 * downwards) * attention
+    backward = flops(compiled_steps.backward_program(subject.task, subject.shapes))
+    assert backward == expected + (8 + forwards) * head
+    linearizing = compiled_steps.linearize_program(subject.task, subject.shapes)
+    pulling = compiled_steps.vjp_program(subject.task, subject.shapes, compiled_steps.compile_program(linearizing))
+    # what is left out of a step back: of each primal product the two that are not of the gradient alone
+    assert flops(linearizing) == 3 * body + 4 * head
+    assert flops(pulling) == backward - (2 * linear + 3 * attention + 2 * head)
+
+
+def test_linearisations_are_as_large_as_was_said(made, tmp_path):
+    _, subject, task = subjects(made, tmp_path, "--outer.linearize", "--train.gradient-accumulation-steps", "2")
+    state, batch = init_train_state(task.optimizer, task.init_params(0)), task.training_stream(0).batch(0)
+    _, info, linear = task.train_step.linearize(state, batch["index"] * 0.0, task.frozen(state.params), batch)
+    there = {one.unsafe_buffer_pointer() for one in jax.tree.leaves((state, info, batch))}
+    own = {one.unsafe_buffer_pointer(): one.nbytes for one in jax.tree.leaves(linear)}
+    assert (
+        memory.task_linearization_bytes(subject.task, subject.shapes)
+        == sum(size for at, size in own.items() if at not in there)
+        > 0
+    )
+    keep = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes)
+    assert keep.linearize and keep.stored_steps == subject.task.num_steps
+    tight = memory.plan_task_checkpoints(subject.task, subject.config, subject.shapes, device_bytes=2e7)
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace(), tight)
+    assert phases[0].parts["linearisations on the tape"] == tight.stored_steps * memory.task_linearization_bytes(
+        subject.task, subject.shapes
+    )
+
+
+def test_a_model_larger_than_the_machine_is_not_allocated(large, tmp_path, capsys):
+    before = sum(array.nbytes for array in jax.live_arrays())
+    flags = [*LARGE, "--model.name-or-path", str(large), "--estimate.no-compile", "--estimate.memory-gib", "24"]
+    assert main(["estimate", "configs/select.yaml", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 50e6
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "estimate.json").read_text())
+    assert found["parameters"]["base"] == {"bfloat16": 8_030_261_248}  # as its model card counts them
+    factors = 32 * 16 * ((4096 + 4096) + (4096 + 1024))  # rank 16 on queries and values
+    assert found["parameters"]["trained"] == {"float32": factors}
+    kept = found["arrays"]
+    assert kept["snapshot"] == 4 * 3 * factors + 12 and kept["a step on the tape"] == kept["snapshot"] + 4 * factors
+    assert (kept["snapshots"], kept["tape"]) == (27, 24)  # 1000 steps, each replayed once but the last
+    taken = 27 * kept["snapshot"] + 24 * kept["a step on the tape"]
+    assert 0.95 < 2 * taken / (24 * 2**30 - 2 * 8_030_261_248 - 4 * factors) <= 1
+    assert found["arrays"]["base"] == 2 * 8_030_261_248  # whole on each of the devices
+    assert "It does not fit" in out and "mesh.fsdp: 8" in out and "“writing”" in out
+
+
+@pytest.mark.slow
+def test_a_large_model_is_compiled_for_eight_devices(large, tmp_path):
+    """A process of its own, with one device: minutes, and the memory of a small one."""
+    command = [sys.executable, "-m", "bilevel_jax.cli", "estimate", "configs/select.yaml", *LARGE]
+    command += ["--model.name-or-path", str(large), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0 and usage.ru_maxrss < 3 * 2**20  # KiB
+    found = json.loads((tmp_path / "out" / "estimate.json").read_text())
+    devices = found["devices"]
+    assert devices["count"] == 8 and devices["mesh"] == {"data": 8, "fsdp": 1} and devices["simulated"]
+    forward, backward = (found["programs"][name] for name in ("forward", "backward"))
+    # of a forward pass, of which no product with weights is made again
+    assert 2 < forward["flops"] / 1.02e15 < 2.5 and 4 < backward["flops"] / 1.02e15 < 5
+    assert 0 < forward["workspace"] < backward["workspace"] < 4 * 8_030_261_248 / 2  # no float32 copy of the base
+    assert found["hours_of_one_training"] == pytest.approx(1000 * forward["flops"] / (8 * 989e12 * 0.35) / 3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        (
+            "--outer.method",
+            "implicit",
+            "--outer.proximal",
+            "0.5",
+            "--outer.solver",
+            "neumann",
+            "--outer.max-iterations",
+            "3",
+        ),
+        ("--outer.method", "window", "--outer.window", "4"),
+        ("--outer.method", "alignment"),
+        ("--outer.method", "penalty", "--outer.weighting", "sigmoid"),
+    ],
+    ids=lambda flags: " ".join(flags[:2]) or "unrolled",
+)
+def test_a_run_counts_what_was_planned(made, tmp_path, flags):
+    result = select(load_config(SelectConfig, made / "select.yaml", [*flags, "--fast", "--out", str(tmp_path / "run")]))
+    assert result["measured"]["passes"] == result["estimate"]["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--lora.r", "2"),
+        ("--outer.memory-gib", "2e-3"),
+        ("--outer.memory-gib", "1e-3"),
+        ("--outer.linearize",),
+        ("--outer.linearize", "--outer.memory-gib", "3e-2"),
+    ],
+    ids=" ".join,
+)
+def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, flags):
+    """After each step that is trained or replayed: never more than the largest phase, and as much in one of them."""
+    most, due, advance = 0, Session.should_save, Session.advance
+
+    def live():
+        return sum({one.unsafe_buffer_pointer(): one.nbytes for one in jax.live_arrays()}.values())
+
+    def counted(self):
+        count()
+        return due(self)
+
+    def counting(self, amount=1.0):
+        count()
+        advance(self, amount)
+
+    def count():
+        nonlocal most
+        most = max(most, live())
+
+    flags = ("--fast", "--lora.r", "0", *flags)
+    config = load_config(SelectConfig, made / "select.yaml", flags)
+    subject = make_abstract_run(config, tokenize_splits(config, splits.load_splits(config.data)), "dev")
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    gc.collect()  # what tests before this one left
+    before = live()
+    monkeypatch.setattr(Session, "should_save", counted)
+    monkeypatch.setattr(Session, "advance", counting)
+    select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
+    assert most - before == pytest.approx(
+        max(phase.total_bytes for phase in phases if phase.name != "writing"), rel=0.01
+    )
+
+
+def test_a_training_that_is_not_swept_keeps_its_start_alone(made, tmp_path):
+    _, subject, _ = subjects(made, tmp_path, "--outer.method", "implicit", "--outer.proximal", "0.5")
+    phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
+    for phase in phases[:-1]:
+        kept = {name: phase.parts[name] for name in ("snapshots", "states on the tape", "gradients on the tape")}
+        assert set(kept.values()) == {0} and phase.parts["start"] > 0
+
+
+WRONG = {
+    "no config.json": (
+        ("--model.name-or-path", "nowhere", "--estimate.train-examples", "10"),
+        "nowhere/config.json: no such file",
+    ),
+    "no data": (("--data.train", "nowhere.jsonl"), "nowhere.jsonl.*--estimate.train-examples stands for them"),
+    "devices and batch": (("--estimate.devices", "3"), "8 examples do not spread evenly over 3 devices"),
+    "devices and groups": (
+        ("--estimate.devices", "4", "--mesh.fsdp", "3"),
+        "4 is no multiple of mesh.fsdp = 3",
+    ),
+    "a wrong number": (("--estimate.mfu", "2"), r"estimate.mfu = 2.0: must be in \(0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_estimated_is_told(made, capsys, name):
+    flags, words = WRONG[name]
+    assert main(["estimate", str(made / "select.yaml"), "--estimate.no-compile", *flags]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_the_verb_is_known_by_its_sections(made, tmp_path):
+    assert isinstance(load_config_to_estimate(made / "select.yaml")[0], SelectConfig)
+    config, asked = load_config_to_estimate(
+        made / "train.yaml", ["--train.num-epochs", "3", "--out", "there", "--estimate.train-examples", "7"]
+    )
+    assert isinstance(config, TrainConfig) and config.train.num_epochs == 3
+    assert (asked.dir, asked.train_examples, config.output.dir) == ("there", 7, "out")
+    (tmp_path / "other.yaml").write_text("rank: {sample: 3}\n")
+    with pytest.raises(ValueError, match="config of none of select, train, compare, audit.*unknown section 'rank'"):
+        load_config_to_estimate(tmp_path / "other.yaml")
+    (tmp_path / "either.yaml").write_text("model: {name_or_path: here}\n")
+    with pytest.raises(ValueError, match="may be a config of select or train.*--estimate.command"):
+        load_config_to_estimate(tmp_path / "either.yaml")
+
+
+def test_a_finished_run_is_shown_beside_its_estimate(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    result = {
+        "estimate": {
+            "passes": 300, "peak": 2**30, "peak_phase": "step back", "disk": {"model": 2**20}, "memory_before": 2**29,
+        },
+        "measured": {
+            "passes": 240, "memory": 2**31, "memory_of": "process", "disk": 2**21, "seconds_per_pass": 0.25,
+            "device": "1 x cpu",
+        },
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert main(["estimate", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "work, training steps 300 240" in out and "1 GiB 2 GiB" in out and "1 MiB 2 MiB" in out
+    assert "240 of at most 300 training steps" in out
+    del result["measured"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert main(["estimate", str(tmp_path)]) == 1 and "nothing measured" in capsys.readouterr().err

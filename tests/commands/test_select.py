@@ -1,0 +1,289 @@
+"""The command as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.commands.select.run import select
+from bilevel_jax.lm import models
+from bilevel_jax.runs.config.load import SelectConfig, load_config
+from bilevel_jax.runs.infra import session
+
+
+def run(made, out, *flags):
+    return select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(made, out)
+
+
+def test_writes_what_it_promises(made, whole):
+    out, result = whole
+    table = pq.read_table(out / "weights.parquet")
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    assert table.num_rows == 36 and len(set(table["id"].to_pylist())) == 36
+    assert table["label"].to_pylist() == [row["label"] for row in rows]
+    weights = np.array(table["weight"])
+    assert abs(weights.mean() - 1) < 1e-5 and weights.std() > 0  # softmax, and it learned something
+    assert [round(record["entropy"], 3) for record in result["records"]][0] == round(np.log(36), 3)
+    assert (np.array(table["entry"]) != 0).any()
+    meaning = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert "nats per token" in meaning["entry"] and "below 0" in meaning["entry"]
+    assert {"estimand", "precision", "device", "config_hash"} <= set(meaning)
+
+    kept = [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in kept] == [
+        i for i, s in zip(table["id"].to_pylist(), table["selected"].to_pylist(), strict=True) if s
+    ]
+    assert len(kept) == 18 and set(kept[0]) == {"prompt", "response", "id", "weight"}
+    assert min(row["weight"] for row in kept) >= np.median(weights) - 1e-6
+
+    config, params = models.load_model(out / "model")
+    assert config == models.read_config(made / "model") and all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)
+    )
+    assert "<html" in (out / "report.html").read_text()
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged] == [0, 1, 2]
+    assert [row["name"] for row in result["compare"]] == ["uniform", "learned weights", "validation only", "oracle"]
+    assert result["verdict"]["sentence"].startswith(result["verdict"]["level"])
+    # the certificates at the learned weights, 2 retrains, an estimate and its training, are left out where none were
+    planned, left_out = result["estimate"]["passes"], 0 if result["best"] else 10 * (2 + 1 + 4)
+    assert result["measured"]["passes"] == planned - left_out
+    assert result["measured"]["seconds_per_pass"] > 0 and "Estimated and measured" in (out / "report.html").read_text()
+
+
+def same_run(one, other):
+    """Equal but for times: every bit of the tables, the model and the numbers of the result."""
+    a, b = (pq.read_table(folder / "weights.parquet") for folder in (one, other))
+    assert a.equals(b)
+    for name in ("selected.jsonl", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    for result in results:
+        for key in ("seconds", "estimate", "measured"):
+            result.pop(key)
+        for record in result["records"]:
+            record.pop("seconds")
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("at", [27, *(pytest.param(at, marks=pytest.mark.slow) for at in (36, 90, 160))])
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop_at, at):
+    """SIGTERM in a training, in a sweep, while certifying, while comparing."""
+    stop_at(at)
+    out = tmp_path / "run"
+    with pytest.raises(session.Interrupted, match="SIGTERM; everything is saved. Go on with --resume"):
+        run(made, out)
+    assert not (out / "report.html").exists()
+    run(made, out, "--resume")
+    same_run(out, whole[0])
+
+
+@pytest.mark.parametrize(
+    "states, memory_gib, at",
+    [
+        ("disk", "1e-3", 14),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("host", "1e-3", 27), ("device", "1e-3", 16))),
+    ],
+)
+def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, states, memory_gib, at):
+    """A tape of three steps, of two where a step is replayed more than once; stopped in a sweep, and gone on with."""
+    flags = (
+        "--outer.offload",
+        states,
+        "--outer.memory-gib",
+        memory_gib,
+        "--certify.no-enabled",
+        "--retrain.no-enabled",
+    )
+    stop_at(at)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", *flags)
+    assert (tmp_path / "run/checkpoints/inner/states").exists() == (states == "disk")
+    run(made, tmp_path / "run", *flags, "--resume")
+    here, there = (pq.read_table(folder / "weights.parquet") for folder in (tmp_path / "run", whole[0]))
+    assert here.equals(there)
+    assert not (tmp_path / "run/checkpoints/inner/states").exists()
+
+
+@pytest.mark.slow
+def test_linearisations_change_nothing_but_rounding(made, whole, tmp_path, stop_at):
+    flags = ("--outer.linearize", "--outer.memory-gib", "2e-2", "--certify.no-enabled", "--retrain.no-enabled")
+    run(made, tmp_path / "whole", *flags)
+    stop_at(14)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", *flags)
+    run(made, tmp_path / "run", *flags, "--resume")
+    same, resumed, plain = (
+        pq.read_table(folder / "weights.parquet") for folder in (tmp_path / "whole", tmp_path / "run", whole[0])
+    )
+    assert resumed.equals(same)
+    np.testing.assert_allclose(same["weight"], plain["weight"], rtol=1e-3)  # float32 through three outer steps
+
+
+def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    newest = sorted((out / "checkpoints" / "outer").glob("step_*"))[-1]
+    damaged = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (out / "checkpoints" / "done.json").unlink()
+    with pytest.warns(UserWarning, match=newest.name):
+        run(made, out, "--resume")
+    same_run(out, whole[0])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            ("--outer.method", "implicit", "--outer.proximal", "0.5", "--outer.curvature-batches", "2"),
+            marks=pytest.mark.slow,
+        ),
+        ("--outer.method", "implicit", "--outer.proximal", "0.5", "--lora.r", "2", "--outer.restart", "warm"),
+        ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
+        ("--outer.method", "alignment", "--outer.weighting", "by_features"),
+        pytest.param(
+            (
+                "--data.packing",
+                "--train.gradient-accumulation-steps",
+                "2",
+                "--outer.weighting",
+                "per_source",
+                "--data.source-field",
+                "label",
+            ),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("--selection.threshold", "1.0", "--optimizer.max-grad-norm", "0.5"), marks=pytest.mark.slow),
+        ("--selection.resample", "50", "--data.dev", "--data.validation"),
+    ],
+    ids=lambda flags: " ".join(flags[:2]),
+)
+def test_other_ways(made, tmp_path, flags):
+    flags = list(flags)
+    if "--data.dev" in flags:  # one file of validation examples, split by id
+        flags = [*flags[:2], "--data.dev", "--data.test", "--data.validation", str(made / "test.jsonl")]
+        flags += ["--data.split", "0.5", "0.25", "0.25"]
+    result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
+    table = pq.read_table(tmp_path / "run" / "weights.parquet")
+    weights = np.array(table["weight"])
+    assert np.isfinite(weights).all() and (weights.std() > 0 or result["best"] == 0)
+    assert result["verdict"]["level"] in ("UNDECIDED", "DO NOT BELIEVE") and result["compare"] == []
+    if "--selection.resample" in flags:
+        assert len((tmp_path / "run" / "selected.jsonl").read_text().splitlines()) == 50
+        assert all(result["rows"][part] > 0 for part in ("validation", "dev", "test"))
+
+
+METHODS = {
+    "unrolled": (),
+    "linearised": ("--outer.linearize",),
+    "Gauss-Newton": (
+        *("--outer.method", "implicit", "--outer.curvature", "gauss_newton", "--outer.proximal", "0.5"),
+        *("--outer.tolerance", "1e-12"),
+    ),
+}
+
+
+@pytest.mark.slow  # tests/runs/test_agreement.py has eight devices, a batch, an estimate and a solve at a time
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
+    smooth = ("--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3")  # so that rounding is not amplified
+    flags = ("--fast", "--outer.steps", "1", "--model.param-dtype", "float64", *smooth, *METHODS[method])
+    entries = {}
+    for data, model in ((1, 1), (8, 1), (4, 2)):
+        out = tmp_path / f"{data} x {model}"
+        run(made, out, *flags, "--mesh.data", str(data), "--mesh.fsdp", str(model))
+        entries[data, model] = np.array(pq.read_table(out / "weights.parquet")["entry"])
+    one = entries[1, 1]
+    assert one.dtype == np.float64
+    for other in entries.values():  # sums in another order, through two trainings
+        assert np.linalg.norm(one - other) < 1e-9 * np.linalg.norm(one)
+
+
+def write(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = [{"prompt": f"{a}{b}cde>", "response": "abcde"} for a in "abc" for b in "defg"]
+WRONG = {
+    "empty file": (["--data.train", []], "no rows"),
+    "bad JSON on line 7": (["--data.train", [*GOOD[:6], '{"prompt": "a\n', *GOOD[6:]]], ":7: "),
+    "unknown config key": (["CONFIG", "outer: {stepz: 3}\n"], "stepz.*steps"),
+    "no response": (["--data.train", [*GOOD, {"prompt": "a>", "answer": "b"}]], r":13: no 'response'.*response_field"),
+    "prompt beyond the context": (["--data.train", [*GOOD, {"prompt": "a" * 99, "response": "b"}]], ":13"),
+    "one example": (["--data.train", GOOD[:1]], "1 training example; weights compare rows"),
+    "no validation examples": (["--data.validation", []], "no rows"),
+    "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training examples also stand in"),
+    "folder exists": (["--out", "EXISTS"], "--resume"),
+    "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
+    "no derivative": (["--optimizer.eps-root", "0", "--lora.r", "2"], "eps_root > 0"),
+    "no model": (["--model.name-or-path", "nowhere"], "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_clear_error(made, whole, tmp_path, capsys, name):
+    given, message = WRONG[name]
+    config, flags = made / "select.yaml", ["--out", str(tmp_path / "run"), "--fast"]
+    for number, item in enumerate(given):
+        if isinstance(item, list):
+            flags.append(write(tmp_path / f"rows{number}.jsonl", item))
+        elif item == "EXISTS":
+            flags.append(str(whole[0]))
+        elif item == "CONFIG" or "{" in item:
+            config = tmp_path / "wrong.yaml"
+            config.write_text(item)
+        else:
+            flags.append(item)
+    assert main(["select", str(config), *flags]) == 1
+    told = capsys.readouterr().err.strip()
+    assert told.splitlines()[-1].startswith("bilevel-jax: ") or "bilevel-jax: " in told
+    import re
+
+    assert re.search(message, told, re.DOTALL), told
+    assert "Traceback" not in told
+
+
+def test_duplicates_are_told_and_kept_apart(made, tmp_path, capsys):
+    rows = (made / "train.jsonl").read_text().splitlines(keepends=True)
+    result = run(
+        made,
+        tmp_path / "run",
+        "--fast",
+        "--outer.steps",
+        "1",
+        "--data.train",
+        write(tmp_path / "twice.jsonl", [*rows, rows[0]]),
+    )
+    assert any("1 training examples repeat another row" in note for note in result["notes"])
+    ids = pq.read_table(tmp_path / "run" / "weights.parquet")["id"].to_pylist()
+    assert ids[0].endswith("#0") and ids[-1] == ids[0].replace("#0", "#1")
+
+
+def test_leaks_can_be_dropped(made, tmp_path):
+    rows = (made / "validation.jsonl").read_text().splitlines(keepends=True)
+    train = (made / "train.jsonl").read_text().splitlines(keepends=True)
+    flags = ["--data.leaks", "drop", "--data.train", write(tmp_path / "leaky.jsonl", [*train, *rows[:3]])]
+    result = run(made, tmp_path / "run", "--fast", "--outer.steps", "1", *flags)
+    assert result["rows"]["train"] == 36 and any("3 training examples were dropped" in note for note in result["notes"])
+
+
+def test_resuming_under_another_config_is_refused(made, whole, capsys):
+    assert (
+        main(["select", str(made / "select.yaml"), "--out", str(whole[0]), "--resume", "--train.max-steps", "11"]) == 1
+    )
+    assert "train.max_steps" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""What several processes ask of each other, as far as one process can say; test_agreement really starts two."""
+
+import pytest
+
+from bilevel_jax.runs.config.load import CompareConfig
+from bilevel_jax.runs.config.schema import DistributedSection, OutputSection
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra.session import open_run_dir, open_session
+
+
+def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
+    with pytest.raises(ValueError, match="compare runs in one process.*in several there are select, train"):
+        with open_run_dir(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
+            raise AssertionError("it was opened")
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_cannot_meet_are_told_how():
+    with pytest.raises(ValueError, match="did not find each other .* the same host:port to all"):
+        distributed.initialize_distributed(
+            DistributedSection(coordinator_address="nowhere:1")
+        )  # neither how many nor which
+
+
+def test_one_process_is_the_first_and_agrees_with_itself():
+    assert distributed.is_first_process() and distributed.broadcast_from_first(7) == 7
+    assert distributed.run_on_first_process(lambda: distributed.run_on_first_process(lambda: 3)) == 3
+    with pytest.raises(OSError, match="full"):
+        distributed.run_on_first_process(lambda: (_ for _ in ()).throw(OSError("full")))
+
+
+def test_signals_and_saves_are_asked_about_at_the_same_calls(tmp_path, monkeypatch):
+    """Two processes that make the same calls meet at the same of them, whatever their clocks say."""
+    said: list[list[int]] = []
+
+    def table(values):
+        said.append(values)
+        return distributed.np.array([[0, 1, 3], values])  # the first: no signal, a save is due, and to meet in 3 calls
+
+    with open_session(tmp_path, progress=False, save_seconds=1e9) as work:
+        monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
+        monkeypatch.setattr(distributed, "allgather_values", table)
+        assert [work.should_save() for _ in range(7)] == [True, False, False, True, False, False, True] and len(
+            said
+        ) == 3
+        work.handle_signal(15, None)
+        assert [work.should_save() for _ in range(3)] == [False, False, True]  # the signal is heard when they meet
+        assert said[-1][0] == 15

@@ -1,0 +1,107 @@
+"""`select` in two processes as a user runs it: equal to one process; stopped by a signal to one of them, resumed by
+another number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.commands.test_select import same_run
+from tests.conftest import ROOT
+from tests.runs.engine.test_agreement import free_port
+
+pytestmark = pytest.mark.slow
+
+SMOOTH = (
+    "--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3", "--model.param-dtype", "float64", "--fast",
+)  # fmt: skip
+
+
+def launch(made, out, processes: int, *flags, verb: str = "dev") -> list[subprocess.Popen]:
+    """Eight devices in all; the log of process i is in OUT.i."""
+    port, running = free_port(), []
+    xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // processes}")
+    for number in range(processes):
+        command = [sys.executable, "-m", "bilevel_jax.cli", verb, str(made / f"{verb}.yaml"), "--out", str(out)]
+        command += ["--mesh.data", "0", *flags]
+        environment = os.environ | {"XLA_FLAGS": xla}
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
+            }
+        with open(f"{out}.{number}", "w") as log:
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return running
+
+
+def ended(running) -> list[int]:
+    return [process.wait(timeout=900) for process in running]
+
+
+def entries(out) -> np.ndarray:
+    return np.array(pq.read_table(out / "weights.parquet")["entry"])
+
+
+def far(one, other) -> float:
+    return float(np.linalg.norm(entries(one) - entries(other)) / np.linalg.norm(entries(other)))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """Uninterrupted runs: in one process, in two."""
+    folder = tmp_path_factory.mktemp("whole")
+    for processes in (1, 2):
+        assert ended(launch(made, folder / str(processes), processes, *SMOOTH)) == [0] * processes
+    return folder
+
+
+def test_two_processes_equal_one(whole):
+    assert far(whole / "2", whole / "1") < 1e-9  # float64, other order of sums
+    one, two = (json.loads((whole / name / "environment.json").read_text()) for name in "12")
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["devices"]) == len(two["devices"]) == 8
+    logged = [json.loads(line)["step"] for line in (whole / "2" / "log.jsonl").read_text().splitlines()]
+    assert logged == [0, 1, 2]  # one process writes
+    assert "outer step" in (whole / "2.0").read_text() and "outer step" not in (whole / "2.1").read_text()
+
+
+@pytest.mark.parametrize("then", [2, 1])
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(then, made, whole, tmp_path):
+    """By two processes again: bit for bit; by one: but for rounding."""
+    out = tmp_path / "run"
+    running = launch(made, out, 2, *SMOOTH)
+    while not (out / "checkpoints" / "outer").exists():  # the first outer step is done
+        time.sleep(0.05)
+        assert all(process.poll() is None for process in running), (tmp_path / "run.0").read_text()
+    running[1].send_signal(signal.SIGTERM)
+    assert ended(running) == [128 + signal.SIGTERM] * 2
+    assert not (out / "report.html").exists()
+    assert "SIGTERM; everything is saved" in (tmp_path / "run.1").read_text()
+    assert ended(launch(made, out, then, *SMOOTH, "--output.resume")) == [0] * then
+    if then == 2:
+        same_run(out, whole / "2")
+    assert far(out, whole / "1") < 1e-9
+
+
+def test_parameters_split_over_two_processes(made, whole, tmp_path):
+    """A mesh of 2 x 4: each copy of the parameters lies with one process."""
+    out = tmp_path / "run"
+    assert ended(launch(made, out, 2, *SMOOTH, "--mesh.fsdp", "4")) == [0, 0]
+    assert far(out, whole / "1") < 1e-9
+
+
+def test_scores_and_training(made, tmp_path):
+    """`train` with weights by a score of likelihoods, made twice."""
+    flags = ("--weights.score", "ica", "--weights.refresh", "2", "--scores.k", "1", "--model.param-dtype", "float64")
+    for processes in (1, 2):
+        assert ended(launch(made, tmp_path / str(processes), processes, *flags, verb="train")) == [0] * processes
+    one, two = (pq.read_table(tmp_path / name / "scores.parquet") for name in "12")
+    for column in one.column_names[4:]:
+        np.testing.assert_allclose(np.array(two[column]), np.array(one[column]), rtol=1e-9, atol=1e-9)
