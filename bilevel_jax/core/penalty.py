@@ -280,7 +280,7 @@ def penalty_single_loop(
             online_weights.update(state.weights_state, index, change),
         ), info
 
-    return SingleLoop(init, step, lambda state: online_weights.weights(state.outer), OPTIMISTIC_ESTIMAND)
+    return SingleLoop(init, step, lambda state: online_weights.weights(state.weights_state), OPTIMISTIC_ESTIMAND)
 
 
 def mixing(

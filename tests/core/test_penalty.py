@@ -155,7 +155,7 @@ def test_absent_rows_do_not_move(name, normalised):
 def test_normalised_steps_have_one_size_and_a_cap():
     toy = lora()
     for cap, size in ((float("inf"), 0.5), (0.2, None)):
-        after = drive(made(toy, "sigmoid", "none", normalize_step=True, max_step=cap), toy, 1).outer
+        after = drive(made(toy, "sigmoid", "none", normalize_step=True, max_step=cap), toy, 1).weights_state
         moved = after[np.unique(toy.train.batch(0)["index"])]
         assert jnp.abs(moved).max() <= cap + 1e-15
         assert size is None or abs(jnp.sqrt(jnp.mean(moved**2)) - size) < 1e-12
@@ -179,10 +179,11 @@ def test_without_a_copy_the_entries_are_the_losses():
 def test_the_validation_loss_is_the_mean_over_the_rows_of_its_batch():
     toy = lora()
     whole = toy.validation.batch(0)
-    summed = whole | {"rows": 7 * whole["num_examples"]}  # as in a stream of seven such batches
+    summed = whole | {"num_examples": 7 * whole["num_examples"]}  # as in a stream of seven such batches
     method = made(toy)
     told = [
-        method.step(method.init(toy.params), toy.fixed, toy.train.batch(0), one)[1].outer for one in (whole, summed)
+        method.step(method.init(toy.params), toy.fixed, toy.train.batch(0), one)[1].validation_loss
+        for one in (whole, summed)
     ]
     assert told[0] == told[1] == toy.problem.outer(toy.params, toy.fixed, jax.tree.map(lambda leaf: leaf[0], whole))
 
@@ -197,7 +198,7 @@ def test_micro_batches_sum_to_the_whole(name, second):
 
     def joined(step):
         batch = toy.train.batch(step)
-        return {k: v[:1] if k == "rows" else v.reshape(1, -1, *v.shape[2:]) for k, v in batch.items()}
+        return {k: v[:1] if k == "num_examples" else v.reshape(1, -1, *v.shape[2:]) for k, v in batch.items()}
 
     split, whole = (
         drive(made(one, name, second), one, 12) for one in (toy, toy._replace(train=Stream(joined, toy.train.steps)))
@@ -244,7 +245,7 @@ def test_is_traced_once(second):
         return plain.problem.inner(params, weights, fixed, batch)
 
     toy = plain._replace(problem=plain.problem._replace(inner=counted))
-    method = made(toy, second_model=second_model, validation_share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
+    method = made(toy, second_model=second, validation_share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
     state = drive(method, toy, 2)
     first = len(traces)
     drive(method, toy, 12, state)
@@ -365,7 +366,7 @@ def test_reaches_the_optimistic_optimum(second, seed):
             selector,
             validation_share=CONSTANT(0.5),
             weights_learning_rate=rate,
-            second_model=second_model,
+            second_model=second,
         )
 
     value, weights = outcome(build, seed)

@@ -106,7 +106,9 @@ def test_eight_devices_equal_one(eight_devices):
             flat = np.asarray(batch[name]).reshape(1, 10, *batch[name].shape[2:])
             padded[name][:, :10] = flat
         rows = jax.device_put(np.asarray(batch["num_examples"])[:1], NamedSharding(mesh, P()))
-        return {k: jax.device_put(v, NamedSharding(mesh, P(None, "data"))) for k, v in padded.items()} | {"rows": rows}
+        return {k: jax.device_put(v, NamedSharding(mesh, P(None, "data"))) for k, v in padded.items()} | {
+            "num_examples": rows
+        }
 
     put = lambda value, spec: jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), value)  # noqa: E731
     validation = put(toy.validation.batch(0), P())

@@ -42,7 +42,7 @@ def test_equals_reverse_mode_through_a_scan(name):
     value, grad = through_scan(toy, OPTIMIZERS[name], jnp.asarray(WEIGHTS))
     out = estimate(toy, OPTIMIZERS[name])
     assert relative(out.grad, grad) < 1e-12  # two orders of summation of the same float64 numbers
-    assert relative(out.value, value) < 1e-13
+    assert relative(out.validation_loss, value) < 1e-13
     assert out.checks.replayed and out.checks.growth >= 1
 
 
@@ -94,7 +94,7 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(plan):
     never = step._replace(backward=lambda *arguments: pytest.fail("the primal pass is made again"))
     out = unrolled(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
     assert relative(out.grad, whole.grad) < 1e-13  # the same float64 sums in another program
-    assert out.checks.replayed and out.validation_loss == whole.value
+    assert out.checks.replayed and out.validation_loss == whole.validation_loss
     both = each(toy.problem, never)(run, weights, toy.fixed, toy.train, [toy.validation] * 2)
     assert relative(both.grad[1], whole.grad) < 1e-13
 
@@ -130,7 +130,9 @@ def test_interrupted_and_resumed_changes_no_bit(after, plan):
 def test_snapshots_that_are_lost_are_made_again(window):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     whole = estimate(toy, ADAMW, window=window)
-    step, run = trained(toy, ADAMW, weights, plan=CheckpointPlan(4, 3), since=0 if window is None else 24 - window)
+    step, run = trained(
+        toy, ADAMW, weights, plan=CheckpointPlan(4, 3), first_backward_step=0 if window is None else 24 - window
+    )
     sweeps = backward_pass(toy.problem, step, window=window)
     sweep = sweeps.init(run, weights, toy.fixed, toy.validation)
     sweep = sweeps.advance(run, weights, toy.fixed, toy.train, sweep)
@@ -156,7 +158,7 @@ def test_window_sweeps_the_last_steps_only():
     assert relative(out.grad, jax.grad(tail)(weights)) < 1e-12
     assert out.checks.steps == 10
     assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a tape is no longer one
-    last = trained(toy, ADAMW, weights, since=14)[1]
+    last = trained(toy, ADAMW, weights, first_backward_step=14)[1]
     assert min(last.snapshots) == 14
     only = unrolled(toy.problem, step, window=10)(last, weights, toy.fixed, toy.train, toy.validation)
     np.testing.assert_array_equal(only.grad, out.grad)

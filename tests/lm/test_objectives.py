@@ -58,10 +58,10 @@ def step(loss, params, table, batch, direction):
     def slope(weights):
         return jax.jvp(lambda p: total(p, weights), (params,), (direction,))[1]
 
-    weights = problem.take(table, batch)
+    weights = problem.gather(table, batch)
     losses = jax.lax.map(lambda micro: loss(params, micro), batch)
     by_row = jnp.zeros_like(table).at[index].add(losses, mode="drop")
-    entries = problem.add(jnp.zeros_like(table), batch, jax.grad(slope)(weights))
+    entries = problem.scatter_add(jnp.zeros_like(table), batch, jax.grad(slope)(weights))
     return by_row, jax.grad(total)(params, weights), entries
 
 
@@ -70,14 +70,14 @@ def streams(data):
     draw = shuffled_order(ROWS, 16, 3)
     shape = partial(fit_batch_shape, data, [draw], 1, length=24)
     mesh = make_mesh(8)
-    packed = shape(micro=1, packing=True)
+    packed = shape(num_micro_batches=1, packing=True)
     assert packed.rows < packed.examples * data.sequences_per_example / 2
     return {
-        "1 x 16": make_train_stream(data, draw, 1, shape(micro=1, packing=False)),
-        "16 x 1": make_train_stream(data, draw, 1, shape(micro=16, packing=False)),
+        "1 x 16": make_train_stream(data, draw, 1, shape(num_micro_batches=1, packing=False)),
+        "16 x 1": make_train_stream(data, draw, 1, shape(num_micro_batches=16, packing=False)),
         "packed": make_train_stream(data, draw, 1, packed),
         "1 x 16, 8 devices": place_stream(
-            mesh, make_train_stream(data, draw, 1, align_layout(mesh, shape(micro=1, packing=False)))
+            mesh, make_train_stream(data, draw, 1, align_layout(mesh, shape(num_micro_batches=1, packing=False)))
         ),
         "packed, 8 devices": place_stream(mesh, make_train_stream(data, draw, 1, align_layout(mesh, packed))),
     }

@@ -264,7 +264,9 @@ def _build_batch(
         for s in np.flatnonzero(np.repeat(part < corpus.num_examples, sequences_per_example)):
             row, n = int(part[s // sequences_per_example]), int(lengths[s])
             if n < 1:
-                raise ValueError(f"row {row} was dropped by the tokenizer. Draw from `corpus.kept` with `subset`.")
+                raise ValueError(
+                    f"row {row} was dropped by the tokenizer. Draw from `corpus.kept_indices` with `shuffled_subset_order`."
+                )
             first = int(corpus.offsets[row * sequences_per_example + s % sequences_per_example])
             ids, is_target = corpus.ids[first : first + n + 1], corpus.target_mask[first + 1 : first + n + 1]
             supervised[m, s] = is_target.sum()

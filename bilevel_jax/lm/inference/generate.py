@@ -116,7 +116,7 @@ def make_sampler(
 
     @jax.jit
     def generate_batch(params: Params, batch: Batch) -> tuple[Array, Array]:
-        ids, source_row = batch["tokens"][0], batch["owner"][0]
+        ids, source_row = batch["tokens"][0], batch["source_row"][0]
         keys = make_draw_keys(sampling.seed, batch["words"][0], batch["draws"][0])
         head = decoder.head(params)
         hidden, block = decoder.extend(params, (), ids, batch["positions"][0])
@@ -302,7 +302,7 @@ def _build_batch(
         )
     ids = [np.asarray(prompts[at].tokens, np.int32) for at in prompt_indices]
     padding = pad_left(ids, [0] * len(ids), pad_count(len(prompt_indices)), length)
-    return padding | {"owner": source_row, "draws": draws, "words": words}
+    return padding | {"source_row": source_row, "draws": draws, "words": words}
 
 
 def _hash_id(id: str) -> Int[np.ndarray, "2"]:

@@ -129,7 +129,7 @@ def make_loglik_scorer(
 
     @jax.jit
     def losses(params: Params, cache: KVCache | None, batch: Batch) -> Array:
-        caches = () if cache is None else (cache._replace(source_row=batch["owner"][0]),)
+        caches = () if cache is None else (cache._replace(source_row=batch["source_row"][0]),)
         hidden, _ = decoder.extend(params, caches, batch["tokens"][0], batch["positions"][0])
         return _response_losses(hidden, decoder.head(params), batch["targets"][0], batch["scored"][0], chunk)
 
@@ -278,7 +278,7 @@ def _build_request_batch(
     out = pad_left(ids, [row.start for row in batch], count, length) | {"targets": targets, "scored": scored}
     if cached:
         source_row = [row.source_row for row in batch] + [0] * (count - len(batch))
-        out["owner"] = np.asarray([source_row], np.int32)
+        out["source_row"] = np.asarray([source_row], np.int32)
     return out
 
 

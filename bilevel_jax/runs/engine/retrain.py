@@ -136,7 +136,11 @@ def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVar
     }
     test_part = "test" if "test" in task.held_out_streams else "validation"
     accuracies = evaluate_per_example(
-        task.objective.accuracy, run.end.params, fixed, task.held_out_streams[test_part], len(task.held_out_examples[test_part])
+        task.objective.accuracy,
+        run.end.params,
+        fixed,
+        task.held_out_streams[test_part],
+        len(task.held_out_examples[test_part]),
     )
     return {**losses, "accuracy": float(np.nanmean(accuracies))}
 

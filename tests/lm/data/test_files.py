@@ -23,7 +23,7 @@ def put_folder(folder, rows, name):
 
 def put_split(folder, rows, name):
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder / name))
-    return str(folder / name) + "@fit"
+    return str(folder / name) + "@validation"
 
 
 def put_parquet(folder, rows, name):
@@ -80,7 +80,7 @@ def test_errors_of_files(tmp_path):
     put(tmp_path, "x", "rows.parquet")
     put(tmp_path, "x", "plain.jsonl.gz")
     put(tmp_path, gzip.compress(lines(GOOD).encode())[:-9], "half.jsonl.gz")
-    both = put_split(tmp_path, [GOOD], "both").removesuffix("@fit")
+    both = put_split(tmp_path, [GOOD], "both").removesuffix("@validation")
     table = [
         (FileNotFoundError, str(tmp_path / "trian.jsonl"), "no such file. Nearest in", "train.jsonl"),
         (FileNotFoundError, str(tmp_path / "no" / "a.jsonl"), "There is no folder", "either"),
@@ -167,4 +167,8 @@ def test_errors_of_writing(tmp_path):
 
 
 def test_stem():
-    assert [source_name(path) for path in ("a/b.jsonl.gz", "hub:o/n:c@train", "a/set@fit")] == ["b", "n:c", "set"]
+    assert [source_name(path) for path in ("a/b.jsonl.gz", "hub:o/n:c@train", "a/set@validation")] == [
+        "b",
+        "n:c",
+        "set",
+    ]

@@ -52,7 +52,7 @@ def tiny_sampler(config=TINY, sampling=LIKE, compute=None, **options):
         make_decoder(config, compute_dtype=compute),
         sampling,
         words,
-        **{"end": END, "tokens": 400, "lengths": (32,), **options},
+        **{"end_tokens": END, "max_batch_tokens": 400, "bucket_lengths": (32,), **options},
     )
 
 
@@ -72,11 +72,16 @@ def one():
         return model.extend(params, caches, tokens, positions)
 
     def place(batch):
-        shapes.add((batch["tokens"].shape, batch["owner"].shape))
+        shapes.add((batch["tokens"].shape, batch["source_row"].shape))
         return batch
 
     hook = [lambda done, total: None]
-    options = {"end": END, "tokens": 400, "lengths": (32,), "progress": lambda done, total: hook[0](done, total)}
+    options = {
+        "end_tokens": END,
+        "max_batch_tokens": 400,
+        "bucket_lengths": (32,),
+        "progress": lambda done, total: hook[0](done, total),
+    }
     return make_sampler(model._replace(extend=extend), LIKE, words, place=place, **options), shapes, traced, hook
 
 
@@ -123,8 +128,8 @@ def test_order_batches_and_devices_change_no_token(params, one, expected, eight_
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices)
     spread = NamedSharding(mesh, P(None, "data"))
     everywhere = jax.device_put(params, NamedSharding(mesh, P()))
-    eight = tiny_sampler(tokens=1, multiple=8, place=lambda batch: jax.device_put(batch, spread))
-    for other, where in ((tiny_sampler(tokens=1, lengths=(64,)), params), (eight, everywhere)):
+    eight = tiny_sampler(max_batch_tokens=1, row_multiple=8, place=lambda batch: jax.device_put(batch, spread))
+    for other, where in ((tiny_sampler(max_batch_tokens=1, bucket_lengths=(64,)), params), (eight, everywhere)):
         out = other.sample(where, PROMPTS, DRAWS)
         assert tokens_of(out) == tokens_of(expected)
         np.testing.assert_allclose(log_probs_of(out), log_probs_of(expected), atol=1e-5)  # float32, other sums
@@ -189,7 +194,7 @@ SAMPLING = SamplingParams(temperature=1.3, top_k=12, top_p=0.8, max_new_tokens=2
 def test_draws_follow_the_probabilities(params):
     """Both tokens of 6,000 draws, against the exact probabilities after temperature, top-k and top-p."""
     prompt, draws, model = PROMPTS[3], range(6000), make_decoder(TINY)
-    (out,) = tiny_sampler(sampling=SAMPLING, end=(), tokens=10**6).sample(params, [prompt], draws)
+    (out,) = tiny_sampler(sampling=SAMPLING, end_tokens=(), max_batch_tokens=10**6).sample(params, [prompt], draws)
 
     @jax.jit
     def exact(tokens):
@@ -272,7 +277,7 @@ def test_greedy_equals_transformers(family, tmp_path):
     reference = make(family, tmp_path)
     config, params = load_model(tmp_path)
     asked = [prompt._replace(tokens=tuple(3 * token + 4 for token in prompt.tokens)) for prompt in PROMPTS]
-    options = dict(end=(1, 2), tokens=10**4, lengths=(32,))
+    options = dict(end_tokens=(1, 2), max_batch_tokens=10**4, bucket_lengths=(32,))
     out = tiny_sampler(config, SamplingParams(0.0, max_new_tokens=20), **options).sample(params, asked, (0, 1))
     assert [row[0] for row in out] == [row[1] for row in out]
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 20, (1, 2))
@@ -309,7 +314,7 @@ def test_every_family_and_adapters(config, x64):
     adapters = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, dtype=jnp.float64)
     base = init_params(config, jax.random.key(0), dtype=jnp.float64)
     params = join_adapters(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
-    out = tiny_sampler(config, tokens=10**4, lengths=(32,)).sample(params, PROMPTS, DRAWS)
+    out = tiny_sampler(config, max_batch_tokens=10**4, bucket_lengths=(32,)).sample(params, PROMPTS, DRAWS)
     requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
     scores = make_loglik_scorer(make_decoder(config), max_batch_tokens=4096, bucket_lengths=(48,)).score(
         params, requests
@@ -320,7 +325,7 @@ def test_every_family_and_adapters(config, x64):
 
 @pytest.mark.slow
 def test_bfloat16_factors(params):
-    out = tiny_sampler(compute=jnp.bfloat16, tokens=10**4).sample(params, PROMPTS, DRAWS)
+    out = tiny_sampler(compute=jnp.bfloat16, max_batch_tokens=10**4).sample(params, PROMPTS, DRAWS)
     requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
     low = make_loglik_scorer(make_decoder(TINY, compute_dtype=jnp.bfloat16), max_batch_tokens=4096).score(
         params, requests
@@ -334,7 +339,7 @@ def test_bfloat16_factors(params):
 def test_the_context_is_used_to_its_end():
     """The last token of a response is not read, so it needs no place; a learned position beyond the last is NaN."""
     config_params, sampling = init_params(GPT2, jax.random.key(0)), SamplingParams(0.0, max_new_tokens=5)
-    sample = tiny_sampler(GPT2, sampling, end=(), lengths=()).sample
+    sample = tiny_sampler(GPT2, sampling, end_tokens=(), bucket_lengths=()).sample
     ((response,),) = sample(config_params, [Prompt("full", (1,) * 60)], (0,))
     assert len(response.tokens) == 5
     with pytest.raises(ValueError, match=r"long has 61 tokens; with max_new = 5 .* context of 64 has room for 60"):
@@ -364,7 +369,7 @@ def test_options_are_checked(params, one):
     with pytest.raises(ValueError, match="max_new 0: each must be at least 1"):
         tiny_sampler(sampling=SamplingParams(max_new_tokens=0))
     with pytest.raises(ValueError, match=r"end tokens \[31\] lie outside"):
-        tiny_sampler(end=[31])
+        tiny_sampler(end_tokens=[31])
     with pytest.raises(ValueError, match=r"draws \[0, -1\]: numbers of draws are 0 or more"):
         one[0].sample(params, PROMPTS, [0, -1])
     assert one[0].sample(params, [], (0,)) == [] and one[0].sample(params, PROMPTS[:2], ()) == [[], []]

@@ -20,7 +20,7 @@ from tests.lm.models.test_families import CONFIGS, GPT2, TINY
 from tests.runs.problems_lm import stories
 
 CONTEXT = TINY.max_length
-SMALL = dict(tokens=96, lengths=(24, 48))
+SMALL = dict(max_batch_tokens=96, bucket_lengths=(24, 48))
 
 
 def draw(rng, length):
@@ -75,7 +75,7 @@ def nats(scores):
 
 def per_token(one, two):
     """The largest difference, nats per token."""
-    return np.abs((nats(one) - nats(two)) / np.maximum([score.tokens for score in one], 1)).max()
+    return np.abs((nats(one) - nats(two)) / np.maximum([score.num_tokens for score in one], 1)).max()
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_compiles_once_for_each_shape(params):
     def place(batch):
         if "targets" not in batch:
             place.stem = batch["tokens"].shape[2]
-        stem = place.stem if "owner" in batch else None
+        stem = place.stem if "source_row" in batch else None
         shapes.add((batch["tokens"].shape, "targets" in batch, stem))
         return batch
 

@@ -141,7 +141,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET)
     server.trouble[:] = [401]
     with pytest.raises(RuntimeError, match=r"status 401: .*no small for Bearer \(the key\)") as error:
-        ask(server, prompts=PROMPTS[:1], draws=(0,), key_variable="MY_KEY")
+        ask(server, prompts=PROMPTS[:1], draws=(0,), api_key_env="MY_KEY")
     assert server.keys == [f"Bearer {SECRET}"] and SECRET not in str(error.value)
 
 

@@ -47,7 +47,7 @@ def padded(tokens, start, left, right):
 def in_blocks(model, params, tokens):
     """Stems cached once for two rows each, padded; a block after it; then one token at a time into a fixed cache."""
     _, stem = model.extend(params, (), *padded(tokens[::2, :STEM], 0, 2, 3))
-    stem = stem._replace(owner=jnp.asarray([0, 0, 1, 1]))
+    stem = stem._replace(source_row=jnp.asarray([0, 0, 1, 1]))
     middle, block = model.extend(params, (stem,), *padded(tokens[:, STEM:10], STEM, 1, 2))
     own = write_cache(init_cache(model.config, len(tokens), 12, block.keys.dtype), block, 0)
 

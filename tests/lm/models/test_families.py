@@ -340,6 +340,6 @@ def test_base_in_bfloat16_is_upcast():
 
 def test_compute_in_bfloat16_is_near():
     params = init_params(TINY, jax.random.key(0))
-    full, half = (logits(TINY, params, draw_tokens(31), compute=dtype) for dtype in (None, jnp.bfloat16))
+    full, half = (logits(TINY, params, draw_tokens(31), compute_dtype=dtype) for dtype in (None, jnp.bfloat16))
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() / np.abs(full).max() < 0.05  # bfloat16 has 8 bits
