@@ -18,7 +18,7 @@ from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.html import format_number
+from bilevel_jax.runs.report.numbers import format_number
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {

@@ -9,9 +9,7 @@ from bilevel_jax.commands.audit.retrains import TARGET_LABELS
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
 from bilevel_jax.runs.report.html import (
-    MISSING,
     Column,
-    format_number,
     html_details,
     html_document,
     html_figure,
@@ -20,6 +18,7 @@ from bilevel_jax.runs.report.html import (
     html_table,
     verdict_banner,
 )
+from bilevel_jax.runs.report.numbers import MISSING, format_number
 from bilevel_jax.runs.report.results import PART_LABELS, float_or_nan, write_report
 
 JsonObject = dict[str, Any]

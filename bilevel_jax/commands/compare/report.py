@@ -10,10 +10,7 @@ import numpy as np
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
 from bilevel_jax.runs.report.html import (
-    MISSING,
     Column,
-    MeanInterval,
-    format_number,
     html_details,
     html_document,
     html_figure,
@@ -22,6 +19,7 @@ from bilevel_jax.runs.report.html import (
     html_table,
     verdict_banner,
 )
+from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_number
 from bilevel_jax.runs.report.results import PART_LABELS, float_or_nan, write_report
 from bilevel_jax.runs.stats import mean_interval
 

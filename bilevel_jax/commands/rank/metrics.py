@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.runs import bootstrap
 from bilevel_jax.runs.bootstrap import BootstrapInterval
 from bilevel_jax.runs.config.schema import RankSection
-from bilevel_jax.runs.report.html import format_number
+from bilevel_jax.runs.report.numbers import format_number
 from bilevel_jax.runs.stats import rank_correlation
 from bilevel_jax.scores import strategies
 

@@ -12,11 +12,7 @@ from bilevel_jax.commands.rank.metrics import METRICS
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
 from bilevel_jax.runs.report.html import (
-    MISSING,
     Column,
-    capitalize_first,
-    format_number,
-    format_percent,
     html_details,
     html_document,
     html_figure,
@@ -26,6 +22,7 @@ from bilevel_jax.runs.report.html import (
     truncate_text,
     verdict_banner,
 )
+from bilevel_jax.runs.report.numbers import MISSING, capitalize_first, format_number, format_percent
 from bilevel_jax.runs.report.results import float_or_nan, write_report
 
 JsonObject = dict[str, Any]

@@ -6,12 +6,7 @@ from typing import Any
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
 from bilevel_jax.runs.report.html import (
-    MISSING,
     Column,
-    SignedNumber,
-    format_count,
-    format_number,
-    format_percent,
     html_details,
     html_document,
     html_figure,
@@ -22,6 +17,7 @@ from bilevel_jax.runs.report.html import (
     number_tiles,
     verdict_banner,
 )
+from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_count, format_number, format_percent
 from bilevel_jax.runs.report.results import write_report
 
 JsonObject = dict[str, Any]

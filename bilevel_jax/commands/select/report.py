@@ -23,14 +23,7 @@ from bilevel_jax.runs.report.comparison import (
 from bilevel_jax.runs.report.examples import render_extreme_examples
 from bilevel_jax.runs.report.figures import Html, Series, html_element, join_html
 from bilevel_jax.runs.report.html import (
-    MISSING,
     Column,
-    MeanInterval,
-    capitalize_first,
-    format_interval,
-    format_number,
-    format_percent,
-    format_signed,
     html_details,
     html_document,
     html_figure,
@@ -41,6 +34,15 @@ from bilevel_jax.runs.report.html import (
     render_reproduction,
     render_usage,
     verdict_banner,
+)
+from bilevel_jax.runs.report.numbers import (
+    MISSING,
+    MeanInterval,
+    capitalize_first,
+    format_interval,
+    format_number,
+    format_percent,
+    format_signed,
 )
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part, read_results
 from bilevel_jax.runs.report.weights import best_record, group_weights, render_weights, weight_axis_label

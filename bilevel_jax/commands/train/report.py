@@ -23,12 +23,6 @@ from bilevel_jax.runs.report.examples import render_extreme_examples
 from bilevel_jax.runs.report.figures import Html, html_element, join_html
 from bilevel_jax.runs.report.html import (
     Column,
-    SignedNumber,
-    capitalize_first,
-    format_count,
-    format_number,
-    format_percent,
-    format_signed,
     html_details,
     html_document,
     html_figure,
@@ -40,6 +34,14 @@ from bilevel_jax.runs.report.html import (
     render_reproduction,
     render_usage,
     verdict_banner,
+)
+from bilevel_jax.runs.report.numbers import (
+    SignedNumber,
+    capitalize_first,
+    format_count,
+    format_number,
+    format_percent,
+    format_signed,
 )
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, read_results
 from bilevel_jax.runs.report.weights import (

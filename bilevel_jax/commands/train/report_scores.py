@@ -10,16 +10,8 @@ from jaxtyping import Float
 
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import NUM_COLOURS, Html, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    Column,
-    format_count,
-    format_number,
-    format_percent,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-)
+from bilevel_jax.runs.report.html import Column, html_figure, html_note, html_paragraph, html_table
+from bilevel_jax.runs.report.numbers import format_count, format_number, format_percent
 from bilevel_jax.runs.report.results import RunResults, float_or_nan
 from bilevel_jax.runs.scoring import scores
 

@@ -5,15 +5,8 @@ from typing import Any, NamedTuple
 
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Html, Series, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    MISSING,
-    Column,
-    format_number,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-)
+from bilevel_jax.runs.report.html import Column, html_figure, html_note, html_paragraph, html_table
+from bilevel_jax.runs.report.numbers import MISSING, format_number
 from bilevel_jax.runs.report.results import RunResults, float_or_nan
 
 VERDICT_STYLES = {"BELIEVE": ("good", "✓"), "UNDECIDED": ("fair", "?"), "DO NOT BELIEVE": ("bad", "✕")}

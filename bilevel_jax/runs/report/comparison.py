@@ -6,18 +6,8 @@ from typing import Any
 
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Html, IntervalRow, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    MISSING,
-    Column,
-    MeanInterval,
-    format_count,
-    format_interval,
-    html_details,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-)
+from bilevel_jax.runs.report.html import Column, html_details, html_figure, html_note, html_paragraph, html_table
+from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_count, format_interval
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part
 from bilevel_jax.runs.stats import mean_interval
 

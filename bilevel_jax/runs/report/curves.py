@@ -10,7 +10,7 @@ import numpy as np
 
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Html, Series
-from bilevel_jax.runs.report.html import engineering_exponent, format_count, format_power_of_ten
+from bilevel_jax.runs.report.numbers import engineering_exponent, format_count, format_power_of_ten
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan
 from bilevel_jax.runs.report.weights import all_equal
 

@@ -6,16 +6,8 @@ import numpy as np
 
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.report.figures import Html, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    Column,
-    SignedNumber,
-    engineering_exponent,
-    format_power_of_ten,
-    html_paragraph,
-    html_table,
-    isolate_text,
-    truncate_text,
-)
+from bilevel_jax.runs.report.html import Column, html_paragraph, html_table, isolate_text, truncate_text
+from bilevel_jax.runs.report.numbers import SignedNumber, engineering_exponent, format_power_of_ten
 from bilevel_jax.runs.report.results import RunResults
 
 EXAMPLES_PER_END = 10

@@ -8,16 +8,8 @@ import numpy as np
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.comparison import describe_oracle
 from bilevel_jax.runs.report.figures import NUM_COLOURS, Html, Series, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    MISSING,
-    Column,
-    format_number,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-    isolate_text,
-)
+from bilevel_jax.runs.report.html import Column, html_figure, html_note, html_paragraph, html_table, isolate_text
+from bilevel_jax.runs.report.numbers import MISSING, format_number
 from bilevel_jax.runs.report.results import RunResults, most_independent_part
 
 RANKING_LABELS = {
