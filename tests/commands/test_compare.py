@@ -56,8 +56,8 @@ def test_writes_what_it_promises(whole):
             assert cell["f1"] == f1_score(weights > 1, good)
             assert 0.5 * 120 < cell["passes"] <= 120 and cell["trail"][-1]["passes"] <= cell["passes"]
         assert row["mean"]["auc"] == np.mean([cell["auc"] for cell in row["runs"]])
-        assert row["interval"]["test"] > 0 and "with_v report" in row["mean"]
-    assert "own report" in rows["penalty"]["mean"] and "own report" not in rows["unrolled"]["mean"]
+        assert row["interval"]["test"] > 0 and "with_v test" in row["mean"]
+    assert "own test" in rows["penalty"]["mean"] and "own report" not in rows["unrolled"]["mean"]
     assert rows["oracle"]["mean"]["f1"] == 1 and rows["oracle+validation"]["mean"]["distance"] == 0
     assert rows["uniform"]["mean"]["passes"] == 6 and "f1" not in rows["uniform"]["mean"]
     assert rows["aligned"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
@@ -114,7 +114,7 @@ def test_every_method_runs(config, tmp_path):
 def test_sentence_names_what_is_not_told_apart():
     def row(name, values, learns=True):
         runs = [{"test": value, "with_v": {"test": value}} for value in values]
-        mean = {"test": np.mean(values), "with_v report": np.mean(values)}
+        mean = {"test": np.mean(values), "with_v test": np.mean(values)}
         return {"name": name, "learns": learns, "mean": mean, "interval": {}, "runs": runs}
 
     rows = [

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 
@@ -14,6 +13,7 @@ from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.runs.config.load import InspectConfig, load_config
 from bilevel_jax.runs.config.schema import DataSection
+from bilevel_jax.runs.tasks import builtin
 from tests.lm.data.test_tokens import CHATML, LLAMA2, bpe
 
 
@@ -111,7 +111,7 @@ def test_copies_leaks_and_overlaps_are_all_counted(look):
 def test_parts_of_the_trusted_rows_that_overlap(look, tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3, 100)))
     out = look(rows(20), rows(16, 100), "--data.test", str(tmp_path / "test.jsonl"))
-    assert "rows in both validation and test: 3\n    validation.jsonl:1 equals report.jsonl:1\n" in out
+    assert "rows in both validation and test: 3\n    validation.jsonl:1 equals test.jsonl:1\n" in out
     assert "3 rows in both validation and test; the other commands stop" in out
 
 
@@ -240,7 +240,7 @@ def test_real_data(look, shared, monkeypatch, capsys):
 
 def test_the_embedded_task_needs_no_training(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys.modules["bilevel_jax.runs.embedded"], "pretrain", None)
+    monkeypatch.setattr(builtin, "pretrain_builtin_model", None)
     assert main(["inspect", "configs/quickstart.yaml"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "OK: nothing to act on."
 

@@ -73,7 +73,7 @@ def whole(config, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "_hidden_states", counted)
-        patch.setattr(refine, "run_round", round_)
+        patch.setattr("bilevel_jax.commands.refine.run.run_round", round_)
         result = run(config, out)
     return out, result, counts
 
@@ -115,13 +115,13 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
     for at, response in enumerate(found.tokens):
         ids, supervised = corpus.get_sequence(offline + at)
         assert ids[supervised].tolist() == response.tolist()
-        before = task.corpus.get_sequence(int(found.owner[at]))
+        before = task.corpus.get_sequence(int(found.question_rows[at]))
         assert ids[~supervised].tolist() == before.ids[~before.target_mask].tolist()  # the prompt that training reads
         place = corpus.offsets[offline + at] + np.flatnonzero(supervised)
         np.testing.assert_array_equal(corpus.sampler_log_probs[place], found.log_probs[at])
     assert np.isfinite(corpus.sampler_log_probs).sum() == sum(len(one) for one in found.tokens)
     stream = made.task.full_pass_stream(0)
-    assert set(stream.batch(0)) >= {"sampler", "base"}
+    assert set(stream.batch(0)) >= {"sampler", "multiplicity"}
     token_losses = jax.jit(sft.token_losses(task.decoder, 1024))
     loss = {ratio: jax.jit(importance_weighted_losses(task.decoder, ratio=ratio)) for ratio in ("token", "none")}
     for step in range(stream.steps):
@@ -142,7 +142,7 @@ def test_a_question_counts_once(ready, tmp_path):
     stream = made.task.full_pass_stream(0)
     index, base = (
         np.concatenate([np.asarray(stream.batch(at)[name]).ravel() for at in range(stream.steps)])
-        for name in ("index", "base")
+        for name in ("index", "multiplicity")
     )
     np.testing.assert_allclose(
         base[index < made.task.num_examples], made.multiplicity[index[index < made.task.num_examples]], rtol=1e-6

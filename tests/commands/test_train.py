@@ -248,7 +248,7 @@ def test_streamed_weights_and_leaks(made, tmp_path):
     assert result["rows"]["train"] == 20 and result["weights"]["mean"] == 2
     rows = (made / "train.jsonl").read_text() + (made / "test.jsonl").read_text()
     (tmp_path / "leaky.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the validation examples, at .*report.jsonl:1"):
+    with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the validation examples, at .*test.jsonl:1"):
         run(made, tmp_path / "leaky", *STREAMED, "--data.train", str(tmp_path / "leaky.jsonl"))
 
 
@@ -316,7 +316,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, mo
 
         return whole._replace(losses=losses)
 
-    monkeypatch.setattr(task, "build_objective", objective)
+    monkeypatch.setattr("bilevel_jax.runs.tasks.text.build_objective", objective)
     result = run(made, tmp_path / "two", "--train.max-nonfinite-steps", "2")
     assert result["skipped"] == 2 and "2 steps were left out: not finite." in result["notes"]
     assert all(np.isfinite(leaf).all() for leaf in tensors(tmp_path / "two").values())

@@ -45,9 +45,9 @@ def record(step, *, ends=False, **losses):
 def readings(last=2.0123, steps=96):
     """Three readings of validation, dev and test; dev is lowest in the middle."""
     return [
-        record(0, fit=3.1234, select=3.2345, report=3.3456, ends=True),
-        record(steps // 2, fit=2.2234, select=1.9345, report=2.2456),
-        record(steps, fit=1.8765, select=2.1456, report=last, ends=True),
+        record(0, validation=3.1234, dev=3.2345, test=3.3456, ends=True),
+        record(steps // 2, validation=2.2234, dev=1.9345, test=2.2456),
+        record(steps, validation=1.8765, dev=2.1456, test=last, ends=True),
     ]
 
 
@@ -140,8 +140,8 @@ def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONF
 
 ROSE = result(readings(last=3.9))
 BEST = result(best={"step": 48, "part": "dev"}, kept="best")
-ONE_STEP = [record(0, fit=3.0, ends=True), record(1, fit=2.9, ends=True)]
-NAN = [record(0, report=math.nan, ends=True), record(96, report=math.nan, ends=True)]
+ONE_STEP = [record(0, validation=3.0, ends=True), record(1, validation=2.9, ends=True)]
+NAN = [record(0, test=math.nan, ends=True), record(96, test=math.nan, ends=True)]
 CASES = {
     "whole": {},
     "rose": {"told": ROSE},
@@ -167,7 +167,7 @@ CASES = {
     "losses that are not finite": {"log": events(loss=lambda step: None if step % 2 else step / 7)},
     "no finite loss": {"log": events(loss=lambda step: None)},
     "validation that is not finite": {"told": result(NAN)},
-    "a loss that is null": {"told": result([record(0, fit=None, ends=True), record(96, fit=None, ends=True)])},
+    "a loss that is null": {"told": result([record(0, validation=None, ends=True), record(96, validation=None, ends=True)])},
     "nothing measured": {"told": result(tokens_per_second=None, tokens=0, seconds=0.0)},
     "resumed": {"told": result(resumed=40)},
     "all parameters": {

@@ -111,9 +111,9 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
     share = 1 / (1 + gamma)
     state = method.init(toy.params)
     state = state._replace(
-        inner=state.train_state._replace(params=theta),
-        copy=state.second_model._replace(params=u),
-        outer=state.weights_state._replace(logits=h),
+        train_state=state.train_state._replace(params=theta),
+        second_model=state.second_model._replace(params=u),
+        weights_state=state.weights_state._replace(logits=h),
     )
     theta, u, h = jax.tree.map(np.array, (theta, u, h))  # the step donates its state
     after, info = method.step(state, toy.fixed, batch, held_out)
@@ -219,7 +219,7 @@ def test_permuting_rows_permutes_weights(name):
     method = made(toy, name)
     plain, moved = drive(method, toy, 12), drive(method, toy._replace(train=Stream(renamed, 24)), 12)
     assert relative(method.weights(moved)[place], method.weights(plain)) < 1e-12
-    assert relative(moved.inner.params, plain.inner.params) < 1e-12
+    assert relative(moved.train_state.params, plain.train_state.params) < 1e-12
 
 
 @pytest.mark.parametrize("name", SELECTORS)

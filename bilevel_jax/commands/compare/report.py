@@ -29,9 +29,9 @@ TABLE_COLUMNS = (
     ("f1", "F1", "good rows = weight above 1"),
     ("test", "test", "retrained with the weights"),
     ("accuracy", "accuracy", "the same"),
-    ("with_v report", "test, with V", "retrained with the weights and validation"),
+    ("with_v test", "test, with V", "retrained with the weights and validation"),
     ("with_v accuracy", "accuracy, with V", "the same"),
-    ("own report", "test, own model", "the method's own, trained on V"),
+    ("own test", "test, own model", "the method's own, trained on V"),
     ("own accuracy", "accuracy, own model", "the same"),
     ("distance", "to oracle + V", "test less that of oracle + validation, by seed"),
     ("ess", "ESS", "rows"),
@@ -96,7 +96,7 @@ def summarize_comparison(result: JsonObject) -> str:
         parts += _describe_leader(methods, "auc", -1, "ranks the rows best", "AUC")
         parts += _describe_leader(methods, "f1", -1, "sorts them best", "F1")
     parts += _describe_leader(
-        methods, "with_v report", 1, "trained again with its weights and validation is lowest on test", "L_v"
+        methods, "with_v test", 1, "trained again with its weights and validation is lowest on test", "L_v"
     )
     rows = {row["name"]: row for row in result["rows"]}
     if ranked_texts := [

@@ -344,7 +344,7 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
         for key in runs[0].get(of) or ():
             readings[f"{of} {key}"] = [cell[of][key] for cell in runs]
     if goal := cells.get("oracle+validation"):
-        mine = readings.get("with_v report") or readings.get("test") or readings["own report"]
+        mine = readings.get("with_v test") or readings.get("test") or readings["own test"]
         readings["distance"] = [loss - other["test"] for loss, other in zip(mine, goal, strict=True)]
     for source in runs[0].get("sources") or ():
         readings[f"weight of {source}"] = [cell["sources"][source] for cell in runs]

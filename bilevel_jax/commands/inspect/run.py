@@ -53,7 +53,7 @@ def inspect(config: InspectConfig) -> str:
         train = examples.load_examples(resolved.data.train, options, empty.append)
         trusted = splits.load_held_out(resolved.data, options, empty.append)
     examples_by_part = {"training": train} | {
-        f"V_{part}": part_examples for part, part_examples in trusted.items() if part_examples
+        part: part_examples for part, part_examples in trusted.items() if part_examples
     }
     parts = [
         survey_part(name, part_examples, tokenizer, resolved.data, limit)
@@ -233,7 +233,7 @@ def _describe_duplicates(duplicates: Duplicates) -> list[str]:
     add_group(leaked, "training examples that also stand in the validation examples", equal)
     for (first, other), pairs in duplicates.overlaps.items():
         equal = (f"{_format_place(a)} equals {_format_place(b)}" for a, b in pairs)
-        add_group(len(pairs), f"rows in both V_{first} and V_{other}", equal)
+        add_group(len(pairs), f"rows in both {first} and {other}", equal)
     lines = lines or ["No row stands twice: no copies, no leaks."]
     prompts = (
         f"training examples on {_format_quantity(len(duplicates.repeated_prompts), 'prompt')} with several responses"
@@ -381,7 +381,7 @@ def _find_errors(
         leaked = len({row.id for row, _ in duplicates.leaks})
         yield f"leaks: {_format_quantity(leaked, 'training example')} among the validation examples; the other commands {does}"
     for (first, other), pairs in duplicates.overlaps.items():
-        both = f"{_format_quantity(len(pairs), 'row')} in both V_{first} and V_{other}"
+        both = f"{_format_quantity(len(pairs), 'row')} in both {first} and {other}"
         yield f"{both}; the other commands stop: remove them from one"
 
 

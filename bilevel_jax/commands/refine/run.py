@@ -116,7 +116,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
     )
     if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
         raise ValueError(
-            f"no rows for {' and '.join(f'V_{part}' for part in missing)}: candidates are trained by validation and judged "
+            f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and judged "
             "on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
     question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
@@ -333,7 +333,7 @@ def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarr
     values = values[np.sort(index[index != PADDING])]
     if not np.isfinite(values).all():
         raise FloatingPointError(
-            f"the loss of a row of V_{part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
+            f"the loss of a row of {part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
         )
     return values
 

@@ -171,7 +171,7 @@ def render_headline(run: RunResults) -> Html:
     amount = f"{format_interval(MeanInterval(abs(gain.mean), gain.half_width)).removeprefix('+')} {run.unit}"
     if math.isnan(gain.half_width):
         words = (
-            f"Learned weights {_direction_verb(gain.mean)} L_v on {PART_LABELS[part]} by {format_number(abs(gain.mean))} {run.unit} against "
+            f"Learned weights {_direction_verb(gain.mean)} {PART_LABELS[part]} loss by {format_number(abs(gain.mean))} {run.unit} against "
             "uniform weights, with one seed: no interval, so this may be chance."
         )
     elif abs(gain.mean) <= gain.half_width:
@@ -181,7 +181,7 @@ def render_headline(run: RunResults) -> Html:
         )
     else:
         words = (
-            f"Learned weights {_direction_verb(gain.mean)} L_v on {PART_LABELS[part]} by {amount} against uniform weights, "
+            f"Learned weights {_direction_verb(gain.mean)} {PART_LABELS[part]} loss by {amount} against uniform weights, "
             f"over {describe_seeds(run)}."
         )
     return join_html(html_element("b", words), where)
@@ -196,7 +196,7 @@ def render_key_numbers(run: RunResults) -> Html:
         if row := find_variant(run, name):
             cells.append(
                 (
-                    f"L_v on {PART_LABELS[part]}, {name}",
+                    f"{PART_LABELS[part]} loss, {name}",
                     format_interval(variant_interval(row, part)).removeprefix("+"),
                     run.unit,
                 )

@@ -409,7 +409,7 @@ def summarize_training(result: dict[str, Any]) -> str:
         return f"{steps_text}; no validation examples were given, so nothing says whether the model became better."
     before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
     direction = "fell" if after < before else "ROSE"
-    return f"{steps_text}; L_v on V_{part} {direction} from {before:.4f} to {after:.4f} {result['unit']}."
+    return f"{steps_text}; {part} loss {direction} from {before:.4f} to {after:.4f} {result['unit']}."
 
 
 def _is_best(records: list[dict[str, Any]], record: dict[str, Any]) -> bool:

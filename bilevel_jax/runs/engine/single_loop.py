@@ -95,12 +95,12 @@ def run_single_loop(
     records: list[dict[str, Any]] = []
     if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
-        session.advance(single_loop_step_work(config) * int(state.inner.step))
+        session.advance(single_loop_step_work(config) * int(state.train_state.step))
 
     def make_record(step: int, seconds: float) -> dict[str, Any]:
         weights = compiled_method.weights(state)
         loss = {
-            part: float(validation_loss(state.inner.params, fixed, task.held_out_streams[part]))
+            part: float(validation_loss(state.train_state.params, fixed, task.held_out_streams[part]))
             if part in task.held_out_streams
             else None
             for part in PART_NAMES
@@ -126,7 +126,7 @@ def run_single_loop(
     began = time.monotonic()
     if not records:
         records.append(make_record(0, 0.0))
-    for step in range(int(state.inner.step), steps):
+    for step in range(int(state.train_state.step), steps):
         state, _ = compiled_method.step(state, fixed, train_stream.batch(step), validation_stream.batch(step))
         session.advance(single_loop_step_work(config))
         steps_done, due = step + 1, session.should_save()
@@ -140,12 +140,12 @@ def run_single_loop(
             session.mark_saved()
     weights = compiled_method.weights(state)
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
-        params, stream = state.inner.params, task.full_pass_stream(seed=0)
+        params, stream = state.train_state.params, task.full_pass_stream(seed=0)
         end = config.single_loop.temperatures[1]
         weights = multiobjective.compute_weights(
             task.problem, params, state.reference, fixed, stream, task.num_examples, end
         )
-    return SingleLoopResult(fetch_to_host(weights), state.inner.params, records, compiled_method.estimand)
+    return SingleLoopResult(fetch_to_host(weights), state.train_state.params, records, compiled_method.estimand)
 
 
 def run_single_loop_with_baselines(

@@ -135,8 +135,8 @@ def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, 
             )
             for row in rows
         ],
-        f"L_v, {run.unit}" if second_part else f"L_v on {PART_LABELS[part]}, {run.unit}",
-        names=(f"L_v on {PART_LABELS[part]}", "validation loss") if second_part else ("", ""),
+        f"L_v, {run.unit}" if second_part else f"{PART_LABELS[part]} loss, {run.unit}",
+        names=(f"{PART_LABELS[part]} loss", "validation loss") if second_part else ("", ""),
         width=780 if second_part else 520,
         reference=variant_interval(uniform, part).mean if uniform else math.nan,
     )

@@ -37,8 +37,8 @@ def html_document(title: str, heading: str, intro: Html, lead: Html, sections: S
     )
     head = join_html(
         html_element("meta", charset="utf-8"),
-        html_element("meta", tag="viewport", content="width=device-width, initial-scale=1"),
-        html_element("meta", tag="color-scheme", content="light dark"),
+        html_element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        html_element("meta", name="color-scheme", content="light dark"),
         html_element("title", title),
         Html(f"<style>{PAGE_STYLE}{figures.FIGURE_STYLE}</style>"),
     )

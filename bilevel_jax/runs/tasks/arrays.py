@@ -231,7 +231,7 @@ def prepare_array_task(
         notes=[
             f"training: {arrays.train_examples:,} rows of {dataset.name}, {noise_share:.0%} of their labels changed, {noise_description}: "
             f"{1 - clean_mask.mean():.1%} are wrong. "
-            + ", ".join(f"V_{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
+            + ", ".join(f"{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
             + "."
         ],
         corpus=corpus,

@@ -35,7 +35,7 @@ def load_splits(config: DataSection) -> DataSplits:
         else f"training: {examples.summarize_examples(train)}"
     ]
     notes += [
-        f"V_{part}: {examples.summarize_examples(part_examples)}"
+        f"{part}: {examples.summarize_examples(part_examples)}"
         for part, part_examples in held_out.items()
         if part_examples
     ]
@@ -45,8 +45,8 @@ def load_splits(config: DataSection) -> DataSplits:
         for other_part in other_parts:
             if pairs := examples.find_leaks(held_out[part], held_out[other_part]):
                 raise ValueError(
-                    f"{len(pairs)} validation examples stand in both V_{part} and V_{other_part}, the first: {pairs[0][0].where} "
-                    f"and {pairs[0][1].where}. V_{other_part} would not be independent: remove them from one."
+                    f"{len(pairs)} validation examples stand in both {part} and {other_part}, the first: {pairs[0][0].where} "
+                    f"and {pairs[0][1].where}. {other_part} would not be independent: remove them from one."
                 )
     leaked_pairs = examples.find_leaks(train, [example for part in held_out.values() for example in part])
     if leaked_pairs and config.leaks == "error":

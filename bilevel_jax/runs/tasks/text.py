@@ -209,7 +209,7 @@ def group_by_corpus(
 ) -> dict[str, list[Example]]:
     """The rows of each corpus of a `Text`."""
     joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("validation", [])}
-    return joint | {f"V_{part}": part_examples for part, part_examples in held_out.items()}
+    return joint | dict(held_out.items())
 
 
 def compose_text_task(
@@ -277,7 +277,7 @@ def compose_text_task(
         corpus=corpus,
         held_out_streams={
             part: cache_stream(
-                mesh, batches.make_evaluation_stream(corpora[f"V_{part}"], layout.unpacked, local_rows=local_slots)
+                mesh, batches.make_evaluation_stream(corpora[part], layout.unpacked, local_rows=local_slots)
             )
             for part in tokenized_data.held_out_examples
         },

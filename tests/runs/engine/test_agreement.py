@@ -28,7 +28,7 @@ def free_port() -> int:
 def two_processes(tmp_path) -> dict[str, np.ndarray]:
     """Each with four of the eight devices."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    command = [sys.executable, "-m", "tests.runs.agreement", f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "tests.runs.engine.agreement", f"127.0.0.1:{free_port()}"]
     running = [
         subprocess.Popen(
             [*command, str(number), str(tmp_path / "found.npz")], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}

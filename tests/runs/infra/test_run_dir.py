@@ -83,8 +83,8 @@ def test_a_record_without_a_step_is_refused(tmp_path):
 
 HOLDER = """
 import sys, time
-from bilevel_jax.runs.files import lock
-with lock(sys.argv[1]):
+from bilevel_jax.runs.infra.run_dir import lock_run_dir
+with lock_run_dir(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """

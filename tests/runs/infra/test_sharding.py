@@ -67,7 +67,7 @@ def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
     ).batch(0)
     fixed, part = {"base": None, "start": None}, step.gather(place_table(mesh, jnp.ones(20)), batch)
     after, info = step.forward(state, part, fixed, batch)
-    adjoint = Adjoint(info.grad, tree.inexact_leaves(jax.tree.map(jnp.zeros_like, state.opt)))
+    adjoint = Adjoint(info.grad, tree.inexact_leaves(jax.tree.map(jnp.zeros_like, state.opt_state)))
     back, _ = step.backward(state, info.grad, part, fixed, batch, adjoint)
     for some in (state, after, info.grad, back):
         here, all_of_it = kept(some)

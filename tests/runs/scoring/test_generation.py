@@ -56,7 +56,7 @@ def test_responses_are_kept_as_they_come_and_read_after_a_stop(params, tmp_path)
     assert len(lines(tmp_path / "whole")) == 6
     folder = tmp_path / "stopped"
     with opened(folder) as work:
-        work.stop(signal.SIGTERM, None)
+        work.handle_signal(signal.SIGTERM, None)
         with pytest.raises(Interrupted):
             make_generator_factory(SETTINGS, MODEL, Words(), MESH, work)(params)(PROMPTS, (0, 1))
     assert len(lines(folder)) == 1

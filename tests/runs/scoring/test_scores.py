@@ -176,7 +176,7 @@ def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective
     assert 0 < weights.mean() < 1
     weigh = moving.problem.gather(moving.step_weights(3), batch)
     _, grad = jax.jit(partial(inner_loss_and_grad, task.problem))(params, weigh, fixed, batch)
-    whole = task_of(made, tmp_path, *flags[:-1], "1").stream(told.data.seed).batch(3)
+    whole = task_of(made, tmp_path, *flags[:-1], "1").training_stream(told.data.seed).batch(3)
     one = {name: leaf[0] for name, leaf in whole.items()}
     assert np.array_equal(np.asarray(one["index"]), index)
     given = jnp.asarray(weights, jnp.float32)
@@ -200,7 +200,7 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
         other = Reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
         other.update_scores(3, task.init_params(0))
     assert one.refresh_steps == (0, 2) and list(other.scores_by_step) == [0, 2]
-    order = task.order(0)
+    order = task.data_order(0)
     for step, scores in ((1, values[0]), (2, np.where(np.isnan(values[2]), -35.0, values[2]))):
         got = np.asarray(one.step_weights(step)).ravel()
         assert np.allclose(got, ((scores - scores.min()) / 35)[order(step)])
@@ -262,7 +262,7 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
 
     (tmp_path / "other").mkdir()
     with opened(tmp_path / "other") as work, pytest.raises(session.Interrupted):
-        work.stop(signal.SIGTERM, None)
+        work.handle_signal(signal.SIGTERM, None)
         compute_score("ica", task, params, settings, work)
     kept = tmp_path / "other" / "checkpoints" / "answers.jsonl"
     assert kept.stat().st_size > 0

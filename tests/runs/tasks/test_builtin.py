@@ -1,6 +1,5 @@
 """The embedded tasks in a config: their files and options, and what their models know before the run."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.runs.config.load import InspectConfig, SelectConfig
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OutputSection, VerifierSection
 from bilevel_jax.runs.scoring.verifiers import make_verifier
+from bilevel_jax.runs.tasks import builtin
 from bilevel_jax.runs.tasks.builtin import parse_builtin_reference, resolve_builtin, resolve_builtin_untrained
 
 SUMS = DataSection(
@@ -27,7 +27,7 @@ SUMS = DataSection(
 
 
 def test_files_and_options(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["bilevel_jax.runs.embedded"], "pretrain", None)  # nothing is trained
+    monkeypatch.setattr(builtin, "pretrain_builtin_model", None)  # nothing is trained
     rows = InspectConfig(data=replace(SUMS, train=(*SUMS.train, "own.jsonl")))
     found = resolve_builtin(rows, tmp_path).data
     assert found.train == (str(tmp_path / "input" / "train.jsonl"), "own.jsonl")
@@ -56,9 +56,9 @@ def test_files_and_options(tmp_path, monkeypatch):
             r"builtin:sum is no embedded task; they are \['builtin:cipher', 'builtin:sums'\]",
         ),
         (replace(SUMS, train=("builtin:cipher",)), "are two embedded tasks; a run has room for one"),
-        (replace(SUMS, test=("builtin:sums?train=9",)), r"rows=9: options of an embedded task are set in data.train"),
+        (replace(SUMS, test=("builtin:sums?train=9",)), r"train=9: options of an embedded task are set in data.train"),
         (replace(SUMS, train=("builtin:sums?corupted=1",)), "has no option 'corupted'; .* Did you mean corrupted?"),
-        (replace(SUMS, train=("builtin:sums?train=few",)), "rows='few' is no int"),
+        (replace(SUMS, train=("builtin:sums?train=few",)), "train='few' is no int"),
         (replace(SUMS, train=("builtin:sums", "builtin:sums?train=9")), "with two sets of options"),
     ],
 )

@@ -1,0 +1,3 @@
+"""The fixtures of the tiny task."""
+
+from tests.tiny_task import made, stop_at  # noqa: F401
