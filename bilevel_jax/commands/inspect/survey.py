@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,9 +191,7 @@ def find_copies(train: Sequence[Example], trusted: dict[str, list[Example]]) -> 
     """What stands twice among the training examples, among the validation examples, and in both."""
     trusted_examples = [row for part in trusted.values() for row in part]
     names = [part for part in trusted if trusted[part]]
-    pairs = {
-        (item, other): find_leaks(trusted[item], trusted[other]) for item in names for other in names if item < other
-    }
+    pairs = {(part, other): find_leaks(trusted[part], trusted[other]) for part, other in combinations(names, 2)}
     by_prompt: dict[str, list[Example]] = {}
     for example in train:
         by_prompt.setdefault(_normalize_prompt(example), []).append(example)
