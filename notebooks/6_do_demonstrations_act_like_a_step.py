@@ -45,9 +45,14 @@ from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.examples import Example, Turn, load_examples
 from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, make_loglik_scorer
 from bilevel_jax.lm.losses import sft
-from bilevel_jax.runs.bootstrap import bootstrap_rank_correlations, percentile_interval, resample_counts
 from bilevel_jax.runs.config.schema import OptimizerSection
-from bilevel_jax.runs.stats import auc, rank_correlation
+from bilevel_jax.runs.stats import (
+    auc,
+    bootstrap_rank_correlations,
+    percentile_interval,
+    rank_correlation,
+    resample_counts,
+)
 from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.scores.demonstrations import demonstration_selector

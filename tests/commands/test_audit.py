@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 
 from bilevel_jax.cli import main
 from bilevel_jax.commands.audit import retrains
 from bilevel_jax.commands.audit.judge import choose_score
 from bilevel_jax.commands.audit.run import audit
 from bilevel_jax.core.certify import Verdict
-from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.load import AuditConfig, load_config
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.stats import auc, rank_correlation
@@ -56,14 +57,15 @@ def test_weighted_ranks_are_those_of_repeated_items():
     random = np.random.default_rng(0)
     one = np.round(random.normal(size=(3, 20)), 1)  # with ties
     other = one + random.normal(size=(3, 20))
-    counts = bootstrap.resample_counts(20, (1, 2))
-    assert counts.shape == (1 + bootstrap.NUM_RESAMPLES, 20) and (counts[0] == 1).all() and (counts.sum(1) == 20).all()
-    found = bootstrap.bootstrap_rank_correlations(one, other, counts)
+    counts = stats.resample_counts(20, (1, 2))
+    assert counts.shape == (1 + stats.NUM_RESAMPLES, 20) and (counts[0] == 1).all() and (counts.sum(1) == 20).all()
+    found = stats.bootstrap_rank_correlations(one, other, counts)
     for draw in (0, 1, 77):
         items = np.repeat(np.arange(20), counts[draw])
         for pair in range(3):
-            assert abs(found[draw, pair] - rank_correlation(one[pair, items], other[pair, items])) < 1e-12
-    read = bootstrap.percentile_interval(found[:, 0])
+            expected = spearmanr(one[pair, items], other[pair, items]).statistic
+            assert abs(found[draw, pair] - expected) < 1e-12
+    read = stats.percentile_interval(found[:, 0])
     assert read.low < read.value == found[0, 0] < read.high
 
 
@@ -162,8 +164,8 @@ def test_text_with_every_score(made, tmp_path):
 
 def line(name, low, value=0.5, report=0.5):
     lds = {
-        "validation": [bootstrap.BootstrapInterval(value, low, 0.9)],
-        "test": [bootstrap.BootstrapInterval(report, low, 0.9)],
+        "validation": [stats.BootstrapInterval(value, low, 0.9)],
+        "test": [stats.BootstrapInterval(report, low, 0.9)],
     }
     return {"name": name, "lds": lds, "passes": 10.0}
 

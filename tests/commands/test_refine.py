@@ -19,10 +19,10 @@ from bilevel_jax.commands.refine.run import make_generator_factory, prepare_refi
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.losses.importance import importance_weighted_losses
-from bilevel_jax.runs.bootstrap import bootstrap_paired_gain
 from bilevel_jax.runs.config.load import RefineConfig, load_config
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from bilevel_jax.runs.stats import bootstrap_paired_gain
 
 CONFIG = """
 model: {{name_or_path: {made}/model}}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from bilevel_jax.commands.audit import retrains
 from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
-from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.load import SelectConfig
 from bilevel_jax.runs.engine.outer_loop import good_label_mask
 from bilevel_jax.runs.stats import auc
@@ -47,7 +47,7 @@ def judge_scores(
     trainable, seed = task.trainable_indices(), config.data.seed
     good = good_label_mask(task, config)
     exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
-    counts = bootstrap.resample_counts(len(trainable), (seed, 4))
+    counts = stats.resample_counts(len(trainable), (seed, 4))
     draws = {
         score.name: retrains.compute_lds(retrain_losses, score.values, score.query_values, seed) for score in scores
     }
@@ -61,16 +61,16 @@ def judge_scores(
             "notes": score.notes,
             "own_queries": score.query_values is not None,
             "lds": {
-                target: [bootstrap.percentile_interval(some) for some in by_fraction]
+                target: [stats.percentile_interval(some) for some in by_fraction]
                 for target, by_fraction in draws[score.name].items()
             },
             "auc": None if good is None else auc(score.values[trainable], good[trainable]),
         }
         if exact is not None and score.name != EXACT_ESTIMATOR:
-            correlations = bootstrap.bootstrap_rank_correlations(
+            correlations = stats.bootstrap_rank_correlations(
                 score.values[None, trainable], exact[None, trainable], counts
             )[:, 0]
-            line["rank"] = bootstrap.percentile_interval(correlations)
+            line["rank"] = stats.percentile_interval(correlations)
         lines.append(line)
     certificate_verdict = certification[1] if certification else None
     return {
@@ -153,8 +153,8 @@ def choose_score(
 
 def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: str, target: str) -> bool:
     """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
-    return bootstrap.percentile_interval(draws[name][target][0] - draws[other][target][0]).low > 0
+    return stats.percentile_interval(draws[name][target][0] - draws[other][target][0]).low > 0
 
 
-def _format_reading(reading: bootstrap.BootstrapInterval) -> str:
+def _format_reading(reading: stats.BootstrapInterval) -> str:
     return f"{reading.value:.2f} [{reading.low:.2f}, {reading.high:.2f}]"

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
 from bilevel_jax.core.unrolled import validation_loss_fn
-from bilevel_jax.runs import bootstrap
+from bilevel_jax.runs import stats
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.arrays import ArrayTask
 from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
@@ -157,10 +157,10 @@ def compute_lds(
         scores_by_target[target] = []
         for index in range(len(retrains.fractions)):
             actual = losses[index].T
-            counts = bootstrap.resample_counts(actual.shape[1], (seed, index))
+            counts = stats.resample_counts(actual.shape[1], (seed, index))
             lines = np.broadcast_to(predicted[:, index], actual.shape)
-            correlations = bootstrap.bootstrap_rank_correlations(lines, actual, counts)
-            query_counts = bootstrap.resample_counts(len(actual), (seed, index, 1)) * np.isfinite(correlations)
+            correlations = stats.bootstrap_rank_correlations(lines, actual, counts)
+            query_counts = stats.resample_counts(len(actual), (seed, index, 1)) * np.isfinite(correlations)
             with np.errstate(invalid="ignore"):  # nan where a score foretells the same for every subset
                 scores_by_target[target].append(
                     (query_counts * np.nan_to_num(correlations)).sum(1) / query_counts.sum(1)

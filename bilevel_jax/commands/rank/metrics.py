@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.runs import bootstrap
-from bilevel_jax.runs.bootstrap import BootstrapInterval
+from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import RankSection
 from bilevel_jax.runs.report.numbers import format_number
-from bilevel_jax.runs.stats import rank_correlation
+from bilevel_jax.runs.stats import BootstrapInterval, rank_correlation
 from bilevel_jax.scores import strategies
 
 ResponseMeasures = dict[str, Float[np.ndarray, "blocks block strategies"]]
@@ -110,7 +109,7 @@ def make_strategy_score(name: str, options: RankSection) -> StrategyScore:
 
 def resample_questions(blocks: int, block_size: int, seed: int) -> Int[np.ndarray, "draws blocks block"]:
     """Questions of each block, drawn from it with replacement."""
-    return np.random.default_rng((seed, 5)).integers(0, block_size, (bootstrap.NUM_RESAMPLES, blocks, block_size))
+    return np.random.default_rng((seed, 5)).integers(0, block_size, (stats.NUM_RESAMPLES, blocks, block_size))
 
 
 def correlate_metrics(scores: dict[str, Float[np.ndarray, "strategies"]]) -> dict[str, dict[str, float]]:
@@ -131,13 +130,13 @@ def pick_strategy(
     title, sign = METRICS[metric].title, METRICS[metric].sign
     order = np.argsort(-sign * draws[0], kind="stable")
     best, second = int(order[0]), int(order[1])
-    gaps = [bootstrap.percentile_interval(sign * (draws[:, best] - draws[:, other])) for other in order[1:].tolist()]
+    gaps = [stats.percentile_interval(sign * (draws[:, best] - draws[:, other])) for other in order[1:].tolist()]
     close = [names[int(other)] for other, gap in zip(order[1:], gaps, strict=True) if not gap.low > 0]
     end = "least" if sign < 0 else "largest"
     num_first = sum(block == 1 for block in lines[best]["ranks"])
     explanation = (
-        f"{names[best]} has the {end} {title}, {_format_reading(bootstrap.percentile_interval(draws[:, best]))}, then {names[second]}, "
-        f"{_format_reading(bootstrap.percentile_interval(draws[:, second]))}; by {_format_reading(gaps[0], 3)} on the same questions, and it is first "
+        f"{names[best]} has the {end} {title}, {_format_reading(stats.percentile_interval(draws[:, best]))}, then {names[second]}, "
+        f"{_format_reading(stats.percentile_interval(draws[:, second]))}; by {_format_reading(gaps[0], 3)} on the same questions, and it is first "
         f"in {num_first} of {len(lines[best]['ranks'])} blocks."
     )
     if gaps[0].low > 0:
@@ -178,8 +177,8 @@ def _strategy_records(
     ranks = (sign * block_scores[:, None, :] > sign * block_scores[:, :, None]).sum(-1) + 1
     return [
         {
-            "score": bootstrap.percentile_interval(draws[:, at]),
-            "behind": bootstrap.percentile_interval(sign * (draws[:, best] - draws[:, at])) if at != best else None,
+            "score": stats.percentile_interval(draws[:, at]),
+            "behind": stats.percentile_interval(sign * (draws[:, best] - draws[:, at])) if at != best else None,
             "blocks": block_scores[:, at].tolist(),
             "spread": float(np.std(block_scores[:, at], ddof=1)) if len(block_scores) > 1 else math.nan,
             "ranks": ranks[:, at].tolist(),
@@ -192,7 +191,7 @@ def _resample_scores(
     score: StrategyScore, measures: ResponseMeasures, resamples: Int[np.ndarray, "draws blocks block"]
 ) -> list[np.ndarray]:
     """The scores of each resample; a few resamples at a time."""
-    size = max(1, bootstrap.MAX_BLOCK_ELEMENTS // max(values.size for values in measures.values()))
+    size = max(1, stats.MAX_BLOCK_ELEMENTS // max(values.size for values in measures.values()))
     scores = []
     for start in range(0, len(resamples), size):
         indices = resamples[start : start + size, ..., None]

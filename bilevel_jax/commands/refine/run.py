@@ -33,7 +33,6 @@ from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses.sft import assemble_params
-from bilevel_jax.runs.bootstrap import bootstrap_paired_gain
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
@@ -44,6 +43,7 @@ from bilevel_jax.runs.scoring import verifiers
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.scoring.verifiers import Verifier
+from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.text import Task, evaluate_per_example, prepare_text_task
