@@ -1,5 +1,6 @@
 """What every test stands on: eight simulated devices, a compilation cache, strict shapes, the shared data."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,46 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FAST = (
+    "test_layers.py",
+    "test_repository.py",
+    "core/test_certify.py",
+    "core/test_checkpointing.py",
+    "core/test_training.py",
+    "core/test_weightings.py",
+    "lm/builtin",
+    "lm/data",
+    "lm/inference/test_prompts.py",
+    "lm/inference/test_openai.py",
+    "scores",
+    "runs/config",
+    "runs/infra/test_inputs.py",
+    "runs/infra/test_run_dir.py",
+    "runs/engine/test_nonfinite.py",
+    "runs/engine/test_outer_loop.py",
+    "runs/engine/test_selection.py",
+    "runs/engine/test_trajectory_store.py",
+    "commands/test_inspect.py",
+)
+"""Files and folders of tests that compile little: `pytest -m fast`, for the inner loop of work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast; a test that is marked slow stays out."""
+    here = Path(__file__).parent
+    for item in items:
+        name = str(item.path.relative_to(here))
+        if any(name == entry or name.startswith(f"{entry}/") for entry in FAST) and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """A file's compiled programs go with it: a process that kept those of all files would grow to 5 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 KILLS = 12
 """For each kind of run: with four of them the runs are killed 48 times."""
 FLAGS = {
-    "dev": ("--outer.steps", "3", "--outer.method", "unrolled"),
+    "select": ("--outer.steps", "3", "--outer.method", "unrolled"),
     "states on disk": ("--outer.steps", "3", "--outer.offload", "disk", "--outer.memory-gib", "1e-3"),
     "implicit": ("--outer.steps", "2", "--outer.method", "implicit", "--outer.proximal", "0.5"),
     "train": ("--train.num-epochs", "20"),
@@ -25,30 +25,30 @@ SAVE = ("--output.save-minutes", "0.002")
 """After every few steps."""
 
 
-def start(verb, made, out, *flags):
-    config = made / ("train.yaml" if verb == "train" else "select.yaml")
-    command = [sys.executable, "-m", "bilevel_jax.cli", "train" if verb == "train" else "select", str(config)]
-    command += [*FLAGS[verb], *SAVE, "--out", str(out), *flags]
+def start(command, made, out, *flags):
+    config = made / ("train.yaml" if command == "train" else "select.yaml")
+    arguments = [sys.executable, "-m", "bilevel_jax.cli", "train" if command == "train" else "select", str(config)]
+    arguments += [*FLAGS[command], *SAVE, "--out", str(out), *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FLAGS)
-def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
+def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, command):
     """SIGKILL and SIGTERM in turn, at moments drawn over the whole run: imports, training, sweep, solve, export."""
-    draw = random.Random(verb)
+    draw = random.Random(command)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()
-    assert start(verb, made, whole).communicate()[0] is not None
+    assert start(command, made, whole).communicate()[0] is not None
     seconds = time.monotonic() - began
     assert (whole / "report.html").exists()
     died, resumed = 0, 0
     while died < KILLS:
         flags = ("--resume",) if (out / "config.yaml").exists() else ()
         resumed += bool(flags)
-        run = start(verb, made, out, *flags)
+        run = start(command, made, out, *flags)
         try:
             run.wait(draw.uniform(0.2, 1.0) * seconds)
         except subprocess.TimeoutExpired:
@@ -60,7 +60,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(made, tmp_path, verb):
             same(whole, out)
             shutil.rmtree(out)
     flags = ("--resume",) if (out / "config.yaml").exists() else ()
-    run = start(verb, made, out, *flags)
+    run = start(command, made, out, *flags)
     assert run.communicate()[0] is not None and run.returncode == 0
     same(whole, out)
     assert resumed >= KILLS // 3  # or hardly any was killed at work
@@ -71,15 +71,15 @@ def test_a_killed_export_leaves_nothing_or_all_of_it(made, tmp_path):
     """What is there is whole; where it is not there, exporting again writes it."""
     draw, run, out = random.Random(0), tmp_path / "run", tmp_path / "rows"
     assert start("dev", made, run).communicate()[0] is not None
-    command = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.format", "axolotl"]
-    command += ["--out", str(out)]
+    arguments = [sys.executable, "-m", "bilevel_jax.cli", "export", str(run), "--export.format", "axolotl"]
+    arguments += ["--out", str(out)]
     began = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - began
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     shutil.rmtree(out)
     for _ in range(KILLS):
-        export = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        export = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             export.wait(draw.uniform(0.7, 1.05) * seconds)
         except subprocess.TimeoutExpired:
