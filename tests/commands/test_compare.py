@@ -153,8 +153,8 @@ def test_text_with_weights_per_source(made, tmp_path):
 WRONG = {
     "a budget too small": (["--compare.budget", "50"], "too small to move a weight twice; needed: unrolled"),
     "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
-    "a method twice": (["--compare.methods", "mixing", "mixing"], "name each method once"),
-    "packing": (["--data.packing"], "packing cannot know beforehand"),
+    "a method twice": (["--compare.methods", "mixing", "mixing"], "compare.methods = .* name each once"),
+    "packing": (["--data.packing"], "packing cannot know the orders"),
     "no file": (["--data.train", "nowhere.npz"], "nowhere.npz: no such file"),
     "too few rows": (["--arrays.validation-examples", "5000"], "has 120 in x_train"),
     "text without validation examples": (["--data.train", "rows.jsonl"], "name the validation examples"),

@@ -250,7 +250,7 @@ def test_the_embedded_task_needs_no_training(capsys, monkeypatch):
     [
         (["--show.examples", "-1"], "show.examples = -1: must be 0 (show none) or more"),
         (["--show.max-tokens", "1"], "show.max_tokens = 1: must be 2 or more"),
-        (["--show.width", "20"], "show.width = 20: must be 0 (the terminal's) or 40 or more"),
+        (["--show.width", "20"], "show.width = 20: must be 0 (the terminal's), or 40 or more"),
         ([], "data.train = ()"),
     ],
 )

@@ -203,7 +203,7 @@ WRONG = {
     "best without dev": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no rows"),
     "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
     "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
-    "smoothing of sft": (("--objective.label-smoothing", "0.1"), "only dpo has it"),
+    "smoothing of sft": (("--objective.label-smoothing", "0.1"), "is for dpo only"),
 }  # fmt: skip
 
 

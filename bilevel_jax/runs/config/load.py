@@ -1,4 +1,4 @@
-"""What each command is told: its sections, filled from a YAML file and the command line, checked at the border."""
+"""Config file loading, command-line overrides and resume checks"""
 
 import dataclasses
 import hashlib
@@ -10,235 +10,197 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.rules import check_config, flatten_config
-from bilevel_jax.runs.config.schema import (
-    ArraysSection,
-    AuditSection,
-    CertifySection,
-    CompareSection,
-    DataSection,
-    DistributedSection,
-    EstimateSection,
-    ExportSection,
-    FineTuneSection,
-    GenerateSection,
-    LoraSection,
-    MeshSection,
-    ModelSection,
-    ObjectiveSection,
-    OptimizerSection,
-    OuterSection,
-    OutputSection,
-    RankSection,
-    RefineSection,
-    RetrainSection,
-    ScoresSection,
-    SelectionSection,
-    ShowSection,
-    SingleLoopSection,
-    TrainOutputSection,
-    TrainSection,
-    VerifierSection,
-    WeightsSection,
-)
 from bilevel_jax.runs.config.yaml_reader import read_yaml_config
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Learn one weight per training example from a trusted validation set.
+    """Learn one weight per training example from a small trusted validation set.
 
-    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
-    stand. Short forms: --fast = --retrain.no-enabled --certify.no-enabled; --resume = --output.resume;
-    --out FOLDER = --output.dir FOLDER.
+    Data weighting by exact hypergradients (metagradients). Writes the weights, the selected subset, a model trained
+    with the weights, and a report that says whether to believe them.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    outer: OuterSection = OuterSection()
-    single_loop: SingleLoopSection = SingleLoopSection()
-    scores: ScoresSection = ScoresSection()
-    output: OutputSection = OutputSection()
-    selection: SelectionSection = SelectionSection()
-    retrain: RetrainSection = RetrainSection()
-    certify: CertifySection = CertifySection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.TrainSection = schema.TrainSection()
+    outer: schema.OuterSection = schema.OuterSection()
+    single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
+    scores: schema.ScoresSection = schema.ScoresSection()
+    output: schema.OutputSection = schema.OutputSection()
+    selection: schema.SelectionSection = schema.SelectionSection()
+    retrain: schema.RetrainSection = schema.RetrainSection()
+    certify: schema.CertifySection = schema.CertifySection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune a language model with a weight for each training example.
 
-    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. Paths are relative to where you
-    stand. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
+    SFT, DPO or SimPO, of all parameters or LoRA adapters, with the weights of `select`, of a data score, or all 1.
+    Writes the model and a report.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    weights: WeightsSection = WeightsSection()
-    scores: ScoresSection = ScoresSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: FineTuneSection = FineTuneSection()
-    output: TrainOutputSection = TrainOutputSection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    weights: schema.WeightsSection = schema.WeightsSection()
+    scores: schema.ScoresSection = schema.ScoresSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.FineTuneSection = schema.FineTuneSection()
+    output: schema.TrainOutputSection = schema.TrainOutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what training would see, before anyone spends an hour: nothing is trained, and no weights are loaded.
+    """Show the training examples as training sees them; nothing is trained and no weights are loaded.
 
-    Prints lengths, targets, BOS and EOS, truncation, sources, copies and leaks, some rows token by token, and what a
-    person should act on. Where another command would stop, it counts, names the first place, and goes on.
-    CONFIG is the file of any other command: the sections that are not below are passed over.
+    Prints lengths, tokens with the loss, truncation, sources, duplicates and leaks, some examples token by token, and
+    what to act on. Where another command stops with an error, it counts, names the first place and continues. CONFIG
+    may be the file of any other command; sections that are not listed below are ignored.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    show: ShowSection = ShowSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    show: schema.ShowSection = schema.ShowSection()
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the rows that their weights choose, in the input form of another trainer, with a card that says how.
+    """Write the examples that their weights select, in the input format of another trainer, with a dataset card.
 
     CONFIG is the folder of a run of `select` or `train`, whose data and weights are used, or a config file with
-    weights.file; the sections that are not below are passed over. The section keep says which rows are written: the
-    top share, those above a threshold, whole repeats by weight (for trainers that read no weight), or a mix of sources.
-    Short form: --out FOLDER = --export.dir FOLDER.
+    weights.file; sections that are not listed below are ignored. Section selection says which examples are written:
+    the top share, those above a threshold, whole repeats by weight (for trainers without weights), or a mix of sources.
     """
 
-    data: DataSection = DataSection()
-    weights: WeightsSection = WeightsSection()
-    selection: SelectionSection = SelectionSection()
-    export: ExportSection = ExportSection()
+    data: schema.DataSection = schema.DataSection()
+    weights: schema.WeightsSection = schema.WeightsSection()
+    selection: schema.SelectionSection = schema.SelectionSection()
+    export: schema.ExportSection = schema.ExportSection()
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare methods that learn weights: one data set, one budget, several seeds, models trained again from cold.
+    """Compare methods that learn weights on one data set at one compute budget, with several seeds.
 
-    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
-    classification task, section arrays) or rows of text. Short forms: --resume = --output.resume;
-    --out FOLDER = --output.dir FOLDER.
+    data.train names one .npz file (classification, section arrays) or files of text examples. Every method's weights
+    are judged by retraining from scratch. Writes a table, figures and a report.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    arrays: ArraysSection = ArraysSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    outer: OuterSection = OuterSection()
-    single_loop: SingleLoopSection = SingleLoopSection()
-    compare: CompareSection = CompareSection()
-    output: OutputSection = OutputSection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    arrays: schema.ArraysSection = schema.ArraysSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.TrainSection = schema.TrainSection()
+    outer: schema.OuterSection = schema.OuterSection()
+    single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
+    compare: schema.CompareSection = schema.CompareSection()
+    output: schema.OutputSection = schema.OutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Judge cheap scores of training examples by exact ones, and all of them by retraining without some rows.
+    """Test data scores and hypergradients by leave-k-out retraining (linear datamodeling score, LDS).
 
-    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one .npz file (a
-    classification task, section arrays) or rows of text. Short forms: --fast = --certify.no-enabled;
-    --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
+    data.train names one .npz file (classification, section arrays) or files of text examples. Writes which score
+    predicts the effect of removing examples best, at which cost, and a report.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    arrays: ArraysSection = ArraysSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    outer: OuterSection = OuterSection()
-    scores: ScoresSection = ScoresSection()
-    audit: AuditSection = AuditSection()
-    certify: CertifySection = CertifySection()
-    output: OutputSection = OutputSection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    arrays: schema.ArraysSection = schema.ArraysSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.TrainSection = schema.TrainSection()
+    outer: schema.OuterSection = schema.OuterSection()
+    scores: schema.ScoresSection = schema.ScoresSection()
+    audit: schema.AuditSection = schema.AuditSection()
+    certify: schema.CertifySection = schema.CertifySection()
+    output: schema.OutputSection = schema.OutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Which way of generating responses will train a model best, from a small sample and without training.
+    """Rank response generation strategies for a model before training on any of them.
 
-    CONFIG is a YAML file of the sections below; every flag overrides one of its keys. data.train names one table whose
-    rows map strategies to responses (data.prompt_field, rank.responses_field), or a file of responses for each
-    strategy, called after it. The model answers a sample of the questions itself (section generate), and each strategy
-    is judged by how the model takes its responses: self-aligned perplexity after answers of its own (sppl),
-    perplexity, instruction-following difficulty (ifd), likeness to its own answers (self_similarity), a mix of the
-    last and perplexity, and rewards over loss (car). Ends in a pick, or "no clear winner". Sections
-    optimizer and train, and the model's LoRA, are those of rank.train_examples alone. Short forms:
-    --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
+    data.train names one table whose examples map strategies to responses (data.prompt_field, rank.responses_field), or
+    one file of responses per strategy, named after it. The model answers a sample of the questions itself (section
+    generate). Metrics: self-aligned perplexity (sppl), perplexity, instruction-following difficulty (ifd), similarity
+    to its own answers (self_similarity), a mix of the last two kinds, and rewards over loss (car). Ends with a pick or
+    "no clear winner". Sections optimizer, train and lora are for rank.train_examples only.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    rank: RankSection = RankSection()
-    generate: GenerateSection = GenerateSection(temperature=0.95, top_k=50, top_p=0.7)
-    verifier: VerifierSection = VerifierSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    output: OutputSection = OutputSection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    rank: schema.RankSection = schema.RankSection()
+    generate: schema.GenerateSection = schema.GenerateSection(temperature=0.95, top_k=50, top_p=0.7)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.TrainSection = schema.TrainSection()
+    output: schema.OutputSection = schema.OutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Refine a model on its own responses, in rounds, and replace it only where that helps on rows nobody trained on.
+    """Improve a model with its own responses in rounds, and accept a round only if it helps on held-out examples.
 
-    In each round the present model answers some questions of data.train (section generate; their offline examples leave);
-    every method of refine.methods weighs the rows, with validation as the judge (sections outer, single), and trains a
-    candidate; and the best candidate replaces the model where the lower bound of its gain on dev, by paired
-    bootstrap, is above 0. test is read once, at the end. CONFIG is a YAML file of the sections below; every flag
-    overrides one of its keys. Short forms: --resume = --output.resume; --out FOLDER = --output.dir FOLDER.
+    In each round the present model answers some questions of data.train (section generate), every method of
+    refine.methods weights the examples by the validation loss (sections outer, single_loop) and trains a candidate,
+    and the best candidate replaces the model where the lower bound of its gain on dev (paired bootstrap) is above 0.
+    The test examples are evaluated once, at the end.
     """
 
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    refine: RefineSection = RefineSection()
-    generate: GenerateSection = GenerateSection(num_generations=4)
-    verifier: VerifierSection = VerifierSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    train: TrainSection = TrainSection()
-    outer: OuterSection = OuterSection(weighting="sigmoid")
-    single_loop: SingleLoopSection = SingleLoopSection()
-    output: OutputSection = OutputSection()
-    mesh: MeshSection = MeshSection()
-    distributed: DistributedSection = DistributedSection()
+    model: schema.ModelSection = schema.ModelSection()
+    lora: schema.LoraSection = schema.LoraSection()
+    data: schema.DataSection = schema.DataSection()
+    objective: schema.ObjectiveSection = schema.ObjectiveSection()
+    refine: schema.RefineSection = schema.RefineSection()
+    generate: schema.GenerateSection = schema.GenerateSection(num_generations=4)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    optimizer: schema.OptimizerSection = schema.OptimizerSection()
+    train: schema.TrainSection = schema.TrainSection()
+    outer: schema.OuterSection = schema.OuterSection(weighting="sigmoid")
+    single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
+    output: schema.OutputSection = schema.OutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
 
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """Say what a run will take before it begins: memory of each device, disk, work, hours. Loads no weights.
+    """Estimate memory per device, disk, work and hours of a run before it starts; loads no weights.
 
-    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that command may follow it:
-    `bilevel-jax select --help` lists them. Parameters are shapes only, so that a model may be larger than this machine:
-    its config.json is enough, with --estimate.train-examples where data and tokenizer are not here, --estimate.devices for a mesh
-    of devices that are not here, --estimate.tflops for their speed and --estimate.memory-gib for their memory. On
-    the folder of a finished run it prints what was estimated beside what was measured. Short form:
-    --out FOLDER = --estimate.dir FOLDER.
+    CONFIG is the file of a run of `select`, `train`, `compare` or `audit`, and every flag of that command may follow
+    (`bilevel-jax select --help-all`). A model larger than this machine needs only its config.json, with
+    --estimate.train-examples where data and tokenizer are absent, --estimate.devices for a mesh of absent devices,
+    --estimate.tflops for their speed and --estimate.memory-gib for their memory. With the folder of a finished run it
+    prints the estimate next to what was measured. Short flag: --out FOLDER = --estimate.dir FOLDER.
     """
 
-    estimate: EstimateSection = EstimateSection()
+    estimate: schema.EstimateSection = schema.EstimateSection()
 
 
 ConfigT = TypeVar(
@@ -268,7 +230,7 @@ SHORT_FLAGS: dict[type, dict[str, tuple[str, ...]]] = {
     ExportConfig: {"--out": ("--export.dir",)},
 }
 
-# What may differ when a run is resumed: nothing here changes what is computed.
+# Keys that may differ when a run is resumed: none of them changes what is computed.
 RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",
@@ -280,10 +242,16 @@ RESUME_EXEMPT_KEYS = (
 
 
 def load_config(config_class: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file (None: the defaults), apply command-line overrides, check every rule.
+    """Read a YAML file (None: the defaults), apply command-line overrides and check every value.
 
-    Trouble in the file is one ValueError that lists all of it; a wrong flag ends the program as tyro does, with the
-    nearest flags named. `--help` among the overrides prints every key, its default and what it means.
+    Args:
+        config_class: the config class of a command.
+        path: the file; None for the defaults.
+        overrides: command-line flags, as `["--train.max-steps", "100"]`; `--help` prints the keys and exits.
+
+    Raises:
+        ValueError: that lists all errors of the file, or all values that violate a bound or a rule.
+        SystemExit: for a wrong flag; the nearest flags are printed.
     """
     commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
     ignored_sections = () if config_class in commands_with_own_sections else section_names()
@@ -295,10 +263,13 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
     return config
 
 
-def load_config_to_estimate(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Any, EstimateSection]:
-    """The config of the run that is to be estimated, as its command would load it, and what is asked of the estimate.
+def load_config_to_estimate(
+    path: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[Any, schema.EstimateSection]:
+    """The config of the run to estimate, as its command loads it, and the settings of the estimate.
 
-    Raises ValueError for a file that no command which can be estimated would read, and for one that several would.
+    Raises:
+        ValueError: for a file that no command reads that can be estimated, and for one that several read.
     """
     flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
     options, command_flags = tyro.cli(
@@ -323,7 +294,7 @@ def load_config_to_estimate(path: str | Path | None, overrides: Sequence[str] = 
 
 
 def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
-    """The one command whose config a file is."""
+    """The command that a config file is for."""
     matches, errors = [], {}
     for command, config_class in config_classes.items():
         try:
@@ -334,26 +305,32 @@ def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise ValueError(f"{path} may be a config of {' or '.join(matches)}: say of which by --estimate.command.")
+        raise ValueError(f"{path} may be a config of {' or '.join(matches)}: choose one by --estimate.command.")
     closest_command = min(errors, key=lambda command: errors[command].count("\n"))
     raise ValueError(
-        f"{path} is a config of none of {', '.join(config_classes)}, which can be estimated. As one of {closest_command}: "
-        f"{errors[closest_command]}"
+        f"{path} is a config of none of {', '.join(config_classes)}, which can be estimated. "
+        f"As one of {closest_command}: {errors[closest_command]}"
     )
 
 
 def section_names() -> set[str]:
-    """The sections of all commands."""
+    """Names of the sections of all commands."""
     return {field.name for config_class in COMMANDS for field in dataclasses.fields(config_class)}
 
 
 def find_config(path: str | Path) -> Path:
-    """The file itself, or the one of that name among the configs that come with the package."""
-    package = Path(__file__).resolve().parent.parent
+    """The file itself, or the config of that name that comes with the package.
+
+    A config of the package is meant only by its name alone or under configs/, so that a mistyped folder is an error.
+    """
+    package = Path(__file__).resolve().parents[2]
     shipped_folders = [package / "configs", package.parent / "configs"]  # in a wheel; in a clone
-    for candidate in (Path(path), *(folder / Path(path).name for folder in shipped_folders)):
-        if candidate.is_file():
-            return candidate
+    if Path(path).is_file():
+        return Path(path)
+    if Path(path).parent in (Path("."), Path("configs")):
+        for folder in shipped_folders:
+            if (folder / Path(path).name).is_file():
+                return folder / Path(path).name
     shipped_names = sorted(
         {file.name for folder in shipped_folders if folder.is_dir() for file in folder.glob("*.yaml")}
     )
@@ -363,18 +340,18 @@ def find_config(path: str | Path) -> Path:
 
 
 def config_to_yaml(config: Any) -> str:
-    """The whole config as YAML text that `load` reads back to an equal config."""
+    """The whole config as YAML text that `load_config` reads back to an equal config."""
     return yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)), sort_keys=False, width=120, allow_unicode=True)
 
 
 def config_hash(config: Any) -> str:
-    """SHA-256 of every key that changes what is computed: MAY_DIFFER is left out."""
+    """SHA-256 of every key that changes what is computed: all but RESUME_EXEMPT_KEYS."""
     text = "\n".join(f"{key}={value!r}" for key, value in flatten_config(config) if key not in RESUME_EXEMPT_KEYS)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def diff_configs(old_config: Any, new_config: Any) -> list[str]:
-    """One line per key that keeps `now` from resuming a run of `before`; empty when it may."""
+    """One line per key whose change keeps a run of the old config from being resumed with the new one."""
     old_values = dict(flatten_config(old_config))
     return [
         f"{key}: {old_values[key]!r} in the run, {value!r} now"
@@ -384,7 +361,7 @@ def diff_configs(old_config: Any, new_config: Any) -> list[str]:
 
 
 def check_same_config(config: Any, path: Path) -> None:
-    """Resuming under another config than the one stored at `path` would mix two runs; the differences are named."""
+    """Raise a ValueError that lists the differences, where a config differs from the one of the run to resume."""
     if changed_keys := diff_configs(load_config(type(config), path), config):
         raise ValueError(
             f"{path.parent} was started with another config, so it cannot be resumed: {'; '.join(changed_keys)}. "

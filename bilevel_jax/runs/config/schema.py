@@ -1,7 +1,11 @@
-"""The sections of all configs: frozen dataclasses, one key a line, with its default and what it means."""
+"""Sections of the config, with the type, bounds, default and meaning of each key"""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from annotated_types import Ge, Gt, Interval, MinLen
+
+from bilevel_jax.runs.config.bounds import Because, Required, Special, Unique
 
 ExampleFormat = Literal[
     "auto", "text", "chat", "sharegpt", "prompt", "completion", "alpaca",
@@ -13,176 +17,371 @@ SINGLE_LOOP_METHODS = ("penalty", "bmo", "mixing")
 LossReduction = Literal["example_mean", "token_sum", "token_mean"]
 Remat = Literal["full", "selective", "none"]
 
+Count = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(gt=0, le=1)]
+OpenShare = Annotated[float, Interval(gt=0, lt=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The language model and which of its parameters are trained."""
+    """The language model."""
 
-    name_or_path: str = ""  # folder of a Hugging Face checkpoint; builtin:cipher or builtin:sums: made on the spot
-    from_scratch: bool = False  # train from random parameters, drawn anew for each seed, instead of the checkpoint's
-    base_dtype: Literal["float32", "bfloat16"] = "float32"  # how a frozen base is stored; it is upcast layer by layer
-    param_dtype: Literal["float32", "float64"] = "float32"  # trained parameters, optimiser state and hypergradients
-    remat: Remat = "selective"  # what backward passes compute again: layers (full), cheap parts of them, nothing
+    name_or_path: str = ""
+    """Folder of a Hugging Face checkpoint; builtin:cipher or builtin:sums for the model of a built-in task."""
+
+    from_scratch: bool = False
+    """Train from random parameters, drawn for each seed, instead of the checkpoint's."""
+
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of frozen base parameters under LoRA; computation converts them to param_dtype layer by layer."""
+
+    param_dtype: Literal["float32", "float64"] = "float32"
+    """Type of the trained parameters, the optimizer state and the hypergradients."""
+
+    remat: Remat = "selective"
+    """Activations that backward passes recompute to save memory: full (whole layers), selective (cheap parts), none."""
 
 
 @dataclass(frozen=True)
 class LoraSection:
-    """Low-rank adaptation (LoRA): small factors are trained beside a frozen base model."""
+    """Low-rank adaptation (LoRA): trains small adapters of a frozen base model."""
 
-    r: int = 16  # rank of the LoRA factors; 0 trains all parameters
-    alpha: float = 16.0  # LoRA scale: the factors' product counts alpha/rank times
-    target_modules: tuple[str, ...] = ()  # projections that get LoRA factors; empty: those usual for the model family
+    r: Annotated[int, Ge(0), Special(0, "train all parameters")] = 16
+    """Rank of the adapters; 0 trains all parameters instead."""
+
+    alpha: Positive = 16.0
+    """Scale of the adapters: their product is multiplied by alpha / r."""
+
+    target_modules: tuple[str, ...] = ()
+    """Names of the projections that get adapters; empty: those usual for the model family."""
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """The rows to be judged, the trusted validation examples, and how text is read from them."""
+    """Training and validation examples, and how they are read."""
 
-    train: tuple[str, ...] = ()  # files (jsonl, json, parquet) or a dataset name: the rows that get weights
-    validation: tuple[str, ...] = ()  # validation examples; split by id into validation, dev and test
-    dev: tuple[str, ...] = ()  # own rows for dev (early stopping); empty: a share of validation
-    test: tuple[str, ...] = ()  # own rows for test (headline numbers); empty: a share of validation
-    split: tuple[float, float, float] = (0.5, 0.25, 0.25)  # shares of validation for validation, dev, test
-    format: ExampleFormat = "auto"  # shape of a row; auto looks at its keys
-    prompt_field: str = "prompt"  # key of the question in a row
-    response_field: str = "response"  # key of the answer; its tokens carry the loss
-    text_field: str = "text"  # key of plain text; all its tokens carry the loss
-    messages_field: str = "messages"  # key of a dialogue
-    system_field: str = "system"  # key of a system prompt beside the row's own layout
-    chosen_field: str = "chosen"  # key of the preferred response of a pair
-    rejected_field: str = "rejected"  # key of the other response
-    source_field: str = "source"  # key of where a row comes from: used by weighting per_source and in the report
-    label_field: str = ""  # key of a known quality: adds AUC and the oracle's row to the report; never seen in training
-    good_label: str = "clean"  # the label of good rows
-    empty: Literal["error", "drop"] = "error"  # rows with an empty part: name them and stop, or leave them out
-    template: str = ""  # where the tokenizer has no chat template: {prompt} and {response} with what joins them
-    max_length: int = 1024  # tokens of an example
-    truncation: Literal["error", "right", "left", "drop"] = "error"  # longer ones: stop and name them, cut, leave out
-    train_on: Literal["all_turns", "last_turn"] = "all_turns"  # targets: every assistant turn, or the last alone
-    packing: bool = False  # several examples in one sequence: faster, same numbers
-    streaming: bool = False  # train: read the training examples as training goes, for data too large to hold
-    shuffle_buffer: int = 10000  # streaming: rows held back to be shuffled; 0 keeps the order of the files
-    leaks: Literal["error", "drop"] = "error"  # what to do with training examples that also stand in validation
-    seed: int = 0  # of the split and of the data's order
+    train: Annotated[tuple[str, ...], Required("name the training examples: files or a dataset")] = ()
+    """Training examples: files (jsonl, json, parquet) or the name of a dataset."""
+
+    validation: tuple[str, ...] = ()
+    """Trusted examples that the weights are learned from; data.split divides them into validation, dev and test."""
+
+    dev: tuple[str, ...] = ()
+    """Separate examples for early stopping and model choice; empty: a part of data.validation."""
+
+    test: tuple[str, ...] = ()
+    """Separate examples for the final evaluation; empty: a part of data.validation."""
+
+    split: tuple[float, float, float] = (0.5, 0.25, 0.25)
+    """Fractions of data.validation that become validation, dev and test; the split goes by example id."""
+
+    format: ExampleFormat = "auto"
+    """Format of an example; auto detects it from the keys of each example."""
+
+    prompt_field: str = "prompt"
+    """Key of the prompt."""
+
+    response_field: str = "response"
+    """Key of the response, whose tokens have the loss."""
+
+    text_field: str = "text"
+    """Key of plain text, all of whose tokens have the loss."""
+
+    messages_field: str = "messages"
+    """Key of the messages of a conversation."""
+
+    system_field: str = "system"
+    """Key of the system prompt, where an example has one outside its messages."""
+
+    chosen_field: str = "chosen"
+    """Key of the preferred response of a preference pair."""
+
+    rejected_field: str = "rejected"
+    """Key of the rejected response of a preference pair."""
+
+    source_field: str = "source"
+    """Key of the source that an example comes from, used by outer.weighting per_source and in reports."""
+
+    label_field: str = ""
+    """Key of a known quality label, for AUC and the oracle in reports only; training never reads it."""
+
+    good_label: str = "clean"
+    """Value of data.label_field that marks a good example."""
+
+    empty: Literal["error", "drop"] = "error"
+    """Examples with an empty prompt or response: error (stop and list them) or drop."""
+
+    template: str = ""
+    """Text with {prompt} and {response} for tokenizers without a chat template."""
+
+    max_length: Annotated[int, Ge(2)] = 1024
+    """Maximum number of tokens of an example."""
+
+    truncation: Literal["error", "right", "left", "drop"] = "error"
+    """Examples longer than max_length: error (stop and list them), cut on the right or left, or drop."""
+
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Assistant turns whose tokens have the loss."""
+
+    packing: bool = False
+    """Put several examples into one sequence: faster, with the same losses and gradients."""
+
+    streaming: bool = False
+    """Command `train`: read the training examples during training, for data that do not fit in memory."""
+
+    shuffle_buffer: Annotated[int, Ge(0), Special(0, "keep the order")] = 10000
+    """Size of the shuffle buffer under streaming, in examples; 0 keeps the order of the files."""
+
+    leaks: Literal["error", "drop"] = "error"
+    """Training examples that also occur in the validation, dev or test examples: error (stop and list them) or drop."""
+
+    seed: Seed = 0
+    """Seed of the split and of the order of the training examples."""
 
 
 @dataclass(frozen=True)
 class VerifierSection:
-    """How a generated response is judged by a rule, where one is known."""
+    """A verifier, which decides by a rule whether a generated response is correct."""
 
-    name: str = ""  # numeric, exact, or path/to/file.py:function of (question, answer, response); empty: not judged
-    answer_field: str = ""  # key of the right answer in a row; empty: the row's own response
-    markers: tuple[str, ...] = ("####", "Final Answer:")  # numeric: what the answer stands behind; else the last number
+    name: str = ""
+    """numeric, exact, or path/to/file.py:function called with (question, answer, response); empty: no verifier."""
+
+    answer_field: str = ""
+    """Key of the correct answer in an example; empty: the response of the example."""
+
+    markers: tuple[str, ...] = ("####", "Final Answer:")
+    """numeric: texts that the answer follows in a response; without one of them the last number counts."""
 
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """The loss of one example."""
+    """The training loss of one example."""
 
-    name: Literal["sft", "dpo", "simpo"] = "sft"  # sft: of a response; dpo and simpo: of a pair, chosen and rejected
-    reduction: LossReduction = "example_mean"  # sft: nats per token of each row, per row, or per token of a step
-    beta: float = 0.0  # dpo, simpo: how sharply a margin is judged; 0: the usual 0.1 of dpo, 2.5 of simpo
-    gamma_ratio: float = 0.55  # simpo: the margin that is asked for, nats per token (gamma / beta)
-    label_smoothing: float = 0.0  # dpo: the share of pairs whose order is taken to be wrong, below 0.5
-    reference: str = ""  # dpo: reference.parquet of another run; empty: made at the start, by the model itself
+    name: Literal["sft", "dpo", "simpo"] = "sft"
+    """sft (cross-entropy of the response), or dpo and simpo (preference losses of a chosen and a rejected response)."""
+
+    reduction: LossReduction = "example_mean"
+    """sft: mean over the tokens of each example, sum over them, or mean over all tokens of the batch."""
+
+    beta: Annotated[float, Ge(0), Special(0, "the usual one")] = 0.0
+    """dpo, simpo: inverse temperature of the preference loss; 0: the usual 0.1 of DPO and 2.5 of SimPO."""
+
+    gamma_ratio: NonNegative = 0.55
+    """simpo: target margin gamma / beta, in nats per token."""
+
+    label_smoothing: float = 0.0
+    """dpo: assumed share of pairs whose order is wrong, below 0.5."""
+
+    reference: str = ""
+    """dpo: reference.parquet of an earlier run; empty: the initial model is the reference."""
 
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """How parameters are trained, and what the hypergradient differentiates."""
+    """The optimizer of the model's parameters, which hypergradients differentiate through."""
 
-    name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "adamw"  # lion's derivative is 0: not for unrolled
-    learning_rate: float = 1e-4  # peak; too high a rate makes exact hypergradients useless (certify measures it)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # after warmup; cosine and linear end at 0
-    warmup_steps: int = 10  # steps over which the rate rises to learning_rate
-    warmup_ratio: float = 0.0  # the same as a share of all steps; above 0 it takes the place of warmup_steps
-    weight_decay: float = 0.0  # pull to 0, decoupled (adamw, lion) or added to the gradient (the others)
-    momentum: float = 0.9  # of name=momentum
-    b1: float = 0.9  # decay of the gradient's mean
-    b2: float = 0.999  # decay of the squared gradient's mean
-    eps: float = 1e-8  # added outside the square root
-    eps_root: float = 1e-12  # added inside the square root; 0 makes the derivative NaN where a gradient is 0
-    max_grad_norm: float = 0.0  # greatest norm of the gradient; 0 does not clip
+    name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "adamw"
+    """The update rule; lion has derivative 0, so unrolled differentiation refuses it."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate; one that is too high makes exact hypergradients useless, which section certify measures."""
+
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warmup: constant, or decaying to 0 along a cosine or a line."""
+
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises to its peak."""
+
+    warmup_ratio: float = 0.0
+    """Warmup as a fraction of all steps; above 0 it replaces warmup_steps."""
+
+    weight_decay: NonNegative = 0.0
+    """Weight decay, decoupled for adamw and lion, added to the gradient (L2) for the others."""
+
+    momentum: Decay = 0.9
+    """Decay rate of the momentum optimizer."""
+
+    b1: Decay = 0.9
+    """Decay rate of the first moment (adam, adamw, lion)."""
+
+    b2: Decay = 0.999
+    """Decay rate of the second moment (adam, adamw, lion)."""
+
+    eps: NonNegative = 1e-8
+    """Constant added outside the square root (adam, adamw)."""
+
+    eps_root: NonNegative = 1e-12
+    """Constant added inside the square root; with 0 hypergradients are NaN where a gradient is 0."""
+
+    max_grad_norm: Annotated[float, Ge(0), Special(0, "no clipping")] = 0.0
+    """Maximum norm of the gradient; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    """One training run; the outer loop repeats it."""
+    """One training run of the model; the outer loop repeats it."""
 
-    max_steps: int = 300  # optimiser steps of one run
-    global_batch_size: int = 16  # examples in one step, over all devices
-    gradient_accumulation_steps: int = 1  # pieces that a step is cut into: less memory, same numbers
-    seed: int = 0  # of the start of the parameters
+    max_steps: Count = 300
+    """Optimizer steps of one run."""
+
+    global_batch_size: Count = 16
+    """Examples in one optimizer step, over all devices."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is computed in: less memory, the same gradient. It must divide global_batch_size."""
+
+    seed: Seed = 0
+    """Seed of the initial trainable parameters."""
 
 
 @dataclass(frozen=True)
 class FineTuneSection:
-    """One training run with given weights."""
+    """The training run."""
 
-    num_epochs: float = 1.0  # passes over the training examples
-    max_steps: int = 0  # optimiser steps; 0: as many as train.num_epochs asks for
-    global_batch_size: int = 16  # examples in one step, over all devices
-    gradient_accumulation_steps: int = 1  # pieces that a step is cut into: less memory, same numbers
-    seed: int = 0  # of the start of the parameters
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # factors of the matrix products; sums stay in float32
-    eval_steps: int = 50  # steps between two readings of the validation loss; it is read at both ends too
-    load_best: bool = False  # write the parameters of the step that is best on dev, instead of the last
-    max_nonfinite_steps: int = (
-        0  # steps that may be left out because their gradient is not finite; one more stops the run
-    )
+    num_epochs: Positive = 1.0
+    """Passes over the training examples."""
+
+    max_steps: Annotated[int, Ge(0), Special(0, "as many as train.num_epochs takes")] = 0
+    """Optimizer steps; 0: as many as num_epochs takes."""
+
+    global_batch_size: Count = 16
+    """Examples in one optimizer step, over all devices."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is computed in: less memory, the same gradient. It must divide global_batch_size."""
+
+    seed: Seed = 0
+    """Seed of the initial trainable parameters."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the inputs of matrix products; sums stay in float32."""
+
+    eval_steps: Count = 50
+    """Steps between evaluations of the validation loss; the start and the end are always evaluated."""
+
+    load_best: bool = False
+    """Write the parameters with the lowest dev loss instead of the last ones."""
+
+    max_nonfinite_steps: Annotated[int, Ge(0), Special(0, "stop at the first")] = 0
+    """Steps with a non-finite gradient that are skipped before the run stops."""
 
 
 @dataclass(frozen=True)
 class WeightsSection:
-    """Where the weights of the training examples come from."""
+    """The weights of the training examples: from a file, from a score of the model, or constant."""
 
-    score: ScoreName = ""  # made of the rows as the model trains, instead of a file; see section scores
-    refresh: int = 1  # score: how often it is made, at equal spacing over the run; 1: once, at the start
-    scaling: Literal["batch", "rows", "quantiles"] = "batch"  # score -> 0 to 1 by min-max over each step's rows, or all
-    quantile: float = 0.05  # scale=quantiles: share of rows at each end that is cut to weight 0 or 1, then min-max
-    file: str = ""  # weights.parquet of `select`, or parquet, jsonl, json with an id; empty: the constant
-    column: str = "weight"  # its column: a weight, or a score (larger is better)
-    constant: float = 1.0  # the weight of every row where no file is given
-    transform: Literal["none", "negate", "minmax", "rank"] = "none"  # score -> weight: -s; (s - min)/(max - min); rank
-    mean_one: bool = False  # divide by the mean, so that the learning rate keeps its meaning
-    missing: Literal["error", "one", "zero", "drop"] = "error"  # rows whose id the file lacks
+    score: ScoreName = ""
+    """Data score that the model computes during training and that becomes the weights; see section scores."""
+
+    refresh: Annotated[int, Ge(1), Special(1, "at the start only")] = 1
+    """score: how many times it is computed, equally spaced over the run; 1: at the start only."""
+
+    scaling: Literal["batch", "rows", "quantiles"] = "batch"
+    """score: map to weights from 0 to 1 by min-max over each batch (batch) or all examples (rows, quantiles)."""
+
+    quantile: Annotated[float, Interval(ge=0, lt=0.5)] = 0.05
+    """scaling=quantiles: share of the examples at each end that gets weight 0 or 1."""
+
+    file: str = ""
+    """weights.parquet of `select`, or another parquet, jsonl or json file with an id per example."""
+
+    column: str = "weight"
+    """file: column that holds the weight, or a score where larger is better."""
+
+    constant: NonNegative = 1.0
+    """Weight of every example where neither file nor score is given."""
+
+    transform: Literal["none", "negate", "minmax", "rank"] = "none"
+    """file: map from a score s to a weight: none, negate (-s), minmax ((s - min) / (max - min)), rank."""
+
+    mean_one: bool = False
+    """Divide the weights by their mean, so that the learning rate keeps its meaning."""
+
+    missing: Literal["error", "one", "zero", "drop"] = "error"
+    """file: training examples whose id it lacks: error (stop and list them), weight one, weight zero, or drop."""
 
 
 @dataclass(frozen=True)
 class ScoresSection:
-    """How scores of training examples are made, from the model and validation; larger is better."""
+    """Data scores, which the model computes from training and validation examples; larger is better."""
 
-    k: int = 3  # ica: rows of validation that are shown before each row
-    demonstrations: str = "knn"  # ica: which: knn (nearest), clustered:K (of the row's cluster), fixed or random
-    embedding: Literal["tfidf", "hidden"] = "tfidf"  # ica: what near means: words, or the model's mean hidden states
-    per_token: bool = True  # ica, oneshot: mean over a response's tokens, as losses are; false: their sum
-    max_similarity: float = 0.95  # ica, oneshot: questions of this cosine or more are never shown to each other
-    template: str = ""  # ica, oneshot: {demonstrations} and {row} with what stands around them
-    demonstration_template: str = ""  # ica, oneshot: {demonstration} with what stands around each
-    anchors: int = 32  # oneshot: rows of validation that judge, drawn once; each row is shown to every one of them
-    seed: int = 0  # of what a score draws: demonstrations, anchors, the holdout model's start, random
-    holdout_steps: int = (
-        0  # reducible: steps of the holdout model on validation; 0: as many as the run, which is the most
-    )
+    k: Count = 3
+    """ica: validation examples shown as demonstrations before each training example."""
+
+    demonstrations: str = "knn"
+    """ica: choice of demonstrations: knn (nearest), clustered:K (of the example's cluster among K), fixed or random."""
+
+    embedding: Literal["tfidf", "hidden"] = "tfidf"
+    """ica: features for nearness: tfidf (words) or hidden (mean hidden states of the model)."""
+
+    per_token: bool = True
+    """ica, oneshot: mean log-likelihood over the tokens of a response, as training losses are; false: the sum."""
+
+    max_similarity: Annotated[float, Gt(0), Because("above 1 no two questions are too similar")] = 0.95
+    """ica, oneshot: questions with a cosine similarity of this or more are never shown to each other."""
+
+    template: str = ""
+    """ica, oneshot: text with {demonstrations} and {row} that the prompt is built from."""
+
+    demonstration_template: str = ""
+    """ica, oneshot: text with {demonstration} around each demonstration."""
+
+    anchors: Count = 32
+    """oneshot: validation examples whose likelihood gain is measured, drawn once for all training examples."""
+
+    seed: Seed = 0
+    """Seed of random demonstrations, anchors, the holdout model and the score random."""
+
+    holdout_steps: Annotated[int, Ge(0), Special(0, "as many as the run")] = 0
+    """reducible: training steps of the holdout model on the validation examples; 0: as many as the run, the maximum."""
 
 
 @dataclass(frozen=True)
 class GenerateSection:
-    """How responses are written: by the model itself, or by a service with the OpenAI-compatible HTTP API."""
+    """Generation of responses, by the model itself or by a server with the OpenAI-compatible API."""
 
-    backend: Literal["embedded", "service"] = "embedded"  # the model itself, in this process; or generate.url
-    num_generations: int = 1  # responses to each prompt
-    temperature: float = 1.0  # divides the logits; 0: greedy
-    top_k: int = 0  # only the k most probable tokens; 0: all
-    top_p: float = 1.0  # only the most probable tokens that together reach this probability; 1: all
-    max_new_tokens: int = 256  # tokens of a response, its end token included
-    seed: int = 0  # of what is drawn
-    max_batch_tokens: int = 8192  # embedded: token places of a batch, prompts and responses: this bounds the memory
-    url: str = ""  # service: its address up to /v1, as http://localhost:8000/v1
-    model: str = ""  # service: the name of the model there
-    api_key_env: str = "OPENAI_API_KEY"  # service: the environment variable with its key, which is written nowhere
-    concurrency: int = 8  # service: requests at the same time
-    timeout: float = 120.0  # service: seconds without a sign of it until a request is sent again
+    backend: Literal["embedded", "service"] = "embedded"
+    """embedded (the model in this process) or service (the server at generate.url)."""
+
+    num_generations: Count = 1
+    """Responses to each prompt."""
+
+    temperature: Annotated[float, Ge(0), Special(0, "greedy")] = 1.0
+    """Sampling temperature; 0: greedy."""
+
+    top_k: Annotated[int, Ge(0), Special(0, "all tokens")] = 0
+    """Sample from the k most probable tokens; 0: all tokens."""
+
+    top_p: Share = 1.0
+    """Sample from the most probable tokens whose probabilities add up to this; 1: all tokens."""
+
+    max_new_tokens: Count = 256
+    """Maximum number of tokens of a response, with the end token."""
+
+    seed: Seed = 0
+    """Seed of the sampling."""
+
+    max_batch_tokens: Count = 8192
+    """embedded: tokens of a generation batch, prompts and responses with padding; bounds the memory."""
+
+    url: str = ""
+    """service: address up to /v1, as http://localhost:8000/v1."""
+
+    model: str = ""
+    """service: name of the model on the server."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """service: environment variable that holds the API key; the key itself is never written."""
+
+    concurrency: Count = 8
+    """service: simultaneous requests."""
+
+    timeout: Positive = 120.0
+    """service: seconds without data until a request is repeated."""
 
 
 RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "uniform"]
@@ -190,104 +389,198 @@ RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "uniform"]
 
 @dataclass(frozen=True)
 class RefineSection:
-    """Rounds: the model answers some questions anew, candidates are trained on that, the best replaces it or not."""
+    """Rounds of generating responses, training candidates with weights, and accepting the best if it improves."""
 
-    rounds: int = 3  # each generates, trains every candidate and tests the best of them
-    questions: Literal["fixed", "dynamic", "all", "none"] = "fixed"  # answered anew: drawn once, least weight now, ...
-    share: float = 0.1  # fixed, dynamic: share of the questions that are answered in a round
-    methods: tuple[RefineMethod, ...] = ("penalty",)  # a candidate each: how rows are weighted; uniform: not at all
-    keep_offline: bool = (
-        False  # keep the offline examples of these questions beside the responses, or let responses replace them
+    rounds: Count = 3
+    """Rounds; each generates responses, trains every candidate and tests the best one."""
+
+    questions: Literal["fixed", "dynamic", "all", "none"] = "fixed"
+    """Questions answered by the model: fixed (drawn once), dynamic (lowest weights of the round), all, none."""
+
+    share: Share = 0.1
+    """fixed, dynamic: share of the questions that are answered in a round."""
+
+    methods: Annotated[tuple[RefineMethod, ...], MinLen(1), Unique()] = ("penalty",)
+    """Methods that weight the examples; each trains one candidate per round. uniform: all weights 1."""
+
+    keep_offline: bool = False
+    """Keep the given response of an answered question in the training data, in addition to the generated ones."""
+
+    ratio: Literal["token", "sequence", "none"] = "token"
+    """Importance ratio in the losses of responses, per token or per sequence; bmo uses its own weights instead."""
+
+    max_ratio: Annotated[float, Ge(1), Because("below it responses of the present model would lose their gradient")] = (
+        10.0
     )
-    ratio: Literal["token", "sequence", "none"] = "token"  # responses' losses by importance ratio; bmo: its own weights
-    max_ratio: float = 10.0  # the largest ratio
-    start_from: Literal["accepted", "first"] = "accepted"  # the model that candidates are trained from
-    verifier_use: Literal["report", "filter"] = (
-        "report"  # what section check is for: told alone, or wrong responses are out
-    )
-    level: float = 0.05  # of the test of a candidate: one-sided, on dev, by paired bootstrap
-    bonferroni: bool = (
-        True  # divide it by the number of looks, rounds times methods, so that it holds for the whole run
-    )
+    """Upper clip of the importance ratio."""
+
+    start_from: Literal["accepted", "first"] = "accepted"
+    """Model that candidates are trained from: the last accepted one or the first."""
+
+    verifier_use: Literal["report", "filter"] = "report"
+    """Use of the verifier: report its verdicts only, or filter wrong responses out of training."""
+
+    level: Annotated[float, Interval(gt=0, le=0.5)] = 0.05
+    """Significance level of accepting a candidate: one-sided paired bootstrap of the loss on dev."""
+
+    bonferroni: bool = True
+    """Divide the level by the number of tests (rounds times methods), so that it holds for the whole run."""
 
 
 @dataclass(frozen=True)
 class OuterSection:
-    """How the weights are learned."""
+    """The outer loop, which learns the weights."""
 
-    method: OuterMethod = "unrolled"  # unrolled: exact for the run itself; penalty, bmo and mixing: see single
-    weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"  # what is learned -> weights
-    steps: int = 8  # steps of the weights: each trains once and sweeps once
-    learning_rate: float = 0.7  # of the weights' logits, along the hypergradient divided by its rms; at the start
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # cosine and linear end at 0: the weights settle
-    max_step: float = 2.0  # greatest change of one logit in one step
-    restart: Literal["cold", "warm"] = "cold"  # train from the first parameters again, or from the last
-    reshuffle: bool = True  # new data order at each restart, or the weights over-fit one order
-    ess_floor: float = 0.1  # stop when the effective sample size falls below this share of the rows
-    patience: int = 3  # stop after so many steps without a better loss on dev; 0 never stops
-    window: int = 20  # method=window: how many last steps are swept
-    memory_gib: float = 0.0  # unrolled, window: what kept states of training may take on a device; 0: half of the rest
-    offload: Literal["device", "host", "disk"] = "device"  # where those between the steps at hand are kept
-    linearize: bool = False  # unrolled, window: a quarter less work to step back, for the activations of kept steps
-    proximal: float = 0.0  # delta in the training loss's prior delta/2 |params - start|^2; method=implicit needs it
-    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # implicit: the matrix of the solve
-    solver: Literal["cg", "neumann", "dense", "identity"] = "cg"  # implicit: how it is solved
-    neumann_rate: float = 0.1  # solver=neumann: step size, below 2 over the largest curvature
-    tolerance: float = 1e-4  # implicit: relative residual at which the solve stops
-    max_iterations: int = 100  # implicit: products at which it gives up
-    curvature_batches: int = 8  # implicit: batches in the matrix; doubled until the solution stays
-    warm_start: ScoreName = ""  # the logits from which the first step goes: standardised scores; empty: equal weights
+    method: OuterMethod = "unrolled"
+    """unrolled, implicit, window and alignment repeat training; for penalty, bmo, mixing see section single_loop."""
+
+    weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"
+    """Map from the learned logits to weights: softmax, sigmoid, one logit per source, or a function of features."""
+
+    steps: Count = 8
+    """Outer steps: each trains once and computes one hypergradient."""
+
+    learning_rate: Positive = 0.7
+    """Initial learning rate of the logits; the hypergradient is divided by its root mean square."""
+
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate of the logits over the outer steps; cosine and linear decay to 0."""
+
+    max_step: Positive = 2.0
+    """Maximum change of a logit in one outer step."""
+
+    restart: Literal["cold", "warm"] = "cold"
+    """Parameters that each training starts from: the initial ones (cold) or the last ones (warm)."""
+
+    reshuffle: bool = True
+    """New order of the examples in each training, so that the weights do not overfit one order."""
+
+    ess_floor: Decay = 0.1
+    """Stop when the effective sample size of the weights falls below this share of the examples."""
+
+    patience: Annotated[int, Ge(0), Special(0, "never stop early")] = 3
+    """Stop after this many outer steps without a lower dev loss; 0: never."""
+
+    window: Count = 20
+    """method=window: number of last training steps that are differentiated."""
+
+    memory_gib: Annotated[float, Ge(0), Special(0, "half of what the model leaves")] = 0.0
+    """unrolled, window: device memory for stored training states; 0: half of what the model leaves free."""
+
+    offload: Literal["device", "host", "disk"] = "device"
+    """unrolled, window: where checkpoints of training are stored for the backward pass."""
+
+    linearize: bool = False
+    """unrolled, window: store linearized steps, a quarter less work in the backward pass for more memory."""
+
+    proximal: float = 0.0
+    """Coefficient delta of the term delta/2 |params - initial|^2 in the training loss; implicit needs it above 0."""
+
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    """implicit: matrix of the linear system."""
+
+    solver: Literal["cg", "neumann", "dense", "identity"] = "cg"
+    """implicit: solver of the linear system."""
+
+    neumann_rate: Positive = 0.1
+    """solver=neumann: step size, below 2 over the largest curvature."""
+
+    tolerance: OpenShare = 1e-4
+    """implicit: relative residual at which the solver stops."""
+
+    max_iterations: Count = 100
+    """implicit: maximum number of matrix-vector products."""
+
+    curvature_batches: Count = 8
+    """implicit: batches that estimate the matrix; doubled until the solution is stable."""
+
+    warm_start: ScoreName = ""
+    """Data score whose standardized values are the initial logits; empty: equal weights."""
 
 
 @dataclass(frozen=True)
 class SingleLoopSection:
-    """Methods whose weights move with the parameters, in one run that trains on V as well: penalty, bmo, mixing."""
+    """Single-loop methods penalty, bmo and mixing, which train parameters and weights together in one run."""
 
-    steps: int = 0  # steps of that run; 0: as many as outer.steps trainings have
-    validation_shares: tuple[float, ...] = (
-        0.5,
-        0.4,
-        0.3,
-    )  # share of L_v in the loss, for equal parts of the run (mixing: rho)
-    second_model: Literal["copy", "none"] = (
-        "copy"  # penalty: a second model trained on the weighted rows alone, or none
-    )
-    temperatures: tuple[float, float] = (1.0, 0.1)  # bmo: tau at the first and the last step, geometric between
-    reference: Literal["none", "snapshot", "copy"] = "none"  # bmo: what losses are compared with (phi)
-    inner_steps: int = 1  # bmo with a copy: its steps for each step
-    proximal: float = 1.0  # bmo with a copy: strength of its pull to the parameters (l)
-    eval_steps: int = 50  # steps between two readings of L_v
+    steps: Annotated[int, Ge(0), Special(0, "train.max_steps * outer.steps")] = 0
+    """Steps of the run; 0: train.max_steps * outer.steps."""
+
+    validation_shares: Annotated[
+        tuple[Share, ...], MinLen(1), Because("the share of the validation loss; at 1 it is trained on alone")
+    ] = (0.5, 0.4, 0.3)
+    """Share of the validation loss in the total loss, one for each of as many equal parts of the run."""
+
+    second_model: Literal["copy", "none"] = "copy"
+    """penalty: also train a copy of the model on the weighted training loss alone, or not."""
+
+    temperatures: tuple[Positive, Positive] = (1.0, 0.1)
+    """bmo: temperature of the weights at the first and the last step, geometric in between."""
+
+    reference: Literal["none", "snapshot", "copy"] = "none"
+    """bmo: reference model that losses are compared with: none, the initial model, or a trained copy."""
+
+    inner_steps: Count = 1
+    """bmo, reference=copy: training steps of the copy per step of the model."""
+
+    proximal: Positive = 1.0
+    """bmo, reference=copy: coefficient of the proximal term that keeps the copy near the model."""
+
+    eval_steps: Count = 50
+    """Steps between evaluations of the validation, dev and test losses."""
 
 
 @dataclass(frozen=True)
 class OutputSection:
-    """What is written, and where."""
+    """The output folder."""
 
-    dir: str = "out"  # the run's folder; never overwritten
-    resume: bool = False  # go on with the run in that folder
-    progress: bool = True  # show a progress bar
-    save_minutes: float = 10.0  # save in the middle of an outer step when the last save is older
+    dir: Annotated[str, Required("name the run's folder")] = "out"
+    """Folder of the run; an existing run is never overwritten."""
+
+    resume: bool = False
+    """Continue the run in that folder."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+    save_minutes: Positive = 10.0
+    """Minutes between checkpoints."""
 
 
 @dataclass(frozen=True)
 class TrainOutputSection:
-    """What is written, and where."""
+    """The output folder and the form of the trained model."""
 
-    dir: str = "out"  # the run's folder; never overwritten
-    resume: bool = False  # go on with the run in that folder
-    progress: bool = True  # show a progress bar
-    save_minutes: float = 10.0  # save when the last save is older
-    model: Literal["full", "adapter", "both"] = "both"  # LoRA: the merged model, the PEFT adapter, or both
+    dir: Annotated[str, Required("name the run's folder")] = "out"
+    """Folder of the run; an existing run is never overwritten."""
+
+    resume: bool = False
+    """Continue the run in that folder."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+    save_minutes: Positive = 10.0
+    """Minutes between checkpoints."""
+
+    model: Literal["full", "adapter", "both"] = "both"
+    """LoRA: write the merged model, the PEFT adapter, or both."""
 
 
 @dataclass(frozen=True)
 class SelectionSection:
-    """Which rows the selected data hold."""
+    """The subset of training examples that is selected by weight."""
 
-    top_share: float = 0.8  # share of rows, by weight
-    threshold: float = 0.0  # instead: rows of at least this weight (the mean weight is 1); 0 = off
-    resample: int = 0  # instead: so many rows drawn in proportion to their weight, as whole repeats; 0 = off
-    per_source: int = 0  # instead: so many rows, each source in proportion to its total weight, by weight; 0 = off
+    top_share: Share = 0.8
+    """Share of the examples with the highest weights."""
+
+    threshold: Annotated[float, Ge(0), Special(0, "off")] = 0.0
+    """Instead of top_share: minimum weight, where the mean weight is 1; 0: off."""
+
+    resample: Annotated[int, Ge(0), Special(0, "off")] = 0
+    """Instead of top_share: number of examples drawn in proportion to weight, with whole repeats; 0: off."""
+
+    per_source: Annotated[int, Ge(0), Special(0, "off")] = 0
+    """Instead of top_share: number of examples, divided over sources by total weight, highest first; 0: off."""
 
 
 Variant = Literal[
@@ -295,101 +588,167 @@ Variant = Literal[
     "ica", "loss", "reducible", "oneshot", "margin",
 ]  # fmt: skip
 DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:9]
-"""Without the scores, which are made by the model before training; alignment and perplexity: after uniform training."""
+"""All variants but the data scores that cost a pass of their own over the examples."""
 
 
 @dataclass(frozen=True)
 class RetrainSection:
-    """The headline numbers: cold retraining with the final weights, read on test."""
+    """Comparison of final weights with simple alternatives, by retraining and evaluating on test."""
 
-    enabled: bool = True  # costs one training per row and seed
-    seeds: int = 3  # trainings per row
-    variants: tuple[Variant, ...] = DEFAULT_VARIANTS  # what is compared; the names of scores: the best rows by them
+    enabled: bool = True
+    """Run the comparison; it costs one training for each variant and seed."""
+
+    seeds: Annotated[int, Ge(1)] = 3
+    """Trainings of each variant, with different seeds."""
+
+    variants: tuple[Variant, ...] = DEFAULT_VARIANTS
+    """Variants that are trained; the name of a data score: the examples with its highest values."""
 
 
 @dataclass(frozen=True)
 class CertifySection:
-    """Is the hypergradient exact, smooth, predictive? Ends in a verdict."""
+    """Checks that the hypergradient is exact, smooth and predictive, with a verdict."""
 
-    enabled: bool = True  # costs two trainings per step size and one sweep
-    step_sizes: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)  # exact: finite differences along the gradient's sign
-    removed: float = 0.2  # metasmoothness: share of the training examples left out
-    retrains: int = 0  # predictive: trainings with changed weights; 0 = not measured, else at least 8
-    retrain_removed: float = 0.5  # predictive: share of the training examples that each retrain leaves out
+    enabled: bool = True
+    """Run the checks; they cost two trainings per step size and one backward pass."""
+
+    step_sizes: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.1, 0.03, 0.01, 0.003)
+    """Exactness: step sizes of the finite differences along the sign of the hypergradient."""
+
+    removed: OpenShare = 0.2
+    """Smoothness (metasmoothness): share of the training examples whose removal is tested."""
+
+    retrains: Annotated[int, Ge(8), Special(0, "not measured"), Because("fewer say nothing about a correlation")] = 0
+    """Predictiveness: trainings without random subsets of the examples; 0: not measured."""
+
+    retrain_removed: OpenShare = 0.5
+    """Predictiveness: share of the training examples that each of those trainings leaves out."""
 
 
 @dataclass(frozen=True)
 class MeshSection:
-    """The devices of the run: a mesh of data x model of them, in one process or in several that work as one."""
+    """The device mesh: data x fsdp devices, in one process or several."""
 
-    data: int = 0  # copies of the parameters, that is, groups of devices; 0 = as many as all devices make
-    fsdp: int = 1  # devices that share one copy: each keeps a part, brought together layer by layer where it is used
-    sharding_rules: tuple[str, ...] = ()  # rules before the usual ones, as 'layers/down_proj/kernel = - fsdp -'
+    data: Annotated[int, Ge(0), Special(0, "all devices")] = 0
+    """Data-parallel replicas of the parameters; 0: as many as all devices allow."""
+
+    fsdp: Annotated[int, Ge(1), Special(1, "every device has all parameters")] = 1
+    """Devices that share one replica (fully sharded data parallelism): parameters are gathered layer by layer."""
+
+    sharding_rules: tuple[str, ...] = ()
+    """Sharding rules with precedence over the built-in ones, as 'layers/down_proj/kernel = - fsdp -'."""
 
 
 @dataclass(frozen=True)
 class DistributedSection:
-    """Several processes that work as one run, as on several hosts: how they find each other."""
+    """Initialization of a run over several processes, as on several hosts."""
 
-    coordinator_address: str = (
-        ""  # several processes: host:port of the first, or auto (TPU pods, SLURM, Open MPI, Kubernetes)
-    )
-    num_processes: int = 0  # how many processes; 0: the environment (JAX_NUM_PROCESSES) or the cluster says
-    process_id: int = -1  # the number of this one, from 0; -1: the environment (JAX_PROCESS_ID) or the cluster says
+    coordinator_address: str = ""
+    """host:port of the first process, or auto (TPU pods, SLURM, Open MPI, Kubernetes); empty: a single process."""
+
+    num_processes: Annotated[int, Ge(0), Special(0, "detected")] = 0
+    """Number of processes; 0: from JAX_NUM_PROCESSES or the cluster."""
+
+    process_id: Annotated[int, Ge(-1), Special(-1, "detected")] = -1
+    """Index of this process, from 0; -1: from JAX_PROCESS_ID or the cluster."""
 
 
 @dataclass(frozen=True)
 class ShowSection:
-    """What is printed."""
+    """What `inspect` prints."""
 
-    examples: int = 3  # rows of each part whose tokens are shown, the first ones; 0: none
-    ids: tuple[str, ...] = ()  # rows to show instead, by id, as in weights.parquet
-    max_tokens: int = 300  # tokens shown of one row; a longer one loses its middle
-    width: int = 0  # characters in a line; 0: those of the terminal
+    examples: Annotated[int, Ge(0), Special(0, "show none")] = 3
+    """Examples shown token by token, the first ones of each part of the data; 0: none."""
+
+    ids: tuple[str, ...] = ()
+    """Ids of examples to show instead, as in weights.parquet."""
+
+    max_tokens: Annotated[int, Ge(2)] = 300
+    """Tokens shown of one example; a longer one loses its middle."""
+
+    width: Annotated[int, Ge(40), Special(0, "the terminal's")] = 0
+    """Characters in a line; 0: the width of the terminal."""
 
 
 @dataclass(frozen=True)
 class EstimateSection:
-    """Of which machine the estimate is, and how far it may go to make it."""
+    """The machine that is estimated for, and how the estimate is made."""
 
-    command: Literal["auto", "select", "train", "compare", "audit"] = (
-        "auto"  # whose config it is; auto: by its sections
-    )
-    devices: int = 0  # devices of the run; more than there are: simulated, for compiling alone; 0: those there are
-    memory_gib: float = 0.0  # memory of one device; 0: that of this machine's
-    train_examples: int = (
-        0  # training examples of data.max_length tokens each, in place of data that are not here; 0: read the data
-    )
-    validation_examples: int = 256  # rows: validation examples beside them
-    compile: bool = True  # ask the compiler for workspaces; false: sizes of arrays alone, in seconds
-    measure: bool = True  # time a few steps on this machine, with random parameters, where they fit
-    tflops: float = 0.0  # hours by a device's peak speed, 1e12 operations a second, instead of timing steps
-    mfu: float = 0.35  # tflops: the share of the peak that training reaches
-    dir: str = ""  # folder for estimate.json
+    command: Literal["auto", "select", "train", "compare", "audit"] = "auto"
+    """Command that the config is for; auto: detected from its sections."""
+
+    devices: Annotated[int, Ge(0), Special(0, "those of this machine")] = 0
+    """Devices of the run; more than this machine has are simulated for compilation; 0: those of this machine."""
+
+    memory_gib: Annotated[float, Ge(0), Special(0, "that of this machine's devices")] = 0.0
+    """Memory of one device; 0: that of this machine's devices."""
+
+    train_examples: Annotated[int, Ge(0), Special(0, "read the data")] = 0
+    """Number of training examples, each of data.max_length tokens, where the data are absent; 0: read the data."""
+
+    validation_examples: Count = 256
+    """Number of validation examples where train_examples is given."""
+
+    compile: bool = True
+    """Ask the compiler for its working memory; false: sizes of arrays only, in seconds."""
+
+    measure: bool = True
+    """Time a few steps on this machine, with random parameters, where they fit."""
+
+    tflops: Annotated[float, Ge(0), Special(0, "time steps on this machine")] = 0.0
+    """Peak speed of a device in 1e12 operations per second, for hours without timing steps; 0: time steps."""
+
+    mfu: Share = 0.35
+    """tflops: model FLOPs utilization, the share of the peak speed that training reaches."""
+
+    dir: str = ""
+    """Folder for estimate.json; empty: not written."""
 
 
 @dataclass(frozen=True)
 class ExportSection:
-    """What is written, and where."""
+    """The files that `export` writes."""
 
-    dir: str = "out/export"  # made anew; never overwritten
-    format: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"  # whose input; maxtext is Tunix's, too
-    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"  # of the rows; auto: as they came
-    container: Literal["jsonl", "json", "parquet", "datasets"] = "jsonl"  # datasets: a folder of `save_to_disk`
-    weight_key: bool = True  # a `weight` key in each row, for trainers that read one
+    dir: Annotated[str, Required("name the folder to write")] = "out/export"
+    """New folder for the files; never overwritten."""
+
+    format: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"
+    """Trainer whose input format is written; Tunix reads that of maxtext."""
+
+    layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"
+    """Layout of an example; auto: that of the training examples."""
+
+    container: Literal["jsonl", "json", "parquet", "datasets"] = "jsonl"
+    """File format; datasets: a folder of `save_to_disk`."""
+
+    weight_key: bool = True
+    """Add the key `weight` to each example, for trainers that read it."""
 
 
 @dataclass(frozen=True)
 class ArraysSection:
-    """A classification task with wrong labels, where data.train is one .npz: x_train, y_train, x_test, y_test."""
+    """Classification with wrong labels (hyper-cleaning); data.train is one .npz: x_train, y_train, x_test, y_test."""
 
-    hidden_sizes: tuple[int, ...] = ()  # widths of the hidden layers (ReLU); none: linear softmax regression
-    train_examples: int = 5000  # training examples, which get weights; drawn from x_train anew for each seed
-    validation_examples: int = 500  # rows of validation, drawn from the rest of x_train
-    dev_examples: int = 0  # rows of dev, likewise; 0: the last weights count
-    test_examples: int = 0  # rows of test, drawn from x_test; 0: all of them
-    label_noise: Literal["forced", "redrawn", "none"] = "forced"  # forced: to a wrong class; redrawn: uniform over all
-    noise_share: float = 0.5  # of the training examples whose label is changed
+    hidden_sizes: tuple[Annotated[int, Ge(1)], ...] = ()
+    """Widths of the hidden layers (ReLU); empty: softmax regression."""
+
+    train_examples: Annotated[int, Ge(2), Because("weights compare examples")] = 5000
+    """Training examples, drawn from x_train for each seed."""
+
+    validation_examples: Count = 500
+    """Validation examples, drawn from the rest of x_train."""
+
+    dev_examples: Annotated[int, Ge(0), Special(0, "none")] = 0
+    """Dev examples, drawn from the rest of x_train; 0: none, so the last weights are used."""
+
+    test_examples: Annotated[int, Ge(0), Special(0, "all of x_test")] = 0
+    """Test examples, drawn from x_test; 0: all of x_test."""
+
+    label_noise: Literal["forced", "redrawn", "none"] = "forced"
+    """Label noise: forced (a wrong class), redrawn (uniform over all classes), none."""
+
+    noise_share: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    """Share of the training examples with noisy labels."""
 
 
 CompareMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
@@ -400,13 +759,24 @@ Baseline = Literal[
 
 @dataclass(frozen=True)
 class CompareSection:
-    """What is compared, and at what cost."""
+    """The methods and baselines that are compared, and their compute budget."""
 
-    methods: tuple[CompareMethod, ...] = ("unrolled", "window", "implicit", "alignment", "penalty", "mixing")  # rows
-    baselines: tuple[Baseline, ...] = get_args(Baseline)  # rows that learn no weights
-    budget: int = 2000  # budget of a method for one seed: forward and backward passes over one batch
-    seeds: int = 3  # wrong labels, data order and start are drawn anew for each
-    top_share: float = 0.5  # share of the rows that random, aligned and low_loss keep
+    methods: Annotated[tuple[CompareMethod, ...], Unique()] = (
+        "unrolled", "window", "implicit", "alignment", "penalty", "mixing",
+    )  # fmt: skip
+    """Methods that learn weights."""
+
+    baselines: Annotated[tuple[Baseline, ...], Unique()] = get_args(Baseline)
+    """Baselines, which learn no weights."""
+
+    budget: Count = 2000
+    """Compute budget of a method for one seed: forward and backward passes over one batch."""
+
+    seeds: Annotated[int, Ge(1), Because("an interval needs 2")] = 3
+    """Repetitions with other wrong labels, orders of the data and initial parameters."""
+
+    top_share: Share = 0.5
+    """Share of the examples that the baselines random, aligned and low_loss select."""
 
 
 EstimatorName = Literal["unrolled", "implicit", "alignment"]
@@ -415,19 +785,30 @@ ScoreCheckpoint = Literal["start", "end"]
 
 @dataclass(frozen=True)
 class AuditSection:
-    """Which scores are judged, and by which retrains."""
+    """The data scores that are tested, and the leave-k-out retraining that tests them."""
 
-    estimators: tuple[EstimatorName, ...] = get_args(
-        EstimatorName
-    )  # estimates of dL/dw: of L_v, and of each query its own
-    scores: tuple[str, ...] = ()  # cheap scores, as in weights.score; empty: every one that the data allow
-    checkpoints: tuple[ScoreCheckpoint, ...] = get_args(
+    estimators: tuple[EstimatorName, ...] = get_args(EstimatorName)
+    """Hypergradient estimators, of the mean validation loss and of each query's own loss."""
+
+    scores: tuple[str, ...] = ()
+    """Data scores, as in weights.score; empty: all that the data allow."""
+
+    checkpoints: Annotated[tuple[ScoreCheckpoint, ...], MinLen(1), Because("start, end, or both")] = get_args(
         ScoreCheckpoint
-    )  # which models cheap scores read: before training, after it
-    queries: int = 8  # rows of validation whose own losses are foretold beside L_v, with entries of their own; 0: none
-    vmap_size: int = 16  # queries in one reverse sweep, retrains side by side: more is faster and takes more memory
-    removed: tuple[float, ...] = (0.5, 0.05)  # shares of the rows that retrains leave out; the verdict reads the first
-    subsets: int = 40  # retrains of each share
+    )
+    """Models that compute the data scores: before training (start) and after it (end)."""
+
+    queries: Annotated[int, Ge(2), Special(0, "none")] = 8
+    """Validation examples whose own losses are also predicted by the estimators; 0: none."""
+
+    vmap_size: Count = 16
+    """Queries in one backward pass, and retrains at once (vmap): more is faster and takes more memory."""
+
+    removed: Annotated[tuple[OpenShare, ...], MinLen(1), Unique()] = (0.5, 0.05)
+    """Shares of the training examples that retrains leave out; the verdict uses the first."""
+
+    subsets: Annotated[int, Ge(8), Because("fewer say nothing about a correlation (40 give it to about .1)")] = 40
+    """Retrains for each share, each without another random subset."""
 
 
 RankMetric = Literal["sppl", "perplexity", "ifd", "self_similarity", "mix", "car"]
@@ -435,30 +816,67 @@ RankMetric = Literal["sppl", "perplexity", "ifd", "self_similarity", "mix", "car
 
 @dataclass(frozen=True)
 class RankSection:
-    """Which responses are compared, and how."""
+    """The response generation strategies that are compared, and the metrics."""
 
-    responses_field: str = "responses"  # table: key of the map {strategy: response}; rows without it: a file for each
-    strategies: tuple[str, ...] = ()  # those to compare; empty: all
-    id_field: str = ""  # files of strategies: key that joins their rows; empty: the question itself
-    reward_field: str = ""  # car: key of a reward for each response; in a table a map {strategy: number}
-    metrics: tuple[RankMetric, ...] = ()  # what is computed; empty: all, car where there are rewards
-    pick_by: RankMetric = "sppl"  # the metric that picks
-    block_size: int = 50  # questions of a block, which are also those that the model's shown answers come from
-    num_blocks: int = 3  # disjoint blocks; fewer where the questions do not suffice
-    k: int = 2  # sppl: answers of the model's own before each question
-    mean: Literal["arithmetic", "geometric", "trimmed"] = "arithmetic"  # sppl, perplexity: over a block
-    trim: float = 0.1  # mean=trimmed: share of the questions that is left out at either end
-    beta: float = 0.5  # mix: weight of perplexity against 1 - self_similarity; -1: by how much each varies
-    own_answers: str = ""  # file of the model's own answers, a question and a response a row; empty: generated
-    template: str = ""  # sppl: {question} and {examples} with what stands around them
-    example_template: str = ""  # sppl: {answer} with what stands around each
-    final_answer: str = (
-        "\n\nFinal Answer: "  # sppl: between a shown answer and verifier.answer_field; empty: that is not shown
-    )
-    max_question_tokens: int = 0  # tokens; longer questions are not drawn, and counted; 0: all are
-    max_response_tokens: int = 0  # tokens; longer responses are cut there, and counted; 0: none is
-    accuracies: tuple[str, ...] = ()  # known ones, name=number for each strategy or a .json file: correlations
-    train_examples: int = (
-        0  # train-then-test: responses of each strategy to train on, tested on data.validation; 0: off
-    )
-    train_seeds: int = 3  # train-then-test: trainings for each strategy
+    responses_field: str = "responses"
+    """Key of the map {strategy: response} of an example; without it each strategy has a file of its own."""
+
+    strategies: tuple[str, ...] = ()
+    """Strategies to compare; empty: all."""
+
+    id_field: str = ""
+    """One file per strategy: key that matches examples between the files; empty: the question."""
+
+    reward_field: str = ""
+    """car: key of the reward of each response, or of the map {strategy: reward}."""
+
+    metrics: tuple[RankMetric, ...] = ()
+    """Metrics to compute; empty: all, with car where there are rewards."""
+
+    pick_by: RankMetric = "sppl"
+    """Metric that picks the best strategy."""
+
+    block_size: Annotated[int, Ge(2), Because("a spread takes many")] = 50
+    """Questions of a block; demonstrations come from the model's answers within the same block."""
+
+    num_blocks: Annotated[int, Ge(1), Because("a spread takes 2")] = 3
+    """Disjoint blocks; fewer where there are not enough questions."""
+
+    k: int = 2
+    """sppl: own answers of the model shown before each question."""
+
+    mean: Literal["arithmetic", "geometric", "trimmed"] = "arithmetic"
+    """sppl, perplexity: mean over the questions of a block."""
+
+    trim: Annotated[float, Interval(ge=0, lt=0.5)] = 0.1
+    """mean=trimmed: share of the questions left out at each end."""
+
+    beta: Annotated[float, Interval(ge=0, le=1), Special(-1, "by their spread")] = 0.5
+    """mix: weight of perplexity against 1 - self_similarity; -1: from the spread of the two."""
+
+    own_answers: str = ""
+    """File of the model's own answers, with a question and a response per example; empty: generated."""
+
+    template: str = ""
+    """sppl: text with {question} and {examples} that the prompt is built from."""
+
+    example_template: str = ""
+    """sppl: text with {answer} around each shown answer."""
+
+    final_answer: str = "\n\nFinal Answer: "
+    """sppl: text between a shown answer and its verifier.answer_field; empty: the latter is not shown."""
+
+    max_question_tokens: Annotated[int, Ge(0), Special(0, "no limit")] = 0
+    """Maximum number of tokens of a question; longer ones are counted and not used; 0: no limit."""
+
+    max_response_tokens: Annotated[int, Ge(0), Special(0, "no limit")] = 0
+    """Maximum number of tokens of a response; longer ones are counted and cut; 0: no limit."""
+
+    accuracies: tuple[str, ...] = ()
+    """Known accuracies to correlate with: name=number for each strategy, or a .json file."""
+
+    train_examples: Annotated[int, Ge(0), Special(0, "off")] = 0
+    """Trial trainings: responses of each strategy to train on, tested on data.validation; 0: off."""
+
+    train_seeds: Annotated[int, Ge(1), Because("an interval needs 2")] = 3
+    """Trial trainings of each strategy, with different seeds."""

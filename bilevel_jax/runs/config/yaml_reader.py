@@ -1,4 +1,4 @@
-"""From a YAML file to frozen dataclasses: all trouble at once, each with its line and what was wanted."""
+"""YAML config reader that reports all errors with line numbers"""
 
 import dataclasses
 import difflib
@@ -14,10 +14,15 @@ ConfigT = TypeVar("ConfigT")
 
 
 def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: Collection[str] = ()) -> ConfigT:
-    """`path` as a `kind`: a dataclass of sections, each a dataclass of plain fields, all with defaults.
+    """Read a YAML file into a config class: a dataclass of sections, each a dataclass of plain fields with defaults.
 
-    Raises one ValueError that lists every unknown, repeated or wrongly typed key. Sections, and keys of a section, that
-    are named in `others` or that `kind` lacks there are passed over: the file was written for another command.
+    Args:
+        config_class: the class to return.
+        path: the file.
+        ignored_sections: sections of other commands, which the file may hold too.
+
+    Raises:
+        ValueError: that lists every unknown, renamed, repeated or wrongly typed key with its line.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -36,13 +41,11 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
         if name not in sections and name in ignored_sections:
             continue
         if name not in sections:
-            errors.append(
-                f"{location}: unknown section '{name}'; {suggest_nearest(name, sections)}the sections: {', '.join(sections)}."
-            )
+            hint = suggest_nearest(name, sections)
+            errors.append(f"{location}: unknown section '{name}'; {hint}the sections: {', '.join(sections)}.")
         elif not isinstance(values, dict | None):
-            errors.append(
-                f"{location}: {name} is {_describe_value(values)}; wanted its keys: {', '.join(field_types(sections[name]))}."
-            )
+            keys = ", ".join(field_types(sections[name]))
+            errors.append(f"{location}: {name} is {_describe_value(values)}; wanted its keys: {keys}.")
         else:
             section_values = {}
             for key, value in (values or {}).items():
@@ -66,7 +69,7 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
 
 
 def decode_value(expected_type: Any, value: Any) -> Any:
-    """`value`, as YAML gave it, as the type `kind`; a ValueError says what was wanted."""
+    """Convert a value read from YAML to the expected type; a ValueError says what was wanted."""
     origin, arguments = typing.get_origin(expected_type), typing.get_args(expected_type)
     if origin is Literal:
         if value not in arguments:
@@ -120,7 +123,7 @@ def _key_type(sections: dict[str, Any], name: str, key: str) -> Any:
 
 
 def suggest_nearest(name: Any, names: Iterable[str]) -> str:
-    """`did you mean ...?` with the name that is most like the given one; nothing where none is alike."""
+    """`did you mean ...?` with the name most similar to the given one, or nothing where none is similar."""
     matches = difflib.get_close_matches(str(name), list(names), n=1)
     return f"did you mean '{matches[0]}'? " if matches else ""
 
@@ -130,7 +133,7 @@ def _describe_value(value: Any) -> str:
 
 
 def _locate_keys(root: yaml.Node, path: str) -> tuple[dict[str, str], list[str]]:
-    """file:line of each section and key, and a complaint for each that stands twice (YAML would take the last)."""
+    """file:line of each section and key, and an error for each that occurs twice (YAML would take the last)."""
     lines: dict[str, str] = {}
     duplicates: list[str] = []
 

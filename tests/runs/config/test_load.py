@@ -275,7 +275,7 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name
+    "path", sorted((Path(__file__).parents[3] / "configs").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_the_configs_that_come_with_the_package_are_right(path):
     kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}

@@ -96,11 +96,11 @@ class Config:
     [
         (
             GenerateSection("service", model="small"),
-            r"generate.url = ''.* is where a service is, as http://localhost:8000/v1",
+            r"generate.url = ''.* must be the address of the server, as http://localhost:8000/v1",
         ),
         (
             GenerateSection("service", url="http://localhost:8000/v1"),
-            "generate.model = ''.* name the model at the service",
+            "generate.model = ''.* name the model on the server",
         ),
         (GenerateSection(top_p=0.0), r"generate.top_p = 0.0.* must be in \(0, 1\]"),
         (GenerateSection(temperature=-1.0), r"generate.temperature = -1.0.* must be 0 \(greedy\) or more"),
