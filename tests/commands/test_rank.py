@@ -333,7 +333,7 @@ WRONG = {
     "one strategy": (None, ["--rank.strategies", "next"], "1 strategy; ranking takes at least 2"),
     "one file": (None, ["--rank.responses-field", "said"], "no 'response'; the keys are .* table of strategies has"),
     "no rewards": (None, ["--rank.reward-field", "prize"], "table.jsonl:1: the reward of 'next' is NoneType None"),
-    "car": (None, ["--rank.metrics", "car", "--rank.pick-by", "car"], "car divides rewards: name rank.reward_field"),
+    "car": (None, ["--rank.metrics", "car", "--rank.pick-by", "car"], "car needs rewards: name rank.reward_field"),
     "k": (None, ["--rank.k", "5"], "rank.k = 5: must be 1 or more, and at most rank.block_size - 2"),
     "decide": (None, ["--rank.metrics", "ifd"], "rank.pick_by = 'sppl': must be among rank.metrics"),
     "template": (None, ["--rank.template", "{question}"], "must hold {question} and then {examples}, once each"),

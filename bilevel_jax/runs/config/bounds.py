@@ -80,7 +80,9 @@ def _split_annotation(annotation: Any) -> tuple[Any, tuple]:
 
 def _limits(bounds: tuple) -> tuple[float, bool, float, bool]:
     """The lower limit, whether it is excluded, the upper limit, whether it is excluded."""
-    low, low_open, high, high_open = -math.inf, False, math.inf, False
+    low: Any = -math.inf
+    high: Any = math.inf
+    low_open = high_open = False
     for bound in bounds:
         if isinstance(bound, Gt | Interval) and bound.gt is not None:
             low, low_open = bound.gt, True
@@ -90,7 +92,7 @@ def _limits(bounds: tuple) -> tuple[float, bool, float, bool]:
             high, high_open = bound.lt, True
         if isinstance(bound, Le | Interval) and bound.le is not None:
             high, high_open = bound.le, False
-    return low, low_open, high, high_open  # type: ignore[return-value]
+    return low, low_open, high, high_open
 
 
 def _describe_limits(bounds: tuple) -> str:

@@ -129,7 +129,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "objective.name",
         lambda c: not (c.data.streaming and c.objective.name == "dpo"),
-        "dpo cannot stream, as it needs the reference log-probabilities of all examples before the first step: use simpo",
+        "dpo cannot stream: it needs the reference log-probabilities of all examples before the first step; use simpo",
     ),
     (
         "weights.score",
@@ -190,7 +190,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "rank.k",
         lambda c: 1 <= c.rank.k <= c.rank.block_size - 2,
-        "must be 1 or more and at most rank.block_size - 2: distinct answers to other questions are shown",
+        "must be 1 or more, and at most rank.block_size - 2: distinct answers to other questions are shown",
     ),
     (
         "rank.pick_by",
