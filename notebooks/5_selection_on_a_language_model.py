@@ -201,7 +201,7 @@ for begins in (f"L_v, {unit} by outer step", f"L_v, {unit}:", "weight"):
 # ## Who went up, and who down
 #
 # `weights.parquet` has one line for each training example, joined by an id that comes from the row's content. `entry` is
-# $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_entry` the same at weight 1; below 0: more weight
+# $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_hypergradient` the same at weight 1; below 0: more weight
 # on this row lowers $L_v$.
 
 # %%
@@ -217,14 +217,14 @@ def shown(row):
 
 ordered = table.sort_values("weight", ascending=False)
 for words_of, some in (("largest", ordered.head(6)), ("least", ordered.tail(6))):
-    print(f"The {words_of} weights (weight, first_entry in {unit} per unit of weight, label, text):")
+    print(f"The {words_of} weights (weight, first_hypergradient in {unit} per unit of weight, label, text):")
     for row in some.itertuples():
-        print(f"  {row.weight:.3f}  {row.first_entry:+.1e}  {row.label:<8} {shown(row)}")
+        print(f"  {row.weight:.3f}  {row.first_hypergradient:+.1e}  {row.label:<8} {shown(row)}")
 
 good = table["label"] == "clean"
 names = {
     "weights": "the learned weights",
-    "first_entries": "one exact gradient",
+    "first_hypergradient": "one exact gradient",
     "alignment": "alignment",
     "low_loss": "least loss",
 }

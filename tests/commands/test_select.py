@@ -35,9 +35,9 @@ def test_writes_what_it_promises(made, whole):
     weights = np.array(table["weight"])
     assert abs(weights.mean() - 1) < 1e-5 and weights.std() > 0  # softmax, and it learned something
     assert [round(record["entropy"], 3) for record in result["records"]][0] == round(np.log(36), 3)
-    assert (np.array(table["entry"]) != 0).any()
+    assert (np.array(table["hypergradient"]) != 0).any()
     meaning = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    assert "nats per token" in meaning["entry"] and "below 0" in meaning["entry"]
+    assert "nats per token" in meaning["hypergradient"] and "below 0" in meaning["hypergradient"]
     assert {"estimand", "precision", "device", "config_hash"} <= set(meaning)
 
     kept = [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
@@ -206,7 +206,7 @@ def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
     for data, model in ((1, 1), (8, 1), (4, 2)):
         out = tmp_path / f"{data} x {model}"
         run(made, out, *flags, "--mesh.data", str(data), "--mesh.fsdp", str(model))
-        entries[data, model] = np.array(pq.read_table(out / "weights.parquet")["entry"])
+        entries[data, model] = np.array(pq.read_table(out / "weights.parquet")["hypergradient"])
     one = entries[1, 1]
     assert one.dtype == np.float64
     for other in entries.values():  # sums in another order, through two trainings

@@ -110,7 +110,7 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
         "ended": learned.stop_reason,
         "auc": {
             "weights": auc(learned.weights, good),
-            **({} if single_loop_result else {"first_entries": auc(-learned.first_hypergradient, good)}),
+            **({} if single_loop_result else {"first_hypergradient": auc(-learned.first_hypergradient, good)}),
             "alignment": auc(-learned.alignment, good),
             "low_loss": auc(-learned.losses, good),
         }

@@ -31,8 +31,8 @@ def weights_table(
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
         "weight": learned.weights,
-        "entry": learned.hypergradient,
-        "first_entry": learned.first_hypergradient,
+        "hypergradient": learned.hypergradient,
+        "first_hypergradient": learned.first_hypergradient,
         "alignment": learned.alignment,
         "loss": learned.losses,
         "selected": selected_mask,
@@ -41,10 +41,10 @@ def weights_table(
     }
     meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "entry": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of weight; "
+        "hypergradient": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of weight; "
         "below 0: more weight lowers L_v",
-        "first_entry": "the same at weight 1 for every row",
-        "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as entry",
+        "first_hypergradient": "the same at weight 1 for every row",
+        "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",
         "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
         "estimand": describe_estimand(config),
         "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
@@ -53,7 +53,7 @@ def weights_table(
         "outer_step": str(learned.best_step),
     }
     if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
-        columns = {name: column for name, column in columns.items() if name not in ("entry", "first_entry")}
+        columns = {name: column for name, column in columns.items() if name not in ("hypergradient", "first_hypergradient")}
     table = pa.table(columns)
     return table.replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 

@@ -25,8 +25,8 @@ def render_extreme_examples(run: RunResults) -> Html:
     count = min(EXAMPLES_PER_END, (len(order) + 1) // 2)
     top, bottom = order[:count], order[::-1][: min(EXAMPLES_PER_END, len(order) // 2)]
     power = 0
-    if "entry" in run.columns:
-        magnitudes = np.abs(run.columns["entry"][np.concatenate([top, bottom])].astype(float))
+    if "hypergradient" in run.columns:
+        magnitudes = np.abs(run.columns["hypergradient"][np.concatenate([top, bottom])].astype(float))
         power = engineering_exponent(float(np.nanmax(magnitudes, initial=0.0)))
     meaning = (
         "The entry is d L_v / d weight: what one more unit of weight on this row would do to validation loss, at "
@@ -36,7 +36,7 @@ def render_extreme_examples(run: RunResults) -> Html:
     )
     return join_html(
         html_paragraph(
-            *(meaning if "entry" in run.columns else ()),
+            *(meaning if "hypergradient" in run.columns else ()),
             f"Text is shown as it stands in the data, up to {MAX_TURN_CHARACTERS} characters of a turn.",
         ),
         html_element("h3", f"The {len(top)} largest weights"),
@@ -67,9 +67,9 @@ def _examples_table(run: RunResults, indices: Iterable[int], power: int) -> Html
         for index in indices
     ]
     hypergradient_columns = []
-    if "entry" in run.columns:
-        values = [SignedNumber(float(run.columns["entry"][index]) / 10.0**power) for index in indices]
-        hypergradient_columns = [Column("entry", values, f"{format_power_of_ten(power)}{run.unit} per unit of weight")]
+    if "hypergradient" in run.columns:
+        values = [SignedNumber(float(run.columns["hypergradient"][index]) / 10.0**power) for index in indices]
+        hypergradient_columns = [Column("hypergradient", values, f"{format_power_of_ten(power)}{run.unit} per unit of weight")]
     return html_table(
         Column("weight", [float(run.columns["weight"][index]) for index in indices]),
         *hypergradient_columns,

@@ -14,7 +14,7 @@ from bilevel_jax.runs.report.results import RunResults, most_independent_part
 
 RANKING_LABELS = {
     "weights": ("learned weights", "what this run found"),
-    "first_entries": ("first hypergradient", "minus the entries at weight 1: one estimate, no loop"),
+    "first_hypergradient": ("first hypergradient", "minus the entries at weight 1: one estimate, no loop"),
     "alignment": ("alignment", "<grad loss_i, grad L_v> at the end of uniform training: the cheap way"),
     "low_loss": ("low loss", "rows that the model finds easy after uniform training: the cheapest"),
 }

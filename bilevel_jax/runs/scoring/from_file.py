@@ -151,6 +151,16 @@ TRANSFORM_MEANINGS = {
 }
 
 
+FORMER_COLUMNS = {"hypergradient": "entry", "first_hypergradient": "first_entry"}
+"""Names of today -> what weights.parquet called these columns before version 0.2; files of then are still read."""
+
+
+def stored_column(name: str, columns: Sequence[str]) -> str:
+    """The name of a column in a file, which a version before 0.2 may have written under its former name."""
+    former = FORMER_COLUMNS.get(name, name)
+    return former if name not in columns and former in columns else name
+
+
 def _read_column(path: str, name: str) -> tuple[list[str], list[float]]:
     kind = Path(path).suffix
     if not Path(path).is_file():
@@ -159,12 +169,14 @@ def _read_column(path: str, name: str) -> tuple[list[str], list[float]]:
         )
     if kind == ".parquet":
         file = pq.ParquetFile(path)
+        name = stored_column(name, file.schema_arrow.names)
         _check_columns(path, name, file.schema_arrow.names)
         table = file.read(["id", name])
         ids, values = table["id"].to_pylist(), table[name].to_pylist()
     elif kind in (".jsonl", ".json"):
         rows = _read_json_objects(path, kind)
         ids, values = [row["id"] for row in rows], []
+        name = stored_column(name, list(rows[0])) if rows else name
         for number, row in enumerate(rows, 1):
             _check_columns(f"{path}, row {number}", name, list(row))
             values.append(row[name])
@@ -193,6 +205,11 @@ def _read_json_objects(path: str, kind: str) -> list[dict[str, Any]]:
 
 def _check_columns(where: str, name: str, names: Sequence[str]) -> None:
     if missing := [key for key in ("id", name) if key not in names]:
+        for today, former in FORMER_COLUMNS.items():
+            if missing[0] == former and today in names:
+                raise ValueError(
+                    f"{where}: the column {former!r} is called {today!r} since 0.2: set weights.column to it."
+                )
         raise ValueError(
             f"{where}: no column {missing[0]!r}; the columns are {sorted(names)}. Set weights.column to one of them."
         )

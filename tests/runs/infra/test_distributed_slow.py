@@ -47,7 +47,7 @@ def ended(running) -> list[int]:
 
 
 def entries(out) -> np.ndarray:
-    return np.array(pq.read_table(out / "weights.parquet")["entry"])
+    return np.array(pq.read_table(out / "weights.parquet")["hypergradient"])
 
 
 def far(one, other) -> float:
