@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from bilevel_jax import hypergradient
-from bilevel_jax.core import penalty, solvers, weightings
+from bilevel_jax.core import penalty, single_loop, solvers, weightings
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit
@@ -371,7 +371,7 @@ def ridge(w, delta=0.3):
 
 
 starts = jnp.array([[1.2, 1.7], [1.9, 1.2]])
-mixed = penalty.penalty_single_loop(
+mixed = single_loop.penalty(
     plain,
     optax.sgd(0.6),
     weightings.online_softmax(1),
@@ -495,7 +495,7 @@ def together_of(method, steps=20_000):
 
 square = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
 nesterov = optax.sgd(0.2, momentum=0.9, nesterov=True)
-single = penalty.penalty_single_loop(
+single = single_loop.penalty(
     square,
     nesterov,
     weightings.online_softmax(30),
@@ -506,7 +506,7 @@ ends = {
     "exact: ridge minimiser": learned(ridge_of),
     "exact: 100 training steps": learned(hundred_steps),
     "optimistic: penalty": together_of(single),
-    "mixing, half and half": together_of(penalty.mixing(square, nesterov, 0.5, 30)),
+    "mixing, half and half": together_of(single_loop.mixing(square, nesterov, 0.5, 30)),
     "validation examples alone": (jnp.linalg.pinv(questions) @ many_trusted[1], None),
 }
 seen = [float(many_value(params)) for params, _ in ends.values()]

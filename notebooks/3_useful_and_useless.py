@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from scipy.optimize import nnls
 
-from bilevel_jax.core import multiobjective, penalty
+from bilevel_jax.core import multiobjective, single_loop
 from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.hypergradient import full_batch_stream
@@ -108,7 +108,7 @@ def drive(method, tasks, starts, steps, keep=lambda state, info: info.validation
 
 def bilevel(optimizer, selector, rate):
     """BDS by a penalty: one loop, a second copy of the model; `rate` moves the logits of the weights."""
-    return penalty.penalty_single_loop(
+    return single_loop.penalty(
         problem, optimizer, selector, validation_share=CONSTANT(0.5), weights_learning_rate=rate
     )
 
@@ -122,7 +122,7 @@ lines = Task(
 )
 starts, steps, plain = np.array([[2.0, -0.8], [2.6, 0.9], [-0.7, 1.1]]), 4000, optax.sgd(0.1)
 planar = {
-    "direct mixing": (penalty.mixing(problem, plain, 0.5, 2), MIXED),
+    "direct mixing": (single_loop.mixing(problem, plain, 0.5, 2), MIXED),
     "BDS (penalty)": (bilevel(plain, online_softmax(2), lambda step: jnp.where(step < 200, 0.0, 1.0)), BILEVEL),
     "BMO": (
         bmo(
@@ -318,9 +318,9 @@ def balance(tau, rho=0.5, useless=15, trusted=20, rows=ROWS):
 
 cooling = geometric_schedule(1, 0.1, STEPS)
 methods = {
-    "all rows, weight 1": penalty.mixing(problem, momentum, 0.0, ROWS),
-    "validation examples alone": penalty.mixing(problem, momentum, 1.0, ROWS),
-    "direct mixing, rho = .5": penalty.mixing(problem, momentum, 0.5, ROWS),
+    "all rows, weight 1": single_loop.mixing(problem, momentum, 0.0, ROWS),
+    "validation examples alone": single_loop.mixing(problem, momentum, 1.0, ROWS),
+    "direct mixing, rho = .5": single_loop.mixing(problem, momentum, 0.5, ROWS),
     "BDS, softmax weights": bilevel(momentum, online_softmax(ROWS), late),
     "BDS, sigmoid weights": bilevel(momentum, online_sigmoid(ROWS), late),
     "BMO, tau from 1 to .1": bmo(
@@ -449,8 +449,8 @@ assert all(consistent(*task.training) and (useful(task) == task.right).all() for
 
 falling = {"tau": geometric_schedule(1, 0.1, 3000), "memory": 0}
 contest = {
-    "mixing, rho = .5": penalty.mixing(problem, momentum, 0.5, COUNT),
-    "mixing, rho = .9": penalty.mixing(problem, momentum, 0.9, COUNT),
+    "mixing, rho = .5": single_loop.mixing(problem, momentum, 0.5, COUNT),
+    "mixing, rho = .9": single_loop.mixing(problem, momentum, 0.9, COUNT),
     "BDS": bilevel(momentum, online_softmax(COUNT), late),
     "BMO, share .5": bmo(problem, momentum, COUNT, validation_share=CONSTANT(0.5), **falling),
     "BMO, share 1 to .5": bmo(problem, momentum, COUNT, validation_share=geometric_schedule(1, 0.5, 3000), **falling),
@@ -566,7 +566,7 @@ for inside in (False, True):
     sorts[inside] = np.array([auc(w, task.right) for w, task in zip(table, studied, strict=True)]).reshape(-1, SEEDS)
     ends[inside] = each(trusted_loss, theta, studied).reshape(-1, SEEDS)
     if not inside:
-        blended = drive(penalty.mixing(problem, momentum, 0.5, 20), studied, np.zeros((15, 40)), 5000)[0]
+        blended = drive(single_loop.mixing(problem, momentum, 0.5, 20), studied, np.zeros((15, 40)), 5000)[0]
         blended = each(trusted_loss, blended, studied).reshape(-1, SEEDS)
 
 # %%
@@ -840,7 +840,7 @@ settled = {
     for name, (tau, share) in schedules.items()
 }
 ended = {name: result[0] for name, result in settled.items()}
-ended["mixing, rho = .5"] = drive(penalty.mixing(conflict, optax.sgd(0.1), 0.5, 2), objectives, np.zeros((5, 2)), 1000)[
+ended["mixing, rho = .5"] = drive(single_loop.mixing(conflict, optax.sgd(0.1), 0.5, 2), objectives, np.zeros((5, 2)), 1000)[
     0
 ]
 

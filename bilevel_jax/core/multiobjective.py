@@ -21,6 +21,7 @@ If one model attains the least loss 0 on every row (*separable* data) and s = 0,
 m = -tau log mean_i exp(-l_i(theta) / tau) is a soft minimum of the losses that needs no second model.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.problem import divide_by_multiplicity, get_multiplicity
-from bilevel_jax.core.training import init_train_state, inner_loss_and_grad
+from bilevel_jax.core.training import init_train_state, mix_gradients, validation_batch_loss_and_grad
 from bilevel_jax.core.types import (
     PADDING,
     Batch,
@@ -122,121 +123,227 @@ def bmo(
     reference: Reference = "none",
     normalizer_memory: float = 512.0,
 ) -> SingleLoop:
-    """theta <- opt(share grad L_v + (1 - share) grad m), one step for each pair of a training and a validation batch.
+    """Multi-objective training: theta follows L_v among the weakly Pareto-optimal models of the training losses.
 
-        grad m = sum_i w_i grad l_i(theta) / rows + grad prior + s (phi - theta);   w_i = exp((z_i - level) / tau)
+        theta <- opt(share grad L_v + (1 - share) grad m),  one step for each pair of a training and a validation batch
+        grad m = sum_i w_i grad l_i(theta) / N + grad prior + s (phi - theta);   w_i = exp((z_i - normalizer) / tau)
 
-    `phi`: "none" is the separable form, whose steps cost what plain training's do; "snapshot" compares with the
-    parameters that training started from, or those of the last `refresh`, by the ratio (pi_theta / pi_phi)^(1/tau) of
-    likelihoods, for one more forward pass; `Copy` takes K steps towards the maximiser phi*, and moves phi along with
-    theta: phi* - theta varies slowly, and where phi stays behind, training diverges at small tau (measured).
+    `reference` gives phi: "none" is the separable form, whose steps cost what plain training's do; "snapshot" compares
+    with the parameters that training started from, or those of the last `replace_reference`, by the ratio
+    (pi_theta / pi_phi)^(1/tau) of likelihoods, for one more forward pass; `TrainedReference` takes K steps towards the
+    maximiser phi*, and moves phi along with theta: phi* - theta varies slowly, and where phi stays behind, training
+    diverges at small tau (measured).
 
-    `level` is the normaliser over the last `memory` rows or so, at most an epoch (while there were fewer, the exact
-    one over all of them), as it stood *before* the step: the weight of a row depends on no other row of its batch,
-    except in the very first step. Rows that count less than others (`base`) count so in it, too. It is held in
-    nats, which a falling tau moves least. It lags: while losses or tau fall, the mean weight is above 1. Measured
-    on a regression (4096 rows, batches of 32, 4 epochs, three schedules of tau, two rates), the rms error of its
-    log within an epoch is at most .25; that of the exact sum over `table` at most .73, as the gaps are an epoch
-    old, but .005 at rest, and it costs O(rows) wherever tau moves. No weight is let above the number of rows that
-    the level is measured on, with those of the batch: were the row among them, it could not be.
+    The normaliser is that of the last `normalizer_memory` examples or so, at most an epoch (while there were fewer, the
+    exact one over all of them), as it stood *before* the step: the weight of an example depends on no other example of
+    its batch, except in the very first step. Examples that count less than others (`multiplicity`) count so in it, too.
+    It is held in nats, which a falling tau moves least. It lags: while losses or tau fall, the mean weight is above 1.
+    Measured on a regression (4096 examples, batches of 32, 4 epochs, three schedules of tau, two rates), the rms error
+    of its log within an epoch is at most .25; that of the exact sum over the table of gaps at most .73, as the gaps are
+    an epoch old, but .005 at rest, and it costs O(examples) wherever tau moves. No weight is let above the number of
+    examples that the normaliser is measured on, with those of the batch: were the example among them, it could not be.
 
-    `problem` must be linear in its slice, as `weighted` makes it. L_v of a validation batch is the mean over its own
-    rows. Micro-batches are summed in a scan; no work of a step grows with the number of rows.
+    Micro-batches are summed in a scan; no work of a step grows with the number of examples. L_v of a validation batch
+    is the mean over its own examples.
 
-    Estimand: `ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the front).
+    Estimand: `BMO_ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the front).
 
-    Wrong: "none" where rows cannot be fitted (noise in an answer costs its row weight); "snapshot" where phi is far
-    from phi* (m is then a lower bound); `Copy` with too few steps, which `merit` below 0 tells; memory so long that the
-    losses change by more than tau within it, or so short that it misses the rows that hold the weight (the mean of
-    `weights` leaves 1). Where few rows hold most of the weight, every minibatch is a noisy sample.
+    Wrong: "none" where examples cannot be fitted (noise in an answer costs its example weight); "snapshot" where phi is
+    far from phi* (m is then a lower bound); `TrainedReference` with too few steps, which a `merit` below 0 shows; a
+    memory so long that the losses change by more than tau within it, or so short that it misses the examples that hold
+    the weight (the mean of `weights` leaves 1). Where few examples hold most of the weight, every minibatch is a noisy
+    sample.
 
     Source: the problem is that of arXiv 2511.21056; merit function, weights and steps are reconstructed.
 
+    Args:
+        problem: losses of examples and the validation loss; linear in its weights, as `weighted` makes it.
+        optimizer: of theta.
+        num_examples: N, the training examples.
+        validation_share: step -> the share of L_v in the gradient.
+        temperature: step -> tau, nats; above 0.
+        reference: "none", "snapshot" or a `TrainedReference`.
+        normalizer_memory: examples that the running normaliser averages over.
+
+    Returns:
+        The method, with states of type `BMOState` and metrics of type `BMOMetrics`.
+
     Raises:
-        ValueError: if phi is no form, tau does not start above 0, or memory, steps or strength are out of range.
+        ValueError: if `reference` is unknown, the temperature does not start above 0, or the memory, steps or strength
+            are out of range.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> train = bj.full_batch_stream(jnp.array([1.0, 1.0, -1.0])).batch(0)
+        >>> validation = bj.full_batch_stream(jnp.array([1.0])).batch(0)
+        >>> method = bj.single_loop.bmo(
+        ...     problem, optax.sgd(0.1), 3,
+        ...     validation_share=optax.constant_schedule(0.5), temperature=optax.constant_schedule(0.3),
+        ... )
+        >>> state = method.init(jnp.zeros(()))
+        >>> for _ in range(50):
+        ...     state, metrics = method.step(state, (), train, validation)
+        >>> bool(method.weights(state)[2] < 0.1)  # no model fits this example and the validation set
+        True
     """
-    trained_reference = reference if isinstance(reference, TrainedReference) else None
-    if trained_reference is None and reference not in ("none", "snapshot"):
-        raise ValueError(f"phi={reference!r}; use 'none', 'snapshot' or Copy(optimizer, steps, strength).")
-    if trained_reference is not None and not (trained_reference.proximal > 0 and trained_reference.inner_steps >= 1):
+    trained = isinstance(reference, TrainedReference)
+    if not trained and reference not in ("none", "snapshot"):
         raise ValueError(
-            f"{trained_reference.inner_steps} steps and strength {trained_reference.proximal} of phi; give at least 1, and above 0."
+            f"reference={reference!r}; use 'none', 'snapshot' or TrainedReference(optimizer, inner_steps, proximal)."
+        )
+    if isinstance(reference, TrainedReference) and not (reference.proximal > 0 and reference.inner_steps >= 1):
+        raise ValueError(
+            f"{reference.inner_steps} inner steps and strength {reference.proximal} of the reference; give at least 1, "
+            "and above 0."
         )
     if not float(temperature(0)) > 0 or not normalizer_memory >= 0:
         raise ValueError(
-            f"tau starts at {float(temperature(0))}, memory {normalizer_memory}; give a positive tau and no negative memory."
+            f"temperature starts at {float(temperature(0))}, normalizer_memory {normalizer_memory}; give a positive "
+            "temperature and no negative memory."
         )
-    validation_problem = problem._replace(
-        inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
-        prior=lambda params, frozen: jnp.zeros(()),
-    )
+    method = _BMO(problem, optimizer, num_examples, validation_share, temperature, reference, normalizer_memory)
+    return SingleLoop(method.init, jax.jit(method.step, donate_argnums=0), method.weights, BMO_ESTIMAND)
 
-    def init(params: Params) -> BMOState:
-        train_state = init_train_state(
-            optimizer, jax.tree.map(jnp.array, params)
-        )  # buffers of its own: the step donates them
-        other = () if reference == "none" else jax.tree.map(jnp.array, params)
-        opt = trained_reference.optimizer.init(other) if trained_reference else ()
-        return BMOState(train_state, other, opt, jnp.zeros(()), jnp.zeros(()), jnp.full(num_examples, -jnp.inf, float))
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: BMOState, fixed: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
-        (params, opt, done), other, phi_opt = state.train_state, state.reference, state.reference_opt_state
-        heat, lam = jnp.asarray(temperature(done), float), jnp.asarray(validation_share(done), float)
+@dataclass(frozen=True)
+class _BMO:
+    """The settings of `bmo`, and the pieces of its step."""
+
+    problem: Problem
+    optimizer: optax.GradientTransformation
+    num_examples: int
+    validation_share: optax.Schedule
+    temperature: optax.Schedule
+    reference: Reference
+    normalizer_memory: float
+
+    def init(self, params: Params) -> BMOState:
+        # buffers of its own: the step donates them
+        train_state = init_train_state(self.optimizer, jax.tree.map(jnp.array, params))
+        reference = () if self.reference == "none" else jax.tree.map(jnp.array, params)
+        opt_state = self.reference.optimizer.init(reference) if isinstance(self.reference, TrainedReference) else ()
+        last_gaps = jnp.full(self.num_examples, -jnp.inf, float)
+        return BMOState(train_state, reference, opt_state, jnp.zeros(()), jnp.zeros(()), last_gaps)
+
+    def step(self, state: BMOState, frozen: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
+        (params, opt_state, num_steps), reference = state.train_state, state.reference
+        temperature = jnp.asarray(self.temperature(num_steps), float)
+        share = jnp.asarray(self.validation_share(num_steps), float)
         counts = jnp.where(train["index"] != PADDING, get_multiplicity(train), 0)
-        level = jax.lax.cond(
+        normalizer, num_kept, num_seen = self._normalizer_before_step(state, frozen, train, temperature, counts)
+        reference, reference_opt_state = self._advance_reference(state, frozen, train, normalizer)
+
+        reference_losses = batch_losses(self.problem, reference, frozen, train)
+        train_loss, train_grad, gaps, weights = weighted_loss_and_grad(
+            self.problem, params, frozen, train, normalizer, reference_losses, 1
+        )
+        log_normalizer = _update_log_normalizer(normalizer, num_kept, num_seen, gaps, counts)
+        merit, merit_grad = self._add_proximal_term(params, reference, frozen, log_normalizer, train_grad)
+
+        validation_loss, validation_grad = validation_batch_loss_and_grad(self.problem, params, frozen, validation)
+        grad = mix_gradients(validation_grad, merit_grad, share)
+        updates, opt_state = self.optimizer.update(grad, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        if isinstance(self.reference, TrainedReference):
+            reference = optax.tree.add(reference, optax.tree.sub(new_params, params))
+        new_state = BMOState(
+            TrainState(new_params, opt_state, num_steps + 1),
+            reference,
+            reference_opt_state,
+            log_normalizer,
+            state.num_measured + num_seen,
+            state.last_gaps.at[train["index"]].set(gaps, mode="drop"),
+        )
+        return new_state, BMOMetrics(
+            train_loss, validation_loss, share, tree.norm(grad), temperature, weights, gaps, merit
+        )
+
+    def weights(self, state: BMOState) -> Float[Array, "examples"]:
+        """By the gaps that were seen last; 1 for an example that no batch touched. `compute_weights` gives the exact table."""
+        temperature = self.temperature(state.train_state.step)
+        return jnp.where(state.last_gaps > -jnp.inf, weights_from_gaps(state.last_gaps, temperature), 1)
+
+    def _normalizer_before_step(
+        self, state: BMOState, frozen: Frozen, train: Batch, temperature: Scalar, counts: HyperSlice
+    ) -> tuple[WeightNormalizer, Scalar, Scalar]:
+        """(the normaliser, the examples that it stands for, those of the batch); measured on the batch in the first step."""
+        params, reference = state.train_state.params, state.reference
+        log_normalizer = jax.lax.cond(
             state.num_measured > 0,
             lambda: state.log_normalizer,
-            lambda: -smooth_merit(compute_gaps(problem, params, other, fixed, train), heat, counts),
+            lambda: -smooth_merit(compute_gaps(self.problem, params, reference, frozen, train), temperature, counts),
         )
-        seen, kept = jnp.sum(counts), jnp.minimum(state.num_measured, min(normalizer_memory, num_examples))
-        normaliser = WeightNormalizer(level, heat, kept + seen)
-        if trained_reference:
-            own = batch_losses(problem, params, fixed, train)
+        num_seen = jnp.sum(counts)
+        num_kept = jnp.minimum(state.num_measured, min(self.normalizer_memory, self.num_examples))
+        return WeightNormalizer(log_normalizer, temperature, num_kept + num_seen), num_kept, num_seen
 
-            def follow(carry, _):
-                at, opt = carry
-                grad = weighted_loss_and_grad(problem, at, fixed, train, normaliser, own, -1)[1]
-                grad = optax.tree.add_scale(grad, trained_reference.proximal, optax.tree.sub(at, params))
-                updates, opt = trained_reference.optimizer.update(grad, opt, at)
-                return (optax.apply_updates(at, updates), opt), None
+    def _advance_reference(
+        self, state: BMOState, frozen: Frozen, train: Batch, normalizer: WeightNormalizer
+    ) -> tuple[Params, optax.OptState]:
+        """phi after its own steps on the batch; as it is where phi is not trained."""
+        trained = self.reference
+        if not isinstance(trained, TrainedReference):
+            return state.reference, state.reference_opt_state
+        params = state.train_state.params
+        losses = batch_losses(self.problem, params, frozen, train)
 
-            (other, phi_opt), _ = jax.lax.scan(follow, (other, phi_opt), length=trained_reference.inner_steps)
-        theirs = batch_losses(problem, other, fixed, train)
-        train_loss, slope, z, chosen = weighted_loss_and_grad(problem, params, fixed, train, normaliser, theirs, 1)
-        both = jnp.stack([jnp.log(kept) + level / heat, jnp.log(seen) - smooth_merit(z, heat, counts) / heat])
-        level = heat * (jax.nn.logsumexp(both) - jnp.log(kept + seen))
+        def inner_step(carry, _):
+            reference, opt_state = carry
+            grad = weighted_loss_and_grad(self.problem, reference, frozen, train, normalizer, losses, -1)[1]
+            grad = optax.tree.add_scale(grad, trained.proximal, optax.tree.sub(reference, params))
+            updates, opt_state = trained.optimizer.update(grad, opt_state, reference)
+            return (optax.apply_updates(reference, updates), opt_state), None
 
-        value = problem.prior(params, fixed) - (0 if reference == "none" else problem.prior(other, fixed)) - level
-        if trained_reference:
-            apart = optax.tree.sub(other, params)
-            value = value - trained_reference.proximal / 2 * optax.tree.norm(apart, squared=True)
-            slope = optax.tree.add_scale(slope, trained_reference.proximal, apart)
-        real = jnp.sum(validation["index"] != PADDING)
-        held = {**validation, "num_examples": jnp.full_like(validation["num_examples"], real)}
-        validation_loss, pull = inner_loss_and_grad(validation_problem, params, None, fixed, held)
-        grad = jax.tree.map(lambda a, b: (lam * a + (1 - lam) * b).astype(b.dtype), pull, slope)
-        updates, opt = optimizer.update(grad, opt, params)
-        after = optax.apply_updates(params, updates)
-        if trained_reference:
-            other = optax.tree.add(other, optax.tree.sub(after, params))
-        last_gaps = state.last_gaps.at[train["index"]].set(z, mode="drop")
-        info = BMOMetrics(train_loss, validation_loss, lam, tree.norm(grad), heat, chosen, z, value)
-        return BMOState(
-            TrainState(after, opt, done + 1), other, phi_opt, level, state.num_measured + seen, last_gaps
-        ), info
+        start = (state.reference, state.reference_opt_state)
+        return jax.lax.scan(inner_step, start, length=trained.inner_steps)[0]
 
-    def current_weights(state: BMOState) -> Float[Array, "examples"]:
-        """By the gaps that were seen last; 1 for a row that no batch touched. `weights` gives the exact table."""
-        return jnp.where(
-            state.last_gaps > -jnp.inf, weights_from_gaps(state.last_gaps, temperature(state.train_state.step)), 1
-        )
+    def _add_proximal_term(
+        self, params: Params, reference: Params, frozen: Frozen, log_normalizer: Scalar, grad: Params
+    ) -> tuple[Scalar, Params]:
+        """m(theta) and its gradient, with the priors and the strength of phi."""
+        reference_prior = 0 if self.reference == "none" else self.problem.prior(reference, frozen)
+        merit = self.problem.prior(params, frozen) - reference_prior - log_normalizer
+        if not isinstance(self.reference, TrainedReference):
+            return merit, grad
+        difference, strength = optax.tree.sub(reference, params), self.reference.proximal
+        merit = merit - strength / 2 * optax.tree.norm(difference, squared=True)
+        return merit, optax.tree.add_scale(grad, strength, difference)
 
-    return SingleLoop(init, step, current_weights, BMO_ESTIMAND)
+
+def _update_log_normalizer(
+    normalizer: WeightNormalizer, num_kept: Scalar, num_seen: Scalar, gaps: HyperSlice, counts: HyperSlice
+) -> Scalar:
+    """The running normaliser over the examples that it stood for and those of the batch, nats."""
+    log_normalizer, temperature, total = normalizer
+    log_sums = jnp.stack(
+        [
+            jnp.log(num_kept) + log_normalizer / temperature,
+            jnp.log(num_seen) - smooth_merit(gaps, temperature, counts) / temperature,
+        ]
+    )
+    return temperature * (jax.nn.logsumexp(log_sums) - jnp.log(total))
 
 
 def replace_reference(state: BMOState, reference: Params) -> BMOState:
-    """Compare with other parameters from here on (a new sampling snapshot): level and table are measured afresh."""
+    """The state with other parameters to compare with; normaliser and table of gaps are measured afresh.
+
+    Args:
+        state: of `bmo` with reference="snapshot" or a `TrainedReference`.
+        reference: phi from here on, such as a new sampling snapshot.
+
+    Returns:
+        The new state; `reference` is copied, since the step donates its state.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> constant = optax.constant_schedule(0.5)
+        >>> method = bj.single_loop.bmo(
+        ...     problem, optax.sgd(0.1), 3, validation_share=constant, temperature=constant, reference="snapshot"
+        ... )
+        >>> state = bj.single_loop.replace_reference(method.init(jnp.zeros(())), jnp.ones(()))
+        >>> float(state.reference)
+        1.0
+    """
     start = (
         jnp.zeros_like(state.log_normalizer),
         jnp.zeros_like(state.num_measured),

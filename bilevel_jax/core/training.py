@@ -9,6 +9,7 @@ import optax
 
 from bilevel_jax.core import checkpointing, tree
 from bilevel_jax.core.types import (
+    PADDING,
     Adjoint,
     Batch,
     CheckpointPlan,
@@ -150,6 +151,46 @@ def inner_loss_and_grad(
 
     prior = jax.value_and_grad(problem.prior)(params, frozen)
     return jax.lax.scan(add_micro, prior, (weights, batch))[0]
+
+
+def loss_grad_and_example_losses(
+    problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
+) -> tuple[Scalar, Params, HyperSlice]:
+    """inner + prior, its gradient, and d inner / d weights (l_i / rows), over all micro-batches in one pass."""
+
+    def add_micro(total, micro):
+        value, (grad, example_losses) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
+            params, micro[0], frozen, micro[1]
+        )
+        return optax.tree.add(total, (value, grad)), example_losses
+
+    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    (value, grad), example_losses = jax.lax.scan(add_micro, prior, (weights, batch))
+    return value, grad, example_losses
+
+
+def mix_gradients(outer: Params, inner: Params, outer_share: Scalar | float) -> Params:
+    """share * outer + (1 - share) * inner, in the type of the parameters."""
+    return jax.tree.map(lambda a, b: (outer_share * a + (1 - outer_share) * b).astype(b.dtype), outer, inner)
+
+
+def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, grad: Params) -> TrainState:
+    """The state of training after one step along a gradient."""
+    updates, opt = optimizer.update(grad, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
+
+
+def validation_batch_loss_and_grad(
+    problem: Problem, params: Params, frozen: Frozen, validation: Batch
+) -> tuple[Scalar, Params]:
+    """L_v of one validation batch, the mean over its own examples, and its gradient; one micro-batch in memory at a time."""
+    outer_problem = problem._replace(
+        inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
+        prior=lambda params, frozen: jnp.zeros(()),
+    )
+    num_real = jnp.sum(validation["index"] != PADDING)
+    batch = {**validation, "num_examples": jnp.full_like(validation["num_examples"], num_real)}
+    return inner_loss_and_grad(outer_problem, params, None, frozen, batch)
 
 
 def forward_only_step(

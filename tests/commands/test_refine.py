@@ -374,15 +374,15 @@ def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     """Also where training starts from another: the weights of the first step are ratios to the sampler."""
     from dataclasses import replace
 
-    from bilevel_jax.core import multiobjective
+    from bilevel_jax.core import single_loop
 
     settings, task, _ = ready
     single = replace(settings.single, reference="snapshot", steps=1)
     settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single=single)
     made = build_round_task(settings, task, answered(ready, tmp_path), 0)
-    compared, refresh = [], multiobjective.replace_reference
+    compared, refresh = [], single_loop.replace_reference
     monkeypatch.setattr(
-        multiobjective,
+        single_loop,
         "replace_reference",
         lambda state, phi: compared.append(fingerprint_params(phi)) or refresh(state, phi),
     )

@@ -301,11 +301,15 @@ def test_schedules_and_rules():
     tau = geometric_schedule(1.0, 0.1, 10)
     np.testing.assert_allclose([tau(0), tau(5), tau(10), tau(99)], [1, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
     made = partial(bmo, lora().problem, STILL, ROWS, validation_share=HALF)
-    with pytest.raises(ValueError, match="phi='snap'; use 'none', 'snapshot' or Copy"):
+    with pytest.raises(ValueError, match="reference='snap'; use 'none', 'snapshot' or TrainedReference"):
         made(temperature=TAU, reference="snap")
-    with pytest.raises(ValueError, match="1 steps and strength 0.0 of phi; give at least 1, and above 0"):
+    with pytest.raises(
+        ValueError, match="1 inner steps and strength 0.0 of the reference; give at least 1, and above 0"
+    ):
         made(temperature=TAU, reference=TrainedReference(STILL, 1, 0.0))
-    with pytest.raises(ValueError, match="tau starts at 0.0, memory 512.0; give a positive tau"):
+    with pytest.raises(
+        ValueError, match="temperature starts at 0.0, normalizer_memory 512.0; give a positive temperature"
+    ):
         made(temperature=NOTHING)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import hypergradient, penalty, solvers, weightings
+from bilevel_jax.core import hypergradient, penalty, single_loop, solvers, weightings
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit
 from bilevel_jax.core.problem import proximal, weighted
@@ -31,9 +31,7 @@ WEIGHTINGS = {
 def made(toy, selector="softmax", second_model="copy", *, optimizer=None, **options):
     optimizer = optimizer or optax.adamw(1e-2)
     options = {"validation_share": CONSTANT(0.4), "weights_learning_rate": CONSTANT(0.5)} | options
-    return penalty.penalty_single_loop(
-        toy.problem, optimizer, SELECTORS[selector], second_model=second_model, **options
-    )
+    return single_loop.penalty(toy.problem, optimizer, SELECTORS[selector], second_model=second_model, **options)
 
 
 def drive(method, toy, steps, state=None):
@@ -90,7 +88,7 @@ def test_a_step_is_the_gradient_step_of_the_minimax_objective():
         toy,
         "per_source",
         optimizer=optax.sgd(eta),
-        validation_share=penalty.share_from_gamma(CONSTANT(gamma)),
+        validation_share=single_loop.share_from_gamma(CONSTANT(gamma)),
         weights_learning_rate=CONSTANT(rate * gamma),
     )
     theta, u = (
@@ -225,7 +223,7 @@ def test_permuting_rows_permutes_weights(name):
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_saved_state_goes_on_bit_for_bit(name):
     toy = lora()
-    share = penalty.epoch_schedule(penalty.OFFLINE_SELECTION_SHARES, 5)
+    share = single_loop.epoch_schedule(single_loop.OFFLINE_SELECTION_SHARES, 5)
     method = made(toy, name, validation_share=share)
     whole = drive(method, toy, 12)
     leaves, structure = jax.tree.flatten(drive(method, toy, 7))
@@ -245,7 +243,7 @@ def test_is_traced_once(second):
         return plain.problem.inner(params, weights, fixed, batch)
 
     toy = plain._replace(problem=plain.problem._replace(inner=counted))
-    method = made(toy, second_model=second, validation_share=penalty.epoch_schedule(penalty.SEAL_SHARES, 4))
+    method = made(toy, second_model=second, validation_share=single_loop.epoch_schedule(single_loop.SEAL_SHARES, 4))
     state = drive(method, toy, 2)
     first = len(traces)
     drive(method, toy, 12, state)
@@ -262,7 +260,7 @@ def test_only_scatters_make_arrays_as_long_as_the_table(name):
         "sigmoid": lambda: weightings.online_sigmoid(rows),
         "per_source": lambda: weightings.online_per_source(jnp.zeros(rows, jnp.int32), 3),
     }[name]()
-    method = penalty.penalty_single_loop(
+    method = single_loop.penalty(
         toy.problem, optax.adam(1e-2), selector, validation_share=CONSTANT(0.4), weights_learning_rate=CONSTANT(0.5)
     )
     args = (method.init(toy.params), toy.fixed, toy.train.batch(0), toy.validation.batch(0))
@@ -360,7 +358,7 @@ def test_reaches_the_optimistic_optimum(second, seed):
     def build(problem, optimizer):
         rate = lambda step: jnp.where(step < 5000, 0.0, 0.3)  # theta first: early losses would decide among useful rows  # noqa: E731
         selector = weightings.online_softmax(30)
-        return penalty.penalty_single_loop(
+        return single_loop.penalty(
             problem,
             optimizer,
             selector,
@@ -376,22 +374,22 @@ def test_reaches_the_optimistic_optimum(second, seed):
 
 
 def test_mixing_stays_above_it():
-    value, weights = outcome(lambda problem, optimizer: penalty.mixing(problem, optimizer, 0.5, 30))
+    value, weights = outcome(lambda problem, optimizer: single_loop.mixing(problem, optimizer, 0.5, 30))
     np.testing.assert_allclose(value, 15 / 20 * (0.4 * 1.78) ** 2 / 2, rtol=1e-9)  # .190
     assert (weights == 1).all()
 
 
 def test_the_shares_are_those_of_the_schedules():
-    share = penalty.epoch_schedule(penalty.SEAL_SHARES, 10)
+    share = single_loop.epoch_schedule(single_loop.SEAL_SHARES, 10)
     assert [round(float(share(step)), 6) for step in (0, 9, 10, 20, 1000)] == [1, 1, 0.97, 0.94, 0.94]
-    growing = penalty.share_from_gamma(optax.exponential_decay(1.0, 10, 3.0, staircase=True))
+    growing = single_loop.share_from_gamma(optax.exponential_decay(1.0, 10, 3.0, staircase=True))
     np.testing.assert_allclose([growing(step) for step in (0, 9, 10, 25)], [1 / 2, 1 / 2, 1 / 4, 1 / 10], rtol=1e-6)
 
 
 def test_says_what_it_solves():
     toy = lora()
     assert "trains on V" in made(toy).estimand and "optimistic" in made(toy).estimand
-    assert "trains on V" in penalty.mixing(toy.problem, optax.sgd(0.1), 0.5, ROWS).estimand
+    assert "trains on V" in single_loop.mixing(toy.problem, optax.sgd(0.1), 0.5, ROWS).estimand
 
 
 @pytest.mark.parametrize(
@@ -399,10 +397,13 @@ def test_says_what_it_solves():
     [
         (lambda p, o: penalty.penalty(p, o, gamma=0.0, steps=1), "gamma 0.0 and 1 steps; give a positive gamma"),
         (lambda p, o: penalty.penalty(p, o, gamma=1.0, steps=0), "at least one step"),
-        (lambda p, o: penalty.mixing(p, o, 1.5, 3), r"rho 1.5 is no share; give a number from 0 .* to 1"),
-        (lambda p, o: penalty.epoch_schedule((), 3), "0 values, 3 steps per epoch; give at least one of each"),
         (
-            lambda p, o: penalty.penalty_single_loop(
+            lambda p, o: single_loop.mixing(p, o, 1.5, 3),
+            r"validation_share 1.5 is no share; give a number from 0 .* to 1",
+        ),
+        (lambda p, o: single_loop.epoch_schedule((), 3), "0 values, 3 steps per epoch; give at least one of each"),
+        (
+            lambda p, o: single_loop.penalty(
                 p,
                 o,
                 weightings.online_sigmoid(3),
@@ -410,7 +411,7 @@ def test_says_what_it_solves():
                 weights_learning_rate=CONSTANT(0.1),
                 second_model="both",
             ),
-            "second='both'; use 'copy' .* or 'none'",
+            "second_model='both'; use 'copy' .* or 'none'",
         ),
     ],
 )

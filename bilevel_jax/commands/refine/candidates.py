@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
-from bilevel_jax.core import penalty, tree, weightings
+from bilevel_jax.core import single_loop, tree, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
 from bilevel_jax.core.types import Hyper, Params, Problem, SingleLoop, TrainStep
@@ -274,8 +274,8 @@ def _update_hyper(
 
 ESTIMANDS = {
     "unrolled": "L_v(θ_T(w)), the training run itself: exact",
-    "penalty": penalty.OPTIMISTIC_ESTIMAND,
+    "penalty": single_loop.OPTIMISTIC_ESTIMAND,
     "bmo": "multi-objective: least L_v among weakly Pareto-optimal θ; it trains on V",
-    "mixing": penalty.MIXING_ESTIMAND,
+    "mixing": single_loop.MIXING_ESTIMAND,
     "uniform": "the mean training loss; V is not used",
 }

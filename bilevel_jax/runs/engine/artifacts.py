@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from bilevel_jax.core import multiobjective, penalty
+from bilevel_jax.core import single_loop
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
@@ -68,9 +68,9 @@ def describe_estimand(config: SelectConfig) -> str:
         f"{'Gauss-Newton' if outer.curvature == 'gauss_newton' else 'the exact Hessian'}: exact at convergence"
         + (" for the proximal Bregman problem" if outer.curvature == "gauss_newton" else ""),
         "alignment": "<grad loss_i, grad L_v> at the end of training: one step's effect, not a hypergradient",
-        "penalty": penalty.OPTIMISTIC_ESTIMAND,
-        "bmo": multiobjective.BMO_ESTIMAND,
-        "mixing": penalty.MIXING_ESTIMAND,
+        "penalty": single_loop.OPTIMISTIC_ESTIMAND,
+        "bmo": single_loop.BMO_ESTIMAND,
+        "mixing": single_loop.MIXING_ESTIMAND,
     }[outer.method]
 
 

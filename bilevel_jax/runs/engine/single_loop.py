@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.core import multiobjective, penalty, weightings
+from bilevel_jax.core import single_loop, weightings
 from bilevel_jax.core.types import Params, SingleLoop
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import OnlineWeights
@@ -89,7 +89,7 @@ def run_single_loop(
     fixed = task.frozen(params)
     state = replicate_unplaced(task.mesh, compiled_method.init(params))
     if reference_params is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
-        state = multiobjective.replace_reference(state, reference_params)
+        state = single_loop.replace_reference(state, reference_params)
     train_stream = task.training_stream(config.data.seed + seed, packed=False)
     validation_stream = task.training_stream(config.data.seed + seed + 1, task.validation_indices(), packed=False)
     records: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ def run_single_loop(
     if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
         params, stream = state.train_state.params, task.full_pass_stream(seed=0)
         end = config.single_loop.temperatures[1]
-        weights = multiobjective.compute_weights(
+        weights = single_loop.compute_weights(
             task.problem, params, state.reference, fixed, stream, task.num_examples, end
         )
     return SingleLoopResult(fetch_to_host(weights), state.train_state.params, records, compiled_method.estimand)
@@ -179,21 +179,21 @@ def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) 
     share_steps = max(1, -(-steps // len(single.validation_shares)))
     tx = build_optimizer(config.optimizer, steps)
     if outer.method == "mixing":
-        return penalty.mixing(task.problem, tx, single.validation_shares[0], task.num_examples)
-    share = penalty.epoch_schedule(single.validation_shares, share_steps)
+        return single_loop.mixing(task.problem, tx, single.validation_shares[0], task.num_examples)
+    share = single_loop.epoch_schedule(single.validation_shares, share_steps)
     if outer.method == "bmo":
         start, end = single.temperatures
-        tau = multiobjective.geometric_schedule(start, end, steps)
-        copy = multiobjective.TrainedReference(
+        tau = single_loop.geometric_schedule(start, end, steps)
+        copy = single_loop.TrainedReference(
             build_optimizer(config.optimizer, steps), single.inner_steps, single.proximal
         )
         reference = copy if single.reference == "copy" else single.reference
-        return multiobjective.bmo(
+        return single_loop.bmo(
             task.problem, tx, task.num_examples, validation_share=share, temperature=tau, reference=reference
         )
     # a row's logit moves in the steps that meet the row, a source's in every step
     steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable_indices()) / task.batch_size
-    return penalty.penalty_single_loop(
+    return single_loop.penalty(
         task.problem,
         tx,
         make_online_weights(task, config),
