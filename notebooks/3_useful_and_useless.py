@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from scipy.optimize import nnls
 
-from bilevel_jax.core import multiobjective, single_loop
+from bilevel_jax.core import single_loop
 from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.single_loop import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.solvers import cg
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Stream
@@ -203,7 +203,7 @@ for name, (params, weights, _) in walks.items():
 #
 # **Computed.** We take 41 × 41 models, and call a model *dominated* if one of the others has a lower loss on both
 # training examples. What is not dominated should be the two lines. A second way to see it is the merit function of
-# `core/multiobjective.py`: it is 0 on WP and positive elsewhere, up to $\tau \log N$. On separable rows it is a soft
+# `core/single_loop.py`: it is 0 on WP and positive elsewhere, up to $\tau \log N$. On separable rows it is a soft
 # minimum of the losses.
 
 # %%
@@ -215,7 +215,7 @@ on_a_line = (grid[:, 0] == grid[:, 1]) | (grid[:, 0] == 1)
 assert (dominated == ~on_a_line).all()
 
 tau = 1e-3
-merit = jax.vmap(lambda row: multiobjective.smooth_merit(-row, tau))(losses)
+merit = jax.vmap(lambda row: single_loop.smooth_merit(-row, tau))(losses)
 assert (merit >= losses.min(1) - 1e-12).all() and (merit <= losses.min(1) + tau * np.log(2) + 1e-12).all()
 print(f"{len(grid)} models, {(~dominated).sum()} not dominated: those on the two lines, and no other.")
 print(

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import hypergradient, multiobjective
-from bilevel_jax.core.multiobjective import TrainedReference, bmo, geometric_schedule, smooth_merit, weights_from_gaps
+from bilevel_jax.core import hypergradient, single_loop
 from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.single_loop import TrainedReference, bmo, geometric_schedule, smooth_merit, weights_from_gaps
 from bilevel_jax.core.training import inner_loss_and_grad
 from bilevel_jax.core.types import PADDING
 from tests.core.problems import ROWS, lora, normal, relative
@@ -83,7 +83,7 @@ class Convex:
             reference=form,
         )
         state = made.init(theta)
-        state = state if reference is None else multiobjective.replace_reference(state, reference)
+        state = state if reference is None else single_loop.replace_reference(state, reference)
         after, info = made.step(state, self.fixed, self.batch, self.batch)
         return theta - after.train_state.params, info
 
@@ -192,7 +192,7 @@ def test_useless_rows_lose_their_weight(seed):
         return jax.lax.scan(lambda state, _: made.step(state, (), *batches), state, length=15_000)[0]
 
     state = run(made.init(jnp.zeros(40)))
-    w = multiobjective.compute_weights(problem, state.train_state.params, (), (), train, 30, 0.3)
+    w = single_loop.compute_weights(problem, state.train_state.params, (), (), train, 30, 0.3)
     value = problem.outer(state.train_state.params, (), jax.tree.map(lambda leaf: leaf[0], held_out.batch(0)))
     assert value < 2e-5
     assert w[15:].max() < 5e-3 and abs(w.mean() - 1) < 1e-12
@@ -278,20 +278,20 @@ def test_an_epoch_at_fixed_theta_measures_the_normaliser_of_all_rows(form):
     made = bmo(toy.problem, STILL, ROWS, validation_share=HALF, temperature=TAU, reference=phi)
     state = made.init(toy.params)
     if form != "none":
-        state = multiobjective.replace_reference(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
+        state = single_loop.replace_reference(state, jax.tree.map(lambda leaf: leaf + 0.1, toy.params))
     seen = made.weights(state)
     assert (seen == 1).all()
     other = jax.tree.map(jnp.array, state.reference)
     for step in range(5):
         state, _ = made.step(state, toy.fixed, toy.train.batch(step), toy.validation.batch(0))
     assert state.num_measured == ROWS
-    exact = multiobjective.compute_weights(
+    exact = single_loop.compute_weights(
         toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=5), ROWS, 0.3
     )
     assert relative(made.weights(state), exact) < 1e-12
     assert abs(exact.mean() - 1) < 1e-12
     assert abs(jnp.mean(jnp.exp((state.last_gaps - state.log_normalizer) / 0.3)) - 1) < 1e-12
-    half = multiobjective.compute_weights(
+    half = single_loop.compute_weights(
         toy.problem, toy.params, other, toy.fixed, toy.train._replace(steps=2), ROWS, 0.3
     )
     assert (half == 0).sum() == ROWS - 20 and abs(half.sum() - 20) < 1e-9  # rows that the stream lacks
@@ -349,8 +349,8 @@ def test_the_separable_form_multiplies_no_more_than_plain_training():
         sum(equation.primitive.name == "dot_general" for equation in equations(jax.make_jaxpr(f)(toy.params).jaxpr))
         for f in (
             lambda p: inner_loss_and_grad(toy.problem, p, weights, toy.fixed, batch),
-            lambda p: multiobjective.weighted_loss_and_grad(
-                toy.problem, p, toy.fixed, batch, multiobjective.WeightNormalizer(0.0, 1.0, 9.0), weights, 1
+            lambda p: single_loop.weighted_loss_and_grad(
+                toy.problem, p, toy.fixed, batch, single_loop.WeightNormalizer(0.0, 1.0, 9.0), weights, 1
             ),
         )
     ]
@@ -361,4 +361,4 @@ def test_losses_come_from_the_problem():
     toy = lora()
     micro = jax.tree.map(lambda leaf: leaf[0], toy.train.batch(0))
     direct = (jnp.tanh(micro["x"] @ toy.fixed["base"]) @ toy.fixed["head"] - micro["y"]) ** 2  # LoRA's b is 0
-    assert relative(multiobjective.micro_batch_losses(toy.problem, toy.params, toy.fixed, micro), direct) < 1e-12
+    assert relative(single_loop.micro_batch_losses(toy.problem, toy.params, toy.fixed, micro), direct) < 1e-12
