@@ -19,6 +19,7 @@ from bilevel_jax.lm.models import (
     read_config,
     save_model,
 )
+from bilevel_jax.lm.models.config import rope_frequencies
 
 LENGTH = 40
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -144,6 +145,28 @@ def torch_logits64(model, tokens, patch):
         return torch_logits(model, tokens)
 
 
+def with_our_frequencies(model, config):
+    """A copy of a transformers model whose rotary buffers, within 4 float32 ulp of our frequencies, hold ours.
+
+    float32 `pow` of torch differs by a few ulp from one kind of CPU to another; everything else is compared exactly.
+    """
+    import torch
+
+    model = copy.deepcopy(model)
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    assert len(buffers) == (config.rope is not None) + (config.family == "gemma3_text")
+    for name, buffer in buffers.items():
+        rope = config.local_rope if name.endswith("sliding_attention_inv_freq") else config.rope
+        frequencies = rope_frequencies(rope, config.head_dim)
+        np.testing.assert_array_max_ulp(buffer.numpy(), frequencies, maxulp=4)
+        buffer.copy_(torch.from_numpy(frequencies))
+    return model
+
+
 def largest(difference):
     return np.abs(difference).max()
 
@@ -156,9 +179,8 @@ def make(family, folder):
     config = getattr(transformers, name)(**{**SMALL, "bos_token_id": 0, **copy.deepcopy(options)})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # transformers starts norms at 1 and biases at 0, which would hide a mistake
+        # transformers starts norms at 1 and biases at 0, which would hide a mistake
+        for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
@@ -173,6 +195,7 @@ def checkpoint(request, tmp_path_factory):
 def test_logits_equal_transformers(checkpoint, monkeypatch):
     model, folder = checkpoint
     config, params = load_model(folder)
+    model = with_our_frequencies(model, config)
     tokens = draw_tokens(config.vocab_size)
     out = logits(config, params, tokens)
     assert largest(out - torch_logits(model, tokens)) < 1e-5  # float32, other order of sums
@@ -230,7 +253,7 @@ def test_real_models(shared, name, monkeypatch):
     transformers = pytest.importorskip("transformers")
     config, params = load_model(shared / "models" / name)
     tokens = draw_tokens(config.vocab_size, length=200)
-    model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name)
+    model = with_our_frequencies(transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / name), config)
     # logits up to 25: in float32 both are 2e-5 away from what they are in float64
     assert largest(logits(config, params, tokens) - torch_logits(model, tokens)) < 3e-6 * 25
     with jax.enable_x64(True):
