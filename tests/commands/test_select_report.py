@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from bilevel_jax.commands.select import report
 from bilevel_jax.lm.data.examples import Example, Turn
@@ -261,7 +262,7 @@ def test_every_kind_of_run_makes_a_whole_page(case, tmp_path):
 
 def test_hostile_text_is_shown_and_never_markup(tmp_path):
     page = written(tmp_path)
-    assert html.escape("<script>alert('x')</script>\"'&␀⟨U+202E⟩") in page
+    assert escape("<script>alert('x')</script>\"'&␀⟨U+202E⟩") in page
     text = words(page)
     assert "question" in text and "⟨U+202E⟩ مرحبا 🙂 $x^2$" in text and "\u202e" not in page
 
@@ -283,7 +284,9 @@ def test_units_are_those_of_the_objective(told, unit, right, tmp_path):
     place = {"exact": None, "smooth": None, "predictive": None, "checks": checks(gap=0.01)}
     text = words(written(tmp_path, result(**told, certificates={"uniform weights": place})))
     assert f"loss on validation examples, in {unit}; lower" in text and right in text
-    assert f"{unit} of L_v that finishing the inner training" in text and f"{unit} per unit of weight" in text
+    assert (
+        f"{unit} of validation loss that finishing the inner training" in text and f"{unit} per unit of weight" in text
+    )
     assert set(re.findall(r"nats per \w+", text)) == {unit}
 
 
@@ -293,7 +296,7 @@ def test_a_pair_is_shown_as_prompt_chosen_and_rejected(tmp_path):
     card = re.search(r"system prompt of both user question (\d+) chosen better (\d+) (.*?) rejected worse (\d+)", text)
     assert card and card[1] == card[2] == card[4]
     assert text.count("prompt of both") == 20 and "assistant" not in text
-    assert html.escape("<script>") in page and "<script" not in page
+    assert escape("<script>") in page and "<script" not in page
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from bilevel_jax.commands.train import report
 from bilevel_jax.runs.config.load import TrainConfig, config_to_yaml
@@ -167,7 +168,9 @@ CASES = {
     "losses that are not finite": {"log": events(loss=lambda step: None if step % 2 else step / 7)},
     "no finite loss": {"log": events(loss=lambda step: None)},
     "validation that is not finite": {"told": result(NAN)},
-    "a loss that is null": {"told": result([record(0, validation=None, ends=True), record(96, validation=None, ends=True)])},
+    "a loss that is null": {
+        "told": result([record(0, validation=None, ends=True), record(96, validation=None, ends=True)])
+    },
     "nothing measured": {"told": result(tokens_per_second=None, tokens=0, seconds=0.0)},
     "resumed": {"told": result(resumed=40)},
     "all parameters": {
@@ -192,15 +195,15 @@ def test_every_kind_of_run_makes_a_whole_page(case, tmp_path):
 
 def test_hostile_text_is_shown_and_never_markup(tmp_path):
     page = written(tmp_path)
-    assert page.count(html.escape("<script>alert('x')</script>")) > 20
+    assert page.count(str(escape("<script>alert('x')</script>"))) > 20
     assert "weight of <script>" in words(page) and "base <script>" in words(page)
 
 
 @pytest.mark.parametrize(
     "case, level, says",
     [
-        ("whole", "Validation loss fell", "The loss on test (32 rows) fell from 3.346 to 2.012 nats per token"),
-        ("rose", "Validation loss rose", "The loss on test (32 rows) rose from 3.346 to 3.900 nats per token"),
+        ("whole", "Validation loss fell", "The loss on test (32 examples) fell from 3.346 to 2.012 nats per token"),
+        ("rose", "Validation loss rose", "The loss on test (32 examples) rose from 3.346 to 3.900 nats per token"),
         ("no validation", "Not validated", "nothing here says whether the model became better"),
         ("only validation", "Validation loss fell", "make its loss fall by design"),
         ("pairs", "Validation loss fell", "2.012 nats per pair"),
@@ -233,18 +236,18 @@ def test_a_kept_step_is_the_one_that_is_told(tmp_path):
 
 def test_a_rise_after_the_least_loss_is_told(tmp_path):
     text = words(written(tmp_path, result(readings(last=2.5))))
-    assert "test was lowest at step 48: 2.246 against 2.500 nats per token at the end" in text
+    assert "Test loss was lowest at step 48: 2.246 against 2.500 nats per token at the end" in text
     assert "was lowest" not in words(written(tmp_path))
 
 
 @pytest.mark.parametrize(
     "case, says",
     [
-        ("whole", "2 rows that the weights file lacks: left out"),
-        ("whole", "3 rows with weight 0 taught nothing"),
-        ("equal weights", "Every row counts the same: plain fine-tuning"),
-        ("equal weights", "no row stands out"),
-        ("equal weights of 2", "Every row counts the same, 2.000 times"),
+        ("whole", "2 examples that the weights file lacks: left out"),
+        ("whole", "3 examples with weight 0 taught nothing"),
+        ("equal weights", "Every example counts the same: plain fine-tuning"),
+        ("equal weights", "no example stands out"),
+        ("equal weights of 2", "Every example counts the same, 2.000 times"),
         ("resumed", "went on at step 40"),
         ("whole", "4,321 seconds of training (1 h 12 min 1 s)"),
         ("losses that are not finite", "Not drawn: 48 steps without a finite loss."),

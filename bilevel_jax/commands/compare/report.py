@@ -1,4 +1,4 @@
-"""What `compare` leaves to read: a sentence, a picture of quality against cost, the table; HTML and Markdown."""
+"""The report page and Markdown table of a `compare` run."""
 
 import math
 from collections.abc import Sequence
@@ -7,38 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
-from bilevel_jax.runs.report.html import (
-    Column,
-    html_details,
-    html_document,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-    verdict_banner,
-)
-from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_number
-from bilevel_jax.runs.report.results import PART_LABELS, float_or_nan, write_report
+from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
+from bilevel_jax.runs.report.numbers import MeanInterval, format_number
+from bilevel_jax.runs.report.results import float_or_nan, write_report
 from bilevel_jax.runs.stats import mean_interval
 
 JsonObject = dict[str, Any]
 TABLE_COLUMNS = (
     ("auc", "AUC", "of the weights against the labels"),
-    ("f1", "F1", "good rows = weight above 1"),
-    ("test", "test", "retrained with the weights"),
+    ("f1", "F1", "good examples = weight above 1"),
+    ("test", "test loss", "retrained with the weights"),
     ("accuracy", "accuracy", "the same"),
-    ("with_v test", "test, with V", "retrained with the weights and validation"),
-    ("with_v accuracy", "accuracy, with V", "the same"),
-    ("own test", "test, own model", "the method's own, trained on V"),
+    ("with_v test", "test loss, with validation", "retrained with the weights and validation"),
+    ("with_v accuracy", "accuracy, with validation", "the same"),
+    ("own test", "test loss, own model", "the method's own, trained on validation"),
     ("own accuracy", "accuracy, own model", "the same"),
-    ("distance", "to oracle + V", "test less that of oracle + validation, by seed"),
-    ("ess", "ESS", "rows"),
+    ("distance", "to oracle + V", "test loss minus that of oracle + validation, by seed"),
+    ("ess", "ESS", "examples"),
     ("passes", "passes", "forward and backward, one batch"),
     ("seconds", "seconds", "one seed"),
 )
-"""(key, head, what it is); columns that no row has are left out."""
+"""(key, heading, unit); columns without a number are left out."""
 
 
 def write_compare_report(folder: Path) -> Path:
@@ -48,40 +38,19 @@ def write_compare_report(folder: Path) -> Path:
 
 def render_compare_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
     """The whole report as HTML."""
-    intro = join_html(
-        "bilevel_jax compare, run ",
-        html_element("b", name),
-        f". L_v is a model's loss on validation examples, in {result['unit']}; lower is better. validation steers the weights; "
-        "every number of the table is read on test, from models trained again from cold.",
-    )
-    lead = join_html(
-        verdict_banner(
-            "fair",
-            "=",
-            f"One budget: {result['budget']:,} passes",
-            html_paragraph(result["sentence"]),
-            html_note(describe_protocol(result)),
-        ),
-        html_figure(plot_cost_curves(result), _format_caption(result), wide=True),
-    )
-    packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
-    sections = [
-        ("table", "The table", render_comparison_table(result)),
-        ("methods", "What each method computes", render_estimand_table(result)),
-        (
-            "provenance",
-            "Data, and how to see the same numbers",
-            join_html(
-                *(html_paragraph(text) for text in result["notes"]),
-                html_element("pre", f"bilevel-jax compare {run_dir.CONFIG_FILE} --out ANOTHER_FOLDER"),
-                html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
-                html_paragraph(f"All of it took {format_number(result['seconds'] / 60, 3)} minutes."),
-                html_details(f"{run_dir.CONFIG_FILE}, all settings", html_element("pre", config_text)),
-            ),
-        ),
-    ]
-    return html_document(
-        f"{name}: comparison", "Which method finds the rows to trust, at one budget", intro, lead, sections
+    return render_page(
+        "compare.html",
+        name=name,
+        result=result,
+        config_text=config_text,
+        environment=environment,
+        protocol=describe_protocol(result),
+        picture=plot_cost_curves(result),
+        table=comparison_table(result),
+        estimands=estimand_table(result),
+        ended=[
+            f"{row['name']}: {cell['ended']}." for row in result["rows"] for cell in row["runs"] if cell.get("ended")
+        ],
     )
 
 
@@ -89,14 +58,14 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
 
 
 def summarize_comparison(result: JsonObject) -> str:
-    """Who leads, by how much, from whom it is not told apart, and whether the question means anything here."""
+    """Which method leads, by how much, which others are not distinguishable, and whether labels matter for the loss."""
     methods = [row for row in result["rows"] if row["learns"] and "test" in row["mean"]]
     parts, labels = [], result["labels"]
     if labels:
-        parts += _describe_leader(methods, "auc", -1, "ranks the rows best", "AUC")
+        parts += _describe_leader(methods, "auc", -1, "ranks the examples best", "AUC")
         parts += _describe_leader(methods, "f1", -1, "sorts them best", "F1")
     parts += _describe_leader(
-        methods, "with_v test", 1, "trained again with its weights and validation is lowest on test", "L_v"
+        methods, "with_v test", 1, "trained again with its weights and validation is lowest on test", "test loss"
     )
     rows = {row["name"]: row for row in result["rows"]}
     if ranked_texts := [
@@ -104,8 +73,8 @@ def summarize_comparison(result: JsonObject) -> str:
     ]:
         parts.append(f"Ranked once, after uniform training: AUC {', '.join(ranked_texts)}.")
     if "validation" in rows and "train+validation" in rows:
-        pair = [f"{_format_estimate(rows[name], 'report')}" for name in ("validation", "train+validation")]
-        parts.append(f"validation alone reaches {pair[0]}, all rows with validation {pair[1]}.")
+        pair = [f"{_format_estimate(rows[name], 'test')}" for name in ("validation", "train+validation")]
+        parts.append(f"Validation alone reaches test loss {pair[0]}, all examples with validation {pair[1]}.")
     if "oracle" in rows and "uniform" in rows:
         gain, half = mean_interval([a["test"] - b["test"] for a, b in _pair_runs(rows["oracle"], rows["uniform"])])
         if gain + half < 0:
@@ -118,11 +87,11 @@ def summarize_comparison(result: JsonObject) -> str:
 
 
 def describe_protocol(result: JsonObject) -> str:
-    """What is the same for all, and what a number is a mean of."""
-    counts = ", ".join(f"{PART_LABELS.get(part, part)} {count:,}" for part, count in result["counts"].items())
+    """The budget and the seeds that all methods share, and what a number is a mean of."""
+    counts = ", ".join(f"{part} {count:,}" for part, count in result["counts"].items())
     return (
-        f"Rows: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
-        f"{result['batch']} (a training step 1, a swept step 1 to replay and 3 for its Hessian product, a product of "
+        f"Examples: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
+        f"{result['batch']} (a training step 1, a step of the backward pass 1 to replay and 3 for its Hessian product, a product of "
         "implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One training is "
         f"{result['steps']} steps, which is also what every retrain makes; {RESTART_DESCRIPTIONS[result['restart']]}. Seeds: "
         f"{result['seeds']}; ± is the half-width of the 95 % interval of their mean by Student's t. "
@@ -135,8 +104,9 @@ RESTART_DESCRIPTIONS = {
     "warm": "while weights are learned, each training begins where the last one ended (retrains never do)",
 }
 F1_DEFINITION = (
-    "F1 is the field's for hyper-cleaning: a row counts as called good where its weight is above 1, which for weights "
-    "2σ(h) is σ(h) > .5; rows of a subset count as called good. Subsets are given their share, which methods are not."
+    "F1 is the field's for hyper-cleaning: an example counts as called good where its weight is above 1, which for "
+    "weights 2σ(h) is σ(h) > .5; examples of a subset count as called good. Subsets are given their share, which "
+    "methods are not."
 )
 
 
@@ -171,37 +141,27 @@ def _format_estimate(row: JsonObject, key: str) -> str:
     return format_number(mean, 3) + ("" if math.isnan(half) else f" ± {format_number(half, 2)}")
 
 
-def _format_caption(result: JsonObject) -> str:
-    what = "AUC of the weights against the labels" if result["labels"] else "test loss of the model at that point"
-    return f"Quality against cost: {what}, mean over the seeds, by what has been spent of the budget."
-
-
 # ---- tables
 
 
-def render_comparison_table(result: JsonObject) -> Html:
-    """Arms first, then methods."""
+def comparison_table(result: JsonObject) -> Table:
+    """A line per variant: baselines first, then methods that learn weights."""
     rows = result["rows"]
-    columns = _nonempty_columns(result)
-    return join_html(
-        html_table(
-            Column("", [join_html(html_element("b", row["name"]), html_element("span", row["of"], class_="sub")) for row in rows]),
-            *(
-                Column(head, [_get_estimate(row, key) for row in rows], what)
-                for key, head, what in columns
-            ),
-            row_classes={index: "strong" for index, row in enumerate(rows) if row["learns"]},
-            css_class="bench",
+    return make_table(
+        Column("", [bold_cell(row["name"], sub=row["of"]) for row in rows]),
+        *(
+            Column(heading, [_get_estimate(row, key) for row in rows], unit)
+            for key, heading, unit in _nonempty_columns(result)
         ),
-        html_note(f"{MISSING}: does not apply. Shaded: methods that learn weights."),
-        *(html_note(f"{row['name']}: {cell['ended']}.") for row in rows for cell in row["runs"] if cell.get("ended")),
-    )  # fmt: skip
+        row_classes={index: "strong" for index, row in enumerate(rows) if row["learns"]},
+        css_class="bench",
+    )
 
 
-def render_estimand_table(result: JsonObject) -> Html:
-    """The same numbers mean different things; here is what."""
+def estimand_table(result: JsonObject) -> Table:
+    """A line per method: what its hypergradient is of, and what it is exact for."""
     rows = [row for row in result["rows"] if row["learns"]]
-    return html_table(
+    return make_table(
         Column("method", [row["name"] for row in rows]),
         Column("its gradient, or its model, is of", [row["of"] for row in rows]),
         Column("exact for that", [row["exact"] for row in rows]),
@@ -209,7 +169,7 @@ def render_estimand_table(result: JsonObject) -> Html:
 
 
 def format_markdown(result: JsonObject) -> str:
-    """The table for a README, with the sentence before it and the protocol behind it."""
+    """The table as Markdown, with the sentence before it and the protocol after it."""
     columns = _nonempty_columns(result)
     heads = ["", *(head for _, head, _ in columns)]
     names = [f"**{row['name']}**" if row["learns"] else row["name"] for row in result["rows"]]
@@ -229,7 +189,7 @@ def format_markdown(result: JsonObject) -> str:
 def _nonempty_columns(result: JsonObject) -> list[tuple[str, str, str]]:
     columns = [column for column in TABLE_COLUMNS if any(column[0] in row["mean"] for row in result["rows"])]
     sources = sorted({key for row in result["rows"] for key in row["mean"] if key.startswith("weight of ")})
-    return columns + [(key, key, "mean weight of its rows") for key in sources]
+    return columns + [(key, key, "mean weight of its examples") for key in sources]
 
 
 def _get_estimate(row: JsonObject, key: str) -> MeanInterval | None:
@@ -240,7 +200,7 @@ def _get_estimate(row: JsonObject, key: str) -> MeanInterval | None:
 
 
 def plot_cost_curves(result: JsonObject) -> Html:
-    """A line per method: quality by passes spent, its name at the line's end; arms as dashes in the margin."""
+    """A line per method: quality by passes spent, its name at the line's end; baselines as dashes in the margin."""
     left, right, top, bottom, margin = 58, 560, 14, 330, 150
     lines = {row["name"]: _mean_curve(row, result["labels"]) for row in result["rows"] if row["learns"]}
     lines = {name: points for name, points in lines.items() if points}

@@ -1,22 +1,10 @@
-"""The report of `refine`: L_v over rounds with what was accepted, the candidates, responses with their weights."""
+"""The report page of a `refine` run."""
 
 from pathlib import Path
 from typing import Any
 
-from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
-from bilevel_jax.runs.report.html import (
-    Column,
-    html_details,
-    html_document,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-    isolate_text,
-    number_tiles,
-    verdict_banner,
-)
+from bilevel_jax.runs.report.figures import Html, html_element, make_scale
+from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, isolated_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_count, format_number, format_percent
 from bilevel_jax.runs.report.results import write_report
 
@@ -29,7 +17,7 @@ def write_refine_report(folder: Path) -> Path:
 
 
 def summarize_refinement(result: JsonObject) -> str:
-    """What came of it: rounds accepted, L_v and right answers on test before and after."""
+    """Rounds accepted, and loss and right answers on test before and after."""
     num_rounds, test_result = len(result["records"]), result["test"]
     words = f"{result['accepted']} of {format_count('round', num_rounds)} accepted"
     if test_result is None:
@@ -55,181 +43,116 @@ def summarize_refinement(result: JsonObject) -> str:
 
 def render_refine_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
     """The whole report as HTML."""
-    intro = join_html(
-        "bilevel_jax refine, run ",
-        html_element("b", name),
-        f". L_v is a model's loss on validation examples, in {result['unit']}; lower is better. validation steers weights, "
-        "dev decides rounds, test is read once, at the end.",
-    )
     test_result = result["test"]
-    better = bool(test_result) and result["accepted"] and test_result["gain"]["low"] > 0
-    lead = join_html(
-        html_element(
-            "div",
-            html_element(
-                "div",
-                verdict_banner(
-                    "good" if better else "fair",
-                    "✓" if better else "?",
-                    "Better" if better else "Not shown to be better",
-                    html_paragraph(result["sentence"]),
-                    html_note(describe_protocol(result)),
-                ),
-                class_="left",
-            ),
-            html_figure(
-                plot_rounds(result),
-                "dev loss. Line: the present model, before each round and after the last. Points: candidates; "
-                "filled where one was accepted. Bars: 95 % intervals of the paired difference to the present model.",
-            ),
-            class_="lead",
-        ),
-        render_test_numbers(result),
-    )
-    packages = ", ".join(f"{key} {version}" for key, version in environment["packages"].items() if version)
-    sections = [
-        ("rounds", "Every round and candidate", render_rounds(result)),
-        ("responses", "Responses of the last round, by weight", render_examples(result)),
-        ("moved", "What was weighted up and down", render_mean_weights(result)),
-        (
-            "provenance",
-            "Data, and how to see the same numbers",
-            join_html(
-                *(html_paragraph(text) for text in result["notes"]),
-                *(html_paragraph(f"{key}: {text}.") for key, text in result["estimands"].items()),
-                html_element("pre", f"bilevel-jax refine {run_dir.CONFIG_FILE} --out ANOTHER_FOLDER"),
-                html_paragraph(
-                    "responses.parquet holds every response: question, round, draw, the model's fingerprint, tokens "
-                    "with their log-probabilities, the checker's word, the weight, whether its round was accepted. "
-                    "weights.parquet holds the weight of every row in every round."
-                ),
-                html_paragraph(f"{', '.join(environment['devices'])}; {environment['platform']}; {packages}."),
-                html_details(f"{run_dir.CONFIG_FILE}, all settings", html_element("pre", config_text)),
-            ),
-        ),
-    ]
-    return html_document(f"{name}: refine", "What the model gained from its own responses", intro, lead, sections)
-
-
-def describe_protocol(result: JsonObject) -> str:
-    """How a candidate is tested."""
-    record = result["records"][0]
-    rollout_text = (
-        ""
-        if not record["questions"]
-        else (
-            f" In each round {format_count('question', record['questions'])} got {format_count('response', record['responses'])} "
-            "by the model as it then was."
-        )
-    )
-    return (
-        f"{format_count('training example', result['rows']['train'])}.{rollout_text} A candidate is accepted where the lower bound of "
-        f"its gain on {format_count('row', result['rows']['dev'])} of dev, by paired bootstrap, is above 0; with "
-        f"{format_count('look', result['looks'])} in all."
+    return render_page(
+        "refine.html",
+        name=name,
+        result=result,
+        config_text=config_text,
+        environment=environment,
+        better=bool(test_result) and result["accepted"] and test_result["gain"]["low"] > 0,
+        first=result["records"][0],
+        picture=plot_rounds(result),
+        test_numbers=list_test_numbers(result),
+        rounds=rounds_table(result),
+        responses=responses_table(result) if result["examples"] else None,
+        mean_weights=mean_weights_table(result),
     )
 
 
-def render_test_numbers(result: JsonObject) -> Html | None:
-    """The numbers on test."""
+def list_test_numbers(result: JsonObject) -> list[tuple[str, str, str]]:
+    """The numbers on test: (what, number, unit); none where there is no test."""
     test_result = result["test"]
     if test_result is None:
-        return None
+        return []
     gain = test_result["gain"]
-    cells = [
+    numbers = [
         ("test loss, before", format_number(test_result["first"]), result["unit"]),
         ("after", format_number(test_result["last"]), result["unit"]),
         ("gain", format_number(gain["value"]), f"{format_number(gain['low'])} to {format_number(gain['high'])}"),
     ]
     if right := test_result["right"]:
         low, high = right["gain"]["low"], right["gain"]["high"]
-        cells += [
-            ("right answers, before", format_percent(right["first"]), "greedy, by the checker"),
+        numbers += [
+            ("right answers, before", format_percent(right["first"]), "greedy, by the verifier"),
             ("after", format_percent(right["last"]), f"{format_percent(low)} to {format_percent(high)} more"),
         ]
-    return number_tiles(cells)
+    return numbers
 
 
 # ---- tables
 
 
-def render_rounds(result: JsonObject) -> Html:
-    """A line per candidate."""
-    lines = [(record, candidate) for record in result["records"] for candidate in record["candidates"]]
-    best = [candidate["name"] == record["best"] for record, candidate in lines]
-    decided = [("accepted" if record["accepted"] else "kept") if is_best else "" for (record, _), is_best in
-               zip(lines, best, strict=True)]  # fmt: skip
-    gains = [
-        format_gain(record["gain"]) if is_best else MISSING for (record, _), is_best in zip(lines, best, strict=True)
+def rounds_table(result: JsonObject) -> Table:
+    """A line per candidate; the gain, its bound and the decision stand with the best candidate of each round."""
+    lines = [
+        (record, candidate, candidate["name"] == record["best"])
+        for record in result["records"]
+        for candidate in record["candidates"]
     ]
-    columns = [
-        Column("round", [record["step"] for record, _ in lines]),
-        Column("candidate", [html_element("b", candidate["name"]) for _, candidate in lines]),
-        Column("present L_v", [record["present"] for record, _ in lines], "dev"),
-        Column("its L_v", [candidate["dev"] for _, candidate in lines], "dev"),
-        Column("gain", gains, "95 % interval", "tight"),
-        Column("bound", [SignedNumber(record["bound"]) if is_best else None for (record, _), is_best in
-                         zip(lines, best, strict=True)], "one-sided, per look"),
-        Column("", decided, "", "tight"),
-        Column("responses right", [record["right"] for record, _ in lines], "share, by the checker"),
-        Column("ended", [record["ended"] for record, _ in lines], "share of responses"),
-        Column("ESS", [record["ess"] for record, _ in lines], "rows, of the best that weighs"),
-        Column("passes", [round(candidate["work"]) for _, candidate in lines], "training steps"),
-        Column("seconds", [round(candidate["seconds"]) for _, candidate in lines], "with compilation"),
-    ]  # fmt: skip
-    marks = {at: "strong" for at, (record, _) in enumerate(lines) if record["accepted"] and best[at]}
-    writing = sum(record["seconds_writing"] for record in result["records"])
-    total = sum(record["seconds"] for record in result["records"])
-    return join_html(
-        html_table(*columns, row_classes=marks),
-        html_note(f"All rounds took {total:,.0f} seconds, {writing:,.0f} of them to write responses."),
+    return make_table(
+        Column("round", [record["step"] for record, _, _ in lines]),
+        Column("candidate", [bold_cell(candidate["name"]) for _, candidate, _ in lines]),
+        Column("present loss", [record["present"] for record, _, _ in lines], "dev"),
+        Column("its loss", [candidate["dev"] for _, candidate, _ in lines], "dev"),
+        Column(
+            "gain",
+            [format_gain(record["gain"]) if is_best else MISSING for record, _, is_best in lines],
+            "95 % interval",
+            "tight",
+        ),
+        Column(
+            "bound",
+            [SignedNumber(record["bound"]) if is_best else None for record, _, is_best in lines],
+            "one-sided, per look",
+        ),
+        Column(
+            "",
+            [("accepted" if record["accepted"] else "kept") if is_best else "" for record, _, is_best in lines],
+            "",
+            "tight",
+        ),
+        Column("responses right", [record["right"] for record, _, _ in lines], "share, by the verifier"),
+        Column("ended", [record["ended"] for record, _, _ in lines], "share of responses"),
+        Column("ESS", [record["ess"] for record, _, _ in lines], "examples, of the best that weights them"),
+        Column("passes", [round(candidate["work"]) for _, candidate, _ in lines], "training steps"),
+        Column("seconds", [round(candidate["seconds"]) for _, candidate, _ in lines], "with compilation"),
+        row_classes={at: "strong" for at, (record, _, is_best) in enumerate(lines) if record["accepted"] and is_best},
     )
 
 
-def render_examples(result: JsonObject) -> Html:
+def responses_table(result: JsonObject) -> Table:
     """Responses at both ends of the weights."""
     responses = result["examples"]
-    if not responses:
-        return html_paragraph("No responses were written: refine.questions is none.")
     columns = [
         Column("weight", [response["weight"] for response in responses]),
-        Column("question", [isolate_text(response["question"]) for response in responses]),
-        Column("response", [isolate_text(response["text"] or "(nothing)") for response in responses]),
-        Column("offline row says", [isolate_text(response["offline"]) for response in responses]),
+        Column("question", [isolated_cell(response["question"]) for response in responses]),
+        Column("response", [isolated_cell(response["text"] or "(nothing)") for response in responses]),
+        Column("offline example says", [isolated_cell(response["offline"]) for response in responses]),
     ]
     if any(response["label"] for response in responses):
         columns.append(Column("its label", [response["label"] or MISSING for response in responses]))
     if any(response["checker"] is not None for response in responses):
-        columns.append(Column("checker", [response["checker"] for response in responses]))
-    columns += [
+        columns.append(Column("verifier", [response["checker"] for response in responses]))
+    return make_table(
+        *columns,
         Column("log-probability", [response["log_prob"] for response in responses], "nats, when written"),
         Column("ended", ["yes" if response["ended"] else "cut" for response in responses]),
-        Column("id", [html_element("code", response["id"]) for response in responses], "question / round / draw"),
-    ]
-    return html_table(*columns)
+        Column("id", [Cell(response["id"], "code") for response in responses], "question / round / draw"),
+    )
 
 
-def render_mean_weights(result: JsonObject) -> Html:
-    """Mean weights by kind of row and round."""
+def mean_weights_table(result: JsonObject) -> Table:
+    """Mean weights by kind of example and round."""
     kinds = list(dict.fromkeys(item["kind"] for item in result["moved"]))
-    count = len(result["records"])
-    by_round_and_kind = {(item["round"], item["kind"]): item for item in result["moved"]}
-
-    def cell(at: int, kind: str) -> float | None:
-        return by_round_and_kind[at, kind]["weight"] if (at, kind) in by_round_and_kind else None
-
-    return join_html(
-        html_table(
-            Column("rows", [html_element("b", kind) for kind in kinds]),
-            Column(
-                "how many",
-                [by_round_and_kind.get((count - 1, kind), {}).get("rows") for kind in kinds],
-                "in the last round",
-            ),
-            *(Column(f"round {at}", [cell(at, kind) for kind in kinds], "mean weight") for at in range(count)),
-        ),
-        html_note(
-            "By the best candidate that weighs rows; 1 throughout where none does. Offline rows by their label where "
-            "labels are known, responses by the checker where there is one: neither was seen in training."
+    rounds = range(len(result["records"]))
+    means = {(item["round"], item["kind"]): item for item in result["moved"]}
+    return make_table(
+        Column("examples", [bold_cell(kind) for kind in kinds]),
+        Column("how many", [means.get((rounds[-1], kind), {}).get("rows") for kind in kinds], "in the last round"),
+        *(
+            Column(f"round {at}", [means.get((at, kind), {}).get("weight") for kind in kinds], "mean weight")
+            for at in rounds
         ),
     )
 
@@ -298,7 +221,7 @@ def plot_rounds(result: JsonObject) -> Html:
 
 
 def _candidate_interval(record: JsonObject) -> tuple[float, float]:
-    """The interval of the best candidate's L_v, as the present one's minus the interval of the gain."""
+    """The interval of the best candidate's loss, as the present one's minus the interval of the gain."""
     return record["present"] - record["gain"]["high"], record["present"] - record["gain"]["low"]
 
 

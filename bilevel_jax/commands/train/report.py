@@ -1,4 +1,4 @@
-"""The report of a `train` run: one HTML file with what was trained, what the validation loss did, and the weights."""
+"""The report page of a `train` run."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bilevel_jax.commands.train.report_scores import ScoreHistory, read_score_history, render_scores
+from bilevel_jax.commands.train.report_scores import ScoreHistory, describe_scores, read_score_history
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.curves import (
     TrainingLog,
     losses_caption,
@@ -19,22 +18,9 @@ from bilevel_jax.runs.report.curves import (
     read_training_log,
     written_step,
 )
-from bilevel_jax.runs.report.examples import render_extreme_examples
-from bilevel_jax.runs.report.figures import Html, html_element, join_html
-from bilevel_jax.runs.report.html import (
-    Column,
-    html_details,
-    html_document,
-    html_figure,
-    html_note,
-    html_paragraph,
-    html_table,
-    isolate_text,
-    number_tiles,
-    render_reproduction,
-    render_usage,
-    verdict_banner,
-)
+from bilevel_jax.runs.report.examples import describe_extreme_examples
+from bilevel_jax.runs.report.figures import Html
+from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import (
     SignedNumber,
     capitalize_first,
@@ -43,31 +29,28 @@ from bilevel_jax.runs.report.numbers import (
     format_percent,
     format_signed,
 )
+from bilevel_jax.runs.report.reproduction import describe_reproduction
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, read_results
-from bilevel_jax.runs.report.weights import (
-    all_equal,
-    group_weights,
-    plot_lorenz_curve,
-    weight_axis_label,
-    weights_by_group_table,
-)
+from bilevel_jax.runs.report.weights import all_equal, describe_weights
 
 OBJECTIVE_DESCRIPTIONS = {
     "sft": "the likelihood of the responses",
     "dpo": "DPO on preference pairs",
     "simpo": "SimPO on pairs",
 }
+MISSING_WEIGHTS = {"one": "weight 1", "zero": "weight 0", "drop": "left out"}
+"""What training examples get that the weights file lacks."""
 
 
 class LossChange(NamedTuple):
-    """What one part of the validation examples says of the model that is written."""
+    """Loss and accuracy of one part of the validation examples, before training and at the written step."""
 
     part: str
     loss_before: float
     loss_after: float
     accuracy_before: float
     accuracy_after: float
-    """nan where the written parameters are those of a step at which no accuracy was read."""
+    """nan where no accuracy was read at the written step."""
 
     @property
     def difference(self) -> float:
@@ -91,26 +74,27 @@ def write_train_report(folder: Path, examples: Sequence[Example]) -> Path:
 
 def render_train_report(run: RunResults, log: TrainingLog, score_history: ScoreHistory | None = None) -> str:
     """The whole report as HTML."""
-    validation_verdict = judge_validation(run)
-    intro = join_html(
-        "bilevel_jax train, run ",
-        html_element("b", run.name),
-        f". Losses are in {run.unit}, lower is better; {run.result['right']} is a {run.accuracy_unit}.",
-    )
-    sections = [
-        ("validation", "What the validation examples say", render_validation(run)),
-        *([("scores", "The scores", render_scores(run, score_history))] if score_history else []),
-        ("weights", "The weights", render_weight_distribution(run)),
-        ("examples", "The examples at both ends", _render_extremes(run)),
-        ("model", "Load the model", render_loading_code(run)),
-        ("provenance", "Data, cost, and how to see the same numbers", render_provenance(run)),
-    ]
-    return html_document(
-        f"{run.name}: {validation_verdict.level}",
-        "Fine-tuning with a weight for every row",
-        intro,
-        render_lead(run, log),
-        sections,
+    model, train = run.config["model"], run.config["train"]
+    precision = f"{model['param_dtype']} parameters, matrix products of {train['compute_dtype']} factors"
+    return render_page(
+        "train.html",
+        run=run,
+        config=run.config,
+        result=run.result,
+        verdict=judge_validation(run),
+        objective=OBJECTIVE_DESCRIPTIONS[run.config["objective"]["name"]],
+        epochs=_format_epochs(run),
+        weights_text=_describe_weights(run),
+        kept_text=_describe_kept_params(run),
+        pictures=draw_first_pictures(run, log),
+        key_numbers=list_key_numbers(run),
+        validation=describe_validation(run),
+        scores=describe_scores(run, score_history) if score_history else None,
+        weights=describe_weights(run) | {"strips": None},
+        examples=describe_extreme_examples(run),
+        data=data_table(run),
+        costs=costs_table(run),
+        reproduction=describe_reproduction(run, "train", precision),
     )
 
 
@@ -118,7 +102,7 @@ def render_train_report(run: RunResults, log: TrainingLog, score_history: ScoreH
 
 
 class ValidationVerdict(NamedTuple):
-    """What the validation loss did, in words: the box that leads the page."""
+    """How the validation loss changed: the box at the top of the page."""
 
     kind: str
     icon: str
@@ -136,23 +120,24 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
             "fair", "?", "Not validated", words, "Give validation examples (data.validation) to see whether it did."
         )
     change = loss_changes[-1]
-    where, count = PART_LABELS[change.part], run.result["rows"].get(change.part, 0)
+    count = run.result["rows"].get(change.part, 0)
+    before, after = format_number(change.loss_before), format_number(change.loss_after)
     if not math.isfinite(change.difference):
-        words = f"The loss on {where} is {format_number(change.loss_before)} before and {format_number(change.loss_after)} after training."
+        words = f"The loss on {change.part} is {before} before and {after} after training."
         advice = "Do not use this model: its loss is not a number. Lower optimizer.learning_rate or set optimizer.max_grad_norm."
         return ValidationVerdict("bad", "✕", "Validation loss is not finite", words, advice)
     amount = f"{format_signed(change.difference)}" + (
         f", {_format_percent(change.difference / change.loss_before)}" if change.loss_before > 0 else ""
     )
     direction = "fell" if change.difference < 0 else "rose" if change.difference > 0 else "stayed"
-    words = f"The loss on {where} ({format_count('row', count)}) {direction} from {format_number(change.loss_before)} to {format_number(change.loss_after)} "
+    words = f"The loss on {change.part} ({format_count('example', count)}) {direction} from {before} to {after} "
     words += run.unit + (f" ({amount})" if change.difference else "")
     if math.isfinite(change.accuracy_after):
         words += f"; {run.result['right']} went from {format_number(change.accuracy_before)} to {format_number(change.accuracy_after)}"
     if change.difference >= 0:
         advice = (
-            "By these rows the model is no better than before training. Lower optimizer.learning_rate, train for "
-            "fewer epochs, or ask whether rows of large weight resemble the trusted ones."
+            "By these examples the model is no better than before training. Lower optimizer.learning_rate, train "
+            "for fewer epochs, or ask whether examples of large weight resemble the validation examples."
         )
         level = "Validation loss rose" if change.difference > 0 else "Validation loss did not move"
         return ValidationVerdict(
@@ -166,107 +151,66 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
         "test": "test had no part in training. It is one training with one seed: a small change may be chance.",
         "dev": "There is no test. "
         + ("dev chose the step that was kept, which flatters it." if written_step(run) else "dev had no part here."),
-        "validation": "There is only validation. Weights that were learned with these rows make its loss fall by design: rows that "
-        "nothing has seen (data.test) would tell more.",
+        "validation": "There is only validation. Weights that were learned with these examples make its loss fall by design: "
+        "examples that nothing has seen (data.test) would tell more.",
     }
     return ValidationVerdict("good", "✓", "Validation loss fell", f"{words}.", fair[change.part])
 
 
-def render_lead(run: RunResults, log: TrainingLog) -> Html:
-    """What was trained on what, what the validation loss did, and the losses as a picture."""
-    validation_verdict = judge_validation(run)
-    box = verdict_banner(
-        validation_verdict.kind,
-        validation_verdict.icon,
-        validation_verdict.level,
-        html_paragraph(html_element("b", validation_verdict.text)),
-        html_paragraph(html_element("b", "For you: "), validation_verdict.advice),
-        html_paragraph(html_element("b", "Trained: "), _describe_training(run)),
-        html_paragraph(html_element("b", "Weights: "), _describe_weights(run)),
-        html_paragraph(html_element("b", "Kept: "), _describe_kept_params(run)),
-    )
-    pictures = [html_figure(plot_losses(run, log), losses_caption(run, log))]
+def draw_first_pictures(run: RunResults, log: TrainingLog) -> list[tuple[Html, str]]:
+    """Losses and, where there are any, learning rates by step, with their captions."""
+    pictures = [(plot_losses(run, log), losses_caption(run, log))]
     if any(math.isfinite(rate) for rate in log.learning_rates):
-        pictures.append(html_figure(plot_learning_rates(log), "The learning rate of each step."))
-    return join_html(
-        html_element(
-            "div",
-            html_element("div", box, class_="pictures left"),
-            html_element("div", *pictures, class_="pictures"),
-            class_="lead",
-        ),
-        render_key_numbers(run),
-    )
+        pictures.append((plot_learning_rates(log), "The learning rate of each step."))
+    return pictures
 
 
-def render_key_numbers(run: RunResults) -> Html:
-    """The headline numbers in boxes."""
+def list_key_numbers(run: RunResults) -> list[tuple[str, str, str]]:
+    """The headline numbers: (what, number, unit)."""
     total, result = run.result["rows"]["train"], run.result
     cells = []
     if loss_changes := compute_loss_changes(run):
         change = loss_changes[-1]
         cells.append(
             (
-                f"loss on {PART_LABELS[change.part]}",
+                f"{change.part} loss",
                 format_number(change.loss_after),
                 f"{run.unit}; {format_number(change.loss_before)} before",
             )
         )
         if math.isfinite(change.accuracy_after):
             unit = f"{run.accuracy_unit}; {format_number(change.accuracy_before)} before"
-            cells.append(
-                (f"{result['right']} on {PART_LABELS[change.part]}", format_number(change.accuracy_after), unit)
-            )
+            cells.append((f"{result['right']} on {change.part}", format_number(change.accuracy_after), unit))
     ess = float_or_nan(result["weights"]["ess"])
     cells += [
-        ("rows", f"{total:,}", f"{format_count('step', result['steps'])}, {_format_epochs(run)}"),
-        ("effective sample size", format_number(ess), f"rows, {format_percent(ess / total)} of all"),
+        ("training examples", f"{total:,}", f"{format_count('step', result['steps'])}, {_format_epochs(run)}"),
+        ("effective sample size", format_number(ess), f"examples, {format_percent(ess / total)} of all"),
         ("trained on", format_number(result["tokens"]), "supervised tokens, repeats counted"),
         ("speed", format_number(float_or_nan(result["tokens_per_second"])), "supervised tokens per second"),
     ]
-    return number_tiles(cells)
+    return cells
 
 
-def _describe_training(run: RunResults) -> Html:
-    model, lora, result = run.config["model"], run.config["lora"], run.result
-    what = "all parameters of "
-    if lora["r"]:
-        targets = ", ".join(lora["target_modules"]) or "on the projections usual for its family"
-        what = f"LoRA factors of rank {lora['r']} ({targets}) of "
-    steps, batch, total = result["steps"], result["batch"], result["rows"]["train"]
-    return join_html(
-        what,
-        isolate_text(model["name_or_path"], keep_end=True),
-        ", from random ones," if model["from_scratch"] else None,
-        f" by {OBJECTIVE_DESCRIPTIONS[run.config['objective']['name']]}: {format_count('step', steps)} of {format_count('row', batch)}, "
-        f"{_format_epochs(run)} of {format_count('row', total)}.",
-    )
-
-
-def _describe_weights(run: RunResults) -> Html:
+def _describe_weights(run: RunResults) -> str:
     summary, values, total = run.result["weights"], run.columns["weight"].astype(float), run.result["rows"]["train"]
     words = [f"{summary['source']}."]
     if all_equal(values):
         same = float(values[0])
         words.append(
-            "Every row counts the same: plain fine-tuning."
+            "Every example counts the same: plain fine-tuning."
             if abs(same - 1) < 1e-6
-            else f"Every row counts the same, {format_number(same)} times: plain fine-tuning with a scaled loss."
+            else f"Every example counts the same, {format_number(same)} times: plain fine-tuning with a scaled loss."
         )
     else:
-        words.append(
-            f"Their mean is {format_number(float_or_nan(summary['mean']))}, and they amount to {format_number(float_or_nan(summary['ess']))} equally "
-            f"weighted rows of {total:,} (ESS)."
-        )
+        mean, ess = (format_number(float_or_nan(summary[key])) for key in ("mean", "ess"))
+        words.append(f"Their mean is {mean}, and they amount to {ess} equally weighted examples of {total:,} (ESS).")
     if summary["zero"]:
-        words.append(f"{capitalize_first(format_count('row', summary['zero']))} with weight 0 taught nothing.")
+        words.append(f"{capitalize_first(format_count('example', summary['zero']))} with weight 0 taught nothing.")
     if summary["missing"]:
-        fate = {"one": "weight 1", "zero": "weight 0", "drop": "left out"}
         missing = run.config["weights"]["missing"]
-        words.append(
-            f"{format_count('row', summary['missing'])} that the weights file lacks: {fate.get(missing, missing)}."
-        )
-    return join_html(" ".join(words))
+        count = format_count("example", summary["missing"])
+        words.append(f"{count} that the weights file lacks: {MISSING_WEIGHTS.get(missing, missing)}.")
+    return " ".join(words)
 
 
 def _describe_kept_params(run: RunResults) -> str:
@@ -284,9 +228,9 @@ def _describe_kept_params(run: RunResults) -> str:
     least = int(np.nanargmin(losses))
     if 0 < least < len(losses) - 1:
         words += (
-            f" {PART_LABELS[part]} was lowest at step {records[least]['step']:,}: {format_number(losses[least])} against "
-            f"{format_number(losses[-1])} {run.unit} at the end. Past that point training fitted its rows rather than the "
-            "trusted ones; train.load_best: true writes the step that is best on dev."
+            f" {capitalize_first(part)} loss was lowest at step {records[least]['step']:,}: {format_number(losses[least])} against "
+            f"{format_number(losses[-1])} {run.unit} at the end. Past that point training fitted its own examples rather than "
+            "the validation examples; train.load_best: true writes the step that is best on dev."
         )
     return words
 
@@ -294,162 +238,86 @@ def _describe_kept_params(run: RunResults) -> str:
 # ---- the sections
 
 
-def render_validation(run: RunResults) -> Html:
+def describe_validation(run: RunResults) -> dict[str, Any]:
     """Losses and accuracies of the validation examples before and after training, and each reading."""
-    loss_changes, records, best = compute_loss_changes(run), run.result["records"], written_step(run)
+    loss_changes, best = compute_loss_changes(run), written_step(run)
     if not loss_changes:
-        return html_note("No validation examples were given (data.validation), so no loss was read on any.", "warning")
+        return {}
     written = run.result["steps"] if best is None else best
-    after = f"after step {written:,}"
+    return {
+        "rose": [item.part for item in loss_changes if item.difference > 0],
+        "table": changes_table(run, loss_changes, written),
+        "readings": readings_table(run, [item.part for item in loss_changes], written),
+        "written": written,
+        "no_accuracy": any(
+            math.isnan(item.accuracy_after) and not math.isnan(item.accuracy_before) for item in loss_changes
+        ),
+    }
+
+
+def changes_table(run: RunResults, loss_changes: Sequence[LossChange], written: int) -> Table:
+    """A line per part of the validation examples: loss and accuracy before training and at the written step."""
+    parts, after, loss_unit = [item.part for item in loss_changes], f"after step {written:,}", f"loss, {run.unit}"
+    accuracy_unit = f"{run.result['right']}, {run.accuracy_unit}"
     uses = {
         "validation": "the holdout of the score"
         if run.config["weights"]["score"]
         else "read only here; select learns weights from it",
-        "dev": "chooses the step" if best is not None else "may choose a step (train.load_best: true)",
+        "dev": "chooses the step" if written_step(run) is not None else "may choose a step (train.load_best: true)",
         "test": "kept apart, read only",
     }
-    parts = [item.part for item in loss_changes]
-    right = run.result["right"]
-    main = html_table(
-        Column("set", [html_element("b", PART_LABELS[part]) for part in parts], css_class="tight"),
-        Column("rows", [run.result["rows"].get(part) for part in parts]),
-        Column("before", [item.loss_before for item in loss_changes], f"loss, {run.unit}"),
-        Column(after, [item.loss_after for item in loss_changes], f"loss, {run.unit}"),
+    return make_table(
+        Column("set", [bold_cell(part) for part in parts], css_class="tight"),
+        Column("examples", [run.result["rows"].get(part) for part in parts]),
+        Column("before", [item.loss_before for item in loss_changes], loss_unit),
+        Column(after, [item.loss_after for item in loss_changes], loss_unit),
         Column("change", [SignedNumber(item.difference) for item in loss_changes], f"{run.unit}; below 0 is better"),
-        Column("before", [item.accuracy_before for item in loss_changes], f"{right}, {run.accuracy_unit}"),
-        Column(after, [item.accuracy_after for item in loss_changes], f"{right}, {run.accuracy_unit}"),
+        Column("before", [item.accuracy_before for item in loss_changes], accuracy_unit),
+        Column(after, [item.accuracy_after for item in loss_changes], accuracy_unit),
         Column("use", [uses[part] for part in parts]),
     )
-    readings = html_table(
+
+
+def readings_table(run: RunResults, parts: Sequence[str], written: int) -> Table:
+    """A line per reading: the losses and, where they were read, the accuracies."""
+    records = run.result["records"]
+    accuracies = {part: [(record["accuracy"] or {}).get(part) for record in records] for part in parts}
+    return make_table(
         Column("step", [record["step"] for record in records]),
+        *(Column(part, [record["loss"].get(part) for record in records], f"loss, {run.unit}") for part in parts),
         *(
-            Column(PART_LABELS[item], [record["loss"].get(item) for record in records], f"loss, {run.unit}")
-            for item in parts
-        ),
-        *(
-            Column(PART_LABELS[item], [(record["accuracy"] or {}).get(item) for record in records], right)
-            for item in parts
-            if any((record["accuracy"] or {}).get(item) is not None for record in records)
+            Column(part, values, run.result["right"])
+            for part, values in accuracies.items()
+            if any(value is not None for value in values)
         ),
         row_classes={index: "strong" for index, record in enumerate(records) if record["step"] == written},
     )
-    rose = [PART_LABELS[item.part] for item in loss_changes if item.difference > 0]
-    pairs = run.config["objective"]["name"] == "dpo"
-    return join_html(
-        html_note(f"The loss rose on {', '.join(rose)}.", "warning") if rose else None,
-        main,
-        html_note("The DPO loss of a model that is its own reference is log 2 = 0.6931: a coin toss.")
-        if pairs
-        else None,
-        html_note(f"No accuracy was read at step {written:,}; it is read at both ends of training.")
-        if any(math.isnan(item.accuracy_after) and not math.isnan(item.accuracy_before) for item in loss_changes)
-        else None,
-        html_details(f"Each of the {len(records)} readings", readings),
+
+
+def data_table(run: RunResults) -> Table:
+    """How many examples each part has."""
+    counts = {part: run.result["rows"].get(part) for part in ("train", *PART_LABELS)}
+    counts = {part: count for part, count in counts.items() if count}
+    return make_table(
+        Column("set", [bold_cell("training" if part == "train" else part) for part in counts]),
+        Column("examples", list(counts.values())),
     )
 
 
-def render_weight_distribution(run: RunResults) -> Html:
-    """How the weights spread, over all rows, by source and by label."""
-    values, summary = run.columns["weight"].astype(float), run.result["weights"]
-    keys = ["label", "source"] if run.has_labels else ["source"]
-    several = [key for key in keys if len(set(run.columns[key])) > 1]
-    by = several[0] if several else keys[0]
-    pictures = None
-    if not all_equal(values):
-        pictures = html_element(
-            "div",
-            html_figure(
-                figures.plot_histogram(group_weights(run, by), weight_axis_label(run), reference=1.0),
-                f"Rows by weight{f', coloured by {by}' if several else ''}; dashed: weight 1. ESS = (Σw)²/Σw²: they "
-                f"amount to {format_number(float_or_nan(summary['ess']))} equally weighted rows of {len(values):,}.",
-            ),
-            html_figure(
-                plot_lorenz_curve(values, "these weights"),
-                "How much of all weight the rows with the largest weights hold. Dashed orange: equal weights; the "
-                "higher the curve, the fewer rows count.",
-            ),
-            class_="pair",
-        )
-    return join_html(
-        html_paragraph("A weight multiplies its row's loss; 1 is plain training, 0 leaves the row out."),
-        html_paragraph(html_element("b", "Here: "), _describe_weights(run)),
-        pictures,
-        *(join_html(html_element("h3", f"By {key}"), weights_by_group_table(run, key)) for key in keys),
-    )
-
-
-def _render_extremes(run: RunResults) -> Html:
-    """The rows with the largest and the least weights, where weights differ."""
-    if all_equal(run.columns["weight"].astype(float)):
-        return html_paragraph("All weights are equal, so no row stands out.")
-    return render_extreme_examples(run)
-
-
-def render_loading_code(run: RunResults) -> Html:
-    """The few lines that load what was written."""
-    config = run.config
-    folder, base_path, rank = config["output"]["dir"], config["model"]["name_or_path"], config["lora"]["r"]
-    parts = config["output"]["model"] if rank else "full"
-    full = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({f'{folder}/model'!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({f'{folder}/model'!r})"
-    )
-    adapter = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base_path!r})\n"
-        f"model = PeftModel.from_pretrained(base, {f'{folder}/model-adapter'!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({base_path!r})"
-    )
-    whole = "The whole model" + (", with the LoRA factors folded in" if rank else "") + ", by transformers:"
-    return join_html(
-        join_html(html_paragraph(whole), html_element("pre", full)) if parts != "adapter" else None,
-        join_html(
-            html_paragraph("The LoRA factors on top of the model they were trained on, by PEFT:"),
-            html_element("pre", adapter),
-        )
-        if parts != "full"
-        else None,
-        html_note("The paths are those that the run was given: relative to where it was started."),
-    )
-
-
-def render_provenance(run: RunResults) -> Html:
-    """Rows, notes, cost, and what another person needs to see the same numbers."""
-    result, model = run.result, run.config["model"]
-    sets = {"train": "training", **PART_LABELS}
-    data = html_table(
-        Column("set", [words for part, words in sets.items() if result["rows"].get(part)]),
-        Column("rows", [result["rows"][part] for part in sets if result["rows"].get(part)]),
-    )
-    seconds = float_or_nan(result["seconds"])
+def costs_table(run: RunResults) -> Table:
+    """Steps, epochs, tokens, time and speed, each with its unit."""
+    result, seconds = run.result, float_or_nan(run.result["seconds"])
     costs: list[tuple[str, Any, str]] = [
-        ("steps", result["steps"], f"updates of the parameters, each from {format_count('row', result['batch'])}"),
+        ("steps", result["steps"], f"updates of the parameters, each from {format_count('example', result['batch'])}"),
         ("epochs", _integer_if_whole(result["epochs"]), "passes over the training examples"),
         ("tokens", result["tokens"], "supervised tokens that were trained on, repeats counted"),
         ("time", seconds, f"seconds of training{_format_duration(seconds)}, without reading the validation examples"),
         ("speed", float_or_nan(result["tokens_per_second"]), "supervised tokens per second, after the compilation"),
     ]
-    resumed = result["resumed"]
-    return join_html(
-        html_element("h3", "Data"),
-        data,
-        html_element("ul", *(html_element("li", remark) for remark in result["notes"])) if result["notes"] else None,
-        html_element("h3", "Cost"),
-        html_table(
-            Column("what", [html_element("b", what) for what, *_ in costs]),
-            Column("amount", [amount for _, amount, _ in costs]),
-            Column("unit", [unit for *_, unit in costs]),
-        ),
-        html_note(f"The run was stopped and went on at step {resumed:,}; its speed is that of the last part.")
-        if resumed
-        else None,
-        render_usage(run),
-        render_reproduction(
-            run,
-            "train",
-            f"{model['param_dtype']} parameters, matrix products of {run.config['train']['compute_dtype']} factors",
-        ),
+    return make_table(
+        Column("what", [bold_cell(what) for what, *_ in costs]),
+        Column("amount", [amount for _, amount, _ in costs]),
+        Column("unit", [unit for *_, unit in costs]),
     )
 
 
@@ -457,7 +325,7 @@ def render_provenance(run: RunResults) -> Html:
 
 
 def compute_loss_changes(run: RunResults) -> list[LossChange]:
-    """What each part of the validation examples says of the written model, the most independent part last."""
+    """The change of each part of the validation examples, the most independent part last."""
     best, records = written_step(run), run.result["records"]
     loss_changes = []
     for part in PART_LABELS:

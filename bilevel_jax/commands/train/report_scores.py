@@ -1,18 +1,17 @@
-"""The scores in the report of `train`: each making of them, how they moved with the model, what they cost."""
+"""Data scores in the report of a `train` run."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import NUM_COLOURS, Html, html_element, join_html
-from bilevel_jax.runs.report.html import Column, html_figure, html_note, html_paragraph, html_table
-from bilevel_jax.runs.report.numbers import format_count, format_number, format_percent
-from bilevel_jax.runs.report.results import RunResults, float_or_nan
+from bilevel_jax.runs.report.figures import NUM_COLOURS, Html
+from bilevel_jax.runs.report.html import Column, Table, make_table
+from bilevel_jax.runs.report.results import RunResults
 from bilevel_jax.runs.scoring import scores
 
 
@@ -20,7 +19,7 @@ class ScoreHistory(NamedTuple):
     """scores.parquet, read."""
 
     columns: list[Float[np.ndarray, "kept"]]
-    """Of each making, in order."""
+    """One for each time that the scores were computed, in order."""
     meaning: str
 
 
@@ -33,61 +32,44 @@ def read_score_history(folder: Path) -> ScoreHistory | None:
     return ScoreHistory([stored[key].to_numpy() for key in about], next(iter(about.values()))["meaning"])
 
 
-def render_scores(run: RunResults, history: ScoreHistory) -> Html:
-    """What the scores mean, how they spread each time, whether rows kept their ranks, and the cost."""
+def describe_scores(run: RunResults, history: ScoreHistory) -> dict[str, Any]:
+    """The values of the section on scores: what they mean, their spread each time, rank correlations, and the cost."""
+    records = run.result["scoring"]["records"]
+    return {
+        "meaning": history.meaning,
+        "several": len(records) > 1,
+        "picture": plot_scores(run, history),
+        "table": scores_table(run),
+        "never_drawn": run.result["rows"]["train"] - run.result["scoring"]["drawn"],
+        "notes": list(dict.fromkeys(note for record in records for note in record["notes"])),
+    }
+
+
+def plot_scores(run: RunResults, history: ScoreHistory) -> Html:
+    """The scores of all examples each time that they were computed."""
     summary = run.result["scoring"]
-    records, several = summary["records"], len(summary["records"]) > 1
-    labelled = any(record["auc"] is not None for record in records)
-    share = float_or_nan(summary["share"])
-    cost = f"Making them took {format_number(summary['seconds'])} seconds with compilation, {format_percent(share)} of the training's"
-    cost += f" {format_number(float_or_nan(run.result['seconds']))}; in work, {format_number(summary['passes'])} training steps against "
-    cost += f"{run.result['steps']:,}."
-    shown_indices = figures.evenly_spaced_indices(len(records), NUM_COLOURS)
     score_groups = [
-        (f"before step {records[at]['step']:,}", drop_nonfinite(history.columns[at])) for at in shown_indices
+        (f"before step {summary['records'][at]['step']:,}", drop_nonfinite(history.columns[at]))
+        for at in figures.evenly_spaced_indices(len(summary["records"]), NUM_COLOURS)
     ]
-    return join_html(
-        html_paragraph(html_element("b", summary["score"]), f": {history.meaning}. Larger is better."),
-        html_figure(
-            figures.plot_strips(score_groups, f"score {summary['score']}"),
-            "The scores of all rows each time that they were made. Bar: median." if several else "Bar: median.",
-        ),
-        html_table(
-            Column("before step", [record["step"] for record in records]),
-            *(Column(key, [record[key] for record in records], "score") for key in ("least", "median", "largest")),
-            Column("same order as at first", [record["with_first"] for record in records], "rank correlation"),
-            Column("as the time before", [record["with_previous"] for record in records], "rank correlation"),
-            *([Column("AUC", [record["auc"] for record in records], "of the labels")] if labelled else []),
-            Column("time", [record["seconds"] for record in records], "seconds"),
-            Column("work", [record["passes"] for record in records], "training steps"),
-        ),
-        html_paragraph(cost),
-        html_paragraph(_describe_score_weights(run)),
-        html_element("ul", *(html_element("li", remark) for remark in _unique_notes(records)))
-        if _unique_notes(records)
-        else None,
-        html_note(
-            "A score judges rows by its own idea of good; whether it helped is what the validation examples above say."
-        ),
+    return figures.plot_strips(score_groups, f"score {summary['score']}")
+
+
+def scores_table(run: RunResults) -> Table:
+    """A line for each time that the scores were computed."""
+    records = run.result["scoring"]["records"]
+    has_labels = any(record["auc"] is not None for record in records)
+    return make_table(
+        Column("before step", [record["step"] for record in records]),
+        *(Column(key, [record[key] for record in records], "score") for key in ("least", "median", "largest")),
+        Column("with the first", [record["with_first"] for record in records], "rank correlation"),
+        Column("with the previous", [record["with_previous"] for record in records], "rank correlation"),
+        *([Column("AUC", [record["auc"] for record in records], "of the labels")] if has_labels else []),
+        Column("time", [record["seconds"] for record in records], "seconds"),
+        Column("work", [record["passes"] for record in records], "training steps"),
     )
 
 
 def drop_nonfinite(values: np.ndarray) -> np.ndarray:
-    """The numbers among the scores."""
+    """The finite scores."""
     return values[np.isfinite(values)]
-
-
-def _describe_score_weights(run: RunResults) -> str:
-    summary, total = run.result["scoring"], run.result["rows"]["train"]
-    words = "The weights below are what each row got, averaged over the steps that drew it."
-    if summary["drawn"] < total:
-        words += (
-            f" {format_count('row', total - summary['drawn'])} that no step drew: min-max over all rows, the last time."
-        )
-    if summary["equal"]:
-        words += f" In {format_count('step', summary['equal'])} all rows had one score, which tells none from another: weight 1."
-    return words
-
-
-def _unique_notes(records: list) -> list[str]:
-    return list(dict.fromkeys(note for record in records for note in record["notes"]))

@@ -1,95 +1,84 @@
-"""The comparison in a report: models trained again from cold with each choice of rows and weights."""
+"""Report section on retrains with each choice of examples and weights."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import Html, IntervalRow, html_element, join_html
-from bilevel_jax.runs.report.html import Column, html_details, html_figure, html_note, html_paragraph, html_table
+from bilevel_jax.runs.report.figures import Html, IntervalRow
+from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table
 from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_count, format_interval
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part
 from bilevel_jax.runs.stats import mean_interval
 
 
-def render_comparison(run: RunResults) -> Html:
-    """Every arm, trained from cold under every seed."""
+def describe_comparison(run: RunResults) -> dict[str, Any]:
+    """The values of the template `comparison.html`: every variant, retrained from scratch under every seed."""
     rows = run.result["compare"]
     if not rows:
-        return html_note(
-            "Skipped: this run compared nothing (--fast, or retrain.enabled: false), so it holds no headline number "
-            "and no evidence that the weights help. Run again without --fast to get one.",
-            "warning",
-        )
+        return {}
     rows = sorted(rows, key=lambda row: row["name"] != "oracle")  # first: does knowing the truth help at all?
     part = most_independent_part(run)
-    parts = [one for one in PART_LABELS if any(one in row["mean"] for row in rows)]
-    differences = [difference_from_uniform(run, row["name"], part) for row in rows]
+    second_part = "validation" if part != "validation" else ""
+    return {
+        "part": part,
+        "second_part": second_part,
+        "seeds": describe_seeds(run),
+        "oracle": describe_oracle(run, part),
+        "headroom": _describe_headroom(run, part),
+        "table": variants_table(run, rows, part),
+        "trainings": sum(len(row["runs"]) for row in rows),
+        "seed_table": seeds_table(run, rows),
+        "picture": plot_comparison(run, rows, part, second_part),
+    }
+
+
+def variants_table(run: RunResults, rows: Sequence[dict[str, Any]], part: str) -> Table:
+    """A line for each variant: means and intervals over the seeds, and the difference from uniform weights."""
+    marks = {"learned weights": "strong", "oracle": "oracle"}
     names = [
-        join_html(
-            html_element("b", row["name"]),
-            html_element("span", "knows the labels", class_="tag") if row["name"] == "oracle" else None,
-            html_element("span", row["meaning"], class_="sub"),
-        )
+        bold_cell(row["name"], tag="knows the labels" if row["name"] == "oracle" else "", sub=row["meaning"])
         for row in rows
     ]
-    summary_table = html_table(
+    return make_table(
         Column("trained on", names),
-        *(
-            Column(PART_LABELS[one], [variant_interval(row, one) for row in rows], f"L_v, {run.unit}")
-            for one in reversed(parts)
-        ),
+        *(Column(one, [variant_interval(row, one) for row in rows], f"loss, {run.unit}") for one in _parts(rows)),
         Column(
-            f"{PART_LABELS[part]} less uniform's",
-            [_format_difference(one) for one in differences],
+            f"{part} minus uniform's",
+            [_format_difference(difference_from_uniform(run, row["name"], part)) for row in rows],
             f"paired by seed, {run.unit}",
             "tight",
         ),
         Column(
             run.result["right"],
             [variant_interval(row, "accuracy") for row in rows],
-            f"{run.accuracy_unit}, {PART_LABELS[part]}",
+            f"{run.accuracy_unit}, {part}",
         ),
-        Column("rows", [row["rows"] for row in rows]),
+        Column("examples", [row["rows"] for row in rows]),
         Column("steps", [row["steps"] for row in rows]),
         Column("epochs", [row["epochs"] for row in rows]),
-        row_classes={
-            index: {"learned weights": "strong", "oracle": "oracle"}[row["name"]]
-            for index, row in enumerate(rows)
-            if row["name"] in ("learned weights", "oracle")
-        },
+        row_classes={index: marks[row["name"]] for index, row in enumerate(rows) if row["name"] in marks},
     )
-    trainings = [one for row in rows for one in row["runs"]]
-    seeds_table = html_table(
-        Column("trained on", [row["name"] for row in rows for _ in row["runs"]]),
-        Column("seed", [seed for row in rows for seed, _ in enumerate(row["runs"])]),
-        *(Column(PART_LABELS[one], [each[one] for each in trainings], f"L_v, {run.unit}") for one in reversed(parts)),
-        Column(run.result["right"], [each["accuracy"] for each in trainings], run.accuracy_unit),
+
+
+def seeds_table(run: RunResults, rows: Sequence[dict[str, Any]]) -> Table:
+    """A line for each retrain."""
+    trainings = [(row["name"], seed, losses) for row in rows for seed, losses in enumerate(row["runs"])]
+    return make_table(
+        Column("trained on", [name for name, _, _ in trainings]),
+        Column("seed", [seed for _, seed, _ in trainings]),
+        *(Column(part, [losses[part] for *_, losses in trainings], f"loss, {run.unit}") for part in _parts(rows)),
+        Column(run.result["right"], [losses["accuracy"] for *_, losses in trainings], run.accuracy_unit),
     )
-    second_part = "validation" if part != "validation" else ""
-    caption = f"Filled: {PART_LABELS[part]}, mean and 95 % interval; small dots below: single seeds. Dashed line: uniform weights."
-    if second_part:
-        caption += " Hollow: validation; a hollow dot far to the left of its filled one is over-fitting to validation."
-    return join_html(
-        html_paragraph(
-            f"Cold retrains from fresh parameters and data orders that the weights have not seen, {describe_seeds(run)}, "
-            "95\u00a0% interval by Student's t over the seeds. All make the same number of steps, so fewer rows "
-            "means more "
-            "epochs. " + " ".join([describe_oracle(run, part), _describe_headroom(run, part)])
-        ),
-        summary_table,
-        html_figure(plot_comparison(run, rows, part, second_part), caption, wide=True),
-        html_note(
-            "▼ below and ▲ above uniform by more than the interval; ≈ not told apart. The intervals are for one row "
-            "each: with many rows, one in twenty strays by chance. “validation only” and “train + validation” train "
-            f"on validation, so their validation loss is a training loss. {MISSING}: no such number (an interval needs two seeds)."
-        ),
-        html_details(f"Each of the {len(trainings)} trainings", seeds_table),
-    )
+
+
+def _parts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The validation examples that were read, the most independent part first."""
+    return [part for part in reversed(PART_LABELS) if any(part in row["mean"] for row in rows)]
 
 
 def find_variant(run: RunResults, name: str) -> dict[str, Any] | None:
-    """A row of the comparison, None where it was not made."""
+    """A variant of the comparison, None where it was not retrained."""
     return next((row for row in run.result["compare"] if row["name"] == name), None)
 
 
@@ -98,17 +87,17 @@ def describe_oracle(run: RunResults, part: str) -> str:
     gap = difference_from_uniform(run, "oracle", part)
     if not gap:
         return ""
-    amount = f"{format_interval(gap)} {run.unit} on {PART_LABELS[part]}"
+    amount = f"{format_interval(gap)} {run.unit} on {part}"
     if gap.mean + gap.half_width < 0:
         return (
-            f"The oracle, which trains on the good rows alone, beats uniform ({amount}), so an AUC against the labels "
+            f"The oracle, which trains on the good examples alone, beats uniform ({amount}), so an AUC against the labels "
             "means something here."
         )
     if math.isnan(gap.half_width):
-        return f"Oracle less uniform: {amount}; with one seed this decides nothing, so do not read the AUCs."
+        return f"Oracle minus uniform: {amount}; with one seed this decides nothing, so do not read the AUCs."
     return (
-        f"The oracle, which trains on the good rows alone, does not clearly beat uniform ({amount}), so an AUC "
-        "against the labels means nothing here: rows called bad may help this model."
+        f"The oracle, which trains on the good examples alone, does not clearly beat uniform ({amount}), so an AUC "
+        "against the labels means nothing here: examples labelled bad may help this model."
     )
 
 
@@ -122,7 +111,7 @@ def _describe_headroom(run: RunResults, part: str) -> str:
 
 
 def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, second_part: str = "") -> Html:
-    """A dot and an interval per arm, read on one part of the validation examples, and hollow on a second."""
+    """A dot and an interval per variant, read on one part of the validation examples, and hollow on a second."""
     uniform = next((row for row in rows if row["name"] == "uniform"), None)
     return figures.plot_intervals(
         [
@@ -135,8 +124,8 @@ def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, 
             )
             for row in rows
         ],
-        f"L_v, {run.unit}" if second_part else f"{PART_LABELS[part]} loss, {run.unit}",
-        names=(f"{PART_LABELS[part]} loss", "validation loss") if second_part else ("", ""),
+        f"loss, {run.unit}" if second_part else f"{part} loss, {run.unit}",
+        names=(f"{part} loss", "validation loss") if second_part else ("", ""),
         width=780 if second_part else 520,
         reference=variant_interval(uniform, part).mean if uniform else math.nan,
     )
@@ -158,12 +147,12 @@ def _format_difference(difference: MeanInterval | None) -> str:
 
 
 def variant_interval(row: dict[str, Any], part: str) -> MeanInterval:
-    """Mean and interval of an arm over its seeds."""
+    """Mean and interval of a variant over its seeds."""
     return MeanInterval(float_or_nan(row["mean"].get(part)), float_or_nan(row["interval"].get(part)))
 
 
 def difference_from_uniform(run: RunResults, name: str, part: str) -> MeanInterval | None:
-    """Mean and interval of an arm's loss less that of uniform weights, seed by seed; None without both."""
+    """Mean and interval of a variant's loss minus that of uniform weights, seed by seed; None without both."""
     variant, uniform = find_variant(run, name), find_variant(run, "uniform")
     if variant is None or uniform is None:
         return None
@@ -178,5 +167,5 @@ def difference_from_uniform(run: RunResults, name: str, part: str) -> MeanInterv
 
 
 def describe_seeds(run: RunResults) -> str:
-    """How many seeds each arm has, in words."""
+    """How many seeds each variant has, in words."""
     return format_count("seed", len(run.result["compare"][0]["runs"]))

@@ -1,4 +1,4 @@
-"""The course of training in a report: training and validation losses by step, and the learning rate."""
+"""Report curves of training loss, validation loss and learning rate."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Html, Series
 from bilevel_jax.runs.report.numbers import engineering_exponent, format_count, format_power_of_ten
-from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan
+from bilevel_jax.runs.report.results import RunResults, float_or_nan
 from bilevel_jax.runs.report.weights import all_equal
 
 PART_COLOURS = {"validation": 1, "dev": 2, "test": 0}
@@ -61,7 +61,7 @@ def _loss_series(run: RunResults, log: TrainingLog) -> list[Series]:
     records = run.result["records"]
     return curves + [
         Series(
-            PART_LABELS[part],
+            part,
             [one["step"] for one in records],
             [float_or_nan(one["loss"].get(part)) for one in records],
             colour,
@@ -73,7 +73,7 @@ def _loss_series(run: RunResults, log: TrainingLog) -> list[Series]:
 
 def losses_caption(run: RunResults, log: TrainingLog) -> str:
     """What the picture of the losses shows."""
-    words = ["Training: the loss of each step's own rows"]
+    words = ["Training: the loss of each step's own batch"]
     words.append(f"and its mean over {_window_size(log)} steps." if _window_size(log) > 1 else "as a line.")
     values = run.columns["weight"].astype(float)
     if all_equal(values) and abs(float(values[0]) - 1) < 1e-6:

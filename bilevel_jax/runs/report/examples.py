@@ -1,12 +1,12 @@
-"""Training examples in a report, with their text: those of the largest and of the least weights."""
+"""Report section on training examples with the largest and least weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from bilevel_jax.lm.data.examples import Example, Turn
-from bilevel_jax.runs.report.figures import Html, html_element, join_html
-from bilevel_jax.runs.report.html import Column, html_paragraph, html_table, isolate_text, truncate_text
+from bilevel_jax.runs.report.html import align_numbers
 from bilevel_jax.runs.report.numbers import SignedNumber, engineering_exponent, format_power_of_ten
 from bilevel_jax.runs.report.results import RunResults
 
@@ -18,100 +18,68 @@ MAX_TURNS = 6
 """Turns shown of a dialogue: its first; of a pair's prompt, its last."""
 
 
-def render_extreme_examples(run: RunResults) -> Html:
-    """The rows with the largest and the least weights, with their text."""
-    values = run.columns["weight"].astype(float)
-    order = np.argsort(-values, kind="stable")
+def describe_extreme_examples(run: RunResults) -> dict[str, Any]:
+    """The values of the template `examples.html`: the examples with the largest and the least weights."""
+    order = np.argsort(-run.columns["weight"].astype(float), kind="stable")
     count = min(EXAMPLES_PER_END, (len(order) + 1) // 2)
-    top, bottom = order[:count], order[::-1][: min(EXAMPLES_PER_END, len(order) // 2)]
+    ends = {"largest": order[:count], "least": order[::-1][: min(EXAMPLES_PER_END, len(order) // 2)]}
     power = 0
-    if "hypergradient" in run.columns:
-        magnitudes = np.abs(run.columns["hypergradient"][np.concatenate([top, bottom])].astype(float))
+    if run.hypergradient is not None:
+        magnitudes = np.abs(run.hypergradient[np.concatenate(list(ends.values()))].astype(float))
         power = engineering_exponent(float(np.nanmax(magnitudes, initial=0.0)))
-    meaning = (
-        "The entry is d L_v / d weight: what one more unit of weight on this row would do to validation loss, at "
-        "these weights. ",
-        html_element("b", "A negative entry means that more weight on the row lowers L_v."),
-        " The weight adds up many steps, so a row with a large weight may have an entry of either sign by now. ",
-    )
-    return join_html(
-        html_paragraph(
-            *(meaning if "hypergradient" in run.columns else ()),
-            f"Text is shown as it stands in the data, up to {MAX_TURN_CHARACTERS} characters of a turn.",
-        ),
-        html_element("h3", f"The {len(top)} largest weights"),
-        _examples_table(run, top, power),
-        html_element("h3", f"The {len(bottom)} least weights") if len(bottom) else None,
-        _examples_table(run, bottom, power) if len(bottom) else None,
-    )
+    return {
+        "max_characters": MAX_TURN_CHARACTERS,
+        "unit": f"{format_power_of_ten(power)}{run.unit} per unit of weight" if run.hypergradient is not None else "",
+        "ends": {name: _describe_lines(run, indices, power) for name, indices in ends.items() if len(indices)},
+    }
 
 
-def _examples_table(run: RunResults, indices: Iterable[int], power: int) -> Html:
-    """A line per row: its weight, its entry in units of 10^power if it has one, where it stands, its text."""
-    indices = [int(index) for index in indices]
-    origins = [
-        join_html(
-            html_element(
-                "span", "source ", html_element("b", isolate_text(run.columns["source"][index])), " ", class_="line"
-            ),
-            html_element("span", "label ", html_element("b", isolate_text(run.columns["label"][index])), class_="line")
-            if run.columns["label"][index] is not None
-            else None,
-            html_element(
-                "span",
-                isolate_text(f"{run.columns['file'][index]}:{run.columns['line'][index]}", keep_end=True),
-                class_="sub",
-            ),
-            html_element("span", isolate_text(run.columns["id"][index]), class_="sub"),
+def _describe_lines(run: RunResults, indices: np.ndarray, power: int) -> list[dict[str, Any]]:
+    """A line per example: its weight, its hypergradient in units of 10^power if it has one, its origin, its text."""
+    columns = run.columns
+    weights = align_numbers([float(columns["weight"][index]) for index in indices])
+    hypergradients = [""] * len(indices)
+    if run.hypergradient is not None:
+        hypergradients = align_numbers(
+            [SignedNumber(float(run.hypergradient[index]) / 10.0**power) for index in indices]
         )
-        for index in indices
+    return [
+        {
+            "weight": weight,
+            "hypergradient": hypergradient,
+            "source": columns["source"][index],
+            "label": columns["label"][index],
+            "place": f"{columns['file'][index]}:{columns['line'][index]}",
+            "id": columns["id"][index],
+        }
+        | _describe_text(run.examples.get(columns["id"][index]))
+        for index, weight, hypergradient in zip(indices, weights, hypergradients, strict=True)
     ]
-    hypergradient_columns = []
-    if "hypergradient" in run.columns:
-        values = [SignedNumber(float(run.columns["hypergradient"][index]) / 10.0**power) for index in indices]
-        hypergradient_columns = [Column("hypergradient", values, f"{format_power_of_ten(power)}{run.unit} per unit of weight")]
-    return html_table(
-        Column("weight", [float(run.columns["weight"][index]) for index in indices]),
-        *hypergradient_columns,
-        Column("row", origins),
-        Column("text", [_render_example(run.examples.get(run.columns["id"][index])) for index in indices]),
-        css_class="examples" if hypergradient_columns else "examples short",
-    )
 
 
-def _render_example(example: Example | None) -> Html:
+def _describe_text(example: Example | None) -> dict[str, Any]:
+    """The turns that are shown of an example as (role, text, kind), and how many are left out before and after them."""
     if example is None:
-        return html_element("span", "its text was not given to the report", class_="sub")
+        return {"turns": None}
     if not example.rejected:
-        more = len(example.turns) - MAX_TURNS
-        return join_html(
-            _render_turns(example.turns[:MAX_TURNS]),
-            html_element("span", f"… ({more} more turns)", class_="sub") if more > 0 else None,
-        )
+        more = max(len(example.turns) - MAX_TURNS, 0)
+        return {"turns": _describe_turns(example.turns[:MAX_TURNS]), "before": 0, "after": more}
     sides = example.turns, example.rejected
     shared = 0  # turns of the prompt; each side keeps one of its own, even where they are equal
     while shared + 1 < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
         shared += 1
     before = max(shared - MAX_TURNS, 0)
-    return join_html(
-        html_element("span", f"({before} turns before) …", class_="sub") if before else None,
-        _render_turns(example.turns[before:shared]),
-        _render_turns(example.turns[shared:], "chosen", "good"),
-        _render_turns(example.rejected[shared:], "rejected", "bad"),
-    )
+    turns = [
+        *_describe_turns(example.turns[before:shared]),
+        *_describe_turns(example.turns[shared:], "chosen", "good"),
+        *_describe_turns(example.rejected[shared:], "rejected", "bad"),
+    ]
+    return {"turns": turns, "before": before, "after": 0}
 
 
-def _render_turns(turns: Sequence[Turn], side: str = "", kind: str = "") -> Html:
-    """A block per turn; of a preference pair's end, the side stands in the assistant's place."""
-    names = [side if side and turn.role == "assistant" else f"{side} {turn.role}".strip() for turn in turns]
-    return join_html(
-        *(
-            html_element(
-                "div",
-                html_element("span", truncate_text(name, 20), class_=f"role {kind}".strip()),
-                html_element("div", truncate_text(turn.content, MAX_TURN_CHARACTERS), dir="auto", class_="content"),
-                class_="turn",
-            )
-            for name, turn in zip(names, turns, strict=True)
-        )
-    )
+def _describe_turns(turns: Sequence[Turn], side: str = "", kind: str = "") -> list[tuple[str, str, str]]:
+    """(role, text, kind) of each turn; of a preference pair's end, the side stands in the assistant's place."""
+    return [
+        (side if side and turn.role == "assistant" else f"{side} {turn.role}".strip(), turn.content, kind)
+        for turn in turns
+    ]

@@ -25,6 +25,10 @@ VISIBLE_CONTROLS: dict[int, str] = (
 class Html(str):
     """Text that is markup already. Whatever is not of this type is escaped on its way into a page."""
 
+    def __html__(self) -> str:
+        """The markup, for jinja2."""
+        return self
+
 
 class IntervalRow(NamedTuple):
     """One line of a dot-and-interval plot; nan where there is no such number."""

@@ -60,9 +60,9 @@ def capitalize_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def format_percent(share: float) -> str:
-    """The share in per cent."""
-    return MISSING if math.isnan(share) else f"{100 * share:.1f}\u00a0%"
+def format_percent(share: float | None) -> str:
+    """The share in per cent; – for what is missing."""
+    return MISSING if share is None or math.isnan(share) else f"{100 * share:.1f}\u00a0%"
 
 
 def engineering_exponent(largest: float) -> int:

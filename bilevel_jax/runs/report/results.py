@@ -1,4 +1,4 @@
-"""A finished run's folder, read for its report."""
+"""Results of a finished run, read from its folder."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
@@ -13,7 +14,7 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.infra import run_dir
 
 PART_LABELS = {"validation": "validation", "dev": "dev", "test": "test"}
-"""The parts of the validation examples, as people read them."""
+"""The parts of the validation examples, the most independent last."""
 
 
 class RunResults(NamedTuple):
@@ -28,12 +29,17 @@ class RunResults(NamedTuple):
     column_meanings: dict[str, str]
     """What the columns mean, and facts about the run, from the parquet file's metadata."""
     examples: dict[str, Example]
-    """By id; rows without one are shown without their text."""
+    """By id; examples without one are shown without their text."""
 
     @property
     def config(self) -> dict[str, Any]:
         """config.yaml as a dict of sections."""
         return yaml.safe_load(self.config_text)
+
+    @property
+    def hypergradient(self) -> np.ndarray | None:
+        """The per-example hypergradients at the weights; None where the method has none."""
+        return self.columns.get("hypergradient", self.columns.get("entry"))
 
     @property
     def unit(self) -> str:
@@ -47,7 +53,7 @@ class RunResults(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """Whether any row has a label."""
+        """Whether any training example has a label."""
         return any(label is not None for label in self.columns["label"])
 
 
@@ -69,7 +75,7 @@ def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
 
 
 def most_independent_part(run: RunResults) -> str:
-    """The most independent trusted set that was read: test, or what there is."""
+    """The most independent part of the validation examples that was read."""
     return next((part for part in ("test", "dev") if run.result["rows"].get(part)), "validation")
 
 
