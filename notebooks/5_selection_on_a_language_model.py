@@ -35,7 +35,7 @@ from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.data import tokens
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig, SelectConfig, load_config
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.html import PAGE_STYLE
+from bilevel_jax.runs.report.html import read_stylesheet
 
 SHARED = Path("../../shared").resolve()
 MODEL = Path(os.environ.get("BILEVEL_MODEL", SHARED / "models/stories-260k")).resolve()
@@ -182,7 +182,7 @@ assert start["checks"]["replayed"]  # every replayed segment ended where trainin
 
 # %%
 report = Path("run/report.html").read_text(encoding="utf-8")
-COLOURS = PAGE_STYLE.split("@media")[0]  # the report's, for light pages
+COLOURS = read_stylesheet().split("@media")[0]  # the report's, for light pages
 
 
 def picture(begins):

@@ -90,12 +90,12 @@ def describe_protocol(result: JsonObject) -> str:
     """The budget and the seeds that all methods share, and what a number is a mean of."""
     counts = ", ".join(f"{part} {count:,}" for part, count in result["counts"].items())
     return (
-        f"Examples: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch of "
-        f"{result['batch']} (a training step 1, a step of the backward pass 1 to replay and 3 for its Hessian product, a product of "
-        "implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One training is "
-        f"{result['steps']} steps, which is also what every retrain makes; {RESTART_DESCRIPTIONS[result['restart']]}. Seeds: "
-        f"{result['seeds']}; ± is the half-width of the 95 % interval of their mean by Student's t. "
-        + (F1_DEFINITION if result["labels"] else "")
+        f"Examples: {counts}. Budget of a method and seed: {result['budget']:,} forward-backward passes over a batch "
+        f"of {result['batch']} (a training step 1, a step of the backward pass 1 to replay and 3 for its Hessian "
+        "product, a product of implicit's solve 3 a batch, a single-loop step 2, or 3 with a second model). One "
+        f"training is {result['steps']} steps, which is also what every retrain makes; "
+        f"{RESTART_DESCRIPTIONS[result['restart']]}. Seeds: {result['seeds']}; ± is the half-width "
+        "of the 95 % interval of their mean by Student's t. " + (F1_DEFINITION if result["labels"] else "")
     )
 
 

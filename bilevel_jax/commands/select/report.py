@@ -80,7 +80,8 @@ def render_select_report(run: RunResults) -> str:
         part=most_independent_part(run),
         single_loop=_is_single_loop(run),
         record=best_record(run),
-        verdict=verdict | {"kind": kind, "icon": icon, "advice": _explain_verdict(run)},
+        verdict=verdict | {"kind": kind, "icon": icon},
+        certified=any(place["exact"] for place in run.result["certificates"].values()),
         learned_level="" if learned_level == verdict["level"] else learned_level,
         headline=write_headline(run),
         pictures=draw_first_pictures(run),
@@ -167,28 +168,6 @@ def list_key_numbers(run: RunResults) -> list[tuple[str, str, str]]:
         ("effective sample size", format_number(ess), f"examples, {format_percent(ess / total)} of all"),
         ("validation examples", f"{run.result['rows'].get('validation', 0):,}", "which steer the weights"),
     ]
-
-
-def _explain_verdict(run: RunResults) -> str:
-    level, has_comparison = run.result["verdict"]["level"], bool(run.result["compare"])
-    evidence = (
-        "the comparison below, which retrained and measured" if has_comparison else "a comparison (run without --fast)"
-    )
-    if level == "BELIEVE":
-        return (
-            "the hypergradient says what retraining really does, and does not hang on a few examples. A weight can be "
-            f"read as what validation rewards. Whether the weights make a better model is for {evidence}."
-        )
-    if level == "DO NOT BELIEVE":
-        return (
-            "read no meaning into the weight of single examples: the hypergradient that led to it does not predict what "
-            f"training does when weights change this much. To use the weights, rely on {evidence}, not on the hypergradient."
-        )
-    if _is_single_loop(run):
-        return f"this method moves weights and parameters together and offers nothing to certify: go by {evidence}."
-    if not any(certificate["exact"] for certificate in run.result["certificates"].values()):
-        return f"nothing speaks for or against the weights yet. Before acting on them, run the certificates, and {evidence}."
-    return f"the hypergradient passes some thresholds and misses others. Before acting on single examples, look at {evidence}."
 
 
 # ---- the outer loop

@@ -124,7 +124,10 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
     before, after = format_number(change.loss_before), format_number(change.loss_after)
     if not math.isfinite(change.difference):
         words = f"The loss on {change.part} is {before} before and {after} after training."
-        advice = "Do not use this model: its loss is not a number. Lower optimizer.learning_rate or set optimizer.max_grad_norm."
+        advice = (
+            "Do not use this model: its loss is not a number. Lower optimizer.learning_rate or set "
+            "optimizer.max_grad_norm."
+        )
         return ValidationVerdict("bad", "✕", "Validation loss is not finite", words, advice)
     amount = f"{format_signed(change.difference)}" + (
         f", {_format_percent(change.difference / change.loss_before)}" if change.loss_before > 0 else ""
@@ -133,7 +136,8 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
     words = f"The loss on {change.part} ({format_count('example', count)}) {direction} from {before} to {after} "
     words += run.unit + (f" ({amount})" if change.difference else "")
     if math.isfinite(change.accuracy_after):
-        words += f"; {run.result['right']} went from {format_number(change.accuracy_before)} to {format_number(change.accuracy_after)}"
+        accuracies = (format_number(value) for value in (change.accuracy_before, change.accuracy_after))
+        words += f"; {run.result['right']} went from {' to '.join(accuracies)}"
     if change.difference >= 0:
         advice = (
             "By these examples the model is no better than before training. Lower optimizer.learning_rate, train "
@@ -151,8 +155,8 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
         "test": "test had no part in training. It is one training with one seed: a small change may be chance.",
         "dev": "There is no test. "
         + ("dev chose the step that was kept, which flatters it." if written_step(run) else "dev had no part here."),
-        "validation": "There is only validation. Weights that were learned with these examples make its loss fall by design: "
-        "examples that nothing has seen (data.test) would tell more.",
+        "validation": "There is only validation. Weights that were learned with these examples make its loss fall "
+        "by design: examples that nothing has seen (data.test) would tell more.",
     }
     return ValidationVerdict("good", "✓", "Validation loss fell", f"{words}.", fair[change.part])
 
@@ -228,9 +232,10 @@ def _describe_kept_params(run: RunResults) -> str:
     least = int(np.nanargmin(losses))
     if 0 < least < len(losses) - 1:
         words += (
-            f" {capitalize_first(part)} loss was lowest at step {records[least]['step']:,}: {format_number(losses[least])} against "
-            f"{format_number(losses[-1])} {run.unit} at the end. Past that point training fitted its own examples rather than "
-            "the validation examples; train.load_best: true writes the step that is best on dev."
+            f" {capitalize_first(part)} loss was lowest at step {records[least]['step']:,}: "
+            f"{format_number(losses[least])} against {format_number(losses[-1])} {run.unit} at the end. Past that "
+            "point training fitted its own examples rather than the validation examples; train.load_best: true "
+            "writes the step that is best on dev."
         )
     return words
 

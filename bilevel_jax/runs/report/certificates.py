@@ -25,7 +25,7 @@ class CheckRow(NamedTuple):
 
 
 def describe_certificates(run: RunResults) -> dict[str, Any]:
-    """The values of the template `certificates.html`: a table of the checks at each place, and the ratios as a figure."""
+    """The values of the template `certificates.html`: the checks at each place and the ratios."""
     places = run.result["certificates"]
     if not places:
         return {"places": 0}

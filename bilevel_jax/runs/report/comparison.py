@@ -90,8 +90,8 @@ def describe_oracle(run: RunResults, part: str) -> str:
     amount = f"{format_interval(gap)} {run.unit} on {part}"
     if gap.mean + gap.half_width < 0:
         return (
-            f"The oracle, which trains on the good examples alone, beats uniform ({amount}), so an AUC against the labels "
-            "means something here."
+            f"The oracle, which trains on the good examples alone, beats uniform ({amount}), so an AUC against the "
+            "labels means something here."
         )
     if math.isnan(gap.half_width):
         return f"Oracle minus uniform: {amount}; with one seed this decides nothing, so do not read the AUCs."

@@ -15,7 +15,7 @@ from bilevel_jax.runs.report.results import RunResults, float_or_nan
 from bilevel_jax.runs.report.weights import all_equal
 
 PART_COLOURS = {"validation": 1, "dev": 2, "test": 0}
-"""Of the parts of the validation examples, the same as in the report of `select`; 3 is training, 5 the learning rate."""
+"""The same as in the report of `select`; 3 is training, 5 the learning rate."""
 
 
 class TrainingLog(NamedTuple):

@@ -1,6 +1,7 @@
 """HTML pages and tables, rendered from jinja2 templates."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -62,6 +63,11 @@ def render_page(template: str, **values: Any) -> str:
     """A whole page from a template and its values; all text is escaped, and control characters are made visible."""
     page = ENVIRONMENT.get_template(template).render(figure_style=Markup(figures.FIGURE_STYLE), **values)
     return figures.show_control_characters(page)
+
+
+def read_stylesheet() -> str:
+    """The style of all pages."""
+    return (Path(__file__).parent / "templates" / "style.css").read_text("utf-8")
 
 
 def make_table(*columns: Column, row_classes: Mapping[int, str] | None = None, css_class: str = "") -> Table:

@@ -20,7 +20,7 @@ RANKING_LABELS = {
 
 
 def describe_weights(run: RunResults) -> dict[str, Any]:
-    """The values of the template `weights.html`: the spread of the weights, over all examples, by source and by label."""
+    """The values of the template `weights.html`: the spread of the weights."""
     values = run.columns["weight"].astype(float)
     keys = ["label", "source"] if run.has_labels else ["source"]
     varied_keys = [key for key in keys if len(set(run.columns[key])) > 1]
@@ -108,7 +108,7 @@ def weight_axis_label(run: RunResults) -> str:
 
 
 def _group_masks(run: RunResults, key: str, max_groups: int) -> list[tuple[str, np.ndarray]]:
-    """(name, which examples) of the labels or sources, the good label first, then by size; the smallest gathered in one."""
+    """(name, which examples) of the labels or sources: the good label, then by size; the smallest gathered in one."""
     values = np.array([f"no {key}" if value is None else value for value in run.columns[key]], dtype=object)
     good = run.config["data"]["good_label"] if key == "label" else None
     names = sorted(set(values), key=lambda name: (name != good, -int((values == name).sum()), name))
