@@ -63,7 +63,7 @@ def test_writes_what_it_promises(whole):
     assert rows["aligned"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
 
     text = (out / "report.html").read_text()
-    assert "<svg" in text and "Which method finds the rows to trust" in text
+    assert "<svg" in text and "Which method finds the examples to trust" in text
     lines = (out / "table.md").read_text().splitlines()
     assert lines[0] == result["sentence"] and len([line for line in lines if line.startswith("| **")]) == 3
     assert "forward-backward passes" in "\n".join(lines)

@@ -39,7 +39,7 @@ class RunResults(NamedTuple):
     @property
     def hypergradient(self) -> np.ndarray | None:
         """The per-example hypergradients at the weights; None where the method has none."""
-        return self.columns.get("hypergradient", self.columns.get("entry"))
+        return self.columns.get("hypergradient")
 
     @property
     def unit(self) -> str:

@@ -13,7 +13,7 @@ from bilevel_jax.runs.report.results import RunResults, most_independent_part
 
 RANKING_LABELS = {
     "weights": ("learned weights", "the weights of this run"),
-    "first_entries": ("first hypergradient", "minus the hypergradient at weight 1: one estimate, no outer loop"),
+    "first_hypergradient": ("first hypergradient", "minus the hypergradient at weight 1: one estimate, no outer loop"),
     "alignment": ("alignment", "<grad loss_i, grad validation loss> at the end of uniform training: the cheap way"),
     "low_loss": ("low loss", "examples that the model finds easy after uniform training: the cheapest"),
 }
