@@ -1,4 +1,4 @@
-"""What the repository says about itself is true: README's tree, README's command, the pins."""
+"""What the repository says about itself is true: the READMEs' trees, README's size and command, the pins."""
 
 import re
 import subprocess
@@ -11,45 +11,100 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+MOST_LINES, MOST_BYTES = 240, 12_000
+FEW_MODULES = 2  # a folder of the package with more of them stands in the tree of a README, its own or its parent's
 
 
-def tree(readme: str) -> list[str]:
-    """The files named in README's fenced block ```tree: one per line, `path  what it is`.
+def read_tree(readme: str) -> list[str]:
+    """The names in a README's fenced blocks ```tree: one per line, `path  what it is`.
 
-    Paths start at the repository or, shorter, at the package: `core/types.py  the few types`. A line that ends in /
-    is a folder's heading.
+    Paths start at the README's folder. A line that ends in / may be a heading, without a description.
     """
     blocks = re.findall(r"^```tree\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
     lines = [
         re.fullmatch(r"\s*(\S+)(?:\s{2,}(\S.*))?", line) for block in blocks for line in block.splitlines() if line
     ]
-    assert lines, "README has no block that starts with ```tree"
+    assert lines, "no block that starts with ```tree"
     assert all(lines), "a line of the tree is not `path  what it is`"
     silent = [line[1] for line in lines if not line[2] and not line[1].endswith("/")]
     assert not silent, f"the tree does not say what these are: {silent}"
     return [line[1] for line in lines]
 
 
-def files() -> set[str]:
-    """What the tree must name: the package's modules, the configs, the notebooks."""
+def list_files() -> list[Path]:
+    """The repository's files, relative to its root."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
-    wanted = re.compile(r"bilevel_jax/(.*/)?(?!__init__)\w+\.py|configs/.*\.yaml|notebooks/.*\.(py|md|ipynb)")
-    return {name for name in names if wanted.fullmatch(name) and (ROOT / name).is_file()}
+    return sorted(Path(name) for name in names if (ROOT / name).is_file())
 
 
-def whole(name: str) -> str:
-    """A path of the tree as a path of the repository."""
-    return f"bilevel_jax/{name}" if (ROOT / "bilevel_jax" / name).exists() else name
+FILES = list_files()
+MODULES = [
+    path for path in FILES if path.parts[0] == "bilevel_jax" and path.suffix == ".py" and path.name != "__init__.py"
+]
 
 
-def test_the_tree_in_readme_is_true():
-    named = [whole(name) for name in tree(README.read_text(encoding="utf-8"))]
+def folders_with_tree() -> list[Path]:
+    """The folders whose README must name their files: those that have one, and larger folders below none."""
+    described = {path.parent for path in FILES if path.name == "README.md" and path.parent != Path(".")}
+    large = {path.parent for path in MODULES if sum(other.parent == path.parent for other in MODULES) > FEW_MODULES}
+    alone = {folder for folder in large if not described & {folder, *folder.parents}}
+    return sorted({*described, *alone, Path("configs"), Path("tests/benchmarks")})
+
+
+def files_to_name(folder: Path) -> list[str]:
+    """The modules or configs of a folder, and those of small folders below it that have no README of their own."""
+    suffix = ".yaml" if folder == Path("configs") else ".py"
+    own = set(folders_with_tree())
+    inside = [path for path in FILES if folder in path.parents and path.suffix == suffix and path.stem != "__init__"]
+    nearest = {path: next((parent for parent in path.parents if parent in own), None) for path in inside}
+    return [path.relative_to(folder).as_posix() for path in inside if nearest[path] == folder]
+
+
+@pytest.mark.parametrize("folder", folders_with_tree(), ids=str)
+def test_the_tree_of_a_folder_names_its_files(folder):
+    readme = ROOT / folder / "README.md"
+    assert readme.is_file(), f"{folder} has no README.md with a ```tree of its files"
+    named = read_tree(readme.read_text(encoding="utf-8"))
     assert sorted(name for name in set(named) if named.count(name) > 1) == [], "named twice"
-    assert [name for name in named if not (ROOT / name).exists()] == [], "in the tree, not in the repository"
-    assert sorted(files() - set(named)) == [], "in the repository, not in the tree"
+    assert [name for name in named if not (ROOT / folder / name).exists()] == [], "in the tree, not in the folder"
+    assert sorted(set(files_to_name(folder)) - set(named)) == [], "in the folder, not in the tree"
+
+
+def test_the_tree_in_readme_names_all_folders():
+    named = [name.removesuffix("/") for name in read_tree(README.read_text(encoding="utf-8"))]
+    assert len(set(named)) == len(named), "named twice"
+    assert [name for name in named if not (ROOT / name).is_dir()] == [], "in the tree, not a folder"
+    top = {path.parts[0] for path in FILES if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    package = {path.as_posix() for path in folders_with_tree()}
+    missing = [
+        folder
+        for folder in sorted((top | package) - {"bilevel_jax"})
+        if not any(folder == name or folder.startswith(f"{name}/") for name in named)
+    ]
+    assert missing == [], "folders that the tree does not name"
+
+
+def test_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.encode()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("readme", [path for path in FILES if path.suffix == ".md"], ids=str)
+def test_links_between_documents_lead_somewhere(readme):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / readme.parent / path).resolve() if path else ROOT / readme
+        assert target.exists(), f"{link} does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{link}: no such heading; there are {anchors}"
 
 
 def test_readme_and_ci_run_the_same_line():
@@ -59,14 +114,12 @@ def test_readme_and_ci_run_the_same_line():
 
 
 def test_the_reader_of_the_tree():
-    text = (
-        "x\n```tree\nbilevel_jax/\n  core/types.py   the few types\n\nconfigs/a.yaml  a run\n```\n```\nno  tree\n```\n"
-    )
-    assert tree(text) == ["bilevel_jax/", "core/types.py", "configs/a.yaml"]
+    text = "x\n```tree\naudit/\n  audit/run.py   the work\n\na.yaml  a run\n```\n```\nno  tree\n```\n"
+    assert read_tree(text) == ["audit/", "audit/run.py", "a.yaml"]
     with pytest.raises(AssertionError, match="does not say what these are"):
-        tree("```tree\ncore/types.py\n```\n")
+        read_tree("```tree\ncore/types.py\n```\n")
     with pytest.raises(AssertionError, match="no block"):
-        tree("# nothing")
+        read_tree("# nothing")
 
 
 def pins() -> dict[str, str]:
