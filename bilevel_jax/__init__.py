@@ -1,6 +1,73 @@
-"""bilevel_jax: which training examples should a language model trust? Exact bilevel gradients in JAX."""
+"""Exact hypergradients for weighting and selecting training data in JAX.
 
-from bilevel_jax.core.hypergradient import hypergradient
+`hypergradient` takes a loss on plain arrays. The rest is what it is made of: a `Problem`, a training run that is stored
+for its backward pass (`train`), and an estimator of the metagradient d L_v / d weights (`unrolled`, `implicit`,
+`penalty`). `lm`, `scores` and `commands` are imported when they are first read: `import bilevel_jax` needs jax and
+optax alone. The examples of the reference assume
+
+    import jax, optax
+    import jax.numpy as jnp
+    import bilevel_jax as bj
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bilevel_jax.core import certify, checkpointing, curvature, single_loop, solvers, weightings
+from bilevel_jax.core.certify import Verdict
+from bilevel_jax.core.hypergradient import full_batch_stream, hypergradient, shuffled_stream
+from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.penalty import penalty
+from bilevel_jax.core.problem import proximal, shared, weighted
+from bilevel_jax.core.training import init_train_state, scan, train, train_step, trajectory_from_params
+from bilevel_jax.core.types import Checks, Estimate, Problem, Stream, Trajectory
+from bilevel_jax.core.unrolled import check_differentiable, each, unrolled
+
+if TYPE_CHECKING:
+    from bilevel_jax import commands, lm, scores
 
 __version__ = "0.1.0"
-__all__ = ["hypergradient"]
+__all__ = [
+    "Checks",
+    "Estimate",
+    "Problem",
+    "Stream",
+    "Trajectory",
+    "Verdict",
+    "certify",
+    "check_differentiable",
+    "checkpointing",
+    "commands",
+    "curvature",
+    "each",
+    "full_batch_stream",
+    "hypergradient",
+    "implicit",
+    "init_train_state",
+    "lm",
+    "penalty",
+    "proximal",
+    "scan",
+    "scores",
+    "shared",
+    "shuffled_stream",
+    "single_loop",
+    "solvers",
+    "train",
+    "train_step",
+    "trajectory_from_params",
+    "unrolled",
+    "weighted",
+    "weightings",
+]
+_LAZY_MODULES = ("commands", "lm", "scores")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

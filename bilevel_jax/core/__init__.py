@@ -1,1 +1,1 @@
-"""Mathematics on pytrees of arrays: hypergradients, weightings, certificates. Imports jax and optax, nothing else."""
+"""Hypergradients and bilevel training on JAX pytrees."""

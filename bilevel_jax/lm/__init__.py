@@ -1,1 +1,62 @@
-"""Text in, per-example numbers out. Flax is fenced in here; nothing on this floor sees an optimiser."""
+"""Language models: from text to batches, losses, likelihoods and generated responses.
+
+Flax is fenced in here, and nothing in it sees an optimiser. The names below are imported when they are first read.
+"""
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    # a model from a Hugging Face folder, and back
+    "DecoderConfig": "models",
+    "init_lora": "models",
+    "init_params": "models",
+    "join_adapters": "models",
+    "load_model": "models",
+    "load_peft": "models",
+    "make_decoder": "models",
+    "merge_adapters": "models",
+    "save_model": "models",
+    "save_peft": "models",
+    # examples, tokens and batches
+    "Corpus": "data.tokens",
+    "Example": "data.examples",
+    "encode_examples": "data.encode",
+    "find_leaks": "data.examples",
+    "fit_batch_shape": "data.batches",
+    "fit_evaluation_batch_shape": "data.batches",
+    "load_examples": "data.examples",
+    "load_tokenizer": "data.tokens",
+    "make_evaluation_stream": "data.batches",
+    "make_train_stream": "data.batches",
+    "shuffled_order": "data.batches",
+    "split_examples": "data.examples",
+    "tokenize": "data.tokens",
+    # per-example losses
+    "dpo_composite_loss": "losses.preferences",
+    "dpo_losses": "losses.preferences",
+    "importance_weighted_losses": "losses.importance",
+    "sft_composite_loss": "losses.sft",
+    "sft_losses": "losses.sft",
+    "simpo_composite_loss": "losses.preferences",
+    "simpo_losses": "losses.preferences",
+    # log-likelihoods and generation
+    "LogLikRequest": "inference.loglik",
+    "Prompt": "inference.generate",
+    "SamplingParams": "inference.sampling",
+    "make_chat_client": "inference.openai",
+    "make_loglik_scorer": "inference.loglik",
+    "make_prompts": "inference.prompts",
+    "make_sampler": "inference.generate",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

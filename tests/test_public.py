@@ -1,0 +1,63 @@
+"""The public names: light to import, documented, with examples that run, and all of them in the reference."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import bilevel_jax as bj
+
+DOCUMENTED_MODULES = ("certify", "checkpointing", "curvature", "single_loop", "solvers", "weightings")
+HEAVY = ("datasets", "flax", "jinja2", "matplotlib", "orbax", "pyarrow", "scipy.stats", "transformers", "tyro", "yaml")
+
+
+def is_function(value: object) -> bool:
+    """Also of compiled ones, which wrap theirs."""
+    return inspect.isfunction(value) or inspect.isfunction(getattr(value, "__wrapped__", None))
+
+
+def public_functions() -> dict[str, object]:
+    """Functions of the package's own names and of the modules of core among them, by the name that a user writes."""
+    functions = {name: getattr(bj, name) for name in bj.__all__ if is_function(getattr(bj, name))}
+    for name in DOCUMENTED_MODULES:
+        module = getattr(bj, name)
+        for member in getattr(module, "__all__", [m for m in vars(module) if not m.startswith("_")]):
+            value = getattr(module, member)
+            if is_function(value) and value.__module__.startswith("bilevel_jax.core"):
+                functions[f"{name}.{member}"] = value
+    return functions
+
+
+FUNCTIONS = public_functions()
+
+
+def test_importing_the_package_pulls_nothing_heavy():
+    code = f"import sys, bilevel_jax; print([name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_name_is_there():
+    assert sorted(bj.__all__) == bj.__all__
+    assert set(bj.__all__) <= set(dir(bj))
+    for name in bj.__all__:
+        assert getattr(bj, name).__doc__, name
+    for module in (bj.lm, bj.scores):
+        assert set(module.__all__) <= set(dir(module))
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+    for module in (bj, bj.lm, bj.scores):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
+
+
+@pytest.mark.parametrize("name", bj.commands.__all__)
+def test_a_command_is_a_function_also_after_its_folder_is_imported(name):
+    command = getattr(bj.commands, name)
+    package = importlib.import_module(f"bilevel_jax.commands.{name}")
+    assert isinstance(package, ModuleType)
+    assert getattr(bj.commands, name) is command is sys.modules[f"bilevel_jax.commands.{name}.run"].__dict__[name]
+    assert command.__doc__ and name in dir(bj.commands)
