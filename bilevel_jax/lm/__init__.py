@@ -4,7 +4,10 @@ Flax is fenced in here, and nothing in it sees an optimiser. The names below are
 """
 
 import importlib
+import os
 from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, unused here
 
 _MODULE_OF = {
     # a model from a Hugging Face folder, and back
