@@ -1,13 +1,14 @@
 # %% [markdown]
 # # One derivative, four ways to it
 #
-# A model is trained on rows of mixed quality; each row has a *weight*; a few *trusted* rows judge the trained model.
-# How does the validation examples' loss change when one weight does? Were we to train again for every row, we should have to
-# train as often as there are rows. This page computes the answer for all rows at once, in four ways, and checks each
-# of them against a closed form. Then it shows where the four stop answering the same question.
+# A model is trained on examples of mixed quality; each example has a *weight*; a few *validation* examples judge the
+# trained model. How does the validation examples' loss change when one weight does? Were we to train again for every
+# example, we should have to train as often as there are examples. This page computes the answer for all examples at
+# once, in four ways, and checks each of them against a closed form. Then it shows where the four stop answering the
+# same question.
 #
 # You need: derivatives of functions of several variables, and what a linear system is. Everything said here is
-# computed here; where a number matters, an `assert` stands beside it.
+# computed here; where a number matters, an `assert` stands next to it.
 #
 # **What is whose.** Data selection as a problem in two levels, and its solution by penalties, are the subject of
 # Xiao & Chen (arXiv 2511.21056); value-function penalties are older (Kwon et al. 2023, Shen & Chen 2023); the
@@ -39,15 +40,15 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 # ## 1. What a weight does
 #
 # The problem: 48 training questions $x_i \in \mathbb R^{12}$ with answers $y_i$. The first 32 answers are right up to
-# noise, the last 16 have the wrong sign. 24 validation examples have right answers. The model is linear, and the loss of a row
-# is $\ell_i(\theta) = \tfrac12 (x_i^\top\theta - y_i)^2$, in nats: up to a constant it is minus the log-likelihood of a
-# Gaussian of variance 1. Training minimises
+# noise, the last 16 have the wrong sign. 24 validation examples have right answers. The model is linear, and the loss
+# of an example is $\ell_i(\theta) = \tfrac12 (x_i^\top\theta - y_i)^2$, in nats: up to a constant it is minus the
+# log-likelihood of a Gaussian of variance 1. Training minimises
 #
 # $$ G(\theta, w) + r(\theta) = \tfrac1n \sum_i w_i\, \ell_i(\theta) + \tfrac\delta2 \|\theta\|^2, $$
 #
-# and $L_v(\theta)$ is the mean loss of the validation examples, the set $V$. This inner problem is *strongly convex*: it has
-# exactly one minimiser $\theta^*(w)$, and as the loss is quadratic, $\theta^*(w)$ is the solution of a linear system.
-# So the curve "$L_v(\theta^*(w))$ against one weight" can simply be drawn.
+# and $L_v(\theta)$ is the mean loss of the validation examples, the set $V$. This inner problem is *strongly convex*:
+# it has exactly one minimiser $\theta^*(w)$, and as the loss is quadratic, $\theta^*(w)$ is the solution of a linear
+# system. So the curve "$L_v(\theta^*(w))$ against one weight" can simply be drawn.
 
 # %%
 ROWS, WIDTH, TRUSTED, DELTA = 48, 12, 24, 0.05
@@ -101,10 +102,11 @@ middle.grid(axis="x")
 plt.show()
 
 # %% [markdown]
-# The dashed tangents on the left are what we are after: $dL_v/dw_i$ at $w = 1$, one number per row, called the row's
-# *entry*; all of them together are the **hypergradient**. Below 0: more weight on this row lowers the trusted loss.
-# On the right, all 48 of them. Rows with a wrong answer gather on the harmful side, but not all of them: with noisy
-# data the entry says what a row *does* to this model and these validation examples, not whether a person erred.
+# The dashed tangents on the left are what we are after: $dL_v/dw_i$ at $w = 1$, one number per example, called the
+# example's *hypergradient*; all of them together are the **hypergradient**. Below 0: more weight on this example lowers
+# the validation loss. On the right, all 48 of them. Examples with a wrong answer gather on the harmful side, but not
+# all of them: with noisy data the hypergradient says what an example *does* to this model and these validation
+# examples, not whether a person erred.
 
 # %%
 harmful = closed_form > 0
@@ -113,7 +115,7 @@ print(f"right rows with a positive entry: {int((harmful & right).sum())} of 32")
 assert (harmful & ~right).sum() >= 12 and closed_form[~right].mean() > 0 > closed_form[right].mean()
 
 # %% [markdown]
-# ## 2. The implicit way: one linear system, then one sweep over the rows
+# ## 2. The implicit way: one linear system, then one sweep over the examples
 #
 # At the minimiser the gradient is zero for *every* $w$: $\nabla_\theta (G + r)(\theta^*(w), w) = 0$. Differentiate both
 # sides by $w_i$. With $H = \nabla^2_\theta (G + r)$,
@@ -124,7 +126,7 @@ assert (harmful & ~right).sum() >= 12 and closed_form[~right].mean() > 0 > close
 # = -\tfrac1n \big\langle \nabla \ell_i,\, v \big\rangle
 # \quad\text{where}\quad H v = \nabla L_v , $$
 #
-# because $H$ is symmetric. There is **one** system to solve, however many rows there are. It is solved by conjugate
+# because $H$ is symmetric. There is **one** system to solve, however many examples there are. It is solved by conjugate
 # gradients, which want only products $p \mapsto Hp$; $H$ itself is never formed.
 
 # %%
@@ -144,11 +146,12 @@ assert distance(estimate.grad) < 1e-10
 # The checks are part of the answer: the system was solved (`residual`), it was positive definite (`curvature` above 0),
 # and the parameters really were the minimiser (`gap`, what finishing the training would still change, in nats).
 #
-# **All the rows by one forward-mode product.** The entries want $\langle\nabla\ell_i, v\rangle$ for every row $i$. That
-# is the derivative of the *vector* of losses in one direction,
+# **All the examples by one forward-mode product.** The hypergradients want $\langle\nabla\ell_i, v\rangle$ for every
+# example $i$. That is the derivative of the *vector* of losses in one direction,
 # $\langle\nabla\ell_i, v\rangle = \frac{d}{d\varepsilon}\ell_i(\theta + \varepsilon v)\big|_0$, and forward-mode
-# differentiation gives it for all rows in one pass. The table of per-example gradients (rows × parameters) is never
-# formed: for a million rows and a billion parameters it would hold $10^{15}$ numbers; the product holds $10^6$.
+# differentiation gives it for all examples in one pass. The table of per-example gradients (examples × parameters) is
+# never formed: for a million examples and a billion parameters it would hold $10^{15}$ numbers; the product holds
+# $10^6$.
 
 # %%
 slopes = jax.jvp(lambda params: losses(params, training), (start,), (estimate.direction,))[1]  # one float for each row
@@ -168,7 +171,7 @@ print(f"numbers made: {slopes.size} by the product, {table.size} in the table of
 # $$ \lambda_t = (I - \eta H)\lambda_{t+1}, \qquad
 # \frac{dL_v}{dw_i} = -\tfrac{\eta}{n} \sum_t \big\langle\nabla\ell_i(\theta_t), \lambda_{t+1}\big\rangle . $$
 #
-# Again one forward-mode product per step serves all rows. And $\sum_k \eta (I - \eta H)^k = H^{-1}$ as long as
+# Again one forward-mode product per step serves all examples. And $\sum_k \eta (I - \eta H)^k = H^{-1}$ as long as
 # $\eta < 2/\lambda_{\max}(H)$: with $T \to \infty$ this *is* the implicit formula, with the system solved by repeated
 # steps.
 #
@@ -187,7 +190,7 @@ print(f"numbers made: {slopes.size} by the product, {table.size} in the table of
 # $\gamma(\ell_i(\theta_\gamma) - \ell_i(\theta_0)) = -\langle\nabla\ell_i, v\rangle + O(\gamma^{-1})$.
 # Divide by $n$. $\square$
 #
-# So a row whose loss *rises* when the model is pulled towards the validation examples is a harmful one.
+# So an example whose loss *rises* when the model is pulled towards the validation examples is a harmful one.
 #
 # Now all three against the closed form, each against its own knob.
 
@@ -310,7 +313,7 @@ for window in (1, 7, 40):
 # nothing is left to be optimistic about, and $\theta_T$ is it. Section 4 has shown that. They part where one of the two
 # conditions fails.
 #
-# **Stop early, and the first two part.** The same 48 rows, after 2 steps of training and after 300:
+# **Stop early, and the first two part.** The same 48 examples, after 2 steps of training and after 300:
 
 # %%
 early, late, optimistic = by_unrolled(2, jnp.zeros(WIDTH)), runs[-1], by_penalty(1e4)
@@ -337,11 +340,11 @@ print(
 assert signs > 0 and distance(late) < 1e-10 and distance(optimistic) < 1e-3
 
 # %% [markdown]
-# Both panels are exact. A row that helps a short run need not help a long one; a report that does not say which run its
-# entries belong to says nothing.
+# Both panels are exact. An example that helps a short run need not help a long one; a report that does not say which
+# run its hypergradients belong to says nothing.
 #
-# **Let the minimiser not be unique, and the last two part.** Two parameters, one training example, one validation example. The
-# training loss is zero on a whole line. Which of its points is "the trained model"?
+# **Let the minimiser not be unique, and the last two part.** Two parameters, one training example, one validation
+# example. The training loss is zero on a whole line. Which of its points is "the trained model"?
 
 # %%
 row, answer = jnp.array([1.0, 0.5]), 1.0
@@ -428,16 +431,17 @@ assert pair_value(together[-1]) < 1e-6 < 0.01 < min(map(pair_value, (paths[0][-1
 assert all(abs(float(one.grad[0])) < 1e-3 for one in sweeps) and float(ridge_entry[0]) < -0.05
 
 # %% [markdown]
-# - Gradient descent (blue) moves along the row's direction only, so it ends at the foot of the perpendicular from its
-#   start, whatever the row's weight: at convergence the entry is **truly zero**. Where a model fits all its rows
-#   exactly, every $\nabla\ell_i$ vanishes, and so does every entry.
-# - The ridge minimiser (green) is unique for every $w$ and slides along a segment as $w$ grows: its entry is not 0.
-# - The penalty run (orange) follows the validation example as well. It ends where both lines cross, with $L_v = 0$. No weight
-#   could have brought the other two there.
+# - Gradient descent (blue) moves along the example's direction only, so it ends at the foot of the perpendicular from
+#   its start, whatever the example's weight: at convergence the hypergradient is **truly zero**. Where a model fits all
+#   its examples exactly, every $\nabla\ell_i$ vanishes, and so does every hypergradient.
+# - The ridge minimiser (green) is unique for every $w$ and slides along a segment as $w$ grows: its hypergradient is
+#   not 0.
+# - The penalty run (orange) follows the validation example as well. It ends where both lines cross, with $L_v = 0$. No
+#   weight could have brought the other two there.
 #
-# The same in forty dimensions, with learned weights: 15 useful rows (other questions, right answers), 15
-# useless ones (questions of the validation examples, answered wrongly), 20 validation examples. One model fits all 30 training examples.
-# Weights are $30\,\mathrm{softmax}(h)$.
+# The same in forty dimensions, with learned weights: 15 useful examples (other questions, right answers), 15 useless
+# ones (questions of the validation examples, answered wrongly), 20 validation examples. One model fits all 30 training
+# examples. Weights are $30\,\mathrm{softmax}(h)$.
 
 # %%
 DIMENSIONS, SPREAD = 40, 1e-3
@@ -530,22 +534,22 @@ for (name, (_, weights)), one, other in zip(ends.items(), seen, fresh, strict=Tr
 assert seen[2] < 1e-8 and min(seen[0], seen[1]) > 0.01
 
 # %% [markdown]
-# The optimistic method reaches $L_v \approx 0$ and shuts out every useless row; the exact ones end at .1 and .2 after
-# 1000 steps on their weights. All three do what they say: the exact ones judge by $L_v$ a model that has never seen the
-# validation examples, and 15 useful rows do not determine 40 parameters.
+# The optimistic method reaches $L_v \approx 0$ and shuts out every useless example; the exact ones end at .1 and .2
+# after 1000 steps on their weights. All three do what they say: the exact ones judge by $L_v$ a model that has never
+# seen the validation examples, and 15 useful examples do not determine 40 parameters.
 #
-# So $L_v$ must never be compared across estimands: a method that trains on the validation examples gets it for nothing, and so
-# does training on those rows alone, which is the best model here on fresh questions. That is why every comparison of
-# this package reads rows that no method saw, trains again from cold, and has a line "validation examples alone".
-# Notebook 3 takes this example further.
+# So $L_v$ must never be compared across estimands: a method that trains on the validation examples gets it for nothing,
+# and so does training on those examples alone, which is the best model here on fresh questions. That is why every
+# comparison of this package reads examples that no method saw, trains again from cold, and has a line "validation
+# examples alone". Notebook 3 takes this example further.
 
 # %% [markdown]
 # ## 6. The floor of the cost
 #
-# Let $F$ be the operations of a forward pass. A gradient is about $3F$: each matrix product of the forward pass
-# returns as two. The entries of a batch along a known direction, one forward-mode product, cost about as much. A step
-# of the backward sweep differentiates a gradient: every product of it returns as two again, $6F$, beside the $3F$ of
-# the gradient itself, of which a part is needed. The compiler's own count, for an MLP of six layers:
+# Let $F$ be the operations of a forward pass. A gradient is about $3F$: each matrix product of the forward pass returns
+# as two. The hypergradients of a batch along a known direction, one forward-mode product, cost about as much. A step of
+# the backward sweep differentiates a gradient: every product of it returns as two again, $6F$, next to the $3F$ of the
+# gradient itself, of which a part is needed. The compiler's own count, for an MLP of six layers:
 
 # %%
 LAYERS, UNITS, BATCH = 6, 256, 512

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # When to believe an exact derivative
 #
-# Notebook 1 has shown that the derivative of the trusted loss by every row's weight can be computed exactly. Exact
-# means: the slope of the tangent is right. It does not mean that the tangent is good for anything. This page shows how
-# an exact derivative fails, and the tests that tell: `bilevel_jax.core.certify`. You need derivatives and a little
-# floating-point arithmetic. Everything said is computed here, with an `assert` beside the claims that are numbers.
+# Notebook 1 has shown that the derivative of the validation loss by every example's weight can be computed exactly.
+# Exact means: the slope of the tangent is right. It does not mean that the tangent is good for anything. This page
+# shows how an exact derivative fails, and the tests that tell: `bilevel_jax.core.certify`. You need derivatives and a
+# little floating-point arithmetic. Everything said is computed here, with an `assert` next to the claims that are
+# numbers.
 #
 # **What is whose.** That long training runs are chaotic and their derivatives useless there is well known. The three
 # certificates, their thresholds and the measurements are ours. The thresholds were calibrated on ten settings of small
@@ -30,8 +31,8 @@ BLUE, ORANGE, GREEN = "C0", "C1", "C2"
 # %% [markdown]
 # ## 1. Two landscapes
 #
-# A small network (two hidden layers of 24 units, float32) learns a curved function of 4 inputs from 96 rows, of which
-# the last 24 have the wrong sign, by 120 steps of AdamW on batches of 16. 48 validation examples judge it:
+# A small network (two hidden layers of 24 units, float32) learns a curved function of 4 inputs from 96 examples, of
+# which the last 24 have the wrong sign, by 120 steps of AdamW on batches of 16. 48 validation examples judge it:
 # $L_v(w)$ is their mean loss at the end of training with weights $w$. Losses are half squared errors, in nats.
 #
 # Nothing about the learning rate or Adam's `eps_root` is compiled in (`inject_hyperparams` makes them part of the
@@ -129,7 +130,7 @@ plt.show()
 
 # %% [markdown]
 # Each blue point is a whole training run, with every weight moved up or down by $s$: up where the derivative $g$ says
-# that more weight hurts, down where it says that more helps. On the left, the tangent foretells all of them. On the
+# that more weight hurts, down where it says that more helps. On the left, the tangent predicts all of them. On the
 # right, it is right, as the next section shows, and useless: the function turns before one could take a step.
 #
 # ## 2. Both tangents are right
@@ -178,9 +179,9 @@ assert away[CALM][-2] < 0.01 < 0.5 < away[WILD][-2]
 # ## 3. Three certificates and a verdict
 #
 # - **exact**: the ratio above, at $s = .1, .03, .01, .003$. The largest step is the one that tells regimes apart.
-# - **smooth**: the cosine of the derivative at $w$ and the derivative with a random fifth of the rows removed. Where
-#   the landscape is noise, it changes altogether. It costs one more estimate.
-# - **predictive**: predicted against actual changes of $L_v$ when a random half of the rows is left out, as a rank
+# - **smooth**: the cosine of the derivative at $w$ and the derivative with a random fifth of the examples removed.
+#   Where the landscape is noise, it changes altogether. It costs one more estimate.
+# - **predictive**: predicted against actual changes of $L_v$ when a random half of the examples is left out, as a rank
 #   correlation. It costs a training run per point.
 #
 # `certify.verdict` makes a sentence of the first two.
@@ -233,7 +234,7 @@ print("growth of the adjoint:", {rate: round(value, 1) for rate, value in growth
 
 # %% [markdown]
 # Shaded: where a number speaks for BELIEVE. The third panel is not used by the verdict; it is the outcome that the
-# verdict is to foretell, and it falls with the other two. With 32 retrains its standard error is about .18 where the
+# verdict is to predict, and it falls with the other two. With 32 retrains its standard error is about .18 where the
 # truth is 0, so its points are rough.
 #
 # `growth` (how much the adjoint grows on its way back through training) is reported and never judged by: here it
@@ -284,7 +285,7 @@ assert true_error < 1e-5 and errors[2, 0] < 2e-3 and np.median(errors[2, 1:]) > 
 #
 # Adam divides by $\sqrt{v + \texttt{eps\_root}} + \texttt{eps}$, with $v$ a mean of squared gradients. The square root
 # has no derivative at 0, so where a gradient is *exactly* 0 (an embedding before its first use, LoRA's other factor
-# at the start, two rows that cancel) the derivative of the run is NaN for `eps_root` = 0, the usual default:
+# at the start, two examples that cancel) the derivative of the run is NaN for `eps_root` = 0, the usual default:
 
 # %%
 tug = jnp.array([1.0, -1.0])  # two rows that pull the one parameter apart with equal force
@@ -311,8 +312,8 @@ except ValueError as refusal:
 # %% [markdown]
 # A tiny `eps_root` makes the derivative finite; it does not make the landscape better. Adam's first step is
 # $-\eta\, g/(\sqrt{g^2 + \texttt{eps\_root}} + \texttt{eps})$: nearly the *sign* of $g$, with a slope of
-# $1/\sqrt{\texttt{eps\_root}}$ at 0. Where two rows cancel, the trusted loss as a function of one weight is a step, and
-# its exact derivative is the slope of the step's edge:
+# $1/\sqrt{\texttt{eps\_root}}$ at 0. Where two examples cancel, the validation loss as a function of one weight is a
+# step, and its exact derivative is the slope of the step's edge:
 
 # %%
 one_weight = jnp.linspace(0.8, 1.2, 401)
@@ -335,8 +336,8 @@ plt.show()
 assert edges[1e-12] < 2e-5 and edges[1e-2] > 0.7
 
 # %% [markdown]
-# With `eps_root` = 1e-12 the entry is exact, enormous, and wrong by a factor of $10^5$ as a forecast: the certificate
-# says so. A larger `eps_root` rounds all edges off. On the network, at a rate that was not to be believed:
+# With `eps_root` = 1e-12 the hypergradient is exact, enormous, and wrong by a factor of $10^5$ as a forecast: the
+# certificate says so. A larger `eps_root` rounds all edges off. On the network, at a rate that was not to be believed:
 
 # %%
 softer = {eps_root: certified(begins(3e-2, eps_root)) for eps_root in (1e-12, 1e-4, 1e-2)}
@@ -401,8 +402,8 @@ assert against["TF32", CALM] < 0.005 < against["bfloat16", 3e-2]
 # %% [markdown]
 # On the left, rounding makes the landscape a rough road: each point is a training run whose products were rounded
 # differently. The derivative does not see the potholes; a central difference does, once $s$ is small enough to fit into
-# one. So in bfloat16 only the large steps of the certificate mean anything, and the entries are off by what the rough
-# road costs, more at a larger rate.
+# one. So in bfloat16 only the large steps of the certificate mean anything, and the hypergradients are off by what the
+# rough road costs, more at a larger rate.
 #
 # Products are not all. If parameters and optimiser are *stored* in bfloat16, a step smaller than half of the last of
 # their 8 bits is lost, and even the constants of Adam do not survive:

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Useful and useless training examples
 #
-# Some training examples help a model to do well on a few *trusted* rows, some contradict them. When does a method find out
-# which is which, and when can it not? Three short theorems answer this for an idealised setting. This page states and
-# proves them, computes each, and then shows where they stop holding: with more parameters than validation examples, outside of
-# separable data, and for the other meaning of "bilevel".
+# Some training examples help a model to do well on a few *validation* examples, some contradict them. When does a
+# method find out which is which, and when can it not? Three short theorems answer this for an idealised setting. This
+# page states and proves them, computes each, and then shows where they stop holding: with more parameters than
+# validation examples, outside of separable data, and for the other meaning of "bilevel".
 #
 # You need: gradients, linear systems, convex functions. Notebook 1 explains the derivatives that the methods use.
 #
 # **What is whose.** The problems (two-level data selection, its multi-objective twin, direct mixing), the definitions
-# of useful and useless rows and the three statements T1 to T3 are from Xiao & Chen (arXiv 2511.21056), in our words, as
-# we know them from public summaries. The proofs below are ours. So are the merit function with which we solve the
-# multi-objective problem (a reconstruction), all constructions, all closed forms, and sections 5 to 7.
+# of useful and useless examples and the three statements T1 to T3 are from Xiao & Chen (arXiv 2511.21056), in our
+# words, as we know them from public summaries. The proofs below are ours. So are the merit function with which we solve
+# the multi-objective problem (a reconstruction), all constructions, all closed forms, and sections 5 to 7.
 
 # %%
 from typing import NamedTuple
@@ -50,27 +50,27 @@ BILEVEL, MIXED, MULTI, EXACT = (f"C{number}" for number in range(4))  # one colo
 CONSTANT = optax.constant_schedule
 
 # %% [markdown]
-# ## 1. Three problems and two kinds of rows
+# ## 1. Three problems and two kinds of examples
 #
-# A row $i$ has a loss $\ell_i(\theta) \ge 0$; the validation examples have the mean loss $L_v(\theta)$. Call a model *perfect
-# for $i$* if it minimises $\ell_i$, and *validation-optimal* if it minimises $L_v$.
+# An example $i$ has a loss $\ell_i(\theta) \ge 0$; the validation examples have the mean loss $L_v(\theta)$. Call a
+# model *perfect for $i$* if it minimises $\ell_i$, and *validation-optimal* if it minimises $L_v$.
 #
 # - **Direct mixing** minimises $\rho L_v + (1-\rho)\,\frac1N\sum_i \ell_i$ for a fixed share $\rho < 1$.
 # - **BDS** (bilevel data selection): choose weights $w_i \ge 0$ of sum $N$, and among the models that minimise
 #   $\sum_i w_i \ell_i$ one of least $L_v$. Because the model, too, may be chosen by $L_v$, this is the *optimistic*
 #   reading; section 6 is about the other one.
-# - **BMO** (multi-objective): every row is an objective. A model is *weakly Pareto-optimal* if no other model has a
-#   lower loss on **all** rows at once; WP is the set of such models. Minimise $L_v$ over WP. There are no weights to
-#   learn: they follow from the losses, $w_i \propto e^{-\ell_i(\theta)/\tau}$ in the simplest form, with a temperature
-#   $\tau \to 0$.
+# - **BMO** (multi-objective): every example is an objective. A model is *weakly Pareto-optimal* if no other model has a
+#   lower loss on **all** examples at once; WP is the set of such models. Minimise $L_v$ over WP. There are no weights
+#   to learn: they follow from the losses, $w_i \propto e^{-\ell_i(\theta)/\tau}$ in the simplest form, with a
+#   temperature $\tau \to 0$.
 #
-# A row is **useful** if some model is perfect for it *and* validation-optimal; otherwise it is **useless**. The rows
-# are **separable** if one model is perfect for all of them.
+# An example is **useful** if some model is perfect for it *and* validation-optimal; otherwise it is **useless**. The
+# examples are **separable** if one model is perfect for all of them.
 #
-# The smallest example has two parameters. A row $(x, y)$ has $\ell = \frac12(x^\top\theta - y)^2$: its perfect models
-# are a *line*. The validation example is the vertical line $\theta_1 = 0$. The useful row's line $\theta_1 = \theta_2$ crosses
-# it. The useless row asks the same question and answers 1: its line $\theta_1 = 1$ is parallel to the trusted one. The
-# two training examples are separable: their lines cross at $(1, 1)$.
+# The smallest case has two parameters. An example $(x, y)$ has $\ell = \frac12(x^\top\theta - y)^2$: its perfect
+# models are a *line*. The validation example is the vertical line $\theta_1 = 0$. The useful example's line
+# $\theta_1 = \theta_2$ crosses it. The useless example asks the same question and answers 1: its line $\theta_1 = 1$ is
+# parallel to the validation one. The two training examples are separable: their lines cross at $(1, 1)$.
 
 # %%
 problem = weighted(lambda params, fixed, batch: 0.5 * (batch["data"][0] @ params - batch["data"][1]) ** 2)
@@ -108,9 +108,7 @@ def drive(method, tasks, starts, steps, keep=lambda state, info: info.validation
 
 def bilevel(optimizer, selector, rate):
     """BDS by a penalty: one loop, a second copy of the model; `rate` moves the logits of the weights."""
-    return single_loop.penalty(
-        problem, optimizer, selector, validation_share=CONSTANT(0.5), weights_learning_rate=rate
-    )
+    return single_loop.penalty(problem, optimizer, selector, validation_share=CONSTANT(0.5), weights_learning_rate=rate)
 
 
 # %%
@@ -169,10 +167,10 @@ axes[1].legend(loc="lower left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# *From each of three starts (white dots), mixing (orange) ends between the trusted line and the useless row's, with
-# $L_v = 1/18$. BDS (blue; its first 200 steps are mixing's, as its weights wait) and BMO (green) end in one point,
-# where the useful row's line crosses the validation-optimal one: there $L_v = 0$, and the useless row has lost its
-# weight.*
+# *From each of three starts (white dots), mixing (orange) ends between the validation line and the useless example's,
+# with $L_v = 1/18$. BDS (blue; its first 200 steps are mixing's, as its weights wait) and BMO (green) end in one point,
+# where the useful example's line crosses the validation-optimal one: there $L_v = 0$, and the useless example has lost
+# its weight.*
 
 # %%
 for name, (params, weights, _) in walks.items():
@@ -182,28 +180,28 @@ for name, (params, weights, _) in walks.items():
         assert weights[:, 1].max() < 1e-3 and abs(weights.mean() - 1) < 1e-6
 
 # %% [markdown]
-# ## 2. T1: on separable rows, BDS and BMO are one problem
+# ## 2. T1: on separable examples, BDS and BMO are one problem
 #
-# **Statement.** If the rows are separable, WP is the union over $i$ of the models that are perfect for $i$; and the
+# **Statement.** If the examples are separable, WP is the union over $i$ of the models that are perfect for $i$; and the
 # models that BDS can choose are the same set. So BDS and BMO have the same optimal models.
 #
-# **Proof.** Let $\hat\theta$ be perfect for every row.
+# **Proof.** Let $\hat\theta$ be perfect for every example.
 #
-# *WP.* If $\theta$ is perfect for some row, nothing lowers that row's loss, so nothing lowers all: $\theta \in$ WP. If
-# $\theta$ is perfect for no row, $\hat\theta$ has a lower loss on every row: $\theta \notin$ WP.
+# *WP.* If $\theta$ is perfect for some example, nothing lowers that example's loss, so nothing lowers all: $\theta \in$
+# WP. If $\theta$ is perfect for no example, $\hat\theta$ has a lower loss on every example: $\theta \notin$ WP.
 #
 # *BDS.* $\hat\theta$ minimises every term of $\sum_i w_i \ell_i$, so the least value of the sum is the sum of the least
-# values, and a model reaches it only if it is perfect for every row of positive weight. So the models that BDS can
-# choose with $w$ are perfect for at least one row; and all models that are perfect for row $i$ can be chosen, by giving
-# all weight to $i$. $\square$
+# values, and a model reaches it only if it is perfect for every example of positive weight. So the models that BDS can
+# choose with $w$ are perfect for at least one example; and all models that are perfect for example $i$ can be chosen,
+# by giving all weight to $i$. $\square$
 #
 # The small print: softmax weights are never exactly 0, and with all weights positive only models that are perfect for
-# *every* row can be chosen. For softmax weights the statement holds in the limit, which is where the methods above were
-# heading.
+# *every* example can be chosen. For softmax weights the statement holds in the limit, which is where the methods above
+# were heading.
 #
 # **Computed.** We take 41 × 41 models, and call a model *dominated* if one of the others has a lower loss on both
 # training examples. What is not dominated should be the two lines. A second way to see it is the merit function of
-# `core/single_loop.py`: it is 0 on WP and positive elsewhere, up to $\tau \log N$. On separable rows it is a soft
+# `core/single_loop.py`: it is 0 on WP and positive elsewhere, up to $\tau \log N$. On separable examples it is a soft
 # minimum of the losses.
 
 # %%
@@ -224,18 +222,18 @@ print(
 )
 
 # %% [markdown]
-# ## 3. T2: at a solution of BDS, useless rows weigh nothing
+# ## 3. T2: at a solution of BDS, useless examples weigh nothing
 #
-# **Statement.** Let the rows be separable, and at least one of them useful. At every solution of BDS, $L_v$ has its
-# least value over *all* models, and every useless row has weight 0.
+# **Statement.** Let the examples be separable, and at least one of them useful. At every solution of BDS, $L_v$ has its
+# least value over *all* models, and every useless example has weight 0.
 #
-# **Proof.** Give all weight to a useful row: one of its perfect models is validation-optimal, so BDS reaches the least
-# value of $L_v$. Now take any solution $(w, \theta)$; its $\theta$ is validation-optimal. If a row $j$ had $w_j > 0$,
-# $\theta$ would be perfect for $j$ (proof of T1), and so $j$ would be useful. $\square$
+# **Proof.** Give all weight to a useful example: one of its perfect models is validation-optimal, so BDS reaches the
+# least value of $L_v$. Now take any solution $(w, \theta)$; its $\theta$ is validation-optimal. If an example $j$ had
+# $w_j > 0$, $\theta$ would be perfect for $j$ (proof of T1), and so $j$ would be useful. $\square$
 #
-# **Computed.** 40 parameters; 20 validation examples with exact answers; 15 training examples with questions of their own and
-# exact answers; 15 training examples that ask one of the trusted questions and answer it wrongly, by $\pm g$ with
-# $g = 1.78$. The functions `consistent` and `useful` check the two definitions as they stand: a system of linear
+# **Computed.** 40 parameters; 20 validation examples with exact answers; 15 training examples with questions of their
+# own and exact answers; 15 training examples that ask one of the validation questions and answer it wrongly, by $\pm g$
+# with $g = 1.78$. The functions `consistent` and `useful` check the two definitions as they stand: a system of linear
 # equations has a solution, or it has none.
 
 # %%
@@ -287,14 +285,14 @@ for task in wide:
     assert (useful(task) == task.right).all()
 
 # %% [markdown]
-# For mixing and BMO the outcome can be predicted. Let the $u$ useful rows be fitted, and let each of the $m$ trusted
-# questions that have a wrong answer, too, be missed by $e$. Right and wrong answer pull at it with the forces of the
-# two sides of
+# For mixing and BMO the outcome can be predicted. Let the $u$ useful examples be fitted, and let each of the $m$
+# validation questions that have a wrong answer, too, be missed by $e$. Right and wrong answer pull at it with the
+# forces of the two sides of
 #
 # $$ \rho\,\frac{e}{|V|} = (1-\rho)\,\frac{w\,(g-e)}{N}, \qquad L_v = \frac{m}{|V|}\,\frac{e^2}{2}. $$
 #
 # Mixing has $w = 1$, so $e = .4\,g$ and $L_v = .190$. BMO has $w = Nq / (u + mq)$ with $q = e^{-(g-e)^2/2\tau}$: at a
-# falling temperature the weight of a useless row vanishes, but it is never 0.
+# falling temperature the weight of a useless example vanishes, but it is never 0.
 
 # %%
 momentum = optax.sgd(1.0, momentum=0.9, nesterov=True)
@@ -362,20 +360,21 @@ assert all(abs(effective_sample_size(w) - 15) < 1e-3 for w in weights["BMO, tau 
 # As T2 says, BDS and BMO end with $L_v$ near 0 and useless weights near 0, mixing with .19. Now the table's last two
 # columns, on which no theorem has a word:
 #
-# - *Training on the validation examples alone reaches $L_v = 0$, too.* All methods of this table but the first train on them.
-#   What training examples add can only be seen on fresh questions.
-# - *T2 does not say which useful rows are kept.* BDS with softmax weights ended on a single useful row (effective size
-#   1 of 30): a perfectly good solution of BDS. Sigmoid weights do not compete and keep most useful rows; but a useful
-#   row that is slow to fit looks bad early on, and does not come back.
-# - *A model keeps what dropped rows taught it.* On fresh rows both forms of BDS are worse here than the validation examples
-#   alone. Their models first settled on the mixture, and where later no row decides, they stayed where wrong answers
-#   had put them. Trained again from 0 on the validation examples and on what kept its weight, they are better, as printed
-#   below. BMO weighs all fitted rows alike and ends at the best that this data allows.
+# - *Training on the validation examples alone reaches $L_v = 0$, too.* All methods of this table but the first train on
+#   them. What training examples add can only be seen on fresh questions.
+# - *T2 does not say which useful examples are kept.* BDS with softmax weights ended on a single useful example
+#   (effective size 1 of 30): a perfectly good solution of BDS. Sigmoid weights do not compete and keep most useful
+#   examples; but a useful example that is slow to fit looks bad early on, and does not come back.
+# - *A model keeps what dropped examples taught it.* On fresh examples both forms of BDS are worse here than the
+#   validation examples alone. Their models first settled on the mixture, and where later no example decides, they
+#   stayed where wrong answers had put them. Trained again from 0 on the validation examples and on what kept its
+#   weight, they are better, as printed below. BMO weighs all fitted examples alike and ends at the best that this data
+#   allows.
 
 
 # %%
 def cold(task, table):
-    """The smallest model that is perfect for the validation examples and for the rows of weight above .1: a cold retrain."""
+    """The smallest model that is perfect for the validation examples and the rows of weight above .1: a cold retrain."""
     kept = table > 0.1
     x, y = (
         np.vstack([task.held_out_examples[0], task.training[0][kept]]),
@@ -413,9 +412,9 @@ axes[1].set(ylim=(1e-14, 1), ylabel="$L_v$ (nats)", title="Validation loss")
 plt.show()
 
 # %% [markdown]
-# *BMO while its temperature falls. The weight of useless rows follows the closed form (dots) over six powers of ten.
-# $L_v$ follows it down to about $10^{-4}$ and then lags: the validation examples are fitted at the speed of training, not of
-# the schedule.*
+# *BMO while its temperature falls. The weight of useless examples follows the closed form (dots) over six powers of
+# ten. $L_v$ follows it down to about $10^{-4}$ and then lags: the validation examples are fitted at the speed of
+# training, not of the schedule.*
 
 # %%
 for tau in (0.6, 0.3, 0.15):
@@ -429,17 +428,18 @@ for tau in (0.6, 0.3, 0.15):
 # %% [markdown]
 # ## 4. T3: what direct mixing leaves on the table
 #
-# **Statement.** Let the rows be separable, at least one useless, and the losses convex (or such that every stationary
-# point is a minimum, as under the Polyak–Łojasiewicz condition). Then for every share $\rho < 1$ every minimiser of
-# direct mixing has a strictly larger $L_v$ than the least one. With a useful row, BDS reaches the least one (T2): the
-# gain is strict.
+# **Statement.** Let the examples be separable, at least one useless, and the losses convex (or such that every
+# stationary point is a minimum, as under the Polyak–Łojasiewicz condition). Then for every share $\rho < 1$ every
+# minimiser of direct mixing has a strictly larger $L_v$ than the least one. With a useful example, BDS reaches the
+# least one (T2): the gain is strict.
 #
 # **Proof.** At a minimiser $\rho\nabla L_v + (1-\rho)\nabla\frac1N\sum_i \ell_i = 0$. If it were validation-optimal,
-# $\nabla L_v = 0$, hence $\nabla\sum_i\ell_i = 0$, and the model would minimise $\sum_i \ell_i$. As the rows are
-# separable, it would then be perfect for each of them, the useless one included; so that row would be useful. $\square$
+# $\nabla L_v = 0$, hence $\nabla\sum_i\ell_i = 0$, and the model would minimise $\sum_i \ell_i$. As the examples are
+# separable, it would then be perfect for each of them, the useless one included; so that example would be useful.
+# $\square$
 #
-# **Computed.** 20 training examples, of which the share $c$ is useless, 20 validation examples, 60 parameters. The balance of
-# section 3 gives mixing's loss: $L_v = \frac12\,c\,(1-\rho)^2 g^2$.
+# **Computed.** 20 training examples, of which the share $c$ is useless, 20 validation examples, 60 parameters. The
+# balance of section 3 gives mixing's loss: $L_v = \frac12\,c\,(1-\rho)^2 g^2$.
 
 # %%
 COUNT, corrupted = 20, np.array([1, 3, 6, 9, 12, 15, 17, 18, 19])
@@ -480,10 +480,10 @@ axis.legend(loc="center right", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# *$L_v$ at the end of training against the share of useless rows. Mixing (orange) lies on its closed form at every
+# *$L_v$ at the end of training against the share of useless examples. Mixing (orange) lies on its closed form at every
 # share; a larger $\rho$ lowers the line and never removes it. BDS and BMO lie more than four powers of ten below both,
-# at what 5000 steps reach. The exception: BMO with a constant share (open green squares) fails from 90 % useless rows
-# on.*
+# at what 5000 steps reach. The exception: BMO with a constant share (open green squares) fails from 90 % useless
+# examples on.*
 
 # %%
 for rho in (0.5, 0.9):
@@ -500,11 +500,11 @@ for share, table in zip(rate[trapped], stuck, strict=True):
 # %% [markdown]
 # That failure is no contradiction to T1: the optimum is there, but the way to it is not downhill everywhere. A soft
 # minimum of convex losses is not convex. While the temperature is high the wrong majority counts, and as it falls a
-# wrong answer that is nearly fitted by then keeps its weight (printed above). Starting with the validation examples alone
-# (share from 1 to .5) avoids it.
+# wrong answer that is nearly fitted by then keeps its weight (printed above). Starting with the validation examples
+# alone (share from 1 to .5) avoids it.
 #
-# T3's condition is sufficient, not necessary. Usefulness looks at rows *one at a time*: two useful rows that meet the
-# validation-optimal models in different places make mixing pay, too. Take the first example with the rows
+# T3's condition is sufficient, not necessary. Usefulness looks at examples *one at a time*: two useful examples that
+# meet the validation-optimal models in different places make mixing pay, too. Take the first case with the examples
 # $\theta_1 = \theta_2$ and $\theta_1 = 2\theta_2 - 2$: each is useful, together they are perfect only at $(2, 2)$.
 
 # %%
@@ -522,22 +522,23 @@ print(f"two useful rows, no useless one: mixing ends at {mixed.round(3).tolist()
 assert trusted_loss(mixed, pair) > 0.01
 
 # %% [markdown]
-# ## 5. The trap: with many parameters, a wrong row is useful
+# ## 5. The trap: with many parameters, a wrong example is useful
 #
-# A linear row with a question $x$ and *any* answer is useful as soon as $x$ is not a combination of the trusted
-# questions: there is then a direction in which the model can change its answer to $x$ without touching a trusted
-# answer. With more parameters than validation examples, $d > |V|$, that is every question in general position. So the theorems
-# do not protect: the wrong answer is learned, no validation example objects, and nothing tells it from a right one.
+# A linear example with a question $x$ and *any* answer is useful as soon as $x$ is not a combination of the validation
+# questions: there is then a direction in which the model can change its answer to $x$ without touching a validation
+# answer. With more parameters than validation examples, $d > |V|$, that is every question in general position. So the
+# theorems do not protect: the wrong answer is learned, no validation example objects, and nothing tells it from a right
+# one.
 #
-# There are two ways out. Have $|V| \ge d$ (independent) validation examples: then there is one validation-optimal model, and a
-# row is useful only if its answer is right. Or look at wrong answers *inside the span* of the trusted questions, as
-# section 3 did with the same questions; combinations of them do as well. A study of "useless" rows must do one or the
-# other, or it measures nothing.
+# There are two ways out. Have $|V| \ge d$ (independent) validation examples: then there is one validation-optimal
+# model, and an example is useful only if its answer is right. Or look at wrong answers *inside the span* of the
+# validation questions, as section 3 did with the same questions; combinations of them do as well. A study of "useless"
+# examples must do one or the other, or it measures nothing.
 #
-# **Computed.** 40 parameters, 10 right and 10 wrong training examples, $|V|$ from 15 to 60, the wrong rows' questions
-# either in general position or combinations of trusted ones. (To run all sizes at once, validation examples are repeated up to
-# 120, which changes no mean.) For BDS's weights we give the area under the ROC curve (AUC): the probability that a
-# right row weighs more than a wrong one, .5 for a coin.
+# **Computed.** 40 parameters, 10 right and 10 wrong training examples, $|V|$ from 15 to 60, the wrong examples'
+# questions either in general position or combinations of validation questions. (To run all sizes at once, validation
+# examples are repeated up to 120, which changes no mean.) For BDS's weights we give the area under the ROC curve (AUC):
+# the probability that a right example weighs more than a wrong one, .5 for a coin.
 
 
 # %%
@@ -587,11 +588,11 @@ axes[1].legend(loc="lower right", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# *Left: wrong rows in general position (black) are all useful until $|V| = d$, and from there on none is; inside the
-# span (light blue) none ever is. Right: what BDS's weights make of it, three seeds (dots) and their mean. Inside the
-# span the sorting is perfect. In general position it is a coin at 15 and 20 validation examples, gets better as more of them
-# pull together, and is nearly perfect only with more validation examples than parameters. (At $|V| = d$ T2 does hold, but such
-# a square system is badly conditioned, and 5000 steps do not get there.)*
+# *Left: wrong examples in general position (black) are all useful until $|V| = d$, and from there on none is; inside
+# the span (light blue) none ever is. Right: what BDS's weights make of it, three seeds (dots) and their mean. Inside
+# the span the sorting is perfect. In general position it is a coin at 15 and 20 validation examples, gets better as
+# more of them pull together, and is nearly perfect only with more validation examples than parameters. (At $|V| = d$ T2
+# does hold, but such a square system is badly conditioned, and 5000 steps do not get there.)*
 
 # %%
 assert (trap[False].T == [1, 1, 1, 0, 0]).all() and (trap[True] == 0).all()
@@ -606,8 +607,8 @@ assert blended[0].max() < 1e-5
 # ## 6. Two meanings of "bilevel"
 #
 # So far the model itself was pulled by $L_v$: BDS as defined above is *optimistic*, its penalty form and BMO **train on
-# the validation examples**. The exact hypergradients of notebook 1 solve another problem: the model is what training on the
-# weighted rows *makes of it*, $\theta^*(w)$, and $L_v$ acts on the weights only:
+# the validation examples**. The exact hypergradients of notebook 1 solve another problem: the model is what training on
+# the weighted examples *makes of it*, $\theta^*(w)$, and $L_v$ acts on the weights only:
 #
 # $$ \min_w L_v(\theta^*(w)),\qquad \theta^*(w) = \arg\min_\theta \tfrac1N \textstyle\sum_i w_i \ell_i(\theta) +
 # \tfrac\delta2\|\theta\|^2\ \ \text{(implicit)}\qquad\text{or}\qquad \theta^*(w) = \theta_T(w)\ \ \text{(unrolled).} $$
@@ -615,9 +616,9 @@ assert blended[0].max() < 1e-5
 # ($\theta_T$ is the model after $T$ steps of training.)
 #
 # Both are right, for different questions. On the data of section 3 they part widely, and T2 is false for the exact
-# kind: as $\delta \to 0$, *any* weights on the useful rows alone give the same model, the smallest that fits these
-# rows, and its $L_v$ is what it is. Weight on a useless row can lower it: the row's question is one that the useful
-# rows do not cover, and a little of a wrong answer is better than no answer.
+# kind: as $\delta \to 0$, *any* weights on the useful examples alone give the same model, the smallest that fits these
+# examples, and its $L_v$ is what it is. Weight on a useless example can lower it: the example's question is one that
+# the useful examples do not cover, and a little of a wrong answer is better than no answer.
 
 # %%
 DELTA, ALMOST_NONE = 1e-2, 1e-4
@@ -710,9 +711,9 @@ plt.show()
 
 # %% [markdown]
 # *Left: the exact estimands (pink, yellow) end with $L_v$ of .02 to .14, above the optimistic one by seven powers of
-# ten: a model that never trains on the validation examples cannot know what the training examples do not tell. They are below
-# mixing, which does train on them. Right: optimistic BDS takes every weight right of the dashed line away; the exact
-# solution keeps some of it there, on purpose.*
+# ten: a model that never trains on the validation examples cannot know what the training examples do not tell. They are
+# below mixing, which does train on them. Right: optimistic BDS takes every weight right of the dashed line away; the
+# exact solution keeps some of it there, on purpose.*
 
 # %%
 found = np.array([descent[-1] for _, descent in exact])
@@ -723,9 +724,9 @@ for w in (np.where(wide[0].right, 2.0, 0.0), np.where(wide[0].right, np.linspace
     assert abs(trusted_loss(ridge(w, wide[0], 1e-9), wide[0]) - limit[0]) < 1e-4  # any weights on useful rows
 
 # %% [markdown]
-# When does the exact kind sort rows as T2 promises? When useful rows determine the model, and validation examples determine
-# what is right: $n > d$ and $|V| \ge d$. Take $d = 20$ parameters, 60 right and 60 wrong rows in general position, and
-# $|V| =$ 4, 20 and 60. (Now the rows are not separable, so no theorem speaks.)
+# When does the exact kind sort examples as T2 promises? When useful examples determine the model, and validation
+# examples determine what is right: $n > d$ and $|V| \ge d$. Take $d = 20$ parameters, 60 right and 60 wrong examples in
+# general position, and $|V| =$ 4, 20 and 60. (Now the examples are not separable, so no theorem speaks.)
 
 # %%
 estimate = implicit_for(ALMOST_NONE)
@@ -747,9 +748,10 @@ for size, (w, descent) in sorted_by.items():
     )
 
 # %% [markdown]
-# *Weights by the exact implicit hypergradient. Already 4 validation examples sort most rows, as the right ones agree with each
-# other, but the wrong rows keep up to half of the mean weight, and some outweigh right ones. With 20 and 60 trusted
-# rows they lose it. $L_v$ ends near 0 in all three; the loss on fresh rows (printed above) does not.*
+# *Weights by the exact implicit hypergradient. Already 4 validation examples sort most examples, as the right ones
+# agree with each other, but the wrong examples keep up to half of the mean weight, and some outweigh right ones. With
+# 20 and 60 validation examples they lose it. $L_v$ ends near 0 in all three; the loss on fresh examples (printed above)
+# does not.*
 
 # %%
 areas = {size: auc(w, narrow[size].right) for size, (w, _) in sorted_by.items()}
@@ -761,10 +763,10 @@ assert missed[4] > 0.01 and missed[20] < 1e-3 and missed[60] < 1e-3
 
 # %% [markdown]
 # This is what descent from equal weights finds, not a law: outside of separable data, errors can **cancel**. The model
-# is right as soon as the wrong rows' pulls $\sum_j w_j\,(\text{error}_j)\,x_j$ add up to nothing, and 60 wrong rows in
-# 20 dimensions leave many ways to do that. A non-negative solution with mean weight 1 is easily found (non-negative
-# least squares). As $\delta \to 0$ it is a solution of exact BDS, with half of all weight on wrong rows. So
-# low $L_v$ proves nothing about a single row.
+# is right as soon as the wrong examples' pulls $\sum_j w_j\,(\text{error}_j)\,x_j$ add up to nothing, and 60 wrong
+# examples in 20 dimensions leave many ways to do that. A non-negative solution with mean weight 1 is easily found
+# (non-negative least squares). As $\delta \to 0$ it is a solution of exact BDS, with half of all weight on wrong
+# examples. So low $L_v$ proves nothing about a single example.
 
 # %%
 x, y = narrow[60].training
@@ -780,17 +782,17 @@ assert rest < 1e-9 and abs(cancelling.mean() - 1) < 1e-9
 assert trusted_loss(ridge(w, narrow[60], 1e-9), narrow[60]) < 1e-12
 
 # %% [markdown]
-# ## 7. Rows that cannot all be fitted: a front, and the role of the temperature
+# ## 7. Examples that cannot all be fitted: a front, and the role of the temperature
 #
-# BMO does not need separable rows. Take two objectives with one minimiser each, $a$ and $b$, and unequal curvatures:
-# $\ell_1 = \frac12(\theta-a)^\top A(\theta-a)$, $\ell_2 = \frac12(\theta-b)^\top B(\theta-b)$. For convex losses a
-# model is weakly Pareto-optimal exactly if some $\lambda \in [0,1]$ makes
+# BMO does not need separable examples. Take two objectives with one minimiser each, $a$ and $b$, and unequal
+# curvatures: $\ell_1 = \frac12(\theta-a)^\top A(\theta-a)$, $\ell_2 = \frac12(\theta-b)^\top B(\theta-b)$. For convex
+# losses a model is weakly Pareto-optimal exactly if some $\lambda \in [0,1]$ makes
 # $\lambda\nabla\ell_1 + (1-\lambda)\nabla\ell_2 = 0$ (if none does, there is a direction in which both losses fall; if
 # one does, convexity leaves no way to lower both). So the front is a known curve,
 #
 # $$ \theta(\lambda) = (\lambda A + (1-\lambda)B)^{-1}(\lambda A a + (1-\lambda) B b). $$
 #
-# Let $L_v$ be the squared distance to a target beside the front, halved. BMO should end at the point of the front that
+# Let $L_v$ be the squared distance to a target off the front, halved. BMO should end at the point of the front that
 # is nearest to the target. Here the separable form of the weights will not do (no model fits both): the losses are
 # compared with those of a second copy $\varphi$ of the model, $w_i \propto e^{(\ell_i(\varphi)-\ell_i(\theta))/\tau}$.
 #
@@ -840,9 +842,9 @@ settled = {
     for name, (tau, share) in schedules.items()
 }
 ended = {name: result[0] for name, result in settled.items()}
-ended["mixing, rho = .5"] = drive(single_loop.mixing(conflict, optax.sgd(0.1), 0.5, 2), objectives, np.zeros((5, 2)), 1000)[
-    0
-]
+ended["mixing, rho = .5"] = drive(
+    single_loop.mixing(conflict, optax.sgd(0.1), 0.5, 2), objectives, np.zeros((5, 2)), 1000
+)[0]
 
 # %%
 height = lambda theta: np.array(quadratic(theta[:, None], None, {"data": (centres, curvatures)})).T  # noqa: E731
@@ -871,8 +873,8 @@ plt.show()
 # %% [markdown]
 # *Five targets (crosses). With a falling temperature BMO (green dots) ends on the front (black) at the point nearest to
 # each target. At a fixed temperature (open squares) it ends on the front as well, but huddled towards the mean loss's
-# minimiser. Mixing (orange) lies beside the front: another model is better on both rows. In the right picture that is a
-# matter of a line's width, but it holds for all five (asserted below).*
+# minimiser. Mixing (orange) lies off the front: another model is better on both examples. In the right picture that
+# is a matter of a line's width, but it holds for all five (asserted below).*
 
 
 # %%
@@ -899,15 +901,15 @@ assert (merits > -1e-9).all() and merits.max() < 1e-4 + 1e-4 * np.log(2)  # 0 on
 # %% [markdown]
 # ## What to take home
 #
-# - On separable rows with at least one useful row, BDS and BMO find a validation-optimal model and take the weight of
-#   useless rows away; mixing does not, by an amount that is known. (T1 to T3, the paper's.)
-# - These statements are about *optimistic* methods, which train on the validation examples. Always compare with the trusted
-#   rows alone, and judge on rows that nobody trained on.
-# - They say nothing about which useful rows are kept; watch the effective size. Let the model settle before the weights
-#   move.
-# - With more parameters than validation examples, wrong rows in general position are useful. No method that sees only $L_v$
-#   can know better.
-# - Exact hypergradients answer another question: which weights make *training on these rows* good. There a useless row
-#   may deserve some weight, and outside of separable data errors may cancel.
+# - On separable examples with at least one useful example, BDS and BMO find a validation-optimal model and take the
+#   weight of useless examples away; mixing does not, by an amount that is known. (T1 to T3, the paper's.)
+# - These statements are about *optimistic* methods, which train on the validation examples. Always compare with the
+#   validation examples alone, and judge on examples that nobody trained on.
+# - They say nothing about which useful examples are kept; watch the effective size. Let the model settle before the
+#   weights move.
+# - With more parameters than validation examples, wrong examples in general position are useful. No method that sees
+#   only $L_v$ can know better.
+# - Exact hypergradients answer another question: which weights make *training on these examples* good. There a useless
+#   example may deserve some weight, and outside of separable data errors may cancel.
 # - With losses like cross-entropy no model is perfect, as the loss never reaches 0. One has to read "perfect" as
-#   "within $\varepsilon$", and then which row is useful depends on $\varepsilon$. We have not computed that here.
+#   "within $\varepsilon$", and then which example is useful depends on $\varepsilon$. We have not computed that here.

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Cleaning labels: all methods on one data set
 #
-# A thousand rows, half of them with a wrong label. We trust a few hundred other rows, V. Which rows are the wrong
-# ones, what does it cost to find out, and when is a method worth more than the simplest idea: keep the rows that a
-# model finds easy?
+# A thousand examples, half of them with a wrong label. We trust a few hundred other examples, V. Which examples are the
+# wrong ones, what does it cost to find out, and when is a method worth more than the simplest idea: keep the examples
+# that a model finds easy?
 #
 # The page drives the same bench as the command `bilevel-jax compare`: every method gets the same number of forward and
-# backward passes, then a model is **trained again from cold** with its weights and read on rows that no method has
+# backward passes, then a model is **trained again from cold** with its weights and read on examples that no method has
 # seen (test). On the page are the data, the config, and the readings.
 #
-# The notation is that of the first notebook: row $i$ has loss $\ell_i(\theta)$ and weight $w_i$, and $L_v$ is the mean
-# loss on validation examples. Most methods look for weights such that the model trained on $\sum_i w_i \ell_i$ has a small
-# $L_v$.
+# The notation is that of the first notebook: example $i$ has loss $\ell_i(\theta)$ and weight $w_i$, and $L_v$ is the
+# mean loss on validation examples. Most methods look for weights such that the model trained on $\sum_i w_i \ell_i$ has
+# a small $L_v$.
 
 # %%
 import contextlib
@@ -43,8 +43,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # ## The data
 #
 # Ten classes in 50 dimensions, each a Gaussian ball of variance 1 around its own centre, which lies 4 from the origin.
-# A linear classifier is all but perfect here, if its labels are. The file holds right labels only: the bench draws
-# the training examples anew for each seed and forces the label of half of them to another class, all others equally likely.
+# A linear classifier is all but perfect here, if its labels are. The file holds right labels only: `compare` draws the
+# training examples anew for each seed and forces the label of half of them to another class, all others equally likely.
 
 # %%
 CLASSES, DIMENSIONS, RADIUS = 10, 50, 4.0
@@ -92,13 +92,13 @@ print(f"Budget of each method and seed: {result['budget']} passes. One training:
 # %% [markdown]
 # ## The table
 #
-# *AUC*: how often a right row has a larger weight than a wrong one (.5 is chance). *F1*: rows of weight above 1
+# *AUC*: how often a right example has a larger weight than a wrong one (.5 is chance). *F1*: examples of weight above 1
 # called right. *L_v*: loss on test of the model trained again, with the weights alone, and with validation added to the
-# rows. ± is the half-width of the 95 % interval of the mean over three seeds, by Student's t.
+# examples. ± is the half-width of the 95 % interval of the mean over three seeds, by Student's t.
 #
-# The upper rows learn nothing. `oracle` trains on the right rows, `validation` on the 200 validation examples alone,
-# `low_loss` on the half of the rows with the least loss after one training on all of them; mind that it is *told* that
-# it is a half.
+# The upper rows of the table learn nothing. `oracle` trains on the right examples, `validation` on the 200 validation
+# examples alone, `low_loss` on the half of the examples with the least loss after one training on all of them; mind
+# that it is *given* this share.
 
 # %%
 UPPER = ("uniform", "oracle", "validation", "train+validation", "aligned", "low_loss")
@@ -116,7 +116,7 @@ for name in (*UPPER, *METHODS):
     print(f"{name:<18}" + "".join(f"{said(row, key):>17}" for key in COLUMNS) + f"{row['mean']['passes']:>8.0f}")
 
 # %% [markdown]
-# What the lower rows compute differs, and the bench says so:
+# What the lower rows compute differs, and `compare` says so:
 
 # %%
 for name, method in METHODS.items():
@@ -127,20 +127,21 @@ for name, method in METHODS.items():
 # Three readings, each checked below.
 #
 # **The simple baseline is hard to beat here.** Sorting by the loss of one plain training costs 30 passes of the 300,
-# and no method that learns weights calls the rows right with a clearly higher F1. The reason is in the data: the right
-# rows of a class agree with each other, the wrong ones contradict everybody, and ten steps of a linear model do not
-# learn them by heart. No validation example is needed for that; but the share of wrong labels is, and it was given.
+# and no method that learns weights calls the examples right with a clearly higher F1. The reason is in the data: the
+# right examples of a class agree with each other, the wrong ones contradict everybody, and ten steps of a linear model
+# do not learn them by heart. No validation example is needed for that; but the share of wrong labels is, and it was
+# given.
 #
-# **Exactness is not what these rows are short of.** `unrolled` is the only method here whose gradient is that of the
-# training that happened. Yet `window`, and even `alignment`, which is the derivative of nothing, do better for the same
-# passes: their steps are cheaper, so the weights get further, and on a short training of a convex problem all of them
-# point much the same way. Where training is long or not convex, the first two notebooks show how far the cheap
+# **Exactness is not what these examples are short of.** `unrolled` is the only method here whose gradient is that of
+# the training that happened. Yet `window`, and even `alignment`, which is the derivative of nothing, do better for the
+# same passes: their steps are cheaper, so the weights get further, and on a short training of a convex problem all of
+# them point much the same way. Where training is long or not convex, the first two notebooks show how far the cheap
 # directions drift from the exact one.
 #
 # **A ranking is not yet a set of weights.** Without its second model the penalty method (`penalty_alone`) does what
-# `low_loss` does: every weight only falls, those of easy rows more slowly. Let it go four times as far, and its AUC is
-# as high as before, but a few rows hold all the weight (the effective sample size $(\sum w)^2 / \sum w^2$ says how
-# many), and a model trained with them is worse than one that ignores the question. Look at ESS before you train.
+# `low_loss` does: every weight only falls, those of easy examples more slowly. Let it go four times as far, and its AUC
+# is as high as before, but a few examples hold all the weight (the effective sample size $(\sum w)^2 / \sum w^2$ says
+# how many), and a model trained with them is worse than one that ignores the question. Look at ESS before you train.
 
 
 # %%
@@ -175,14 +176,14 @@ assert values(far, "penalty_alone", "test")[0] > values(far, "uniform", "test")[
 # %% [markdown]
 # ## Quality against cost
 #
-# Left: how well the weights rank the rows, by the passes that were spent. An outer step of `unrolled` costs a training
-# and its sweep (each step of it replays a training step and multiplies by a Hessian): $10 + 4 \cdot 10 = 50$ passes.
-# One of `alignment` costs 20, one of `implicit` a training and a solve, 80, so that it makes three in all: it is
-# unfinished rather than wrong. The methods of one loop (penalty, BMO) move weights and parameters together. Right:
+# Left: how well the weights rank the examples, by the passes that were spent. An outer step of `unrolled` costs a
+# training and its sweep (each step of it replays a training step and multiplies by a Hessian): $10 + 4 \cdot 10 = 50$
+# passes. One of `alignment` costs 20, one of `implicit` a training and a solve, 80, so that it makes three in all: it
+# is unfinished rather than wrong. The methods of one loop (penalty, BMO) move weights and parameters together. Right:
 # what counts in the end, the model trained again with the weights and V. A dot is one seed.
 #
 # The rate of the weights falls to 0 over the budget, so that they settle. Where a curve falls again all the same, as
-# that of `penalty` does, later steps fit the 200 rows of V rather than what they stand for; a dev of their own,
+# that of `penalty` does, later steps fit the 200 examples of V rather than what they stand for; a dev of their own,
 # which chooses the step to stop at, is the remedy, and `select` takes one from the validation examples.
 
 # %%
@@ -213,9 +214,9 @@ assert all(
 # %% [markdown]
 # ## The weights themselves
 #
-# Weights of right and wrong rows, all seeds together, and last the losses that `low_loss` sorts by. Sigmoid weights
+# Weights of right and wrong examples, all seeds together, and last the losses that `low_loss` sorts by. Sigmoid weights
 # start at 1 and stay between 0 and 2; those of BMO and of `penalty_alone` compete for one sum and have no such bound
-# (what lies above 3 is in the last bar): BMO presses wrong rows to 0 and spreads the right ones.
+# (what lies above 3 is in the last bar): BMO presses wrong examples to 0 and spreads the right ones.
 
 # %%
 clean = np.array(weights["label"].to_pylist()) == "clean"
@@ -235,7 +236,7 @@ plt.show()
 # %% [markdown]
 # ## How large must V be?
 #
-# Now V grows from 30 rows (three of a class) to 1,000. Two seeds; dots are seeds.
+# Now V grows from 30 examples (three of a class) to 1,000. Two seeds; dots are seeds.
 
 # %%
 SOME = ("unrolled", "window", "bmo")
@@ -283,10 +284,11 @@ for axis in (left, middle, right):
 plt.show()
 
 # %% [markdown]
-# With 30 validation examples, `unrolled` brings the loss on those 30 down and leaves that on new rows high: the derivative is
-# exact, of the wrong thing. The gap between validation and test shows it without any label, and closes as V grows. At 30
-# rows `low_loss`, which reads no V at all, gives the better model by far. At 1,000 V finds the wrong rows well, **but
-# then V alone is a training set as good as any**. BMO needs V least here: V only keeps its model from going astray.
+# With 30 validation examples, `unrolled` brings the loss on those 30 down and leaves that on new examples high: the
+# derivative is exact, of the wrong thing. The gap between validation and test shows it without any label, and closes as
+# V grows. At 30 examples `low_loss`, which reads no V at all, gives the better model by far. At 1,000 V finds the wrong
+# examples well, **but then V alone is a training set as good as any**. BMO needs V least here: V only keeps its model
+# from going astray.
 
 # %%
 for size, table in by_size.items():
@@ -309,7 +311,8 @@ assert mean(large, "validation", "test") < mean(large, "low_loss", "test")
 # %% [markdown]
 # ## How many labels may be wrong?
 #
-# Back to 200 validation examples; the share of wrong labels goes from a fifth to four fifths. `low_loss` is told it each time.
+# Back to 200 validation examples; the share of wrong labels goes from a fifth to four fifths. `low_loss` is given it
+# each time.
 
 # %%
 by_share = {0.5: rows}
@@ -333,11 +336,11 @@ for axis in (left, right):
 plt.show()
 
 # %% [markdown]
-# With a fifth of the labels wrong there is little to win: sorting by loss is all but perfect, and every choice is
-# about as good as the oracle. With four fifths wrong the model learns the majority, which lies, and **least loss now
-# fails**: it keeps too many wrong rows. The methods that look at V still rank well, and their models are better by far.
-# But again V alone does as well as the best of them. Learned weights earn their cost between the ends: where V is too
-# small to train on, and the data are too wrong to be judged by their own majority.
+# With a fifth of the labels wrong there is little to win: sorting by loss is all but perfect, and every choice is about
+# as good as the oracle. With four fifths wrong the model learns the majority, which lies, and **least loss now fails**:
+# it keeps too many wrong examples. The methods that look at V still rank well, and their models are better by far. But
+# again V alone does as well as the best of them. Learned weights earn their cost between the ends: where V is too small
+# to train on, and the data are too wrong to be judged by their own majority.
 
 # %%
 for share, table in by_share.items():
@@ -358,16 +361,16 @@ assert all(mean(many, "validation", "test") < mean(many, name, "with_v report") 
 # |---|---|---|
 # | half or more right labels, an idea of their share | `low_loss` | no higher F1, at a tenth of the cost, without V |
 # | mostly wrong labels, or harm that is not a high loss | a method that reads V | least loss keeps the majority |
-# | a large V | V alone, first | at 1,000 rows nothing was better |
+# | a large V | V alone, first | at 1,000 examples nothing was better |
 # | a small V | no steps too many, a dev | the gap between validation and test is widest there |
-# | V may be trained on, one model fits all good rows | `bmo` | best ranking and model here, for one run |
+# | V may be trained on, one model fits all good examples | `bmo` | best ranking and model here, for one run |
 # | V must stay clean of training | `unrolled` or `window` | V acts through the weights alone |
 #
-# Mind what this page is: balls of equal size, a linear model, labels forced at random. BMO's rule, that good rows are
-# those which one good model fits at once, is true of such data by construction; on text the README's example has it
-# behind the others. Wrong labels that follow a rule of their own are learned like right ones, and then losses say
-# nothing. So run the bench on your own rows: `bilevel-jax compare configs/compare_mnist.yaml --data.train YOURS.npz`,
-# and read the rows `low_loss` and `validation` first.
+# Mind what this page is: balls of equal size, a linear model, labels forced at random. BMO's rule, that good examples
+# are those which one good model fits at once, is true of such data by construction; on text the table of
+# configs/README.md has it behind the others. Wrong labels that follow a rule of their own are learned like right ones,
+# and then losses say nothing. So run `compare` on your own examples: `bilevel-jax compare configs/compare_mnist.yaml
+# --data.train YOURS.npz`, and read the examples `low_loss` and `validation` first.
 
 # %%
 work.cleanup()

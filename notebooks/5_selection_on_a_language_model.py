@@ -1,13 +1,13 @@
 # %% [markdown]
 # # A selection on a language model
 #
-# From rows of text to a verdict, one weight per row, a report, and files for a trainer: what the command
+# From examples of text to a verdict, one weight per example, a report, and files for a trainer: what the command
 # `bilevel-jax select` does, with every step in view.
 #
 # With the folder of a real model, this page trains one of 260 thousand parameters, which knows children's stories, on
 # passages of such stories, half of them garbled; trusted passages judge. Without one it takes the task that the package
-# makes itself: a next-letter cipher with rows of a right rule, of a wrong one, and of none. It says below which of the
-# two you see; what is said about numbers is computed from them. The folders are found beside the repository, or
+# makes itself: a next-letter cipher with examples of a right rule, of a wrong one, and of none. It says below which of
+# the two you see; what is said about numbers is computed from them. The folders are found next to the repository, or
 # named: `BILEVEL_MODEL` (a Hugging Face folder) and `BILEVEL_STORIES` (a JSON list of texts).
 
 # %%
@@ -51,11 +51,11 @@ else:
 # %% [markdown]
 # ## Data in
 #
-# Rows are jsonl: plain text, or prompts with responses, or chats. The **training examples** get the weights. The **trusted
-# rows** say what is wanted; they are split by id into validation, which steers the weights, and dev, which chooses the
-# step to stop at. A third set, test, is read for the report alone.
+# Examples are jsonl: plain text, or prompts with responses, or chats. The **training examples** get the weights. The
+# **validation examples** say what is wanted; they are split by id into validation, which steers the weights, and dev,
+# which chooses the step to stop at. A third set, test, is read for the report alone.
 #
-# Of the stories one passage each is taken, so that no story is in two sets. The garbled rows went through one fixed
+# Of the stories one passage each is taken, so that no story is in two sets. The garbled examples went through one fixed
 # permutation of the vocabulary: they have a grammar of their own and can be learned, which costs the model dear. The
 # labels `clean` and `garbled` are **never seen in training**: they are there to check the result.
 
@@ -125,8 +125,8 @@ def words(flags):
 # %% [markdown]
 # ## What training would see
 #
-# The command `inspect` trains nothing. It reads the same config and prints lengths, copies, leaks, and the first rows
-# token by token; what stands between ⟦ and ⟧ is a target, and one token `<s>` begins the row.
+# The command `inspect` trains nothing. It reads the same config and prints lengths, copies, leaks, and the first
+# examples token by token; what stands between ⟦ and ⟧ is a target, and one token `<s>` begins the example.
 
 # %%
 about = {key: value for key, value in flags.items() if key.startswith(("model.", "data."))}
@@ -136,11 +136,11 @@ print(inspect(seen))
 # %% [markdown]
 # ## The run
 #
-# From weight 1 for every row, each outer step trains a model from the same start, sweeps back through that training
+# From weight 1 for every example, each outer step trains a model from the same start, sweeps back through that training
 # for $\mathrm{d} L_v / \mathrm{d} w_i$ (exact: of the run that happened), and moves the weights against it; the next
-# step trains anew, in a new order of the rows. Then the certificates, then the comparison: models trained again from
-# cold. Each line is what the run says while it works; on a terminal a progress bar with the time that is left stands
-# below.
+# step trains anew, in a new order of the examples. Then the certificates, then the comparison: models trained again
+# from cold. Each line is what the run says while it works; on a terminal a progress bar with the time that is left
+# stands below.
 
 # %%
 with contextlib.redirect_stderr(sys.stdout):
@@ -152,9 +152,9 @@ with contextlib.redirect_stderr(sys.stdout):
 # The gradient is exact for the run that happened. Whether it says anything about the *next* run is another question,
 # and two measurements answer it. **Exact**: change every weight by 10 % in the direction of the gradient's sign, train
 # again, and compare the change of $L_v$ with the predicted one; a ratio of 1 means that the derivative still holds at
-# that distance. **Smooth**: leave a fifth of the rows out and compute the gradient again; a cosine near 1 means that
-# the entries of the rest do not hang on who else was in the data. Where the learning rate is too high the second
-# breaks down first: the derivative is right, and predicts nothing.
+# that distance. **Smooth**: leave a fifth of the examples out and compute the gradient again; a cosine near 1 means
+# that the hypergradients of the rest do not hang on who else was in the data. Where the learning rate is too high the
+# second breaks down first: the derivative is right, and predicts nothing.
 #
 # The verdict is at uniform weights, where its thresholds were calibrated. At the learned weights the slope is nearly
 # 0, as it should be at the end of a descent, so that a ratio of two small numbers tells less there.
@@ -200,9 +200,9 @@ for begins in (f"L_v, {unit} by outer step", f"L_v, {unit}:", "weight"):
 # %% [markdown]
 # ## Who went up, and who down
 #
-# `weights.parquet` has one line for each training example, joined by an id that comes from the row's content. `entry` is
-# $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_hypergradient` the same at weight 1; below 0: more weight
-# on this row lowers $L_v$.
+# `weights.parquet` has one line for each training example, joined by an id that comes from the example's content.
+# `hypergradient` is $\mathrm{d} L_v / \mathrm{d} w_i$ at the learned weights, `first_hypergradient` the same at
+# weight 1; below 0: more weight on this example lowers $L_v$.
 
 # %%
 table = pq.read_table("run/weights.parquet").to_pandas()
@@ -238,14 +238,14 @@ assert result["auc"]["weights"] > 0.85
 # ## Does it help? Trained again from cold
 #
 # Labels are not the aim, a better model is. Each line below is a model trained from the same start, with an order of
-# the rows that the weights have not seen, and read on test. Read the `oracle` first: it trains on the clean rows
-# alone, and only if it beats uniform weights do the labels mean anything for this model.
+# the examples that the weights have not seen, and read on test. Read the `oracle` first: it trains on the clean
+# examples alone, and only if it beats uniform weights do the labels mean anything for this model.
 #
-# Then look at the choices that learn nothing: the rows of least loss, and V alone (`validation only`). **Where one of
-# them is as good, take it; it is cheaper.** The stories are such a case: garbled text has a high loss for a model that
-# knows stories, so every score finds it, and V alone, which holds nothing but what is wanted, is no worse. The
-# cipher is the other case: its wrong rows follow a rule that can be learned, so a low loss does not mean right, its 16
-# validation examples are too few to train on, and the learned weights win by far.
+# Then look at the choices that learn nothing: the examples of least loss, and V alone (`validation only`). **Where one
+# of them is as good, take it; it is cheaper.** The stories are such a case: garbled text has a high loss for a model
+# that knows stories, so every score finds it, and V alone, which holds nothing but what is wanted, is no worse. The
+# cipher is the other case: its wrong examples follow a rule that can be learned, so a low loss does not mean right, its
+# 16 validation examples are too few to train on, and the learned weights win by far.
 
 # %%
 lines = {row["name"]: row for row in result["compare"]}
@@ -271,8 +271,8 @@ elif not REAL:
 # %% [markdown]
 # ## How to go on
 #
-# `export` writes the rows that the weights choose as another trainer reads them, with a card that says how they were
-# chosen. From a shell:
+# `export` writes the examples that the weights choose as another trainer reads them, with a card that says how they
+# were chosen. From a shell:
 #
 # ```sh
 # bilevel-jax export run --export.format axolotl --selection.top-share 0.5 --out rows-to-keep
@@ -302,17 +302,18 @@ print(f"{share:.0%} of the kept rows are clean; of all rows {good.mean():.0%}.")
 assert share > good.mean()
 
 # %% [markdown]
-# Or train here with the soft weights, one for each row, joined by id; the model that comes out loads in
+# Or train here with the soft weights, one for each example, joined by id; the model that comes out loads in
 # `transformers`:
 #
 # ```sh
-# bilevel-jax train configs/train.yaml --model.name-or-path FOLDER --data.train train.jsonl --weights.file run/weights.parquet \
-#     --data.validation trusted.jsonl --out tuned
+# bilevel-jax train configs/train.yaml --model.name-or-path FOLDER --data.train train.jsonl \
+#     --weights.file run/weights.parquet --data.validation trusted.jsonl --out tuned
 # ```
 #
-# Before you trust weights of your own rows: is the verdict BELIEVE? If not, lower the learning rate until it is. Does
-# the comparison beat `validation only`? If not, the validation examples alone would do. And is the learned row's test near
-# its validation? If not, V is too small, and more validation examples help more than more outer steps.
+# Before you trust weights of your own examples: is the verdict BELIEVE? If not, lower the learning rate until it is.
+# Does the comparison beat `validation only`? If not, the validation examples alone would do. And is the learned
+# example's test near its validation? If not, V is too small, and more validation examples help more than more outer
+# steps.
 
 # %%
 for one in (lines[name] for name in ("learned weights", "validation only") if name in lines):

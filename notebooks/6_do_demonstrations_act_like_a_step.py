@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Do demonstrations act like a step?
 #
-# *In-Context Approximation* (ICA, arXiv 2510.14459) scores a training example by reading alone. With validation examples
-# $C$ put before it as demonstrations, by how much does the row's answer become more likely?
+# *In-Context Approximation* (ICA, arXiv 2510.14459) scores a training example by reading alone. With validation
+# examples $C$ put before it as demonstrations, by how much does the example's answer become more likely?
 #
 # $$ s_i = \log p(y_i \mid C, x_i) - \log p(y_i \mid x_i) \quad\text{(nats)} $$
 #
 # No gradient is computed. The reason given for it is a chain of two links: reading $C$ acts like a *training step* on
-# $C$; and by how much a small step on the validation examples lowers the row's loss is $\eta\,\langle\nabla\ell_i, \nabla L_v
-# \rangle$, which is also by how much a small step on the row lowers $L_v$. So rows with a large $s_i$ should be those
-# that help. The authors did not test the first link. This page does: first where everything has a closed form, then on
-# language models, against the exact derivative of a training run.
+# $C$; and by how much a small step on the validation examples lowers the example's loss is
+# $\eta\,\langle\nabla\ell_i, \nabla L_v \rangle$, which is also by how much a small step on the example lowers $L_v$.
+# So examples with a large $s_i$ should be those that help. The authors did not test the first link. This page does:
+# first where everything has a closed form, then on language models, against the exact derivative of a training run.
 #
 # **What is whose.** The score is that paper's, the alignment $\langle\nabla\ell_i,\nabla L_v\rangle$ is TracIn's
 # (Pruthi et al. 2020), the reducible loss is that of Mindermann et al. (2022). The identity and the expansion of
@@ -66,17 +66,17 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 # %% [markdown]
 # ## 1. Where learning in context is exact
 #
-# Rows are flips of one coin whose bias $\theta$ nobody knows; the prior is $\theta \sim \mathrm{Beta}(a, b)$. The model
-# is Bayesian: it predicts each flip from all flips that it has read, with probability
+# Examples are flips of one coin whose bias $\theta$ nobody knows; the prior is $\theta \sim \mathrm{Beta}(a, b)$. The
+# model is Bayesian: it predicts each flip from all flips that it has read, with probability
 # $(a + \text{ones})/(a + b + \text{flips})$ for a one (Laplace's rule). This model learns in context perfectly, and it
 # does not matter *where* a flip was seen, in a demonstration or in training. So, by Bayes' rule,
 #
 # $$ s_i = \log\frac{p(y_i, C)}{p(y_i)\,p(C)} = \log p(C \mid y_i) - \log p(C) : $$
 #
-# the score **is** the gain of the validation examples' log-likelihood when the model learns row $i$; it is their *pointwise
-# mutual information*, symmetric in the two. Both sides are computed here in two ways that share no code: the left one
-# by the package's score, which makes prompts and asks a model that reads flip by flip; the right one by updating the
-# prior with the row, in closed form.
+# the score **is** the gain of the validation examples' log-likelihood when the model learns example $i$; it is their
+# *pointwise mutual information*, symmetric in the two. Both sides are computed here in two ways that share no code: the
+# left one by the package's score, which makes prompts and asks a model that reads flip by flip; the right one by
+# updating the prior with the example, in closed form.
 
 # %%
 A = B = 2.0  # the prior of this section: mean 1/2, worth 4 flips
@@ -137,7 +137,7 @@ assert np.abs(by_reading - by_learning).max() < 1e-12
 # ## 2. The size of the step
 #
 # Take the coin's predicted bias $\theta$ as the parameter, at the prior mean $m = a/c$ with $c = a + b$, and let $f_i(
-# \theta)$ and $g(\theta)$ be the log-likelihoods of the row and of the demonstrations. For $K$ ones in $N$ flips,
+# \theta)$ and $g(\theta)$ be the log-likelihoods of the example and of the demonstrations. For $K$ ones in $N$ flips,
 # $g'(m) = (K - Nm)/(m(1-m))$. The prior's variance is $\sigma^2 = m(1-m)/(c+1)$. Two facts:
 #
 # 1. After one flip the posterior mean is $m + (K - m)/(c + 1) = m + \sigma^2 g'(m)$: **exactly one gradient step with
@@ -151,8 +151,8 @@ assert np.abs(by_reading - by_learning).max() < 1e-12
 #
 # That is the claim, with its rate: the variance of what the model does not know. It is good where the prior is sharp
 # against what is read, $N + n_i \ll c$. At the other end, $N \to \infty$, the posterior is a point $\theta^*$ and
-# $s_i \to \log p(y_i \mid \theta^*) - \log p(y_i)$: the row's loss before minus its loss after training on the holdout
-# *to the end*, which is the **reducible loss**. Between the two lies every number of demonstrations.
+# $s_i \to \log p(y_i \mid \theta^*) - \log p(y_i)$: the example's loss before minus its loss after training on the
+# holdout *to the end*, which is the **reducible loss**. Between the two lies every number of demonstrations.
 
 
 # %%
@@ -220,22 +220,24 @@ assert ranks["training to the end"][-1] > 0.99 and scores(1, 2, 5, 10) > 0 > sco
 # %% [markdown]
 # *Left:* as the prior sharpens, the score tends to the linear form, with an error of order $1/(a + b)$. *Middle:* the
 # linear form grows with every demonstration; the score does not, because what is known cannot be learned again. It ends
-# at the reducible loss, dashed. *Right:* the order of the rows is at first nearer to that of the small step, and ends
-# as that of the finished training. Only rows of different lengths change places: the order suffers less than the size.
+# at the reducible loss, dashed. *Right:* the order of the examples is at first nearer to that of the small step, and
+# ends as that of the finished training. Only examples of different lengths change places: the order suffers less than
+# the size.
 #
 # The last printed lines show where the claim fails altogether, in order as well as in size: demonstrations that confirm
 # the model's mean have no gradient ($\nabla L = 0$), so the linear form says nothing, and yet the exact learner becomes
-# surer, and prefers rows that are as even as the demonstrations. That is the second-order part.
+# surer, and prefers examples that are as even as the demonstrations. That is the second-order part.
 #
 # So for a learner that really learns in context: **the idea holds exactly, the linear form where little is read against
 # much that is known.** A language model is not this learner. Whether its reading is like a step must be measured.
 #
 # ## 3. A language model
 #
-# With the folder of a real model beside the repository, or named in `BILEVEL_MODEL` (with `BILEVEL_STORIES`, a JSON
-# list of texts), rows are pairs of sentences of children's stories: the first is the prompt, the second the answer. Of
-# the 96 answers 36 went through one fixed permutation of the vocabulary. The scores never see which. Without the folder
-# it is the cipher that the package makes itself, so that this page runs anywhere; what it prints is then about that.
+# With the folder of a real model next to the repository, or named in `BILEVEL_MODEL` (with `BILEVEL_STORIES`, a JSON
+# list of texts), examples are pairs of sentences of children's stories: the first is the prompt, the second the answer.
+# Of the 96 answers 36 went through one fixed permutation of the vocabulary. The scores never see which. Without the
+# folder it is the cipher that the package makes itself, so that this page runs anywhere; what it prints is then about
+# that.
 
 # %%
 SHARED = Path("../../shared").resolve()
@@ -301,12 +303,14 @@ else:
 # %% [markdown]
 # Measured for every training example, all as "larger is better":
 #
-# - **ICA** with the nearest validation examples as demonstrations (`knn`, as published), and with the same for all (`fixed`);
-# - **alignment** $\langle\nabla\ell_i, \nabla L_v\rangle$ over all validation examples $V$, and over the very rows that ICA
-#   showed to row $i$, which is what the claim is about;
-# - what **real steps** on $V$ do to the row's loss: 1 to 32 steps of gradient descent;
-# - the **exact entry** $-dL_v/dw_i$ of a training run of 16 steps of AdamW on all parameters: the sweep of notebook 1;
-# - **perplexity**: minus the row's loss.
+# - **ICA** with the nearest validation examples as demonstrations (`knn`, as published), and with the same for all
+#   (`fixed`);
+# - **alignment** $\langle\nabla\ell_i, \nabla L_v\rangle$ over all validation examples $V$, and over the very examples
+#   that ICA showed to example $i$, which is what the claim is about;
+# - what **real steps** on $V$ do to the example's loss: 1 to 32 steps of gradient descent;
+# - the **exact hypergradient** $-dL_v/dw_i$ of a training run of 16 steps of AdamW on all parameters: the sweep of
+#   notebook 1;
+# - **perplexity**: minus the example's loss.
 #
 # ICA and alignment are taken twice: at the start, and at the end of the training run (`trained`).
 
@@ -365,7 +369,7 @@ def measure(model, made, k, rate):
     )
     steepness = {}
     for when, reached in (("", params), (", trained", run.end.params)):
-        # by gradients: the inner product of each training example with each validation example; their mean over V is alignment
+        # inner products of the gradients of training and validation examples; their mean over V is alignment
         gram, steepness[when] = products(reached, *one_by_one)
         found["alignment" + when] = np.array(gram.mean(1))
         # by reading
@@ -487,25 +491,26 @@ assert read["all rows"][PAIRS.index(("alignment", "1 × step on V"))].value > 0.
 # %% [markdown]
 # ## What came out
 #
-# These are observations of one model and one set of rows; the intervals are over rows, not over models. For the stories
-# model, whose outputs are kept here:
+# These are observations of one model and one set of examples; the intervals are over examples, not over models. For the
+# stories model, whose outputs are kept here:
 #
 # - **The second link holds.** Alignment and what a real step on $V$ does agree, as they must: it is Taylor's theorem.
 #   Even 32 steps leave the order almost as it was.
-# - **The first link does not.** ICA's rank correlation with the alignment to the very rows that were shown is at most
-#   about .3, and after training not told apart from 0. Showing three rows is *not* like a step on them, for this model.
-# - **Demonstrations hardly help it at all.** The mean ICA of clean rows is about 0 or below: after three demonstrations
-#   their answers are no likelier. A model of 260 thousand parameters, trained on single stories, has not learned to
-#   learn from earlier exchanges. ICA then measures how much a longer, stranger prompt disturbs.
-# - **Against the exact entries** ICA's correlation is small and of either sign. Among clean rows alone none of its four
-#   versions is above 0, and the two after training are below it. Its AUC lies between .48 and .77, where perplexity,
-#   which costs one forward pass, has .99.
+# - **The first link does not.** ICA's rank correlation with the alignment to the very examples that were shown is at
+#   most about .3, and after training not distinguishable from 0. Showing three examples is *not* like a step on them,
+#   for this model.
+# - **Demonstrations hardly help it at all.** The mean ICA of clean examples is about 0 or below: after three
+#   demonstrations their answers are no likelier. A model of 260 thousand parameters, trained on single stories, has not
+#   learned to learn from earlier exchanges. ICA then measures how much a longer, stranger prompt disturbs.
+# - **Against the exact hypergradients** ICA's correlation is small and of either sign. Among clean examples alone none
+#   of its four versions is above 0, and the two after training are below it. Its AUC lies between .48 and .77, where
+#   perplexity, which costs one forward pass, has .99.
 # - **Alignment itself depends on when.** At the start it points the wrong way, AUC .27. There the token that ends an
-#   answer costs 26 nats: the gradient of $L_v$ asks for the *form*, and garbled rows end as clean ones do. That is the
-#   likely reason; it was not isolated. At the end of the 16 steps the AUC is 1.00 and the correlation with the exact
-#   entries .79. Those follow the whole run, and need no choice of a moment.
+#   answer costs 26 nats: the gradient of $L_v$ asks for the *form*, and garbled examples end as clean ones do. That is
+#   the likely reason; it was not isolated. At the end of the 16 steps the AUC is 1.00 and the correlation with the
+#   exact hypergradients .79. Those follow the whole run, and need no choice of a moment.
 #
 # So the reason that is given for ICA is right for an exact learner, in the regime of section 2, and is not what ICA
 # computes on a small model. It may be on a large one that learns in context: this page does not know. Before trusting
-# the score on yours, look whether its mean on clean rows is clearly above 0, and run `bilevel-jax audit`, which
-# grades every score by exact entries on your model and data.
+# the score on yours, look whether its mean on clean examples is clearly above 0, and run `bilevel-jax audit`, which
+# grades every score by exact hypergradients on your model and data.

@@ -3,14 +3,15 @@
 #
 # A model answers questions, is trained on its answers, answers again. Where should anything new come from? This page
 # shows, first by a sum that is zero and then by measurement, that such training teaches *nothing* on average; what a
-# few validation examples $V$ add to it; and a run of the command `refine`, from the model as it is given to an accepted round.
+# few validation examples $V$ add to it; and a run of the command `refine`, from the model as it is given to an accepted
+# round.
 #
 # You need: derivatives, and what an expectation is. Everything said here is computed here; where a number matters, an
-# `assert` stands beside it.
+# `assert` stands next to it.
 #
 # **What is whose.** Online self-refining generation, judged by validation, is the subject of Xiao & Chen (arXiv
 # 2511.21056). That the score $\nabla\log\pi$ has expectation zero, and that weighting it gives a policy gradient
-# (Williams 1992), is textbook. The exact entries as weights, and the measurements, are ours.
+# (Williams 1992), is textbook. The exact hypergradients as weights, and the measurements, are ours.
 
 # %%
 import contextlib
@@ -182,7 +183,7 @@ assert jnp.linalg.norm(whole_sum) < 1e-5 * parts  # zero, to what single precisi
 # %% [markdown]
 # For whole answers there are too many to write the sum out, so it is estimated from answers that the package's sampler
 # draws. Of $n$ of them the mean has a *length* that is not zero, but falls like $1/\sqrt n$, as an error does and a
-# signal does not. Beside it the same mean without the ratio, $\mathbb E_{\text{old}}[\nabla\log\pi_\theta] =
+# signal does not. Next to it the same mean without the ratio, $\mathbb E_{\text{old}}[\nabla\log\pi_\theta] =
 # -\nabla\,\mathrm{KL}(\pi_{\text{old}}\,\|\,\pi_\theta)$: it goes to a length of its own, and points back to the old
 # model.
 
@@ -261,8 +262,8 @@ assert 0.75 < fall / np.sqrt(256 / 16) < 1.33  # 8 sets of 256
 # section 2 says. All that is learned is what the weights tell apart, and here it is validation examples that tell it.
 #
 # The smallest example: two answers, right and wrong, $\pi_\theta(\text{right}\mid x) = \sigma(\theta\cdot\phi_x)$. One
-# trusted question has features $\phi_v$, another question $x$ is answered by the model, and $c = \phi_x\cdot\phi_v$ is
-# what they have in common. The entry of an answer, by how much training on it lowers $L_v$, is
+# validation question has features $\phi_v$, another question $x$ is answered by the model, and $c = \phi_x\cdot\phi_v$
+# is what they have in common. The hypergradient of an answer, by how much training on it lowers $L_v$, is
 # $a(y) = \langle\nabla\log\pi(y\mid x), -\nabla L_v\rangle$, which is $(1-p_x)(1-p_v)\,c$ for the right answer and
 # $-p_x(1-p_v)\,c$ for the wrong one. Its mean is 0. With it as the weight, a small step $\varepsilon$ changes $L_v$ by
 #
@@ -309,9 +310,10 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The same on the language model. The 128 questions that it answered above share nothing with the 16 validation examples but
-# the rule. The entry $a = \langle\nabla\log\pi(y\mid x), -\nabla L_v\rangle$ of each of the 2,048 answers is one
-# directional derivative: no gradient per answer is formed. The checker is asked only afterwards, for the colours.
+# The same on the language model. The 128 questions that it answered above share nothing with the 16 validation examples
+# but the rule. The hypergradient $a = \langle\nabla\log\pi(y\mid x), -\nabla L_v\rangle$ of each of the 2,048 answers
+# is one directional derivative: no gradient per answer is formed. The checker is asked only afterwards, for the
+# colours.
 
 # %%
 by_draw = [
@@ -356,10 +358,11 @@ assert means == sorted(means)  # also among answers that are not right
 assert told > 0.5 + 3 / np.sqrt(12 * min(good.sum(), (~good).sum()))  # V tells right from wrong
 
 # %% [markdown]
-# One step on the answers to half of these questions, then, of one length for all: unweighted, weighted by the entries,
-# and weighted by the truth (right answers against the mean). What it does is read on the right answers to the other
-# half, which gave no weights and no answers. 16 sets of answers, one for each draw, give the bars. The entries may do
-# better than the truth, because they see more than it says: an answer with three right letters of four is not right.
+# One step on the answers to half of these questions, then, of one length for all: unweighted, weighted by the
+# hypergradients, and weighted by the truth (right answers against the mean). What it does is read on the right answers
+# to the other half, which gave no weights and no answers. 16 sets of answers, one for each draw, give the bars. The
+# hypergradients may do better than the truth, because they see more than it says: an answer with three right letters of
+# four is not right.
 
 # %%
 half = len(report) // 2
@@ -407,11 +410,12 @@ assert np.mean(moved["weighed by V"]) < -3 * np.std(moved["weighed by V"], ddof=
 # %% [markdown]
 # ## 4. A run of `refine`
 #
-# The command does this in rounds. The model answers questions of a training set, here of 256 rows of which 70 % follow the
-# wrong rule; the answers take the place of these rows; every row and answer gets a weight by its *exact* entry, of the
-# training run that really happened (notebook 1), judged by the 16 validation examples; a candidate is trained with the
-# weights; and it replaces the model only if the lower bound of its gain on dev, 64 rows that trained nothing, is
-# above 0 by paired bootstrap. Beside it stands the control, a candidate of plain self-training: same rows, no weights.
+# The command does this in rounds. The model answers questions of a training set, here of 256 examples of which 70 %
+# follow the wrong rule; the answers take the place of these examples; every example and answer gets a weight by its
+# *exact* hypergradient, of the training run that really happened (notebook 1), judged by the 16 validation examples; a
+# candidate is trained with the weights; and it replaces the model only if the lower bound of its gain on dev, 64
+# examples that trained nothing, is above 0 by paired bootstrap. Next to it stands the control, a candidate of plain
+# self-training: same examples, no weights.
 
 # %%
 Path("refine.yaml").write_text(
@@ -439,16 +443,18 @@ with contextlib.redirect_stderr(sys.stdout):
     result = refine(load_config(RefineConfig, "refine.yaml", []))
 
 # %% [markdown]
-# Not one row that somebody else wrote was trained on, and most of the model's answers were wrong. What moved it
-# are 16 validation examples, through the weights. The control has the same answers without weights. The mean of its first
-# step is zero, but the step itself is not; the optimiser follows the noise, and the loss rises. The test on dev
-# keeps such a candidate out: a round that does not help changes nothing, and the model stays what it was.
+# Not one example that somebody else wrote was trained on, and most of the model's answers were wrong. What moved it are
+# 16 validation examples, through the weights. The control has the same answers without weights. The mean of its first
+# step is zero, but the step itself is not; the optimiser follows the noise, and the loss rises. The test on dev keeps
+# such a candidate out: a round that does not help changes nothing, and the model stays what it was.
 
 # %%
 print(result["sentence"])
 REPORT = Path("refined/report.html").read_text(encoding="utf-8")
 found = re.search(r"<svg.*?</svg>", REPORT, re.DOTALL)[0]
-style = read_stylesheet().split("@media")[0] + figures.FIGURE_STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
+style = read_stylesheet().split("@media")[0] + figures.FIGURE_STYLE.replace(
+    "width: 100%; max-width: 560px; height: auto;", ""
+)
 head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
 display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 
@@ -461,9 +467,9 @@ assert held["gain"]["low"] > 0 and held["right"]["gain"]["low"] > 0  # on rows t
 # %% [markdown]
 # ## What this page does not say
 #
-# This model is tiny, its task is made for the purpose, and one seed was run. That the entries tell right answers from
-# wrong ones rests on two things that hold here: the validation examples have the rule in common with the questions (section 3:
-# $c \ne 0$), and right answers are among those that the model gives. Where a model is never right, there is nothing to
-# weigh. And $V$ is used up: with every round the weights fit its 16 rows more closely, which is why the rounds are
-# judged on rows that no weight has seen. `configs/refine_*.yaml` hold the methods of the paper and their controls on
-# a harder task, sums with forgotten carries.
+# This model is tiny, its task is made for the purpose, and one seed was run. That the hypergradients tell right answers
+# from wrong ones rests on two things that hold here: the validation examples have the rule in common with the questions
+# (section 3: $c \ne 0$), and right answers are among those that the model gives. Where a model is never right, there is
+# nothing to weigh. And $V$ is used up: with every round the weights fit its 16 examples more closely, which is why the
+# rounds are judged on examples that no weight has seen. `configs/refine_*.yaml` hold the methods of the paper and their
+# controls on a harder task, sums with forgotten carries.
