@@ -11,6 +11,7 @@ from markupsafe import Markup
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.numbers import (
+    MISSING,
     MeanInterval,
     SignedNumber,
     capitalize_first,
@@ -20,6 +21,9 @@ from bilevel_jax.runs.report.numbers import (
     format_percent,
     format_signed,
 )
+
+FIGURE_SPACE, POINT_SPACE = "\u2007", "\u2008"
+"""Spaces as wide as a digit and as a point."""
 
 
 class Cell(NamedTuple):
@@ -113,7 +117,11 @@ def align_numbers(cells: Sequence[Any]) -> list[str]:
     if not any(isinstance(cell, MeanInterval) for cell in cells):
         return means
     halves = _pad_numbers([cell.half_width if isinstance(cell, MeanInterval) else None for cell in cells], 3)
-    return [f"{mean} ± {half}" for mean, half in zip(means, halves, strict=True)]
+    blank = FIGURE_SPACE * (len(halves[0]) + 3)
+    return [
+        mean + blank if mean.strip(FIGURE_SPACE + POINT_SPACE) == MISSING else f"{mean} ± {half}"
+        for mean, half in zip(means, halves, strict=True)
+    ]
 
 
 def _pad_numbers(values: Sequence[Any], digits: int = 4) -> list[str]:
@@ -122,9 +130,8 @@ def _pad_numbers(values: Sequence[Any], digits: int = 4) -> list[str]:
     ]
     after = [len(text.partition(".")[2]) for text in texts]
     longest = max(after, default=0)
-    figure_space, point_space = "\u2007", "\u2008"
     return [
-        text + (point_space if longest and not size else "") + figure_space * (longest - size)
+        text + (POINT_SPACE if longest and not size else "") + FIGURE_SPACE * (longest - size)
         for text, size in zip(texts, after, strict=True)
     ]
 
