@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,71 +120,9 @@ def disk_full_error(path: Path, error: BaseException) -> OSError | None:
     return OSError(errno.ENOSPC, text)
 
 
-class JsonLog:
-    """One JSON object per line, appended and flushed; nan becomes null. Of several processes the first writes.
-
-    Every record carries a `step` that never falls. `resume_after` removes what an interrupted run wrote after that
-    step (and a torn last line), so that a resumed run repeats nothing.
-    """
-
-    def __init__(self, path: str | Path, resume_after: int | None = None):
-        self._file: IO[str] | None = None
-        if not distributed.is_first_process():
-            return
-        if resume_after is not None and Path(path).exists():
-            with open(path, "rb+") as file:
-                intact_bytes = 0
-                for line in file:
-                    if not line.endswith(b"\n") or _read_step(line) > resume_after:
-                        break
-                    intact_bytes += len(line)
-                file.truncate(intact_bytes)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held open until close)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; numpy and jax scalars and arrays become numbers and lists."""
-        if "step" not in record:
-            raise ValueError(f"a log record needs a 'step'; its keys are {sorted(record)}.")
-        line = json.dumps(_to_jsonable(record), allow_nan=False, ensure_ascii=False)
-        if self._file is None:
-            return
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            if disk_full := disk_full_error(Path(self._file.name), error):
-                raise disk_full from error
-            raise
-
-    def close(self) -> None:
-        """Put the log on the disk and close it."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _read_step(line: bytes) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a damaged line: it and all after it go
-
-
 def _nonfinite_to_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_nonfinite_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _to_jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_jsonable(item) for item in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else str(value) if math.isinf(value) else value
-    if isinstance(value, str | int | bool | None):
-        return value
-    return _to_jsonable(value.tolist() if hasattr(value, "tolist") else str(value))

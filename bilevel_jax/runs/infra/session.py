@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
 from bilevel_jax.runs.infra import distributed, inputs, run_dir
+from bilevel_jax.runs.infra.journal import JsonLog
 
 MULTIPROCESS_COMMANDS = ("select", "train")
 """The commands that several processes can run."""
@@ -36,9 +37,9 @@ class Interrupted(Exception):
 class Session:
     """A run at work. `advance` counts work and notices signals; `once` remembers finished jobs across a resume."""
 
-    def __init__(self, folder: Path, log: run_dir.JsonLog, bar: Progress, save_seconds: float):
+    def __init__(self, folder: Path, log: JsonLog, bar: Progress, save_seconds: float):
         self.folder: Path = folder
-        self.log: run_dir.JsonLog | PartLog = log
+        self.log: JsonLog | PartLog = log
         self._bar, self._task = bar, bar.add_task("starting", total=None)
         self._save_seconds, self._last_save = save_seconds, time.monotonic()
         self._received_signal = 0
@@ -184,7 +185,7 @@ class PartSession(Session):
 class PartLog:
     """A log whose records say which part of the run wrote them."""
 
-    def __init__(self, log: "run_dir.JsonLog | PartLog", name: str):
+    def __init__(self, log: "JsonLog | PartLog", name: str):
         self._log, self._name = log, name
 
     def write(self, record: dict[str, Any]) -> None:
@@ -236,7 +237,7 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     distributed.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
     bar = make_progress_bar(progress and distributed.is_first_process())
-    log = run_dir.JsonLog(folder / "log.jsonl", None)
+    log = JsonLog(folder / "log.jsonl")
     run_session = Session(folder, log, bar, save_seconds)
     old_handlers = {
         number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)

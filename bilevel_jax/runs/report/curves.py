@@ -1,6 +1,5 @@
 """Report curves of training loss, validation loss and learning rate."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bilevel_jax.runs.infra.journal import read_journal
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Html, Series
 from bilevel_jax.runs.report.numbers import engineering_exponent, format_count, format_power_of_ten
@@ -29,11 +29,7 @@ class TrainingLog(NamedTuple):
 def read_training_log(path: Path) -> TrainingLog:
     """Losses and learning rates by step. A resumed run repeats some steps: the last time counts."""
     by_step: dict[int, tuple[float, float]] = {}
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line that an interrupted run left half written
-            continue
+    for record in read_journal(path):
         if record.get("event") == "steps":
             pairs = zip(record["losses"], record["rates"], strict=True)
             by_step |= {

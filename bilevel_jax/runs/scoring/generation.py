@@ -1,7 +1,5 @@
 """Who writes a run's responses: its model, or a service; each is kept as it comes, and never written twice."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from bilevel_jax.lm.inference.prompts import find_end_tokens
 from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import GenerateSection
-from bilevel_jax.runs.infra import distributed, run_dir
+from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
@@ -77,41 +76,23 @@ def make_generator_factory(
 
 
 class ResponseFile:
-    """Responses in a file, one JSON object a line, appended; a line that a kill has torn is taken off."""
+    """Responses in a journal; each record holds those of one call of `append`."""
 
     def __init__(self, path: Path):
         self.responses: dict[str, Response] = {}
-        self._path, self._bytes_read = path, 0
-        distributed.run_on_first_process(self._drop_torn_line)
+        self._journal = Journal(path, fsync=True)
         self.read_new()
 
     def read_new(self) -> None:
         """Take in what another process has written since."""
-        if not self._path.exists():
-            return
-        with open(self._path, "rb") as file:
-            file.seek(self._bytes_read)
-            for line in file:
-                self.responses |= {key: _parse_response(fields) for key, fields in json.loads(line).items()}
-            self._bytes_read = file.tell()
+        for record in self._journal.read_new():
+            self.responses |= {key: _parse_response(fields) for key, fields in record.items()}
 
     def append(self, new_responses: dict[str, Response]) -> None:
         """Append; it is on the disk when this returns. Of several processes the first writes."""
         self.responses |= new_responses
-        if not new_responses or not distributed.is_first_process():
-            return
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(new_responses) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise run_dir.disk_full_error(self._path, error) or error from error
-
-    def _drop_torn_line(self) -> None:
-        if self._path.exists():
-            content = self._path.read_bytes()
-            os.truncate(self._path, content.rfind(b"\n") + 1)
+        if new_responses:
+            self._journal.append(new_responses)
 
 
 def _parse_response(fields: list[Any]) -> Response:

@@ -1,11 +1,8 @@
 """Scores that ask the model for likelihoods: one engine for a run, its answers kept as they come, its work counted."""
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +18,7 @@ from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.text import Task
@@ -30,6 +28,8 @@ from bilevel_jax.scores.embedding import hidden_states, tfidf
 from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples, make_tokenized_examples, take_examples
 
+ANSWERS_FILE = "answers.jsonl"
+"""The journal of answers in the run's checkpoints, deleted when all requests are answered."""
 AGREEMENT_SAMPLE_SIZE = 200
 """Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
 
@@ -51,16 +51,16 @@ class ResumableEngine:
     def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, session: Session):
         self.params = params
         self._engine = _cached_engine(decoder, mesh, session)
-        self._path = session.folder / "checkpoints" / "answers.jsonl"
+        self._path = session.folder / "checkpoints" / ANSWERS_FILE
         self._positions_before = self._engine.positions_read
 
     def __call__(
         self, requests: Sequence[LogLikRequest], on_batch: Callable[[int], None] = lambda done: None
     ) -> list[LogLik]:
         """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
-        store = LogLikStore(
-            fingerprint_params(self.params), _read_answers(self._path), lambda new: _append_answers(self._path, new)
-        )
+        journal = Journal(self._path, fsync=True)
+        stored_answers = {key: answer for record in journal.read_new() for key, answer in record.items()}
+        store = LogLikStore(fingerprint_params(self.params), stored_answers, journal.append)
         self._engine.on_batch = on_batch
         answers = self._engine.engine.resume(self.params, requests, store)
         distributed.run_on_first_process(lambda: self._path.unlink(missing_ok=True))
@@ -194,23 +194,3 @@ def _shortage_notes(plan: ScorePlan, rows: TokenizedExamples, what: str) -> tupl
         f"{num_short:,} of {len(counts):,} rows had fewer than {plan.num_holdout_wanted} {what}, {num_empty:,} of them none: the rest did not "
         "fit the model's context, or were near-duplicates of the row.",
     )
-
-
-def _read_answers(path: Path) -> dict[str, float]:
-    """Answers by key; a line that was torn by a kill is passed over."""
-    answers: dict[str, float] = {}
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            answers |= json.loads(line)
-        except ValueError:
-            continue
-    return answers
-
-
-def _append_answers(path: Path, answers: dict[str, float]) -> None:
-    if not distributed.is_first_process():
-        return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(answers) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

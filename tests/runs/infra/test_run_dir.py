@@ -1,16 +1,13 @@
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.infra.run_dir import JsonLog, create_run_dir, lock_run_dir, write_atomic
+from bilevel_jax.runs.infra.run_dir import create_run_dir, lock_run_dir, write_atomic
 
 
 def test_write_atomic(tmp_path):
@@ -37,48 +34,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 def test_any_other_trouble_keeps_its_own_words(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "no" / "a", "x")
-
-
-def log(path, steps, resume_after=None):
-    out = JsonLog(path, resume_after)
-    for step in steps:
-        out.write({"step": step, "loss": 1.0 / (step + 1)})
-    out.close()
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-def test_a_resumed_log_repeats_nothing(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert log(path, range(6)) == [0, 1, 2, 3, 4, 5]
-    with open(path, "a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
-    assert log(path, [3, 4], resume_after=2) == [0, 1, 2, 3, 4]
-    assert log(path, [5], resume_after=4) == [0, 1, 2, 3, 4, 5]
-    assert log(path, [6]) == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_torn_or_damaged_line_is_removed(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1')
-    assert log(path, [1], resume_after=9) == [0, 1]
-    path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    assert log(path, [1], resume_after=9) == [0, 1]
-
-
-def test_records_are_valid_json(tmp_path):
-    out = JsonLog(tmp_path / "log.jsonl")
-    out.write({"step": np.int64(1), "loss": jnp.float32(0.5), "bad": float("nan"), "far": -np.inf, "w": np.ones(2)})
-    out.close()
-    text = (tmp_path / "log.jsonl").read_text()
-    assert json.loads(text) == {"step": 1, "loss": 0.5, "bad": None, "far": "-inf", "w": [1.0, 1.0]}
-    assert "NaN" not in text
-
-
-def test_a_record_without_a_step_is_refused(tmp_path):
-    out = JsonLog(tmp_path / "log.jsonl")
-    with pytest.raises(ValueError, match=r"a log record needs a 'step'; its keys are \['loss'\]"):
-        out.write({"loss": 1.0})
-    out.close()
 
 
 HOLDER = """

@@ -21,6 +21,7 @@ from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config.load import CompareConfig, SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.config.schema import ScoreName, ScoresSection, WeightsSection
 from bilevel_jax.runs.infra import session
+from bilevel_jax.runs.infra.journal import read_journal
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.from_file import load_weights as given_weights
 from bilevel_jax.runs.scoring.online import Reweighting
@@ -267,6 +268,10 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     kept = tmp_path / "other" / "checkpoints" / "answers.jsonl"
     assert kept.stat().st_size > 0
     kept.write_text(kept.read_text() + '{"torn')
+    with opened(tmp_path / "other") as work, pytest.raises(session.Interrupted):
+        work.handle_signal(signal.SIGTERM, None)
+        compute_score("ica", task, params, settings, work)
+    assert "torn" not in kept.read_text() and len(read_journal(kept)) == 2
     with opened(tmp_path / "other") as work:
         assert np.array_equal(compute_score("ica", task, params, settings, work).values, whole.values)
     assert not kept.exists()
