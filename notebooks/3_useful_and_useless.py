@@ -374,7 +374,7 @@ assert all(abs(effective_sample_size(w) - 15) < 1e-3 for w in weights["BMO, tau 
 
 # %%
 def cold(task, table):
-    """The smallest model that is perfect for the validation examples and the rows of weight above .1: a cold retrain."""
+    """The smallest model that is perfect for the validation examples and the rows of weight above .1, from cold."""
     kept = table > 0.1
     x, y = (
         np.vstack([task.held_out_examples[0], task.training[0][kept]]),

@@ -1,4 +1,4 @@
-"""Tokens per second of the sampler, beside those of `generate` of transformers.
+"""Tokens per second of the sampler, next to `generate` of transformers.
 
     python -m tests.benchmarks.generate ../shared
 

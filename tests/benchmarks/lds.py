@@ -1,4 +1,4 @@
-"""Do the entries predict what training without rows does? Linear-datamodelling scores of each estimator.
+"""Linear-datamodelling scores (LDS) of each estimator, by retraining without some examples.
 
     python -m tests.benchmarks.lds ../shared --learning-rate 3e-4 --lora-rank 0
 
@@ -8,8 +8,8 @@ real data and models that tests/conftest.py describes.
 400 training examples, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not), cut to
 32 tokens; V is 64 + 64 other reviews. 64 AdamW steps of 16 rows under the package's defaults (eps_root = 1e-12, warm-up
 and cosine, clipped at 1). A random half, or 7.5 %, of the rows leaves the training set; the score is Spearman's rank
-correlation of sum_i g_i dw_i, with g the entries on validation, with the change of L_v when trained again, read on validation and
-on test. With 40 retrains its standard error is about (1 - score^2) / 6.
+correlation of sum_i g_i dw_i, with g the hypergradients on validation, with the change of L_v after
+retraining, read on validation and on test. With 40 retrains its standard error is about (1 - score^2) / 6.
 
 Accept .55 for half of the rows and .85 for 7.5 % wherever the verdict on `unrolled` is BELIEVE.
 """

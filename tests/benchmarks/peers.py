@@ -1,4 +1,4 @@
-"""One exact hypergradient: seconds, memory and error beside plain JAX, PyTorch and the libraries that give one.
+"""Time, memory and error of one hypergradient, next to PyTorch and other libraries.
 
     pip install --no-deps -r tests/benchmarks/requirements.txt
     python -m tests.benchmarks.peers

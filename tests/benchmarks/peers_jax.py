@@ -129,7 +129,7 @@ def swept(problem: Training, *, kept: str) -> Callable[[], np.ndarray]:
 
 
 def solved(problem: Regression) -> Callable[[], np.ndarray]:
-    """This package's implicit estimate: CG on Hessian products, and the entries of all rows."""
+    """This package's implicit estimate: CG on Hessian products, and the hypergradients of all examples."""
     batch = {
         "x": _array(problem.x)[None],
         "y": jnp.asarray(problem.y)[None],

@@ -1,4 +1,4 @@
-"""Does a model gain from its own responses? Every arm of `refine` on the sums task, where the truth is known.
+"""Gain of a model from its own responses, by every method of `refine` on sums.
 
     python -m tests.benchmarks.refine FOLDER --seeds 3 --corrupted 0.4 0.7
 

@@ -1,10 +1,10 @@
-"""Does dynamic reweighting help? Noisy fine-tuning on real text: uniform, scores with 1 and 5 makings, learned weights.
+"""Noisy fine-tuning on real text with uniform, score-based and learned weights.
 
     python -m tests.benchmarks.reweighting ../shared
 
 Prints one markdown table; `../shared` is the folder of real data and models that tests/conftest.py describes. The task
-is that of tests/runs/test_selection_slow.py: 160 sentences of film reviews, 160 others whose tokens were permuted, 80
-openings of school arithmetic; of 240 trusted sentences 120 are validation, the holdout of all scores and of the learned
+is that of tests/commands/test_select_slow.py: 160 sentences of film reviews, 160 others whose tokens were permuted, 80
+openings of school arithmetic; of 240 other sentences 120 are validation, the holdout of all scores and of the learned
 weights, and the rest test, which nothing but the table reads. Every arm trains all parameters of the 260-thousand-
 parameter model for as many steps, from cold, under the same data orders; the oracle has the 160 rows alone. Scores give
 weights by min-max over each step's rows; AUC is of the weights that rows got against the labels.

@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.rows ../shared/data out/rows
 
-Sources: the first 150 instructions each of text-davinci-003 and of GPT-4 (field `source`), and GPT-4's trusted ones.
+Sources: the first 150 instructions each of text-davinci-003 and of GPT-4 (field `source`), and GPT-4's validation examples.
 Solutions: what four models answered to the first 60 test questions (fields `source` and `label`, correct or wrong),
 and the answers of the data set's authors to other questions as validation examples.
 
 Reviews: sentences of film reviews, the first half as prompt and the rest as response: 80 as they are, 50 whose letters
-went through one fixed substitution, 30 openings of school arithmetic instead (`label`), and 64 trusted ones.
+went through one fixed substitution, 30 openings of school arithmetic instead (`label`), and 64 validation examples.
 """
 
 import argparse

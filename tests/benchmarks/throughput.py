@@ -7,7 +7,7 @@ tests/conftest.py describes.
 
 All parameters of stories-260k (or --model babyllama-1m), AdamW, float32, 16 rows of about 64 tokens, no packing. The
 three loops take turns in one process and read the same rows; medians over the rounds. What each does: `train` as
-runs/train.py calls it, from making the batch to the loss; plain optax a jitted step of the mean loss of the same
+`bilevel-jax train` calls it, from making the batch to the loss; plain optax a jitted step of the mean loss of the same
 batches, made by the same code; PyTorch `transformers` with its own loss, torch.optim.AdamW and the same padded tokens,
 on all cores. Target: at least .97 of plain optax.
 """
