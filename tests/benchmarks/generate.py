@@ -49,8 +49,8 @@ def measure(
             for how, temperature in WAYS.items():
                 sampling = SamplingParams(temperature, max_new_tokens=new)
                 ours = make_sampler(
-                    models.make_decoder(config), sampling, make_detokenizer(tokenizer), end_tokens=(), max_batch_tokens=batch * (prompt + new),
-                    bucket_lengths=(prompt,),
+                    models.make_decoder(config), sampling, make_detokenizer(tokenizer), end_tokens=(),
+                    max_batch_tokens=batch * (prompt + new), bucket_lengths=(prompt,),
                 )  # fmt: skip
                 asked = [Prompt(str(row), tuple(ids[row])) for row in range(batch)]
                 turns = [partial(_reference, reference, ids[:batch], sampling, count) for count in threads]

@@ -5,10 +5,10 @@
 One setting per call, 9 to 16 minutes on two busy CPU cores; prints one markdown table. `../shared` is the folder of
 real data and models that tests/conftest.py describes.
 
-400 training examples, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not), cut to
-32 tokens; V is 64 + 64 other reviews. 64 AdamW steps of 16 rows under the package's defaults (eps_root = 1e-12, warm-up
-and cosine, clipped at 1). A random half, or 7.5 %, of the rows leaves the training set; the score is Spearman's rank
-correlation of sum_i g_i dw_i, with g the hypergradients on validation, with the change of L_v after
+400 training examples, 200 sentences of stories (which the model knows) and 200 of film reviews (which it does not),
+cut to 32 tokens; V is 64 + 64 other reviews. 64 AdamW steps of 16 rows under the package's defaults (eps_root =
+1e-12, warm-up and cosine, clipped at 1). A random half, or 7.5 %, of the rows leaves the training set; the score is
+Spearman's rank correlation of sum_i g_i dw_i, with g the hypergradients on validation, with the change of L_v after
 retraining, read on validation and on test. With 40 retrains its standard error is about (1 - score^2) / 6.
 
 Accept .55 for half of the rows and .85 for 7.5 % wherever the verdict on `unrolled` is BELIEVE.

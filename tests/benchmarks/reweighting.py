@@ -43,8 +43,9 @@ def measure(shared: Path, folder: Path, *, seeds: int, steps: int) -> None:
     common = {
         "model.name_or_path": shared / "models" / MODEL, "lora.r": 0, "data.train": folder / "train.jsonl",
         "data.validation": folder / "fit.jsonl", "data.test": folder / "test.jsonl", "data.label-field": "label",
-        "data.max-length": 96, "data.truncation": "right", "optimizer.learning-rate": 3e-4, "optimizer.warmup_steps": 10,
-        "optimizer.eps-root": 1e-8, "train.max_steps": steps, "train.global_batch_size": 16, "mesh.data": 1,
+        "data.max-length": 96, "data.truncation": "right", "optimizer.learning-rate": 3e-4,
+        "optimizer.warmup_steps": 10, "optimizer.eps-root": 1e-8, "train.max_steps": steps,
+        "train.global_batch_size": 16, "mesh.data": 1,
     }  # fmt: skip
     given = [text for flag, value in common.items() for text in (f"--{flag}", str(value))]
     given += ["--data.split", "1", "0", "0", "--output.no-progress"]

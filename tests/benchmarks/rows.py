@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.rows ../shared/data out/rows
 
-Sources: the first 150 instructions each of text-davinci-003 and of GPT-4 (field `source`), and GPT-4's validation examples.
+Sources: the first 150 instructions each of text-davinci-003 and of GPT-4 (field `source`), and GPT-4's for
+validation.
 Solutions: what four models answered to the first 60 test questions (fields `source` and `label`, correct or wrong),
 and the answers of the data set's authors to other questions as validation examples.
 

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.strategies out/sums
     bilevel-jax rank configs/rank.yaml --model.name-or-path out/sums/model --data.train out/sums/strategies.jsonl
-        --data.prompt-field prompt --rank.max-question-tokens 0 --rank.max-response-tokens 0 --generate.max-new-tokens 12
-        --rank.template '{examples}{question}' --rank.example-template $'{answer}\\n' --rank.final-answer '' --rank.pick-by perplexity
-        --verifier.name numeric --verifier.answer-field result --data.validation out/sums/tested.jsonl --rank.train-examples 100
+        --data.prompt-field prompt --rank.max-question-tokens 0 --rank.max-response-tokens 0
+        --generate.max-new-tokens 12 --rank.template '{examples}{question}' --rank.example-template $'{answer}\\n'
+        --rank.final-answer '' --rank.pick-by perplexity --verifier.name numeric --verifier.answer-field result
+        --data.validation out/sums/tested.jsonl --rank.train-examples 100
         --lora.r 0 --optimizer.learning-rate 1e-3 --train.max-steps 60 --train.global-batch-size 32
 
 The model of `builtin:sums` knows two rules, the right one and one that forgets the carries. Strategies: right (the
