@@ -52,7 +52,7 @@ def subjects(made, tmp_path, *flags):
     task = prepare_text_task(
         config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
     )
-    return config, make_abstract_run(config, tokenize_splits(config, found), "dev"), task
+    return config, make_abstract_run(config, tokenize_splits(config, found), "select"), task
 
 
 @pytest.mark.parametrize(

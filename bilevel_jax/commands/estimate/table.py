@@ -7,8 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bilevel_jax.runs.budget.memory import MID_STEP_CHECKPOINT
-from bilevel_jax.runs.engine.trajectory_store import GIB
+from bilevel_jax.runs.budget.usage import DTYPE_BYTES, compare_usage, format_bytes
 
 COMMAND_NOTES = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model beside it.",
@@ -52,37 +51,6 @@ def print_comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> str
         console.print(f"{name}: {note}.", soft_wrap=True)
     planned_steps, steps_done = estimated["passes"], measured["passes"]
     return f"The run took {steps_done:,.0f} of at most {planned_steps:,.0f} training steps that were planned."
-
-
-def compare_usage(estimated: dict[str, Any], measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, estimated before the run, measured, what to know of it), for a terminal and for a report."""
-    whole_process = measured["memory_of"] == "process"
-    return [
-        ("work, training steps", f"{estimated['passes']:,.0f}", f"{measured['passes']:,.0f}", "estimated: at most"),
-        (
-            "memory",
-            format_bytes(estimated["peak"]),
-            format_bytes(measured["memory"]),
-            "estimated: arrays on one device, without the workspace of a step; measured: "
-            + (
-                f"the whole process, {format_bytes(estimated['memory_before'])} of it before training began"
-                if whole_process
-                else "one device"
-            ),
-        ),
-        (
-            "disk",
-            format_bytes(sum(amount for name, amount in estimated["disk"].items() if name != MID_STEP_CHECKPOINT)),
-            format_bytes(measured["disk"]),
-            "estimated: checkpoints and models, without what is saved in the middle of an outer step",
-        ),
-        (
-            "seconds a training step",
-            "",
-            f"{measured['seconds_per_pass']:.3g}",
-            f"on {measured['device']}, all included",
-        ),
-    ]
 
 
 # ---- the tables
@@ -209,16 +177,6 @@ def _verdict(estimated: dict[str, Any]) -> str:
 
 
 # ---- numbers in words
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, bytes_ in (("GiB", GIB), ("MiB", 2.0**20), ("KiB", 2.0**10)):
-        if num_bytes >= bytes_:
-            return f"{num_bytes / bytes_:,.4g}\u00a0{unit}"
-    return f"{num_bytes:.0f}\u00a0B"
 
 
 def _format_hours(value: float | None) -> str:

@@ -8,9 +8,13 @@ from typing import Any
 import jax
 
 from bilevel_jax.runs.budget import compiled_steps, memory, work
+from bilevel_jax.runs.budget.memory import MID_STEP_CHECKPOINT
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.engine.trajectory_store import GIB
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.text import Task
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
@@ -61,3 +65,42 @@ def measure_usage(
         "seconds_per_pass": seconds / timed_steps if timed_steps else float("nan"),
         "device": f"{task.mesh.size} x {task.mesh.devices.flat[0].device_kind}",
     }
+
+
+def compare_usage(estimated: dict[str, Any], measured: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, estimated before the run, measured, what to know of it), for a terminal and for a report."""
+    whole_process = measured["memory_of"] == "process"
+    return [
+        ("work, training steps", f"{estimated['passes']:,.0f}", f"{measured['passes']:,.0f}", "estimated: at most"),
+        (
+            "memory",
+            format_bytes(estimated["peak"]),
+            format_bytes(measured["memory"]),
+            "estimated: arrays on one device, without the workspace of a step; measured: "
+            + (
+                f"the whole process, {format_bytes(estimated['memory_before'])} of it before training began"
+                if whole_process
+                else "one device"
+            ),
+        ),
+        (
+            "disk",
+            format_bytes(sum(amount for name, amount in estimated["disk"].items() if name != MID_STEP_CHECKPOINT)),
+            format_bytes(measured["disk"]),
+            "estimated: checkpoints and models, without what is saved in the middle of an outer step",
+        ),
+        (
+            "seconds a training step",
+            "",
+            f"{measured['seconds_per_pass']:.3g}",
+            f"on {measured['device']}, all included",
+        ),
+    ]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, bytes_ in (("GiB", GIB), ("MiB", 2.0**20), ("KiB", 2.0**10)):
+        if num_bytes >= bytes_:
+            return f"{num_bytes / bytes_:,.4g}\u00a0{unit}"
+    return f"{num_bytes:.0f}\u00a0B"

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from bilevel_jax.commands.estimate.table import compare_usage
+from bilevel_jax.runs.budget.usage import compare_usage
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, format_versions, make_table
 from bilevel_jax.runs.report.numbers import MISSING
 from bilevel_jax.runs.report.results import RunResults
