@@ -399,12 +399,3 @@ def test_the_ends_are_the_largest_and_the_least_weights(tmp_path):
 )  # fmt: skip
 def test_number(value, text):
     assert format_number(value) == text
-
-
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("low, high", [(0.9, 1.1), (1e-6, 40.0), (3.0, 4000.0), (0.003, 0.1), (5.0, 5.0)])
-def test_scales_hold_their_values_and_have_ticks(low, high, log):
-    scale = figures.make_scale([low, math.nan, high], 10, 90, log=log)
-    assert 10 <= scale(low) <= scale(high) <= 90
-    ticks = scale.ticks()
-    assert 1 <= len(ticks) <= 12 and all(scale.low <= tick <= scale.high for tick in ticks)

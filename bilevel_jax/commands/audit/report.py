@@ -1,12 +1,14 @@
 """The report page of an `audit` run."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from bilevel_jax.commands.audit.retrains import TARGET_LABELS
-from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.figures import Point
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MISSING
 from bilevel_jax.runs.report.results import float_or_nan, write_report
@@ -113,80 +115,17 @@ def format_reading(values: Sequence[float | None] | None) -> str:
 # ---- the picture
 
 
-def plot_cost(result: JsonObject, at: int) -> Html:
+def plot_cost(result: JsonObject, at: int) -> Markup:
     """A point per score, LDS by passes on a log axis, with its interval and its name."""
-    left, right, top, bottom = 52, 380, 12, 300
     rows = [row for row in result["rows"] if row["lds"]["validation"][at][0] is not None]
     if not rows:
-        return html_element("p", "Every score predicts the same for every retrain.")
-    x = make_scale([max(row["passes"], 1.0) for row in rows], left + 10, right - 10, log=True)
-    y = make_scale([0.0, 1.0, *(end for row in rows for end in row["lds"]["validation"][at])], bottom, top, margin=0)
-    parts = [_grid_line(left, y(tick), right, y(tick), f"{tick:g}", left - 6, y(tick) + 4, "end") for tick in y.ticks()]
-    parts += [
-        _grid_line(x(tick), top, x(tick), bottom, f"{tick:,.0f}", x(tick), bottom + 16, "middle") for tick in x.ticks()
+        return Markup("<p>Every score predicts the same for every retrain.</p>")
+    colours = {"unrolled": 1, result["verdict"]["use"]: 3, "random": 5}
+    points = [
+        Point(max(row["passes"], 1.0), value, low, high, row["name"], colour=colours.get(row["name"], 0))
+        for row in rows
+        for value, low, high in [row["lds"]["validation"][at]]
     ]
-    parts.append(
-        html_element(
-            "line", x1=left, y1=_format_coordinate(y(0)), x2=right, y2=_format_coordinate(y(0)), class_="reference"
-        )
+    return figures.plot_lines(
+        [], "passes", "LDS", points=points, log_x=True, y_values_shown=[0, 1], reference=0, height=340, width=510
     )
-    places = _spread_labels([y(row["lds"]["validation"][at][0]) for row in rows], 13, top + 4)
-    for row, place in zip(rows, places, strict=True):
-        value, low, high = row["lds"]["validation"][at]
-        point_x, point_y = x(max(row["passes"], 1.0)), y(value)
-        colour = {"unrolled": "k1", result["verdict"]["use"]: "k3", "random": "k5"}.get(row["name"], "k0")
-        parts += [
-            html_element(
-                "line",
-                x1=_format_coordinate(point_x),
-                y1=_format_coordinate(y(low)),
-                x2=_format_coordinate(point_x),
-                y2=_format_coordinate(y(high)),
-                class_=f"whisker {colour}",
-            ),
-            html_element(
-                "circle", cx=_format_coordinate(point_x), cy=_format_coordinate(point_y), r=4, class_=f"dot {colour}"
-            ),
-            html_element(
-                "line",
-                x1=_format_coordinate(point_x + 6),
-                y1=_format_coordinate(point_y),
-                x2=right + 8,
-                y2=_format_coordinate(place),
-                class_="grid",
-            ),
-            html_element("text", row["name"], x=right + 11, y=_format_coordinate(place + 4), class_="label"),
-        ]
-    parts.append(
-        html_element("text", "passes (LDS upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle")
-    )
-    words = "; ".join(
-        f"{row['name']}: {row['lds']['validation'][at][0]:.3g} for {row['passes']:,.0f} passes" for row in rows
-    )
-    return html_element("svg", *parts, viewBox=f"0 0 {right + 130} {bottom + 42}", role="img", aria_label=words)
-
-
-def _spread_labels(places: Sequence[float], least: float, first: float) -> list[float]:
-    """The places, from the top, moved down until they are `least` apart, and up again where they pass the end."""
-    out, last = [0.0] * len(places), -math.inf
-    for at in sorted(range(len(places)), key=places.__getitem__):
-        last = out[at] = max(places[at], last + least, first)
-    return out
-
-
-def _grid_line(x1: float, y1: float, x2: float, y2: float, words: str, x: float, y: float, kind: str) -> Html:
-    line = html_element(
-        "line",
-        x1=_format_coordinate(x1),
-        y1=_format_coordinate(y1),
-        x2=_format_coordinate(x2),
-        y2=_format_coordinate(y2),
-        class_="grid",
-    )
-    return join_html(
-        line, html_element("text", words, x=_format_coordinate(x), y=_format_coordinate(y), class_=f"tick {kind}")
-    )
-
-
-def _format_coordinate(value: float) -> str:
-    return f"{value:.1f}"

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from bilevel_jax.runs.report.figures import Html, html_element, join_html, make_scale
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MeanInterval, format_number
 from bilevel_jax.runs.report.results import float_or_nan, write_report
@@ -199,40 +201,17 @@ def _get_estimate(row: JsonObject, key: str) -> MeanInterval | None:
 # ---- the picture
 
 
-def plot_cost_curves(result: JsonObject) -> Html:
-    """A line per method: quality by passes spent, its name at the line's end; baselines as dashes in the margin."""
-    left, right, top, bottom, margin = 58, 560, 14, 330, 150
+def plot_cost_curves(result: JsonObject) -> Markup:
+    """A line per method: quality by passes spent, its name at the line's end."""
     lines = {row["name"]: _mean_curve(row, result["labels"]) for row in result["rows"] if row["learns"]}
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
-        return html_element("p", "No method made a step.")
-    x = make_scale([0.0, *(a for points in lines.values() for a, _ in points)], left, right, margin=0)
-    y = make_scale([b for points in lines.values() for _, b in points], bottom, top)
-    parts = [_grid_line(x(tick), top, x(tick), bottom, f"{tick:,.0f}", "middle", bottom + 16) for tick in x.ticks()]
-    parts += [
-        _grid_line(left, y(tick), right, y(tick), f"{tick:g}", "end", y(tick) + 4, left - 6) for tick in y.ticks()
+    curves = [
+        Series(name, [x for x, _ in points], [y for _, y in points], colour, "named")
+        for colour, (name, points) in enumerate((name, points) for name, points in lines.items() if points)
     ]
-    places = _spread_labels({name: y(points[-1][1]) for name, points in lines.items()}, 14)
-    for index, (name, points) in enumerate(lines.items()):
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-        end_x, end_y = x(points[-1][0]), y(points[-1][1])
-        colour = f"k{index % 6}{' d1' if index >= 6 else ''}"
-        parts += [
-            html_element("polyline", points=path, class_=f"line {colour}"),
-            html_element("circle", cx=f"{end_x:.1f}", cy=f"{end_y:.1f}", r=4, class_=f"dot {colour}"),
-            html_element(
-                "line", x1=f"{end_x + 6:.1f}", y1=f"{end_y:.1f}", x2=right + 12, y2=f"{places[name]:.1f}", class_="grid"
-            ),
-            html_element("text", name, x=right + 15, y=f"{places[name] + 4:.1f}", class_="label"),
-        ]
-    what = "AUC" if result["labels"] else f"test loss, {result['unit']}"
-    parts.append(
-        html_element(
-            "text", f"passes spent ({what} upwards)", x=(left + right) / 2, y=bottom + 34, class_="tick middle"
-        )
-    )
-    words = "; ".join(f"{name}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in lines.items())
-    return html_element("svg", *parts, viewBox=f"0 0 {right + margin} {bottom + 42}", role="img", aria_label=words)
+    if not curves:
+        return Markup("<p>No method made a step.</p>")
+    unit = "AUC" if result["labels"] else f"test loss, {result['unit']}"
+    return figures.plot_lines(curves, "passes spent", unit, x_values_shown=[0], height=370, width=710)
 
 
 def _mean_curve(row: JsonObject, labels: bool) -> list[tuple[float, float]]:
@@ -244,19 +223,3 @@ def _mean_curve(row: JsonObject, labels: bool) -> list[tuple[float, float]]:
         if all(value is not None for value in values):
             points.append((float(np.mean([point["passes"] for point in seed_points])), float(np.mean(values))))
     return points
-
-
-def _spread_labels(places: dict[str, float], least: float) -> dict[str, float]:
-    """The places moved down until they are `least` apart."""
-    out: dict[str, float] = {}
-    for name in sorted(places, key=places.__getitem__):
-        out[name] = max(places[name], max(out.values(), default=-math.inf) + least)
-    return out
-
-
-def _grid_line(
-    x1: float, y1: float, x2: float, y2: float, words: str, kind: str, at: float, start: float | None = None
-) -> Html:
-    line = html_element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_="grid")
-    text = html_element("text", words, x=f"{x1 if start is None else start:.1f}", y=f"{at:.1f}", class_=f"tick {kind}")
-    return join_html(line, text)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from bilevel_jax.commands.rank.metrics import METRICS
-from bilevel_jax.runs.report.figures import Html, html_element, make_scale
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, make_table, render_page, shorten_text
 from bilevel_jax.runs.report.numbers import MISSING, format_number
 from bilevel_jax.runs.report.results import float_or_nan, write_report
@@ -216,48 +218,14 @@ def _spread_ratio(values: Sequence[float]) -> float:
 # ---- the picture
 
 
-def plot_metric(result: JsonObject, metric: str, pick_by: str) -> Html:
+def plot_metric(result: JsonObject, metric: str, pick_by: str) -> Markup:
     """A line per strategy: its score with its interval, and its blocks; in the order of the deciding metric."""
-    left, right, top, height = 190, 520, 6, 26
-    names, lines, order = result["strategies"], result["metrics"][metric], order_strategies(result, pick_by)
-    bottom = top + height * len(order)
-    values = [float_or_nan(item) for line in lines for item in (*line["score"], *line["blocks"])]
-    is_log = metric in ("sppl", "perplexity") and max(values) > 20 * min(values) > 0
-    x = make_scale(values, left, right - 8, log=is_log)
-    parts = [html_element("line", x1=left, y1=bottom, x2=right - 8, y2=bottom, class_="axis")]
-    ticks = x.ticks()
-    for tick in ticks[:: -(-len(ticks) // 6) or 1]:  # as many as there is room for, also over many decades
-        parts.append(
-            html_element(
-                "line", x1=_format_coordinate(x(tick)), y1=top, x2=_format_coordinate(x(tick)), y2=bottom, class_="grid"
-            )
-        )
-        parts.append(
-            html_element("text", f"{tick:g}", x=_format_coordinate(x(tick)), y=bottom + 16, class_="tick middle")
-        )
-    best = order_strategies(result, metric)[0]
-    for place, at in enumerate(order):
-        y = top + height * (place + 0.5)
+    lines, best = result["metrics"][metric], order_strategies(result, metric)[0]
+    rows = []
+    for at in order_strategies(result, pick_by):
         value, low, high = (float_or_nan(item) for item in lines[at]["score"])
-        colour = "k3" if at == best else "k0"
-        words = names[at] if len(names[at]) <= 25 else names[at][:24] + "…"
-        parts += [
-            html_element("text", html_element("title", names[at]), words, x=left - 10, y=_format_coordinate(y + 4), class_="label end"),
-            html_element("line", x1=_format_coordinate(x(low)), y1=_format_coordinate(y), x2=_format_coordinate(x(high)), y2=_format_coordinate(y), class_=f"whisker {colour}"),
-            *(_svg_point(x(float_or_nan(item)), y + 8, 1.9, f"faint {colour}") for item in lines[at]["blocks"]),
-            _svg_point(x(value), y, 4, f"dot {colour}"),
-        ]  # fmt: skip
-    label = f"{METRICS[metric].title}, {DIRECTION_LABELS[METRICS[metric].sign]}"
-    parts.append(html_element("text", label, x=(left + right) / 2, y=bottom + 34, class_="tick middle"))
-    description = "; ".join(f"{names[at]} {float_or_nan(lines[at]['score'][0]):.4g}" for at in order)
-    return html_element(
-        "svg", *parts, viewBox=f"0 0 {right} {bottom + 40}", role="img", aria_label=f"{label}: {description}"
-    )
-
-
-def _svg_point(x: float, y: float, radius: float, kind: str) -> Html:
-    return html_element("circle", cx=_format_coordinate(x), cy=_format_coordinate(y), r=radius, class_=kind)
-
-
-def _format_coordinate(value: float) -> str:
-    return f"{value:.1f}"
+        blocks = [float_or_nan(item) for item in lines[at]["blocks"]]
+        rows.append(IntervalRow(result["strategies"][at], value, low, high, blocks, colour=3 if at == best else 0))
+    values = [value for row in rows for value in (row.value, row.low, row.high, *row.seed_values)]
+    log = metric in ("sppl", "perplexity") and max(values) > 20 * min(values) > 0
+    return figures.plot_intervals(rows, f"{METRICS[metric].title}, {DIRECTION_LABELS[METRICS[metric].sign]}", log=log)

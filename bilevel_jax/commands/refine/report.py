@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from bilevel_jax.runs.report.figures import Html, html_element, make_scale
+from markupsafe import Markup
+
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.figures import Point, Series
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, isolated_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_count, format_number, format_percent
 from bilevel_jax.runs.report.results import write_report
@@ -165,76 +168,30 @@ def format_gain(gain: JsonObject) -> str:
 # ---- the picture
 
 
-def plot_rounds(result: JsonObject) -> Html:
+def plot_rounds(result: JsonObject) -> Markup:
     """dev loss: the present model as a line of steps, candidates as points with paired intervals."""
-    left, right, top, bottom = 58, 520, 14, 250
-    records = result["records"]
-    after = [
-        next(one["dev"] for one in record["candidates"] if one["name"] == record["best"])
-        if record["accepted"]
-        else record["present"]
-        for record in records
-    ]
-    ends = [end for record in records for end in _candidate_interval(record)]
-    values = [*ends, *after, *(candidate["dev"] for record in records for candidate in record["candidates"])]
-    y = make_scale([*values, *(record["present"] for record in records)], bottom, top)
-    x = make_scale([-0.5, len(records) - 0.5 + 0.3], left, right, margin=0)
-    parts = []
-    for tick in y.ticks():
-        parts.append(_svg_line(left, y(tick), right, y(tick), "grid"))
-        parts.append(
-            html_element("text", f"{tick:.6g}", x=left - 6, y=_format_coordinate(y(tick) + 4), class_="tick end")
-        )
-    for at, (record, end) in enumerate(zip(records, after, strict=True)):
-        parts.append(
-            html_element("text", str(record["step"]), x=_format_coordinate(x(at)), y=bottom + 16, class_="tick middle")
-        )
-        parts.append(_svg_line(x(at - 0.5), y(record["present"]), x(at + 0.2), y(record["present"]), "line k0"))
-        parts.append(_svg_line(x(at + 0.2), y(record["present"]), x(at + 0.5), y(end), "line k0"))
-        count = len(record["candidates"])
-        for place, candidate in enumerate(record["candidates"]):
-            point_x = x(at + 0.2 + 0.12 * (place - (count - 1) / 2))
-            is_best = candidate["name"] == record["best"]
-            if is_best:
-                low, high = _candidate_interval(record)
-                parts.append(_svg_line(point_x, y(low), point_x, y(high), "whisker k1"))
-            kind = "dot k3" if is_best and record["accepted"] else "hollow k1" if is_best else "faint k5"
-            title = html_element("title", f"{candidate['name']} {candidate['dev']:.4f}")
-            parts.append(
-                html_element(
-                    "circle",
-                    title,
-                    cx=_format_coordinate(point_x),
-                    cy=_format_coordinate(y(candidate["dev"])),
-                    r=4.5,
-                    class_=kind,
-                )
-            )
-        word = "accepted" if record["accepted"] else "kept"
-        parts.append(html_element("text", word, x=_format_coordinate(x(at)), y=bottom + 30, class_="tick middle"))
-    parts.append(html_element("text", "round", x=(left + right) / 2, y=bottom + 46, class_="tick middle"))
-    words = "; ".join(
-        f"round {record['step']}: present {record['present']:.4g}, best {end:.4g}"
-        for record, end in zip(records, after, strict=True)
+    steps: list[tuple[float, float]] = []
+    points: list[Point] = []
+    ticks: dict[float, str] = {}
+    for at, record in enumerate(result["records"]):
+        losses = {candidate["name"]: candidate["dev"] for candidate in record["candidates"]}
+        after = losses[record["best"]] if record["accepted"] else record["present"]
+        steps += [(at - 0.5, record["present"]), (at + 0.2, record["present"]), (at + 0.5, after)]
+        ticks[at] = f"{record['step']}\n{'accepted' if record['accepted'] else 'kept'}"
+        for place, (name, loss) in enumerate(losses.items()):
+            point = Point(at + 0.2 + 0.12 * (place - (len(losses) - 1) / 2), loss, title=f"{name} {loss:.4f}")
+            if name != record["best"]:
+                points.append(point._replace(colour=5, kind="faint"))
+                continue
+            low, high = _candidate_interval(record)
+            point = point._replace(low=low, high=high)
+            points.append(point._replace(colour=3) if record["accepted"] else point._replace(colour=1, kind="hollow"))
+    present = Series("present model", [x for x, _ in steps], [y for _, y in steps], kind="plain")
+    return figures.plot_lines(
+        [present], "round", f"dev loss, {result['unit']}", points=points, x_ticks=ticks, height=300
     )
-    return html_element("svg", *parts, viewBox=f"0 0 {right} {bottom + 54}", role="img", aria_label=words)
 
 
 def _candidate_interval(record: JsonObject) -> tuple[float, float]:
     """The interval of the best candidate's loss, as the present one's minus the interval of the gain."""
     return record["present"] - record["gain"]["high"], record["present"] - record["gain"]["low"]
-
-
-def _svg_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return html_element(
-        "line",
-        x1=_format_coordinate(x1),
-        y1=_format_coordinate(y1),
-        x2=_format_coordinate(x2),
-        y2=_format_coordinate(y2),
-        class_=kind,
-    )
-
-
-def _format_coordinate(value: float) -> str:
-    return f"{value:.1f}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, SelectionSection
@@ -22,7 +23,7 @@ from bilevel_jax.runs.report.comparison import (
     variant_interval,
 )
 from bilevel_jax.runs.report.examples import describe_extreme_examples
-from bilevel_jax.runs.report.figures import Html, Series
+from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import (
     MISSING,
@@ -102,7 +103,7 @@ def render_select_report(run: RunResults) -> str:
 # ---- the verdict and the headline
 
 
-def draw_first_pictures(run: RunResults) -> list[tuple[Html, str]]:
+def draw_first_pictures(run: RunResults) -> list[tuple[Markup, str]]:
     """The two pictures at the top, with their captions: losses, and weights by label or source."""
     key = "label" if run.has_labels else "source"
     weights = figures.plot_strips(group_weights(run, key), weight_axis_label(run), reference=1.0)
@@ -215,7 +216,7 @@ def outer_steps_table(run: RunResults) -> Table:
     return make_table(*columns, row_classes={run.result["best"]: "strong"})
 
 
-def _plot_validation_losses(run: RunResults) -> Html:
+def _plot_validation_losses(run: RunResults) -> Markup:
     """Losses over the outer steps; test has the colour that it has in the comparison."""
     records = run.result["records"]
     steps = [record["step"] for record in records]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from bilevel_jax.commands.train.report_scores import ScoreHistory, describe_scores, read_score_history
 from bilevel_jax.lm.data.examples import Example
@@ -19,7 +20,6 @@ from bilevel_jax.runs.report.curves import (
     written_step,
 )
 from bilevel_jax.runs.report.examples import describe_extreme_examples
-from bilevel_jax.runs.report.figures import Html
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import (
     SignedNumber,
@@ -161,7 +161,7 @@ def judge_validation(run: RunResults) -> ValidationVerdict:
     return ValidationVerdict("good", "✓", "Validation loss fell", f"{words}.", fair[change.part])
 
 
-def draw_first_pictures(run: RunResults, log: TrainingLog) -> list[tuple[Html, str]]:
+def draw_first_pictures(run: RunResults, log: TrainingLog) -> list[tuple[Markup, str]]:
     """Losses and, where there are any, learning rates by step, with their captions."""
     pictures = [(plot_losses(run, log), losses_caption(run, log))]
     if any(math.isfinite(rate) for rate in log.learning_rates):

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float
+from markupsafe import Markup
 
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import NUM_COLOURS, Html
+from bilevel_jax.runs.report.figures import NUM_COLOURS
 from bilevel_jax.runs.report.html import Column, Table, make_table
 from bilevel_jax.runs.report.results import RunResults
 from bilevel_jax.runs.scoring import scores
@@ -45,7 +46,7 @@ def describe_scores(run: RunResults, history: ScoreHistory) -> dict[str, Any]:
     }
 
 
-def plot_scores(run: RunResults, history: ScoreHistory) -> Html:
+def plot_scores(run: RunResults, history: ScoreHistory) -> Markup:
     """The scores of all examples each time that they were computed."""
     summary = run.result["scoring"]
     score_groups = [

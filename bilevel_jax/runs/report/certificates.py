@@ -3,8 +3,10 @@
 import math
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import Html, Series
+from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Cell, Column, bold_cell, make_table
 from bilevel_jax.runs.report.numbers import format_number
 from bilevel_jax.runs.report.results import RunResults, float_or_nan
@@ -63,7 +65,7 @@ def describe_certificates(run: RunResults) -> dict[str, Any]:
     }
 
 
-def plot_ratios(run: RunResults) -> Html | None:
+def plot_ratios(run: RunResults) -> Markup | None:
     """Actual over predicted change of the validation loss by the size of the change; None without a ratio."""
     curves = [
         Series(
@@ -83,6 +85,7 @@ def plot_ratios(run: RunResults) -> Html | None:
         "actual / predicted change of validation loss",
         bands=[(0.95, 1.05), (0.9, 1.1)],
         log_x=True,
+        x_ticks={step: f"{step:g}" for curve in curves for step in curve.x},
         y_values_shown=[0.88, 1.12],
     )
 

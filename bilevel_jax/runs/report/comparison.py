@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import Html, IntervalRow
+from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table
 from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_count, format_interval
 from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part
@@ -110,20 +112,20 @@ def _describe_headroom(run: RunResults, part: str) -> str:
     return f"Of that headroom the learned weights close {share} on average."
 
 
-def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, second_part: str = "") -> Html:
+def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, second_part: str = "") -> Markup:
     """A dot and an interval per variant, read on one part of the validation examples, and hollow on a second."""
     uniform = next((row for row in rows if row["name"] == "uniform"), None)
+    lines = []
+    for row in rows:
+        mean, half_width = variant_interval(row, part)
+        seed_values = [float_or_nan(one[part]) for one in row["runs"]]
+        second_value = variant_interval(row, second_part).mean if second_part else math.nan
+        emphasized = row["name"] == "learned weights"
+        lines.append(
+            IntervalRow(row["name"], mean, mean - half_width, mean + half_width, seed_values, second_value, emphasized)
+        )
     return figures.plot_intervals(
-        [
-            IntervalRow(
-                row["name"],
-                *variant_interval(row, part),
-                [float_or_nan(one[part]) for one in row["runs"]],
-                variant_interval(row, second_part).mean if second_part else math.nan,
-                row["name"] == "learned weights",
-            )
-            for row in rows
-        ],
+        lines,
         f"loss, {run.unit}" if second_part else f"{part} loss, {run.unit}",
         names=(f"{part} loss", "validation loss") if second_part else ("", ""),
         width=780 if second_part else 520,

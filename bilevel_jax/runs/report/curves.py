@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from bilevel_jax.runs.infra.journal import read_journal
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import Html, Series
+from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.numbers import engineering_exponent, format_count, format_power_of_ten
 from bilevel_jax.runs.report.results import RunResults, float_or_nan
 from bilevel_jax.runs.report.weights import all_equal
@@ -39,7 +40,7 @@ def read_training_log(path: Path) -> TrainingLog:
     return TrainingLog(steps, [by_step[step][0] for step in steps], [by_step[step][1] for step in steps])
 
 
-def plot_losses(run: RunResults, log: TrainingLog) -> Html:
+def plot_losses(run: RunResults, log: TrainingLog) -> Markup:
     """The training loss of each step and its running mean, and the validation losses."""
     best = written_step(run)
     mark = (best, f"written: step {best}") if best is not None else None
@@ -84,13 +85,17 @@ def losses_caption(run: RunResults, log: TrainingLog) -> str:
     return " ".join(words)
 
 
-def plot_learning_rates(log: TrainingLog) -> Html:
+def plot_learning_rates(log: TrainingLog) -> Markup:
     """The learning rate of each step."""
     power = engineering_exponent(max((rate for rate in log.learning_rates if math.isfinite(rate)), default=0.0))
     values = [rate / 10.0**power for rate in log.learning_rates]
     curve = Series("learning rate", log.steps, values, 5, "plain" if len(values) > 1 else "marked")
     return figures.plot_lines(
-        [curve], "steps made", f"learning rate, {format_power_of_ten(power)}".strip(" ,"), y_values_shown=[0], height=80
+        [curve],
+        "steps made",
+        f"learning rate, {format_power_of_ten(power)}".strip(" ,"),
+        y_values_shown=[0],
+        height=140,
     )
 
 

@@ -1,18 +1,42 @@
 """Figures of a report as inline SVG: escaped text, and colours that follow the page in light, dark and print."""
 
-import html
+import contextlib
+import hashlib
+import io
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
+from markupsafe import Markup
+
+if TYPE_CHECKING:  # imported where a figure is drawn: a training that writes no report does without it
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
+    from matplotlib.figure import Figure
 
 NUM_COLOURS = 6
 """Groups and series that can be told apart; callers gather the rest in one."""
 MAX_POINTS = 500
 """Points drawn of one group or series: enough to see its shape, few enough for a small file."""
 MAX_MARKERS = 20
-"""Markers on one line, and values told in words for those who cannot see it."""
+"""Markers on one line, and values listed in words for those who cannot see it."""
+MAX_NAME = 25
+"""Characters of a name in a figure; the whole name appears under a pointer."""
+VARIABLES = ("ink", "muted", "rule", "panel", "good", "c0", "c1", "c2", "c3", "c4", "c5")
+"""The page's colours; in light, dark and print each has another value."""
+COLOURS = {name: f"#0000{at:02x}" for at, name in enumerate(VARIABLES, 1)}
+"""What matplotlib draws with; every one becomes a variable of the page."""
+COLOUR = re.compile("#0000([0-9a-f]{2})")
+DECIMALS = re.compile(r"-?\d+\.\d{3,}")
+TITLE = "title: "
+"""An artist's id that begins so becomes its <title>: the words that appear under a pointer."""
+REFERENCE: dict[str, Any] = {"color": COLOURS["muted"], "linestyle": (0, (4, 3)), "linewidth": 1}
+DASHES: dict[int, Any] = {1: (0, (3.3, 1.7)), 2: (0, (1.1, 1.7))}
+"""Dashes by colour, in widths of the line: series differ by more than their colour."""
 BIDI_CONTROLS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """Characters that turn the direction of what follows them: right-to-left text needs none of them, spoofing does."""
 VISIBLE_CONTROLS: dict[int, str] = (
@@ -22,25 +46,19 @@ VISIBLE_CONTROLS: dict[int, str] = (
 )
 
 
-class Html(str):
-    """Text that is markup already. Whatever is not of this type is escaped on its way into a page."""
-
-    def __html__(self) -> str:
-        """The markup, for jinja2."""
-        return self
-
-
 class IntervalRow(NamedTuple):
     """One line of a dot-and-interval plot; nan where there is no such number."""
 
     name: str
     value: float
-    half_width: float
-    """Half-width of the interval around `value`."""
+    low: float = math.nan
+    high: float = math.nan
+    """Ends of the interval around `value`."""
     seed_values: Sequence[float] = ()
     second_value: float = math.nan
     """Another reading of the same line, drawn hollow."""
     emphasized: bool = False
+    colour: int = 0
 
 
 class Series(NamedTuple):
@@ -50,31 +68,24 @@ class Series(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     colour: int = 0
-    kind: Literal["marked", "plain", "cloud"] = "marked"
-    """A line with a marker at each value; a bare line, for many values; single points, for many noisy ones."""
+    kind: Literal["marked", "plain", "cloud", "named"] = "marked"
+    """A line with a marker at each value; a bare line, for many values; single points, for many noisy ones; a line with
+    its name at its end, for many lines."""
 
 
-def html_element(tag: str, /, *children: str | None, **attributes: object) -> Html:
-    """<name attributes>children</name>, where everything that is not Html is escaped: hostile text stays text.
+class Point(NamedTuple):
+    """One point of a line plot, with its interval."""
 
-    Attributes may end in an underscore (class_), and other underscores are hyphens; those that are None are left out.
-    """
-    pairs = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(show_control_characters(str(value)))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    if tag in ("meta", "br"):
-        return Html(f"<{tag}{pairs}>")
-    return Html(f"<{tag}{pairs}>{join_html(*children)}</{tag}>")
-
-
-def join_html(*children: str | None) -> Html:
-    """The children side by side, escaped unless they are Html."""
-    parts = (
-        child if isinstance(child, Html) else html.escape(show_control_characters(child)) for child in children if child
-    )
-    return Html("".join(parts))
+    x: float
+    y: float
+    low: float = math.nan
+    high: float = math.nan
+    name: str = ""
+    """Stands in the right margin."""
+    title: str = ""
+    """Appears under a pointer."""
+    colour: int = 0
+    kind: Literal["dot", "hollow", "faint"] = "dot"
 
 
 def show_control_characters(text: str) -> str:
@@ -85,108 +96,195 @@ def show_control_characters(text: str) -> str:
 # ---- the figures
 
 
+@contextlib.contextmanager
+def matplotlib_style() -> Iterator[None]:
+    """matplotlib with the page's colours, text as text ($ begins no mathematics), and the same bytes again."""
+    import matplotlib
+
+    muted, rule = COLOURS["muted"], COLOURS["rule"]
+    settings: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "bilevel_jax", "text.parse_math": False, "text.usetex": False,
+        "font.family": ["DejaVu Sans"], "font.size": 11, "text.color": muted, "axes.labelcolor": muted,
+        "xtick.color": muted, "ytick.color": muted, "xtick.major.size": 0, "ytick.major.size": 0,
+        "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.edgecolor": muted,
+        "axes.linewidth": 1, "ytick.major.pad": 7,
+        "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False, "axes.labelsize": 11,
+        "axes.grid": True, "axes.axisbelow": True, "grid.color": rule, "grid.linewidth": 1, "lines.linewidth": 1.8,
+        "lines.solid_capstyle": "butt", "legend.frameon": False, "legend.fontsize": 11, "legend.borderpad": 0,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has other fonts
+        yield
+
+
+@matplotlib_style()
 def plot_intervals(
     rows: Sequence[IntervalRow],
     label: str,
     *,
     names: tuple[str, str] = ("", ""),
     reference: float = math.nan,
+    log: bool = False,
     width: float = 520,
-) -> Html:
-    """A line per row: its value with its interval, below them its single runs; `names` is the legend."""
-    left, right, height = 140, width, 27
-    top, second = (28 if names[0] else 6), any(math.isfinite(row.second_value) for row in rows)
-    bottom = top + height * len(rows)
-    ends = [row.value + sign * row.half_width for row in rows for sign in (-1, 1) if math.isfinite(row.half_width)]
-    x = make_scale(
-        [*ends, *(v for row in rows for v in (row.value, row.second_value, *row.seed_values))], left, right - 8
-    )
-    parts = [*_x_axis(x, top, bottom, label)]
-    if names[0]:
-        legend_items = [(names[0], "k0", "dot"), *([(names[1], "k1", "hollow")] if second else [])]
-        parts += _legend(legend_items, left)
+) -> Markup:
+    """A line for each row: its value with its interval, below them its single runs.
+
+    Args:
+        rows: from the top down.
+        label: what the axis holds, with its unit.
+        names: the legend's words for the filled and the hollow points; empty for no legend.
+        reference: where the dashed line stands; nan for none.
+        log: equal steps per factor.
+        width: of the figure, in points.
+    """
+    figure, axes = _new_figure(width, 27 * len(rows) + (70 if names[0] else 46))
+    values = [value for row in rows for value in (row.value, row.low, row.high, row.second_value, *row.seed_values)]
+    _set_axis(axes.xaxis, axis_limits(values, log=log), label, log=log)
+    _name_rows(axes, [(row.name, "") for row in rows], [row.emphasized for row in rows])
     if math.isfinite(reference):
-        parts.append(_line(x(reference), top, x(reference), bottom, "reference"))
-    for index, row in enumerate(rows):
-        y = top + height * (index + 0.5)
-        strong = " strong" if row.emphasized else ""
-        parts.append(_text(left - 10, y + 4, _truncate(row.name, 18), f"label end{strong}", full=row.name))
-        if math.isfinite(row.second_value):
-            parts.append(_circle(x(row.second_value), y, 3.5, "hollow k1"))
-        parts += [_circle(x(run), y + 8, 1.9, "faint k0") for run in row.seed_values if math.isfinite(run)]
-        if math.isfinite(row.half_width):
-            parts.append(
-                _line(x(row.value - row.half_width), y, x(row.value + row.half_width), y, f"whisker k0{strong}")
-            )
-        if math.isfinite(row.value):
-            parts.append(_circle(x(row.value), y, 5 if row.emphasized else 4, "dot k0"))
+        axes.axvline(reference, **REFERENCE)
+    handles = []
+    for place, row in enumerate(rows):
+        colour = COLOURS[f"c{row.colour}"]
+        hollow = axes.plot([row.second_value], [place], **_marker("hollow", COLOURS["c1"]))
+        axes.plot(row.seed_values, [place + 0.3] * len(row.seed_values), **_marker("faint", colour))
+        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=3 if row.emphasized else 1.6)
+        filled = axes.plot([row.value], [place], **_marker("dot", colour))
+        handles = [*filled, *(hollow if any(math.isfinite(each.second_value) for each in rows) else [])]
+    if names[0]:
+        _add_legend(figure, list(zip(handles, names, strict=False)))
     words = "; ".join(f"{row.name} {row.value:.4g}" for row in rows)
-    return _svg(parts, right, bottom + 40, f"{label}: {words}")
+    return _to_markup(figure, f"{label}: {words}")
 
 
+@matplotlib_style()
 def plot_lines(
     series: Sequence[Series],
     label: str,
     unit: str,
     *,
+    points: Sequence[Point] = (),
     vertical_mark: tuple[float, str] | None = None,
     bands: Sequence[tuple[float, float]] = (),
     log_x: bool = False,
+    x_ticks: Mapping[float, str] | None = None,
+    x_values_shown: Sequence[float] = (),
     y_values_shown: Sequence[float] = (),
-    height: float = 180,
-) -> Html:
-    """Lines over a shared x (`log`: equal steps per factor); `bands` shade what is wanted of y.
+    reference: float = math.nan,
+    height: float = 250,
+    width: float = 520,
+) -> Markup:
+    """Lines and points over a shared x. What the axis of y does not hold (see `y_axis_values`) is drawn at its edge.
 
-    What the axis of y does not hold (see `held`) is drawn at its edge.
+    Args:
+        series: the lines, in the order of the legend.
+        label: what the axis of x holds.
+        unit: what the axis of y holds, with its unit.
+        points: single points with their intervals; those with a name have it in the right margin.
+        vertical_mark: (x, words) of a dashed vertical line.
+        bands: (low, high) of what is wanted of y, shaded.
+        log_x: equal steps of x per factor.
+        x_ticks: words at places of x; without them the axis has round numbers.
+        x_values_shown: the axis of x holds these, too.
+        y_values_shown: the axis of y holds these, too.
+        reference: y of a dashed horizontal line; nan for none.
+        height: of the figure, in points; it grows with the names in the margin.
+        width: of the figure, in points.
     """
-    left, right = 58, 520
-    shapes = {"cloud": "faint", "plain": "line"}
-    legend_items = [(curve.name, f"k{curve.colour}", shapes.get(curve.kind, str(curve.colour))) for curve in series]
-    legend = sum(_legend_width(name) for name, *_ in legend_items) if len(legend_items) > 1 else 0
-    below = 20 if legend + 6.4 * len(unit) > right - left else 0  # the legend has a line of its own
-    top, bottom = 30 + below, 30 + below + height
-    x = make_scale([value for curve in series for value in curve.x], left + 10, right - 14, log=log_x, margin=0)
-    y = make_scale([*y_axis_values(series), *y_values_shown], bottom, top + 8)
-    parts = [
-        html_element(
-            "rect", x=left, width=right - left, y=_format_coordinate(y(high)), height=_format_coordinate(y(low) - y(high)), class_="band"
-        )
-        for low, high in bands
-    ]  # fmt: skip
-    parts += _x_axis(
-        x, top, bottom, label, whole=not log_x, ticks=sorted({v for s in series for v in s.x}) if log_x else None
-    )
-    for tick in y.ticks():
-        parts.append(_line(left, y(tick), right, y(tick), "grid"))
-        parts.append(_text(left - 6, y(tick) + 4, _format_tick(tick), "tick end"))
-    parts.append(_text(left, 12, unit, "tick"))
+    named = sum(curve.kind == "named" for curve in series) + sum(bool(point.name) for point in points)
+    figure, axes = _new_figure(width, max(height, 14 * named + 50))
+    x_values = [x for curve in series for x in curve.x] + [point.x for point in points]
+    x_limits = axis_limits([*x_values, *x_values_shown], log=log_x, margin=0.02 if series else 0.05)
+    ends = [end for point in points for end in (point.y, point.low, point.high)]
+    y_limits = axis_limits([*y_axis_values(series), *ends, *y_values_shown])
+    _set_axis(axes.xaxis, x_limits, label, log=log_x, whole=not log_x, ticks=x_ticks)
+    _set_axis(axes.yaxis, y_limits, unit)
+    for low, high in bands:
+        axes.axhspan(*np.clip([low, high], *y_limits), color=COLOURS["good"], alpha=0.13, linewidth=0)
+    if math.isfinite(reference):
+        axes.axhline(reference, **REFERENCE)
     if vertical_mark:
-        late = x(vertical_mark[0]) > (left + right) / 2
-        parts.append(_line(x(vertical_mark[0]), top, x(vertical_mark[0]), bottom, "reference"))
-        parts.append(
-            _text(
-                x(vertical_mark[0]) + (-5 if late else 5), top + 10, vertical_mark[1], f"tick{' end' if late else ''}"
-            )
-        )
-    for curve in series:
-        points = [(x(a), y(b)) for a, b in zip(curve.x, curve.y, strict=True) if math.isfinite(b)]
-        shown = [points[at] for at in evenly_spaced_indices(len(points))]
-        if curve.kind == "cloud":
-            path = "".join(f"M{_format_coordinate(a)} {_format_coordinate(b)}h0" for a, b in shown)
-            parts.append(html_element("path", d=path, class_=f"cloud fine k{curve.colour}"))
-            continue
-        path = " ".join(f"{_format_coordinate(a)},{_format_coordinate(b)}" for a, b in shown)
-        dashes = f" d{curve.colour}" if curve.kind == "marked" else ""
-        parts.append(html_element("polyline", points=path, class_=f"line k{curve.colour}{dashes}"))
-        if curve.kind == "marked":
-            parts += [
-                _marker(a, b, curve.colour)
-                for a, b in (points[at] for at in evenly_spaced_indices(len(points), MAX_MARKERS))
-            ]
-    if legend:
-        parts.append(html_element("g", *_legend(legend_items, right - legend), transform=f"translate(0 {below})"))
-    words = "; ".join(f"{curve.name}: {_describe_values(curve.y)}" for curve in series)
-    return _svg(parts, right, bottom + 40, f"{unit} by {label}. {words}")
+        axes.axvline(vertical_mark[0], **REFERENCE)
+        axes.set_title(_clean(vertical_mark[1]), x=0.5, fontsize=11, color=COLOURS["muted"])
+        axes.title.set(x=vertical_mark[0], transform=axes.get_xaxis_transform())
+    handles = [(_draw_series(axes, curve, y_limits), curve.name) for curve in series]
+    for point in points:
+        colour = COLOURS[f"c{point.colour}"]
+        axes.plot([point.x, point.x], [point.low, point.high], color=colour, linewidth=1.6)
+        (dot,) = axes.plot([point.x], [point.y], **_marker(point.kind, colour))
+        dot.set_gid(TITLE + _clean(point.title) if point.title else None)
+    curve_ends = [(curve.x[-1], curve.y[-1], curve.name) for curve in series if curve.kind == "named"]
+    _name_in_margin(axes, [*curve_ends, *((point.x, point.y, point.name) for point in points if point.name)])
+    if len(series) > 1 and not curve_ends:
+        _add_legend(figure, handles)
+    words = [f"{curve.name}: {_describe_values(curve.y)}" for curve in series]
+    words += [point.title or f"{point.name}: {point.y:.4g} at {point.x:,.6g}" for point in points]
+    return _to_markup(figure, f"{unit} by {label}. {'; '.join(words)}")
+
+
+@matplotlib_style()
+def plot_strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Markup:
+    """A line for each group: its values as a cloud of points, its median as a bar; on a log axis where they spread."""
+    figure, axes = _new_figure(520, 38 * len(groups) + 46)
+    limits, log = _weight_limits(np.concatenate([values for _, values in groups]), reference)
+    _set_axis(axes.xaxis, limits, label, log=log)
+    _name_rows(axes, [(name, f"{len(values):,} row{'s' * (len(values) != 1)}") for name, values in groups])
+    if math.isfinite(reference):
+        axes.axvline(reference, **REFERENCE)
+    for place, (_, values) in enumerate(groups):
+        shown = np.clip(np.sort(values)[evenly_spaced_indices(len(values))], *limits)
+        spread = place + (np.arange(len(shown)) * 0.618034 % 1 - 0.5) * 0.62  # golden ratio: even, always the same
+        axes.plot(shown, spread, **_marker("cloud", COLOURS[f"c{place}"]))
+        if len(values):
+            median = np.clip(np.median(values), *limits)
+            axes.plot([median, median], [place - 0.4, place + 0.4], color=COLOURS["ink"], linewidth=2.5)
+    words = "; ".join(f"{name}: {len(values)} rows, median {np.median(values):.4g}" for name, values in groups)
+    return _to_markup(figure, f"{label}. {words}")
+
+
+@matplotlib_style()
+def plot_histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Markup:
+    """Counts of rows, the groups stacked; on a log axis where the values spread widely."""
+    figure, axes = _new_figure(520, 250)
+    everything = np.concatenate([values for _, values in groups])
+    limits, log = _weight_limits(everything, reference)
+    edges = np.geomspace(*limits, 41) if log else np.linspace(*limits, 41)
+    counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for _, values in groups]
+    heights = np.cumsum([np.zeros(40), *counts], axis=0)
+    _set_axis(axes.xaxis, limits, label, log=log)
+    _set_axis(axes.yaxis, (0.0, max(1.05 * heights[-1].max(), 1.0)), "rows", whole=True)
+    handles = [
+        (axes.stairs(top, edges, baseline=bottom, fill=True, color=COLOURS[f"c{index}"]), name)
+        for index, ((name, _), bottom, top) in enumerate(zip(groups, heights, heights[1:], strict=False))
+    ]
+    if math.isfinite(reference):
+        axes.axvline(reference, **REFERENCE)
+    if len(groups) > 1:
+        _add_legend(figure, handles)
+    return _to_markup(figure, f"{label}: {len(everything)} rows")
+
+
+# ---- axes
+
+
+def axis_limits(values: Sequence[float], *, log: bool = False, margin: float = 0.05) -> tuple[float, float]:
+    """The ends of an axis that holds all finite values, with a margin; never equal."""
+    finite = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if log:
+        room = (high / low) ** margin if low < high else 2.0
+        return low / room, high * room
+    room = margin * (high - low) if low < high else max(0.5 * abs(low), 0.5)
+    return low - room, high + room
+
+
+def log_axis_floor(values: np.ndarray) -> float:
+    """The least value that a log axis of these shows, at most 1e6 below the largest; 0 where it is linear."""
+    positive = values[values > 0]
+    if not len(positive) or values.min() < 0:
+        return 0.0
+    floor = max(float(positive.min()), float(positive.max()) * 1e-6)
+    return floor if values.max() > 20 * max(float(values.min()), floor) else 0.0
 
 
 def y_axis_values(series: Sequence[Series]) -> list[float]:
@@ -205,69 +303,122 @@ def y_axis_values(series: Sequence[Series]) -> list[float]:
     return values
 
 
-def plot_strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Html:
-    """A line per group: its values as a cloud of points, its median as a bar; on a log axis where they spread."""
-    left, right, height = 140, 520, 38
-    top, bottom = 6, 6 + height * len(groups)
-    x = make_weight_scale(np.concatenate([values for _, values in groups]), left, right - 8, reference)
-    parts = [*_x_axis(x, top, bottom, label)]
-    if math.isfinite(reference):
-        parts.append(_line(x(reference), top, x(reference), bottom, "reference"))
-    for index, (name, values) in enumerate(groups):
-        middle = top + height * (index + 0.5)
-        ordered = np.sort(values)
-        shown = ordered[evenly_spaced_indices(len(ordered))]
-        path = "".join(  # offsets by the golden ratio: spread evenly, and the same every time
-            f"M{_format_coordinate(x(value))} {_format_coordinate(middle + (place * 0.618034 % 1 - 0.5) * 24)}h0"
-            for place, value in enumerate(shown)
-        )
-        parts.append(html_element("path", d=path, class_=f"cloud k{index}"))
-        at = x(float(np.median(values)))
-        parts.append(_line(at, middle - 15, at, middle + 15, "median"))
-        parts.append(_text(left - 10, middle, _truncate(name, 18), "label end", full=name))
-        parts.append(_text(left - 10, middle + 13, f"{len(values):,} rows", "tick end"))
-    words = "; ".join(f"{name}: {len(values)} rows, median {np.median(values):.4g}" for name, values in groups)
-    return _svg(parts, right, bottom + 40, f"{label}. {words}")
-
-
-def plot_histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Html:
-    """Counts of rows, the groups stacked; on a log axis where the values spread widely."""
-    left, right, top, bottom = 58, 520, 30, 210
-    everything = np.concatenate([values for _, values in groups])
-    x = make_weight_scale(everything, left, right - 8, reference)
-    edges = np.linspace(left, right - 8, 41)
-    places = [np.array([x(value) for value in values]) for _, values in groups]
-    counts = np.array([np.histogram(place, edges)[0] for place in places])
-    y = AxisScale(0, max(float(counts.sum(0).max()) * 1.05, 1), bottom, top + 4)
-    parts = [*_x_axis(x, top, bottom, label)]
-    for tick in y.ticks():
-        parts.append(_line(left, y(tick), right, y(tick), "grid"))
-        parts.append(_text(left - 6, y(tick) + 4, _format_tick(tick), "tick end"))
-    parts.append(_text(left, 12, "rows", "tick"))
-    below = np.zeros(40)
-    for index, count in enumerate(counts):
-        path = "".join(
-            f"M{_format_coordinate(edges[bin] + 0.5)} {_format_coordinate(y(below[bin]))}V{_format_coordinate(y(below[bin] + height))}"
-            f"H{_format_coordinate(edges[bin + 1] - 0.5)}V{_format_coordinate(y(below[bin]))}Z"
-            for bin, height in enumerate(count)
-            if height
-        )
-        parts.append(html_element("path", d=path, class_=f"area k{index}"))
-        below = below + count
-    if math.isfinite(reference):
-        parts.append(_line(x(reference), top, x(reference), bottom, "reference"))
-    if len(groups) > 1:
-        legend_items = [(_truncate(name, 14), f"k{index}", "area") for index, (name, _) in enumerate(groups)]
-        parts += _legend(legend_items, right - sum(_legend_width(name) for name, *_ in legend_items))
-    return _svg(parts, right, bottom + 40, f"{label}: {len(everything)} rows")
-
-
-# ---- scales and marks
-
-
 def evenly_spaced_indices(count: int, max_count: int = MAX_POINTS) -> np.ndarray:
     """At most so many of `count` places, evenly spaced, the first and the last among them."""
     return np.linspace(0, count - 1, min(count, max_count)).round().astype(int)
+
+
+def _weight_limits(values: np.ndarray, reference: float) -> tuple[tuple[float, float], bool]:
+    """The ends of an axis of weights, and whether it is a log axis: where they spread over more than a factor of 20."""
+    finite = values[np.isfinite(values)]
+    if floor := log_axis_floor(finite):
+        high = max(float(finite.max()), reference if math.isfinite(reference) else 0)
+        return (floor * 0.9, high * 1.1), True
+    return axis_limits([*finite, reference]), False
+
+
+def _set_axis(
+    axis: "XAxis | YAxis",
+    limits: tuple[float, float],
+    label: str,
+    *,
+    log: bool = False,
+    whole: bool = False,
+    ticks: Mapping[float, str] | None = None,
+) -> None:
+    """Ends, label and about five round ticks, or the given ones."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes, name = axis.axes, axis.axis_name
+    axes.set(**{f"{name}lim": limits, f"{name}label": _clean(label)})
+    if log:
+        axes.set(**{f"{name}scale": "log"})
+        axis.set_minor_locator(NullLocator())
+        wide = limits[1] > 1e3 * limits[0]
+        axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+    else:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _format_tick(value)))
+    if ticks is not None:
+        axis.set_major_locator(FixedLocator(list(ticks)))
+        axis.set_ticklabels([_clean(words, keep_lines=True) for words in ticks.values()])
+
+
+def _name_rows(axes: "Axes", rows: Sequence[tuple[str, str]], strong: Sequence[bool] = ()) -> None:
+    """The names of lines that lie below each other, each with a second line in small print."""
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.set_yticks(range(len(rows)), [_truncate(name) + ("\n" * bool(more)) + more for name, more in rows])
+    for text, (name, _), bold in zip(axes.get_yticklabels(), rows, strong or [False] * len(rows), strict=True):
+        text.set(color=COLOURS["ink"], fontweight="bold" if bold else "normal", gid=TITLE + _clean(name))
+
+
+def _name_in_margin(axes: "Axes", ends: Sequence[tuple[float, float, str]]) -> None:
+    """The name of each point (x, y, name) to the right of the axes, at its height or as near as there is room."""
+    low, high = axes.get_ylim()
+    least = 14 * (high - low) / axes.get_window_extent().height
+    order = sorted(range(len(ends)), key=lambda at: -ends[at][1])
+    places = [ends[at][1] for at in order]
+    for at in range(1, len(places)):
+        places[at] = min(places[at], places[at - 1] - least)
+    for at in range(len(places) - 1, -1, -1):  # and up again where they pass the end
+        places[at] = max(places[at], low if at == len(places) - 1 else places[at + 1] + least)
+    for at, place in zip(order, places, strict=True):
+        x, y, name = ends[at]
+        axes.annotate(
+            _truncate(name),
+            (x, y),
+            (1.03, place),
+            xycoords="data",
+            textcoords=("axes fraction", "data"),
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": COLOURS["rule"], "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5)},
+            gid=TITLE + _clean(name),
+        )
+
+
+def _add_legend(figure: "Figure", handles: Sequence[tuple[Any, str]]) -> None:
+    """The names of what is drawn, above the axes, in as many columns as there is room for."""
+    widths, room = [7 * len(_truncate(name)) + 34 for _, name in handles], 72 * figure.get_figwidth()
+    columns = len(handles) if sum(widths) < room else max(1, int(room / max(widths)))
+    marks, names = zip(*handles, strict=True)
+    figure.legend(marks, [_truncate(name) for name in names], loc="outside upper right", ncols=columns)
+
+
+# ---- marks
+
+
+def _draw_series(axes: "Axes", curve: Series, limits: tuple[float, float]) -> Any:
+    """The line of a series, or its points; its handle for a legend."""
+    colour = COLOURS[f"c{curve.colour % NUM_COLOURS}"]
+    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+    x, y = x[np.isfinite(y)], np.clip(y[np.isfinite(y)], *limits)
+    if curve.kind == "cloud":
+        shown = evenly_spaced_indices(len(x))
+        return axes.plot(x[shown], y[shown], **_marker("cloud", colour))[0]
+    if curve.kind == "plain" and len(x) > MAX_POINTS:
+        shown = evenly_spaced_indices(len(x))
+        x, y = x[shown], y[shown]
+    style: dict[str, Any] = {"color": colour}
+    if curve.kind != "plain":
+        at = evenly_spaced_indices(len(x), MAX_MARKERS) if curve.kind == "marked" else [len(x) - 1]
+        style = _marker("dot", colour) | {"markevery": list(at), "linestyle": "-"}
+        if curve.kind == "marked":
+            style |= {"marker": "os^"[curve.colour % 3], "linestyle": DASHES.get(curve.colour, "-")}
+        elif curve.colour >= NUM_COLOURS:
+            style["linestyle"] = DASHES[1]
+    return axes.plot(x, y, **style)[0]
+
+
+def _marker(kind: str, colour: str) -> dict[str, Any]:
+    """How points are drawn: filled, hollow, small and pale, or many that may lie over each other."""
+    styles: dict[str, dict[str, Any]] = {
+        "dot": {"markersize": 8, "markeredgecolor": COLOURS["panel"], "markeredgewidth": 1},
+        "hollow": {"markersize": 7, "markerfacecolor": COLOURS["panel"], "markeredgewidth": 1.8},
+        "faint": {"markersize": 4, "markeredgewidth": 0, "alpha": 0.65},
+        "cloud": {"markersize": 4, "markeredgewidth": 0, "alpha": 0.45},
+    }
+    return {"color": colour, "marker": "o", "linestyle": ""} | styles[kind]
 
 
 def _describe_values(values: Sequence[float]) -> str:
@@ -281,169 +432,78 @@ def _describe_values(values: Sequence[float]) -> str:
     )
 
 
-class AxisScale(NamedTuple):
-    """From values to pixels; values outside are drawn at the edge."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value."""
-        value = min(max(float(value), self.low), self.high)
-        if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.start + (self.end - self.start) * share
-
-    def ticks(self) -> list[float]:
-        """About five round values."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            wide = len(decades) > 3
-            skip = max(1, len(decades) // 6)
-            values = [m * 10.0**k for k in decades if k % skip == 0 for m in ((1,) if wide else (1, 2, 5))]
-        else:
-            raw = (self.high - self.low) / 5
-            power = 10.0 ** math.floor(math.log10(raw))
-            step = min((m * power for m in (1, 2, 5, 10)), key=lambda one: abs(one - raw))
-            values = [k * step for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        return [value for value in values if self.low <= value <= self.high]
-
-
-def make_scale(
-    values: Sequence[float], start: float, end: float, *, log: bool = False, margin: float = 0.05
-) -> AxisScale:
-    """A scale that holds all finite values with a margin."""
-    finite = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    if log:
-        return AxisScale(low, high, start, end, True) if low < high else AxisScale(low / 2, low * 2, start, end, True)
-    room = margin * (high - low) if low < high else max(0.5 * abs(low), 0.5)
-    return AxisScale(low - room, high + room, start, end)
-
-
-def make_weight_scale(values: np.ndarray, start: float, end: float, reference: float) -> AxisScale:
-    """A scale for weights: by factors where they spread over more than 20, else from the least to the largest."""
-    finite = values[np.isfinite(values)]
-    if floor := log_axis_floor(finite):
-        high = max(float(finite.max()), reference if math.isfinite(reference) else 0)
-        return AxisScale(floor * 0.9, high * 1.1, start, end, True)
-    return make_scale([*finite, reference], start, end)
-
-
-def log_axis_floor(values: np.ndarray) -> float:
-    """The least value that a log axis of these shows, at most 1e6 below the largest; 0 where it is linear."""
-    positive = values[values > 0]
-    if not len(positive) or values.min() < 0:
-        return 0.0
-    floor = max(float(positive.min()), float(positive.max()) * 1e-6)
-    return floor if values.max() > 20 * max(float(values.min()), floor) else 0.0
-
-
-def _x_axis(x: AxisScale, top: float, bottom: float, label: str, *, whole: bool = False, ticks=None) -> list[Html]:
-    parts = [_line(x.start, bottom, x.end, bottom, "axis")]
-    for tick in x.ticks() if ticks is None else ticks:
-        if not whole or float(tick).is_integer():
-            parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
-            parts.append(_text(x(tick), bottom + 16, _format_tick(tick), "tick middle"))
-    return [*parts, _text((x.start + x.end) / 2, bottom + 34, label, "tick middle")]
-
-
-def _legend(items: Sequence[tuple[str, str, str]], start: float) -> list[Html]:
-    parts = []
-    for name, colour, shape in items:
-        if shape == "area":
-            parts.append(
-                html_element("rect", x=_format_coordinate(start), y=4, width=10, height=10, class_=f"area {colour}")
-            )
-        elif shape == "line":
-            parts.append(_line(start - 4, 9, start + 14, 9, f"line {colour}"))
-        elif shape.isdigit():
-            parts += [_line(start - 4, 9, start + 14, 9, f"line {colour} d{shape}"), _marker(start + 5, 9, int(shape))]
-        else:
-            parts.append(_circle(start + 5, 9, 4, f"{shape} {colour}"))
-        parts.append(_text(start + 18, 13, name, "tick"))
-        start += _legend_width(name)
-    return parts
-
-
-def _marker(x: float, y: float, kind: int) -> Html:
-    """A circle, square or triangle: series differ by more than their colour."""
-    path = {
-        0: None,
-        1: f"M{_format_coordinate(x - 3.5)} {_format_coordinate(y - 3.5)}h7v7h-7z",
-        2: f"M{_format_coordinate(x)} {_format_coordinate(y - 4.5)}l4.5 8h-9z",
-    }[kind % 3]
-    return _circle(x, y, 3.8, f"dot k{kind}") if path is None else html_element("path", d=path, class_=f"dot k{kind}")
-
-
-def _svg(parts: Sequence[Html], width: float, height: float, words: str) -> Html:
-    return html_element(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {_format_coordinate(width)} {_format_coordinate(height)}",
-        role="img",
-        aria_label=words,
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return html_element(
-        "line",
-        x1=_format_coordinate(x1),
-        y1=_format_coordinate(y1),
-        x2=_format_coordinate(x2),
-        y2=_format_coordinate(y2),
-        class_=kind,
-    )
-
-
-def _circle(x: float, y: float, radius: float, kind: str) -> Html:
-    return html_element("circle", cx=_format_coordinate(x), cy=_format_coordinate(y), r=radius, class_=kind)
-
-
-def _text(x: float, y: float, words: str, kind: str, *, full: str = "") -> Html:
-    title = html_element("title", full) if full and full != words else None
-    return html_element("text", title, words, x=_format_coordinate(x), y=_format_coordinate(y), class_=kind)
-
-
-def _legend_width(name: str) -> float:
-    return 34 + 6.4 * len(name)
-
-
-def _truncate(text: str, count: int) -> str:
-    return text if len(text) <= count else text[: count - 1] + "…"
-
-
 def _format_tick(value: float) -> str:
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.6g}".replace("-", "−")
+    return (f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.6g}").replace("-", "−")
 
 
-def _format_coordinate(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+def _truncate(text: str) -> str:
+    text = _clean(text)
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
+
+
+def _clean(text: str, *, keep_lines: bool = False) -> str:
+    """Text that XML can hold, in one line."""
+    lines = [" ".join(line.split()) for line in show_control_characters(text).split("\n" if keep_lines else "\0")]
+    return "\n".join(lines).translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD})
+
+
+# ---- from matplotlib to markup
+
+
+def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """An empty figure, its size in points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _to_markup(figure: "Figure", words: str) -> Markup:
+    """The figure as an <svg> element; `words` is what it says to those who cannot see it."""
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    root = ElementTree.fromstring(file.getvalue())
+    prefix, ids = hashlib.sha256(file.getvalue().encode()).hexdigest()[:8], dict[str, str]()
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _clean(words)}
+    for parent in list(root.iter()):
+        parent.tag = parent.tag.rpartition("}")[2]
+        parent.text = parent.text and parent.text.strip()
+        for child in list(parent):
+            child.tail = None
+            if child.tag.endswith(
+                ("}style", "}clipPath")
+            ):  # the page has a style; values beyond an axis lie at its edge
+                parent.remove(child)
+        name = parent.attrib.pop("id", "")
+        if name.startswith(TITLE):
+            title = ElementTree.Element("title")
+            title.text = name.removeprefix(TITLE)
+            parent.insert(0, title)
+        elif parent.tag != "g" and name:
+            parent.set("id", ids.setdefault(name, f"f{prefix}-{len(ids)}"))
+        for key, value in list(parent.attrib.items()):
+            if key == "style":
+                value = COLOUR.sub(lambda match: f"var(--{VARIABLES[int(match[1], 16) - 1]})", value)
+                parent.set(key, value.replace("'DejaVu Sans'", "var(--font)"))
+            elif key in ("d", "x", "y", "transform"):
+                parent.set(key, " ".join(DECIMALS.sub(lambda match: f"{float(match[0]):.2f}", value).split()))
+            elif key.endswith("}href"):
+                parent.set("href", f"#{ids[parent.attrib.pop(key)[1:]]}")
+            elif key == "clip-path":
+                del parent.attrib[key]
+        if parent.get("transform", "").startswith("rotate(-0 "):
+            del parent.attrib["transform"]
+    for group in root.iter("g"):  # marks of one look share their style
+        styles = {child.get("style") for child in group}
+        if len(group) > 1 and len(styles) == 1 and all(child.tag == "use" for child in group):
+            group.set("style", styles.pop() or "")
+            for child in group:
+                del child.attrib["style"]
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 FIGURE_STYLE = """
-svg { display: block; overflow: visible; width: 100%; max-width: 560px; height: auto; font: 12px/1 var(--font); }
-svg text { fill: var(--ink); } svg .tick { fill: var(--muted); font-size: 11px; }
-svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-svg text.strong { font-weight: 650; }
-svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--muted); }
-svg .reference { stroke: var(--muted); stroke-dasharray: 4 3; }
-svg .median { stroke: var(--ink); stroke-width: 2.5; }
-svg .band { fill: var(--good); opacity: .13; }
-svg .dot { fill: var(--k); stroke: var(--panel); } svg .faint { fill: var(--k); opacity: .65; }
-svg .hollow { fill: var(--panel); stroke: var(--k); stroke-width: 1.8; }
-svg .whisker { stroke: var(--k); stroke-width: 1.6; } svg .whisker.strong { stroke-width: 3; }
-svg .line { stroke: var(--k); fill: none; stroke-width: 1.8; } svg .d1 { stroke-dasharray: 6 3; }
-svg .d2 { stroke-dasharray: 2 3; }
-svg .cloud { stroke: var(--k); fill: none; stroke-width: 4; stroke-linecap: round; opacity: .42; }
-svg .cloud.fine { stroke-width: 3.5; opacity: .45; }
-svg .area { fill: var(--k); }
-.k0 { --k: var(--c0); } .k1 { --k: var(--c1); } .k2 { --k: var(--c2); }
-.k3 { --k: var(--c3); } .k4 { --k: var(--c4); } .k5 { --k: var(--c5); }
+svg { display: block; overflow: visible; width: 100%; max-width: 560px; height: auto; font: 11px/1 var(--font);
+  stroke-linejoin: round; }
 """

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.comparison import describe_oracle
-from bilevel_jax.runs.report.figures import NUM_COLOURS, Html, Series
+from bilevel_jax.runs.report.figures import NUM_COLOURS, Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, isolated_cell, make_table
 from bilevel_jax.runs.report.results import RunResults, most_independent_part
 
@@ -69,7 +70,7 @@ def all_equal(values: np.ndarray) -> bool:
     return bool(np.ptp(values) <= 1e-6 * max(abs(float(values.max())), 1e-30))
 
 
-def plot_lorenz_curve(values: np.ndarray, name: str) -> Html:
+def plot_lorenz_curve(values: np.ndarray, name: str) -> Markup:
     """How much of all weight the examples with the largest weights hold."""
     share = np.concatenate([[0.0], np.cumsum(np.sort(values)[::-1])]) / (values.sum() or math.nan)
     percents = [0.0, 1, 2, 5, *range(10, 101, 10)]
