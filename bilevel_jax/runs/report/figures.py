@@ -372,6 +372,7 @@ def _name_in_margin(axes: "Axes", ends: Sequence[tuple[float, float, str]]) -> N
             xycoords="data",
             textcoords=("axes fraction", "data"),
             verticalalignment="center",
+            color=COLOURS["ink"],
             arrowprops={"arrowstyle": "-", "color": COLOURS["rule"], "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5)},
             gid=TITLE + _clean(name),
         )
