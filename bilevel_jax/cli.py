@@ -1,196 +1,192 @@
-"""The command line: `bilevel-jax COMMAND CONFIG [options]`, one line each into runs/."""
+"""The `bilevel-jax` command line"""
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-USAGE = """usage: bilevel-jax COMMAND CONFIG [options]
 
-  select CONFIG   learn a weight for every training example from a small trusted validation set, by exact hypergradients;
-                  writes the weights, the selected subset, a model and a report
-  compare CONFIG  compare methods that learn weights: one data set, one budget, several seeds; a table and a picture
-  audit CONFIG    judge cheap scores of training examples by exact ones, and all of them by retraining without some rows
-  rank CONFIG     which way of generating responses will train a model best, from a small sample, without training:
-                  self-aligned perplexity and other scores, with intervals; a pick, or no clear winner
-  refine CONFIG   let a model answer questions itself, train on that under the eyes of validation examples, and accept what is
-                  better, in rounds; every response traceable, every decision with its interval
-  train CONFIG    fine-tune with a weight for every training example (those of `select`, a score, or 1): SFT, DPO or SimPO,
-                  all parameters or LoRA; writes the model and a report
-  inspect CONFIG  show what training would see: tokens and their labels, lengths, truncation, duplicates, leaks
-  estimate CONFIG say what a run will take: memory of each device, disk, work, hours; for models and devices that are
-                  not here, too. On the folder of a finished run: the estimate beside what was measured
-  export RUN      write the rows that their weights choose, in the input form of another trainer; RUN is a run's folder,
-                  or a CONFIG that names weights
+class Command(NamedTuple):
+    """One command of the command line. Names are imported when the command runs, so that help is quick."""
 
-On several hosts start the same select or train on each, with --distributed.coordinator-address (auto on TPU pods, SLURM and
-Kubernetes) and one folder that all of them see. --mesh.fsdp N splits a large model over N devices.
+    config: str
+    """Class of its config, in runs/config/load.py."""
+    function: str
+    """`module:function` that takes the config and returns the result."""
+    summary: str
+    """Keys of the result that lead to its one sentence, or `module:function` that makes one; "": the result itself."""
+    help: str
 
-CONFIG is a YAML file (configs/quickstart.yaml needs no data of yours; configs/select.yaml and configs/train.yaml are
-for your own). `bilevel-jax COMMAND --help` explains every option; any of them may follow CONFIG, as in
 
-  bilevel-jax select configs/select.yaml --model.name-or-path FOLDER --data.train rows.jsonl --out out/first
+COMMANDS = {
+    "select": Command(
+        "SelectConfig", "bilevel_jax.commands.select.run:select", "verdict.sentence",
+        "learn a weight for every training example from a small validation set, by hypergradients",
+    ),
+    "train": Command(
+        "TrainConfig", "bilevel_jax.commands.train.run:train", "bilevel_jax.commands.train.run:summarize_training",
+        "fine-tune with a weight for every training example: SFT, DPO or SimPO, all parameters or LoRA",
+    ),
+    "compare": Command(
+        "CompareConfig", "bilevel_jax.commands.compare.run:compare", "sentence",
+        "compare methods that learn weights at one compute budget, with several seeds",
+    ),
+    "audit": Command(
+        "AuditConfig", "bilevel_jax.commands.audit.run:audit", "verdict.sentence",
+        "test data scores and hypergradients by leave-k-out retraining",
+    ),
+    "rank": Command(
+        "RankConfig", "bilevel_jax.commands.rank.run:rank", "verdict.sentence",
+        "rank response generation strategies for a model, without training",
+    ),
+    "refine": Command(
+        "RefineConfig", "bilevel_jax.commands.refine.run:refine", "sentence",
+        "improve a model with its own responses in rounds, each accepted only if it helps",
+    ),
+    "inspect": Command(
+        "InspectConfig", "bilevel_jax.commands.inspect.run:inspect", "",
+        "show the examples as training sees them: tokens, lengths, truncation, duplicates, leaks",
+    ),
+    "estimate": Command(
+        "EstimateConfig", "bilevel_jax.commands.estimate.run:estimate", "",
+        "estimate memory, disk, work and hours of a run before it starts",
+    ),
+    "export": Command(
+        "ExportConfig", "bilevel_jax.commands.export.run:export", "",
+        "write the examples that their weights select, for another trainer; CONFIG may be a run's folder",
+    ),
+}  # fmt: skip
+
+USAGE = """usage: bilevel-jax COMMAND [CONFIG] [flags]
+
+commands:
+{commands}
+
+CONFIG is a YAML file; configs/quickstart.yaml needs no data and no model of yours. Every key is also a flag:
+
+  bilevel-jax select configs/quickstart.yaml --outer.steps 3
+  bilevel-jax select --model FOLDER --train rows.jsonl --validation trusted.jsonl --out out/mine
+
+  bilevel-jax COMMAND --help                        the keys that most runs set
+  bilevel-jax COMMAND --help-all                    all keys
+  bilevel-jax --version                             the version
+  bilevel-jax --tyro-print-completion bash          a completion script for bash, zsh or tcsh
+
+{exit_codes}
+On several hosts start the same command on each, with --distributed.coordinator-address (auto on TPU pods, SLURM and
+Kubernetes) and one output folder that all of them see. --mesh.fsdp N shards a large model over N devices.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 1 for trouble told in one line, 128 + signal when it was stopped."""
+    """Run a command of the command line.
+
+    Args:
+        arguments: the command, its config and flags; None: those of the process.
+
+    Returns:
+        The exit code: 0 for success, 1 for an error, 2 for a wrong command line, 128 + N when stopped by signal N.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
+        print(_usage(), end="")
         return 0 if arguments else 2
-    command, *command_arguments = arguments
-    if command not in COMMANDS:
-        print(f"bilevel-jax: no command {command!r}; the commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"bilevel-jax {version('bilevel-jax')}")
+        return 0
+    if arguments[0].startswith("--tyro-"):
+        return _print_completion(arguments)
+    name, *command_arguments = arguments
+    if name not in COMMANDS:
+        from bilevel_jax.runs.config.yaml_reader import suggest_nearest
+
+        hint = suggest_nearest(name, COMMANDS)
+        print(f"bilevel-jax: no command {name!r}; {hint}the commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return COMMANDS[command](command_arguments)
+    if {"-h", "--help", "--help-all"} & set(command_arguments):
+        from bilevel_jax.runs.config.load import print_config_help
+
+        print_config_help(_config_class(name), show_all="--help-all" in command_arguments)
+        return 0
+    return _report_errors(lambda: RUNNERS.get(name, _run)(name, command_arguments))
 
 
-def _select(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.select.run import select
+def _usage() -> str:
+    from bilevel_jax.runs.config.flags import EXIT_CODES
 
-        result = select(config)
-        return f"{result['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import SelectConfig
-
-    return _run_command(SelectConfig, arguments, work)
+    lines = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    return USAGE.format(commands=lines, exit_codes=EXIT_CODES)
 
 
-def _compare(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.compare.run import compare
+def _run(name: str, arguments: list[str]) -> str:
+    """Read the config, run the command and return its summary."""
+    from bilevel_jax.runs.config.load import load_config, load_shipped_config
 
-        return f"{compare(config)['sentence']}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import CompareConfig
-
-    return _run_command(CompareConfig, arguments, work)
-
-
-def _audit(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.audit.run import audit
-
-        return f"{audit(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import AuditConfig
-
-    return _run_command(AuditConfig, arguments, work)
+    path, flags = _split_config(arguments)
+    config_class = _config_class(name)
+    config = load_config(config_class, path, flags) if path else load_shipped_config(config_class, flags)
+    return _call(name, config)
 
 
-def _rank(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.rank.run import rank
-
-        return f"{rank(config)['verdict']['sentence']}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import RankConfig
-
-    return _run_command(RankConfig, arguments, work)
-
-
-def _refine(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.refine.run import refine
-
-        return f"{refine(config)['sentence']}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import RefineConfig
-
-    return _run_command(RefineConfig, arguments, work)
-
-
-def _train(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.train.run import summarize_training, train
-
-        return f"{summarize_training(train(config))}\nreport: {config.output.dir}/report.html"
-
-    from bilevel_jax.runs.config.load import TrainConfig
-
-    return _run_command(TrainConfig, arguments, work)
-
-
-def _inspect(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.inspect.run import inspect
-
-        return inspect(config)
-
-    from bilevel_jax.runs.config.load import InspectConfig
-
-    return _run_command(InspectConfig, arguments, work)
-
-
-def _export(arguments: list[str]) -> int:
-    def work(config):
-        from bilevel_jax.commands.export.run import export
-
-        return export(config, run, f"bilevel-jax export {shlex.join(arguments)}")
-
-    from bilevel_jax.runs.config.load import ExportConfig
-
-    run = Path(arguments[0]) if arguments and Path(arguments[0]).is_dir() else None
-    if run is None:
-        return _run_command(ExportConfig, arguments, work)
-    if not (run / "config.yaml").is_file():
-        print(
-            f"bilevel-jax: {run} holds no run: config.yaml is missing. Give a run's folder or a config.",
-            file=sys.stderr,
-        )
-        return 1
+def _run_export(name: str, arguments: list[str]) -> str:
+    """Run `export` on a config, or on the folder of a run with the config, data and weights of that run."""
     from bilevel_jax.commands.export.run import flags_for_run
+    from bilevel_jax.runs.config.load import ExportConfig, load_config
 
-    return _run_command(ExportConfig, [str(run / "config.yaml"), *flags_for_run(run), *arguments[1:]], work)
-
-
-def _estimate(arguments: list[str]) -> int:
-    def work():
-        from bilevel_jax.commands.estimate.run import compare_with_measured, estimate
-        from bilevel_jax.runs.config.load import load_config_to_estimate
-
-        if config_paths and Path(config_paths[0]).is_dir():
-            return compare_with_measured(Path(config_paths[0]))
-        run, estimate_settings = load_config_to_estimate(
-            config_paths[0] if config_paths else None, arguments[len(config_paths) :]
-        )
-        _enable_float64(run)
-        return estimate(run, estimate_settings)
-
-    config_paths = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
-    return _report_errors(work)
+    path, flags = _split_config(arguments)
+    run = Path(path) if path and Path(path).is_dir() else None
+    if run and not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} holds no run: config.yaml is missing. Give a run's folder or a config.")
+    if run:
+        path, flags = str(run / "config.yaml"), [*flags_for_run(run), *flags]
+    return _call(name, load_config(ExportConfig, path, flags), run, f"bilevel-jax export {shlex.join(arguments)}")
 
 
-def _run_command(config_type: type, arguments: list[str], command: Callable[[Any], str]) -> int:
-    """Read the config, do the work, print what it says; trouble of the user's or the machine's is one line."""
-    from bilevel_jax.runs.config.load import load_config
+def _run_estimate(name: str, arguments: list[str]) -> str:
+    """Run `estimate` on the config of a run, or compare the estimate of a finished run with what was measured."""
+    from bilevel_jax.commands.estimate.run import compare_with_measured
+    from bilevel_jax.runs.config.load import load_config_to_estimate
 
-    def load_and_run():
-        settings = load_config(config_type, config_paths[0] if config_paths else None, arguments[len(config_paths) :])
-        if "distributed" in vars(settings):
-            from bilevel_jax.runs.infra import distributed
-
-            distributed.initialize_distributed(settings.distributed)
-        _enable_float64(settings)
-        return command(settings)
-
-    config_paths = [] if not arguments or arguments[0].startswith("-") else [arguments[0]]
-    return _report_errors(load_and_run)
+    path, flags = _split_config(arguments)
+    if path and Path(path).is_dir():
+        return compare_with_measured(Path(path))
+    return _call(name, *load_config_to_estimate(path, flags))
 
 
-def _enable_float64(settings: Any) -> None:
-    """Let jax have float64 where a config trains in it."""
-    if "model" in vars(settings) and settings.model.param_dtype == "float64":
+RUNNERS: dict[str, Callable[[str, list[str]], str]] = {"export": _run_export, "estimate": _run_estimate}
+"""Commands that take something else than a config file; the others are run by `_run`."""
+
+
+def _call(name: str, config: Any, *more: Any) -> str:
+    """Prepare jax for a config, call the function of a command and summarize the result."""
+    command = COMMANDS[name]
+    if "distributed" in vars(config) and name != "estimate":
+        from bilevel_jax.runs.infra import distributed
+
+        distributed.initialize_distributed(config.distributed)
+    if "model" in vars(config) and config.model.param_dtype == "float64":
         import jax
 
         jax.config.update("jax_enable_x64", True)
+    result = _import(command.function)(config, *more)
+    if not command.summary:
+        return result
+    if ":" in command.summary:
+        sentence = _import(command.summary)(result)
+    else:
+        sentence = result
+        for key in command.summary.split("."):
+            sentence = sentence[key]
+    return f"{sentence}\nreport: {config.output.dir}/report.html"
 
 
 def _report_errors(work: Callable[[], str]) -> int:
-    """Print what the work says; trouble of the user's or the machine's is one line."""
+    """Print what the work returns; an error of the user or the machine is one line."""
+    from bilevel_jax.runs.config.renamed_keys import RenamedError
     from bilevel_jax.runs.infra import session
 
     try:
@@ -200,14 +196,41 @@ def _report_errors(work: Callable[[], str]) -> int:
         return 128 + stop.number
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"bilevel-jax: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RenamedError) else 1
     return 0
 
 
-COMMANDS = {
-    "select": _select, "compare": _compare, "audit": _audit, "rank": _rank, "refine": _refine, "train": _train,
-    "inspect": _inspect, "estimate": _estimate, "export": _export,
-}  # fmt: skip
+def _print_completion(arguments: list[str]) -> int:
+    """Print a completion script for a shell, with the commands and their flags."""
+    import functools
+    import operator
+    from typing import Annotated
+
+    import tyro
+
+    configs: list[Any] = [
+        Annotated[_config_class(name), tyro.conf.subcommand(name, description=command.help)]
+        for name, command in COMMANDS.items()
+    ]
+    tyro.cli(functools.reduce(operator.or_, configs), prog="bilevel-jax", args=arguments)
+    return 0
+
+
+def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The config's path, where the first argument is no flag, and the flags."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _config_class(name: str) -> Any:
+    return _import(f"bilevel_jax.runs.config.load:{COMMANDS[name].config}")
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
 
 if __name__ == "__main__":
     sys.exit(main())

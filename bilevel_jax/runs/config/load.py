@@ -11,6 +11,8 @@ import tyro
 import yaml
 
 from bilevel_jax.runs.config import schema
+from bilevel_jax.runs.config.flags import parse_flags, print_help
+from bilevel_jax.runs.config.renamed_keys import check_flags
 from bilevel_jax.runs.config.rules import check_config, flatten_config
 from bilevel_jax.runs.config.yaml_reader import read_yaml_config
 
@@ -197,7 +199,7 @@ class EstimateConfig:
     (`bilevel-jax select --help-all`). A model larger than this machine needs only its config.json, with
     --estimate.train-examples where data and tokenizer are absent, --estimate.devices for a mesh of absent devices,
     --estimate.tflops for their speed and --estimate.memory-gib for their memory. With the folder of a finished run it
-    prints the estimate next to what was measured. Short flag: --out FOLDER = --estimate.dir FOLDER.
+    prints the estimate next to what was measured.
     """
 
     estimate: schema.EstimateSection = schema.EstimateSection()
@@ -219,16 +221,8 @@ COMMANDS: dict[type, str] = {
     CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
 }  # fmt: skip
 
-RUN_SHORT_FLAGS: dict[str, tuple[str, ...]] = {"--resume": ("--output.resume",), "--out": ("--output.dir",)}
-SHORT_FLAGS: dict[type, dict[str, tuple[str, ...]]] = {
-    SelectConfig: RUN_SHORT_FLAGS | {"--fast": ("--retrain.no-enabled", "--certify.no-enabled")},
-    TrainConfig: RUN_SHORT_FLAGS,
-    CompareConfig: RUN_SHORT_FLAGS,
-    AuditConfig: RUN_SHORT_FLAGS | {"--fast": ("--certify.no-enabled",)},
-    RankConfig: RUN_SHORT_FLAGS,
-    RefineConfig: RUN_SHORT_FLAGS,
-    ExportConfig: {"--out": ("--export.dir",)},
-}
+SHIPPED_CONFIGS: dict[type, str] = {SelectConfig: "configs/select.yaml", TrainConfig: "configs/train.yaml"}
+"""Configs that come with the package and are used where none is given."""
 
 # Keys that may differ when a run is resumed: none of them changes what is computed.
 RESUME_EXEMPT_KEYS = (
@@ -256,11 +250,40 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
     commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
     ignored_sections = () if config_class in commands_with_own_sections else section_names()
     config = config_class() if path is None else read_yaml_config(config_class, find_config(path), ignored_sections)
-    flags = [flag for override in overrides for flag in _expand_short_flag(config_class, override)]
     prog = f"bilevel-jax {COMMANDS[config_class]} {'CONFIG' if path is None else path}"
-    config = tyro.cli(config_class, prog=prog, args=flags, default=config)
-    check_config(config, "the defaults and the command line" if path is None else f"{path} and the command line")
+    config = parse_flags(config, overrides, prog)
+    check_config(config, f"{path or 'the defaults'} and the command line")
     return config
+
+
+def load_shipped_config(config_class: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
+    """The config of a command that comes with the package, without its model and data, and with the overrides.
+
+    Commands without such a config start from the defaults of the keys. Raises as `load_config`.
+    """
+    if config_class not in SHIPPED_CONFIGS:
+        return load_config(config_class, None, overrides)
+    path = SHIPPED_CONFIGS[config_class]
+    config = _remove_inputs(read_yaml_config(config_class, find_config(path)))
+    config = parse_flags(config, overrides, f"bilevel-jax {COMMANDS[config_class]} [CONFIG]")
+    check_config(config, f"{path} and the command line")
+    return config
+
+
+def print_config_help(config_class: Any, show_all: bool) -> None:
+    """Print the keys of a command, their defaults and what they mean: those that most runs set, or all."""
+    command = COMMANDS.get(config_class, "estimate")
+    if config_class in SHIPPED_CONFIGS:
+        config = _remove_inputs(read_yaml_config(config_class, find_config(SHIPPED_CONFIGS[config_class])))
+    else:
+        config = config_class()
+    print_help(config, f"bilevel-jax {command} [CONFIG]", show_all)
+
+
+def _remove_inputs(config: Any) -> Any:
+    """The same config without the model and data that stand in for those of a user."""
+    data = dataclasses.replace(config.data, train=(), validation=(), dev=(), test=())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name_or_path=""), data=data)
 
 
 def load_config_to_estimate(
@@ -272,6 +295,9 @@ def load_config_to_estimate(
         ValueError: for a file that no command reads that can be estimated, and for one that several read.
     """
     flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
+    check_flags(
+        [flag for flag in flags if flag.startswith("--estimate.")], [key for key, _ in flatten_config(EstimateConfig())]
+    )
     options, command_flags = tyro.cli(
         EstimateConfig,
         prog="bilevel-jax estimate CONFIG",
@@ -367,12 +393,6 @@ def check_same_config(config: Any, path: Path) -> None:
             f"{path.parent} was started with another config, so it cannot be resumed: {'; '.join(changed_keys)}. "
             "Start a new run with --out, or give the config that it was started with."
         )
-
-
-def _expand_short_flag(config_class: type, flag: str) -> tuple[str, ...]:
-    name, equals, value = flag.partition("=")
-    *leading_flags, last_flag = SHORT_FLAGS.get(config_class, {}).get(name, (name,))
-    return (*leading_flags, f"{last_flag}{equals}{value}")
 
 
 def _tuples_to_lists(value: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from bilevel_jax.runs.config.renamed_keys import RENAMED_SECTIONS, describe_renaming, new_key
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -40,7 +42,9 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
         location = lines.get(str(name), str(path))
         if name not in sections and name in ignored_sections:
             continue
-        if name not in sections:
+        if name not in sections and name in RENAMED_SECTIONS:
+            errors += _describe_renamed_section(name, values, lines)
+        elif name not in sections:
             hint = suggest_nearest(name, sections)
             errors.append(f"{location}: unknown section '{name}'; {hint}the sections: {', '.join(sections)}.")
         elif not isinstance(values, dict | None):
@@ -117,9 +121,18 @@ def _key_type(sections: dict[str, Any], name: str, key: str) -> Any:
     key_types = field_types(sections[name])
     if key in key_types:
         return key_types[key]
+    if (new_name := new_key(f"{name}.{key}")) and new_name.partition(".")[0] in sections:
+        raise KeyError(f"'{name}.{key}' {describe_renaming(f'{name}.{key}')}.")
     keys_elsewhere = [f"{section}.{key}" for section in sections if key in field_types(sections[section])]
     hint = f"did you mean '{keys_elsewhere[0]}'? " if keys_elsewhere else suggest_nearest(key, key_types)
     raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(key_types)}.")
+
+
+def _describe_renamed_section(name: str, values: Any, lines: dict[str, str]) -> list[str]:
+    """An error for a section with a former name, or for each of its keys."""
+    if not isinstance(values, dict) or not values:
+        return [f"{lines[name]}: section '{name}' is now '{RENAMED_SECTIONS[name]}'."]
+    return [f"{lines[f'{name}.{key}']}: '{name}.{key}' {describe_renaming(f'{name}.{key}')}." for key in values]
 
 
 def suggest_nearest(name: Any, names: Iterable[str]) -> str:
