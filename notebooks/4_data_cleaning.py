@@ -101,7 +101,7 @@ print(f"Budget of each method and seed: {result['budget']} passes. One training:
 # that it is *given* this share.
 
 # %%
-UPPER = ("uniform", "oracle", "validation", "train+validation", "aligned", "low_loss")
+UPPER = ("uniform", "oracle", "validation", "train+validation", "alignment", "low_loss")
 COLUMNS = {"auc": "AUC", "f1": "F1", "test": "L_v", "with_v report": "L_v, with V", "own report": "own model's L_v"}
 
 

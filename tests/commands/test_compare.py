@@ -18,7 +18,7 @@ from bilevel_jax.runs.stats import auc
 from tests.runs import blobs
 
 ITERATED = ("--compare.methods", "unrolled", "implicit", "penalty")
-ARMS = ["uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "aligned", "low_loss"]
+ARMS = ["uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "alignment", "low_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_writes_what_it_promises(whole):
     assert "own test" in rows["penalty"]["mean"] and "own report" not in rows["unrolled"]["mean"]
     assert rows["oracle"]["mean"]["f1"] == 1 and rows["oracle+validation"]["mean"]["distance"] == 0
     assert rows["uniform"]["mean"]["passes"] == 6 and "f1" not in rows["uniform"]["mean"]
-    assert rows["aligned"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
+    assert rows["alignment"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
 
     text = (out / "report.html").read_text()
     assert "<svg" in text and "Which method finds the examples to trust" in text

@@ -175,7 +175,7 @@ def run_repetition(
 
     cells = {}
     for name, (variant, scores) in make_baselines(config, task, seed, uniform_stats, good).items():
-        ranking_passes = uniform_stats["passes"] if name in ("aligned", "low_loss") else 0
+        ranking_passes = uniform_stats["passes"] if name in ("alignment", "low_loss") else 0
         is_kept = np.isin(np.arange(task.num_examples), variant.example_indices)
         cell = retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
         if good is not None and scores is not None:
@@ -228,7 +228,7 @@ def make_baselines(
             random_subset,
             np.isin(np.arange(task.num_examples), random_subset).astype(float),
         ),
-        "aligned": (
+        "alignment": (
             f"{share}, by alignment once",
             top_indices(-uniform_stats["alignment"], count, everything),
             -uniform_stats["alignment"],

@@ -65,11 +65,11 @@ def build_variants(
         "selected": lambda: RetrainVariant("selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones),
         "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
         "alignment": lambda: RetrainVariant(
-            "alignment, top", f"{subset_size} best aligned with grad L_v after uniform training",
+            "alignment", f"{subset_size} best aligned with grad L_v after uniform training",
             top_indices(-learned.alignment, count, all_indices), ones,
         ),
-        "perplexity": lambda: RetrainVariant(
-            "low loss, top", f"{subset_size} with the least loss after uniform training",
+        "low_loss": lambda: RetrainVariant(
+            "low_loss", f"{subset_size} with the least loss after uniform training",
             top_indices(-learned.losses, count, all_indices), ones,
         ),
         "validation": lambda: RetrainVariant("validation only", "validation alone, weight 1", validation_indices, ones),

@@ -16,7 +16,7 @@ RANKING_LABELS = {
     "weights": ("learned weights", "the weights of this run"),
     "first_hypergradient": ("first hypergradient", "minus the hypergradient at weight 1: one estimate, no outer loop"),
     "alignment": ("alignment", "<grad loss_i, grad validation loss> at the end of uniform training: the cheap way"),
-    "low_loss": ("low loss", "examples that the model finds easy after uniform training: the cheapest"),
+    "low_loss": ("low_loss", "examples that the model finds easy after uniform training: the cheapest"),
 }
 
 
