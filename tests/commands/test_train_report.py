@@ -267,9 +267,9 @@ def test_only_what_was_written_is_loaded(case, full, adapter, tmp_path):
     assert ("/model'" in text) == full and ("/model-adapter'" in text) == adapter == ("PeftModel" in text)
 
 
-def test_a_repeated_step_counts_once_and_a_torn_line_is_passed_over(tmp_path):
+def test_a_repeated_step_counts_once_and_a_torn_last_line_is_passed_over(tmp_path):
     first, again = events(20, loss=lambda step: 1.0), events(20, loss=lambda step: 2.0)
-    lines = [json.dumps(first[0]), json.dumps(first[1])[:30] + json.dumps(again[1]), json.dumps(again[1])]
+    lines = [json.dumps(first[0]), json.dumps(first[1]), json.dumps(again[1]), json.dumps(first[1])[:30]]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     log = curves.read_training_log(tmp_path / "log.jsonl")
     assert log.steps == list(range(20)) and log.losses == [1.0] * 10 + [2.0] * 10
