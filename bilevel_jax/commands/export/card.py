@@ -1,4 +1,4 @@
-"""The dataset card of an export: what was written, how a trainer reads it, and how it was made."""
+"""The dataset card of an export."""
 
 import json
 from collections import Counter
@@ -71,7 +71,8 @@ def format_dataset_card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_escape_cell(target.path.parent.name)}",
-        f"{total:,} rows{distinct_note} of {len(selected.examples):,}, chosen by their weight ({describe_selection_rule(config.selection)}), in the "
+        f"{total:,} rows{distinct_note} of {len(selected.examples):,}, chosen by their weight "
+        f"({describe_selection_rule(config.selection)}), in the "
         f"layout {target.layout} of {TRAINER_NAMES[config.export.format]}.",
         "**Licence:** not stated. These rows were chosen from others, whose terms hold for them; name those terms "
         "before you share the rows.",

@@ -1,4 +1,4 @@
-"""Rows in the input forms of other trainers: TRL, axolotl, LLaMA-Factory, MaxText and Tunix."""
+"""Input formats of TRL, Axolotl, LLaMA-Factory, MaxText and Tunix."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The rows that an export writes: joined with their weights by id, chosen by a rule, counted."""
+"""Examples selected for an export by their weights."""
 
 import contextlib
 import tempfile
@@ -31,7 +31,7 @@ class SelectedExamples(NamedTuple):
 
 
 def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedExamples:
-    """The rows with a weight, and how often `config.keep` takes each; `run` is where builtin:cipher may lie.
+    """The rows with a weight, and how often `config.selection` takes each; `run` is where builtin:cipher may lie.
 
     Raises ValueError for rows without a weight, unless the run that made the weights left them out.
     """
@@ -59,9 +59,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
         loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
     )
     if config.selection.per_source and len(places) < config.selection.per_source:
-        notes.append(
-            f"selection.per_source = {config.selection.per_source:,}: a source gave all it has, so {len(places):,} rows."
-        )
+        wanted = config.selection.per_source
+        notes.append(f"selection.per_source = {wanted:,}: a source gave all it has, so {len(places):,} rows.")
     repeats = np.bincount(places, minlength=len(examples))[usable]
     examples = [example for example, use in zip(examples, usable, strict=True) if use]
     return SelectedExamples(examples, loaded_weights.weights[usable], repeats, loaded_weights.source, notes)

@@ -1,4 +1,4 @@
-"""The command `export`: the rows that their weights choose, in the input form of another trainer, with a card."""
+"""The `export` command, which writes chosen examples for other trainers."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ def flags_for_run(run: Path) -> list[str]:
 
 
 def export(config: ExportConfig, run: Path | None = None, command: str = "") -> str:
-    """Write `config.export.folder`, and say in a few lines what is in it.
+    """Write `config.export.dir`, and say in a few lines what is in it.
 
     `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
     ValueError for rows that lack a weight or do not fit the form, FileExistsError for a folder that is there already.
@@ -101,6 +101,7 @@ def _summarize_export(config: ExportConfig, selected: SelectedExamples, path: Pa
     rest = f", and {len(before) - MAX_SOURCES_SHOWN:,} more sources" if len(before) > MAX_SOURCES_SHOWN else ""
     parts = f" ({', '.join(source_texts)}{rest})" if len(before) > 1 else ""
     return (
-        f"{int(selected.repeats.sum()):,} of {len(selected.examples):,} rows{parts}, {describe_selection_rule(config.selection)}: {path}, "
-        f"layout {layout}, for {TRAINER_NAMES[config.export.format]}; README.md beside it says how it was made."
+        f"{int(selected.repeats.sum()):,} of {len(selected.examples):,} rows{parts}, "
+        f"{describe_selection_rule(config.selection)}: {path}, layout {layout}, "
+        f"for {TRAINER_NAMES[config.export.format]}; README.md beside it says how it was made."
     )

@@ -1,4 +1,4 @@
-"""The command `inspect`: rows as training would see them, token by token, and what a person should act on."""
+"""The `inspect` command, which shows examples as training sees them."""
 
 import tempfile
 from collections import Counter
@@ -287,7 +287,10 @@ def _print_examples(console: Console, part: PartSurvey, tokenizer: Any, config: 
         example, sides = part.example(place), part.as_trained[place]
         targets = sum(int(side.target_mask.sum()) for side in sides)
         count = " + ".join(f"{len(side.ids):,}" for side in sides)
-        head = f"{_format_place(example)}  id {example.id}  source {_shorten(example.source)}  {count} tokens, {targets:,} targets"
+        head = (
+            f"{_format_place(example)}  id {example.id}  source {_shorten(example.source)}  "
+            f"{count} tokens, {targets:,} targets"
+        )
         console.print(Text.assemble((to_plain_text(head).plain, "bold")))
         for name, side in zip(("chosen", "rejected") if len(sides) > 1 else ("",), sides, strict=True):
             lead = Text(f"{name:>8} ", "bold") if name else Text()
@@ -334,9 +337,8 @@ def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     names = tokenizer.convert_ids_to_tokens(list(ids))
     out: list[tuple[str, bool]] = []
-    run: list[
-        int
-    ] = []  # tokens since the last special one, decoded together: a token's space may hang on its neighbour
+    # tokens since the last special one, decoded together: a token's space may hang on its neighbour
+    run: list[int] = []
     before = ""
     for token, name in zip(ids, names, strict=True):
         if token in special:
@@ -359,7 +361,7 @@ def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
 def _find_errors(
     config: InspectConfig, parts: Sequence[PartSurvey], duplicates: Duplicates, empty: Sequence[str], limit: int
 ) -> Iterable[str]:
-    """What another command would stop at, or was told to do about it."""
+    """What another command would stop at, or is configured to do about it."""
     if empty:
         does = "left out" if config.data.empty == "drop" else "a stop for the other commands"
         yield f"{_format_quantity(len(empty), 'row')} with nothing to learn from, {does}. The first: {empty[0]}"
@@ -371,15 +373,16 @@ def _find_errors(
         if problems := part.tokenized.problems:
             untried = f" ({part.tokenized.num_untried:,} more were not tried)" if part.tokenized.num_untried else ""
             yield (
-                f"{part.name}: {_format_quantity(len(problems), 'row')} that cannot be tokenized{untried}; the other commands stop. "
-                f"The first: {problems[0]}"
+                f"{part.name}: {_format_quantity(len(problems), 'row')} that cannot be tokenized{untried}; "
+                f"the other commands stop. The first: {problems[0]}"
             )
         if part.overlong:
             yield _describe_overlong(part, config.data.truncation, limit)
     if duplicates.leaks:
         does = "leave them out" if config.data.leaks == "drop" else "stop: remove them, or set data.leaks to drop"
         leaked = len({row.id for row, _ in duplicates.leaks})
-        yield f"leaks: {_format_quantity(leaked, 'training example')} among the validation examples; the other commands {does}"
+        examples_text = _format_quantity(leaked, "training example")
+        yield f"leaks: {examples_text} among the validation examples; the other commands {does}"
     for (first, other), pairs in duplicates.overlaps.items():
         both = f"{_format_quantity(len(pairs), 'row')} in both {first} and {other}"
         yield f"{both}; the other commands stop: remove them from one"
@@ -399,8 +402,9 @@ def _describe_overlong(part: PartSurvey, truncate: str, limit: int) -> str:
     others = "; ".join(text for name, text in ways.items() if name != truncate)
     does = "the other commands stop" if truncate == "error" else ways[truncate]
     return (
-        f"{part.name}: {_format_quantity(len(part.overlong), 'row')} ({len(part.overlong) / len(part.as_trained):.1%}) of more than {limit:,} "
-        f"tokens, the first {part.example(part.overlong[0]).where}. data.truncation = {truncate}: {does}. Instead: {others}"
+        f"{part.name}: {_format_quantity(len(part.overlong), 'row')} "
+        f"({len(part.overlong) / len(part.as_trained):.1%}) of more than {limit:,} tokens, "
+        f"the first {part.example(part.overlong[0]).where}. data.truncation = {truncate}: {does}. Instead: {others}"
     )
 
 
@@ -422,7 +426,8 @@ def _find_warnings(
     small = [f"{_shorten(name)} ({count})" for name, count in sources.most_common()[::-1] if count < FEW_EXAMPLES]
     if small and len(sources) > 1:
         rest = f" and {len(small) - MAX_NAMES_SHOWN:,} more" if len(small) > MAX_NAMES_SHOWN else ""
-        yield f"sources with fewer than {FEW_EXAMPLES} training examples, which tell little: {', '.join(small[:MAX_NAMES_SHOWN])}{rest}"
+        names = ", ".join(small[:MAX_NAMES_SHOWN])
+        yield f"sources with fewer than {FEW_EXAMPLES} training examples, which tell little: {names}{rest}"
     if duplicates.train:
         extra = sum(len(group) - 1 for group in duplicates.train)
         share = extra / len(parts[0].examples)
@@ -432,8 +437,8 @@ def _find_warnings(
         yield f"{count_text} with the prompt of a validation example, but another response: close to a leak"
     if not config.data.packing and _padded_fill_share(parts[0]) < 0.5:
         yield (
-            f"{1 - _padded_fill_share(parts[0]):.0%} of a padded batch is padding: data.packing = true is faster and gives the "
-            "same numbers"
+            f"{1 - _padded_fill_share(parts[0]):.0%} of a padded batch is padding: "
+            "data.packing = true is faster and gives the same numbers"
         )
 
 

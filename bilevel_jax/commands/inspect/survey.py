@@ -1,4 +1,4 @@
-"""What training would see of some rows, in numbers: lengths, targets, marks, what is cut, what stands twice."""
+"""Survey of tokenized examples with lengths, targets, truncation and duplicates."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class PartSurvey(NamedTuple):
     truncation_effects: dict[str, TruncationEffect]
     """right, left and drop -> what they would do; empty where no row is too long."""
     overlong: list[int]
-    """Rows beyond the limit, as places in `reading.rows`."""
+    """Rows beyond the limit, as places in `tokenized`."""
     as_trained: list[TokenizedSequences]
     """What training sees of each readable row: cut as configured; whole where it would stop."""
     corpus: Corpus

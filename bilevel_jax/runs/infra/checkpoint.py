@@ -1,4 +1,4 @@
-"""Checkpoints: orbax for the arrays, our manifest of hashes for the truth, behind save, restore and prune.
+"""Checkpoints in orbax format, verified by a manifest of hashes.
 
 A step is one folder, renamed into place when whole:
 
@@ -30,7 +30,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 class RestoredCheckpoint(NamedTuple):
-    """What `restore` found."""
+    """A restored tree with its metadata and step."""
 
     tree: PyTree
     meta: dict[str, Any]
@@ -48,7 +48,7 @@ class SnapshotStore(NamedTuple):
 def save_checkpoint(
     folder: str | Path, step: int, tree: PyTree, meta: dict[str, Any], max_to_keep: int | None = 2
 ) -> Path:
-    """Write `tree` and `meta` (JSON values) as `step`, whole or not at all; then keep the last `keep` (None: all).
+    """Write `tree` and `meta` (JSON values) as `step`, whole or not at all; then prune to `max_to_keep` (None: all).
 
     Every array is stored bit for bit: jax arrays of any dtype and sharding, numpy arrays, typed keys (as their data),
     Python numbers. With several processes all call this, and `folder` is one that all of them see.
@@ -112,13 +112,13 @@ def restore_checkpoint(folder: str | Path, like: PyTree, step: int | None = None
 
 
 def read_checkpoint_meta(folder: str | Path, step: int) -> dict[str, Any] | None:
-    """What was saved beside the arrays of a step; None where there is no whole step of that number."""
+    """The metadata saved with the arrays of a step; None where there is no whole step of that number."""
     manifest, _ = _verify(_step_folder(folder, step), contents=False)
     return None if manifest is None else manifest["meta"]
 
 
 def prune_checkpoints(folder: str | Path, max_to_keep: int) -> None:
-    """Remove all but the last `keep` whole steps. Whole = the manifest is sound and every file has its size."""
+    """Remove all but the last `max_to_keep` complete steps: the manifest is sound and every file has its size."""
     remaining = max_to_keep
     for step in reversed(list_checkpoint_steps(folder)):
         path = _step_folder(folder, step)
@@ -134,7 +134,7 @@ def list_checkpoint_steps(folder: str | Path) -> list[int]:
 
 
 def make_snapshot_store(folder: str | Path) -> SnapshotStore:
-    """The states of a training run on disk, for the reverse sweep. A damaged one is an error, never a wrong number."""
+    """The states of a training run on disk, for the backward pass. A damaged one is an error, never a wrong number."""
     folder = Path(folder)
 
     def put(step: int, tree: PyTree) -> None:

@@ -1,7 +1,7 @@
-"""Several processes that work as one run: how they start, agree, write once, and read what lies with the others.
+"""Initialisation, agreement and single-writer work of several processes.
 
 Every process runs the same program over its own devices and makes the same calls in the same order; what each of these
-functions says is the same in all of them. With one process they cost nothing.
+functions returns is the same in all of them. With one process they cost nothing.
 """
 
 import os
@@ -16,17 +16,18 @@ from bilevel_jax.runs.config.schema import DistributedSection
 
 ResultT = TypeVar("ResultT")
 MAX_ERROR_BYTES = 2000
-"""Bytes of an error that the others are told."""
+"""Longest error message, in bytes, that the other processes receive."""
 
 _on_first_process_only = False
-"""Within `by_first`: what is asked there is the first process's own."""
+"""True inside `run_on_first_process`, where nothing is gathered from the others."""
 
 
 def initialize_distributed(distributed: DistributedSection) -> None:
     """Join the other processes of the run, if it has any; before anything asks for a device.
 
-    The coordinator is distributed.coordinator_address or JAX_COORDINATOR_ADDRESS; the number of processes and of this one are the
-    config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. Raises ValueError where nothing does.
+    The coordinator is distributed.coordinator_address or JAX_COORDINATOR_ADDRESS; the number of processes and that of
+    this one are the config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. Raises ValueError
+    where nothing does.
     """
     coordinator = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator or jax.distributed.is_initialized():
@@ -44,9 +45,9 @@ def initialize_distributed(distributed: DistributedSection) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"distributed.coordinator_address = {coordinator}: the processes did not find each other ({error}). On TPU pods, "
-            "SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many they are "
-            "(--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
+            f"distributed.coordinator_address = {coordinator}: the processes did not find each other ({error}). "
+            "On TPU pods, SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many "
+            "they are (--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
         ) from error
 
 
@@ -68,7 +69,7 @@ def fetch_to_host(array: Any) -> np.ndarray:
 
 
 def allgather_values(values: list[int]) -> np.ndarray:
-    """int32[processes, values]: what each process says."""
+    """int32[processes, values]: the values of each process."""
     local_values = np.asarray(values, np.int32)
     return (
         local_values[None]
@@ -78,7 +79,7 @@ def allgather_values(values: list[int]) -> np.ndarray:
 
 
 def broadcast_from_first(value: int) -> int:
-    """What the first process says."""
+    """The first process's value, in every process."""
     return int(allgather_values([value])[0, 0])
 
 

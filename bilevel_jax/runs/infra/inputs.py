@@ -1,4 +1,4 @@
-"""What a run was given: its files by size and hash, so that it is never resumed with others."""
+"""Record of a run's input files by size and hash."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from bilevel_jax.runs.infra import run_dir
 
 INPUTS_FILE = "inputs.json"
 INPUT_FILE_KEYS = (
-    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "objective.reference",
-    "rank.own_answers", "rank.accuracies",
+    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file",
+    "objective.reference", "rank.own_answers", "rank.accuracies",
 )  # fmt: skip
-"""Of the configs: those whose values name files."""
+"""The config keys whose values name input files."""
 
 
 def list_input_files(config: Any) -> dict[str, list[Path]]:

@@ -1,4 +1,4 @@
-"""Append-only journals of JSON records, one a line, that survive a kill.
+"""Append-only journals of JSON records that survive a kill.
 
 A record counts once its newline is written. A kill in the middle of a write leaves a torn last line without one:
 readers pass over it, and the next append cuts it off first. Any other line that is no JSON was damaged later, by hand

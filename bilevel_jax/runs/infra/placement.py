@@ -1,4 +1,4 @@
-"""Where arrays live: a named mesh of `data` x `fsdp` devices, the rows of a batch spread over all of them."""
+"""The device mesh and where arrays live on it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,14 @@ from bilevel_jax.lm.data.batches import BatchShape
 BATCH_SPEC = P(None, ("data", "fsdp"))
 """[micro, rows or examples, ...]: the second axis over all devices."""
 MIN_SHARDED_TABLE_SIZE, SHARDED_TABLE_MULTIPLE = 2**20, 2**12
-"""Rows from which the weight table is split over the devices, and what its length is then a multiple of."""
+"""Length from which a per-example table is split over the devices, and the multiple that it is then padded to."""
 
 
 def make_mesh(data_size: int, fsdp: int = 1) -> Mesh:
-    """`data` times `fsdp` devices; data = 0 takes all that there are.
+    """A mesh of `data_size` times `fsdp` devices; data_size = 0 takes all devices.
 
     The rows of a batch are spread over all of them. `fsdp` devices share one copy of the parameters, of which each
-    keeps a part (`partition`), so that larger models fit; there are `data` copies.
+    keeps a part (`sharding`), so that larger models fit; there are `data_size` copies.
     """
     devices = jax.devices()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
@@ -44,7 +44,7 @@ def make_mesh(data_size: int, fsdp: int = 1) -> Mesh:
 
 
 def place_arrays(tree: Any, shardings: Any) -> Any:
-    """Arrays on the mesh, as `where` says: one sharding, or a tree of them.
+    """Arrays on the mesh, as `shardings` says: one sharding, or a tree of them.
 
     Of several processes each gives the same values and keeps the part of its own devices; nothing is sent.
     """
@@ -68,7 +68,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def padded_table_size(num_examples: int) -> int:
-    """Entries of the weight table: `rows`, and from LARGE of them a few more, so that devices divide it evenly."""
+    """Size of the weight table: one entry per example, from MIN_SHARDED_TABLE_SIZE padded so that devices divide it."""
     return (
         num_examples
         if num_examples < MIN_SHARDED_TABLE_SIZE
@@ -77,7 +77,7 @@ def padded_table_size(num_examples: int) -> int:
 
 
 def place_table(mesh: Mesh, values: Any) -> jax.Array:
-    """The weight table, or what goes with it: a copy everywhere; from LARGE rows split by row, with 0 at its end."""
+    """A per-example table on the mesh: replicated; from MIN_SHARDED_TABLE_SIZE on split by row and padded with 0."""
     size = padded_table_size(len(values))
     if size > len(values):
         values = np.pad(np.asarray(values), (0, size - len(values)))
@@ -114,7 +114,7 @@ def place_stream(mesh: Mesh, stream: Stream) -> Stream:
 
 
 def cache_stream(mesh: Mesh, stream: Stream) -> Stream:
-    """As `placed`, with every batch made and moved once: for the small sets that are read again and again."""
+    """As `place_stream`, with every batch made and moved once: for small sets that are read repeatedly."""
     place_batch = _batch_placer(mesh)
     batches = [place_batch(stream.batch(step)) for step in range(stream.steps)]
     return Stream(batches.__getitem__, stream.steps)
@@ -124,8 +124,8 @@ def align_layout(mesh: Mesh, layout: BatchShape) -> BatchShape:
     """The layout with its rows rounded up to a multiple of the devices; its examples must already be one."""
     if layout.examples % mesh.size:
         raise ValueError(
-            f"train.global_batch_size / train.gradient_accumulation_steps = {layout.examples} examples do not spread evenly over {mesh.size} devices. "
-            f"Choose a multiple of {mesh.size}, or set mesh.data."
+            f"train.global_batch_size / train.gradient_accumulation_steps = {layout.examples} examples do not spread "
+            f"evenly over {mesh.size} devices. Choose a multiple of {mesh.size}, or set mesh.data."
         )
     return layout._replace(rows=-(-layout.rows // mesh.size) * mesh.size)
 

@@ -1,4 +1,4 @@
-"""The data-parallel step written with jax.pmap, for programs that are."""
+"""Data-parallel training step written with jax.pmap."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,13 +23,13 @@ from bilevel_jax.core.types import (
 def pmap_train_step(
     problem: Problem, optimizer: optax.GradientTransformation, devices: Sequence[jax.Device] | None = None
 ) -> TrainStep:
-    """`transition` under jax.pmap: in its place everywhere, and equal to it but for rounding.
+    """`core.training.train_step` under jax.pmap: a replacement for it, equal up to rounding.
 
         each device: its micro-batches' share of the gradient, of the Hessian product;  psum over the devices;  update
 
-    The micro-batches of a step are dealt to the devices (default: this process's); entries come back in their order.
-    The sums need no mean over devices, as `rows` counts the whole step. jax keeps pmap in maintenance, built on
-    shard_map: for new programs place arrays on a mesh and use `transition`, which also splits parameters.
+    The micro-batches of a step are dealt to the devices (default: this process's); hypergradients come back in their
+    order. The sums need no mean over devices, as `rows` counts the whole step. jax keeps pmap in maintenance, built on
+    shard_map: for new programs place arrays on a mesh and use `train_step`, which also splits parameters.
 
     Raises ValueError for a step whose micro-batches are no multiple of the devices.
     """

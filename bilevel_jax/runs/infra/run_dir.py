@@ -1,4 +1,4 @@
-"""A run's folder: made once, locked while in use, written so that a kill or a full disk leaves whole files."""
+"""Run directory, its lock and atomic writes."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""What every command needs while it works: its folder and log, a progress bar with an ETA, and a way to stop and go on."""
+"""A running command, its log, progress, signals and finished jobs."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ class Interrupted(Exception):
 
 
 class Session:
-    """A run at work. `advance` counts work and notices signals; `once` remembers finished jobs across a resume."""
+    """A run in progress. `advance` counts work; `run_once` remembers the results of finished jobs across a resume."""
 
     def __init__(self, folder: Path, log: JsonLog, bar: Progress, save_seconds: float):
         self.folder: Path = folder
@@ -110,7 +110,7 @@ class Session:
         return bool(all_values[0, 1])
 
     def run_once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of a job, made now or, if a run before this one finished it, remembered."""
+        """The JSON value of a job: computed now, or read if an earlier run of this folder finished it."""
         if key not in self._finished_jobs:
             work_before, start_time = self.work_done, time.monotonic()
             value = compute()
@@ -146,7 +146,7 @@ class Session:
 
 
 class PartSession(Session):
-    """See `Session.within`."""
+    """The session of a part of a run; see `Session.part_session`."""
 
     def __init__(self, parent: Session, name: str):
         self.folder, self.log = parent.folder / "parts" / name, PartLog(parent.log, name)
@@ -206,7 +206,8 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     command, folder = COMMANDS[type(config)], Path(config.output.dir)
     if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
         raise ValueError(
-            f"{command} runs in one process, on all devices of one machine; in several there are {', '.join(MULTIPROCESS_COMMANDS)}."
+            f"{command} runs in one process, on all devices of one machine; several processes can run "
+            f"{' and '.join(MULTIPROCESS_COMMANDS)}."
         )
     with contextlib.ExitStack() as stack:
 
@@ -223,7 +224,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def start_session(config: Any, folder: Path) -> Iterator[Session]:
-    """Write what the run was told and where it runs, and open it."""
+    """Write the config and the environment of the run, and open its session."""
     output = config.output
     run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
     run_dir.write_atomic(folder / "environment.json", json.dumps(describe_environment(), indent=1))

@@ -1,4 +1,4 @@
-"""Which device keeps which part of the parameters: a table of patterns, read at placing and, layer by layer, at use."""
+"""Sharding rules for parameters, matched by regular expressions."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ DECODER_SHARDING_RULES: ShardingRules = {
 
 
 def parse_sharding_rules(rules: Sequence[str], mesh: Mesh) -> ShardingRules:
-    """DECODER with rules of one's own before it: `PATTERN = AXIS AXIS ...`, an axis being data, fsdp or - (not split).
+    """Custom rules, `PATTERN = AXIS AXIS ...`, before DECODER_SHARDING_RULES; an axis is data, fsdp or - (not split).
 
     Raises ValueError for a rule that says something else.
     """
@@ -65,14 +65,14 @@ def shard_tree(mesh: Mesh, rules: ShardingRules, tree: Any) -> Any:
 
 
 def parameter_placer(mesh: Mesh, rules: ShardingRules) -> Callable[[Any, Any], jax.Array]:
-    """(path, values) -> the array on the mesh: for `lm.load`, so that no device ever holds the whole model."""
+    """(path, values) -> the array on the mesh: for loading, so that no device ever holds the whole model."""
     return lambda path, values: place_arrays(
         values, NamedSharding(mesh, P(*_leaf_axes(mesh, rules, path, values.shape)))
     )
 
 
 def make_sharded_shapes(mesh: Mesh, rules: ShardingRules, tree: Any) -> Any:
-    """The shapes of arrays that `partitioned` would place: for what is compiled without them."""
+    """The shapes and shardings of arrays that `shard_tree` would place: for compiling without them."""
     tree_shardings = make_shardings(mesh, rules, tree)
     return jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, tree_shardings
@@ -117,9 +117,8 @@ def _leaf_axes(mesh: Mesh, rules: ShardingRules, path: Any, shape: tuple[int, ..
     axes = tuple(axis if axis and mesh.shape[axis] > 1 else None for axis in axes)
     divides_evenly = all(size % mesh.shape[axis] == 0 for size, axis in zip(shape, axes, strict=False) if axis)
     num_leading_axes = max((place + 1 for place, axis in enumerate(axes) if axis), default=0)
-    return (
-        axes[:num_leading_axes] if divides_evenly else ()
-    )  # as short as jax writes it, or equal shardings would compile twice
+    # as short as jax writes it, or equal shardings would compile twice
+    return axes[:num_leading_axes] if divides_evenly else ()
 
 
 def _matching_axes(rules: ShardingRules, path: Any) -> MeshAxes:
