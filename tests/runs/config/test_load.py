@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,7 @@ import pytest
 from bilevel_jax.lm.data.examples import DataOptions
 from bilevel_jax.lm.data.formats import READ_FORMATS
 from bilevel_jax.runs.config.load import (
+    COMMANDS,
     RESUME_EXEMPT_KEYS,
     AuditConfig,
     CompareConfig,
@@ -26,6 +28,7 @@ from bilevel_jax.runs.config.load import (
     find_config,
     load_config,
 )
+from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.config.schema import ExampleFormat
 from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml_config
 from bilevel_jax.runs.tasks.optimizers import (
@@ -274,17 +277,28 @@ def test_clip_is_that_of_optax_with_a_derivative_at_zero():
     assert not math.isnan(float(slope[0]))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "configs").glob("*.yaml")), ids=lambda path: path.name
-)
+CONFIG_FILES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+def config_class_of(path):
+    classes = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}
+    return (classes | {"refine": RefineConfig}).get(path.stem.split("_")[0], SelectConfig)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_the_configs_that_come_with_the_package_are_right(path):
-    kinds = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}
-    kinds |= {"refine": RefineConfig}
-    kind = kinds.get(path.stem.split("_")[0], SelectConfig)
-    config = load_config(kind, path)
+    config = load_config(config_class_of(path), path)
     assert config.data.train
     if config.model.name_or_path:  # arrays have no language model
         assert load_config(InspectConfig, path).data.train == config.data.train  # its other sections are passed over
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_the_flags_in_the_header_of_a_config_are_keys(path):
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    known = {key.replace("_", "-") for key, _ in flatten_config(config_class_of(path)())}
+    assert set(re.findall(r"--([a-z_]+\.[a-z0-9_-]+)", header)) <= known
+    assert f"bilevel-jax {COMMANDS[config_class_of(path)]} " in header
 
 
 def test_the_formats_of_the_config_are_those_that_are_read():
