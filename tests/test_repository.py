@@ -82,7 +82,7 @@ def test_the_tree_in_readme_names_all_folders():
     missing = [
         folder
         for folder in sorted((top | package) - {"bilevel_jax"})
-        if not any(folder == name or folder.startswith(f"{name}/") for name in named)
+        if not any(f"{folder}/".startswith(f"{name}/") or name.startswith(f"{folder}/") for name in named)
     ]
     assert missing == [], "folders that the tree does not name"
 
