@@ -1,11 +1,15 @@
 """The public names: light to import, documented, with examples that run, and all of them in the reference."""
 
+import doctest
 import importlib
 import inspect
 import subprocess
 import sys
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import bilevel_jax as bj
@@ -61,3 +65,25 @@ def test_a_command_is_a_function_also_after_its_folder_is_imported(name):
     assert isinstance(package, ModuleType)
     assert getattr(bj.commands, name) is command is sys.modules[f"bilevel_jax.commands.{name}.run"].__dict__[name]
     assert command.__doc__ and name in dir(bj.commands)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_is_documented(name):
+    doc = inspect.getdoc(FUNCTIONS[name])
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert doc.partition("\n\n")[0].endswith("."), "the first paragraph is a sentence"
+    for section in ("Returns:", "Example:", *(["Args:"] if parameters else [])):
+        assert f"\n{section}\n" in doc, f"{name} has no section {section}"
+    described = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    missing = [parameter for parameter in parameters if f"    {parameter}: " not in described + "\n"]
+    assert missing == [], f"{name} does not describe {missing}"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_example_runs(name):
+    names = {"bj": bj, "jax": jax, "jnp": jnp, "optax": optax}
+    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(FUNCTIONS[name]), names, name, None, None)
+    assert examples.examples
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=report.append)
+    assert not report, "".join(report)

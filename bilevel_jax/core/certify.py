@@ -1,4 +1,4 @@
-"""Is an estimate exact, is it smooth, does it predict? From retrains and one more estimate to a verdict in words."""
+"""Certificates of a hypergradient by finite differences and retraining."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,10 +23,10 @@ class FiniteDifferences(NamedTuple):
 
 
 class RemovalPrediction(NamedTuple):
-    """Predicted and actual changes of L_v (nats) when random rows leave the training set."""
+    """Predicted and actual changes of L_v (nats) when random examples leave the training set."""
 
     fraction: float
-    """The share of the rows that each retrain left out."""
+    """The share of the examples that each retrain left out."""
     predicted: tuple[float, ...]
     actual: tuple[float, ...]
     rank: float
@@ -40,7 +40,7 @@ class Certificates(NamedTuple):
 
     finite_differences: FiniteDifferences | None
     metasmoothness: float | None
-    """cos(grad(w), grad(w without a fifth of the rows)), over the rows that stay."""
+    """cos(grad(w), grad(w without a fifth of the examples)), over the examples that stay."""
     removal_prediction: RemovalPrediction | None
     checks: Checks
 
@@ -63,12 +63,31 @@ class Verdict(NamedTuple):
 def check_finite_differences(
     retrain: RetrainFn, weights: Hyper, grad: Hyper, step_sizes: Sequence[float] = (0.1, 0.03, 0.01, 0.003)
 ) -> FiniteDifferences:
-    """ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>) with d = w * sign(grad); 1 where grad is right.
+    """Central differences of the estimand over the slope that the estimate predicts: 1 where `grad` is right.
+
+        ratio(s) = [L_v(w + s d) - L_v(w - s d)] / (2 s <grad, d>)  with d = w * sign(grad)
 
     Every weight changes by the share s of itself, so none turns negative. Along the signs of grad nothing cancels;
     along a random direction <grad, d> does, and in float32 the ratio would be off by percents for a gradient that is
     right to 1e-4. The largest step also tells regimes apart: its ratio leaves 1 where training is chaotic, although
     the derivative is right. Costs two retrains a step.
+
+    Args:
+        retrain: weights -> L_v of the estimand, nats.
+        weights: the outer variable at which `grad` was estimated.
+        grad: shaped as `weights`, nats per unit of weight.
+        step_sizes: the shares s.
+
+    Returns:
+        The ratio for each step size; nan where `grad` is 0.
+
+    Example:
+        >>> def retrain(weights):
+        ...     return float(jnp.sum(weights**2))
+        >>> weights = jnp.array([1.0, 2.0])
+        >>> check = bj.certify.check_finite_differences(retrain, weights, 2 * weights, step_sizes=(0.1,))
+        >>> round(check.ratios[0], 3)
+        1.0
     """
     direction = jax.tree.map(lambda w, g: w * jnp.sign(g), weights, grad)
     predicted_slope = float(optax.tree.vdot(grad, direction))
@@ -82,7 +101,20 @@ def check_finite_differences(
 
 
 def drop_random_examples(key: Array, weights: Float[Array, "examples"], fraction: float) -> Float[Array, "examples"]:
-    """The weights with a random `fraction` of the rows set to 0."""
+    """The weights with a random `fraction` of the examples set to 0.
+
+    Args:
+        key: of the choice.
+        weights: float[examples].
+        fraction: of the examples, rounded to a whole number of them.
+
+    Returns:
+        float[examples].
+
+    Example:
+        >>> int(jnp.sum(bj.certify.drop_random_examples(jax.random.key(0), jnp.ones(10), 0.3) == 0))
+        3
+    """
     count = round(fraction * weights.shape[0])
     dropped = jax.random.permutation(key, weights.shape[0])[:count]
     return weights.at[dropped].set(0)
@@ -95,9 +127,27 @@ def metasmoothness(
     grad: Float[Array, "examples"],
     removed: float = 0.2,
 ) -> float:
-    """cos(grad(w), grad(w with a random share `removed` of the rows left out)) over the rows that stay; one more sweep.
+    """Metasmoothness in its cosine form: how far the hypergradient stays the same when random examples leave.
 
-    Near 1 where the landscape is smooth at the size of the changes one makes; near 0 where it is noise.
+        cos(grad(w), grad(w with a random share `removed` of the examples left out)), over the examples that stay
+
+    Near 1 where the landscape is smooth at the size of the changes one makes; near 0 where it is noise. Costs one more
+    estimate.
+
+    Args:
+        estimate: weights -> their hypergradient, float[examples].
+        key: of the choice of examples.
+        weights: float[examples].
+        grad: the hypergradient at `weights`, float[examples].
+        removed: share of the examples left out.
+
+    Returns:
+        The cosine.
+
+    Example:
+        >>> weights = jnp.arange(1.0, 6.0)
+        >>> round(bj.certify.metasmoothness(lambda w: 2 * w, jax.random.key(0), weights, 2 * weights), 3)
+        1.0
     """
     subset_weights = drop_random_examples(key, weights, removed)
     remaining = subset_weights != 0
@@ -114,10 +164,30 @@ def predict_removals(
     fraction: float = 0.5,
     num_retrains: int = 8,
 ) -> RemovalPrediction:
-    """Does <grad, change> predict the change of L_v when a random `fraction` of the rows is left out?
+    """How well <grad, change> predicts the change of L_v when a random `fraction` of the examples is left out.
 
-    Ranks hold better than magnitudes, so read `rank` first. With 8 retrains its standard error is about .35 around 0:
-    enough to tell .9 from noise, not .8 from .6.
+    Ranks hold better than magnitudes, so read `rank` first (the linear datamodelling score, LDS). With 8 retrains its
+    standard error is about .35 around 0: enough to tell .9 from noise, not .8 from .6.
+
+    Args:
+        retrain: weights -> L_v of the estimand, nats.
+        key: of the choices of examples.
+        weights: float[examples].
+        grad: the hypergradient at `weights`, float[examples], nats per unit of weight.
+        validation_loss: L_v at `weights`, nats.
+        fraction: of the examples that each retrain leaves out.
+        num_retrains: retrains, each without other examples.
+
+    Returns:
+        Predicted and actual changes, their rank correlation and slope.
+
+    Example:
+        >>> grad = jnp.array([-3.0, 1.0, 2.0, -0.5])
+        >>> prediction = bj.certify.predict_removals(
+        ...     lambda w: float(w @ grad), jax.random.key(0), jnp.ones(4), grad, validation_loss=-0.5
+        ... )
+        >>> round(prediction.rank, 3), round(prediction.slope, 3)
+        (1.0, 1.0)
     """
     predicted, actual = [], []
     for subkey in jax.random.split(key, num_retrains):
@@ -130,7 +200,19 @@ def predict_removals(
 
 
 def spearman(first: Float[Array, "n"], second: Float[Array, "n"]) -> float:
-    """Spearman's rank correlation; ties take the mean of their ranks. nan where one of the two is constant."""
+    """Spearman's rank correlation; ties take the mean of their ranks.
+
+    Args:
+        first: float[n].
+        second: float[n].
+
+    Returns:
+        Between -1 and 1; nan where one of the two is constant.
+
+    Example:
+        >>> round(bj.certify.spearman(jnp.array([1.0, 2.0, 3.0]), jnp.array([10.0, 30.0, 20.0])), 3)
+        0.5
+    """
 
     def ranks(values):
         below = jnp.sum(values[:, None] > values[None, :], axis=1)
@@ -145,10 +227,22 @@ def spearman(first: Float[Array, "n"], second: Float[Array, "n"]) -> float:
 def judge_certificates(certificates: Certificates) -> Verdict:
     """The certificates as one level with its reason and remedy.
 
-    BELIEVE for small changes where the ratio at step .1 lies in [.95, 1.05] and smooth >= .7, for changes of half of
-    the data where smooth >= .9 too; DO NOT BELIEVE where that ratio leaves [.9, 1.1], smooth < .5, or a number is
-    not finite; in between, or with checks missing, UNDECIDED. The thresholds come from ten calibrated settings of
-    small language models, not from a theorem.
+    BELIEVE for small changes where the ratio at step .1 lies in [.95, 1.05] and the metasmoothness is at least .7, for
+    changes of half of the data where it is at least .9; DO NOT BELIEVE where that ratio leaves [.9, 1.1],
+    metasmoothness is below .5, or a number is not finite; in between, or with checks missing, UNDECIDED. The
+    thresholds come from ten calibrated settings of small language models, not from a theorem.
+
+    Args:
+        certificates: the checks of one estimate.
+
+    Returns:
+        The verdict; `str(verdict)` is its sentence.
+
+    Example:
+        >>> differences = bj.certify.FiniteDifferences(steps=(0.1,), ratios=(1.01,))
+        >>> verdict = bj.certify.judge_certificates(bj.certify.Certificates(differences, 0.95, None, bj.Checks()))
+        >>> verdict.level
+        'BELIEVE'
     """
     checks = certificates.checks
     if not checks.replayed:
@@ -168,8 +262,8 @@ def judge_certificates(certificates: Certificates) -> Verdict:
         certificates.metasmoothness,
     )
     reason = (
-        f"a change of every weight by {step_size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and without a "
-        f"fifth of the rows the gradient keeps a cosine of {cosine:.3f}."
+        f"a change of every weight by {step_size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and "
+        f"without a fifth of the examples the gradient keeps a cosine of {cosine:.3f}."
     )
     remedy = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."
     if not 0.9 <= ratio <= 1.1 or not cosine >= 0.5:

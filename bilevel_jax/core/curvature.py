@@ -1,4 +1,4 @@
-"""The product v -> A v of an inner problem's curvature, summed over a stream of batches."""
+"""Hessian-vector and Gauss-Newton-vector products over a stream of batches."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,23 @@ CurvatureProduct = Callable[[Params, Hyper, Frozen, Stream, Params], Params]
 
 
 def hessian(problem: Problem) -> CurvatureProduct:
-    """The Hessian of inner + prior: exact, symmetric, and often indefinite for a fine-tuned language model."""
+    """The Hessian of inner + prior: exact, symmetric, and often indefinite for a fine-tuned language model.
+
+        v -> d^2 (sum over the stream of inner + prior) / d params^2  v
+
+    Args:
+        problem: with its training loss and prior.
+
+    Returns:
+        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit`.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> product = bj.curvature.hessian(problem)
+        >>> stream = bj.full_batch_stream(jnp.array([1.0, 3.0]))
+        >>> float(product(jnp.array(0.0), jnp.array([1.0, 2.0]), (), stream, jnp.array(1.0)))  # the mean weight
+        1.5
+    """
 
     def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:
         return jax.jvp(lambda p: jax.grad(problem.inner)(p, weights, frozen, batch), (params,), (v,))[1]
@@ -22,11 +38,32 @@ def hessian(problem: Problem) -> CurvatureProduct:
 
 
 def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
-    """The generalised Gauss-Newton matrix J^T L'' J of inner, with J the Jacobian of the outputs and L'' the Hessian of
-    the weighted link, plus the prior's Hessian: positive semi-definite for weights >= 0 and a convex link.
+    """The generalised Gauss-Newton matrix of inner plus the prior's Hessian: positive semi-definite.
 
-    An approximation of the Hessian, equal to it where the outputs are linear in the parameters; the implicit gradient
-    that it gives is the response of the proximal Bregman problem at params, not of the training loss.
+        v -> J^T L'' J v + prior'' v,  J the Jacobian of the outputs, L'' the Hessian of the weighted link
+
+    Positive semi-definite for weights >= 0 and a convex link. An approximation of the Hessian, equal to it where the
+    outputs are linear in the parameters; the implicit gradient that it gives is the response of the proximal Bregman
+    problem at params, not of the training loss.
+
+    Args:
+        problem: with its training loss and prior.
+        loss: the same losses as link(outputs).
+
+    Returns:
+        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit`.
+
+    Example:
+        >>> from bilevel_jax.core.types import CompositeLoss
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> loss = CompositeLoss(
+        ...     outputs=lambda theta, frozen, batch: theta * jnp.ones_like(batch["data"]),
+        ...     link=lambda outputs, frozen, batch: 0.5 * (outputs - batch["data"]) ** 2,
+        ... )
+        >>> product = bj.curvature.gauss_newton(problem, loss)
+        >>> stream = bj.full_batch_stream(jnp.array([1.0, 3.0]))
+        >>> float(product(jnp.array(0.0), jnp.array([1.0, 2.0]), (), stream, jnp.array(1.0)))
+        1.5
     """
 
     def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:

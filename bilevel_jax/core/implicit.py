@@ -1,4 +1,4 @@
-"""The solve at a trained model, and the entries of all rows by streaming one forward-mode product."""
+"""Implicit differentiation at a trained model."""
 
 import jax
 import jax.numpy as jnp
@@ -34,21 +34,40 @@ def implicit(
     batches: int | None = None,
     min_cosine: float = 0.95,
 ) -> Estimator:
-    """d L_v(theta*(w)) / dw at the minimiser theta* of G(theta, w) + r(theta), by the implicit function theorem.
+    """The metagradient d L_v(theta*(w)) / dw at the minimiser theta* of G + r, by the implicit function theorem.
 
-        (curvature of G + r) v = grad L_v;   entry_i = -<grad l_i, v> / rows
+        (curvature of G + r) v = grad L_v;   hypergradient_i = -<grad l_i, v> / N
 
     Three passes over streams, each of which is *summed*: the train stream must give every training example once, with
-    `rows` = all of them, so that its sum is G. (1) grad L_v over all of V; (2) the solve, on a frozen set of
-    `batches` of the train stream (default: all), doubled until the solutions on a half and on the whole have a cosine
-    above `agreement`; (3) the entries of every row, which one forward-mode product gives.
+    `num_examples` = all of them, so that its sum is G. (1) grad L_v over all of the validation set; (2) the solve, on a
+    fixed set of `batches` of the train stream, doubled until the solutions on a half and on the whole have a cosine
+    above `min_cosine`; (3) the hypergradient of every example, which one forward-mode product gives.
 
-    Exact where theta is stationary, the system is solved, and `product` is the Hessian of a problem whose prior makes
-    it positive definite. With the Gauss-Newton product it is the response of the proximal Bregman problem at theta;
-    with the `identity` solver it is alignment.
+    Exact where theta is stationary, the system is solved, and the curvature is the Hessian of a problem whose prior
+    makes it positive definite. With the Gauss-Newton product it is the response of the proximal Bregman problem at
+    theta; with the `identity` solver it is alignment.
 
-    Wrong, and told by `checks`: theta not stationary (`gap`, nats of L_v), system not solved (`residual`), not
-    positive definite (`curvature` <= 0), too few batches (`sample` below `agreement`).
+    Wrong, and reported by `checks`: theta not stationary (`gap`, nats of L_v), system not solved (`residual`), not
+    positive definite (`curvature` <= 0), too few batches (`sample` below `min_cosine`).
+
+    Args:
+        problem: as `weighted` or `shared` gives it.
+        curvature_product: `curvature.hessian` or `curvature.gauss_newton` of the problem.
+        solver: of the linear system, such as `solvers.cg()`.
+        batches: of the train stream for the first solve; default all.
+        min_cosine: agreement of two solutions at which the number of batches is enough.
+
+    Returns:
+        The estimator: (trajectory, hyper, frozen, train stream, validation stream) -> `Estimate`; of the trajectory it
+        reads the end alone (see `trajectory_from_params`).
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> estimator = bj.implicit(problem, bj.curvature.hessian(problem), bj.solvers.cg())
+        >>> train, validation = (bj.full_batch_stream(jnp.array(data)) for data in ([1.0, 3.0], [4.0]))
+        >>> run = bj.trajectory_from_params(jnp.array(2.0))  # the mean minimises the training loss
+        >>> estimator(run, jnp.ones(2), (), train, validation).grad.tolist()
+        [1.0, -1.0]
     """
     loss_and_grad = validation_loss_and_grad_fn(problem)
     gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
@@ -65,13 +84,13 @@ def implicit(
     def prior_derivative(params, frozen, v):
         return jax.jvp(lambda p: problem.prior(p, frozen), (params,), (v,))[1]
 
-    def estimate(run: Trajectory, hyper: Hyper, fixed: Frozen, train: Stream, validation: Stream) -> Estimate:
+    def estimate(run: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validation: Stream) -> Estimate:
         params = run.end.params
-        value, slope = loss_and_grad(params, fixed, validation)
+        value, slope = loss_and_grad(params, frozen, validation)
 
         def solve(num_batches: int, guess: Params | None) -> SolveResult:
             sample_cosine = subsample_stream(train, num_batches)
-            return solver(lambda v: curvature_product(params, hyper, fixed, sample_cosine, v), slope, guess)
+            return solver(lambda v: curvature_product(params, hyper, frozen, sample_cosine, v), slope, guess)
 
         num_batches = min(batches or train.steps, train.steps)
         solution, sample_cosine = solve(num_batches, None), float("nan")
@@ -81,10 +100,10 @@ def implicit(
             sample_cosine = float(_cosine(before.x, solution.x))
 
         v = _negate(solution.x)
-        grad, gap = jax.tree.map(jnp.zeros_like, hyper), prior_derivative(params, fixed, v)
+        grad, gap = jax.tree.map(jnp.zeros_like, hyper), prior_derivative(params, frozen, v)
         for index in range(train.steps):
             batch = train.batch(index)
-            gap, parts = add_batch_hypergradients(gap, params, gather(hyper, batch), fixed, batch, v)
+            gap, parts = add_batch_hypergradients(gap, params, gather(hyper, batch), frozen, batch, v)
             grad = scatter_add(grad, batch, parts)
         checks = Checks(
             residual=solution.residual,
@@ -122,7 +141,8 @@ def hypergradients_along(
 def subsample_stream(stream: Stream, count: int) -> Stream:
     """The first `count` batches of a summed stream, scaled so that their sum estimates the whole stream's.
 
-    The stream should come in random order. Scaling acts on `rows`: the rows of the sample take the place of all rows.
+    The stream should come in random order. Scaling acts on `num_examples`: the examples of the sample take the place
+    of all.
     """
     if count >= stream.steps:
         return stream

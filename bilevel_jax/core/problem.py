@@ -1,4 +1,4 @@
-"""From per-example losses to a bilevel problem."""
+"""Bilevel problems built from per-example losses."""
 
 from collections.abc import Callable
 
@@ -20,13 +20,29 @@ def weighted(
 ) -> Problem:
     """The problem whose outer variable is a weight for each training example.
 
-        min_w L_v(params*(w)),  inner = sum_i w_i losses_i / rows,  L_v = mean of `outer` over the validation examples
+        min_w L_v(params*(w)),  inner = sum_i w_i losses_i / N,  L_v = mean of `outer` over the validation examples
 
-    The denominator is the number of real examples in the *global* step, never the sum of the weights and never a
-    micro-batch or a device: so the gradient and its entries are the same for any split of the step. Where batches have
-    a `base`, each example counts with it beside its weight: inner = sum_i base_i w_i losses_i / rows.
+    The denominator N is the number of real examples in the *global* step, never the sum of the weights and never a
+    micro-batch or a device: so the gradient and the hypergradients are the same for any split of the step. Where
+    batches have the leaf `multiplicity`, each example counts with it beside its weight: inner = sum_i m_i w_i losses_i
+    / N.
 
-    `outer` (default: `losses`) gives the losses of validation examples; `prior` (default: none) is added once per step.
+    Args:
+        losses: (params, frozen, batch) -> one loss for each example of a micro-batch, float[examples], nats.
+        outer: the losses of validation examples; default `losses`.
+        prior: (params, frozen) -> r(params), nats, added once per step; default none. See `proximal`.
+
+    Returns:
+        The problem; its outer variable is the table of weights, float[examples].
+
+    Raises:
+        ValueError: when it is traced, if the losses are not one for each example.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> batch = {"data": jnp.array([1.0, 3.0]), "num_examples": 2.0, "index": jnp.array([0, 1])}
+        >>> float(problem.inner(jnp.array(0.0), jnp.array([1.0, 2.0]), (), batch))  # (1 * 0.5 + 2 * 4.5) / 2
+        4.75
     """
     outer = losses if outer is None else outer
 
@@ -50,12 +66,12 @@ def weighted(
 
 
 def get_multiplicity(batch: Batch) -> Float[Array, "*micro examples"] | float:
-    """How much each example counts before any weight: the leaf `base` of the batch, 1 where there is none."""
+    """How much each example counts before any weight: the leaf `multiplicity` of the batch, 1 where there is none."""
     return batch.get("multiplicity", 1.0)
 
 
 def divide_by_multiplicity(values: Float[Array, "*micro examples"], batch: Batch) -> Float[Array, "*micro examples"]:
-    """values / base, and 0 for an example of base 0: from d inner / d weight back to what one whole example says."""
+    """values / multiplicity, and 0 for an example of multiplicity 0: the derivative for one whole example."""
     if "multiplicity" not in batch:
         return values
     is_counted = batch["multiplicity"] > 0
@@ -67,23 +83,58 @@ def shared(
     outer: Callable[[Params, Frozen, Batch], Scalar],
     prior: Callable[[Params, Frozen], Scalar] | None = None,
 ) -> Problem:
-    """The problem whose outer variable is global: every batch touches all of it (a penalty's strength, say)."""
+    """The problem whose outer variable is global: every batch touches all of it (a regulariser's strength, say).
+
+        min_hyper L_v(params*(hyper)),  params* from training on the sum of `inner` over micro-batches, plus the prior
+
+    Args:
+        inner: (params, hyper, frozen, batch) -> one micro-batch's share of the training loss, nats.
+        outer: (params, frozen, batch) -> one micro-batch's share of L_v, nats.
+        prior: (params, frozen) -> r(params), nats, added once per step; default none.
+
+    Returns:
+        The problem; its outer variable is any pytree of arrays, the same in every batch.
+
+    Example:
+        >>> def inner(theta, log_strength, frozen, batch):
+        ...     return 0.5 * jnp.mean((theta - batch["data"]) ** 2) + 0.5 * jnp.exp(log_strength) * theta**2
+        >>> def outer(theta, frozen, batch):
+        ...     return 0.5 * jnp.mean((theta - batch["data"]) ** 2)
+        >>> problem = bj.shared(inner, outer)
+        >>> estimator = bj.implicit(problem, bj.curvature.hessian(problem), bj.solvers.cg())
+        >>> train, validation = (bj.full_batch_stream(jnp.array([value])) for value in (2.0, 0.0))
+        >>> run = bj.trajectory_from_params(jnp.array(1.0))  # minimises inner at strength exp(0) = 1
+        >>> float(estimator(run, jnp.array(0.0), (), train, validation).grad)  # more regularisation helps
+        -0.5
+    """
 
     def gather(hyper: Hyper, batch: Batch) -> HyperSlice:
         num_micro_batches = batch["num_examples"].shape[0]
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_micro_batches, *leaf.shape)), hyper)
 
     def scatter_add(hyper: Hyper, batch: Batch, hypergradients: HyperSlice) -> Hyper:
-        return jax.tree.map(lambda leaf, entry: leaf + entry.sum(0), hyper, hypergradients)
+        return jax.tree.map(lambda leaf, part: leaf + part.sum(0), hyper, hypergradients)
 
     return Problem(inner, prior or (lambda params, frozen: jnp.zeros(())), outer, gather, scatter_add)
 
 
 def proximal(strength: float, centre: Callable[[Frozen], Params]) -> Callable[[Params, Frozen], Scalar]:
-    """The prior (delta / 2) |params - centre(fixed)|^2, part of the inner problem: it makes the minimiser unique.
+    """The prior (strength / 2) |params - centre(frozen)|^2 of the inner problem: it makes the minimiser unique.
 
     `implicit` is exact for the problem *with* this term. Added to the linear solve alone it would be damping, and the
-    result exact for nothing. The centre is read from `fixed`, so that it is an argument of the compiled step.
+    result exact for nothing. The centre is read from `frozen`, so that it is an argument of the compiled step.
+
+    Args:
+        strength: delta, nats per squared unit of the parameters.
+        centre: frozen -> parameters to stay close to, shaped as `params`.
+
+    Returns:
+        (params, frozen) -> the prior, nats: the argument `prior` of `weighted` and `shared`.
+
+    Example:
+        >>> prior = bj.proximal(0.5, lambda frozen: frozen)
+        >>> float(prior(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])))
+        1.0
     """
 
     def prior(params: Params, frozen: Frozen) -> Scalar:

@@ -10,7 +10,7 @@ training loss and r its prior:
 | V-PBGD (Shen & Chen, 2023), F2SA (Kwon et al., 2023) | copy | sigmoid | share_from_gamma(a growing gamma) |
 | ScaleBiO (Pan et al., 2025) | copy | per source | share_from_gamma(optax.exponential_decay(..., staircase=True)) |
 | SEAL (Shen et al., 2024), as its public code trains | none | softmax | epoch_schedule(SEAL_SHARES, steps) |
-| offline data selection (Xiao & Chen, 2025), memory-saving | none | softmax | epoch_schedule(OFFLINE_SELECTION_SHARES, steps) |
+| offline selection (Xiao & Chen, 2025) | none | softmax | epoch_schedule(OFFLINE_SELECTION_SHARES, steps) |
 | direct mixing | none | uniform | constant rho: `mixing` |
 
 Multi-objective training (`bmo`) makes every example an objective, and L_v chooses on their weakly Pareto-optimal set:
@@ -18,8 +18,8 @@ Multi-objective training (`bmo`) makes every example an objective, and L_v choos
     min over theta of L_v(theta)  s.t.  theta in WP(l_1 .. l_N): no theta' lowers all l_i at once
 
 theta itself follows L_v, so the method *trains on the validation examples* (the optimistic estimand); the weights of
-examples are a closed form of losses, and no table of weights is learned. arXiv 2511.21056 states the problem; the merit function
-and its weights are reconstructed here, not read there, and the bounds below are derived here.
+examples are a closed form of losses, and no table of weights is learned. arXiv 2511.21056 states the problem; the
+merit function and its weights are reconstructed here, not read there, and the bounds below are derived here.
 
 With gaps z_i = l_i(phi) - l_i(theta), in nats, over N examples, a temperature tau and a strength s:
 
@@ -139,7 +139,8 @@ def penalty(
     normalize_step: bool = False,
     max_step: float = float("inf"),
 ) -> SingleLoop:
-    """Train theta and the weights together by a value-function penalty: one step of each on every batch, first order only.
+    """Train theta and the weights together by a value-function penalty: one step of each on every batch, first order
+    only.
 
         theta <- opt(grad [lambda L_v + (1 - lambda) (G + r)]);   u <- opt(grad (G + r));
         h <- h - clip(rate * d/dh of sum_i w_i(h) (l_i(theta) - l_i(u)), -cap, cap)   on the examples of the batch
@@ -250,9 +251,9 @@ def mixing(
 
         theta <- opt(grad [rho L_v + (1 - rho) (mean_i l_i + r)])
 
-    Estimand: the minimiser of that sum. It **trains on the validation set**. Where training examples contradict that set
-    (useless examples) it keeps a larger L_v than the bilevel optimum for every rho < 1; with rho = 1 it is training on
-    the validation set alone.
+    Estimand: the minimiser of that sum. It **trains on the validation set**. Where training examples contradict that
+    set (useless examples) it keeps a larger L_v than the bilevel optimum for every rho < 1; with rho = 1 it is
+    training on the validation set alone.
 
     Args:
         problem: losses of examples and the validation loss, as `weighted` gives them.
@@ -294,8 +295,8 @@ def mixing(
 
 
 BMO_ESTIMAND = (
-    "multi-objective: min over the weakly Pareto-optimal theta of the training examples' losses of L_v; theta itself is "
-    "pulled by L_v, so it trains on V"
+    "multi-objective: min over the weakly Pareto-optimal theta of the training examples' losses of L_v; theta itself "
+    "is pulled by L_v, so it trains on V"
 )
 
 LossGaps = Float[Array, "..."]
@@ -344,7 +345,7 @@ class BMOMetrics(NamedTuple):
     """What one step tells, all of it at the theta that the step started from, and the phi that it used."""
 
     train_loss: Scalar
-    """sum_i w_i l_i / rows + prior, of the training batch, nats."""
+    """sum_i w_i l_i / N + prior, of the training batch, nats."""
     validation_loss: Scalar
     """L_v of the validation batch, nats."""
     validation_share: Scalar
@@ -393,7 +394,8 @@ def bmo(
     Micro-batches are summed in a scan; no work of a step grows with the number of examples. L_v of a validation batch
     is the mean over its own examples.
 
-    Estimand: `BMO_ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the front).
+    Estimand: `BMO_ESTIMAND`, as share and tau tend to 0, tau faster (a fixed tau pulls to the mean loss along the
+    front).
 
     Wrong: "none" where examples cannot be fitted (noise in an answer costs its example weight); "snapshot" where phi is
     far from phi* (m is then a lower bound); `TrainedReference` with too few steps, which a `merit` below 0 shows; a
@@ -506,14 +508,16 @@ class _BMO:
         )
 
     def weights(self, state: BMOState) -> Float[Array, "examples"]:
-        """By the gaps that were seen last; 1 for an example that no batch touched. `compute_weights` gives the exact table."""
+        """By the gaps that were seen last; 1 for an example that no batch touched. `compute_weights` gives the exact
+        table."""
         temperature = self.temperature(state.train_state.step)
         return jnp.where(state.last_gaps > -jnp.inf, weights_from_gaps(state.last_gaps, temperature), 1)
 
     def _normalizer_before_step(
         self, state: BMOState, frozen: Frozen, train: Batch, temperature: Scalar, counts: HyperSlice
     ) -> tuple[WeightNormalizer, Scalar, Scalar]:
-        """(the normaliser, the examples that it stands for, those of the batch); measured on the batch in the first step."""
+        """(the normaliser, the examples that it stands for, those of the batch); measured on the batch in the first
+        step."""
         params, reference = state.train_state.params, state.reference
         log_normalizer = jax.lax.cond(
             state.num_measured > 0,
@@ -600,24 +604,39 @@ def replace_reference(state: BMOState, reference: Params) -> BMOState:
 
 
 def geometric_schedule(start: float, end: float, steps: int) -> optax.Schedule:
-    """From `start` to `end` over `steps` steps, by the same factor each, and `end` from there on."""
+    """From `start` to `end` over `steps` steps, by the same factor each, and `end` from there on.
+
+    Args:
+        start: the first value, above 0.
+        end: the last value, above 0.
+        steps: between the two.
+
+    Returns:
+        step -> value.
+
+    Example:
+        >>> temperature = bj.single_loop.geometric_schedule(1.0, 0.25, steps=2)
+        >>> [float(temperature(step)) for step in (0, 1, 2, 3)]
+        [1.0, 0.5, 0.25, 0.25]
+    """
     return lambda step: start * (end / start) ** jnp.minimum(step / steps, 1.0)
 
 
 def smooth_merit(
     gaps: LossGaps, temperature: Scalar | float, multiplicities: Float[Array, "..."] | None = None
 ) -> Scalar:
-    """m = -tau log mean_i exp(gaps_i / tau) over the rows that are there, nats: at a phi, without strength and prior.
+    """m = -tau log mean_i exp(gaps_i / tau) over the examples that are there, nats: at a phi, without strength and
+    prior.
 
     A lower bound of m(theta) at any phi. Minus tau log N it is v. Between min_i -gaps_i and that plus tau log N.
-    `counts` (default: 1) says how much each row counts in the mean.
+    `multiplicities` (default: 1) says how much each example counts in the mean.
     """
     multiplicities = jnp.where(gaps > -jnp.inf, 1.0 if multiplicities is None else multiplicities, 0)
     return -temperature * (jax.nn.logsumexp(gaps / temperature, b=multiplicities) - jnp.log(jnp.sum(multiplicities)))
 
 
 def weights_from_gaps(gaps: LossGaps, temperature: Scalar | float) -> LossGaps:
-    """w_i = N softmax_i(gaps / tau): mean 1 over the N rows that are there, 0 for the others."""
+    """w_i = N softmax_i(gaps / tau): mean 1 over the N examples that are there, 0 for the others."""
     return jnp.exp((gaps + smooth_merit(gaps, temperature)) / temperature)
 
 
@@ -630,9 +649,29 @@ def compute_weights(
     num_examples: int,
     temperature: float,
 ) -> Float[Array, "examples"]:
-    """The weight of every row at the end of training, by one pass over a stream that gives each row (at least) once.
+    """The weight of every example at the end of `bmo`, by one pass over a stream that gives each example (at least)
+    once.
 
-    `phi` is that of the state; () is the separable form. Mean 1 over the rows that the stream gives, 0 for the others.
+        w_i = N softmax_i((l_i(phi) - l_i(theta)) / tau)
+
+    Args:
+        problem: as `bmo` was given it.
+        params: theta.
+        reference: phi, that of the state; () is the separable form.
+        frozen: what training does not change.
+        stream: of all training examples.
+        num_examples: the length of the table.
+        temperature: tau, nats.
+
+    Returns:
+        float[examples], mean 1 over the examples that the stream gives, 0 for the others.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> stream = bj.full_batch_stream(jnp.array([1.0, 1.0, -1.0]))
+        >>> weights = bj.single_loop.compute_weights(problem, jnp.array(1.0), (), (), stream, 3, temperature=0.1)
+        >>> [round(float(weight), 3) for weight in weights]
+        [1.5, 1.5, 0.0]
     """
     gap_table = jnp.full(num_examples, -jnp.inf, float)
     for index in range(stream.steps):
@@ -661,7 +700,7 @@ def batch_losses(problem: Problem, params: Params, frozen: Frozen, batch: Batch)
 
 
 def micro_batch_losses(problem: Problem, params: Params, frozen: Frozen, micro: Batch) -> Float[Array, "examples"]:
-    """The losses of one micro-batch, nats: as `inner` is linear in the weights, its derivative by them times rows."""
+    """The losses of one micro-batch, nats: as `inner` is linear in the weights, its derivative by them times N."""
     weights_grad = jax.grad(problem.inner, argnums=1)(params, jnp.ones(micro["index"].shape), frozen, micro)
     return micro["num_examples"] * divide_by_multiplicity(weights_grad, micro)
 
@@ -675,7 +714,7 @@ def weighted_loss_and_grad(
     other_losses: HyperSlice,
     sign: int,
 ) -> tuple[Scalar, Params, LossGaps, HyperSlice]:
-    """(sum_i sg(w_i) l_i / rows + prior, its gradient, z, w) by one forward and one backward pass.
+    """(sum_i sg(w_i) l_i / N + prior, its gradient, z, w) by one forward and one backward pass.
 
     z = sign (others - l): sign is 1 where params is theta, -1 where it is phi. The weights of a micro-batch are known
     between its two passes.

@@ -1,4 +1,4 @@
-"""A x = b for symmetric A given by its products: cg, neumann, identity, dense; each tells its residual.
+"""Linear solvers for symmetric systems given by matrix-vector products.
 
 Their vector algebra is compiled, as one program where it can be: array by array it would be one for each array of the
 parameters, and where these are split over devices, as many meetings of all of them.
@@ -16,9 +16,22 @@ from bilevel_jax.core.types import Matvec, Params, Solver, SolveResult
 def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
     """Conjugate gradients, stopped when |A x - b| <= tolerance |b|, or by the first direction with p.Ap <= 0.
 
-    Exact to the tolerance where A is positive definite. `curvature` is the least p.Ap / p.p met; at or below 0 the
+    Exact to the tolerance where A is positive definite. `min_curvature` is the least p.Ap / p.p met; at or below 0 the
     iteration stopped at the last iterate before it, and the system has no minimiser: trust nothing, raise the prior.
     The residual is recomputed from x at the end, not taken from the recurrence.
+
+    Args:
+        tolerance: of the relative residual.
+        max_steps: products at most.
+
+    Returns:
+        (matvec, b, guess or None) -> `SolveResult`.
+
+    Example:
+        >>> A = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+        >>> result = bj.solvers.cg()(lambda v: A @ v, jnp.array([1.0, 2.0]), None)
+        >>> [round(float(x), 4) for x in result.x], result.steps
+        ([0.2, 0.6], 2)
     """
 
     @jax.jit
@@ -50,7 +63,24 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
 
 
 def neumann(*, step_size: float, terms: int) -> Solver:
-    """x = rate * sum_{k < terms} (I - rate A)^k b: `terms` gradient steps; converges for rate < 2 / max eig(A)."""
+    """The truncated Neumann series, which is `terms` gradient steps on the system.
+
+        x = step_size * sum_{k < terms} (I - step_size A)^k b
+
+    Converges for step_size < 2 / max eig(A), slowly where A is badly conditioned: read the residual.
+
+    Args:
+        step_size: rate of the gradient steps.
+        terms: of the series, one product each.
+
+    Returns:
+        (matvec, b, guess or None) -> `SolveResult`, without `min_curvature`.
+
+    Example:
+        >>> result = bj.solvers.neumann(step_size=0.5, terms=20)(lambda v: 2 * v, jnp.array([1.0]), None)
+        >>> float(result.x[0])
+        0.5
+    """
 
     update = jax.jit(lambda x, Ax, b: jax.tree.map(lambda x, y, z: x + step_size * (z - y), x, Ax, b))
 
@@ -64,7 +94,18 @@ def neumann(*, step_size: float, terms: int) -> Solver:
 
 
 def identity(*, scale: float = 1.0) -> Solver:
-    """x = scale * b: no curvature. The entries are then alignments, <grad l_i, grad L_v>, not hypergradients."""
+    """No curvature: x = scale * b. The results are then alignments, <grad l_i, grad L_v>, not hypergradients.
+
+    Args:
+        scale: factor of b.
+
+    Returns:
+        (matvec, b, guess or None) -> `SolveResult`, without residual and `min_curvature`.
+
+    Example:
+        >>> float(bj.solvers.identity(scale=2.0)(lambda v: v, jnp.array([3.0]), None).x[0])
+        6.0
+    """
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
         return SolveResult(_scale(scale, b), float("nan"), float("nan"), 0)
@@ -73,9 +114,21 @@ def identity(*, scale: float = 1.0) -> Solver:
 
 
 def dense(*, max_params: int = 4096) -> Solver:
-    """Forms A column by column and solves directly; for checking, and for up to `limit` parameters.
+    """The matrix, column by column, and a direct solve; for checking, and for few parameters.
 
-    Works for indefinite A too (`curvature` is then the least eigenvalue, below 0).
+    Works for indefinite A too (`min_curvature` is then the least eigenvalue, below 0).
+
+    Args:
+        max_params: more parameters are refused; the matrix has the square of their number of entries.
+
+    Returns:
+        (matvec, b, guess or None) -> `SolveResult`; the solve raises a ValueError beyond `max_params`.
+
+    Example:
+        >>> A = jnp.array([[2.0, 0.0], [0.0, -1.0]])
+        >>> result = bj.solvers.dense()(lambda v: A @ v, jnp.array([1.0, 2.0]), None)
+        >>> result.x.tolist(), result.min_curvature
+        ([0.5, -2.0], -1.0)
     """
 
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:

@@ -1,4 +1,4 @@
-"""One optimiser step, forward and backward, and the drivers that repeat it: the only code that is differentiated."""
+"""The differentiable training step and the training loops that repeat it."""
 
 from collections.abc import Callable, MutableMapping
 from functools import partial
@@ -34,16 +34,32 @@ def train_step(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
     """One step of training under `optimizer` and its transpose, both compiled.
 
         forward:   g = d(inner + prior)/d params;  params', opt' = update(g, opt, params)
-        backward:  (g~, o~, p~) = vjp(update)(adjoint);  (H g~, entries) = jvp of grad(inner + prior) along g~;
+        backward:  (g~, o~, p~) = vjp(update)(adjoint);  (H g~, hypergradients) = jvp of grad(inner + prior) along g~;
                    adjoint = (p~ + H g~, o~)
 
-    One forward-over-reverse product along g~ gives the Hessian product and the entry of every weight that the step
-    touched, without a per-example gradient. `linearize` and `pull` are the same two with what the product needs of the
-    primal pass handed over (jax.linearize) instead of computed again: equal but for rounding. Everything is traced at
-    the highest matmul precision: JAX's default would multiply float32 as TF32 on a GPU and as bfloat16 on a TPU, which
-    second derivatives do not survive.
+    One forward-over-reverse product along g~ gives the Hessian product and the hypergradient of every weight that the
+    step touched, without a per-example gradient. `linearize` and `vjp_step` are the same two with what the product
+    needs of the primal pass handed over (jax.linearize) instead of computed again: equal but for rounding. Everything
+    is traced at the highest matmul precision: JAX's default would multiply float32 as TF32 on a GPU and as bfloat16 on
+    a TPU, which second derivatives do not survive.
 
     Micro-batches are summed in a scan, so that a step's memory is that of one of them.
+
+    Args:
+        problem: as `weighted` or `shared` gives it.
+        optimizer: with a derivative; see `check_differentiable`.
+
+    Returns:
+        The compiled functions of a step.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> step = bj.train_step(problem, optax.sgd(0.5))
+        >>> batch = bj.full_batch_stream(jnp.array([1.0, 3.0])).batch(0)
+        >>> start = bj.init_train_state(optax.sgd(0.5), jnp.array(0.0))
+        >>> state, metrics = step.forward(start, step.gather(jnp.ones(2), batch), (), batch)
+        >>> float(state.params), float(metrics.loss), float(metrics.grad_norm)
+        (1.0, 2.5, 2.0)
     """
     forward, backward, linearize, vjp_step = map(jax.jit, step_functions(problem, optimizer))
     gather, scatter_add = jax.jit(problem.gather), jax.jit(problem.scatter_add, donate_argnums=0)
@@ -55,7 +71,8 @@ def step_functions(
     optimizer: optax.GradientTransformation,
     all_reduce: Callable[[PyTree], PyTree] = lambda part: part,
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    """`transition`'s four functions of a step, to be compiled; `total` sums further what micro-batches summed up to."""
+    """`train_step`'s four functions of a step, to be compiled; `all_reduce` sums further what micro-batches summed up
+    to."""
 
     def hessian_product(
         params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
@@ -126,7 +143,8 @@ def step_functions(
 
 def _strip_inputs(linearized: Callable, *inputs: PyTree) -> Linearization:
     """The linearisation without the arrays that were given to the step: a compiled function would copy them, a frozen
-    base model among them, for every step on the tape."""
+    base model among them, for every stored step.
+    """
     leaves, structure = jax.tree.flatten(linearized)
     place_of_input = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(inputs))}
     input_places = [place_of_input.get(id(leaf)) for leaf in leaves]
@@ -156,7 +174,7 @@ def inner_loss_and_grad(
 def loss_grad_and_example_losses(
     problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
 ) -> tuple[Scalar, Params, HyperSlice]:
-    """inner + prior, its gradient, and d inner / d weights (l_i / rows), over all micro-batches in one pass."""
+    """inner + prior, its gradient, and d inner / d weights (l_i / N), over all micro-batches in one pass."""
 
     def add_micro(total, micro):
         value, (grad, example_losses) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
@@ -183,7 +201,8 @@ def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, 
 def validation_batch_loss_and_grad(
     problem: Problem, params: Params, frozen: Frozen, validation: Batch
 ) -> tuple[Scalar, Params]:
-    """L_v of one validation batch, the mean over its own examples, and its gradient; one micro-batch in memory at a time."""
+    """L_v of one validation batch, the mean over its own examples, and its gradient; one micro-batch in memory at a
+    time."""
     outer_problem = problem._replace(
         inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
         prior=lambda params, frozen: jnp.zeros(()),
@@ -196,7 +215,7 @@ def validation_batch_loss_and_grad(
 def forward_only_step(
     problem: Problem, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Hyper, Frozen, Batch], tuple[TrainState, Scalar]]:
-    """The same step for training alone: (state, hyper, fixed, batch) -> (state', loss), compiled.
+    """The same step for training alone: (state, hyper, frozen, batch) -> (state', loss), compiled.
 
     Nothing of it is differentiated, so the products have JAX's default precision, the gradient is not kept, and the
     state that is given is donated: its memory becomes that of the state returned.
@@ -225,12 +244,37 @@ def optimizer_vjp(
 
 
 def init_train_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """The state before the first step."""
+    """The state of training before the first step.
+
+    Args:
+        optimizer: gives the optimiser's state.
+        params: where training starts.
+
+    Returns:
+        The state; it holds `params` themselves, not a copy.
+
+    Example:
+        >>> int(bj.init_train_state(optax.adam(1e-3), jnp.zeros(2)).step)
+        0
+    """
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def trajectory_from_params(params: Params) -> Trajectory:
-    """A run that ended at `params`, however they were found: for estimators that read a run's end only (`implicit`)."""
+    """A trajectory that ended at `params`, however they were found.
+
+    For estimators that read a trajectory's end only: `implicit` and `penalty`.
+
+    Args:
+        params: the trained model.
+
+    Returns:
+        A trajectory without steps.
+
+    Example:
+        >>> bj.trajectory_from_params(jnp.zeros(2)).steps
+        0
+    """
     state = init_train_state(optax.identity(), params)
     return Trajectory(state, state, 0, checkpointing.NO_CHECKPOINTS, {}, {})
 
@@ -248,12 +292,32 @@ def train(
     resume: TrainState | None = None,
     on_step: Callable[[TrainState, StepMetrics], None] | None = None,
 ) -> Trajectory:
-    """Train over a stream with the driver of long runs, a Python loop, and return what the estimators read.
+    """Train over a stream with a Python loop, the driver of long runs, and return what the estimators read.
 
-    Keeps what `keep` says (default: `schedule.square_root`) for a sweep back to step `since`. `snapshots` is where
-    states go that should live elsewhere than in a dict; `resume` is a later state of the same run, whose earlier
-    snapshots are then there already. `on_step` is called after each step with the state reached and what the step told,
-    both still on the device.
+    Stores what `plan` says for a backward pass to step `first_backward_step`.
+
+    Args:
+        step: of `train_step`.
+        start: the state before the first step.
+        hyper: the outer variable, such as the table of weights, float[examples].
+        frozen: what training does not change, such as a base model.
+        stream: of training batches; its `steps` are those of the run.
+        plan: states to store; default `checkpointing.square_root_plan`.
+        first_backward_step: no state before this step is needed again.
+        snapshots: where states go that should live elsewhere than in a dict.
+        resume: a later state of the same run, whose earlier snapshots are then in `snapshots` already.
+        on_step: called after each step with the state reached and its metrics, both still on the device.
+
+    Returns:
+        The trajectory.
+
+    Example:
+        >>> problem, optimizer = bj.weighted(lambda theta, frozen, batch: (theta - batch["data"]) ** 2), optax.sgd(0.1)
+        >>> stream = bj.shuffled_stream(jnp.array([1.0, 3.0]), batch_size=2, steps=50, seed=0)
+        >>> start = bj.init_train_state(optimizer, jnp.array(0.0))
+        >>> trajectory = bj.train(bj.train_step(problem, optimizer), start, jnp.ones(2), (), stream)
+        >>> round(float(trajectory.end.params), 3), trajectory.steps
+        (2.0, 50)
     """
     plan = checkpointing.square_root_plan(stream.steps - first_backward_step) if plan is None else plan
     snapshots = {} if snapshots is None else snapshots
@@ -280,7 +344,7 @@ def train(
 def store_step(
     step: TrainStep, state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch, *, linearize: bool
 ) -> tuple[TrainState, StepMetrics, StoredStep]:
-    """One step, and what of it goes on a tape."""
+    """One step of training, and what of it is stored for the backward pass."""
     hyper_slice = step.gather(hyper, batch)
     if linearize:
         new_state, metrics, linearization = step.linearize(state, hyper_slice, frozen, batch)
@@ -292,7 +356,7 @@ def store_step(
 def backward_step(
     step: TrainStep, stored_step: StoredStep, hyper: Hyper, frozen: Frozen, batch: Batch, adjoint: Adjoint
 ) -> tuple[Adjoint, HyperSlice]:
-    """One step back: (the adjoint before it, the entries of its slice)."""
+    """One step back: (the adjoint before it, the hypergradients of its slice)."""
     hyper_slice = step.gather(hyper, batch)
     if stored_step.linearization is not None:
         return step.vjp_step(
@@ -303,9 +367,29 @@ def backward_step(
 
 @partial(jax.jit, static_argnames="step")
 def scan(step: TrainStep, start: TrainState, hyper: Hyper, frozen: Frozen, batches: Batch) -> TrainState:
-    """Train over stacked batches (leaves [steps, micro, ...]) with `lax.scan`: the driver of small problems.
+    """Train over stacked batches with `lax.scan`: the driver of small problems.
 
-    The end of training as one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests.
+    The end of training is one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests. It
+    keeps every step's intermediate values for a backward pass: for large models use `train` and `unrolled`.
+
+    Args:
+        step: of `train_step`; static.
+        start: the state before the first step.
+        hyper: the outer variable, such as the table of weights, float[examples].
+        frozen: what training does not change.
+        batches: batches whose leaves lead with [steps, micro, ...].
+
+    Returns:
+        The state at the end.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> optimizer = optax.sgd(0.5)
+        >>> step, batch = bj.train_step(problem, optimizer), bj.full_batch_stream(jnp.array([1.0, 3.0])).batch(0)
+        >>> batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), batch)
+        >>> start = bj.init_train_state(optimizer, jnp.array(0.0))
+        >>> float(bj.scan(step, start, jnp.ones(2), (), batches).params)
+        1.5
     """
 
     def body(state, batch):

@@ -1,4 +1,4 @@
-"""What optax.tree and jax.tree lack."""
+"""Pytree operations that optax.tree and jax.tree lack."""
 
 from collections.abc import Callable
 

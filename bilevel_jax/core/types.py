@@ -1,4 +1,4 @@
-"""The few types that everything speaks."""
+"""Shared types of problems, training steps, trajectories and estimates."""
 
 from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
@@ -11,21 +11,22 @@ Params = PyTree
 HyperSlice = PyTree
 """The part of the outer variable that one batch touches; leaves lead with [micro, ...], as a batch's do."""
 Hyper = PyTree
-"""What the estimators differentiate with respect to; by default the weight table, float[rows]."""
+"""What the estimators differentiate with respect to; by default the weight table, float[examples]."""
 Frozen = PyTree
 """Constant over a run (a frozen base model). Never stacked, scanned or differentiated."""
 Batch = PyTree
-"""A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the row of the weight
-table of each example (`PADDING` where there is none), and `rows` float[micro], the number of real examples in the whole
-global step (in a stream that is summed, as the validation stream is: in the whole stream). Where examples do not all
-count the same before they are weighted, `base` float[micro, examples], mean 1: a factor of each."""
+"""A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the place of each
+example in the weight table (`PADDING` where there is none), and `num_examples` float[micro], the number of real
+examples in the whole global step (in a stream that is summed, as the validation stream is: in the whole stream). Where
+examples do not all count the same before they are weighted, `multiplicity` float[micro, examples], mean 1: a factor of
+each."""
 Linearization = Callable[[list[Array], Params], tuple[Params, HyperSlice]]
-"""(what the step was given, v) -> (H v, the entries along v): a step's second derivatives, as arrays that compiled
+"""(the step's inputs, v) -> (H v, the hypergradients along v): a step's second derivatives, as arrays that compiled
 functions take and return."""
 Scalar = Float[Array, ""]
 
 PADDING = 2**31 - 1
-"""The row of an empty example slot: beyond any table, so reading it gives weight 0 and adding to it does nothing."""
+"""The index of an empty example slot: beyond any table, so reading it gives weight 0 and adding to it does nothing."""
 
 
 class Stream(NamedTuple):
@@ -45,12 +46,12 @@ class CompositeLoss(NamedTuple):
 class Problem(NamedTuple):
     """min over hyper of L_v(params*(hyper)), where params* comes from training on inner + prior.
 
-    The functions see one micro-batch: a batch and a slice without their leading axis, except `take` and `add`, which
-    see the whole global step.
+    The functions see one micro-batch: a batch and a slice without their leading axis, except `gather` and
+    `scatter_add`, which see the whole global step.
     """
 
     inner: Callable[[Params, HyperSlice, Frozen, Batch], Scalar]
-    """One micro-batch's share of the training loss: sum(weights * losses) / rows."""
+    """One micro-batch's share of the training loss: sum(weights * losses) / N."""
     prior: Callable[[Params, Frozen], Scalar]
     """r(params), added once per step."""
     outer: Callable[[Params, Frozen, Batch], Scalar]
@@ -58,7 +59,7 @@ class Problem(NamedTuple):
     gather: Callable[[Hyper, Batch], HyperSlice]
     """The slice of hyper that a global step touches."""
     scatter_add: Callable[[Hyper, Batch, HyperSlice], Hyper]
-    """The transpose of `take`: a scatter-add, in which repeated rows add up."""
+    """The transpose of `gather`, in which repeated examples add up."""
 
 
 class TrainState(NamedTuple):
@@ -70,7 +71,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one training step tells: the loss it started from (nats), its gradient and the gradient's norm."""
+    """What one training step reports: the loss it started from (nats), its gradient and the gradient's norm."""
 
     loss: Scalar
     grad: Params
@@ -89,10 +90,11 @@ class TrainStep(NamedTuple):
 
     forward: Callable[[TrainState, HyperSlice, Frozen, Batch], tuple[TrainState, StepMetrics]]
     backward: Callable[[TrainState, Params, HyperSlice, Frozen, Batch, Adjoint], tuple[Adjoint, HyperSlice]]
-    """(state before the step, its gradient, slice, fixed, batch, adjoint after) -> (adjoint before, slice's)."""
+    """(state before the step, its gradient, slice, frozen, batch, adjoint after) -> (adjoint before, slice's)."""
     gather: Callable[[Hyper, Batch], HyperSlice]
     scatter_add: Callable[[Hyper, Batch, HyperSlice], Hyper]
-    """Writes into the table that it is given (donated): adding a batch touches the batch's rows and copies nothing."""
+    """Writes into the table that it is given (donated): adding a batch touches the batch's examples and copies
+    nothing."""
     linearize: Callable[[TrainState, HyperSlice, Frozen, Batch], tuple[TrainState, StepMetrics, Linearization]]
     """`forward`, and what `backward` would compute of it again."""
     vjp_step: Callable[
@@ -102,18 +104,19 @@ class TrainStep(NamedTuple):
 
 
 class CheckpointPlan(NamedTuple):
-    """What of a training is kept for its sweep; see `schedule`."""
+    """What of a training run is stored for its backward pass; see `checkpointing`."""
 
     snapshots: int
-    """States kept at the same time."""
+    """Snapshots, states that are kept at the same time."""
     stored_steps: int
-    """Steps whose state and gradient are kept at the same time: a sweep goes back through so many at once."""
+    """Steps whose state and gradient are stored at the same time: the backward pass goes back through so many at
+    once."""
     linearize: bool = False
-    """Whether the steps on the tape keep their linearisations, too: a quarter less work to go back through them."""
+    """Whether the stored steps keep their linearisations, too: a quarter less work to go back through them."""
 
 
 class StoredStep(NamedTuple):
-    """A step of training as a sweep goes back through it."""
+    """A step of training as the backward pass reads it."""
 
     state: TrainState
     """Before the step."""
@@ -129,17 +132,17 @@ class Trajectory(NamedTuple):
     steps: int
     plan: CheckpointPlan
     snapshots: MutableMapping[int, TrainState]
-    """The states before some steps but the first, in memory or elsewhere, core does not see. A sweep adds others where
+    """The states before some steps but the first, in memory or elsewhere. The backward pass adds others where
     it has to replay twice, and removes those that it is done with; any that are there serve the next."""
     stored_steps: dict[int, StoredStep]
-    """The last steps. A sweep clears it where it needs the memory for earlier ones."""
+    """The last steps. The backward pass clears it where it needs the memory for earlier ones."""
 
 
 class BackwardState(NamedTuple):
-    """The state of a reverse sweep; written to disk, it is what resuming needs."""
+    """The state of a backward pass; written to disk, it is what resuming needs."""
 
     step: int
-    """All steps from this one on are swept."""
+    """All steps from this one on are done."""
     train_state: TrainState
     """The state before that step: what a replay of the steps before it must reach."""
     adjoint: Adjoint
@@ -167,7 +170,7 @@ class Checks(NamedTuple):
     replayed: bool = True
     """Every replayed piece ended, bit for bit, where training did."""
     steps: int = 0
-    """Training steps swept, or products of the linear solve."""
+    """Training steps gone back through, or products of the linear solve."""
     sample: float = float("nan")
     """Cosine of the solutions on half and on all of the curvature batches that were used."""
     batches: int = 0
@@ -182,12 +185,12 @@ class Estimate(NamedTuple):
     validation_loss: Scalar
     """L_v, nats."""
     direction: Params
-    """implicit: the solution v; unrolled: d L_v / d (parameters at the first step swept)."""
+    """implicit: the solution v; unrolled: d L_v / d (parameters at the earliest step reached)."""
     checks: Checks
 
 
 Estimator = Callable[[Trajectory, Hyper, Frozen, Stream, Stream], Estimate]
-"""(run, hyper, fixed, train stream, validation stream) -> Estimate."""
+"""(trajectory, hyper, frozen, train stream, validation stream) -> Estimate."""
 Matvec = Callable[[Params], Params]
 
 
@@ -201,11 +204,11 @@ class SolveResult(NamedTuple):
 
 
 Solver = Callable[[Matvec, Params, Params | None], SolveResult]
-"""(product v -> A v, right-hand side, first guess) -> Solve."""
+"""(product v -> A v, right-hand side, first guess) -> SolveResult."""
 
 
 class Weighting(NamedTuple):
-    """A map from an outer variable to the weight table; pulled back once per estimate, outside the sweep."""
+    """A map from an outer variable to the weight table; pulled back once per estimate, outside the backward pass."""
 
     init: Callable[[], Hyper]
     weights: Callable[[Hyper], Float[Array, "examples"]]
@@ -214,16 +217,17 @@ class Weighting(NamedTuple):
 class SingleLoop(NamedTuple):
     """A single-loop method: the parameters and the weights move together, so that one driver trains with any of them.
 
-    A state is plain arrays, has `inner: Inner` (the parameters, their optimiser's state, the steps done), and saving it
-    is all that resuming needs. An info has at least `inner`, the weighted loss with the prior, `outer`, L_v of the
-    validation batch (both nats, before the step), `share`, the part of L_v in the gradient, and `norm`, the gradient's.
+    A state is plain arrays, has `train_state: TrainState` (the parameters, their optimiser's state, the steps done),
+    and saving it is all that resuming needs. Metrics have at least `train_loss`, the weighted loss with the prior,
+    `validation_loss`, L_v of the validation batch (both nats, before the step), `validation_share`, the part of L_v in
+    the gradient, and `grad_norm`, the gradient's norm.
     """
 
     init: Callable[[Params], Any]
     """The state before the first step, in buffers of its own."""
     step: Callable[[Any, Frozen, Batch, Batch], tuple[Any, Any]]
-    """(state, fixed, training batch, validation batch) -> (state, info); compiled; the state given is donated."""
+    """(state, frozen, training batch, validation batch) -> (state, metrics); compiled; the state given is donated."""
     weights: Callable[[Any], Float[Array, "examples"]]
-    """state -> the whole table, mean about 1; it costs O(rows)."""
+    """state -> the whole table, mean about 1; it costs O(examples)."""
     estimand: str
     """What the trained model and the weights solve, in words."""

@@ -1,4 +1,4 @@
-"""The resumable reverse sweep over a training run: exact for L_v(theta_T(w)), the run that really happened."""
+"""Unrolled differentiation through a training trajectory, in resumable pieces."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -30,35 +30,55 @@ from bilevel_jax.core.types import (
 )
 
 STEPS_PER_ADVANCE = 32
-"""Steps that are swept between two occasions to save: a copy of the outer variable is made for each."""
+"""Steps back between two occasions to save: a copy of the outer variable is made for each."""
 
 
 class BackwardPass(NamedTuple):
-    """A reverse sweep in pieces, for drivers that save between them."""
+    """The backward pass in pieces, for drivers that save between them."""
 
     init: Callable[[Trajectory, Hyper, Frozen, Stream], BackwardState]
-    """(run, hyper, fixed, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
+    """(trajectory, hyper, frozen, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
     advance: Callable[[Trajectory, Hyper, Frozen, Stream, BackwardState], BackwardState]
-    """(run, hyper, fixed, train stream, sweep): at most `PIECE` steps further back."""
+    """(trajectory, hyper, frozen, train stream, state): at most `STEPS_PER_ADVANCE` steps further back."""
     is_done: Callable[[Trajectory, BackwardState], bool]
     finish: Callable[[Trajectory, BackwardState], Estimate]
 
 
 def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) -> Estimator:
-    """d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps (default: all).
+    """The metagradient d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps.
 
         lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
         grad += (d step_t / d w)^T lambda_{t+1}
 
     Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
     stops early). Time: one Hessian product per step, and one more training step for each that is replayed. Memory:
-    what the run's `keep` says; it changes no bit (`keep.linear`: nothing but rounding).
+    what the trajectory's `plan` says; it changes no bit (`plan.linearize`: nothing but rounding).
 
     Wrong when training is chaotic at this learning rate: the derivative is right and predicts nothing. Read
     `checks.growth`, and ask `certify`. `checks.replayed` is False where replayed steps missed the state that training
-    reached (another device, another program): then the sweep differentiated another run. With `keep.linear` replayed
+    reached (another device, another program): then another run was differentiated. With `plan.linearize` replayed
     steps are another program than trained ones: their states had the same bits in every case tried on CPUs; where a
     compiler orders sums otherwise there, `replayed` is False for a difference that is rounding.
+
+    Args:
+        problem: as `weighted` or `shared` gives it.
+        step: of `train_step`, as the trajectory was trained with it.
+        window: steps to go back; default all.
+
+    Returns:
+        The estimator: (trajectory, hyper, frozen, train stream, validation stream) -> `Estimate`. It raises a
+        ValueError where the trajectory stored nothing for a backward pass.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> optimizer = optax.sgd(0.5)
+        >>> step = bj.train_step(problem, optimizer)
+        >>> stream = bj.shuffled_stream(jnp.array([1.0, 3.0]), 2, steps=30, seed=0)
+        >>> trajectory = bj.train(step, bj.init_train_state(optimizer, jnp.array(0.0)), jnp.ones(2), (), stream)
+        >>> validation = bj.full_batch_stream(jnp.array([4.0]))
+        >>> estimate = bj.unrolled(problem, step)(trajectory, jnp.ones(2), (), stream, validation)
+        >>> [round(float(grad), 3) for grad in estimate.grad]  # trained to the minimum: as `implicit`
+        [1.0, -1.0]
     """
     backward = backward_pass(problem, step, window=window)
 
@@ -74,11 +94,30 @@ def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) ->
 def each(
     problem: Problem, step: TrainStep, *, on_step: Callable[[int], None] | None = None
 ) -> Callable[[Trajectory, Hyper, Frozen, Stream, Sequence[Stream]], Estimate]:
-    """d L_q(theta_T(w)) / dw for several outer losses L_q, given as validation streams, by one reverse sweep.
+    """The metagradients of several outer losses by one backward pass: d L_q(theta_T(w)) / dw for each q.
 
     The adjoints go back side by side, so the replayed steps and the primal passes of the Hessian products are paid for
-    once. Equal to `unrolled` for each stream; every leaf of the estimate leads with [losses]. Memory: that of one sweep
-    and, for each loss more, an adjoint and the tangents of one step.
+    once. Equal to `unrolled` for each stream. Memory: that of one backward pass and, for each loss more, an adjoint
+    and the tangents of one step. Exact and wrong where `unrolled` is.
+
+    Args:
+        problem: as `weighted` or `shared` gives it.
+        step: of `train_step`, as the trajectory was trained with it.
+        on_step: called after each step back with the step's number.
+
+    Returns:
+        (trajectory, hyper, frozen, train stream, validation streams) -> `Estimate`, every leaf of which leads with
+        [losses].
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> optimizer = optax.sgd(0.5)
+        >>> step = bj.train_step(problem, optimizer)
+        >>> stream = bj.shuffled_stream(jnp.array([1.0, 3.0]), 2, steps=30, seed=0)
+        >>> trajectory = bj.train(step, bj.init_train_state(optimizer, jnp.array(0.0)), jnp.ones(2), (), stream)
+        >>> validations = [bj.full_batch_stream(jnp.array([value])) for value in (4.0, 0.0)]
+        >>> bj.each(problem, step)(trajectory, jnp.ones(2), (), stream, validations).grad.round(3).tolist()
+        [[1.0, -1.0], [-1.0, 1.0]]
     """
     loss_and_grad = validation_loss_and_grad_fn(problem)
     vmapped_step = step._replace(
@@ -124,9 +163,9 @@ def backward_pass(
     on_step: Callable[[int], None] | None = None,
     on_replay: Callable[[int], None] | None = None,
 ) -> BackwardPass:
-    """The pieces of `unrolled`. A `Sweep` is plain arrays: save it after any piece, load it, and go on.
+    """The pieces of `unrolled`. A `BackwardState` is plain arrays: save it after any piece, load it, and go on.
 
-    `on_step` is called after each step swept with the step's number, `on_replay` after each step replayed.
+    `on_step` is called after each step back with the step's number, `on_replay` after each step replayed.
     """
     loss_and_grad = validation_loss_and_grad_fn(problem)
 
@@ -135,7 +174,7 @@ def backward_pass(
 
     def begin(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
         if trajectory.steps and not trajectory.plan.stored_steps:
-            raise ValueError("this training kept nothing for a sweep; give `train` another `keep`.")
+            raise ValueError("this training run stored nothing for a backward pass; give `train` another `plan`.")
         validation_loss, params_grad = loss_and_grad(trajectory.end.params, frozen, validation)
         norm_at_end = tree.norm(params_grad)
         adjoint = Adjoint(params_grad, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(trajectory.end.opt_state)])
@@ -144,9 +183,9 @@ def backward_pass(
             trajectory.steps, trajectory.end, adjoint, grad, validation_loss, norm_at_end, norm_at_end, jnp.array(True)
         )
 
-    def replay(run: Trajectory, hyper: Hyper, fixed: Frozen, train: Stream, end: int) -> TrainState:
-        """Put the last steps before `end` on the tape; the state that they lead to."""
-        run.stored_steps.clear()  # what stands there is swept, and these steps need its memory
+    def replay(run: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, end: int) -> TrainState:
+        """Store the last steps before `end`; the state that they lead to."""
+        run.stored_steps.clear()  # the backward pass is done with them, and these steps need their memory
         before = {kept for kept in run.snapshots if kept < end}
         if first_step(run) == 0 or not before:
             before.add(0)
@@ -160,7 +199,7 @@ def backward_pass(
                 run.snapshots[t] = state
             taped = t >= max(first_step(run), end - run.plan.stored_steps)
             state, _, visited = store_step(
-                step, state, hyper, fixed, train.batch(t), linearize=taped and run.plan.linearize
+                step, state, hyper, frozen, train.batch(t), linearize=taped and run.plan.linearize
             )
             if taped:
                 run.stored_steps[t] = visited
@@ -218,9 +257,12 @@ _states_equal = jax.jit(tree.bitwise_equal)
 _update_max_norm = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
 
 
-@lru_cache(maxsize=8)  # so that a run which comes back to a problem with other rows compiles nothing again
+@lru_cache(maxsize=8)
 def validation_loss_and_grad_fn(problem: Problem) -> Callable[[Params, Frozen, Stream], tuple[Scalar, Params]]:
-    """(params, fixed, validation stream) -> L_v and its gradient, over *all* of the stream."""
+    """(params, frozen, validation stream) -> L_v and its gradient, over *all* of the stream.
+
+    A pure function of the problem. The memo spares compiling the same two functions again, and changes nothing else.
+    """
 
     @jax.jit
     def add(total, params, frozen, batch):
@@ -247,7 +289,8 @@ def validation_loss_and_grad_fn(problem: Problem) -> Callable[[Params, Frozen, S
 
 @lru_cache(maxsize=8)
 def validation_loss_fn(problem: Problem) -> Callable[[Params, Frozen, Stream], Scalar]:
-    """(params, fixed, validation stream) -> L_v in nats, over all of the stream."""
+    """(params, frozen, validation stream) -> L_v in nats, over all of the stream; a memo as
+    `validation_loss_and_grad_fn`."""
 
     @jax.jit
     def batch_loss(params, frozen, batch):
@@ -268,14 +311,35 @@ def check_differentiable(
     frozen: Frozen,
     train: Stream,
 ) -> None:
-    """Refuse an optimiser whose update has no usable derivative, with the remedy, before a sweep is begun.
+    """Refuse an optimiser whose update has no usable derivative, with the remedy, before the backward pass.
 
     Pulls a vector back through the update at the first step and near the middle, at the gradient met there and at the
     same gradient with half of its entries set to exactly 0 (what rows of an embedding get before their first use).
 
+    Args:
+        step: of `train_step`.
+        optimizer: the one of the step.
+        trajectory: of `train`.
+        hyper: the outer variable, as trained with.
+        frozen: as trained with.
+        train: the stream, as trained with.
+
+    Returns:
+        Nothing.
+
     Raises:
         ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at both places
             (lion and other sign methods: no weight would change anything).
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: (theta - batch["data"]) ** 2)
+        >>> stream = bj.full_batch_stream(jnp.array([1.0, 3.0]))
+        >>> optimizer = optax.lion(0.1)
+        >>> step = bj.train_step(problem, optimizer)
+        >>> trajectory = bj.train(step, bj.init_train_state(optimizer, jnp.array(0.0)), jnp.ones(2), (), stream)
+        >>> bj.check_differentiable(step, optimizer, trajectory, jnp.ones(2), (), stream)
+        Traceback (most recent call last):
+        ValueError: the optimiser's update does not depend on the gradient's size ...
     """
     check_gradient, zero_half = (
         jax.jit(partial(_probe_optimizer, optimizer)),
@@ -293,8 +357,8 @@ def check_differentiable(
             is_finite, is_nonzero = check_gradient(probe_grad, state)
             if not is_finite:
                 raise ValueError(
-                    f"the optimiser's update has a derivative that is not finite at {description} (step {index}). Adam and "
-                    "its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
+                    f"the optimiser's update has a derivative that is not finite at {description} (step {index}). Adam "
+                    "and its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
                 )
             any_nonzero |= bool(is_nonzero)
     if not any_nonzero:
