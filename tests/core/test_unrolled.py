@@ -307,7 +307,7 @@ def test_a_training_that_kept_nothing_is_refused():
 
 
 def test_hypergradient_wants_one_estimand():
-    with pytest.raises(ValueError, match="either optimizer .* or prior"):
+    with pytest.raises(ValueError, match="either optimizer .* or l2"):
         hypergradient.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training examples"):
         hypergradient.hypergradient(
