@@ -33,7 +33,7 @@ from bilevel_jax.runs.report.numbers import (
     format_percent,
 )
 from bilevel_jax.runs.report.reproduction import describe_reproduction
-from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part, read_results
+from bilevel_jax.runs.report.results import RunResults, float_or_nan, most_independent_part, read_results
 from bilevel_jax.runs.report.weights import (
     best_record,
     describe_label_ranking,
@@ -41,6 +41,7 @@ from bilevel_jax.runs.report.weights import (
     group_weights,
     weight_axis_label,
 )
+from bilevel_jax.runs.tasks.splits import PART_NAMES
 
 FIRST_PICTURE_VARIANTS = ("oracle", "uniform", "learned weights", "selected subset", "random subset")
 """Variants of the first picture, from the top."""
@@ -203,7 +204,7 @@ def outer_steps_table(run: RunResults) -> Table:
     records = run.result["records"]
     columns = [
         Column("step", [record["step"] for record in records]),
-        *(Column(part, [record["loss"].get(part) for record in records], f"loss, {run.unit}") for part in PART_LABELS),
+        *(Column(part, [record["loss"].get(part) for record in records], f"loss, {run.unit}") for part in PART_NAMES),
         Column("ESS", [record["ess"] for record in records], "examples"),
         Column("entropy", [record["entropy"] for record in records], "nats"),
         Column("largest", [record["largest"] for record in records], "weight"),
@@ -221,7 +222,7 @@ def _plot_validation_losses(run: RunResults) -> Markup:
     records = run.result["records"]
     steps = [record["step"] for record in records]
     curves = [
-        Series(PART_LABELS[part], steps, [float_or_nan(record["loss"][part]) for record in records], colour)
+        Series(part, steps, [float_or_nan(record["loss"][part]) for record in records], colour)
         for part, colour in (("validation", 1), ("dev", 2), ("test", 0))
         if records[0]["loss"].get(part) is not None
     ]

@@ -30,8 +30,9 @@ from bilevel_jax.runs.report.numbers import (
     format_signed,
 )
 from bilevel_jax.runs.report.reproduction import describe_reproduction
-from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, read_results
+from bilevel_jax.runs.report.results import RunResults, float_or_nan, read_results
 from bilevel_jax.runs.report.weights import all_equal, describe_weights
+from bilevel_jax.runs.tasks.splits import PART_NAMES
 
 OBJECTIVE_DESCRIPTIONS = {
     "sft": "the likelihood of the responses",
@@ -301,7 +302,7 @@ def readings_table(run: RunResults, parts: Sequence[str], written: int) -> Table
 
 def data_table(run: RunResults) -> Table:
     """How many examples each part has."""
-    counts = {part: run.result["rows"].get(part) for part in ("train", *PART_LABELS)}
+    counts = {part: run.result["rows"].get(part) for part in ("train", *PART_NAMES)}
     counts = {part: count for part, count in counts.items() if count}
     return make_table(
         Column("set", [bold_cell("training" if part == "train" else part) for part in counts]),
@@ -333,7 +334,7 @@ def compute_loss_changes(run: RunResults) -> list[LossChange]:
     """The change of each part of the validation examples, the most independent part last."""
     best, records = written_step(run), run.result["records"]
     loss_changes = []
-    for part in PART_LABELS:
+    for part in PART_NAMES:
         if not (ends := run.result["parts"].get(part)):
             continue
         after = ends["after"]

@@ -10,8 +10,9 @@ from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table
 from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_count, format_interval
-from bilevel_jax.runs.report.results import PART_LABELS, RunResults, float_or_nan, most_independent_part
+from bilevel_jax.runs.report.results import RunResults, float_or_nan, most_independent_part
 from bilevel_jax.runs.stats import mean_interval
+from bilevel_jax.runs.tasks.splits import PART_NAMES
 
 
 def describe_comparison(run: RunResults) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def seeds_table(run: RunResults, rows: Sequence[dict[str, Any]]) -> Table:
 
 def _parts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The validation examples that were read, the most independent part first."""
-    return [part for part in reversed(PART_LABELS) if any(part in row["mean"] for row in rows)]
+    return [part for part in reversed(PART_NAMES) if any(part in row["mean"] for row in rows)]
 
 
 def find_variant(run: RunResults, name: str) -> dict[str, Any] | None:

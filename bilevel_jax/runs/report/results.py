@@ -12,9 +12,7 @@ import yaml
 
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.infra import run_dir
-
-PART_LABELS = {"validation": "validation", "dev": "dev", "test": "test"}
-"""The parts of the validation examples, the most independent last."""
+from bilevel_jax.runs.tasks.splits import PART_NAMES
 
 
 class RunResults(NamedTuple):
@@ -76,7 +74,7 @@ def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
 
 def most_independent_part(run: RunResults) -> str:
     """The most independent part of the validation examples that was read."""
-    return next((part for part in ("test", "dev") if run.result["rows"].get(part)), "validation")
+    return next((part for part in reversed(PART_NAMES) if run.result["rows"].get(part)), "validation")
 
 
 def float_or_nan(value: float | None) -> float:
