@@ -34,7 +34,6 @@ from bilevel_jax.commands.inspect.run import inspect
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm.data import tokens
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig, SelectConfig, load_config
-from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.html import read_stylesheet
 
 SHARED = Path("../../shared").resolve()
@@ -188,13 +187,13 @@ COLOURS = read_stylesheet().split("@media")[0]  # the report's, for light pages
 def picture(begins):
     """The report's figure whose description begins so."""
     found = next(one for one in re.findall(r"<svg.*?</svg>", report, re.DOTALL) if f'aria-label="{begins}' in one)
-    style = COLOURS + figures.FIGURE_STYLE.replace("width: 100%; max-width: 560px; height: auto;", "")
+    style = COLOURS + "svg { font: 11px var(--font); stroke-linejoin: round; }"
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
     display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 
 
 unit = result["unit"]
-for begins in (f"L_v, {unit} by outer step", f"L_v, {unit}:", "weight"):
+for begins in (f"loss, {unit} by outer step", f"loss, {unit}:", "weight"):
     picture(begins)
 
 # %% [markdown]

@@ -42,7 +42,6 @@ from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.load import RefineConfig, load_config
 from bilevel_jax.runs.config.schema import VerifierSection
-from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.html import read_stylesheet
 from bilevel_jax.runs.scoring.verifiers import make_verifier
 from bilevel_jax.runs.stats import auc
@@ -452,9 +451,7 @@ with contextlib.redirect_stderr(sys.stdout):
 print(result["sentence"])
 REPORT = Path("refined/report.html").read_text(encoding="utf-8")
 found = re.search(r"<svg.*?</svg>", REPORT, re.DOTALL)[0]
-style = read_stylesheet().split("@media")[0] + figures.FIGURE_STYLE.replace(
-    "width: 100%; max-width: 560px; height: auto;", ""
-)
+style = read_stylesheet().split("@media")[0] + "svg { font: 11px var(--font); stroke-linejoin: round; }"
 head = '<svg xmlns="http://www.w3.org/2000/svg" width="640" '
 display(SVG(found.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1)))
 

@@ -18,8 +18,7 @@ from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.numbers import format_number
+from bilevel_jax.runs.report.numbers import format_number, show_control_characters
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {
@@ -113,7 +112,7 @@ def examples(count=40, *, labels=True, sources=3, texts=HOSTILE):
 
 def run_folder(tmp_path, written, rows, *, weights=None, outer=OuterSection(), settings=DataSection(train=(HOSTILE,))):  # noqa: B008
     """A finished run's files, with as little in them as a report reads."""
-    clean = figures.show_control_characters  # a parquet file and a YAML file cannot hold half a surrogate pair
+    clean = show_control_characters  # a parquet file and a YAML file cannot hold half a surrogate pair
     count = len(rows)
     weights = np.exp(np.random.default_rng(0).normal(0, 2, count)) if weights is None else weights
     columns = {

@@ -22,7 +22,8 @@ from bilevel_jax.runs.config.schema import (
     WeightsSection,
 )
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report import curves, figures
+from bilevel_jax.runs.report import curves
+from bilevel_jax.runs.report.numbers import show_control_characters
 from tests.commands.test_select_report import (
     HOSTILE,
     PAIRS,
@@ -33,9 +34,7 @@ from tests.commands.test_select_report import (
     words,
 )
 
-CLEAN = figures.show_control_characters(
-    HOSTILE
-)  # neither a parquet file nor a YAML file can hold half a surrogate pair
+CLEAN = show_control_characters(HOSTILE)  # neither a parquet file nor a YAML file can hold half a surrogate pair
 
 
 def record(step, *, ends=False, **losses):
@@ -105,14 +104,14 @@ CONFIG = TrainConfig(
 def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONFIG) -> str:
     """The page of a finished run's folder, with as little in it as a report reads."""
     told, rows = told or result(), rows or examples()
-    rows = [row._replace(id=figures.show_control_characters(row.id)) for row in rows]
+    rows = [row._replace(id=show_control_characters(row.id)) for row in rows]
     weights = np.exp(np.random.default_rng(0).normal(0, 2, len(rows))) if weights is None else weights
     table = pa.table(
         {
             "id": [row.id for row in rows],
             "row": np.arange(len(rows)),
-            "source": [figures.show_control_characters(row.source) for row in rows],
-            "label": pa.array([row.label and figures.show_control_characters(row.label) for row in rows], pa.string()),
+            "source": [show_control_characters(row.source) for row in rows],
+            "label": pa.array([row.label and show_control_characters(row.label) for row in rows], pa.string()),
             "weight": np.asarray(weights, np.float32),
             "file": [row.file for row in rows],
             "line": [row.line for row in rows],

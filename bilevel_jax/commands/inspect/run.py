@@ -26,7 +26,7 @@ from bilevel_jax.lm.data import examples, tokens
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.runs.config.load import InspectConfig
-from bilevel_jax.runs.report.figures import show_control_characters
+from bilevel_jax.runs.report.numbers import show_control_characters
 from bilevel_jax.runs.tasks import objective, splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 

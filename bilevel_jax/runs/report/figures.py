@@ -1,17 +1,21 @@
-"""Figures of a report as inline SVG: escaped text, and colours that follow the page in light, dark and print."""
+"""Plots of the reports: estimates with intervals, lines, strips and histograms."""
 
-import contextlib
-import hashlib
-import io
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 from markupsafe import Markup
+
+from bilevel_jax.runs.report.svg import (
+    COLOURS,
+    TITLE,
+    clean_text,
+    matplotlib_style,
+    new_figure,
+    to_markup,
+    truncate_name,
+)
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a training that writes no report does without it
     from matplotlib.axes import Axes
@@ -24,26 +28,9 @@ MAX_POINTS = 500
 """Points drawn of one group or series: enough to see its shape, few enough for a small file."""
 MAX_MARKERS = 20
 """Markers on one line, and values listed in words for those who cannot see it."""
-MAX_NAME = 25
-"""Characters of a name in a figure; the whole name appears under a pointer."""
-VARIABLES = ("ink", "muted", "rule", "panel", "good", "c0", "c1", "c2", "c3", "c4", "c5")
-"""The page's colours; in light, dark and print each has another value."""
-COLOURS = {name: f"#0000{at:02x}" for at, name in enumerate(VARIABLES, 1)}
-"""What matplotlib draws with; every one becomes a variable of the page."""
-COLOUR = re.compile("#0000([0-9a-f]{2})")
-DECIMALS = re.compile(r"-?\d+\.\d{3,}")
-TITLE = "title: "
-"""An artist's id that begins so becomes its <title>: the words that appear under a pointer."""
 REFERENCE: dict[str, Any] = {"color": COLOURS["muted"], "linestyle": (0, (4, 3)), "linewidth": 1}
 DASHES: dict[int, Any] = {1: (0, (3.3, 1.7)), 2: (0, (1.1, 1.7))}
 """Dashes by colour, in widths of the line: series differ by more than their colour."""
-BIDI_CONTROLS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-"""Characters that turn the direction of what follows them: right-to-left text needs none of them, spoofing does."""
-VISIBLE_CONTROLS: dict[int, str] = (
-    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-    | {127: "\u2421"}
-    | {code: f"⟨U+{code:X}⟩" for code in BIDI_CONTROLS}
-)
 
 
 class IntervalRow(NamedTuple):
@@ -88,33 +75,7 @@ class Point(NamedTuple):
     kind: Literal["dot", "hollow", "faint"] = "dot"
 
 
-def show_control_characters(text: str) -> str:
-    """The text with control characters made visible, and half surrogate pairs replaced: UTF-8 cannot hold them."""
-    return text.translate(VISIBLE_CONTROLS).encode("utf-8", "replace").decode("utf-8")
-
-
 # ---- the figures
-
-
-@contextlib.contextmanager
-def matplotlib_style() -> Iterator[None]:
-    """matplotlib with the page's colours, text as text ($ begins no mathematics), and the same bytes again."""
-    import matplotlib
-
-    muted, rule = COLOURS["muted"], COLOURS["rule"]
-    settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "bilevel_jax", "text.parse_math": False, "text.usetex": False,
-        "font.family": ["DejaVu Sans"], "font.size": 11, "text.color": muted, "axes.labelcolor": muted,
-        "xtick.color": muted, "ytick.color": muted, "xtick.major.size": 0, "ytick.major.size": 0,
-        "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.edgecolor": muted,
-        "axes.linewidth": 1, "ytick.major.pad": 7,
-        "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False, "axes.labelsize": 11,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": rule, "grid.linewidth": 1, "lines.linewidth": 1.8,
-        "lines.solid_capstyle": "butt", "legend.frameon": False, "legend.fontsize": 11, "legend.borderpad": 0,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has other fonts
-        yield
 
 
 @matplotlib_style()
@@ -137,7 +98,7 @@ def plot_intervals(
         log: equal steps per factor.
         width: of the figure, in points.
     """
-    figure, axes = _new_figure(width, 27 * len(rows) + (70 if names[0] else 46))
+    figure, axes = new_figure(width, 27 * len(rows) + (70 if names[0] else 46))
     values = [value for row in rows for value in (row.value, row.low, row.high, row.second_value, *row.seed_values)]
     _set_axis(axes.xaxis, axis_limits(values, log=log), label, log=log)
     _name_rows(axes, [(row.name, "") for row in rows], [row.emphasized for row in rows])
@@ -154,7 +115,7 @@ def plot_intervals(
     if names[0]:
         _add_legend(figure, list(zip(handles, names, strict=False)))
     words = "; ".join(f"{row.name} {row.value:.4g}" for row in rows)
-    return _to_markup(figure, f"{label}: {words}")
+    return to_markup(figure, f"{label}: {words}")
 
 
 @matplotlib_style()
@@ -192,7 +153,7 @@ def plot_lines(
         width: of the figure, in points.
     """
     named = sum(curve.kind == "named" for curve in series) + sum(bool(point.name) for point in points)
-    figure, axes = _new_figure(width, max(height, 14 * named + 50))
+    figure, axes = new_figure(width, max(height, 14 * named + 50))
     x_values = [x for curve in series for x in curve.x] + [point.x for point in points]
     x_limits = axis_limits([*x_values, *x_values_shown], log=log_x, margin=0.02 if series else 0.05)
     ends = [end for point in points for end in (point.y, point.low, point.high)]
@@ -205,30 +166,30 @@ def plot_lines(
         axes.axhline(reference, **REFERENCE)
     if vertical_mark:
         axes.axvline(vertical_mark[0], **REFERENCE)
-        axes.set_title(_clean(vertical_mark[1]), x=0.5, fontsize=11, color=COLOURS["muted"])
+        axes.set_title(clean_text(vertical_mark[1]), x=0.5, fontsize=11, color=COLOURS["muted"])
         axes.title.set(x=vertical_mark[0], transform=axes.get_xaxis_transform())
     handles = [(_draw_series(axes, curve, y_limits), curve.name) for curve in series]
     for point in points:
         colour = COLOURS[f"c{point.colour}"]
         axes.plot([point.x, point.x], [point.low, point.high], color=colour, linewidth=1.6)
         (dot,) = axes.plot([point.x], [point.y], **_marker(point.kind, colour))
-        dot.set_gid(TITLE + _clean(point.title) if point.title else None)
+        dot.set_gid(TITLE + clean_text(point.title) if point.title else None)
     curve_ends = [(curve.x[-1], curve.y[-1], curve.name) for curve in series if curve.kind == "named"]
     _name_in_margin(axes, [*curve_ends, *((point.x, point.y, point.name) for point in points if point.name)])
     if len(series) > 1 and not curve_ends:
         _add_legend(figure, handles)
     words = [f"{curve.name}: {_describe_values(curve.y)}" for curve in series]
     words += [point.title or f"{point.name}: {point.y:.4g} at {point.x:,.6g}" for point in points]
-    return _to_markup(figure, f"{unit} by {label}. {'; '.join(words)}")
+    return to_markup(figure, f"{unit} by {label}. {'; '.join(words)}")
 
 
 @matplotlib_style()
 def plot_strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Markup:
     """A line for each group: its values as a cloud of points, its median as a bar; on a log axis where they spread."""
-    figure, axes = _new_figure(520, 38 * len(groups) + 46)
+    figure, axes = new_figure(520, 38 * len(groups) + 46)
     limits, log = _weight_limits(np.concatenate([values for _, values in groups]), reference)
     _set_axis(axes.xaxis, limits, label, log=log)
-    _name_rows(axes, [(name, f"{len(values):,} row{'s' * (len(values) != 1)}") for name, values in groups])
+    _name_rows(axes, [(name, f"{len(values):,} example{'s' * (len(values) != 1)}") for name, values in groups])
     if math.isfinite(reference):
         axes.axvline(reference, **REFERENCE)
     for place, (_, values) in enumerate(groups):
@@ -238,21 +199,24 @@ def plot_strips(groups: Sequence[tuple[str, np.ndarray]], label: str, *, referen
         if len(values):
             median = np.clip(np.median(values), *limits)
             axes.plot([median, median], [place - 0.4, place + 0.4], color=COLOURS["ink"], linewidth=2.5)
-    words = "; ".join(f"{name}: {len(values)} rows, median {np.median(values):.4g}" for name, values in groups)
-    return _to_markup(figure, f"{label}. {words}")
+    words = "; ".join(
+        f"{name}: {len(values)} examples" + (f", median {np.median(values):.4g}" if len(values) else "")
+        for name, values in groups
+    )
+    return to_markup(figure, f"{label}. {words}")
 
 
 @matplotlib_style()
 def plot_histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, *, reference: float = math.nan) -> Markup:
-    """Counts of rows, the groups stacked; on a log axis where the values spread widely."""
-    figure, axes = _new_figure(520, 250)
+    """Counts of examples, the groups stacked; on a log axis where the values spread widely."""
+    figure, axes = new_figure(520, 250)
     everything = np.concatenate([values for _, values in groups])
     limits, log = _weight_limits(everything, reference)
     edges = np.geomspace(*limits, 41) if log else np.linspace(*limits, 41)
     counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for _, values in groups]
     heights = np.cumsum([np.zeros(40), *counts], axis=0)
     _set_axis(axes.xaxis, limits, label, log=log)
-    _set_axis(axes.yaxis, (0.0, max(1.05 * heights[-1].max(), 1.0)), "rows", whole=True)
+    _set_axis(axes.yaxis, (0.0, max(1.05 * heights[-1].max(), 1.0)), "examples", whole=True)
     handles = [
         (axes.stairs(top, edges, baseline=bottom, fill=True, color=COLOURS[f"c{index}"]), name)
         for index, ((name, _), bottom, top) in enumerate(zip(groups, heights, heights[1:], strict=False))
@@ -261,7 +225,7 @@ def plot_histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, *, refe
         axes.axvline(reference, **REFERENCE)
     if len(groups) > 1:
         _add_legend(figure, handles)
-    return _to_markup(figure, f"{label}: {len(everything)} rows")
+    return to_markup(figure, f"{label}: {len(everything)} examples")
 
 
 # ---- axes
@@ -330,7 +294,7 @@ def _set_axis(
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axes, name = axis.axes, axis.axis_name
-    axes.set(**{f"{name}lim": limits, f"{name}label": _clean(label)})
+    axes.set(**{f"{name}lim": limits, f"{name}label": clean_text(label)})
     if log:
         axes.set(**{f"{name}scale": "log"})
         axis.set_minor_locator(NullLocator())
@@ -341,16 +305,16 @@ def _set_axis(
     axis.set_major_formatter(FuncFormatter(lambda value, _: _format_tick(value)))
     if ticks is not None:
         axis.set_major_locator(FixedLocator(list(ticks)))
-        axis.set_ticklabels([_clean(words, keep_lines=True) for words in ticks.values()])
+        axis.set_ticklabels([clean_text(words, keep_lines=True) for words in ticks.values()])
 
 
 def _name_rows(axes: "Axes", rows: Sequence[tuple[str, str]], strong: Sequence[bool] = ()) -> None:
     """The names of lines that lie below each other, each with a second line in small print."""
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    axes.set_yticks(range(len(rows)), [_truncate(name) + ("\n" * bool(more)) + more for name, more in rows])
+    axes.set_yticks(range(len(rows)), [truncate_name(name) + ("\n" * bool(more)) + more for name, more in rows])
     for text, (name, _), bold in zip(axes.get_yticklabels(), rows, strong or [False] * len(rows), strict=True):
-        text.set(color=COLOURS["ink"], fontweight="bold" if bold else "normal", gid=TITLE + _clean(name))
+        text.set(color=COLOURS["ink"], fontweight="bold" if bold else "normal", gid=TITLE + clean_text(name))
 
 
 def _name_in_margin(axes: "Axes", ends: Sequence[tuple[float, float, str]]) -> None:
@@ -366,7 +330,7 @@ def _name_in_margin(axes: "Axes", ends: Sequence[tuple[float, float, str]]) -> N
     for at, place in zip(order, places, strict=True):
         x, y, name = ends[at]
         axes.annotate(
-            _truncate(name),
+            truncate_name(name),
             (x, y),
             (1.03, place),
             xycoords="data",
@@ -374,16 +338,16 @@ def _name_in_margin(axes: "Axes", ends: Sequence[tuple[float, float, str]]) -> N
             verticalalignment="center",
             color=COLOURS["ink"],
             arrowprops={"arrowstyle": "-", "color": COLOURS["rule"], "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5)},
-            gid=TITLE + _clean(name),
+            gid=TITLE + clean_text(name),
         )
 
 
 def _add_legend(figure: "Figure", handles: Sequence[tuple[Any, str]]) -> None:
     """The names of what is drawn, above the axes, in as many columns as there is room for."""
-    widths, room = [7 * len(_truncate(name)) + 34 for _, name in handles], 72 * figure.get_figwidth()
+    widths, room = [7 * len(truncate_name(name)) + 34 for _, name in handles], 72 * figure.get_figwidth()
     columns = len(handles) if sum(widths) < room else max(1, int(room / max(widths)))
     marks, names = zip(*handles, strict=True)
-    figure.legend(marks, [_truncate(name) for name in names], loc="outside upper right", ncols=columns)
+    figure.legend(marks, [truncate_name(name) for name in names], loc="outside upper right", ncols=columns)
 
 
 # ---- marks
@@ -435,76 +399,3 @@ def _describe_values(values: Sequence[float]) -> str:
 
 def _format_tick(value: float) -> str:
     return (f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.6g}").replace("-", "−")
-
-
-def _truncate(text: str) -> str:
-    text = _clean(text)
-    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
-
-
-def _clean(text: str, *, keep_lines: bool = False) -> str:
-    """Text that XML can hold, in one line."""
-    lines = [" ".join(line.split()) for line in show_control_characters(text).split("\n" if keep_lines else "\0")]
-    return "\n".join(lines).translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD})
-
-
-# ---- from matplotlib to markup
-
-
-def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """An empty figure, its size in points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _to_markup(figure: "Figure", words: str) -> Markup:
-    """The figure as an <svg> element; `words` is what it says to those who cannot see it."""
-    file = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    root = ElementTree.fromstring(file.getvalue())
-    prefix, ids = hashlib.sha256(file.getvalue().encode()).hexdigest()[:8], dict[str, str]()
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _clean(words)}
-    for parent in list(root.iter()):
-        parent.tag = parent.tag.rpartition("}")[2]
-        parent.text = parent.text and parent.text.strip()
-        for child in list(parent):
-            child.tail = None
-            if child.tag.endswith(
-                ("}style", "}clipPath")
-            ):  # the page has a style; values beyond an axis lie at its edge
-                parent.remove(child)
-        name = parent.attrib.pop("id", "")
-        if name.startswith(TITLE):
-            title = ElementTree.Element("title")
-            title.text = name.removeprefix(TITLE)
-            parent.insert(0, title)
-        elif parent.tag != "g" and name:
-            parent.set("id", ids.setdefault(name, f"f{prefix}-{len(ids)}"))
-        for key, value in list(parent.attrib.items()):
-            if key == "style":
-                value = COLOUR.sub(lambda match: f"var(--{VARIABLES[int(match[1], 16) - 1]})", value)
-                parent.set(key, value.replace("'DejaVu Sans'", "var(--font)"))
-            elif key in ("d", "x", "y", "transform"):
-                parent.set(key, " ".join(DECIMALS.sub(lambda match: f"{float(match[0]):.2f}", value).split()))
-            elif key.endswith("}href"):
-                parent.set("href", f"#{ids[parent.attrib.pop(key)[1:]]}")
-            elif key == "clip-path":
-                del parent.attrib[key]
-        if parent.get("transform", "").startswith("rotate(-0 "):
-            del parent.attrib["transform"]
-    for group in root.iter("g"):  # marks of one look share their style
-        styles = {child.get("style") for child in group}
-        if len(group) > 1 and len(styles) == 1 and all(child.tag == "use" for child in group):
-            group.set("style", styles.pop() or "")
-            for child in group:
-                del child.attrib["style"]
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-FIGURE_STYLE = """
-svg { display: block; overflow: visible; width: 100%; max-width: 560px; height: auto; font: 11px/1 var(--font);
-  stroke-linejoin: round; }
-"""

@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.numbers import (
     MISSING,
     MeanInterval,
@@ -20,6 +18,7 @@ from bilevel_jax.runs.report.numbers import (
     format_number,
     format_percent,
     format_signed,
+    show_control_characters,
 )
 
 FIGURE_SPACE, POINT_SPACE = "\u2007", "\u2008"
@@ -65,8 +64,8 @@ class Table(NamedTuple):
 
 def render_page(template: str, **values: Any) -> str:
     """A whole page from a template and its values; all text is escaped, and control characters are made visible."""
-    page = ENVIRONMENT.get_template(template).render(figure_style=Markup(figures.FIGURE_STYLE), **values)
-    return figures.show_control_characters(page)
+    page = ENVIRONMENT.get_template(template).render(**values)
+    return show_control_characters(page)
 
 
 def read_stylesheet() -> str:

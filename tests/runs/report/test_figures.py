@@ -9,7 +9,7 @@ import xml.etree.ElementTree as xml
 import numpy as np
 import pytest
 
-from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report import figures, svg
 from bilevel_jax.runs.report.figures import IntervalRow, Point, Series
 from bilevel_jax.runs.report.html import read_stylesheet
 
@@ -59,10 +59,10 @@ def test_colours_are_those_of_the_page(draw):
     """No colour is a number, so that all of them follow light, dark and print."""
     styles = " ".join(each.get("style", "") for each in xml.fromstring(draw()).iter())
     assert set(re.findall(r"(?:fill|stroke|color): ?([^;\s]+)", styles)) <= {
-        "none", *(f"var(--{name})" for name in figures.VARIABLES)
+        "none", *(f"var(--{name})" for name in svg.VARIABLES)
     }  # fmt: skip
     assert "#" not in styles and "var(--muted)" in styles
-    for name in figures.VARIABLES:
+    for name in svg.VARIABLES:
         assert read_stylesheet().count(f"--{name}: #") == 2  # light, dark
 
 
@@ -90,7 +90,7 @@ def test_axes_hold_their_values_and_have_ticks(low, high, log):
     assert all(0 <= place <= 520 for place in places)
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [5e-9, 1.0], [0.0, 40.0], [-1.0, 3.0]], ids=str)
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [1.0], [5e-9, 1.0], [0.0, 40.0], [-1.0, 3.0]], ids=str)
 def test_weights_of_any_spread(values):
     for draw in (figures.plot_strips, figures.plot_histogram):
         picture = draw([("all", np.array(values))], "weight", reference=1.0)
