@@ -166,8 +166,15 @@ def plot_lines(
         axes.axhline(reference, **REFERENCE)
     if vertical_mark:
         axes.axvline(vertical_mark[0], **REFERENCE)
-        axes.set_title(clean_text(vertical_mark[1]), x=0.5, fontsize=11, color=COLOURS["muted"])
-        axes.title.set(x=vertical_mark[0], transform=axes.get_xaxis_transform())
+        late = vertical_mark[0] > sum(x_limits) / 2
+        axes.annotate(
+            clean_text(vertical_mark[1]),
+            (vertical_mark[0], 1),
+            (3 if late else -3, 3),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            horizontalalignment="right" if late else "left",
+        )
     handles = [(_draw_series(axes, curve, y_limits), curve.name) for curve in series]
     for point in points:
         colour = COLOURS[f"c{point.colour}"]
