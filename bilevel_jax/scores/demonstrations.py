@@ -1,4 +1,4 @@
-"""Which holdout rows are shown before a row: the nearest, those of its cluster, the same for all, or random ones."""
+"""Choice of in-context demonstrations from the holdout."""
 
 from collections.abc import Callable, Iterator
 

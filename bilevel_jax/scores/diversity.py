@@ -1,4 +1,4 @@
-"""Rows chosen one after another, so that they do not all say the same."""
+"""Greedy selection of high-scoring, dissimilar examples."""
 
 import numpy as np
 from jaxtyping import Float, Int

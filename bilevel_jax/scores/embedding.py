@@ -1,4 +1,4 @@
-"""Questions as unit vectors, and which of them are alike: TF-IDF without a model, or mean hidden states of one."""
+"""Embeddings of questions by TF-IDF or hidden states, and their clusters."""
 
 import re
 from collections import Counter

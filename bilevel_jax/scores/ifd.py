@@ -1,4 +1,4 @@
-"""Instruction-following difficulty: how little its prompt helps the model to foretell a response."""
+"""Instruction-following difficulty (IFD)."""
 
 import numpy as np
 from jaxtyping import Float

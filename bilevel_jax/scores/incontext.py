@@ -1,4 +1,4 @@
-"""In-Context Approximation: how much more likely demonstrations from the holdout make a row's response."""
+"""In-context approximation (ICA) of training on the holdout."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""EL2N: how far the predicted probabilities are from the answer that the row gives."""
+"""EL2N, the error norm of predicted probabilities."""
 
 from collections.abc import Callable
 

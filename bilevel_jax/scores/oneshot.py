@@ -1,4 +1,4 @@
-"""One-shot scores: what a row, shown as the only demonstration, does for the holdout."""
+"""One-shot demonstration gain on the holdout (Nuggets golden score)."""
 
 import numpy as np
 from jaxtyping import Float

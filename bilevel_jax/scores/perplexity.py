@@ -1,4 +1,4 @@
-"""Loss and perplexity of a row under the model: two scores that ask the same and point in opposite directions."""
+"""Loss and perplexity of an example under the model."""
 
 from collections.abc import Callable
 

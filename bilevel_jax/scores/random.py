@@ -1,4 +1,4 @@
-"""Random numbers that follow a row by its id; and as scores, what every other score must beat."""
+"""Random scores and random numbers from hashes of example ids."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""RHO-loss: how much of a row's loss a model that was trained on the holdout does not have."""
+"""Reducible holdout loss (RHO-loss)."""
 
 from collections.abc import Sequence
 

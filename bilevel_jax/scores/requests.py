@@ -1,4 +1,4 @@
-"""What a score is: requests to a language model, and how its answers become one number per row.
+"""Score plans from likelihood requests to one number per example.
 
 A score is a function (rows, holdout) -> Plan. A plan asks nothing of a model: `loglik` answers its requests, and
 `combine` turns the answers into scores. So the same plan is asked again each time the model has moved.

@@ -1,4 +1,4 @@
-"""Self-aligned perplexity: of a response, by a model that has just been shown how it answers other questions itself."""
+"""Self-aligned perplexity (SPPL) under the model's own answers."""
 
 from collections.abc import Callable, Sequence
 

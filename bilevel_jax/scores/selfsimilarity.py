@@ -1,4 +1,4 @@
-"""How like the model's own answer a response is, in the model's hidden states."""
+"""Similarity of two responses in the model's hidden states."""
 
 from collections.abc import Callable, Sequence
 

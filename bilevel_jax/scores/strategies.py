@@ -1,4 +1,4 @@
-"""From scores of each response to one number for each way of generating responses: means, mixes, ratios."""
+"""Aggregates of response scores for each generation strategy."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Scores -> weights between 0 and 1: by the least and the largest of a batch, of the whole set, or of its middle."""
+"""Example weights between 0 and 1 from data scores."""
 
 import numpy as np
 from jaxtyping import Float, Int

@@ -1,4 +1,4 @@
-"""What the embedded tasks share: a tiny Llama and a tokenizer that read single characters, and files of rows."""
+"""A tiny character-level Llama and tokenizer for the builtin tasks."""
 
 import json
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""The quickstart's task: a next-letter cipher with right, consistently wrong and random rows, as ordinary files.
+"""The quickstart's builtin task, a next-letter cipher with corrupted labels.
 
 `bhat>` wants `ciba`: every letter moves on by one, and after the last of the twenty comes the first. A model of 22
-thousand parameters that can already copy learns it in seconds; a handful of validation examples does not teach it the whole
-alphabet; and which training examples hurt is known.
+thousand parameters that can already copy learns it in seconds; a handful of validation examples does not teach it the
+whole alphabet; and which training examples hurt is known.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,35 @@ def write_cipher_data(
     test: int = 128,
     copies: int = 512,
 ) -> Path:
-    """Write train, validation, select, report and copies .jsonl and untrained/ (config and tokenizer) into `folder`.
+    """Writes train, validation, dev, test and copies .jsonl and untrained/ (config and tokenizer) into `folder`.
 
-    Training examples carry the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters); rows of
-    copies repeat the prompt's letters, for the model to learn the form before it is asked anything; all other rows
-    are clean. No prompt stands in two rows. The same arguments write the same bytes; a part of 0 rows is
-    left out, and a file that is already there with other contents is an error.
+    Training examples have the label clean (each letter + 1), wrong (each letter - 1) or noise (random letters);
+    examples of copies repeat the prompt's letters, which the model is pretrained on to learn the form; all others are
+    clean. No prompt is in two examples. The same arguments write the same bytes.
+
+    Args:
+        folder: created where it is missing.
+        seed: another seed, other strings.
+        clean: number of training examples with this label.
+        wrong: number of training examples with this label.
+        noise: number of training examples with this label.
+        validation: number of examples; a file of 0 examples is not written.
+        dev: number of examples.
+        test: number of examples.
+        copies: number of examples.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: a negative number, none in all, or more than there are strings.
+        FileExistsError: a file that is already there with other contents.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in write_cipher_data(folder, copies=0, dev=0).iterdir())
+        ['test.jsonl', 'train.jsonl', 'untrained', 'validation.jsonl']
     """
     folder = Path(folder)
     sizes = {"clean": clean, "wrong": wrong, "noise": noise, "validation": validation, "dev": dev}

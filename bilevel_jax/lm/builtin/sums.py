@@ -1,4 +1,4 @@
-"""An embedded task whose truth is known: sums of two three-digit numbers, right or with the carries forgotten.
+"""A builtin task, sums of three-digit numbers with corrupted labels.
 
 `384+267=` wants `651`; who forgets the carries writes `541`. Both rules can be learned, and the model is taught both
 from the start, so that it often knows better than the rows that it is then trained on. Every question carries
@@ -32,14 +32,37 @@ def write_sums_data(
     test: int = 384,
     lessons: int = 8192,
 ) -> Path:
-    """Write train, validation, select, report and lessons .jsonl and untrained/ (config and tokenizer) into `folder`.
+    """Writes train, validation, dev, test and lessons .jsonl and untrained/ (config and tokenizer) into `folder`.
 
-    Of the `train` training examples, round(corrupted train) forget the carries (label wrong), round(noise train) answer with a
-    number drawn at random (noise), and the others are right (clean). Of the `lessons`, from which the model is
-    pretrained, round(MISTAKEN lessons) forget the carries. All other files are right. The key `answer` holds the
-    right sum of every row, for a checker alone. No question stands in two rows, nor with its numbers exchanged. The
-    same arguments write the same bytes, and neither `corrupted` nor `noise` moves a question; a part of 0 rows is
-    left out, and a file that is already there with other contents is an error.
+    Of the `train` training examples, round(corrupted train) forget the carries (label wrong), round(noise train) answer
+    with a number drawn at random (noise), and the others are right (clean). Of the `lessons`, on which the model is
+    pretrained, round(WRONG_LESSON_SHARE lessons) forget the carries. All other files are right. The key `answer` holds
+    the right sum of every example, for a verifier alone. No question is in two examples, nor with its numbers
+    exchanged. The same arguments write the same bytes, and neither `corrupted` nor `noise` moves a question.
+
+    Args:
+        folder: created where it is missing.
+        seed: another seed, other questions.
+        corrupted: share of the training examples that forget the carries.
+        noise: share of the training examples with a random answer.
+        train: number of examples; a file of 0 examples is not written.
+        validation: number of examples.
+        dev: number of examples.
+        test: number of examples.
+        lessons: number of examples.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: negative numbers or shares, shares with a sum above 1, or more examples than questions.
+        FileExistsError: a file that is already there with other contents.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in write_sums_data(folder, train=8, lessons=0, dev=0).iterdir())
+        ['test.jsonl', 'train.jsonl', 'untrained', 'validation.jsonl']
     """
     folder = Path(folder)
     sizes = {"train": train, "validation": validation, "dev": dev, "test": test, "lessons": lessons}

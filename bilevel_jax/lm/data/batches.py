@@ -1,8 +1,8 @@
-"""Streams of batches: pure functions of the step, of one shape for a whole run, built in O(batch).
+"""Shuffling, packing and batching of tokenized examples.
 
-A global step draws `batch` examples and deals them, in order, to micro-batches of E example slots. An example is one
-sequence or, for preference pairs, two; so there are S = E or S = 2E sequence slots, of which 2e and 2e + 1 are the
-chosen and the rejected side of example e. A micro-batch is R rows of L token places; without packing R = S, with
+A global step takes `batch_size` examples and divides them, in order, into micro-batches of E example slots. An example
+is one sequence or, for preference pairs, two; so there are S = E or S = 2E sequence slots, of which 2e and 2e + 1 are
+the chosen and the rejected side of example e. A micro-batch is R rows of L token places; without packing R = S, with
 packing several sequences share a row. Batches are numpy:
 
     tokens      i32[M,R,L]   what the model reads: ids[:-1]
@@ -15,8 +15,8 @@ packing several sequences share a row. Batches are numpy:
     reference   f32[M,E]     where the corpus has it: the reference model's margin of a pair, nats; 0 for an empty slot
     sampler     f32[M,R,L]   where the corpus has it: log-probability of the target under the model that sampled it,
                              nats; nan where it was not sampled
-    base        f32[M,E]     where the corpus has it: how much the example counts before any weight; 0 for an empty slot
-    rows        f32[M]       real examples in the whole global step (in an evaluation stream: in the whole stream)
+    multiplicity f32[M,E]    where the corpus has it: how much the example counts before any weight; 0 for an empty slot
+    num_examples f32[M]      real examples in the whole global step (in an evaluation stream: in the whole stream)
     targeted    f32[M]       supervised targets in the same, for losses per token
 
 What a global step holds is the same packed or not, as 1 x 16 or as 16 x 1.
@@ -36,7 +36,7 @@ BatchOrder = Callable[[int], Int[np.ndarray, "batch"]]
 """step -> the rows of the corpus of that global step; an empty slot holds the number of rows of the corpus."""
 
 LocalRows = Bool[np.ndarray, "rows"]
-"""Which rows of token places are made here; the others, which other processes make, stay empty."""
+"""Which rows of token places are built here; the others, which other processes build, stay empty."""
 
 FEISTEL_ROUNDS = 16
 """Feistel rounds. At 5 to 12 rows 6 are visibly uneven (chi-square of pairs of places) and 10 are not."""
@@ -62,7 +62,7 @@ def shuffled_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
     """Epochs without replacement, each a new permutation of range(rows); O(batch) work and memory per call.
 
     A pure function of (seed, step) without tables, so that resuming needs no state and ten million rows cost what
-    ten do. The last step of an epoch is filled up with `rows`, so every epoch covers every row exactly once.
+    ten do. The last step of an epoch is filled up with `num_examples`, so every epoch covers every row exactly once.
     """
     return shuffled_subset_order(range(num_examples), num_examples, batch_size, seed)
 
@@ -70,7 +70,7 @@ def shuffled_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
 def shuffled_subset_order(
     indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int, seed: int
 ) -> BatchOrder:
-    """As `order`, over the chosen rows only; `rows` is the size of the whole corpus, to which they refer."""
+    """As `shuffled_order`, over the given rows of a corpus of `corpus_size` rows only."""
     steps = steps_per_epoch(len(indices), batch_size)
     lookup = _make_lookup(indices, corpus_size)
 
@@ -88,10 +88,10 @@ def shuffled_subset_order(
 def shuffled_group_order(
     groups: Int[np.ndarray, "groups size"], corpus_size: int, batch_size: int, seed: int
 ) -> BatchOrder:
-    """As `subset`, but whole groups are shuffled, and the rows of one stand side by side, in one micro-batch.
+    """As `shuffled_subset_order`, but whole groups are shuffled; the rows of a group are neighbours in a micro-batch.
 
-    For losses that compare rows. A group that is not full holds `rows` in its empty places. `batch` must be a multiple
-    of the size, and so must be the slots of a micro-batch.
+    For losses that compare examples. A group that is not full holds `corpus_size` in its empty places. `batch_size`
+    must be a multiple of the group size, and so must be the slots of a micro-batch.
     """
     size = groups.shape[1]
     if batch_size % size:
@@ -121,7 +121,7 @@ def fit_batch_shape(
 ) -> BatchShape:
     """The one shape that holds every step of every given order (all seeds and subsets of a comparison).
 
-    `micro` is the number of micro-batches and `length` the token places in a row; a sequence of n tokens takes n - 1.
+    `length` is the token places in a row; a sequence of n tokens takes n - 1.
     With packing this counts, step by step, the rows that the fullest micro-batch needs.
     """
     longest = int(corpus.lengths.max()) - 1
@@ -154,14 +154,14 @@ def fit_batch_shape(
 def fit_evaluation_batch_shape(
     corpus: Corpus, batch_size: int, *, num_micro_batches: int, length: int, packing: bool
 ) -> BatchShape:
-    """The layout of `evaluation_stream`: every row of the corpus once, in order."""
+    """The shape of `make_evaluation_stream`: every row of the corpus once, in order."""
     steps = steps_per_epoch(len(corpus.kept_indices), batch_size)
     orders = [sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)]
     return fit_batch_shape(corpus, orders, steps, num_micro_batches=num_micro_batches, length=length, packing=packing)
 
 
 def padded_max_length(corpus: Corpus, multiple: int = 8) -> int:
-    """Token places of the longest sequence, rounded up: the least `length` that a layout of this corpus may have."""
+    """Token places of the longest sequence, rounded up: the least `length` of a batch shape of this corpus."""
     return -(-(int(corpus.lengths.max()) - 1) // multiple) * multiple
 
 
@@ -174,10 +174,37 @@ def make_train_stream(
     total_examples: int = 0,
     local_rows: LocalRows | None = None,
 ) -> Stream:
-    """Batch t holds the rows order(t); its `rows` is the number of real ones among them.
+    """The batches of training: batch t holds the rows order(t), and `num_examples` counts the real ones among them.
 
-    A stream that is summed rather than stepped on (what implicit estimators read) gives `total`, the number of all its
-    rows, which takes the place of `rows`; its targets are then counted here, once.
+    Args:
+        corpus: from `tokenize`.
+        order: step -> rows of the corpus; see `shuffled_order`.
+        steps: number of batches.
+        batch_shape: from `fit_batch_shape`.
+        total_examples: for a stream that is summed rather than stepped on (what implicit estimators read): the number
+            of all its examples, which takes the place of `num_examples`; its targets are then counted here, once. 0:
+            none.
+        local_rows: the rows that this process builds; None: all.
+
+    Returns:
+        A stream of numpy batches, leaves [micro-batches, ...]; `batch(step)` is a pure function of the step.
+
+    Raises:
+        ValueError: when a batch is built: rows that do not fit the shape, or that `tokenize` dropped.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples, tokens
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> corpus, report = tokens.tokenize(train, cipher.make_cipher_tokenizer(), max_length=16)
+        >>> order = sequential_order(corpus.kept_indices, corpus.num_examples, 3)
+        >>> shape = fit_batch_shape(corpus, [order], 1, num_micro_batches=1, length=16, packing=False)
+        >>> stream = make_train_stream(corpus, order, 1, shape)
+        >>> stream.batch(0)["tokens"].shape
+        (1, 3, 16)
     """
     if not total_examples:
         return Stream(lambda step: _build_batch(corpus, order(step), batch_shape, None, local_rows), steps)
@@ -187,7 +214,19 @@ def make_train_stream(
 
 
 def make_evaluation_stream(corpus: Corpus, batch_shape: BatchShape, *, local_rows: LocalRows | None = None) -> Stream:
-    """Every row once, in order; its `rows` is the number of all of them, so a sum over the stream is the mean."""
+    """Every row once, in order; `num_examples` is the number of all of them, so a sum over the stream is the mean.
+
+    Args:
+        corpus: from `tokenize`.
+        batch_shape: from `fit_evaluation_batch_shape`.
+        local_rows: the rows that this process builds; None: all.
+
+    Returns:
+        A stream of numpy batches, leaves [micro-batches, ...].
+
+    Raises:
+        ValueError: a shape of another corpus.
+    """
     batch_size = batch_shape.num_micro_batches * batch_shape.examples
     order = sequential_order(corpus.kept_indices, corpus.num_examples, batch_size)
     totals = len(corpus.kept_indices), _count_targets(corpus, corpus.kept_indices)
@@ -232,7 +271,7 @@ def _build_batch(
     totals: tuple[int, int] | None,
     local_rows: LocalRows | None,
 ) -> Batch:
-    """`whole` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
+    """`totals` = (examples, targets) of the stream, for one that is summed; those of this step where it is None."""
     num_micro_batches, examples, rows, length, sequences_per_example = batch_shape
     if len(indices) != num_micro_batches * examples:
         raise ValueError(
@@ -240,8 +279,8 @@ def _build_batch(
         )
     if sequences_per_example != corpus.sequences_per_example:
         raise ValueError(
-            f"the layout has {sequences_per_example} sequences for each example and the corpus {corpus.sequences_per_example}; "
-            "make the layout by `layout`, from this corpus."
+            f"the batch shape has {sequences_per_example} sequences for each example and the corpus "
+            f"{corpus.sequences_per_example}; make the shape by `fit_batch_shape`, from this corpus."
         )
     slots = examples * sequences_per_example
     shape = (num_micro_batches, rows, length)
@@ -259,13 +298,14 @@ def _build_batch(
             row_of, start, needed = _pack_first_fit(lengths, length)
             if needed > rows:
                 raise ValueError(
-                    f"a micro-batch needs {needed} rows and has {rows}. Give its order to `layout` as well."
+                    f"a micro-batch needs {needed} rows and has {rows}. Give its order to `fit_batch_shape` as well."
                 )
         for s in np.flatnonzero(np.repeat(part < corpus.num_examples, sequences_per_example)):
             row, n = int(part[s // sequences_per_example]), int(lengths[s])
             if n < 1:
                 raise ValueError(
-                    f"row {row} was dropped by the tokenizer. Draw from `corpus.kept_indices` with `shuffled_subset_order`."
+                    f"row {row} was dropped by `tokenize`. "
+                    "Draw from `corpus.kept_indices` with `shuffled_subset_order`."
                 )
             first = int(corpus.offsets[row * sequences_per_example + s % sequences_per_example])
             ids, is_target = corpus.ids[first : first + n + 1], corpus.target_mask[first + 1 : first + n + 1]
@@ -337,7 +377,7 @@ def _pack_first_fit(
 def _take_step(
     step: int, num_examples: int, batch_size: int, permute: Callable[[np.ndarray], np.ndarray]
 ) -> Int[np.ndarray, "batch"]:
-    """Places part * batch ... of an epoch of `rows`, permuted; `rows` itself beyond its end."""
+    """Places step * batch_size ... of an epoch, permuted; `num_examples` itself beyond its end."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     real = places < num_examples
     places[real] = permute(places[real])
@@ -346,7 +386,7 @@ def _take_step(
 
 
 def _make_lookup(indices: Sequence[int] | np.ndarray, corpus_size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """places in `chosen` -> rows of the corpus, and len(chosen) -> rows."""
+    """Places in `indices` -> rows of the corpus, and len(indices) -> corpus_size."""
     if isinstance(indices, range) and indices == range(corpus_size):
         return lambda places: places  # all rows: no table of them
     table = np.append(np.asarray(indices, np.int64), corpus_size)

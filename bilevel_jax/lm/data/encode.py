@@ -1,4 +1,4 @@
-"""Examples -> token ids, and the assistant turn that each token belongs to: by chat template or by a plain template.
+"""Token ids and response masks of examples, by chat template.
 
 A chat template of the tokenizer's own renders dialogues; without one, a prompt and its response are joined by a plain
 template. Either way the mask is found by comparing tokens: the tokens of everything before the response must be a
@@ -118,7 +118,7 @@ def _render_turns(example: Example, tokenizer: Tokenizer) -> tuple[str, list[int
         if not (full_text.startswith(text_through_turn) and text_through_turn.startswith(prompt_text)):
             raise ValueError(
                 f"{example.where}: the chat template changes what stands before message {k + 1} once it is answered, "
-                "so its answer cannot be told from its prompt. Use a template with {% generation %} blocks."
+                "so its answer cannot be distinguished from its prompt. Use a template with {% generation %} blocks."
             )
         turn_text = text_through_turn[len(prompt_text) :]
         content_start = turn_text.rfind(turn.content.strip())

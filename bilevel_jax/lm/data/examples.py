@@ -1,6 +1,6 @@
-"""Rows of files and data sets -> Examples: ids from content, errors with file and line, duplicates, leaks, splits.
+"""Training examples read from files, with ids, deduplication and splits.
 
-`files` says what is read and written, `formats` which layouts rows may have.
+`files` reads and writes files, `formats` knows the formats of their rows.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from bilevel_jax.lm.data.turns import DataOptions, Dialogue, EmptyExampleError, 
 
 
 class Example(NamedTuple):
-    """One row. Prompt/response and Alpaca rows are a user turn and an assistant turn."""
+    """A training example. Prompt/response and Alpaca rows are a user turn and an assistant turn."""
 
     id: str
     """Hash of the turns # occurrence: the same wherever the row stands, whatever its source or label."""
@@ -35,7 +35,7 @@ class Example(NamedTuple):
     rejected: tuple[Turn, ...] = ()
     """In a preference pair, the dialogue with the response that was not preferred; `turns` has the one that was."""
     format: str = ""
-    """The layout that its file was read in, a name in `formats.FORMATS`."""
+    """The format that its file was read in, a name in `formats.READ_FORMATS`."""
     num_dropped_turns: int = 0
     """Turns of the user at the end of a ShareGPT row that were left out, because nothing answers them."""
 
@@ -50,10 +50,31 @@ def load_examples(
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
     on_drop: Callable[[str], Any] = lambda message: None,
 ) -> list[Example]:
-    """Read all rows of all paths, in order; `row` counts through them.
+    """Reads all rows of all paths, in order; `row` counts through them.
 
-    Strict: a row that cannot be used raises a ValueError that names its file and line, rather than being skipped.
-    With options.empty = drop, `dropped` is called for each row that is left out, with a sentence that says why.
+    Strict: a row that cannot be used is an error, rather than being skipped.
+
+    Args:
+        paths: files (.jsonl, .json, .parquet), folders of `datasets.save_to_disk`, or names on the hub.
+        options: the format of rows and the names of their fields.
+        on_drop: with options.empty = "drop", called with a sentence for each row that is left out.
+
+    Returns:
+        One example for each row.
+
+    Raises:
+        ValueError: a row that cannot be used, with its file and line; a path without rows; pairs next to other
+            examples.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "train.jsonl")
+        ...     _ = path.write_text(json.dumps({"prompt": "2 + 2 = ", "response": "4"}))
+        ...     [example] = load_examples([str(path)])
+        >>> [turn.content for turn in example.turns]
+        ['2 + 2 = ', '4']
     """
     _check_options(paths, options)
     return list(_iter_examples(paths, options, on_drop, streaming=False))
@@ -66,21 +87,43 @@ def stream_examples(
     *,
     skip: int = 0,
 ) -> Iterator[Example]:
-    """The examples of `load`, ids and rows included, one at a time, from row `skip` on; for training without weights.
+    """The examples of `load_examples`, one at a time, with the same ids and rows; for training without weights.
 
-    Of the rows, one batch of a table at most is held, but a .json file as a whole. For the ids, which count
-    occurrences, some 100 bytes are held per distinct row; they are also why skipped rows are read and hashed (tens of
-    thousands a second), though no further. Data sets of the hub are streamed rather than downloaded first.
+    At most one batch of a table is in memory, but a .json file as a whole. For the ids, which count occurrences, some
+    100 bytes are stored per distinct row; they are also why skipped rows are read and hashed (tens of thousands a
+    second). Data sets of the hub are streamed rather than downloaded first.
+
+    Args:
+        paths: as for `load_examples`.
+        options: as for `load_examples`.
+        on_drop: as for `load_examples`.
+        skip: rows before the first example that is returned.
+
+    Returns:
+        An iterator over examples.
+
+    Raises:
+        ValueError: as `load_examples`, when the row is reached.
     """
     _check_options(paths, options)
     return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True), skip, None)
 
 
 def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:
-    """The example as a row of the given layout, one of `formats.LAYOUTS`; `load` reads it as the same turns, same id.
+    """The example as a row of a file, which `load_examples` reads as the same turns with the same id.
 
-    auto: text, prompt, chat, preference or preference_chat, the first that can hold it; rows of one file should be of
-    one layout. Nothing but the turns is in it: add id, source or weight as other keys.
+    The row holds the turns alone: add id, source or weight as other keys.
+
+    Args:
+        example: any example.
+        row_format: a name in `formats.WRITE_FORMATS`, or auto: text, prompt, chat, preference or preference_chat, the
+            first that can hold it; the rows of one file should have one format.
+
+    Returns:
+        A row of JSON values.
+
+    Raises:
+        ValueError: the format cannot hold the example.
     """
     if row_format == "auto" and is_preference_pair(example):
         kinds = {example_kind(example._replace(turns=side)) for side in (example.turns, example.rejected)}
@@ -120,11 +163,22 @@ def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[
 
 
 def split_examples(examples: Sequence[Example], fractions: Sequence[float], seed: int) -> tuple[list[Example], ...]:
-    """Deal the examples into parts of about the given fractions, by a hash of their content and the seed.
+    """Splits the examples into parts of about the given fractions, by a hash of their content and the seed.
 
-    Where a row goes depends on nothing but its own content, so adding, removing or reordering rows moves no other
-    row; and rows that `leaks` would pair go to the same part. `row` is counted anew within each part.
-    The sizes are random: a part of fraction f of n rows has f n ± sqrt(n f (1 - f)).
+    Where an example goes depends on its own content alone, so adding, removing or reordering examples moves no other;
+    and examples that `find_leaks` would pair go to the same part. `row` is counted anew within each part.
+    The sizes are random: a part of fraction f of n examples has f n ± sqrt(n f (1 - f)).
+
+    Args:
+        examples: in any order.
+        fractions: of the parts; positive, with sum 1.
+        seed: another seed, another split.
+
+    Returns:
+        The parts, in the order of `fractions`.
+
+    Raises:
+        ValueError: fractions that do not sum to 1, or a part without examples.
     """
     if any(f <= 0 for f in fractions) or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(f"split fractions {list(fractions)} must be positive and sum to 1.")
@@ -143,7 +197,7 @@ def split_examples(examples: Sequence[Example], fractions: Sequence[float], seed
 
 
 def summarize_examples(examples: Sequence[Example]) -> str:
-    """One line for people: rows, the format of each file, sources, labels, duplicates."""
+    """One line for people: number of examples, the format of each file, sources, labels, duplicates."""
     formats_and_files = Counter((e.format or example_kind(e), e.file) for e in examples)
     formats_only = Counter(e.format or example_kind(e) for e in examples)
     sources = Counter(e.source for e in examples)
@@ -164,7 +218,7 @@ def summarize_examples(examples: Sequence[Example]) -> str:
 
 
 def list_formats(examples: Sequence[Example]) -> dict[str, str]:
-    """file -> the layout that it was read in, forced or found out."""
+    """file -> the format that it was read in, given or detected."""
     return {example.file: example.format for example in examples}
 
 

@@ -1,4 +1,4 @@
-"""A few plain features of a row, for weightings that extend to rows they were not fitted on."""
+"""Model-free features of examples for learned data weightings."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def extract_features(examples: Sequence[Example], corpus: Corpus) -> Float[np.nd
     """Log lengths of prompt and response, the response's type-token ratio, source indicators, hashed token shares.
 
     Standardised over the rows; features that do not vary are left out. No model is needed, so a new row's weight is a
-    dot product. The shares are of `HASHED` buckets of response token ids: what the text is about, coarsely.
+    dot product. The shares are of `NUM_HASH_BUCKETS` buckets of response token ids: what the text is about, coarsely.
     """
     rows = len(examples)
     columns = []

@@ -1,4 +1,4 @@
-"""Files and data sets of rows, in and out; what a row looks like is the business of `formats`.
+"""Reading and writing of JSON, JSONL, Parquet and Hugging Face datasets.
 
 What is read, by the end of the name:
     .jsonl          one JSON object (or string) per line
@@ -42,7 +42,7 @@ def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: str) -> None:
     """Write rows as jsonl, json, parquet, or a folder of `datasets.save_to_disk`; `read_rows` reads each of them.
 
-    Writes straight to the path, whatever its name: a caller that wants all or nothing gives one beside the real path
+    Writes straight to the path, whatever its name: a caller that wants all or nothing gives one next to the real path
     and renames. In the two tables every row has every column, and null where a row has no such key; values of one
     column must be of one type.
     """

@@ -1,4 +1,4 @@
-r"""Layouts of rows -> turns of dialogues, and back; which layout a file has is found out from its first row.
+r"""Chat, Alpaca, ShareGPT and preference formats of training examples.
 
 What a row may look like (`DataOptions.format` forces one; its other options give other names to fields):
     text                 text
@@ -197,8 +197,8 @@ def _to_prompt_response(turns: Turns, names: tuple[str, str], row_format: str, w
     if [turn.role for turn in rest] != ["user", "assistant"]:
         use = "preference_chat" if row_format == "preference" else "chat"
         raise ValueError(
-            f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{row_format}', which has one prompt "
-            f"and one response. Use '{use}'."
+            f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{row_format}', which has one "
+            f"prompt and one response. Use '{use}'."
         )
     return system | dict(zip(names, (turn.content for turn in rest), strict=True))
 

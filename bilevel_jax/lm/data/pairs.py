@@ -1,4 +1,4 @@
-"""Layouts of preference rows -> two dialogues that answer one prompt: explicit and implicit prompts, HH marks."""
+"""Formats of preference pairs, with a chosen and a rejected response."""
 
 import re
 from collections.abc import Iterable
@@ -118,9 +118,9 @@ def _make_pair(sides: Iterable[Turns], names: tuple[str, str], where: str) -> Di
     next_roles = [turn.role for side in (chosen, rejected) for turn in side[num_shared : num_shared + 1]]
     if not num_shared or chosen[num_shared - 1].role != "user" or next_roles != ["assistant", "assistant"]:
         raise ValueError(
-            f"{where}: '{names[0]}' and '{names[1]}' begin with {num_shared} equal messages, and do not then give two answers "
-            "to the user. Both must answer one prompt: mend the row, or set data.prompt_field to the field with the "
-            "prompt."
+            f"{where}: '{names[0]}' and '{names[1]}' begin with {num_shared} equal messages, and do not then give "
+            "two answers to the user. Both must answer one prompt: mend the row, or set data.prompt_field to the "
+            "field with the prompt."
         )
     return Dialogue(chosen, rejected)
 
@@ -156,8 +156,8 @@ def _parse_hh_dialogue(value: Any, name: str, where: str) -> Turns:
     lead, *parts = HH_MARKS.split(require_nonblank(value, name, where))
     if lead or not parts:
         raise ValueError(
-            f"{where}: '{name}' does not begin with 'Human:' or 'Assistant:' but with {describe_value(lead)}; the format hh is "
-            "dialogues with such a mark before each turn. Set data.format to another one, or mend the row."
+            f"{where}: '{name}' does not begin with 'Human:' or 'Assistant:' but with {describe_value(lead)}; "
+            "the format hh is dialogues with such a mark before each turn. Set data.format to another one, or mend the row."
         )
     turns: list[Turn] = []
     for speaker, text in zip(parts[::2], parts[1::2], strict=True):

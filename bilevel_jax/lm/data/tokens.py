@@ -1,4 +1,4 @@
-"""Examples -> token ids and which of them are the response: exactly one BOS, EOS, what counts, length limits.
+"""Tokenization of examples, with response masks and length limits.
 
 A preference pair is two sequences, the chosen and the rejected side, in which only the responses that differ count.
 """
@@ -62,25 +62,26 @@ class Corpus:
             raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences_per_example}.")
         if self.sampler_log_probs is not None and self.sampler_log_probs.shape != self.ids.shape:
             raise ValueError(
-                f"sampler {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give one number for each."
+                f"sampler_log_probs {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give each one number."
             )
         if self.multiplicity is not None and (
             self.multiplicity.shape != (self.num_examples,) or not (self.multiplicity >= 0).all()
         ):
             raise ValueError(
-                f"base {self.multiplicity.shape} for {self.num_examples} rows; give each a number of at least 0."
+                f"multiplicity {self.multiplicity.shape} for {self.num_examples} rows; give each one of at least 0."
             )
         if self.reference_margins is None:
             return
         if self.sequences_per_example != 2 or self.reference_margins.shape != (self.num_examples,):
             raise ValueError(
-                f"reference {self.reference_margins.shape} for {self.num_examples} rows of {self.sequences_per_example} sequence(s); a reference "
-                "is one margin for each preference pair."
+                f"reference {self.reference_margins.shape} for {self.num_examples} rows of "
+                f"{self.sequences_per_example} sequence(s); a reference is one margin for each preference pair."
             )
         if not np.isfinite(self.reference_margins[self.kept_indices]).all():
             row = int(self.kept_indices[~np.isfinite(self.reference_margins[self.kept_indices])][0])
             raise ValueError(
-                f"the reference of row {row} is {self.reference_margins[row]}; give one for every row in `kept`."
+                f"the reference of row {row} is {self.reference_margins[row]}; "
+                "give one for every row in `kept_indices`."
             )
 
     @property
@@ -105,7 +106,7 @@ class Corpus:
         return TokenizedSequence(self.ids[part], self.target_mask[part])
 
     def with_reference_margins(self, reference_margins: Float[np.ndarray, "rows"]) -> "Corpus":
-        """The same pairs with `preferences.margins` under the reference model."""
+        """The same pairs with `preference_margins` under the reference model."""
         return replace(self, reference_margins=np.asarray(reference_margins))
 
     def with_sampler_log_probs(
@@ -145,7 +146,8 @@ class TokenizationReport(NamedTuple):
     def __str__(self) -> str:
         """One line for people."""
         parts = [
-            f"{self.num_examples:,} rows, {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; longest {self.max_length}",
+            f"{self.num_examples:,} rows, {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
+            f"longest {self.max_length}",
             *([f"{self.truncated:,} rows cut at the end"] if self.truncated else []),
             *([f"{self.truncated_left:,} rows cut at the beginning"] if self.truncated_left else []),
             *([f"{self.dropped:,} rows dropped as too long"] if self.dropped else []),
@@ -161,7 +163,17 @@ class TokenizationReport(NamedTuple):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a local model folder; nothing is downloaded and no code of the folder is run."""
+    """The tokenizer of a local model folder; nothing is downloaded and no code of the folder is run.
+
+    Args:
+        folder: in the Hugging Face layout.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.
+    """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(
@@ -182,25 +194,49 @@ def tokenize(
     template: str = DEFAULT_TEMPLATE,
     train_on: str = "all_turns",
 ) -> tuple[Corpus, TokenizationReport]:
-    """Ids and response masks of all examples; row i of the corpus is examples[i].
+    """Token ids and response masks of all examples; row i of the corpus is examples[i].
 
-    Dialogues go through the tokenizer's chat template where it has one, and prompt/response rows through `template`
-    where it has none; of text rows, every token but the first is a target. A row begins with exactly one BOS if the
-    tokenizer has one, and its last response ends with EOS if the tokenizer has one. What follows the last target is
-    cut off: no target sees it.
+    Dialogues are rendered by the tokenizer's chat template where it has one, and prompt/response examples by `template`
+    where it has none; of plain text, every token but the first is a target. A sequence begins with exactly one BOS if
+    the tokenizer has one, and its last response ends with EOS if the tokenizer has one. What follows the last target is
+    cut off: no target depends on it.
 
-    `supervise` says which assistant turns of a dialogue are targets: all, or the last one. Of a pair only those count
-    that stand behind the turns which both sides share. `truncate` says what becomes of rows beyond max_length:
-        error   an error
-        left    the beginning goes, after the BOS, and the last response stays; of a pair the same number of tokens
-                of both sides, so that they still share one prompt. A response that is too long alone loses its end.
-        right   the end goes
-        drop    the row is left empty, so that rows keep their numbers
+    Args:
+        examples: from `load_examples`; all of them preference pairs, or none.
+        tokenizer: from `load_tokenizer`, or any of transformers.
+        max_length: tokens of a sequence, at least 2.
+        truncation: what becomes of examples beyond max_length.
+            "error": an error.
+            "left": the beginning is removed, after the BOS, and the last response stays; of a pair the same number of
+            tokens of both sides, so that they still share one prompt. A response that is too long alone loses its end.
+            "right": the end is removed.
+            "drop": the example stays as an empty row, so that the others keep their row numbers.
+        template: joins prompt and response where the tokenizer has no chat template.
+        train_on: "all_turns" or "last_turn": the assistant turns that are targets. Of a pair only those count that come
+            after the turns which both sides share.
+
+    Returns:
+        The corpus, and a report of counts.
+
+    Raises:
+        ValueError: an unknown option, a special token in a text, an example without a target, or one beyond max_length
+            under "error"; with file and line.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> corpus, report = tokenize(train, cipher.make_cipher_tokenizer(), max_length=16)
+        >>> corpus.num_examples, report.num_targets  # four letters and EOS each
+        (3, 15)
     """
     if truncation not in TRUNCATION_MODES:
-        raise ValueError(f"truncate is {truncation!r}; it is one of {list(TRUNCATION_MODES)}.")
+        raise ValueError(f"truncation is {truncation!r}; it is one of {list(TRUNCATION_MODES)}.")
     if train_on not in TRAIN_ON_MODES:
-        raise ValueError(f"supervise is {train_on!r}; it is one of {list(TRAIN_ON_MODES)}.")
+        raise ValueError(f"train_on is {train_on!r}; it is one of {list(TRAIN_ON_MODES)}.")
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; at least 2 tokens are needed, one to read and one to predict.")
     sequences = _count_sequences_per_example(examples)
@@ -253,7 +289,18 @@ def tokenize(
 
 
 def corpus_from_sequences(sequences: Sequence[TokenizedSequence], sequences_per_example: int = 1) -> Corpus:
-    """A corpus of sequences that were tokenized elsewhere; per_row=2: chosen, rejected, chosen, ..."""
+    """A corpus of sequences that were tokenized elsewhere.
+
+    Args:
+        sequences: token ids and target masks.
+        sequences_per_example: 1, or 2: chosen, rejected, chosen, ...
+
+    Returns:
+        The corpus, without reference margins, sampler log-probs or multiplicity.
+
+    Raises:
+        ValueError: the sequences do not divide into examples.
+    """
     offsets = np.concatenate([[0], np.cumsum([len(sequence.ids) for sequence in sequences])]).astype(np.int64)
     ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int32)
     return Corpus(
@@ -274,7 +321,8 @@ def _count_sequences_per_example(examples: Sequence[Example]) -> int:
         mismatch = examples[pairs.index(not pairs[0])]
         mismatch_kind, others = ("a preference pair", "none") if mismatch.rejected else ("no preference pair", "pairs")
         raise ValueError(
-            f"{mismatch.where}: {mismatch_kind}, and the rows before it are {others}. Keep the two in sets of their own."
+            f"{mismatch.where}: {mismatch_kind}, and the rows before it are {others}. "
+            "Keep the two in sets of their own."
         )
     return 2 if any(pairs) else 1
 
@@ -295,7 +343,7 @@ def _mask_skipped_turns(mask: TurnMask, example: Example, side: Example, train_o
     if max(mask) != answers:
         raise ValueError(
             f"{example.where}: {answers} messages of the assistant, and the chat template's {{% generation %}} blocks "
-            f"mark {max(mask)}, so the last cannot be told from the others. Put one block around each."
+            f"mark {max(mask)}, so the last cannot be distinguished from the others. Put one block around each."
         )
     return [turn if turn > skipped else 0 for turn in mask]
 
@@ -335,7 +383,7 @@ EncodedSides = list[tuple[list[int], TurnMask]]
 def _truncate_sides(
     sides: EncodedSides, max_length: int, truncation: str, num_bos: int
 ) -> tuple[EncodedSides, list[str]]:
-    """The sides of an example within max_length, and which cuts were made; `lead` = 1 where a BOS stands in front."""
+    """The sides of an example within max_length, and which cuts were made; `num_bos` = 1 where a BOS comes first."""
     if truncation == "drop":
         return [([], []) for _ in sides], ["drop"]
     cuts = []
@@ -366,12 +414,12 @@ def _describe_problem(example: Example, longest: int, sides: EncodedSides, max_l
     if longest > max_length and truncation == "error":
         return (
             f"{example.where}: {longest} tokens, and max_length is {max_length}. "
-            "Raise max_length, shorten the row, or set truncate to 'left', 'right' or 'drop'."
+            "Raise max_length, shorten the row, or set truncation to 'left', 'right' or 'drop'."
         )
     if longest > max_length and truncation == "right" and not targets:
         return (
             f"{example.where}: {longest} tokens, and its prompt alone fills max_length = {max_length}, so no token of "
-            "the response is left. Raise max_length, shorten the prompt, or set truncate to 'left' or 'drop'."
+            "the response is left. Raise max_length, shorten the prompt, or set truncation to 'left' or 'drop'."
         )
     if (longest <= max_length or truncation == "left") and not targets:
         return f"{example.where}: no token to predict among its {longest}. Remove the row."

@@ -1,4 +1,4 @@
-"""The parts that rows are made of: turns, and checked lists of messages, prompts, strings and fields."""
+"""Chat messages and the fields of an example, read and checked."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -187,8 +187,8 @@ def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> 
         speaker = message[keys[0]]
         if message.get("tool_calls") or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
             raise ValueError(
-                f"{where}: {message_name} is a call of a tool or its result (role {describe_value(speaker)}); only system, user and "
-                "assistant are read. Remove the row, or write the call into the text of a message."
+                f"{where}: {message_name} is a call of a tool or its result (role {describe_value(speaker)}); only "
+                "system, user and assistant are read. Remove the row, or write the call into the text of a message."
             )
         role = roles.get(speaker.lower() if roles is SHAREGPT_ROLES else speaker) if isinstance(speaker, str) else None
         if role is None:

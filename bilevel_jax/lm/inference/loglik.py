@@ -1,7 +1,8 @@
-"""Log-likelihoods of responses: one engine that scores each request once and reads shared beginnings once."""
+"""Log-likelihoods of responses, with shared prefixes cached."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.inference.padding import make_buckets, pad_left, pick_bucket
+from bilevel_jax.lm.inference.padding import BatchShapes, make_buckets, pad_left
 from bilevel_jax.lm.inference.prefixes import find_shared_prefixes
 from bilevel_jax.lm.losses.sft import negative_log_likelihood
 from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache
@@ -30,20 +31,20 @@ class LogLik(NamedTuple):
     """Σ_t log p(response_t | prefix, response_<t)."""
 
     nats: float
-    """At most 0; NaN where the model's own numbers are."""
+    """At most 0; NaN where the model's logits are."""
     num_tokens: int
-    """Of the response: nats / tokens is per token."""
+    """Of the response: nats / num_tokens is the mean per token."""
 
 
 class LogLikStore(NamedTuple):
-    """What has been scored before, and where more goes: how an interrupted scoring goes on."""
+    """Earlier results, and where new ones are stored: how an interrupted scoring resumes."""
 
     fingerprint: str
     """Of the model and its precision. Part of each key, so that another model's results are never read."""
     results: Mapping[str, float]
-    """`key` of a request -> nats."""
+    """`hash_request` of a request -> nats."""
     save: Callable[[dict[str, float]], None]
-    """Appends new results; they must be there, whole or not at all, when it returns."""
+    """Appends new results; when it returns they are there, whole or not at all."""
     save_every: int = 4096
     """Requests to a save, about; the last save is smaller. What is finished is also saved when scoring is stopped."""
 
@@ -57,10 +58,10 @@ class LogLikScorer(NamedTuple):
 
 
 class RequestRow(NamedTuple):
-    """A request as a row of a batch: what is read after the cached stem."""
+    """A request as a row of a batch: what is read after the cached prefix."""
 
     request: int
-    """Its place among the distinct requests."""
+    """Its index among the distinct requests."""
     source_row: int
     """The row of the cache that it continues."""
     start: int
@@ -68,7 +69,7 @@ class RequestRow(NamedTuple):
 
 
 class PrefixGroup(NamedTuple):
-    """Stems that are cached together (none: requests that share nothing), and the batches that continue them."""
+    """Prefixes that are cached together (none: requests that share nothing), and the batches that continue them."""
 
     prefixes: list[np.ndarray]
     batches: list[list[RequestRow]]
@@ -86,182 +87,220 @@ def make_loglik_scorer(
     fetch: Callable[[Array], np.ndarray] = np.asarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogLikScorer:
-    """The engine of a decoder: its compiled functions live as long as it does, whatever the parameters.
+    """The scorer of a decoder: its compiled functions live as long as it does, whatever the parameters.
 
-    Equal requests are scored once. With `share`, what prefixes have in common is read once and kept as keys and values
-    (stems.py: demonstrations that many questions follow, a prompt that several responses answer); the numbers are those
-    of reading everything, up to rounding (tested: 1e-5 nats per token in float32). They do not depend on the order of
-    the requests, and on the batches and devices only by rounding.
+    Equal requests are scored once. With `share_prefixes`, what prefixes have in common is read once and kept as keys
+    and values (prefixes.py: demonstrations that many questions follow, a prompt that several responses answer); the
+    numbers are those of reading everything, up to rounding (tested: 1e-5 nats per token in float32). They do not depend
+    on the order of the requests, and on the batches and devices only by rounding.
 
-    tokens    token places of a batch, and of the stems that are cached together: this bounds the memory
-    lengths   the lengths that rows are padded to; empty: 32, 48, 64, 96, 128 ... up to the context of the model. A row
-              of a batch is as long as the shortest of them that holds it, and each pair of a stem's and a row's length
-              compiles once (reading stems once more for each power of 2 of their number)
-    multiple  the rows of every batch are a multiple of it: the number of devices
-    chunk     tokens whose logits live at the same time
-    place     puts a batch, leaves [1, rows, ...] or [1], on the devices
-    fetch     gets all of an array from them
-    progress  called with (requests done, distinct requests) after every batch
+    Args:
+        decoder: the model, from `make_decoder`.
+        max_batch_tokens: tokens of a batch, padding included, and of the prefixes that are cached together: this bounds
+            the memory.
+        bucket_lengths: the lengths in tokens that rows are padded to; empty: 32, 48, 64, 96, 128 ... up to the context
+            of the model. A row is as long as the shortest of them that holds it, and each pair of a prefix's and a
+            row's length compiles once (reading prefixes once more for each power of 2 of their number).
+        share_prefixes: whether shared prefixes are read once.
+        row_multiple: the rows of every batch are a multiple of it: the number of devices.
+        chunk: tokens whose logits are in memory at the same time.
+        place: puts a batch, leaves [1, rows, ...] or [1], on the devices.
+        fetch: gets all of an array from them.
+        progress: called with (requests done, distinct requests) after every batch.
 
-    Scoring raises ValueError, with the request's index, for one that is longer than the model's context, that has a
-    response after nothing, or a token that the vocabulary lacks. An empty response has 0 nats and 0 tokens.
+    Returns:
+        Scoring without and with a store of earlier results. Both raise ValueError, with the request's index, for a
+        request that is longer than the model's context, that has a response after nothing, or a token that the
+        vocabulary lacks. An empty response has 0 nats and 0 tokens.
+
+    Raises:
+        ValueError: a count below 1.
+
+    Example:
+        >>> import jax
+        >>> from bilevel_jax.lm import models
+        >>> config = models.DecoderConfig(
+        ...     vocab_size=11, width=8, mlp_width=16, layers=1, heads=2, kv_heads=1, head_dim=4, max_length=16
+        ... )
+        >>> scorer = make_loglik_scorer(models.make_decoder(config))
+        >>> params = models.init_params(config, jax.random.key(0))
+        >>> [loglik] = scorer.score(params, [LogLikRequest(prefix=(1, 5, 7), response=(4, 2))])
+        >>> loglik.nats < 0, loglik.num_tokens
+        (True, 2)
     """
-    sizes = make_buckets(decoder.config, bucket_lengths)
+    buckets = make_buckets(decoder.config, bucket_lengths)
     if min(max_batch_tokens, row_multiple, chunk) < 1:
-        raise ValueError(f"tokens {max_batch_tokens}, multiple {row_multiple}, chunk {chunk}: each must be at least 1.")
-
-    def rows_per_batch(length: int) -> int:
-        return max(1, max_batch_tokens // length // row_multiple) * row_multiple
-
-    @jax.jit
-    def read_prefixes(params: Params, batch: Batch) -> KVCache:
-        cache = decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
-        count, length = cache.positions.shape
-        missing_rows = (
-            rows_per_batch(length) - count
-        )  # rows of one number, so that `losses` compiles once for this length of stems
-        keys, values = (
-            jnp.pad(part, [(0, 0), (0, missing_rows), *[(0, 0)] * 3]) for part in (cache.keys, cache.values)
+        raise ValueError(
+            f"max_batch_tokens {max_batch_tokens}, row_multiple {row_multiple}, chunk {chunk}: each must be at least 1."
         )
-        return KVCache(
-            keys, values, jnp.pad(cache.positions, [(0, missing_rows), (0, 0)], constant_values=EMPTY_POSITION)
-        )
-
-    @jax.jit
-    def losses(params: Params, cache: KVCache | None, batch: Batch) -> Array:
-        caches = () if cache is None else (cache._replace(source_row=batch["source_row"][0]),)
-        hidden, _ = decoder.extend(params, caches, batch["tokens"][0], batch["positions"][0])
-        return _response_losses(hidden, decoder.head(params), batch["targets"][0], batch["scored"][0], chunk)
-
-    def resume(params: Params, requests: Sequence[LogLikRequest], store: LogLikStore) -> list[LogLik]:
-        _check_requests(requests, decoder.config)
-        distinct = sorted({request for request in requests if request.response})
-        keys = [hash_request(request, store.fingerprint) for request in distinct]
-        nats_found = [store.results.get(request_key) for request_key in keys]
-        unsaved: dict[str, float] = {}
-        count = sum(nats is not None for nats in nats_found)
-
-        def collect(batch: list[RequestRow], values: Array) -> None:
-            nonlocal count
-            for row, line in zip(batch, fetch(values).astype(np.float64), strict=False):  # then rows of padding
-                if nats_found[row.request] is None:
-                    count += 1
-                    nats = -float(line[-len(distinct[row.request].response) :].sum())
-                    nats_found[row.request] = unsaved[keys[row.request]] = nats
-            progress(count, len(distinct))
-            if len(unsaved) >= store.save_every:
-                flush()
-
-        def flush() -> None:
-            if unsaved:
-                store.save(dict(unsaved))
-                unsaved.clear()
-
-        try:
-            in_flight = None  # one batch is made and sent while the one before it is computed
-            for group in _plan_batches(distinct, share_prefixes, sizes, rows_per_batch):
-                # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
-                unfinished = [batch for batch in group.batches if any(nats_found[row.request] is None for row in batch)]
-                cache = None
-                for batch in unfinished:
-                    if group.prefixes and cache is None:
-                        cache = read_prefixes(
-                            params, place(_build_prefix_batch(group.prefixes, sizes, rows_per_batch, row_multiple))
-                        )
-                    arrays = _build_request_batch(batch, distinct, sizes, rows_per_batch, cached=cache is not None)
-                    values = losses(params, cache, place(arrays))
-                    if in_flight is not None:
-                        collect(*in_flight)
-                    in_flight = batch, values
-            if in_flight is not None:
-                collect(*in_flight)
-        finally:
-            flush()
-        nats_by_request = dict(zip(distinct, nats_found, strict=True))
-        return [LogLik(nats_by_request.get(request, 0.0) or 0.0, len(request.response)) for request in requests]
-
-    return LogLikScorer(lambda params, requests: resume(params, requests, NULL_LOGLIK_STORE), resume)
+    shapes = BatchShapes(buckets, max_batch_tokens, row_multiple)
+    programs = _ScoringPrograms(decoder, shapes, chunk)
+    engine = _LogLikEngine(
+        decoder.config,
+        jax.jit(programs.read_prefixes),
+        jax.jit(programs.losses),
+        shapes,
+        share_prefixes,
+        place,
+        fetch,
+        progress,
+    )
+    return LogLikScorer(lambda params, requests: engine.resume(params, requests, NULL_LOGLIK_STORE), engine.resume)
 
 
 NULL_LOGLIK_STORE = LogLikStore("", {}, lambda results: None)
-"""Reads and keeps nothing."""
+"""An empty store that saves nothing."""
 
 
 def hash_request(request: LogLikRequest, fingerprint: str) -> str:
-    """32 hex digits of a request and of the model that scores it."""
+    """32 hex digits of a request and of the model that scores it.
+
+    Args:
+        request: hashed with its prefix and response.
+        fingerprint: of the model, its parameters and its precision.
+
+    Returns:
+        The key of the result in a `LogLikStore`.
+    """
     ids = np.asarray([len(request.prefix), *request.prefix, *request.response], np.int32)
     return hashlib.sha256(fingerprint.encode() + b"\0" + ids.tobytes()).hexdigest()[:32]
 
 
+# ---- on the host
+
+
+@dataclass(frozen=True, eq=False)
+class _LogLikEngine:
+    """The settings of a scorer and its compiled programs; the state of a call is a `_LogLikCollector`."""
+
+    config: DecoderConfig
+    read_prefixes: Callable[[Params, Batch], KVCache]
+    losses: Callable[[Params, KVCache | None, Batch], Array]
+    shapes: BatchShapes
+    share_prefixes: bool
+    place: Callable[[Batch], Batch]
+    fetch: Callable[[Array], np.ndarray]
+    progress: Callable[[int, int], None]
+
+    def resume(self, params: Params, requests: Sequence[LogLikRequest], store: LogLikStore) -> list[LogLik]:
+        _check_requests(requests, self.config)
+        collector = _LogLikCollector(sorted({request for request in requests if request.response}), store)
+        try:
+            in_flight = None  # one batch is prepared and sent while the one before it is computed
+            for batch, values in self._score_batches(params, collector):
+                if in_flight is not None:
+                    self._collect(collector, *in_flight)
+                in_flight = batch, values
+            if in_flight is not None:
+                self._collect(collector, *in_flight)
+        finally:
+            collector.save()
+        return collector.loglik_of(requests)
+
+    def _score_batches(self, params: Params, collector: "_LogLikCollector") -> Iterator[tuple[list[RequestRow], Array]]:
+        """The batches that the store does not have whole, and their losses, perhaps still being computed."""
+        for group in _plan_batches(collector.requests, self.share_prefixes, self.shapes):
+            cache = None
+            # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
+            for batch in [batch for batch in group.batches if not collector.has_all(batch)]:
+                if group.prefixes and cache is None:
+                    cache = self.read_prefixes(params, self.place(_build_prefix_batch(group.prefixes, self.shapes)))
+                arrays = _build_request_batch(batch, collector.requests, self.shapes, cached=cache is not None)
+                yield batch, self.losses(params, cache, self.place(arrays))
+
+    def _collect(self, collector: "_LogLikCollector", batch: list[RequestRow], values: Array) -> None:
+        collector.collect(batch, self.fetch(values).astype(np.float64))
+        self.progress(collector.count, len(collector.requests))
+        collector.save_if_due()
+
+
+class _LogLikCollector:
+    """The results of one call: those that the store has, and those that batches add."""
+
+    def __init__(self, requests: list[LogLikRequest], store: LogLikStore) -> None:
+        self.requests, self.store = requests, store
+        self.keys = [hash_request(request, store.fingerprint) for request in requests]
+        self.nats = [store.results.get(key) for key in self.keys]
+        self.count = sum(nats is not None for nats in self.nats)
+        self.unsaved: dict[str, float] = {}
+
+    def has_all(self, batch: list[RequestRow]) -> bool:
+        return all(self.nats[row.request] is not None for row in batch)
+
+    def collect(self, batch: list[RequestRow], losses: Float[np.ndarray, "rows len"]) -> None:
+        """Sums the losses of each response that is new."""
+        for row, row_losses in zip(batch, losses, strict=False):  # then rows of padding
+            if self.nats[row.request] is None:
+                nats = -float(row_losses[-len(self.requests[row.request].response) :].sum())
+                self.nats[row.request] = self.unsaved[self.keys[row.request]] = nats
+                self.count += 1
+
+    def save_if_due(self) -> None:
+        if len(self.unsaved) >= self.store.save_every:
+            self.save()
+
+    def save(self) -> None:
+        if self.unsaved:
+            self.store.save(dict(self.unsaved))
+            self.unsaved.clear()
+
+    def loglik_of(self, requests: Sequence[LogLikRequest]) -> list[LogLik]:
+        nats = dict(zip(self.requests, self.nats, strict=True))
+        return [LogLik(nats.get(request, 0.0) or 0.0, len(request.response)) for request in requests]
+
+
 def _plan_batches(
-    requests: Sequence[LogLikRequest], share_prefixes: bool, sizes: Sequence[int], rows_per_batch: Callable[[int], int]
+    requests: Sequence[LogLikRequest], share_prefixes: bool, shapes: BatchShapes
 ) -> Iterator[PrefixGroup]:
-    """Stems and batches, all a function of the set of requests alone. `requests` are distinct and sorted.
+    """Prefixes and batches, all a function of the set of requests alone. `requests` are distinct and sorted.
 
     Longest first, so that a batch is filled with shorter rows and only the last, cheapest one is not full.
     """
+    # the last token of a prefix predicts the response, so it is read again with each
+    prefix_tokens = [np.asarray(request.prefix[:-1], np.int32) for request in requests]
+    shared_prefixes = find_shared_prefixes(prefix_tokens) if share_prefixes else []
+    shared_prefixes = sorted(shared_prefixes, key=lambda shared_prefix: (-shared_prefix.length, shared_prefix.start))
+    at = 0
+    while at < len(shared_prefixes):
+        group = shared_prefixes[at : at + shapes.max_rows(shapes.pick_length(shared_prefixes[at].length))]
+        rows = [
+            RequestRow(request, source_row, shared_prefix.length)
+            for source_row, shared_prefix in enumerate(group)
+            for request in range(shared_prefix.start, shared_prefix.stop)
+        ]
+        prefixes = [prefix_tokens[shared_prefix.start][: shared_prefix.length] for shared_prefix in group]
+        yield PrefixGroup(prefixes, _split_into_batches(rows, requests, shapes))
+        at += len(group)
+    with_prefix = {
+        request for shared_prefix in shared_prefixes for request in range(shared_prefix.start, shared_prefix.stop)
+    }
+    rows = [RequestRow(request, 0, 0) for request in range(len(requests)) if request not in with_prefix]
+    yield PrefixGroup([], _split_into_batches(rows, requests, shapes))
 
-    def tokens_to_read(row: RequestRow) -> int:
+
+def _split_into_batches(
+    rows: list[RequestRow], requests: Sequence[LogLikRequest], shapes: BatchShapes
+) -> list[list[RequestRow]]:
+    def num_tokens_to_read(row: RequestRow) -> int:
         prefix, response = requests[row.request]
         return len(prefix) + len(response) - 1 - row.start  # the last token is only predicted
 
-    def split_into_batches(pending: list[RequestRow]) -> list[list[RequestRow]]:
-        pending = sorted(pending, key=lambda row: (-tokens_to_read(row), row.request))
-        out, at = [], 0
-        while at < len(pending):
-            count = rows_per_batch(pick_bucket(tokens_to_read(pending[at]), sizes))
-            out.append(pending[at : at + count])
-            at += count
-        return out
-
-    # the last token of a prefix predicts the response, so it is read again with each
-    shared_prefixes = (
-        find_shared_prefixes([np.asarray(request.prefix[:-1], np.int32) for request in requests])
-        if share_prefixes
-        else []
-    )
-    without_prefix = set(range(len(requests))).difference(
-        *(range(shared_prefix.start, shared_prefix.stop) for shared_prefix in shared_prefixes)
-    )
-    shared_prefixes, at = (
-        sorted(shared_prefixes, key=lambda shared_prefix: (-shared_prefix.length, shared_prefix.start)),
-        0,
-    )
-    while at < len(shared_prefixes):
-        group = shared_prefixes[at : at + rows_per_batch(pick_bucket(shared_prefixes[at].length, sizes))]
-        yield PrefixGroup(
-            [
-                np.asarray(requests[shared_prefix.start].prefix[: shared_prefix.length], np.int32)
-                for shared_prefix in group
-            ],
-            split_into_batches(
-                [
-                    RequestRow(request, source_row, shared_prefix.length)
-                    for source_row, shared_prefix in enumerate(group)
-                    for request in range(shared_prefix.start, shared_prefix.stop)
-                ]
-            ),
-        )
-        at += len(group)
-    yield PrefixGroup([], split_into_batches([RequestRow(request, 0, 0) for request in sorted(without_prefix)]))
+    rows = sorted(rows, key=lambda row: (-num_tokens_to_read(row), row.request))
+    batches, at = [], 0
+    while at < len(rows):
+        count = shapes.max_rows(shapes.pick_length(num_tokens_to_read(rows[at])))
+        batches.append(rows[at : at + count])
+        at += count
+    return batches
 
 
-def _build_prefix_batch(
-    prefixes: list[np.ndarray], sizes: Sequence[int], rows_per_batch: Callable[[int], int], row_multiple: int
-) -> Batch:
-    """Of as many rows as there are stems, rounded up to `multiple` times a power of 2: often there are few."""
-    length = pick_bucket(max(map(len, prefixes)), sizes)
-    doublings = (-(-len(prefixes) // row_multiple) - 1).bit_length()
-    return pad_left(prefixes, [0] * len(prefixes), min(row_multiple * 2**doublings, rows_per_batch(length)), length)
+def _build_prefix_batch(prefixes: list[np.ndarray], shapes: BatchShapes) -> Batch:
+    length = shapes.pick_length(max(map(len, prefixes)))
+    return pad_left(prefixes, [0] * len(prefixes), shapes.pad_rows(len(prefixes), length), length)
 
 
 def _build_request_batch(
-    batch: list[RequestRow],
-    requests: Sequence[LogLikRequest],
-    sizes: Sequence[int],
-    rows_per_batch: Callable[[int], int],
-    *,
-    cached: bool,
+    batch: list[RequestRow], requests: Sequence[LogLikRequest], shapes: BatchShapes, *, cached: bool
 ) -> Batch:
     pairs = [requests[row.request] for row in batch]
     ids = [
@@ -269,8 +308,8 @@ def _build_request_batch(
         for row, (prefix, response) in zip(batch, pairs, strict=True)
     ]
     responses = [response for _, response in pairs]
-    length = pick_bucket(max(map(len, ids)), sizes)
-    count = rows_per_batch(length)
+    length = shapes.pick_length(max(map(len, ids)))
+    count = shapes.max_rows(length)
     targets = np.zeros((1, count, length), np.int32)
     for row, response in enumerate(responses):
         targets[0, row, length - len(response) :] = response
@@ -280,6 +319,35 @@ def _build_request_batch(
         source_row = [row.source_row for row in batch] + [0] * (count - len(batch))
         out["source_row"] = np.asarray([source_row], np.int32)
     return out
+
+
+# ---- on the device
+
+
+@dataclass(frozen=True, eq=False)
+class _ScoringPrograms:
+    """The two programs of a scorer: reading prefixes into a cache, and the losses of what follows them."""
+
+    decoder: Decoder
+    shapes: BatchShapes
+    chunk: int
+
+    def read_prefixes(self, params: Params, batch: Batch) -> KVCache:
+        cache = self.decoder.extend(params, (), batch["tokens"][0], batch["positions"][0])[1]
+        count, length = cache.positions.shape
+        # a full batch of rows, so that `losses` compiles once for this length of prefixes
+        missing_rows = self.shapes.max_rows(length) - count
+        keys, values = (
+            jnp.pad(part, [(0, 0), (0, missing_rows), *[(0, 0)] * 3]) for part in (cache.keys, cache.values)
+        )
+        positions = jnp.pad(cache.positions, [(0, missing_rows), (0, 0)], constant_values=EMPTY_POSITION)
+        return KVCache(keys, values, positions)
+
+    def losses(self, params: Params, cache: KVCache | None, batch: Batch) -> Array:
+        caches = () if cache is None else (cache._replace(source_row=batch["source_row"][0]),)
+        hidden, _ = self.decoder.extend(params, caches, batch["tokens"][0], batch["positions"][0])
+        head = self.decoder.head(params)
+        return _response_losses(hidden, head, batch["targets"][0], batch["scored"][0], self.chunk)
 
 
 def _response_losses(

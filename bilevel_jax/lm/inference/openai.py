@@ -1,4 +1,4 @@
-"""Responses from a service with the OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp): chat completions."""
+"""A client of OpenAI-compatible chat completion servers."""
 
 import hashlib
 import http.client
@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from email.message import Message
 from typing import Any
 
@@ -28,7 +29,7 @@ MAX_RETRY_WAIT = 60.0
 """Seconds that are waited before a request is sent again, at most."""
 
 ChatClient = Callable[[Sequence[Prompt], Sequence[int], ResponseStore], list[list[Response]]]
-"""(prompts, draws, store) -> responses, [prompt][draw]; each is kept in the store as it comes."""
+"""(prompts, draws, store) -> responses, [prompt][draw]; each is saved to the store as it arrives."""
 
 
 def make_chat_client(
@@ -43,26 +44,41 @@ def make_chat_client(
     first_wait: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ChatClient:
-    """The client of a model at a service; `url` ends before /chat/completions, as in http://localhost:8000/v1.
+    """The client of a model behind the OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp, ...).
 
     Each draw is a request of its own with n = 1 and its own seed, a function of (seed, prompt id, draw): so it does not
-    depend on what else is asked for. Whether the service keeps to the seed is up to it. `top_k` is sent where it is
-    above 0; the official API has none and refuses it.
+    depend on what else is asked for. Whether the server honours the seed is up to it. `top_k` is sent where it is above
+    0; the official API has none and refuses it.
 
-    The log-probs of a response are the service's where these are the sampler's: under temperature 1 without top-k and
-    top-p, since services report the model's own. In other cases, and where there are none, (). Tokens are not told,
-    nor, by most services, the end token's log-prob.
+    The log-probs of a response are the server's where these are the sampler's: under temperature 1 without top-k and
+    top-p, since servers report the model's own. In other cases, and where there are none, (). Token ids are not
+    reported, nor, by most servers, the end token's log-prob.
 
-    key_variable  the environment variable that holds the service's key; it is sent to `url` and kept nowhere. Where
-                  there is no such variable, none is sent
-    concurrency   requests at the same time
-    timeout       seconds without a sign of the service until a request counts as lost
-    retries       how often a request is sent again after a status in AGAIN, a lost connection or a timeout, first after
-                  `wait` seconds, then after twice as long each time, or as long as the service's Retry-After says
-    progress      called with (responses done, responses wanted) after each
+    Args:
+        url: ends before /chat/completions, as in http://localhost:8000/v1.
+        model: the server's name of the model.
+        sampling: temperature, top-k, top-p, the most tokens of a response and the seed.
+        api_key_env: the environment variable that holds the API key; it is sent to `url` and stored nowhere. Where
+            there is no such variable, none is sent.
+        concurrency: requests at the same time.
+        timeout: seconds without a byte from the server until a request counts as lost.
+        retries: how often a request is sent again after a status in RETRY_STATUSES, a lost connection or a timeout.
+        first_wait: seconds before the first retry, doubled for each further one, unless the server's Retry-After says
+            another time.
+        progress: called with (responses done, responses in all) after each.
 
-    Raises RuntimeError, with the service's words, for a status that is not in AGAIN, for an answer that is no chat
-    completion, and after the last retry; what other requests brought is in the store.
+    Returns:
+        A function of (prompts, draws, store). It raises ValueError for a prompt without messages, and RuntimeError,
+        with the server's message, for a status that is not in RETRY_STATUSES, for an answer that is no chat completion,
+        and after the last retry; the responses to other requests are then in the store.
+
+    Raises:
+        ValueError: no http address, no model name, or a count out of range.
+
+    Example:
+        >>> generate = make_chat_client("http://localhost:8000/v1", "my-model", SamplingParams(max_new_tokens=64))
+        >>> generate([], [0], NULL_RESPONSE_STORE)  # no prompt, so no request
+        []
     """
     if not url.startswith(("http://", "https://")) or not model:
         raise ValueError(f"url {url!r}, model {model!r}: give a url that begins with http, and the name of a model.")
@@ -71,30 +87,9 @@ def make_chat_client(
             f"concurrency {concurrency}, retries {retries}, timeout {timeout}: give at least 1, at least 0, above 0."
         )
     address = url.rstrip("/") + "/chat/completions"
+    connection = _Connection(address, model, sampling, api_key_env, timeout, retries, first_wait)
 
-    def send_request(prompt: Prompt, draw: int, stopped: threading.Event) -> Response:
-        body, api_key = _request_body(model, prompt, draw, sampling), os.environ.get(api_key_env, "")
-        for attempt in range(retries + 1):
-            try:
-                return _parse_response(_post(address, body, api_key, timeout), sampling)
-            except urllib.error.HTTPError as error:
-                with error:
-                    error_text = error.read(2000).decode("utf-8", "replace").strip()
-                error_text = error_text.replace(api_key, "(the key)") if api_key else error_text
-                problem = f"status {error.code}: {error_text or error.reason}"
-                if error.code not in RETRY_STATUSES:
-                    raise RuntimeError(f"{address} refused prompt {prompt.id}: {problem}") from None
-                pause = _retry_after(error.headers) or first_wait * 2**attempt
-            except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
-                problem, pause = str(error) or type(error).__name__, first_wait * 2**attempt
-            if attempt == retries or stopped.wait(min(pause, MAX_RETRY_WAIT)):
-                break
-        raise RuntimeError(
-            f"{address} did not answer prompt {prompt.id} after {attempt + 1} tries; the last: {problem}. "
-            "Is it running, and within its limits? Lower concurrency, or raise timeout."
-        )
-
-    def respond(
+    def generate(
         prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore = NULL_RESPONSE_STORE
     ) -> list[list[Response]]:
         unique_prompts = deduplicate_prompts(prompts)
@@ -105,34 +100,84 @@ def make_chat_client(
             for prompt in unique_prompts
             for draw in sorted(set(draws))
         }
-        responses = {pair: store.results[name] for pair, name in keys.items() if name in store.results}
-        by_id, stopped = {prompt.id: prompt for prompt in unique_prompts}, threading.Event()
-        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
-        futures = {
-            pool.submit(send_request, by_id[id], draw, stopped): (id, draw)
-            for id, draw in keys
-            if (id, draw) not in responses
-        }
-
-        def store_response(future: Future[Response]) -> None:
-            pair = futures[future]
-            if pair not in responses:
-                responses[pair] = future.result()
-                store.save({keys[pair]: responses[pair]})
-
-        try:
-            for future in as_completed(futures):
-                store_response(future)
-                progress(len(responses), len(keys))
-        finally:  # after an error or a signal nothing more is sent, and what is under way, perhaps paid for, is kept
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            for future in futures:
-                if not future.cancelled() and future.exception() is None:
-                    store_response(future)
+        responses = {pair: store.results[key] for pair, key in keys.items() if key in store.results}
+        _send_requests(connection, unique_prompts, keys, responses, store, concurrency, progress)
         return [[responses[prompt.id, draw] for draw in draws] for prompt in prompts]
 
-    return respond
+    return generate
+
+
+def _send_requests(
+    connection: "_Connection",
+    prompts: Sequence[Prompt],
+    keys: dict[tuple[str, int], str],
+    responses: dict[tuple[str, int], Response],
+    store: ResponseStore,
+    concurrency: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Adds what is missing of (prompt id, draw) -> response, and stores each as it arrives."""
+    by_id, stopped = {prompt.id: prompt for prompt in prompts}, threading.Event()
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
+    futures = {
+        pool.submit(connection.request, by_id[id], draw, stopped): (id, draw)
+        for id, draw in keys
+        if (id, draw) not in responses
+    }
+
+    def store_response(future: Future[Response]) -> None:
+        pair = futures[future]
+        if pair not in responses:
+            responses[pair] = future.result()
+            store.save({keys[pair]: responses[pair]})
+
+    try:
+        for future in as_completed(futures):
+            store_response(future)
+            progress(len(responses), len(keys))
+    finally:  # after an error or a signal nothing more is sent, and requests under way, perhaps paid for, are stored
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled() and future.exception() is None:
+                store_response(future)
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """Where and how requests are sent."""
+
+    address: str
+    model: str
+    sampling: SamplingParams
+    api_key_env: str
+    timeout: float
+    retries: int
+    first_wait: float
+
+    def request(self, prompt: Prompt, draw: int, stopped: threading.Event) -> Response:
+        """The server's response, after retries; `stopped` ends the waits between them."""
+        body = _request_body(self.model, prompt, draw, self.sampling)
+        api_key = os.environ.get(self.api_key_env, "")
+        for attempt in range(self.retries + 1):
+            try:
+                return _parse_response(_post(self.address, body, api_key, self.timeout), self.sampling)
+            except urllib.error.HTTPError as error:
+                with error:
+                    error_text = error.read(2000).decode("utf-8", "replace").strip()
+                error_text = error_text.replace(api_key, "(the key)") if api_key else error_text
+                problem = f"status {error.code}: {error_text or error.reason}"
+                if error.code not in RETRY_STATUSES:
+                    raise RuntimeError(f"{self.address} refused prompt {prompt.id}: {problem}") from None
+                pause = _retry_after(error.headers) or self.first_wait * 2**attempt
+            except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
+                problem, pause = str(error) or type(error).__name__, self.first_wait * 2**attempt
+            if attempt == self.retries or stopped.wait(min(pause, MAX_RETRY_WAIT)):
+                break
+        raise RuntimeError(
+            f"{self.address} did not answer prompt {prompt.id} after {attempt + 1} tries; the last: {problem}. "
+            "Is it running, and within its limits? Lower concurrency, or raise timeout."
+        )
 
 
 def _request_body(model: str, prompt: Prompt, draw: int, sampling: SamplingParams) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The beginnings that sequences of tokens have in common: which of them to read once, and for which sequences."""
+"""Prefixes shared by several token sequences."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 MIN_PREFIX_LENGTH = 16
-"""Tokens. A shorter stem is not worth a cache: rows are padded by more than that."""
+"""Tokens. A shorter prefix is not worth a cache: rows are padded by more than that."""
 
 
 class SharedPrefix(NamedTuple):
@@ -21,12 +21,24 @@ class SharedPrefix(NamedTuple):
 def find_shared_prefixes(
     sequences: Sequence[Int[np.ndarray, "len"]], min_length: int = MIN_PREFIX_LENGTH
 ) -> list[SharedPrefix]:
-    """The disjoint stems that save the most tokens. `sequences` are sorted; all that begin with a stem continue it.
+    """The disjoint prefixes that save the most tokens. `sequences` are sorted; all that begin with a prefix continue
+    it.
 
-    A stem of n tokens that m sequences share saves (m - 1) n. Sorted sequences form a tree of common beginnings, and
-    at each of its branchings the choice is between that stem and the best ones of its branches: one pass finds the
-    optimum. Stems are not nested: of demonstrations, and a question after them that several responses answer, the one
-    that saves more is taken.
+    A prefix of n tokens that m sequences share saves (m - 1) n. Sorted sequences form a tree of common beginnings, and
+    at each of its branchings the choice is between that prefix and the best ones of its branches: one pass finds the
+    optimum. Prefixes are not nested: of demonstrations, and a question after them that several responses answer, the
+    one that saves more is taken.
+
+    Args:
+        sequences: token ids, sorted.
+        min_length: tokens of the shortest prefix that is worth a cache.
+
+    Returns:
+        Disjoint ranges of sequences and the lengths of their prefixes, in order.
+
+    Example:
+        >>> find_shared_prefixes([np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([5])], min_length=2)
+        [SharedPrefix(start=0, stop=2, length=2)]
     """
     open_branches = [PrefixBranch(0, 0, 0, [])]  # the path from the root to where the last two sequences part
     for place in range(1, len(sequences) + 1):
@@ -42,7 +54,7 @@ def find_shared_prefixes(
 
 
 class PrefixBranch(NamedTuple):
-    """The sequences from `start` on that share `depth` tokens, and the best stems among them so far."""
+    """The sequences from `start` on that share `depth` tokens, and the best prefixes among them so far."""
 
     depth: int
     start: int

@@ -1,4 +1,4 @@
-"""Examples -> prompts: what stands before a response, exactly as training reads it."""
+"""Generation prompts from training examples."""
 
 import sys
 from collections.abc import Sequence
@@ -14,15 +14,37 @@ from bilevel_jax.lm.inference.generate import Prompt
 def make_prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, *, template: str = DEFAULT_TEMPLATE
 ) -> list[Prompt]:
-    """What stands before the last response of each example, with the example's id.
+    """The prompt of the last response of each example, with the example's id.
 
-    The tokens are those that `tokenize` puts before that response: by the tokenizer's own chat template, with what asks
-    the assistant to speak, or by `template` where it has none. So a response that is generated stands where training
+    The tokens are those that `tokenize` puts before that response: by the tokenizer's own chat template, with its
+    generation prompt, or by `template` where it has none. So a response that is generated stands where training
     has one. The messages are the turns before it. Of a preference pair: the prompt that both sides share.
 
-    White space that ends a prompt and that the response's first token takes in (`Report.merged`) is not in the tokens,
-    so these may then differ between two examples with one prompt. Raises ValueError, with file and line, for a row of
-    plain text, which has no prompt, and where `tokenize` does.
+    White space that ends a prompt and that the response's first token takes in (`TokenizationReport.merged`) is not in
+    the tokens, so these may then differ between two examples with one prompt. Raises ValueError, with file and line,
+    for a row of plain text, which has no prompt, and where `tokenize` does.
+
+    Args:
+        examples: with at least one assistant turn.
+        tokenizer: that of training.
+        template: joins prompt and response where the tokenizer has no chat template.
+
+    Returns:
+        One prompt for each example.
+
+    Raises:
+        ValueError: plain text, which has no prompt; and as `tokenize`. With file and line.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> prompt = make_prompts(train, cipher.make_cipher_tokenizer())[0]
+        >>> len(prompt.tokens)  # BOS, four letters and ">"
+        6
     """
     if plain_texts := [example for example in examples if example_kind(example) == "text"]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k and top-p, and noise that belongs to the draw."""
+"""Temperature, top-k and top-p sampling of the next token."""
 
 import math
 from typing import NamedTuple
@@ -29,6 +29,17 @@ def log_probabilities(logits: Float[Array, "rows vocab"], sampling: SamplingPara
     probability `top_p` or more, in that order (as transformers: the probabilities of top-p are those that top-k
     leaves). Tokens as probable as the last one that stays stay, too. Temperature 0: 0 for the greatest logit, the first
     of equal ones. NaN where a row's logits are not all finite.
+
+    Args:
+        logits: of the next token.
+        sampling: temperature, top_k and top_p are read.
+
+    Returns:
+        Nats.
+
+    Example:
+        >>> log_probabilities(jnp.array([[0.0, 2.0, 1.0]]), SamplingParams(temperature=0))
+        Array([[-inf,   0., -inf]], dtype=float32)
     """
     finite = jnp.isfinite(logits).all(-1, keepdims=True)
     if sampling.temperature == 0:
@@ -77,7 +88,7 @@ def sample_tokens(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: A
 
 
 def _top_mass(values: Float[Array, "rows vocab"], masses: Array, min_mass: float) -> Bool[Array, "rows vocab"]:
-    """The greatest values of each row, the fewest whose masses sum to `least`, with those equal to the last of them.
+    """The greatest values of each row, the fewest whose masses sum to `min_mass`, with those equal to the last of them.
 
     The edge is found bit by bit, in unsigned integers that are ordered as the values are: sorting a vocabulary of
     32,000 takes 20 times as long on a CPU.

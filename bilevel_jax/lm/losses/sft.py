@@ -1,4 +1,4 @@
-"""Per-example losses of supervised fine-tuning, and their split into outputs and a convex link.
+"""Per-example supervised fine-tuning (SFT) losses.
 
 A batch is one micro-batch: a dict of `tokens`, `targets`, `positions`, `segments` (0 = padding) and `slot`, all
 int32[rows, len], and `supervised` float32[slots]. `slot` says which sequence a *target* counts for; `slots` (one past
@@ -25,17 +25,48 @@ LOSS_REDUCTIONS = ("example_mean", "token_sum", "token_mean")
 def sft_losses(
     decoder: Decoder, *, chunk: int = 1024, reduction: LossReduction = "example_mean"
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
-    """(params, batch) -> the loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t.
+    """The loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t.
 
-    example_mean  (1/|y|) Σ_t n_t        nats per token; every example counts the same
-    token_sum     Σ_t n_t                nats per example; long answers count for more
-    token_mean    (rows/tokens) Σ_t n_t  nats per token; every token counts the same. rows and tokens are those of the
-                  global step, so that Σ_i w_i loss_i / rows = Σ_i w_i Σ_t n_t / tokens, as trainers that average over
-                  tokens do. The number then depends on the step that an example stands in.
+        example_mean  (1/|y|) Σ_t n_t                nats per token; every example counts the same
+        token_sum     Σ_t n_t                        nats per example; long answers count for more
+        token_mean    (examples/tokens) Σ_t n_t      nats per token; every token counts the same. Both counts are those
+                      of the global step, so that Σ_i w_i loss_i / examples = Σ_i w_i Σ_t n_t / tokens, as trainers that
+                      average over tokens do. The number then depends on the step that an example is in.
 
-    An empty slot is exactly 0. Logits live for `chunk` tokens at a time, in the forward and in the backward pass,
-    never for the whole batch. A target outside the vocabulary gives NaN (or, if negative, counts from the end): check
-    tokens where they are made. Preference pairs are refused: their losses are in `preferences`.
+    An empty slot is exactly 0. Logits are in memory for `chunk` tokens at a time, in the forward and in the backward
+    pass, never for the whole batch. A target outside the vocabulary gives NaN (or, if negative, counts from the end):
+    check tokens where they are read. Preference pairs are refused: their losses are in `preferences`.
+
+    Args:
+        decoder: the model, from `make_decoder`.
+        chunk: tokens whose logits are in memory at the same time.
+        reduction: `example_mean`, `token_sum` or `token_mean`.
+
+    Returns:
+        (params, batch) -> float[examples]; `batch` is one micro-batch.
+
+    Raises:
+        ValueError: a chunk below 1, or an unknown reduction.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples, tokens
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> corpus, report = tokens.tokenize(train, cipher.make_cipher_tokenizer(), max_length=16)
+        >>> import jax
+        >>> from bilevel_jax.lm import models
+        >>> config = models.read_config(cipher.make_cipher_config())
+        >>> decoder, params = models.make_decoder(config), models.init_params(config, jax.random.key(0))
+        >>> from bilevel_jax.lm.data import batches
+        >>> order = batches.sequential_order(corpus.kept_indices, corpus.num_examples, 3)
+        >>> shape = batches.fit_batch_shape(corpus, [order], 1, num_micro_batches=1, length=16, packing=False)
+        >>> stream = batches.make_train_stream(corpus, order, 1, shape)
+        >>> batch = jax.tree.map(lambda leaf: leaf[0], stream.batch(0))  # the only micro-batch
+        >>> jax.jit(sft_losses(decoder))(params, batch).shape
+        (3,)
     """
     _check_options(chunk, reduction)
     tokens = token_losses(decoder, chunk)
@@ -50,9 +81,18 @@ def sft_losses(
 def sequence_log_likelihoods(
     decoder: Decoder, *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "slots"]]:
-    """(params, batch) -> Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected.
+    """Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected. An empty slot is
+    exactly 0.
 
-    An empty slot is exactly 0.
+    Args:
+        decoder: the model, from `make_decoder`.
+        chunk: tokens whose logits are in memory at the same time.
+
+    Returns:
+        (params, batch) -> float[slots], nats, at most 0.
+
+    Raises:
+        ValueError: a chunk below 1.
     """
     _check_options(chunk, "token_sum")
     tokens = token_losses(decoder, chunk)
@@ -60,10 +100,20 @@ def sequence_log_likelihoods(
 
 
 def token_accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, Batch], Float[Array, "examples"]]:
-    """(params, batch) -> the share of each example's supervised targets that are the likeliest token, 0 to 1.
+    """The share of each example's supervised targets that are the likeliest token, 0 to 1.
 
     With the true tokens before each target given (teacher forcing): not the accuracy of generated text. An empty slot
     is 0.
+
+    Args:
+        decoder: the model, from `make_decoder`.
+        chunk: tokens whose logits are in memory at the same time.
+
+    Returns:
+        (params, batch) -> float[examples].
+
+    Raises:
+        ValueError: a chunk below 1.
     """
     return mean_over_targets(decoder, _is_likeliest, chunk=chunk)
 
@@ -71,9 +121,18 @@ def token_accuracy(decoder: Decoder, *, chunk: int = 1024) -> Callable[[Params, 
 def mean_over_targets(
     decoder: Decoder, measure: Callable[[Array, Array], Array], *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
-    """(params, batch) -> the mean of measure(logits, targets) over each example's supervised targets.
+    """The mean of measure(logits, targets) over each example's supervised targets. An empty slot is 0.
 
-    `measure` takes float[rows, len, vocab] and int32[rows, len] and gives float[rows, len]. An empty slot is 0.
+    Args:
+        decoder: the model, from `make_decoder`.
+        measure: (float[rows, len, vocab], int32[rows, len]) -> float[rows, len].
+        chunk: tokens whose logits are in memory at the same time.
+
+    Returns:
+        (params, batch) -> float[examples].
+
+    Raises:
+        ValueError: a chunk below 1.
     """
     _check_options(chunk, "example_mean")
 
@@ -88,17 +147,27 @@ def mean_over_targets(
 def sft_composite_loss(
     decoder: Decoder, *, frozen_head: bool, chunk: int = 1024, reduction: LossReduction = "example_mean"
 ) -> CompositeLoss:
-    """The losses of `sft` as link(outputs), for Gauss-Newton: params over fixed as `assemble` joins them.
+    """The losses of `sft_losses` as link(outputs), for Gauss-Newton.
 
-    frozen_head=True: outputs are the hidden states [rows, len, width]; the link, log-sum-exp of an affine map, applies
-    the head that lives in `fixed` and sees `chunk` tokens at a time. For LoRA, where no head is trained.
-    frozen_head=False: outputs are the logits [rows, len, vocab], all of them at once.
+    Args:
+        decoder: the model, from `make_decoder`.
+        frozen_head: True: the outputs are the hidden states [rows, len, width]; the link, log-sum-exp of an affine map,
+            applies the head that is in the frozen parameters and sees `chunk` tokens at a time. For LoRA, where no head
+            is trained. False: the outputs are the logits [rows, len, vocab], all of them at once.
+        chunk: tokens whose logits are in memory at the same time.
+        reduction: `example_mean`, `token_sum` or `token_mean`.
+
+    Returns:
+        Outputs and link; both take the frozen parameters, to which `assemble_params` joins the trained ones.
+
+    Raises:
+        ValueError: a chunk below 1, or an unknown reduction.
     """
     _check_options(chunk, reduction)
 
     def hidden(params: Params, frozen: Frozen, batch: Batch) -> Array:
         if frozen is None:
-            raise ValueError("frozen_head=True takes the head from `fixed`, which is None; use frozen_head=False.")
+            raise ValueError("frozen_head=True takes the head from `frozen`, which is None; use frozen_head=False.")
         _refuse_pairs(batch)
         return _hidden_states(decoder, assemble_params(params, frozen), batch)
 
@@ -119,12 +188,28 @@ def sft_composite_loss(
 
 
 def assemble_params(params: Params, frozen: Frozen) -> Params:
-    """The whole parameter tree: `params` themselves, or adapters `params` joined to the frozen base `fixed`."""
+    """The whole parameter tree.
+
+    Args:
+        params: all parameters, or adapters.
+        frozen: the base that adapters are joined to; None where all parameters are trained.
+
+    Returns:
+        `params` themselves, or the base with the adapters.
+    """
     return params if frozen is None else join_adapters(frozen, params)
 
 
 def token_losses(decoder: Decoder, chunk: int) -> Callable[[Params, Batch], Float[Array, "rows len"]]:
-    """(params, batch) -> -log p of the target at every place, nats; of token 0 where no example counts the place."""
+    """-log p of the target at every place, nats; of token 0 where no example counts the place.
+
+    Args:
+        decoder: the model, from `make_decoder`.
+        chunk: tokens whose logits are in memory at the same time.
+
+    Returns:
+        (params, batch) -> float[rows, len].
+    """
 
     def tokens(params: Params, batch: Batch) -> Array:
         return _map_chunks(
@@ -191,7 +276,16 @@ def sum_per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Fl
 
 
 def reduce_losses(sums: Float[Array, "examples"], batch: Batch, reduction: LossReduction) -> Float[Array, "examples"]:
-    """Sums over the tokens of examples as the losses that `sft` names."""
+    """Sums over the tokens of examples, reduced as `sft_losses` says.
+
+    Args:
+        sums: nats, one for each example.
+        batch: one micro-batch, whose counts divide the sums.
+        reduction: `example_mean`, `token_sum` or `token_mean`.
+
+    Returns:
+        One loss for each example.
+    """
     if reduction == "example_mean":
         return sums / batch["supervised"]
     if reduction == "token_mean":
@@ -204,7 +298,7 @@ def _refuse_pairs(batch: Batch) -> None:
     if slots != examples:
         raise ValueError(
             f"a batch of {examples} examples with {slots} sequences: these are preference pairs, and this loss takes "
-            "one sequence for each example. Take `dpo` or `simpo`, or tokenize the chosen responses alone."
+            "one sequence for each example. Take `dpo_losses` or `simpo_losses`, or tokenize the chosen alone."
         )
 
 
@@ -212,4 +306,4 @@ def _check_options(chunk: int, reduction: Any) -> None:
     if chunk < 1:
         raise ValueError(f"chunk {chunk}; a chunk is at least one token.")
     if reduction not in LOSS_REDUCTIONS:
-        raise ValueError(f"normalise is {reduction!r}; it is one of {list(LOSS_REDUCTIONS)}.")
+        raise ValueError(f"reduction is {reduction!r}; it is one of {list(LOSS_REDUCTIONS)}.")

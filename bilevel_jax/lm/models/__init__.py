@@ -1,4 +1,4 @@
-"""Decoder families as pure functions of a plain parameter tree, LoRA adapters, and Hugging Face folders in and out."""
+"""Decoder-only language models, LoRA adapters and Hugging Face checkpoints."""
 
 from bilevel_jax.lm.models.config import DecoderConfig, RopeConfig
 from bilevel_jax.lm.models.decoder import Decoder, init_params, make_decoder

@@ -1,4 +1,4 @@
-"""What layers are built of: linear maps with adapters, norms, attention, rotation. Plain products: all have a jvp."""
+"""Building blocks of decoder layers, with linear maps, norms and attention."""
 
 import itertools
 from collections.abc import Callable
@@ -38,7 +38,7 @@ KeyValues = tuple[Float[Array, "rows kv_heads dim len"], Float[Array, "rows kv_h
 
 
 class LayerContext(NamedTuple):
-    """What a layer reads beside the stream x: float[tokens, width], tokens = rows * len."""
+    """What a layer reads besides its input x: float[tokens, width], tokens = rows * len."""
 
     rotation: tuple[Array, ...]
     """cos, sin: [rows, len, rotated / 2]; empty where positions are learned."""

@@ -1,4 +1,4 @@
-"""The keys and values of tokens that were read, which later tokens attend to without reading them again."""
+"""The key-value cache of attention."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class KVCache(NamedTuple):
     """After the rotation: a token keeps the position that it was read at."""
     values: Float[Array, "layers rows kv_heads slots dim"]
     positions: Int[Array, "rows slots"]
-    """Of each token in its sequence; `EMPTY` where there is none."""
+    """Of each token in its sequence; `EMPTY_POSITION` where there is none."""
     source_row: Int[Array, "batch"] | None = None
     """The row of this cache that each row of a batch continues, so that many rows share one; None: its own."""
 

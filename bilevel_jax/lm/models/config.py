@@ -1,4 +1,4 @@
-"""What a decoder looks like: `DecoderConfig`, and what the readers of a config.json share."""
+"""The architecture of a decoder, read from config.json."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -23,7 +23,7 @@ Params = dict[str, Any]
 
 Remat = Literal["full", "selective", "none"]
 REMAT_POLICIES = {"full": None, "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-"""What a layer's forward pass leaves for its backward pass, beside what enters the layer."""
+"""What a layer's forward pass stores for its backward pass, in addition to the layer's input."""
 
 
 class Decoder(NamedTuple):
@@ -37,7 +37,7 @@ class Decoder(NamedTuple):
     extend: Callable[[Params, Sequence[KVCache], Array, Array], tuple[Array, KVCache]]
     """(params, caches, tokens, positions) -> `hidden` of a block of tokens that follow what the caches hold, and the
     block's own cache. One sequence to a row; its tokens, in the caches and then in the block, stand at consecutive
-    positions. `EMPTY` as a position: padding, on any side. Without caches it reads a sequence from its start."""
+    positions. `EMPTY_POSITION`: padding, on any side. Without caches it reads a sequence from its start."""
     reduce_hidden_states: Callable[[Params, Array, Array, Array, Callable[[Array], Array]], Array]
     """(params, tokens, positions, segments, reduce) -> reduce(x) of each hidden state x [rows, len, width], stacked
     [layers + 1, ...]: what enters each layer, and at the end `hidden`. They are the hidden_states of `transformers`;

@@ -1,4 +1,4 @@
-"""The table of families, and what follows from it: config.json in and out, names and shapes of parameters."""
+"""The supported model families, their config.json and parameter names."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +130,7 @@ def config_to_dict(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 @cache
 def make_abstract_modules(config: DecoderConfig) -> AbstractModules:
-    """The modules of a family without arrays."""
+    """The modules of a family without arrays: a pure function of `config`, memoized since each call traces a layer."""
     if config.family not in FAMILIES:
         raise ValueError(f"family {config.family!r} is not supported; supported: {sorted(FAMILIES)}.")
     family = FAMILIES[config.family]

@@ -1,4 +1,4 @@
-"""Gemma 3 (text): Llama's blocks between four norms, with heads normed, and nearer layers with a rope of their own."""
+"""Gemma 3 (text)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, one matrix for queries, keys and values; files hold matrices as [in, out]."""
+"""GPT-2."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Hugging Face model folders in and out: config.json and safetensors, to and from the stacked parameter tree."""
+"""Loading and saving of Hugging Face model folders."""
 
 import json
 import os
@@ -61,11 +61,33 @@ def load_model(
     dtype: Any = jnp.float32,
     place: Callable[[Any, np.ndarray], Array] = lambda path, values: jnp.asarray(values),
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The model in a Hugging Face folder: its configuration and its parameters cast to `dtype`.
+    """The model in a Hugging Face folder: its configuration and its parameters.
 
-    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time; `place` gets each with
-    its path in the tree, and puts it on a device, or spreads it over several. Raises ValueError that names missing and
-    unexpected tensors and wrong shapes. A tied head in the file is ignored, as transformers does.
+    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time. A tied head in the file
+    is ignored, as transformers does.
+
+    Args:
+        folder: with config.json and safetensors files.
+        dtype: of the parameters.
+        place: (path in the tree, values) -> array: puts each leaf on a device, or shards it over several.
+
+    Returns:
+        The architecture and the parameter tree.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: an unsupported architecture; missing or unexpected tensors, by name; wrong shapes.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm import models
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> config = models.read_config(cipher.make_cipher_config())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(f"{folder}/model", config, models.init_params(config, jax.random.key(0)))
+        ...     loaded_config, params = load_model(f"{folder}/model")
+        >>> loaded_config == config, sum(leaf.size for leaf in jax.tree.leaves(params))
+        (True, 21952)
     """
     config = read_config(folder)
     tensors = _add_base_prefix(config, open_tensors(folder, "model.safetensors"))
@@ -90,9 +112,9 @@ def load_model(
 def save_model(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, tokenizer: Any = None) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads: config.json, model.safetensors and the tokenizer.
 
-    Each tensor keeps its dtype; config.json names the widest. Written beside `folder` and renamed, so that there is a
+    Each tensor keeps its dtype; config.json names the widest. Written next to `folder` and renamed, so that there is a
     whole folder or none. Raises FileExistsError if `folder` holds something, ValueError if `params` is not the tree
-    of `config` (adapters: `lora.merge` them first).
+    of `config` (adapters: `merge_adapters` first).
     """
     locations = locate_tensors(config)
     flat, tree = jax.tree.flatten(locations, is_leaf=_is_location)

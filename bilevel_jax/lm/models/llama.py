@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2, Qwen3: RMSNorm, rotary positions, grouped-query attention, a gated feed-forward."""
+"""Llama, Mistral, Qwen2 and Qwen3."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Low-rank adapters: x W + scale (x A) B over a frozen base; folding, a canonical gauge, PEFT folders in and out."""
+"""LoRA adapters, their merging and their PEFT folders."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from bilevel_jax.lm.models.huggingface import (
 
 Params = Any
 Adapters = dict[str, dict[str, Adapter]]
-"""`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join` puts them beside a base."""
+"""`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join_adapters` adds them to a base."""
 
 
 def init_lora(
@@ -123,7 +123,7 @@ def balance_adapters(adapters: Adapters) -> Adapters:
 def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, base: str | None = None) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors). `base` names the base model.
 
-    Written beside `folder` and renamed, so that there is a whole folder or none. Raises FileExistsError if `folder`
+    Written next to `folder` and renamed, so that there is a whole folder or none. Raises FileExistsError if `folder`
     holds something, ValueError if the adapters differ in rank or scale (one adapter_config.json has one of each).
     """
     lora = adapters["lora"]

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): LayerNorm, a part of each head rotated, attention and feed-forward side by side."""
+"""GPT-NeoX (Pythia)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -281,11 +281,13 @@ def test_errors_of_layouts():
         fit_batch_shape(data, [draw], 2, num_micro_batches=3, length=16, packing=True)
     with pytest.raises(ValueError, match="a step of 4 examples does not fit 2 micro-batches of 4"):
         make_train_stream(data, draw, 1, BatchShape(2, 4, 4, 16)).batch(0)
-    with pytest.raises(ValueError, match="the layout has 1 sequences for each example and the corpus 2; make the lay"):
+    with pytest.raises(
+        ValueError, match="the batch shape has 1 sequences for each example and the corpus 2; make the shape"
+    ):
         make_train_stream(corpus(20, sequences=2), draw, 1, BatchShape(1, 4, 4, 16)).batch(0)
     pairs = corpus(20, sequences=2, longest=40)
     row = int(pairs.lengths.argmax()) // 2
     with pytest.raises(ValueError, match=rf"row {row} takes {pairs.lengths.max() - 1} token places"):
         fit_batch_shape(pairs, [draw], 2, num_micro_batches=1, length=16, packing=False)
-    with pytest.raises(ValueError, match=r"needs \d rows and has 1. Give its order to `layout` as well"):
+    with pytest.raises(ValueError, match=r"needs \d rows and has 1. Give its order to `fit_batch_shape` as well"):
         make_train_stream(data, draw, 1, BatchShape(1, 4, 1, 12)).batch(0)

@@ -315,7 +315,7 @@ def test_reference_belongs_to_every_pair():
         2,
     )
     dropped.with_reference_margins(np.array([1.0, np.nan]))
-    with pytest.raises(ValueError, match="the reference of row 1 is nan; give one for every row in `kept`"):
+    with pytest.raises(ValueError, match="the reference of row 1 is nan; give one for every row in `kept_indices`"):
         corpus.with_reference_margins(np.array([1.0, np.nan, 0]))
     for wrong in (corpus, tokenize([PAIR] * 6, bpe(), max_length=20)[0]):
         with pytest.raises(ValueError, match=r"reference \(6,\) for . rows of . sequence\(s\)"):
@@ -337,8 +337,13 @@ ERRORS = [
     (bpe(LLAMA2), example("a", "b", roles=("system", "assistant")), {}, r"refuses the roles \['system', .*no system"),
     (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
     (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
-    (bpe(), PAIR, {"truncation": "middle"}, r"truncate is 'middle'; it is one of \['error', 'left', 'right', 'drop'\]"),
-    (bpe(), PAIR, {"train_on": "first"}, r"supervise is 'first'; it is one of \['all_turns', 'last_turn'\]"),
+    (
+        bpe(),
+        PAIR,
+        {"truncation": "middle"},
+        r"truncation is 'middle'; it is one of \['error', 'left', 'right', 'drop'\]",
+    ),
+    (bpe(), PAIR, {"train_on": "first"}, r"train_on is 'first'; it is one of \['all_turns', 'last_turn'\]"),
     (bpe(), pair(("a", "b"), ("a", "c<|eot|>")), {}, r"holds '<\|eot\|>', which the tokenizer reads as a special"),
     (bpe(), pair(("a", "b"), ("a", "b")), {}, "rows.jsonl:1: the chosen and the rejected response are the same"),
     (bpe(), pair(("a", "b"), ("c", "b")), {}, "differ at message 1 before the assistant answers; a preference compa"),

@@ -342,7 +342,7 @@ def test_the_context_is_used_to_its_end():
     sample = tiny_sampler(GPT2, sampling, end_tokens=(), bucket_lengths=()).sample
     ((response,),) = sample(config_params, [Prompt("full", (1,) * 60)], (0,))
     assert len(response.tokens) == 5
-    with pytest.raises(ValueError, match=r"long has 61 tokens; with max_new = 5 .* context of 64 has room for 60"):
+    with pytest.raises(ValueError, match=r"long has 61 tokens; with max_new_tokens = 5 .* of 64 has room for 60"):
         sample(config_params, [Prompt("full", (1,) * 60), Prompt("long", (1,) * 61)], (0,))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, config_params)
     with pytest.raises(FloatingPointError, match="prompt full: the model's logits are not all finite"):
@@ -366,7 +366,7 @@ def test_options_are_checked(params, one):
     for sampling in (SamplingParams(-1.0), SamplingParams(top_k=-1), SamplingParams(top_p=0.0)):
         with pytest.raises(ValueError, match="temperature and top_k must be 0 or more, and top_p in"):
             tiny_sampler(sampling=sampling)
-    with pytest.raises(ValueError, match="max_new 0: each must be at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens 0: each must be at least 1"):
         tiny_sampler(sampling=SamplingParams(max_new_tokens=0))
     with pytest.raises(ValueError, match=r"end tokens \[31\] lie outside"):
         tiny_sampler(end_tokens=[31])

@@ -239,7 +239,7 @@ def test_errors_name_the_request(bad, message, params, shared_engine):
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="tokens 0, multiple 1"):
+    with pytest.raises(ValueError, match="max_batch_tokens 0, row_multiple 1"):
         make_loglik_scorer(make_decoder(TINY), max_batch_tokens=0)
     with pytest.raises(ValueError, match="each is at least 1 token"):
         make_loglik_scorer(make_decoder(TINY), bucket_lengths=(0, 8))

@@ -212,7 +212,7 @@ def test_an_empty_slot_counts_nothing_and_what_is_wrong_is_told(params):
         )
     with pytest.raises(ValueError, match="ratio is 'word'"):
         importance_weighted_losses(MODEL, ratio="word")
-    with pytest.raises(ValueError, match="clip is 0.5"):
+    with pytest.raises(ValueError, match="max_ratio is 0.5"):
         importance_weighted_losses(MODEL, max_ratio=0.5)
     plain = {key: leaf for key, leaf in BATCH.items() if key != "sampler"}
     with pytest.raises(ValueError, match="no `sampler`"):

@@ -228,7 +228,7 @@ def test_errors_say_what_to_do():
     single = batch_of(corpus(texts(7, 1)))
     for one in (sft_losses(MODEL), token_accuracy(MODEL)):
         with pytest.raises(
-            ValueError, match="8 examples with 16 sequences: these are preference pairs.*`dpo` or `simp"
+            ValueError, match="8 examples with 16 sequences: these are preference pairs.*`dpo_losses` or `simp"
         ):
             one(params, pairs)
     for frozen in (True, False):  # before it looks at the parameters
@@ -239,7 +239,7 @@ def test_errors_say_what_to_do():
             one(params, single)
     del pairs["reference"]
     for one in (dpo_losses(MODEL, beta=1), pair_accuracy(MODEL, "dpo")):
-        with pytest.raises(ValueError, match="no `reference`. Compute `margins` under the reference model"):
+        with pytest.raises(ValueError, match="no `reference`. Compute `preference_margins` under the reference model"):
             one(params, pairs)
     for beta in (0.0, -1.0, float("nan"), float("inf")):
         for one in (lambda: dpo_losses(MODEL, beta=beta), lambda: simpo_losses(MODEL, beta=beta, gamma_ratio=0)):  # noqa: B023

@@ -165,7 +165,7 @@ def test_logits_of_the_batch_never_live():
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="chunk 0; a chunk is at least one token"):
         sft_losses(MODEL, chunk=0)
-    with pytest.raises(ValueError, match="normalise is 'batch'; it is one of .*'token_mean'"):
+    with pytest.raises(ValueError, match="reduction is 'batch'; it is one of .*'token_mean'"):
         sft_losses(MODEL, reduction="batch")
     with pytest.raises(ValueError, match="use frozen_head=False"):
         sft_composite_loss(MODEL, frozen_head=True).outputs(init_params(TINY, jax.random.key(0)), None, PACKED)
