@@ -11,7 +11,7 @@ from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import TokenizedExamples
 
 DemonstrationSelector = Callable[[TokenizedExamples, TokenizedExamples, int], Int[np.ndarray, "rows k"]]
-"""(rows, holdout, k) -> the holdout rows to show before each row, the best first; -1 where there are no more."""
+"""(candidates, holdout, k) -> the holdout examples to show before each, the best first; -1 where there are no more."""
 HoldoutPriority = Callable[[slice], Float[np.ndarray, "#block holdout"]]
 """A block of rows -> how much each holdout row is wanted; larger is better."""
 
@@ -29,9 +29,28 @@ def demonstration_selector(
     fixed        one set for all rows, drawn once
     random       a set drawn for each row
 
-    A holdout row that says what the row says, or asks what it asks (cosine ≥ `alike`; above 1: never), is not shown to
-    it, since it would give the answer away; the next best one is, and only that row's demonstrations change. Draws and
-    clusters depend on ids and the seed, not on the order of the rows. Ties go to the earlier holdout row.
+    A holdout example with the text of the candidate, or with its question (cosine ≥ `max_similarity`; above 1: never),
+    is not shown to it, since it would give the answer away; the next best one is, and only that row's demonstrations
+    change. Draws and clusters depend on ids and the seed, not on the order of the rows. Ties go to the earlier holdout
+    row.
+
+    Args:
+        name: `knn`, `clustered:K`, `fixed` or `random`.
+        embedding: vectors of questions, `tfidf` or `hidden_states`; read by `knn` and `clustered`.
+        max_similarity: cosine of TF-IDF vectors from which two questions are near-duplicates.
+        seed: of clusters and draws.
+
+    Returns:
+        (candidates, holdout, k) -> int[candidates, k]. It raises ValueError for fewer than k usable holdout examples.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> demonstration_selector("nearest")
+        Traceback (most recent call last):
+        ValueError: demonstrations are 'nearest'; they are 'knn', 'clustered:K' with K > 0 clusters, 'fixed' or
+            'random'.
     """
     kind, colon, cluster_count = name.partition(":")
     has_cluster_count = cluster_count.isdigit() and int(cluster_count) > 0
@@ -67,7 +86,7 @@ def check_holdout_size(holdout: TokenizedExamples, k: int) -> None:
 def iterate_near_duplicates(
     candidates: TokenizedExamples, holdout: TokenizedExamples, max_similarity: float = MAX_SIMILARITY
 ) -> Iterator[tuple[slice, Bool[np.ndarray, "block holdout"]]]:
-    """By blocks of rows, the holdout rows that must not stand beside each: copies, near-duplicates, dropped ones."""
+    """By blocks of candidates, the holdout examples not to be shown to each: copies, near-duplicates, dropped ones."""
     candidate_vectors, holdout_vectors = tfidf(candidates, holdout)
     copies: dict[str, list[int]] = {}
     for j, example in enumerate(holdout.examples):

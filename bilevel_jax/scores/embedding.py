@@ -24,11 +24,11 @@ Embedding = Callable[[TokenizedExamples, TokenizedExamples], tuple[Vectors, Vect
 WORD_PATTERN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 """Runs of letters and digits; where no spaces divide words (Chinese, Japanese), characters."""
 MAX_BLOCK_COSINES = 4_000_000
-"""Similarities that are held at once."""
+"""Cosines that are in memory at the same time."""
 
 
 def extract_question(example: Example) -> str:
-    """What a row asks: the turns of the user; of a text row, the text."""
+    """The question of an example: the turns of the user; of plain text, the text."""
     return "\n".join(turn.content for turn in example.turns if turn.role in ("user", "text"))
 
 
@@ -100,13 +100,13 @@ def hidden_states(
 
 
 def cosine_similarities(first: Vectors, second: Vectors) -> Float[np.ndarray, "rows others"]:
-    """Cosines of all of `one` with all of `other`; take `one` by `blocks`."""
+    """Cosines of all of `first` with all of `second`; take `first` by `iterate_blocks`."""
     product = first @ second.T
     return product.toarray() if sparse.issparse(product) else np.asarray(product)
 
 
 def iterate_blocks(rows: int, others: int) -> Iterator[slice]:
-    """Slices of the rows such that BLOCK cosines at most are in memory at once."""
+    """Slices of the rows such that at most MAX_BLOCK_COSINES cosines are in memory."""
     size = max(1, MAX_BLOCK_COSINES // max(1, others))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 

@@ -15,12 +15,33 @@ from bilevel_jax.scores.requests import (
 
 
 def ifd_score(bos: int | None) -> ScoreFn:
-    """s_i = ℓ(y_i | x_i) / ℓ(y_i), the loss of a row's last response with its prompt over that without.
+    """s_i = ℓ(y_i | x_i) / ℓ(y_i), the loss of an example's last response with its prompt over that without.
 
     The same tokens in both, after `bos` alone in ℓ(y); where the model has no such token, ℓ(y) is the mean over all
     tokens but the first. Near 1 the prompt does not help, above 1 it misleads; its authors keep the largest below 1.
-    nan for a response without tokens, or of a single token where there is no `bos`. The holdout is not read. Source:
+    nan for a response without tokens, or of a single token where there is no `bos`. Source:
     Li et al., arXiv 2308.12032. Wrong for short responses, whose ℓ(y) is mostly that of their first tokens.
+
+    Args:
+        bos: the BOS token of the model; None where it has none.
+
+    Returns:
+        A score; it does not read the holdout.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples, tokens
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> corpus, report = tokens.tokenize(train, cipher.make_cipher_tokenizer(), max_length=16)
+        >>> from bilevel_jax.lm.inference.loglik import LogLik
+        >>> from bilevel_jax.scores.requests import make_tokenized_examples
+        >>> candidates = make_tokenized_examples(train, corpus)
+        >>> plan = ifd_score(bos=1)(candidates, candidates)
+        >>> plan.combine([LogLik(-2.0, 5)] * len(plan.requests))
+        array([1., 1., 1.])
     """
 
     def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:

@@ -27,7 +27,7 @@ DEMONSTRATIONS_TEMPLATE = "{demonstrations}{row}"
 
 
 class DemonstrationFormat(NamedTuple):
-    """How demonstrations are put before a row, in tokens; `prompt` makes it from templates."""
+    """How demonstrations are put before an example, in tokens; from `make_demonstration_format`."""
 
     bos: tuple[int, ...]
     system: tuple[int, ...]
@@ -42,7 +42,7 @@ class DemonstrationFormat(NamedTuple):
     """What is taken off the end of a demonstration: an EOS that training adds and no template writes."""
 
     def count_skipped(self, example: TokenizedSequence) -> int:
-        """Tokens at the beginning of a row that `head` has: BOS and the chat template's own system message."""
+        """Tokens at the beginning of an example that the context has: BOS and the chat template's system message."""
         start = (*self.bos, *self.system)
         return len(start) if tuple(example.ids[: len(start)].tolist()) == start else len(self.bos)
 
@@ -75,14 +75,25 @@ class DemonstrationFormat(NamedTuple):
 def make_demonstration_format(
     tokenizer: Tokenizer, template: str = DEMONSTRATIONS_TEMPLATE, demonstration_template: str = ""
 ) -> DemonstrationFormat:
-    """Templates -> Prompt. `template` says what stands around all demonstrations, `demonstration` around each.
+    """The tokens around demonstrations, from templates.
 
-    A row and a demonstration are the very tokens that training reads, by its chat template or its plain one, without
-    their BOS. So the tokens of a response are the same with and without demonstrations, all rows with the same
+    An example and a demonstration are the very tokens that training reads, by its chat template or its plain one,
+    without their BOS. So the tokens of a response are the same with and without demonstrations, all rows with the same
     demonstrations begin with the same tokens, and no text of a row can pass for a part of a template. The default for
-    `demonstration` is "{demonstration}" and the white space that the tokenizer's chat template writes between
+    `demonstration_template` is "{demonstration}" and the white space that the tokenizer's chat template writes between
     exchanges, or an empty line where it has none: then demonstrations are what earlier exchanges of one dialogue are.
-    A system message of the row's own stands behind the demonstrations.
+    A system message of the example's own comes after the demonstrations.
+
+    Args:
+        tokenizer: that of training.
+        template: the text around all demonstrations, with {demonstrations} and {row}, which ends it.
+        demonstration_template: the text around each demonstration, with {demonstration}; "": the default.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        ValueError: a template without its placeholders, or with text after {row}.
     """
     exchange, system = _chat_template_exchange(tokenizer)
     space = exchange[len(exchange.rstrip()) :] if exchange else "\n\n"
@@ -114,18 +125,46 @@ def ica_score(
     k: int = 3,
     per_token_mean: bool = True,
 ) -> ScoreFn:
-    """s_i = log p(y_i | C_i, x_i) - log p(y_i | x_i), where C_i are k holdout rows as demonstrations, x_i the prompt.
+    """s_i = log p(y_i | C_i, x_i) - log p(y_i | x_i), where C_i are k holdout examples as demonstrations, x_i the
+    prompt.
 
     Of a preference pair, the change of its margin m = log p(y_w | x) - log p(y_l | x), without beta or a reference
-    model; demonstrations show chosen responses, and exchanging the two sides changes the sign of s. `normalise`
+    model; demonstrations show chosen responses, and exchanging the two sides changes the sign of s. `per_token_mean`
     divides each log p by the number of its tokens, as the losses of training do: nats per token. The published score
     sums: nats per response, which grows with its length.
 
-    Demonstrations that do not fit into `max_length` tokens with the row are left out, the least wanted first; `held`
-    is the number that was shown, and a row with none has score 0. Source: arXiv 2510.14459, which reads s as a first
-    approximation of what training on the holdout would change for row i. Wrong where the model does not learn in
-    context, or where demonstrations tell it the format rather than what is right. Raises ValueError for a holdout of
-    fewer than k rows and for rows longer than max_length.
+    Demonstrations that do not fit into `max_length` tokens with the example are left out, the least wanted first;
+    `num_holdout` is the number that was shown, and an example with none has score 0. Source: arXiv 2510.14459, which
+    reads s as a first approximation of what training on the holdout would change for example i. Wrong where the model
+    does not learn in context, or where demonstrations tell it the format rather than what is right.
+
+    Args:
+        demonstration_format: from `make_demonstration_format`.
+        choose: which holdout examples are shown; from `demonstration_selector`.
+        max_length: tokens of an example with its demonstrations.
+        k: demonstrations of each example.
+        per_token_mean: whether log p is divided by the number of tokens.
+
+    Returns:
+        A score. It raises ValueError for a holdout of fewer than k examples and for examples longer than max_length.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import examples, tokens
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = cipher.write_cipher_data(folder, clean=3, wrong=0, noise=0, copies=0)
+        ...     train = examples.load_examples([f"{folder}/train.jsonl"])
+        >>> corpus, report = tokens.tokenize(train, cipher.make_cipher_tokenizer(), max_length=16)
+        >>> from bilevel_jax.lm.inference.loglik import LogLik
+        >>> from bilevel_jax.scores.requests import make_tokenized_examples
+        >>> candidates = make_tokenized_examples(train, corpus)
+        >>> from bilevel_jax.scores.demonstrations import demonstration_selector
+        >>> demonstrations = make_demonstration_format(cipher.make_cipher_tokenizer())
+        >>> score = ica_score(demonstrations, demonstration_selector("knn"), max_length=32, k=1)
+        >>> plan = score(candidates, candidates)
+        >>> plan.combine([LogLik(-2.0, 5)] * len(plan.requests))
+        array([0., 0., 0.])
     """
 
     def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:

@@ -18,13 +18,21 @@ from bilevel_jax.scores.requests import (
 def oneshot_score(
     demonstration_format: DemonstrationFormat, *, max_length: int, max_similarity: float = MAX_SIMILARITY
 ) -> ScoreFn:
-    """s_i = share of the holdout rows v with log p(y_v | (x_i, y_i), x_v) > log p(y_v | x_v), 0 to 1.
+    """s_i = share of the holdout v with log p(y_v | (x_i, y_i), x_v) > log p(y_v | x_v), 0 to 1.
 
-    The golden score of Nuggets (Li et al., arXiv 2312.10302). It asks rows x holdout likelihoods: take some tens of
-    holdout rows; those of one candidate share their head. Holdout rows that are copies or near-duplicates of the
-    candidate (cosine ≥ `alike`), or that do not fit into `max_length` tokens behind it, do not count; `held` is the
-    number that did, and a row with none has score nan. Of a pair the chosen response is shown, and predicted. Wrong
-    where any demonstration helps: then all scores are near 1.
+    The golden score of Nuggets (Li et al., arXiv 2312.10302). It asks candidates x holdout likelihoods: take some tens
+    of holdout examples; those of one candidate share their head. Holdout examples that are copies or near-duplicates of
+    the candidate (cosine ≥ `max_similarity`), or that do not fit into `max_length` tokens after it, do not count;
+    `num_holdout` is the number that did, and a candidate with none has score nan. Of a pair the chosen response is
+    shown, and predicted. Wrong where any demonstration helps: then all scores are near 1.
+
+    Args:
+        demonstration_format: from `make_demonstration_format`.
+        max_length: tokens of a prompt with its demonstration and response.
+        max_similarity: cosine of TF-IDF vectors from which two questions are near-duplicates.
+
+    Returns:
+        A score, 0 to 1. It raises ValueError for an empty holdout.
     """
 
     def score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:

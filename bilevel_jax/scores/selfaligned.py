@@ -21,10 +21,17 @@ FINAL_ANSWER_TEXT = "\n\nFinal Answer: "
 def sppl_score(candidates: TokenizedExamples, holdout: TokenizedExamples) -> ScorePlan:
     """s_i = -exp(-(1/|y_i|) Σ_t log p(y_it | P_i, y_i<t)), where the prompt P_i shows answers of the model's own.
 
-    SPPL is -s_i, and the least wins. `rows` are those whose questions `prompt` made, their responses without the end
-    token (`requests.shortened`); all strategies of a question have one prompt, which `loglik` reads once. The holdout
-    is not read. Source: arXiv 2502.11779. Wrong where the model does not take on a style from examples, as models that
-    were not tuned to follow instructions.
+    SPPL is -s_i, and the least wins. The questions of the candidates come from `prompt_writer`, and their responses
+    have no end token (`trim_responses`); all strategies of a question have one prompt, which the scorer reads once.
+    Source: arXiv 2502.11779. Wrong where the model does not take on a style from examples, as models that were not
+        tuned to follow instructions.
+
+    Args:
+        candidates: examples to score.
+        holdout: not read.
+
+    Returns:
+        A plan with one score for each candidate; nan for one without any target.
     """
     return perplexity_score(candidates, holdout)
 
@@ -62,13 +69,14 @@ def choose_shown_answers(is_kept: Bool[np.ndarray, "questions"], k: int) -> Int[
     kept_indices = np.flatnonzero(is_kept)
     if k < 1 or len(kept_indices) < k + 2:
         raise ValueError(
-            f"{len(kept_indices)} of {len(is_kept)} answers of the model can be shown, {k} to a question; that takes at least 1 to "
-            f"a question and {max(k, 1) + 2} in all. Take larger blocks, or a checker that lets more answers pass."
+            f"{len(kept_indices)} of {len(is_kept)} answers of the model can be shown, {k} to a question; that takes "
+            f"at least 1 to a question and {max(k, 1) + 2} in all. Take larger blocks, or a verifier that accepts more "
+            "answers."
         )
     kept_before = np.cumsum(is_kept) - is_kept
     return kept_indices[(kept_before[:, None] + np.arange(1, k + 1)[None]) % (len(kept_indices) - 1)]
 
 
 def append_result(answer: str, result: str | None, final_answer: str = FINAL_ANSWER_TEXT) -> str:
-    """The answer with the right result behind it, where there is one; an empty `final` leaves it out."""
+    """The answer with the right result after it, where there is one; an empty `final_answer` leaves it out."""
     return answer if result is None or not final_answer else f"{answer}{final_answer}{result}"

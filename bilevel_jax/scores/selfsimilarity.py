@@ -28,11 +28,31 @@ def response_similarity(
 
     D = 1 - E a(y, y') with y' drawn from the model is the distance of the alignment score of arXiv 2502.11779 v1 (not
     the `alignment` of gradients): with a = "is the same text" E a would be p(y|x), hence its kinship to perplexity.
-    Each response is read alone, after `bos` and without its question; the states are those of `Decoder.states`,
-    embeddings included. The means leave `bos` out: its state is many times longer than others in most models, and
-    would make all texts alike. `tokens`, `multiple` and `place` are those of `loglik.engine`; `progress` is told how
-    many distinct responses each batch had. Raises ValueError for an empty response and one beyond the model's context.
-    Wrong where length or language alone decides: any two texts of a kind have cosines near 1.
+    Each response is read alone, after `bos` and without its question; the states are those of
+    `Decoder.reduce_hidden_states`, embeddings included. The means leave `bos` out: its state is many times longer than
+    others in most models, and would make all texts alike. Wrong where length or language alone decides: any two texts
+    of a kind have cosines near 1.
+
+    Args:
+        decoder: the model, from `make_decoder`.
+        bos: the BOS token of the model; None where it has none.
+        max_batch_tokens: tokens of a batch, padding included: this bounds the memory.
+        batch_size_multiple: the rows of every batch are a multiple of it: the number of devices.
+        place_batch: puts a batch, leaves [1, rows, len], on the devices.
+        on_progress: called with the number of distinct responses of each batch.
+
+    Returns:
+        (params, responses, others) -> float[pairs]. It raises ValueError for an empty response and one beyond the
+        model's context.
+
+    Example:
+        >>> from bilevel_jax.lm import models
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> config = models.read_config(cipher.make_cipher_config())
+        >>> similarity = response_similarity(models.make_decoder(config), config.bos)
+        >>> params = models.init_params(config, jax.random.key(0))
+        >>> similarity(params, [(5, 6)], [(5, 6)]).round(3)
+        array([1.])
     """
     head = () if bos is None else (bos,)
 
@@ -68,9 +88,9 @@ def response_similarity(
         distinct = sorted({*responses, *others})
         _check_lengths(distinct, decoder.config.max_length - len(head))
         at = {text: i for i, text in enumerate(distinct)}
-        found = vectors(params, distinct)
-        one, other = (found[[at[text] for text in texts]] for texts in (responses, others))
-        return (one * other).sum(-1).mean(-1)
+        unit_vectors = vectors(params, distinct)
+        response_vectors, other_vectors = (unit_vectors[[at[text] for text in texts]] for texts in (responses, others))
+        return (response_vectors * other_vectors).sum(-1).mean(-1)
 
     return pairs
 

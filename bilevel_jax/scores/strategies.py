@@ -11,7 +11,7 @@ QuestionMean = Callable[[QuestionScores], StrategyScores]
 """Over the questions of a block."""
 
 MAX_PERPLEXITY = 10.0
-"""The perplexity of a response that `mix` reads at most."""
+"""`alignment_score` clips the perplexity of a response to it."""
 
 
 def arithmetic_mean(values: QuestionScores) -> StrategyScores:
@@ -48,11 +48,24 @@ def scale_strategies(values: StrategyScores) -> StrategyScores:
 def alignment_score(
     perplexities: QuestionScores, distances: QuestionScores, beta: float | None = 0.5
 ) -> StrategyScores:
-    """β minmax(mean of perplexities, each at most CAP) + (1 - β) minmax(mean of D); the least wins.
+    """β minmax(mean of perplexities, each at most MAX_PERPLEXITY) + (1 - β) minmax(mean of D); the least wins.
 
     `beta` None: CV(PPL) / (CV(PPL) + CV(D)), where CV is the standard deviation over the strategies' means divided by
     their mean; 1/2 where neither varies. Where every response is at the cap, D alone is left. Source: arXiv 2502.11779
     v1; that the cap is on each response, and not on the mean, is our reading.
+
+    Args:
+        perplexities: of responses, at least 1.
+        distances: D of responses; see `response_similarity`.
+        beta: β in [0, 1], or None.
+
+    Returns:
+        One number for each strategy; smaller is better.
+
+    Example:
+        >>> perplexities = np.array([[1.0, 2.0], [1.0, 4.0]])  # two questions, two strategies
+        >>> alignment_score(perplexities, np.array([[0.1, 0.3], [0.1, 0.5]]))
+        array([0., 1.])
     """
     p, d = arithmetic_mean(np.minimum(perplexities, MAX_PERPLEXITY)), arithmetic_mean(distances)
     if beta is None:
@@ -67,5 +80,17 @@ def alignment_score(
 
 
 def car_score(rewards: QuestionScores, losses: QuestionScores) -> StrategyScores:
-    """Mean reward / (1 + 3 mean ℓ), ℓ in nats per token: the largest wins. Wrong for rewards below 0."""
+    """Mean reward / (1 + 3 mean ℓ), ℓ in nats per token: the largest wins. Wrong for rewards below 0.
+
+    Args:
+        rewards: of responses, at least 0.
+        losses: ℓ of responses, nats per token.
+
+    Returns:
+        One number for each strategy; larger is better.
+
+    Example:
+        >>> car_score(np.array([[1.0, 1.0]]), np.array([[0.0, 1.0]]))
+        array([1.  , 0.25])
+    """
     return arithmetic_mean(rewards) / (1 + 3 * arithmetic_mean(losses))

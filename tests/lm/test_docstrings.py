@@ -29,6 +29,15 @@ WITH_EXAMPLES = {  # what a newcomer calls first
     "bilevel_jax.lm.losses.sft": ["sft_losses"],
     "bilevel_jax.lm.models.decoder": ["make_decoder"],
     "bilevel_jax.lm.models.huggingface": ["load_model"],
+    "bilevel_jax.scores.diversity": ["select_diverse"],
+    "bilevel_jax.scores.ifd": ["ifd_score"],
+    "bilevel_jax.scores.incontext": ["ica_score"],
+    "bilevel_jax.scores.margin": ["el2n"],
+    "bilevel_jax.scores.perplexity": ["loss_score", "perplexity_score", "reducible_loss"],
+    "bilevel_jax.scores.random": ["random_score"],
+    "bilevel_jax.scores.selfsimilarity": ["response_similarity"],
+    "bilevel_jax.scores.strategies": ["alignment_score", "car_score"],
+    "bilevel_jax.scores.weights": ["minmax_weights", "clipped_minmax_weights", "batch_minmax_weights"],
 }
 
 

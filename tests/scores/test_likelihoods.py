@@ -14,9 +14,8 @@ from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.incontext import ica_score
 from bilevel_jax.scores.margin import el2n, token_el2n
 from bilevel_jax.scores.oneshot import oneshot_score
-from bilevel_jax.scores.perplexity import loss_score, perplexity_score
+from bilevel_jax.scores.perplexity import loss_score, perplexity_score, reducible_loss
 from bilevel_jax.scores.random import random_score
-from bilevel_jax.scores.reducible import reducible_loss
 from bilevel_jax.scores.requests import make_tokenized_examples, take_examples
 from tests.lm.data.test_tokens import CHATML, PAIR, TALK, bpe, example
 from tests.lm.pairs_and_rows import TINY, VOCAB

@@ -157,7 +157,7 @@ def _parse_hh_dialogue(value: Any, name: str, where: str) -> Turns:
     if lead or not parts:
         raise ValueError(
             f"{where}: '{name}' does not begin with 'Human:' or 'Assistant:' but with {describe_value(lead)}; "
-            "the format hh is dialogues with such a mark before each turn. Set data.format to another one, or mend the row."
+            "the format hh is dialogues with such a mark before each turn. Set data.format to another, or mend the row."
         )
     turns: list[Turn] = []
     for speaker, text in zip(parts[::2], parts[1::2], strict=True):

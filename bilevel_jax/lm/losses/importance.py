@@ -46,7 +46,8 @@ def importance_weighted_losses(
                   (`batches.shuffled_group_order`).
         none      mean_t n_t: every token counts, however unlikely it has become.
 
-    Wrong: with "sequence" under `unrolled`, as its gradient field has no potential and the stopped gradient hides that the
+    Wrong: with "sequence" under `unrolled`, as its gradient field has no potential and the stopped gradient hides that
+        the
     ratios move; with ratios of long responses, which are clipped, or 0, nearly always.
 
     Source: the loss and its clipping as in the public code of arXiv 2511.21056; the potential is derived here.

@@ -260,7 +260,7 @@ def test_dropped_rows_keep_their_numbers_and_are_never_drawn():
     assert index.tolist() == [0, 1, 3, 4, 5, PADDING] and stream.batch(0)["num_examples"][0] == 5
     with pytest.raises(
         ValueError,
-        match="row 2 was dropped by the tokenizer. Draw from `corpus.kept_indices` with `shuffled_subset_order`",
+        match="row 2 was dropped by `tokenize`. Draw from `corpus.kept_indices` with `shuffled_subset_order`",
     ):
         make_train_stream(data, sequential_order(range(6), 6, 6), 1, BatchShape(1, 6, 6, 16)).batch(0)
 

@@ -170,7 +170,7 @@ def test_too_long():
         tokenize(rows, tokenizer, max_length=limit)
     assert str(error.value) == (
         f"rows.jsonl:2: {lengths[1]} tokens, and max_length is {limit}. Raise max_length, shorten the row, or set "
-        "truncate to 'left', 'right' or 'drop'. (1 more rows have such a problem.)"
+        "truncation to 'left', 'right' or 'drop'. (1 more rows have such a problem.)"
     )
     with pytest.raises(ValueError, match=rf"rows.jsonl:3: {lengths[2]} tokens, and its prompt alone fills max_length"):
         tokenize(rows, tokenizer, max_length=limit, truncation="right")

@@ -235,7 +235,9 @@ def test_errors_say_what_to_do():
         with pytest.raises(ValueError, match="these are preference pairs"):
             sft_composite_loss(MODEL, frozen_head=frozen).outputs(params, params if frozen else None, pairs)
     for one in (dpo_losses(MODEL, beta=1), simpo_losses(MODEL, beta=1, gamma_ratio=0), pair_accuracy(MODEL, "dpo")):
-        with pytest.raises(ValueError, match="8 examples with 8 sequences; this loss compares two.*or take `sft`"):
+        with pytest.raises(
+            ValueError, match="8 examples with 8 sequences; this loss compares two.*or take `sft_losses`"
+        ):
             one(params, single)
     del pairs["reference"]
     for one in (dpo_losses(MODEL, beta=1), pair_accuracy(MODEL, "dpo")):
