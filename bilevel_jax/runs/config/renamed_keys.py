@@ -96,6 +96,7 @@ CHANGED_VALUES = {
     "data.supervise": "all is now all_turns, last is last_turn",
     "optimizer.warmup": "a fraction below 1 is now optimizer.warmup_ratio",
     "train.keep": "best is now true, last is false",
+    "weights.scale": "rows is now examples",
 }
 
 

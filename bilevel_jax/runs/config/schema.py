@@ -1,4 +1,4 @@
-"""Sections of the config, with the type, bounds, default and meaning of each key"""
+"""Config sections, with type, bounds, default and meaning of each key"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -280,8 +280,8 @@ class WeightsSection:
     refresh: Annotated[int, Ge(1), Special(1, "at the start only")] = 1
     """score: how many times it is computed, equally spaced over the run; 1: at the start only."""
 
-    scaling: Literal["batch", "rows", "quantiles"] = "batch"
-    """score: map to weights from 0 to 1 by min-max over each batch (batch) or all examples (rows, quantiles)."""
+    scaling: Literal["batch", "examples", "quantiles"] = "batch"
+    """score: map to weights from 0 to 1 by min-max over each batch (batch) or all examples (examples, quantiles)."""
 
     quantile: Annotated[float, Interval(ge=0, lt=0.5)] = 0.05
     """scaling=quantiles: share of the examples at each end that gets weight 0 or 1."""

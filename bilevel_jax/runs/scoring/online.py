@@ -16,9 +16,9 @@ from bilevel_jax.runs.tasks.text import Task
 from bilevel_jax.scores import weights as scaling
 
 SCALING_DESCRIPTIONS = {
-    "batch": "min-max over the rows of each step",
-    "rows": "min-max over all rows",
-    "quantiles": "min-max over all rows, cut at two quantiles",
+    "batch": "min-max over the examples of each step",
+    "examples": "min-max over all examples",
+    "quantiles": "min-max over all examples, cut at two quantiles",
 }
 
 

@@ -195,7 +195,7 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
     flags = ("--weights.score", "random", "--weights.refresh", "2", "--train.global-batch-size", "12")
     task = task_of(made, tmp_path, *flags)
     with opened(tmp_path) as work:
-        one = Reweighting(task, config(made, *flags, "--weights.scaling", "rows"), work)
+        one = Reweighting(task, config(made, *flags, "--weights.scaling", "examples"), work)
         one.update_scores(0, task.init_params(0))
         one.update_scores(2, task.init_params(0))
         other = Reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
