@@ -1,4 +1,4 @@
-"""How scores of training examples are judged: by the bank of retrains, exact entries and known labels; the verdict."""
+"""Quality of data scores against leave-k-out retrains, and the verdict."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -13,8 +13,7 @@ from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.load import SelectConfig
 from bilevel_jax.runs.engine.outer_loop import good_label_mask
 from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
 
 EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
 """The entries that the other scores are ranked against."""
@@ -38,7 +37,7 @@ class DataScore(NamedTuple):
 
 def judge_scores(
     config: SelectConfig,
-    task: Task | ArrayTask,
+    task: Task,
     scores: list[DataScore],
     retrain_losses: LeaveOutRetrains,
     certification: tuple[certify.Certificates, certify.Verdict] | None,

@@ -1,4 +1,4 @@
-"""The bank of retrains that every score is judged by: random rows leave, the same training runs again."""
+"""Leave-k-out retraining and the linear datamodeling score (LDS)."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -15,8 +15,8 @@ from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainSte
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.text import evaluate_per_example
 
 TARGET_LABELS = {"validation": "L_v", "queries": "each query", "test": "test"}
 """What is predicted, as people read it."""
@@ -47,7 +47,7 @@ def draw_subsets(
 
 
 def retrain_without_subsets(
-    task: Task | ArrayTask,
+    task: Task,
     session: Session,
     *,
     start: TrainState,
@@ -108,7 +108,7 @@ def retrain_without_subsets(
 
 
 def train_vmapped(
-    task: Task | ArrayTask, session: Session, start: TrainState, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
+    task: Task, session: Session, start: TrainState, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
 ) -> Params:
     """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
     gather, forward = _vmap_step(task.train_step)

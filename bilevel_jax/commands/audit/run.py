@@ -1,4 +1,4 @@
-"""The command `audit`: cheap scores of training examples, judged by exact entries and by one bank of retrains."""
+"""The `audit` command, which judges data scores by leave-k-out retraining."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, c
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import ArrayTask, build_array_model, prepare_array_task, read_npz_dataset
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
 
 
@@ -72,7 +72,7 @@ def select_config_for_audit(config: AuditConfig) -> SelectConfig:
     )  # fmt: skip
 
 
-def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
+def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
     """The task: arrays with wrong labels, or text."""
     select_config = select_config_for_audit(config)
     if reads_array_data(config):
@@ -92,7 +92,7 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task | ArrayTask:
     )
 
 
-def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
+def list_cheap_scores(config: AuditConfig, task: Task) -> list[str]:
     """The cheap scores to judge; a ValueError for one that the task does not allow."""
     arrays = isinstance(task, ArrayTask)
     for name in config.audit.scores:
@@ -100,7 +100,7 @@ def list_cheap_scores(config: AuditConfig, task: Task | ArrayTask) -> list[str]:
     return list(dict.fromkeys(config.audit.scores)) or list(ARRAY_SCORES if arrays else SCORES)
 
 
-def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray, "queries"]:
+def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     """The rows of validation whose own losses are foretold, drawn from data.seed."""
     validation_stream = task.held_out_streams["validation"]
     index = np.concatenate(
@@ -115,7 +115,7 @@ def draw_queries(config: AuditConfig, task: Task | ArrayTask) -> Int[np.ndarray,
     return np.sort(drawn)
 
 
-def count_audit_work(config: AuditConfig, task: Task | ArrayTask, num_queries: int) -> float:
+def count_audit_work(config: AuditConfig, task: Task, num_queries: int) -> float:
     """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
     steps, options = task.num_steps, config.audit
     sweeps = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in options.estimators else 0
@@ -125,7 +125,7 @@ def count_audit_work(config: AuditConfig, task: Task | ArrayTask, num_queries: i
 
 def _run_audit(
     config: AuditConfig,
-    task: Task | ArrayTask,
+    task: Task,
     names: list[str],
     query_indices: Int[np.ndarray, "queries"],
     session: Session,
@@ -159,7 +159,7 @@ def _run_audit(
 
 
 def train_uniform(
-    config: AuditConfig, task: Task | ArrayTask, query_indices: Int[np.ndarray, "queries"], session: Session
+    config: AuditConfig, task: Task, query_indices: Int[np.ndarray, "queries"], session: Session
 ) -> UniformTraining:
     """Train with weight 1 for every row."""
     began, ones = time.monotonic(), jnp.ones(task.num_examples)
@@ -183,7 +183,7 @@ def train_uniform(
 
 
 def compute_estimates(
-    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, session: Session
+    config: AuditConfig, task: Task, uniform_training: UniformTraining, session: Session
 ) -> tuple[list[DataScore], dict[str, Any]]:
     """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
     scores: list[DataScore] = []
@@ -219,7 +219,7 @@ def compute_estimates(
 def make_estimator(
     name: EstimatorName,
     config: AuditConfig,
-    task: Task | ArrayTask,
+    task: Task,
     uniform_training: UniformTraining,
     session: Session,
 ) -> Callable[[list[Stream]], Estimate]:
@@ -256,7 +256,7 @@ def make_estimator(
 
 
 def compute_cheap_scores(
-    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, names: list[str], session: Session
+    config: AuditConfig, task: Task, uniform_training: UniformTraining, names: list[str], session: Session
 ) -> list[DataScore]:
     """The cheap scores by the models before and after training; what needs no model, once."""
     scores: list[DataScore] = []
@@ -285,7 +285,7 @@ def compute_cheap_scores(
 
 
 def certify_exact(
-    config: AuditConfig, task: Task | ArrayTask, uniform_training: UniformTraining, estimate_scores: list[DataScore], exact_record: dict[str, Any],
+    config: AuditConfig, task: Task, uniform_training: UniformTraining, estimate_scores: list[DataScore], exact_record: dict[str, Any],
     session: Session,
 ) -> tuple[certify.Certificates, certify.Verdict] | None:  # fmt: skip
     """Whether the exact entries are to be believed; None where they, or the certificates, were not asked for."""
@@ -301,7 +301,7 @@ def certify_exact(
     return certificate_set, verdict
 
 
-def add_estimate_columns(task: Task | ArrayTask, scores: list[DataScore], folder: Path) -> pa.Table:
+def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> pa.Table:
     """scores.parquet with the estimates as columns beside the cheap scores."""
     path, rows = folder / SCORES_FILE, task.trainable_indices()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})

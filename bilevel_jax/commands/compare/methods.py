@@ -1,4 +1,4 @@
-"""The methods that `compare` knows: one table, one signature, one budget in forward-backward passes."""
+"""Bilevel methods that `compare` runs, with their settings and cost."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
 
 
 class MethodResult(NamedTuple):
@@ -42,15 +41,13 @@ class MethodSpec(NamedTuple):
     """Whether it is exact for that."""
     configure: Callable[[SelectConfig], SelectConfig]
     """The config with this method in it."""
-    run: Callable[[Task | ArrayTask, SelectConfig, Session, float], MethodResult]
+    run: Callable[[Task, SelectConfig, Session, float], MethodResult]
     """(task, config of `settings`, session, budget in passes) -> what it gives."""
-    min_budget: Callable[[Task | ArrayTask, SelectConfig], float]
+    min_budget: Callable[[Task, SelectConfig], float]
     """(task, config of `settings`) -> the least budget with which it moves a weight, in passes."""
 
 
-def _run_outer_loop_within_budget(
-    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
-) -> MethodResult:
+def _run_outer_loop_within_budget(task: Task, config: SelectConfig, session: Session, budget: float) -> MethodResult:
     """`learn.learn` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
 
     What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another is made while
@@ -69,7 +66,7 @@ def _run_outer_loop_within_budget(
     )
 
 
-def count_outer_step_work(task: Task | ArrayTask, config: SelectConfig) -> float:
+def count_outer_step_work(task: Task, config: SelectConfig) -> float:
     """The most that one outer step costs, in passes: a training and an estimate."""
     outer, epoch = config.outer, math.ceil(len(task.trainable_indices()) / task.batch_size)
     estimate = {
@@ -81,14 +78,12 @@ def count_outer_step_work(task: Task | ArrayTask, config: SelectConfig) -> float
     return task.num_steps + estimate[outer.method]
 
 
-def count_baseline_work(task: Task | ArrayTask) -> float:
+def count_baseline_work(task: Task) -> float:
     """What the first outer step costs beside: the baselines at uniform weights."""
     return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
 
 
-def _run_single_loop_within_budget(
-    task: Task | ArrayTask, config: SelectConfig, session: Session, budget: float
-) -> MethodResult:
+def _run_single_loop_within_budget(task: Task, config: SelectConfig, session: Session, budget: float) -> MethodResult:
     """`single.run_single` with as many steps as the budget pays for."""
     steps = int(budget / single_loop_step_work(config))
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
@@ -134,7 +129,7 @@ def _without_second_model(config: SelectConfig) -> SelectConfig:
 
 
 def _outer_loop_method(name: MethodName, estimand: str, exactness: str) -> MethodSpec:
-    def min_budget(task: Task | ArrayTask, config: SelectConfig) -> float:
+    def min_budget(task: Task, config: SelectConfig) -> float:
         return 2 * count_outer_step_work(task, config) + count_baseline_work(task)
 
     return MethodSpec(estimand, exactness, _set_method(name), _run_outer_loop_within_budget, min_budget)

@@ -1,4 +1,4 @@
-"""The command `compare`: every method on one data set at one budget, several seeds, models trained again from cold."""
+"""The `compare` command, which tests every method at one compute budget."""
 
 import math
 import shutil
@@ -25,10 +25,10 @@ from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc, mean_interval, top_indices
 from bilevel_jax.runs.tasks import arrays, splits
-from bilevel_jax.runs.tasks.arrays import ArrayTask
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.text import evaluate_per_example
 from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
 
 SEED_STRIDE = 1_000_000
@@ -69,7 +69,7 @@ def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
     )
 
 
-def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task | ArrayTask]:
+def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task]:
     """seed -> the task: arrays with rows and wrong labels of their own, or always the same text."""
     if reads_array_data(config):
         source = arrays.read_npz_dataset(config.data.train[0])
@@ -87,7 +87,7 @@ def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Ta
     return lambda seed: text
 
 
-def _check_budget(config: CompareConfig, task: Task | ArrayTask) -> None:
+def _check_budget(config: CompareConfig, task: Task) -> None:
     selected_methods = {name: METHODS[name] for name in config.compare.methods}
     needed = {
         name: method.min_budget(task, method.configure(select_config_for_seed(config, 0)))
@@ -101,7 +101,7 @@ def _check_budget(config: CompareConfig, task: Task | ArrayTask) -> None:
         )
 
 
-def count_compare_work(config: CompareConfig, task: Task | ArrayTask) -> float:
+def count_compare_work(config: CompareConfig, task: Task) -> float:
     """The whole run in training steps, for the ETA."""
     options, steps = config.compare, task.num_steps
     return options.seeds * (
@@ -112,9 +112,7 @@ def count_compare_work(config: CompareConfig, task: Task | ArrayTask) -> float:
     )
 
 
-def _run_comparison(
-    config: CompareConfig, build_task: Callable[[int], Task | ArrayTask], session: Session
-) -> dict[str, Any]:
+def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], session: Session) -> dict[str, Any]:
     cells: dict[str, list[dict[str, Any]]] = {}
     tables, notes = [], []
     for seed in range(config.compare.seeds):
@@ -155,7 +153,7 @@ def _run_comparison(
 
 
 def run_repetition(
-    config: CompareConfig, task: Task | ArrayTask, seed: int, session: Session
+    config: CompareConfig, task: Task, seed: int, session: Session
 ) -> tuple[dict[str, dict[str, Any]], pa.Table]:
     """Every arm and every method under one seed: (name -> its cell of the table, the weights of every row)."""
     select_config = select_config_for_seed(config, seed)
@@ -211,7 +209,7 @@ def run_repetition(
 
 
 def make_baselines(
-    config: CompareConfig, task: Task | ArrayTask, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
+    config: CompareConfig, task: Task, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
 ) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
     """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
     everything, fit = task.trainable_indices(), task.validation_indices()
@@ -252,7 +250,7 @@ def make_baselines(
 
 def learn_weights(
     config: CompareConfig,
-    task: Task | ArrayTask,
+    task: Task,
     select_config: SelectConfig,
     name: str,
     seed: int,
@@ -275,7 +273,7 @@ def learn_weights(
     return dict(cell), np.load(path)
 
 
-def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
+def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
     sources = sorted({example.source for example in task.examples})
     source_names = np.array([example.source for example in task.examples])
     cell = {
@@ -303,7 +301,7 @@ def _make_cell(task: Task | ArrayTask, outcome: MethodResult, outer_loss: Any) -
 
 
 def _train_uniform(
-    task: Task | ArrayTask, select_config: SelectConfig, seed: int, trainer: Trainer, session: Session
+    task: Task, select_config: SelectConfig, seed: int, trainer: Trainer, session: Session
 ) -> dict[str, Any]:
     """Alignment and losses of every row after a uniform training, and what they cost."""
     path, key = session.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
@@ -360,7 +358,7 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
     }
 
 
-def _held_out_part(task: Task | ArrayTask) -> str:
+def _held_out_part(task: Task) -> str:
     return "test" if "test" in task.held_out_streams else "validation"
 
 

@@ -24,7 +24,7 @@ from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.tasks.text import (
-    Task,
+    TextTask,
     TokenizedData,
     compose_text_task,
     group_by_corpus,
@@ -42,7 +42,7 @@ class AbstractRun(NamedTuple):
     command: str
     config: RunConfig
     """The run as the settings of `select` or `train`."""
-    task: Task
+    task: TextTask
     shapes: StepShapes
 
     @property

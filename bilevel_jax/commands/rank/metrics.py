@@ -1,4 +1,4 @@
-"""From scores of every response to a ranking of strategies: blocks, resamples, agreement of the metrics, the pick."""
+"""Metrics that rank strategies, with bootstrap intervals and a pick."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The model that is to be trained, before it is: how it reads rows, and what it answers itself."""
+"""The model before training, its tokenizer, prompts and own answers."""
 
 import re
 import sys

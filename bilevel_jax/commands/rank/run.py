@@ -1,4 +1,4 @@
-"""The command `rank`: which way of generating responses will train the model best, from a sample and without training."""
+"""The `rank` command, which ranks response generation strategies before training."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Candidate strategies: their responses to the same questions, read from one table or from a file for each."""
+"""Responses of several generation strategies to the same questions."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Train-then-test: a short training on responses of each strategy, and what it does for rows of the user's own."""
+"""Short trainings on each strategy's responses, tested on validation examples."""
 
 import time
 from dataclasses import replace
@@ -22,7 +22,7 @@ from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.verifiers import make_verifier
 from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks import splits
-from bilevel_jax.runs.tasks.text import Task, prepare_text_task
+from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
 def run_trials(config: RankConfig, strategy_responses: StrategyResponses, session: Session) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
 
 def _prepare_trial_task(
     config: RankConfig, strategy_responses: StrategyResponses, session: Session
-) -> tuple[Task, SelectConfig]:
+) -> tuple[TextTask, SelectConfig]:
     validation = load_examples(config.data.validation, splits.make_data_options(config.data))
     validation_questions = {
         turn.content.strip() for example in validation for turn in example.turns if turn.role == "user"
@@ -101,7 +101,7 @@ def _prepare_trial_task(
 
 
 def _run_trial(
-    config: RankConfig, task: Task, trainer: Trainer, session: Session, indices: np.ndarray | None, seed: int
+    config: RankConfig, task: TextTask, trainer: Trainer, session: Session, indices: np.ndarray | None, seed: int
 ) -> dict[str, float]:
     """One training on the chosen rows (None: no training), and what it did."""
     start = trainer.init_state(task.init_params(config.train.seed + seed))

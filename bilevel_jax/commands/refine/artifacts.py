@@ -1,4 +1,4 @@
-"""What `refine` leaves beside the model: responses.parquet and weights.parquet, and what its report shows of them."""
+"""Artifacts of `refine` with the responses and weights of every round."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from bilevel_jax.commands.refine.rollouts import RoundTask
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 def responses_path(session: Session, number: int) -> Path:
@@ -25,7 +25,7 @@ def weights_path(session: Session, number: int) -> Path:
 
 
 def build_round_weights_table(
-    offline_task: Task,
+    offline_task: TextTask,
     round_task: RoundTask,
     weights: Float[np.ndarray, "examples"],
     judge: str | None,
@@ -80,7 +80,7 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
 
 
 def pick_extreme_responses(
-    session: Session, offline_task: Task, records: list[dict[str, Any]], count: int = 5
+    session: Session, offline_task: TextTask, records: list[dict[str, Any]], count: int = 5
 ) -> list[dict[str, Any]]:
     """Responses of the last round that weigh most and least, with their questions, for the report."""
     table = pq.read_table(session.folder / "responses.parquet").to_pylist()

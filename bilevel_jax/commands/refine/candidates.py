@@ -1,4 +1,4 @@
-"""How a candidate of `refine` is weighted and trained: what each method makes of the rows of a round."""
+"""Candidate models of a `refine` round, by training method."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 ROUND_SEED_STRIDE = 1000
 """Between the seeds of the data orders of two rounds: further than a candidate goes."""
@@ -75,7 +75,7 @@ class CompiledFunctions(NamedTuple):
 _cached_decoder = lru_cache(maxsize=4)(models.make_decoder)
 
 
-def attach_compiled_functions(config: RefineConfig, task: Task) -> Task:
+def attach_compiled_functions(config: RefineConfig, task: TextTask) -> TextTask:
     """The task with functions that another run of this process may have compiled already: those of `programs`."""
     # parameters that are split over devices are gathered by a decoder of their own
     decoder = task.decoder if config.mesh.fsdp > 1 else _cached_decoder(task.architecture, remat=config.model.remat)
@@ -89,7 +89,7 @@ def attach_compiled_functions(config: RefineConfig, task: Task) -> Task:
     )
 
 
-def compiled_functions_for_config(config: RefineConfig, task: Task) -> CompiledFunctions:
+def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> CompiledFunctions:
     """`programs` as the config has it."""
     refined, draws = config.refine, config.generate.num_generations
     return build_compiled_functions(
@@ -125,14 +125,14 @@ def build_compiled_functions(
     return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, train_step(problem, optimiser))
 
 
-def make_candidate_trainers(config: RefineConfig, offline_task: Task) -> dict[RefineMethod, CandidateTrainer]:
+def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dict[RefineMethod, CandidateTrainer]:
     """What trains each configured method; nothing is compiled again for another round.
 
     Only validation is read, by the methods that use it; dev and test stay unseen.
     """
     functions = compiled_functions_for_config(config, offline_task)
 
-    def hide_held_out(task: Task, name: RefineMethod) -> Task:
+    def hide_held_out(task: TextTask, name: RefineMethod) -> TextTask:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
         task = task._replace(held_out_streams={"validation": task.held_out_streams["validation"]})
         return (

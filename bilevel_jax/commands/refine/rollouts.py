@@ -1,4 +1,4 @@
-"""The rows of a round of `refine`: which questions are answered anew, the responses, the task that they make."""
+"""Rollouts of a `refine` round and the training task they make."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.scoring.verifiers import Verifier
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 class Rollouts(NamedTuple):
@@ -46,7 +46,7 @@ class Rollouts(NamedTuple):
 class RoundTask(NamedTuple):
     """The task of a round, and where its rows come from."""
 
-    task: Task
+    task: TextTask
     question_rows: Int[np.ndarray, "examples"]
     """The row of the first task whose question each row answers."""
     response_numbers: Int[np.ndarray, "examples"]
@@ -73,7 +73,7 @@ def choose_questions(
 
 def collect_rollouts(
     config: RefineConfig,
-    task: Task,
+    task: TextTask,
     question_rows: Int[np.ndarray, "chosen"],
     round_number: int,
     path: Path,
@@ -139,7 +139,7 @@ def collect_rollouts(
     )
 
 
-def build_round_task(config: RefineConfig, offline_task: Task, rollouts: Rollouts, round_number: int) -> RoundTask:
+def build_round_task(config: RefineConfig, offline_task: TextTask, rollouts: Rollouts, round_number: int) -> RoundTask:
     """The task whose rows are the offline ones, without those of the chosen questions or beside them, and responses.
 
     A question counts once: each of its G responses has the base 1/G, or, where wrong ones are filtered out, a share of

@@ -1,4 +1,4 @@
-"""The command `refine`: rounds in which the model answers questions itself, and is replaced only where that helped."""
+"""The `refine` command, which retrains the model on its own responses."""
 
 import shutil
 import time
@@ -46,7 +46,7 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example, prepare_text_task
+from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example, prepare_text_task
 
 
 class RefineState(NamedTuple):
@@ -62,7 +62,7 @@ class RefineContext(NamedTuple):
     """What all rounds share."""
 
     config: RefineConfig
-    task: Task
+    task: TextTask
     """Of the offline examples."""
     trainers: dict[RefineMethod, CandidateTrainer]
     make_generator: Callable[[Params], GenerateFn]
@@ -101,7 +101,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
             return _run_rounds(context, config)
 
 
-def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
+def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     """The task of the offline examples, in a shape that holds every response.
 
     Raises ValueError where a part of the validation examples is missing, or a question leaves no room for a response.
@@ -136,7 +136,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> Task:
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
 
 
-def list_verified_examples(config: RefineConfig, task: Task) -> list[Any]:
+def list_verified_examples(config: RefineConfig, task: TextTask) -> list[Any]:
     """The rows whose responses a checker will see."""
     offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
     return offline + task.held_out_examples.get("test", [])
@@ -320,12 +320,12 @@ def significance_level(config: RefineConfig) -> float:
     return config.refine.level / (count_dev_tests(config) if config.refine.bonferroni else 1)
 
 
-def compute_dev_losses(task: Task, params: Params) -> Float[np.ndarray, "dev"]:
+def compute_dev_losses(task: TextTask, params: Params) -> Float[np.ndarray, "dev"]:
     """The loss of each row of dev, nats."""
     return compute_part_losses(task, params, "dev")
 
 
-def compute_part_losses(task: Task, params: Params, part: str) -> Float[np.ndarray, "part"]:
+def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.ndarray, "part"]:
     """The loss of each row of a part of the validation examples that is not too long, nats; FloatingPointError for another."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)

@@ -1,4 +1,4 @@
-"""The main job: learn a weight for every training example, certify it, compare it, and write what a person can trust."""
+"""The `select` command, which learns a weight for every training example."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.text import Task, prepare_text_task
+from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
     "UNDECIDED",
@@ -58,7 +58,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
             return _run_selection(task, config, session, folder)
 
 
-def _run_selection(task: Task, config: SelectConfig, session: Session, folder: Path) -> dict[str, Any]:
+def _run_selection(task: TextTask, config: SelectConfig, session: Session, folder: Path) -> dict[str, Any]:
     for note in task.notes:
         session.print_line(note)
     session.set_phase("starting", total=sum(stage.work for stage in work.select_run_stages(task, config)))
@@ -139,7 +139,7 @@ def _run_selection(task: Task, config: SelectConfig, session: Session, folder: P
 
 
 def _certify(
-    task: Task, config: SelectConfig, trainer: Trainer, session: Session, learned: LearnedWeights
+    task: TextTask, config: SelectConfig, trainer: Trainer, session: Session, learned: LearnedWeights
 ) -> dict[str, certify.Certificates]:
     """Certificates of the gradient at uniform weights and, where restarts are cold, at the learned weights."""
     points = {"uniform weights": (0, np.ones(task.num_examples), learned.first_hypergradient)}
@@ -156,7 +156,7 @@ def _certify(
     return out
 
 
-def _train_final_model(task: Task, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Any:
+def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Any:
     """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
     start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED))
     stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, packed=False)

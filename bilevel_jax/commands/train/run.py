@@ -1,4 +1,4 @@
-"""The command `train`: fine-tuning with one weight per training example; first-order, resumable, exported."""
+"""The `train` command, which fine-tunes with a weight for every example."""
 
 import json
 import math
@@ -32,7 +32,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.objective import check_examples
 from bilevel_jax.runs.tasks.optimizers import learning_rate_schedule
 from bilevel_jax.runs.tasks.streaming import StreamingBatches
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example, prepare_text_task, tokenize_examples
+from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example, prepare_text_task, tokenize_examples
 
 LOSS_SYNC_STEPS = 10
 """Steps between two looks at the losses: each look waits for the device."""
@@ -135,14 +135,14 @@ def count_train_steps(config: TrainConfig, num_examples: int) -> int:
     return math.ceil(config.train.num_epochs * batches.steps_per_epoch(num_examples, config.train.global_batch_size))
 
 
-def _constant_weights_input(task: Task, config: TrainConfig, example_weights: np.ndarray) -> TrainingInput:
+def _constant_weights_input(task: TextTask, config: TrainConfig, example_weights: np.ndarray) -> TrainingInput:
     """One weight for each row, from the beginning to the end."""
     hyper = place_table(task.mesh, example_weights.astype(config.model.param_dtype))
     stream = task.training_stream(config.data.seed)
     return TrainingInput(lambda step: (hyper, stream.batch(step)), task.problem)
 
 
-def _scored_weights_input(task: Task, config: TrainConfig, reweighting: Reweighting) -> TrainingInput:
+def _scored_weights_input(task: TextTask, config: TrainConfig, reweighting: Reweighting) -> TrainingInput:
     """The weights that a score gives to the rows of each step."""
     stream = task.training_stream(config.data.seed)
     return TrainingInput(
@@ -153,7 +153,7 @@ def _scored_weights_input(task: Task, config: TrainConfig, reweighting: Reweight
     )
 
 
-def _streaming_input(task: Task, config: TrainConfig) -> tuple[TrainingInput, StreamingBatches]:
+def _streaming_input(task: TextTask, config: TrainConfig) -> tuple[TrainingInput, StreamingBatches]:
     """Rows that are read as training goes, with their weights; and what reads them."""
     dtype = config.model.param_dtype
     example_stream = StreamingBatches(
@@ -173,7 +173,9 @@ def _streaming_input(task: Task, config: TrainConfig) -> tuple[TrainingInput, St
     return TrainingInput(batch_at, task.problem), example_stream
 
 
-def _run_training(task: Task, config: TrainConfig, training_input: TrainingInput, session: Session) -> TrainingResult:
+def _run_training(
+    task: TextTask, config: TrainConfig, training_input: TrainingInput, session: Session
+) -> TrainingResult:
     folder, eval_steps = session.folder / "checkpoints" / "train", config.train.eval_steps
     load_best = config.train.load_best
     optimizer = task.optimizer
@@ -304,7 +306,7 @@ class _TokenRate:
         return self.tokens / self.seconds if self.seconds else float("nan")
 
 
-def _make_evaluator(task: Task):
+def _make_evaluator(task: TextTask):
     """(params, fixed, full) -> L_v of each part, and with `full` the accuracies."""
     value = validation_loss_fn(task.problem)
 
@@ -328,7 +330,7 @@ def _make_evaluator(task: Task):
 
 
 def _write_outputs(
-    task: Task,
+    task: TextTask,
     config: TrainConfig,
     loaded_weights: from_file.LoadedWeights,
     example_weights: np.ndarray,

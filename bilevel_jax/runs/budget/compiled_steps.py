@@ -21,7 +21,7 @@ from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
 from bilevel_jax.runs.engine import single_loop
 from bilevel_jax.runs.infra.placement import place_stream
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 class Program(NamedTuple):
@@ -48,7 +48,7 @@ class StepShapes(NamedTuple):
     batch: Batch
 
 
-def step_shapes(task: Task, batch: Batch) -> StepShapes:
+def step_shapes(task: TextTask, batch: Batch) -> StepShapes:
     """The shapes of a task whose parameters are arrays or shapes of arrays."""
     params = jax.tree.map(lambda leaf: _shape_on(leaf, leaf.sharding), task.init_params(0))
     replicated = NamedSharding(task.mesh, PartitionSpec())
@@ -74,7 +74,7 @@ def _shape_on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def make_first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
+def make_first_batch(task: TextTask, config: SelectConfig | TrainConfig) -> Batch:
     """A batch of the run, on the mesh; for rows that are streamed one of the same shape."""
     if not config.data.streaming:
         return task.training_stream(config.data.seed).batch(0)
@@ -85,23 +85,23 @@ def make_first_batch(task: Task, config: SelectConfig | TrainConfig) -> Batch:
     return place_stream(task.mesh, batches.make_train_stream(corpus, order, 1, task.layout)).batch(0)
 
 
-def forward_program(task: Task, shapes: StepShapes) -> Program:
+def forward_program(task: TextTask, shapes: StepShapes) -> Program:
     """A training step whose gradient is kept, for a sweep."""
     return Program(task.train_step.forward, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
-def backward_program(task: Task, shapes: StepShapes) -> Program:
+def backward_program(task: TextTask, shapes: StepShapes) -> Program:
     """A step back through a training step."""
     arguments = (shapes.state, shapes.params, shapes.hyper_slice, shapes.frozen, shapes.batch, shapes.adjoint)
     return Program(task.train_step.backward, arguments)
 
 
-def linearize_program(task: Task, shapes: StepShapes) -> Program:
+def linearize_program(task: TextTask, shapes: StepShapes) -> Program:
     """`forward`, with what the step back needs of it."""
     return Program(task.train_step.linearize, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
-def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledProgram") -> Program:
+def vjp_program(task: TextTask, shapes: StepShapes, compiled_linearize: "CompiledProgram") -> Program:
     """`backward` with that; its arrays lie where the compiled `linearizing` leaves them."""
     linearization = jax.tree.map(
         _shape_on, compiled_linearize.executable.out_info[2], compiled_linearize.executable.output_shardings[2]
@@ -112,14 +112,14 @@ def vjp_program(task: Task, shapes: StepShapes, compiled_linearize: "CompiledPro
     )
 
 
-def update_program(task: Task, shapes: StepShapes) -> Program:
+def update_program(task: TextTask, shapes: StepShapes) -> Program:
     """A training step of the command `train`, which takes the memory of the state that it is given."""
     arguments = (shapes.state, shapes.weights, shapes.frozen, shapes.batch)
     function = forward_only_step(task.problem, task.optimizer)
     return Program(function, arguments, lambda result, arguments_before: (result[0], *arguments_before[1:]))
 
 
-def validation_gradient_program(task: Task, shapes: StepShapes, validation_batch: Batch) -> Program:
+def validation_gradient_program(task: TextTask, shapes: StepShapes, validation_batch: Batch) -> Program:
     """The gradient of one batch's share of L_v."""
 
     @jax.jit
@@ -135,7 +135,7 @@ def validation_gradient_program(task: Task, shapes: StepShapes, validation_batch
     return Program(outer_value_and_grad, (shapes.params, shapes.frozen, validation_batch))
 
 
-def single_loop_program(task: Task, config: SelectConfig, shapes: StepShapes) -> Program:
+def single_loop_program(task: TextTask, config: SelectConfig, shapes: StepShapes) -> Program:
     """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
 
     Its state is taken to lie whole on every device.

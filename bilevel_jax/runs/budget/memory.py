@@ -19,7 +19,7 @@ from bilevel_jax.runs.engine.trajectory_store import (
     num_backward_steps,
     plan_checkpoints,
 )
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 MID_STEP_CHECKPOINT = "in the middle of an outer step"
 """What is left there by a run that was stopped, or that took longer than output.save_minutes for an outer step."""
@@ -61,7 +61,7 @@ def count_by_dtype(tree: Any) -> dict[str, int]:
 
 
 def memory_phases(
-    task: Task,
+    task: TextTask,
     config: SelectConfig | TrainConfig,
     shapes: StepShapes,
     workspace: Workspace,
@@ -84,7 +84,7 @@ def memory_phases(
     ]
 
 
-def _resident_arrays(task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
+def _resident_arrays(task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
     """What a run holds from the beginning to the end."""
     streams = task.held_out_streams.values()
     table_bytes = bytes_per_device(shapes.weights)
@@ -115,7 +115,7 @@ def _training_phase(
 
 
 def _hypergradient_phases(
-    task: Task,
+    task: TextTask,
     config: SelectConfig,
     shapes: StepShapes,
     resident: dict[str, float],
@@ -189,7 +189,7 @@ def _hypergradient_phases(
     return [training, validation_phase, replay_phase, backward_phase]
 
 
-def writing_phase(task: Task, model: ModelSection, resident: dict[str, float], shapes: StepShapes) -> Phase:
+def writing_phase(task: TextTask, model: ModelSection, resident: dict[str, float], shapes: StepShapes) -> Phase:
     """The model in float32, for the file."""
     params_bytes = bytes_per_device(shapes.params)
     if task.base_params is None:
@@ -202,7 +202,7 @@ def writing_phase(task: Task, model: ModelSection, resident: dict[str, float], s
 
 
 def plan_task_checkpoints(
-    task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes, device_bytes: float = 0.0
+    task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes, device_bytes: float = 0.0
 ) -> CheckpointPlan:
     """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
     if isinstance(config, TrainConfig):
@@ -217,19 +217,19 @@ def plan_task_checkpoints(
     )
 
 
-def task_linearization_bytes(task: Task, shapes: StepShapes) -> int:
+def task_linearization_bytes(task: TextTask, shapes: StepShapes) -> int:
     """Bytes of a step's linearisation on one device."""
     return linearization_bytes(task.train_step, *compiled_steps.linearize_program(task, shapes).arguments)
 
 
 def peak_with_plan(
-    task: Task, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
+    task: TextTask, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
 ) -> float:
     """The peak of training and sweep on one device, in bytes, if a training kept this."""
     return max(phase.total_bytes for phase in memory_phases(task, config, shapes, workspace, plan)[:-1])
 
 
-def disk_bytes(task: Task, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
+def disk_bytes(task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
     """Bytes that a run leaves in its folder, without those of its log and report; checkpoints may be compressed."""
     params, state = _total_bytes(shapes.params), _total_bytes(shapes.state)
     table = _total_bytes(shapes.weights)

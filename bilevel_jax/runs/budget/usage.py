@@ -12,12 +12,12 @@ from bilevel_jax.runs.budget.memory import MID_STEP_CHECKPOINT
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
 from bilevel_jax.runs.engine.trajectory_store import GIB
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
+def predict_usage(task: TextTask, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
     """What `estimate` says without asking the compiler: training steps, bytes of arrays on one device, disk.
 
     Made where a run begins and remembered by it, with the most memory so far.
@@ -25,7 +25,7 @@ def predict_usage(task: Task, config: SelectConfig | TrainConfig, session: Sessi
     return session.run_once("expected", lambda: _predict_usage(task, config))
 
 
-def _predict_usage(task: Task, config: SelectConfig | TrainConfig) -> dict[str, Any]:
+def _predict_usage(task: TextTask, config: SelectConfig | TrainConfig) -> dict[str, Any]:
     shapes = compiled_steps.step_shapes(task, compiled_steps.make_first_batch(task, config))
     phases = memory.memory_phases(task, config, shapes, memory.Workspace())
     peak_phase = max(phases, key=lambda phase: phase.total_bytes)
@@ -53,7 +53,7 @@ def peak_memory() -> tuple[float, str]:
 
 
 def measure_usage(
-    task: Task, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
+    task: TextTask, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
 ) -> dict[str, Any]:
     """What the run took: `passes` training steps, of which `timed` took `seconds`."""
     peak_bytes, memory_of = peak_memory()

@@ -7,8 +7,8 @@ from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, num_single_loop_steps, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 class WorkStage(NamedTuple):
@@ -32,7 +32,7 @@ class WorkStage(NamedTuple):
         return WorkStage(name, count * self.forward_steps, count * self.backward_steps, count * self.other_work)
 
 
-def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[WorkStage]:
+def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     """The stages of a `select` run that goes through to its end.
 
     It is the most that a run does: a loop may end early (outer.patience, outer.ess_floor), a solve before
@@ -64,7 +64,7 @@ def select_run_stages(task: Task | ArrayTask, config: SelectConfig) -> list[Work
     return [*stages, training.repeat(1, "the model that is written")]
 
 
-def evaluation_work(task: Task, config: SelectConfig | TrainConfig) -> float:
+def evaluation_work(task: TextTask, config: SelectConfig | TrainConfig) -> float:
     """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.

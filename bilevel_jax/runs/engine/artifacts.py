@@ -1,4 +1,4 @@
-"""What a selection leaves behind: weights.parquet, selected.jsonl and model/."""
+"""Output files of a selection, its weights, examples and model."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, 
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, config_hash
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.infra import distributed
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 def weights_table(
-    task: Task, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
+    task: TextTask, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
 ) -> pa.Table:
     """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
     selected_mask = np.zeros(task.num_examples, bool)
@@ -89,7 +89,7 @@ def format_selected_jsonl(
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
+def train_weights_table(task: TextTask, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
     """What `train` used: one row per training example, joined by `id`."""
     columns = {
         "id": [example.id for example in task.examples],
@@ -104,7 +104,7 @@ def train_weights_table(task: Task, config: TrainConfig, weights: np.ndarray, so
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
 
-def write_model(folder: Path, task: Task, params: Params, *, base_path: str, parts: str = "both") -> None:
+def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str, parts: str = "both") -> None:
     """The trained model as a Hugging Face folder; adapters folded into the base ("full"), beside it, or "both".
 
     What is there already is left: the folders appear whole, one after the other, and a run that was killed between the

@@ -1,4 +1,4 @@
-"""The certificates of a run: its hypergradient checked by training again, and by leaving rows out."""
+"""Certificates of a hypergradient, by retraining."""
 
 import jax
 import numpy as np
@@ -13,12 +13,11 @@ from bilevel_jax.runs.engine.outer_loop import data_order_seed
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
 
 
 def compute_certificates(
-    task: Task | ArrayTask,
+    task: Task,
     config: SelectConfig,
     trainer: Trainer,
     session: Session,

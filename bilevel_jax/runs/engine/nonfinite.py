@@ -1,4 +1,4 @@
-"""Where a training first met a number that is not finite: the step, the tensor, the rows."""
+"""Where training first produced a number that is not finite."""
 
 from collections.abc import Callable
 from typing import Any

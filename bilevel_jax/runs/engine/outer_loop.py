@@ -1,4 +1,4 @@
-"""The outer loop: train, estimate, step the weights, train again; the best weights by dev."""
+"""Outer loop of hypergradient descent on per-example weights."""
 
 import time
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from bilevel_jax.runs.infra.placement import padded_table_size, place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring import scores
 from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.arrays import ArrayTask
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
+from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.text import evaluate_per_example
 
 OuterRecords = list[dict[str, Any]]
 ProgressFunction = Callable[[OuterRecords], float]
@@ -66,7 +66,7 @@ def data_order_seed(config: SelectConfig, step: int) -> int:
     return config.data.seed + (step if config.outer.reshuffle else 0)
 
 
-def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
+def make_weighting(task: Task, config: SelectConfig) -> Weighting:
     """The configured map from the outer variable to the weight table."""
     name, size = config.outer.weighting, padded_table_size(task.num_examples)
     if name == "per_source":
@@ -79,7 +79,7 @@ def make_weighting(task: Task | ArrayTask, config: SelectConfig) -> Weighting:
     return {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name](task.num_examples, size)
 
 
-def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "examples"], int]:
+def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
     """(the number of each row's source, how many there are)."""
     names, indices = np.unique([example.source for example in task.examples], return_inverse=True)
     if len(names) < 2:
@@ -91,7 +91,7 @@ def source_indices(task: Task | ArrayTask) -> tuple[Int[np.ndarray, "examples"],
 
 
 def compute_baseline_scores(
-    task: Task | ArrayTask, trainer: Trainer, run: Trajectory, weights: jax.Array
+    task: Task, trainer: Trainer, run: Trajectory, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
     estimate = trainer.estimate_at_end(run, weights, alignment=True)
@@ -117,7 +117,7 @@ def total_outer_learning_rate(outer: OuterSection) -> float:
 
 
 def run_outer_loop(
-    task: Task | ArrayTask,
+    task: Task,
     config: SelectConfig,
     trainer: Trainer,
     session: Session,
@@ -208,7 +208,7 @@ def run_outer_loop(
     )
 
 
-def good_label_mask(task: Task | ArrayTask, config: SelectConfig) -> np.ndarray | None:
+def good_label_mask(task: Task, config: SelectConfig) -> np.ndarray | None:
     """Which rows carry the label data.good_label; None where the data have no such labels."""
     labels = [example.label for example in task.examples]
     if not config.data.label_field or all(label is None for label in labels):

@@ -1,4 +1,4 @@
-"""The comparison table: cold retrains with the learned weights and with every simple alternative, read on test."""
+"""Cold retrains with learned weights and with simple alternatives."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring import scores
 from bilevel_jax.runs.stats import mean_interval, top_indices
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example
 
 FIRST_RETRAIN_SEED = 10_000
 """Data orders of the comparison begin here: the learned weights have seen none of them."""
@@ -34,7 +34,7 @@ class RetrainVariant(NamedTuple):
 
 
 def build_variants(
-    task: Task,
+    task: TextTask,
     config: SelectConfig,
     learned: LearnedWeights,
     selected_indices: Int[np.ndarray, "selected"],
@@ -85,7 +85,7 @@ def build_variants(
 
 
 def retrain_all_variants(
-    task: Task, config: SelectConfig, trainer: Trainer, session: Session, variants: list[RetrainVariant]
+    task: TextTask, config: SelectConfig, trainer: Trainer, session: Session, variants: list[RetrainVariant]
 ) -> list[dict[str, Any]]:
     """Train every arm from cold under every seed; means with 95 % intervals over the seeds.
 

@@ -1,4 +1,4 @@
-"""Which rows a selection keeps, from their weights: a share, a threshold, whole repeats, or a mix of sources."""
+"""Rules that turn weights into a selected subset."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Methods whose weights move with the parameters: one run of penalty, bmo or direct mixing, resumable."""
+"""Single-loop bilevel methods, penalty, BMO and direct mixing."""
 
 import math
 import time
@@ -28,10 +28,9 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.arrays import ArrayTask
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import Task
 
 TWO_MODEL_WORK, ONE_MODEL_WORK, FORWARD_WORK = 3.0, 2.0, 1 / 3
 """Work of a step in training steps: the training batch and the validation batch, and with a second model once more; of
@@ -65,7 +64,7 @@ def single_loop_step_work(config: SelectConfig) -> float:
 
 
 def run_single_loop(
-    task: Task | ArrayTask,
+    task: Task,
     config: SelectConfig,
     session: Session,
     *,
@@ -149,7 +148,7 @@ def run_single_loop(
 
 
 def run_single_loop_with_baselines(
-    task: Task | ArrayTask, config: SelectConfig, trainer: Trainer, session: Session
+    task: Task, config: SelectConfig, trainer: Trainer, session: Session
 ) -> tuple[LearnedWeights, SingleLoopResult]:
     """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
     uniform_weights = place_table(task.mesh, jnp.ones(task.num_examples))
@@ -173,7 +172,7 @@ def run_single_loop_with_baselines(
     return learned, result
 
 
-def build_single_loop(task: Task | ArrayTask, config: SelectConfig, steps: int) -> SingleLoop:
+def build_single_loop(task: Task, config: SelectConfig, steps: int) -> SingleLoop:
     """The configured method as (init, step, weights)."""
     single, outer = config.single_loop, config.outer
     share_steps = max(1, -(-steps // len(single.validation_shares)))
@@ -223,7 +222,7 @@ def delayed_linear_decay(total: float, steps: int) -> Callable[[Any], Any]:
     return rate
 
 
-def make_online_weights(task: Task | ArrayTask, config: SelectConfig) -> OnlineWeights:
+def make_online_weights(task: Task, config: SelectConfig) -> OnlineWeights:
     """The weights as a single-loop method steps them: on the rows of a batch alone."""
     if config.outer.weighting == "per_source":
         source, count = source_indices(task)

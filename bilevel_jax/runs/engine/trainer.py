@@ -1,4 +1,4 @@
-"""One training run and one estimate of a task: resumable in the middle, watched for numbers that are not finite."""
+"""Resumable training runs and hypergradient estimates of a task."""
 
 from collections.abc import Callable, MutableMapping
 from functools import cached_property
@@ -31,8 +31,7 @@ from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint, distributed
 from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.protocol import Task
 
 REPLAY_WORK, HVP_WORK = 1.0, 3.0
 """Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three.
@@ -62,7 +61,7 @@ class RestoredMidStep(NamedTuple):
 class Trainer:
     """Trains a task and estimates its hypergradient; compiled once, used for every outer step."""
 
-    def __init__(self, task: Task | ArrayTask, outer: OuterSection, session: Session):
+    def __init__(self, task: Task, outer: OuterSection, session: Session):
         self.task, self.outer, self.session = task, outer, session
         self.folder: Path = session.folder / "checkpoints" / "inner"
         split = dict(task.mesh.shape).get("fsdp", 1) > 1
@@ -297,7 +296,7 @@ def delete_stored_states(run: Trajectory) -> None:
 
 
 def check_finite(
-    task: Task | ArrayTask,
+    task: Task,
     losses: dict[int, jax.Array],
     explain: Callable[[int], str],
     params: Params,
@@ -323,7 +322,7 @@ def check_finite(
 _all_finite = jax.jit(tree.all_finite)
 
 
-def describe_example(task: Task | ArrayTask, index: int) -> str:
+def describe_example(task: Task, index: int) -> str:
     """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
     fit = index - task.num_examples
     example = task.examples[index] if fit < 0 else task.held_out_examples["validation"][fit]

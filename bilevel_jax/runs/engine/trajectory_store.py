@@ -1,4 +1,4 @@
-"""What of a training is kept for its sweep within a budget, and where: on the device, in host memory or on disk."""
+"""Where training states are stored for the backward pass."""
 
 import math
 import os

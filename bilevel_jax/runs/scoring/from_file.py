@@ -1,4 +1,4 @@
-"""The weights that a run is given: a file joined by id, a score made into weights, or a constant."""
+"""Example weights from a file, a transformed score or a constant."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Who writes a run's responses: its model, or a service; each is kept as it comes, and never written twice."""
+"""Response generation by the model or a service, with stored responses."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scores that ask the model for likelihoods: one engine for a run, its answers kept as they come, its work counted."""
+"""Likelihood-based scores and the resumable engine behind them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores import incontext, oneshot
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.embedding import hidden_states, tfidf
@@ -75,7 +75,7 @@ class ResumableEngine:
 class TaskLikelihoods:
     """The task's model under some parameters, answering requests; counts its work in training steps."""
 
-    def __init__(self, task: Task, params: Params, session: Session):
+    def __init__(self, task: TextTask, params: Params, session: Session):
         self.params = assemble_params(params, task.base_params)
         self._engine = ResumableEngine(task.decoder, self.params, task.mesh, session)
         self._positions_per_step = task.layout.num_micro_batches * task.layout.rows * task.layout.length
@@ -115,7 +115,7 @@ def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEn
     return CountingEngine(decoder, mesh, session)
 
 
-def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`incontext.ica` with validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
     embedding = (
@@ -143,7 +143,7 @@ def compute_ica(task: Task, params: Params, settings: ScoresSection, session: Se
     return ScoreResult(values, model.passes, notes)
 
 
-def compute_one_shot(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`oneshot.oneshot` with scores.anchors rows of validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
     usable_indices = np.flatnonzero(holdout.is_kept)
@@ -158,7 +158,7 @@ def compute_one_shot(task: Task, params: Params, settings: ScoresSection, sessio
     return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of validation to be judged by"))
 
 
-def train_and_validation_rows(task: Task) -> tuple[TokenizedExamples, TokenizedExamples]:
+def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, TokenizedExamples]:
     """(the training examples, those of validation), as scores read them."""
     return make_tokenized_examples(task.examples, task.corpus), make_tokenized_examples(
         task.held_out_examples["validation"], task.corpus, first_row=task.num_examples
@@ -178,7 +178,7 @@ def _moments(params: Params) -> list[jax.Array]:
     return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
 
 
-def _prompt_format(task: Task, settings: ScoresSection) -> incontext.DemonstrationFormat:
+def _prompt_format(task: TextTask, settings: ScoresSection) -> incontext.DemonstrationFormat:
     return incontext.make_demonstration_format(
         task.tokenizer, settings.template or incontext.DEMONSTRATIONS_TEMPLATE, settings.demonstration_template
     )

@@ -1,4 +1,4 @@
-"""Weights that a score gives while the model trains: made again as it moves, scaled to 0 .. 1."""
+"""Online example weights from scores recomputed during training."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
 from bilevel_jax.runs.stats import auc, rank_correlation
-from bilevel_jax.runs.tasks.text import Task
+from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores import weights as scaling
 
 SCALING_DESCRIPTIONS = {
@@ -40,7 +40,7 @@ class Reweighting:
     resumed reads them there, so it goes on with the same numbers. A row without a score counts as the least.
     """
 
-    def __init__(self, task: Task, config: TrainConfig, session: Session):
+    def __init__(self, task: TextTask, config: TrainConfig, session: Session):
         self.task, self.config, self.session = task, config, session
         self.refresh_steps = plan_refresh_steps(task.num_steps, config.weights.refresh)
         self.scores_by_step: dict[int, ExampleScores] = {}

@@ -1,4 +1,4 @@
-"""Scores of the training examples by name: one number per row, larger is better, from a model and validation."""
+"""Data scores of training examples, by name."""
 
 import json
 import time
@@ -29,7 +29,8 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.likelihoods import ScoreResult
 from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.text import Task, evaluate_per_example
+from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example
 from bilevel_jax.scores.margin import el2n, token_el2n
 from bilevel_jax.scores.random import hash_to_int
 
@@ -49,13 +50,11 @@ class ExampleScores(NamedTuple):
     """What a person should know of these scores."""
 
 
-ScoreFunction = Callable[[Task | ArrayTask, Params, ScoresSection, Session], ScoreResult]
+ScoreFunction = Callable[[Task, Params, ScoresSection, Session], ScoreResult]
 """(task, parameters of the judging model, settings, session) -> scores of the rows; validation is the holdout."""
 
 
-def compute_score(
-    name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session
-) -> ExampleScores:
+def compute_score(name: str, task: Task, params: Params, settings: ScoresSection, session: Session) -> ExampleScores:
     """The score `name`, a key of SCORES, of every training example under the model `params`.
 
     Raises ValueError for a name that is not there, a task that it cannot judge and a holdout without rows, and
@@ -79,7 +78,7 @@ def compute_score(
 
 
 def load_or_compute_score(
-    column: str, name: str, task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session
+    column: str, name: str, task: Task, params: Params, settings: ScoresSection, session: Session
 ) -> ExampleScores:
     """`score`, kept as a column of scores.parquet in the run's folder; read from there where it was made before.
 
@@ -105,7 +104,7 @@ def load_or_compute_score(
     return ExampleScores(values, column_metadata["passes"], column_metadata["seconds"], tuple(column_metadata["notes"]))
 
 
-def warm_start_logits(task: Task | ArrayTask, config: SelectConfig, hyper: Hyper, session: Session) -> Hyper:
+def warm_start_logits(task: Task, config: SelectConfig, hyper: Hyper, session: Session) -> Hyper:
     """The logits `hyper`, all 0, or those of outer.warm_start: its scores, standardised and cut at -2 and 2.
 
     Of a weighting by sources, the mean over each source's rows. A row without a score stays at 0.
@@ -145,7 +144,7 @@ def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -
 # ---- scores that read the losses of the rows
 
 
-def loss_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def loss_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """l_i(params) in the unit of the objective: rows that the model finds hard come first.
 
     Wrong where labels are: noise is hard. `perplexity` orders the other way round.
@@ -153,7 +152,7 @@ def loss_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, 
     return ScoreResult(_example_losses(task, params), _steps_per_epoch(task) / 3)
 
 
-def perplexity_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def perplexity_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """-exp(l_i(params)): rows that the model finds likely come first (small-loss selection).
 
     Wrong where the model already knows what it likes.
@@ -161,7 +160,7 @@ def perplexity_score(task: Task | ArrayTask, params: Params, settings: ScoresSec
     return ScoreResult(-np.exp(_example_losses(task, params)), _steps_per_epoch(task) / 3)
 
 
-def reducible_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def reducible_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """l_i(params) - l_i(holdout model): what is still to be learned and can be (RHO-LOSS, Mindermann et al. 2022).
 
     The holdout model is one of the same kind, started from scores.seed and trained on validation alone, with the optimiser
@@ -181,7 +180,7 @@ def reducible_score(task: Task | ArrayTask, params: Params, settings: ScoresSect
     return ScoreResult(_example_losses(task, params) - holdout_losses, passes)
 
 
-def alignment_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def alignment_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """<grad l_i, grad L_v>: by how much a small step on row i lowers L_v, to first order, per unit of step.
 
     One forward-mode product of the rows' losses along grad L_v over all of validation; no gradient of a row is formed
@@ -199,30 +198,29 @@ def alignment_score(task: Task | ArrayTask, params: Params, settings: ScoresSect
     return ScoreResult(values, validation.steps + _steps_per_epoch(task) * 2 / 3)
 
 
-def ica_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def ica_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """How much likelier the row's answer is after rows of validation as demonstrations (ICA); see `scores.incontext`."""
-    assert isinstance(task, Task)  # `check` has refused arrays
+    assert isinstance(task, TextTask)  # `check` has refused arrays
     return likelihoods.compute_ica(task, params, settings, session)
 
 
-def oneshot_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def oneshot_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """How many answers of validation are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
-    assert isinstance(task, Task)  # `check` has refused arrays
+    assert isinstance(task, TextTask)  # `check` has refused arrays
     return likelihoods.compute_one_shot(task, params, settings, session)
 
 
-def margin_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def margin_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """EL2N: how far the model's probabilities are from the row's own answer; see `scores.margin`. Large for hard rows.
 
     Of a preference pair its two sides are the classes: sqrt(2) (1 - σ(z)), where -log σ(z) is its loss.
     """
-    if isinstance(task, Task) and task.corpus.sequences_per_example == 2:
+    if isinstance(task, TextTask) and task.corpus.sequences_per_example == 2:
         return ScoreResult(np.sqrt(2) * -np.expm1(-_example_losses(task, params)), _steps_per_epoch(task) / 3)
-    el2n_function = (
-        _el2n_of_labels(task.objective.composite_loss.outputs)
-        if isinstance(task, ArrayTask)
-        else _el2n_of_tokens(task.decoder)
-    )
+    if isinstance(task, TextTask):
+        el2n_function = _el2n_of_tokens(task.decoder)
+    else:
+        el2n_function = _el2n_of_labels(task.objective.composite_loss.outputs)
     return ScoreResult(
         evaluate_per_example(
             el2n_function, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
@@ -231,7 +229,7 @@ def margin_score(task: Task | ArrayTask, params: Params, settings: ScoresSection
     )
 
 
-def random_score(task: Task | ArrayTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
+def random_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """Uniform in [0, 1), from the row's id and scores.seed: what every score has to beat."""
     return ScoreResult(np.array([hash_to_int(example.id, settings.seed) for example in task.examples]) / 2.0**64, 0.0)
 
@@ -263,19 +261,19 @@ HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 # ---- parts
 
 
-def _ids_table(task: Task | ArrayTask) -> pa.Table:
+def _ids_table(task: Task) -> pa.Table:
     examples = [task.examples[row] for row in task.trainable_indices()]
     columns = {key: [getattr(example, key) for example in examples] for key in ("id", "row", "source", "label")}
     return pa.table(columns)
 
 
-def _example_losses(task: Task | ArrayTask, params: Params) -> Float[np.ndarray, "examples"]:
+def _example_losses(task: Task, params: Params) -> Float[np.ndarray, "examples"]:
     return evaluate_per_example(
         task.objective.losses, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
     )
 
 
-def _steps_per_epoch(task: Task | ArrayTask) -> float:
+def _steps_per_epoch(task: Task) -> float:
     """Batches that hold every row once."""
     return float(-(-len(task.trainable_indices()) // task.batch_size))
 
@@ -309,7 +307,7 @@ def _el2n_of_tokens(decoder: Decoder) -> Callable:
     return lambda params, frozen, batch: of_sequences(assemble_params(params, frozen["base"]), batch)
 
 
-def _train_holdout_model(task: Task | ArrayTask, seed: int, steps: int, session: Session) -> Params:
+def _train_holdout_model(task: Task, seed: int, steps: int, session: Session) -> Params:
     """The parameters after `steps` steps on validation alone; saved when due, and gone on with from there."""
     folder = session.folder / "checkpoints" / "holdout"
     # copied: a step takes the memory of the state that it is given, and the model's own must stay

@@ -1,4 +1,4 @@
-"""Whether a generated response answers its question, as one number from 0 (wrong) to 1 (right).
+"""Verifiers of generated responses, numeric, exact or user-defined.
 
 Read as numbers: 1,234 and -$3.50 and +7 and .5 and 2e3, 3/4 and 2 1/2 and \\frac{3}{4}; a percent sign or a unit behind
 them is passed over, and so are digits inside a word (m2). A hyphen is a sign unless a digit, a letter or a closing

@@ -1,7 +1,4 @@
-"""A classification task from arrays (hyper-cleaning): data with wrong labels, a small network, streams of batches.
-
-It has what `task.Task` has wherever training, estimates, the outer loop and the comparison touch it.
-"""
+"""Classification task on arrays with label noise (hyper-cleaning)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +57,7 @@ class ArrayModel(NamedTuple):
 
 
 class ArrayTask(NamedTuple):
-    """The ingredients of a run on arrays, with the names that `task.Task` gives them."""
+    """A classification task on arrays; see `Task` for its members."""
 
     examples: list[Example]
     held_out_examples: dict[str, Int[np.ndarray, "examples"]]

@@ -1,4 +1,4 @@
-"""The embedded tasks: data and small language models that the package makes itself, as ordinary files."""
+"""Built-in tasks with generated data and small pretrained models."""
 
 import difflib
 from collections.abc import Callable

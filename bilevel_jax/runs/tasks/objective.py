@@ -1,4 +1,4 @@
-"""The configured loss of an example: as a function, split for Gauss-Newton, with its unit and its accuracy."""
+"""Training losses, accuracies and units of each objective."""
 
 from collections.abc import Callable
 from typing import NamedTuple

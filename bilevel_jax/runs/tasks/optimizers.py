@@ -1,4 +1,4 @@
-"""The optimiser of a run: from its config to one optax chain, whose derivative is finite everywhere."""
+"""Optax optimizers and learning-rate schedules with finite derivatives."""
 
 import jax
 import jax.numpy as jnp

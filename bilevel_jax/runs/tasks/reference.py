@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model (DPO): made once, stored by id, and refused for another model or text."""
+"""Reference-model log-probabilities for DPO, stored by example id."""
 
 import hashlib
 from collections.abc import Sequence

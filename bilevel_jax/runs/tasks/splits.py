@@ -1,4 +1,4 @@
-"""The rows of a run: training examples, the three parts of the validation examples, and what a person should know about them."""
+"""Training, validation, dev and test examples, checked for leaks."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Training examples that are read while training goes, for data too large to hold: one step's rows in memory at a time."""
+"""Streaming training batches with a shuffle buffer."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""From a config to everything that a run on a language model is made of: rows, tokens, model, problem, streams."""
+"""Language-model task with its data, model, problem and batch streams."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -34,7 +34,7 @@ from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.splits import DataSplits
 
 
-class Task(NamedTuple):
+class TextTask(NamedTuple):
     """A run's ingredients; every array lies on the mesh."""
 
     examples: list[Example]
@@ -145,7 +145,7 @@ def prepare_text_task(
     num_steps: int,
     seeds: Sequence[int],
     proximal_strength: float = 0.0,
-) -> Task:
+) -> TextTask:
     """Tokenize the rows, load the model, and compose the bilevel problem.
 
     `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share
@@ -223,7 +223,7 @@ def compose_text_task(
     num_steps: int,
     seeds: Sequence[int],
     proximal_strength: float,
-) -> Task:
+) -> TextTask:
     """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
     corpora, longest = (
         tokenized_data.corpora,
@@ -270,7 +270,7 @@ def compose_text_task(
     run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
     problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
     run_optimizer = build_optimizer(config.optimizer, num_steps)
-    return Task(
+    return TextTask(
         examples=tokenized_data.examples,
         held_out_examples=tokenized_data.held_out_examples,
         notes=tokenized_data.notes,
