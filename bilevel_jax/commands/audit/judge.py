@@ -10,9 +10,9 @@ from bilevel_jax.commands.audit import retrains
 from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
 from bilevel_jax.runs import stats
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.engine.outer_loop import good_label_mask
+from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.evaluation import good_label_mask
 from bilevel_jax.runs.tasks.protocol import Task
 
 EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
@@ -36,15 +36,17 @@ class DataScore(NamedTuple):
 
 
 def judge_scores(
-    config: SelectConfig,
     task: Task,
     scores: list[DataScore],
     retrain_losses: LeaveOutRetrains,
     certification: tuple[certify.Certificates, certify.Verdict] | None,
+    *,
+    data: DataSection,
+    train_seed: int,
 ) -> dict[str, Any]:
     """What result.json holds: each score's readings, and the verdict."""
-    trainable, seed = task.trainable_indices(), config.data.seed
-    good = good_label_mask(task, config)
+    trainable, seed = task.trainable_indices(), data.seed
+    good = good_label_mask(task, data)
     exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
     counts = stats.resample_counts(len(trainable), (seed, 4))
     draws = {
@@ -84,7 +86,7 @@ def judge_scores(
         "unit": task.objective.loss_unit,
         "steps": task.num_steps,
         "batch": task.batch_size,
-        "seeds": {"data": config.data.seed, "start": config.train.seed},
+        "seeds": {"data": data.seed, "start": train_seed},
         "counts": {"train": len(trainable)}
         | {part: len(task.held_out_examples[part]) for part in task.held_out_streams}
         | ({"queries": retrain_losses.losses["queries"].shape[2]} if "queries" in retrain_losses.losses else {}),

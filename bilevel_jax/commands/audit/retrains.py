@@ -15,8 +15,9 @@ from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainSte
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.infra.step_loop import run_steps
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.text import evaluate_per_example
 
 TARGET_LABELS = {"validation": "L_v", "queries": "each query", "test": "test"}
 """What is predicted, as people read it."""
@@ -113,13 +114,13 @@ def train_vmapped(
     """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
     gather, forward = _vmap_step(task.train_step)
     weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.frozen(start.params)
-    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
-    for step in range(stream.steps):
+
+    def take_step(step: int, states: TrainState) -> TrainState:
         batch = stream.batch(step)
-        state, _ = forward(state, gather(weights, batch), frozen, batch)
-        session.advance(len(left_out))
-        session.check_signals()
-    return state.params
+        return forward(states, gather(weights, batch), frozen, batch)[0]
+
+    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(left_out), *leaf.shape)), start)
+    return run_steps(session, take_step, states, range(stream.steps), work=len(left_out)).params
 
 
 @lru_cache(maxsize=2)

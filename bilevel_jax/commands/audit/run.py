@@ -16,23 +16,35 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.commands.audit import judge, report, retrains
 from bilevel_jax.commands.audit.judge import EXACT_ESTIMATOR, DataScore
-from bilevel_jax.core import certify, tree
+from bilevel_jax.core import certify
 from bilevel_jax.core.types import PADDING, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
-from bilevel_jax.runs.config.load import AuditConfig, SelectConfig, config_hash
+from bilevel_jax.runs.config.load import AuditConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
-from bilevel_jax.runs.config.schema import EstimatorName
+from bilevel_jax.runs.config.schema import DataSection, EstimatorName, OuterSection
 from bilevel_jax.runs.engine.certificates import compute_certificates
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer, delete_stored_states
+from bilevel_jax.runs.engine.trainer import (
+    HVP_WORK,
+    REPLAY_WORK,
+    Trainer,
+    check_hypergradient_finite,
+    delete_stored_states,
+)
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
-from bilevel_jax.runs.tasks.arrays import ArrayTask, build_array_model, prepare_array_task, read_npz_dataset
+from bilevel_jax.runs.tasks.arrays import (
+    ArrayTask,
+    build_array_model,
+    label_array_data,
+    prepare_array_task,
+    read_npz_dataset,
+)
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
+from bilevel_jax.runs.tasks.text import prepare_text_task
 
 
 class UniformTraining(NamedTuple):
@@ -48,9 +60,9 @@ class UniformTraining(NamedTuple):
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
-    """Run the command in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.dir` and return what result.json holds.
 
-    Raises as `select.select` does, and ValueError for scores that the task does not allow and queries it has not.
+    Raises as `select` does, and ValueError for scores that the task does not allow and queries it has not.
     """
     with open_run_dir(config) as folder:
         task = prepare_audit_task(config, folder)
@@ -60,35 +72,40 @@ def audit(config: AuditConfig) -> dict[str, Any]:
             return _run_audit(config, task, names, query_indices, session)
 
 
-def select_config_for_audit(config: AuditConfig) -> SelectConfig:
-    """The run as the settings of `select`, which its parts are written for."""
-    data = config.data
-    if reads_array_data(config):
-        data = replace(data, label_field="label", good_label="clean")
-    return SelectConfig(
-        model=config.model, data=data, objective=config.objective, optimizer=config.optimizer, train=config.train,
-        outer=replace(config.outer, method=EXACT_ESTIMATOR), certify=config.certify, output=config.output,
-        mesh=config.mesh, distributed=config.distributed, lora=config.lora,
-    )  # fmt: skip
+def labelled_data(config: AuditConfig) -> DataSection:
+    """The section data with the keys of the labels, which arrays always have."""
+    return label_array_data(config.data) if reads_array_data(config) else config.data
+
+
+def exact_outer(config: AuditConfig) -> OuterSection:
+    """The section outer with the estimator that the others are ranked against."""
+    return replace(config.outer, method=EXACT_ESTIMATOR)
 
 
 def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
     """The task: arrays with wrong labels, or text."""
-    select_config = select_config_for_audit(config)
+    proximal_strength = config.outer.proximal
     if reads_array_data(config):
-        source = read_npz_dataset(config.data.train[0])
-        return prepare_array_task(
-            select_config, config.arrays, source, build_array_model(select_config, config.arrays, source)
+        dataset = read_npz_dataset(config.data.train[0])
+        model = build_array_model(
+            dataset,
+            config.arrays,
+            model=config.model,
+            optimizer=config.optimizer,
+            max_steps=config.train.max_steps,
+            proximal_strength=proximal_strength,
         )
-    resolved = resolve_builtin(select_config, folder)
-    seeds, prior = [config.data.seed], config.outer.proximal
-    return prepare_text(
+        return prepare_array_task(
+            dataset, model, config.arrays, train=config.train, mesh=config.mesh, data_seed=config.data.seed
+        )
+    resolved = resolve_builtin(config, folder)
+    return prepare_text_task(
         resolved,
         splits.load_splits(resolved.data),
         folder,
         num_steps=config.train.max_steps,
-        seeds=seeds,
-        proximal_strength=prior,
+        seeds=[config.data.seed],
+        proximal_strength=proximal_strength,
     )
 
 
@@ -143,7 +160,9 @@ def _run_audit(
         num_subsets=config.audit.subsets, vmap_size=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
     )  # fmt: skip
     session.set_phase("writing")
-    result = judge.judge_scores(select_config_for_audit(config), task, scores, retrain_losses, certification)
+    result = judge.judge_scores(
+        task, scores, retrain_losses, certification, data=labelled_data(config), train_seed=config.train.seed
+    )
     result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": config_hash(config)}
     validation_ids = [
         getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["validation"])
@@ -163,7 +182,7 @@ def train_uniform(
 ) -> UniformTraining:
     """Train with weight 1 for every row."""
     began, ones = time.monotonic(), jnp.ones(task.num_examples)
-    trainer = Trainer(task, select_config_for_audit(config).outer, session)
+    trainer = Trainer(task, exact_outer(config), session)
     start = trainer.init_state(task.init_params(config.train.seed))
     stream = cache_stream(task.mesh, task.training_stream(config.data.seed))  # read again by every retrain
     trajectory = trainer.run(ones, start, stream, for_backward=EXACT_ESTIMATOR in config.audit.estimators, outer_step=0)
@@ -293,9 +312,19 @@ def certify_exact(
         return None
     slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
     certificate_set = compute_certificates(
-        task, select_config_for_audit(config), uniform_training.trainer, session, name="uniform weights", weights=np.ones(task.num_examples),
-        hypergradient=slopes, step=0, validation_loss=exact_record["value"], checks=certify.Checks(**exact_record["checks"]),
-    )  # fmt: skip
+        task,
+        uniform_training.trainer,
+        session,
+        config.certify,
+        name="uniform weights",
+        weights=np.ones(task.num_examples),
+        hypergradient=slopes,
+        validation_loss=exact_record["value"],
+        checks=certify.Checks(**exact_record["checks"]),
+        start_seed=config.train.seed,
+        order_seed=config.data.seed,
+        data_seed=config.data.seed,
+    )
     verdict = certify.judge_certificates(certificate_set)
     session.print_line(f"the exact entries: {verdict}")
     return certificate_set, verdict
@@ -328,11 +357,7 @@ def _estimate_once(
     def make() -> dict[str, Any]:
         before, began = session.work_done, time.monotonic()
         result = estimate(streams)
-        if not bool(tree.all_finite(result.grad)):
-            raise FloatingPointError(
-                f"the entries of {name} are not finite ({result.checks}). Training itself was finite: raise "
-                "optimizer.eps_root, or lower optimizer.learning_rate."
-            )
+        check_hypergradient_finite(result, name)
         with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, -np.asarray(result.grad))
         checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}

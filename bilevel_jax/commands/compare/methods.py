@@ -9,13 +9,30 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core.types import Params
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.config.schema import OuterMethod as MethodName
+from bilevel_jax.runs.config.schema import (
+    DataSection,
+    OptimizerSection,
+    OuterMethod,
+    OuterSection,
+    ScoresSection,
+    SingleLoopSection,
+    TrainSection,
+)
 from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.protocol import Task
+
+
+class MethodSections(NamedTuple):
+    """The sections of a config that a method reads, those of one repetition."""
+
+    data: DataSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    outer: OuterSection
+    single_loop: SingleLoopSection
 
 
 class MethodResult(NamedTuple):
@@ -33,32 +50,42 @@ class MethodResult(NamedTuple):
 
 
 class MethodSpec(NamedTuple):
-    """A row of the table of methods."""
+    """A method of the comparison."""
 
     estimand: str
     """What its gradient, or its model, is of."""
     exactness: str
     """Whether it is exact for that."""
-    configure: Callable[[SelectConfig], SelectConfig]
-    """The config with this method in it."""
-    run: Callable[[Task, SelectConfig, Session, float], MethodResult]
-    """(task, config of `settings`, session, budget in passes) -> what it gives."""
-    min_budget: Callable[[Task, SelectConfig], float]
-    """(task, config of `settings`) -> the least budget with which it moves a weight, in passes."""
+    configure: Callable[[MethodSections], MethodSections]
+    """The sections with this method set in them."""
+    run: Callable[[Task, MethodSections, Session, float], MethodResult]
+    """(task, sections from `configure`, session, budget in passes) -> its result."""
+    min_budget: Callable[[Task, MethodSections], float]
+    """(task, sections from `configure`) -> the least budget with which it moves a weight, in passes."""
 
 
-def _run_outer_loop_within_budget(task: Task, config: SelectConfig, session: Session, budget: float) -> MethodResult:
-    """`learn.learn` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
+def _run_outer_loop_within_budget(
+    task: Task, sections: MethodSections, session: Session, budget: float
+) -> MethodResult:
+    """`run_outer_loop` with as many outer steps as the budget pays for; the rate falls with what is spent of it.
 
-    What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another is made while
-    the dearest so far still fits.
+    What a step of `implicit` costs is known only afterwards (its solve stops at a tolerance), so another one is made
+    while the most expensive so far still fits.
     """
 
     def progress(records: OuterRecords) -> float:
         costs = [record["work"] for record in records]
-        return sum(costs) / (budget - max(costs[1:], default=count_outer_step_work(task, config)))
+        return sum(costs) / (budget - max(costs[1:], default=count_outer_step_work(task, sections.outer)))
 
-    learned = run_outer_loop(task, config, Trainer(task, config.outer, session), session, progress)
+    learned = run_outer_loop(
+        task,
+        Trainer(task, sections.outer, session),
+        session,
+        data=sections.data,
+        train_seed=sections.train.seed,
+        scores=ScoresSection(),
+        progress=progress,
+    )
     stop_reason = learned.stop_reason if progress(learned.records) <= 1 else ""
     spent = sum(record["work"] for record in learned.records)
     return MethodResult(
@@ -66,9 +93,9 @@ def _run_outer_loop_within_budget(task: Task, config: SelectConfig, session: Ses
     )
 
 
-def count_outer_step_work(task: Task, config: SelectConfig) -> float:
-    """The most that one outer step costs, in passes: a training and an estimate."""
-    outer, epoch = config.outer, math.ceil(len(task.trainable_indices()) / task.batch_size)
+def count_outer_step_work(task: Task, outer: OuterSection) -> float:
+    """The most that one outer step costs, in passes: a training run and an estimate."""
+    epoch = math.ceil(len(task.trainable_indices()) / task.batch_size)
     estimate = {
         "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
         "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
@@ -79,27 +106,39 @@ def count_outer_step_work(task: Task, config: SelectConfig) -> float:
 
 
 def count_baseline_work(task: Task) -> float:
-    """What the first outer step costs beside: the baselines at uniform weights."""
+    """What the first outer step costs in addition, in passes: the baselines at uniform weights."""
     return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
 
 
-def _run_single_loop_within_budget(task: Task, config: SelectConfig, session: Session, budget: float) -> MethodResult:
-    """`single.run_single` with as many steps as the budget pays for."""
-    steps = int(budget / single_loop_step_work(config))
+def _run_single_loop_within_budget(
+    task: Task, sections: MethodSections, session: Session, budget: float
+) -> MethodResult:
+    """`run_single_loop` with as many steps as the budget pays for."""
+    step_work = _single_loop_step_work(sections)
+    steps = int(budget / step_work)
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
     moves = max(1, int(budget / ((1 + REPLAY_WORK + HVP_WORK) * task.num_steps)) - 1)
-    config = replace(
-        config, single_loop=replace(config.single_loop, steps=steps), outer=replace(config.outer, steps=moves)
+    result = run_single_loop(
+        task,
+        session,
+        single_loop=replace(sections.single_loop, steps=steps),
+        outer=replace(sections.outer, steps=moves),
+        optimizer=sections.optimizer,
+        data=sections.data,
+        train=sections.train,
     )
-    result = run_single_loop(task, config, session)
     return MethodResult(
         result.weights,
         _cost_history(result.records),
-        steps * single_loop_step_work(config),
+        steps * step_work,
         _total_seconds(result.records),
         "",
         result.params,
     )
+
+
+def _single_loop_step_work(sections: MethodSections) -> float:
+    return single_loop_step_work(sections.single_loop, sections.outer.method)
 
 
 def _total_seconds(records: list[dict[str, Any]]) -> float:
@@ -114,34 +153,36 @@ def _cost_history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _set_method(method: MethodName) -> Callable[[SelectConfig], SelectConfig]:
-    return lambda config: replace(
-        config, outer=replace(config.outer, method=method), single_loop=replace(config.single_loop, second_model="copy")
+def _set_method(method: OuterMethod) -> Callable[[MethodSections], MethodSections]:
+    return lambda sections: sections._replace(
+        outer=replace(sections.outer, method=method), single_loop=replace(sections.single_loop, second_model="copy")
     )
 
 
-def _without_second_model(config: SelectConfig) -> SelectConfig:
+def _without_second_model(sections: MethodSections) -> MethodSections:
     """Without a second model every weight only falls, so they must compete: softmax, as its authors have it."""
-    outer = replace(config.outer, method="penalty")
+    outer = replace(sections.outer, method="penalty")
     if outer.weighting == "sigmoid":
         outer = replace(outer, weighting="softmax")
-    return replace(config, outer=outer, single_loop=replace(config.single_loop, second_model="none"))
+    return sections._replace(outer=outer, single_loop=replace(sections.single_loop, second_model="none"))
 
 
-def _outer_loop_method(name: MethodName, estimand: str, exactness: str) -> MethodSpec:
-    def min_budget(task: Task, config: SelectConfig) -> float:
-        return 2 * count_outer_step_work(task, config) + count_baseline_work(task)
+def _outer_loop_method(name: OuterMethod, estimand: str, exactness: str) -> MethodSpec:
+    def min_budget(task: Task, sections: MethodSections) -> float:
+        return 2 * count_outer_step_work(task, sections.outer) + count_baseline_work(task)
 
     return MethodSpec(estimand, exactness, _set_method(name), _run_outer_loop_within_budget, min_budget)
 
 
-def _single_loop_method(configure: Callable[[SelectConfig], SelectConfig], estimand: str, exactness: str) -> MethodSpec:
+def _single_loop_method(
+    configure: Callable[[MethodSections], MethodSections], estimand: str, exactness: str
+) -> MethodSpec:
     return MethodSpec(
         estimand,
         exactness,
         configure,
         _run_single_loop_within_budget,
-        lambda task, config: single_loop_step_work(config),
+        lambda task, sections: _single_loop_step_work(sections),
     )
 
 

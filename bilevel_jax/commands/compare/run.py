@@ -13,32 +13,33 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.compare import report
-from bilevel_jax.commands.compare.methods import METHODS, MethodResult, count_baseline_work
+from bilevel_jax.commands.compare.methods import METHODS, MethodResult, MethodSections, count_baseline_work
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
-from bilevel_jax.runs.config.load import CompareConfig, SelectConfig, config_hash
+from bilevel_jax.runs.config.load import CompareConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
-from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores, good_label_mask
+from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores
 from bilevel_jax.runs.engine.retrain import RetrainVariant, retrain_variant
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc, mean_interval, top_indices
-from bilevel_jax.runs.tasks import arrays, splits
+from bilevel_jax.runs.tasks import splits
+from bilevel_jax.runs.tasks.arrays import build_array_model, label_array_data, prepare_array_task, read_npz_dataset
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.evaluation import accuracy, good_label_mask, headline_part
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import evaluate_per_example
-from bilevel_jax.runs.tasks.text import prepare_text_task as prepare_text
+from bilevel_jax.runs.tasks.text import prepare_text_task
 
 SEED_STRIDE = 1_000_000
-"""Between the seeds of data and order of two repetitions: further than any outer step or retrain goes."""
+"""Distance of the data seeds of two repetitions: further than any outer step or retrain goes."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Run the command in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.dir` and return what result.json holds.
 
-    Raises as `select.select` does, and ValueError where the budget is too small for a method to move a weight.
+    Raises as `select` does, and ValueError where the budget is too small for a method to move a weight.
     """
     with open_run_dir(config) as folder:
         build_task = make_task_builder(config, folder)
@@ -47,36 +48,24 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             return _run_comparison(config, build_task, session)
 
 
-def select_config_for_seed(config: CompareConfig, seed: int) -> SelectConfig:
-    """One repetition as the settings of `select`, which the parts of a run are written for."""
-    return SelectConfig(
-        model=config.model,
-        lora=config.lora,
-        data=replace(
-            config.data,
-            seed=config.data.seed + SEED_STRIDE * seed,
-            label_field="label" if reads_array_data(config) else config.data.label_field,
-            good_label="clean" if reads_array_data(config) else config.data.good_label,
-        ),
-        objective=config.objective,
+def sections_for_seed(config: CompareConfig, seed: int) -> MethodSections:
+    """What the methods of one repetition read: every repetition has seeds of its own."""
+    data = label_array_data(config.data) if reads_array_data(config) else config.data
+    return MethodSections(
+        data=replace(data, seed=data.seed + SEED_STRIDE * seed),
         optimizer=config.optimizer,
         train=replace(config.train, seed=config.train.seed + seed),
         outer=replace(config.outer, patience=0),
         single_loop=config.single_loop,
-        output=config.output,
-        mesh=config.mesh,
-        distributed=config.distributed,
     )
 
 
 def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task]:
-    """seed -> the task: arrays with rows and wrong labels of their own, or always the same text."""
+    """seed -> the task: arrays with examples and wrong labels of their own, or always the same text."""
     if reads_array_data(config):
-        source = arrays.read_npz_dataset(config.data.train[0])
-        net = arrays.build_array_model(select_config_for_seed(config, 0), config.arrays, source)
-        return lambda seed: arrays.prepare_array_task(select_config_for_seed(config, seed), config.arrays, source, net)
-    resolved = resolve_builtin(select_config_for_seed(config, 0), folder)
-    text = prepare_text(
+        return _make_array_task_builder(config)
+    resolved = resolve_builtin(config, folder)
+    text_task = prepare_text_task(
         resolved,
         splits.load_splits(resolved.data),
         folder,
@@ -84,20 +73,43 @@ def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Ta
         seeds=[0],
         proximal_strength=config.outer.proximal,
     )
-    return lambda seed: text
+    return lambda seed: text_task
+
+
+def _make_array_task_builder(config: CompareConfig) -> Callable[[int], Task]:
+    dataset = read_npz_dataset(config.data.train[0])
+    model = build_array_model(
+        dataset,
+        config.arrays,
+        model=config.model,
+        optimizer=config.optimizer,
+        max_steps=config.train.max_steps,
+        proximal_strength=config.outer.proximal,
+    )
+
+    def build_task(seed: int) -> Task:
+        return prepare_array_task(
+            dataset,
+            model,
+            config.arrays,
+            train=config.train,
+            mesh=config.mesh,
+            data_seed=sections_for_seed(config, seed).data.seed,
+        )
+
+    return build_task
 
 
 def _check_budget(config: CompareConfig, task: Task) -> None:
-    selected_methods = {name: METHODS[name] for name in config.compare.methods}
+    sections = sections_for_seed(config, 0)
     needed = {
-        name: method.min_budget(task, method.configure(select_config_for_seed(config, 0)))
-        for name, method in selected_methods.items()
+        name: METHODS[name].min_budget(task, METHODS[name].configure(sections)) for name in config.compare.methods
     }
     if short := {name: math.ceil(least) for name, least in needed.items() if least > config.compare.budget}:
         listed = ", ".join(f"{name} {least:,}" for name, least in short.items())
         raise ValueError(
-            f"compare.budget = {config.compare.budget:,} is too small to move a weight twice; needed: {listed}. Raise it, "
-            "lower train.max_steps or outer.max_iterations, or leave these methods out of compare.methods."
+            f"compare.budget = {config.compare.budget:,} is too small to move a weight twice; needed: {listed}. Raise "
+            "it, lower train.max_steps or outer.max_iterations, or leave these methods out of compare.methods."
         )
 
 
@@ -128,7 +140,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         tables.append(table)
     result = {
         "rows": [summarize_method(name, cells) for name in cells],
-        "labels": good_label_mask(task, select_config_for_seed(config, 0)) is not None,
+        "labels": good_label_mask(task, sections_for_seed(config, 0).data) is not None,
         "unit": task.objective.loss_unit,
         "right": task.objective.accuracy_name,
         "budget": config.compare.budget,
@@ -155,50 +167,18 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
 def run_repetition(
     config: CompareConfig, task: Task, seed: int, session: Session
 ) -> tuple[dict[str, dict[str, Any]], pa.Table]:
-    """Every arm and every method under one seed: (name -> its cell of the table, the weights of every row)."""
-    select_config = select_config_for_seed(config, seed)
-    good = good_label_mask(task, select_config)
-    trainer = Trainer(task, select_config.outer, session)
-    outer_loss = validation_loss_fn(task.problem)
-    uniform_stats = _train_uniform(task, select_config, seed, trainer, session)
-
-    def retrain_cold(name: str, variant: RetrainVariant) -> dict[str, Any]:
-        def make() -> dict[str, Any]:
-            began = time.monotonic()
-            found = retrain_variant(task, select_config, trainer, session, outer_loss, variant, 0)
-            return found | {"passes": task.num_steps, "seconds": time.monotonic() - began}
-
-        session.set_phase(f"seed {seed}/{name}")
-        return session.run_once(f"seed {seed}/{name}", make)
-
+    """Every baseline and every method under one seed: (name -> its cell of the table, the weights of every example)."""
+    repetition = Repetition(config, task, seed, session)
     cells = {}
-    for name, (variant, scores) in make_baselines(config, task, seed, uniform_stats, good).items():
-        ranking_passes = uniform_stats["passes"] if name in ("alignment", "low_loss") else 0
-        is_kept = np.isin(np.arange(task.num_examples), variant.example_indices)
-        cell = retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
-        if good is not None and scores is not None:
-            cell |= {"auc": auc(scores, good), "f1": f1_score(is_kept, good)}
-        cells[name] = cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
+    for name, (variant, scores) in make_baselines(
+        config, task, seed, repetition.uniform_stats, repetition.good
+    ).items():
+        cells[name] = repetition.run_baseline(name, variant, scores)
         session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
-    columns = {"alignment": uniform_stats["alignment"], "loss": uniform_stats["losses"]}
+    columns = {"alignment": repetition.uniform_stats["alignment"], "loss": repetition.uniform_stats["losses"]}
     for name in config.compare.methods:
-        cell, weights = learn_weights(config, task, select_config, name, seed, session, outer_loss)
-        columns[f"weight {name}"] = weights
-        if name != "mixing":
-            table = np.ones(task.corpus.num_examples)
-            table[: task.num_examples] = weights
-            everything = task.trainable_indices()
-            without_validation = retrain_cold(f"{name}, alone", RetrainVariant(name, "", everything, table))
-            with_validation = retrain_cold(
-                f"{name}, with validation",
-                RetrainVariant(name, "", np.concatenate([everything, task.validation_indices()]), table),
-            )
-            cell |= {key: without_validation[key] for key in (*PART_NAMES, "accuracy")}
-            cell["with_v"] = {key: with_validation[key] for key in ("test", "accuracy")}
-        if good is not None and name != "mixing":
-            cell |= {"auc": auc(weights, good), "f1": f1_score(weights > 1, good)}
-        cells[name] = cell
-        session.print_line(f"seed {seed}  {_format_cell(name, cell)}")
+        cells[name], columns[f"weight {name}"] = repetition.run_method(name)
+        session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
     facts = {
         "seed": np.full(task.num_examples, seed),
         "id": [example.id for example in task.examples],
@@ -206,6 +186,57 @@ def run_repetition(
         "label": [example.label for example in task.examples],
     }
     return cells, pa.table(facts | columns)
+
+
+class Repetition:
+    """One repetition of the comparison: its task, its seeds, and the uniform training that the baselines read."""
+
+    def __init__(self, config: CompareConfig, task: Task, seed: int, session: Session):
+        self.config, self.task, self.seed, self.session = config, task, seed, session
+        self.sections = sections_for_seed(config, seed)
+        self.good = good_label_mask(task, self.sections.data)
+        self.trainer = Trainer(task, self.sections.outer, session)
+        self.outer_loss = validation_loss_fn(task.problem)
+        self.uniform_stats = _train_uniform(task, self.sections, seed, self.trainer, session)
+
+    def run_baseline(self, name: str, variant: RetrainVariant, scores: np.ndarray | None) -> dict[str, Any]:
+        """The cell of a selection that learns no weights."""
+        ranking_passes = self.uniform_stats["passes"] if name in ("alignment", "low_loss") else 0
+        is_kept = np.isin(np.arange(self.task.num_examples), variant.example_indices)
+        cell = self._retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
+        if self.good is not None and scores is not None:
+            cell |= {"auc": auc(scores, self.good), "f1": f1_score(is_kept, self.good)}
+        return cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
+
+    def run_method(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
+        """The cell of a method, after cold retrains with its weights, and the weights; mixing learns none."""
+        cell, weights = learn_weights(
+            self.task, self.sections, name, self.seed, self.config.compare.budget, self.session, self.outer_loss
+        )
+        if name == "mixing":
+            return cell, weights
+        table = np.ones(self.task.corpus.num_examples)
+        table[: self.task.num_examples] = weights
+        trainable = self.task.trainable_indices()
+        with_validation = np.concatenate([trainable, self.task.validation_indices()])
+        alone = self._retrain_cold(f"{name}, alone", RetrainVariant(name, "", trainable, table))
+        both = self._retrain_cold(f"{name}, with validation", RetrainVariant(name, "", with_validation, table))
+        cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
+        cell["with_v"] = {key: both[key] for key in ("test", "accuracy")}
+        if self.good is not None:
+            cell |= {"auc": auc(weights, self.good), "f1": f1_score(weights > 1, self.good)}
+        return cell, weights
+
+    def _retrain_cold(self, name: str, variant: RetrainVariant) -> dict[str, Any]:
+        train_seed, data_seed = self.sections.train.seed, self.sections.data.seed
+
+        def make() -> dict[str, Any]:
+            began = time.monotonic()
+            losses = retrain_variant(self.task, self.trainer, self.outer_loss, variant, train_seed, data_seed)
+            return losses | {"passes": self.task.num_steps, "seconds": time.monotonic() - began}
+
+        self.session.set_phase(f"seed {self.seed}/{name}")
+        return self.session.run_once(f"seed {self.seed}/{name}", make)
 
 
 def make_baselines(
@@ -249,21 +280,15 @@ def make_baselines(
 
 
 def learn_weights(
-    config: CompareConfig,
-    task: Task,
-    select_config: SelectConfig,
-    name: str,
-    seed: int,
-    session: Session,
-    outer_loss: Any,
+    task: Task, sections: MethodSections, name: str, seed: int, budget: int, session: Session, outer_loss: Any
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """A method's cell before its retrains, and its weights: made now, or found where an earlier run left them."""
+    """A method's cell before its retrains, and its weights: computed now, or read where an earlier run left them."""
     method, key = METHODS[name], f"seed {seed}/{name}"
     path = session.folder / "parts" / f"{key.replace('/', ' ')}.npy"
 
     def make() -> dict[str, Any]:
         part = session.part_session(key.replace("/", " "))
-        outcome = method.run(task, method.configure(select_config), part, float(config.compare.budget))
+        outcome = method.run(task, method.configure(sections), part, float(budget))
         with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
@@ -287,21 +312,15 @@ def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, 
         else {},
     }
     if outcome.params is not None:
-        frozen, part = task.frozen(outcome.params), _held_out_part(task)
-        correct = evaluate_per_example(
-            task.objective.accuracy,
-            outcome.params,
-            frozen,
-            task.held_out_streams[part],
-            len(task.held_out_examples[part]),
-        )
+        frozen, part = task.frozen(outcome.params), headline_part(task)
+        right = accuracy(task, outcome.params, frozen, part)
         value = float(outer_loss(outcome.params, frozen, task.held_out_streams[part]))
-        cell["own"] = {"test": value, "accuracy": float(np.nanmean(correct))}
+        cell["own"] = {"test": value, "accuracy": right}
     return cell
 
 
 def _train_uniform(
-    task: Task, select_config: SelectConfig, seed: int, trainer: Trainer, session: Session
+    task: Task, sections: MethodSections, seed: int, trainer: Trainer, session: Session
 ) -> dict[str, Any]:
     """Alignment and losses of every row after a uniform training, and what they cost."""
     path, key = session.folder / "parts" / f"seed {seed}.npz", f"seed {seed}/uniform training"
@@ -310,8 +329,8 @@ def _train_uniform(
         before, ones = session.work_done, jnp.ones(task.num_examples)
         run = trainer.run(
             ones,
-            trainer.init_state(task.init_params(select_config.train.seed)),
-            task.training_stream(select_config.data.seed),
+            trainer.init_state(task.init_params(sections.train.seed)),
+            task.training_stream(sections.data.seed),
         )
         alignment, losses = compute_baseline_scores(task, trainer, run, ones)
         path.parent.mkdir(exist_ok=True)
@@ -356,10 +375,6 @@ def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[
         "interval": {key: half for key, (_, half) in intervals.items()},
         "runs": runs,
     }
-
-
-def _held_out_part(task: Task) -> str:
-    return "test" if "test" in task.held_out_streams else "validation"
 
 
 def _format_cell(name: str, cell: dict[str, Any]) -> str:

@@ -8,15 +8,14 @@ import jax
 import numpy as np
 from jax.extend.backend import clear_backends
 
-from bilevel_jax.commands.audit.run import select_config_for_audit
-from bilevel_jax.commands.compare.run import select_config_for_seed
+from bilevel_jax.commands.audit.judge import EXACT_ESTIMATOR
 from bilevel_jax.commands.train.run import count_train_steps
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
-from bilevel_jax.runs.config.load import AuditConfig, CompareConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import AuditConfig, RunConfig, TrainConfig
 from bilevel_jax.runs.config.schema import EstimateSection
 from bilevel_jax.runs.engine.outer_loop import data_order_seed
 from bilevel_jax.runs.infra import sharding
@@ -33,15 +32,13 @@ from bilevel_jax.runs.tasks.text import (
     tokenize_splits,
 )
 
-RunConfig = SelectConfig | TrainConfig
-
 
 class AbstractRun(NamedTuple):
     """What is estimated: a task of shapes."""
 
     command: str
     config: RunConfig
-    """The run as the settings of `select` or `train`."""
+    """The config of the run, on the devices that are asked for."""
     task: TextTask
     shapes: StepShapes
 
@@ -65,12 +62,11 @@ def simulate_devices(count: int) -> bool:
     return True
 
 
-def resolve_run_config(config: RunConfig | CompareConfig | AuditConfig, options: EstimateSection) -> RunConfig:
-    """The run as the settings of `select` or `train`, on the devices that are asked for."""
-    if isinstance(config, CompareConfig):
-        run: Any = select_config_for_seed(config, 0)
-    else:
-        run = select_config_for_audit(config) if isinstance(config, AuditConfig) else config
+def resolve_run_config(config: RunConfig, options: EstimateSection) -> RunConfig:
+    """The config of the run, on the devices that are asked for; `audit` is estimated with its exact estimator."""
+    run: Any = config
+    if isinstance(config, AuditConfig):
+        run = replace(config, outer=replace(config.outer, method=EXACT_ESTIMATOR))
     if options.devices:
         fsdp = run.mesh.fsdp
         if options.devices % fsdp:
@@ -98,7 +94,7 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
         )
     architecture = models.read_config(config.model.name_or_path)
     sequences = 1 if config.objective.name == "sft" else 2
-    longest = max_example_length(config, architecture)
+    longest = max_example_length(config.data, architecture)
     example = Example("", 0, (Turn("text", ""),), "", None, "", 0)
 
     def corpus(count: int) -> Corpus:
@@ -141,7 +137,7 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
         steps, seeds, proximal = count_train_steps(config, len(text.examples)), [config.data.seed], 0.0
     else:
         steps, proximal = config.train.max_steps, config.outer.proximal
-        seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
+        seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]
     abstract_task = compose_text_task(
         config, text, base, fresh, mesh, sharding_rules, num_steps=steps, seeds=seeds, proximal_strength=proximal
     )

@@ -17,7 +17,6 @@ from bilevel_jax.commands.audit.run import count_audit_work
 from bilevel_jax.commands.compare.run import count_compare_work
 from bilevel_jax.commands.estimate.abstract_run import (
     AbstractRun,
-    RunConfig,
     make_abstract_run,
     placeholder_text,
     read_examples,
@@ -31,7 +30,14 @@ from bilevel_jax.runs.budget import compiled_steps, memory, work
 from bilevel_jax.runs.budget.compiled_steps import CompiledProgram, Program
 from bilevel_jax.runs.budget.memory import Workspace
 from bilevel_jax.runs.budget.work import WorkStage
-from bilevel_jax.runs.config.load import AuditConfig, CompareConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import (
+    AuditConfig,
+    CompareConfig,
+    OuterLoopConfig,
+    RunConfig,
+    SelectConfig,
+    TrainConfig,
+)
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
@@ -52,7 +58,7 @@ class CompiledStep(NamedTuple):
     compiled: CompiledProgram
 
 
-def estimate(config: RunConfig | CompareConfig | AuditConfig, options: EstimateSection) -> str:
+def estimate(config: RunConfig, options: EstimateSection) -> str:
     """Print the estimate, write it where --estimate.dir says, and return its verdict in a sentence.
 
     Raises ValueError for a config that its command would not run either, FileNotFoundError where there is no config.json.
@@ -112,8 +118,9 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
             steps["backward"] = compile_step(compiled_steps.vjp_program(task, shapes, steps["linearize"].compiled))
         else:
             steps["backward"] = compile_step(compiled_steps.backward_program(task, shapes))
-    if abstract_run.config.outer.method in SINGLE_LOOP_METHODS:
-        steps["alone"] = compile_step(compiled_steps.single_loop_program(task, abstract_run.config, shapes))
+    config = abstract_run.config
+    if not isinstance(config, AuditConfig) and config.outer.method in SINGLE_LOOP_METHODS:
+        steps["alone"] = compile_step(compiled_steps.single_loop_program(task, config, config.single_loop, shapes))
     if (
         "validation" in task.held_out_streams and task.layout != task.layout.unpacked
     ):  # V is not packed, and may be wider than a step
@@ -318,7 +325,7 @@ def estimate_memory(
         "peak_phase": peak_phase.name,
         "budget": options.memory_gib * GIB or (0.0 if simulated else device_memory_bytes()),
     }
-    if isinstance(abstract_run.config, SelectConfig) and abstract_run.config.outer.method in ("unrolled", "window"):
+    if not isinstance(abstract_run.config, TrainConfig) and abstract_run.config.outer.method in ("unrolled", "window"):
         result["kept"] = [
             _plan_costs(abstract_run, workspace, other_plan, name, seconds)
             for name, other_plan in alternative_plans(abstract_run, checkpoint_plan).items()
@@ -328,7 +335,7 @@ def estimate_memory(
 
 def alternative_plans(abstract_run: AbstractRun, checkpoint_plan: CheckpointPlan) -> dict[str, CheckpointPlan]:
     """What the run keeps, and what it could."""
-    steps = num_backward_steps(cast(SelectConfig, abstract_run.config).outer, abstract_run.task.num_steps)
+    steps = num_backward_steps(cast(OuterLoopConfig, abstract_run.config).outer, abstract_run.task.num_steps)
     others = {
         "every state": checkpointing.store_all_plan(steps),
         "square root": checkpointing.square_root_plan(steps),
@@ -346,7 +353,7 @@ def _plan_costs(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The memory and the time of training and sweep, if a training keeps this."""
-    config = cast(SelectConfig, abstract_run.config)
+    config = cast(OuterLoopConfig, abstract_run.config)
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
     forwards = 1 + checkpointing.count_replayed_steps(steps, checkpoint_plan) / steps
     return {
@@ -392,7 +399,7 @@ def find_remedies(
         )
     if model.remat != "full" and options.compile:
         changes["model.remat: full"] = replace(run, model=replace(model, remat="full")), True
-    if isinstance(run, SelectConfig) and run.outer.linearize and options.compile:
+    if not isinstance(run, TrainConfig) and run.outer.linearize and options.compile:
         changes["outer.linearize: false"] = replace(run, outer=replace(run.outer, linearize=False)), True
     if run.lora.r and model.base_dtype == "float32":
         changes["model.base_dtype: bfloat16"] = replace(run, model=replace(model, base_dtype="bfloat16")), not simulated
@@ -401,7 +408,7 @@ def find_remedies(
     if run.mesh.fsdp < devices:
         parts = replace(run.mesh, data=1, fsdp=devices)
         changes[f"mesh.fsdp: {devices}"] = replace(run, mesh=parts), True
-    if isinstance(run, SelectConfig) and run.train.max_steps >= FEWER_STEPS_DIVISOR:
+    if not isinstance(run, TrainConfig) and run.train.max_steps >= FEWER_STEPS_DIVISOR:
         fewer = run.train.max_steps // FEWER_STEPS_DIVISOR
         changes[f"train.max_steps: {fewer}"] = replace(run, train=replace(run.train, max_steps=fewer)), False
     helpful_changes = []

@@ -3,7 +3,7 @@
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +14,17 @@ from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.data.tokens import DEFAULT_TEMPLATE
 from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses.sft import assemble_params
-from bilevel_jax.runs.config.load import RankConfig, SelectConfig
-from bilevel_jax.runs.config.schema import OuterSection
+from bilevel_jax.runs.config.load import RankConfig
+from bilevel_jax.runs.config.schema import (
+    DataSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    OuterSection,
+    TrainSection,
+)
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.generation import make_generator_factory
@@ -33,8 +42,9 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
     Questions that stand in data.validation are not trained on. Raises ValueError for too few questions, and as
     `task.prepare` does.
     """
-    task, select_config = _prepare_trial_task(config, strategy_responses, session)
-    trainer, count = Trainer(task, select_config.outer, session), config.rank.train_examples
+    task = _prepare_trial_task(config, strategy_responses, session)
+    # nothing is estimated; alignment keeps no states of training
+    trainer, count = Trainer(task, OuterSection(method="alignment"), session), config.rank.train_examples
     indices_by_strategy = {
         name: task.trainable_indices()[np.isin(task.trainable_indices(), np.arange(at * count, (at + 1) * count))]
         for at, name in enumerate(strategy_responses.strategies)
@@ -67,9 +77,19 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
     }
 
 
-def _prepare_trial_task(
-    config: RankConfig, strategy_responses: StrategyResponses, session: Session
-) -> tuple[TextTask, SelectConfig]:
+class TrialSections(NamedTuple):
+    """The sections of the task that the strategies train; see `TextTaskConfig`."""
+
+    model: ModelSection
+    lora: LoraSection
+    data: DataSection
+    objective: ObjectiveSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    mesh: MeshSection
+
+
+def _prepare_trial_task(config: RankConfig, strategy_responses: StrategyResponses, session: Session) -> TextTask:
     validation = load_examples(config.data.validation, splits.make_data_options(config.data))
     validation_questions = {
         turn.content.strip() for example in validation for turn in example.turns if turn.role == "user"
@@ -89,15 +109,19 @@ def _prepare_trial_task(
         for question in questions
     ]
     examples = [example._replace(row=row) for row, example in enumerate(examples)]
-    select_config = SelectConfig(
-        model=config.model, data=replace(config.data, packing=False), optimizer=config.optimizer, train=config.train,
-        outer=OuterSection(method="alignment"), output=config.output, mesh=config.mesh, lora=config.lora,
-    )  # fmt: skip
-    trusted = {"validation": validation, "dev": [], "test": []}
-    dataset = splits.DataSplits(examples, trusted, [])
+    sections = TrialSections(
+        model=config.model,
+        lora=config.lora,
+        data=replace(config.data, packing=False),
+        objective=ObjectiveSection(),
+        optimizer=config.optimizer,
+        train=config.train,
+        mesh=config.mesh,
+    )
+    dataset = splits.DataSplits(examples, {"validation": validation, "dev": [], "test": []}, [])
     return prepare_text_task(
-        select_config, dataset, session.folder, num_steps=config.train.max_steps, seeds=[config.data.seed]
-    ), select_config
+        sections, dataset, session.folder, num_steps=config.train.max_steps, seeds=[config.data.seed]
+    )
 
 
 def _run_trial(

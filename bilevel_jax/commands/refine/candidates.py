@@ -12,25 +12,24 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
-from bilevel_jax.core import single_loop, tree, weightings
+from bilevel_jax.core import single_loop, weightings
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import train_step
 from bilevel_jax.core.types import Hyper, Params, Problem, SingleLoop, TrainStep
-from bilevel_jax.core.unrolled import check_differentiable
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses.importance import RatioKind, importance_weighted_losses
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config import schema
-from bilevel_jax.runs.config.load import RefineConfig, SelectConfig
-from bilevel_jax.runs.config.schema import RefineMethod
-from bilevel_jax.runs.engine.outer_loop import outer_learning_rate
+from bilevel_jax.runs.config.load import RefineConfig
+from bilevel_jax.runs.config.schema import OuterSection, RefineMethod
+from bilevel_jax.runs.engine.outer_loop import outer_learning_rate, train_and_estimate
 from bilevel_jax.runs.engine.single_loop import (
     build_single_loop,
+    count_single_loop_work,
     num_single_loop_steps,
     run_single_loop,
-    single_loop_step_work,
 )
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
+from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
@@ -50,13 +49,13 @@ class Candidate(NamedTuple):
 
     params: Params
     weights: Float[np.ndarray, "examples"]
-    """Beside `Made.base`; 1 where the method learns none."""
+    """Multiplied by `RoundTask.multiplicity` in the loss; 1 where the method learns none."""
 
 
 CandidateTrainer = Callable[[RoundTask, Params, Session, int], Candidate]
 """(rows of the round, the model that wrote the responses, session, number of the round) -> the candidate.
 
-Training starts from `task.fresh`. It goes on in the middle after a stop."""
+Training starts from `task.init_params`, and is resumed in the middle after a stop."""
 
 
 class CompiledFunctions(NamedTuple):
@@ -76,7 +75,7 @@ _cached_decoder = lru_cache(maxsize=4)(models.make_decoder)
 
 
 def attach_compiled_functions(config: RefineConfig, task: TextTask) -> TextTask:
-    """The task with functions that another run of this process may have compiled already: those of `programs`."""
+    """The task with functions that another run of this process may have compiled already."""
     # parameters that are split over devices are gathered by a decoder of their own
     decoder = task.decoder if config.mesh.fsdp > 1 else _cached_decoder(task.architecture, remat=config.model.remat)
     functions = compiled_functions_for_config(config, task._replace(decoder=decoder))
@@ -90,7 +89,7 @@ def attach_compiled_functions(config: RefineConfig, task: TextTask) -> TextTask:
 
 
 def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> CompiledFunctions:
-    """`programs` as the config has it."""
+    """The functions for the sections of a config."""
     refined, draws = config.refine, config.generate.num_generations
     return build_compiled_functions(
         task.decoder, config.objective, task.base_params is not None, config.optimizer, config.train.max_steps, refined.ratio,
@@ -145,48 +144,52 @@ def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dic
         )
 
     train_functions: dict[RefineMethod, Callable[..., Candidate]] = {
-        name: _SingleLoopTrainer(select_config_for_candidate(config, name)) for name in JOINT_METHODS
+        name: _SingleLoopTrainer(config, name) for name in JOINT_METHODS
     }
     train_functions |= {
-        "unrolled": partial(train_unrolled_candidate, select_config_for_candidate(config, "unrolled")),
+        "unrolled": partial(train_unrolled_candidate, config),
         "uniform": partial(train_uniform_candidate, config),
     }
     return {name: make_trainer(name, train_functions[name]) for name in config.refine.methods}
 
 
-def select_config_for_candidate(config: RefineConfig, name: RefineMethod) -> SelectConfig:
-    """A candidate's training as the settings of `select`, which the parts of a run are written for."""
-    outer = replace(config.outer, method="unrolled" if name == "uniform" else name)
-    return SelectConfig(
-        model=config.model, data=replace(config.data, label_field=""), objective=config.objective,
-        optimizer=config.optimizer, train=config.train, outer=outer, single_loop=config.single_loop, output=config.output,
-        mesh=config.mesh, distributed=config.distributed, lora=config.lora,
-    )  # fmt: skip
+def candidate_outer(outer: OuterSection, name: RefineMethod) -> OuterSection:
+    """The section outer of a candidate; one with uniform weights is trained as that of `unrolled`."""
+    return replace(outer, method="unrolled" if name == "uniform" else name)
 
 
 def count_candidate_work(config: RefineConfig, name: RefineMethod) -> float:
     """What a candidate costs, in training steps."""
-    select_config, steps = select_config_for_candidate(config, name), config.train.max_steps
+    steps = config.train.max_steps
     if name in JOINT_METHODS:
-        return num_single_loop_steps(select_config) * single_loop_step_work(select_config)
+        return count_single_loop_work(config.single_loop, candidate_outer(config.outer, name), steps)
     return steps if name == "uniform" else steps * (1 + config.outer.steps * (1 + REPLAY_WORK + HVP_WORK))
 
 
 class _SingleLoopTrainer:
     """penalty, bmo or mixing; compiled with the first round's task, as all have its shape."""
 
-    def __init__(self, config: SelectConfig):
-        self.config = config
+    def __init__(self, config: RefineConfig, name: RefineMethod):
+        self.config, self.outer = config, candidate_outer(config.outer, name)
         self._method: SingleLoop | None = None
 
     def __call__(self, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int) -> Candidate:
+        config, steps = self.config, self.config.train.max_steps
         self._method = self._method or build_single_loop(
-            round_task.task, self.config, num_single_loop_steps(self.config)
+            round_task.task,
+            num_single_loop_steps(config.single_loop, self.outer, steps),
+            single_loop=config.single_loop,
+            outer=self.outer,
+            optimizer=config.optimizer,
         )
         result = run_single_loop(
             round_task.task,
-            self.config,
             session,
+            single_loop=config.single_loop,
+            outer=self.outer,
+            optimizer=config.optimizer,
+            data=replace(config.data, label_field=""),
+            train=config.train,
             seed=ROUND_SEED_STRIDE * round_number,
             compiled_method=self._method,
             reference_params=sampler_params,
@@ -197,28 +200,31 @@ class _SingleLoopTrainer:
 def train_uniform_candidate(
     config: RefineConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
 ) -> Candidate:
-    """Plain training on all rows, without weights and without V: what self-training is without a judge."""
-    trainer = Trainer(round_task.task, select_config_for_candidate(config, "uniform").outer, session)
+    """Plain training on all examples, without weights and without validation: self-training without a judge."""
+    trainer = Trainer(round_task.task, candidate_outer(config.outer, "uniform"), session)
     weights = jnp.ones(round_task.task.num_examples)
-    start, data_stream = (
-        trainer.init_state(round_task.task.init_params(config.train.seed)),
-        round_task.task.training_stream(config.data.seed + ROUND_SEED_STRIDE * round_number),
-    )
-    return Candidate(trainer.run(weights, start, data_stream, outer_step=0).end.params, np.asarray(weights))
+    start = trainer.init_state(round_task.task.init_params(config.train.seed))
+    stream = round_task.task.training_stream(config.data.seed + ROUND_SEED_STRIDE * round_number)
+    return Candidate(trainer.run(weights, start, stream, outer_step=0).end.params, np.asarray(weights))
 
 
 def train_unrolled_candidate(
-    config: SelectConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
+    config: RefineConfig, round_task: RoundTask, sampler_params: Params, session: Session, round_number: int
 ) -> Candidate:
-    """outer.steps times: train, sweep back for the exact entry of every row, step its weight; then train with these.
+    """outer.steps times: train, estimate the exact hypergradient of every example, step its weight; then train.
 
-        h <- h - rate e / rms(e),  e_i = (d L_v(theta_T(w)) / d w_i) / base_i, through the weighting
+        h <- h - rate e / rms(e),  e_i = (d L_v(theta_T(w)) / d w_i) / multiplicity_i, through the weighting
 
-    An entry over its base, so that G responses which each count 1/G go where one row that counts 1 would. Every
-    training starts from the same model, in a data order of its own; the last one is the candidate. With one step these
-    are the entries at equal weights: one sweep judges every response.
+    A hypergradient over its multiplicity, so that G responses which each count 1/G go where one that counts 1 would.
+    Every training run starts from the same model, in a data order of its own; the last one is the candidate. With one
+    step these are the hypergradients at equal weights: one backward pass judges every response.
+
+    It takes the steps of `OuterLoop` (`train_and_estimate`) without what that loop reads to choose the best step: dev
+    is kept for the test of the candidate, so every step is made, the last weights count, and the model is trained once
+    more with them.
     """
-    task, outer, seed = round_task.task, config.outer, config.data.seed + ROUND_SEED_STRIDE * round_number
+    task, outer = round_task.task, candidate_outer(config.outer, "unrolled")
+    seed = config.data.seed + ROUND_SEED_STRIDE * round_number
     trainer = Trainer(task, outer, session)
     start = trainer.init_state(task.init_params(config.train.seed))
     multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
@@ -227,24 +233,17 @@ def train_unrolled_candidate(
     if restored := checkpoint.restore_checkpoint(folder, hyper):
         hyper, done = restored.tree, restored.step + 1
         session.advance(done * task.num_steps * (1 + REPLAY_WORK + HVP_WORK))
-    for at in range(done, outer.steps):
-        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.training_stream(seed + at)
-        trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=at)
-        if round_number == at == 0:
-            frozen = task.frozen(start.params)
-            check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
-        estimate = trainer.estimate(trajectory, weights, stream, outer_step=at)
-        if not bool(tree.all_finite(estimate.grad)):
-            raise FloatingPointError(
-                f"the hypergradient of round {round_number}, outer step {at}, is not finite ({estimate.checks}). Raise "
-                "optimizer.eps_root, or lower optimizer.learning_rate."
-            )
-        learning_rate = jnp.asarray(outer_learning_rate(outer, at / outer.steps))
+    for step in range(done, outer.steps):
+        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.training_stream(seed + step)
+        is_first = round_number == step == 0
+        _, estimate = train_and_estimate(trainer, weights, start, stream, step, is_first=is_first)
+        check_hypergradient_finite(estimate, f"round {round_number}, outer step {step},")
+        learning_rate = jnp.asarray(outer_learning_rate(outer, step / outer.steps))
         hyper = _update_hyper(outer.weighting, outer.max_step, hyper, multiplicity, estimate.grad, learning_rate)
         session.log.write(
-            {"event": "outer", "step": at, "round": round_number, "validation": float(estimate.validation_loss)}
+            {"event": "outer", "step": step, "round": round_number, "validation": float(estimate.validation_loss)}
         )
-        checkpoint.save_checkpoint(folder, at, hyper, {})
+        checkpoint.save_checkpoint(folder, step, hyper, {})
         session.mark_saved()
     weights = hyper_to_weights(outer.weighting, hyper, multiplicity)
     trajectory = trainer.run(weights, start, task.training_stream(seed + outer.steps), outer_step=outer.steps)
@@ -255,7 +254,7 @@ def train_unrolled_candidate(
 def hyper_to_weights(
     name: str, hyper: Float[Array, "examples"], multiplicity: Float[Array, "examples"]
 ) -> Float[Array, "examples"]:
-    """sigmoid: 2 sigma(h); softmax: exp(h_i) over its mean, in which each row counts as `base` says."""
+    """sigmoid: 2 sigma(h); softmax: exp(h_i) over its mean, in which each example counts as `multiplicity` says."""
     if name == "sigmoid":
         return 2 * jax.nn.sigmoid(hyper)
     peak = jax.lax.stop_gradient(hyper.max())

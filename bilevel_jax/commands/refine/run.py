@@ -17,7 +17,7 @@ from bilevel_jax.commands.refine.candidates import (
     WEIGHT_LEARNING_METHODS,
     Candidate,
     CandidateTrainer,
-    select_config_for_candidate,
+    candidate_outer,
 )
 from bilevel_jax.commands.refine.rollouts import (
     RoundTask,
@@ -46,7 +46,8 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example, prepare_text_task
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
+from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
 class RefineState(NamedTuple):
@@ -72,13 +73,12 @@ class RefineContext(NamedTuple):
 
 
 def refine(config: RefineConfig) -> dict[str, Any]:
-    """Run the command in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.dir` and return what result.json holds.
 
-    Raises as `select.select` does, and ValueError without validation or dev, and for questions that are too long.
+    Raises as `select` does, and ValueError without validation or dev, and for questions that are too long.
     """
     with open_run_dir(config) as folder:
-        resolved = resolve_builtin(replace(select_config_for_candidate(config, "uniform"), data=config.data), folder)
-        refine_config = replace(config, model=resolved.model, data=resolved.data)
+        refine_config = resolve_builtin(config, folder)
         task = prepare_refine_task(refine_config, folder)
         verifier = (
             verifiers.make_verifier(refine_config.verifier, list_verified_examples(refine_config, task))
@@ -108,7 +108,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     """
     dataset = splits.load_splits(config.data)
     task = prepare_text_task(
-        select_config_for_candidate(config, "uniform"),
+        config,
         dataset,
         folder,
         num_steps=config.train.max_steps,
@@ -280,7 +280,7 @@ def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Ar
     functions = candidates.compiled_functions_for_config(context.config, context.task)
     task = context.task._replace(problem=functions.plain_problem, train_step=functions.plain_step)
     context.session.set_phase("alignment of the offline examples")
-    trainer = Trainer(task, select_config_for_candidate(context.config, "unrolled").outer, context.session)
+    trainer = Trainer(task, candidate_outer(context.config.outer, "unrolled"), context.session)
     return -trainer.estimate_at_end(trajectory_from_params(params), jnp.ones(task.num_examples), alignment=True).grad
 
 

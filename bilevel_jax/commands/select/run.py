@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from bilevel_jax.commands.select import report
 from bilevel_jax.core import certify
-from bilevel_jax.core.types import Checks
+from bilevel_jax.core.types import Checks, Params
 from bilevel_jax.runs.budget import usage, work
 from bilevel_jax.runs.config.load import SelectConfig, config_hash
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts
 from bilevel_jax.runs.engine.certificates import compute_certificates
-from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, good_label_mask, run_outer_loop
+from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, run_outer_loop
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, build_variants, retrain_all_variants
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
@@ -24,6 +25,7 @@ from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.evaluation import good_label_mask
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -35,7 +37,7 @@ NO_CERTIFICATE_VERDICT = certify.Verdict(
 
 
 def select(config: SelectConfig) -> dict[str, Any]:
-    """Run the command in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.dir` and return what result.json holds.
 
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
     for a training that diverges, and `session.Interrupted` when asked to stop.
@@ -45,7 +47,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
         dataset = splits.load_splits(resolved.data)
         if len(dataset.train) < 2:
             raise ValueError(f"{len(dataset.train)} training example; weights compare rows, so give at least 2.")
-        seeds = [data_order_seed(config, step) for step in range(config.outer.steps + 1)]
+        seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]
         task = prepare_text_task(
             resolved,
             dataset,
@@ -64,12 +66,10 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     session.set_phase("starting", total=sum(stage.work for stage in work.select_run_stages(task, config)))
     expected = usage.predict_usage(task, config, session)
     trainer = Trainer(task, config.outer, session)
-    single_loop_result: SingleLoopResult | None = None
-    if config.outer.method in SINGLE_LOOP_METHODS:
-        learned, single_loop_result = run_single_loop_with_baselines(task, config, trainer, session)
-        certificates_by_weights, verdicts = {}, {"uniform weights": NO_CERTIFICATE_VERDICT}
-    else:
-        learned = run_outer_loop(task, config, trainer, session)
+    learned, single_loop_result = _learn_weights(task, config, trainer, session)
+    certificates_by_weights: dict[str, certify.Certificates] = {}
+    verdicts = {"uniform weights": NO_CERTIFICATE_VERDICT}
+    if single_loop_result is None:
         certificates_by_weights = _certify(task, config, trainer, session, learned)
         verdicts = {name: certify.judge_certificates(value) for name, value in certificates_by_weights.items()}
 
@@ -77,57 +77,18 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     selected = select_examples(
         learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed
     )
-    subset = np.unique(selected)
-    comparison = retrain_all_variants(
-        task, config, trainer, session, build_variants(task, config, learned, subset, session)
-    )
+    comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
-    run_dir.write_parquet(folder / "weights.parquet", artifacts.weights_table(task, config, learned, subset))
-    run_dir.write_atomic(
-        folder / "selected.jsonl", artifacts.format_selected_jsonl(task.examples, learned.weights, selected)
-    )
-    if not distributed.broadcast_from_first((folder / "model").exists()):
-        params = _train_final_model(task, config, trainer, learned)
-        artifacts.write_model(folder / "model", task, params, base_path=config.model.name_or_path)
-    if single_loop_result is not None:
-        artifacts.write_model(
-            folder / "model-own", task, single_loop_result.params, base_path=config.model.name_or_path
-        )
-
-    # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
-    # tells less; that certificate is in the report, but is not the verdict.
-    verdict = verdicts["uniform weights"]
-    good = good_label_mask(task, config)
-    result: dict[str, Any] = {
-        "verdict": {**verdict._asdict(), "sentence": str(verdict)},
-        "estimand": artifacts.describe_estimand(config),
-        "unit": task.objective.loss_unit,
-        "right": task.objective.accuracy_name,
+    _write_artifacts(task, config, trainer, learned, single_loop_result, selected, folder)
+    result = _build_result(task, config, session, learned, single_loop_result)
+    result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
-        "records": learned.records,
-        "best": learned.best_step,
-        "ended": learned.stop_reason,
-        "auc": {
-            "weights": auc(learned.weights, good),
-            **({} if single_loop_result else {"first_hypergradient": auc(-learned.first_hypergradient, good)}),
-            "alignment": auc(-learned.alignment, good),
-            "low_loss": auc(-learned.losses, good),
-        }
-        if good is not None
-        else None,
+        # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
+        # tells less; that certificate is in the report, but is not the verdict.
+        "verdict": {**verdicts["uniform weights"]._asdict(), "sentence": str(verdicts["uniform weights"])},
         "compare": comparison,
-        "notes": task.notes,
-        "rows": {
-            "train": task.num_examples,
-            **{part: len(examples) for part, examples in task.held_out_examples.items()},
-        },
         "selected": len(selected),
-        "work": {"outer": sum(record["work"] for record in learned.records)}
-        | {name: session.job_cost(name)[0] for name in ("certify", "compare")},
-        "seconds": {"outer": sum(record["seconds"] for record in learned.records)}
-        | {name: session.job_cost(name)[1] for name in ("certify", "compare")},
-        "config_hash": config_hash(config),
         "estimate": expected,
     }
     result["measured"] = usage.measure_usage(
@@ -136,6 +97,26 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     run_dir.write_json(folder / "result.json", result)
     distributed.run_on_first_process(lambda: report.write_select_report(folder, task.examples))
     return result
+
+
+def _learn_weights(
+    task: TextTask, config: SelectConfig, trainer: Trainer, session: Session
+) -> tuple[LearnedWeights, SingleLoopResult | None]:
+    """The weights, and of a single-loop method its own model."""
+    if config.outer.method in SINGLE_LOOP_METHODS:
+        return run_single_loop_with_baselines(
+            task,
+            trainer,
+            session,
+            single_loop=config.single_loop,
+            optimizer=config.optimizer,
+            data=config.data,
+            train=config.train,
+        )
+    learned = run_outer_loop(
+        task, trainer, session, data=config.data, train_seed=config.train.seed, scores=config.scores
+    )
+    return learned, None
 
 
 def _certify(
@@ -150,17 +131,121 @@ def _certify(
         record = learned.records[step]
         checks = Checks(**{key: value for key, value in record["checks"].items() if value is not None})
         out[name] = compute_certificates(
-            task, config, trainer, session, name=name, weights=weights.astype(hypergradients.dtype), hypergradient=hypergradients, step=step,
-            validation_loss=record["loss"]["validation"], checks=checks,
-        )  # fmt: skip
+            task,
+            trainer,
+            session,
+            config.certify,
+            name=name,
+            weights=weights.astype(hypergradients.dtype),
+            hypergradient=hypergradients,
+            validation_loss=record["loss"]["validation"],
+            checks=checks,
+            start_seed=config.train.seed,
+            order_seed=data_order_seed(config.data, config.outer, step),
+            data_seed=config.data.seed,
+        )
     return out
 
 
-def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Any:
+def _compare_by_retraining(
+    task: TextTask,
+    config: SelectConfig,
+    trainer: Trainer,
+    session: Session,
+    learned: LearnedWeights,
+    selected_indices: Int[np.ndarray, "selected"],
+) -> list[dict[str, Any]]:
+    variants = build_variants(
+        task,
+        learned,
+        selected_indices,
+        session,
+        retrain=config.retrain,
+        data=config.data,
+        scores=config.scores,
+        train_seed=config.train.seed,
+    )
+    return retrain_all_variants(
+        task,
+        trainer,
+        session,
+        variants,
+        retrain=config.retrain,
+        train_seed=config.train.seed,
+        data_seed=config.data.seed,
+    )
+
+
+def _write_artifacts(
+    task: TextTask,
+    config: SelectConfig,
+    trainer: Trainer,
+    learned: LearnedWeights,
+    single_loop_result: SingleLoopResult | None,
+    selected: Int[np.ndarray, "selected"],
+    folder: Path,
+) -> None:
+    """weights.parquet, selected.jsonl, and the models."""
+    table = artifacts.weights_table(
+        task,
+        learned,
+        np.unique(selected),
+        estimand=artifacts.describe_estimand(config.outer, config.train.max_steps),
+        param_dtype=config.model.param_dtype,
+        config_hash=config_hash(config),
+    )
+    run_dir.write_parquet(folder / "weights.parquet", table)
+    run_dir.write_atomic(
+        folder / "selected.jsonl", artifacts.format_selected_jsonl(task.examples, learned.weights, selected)
+    )
+    base_path = config.model.name_or_path
+    if not distributed.broadcast_from_first((folder / "model").exists()):
+        params = _train_final_model(task, config, trainer, learned)
+        artifacts.write_model(folder / "model", task, params, base_path=base_path)
+    if single_loop_result is not None:
+        artifacts.write_model(folder / "model-own", task, single_loop_result.params, base_path=base_path)
+
+
+def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Params:
     """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
     start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED))
     stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, packed=False)
     return trainer.run(place_table(task.mesh, learned.weights), start, stream).end.params
+
+
+def _build_result(
+    task: TextTask,
+    config: SelectConfig,
+    session: Session,
+    learned: LearnedWeights,
+    single_loop_result: SingleLoopResult | None,
+) -> dict[str, Any]:
+    """What result.json holds of the loop, the data and the work; the certificates and the comparison come to it."""
+    good = good_label_mask(task, config.data)
+    areas = None
+    if good is not None:
+        areas = {"weights": auc(learned.weights, good)}
+        if single_loop_result is None:
+            areas["first_hypergradient"] = auc(-learned.first_hypergradient, good)
+        areas |= {"alignment": auc(-learned.alignment, good), "low_loss": auc(-learned.losses, good)}
+    costs = {name: session.job_cost(name) for name in ("certify", "compare")}
+    part_sizes = {part: len(examples) for part, examples in task.held_out_examples.items()}
+    return {
+        "estimand": artifacts.describe_estimand(config.outer, config.train.max_steps),
+        "unit": task.objective.loss_unit,
+        "right": task.objective.accuracy_name,
+        "records": learned.records,
+        "best": learned.best_step,
+        "ended": learned.stop_reason,
+        "auc": areas,
+        "notes": task.notes,
+        "rows": {"train": task.num_examples, **part_sizes},
+        "work": {"outer": sum(record["work"] for record in learned.records)}
+        | {name: steps for name, (steps, _) in costs.items()},
+        "seconds": {"outer": sum(record["seconds"] for record in learned.records)}
+        | {name: seconds for name, (_, seconds) in costs.items()},
+        "config_hash": config_hash(config),
+    }
 
 
 def _certificates_to_dict(certified: certify.Certificates) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from bilevel_jax.core.training import forward_only_step
 from bilevel_jax.core.types import Adjoint, Batch, Params, TrainState
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.tokens import Corpus
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import OuterLoopConfig, RunConfig
+from bilevel_jax.runs.config.schema import SingleLoopSection
 from bilevel_jax.runs.engine import single_loop
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.tasks.text import TextTask
@@ -74,7 +75,7 @@ def _shape_on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def make_first_batch(task: TextTask, config: SelectConfig | TrainConfig) -> Batch:
+def make_first_batch(task: TextTask, config: RunConfig) -> Batch:
     """A batch of the run, on the mesh; for rows that are streamed one of the same shape."""
     if not config.data.streaming:
         return task.training_stream(config.data.seed).batch(0)
@@ -135,13 +136,18 @@ def validation_gradient_program(task: TextTask, shapes: StepShapes, validation_b
     return Program(outer_value_and_grad, (shapes.params, shapes.frozen, validation_batch))
 
 
-def single_loop_program(task: TextTask, config: SelectConfig, shapes: StepShapes) -> Program:
+def single_loop_program(
+    task: TextTask, config: OuterLoopConfig, single_loop_config: SingleLoopSection, shapes: StepShapes
+) -> Program:
     """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
 
     Its state is taken to lie whole on every device.
     """
     replicated = NamedSharding(task.mesh, PartitionSpec())
-    method = single_loop.build_single_loop(task, config, single_loop.num_single_loop_steps(config))
+    steps = single_loop.num_single_loop_steps(single_loop_config, config.outer, config.train.max_steps)
+    method = single_loop.build_single_loop(
+        task, steps, single_loop=single_loop_config, outer=config.outer, optimizer=config.optimizer
+    )
     state = jax.tree.map(lambda leaf: _shape_on(leaf, replicated), jax.eval_shape(method.init, shapes.params))
     batch = task.training_stream(config.data.seed, packed=False).batch(0)
     return Program(

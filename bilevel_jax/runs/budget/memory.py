@@ -11,7 +11,7 @@ from bilevel_jax.core.checkpointing import NO_CHECKPOINTS, single_replay_plan
 from bilevel_jax.core.types import CheckpointPlan
 from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import AuditConfig, OuterLoopConfig, RunConfig, TrainConfig
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, ModelSection
 from bilevel_jax.runs.engine.trajectory_store import (
     bytes_per_device,
@@ -62,7 +62,7 @@ def count_by_dtype(tree: Any) -> dict[str, int]:
 
 def memory_phases(
     task: TextTask,
-    config: SelectConfig | TrainConfig,
+    config: RunConfig,
     shapes: StepShapes,
     workspace: Workspace,
     plan: CheckpointPlan | None = None,
@@ -84,11 +84,11 @@ def memory_phases(
     ]
 
 
-def _resident_arrays(task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
+def _resident_arrays(task: TextTask, config: RunConfig, shapes: StepShapes) -> dict[str, float]:
     """What a run holds from the beginning to the end."""
     streams = task.held_out_streams.values()
     table_bytes = bytes_per_device(shapes.weights)
-    num_tables = 8 if isinstance(config, SelectConfig) else 1  # weights, entries and baselines of the outer loop
+    num_tables = 1 if isinstance(config, TrainConfig) else 8  # weights, entries and baselines of the outer loop
     loaded = task.base_params is None and not config.model.from_scratch
     return {
         "base": bytes_per_device(task.base_params),
@@ -116,7 +116,7 @@ def _training_phase(
 
 def _hypergradient_phases(
     task: TextTask,
-    config: SelectConfig,
+    config: OuterLoopConfig,
     shapes: StepShapes,
     resident: dict[str, float],
     workspace: Workspace,
@@ -154,8 +154,9 @@ def _hypergradient_phases(
         "slope",
         {**resident, **stored, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
     )
-    if config.outer.method in SINGLE_LOOP_METHODS:
-        both_models = bytes_per_device(compiled_steps.single_loop_program(task, config, shapes).arguments[0])
+    if not isinstance(config, AuditConfig) and config.outer.method in SINGLE_LOOP_METHODS:
+        program = compiled_steps.single_loop_program(task, config, config.single_loop, shapes)
+        both_models = bytes_per_device(program.arguments[0])
         return [
             training,
             Phase("both models", {**resident, "states of a step": both_models, "workspace": workspace.alone}),
@@ -202,7 +203,7 @@ def writing_phase(task: TextTask, model: ModelSection, resident: dict[str, float
 
 
 def plan_task_checkpoints(
-    task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes, device_bytes: float = 0.0
+    task: TextTask, config: RunConfig, shapes: StepShapes, device_bytes: float = 0.0
 ) -> CheckpointPlan:
     """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
     if isinstance(config, TrainConfig):
@@ -223,13 +224,13 @@ def task_linearization_bytes(task: TextTask, shapes: StepShapes) -> int:
 
 
 def peak_with_plan(
-    task: TextTask, config: SelectConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
+    task: TextTask, config: OuterLoopConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
 ) -> float:
     """The peak of training and sweep on one device, in bytes, if a training kept this."""
     return max(phase.total_bytes for phase in memory_phases(task, config, shapes, workspace, plan)[:-1])
 
 
-def disk_bytes(task: TextTask, config: SelectConfig | TrainConfig, shapes: StepShapes) -> dict[str, float]:
+def disk_bytes(task: TextTask, config: RunConfig, shapes: StepShapes) -> dict[str, float]:
     """Bytes that a run leaves in its folder, without those of its log and report; checkpoints may be compressed."""
     params, state = _total_bytes(shapes.params), _total_bytes(shapes.state)
     table = _total_bytes(shapes.weights)

@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
-from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
-from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, num_single_loop_steps, single_loop_step_work
+from bilevel_jax.runs.config.load import CompareConfig, RunConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, OuterSection
+from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
@@ -42,10 +42,10 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     """
     outer, steps = config.outer, task.num_steps
     epoch_steps = math.ceil(len(task.trainable_indices()) / task.batch_size)
-    training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(config, steps, epoch_steps)
+    training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(outer, steps, epoch_steps)
     baselines = WorkStage("", other_work=2 * epoch_steps)
     if outer.method in SINGLE_LOOP_METHODS:
-        single_loop_stage = WorkStage("", other_work=num_single_loop_steps(config) * single_loop_step_work(config))
+        single_loop_stage = WorkStage("", other_work=count_single_loop_work(config.single_loop, outer, steps))
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
         stages = [_add_stages("learning", _add_stages("", training, estimate).repeat(outer.steps + 1, ""), baselines)]
@@ -64,7 +64,7 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     return [*stages, training.repeat(1, "the model that is written")]
 
 
-def evaluation_work(task: TextTask, config: SelectConfig | TrainConfig) -> float:
+def evaluation_work(task: TextTask, config: RunConfig) -> float:
     """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.
@@ -74,7 +74,7 @@ def evaluation_work(task: TextTask, config: SelectConfig | TrainConfig) -> float
     if isinstance(config, TrainConfig):
         return all_parts_work * (task.num_steps // config.train.eval_steps + 2)
     total = (config.outer.steps + 1) * (all_parts_work + validation_steps)
-    if config.certify.enabled:
+    if not isinstance(config, CompareConfig) and config.certify.enabled:
         certificate_count = 2 if config.outer.restart == "cold" else 1
         total += (
             certificate_count
@@ -82,14 +82,13 @@ def evaluation_work(task: TextTask, config: SelectConfig | TrainConfig) -> float
             * validation_steps
             * FORWARD_WORK
         )
-    if config.retrain.enabled:
+    if isinstance(config, SelectConfig) and config.retrain.enabled:
         total += len(config.retrain.variants) * config.retrain.seeds * all_parts_work
     return total
 
 
-def _hypergradient_stage(config: SelectConfig, steps: int, epoch_steps: int) -> WorkStage:
-    """One hypergradient of a finished training."""
-    outer = config.outer
+def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
+    """One hypergradient of a finished training run."""
     if outer.method in ("unrolled", "window"):
         backward_steps = min(outer.window, steps) if outer.method == "window" else steps
         return WorkStage("", forward_steps=REPLAY_WORK * backward_steps, backward_steps=backward_steps)

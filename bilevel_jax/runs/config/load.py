@@ -205,6 +205,9 @@ class EstimateConfig:
     estimate: schema.EstimateSection = schema.EstimateSection()
 
 
+OuterLoopConfig = SelectConfig | CompareConfig | AuditConfig
+RunConfig = OuterLoopConfig | TrainConfig
+"""Of the commands whose memory and work are estimated."""
 ConfigT = TypeVar(
     "ConfigT",
     SelectConfig,

@@ -13,14 +13,20 @@ from bilevel_jax.core import single_loop
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, config_hash
+from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.tasks.text import TextTask
 
 
 def weights_table(
-    task: TextTask, config: SelectConfig, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
+    task: TextTask,
+    learned: LearnedWeights,
+    selected_indices: Int[np.ndarray, "selected"],
+    *,
+    estimand: str,
+    param_dtype: str,
+    config_hash: str,
 ) -> pa.Table:
     """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
     selected_mask = np.zeros(task.num_examples, bool)
@@ -46,10 +52,10 @@ def weights_table(
         "first_hypergradient": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",
         "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
-        "estimand": describe_estimand(config),
-        "precision": f"{config.model.param_dtype}, matrix products at the highest precision",
+        "estimand": estimand,
+        "precision": f"{param_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,
-        "config_hash": config_hash(config),
+        "config_hash": config_hash,
         "outer_step": str(learned.best_step),
     }
     if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
@@ -58,9 +64,8 @@ def weights_table(
     return table.replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
 
-def describe_estimand(config: SelectConfig) -> str:
-    """What the method's gradient is the gradient of; printed beside every number."""
-    outer, steps = config.outer, config.train.max_steps
+def describe_estimand(outer: OuterSection, steps: int) -> str:
+    """What the method's gradient is the gradient of, for training runs of so many steps; printed beside every number."""
     return {
         "unrolled": f"L_v(theta_T(w)), the training run itself (T = {steps} steps): exact",
         "window": f"L_v(theta_T(w)) through the last {outer.window} of {steps} steps: an approximation of unrolled",
@@ -89,7 +94,7 @@ def format_selected_jsonl(
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def train_weights_table(task: TextTask, config: TrainConfig, weights: np.ndarray, source: str) -> pa.Table:
+def train_weights_table(task: TextTask, weights: np.ndarray, *, source: str, config_hash: str) -> pa.Table:
     """What `train` used: one row per training example, joined by `id`."""
     columns = {
         "id": [example.id for example in task.examples],
@@ -100,7 +105,7 @@ def train_weights_table(task: TextTask, config: TrainConfig, weights: np.ndarray
         "file": [example.file for example in task.examples],
         "line": [example.line for example in task.examples],
     }
-    meanings = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash(config)}
+    meanings = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash}
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
 

@@ -8,8 +8,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.certify import Certificates
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import validation_loss_fn
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.engine.outer_loop import data_order_seed
+from bilevel_jax.runs.config.schema import CertifySection
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
@@ -18,28 +17,30 @@ from bilevel_jax.runs.tasks.protocol import Task
 
 def compute_certificates(
     task: Task,
-    config: SelectConfig,
     trainer: Trainer,
     session: Session,
+    settings: CertifySection,
     *,
     name: str,
     weights: Float[np.ndarray, "examples"],
     hypergradient: Float[np.ndarray, "examples"],
-    step: int,
     validation_loss: float,
     checks: Checks,
+    start_seed: int,
+    order_seed: int,
+    data_seed: int,
 ) -> Certificates:
-    """Certify the estimate that outer step `step` made at `weights`: same start, same data order, trained again.
+    """Certify an estimate that was made at `weights`, by training again from the same start in the same data order.
 
-    The differences are of L_v(theta_T(w)), the estimand of `unrolled`. For the other methods they tell how far the
-    estimate is from the effect on the run that really happens.
+    `start_seed` and `order_seed` are those of the training that was estimated; what a certificate draws comes from
+    `data_seed`. The differences are of L_v(theta_T(w)), the estimand of `unrolled`. For the other methods they tell how
+    far the estimate is from the effect on the run that really happens.
     """
-    settings = config.certify
     if not settings.enabled:
         return Certificates(None, None, None, checks)
     device_weights, grad = replicate(task.mesh, (weights, hypergradient))
-    start = trainer.init_state(task.init_params(config.train.seed))
-    stream = task.training_stream(data_order_seed(config, step))
+    start = trainer.init_state(task.init_params(start_seed))
+    stream = task.training_stream(order_seed)
     loss_fn = validation_loss_fn(task.problem)
 
     def retrain(new_weights: jax.Array) -> float:
@@ -52,7 +53,7 @@ def compute_certificates(
         return certify.check_finite_differences(retrain, device_weights, grad, settings.step_sizes)._asdict()
 
     def compute_predictive() -> dict:
-        key = jax.random.key(config.data.seed + 2)
+        key = jax.random.key(data_seed + 2)
         return certify.predict_removals(
             retrain,
             key,
@@ -64,7 +65,7 @@ def compute_certificates(
         )._asdict()
 
     session.set_phase(f"certifying the gradient at {name}")
-    key = jax.random.key(config.data.seed + 1)
+    key = jax.random.key(data_seed + 1)
     ratios = session.run_once(f"certify/{name}/exact", compute_exact)
     cosine = session.run_once(
         f"certify/{name}/smooth", lambda: certify.metasmoothness(estimate, key, device_weights, grad, settings.removed)

@@ -9,22 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bilevel_jax.core import tree, weightings
-from bilevel_jax.core.types import Checks, Hyper, Params, Trajectory, Weighting
+from bilevel_jax.core import weightings
+from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.config.schema import OuterSection
-from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.config.schema import DataSection, OuterSection, ScoresSection
+from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import padded_table_size, place_table
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring import scores
+from bilevel_jax.runs.scoring.scores import warm_start_logits
 from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, good_label_mask, held_out_losses
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import evaluate_per_example
 
 OuterRecords = list[dict[str, Any]]
 ProgressFunction = Callable[[OuterRecords], float]
@@ -39,9 +37,9 @@ class OuterState(NamedTuple):
     best_hypergradient: Float[Array, "examples"]
     first_hypergradient: Float[Array, "examples"]
     alignment: Float[Array, "examples"]
-    """Entries of alignment at the end of the first (uniform) training: a baseline."""
+    """Alignment at the end of the first (uniform) training: a baseline."""
     losses: Float[Array, "examples"]
-    """Each row's loss at the end of the first (uniform) training: a baseline."""
+    """The loss of each example at the end of the first (uniform) training: a baseline."""
     start_params: Params
     """Where the next training starts; moves with restart: warm."""
 
@@ -61,22 +59,21 @@ class LearnedWeights(NamedTuple):
     """Why the loop ended, in words."""
 
 
-def data_order_seed(config: SelectConfig, step: int) -> int:
+def data_order_seed(data: DataSection, outer: OuterSection, step: int) -> int:
     """The seed of an outer step's data order: a new one at each restart, or the weights over-fit one order."""
-    return config.data.seed + (step if config.outer.reshuffle else 0)
+    return data.seed + (step if outer.reshuffle else 0)
 
 
-def make_weighting(task: Task, config: SelectConfig) -> Weighting:
-    """The configured map from the outer variable to the weight table."""
-    name, size = config.outer.weighting, padded_table_size(task.num_examples)
+def make_weighting(task: Task, name: str) -> Weighting:
+    """The map from the outer variable to the weight table, by its name in outer.weighting."""
+    padding = padded_table_size(task.num_examples) - task.num_examples
     if name == "per_source":
         source, count = source_indices(task)
-        return weightings.pad_weighting(weightings.per_source(jnp.asarray(source), count), size - task.num_examples)
+        return weightings.pad_weighting(weightings.per_source(jnp.asarray(source), count), padding)
     if name == "by_features":
-        return weightings.pad_weighting(
-            weightings.by_features(jnp.asarray(task.example_features())), size - task.num_examples
-        )
-    return {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name](task.num_examples, size)
+        return weightings.pad_weighting(weightings.by_features(jnp.asarray(task.example_features())), padding)
+    factory = {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name]
+    return factory(task.num_examples, task.num_examples + padding)
 
 
 def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
@@ -93,7 +90,7 @@ def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
 def compute_baseline_scores(
     task: Task, trainer: Trainer, run: Trajectory, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(alignment entries, losses) of every row at the end of a run: what the simple selections rank by."""
+    """(alignment, loss) of every example at the end of a run: what the simple selections rank by."""
     estimate = trainer.estimate_at_end(run, weights, alignment=True)
     fixed = task.frozen(run.start.params)
     losses = evaluate_per_example(
@@ -118,138 +115,168 @@ def total_outer_learning_rate(outer: OuterSection) -> float:
 
 def run_outer_loop(
     task: Task,
-    config: SelectConfig,
     trainer: Trainer,
     session: Session,
+    *,
+    data: DataSection,
+    train_seed: int,
+    scores: ScoresSection,
     progress: ProgressFunction | None = None,
 ) -> LearnedWeights:
-    """Optimise the weights by hypergradients of validation loss, and return the best by dev loss.
+    """Optimise the weights by hypergradients of the validation loss, and return the best by dev loss.
 
-    Each step trains under the present weights, reads L_v, estimates, and steps the outer variable along the
-    hypergradient divided by its rms, at the rate of its place in the loop. Without dev the last weights count.
-    Ends after outer.steps steps (with `progress`, where it passes 1 instead), after outer.patience steps without a
-    better dev, or where the effective sample size falls below its floor.
+    Each step trains with the present weights, reads the validation loss, estimates the hypergradient, and moves the
+    outer variable along the hypergradient divided by its rms, at the learning rate of its place in the loop. Without
+    dev the last weights are returned. Ends after outer.steps steps (with `progress`, where it passes 1 instead), after
+    outer.patience steps without a better dev loss, or where the effective sample size falls below outer.ess_floor.
     """
-    outer, folder = config.outer, session.folder / "checkpoints" / "outer"
-    weight_map = make_weighting(task, config)
-    weights_of = jax.jit(weight_map.weights)
-    weight_map_vjp = jax.jit(lambda hyper, entries: weightings.weighting_vjp(weight_map, hyper, entries))
-    update_hyper = jax.jit(
-        lambda rate, hyper, grad: weightings.normalized_gradient_step(rate, outer.max_step)(hyper, grad)
-    )
-    progress = progress or (lambda records: len(records) / outer.steps)
-    validation_loss = validation_loss_fn(task.problem)
-    good_mask = good_label_mask(task, config)
+    loop = OuterLoop(task, trainer, session, data=data, train_seed=train_seed, scores=scores, progress=progress)
+    while not (stop_reason := loop.stop_reason()):
+        loop.take_step()
+    return loop.learned_weights(stop_reason)
 
-    hyper, zeros = (place_table(task.mesh, array) for array in (weight_map.init(), jnp.zeros(task.num_examples)))
-    state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(config.train.seed))
-    records: OuterRecords = []
-    if restored := checkpoint.restore_checkpoint(folder, state):
-        state, records = restored.tree, restored.meta["records"]
-        session.advance(sum(record["work"] for record in records))
-    stop_reason = _stop_reason(records, config, task.num_examples, progress)
 
-    while not stop_reason:
-        step, work_before, began = len(records), session.work_done, time.monotonic()
-        weights = weights_of(state.hyper)
-        stream = task.training_stream(data_order_seed(config, step))
-        session.set_phase(f"outer step {step} of {outer.steps}")
-        start = trainer.init_state(state.start_params)
-        run = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
-        fixed = task.frozen(run.start.params)
-        if step == 0 and outer.method in ("unrolled", "window"):
-            check_differentiable(task.train_step, task.optimizer, run, weights, fixed, stream)
-        estimate = trainer.estimate(run, weights, stream, outer_step=step)
-        if not bool(tree.all_finite(estimate.grad)):
-            raise FloatingPointError(
-                f"the hypergradient of outer step {step} is not finite ({estimate.checks}). Training itself was "
-                "finite: raise optimizer.eps_root, lower optimizer.learning_rate, or use outer.method: window."
+class OuterLoop:
+    """The state of the outer loop, restored from its last checkpoint, and the functions that it compiles once."""
+
+    def __init__(
+        self,
+        task: Task,
+        trainer: Trainer,
+        session: Session,
+        *,
+        data: DataSection,
+        train_seed: int,
+        scores: ScoresSection,
+        progress: ProgressFunction | None = None,
+    ):
+        outer = trainer.outer
+        self.task, self.trainer, self.session = task, trainer, session
+        self.outer, self.data, self.train_seed, self.scores = outer, data, train_seed, scores
+        self.folder = session.folder / "checkpoints" / "outer"
+        self.progress: ProgressFunction = progress or (lambda records: len(records) / outer.steps)
+        weighting = make_weighting(task, outer.weighting)
+        self._weights_of = jax.jit(weighting.weights)
+        self._weighting_vjp = jax.jit(
+            lambda hyper, hypergradient: weightings.weighting_vjp(weighting, hyper, hypergradient)
+        )
+        self._update_hyper = jax.jit(
+            lambda rate, hyper, grad: weightings.normalized_gradient_step(rate, outer.max_step)(hyper, grad)
+        )
+        self._validation_loss = validation_loss_fn(task.problem)
+        self._good_mask = good_label_mask(task, data)
+        hyper, zeros = (place_table(task.mesh, array) for array in (weighting.init(), jnp.zeros(task.num_examples)))
+        self.state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(train_seed))
+        self.records: OuterRecords = []
+        if restored := checkpoint.restore_checkpoint(self.folder, self.state):
+            self.state, self.records = restored.tree, restored.meta["records"]
+            session.advance(sum(record["work"] for record in self.records))
+
+    def take_step(self) -> None:
+        """Train, estimate, record, step the weights, save."""
+        step, work_before, began = len(self.records), self.session.work_done, time.monotonic()
+        weights = self._weights_of(self.state.hyper)
+        stream = self.task.training_stream(data_order_seed(self.data, self.outer, step))
+        self.session.set_phase(f"outer step {step} of {self.outer.steps}")
+        start = self.trainer.init_state(self.state.start_params)
+        trajectory, estimate = train_and_estimate(self.trainer, weights, start, stream, step, is_first=step == 0)
+        check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
+        record = self._make_record(step, weights, trajectory, estimate)
+        self._update_tables(record, trajectory, weights, estimate.grad)
+        # the first training is uniform in any case: what is certified and compared with begins there
+        origin = self.state.hyper if step else self._first_logits()
+        hyper_grad = self._weighting_vjp(self.state.hyper, estimate.grad)
+        self.state = self.state._replace(hyper=self._update_hyper(record["rate"], origin, hyper_grad))
+        record |= {"work": self.session.work_done - work_before, "seconds": time.monotonic() - began}
+        self.records.append(record)
+        self.session.log.write({"event": "outer", **record})
+        self.session.print_line(format_record(f"outer step {step:>3}", record, self.task.objective.loss_unit))
+        checkpoint.save_checkpoint(self.folder, step, self.state, {"records": self.records})
+        self.session.mark_saved()
+
+    def stop_reason(self) -> str:
+        """Why the loop ends here, or nothing."""
+        if not self.records:
+            return ""
+        effective_size, num_examples = self.records[-1]["ess"], self.task.num_examples
+        if effective_size < self.outer.ess_floor * num_examples:
+            return (
+                f"the effective sample size fell to {effective_size:.0f} of {num_examples} rows, below outer.ess_floor "
+                f"({self.outer.ess_floor:g} of the rows)"
             )
-        losses = {
-            part: float(validation_loss(run.end.params, fixed, task.held_out_streams[part]))
-            if part in task.held_out_streams
-            else None
-            for part in PART_NAMES
-        }
-        record = {
+        steps_since_best = len(self.records) - 1 - _best_step(self.records)
+        if self.outer.patience and steps_since_best >= self.outer.patience:
+            return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
+        return f"all {len(self.records) - 1} outer steps were made" if self.progress(self.records) > 1 else ""
+
+    def learned_weights(self, stop_reason: str) -> LearnedWeights:
+        """The best weights so far, on the host."""
+
+        def fetch_table(table: jax.Array) -> Float[np.ndarray, "examples"]:
+            return fetch_to_host(table)[: self.task.num_examples]
+
+        return LearnedWeights(
+            weights=fetch_table(self._weights_of(self.state.best_hyper)),
+            hypergradient=fetch_table(self.state.best_hypergradient),
+            first_hypergradient=fetch_table(self.state.first_hypergradient),
+            alignment=fetch_table(self.state.alignment),
+            losses=fetch_table(self.state.losses),
+            records=self.records,
+            best_step=_best_step(self.records),
+            stop_reason=stop_reason,
+        )
+
+    def _first_logits(self) -> Hyper:
+        return warm_start_logits(
+            self.task, self.state.hyper, self.session, outer=self.outer, scores=self.scores, train_seed=self.train_seed
+        )
+
+    def _make_record(self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate) -> dict[str, Any]:
+        frozen = self.task.frozen(trajectory.start.params)
+        good, num_examples = self._good_mask, self.task.num_examples
+        return {
             "step": step,
-            "loss": losses,
+            "loss": held_out_losses(self.task, self._validation_loss, trajectory.end.params, frozen),
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch_to_host(weights)[: task.num_examples], good_mask) if good_mask is not None else None,
+            "auc": auc(fetch_to_host(weights)[:num_examples], good) if good is not None else None,
             "checks": _checks_to_json(estimate.checks),
-            "rate": outer_learning_rate(outer, min(1.0, progress(records))),
+            "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
         }
-        state = _update_outer_state(task, trainer, state, records, record, run, estimate.grad, weights, config)
-        # the first training is uniform in any case: what is certified and compared with begins there
-        origin = state.hyper if step else scores.warm_start_logits(task, config, state.hyper, session)
-        hyper_grad = weight_map_vjp(state.hyper, estimate.grad)
-        state = state._replace(hyper=update_hyper(record["rate"], origin, hyper_grad))
-        record |= {"work": session.work_done - work_before, "seconds": time.monotonic() - began}
-        records.append(record)
-        session.log.write({"event": "outer", **record})
-        session.print_line(format_record(f"outer step {step:>3}", record, task.objective.loss_unit))
-        checkpoint.save_checkpoint(folder, step, state, {"records": records})
-        session.mark_saved()
-        stop_reason = _stop_reason(records, config, task.num_examples, progress)
-        del run, estimate  # or their snapshots would live beside those of the next training
 
-    best_step = _best_step(records)
-    return LearnedWeights(
-        weights=fetch_to_host(weights_of(state.best_hyper))[: task.num_examples],
-        hypergradient=fetch_to_host(state.best_hypergradient)[: task.num_examples],
-        first_hypergradient=fetch_to_host(state.first_hypergradient)[: task.num_examples],
-        alignment=fetch_to_host(state.alignment)[: task.num_examples],
-        losses=fetch_to_host(state.losses)[: task.num_examples],
-        records=records,
-        best_step=best_step,
-        stop_reason=stop_reason,
-    )
+    def _update_tables(
+        self, record: dict[str, Any], trajectory: Trajectory, weights: jax.Array, grad: jax.Array
+    ) -> None:
+        """Keep what an outer step found, before its step on the outer variable."""
+        if not self.records:
+            alignment, losses = compute_baseline_scores(self.task, self.trainer, trajectory, weights)
+            self.state = self.state._replace(first_hypergradient=grad, alignment=alignment, losses=losses)
+        if _best_step([*self.records, record]) == len(self.records):
+            self.state = self.state._replace(best_hyper=self.state.hyper, best_hypergradient=grad)
+        if self.outer.restart == "warm":
+            self.state = self.state._replace(start_params=trajectory.end.params)
 
 
-def good_label_mask(task: Task, config: SelectConfig) -> np.ndarray | None:
-    """Which rows carry the label data.good_label; None where the data have no such labels."""
-    labels = [example.label for example in task.examples]
-    if not config.data.label_field or all(label is None for label in labels):
-        return None
-    return np.array([label == config.data.good_label for label in labels])
+def train_and_estimate(
+    trainer: Trainer, weights: jax.Array, start: TrainState, stream: Stream, step: int, *, is_first: bool
+) -> tuple[Trajectory, Estimate]:
+    """Train from `start` with these weights, and estimate the hypergradient at its end; resumable as outer step `step`.
 
-
-def _update_outer_state(
-    task, trainer, state: OuterState, records, record, run, grad, weights, config: SelectConfig
-) -> OuterState:
-    """The tables after an outer step, before its step on the outer variable."""
-    if not records:
-        alignment, losses = compute_baseline_scores(task, trainer, run, weights)
-        state = state._replace(first_hypergradient=grad, alignment=alignment, losses=losses)
-    if _best_step([*records, record]) == len(records):
-        state = state._replace(best_hyper=state.hyper, best_hypergradient=grad)
-    if config.outer.restart == "warm":
-        state = state._replace(start_params=run.end.params)
-    return state
+    The first step checks that the optimizer's update has a finite derivative.
+    """
+    task = trainer.task
+    trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
+    if is_first and trainer.outer.method in ("unrolled", "window"):
+        frozen = task.frozen(trajectory.start.params)
+        check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
+    return trajectory, trainer.estimate(trajectory, weights, stream, outer_step=step)
 
 
 def _best_step(records: OuterRecords) -> int:
     """The step with the least dev loss; without dev, the last."""
     values = [record["loss"]["dev"] for record in records]
     return len(records) - 1 if values[0] is None else int(np.argmin(values))
-
-
-def _stop_reason(records: OuterRecords, config: SelectConfig, num_examples: int, progress: ProgressFunction) -> str:
-    """Why the loop ends here, or nothing."""
-    outer = config.outer
-    if not records:
-        return ""
-    if records[-1]["ess"] < outer.ess_floor * num_examples:
-        return (
-            f"the effective sample size fell to {records[-1]['ess']:.0f} of {num_examples} rows, below outer.ess_floor "
-            f"({outer.ess_floor:g} of the rows)"
-        )
-    steps_since_best = len(records) - 1 - _best_step(records)
-    if outer.patience and steps_since_best >= outer.patience:
-        return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
-    return f"all {len(records) - 1} outer steps were made" if progress(records) > 1 else ""
 
 
 def format_record(label: str, record: dict[str, Any], unit: str) -> str:

@@ -10,22 +10,24 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm.data.batches import steps_per_epoch
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.engine.outer_loop import LearnedWeights, good_label_mask
+from bilevel_jax.runs.config.schema import DataSection, RetrainSection, ScoresSection
+from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring import scores
+from bilevel_jax.runs.scoring.scores import load_or_compute_score
 from bilevel_jax.runs.stats import mean_interval, top_indices
+from bilevel_jax.runs.tasks.evaluation import accuracy, good_label_mask, headline_part, held_out_losses
+from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example
+from bilevel_jax.runs.tasks.text import TextTask
 
 FIRST_RETRAIN_SEED = 10_000
 """Data orders of the comparison begin here: the learned weights have seen none of them."""
 
 
 class RetrainVariant(NamedTuple):
-    """One row of the table: which corpus rows it trains on, with which weights."""
+    """What a retrain is trained on: examples of the corpus and their weights; one line of the comparison table."""
 
     name: str
     meaning: str
@@ -35,25 +37,29 @@ class RetrainVariant(NamedTuple):
 
 def build_variants(
     task: TextTask,
-    config: SelectConfig,
     learned: LearnedWeights,
     selected_indices: Int[np.ndarray, "selected"],
     session: Session,
+    *,
+    retrain: RetrainSection,
+    data: DataSection,
+    scores: ScoresSection,
+    train_seed: int,
 ) -> list[RetrainVariant]:
-    """The rows of the table that the config asks for and the data allow."""
+    """The variants that retrain.variants names and the data allow."""
     all_indices, validation_indices = task.trainable_indices(), task.validation_indices()
     ones = np.ones(task.corpus.num_examples)
     learned_weights = ones.copy()
     learned_weights[: task.num_examples] = learned.weights
     count = len(selected_indices)
     subset_size = f"{count} rows"
-    random_indices = np.sort(np.random.default_rng(config.data.seed).choice(all_indices, count, replace=False))
-    good = good_label_mask(task, config)
+    random_indices = np.sort(np.random.default_rng(data.seed).choice(all_indices, count, replace=False))
+    good = good_label_mask(task, data)
     good_mask = np.zeros(task.num_examples, bool) if good is None else good
 
     def top_by_score(name: str) -> RetrainVariant:
-        params = task.init_params(config.train.seed)
-        values = scores.load_or_compute_score(name, name, task, params, config.scores, session).values
+        params = task.init_params(train_seed)
+        values = load_or_compute_score(name, name, task, params, scores, session).values
         return RetrainVariant(
             f"{name}, top", f"{subset_size} of the largest {name} by the model before training",
             top_indices(values, count, all_indices), ones,
@@ -77,35 +83,42 @@ def build_variants(
             "train + validation", "all rows and validation, weight 1", np.concatenate([all_indices, validation_indices]), ones
         ),
         "oracle": lambda: RetrainVariant(
-            "oracle", f"the rows whose label is {config.data.good_label!r}", all_indices[good_mask[all_indices]], ones
+            "oracle", f"the rows whose label is {data.good_label!r}", all_indices[good_mask[all_indices]], ones
         ),
     }  # fmt: skip
-    names = [name for name in config.retrain.variants if name != "oracle" or good_mask.any()]
+    names = [name for name in retrain.variants if name != "oracle" or good_mask.any()]
     return [builders[name]() if name in builders else top_by_score(name) for name in names]
 
 
 def retrain_all_variants(
-    task: TextTask, config: SelectConfig, trainer: Trainer, session: Session, variants: list[RetrainVariant]
+    task: TextTask,
+    trainer: Trainer,
+    session: Session,
+    variants: list[RetrainVariant],
+    *,
+    retrain: RetrainSection,
+    train_seed: int,
+    data_seed: int,
 ) -> list[dict[str, Any]]:
-    """Train every arm from cold under every seed; means with 95 % intervals over the seeds.
+    """Train every variant from cold under every seed; means with 95 % intervals over the seeds.
 
-    The same number of steps for all: an arm with fewer rows makes more epochs, which the table states.
+    The same number of steps for all: a variant with fewer examples makes more epochs, which the table states.
     """
-    if not config.retrain.enabled:
+    if not retrain.enabled:
         return []
     loss_fn = validation_loss_fn(task.problem)
     results = []
     for variant in variants:
         session.set_phase(f"comparing: {variant.name}")
-        retrain_seed = partial(retrain_variant, task, config, trainer, session, loss_fn, variant)
         runs = [
-            session.run_once(f"compare/{variant.name}/{seed}", partial(retrain_seed, seed))
-            for seed in range(config.retrain.seeds)
+            session.run_once(
+                f"compare/{variant.name}/{seed}",
+                partial(retrain_variant, task, trainer, loss_fn, variant, train_seed + seed, data_seed + seed),
+            )
+            for seed in range(retrain.seeds)
         ]
-        columns = [*PART_NAMES, "accuracy"]
-        intervals = {
-            column: mean_interval([run[column] for run in runs]) for column in columns if runs[0][column] is not None
-        }
+        columns = [column for column in (*PART_NAMES, "accuracy") if runs[0][column] is not None]
+        intervals = {column: mean_interval([run[column] for run in runs]) for column in columns}
         results.append(
             {
                 "name": variant.name,
@@ -122,27 +135,20 @@ def retrain_all_variants(
     return results
 
 
-def retrain_variant(task, config, trainer, session, loss_fn, variant: RetrainVariant, seed: int) -> dict[str, Any]:
-    """Train once from cold on the arm's rows and weights: L_v on each part (nats), accuracy on test."""
-    start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED + seed))
-    stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED + seed, variant.example_indices, packed=False)
-    run = trainer.run(place_table(task.mesh, variant.weights.astype(jnp.result_type(float))), start, stream)
-    fixed = task.frozen(start.params)
-    losses = {
-        part: float(loss_fn(run.end.params, fixed, task.held_out_streams[part]))
-        if part in task.held_out_streams
-        else None
-        for part in PART_NAMES
-    }
-    test_part = "test" if "test" in task.held_out_streams else "validation"
-    accuracies = evaluate_per_example(
-        task.objective.accuracy,
-        run.end.params,
-        fixed,
-        task.held_out_streams[test_part],
-        len(task.held_out_examples[test_part]),
-    )
-    return {**losses, "accuracy": float(np.nanmean(accuracies))}
+def retrain_variant(
+    task: Task, trainer: Trainer, loss_fn: Any, variant: RetrainVariant, train_seed: int, data_seed: int
+) -> dict[str, Any]:
+    """Train once from cold on the variant's examples and weights: the loss of each part (nats), the accuracy on test.
+
+    The two seeds, of the start and of the data order, are moved by FIRST_RETRAIN_SEED.
+    """
+    start = trainer.init_state(task.init_params(train_seed + FIRST_RETRAIN_SEED))
+    stream = task.training_stream(data_seed + FIRST_RETRAIN_SEED, variant.example_indices, packed=False)
+    weights = place_table(task.mesh, variant.weights.astype(jnp.result_type(float)))
+    params = trainer.run(weights, start, stream).end.params
+    frozen = task.frozen(start.params)
+    losses = held_out_losses(task, loss_fn, params, frozen)
+    return {**losses, "accuracy": accuracy(task, params, frozen, headline_part(task))}
 
 
 def _format_result(result: dict[str, Any], accuracy_name: str) -> str:

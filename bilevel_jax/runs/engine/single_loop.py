@@ -9,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.core import single_loop, weightings
-from bilevel_jax.core.types import Params, SingleLoop
+from bilevel_jax.core import weightings
+from bilevel_jax.core.single_loop import TrainedReference, bmo, compute_weights, epoch_schedule, geometric_schedule, mixing, penalty, replace_reference
+from bilevel_jax.core.types import Frozen, Params, SingleLoop
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import OnlineWeights
-from bilevel_jax.runs.config.load import SelectConfig
+from bilevel_jax.runs.config.schema import (
+    DataSection,
+    OptimizerSection,
+    OuterSection,
+    SingleLoopSection,
+    TrainSection,
+)
 from bilevel_jax.runs.engine.outer_loop import (
     LearnedWeights,
     compute_baseline_scores,
     format_record,
-    good_label_mask,
     source_indices,
     total_outer_learning_rate,
 )
@@ -27,10 +33,11 @@ from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.evaluation import good_label_mask, held_out_losses
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.splits import PART_NAMES
 
 TWO_MODEL_WORK, ONE_MODEL_WORK, FORWARD_WORK = 3.0, 2.0, 1 / 3
 """Work of a step in training steps: the training batch and the validation batch, and with a second model once more; of
@@ -47,67 +54,136 @@ class SingleLoopResult(NamedTuple):
     estimand: str
 
 
-def num_single_loop_steps(config: SelectConfig) -> int:
-    """Steps of the one run; by default as many as the outer loop's trainings have together."""
-    return config.single_loop.steps or config.train.max_steps * config.outer.steps
+def num_single_loop_steps(single_loop: SingleLoopSection, outer: OuterSection, max_steps: int) -> int:
+    """Steps of the one run; by default as many as the training runs of the outer loop, of `max_steps` each, together."""
+    return single_loop.steps or max_steps * outer.steps
 
 
-def single_loop_step_work(config: SelectConfig) -> float:
-    """The work of one step, in training steps."""
-    single, method = config.single_loop, config.outer.method
+def single_loop_step_work(single_loop: SingleLoopSection, method: str) -> float:
+    """The work of one step of penalty, bmo or mixing, in training steps."""
     if method == "bmo":
-        return (
-            ONE_MODEL_WORK
-            + {"none": 0.0, "snapshot": FORWARD_WORK, "copy": single.inner_steps + FORWARD_WORK}[single.reference]
-        )
-    return TWO_MODEL_WORK if method == "penalty" and single.second_model == "copy" else ONE_MODEL_WORK
+        reference_work = {"none": 0.0, "snapshot": FORWARD_WORK, "copy": single_loop.inner_steps + FORWARD_WORK}
+        return ONE_MODEL_WORK + reference_work[single_loop.reference]
+    return TWO_MODEL_WORK if method == "penalty" and single_loop.second_model == "copy" else ONE_MODEL_WORK
+
+
+def count_single_loop_work(single_loop: SingleLoopSection, outer: OuterSection, max_steps: int) -> float:
+    """The work of the one run, in training steps."""
+    steps = num_single_loop_steps(single_loop, outer, max_steps)
+    return steps * single_loop_step_work(single_loop, outer.method)
 
 
 def run_single_loop(
     task: Task,
-    config: SelectConfig,
     session: Session,
     *,
+    single_loop: SingleLoopSection,
+    outer: OuterSection,
+    optimizer: OptimizerSection,
+    data: DataSection,
+    train: TrainSection,
     seed: int = 0,
     compiled_method: SingleLoop | None = None,
     reference_params: Params | None = None,
 ) -> SingleLoopResult:
     """Train parameters and weights together, as outer.method says, and return both.
 
-    `made` is `method` of another task of the same shape, already compiled; `snapshot` the parameters that BMO compares
-    with under single_loop.reference = snapshot (default: those that training starts from).
-    Validation batches are drawn from validation alone, in epochs of their own. The records are of readings of L_v: on validation,
-    which is trained on, and on dev and test, which are not. Raises FloatingPointError where L_v is not finite.
+    `compiled_method` is `build_single_loop` of another task of the same shape, already compiled; `reference_params` are
+    those that BMO compares with under single_loop.reference = snapshot (default: those that training starts from).
+    Validation batches are drawn from validation alone, in epochs of their own. The records are of readings of L_v: on
+    validation, which is trained on, and on dev and test, which are not. Raises FloatingPointError where L_v is not
+    finite.
     """
+    steps = num_single_loop_steps(single_loop, outer, train.max_steps)
+    method = compiled_method or build_single_loop(
+        task, steps, single_loop=single_loop, outer=outer, optimizer=optimizer
+    )
+    params = task.init_params(train.seed + seed)
+    frozen = task.frozen(params)
+    state = replicate_unplaced(task.mesh, method.init(params))
+    if reference_params is not None and outer.method == "bmo" and single_loop.reference == "snapshot":
+        state = replace_reference(state, reference_params)
+    train_stream = task.training_stream(data.seed + seed, packed=False)
+    validation_stream = task.training_stream(data.seed + seed + 1, task.validation_indices(), packed=False)
+    work = single_loop_step_work(single_loop, outer.method)
+    recorder = SingleLoopRecorder(
+        task, session, method, frozen, num_steps=steps, eval_steps=single_loop.eval_steps, step_work=work, data=data
+    )
     folder = session.folder / "checkpoints" / f"single-{seed}"
-    steps, every = num_single_loop_steps(config), config.single_loop.eval_steps
-    compiled_method = compiled_method or build_single_loop(task, config, steps)
-    validation_loss = validation_loss_fn(task.problem)
-    good_mask = good_label_mask(task, config)
-    params = task.init_params(config.train.seed + seed)
-    fixed = task.frozen(params)
-    state = replicate_unplaced(task.mesh, compiled_method.init(params))
-    if reference_params is not None and config.outer.method == "bmo" and config.single_loop.reference == "snapshot":
-        state = single_loop.replace_reference(state, reference_params)
-    train_stream = task.training_stream(config.data.seed + seed, packed=False)
-    validation_stream = task.training_stream(config.data.seed + seed + 1, task.validation_indices(), packed=False)
-    records: list[dict[str, Any]] = []
     if restored := checkpoint.restore_checkpoint(folder, state):
-        state, records = restored.tree, restored.meta["records"]
-        session.advance(single_loop_step_work(config) * int(state.train_state.step))
+        state, recorder.records = restored.tree, restored.meta["records"]
+        session.advance(work * int(state.train_state.step))
 
-    def make_record(step: int, seconds: float) -> dict[str, Any]:
-        weights = compiled_method.weights(state)
-        loss = {
-            part: float(validation_loss(state.train_state.params, fixed, task.held_out_streams[part]))
-            if part in task.held_out_streams
-            else None
-            for part in PART_NAMES
-        }
+    def take_step(step: int, state: Any) -> Any:
+        return method.step(state, frozen, train_stream.batch(step), validation_stream.batch(step))[0]
+
+    def save(steps_done: int, state: Any) -> None:
+        checkpoint.save_checkpoint(folder, steps_done, state, {"records": recorder.records})
+
+    session.set_phase(f"{outer.method}: {steps} steps")
+    recorder.begin(state)
+    remaining = range(int(state.train_state.step), steps)
+    state = run_steps(session, take_step, state, remaining, work=work, on_step=recorder.on_step, save=save)
+    weights = method.weights(state)
+    if outer.method == "bmo":  # its own table is of the losses when each example was last seen
+        params, stream, temperature = (
+            state.train_state.params,
+            task.full_pass_stream(seed=0),
+            single_loop.temperatures[1],
+        )
+        weights = compute_weights(
+            task.problem, params, state.reference, frozen, stream, task.num_examples, temperature
+        )
+    return SingleLoopResult(fetch_to_host(weights), state.train_state.params, recorder.records, method.estimand)
+
+
+class SingleLoopRecorder:
+    """Reads L_v and the weights every single_loop.eval_steps steps; the records go into log, checkpoint and result."""
+
+    def __init__(
+        self,
+        task: Task,
+        session: Session,
+        method: SingleLoop,
+        frozen: Frozen,
+        *,
+        num_steps: int,
+        eval_steps: int,
+        step_work: float,
+        data: DataSection,
+    ):
+        self.task, self.session, self.method, self.frozen = task, session, method, frozen
+        self.num_steps, self.eval_steps, self.step_work = num_steps, eval_steps, step_work
+        self.records: list[dict[str, Any]] = []
+        self._validation_loss = validation_loss_fn(task.problem)
+        self._good_mask = good_label_mask(task, data)
+        self._last_time = time.monotonic()
+
+    def begin(self, state: Any) -> None:
+        """Record the state before the first step, unless a run before this one did."""
+        self._last_time = time.monotonic()
+        if not self.records:
+            self.records.append(self._make_record(0, state, 0.0))
+
+    def on_step(self, steps_done: int, state: Any, save_due: bool) -> bool:
+        """Record where it is time to; whether to save now."""
+        is_last = steps_done == self.num_steps
+        if steps_done % self.eval_steps == 0 or is_last:
+            record = self._make_record(steps_done, state, time.monotonic() - self._last_time)
+            self.records.append(record)
+            self._last_time = time.monotonic()
+            self.session.log.write({"event": "single", **record})
+            self.session.print_line(format_record(f"step {steps_done:>6}", record, self.task.objective.loss_unit))
+        return save_due or is_last
+
+    def _make_record(self, step: int, state: Any, seconds: float) -> dict[str, Any]:
+        weights = self.method.weights(state)
+        loss = held_out_losses(self.task, self._validation_loss, state.train_state.params, self.frozen)
         if not math.isfinite(loss["validation"] or math.nan):
             raise FloatingPointError(
-                f"validation loss is {loss['validation']} at step {step} of {steps}. Lower optimizer.learning_rate, or set "
-                "optimizer.max_grad_norm. The last good checkpoint is kept: --resume goes on from it."
+                f"validation loss is {loss['validation']} at step {step} of {self.num_steps}. Lower "
+                "optimizer.learning_rate, or set optimizer.max_grad_norm. The last good checkpoint is kept: --resume "
+                "goes on from it."
             )
         return {
             "step": step,
@@ -115,50 +191,34 @@ def run_single_loop(
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch_to_host(weights), good_mask) if good_mask is not None else None,
+            "auc": auc(fetch_to_host(weights), self._good_mask) if self._good_mask is not None else None,
             "checks": {},
-            "work": 0.0 if not records else single_loop_step_work(config) * (step - records[-1]["step"]),
+            "work": self.step_work * (step - self.records[-1]["step"]) if self.records else 0.0,
             "seconds": seconds,
         }
 
-    session.set_phase(f"{config.outer.method}: {steps} steps")
-    began = time.monotonic()
-    if not records:
-        records.append(make_record(0, 0.0))
-    for step in range(int(state.train_state.step), steps):
-        state, _ = compiled_method.step(state, fixed, train_stream.batch(step), validation_stream.batch(step))
-        session.advance(single_loop_step_work(config))
-        steps_done, due = step + 1, session.should_save()
-        if steps_done % every == 0 or steps_done == steps:
-            records.append(make_record(steps_done, time.monotonic() - began))
-            began = time.monotonic()
-            session.log.write({"event": "single", **records[-1]})
-            session.print_line(format_record(f"step {steps_done:>6}", records[-1], task.objective.loss_unit))
-        if due or steps_done == steps:
-            checkpoint.save_checkpoint(folder, steps_done, state, {"records": records})
-            session.mark_saved()
-    weights = compiled_method.weights(state)
-    if config.outer.method == "bmo":  # its own table is of the losses when each row was last seen
-        params, stream = state.train_state.params, task.full_pass_stream(seed=0)
-        end = config.single_loop.temperatures[1]
-        weights = single_loop.compute_weights(
-            task.problem, params, state.reference, fixed, stream, task.num_examples, end
-        )
-    return SingleLoopResult(fetch_to_host(weights), state.train_state.params, records, compiled_method.estimand)
-
 
 def run_single_loop_with_baselines(
-    task: Task, config: SelectConfig, trainer: Trainer, session: Session
+    task: Task,
+    trainer: Trainer,
+    session: Session,
+    *,
+    single_loop: SingleLoopSection,
+    optimizer: OptimizerSection,
+    data: DataSection,
+    train: TrainSection,
 ) -> tuple[LearnedWeights, SingleLoopResult]:
-    """As `learn.learn`: the weights, with the baselines of a uniform training; a single-loop method has no entries."""
+    """As `run_outer_loop`, with the baselines of a uniform training; a single-loop method has no hypergradients."""
     uniform_weights = place_table(task.mesh, jnp.ones(task.num_examples))
     session.set_phase("uniform training, for the baselines")
-    run = trainer.run(
-        uniform_weights, trainer.init_state(task.init_params(config.train.seed)), task.training_stream(config.data.seed)
+    start = trainer.init_state(task.init_params(train.seed))
+    trajectory = trainer.run(uniform_weights, start, task.training_stream(data.seed))
+    alignment, losses = compute_baseline_scores(task, trainer, trajectory, uniform_weights)
+    result = run_single_loop(
+        task, session, single_loop=single_loop, outer=trainer.outer, optimizer=optimizer, data=data, train=train
     )
-    alignment, losses = compute_baseline_scores(task, trainer, run, uniform_weights)
-    result = run_single_loop(task, config, session)
     missing = np.full(task.num_examples, np.nan, alignment.dtype)
+    num_steps = num_single_loop_steps(single_loop, trainer.outer, train.max_steps)
     learned = LearnedWeights(
         weights=result.weights,
         hypergradient=missing,
@@ -167,38 +227,42 @@ def run_single_loop_with_baselines(
         losses=fetch_to_host(losses)[: task.num_examples],
         records=result.records,
         best_step=len(result.records) - 1,
-        stop_reason=f"all {num_single_loop_steps(config)} steps were made",
+        stop_reason=f"all {num_steps} steps were made",
     )
     return learned, result
 
 
-def build_single_loop(task: Task, config: SelectConfig, steps: int) -> SingleLoop:
-    """The configured method as (init, step, weights)."""
-    single, outer = config.single_loop, config.outer
-    share_steps = max(1, -(-steps // len(single.validation_shares)))
-    tx = build_optimizer(config.optimizer, steps)
+def build_single_loop(
+    task: Task, steps: int, *, single_loop: SingleLoopSection, outer: OuterSection, optimizer: OptimizerSection
+) -> SingleLoop:
+    """The method that outer.method names, for a run of so many steps, as (init, step, weights)."""
+    tx = build_optimizer(optimizer, steps)
     if outer.method == "mixing":
-        return single_loop.mixing(task.problem, tx, single.validation_shares[0], task.num_examples)
-    share = single_loop.epoch_schedule(single.validation_shares, share_steps)
+        return mixing(task.problem, tx, single_loop.validation_shares[0], task.num_examples)
+    share_steps = max(1, -(-steps // len(single_loop.validation_shares)))
+    share = epoch_schedule(single_loop.validation_shares, share_steps)
     if outer.method == "bmo":
-        start, end = single.temperatures
-        tau = single_loop.geometric_schedule(start, end, steps)
-        copy = single_loop.TrainedReference(
-            build_optimizer(config.optimizer, steps), single.inner_steps, single.proximal
+        start, end = single_loop.temperatures
+        trained_reference = TrainedReference(
+            build_optimizer(optimizer, steps), single_loop.inner_steps, single_loop.proximal
         )
-        reference = copy if single.reference == "copy" else single.reference
-        return single_loop.bmo(
-            task.problem, tx, task.num_examples, validation_share=share, temperature=tau, reference=reference
+        return bmo(
+            task.problem,
+            tx,
+            task.num_examples,
+            validation_share=share,
+            temperature=geometric_schedule(start, end, steps),
+            reference=trained_reference if single_loop.reference == "copy" else single_loop.reference,
         )
-    # a row's logit moves in the steps that meet the row, a source's in every step
+    # the logit of an example moves in the steps that meet the example, that of a source in every step
     steps_per_epoch = 1.0 if outer.weighting == "per_source" else len(task.trainable_indices()) / task.batch_size
-    return single_loop.penalty(
+    return penalty(
         task.problem,
         tx,
-        make_online_weights(task, config),
+        make_online_weights(task, outer.weighting),
         validation_share=share,
         weights_learning_rate=delayed_linear_decay(total_outer_learning_rate(outer) * steps_per_epoch, steps),
-        second_model=single.second_model,
+        second_model=single_loop.second_model,
         normalize_step=True,
         max_step=outer.max_step,
     )
@@ -222,10 +286,10 @@ def delayed_linear_decay(total: float, steps: int) -> Callable[[Any], Any]:
     return rate
 
 
-def make_online_weights(task: Task, config: SelectConfig) -> OnlineWeights:
-    """The weights as a single-loop method steps them: on the rows of a batch alone."""
-    if config.outer.weighting == "per_source":
+def make_online_weights(task: Task, name: str) -> OnlineWeights:
+    """The weights as a single-loop method steps them, on the examples of a batch alone; `name` is outer.weighting."""
+    if name == "per_source":
         source, count = source_indices(task)
         return weightings.online_per_source(jnp.asarray(source), count)
     factories = {"softmax": weightings.online_softmax, "sigmoid": weightings.online_sigmoid}
-    return factories[config.outer.weighting](task.num_examples)
+    return factories[name](task.num_examples)

@@ -322,6 +322,15 @@ def check_finite(
 _all_finite = jax.jit(tree.all_finite)
 
 
+def check_hypergradient_finite(estimate: Estimate, name: str, *, alternative: str = "") -> None:
+    """A FloatingPointError where an estimate is not finite; `name` says whose it is, `alternative` what else helps."""
+    if not bool(tree.all_finite(estimate.grad)):
+        raise FloatingPointError(
+            f"the hypergradient of {name} is not finite ({estimate.checks}). Training itself was finite: raise "
+            f"optimizer.eps_root, or lower optimizer.learning_rate{alternative}."
+        )
+
+
 def describe_example(task: Task, index: int) -> str:
     """A row of the corpus for an error: its id and, where it is known, the file and line that it stands in."""
     fit = index - task.num_examples

@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.core.types import PADDING, Hyper, Params, Problem
-from bilevel_jax.runs.config.load import TrainConfig
-from bilevel_jax.runs.config.schema import WeightsSection
+from bilevel_jax.runs.config.schema import DataSection, ScoresSection, WeightsSection
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
@@ -40,13 +39,23 @@ class Reweighting:
     resumed reads them there, so it goes on with the same numbers. A row without a score counts as the least.
     """
 
-    def __init__(self, task: TextTask, config: TrainConfig, session: Session):
-        self.task, self.config, self.session = task, config, session
-        self.refresh_steps = plan_refresh_steps(task.num_steps, config.weights.refresh)
+    def __init__(
+        self,
+        task: TextTask,
+        session: Session,
+        *,
+        weights: WeightsSection,
+        scores: ScoresSection,
+        data: DataSection,
+        param_dtype: str,
+    ):
+        self.task, self.session, self.param_dtype = task, session, param_dtype
+        self.weights_config, self.scores_config, self.good_label = weights, scores, data.good_label
+        self.refresh_steps = plan_refresh_steps(task.num_steps, weights.refresh)
         self.scores_by_step: dict[int, ExampleScores] = {}
         self._values_by_step: dict[int, Float[np.ndarray, "examples"]] = {}
         """By start, what a step picks from: scores, of which it makes its own weights, or weights."""
-        self._data_order = task.data_order(config.data.seed)
+        self._data_order = task.data_order(data.seed)
 
     @property
     def problem(self) -> Problem:
@@ -56,7 +65,7 @@ class Reweighting:
     @property
     def source(self) -> str:
         """Where the weights come from, in words."""
-        weights = self.config.weights
+        weights = self.weights_config
         frequency = (
             "once, at the start"
             if len(self.refresh_steps) == 1
@@ -68,7 +77,7 @@ class Reweighting:
 
     def update_scores(self, step: int, params: Params) -> None:
         """Have the scores that `step` rests on; where they are not there, `params`, those before it, make them."""
-        name, folder = self.config.weights.score, self.session.folder
+        name, folder = self.weights_config.score, self.session.folder
         for refresh_index, refresh_step in enumerate(self.refresh_steps):
             if refresh_step > step or refresh_step in self.scores_by_step:
                 continue
@@ -80,11 +89,11 @@ class Reweighting:
                 )
             self.session.set_phase(f"scoring: {name}, {refresh_index + 1} of {len(self.refresh_steps)}")
             self.scores_by_step[refresh_step] = load_or_compute_score(
-                column, name, self.task, params, self.config.scores, self.session
+                column, name, self.task, params, self.scores_config, self.session
             )
-            scores, scale = fill_missing_scores(self.scores_by_step[refresh_step].values), self.config.weights.scaling
+            scores, scale = fill_missing_scores(self.scores_by_step[refresh_step].values), self.weights_config.scaling
             self._values_by_step[refresh_step] = (
-                scores if scale == "batch" else scale_over_examples(scores, self.config.weights)
+                scores if scale == "batch" else scale_over_examples(scores, self.weights_config)
             )
             record = self.score_records()[-1]
             self.session.log.write({"event": "scored", **record})
@@ -94,7 +103,7 @@ class Reweighting:
     def step_weights(self, step: int) -> Hyper:
         """What `problem` reads at a step, on the mesh."""
         weights = self._slot_weights(step)[1].reshape(self.task.layout.num_micro_batches, self.task.layout.examples)
-        return replicate(self.task.mesh, weights.astype(self.config.model.param_dtype))
+        return replicate(self.task.mesh, weights.astype(self.param_dtype))
 
     def summarize_weights(self) -> WeightSummary:
         """The weights of the whole run, from its order and its scores."""
@@ -105,7 +114,7 @@ class Reweighting:
             np.add.at(total, index[is_real], weights[is_real])
             np.add.at(count, index[is_real], 1)
             num_equal_steps += int(np.ptp(self._values_at(step)[index[is_real]]) == 0)
-        final_weights = scale_over_examples(self.scores_by_step[self.refresh_steps[-1]].values, self.config.weights)
+        final_weights = scale_over_examples(self.scores_by_step[self.refresh_steps[-1]].values, self.weights_config)
         return WeightSummary(
             np.divide(total, count, out=final_weights, where=count > 0), int((count > 0).sum()), num_equal_steps
         )
@@ -114,7 +123,7 @@ class Reweighting:
         """What result.json says; `seconds` are those of training."""
         records, summary = self.score_records(), self.summarize_weights()
         return {
-            "score": self.config.weights.score,
+            "score": self.weights_config.score,
             "records": records,
             "seconds": sum(record["seconds"] for record in records),
             "share": sum(record["seconds"] for record in records) / seconds if seconds else None,
@@ -154,16 +163,16 @@ class Reweighting:
         """(the row of each slot of a step, PADDING for an empty one; its weight, 0 for those)."""
         corpus_indices, example_values = self._data_order(step), self._values_at(step)
         index = np.where(corpus_indices < self.task.num_examples, corpus_indices, PADDING)
-        if self.config.weights.scaling != "batch":
+        if self.weights_config.scaling != "batch":
             return index, np.where(
                 index != PADDING, example_values[np.minimum(corpus_indices, self.task.num_examples - 1)], 0.0
             )
         weights = scaling.batch_minmax_weights(example_values, index)
-        return index, weights / weights[index != PADDING].mean() if self.config.weights.mean_one else weights
+        return index, weights / weights[index != PADDING].mean() if self.weights_config.mean_one else weights
 
     def _good_mask(self) -> Bool[np.ndarray, "kept"] | None:
         labels = [self.task.examples[row].label for row in self.task.trainable_indices()]
-        good = np.array([label == self.config.data.good_label for label in labels])
+        good = np.array([label == self.good_label for label in labels])
         return good if 0 < good.sum() < len(good) else None  # of one kind alone there is nothing to tell apart
 
 

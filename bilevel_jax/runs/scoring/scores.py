@@ -16,21 +16,22 @@ from jaxtyping import Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step, init_train_state
-from bilevel_jax.core.types import Batch, Frozen, Hyper, Params, Problem
+from bilevel_jax.core.types import Batch, Frozen, Hyper, Params, Problem, TrainState
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.config.schema import ScoresSection
+from bilevel_jax.runs.config.schema import OuterSection, ScoresSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.likelihoods import ScoreResult
 from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.text import TextTask, evaluate_per_example
+from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores.margin import el2n, token_el2n
 from bilevel_jax.scores.random import hash_to_int
 
@@ -104,16 +105,17 @@ def load_or_compute_score(
     return ExampleScores(values, column_metadata["passes"], column_metadata["seconds"], tuple(column_metadata["notes"]))
 
 
-def warm_start_logits(task: Task, config: SelectConfig, hyper: Hyper, session: Session) -> Hyper:
+def warm_start_logits(
+    task: Task, hyper: Hyper, session: Session, *, outer: OuterSection, scores: ScoresSection, train_seed: int
+) -> Hyper:
     """The logits `hyper`, all 0, or those of outer.warm_start: its scores, standardised and cut at -2 and 2.
 
-    Of a weighting by sources, the mean over each source's rows. A row without a score stays at 0.
+    Of a weighting by sources, the mean over the examples of each source. An example without a score stays at 0.
     """
-    name, outer = config.outer.warm_start, config.outer
+    name = outer.warm_start
     if not name:
         return hyper
-    params = task.init_params(config.train.seed)
-    values = load_or_compute_score(name, name, task, params, config.scores, session).values
+    values = load_or_compute_score(name, name, task, task.init_params(train_seed), scores, session).values
     spread = float(np.nanstd(values))
     logits = np.nan_to_num(np.clip((values - np.nanmean(values)) / (spread or 1.0), -2, 2))
     if outer.weighting == "per_source":
@@ -308,27 +310,26 @@ def _el2n_of_tokens(decoder: Decoder) -> Callable:
 
 
 def _train_holdout_model(task: Task, seed: int, steps: int, session: Session) -> Params:
-    """The parameters after `steps` steps on validation alone; saved when due, and gone on with from there."""
+    """The parameters after `steps` steps on validation alone; saved when due, and resumed from there."""
     folder = session.folder / "checkpoints" / "holdout"
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     start = jax.tree.map(jnp.copy, task.init_params(seed))
-    state, frozen = (
-        replicate_unplaced(task.mesh, init_train_state(task.optimizer, start)),
-        task.frozen(task.init_params(seed)),
-    )
+    state = replicate_unplaced(task.mesh, init_train_state(task.optimizer, start))
+    frozen = task.frozen(task.init_params(seed))
     if restored := checkpoint.restore_checkpoint(folder, state):
         state = restored.tree
-    stream, weights = (
-        task.training_stream(seed, task.validation_indices(), packed=False),
-        jnp.ones(task.corpus.num_examples),
-    )
+    stream = task.training_stream(seed, task.validation_indices(), packed=False)
+    weights = jnp.ones(task.corpus.num_examples)
     step = forward_only_step(task.problem, task.optimizer)
+
+    def take_step(index: int, state: TrainState) -> TrainState:
+        return step(state, weights, frozen, stream.batch(index))[0]
+
+    def save(steps_done: int, state: TrainState) -> None:
+        checkpoint.save_checkpoint(folder, steps_done, state, {})
+
     session.set_phase("scoring: training the holdout model on validation")
-    for index in range(int(state.step), steps):
-        state, _ = step(state, weights, frozen, stream.batch(index))
-        if session.should_save():
-            checkpoint.save_checkpoint(folder, index + 1, state, {})
-            session.mark_saved()
+    state = run_steps(session, take_step, state, range(int(state.step), steps), work=0.0, save=save)
     if not bool(tree.all_finite(state.params)):
         raise FloatingPointError(
             f"the holdout model's parameters are not finite after {steps} steps on validation. Lower "

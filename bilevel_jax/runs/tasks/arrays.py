@@ -1,6 +1,7 @@
 """Classification task on arrays with label noise (hyper-cleaning)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import train_step
 from bilevel_jax.core.types import PADDING, Batch, CompositeLoss, Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.examples import Example
-from bilevel_jax.runs.config.load import SelectConfig
-from bilevel_jax.runs.config.schema import ArraysSection
+from bilevel_jax.runs.config.schema import (
+    ArraysSection,
+    DataSection,
+    MeshSection,
+    ModelSection,
+    OptimizerSection,
+    TrainSection,
+)
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, make_mesh, place_stream, replicate
 from bilevel_jax.runs.tasks.objective import Objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
@@ -54,6 +61,8 @@ class ArrayModel(NamedTuple):
     optimizer: optax.GradientTransformation
     train_step: TrainStep
     init_params: Callable[[int], Params]
+    num_steps: int
+    has_proximal: bool
 
 
 class ArrayTask(NamedTuple):
@@ -149,50 +158,113 @@ def read_npz_dataset(path: str) -> ArrayDataset:
     return ArrayDataset(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
 
 
-def build_array_model(config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset) -> ArrayModel:
-    """The model of the config: linear softmax regression, or with hidden layers an MLP with ReLU."""
+def label_array_data(data: DataSection) -> DataSection:
+    """The section data of a task on arrays, where every example has a label: clean or wrong."""
+    return replace(data, label_field="label", good_label="clean")
+
+
+def build_array_model(
+    dataset: ArrayDataset,
+    arrays: ArraysSection,
+    *,
+    model: ModelSection,
+    optimizer: OptimizerSection,
+    max_steps: int,
+    proximal_strength: float = 0.0,
+) -> ArrayModel:
+    """Linear softmax regression or, with arrays.hidden_sizes, a multilayer perceptron with ReLU; and its training."""
     shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
-    dtype = jnp.dtype(config.model.param_dtype)
-    composite_loss = CompositeLoss(network_logits, cross_entropy)
-    run_objective = Objective(network_losses, network_accuracy, composite_loss, "nats per row", "accuracy")
-    proximal_strength = config.outer.proximal
-    problem = weighted(
-        network_losses, prior=proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
+    dtype = jnp.dtype(model.param_dtype)
+    objective = Objective(
+        network_losses, network_accuracy, CompositeLoss(network_logits, cross_entropy), "nats per row", "accuracy"
     )
-    run_optimizer = build_optimizer(config.optimizer, config.train.max_steps)
+    prior = proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
+    problem = weighted(network_losses, prior=prior)
+    optax_optimizer = build_optimizer(optimizer, max_steps)
     return ArrayModel(
-        problem,
-        run_objective,
-        run_optimizer,
-        train_step(problem, run_optimizer),
-        lambda seed: init_network(shape, seed, dtype),
+        problem=problem,
+        objective=objective,
+        optimizer=optax_optimizer,
+        train_step=train_step(problem, optax_optimizer),
+        init_params=lambda seed: init_network(shape, seed, dtype),
+        num_steps=max_steps,
+        has_proximal=proximal_strength > 0,
     )
 
 
 def prepare_array_task(
-    config: SelectConfig, arrays: ArraysSection, dataset: ArrayDataset, model: ArrayModel
+    dataset: ArrayDataset,
+    model: ArrayModel,
+    arrays: ArraysSection,
+    *,
+    train: TrainSection,
+    mesh: MeshSection,
+    data_seed: int,
 ) -> ArrayTask:
-    """Draw the rows, their wrong labels and V from config.data.seed, all anew for each seed; test is of test rows.
+    """Draw the examples of every part and the wrong labels from `data_seed`; test is drawn from the file's test part.
 
     Raises ValueError where the file has too few rows.
     """
+    drawn = draw_array_parts(dataset, arrays, data_seed)
+    devices = make_mesh(mesh.data, mesh.fsdp)
+    micro_batches = train.gradient_accumulation_steps
+    micro_batch_size = train.global_batch_size // micro_batches
+    align_layout(devices, batches.BatchShape(micro_batches, micro_batch_size, micro_batch_size, 1))
+    return ArrayTask(
+        examples=drawn.examples,
+        held_out_examples={part: labelled.y for part, labelled in drawn.held_out.items()},
+        notes=[drawn.note],
+        corpus=drawn.corpus,
+        held_out_streams={
+            part: cache_stream(devices, array_evaluation_stream(labelled, train.global_batch_size, micro_batches))
+            for part, labelled in drawn.held_out.items()
+        },
+        base_params=None,
+        init_params=lambda seed: replicate(devices, model.init_params(seed)),
+        problem=model.problem,
+        objective=model.objective,
+        optimizer=model.optimizer,
+        train_step=model.train_step,
+        num_steps=model.num_steps,
+        batch_size=train.global_batch_size,
+        num_micro_batches=micro_batches,
+        mesh=devices,
+        has_proximal=model.has_proximal,
+    )
+
+
+class DrawnParts(NamedTuple):
+    """The examples of one repetition."""
+
+    examples: list[Example]
+    """The training examples, as `Example`s with label clean or wrong."""
+    corpus: LabelledArrays
+    """The training examples with their noisy labels, then those of validation."""
+    held_out: dict[str, LabelledArrays]
+    """validation, dev and test, where they have examples."""
+    note: str
+    """Sizes and noise, in words."""
+
+
+def draw_array_parts(dataset: ArrayDataset, arrays: ArraysSection, seed: int) -> DrawnParts:
+    """Draw disjoint training, validation, dev and test examples, and change labels of the training examples."""
     counts = {"train": arrays.train_examples, "validation": arrays.validation_examples, "dev": arrays.dev_examples}
     if sum(counts.values()) > dataset.train.num_examples:
         raise ValueError(
-            f"arrays.train_examples + fit + select = {sum(counts.values()):,} rows, but {dataset.name} has {dataset.train.num_examples:,} "
-            "in x_train. Lower one of them."
+            f"arrays.train_examples + validation_examples + dev_examples = {sum(counts.values()):,} rows, but "
+            f"{dataset.name} has {dataset.train.num_examples:,} in x_train. Lower one of them."
         )
     if arrays.test_examples > dataset.test.num_examples:
         raise ValueError(
-            f"arrays.test_examples = {arrays.test_examples:,}, but {dataset.name} has {dataset.test.num_examples:,} test rows."
+            f"arrays.test_examples = {arrays.test_examples:,}, but {dataset.name} has "
+            f"{dataset.test.num_examples:,} test rows."
         )
-    random = np.random.default_rng((config.data.seed, 1))
+    random = np.random.default_rng((seed, 1))
     indices = random.permutation(dataset.train.num_examples)[: sum(counts.values())]
     indices_by_part = dict(zip(counts, np.split(indices, np.cumsum(list(counts.values()))[:-1]), strict=True))
     test_indices = random.permutation(dataset.test.num_examples)[: arrays.test_examples or None]
-    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()} | {
-        "test": take_examples(dataset.test, test_indices)
-    }
+    parts = {part: take_examples(dataset.train, rows) for part, rows in indices_by_part.items()}
+    parts["test"] = take_examples(dataset.test, test_indices)
     noisy_labels = add_label_noise(
         parts["train"].y, arrays.label_noise, arrays.noise_share, dataset.num_classes, random
     )
@@ -202,51 +274,29 @@ def prepare_array_task(
     )
     examples = [
         Example(
-            f"{index}",
-            row,
-            (),
-            f"label {noisy_labels[row]}",
-            "clean" if clean_mask[row] else "wrong",
-            dataset.name,
-            index + 1,
+            id=f"{index}",
+            row=row,
+            turns=(),
+            source=f"label {noisy_labels[row]}",
+            label="clean" if clean_mask[row] else "wrong",
+            file=dataset.name,
+            line=index + 1,
         )
         for row, index in enumerate(indices_by_part["train"].tolist())
     ]
     held_out = {part: parts[part] for part in ("validation", "dev", "test") if parts[part].num_examples}
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    micro_batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
-    align_layout(
-        mesh, batches.BatchShape(config.train.gradient_accumulation_steps, micro_batch_size, micro_batch_size, 1)
-    )
-    noise_description = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}[
-        arrays.label_noise
-    ]
-    noise_share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
-    return ArrayTask(
-        examples=examples,
-        held_out_examples={part: labelled.y for part, labelled in held_out.items()},
-        notes=[
-            f"training: {arrays.train_examples:,} rows of {dataset.name}, {noise_share:.0%} of their labels changed, {noise_description}: "
-            f"{1 - clean_mask.mean():.1%} are wrong. "
-            + ", ".join(f"{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
-            + "."
-        ],
-        corpus=corpus,
-        held_out_streams={
-            part: cache_stream(mesh, array_evaluation_stream(labelled, config.train))
-            for part, labelled in held_out.items()
-        },
-        base_params=None,
-        init_params=lambda seed: replicate(mesh, model.init_params(seed)),
-        problem=model.problem,
-        objective=model.objective,
-        optimizer=model.optimizer,
-        train_step=model.train_step,
-        num_steps=config.train.max_steps,
-        batch_size=config.train.global_batch_size,
-        num_micro_batches=config.train.gradient_accumulation_steps,
-        mesh=mesh,
-        has_proximal=config.outer.proximal > 0,
+    return DrawnParts(examples, corpus, held_out, _describe_parts(dataset.name, arrays, clean_mask, held_out))
+
+
+def _describe_parts(
+    name: str, arrays: ArraysSection, clean_mask: Bool[np.ndarray, "examples"], held_out: dict[str, LabelledArrays]
+) -> str:
+    noise = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}
+    share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
+    sizes = ", ".join(f"{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
+    return (
+        f"training: {arrays.train_examples:,} rows of {name}, {share:.0%} of their labels changed, "
+        f"{noise[arrays.label_noise]}: {1 - clean_mask.mean():.1%} are wrong. {sizes}."
     )
 
 
@@ -293,17 +343,13 @@ def make_array_batch(
     }
 
 
-def array_evaluation_stream(labelled: LabelledArrays, train_config: Any) -> Stream:
-    """Every row once, in order, as a stream whose sum is their mean."""
-    order = batches.sequential_order(
-        np.arange(labelled.num_examples), labelled.num_examples, train_config.global_batch_size
-    )
-    steps = batches.steps_per_epoch(labelled.num_examples, train_config.global_batch_size)
+def array_evaluation_stream(labelled: LabelledArrays, batch_size: int, num_micro_batches: int) -> Stream:
+    """Every example once, in order, as a stream whose sum is their mean."""
+    total = labelled.num_examples
+    order = batches.sequential_order(np.arange(total), total, batch_size)
     return Stream(
-        lambda step: make_array_batch(
-            labelled, order(step), train_config.gradient_accumulation_steps, labelled.num_examples
-        ),
-        steps,
+        lambda step: make_array_batch(labelled, order(step), num_micro_batches, total),
+        batches.steps_per_epoch(total, batch_size),
     )
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,33 @@ from bilevel_jax.lm.builtin import cipher, sums
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.losses import sft
-from bilevel_jax.runs.config.load import InspectConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.config.schema import OptimizerSection
+from bilevel_jax.runs.config.load import (
+    AuditConfig,
+    CompareConfig,
+    InspectConfig,
+    RefineConfig,
+    SelectConfig,
+    TrainConfig,
+)
+from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import make_progress_bar
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
-ConfigT = TypeVar("ConfigT", SelectConfig, TrainConfig, InspectConfig)
+
+class DataConfig(Protocol):
+    """A config with the sections that may name a built-in task."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+
+    @property
+    def data(self) -> DataSection:
+        """The files."""
+
+
+ConfigT = TypeVar("ConfigT", SelectConfig, TrainConfig, InspectConfig, CompareConfig, AuditConfig, RefineConfig)
 BUILTIN_PREFIX = "builtin:"
 """`builtin:NAME`, in data.train also `builtin:NAME?option=value&option=value`."""
 
@@ -105,7 +125,7 @@ def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
     return resolve_builtin(config, folder)
 
 
-def parse_builtin_reference(config: SelectConfig | TrainConfig | InspectConfig) -> tuple[str, dict[str, Any]]:
+def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
     """(the embedded task that a config names, or nothing; what it sets of the task's options)."""
     data_config = config.data
     other_paths = [config.model.name_or_path, *data_config.validation, *data_config.dev, *data_config.test]

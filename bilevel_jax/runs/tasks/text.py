@@ -1,9 +1,8 @@
 """Language-model task with its data, model, problem and batch streams."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Problem, Stream, TrainStep
+from bilevel_jax.core.types import Batch, Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.batches import BatchShape
@@ -23,15 +22,55 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.features import extract_features
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.losses import sft
-from bilevel_jax.runs.config.load import InspectConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.config.schema import LoraSection, ModelSection
+from bilevel_jax.runs.config.schema import (
+    DataSection,
+    FineTuneSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    TrainSection,
+)
 from bilevel_jax.runs.infra import run_dir, sharding
-from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, local_rows, make_mesh, place_stream
 from bilevel_jax.runs.tasks import reference
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_examples
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.splits import DataSplits
+
+
+class TextTaskConfig(Protocol):
+    """The sections that a text task is prepared from; the configs of the commands that train on text have them."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+
+    @property
+    def lora(self) -> LoraSection:
+        """Its LoRA factors."""
+
+    @property
+    def data(self) -> DataSection:
+        """The files, and how their rows are read."""
+
+    @property
+    def objective(self) -> ObjectiveSection:
+        """The loss of one example."""
+
+    @property
+    def optimizer(self) -> OptimizerSection:
+        """The optimizer of the parameters."""
+
+    @property
+    def train(self) -> TrainSection | FineTuneSection:
+        """The size of a step and the seed of the start."""
+
+    @property
+    def mesh(self) -> MeshSection:
+        """The devices."""
 
 
 class TextTask(NamedTuple):
@@ -138,7 +177,7 @@ JOINT_CORPUS = "training and validation"
 
 
 def prepare_text_task(
-    config: SelectConfig | TrainConfig,
+    config: TextTaskConfig,
     splits: DataSplits,
     folder: Path,
     *,
@@ -184,7 +223,7 @@ def prepare_text_task(
     )
 
 
-def tokenize_splits(config: SelectConfig | TrainConfig, splits: DataSplits) -> TokenizedData:
+def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData:
     """The rows as tokens of the model's tokenizer; checked against the objective."""
     examples, held_out = (
         splits.train,
@@ -199,7 +238,7 @@ def tokenize_splits(config: SelectConfig | TrainConfig, splits: DataSplits) -> T
     )
     notes, corpora = list(splits.notes), {}
     for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
-        corpora[name], report = tokenize_examples(config, part_examples, tokenizer, architecture)
+        corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
     return TokenizedData(examples, held_out, notes, tokenizer, architecture, corpora)
 
@@ -213,7 +252,7 @@ def group_by_corpus(
 
 
 def compose_text_task(
-    config: SelectConfig | TrainConfig,
+    config: TextTaskConfig,
     tokenized_data: TokenizedData,
     base_params: Params | None,
     init_params: Callable[[int], Params],
@@ -229,9 +268,8 @@ def compose_text_task(
         tokenized_data.corpora,
         max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0),
     )
-    compute_dtype = (
-        jnp.bfloat16 if isinstance(config, TrainConfig) and config.train.compute_dtype == "bfloat16" else None
-    )
+    half_precision = isinstance(config.train, FineTuneSection) and config.train.compute_dtype == "bfloat16"
+    compute_dtype = jnp.bfloat16 if half_precision else None
     gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
     decoder = models.make_decoder(
         tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params
@@ -241,7 +279,7 @@ def compose_text_task(
         corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
         micro_batch_size, num_positions = (
             config.train.global_batch_size // config.train.gradient_accumulation_steps,
-            max_example_length(config, tokenized_data.architecture) - 1,
+            max_example_length(config.data, tokenized_data.architecture) - 1,
         )
         layout = batches.BatchShape(
             config.train.gradient_accumulation_steps,
@@ -322,29 +360,26 @@ def make_abstract_params(
 
 
 def tokenize_examples(
-    config: SelectConfig | TrainConfig | InspectConfig,
-    examples: Sequence[Example],
-    tokenizer: Any,
-    architecture: models.DecoderConfig,
+    data: DataSection, examples: Sequence[Example], tokenizer: Any, architecture: models.DecoderConfig
 ) -> tuple[Corpus, tokens.TokenizationReport]:
-    """The tokens of some rows, as every command makes them."""
+    """The tokens of some examples, as every command makes them."""
     return tokens.tokenize(
         examples,
         tokenizer,
-        max_length=max_example_length(config, architecture),
-        truncation=config.data.truncation,
-        template=config.data.template or tokens.DEFAULT_TEMPLATE,
-        train_on=config.data.train_on,
+        max_length=max_example_length(data, architecture),
+        truncation=data.truncation,
+        template=data.template or tokens.DEFAULT_TEMPLATE,
+        train_on=data.train_on,
     )
 
 
-def max_example_length(config: SelectConfig | TrainConfig | InspectConfig, architecture: models.DecoderConfig) -> int:
+def max_example_length(data: DataSection, architecture: models.DecoderConfig) -> int:
     """Tokens that an example may have."""
-    return min(config.data.max_length, architecture.max_length)
+    return min(data.max_length, architecture.max_length)
 
 
 def _attach_reference_margins(
-    config: SelectConfig | TrainConfig,
+    config: TextTaskConfig,
     folder: Path,
     tokenized_data: TokenizedData,
     decoder: models.Decoder,
@@ -395,32 +430,6 @@ def _attach_reference_margins(
 
 def _proximal_term(strength: float) -> Callable | None:
     return proximal(strength, lambda frozen: frozen["start"]) if strength else None
-
-
-def evaluate_per_example(
-    function: Callable[[Params, Frozen, Batch], Float[jax.Array, "examples *rest"]],
-    params: Params,
-    frozen: Frozen,
-    stream: Stream,
-    num_examples: int,
-) -> Float[np.ndarray, "rows *rest"]:
-    """What `function` says of each row of a stream, by the row's index; nan for rows that the stream does not hold."""
-    compiled = _map_micro_batches(function)
-    example_values: np.ndarray | None = None
-    for step in range(stream.steps):
-        batch = stream.batch(step)
-        index, values = fetch_to_host(batch["index"]), fetch_to_host(compiled(params, frozen, batch))
-        if example_values is None:
-            example_values = np.full((num_examples, *values.shape[2:]), np.nan)
-        example_values[index[index != PADDING]] = values[index != PADDING]
-    assert example_values is not None  # a stream has at least one step
-    return example_values
-
-
-@lru_cache(maxsize=8)
-def _map_micro_batches(function: Callable) -> Callable:
-    """`function` of each micro-batch, compiled; remembered, as a comparison reads the same again and again."""
-    return jax.jit(lambda params, frozen, batch: jax.lax.map(lambda micro: function(params, frozen, micro), batch))
 
 
 def _load_params(
