@@ -12,7 +12,7 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
 from bilevel_jax.runs.stats import auc, rank_correlation
 from bilevel_jax.runs.tasks.text import TextTask
-from bilevel_jax.scores import weights as scaling
+from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights
 
 SCALING_DESCRIPTIONS = {
     "batch": "min-max over the examples of each step",
@@ -167,7 +167,7 @@ class Reweighting:
             return index, np.where(
                 index != PADDING, example_values[np.minimum(corpus_indices, self.task.num_examples - 1)], 0.0
             )
-        weights = scaling.batch_minmax_weights(example_values, index)
+        weights = batch_minmax_weights(example_values, index)
         return index, weights / weights[index != PADDING].mean() if self.weights_config.mean_one else weights
 
     def _good_mask(self) -> Bool[np.ndarray, "kept"] | None:
@@ -184,7 +184,7 @@ def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:
 def scale_over_examples(scores: Float[np.ndarray, "examples"], config: WeightsSection) -> Float[np.ndarray, "examples"]:
     """Scores to weights over all rows at once, as the scale says; 0 for a row without a score."""
     cut = config.quantile if config.scaling == "quantiles" else 0.0
-    weights = scaling.clipped_minmax_weights(scores, cut, 1 - cut)
+    weights = clipped_minmax_weights(scores, cut, 1 - cut)
     return weights / weights.mean() if config.mean_one else weights
 
 

@@ -57,6 +57,11 @@ def task_of(made, folder, *flags, steps=4):
     return prepare_text_task(told, splits.load_splits(told.data), folder, num_steps=steps, seeds=[told.data.seed])
 
 
+def reweighting(task, told, work):
+    param_dtype = told.model.param_dtype
+    return Reweighting(task, work, weights=told.weights, scores=told.scores, data=told.data, param_dtype=param_dtype)
+
+
 def opened(folder):
     return session.open_session(folder, progress=False, save_seconds=600)
 
@@ -168,7 +173,7 @@ def test_a_step_descends_the_sum_of_weighted_gradients(made, tmp_path, objective
     params = task.init_params(0)
     fixed, stream = task.frozen(params), task.training_stream(told.data.seed)
     with opened(tmp_path) as work:
-        moving = Reweighting(task, told, work)
+        moving = reweighting(task, told, work)
         moving.update_scores(0, params)
     batch = stream.batch(3)
     index = np.asarray(batch["index"]).ravel()
@@ -195,10 +200,10 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
     flags = ("--weights.score", "random", "--weights.refresh", "2", "--train.global-batch-size", "12")
     task = task_of(made, tmp_path, *flags)
     with opened(tmp_path) as work:
-        one = Reweighting(task, config(made, *flags, "--weights.scaling", "examples"), work)
+        one = reweighting(task, config(made, *flags, "--weights.scaling", "examples"), work)
         one.update_scores(0, task.init_params(0))
         one.update_scores(2, task.init_params(0))
-        other = Reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
+        other = reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
         other.update_scores(3, task.init_params(0))
     assert one.refresh_steps == (0, 2) and list(other.scores_by_step) == [0, 2]
     order = task.data_order(0)
