@@ -59,7 +59,9 @@ def weights_table(
         "outer_step": str(learned.best_step),
     }
     if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
-        columns = {name: column for name, column in columns.items() if name not in ("hypergradient", "first_hypergradient")}
+        columns = {
+            name: column for name, column in columns.items() if name not in ("hypergradient", "first_hypergradient")
+        }
     table = pa.table(columns)
     return table.replace_schema_metadata({key: value.encode() for key, value in meanings.items()})
 
