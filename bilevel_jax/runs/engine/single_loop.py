@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core import weightings
-from bilevel_jax.core.single_loop import TrainedReference, bmo, compute_weights, epoch_schedule, geometric_schedule, mixing, penalty, replace_reference
+from bilevel_jax.core.single_loop import (
+    TrainedReference,
+    bmo,
+    compute_weights,
+    epoch_schedule,
+    geometric_schedule,
+    mixing,
+    penalty,
+    replace_reference,
+)
 from bilevel_jax.core.types import Frozen, Params, SingleLoop
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import OnlineWeights
@@ -131,9 +140,7 @@ def run_single_loop(
             task.full_pass_stream(seed=0),
             single_loop.temperatures[1],
         )
-        weights = compute_weights(
-            task.problem, params, state.reference, frozen, stream, task.num_examples, temperature
-        )
+        weights = compute_weights(task.problem, params, state.reference, frozen, stream, task.num_examples, temperature)
     return SingleLoopResult(fetch_to_host(weights), state.train_state.params, recorder.records, method.estimand)
 
 
