@@ -1,6 +1,7 @@
 """The command `refine`: what a round is made of, what it writes, that it stops and goes on, what it refuses."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def whole(config, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "_hidden_states", counted)
-        patch.setattr("bilevel_jax.commands.refine.run.run_round", round_)
+        patch.setattr(sys.modules["bilevel_jax.commands.refine.run"], "run_round", round_)
         result = run(config, out)
     return out, result, counts
 

@@ -119,8 +119,8 @@ def choose_score(
     best = max(rivals, key=lambda line: lds_by_name[line["name"]].value)
     name, best_reading = best["name"], lds_by_name[best["name"]]
     quality = (
-        f"its sum over the rows that leave has a rank correlation of {_format_reading(best_reading)} with L_v after training without "
-        f"them ({100 * fraction:g} % of the rows)"
+        f"its sum over the rows that leave has a rank correlation of {_format_reading(best_reading)} with L_v after "
+        f"training without them ({100 * fraction:g} % of the rows)"
     )
     if certificate and certificate.level == "DO NOT BELIEVE":
         why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
@@ -143,7 +143,8 @@ def choose_score(
             instead = best_on_test["name"]
             remarks += (
                 f" But on test, which no score has read, {best_on_test['name']} does better: "
-                f"{_format_reading(best_on_test['lds']['test'][0])} against {_format_reading(best['lds']['test'][0])}; validation may be too small."
+                f"{_format_reading(best_on_test['lds']['test'][0])} against "
+                f"{_format_reading(best['lds']['test'][0])}; validation may be too small."
             )
     return {
         "use": name,

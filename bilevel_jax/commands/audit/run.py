@@ -126,7 +126,8 @@ def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     present = np.sort(index[index != PADDING])
     if config.audit.queries > len(present):
         raise ValueError(
-            f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more rows."
+            f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more "
+            "rows."
         )
     drawn = np.random.default_rng((config.data.seed, 3)).permutation(present)[: config.audit.queries]
     return np.sort(drawn)
@@ -156,9 +157,16 @@ def _run_audit(
     scores = estimate_scores + compute_cheap_scores(config, task, uniform_training, names, session)
     certification = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
     retrain_losses = retrains.retrain_without_subsets(
-        task, session, start=uniform_training.start, stream=uniform_training.stream, queries=query_indices, fractions=config.audit.removed,
-        num_subsets=config.audit.subsets, vmap_size=min(config.audit.vmap_size, config.audit.subsets), seed=config.data.seed,
-    )  # fmt: skip
+        task,
+        session,
+        start=uniform_training.start,
+        stream=uniform_training.stream,
+        queries=query_indices,
+        fractions=config.audit.removed,
+        num_subsets=config.audit.subsets,
+        vmap_size=min(config.audit.vmap_size, config.audit.subsets),
+        seed=config.data.seed,
+    )
     session.set_phase("writing")
     result = judge.judge_scores(
         task, scores, retrain_losses, certification, data=labelled_data(config), train_seed=config.train.seed
@@ -304,9 +312,13 @@ def compute_cheap_scores(
 
 
 def certify_exact(
-    config: AuditConfig, task: Task, uniform_training: UniformTraining, estimate_scores: list[DataScore], exact_record: dict[str, Any],
+    config: AuditConfig,
+    task: Task,
+    uniform_training: UniformTraining,
+    estimate_scores: list[DataScore],
+    exact_record: dict[str, Any],
     session: Session,
-) -> tuple[certify.Certificates, certify.Verdict] | None:  # fmt: skip
+) -> tuple[certify.Certificates, certify.Verdict] | None:
     """Whether the exact entries are to be believed; None where they, or the certificates, were not asked for."""
     if not exact_record or not config.certify.enabled:
         return None

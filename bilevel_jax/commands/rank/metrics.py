@@ -135,9 +135,10 @@ def pick_strategy(
     end = "least" if sign < 0 else "largest"
     num_first = sum(block == 1 for block in lines[best]["ranks"])
     explanation = (
-        f"{names[best]} has the {end} {title}, {_format_reading(stats.percentile_interval(draws[:, best]))}, then {names[second]}, "
-        f"{_format_reading(stats.percentile_interval(draws[:, second]))}; by {_format_reading(gaps[0], 3)} on the same questions, and it is first "
-        f"in {num_first} of {len(lines[best]['ranks'])} blocks."
+        f"{names[best]} has the {end} {title}, {_format_reading(stats.percentile_interval(draws[:, best]))}, then "
+        f"{names[second]}, {_format_reading(stats.percentile_interval(draws[:, second]))}; by "
+        f"{_format_reading(gaps[0], 3)} on the same questions, and it is first in {num_first} of "
+        f"{len(lines[best]['ranks'])} blocks."
     )
     if gaps[0].low > 0:
         rest = f" Not told apart from it: {', '.join(close)}." if close else ""

@@ -68,8 +68,9 @@ def collect_own_answers(
         known_answers = strategies.read_own_answers(config.rank.own_answers, config)
         if missing := [question for question in questions if question.text not in known_answers]:
             raise ValueError(
-                f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were drawn, "
-                f"the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are generated then."
+                f"{config.rank.own_answers} has no answer to {len(missing)} of {len(questions)} questions that were "
+                f"drawn, the first at {missing[0].where}. Add them, or leave rank.own_answers empty: they are "
+                "generated then."
             )
         texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
     else:
@@ -81,8 +82,8 @@ def collect_own_answers(
     for question, drafts in zip(questions, texts, strict=True):
         if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
             raise ValueError(
-                f"{question.where}: the model gives no answer to this question that can be shown (empty, or with a special "
-                "token). Raise generate.temperature, or give answers by rank.own_answers."
+                f"{question.where}: the model gives no answer to this question that can be shown (empty, or with a "
+                "special token). Raise generate.temperature, or give answers by rank.own_answers."
             )
     accepted = np.ones(len(questions), bool)
     if config.verifier.name:
@@ -139,9 +140,9 @@ def _generate_answers(
     for prompt, item in zip(pending, questions, strict=True):
         if config.generate.backend == "embedded" and len(prompt.tokens) + new > context:
             raise ValueError(
-                f"{item.where}: the question has {len(prompt.tokens)} tokens and its answer up to generate.max_new_tokens = "
-                f"{new}; the model's context holds {context}. Lower generate.max_new_tokens, or set rank.max_question_tokens to "
-                f"{context - new} or less."
+                f"{item.where}: the question has {len(prompt.tokens)} tokens and its answer up to "
+                f"generate.max_new_tokens = {new}; the model's context holds {context}. Lower "
+                f"generate.max_new_tokens, or set rank.max_question_tokens to {context - new} or less."
             )
     generate = make_generator_factory(
         config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session

@@ -79,7 +79,8 @@ def sample_blocks(
             if len(prompt.tokens) <= max_tokens
         ]
         notes.append(
-            f"{len(questions):,} questions have at most {max_tokens} tokens (rank.max_question_tokens), template included"
+            f"{len(questions):,} questions have at most {max_tokens} tokens (rank.max_question_tokens), template "
+            "included"
         )
     sample = draw_blocks(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
     if len(sample) < config.rank.num_blocks:
@@ -88,9 +89,13 @@ def sample_blocks(
 
 
 def _run_ranking(
-    config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses, sample: list[list[Question]], accuracies: dict[str, float],
+    config: RankConfig,
+    rank_model: RankModel,
+    strategy_responses: StrategyResponses,
+    sample: list[list[Question]],
+    accuracies: dict[str, float],
     session: Session,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     for note in strategy_responses.notes:
         session.print_line(note)
     began = time.monotonic()
@@ -267,8 +272,8 @@ def collect_remarks(
     out, count, metric_names = [], len(rows.examples), metrics.list_metrics(config.rank)
     if num_cut:
         out.append(
-            f"{num_cut:,} of {count:,} responses were cut at {config.rank.max_response_tokens} tokens (rank.max_response_tokens): the "
-            "ranking is of their beginnings"
+            f"{num_cut:,} of {count:,} responses were cut at {config.rank.max_response_tokens} tokens "
+            "(rank.max_response_tokens): the ranking is of their beginnings"
         )
     if config.rank.mean == "arithmetic":
         for name in ("sppl", "perplexity"):
@@ -279,8 +284,8 @@ def collect_remarks(
             )
     if "mix" in metric_names and (capped := float((measures["perplexity"] >= MAX_PERPLEXITY).mean())) > 0.5:
         out.append(
-            f"{capped:.0%} of the perplexities are at the cap of {MAX_PERPLEXITY:g} that mix has: what it reads of perplexity are "
-            "the few others, whose differences min-max makes as large as any"
+            f"{capped:.0%} of the perplexities are at the cap of {MAX_PERPLEXITY:g} that mix has: what it reads of "
+            "perplexity are the few others, whose differences min-max makes as large as any"
         )
     if "ifd" in metric_names and (above := float((measures["ifd"] > 1).mean())) > 0.5:
         out.append(f"IFD is above 1 for {above:.0%} of the responses: their questions make them less probable")
@@ -392,9 +397,10 @@ def _check_lengths(name: str, plan: ScorePlan, rows: TokenizedExamples, context:
     where = rows.examples[at * len(rows.examples) // len(lengths)].where
     prefix_note = "with the answers that are shown before it, " if name == "sppl" else ""
     raise ValueError(
-        f"{where}: {prefix_note}the question and a response take {lengths[at]} token places, and the model's context has "
-        f"{context}; so do {int((lengths > context).sum())} of {len(lengths)}. Set rank.max_response_tokens and "
-        "rank.max_question_tokens, or lower generate.max_new_tokens or rank.k; rank.template says what else stands there."
+        f"{where}: {prefix_note}the question and a response take {lengths[at]} token places, and the model's context "
+        f"has {context}; so do {int((lengths > context).sum())} of {len(lengths)}. Set rank.max_response_tokens and "
+        "rank.max_question_tokens, or lower generate.max_new_tokens or rank.k; rank.template says what else stands "
+        "there."
     )
 
 
@@ -410,5 +416,6 @@ def _find_outlier_responses(
     where = rows.examples[int(flat[:, worst].argmax()) * flat.shape[1] + worst].where
     return [
         f"one response makes more than half of the {title} of {int((shares > 0.5).sum())} of {len(shares)} strategies, "
-        f"at worst {shares[worst]:.0%} of that of {strategy_responses.strategies[worst]} ({where}): see whether rank.mean = geometric agrees"
+        f"at worst {shares[worst]:.0%} of that of {strategy_responses.strategies[worst]} ({where}): see whether "
+        "rank.mean = geometric agrees"
     ]

@@ -73,8 +73,9 @@ def load_strategy_responses(config: RankConfig) -> StrategyResponses:
         for name in strategies:
             if name not in row.responses:
                 raise ValueError(
-                    f"{where}: no response of '{name}'; there are those of {_format_names(row.responses)}. Every strategy must "
-                    "answer every question: add it, remove the row, or name in rank.strategies those that do."
+                    f"{where}: no response of '{name}'; there are those of {_format_names(row.responses)}. Every "
+                    "strategy must answer every question: add it, remove the row, or name in rank.strategies those "
+                    "that do."
                 )
             text, place = row.responses[name]
             text = require_string(text, name, place)
@@ -101,8 +102,8 @@ def draw_blocks(questions: Sequence[Question], block_size: int, max_blocks: int,
     count = min(max_blocks, len(questions) // block_size)
     if count < 1:
         raise ValueError(
-            f"{len(questions)} questions can be asked, and a block has rank.block_size = {block_size} of them. Give more "
-            "questions, lower rank.block_size, or raise rank.max_question_tokens."
+            f"{len(questions)} questions can be asked, and a block has rank.block_size = {block_size} of them. Give "
+            "more questions, lower rank.block_size, or raise rank.max_question_tokens."
         )
     ordered = sorted(questions, key=lambda question: (hash_to_int(question.id, seed), question.id))
     return [ordered[start : start + block_size] for start in range(0, count * block_size, block_size)]
@@ -176,7 +177,8 @@ def _read_strategy_table(config: RankConfig) -> tuple[list[str], list[_QuestionR
             responses = read_field(row, responses_field, "Set rank.responses_field to one of them.", where)
             if not isinstance(responses, dict):
                 raise ValueError(
-                    f"{where}: '{responses_field}' is {describe_value(responses)}; a map from strategies to responses is wanted."
+                    f"{where}: '{responses_field}' is {describe_value(responses)}; a map from strategies to responses "
+                    "is wanted."
                 )
             # of a parquet table, a map has null for strategies that other rows have
             answers = {str(name): (text, where) for name, text in responses.items() if text is not None}
@@ -221,8 +223,9 @@ def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionR
                 )
             if joined_row.text != text:
                 raise ValueError(
-                    f"{where}: {config.rank.id_field} {key} asks {describe_value(text)}, and at {joined_row.file}:{joined_row.line} "
-                    f"{describe_value(joined_row.text)}. One id must be one question."
+                    f"{where}: {config.rank.id_field} {key} asks {describe_value(text)}, and at "
+                    f"{joined_row.file}:{joined_row.line} {describe_value(joined_row.text)}. One id must be one "
+                    "question."
                 )
             joined_row.responses[name] = response, where
             if config.rank.reward_field:
@@ -234,8 +237,8 @@ def _choose_strategies(names: Sequence[str], config: RankConfig, is_table: bool)
     for name in config.rank.strategies:
         if name not in names:
             raise ValueError(
-                f"rank.strategies names {name!r}, which has no response; {suggest_nearest(name, names)}there are those of "
-                f"{', '.join(names)}."
+                f"rank.strategies names {name!r}, which has no response; {suggest_nearest(name, names)}there are "
+                f"those of {', '.join(names)}."
             )
     strategies = tuple(dict.fromkeys(config.rank.strategies or names))
     if len(strategies) < 2:

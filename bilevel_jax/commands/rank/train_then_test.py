@@ -35,12 +35,12 @@ from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
 def run_trials(config: RankConfig, strategy_responses: StrategyResponses, session: Session) -> dict[str, Any]:
-    """L_v on data.validation after training on rank.train_examples responses of each strategy, for each seed; and before.
+    """The validation loss before and after training on responses of each strategy, for each seed.
 
-    One task for all: the same questions, start, data order and number of steps, so that strategies differ in their
-    responses alone. With a checker, the accuracy of greedy responses to the questions of data.validation as well.
-    Questions that stand in data.validation are not trained on. Raises ValueError for too few questions, and as
-    `task.prepare` does.
+    Each strategy trains on rank.train_examples responses. One task for all: the same questions, start, data order and
+    number of steps, so that strategies differ in their responses alone. With a verifier, the accuracy of greedy
+    responses to the questions of data.validation as well. Questions that stand in data.validation are not trained on.
+    Raises ValueError for too few questions, and as `prepare_text_task` does.
     """
     task = _prepare_trial_task(config, strategy_responses, session)
     # nothing is estimated; alignment keeps no states of training
@@ -99,8 +99,9 @@ def _prepare_trial_task(config: RankConfig, strategy_responses: StrategyResponse
     ]
     if len(available) < config.rank.train_examples:
         raise ValueError(
-            f"rank.train_examples = {config.rank.train_examples}, but only {len(available)} of {len(strategy_responses.questions)} questions do "
-            "not stand in data.validation. Lower it, or give more questions."
+            f"rank.train_examples = {config.rank.train_examples}, but only {len(available)} of "
+            f"{len(strategy_responses.questions)} questions do not stand in data.validation. Lower it, or give more "
+            "questions."
         )
     questions = draw_blocks(available, config.rank.train_examples, 1, config.data.seed)[0]
     examples = [

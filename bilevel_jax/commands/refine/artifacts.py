@@ -31,7 +31,7 @@ def build_round_weights_table(
     judge: str | None,
     round_number: int,
 ) -> pa.Table:
-    """The rows of a round with their weights; `response` is the id in responses.parquet, nothing for offline examples."""
+    """The examples of a round with their weights."""
     question_examples = [offline_task.examples[row] for row in round_task.question_rows]
     return pa.table(
         {
@@ -107,7 +107,7 @@ def pick_extreme_responses(
 
 
 def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean weight of each kind of row in each round: offline examples by label, responses by what the checker says."""
+    """Mean weights in each round: of offline examples by label, of responses by the verifier's score."""
     out = []
     for record in records:
         table = pq.read_table(weights_path(session, record["step"])).to_pandas()

@@ -92,9 +92,15 @@ def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> Compi
     """The functions for the sections of a config."""
     refined, draws = config.refine, config.generate.num_generations
     return build_compiled_functions(
-        task.decoder, config.objective, task.base_params is not None, config.optimizer, config.train.max_steps, refined.ratio,
-        draws if refined.ratio == "sequence" else 1, refined.max_ratio,
-    )  # fmt: skip
+        task.decoder,
+        config.objective,
+        task.base_params is not None,
+        config.optimizer,
+        config.train.max_steps,
+        refined.ratio,
+        draws if refined.ratio == "sequence" else 1,
+        refined.max_ratio,
+    )
 
 
 @lru_cache(maxsize=4)

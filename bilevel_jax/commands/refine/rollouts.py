@@ -12,7 +12,7 @@ from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.turns import Turn
-from bilevel_jax.lm.inference.generate import GenerateFn, Prompt
+from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
 from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.infra import run_dir
@@ -81,7 +81,7 @@ def collect_rollouts(
     fingerprint: str,
     verifier: Verifier | None,
 ) -> Rollouts:
-    """The responses of round `number`: written now and kept at `path`, or read from there.
+    """The responses of a round: generated now and stored at `path`, or read from there.
 
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
@@ -91,41 +91,13 @@ def collect_rollouts(
     )
     draws = config.generate.num_generations
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         numbers = range(round_number * draws, (round_number + 1) * draws)
-        responses = (
-            [item for prompt_responses in generator(question_prompts, numbers) for item in prompt_responses]
-            if question_prompts
-            else []
-        )
-        values = [
-            verifier(example, response.text) if verifier else np.nan
-            for example, response in zip(np.repeat(np.arange(len(question_examples)), draws), responses, strict=True)
-            for example in [question_examples[example]]
-        ]
-        table = {
-            "id": [f"{example.id}/{round_number}/{draw}" for example in question_examples for draw in range(draws)],
-            "question": [example.id for example in question_examples for _ in range(draws)],
-            "round": np.full(len(responses), round_number),
-            "draw": np.tile(np.arange(draws), len(question_examples)),
-            "model": [fingerprint] * len(responses),
-            "text": [item.text for item in responses],
-            "ended": [item.ended for item in responses],
-            "log_prob": [float(sum(item.log_probs)) for item in responses],
-            "tokens": pa.array([list(item.tokens) for item in responses], pa.list_(pa.int32())),
-            "log_probs": pa.array([list(item.log_probs) for item in responses], pa.list_(pa.float32())),
-            "checker": np.array(values, float),
-        }
-        run_dir.write_parquet(path, pa.table(table))
+        responses = generator(question_prompts, numbers) if question_prompts else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = _build_response_table(question_examples, responses, round_number, draws, fingerprint, verifier)
+        run_dir.write_parquet(path, table)
     stored = pq.read_table(path)
-    others = sorted({*stored["model"].to_pylist()} - {fingerprint})
-    if others:
-        raise ValueError(
-            f"{path} holds responses of the model {others[0]}, and this round's is {fingerprint}: their "
-            "log-probabilities are not its own. Remove the file, or start anew in another folder."
-        )
-    if stored["question"].to_pylist() != [example.id for example in question_examples for _ in range(draws)]:
-        raise ValueError(f"{path} holds responses to other questions. Start anew in another folder.")
+    _check_stored_rollouts(path, stored, question_examples, draws, fingerprint)
     return Rollouts(
         questions=question_rows,
         prompts=question_prompts,
@@ -137,6 +109,52 @@ def collect_rollouts(
         fingerprint=fingerprint,
         num_generations=draws,
     )
+
+
+def _build_response_table(
+    question_examples: list[Example],
+    responses_by_question: list[list[Response]],
+    round_number: int,
+    draws: int,
+    fingerprint: str,
+    verifier: Verifier | None,
+) -> pa.Table:
+    """One line for each response, question by question."""
+    pairs = [
+        (example, response)
+        for example, responses in zip(question_examples, responses_by_question, strict=True)
+        for response in responses
+    ]
+    responses = [response for _, response in pairs]
+    scores = [verifier(example, response.text) if verifier else np.nan for example, response in pairs]
+    return pa.table(
+        {
+            "id": [f"{example.id}/{round_number}/{draw}" for example in question_examples for draw in range(draws)],
+            "question": [example.id for example in question_examples for _ in range(draws)],
+            "round": np.full(len(responses), round_number),
+            "draw": np.tile(np.arange(draws), len(question_examples)),
+            "model": [fingerprint] * len(responses),
+            "text": [item.text for item in responses],
+            "ended": [item.ended for item in responses],
+            "log_prob": [float(sum(item.log_probs)) for item in responses],
+            "tokens": pa.array([list(item.tokens) for item in responses], pa.list_(pa.int32())),
+            "log_probs": pa.array([list(item.log_probs) for item in responses], pa.list_(pa.float32())),
+            "checker": np.array(scores, float),
+        }
+    )
+
+
+def _check_stored_rollouts(
+    path: Path, stored: pa.Table, question_examples: list[Example], draws: int, fingerprint: str
+) -> None:
+    others = sorted({*stored["model"].to_pylist()} - {fingerprint})
+    if others:
+        raise ValueError(
+            f"{path} holds responses of the model {others[0]}, and this round's is {fingerprint}: their "
+            "log-probabilities are not its own. Remove the file, or start anew in another folder."
+        )
+    if stored["question"].to_pylist() != [example.id for example in question_examples for _ in range(draws)]:
+        raise ValueError(f"{path} holds responses to other questions. Start anew in another folder.")
 
 
 def build_round_task(config: RefineConfig, offline_task: TextTask, rollouts: Rollouts, round_number: int) -> RoundTask:

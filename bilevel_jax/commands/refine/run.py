@@ -20,6 +20,7 @@ from bilevel_jax.commands.refine.candidates import (
     candidate_outer,
 )
 from bilevel_jax.commands.refine.rollouts import (
+    Rollouts,
     RoundTask,
     average_question_weights,
     build_round_task,
@@ -116,8 +117,8 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     )
     if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
         raise ValueError(
-            f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and judged "
-            "on dev. Give data.validation with shares for both in data.split, or data.dev."
+            f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and "
+            "judged on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
     question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
         "test", []
@@ -128,8 +129,9 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
-            f"the longest question has {longest - config.generate.max_new_tokens} tokens; with generate.max_new_tokens = "
-            f"{config.generate.max_new_tokens} that is more than the model's {task.architecture.max_length}. Lower it."
+            f"the longest question has {longest - config.generate.max_new_tokens} tokens; with "
+            f"generate.max_new_tokens = {config.generate.max_new_tokens} that is more than the model's "
+            f"{task.architecture.max_length}. Lower it."
         )
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
@@ -225,21 +227,14 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
     round_task = round_task._replace(task=round_task.task._replace(init_params=lambda seed: start_params))
 
     present = compute_dev_losses(offline_task, state.params)
-    candidate_models: dict[str, Candidate] = {}
-    dev_losses: dict[str, Float[np.ndarray, "dev"]] = {}
-    candidate_records: list[dict[str, Any]] = []
-    for name in config.refine.methods:
-        session.set_phase(f"round {number}: {name}")
-        candidate_models[name], cost = train_candidate(context, round_task, state.params, number, name)
-        dev_losses[name] = compute_dev_losses(offline_task, candidate_models[name].params)
-        candidate_records.append({"name": name, "dev": float(dev_losses[name].mean()), **cost})
-    best, *others = sorted(candidate_models, key=lambda name: dev_losses[name].mean())
+    trained = train_candidates(context, round_task, state.params, number)
+    best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
-        present, dev_losses[best], significance_level(config), (config.data.seed, 13, number)
+        present, trained.dev_losses[best], significance_level(config), (config.data.seed, 13, number)
     )
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
-    weights = candidate_models[judge].weights if judge else np.ones(len(round_task.multiplicity))
+    weights = trained.models[judge].weights if judge else np.ones(len(round_task.multiplicity))
     run_dir.write_parquet(
         artifacts.weights_path(session, number),
         artifacts.build_round_weights_table(offline_task, round_task, weights, judge, number),
@@ -248,12 +243,9 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
         "step": number,
         "model": model_fingerprint,
         "questions": len(question_rows),
-        "responses": len(round_rollouts.texts),
-        "ended": float(np.mean(round_rollouts.ended)) if round_rollouts.ended else None,
-        "tokens": int(sum(len(response_tokens) for response_tokens in round_rollouts.tokens)),
-        "right": mean_verifier_score(round_rollouts.verifier_scores),
+        **_summarize_rollouts(round_rollouts),
         "present": float(present.mean()),
-        "candidates": candidate_records,
+        "candidates": trained.records,
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
@@ -264,12 +256,43 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,
     }
-    next_weights = jnp.asarray(
-        average_question_weights(round_task, weights, offline_task.num_examples), state.weights.dtype
-    )
-    return RefineState(
-        candidate_models[best].params if accepted else state.params, next_weights if judge else state.weights
-    ), record
+    params = trained.models[best].params if accepted else state.params
+    if judge is None:
+        return RefineState(params, state.weights), record
+    question_weights = average_question_weights(round_task, weights, offline_task.num_examples)
+    return RefineState(params, jnp.asarray(question_weights, state.weights.dtype)), record
+
+
+def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
+    return {
+        "responses": len(rollouts.texts),
+        "ended": float(np.mean(rollouts.ended)) if rollouts.ended else None,
+        "tokens": int(sum(len(response_tokens) for response_tokens in rollouts.tokens)),
+        "right": mean_verifier_score(rollouts.verifier_scores),
+    }
+
+
+class TrainedCandidates(NamedTuple):
+    """The candidates of a round by method."""
+
+    models: dict[str, Candidate]
+    dev_losses: dict[str, Float[np.ndarray, "dev"]]
+    records: list[dict[str, Any]]
+    """Name, mean dev loss, work and seconds of each."""
+
+
+def train_candidates(
+    context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int
+) -> TrainedCandidates:
+    """Train the candidate of every method in refine.methods, and evaluate it on dev."""
+    trained = TrainedCandidates({}, {}, [])
+    for name in context.config.refine.methods:
+        context.session.set_phase(f"round {number}: {name}")
+        candidate, cost = train_candidate(context, round_task, sampler_params, number, name)
+        dev_losses = compute_dev_losses(context.task, candidate.params)
+        trained.models[name], trained.dev_losses[name] = candidate, dev_losses
+        trained.records.append({"name": name, "dev": float(dev_losses.mean()), **cost})
+    return trained
 
 
 def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Array, "questions"]:
@@ -326,7 +349,7 @@ def compute_dev_losses(task: TextTask, params: Params) -> Float[np.ndarray, "dev
 
 
 def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.ndarray, "part"]:
-    """The loss of each row of a part of the validation examples that is not too long, nats; FloatingPointError for another."""
+    """The loss of each example of a part that is not too long, nats; FloatingPointError where one is not finite."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
     index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])

@@ -92,8 +92,12 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
         "estimate": expected,
     }
     result["measured"] = usage.measure_usage(
-        task, folder, training_steps=session.work_done, seconds=sum(result["seconds"].values()), timed_steps=sum(result["work"].values())
-    )  # fmt: skip
+        task,
+        folder,
+        training_steps=session.work_done,
+        seconds=sum(result["seconds"].values()),
+        timed_steps=sum(result["work"].values()),
+    )
     run_dir.write_json(folder / "result.json", result)
     distributed.run_on_first_process(lambda: report.write_select_report(folder, task.examples))
     return result

@@ -239,4 +239,5 @@ def _describe_weights(example_weights: np.ndarray) -> str:
     if not len(example_weights):
         return ""
     zero, effective = int((example_weights == 0).sum()), example_weights.sum() ** 2 / (example_weights**2).sum()
-    return f"; mean {example_weights.mean():.3g}, {zero:,} of {len(example_weights):,} are 0, effective size {effective:.0f}"
+    mean, count = example_weights.mean(), len(example_weights)
+    return f"; mean {mean:.3g}, {zero:,} of {count:,} are 0, effective size {effective:.0f}"

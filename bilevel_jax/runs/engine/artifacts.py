@@ -47,8 +47,8 @@ def weights_table(
     }
     meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "hypergradient": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of weight; "
-        "below 0: more weight lowers L_v",
+        "hypergradient": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of "
+        "weight; below 0: more weight lowers L_v",
         "first_hypergradient": "the same at weight 1 for every row",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",
         "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
@@ -67,7 +67,7 @@ def weights_table(
 
 
 def describe_estimand(outer: OuterSection, steps: int) -> str:
-    """What the method's gradient is the gradient of, for training runs of so many steps; printed beside every number."""
+    """The quantity that the method differentiates, for training runs of so many steps."""
     return {
         "unrolled": f"L_v(theta_T(w)), the training run itself (T = {steps} steps): exact",
         "window": f"L_v(theta_T(w)) through the last {outer.window} of {steps} steps: an approximation of unrolled",

@@ -61,14 +61,20 @@ def build_variants(
         params = task.init_params(train_seed)
         values = load_or_compute_score(name, name, task, params, scores, session).values
         return RetrainVariant(
-            f"{name}, top", f"{subset_size} of the largest {name} by the model before training",
-            top_indices(values, count, all_indices), ones,
-        )  # fmt: skip
+            f"{name}, top",
+            f"{subset_size} of the largest {name} by the model before training",
+            top_indices(values, count, all_indices),
+            ones,
+        )
 
     builders: dict[str, Callable[[], RetrainVariant]] = {
         "uniform": lambda: RetrainVariant("uniform", "every row with weight 1", all_indices, ones),
-        "learned": lambda: RetrainVariant("learned weights", "every row with its learned weight", all_indices, learned_weights),
-        "selected": lambda: RetrainVariant("selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones),
+        "learned": lambda: RetrainVariant(
+            "learned weights", "every row with its learned weight", all_indices, learned_weights
+        ),
+        "selected": lambda: RetrainVariant(
+            "selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones
+        ),
         "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
         "alignment": lambda: RetrainVariant(
             "alignment", f"{subset_size} best aligned with grad L_v after uniform training",
@@ -80,12 +86,15 @@ def build_variants(
         ),
         "validation": lambda: RetrainVariant("validation only", "validation alone, weight 1", validation_indices, ones),
         "train+validation": lambda: RetrainVariant(
-            "train + validation", "all rows and validation, weight 1", np.concatenate([all_indices, validation_indices]), ones
+            "train + validation",
+            "all rows and validation, weight 1",
+            np.concatenate([all_indices, validation_indices]),
+            ones,
         ),
         "oracle": lambda: RetrainVariant(
             "oracle", f"the rows whose label is {data.good_label!r}", all_indices[good_mask[all_indices]], ones
         ),
-    }  # fmt: skip
+    }
     names = [name for name in retrain.variants if name != "oracle" or good_mask.any()]
     return [builders[name]() if name in builders else top_by_score(name) for name in names]
 

@@ -64,7 +64,7 @@ class SingleLoopResult(NamedTuple):
 
 
 def num_single_loop_steps(single_loop: SingleLoopSection, outer: OuterSection, max_steps: int) -> int:
-    """Steps of the one run; by default as many as the training runs of the outer loop, of `max_steps` each, together."""
+    """Steps of the one run; by default those of all training runs of the outer loop, of `max_steps` each."""
     return single_loop.steps or max_steps * outer.steps
 
 

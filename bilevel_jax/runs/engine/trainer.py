@@ -15,6 +15,7 @@ from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
     Adjoint,
     BackwardState,
+    CheckpointPlan,
     Estimate,
     Estimator,
     Params,
@@ -94,64 +95,53 @@ class Trainer:
         for_backward: bool = False,
         outer_step: int | None = None,
     ) -> Trajectory:
-        """Train once, and with `swept` keep what `estimate` sweeps back through.
+        """Train once; with `for_backward`, store the states that `estimate` reads on its way back.
 
-        With `save_as` (the outer step) it is saved when due, and goes on from where it was saved.
+        With `outer_step` it is saved when due, and resumed from where it was saved.
         """
         task, session = self.task, self.session
         restored = None if outer_step is None else self._load_mid_step(outer_step, start, weights)
-        plan = checkpointing.NO_CHECKPOINTS
+        plan = self._plan_checkpoints(weights, start, stream) if for_backward else checkpointing.NO_CHECKPOINTS
         snapshots: MutableMapping[int, TrainState] = {}
         if for_backward:
-
-            def linearization_size() -> float:
-                batch = stream.batch(0)
-                return trajectory_store.linearization_bytes(
-                    task.train_step, start, task.train_step.gather(weights, batch), task.frozen(start.params), batch
-                )
-
-            plan = trajectory_store.plan_checkpoints(
-                self.outer, task.num_steps, start, task.base_params, linearization_size=linearization_size
-            )
-            snapshots = trajectory_store.make_state_store(
-                self.outer, self.folder / "states", start, resume=restored is not None
-            )
+            states_folder = self.folder / "states"
+            snapshots = trajectory_store.make_state_store(self.outer, states_folder, start, resume=restored is not None)
+        resume_state = None if restored is None else restored.checkpoint.state
         if restored is not None:
+            steps_done = int(restored.checkpoint.state.step)
             snapshots.update(restored.snapshots)
-            for later in [step for step in snapshots if step > int(restored.checkpoint.state.step)]:
+            for later in [step for step in snapshots if step > steps_done]:
                 del snapshots[later]  # of the minutes that were lost
-            session.advance(int(restored.checkpoint.state.step))
-        losses: dict[int, jax.Array] = {}
-        steps_done = 0 if restored is None else int(restored.checkpoint.state.step)
-
-        def explain(step: int) -> str:
-            before = [place for place in snapshots if place <= step]
-            origin = snapshots[max(before)] if before else start
-            return find_first_nonfinite(
-                task.problem, task.optimizer, task.objective.losses, origin, step,
-                task.frozen(start.params), lambda at: (weights, stream.batch(at)), lambda row: describe_example(task, row),
-            )  # fmt: skip
-
-        def on_step(state: TrainState, info: StepMetrics) -> None:
-            nonlocal steps_done
-            losses[steps_done] = info.loss
-            steps_done += 1
-            session.advance()
-            due = session.should_save()
-            if due or steps_done % FINITE_CHECK_INTERVAL == 0:  # not at every step: reading a loss waits for the device
-                check_finite(task, losses, explain, state.params)
-                losses.clear()
-            if due:
-                if outer_step is not None:
-                    self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
-                session.mark_saved()
-
+            session.advance(steps_done)
+        monitor = _RunMonitor(self, weights, start, stream, snapshots, outer_step, resume_state)
         run = train(
-            task.train_step, start, weights, task.frozen(start.params), stream, plan=plan, first_backward_step=self._first_backward_step, snapshots=snapshots,
-            resume=None if restored is None else restored.checkpoint.state, on_step=on_step,
-        )  # fmt: skip
-        check_finite(task, losses, explain, run.end.params)
+            task.train_step,
+            start,
+            weights,
+            task.frozen(start.params),
+            stream,
+            plan=plan,
+            first_backward_step=self._first_backward_step,
+            snapshots=snapshots,
+            resume=resume_state,
+            on_step=monitor.on_step,
+        )
+        monitor.check(run.end.params)
         return run
+
+    def _plan_checkpoints(self, weights: jax.Array, start: TrainState, stream: Stream) -> CheckpointPlan:
+        train_step = self.task.train_step
+
+        def linearization_size() -> float:
+            batch = stream.batch(0)
+            frozen = self.task.frozen(start.params)
+            return trajectory_store.linearization_bytes(
+                train_step, start, train_step.gather(weights, batch), frozen, batch
+            )
+
+        return trajectory_store.plan_checkpoints(
+            self.outer, self.task.num_steps, start, self.task.base_params, linearization_size=linearization_size
+        )
 
     def validation_loss(
         self, weights: jax.Array, start: TrainState, stream: Stream, validation: Stream, loss_fn: Any
@@ -264,6 +254,17 @@ class Trainer:
             self.task.mesh, BackwardState(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True))
         )
 
+    def save_training(
+        self,
+        outer_step: int,
+        state: TrainState,
+        snapshots: MutableMapping[int, TrainState],
+        start: TrainState,
+        weights: jax.Array,
+    ) -> None:
+        """Save a training run in its middle."""
+        self._save_mid_step(outer_step, state, snapshots, self._empty_backward_state(start, weights))
+
     def _save_mid_step(
         self,
         outer_step: int,
@@ -286,6 +287,59 @@ class Trainer:
         restored = checkpoint.restore_checkpoint(self.folder, like, outer_step)
         return restored and RestoredMidStep(
             restored.tree, dict(zip(meta["kept"], restored.tree.snapshots, strict=True))
+        )
+
+
+class _RunMonitor:
+    """What happens after each step of a training run: progress, the check for finite losses, saves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        weights: jax.Array,
+        start: TrainState,
+        stream: Stream,
+        snapshots: MutableMapping[int, TrainState],
+        outer_step: int | None,
+        resume_state: TrainState | None,
+    ):
+        self.trainer, self.weights, self.start, self.stream = trainer, weights, start, stream
+        self.snapshots, self.outer_step = snapshots, outer_step
+        self.steps_done = 0 if resume_state is None else int(resume_state.step)
+        self._unread_losses: dict[int, jax.Array] = {}
+
+    def on_step(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Count, check and save where it is time to."""
+        session = self.trainer.session
+        self._unread_losses[self.steps_done] = metrics.loss
+        self.steps_done += 1
+        session.advance()
+        due = session.should_save()
+        if due or self.steps_done % FINITE_CHECK_INTERVAL == 0:  # not at each step: reading a loss waits for the device
+            self.check(state.params)
+            self._unread_losses.clear()
+        if due:
+            if self.outer_step is not None:
+                self.trainer.save_training(self.outer_step, state, self.snapshots, self.start, self.weights)
+            session.mark_saved()
+
+    def check(self, params: Params) -> None:
+        """A FloatingPointError where a loss since the last check, or a parameter, is not finite."""
+        check_finite(self.trainer.task, self._unread_losses, self._explain, params)
+
+    def _explain(self, step: int) -> str:
+        task = self.trainer.task
+        earlier = [place for place in self.snapshots if place <= step]
+        origin = self.snapshots[max(earlier)] if earlier else self.start
+        return find_first_nonfinite(
+            task.problem,
+            task.optimizer,
+            task.objective.losses,
+            origin,
+            step,
+            task.frozen(self.start.params),
+            lambda at: (self.weights, self.stream.batch(at)),
+            lambda index: describe_example(task, index),
         )
 
 
@@ -314,8 +368,8 @@ def check_finite(
     what = f"the training loss is {values[step]}" if step is not None else "the parameters are not finite"
     last = max(values) if step is None else step
     raise FloatingPointError(
-        f"{what} at step {last} of {task.num_steps}: {explain(last)}. Lower optimizer.learning_rate, set optimizer.max_grad_norm, "
-        "or look at these rows. The last good checkpoint is kept: --resume goes on from it."
+        f"{what} at step {last} of {task.num_steps}: {explain(last)}. Lower optimizer.learning_rate, set "
+        "optimizer.max_grad_norm, or look at these rows. The last good checkpoint is kept: --resume goes on from it."
     )
 
 

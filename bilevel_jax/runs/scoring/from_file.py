@@ -48,15 +48,16 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
     if is_missing.any() and config.missing == "error":
         first = examples[int(is_missing.argmax())]
         raise ValueError(
-            f"{config.file}: no weight for {int(is_missing.sum()):,} of {num_examples:,} training examples, the first {first.id} at "
-            f"{first.where}. Set weights.missing to one, zero or drop."
+            f"{config.file}: no weight for {int(is_missing.sum()):,} of {num_examples:,} training examples, the first "
+            f"{first.id} at {first.where}. Set weights.missing to one, zero or drop."
         )
     nonfinite = ~is_missing & ~np.isfinite(scores)
     if nonfinite.any():
         first = examples[int(nonfinite.argmax())]
         raise ValueError(
-            f"{config.file}: {config.column} is {scores[int(nonfinite.argmax())]} for {int(nonfinite.sum()):,} training examples, the "
-            f"first {first.id} at {first.where}. Choose another weights.column, or remove those rows."
+            f"{config.file}: {config.column} is {scores[int(nonfinite.argmax())]} for {int(nonfinite.sum()):,} "
+            f"training examples, the first {first.id} at {first.where}. Choose another weights.column, or remove "
+            "those rows."
         )
     weights = np.where(is_missing, 0.0, 1.0)
     weights[~is_missing] = TRANSFORMS[config.transform](scores[~is_missing])
@@ -66,7 +67,8 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
         index = int(weights.argmin())
         raise ValueError(
             f"{config.file}: {config.column} gives {examples[index].id} ({examples[index].where}) the weight "
-            f"{weights[index]:.4g}, and a weight is 0 or more. If it is a score, set weights.transform to minmax or rank."
+            f"{weights[index]:.4g}, and a weight is 0 or more. If it is a score, set weights.transform to minmax or "
+            "rank."
         )
     if not weights.any():
         raise ValueError(f"{config.file}: every weight is 0, so nothing would be learned.")

@@ -48,9 +48,14 @@ def make_generator_factory(
 
     if settings.backend == "service":
         query_service = openai.make_chat_client(
-            settings.url, settings.model, sampling, api_key_env=settings.api_key_env,
-            concurrency=settings.concurrency, timeout=settings.timeout, progress=progress,
-        )  # fmt: skip
+            settings.url,
+            settings.model,
+            sampling,
+            api_key_env=settings.api_key_env,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+            progress=progress,
+        )
         store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
 
         def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
@@ -64,9 +69,16 @@ def make_generator_factory(
         return place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
 
     sampler = generate.make_sampler(
-        decoder, sampling, generate.make_detokenizer(tokenizer), end_tokens=find_end_tokens(tokenizer, decoder.config.eos),
-        max_batch_tokens=settings.max_batch_tokens, row_multiple=mesh.size, place=place_batch, fetch=distributed.fetch_to_host, progress=progress,
-    )  # fmt: skip
+        decoder,
+        sampling,
+        generate.make_detokenizer(tokenizer),
+        end_tokens=find_end_tokens(tokenizer, decoder.config.eos),
+        max_batch_tokens=settings.max_batch_tokens,
+        row_multiple=mesh.size,
+        place=place_batch,
+        fetch=distributed.fetch_to_host,
+        progress=progress,
+    )
 
     def make_generator(params: Params) -> GenerateFn:
         store = ResponseStore(fingerprint_params(params), response_store.responses, response_store.append)

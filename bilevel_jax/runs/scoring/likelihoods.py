@@ -191,6 +191,6 @@ def _shortage_notes(plan: ScorePlan, rows: TokenizedExamples, what: str) -> tupl
     if not num_short:
         return ()
     return (
-        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.num_holdout_wanted} {what}, {num_empty:,} of them none: the rest did not "
-        "fit the model's context, or were near-duplicates of the row.",
+        f"{num_short:,} of {len(counts):,} rows had fewer than {plan.num_holdout_wanted} {what}, {num_empty:,} of "
+        "them none: the rest did not fit the model's context, or were near-duplicates of the row.",
     )

@@ -73,7 +73,8 @@ class Reweighting:
         )
         steps = "" if len(self.refresh_steps) == 1 else ", ".join(f"{start:,}" for start in self.refresh_steps)
         normalization = ", divided by the mean" if weights.mean_one else ""
-        return f"the score {weights.score}, {SCALING_DESCRIPTIONS[weights.scaling]}{normalization}; made {frequency}{steps}"
+        scaling = SCALING_DESCRIPTIONS[weights.scaling]
+        return f"the score {weights.score}, {scaling}{normalization}; made {frequency}{steps}"
 
     def update_scores(self, step: int, params: Params) -> None:
         """Have the scores that `step` rests on; where they are not there, `params`, those before it, make them."""
@@ -84,8 +85,8 @@ class Reweighting:
             column = name if refresh_step == 0 else f"{name}_at_{refresh_step}"
             if refresh_step < step and not has_score_column(column, folder):
                 raise FileNotFoundError(
-                    f"{folder / SCORES_FILE} has no column {column!r}, on which the steps after {refresh_step:,} rest: it "
-                    "was removed or changed since. Start the run anew, in another folder."
+                    f"{folder / SCORES_FILE} has no column {column!r}, on which the steps after {refresh_step:,} "
+                    "rest: it was removed or changed since. Start the run anew, in another folder."
                 )
             self.session.set_phase(f"scoring: {name}, {refresh_index + 1} of {len(self.refresh_steps)}")
             self.scores_by_step[refresh_step] = load_or_compute_score(

@@ -69,8 +69,8 @@ def compute_score(name: str, task: Task, params: Params, settings: ScoresSection
     unscored, notes = indices[np.isnan(values[indices])], result.notes
     if len(unscored) == len(indices):
         raise FloatingPointError(
-            f"the score {name!r} is no finite number for any of {len(indices):,} rows. Is the model's loss finite? Lower "
-            "optimizer.learning_rate, or look at the rows."
+            f"the score {name!r} is no finite number for any of {len(indices):,} rows. Is the model's loss finite? "
+            "Lower optimizer.learning_rate, or look at the rows."
         )
     if len(unscored):
         first = task.examples[unscored[0]].where
@@ -138,8 +138,8 @@ def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -
         raise ValueError(f"the score {name!r} reads text; for arrays there are {', '.join(ARRAY_SCORES)}.")
     if not holdout and name not in HOLDOUT_FREE_SCORES:
         raise ValueError(
-            f"the score {name!r} compares with validation examples, and validation has none: give data.validation, with a share "
-            f"above 0 for validation in data.split, or choose one of {', '.join(HOLDOUT_FREE_SCORES)}."
+            f"the score {name!r} compares with validation examples, and validation has none: give data.validation, "
+            f"with a share above 0 for validation in data.split, or choose one of {', '.join(HOLDOUT_FREE_SCORES)}."
         )
 
 
@@ -165,8 +165,8 @@ def perplexity_score(task: Task, params: Params, settings: ScoresSection, sessio
 def reducible_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """l_i(params) - l_i(holdout model): what is still to be learned and can be (RHO-LOSS, Mindermann et al. 2022).
 
-    The holdout model is one of the same kind, started from scores.seed and trained on validation alone, with the optimiser
-    and the schedule of the run, for scores.holdout_steps. It is trained once in a run; its losses are kept there.
+    The holdout model is one of the same kind, started from scores.seed and trained on validation alone, with the
+    optimizer and the schedule of the run, for scores.holdout_steps. It is trained once in a run; its losses are stored.
     Wrong where validation is so small that the holdout model over-fits it: noise then looks no worse than the rest.
     """
     path = session.folder / "holdout.parquet"
@@ -201,7 +201,7 @@ def alignment_score(task: Task, params: Params, settings: ScoresSection, session
 
 
 def ica_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """How much likelier the row's answer is after rows of validation as demonstrations (ICA); see `scores.incontext`."""
+    """How much likelier the answer is after validation examples as demonstrations (ICA); see `scores.incontext`."""
     assert isinstance(task, TextTask)  # `check` has refused arrays
     return likelihoods.compute_ica(task, params, settings, session)
 

@@ -109,8 +109,8 @@ def load_grader(location: str) -> Grader:
             value = user_function(question, answer, response)
         except Exception as error:
             raise ValueError(
-                f"{location} failed at {_error_location(error, path)} with {type(error).__name__}: {error}. It is called with "
-                "(question, answer, response), three strings."
+                f"{location} failed at {_error_location(error, path)} with {type(error).__name__}: {error}. It is "
+                "called with (question, answer, response), three strings."
             ) from error
         try:
             grade_value = float(value)
@@ -118,7 +118,8 @@ def load_grader(location: str) -> Grader:
             grade_value = math.nan
         if not 0 <= grade_value <= 1:
             raise ValueError(
-                f"{location} returned {describe_value(value)} for the response {describe_value(response)}; 0 to 1 is wanted."
+                f"{location} returned {describe_value(value)} for the response {describe_value(response)}; 0 to 1 is "
+                "wanted."
             )
         return grade_value
 

@@ -133,7 +133,8 @@ def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
     names = {path.removeprefix(BUILTIN_PREFIX).partition("?")[0] for path in builtin_paths}
     if unknown := sorted(names - set(BUILTIN_TASKS)):
         raise ValueError(
-            f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are {[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}."
+            f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are "
+            f"{[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}."
         )
     if len(names) > 1:
         raise ValueError(f"{sorted(builtin_paths)} are two embedded tasks; a run has room for one.")

@@ -21,7 +21,7 @@ def evaluate_per_example(
     stream: Stream,
     num_examples: int,
 ) -> Float[np.ndarray, "examples *rest"]:
-    """`function` of each example of a stream, by the example's index; nan for examples that the stream does not hold."""
+    """`function` of each example of a stream, by its index; nan for examples that the stream does not hold."""
     compiled = _map_micro_batches(function)
     example_values: np.ndarray | None = None
     for step in range(stream.steps):

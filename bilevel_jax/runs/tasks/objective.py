@@ -50,8 +50,8 @@ def check_examples(config: schema.ObjectiveSection, examples: list[Example]) -> 
         return
     if wants_pairs:
         raise ValueError(
-            f"{mismatched.where}: one response, and objective.name = {config.name} compares a chosen with a rejected one. "
-            "Give rows with 'chosen' and 'rejected', or set objective.name to sft."
+            f"{mismatched.where}: one response, and objective.name = {config.name} compares a chosen with a rejected "
+            "one. Give rows with 'chosen' and 'rejected', or set objective.name to sft."
         )
     raise ValueError(
         f"{mismatched.where}: a preference pair, and objective.name = sft reads single responses. "

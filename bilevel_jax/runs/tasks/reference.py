@@ -60,8 +60,9 @@ def read_reference_log_probs(
     stored = pq.read_table(path)
     if (stored_fingerprint := (stored.schema.metadata or {}).get(b"model", b"").decode()) != model_fingerprint:
         raise ValueError(
-            f"{path}: made by another model or precision (fingerprint {stored_fingerprint[:12] or 'none'}, and model.name_or_path has "
-            f"{model_fingerprint[:12]}). The margins would be measured from the wrong place: leave objective.reference empty."
+            f"{path}: made by another model or precision (fingerprint {stored_fingerprint[:12] or 'none'}, and "
+            f"model.name_or_path has {model_fingerprint[:12]}). The margins would be measured from the wrong place: "
+            "leave objective.reference empty."
         )
     row_of_id = {id: row for row, id in enumerate(stored["id"].to_pylist())}
     missing = [example for example in examples if example.id not in row_of_id]
@@ -75,8 +76,8 @@ def read_reference_log_probs(
     changed = np.flatnonzero(hashes != hash_pair_tokens(corpus))
     if len(changed):
         raise ValueError(
-            f"{path}: {len(changed)} pairs were read as other tokens, the first at {examples[changed[0]].where}: the template, "
-            "the truncation or the tokenizer has changed. Leave objective.reference empty to make it anew."
+            f"{path}: {len(changed)} pairs were read as other tokens, the first at {examples[changed[0]].where}: the "
+            "template, the truncation or the tokenizer has changed. Leave objective.reference empty to make it anew."
         )
     return np.stack([stored[side].to_numpy()[rows] for side in ("chosen", "rejected")], axis=1)
 

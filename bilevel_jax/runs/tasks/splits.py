@@ -45,15 +45,16 @@ def load_splits(config: DataSection) -> DataSplits:
         for other_part in other_parts:
             if pairs := examples.find_leaks(held_out[part], held_out[other_part]):
                 raise ValueError(
-                    f"{len(pairs)} validation examples stand in both {part} and {other_part}, the first: {pairs[0][0].where} "
-                    f"and {pairs[0][1].where}. {other_part} would not be independent: remove them from one."
+                    f"{len(pairs)} validation examples stand in both {part} and {other_part}, the first: "
+                    f"{pairs[0][0].where} and {pairs[0][1].where}. {other_part} would not be independent: remove them "
+                    "from one."
                 )
     leaked_pairs = examples.find_leaks(train, [example for part in held_out.values() for example in part])
     if leaked_pairs and config.leaks == "error":
         raise ValueError(
-            f"{len({example.id for example, _ in leaked_pairs})} training examples also stand in the validation examples, the first: "
-            f"{leaked_pairs[0][0].where} equals {leaked_pairs[0][1].where}. Their weights would be rewarded for being copied. "
-            "Remove them, or set data.leaks to drop."
+            f"{len({example.id for example, _ in leaked_pairs})} training examples also stand in the validation "
+            f"examples, the first: {leaked_pairs[0][0].where} equals {leaked_pairs[0][1].where}. Their weights would "
+            "be rewarded for being copied. Remove them, or set data.leaks to drop."
         )
     if leaked_pairs:
         leaked_rows = {example.row for example, _ in leaked_pairs}

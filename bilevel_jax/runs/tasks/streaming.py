@@ -74,8 +74,8 @@ class StreamingBatches:
             leaked_from = self.held_out_examples.get(hash_normalized_text(example))
             if leaked_from is not None and self.config.leaks == "error":
                 raise ValueError(
-                    f"{example.where} also stands in the validation examples, at {leaked_from.where}. The validation loss would "
-                    "reward copying it. Remove it, or set data.leaks to drop."
+                    f"{example.where} also stands in the validation examples, at {leaked_from.where}. The validation "
+                    "loss would reward copying it. Remove it, or set data.leaks to drop."
                 )
             if leaked_from is None and self.weight_of(example) is not None:
                 any_left = True

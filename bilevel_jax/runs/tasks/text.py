@@ -264,45 +264,14 @@ def compose_text_task(
     proximal_strength: float,
 ) -> TextTask:
     """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
-    corpora, longest = (
-        tokenized_data.corpora,
-        max((batches.padded_max_length(part_corpus) for part_corpus in tokenized_data.corpora.values()), default=0),
-    )
     half_precision = isinstance(config.train, FineTuneSection) and config.train.compute_dtype == "bfloat16"
     compute_dtype = jnp.bfloat16 if half_precision else None
     gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
     decoder = models.make_decoder(
         tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params
     )
-    if config.data.streaming:
-        sequences = 1 if config.objective.name == "sft" else 2
-        corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
-        micro_batch_size, num_positions = (
-            config.train.global_batch_size // config.train.gradient_accumulation_steps,
-            max_example_length(config.data, tokenized_data.architecture) - 1,
-        )
-        layout = batches.BatchShape(
-            config.train.gradient_accumulation_steps,
-            micro_batch_size,
-            micro_batch_size * sequences,
-            num_positions,
-            sequences,
-        )
-    else:
-        corpus = corpora[JOINT_CORPUS]
-        trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
-        orders = [
-            batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed)
-            for seed in seeds
-        ]
-        layout = batches.fit_batch_shape(
-            corpus,
-            orders,
-            num_steps,
-            num_micro_batches=config.train.gradient_accumulation_steps,
-            length=longest,
-            packing=config.data.packing,
-        )
+    corpora = tokenized_data.corpora
+    corpus, layout = _fit_layout(config, tokenized_data, num_steps=num_steps, seeds=seeds)
     layout = align_layout(mesh, layout)
     local_slots = local_rows(mesh, layout.unpacked.rows)
     run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
@@ -334,6 +303,36 @@ def compose_text_task(
         layout=layout,
         has_proximal=proximal_strength > 0,
     )
+
+
+def _fit_layout(
+    config: TextTaskConfig, tokenized_data: TokenizedData, *, num_steps: int, seeds: Sequence[int]
+) -> tuple[Corpus, BatchShape]:
+    """The corpus of the examples that get weights, and the shape that all batches of the run share."""
+    num_micro_batches = config.train.gradient_accumulation_steps
+    if config.data.streaming:
+        sequences = 1 if config.objective.name == "sft" else 2
+        empty_corpus = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), sequences)
+        micro_batch_size = config.train.global_batch_size // num_micro_batches
+        num_positions = max_example_length(config.data, tokenized_data.architecture) - 1
+        rows = micro_batch_size * sequences
+        return empty_corpus, batches.BatchShape(num_micro_batches, micro_batch_size, rows, num_positions, sequences)
+    corpora = tokenized_data.corpora
+    corpus = corpora[JOINT_CORPUS]
+    trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
+    orders = [
+        batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed)
+        for seed in seeds
+    ]
+    layout = batches.fit_batch_shape(
+        corpus,
+        orders,
+        num_steps,
+        num_micro_batches=num_micro_batches,
+        length=max((batches.padded_max_length(part_corpus) for part_corpus in corpora.values()), default=0),
+        packing=config.data.packing,
+    )
+    return corpus, layout
 
 
 def make_abstract_params(
