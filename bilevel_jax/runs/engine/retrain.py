@@ -77,12 +77,16 @@ def build_variants(
         ),
         "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
         "alignment": lambda: RetrainVariant(
-            "alignment", f"{subset_size} best aligned with grad L_v after uniform training",
-            top_indices(-learned.alignment, count, all_indices), ones,
+            "alignment",
+            f"{subset_size} best aligned with grad L_v after uniform training",
+            top_indices(-learned.alignment, count, all_indices),
+            ones,
         ),
         "low_loss": lambda: RetrainVariant(
-            "low_loss", f"{subset_size} with the least loss after uniform training",
-            top_indices(-learned.losses, count, all_indices), ones,
+            "low_loss",
+            f"{subset_size} with the least loss after uniform training",
+            top_indices(-learned.losses, count, all_indices),
+            ones,
         ),
         "validation": lambda: RetrainVariant("validation only", "validation alone, weight 1", validation_indices, ones),
         "train+validation": lambda: RetrainVariant(
