@@ -117,7 +117,9 @@ def test_writes_what_it_promises(whole):
     for row, column in zip(result["rows"], columns, strict=True):
         assert row["auc"] == auc(scores[column].to_numpy(), good)
         if column != "unrolled":
-            assert row["rank"].value == pytest.approx(rank_correlation(scores[column], scores["unrolled"]))
+            assert row["rank"].value == pytest.approx(
+                rank_correlation(scores[column].to_numpy(), scores["unrolled"].to_numpy())
+            )
     # every row of validation is a query, and L_v is their mean, in entries and in losses
     for name in ("unrolled", "alignment"):
         parts = [np.load(out / "parts" / f"{name} of queries {n}.npy") for n in (0, 1)]
