@@ -63,6 +63,19 @@ def shuffled_order(num_examples: int, batch_size: int, seed: int) -> BatchOrder:
 
     A pure function of (seed, step) without tables, so that resuming needs no state and ten million rows cost what
     ten do. The last step of an epoch is filled up with `num_examples`, so every epoch covers every row exactly once.
+
+    Args:
+        num_examples: rows of the corpus.
+        batch_size: examples of a global step.
+        seed: another seed, other permutations.
+
+    Returns:
+        step -> rows of the corpus.
+
+    Example:
+        >>> order = shuffled_order(num_examples=3, batch_size=2, seed=0)
+        >>> sorted([*order(0), *order(1)])[:3] == [0, 1, 2], int(max(order(1)))  # 3: an empty slot
+        (True, 3)
     """
     return shuffled_subset_order(range(num_examples), num_examples, batch_size, seed)
 
@@ -104,13 +117,33 @@ def shuffled_group_order(
 def sequential_order(
     indices: Sequence[int] | Int[np.ndarray, "chosen"], corpus_size: int, batch_size: int
 ) -> BatchOrder:
-    """The chosen rows one after another, without shuffling: one epoch of `steps_per_epoch` steps."""
+    """The chosen rows one after another, without shuffling: one epoch of `steps_per_epoch` steps.
+
+    Args:
+        indices: rows of the corpus.
+        corpus_size: all rows of the corpus.
+        batch_size: examples of a global step.
+
+    Returns:
+        step -> rows of the corpus.
+    """
     lookup = _make_lookup(indices, corpus_size)
     return lambda step: lookup(_take_step(step, len(indices), batch_size, lambda places: places))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """ceil(rows / batch): the last step of an epoch may be partly empty."""
+    """ceil(rows / batch): the last step of an epoch may be partly empty.
+
+    Args:
+        num_examples: at least 1.
+        batch_size: examples of a global step, at least 1.
+
+    Returns:
+        Steps.
+
+    Raises:
+        ValueError: a number below 1.
+    """
     if num_examples < 1 or batch_size < 1:
         raise ValueError(f"{num_examples} rows in batches of {batch_size}: both must be at least 1.")
     return -(-num_examples // batch_size)
@@ -123,6 +156,20 @@ def fit_batch_shape(
 
     `length` is the token places in a row; a sequence of n tokens takes n - 1.
     With packing this counts, step by step, the rows that the fullest micro-batch needs.
+
+    Args:
+        corpus: from `tokenize`.
+        orders: all that will be drawn from the corpus.
+        steps: of each order.
+        num_micro_batches: into which a global step is divided.
+        length: token places of a row.
+        packing: whether several sequences share a row.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ValueError: a sequence longer than a row, or a batch size that does not divide into micro-batches.
     """
     longest = int(corpus.lengths.max()) - 1
     if longest > length:

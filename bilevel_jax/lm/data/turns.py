@@ -71,7 +71,7 @@ def count_shared_turns(turns: Turns, rejected: Turns) -> int:
 
 
 def read_prompt(row: dict, options: DataOptions, where: str) -> Turns:
-    """What the prompt field holds, a string or messages that end with the user's, behind the system message."""
+    """What the prompt field holds, a string or messages that end with the user's, after the system message."""
     name = options.prompt_field
     value = read_field(row, name, "Set data.prompt_field to one of them.", where)
     if not isinstance(value, list):
@@ -82,7 +82,7 @@ def read_prompt(row: dict, options: DataOptions, where: str) -> Turns:
 
 
 def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
-    """The prompt of an Alpaca row: history, instruction and input, behind the system message."""
+    """The prompt of an Alpaca row: history, instruction and input, after the system message."""
     remedy = "Keep one layout per file, or set data.prompt_field and data.response_field."
     text = require_string(read_field(row, "instruction", remedy, where), "instruction", where)
     extra = row.get("input")
@@ -99,7 +99,7 @@ def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
 
 
 def read_conversation(row: dict, options: DataOptions, where: str) -> Turns:
-    """The messages of a ShareGPT row, behind the system message; none where the list is empty."""
+    """The messages of a ShareGPT row, after the system message; none where the list is empty."""
     name = find_conversation_field(row, options)
     value = read_field(row, name, "Set data.messages_field to one of them.", where)
     return prepend_system(

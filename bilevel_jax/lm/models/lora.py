@@ -36,20 +36,34 @@ def init_lora(
     target_modules: Sequence[str] = (),
     dtype: Any = jnp.float32,
 ) -> Adapters:
-    """Fresh adapters on `targets`: A ~ normal with variance 1 / in, B = 0, so that the model starts as the base.
+    """Fresh adapters: A ~ normal with variance 1 / in, B = 0, so that the model starts as the base.
 
-    Targets are Hugging Face's names of projections, matched by their ends as peft does (GPT-2's `c_proj` is two of
-    them, `mlp.c_proj` one). None: what peft takes for the family, such as the queries and values of a Llama.
+    `target_modules` are Hugging Face's names of projections, matched by their ends as peft does (GPT-2's `c_proj` is
+    two of them, `mlp.c_proj` one). None: what peft takes for the family, such as the queries and values of a Llama.
     Drawn in float32 and cast, so that float32 and float64 start from the same numbers. scale = alpha / rank.
     With B = 0 the gradient of A is exactly 0 at the first step: an optimiser whose update is not differentiable at
     zero (Adam with eps_root = 0) has a NaN derivative there.
+
+    Args:
+        config: the architecture of the base.
+        key: of the draws.
+        rank: r, at least 1.
+        alpha: scale = alpha / rank.
+        target_modules: names of projections; none: the family's own.
+        dtype: of A and B.
+
+    Returns:
+        The tree that is trained.
+
+    Raises:
+        ValueError: a rank below 1, or a name that the family does not have.
     """
     if rank < 1:
         raise ValueError(f"rank {rank}; an adapter has a rank of at least 1.")
     lora, shapes = {}, projection_shapes(config)
     for name in find_target_projections(config, target_modules):
         source, sink = shapes[name]
-        # keyed by the projection, not by its place in `targets`: adding a target leaves the others' draws alone
+        # keyed by the projection, not by its place in `target_modules`: adding a target leaves the others' draws alone
         draw = jax.random.fold_in(key, list(shapes).index(name))
         a = jax.random.normal(draw, (config.layers, source, rank), jnp.float32) / math.sqrt(source)
         lora[name] = Adapter(a.astype(dtype), jnp.zeros((config.layers, rank, sink), dtype), alpha / rank)
@@ -59,11 +73,20 @@ def init_lora(
 def join_adapters(base: Params, adapters: Adapters) -> Params:
     """One tree from a base and its adapters, as `Decoder.hidden` and `Decoder.head` take it. No arithmetic.
 
-    Raises ValueError where an adapter does not fit the base, or the base has adapters already.
+
+    Args:
+        base: the parameters of a model.
+        adapters: from `init_lora` or `load_peft`.
+
+    Returns:
+        The base's leaves and the adapters'.
+
+    Raises:
+        ValueError: an adapter does not fit the base, or the base has adapters already.
     """
     if set(adapters) != {"lora"} or "lora" in base:
         raise ValueError(
-            f"join(base, adapters) got a base with {sorted(base)} and adapters with {sorted(adapters)}; "
+            f"join_adapters(base, adapters) got a base with {sorted(base)} and adapters with {sorted(adapters)}; "
             "give a base without 'lora' and the tree that init_lora or load_peft made."
         )
     for name, adapter in adapters["lora"].items():
@@ -79,6 +102,16 @@ def merge_adapters(base: Params, adapters: Adapters) -> Params:
     """The base with W + scale A B in place of W, for export. float32 at least where the base was stored in less.
 
     For a base in bfloat16 do not cast the result back before measuring: rounding W + AB to bfloat16 can lose AB.
+
+    Args:
+        base: the parameters of a model.
+        adapters: from `init_lora` or `load_peft`.
+
+    Returns:
+        A tree like the base.
+
+    Raises:
+        ValueError: as `join_adapters`.
     """
     join_adapters(base, adapters)  # for its checks
     layers = dict(base["layers"])
@@ -123,8 +156,17 @@ def balance_adapters(adapters: Adapters) -> Adapters:
 def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, base: str | None = None) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors). `base` names the base model.
 
-    Written next to `folder` and renamed, so that there is a whole folder or none. Raises FileExistsError if `folder`
-    holds something, ValueError if the adapters differ in rank or scale (one adapter_config.json has one of each).
+    Written next to `folder` and renamed, so that there is a whole folder or none.
+
+    Args:
+        folder: is created; empty where it exists.
+        config: the architecture of the base.
+        adapters: all of one rank and scale.
+        base: the name of the base model.
+
+    Raises:
+        FileExistsError: `folder` holds something.
+        ValueError: adapters of different rank or scale (one adapter_config.json has one of each).
     """
     lora = adapters["lora"]
     kinds = {(adapter.a.shape[2], adapter.scale) for adapter in lora.values()}
