@@ -388,7 +388,7 @@ def _marker(kind: str, colour: str) -> dict[str, Any]:
         "dot": {"markersize": 8, "markeredgecolor": COLOURS["panel"], "markeredgewidth": 1},
         "hollow": {"markersize": 7, "markerfacecolor": COLOURS["panel"], "markeredgewidth": 1.8},
         "faint": {"markersize": 4, "markeredgewidth": 0, "alpha": 0.65},
-        "cloud": {"markersize": 4, "markeredgewidth": 0, "alpha": 0.45},
+        "cloud": {"markersize": 4, "markeredgewidth": 0, "alpha": 0.55},
     }
     return {"color": colour, "marker": "o", "linestyle": ""} | styles[kind]
 

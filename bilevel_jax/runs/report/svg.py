@@ -43,7 +43,7 @@ def matplotlib_style() -> Iterator[None]:
         "axes.linewidth": 1, "ytick.major.pad": 7,
         "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False, "axes.labelsize": 11,
         "axes.grid": True, "axes.axisbelow": True, "grid.color": rule, "grid.linewidth": 1, "lines.linewidth": 1.8,
-        "lines.solid_capstyle": "butt", "legend.frameon": False, "legend.fontsize": 11, "legend.borderpad": 0,
+        "lines.solid_capstyle": "butt", "legend.frameon": False, "legend.fontsize": 11, "legend.borderpad": 0.4,
     }  # fmt: skip
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser has other fonts
