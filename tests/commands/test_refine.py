@@ -349,10 +349,10 @@ REFUSED = {
         "3",
     ),
     "they have no ratio": ("--generate.temperature", "0"),
-    "dynamic needs weights": ("--refine.questions", "dynamic", "--refine.methods", "uniform"),
-    "filter needs a checker": ("--refine.verifier-use", "filter"),
+    "dynamic chooses by weights": ("--refine.questions", "dynamic", "--refine.methods", "uniform"),
+    "filter needs a verifier": ("--refine.verifier-use", "filter"),
     "choose sigmoid or softmax": ("--outer.weighting", "per_source"),
-    "leave objective as it is": ("--objective.name", "simpo"),
+    "leave section objective at its defaults": ("--objective.name", "simpo"),
     "a model that can answer": ("--model.from-scratch",),
 }
 
