@@ -116,7 +116,7 @@ def align_numbers(cells: Sequence[Any]) -> list[str]:
     if not any(isinstance(cell, MeanInterval) for cell in cells):
         return means
     halves = _pad_numbers([cell.half_width if isinstance(cell, MeanInterval) else None for cell in cells], 3)
-    blank = FIGURE_SPACE * (len(halves[0]) + 3)
+    blank = FIGURE_SPACE * (len(halves[0]) + 2)  # as wide as the interval and its sign
     return [
         mean + blank if mean.strip(FIGURE_SPACE + POINT_SPACE) == MISSING else f"{mean} ± {half}"
         for mean, half in zip(means, halves, strict=True)

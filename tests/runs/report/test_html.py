@@ -31,7 +31,7 @@ def test_a_template_compiles_and_marks_no_text_as_safe(name):
         ([SignedNumber(0.5), SignedNumber(-1)], ["+0.5000", "−1.000\u2007"]),
         (
             [MeanInterval(1.0, 0.25), MeanInterval(math.nan, math.nan)],
-            ["1.000 ± 0.250", "–\u2008\u2007\u2007\u2007" + 8 * "\u2007"],
+            ["1.000 ± 0.250", "–\u2008\u2007\u2007\u2007" + 7 * "\u2007"],
         ),
         ([MeanInterval(1.0, math.nan)], ["1.000 ± –"]),
     ],
