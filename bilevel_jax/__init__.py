@@ -3,7 +3,18 @@
 `hypergradient` takes a loss on plain arrays. The rest is what it is made of: a `Problem`, a training run that is stored
 for its backward pass (`train`), and an estimator of the metagradient d L_v / d weights (`unrolled`, `implicit`,
 `penalty`). `lm`, `scores` and `commands` are imported when they are first read: `import bilevel_jax` needs jax and
-optax alone. The examples of the reference assume
+optax alone.
+
+- `bilevel_jax.core.curvature`: Hessian-vector and Gauss-Newton-vector products for `implicit`
+- `bilevel_jax.core.solvers`: linear solvers for `implicit`
+- `bilevel_jax.core.weightings`: maps from outer variables to example weights
+- `bilevel_jax.core.single_loop`: methods that move parameters and weights together
+- `bilevel_jax.core.certify`: certificates of a hypergradient
+- `bilevel_jax.core.checkpointing`: checkpointing plans (Revolve) for the backward pass
+- `bilevel_jax.core.types`: types and their fields
+- `bilevel_jax.lm`, `bilevel_jax.scores`, `bilevel_jax.commands`: language models, data scores, and the commands
+
+The modules of core are names of this one: `bj.solvers.cg()`. The examples of the reference assume
 
     import jax, optax
     import jax.numpy as jnp

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import bilevel_jax as bj
+from tests import reference
 
 DOCUMENTED_MODULES = ("certify", "checkpointing", "curvature", "single_loop", "solvers", "weightings")
 HEAVY = ("datasets", "flax", "jinja2", "matplotlib", "orbax", "pyarrow", "scipy.stats", "transformers", "tyro", "yaml")
@@ -87,3 +88,15 @@ def test_the_example_runs(name):
     report: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=report.append)
     assert not report, "".join(report)
+
+
+def test_the_check_of_links_bites(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<p id="top"><a href="a/b.html#f">f</a><a href="#top">up</a><a href="https://example.org">out</a></p>'
+    )
+    page = '<p id="f"><a href="../index.html">up</a><a href="../index.html#g">g</a></p>'
+    (tmp_path / "a" / "b.html").write_text(page)
+    assert reference.broken_links(tmp_path) == ["a/b.html: ../index.html#g"]
+    (tmp_path / "index.html").unlink()
+    assert reference.broken_links(tmp_path) == ["a/b.html: ../index.html", "a/b.html: ../index.html#g"]

@@ -22,7 +22,7 @@ BatchValues = Float[Array, "micro examples"]
 class OnlineWeights(NamedTuple):
     """Weights that single-loop methods read and move in every step, in O(batch) work whatever the number of examples.
 
-    The state is a pytree of arrays, an argument of the compiled step like any other. `index` gives the entry of the
+    The state is a pytree of arrays, an argument of the compiled step like any other. An index gives the entry of the
     weight table for each slot of a batch, `PADDING` where there is none; an example may repeat.
     """
 
