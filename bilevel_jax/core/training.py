@@ -78,11 +78,11 @@ def step_functions(
         params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
     ) -> tuple[Params, HyperSlice]:
         def add_micro(total, micro):
-            def both(params):
+            def both_grads(params):
                 return jax.grad(problem.inner, argnums=(0, 1))(params, micro[0], frozen, micro[1])
 
-            hessian, entries = jax.jvp(both, (params,), (v,))[1]
-            return optax.tree.add(total, hessian), entries
+            hvp, hypergradients = jax.jvp(both_grads, (params,), (v,))[1]
+            return optax.tree.add(total, hvp), hypergradients
 
         prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, frozen), (params,), (v,))[1]
         return jax.lax.scan(add_micro, prior, (weights, batch))
@@ -109,14 +109,14 @@ def step_functions(
     ) -> tuple[TrainState, StepMetrics, Linearization]:
         def grads_and_loss(params: Params) -> tuple[tuple[Params, HyperSlice], Scalar]:
             def add_micro(total, micro):
-                loss, (grad, entries) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
+                loss, (grad, weights_grad) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
                     params, micro[0], frozen, micro[1]
                 )
-                return optax.tree.add(total, (loss, grad)), entries
+                return optax.tree.add(total, (loss, grad)), weights_grad
 
             prior = jax.value_and_grad(problem.prior)(params, frozen)
-            (loss, grad), entries = jax.lax.scan(add_micro, prior, (weights, batch))
-            return (grad, entries), loss
+            (loss, grad), weights_grads = jax.lax.scan(add_micro, prior, (weights, batch))
+            return (grad, weights_grads), loss
 
         with jax.default_matmul_precision("highest"):
             (grad, _), linearization, loss = jax.linearize(grads_and_loss, state.params, has_aux=True)
@@ -150,9 +150,9 @@ def _strip_inputs(linearized: Callable, *inputs: PyTree) -> Linearization:
     input_places = [place_of_input.get(id(leaf)) for leaf in leaves]
 
     def apply(own: list[jax.Array], inputs: list[jax.Array], v: Params) -> tuple[Params, HyperSlice]:
-        rest = iter(own)
-        whole = [next(rest) if place is None else inputs[place] for place in input_places]
-        return structure.unflatten(whole)(v)
+        remaining = iter(own)
+        all_leaves = [next(remaining) if place is None else inputs[place] for place in input_places]
+        return structure.unflatten(all_leaves)(v)
 
     own_leaves = [leaf for leaf, place in zip(leaves, input_places, strict=True) if place is None]
     return jax.tree_util.Partial(apply, own_leaves)

@@ -112,10 +112,13 @@ def lora(steps: int = 24) -> Toy:
     held_out = (normal(14, 20, WIDTH), jnp.zeros(20))
     validation = Stream(
         lambda step: {
-            "index": jnp.arange(20)[None], "x": held_out[0][None], "y": held_out[1][None], "num_examples": jnp.full((1,), 20.0)
+            "index": jnp.arange(20)[None],
+            "x": held_out[0][None],
+            "y": held_out[1][None],
+            "num_examples": jnp.full((1,), 20.0),
         },
         1,
-    )  # fmt: skip
+    )
     return Toy(weighted(losses), fixed, params, Stream(batch, steps), validation)
 
 

@@ -1,4 +1,4 @@
-"""What a sweep keeps, against the best schedule by dynamic programming."""
+"""Checkpointing plans against the best schedule by dynamic programming."""
 
 from functools import cache
 
