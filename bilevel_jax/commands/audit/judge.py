@@ -1,7 +1,7 @@
 """Quality of data scores against leave-k-out retrains, and the verdict."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -10,13 +10,10 @@ from bilevel_jax.commands.audit import retrains
 from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
 from bilevel_jax.runs import stats
-from bilevel_jax.runs.config.schema import DataSection
+from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.evaluation import good_label_mask
 from bilevel_jax.runs.tasks.protocol import Task
-
-EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
-"""The entries that the other scores are ranked against."""
 
 
 class DataScore(NamedTuple):

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from bilevel_jax.commands.audit import judge, report, retrains
-from bilevel_jax.commands.audit.judge import EXACT_ESTIMATOR, DataScore
+from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import PADDING, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
+from bilevel_jax.runs.budget.work import count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
-from bilevel_jax.runs.config.schema import DataSection, EstimatorName, OuterSection
+from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection, EstimatorName, OuterSection
 from bilevel_jax.runs.engine.certificates import compute_certificates
 from bilevel_jax.runs.engine.trainer import (
     HVP_WORK,
@@ -133,14 +134,6 @@ def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     return np.sort(drawn)
 
 
-def count_audit_work(config: AuditConfig, task: Task, num_queries: int) -> float:
-    """The whole run in training steps, for the ETA; solves and scores are counted when they are done."""
-    steps, options = task.num_steps, config.audit
-    sweeps = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in options.estimators else 0
-    certified = 2 * len(config.certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if config.certify.enabled else 0
-    return steps * (1 + sweeps + certified + len(options.removed) * options.subsets)
-
-
 def _run_audit(
     config: AuditConfig,
     task: Task,
@@ -150,7 +143,7 @@ def _run_audit(
 ) -> dict[str, Any]:
     for note in task.notes:
         session.print_line(note)
-    session.set_phase("training", total=count_audit_work(config, task, len(query_indices)))
+    session.set_phase("training", total=count_audit_work(task, config.audit, config.certify, len(query_indices)))
     uniform_training = train_uniform(config, task, query_indices, session)
     estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
     delete_stored_states(uniform_training.trajectory)

@@ -1,6 +1,5 @@
 """Bilevel methods that `compare` runs, with their settings and cost."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core.types import Params
+from bilevel_jax.runs.budget.work import count_baseline_work, count_outer_step_work
 from bilevel_jax.runs.config.schema import (
     DataSection,
     OptimizerSection,
@@ -91,23 +91,6 @@ def _run_outer_loop_within_budget(
     return MethodResult(
         learned.weights, _cost_history(learned.records), spent, _total_seconds(learned.records), stop_reason
     )
-
-
-def count_outer_step_work(task: Task, outer: OuterSection) -> float:
-    """The most that one outer step costs, in passes: a training run and an estimate."""
-    epoch = math.ceil(len(task.trainable_indices()) / task.batch_size)
-    estimate = {
-        "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
-        "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
-        "alignment": 2.0 * epoch,
-        "implicit": 2.0 * epoch + HVP_WORK * outer.max_iterations * epoch,
-    }
-    return task.num_steps + estimate[outer.method]
-
-
-def count_baseline_work(task: Task) -> float:
-    """What the first outer step costs in addition, in passes: the baselines at uniform weights."""
-    return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
 
 
 def _run_single_loop_within_budget(

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.compare import report
-from bilevel_jax.commands.compare.methods import METHODS, MethodResult, MethodSections, count_baseline_work
+from bilevel_jax.commands.compare.methods import METHODS, MethodResult, MethodSections
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
+from bilevel_jax.runs.budget.work import count_compare_work
 from bilevel_jax.runs.config.load import CompareConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores
@@ -113,24 +114,13 @@ def _check_budget(config: CompareConfig, task: Task) -> None:
         )
 
 
-def count_compare_work(config: CompareConfig, task: Task) -> float:
-    """The whole run in training steps, for the ETA."""
-    options, steps = config.compare, task.num_steps
-    return options.seeds * (
-        steps
-        + count_baseline_work(task)
-        + len(options.baselines) * steps
-        + len(options.methods) * (options.budget + 2 * steps)
-    )
-
-
 def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], session: Session) -> dict[str, Any]:
     cells: dict[str, list[dict[str, Any]]] = {}
     tables, notes = [], []
     for seed in range(config.compare.seeds):
         task = build_task(seed)
         if seed == 0:
-            session.set_phase("starting", total=count_compare_work(config, task))
+            session.set_phase("starting", total=count_compare_work(task, config.compare))
         for note in task.notes:
             session.print_line(f"seed {seed}  {note}")
         notes += [note for note in task.notes if note not in notes]

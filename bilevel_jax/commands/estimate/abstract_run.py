@@ -8,15 +8,14 @@ import jax
 import numpy as np
 from jax.extend.backend import clear_backends
 
-from bilevel_jax.commands.audit.judge import EXACT_ESTIMATOR
-from bilevel_jax.commands.train.run import count_train_steps
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
+from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import AuditConfig, RunConfig, TrainConfig
-from bilevel_jax.runs.config.schema import EstimateSection
+from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, EstimateSection
 from bilevel_jax.runs.engine.outer_loop import data_order_seed
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import make_mesh
@@ -134,7 +133,7 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
         )
     base, fresh = make_abstract_params(config.model, config.lora, text.architecture, mesh, sharding_rules)
     if isinstance(config, TrainConfig):
-        steps, seeds, proximal = count_train_steps(config, len(text.examples)), [config.data.seed], 0.0
+        steps, seeds, proximal = count_train_steps(config.train, len(text.examples)), [config.data.seed], 0.0
     else:
         steps, proximal = config.train.max_steps, config.outer.proximal
         seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]

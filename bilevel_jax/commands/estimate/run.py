@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from bilevel_jax.commands.audit.run import count_audit_work
-from bilevel_jax.commands.compare.run import count_compare_work
 from bilevel_jax.commands.estimate.abstract_run import (
     AbstractRun,
     make_abstract_run,
@@ -233,12 +231,14 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
     if isinstance(config, TrainConfig):
         return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
     if isinstance(config, CompareConfig):
-        return [WorkStage("all methods and arms", other_work=count_compare_work(config, abstract_run.task))]
+        return [
+            WorkStage("all methods and arms", other_work=work.count_compare_work(abstract_run.task, config.compare))
+        ]
     if isinstance(config, AuditConfig):
         return [
             WorkStage(
                 "entries and retrains",
-                other_work=count_audit_work(config, abstract_run.task, config.audit.queries),
+                other_work=work.count_audit_work(abstract_run.task, config.audit, config.certify, config.audit.queries),
             )
         ]
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)

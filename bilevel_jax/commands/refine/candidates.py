@@ -25,7 +25,6 @@ from bilevel_jax.runs.config.schema import OuterSection, RefineMethod
 from bilevel_jax.runs.engine.outer_loop import outer_learning_rate, train_and_estimate
 from bilevel_jax.runs.engine.single_loop import (
     build_single_loop,
-    count_single_loop_work,
     num_single_loop_steps,
     run_single_loop,
 )
@@ -162,14 +161,6 @@ def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dic
 def candidate_outer(outer: OuterSection, name: RefineMethod) -> OuterSection:
     """The section outer of a candidate; one with uniform weights is trained as that of `unrolled`."""
     return replace(outer, method="unrolled" if name == "uniform" else name)
-
-
-def count_candidate_work(config: RefineConfig, name: RefineMethod) -> float:
-    """What a candidate costs, in training steps."""
-    steps = config.train.max_steps
-    if name in JOINT_METHODS:
-        return count_single_loop_work(config.single_loop, candidate_outer(config.outer, name), steps)
-    return steps if name == "uniform" else steps * (1 + config.outer.steps * (1 + REPLAY_WORK + HVP_WORK))
 
 
 class _SingleLoopTrainer:

@@ -34,6 +34,7 @@ from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses.sft import assemble_params
+from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
@@ -149,7 +150,13 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     for note in task.notes:
         session.print_line(note)
     total = refine_config.refine.rounds * sum(
-        candidates.count_candidate_work(refine_config, name) for name in refine_config.refine.methods
+        count_candidate_work(
+            name,
+            candidates.candidate_outer(refine_config.outer, name),
+            refine_config.single_loop,
+            refine_config.train.max_steps,
+        )
+        for name in refine_config.refine.methods
     )
     session.set_phase("starting", total=total)
     folder = session.folder / "checkpoints" / "rounds"

@@ -13,6 +13,7 @@ from bilevel_jax.commands.train.loop import TrainingInput, TrainingLoop, Trainin
 from bilevel_jax.core.types import Batch, Hyper, Stream
 from bilevel_jax.lm.data import batches
 from bilevel_jax.runs.budget import usage
+from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import TrainConfig, config_hash
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.engine import artifacts
@@ -47,7 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         kept_examples = [
             example for example, is_kept in zip(dataset.train, loaded_weights.keep_mask, strict=True) if is_kept
         ]
-        steps = count_train_steps(config, len(kept_examples))
+        steps = count_train_steps(config.train, len(kept_examples))
         task = prepare_text_task(
             resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed]
         )
@@ -86,13 +87,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return _write_outputs(
                 task, config, loaded_weights, example_weights, reweighting, training_result, session, folder
             )
-
-
-def count_train_steps(config: TrainConfig, num_examples: int) -> int:
-    """Optimiser steps of the run: as many as are asked for, or as the epochs over so many rows have."""
-    if config.train.max_steps:
-        return config.train.max_steps
-    return math.ceil(config.train.num_epochs * batches.steps_per_epoch(num_examples, config.train.global_batch_size))
 
 
 def _make_reweighting(task: TextTask, config: TrainConfig, session: Session) -> Reweighting | None:

@@ -1,10 +1,21 @@
-"""What a run will do, counted in training steps before it is done."""
+"""Work of a run, counted in training steps before it begins."""
 
 import math
 from typing import NamedTuple
 
+from bilevel_jax.lm.data import batches
 from bilevel_jax.runs.config.load import CompareConfig, RunConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, OuterSection
+from bilevel_jax.runs.config.schema import (
+    EXACT_ESTIMATOR,
+    SINGLE_LOOP_METHODS,
+    AuditSection,
+    CertifySection,
+    CompareSection,
+    FineTuneSection,
+    OuterSection,
+    RefineMethod,
+    SingleLoopSection,
+)
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.protocol import Task
@@ -85,6 +96,53 @@ def evaluation_work(task: TextTask, config: RunConfig) -> float:
     if isinstance(config, SelectConfig) and config.retrain.enabled:
         total += len(config.retrain.variants) * config.retrain.seeds * all_parts_work
     return total
+
+
+def count_train_steps(train: FineTuneSection, num_examples: int) -> int:
+    """Optimiser steps of a `train` run: train.max_steps, or those of train.num_epochs over so many examples."""
+    if train.max_steps:
+        return train.max_steps
+    return math.ceil(train.num_epochs * batches.steps_per_epoch(num_examples, train.global_batch_size))
+
+
+def count_audit_work(task: Task, audit: AuditSection, certify: CertifySection, num_queries: int) -> float:
+    """The whole `audit` run in training steps, for the ETA; solves and scores are counted when they are done."""
+    backward = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
+    certified = 2 * len(certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if certify.enabled else 0
+    return task.num_steps * (1 + backward + certified + len(audit.removed) * audit.subsets)
+
+
+def count_compare_work(task: Task, compare: CompareSection) -> float:
+    """The whole `compare` run in training steps, for the ETA."""
+    steps = task.num_steps
+    baselines = steps + count_baseline_work(task) + len(compare.baselines) * steps
+    return compare.seeds * (baselines + len(compare.methods) * (compare.budget + 2 * steps))
+
+
+def count_outer_step_work(task: Task, outer: OuterSection) -> float:
+    """The most that one outer step costs, in passes: a training run and an estimate."""
+    epoch = math.ceil(len(task.trainable_indices()) / task.batch_size)
+    estimate = {
+        "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
+        "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
+        "alignment": 2.0 * epoch,
+        "implicit": 2.0 * epoch + HVP_WORK * outer.max_iterations * epoch,
+    }
+    return task.num_steps + estimate[outer.method]
+
+
+def count_baseline_work(task: Task) -> float:
+    """What the first outer step costs in addition, in passes: the baselines at uniform weights."""
+    return 2.0 * math.ceil(len(task.trainable_indices()) / task.batch_size)
+
+
+def count_candidate_work(
+    name: RefineMethod, outer: OuterSection, single_loop: SingleLoopSection, max_steps: int
+) -> float:
+    """The work of one candidate of `refine`, in training steps; `outer` is that of the candidate."""
+    if name in SINGLE_LOOP_METHODS:
+        return count_single_loop_work(single_loop, outer, max_steps)
+    return max_steps if name == "uniform" else max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK))
 
 
 def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:

@@ -780,6 +780,8 @@ class CompareSection:
 
 
 EstimatorName = Literal["unrolled", "implicit", "alignment"]
+EXACT_ESTIMATOR: Literal["unrolled"] = "unrolled"
+"""The estimator whose hypergradients `audit` compares the other scores with."""
 ScoreCheckpoint = Literal["start", "end"]
 
 
