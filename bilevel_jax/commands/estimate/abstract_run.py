@@ -1,4 +1,4 @@
-"""What `estimate` looks at: a run as its settings, its rows, and a task of shapes on devices that need not be here."""
+"""Abstract run with array shapes only, on devices possibly simulated."""
 
 from dataclasses import replace
 from pathlib import Path

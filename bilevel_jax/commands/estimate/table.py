@@ -1,4 +1,4 @@
-"""An estimate as a person reads it on a terminal: memory, work, disk, what would not fit and what to do about it."""
+"""Terminal tables of estimated memory, work and disk use."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from rich.table import Table
 from bilevel_jax.runs.budget.usage import DTYPE_BYTES, compare_usage, format_bytes
 
 COMMAND_NOTES = {
-    "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model beside it.",
+    "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model.",
     "audit": "Memory is that of one training and its sweep; audit.vmap_size of them, side by side, take as many states.",
 }
 STEP_LABELS = {
@@ -39,7 +39,7 @@ def print_estimate(estimated: dict[str, Any]) -> str:
 
 
 def print_comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Print what was estimated beside what was measured, and return the work in a sentence."""
+    """Print the estimate next to what was measured, and return the work in a sentence."""
     console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
     table = _make_table("", "estimated", "measured")
     lines = compare_usage(estimated, measured)
@@ -96,7 +96,8 @@ def _checkpoint_plans_table(estimated: dict[str, Any]) -> Table | None:
     for plan in estimated["kept"]:
         measured = plan["times_measured"]
         table.add_row(
-            plan["name"], f"{plan['snapshots']:,}", f"{plan['tape']:,}", format_bytes(plan["bytes"]), f"{plan['times']:.2f}",
+            plan["name"], f"{plan['snapshots']:,}", f"{plan['tape']:,}", format_bytes(plan["bytes"]),
+            f"{plan['times']:.2f}",
             "" if measured is None else f"{measured:.2f}",
         )  # fmt: skip
     return table
@@ -149,8 +150,8 @@ def _notes(estimated: dict[str, Any]) -> Iterable[str]:
         yield note
     if "flops" in estimated:
         yield (
-            f"{estimated['flops']:.3g} floating-point operations of matrix products, {estimated['trainings_by_flops']:.1f} x "
-            f"one training. Seconds: {estimated['speed']['source']}."
+            f"{estimated['flops']:.3g} floating-point operations of matrix products, "
+            f"{estimated['trainings_by_flops']:.1f} x one training. Seconds: {estimated['speed']['source']}."
         )
     if "kept" in estimated:
         yield (

@@ -1,4 +1,4 @@
-"""The compiled steps of a run, asked before it: the memory they work in, their operations, their seconds."""
+"""Compiled steps of a run with their workspace, FLOPs and seconds."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""What of a run lives at the same time on one device, and what it leaves on the disk: bytes, before it begins."""
+"""Estimated device memory by phase and disk use of a run."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a run was expected to take of memory, disk and work, by sizes alone, and what it took."""
+"""Expected and measured memory, disk and work of a run."""
 
 import resource
 import sys
