@@ -87,7 +87,7 @@ def make_first_batch(task: TextTask, config: RunConfig) -> Batch:
 
 
 def forward_program(task: TextTask, shapes: StepShapes) -> Program:
-    """A training step whose gradient is kept, for a sweep."""
+    """A training step whose gradient is kept for the backward pass."""
     return Program(task.train_step.forward, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
 
 
@@ -103,7 +103,7 @@ def linearize_program(task: TextTask, shapes: StepShapes) -> Program:
 
 
 def vjp_program(task: TextTask, shapes: StepShapes, compiled_linearize: "CompiledProgram") -> Program:
-    """`backward` with that; its arrays lie where the compiled `linearizing` leaves them."""
+    """A backward step from a stored linearization, whose arrays lie where `compiled_linearize` leaves them."""
     linearization = jax.tree.map(
         _shape_on, compiled_linearize.executable.out_info[2], compiled_linearize.executable.output_shardings[2]
     )
@@ -172,7 +172,7 @@ class CompiledProgram(NamedTuple):
 def compile_program(program: Program) -> CompiledProgram:
     """Compile for the mesh that the shapes lie on; nothing is allocated.
 
-    `temporary` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another one
+    `workspace_bytes` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another one
     (GPU, TPU) fuses other operations and lays arrays out otherwise. What a library takes for itself while it runs is
     not in it.
     """
@@ -211,7 +211,7 @@ def _matmul_flops(jaxpr: Any) -> float:
 def time_program(program: Program, executable: Any, *, calls: int = 5, max_seconds: float = 60.0) -> float:
     """Median seconds of a call on random arrays of the program's shapes, after one that is not counted.
 
-    A step takes as long whatever the parameters are, so no model is loaded. Stops after `most` seconds.
+    A step takes as long whatever the parameters are, so no model is loaded. Stops after `max_seconds`.
     """
     arguments = tuple(_random_arrays(argument, number) for number, argument in enumerate(program.arguments))
     seconds: list[float] = []

@@ -22,7 +22,7 @@ from bilevel_jax.runs.engine.trajectory_store import (
 from bilevel_jax.runs.tasks.text import TextTask
 
 MID_STEP_CHECKPOINT = "in the middle of an outer step"
-"""What is left there by a run that was stopped, or that took longer than output.save_minutes for an outer step."""
+"""The checkpoint of a run that was stopped, or that took longer than output.save_minutes for an outer step."""
 
 
 class Phase(NamedTuple):
@@ -53,7 +53,7 @@ class Workspace(NamedTuple):
 
 
 def count_by_dtype(tree: Any) -> dict[str, int]:
-    """Numbers, not bytes, of all leaves in all, by dtype."""
+    """Total number of elements of all leaves, by dtype."""
     counts: dict[str, int] = {}
     for leaf in jax.tree.leaves(tree):
         counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
@@ -69,8 +69,8 @@ def memory_phases(
 ) -> list[Phase]:
     """What lives in each phase of a run; the largest is the run's peak.
 
-    Exact for the arrays, as long as a device does not run ahead of the host. `keep` is what a training keeps for its
-    sweep, by default what it would here.
+    Exact for the arrays, as long as a device does not run ahead of the host. `plan` is the checkpointing plan, by
+    default the one that the run would choose here.
     """
     resident = _resident_arrays(task, config, shapes)
     if isinstance(config, TrainConfig):
@@ -205,7 +205,7 @@ def writing_phase(task: TextTask, model: ModelSection, resident: dict[str, float
 def plan_task_checkpoints(
     task: TextTask, config: RunConfig, shapes: StepShapes, device_bytes: float = 0.0
 ) -> CheckpointPlan:
-    """What a training keeps for its sweep on a device that has so many bytes (0: this one)."""
+    """The checkpointing plan on a device with so many bytes (0: this one)."""
     if isinstance(config, TrainConfig):
         return NO_CHECKPOINTS
     return plan_checkpoints(
@@ -226,7 +226,7 @@ def task_linearization_bytes(task: TextTask, shapes: StepShapes) -> int:
 def peak_with_plan(
     task: TextTask, config: OuterLoopConfig, shapes: StepShapes, workspace: Workspace, plan: CheckpointPlan
 ) -> float:
-    """The peak of training and sweep on one device, in bytes, if a training kept this."""
+    """The peak of training and backward pass on one device under a checkpointing plan, in bytes."""
     return max(phase.total_bytes for phase in memory_phases(task, config, shapes, workspace, plan)[:-1])
 
 

@@ -18,7 +18,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def predict_usage(task: TextTask, config: SelectConfig | TrainConfig, session: Session) -> dict[str, Any]:
-    """What `estimate` says without asking the compiler: training steps, bytes of arrays on one device, disk.
+    """What `estimate` predicts without the compiler: training steps, bytes of arrays on one device, disk.
 
     Made where a run begins and remembered by it, with the most memory so far.
     """
@@ -55,7 +55,7 @@ def peak_memory() -> tuple[float, str]:
 def measure_usage(
     task: TextTask, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
 ) -> dict[str, Any]:
-    """What the run took: `passes` training steps, of which `timed` took `seconds`."""
+    """What the run took: `training_steps`, of which `timed_steps` took `seconds`."""
     peak_bytes, memory_of = peak_memory()
     return {
         "passes": training_steps,

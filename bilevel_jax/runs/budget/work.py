@@ -31,7 +31,7 @@ class WorkStage(NamedTuple):
     backward_steps: float = 0.0
     """Steps back through a training step."""
     other_work: float = 0.0
-    """All else, in training steps: products of a solve, entries of all rows, steps of a single-loop method."""
+    """All else, in training steps: products of a solve, hypergradients of all examples, single-loop steps."""
 
     @property
     def work(self) -> float:
@@ -76,7 +76,7 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
 
 
 def evaluation_work(task: TextTask, config: RunConfig) -> float:
-    """What reading L_v takes beside the stages, in training steps: a forward pass is a third of one.
+    """What evaluating the validation loss adds to the stages, in training steps: a forward pass is a third of one.
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.
     """
