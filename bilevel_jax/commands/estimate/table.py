@@ -11,7 +11,7 @@ from bilevel_jax.runs.budget.usage import DTYPE_BYTES, compare_usage, format_byt
 
 COMMAND_NOTES = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model.",
-    "audit": "Memory is that of one training and its backward pass; audit.vmap_size retrains at once take as many states.",
+    "audit": "Memory is that of one training run and its backward pass; audit.vmap_size retrains hold as many states.",
 }
 STEP_LABELS = {
     "forward": "training step", "linearize": "training step, linearised", "backward": "step back",

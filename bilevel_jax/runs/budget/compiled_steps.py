@@ -172,7 +172,7 @@ class CompiledProgram(NamedTuple):
 def compile_program(program: Program) -> CompiledProgram:
     """Compile for the mesh that the shapes lie on; nothing is allocated.
 
-    `workspace_bytes` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another one
+    `workspace_bytes` is what XLA's buffer assignment says for one device. It is exact for this compiler alone: another
     (GPU, TPU) fuses other operations and lays arrays out otherwise. What a library takes for itself while it runs is
     not in it.
     """
