@@ -182,7 +182,9 @@ def test_the_verdict_says_which_score_or_none():
     lines = [line("one", 0.3), line("near", 0.1, 0.4), line("far", 0.1, 0.2), line("unrolled", 0.8, 0.9)]
     told = choose_score([*lines, line("random", 0.3, 0.8)], draws, GOOD, 0.5)
     assert told["use"] == "one"
-    assert "Not told apart from it: near." in told["sentence"] and "exact entries reach 0.90" in told["sentence"]
+    assert (
+        "Not told apart from it: near." in told["sentence"] and "exact hypergradient reaches 0.90" in told["sentence"]
+    )
     assert told["instead"] is None and "test" not in told["sentence"]
     none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "which may be 0" in none["sentence"]

@@ -107,7 +107,8 @@ def choose_score(
     rivals = [line for line in finite_lines if line["name"] not in (EXACT_ESTIMATOR, "random")]
     exact = next((line for line in lines if line["name"] == EXACT_ESTIMATOR), None)
     tail = (
-        f" The exact entries reach {_format_reading(lds_by_name[EXACT_ESTIMATOR])} for {exact['passes']:,.0f} passes."
+        f" The exact hypergradient reaches {_format_reading(lds_by_name[EXACT_ESTIMATOR])} for "
+        f"{exact['passes']:,.0f} passes."
         if exact
         else ""
     )
@@ -116,18 +117,21 @@ def choose_score(
     best = max(rivals, key=lambda line: lds_by_name[line["name"]].value)
     name, best_reading = best["name"], lds_by_name[best["name"]]
     quality = (
-        f"its sum over the rows that leave has a rank correlation of {_format_reading(best_reading)} with L_v after "
-        f"training without them ({100 * fraction:g} % of the rows)"
+        f"its sum over the examples left out has a rank correlation of {_format_reading(best_reading)} with "
+        f"validation loss after training without them ({100 * fraction:g} % of the examples)"
     )
     if certificate and certificate.level == "DO NOT BELIEVE":
-        why = f"None: training is too rough here for a sum over rows to foretell it. {certificate}"
+        why = f"None: training is too rough here for a sum over examples to predict it. {certificate}"
         return {
             "use": None,
             "instead": None,
             "sentence": f"{why} Of the cheap scores, {name} is best: {quality}.{tail}",
         }
     if not best_reading.low > 0:
-        why = f"None: no cheap score tells which rows L_v needs. Of the best, {name}, {quality}, which may be 0."
+        why = (
+            f"None: no cheap score tells which examples validation loss needs. Of the best, {name}, {quality}, "
+            "which may be 0."
+        )
         return {"use": None, "instead": None, "sentence": why + tail}
     close = [
         line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "validation")
