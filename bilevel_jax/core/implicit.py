@@ -84,13 +84,13 @@ def implicit(
     def prior_derivative(params, frozen, v):
         return jax.jvp(lambda p: problem.prior(p, frozen), (params,), (v,))[1]
 
-    def estimate(run: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validation: Stream) -> Estimate:
-        params = run.end.params
-        value, slope = loss_and_grad(params, frozen, validation)
+    def estimate(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validation: Stream) -> Estimate:
+        params = trajectory.end.params
+        validation_loss, validation_grad = loss_and_grad(params, frozen, validation)
 
         def solve(num_batches: int, guess: Params | None) -> SolveResult:
-            sample_cosine = subsample_stream(train, num_batches)
-            return solver(lambda v: curvature_product(params, hyper, frozen, sample_cosine, v), slope, guess)
+            sample = subsample_stream(train, num_batches)
+            return solver(lambda v: curvature_product(params, hyper, frozen, sample, v), validation_grad, guess)
 
         num_batches = min(batches or train.steps, train.steps)
         solution, sample_cosine = solve(num_batches, None), float("nan")
@@ -103,8 +103,8 @@ def implicit(
         grad, gap = jax.tree.map(jnp.zeros_like, hyper), prior_derivative(params, frozen, v)
         for index in range(train.steps):
             batch = train.batch(index)
-            gap, parts = add_batch_hypergradients(gap, params, gather(hyper, batch), frozen, batch, v)
-            grad = scatter_add(grad, batch, parts)
+            gap, hypergradients = add_batch_hypergradients(gap, params, gather(hyper, batch), frozen, batch, v)
+            grad = scatter_add(grad, batch, hypergradients)
         checks = Checks(
             residual=solution.residual,
             curvature=solution.min_curvature,
@@ -113,7 +113,7 @@ def implicit(
             sample=sample_cosine,
             batches=num_batches,
         )
-        return Estimate(grad, value, solution.x, checks)
+        return Estimate(grad, validation_loss, solution.x, checks)
 
     return estimate
 

@@ -101,10 +101,11 @@ def penalty(
         def minimise(params: Params, mix: float) -> Params:
             state = init_train_state(optimizer, params)
             for _ in range(steps):
-                slope = inner_gradient(state.params, hyper, frozen, sample)
+                inner_grad = inner_gradient(state.params, hyper, frozen, sample)
                 if mix:
-                    slope = mixed_gradient(loss_and_grad(state.params, frozen, validation)[1], slope, mix)
-                state = advance(state, slope)
+                    validation_grad = loss_and_grad(state.params, frozen, validation)[1]
+                    inner_grad = mixed_gradient(validation_grad, inner_grad, mix)
+                state = advance(state, inner_grad)
             return state.params
 
         unpenalized = minimise(trajectory.end.params, 0.0)

@@ -172,7 +172,7 @@ def backward_pass(
     def first_step(trajectory: Trajectory) -> int:
         return 0 if window is None else max(0, trajectory.steps - window)
 
-    def begin(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
+    def init(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
         if trajectory.steps and not trajectory.plan.stored_steps:
             raise ValueError("this training run stored nothing for a backward pass; give `train` another `plan`.")
         validation_loss, params_grad = loss_and_grad(trajectory.end.params, frozen, validation)
@@ -239,7 +239,7 @@ def backward_pass(
             replay_matches,
         )
 
-    def done(trajectory: Trajectory, backward_state: BackwardState) -> bool:
+    def is_done(trajectory: Trajectory, backward_state: BackwardState) -> bool:
         return backward_state.step <= first_step(trajectory)
 
     def finish(trajectory: Trajectory, backward_state: BackwardState) -> Estimate:
@@ -250,7 +250,7 @@ def backward_pass(
         checks = Checks(growth=growth, replayed=replay_matches, steps=trajectory.steps - first_step(trajectory))
         return Estimate(backward_state.grad, backward_state.validation_loss, backward_state.adjoint.params, checks)
 
-    return BackwardPass(begin, advance, done, finish)
+    return BackwardPass(init, advance, is_done, finish)
 
 
 _states_equal = jax.jit(tree.bitwise_equal)
