@@ -96,11 +96,11 @@ def choose_score(
     certificate: certify.Verdict | None,
     fraction: float,
 ) -> dict[str, Any]:
-    """Which cheap score to use, or none; read from the retrains without `fraction` of the rows.
+    """Which cheap score to use, or none; by the retrains without `fraction` of the examples.
 
     The best is the one with the largest linear-datamodelling score for L_v. None where the interval of that score
     includes 0, or where the certificates say that training is too rough for any sum over rows. Where another score
-    foretells test better, which none of them has read, the sentence says so.
+    predicts test better, which none of them has read, the sentence says so.
     """
     lds_by_name = {line["name"]: line["lds"]["validation"][0] for line in lines}
     finite_lines = [line for line in lines if math.isfinite(lds_by_name[line["name"]].value)]
@@ -155,7 +155,7 @@ def choose_score(
 
 
 def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: str, target: str) -> bool:
-    """Whether the first share's readings of `one` are above those of `other`, resample by resample."""
+    """Whether the first share's readings of `name` are above those of `other`, resample by resample."""
     return stats.percentile_interval(draws[name][target][0] - draws[other][target][0]).low > 0
 
 

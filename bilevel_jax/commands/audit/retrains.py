@@ -32,7 +32,7 @@ class LeaveOutRetrains(NamedTuple):
     """By target (a key of TARGETS): of all of validation, of each query, of all of test; only what there is."""
 
     def predict_loss_rise(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
-        """The rise of the loss that scores (larger is better) foretell: the sum of those of the rows that left."""
+        """The rise of the loss that scores (larger is better) predict: the sum of those of the rows that left."""
         return np.einsum("fsr,...r->...fs", self.left_out.astype(float), scores)
 
 
@@ -59,10 +59,10 @@ def retrain_without_subsets(
     vmap_size: int,
     seed: int,
 ) -> LeaveOutRetrains:
-    """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are remembered.
+    """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are stored.
 
-    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). So many go on
-    `together`, side by side, which changes no loss but by rounding.
+    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). `vmap_size` of
+    them run at once, which changes no loss but by rounding.
     """
     value, frozen = validation_loss_fn(task.problem), task.frozen(start.params)
     part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
@@ -111,7 +111,7 @@ def retrain_without_subsets(
 def train_vmapped(
     task: Task, session: Session, start: TrainState, stream: Stream, left_out: Bool[np.ndarray, "runs rows"]
 ) -> Params:
-    """The parameters after one training for each line, without its rows; every leaf leads with [runs]."""
+    """The parameters of one training run for each row of `left_out`; every leaf leads with [runs]."""
     gather, forward = _vmap_step(task.train_step)
     weights, frozen = jnp.asarray(~left_out, jnp.result_type(float)), task.frozen(start.params)
 
@@ -125,7 +125,7 @@ def train_vmapped(
 
 @lru_cache(maxsize=2)
 def _vmap_step(step: TrainStep) -> tuple[Callable, Callable]:
-    """`take` and `forward` of several runs at once; remembered, so that they are compiled once."""
+    """`gather` and `forward` of several runs at once; cached, so that they are compiled once."""
     return jax.jit(jax.vmap(step.gather, in_axes=(0, None))), jax.jit(
         jax.vmap(step.forward, in_axes=(0, 0, None, None))
     )
@@ -145,10 +145,10 @@ def compute_lds(
     query_scores: Float[np.ndarray, "queries rows"] | None,
     seed: int,
 ) -> dict[str, list[Float[np.ndarray, "draws"]]]:
-    """Linear-datamodelling scores by target and fraction, of the bank itself and of its resamples.
+    """Linear-datamodelling scores by target and fraction, of the retrains themselves and of their resamples.
 
-    Spearman's correlation over the subsets between foretold and actual losses; for `queries` the mean of those of the
-    single queries, each foretold by its own line of `each`, or by the one score of the rows where there is none.
+    Spearman's correlation over the subsets between predicted and actual losses; for `queries` the mean of those of the
+    single queries, each predicted by its own line of `query_scores`, or by the one score of the examples.
     Subsets are resampled, and queries with them. The draws are the same for every score, so differences are paired.
     """
     scores_by_target: dict[str, list[np.ndarray]] = {}

@@ -49,7 +49,7 @@ from bilevel_jax.runs.tasks.text import prepare_text_task
 
 
 class UniformTraining(NamedTuple):
-    """The uniform training that entries and scores are of."""
+    """The uniform training run that estimates and scores are of."""
 
     trainer: Trainer
     start: TrainState
@@ -119,7 +119,7 @@ def list_cheap_scores(config: AuditConfig, task: Task) -> list[str]:
 
 
 def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
-    """The rows of validation whose own losses are foretold, drawn from data.seed."""
+    """The validation examples whose own losses are predicted, drawn from data.seed."""
     validation_stream = task.held_out_streams["validation"]
     index = np.concatenate(
         [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
@@ -205,7 +205,7 @@ def train_uniform(
 def compute_estimates(
     config: AuditConfig, task: Task, uniform_training: UniformTraining, session: Session
 ) -> tuple[list[DataScore], dict[str, Any]]:
-    """The configured estimates of -dL/dw for L_v and for each query; and what was told of the exact one."""
+    """The configured estimates of -dL/dw for L_v and for each query; and the record of the exact one."""
     scores: list[DataScore] = []
     exact_record: dict[str, Any] = {}
     fit = task.held_out_streams["validation"]
@@ -287,7 +287,7 @@ def compute_cheap_scores(
             if name == "random" and scores and checkpoint != config.audit.checkpoints[0]:
                 continue  # it reads no model
             if name == "alignment" and checkpoint == "end" and name in config.audit.estimators:
-                continue  # it is there, with entries of every query
+                continue  # it is there, with hypergradients of every query
             session.set_phase(f"scoring: {name} at the {checkpoint}")
             title, column, model = (
                 (f"{name}, {checkpoint}", f"{name}_{checkpoint}", checkpoint) if name != "random" else (name, name, "")
@@ -312,7 +312,7 @@ def certify_exact(
     exact_record: dict[str, Any],
     session: Session,
 ) -> tuple[certify.Certificates, certify.Verdict] | None:
-    """Whether the exact entries are to be believed; None where they, or the certificates, were not asked for."""
+    """Whether the exact hypergradients can be believed; None without them or without certificates."""
     if not exact_record or not config.certify.enabled:
         return None
     slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
@@ -336,7 +336,7 @@ def certify_exact(
 
 
 def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> pa.Table:
-    """scores.parquet with the estimates as columns beside the cheap scores."""
+    """scores.parquet with the estimates as columns next to the cheap scores."""
     path, rows = folder / SCORES_FILE, task.trainable_indices()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})
     table = pq.read_table(path) if path.exists() else ids
@@ -356,7 +356,7 @@ def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> p
 def _estimate_once(
     session: Session, name: str, estimate: Callable[[list[Stream]], Estimate], streams: list[Stream]
 ) -> tuple[Float[np.ndarray, "streams rows"], dict[str, Any]]:
-    """(-dL/dw for each stream, what it cost and its checks): made now, or found where an earlier run left it."""
+    """(-dL/dw for each stream, what it cost and its checks): computed now, or read where an earlier run left it."""
     path = session.folder / "parts" / f"{name}.npy"
 
     def make() -> dict[str, Any]:

@@ -45,7 +45,7 @@ class OwnAnswers(NamedTuple):
     texts: list[list[list[str]]]
     """Of each block, each question, each draw."""
     accepted: Bool[np.ndarray, "blocks block"]
-    """The checker let the first one pass, or there is none."""
+    """The verifier accepts the first one, or there is none."""
     notes: list[str]
 
 
@@ -60,7 +60,7 @@ def load_rank_model(config: RankConfig) -> RankModel:
 def collect_own_answers(
     config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]], session: Session
 ) -> OwnAnswers:
-    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a checker."""
+    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a verifier."""
     questions = [question for block in sample for question in block]
     unusable = _special_token_matcher(rank_model.tokenizer)
     notes = []

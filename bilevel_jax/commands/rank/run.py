@@ -43,10 +43,10 @@ TABLE_FILE = "rank.parquet"
 
 
 def rank(config: RankConfig) -> dict[str, Any]:
-    """Run the command in `config.output.folder` and return what result.json holds.
+    """Run the command in `config.output.dir` and return what result.json holds.
 
-    Raises as `candidates.load` and `candidates.drawn` do, and ValueError for questions or responses that do not fit the
-    model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
+    Raises as `load_strategy_responses` and `draw_blocks` do, and ValueError for questions or responses that do not fit
+    the model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
     """
     _make_prompt_formatter(config)
     with open_run_dir(config) as folder:

@@ -128,7 +128,7 @@ def _prepare_trial_task(config: RankConfig, strategy_responses: StrategyResponse
 def _run_trial(
     config: RankConfig, task: TextTask, trainer: Trainer, session: Session, indices: np.ndarray | None, seed: int
 ) -> dict[str, float]:
-    """One training on the chosen rows (None: no training), and what it did."""
+    """The scores after one training run on the chosen examples (None: before training)."""
     start = trainer.init_state(task.init_params(config.train.seed + seed))
     params = start.params
     if indices is not None:

@@ -40,7 +40,7 @@ ROUND_SEED_STRIDE = 1000
 JOINT_METHODS: tuple[RefineMethod, ...] = ("penalty", "bmo", "mixing")
 """The methods that train parameters and weights in one run, by validation."""
 WEIGHT_LEARNING_METHODS: tuple[RefineMethod, ...] = ("unrolled", "penalty", "bmo")
-"""The methods that weigh rows."""
+"""The methods that weigh examples."""
 
 
 class Candidate(NamedTuple):

@@ -32,7 +32,7 @@ class Rollouts(NamedTuple):
     """Of each token under the sampler, nats."""
     ended: list[bool]
     verifier_scores: Float[np.ndarray, "responses"]
-    """What the checker says, 0 to 1; nan without one."""
+    """What the verifier says, 0 to 1; nan without one."""
     fingerprint: str
     """Of the model that wrote them."""
     num_generations: int
@@ -50,7 +50,7 @@ class RoundTask(NamedTuple):
     question_rows: Int[np.ndarray, "examples"]
     """The row of the first task whose question each row answers."""
     response_numbers: Int[np.ndarray, "examples"]
-    """The number of the response in `Answers`; -1 for an offline row."""
+    """The number of the response in `Rollouts`; -1 for an offline row."""
     multiplicity: Float[np.ndarray, "examples"]
     """How much each row counts before any weight; mean 1."""
 
@@ -158,10 +158,11 @@ def _check_stored_rollouts(
 
 
 def build_round_task(config: RefineConfig, offline_task: TextTask, rollouts: Rollouts, round_number: int) -> RoundTask:
-    """The task whose rows are the offline ones, without those of the chosen questions or beside them, and responses.
+    """The task whose rows are the offline ones, without those of the chosen questions or with them, and responses.
 
-    A question counts once: each of its G responses has the base 1/G, or, where wrong ones are filtered out, a share of
-    what the checker says; a question without a right response counts nothing. All rounds have tasks of one shape.
+    A question counts once: each of its G responses has the multiplicity 1/G, or, where wrong ones are filtered out, a
+    share of what the verifier says; a question without a right response counts nothing. All rounds have tasks of one
+    shape.
     """
     offline_rows = offline_task.trainable_indices()
     if not config.refine.keep_offline:
@@ -203,7 +204,7 @@ def build_round_task(config: RefineConfig, offline_task: TextTask, rollouts: Rol
 def average_question_weights(
     round_task: RoundTask, weights: Float[np.ndarray, "examples"], num_questions: int
 ) -> Float[np.ndarray, "questions"]:
-    """The weight of each question, of `count`: the mean over its rows by what they count; 1 for one without rows."""
+    """The weight of each question: the mean over its examples by multiplicity; 1 for one without examples."""
     mass = np.bincount(round_task.question_rows, round_task.multiplicity, num_questions)
     total = np.bincount(round_task.question_rows, round_task.multiplicity * weights, num_questions)
     return np.divide(total, mass, out=np.ones(num_questions), where=mass > 0)
@@ -253,12 +254,12 @@ def _make_response_example(question_example: Example, text: str, round_number: i
 def _group_rows(
     config: RefineConfig, num_offline: int, num_responses: int, padding_row: int, draws: int, round_number: int
 ) -> Int[np.ndarray, "groups draws"]:
-    """Offline rows side by side at random, the last group filled up with `rows`; then the responses by question."""
+    """Offline examples in random groups, the last filled up with `padding_row`; then the responses by question."""
     offline = np.random.default_rng((config.data.seed, 11, round_number)).permutation(num_offline)
     filled = np.concatenate([offline, np.full(-num_offline % draws, padding_row)])
     return np.concatenate([filled, num_offline + np.arange(num_responses)]).reshape(-1, draws).astype(np.int64)
 
 
 def mean_verifier_score(verifier_scores: Float[np.ndarray, "responses"]) -> float | None:
-    """The mean of what a checker said; None without one."""
+    """The mean of the verifier's scores; None without a verifier."""
     return float(verifier_scores.mean()) if len(verifier_scores) and np.isfinite(verifier_scores).all() else None

@@ -58,7 +58,7 @@ class RefineState(NamedTuple):
     params: Params
     """Of the present model: the last that was accepted."""
     weights: Float[Array, "questions"]
-    """The last weight of each question; before the first, what dynamic begins with (`first_weights`), or 1."""
+    """The last weight of each question; at the start 1, or of dynamic `estimate_initial_weights`."""
 
 
 class RefineContext(NamedTuple):
@@ -140,7 +140,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
 
 
 def list_verified_examples(config: RefineConfig, task: TextTask) -> list[Any]:
-    """The rows whose responses a checker will see."""
+    """The examples whose responses a verifier will see."""
     offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
     return offline + task.held_out_examples.get("test", [])
 
@@ -317,7 +317,7 @@ def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Ar
 def train_candidate(
     context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int, name: RefineMethod
 ) -> tuple[Candidate, dict[str, Any]]:
-    """A candidate, trained now or found where a stopped run left it, and what it cost."""
+    """A candidate, trained now or read where a stopped run left it, and what it cost."""
     session = context.session
     candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
@@ -372,7 +372,7 @@ def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.n
 
 
 def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str, Any] | None:
-    """test loss before and after all rounds, and, with a checker, how many answers are right: read once."""
+    """test loss before and after all rounds, and, with a verifier, how many answers are right: read once."""
     if "test" not in context.task.held_out_streams:
         return None
     before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
@@ -386,7 +386,7 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
 
 
 def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "test"]:
-    """What the checker says of the greedy answer to each question of test."""
+    """What the verifier says of the greedy answer to each question of test."""
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
     test_examples = task.held_out_examples["test"]

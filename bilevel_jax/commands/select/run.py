@@ -40,7 +40,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
     """Run the command in `config.output.dir` and return what result.json holds.
 
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
-    for a training that diverges, and `session.Interrupted` when asked to stop.
+    for a training run that diverges, and `Interrupted` when asked to stop.
     """
     with open_run_dir(config) as folder:
         resolved = resolve_builtin(config, folder)

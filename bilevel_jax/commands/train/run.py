@@ -33,7 +33,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Run the command in `config.output.dir` and return what result.json holds.
 
     Raises ValueError for input that cannot be used, FileExistsError for a folder that holds a run, FloatingPointError
-    for a training that diverges, and `Interrupted` when asked to stop.
+    for a training run that diverges, and `Interrupted` when asked to stop.
     """
     with open_run_dir(config) as folder:
         resolved = resolve_builtin(config, folder)
@@ -166,11 +166,7 @@ def _write_outputs(
     ends = {"before": records[0], "after": training_result.final_metrics} if records else {}
     result = {
         "steps": task.num_steps,
-        "epochs": task.num_steps
-        * task.batch_size
-        / task.num_examples  # streamed: no step is cut short at the end of an epoch
-        if config.data.streaming
-        else task.num_steps / batches.steps_per_epoch(len(task.trainable_indices()), task.batch_size),
+        "epochs": _count_epochs(task, is_streaming=config.data.streaming),
         "batch": config.train.global_batch_size,
         "rows": {
             "train": task.num_examples,
@@ -194,13 +190,7 @@ def _write_outputs(
         "tokens_per_second": training_result.tokens_per_second
         if math.isfinite(training_result.tokens_per_second)
         else None,
-        "weights": {
-            "source": loaded_weights.source,
-            "ess": float(example_weights.sum() ** 2 / (example_weights**2).sum()),
-            "mean": float(example_weights.mean()),
-            "zero": int((example_weights == 0).sum()),
-            "missing": loaded_weights.num_missing,
-        },
+        "weights": _summarize_weights(loaded_weights, example_weights),
         "scoring": reweighting.to_result(training_result.seconds) if reweighting else None,
         "records": records,
         "notes": task.notes
@@ -215,6 +205,22 @@ def _write_outputs(
     run_dir.write_atomic(folder / "result.json", json.dumps(result, indent=1))
     distributed.run_on_first_process(lambda: report.write_train_report(folder, task.examples))
     return result
+
+
+def _count_epochs(task: TextTask, *, is_streaming: bool) -> float:
+    if is_streaming:  # no step is cut short at the end of an epoch
+        return task.num_steps * task.batch_size / task.num_examples
+    return task.num_steps / batches.steps_per_epoch(len(task.trainable_indices()), task.batch_size)
+
+
+def _summarize_weights(loaded_weights: from_file.LoadedWeights, example_weights: np.ndarray) -> dict[str, Any]:
+    return {
+        "source": loaded_weights.source,
+        "ess": float(example_weights.sum() ** 2 / (example_weights**2).sum()),
+        "mean": float(example_weights.mean()),
+        "zero": int((example_weights == 0).sum()),
+        "missing": loaded_weights.num_missing,
+    }
 
 
 def summarize_training(result: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def weights_table(
         "config_hash": config_hash,
         "outer_step": str(learned.best_step),
     }
-    if np.isnan(learned.hypergradient).all():  # a single-loop method has no entries
+    if np.isnan(learned.hypergradient).all():  # a single-loop method has no hypergradients
         columns = {
             name: column for name, column in columns.items() if name not in ("hypergradient", "first_hypergradient")
         }
@@ -84,7 +84,7 @@ def describe_estimand(outer: OuterSection, steps: int) -> str:
 def format_selected_jsonl(
     examples: list[Example], weights: np.ndarray, selected_indices: Int[np.ndarray, "selected"]
 ) -> str:
-    """The kept rows as jsonl in their order, in the layout of `data.row_of` that holds all, with id and weight."""
+    """The selected examples as jsonl, with id and weight, in the one layout that holds all of them."""
     kinds = {example_kind(examples[row]) for row in selected_indices}
     chat_layout = "preference_chat" if is_preference_pair(examples[0]) else "chat"
     layout = chat_layout if kinds == {"chat", "prompt"} else "auto"  # a file has one layout

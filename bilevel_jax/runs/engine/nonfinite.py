@@ -27,11 +27,12 @@ def find_first_nonfinite(
     step_inputs: Callable[[int], tuple[Hyper, Batch]],
     example_name: Callable[[int], str],
 ) -> str:
-    """In words: the first number that is not finite when steps state.step .. upto are taken again.
+    """In words: the first number that is not finite when steps state.step .. last_step are taken again.
 
     Looks, in each step, at what is computed in this order: the parameters, the loss of each row (`losses`, as of a
-    micro-batch), the gradient, the parameters after the update. `at` gives a step's weights and batch, `name` a row's
-    name by its index. Where nothing is found (another rounding than the first time, as may be on a GPU) it says so.
+    micro-batch), the gradient, the parameters after the update. `step_inputs` gives the weights and the batch of a
+    step, `example_name` the name of an example by its index. Where nothing is found (another rounding than the first
+    time, as may be on a GPU) it says so.
     """
     example_losses = jax.jit(
         lambda params, fixed, batch: jax.lax.map(lambda micro: losses(params, fixed, micro), batch)

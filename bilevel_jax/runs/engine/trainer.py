@@ -35,10 +35,10 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.protocol import Task
 
 REPLAY_WORK, HVP_WORK = 1.0, 3.0
-"""Work of a sweep step in training steps: a replayed step is one, a Hessian product with its primal about three.
+"""Work of a backward step in training steps: a replayed step is one, a Hessian product with its primal about three.
 
-Each step of a sweep counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must not
-depend on the memory of the machine.
+Each step of a backward pass counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must
+not depend on the memory of the machine.
 """
 FINITE_CHECK_INTERVAL = 32
 """Training steps between two looks at whether their losses are finite."""
@@ -53,7 +53,7 @@ class MidStepCheckpoint(NamedTuple):
 
 
 class RestoredMidStep(NamedTuple):
-    """A `Midway` that was found."""
+    """A `MidStepCheckpoint` that was restored."""
 
     checkpoint: MidStepCheckpoint
     snapshots: dict[int, TrainState]
@@ -80,7 +80,7 @@ class Trainer:
                 task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay
             )
         self._pause: Callable[[], None] = lambda: None
-        """Saves the sweep at hand, if it is time to."""
+        """Saves the backward pass in its middle, if it is time to."""
 
     def init_state(self, params: Params) -> TrainState:
         """The state before the first step."""
@@ -146,7 +146,7 @@ class Trainer:
     def validation_loss(
         self, weights: jax.Array, start: TrainState, stream: Stream, validation: Stream, loss_fn: Any
     ) -> float:
-        """Train, keep nothing, and return L_v: what certificates ask for again and again."""
+        """Train, store nothing, and return the validation loss; certificates call it often."""
         session, task = self.session, self.task
 
         def on_step(state: TrainState, info: StepMetrics) -> None:
@@ -244,7 +244,7 @@ class Trainer:
 
     @property
     def _first_backward_step(self) -> int:
-        """The step at which sweeps end."""
+        """The step at which backward passes end."""
         return self.task.num_steps - trajectory_store.num_backward_steps(self.outer, self.task.num_steps)
 
     def _empty_backward_state(self, start: TrainState, weights: jax.Array) -> BackwardState:
@@ -344,7 +344,7 @@ class _RunMonitor:
 
 
 def delete_stored_states(run: Trajectory) -> None:
-    """Remove what a run has on disk for sweeps that will not come."""
+    """Remove the states that a run stored on disk for a backward pass."""
     if isinstance(run.snapshots, trajectory_store.DiskStore):
         run.snapshots.clear()
 
@@ -357,7 +357,7 @@ def check_finite(
     *,
     allow_nonfinite: bool = False,
 ) -> dict[int, float]:
-    """The losses by step, as numbers, where they (unless `forgiven`) and the parameters after them are finite.
+    """The losses by step, as numbers, where they (unless `allow_nonfinite`) and the parameters after them are finite.
 
     Otherwise a FloatingPointError that says where it began: `explain` takes the steps up to that one again.
     """

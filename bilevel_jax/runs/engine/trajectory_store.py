@@ -19,7 +19,7 @@ from bilevel_jax.runs.infra import checkpoint, distributed
 
 GIB = 2.0**30
 DEFAULT_MEMORY_SHARE = 0.5
-"""Of a device's memory beside the model: what the states of a training may take where the config says nothing."""
+"""Share of the memory that the model leaves on a device: what stored states take where the config says nothing."""
 MAX_PENDING_WRITES = 2
 """States that wait to be written before training waits for them."""
 
@@ -32,14 +32,14 @@ def plan_checkpoints(
     device_bytes: float = 0.0,
     linearization_size: Callable[[], float] = lambda: 0.0,
 ) -> CheckpointPlan:
-    """What a training of so many steps keeps within outer.memory_gib of a device that has so many bytes (0: this one).
+    """The states that a training run stores within outer.memory_gib of a device with so many bytes (0: this one).
 
-    `state` and `base` are arrays or shapes of arrays; `linear` is asked for the bytes of a step's linearisation, where
-    outer.linearize keeps them. Without outer.memory_gib it is half of what the model leaves,
-    from sizes alone, so that every run on such a device keeps the same.
+    `state` and `base` are arrays or shapes of arrays; `linearization_size` returns the bytes of a step's linearisation,
+    where outer.linearize keeps them. Without outer.memory_gib it is half of what the model leaves, from sizes alone, so
+    that every run on such a device keeps the same.
 
     Raises:
-        ValueError: if one state and one step on the tape are more than the budget.
+        ValueError: if one state and one stored step are more than the budget.
     """
     if outer.method not in ("unrolled", "window"):
         return checkpointing.NO_CHECKPOINTS
@@ -65,14 +65,14 @@ def plan_checkpoints(
 
 
 def num_backward_steps(outer: OuterSection, steps: int) -> int:
-    """How many of the last steps of a training are swept."""
+    """How many of the last steps of a training run the backward pass visits."""
     return min(outer.window, steps) if outer.method == "window" else steps
 
 
 def make_state_store(
     outer: OuterSection, folder: Path, like: TrainState, *, resume: bool = False
 ) -> MutableMapping[int, TrainState]:
-    """An empty store of states by step, where outer.offload says; on disk, with `resume`, what it held."""
+    """An empty store of states by step, where outer.offload says; with `resume`, what the disk holds."""
     if outer.offload == "host":
         return HostStore(like)
     if outer.offload == "disk":
@@ -107,7 +107,7 @@ class HostStore(MutableMapping[int, TrainState]):
 
 
 class DiskStore(MutableMapping[int, TrainState]):
-    """States on disk, written beside the training and read ahead of the sweep; a damaged one is an error.
+    """States on disk, written while training goes on and read ahead of the backward pass; a damaged one is an error.
 
     Several processes write and read one after another, together.
     """
@@ -196,7 +196,7 @@ def _leaf_bytes(leaf: Any) -> int:
 
 
 def linearization_bytes(step: TrainStep, *arguments: Any) -> int:
-    """Bytes of a step's linearisation, beside its state and its batch; `arguments` are those of `step.linearize`.
+    """Bytes of a step's linearization, without its state and its batch; `arguments` are those of `step.linearize`.
 
     On one device of several it is taken to be an even share, as the rows of a batch are.
     """

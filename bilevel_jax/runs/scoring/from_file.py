@@ -90,8 +90,8 @@ def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
 def make_weight_function(config: WeightsSection) -> Callable[[Example], float | None]:
     """The configured weight of one row at a time, for rows that are streamed; None for a row to be left out.
 
-    As `given`, but for two things that would need all rows: `mean_one` divides by the mean of the file, and a score is
-    transformed over the file.
+    As `load_weights`, but for two things that would need all rows: `mean_one` divides by the mean of the file, and a
+    score is transformed over the file.
     """
     if not config.file:
         return lambda example: config.constant

@@ -20,7 +20,7 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 
 RESPONSES_FILE = "responses.jsonl"
-"""In the run's checkpoints: one line for each time that something was kept."""
+"""In the run's checkpoints: one line for each batch of stored responses."""
 
 
 def make_generator_factory(
@@ -32,9 +32,9 @@ def make_generator_factory(
     of a later round. The parameters are whole ones (with the base, `losses.assemble`); no program is compiled again for
     others. A service writes with the model that it has, whatever the parameters.
 
-    Every response is kept in the run's folder under the prompt, the draw, the sampling and the fingerprint of the model
-    that wrote it. What is kept is not written again, in this run or after a stop; on a CPU the same call after a stop
-    then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
+    Every response is stored in the run's folder under the prompt, the draw, the sampling and the fingerprint of the
+    model that wrote it. What is stored is not generated again, in this run or after a stop; on a CPU the same call
+    after a stop then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
     `Interrupted`.
     """
     sampling = SamplingParams(

@@ -202,13 +202,13 @@ def alignment_score(task: Task, params: Params, settings: ScoresSection, session
 
 def ica_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """How much likelier the answer is after validation examples as demonstrations (ICA); see `scores.incontext`."""
-    assert isinstance(task, TextTask)  # `check` has refused arrays
+    assert isinstance(task, TextTask)  # `check_score_name` has refused arrays
     return likelihoods.compute_ica(task, params, settings, session)
 
 
 def oneshot_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """How many answers of validation are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
-    assert isinstance(task, TextTask)  # `check` has refused arrays
+    assert isinstance(task, TextTask)  # `check_score_name` has refused arrays
     return likelihoods.compute_one_shot(task, params, settings, session)
 
 

@@ -24,7 +24,7 @@ from bilevel_jax.runs.config.schema import VerifierSection
 Verifier = Callable[[Example, str], float]
 """(the row with the question and its right answer, a response) -> 0 to 1."""
 Grader = Callable[[str, str, str], float]
-"""(question, right answer, response) -> 0 to 1: what a checker is made of, and what a user may give."""
+"""(question, right answer, response) -> 0 to 1: the function inside a verifier, and what a user may give."""
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
@@ -41,7 +41,7 @@ _MAX_NUMBER_LENGTH = 400
 
 
 def make_verifier(config: VerifierSection, examples: Sequence[Example] = ()) -> Verifier:
-    """The checker that `verifier.name` names: numeric, exact, or path/to/file.py:function.
+    """The verifier that `verifier.name` names: numeric, exact, or path/to/file.py:function.
 
     The right answer is what the row's key `verifier.answer_field` holds, read from its file again; without such a key,
     the row's own last response. The question is what stands before that. `examples` are rows that will be asked about:

@@ -45,7 +45,7 @@ class LabelledArrays(NamedTuple):
 
 
 class ArrayDataset(NamedTuple):
-    """What the file holds: rows to train and trust, and rows that test is drawn from."""
+    """The content of the file: examples to train and validate on, and examples that test is drawn from."""
 
     train: LabelledArrays
     test: LabelledArrays
@@ -73,7 +73,7 @@ class ArrayTask(NamedTuple):
     """The classes of validation, dev and test."""
     notes: list[str]
     corpus: LabelledArrays
-    """The N rows with weights, with their noisy labels, then those of validation."""
+    """The N training examples with their noisy labels, then those of validation."""
     held_out_streams: dict[str, Stream]
     base_params: None
     init_params: Callable[[int], Params]
@@ -99,7 +99,7 @@ class ArrayTask(NamedTuple):
     def training_stream(
         self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
     ) -> Stream:
-        """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights)."""
+        """A training run's batches: epochs over the chosen examples of the corpus (default: the N with weights)."""
         del packed
         indices = self.trainable_indices() if indices is None else indices
         order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
@@ -109,7 +109,7 @@ class ArrayTask(NamedTuple):
         )
 
     def full_pass_stream(self, seed: int) -> Stream:
-        """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
+        """All N training examples once, in random order, as a stream that sums to their mean loss."""
         order = batches.shuffled_subset_order(self.trainable_indices(), self.corpus.num_examples, self.batch_size, seed)
         steps = batches.steps_per_epoch(self.num_examples, self.batch_size)
         stream = Stream(
@@ -118,11 +118,11 @@ class ArrayTask(NamedTuple):
         return place_stream(self.mesh, stream)
 
     def trainable_indices(self) -> Int[np.ndarray, "examples"]:
-        """The rows with weights."""
+        """The indices of the training examples."""
         return np.arange(self.num_examples)
 
     def validation_indices(self) -> Int[np.ndarray, "validation"]:
-        """The corpus rows of validation."""
+        """The corpus indices of the validation examples."""
         return np.arange(self.num_examples, self.corpus.num_examples)
 
     def example_features(self) -> Float[np.ndarray, "examples features"]:
@@ -301,7 +301,7 @@ def _describe_parts(
 
 
 def take_examples(labelled: LabelledArrays, indices: Int[np.ndarray, "places"]) -> LabelledArrays:
-    """The rows at these places."""
+    """The examples at these indices."""
     return LabelledArrays(labelled.x[indices], labelled.y[indices])
 
 
@@ -312,8 +312,8 @@ def add_label_noise(
     num_classes: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, "examples"]:
-    """The labels with exactly `share` of the rows changed: `forced`, each to another class, all others equally likely;
-    `redrawn`, uniformly over all classes, so that one in `classes` of them stays right."""
+    """The labels with exactly `share` of them changed: `forced`, each to another class, all others equally likely;
+    `redrawn`, uniformly over all classes, so that one in `num_classes` of them stays right."""
     noisy_labels = labels.copy()
     if kind == "none":
         return noisy_labels
@@ -331,7 +331,7 @@ def add_label_noise(
 def make_array_batch(
     labelled: LabelledArrays, indices: Int[np.ndarray, "batch"], num_micro_batches: int, total_examples: int = 0
 ) -> Batch:
-    """The chosen rows as a batch; `total` is the number of rows of a stream that is summed rather than stepped on."""
+    """The chosen examples as a batch; `total_examples` is their number in a stream that is summed."""
     is_real = indices < labelled.num_examples
     examples = take_examples(labelled, np.where(is_real, indices, 0))
     micro_batch_size = len(indices) // num_micro_batches

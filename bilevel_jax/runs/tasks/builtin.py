@@ -55,7 +55,7 @@ class BuiltinTask(NamedTuple):
     options: dict[str, Callable[[str], Any]]
     """What data.train may set, and how its value is read."""
     pretraining_file: str
-    """The rows that teach the model."""
+    """The examples that teach the model."""
     num_steps: int
     batch_size: int
     optimizer: OptimizerSection
@@ -117,7 +117,7 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
 
 
 def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
-    """As `embedded`, with the model's config and tokenizer alone, for which nothing is trained."""
+    """As `resolve_builtin`, with the model's config and tokenizer alone, for which nothing is trained."""
     name, options = parse_builtin_reference(config)
     if name and _is_builtin(config.model.name_or_path):
         input_folder = BUILTIN_TASKS[name].write_files(folder / "input", seed=config.data.seed, **options)
@@ -147,7 +147,7 @@ def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
 
 
 def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = True) -> None:
-    """Teach the untrained model the task's lessons, and save it as `made`/model."""
+    """Teach the untrained model the task's lessons, and save it as `folder`/model."""
     tokenizer = tokens.load_tokenizer(folder / "untrained")
     architecture = models.read_config(folder / "untrained")
     examples = load_examples([str(folder / f"{task.pretraining_file}.jsonl")])

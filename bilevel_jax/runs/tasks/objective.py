@@ -43,7 +43,7 @@ def loss_unit(config: schema.ObjectiveSection) -> str:
 
 
 def check_examples(config: schema.ObjectiveSection, examples: list[Example]) -> None:
-    """Raise ValueError where the rows are not what the objective reads: pairs, or single responses."""
+    """Raise ValueError where the examples are not what the objective reads: pairs, or single responses."""
     wants_pairs = config.name != "sft"
     mismatched = next((example for example in examples if bool(example.rejected) != wants_pairs), None)
     if mismatched is None:

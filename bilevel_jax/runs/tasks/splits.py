@@ -21,7 +21,7 @@ class DataSplits(NamedTuple):
 
 
 def load_splits(config: DataSection) -> DataSplits:
-    """Read all files of `rows`; refuse or drop what stands in two places. Streamed training examples are not read here.
+    """Read all files; refuse or drop what stands in two places. Streamed training examples are not read here.
 
     Raises ValueError where validation examples stand in two of their parts, or training examples among them.
     """
@@ -80,7 +80,7 @@ def load_held_out(
 ) -> dict[str, list[Example]]:
     """validation, dev and test: from files of their own where given, the rest by splitting `validation`.
 
-    Not yet checked for rows that stand in two of them. `dropped` is called for each row that is left out as empty.
+    Not yet checked for rows that stand in two of them. `on_dropped` is called for each row that is left out as empty.
     """
     if not config.validation and not config.dev and not config.test:
         return {part: [] for part in PART_NAMES}

@@ -77,9 +77,9 @@ class TextTask(NamedTuple):
     """A run's ingredients; every array lies on the mesh."""
 
     examples: list[Example]
-    """The rows that get weights: rows 0 .. N-1 of `corpus`."""
+    """The training examples, which get weights: 0 .. N-1 of `corpus`."""
     held_out_examples: dict[str, list[Example]]
-    """validation (steers the weights; rows N .. of `corpus`), dev (stops early), test (headline numbers)."""
+    """validation (steers the weights; N .. of `corpus`), dev (stops early), test (headline numbers)."""
     notes: list[str]
     """What loading found and a person should know: duplicates, leaks, truncation."""
     corpus: Corpus
@@ -101,7 +101,7 @@ class TextTask(NamedTuple):
     layout: BatchShape
     has_proximal: bool
     groups: Int[np.ndarray, "groups size"] | None = None
-    """Rows that stand side by side in every batch, for losses that compare them; None: rows are shuffled one by one."""
+    """Examples that share every batch, for losses that compare them; None: examples are shuffled one by one."""
 
     @property
     def num_examples(self) -> int:
@@ -109,13 +109,13 @@ class TextTask(NamedTuple):
         return len(self.examples)
 
     def frozen(self, start: Params) -> Frozen:
-        """What the losses need beside the parameters; the start of training too where the prior is centred there."""
+        """The constants of the losses: the base model and, with a proximal term, the start of training."""
         return {"base": self.base_params, "start": start if self.has_proximal else None}
 
     def training_stream(
         self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None, *, packed: bool = True
     ) -> Stream:
-        """A training run's batches: epochs over the chosen rows of the corpus (default: the N rows with weights).
+        """A training run's batches: epochs over the chosen examples of the corpus (default: the N with weights).
 
         The packed shape holds the orders of the outer loop only; other rows or seeds want packed=False.
         """
@@ -127,7 +127,7 @@ class TextTask(NamedTuple):
         )
 
     def data_order(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> batches.BatchOrder:
-        """step -> the corpus rows of its batch in `stream`."""
+        """step -> the corpus indices of its batch in `training_stream`."""
         if indices is None and self.groups is not None:
             return batches.shuffled_group_order(self.groups, self.corpus.num_examples, self.batch_size, seed)
         return batches.shuffled_subset_order(
@@ -135,7 +135,7 @@ class TextTask(NamedTuple):
         )
 
     def full_pass_stream(self, seed: int) -> Stream:
-        """All N rows once, in a random order, as a stream that sums to their mean: what implicit estimators read."""
+        """All N training examples once, in random order, as a stream that sums to their mean loss."""
         indices = self.trainable_indices()
         order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
         steps = batches.steps_per_epoch(len(indices), self.batch_size)
@@ -147,24 +147,24 @@ class TextTask(NamedTuple):
         return place_stream(self.mesh, stream)
 
     def example_features(self) -> Float[np.ndarray, "examples features"]:
-        """Plain features of the rows with weights, for weights that extend to unseen rows."""
+        """Plain features of the training examples, for weights that extend to unseen examples."""
         return extract_features(self.examples, self.corpus)
 
     def trainable_indices(self) -> Int[np.ndarray, "kept"]:
-        """The rows with weights that were not dropped as too long."""
+        """The training examples that were not dropped as too long."""
         return self.corpus.kept_indices[self.corpus.kept_indices < self.num_examples]
 
     def validation_indices(self) -> Int[np.ndarray, "kept"]:
-        """The corpus rows of validation."""
+        """The corpus indices of the validation examples."""
         return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
 
 class TokenizedData(NamedTuple):
-    """The rows of a run as tokens."""
+    """The examples of a run as tokens."""
 
     examples: list[Example]
     held_out_examples: dict[str, list[Example]]
-    """The parts that have rows."""
+    """The parts that have examples."""
     notes: list[str]
     tokenizer: Any
     architecture: models.DecoderConfig
@@ -173,7 +173,7 @@ class TokenizedData(NamedTuple):
 
 
 JOINT_CORPUS = "training and validation"
-"""The corpus of the rows that get weights, with validation behind them."""
+"""The corpus of the training examples, with validation behind them."""
 
 
 def prepare_text_task(
@@ -185,11 +185,11 @@ def prepare_text_task(
     seeds: Sequence[int],
     proximal_strength: float = 0.0,
 ) -> TextTask:
-    """Tokenize the rows, load the model, and compose the bilevel problem.
+    """Tokenize the examples, load the model, and compose the bilevel problem.
 
-    `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share
-    must hold each of them. `prior` is delta in delta/2 |params - start|^2. A reference model's log-probabilities are
-    written into `folder`, and read from there when the run is resumed.
+    `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share must
+    hold each of them. `proximal_strength` is delta in delta/2 |params - start|^2. A reference model's log-probabilities
+    are written into `folder`, and read from there when the run is resumed.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
@@ -224,7 +224,7 @@ def prepare_text_task(
 
 
 def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData:
-    """The rows as tokens of the model's tokenizer; checked against the objective."""
+    """The examples as tokens of the model's tokenizer; checked against the objective."""
     examples, held_out = (
         splits.train,
         {part: part_examples for part, part_examples in splits.held_out.items() if part_examples},
@@ -246,7 +246,7 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
 def group_by_corpus(
     examples: list[Example], held_out: dict[str, list[Example]], *, streaming: bool = False
 ) -> dict[str, list[Example]]:
-    """The rows of each corpus of a `Text`."""
+    """The examples of each corpus."""
     joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("validation", [])}
     return joint | dict(held_out.items())
 
