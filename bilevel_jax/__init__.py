@@ -37,7 +37,7 @@ from bilevel_jax.core.unrolled import check_differentiable, each, unrolled
 if TYPE_CHECKING:
     from bilevel_jax import commands, lm, scores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Checks",
     "Estimate",

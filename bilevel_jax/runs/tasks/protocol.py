@@ -13,7 +13,7 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.tasks.objective import Objective
 
 
-class Corpus(Protocol):
+class ExampleTable(Protocol):
     """The examples of training and validation in one table."""
 
     @property
@@ -41,7 +41,7 @@ class Task(Protocol):
         """Sentences about the data that a person should know: duplicates, leaks, truncation."""
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> ExampleTable:
         """The training examples, then those of validation."""
 
     @property
