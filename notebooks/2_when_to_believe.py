@@ -120,9 +120,9 @@ for axes, rate in zip(panels, (CALM, WILD), strict=True):
     direction = jnp.sign(found.grad)
     axes.plot(sizes, curve(value, begins(rate), direction, sizes), color=BLUE, label="trained again")
     axes.plot(
-        sizes, found.value + sizes * jnp.vdot(found.grad, direction), color=ORANGE, ls="--", label="exact tangent"
+        sizes, found.validation_loss + sizes * jnp.vdot(found.grad, direction), color=ORANGE, ls="--", label="exact tangent"
     )
-    axes.plot(0, found.value, "ko")
+    axes.plot(0, found.validation_loss, "ko")
     axes.set(xlabel="s", title=f"learning rate {rate:g}", ylabel="$L_v(w + s\\,\\mathrm{sign}\\,g)$, nats")
 panels[0].legend()
 panels[1].set_ylim(0, 1.2)
@@ -197,7 +197,7 @@ def certified(start):
     return certify.Certificates(
         certify.check_finite_differences(again, ones, found.grad, (0.1, 0.03, 0.01, 0.003)),
         certify.metasmoothness(fewer, jax.random.key(1), ones, found.grad),
-        certify.predict_removals(again, jax.random.key(2), ones, found.grad, float(found.value), num_retrains=32),
+        certify.predict_removals(again, jax.random.key(2), ones, found.grad, float(found.validation_loss), num_retrains=32),
         found.checks,
     )
 

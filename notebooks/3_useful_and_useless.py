@@ -88,7 +88,7 @@ class Task(NamedTuple):
 def drive(method, tasks, starts, steps, keep=lambda state, info: info.validation_loss):
     """Train on several tasks of one shape at once, on whole batches: (parameters, weights, what was kept per step)."""
     batches = [
-        (full_batch_stream(task.training).batch(0), full_batch_stream(task.held_out_examples).batch(0))
+        (full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted).batch(0))
         for task in tasks
     ]
     training, trusted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
@@ -258,14 +258,14 @@ def consistent(x, y):
 
 def useful(task):
     """Row by row: is there a model that is perfect for it and for all validation examples?"""
-    judge, answers = task.held_out_examples
+    judge, answers = task.trusted
     rows = zip(*task.training, strict=True)
     return np.array([consistent(np.vstack([judge, x]), np.append(answers, y)) for x, y in rows])
 
 
 def trusted_loss(theta, task):
     """L_v, nats."""
-    return 0.5 * np.mean((task.held_out_examples[0] @ theta - task.held_out_examples[1]) ** 2)
+    return 0.5 * np.mean((task.trusted[0] @ theta - task.trusted[1]) ** 2)
 
 
 def fresh_loss(theta, task):
@@ -377,8 +377,8 @@ def cold(task, table):
     """The smallest model that is perfect for the validation examples and the rows of weight above .1, from cold."""
     kept = table > 0.1
     x, y = (
-        np.vstack([task.held_out_examples[0], task.training[0][kept]]),
-        np.append(task.held_out_examples[1], task.training[1][kept]),
+        np.vstack([task.trusted[0], task.training[0][kept]]),
+        np.append(task.trusted[1], task.training[1][kept]),
     )
     assert consistent(x, y)
     return np.linalg.lstsq(x, y, rcond=None)[0]
@@ -447,7 +447,7 @@ mixtures = [same_questions(COUNT - useless, useless, width=60, seed=1) for usele
 rate, closed = corrupted / COUNT, lambda rho: 0.5 * (corrupted / COUNT) * (1 - rho) ** 2 * GAP**2
 assert all(consistent(*task.training) and (useful(task) == task.right).all() for task in mixtures)
 
-falling = {"tau": geometric_schedule(1, 0.1, 3000), "memory": 0}
+falling = {"temperature": geometric_schedule(1, 0.1, 3000), "normalizer_memory": 0}
 contest = {
     "mixing, rho = .5": single_loop.mixing(problem, momentum, 0.5, COUNT),
     "mixing, rho = .9": single_loop.mixing(problem, momentum, 0.9, COUNT),
@@ -639,7 +639,7 @@ def implicit_for(delta):
     def at(task):
         training, trusted, centre = (
             full_batch_stream(task.training),
-            full_batch_stream(task.held_out_examples),
+            full_batch_stream(task.trusted),
             jnp.zeros_like(task.truth),
         )
         return lambda w: estimator(trajectory_from_params(ridge(w, task, delta)), w, centre, training, trusted)
@@ -649,7 +649,7 @@ def implicit_for(delta):
 
 def unrolled_for(task, steps, optimizer):
     """(weights) -> Estimate, through `steps` steps on all rows."""
-    whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.held_out_examples)
+    whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted)
     stream, step = Stream(lambda _: whole, steps), train_step(problem, optimizer)
     estimator, start = unrolled(problem, step), init_train_state(optimizer, jnp.zeros_like(task.truth))
     keep = store_all_plan(stream.steps)
@@ -672,7 +672,7 @@ def learn(estimate, rows, steps):
 def only_useful(task):
     """The same task without its useless rows."""
     kept = tuple(part[task.right] for part in task.training)
-    return Task(kept, task.held_out_examples, task.right[task.right], task.truth)
+    return Task(kept, task.trusted, task.right[task.right], task.truth)
 
 
 estimate = implicit_for(DELTA)

@@ -65,15 +65,15 @@ def mixture(path):
 mixture(folder / "mixture.npz")
 (folder / "compare.yaml").write_text(f"""
 data: {{train: ['{folder / "mixture.npz"}']}}
-arrays: {{rows: 1000, fit: 200, report: 1000, noise: forced, share: 0.5}}  # 200 validation examples steer the weights
-optimizer: {{name: momentum, learning_rate: 0.2, schedule: constant, warmup: 0}}
-train: {{steps: 10, batch: 200}}  # T = 10 steps, 2 epochs
+arrays: {{train_examples: 1000, validation_examples: 200, test_examples: 1000, label_noise: forced, noise_share: 0.5}}
+optimizer: {{name: momentum, learning_rate: 0.2, schedule: constant, warmup_steps: 0}}
+train: {{max_steps: 10, global_batch_size: 200}}  # T = 10 steps, 2 epochs
 outer: {{weighting: sigmoid, learning_rate: 0.5, schedule: linear, restart: warm,  # a rate that falls to 0
-  prior: 0.01, window: 3, max_iterations: 4, curvature_batches: 5}}
-single: {{read_every: 25}}
-bench: {{passes: 300, seeds: 3}}
+  proximal: 0.01, window: 3, max_iterations: 4, curvature_batches: 5}}
+single_loop: {{eval_steps: 25}}
+compare: {{budget: 300, seeds: 3}}
 output: {{progress: false}}
-devices: {{data: 1}}
+mesh: {{data: 1}}
 """)
 
 
@@ -102,7 +102,7 @@ print(f"Budget of each method and seed: {result['budget']} passes. One training:
 
 # %%
 UPPER = ("uniform", "oracle", "validation", "train+validation", "alignment", "low_loss")
-COLUMNS = {"auc": "AUC", "f1": "F1", "test": "L_v", "with_v report": "L_v, with V", "own report": "own model's L_v"}
+COLUMNS = {"auc": "AUC", "f1": "F1", "test": "L_v", "with_v test": "L_v, with V", "own test": "own model's L_v"}
 
 
 def said(row, key):
@@ -161,7 +161,7 @@ print(f"F1: low_loss {mean(rows, 'low_loss', 'f1'):.3f}; of those that learn, {b
 assert mean(rows, best, "f1") < mean(rows, "low_loss", "f1") + 0.02
 
 for name in ("window", "alignment"):
-    gap = values(rows, "unrolled", "with_v report") - values(rows, name, "with_v report")
+    gap = values(rows, "unrolled", "with_v test") - values(rows, name, "with_v test")
     print(f"L_v of unrolled less that of {name}, by seed: {', '.join(f'{one:+.3f}' for one in gap)}")
     assert (gap > 0).all()
 
@@ -198,7 +198,7 @@ left.set(xlabel="forward and backward passes spent", ylabel="AUC of the weights"
 left.legend(fontsize=8, ncols=2, loc="lower right")
 
 last = {"oracle": "test", "low_loss": "test", "validation": "test", "uniform": "test"}
-shown = {**dict.fromkeys(learners, "with_v report"), "mixing": "own report", **last}
+shown = {**dict.fromkeys(learners, "with_v test"), "mixing": "own test", **last}
 shown = dict(sorted(shown.items(), key=lambda item: -rows[item[0]]["mean"][item[1]]))
 for place, (name, key) in enumerate(shown.items()):
     colour = COLOURS.get(name, "0.4")
@@ -208,7 +208,7 @@ right.set_yticks(range(len(shown)), shown)
 right.set(xlabel="$L_v$ on test, nats per row", xlim=(0, None), title="retrained (mixing: its own model)")
 plt.show()
 assert all(
-    mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("test", "with_v report")
+    mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("test", "with_v test")
 )
 
 # %% [markdown]
@@ -268,7 +268,7 @@ def curve(axis, table, name, key, words, colour, style="-"):
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.4))
 for name in SOME:
     curve(left, by_size, name, "auc", name, COLOURS[name])
-    curve(right, by_size, name, "with_v report", name, COLOURS[name])
+    curve(right, by_size, name, "with_v test", name, COLOURS[name])
 curve(left, by_size, "low_loss", "auc", "low_loss", "0.4", ":")
 curve(middle, by_size, "unrolled", "validation", "on validation", "C1")
 curve(middle, by_size, "unrolled", "test", "on test", "C0")
@@ -295,17 +295,17 @@ for size, table in by_size.items():
     gap = mean(table, "unrolled", "test") - mean(table, "unrolled", "validation")
     print(
         f"|V| = {size:>4}: unrolled AUC {mean(table, 'unrolled', 'auc'):.3f}, its test less validation {gap:+.3f};  "
-        f"L_v: unrolled with V {mean(table, 'unrolled', 'with_v report'):.3f}, bmo with V "
-        f"{mean(table, 'bmo', 'with_v report'):.3f}, low_loss {mean(table, 'low_loss', 'report'):.3f}, "
-        f"V alone {mean(table, 'validation', 'report'):.3f}"
+        f"L_v: unrolled with V {mean(table, 'unrolled', 'with_v test'):.3f}, bmo with V "
+        f"{mean(table, 'bmo', 'with_v test'):.3f}, low_loss {mean(table, 'low_loss', 'test'):.3f}, "
+        f"V alone {mean(table, 'validation', 'test'):.3f}"
     )
 gaps = [mean(table, "unrolled", "test") - mean(table, "unrolled", "validation") for table in by_size.values()]
 ranks = [mean(table, "unrolled", "auc") for table in by_size.values()]
 assert gaps == sorted(gaps, reverse=True) and ranks == sorted(ranks)
 small, large = by_size[30], by_size[1000]
-assert (values(small, "unrolled", "with_v report") > values(small, "low_loss", "test") + 0.05).all()
-assert (values(small, "validation", "test") > values(small, "unrolled", "with_v report")).all()
-assert all(mean(large, "validation", "test") < mean(large, name, "with_v report") + 0.02 for name in SOME)
+assert (values(small, "unrolled", "with_v test") > values(small, "low_loss", "test") + 0.05).all()
+assert (values(small, "validation", "test") > values(small, "unrolled", "with_v test")).all()
+assert all(mean(large, "validation", "test") < mean(large, name, "with_v test") + 0.02 for name in SOME)
 assert mean(large, "validation", "test") < mean(large, "low_loss", "test")
 
 # %% [markdown]
@@ -324,7 +324,7 @@ by_share = dict(sorted(by_share.items()))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
 for name in SOME:
     curve(left, by_share, name, "auc", name, COLOURS[name])
-    curve(right, by_share, name, "with_v report", name, COLOURS[name])
+    curve(right, by_share, name, "with_v test", name, COLOURS[name])
 curve(left, by_share, "low_loss", "auc", "low_loss", "0.4", ":")
 curve(right, by_share, "low_loss", "test", "low_loss", "0.4", ":")
 curve(right, by_share, "validation", "test", "V alone", "0.4", "--")
@@ -345,14 +345,14 @@ plt.show()
 # %%
 for share, table in by_share.items():
     ranks = ", ".join(f"{name} {mean(table, name, 'auc'):.3f}" for name in (*SOME, "low_loss"))
-    losses = ", ".join(f"{name} {mean(table, name, 'with_v report'):.3f}" for name in SOME)
-    rest = ", ".join(f"{name} {mean(table, name, 'report'):.3f}" for name in ("low_loss", "validation", "oracle"))
+    losses = ", ".join(f"{name} {mean(table, name, 'with_v test'):.3f}" for name in SOME)
+    rest = ", ".join(f"{name} {mean(table, name, 'test'):.3f}" for name in ("low_loss", "validation", "oracle"))
     print(f"{share:.0%} wrong. AUC: {ranks}. L_v: {losses}; {rest}.")
 few, many = by_share[0.2], by_share[0.8]
 assert mean(few, "low_loss", "auc") > 0.99 and abs(mean(few, "low_loss", "test") - mean(few, "oracle", "test")) < 0.03
 assert (values(many, "low_loss", "auc") < values(many, "unrolled", "auc")).all()
-assert (values(many, "low_loss", "test") > values(many, "unrolled", "with_v report") + 0.2).all()
-assert all(mean(many, "validation", "test") < mean(many, name, "with_v report") + 0.02 for name in SOME)
+assert (values(many, "low_loss", "test") > values(many, "unrolled", "with_v test") + 0.2).all()
+assert all(mean(many, "validation", "test") < mean(many, name, "with_v test") + 0.02 for name in SOME)
 
 # %% [markdown]
 # ## What to pick when

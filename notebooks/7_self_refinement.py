@@ -419,22 +419,23 @@ assert np.mean(moved["weighed by V"]) < -3 * np.std(moved["weighed by V"], ddof=
 # %%
 Path("refine.yaml").write_text(
     f"""
-model: {{path: {made.name}/model, lora_rank: 0, remat: none}}
+model: {{name_or_path: {made.name}/model, remat: none}}
+lora: {{r: 0}}
 data:
   train: [{made.name}/train.jsonl]
   validation: [{made.name}/validation.jsonl]
-  select: [{made.name}/dev.jsonl]
-  report: [{made.name}/test.jsonl]
+  dev: [{made.name}/dev.jsonl]
+  test: [{made.name}/test.jsonl]
   split: [1, 0, 0]
   label_field: label
 refine: {{rounds: 2, questions: all, methods: [unrolled, uniform]}}
-generate: {{draws: 3, max_new: 6}}
-check: {{name: exact, answer_field: answer}}
-optimizer: {{learning_rate: 1.0e-3, warmup: 5, b2: 0.99, eps_root: 1.0e-6}}
-train: {{steps: 24, batch: 32}}
+generate: {{num_generations: 3, max_new_tokens: 6}}
+verifier: {{name: exact, answer_field: answer}}
+optimizer: {{learning_rate: 1.0e-3, warmup_steps: 5, b2: 0.99, eps_root: 1.0e-6}}
+train: {{max_steps: 24, global_batch_size: 32}}
 outer: {{steps: 3, weighting: sigmoid, learning_rate: 1.5}}
-output: {{folder: refined, progress: false}}
-devices: {{data: 1}}
+output: {{dir: refined, progress: false}}
+mesh: {{data: 1}}
 """,
     encoding="utf-8",
 )
