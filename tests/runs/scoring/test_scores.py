@@ -228,7 +228,7 @@ def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch
     assert one == other
     assert result["scoring"]["equal"] == result["steps"] and result["weights"]["mean"] == 1
     assert (
-        "all rows had one score, which tells none from another: weight 1"
+        "all examples had one score, which distinguishes none from another: weight 1"
         in (tmp_path / "run" / "report.html").read_text()
     )
 
