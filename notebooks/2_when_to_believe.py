@@ -120,7 +120,11 @@ for axes, rate in zip(panels, (CALM, WILD), strict=True):
     direction = jnp.sign(found.grad)
     axes.plot(sizes, curve(value, begins(rate), direction, sizes), color=BLUE, label="trained again")
     axes.plot(
-        sizes, found.validation_loss + sizes * jnp.vdot(found.grad, direction), color=ORANGE, ls="--", label="exact tangent"
+        sizes,
+        found.validation_loss + sizes * jnp.vdot(found.grad, direction),
+        color=ORANGE,
+        ls="--",
+        label="exact tangent",
     )
     axes.plot(0, found.validation_loss, "ko")
     axes.set(xlabel="s", title=f"learning rate {rate:g}", ylabel="$L_v(w + s\\,\\mathrm{sign}\\,g)$, nats")
@@ -197,7 +201,9 @@ def certified(start):
     return certify.Certificates(
         certify.check_finite_differences(again, ones, found.grad, (0.1, 0.03, 0.01, 0.003)),
         certify.metasmoothness(fewer, jax.random.key(1), ones, found.grad),
-        certify.predict_removals(again, jax.random.key(2), ones, found.grad, float(found.validation_loss), num_retrains=32),
+        certify.predict_removals(
+            again, jax.random.key(2), ones, found.grad, float(found.validation_loss), num_retrains=32
+        ),
         found.checks,
     )
 
@@ -211,9 +217,9 @@ for rate, verdict in verdicts.items():
 COLOURS = {"BELIEVE": GREEN, "UNDECIDED": "C5", "DO NOT BELIEVE": ORANGE}
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.2))
 shown = (
-    ("exact: ratio at s = .1", [one.exact.ratios[0] for one in by_rate.values()], (0.95, 1.05)),
-    ("smooth: cosine", [one.smooth for one in by_rate.values()], (0.7, 1.0)),
-    ("predictive: rank correlation", [one.predictive.rank for one in by_rate.values()], None),
+    ("exact: ratio at s = .1", [one.finite_differences.ratios[0] for one in by_rate.values()], (0.95, 1.05)),
+    ("smooth: cosine", [one.metasmoothness for one in by_rate.values()], (0.7, 1.0)),
+    ("predictive: rank correlation", [one.removal_prediction.rank for one in by_rate.values()], None),
 )
 for axes, (title, series, band) in zip(panels, shown, strict=True):
     axes.semilogx(rates, series, color="grey", lw=1)
@@ -343,8 +349,8 @@ assert edges[1e-12] < 2e-5 and edges[1e-2] > 0.7
 softer = {eps_root: certified(begins(3e-2, eps_root)) for eps_root in (1e-12, 1e-4, 1e-2)}
 for eps_root, one in softer.items():
     print(
-        f"eps_root {eps_root:<6g} ratio {one.exact.ratios[0]:.3f}, smooth {one.smooth:.2f}, "
-        f"rank {one.predictive.rank:.2f}: {certify.judge_certificates(one).level}"
+        f"eps_root {eps_root:<6g} ratio {one.finite_differences.ratios[0]:.3f}, smooth {one.metasmoothness:.2f}, "
+        f"rank {one.removal_prediction.rank:.2f}: {certify.judge_certificates(one).level}"
     )
 assert softer[1e-2].smooth > softer[1e-4].smooth > softer[1e-12].smooth
 assert certify.judge_certificates(softer[1e-2]).level == "BELIEVE" != certify.judge_certificates(softer[1e-12]).level

@@ -87,10 +87,7 @@ class Task(NamedTuple):
 
 def drive(method, tasks, starts, steps, keep=lambda state, info: info.validation_loss):
     """Train on several tasks of one shape at once, on whole batches: (parameters, weights, what was kept per step)."""
-    batches = [
-        (full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted).batch(0))
-        for task in tasks
-    ]
+    batches = [(full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted).batch(0)) for task in tasks]
     training, trusted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
     @jax.jit
@@ -662,11 +659,11 @@ def learn(estimate, rows, steps):
     hyper = weighting.init()
     for step in range(steps):
         found = estimate(weighting.weights(hyper))
-        values.append(float(found.value))
+        values.append(float(found.validation_loss))
         move = normalized_gradient_step(0.5 * 0.05 ** (step / steps), np.inf)
         hyper = move(hyper, weighting_vjp(weighting, hyper, found.grad))
     weights = weighting.weights(hyper)
-    return np.array(weights), np.array([*values, float(estimate(weights).value)])
+    return np.array(weights), np.array([*values, float(estimate(weights).validation_loss)])
 
 
 def only_useful(task):

@@ -101,7 +101,7 @@ print(f"Budget of each method and seed: {result['budget']} passes. One training:
 # that it is *given* this share.
 
 # %%
-UPPER = ("uniform", "oracle", "validation", "train+validation", "alignment", "low_loss")
+UPPER = ("uniform", "oracle", "validation", "train+validation", "top_alignment", "low_loss")
 COLUMNS = {"auc": "AUC", "f1": "F1", "test": "L_v", "with_v test": "L_v, with V", "own test": "own model's L_v"}
 
 
@@ -207,9 +207,7 @@ for place, (name, key) in enumerate(shown.items()):
 right.set_yticks(range(len(shown)), shown)
 right.set(xlabel="$L_v$ on test, nats per row", xlim=(0, None), title="retrained (mixing: its own model)")
 plt.show()
-assert all(
-    mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("test", "with_v test")
-)
+assert all(mean(rows, "bmo", key) < mean(rows, name, key) for name in learners[:-1] for key in ("test", "with_v test"))
 
 # %% [markdown]
 # ## The weights themselves

@@ -110,7 +110,7 @@ else:
     }  # fmt: skip
 flags |= {
     "retrain.seeds": 2, "certify.step-sizes": "0.1",
-    "retrain.variants": ("uniform", "learned", "selected", "alignment", "low_loss", "validation", "oracle"),
+    "retrain.variants": ("uniform", "learned", "selected", "top_alignment", "low_loss", "validation", "oracle"),
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ print(f"\nThe oracle is {headroom:.3f} {unit} better than uniform weights. Of th
 for name, share in sorted(won.items(), key=lambda item: -item[1]):
     print(f"  {name:<18} {share:.0%}")
 assert headroom > 0.05 and won["learned weights"] > 0.5
-simple = min(("low_loss", "alignment", "validation only"), key=loss.get)
+simple = min(("low_loss", "top_alignment", "validation only"), key=loss.get)
 print(f"\nThe best choice that learns nothing is {simple}: {loss[simple]:.3f} {unit}.")
 if REAL and "BILEVEL_MODEL" not in os.environ:
     assert loss["validation only"] == loss[simple] < loss["selected subset"]

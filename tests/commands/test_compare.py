@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,12 +14,22 @@ from bilevel_jax.commands.compare import report
 from bilevel_jax.commands.compare.methods import METHODS
 from bilevel_jax.commands.compare.run import compare, f1_score
 from bilevel_jax.runs.config.load import CompareConfig, load_config
+from bilevel_jax.runs.config.schema import Baseline, CompareMethod
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.stats import auc
 from tests.runs import blobs
 
 ITERATED = ("--compare.methods", "unrolled", "implicit", "penalty")
-ARMS = ["uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "alignment", "low_loss"]
+ARMS = [
+    "uniform",
+    "validation",
+    "train+validation",
+    "oracle",
+    "oracle+validation",
+    "random",
+    "top_alignment",
+    "low_loss",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +71,7 @@ def test_writes_what_it_promises(whole):
     assert "own test" in rows["penalty"]["mean"] and "own report" not in rows["unrolled"]["mean"]
     assert rows["oracle"]["mean"]["f1"] == 1 and rows["oracle+validation"]["mean"]["distance"] == 0
     assert rows["uniform"]["mean"]["passes"] == 6 and "f1" not in rows["uniform"]["mean"]
-    assert rows["alignment"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
+    assert rows["top_alignment"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
 
     text = (out / "report.html").read_text()
     assert "<svg" in text and "Which method finds the examples to trust" in text
@@ -179,3 +190,8 @@ def test_resuming_under_another_config_is_refused(config, whole, tmp_path, capsy
     flags = ["--out", str(tmp_path / "run"), "--resume", *ITERATED, "--compare.budget", "121"]
     assert main(["compare", str(config), *flags]) == 1
     assert "compare.budget" in capsys.readouterr().err
+
+
+def test_methods_and_baselines_have_names_of_their_own():
+    """Their results stand side by side in one table and one folder."""
+    assert set(get_args(CompareMethod)).isdisjoint(get_args(Baseline))

@@ -19,7 +19,7 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
         "certify.step-sizes": 0.1,
     }  # fmt: skip
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
-    arms = ["--retrain.variants", "uniform", "learned", "selected", "alignment", "oracle"]
+    arms = ["--retrain.variants", "uniform", "learned", "selected", "top_alignment", "oracle"]
     result = run_verb("select", "configs/select.yaml", tmp_path / "run", *given, *arms)
     loss = {row["name"]: row["mean"]["test"] for row in result["compare"]}
     assert loss["oracle"] < loss["uniform"] - 0.2  # else the labels mean nothing here

@@ -71,7 +71,9 @@ def summarize_comparison(result: JsonObject) -> str:
     )
     rows = {row["name"]: row for row in result["rows"]}
     if ranked_texts := [
-        f"{name} {_format_estimate(rows[name], 'auc')}" for name in ("alignment", "low_loss") if name in rows and labels
+        f"{name} {_format_estimate(rows[name], 'auc')}"
+        for name in ("top_alignment", "low_loss")
+        if name in rows and labels
     ]:
         parts.append(f"Ranked once, after uniform training: AUC {', '.join(ranked_texts)}.")
     if "validation" in rows and "train+validation" in rows:

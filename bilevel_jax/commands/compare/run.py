@@ -191,7 +191,7 @@ class Repetition:
 
     def run_baseline(self, name: str, variant: RetrainVariant, scores: np.ndarray | None) -> dict[str, Any]:
         """The cell of a selection that learns no weights."""
-        ranking_passes = self.uniform_stats["passes"] if name in ("alignment", "low_loss") else 0
+        ranking_passes = self.uniform_stats["passes"] if name in ("top_alignment", "low_loss") else 0
         is_kept = np.isin(np.arange(self.task.num_examples), variant.example_indices)
         cell = self._retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
         if self.good is not None and scores is not None:
@@ -247,7 +247,7 @@ def make_baselines(
             random_subset,
             np.isin(np.arange(task.num_examples), random_subset).astype(float),
         ),
-        "alignment": (
+        "top_alignment": (
             f"{share}, by alignment once",
             top_indices(-uniform_stats["alignment"], count, everything),
             -uniform_stats["alignment"],

@@ -584,7 +584,7 @@ class SelectionSection:
 
 
 Variant = Literal[
-    "uniform", "learned", "selected", "random", "alignment", "low_loss", "validation", "train+validation", "oracle",
+    "uniform", "learned", "selected", "random", "top_alignment", "low_loss", "validation", "train+validation", "oracle",
     "ica", "loss", "reducible", "oneshot", "margin",
 ]  # fmt: skip
 DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:9]
@@ -753,7 +753,7 @@ class ArraysSection:
 
 CompareMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
 Baseline = Literal[
-    "uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "alignment", "low_loss"
+    "uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "top_alignment", "low_loss"
 ]
 
 
@@ -776,7 +776,7 @@ class CompareSection:
     """Repetitions with other wrong labels, orders of the data and initial parameters."""
 
     top_share: Share = 0.5
-    """Share of the examples that the baselines random, alignment and low_loss select."""
+    """Share of the examples that the baselines random, top_alignment and low_loss select."""
 
 
 EstimatorName = Literal["unrolled", "implicit", "alignment"]

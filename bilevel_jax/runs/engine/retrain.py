@@ -76,8 +76,8 @@ def build_variants(
             "selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones
         ),
         "random": lambda: RetrainVariant("random subset", f"{subset_size} drawn at random", random_indices, ones),
-        "alignment": lambda: RetrainVariant(
-            "alignment",
+        "top_alignment": lambda: RetrainVariant(
+            "top_alignment",
             f"{subset_size} best aligned with grad L_v after uniform training",
             top_indices(-learned.alignment, count, all_indices),
             ones,
