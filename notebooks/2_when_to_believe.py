@@ -284,7 +284,9 @@ lengths = float(jnp.abs(grad).sum()), float(np.median([abs(d @ grad) for d in di
 print(f"slope along the signs {lengths[0]:.3f}, along a random direction {lengths[1]:.3f} nats (median of 20)")
 print(f"the gradient is right to {true_error:.0e}; at s = .01 the signs say {errors[2, 0]:.0e},")
 print(f"the median random direction {np.median(errors[2, 1:]):.0e} and the worst {errors[2, 1:].max():.0e}")
-assert true_error < 1e-5 and errors[2, 0] < 2e-3 and np.median(errors[2, 1:]) > 3 * errors[2, 0]
+further = np.median(np.median(errors[:, 1:], axis=1) / errors[:, 0])  # one step alone is one draw of the rounding
+print(f"over the six steps the median random direction is {further:.0f} times further off than the signs")
+assert true_error < 1e-5 and errors[2, 0] < 2e-3 and further > 3
 
 # %% [markdown]
 # ## 5. Adam's `eps_root`
@@ -352,7 +354,7 @@ for eps_root, one in softer.items():
         f"eps_root {eps_root:<6g} ratio {one.finite_differences.ratios[0]:.3f}, smooth {one.metasmoothness:.2f}, "
         f"rank {one.removal_prediction.rank:.2f}: {certify.judge_certificates(one).level}"
     )
-assert softer[1e-2].smooth > softer[1e-4].smooth > softer[1e-12].smooth
+assert softer[1e-2].metasmoothness > softer[1e-4].metasmoothness > softer[1e-12].metasmoothness
 assert certify.judge_certificates(softer[1e-2]).level == "BELIEVE" != certify.judge_certificates(softer[1e-12]).level
 
 # %% [markdown]

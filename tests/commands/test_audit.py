@@ -1,4 +1,4 @@
-"""The command `audit`: its statistics, what it finds where the truth is known, that it stops and goes on, wrong input."""
+"""The command `audit`: its statistics, known truths, resuming, and errors."""
 
 import json
 import re
@@ -207,7 +207,7 @@ WRONG = {
     "too few subsets": (["--audit.subsets", "4"], "audit.subsets = 4: must be 8 or more"),
     "one query": (["--audit.queries", "1"], "audit.queries = 1: must be 0 .none., or 2 or more"),
     "more queries than rows": (["--audit.queries", "25"], "audit.queries = 25, but validation has 24 rows"),
-    "no validation examples": (["--arrays.validation-examples", "0"], "arrays.validation_examples = 0: must be 1 or more"),
+    "no validation examples": (["--arrays.validation-examples", "0"], "validation_examples = 0: must be 1 or more"),
     "no text to trust": (["--data.train", "rows.jsonl"], "name the validation examples"),
     "an unknown score": (["--audit.scores", "lost"], "there is no score 'lost'; did you mean 'loss'"),
     "a score of text": (["--audit.scores", "ica"], "'ica' reads text; for arrays"),

@@ -1,4 +1,4 @@
-"""The command `compare` as a user runs it: what it writes, that it stops and goes on, and what it says to wrong input."""
+"""The command `compare` as a user runs it: outputs, resuming, and errors."""
 
 import json
 import re
@@ -169,7 +169,10 @@ WRONG = {
     "no file": (["--data.train", "nowhere.npz"], "nowhere.npz: no such file"),
     "too few rows": (["--arrays.validation-examples", "5000"], "has 120 in x_train"),
     "text without validation examples": (["--data.train", "rows.jsonl"], "name the validation examples"),
-    "features of arrays": (["--outer.weighting", "by_features", "--compare.methods", "window"], "reads text; for arrays"),
+    "features of arrays": (
+        ["--outer.weighting", "by_features", "--compare.methods", "window"],
+        "reads text; for arrays",
+    ),
     "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "folder exists": (["--out", "EXISTS"], "--resume"),
 }  # fmt: skip

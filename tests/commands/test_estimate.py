@@ -31,8 +31,10 @@ LLAMA_3_8B = {
     "eos_token_id": 128001, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 LARGE = (
-    "--model.base-dtype", "bfloat16", "--train.max-steps", "1000", "--train.global-batch-size", "64", "--train.gradient-accumulation-steps", "8",
-    "--data.max-length", "1024", "--estimate.train-examples", "50000", "--estimate.devices", "8", "--estimate.tflops", "989",
+    "--model.base-dtype", "bfloat16", "--train.max-steps", "1000", "--train.global-batch-size", "64",
+    "--train.gradient-accumulation-steps", "8",
+    "--data.max-length", "1024", "--estimate.train-examples", "50000", "--estimate.devices", "8",
+    "--estimate.tflops", "989",
 )  # fmt: skip
 
 

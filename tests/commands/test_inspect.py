@@ -102,8 +102,8 @@ def test_copies_leaks_and_overlaps_are_all_counted(look):
     assert "training examples on 1 prompt with several responses: 2\n    train.jsonl:2, train.jsonl:23\n" in out
     assert "but another response: 1\n    train.jsonl:3 asks what validation.jsonl:19 asks\n" in out
     assert (
-        "2 training examples among the validation examples; the other commands stop: remove them, or set data.leaks to drop"
-        in out
+        "2 training examples among the validation examples; the other commands stop: "
+        "remove them, or set data.leaks to drop" in out
     )
     assert "the other commands leave them out" in look(train, trusted, "--data.leaks", "drop")
 
@@ -122,7 +122,8 @@ DEEP = {"prompt": "e" * 40 + ">", "response": "dd"}  # 45 tokens, of which 41 ar
 @pytest.mark.parametrize(
     "truncate, said",
     [
-        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncation = error: the other commands stop. "
+        ("error", "2 rows (9.1%) of more than 32 tokens, the first {}:21. data.truncation = error: "
+                  "the other commands stop. "
                   "Instead: right loses 13.7% of the targets and leaves 1 row without any, which stops the other "
                   "commands; left loses 8.1% of the targets; drop loses 35.5% of the targets"),
         ("right", "data.truncation = right: right loses 13.7% of the targets and leaves 1 row without any"),

@@ -1,4 +1,4 @@
-"""The command `rank`: what it reads, what it computes of its blocks, its pick, that it stops and goes on, wrong input."""
+"""The command `rank`: its input, scores of blocks, its pick, resuming, and errors."""
 
 import json
 import math
@@ -209,7 +209,8 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
 def test_train_then_test_finds_the_strategy_that_the_validation_rows_follow(inputs, made, tmp_path):
     flags = (
         "--rank.train-examples", "16", "--rank.train-seeds", "2", "--data.validation", str(made / "validation.jsonl"),
-        "--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2", "--train.max-steps", "40", "--train.global-batch-size", "8",
+        "--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2", "--train.max-steps", "40",
+        "--train.global-batch-size", "8",
         "--rank.accuracies", "next=.9", "previous=.1", "same <b>=.2",
     )  # fmt: skip
     result = run(inputs, tmp_path / "run", *flags)
@@ -327,8 +328,12 @@ WRONG = {
     "no map": (changed(lambda row: row.update(responses="x")), [], r"l:3: 'responses' is str 'x'; a map from strat"),
     "no question": (changed(lambda row: row.pop("prompt")), [], r"table.jsonl:3: no 'prompt'; the keys are"),
     "twice": (lambda rows: [*rows, rows[1]], [], r"table.jsonl:21: the question stands at .*table.jsonl:2, too"),
-    "few questions": (lambda rows: rows[:5], [], "5 questions can be asked, and a block has rank.block_size = 6 of them"),
-    "long questions": (None, ["--rank.max-question-tokens", "3"], "0 questions can be asked, .* or raise rank.max_question_tokens"),
+    "few questions": (lambda rows: rows[:5], [], "5 questions can be asked, and a block has rank.block_size = 6"),
+    "long questions": (
+        None,
+        ["--rank.max-question-tokens", "3"],
+        "0 questions can be asked, .* or raise rank.max_question_tokens",
+    ),
     "unknown strategy": (None, ["--rank.strategies", "nxt", "same <b>"], "names 'nxt', .* did you mean 'next'"),
     "one strategy": (None, ["--rank.strategies", "next"], "1 strategy; ranking takes at least 2"),
     "one file": (None, ["--rank.responses-field", "said"], "no 'response'; the keys are .* table of strategies has"),
@@ -337,8 +342,16 @@ WRONG = {
     "k": (None, ["--rank.k", "5"], "rank.k = 5: must be 1 or more, and at most rank.block_size - 2"),
     "decide": (None, ["--rank.metrics", "ifd"], "rank.pick_by = 'sppl': must be among rank.metrics"),
     "template": (None, ["--rank.template", "{question}"], "must hold {question} and then {examples}, once each"),
-    "too long": (None, [*OWN, "--rank.example-template", 9 * "x " + "{answer}"], "and a response take .* Set rank.max_response_tokens"),
-    "long answers": (None, ["--generate.max-new-tokens", "30"], "its answer up to generate.max_new_tokens = 30; .* Lower generate"),
+    "too long": (
+        None,
+        [*OWN, "--rank.example-template", 9 * "x " + "{answer}"],
+        "and a response take .* Set rank.max_response_tokens",
+    ),
+    "long answers": (
+        None,
+        ["--generate.max-new-tokens", "30"],
+        "its answer up to generate.max_new_tokens = 30; .* Lower generate",
+    ),
     "accuracies": (None, ["--rank.accuracies", "next=1"], "has no number for previous, same <b>. Give one for each"),
     "accuracy of whom": (None, ["--rank.accuracies", "nxt=1"], "names 'nxt', which is no strategy; did you mean 'nex"),
     "nothing to test on": (None, ["--rank.train-examples", "5"], "name the examples to test on in data.validation"),

@@ -227,7 +227,10 @@ WRONG = {
     "prompt beyond the context": (["--data.train", [*GOOD, {"prompt": "a" * 99, "response": "b"}]], ":13"),
     "one example": (["--data.train", GOOD[:1]], "1 training example; weights compare rows"),
     "no validation examples": (["--data.validation", []], "no rows"),
-    "validation in training": (["--data.validation", GOOD[3:5], "--data.train", GOOD], "2 training examples also stand in"),
+    "validation in training": (
+        ["--data.validation", GOOD[3:5], "--data.train", GOOD],
+        "2 training examples also stand in",
+    ),
     "folder exists": (["--out", "EXISTS"], "--resume"),
     "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "no derivative": (["--optimizer.eps-root", "0", "--lora.r", "2"], "eps_root > 0"),

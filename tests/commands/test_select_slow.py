@@ -15,7 +15,8 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
     flags = {
         "model.name_or_path": shared / "models" / MODEL, "lora.r": 0, "data.train": tmp_path / "train.jsonl",
         "data.validation": tmp_path / "validation.jsonl", "data.label-field": "label", "data.max-length": 96,
-        "optimizer.eps-root": 1e-8, "train.max_steps": 64, "outer.steps": 4, "selection.top-share": 0.4, "retrain.seeds": 1,
+        "optimizer.eps-root": 1e-8, "train.max_steps": 64, "outer.steps": 4, "selection.top-share": 0.4,
+        "retrain.seeds": 1,
         "certify.step-sizes": 0.1,
     }  # fmt: skip
     given = [text for flag, value in flags.items() for text in (f"--{flag}", value)]

@@ -84,7 +84,7 @@ def reviews(shared: Path, count: int, *, skip: int = 0) -> list[str]:
 
 
 def with_headroom(shared: Path, folder: Path) -> None:
-    """400 training examples: 160 sentences of film reviews, 160 others whose token ids went through one fixed permutation,
+    """400 training examples: 160 sentences of film reviews, 160 others whose token ids one fixed permutation maps,
     80 openings of school arithmetic; and 240 trusted sentences."""
     rng = np.random.default_rng(0)
     with open(shared / "data/sst2/train.jsonl", encoding="utf-8") as lines:

@@ -130,7 +130,8 @@ def test_scores_of_arrays_equal_plain_formulas(arrays):
     slope = np.einsum("nf,nc->fc", x[n:], far[n:]) / (len(y) - n), far[n:].mean(0)
     steps = 3
     run = run_plain(
-        task.train_step, init_train_state(task.optimizer, task.init_params(0)), jnp.ones(len(y)), task.frozen(task.init_params(0)),
+        task.train_step, init_train_state(task.optimizer, task.init_params(0)), jnp.ones(len(y)),
+        task.frozen(task.init_params(0)),
         task.training_stream(0, task.validation_indices())._replace(steps=steps),
     )  # fmt: skip
     held = run.end.params[0]

@@ -111,8 +111,12 @@ def test_floats_are_read_as_they_are(path):
     flags = ("--data.train", str(path.parent / "floats.npz"))
     one, other = task(path), task(path, *flags)
     params = one.init_params(0)
-    a, b = (made.objective.losses(params, None, jax.tree.map(lambda leaf: leaf[0], made.held_out_streams["validation"].batch(0)))
-            for made in (one, other))  # fmt: skip
+
+    def losses(made):
+        batch = made.held_out_streams["validation"].batch(0)
+        return made.objective.losses(params, None, jax.tree.map(lambda leaf: leaf[0], batch))
+
+    a, b = losses(one), losses(other)
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
