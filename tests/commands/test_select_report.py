@@ -360,6 +360,14 @@ def test_the_headline_follows_the_numbers(values, says, tmp_path):
     assert says in words(written(tmp_path, result(compare=compare)))
 
 
+def test_uniform_weights_are_not_said_to_change_the_loss(tmp_path):
+    told = result(compare=compared(values={"learned weights": GOOD["uniform"]})) | {"best": 0}
+    for row in told["compare"][1:]:
+        if row["name"] == "learned weights":
+            row["runs"] = told["compare"][0]["runs"]
+    assert "the weights are the uniform ones of step 0" in words(written(tmp_path, told))
+
+
 def test_a_difference_within_its_interval_is_no_difference(tmp_path):
     compare = compared()
     for seed, (learned, uniform) in enumerate(zip(compare[1]["runs"], compare[0]["runs"], strict=True)):

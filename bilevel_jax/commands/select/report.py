@@ -132,7 +132,9 @@ def write_headline(run: RunResults) -> tuple[str, str]:
     if not (gain := difference_from_uniform(run, "learned weights", part)):
         return no_number, "the comparison lacks “uniform” or “learned weights” (retrain.variants)."
     verb, size = "lower" if gain.mean < 0 else "raise", abs(gain.mean)
-    if math.isnan(gain.half_width):
+    if run.result["best"] == 0 and gain.mean == 0:
+        words = f"No outer step was better on dev: the weights are the uniform ones of step 0, and {part} loss is the same."
+    elif math.isnan(gain.half_width):
         words = (
             f"Learned weights {verb} {part} loss by {format_number(size)} {run.unit} against uniform weights, with one "
             "seed: no interval, so this may be chance."

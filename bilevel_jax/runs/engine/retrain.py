@@ -166,5 +166,6 @@ def retrain_variant(
 
 def _format_result(result: dict[str, Any], accuracy_name: str) -> str:
     mean, half = result["mean"].get("test"), result["interval"].get("test")
-    loss = "" if mean is None else f"test loss {mean:.4f} ± {half:.4f}   "
+    interval = "" if half is None or np.isnan(half) else f" ± {half:.4f}"  # one seed has none
+    loss = "" if mean is None else f"test loss {mean:.4f}{interval}   "
     return f"{result['name']:<20}{loss}{accuracy_name} {result['mean']['accuracy']:.3f}   {result['rows']} rows"
