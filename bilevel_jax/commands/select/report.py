@@ -133,7 +133,10 @@ def write_headline(run: RunResults) -> tuple[str, str]:
         return no_number, "the comparison lacks “uniform” or “learned weights” (retrain.variants)."
     verb, size = "lower" if gain.mean < 0 else "raise", abs(gain.mean)
     if run.result["best"] == 0 and gain.mean == 0:
-        words = f"No outer step was better on dev: the weights are the uniform ones of step 0, and {part} loss is the same."
+        words = (
+            f"No outer step was better on dev: the weights are the uniform ones of step 0, and {part} loss is the same "
+            "as with uniform weights."
+        )
     elif math.isnan(gain.half_width):
         words = (
             f"Learned weights {verb} {part} loss by {format_number(size)} {run.unit} against uniform weights, with one "
