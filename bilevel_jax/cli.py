@@ -110,8 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help", "--help-all"} & set(command_arguments):
         from bilevel_jax.runs.config.load import print_config_help
 
-        print_config_help(_config_class(name), show_all="--help-all" in command_arguments)
-        return 0
+        def show_help() -> str:
+            path = _split_config(command_arguments)[0]
+            path = None if path == "CONFIG" else path  # the word of the usage line, typed as it stands there
+            print_config_help(_config_class(name), path, show_all="--help-all" in command_arguments)
+            return ""
+
+        return _report_errors(show_help)
     return _report_errors(lambda: RUNNERS.get(name, _run)(name, command_arguments))
 
 

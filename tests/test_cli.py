@@ -168,3 +168,14 @@ def test_the_result_is_summarised(name, monkeypatch):
     config = getattr(load, COMMANDS[name].config)()
     expected = f"so\nreport: {config.output.dir}/report.html" if summary else "so"
     assert cli._call(name, config) == expected
+
+
+def test_help_shows_the_values_of_the_config(capsys):
+    assert main(["select", "configs/quickstart.yaml", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "Optimizer steps of one run. (default: 128)" in text
+    assert main(["select", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "(default: 200)" in text and "Without CONFIG the defaults are those of configs/select.yaml" in text
+    assert main(["select", "nowhere.yaml", "--help"]) == 1
+    assert "nowhere.yaml: no such config" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_a_stored_reference_is_used_and_checked(made, whole, tmp_path, capsys):
 WRONG = {
     "single responses": (("--objective.name", "dpo"), "compares a chosen with a rejected one.*objective.name to sft"),
     "pairs": (("--data.train", "pairs.jsonl"), "a preference pair, and objective.name = sft"),
-    "best without dev": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no rows"),
+    "best without dev": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no examples"),
     "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
     "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
     "smoothing of sft": (("--objective.label-smoothing", "0.1"), "is for dpo only"),

@@ -53,7 +53,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed]
         )
         if config.train.load_best and "dev" not in task.held_out_streams:
-            raise ValueError("train.load_best chooses by dev, which has no rows: give data.validation or .select.")
+            raise ValueError(
+                "train.load_best chooses by dev, which has no examples: give data.dev, or data.validation with a "
+                "share for dev in data.split."
+            )
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -250,9 +250,11 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
         ValueError: that lists all errors of the file, or all values that violate a bound or a rule.
         SystemExit: for a wrong flag; the nearest flags are printed.
     """
-    commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
-    ignored_sections = () if config_class in commands_with_own_sections else section_names()
-    config = config_class() if path is None else read_yaml_config(config_class, find_config(path), ignored_sections)
+    config = (
+        config_class()
+        if path is None
+        else read_yaml_config(config_class, find_config(path), _ignored_sections(config_class))
+    )
     prog = f"bilevel-jax {COMMANDS[config_class]} {'CONFIG' if path is None else path}"
     config = parse_flags(config, overrides, prog)
     check_config(config, f"{path or 'the defaults'} and the command line")
@@ -273,14 +275,30 @@ def load_shipped_config(config_class: type[ConfigT], overrides: Sequence[str] = 
     return config
 
 
-def print_config_help(config_class: Any, show_all: bool) -> None:
-    """Print the keys of a command, their defaults and what they mean: those that most runs set, or all."""
+def print_config_help(config_class: Any, path: str | None, show_all: bool) -> None:
+    """Print the keys of a command with the values that they have under a file, or without one, and what they mean.
+
+    Shows the keys that most runs set, or all.
+    """
     command = COMMANDS.get(config_class, "estimate")
-    if config_class in SHIPPED_CONFIGS:
-        config = _remove_inputs(read_yaml_config(config_class, find_config(SHIPPED_CONFIGS[config_class])))
-    else:
-        config = config_class()
+    if path is not None and config_class in COMMANDS and not Path(path).is_dir():
+        config = read_yaml_config(config_class, find_config(path), _ignored_sections(config_class))
+        print_help(config, f"bilevel-jax {command} {path}", show_all)
+        return
+    shipped = SHIPPED_CONFIGS.get(config_class)
+    config = _remove_inputs(read_yaml_config(config_class, find_config(shipped))) if shipped else config_class()
+    if shipped:
+        print(
+            f"Without CONFIG the defaults are those of {shipped}, as below. Keys that a CONFIG does not set have "
+            f"defaults of their own: bilevel-jax {command} CONFIG --help shows them.\n"
+        )
     print_help(config, f"bilevel-jax {command} [CONFIG]", show_all)
+
+
+def _ignored_sections(config_class: Any) -> Collection[str]:
+    """Sections of other commands, which a command that reads any command's config passes over."""
+    commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
+    return () if config_class in commands_with_own_sections else section_names()
 
 
 def _remove_inputs(config: Any) -> Any:

@@ -93,6 +93,8 @@ RENAMED_KEYS = {
 """Keys of a renamed section that are not listed keep their name in the section's new name."""
 
 CHANGED_VALUES = {
+    "bench.arms": "aligned is now top_alignment",
+    "compare.rows": "perplexity is now low_loss, alignment is top_alignment",
     "data.supervise": "all is now all_turns, last is last_turn",
     "optimizer.warmup": "a fraction below 1 is now optimizer.warmup_ratio",
     "train.keep": "best is now true, last is false",

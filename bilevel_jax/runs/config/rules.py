@@ -40,8 +40,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "optimizer.warmup_steps",
-        lambda c: c.optimizer.warmup_ratio > 0 or 0 <= c.optimizer.warmup_steps < (c.train.max_steps or math.inf),
-        "must be 0 or more and below train.max_steps; a share of them is optimizer.warmup_ratio",
+        lambda c: c.optimizer.warmup_ratio > 0 or c.optimizer.warmup_steps < (c.train.max_steps or math.inf),
+        "must be below train.max_steps; a share of them is optimizer.warmup_ratio",
     ),
     (
         "optimizer.name",

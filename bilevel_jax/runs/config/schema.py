@@ -193,10 +193,10 @@ class OptimizerSection:
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate after the warmup: constant, or decaying to 0 along a cosine or a line."""
 
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, Ge(0)] = 10
     """Steps over which the learning rate rises to its peak."""
 
-    warmup_ratio: float = 0.0
+    warmup_ratio: Decay = 0.0
     """Warmup as a fraction of all steps; above 0 it replaces warmup_steps."""
 
     weight_decay: NonNegative = 0.0
@@ -621,7 +621,7 @@ class CertifySection:
     retrains: Annotated[int, Ge(8), Special(0, "not measured"), Because("fewer say nothing about a correlation")] = 0
     """Predictiveness: trainings without random subsets of the examples; 0: not measured."""
 
-    retrain_removed: OpenShare = 0.5
+    retrain_removed: OpenShare = 0.2
     """Predictiveness: share of the training examples that each of those trainings leaves out."""
 
 

@@ -150,7 +150,9 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
         (["--data.split", "0.5", "0.5", "0.5"], "data.split = (0.5, 0.5, 0.5): three shares"),
         (["--lora.r", "0", "--model.base-dtype", "bfloat16"], "only a frozen base can be stored in bfloat16"),
-        (["--optimizer.warmup-steps", "9", "--train.max-steps", "9"], "must be 0 or more and below train.max_steps"),
+        (["--optimizer.warmup-steps", "9", "--train.max-steps", "9"], "must be below train.max_steps"),
+        (["--optimizer.warmup-ratio", "1"], "optimizer.warmup_ratio = 1.0: must be in [0, 1)"),
+        (["--optimizer.warmup-steps", "-1", "--optimizer.warmup-ratio", "0.1"], "optimizer.warmup_steps = -1"),
         (
             ["--selection.threshold", "1", "--selection.resample", "5"],
             "selection: threshold, resample and per_source are three ways",
