@@ -60,7 +60,7 @@ def command(path: str) -> str:
 
 
 def target(name: str) -> str:
-    """`bilevel_jax.runs.infra.mesh.place` as the path that it is in: `runs/infra/mesh`."""
+    """`bilevel_jax.runs.infra.placement.place_table` as the path that it is in: `runs/infra/placement`."""
     parts = name.split(".")[1:]
     while parts and not (PACKAGE / "/".join(parts)).is_dir() and not (PACKAGE / ("/".join(parts) + ".py")).is_file():
         parts.pop()

@@ -1,4 +1,4 @@
-"""The commands as functions of a config: `commands.select(config) -> result`.
+"""The command functions, which take a config and return a result.
 
 Each command is a folder of its own, `commands/select/`, and a function of the same name. As an attribute of this module
 the name is the function; the folder's modules are imported by their path, as in

@@ -1,4 +1,4 @@
-"""Single-loop bilevel training: parameters and example weights move together.
+"""Single-loop bilevel training of parameters and example weights.
 
 Value-function penalties read the bilevel problem as one objective, with lambda = 1 / (1 + gamma), G the weighted
 training loss and r its prior:

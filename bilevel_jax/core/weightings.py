@@ -32,7 +32,7 @@ class OnlineWeights(NamedTuple):
     batch_grad: Callable[[Any, ExampleIndex, BatchValues], Hyper]
     """(state, index, hypergradients) -> d/dh of the batch; `hypergradients` are nats per example and unit of weight."""
     update: Callable[[Any, ExampleIndex, Hyper], Any]
-    """(state, index, change of h) -> state; shaped as `slope` gives it."""
+    """(state, index, change of h) -> state; shaped as `batch_grad` gives it."""
     weights: Callable[[Any], WeightTable]
     """state -> the whole table; for the end of a run, it costs O(examples)."""
     renormalize: Callable[[Any], Any]

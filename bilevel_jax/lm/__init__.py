@@ -1,4 +1,4 @@
-"""Language models: from text to batches, losses, likelihoods and generated responses.
+"""Language models with their data, losses, likelihoods and generation.
 
 Flax is fenced in here, and nothing in it sees an optimiser. The names below are imported when they are first read.
 """

@@ -1,1 +1,1 @@
-"""Files, devices and time: the floor that runs things and never differentiates."""
+"""Configuration, tasks, training and reports shared by the commands."""

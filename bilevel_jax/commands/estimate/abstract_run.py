@@ -1,4 +1,4 @@
-"""Abstract run with array shapes only, on devices possibly simulated."""
+"""A run as array shapes only, on real or simulated devices."""
 
 from dataclasses import replace
 from pathlib import Path

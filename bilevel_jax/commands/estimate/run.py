@@ -1,4 +1,4 @@
-"""The `estimate` command, a run's memory, disk and time in advance."""
+"""The `estimate` command, which predicts memory, disk and time."""
 
 import json
 import tempfile

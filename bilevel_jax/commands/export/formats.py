@@ -40,7 +40,7 @@ class FormattedRows(NamedTuple):
 
 
 def choose_layout(examples: Sequence[Example], requested: str) -> str:
-    """The layout of all rows: `asked`, or with auto the one they came in; a ValueError where it cannot hold one."""
+    """The layout of all rows: `requested`, or with auto the one they came in; a ValueError where it cannot hold one."""
     kinds = [_layout_kind(example) for example in examples]
     layout = requested if requested != "auto" else "chat" if set(kinds) == {"chat", "prompt"} else kinds[0]
     for example, kind in zip(examples, kinds, strict=True):

@@ -1,4 +1,4 @@
-"""The model before training, its tokenizer, prompts and own answers."""
+"""The untrained model with its tokenizer, prompts and answers."""
 
 import re
 import sys

@@ -173,7 +173,7 @@ def _encode_by_prefix(
 
 
 def _render_chat(example: Example, tokenizer: Tokenizer, num_turns: int, add_generation_prompt: bool) -> str:
-    """The first turns as text; with `ask`, up to where the assistant is to speak."""
+    """The first turns as text; with `add_generation_prompt`, up to where the assistant is to speak."""
     messages = [turn._asdict() for turn in example.turns[:num_turns]]
     with _name_example_in_template_errors(example):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[return-value]

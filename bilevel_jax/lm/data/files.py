@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]]:
     """(1-based line, row) for every row of one path; in a table or a data set, the line is the row.
 
-    A .json file is held in memory whole; the others are read as they are asked for. With `lazy`, a data set of the
+    A .json file is held in memory whole; the others are read as they are asked for. With `streaming`, a data set of the
     hub is streamed instead of downloaded first; it then knows no slices such as train[:9].
     """
     if path.startswith("hub:"):

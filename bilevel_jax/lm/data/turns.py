@@ -41,7 +41,7 @@ class DataOptions:
     """How to read a row. The names of the fields are used where the layout has such a field."""
 
     format: str = "auto"
-    """auto, or a name in `formats.FORMATS`."""
+    """auto, or a name in `formats.READ_FORMATS`."""
     prompt_field: str = "prompt"
     response_field: str = "response"
     text_field: str = "text"

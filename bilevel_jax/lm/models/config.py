@@ -182,7 +182,7 @@ def windows_to_layer_types(config: DecoderConfig) -> list[str]:
 def read_rope(where: str, parameters: Mapping[str, Any], length: int, *, full_rotation: bool) -> RopeConfig:
     """`rope_parameters` of transformers 5, or what transformers 4 spells otherwise put into that form.
 
-    `whole`: the family rotates every coordinate of a head.
+    `full_rotation`: the family rotates every coordinate of a head.
     """
     scaling = parameters.get("rope_type", parameters.get("type", "default"))
     if scaling not in ROPE_SCALINGS:

@@ -1,4 +1,4 @@
-"""Gemma 3 (text)."""
+"""Gemma 3 (text) decoder layers and checkpoint names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""GPT-2 decoder layers and checkpoint names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -139,7 +139,7 @@ def save_model(folder: str | Path, config: DecoderConfig, params: Mapping[str, A
 
 
 def locate_tensors(config: DecoderConfig) -> dict[str, Any]:
-    """The parameter tree with a `Leaf` in place of each array."""
+    """The parameter tree with a `TensorLocation` in place of each array."""
     family = FAMILIES[config.family]
 
     def locate_in_layers(name: str, part: str, shape: tuple[int, ...]) -> TensorLocation:

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3."""
+"""Llama, Mistral, Qwen2 and Qwen3 decoder layers and checkpoint names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -97,7 +97,7 @@ def add_projections(layer: Any, draw: MatrixInit, offset: float = 0.0) -> None:
 
 
 def apply_attention(layer: Any, x: Array, context: LayerContext) -> tuple[Array, KeyValues]:
-    """Grouped-query attention of normed tokens, with the projections that `matrices` made."""
+    """Grouped-query attention of normed tokens, with the projections of the layer."""
     config = layer.config
     rows, length = context.mask.shape[:2]
 

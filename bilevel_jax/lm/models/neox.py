@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia)."""
+"""GPT-NeoX (Pythia) decoder layers and checkpoint names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +54,7 @@ REQUIRED_KEYS = (
 
 
 class NeoXLayer(nnx.Module):
-    """Attention and feed-forward, both of the layer's input if `parallel`, else one after the other."""
+    """Attention and feed-forward, both of the layer's input if `parallel_residual`, else one after the other."""
 
     def __init__(self, config: DecoderConfig, draw: MatrixInit):
         def linear(name, source, sink):

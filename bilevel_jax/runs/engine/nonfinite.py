@@ -1,4 +1,4 @@
-"""Where training first produced a number that is not finite."""
+"""Locator of the first non-finite number in training."""
 
 from collections.abc import Callable
 from typing import Any

@@ -17,7 +17,7 @@ def select_examples(
     sources: Sequence[str],
     seed: int,
 ) -> Int[np.ndarray, "selected"]:
-    """The rows to keep, in row order, out of `among`.
+    """The examples to keep, in their order, out of `candidates`.
 
     - top_share: that share of the rows, those of the largest weights;
     - threshold: all rows of at least that weight;

@@ -204,7 +204,7 @@ class Trainer:
     ) -> Estimate:
         """Estimates that read the end of training only: implicit, or alignment, <grad l_i, grad L_v>.
 
-        `summed` (default: all rows, read anew in each pass) and `validation` (default: validation) take their places.
+        `train_stream` and `validation` replace all training examples, read anew in each pass, and the validation set.
         """
         task, outer = self.task, self.outer
         fixed = task.frozen(run.start.params)

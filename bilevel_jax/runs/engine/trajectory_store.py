@@ -1,4 +1,4 @@
-"""Where training states are stored for the backward pass."""
+"""Storage of training states for the backward pass."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""The loop of a resumable training: steps, progress, signals and saves."""
+"""Resumable training-step loop with progress, signals and checkpoints."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Report section on training examples with the largest and least weights."""
+"""Report section on training examples with the largest and smallest weights."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -83,7 +83,7 @@ def float_or_nan(value: float | None) -> float:
 
 
 def write_report(folder: Path, render_page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
-    """Write `folder`/report.html, `page` of (the run's name, its result, its config, its environment)."""
+    """Write `folder`/report.html, `render_page` of (the run's name, its result, its config, its environment)."""
     path = folder / "report.html"
     text = {
         name: (folder / name).read_text("utf-8") for name in ("result.json", run_dir.CONFIG_FILE, "environment.json")

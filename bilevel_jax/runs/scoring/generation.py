@@ -28,8 +28,8 @@ def make_generator_factory(
 ) -> Callable[[Params], GenerateFn]:
     """What makes a `Generator`, (prompts, draws) -> responses[prompt][draw], of the model with some parameters.
 
-    `prompts.prompts` makes prompts of examples; the draws of a round are any numbers, `range(settings.draws)` or those
-    of a later round. The parameters are whole ones (with the base, `losses.assemble`); no program is compiled again for
+    `make_prompts` makes prompts of examples; the draws of a round are any numbers, `range(settings.draws)` or those
+    of a later round. The parameters are whole ones (with the base, `assemble_params`); no program is compiled again for
     others. A service writes with the model that it has, whatever the parameters.
 
     Every response is stored in the run's folder under the prompt, the draw, the sampling and the fingerprint of the

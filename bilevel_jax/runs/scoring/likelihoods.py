@@ -116,7 +116,7 @@ def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEn
 
 
 def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """`incontext.ica` with validation as the holdout."""
+    """`ica_score` with validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
     embedding = (
         tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
@@ -144,7 +144,7 @@ def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session
 
 
 def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """`oneshot.oneshot` with scores.anchors validation examples as the holdout."""
+    """`oneshot_score` with scores.anchors validation examples as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
     usable_indices = np.flatnonzero(holdout.is_kept)
     anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[

@@ -35,8 +35,8 @@ class WeightSummary(NamedTuple):
 class Reweighting:
     """The weights of each step, from the last making of the scores at or before it.
 
-    Scores are made before the steps `starts`, by the parameters then, and kept in the run's folder: a run that is
-    resumed reads them there, so it goes on with the same numbers. A row without a score counts as the least.
+    Scores are computed before the steps `refresh_steps` by the parameters then, and stored in the run's folder: a
+    resumed run reads them there, so it goes on with the same numbers. A row without a score counts as the least.
     """
 
     def __init__(

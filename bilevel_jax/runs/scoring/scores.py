@@ -125,7 +125,7 @@ def warm_start_logits(
 
 
 def has_score_column(column: str, folder: Path) -> bool:
-    """Whether `once` has made a column in this folder."""
+    """Whether `load_or_compute_score` has made a column in this folder."""
     path = folder / SCORES_FILE
     return path.exists() and column in pq.ParquetFile(path).schema_arrow.names
 
@@ -207,7 +207,7 @@ def ica_score(task: Task, params: Params, settings: ScoresSection, session: Sess
 
 
 def oneshot_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
-    """How many answers of validation are likelier after the row as demonstration (Nuggets); see `scores.oneshot`."""
+    """How many validation answers the example makes likelier as demonstration (Nuggets); see `scores.oneshot`."""
     assert isinstance(task, TextTask)  # `check_score_name` has refused arrays
     return likelihoods.compute_one_shot(task, params, settings, session)
 

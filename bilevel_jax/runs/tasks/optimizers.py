@@ -34,7 +34,7 @@ UPDATE_RULES = {
 
 
 def learning_rate_schedule(config: OptimizerSection, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate: up to the peak over `warmup` steps, then constant, or down to 0 at `steps`.
+    """Step -> learning rate: up to the peak over the warmup, then constant, or down to 0 at `num_steps`.
 
     The first step already moves, at 1/(warmup + 1) of the peak: a rate of 0 would waste it and zero its rows' entries.
     """
@@ -57,7 +57,7 @@ DECAY_SHAPES = {
 
 
 def clip_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale the whole gradient down to norm `greatest` where it is longer.
+    """Scale the whole gradient down to norm `max_norm` where it is longer.
 
     optax.clip_by_global_norm is the same function, but its derivative is NaN at a zero gradient.
     """

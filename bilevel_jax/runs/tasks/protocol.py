@@ -1,4 +1,4 @@
-"""What every training task offers, whether its examples are texts or arrays."""
+"""Common interface of text and array training tasks."""
 
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -102,7 +102,7 @@ def load_held_out(
 
 
 def make_data_options(config: DataSection) -> examples.DataOptions:
-    """How the rows are read: the keys of `rows` that `lm.data` knows."""
+    """How files are read: the keys of the section data that `DataOptions` has."""
     return examples.DataOptions(
         format=config.format,
         prompt_field=config.prompt_field,
