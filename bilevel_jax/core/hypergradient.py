@@ -47,7 +47,7 @@ def hypergradient(
         validation: likewise; L_v is the mean of its losses.
         weights: float[examples], one for each training example; default 1.
         optimizer: of the training run to differentiate through; Adam and its kin need eps_root > 0.
-        steps: optimiser steps of that run.
+        steps: optimizer steps of that run.
         batch_size: examples of a step; default all.
         seed: of the order of the examples.
         l2: the strength of the quadratic regulariser, for implicit differentiation.
@@ -58,7 +58,7 @@ def hypergradient(
 
     Raises:
         ValueError: if both or neither of `optimizer` and `l2` are given, the weights are not one for each example, or
-            the optimiser has no derivative.
+            the optimizer has no derivative.
 
     Example:
         >>> def losses(theta, data):

@@ -106,7 +106,7 @@ class PenaltyState(NamedTuple):
     """All that the next step needs; plain arrays, so that saving and loading it is resuming."""
 
     train_state: TrainState
-    """theta, its optimiser's state and the number of steps done."""
+    """theta, its optimizer's state and the number of steps done."""
     second_model: TrainState | None
     """The second copy u, which follows the weighted training loss alone."""
     weights_state: Any
@@ -321,7 +321,7 @@ class BMOState(NamedTuple):
     """All that the next step needs; plain arrays, so that saving and loading it is resuming."""
 
     train_state: TrainState
-    """theta, its optimiser's state and the number of steps done."""
+    """theta, its optimizer's state and the number of steps done."""
     reference: Params
     """The parameters that theta is compared with; () in the separable form."""
     reference_opt_state: optax.OptState
@@ -739,7 +739,7 @@ def epoch_schedule(values: Sequence[float], steps_per_epoch: int) -> optax.Sched
 
     Args:
         values: one value for each epoch.
-        steps_per_epoch: optimiser steps of an epoch.
+        steps_per_epoch: optimizer steps of an epoch.
 
     Returns:
         step -> values[step // steps_per_epoch].

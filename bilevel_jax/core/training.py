@@ -233,7 +233,7 @@ def forward_only_step(
 def optimizer_vjp(
     optimizer: optax.GradientTransformation, grad: Params, state: TrainState, adjoint: Adjoint
 ) -> tuple[Params, Params, list[jax.Array]]:
-    """The adjoint, pulled back through one optimiser update: (of the gradient, of the parameters, of the state)."""
+    """The adjoint, pulled back through one optimizer update: (of the gradient, of the parameters, of the state)."""
     floats, join = tree.split_inexact_leaves(state.opt_state)
 
     def update(grad, params, floats):
@@ -247,7 +247,7 @@ def init_train_state(optimizer: optax.GradientTransformation, params: Params) ->
     """The state of training before the first step.
 
     Args:
-        optimizer: gives the optimiser's state.
+        optimizer: gives the optimizer's state.
         params: where training starts.
 
     Returns:

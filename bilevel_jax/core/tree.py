@@ -11,7 +11,7 @@ from bilevel_jax.core.types import PyTree
 
 
 def inexact_leaves(tree: PyTree) -> list[Array]:
-    """The floating-point leaves, in leaf order: the differentiable part of an optimiser state."""
+    """The floating-point leaves, in leaf order: the differentiable part of an optimizer state."""
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
 
 

@@ -79,14 +79,14 @@ class StepMetrics(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """d L_v / d (state of training): of the parameters and of the optimiser state's inexact leaves, in leaf order."""
+    """d L_v / d (state of training): of the parameters and of the optimizer state's inexact leaves, in leaf order."""
 
     params: Params
     opt_state: list[Array]
 
 
 class TrainStep(NamedTuple):
-    """One optimiser step, forward and backward, and the compiled access to the outer variable."""
+    """One optimizer step, forward and backward, and the compiled access to the outer variable."""
 
     forward: Callable[[TrainState, HyperSlice, Frozen, Batch], tuple[TrainState, StepMetrics]]
     backward: Callable[[TrainState, Params, HyperSlice, Frozen, Batch, Adjoint], tuple[Adjoint, HyperSlice]]
@@ -217,7 +217,7 @@ class Weighting(NamedTuple):
 class SingleLoop(NamedTuple):
     """A single-loop method: the parameters and the weights move together, so that one driver trains with any of them.
 
-    A state is plain arrays, has `train_state: TrainState` (the parameters, their optimiser's state, the steps done),
+    A state is plain arrays, has `train_state: TrainState` (the parameters, their optimizer's state, the steps done),
     and saving it is all that resuming needs. Metrics have at least `train_loss`, the weighted loss with the prior,
     `validation_loss`, L_v of the validation batch (both nats, before the step), `validation_share`, the part of L_v in
     the gradient, and `grad_norm`, the gradient's norm.

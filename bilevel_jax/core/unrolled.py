@@ -37,7 +37,7 @@ class BackwardPass(NamedTuple):
     """The backward pass in pieces, for drivers that save between them."""
 
     init: Callable[[Trajectory, Hyper, Frozen, Stream], BackwardState]
-    """(trajectory, hyper, frozen, validation stream): the adjoint is grad L_v, and 0 for the optimiser's state."""
+    """(trajectory, hyper, frozen, validation stream): the adjoint is grad L_v, and 0 for the optimizer's state."""
     advance: Callable[[Trajectory, Hyper, Frozen, Stream, BackwardState], BackwardState]
     """(trajectory, hyper, frozen, train stream, state): at most `STEPS_PER_ADVANCE` steps further back."""
     is_done: Callable[[Trajectory, BackwardState], bool]
@@ -50,7 +50,7 @@ def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) ->
         lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
         grad += (d step_t / d w)^T lambda_{t+1}
 
-    Exact for the run that happened: its steps, its optimiser, its batches. With a window it is an approximation (it
+    Exact for the run that happened: its steps, its optimizer, its batches. With a window it is an approximation (it
     stops early). Time: one Hessian product per step, and one more training step for each that is replayed. Memory:
     what the trajectory's `plan` says; it changes no bit (`plan.linearize`: nothing but rounding).
 
@@ -311,7 +311,7 @@ def check_differentiable(
     frozen: Frozen,
     train: Stream,
 ) -> None:
-    """Refuse an optimiser whose update has no usable derivative, with the remedy, before the backward pass.
+    """Refuse an optimizer whose update has no usable derivative, with the remedy, before the backward pass.
 
     Pulls a vector back through the update at the first step and near the middle, at the gradient met there and at the
     same gradient with half of its entries set to exactly 0 (what rows of an embedding get before their first use).
@@ -339,7 +339,7 @@ def check_differentiable(
         >>> trajectory = bj.train(step, bj.init_train_state(optimizer, jnp.array(0.0)), jnp.ones(2), (), stream)
         >>> bj.check_differentiable(step, optimizer, trajectory, jnp.ones(2), (), stream)
         Traceback (most recent call last):
-        ValueError: the optimiser's update does not depend on the gradient's size ...
+        ValueError: the optimizer's update does not depend on the gradient's size ...
     """
     check_gradient, zero_half = (
         jax.jit(partial(_probe_optimizer, optimizer)),
@@ -357,13 +357,13 @@ def check_differentiable(
             is_finite, is_nonzero = check_gradient(probe_grad, state)
             if not is_finite:
                 raise ValueError(
-                    f"the optimiser's update has a derivative that is not finite at {description} (step {index}). Adam "
+                    f"the optimizer's update has a derivative that is not finite at {description} (step {index}). Adam "
                     "and its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
                 )
             any_nonzero |= bool(is_nonzero)
     if not any_nonzero:
         raise ValueError(
-            "the optimiser's update does not depend on the gradient's size (its derivative is 0), as with lion or "
+            "the optimizer's update does not depend on the gradient's size (its derivative is 0), as with lion or "
             "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
         )
 

@@ -1,6 +1,6 @@
 """Language models with their data, losses, likelihoods and generation.
 
-Flax is fenced in here, and nothing in it sees an optimiser. The names below are imported when they are first read.
+Flax is fenced in here, and nothing in it sees an optimizer. The names below are imported when they are first read.
 """
 
 import importlib

@@ -312,7 +312,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_pa
             ["--export.container", "datasets", "--export.format", "llama_factory"],
             "choose jsonl, json or parquet",
         ),
-        (PROMPTS, ["--weights.file", ""], "weights.file is empty, so every row weighs the same"),
+        (PROMPTS, ["--weights.file", ""], "weights.file is empty, so every example weighs the same"),
         (PROMPTS, ["--weights.column", "score"], "no column 'score'"),
         (PROMPTS, ["--selection.threshold", "9"], "the largest is 2"),
         (PROMPTS, ["--selection.threshold", "1", "--selection.resample", "5"], "three ways to select"),

@@ -216,7 +216,7 @@ def compute_estimates(
     ]
     (session.folder / "parts").mkdir(exist_ok=True)
     for name in config.audit.estimators:
-        session.set_phase(f"entries: {name}")
+        session.set_phase(f"hypergradients: {name}")
         estimate = make_estimator(name, config, task, uniform_training, session)
         values, record = _estimate_once(session, name, estimate, [fit])
         # each query's share of L_v, times the number of rows: its own loss
@@ -331,7 +331,7 @@ def certify_exact(
         data_seed=config.data.seed,
     )
     verdict = certify.judge_certificates(certificate_set)
-    session.print_line(f"the exact entries: {verdict}")
+    session.print_line(f"the exact hypergradients: {verdict}")
     return certificate_set, verdict
 
 

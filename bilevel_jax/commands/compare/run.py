@@ -239,9 +239,9 @@ def make_baselines(
     random_subset = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
     share = f"{config.compare.top_share:.0%} of the rows"
     specs: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
-        "uniform": ("every row, weight 1", everything, None),
+        "uniform": ("every example, weight 1", everything, None),
         "validation": ("validation alone", fit, None),
-        "train+validation": ("every row and validation", np.concatenate([everything, fit]), None),
+        "train+validation": ("every example and validation", np.concatenate([everything, fit]), None),
         "random": (
             f"{share}, at random",
             random_subset,

@@ -158,12 +158,14 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
         return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
     if isinstance(config, CompareConfig):
         return [
-            WorkStage("all methods and arms", other_work=work.count_compare_work(abstract_run.task, config.compare))
+            WorkStage(
+                "all methods and baselines", other_work=work.count_compare_work(abstract_run.task, config.compare)
+            )
         ]
     if isinstance(config, AuditConfig):
         return [
             WorkStage(
-                "entries and retrains",
+                "hypergradients and retrains",
                 other_work=work.count_audit_work(abstract_run.task, config.audit, config.certify, config.audit.queries),
             )
         ]

@@ -109,7 +109,7 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
         "arrays": {
             "base": bytes_per_device(task.base_params),
             "trained parameters": bytes_per_device(shapes.params),
-            "optimiser": bytes_per_device(shapes.state.opt_state),
+            "optimizer": bytes_per_device(shapes.state.opt_state),
             "batch": bytes_per_device(shapes.batch),
             "snapshot": state,
             "snapshots": checkpoint_plan.snapshots,

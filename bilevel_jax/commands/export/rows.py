@@ -37,8 +37,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     """
     if not config.weights.file and (config.selection.top_share < 1 or config.selection.resample):
         raise ValueError(
-            "weights.file is empty, so every row weighs the same and there is nothing to choose by. Give a run's "
-            "folder or weights.file, or set selection.top_share to 1 to write every row."
+            "weights.file is empty, so every example weighs the same and there is nothing to choose by. Give a run's "
+            "folder or weights.file, or set selection.top_share to 1 to write every example."
         )
     with tempfile.TemporaryDirectory() as temporary:
         input_folder = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies

@@ -155,7 +155,7 @@ def pick_strategy(
 def withdraw_confused_pick(measures: ResponseMeasures, verdict: dict[str, Any], options: RankSection) -> dict[str, Any]:
     """The verdict, without a pick where SPPL decides and the shown answers only confuse the model.
 
-    Then responses are much less probable behind them and SPPL ranks how confused the model is.
+    Then responses are much less probable behind them, and SPPL ranks how confused the model is.
     """
     if options.pick_by != "sppl" or "perplexity" not in measures:
         return verdict

@@ -114,11 +114,11 @@ def build_compiled_functions(
     max_ratio: float,
 ) -> CompiledFunctions:
     """The problems of a run and one step of each; the same ones for the same arguments."""
-    chosen_objective, optimiser = build_objective(losses, decoder, lora=lora), build_optimizer(training, steps)
+    chosen_objective, optimizer = build_objective(losses, decoder, lora=lora), build_optimizer(training, steps)
     plain = weighted(chosen_objective.losses)
-    step = train_step(plain, optimiser)
+    step = train_step(plain, optimizer)
     if ratio == "none":
-        return CompiledFunctions(chosen_objective, optimiser, plain, step, plain, step)
+        return CompiledFunctions(chosen_objective, optimizer, plain, step, plain, step)
     response_losses = importance_weighted_losses(
         decoder, ratio=ratio, responses_per_prompt=responses, max_ratio=max_ratio
     )
@@ -126,7 +126,7 @@ def build_compiled_functions(
         lambda params, fixed, batch: response_losses(assemble_params(params, fixed["base"]), batch),
         outer=chosen_objective.losses,
     )
-    return CompiledFunctions(chosen_objective, optimiser, plain, step, problem, train_step(problem, optimiser))
+    return CompiledFunctions(chosen_objective, optimizer, plain, step, problem, train_step(problem, optimizer))
 
 
 def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dict[RefineMethod, CandidateTrainer]:

@@ -22,7 +22,7 @@ class Adapter:
     a: Float[Array, "layers in rank"]
     b: Float[Array, "layers rank out"]
     scale: float = field(metadata={"static": True})
-    """alpha / rank. Static: no optimiser, decay or derivative can reach it."""
+    """alpha / rank. Static: no optimizer, decay or derivative can reach it."""
 
 
 class PastKeyValues(NamedTuple):

@@ -41,7 +41,7 @@ def init_lora(
     `target_modules` are Hugging Face's names of projections, matched by their ends as peft does (GPT-2's `c_proj` is
     two of them, `mlp.c_proj` one). None: what peft takes for the family, such as the queries and values of a Llama.
     Drawn in float32 and cast, so that float32 and float64 start from the same numbers. scale = alpha / rank.
-    With B = 0 the gradient of A is exactly 0 at the first step: an optimiser whose update is not differentiable at
+    With B = 0 the gradient of A is exactly 0 at the first step: an optimizer whose update is not differentiable at
     zero (Adam with eps_root = 0) has a NaN derivative there.
 
     Args:

@@ -53,7 +53,7 @@ def step_shapes(task: TextTask, batch: Batch) -> StepShapes:
     """The shapes of a task whose parameters are arrays or shapes of arrays."""
     params = jax.tree.map(lambda leaf: _shape_on(leaf, leaf.sharding), task.init_params(0))
     replicated = NamedSharding(task.mesh, PartitionSpec())
-    # an optimiser's moments lie where their parameters do; what else it has, everywhere
+    # an optimizer's moments lie where their parameters do; what else it has, everywhere
     opt = optax.tree.map_params(
         task.optimizer,
         lambda leaf, like: _shape_on(leaf, like.sharding),
@@ -234,7 +234,7 @@ def _random_arrays(shapes: Any, seed: int) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
-        def normal(key):  # squared gradients of an optimiser must not be negative
+        def normal(key):  # squared gradients of an optimizer must not be negative
             return (0.02 * jnp.abs(jax.random.normal(key, leaf.shape, jnp.float32))).astype(leaf.dtype)
 
         return jax.jit(normal, out_shardings=leaf.sharding)(jax.random.fold_in(jax.random.key(seed), number))

@@ -107,7 +107,7 @@ def _training_phase(
 ) -> Phase:
     best_params_bytes = bytes_per_device(shapes.params) if config.train.load_best else 0
     parts = {
-        "parameters and optimiser": bytes_per_device(shapes.state),
+        "parameters and optimizer": bytes_per_device(shapes.state),
         "best parameters": best_params_bytes,
         "workspace": workspace.forward,
     }

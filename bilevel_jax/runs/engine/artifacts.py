@@ -49,7 +49,7 @@ def weights_table(
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
         "hypergradient": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of "
         "weight; below 0: more weight lowers L_v",
-        "first_hypergradient": "the same at weight 1 for every row",
+        "first_hypergradient": "the same at weight 1 for every example",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",
         "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
         "estimand": estimand,

@@ -81,7 +81,7 @@ def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
     names, indices = np.unique([example.source for example in task.examples], return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"outer.weighting = per_source needs two sources, and every row comes from {str(names[0])!r}. Set "
+            f"outer.weighting = per_source needs two sources, and every example comes from {str(names[0])!r}. Set "
             "data.source_field to the key that tells sources apart, or choose another weighting."
         )
     return indices, len(names)

@@ -68,9 +68,9 @@ def build_variants(
         )
 
     builders: dict[str, Callable[[], RetrainVariant]] = {
-        "uniform": lambda: RetrainVariant("uniform", "every row with weight 1", all_indices, ones),
+        "uniform": lambda: RetrainVariant("uniform", "every example with weight 1", all_indices, ones),
         "learned": lambda: RetrainVariant(
-            "learned weights", "every row with its learned weight", all_indices, learned_weights
+            "learned weights", "every example with its learned weight", all_indices, learned_weights
         ),
         "selected": lambda: RetrainVariant(
             "selected subset", f"the {subset_size} written to selected.jsonl, weight 1", selected_indices, ones

@@ -86,7 +86,7 @@ def place_table(mesh: Mesh, values: Any) -> jax.Array:
 
 
 def replicate_unplaced(mesh: Mesh, tree: Any) -> Any:
-    """The tree with a copy on every device of each array that is not on the mesh yet: an optimiser's counters, say."""
+    """The tree with a copy on every device of each array that is not on the mesh yet: an optimizer's counters, say."""
     replicated = NamedSharding(mesh, P())
 
     def place_leaf(leaf: Any) -> Any:

@@ -35,7 +35,10 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
     num_examples = len(examples)
     if not config.file:
         return LoadedWeights(
-            np.full(num_examples, config.constant), np.ones(num_examples, bool), 0, f"{config.constant:g} for every row"
+            np.full(num_examples, config.constant),
+            np.ones(num_examples, bool),
+            0,
+            f"{config.constant:g} for every example",
         )
     values = read_id_column(config.file, config.column)
     scores = np.array([values.get(example.id, np.nan) for example in examples])
@@ -83,7 +86,7 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
 
 def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
     """What can be said of weights before any row was read."""
-    source = f"{config.column} of {config.file}" if config.file else f"{config.constant:g} for every row"
+    source = f"{config.column} of {config.file}" if config.file else f"{config.constant:g} for every example"
     return LoadedWeights(np.zeros(0), np.zeros(0, bool), 0, source)
 
 

@@ -176,7 +176,7 @@ def build_array_model(
     shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
     dtype = jnp.dtype(model.param_dtype)
     objective = Objective(
-        network_losses, network_accuracy, CompositeLoss(network_logits, cross_entropy), "nats per row", "accuracy"
+        network_losses, network_accuracy, CompositeLoss(network_logits, cross_entropy), "nats per example", "accuracy"
     )
     prior = proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
     problem = weighted(network_losses, prior=prior)

@@ -48,7 +48,7 @@ BUILTIN_PREFIX = "builtin:"
 
 
 class BuiltinTask(NamedTuple):
-    """One embedded task, and how its model is taught what it knows before the run."""
+    """One built-in task, and how its model is taught what it knows before the run."""
 
     write_files: Callable[..., Path]
     """(folder, seed=..., options) -> the folder with train, validation, select, report .jsonl and untrained/."""
@@ -126,21 +126,21 @@ def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
 
 
 def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
-    """(the embedded task that a config names, or nothing; what it sets of the task's options)."""
+    """(the built-in task that a config names, or nothing; what it sets of the task's options)."""
     data_config = config.data
     other_paths = [config.model.name_or_path, *data_config.validation, *data_config.dev, *data_config.test]
     builtin_paths = [path for path in (*data_config.train, *other_paths) if _is_builtin(path)]
     names = {path.removeprefix(BUILTIN_PREFIX).partition("?")[0] for path in builtin_paths}
     if unknown := sorted(names - set(BUILTIN_TASKS)):
         raise ValueError(
-            f"{BUILTIN_PREFIX}{unknown[0]} is no embedded task; they are "
+            f"{BUILTIN_PREFIX}{unknown[0]} is no built-in task; they are "
             f"{[BUILTIN_PREFIX + name for name in BUILTIN_TASKS]}."
         )
     if len(names) > 1:
-        raise ValueError(f"{sorted(builtin_paths)} are two embedded tasks; a run has room for one.")
+        raise ValueError(f"{sorted(builtin_paths)} are two built-in tasks; a run has room for one.")
     if paths_with_options := [path for path in other_paths if _is_builtin(path) and "?" in path]:
         raise ValueError(
-            f"{paths_with_options[0]}: options of an embedded task are set in data.train alone. Write them there."
+            f"{paths_with_options[0]}: options of an built-in task are set in data.train alone. Write them there."
         )
     name = next(iter(names), "")
     return name, _parse_options(name, [path for path in data_config.train if _is_builtin(path)])
@@ -160,7 +160,7 @@ def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = 
     state = init_train_state(adamw, models.init_params(architecture, jax.random.key(0)))
     stream = batches.make_train_stream(corpus, order, task.num_steps, layout)
     with make_progress_bar(progress) as bar:
-        progress_task = bar.add_task("teaching the embedded model", total=task.num_steps)
+        progress_task = bar.add_task("teaching the built-in model", total=task.num_steps)
         trajectory = train(
             step,
             state,

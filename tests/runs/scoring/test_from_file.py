@@ -31,7 +31,7 @@ def file(tmp_path):
 
 def test_a_constant():
     out = load_weights(WeightsSection(constant=0.5), ROWS)
-    assert out.weights.tolist() == [0.5] * 4 and out.keep_mask.all() and out.source == "0.5 for every row"
+    assert out.weights.tolist() == [0.5] * 4 and out.keep_mask.all() and out.source == "0.5 for every example"
 
 
 @pytest.mark.parametrize("name", ["w.parquet", "w.jsonl", "w.json"])

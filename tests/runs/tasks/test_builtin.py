@@ -1,4 +1,4 @@
-"""The embedded tasks in a config: their files and options, and what their models know before the run."""
+"""The built-in tasks in a config: their files and options, and what their models know before the run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +53,10 @@ def test_files_and_options(tmp_path, monkeypatch):
     [
         (
             DataSection(train=("builtin:sum",)),
-            r"builtin:sum is no embedded task; they are \['builtin:cipher', 'builtin:sums'\]",
+            r"builtin:sum is no built-in task; they are \['builtin:cipher', 'builtin:sums'\]",
         ),
-        (replace(SUMS, train=("builtin:cipher",)), "are two embedded tasks; a run has room for one"),
-        (replace(SUMS, test=("builtin:sums?train=9",)), r"train=9: options of an embedded task are set in data.train"),
+        (replace(SUMS, train=("builtin:cipher",)), "are two built-in tasks; a run has room for one"),
+        (replace(SUMS, test=("builtin:sums?train=9",)), r"train=9: options of an built-in task are set in data.train"),
         (replace(SUMS, train=("builtin:sums?corupted=1",)), "has no option 'corupted'; .* Did you mean corrupted?"),
         (replace(SUMS, train=("builtin:sums?train=few",)), "train='few' is no int"),
         (replace(SUMS, train=("builtin:sums", "builtin:sums?train=9")), "with two sets of options"),
