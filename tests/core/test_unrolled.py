@@ -288,7 +288,7 @@ def test_refuses_an_optimizer_without_derivative(name):
 def test_accepts_an_optimizer_with_one(name):
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, OPTIMIZERS[name], weights)
-    check_differentiable(step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train)
+    assert check_differentiable(step, OPTIMIZERS[name], run, weights, toy.fixed, toy.train) is None
 
 
 def test_a_replay_that_misses_is_told():

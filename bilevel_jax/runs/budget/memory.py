@@ -12,7 +12,7 @@ from bilevel_jax.core.types import CheckpointPlan
 from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
 from bilevel_jax.runs.config.load import AuditConfig, OuterLoopConfig, RunConfig, TrainConfig
-from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, ModelSection
+from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine.trajectory_store import (
     bytes_per_device,
     linearization_bytes,
@@ -76,11 +76,11 @@ def memory_phases(
     if isinstance(config, TrainConfig):
         return [
             _training_phase(config, shapes, resident, workspace),
-            writing_phase(task, config.model, resident, shapes),
+            writing_phase(task, resident, shapes),
         ]
     return [
         *_hypergradient_phases(task, config, shapes, resident, workspace, plan),
-        writing_phase(task, config.model, resident, shapes),
+        writing_phase(task, resident, shapes),
     ]
 
 
@@ -185,12 +185,12 @@ def _hypergradient_phases(
         config.outer.offload != "device"
         or plan.snapshots < single_replay_plan(backward_steps, plan.stored_steps).snapshots
     ):
-        # else the first state on the tape is a snapshot
+        # else the first stored step is a snapshot
         replay_phase.parts["states of a step"] = state
     return [training, validation_phase, replay_phase, backward_phase]
 
 
-def writing_phase(task: TextTask, model: ModelSection, resident: dict[str, float], shapes: StepShapes) -> Phase:
+def writing_phase(task: TextTask, resident: dict[str, float], shapes: StepShapes) -> Phase:
     """The model in float32, for the file."""
     params_bytes = bytes_per_device(shapes.params)
     if task.base_params is None:

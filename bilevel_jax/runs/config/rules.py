@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bilevel_jax.runs.config.bounds import violation
+from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 
 
 def reads_array_data(config: Any) -> bool:
@@ -65,7 +66,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "outer.warm_start",
         lambda c: (
             c.outer.warm_start == ""
-            or (c.outer.method not in ("penalty", "bmo", "mixing") and c.outer.weighting != "by_features")
+            or (c.outer.method not in SINGLE_LOOP_METHODS and c.outer.weighting != "by_features")
         ),
         "is for methods that repeat training, with weighting softmax, sigmoid or per_source: leave it empty",
     ),

@@ -140,7 +140,7 @@ def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{sorted(builtin_paths)} are two built-in tasks; a run has room for one.")
     if paths_with_options := [path for path in other_paths if _is_builtin(path) and "?" in path]:
         raise ValueError(
-            f"{paths_with_options[0]}: options of an built-in task are set in data.train alone. Write them there."
+            f"{paths_with_options[0]}: options of a built-in task are set in data.train alone. Write them there."
         )
     name = next(iter(names), "")
     return name, _parse_options(name, [path for path in data_config.train if _is_builtin(path)])
@@ -187,7 +187,8 @@ def _parse_options(name: str, paths: list[str]) -> dict[str, Any]:
         key, _, value = pair.partition("=")
         option_types = BUILTIN_TASKS[name].options
         if key not in option_types:
-            close_names = difflib.get_close_matches(key, option_types, 1)
+            former = {"rows": "train", "select": "dev"}.get(key)
+            close_names = [former] if former in option_types else difflib.get_close_matches(key, option_types, 1)
             hint = f" Did you mean {close_names[0]}?" if close_names else ""
             raise ValueError(
                 f"{paths[0]}: {BUILTIN_PREFIX}{name} has no option {key!r}; it has {list(option_types)}.{hint}"

@@ -30,7 +30,7 @@ def started(tmp_path):
 def test_a_touched_file_is_the_same(started):
     config, folder, rows, _ = started
     os.utime(rows, (1, 1))
-    inputs.check_inputs_unchanged(config, folder)
+    assert inputs.check_inputs_unchanged(config, folder) is None
 
 
 def test_changed_data_and_model_are_both_named(started):
