@@ -33,7 +33,8 @@ def run(made, out, *flags):
     return select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(out)]))
 
 
-SLOW = ("memory-saving", "per source", "bmo with a copy", "mixing")
+SLOW = ("memory-saving", "per source", "bmo", "bmo with a copy", "mixing")
+"""tests/core/test_single_loop.py and test_bmo.py have the mathematics of each; `penalty` runs through the command."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
