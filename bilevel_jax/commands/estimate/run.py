@@ -25,10 +25,8 @@ from bilevel_jax.core import checkpointing
 from bilevel_jax.runs.budget import memory
 from bilevel_jax.runs.budget.memory import Workspace
 from bilevel_jax.runs.config.load import (
-    AuditConfig,
-    CompareConfig,
+    COMMANDS,
     RunConfig,
-    SelectConfig,
     TrainConfig,
 )
 from bilevel_jax.runs.config.rules import reads_array_data
@@ -37,7 +35,6 @@ from bilevel_jax.runs.engine.trajectory_store import bytes_per_device
 from bilevel_jax.runs.infra import run_dir
 
 ESTIMATE_FILE = "estimate.json"
-COMMAND_NAMES = {SelectConfig: "select", TrainConfig: "train", CompareConfig: "compare", AuditConfig: "audit"}
 
 
 def estimate(config: RunConfig, options: EstimateSection) -> str:
@@ -51,7 +48,7 @@ def estimate(config: RunConfig, options: EstimateSection) -> str:
     simulated = simulate_devices(options.devices)
     with tempfile.TemporaryDirectory() as folder:
         run: Any = resolve_run_config(config, options)
-        command = COMMAND_NAMES[type(config)]
+        command = COMMANDS[type(config)]
         if options.train_examples:
             run = replace(run, data=replace(run.data, packing=False))  # rows of full length do not pack
             text = placeholder_text(run, options)

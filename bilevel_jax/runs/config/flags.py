@@ -1,5 +1,6 @@
 """Command-line flags of config keys, their short forms and their help"""
 
+import contextlib
 import dataclasses
 import textwrap
 import typing
@@ -73,10 +74,8 @@ def print_help(config: Any, prog: str, show_all: bool) -> None:
     """Print the flags of a command: those of COMMON_KEYS, or all."""
     shown = config if show_all else _with_common_keys(config)
     more = "" if show_all else "\n\nThese are the keys that most runs set; --help-all shows all of them."
-    try:
+    with contextlib.suppress(SystemExit):  # tyro exits after it has printed the help
         tyro.cli(type(shown), prog=prog, args=["--help"], default=shown, description=help_text(config) + more)
-    except SystemExit:
-        pass
 
 
 def help_text(config: Any) -> str:
