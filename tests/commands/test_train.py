@@ -69,6 +69,9 @@ def test_writes_what_it_promises(made, whole):
     assert result["measured"]["passes"] == result["estimate"]["passes"] == 10 and result["measured"]["memory"] > 0
     assert result["measured"]["disk"] > result["estimate"]["disk"]["model"] == 4 * 21_952
     assert result["tokens"] == 2 * 36 * 5  # four letters and EOS in every row, in each of two epochs
+    carried = {path.name: path.read_bytes() for path in (made / "model").iterdir() if path.name != "model.safetensors"}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < set(carried)
+    assert {name: (out / "model" / name).read_bytes() for name in carried} == carried
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -177,6 +180,8 @@ def test_without_validation(made, tmp_path):
 def test_lora_is_written_as_asked(made, tmp_path, parts, written):
     run(made, tmp_path / "run", "--lora.r", "2", "--train.num-epochs", "1", "--output.model", parts)
     assert {path.name for path in (tmp_path / "run").glob("model*")} == written
+    for path in (tmp_path / "run").glob("model-adapter/adapter_config.json"):
+        assert json.loads(path.read_text())["base_model_name_or_path"] is None  # a place on this machine names nothing
 
 
 def test_bfloat16_products_train(made, tmp_path):

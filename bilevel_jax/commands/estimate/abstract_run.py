@@ -115,6 +115,7 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
         parts,
         notes,
         None,
+        {},
         architecture,
         {name: corpus(len(examples)) for name, examples in examples_by_corpus.items()},
     )

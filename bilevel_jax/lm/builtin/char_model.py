@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilevel_jax.lm.models.source_files import write_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +73,7 @@ def write_untrained_model(folder: Path, characters: str) -> None:
     """`folder` as a checkpoint without parameters: config and tokenizer."""
     folder.mkdir(exist_ok=True)
     write_once(folder / "config.json", json.dumps(make_char_config(characters), indent=2) + "\n")
-    make_char_tokenizer(characters).save_pretrained(str(folder))
+    write_tokenizer(folder, make_char_tokenizer(characters))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -5,6 +5,7 @@ from bilevel_jax.lm.models.decoder import Decoder, init_params, make_decoder
 from bilevel_jax.lm.models.families import FAMILIES, read_config
 from bilevel_jax.lm.models.huggingface import load_model, save_model
 from bilevel_jax.lm.models.lora import balance_adapters, init_lora, join_adapters, load_peft, merge_adapters, save_peft
+from bilevel_jax.lm.models.source_files import read_source_files
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +21,7 @@ __all__ = [
     "load_peft",
     "merge_adapters",
     "read_config",
+    "read_source_files",
     "save_model",
     "save_peft",
 ]

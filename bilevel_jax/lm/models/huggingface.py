@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
+from bilevel_jax.lm.models.source_files import CONFIG_FILE, write_tokenizer, write_unchanged_files
 
 IGNORED_BUFFERS = (
     "rotary_emb.inv_freq",
@@ -109,13 +110,34 @@ def load_model(
     return config, jax.tree_util.tree_map_with_path(read, locations, is_leaf=_is_location)
 
 
-def save_model(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, tokenizer: Any = None) -> None:
-    """Write a folder that transformers' AutoModelForCausalLM loads: config.json, model.safetensors and the tokenizer.
+def save_model(
+    folder: str | Path,
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    source_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a folder that transformers' AutoModelForCausalLM loads: config.json, model.safetensors and what goes along.
 
-    Each tensor keeps its dtype; config.json names the widest. Written next to `folder` and renamed, so that there is a
-    whole folder or none. Raises FileExistsError if `folder` holds something, ValueError if `params` is not the tree
-    of `config` (adapters: `merge_adapters` first).
+    Each tensor keeps its dtype; config.json names the widest. With `source_files` config.json keeps all that the
+    source's said, and every other file is the source's own: tokenizer, chat templates, generation settings. Written
+    next to `folder` and renamed, so that there is a whole folder or none.
+
+    Args:
+        folder: is created; empty where it exists.
+        config: the architecture.
+        params: the tree of `config`.
+        tokenizer: of a model that has no source folder.
+        source_files: from `read_source_files`, of the folder that the parameters were loaded from.
+
+    Raises:
+        FileExistsError: `folder` holds something.
+        ValueError: `params` is not the tree of `config` (adapters: `merge_adapters` first), or both a tokenizer and
+            the source's files are given.
     """
+    if tokenizer is not None and source_files is not None:
+        raise ValueError("save_model got a tokenizer and source_files, which hold one; give one of the two.")
     locations = locate_tensors(config)
     flat, tree = jax.tree.flatten(locations, is_leaf=_is_location)
     if jax.tree.structure(params) != tree:
@@ -130,12 +152,13 @@ def save_model(folder: str | Path, config: DecoderConfig, params: Mapping[str, A
         for name, value in zip(leaf.names, stack, strict=True):
             tensors[name] = np.ascontiguousarray(value.T if leaf.transpose else value)
     dtype = jnp.result_type(*{value.dtype for value in tensors.values()})
-    raw = config_to_dict(config, str(dtype))
+    raw = _extend_source_config(config, config_to_dict(config, str(dtype)), source_files or {})
     with atomic_folder(folder) as target:
-        (target / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (target / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(target / "model.safetensors", tensors)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            write_tokenizer(target, tokenizer)
+        write_unchanged_files(target, source_files or {})
 
 
 def locate_tensors(config: DecoderConfig) -> dict[str, Any]:
@@ -201,7 +224,10 @@ def read_stacked_tensors(
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file that transformers and peft accept: it says that the tensors are laid out as torch's."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask wants it; safetensors lets the owner alone read
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 @contextmanager
@@ -218,6 +244,19 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _extend_source_config(
+    config: DecoderConfig, own: dict[str, Any], source_files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """`own` with the values, and the further keys, of the source's config.json, without where that lay."""
+    if CONFIG_FILE not in source_files:
+        return own
+    new = {key: own[key] for key in ("dtype", "torch_dtype")}
+    source = {key: value for key, value in json.loads(source_files[CONFIG_FILE]).items() if key != "_name_or_path"}
+    extended = {**own, **source, **new}
+    # a checkpoint may overrule its config (a tied one with a head of its own): then `own` says what is in the tensors
+    return extended if read_config(extended) == config else {**source, **own}
 
 
 def _tensor_name(module: str, part: str) -> str:

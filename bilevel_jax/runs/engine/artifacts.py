@@ -13,6 +13,7 @@ from bilevel_jax.core import single_loop
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
+from bilevel_jax.lm.models.source_files import find_hub_name
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.infra import distributed
@@ -115,7 +116,7 @@ def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str,
     """The trained model as a Hugging Face folder; adapters folded into the base ("full"), beside it, or "both".
 
     What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
-    two goes on with the second.
+    two goes on with the second. The adapter names its base only where that has a name on the hub.
     """
     params = jax.tree.map(distributed.fetch_to_host, params)
     base = jax.tree.map(distributed.fetch_to_host, task.base_params) if parts != "adapter" else task.base_params
@@ -123,7 +124,7 @@ def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str,
 
     def write() -> None:
         if task.base_params is not None and parts != "full" and not adapter.exists():
-            models.save_peft(adapter, task.architecture, params, base=base_path)
+            models.save_peft(adapter, task.architecture, params, base=find_hub_name(base_path))
         if folder.exists() or (task.base_params is not None and parts == "adapter"):
             return
         merged_params = params
@@ -131,6 +132,6 @@ def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str,
             merged_params = models.merge_adapters(
                 jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params
             )
-        models.save_model(folder, task.architecture, merged_params, tokenizer=task.tokenizer)
+        models.save_model(folder, task.architecture, merged_params, source_files=task.source_files)
 
     distributed.run_on_first_process(write)

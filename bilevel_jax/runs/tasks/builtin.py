@@ -149,7 +149,10 @@ def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
 def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = True) -> None:
     """Teach the untrained model the task's lessons, and save it as `folder`/model."""
     tokenizer = tokens.load_tokenizer(folder / "untrained")
-    architecture = models.read_config(folder / "untrained")
+    architecture, source_files = (
+        models.read_config(folder / "untrained"),
+        models.read_source_files(folder / "untrained"),
+    )
     examples = load_examples([str(folder / f"{task.pretraining_file}.jsonl")])
     corpus, _ = tokens.tokenize(examples, tokenizer, max_length=architecture.max_length)
     order = batches.shuffled_order(corpus.num_examples, task.batch_size, seed=0)
@@ -169,7 +172,7 @@ def pretrain_builtin_model(folder: Path, task: BuiltinTask, *, progress: bool = 
             stream,
             on_step=lambda state, info: bar.advance(progress_task),
         )
-    models.save_model(folder / "model", architecture, trajectory.end.params, tokenizer=tokenizer)
+    models.save_model(folder / "model", architecture, trajectory.end.params, source_files=source_files)
 
 
 def _is_builtin(path: str) -> bool:

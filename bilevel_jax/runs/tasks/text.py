@@ -87,6 +87,8 @@ class TextTask(NamedTuple):
     architecture: models.DecoderConfig
     decoder: models.Decoder
     tokenizer: Any
+    source_files: dict[str, bytes]
+    """What a model trained from this one carries along; read at the start, as the tokenizer is."""
     base_params: Params | None
     """The frozen base under LoRA; None where all parameters are trained."""
     init_params: Callable[[int], Params]
@@ -167,6 +169,7 @@ class TokenizedData(NamedTuple):
     """The parts that have examples."""
     notes: list[str]
     tokenizer: Any
+    source_files: dict[str, bytes]
     architecture: models.DecoderConfig
     corpora: dict[str, Corpus]
     """TOGETHER (unless training examples are streamed) and each part of the validation examples."""
@@ -240,7 +243,8 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
     for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
         corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
-    return TokenizedData(examples, held_out, notes, tokenizer, architecture, corpora)
+    source_files = models.read_source_files(config.model.name_or_path)
+    return TokenizedData(examples, held_out, notes, tokenizer, source_files, architecture, corpora)
 
 
 def group_by_corpus(
@@ -291,6 +295,7 @@ def compose_text_task(
         architecture=tokenized_data.architecture,
         decoder=decoder,
         tokenizer=tokenized_data.tokenizer,
+        source_files=tokenized_data.source_files,
         base_params=base_params,
         init_params=init_params,
         problem=problem,

@@ -1,6 +1,7 @@
 """Model folders in and out: shards, names, the same arrays, and what is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.lm.models import init_params, load_model, read_config, save_model
+from bilevel_jax.lm.builtin.cipher import make_cipher_tokenizer
+from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.models import init_params, load_model, read_config, read_source_files, save_model
+from bilevel_jax.lm.models.source_files import find_hub_name, write_tokenizer
 from tests.lm.models.test_families import CONFIGS, PLAIN, SMALL, TINY, make
 
 
@@ -62,6 +66,91 @@ def test_save_refuses(tmp_path):
     with pytest.raises(ValueError, match="qwen2 config.json cannot express"):
         save_model(tmp_path / "new", replace(TINY, family="qwen2"), params)  # qwen2 has biases
     assert not (tmp_path / "new").exists()
+
+
+CARRIED = {  # what lies beside config and weights in folders on the hub, with bytes that no parser would keep
+    "tokenizer.json": b'{"version":"1.0" }',
+    "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast",\r\n "chat_template": "{{ a }}"}',
+    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b'{"<|tool|>":400}',
+    "vocab.json": b"{}",
+    "merges.txt": b"#version: 0.2\na b",
+    "tokenizer.model": bytes(range(256)),
+    "sentencepiece.bpe.model": b"\x00\xff",
+    "qwen.tiktoken": b"IQ== 0\n",
+    "tekken.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": [0, 2], "temperature": 0.6}',
+    "chat_template.jinja": b"{{ messages }}\n\n",
+    "chat_template.json": b"{}",
+    "additional_chat_templates/tool_use.jinja": b"tools",
+    "LICENSE": b"terms",
+    "NOTICE.txt": b"notice",
+}
+NOT_CARRIED = ("README.md", "pytorch_model.bin", "optimizer.pt", "modeling_own.py", "trainer_state.json")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
+def test_a_saved_model_carries_the_source_files(tmp_path, umask):
+    source, out = tmp_path / "source", tmp_path / "out"
+    params = init_params(TINY, jax.random.key(0))
+    save_model(source, TINY, params)
+    (source / "additional_chat_templates").mkdir()
+    for name, contents in {**CARRIED, **dict.fromkeys(NOT_CARRIED, b"of the source alone")}.items():
+        (source / name).write_bytes(contents)
+        (source / name).chmod(0o400)
+    own = {"_name_or_path": "/home/someone/model", "transformers_version": "4.40.0", "attention_dropout": 0.1}
+    raw = json.loads((source / "config.json").read_text()) | own | {"eos_token_id": [1, 2], "pretraining_tp": 1}
+    (source / "config.json").write_text(json.dumps(raw))
+    before = os.umask(umask)
+    try:
+        save_model(out, read_config(source), params, source_files=read_source_files(source))
+    finally:
+        os.umask(before)
+    written = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert set(written) == {"config.json", "model.safetensors", *CARRIED}
+    assert {name: written[name].read_bytes() for name in CARRIED} == CARRIED
+    assert json.loads(written["config.json"].read_text()) == {
+        key: value for key, value in raw.items() if key != "_name_or_path"
+    }
+    modes = {path.stat().st_mode & 0o777 for path in written.values()}
+    assert modes == {0o666 & ~umask} and out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_config_says_what_the_tensors_are(tmp_path):
+    """Where a checkpoint overrules its config, or lacks a spelling, what is written holds."""
+    save_model(tmp_path / "source", TINY, init_params(TINY, jax.random.key(0)))
+    raw = json.loads((tmp_path / "source" / "config.json").read_text())
+    raw |= {"tie_word_embeddings": True, "dtype": "bfloat16"}
+    del raw["rope_theta"], raw["torch_dtype"]  # as transformers 5 writes it
+    files = {"config.json": json.dumps(raw).encode()}
+    save_model(tmp_path / "out", TINY, init_params(TINY, jax.random.key(0)), source_files=files)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False and written["rope_theta"] == 10000.0
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+    assert read_config(tmp_path / "out") == TINY
+    with pytest.raises(ValueError, match="a tokenizer and source_files"):
+        save_model(tmp_path / "no", TINY, {}, tokenizer=object(), source_files=files)
+
+
+def test_a_tokenizer_is_written_for_both_versions_of_transformers(tmp_path):
+    write_tokenizer(tmp_path, make_cipher_tokenizer())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 knows no TokenizersBackend
+    assert not {"is_local", "local_files_only", "backend"} & set(settings)
+    assert load_tokenizer(tmp_path)("ab")["input_ids"] == make_cipher_tokenizer()("ab")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("hub/models--someone--a-model/snapshots/0123abcd", "someone/a-model"),
+        ("hub/models--gpt2/snapshots/0123abcd", "gpt2"),
+        ("snapshots/checkpoint-500", None),
+        ("models--someone--a-model", None),
+    ],
+)
+def test_only_a_name_on_the_hub_names_a_base(tmp_path, folder, name):
+    assert find_hub_name(tmp_path / folder) == name
 
 
 HF = {"model_type": "llama", **SMALL}
