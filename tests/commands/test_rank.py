@@ -14,9 +14,11 @@ from bilevel_jax.commands.rank.run import collect_remarks, rank
 from bilevel_jax.commands.rank.strategies import draw_blocks, load_strategy_responses
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences
+from bilevel_jax.lm.inference.generate import Response
 from bilevel_jax.runs.config.load import RankConfig, load_config
 from bilevel_jax.runs.config.schema import RankSection
 from bilevel_jax.runs.infra import session
+from bilevel_jax.runs.scoring import generation
 from bilevel_jax.runs.stats import rank_correlation, weighted_rank_correlation
 from bilevel_jax.scores import selfaligned, strategies
 from bilevel_jax.scores.requests import make_tokenized_examples
@@ -374,3 +376,61 @@ def test_wrong_input_gets_one_clear_error(inputs, whole, tmp_path, capsys, name)
     told = capsys.readouterr().err.strip()
     assert re.search(message, told, re.DOTALL), told
     assert "Traceback" not in told
+
+
+# ---- what a service does not answer
+
+
+def answer_by(monkeypatch, choose):
+    """A service whose response to (the number of a prompt, draw) is `choose` of them; returns what it was asked."""
+    asked = []
+
+    def make_chat_client(*args, **options):
+        def generate(prompts, draws, store):
+            asked.append((len(prompts), list(draws)))
+            return [[choose(at, draw) for draw in draws] for at in range(len(prompts))]
+
+        return generate
+
+    monkeypatch.setattr(generation.openai, "make_chat_client", make_chat_client)
+    return asked
+
+
+SERVICE = ("--generate.backend", "service", "--generate.url", "http://127.0.0.1:1/v1", "--generate.model", "m")
+SPENT = Response("", (), (), False, "generate.max_new_tokens = 4 was spent on reasoning")
+BY_PERPLEXITY = ("--rank.metrics", "perplexity", "--rank.pick-by", "perplexity")
+REFUSED = Response("", (), (), False, "the model refused: I cannot")
+
+
+def test_a_service_that_answers_nothing_is_named_and_not_asked_again(inputs, tmp_path, monkeypatch):
+    asked = answer_by(monkeypatch, lambda at, draw: SPENT)
+    with pytest.raises(ValueError, match=r"table.jsonl:\d+: .* 1 draws: 1 times generate.max_new_tokens = 4 was spent on reasoning\)\. Raise generate.max_new_tokens, or let the service answer without reasoning") as caught:  # fmt: skip # noqa: E501
+        run(inputs, tmp_path / "out", *SERVICE)
+    assert "temperature" not in str(caught.value)
+    assert {draws[0] for _, draws in asked} == {0}
+
+
+def test_a_question_that_is_always_refused_is_named(inputs, tmp_path, monkeypatch):
+    answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at or draw else REFUSED)
+    out = run(inputs, tmp_path / "out", *SERVICE, *BY_PERPLEXITY)
+    assert any("1 requests got no answer from the service: 1 times the model refused: I can" in n for n in out["notes"])
+    assert pq.read_table(tmp_path / "out" / "rank.parquet")["own_answer"].to_pylist() == ["abcd"] * 54
+    answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at else REFUSED)
+    with pytest.raises(ValueError, match=r"5 draws: 5 times the model refused: I cannot\)\. Remove the question"):
+        run(inputs, tmp_path / "again", *SERVICE, *BY_PERPLEXITY)
+
+
+def test_questions_with_fewer_answers_than_others_do_not_shift_them(inputs, tmp_path, monkeypatch):
+    """Of 2 wanted answers one question has 1: all are compared with 1, and it is told."""
+
+    def choose(at, draw):
+        return REFUSED if at == 0 and draw else Response("abcd", (), (), True)
+
+    # of the spare draws only the first question is asked, as number 0 again
+    answer_by(monkeypatch, choose)
+    flags = ("--rank.metrics", "self_similarity", "--rank.pick-by", "self_similarity", "--generate.num-generations")
+    out = run(inputs, tmp_path / "two", *SERVICE, *flags, "2")
+    assert any(note.startswith("1 own answers to each question are used") for note in out["notes"])
+    answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True))
+    one = run(inputs, tmp_path / "one", *SERVICE, *flags, "1")
+    assert out["metrics"] == one["metrics"]

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,17 +75,18 @@ def collect_own_answers(
             )
         texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
     else:
-        texts, num_redrawn = _generate_answers(config, rank_model, questions, unusable, session)
-        if num_redrawn:
-            notes.append(
-                f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
-            )
+        texts, answer_notes = _generate_answers(config, rank_model, questions, unusable, session)
+        notes += answer_notes
     for question, drafts in zip(questions, texts, strict=True):
         if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
-            raise ValueError(
-                f"{question.where}: the model gives no answer to this question that can be shown (empty, or with a "
-                "special token). Raise generate.temperature, or give answers by rank.own_answers."
-            )
+            raise _no_answer_error(question, [])
+    fewest = min(map(len, texts))
+    if most := sum(len(drafts) > fewest for drafts in texts):
+        notes.append(
+            f"{fewest} own answers to each question are used, for so many has the one with the fewest; {most:,} of "
+            f"{len(texts):,} questions had more"
+        )
+        texts = [drafts[:fewest] for drafts in texts]
     accepted = np.ones(len(questions), bool)
     if config.verifier.name:
         judge = make_verifier(
@@ -132,8 +134,8 @@ def _generate_answers(
     questions: Sequence[Question],
     unusable: Callable[[str], Any],
     session: Session,
-) -> tuple[list[list[str]], int]:
-    """The first usable answers to each question, and how many drawn before them were not."""
+) -> tuple[list[list[str]], list[str]]:
+    """The first usable answers to each question, at least one, and notes on those that were not."""
     session.set_phase("answering")
     pending = build_question_prompts(config, rank_model, questions)
     new, context = config.generate.max_new_tokens, rank_model.decoder.config.max_length
@@ -149,17 +151,51 @@ def _generate_answers(
     )(rank_model.params)
     count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}  # prompt id -> why a service gave no answer, once for each draw
     num_redrawn = 0
     for draws in (range(count), range(count, count + SPARE_DRAWS)):
         for prompt, responses in zip(pending, generate(pending, draws), strict=True):
             usable = texts.setdefault(prompt.id, [])
+            reasons.setdefault(prompt.id, []).extend(item.missing for item in responses if item.missing)
             good = [item.text for item in responses if item.text.strip() and not unusable(item.text)]
             num_redrawn += len(responses) - len(good) if draws.start == 0 else 0
             usable += good[: count - len(usable)]
         pending = [prompt for prompt in pending if len(texts[prompt.id]) < count]
         if not pending or not config.generate.temperature:
             break
-    return [texts[item.id] for item in questions], num_redrawn
+        if not any(texts.values()) and any(reasons.values()):
+            break  # a service that answers nothing at all is not asked again
+    for question in questions:
+        if not texts[question.id]:
+            raise _no_answer_error(question, reasons[question.id])
+    notes = []
+    if num_redrawn:
+        notes.append(
+            f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
+        )
+    if all_reasons := [reason for one in reasons.values() for reason in one]:
+        notes.append(f"{len(all_reasons):,} requests got no answer from the service: {_count_reasons(all_reasons)}")
+    return [texts[question.id] for question in questions], notes
+
+
+def _no_answer_error(question: Question, reasons: Sequence[str]) -> ValueError:
+    why = f"from the service in {len(reasons)} draws: {_count_reasons(reasons)}" if reasons else ""
+    remedy = "Raise generate.temperature"
+    if any("max_new_tokens" in reason for reason in reasons):
+        remedy = "Raise generate.max_new_tokens, or let the service answer without reasoning"
+    elif reasons:
+        remedy = "Remove the question, ask another service"
+    return ValueError(
+        f"{question.where}: the model gives no answer to this question that can be shown "
+        f"({why or 'empty, or with a special token'}). {remedy}, or give answers by rank.own_answers."
+    )
+
+
+def _count_reasons(reasons: Sequence[str]) -> str:
+    """Each kind of reason with its number, the most frequent first, and the words of the first."""
+    first = {reason.partition(":")[0]: reason for reason in reversed(reasons)}
+    kinds = Counter(reason.partition(":")[0] for reason in reasons)
+    return "; ".join(f"{number:,} times {first[kind]}" for kind, number in kinds.most_common())
 
 
 def _special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:

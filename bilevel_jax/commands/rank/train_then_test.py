@@ -142,7 +142,7 @@ def _run_trial(
     if config.verifier.name:
         validation = task.held_out_examples["validation"]
         judge = make_verifier(config.verifier, validation)
-        greedy = replace(config.generate, temperature=0.0)
+        greedy = replace(config.generate, backend="embedded", temperature=0.0)  # a service has not been trained here
         generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(
             assemble_params(params, task.base_params)
         )

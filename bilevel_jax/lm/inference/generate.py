@@ -40,6 +40,8 @@ class Response(NamedTuple):
     """Nats of each token under the sampler, after temperature, top-k and top-p; () if unknown."""
     ended: bool
     """False: cut off at `max_new_tokens`."""
+    missing: str = ""
+    """Why a service gave no answer, in words: then the text is empty; "" for an answer."""
 
 
 GenerateFn = Callable[[Sequence[Prompt], Sequence[int]], list[list[Response]]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,9 @@ def reads_array_data(config: Any) -> bool:
     """Whether a run of `compare` reads arrays rather than text."""
     return hasattr(config, "arrays") and len(config.data.train) == 1 and config.data.train[0].endswith(".npz")
 
+
+SERVICE_PARAMETERS = ("n", "seed", "temperature", "top_p", "top_k", "max_tokens", "logprobs")
+"""What a service is sent beside the model and the messages; lm/inference/openai.py, which starts jax, has the same."""
 
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
@@ -152,6 +156,20 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "generate.url",
         lambda c: c.generate.backend == "embedded" or c.generate.url.startswith(("http://", "https://")),
         "must be the address of the server, as http://localhost:8000/v1; or set generate.backend to embedded",
+    ),
+    (
+        "generate.url",
+        lambda c: not {*"@?#"} & {*c.generate.url},
+        "must end at /v1, without a password, query or fragment: the key is read from the environment variable that "
+        "generate.api_key_env names",
+    ),
+    (
+        "generate.parameter_names",
+        lambda c: all(
+            name.partition("=")[0] in SERVICE_PARAMETERS and "=" in name for name in c.generate.parameter_names
+        ),
+        "must be pairs, as max_tokens=max_completion_tokens; seed= leaves one out; what is sent is "
+        f"{', '.join(SERVICE_PARAMETERS)}",
     ),
     (
         "generate.model",
@@ -302,13 +320,19 @@ def check_config(config: Any, config_source: str) -> None:
     order = {key: place for place, key in enumerate(values)}
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
     if violations:
-        lines = [f"{key} = {values[key]!r}: {text}" if key in values else f"{key}: {text}" for key, text in violations]
+        shown = values | ({"generate.url": _hide_secrets(values["generate.url"])} if "generate.url" in values else {})
+        lines = [f"{key} = {shown[key]!r}: {text}" if key in values else f"{key}: {text}" for key, text in violations]
         raise ValueError("\n  ".join([f"{config_source}:", *lines]))
 
 
 def flatten_config(config: Any) -> list[tuple[str, Any]]:
     """("section.key", value) of every key."""
     return [(f"{name}.{key}", value) for name, section in vars(config).items() for key, value in vars(section).items()]
+
+
+def _hide_secrets(url: str) -> str:
+    """An address without its password and query."""
+    return re.sub(r"[?#].*", "?...", re.sub(r"//[^/]*@", "//...@", url), flags=re.DOTALL)
 
 
 def _bound_violations(name: str, section: Any) -> list[tuple[str, str]]:

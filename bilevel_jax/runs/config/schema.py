@@ -381,7 +381,10 @@ class GenerateSection:
     """service: simultaneous requests."""
 
     timeout: Positive = 120.0
-    """service: seconds without data until a request is repeated."""
+    """service: seconds for a whole answer until a request is repeated."""
+
+    parameter_names: tuple[str, ...] = ()
+    """service: other names of what is sent, as max_tokens=max_completion_tokens; seed= leaves the seed out."""
 
 
 RefineMethod = Literal["unrolled", "penalty", "bmo", "mixing", "uniform"]

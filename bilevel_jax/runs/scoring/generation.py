@@ -54,6 +54,7 @@ def make_generator_factory(
             api_key_env=settings.api_key_env,
             concurrency=settings.concurrency,
             timeout=settings.timeout,
+            parameter_names=dict(_split_name(pair) for pair in settings.parameter_names),
             progress=progress,
         )
         store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
@@ -108,5 +109,10 @@ class ResponseFile:
 
 
 def _parse_response(fields: list[Any]) -> Response:
-    text, tokens, log_probs, ended = fields
-    return Response(text, tuple(tokens), tuple(log_probs), ended)
+    text, tokens, log_probs, ended, *missing = fields  # version 0.1 had no `missing`
+    return Response(text, tuple(tokens), tuple(log_probs), ended, *missing)
+
+
+def _split_name(pair: str) -> tuple[str, str]:
+    name, _, other = pair.partition("=")
+    return name, other

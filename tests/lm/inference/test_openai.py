@@ -117,7 +117,9 @@ def test_a_busy_or_silent_service_is_asked_again(server):
 
 def test_a_service_that_stays_away_is_an_error(server):
     server.trouble[:] = ["silence"] * 2
-    with pytest.raises(RuntimeError, match=r"did not answer prompt row 0 after 2 tries; the last: timed out"):
+    with pytest.raises(
+        RuntimeError, match=r"did not answer prompt row 0 after 2 tries; the last: no whole answer within 0.1 s"
+    ):
         ask(server, prompts=PROMPTS[:1], draws=(0,), retries=1, timeout=0.1)
     server.trouble[:] = [500] * 3
     with pytest.raises(RuntimeError, match=r"after 3 tries; the last: status 500: .*no small for None"):
@@ -128,7 +130,7 @@ def test_what_came_before_an_error_is_kept_and_not_asked_again(server):
     kept = {}
     store = ResponseStore("small", kept, kept.update)
     server.trouble[:] = [200, 200, 404]
-    with pytest.raises(RuntimeError, match="refused prompt row 1: status 404"):
+    with pytest.raises(RuntimeError, match="prompt row 1: refused with status 404"):
         ask(server, store=store, concurrency=1)
     assert 2 <= len(kept) < 6
     before, already = len(server.requests), len(kept)
@@ -147,7 +149,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch):
 
 def test_errors_name_what_is_wrong(server):
     server.trouble[:] = ["nonsense"]
-    with pytest.raises(RuntimeError, match=r"no chat completion \(KeyError\('choices'\)\): .*\"object\""):
+    with pytest.raises(RuntimeError, match=r"row 0: .* no chat completion: it has no list of choices: .*\"object\""):
         ask(server, prompts=PROMPTS[:1], draws=(0,))
     with pytest.raises(ValueError, match="prompt bare has no messages"):
         ask(server, prompts=[Prompt("bare", (1, 2))])
