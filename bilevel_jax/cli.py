@@ -192,7 +192,7 @@ def _call(name: str, config: Any, *more: Any) -> str:
 def _report_errors(work: Callable[[], str]) -> int:
     """Print what the work returns; an error of the user or the machine is one line."""
     from bilevel_jax.runs.config.renamed_keys import RenamedError
-    from bilevel_jax.runs.infra import session
+    from bilevel_jax.runs.infra import distributed, session
 
     try:
         print(work())
@@ -200,8 +200,11 @@ def _report_errors(work: Callable[[], str]) -> int:
         print(f"bilevel-jax: {stop}", file=sys.stderr)
         return 128 + stop.number
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        distributed.wait_for_cause()
         print(f"bilevel-jax: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RenamedError) else 1
+        code = 2 if isinstance(error, RenamedError) else 1
+        distributed.exit_after_error(str(error), code)
+        return code
     return 0
 
 

@@ -234,7 +234,7 @@ RESUME_EXEMPT_KEYS = (
     "output.progress",
     "output.save_minutes",
     *(f"mesh.{key}" for key in ("data", "fsdp", "sharding_rules")),
-    *(f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id")),
+    *(f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id", "initialization_timeout")),
 )
 
 

@@ -655,6 +655,9 @@ class DistributedSection:
     process_id: Annotated[int, Ge(-1), Special(-1, "detected")] = -1
     """Index of this process, from 0; -1: from JAX_PROCESS_ID or the cluster."""
 
+    initialization_timeout: Count = 300
+    """Seconds to wait at the start for the other processes."""
+
 
 @dataclass(frozen=True)
 class ShowSection:

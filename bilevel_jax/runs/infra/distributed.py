@@ -4,8 +4,14 @@ Every process runs the same program over its own devices and makes the same call
 functions returns is the same in all of them. With one process they cost nothing.
 """
 
+import atexit
+import errno
+import json
 import os
-from collections.abc import Callable
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -13,42 +19,49 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bilevel_jax.runs.config.schema import DistributedSection
+from bilevel_jax.runs.infra import peers
+from bilevel_jax.runs.infra.peers import PeerError, Peers
 
 ResultT = TypeVar("ResultT")
 MAX_ERROR_BYTES = 2000
 """Longest error message, in bytes, that the other processes receive."""
+MAX_DIFFERENCES = 5
+"""Differences between processes that are written out."""
+JAX_START_SECONDS = 60
+"""Seconds within which JAX's own start must be over once all processes are there."""
+CAUSE_SECONDS = 1.0
+"""Seconds that a failed process waits to learn whether another one's end is the cause."""
 
 _on_first_process_only = False
 """True inside `run_on_first_process`, where nothing is gathered from the others."""
+_peers: Peers | None = None
+"""The connections to the other processes, once there are some."""
 
 
-def initialize_distributed(distributed: DistributedSection) -> None:
+def initialize_distributed(distributed: DistributedSection, shared: Mapping[str, str] | None = None) -> None:
     """Join the other processes of the run, if it has any; before anything asks for a device.
 
     The coordinator is distributed.coordinator_address or JAX_COORDINATOR_ADDRESS; the number of processes and that of
-    this one are the config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. Raises ValueError
-    where nothing does.
+    this one are the config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. `shared` are values
+    that all processes must have alike, such as the keys of a config. Raises ValueError in every process where the
+    processes do not find each other, do not fit together, or differ in `shared`.
     """
     coordinator = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator or jax.distributed.is_initialized():
         return
-    num_processes = distributed.num_processes or int(os.environ.get("JAX_NUM_PROCESSES", "0"))
-    process_id = distributed.process_id if distributed.process_id >= 0 else int(os.environ.get("JAX_PROCESS_ID", "-1"))
+    num_processes = distributed.num_processes or _read_number("JAX_NUM_PROCESSES", 0)
+    process_id = distributed.process_id if distributed.process_id >= 0 else _read_number("JAX_PROCESS_ID", -1)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the session handles
     # on CPUs two programs may run at once, in another order in another process, and wait for each other for ever
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    try:
-        jax.distributed.initialize(
-            None if coordinator == "auto" else coordinator,
-            num_processes or None,
-            process_id if process_id >= 0 else None,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"distributed.coordinator_address = {coordinator}: the processes did not find each other ({error}). "
-            "On TPU pods, SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many "
-            "they are (--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
-        ) from error
+    if coordinator == "auto" or not num_processes or process_id < 0:
+        _initialize_jax(coordinator, num_processes, process_id)
+        _meet_after_jax(distributed.initialization_timeout)
+        require_agreement("the start", shared or {})
+        return
+    _meet(coordinator, num_processes, process_id, distributed.initialization_timeout)
+    require_agreement("the start", shared or {})
+    _initialize_jax(coordinator, num_processes, process_id)
 
 
 def is_multiprocess() -> bool:
@@ -59,6 +72,55 @@ def is_multiprocess() -> bool:
 def is_first_process() -> bool:
     """Whether this is the process that writes and talks."""
     return not is_multiprocess() or jax.process_index() == 0
+
+
+def require_agreement(topic: str, values: Mapping[str, str]) -> None:
+    """Raise ValueError, the same in every process, where a value is not the same in all of them.
+
+    All processes call this. `topic` says in a few words what is compared.
+    """
+    if _peers is None and not is_multiprocess():
+        return
+    if _peers is None:  # the caller has started JAX by itself
+        _meet_after_jax(DistributedSection().initialization_timeout)
+    assert _peers is not None
+    tables = [json.loads(text) for text in _peers.gather(topic, json.dumps(dict(values)))]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    differences = [
+        _describe_difference(key, [table.get(key, "nothing") for table in tables])
+        for key in keys
+        if len({table.get(key) for table in tables}) > 1
+    ]
+    if not differences:
+        return
+    _peers.agree_to_stop()
+    more = f", and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
+    raise PeerError(
+        f"the processes of this run differ in {'; in '.join(differences[:MAX_DIFFERENCES])}{more}. Start all of them "
+        "with the same config, packages, flags and files."
+    )
+
+
+def wait_for_cause() -> None:
+    """Before this process says why it failed: give the end of another process, which may be why, time to be said.
+
+    Does not return where that is said.
+    """
+    if _peers is None:
+        return
+    time.sleep(CAUSE_SECONDS)
+    while not _peers.take_last_word():
+        time.sleep(CAUSE_SECONDS)  # another thread is ending this process
+
+
+def exit_after_error(reason: str, code: int) -> None:
+    """Of several processes: tell the others why this one stops, and end it without JAX's wait for the others."""
+    if _peers is None:
+        return
+    _peers.leave(reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def fetch_to_host(array: Any) -> np.ndarray:
@@ -100,14 +162,135 @@ def run_on_first_process(work: Callable[[], ResultT]) -> ResultT | None:
             failure = error
         finally:
             _on_first_process_only = False
-    message = f"{type(failure).__name__}: {failure}".encode()[:MAX_ERROR_BYTES] if failure else b""
-    message_buffer = np.zeros(MAX_ERROR_BYTES, np.uint8)
-    message_buffer[: len(message)] = np.frombuffer(message, np.uint8)
-    message_buffer = np.asarray(multihost_utils.broadcast_one_to_all(message_buffer))
+    message = _broadcast_text(f"{type(failure).__name__}: {failure}" if failure else "")
     if failure:
         raise failure
-    if message_buffer.any():
-        raise RuntimeError(
-            f"the first process stopped: {bytes(message_buffer).rstrip(bytes(1)).decode(errors='replace')}"
-        )
+    if message:
+        raise RuntimeError(f"the first process stopped: {message}")
     return result
+
+
+def _finish() -> None:
+    """At the end of the program: leave JAX together with the others, and tell them whether all was well."""
+    assert _peers is not None
+    error = getattr(sys, "last_value", None)  # that nobody caught
+    if error is not None:
+        _peers.leave(f"{type(error).__name__}: {error}")
+        sys.stdout.flush()
+        os._exit(1)
+    jax.distributed.shutdown()
+    _peers.leave("")
+
+
+def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
+    """Connect all processes at the coordinator's address, before JAX starts."""
+    global _peers
+    host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ValueError(
+            f"distributed.coordinator_address = {coordinator}: give host:port of process 0, the port from 1 to 65535."
+        )
+    if num_processes == 1 and process_id == 0:
+        return
+    connections = Peers(process_id, num_processes)
+    if process_id > 0:
+        connections.connect([(host, int(port))], timeout)
+    else:
+        try:
+            connections.listen([host] if host in peers.LOOPBACK_HOSTS else None, int(port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # raises: says what has it
+                connections.connect([(host, int(port))], peers.ANSWER_SECONDS)
+            raise PeerError(
+                f"distributed.coordinator_address = {coordinator}: port {port} of this machine cannot be opened "
+                f"({peers.describe_socket_error(error)}). Choose a free port, the same for all processes."
+            ) from error
+        connections.wait_for_all(coordinator, timeout)
+    _peers = connections
+    atexit.register(_finish)
+
+
+def _meet_after_jax(timeout: int) -> None:
+    """Connect all processes once JAX has: where only the cluster knew who is the first."""
+    global _peers
+    if not is_multiprocess():
+        return
+    connections = Peers(jax.process_index(), jax.process_count())
+    own_addresses = ""
+    if jax.process_index() == 0:
+        port = connections.listen(None, 0)
+        hosts = [socket.gethostname(), *(str(entry[4][0]) for entry in _addresses_of(socket.gethostname()))]
+        own_addresses = json.dumps([[host, port] for host in dict.fromkeys(hosts)])
+    addresses = json.loads(_broadcast_text(own_addresses))
+    if jax.process_index() == 0:
+        connections.wait_for_all(f"port {addresses[0][1]} of {addresses[0][0]}", timeout)
+    else:
+        connections.connect([(host, port) for host, port in addresses], timeout)
+    _peers = connections
+    atexit.register(_finish)
+
+
+def _initialize_jax(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Start JAX in all processes: over the port that they met at, or as the cluster says."""
+    try:
+        if _peers is None:
+            jax.distributed.initialize(
+                None if coordinator == "auto" else coordinator,
+                num_processes or None,
+                process_id if process_id >= 0 else None,
+            )
+            return
+        service = f"127.0.0.1:{_peers.jax_port}"
+        # JAX warns of proxies, and gRPC would ask them for the relay of this machine
+        jax.config.update("jax_check_proxy_envs", False)
+        os.environ.setdefault("no_grpc_proxy", f"127.0.0.1,{os.environ.get('no_proxy', '')}")
+        jax.distributed.initialize(
+            service,
+            num_processes,
+            process_id,
+            coordinator_bind_address=service,
+            initialization_timeout=JAX_START_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"distributed.coordinator_address = {coordinator}: the processes did not find each other ({error}). "
+            "On TPU pods, SLURM, Open MPI and Kubernetes give auto; elsewhere the same host:port to all, how many "
+            "they are (--distributed.num-processes), and to each its own number from 0 (--distributed.process-id)."
+        ) from error
+
+
+def _read_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if text and not text.isdigit():
+        raise ValueError(f"{variable} = {text!r}: give a whole number from 0.")
+    return int(text) if text else default
+
+
+def _addresses_of(host: str) -> list[Any]:
+    try:
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+
+
+def _broadcast_text(text: str) -> str:
+    """The first process's text, in every process."""
+    buffer = np.zeros(MAX_ERROR_BYTES, np.uint8)
+    encoded = text.encode()[:MAX_ERROR_BYTES]
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    buffer = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
+    return bytes(buffer).rstrip(bytes(1)).decode(errors="replace")
+
+
+def _describe_difference(key: str, values: list[str]) -> str:
+    """`key: a in process 0, b in processes 1 and 2`."""
+    holders: dict[str, list[str]] = {}
+    for process, value in enumerate(values):
+        holders.setdefault(value, []).append(str(process))
+    parts = []
+    for value, numbers in holders.items():
+        shown = numbers if len(numbers) <= 4 else [*numbers[:3], f"{len(numbers) - 3} others"]
+        listed = " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+        parts.append(f"{value} in process{'es' if len(numbers) > 1 else ''} {listed}")
+    return f"{key} ({', '.join(parts)})"

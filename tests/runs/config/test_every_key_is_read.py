@@ -38,6 +38,7 @@ SAME_HASH = {
     "distributed.coordinator_address": "how processes find each other",
     "distributed.num_processes": "how processes find each other",
     "distributed.process_id": "how processes find each other",
+    "distributed.initialization_timeout": "how long they look for each other",
 }
 """Keys that may differ when a run is resumed, with the reason."""
 
