@@ -198,6 +198,7 @@ def _report_errors(work: Callable[[], str]) -> int:
         print(work())
     except session.Interrupted as stop:
         print(f"bilevel-jax: {stop}", file=sys.stderr)
+        distributed.exit_after_error(str(stop), 128 + stop.number)
         return 128 + stop.number
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         distributed.wait_for_cause()

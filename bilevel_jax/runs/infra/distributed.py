@@ -29,6 +29,8 @@ MAX_DIFFERENCES = 5
 """Differences between processes that are written out."""
 JAX_START_SECONDS = 60
 """Seconds within which JAX's own start must be over once all processes are there."""
+JAX_END_SECONDS = 25
+"""Seconds that JAX waits at the end for the other processes."""
 CAUSE_SECONDS = 1.0
 """Seconds that a failed process waits to learn whether another one's end is the cause."""
 
@@ -106,18 +108,27 @@ def wait_for_cause() -> None:
 
     Does not return where that is said.
     """
-    if _peers is None:
+    if _peers is None or _peers.is_leaving:
         return
     time.sleep(CAUSE_SECONDS)
     while not _peers.take_last_word():
         time.sleep(CAUSE_SECONDS)  # another thread is ending this process
 
 
+def agree_to_stop() -> None:
+    """Note that all processes stop here, with the same signal or error, so that none speaks of another's."""
+    if _peers is not None:
+        _peers.agree_to_stop()
+
+
 def exit_after_error(reason: str, code: int) -> None:
-    """Of several processes: tell the others why this one stops, and end it without JAX's wait for the others."""
-    if _peers is None:
+    """Of several processes: tell the others why this one stops, and end it without JAX's wait for the others.
+
+    Returns where this is the only process, or where all have agreed to stop.
+    """
+    if _peers is None or _peers.is_leaving:
         return
-    _peers.leave(reason)
+    _peers.leave(reason, code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -175,11 +186,9 @@ def _finish() -> None:
     assert _peers is not None
     error = getattr(sys, "last_value", None)  # that nobody caught
     if error is not None:
-        _peers.leave(f"{type(error).__name__}: {error}")
-        sys.stdout.flush()
-        os._exit(1)
+        exit_after_error(f"{type(error).__name__}: {error}", 1)
     jax.distributed.shutdown()
-    _peers.leave("")
+    _peers.leave("", 0)
 
 
 def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
@@ -191,7 +200,9 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
         raise ValueError(
             f"distributed.coordinator_address = {coordinator}: give host:port of process 0, the port from 1 to 65535."
         )
-    if num_processes == 1 and process_id == 0:
+    if num_processes == 1:
+        if process_id > 0:
+            raise ValueError(f"distributed.process_id = {process_id}, and distributed.num_processes = 1: give 0.")
         return
     connections = Peers(process_id, num_processes)
     if process_id > 0:
@@ -251,6 +262,7 @@ def _initialize_jax(coordinator: str, num_processes: int, process_id: int) -> No
             process_id,
             coordinator_bind_address=service,
             initialization_timeout=JAX_START_SECONDS,
+            shutdown_timeout_seconds=JAX_END_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(

@@ -72,7 +72,8 @@ class Peers:
         self._tasks: set[asyncio.Task] = set()
         self._last_word = threading.Lock()
         """Held by what says why this process ends; never released."""
-        self._is_leaving = False
+        self.is_leaving = False
+        """Whether this process ends of itself; what the others do is then no matter."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="peers", daemon=True).start()
 
@@ -140,17 +141,17 @@ class Peers:
 
     def agree_to_stop(self) -> None:
         """Note that all processes stop with the same error, so that none speaks of another's."""
-        self._is_leaving = True
+        self.is_leaving = True
 
     def take_last_word(self) -> bool:
         """Whether the main thread is the one to say why this process ends."""
         return self._last_word.acquire(blocking=False)
 
-    def leave(self, reason: str) -> None:
-        """Tell the others that this process ends: well ("") or with an error, which ends them, too."""
-        self._is_leaving = True
-        with contextlib.suppress(OSError, futures.TimeoutError):
-            self._run(self._leave(reason[:MAX_REASON_CHARACTERS]), timeout=FAREWELL_SECONDS + 1)
+    def leave(self, reason: str, code: int) -> None:
+        """Tell the others that this process ends: well ("") or with an error and an exit code, which ends them, too."""
+        self.is_leaving = True
+        with contextlib.suppress(OSError):
+            self._run(self._leave(reason[:MAX_REASON_CHARACTERS], code), timeout=FAREWELL_SECONDS + 1)
 
     def _run(self, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
@@ -200,7 +201,7 @@ class Peers:
                 f"{count} processes from 0 to {count - 1}, each number once."
             )
         if problem:
-            await _write_message(writer, {"stop": problem})
+            await _write_message(writer, {"stop": problem, "code": 1})
             writer.close()
             if not self._is_complete:
                 await self._stop_others(problem)
@@ -216,7 +217,7 @@ class Peers:
             elif "leave" in message:
                 self._finished.add(number)
                 if message["leave"]:
-                    await self._lose(number, f"process {number} ({name}) stopped: {message['leave']}")
+                    await self._lose(number, f"process {number} ({name}) stopped: {message['leave']}", message["code"])
                 break
         writer.close()
         if number not in self._finished:
@@ -245,12 +246,12 @@ class Peers:
             await self._tell_others(message)
             self._futures[topic].set_result(message)
 
-    async def _lose(self, number: int, sentence: str) -> None:
-        await self._stop_others(sentence, besides=number)
-        self._fail(sentence)
+    async def _lose(self, number: int, sentence: str, code: int = 1) -> None:
+        await self._stop_others(sentence, code, besides=number)
+        self._fail(sentence, code)
 
-    async def _stop_others(self, sentence: str, besides: int = 0) -> None:
-        await self._tell_others({"stop": sentence}, besides)
+    async def _stop_others(self, sentence: str, code: int = 1, besides: int = 0) -> None:
+        await self._tell_others({"stop": sentence, "code": code}, besides)
 
     async def _tell_others(self, message: dict[str, Any], besides: int = 0) -> None:
         for number, writer in list(self._lines.items()):
@@ -322,7 +323,7 @@ class Peers:
                 self._futures[message["gathered"]].set_result(message)
             elif "stop" in message:
                 self._finished.add(0)
-                self._fail(message["stop"])
+                self._fail(message["stop"], message["code"])
             elif "leave" in message:
                 self._finished.add(0)
         if 0 not in self._finished:
@@ -359,14 +360,14 @@ class Peers:
             "name": self.name,
         }
 
-    async def _leave(self, reason: str) -> None:
+    async def _leave(self, reason: str, code: int) -> None:
         if self.process_id > 0:
-            await self._send(0, {"leave": reason})
+            await self._send(0, {"leave": reason, "code": code})
             self._lines[0].close()
             await self._lines[0].wait_closed()
             return
         if reason:
-            await self._stop_others(f"process 0 ({self.name}) stopped: {reason}")
+            await self._stop_others(f"process 0 ({self.name}) stopped: {reason}", code)
             return
         # the last bytes of JAX's farewell pass through this process: it goes last
         for _ in range(int(FAREWELL_SECONDS / 0.02)):
@@ -375,9 +376,9 @@ class Peers:
             await asyncio.sleep(0.02)
         await self._tell_others({"leave": ""})
 
-    def _fail(self, sentence: str) -> None:
+    def _fail(self, sentence: str, code: int = 1) -> None:
         """End this process, by the waiting main thread or without it."""
-        if self._is_leaving:
+        if self.is_leaving:
             return
         waiting = [future for future in self._futures.values() if not future.done()]
         for future in waiting:
@@ -385,16 +386,16 @@ class Peers:
         if not waiting:
             if not self._last_word.acquire(blocking=False):
                 return  # the main thread is saying why
-            end_process(sentence)
+            end_process(sentence, code)
 
 
-def end_process(sentence: str) -> NoReturn:
+def end_process(sentence: str, code: int) -> NoReturn:
     """Say why, and end the process at once: the main thread may wait in a collective for ever."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K\x1b[?25h")  # a progress bar has hidden the cursor
     say(sentence)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def say(sentence: str) -> None:

@@ -75,13 +75,16 @@ class Session:
         self._last_save = time.monotonic()
         if not distributed.is_multiprocess():
             self._agreed_signal = self._received_signal
-        if self._agreed_signal:
-            raise Interrupted(self._agreed_signal)
+        self._stop_if_agreed()
 
     def check_signals(self) -> None:
         """Stop here if a signal asked for it; for work that is cheaper to repeat than to save."""
         self._sync_signals()
+        self._stop_if_agreed()
+
+    def _stop_if_agreed(self) -> None:
         if self._agreed_signal:
+            distributed.agree_to_stop()
             raise Interrupted(self._agreed_signal)
 
     def _sync_signals(self) -> bool:
