@@ -25,6 +25,7 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import examples, tokens
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import TokenizedSequence
+from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
 from bilevel_jax.runs.report.numbers import show_control_characters
 from bilevel_jax.runs.tasks import objective, splits
@@ -47,6 +48,7 @@ def inspect(config: InspectConfig) -> str:
         resolved = resolve_builtin_untrained(config, Path(folder))
         tokenizer = tokens.load_tokenizer(resolved.model.name_or_path)
         architecture = models.read_config(resolved.model.name_or_path)
+        check_special_tokens(resolved.model.name_or_path, tokenizer, architecture.vocab_size)
         limit = min(resolved.data.max_length, architecture.max_length)
         empty: list[str] = []
         options = splits.make_data_options(replace(resolved.data, empty="drop"))
@@ -56,7 +58,7 @@ def inspect(config: InspectConfig) -> str:
         part: part_examples for part, part_examples in trusted.items() if part_examples
     }
     parts = [
-        survey_part(name, part_examples, tokenizer, resolved.data, limit)
+        survey_part(name, part_examples, tokenizer, resolved.data, limit, architecture.vocab_size)
         for name, part_examples in examples_by_part.items()
     ]
     duplicates = find_copies(train, trusted)
@@ -71,7 +73,7 @@ def inspect(config: InspectConfig) -> str:
         _print_examples(console, part, tokenizer, config)
     findings = [
         *_find_errors(resolved, parts, duplicates, empty, limit),
-        *_find_warnings(resolved, parts, duplicates, tokenizer, architecture),
+        *_find_warnings(resolved, parts, duplicates, tokenizer),
     ]
     missing = sorted(
         set(config.show.ids) - {example.id for part_examples in examples_by_part.values() for example in part_examples}
@@ -413,7 +415,6 @@ def _find_warnings(
     parts: Sequence[PartSurvey],
     duplicates: Duplicates,
     tokenizer: Any,
-    architecture: models.DecoderConfig,
 ) -> Iterable[str]:
     """What no command stops at."""
     if len(parts) == 1:
@@ -421,7 +422,7 @@ def _find_warnings(
     if tokenizer.eos_token_id is None:
         yield "the tokenizer has no EOS: nothing teaches the model where an answer ends"
     for part in parts:
-        yield from (f"{part.name}: {line}" for line in _find_odd_rows(part, tokenizer, architecture))
+        yield from (f"{part.name}: {line}" for line in _find_odd_rows(part, tokenizer))
     sources = Counter(example.source for example in parts[0].examples)
     small = [f"{_shorten(name)} ({count})" for name, count in sources.most_common()[::-1] if count < FEW_EXAMPLES]
     if small and len(sources) > 1:
@@ -442,7 +443,7 @@ def _find_warnings(
         )
 
 
-def _find_odd_rows(part: PartSurvey, tokenizer: Any, architecture: models.DecoderConfig) -> Iterable[str]:
+def _find_odd_rows(part: PartSurvey, tokenizer: Any) -> Iterable[str]:
     if len(part.examples) < (2 if part.name == "training" else 3 * FEW_EXAMPLES):
         yield f"{_format_quantity(len(part.examples), 'row')}: too few to tell much"
     if part.bos.odd_rows:
@@ -450,8 +451,6 @@ def _find_odd_rows(part: PartSurvey, tokenizer: Any, architecture: models.Decode
         yield f"{_describe_first(part, part.bos.odd_rows)}: not exactly {expected} BOS; look at the chat template"
     if part.eos.odd_rows and tokenizer.eos_token_id is not None:
         yield f"{_describe_first(part, part.eos.odd_rows)}: no EOS at the end, or more than one in an answer"
-    if (largest := int(part.corpus.ids.max())) >= architecture.vocab_size:
-        yield f"the tokenizer gives the token {largest}, and the model has {architecture.vocab_size}: they are no pair"
     targets = np.array([sum(int(side.target_mask.sum()) for side in sides) for sides in part.tokenized.sequences])
     lengths = part.corpus.lengths.reshape(-1, part.corpus.sequences_per_example).sum(1)
     dialogue = np.array([example.turns[0].role != "text" for example in map(part.example, range(len(targets)))])

@@ -101,9 +101,11 @@ class Duplicates(NamedTuple):
     """(training example, validation example) with one prompt and different responses; one for each training example."""
 
 
-def survey_part(name: str, examples: Sequence[Example], tokenizer: Any, section: DataSection, limit: int) -> PartSurvey:
+def survey_part(
+    name: str, examples: Sequence[Example], tokenizer: Any, section: DataSection, limit: int, vocab_size: int
+) -> PartSurvey:
     """Tokenize the rows as every command does, without stopping at those that cannot be read or are too long."""
-    tokenized = tokenize_readable(examples, tokenizer, section)
+    tokenized = tokenize_readable(examples, tokenizer, section, vocab_size=vocab_size)
     if not tokenized.indices:
         raise ValueError(tokenized.problems[0])
     corpus = tokens.corpus_from_sequences(
@@ -140,6 +142,7 @@ def tokenize_readable(
     *,
     limit: int = NO_LENGTH_LIMIT,
     truncate: str = "error",
+    vocab_size: int | None = None,
 ) -> TokenizedRows:
     """Tokenize all rows that can be; the others are found by halving the sets that the tokenizer refuses.
 
@@ -169,6 +172,7 @@ def tokenize_readable(
                 truncation=truncate,
                 template=template,
                 train_on=section.train_on,
+                vocab_size=vocab_size,
             )
         except ValueError as error:
             if len(group) == 1:

@@ -18,6 +18,7 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.data.encode import Tokenizer
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.inference.generate import Prompt
 from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
 from bilevel_jax.runs.config.load import RankConfig
@@ -54,6 +55,7 @@ def load_rank_model(config: RankConfig) -> RankModel:
     """The model and its tokenizer, on the mesh."""
     tokenizer = tokens.load_tokenizer(config.model.name_or_path)
     architecture, params = models.load_model(config.model.name_or_path, dtype=jnp.dtype(config.model.param_dtype))
+    check_special_tokens(config.model.name_or_path, tokenizer, architecture.vocab_size)
     mesh = make_mesh(config.mesh.data)
     return RankModel(models.make_decoder(architecture, remat="none"), tokenizer, replicate(mesh, params), mesh)
 
@@ -105,7 +107,10 @@ def build_question_prompts(config: RankConfig, rank_model: RankModel, questions:
     """The questions as prompts, each by the id of its text: what is drawn does not depend on the strategies."""
     placeholder_examples = [question.with_response("yes") for question in questions]
     question_prompts = make_prompts(
-        placeholder_examples, rank_model.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+        placeholder_examples,
+        rank_model.tokenizer,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        vocab_size=rank_model.decoder.config.vocab_size,
     )
     return [prompt._replace(id=question.id) for prompt, question in zip(question_prompts, questions, strict=True)]
 
@@ -116,7 +121,11 @@ def tokenize_for_scoring(
     """Rows by the model's own chat template, their responses without end marks and cut at rank.max_response_tokens."""
     tokenizer = rank_model.tokenizer
     corpus, _ = tokens.tokenize(
-        examples, tokenizer, max_length=sys.maxsize, template=config.data.template or tokens.DEFAULT_TEMPLATE
+        examples,
+        tokenizer,
+        max_length=sys.maxsize,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        vocab_size=rank_model.decoder.config.vocab_size,
     )
     end_tokens = {*find_end_tokens(tokenizer, rank_model.decoder.config.eos), *tokenizer.all_special_ids} - {
         tokenizer.unk_token_id

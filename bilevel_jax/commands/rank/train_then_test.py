@@ -146,7 +146,12 @@ def _run_trial(
         generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(
             assemble_params(params, task.base_params)
         )
-        validation_prompts = make_prompts(validation, task.tokenizer, template=config.data.template or DEFAULT_TEMPLATE)
+        validation_prompts = make_prompts(
+            validation,
+            task.tokenizer,
+            template=config.data.template or DEFAULT_TEMPLATE,
+            vocab_size=task.architecture.vocab_size,
+        )
         responses = [draws[0].text for draws in generate(validation_prompts, [0])]
         scores["accuracy"] = float(
             np.mean([judge(example, text) for example, text in zip(validation, responses, strict=True)])

@@ -87,7 +87,10 @@ def collect_rollouts(
     """
     question_examples = [task.examples[row] for row in question_rows]
     question_prompts = make_prompts(
-        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+        question_examples,
+        task.tokenizer,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        vocab_size=task.architecture.vocab_size,
     )
     draws = config.generate.num_generations
     if not path.exists():

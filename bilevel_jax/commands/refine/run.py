@@ -125,7 +125,10 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
         "test", []
     )
     questions = make_prompts(
-        question_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE
+        question_examples,
+        task.tokenizer,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        vocab_size=task.architecture.vocab_size,
     )
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
@@ -390,7 +393,12 @@ def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.nd
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
     test_examples = task.held_out_examples["test"]
-    test_prompts = make_prompts(test_examples, task.tokenizer, template=config.data.template or tokens.DEFAULT_TEMPLATE)
+    test_prompts = make_prompts(
+        test_examples,
+        task.tokenizer,
+        template=config.data.template or tokens.DEFAULT_TEMPLATE,
+        vocab_size=task.architecture.vocab_size,
+    )
     generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
         assemble_params(params, task.base_params)
     )

@@ -12,6 +12,7 @@ from bilevel_jax.commands.train import report
 from bilevel_jax.commands.train.loop import TrainingInput, TrainingLoop, TrainingResult
 from bilevel_jax.core.types import Batch, Hyper, Stream
 from bilevel_jax.lm.data import batches
+from bilevel_jax.lm.data.vocabulary import largest_token_id
 from bilevel_jax.runs.budget import usage
 from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import TrainConfig, config_hash
@@ -135,6 +136,8 @@ def _streaming_input(task: TextTask, config: TrainConfig) -> tuple[TrainingInput
         check_examples=lambda examples: check_examples(config.objective, examples),
         held_out_examples=[example for part in task.held_out_examples.values() for example in part],
     )
+    if largest_token_id(task.tokenizer) >= task.architecture.vocab_size:
+        example_stream.check_tokens()
 
     def batch_at(step: int) -> tuple[Hyper, Batch]:
         hyper, batch = example_stream.batch(step)

@@ -22,6 +22,7 @@ from bilevel_jax.lm.data.encode import (
     make_template_renderer,
 )
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.vocabulary import check_token_ids
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
 TRAIN_ON_MODES = ("all_turns", "last_turn")
@@ -193,6 +194,7 @@ def tokenize(
     truncation: str = "error",
     template: str = DEFAULT_TEMPLATE,
     train_on: str = "all_turns",
+    vocab_size: int | None = None,
 ) -> tuple[Corpus, TokenizationReport]:
     """Token ids and response masks of all examples; row i of the corpus is examples[i].
 
@@ -214,13 +216,14 @@ def tokenize(
         template: joins prompt and response where the tokenizer has no chat template.
         train_on: "all_turns" or "last_turn": the assistant turns that are targets. Of a pair only those count that come
             after the turns which both sides share.
+        vocab_size: rows of the model's embedding, so that no token is beyond them; None: they are not checked.
 
     Returns:
         The corpus, and a report of counts.
 
     Raises:
-        ValueError: an unknown option, a special token in a text, an example without a target, or one beyond max_length
-            under "error"; with file and line.
+        ValueError: an unknown option, a special token in a text, an example without a target, one beyond max_length
+            under "error", or a token beyond vocab_size; with file and line.
 
     Example:
         >>> import tempfile
@@ -272,6 +275,8 @@ def tokenize(
         )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     corpus = Corpus(np.concatenate(ids), np.concatenate(masks), offsets, sequences)
+    if vocab_size is not None:
+        check_token_ids(corpus.ids, offsets, examples, tokenizer, vocab_size, sequences)
     byte_ids = [i for text, i in tokenizer.get_vocab().items() if re.fullmatch(r"<0x[0-9A-F]{2}>", text)]
     unknown_ids = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
     return corpus, TokenizationReport(

@@ -12,7 +12,11 @@ from bilevel_jax.lm.inference.generate import Prompt
 
 
 def make_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, template: str = DEFAULT_TEMPLATE
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    template: str = DEFAULT_TEMPLATE,
+    vocab_size: int | None = None,
 ) -> list[Prompt]:
     """The prompt of the last response of each example, with the example's id.
 
@@ -28,6 +32,7 @@ def make_prompts(
         examples: with at least one assistant turn.
         tokenizer: that of training.
         template: joins prompt and response where the tokenizer has no chat template.
+        vocab_size: as of `tokenize`.
 
     Returns:
         One prompt for each example.
@@ -52,7 +57,14 @@ def make_prompts(
         )
     if not examples:
         return []
-    corpus, _ = tokenize(examples, tokenizer, max_length=sys.maxsize, template=template, train_on="last_turn")
+    corpus, _ = tokenize(
+        examples,
+        tokenizer,
+        max_length=sys.maxsize,
+        template=template,
+        train_on="last_turn",
+        vocab_size=vocab_size,
+    )
     out = []
     for i, example in enumerate(examples):
         row = corpus.get_sequence(i)

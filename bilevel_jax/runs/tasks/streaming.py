@@ -10,7 +10,7 @@ from bilevel_jax.core.types import Batch
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.batches import BatchShape
 from bilevel_jax.lm.data.examples import Example, hash_normalized_text, stream_examples
-from bilevel_jax.lm.data.tokens import Corpus, TokenizationReport
+from bilevel_jax.lm.data.tokens import TOKENIZER_CHUNK, Corpus, TokenizationReport
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.tasks.splits import make_data_options
 
@@ -62,13 +62,26 @@ class StreamingBatches:
         stream = batches.make_train_stream(corpus, lambda _: indices, 1, self.layout)
         return weights, stream.batch(0)
 
+    def check_tokens(self) -> None:
+        """Read and tokenize every row once, so that one with a token that the model lacks is refused before training.
+
+        Only where the tokenizer has more tokens than the model's embedding rows can there be such a row.
+        """
+        rows = self._drop_leaks(stream_examples(self.config.train, make_data_options(self.config)), lambda row: None)
+        while chunk := list(itertools.islice(rows, TOKENIZER_CHUNK)):
+            self.tokenize(chunk)
+
     def _iterate_examples(self) -> Iterator[Example]:
         """Rows for ever, those without a weight left out."""
         for epoch in itertools.count():
-            rows = self._drop_leaks(stream_examples(self.config.train, make_data_options(self.config)))
+            stream = stream_examples(self.config.train, make_data_options(self.config))
+            rows = self._drop_leaks(stream, self._note_seen)
             yield from _shuffle_with_buffer(rows, self.config.shuffle_buffer, self.config.seed + epoch)
 
-    def _drop_leaks(self, examples: Iterator[Example]) -> Iterator[Example]:
+    def _note_seen(self, example: Example) -> None:
+        self.seen_examples.setdefault(example.id, example._replace(turns=(), rejected=()))
+
+    def _drop_leaks(self, examples: Iterator[Example], on_row: Callable[[Example], None]) -> Iterator[Example]:
         any_left = False
         for example in examples:
             leaked_from = self.held_out_examples.get(hash_normalized_text(example))
@@ -79,7 +92,7 @@ class StreamingBatches:
                 )
             if leaked_from is None and self.weight_of(example) is not None:
                 any_left = True
-                self.seen_examples.setdefault(example.id, example._replace(turns=(), rejected=()))
+                on_row(example)
                 yield example
         if not any_left:
             raise ValueError(f"{', '.join(self.config.train)}: no row is left to train on.")

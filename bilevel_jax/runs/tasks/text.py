@@ -21,6 +21,7 @@ from bilevel_jax.lm.data.batches import BatchShape
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.features import extract_features
 from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.schema import (
     DataSection,
@@ -239,6 +240,7 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
         tokens.load_tokenizer(config.model.name_or_path),
         models.read_config(config.model.name_or_path),
     )
+    check_special_tokens(config.model.name_or_path, tokenizer, architecture.vocab_size)
     notes, corpora = list(splits.notes), {}
     for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
         corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture)
@@ -374,6 +376,7 @@ def tokenize_examples(
         truncation=data.truncation,
         template=data.template or tokens.DEFAULT_TEMPLATE,
         train_on=data.train_on,
+        vocab_size=architecture.vocab_size,
     )
 
 
