@@ -181,7 +181,7 @@ def test_a_kind_of_rows_that_the_tokenizer_refuses_does_not_hide_the_others():
 def test_special_tokens_that_stand_too_often(template, bos, odd_bos, odd_eos):
     one = (Turn("user", "Name a pet."), Turn("assistant", "A cat."))
     examples = [Example(f"{i}", i, turns, "s", None, "f", i + 1) for i, turns in enumerate((one, one + one))]
-    part = survey_part("training", examples, bpe(template, bos=bos), DataSection(), 512)
+    part = survey_part("training", examples, bpe(template, bos=bos), DataSection(), 512, vocab_size=10**6)
     assert (part.bos.odd_rows, part.eos.odd_rows) == (odd_bos, odd_eos)
 
 
