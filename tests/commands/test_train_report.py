@@ -22,6 +22,7 @@ from bilevel_jax.runs.config.schema import (
     WeightsSection,
 )
 from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.report import curves
 from bilevel_jax.runs.report.numbers import show_control_characters
 from tests.commands.test_select_report import (
@@ -120,7 +121,8 @@ def written(folder, told=None, rows=None, *, weights=None, log=None, config=CONF
     pq.write_table(table.replace_schema_metadata({"weight": "factor of the loss"}), folder / "weights.parquet")
     (folder / "result.json").write_text(json.dumps(told))
     log = events() if log is None else log
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    for event in log:
+        Journal(folder / "log.jsonl", fsync=False).append(event)
     (folder / run_dir.CONFIG_FILE).write_text(config_to_yaml(config), "utf-8")
     environment = {
         "command": ["/somewhere/bin/bilevel-jax", "train", "my config.yaml", HOSTILE],
@@ -268,8 +270,10 @@ def test_only_what_was_written_is_loaded(case, full, adapter, tmp_path):
 
 def test_a_repeated_step_counts_once_and_a_torn_last_line_is_passed_over(tmp_path):
     first, again = events(20, loss=lambda step: 1.0), events(20, loss=lambda step: 2.0)
-    lines = [json.dumps(first[0]), json.dumps(first[1]), json.dumps(again[1]), json.dumps(first[1])[:30]]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    for event in (first[0], first[1], again[1]):
+        Journal(tmp_path / "log.jsonl", fsync=False).append(event)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(json.dumps(first[1])[:30])
     log = curves.read_training_log(tmp_path / "log.jsonl")
     assert log.steps == list(range(20)) and log.losses == [1.0] * 10 + [2.0] * 10
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from bilevel_jax.commands.audit import judge, report, retrains
@@ -339,7 +338,7 @@ def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> p
     """scores.parquet with the estimates as columns next to the cheap scores."""
     path, rows = folder / SCORES_FILE, task.trainable_indices()
     ids = pa.table({"id": [task.examples[row].id for row in rows]})
-    table = pq.read_table(path) if path.exists() else ids
+    table = run_dir.read_parquet(path) if path.exists() else ids
     metadata = dict(table.schema.metadata or {})
     for score in scores:
         if score.name in table.column_names:  # of a run that was stopped after it wrote them
@@ -374,8 +373,8 @@ def _estimate_once(
             "checks": checks,
         }
 
-    record = session.run_once(f"entries/{name}", make)
-    return np.load(path), record
+    record = session.run_once(f"entries/{name}", make, path)
+    return run_dir.read_arrays(path), record
 
 
 def _format_score(score: DataScore) -> str:

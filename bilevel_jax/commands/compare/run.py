@@ -283,9 +283,9 @@ def learn_weights(
             np.save(file, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
 
-    cell = session.run_once(key, make)
+    cell = session.run_once(key, make, path)
     shutil.rmtree(session.folder / "parts" / key.replace("/", " "), ignore_errors=True)
-    return dict(cell), np.load(path)
+    return dict(cell), run_dir.read_arrays(path)
 
 
 def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:
@@ -329,9 +329,8 @@ def _train_uniform(
         return session.work_done - before
 
     session.set_phase(key)
-    passes = session.run_once(key, make)
-    with np.load(path) as stored:
-        return {name: stored[name] for name in stored} | {"passes": passes}
+    passes = session.run_once(key, make, path)
+    return run_dir.read_arrays(path) | {"passes": passes}
 
 
 def f1_score(selected: np.ndarray, good: np.ndarray) -> float:

@@ -1,6 +1,5 @@
 """The `estimate` command, which predicts memory, disk and time."""
 
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -126,7 +125,7 @@ def compare_with_measured(folder: Path) -> str:
     for name in (run_dir.CONFIG_FILE, "result.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = run_dir.read_json(folder / "result.json")
     if "measured" not in result:
         raise ValueError(
             f"{folder}/result.json has nothing measured: it is of another command, or of an older version."

@@ -1,6 +1,5 @@
 """The dataset card of an export."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,10 +159,10 @@ def to_one_line(text: str) -> str:
 def read_run_result(run: Path) -> dict[str, Any]:
     """The result of a run; empty where it has none yet."""
     path = run / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return run_dir.read_json(path) if path.is_file() else {}
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """The config of a run, as it was written; empty where there is none."""
     path = run / run_dir.CONFIG_FILE
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return yaml.safe_load(run_dir.read_text(path)) if path.is_file() else {}

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from bilevel_jax.commands.rank.metrics import METRICS
+from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, make_table, render_page, shorten_text
@@ -30,7 +30,7 @@ COST_LABELS = {
 
 def write_rank_report(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    responses = pq.read_table(folder / "rank.parquet").to_pylist()
+    responses = run_dir.read_parquet(folder / "rank.parquet").to_pylist()
     return write_report(folder, partial(render_rank_report, responses))
 
 

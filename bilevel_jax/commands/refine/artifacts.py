@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
@@ -52,10 +51,10 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
     """weights.parquet and responses.parquet: all rounds, one behind the other."""
     weights, responses = [], []
     for record in records:
-        round_weights = pq.read_table(weights_path(session, record["step"]))
+        round_weights = run_dir.read_parquet(weights_path(session, record["step"]))
         weights.append(round_weights)
         weight_by_id = dict(zip(round_weights["id"].to_pylist(), round_weights["weight"].to_pylist(), strict=True))
-        round_responses = pq.read_table(responses_path(session, record["step"]))
+        round_responses = run_dir.read_parquet(responses_path(session, record["step"]))
         round_responses = round_responses.append_column(
             "weight",
             pa.array([weight_by_id[response_id] for response_id in round_responses["id"].to_pylist()], pa.float64()),
@@ -83,7 +82,7 @@ def pick_extreme_responses(
     session: Session, offline_task: TextTask, records: list[dict[str, Any]], count: int = 5
 ) -> list[dict[str, Any]]:
     """Responses of the last round that weigh most and least, with their questions, for the report."""
-    table = pq.read_table(session.folder / "responses.parquet").to_pylist()
+    table = run_dir.read_parquet(session.folder / "responses.parquet").to_pylist()
     last = [row for row in table if row["round"] == len(records) - 1]
     example_by_id = {example.id: example for example in offline_task.examples}
     ranked = sorted(last, key=lambda row: -row["weight"])
@@ -110,8 +109,8 @@ def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> 
     """Mean weights in each round: of offline examples by label, of responses by the verifier's score."""
     out = []
     for record in records:
-        table = pq.read_table(weights_path(session, record["step"])).to_pandas()
-        values = pq.read_table(responses_path(session, record["step"])).to_pandas().set_index("id")["checker"]
+        table = run_dir.read_parquet(weights_path(session, record["step"])).to_pandas()
+        values = run_dir.read_parquet(responses_path(session, record["step"])).to_pandas().set_index("id")["checker"]
         right = table["id"].map(values)
         kind = table["label"].fillna("offline")
         generated = np.where(right.isna(), "response", np.where(right >= 0.5, "right response", "wrong response"))

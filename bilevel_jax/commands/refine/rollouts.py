@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data import tokens
@@ -99,7 +98,7 @@ def collect_rollouts(
         path.parent.mkdir(parents=True, exist_ok=True)
         table = _build_response_table(question_examples, responses, round_number, draws, fingerprint, verifier)
         run_dir.write_parquet(path, table)
-    stored = pq.read_table(path)
+    stored = run_dir.read_parquet(path)
     _check_stored_rollouts(path, stored, question_examples, draws, fingerprint)
     return Rollouts(
         questions=question_rows,

@@ -19,7 +19,7 @@ from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, build_variants, 
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
-from bilevel_jax.runs.infra import distributed, run_dir
+from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc
@@ -203,7 +203,7 @@ def _write_artifacts(
         folder / "selected.jsonl", artifacts.format_selected_jsonl(task.examples, learned.weights, selected)
     )
     base_path = config.model.name_or_path
-    if not distributed.broadcast_from_first((folder / "model").exists()):
+    if not distributed.broadcast_from_first(seals.is_noted_folder(folder / "model")):
         params = _train_final_model(task, config, trainer, learned)
         artifacts.write_model(folder / "model", task, params, base_path=base_path)
     if single_loop_result is not None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float
 from markupsafe import Markup
 
+from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import NUM_COLOURS
 from bilevel_jax.runs.report.html import Column, Table, make_table
@@ -28,7 +28,7 @@ def read_score_history(folder: Path) -> ScoreHistory | None:
     """The scores of a run; None where its weights came from elsewhere."""
     if not (folder / scores.SCORES_FILE).exists():
         return None
-    stored = pq.read_table(folder / scores.SCORES_FILE)
+    stored = run_dir.read_parquet(folder / scores.SCORES_FILE)
     about = {key.decode(): json.loads(value) for key, value in (stored.schema.metadata or {}).items()}
     return ScoreHistory([stored[key].to_numpy() for key in about], next(iter(about.values()))["meaning"])
 

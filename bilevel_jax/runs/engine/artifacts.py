@@ -1,6 +1,7 @@
 """Output files of a selection, its weights, examples and model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, 
 from bilevel_jax.lm.models.source_files import find_hub_name
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
-from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.tasks.text import TextTask
 
 
@@ -116,22 +117,27 @@ def write_model(folder: Path, task: TextTask, params: Params, *, base_path: str,
     """The trained model as a Hugging Face folder; adapters folded into the base ("full"), beside it, or "both".
 
     What is there already is left: the folders appear whole, one after the other, and a run that was killed between the
-    two goes on with the second. The adapter names its base only where that has a name on the hub.
+    two goes on with the second. The adapter names its base only where that has a name on the hub. Their files are noted
+    in the run; a folder of which a kill came before that is written again.
     """
     params = jax.tree.map(distributed.fetch_to_host, params)
     base = jax.tree.map(distributed.fetch_to_host, task.base_params) if parts != "adapter" else task.base_params
     adapter = folder.with_name(f"{folder.name}-adapter")
 
     def write() -> None:
-        if task.base_params is not None and parts != "full" and not adapter.exists():
+        if task.base_params is not None and parts != "full" and not seals.is_noted_folder(adapter):
+            shutil.rmtree(adapter, ignore_errors=True)
             models.save_peft(adapter, task.architecture, params, base=find_hub_name(base_path))
-        if folder.exists() or (task.base_params is not None and parts == "adapter"):
+            seals.note_folder(adapter)
+        if seals.is_noted_folder(folder) or (task.base_params is not None and parts == "adapter"):
             return
         merged_params = params
         if task.base_params is not None:
             merged_params = models.merge_adapters(
                 jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), base), params
             )
+        shutil.rmtree(folder, ignore_errors=True)
         models.save_model(folder, task.architecture, merged_params, source_files=task.source_files)
+        seals.note_folder(folder)
 
     distributed.run_on_first_process(write)

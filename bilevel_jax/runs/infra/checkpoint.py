@@ -9,7 +9,6 @@ A step is one folder, renamed into place when whole:
 orbax alone restores a flipped byte silently as a wrong number, and takes a truncated step for the latest one.
 """
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -22,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bilevel_jax.runs.infra import distributed
-from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, write_atomic
+from bilevel_jax.runs.infra import distributed, seals
+from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
+from bilevel_jax.runs.infra.seals import MANIFEST_FILE
 
 PyTree = Any
-MANIFEST_FILE = "manifest.json"
 
 
 class RestoredCheckpoint(NamedTuple):
@@ -53,7 +52,13 @@ def save_checkpoint(
     Every array is stored bit for bit: jax arrays of any dtype and sharding, numpy arrays, typed keys (as their data),
     Python numbers. With several processes all call this, and `folder` is one that all of them see.
     """
-    folder, final = Path(folder), _step_folder(folder, step)
+    return _save_step(Path(folder), step, tree, meta, max_to_keep, is_noted=True)
+
+
+def _save_step(
+    folder: Path, step: int, tree: PyTree, meta: dict[str, Any], max_to_keep: int | None, *, is_noted: bool
+) -> Path:
+    final = _step_folder(folder, step)
     part = folder / f".{final.name}.part"
     leaves = _flatten(tree)
     manifest = {"step": step, "meta": meta, "leaves": [_describe_leaf(name, leaf) for name, leaf in leaves]}
@@ -65,7 +70,7 @@ def save_checkpoint(
         part.mkdir(parents=True)
 
     def finish() -> None:
-        _write_manifest(part, manifest)
+        _write_manifest(part, manifest, final if is_noted else None)
         _move_into_place(part, final)
         if max_to_keep is not None:
             prune_checkpoints(folder, max_to_keep)
@@ -138,7 +143,9 @@ def make_snapshot_store(folder: str | Path) -> SnapshotStore:
     folder = Path(folder)
 
     def put(step: int, tree: PyTree) -> None:
-        save_checkpoint(folder, step, tree, {}, max_to_keep=None)
+        # not noted in the run: there are many, and none is read by another process than that which wrote it, but after
+        # a resume, which finds each whole or not by its own manifest
+        _save_step(folder, step, tree, {}, None, is_noted=False)
 
     def get(step: int, like: PyTree) -> PyTree:
         path = _step_folder(folder, step)
@@ -248,17 +255,19 @@ def _step_folder(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:010d}"
 
 
-def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
+def _write_manifest(part: Path, manifest: dict[str, Any], final: Path | None) -> None:
+    """Write the manifest of `part`, last; `final`: the place where a run should expect it from now on."""
     files = sorted(path for path in part.rglob("*") if path.is_file())
     for path in files:
         fsync_path(path)
     for inside in (path for path in part.rglob("*") if path.is_dir()):
         fsync_path(inside)
-    hashes = {
-        str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _file_sha256(path)} for path in files
-    }
-    body = json.dumps(manifest | {"files": hashes}, indent=1)
-    write_atomic(part / MANIFEST_FILE, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+    hashes = {str(path.relative_to(part)): seals.describe_file(path) for path in files}
+    (part / MANIFEST_FILE).write_text(seals.seal_document(manifest | {"files": hashes}), encoding="utf-8")
+    fsync_path(part / MANIFEST_FILE)
+    fsync_path(part)
+    if final is not None:
+        seals.note_file(final / MANIFEST_FILE, part / MANIFEST_FILE)
 
 
 def _move_into_place(part: Path, final: Path) -> None:
@@ -273,26 +282,13 @@ def _move_into_place(part: Path, final: Path) -> None:
 
 def _verify(path: Path, contents: bool = True) -> tuple[dict[str, Any] | None, str]:
     """The manifest if everything is as it says, else None and what is wrong."""
+    if not path.is_dir():
+        return None, "it is not there"
+    manifest, problem = seals.find_document_difference(path / MANIFEST_FILE, contents=contents)
+    if manifest is None and not (path / MANIFEST_FILE).exists():
+        problem += ", so it was never finished"
     try:
-        seal, _, body = (path / MANIFEST_FILE).read_text(encoding="utf-8").partition("\n")
-    except FileNotFoundError:
-        return None, f"{MANIFEST_FILE} is missing, so it was never finished" if path.is_dir() else "it is not there"
-    except UnicodeDecodeError:
-        return None, f"{MANIFEST_FILE} is damaged"
-    if hashlib.sha256(body.removesuffix("\n").encode()).hexdigest() != seal:
-        return None, f"{MANIFEST_FILE} is damaged"
-    manifest = json.loads(body)
-    for name, recorded in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return None, f"{name} is missing"
-        if file.stat().st_size != recorded["bytes"]:
-            return None, f"{name} has {file.stat().st_size} bytes, {recorded['bytes']} were written"
-        if contents and _file_sha256(file) != recorded["sha256"]:
-            return None, f"{name} is damaged: its SHA-256 is not the one that was written"
-    return manifest, ""
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        seals.check(path / MANIFEST_FILE)
+    except seals.DamagedFileError as error:
+        problem = problem or str(error)
+    return (None, problem) if problem else (manifest, "")

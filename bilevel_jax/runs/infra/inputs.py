@@ -1,13 +1,11 @@
 """Record of a run's input files by size and hash."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bilevel_jax.runs.config.rules import flatten_config
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import run_dir, seals
 
 INPUTS_FILE = "inputs.json"
 INPUT_FILE_KEYS = (
@@ -32,6 +30,14 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
     return files_by_key
 
 
+def check_inputs_whole(config: Any) -> None:
+    """Raise seals.DamagedFileError for an input file of a run's folder that is not what that run wrote."""
+    for key, value in flatten_config(config):
+        if key in INPUT_FILE_KEYS:
+            for item in filter(None, value if isinstance(value, tuple) else (value,)):
+                seals.check(item)
+
+
 def record_inputs(config: Any, folder: Path) -> None:
     """Write inputs.json, once: every file's size, time of change and SHA-256. Reads all of them: seconds per 10 GB."""
     path = folder / INPUTS_FILE
@@ -51,7 +57,7 @@ def check_inputs_unchanged(config: Any, folder: Path) -> None:
     path = folder / INPUTS_FILE
     if not path.exists():
         return  # stopped before it had read its input
-    recorded = json.loads(path.read_text("utf-8"))
+    recorded = run_dir.read_json(path)
     current = {key: {str(file): file for file in key_files} for key, key_files in list_input_files(config).items()}
     changes = [
         f"{key}: {name} {words}"
@@ -74,9 +80,7 @@ def _list_files(path: Path) -> Iterator[Path]:
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
-    with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "changed_ns": file.stat().st_mtime_ns, "sha256": digest}
+    return {**seals.describe_file(file), "changed_ns": file.stat().st_mtime_ns}
 
 
 def _describe_change(recorded: dict[str, Any] | None, file: Path | None) -> str:

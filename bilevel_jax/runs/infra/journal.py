@@ -1,18 +1,27 @@
 """Append-only journals of JSON records that survive a kill.
 
 A record counts once its newline is written. A kill in the middle of a write leaves a torn last line without one:
-readers pass over it, and the next append cuts it off first. Any other line that is no JSON was damaged later, by hand
-or by the disk, and is an error.
+readers pass over it, and the next append cuts it off first. Each line ends in a seal of it and of the lines before
+(`seals.py`): any other line that is not as it was written was damaged later, by hand or by the disk, and is an error.
 """
 
-import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
-from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
+
+
+class LineEnd(NamedTuple):
+    """The end of a line of a journal."""
+
+    size: int
+    """Bytes up to here."""
+    lines: int
+    seal: str
 
 
 class Journal:
@@ -24,45 +33,67 @@ class Journal:
     def __init__(self, path: str | Path, *, fsync: bool):
         """With `fsync` a record is on the disk when `append` returns; without, it is with the kernel."""
         self.path, self._fsync = Path(path), fsync
-        self._bytes_read = self._lines_read = 0
+        self._read = LineEnd(0, 0, "")
+        self._written = LineEnd(0, 0, "")
 
-    def append(self, record: Any) -> None:
-        """Append one JSON value, after cutting off a torn last line."""
-        # a lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that stands for it
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one JSON object, after cutting off a torn last line."""
         if not distributed.is_first_process():
             return
         try:
             with open(self.path, "ab+") as file:
-                _cut_torn_line(file)
+                size = seals.cut_torn_line(file)
+                self._written = self._find_end(size)
+                line, seal = seals.seal_line(record, self._written.seal)
                 file.write(line)
                 file.flush()
                 if self._fsync:
                     os.fsync(file.fileno())
+                self._written = LineEnd(size + len(line), self._written.lines + 1, seal)
         except OSError as error:
             if disk_full := disk_full_error(self.path, error):
                 raise disk_full from error
             raise
 
-    def read_new(self) -> list[Any]:
+    def read_new(self) -> list[dict[str, Any]]:
         """The records since the last call, at first all. Raises ValueError, with the line, for a damaged one."""
-        records: list[Any] = []
-        if not self.path.exists():
-            return records
-        with open(self.path, "rb") as file:
-            file.seek(self._bytes_read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._bytes_read, self._lines_read = self._bytes_read + len(line), self._lines_read + 1
-                try:
-                    records.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(
-                        f"{self.path}:{self._lines_read}: not a JSON record ({error}). A stopped run tears the last "
-                        "line only, so this file was damaged later; remove the line, or the whole file."
-                    ) from error
+        records: list[dict[str, Any]] = []
+        if self.path.exists():
+            self._read = self._read_from(self._read, records)
         return records
+
+    def sync(self) -> None:
+        """Put the journal on the disk, and note in the run how far it goes: what is cut off later is missed."""
+        if distributed.is_first_process() and self.path.exists():
+            fsync_path(self.path)
+            if size := self.path.stat().st_size:
+                self._written = self._find_end(size)
+                seals.note_journal(self.path, self._written.size, self._written.seal)
+
+    def _find_end(self, size: int) -> LineEnd:
+        """The end of the last whole line of the file, which has so many bytes."""
+        if size == 0:
+            start = seals.find_journal_start(self.path)
+            seals.note_journal(self.path, 0, start)
+            return LineEnd(0, 0, start)
+        if size == self._written.size:
+            return self._written
+        return self._read_from(LineEnd(0, 0, ""), [])
+
+    def _read_from(self, place: LineEnd, records: list[dict[str, Any]]) -> LineEnd:
+        """Append the records after a place, and return the place after them."""
+        if place.size == 0:
+            place = place._replace(seal=seals.find_journal_start(self.path))
+        try:
+            for record, seal, size in seals.read_sealed_lines(self.path, place.seal, place.size):
+                records.append(record)
+                place = LineEnd(size, place.lines + 1, seal)
+        except seals.DamagedLineError:
+            raise seals.DamagedFileError(
+                f"{self.path}:{place.lines + 1}: not what was written there. A stopped run tears the last line only, "
+                "so this file was changed later, or is of another run; put back a copy of it, or remove it."
+            ) from None
+        return place
 
 
 class JsonLog:
@@ -79,31 +110,18 @@ class JsonLog:
             raise ValueError(f"a log record needs a 'step'; its keys are {sorted(record)}.")
         self._journal.append(_to_jsonable(record))
 
+    def sync(self) -> None:
+        """Put the log on the disk, and note how far it goes."""
+        self._journal.sync()
+
     def close(self) -> None:
         """Put the log on the disk."""
-        if distributed.is_first_process():
-            fsync_path(self._journal.path)
+        self.sync()
 
 
-def read_journal(path: str | Path) -> list[Any]:
+def read_journal(path: str | Path) -> list[dict[str, Any]]:
     """All records of a journal; none where there is no file. Raises ValueError, with the line, for a damaged one."""
     return Journal(path, fsync=False).read_new()
-
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut off what follows the last newline of a file that is open for reading and appending."""
-    end = file.seek(0, os.SEEK_END)
-    intact_bytes = end
-    while intact_bytes:
-        start = max(0, intact_bytes - 4096)
-        file.seek(start)
-        newline = file.read(intact_bytes - start).rfind(b"\n")
-        if newline >= 0:
-            intact_bytes = start + newline + 1
-            break
-        intact_bytes = start
-    if intact_bytes < end:
-        file.truncate(intact_bytes)
 
 
 def _to_jsonable(value: Any) -> Any:

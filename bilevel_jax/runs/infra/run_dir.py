@@ -1,20 +1,24 @@
-"""Run directory, its lock and atomic writes."""
+"""Run directory, its lock, atomic writes, and reads that check what was written."""
 
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
 import socket
+import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra import distributed, seals
 
 CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
@@ -29,7 +33,9 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
         if not (path / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
         return path
-    present_names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE) if path.is_dir() else []
+    known_names = (LOCK_FILE, seals.SEALS_FILE)
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    present_names = [name for name in names if name not in known_names]
     if CONFIG_FILE in present_names:
         raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
     if present_names:
@@ -56,6 +62,26 @@ def lock_run_dir(folder: str | Path) -> Iterator[None]:
         yield  # the lock file stays: removing it would let two processes lock two files of one name
 
 
+def reopen_run(folder: Path) -> None:
+    """Check every file of a run before it is resumed, and let it write again.
+
+    Warns of files of a finished run that are missing and of checkpoints that are damaged: the run makes them again.
+    Raises seals.DamagedFileError for any other file that is not as it was written.
+    """
+    is_finished, damages = seals.is_finished(folder), seals.check_run(folder)
+    if not is_finished or not all(damage.heals for damage in damages):
+        seals.raise_damage(folder, damages, is_finished)
+    elif damages:
+        warnings.warn(f"{seals.format_damages(folder, damages)}. It is made again where it is needed.", stacklevel=2)
+    seals.Ledger(folder).settle()
+    (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Seal the folder of a run that has come to its end."""
+    write_atomic(folder / seals.MANIFEST_FILE, seals.format_manifest(seals.Ledger(folder).read()))
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write the whole file or nothing: a reader, a kill or a full disk never meets half of it.
 
@@ -79,19 +105,68 @@ def write_parquet(path: str | Path, table: pa.Table) -> None:
 
     def write() -> None:
         with atomic_replace(path) as part:
-            pq.write_table(table, part)
+            pq.write_table(table, part, write_page_checksum=True)
 
     distributed.run_on_first_process(write)
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds, if that is what was written to it.
+
+    Raises seals.DamagedFileError for a file of a run that was changed, cut, swapped or deleted.
+    """
+    seals.check(path)
+    return Path(path).read_bytes()
+
+
+def read_text(path: str | Path) -> str:
+    """As `read_bytes`, the text of a file."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error}).") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """As `read_bytes`, the value of a JSON file."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+
+
+def read_parquet(path: str | Path) -> pa.Table:
+    """As `read_bytes`, the table of a parquet file, whose pages are compared with their checksums."""
+    content = io.BytesIO(read_bytes(path))
+    try:
+        return pq.read_table(content, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error}).") from error
+
+
+def read_arrays(path: str | Path) -> Any:
+    """As `read_bytes`, the array of a .npy file, or the arrays of a .npz file by name."""
+    content = io.BytesIO(read_bytes(path))
+    try:
+        loaded = np.load(content, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole file of arrays ({error}).") from error
+
+
 @contextlib.contextmanager
 def atomic_replace(path: str | Path) -> Iterator[Path]:
-    """A name to write to; what was written takes the place of `path` at the end of the block, whole or not at all."""
+    """A name to write to; what was written takes the place of `path` at the end of the block, whole or not at all.
+
+    In the folder of a run that goes on, it is noted what the file will hold.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         fsync_path(part)
+        seals.note_file(path, part)
         os.replace(part, path)
         fsync_path(path.parent)
     except BaseException as error:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
-from bilevel_jax.runs.infra import distributed, inputs, run_dir
+from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog
 
 MULTIPROCESS_COMMANDS = ("select", "train")
@@ -48,7 +48,7 @@ class Session:
         self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
         self._finished_jobs_path = folder / "checkpoints" / "done.json"
         self._finished_jobs: dict[str, Any] = (
-            json.loads(self._finished_jobs_path.read_text()) if self._finished_jobs_path.exists() else {}
+            run_dir.read_json(self._finished_jobs_path) if self._finished_jobs_path.exists() else {}
         )
         self.work_done = 0.0
 
@@ -72,6 +72,7 @@ class Session:
 
     def mark_saved(self) -> None:
         """Note a save, and stop if a signal asked for it."""
+        self.log.sync()
         self._last_save = time.monotonic()
         if not distributed.is_multiprocess():
             self._agreed_signal = self._received_signal
@@ -112,9 +113,12 @@ class Session:
         )
         return bool(all_values[0, 1])
 
-    def run_once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of a job: computed now, or read if an earlier run of this folder finished it."""
-        if key not in self._finished_jobs:
+    def run_once(self, key: str, compute: Callable[[], Any], file: Path | None = None) -> Any:
+        """The JSON value of a job: computed now, or read if an earlier run of this folder finished it.
+
+        A job that writes a `file`, too, is done again where the file is not there.
+        """
+        if key not in self._finished_jobs or (file is not None and not file.exists()):
             work_before, start_time = self.work_done, time.monotonic()
             value = compute()
             self._finished_jobs[key] = {
@@ -195,6 +199,10 @@ class PartLog:
         """Append one record with the part's name."""
         self._log.write({"part": self._name, **record})
 
+    def sync(self) -> None:
+        """Put the log on the disk, and note how far it goes."""
+        self._log.sync()
+
     def close(self) -> None:
         """The whole closes it."""
 
@@ -203,8 +211,11 @@ class PartLog:
 def open_run_dir(config: Any) -> Iterator[Path]:
     """The folder of a command's run, locked: made new, or, to resume, that of a run with the same config and files.
 
+    A run that comes to its end is sealed by manifest.json; nothing in its folder is written after that.
+
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
-    other data, or another model.
+    other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
+    written.
     """
     command, folder = COMMANDS[type(config)], Path(config.output.dir)
     if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
@@ -215,14 +226,19 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
 
         def claim_folder() -> None:
+            inputs.check_inputs_whole(config)
             run_dir.create_run_dir(folder, config.output.resume)
             stack.enter_context(run_dir.lock_run_dir(folder))
-            if config.output.resume:
+            if not config.output.resume:
+                seals.begin(folder)
+            else:
+                run_dir.reopen_run(folder)
                 check_same_config(config, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
 
         distributed.run_on_first_process(claim_folder)
         yield folder
+        distributed.run_on_first_process(lambda: run_dir.write_manifest(folder))
 
 
 @contextlib.contextmanager

@@ -1,13 +1,11 @@
 """Results of a finished run, read from its folder."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 
 from bilevel_jax.lm.data.examples import Example
@@ -57,13 +55,13 @@ class RunResults(NamedTuple):
 
 def read_results(folder: Path, examples: Sequence[Example]) -> RunResults:
     """result.json, config.yaml, environment.json and weights.parquet of a run."""
-    table = pq.read_table(folder / "weights.parquet")
+    table = run_dir.read_parquet(folder / "weights.parquet")
     text = ("id", "source", "label", "file")
     return RunResults(
         name=folder.resolve().name,
-        result=json.loads((folder / "result.json").read_text("utf-8")),
-        config_text=(folder / run_dir.CONFIG_FILE).read_text("utf-8"),
-        environment=json.loads((folder / "environment.json").read_text("utf-8")),
+        result=run_dir.read_json(folder / "result.json"),
+        config_text=run_dir.read_text(folder / run_dir.CONFIG_FILE),
+        environment=run_dir.read_json(folder / "environment.json"),
         columns={
             name: table[name].to_pylist() if name in text else table[name].to_numpy() for name in table.column_names
         },
@@ -85,9 +83,7 @@ def float_or_nan(value: float | None) -> float:
 def write_report(folder: Path, render_page: Callable[[str, dict[str, Any], str, dict[str, Any]], str]) -> Path:
     """Write `folder`/report.html, `render_page` of (the run's name, its result, its config, its environment)."""
     path = folder / "report.html"
-    text = {
-        name: (folder / name).read_text("utf-8") for name in ("result.json", run_dir.CONFIG_FILE, "environment.json")
-    }
-    result, environment = json.loads(text["result.json"]), json.loads(text["environment.json"])
-    run_dir.write_atomic(path, render_page(folder.resolve().name, result, text[run_dir.CONFIG_FILE], environment))
+    result, environment = (run_dir.read_json(folder / name) for name in ("result.json", "environment.json"))
+    config_text = run_dir.read_text(folder / run_dir.CONFIG_FILE)
+    run_dir.write_atomic(path, render_page(folder.resolve().name, result, config_text, environment))
     return path

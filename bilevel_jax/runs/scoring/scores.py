@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.core import tree
@@ -86,7 +85,7 @@ def load_or_compute_score(
     The file holds the rows that were read (none that was dropped), by id, with what made each column in its metadata.
     """
     path, indices = session.folder / SCORES_FILE, task.trainable_indices()
-    stored = pq.read_table(path) if path.exists() else _ids_table(task)
+    stored = run_dir.read_parquet(path) if path.exists() else _ids_table(task)
     ids = [task.examples[row].id for row in indices]
     if stored["id"].to_pylist() != ids:
         raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
@@ -127,7 +126,7 @@ def warm_start_logits(
 def has_score_column(column: str, folder: Path) -> bool:
     """Whether `load_or_compute_score` has made a column in this folder."""
     path = folder / SCORES_FILE
-    return path.exists() and column in pq.ParquetFile(path).schema_arrow.names
+    return path.exists() and column in run_dir.read_parquet(path).column_names
 
 
 def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
@@ -177,7 +176,7 @@ def reducible_score(task: Task, params: Params, settings: ScoresSection, session
         ids = [example.id for example in task.examples]
         run_dir.write_parquet(path, pa.table({"id": ids, "loss": values}))
         passes += steps + _steps_per_epoch(task) / 3
-    holdout_loss_by_id = dict(zip(*(column.to_pylist() for column in pq.read_table(path).columns), strict=True))
+    holdout_loss_by_id = dict(zip(*(column.to_pylist() for column in run_dir.read_parquet(path).columns), strict=True))
     holdout_losses = np.array([holdout_loss_by_id[example.id] for example in task.examples], float)
     return ScoreResult(_example_losses(task, params) - holdout_losses, passes)
 

@@ -1,6 +1,7 @@
 """Built-in tasks with generated data and small pretrained models."""
 
 import difflib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from bilevel_jax.runs.config.load import (
     TrainConfig,
 )
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
-from bilevel_jax.runs.infra import distributed
+from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.session import make_progress_bar
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
@@ -89,11 +90,17 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
     input_folder = folder / "input"
 
     def write_task_files() -> None:
+        if seals.find_run(input_folder) and seals.is_noted_folder(input_folder):
+            return  # a run that goes on
         task.write_files(input_folder, seed=config.data.seed, **options)
-        if _is_builtin(config.model.name_or_path) and not (input_folder / "model").exists():
+        model_folder = input_folder / "model"
+        if _is_builtin(config.model.name_or_path) and not seals.is_noted_folder(model_folder):
+            shutil.rmtree(model_folder, ignore_errors=True)
             pretrain_builtin_model(
                 input_folder, task, progress=not isinstance(config, InspectConfig) and config.output.progress
             )
+            seals.note_folder(model_folder)
+        seals.note_folder(input_folder)
 
     distributed.run_on_first_process(write_task_files)
 

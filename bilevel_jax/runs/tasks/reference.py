@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
+from bilevel_jax.runs.infra import run_dir
 
 REFERENCE_FILE = "reference.parquet"
 
@@ -57,7 +57,7 @@ def read_reference_log_probs(
     Raises ValueError where another model made them, an id is missing, or a pair's tokens are not those that were read
     (another template, truncation or tokenizer).
     """
-    stored = pq.read_table(path)
+    stored = run_dir.read_parquet(path)
     if (stored_fingerprint := (stored.schema.metadata or {}).get(b"model", b"").decode()) != model_fingerprint:
         raise ValueError(
             f"{path}: made by another model or precision (fingerprint {stored_fingerprint[:12] or 'none'}, and "
