@@ -1,8 +1,14 @@
 """The `bilevel-jax` command line"""
 
+import contextlib
+import errno
 import importlib
+import os
 import shlex
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +65,22 @@ COMMANDS = {
     ),
 }  # fmt: skip
 
+DEBUG_VARIABLE = "BILEVEL_JAX_DEBUG"
+"""The environment variable that, where it is set, lets an unexpected error pass with its traceback."""
+OS_REMEDIES = {
+    errno.ENOENT: "Look at its spelling; paths are relative to the current folder.",
+    errno.EACCES: "Change its permissions, or choose another with --out.",
+    errno.EPERM: "Change its permissions, or choose another with --out.",
+    errno.EROFS: "Choose a folder that can be written with --out.",
+    errno.EISDIR: "Name a file.",
+    errno.ENOTDIR: "A part of the path is a file: name a folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+    errno.ENOSPC: "Free space, then --resume.",
+    errno.EDQUOT: "Free space, then --resume.",
+}
+"""What helps against an error of the operating system, by its number."""
+
 USAGE = """usage: bilevel-jax COMMAND [CONFIG] [flags]
 
 commands:
@@ -89,7 +111,13 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for an error, 2 for a wrong command line, 128 + N when stopped by signal N.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    from bilevel_jax.runs.terminal import guard_streams
+
+    with guard_streams():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         print(_usage(), end="")
         return 0 if arguments else 2
@@ -190,23 +218,77 @@ def _call(name: str, config: Any, *more: Any) -> str:
 
 
 def _report_errors(work: Callable[[], str]) -> int:
-    """Print what the work returns; an error of the user or the machine is one line."""
-    from bilevel_jax.runs.config.renamed_keys import RenamedError
+    """Print what the work returns; an error is one sentence, also one that nobody thought of."""
+    from bilevel_jax.runs.config.renamed_keys import FlagError
     from bilevel_jax.runs.infra import distributed, session
 
     try:
-        print(work())
+        print(work(), flush=True)
     except session.Interrupted as stop:
-        print(f"bilevel-jax: {stop}", file=sys.stderr)
+        _print_error(str(stop))
         distributed.exit_after_error(str(stop), 128 + stop.number)
         return 128 + stop.number
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        _print_error("stopped at once by SIGINT; what was saved last is there. Go on with --resume.")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # who read the output has gone: | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
         distributed.wait_for_cause()
-        print(f"bilevel-jax: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, RenamedError) else 1
-        distributed.exit_after_error(str(error), code)
+        if (text := _describe_error(error)) is None:
+            if os.environ.get(DEBUG_VARIABLE) and not distributed.is_multiprocess():  # others wait for a word
+                raise
+            text = _describe_unexpected(error)
+        _print_error(text)
+        code = 2 if isinstance(error, FlagError) else 1
+        distributed.exit_after_error(text, code)
         return code
     return 0
+
+
+def _print_error(text: str) -> None:
+    print(f"bilevel-jax: {text}", file=sys.stderr)
+
+
+def _describe_error(error: Exception) -> str | None:
+    """The sentence of an error of the user or the machine; None for one that nobody thought of."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"the memory is full ({str(error).splitlines()[0][:200] if str(error) else 'of this machine'}). "
+            "`bilevel-jax estimate CONFIG` says what a run needs; raise train.gradient_accumulation_steps, lower "
+            "data.max_length, or set model.remat to full."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return error.strerror
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
+        remedy = OS_REMEDIES.get(error.errno or 0, "Look at the file or the folder, or name another.")
+        return f"{name}: {error.strerror[:1].lower()}{error.strerror[1:]}. {remedy}"
+    is_known = isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError)
+    return str(error) if is_known and _is_raised_here(error) else None
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Whether code of this package raised the error, and not a library that it calls."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _describe_unexpected(error: Exception) -> str:
+    """One sentence, with the file where the traceback is."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="bilevel-jax-", suffix=".txt", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)).encode("utf-8", "replace").decode())
+        place = f"the traceback is in {file.name}"
+    except OSError:
+        place = f"{DEBUG_VARIABLE}=1 shows the traceback"
+    return (
+        f"unexpected {type(error).__name__}: {text[:300].rstrip('.') or 'no text'}. If your input is right, please "
+        f"report it; {place}."
+    )
 
 
 def _print_completion(arguments: list[str]) -> int:

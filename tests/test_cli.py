@@ -3,17 +3,23 @@
 import dataclasses
 import importlib
 import inspect
+import io
 import re
+import sys
+import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import rich.table
 
 from bilevel_jax import cli
 from bilevel_jax.cli import COMMANDS, main
 from bilevel_jax.runs.config import load
 from bilevel_jax.runs.config.flags import COMMON_KEYS, SHORT_FLAGS, parse_flags
 from bilevel_jax.runs.config.rules import flatten_config
-from bilevel_jax.runs.infra.session import Interrupted
+from bilevel_jax.runs.infra.session import Interrupted, make_progress_bar
+from bilevel_jax.runs.terminal import guard_streams, make_console
 
 
 def flags_of(config_class):
@@ -132,9 +138,11 @@ def test_a_file_of_that_name_comes_before_the_shipped_one(tmp_path, monkeypatch)
     assert load.find_config("select.yaml").resolve() == tmp_path / "select.yaml"
 
 
-def raised(error):
+def raised(error, file=cli.__file__):
+    """A command that raises an error in a file: of this package, or of a library."""
+
     def run(name, config):
-        raise error
+        exec(compile("raise error", file, "exec"), {"error": error})
 
     return run
 
@@ -150,12 +158,50 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("bilevel-jax: ")
 
 
+@pytest.mark.parametrize("error", [KeyError("x\x1b[2J"), ValueError("bad\nshape"), AssertionError()], ids=repr)
+def test_an_error_that_nobody_thought_of_is_a_sentence_with_its_traceback_in_a_file(error, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_call", raised(error, "somewhere/else.py"))
+    arguments = ["inspect", "--model", "m", "--train", "t"]
+    with pytest.raises(type(error)):
+        main(arguments)  # in tests nothing is hidden
+    monkeypatch.delenv(cli.DEBUG_VARIABLE)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"bilevel-jax: unexpected {type(error).__name__}: ") and said.count("\n") == 1
+    assert "\x1b" not in said and "please report it" in said
+    traceback = Path(re.search(r"traceback is in (.*)\.$", said)[1])
+    assert "somewhere/else.py" in traceback.read_text()
+    traceback.unlink()
+
+
+@pytest.mark.parametrize(
+    "error, text, code",
+    [
+        (PermissionError(13, "Permission denied", "out/x\x1b[2J"), "out/x␛[2J: permission denied. Change its perm", 1),
+        (FileNotFoundError(2, "No such file or directory", b"a.txt"), "a.txt: no such file or directory. Look at", 1),
+        (OSError(28, "the disk is full: x was not written."), "the disk is full: x was not written.", 1),
+        (MemoryError(), "the memory is full (of this machine). `bilevel-jax estimate", 1),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+            "the memory is full (RESOURCE_EXHAUSTED: Out of m",
+            1,
+        ),
+        (KeyboardInterrupt(), "stopped at once by SIGINT", 130),
+    ],
+    ids=repr,
+)
+def test_known_errors_of_the_machine(error, text, code, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_call", raised(error, "library.py"))
+    assert main(["inspect", "--model", "m", "--train", "t"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"bilevel-jax: {text}") and said.count("\n") == 1
+
+
 def test_a_renamed_flag_is_a_wrong_command_line(capsys):
     assert main(["select", "configs/select.yaml", "--train.batch", "8"]) == 2
     assert capsys.readouterr().err == "bilevel-jax: --train.batch is now --train.global-batch-size.\n"
-    with pytest.raises(SystemExit) as caught:
-        main(["select", "configs/select.yaml", "--train.bath", "8"])
-    assert caught.value.code == 2
+    assert main(["select", "configs/select.yaml", "--train.bath", "8"]) == 2
+    assert capsys.readouterr().err.startswith("bilevel-jax: --train.bath: no such flag; the keys of train: max-steps, ")
 
 
 @pytest.mark.parametrize(
@@ -179,3 +225,68 @@ def test_help_shows_the_values_of_the_config(capsys):
     assert "(default: 200)" in text and "Without CONFIG the defaults are those of configs/select.yaml" in text
     assert main(["select", "nowhere.yaml", "--help"]) == 1
     assert "nowhere.yaml: no such config" in capsys.readouterr().err
+
+
+HOSTILE = "a\x1b[31mred\x9b2J\x07\u202eevil\u2028next\r\x00"
+
+
+def is_clean(text):
+    return not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u061c]", text)
+
+
+def test_no_control_character_reaches_the_terminal(monkeypatch, capsys):
+    """Whoever writes it: the result, an error, a warning, a library, a logger that outlives the command."""
+    streams = []
+
+    def run(name, config):
+        print(HOSTILE)
+        sys.stdout.writelines([HOSTILE, HOSTILE])
+        sys.stderr.write(HOSTILE)
+        streams.append(sys.stderr)
+        sys.stderr.write(warnings.formatwarning(HOSTILE, UserWarning, "f.py", 1))
+        return HOSTILE
+
+    monkeypatch.setattr(cli, "_call", run)
+    assert main(["inspect", "--model", "m", "--train", "t"]) == 0
+    out, err = capsys.readouterr()
+    assert is_clean(out) and is_clean(err) and not is_clean(HOSTILE)
+    assert out.count("red") == 4 and "bilevel-jax: warning: a␛[31mred⟨U+9B⟩2J␇⟨U+202E⟩evil⟨U+2028⟩next␍␀\n" in err
+    streams[0].write("later\x1b")  # to the stream of that time, and not to one that is closed
+    assert warnings.formatwarning("w", UserWarning, "f.py", 1).startswith("f.py:1: UserWarning")
+
+
+def test_wrong_command_lines_show_no_control_character(capsys):
+    for arguments in (
+        [HOSTILE],
+        ["select", HOSTILE],
+        ["select", f"--{HOSTILE}"],
+        ["select", "--train.max-steps", HOSTILE],
+    ):
+        assert main(arguments) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == "" and is_clean(err) and err.startswith("bilevel-jax: ") and "red" in err
+
+
+def test_help_shows_hostile_values_without_obeying_them(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text('output: {dir: "a\\e[31mred\\u202Eevil"}\n')
+    assert main(["select", str(tmp_path / "c.yaml"), "--help-all"]) == 0
+    out = capsys.readouterr().out
+    assert is_clean(out) and "red⟨U+202E⟩" in "".join(out.split())
+
+
+def test_consoles_and_bars_show_control_characters(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with guard_streams():
+        with make_progress_bar(True) as bar:
+            bar.add_task(f"[red]{HOSTILE}")
+            bar.console.print(HOSTILE, soft_wrap=True)
+            bar.refresh()
+        table = rich.table.Table()
+        table.add_row(HOSTILE)
+        make_console(stderr=True).print(table)
+    text = stream.getvalue()
+    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]|\r", "", text)  # styles and cursor moves of the bar
+    assert is_clean(own) and "red⟨U+9B⟩2J" in own and "[red]" in own and "\x1b[31mred" not in text

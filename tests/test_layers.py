@@ -15,6 +15,7 @@ RANKS = (
     "lm",
     "scores",
     "runs/stats.py",
+    "runs/terminal.py",
     "runs/config",
     "runs/infra",
     "runs/tasks",

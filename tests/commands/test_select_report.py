@@ -18,7 +18,8 @@ from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report.numbers import format_number, show_control_characters
+from bilevel_jax.runs.report.numbers import format_number
+from bilevel_jax.runs.terminal import show_control_characters
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {

@@ -24,7 +24,7 @@ from bilevel_jax.runs.config.schema import (
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.report import curves
-from bilevel_jax.runs.report.numbers import show_control_characters
+from bilevel_jax.runs.terminal import show_control_characters
 from tests.commands.test_select_report import (
     HOSTILE,
     PAIRS,

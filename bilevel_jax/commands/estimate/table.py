@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bilevel_jax.runs.budget.usage import DTYPE_BYTES, compare_usage, format_bytes
+from bilevel_jax.runs.terminal import make_console
 
 COMMAND_NOTES = {
     "compare": "Memory is that of the outer loop with outer.method; penalty and bmo may hold a second model.",
@@ -21,7 +21,7 @@ STEP_LABELS = {
 
 def print_estimate(estimated: dict[str, Any]) -> str:
     """Print an estimate, and return its verdict in a sentence."""
-    console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
+    console = make_console()
     for part in (
         _parameters_table(estimated),
         _memory_table(estimated),
@@ -40,7 +40,7 @@ def print_estimate(estimated: dict[str, Any]) -> str:
 
 def print_comparison(estimated: dict[str, Any], measured: dict[str, Any]) -> str:
     """Print the estimate next to what was measured, and return the work in a sentence."""
-    console = Console(markup=False, emoji=False, highlight=False, force_jupyter=False)
+    console = make_console()
     table = _make_table("", "estimated", "measured")
     lines = compare_usage(estimated, measured)
     for name, before, after, _ in lines:

@@ -13,7 +13,7 @@ from bilevel_jax.commands.export.rows import SelectedExamples
 from bilevel_jax.runs.config.load import ExportConfig
 from bilevel_jax.runs.engine.selection import describe_selection_rule
 from bilevel_jax.runs.infra import run_dir
-from bilevel_jax.runs.report.numbers import show_control_characters
+from bilevel_jax.runs.terminal import show_control_characters
 
 SIZE_CATEGORIES = (
     (10**3, "n<1K"),

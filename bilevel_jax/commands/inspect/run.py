@@ -27,16 +27,14 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
-from bilevel_jax.runs.report.numbers import show_control_characters
 from bilevel_jax.runs.tasks import objective, splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
+from bilevel_jax.runs.terminal import make_console, show_control_characters
 
 MAX_NAMES_SHOWN = 6
 """Sources, labels and places that are named; the others are counted."""
 FEW_EXAMPLES = 5
 """Rows of a source, and 3 times as many of a part, below which they tell little."""
-VISIBLE_CONTROL_CHARACTERS = {code: f"⟨U+{code:X}⟩" for code in (*range(0x80, 0xA0), 0x2028, 0x2029)}
-"""Control characters that terminals obey and pages do not."""
 
 
 def inspect(config: InspectConfig) -> str:
@@ -62,10 +60,7 @@ def inspect(config: InspectConfig) -> str:
         for name, part_examples in examples_by_part.items()
     ]
     duplicates = find_copies(train, trusted)
-    console = Console(
-        width=config.show.width or None, markup=False, emoji=False, highlight=False,
-        force_jupyter=False,  # plain text in a notebook, too
-    )  # fmt: skip
+    console = make_console(width=config.show.width or None)
     console.print(_build_table(parts, tokenizer, limit))
     for line in _describe_duplicates(duplicates):
         console.print(to_plain_text(line))
@@ -91,7 +86,7 @@ def inspect(config: InspectConfig) -> str:
 
 def to_plain_text(text: str) -> Text:
     """Text of anyone's as what it is: no markup is obeyed, and no control character reaches the terminal."""
-    return Text(show_control_characters(text).translate(VISIBLE_CONTROL_CHARACTERS))
+    return Text(show_control_characters(text))
 
 
 # ---- the table

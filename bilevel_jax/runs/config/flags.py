@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import difflib
+import re
 import textwrap
 import typing
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from bilevel_jax.runs.config.renamed_keys import check_flags
+from bilevel_jax.runs.config.renamed_keys import FlagError, check_flags
 from bilevel_jax.runs.config.rules import flatten_config
+from bilevel_jax.runs.config.yaml_reader import decode_value, describe_type, field_types, suggest_nearest
+from bilevel_jax.runs.terminal import show_control_characters, styled_output
 
 COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("name_or_path",),
@@ -54,28 +58,164 @@ FAST_KEYS = ("retrain.enabled", "certify.enabled")
 EXIT_CODES = "Exit codes: 0 success, 1 an error (see stderr), 2 a wrong command line, 128 + N stopped by signal N."
 
 
-def parse_flags(config: Any, arguments: Sequence[str], prog: str) -> Any:
+class Flag(NamedTuple):
+    """A flag of the command line with the words behind it."""
+
+    name: str
+    """As it was typed, without its value."""
+    values: tuple[str, ...]
+    has_equals: bool
+    """Whether the first value is behind an equals sign."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As they stood on the command line."""
+        if self.has_equals:
+            return (f"{self.name}={self.values[0]}", *self.values[1:])
+        return (self.name, *self.values)
+
+
+def split_flags(arguments: Sequence[str]) -> list[Flag]:
+    """The flags of a command line, each with its values. A word that begins with a hyphen is a flag unless a number.
+
+    Raises:
+        FlagError: for a word that stands behind no flag.
+    """
+    flags: list[Flag] = []
+    for argument in arguments:
+        if argument.startswith("-") and not re.fullmatch(r"-(\.?\d.*|inf(inity)?|)", argument):
+            name, equals, value = argument.partition("=")
+            flags.append(Flag(name, (value,) if equals else (), bool(equals)))
+        elif not flags:
+            raise FlagError(f"{argument!r} stands behind no flag. Write COMMAND CONFIG --section.key VALUE.")
+        else:
+            flags[-1] = flags[-1]._replace(values=(*flags[-1].values, argument))
+    return flags
+
+
+def parse_flags(
+    config: Any, arguments: Sequence[str], prog: str, other_keys: Mapping[str, Sequence[str]] | None = None
+) -> Any:
     """Override keys of a config by command-line flags.
+
+    A flag `--section.key` has the value of its key behind it or behind an equals sign; several for a list; none for a
+    key that is true or false, where `--section.no-key` is false. Of a flag that stands twice the last counts, but a
+    list must stand once. Hyphens and underscores are the same.
 
     Args:
         config: the config of a command.
-        arguments: flags and their values; `--help` and `--help-all` print the flags and exit.
-        prog: the command, as the help shows it.
+        arguments: flags and their values.
+        prog: the command, as its help shows it.
+        other_keys: keys that this command lacks, and the commands that have them.
 
     Returns:
         The config with the overrides.
+
+    Raises:
+        FlagError: that lists every flag that is unknown, lacks a value or has one of another type.
     """
+    arguments = [flag for argument in arguments for flag in _expand_short_flag(config, argument)]
     check_flags(arguments, [key for key, _ in flatten_config(config)])
-    flags = [flag for argument in arguments for flag in _expand_short_flag(config, argument)]
-    return tyro.cli(type(config), prog=prog, args=flags, default=config, description=help_text(config))
+    key_types = {
+        f"{section}.{key}": kind
+        for section, section_type in field_types(type(config)).items()
+        for key, kind in field_types(section_type).items()
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    seen, errors = set[str](), []
+    for flag in split_flags(arguments):
+        try:
+            key, value = _read_flag(flag, key_types)
+            if key in seen and typing.get_origin(key_types[key]) is tuple:
+                raise ValueError(f"{flag.name} stands twice; give all of its values behind one of them.")
+        except KeyError:
+            errors.append(_describe_unknown(flag, key_types, prog, other_keys or {}, short_flags(config)))
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            seen.add(key)
+            sections.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = value
+    if errors:
+        raise FlagError("\n".join(errors))
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+def _read_flag(flag: Flag, key_types: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key of a flag and its value; a KeyError for a key that is none, a ValueError for what is no value of it."""
+    key = flag.name.removeprefix("--").replace("-", "_")
+    if not flag.name.startswith("--"):
+        raise KeyError(key)
+    section, _, name = key.partition(".")
+    off = f"{section}.{name.removeprefix('no_')}"
+    if key not in key_types and name.startswith("no_") and key_types.get(off) is bool:
+        if flag.values:
+            raise ValueError(f"{flag.name} takes no value, and {' '.join(flag.values)!r} stands behind it.")
+        return off, False
+    kind = key_types[key]
+    if kind is bool and not flag.has_equals:
+        if flag.values:
+            negative = f"--{section}.no-{name}".replace("_", "-")
+            raise ValueError(
+                f"{flag.name} takes no value, and {' '.join(flag.values)!r} stands behind it. Its opposite is "
+                f"{negative}."
+            )
+        return key, True
+    words: Any = list(flag.values)
+    if typing.get_origin(kind) is not tuple:
+        if not words:
+            raise ValueError(f"{flag.name} has no value; {describe_type(kind)} is wanted behind it.")
+        if len(words) > 1:
+            raise ValueError(
+                f"{flag.name} takes one value, and {len(words)} stand behind it: {' '.join(words)!r}. Quote a value "
+                "with spaces."
+            )
+        words = {"true": True, "false": False}.get(words[0].lower(), words[0]) if kind is bool else words[0]
+    try:
+        return key, decode_value(kind, words)
+    except ValueError as error:
+        shown = " ".join(flag.values)
+        raise ValueError(f"{flag.name} is {shown!r}; wanted {error}.") from None
+
+
+def _describe_unknown(
+    flag: Flag,
+    key_types: Mapping[str, Any],
+    prog: str,
+    other_keys: Mapping[str, Sequence[str]],
+    short: Mapping[str, str],
+) -> str:
+    """An unknown flag with the nearest, or the commands that have it."""
+    command = " ".join(prog.split()[:2])
+    key = flag.name.lstrip("-").replace("-", "_")
+    if commands := other_keys.get(key):
+        return f"{flag.name} is a flag of {' and '.join(commands)}, not of {command}."
+    section, dot, name = key.rpartition(".")
+    same_name = [known for known in key_types if known.partition(".")[2] == name]
+    names = [known.partition(".")[2] for known in key_types if known.startswith(f"{section}.")]
+    if same_name:
+        hint = f"did you mean '--{same_name[0]}'? "
+    elif names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean '--{section}.{near[0]}'? " if near else f"the keys of {section}: {', '.join(names)}; "
+    else:
+        hint = suggest_nearest(f"--{key}", [*(short if not dot else ()), *(f"--{known}" for known in key_types)])
+    return f"{flag.name}: no such flag; {hint.replace('_', '-')}`{command} --help-all` lists all."
 
 
 def print_help(config: Any, prog: str, show_all: bool) -> None:
     """Print the flags of a command: those of COMMON_KEYS, or all."""
-    shown = config if show_all else _with_common_keys(config)
+    shown = _show_values(config) if show_all else _with_common_keys(_show_values(config))
     more = "" if show_all else "\n\nThese are the keys that most runs set; --help-all shows all of them."
-    with contextlib.suppress(SystemExit):  # tyro exits after it has printed the help
-        tyro.cli(type(shown), prog=prog, args=["--help"], default=shown, description=help_text(config) + more)
+    with contextlib.suppress(SystemExit), styled_output():  # tyro exits after it has printed the help
+        tyro.cli(
+            type(shown),
+            prog=show_control_characters(prog),
+            args=["--help"],
+            default=shown,
+            description=help_text(config) + more,
+        )
 
 
 def help_text(config: Any) -> str:
@@ -111,6 +251,22 @@ def _expand_short_flag(config: Any, argument: str) -> tuple[str, ...]:
     if key := short_flags(config).get(name):
         return (f"--{key}{equals}{value}",)
     return (argument,)
+
+
+def _show_values(config: Any) -> Any:
+    """The same config with texts that a terminal can show."""
+
+    def show(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(show, value))
+        return show_control_characters(value) if isinstance(value, str) else value
+
+    return type(config)(
+        **{
+            name: dataclasses.replace(section, **{key: show(value) for key, value in vars(section).items()})
+            for name, section in vars(config).items()
+        }
+    )
 
 
 def _with_common_keys(config: Any) -> Any:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 import yaml
 
 from bilevel_jax.runs.config import schema
-from bilevel_jax.runs.config.flags import parse_flags, print_help
-from bilevel_jax.runs.config.renamed_keys import check_flags
+from bilevel_jax.runs.config.flags import parse_flags, print_help, split_flags
 from bilevel_jax.runs.config.rules import check_config, flatten_config
 from bilevel_jax.runs.config.yaml_reader import read_yaml_config
 
@@ -244,11 +242,11 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
     Args:
         config_class: the config class of a command.
         path: the file; None for the defaults.
-        overrides: command-line flags, as `["--train.max-steps", "100"]`; `--help` prints the keys and exits.
+        overrides: command-line flags, as `["--train.max-steps", "100"]`.
 
     Raises:
         ValueError: that lists all errors of the file, or all values that violate a bound or a rule.
-        SystemExit: for a wrong flag; the nearest flags are printed.
+        FlagError: for a wrong flag, with the nearest one.
     """
     config = (
         config_class()
@@ -256,7 +254,7 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
         else read_yaml_config(config_class, find_config(path), _ignored_sections(config_class))
     )
     prog = f"bilevel-jax {COMMANDS[config_class]} {'CONFIG' if path is None else path}"
-    config = parse_flags(config, overrides, prog)
+    config = parse_flags(config, overrides, prog, _keys_of_other_commands())
     check_config(config, f"{path or 'the defaults'} and the command line")
     return config
 
@@ -270,7 +268,8 @@ def load_shipped_config(config_class: type[ConfigT], overrides: Sequence[str] = 
         return load_config(config_class, None, overrides)
     path = SHIPPED_CONFIGS[config_class]
     config = _remove_inputs(read_yaml_config(config_class, find_config(path)))
-    config = parse_flags(config, overrides, f"bilevel-jax {COMMANDS[config_class]} [CONFIG]")
+    prog = f"bilevel-jax {COMMANDS[config_class]} [CONFIG]"
+    config = parse_flags(config, overrides, prog, _keys_of_other_commands())
     check_config(config, f"{path} and the command line")
     return config
 
@@ -314,18 +313,12 @@ def load_config_to_estimate(
 
     Raises:
         ValueError: for a file that no command reads that can be estimated, and for one that several read.
+        FlagError: for a wrong flag.
     """
-    flags = ["--estimate.dir" if flag == "--out" else flag.replace("--out=", "--estimate.dir=") for flag in overrides]
-    check_flags(
-        [flag for flag in flags if flag.startswith("--estimate.")], [key for key, _ in flatten_config(EstimateConfig())]
-    )
-    options, command_flags = tyro.cli(
-        EstimateConfig,
-        prog="bilevel-jax estimate CONFIG",
-        args=flags,
-        default=EstimateConfig(),
-        return_unknown_args=True,
-    )
+    flags = split_flags(overrides)
+    own_flags = [flag for flag in flags if flag.name == "--out" or flag.name.startswith("--estimate.")]
+    options = parse_flags(EstimateConfig(), [word for flag in own_flags for word in flag.words], "bilevel-jax estimate")
+    command_flags = [word for flag in flags if flag not in own_flags for word in flag.words]
     check_config(options, "the command line")
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
@@ -358,6 +351,15 @@ def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
         f"{path} is a config of none of {', '.join(config_classes)}, which can be estimated. "
         f"As one of {closest_command}: {errors[closest_command]}"
     )
+
+
+def _keys_of_other_commands() -> dict[str, list[str]]:
+    """Every key of every command -> the commands that have it."""
+    keys: dict[str, list[str]] = {}
+    for config_class, command in [*COMMANDS.items(), (EstimateConfig, "estimate")]:
+        for key, _ in flatten_config(config_class()):
+            keys.setdefault(key, []).append(command)
+    return keys
 
 
 def section_names() -> set[str]:

@@ -102,7 +102,11 @@ CHANGED_VALUES = {
 }
 
 
-class RenamedError(ValueError):
+class FlagError(ValueError):
+    """The command line has a flag that is none, or one without a value that fits."""
+
+
+class RenamedError(FlagError):
     """A command-line flag has a former name."""
 
 

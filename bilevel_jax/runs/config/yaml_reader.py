@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -91,15 +92,34 @@ def decode_value(expected_type: Any, value: Any) -> Any:
     if expected_type in (str, bool) and isinstance(value, expected_type):
         return value
     if expected_type in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML 1.1 reads 1e-5 as text
-        except ValueError:
-            number = math.nan
+        number = _parse_number(value)
         if expected_type is float and not math.isnan(number):
-            return number
-        if expected_type is int and number.is_integer():
-            return value if isinstance(value, int) else int(number)
-    raise ValueError(TYPE_DESCRIPTIONS[expected_type])
+            return float(number) if abs(number) <= sys.float_info.max else math.copysign(math.inf, number)
+        if expected_type is int and math.isfinite(number) and number == int(number):
+            if abs(number) < 2**63:
+                return int(number)
+            raise ValueError("a whole number below 2^63")
+    raise ValueError(describe_type(expected_type))
+
+
+def _parse_number(value: int | float | str) -> int | float:
+    """A number as YAML or a command line gives it; nan for what is none. A whole number keeps all of its digits."""
+    try:
+        return int(value) if isinstance(value, int | str) else value
+    except ValueError:  # of a text: YAML 1.1 reads 1e-5 as one
+        try:
+            return float(value)
+        except ValueError:
+            return math.nan
+
+
+def describe_type(expected_type: Any) -> str:
+    """What `decode_value` wants for a type."""
+    if typing.get_origin(expected_type) is Literal:
+        return f"one of {', '.join(choice or repr('') for choice in typing.get_args(expected_type))}"
+    if typing.get_origin(expected_type) is tuple:
+        return "a list"
+    return TYPE_DESCRIPTIONS[expected_type]
 
 
 TYPE_DESCRIPTIONS = {

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
 from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog
+from bilevel_jax.runs.terminal import make_console
 
 MULTIPROCESS_COMMANDS = ("select", "train")
 """The commands that several processes can run."""
@@ -273,9 +273,9 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
 
 def make_progress_bar(shown: bool) -> Progress:
     """A bar with the time that is left, gone when its work is done."""
-    console = Console(stderr=True, force_jupyter=False)  # a notebook gets lines, too, not an HTML box for each
+    console = make_console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
         console=console, disable=not shown, transient=True,
     )  # fmt: skip

@@ -18,8 +18,8 @@ from bilevel_jax.runs.report.numbers import (
     format_number,
     format_percent,
     format_signed,
-    show_control_characters,
 )
+from bilevel_jax.runs.terminal import show_control_characters
 
 FIGURE_SPACE, POINT_SPACE = "\u2007", "\u2008"
 """Spaces as wide as a digit and as a point."""

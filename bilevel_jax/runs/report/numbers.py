@@ -1,4 +1,4 @@
-"""Numbers, intervals, counts and control characters as text."""
+"""Numbers, intervals and counts as text."""
 
 import math
 from typing import NamedTuple
@@ -7,13 +7,6 @@ import numpy as np
 
 MISSING = "–"
 """Stands where there is no number."""
-BIDI_CONTROLS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-"""Characters that turn the direction of what follows them: right-to-left text needs none of them, spoofing does."""
-VISIBLE_CONTROLS: dict[int, str] = (
-    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-    | {127: "\u2421"}
-    | {code: f"⟨U+{code:X}⟩" for code in BIDI_CONTROLS}
-)
 
 
 class MeanInterval(NamedTuple):
@@ -80,8 +73,3 @@ def engineering_exponent(largest: float) -> int:
 def format_power_of_ten(power: int) -> str:
     """The power of ten in words, as it stands before a unit."""
     return "" if power == 0 else f"10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))} "
-
-
-def show_control_characters(text: str) -> str:
-    """The text with control characters made visible, and half surrogate pairs replaced: UTF-8 cannot hold them."""
-    return text.translate(VISIBLE_CONTROLS).encode("utf-8", "replace").decode("utf-8")

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from bilevel_jax.runs.report.numbers import show_control_characters
+from bilevel_jax.runs.terminal import show_control_characters
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a training that writes no report does without it
     from matplotlib.axes import Axes
