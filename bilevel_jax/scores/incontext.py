@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core.certify import spearman
-from bilevel_jax.lm.data.encode import Tokenizer
+from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.scores.demonstrations import DemonstrationSelector
 from bilevel_jax.scores.random import hash_to_int

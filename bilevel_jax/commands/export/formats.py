@@ -222,8 +222,8 @@ def _is_short(example: Example) -> bool:
 def _to_messages(example: Example, layout: str) -> ExportRow:
     """Every part as a list of messages; a text stays a text."""
     if layout == "prompt":
-        prompt, response = (turn._asdict() for turn in example.turns)
-        return {"prompt": [prompt], "response": [response]}
+        messages = example_to_row(example, "chat")["messages"]
+        return {"prompt": messages[:1], "response": messages[1:]}
     return example_to_row(example, "preference_chat" if layout == "preference" else layout)
 
 
@@ -263,7 +263,8 @@ def _to_sharegpt(row: ExportRow) -> ExportRow:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
 
     def convert_message(message: ExportRow) -> ExportRow:
-        return {"from": names[message["role"]], "value": message["content"]}
+        others = {key: value for key, value in message.items() if key not in ("role", "content")}
+        return {"from": names[message["role"]], "value": message["content"]} | others
 
     return {
         key: [convert_message(message) for message in value] if isinstance(value, list) else convert_message(value)

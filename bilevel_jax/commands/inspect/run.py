@@ -25,6 +25,7 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import examples, tokens
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import TokenizedSequence
+from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
 from bilevel_jax.runs.tasks import objective, splits
@@ -110,6 +111,11 @@ def _build_table(parts: Sequence[PartSurvey], tokenizer: Any, limit: int) -> Tab
     labels = [[example.label for example in part.examples if example.label is not None] for part in parts]
     if any(labels):
         add_line("labels", (_format_counts(part_labels, "labels") for part_labels in labels))
+    not_learned = [sum(not turn.is_target for turn in _iterate_turns(part)) for part in parts]
+    with_reasoning = [sum(bool(turn.reasoning) for turn in _iterate_turns(part)) for part in parts]
+    for name, counts in (("answers marked as no target", not_learned), ("answers with a reasoning", with_reasoning)):
+        if any(counts):
+            add_line(name, (f"{count:,}" for count in counts))
     add_line("tokens", (f"{_count_tokens(part):,}" for part in parts))
     add_line(
         "targets",
@@ -132,6 +138,10 @@ def _build_table(parts: Sequence[PartSurvey], tokenizer: Any, limit: int) -> Tab
     if any(part.tokenized.problems for part in parts):
         add_line("unreadable", (_format_unreadable(part.tokenized) for part in parts))
     return table
+
+
+def _iterate_turns(part: PartSurvey) -> Iterable[Turn]:
+    return (turn for example in part.examples for turn in example.turns + example.rejected)
 
 
 def _format_counts(values: Iterable[str], kind: str) -> str:
@@ -462,6 +472,7 @@ def _find_odd_rows(part: PartSurvey, tokenizer: Any) -> Iterable[str]:
         fraction = float(np.isin(part.corpus.ids, token_ids).mean())
         if fraction > threshold:
             yield f"{fraction:.1%} of the tokens are {kind}: was it made for this language?"
+    yield from examples.describe_unread_keys(part.examples)
     if cut := sum(example.num_dropped_turns > 0 for example in part.examples):
         yield f"{_format_quantity(cut, 'dialogue')} lost a last message of the user, which nothing answers"
 

@@ -16,8 +16,8 @@ from bilevel_jax.commands.rank.strategies import Question
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import tokens
-from bilevel_jax.lm.data.encode import Tokenizer
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.inference.generate import Prompt
 from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts

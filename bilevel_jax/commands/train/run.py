@@ -12,6 +12,7 @@ from bilevel_jax.commands.train import report
 from bilevel_jax.commands.train.loop import TrainingInput, TrainingLoop, TrainingResult
 from bilevel_jax.core.types import Batch, Hyper, Stream
 from bilevel_jax.lm.data import batches
+from bilevel_jax.lm.data.examples import describe_unread_keys
 from bilevel_jax.lm.data.vocabulary import largest_token_id
 from bilevel_jax.runs.budget import usage
 from bilevel_jax.runs.budget.work import count_train_steps
@@ -87,6 +88,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 example_weights = reweighting.summarize_weights().weights
             if stream is not None:
                 task = task._replace(examples=list(stream.seen_examples.values()))
+                for note in describe_unread_keys(task.examples):
+                    session.print_line(note)
                 example_weights = np.array([stream.weight_of(example) for example in task.examples], float)
             return _write_outputs(
                 task, config, loaded_weights, example_weights, reweighting, training_result, session, folder

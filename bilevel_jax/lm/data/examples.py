@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_jax.lm.data import files, formats
-from bilevel_jax.lm.data.turns import DataOptions, Dialogue, EmptyExampleError, Turn
+from bilevel_jax.lm.data.turns import TARGET_KEYS, UNREAD_ROW_KEYS, DataOptions, Dialogue, EmptyExampleError, Turn
 
 
 class Example(NamedTuple):
@@ -38,6 +38,8 @@ class Example(NamedTuple):
     """The format that its file was read in, a name in `formats.READ_FORMATS`."""
     num_dropped_turns: int = 0
     """Turns of the user at the end of a ShareGPT row that were left out, because nothing answers them."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys of the row and of its messages with a value that other tools read, and that nothing reads here."""
 
     @property
     def where(self) -> str:
@@ -128,8 +130,10 @@ def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]
     if row_format == "auto" and is_preference_pair(example):
         kinds = {example_kind(example._replace(turns=side)) for side in (example.turns, example.rejected)}
         row_format = "preference" if kinds == {"prompt"} else "preference_chat"
+        if formats.has_message_keys(example.turns + example.rejected):
+            row_format = "preference_chat"
     elif row_format == "auto":
-        row_format = example_kind(example)
+        row_format = "chat" if formats.has_message_keys(example.turns) else example_kind(example)
     return formats.dialogue_to_row(Dialogue(example.turns, example.rejected), row_format, example.where)
 
 
@@ -138,7 +142,11 @@ def hash_content(turns: Iterable[Turn], rejected: Iterable[Turn] = ()) -> str:
 
     That of a preference pair covers both dialogues, and differs from that of either.
     """
-    sides = [[list(turn) for turn in side] for side in (turns, rejected)]
+    # What a turn says beyond role and content counts where it says something, so that plain turns keep their hash.
+    sides = [
+        [[*turn[:2], *(turn[2:] if formats.has_message_keys((turn,)) else ())] for turn in side]
+        for side in (turns, rejected)
+    ]
     return _hash_text(json.dumps(sides if sides[1] else sides[0], ensure_ascii=False))
 
 
@@ -203,6 +211,9 @@ def summarize_examples(examples: Sequence[Example]) -> str:
     sources = Counter(e.source for e in examples)
     labels = Counter(e.label for e in examples if e.label is not None)
     copies = sum(len(group) - 1 for group in find_duplicates(examples))
+    answers = [turn for e in examples for turn in e.turns + e.rejected if turn.role == "assistant"]
+    not_learned = sum(not turn.is_target for turn in answers)
+    with_reasoning = sum(bool(turn.reasoning) for turn in answers)
     shortened = sum(e.num_dropped_turns > 0 for e in examples)
     by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
     by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
@@ -212,9 +223,27 @@ def summarize_examples(examples: Sequence[Example]) -> str:
         f"{len(sources)} sources" if len(sources) > 1 else f"source {next(iter(sources), 'none')}",
         *([f"labels {', '.join(sorted(labels)[:8])}"] if labels else []),
         *([f"{copies:,} are copies of an earlier row"] if copies else []),
+        *([f"{not_learned:,} answers are marked as no target"] if not_learned else []),
+        *([f"{with_reasoning:,} answers come with a reasoning"] if with_reasoning else []),
         *([f"{shortened:,} lost a last message of the user, which nothing answers"] if shortened else []),
     ]
     return "; ".join(parts)
+
+
+def describe_unread_keys(examples: Iterable[Example]) -> list[str]:
+    """One sentence for each key that other tools read and that nothing reads here: in how many rows, the first."""
+    rows: dict[str, list[Example]] = {}
+    for example in examples:
+        for key in example.unread_keys:
+            rows.setdefault(key, []).append(example)
+    hints = UNREAD_ROW_KEYS | dict.fromkeys(
+        (key for key in rows if key.rpartition("[].")[2] in TARGET_KEYS and "[]." in key), "only answers are targets"
+    )
+    return [
+        f"the key '{key}' is not read: {len(found):,} rows, the first {found[0].where}"
+        + (f" ({hints[key]})" if key in hints else "")
+        for key, found in rows.items()
+    ]
 
 
 def list_formats(examples: Sequence[Example]) -> dict[str, str]:
@@ -248,7 +277,7 @@ def _iter_examples(
             where = f"{path}:{line}"
             row_format = row_format if row_format != "auto" else formats.detect_format(row, options, where)
             try:
-                turns, rejected, num_dropped_turns = formats.parse_row(row, row_format, options, where)
+                turns, rejected, num_dropped_turns, unread_keys = formats.parse_row(row, row_format, options, where)
             except EmptyExampleError as error:
                 if options.empty == "drop":
                     on_drop(str(error))
@@ -274,6 +303,7 @@ def _iter_examples(
                 rejected=rejected,
                 format=row_format,
                 num_dropped_turns=num_dropped_turns,
+                unread_keys=unread_keys,
             )
             seen[content] += 1
             count += 1

@@ -14,8 +14,13 @@ What a row may look like (`DataOptions.format` forces one; its other options giv
     hh                   chosen, rejected, dialogues with "\n\nHuman:" and "\n\nAssistant:" before the turns; or text
 
 A bare string is a text row as well. prompt, response, completion, chosen and rejected are strings or lists of
-messages; a response may repeat the messages of the prompt. Beside every layout but text, chat and hh, `system` may hold
-the system message. ShareGPT dialogues that end with the user are cut behind the last answer.
+messages; a response may repeat the messages of the prompt. Beside every layout but text and hh, `system` may hold the
+system message. ShareGPT dialogues that end with the user are cut behind the last answer.
+
+Of a message, role and content (from and value) are read; weight (0 or 1), train, loss and trainable (false or true) say
+whether an answer is a target; reasoning_content (reasoning, thinking) goes to the chat template. Keys that would change
+what a row says and that nothing reads are refused (`turns.UNSUPPORTED_KEYS`, `turns.UNSUPPORTED_ROW_KEYS`); any other
+key of a message with a value is counted and named.
 """
 
 from collections.abc import Callable
@@ -30,15 +35,20 @@ from bilevel_jax.lm.data.turns import (
     Turn,
     Turns,
     check_row,
+    check_row_keys,
     count_shared_turns,
+    find_conversation_field,
+    find_unread_keys,
     join_response,
     parse_messages,
+    prepend_system,
     read_conversation,
     read_field,
     read_instruction,
     read_prompt,
     require_answer,
     require_nonblank,
+    turn_to_message,
 )
 
 
@@ -89,7 +99,18 @@ def parse_row(row: Any, row_format: str, options: DataOptions, where: str) -> Di
             raise ValueError(f"{where}: a bare string among {row_format} rows. Keep one layout per file.")
         row = {options.text_field: row}
     check_row(row, where)
-    return READ_FORMATS[row_format](row, options, where)
+    fields_read = _list_fields_read(row, row_format, options)
+    check_row_keys(row, fields_read, where)
+    dialogue = READ_FORMATS[row_format](row, options, where)
+    sides = [dialogue.turns, dialogue.rejected] if dialogue.rejected else [dialogue.turns]
+    for side in sides:
+        answers = [turn for turn in side if turn.role == "assistant"]
+        if answers and not any(turn.is_target for turn in answers):
+            raise EmptyExampleError(
+                f"{where}: every answer is marked as no target (weight 0, or train, loss or trainable false), so "
+                "there is nothing to learn from. Remove the row, or set data.empty to 'drop' to leave such rows out."
+            )
+    return dialogue._replace(unread_keys=find_unread_keys(row, fields_read))
 
 
 def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str, Any]:
@@ -109,6 +130,11 @@ def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str
     return WRITE_FORMATS[row_format](dialogue, where)
 
 
+def has_message_keys(turns: Turns) -> bool:
+    """Whether a turn says more than its role and content, which only messages can hold."""
+    return any(not turn.is_target or turn.reasoning for turn in turns)
+
+
 # ---- rows -> turns
 
 
@@ -119,8 +145,8 @@ def _parse_text(row: dict, options: DataOptions, where: str) -> Dialogue:
 
 def _parse_chat(row: dict, options: DataOptions, where: str) -> Dialogue:
     name = options.messages_field
-    messages = read_field(row, name, "Keep one layout per file.", where)
-    return Dialogue(require_answer(parse_messages(messages, name, CHAT_ROLES, where), where))
+    messages = parse_messages(read_field(row, name, "Keep one layout per file.", where), name, CHAT_ROLES, where)
+    return Dialogue(require_answer(prepend_system(messages, row, options, where), where))
 
 
 def _parse_sharegpt(row: dict, options: DataOptions, where: str) -> Dialogue:
@@ -177,25 +203,58 @@ READ_FORMATS: dict[str, Callable[[dict, DataOptions, str], Dialogue]] = {
     "hh": pairs.parse_hh,
 }
 
+_PAIR_FIELDS = ("chosen_field", "rejected_field")
+FIELDS_READ: dict[str, tuple[str, ...]] = {
+    "text": ("text_field",),
+    "chat": ("messages_field", "system_field"),
+    "sharegpt": ("conversations", "system_field"),
+    "prompt": ("prompt_field", "response_field", "system_field"),
+    "completion": ("prompt_field", "completion", "system_field"),
+    "alpaca": ("instruction", "input", "output", "history", "system_field"),
+    "preference": ("prompt_field", *_PAIR_FIELDS, "system_field"),
+    "implicit_preference": (*_PAIR_FIELDS, "system_field"),
+    "alpaca_preference": ("instruction", "input", "history", *_PAIR_FIELDS, "system_field"),
+    "sharegpt_preference": ("conversations", *_PAIR_FIELDS, "system_field"),
+    "hh": (*_PAIR_FIELDS, "text_field"),
+}
+"""The keys of a row that a format reads, or the options that name them."""
+
+
+def _list_fields_read(row: dict, row_format: str, options: DataOptions) -> frozenset[str]:
+    names = {getattr(options, name, name) for name in FIELDS_READ[row_format]}
+    if "conversations" in names:
+        names.add(find_conversation_field(row, options))
+    return frozenset({*names, options.source_field, options.label_field})
+
 
 # ---- turns -> rows
 
 
-def _turns_to_messages(turns: Turns) -> list[dict[str, str]]:
-    return [turn._asdict() for turn in turns]
+def _turns_to_messages(turns: Turns) -> list[dict[str, Any]]:
+    return [turn_to_message(turn) | ({} if turn.is_target else {"weight": 0}) for turn in turns]
 
 
 def _to_sharegpt(dialogue: Dialogue, where: str) -> dict[str, Any]:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return {"conversations": [{"from": names[role], "value": content} for role, content in dialogue.turns]}
+    return {
+        "conversations": [
+            {"from": names[message.pop("role")], "value": message.pop("content"), **message}
+            for message in _turns_to_messages(dialogue.turns)
+        ]
+    }
 
 
 def _to_prompt_response(turns: Turns, names: tuple[str, str], row_format: str, where: str) -> dict[str, str]:
     """One prompt and one response under the given names, with the system message if there is one."""
     system = {"system": turns[0].content} if turns[0].role == "system" and turns[0].content else {}
     rest = turns[len(system) :]
+    use = "preference_chat" if row_format == "preference" else "chat"
+    if has_message_keys(rest):
+        raise ValueError(
+            f"{where}: an answer with reasoning, or that is no target, does not fit the layout '{row_format}', which "
+            f"has strings. Use '{use}'."
+        )
     if [turn.role for turn in rest] != ["user", "assistant"]:
-        use = "preference_chat" if row_format == "preference" else "chat"
         raise ValueError(
             f"{where}: a dialogue of {len(turns)} messages does not fit the layout '{row_format}', which has one "
             f"prompt and one response. Use '{use}'."

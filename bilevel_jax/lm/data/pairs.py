@@ -172,6 +172,8 @@ def _parse_hh_dialogue(value: Any, name: str, where: str) -> Turns:
             "Remove the row, or set data.empty to 'drop' to leave such rows out."
         )
     return tuple(
-        Turn(role, require_nonblank(text, f"turn {number} of {name}", where) if role == "assistant" else text)
-        for number, (role, text) in enumerate(turns, 1)
+        turn._replace(content=require_nonblank(turn.content, f"turn {number} of {name}", where))
+        if turn.role == "assistant"
+        else turn
+        for number, turn in enumerate(turns, 1)
     )

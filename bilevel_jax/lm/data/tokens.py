@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm.data.encode import (
     DEFAULT_TEMPLATE,
-    Tokenizer,
     TurnMask,
     common_prefix_length,
     encode_examples,
     make_template_renderer,
 )
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.render import Tokenizer, list_special_tokens
 from bilevel_jax.lm.data.vocabulary import check_token_ids
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
@@ -252,12 +252,14 @@ def tokenize(
     problems: list[str] = []
     for first in range(0, len(examples), TOKENIZER_CHUNK):
         chunk = examples[first : first + TOKENIZER_CHUNK]
-        encoded = encode_examples([side for example in chunk for side in _split_sides(example)], tokenizer, render)
+        chunk_sides = [side for example in chunk for side in _split_sides(example)]
+        targets = [_choose_targets(side, example, train_on) for example in chunk for side in _split_sides(example)]
+        encoded = encode_examples(chunk_sides, targets, tokenizer, render)
         for example in chunk:
             sides = []
-            for side in _split_sides(example):
+            for _ in _split_sides(example):
                 row, mask, merged = next(encoded)
-                sides.append(_add_bos_and_eos(row, _mask_skipped_turns(mask, example, side, train_on), tokenizer))
+                sides.append(_add_bos_and_eos(row, mask, tokenizer))
                 counts["merged"] += merged
             longest = max(len(row) for row, _ in sides)
             if longest > max_length:
@@ -337,20 +339,20 @@ def _split_sides(example: Example) -> list[Example]:
     return [example, example._replace(turns=example.rejected)] if example.rejected else [example]
 
 
-def _mask_skipped_turns(mask: TurnMask, example: Example, side: Example, train_on: str) -> TurnMask:
-    """The mask without the assistant turns that do not count."""
-    answers = sum(turn.role == "assistant" for turn in side.turns)
-    skipped = _count_shared_answers(example) if example.rejected else 0
+def _choose_targets(side: Example, example: Example, train_on: str) -> list[int]:
+    """Which turns of one side of an example are answers to learn."""
+    answers = [i for i, turn in enumerate(side.turns) if turn.role == "assistant"]
+    answers = answers[_count_shared_answers(example) if example.rejected else 0 :]
     if train_on == "last_turn":
-        skipped = max(skipped, answers - 1)
-    if skipped <= 0:
-        return mask
-    if max(mask) != answers:
+        answers = answers[-1:]
+    targets = [i for i in answers if side.turns[i].is_target]
+    if answers and not targets:
         raise ValueError(
-            f"{example.where}: {answers} messages of the assistant, and the chat template's {{% generation %}} blocks "
-            f"mark {max(mask)}, so the last cannot be distinguished from the others. Put one block around each."
+            f"{example.where}: the {'last answer' if train_on == 'last_turn' else 'response'} is marked as no target "
+            "(weight 0, or train, loss or trainable false), so no token is left to learn. Remove the mark or the row"
+            + (", or set data.train_on to 'all_turns'." if train_on == "last_turn" else ".")
         )
-    return [turn if turn > skipped else 0 for turn in mask]
+    return targets
 
 
 def _count_shared_answers(example: Example) -> int:
@@ -433,12 +435,12 @@ def _describe_problem(example: Example, longest: int, sides: EncodedSides, max_l
 
 def _check_special_tokens(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
     """Text that the tokenizer would read as a special token could end a turn or start another one."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    special = list_special_tokens(tokenizer)
     if not special:
         return
     pattern = re.compile("|".join(map(re.escape, special)))
-    matches = ((e, pattern.search(turn.content)) for e in examples for turn in e.turns + e.rejected)
+    texts = ((e, text) for e in examples for turn in e.turns + e.rejected for text in (turn.content, turn.reasoning))
+    matches = ((example, pattern.search(text)) for example, text in texts)
     _raise_first_problem(
         [
             f"{example.where}: the text holds {match.group()!r}, which the tokenizer reads as a special token. "

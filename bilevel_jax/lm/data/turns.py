@@ -1,5 +1,6 @@
 """Chat messages and the fields of an example, read and checked."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +17,48 @@ CONVERSATION_FIELDS = ("conversations", "conversation", "messages")
 """Fields in which ShareGPT rows have their messages, the usual one first."""
 
 
+TARGET_KEYS = ("weight", "train", "loss", "trainable")
+"""Keys of a message that say whether it is a target, in the words of several tools: 0 and false, or 1 and true."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an answer with what was thought before it, as transformers hands it to chat templates."""
+TOOL_KEYS = ("tool_calls", "tool_call_id", "function_call", "tool_responses")
+UNSUPPORTED_KEYS = ("train_detail", "loss_mask", "images", "image", "audio", "audios", "video", "videos", "refusal")
+"""Keys of a message that other tools learn from: without them the row would say something else."""
+MESSAGE_KEYS = frozenset(
+    ("role", "content", "from", "value", *TARGET_KEYS, *REASONING_KEYS, *TOOL_KEYS, *UNSUPPORTED_KEYS)
+)
+"""Keys of a message that are read, or refused; any other with a value is counted and named (`find_unread_keys`)."""
+UNSUPPORTED_ROW_KEYS = {
+    "tools": "Tools are not shown to chat templates: remove the key, or write them into the system message.",
+    "functions": "Tools are not shown to chat templates: remove the key, or write them into the system message.",
+    "documents": "Documents are not shown to chat templates: remove the key, or write them into a message.",
+    "chat_template_kwargs": "Chat templates get no options: remove the key, or set the options in the template.",
+    "loss_mask": 'Mark the messages that are no targets with "weight": 0, and remove the key.',
+    "history": "Earlier turns are read from 'history' in alpaca rows alone: write them as messages.",
+    "images": "Only text is read: remove the row, or the key.",
+    "videos": "Only text is read: remove the row, or the key.",
+    "audios": "Only text is read: remove the row, or the key.",
+}
+"""Keys of a row that other tools read beside the messages: without them the row would say something else -> remedy."""
+UNREAD_ROW_KEYS = {
+    "weight": "weights come from weights.file or weights.score, or are learned",
+    "system": "data.format text and hh have no system message",
+    "system_prompt": "set data.system_field to it",
+    "system_message": "set data.system_field to it",
+}
+"""Keys of a row that other tools read, and that are counted and named where nothing reads them -> what is read."""
+
+
 class Turn(NamedTuple):
     """One message: `role` is system, user or assistant, or text for a row that is no dialogue."""
 
     role: str
     content: str
+    is_target: bool = True
+    """Whether an answer is one to learn, where training asks for answers at its place: False for an answer that its
+    row marks so (`weight`: 0, or `train`, `loss` or `trainable`: false)."""
+    reasoning: str = ""
+    """What the assistant thought before an answer, for chat templates that show it."""
 
 
 Turns = tuple[Turn, ...]
@@ -34,6 +72,8 @@ class Dialogue(NamedTuple):
     """In a preference pair, the dialogue with the response that was not preferred: the same prompt, another end."""
     num_dropped_turns: int = 0
     """User turns at the end that were left out because nothing answers them."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys of the row and of its messages with a value that nothing reads: those of `find_unread_keys`."""
 
 
 @dataclass(frozen=True)
@@ -170,36 +210,142 @@ def _require_question(turns: Turns, name: str, where: str) -> Turns:
 # ---- messages, fields, strings
 
 
+def turn_to_message(turn: Turn) -> dict[str, str]:
+    """A turn as chat templates take it."""
+    return {"role": turn.role, "content": turn.content} | (
+        {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+    )
+
+
 def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> Turns:
-    """A list of {role, content} or {from, value} as turns; `roles` says which names of speakers are known."""
+    """A list of {role, content} or {from, value} as turns; `roles` says which names of speakers are known.
+
+    Of the other keys, `TARGET_KEYS` and `REASONING_KEYS` are read, and `TOOL_KEYS` and `UNSUPPORTED_KEYS` are refused.
+    """
     if not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: '{name}' is {describe_value(value)}; a list of {{role, content}} objects is wanted."
         )
     turns = []
     for number, message in enumerate(value, 1):
-        message_name = f"message {number} of {name}"
-        keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        if not isinstance(message, dict) or not set(keys) <= set(message):
+        place = f"message {number} of {name}"
+        turns.append(_parse_message(message, place, roles, where))
+        if turns[-1].role == "system" and number > 1:
             raise ValueError(
-                f"{where}: {message_name} is {describe_value(message)}; an object with {' and '.join(keys)} is wanted."
+                f"{where}: {place} is a system message; only the first one may be. Write its text into the first "
+                "message, or into one of the user."
             )
-        speaker = message[keys[0]]
-        if message.get("tool_calls") or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
-            raise ValueError(
-                f"{where}: {message_name} is a call of a tool or its result (role {describe_value(speaker)}); only "
-                "system, user and assistant are read. Remove the row, or write the call into the text of a message."
-            )
-        role = roles.get(speaker.lower() if roles is SHAREGPT_ROLES else speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise ValueError(
-                f"{where}: {message_name} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it."
-            )
-        if role == "system" and number > 1:
-            raise ValueError(f"{where}: {message_name} is a system message; only the first one may be.")
-        check = require_nonblank if role == "assistant" else require_string
-        turns.append(Turn(role, check(message[keys[1]], f"{keys[1]} of {message_name}", where)))
     return tuple(turns)
+
+
+def _parse_message(message: Any, place: str, roles: dict[str, str], where: str) -> Turn:
+    keys = role_key, content_key = (
+        ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+    )
+    if not isinstance(message, dict) or not set(keys) <= set(message):
+        raise ValueError(
+            f"{where}: {place} is {describe_value(message)}; an object with {role_key} and {content_key} is wanted."
+        )
+    speaker = message[role_key]
+    calls = [key for key in TOOL_KEYS if message.get(key)]
+    if calls or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
+        by = f"key '{calls[0]}'" if calls else f"role {describe_value(speaker)}"
+        raise ValueError(
+            f"{where}: {place} is a call of a tool or its result ({by}); only system, user and assistant are read. "
+            "Remove the row, or write the call into the text of a message."
+        )
+    if unsupported := [key for key in UNSUPPORTED_KEYS if message.get(key)]:
+        raise ValueError(
+            f"{where}: {place} has '{unsupported[0]}' = {describe_value(message[unsupported[0]])}, which is not "
+            f'supported. Remove the key or the row; whole answers are left out of the targets by "weight": 0.'
+        )
+    role = roles.get(speaker.lower() if roles is SHAREGPT_ROLES else speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(
+            f"{where}: {place} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it."
+        )
+    is_target = _read_is_target(message, place, where)
+    reasoning = _read_reasoning(message, place, where) if role == "assistant" else ""
+    content = _read_content(message[content_key], f"{content_key} of {place}", where)
+    if role == "assistant" and is_target is not False:
+        content = require_nonblank(content or "", f"{content_key} of {place}", where)
+    if role == "assistant":
+        return Turn(role, content or "", is_target is not False, reasoning)
+    return Turn(role, require_string(content, f"{content_key} of {place}", where))
+
+
+def _read_content(value: Any, name: str, where: str) -> str | None:
+    """A string, as it stands or as the one part of type text; None where there is none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        kinds = [part.get("type", "text") for part in value]
+        if kinds == ["text"] and isinstance(value[0].get("text"), str):
+            return value[0]["text"]
+        raise ValueError(
+            f"{where}: '{name}' is a list of parts of the types {kinds}; a string, or one part of type text, is "
+            "wanted. Write one text, as the model is to see it, or remove the row."
+        )
+    hint = " Write it in quotes." if isinstance(value, (int, float)) else ""
+    raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a string is wanted.{hint}")
+
+
+def _read_is_target(message: dict, place: str, where: str) -> bool | None:
+    """What the message says about being a target: 1 and true, 0 and false, or nothing."""
+    said = {key: message[key] for key in TARGET_KEYS if message.get(key) is not None}
+    for key, value in said.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(
+                f"{where}: '{key}' of {place} is {describe_value(value)}; 0 or false (no target) and 1 or true (a "
+                "target) are read. Weights of examples come from weights.file or weights.score, or are learned."
+            )
+    if len({bool(value) for value in said.values()}) > 1:
+        raise ValueError(f"{where}: {place} says two things about being a target: {said}. Leave one of them.")
+    return next((bool(value) for value in said.values()), None)
+
+
+def _read_reasoning(message: dict, place: str, where: str) -> str:
+    said = {key: message[key] for key in REASONING_KEYS if message.get(key) is not None}
+    texts = {require_string(value, f"{key} of {place}", where) for key, value in said.items()}
+    if len(texts) > 1:
+        raise ValueError(f"{where}: {place} has two reasonings, in {list(said)}. Leave one of them.")
+    return next(iter(texts), "")
+
+
+def check_row_keys(row: dict, fields_read: Collection[str], where: str) -> None:
+    """Raises ValueError for a key with a value that would change what the row says, and that nothing reads."""
+    for key, remedy in UNSUPPORTED_ROW_KEYS.items():
+        if key not in fields_read and row.get(key) and row[key] not in ("[]", "{}"):
+            raise ValueError(f"{where}: the row has '{key}' = {describe_value(row[key])}, which is not read. {remedy}")
+
+
+def find_unread_keys(row: dict, fields_read: Collection[str]) -> tuple[str, ...]:
+    """Keys with a value that other tools read, and that nothing reads here: of the row, and of its messages.
+
+    Args:
+        row: a row of a file.
+        fields_read: its keys that are read.
+
+    Returns:
+        Names such as "weight" and "messages[].name", each once.
+    """
+    found = [key for key in UNREAD_ROW_KEYS if key not in fields_read and row.get(key) not in (None, "", 1)]
+    for field in fields_read:
+        messages = row.get(field)
+        for message in messages if isinstance(messages, list) else [messages]:
+            if isinstance(message, dict):
+                found += [
+                    f"{field}[].{key}"
+                    for key, value in message.items()
+                    if (key not in MESSAGE_KEYS and value is not None) or _is_target_in_vain(key, value, message)
+                ]
+    return tuple(dict.fromkeys(found))
+
+
+def _is_target_in_vain(key: str, value: Any, message: dict) -> bool:
+    """Whether it asks for a message of the user or the system as a target: only answers are."""
+    speaker = str(message.get("role", message.get("from"))).lower()
+    return key in TARGET_KEYS and value in (1, True) and SHAREGPT_ROLES.get(speaker) != "assistant"
 
 
 def check_row(row: Any, where: str) -> None:

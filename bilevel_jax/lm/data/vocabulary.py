@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_jax.lm.data.encode import Tokenizer
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.render import Tokenizer
 
 
 def check_token_ids(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE, Tokenizer
+from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE
 from bilevel_jax.lm.data.examples import Example, example_kind
+from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.data.tokens import tokenize
 from bilevel_jax.lm.inference.generate import Prompt
 
@@ -57,8 +58,16 @@ def make_prompts(
         )
     if not examples:
         return []
+    # A prompt is one whether or not its answer is to be learned.
+    asked = [
+        example._replace(
+            turns=tuple(turn._replace(is_target=True) for turn in example.turns),
+            rejected=tuple(turn._replace(is_target=True) for turn in example.rejected),
+        )
+        for example in examples
+    ]
     corpus, _ = tokenize(
-        examples,
+        asked,
         tokenizer,
         max_length=sys.maxsize,
         template=template,
@@ -70,7 +79,7 @@ def make_prompts(
         row = corpus.get_sequence(i)
         prompt_tokens = row.ids[: int(np.argmax(row.target_mask))].tolist()
         last_answer = max(at for at, turn in enumerate(example.turns) if turn.role == "assistant")
-        messages = tuple(turn._asdict() for turn in example.turns[:last_answer])
+        messages = tuple({"role": turn.role, "content": turn.content} for turn in example.turns[:last_answer])
         out.append(Prompt(example.id, tuple(prompt_tokens), messages))
     return out
 

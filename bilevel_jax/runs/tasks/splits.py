@@ -39,6 +39,9 @@ def load_splits(config: DataSection) -> DataSplits:
         for part, part_examples in held_out.items()
         if part_examples
     ]
+    notes += examples.describe_unread_keys(
+        [*train, *(example for part_examples in held_out.values() for example in part_examples)]
+    )
     if dropped:
         notes.append(f"{len(dropped):,} rows were left out (data.empty = drop), the first: {dropped[0]}")
     for part, other_parts in (("dev", ("test",)), ("validation", ("dev", "test"))):

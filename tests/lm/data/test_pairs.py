@@ -4,7 +4,7 @@ import pytest
 
 from bilevel_jax.lm.data.examples import example_to_row, find_duplicates, is_preference_pair, load_examples
 from bilevel_jax.lm.data.formats import READ_FORMATS
-from bilevel_jax.lm.data.turns import DataOptions, Turn, count_shared_turns
+from bilevel_jax.lm.data.turns import DataOptions, Turn, count_shared_turns, turn_to_message
 from tests.lm.rows import lines, put
 
 ASK = (Turn("user", "1 + 1?"),)
@@ -15,7 +15,7 @@ DIGITS = {"chosen": "2", "rejected": "3"}
 
 
 def said(*turns):
-    return [turn._asdict() for turn in turns]
+    return list(map(turn_to_message, turns))
 
 
 def from_value(*turns):
@@ -24,7 +24,7 @@ def from_value(*turns):
 
 
 def marked(*turns):
-    return "".join(f"\n\n{'Human' if role == 'user' else 'Assistant'}: {content}" for role, content in turns)
+    return "".join(f"\n\n{'Human' if role == 'user' else 'Assistant'}: {content}" for role, content, *_ in turns)
 
 
 SIDES = {"chosen": said(*RIGHT), "rejected": said(*WRONG)}

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from bilevel_jax.lm.builtin.cipher import make_cipher_tokenizer as cipher_tokenizer
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences, load_tokenizer, tokenize
+from bilevel_jax.lm.data.turns import turn_to_message
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 
@@ -121,7 +122,7 @@ def test_prompt_is_what_generation_will_be_given():
     tokenizer = bpe(LLAMA3)
     out = tokenize([PAIR], tokenizer, max_length=200)[0].get_sequence(0)
     asked = tokenizer.apply_chat_template(
-        [PAIR.turns[0]._asdict()], add_generation_prompt=True, return_dict=False, tokenize=True
+        [turn_to_message(PAIR.turns[0])], add_generation_prompt=True, return_dict=False, tokenize=True
     )
     assert out.ids[~out.target_mask].tolist() == asked
 
@@ -334,7 +335,12 @@ ERRORS = [
     (bpe(), TALK, {}, "rows.jsonl:1: a dialogue of 4 turns, and the tokenizer has no chat template."),
     (bpe(THINKING), TALK, {}, r"changes what stands before message 2 .* Use a template with {% generation %} blocks"),
     (bpe(LLAMA3.replace("trim", "upper")), PAIR, {}, "the chat template changes the text of message 2"),
-    (bpe(LLAMA2), example("a", "b", roles=("system", "assistant")), {}, r"refuses the roles \['system', .*no system"),
+    (
+        bpe(LLAMA2),
+        example("a", "b", roles=("system", "assistant")),
+        {},
+        r"refuses .* the roles \['system', .*no system",
+    ),
     (bpe(BLOCKS.replace("== 'assistant'", "== 'model'")), PAIR, {}, "{% generation %} blocks mark no token"),
     (bpe(bos=None, eos=None), example("a"), {}, "rows.jsonl:1: no token to predict among its 1. Remove the row."),
     (
@@ -348,12 +354,6 @@ ERRORS = [
     (bpe(), pair(("a", "b"), ("a", "b")), {}, "rows.jsonl:1: the chosen and the rejected response are the same"),
     (bpe(), pair(("a", "b"), ("c", "b")), {}, "differ at message 1 before the assistant answers; a preference compa"),
     (bpe(LLAMA3), pair(TALK_TEXT, TALK_TEXT[:2]), {}, "differ at message 3 before the assistant answers"),
-    (
-        bpe(ONE_BLOCK),
-        TALK,
-        {"train_on": "last_turn"},
-        "2 messages of the assistant, and .* blocks mark 1, so the last can",
-    ),
     (bpe(), PAIR, {"max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
 ]
 
