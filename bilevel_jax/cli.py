@@ -160,6 +160,7 @@ def _run(name: str, arguments: list[str]) -> str:
     from bilevel_jax.runs.config.load import load_config, load_shipped_config
 
     path, flags = _split_config(arguments)
+    _check_config_file(path)
     config_class = _config_class(name)
     config = load_config(config_class, path, flags) if path else load_shipped_config(config_class, flags)
     return _call(name, config)
@@ -176,6 +177,7 @@ def _run_export(name: str, arguments: list[str]) -> str:
         raise ValueError(f"{run} holds no run: config.yaml is missing. Give a run's folder or a config.")
     if run:
         path, flags = str(run / "config.yaml"), [*flags_for_run(run), *flags]
+    _check_config_file(path)
     return _call(name, load_config(ExportConfig, path, flags), run, f"bilevel-jax export {shlex.join(arguments)}")
 
 
@@ -187,7 +189,16 @@ def _run_estimate(name: str, arguments: list[str]) -> str:
     path, flags = _split_config(arguments)
     if path and Path(path).is_dir():
         return compare_with_measured(Path(path))
+    _check_config_file(path)
     return _call(name, *load_config_to_estimate(path, flags))
+
+
+def _check_config_file(path: str | None) -> None:
+    """Raise an error for the config of a run's folder that is not as the run wrote it."""
+    from bilevel_jax.runs.infra import seals
+
+    if path:
+        seals.check(path)
 
 
 RUNNERS: dict[str, Callable[[str, list[str]], str]] = {"export": _run_export, "estimate": _run_estimate}

@@ -32,6 +32,7 @@ from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import EstimateSection
 from bilevel_jax.runs.engine.trajectory_store import bytes_per_device
 from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.inputs import check_inputs_whole
 
 ESTIMATE_FILE = "estimate.json"
 
@@ -43,6 +44,7 @@ def estimate(config: RunConfig, options: EstimateSection) -> str:
     """
     if reads_array_data(config):
         raise ValueError("estimate is for runs on text: a task of arrays is over sooner than its estimate.")
+    check_inputs_whole(config)
     began = time.monotonic()
     simulated = simulate_devices(options.devices)
     with tempfile.TemporaryDirectory() as folder:

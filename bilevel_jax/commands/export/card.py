@@ -12,7 +12,7 @@ from bilevel_jax.commands.export.formats import TRAINER_NAMES, ExportTarget
 from bilevel_jax.commands.export.rows import SelectedExamples
 from bilevel_jax.runs.config.load import ExportConfig
 from bilevel_jax.runs.engine.selection import describe_selection_rule
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.runs.terminal import show_control_characters
 
 SIZE_CATEGORIES = (
@@ -159,6 +159,7 @@ def to_one_line(text: str) -> str:
 def read_run_result(run: Path) -> dict[str, Any]:
     """The result of a run; empty where it has none yet."""
     path = run / "result.json"
+    seals.check(path)
     return run_dir.read_json(path) if path.is_file() else {}
 
 

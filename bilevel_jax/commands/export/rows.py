@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.lm.data.examples import Example, find_leaks, load_examples
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
 from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.scoring import from_file
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
@@ -43,6 +44,7 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     with tempfile.TemporaryDirectory() as temporary:
         input_folder = run if run and (run / "input").is_dir() else Path(temporary)  # where builtin:cipher lies
         config = replace(config, data=resolve_builtin(InspectConfig(data=config.data), input_folder).data)
+        check_inputs_whole(config)
         empty: list[str] = []
         examples = load_examples(config.data.train, splits.make_data_options(config.data), empty.append)
         notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []

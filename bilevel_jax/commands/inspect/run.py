@@ -28,6 +28,7 @@ from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
+from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.tasks import objective, splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.terminal import make_console, show_control_characters
@@ -43,6 +44,7 @@ def inspect(config: InspectConfig) -> str:
 
     Raises ValueError for files, rows or a template that no command could begin with.
     """
+    check_inputs_whole(config)
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_builtin_untrained(config, Path(folder))
         tokenizer = tokens.load_tokenizer(resolved.model.name_or_path)

@@ -120,7 +120,8 @@ class JsonLog:
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a journal; none where there is no file. Raises ValueError, with the line, for a damaged one."""
+    """All records of a journal; none where there is no file. Raises ValueError for a damaged one."""
+    seals.check(path)
     return Journal(path, fsync=False).read_new()
 
 

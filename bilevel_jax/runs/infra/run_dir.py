@@ -73,8 +73,9 @@ def reopen_run(folder: Path) -> None:
         seals.raise_damage(folder, damages, is_finished)
     elif damages:
         warnings.warn(f"{seals.format_damages(folder, damages)}. It is made again where it is needed.", stacklevel=2)
-    seals.Ledger(folder).settle()
     (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
+    for name in seals.Ledger(folder).settle():
+        warnings.warn(f"{folder / name} is missing. It begins anew: what it held is not in the report.", stacklevel=2)
 
 
 def write_manifest(folder: Path) -> None:

@@ -252,9 +252,9 @@ class Ledger:
         """
         with self._lock:
             self.read()
-            if all(self.files.get(name) == seal for name, seal in files.items()) and (
-                not folder or folder in self.folders
-            ):
+            is_known = all(self.files.get(name) == seal for name, seal in files.items())
+            is_last = MANIFEST_FILE not in files or MANIFEST_FILE in self.replaced  # the manifest is noted last
+            if is_known and is_last and (not folder or folder in self.folders):
                 return
             record: dict[str, Any] = {"folder": folder} if folder else {}
             record["files"] = {name: seal and list(seal) for name, seal in files.items()}
@@ -274,13 +274,22 @@ class Ledger:
             return ""
         return difference
 
-    def settle(self) -> None:
-        """Note for the files of the last line what they hold, where a kill came before they had their names."""
+    def settle(self) -> list[str]:
+        """Bring the seals of a checked run to what is there; the journals that are not, though they had records.
+
+        The files of the last line may hold what they held before, where a kill came before they had their names.
+        """
         for name in self.read().replaced:
-            if name in self.files and self._find_difference(name, self.files[name]):
-                replaced = self.replaced[name]
-                if not (self.root / name).exists() or (replaced and not self._find_difference(name, replaced)):
-                    self.append({name: replaced if (self.root / name).exists() else None})
+            replaced = self.replaced[name]
+            if replaced and self._find_difference(name, self.files.get(name, replaced)):
+                if not self._find_difference(name, replaced):
+                    self.append({name: replaced})
+        gone = {
+            name: seal for name, seal in self.files.items() if name != MANIFEST_FILE and not (self.root / name).exists()
+        }
+        if gone:
+            self.append(dict.fromkeys(gone))
+        return [name for name, seal in gone.items() if seal.line_seal and seal.size]
 
     def _find_difference(self, name: str, seal: Seal) -> str:
         path = self.root / name
@@ -349,13 +358,14 @@ def note_folder(folder: Path) -> None:
 
 
 def is_noted_folder(folder: Path) -> bool:
-    """Whether a folder is there and was written whole; outside of a run that goes on, whether it is there."""
+    """Whether a folder has all files that it was written with; where no run goes on, whether it is there."""
     if not folder.exists():
         return False
     if not (found := _find_open_run(folder)):
         return True
     ledger, name = found
-    return name in ledger.read().folders
+    names = ledger.read().folders.get(name)
+    return names is not None and all((ledger.root / file).exists() for file in names)
 
 
 def note_journal(path: Path, size: int, line_seal: str) -> None:
@@ -426,17 +436,24 @@ def find_run(path: str | Path) -> RunFile | None:
         name = resolved.relative_to(root).as_posix()
         if (root / MANIFEST_FILE).is_file():
             manifest = open_document((root / MANIFEST_FILE).read_bytes())
-            if manifest is not None and "run" in manifest:
+            if manifest is not None and "run" in manifest and _is_of_this_run(manifest, root):
                 return RunFile(root, name, manifest["run"], manifest, None)
             if has_seals:
                 raise DamagedFileError(
-                    f"{root / MANIFEST_FILE} is damaged: it says what the files of the run hold. Remove it, and "
-                    "--resume of the run writes it again."
+                    f"{root / MANIFEST_FILE} is damaged, or it and {root / SEALS_FILE} are of two runs: it says what "
+                    "the files of the run hold. Put back a copy, or remove it: --resume of the run writes it again."
                 )
         if has_seals:
             ledger = Ledger(root).read()
             return RunFile(root, name, ledger.run, None, ledger)
     return None
+
+
+def _is_of_this_run(manifest: dict[str, Any], root: Path) -> bool:
+    try:
+        return manifest["run"] == Ledger(root).read().run
+    except DamagedFileError:
+        return True  # the manifest has a seal of its own
 
 
 def check(path: str | Path) -> None:
@@ -456,7 +473,9 @@ def check(path: str | Path) -> None:
 def format_damages(root: Path, damages: list[Damage]) -> str:
     """What is wrong with the first of them."""
     listed = "; ".join(f"{root / damage.name} {damage.problem}" for damage in damages[:MAX_DAMAGES_SHOWN])
-    return listed + (f"; and {len(damages) - MAX_DAMAGES_SHOWN} more" if len(damages) > MAX_DAMAGES_SHOWN else "")
+    if len(damages) > MAX_DAMAGES_SHOWN:
+        listed += f"; and {len(damages) - MAX_DAMAGES_SHOWN} more, unless {root / SEALS_FILE} is of another run"
+    return listed
 
 
 def raise_damage(root: Path, damages: list[Damage], is_finished: bool) -> None:
@@ -489,7 +508,7 @@ def check_run(root: Path) -> list[Damage]:
         return [Damage(SEALS_FILE, "was cut: its last line was about the manifest")]
     manifest = open_document(manifest_path.read_bytes())
     if manifest is None or manifest.get("run") != ledger.run:
-        return [Damage(MANIFEST_FILE, "is damaged, or of another run")]
+        return [Damage(MANIFEST_FILE, f"is damaged, or it and {root / SEALS_FILE} are of two runs")]
     if difference := ledger.find_difference(MANIFEST_FILE):
         return [Damage(MANIFEST_FILE, difference)]
     run = RunFile(root, "", ledger.run, manifest, None)
