@@ -428,13 +428,16 @@ def find_run(path: str | Path) -> RunFile | None:
 
     Raises DamagedFileError where the seals themselves are not as they were written.
     """
-    resolved = Path(path).resolve()
+    try:
+        resolved = Path(os.path.realpath(path))
+    except ValueError:  # a name that no file can have: it is said where it is opened
+        return None
     for root in resolved.parents:
-        has_seals = (root / SEALS_FILE).is_file()
-        if not has_seals and not (root / MANIFEST_FILE).is_file():
+        has_seals, has_manifest = os.path.isfile(root / SEALS_FILE), os.path.isfile(root / MANIFEST_FILE)
+        if not has_seals and not has_manifest:
             continue
         name = resolved.relative_to(root).as_posix()
-        if (root / MANIFEST_FILE).is_file():
+        if has_manifest:
             manifest = open_document((root / MANIFEST_FILE).read_bytes())
             if manifest is not None and "run" in manifest and _is_of_this_run(manifest, root):
                 return RunFile(root, name, manifest["run"], manifest, None)
