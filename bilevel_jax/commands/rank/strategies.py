@@ -1,6 +1,7 @@
 """Responses of several generation strategies to the same questions."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +134,10 @@ def parse_accuracies(specs: Sequence[str], strategies: Sequence[str]) -> dict[st
     Raises ValueError for a strategy that is not there, one without a number, and what is no number.
     """
     if len(specs) == 1 and specs[0].endswith(".json"):
-        loaded = json.loads(Path(specs[0]).read_text("utf-8"))
+        try:
+            loaded = json.loads(Path(specs[0]).read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{specs[0]}: no JSON ({error}). Write an object of {{name: number}}.") from None
         pairs: list[tuple[str, Any]] = list(loaded.items()) if isinstance(loaded, dict) else [(specs[0], loaded)]
     else:
         pairs = [(name, value) for name, _, value in (spec.rpartition("=") for spec in specs)]
@@ -145,9 +149,11 @@ def parse_accuracies(specs: Sequence[str], strategies: Sequence[str]) -> dict[st
                 f"{_format_names(strategies)}. Write name=number, or a .json file of {{name: number}}."
             )
         try:
-            parsed[name] = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"rank.accuracies has {describe_value(value)} for {name!r}; a number is wanted.") from None
+            parsed[name] = float("nan" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
+            parsed[name] = math.nan
+        if not math.isfinite(parsed[name]):
+            raise ValueError(f"rank.accuracies has {describe_value(value)} for {name!r}; a finite number is wanted.")
     if specs and (missing := [name for name in strategies if name not in parsed]):
         raise ValueError(f"rank.accuracies has no number for {_format_names(missing)}. Give one for each strategy.")
     return parsed

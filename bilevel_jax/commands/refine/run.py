@@ -135,7 +135,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
         raise ValueError(
             f"the longest question has {longest - config.generate.max_new_tokens} tokens; with "
             f"generate.max_new_tokens = {config.generate.max_new_tokens} that is more than the model's "
-            f"{task.architecture.max_length}. Lower it."
+            f"{task.architecture.max_length}. Lower generate.max_new_tokens, or shorten the question."
         )
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)

@@ -4,6 +4,7 @@ A preference pair is two sequences, the chosen and the rejected side, in which o
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
+        ValueError: it has one that cannot be read.
     """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
@@ -181,9 +183,29 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder}: no tokenizer.json or tokenizer_config.json. "
             "Name a folder in the Hugging Face layout, with the model and its tokenizer."
         )
-    from transformers import AutoTokenizer
+    import transformers
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its advice on models that we read ourselves
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        # rows beyond the model's context are named by `tokenize`
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return tokenizer
+    except Exception as error:  # of any kind: parsers of several libraries read these files
+        if type(error).__module__.startswith("bilevel_jax"):
+            raise  # from the handler of a signal
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no text")
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {text[:200].rstrip('.:')}). Look at "
+            "tokenizer.json, tokenizer_config.json and config.json there, or take them from the source of the model."
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def tokenize(
@@ -195,6 +217,7 @@ def tokenize(
     template: str = DEFAULT_TEMPLATE,
     train_on: str = "all_turns",
     vocab_size: int | None = None,
+    is_model_limit: bool = False,
 ) -> tuple[Corpus, TokenizationReport]:
     """Token ids and response masks of all examples; row i of the corpus is examples[i].
 
@@ -217,6 +240,7 @@ def tokenize(
         train_on: "all_turns" or "last_turn": the assistant turns that are targets. Of a pair only those count that come
             after the turns which both sides share.
         vocab_size: rows of the model's embedding, so that no token is beyond them; None: they are not checked.
+        is_model_limit: max_length is the model's context, which no setting raises: for errors.
 
     Returns:
         The corpus, and a report of counts.
@@ -265,7 +289,7 @@ def tokenize(
             if longest > max_length:
                 sides, cuts = _truncate_sides(sides, max_length, truncation, num_bos)
                 counts.update(cuts)
-            if problem := _describe_problem(example, longest, sides, max_length, truncation):
+            if problem := _describe_problem(example, longest, sides, max_length, truncation, is_model_limit):
                 problems.append(problem)
             ids += [np.asarray(row, np.int32) for row, _ in sides]
             masks += [np.asarray(mask, bool) for _, mask in sides]
@@ -273,7 +297,9 @@ def tokenize(
     lengths = np.array([len(row) for row in ids], np.int64)
     if not lengths.any():
         raise ValueError(
-            f"none of {len(examples)} rows is within max_length = {max_length}. Raise it, or cut the rows."
+            f"none of {len(examples)} rows is within the {max_length} tokens that the model reads. Cut the rows."
+            if is_model_limit
+            else f"none of {len(examples)} rows is within max_length = {max_length}. Raise it, or cut the rows."
         )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     corpus = Corpus(np.concatenate(ids), np.concatenate(masks), offsets, sequences)
@@ -416,17 +442,22 @@ def _delete_tokens(ids: list[int], mask: TurnMask, start: int, stop: int) -> tup
     return ids[:start] + ids[stop:], remaining_mask
 
 
-def _describe_problem(example: Example, longest: int, sides: EncodedSides, max_length: int, truncation: str) -> str:
+def _describe_problem(
+    example: Example, longest: int, sides: EncodedSides, max_length: int, truncation: str, is_model_limit: bool
+) -> str:
     targets = all(any(mask) for _, mask in sides)
+    remedy = "Shorten" if is_model_limit else "Raise max_length, shorten"
     if longest > max_length and truncation == "error":
+        limit = f"the model reads at most {max_length}" if is_model_limit else f"max_length is {max_length}"
         return (
-            f"{example.where}: {longest} tokens, and max_length is {max_length}. "
-            "Raise max_length, shorten the row, or set truncation to 'left', 'right' or 'drop'."
+            f"{example.where}: {longest} tokens, and {limit}. {remedy} the row, or set truncation to 'left', 'right' "
+            "or 'drop'."
         )
     if longest > max_length and truncation == "right" and not targets:
+        limit = f"the {max_length} tokens that the model reads" if is_model_limit else f"max_length = {max_length}"
         return (
-            f"{example.where}: {longest} tokens, and its prompt alone fills max_length = {max_length}, so no token of "
-            "the response is left. Raise max_length, shorten the prompt, or set truncation to 'left' or 'drop'."
+            f"{example.where}: {longest} tokens, and its prompt alone fills {limit}, so no token of the response is "
+            f"left. {remedy} the prompt, or set truncation to 'left' or 'drop'."
         )
     if (longest <= max_length or truncation == "left") and not targets:
         return f"{example.where}: no token to predict among its {longest}. Remove the row."

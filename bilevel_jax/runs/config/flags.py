@@ -194,7 +194,7 @@ def _describe_unknown(
     section, dot, name = key.rpartition(".")
     same_name = [known for known in key_types if known.partition(".")[2] == name]
     names = [known.partition(".")[2] for known in key_types if known.startswith(f"{section}.")]
-    if same_name:
+    if same_name and not difflib.get_close_matches(name, names, 1, cutoff=0.85):
         hint = f"did you mean '--{same_name[0]}'? "
     elif names:
         near = difflib.get_close_matches(name, names, 1)

@@ -45,7 +45,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "optimizer.warmup_steps",
-        lambda c: c.optimizer.warmup_ratio > 0 or c.optimizer.warmup_steps < (c.train.max_steps or math.inf),
+        lambda c: (
+            c.optimizer.warmup_ratio > 0
+            or c.train.max_steps < 1  # no limit, or an error of its own
+            or c.optimizer.warmup_steps < c.train.max_steps
+        ),
         "must be below train.max_steps; a share of them is optimizer.warmup_ratio",
     ),
     (
@@ -115,6 +119,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "model.from_scratch",
         lambda c: not (c.model.from_scratch and c.objective.name == "dpo"),
         "dpo compares with the model that it starts from, which must not be random: set model.from_scratch to false",
+    ),
+    (
+        "output.model",
+        lambda c: not hasattr(c, "weights") or c.output.model != "adapter" or c.lora.r > 0,
+        "without adapters there is none to write: set lora.r above 0, or output.model to full",
     ),
     (
         "data.streaming",
@@ -316,13 +325,18 @@ def check_config(config: Any, config_source: str) -> None:
     violations += [
         (key, text) for key, holds, text in CONFIG_RULES if _rule_applies(key, config, values) and not holds(config)
     ]
+    violations += [
+        (key, "one of the names is empty: remove it")
+        for key, value in values.items()
+        if key.startswith("data.") and isinstance(value, tuple) and "" in value
+    ]
     violations += [(key, "must be finite") for key, value in values.items() if not _is_finite(value)]
     order = {key: place for place, key in enumerate(values)}
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
     if violations:
         shown = values | ({"generate.url": _hide_secrets(values["generate.url"])} if "generate.url" in values else {})
         lines = [f"{key} = {shown[key]!r}: {text}" if key in values else f"{key}: {text}" for key, text in violations]
-        raise ValueError("\n  ".join([f"{config_source}:", *lines]))
+        raise ValueError((" " if len(lines) == 1 else "\n  ").join([f"{config_source}:", *lines]) + ".")
 
 
 def flatten_config(config: Any) -> list[tuple[str, Any]]:

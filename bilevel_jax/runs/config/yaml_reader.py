@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import typing
 from collections.abc import Collection, Iterable
@@ -27,17 +28,14 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
     Raises:
         ValueError: that lists every unknown, renamed, repeated or wrongly typed key with its line.
     """
-    text = path.read_text(encoding="utf-8")
-    try:
-        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    root, content = read_yaml(path)
     sections = field_types(config_class)
     if root is None or content is None:
         return config_class()
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {_describe_value(content)}; wanted sections: {', '.join(sections)}.")
     lines, errors = _locate_keys(root, str(path))
+    errors += _find_odd_numbers(root, str(path))
     values_by_section = {}
     for name, values in content.items():
         location = lines.get(str(name), str(path))
@@ -71,6 +69,48 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
             for name, section_values in values_by_section.items()
         }
     )
+
+
+def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML file and what they hold, None for an empty one.
+
+    Raises:
+        ValueError: one sentence with the line for what is no YAML of one document, for another encoding than UTF-8, for
+            an alias, which may stand for more than any memory holds, and for more than MAX_DEPTH levels.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}). Save the file as text in UTF-8.") from None
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{path}:{line}: *{event.anchor} stands for another value. Write the value itself.")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"{path}:{line}: more than {MAX_DEPTH} levels; a config has sections, keys and lists.")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return root, yaml.SafeLoader("").construct_document(root) if root is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = " ".join(filter(None, [error.context, error.problem]))
+        hint = " Indent with spaces." if "\\t" in problem else " Look at the line and at those before it."
+        raise ValueError(f"{place}: not YAML: {problem}.{hint}") from None
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: a value that cannot be read ({error}). Write it in fewer digits.") from None
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"{path}: not YAML: the character U+{ord(str(error.character)):04X} at {error.position}. Remove it."
+        ) from None
+
+
+MAX_DEPTH = 20
+"""Levels of a config file: sections, keys, lists."""
 
 
 def decode_value(expected_type: Any, value: Any) -> Any:
@@ -144,7 +184,9 @@ def _key_type(sections: dict[str, Any], name: str, key: str) -> Any:
     if (new_name := new_key(f"{name}.{key}")) and new_name.partition(".")[0] in sections:
         raise KeyError(f"'{name}.{key}' {describe_renaming(f'{name}.{key}')}.")
     keys_elsewhere = [f"{section}.{key}" for section in sections if key in field_types(sections[section])]
-    hint = f"did you mean '{keys_elsewhere[0]}'? " if keys_elsewhere else suggest_nearest(key, key_types)
+    hint = f"did you mean '{keys_elsewhere[0]}'? " if keys_elsewhere else ""
+    if not hint or difflib.get_close_matches(str(key), key_types, 1, cutoff=0.85):
+        hint = suggest_nearest(key, key_types)
     raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(key_types)}.")
 
 
@@ -162,7 +204,34 @@ def suggest_nearest(name: Any, names: Iterable[str]) -> str:
 
 
 def _describe_value(value: Any) -> str:
-    return "empty" if value is None else f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    return "empty" if value is None else f"{shown} ({type(value).__name__})"
+
+
+def _find_odd_numbers(root: yaml.Node, path: str) -> list[str]:
+    """An error for each number that YAML 1.1 reads as another than a person does: 010 is 8, 1:30 is 90."""
+    errors = []
+    for node in _list_scalars(root):
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and re.match(r"[-+]?0[0-9_]|[-+]?0[bx]|.*:", node.value):
+            number = node.value if len(node.value) <= 40 else f"{node.value[:37]}..."
+            errors.append(
+                f"{path}:{node.start_mark.line + 1}: {number} is no decimal number. Write its digits, or quote it."
+            )
+    return errors
+
+
+def _list_scalars(node: yaml.Node) -> Iterable[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for part in pair:
+                yield from _list_scalars(part)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _list_scalars(item)
 
 
 def _locate_keys(root: yaml.Node, path: str) -> tuple[dict[str, str], list[str]]:

@@ -189,8 +189,7 @@ class SingleLoopRecorder:
         if not math.isfinite(loss["validation"] or math.nan):
             raise FloatingPointError(
                 f"validation loss is {loss['validation']} at step {step} of {self.num_steps}. Lower "
-                "optimizer.learning_rate, or set optimizer.max_grad_norm. The last good checkpoint is kept: --resume "
-                "goes on from it."
+                "optimizer.learning_rate, or set optimizer.max_grad_norm, and start anew with --out."
             )
         return {
             "step": step,

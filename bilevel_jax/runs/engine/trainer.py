@@ -369,7 +369,7 @@ def check_finite(
     last = max(values) if step is None else step
     raise FloatingPointError(
         f"{what} at step {last} of {task.num_steps}: {explain(last)}. Lower optimizer.learning_rate, set "
-        "optimizer.max_grad_norm, or look at these rows. The last good checkpoint is kept: --resume goes on from it."
+        "optimizer.max_grad_norm, or look at these rows, and start anew with --out."
     )
 
 

@@ -33,7 +33,7 @@ def make_mesh(data_size: int, fsdp: int = 1) -> Mesh:
         raise ValueError(f"{requested}, but {len(devices)} devices do not split into groups of {fsdp}.")
     count = data_size * fsdp or len(devices)
     if count > len(devices):
-        raise ValueError(f"{requested}, but there are {len(devices)} devices: {devices[0].device_kind}.")
+        raise ValueError(f"{requested}, but there are {len(devices)} devices: {devices[0].device_kind}. Lower them.")
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(
             f"{requested}, but several processes use all of their {len(devices)} devices: set mesh.data to 0."

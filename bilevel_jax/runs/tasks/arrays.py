@@ -1,5 +1,7 @@
 """Classification task on arrays with label noise (hyper-cleaning)."""
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,25 +139,54 @@ def read_npz_dataset(path: str) -> ArrayDataset:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. data.train names an .npz file with {', '.join(NPZ_KEYS)}.")
-    with np.load(path, allow_pickle=False) as file:
-        if missing := [name for name in NPZ_KEYS if name not in file]:
-            raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(file) or 'nothing'}.")
-        arrays = {name: file[name] for name in NPZ_KEYS}
+    arrays = _load_npz(path)
     labelled_parts = []
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if y.ndim != 1 or len(x) != len(y) or not np.issubdtype(y.dtype, np.integer) or y.min(initial=0) < 0:
+        if (
+            y.ndim != 1
+            or x.ndim < 2
+            or len(x) != len(y)
+            or not len(y)
+            or not np.issubdtype(y.dtype, np.integer)
+            or y.min(initial=0) < 0
+        ):
             raise ValueError(
                 f"{path}: y_{part} is {y.dtype}{list(y.shape)} beside x_{part} {x.dtype}{list(x.shape)}; wanted one "
                 "class (a whole number from 0) for each row."
             )
         if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
             raise ValueError(f"{path}: x_{part} is {x.dtype}; wanted uint8 (divided by 255 in training) or floats.")
+        if not np.isfinite(x).all():
+            row = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))[0])
+            raise ValueError(f"{path}: row {row} of x_{part} is not finite. Remove the row, or fill it.")
+        if y.max() >= len(arrays["y_train"]) + len(arrays["y_test"]):
+            raise ValueError(
+                f"{path}: y_{part} has the class {y.max()}, more than there are rows. Number the classes from 0."
+            )
         labelled_parts.append(LabelledArrays(x.reshape(len(x), -1), y.astype(np.int32)))
     train, test = labelled_parts
     if train.x.shape[1] != test.x.shape[1]:
         raise ValueError(f"{path}: {train.x.shape[1]} features in x_train and {test.x.shape[1]} in x_test.")
     return ArrayDataset(train, test, int(max(train.y.max(), test.y.max())) + 1, Path(path).name)
+
+
+def _load_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays of NPZ_KEYS; a ValueError where one is missing, or the file is none of numpy's or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in NPZ_KEYS if name not in file]:
+                raise ValueError(
+                    f"{path}: no {', '.join(missing)}; it holds {', '.join(file) or 'nothing'}. Name the arrays so."
+                )
+            return {name: np.asarray(file[name]) for name in NPZ_KEYS}
+    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, AttributeError, ValueError) as error:
+        if str(error).startswith(path):
+            raise
+        text = str(error).splitlines()[0][:120].rstrip(".")
+        raise ValueError(
+            f"{path}: not a whole .npz file of numbers ({text}). Write it anew with numpy.savez."
+        ) from None
 
 
 def label_array_data(data: DataSection) -> DataSection:

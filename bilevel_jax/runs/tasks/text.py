@@ -327,6 +327,13 @@ def _fit_layout(
     corpora = tokenized_data.corpora
     corpus = corpora[JOINT_CORPUS]
     trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
+    if not len(trainable):
+        first = tokenized_data.examples[0]
+        raise ValueError(
+            f"{first.where}: of {len(tokenized_data.examples):,} training examples none is left: all are longer than "
+            f"{max_example_length(config.data, tokenized_data.architecture)} tokens (data.truncation = "
+            f"{config.data.truncation}). Set data.truncation to left or right, or give shorter ones."
+        )
     orders = [
         batches.shuffled_subset_order(trainable, corpus.num_examples, config.train.global_batch_size, seed)
         for seed in seeds
@@ -377,6 +384,7 @@ def tokenize_examples(
         template=data.template or tokens.DEFAULT_TEMPLATE,
         train_on=data.train_on,
         vocab_size=architecture.vocab_size,
+        is_model_limit=data.max_length >= architecture.max_length,
     )
 
 

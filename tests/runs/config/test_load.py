@@ -118,7 +118,7 @@ def test_defaults_need_only_a_model_and_data():
         ),
         ("3", "c.yaml: holds 3 (int); wanted sections: model,"),
         ("true: 1", "unknown section 'True'"),
-        ("train: [", "c.yaml: not YAML:"),
+        ("train: [", "c.yaml:1: not YAML: while parsing a flow node"),
     ],
 )
 def test_trouble_in_the_file_is_named(tmp_path, text, said):
