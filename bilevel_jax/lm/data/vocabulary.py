@@ -1,6 +1,5 @@
 """Checks that every token id has a row of the model's embedding."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
+from bilevel_jax.lm.models.checkpoint.files import read_json_object
 
 
 def check_token_ids(
@@ -62,7 +62,7 @@ def check_special_tokens(folder: str | Path, tokenizer: Tokenizer, vocab_size: i
     settings = {f"{folder}: the tokenizer's": {key: getattr(tokenizer, key) for key in keys}}
     path = Path(folder) / "generation_config.json"
     if path.is_file():
-        settings[f"{path}:"] = _read_json_object(path)
+        settings[f"{path}:"] = read_json_object(path)
     for where, values in settings.items():
         for key in keys:
             for token in _read_ids(where, key, values.get(key)):
@@ -80,16 +80,6 @@ def _read_ids(where: str, key: str, value: Any) -> list[int]:
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
         raise ValueError(f"{where} {key} is {value!r}; the id of a token is wanted, a list of ids, or null.")
     return list(ids)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}). Download it again, or remove it.") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path}: a JSON object is wanted, this is a {type(contents).__name__}. Download it again.")
-    return contents
 
 
 def _describe_sizes(tokenizer: Tokenizer, vocab_size: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
+
 _GELU_EXACT, _GELU_TANH = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
@@ -21,6 +23,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
 }
 """The names are those of config.json."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -136,41 +139,14 @@ ROPE_SCALINGS = {
 # ---- what the families' readers and writers share
 
 
-def require_keys(where: str, raw: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Raise ValueError that names the keys which are not there."""
-    if missing := [key for key in keys if key not in raw]:
-        raise ValueError(f"{where}: no {', '.join(missing)}; a {raw['model_type']} config.json has them.")
-
-
-def refuse_unsupported(where: str, raw: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Raise ValueError where a key has another value than the one that is computed; an absent key is right."""
-    for key, wanted in supported.items():
-        if raw.get(key, wanted) != wanted:
-            raise ValueError(f"{where}: {key} {raw[key]!r} is not supported; supported: {wanted!r}.")
-
-
-def read_activation(where: str, raw: Mapping[str, Any], key: str, default: str) -> str:
-    """The name of a function in `ACTIVATIONS`."""
-    name = raw.get(key, default)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{where}: {key} {name!r} is not supported; supported: {sorted(ACTIVATIONS)}.")
-    return name
-
-
-def read_eos(raw: Mapping[str, Any], default: int | None = None) -> int | tuple[int, ...] | None:
-    """One token that ends a text, or several."""
-    eos = raw.get("eos_token_id", default)
-    return tuple(eos) if isinstance(eos, list) else eos
-
-
-def read_windows(where: str, layer_types: Sequence[str], layers: int, window: int) -> tuple[int, ...]:
+def read_windows(layer_types: Sequence[str], layers: int, window: int | None) -> tuple[int, ...]:
     """`layer_types` as windows."""
-    unknown = sorted(set(layer_types) - {"sliding_attention", "full_attention"})
+    unknown = sorted(set(layer_types) - set(LAYER_TYPES))
     if unknown or len(layer_types) != layers:
-        raise ValueError(
-            f"{where}: layer_types {layer_types} for {layers} layers; known: full_attention, sliding_attention."
-        )
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+        raise ValueError(f"layer_types {list(layer_types)} for {layers} layers; known: {', '.join(LAYER_TYPES)}.")
+    if window is None and "sliding_attention" in layer_types:
+        raise ValueError("sliding_window None with layers of sliding_attention; give their window.")
+    windows = tuple(window if window and kind == "sliding_attention" else 0 for kind in layer_types)
     return windows if any(windows) else ()
 
 
@@ -179,36 +155,49 @@ def windows_to_layer_types(config: DecoderConfig) -> list[str]:
     return ["sliding_attention" if window else "full_attention" for window in config.windows or (0,) * config.layers]
 
 
-def read_rope(where: str, parameters: Mapping[str, Any], length: int, *, full_rotation: bool) -> RopeConfig:
+def read_rope(
+    name: str,
+    parameters: Mapping[str, Any],
+    max_length: int,
+    *,
+    full_rotation: bool,
+    original_max_length: int | None = None,
+) -> RopeConfig:
     """`rope_parameters` of transformers 5, or what transformers 4 spells otherwise put into that form.
 
-    `full_rotation`: the family rotates every coordinate of a head.
+    Args:
+        name: the key of config.json that has them, for errors.
+        parameters: with `rope_theta`.
+        max_length: of the model.
+        full_rotation: the family rotates every coordinate of a head.
+        original_max_length: `original_max_position_embeddings` beside the parameters; goes before theirs.
+
+    Returns:
+        The rope.
     """
-    scaling = parameters.get("rope_type", parameters.get("type", "default"))
-    if scaling not in ROPE_SCALINGS:
-        raise ValueError(f"{where}: rope_type {scaling!r} is not supported; supported: {sorted(ROPE_SCALINGS)}.")
-    partial_rotary_factor = parameters.get("partial_rotary_factor")
-    theta, rotary_fraction = (
-        float(parameters["rope_theta"]),
-        1.0 if partial_rotary_factor is None else float(partial_rotary_factor),
-    )
-    if full_rotation and rotary_fraction != 1:
-        raise ValueError(f"{where}: partial_rotary_factor is not supported; every coordinate of a head is rotated.")
-    if scaling == "default":
-        return RopeConfig(theta, rotary_fraction=rotary_fraction)
-    if scaling == "linear":
-        return RopeConfig(theta, scaling, float(parameters["factor"]), rotary_fraction=rotary_fraction)
-    original_max_length = parameters.get("original_max_position_embeddings", length)
-    low_freq_factor, high_freq_factor = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-    return RopeConfig(
-        theta,
-        scaling,
-        float(parameters["factor"]),
-        low_freq_factor,
-        high_freq_factor,
-        original_max_length,
-        rotary_fraction,
-    )
+    keys = ConfigKeys(parameters, f"{name}: ")
+    old_kind = keys.choice("type", "default", ROPE_SCALINGS)
+    scaling = keys.choice("rope_type", old_kind, ROPE_SCALINGS)
+    if "type" in keys and scaling != old_kind:
+        raise ValueError(f"{name}: rope_type {scaling!r} and type {old_kind!r}; which one counts?")
+    theta = keys.number("rope_theta", above=0)
+    fraction = 1.0 if keys.value("partial_rotary_factor") is None else keys.number("partial_rotary_factor", above=0)
+    if full_rotation and fraction != 1:
+        raise ValueError(f"partial_rotary_factor {fraction} is not supported; every coordinate of a head is rotated.")
+    factor, low, high = 1.0, RopeConfig.low_freq_factor, RopeConfig.high_freq_factor
+    if scaling != "default":
+        keys.require(["factor"], f"{name} of rope_type {scaling!r}")
+        factor = keys.number("factor", above=0)
+    original = RopeConfig.original_max_length
+    if scaling == "llama3":
+        keys.require(["low_freq_factor", "high_freq_factor"], f"{name} of rope_type 'llama3'")
+        low, high = keys.number("low_freq_factor", above=0), keys.number("high_freq_factor", above=0)
+        if low >= high:
+            raise ValueError(f"{name}: low_freq_factor {low} is not below high_freq_factor {high}.")
+        original = keys.integer("original_max_position_embeddings", max_length)
+        original = original_max_length or original
+    keys.refuse_others(of=f"{name} of rope_type {scaling!r}")
+    return RopeConfig(theta, scaling, factor, low, high, original, fraction)
 
 
 def rope_to_dict(rope: RopeConfig) -> dict[str, Any]:

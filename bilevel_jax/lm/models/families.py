@@ -1,6 +1,5 @@
 """The supported model families, their config.json and parameter names."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,14 +10,16 @@ from flax import nnx
 
 from bilevel_jax.lm.models import gemma3, gpt2, llama, neox
 from bilevel_jax.lm.models.blocks import MatrixInit
-from bilevel_jax.lm.models.config import DecoderConfig, refuse_unsupported
+from bilevel_jax.lm.models.config import DecoderConfig
+from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
+from bilevel_jax.lm.models.checkpoint.files import read_json_object
 
 
 class ModelFamily(NamedTuple):
     """What a family's file says."""
 
-    read_config: Callable[[str, Mapping[str, Any]], DecoderConfig]
-    """(where, contents of config.json) -> configuration; ValueError for what its layer does not compute."""
+    read_config: Callable[[str, ConfigKeys], DecoderConfig]
+    """(family, keys of config.json) -> configuration; ValueError for what its layer does not compute."""
     config_to_dict: Callable[[DecoderConfig], dict[str, Any]]
     """The family's own keys of config.json."""
     make_layer: Callable[[DecoderConfig, MatrixInit], nnx.Module]
@@ -46,6 +47,7 @@ LLAMA = ModelFamily(
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "ministral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma3_text": LLAMA._replace(
@@ -76,6 +78,47 @@ FAMILIES = {
     ),
 }
 """The supported values of `model_type`."""
+NEUTRAL_KEYS = frozenset(
+    # notes and how a model is run
+    "architectures transformers_version dtype torch_dtype name_or_path _name_or_path _commit_hash use_cache "
+    "return_dict use_return_dict output_attentions output_hidden_states torchscript pretraining_tp "
+    "chunk_size_feed_forward gradient_checkpointing attn_implementation _attn_implementation "
+    "_attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled _experts_implementation "
+    "_experts_implementation_internal reorder_and_upcast_attn tokenizer_class prefix n_ctx max_sequence_length "
+    "model_max_length unsloth_fixed unsloth_version transformers.js_config is_decoder tie_last_hidden_states "
+    # tokens that a decoder does not read
+    "sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id "
+    # dropout: this decoder has none, neither in training
+    "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop "
+    # heads of other tasks
+    "id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout "
+    "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
+    # of generation, as transformers 4 wrote them here
+    "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty "
+    "do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
+    "no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams "
+    "num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate "
+    "suppress_tokens target_lookbehind temperature tf_legacy_loss top_k top_p typical_p use_bfloat16".split()
+)
+"""Keys of config.json that change no logit, whatever their value."""
+INERT_VALUES: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_causal": (True,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "use_qk_norm": (False,),
+    "sliding_window": (None,),
+}
+"""Keys that a family may not read, with the values under which they change nothing."""
 
 
 class AbstractModules(NamedTuple):
@@ -92,21 +135,35 @@ def read_config(source: str | Path | Mapping[str, Any]) -> DecoderConfig:
     """The configuration in `source`: a folder with a config.json, that file, or its contents.
 
     Reads the spellings of transformers 4 and 5. Defaults of missing keys are those of transformers. Raises ValueError
-    for a model, or a feature of one, that the decoder does not compute: nothing is ignored that would change a logit.
+    for a model, or a feature of one, that the decoder does not compute, and for any key that is neither read nor known
+    to change nothing: nothing is ignored that could change a logit.
     """
     if isinstance(source, Mapping):
-        where, raw = "config", dict(source)
-    else:
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give a Hugging Face model folder.")
-        where, raw = str(path), json.loads(path.read_text(encoding="utf-8"))
+        return _read_raw_config("config", source)
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        hint = "give a Hugging Face model folder"
+        if (path.parent / "adapter_config.json").is_file():
+            hint = "the folder holds an adapter, and not the model that it belongs to"
+        raise FileNotFoundError(f"{path}: no such file; {hint}.")
+    return _read_raw_config(str(path), read_json_object(path))
+
+
+def _read_raw_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; supported: {sorted(FAMILIES)}.")
-    refuse_unsupported(where, raw, {"quantization_config": None})
-    return FAMILIES[family].read_config(where, raw)
+    if family == "mistral" and "layer_types" in raw:
+        family = "ministral"  # as transformers' AutoConfig reads it: the layers alternate
+    keys = ConfigKeys(raw)
+    try:
+        keys.value("model_type")
+        config = FAMILIES[family].read_config(family, keys)
+        keys.refuse_others(NEUTRAL_KEYS, INERT_VALUES, of=f"a {family} config.json")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return config
 
 
 def config_to_dict(config: DecoderConfig, dtype: str) -> dict[str, Any]:

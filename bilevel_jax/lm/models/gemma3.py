@@ -1,6 +1,5 @@
 """Gemma 3 (text) decoder layers and checkpoint names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,17 +9,16 @@ from jaxtyping import Array, Float
 from bilevel_jax.lm.models import llama
 from bilevel_jax.lm.models.blocks import KeyValues, LayerContext, MatrixInit, RMSNorm
 from bilevel_jax.lm.models.config import (
+    ACTIVATIONS,
+    LAYER_TYPES,
     DecoderConfig,
     RopeConfig,
-    read_activation,
-    read_eos,
     read_rope,
     read_windows,
-    refuse_unsupported,
-    require_keys,
     rope_to_dict,
     windows_to_layer_types,
 )
+from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 LAYER_NAMES = {
     **llama.LAYER_NAMES,
@@ -33,7 +31,6 @@ SUPPORTED_VALUES = {
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
 }
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Gemma3Layer(nnx.Module):
@@ -58,51 +55,66 @@ def make_gemma3_norm(config: DecoderConfig) -> RMSNorm:
     return RMSNorm(config.width, config.eps, offset=1.0)
 
 
-def read_gemma3_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+def read_gemma3_config(family: str, keys: ConfigKeys) -> DecoderConfig:
     """Of transformers 4 (`rope_theta`, `rope_local_base_freq`) and 5 (`rope_parameters` for each kind of layer)."""
-    require_keys(where, raw, (*llama.REQUIRED_KEYS, "num_key_value_heads"))
-    refuse_unsupported(where, raw, SUPPORTED_VALUES)
-    layers, length = raw["num_hidden_layers"], raw["max_position_embeddings"]
-    every = raw.get("sliding_window_pattern") or 6
-    layer_types = raw.get("layer_types") or [
-        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)
-    ]
-    window = raw.get("sliding_window", 4096)
-    if not window and "sliding_attention" in layer_types:
-        raise ValueError(f"{where}: sliding_window {window!r} with layers of sliding_attention; give their window.")
-    rope_parameters = raw.get("rope_parameters") or {}
-    if unknown := sorted(set(rope_parameters) - set(LAYER_TYPES)):
-        raise ValueError(f"{where}: rope_parameters has {unknown}; it has {LAYER_TYPES} in a gemma3_text model.")
-    global_rope = {"rope_theta": raw.get("rope_theta", 1e6), **(rope_parameters.get("full_attention") or {})}
-    local_rope = {
-        "rope_theta": raw.get("rope_local_base_freq", 1e4),
-        **(rope_parameters.get("sliding_attention") or {}),
-    }
-    width = raw["hidden_size"]
+    keys.require((*llama.REQUIRED_KEYS, "num_key_value_heads"), f"a {family} config.json")
+    for key, value in SUPPORTED_VALUES.items():
+        keys.expect(key, value)
+    width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    layers, max_length = keys.integer("num_hidden_layers", at_most=MAX_LAYERS), keys.integer("max_position_embeddings")
+    every, layer_types = keys.integer("sliding_window_pattern", 6), keys.strings("layer_types")
+    keys.value("_sliding_window_pattern")  # where transformers 5 writes it, and the layer_types that it made
+    if layer_types is None:
+        layer_types = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+    global_rope, local_rope = _read_ropes(keys, max_length)
+    activation = keys.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS)
+    keys.expect("hidden_act", activation, why=" beside hidden_activation")
     return DecoderConfig(
-        family="gemma3_text",
-        vocab_size=raw["vocab_size"],
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
         width=width,
-        mlp_width=raw["intermediate_size"],
+        mlp_width=keys.integer("intermediate_size"),
         layers=layers,
-        heads=raw["num_attention_heads"],
-        kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim", 256),
-        max_length=length,
-        eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope(where, global_rope | (raw.get("rope_scaling") or {}), length, full_rotation=True),
-        local_rope=read_rope(where, local_rope, length, full_rotation=True),
-        tied_embeddings=raw.get("tie_word_embeddings", True),
-        biased_projections=(*llama.QKV_PROJECTIONS, "o_proj") if raw.get("attention_bias", False) else (),
+        heads=heads,
+        kv_heads=keys.integer("num_key_value_heads", optional=True) or heads,
+        head_dim=keys.integer("head_dim", 256),
+        max_length=max_length,
+        eps=keys.number("rms_norm_eps", 1e-6, at_least=0),
+        rope=global_rope,
+        local_rope=local_rope,
+        tied_embeddings=keys.flag("tie_word_embeddings", True),
+        biased_projections=(*llama.QKV_PROJECTIONS, "o_proj") if keys.flag("attention_bias", False) else (),
         qk_norm=True,
-        windows=read_windows(where, layer_types, layers, window),
-        activation=read_activation(where, raw, "hidden_activation", "gelu_pytorch_tanh"),
-        query_scalar=float(raw.get("query_pre_attn_scalar", 256)),
+        windows=read_windows(layer_types, layers, keys.integer("sliding_window", 4096, optional=True)),
+        activation=activation,
+        query_scalar=keys.number("query_pre_attn_scalar", 256, above=0),
         embed_scale=float(np.float32(width**0.5)),  # as transformers rounds it in a float32 model
-        init_scale=raw.get("initializer_range", 0.02),
-        bos=raw.get("bos_token_id", 2),
-        eos=read_eos(raw, 1),
-        pad=raw.get("pad_token_id", 0),
+        init_scale=keys.number("initializer_range", 0.02, at_least=0),
+        bos=keys.token("bos_token_id", 2),
+        eos=keys.tokens("eos_token_id", 1),
+        pad=keys.token("pad_token_id", 0),
+    )
+
+
+def _read_ropes(keys: ConfigKeys, max_length: int) -> tuple[RopeConfig, RopeConfig]:
+    """Of the layers without and with a window."""
+    rope_parameters, scaling = keys.mapping("rope_parameters") or {}, keys.mapping("rope_scaling") or {}
+    if unknown := sorted(set(rope_parameters) - set(LAYER_TYPES)):
+        raise ValueError(f"rope_parameters has {unknown}; it has {LAYER_TYPES} in a gemma3_text model.")
+    given = ConfigKeys(rope_parameters, "rope_parameters: ")
+    default = {"rope_type": "default"}
+    global_rope = {
+        "rope_theta": keys.value("rope_theta", 1e6),
+        **(given.mapping("full_attention") or default),
+        **scaling,
+    }
+    local_rope = {
+        "rope_theta": keys.value("rope_local_base_freq", 1e4),
+        **(given.mapping("sliding_attention") or default),
+    }
+    return (
+        read_rope("rope_scaling" if scaling else "rope_parameters", global_rope, max_length, full_rotation=True),
+        read_rope("rope_parameters", local_rope, max_length, full_rotation=True),
     )
 
 

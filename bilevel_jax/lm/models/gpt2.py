@@ -1,6 +1,5 @@
 """GPT-2 decoder layers and checkpoint names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,14 +15,8 @@ from bilevel_jax.lm.models.blocks import (
     apply_projection,
     attention,
 )
-from bilevel_jax.lm.models.config import (
-    ACTIVATIONS,
-    DecoderConfig,
-    read_activation,
-    read_eos,
-    refuse_unsupported,
-    require_keys,
-)
+from bilevel_jax.lm.models.config import ACTIVATIONS, DecoderConfig
+from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 PROJECTIONS = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
 TOP_NAMES = {
@@ -41,7 +34,13 @@ LAYER_NAMES = {
     "input_norm": "ln_1",
     "post_norm": "ln_2",
 }
-# reorder_and_upcast_attn is left out: it changes the order of float32 arithmetic, not what is computed
+COMMON_NAMES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+"""Keys of the family -> those of the others, which transformers reads in their place where a file has both."""
 SUPPORTED_VALUES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
@@ -78,32 +77,38 @@ def make_gpt2_norm(config: DecoderConfig) -> LayerNorm:
     return LayerNorm(config.width, config.eps)
 
 
-def read_gpt2_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+def read_gpt2_config(family: str, keys: ConfigKeys) -> DecoderConfig:
     """Of transformers 4 and 5, which spell it alike."""
-    require_keys(where, raw, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
-    refuse_unsupported(where, raw, SUPPORTED_VALUES)
-    width, heads = raw["n_embd"], raw["n_head"]
+    keys.require(("vocab_size", *COMMON_NAMES), f"a {family} config.json")
+    for key, value in SUPPORTED_VALUES.items():
+        keys.expect(key, value)
+    width, heads = keys.integer("n_embd"), keys.integer("n_head")
+    layers, max_length = keys.integer("n_layer", at_most=MAX_LAYERS), keys.integer("n_positions")
+    for (name, common), value in zip(COMMON_NAMES.items(), (max_length, width, layers, heads), strict=True):
+        keys.expect(common, value, why=f" beside {name} {value}")
+    keys.expect("num_key_value_heads", heads)
     if width % heads:
-        raise ValueError(f"{where}: n_embd {width} is not a multiple of n_head {heads}.")
+        raise ValueError(f"n_embd {width} is not a multiple of n_head {heads}.")
+    keys.expect("head_dim", width // heads)
     return DecoderConfig(
-        family="gpt2",
-        vocab_size=raw["vocab_size"],
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
         width=width,
-        mlp_width=raw.get("n_inner") or 4 * width,
-        layers=raw["n_layer"],
+        mlp_width=keys.integer("n_inner", None, optional=True) or 4 * width,
+        layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
-        max_length=raw["n_positions"],
-        eps=raw.get("layer_norm_epsilon", 1e-5),
+        max_length=max_length,
+        eps=keys.number("layer_norm_epsilon", 1e-5, at_least=0),
         rope=None,
-        tied_embeddings=raw.get("tie_word_embeddings", True),
+        tied_embeddings=keys.flag("tie_word_embeddings", True),
         biased_projections=PROJECTIONS,
-        activation=read_activation(where, raw, "activation_function", "gelu_new"),
-        init_scale=raw.get("initializer_range", 0.02),
-        bos=raw.get("bos_token_id", 50256),
-        eos=read_eos(raw, 50256),
-        pad=raw.get("pad_token_id"),
+        activation=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
+        init_scale=keys.number("initializer_range", 0.02, at_least=0),
+        bos=keys.token("bos_token_id", 50256),
+        eos=keys.tokens("eos_token_id", 50256),
+        pad=keys.token("pad_token_id"),
     )
 
 

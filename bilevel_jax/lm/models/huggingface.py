@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,36 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from bilevel_jax.lm.models.checkpoint.buffers import check_buffer, is_buffer
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
+from bilevel_jax.lm.models.checkpoint.files import LazyTensor, open_tensors, read_floats, read_stacked_tensors
 from bilevel_jax.lm.models.source_files import CONFIG_FILE, write_tokenizer, write_unchanged_files
-
-IGNORED_BUFFERS = (
-    "rotary_emb.inv_freq",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".attn.bias",
-    ".attn.masked_bias",
-)
-"""Ends of names that old checkpoints have and no model learns: rotary frequencies and causal masks."""
-
-
-class LazyTensor(NamedTuple):
-    """One tensor of a safetensors file, not read yet."""
-
-    handle: Any
-    name: str
-
-    def shape(self) -> tuple[int, ...]:
-        """From the file's header."""
-        return tuple(self.handle.get_slice(self.name).get_shape())
-
-    def read(self) -> np.ndarray:
-        """The numbers, in the dtype of the file."""
-        return self.handle.get_tensor(self.name)
 
 
 class TensorLocation(NamedTuple):
@@ -64,8 +41,9 @@ def load_model(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """The model in a Hugging Face folder: its configuration and its parameters.
 
-    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time. A tied head in the file
-    is ignored, as transformers does.
+    Reads model.safetensors or the shards of model.safetensors.index.json, one leaf at a time. What is left out is
+    looked at first: the head of a model with tied embeddings must equal them (transformers 5 unties them otherwise),
+    and masks and rotary frequencies must be those that the configuration says.
 
     Args:
         folder: with config.json and safetensors files.
@@ -77,7 +55,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: an unsupported architecture; missing or unexpected tensors, by name; wrong shapes.
+        ValueError: an unsupported architecture; damaged files; missing or unexpected tensors, by name; wrong shapes;
+            NaN or infinite values; another head than the embeddings that it is tied to.
 
     Example:
         >>> import tempfile
@@ -94,14 +73,19 @@ def load_model(
     tensors = _add_base_prefix(config, open_tensors(folder, "model.safetensors"))
     locations = locate_tensors(config)
     expected = {name for leaf in jax.tree.leaves(locations, is_leaf=_is_location) for name in leaf.names}
-    ignored = {name for name in tensors if name.endswith(IGNORED_BUFFERS)}
-    ignored |= {_tensor_name(FAMILIES[config.family].top_names["head"], "kernel")} if config.tied_embeddings else set()
+    ignored = {name for name in tensors if name not in expected and is_buffer(config, name)}
+    head = _tensor_name(FAMILIES[config.family].top_names["head"], "kernel")
+    ignored |= {head} if config.tied_embeddings else set()
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected - ignored)
     if missing or unexpected:
         raise ValueError(
             f"{folder}: the tensors do not fit its config.json ({config.family}). "
             f"Missing {len(missing)}: {missing[:5]}; unexpected {len(unexpected)}: {unexpected[:5]}."
         )
+    for name in sorted(ignored & set(tensors) - {head}):
+        check_buffer(config, tensors[name])
+    if head in ignored & set(tensors):
+        _require_tied(folder, tensors[locations["embed"].names[0]], tensors[head])
 
     def read(path: Any, leaf: TensorLocation) -> Array:
         stack = read_stacked_tensors(tensors, leaf.names, leaf.shape, dtype, transpose=leaf.transpose)
@@ -195,33 +179,6 @@ def checkpoint_module_name(config: DecoderConfig, layer: int, name: str) -> str:
     return f"{family.top_names['layers']}.{layer}.{family.layer_names[name]}"
 
 
-def open_tensors(folder: str | Path, file: str) -> dict[str, LazyTensor]:
-    """The tensors of `file` in `folder`, or of the shards that `file`.index.json lists; nothing is read yet."""
-    folder = Path(folder)
-    index = folder / f"{file}.index.json"
-    files = [file]
-    if not (folder / file).is_file() and index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: no {', '.join(missing)}; only safetensors are read, never pickles.")
-    handles = [safe_open(folder / name, framework="numpy") for name in files]
-    return {name: LazyTensor(handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118
-
-
-def read_stacked_tensors(
-    tensors: Mapping[str, LazyTensor], names: Sequence[str], shape: tuple[int, ...], dtype: Any, *, transpose: bool
-) -> np.ndarray:
-    """Tensors of one shape as one array [len(names), *shape] of `dtype`; each transposed if asked."""
-    out = np.empty((len(names), *(shape[::-1] if transpose else shape)), np.dtype(dtype))
-    for row, name in zip(out, names, strict=True):
-        if tensors[name].shape() != shape:
-            raise ValueError(f"{name}: the file has {tensors[name].shape()}, the configuration asks for {shape}.")
-        value = tensors[name].read()
-        row[...] = value.T if transpose else value
-    return out
-
-
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file that transformers and peft accept: it says that the tensors are laid out as torch's."""
     path.touch()
@@ -270,6 +227,16 @@ def _add_base_prefix(config: DecoderConfig, tensors: dict[str, LazyTensor]) -> d
     if any(name.startswith(first) for name in tensors):
         return tensors
     return {name if name.startswith(f"{top['head']}.") else first + name: tensor for name, tensor in tensors.items()}
+
+
+def _require_tied(folder: str | Path, embed: LazyTensor, head: LazyTensor) -> None:
+    """Raise ValueError where the head in a file is another one than the embeddings to which config.json ties it."""
+    if embed.shape() == head.shape() and np.array_equal(read_floats(embed), read_floats(head)):
+        return
+    raise ValueError(
+        f"{head.path}: {head.name} has other values than {embed.name}, to which {Path(folder) / 'config.json'} ties "
+        "it. Set tie_word_embeddings to false there to use this head, as transformers 5 does, or delete the tensor."
+    )
 
 
 def _is_location(node: Any) -> bool:

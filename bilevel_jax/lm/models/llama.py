@@ -1,6 +1,5 @@
-"""Llama, Mistral, Qwen2 and Qwen3 decoder layers and checkpoint names."""
+"""Llama, Mistral, Ministral, Qwen2 and Qwen3 decoder layers and checkpoint names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -20,14 +19,12 @@ from bilevel_jax.lm.models.config import (
     ACTIVATIONS,
     DecoderConfig,
     RopeConfig,
-    read_activation,
-    read_eos,
     read_rope,
     read_windows,
-    require_keys,
     rope_to_dict,
     windows_to_layer_types,
 )
+from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -48,6 +45,7 @@ LAYER_NAMES = {
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -123,40 +121,50 @@ def make_llama_norm(config: DecoderConfig) -> RMSNorm:
     return RMSNorm(config.width, config.eps)
 
 
-def read_llama_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+def read_llama_config(family: str, keys: ConfigKeys) -> DecoderConfig:
     """Of transformers 4 (`rope_theta`, `rope_scaling` at the top) and 5 (`rope_parameters`)."""
-    family = raw["model_type"]
-    require_keys(where, raw, (*REQUIRED_KEYS, *(() if family == "llama" else ("num_key_value_heads",))))
-    heads, length = raw["num_attention_heads"], raw["max_position_embeddings"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    if family == "qwen3" and "head_dim" not in raw:
-        head_dim = 128  # transformers' default; not width / heads
+    keys.require((*REQUIRED_KEYS, *(() if family == "llama" else ("num_key_value_heads",))), f"a {family} config.json")
+    width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    layers, max_length = keys.integer("num_hidden_layers", at_most=MAX_LAYERS), keys.integer("max_position_embeddings")
+    if family == "qwen3":
+        head_dim = keys.integer("head_dim", 128)  # transformers' default; not width / heads
+    else:
+        head_dim = keys.integer("head_dim", None, optional=True) or width // heads
+    scaling, parameters = keys.mapping("rope_scaling"), keys.mapping("rope_parameters")
     rope_parameters = {
-        "rope_theta": raw.get("rope_theta", 10000.0),
-        "partial_rotary_factor": raw.get("partial_rotary_factor"),
-        **(raw.get("rope_scaling") or raw.get("rope_parameters") or {}),
+        "rope_theta": keys.value("rope_theta", 10000.0),
+        "partial_rotary_factor": keys.value("partial_rotary_factor"),
+        **(scaling or parameters or {}),
     }
+    rope = read_rope(
+        "rope_scaling" if scaling else "rope_parameters",
+        rope_parameters,
+        max_length,
+        full_rotation=True,
+        original_max_length=keys.integer("original_max_position_embeddings", None),
+    )
+    bos, eos = (None, None) if family.startswith("qwen") else (1, 2)
     return DecoderConfig(
         family=family,
-        vocab_size=raw["vocab_size"],
-        width=raw["hidden_size"],
-        mlp_width=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
+        vocab_size=keys.integer("vocab_size"),
+        width=width,
+        mlp_width=keys.integer("intermediate_size"),
+        layers=layers,
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
+        kv_heads=keys.integer("num_key_value_heads", None, optional=True) or heads,
         head_dim=head_dim,
-        max_length=length,
-        eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope(where, rope_parameters, length, full_rotation=True),
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-        biased_projections=_read_biases(raw),
+        max_length=max_length,
+        eps=keys.number("rms_norm_eps", 1e-6, at_least=0),
+        rope=rope,
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        biased_projections=_read_biases(family, keys),
         qk_norm=family == "qwen3",
-        windows=_read_windows(where, raw),
-        activation=read_activation(where, raw, "hidden_act", "silu"),
-        init_scale=raw.get("initializer_range", 0.02),
-        bos=raw.get("bos_token_id"),
-        eos=read_eos(raw),
-        pad=raw.get("pad_token_id"),
+        windows=_read_windows(family, keys, layers),
+        activation=keys.choice("hidden_act", "silu", ACTIVATIONS),
+        init_scale=keys.number("initializer_range", 0.02, at_least=0),
+        bos=keys.token("bos_token_id", bos),
+        eos=keys.tokens("eos_token_id", eos),
+        pad=keys.token("pad_token_id"),
     )
 
 
@@ -183,34 +191,41 @@ def llama_config_to_dict(config: DecoderConfig) -> dict[str, Any]:
         raw["attention_bias"] = "q_proj" in config.biased_projections
     if config.family == "llama":
         raw["mlp_bias"] = "up_proj" in config.biased_projections
-    if config.family == "mistral":
+    if config.family != "llama":
         raw["sliding_window"] = max(config.windows, default=0) or None
+    if config.family == "ministral":
+        raw["sliding_window"] = max(config.windows, default=config.max_length)  # transformers asks for one in any case
+        raw["layer_types"] = windows_to_layer_types(config)
     if config.family in ("qwen2", "qwen3"):
         raw["use_sliding_window"] = any(config.windows)
-        raw["sliding_window"] = max(config.windows, default=0) or None
         raw["max_window_layers"] = config.layers - sum(window > 0 for window in config.windows)
         raw["layer_types"] = windows_to_layer_types(config)
     return raw
 
 
-def _read_biases(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    if raw["model_type"] == "qwen2":
+def _read_biases(family: str, keys: ConfigKeys) -> tuple[str, ...]:
+    if family == "qwen2":
         return QKV_PROJECTIONS
-    attention = (
-        (*QKV_PROJECTIONS, "o_proj") if raw["model_type"] != "mistral" and raw.get("attention_bias", False) else ()
-    )
-    return attention + (MLP_PROJECTIONS if raw["model_type"] == "llama" and raw.get("mlp_bias", False) else ())
+    biased: tuple[str, ...] = ()
+    if family in ("llama", "qwen3") and keys.flag("attention_bias", False):
+        biased += (*QKV_PROJECTIONS, "o_proj")
+    if family == "llama" and keys.flag("mlp_bias", False):
+        biased += MLP_PROJECTIONS
+    return biased
 
 
-def _read_windows(where: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    layers = raw["num_hidden_layers"]
-    if raw["model_type"] == "llama":
-        return ()
-    window = raw.get("sliding_window", 4096)
-    if raw["model_type"] == "mistral":
+def _read_windows(family: str, keys: ConfigKeys, layers: int) -> tuple[int, ...]:
+    window = None if family == "llama" else keys.integer("sliding_window", 4096, optional=True)
+    if family == "mistral":
         return (window,) * layers if window else ()
-    if not raw.get("use_sliding_window", False) or not window:
-        return ()
-    first = raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return read_windows(where, kinds, layers, window)
+    layer_types = keys.strings("layer_types")
+    first = 0
+    if family in ("qwen2", "qwen3"):
+        first = keys.integer("max_window_layers", 28, at_least=0)
+        if not keys.flag("use_sliding_window", False):
+            window = None
+            if "sliding_attention" in (layer_types or ()):
+                raise ValueError("use_sliding_window is not true, with layer_types of sliding_attention; what counts?")
+    if layer_types is None:
+        layer_types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    return read_windows(layer_types, layers, window)

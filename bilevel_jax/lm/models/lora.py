@@ -13,18 +13,37 @@ from jaxtyping import Array, PRNGKeyArray
 
 from bilevel_jax.lm.models.blocks import Adapter
 from bilevel_jax.lm.models.config import DecoderConfig
+from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.models.families import FAMILIES, find_target_projections, peft_target_name, projection_shapes
-from bilevel_jax.lm.models.huggingface import (
-    atomic_folder,
-    checkpoint_module_name,
-    open_tensors,
-    read_stacked_tensors,
-    write_tensors,
-)
+from bilevel_jax.lm.models.checkpoint.files import open_tensors, read_json_object, read_stacked_tensors
+from bilevel_jax.lm.models.huggingface import atomic_folder, checkpoint_module_name, write_tensors
 
 Params = Any
 Adapters = dict[str, dict[str, Adapter]]
 """`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join_adapters` adds them to a base."""
+PLAIN_INITIALIZERS = (True, False, "gaussian", "orthogonal", "eva")
+"""Of `init_lora_weights`: those that start the factors and leave the base as it is."""
+PLAIN_INITIALIZERS_WHY = " (it changes the base that the adapter stands on)"
+NEUTRAL_ADAPTER_KEYS = frozenset(
+    # fan_in_fan_out is how a base is stored, not what the factors are; dropout acts in training only
+    "base_model_name_or_path revision inference_mode auto_mapping peft_version fan_in_fan_out lora_dropout "
+    "megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config".split()
+)
+"""Keys of adapter_config.json that change nothing where those that switch them on are off."""
+INERT_ADAPTER_VALUES: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": ([],),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "exclude_modules": ([],),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([],),
+    "ensure_weight_tying": (False,),
+}
+"""Keys that plain LoRA has, with the values under which they change nothing; null is such a value of each."""
 
 
 def init_lora(
@@ -200,55 +219,76 @@ def save_peft(folder: str | Path, config: DecoderConfig, adapters: Adapters, *, 
 def load_peft(folder: str | Path, config: DecoderConfig, *, dtype: Any = jnp.float32) -> Adapters:
     """The adapters in a PEFT folder, checked against `config`.
 
-    Raises ValueError for what `x W + scale (x A) B` with one rank does not say (DoRA, trained biases, saved modules,
-    per-layer ranks), for missing or unexpected tensors and for wrong shapes.
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        config: the architecture of the base.
+        dtype: of A and B.
+
+    Returns:
+        The tree that `join_adapters` takes.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: what `x W + scale (x A) B` with one rank and the base as it is does not say (DoRA, PiSSA, activated
+            LoRA, trained biases, saved modules, ranks of some layers, ...), by name; keys of adapter_config.json that
+            are not understood; missing or unexpected tensors; wrong shapes; NaN or infinite values.
     """
     folder = Path(folder)
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a PEFT adapter folder.")
-    adapter_config = json.loads(path.read_text(encoding="utf-8"))
-    required_values = {
-        "peft_type": "LORA",
-        "bias": "none",
-    }  # fan_in_fan_out is how a base is stored, not what the factors are
-    unset_keys = (
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_bias",
-        "trainable_token_indices",
-    )
-    unsupported = [
-        key
-        for key, names_by_projection in required_values.items()
-        if adapter_config.get(key, names_by_projection) != names_by_projection
-    ] + [k for k in unset_keys if adapter_config.get(k)]
-    if unsupported:
-        raise ValueError(
-            f"{path}: { {key: adapter_config[key] for key in unsupported} } is not supported; only plain LoRA is."
-        )
-    rank = adapter_config["r"]
-    scale = adapter_config["lora_alpha"] / (math.sqrt(rank) if adapter_config.get("use_rslora") else rank)
+    keys = ConfigKeys(read_json_object(path))
+    try:
+        rank, scale, targets = _read_adapter_config(config, keys)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     tensors = open_tensors(folder, "adapter_model.safetensors")
     shapes = projection_shapes(config)
     names_by_projection = {
         name: [_peft_name(config, layer, name, part) for part in ("lora_A", "lora_B") for layer in range(config.layers)]
-        for name in shapes
-        if any(f".{FAMILIES[config.family].layer_names[name]}.lora_" in key for key in tensors)
+        for name in targets
     }
     names = {key for keys in names_by_projection.values() for key in keys}
     missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
-    if missing or unexpected or not names_by_projection:
-        raise ValueError(f"{folder}: adapter tensors missing {missing[:5]}, unexpected {unexpected[:5]}.")
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder}: the tensors do not fit its adapter_config.json and a {config.family} of {config.layers} "
+            f"layers. Missing {len(missing)}: {missing[:3]}; unexpected {len(unexpected)}: {unexpected[:3]}."
+        )
     lora = {}
-    for name, keys in names_by_projection.items():
+    for name, keys_of_projection in names_by_projection.items():
         source, sink = shapes[name]
-        a = read_stacked_tensors(tensors, keys[: config.layers], (rank, source), dtype, transpose=True)
-        b = read_stacked_tensors(tensors, keys[config.layers :], (sink, rank), dtype, transpose=True)
+        a_names, b_names = keys_of_projection[: config.layers], keys_of_projection[config.layers :]
+        a = read_stacked_tensors(tensors, a_names, (rank, source), dtype, transpose=True)
+        b = read_stacked_tensors(tensors, b_names, (sink, rank), dtype, transpose=True)
         lora[name] = Adapter(jnp.asarray(a), jnp.asarray(b), scale)
     return {"lora": lora}
+
+
+def _read_adapter_config(config: DecoderConfig, keys: ConfigKeys) -> tuple[int, float, list[str]]:
+    """Rank, scale and projections; ValueError for everything that is not plain LoRA."""
+    keys.require(("peft_type", "r", "lora_alpha", "target_modules"), "an adapter_config.json of LoRA")
+    keys.expect("peft_type", "LORA")
+    keys.expect("task_type", "CAUSAL_LM", None)
+    keys.expect("bias", "none")
+    keys.expect("init_lora_weights", *PLAIN_INITIALIZERS, why=PLAIN_INITIALIZERS_WHY)
+    rank, alpha = keys.integer("r"), keys.number("lora_alpha")
+    scale = alpha / (math.sqrt(rank) if keys.flag("use_rslora", False) else rank)
+    targets = keys.value("target_modules")
+    shapes = projection_shapes(config)
+    if targets == "all-linear":
+        projections = list(shapes)
+    elif isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
+        projections = find_target_projections(config, targets)
+    elif targets is None:
+        projections = find_target_projections(config, ())
+    else:
+        raise ValueError(
+            f"target_modules {targets!r} is not supported; supported: a list of names such as "
+            f"{[peft_target_name(config, name) for name in shapes][:2]}, 'all-linear' and null."
+        )
+    keys.refuse_others(NEUTRAL_ADAPTER_KEYS, INERT_ADAPTER_VALUES, of="an adapter of plain LoRA")
+    return rank, scale, projections
 
 
 def _peft_name(config: DecoderConfig, layer: int, projection: str, part: str) -> str:

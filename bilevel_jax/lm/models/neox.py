@@ -1,6 +1,5 @@
 """GPT-NeoX (Pythia) decoder layers and checkpoint names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -20,12 +19,10 @@ from bilevel_jax.lm.models.config import (
     ACTIVATIONS,
     DecoderConfig,
     RopeConfig,
-    read_activation,
-    read_eos,
     read_rope,
-    require_keys,
     rope_to_dict,
 )
+from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 ATTENTION_PROJECTIONS = ("query_key_value", "dense")
 MLP_PROJECTIONS = ("dense_h_to_4h", "dense_4h_to_h")
@@ -94,37 +91,50 @@ def make_neox_norm(config: DecoderConfig) -> LayerNorm:
     return LayerNorm(config.width, config.eps)
 
 
-def read_neox_config(where: str, raw: Mapping[str, Any]) -> DecoderConfig:
+def read_neox_config(family: str, keys: ConfigKeys) -> DecoderConfig:
     """Of transformers 4 (`rotary_pct`, `rotary_emb_base`, `rope_scaling`) and 5 (`rope_parameters`)."""
-    require_keys(where, raw, REQUIRED_KEYS)
-    width, heads, length = raw["hidden_size"], raw["num_attention_heads"], raw["max_position_embeddings"]
+    keys.require(REQUIRED_KEYS, f"a {family} config.json")
+    width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    layers, max_length = keys.integer("num_hidden_layers", at_most=MAX_LAYERS), keys.integer("max_position_embeddings")
     if width % heads:
-        raise ValueError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}.")
-    rope = {
-        "rope_theta": raw.get("rotary_emb_base", raw.get("rope_theta", 10000.0)),
-        "partial_rotary_factor": raw.get("rotary_pct", raw.get("partial_rotary_factor", 0.25)),
-        **(raw.get("rope_scaling") or raw.get("rope_parameters") or {}),
-    }
+        raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}.")
+    scaling, parameters = keys.mapping("rope_scaling"), keys.mapping("rope_parameters")
+    rope = read_rope(
+        "rope_scaling" if scaling else "rope_parameters",
+        {
+            "rope_theta": keys.value("rotary_emb_base", 10000.0),
+            "partial_rotary_factor": keys.value("rotary_pct", 0.25),
+            **(scaling or parameters or {}),
+        },
+        max_length,
+        full_rotation=False,
+        original_max_length=keys.integer("original_max_position_embeddings", None),
+    )
+    # transformers does not read these, or reads them without need
+    keys.expect("rope_theta", rope.theta, why=" beside rotary_emb_base")
+    keys.expect("partial_rotary_factor", rope.rotary_fraction, why=" beside rotary_pct")
+    keys.expect("head_dim", width // heads)
+    keys.expect("num_key_value_heads", heads)
     return DecoderConfig(
-        family="gpt_neox",
-        vocab_size=raw["vocab_size"],
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
         width=width,
-        mlp_width=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
+        mlp_width=keys.integer("intermediate_size"),
+        layers=layers,
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
-        max_length=length,
-        eps=raw.get("layer_norm_eps", 1e-5),
-        rope=read_rope(where, rope, length, full_rotation=False),
-        tied_embeddings=raw.get("tie_word_embeddings", False),
-        biased_projections=(*(ATTENTION_PROJECTIONS if raw.get("attention_bias", True) else ()), *MLP_PROJECTIONS),
-        activation=read_activation(where, raw, "hidden_act", "gelu"),
-        parallel_residual=raw.get("use_parallel_residual", True),
-        init_scale=raw.get("initializer_range", 0.02),
-        bos=raw.get("bos_token_id", 0),
-        eos=read_eos(raw, 2),
-        pad=raw.get("pad_token_id"),
+        max_length=max_length,
+        eps=keys.number("layer_norm_eps", 1e-5, at_least=0),
+        rope=rope,
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        biased_projections=(*(ATTENTION_PROJECTIONS if keys.flag("attention_bias", True) else ()), *MLP_PROJECTIONS),
+        activation=keys.choice("hidden_act", "gelu", ACTIVATIONS),
+        parallel_residual=keys.flag("use_parallel_residual", True),
+        init_scale=keys.number("initializer_range", 0.02, at_least=0),
+        bos=keys.token("bos_token_id", 0),
+        eos=keys.tokens("eos_token_id", 2),
+        pad=keys.token("pad_token_id"),
     )
 
 

@@ -25,7 +25,7 @@ def test_names_without_their_first_part(tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     assert "wte.weight" in tensors
-    save_file({**tensors, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, file, metadata={"format": "pt"})
+    save_file({**tensors, "h.0.attn.bias": np.tri(4, dtype=np.float32)[None, None]}, file, metadata={"format": "pt"})
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "base")[1], load_model(tmp_path / "whole")[1])
 
 
@@ -154,12 +154,13 @@ def test_only_a_name_on_the_hub_names_a_base(tmp_path, folder, name):
 
 
 HF = {"model_type": "llama", **SMALL}
-NEOX_HF, GEMMA_HF = {**HF, "model_type": "gpt_neox"}, {**HF, "model_type": "gemma3_text", "head_dim": 8}
+GEMMA_HF = {**HF, "model_type": "gemma3_text", "head_dim": 8}
+NEOX_HF = {**HF, "model_type": "gpt_neox", "num_key_value_heads": 4}
 GPT2_HF = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4}
 REFUSED = {
     "family": (HF, {"model_type": "bert"}, r"'bert' is not supported; supported: \['gemma3_text', 'gpt2', 'gpt_neox'"),
-    "rope": (HF, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
-    "partial": (HF, {"partial_rotary_factor": 0.25}, "partial_rotary_factor is not supported"),
+    "rope": (HF, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling: type 'yarn' is not supported"),
+    "partial": (HF, {"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25 is not supported"),
     "activation": (HF, {"hidden_act": "mish"}, r"hidden_act 'mish' is not supported; supported: \['gelu'"),
     "quantised": (HF, {"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
     "heads": (HF, {"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),

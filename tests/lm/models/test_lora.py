@@ -142,14 +142,14 @@ def test_load_peft_refuses(tmp_path):
     save_peft(tmp_path / "adapter", TINY, trained(TINY))
     path = tmp_path / "adapter" / "adapter_config.json"
     about = json.loads(path.read_text())
-    with pytest.raises(ValueError, match=r"missing \['base_model.model.model.layers.2"):
+    with pytest.raises(ValueError, match=r"Missing 14: \['base_model.model.model.layers.2"):
         load_peft(tmp_path / "adapter", replace(TINY, layers=3))
     with pytest.raises(
         ValueError, match=r"lora_A.weight: the file has \(3, 16\), the configuration asks for \(3, 32\)"
     ):
         load_peft(tmp_path / "adapter", replace(TINY, width=32))
     path.write_text(json.dumps({**about, "use_dora": True}))
-    with pytest.raises(ValueError, match="'use_dora': True} is not supported; only plain LoRA is"):
+    with pytest.raises(ValueError, match=r"use_dora True \(supported: False\) is not supported in an adapter of"):
         load_peft(tmp_path / "adapter", TINY)
     with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file"):
         load_peft(tmp_path, TINY)
