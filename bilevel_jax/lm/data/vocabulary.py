@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
-from bilevel_jax.lm.models.checkpoint.files import read_json_object
 
 
 def check_token_ids(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
+from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
 
 _GELU_EXACT, _GELU_TANH = partial(jax.nn.gelu, approximate=False), partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable] = {

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
+from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.models import gemma3, gpt2, llama, neox
 from bilevel_jax.lm.models.blocks import MatrixInit
 from bilevel_jax.lm.models.config import DecoderConfig
-from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
-from bilevel_jax.lm.models.checkpoint.files import read_json_object
 
 
 class ModelFamily(NamedTuple):

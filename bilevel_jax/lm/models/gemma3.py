@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bilevel_jax.lm.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 from bilevel_jax.lm.models import llama
 from bilevel_jax.lm.models.blocks import KeyValues, LayerContext, MatrixInit, RMSNorm
 from bilevel_jax.lm.models.config import (
@@ -18,7 +19,6 @@ from bilevel_jax.lm.models.config import (
     rope_to_dict,
     windows_to_layer_types,
 )
-from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 LAYER_NAMES = {
     **llama.LAYER_NAMES,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bilevel_jax.lm.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 from bilevel_jax.lm.models.blocks import (
     KeyValues,
     LayerContext,
@@ -16,7 +17,6 @@ from bilevel_jax.lm.models.blocks import (
     attention,
 )
 from bilevel_jax.lm.models.config import ACTIVATIONS, DecoderConfig
-from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 PROJECTIONS = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
 TOP_NAMES = {

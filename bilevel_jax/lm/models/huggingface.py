@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from bilevel_jax.lm.models.checkpoint.buffers import check_buffer, is_buffer
+from bilevel_jax.lm.checkpoint.files import LazyTensor, open_tensors, read_floats, read_stacked_tensors
+from bilevel_jax.lm.models.buffers import check_buffer, is_buffer
 from bilevel_jax.lm.models.config import DecoderConfig
 from bilevel_jax.lm.models.families import FAMILIES, config_to_dict, make_abstract_modules, read_config
-from bilevel_jax.lm.models.checkpoint.files import LazyTensor, open_tensors, read_floats, read_stacked_tensors
 from bilevel_jax.lm.models.source_files import CONFIG_FILE, write_tokenizer, write_unchanged_files
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bilevel_jax.lm.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 from bilevel_jax.lm.models.blocks import (
     KeyValues,
     LayerContext,
@@ -24,7 +25,6 @@ from bilevel_jax.lm.models.config import (
     rope_to_dict,
     windows_to_layer_types,
 )
-from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

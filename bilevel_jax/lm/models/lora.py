@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
+from bilevel_jax.lm.checkpoint.files import open_tensors, read_json_object, read_stacked_tensors
 from bilevel_jax.lm.models.blocks import Adapter
 from bilevel_jax.lm.models.config import DecoderConfig
-from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.models.families import FAMILIES, find_target_projections, peft_target_name, projection_shapes
-from bilevel_jax.lm.models.checkpoint.files import open_tensors, read_json_object, read_stacked_tensors
 from bilevel_jax.lm.models.huggingface import atomic_folder, checkpoint_module_name, write_tensors
 
 Params = Any

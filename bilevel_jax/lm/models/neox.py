@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bilevel_jax.lm.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 from bilevel_jax.lm.models.blocks import (
     KeyValues,
     LayerContext,
@@ -22,7 +23,6 @@ from bilevel_jax.lm.models.config import (
     read_rope,
     rope_to_dict,
 )
-from bilevel_jax.lm.models.checkpoint.config_keys import MAX_LAYERS, ConfigKeys
 
 ATTENTION_PROJECTIONS = ("query_key_value", "dense")
 MLP_PROJECTIONS = ("dense_h_to_4h", "dense_4h_to_h")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilevel_jax.lm.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.models import load_model, make_decoder, read_config
-from bilevel_jax.lm.models.checkpoint.config_keys import ConfigKeys
 from bilevel_jax.lm.models.families import FAMILIES, INERT_VALUES, NEUTRAL_KEYS
 from tests.lm.models.test_families import draw_tokens, largest, torch_logits
 

@@ -1,4 +1,4 @@
-"""The files of a model folder: JSON objects and safetensors, with errors that name them and the remedy."""
+"""JSON objects and safetensors of a model folder."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""Tensors that old checkpoints have and no model learns: causal masks and rotary frequencies.
+"""Causal masks and rotary frequencies in old checkpoints.
 
 They are not loaded, as in transformers 5: the model computes them. Each is compared with what the model computes, since
 older programs used what the file holds.
@@ -6,8 +6,8 @@ older programs used what the file holds.
 
 import numpy as np
 
+from bilevel_jax.lm.checkpoint.files import LazyTensor
 from bilevel_jax.lm.models.config import DecoderConfig, RopeConfig, rope_frequencies
-from bilevel_jax.lm.models.checkpoint.files import LazyTensor
 
 FREQUENCY_ENDS = (".rotary_emb.inv_freq", ".rotary_emb_local.inv_freq")
 MASK_ENDS = {"gpt2": (".attn.bias", ".attn.masked_bias"), "gpt_neox": (".attention.bias", ".attention.masked_bias")}

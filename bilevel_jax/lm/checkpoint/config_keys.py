@@ -1,4 +1,4 @@
-"""The keys of config.json and adapter_config.json, read by kind, and a refusal of those that nobody read."""
+"""Keys of config.json and adapter_config.json, read by kind."""
 
 import difflib
 import math
