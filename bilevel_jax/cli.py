@@ -209,9 +209,9 @@ def _call(name: str, config: Any, *more: Any) -> str:
     """Prepare jax for a config, call the function of a command and summarize the result."""
     command = COMMANDS[name]
     if "distributed" in vars(config) and name != "estimate":
-        from bilevel_jax.runs.infra import distributed
+        from bilevel_jax.runs.infra import distributed, identity
 
-        distributed.initialize_distributed(config.distributed)
+        distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))
     if "model" in vars(config) and config.model.param_dtype == "float64":
         import jax
 
@@ -240,7 +240,9 @@ def _report_errors(work: Callable[[], str]) -> int:
         distributed.exit_after_error(str(stop), 128 + stop.number)
         return 128 + stop.number
     except KeyboardInterrupt:
-        _print_error("stopped at once by SIGINT; what was saved last is there. Go on with --resume.")
+        reason = "stopped at once by SIGINT; what was saved last is there. Go on with --resume."
+        _print_error(reason)
+        distributed.exit_after_error(reason, 128 + signal.SIGINT)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # who read the output has gone: | head

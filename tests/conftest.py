@@ -30,6 +30,7 @@ FAST = (
     "lm/inference/test_prompts.py",
     "lm/inference/test_openai.py",
     "runs/config",
+    "runs/infra/test_identity.py",
     "runs/infra/test_inputs.py",
     "runs/infra/test_run_dir.py",
     "runs/engine/test_nonfinite.py",

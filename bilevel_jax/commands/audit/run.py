@@ -96,7 +96,7 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
             proximal_strength=proximal_strength,
         )
         return prepare_array_task(
-            dataset, model, config.arrays, train=config.train, mesh=config.mesh, data_seed=config.data.seed
+            dataset, model, config.arrays, folder, train=config.train, mesh=config.mesh, data_seed=config.data.seed
         )
     resolved = resolve_builtin(config, folder)
     return prepare_text_task(

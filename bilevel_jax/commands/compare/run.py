@@ -64,7 +64,7 @@ def sections_for_seed(config: CompareConfig, seed: int) -> MethodSections:
 def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task]:
     """seed -> the task: arrays with examples and wrong labels of their own, or always the same text."""
     if reads_array_data(config):
-        return _make_array_task_builder(config)
+        return _make_array_task_builder(config, folder)
     resolved = resolve_builtin(config, folder)
     text_task = prepare_text_task(
         resolved,
@@ -77,7 +77,7 @@ def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Ta
     return lambda seed: text_task
 
 
-def _make_array_task_builder(config: CompareConfig) -> Callable[[int], Task]:
+def _make_array_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Task]:
     dataset = read_npz_dataset(config.data.train[0])
     model = build_array_model(
         dataset,
@@ -93,6 +93,7 @@ def _make_array_task_builder(config: CompareConfig) -> Callable[[int], Task]:
             dataset,
             model,
             config.arrays,
+            folder,
             train=config.train,
             mesh=config.mesh,
             data_seed=sections_for_seed(config, seed).data.seed,

@@ -225,15 +225,22 @@ COMMANDS: dict[type, str] = {
 SHIPPED_CONFIGS: dict[type, str] = {SelectConfig: "configs/select.yaml", TrainConfig: "configs/train.yaml"}
 """Configs that come with the package and are used where none is given."""
 
-# Keys that may differ when a run is resumed: none of them changes what is computed.
+RESUME_ROUNDING_KEYS = ("mesh.data", "mesh.fsdp", "mesh.sharding_rules")
+"""Keys that may differ when a run is resumed, where the numbers are then equal up to rounding."""
+_DISTRIBUTED_KEYS = tuple(
+    f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id", "initialization_timeout")
+)
 RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",
     "output.progress",
     "output.save_minutes",
-    *(f"mesh.{key}" for key in ("data", "fsdp", "sharding_rules")),
-    *(f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id", "initialization_timeout")),
+    *RESUME_ROUNDING_KEYS,
+    *_DISTRIBUTED_KEYS,
 )
+"""Keys that may differ when a run is resumed: none of them changes what is computed."""
+PROCESS_OWN_KEYS = ("output.progress", "output.save_minutes", *_DISTRIBUTED_KEYS)
+"""Keys that may differ between the processes of a run: how they find each other, and what the first alone decides."""
 
 
 def load_config(config_class: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -406,6 +413,16 @@ def diff_configs(old_config: Any, new_config: Any) -> list[str]:
         f"{key}: {old_values[key]!r} in the run, {value!r} now"
         for key, value in flatten_config(new_config)
         if key not in RESUME_EXEMPT_KEYS and old_values[key] != value
+    ]
+
+
+def describe_rounding_changes(config: Any, path: Path) -> list[str]:
+    """The keys of RESUME_ROUNDING_KEYS that differ from those of the run to resume, in words."""
+    old_values = dict(flatten_config(load_config(type(config), path)))
+    return [
+        f"{key} = {old_values[key]!r} then, {value!r} now"
+        for key, value in flatten_config(config)
+        if key in RESUME_ROUNDING_KEYS and old_values[key] != value
     ]
 
 

@@ -40,13 +40,15 @@ _peers: Peers | None = None
 """The connections to the other processes, once there are some."""
 
 
-def initialize_distributed(distributed: DistributedSection, shared: Mapping[str, str] | None = None) -> None:
+def initialize_distributed(
+    distributed: DistributedSection, list_shared: Callable[[], Mapping[str, str]] = dict
+) -> None:
     """Join the other processes of the run, if it has any; before anything asks for a device.
 
     The coordinator is distributed.coordinator_address or JAX_COORDINATOR_ADDRESS; the number of processes and that of
-    this one are the config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. `shared` are values
-    that all processes must have alike, such as the keys of a config. Raises ValueError in every process where the
-    processes do not find each other, do not fit together, or differ in `shared`.
+    this one are the config's, or JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what the cluster says. `list_shared` gives
+    values that all processes must have alike, such as the keys of a config. Raises ValueError in every process where
+    the processes do not find each other, do not fit together, or differ in one of these.
     """
     coordinator = distributed.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator or jax.distributed.is_initialized():
@@ -59,10 +61,10 @@ def initialize_distributed(distributed: DistributedSection, shared: Mapping[str,
     if coordinator == "auto" or not num_processes or process_id < 0:
         _initialize_jax(coordinator, num_processes, process_id)
         _meet_after_jax(distributed.initialization_timeout)
-        require_agreement("the start", shared or {})
+        require_agreement("the start", list_shared())
         return
     _meet(coordinator, num_processes, process_id, distributed.initialization_timeout)
-    require_agreement("the start", shared or {})
+    require_agreement("the start", list_shared())
     _initialize_jax(coordinator, num_processes, process_id)
 
 

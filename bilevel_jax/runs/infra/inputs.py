@@ -1,5 +1,6 @@
 """Record of a run's input files by size and hash."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ INPUT_FILE_KEYS = (
     "objective.reference", "rank.own_answers", "rank.accuracies",
 )  # fmt: skip
 """The config keys whose values name input files."""
+END_BYTES = 1 << 24
+"""Bytes at each end of a file that `hash_file_ends` reads."""
 
 
 def list_input_files(config: Any) -> dict[str, list[Path]]:
@@ -70,6 +73,25 @@ def check_inputs_unchanged(config: Any, folder: Path) -> None:
             f"{folder} was started with other files, so it cannot be resumed: {'; '.join(changes)}. Put back what was "
             "there, or start a new run with --out."
         )
+
+
+def hash_file_ends(config: Any) -> dict[str, str]:
+    """key of the config -> hash of the names, sizes and contents of its files; of a large file, of its two ends.
+
+    Tells whether several processes see the same files, without reading all of a large model in each of them.
+    """
+    hashes = {}
+    for key, key_files in list_input_files(config).items():
+        digest = hashlib.sha256()
+        for file in key_files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size};".encode())
+            with open(file, "rb") as content:
+                digest.update(content.read(END_BYTES))
+                content.seek(max(size - END_BYTES, 0))
+                digest.update(content.read(END_BYTES))
+        hashes[key] = f"{len(key_files):,} files with hash {digest.hexdigest()[:12]}"
+    return hashes
 
 
 def _list_files(path: Path) -> Iterator[Path]:

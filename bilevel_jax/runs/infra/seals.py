@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SEALS_FILE, MANIFEST_FILE = "seals.jsonl", "manifest.json"
-NOT_REMADE = ("config.yaml", "inputs.json")
+NOT_REMADE = ("config.yaml", "inputs.json", "environment.json", "tokens.json")
 """Files that a run begins with, and cannot make again. Whatever else is missing is made again by --resume."""
 SEAL_DIGITS = 16
 """Hex digits of the seal of a line."""

@@ -2,21 +2,16 @@
 
 import contextlib
 import json
-import platform
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
-from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
+from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog
 from bilevel_jax.runs.terminal import make_console
 
@@ -223,6 +218,8 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             f"{command} runs in one process, on all devices of one machine; several processes can run "
             f"{' and '.join(MULTIPROCESS_COMMANDS)}."
         )
+    if distributed.is_multiprocess():
+        distributed.require_agreement("the run", identity.list_shared_values(config))
     with contextlib.ExitStack() as stack:
 
         def claim_folder() -> None:
@@ -235,6 +232,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
                 run_dir.reopen_run(folder)
                 check_same_config(config, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
+                identity.check_environment(config, folder)
 
         distributed.run_on_first_process(claim_folder)
         yield folder
@@ -245,10 +243,13 @@ def open_run_dir(config: Any) -> Iterator[Path]:
 def start_session(config: Any, folder: Path) -> Iterator[Session]:
     """Write the config and the environment of the run, and open its session."""
     output = config.output
+    changes = identity.check_environment(config, folder) if output.resume else []
     run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
-    run_dir.write_atomic(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+    distributed.run_on_first_process(lambda: identity.record_environment(folder))
     distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
     with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
+        if changes:
+            run_session.print_line(f"resumed with what changes no number beyond rounding: {'; '.join(changes)}")
         yield run_session
 
 
@@ -279,38 +280,3 @@ def make_progress_bar(shown: bool) -> Progress:
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
         console=console, disable=not shown, transient=True,
     )  # fmt: skip
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, devices and commit: what another person needs to see the same numbers."""
-    packages = (
-        "bilevel-jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "transformers",
-        "datasets",
-        "numpy",
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _package_version(name) for name in packages},
-        "devices": [device.device_kind for device in jax.devices()],
-        "backend": jax.default_backend(),
-        "processes": jax.process_count(),
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -27,6 +27,7 @@ from bilevel_jax.runs.config.schema import (
     OptimizerSection,
     TrainSection,
 )
+from bilevel_jax.runs.infra import identity
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, make_mesh, place_stream, replicate
 from bilevel_jax.runs.tasks.objective import Objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
@@ -227,6 +228,7 @@ def prepare_array_task(
     dataset: ArrayDataset,
     model: ArrayModel,
     arrays: ArraysSection,
+    folder: Path,
     *,
     train: TrainSection,
     mesh: MeshSection,
@@ -234,9 +236,22 @@ def prepare_array_task(
 ) -> ArrayTask:
     """Draw the examples of every part and the wrong labels from `data_seed`; test is drawn from the file's test part.
 
-    Raises ValueError where the file has too few rows.
+    What was drawn is recorded in `folder`. Raises ValueError where the file has too few rows, and where the run in
+    `folder` was started with others.
     """
     drawn = draw_array_parts(dataset, arrays, data_seed)
+    parts = {"training and validation": drawn.corpus, **drawn.held_out}
+    identity.check_tokens(
+        folder,
+        {
+            f"{part}, seed {data_seed}": {
+                "rows": labelled.num_examples,
+                "features": identity.hash_arrays(labelled.x),
+                "labels": identity.hash_arrays(labelled.y),
+            }
+            for part, labelled in parts.items()
+        },
+    )
     devices = make_mesh(mesh.data, mesh.fsdp)
     micro_batches = train.gradient_accumulation_steps
     micro_batch_size = train.global_batch_size // micro_batches

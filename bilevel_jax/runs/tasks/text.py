@@ -33,7 +33,7 @@ from bilevel_jax.runs.config.schema import (
     OptimizerSection,
     TrainSection,
 )
-from bilevel_jax.runs.infra import run_dir, sharding
+from bilevel_jax.runs.infra import identity, run_dir, sharding
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, local_rows, make_mesh, place_stream
 from bilevel_jax.runs.tasks import reference
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
@@ -198,6 +198,7 @@ def prepare_text_task(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     tokenized_data = tokenize_splits(config, splits)
+    identity.check_tokens(folder, describe_tokens(tokenized_data, streaming=config.data.streaming))
     base_params, init_params = _load_params(
         config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules
     )
@@ -247,6 +248,24 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
         notes.append(f"{name}: {report}.")
     source_files = models.read_source_files(config.model.name_or_path)
     return TokenizedData(examples, held_out, notes, tokenizer, source_files, architecture, corpora)
+
+
+def describe_tokens(tokenized_data: TokenizedData, *, streaming: bool) -> dict[str, dict[str, Any]]:
+    """name -> sizes and hashes of each corpus, in the order of its rows: what a run that is resumed must read again."""
+    examples = group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=streaming)
+    return {
+        name: {
+            "sequences": len(corpus.lengths),
+            "tokens": len(corpus.ids),
+            "targets": int(corpus.target_mask.sum()),
+            "token ids": identity.hash_arrays(corpus.ids, corpus.offsets),
+            "target mask": identity.hash_arrays(corpus.target_mask),
+            "example ids and sources": identity.hash_text(
+                text for example in examples[name] for text in (example.id, example.source)
+            ),
+        }
+        for name, corpus in tokenized_data.corpora.items()
+    }
 
 
 def group_by_corpus(
@@ -437,6 +456,10 @@ def _attach_reference_margins(
             log_probs[name] = evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
         tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
     run_dir.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
+    identity.check_tokens(
+        folder,
+        {f"reference of {name}": {"log-probabilities": identity.hash_arrays(log_probs[name])} for name in log_probs},
+    )
     return {
         name: corpus.with_reference_margins(reference.reference_margins(log_probs[name]))
         for name, corpus in corpora.items()

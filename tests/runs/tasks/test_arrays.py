@@ -1,5 +1,7 @@
 """The array task: its noise and its parts are what they say, and its hypergradient is that of plain autodiff."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,9 @@ def path(tmp_path_factory):
 
 
 def task(path, *flags, seed=0):
-    return make_task_builder(load_config(CompareConfig, path, flags), path.parent)(seed)
+    folder = path.parent / hashlib.sha256(repr(flags).encode()).hexdigest()  # what was drawn is recorded in it
+    folder.mkdir(exist_ok=True)
+    return make_task_builder(load_config(CompareConfig, path, flags), folder)(seed)
 
 
 @pytest.mark.parametrize("kind", ["forced", "redrawn", "none"])
