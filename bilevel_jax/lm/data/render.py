@@ -45,7 +45,7 @@ class RenderedChat(NamedTuple):
 
     text: str
     blocks: list[tuple[int, int]]
-    """[start, stop) of the characters that the template's {% generation %} blocks mark."""
+    """[start, stop) of the characters that the template's {% generation %} blocks mark; of an empty one, the same."""
 
 
 class _LimitError(Exception):
@@ -105,7 +105,7 @@ def render_with_blocks(turns: Sequence[Turn], tokenizer: Tokenizer) -> RenderedC
             **special_tokens,
         )
         ((text,), (found,)) = rendered
-        blocks.extend((start, stop) for start, stop in found if start < stop)
+        blocks.extend(found)
         return text
 
     return RenderedChat(_render_within_limits(render, turns), blocks)

@@ -5,6 +5,8 @@ front of it), everything from the mark on is what the template writes after the 
 a header or the mark that ends a turn are never taken for the answer.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,27 +90,29 @@ def mark_generation_blocks(turns: Turns, targets: Sequence[int], tokenizer: Toke
         return MarkedText("", [])
     text, blocks = render_with_blocks(turns, tokenizer)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-    turn_of_block: dict[int, int] = {}
-    for answer in answers:
-        turn_of_block |= dict.fromkeys(_find_blocks_of(turns, answer, len(blocks), tokenizer), answer)
-    if not turn_of_block:
+    holders = _find_answers_in_blocks(turns, answers, len(blocks), tokenizer)
+    if not any(holders):
         raise ValueError(
             "the chat template's {% generation %} blocks mark no token of what the assistant says. Put them around "
             "its content and the mark that ends its turn."
         )
+    for target in targets:
+        shown = sum(found[target] for found in holders)
+        if turns[target].reasoning and 0 < shown < 2:
+            raise _hidden_reasoning(target + 1)
+    is_choice = len(targets) < len(answers)
+    beside = _find_answers_beside_blocks(turns, len(blocks), tokenizer) if is_choice and not all(holders) else []
     spans = []
     for i, (start, stop) in enumerate(blocks):
-        holder = turn_of_block.get(i)
-        if holder is None:  # without an answer's text, such as a block around a header
-            if len(targets) < len(answers):
-                raise ValueError(
-                    f"the chat template's {{% generation %}} blocks mark {text[start:stop][:40]!r} outside of the "
-                    "answers, so it cannot be told which answer it belongs to. Put one block around each answer."
-                )
-            later = [turn_of_block[j] for j in range(i, len(blocks)) if j in turn_of_block]
-            holder = later[0] if later else targets[-1]
-        if holder in targets:
-            spans.append(Span(start, stop, 1 + list(targets).index(holder)))
+        held = set(holders[i]) or (beside[i] if beside else set(targets))
+        learned = held & set(targets)
+        if not held or (learned and learned != held):
+            raise ValueError(
+                f"the chat template's {{% generation %}} blocks mark {text[start:stop][:40]!r}, and it cannot be told "
+                "which answer that belongs to. Put one block around each answer."
+            )
+        if learned and start < stop:
+            spans.append(Span(start, stop, 1 + list(targets).index(max(learned))))
     if not spans:
         raise ValueError(
             "the chat template's {% generation %} blocks mark no token of the answers that are targets. Put one around "
@@ -122,7 +126,7 @@ def mark_generation_blocks(turns: Turns, targets: Sequence[int], tokenizer: Toke
 
 def _find_content_end(turns: Turns, text: str, tokenizer: Tokenizer) -> tuple[int, str]:
     """Where the text of the last turn ends in the rendered dialogue, and what the template writes behind it."""
-    mark, number = choose_mark(turns, tokenizer), len(turns)
+    (mark,), number = choose_marks(turns, tokenizer), len(turns)
     marked = _render_variant(turns, turns[-1]._replace(content=turns[-1].content + mark), tokenizer)
     if mark not in marked:
         raise ValueError(f"the chat template does not show message {number}, or not its end. Mend the template.")
@@ -142,7 +146,7 @@ def _find_content_end(turns: Turns, text: str, tokenizer: Tokenizer) -> tuple[in
 
 def _find_content_start(turns: Turns, text: str, tokenizer: Tokenizer) -> int | None:
     """Where what the last turn says, its reasoning first, begins in the rendered dialogue; None if it is not shown."""
-    mark, last = choose_mark(turns, tokenizer), turns[-1]
+    (mark,), last = choose_marks(turns, tokenizer), turns[-1]
     variants = [last._replace(content=mark + last.content)]
     if last.reasoning:
         variants += [variants[0]._replace(reasoning=""), last._replace(reasoning=mark + last.reasoning)]
@@ -213,40 +217,76 @@ def _check_text(turn: Turn, text: str, number: int) -> None:
             f"the template shows it, mend the template, or {USE_BLOCKS}."
         )
     if reasoning not in shown[: len(shown) - len(content)]:
-        raise ValueError(
-            f"the chat template does not show the reasoning of message {number} (reasoning_content), so nothing would "
-            "learn it. Remove the key from the row, or use a tokenizer with a template that shows it."
-        )
+        raise _hidden_reasoning(number)
+
+
+def _hidden_reasoning(number: int) -> ValueError:
+    return ValueError(
+        f"the chat template does not show the reasoning of message {number} (reasoning_content), so nothing would "
+        "learn it. Remove the key from the row, or use a tokenizer with a template that shows it."
+    )
 
 
 # ---- by {% generation %} blocks
 
 
-def _find_blocks_of(turns: Turns, answer: int, num_blocks: int, tokenizer: Tokenizer) -> list[int]:
-    """The blocks that hold the text, or the reasoning, of one answer."""
-    mark, turn = choose_mark(turns, tokenizer), turns[answer]
-    reasoning = turn.reasoning + mark if turn.reasoning else ""
-    variant = turn._replace(content=turn.content + mark, reasoning=reasoning)
-    text, blocks = render_with_blocks((*turns[:answer], variant, *turns[answer + 1 :]), tokenizer)
+def _find_answers_in_blocks(
+    turns: Turns, answers: Sequence[int], num_blocks: int, tokenizer: Tokenizer
+) -> list[Counter[int]]:
+    """Of each block, the answers whose text or reasoning ends in it, and how often one does."""
+    marks, text, blocks = _render_marked_blocks(turns, answers, num_blocks, tokenizer)
+    return [
+        Counter({turn: count for turn, mark in marks.items() if (count := text.count(mark, start, stop))})
+        for start, stop in blocks
+    ]
+
+
+def _find_answers_beside_blocks(turns: Turns, num_blocks: int, tokenizer: Tokenizer) -> list[set[int]]:
+    """Of each block, the answer that it stands behind or before, as one around the mark that ends a turn does.
+
+    Empty where it stands between two answers, or beside none.
+    """
+    marks, text, blocks = _render_marked_blocks(turns, range(len(turns)), num_blocks, tokenizer)
+    places = {turn: place for turn, mark in marks.items() if (place := text.rfind(mark)) >= 0}
+    beside = []
+    for start, stop in blocks:
+        before = max((turn for turn, place in places.items() if place < start), default=None)
+        behind = min((turn for turn, place in places.items() if place >= stop), default=None)
+        near = {turn for turn in (before, behind) if turn is not None and turns[turn].role == "assistant"}
+        beside.append(near if len(near) == 1 else set())
+    return beside
+
+
+def _render_marked_blocks(
+    turns: Turns, marked: Sequence[int], num_blocks: int, tokenizer: Tokenizer
+) -> tuple[dict[int, str], str, list[tuple[int, int]]]:
+    """The dialogue with a mark behind some texts and their reasoning: (turn -> mark, text, blocks)."""
+    marks = dict(zip(marked, choose_marks(turns, tokenizer, len(marked)), strict=True))
+    variant = tuple(
+        turn._replace(
+            content=turn.content + marks.get(i, ""),
+            reasoning=turn.reasoning + marks.get(i, "") if turn.reasoning else "",
+        )
+        for i, turn in enumerate(turns)
+    )
+    text, blocks = render_with_blocks(variant, tokenizer)
     if len(blocks) != num_blocks:
         raise ValueError(
-            f"the chat template writes {num_blocks} {{% generation %}} blocks or {len(blocks)}, as message "
-            f"{answer + 1} ends, so they cannot be told apart. Mend the template."
+            f"the chat template writes {num_blocks} {{% generation %}} blocks, and {len(blocks)} where the messages "
+            "end with other words, so they cannot be told apart. Mend the template."
         )
-    return [i for i, (start, stop) in enumerate(blocks) if mark in text[start:stop]]
+    return marks, text, blocks
 
 
 # ---- parts
 
 
-def choose_mark(turns: Turns, tokenizer: Tokenizer) -> str:
+def choose_marks(turns: Turns, tokenizer: Tokenizer, count: int = 1) -> list[str]:
     """Digits that stand nowhere in the dialogue or the template, which no filter of text changes; 7 only in front, so
     that no place where they are put makes them stand twice."""
-    taken = get_chat_template(tokenizer) + "".join(turn.content + turn.reasoning for turn in turns)
-    number = 0o51042163
-    while (mark := "7" + f"{number:o}".replace("7", "9")) in taken:
-        number += 1
-    return mark
+    taken = get_chat_template(tokenizer) + " ".join(text for turn in turns for text in (turn.content, turn.reasoning))
+    digits = (f"7{number:o}".replace("7", "9").replace("9", "7", 1) for number in itertools.count(0o51042163))
+    return list(itertools.islice((mark for mark in digits if mark not in taken), count))
 
 
 def _render_variant(turns: Turns, last: Turn, tokenizer: Tokenizer) -> str:

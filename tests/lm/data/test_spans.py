@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bilevel_jax.lm.data import render
 from bilevel_jax.lm.data.examples import Example
-from bilevel_jax.lm.data.spans import choose_mark
+from bilevel_jax.lm.data.spans import choose_marks
 from bilevel_jax.lm.data.tokens import tokenize
 from bilevel_jax.lm.data.turns import Turn, turn_to_message
 from tests.lm.data.test_tokens import bpe, runs
@@ -393,7 +393,7 @@ def learned(tokenizer, turns, **options):
 def test_the_mark_is_in_no_text():
     marks, turns = [], talk("uA?", "aB")
     for _ in range(3):  # each dialogue holds the marks that the ones before it were found by
-        marks.append(choose_mark(turns, bpe(CHATML)))
+        marks += choose_marks(turns, bpe(CHATML))
         turns = (*turns, Turn("user", " ".join(marks)), Turn("assistant", marks[-1] + marks[-1][:-1]))
         assert learned(bpe(CHATML), turns, train_on="last_turn") == [turns[-1].content + EOT]
     assert len(set(marks)) == 3
@@ -471,16 +471,40 @@ def test_answers_that_cannot_be_told_apart_are_refused(name):
         learned(bpe(template), talk("uWhich?", "aa > b"))
 
 
-def test_blocks_that_hold_no_answer_need_a_choice():
-    header = BLOCKS.replace("WHERE", "m.role == 'assistant'").replace(
-        "{{ '<|head|>' + m.role + '\n' }}",
-        "{% if m.role == 'assistant' %}{% generation %}{{ '<|head|>' }}{% endgeneration %}{% endif %}"
-        "{{ m.role + '\n' }}",
-    )
-    turns = talk("uA?", "aB", "uC?", "aD")
-    assert learned(bpe(header), turns) == ["<|head|>", "B<|eot|>", "<|head|>", "D<|eot|>"]
-    with pytest.raises(ValueError, match="rows.jsonl:7: .* blocks mark '<.head.>' outside of the answers"):
-        learned(bpe(header), turns, train_on="last_turn")
+END_BLOCK = BLOCKS.replace("WHERE", "m.role == 'assistant'").replace(
+    "{{ m.content + '<|eot|>' }}{% endgeneration %}",
+    "{{ m.content }}{% endgeneration %}<|head|>{% generation %}{{ '<|eot|>' }}{% endgeneration %}",
+)
+HEAD_BLOCK = BLOCKS.replace("WHERE", "m.role == 'assistant'").replace(
+    "{{ '<|head|>' + m.role + '\n' }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ '<|head|>' }}{% endgeneration %}{% endif %}{{ m.role + '\n' }}",
+)
+
+
+def test_blocks_around_marks_belong_to_the_answer_beside_them():
+    turns, row = talk("uA?", "aB", "uC?", "aD"), talk("uA?", "aB", "aC", "xD")
+    for template, one, two in (
+        (END_BLOCK, ["B", EOT], ["D", EOT]),
+        (HEAD_BLOCK, ["<|head|>", "B<|eot|>"], ["<|head|>", "D<|eot|>"]),
+    ):
+        assert learned(bpe(template), turns) == one + two
+        assert learned(bpe(template), turns, train_on="last_turn") == two
+        with pytest.raises(
+            ValueError, match=r"rows.jsonl:7: .* blocks mark '<.(head|eot).>', and it cannot be told which"
+        ):
+            learned(bpe(template), row)
+    assert learned(bpe(END_BLOCK), talk("uA?", "x", "uC?", "aD")) == ["D", EOT]
+
+
+def test_a_reasoning_that_blocks_leave_out_is_refused():
+    shown = "{% if m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}"
+    blocks = BLOCKS.replace("WHERE", "m.role == 'assistant'")
+    assert learned(bpe(blocks.replace("{% generation %}", "{% generation %}" + shown)), REASONED) == [
+        "(A or B)B<|eot|>"
+    ]
+    for hidden in (blocks, blocks.replace("{% generation %}", shown + "{% generation %}")):
+        with pytest.raises(ValueError, match="rows.jsonl:7: .* does not show the reasoning of message 2"):
+            learned(bpe(hidden), REASONED)
 
 
 def test_an_answer_that_is_no_target():
