@@ -27,6 +27,7 @@ from bilevel_jax.lm.data.vocabulary import check_token_ids
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
 TRAIN_ON_MODES = ("all_turns", "last_turn")
+SURROGATE = re.compile("[\ud800-\udfff]")
 TOKENIZER_CHUNK = 512
 """Examples handed to the tokenizer at once; it works on them in parallel."""
 
@@ -267,7 +268,7 @@ def tokenize(
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; at least 2 tokens are needed, one to read and one to predict.")
     sequences = _count_sequences_per_example(examples)
-    _check_special_tokens(examples, tokenizer)
+    _check_texts(examples, tokenizer)
     render = make_template_renderer(template)
     num_bos = int(tokenizer.bos_token_id is not None)
     counts: Counter[str] = Counter()
@@ -464,20 +465,28 @@ def _describe_problem(
     return ""
 
 
-def _check_special_tokens(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
-    """Text that the tokenizer would read as a special token could end a turn or start another one."""
+def _check_texts(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+    """Text that the tokenizer would read as a special token could end a turn or start another one; half of a surrogate
+    pair, which JSON can hold, is no text."""
+    texts = [(e, text) for e in examples for turn in e.turns + e.rejected for text in (turn.content, turn.reasoning)]
+    _raise_first_problem(
+        [
+            f"{example.where}: the text holds half of a surrogate pair, U+{ord(match.group()):X}, which no tokenizer "
+            "reads. Remove it from the row."
+            for example, text in texts
+            if (match := SURROGATE.search(text))
+        ]
+    )
     special = list_special_tokens(tokenizer)
     if not special:
         return
     pattern = re.compile("|".join(map(re.escape, special)))
-    texts = ((e, text) for e in examples for turn in e.turns + e.rejected for text in (turn.content, turn.reasoning))
-    matches = ((example, pattern.search(text)) for example, text in texts)
     _raise_first_problem(
         [
             f"{example.where}: the text holds {match.group()!r}, which the tokenizer reads as a special token. "
             "Remove it from the row."
-            for example, match in matches
-            if match
+            for example, text in texts
+            if (match := pattern.search(text))
         ]
     )
 

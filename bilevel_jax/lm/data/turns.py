@@ -129,7 +129,12 @@ def read_instruction(row: dict, options: DataOptions, where: str) -> Turns:
     if extra is not None and require_string(extra, "input", where):
         text = f"{text}\n{extra}"
     turns: list[Turn] = []
-    for earlier in row.get("history") or ():
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(
+            f"{where}: 'history' is {describe_value(history)}; a list of pairs [instruction, output] is wanted."
+        )
+    for earlier in history:
         if not isinstance(earlier, list) or [type(text_part) for text_part in earlier] != [str, str]:
             raise ValueError(
                 f"{where}: 'history' holds {describe_value(earlier)}; pairs [instruction, output] are wanted."
@@ -239,13 +244,12 @@ def parse_messages(value: Any, name: str, roles: dict[str, str], where: str) -> 
 
 
 def _parse_message(message: Any, place: str, roles: dict[str, str], where: str) -> Turn:
-    keys = role_key, content_key = (
+    role_key, content_key = (
         ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
     )
-    if not isinstance(message, dict) or not set(keys) <= set(message):
-        raise ValueError(
-            f"{where}: {place} is {describe_value(message)}; an object with {role_key} and {content_key} is wanted."
-        )
+    wanted = f"{where}: {place} is {describe_value(message)}; an object with {role_key} and {content_key} is wanted."
+    if not isinstance(message, dict) or message.get(role_key) is None:
+        raise ValueError(wanted)
     speaker = message[role_key]
     calls = [key for key in TOOL_KEYS if message.get(key)]
     if calls or (isinstance(speaker, str) and speaker.lower() in TOOL_ROLES):
@@ -266,17 +270,23 @@ def _parse_message(message: Any, place: str, roles: dict[str, str], where: str) 
         )
     is_target = _read_is_target(message, place, where)
     reasoning = _read_reasoning(message, place, where) if role == "assistant" else ""
+    if message.get(content_key) is None:
+        if role != "assistant":
+            raise ValueError(wanted)
+        raise EmptyExampleError(
+            f"{wanted} There is nothing to learn from: fill it, or set data.empty to 'drop' to leave such rows out."
+        )
     content = _read_content(message[content_key], f"{content_key} of {place}", where)
-    if role == "assistant" and is_target is not False:
-        content = require_nonblank(content or "", f"{content_key} of {place}", where)
-    if role == "assistant":
-        return Turn(role, content or "", is_target is not False, reasoning)
-    return Turn(role, require_string(content, f"{content_key} of {place}", where))
+    if role != "assistant":
+        return Turn(role, content)
+    if is_target is not False:
+        require_nonblank(content, f"{content_key} of {place}", where)
+    return Turn(role, content, is_target is not False, reasoning)
 
 
-def _read_content(value: Any, name: str, where: str) -> str | None:
-    """A string, as it stands or as the one part of type text; None where there is none."""
-    if value is None or isinstance(value, str):
+def _read_content(value: Any, name: str, where: str) -> str:
+    """A string, as it stands or as the one part of type text."""
+    if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         kinds = [part.get("type", "text") for part in value]

@@ -109,6 +109,10 @@ ERRORS = [
         lines({"instruction": "a", "output": "b", "history": [["x"]]}),
         "'history' holds list ['x']; pairs [instruction, output] are wanted.",
     ),
+    (
+        lines({"instruction": "a", "output": "b", "history": 0.5}),
+        "'history' is float 0.5; a list of pairs [instruction, output] is wanted.",
+    ),
     (lines({"messages": CHAT}, GOOD), "rows.jsonl:2: no 'messages'; the keys are"),
     (lines({"conversations": GPT}, GOOD), "rows.jsonl:2: no 'conversations'; the keys are"),
     (lines([1, 2]), "rows.jsonl:1: the row is list [1, 2]; a JSON object"),

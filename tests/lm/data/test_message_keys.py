@@ -86,7 +86,7 @@ REFUSED = [
     ({"reasoning_content": 3}, "'reasoning_content of message 2 of messages' is int 3; a string is wanted."),
     ({"reasoning": "a", "thinking": "b"}, "message 2 of messages has two reasonings, in ['reasoning', 'thinking']"),
     ({"content": 7}, "'content of message 2 of messages' is int 7; a string is wanted. Write it in quotes."),
-    ({"content": None}, "'content of message 2 of messages' is empty, so there is nothing to learn from."),
+    ({"content": None}, "an object with role and content is wanted. There is nothing to learn from: fill it"),
     ({"content": {"text": "B"}}, "'content of message 2 of messages' is dict {'text': 'B'}; a string is wanted."),
     ({"content": [{"type": "image_url", "image_url": "x"}]}, "is a list of parts of the types ['image_url']; a str"),
     ({"content": [{"type": "text", "text": "a"}, {"type": "image"}]}, "of the types ['text', 'image']; a string, or"),

@@ -332,6 +332,7 @@ ERRORS = [
         {},
         r"holds '<\|eot\|>', which the tokenizer reads as a special token",
     ),
+    (bpe(), example("a", "b\ud800"), {}, r"rows.jsonl:1: the text holds half of a surrogate pair, U\+D800, which no"),
     (bpe(), TALK, {}, "rows.jsonl:1: a dialogue of 4 turns, and the tokenizer has no chat template."),
     (bpe(THINKING), TALK, {}, r"changes what stands before message 2 .* Use a template with {% generation %} blocks"),
     (bpe(LLAMA3.replace("trim", "upper")), PAIR, {}, "the chat template changes the text of message 2"),
