@@ -98,7 +98,13 @@ def mark_generation_blocks(turns: Turns, targets: Sequence[int], tokenizer: Toke
         )
     for target in targets:
         shown = sum(found[target] for found in holders)
-        if turns[target].reasoning and 0 < shown < 2:
+        if not shown:
+            raise ValueError(
+                f"the chat template's {{% generation %}} blocks mark nothing of message {target + 1}, which is to be "
+                "learned. Put one around every answer, set data.train_on to 'last_turn' if the last alone has one, or "
+                'mark the message as no target ("weight": 0).'
+            )
+        if turns[target].reasoning and shown < 2:
             raise _hidden_reasoning(target + 1)
     is_choice = len(targets) < len(answers)
     beside = _find_answers_beside_blocks(turns, len(blocks), tokenizer) if is_choice and not all(holders) else []
@@ -113,11 +119,6 @@ def mark_generation_blocks(turns: Turns, targets: Sequence[int], tokenizer: Toke
             )
         if learned and start < stop:
             spans.append(Span(start, stop, 1 + list(targets).index(max(learned))))
-    if not spans:
-        raise ValueError(
-            "the chat template's {% generation %} blocks mark no token of the answers that are targets. Put one around "
-            "every answer."
-        )
     return MarkedText(text, spans, follows_prompt=False)
 
 

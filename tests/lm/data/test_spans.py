@@ -159,8 +159,8 @@ def alpaca(turns, targets):
 
 
 def only_last(turns, targets):
-    if targets and targets[-1] + 1 < len(turns):
-        raise Refused("blocks mark no token of the answers that are targets. Put one around every answer.")
+    if targets[0] + 1 < len(turns):
+        raise Refused(f"blocks mark nothing of message {targets[0] + 1}, which .* set data.train_on to 'last_turn'")
     for i, turn in enumerate(turns):
         yield f"<|head|>{turn.role}\n", None
         yield turn.content + EOT, i if i + 1 == len(turns) else None
@@ -326,7 +326,7 @@ COUNTS = {
     "prompt that begins thoughts which answers lack": (0, 49),
     "turns of one role are one": (47, 2),
     "number of messages": (0, 49),
-    "block around the last answer": (48, 1),
+    "block around the last answer": (35, 14),
 }
 """(right masks, refusals) where not all dialogues have a mask."""
 
