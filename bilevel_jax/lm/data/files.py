@@ -7,15 +7,22 @@ What is read, by the end of the name:
     a folder        written by `datasets.save_to_disk`; `folder@split` where it holds several splits
     hub:name@split  a data set of the Hugging Face hub, `hub:name:config@split`; needs a network
     .jsonl.gz and .json.gz are unpacked on the way.
+
+A key whose value is null or NaN is an absent key, at any depth: in tables every row has every column, so the same rows
+read from JSON lines and from a table are equal. What cannot be read is a ValueError or an OSError with the file, the
+line where it has one, and the remedy.
 """
 
 import difflib
-import gzip
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+
+from bilevel_jax.lm.data.json_rows import drop_nulls, open_error, read_json, read_jsonl
 
 
 def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]]:
@@ -25,18 +32,21 @@ def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]
     hub is streamed instead of downloaded first; it then knows no slices such as train[:9].
     """
     if path.startswith("hub:"):
-        yield from enumerate(_load_hub_dataset(path, streaming), 1)
+        rows: Iterable[Any] = _load_hub_dataset(path, streaming)
+    elif os.path.isdir(folder := path.partition("@")[0]):
+        rows = _load_saved_dataset(folder, path.partition("@")[2])
+    else:
+        reader = FILE_READERS.get(Path(path.removesuffix(".gz")).suffix)
+        _check_file(path)
+        if reader is None:
+            raise ValueError(
+                f"{path}: the name must end in one of {sorted(FILE_READERS)}, or be a folder of `datasets`. Write the "
+                "rows as JSON lines: one object per line."
+            )
+        yield from reader(path)
         return
-    folder, _, part = path.partition("@")
-    if Path(folder).is_dir():
-        yield from enumerate(_load_saved_dataset(folder, part), 1)
-        return
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file. {_suggest_names(Path(path))}")
-    reader = FILE_READERS.get(Path(path.removesuffix(".gz")).suffix)
-    if reader is None:
-        raise ValueError(f"{path}: the name must end in one of {sorted(FILE_READERS)}, or be a folder of `datasets`.")
-    yield from reader(path)
+    for line, row in enumerate(rows, 1):
+        yield line, drop_nulls(row)
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: str) -> None:
@@ -62,66 +72,76 @@ def source_name(path: str) -> str:
 # ---- reading
 
 
-def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
-    with _open(path) as lines:
-        for line, raw in enumerate(_iter_lines(lines, path), 1):
-            if text := _decode(raw, f"{path}:{line}").strip():
-                yield line, _parse(text, path, line)
-
-
-def _read_json(path: str) -> Iterator[tuple[int, Any]]:
-    with _open(path) as file:
-        text = _decode(b"".join(_iter_lines(file, path)), path)
-    if not text.strip():
-        return
-    content = _parse(text, path, 1)
-    rows, start = content, text.find("[")
-    if isinstance(content, dict):
-        rows = content.get("instances")
-        if match := re.search(r'"instances"\s*:\s*', text):
-            start = match.end()
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path}: {describe_value(content)}; a list of rows, or an object with a list 'instances', is wanted."
+def _check_file(path: str) -> None:
+    """Raises OSError unless there is a file that can be opened."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file. {_suggest_names(Path(path))}") from None
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or holds a NUL
+        raise open_error(path, error) from None
+    if not stat.S_ISREG(mode):
+        raise OSError(
+            f"{path}: not a file but a pipe, a socket or a device. Rows are read more than once: write them to a file."
         )
-    # A second pass finds the line on which each row starts.
-    decoder, line, position = json.JSONDecoder(), 1 + text.count("\n", 0, start), start
-    for row in rows:
-        begin = re.compile(r"[\s,\[]*").match(text, position + (position == start)).end()  # type: ignore[union-attr]
-        line += text.count("\n", position, begin)
-        yield line, row
-        _, end = decoder.raw_decode(text, begin)
-        line += text.count("\n", begin, end)
-        position = end
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
+    line = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}). Write it anew, or rename it.") from None
-    yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), 1)
+        names = table.schema_arrow.names
+        for batch in table.iter_batches() if len(set(names)) == len(names) else ():
+            for row in batch.to_pylist():
+                line += 1
+                yield line, drop_nulls(row)
+    except PermissionError as error:
+        raise open_error(path, error) from None
+    except Exception as error:  # damaged pages, strings that are no UTF-8, unknown time zones: each has its own class
+        where = f"{path}: the rows after {line:,}" if line else f"{path}: the file"
+        raise ValueError(
+            f"{where} cannot be read as parquet ({_one_line(error)}). Fetch or write it anew, or rename it if it is "
+            "no parquet file."
+        ) from None
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are called '{repeated[0]}'. Rename or remove one of them.")
 
 
-FILE_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": _read_parquet}
 
 
-def _load_saved_dataset(folder: str, split: str) -> Any:
+def _load_saved_dataset(folder: str, split: str) -> Iterator[Any]:
     import datasets
 
     try:
         data = datasets.load_from_disk(folder)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if Path(folder, "state.json").exists():
+            raise _damaged_folder(folder, error) from None
         files = sorted(p.name for p in Path(folder).iterdir() if p.suffix in FILE_READERS)
         hint = f"Name a file in it, such as {Path(folder, files[0])}." if files else "Name a file."
         raise ValueError(f"{folder}: a folder, but not one that `datasets.save_to_disk` wrote. {hint}") from None
+    except Exception as error:  # damaged JSON, Arrow files and states: each has an error class of its own
+        raise _damaged_folder(folder, error) from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise ValueError(f"{folder}: {split or 'no'} split asked for; it has {sorted(data)}. Write {folder}@NAME.")
-        return data[split]
-    return data
+        data = data[split]
+    elif split:
+        raise ValueError(f"{folder}: the split '{split}' is asked for, and the data set has no splits. Write {folder}.")
+    try:
+        yield from data
+    except Exception as error:
+        raise _damaged_folder(folder, error) from None
+
+
+def _damaged_folder(folder: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder}: the data set in this folder cannot be read ({type(error).__name__}: {_one_line(error)}). Save it "
+        "anew with `datasets.save_to_disk`."
+    )
 
 
 def _load_hub_dataset(path: str, streaming: bool) -> Iterator[Any]:
@@ -134,45 +154,18 @@ def _load_hub_dataset(path: str, streaming: bool) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # offline, unknown name, unknown split: `datasets` has its own class for each
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path}: the hub gave no such data set ({type(error).__name__}: {reason}). Check the name and the "
-            "network, or download it where there is one, `save_to_disk` it and name the folder."
+            f"{path}: the hub gave no such data set ({type(error).__name__}: {_one_line(error)}). Check the name and "
+            "the network, or download it where there is one, `save_to_disk` it and name the folder."
         ) from None
-
-
-def _open(path: str) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
-
-
-def _iter_lines(lines: IO[bytes], path: str) -> Iterator[bytes]:
-    broken = (gzip.BadGzipFile, EOFError)  # named here, since a stream may be closed when Python has taken gzip away
-    try:
-        yield from lines
-    except broken as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}). Pack it anew.") from None
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (byte {error.start}). Convert the file to UTF-8.") from None
-
-
-def _parse(text: str, path: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
-        hint = " One object per line is the .jsonl format: rename the file." if "Extra data" in error.msg else ""
-        raise ValueError(f"{where}: bad JSON, {error.msg} at column {error.colno}. Mend that line.{hint}") from None
 
 
 def _suggest_names(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
-        return f"There is no folder {parent} either."
+        return f"{parent} is a file, not a folder." if parent.exists() else f"There is no folder {parent} either."
+    if path.is_symlink():
+        return f"It is a link to {os.readlink(path)}, which is not there."
     names = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=3, cutoff=0.5)
     return f"Nearest in {parent}: {', '.join(names)}." if names else f"Nothing in {parent} has a similar name."
 
@@ -181,6 +174,10 @@ def describe_value(value: Any) -> str:
     """A value's type and beginning, for errors."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 # ---- writing
