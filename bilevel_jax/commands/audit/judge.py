@@ -11,8 +11,7 @@ from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection
-from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.evaluation import good_label_mask
+from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 
 
@@ -43,7 +42,7 @@ def judge_scores(
 ) -> dict[str, Any]:
     """What result.json holds: each score's readings, and the verdict."""
     trainable, seed = task.trainable_indices(), data.seed
-    good = good_label_mask(task, data)
+    labels = read_labels(task, data)
     exact = next((score.values for score in scores if score.name == EXACT_ESTIMATOR), None)
     counts = stats.resample_counts(len(trainable), (seed, 4))
     draws = {
@@ -62,7 +61,7 @@ def judge_scores(
                 target: [stats.percentile_interval(some) for some in by_fraction]
                 for target, by_fraction in draws[score.name].items()
             },
-            "auc": None if good is None else auc(score.values[trainable], good[trainable]),
+            "auc": None if labels is None else labels.auc(score.values),
         }
         if exact is not None and score.name != EXACT_ESTIMATOR:
             correlations = stats.bootstrap_rank_correlations(
@@ -79,7 +78,7 @@ def judge_scores(
         else None,
         "removed": retrain_losses.fractions,
         "subsets": retrain_losses.left_out.shape[1],
-        "labels": good is not None,
+        "labels": labels.count() if labels is not None else None,
         "unit": task.objective.loss_unit,
         "steps": task.num_steps,
         "batch": task.batch_size,

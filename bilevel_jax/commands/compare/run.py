@@ -24,11 +24,11 @@ from bilevel_jax.runs.engine.retrain import RetrainVariant, retrain_variant
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.stats import auc, mean_interval, top_indices
+from bilevel_jax.runs.stats import mean_interval, top_indices
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import build_array_model, label_array_data, prepare_array_task, read_npz_dataset
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import accuracy, good_label_mask, headline_part
+from bilevel_jax.runs.tasks.evaluation import KnownLabels, accuracy, headline_part, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 from bilevel_jax.runs.tasks.text import prepare_text_task
@@ -129,9 +129,10 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         for name, cell in seed_cells.items():
             cells.setdefault(name, []).append(cell)
         tables.append(table)
+    labels = read_labels(task, sections_for_seed(config, 0).data)
     result = {
         "rows": [summarize_method(name, cells) for name in cells],
-        "labels": good_label_mask(task, sections_for_seed(config, 0).data) is not None,
+        "labels": labels.count() if labels is not None else None,
         "unit": task.objective.loss_unit,
         "right": task.objective.accuracy_name,
         "budget": config.compare.budget,
@@ -162,7 +163,7 @@ def run_repetition(
     repetition = Repetition(config, task, seed, session)
     cells = {}
     for name, (variant, scores) in make_baselines(
-        config, task, seed, repetition.uniform_stats, repetition.good
+        config, task, seed, repetition.uniform_stats, repetition.labels
     ).items():
         cells[name] = repetition.run_baseline(name, variant, scores)
         session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
@@ -185,7 +186,7 @@ class Repetition:
     def __init__(self, config: CompareConfig, task: Task, seed: int, session: Session):
         self.config, self.task, self.seed, self.session = config, task, seed, session
         self.sections = sections_for_seed(config, seed)
-        self.good = good_label_mask(task, self.sections.data)
+        self.labels = read_labels(task, self.sections.data)
         self.trainer = Trainer(task, self.sections.outer, session)
         self.outer_loss = validation_loss_fn(task.problem)
         self.uniform_stats = _train_uniform(task, self.sections, seed, self.trainer, session)
@@ -195,8 +196,8 @@ class Repetition:
         ranking_passes = self.uniform_stats["passes"] if name in ("top_alignment", "low_loss") else 0
         is_kept = np.isin(np.arange(self.task.num_examples), variant.example_indices)
         cell = self._retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
-        if self.good is not None and scores is not None:
-            cell |= {"auc": auc(scores, self.good), "f1": f1_score(is_kept, self.good)}
+        if self.labels is not None and scores is not None:
+            cell |= {"auc": self.labels.auc(scores), "f1": self.labels.f1(is_kept)}
         return cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
 
     def run_method(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
@@ -214,8 +215,8 @@ class Repetition:
         both = self._retrain_cold(f"{name}, with validation", RetrainVariant(name, "", with_validation, table))
         cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
         cell["with_v"] = {key: both[key] for key in ("test", "accuracy")}
-        if self.good is not None:
-            cell |= {"auc": auc(weights, self.good), "f1": f1_score(weights > 1, self.good)}
+        if self.labels is not None:  # a learned weight keeps where it is above 1, i.e. sigma(h) > .5
+            cell |= {"auc": self.labels.auc(weights), "f1": self.labels.f1(weights > 1)}
         return cell, weights
 
     def _retrain_cold(self, name: str, variant: RetrainVariant) -> dict[str, Any]:
@@ -231,7 +232,7 @@ class Repetition:
 
 
 def make_baselines(
-    config: CompareConfig, task: Task, seed: int, uniform_stats: dict[str, Any], good: np.ndarray | None
+    config: CompareConfig, task: Task, seed: int, uniform_stats: dict[str, Any], labels: KnownLabels | None
 ) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
     """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
     everything, fit = task.trainable_indices(), task.validation_indices()
@@ -259,10 +260,10 @@ def make_baselines(
             -uniform_stats["losses"],
         ),
     }
-    if good is not None:
-        clean = everything[good[everything]]
-        specs["oracle"] = ("the good rows", clean, good.astype(float))
-        specs["oracle+validation"] = ("the good rows and validation", np.concatenate([clean, fit]), good.astype(float))
+    if labels is not None:
+        clean, is_good = np.flatnonzero(labels.good), labels.good.astype(float)
+        specs["oracle"] = ("the good rows", clean, is_good)
+        specs["oracle+validation"] = ("the good rows and validation", np.concatenate([clean, fit]), is_good)
     return {
         name: (RetrainVariant(name, specs[name][0], specs[name][1], ones), specs[name][2])
         for name in config.compare.baselines
@@ -332,11 +333,6 @@ def _train_uniform(
     session.set_phase(key)
     passes = session.run_once(key, make, path)
     return run_dir.read_arrays(path) | {"passes": passes}
-
-
-def f1_score(selected: np.ndarray, good: np.ndarray) -> float:
-    """2 |kept and good| / (|kept| + |good|); a learned weight keeps where it is above 1, i.e. sigma(h) > .5."""
-    return float(2 * (selected & good).sum() / max(1, selected.sum() + good.sum()))
 
 
 def summarize_method(name: str, cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
+from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.tasks import objective, splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
@@ -53,8 +55,10 @@ def inspect(config: InspectConfig) -> str:
         limit = min(resolved.data.max_length, architecture.max_length)
         empty: list[str] = []
         options = splits.make_data_options(replace(resolved.data, empty="drop"))
-        train = examples.load_examples(resolved.data.train, options, empty.append)
-        trusted = splits.load_held_out(resolved.data, options, empty.append)
+        keys: set[str] = set()
+        train = examples.load_examples(resolved.data.train, options, empty.append, keys)
+        train_keys = frozenset(keys)
+        trusted = splits.load_held_out(resolved.data, options, empty.append, keys)
     examples_by_part = {"training": train} | {
         part: part_examples for part, part_examples in trusted.items() if part_examples
     }
@@ -70,6 +74,7 @@ def inspect(config: InspectConfig) -> str:
     for part in parts:
         _print_examples(console, part, tokenizer, config)
     findings = [
+        *_find_unread_fields(resolved.data, train, train_keys, keys),
         *_find_errors(resolved, parts, duplicates, empty, limit),
         *_find_warnings(resolved, parts, duplicates, tokenizer),
     ]
@@ -110,8 +115,8 @@ def _build_table(parts: Sequence[PartSurvey], tokenizer: Any, limit: int) -> Tab
         (_format_counts((f"{e.format} from {Path(e.file).name}" for e in part.examples), "files") for part in parts),
     )
     add_line("sources", (_format_counts((example.source for example in part.examples), "sources") for part in parts))
-    labels = [[example.label for example in part.examples if example.label is not None] for part in parts]
-    if any(labels):
+    labels = [[example.label or "(none)" for example in part.examples] for part in parts]
+    if any(example.label is not None for part in parts for example in part.examples):
         add_line("labels", (_format_counts(part_labels, "labels") for part_labels in labels))
     not_learned = [sum(not turn.is_target for turn in _iterate_turns(part)) for part in parts]
     with_reasoning = [sum(bool(turn.reasoning) for turn in _iterate_turns(part)) for part in parts]
@@ -395,6 +400,21 @@ def _find_errors(
     for (first, other), pairs in duplicates.overlaps.items():
         both = f"{_format_quantity(len(pairs), 'row')} in both {first} and {other}"
         yield f"{both}; the other commands stop: remove them from one"
+
+
+def _find_unread_fields(
+    data: DataSection, train: Sequence[Example], train_keys: frozenset[str], keys: set[str]
+) -> Iterable[str]:
+    """Names of fields and a good label that match nothing."""
+    for check in (
+        partial(splits.check_fields, data, train_keys, keys),
+        partial(splits.check_labels, data, train),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            yield f"the other commands stop: {error}"
+            return
 
 
 def _describe_overlong(part: PartSurvey, truncate: str, limit: int) -> str:

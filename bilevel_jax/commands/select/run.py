@@ -22,10 +22,9 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import good_label_mask
+from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -225,13 +224,13 @@ def _build_result(
     single_loop_result: SingleLoopResult | None,
 ) -> dict[str, Any]:
     """What result.json holds of the loop, the data and the work; the certificates and the comparison come to it."""
-    good = good_label_mask(task, config.data)
+    labels = read_labels(task, config.data)
     areas = None
-    if good is not None:
-        areas = {"weights": auc(learned.weights, good)}
+    if labels is not None:
+        areas = {"weights": labels.auc(learned.weights)}
         if single_loop_result is None:
-            areas["first_hypergradient"] = auc(-learned.first_hypergradient, good)
-        areas |= {"alignment": auc(-learned.alignment, good), "low_loss": auc(-learned.losses, good)}
+            areas["first_hypergradient"] = labels.auc(-learned.first_hypergradient)
+        areas |= {"alignment": labels.auc(-learned.alignment), "low_loss": labels.auc(-learned.losses)}
     costs = {name: session.job_cost(name) for name in ("certify", "compare")}
     part_sizes = {part: len(examples) for part, examples in task.held_out_examples.items()}
     return {
@@ -242,6 +241,7 @@ def _build_result(
         "best": learned.best_step,
         "ended": learned.stop_reason,
         "auc": areas,
+        "labels": labels.count() if labels is not None else None,
         "notes": task.notes,
         "rows": {"train": task.num_examples, **part_sizes},
         "work": {"outer": sum(record["work"] for record in learned.records)}

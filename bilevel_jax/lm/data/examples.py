@@ -4,12 +4,15 @@
 """
 
 import bisect
+import datetime
 import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,8 @@ class Example(NamedTuple):
     source: str
     """The row's source field, or the name of its file."""
     label: str | None
-    """Hidden truth ("clean", "noise", ...). Only reports and oracles may look at it."""
+    """Hidden truth ("clean", "noise", ...) as `normalize_name` gives it; None where nobody knows. Only reports and
+    oracles may look at it."""
     file: str
     line: int
     """1-based; in a parquet table or a `datasets` folder, the row."""
@@ -51,6 +55,7 @@ def load_examples(
     paths: Sequence[str],
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
     on_drop: Callable[[str], Any] = lambda message: None,
+    keys: set[str] | None = None,
 ) -> list[Example]:
     """Reads all rows of all paths, in order; `row` counts through them.
 
@@ -60,6 +65,7 @@ def load_examples(
         paths: files (.jsonl, .json, .parquet), folders of `datasets.save_to_disk`, or names on the hub.
         options: the format of rows and the names of their fields.
         on_drop: with options.empty = "drop", called with a sentence for each row that is left out.
+        keys: receives the keys that any row has with a value other than null.
 
     Returns:
         One example for each row.
@@ -79,7 +85,7 @@ def load_examples(
         ['2 + 2 = ', '4']
     """
     _check_options(paths, options)
-    return list(_iter_examples(paths, options, on_drop, streaming=False))
+    return list(_iter_examples(paths, options, on_drop, streaming=False, keys=keys))
 
 
 def stream_examples(
@@ -88,6 +94,7 @@ def stream_examples(
     on_drop: Callable[[str], Any] = lambda message: None,
     *,
     skip: int = 0,
+    keys: set[str] | None = None,
 ) -> Iterator[Example]:
     """The examples of `load_examples`, one at a time, with the same ids and rows; for training without weights.
 
@@ -100,6 +107,7 @@ def stream_examples(
         options: as for `load_examples`.
         on_drop: as for `load_examples`.
         skip: rows before the first example that is returned.
+        keys: as for `load_examples`; those of the rows read so far.
 
     Returns:
         An iterator over examples.
@@ -108,7 +116,7 @@ def stream_examples(
         ValueError: as `load_examples`, when the row is reached.
     """
     _check_options(paths, options)
-    return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True), skip, None)
+    return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True, keys=keys), skip, None)
 
 
 def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:
@@ -222,6 +230,7 @@ def summarize_examples(examples: Sequence[Example]) -> str:
         ", ".join(by_file) if len(by_file) <= 4 else f"{', '.join(by_format)} from {len(by_file)} files",
         f"{len(sources)} sources" if len(sources) > 1 else f"source {next(iter(sources), 'none')}",
         *([f"labels {', '.join(sorted(labels)[:8])}"] if labels else []),
+        *([f"{len(examples) - labels.total():,} without a label"] if 0 < labels.total() < len(examples) else []),
         *([f"{copies:,} are copies of an earlier row"] if copies else []),
         *([f"{not_learned:,} answers are marked as no target"] if not_learned else []),
         *([f"{with_reasoning:,} answers come with a reasoning"] if with_reasoning else []),
@@ -262,11 +271,66 @@ def is_preference_pair(example: Example) -> bool:
     return bool(example.rejected)
 
 
+# ---- names: labels, sources, ids
+
+
+def read_name(row: Any, field: str, where: str) -> str | None:
+    """The label, source or id under one key of a row, as `normalize_name` gives it; None where there is none."""
+    value = row.get(field) if isinstance(row, dict) else None
+    try:
+        return normalize_name(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: '{field}' is {error}") from None
+
+
+def normalize_name(value: Any) -> str | None:
+    """The one spelling of a label, source or id, whatever kind of file or column it comes from.
+
+    1, 1.0, true, "1", "1.0" and "true" are all "1", and false is "0": a column of whole numbers becomes one of floats
+    as soon as it holds a null, and labels of two classes are written as booleans or as numbers. null, NaN and text
+    without a letter are no name. Space around a text does not count.
+
+    Args:
+        value: what a row holds.
+
+    Returns:
+        The name, or None.
+
+    Raises:
+        ValueError: a list, an object, bytes or an infinite number; the message begins with the value.
+
+    Example:
+        >>> [normalize_name(value) for value in (1, 1.0, True, "1.0", 0.5, " clean ", "", float("nan"))]
+        ['1', '1', '1', '1', '0.5', 'clean', None, None]
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in ("true", "false"):
+            return str(int(text.lower() == "true"))
+        return WHOLE_NUMBER.sub(r"\1", text) or None
+    if value is None or value != value:  # NaN differs from itself
+        return None
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, int | datetime.date | datetime.time):
+        return str(int(value) if isinstance(value, bool) else value)
+    raise ValueError(f"{files.describe_value(value)}; a string or a number is wanted.")
+
+
+WHOLE_NUMBER = re.compile(r"^(-?\d+)\.0+$")
+"""A whole number that was written as a float."""
+
+
 # ---- rows -> examples
 
 
 def _iter_examples(
-    paths: Sequence[str], options: DataOptions, on_drop: Callable[[str], Any], streaming: bool
+    paths: Sequence[str],
+    options: DataOptions,
+    on_drop: Callable[[str], Any],
+    *,
+    streaming: bool,
+    keys: set[str] | None,
 ) -> Iterator[Example]:
     count = 0
     seen: Counter[str] = Counter()
@@ -275,6 +339,8 @@ def _iter_examples(
         row_format, count_before, num_empty = options.format, count, 0
         for line, row in files.read_rows(path, streaming=streaming):
             where = f"{path}:{line}"
+            if keys is not None and isinstance(row, dict):
+                keys.update(row)
             row_format = row_format if row_format != "auto" else formats.detect_format(row, options, where)
             try:
                 turns, rejected, num_dropped_turns, unread_keys = formats.parse_row(row, row_format, options, where)
@@ -291,7 +357,7 @@ def _iter_examples(
                     "Give pairs alone, or none; data.format says how a file is read."
                 )
             content = hash_content(turns, rejected)
-            source, label = (_read_name(row, field, where) for field in (options.source_field, options.label_field))
+            source, label = (read_name(row, field, where) for field in (options.source_field, options.label_field))
             yield Example(
                 id=f"{content}#{seen[content]}",
                 row=count,
@@ -321,14 +387,6 @@ def _check_options(paths: Sequence[str], options: DataOptions) -> None:
     for name, values in allowed.items():
         if getattr(options, name) not in values:
             raise ValueError(f"data.{name} is {getattr(options, name)!r}; it is one of {values}.")
-
-
-def _read_name(row: Any, field: str, where: str) -> str | None:
-    """A source or a label: a string, or a number as a string."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if isinstance(value, (dict, list)):
-        raise ValueError(f"{where}: '{field}' is {files.describe_value(value)}; a string or a number is wanted.")
-    return None if value is None else str(value)
 
 
 # ---- hashes

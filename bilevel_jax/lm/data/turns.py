@@ -189,7 +189,7 @@ def prepend_system(turns: Turns, row: dict, options: DataOptions, where: str) ->
         if turns[0].content != text:
             raise ValueError(
                 f"{where}: a system message in '{options.system_field}' and another in front of the messages. "
-                "Remove one, or set data.system_field to a name that no row has."
+                "Remove one, or set data.system_field to '' to read none."
             )
         return turns
     return (Turn("system", text), *turns)

@@ -18,6 +18,7 @@ from bilevel_jax.runs.config.schema import (
 )
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
 
@@ -67,9 +68,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
             _add_stages("", training.repeat(retrains, ""), estimate).repeat(certificate_count, "certificates")
         )
     if config.retrain.enabled:
-        has_good_labels = bool(config.data.label_field) and any(
-            example.label == config.data.good_label for example in task.examples
-        )
+        labels = read_labels(task, config.data)
+        has_good_labels = labels is not None and labels.good.any()
         variants = [variant for variant in config.retrain.variants if variant != "oracle" or has_good_labels]
         stages.append(training.repeat(len(variants) * config.retrain.seeds, "comparison"))
     return [*stages, training.repeat(1, "the model that is written")]

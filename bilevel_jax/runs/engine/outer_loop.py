@@ -19,8 +19,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import padded_table_size, place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import warm_start_logits
-from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, good_label_mask, held_out_losses
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_losses, read_labels
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -164,7 +163,7 @@ class OuterLoop:
             lambda rate, hyper, grad: weightings.normalized_gradient_step(rate, outer.max_step)(hyper, grad)
         )
         self._validation_loss = validation_loss_fn(task.problem)
-        self._good_mask = good_label_mask(task, data)
+        self._labels = read_labels(task, data)
         hyper, zeros = (place_table(task.mesh, array) for array in (weighting.init(), jnp.zeros(task.num_examples)))
         self.state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(train_seed))
         self.records: OuterRecords = []
@@ -233,14 +232,14 @@ class OuterLoop:
 
     def _make_record(self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate) -> dict[str, Any]:
         frozen = self.task.frozen(trajectory.start.params)
-        good, num_examples = self._good_mask, self.task.num_examples
+        labels, num_examples = self._labels, self.task.num_examples
         return {
             "step": step,
             "loss": held_out_losses(self.task, self._validation_loss, trajectory.end.params, frozen),
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch_to_host(weights)[:num_examples], good) if good is not None else None,
+            "auc": labels.auc(fetch_to_host(weights)[:num_examples]) if labels is not None else None,
             "checks": _checks_to_json(estimate.checks),
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
         }

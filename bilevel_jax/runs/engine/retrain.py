@@ -17,7 +17,7 @@ from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import load_or_compute_score
 from bilevel_jax.runs.stats import mean_interval, top_indices
-from bilevel_jax.runs.tasks.evaluation import accuracy, good_label_mask, headline_part, held_out_losses
+from bilevel_jax.runs.tasks.evaluation import accuracy, headline_part, held_out_losses, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 from bilevel_jax.runs.tasks.text import TextTask
@@ -54,8 +54,9 @@ def build_variants(
     count = len(selected_indices)
     subset_size = f"{count} rows"
     random_indices = np.sort(np.random.default_rng(data.seed).choice(all_indices, count, replace=False))
-    good = good_label_mask(task, data)
-    good_mask = np.zeros(task.num_examples, bool) if good is None else good
+    labels = read_labels(task, data)
+    good_indices = np.flatnonzero(labels.good) if labels is not None else np.zeros(0, int)
+    unlabelled = f"; {labels.num_unlabelled:,} have no label" if labels is not None and labels.num_unlabelled else ""
 
     def top_by_score(name: str) -> RetrainVariant:
         params = task.init_params(train_seed)
@@ -96,10 +97,10 @@ def build_variants(
             ones,
         ),
         "oracle": lambda: RetrainVariant(
-            "oracle", f"the rows whose label is {data.good_label!r}", all_indices[good_mask[all_indices]], ones
+            "oracle", f"the rows whose label is {data.good_label!r}{unlabelled}", good_indices, ones
         ),
     }
-    names = [name for name in retrain.variants if name != "oracle" or good_mask.any()]
+    names = [name for name in retrain.variants if name != "oracle" or len(good_indices)]
     return [builders[name]() if name in builders else top_by_score(name) for name in names]
 
 

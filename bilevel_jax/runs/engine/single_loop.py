@@ -43,8 +43,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
-from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.evaluation import good_label_mask, held_out_losses
+from bilevel_jax.runs.tasks.evaluation import held_out_losses, read_labels
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -163,7 +162,7 @@ class SingleLoopRecorder:
         self.num_steps, self.eval_steps, self.step_work = num_steps, eval_steps, step_work
         self.records: list[dict[str, Any]] = []
         self._validation_loss = validation_loss_fn(task.problem)
-        self._good_mask = good_label_mask(task, data)
+        self._labels = read_labels(task, data)
         self._last_time = time.monotonic()
 
     def begin(self, state: Any) -> None:
@@ -197,7 +196,7 @@ class SingleLoopRecorder:
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": auc(fetch_to_host(weights), self._good_mask) if self._good_mask is not None else None,
+            "auc": self._labels.auc(fetch_to_host(weights)) if self._labels is not None else None,
             "checks": {},
             "work": self.step_work * (step - self.records[-1]["step"]) if self.records else 0.0,
             "seconds": seconds,

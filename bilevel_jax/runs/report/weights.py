@@ -57,6 +57,7 @@ def describe_label_ranking(run: RunResults) -> dict[str, Any]:
             Column("AUC", [aucs[key] for key in rankings]),
         ),
         "undefined": None in aucs.values(),
+        "unlabelled": (run.result.get("labels") or {}).get("unlabelled", 0),
     }
 
 

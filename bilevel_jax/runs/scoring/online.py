@@ -3,14 +3,15 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from bilevel_jax.core.types import PADDING, Hyper, Params, Problem
 from bilevel_jax.runs.config.schema import DataSection, ScoresSection, WeightsSection
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
-from bilevel_jax.runs.stats import auc, rank_correlation
+from bilevel_jax.runs.stats import rank_correlation
+from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores.weights import batch_minmax_weights, clipped_minmax_weights
 
@@ -50,7 +51,7 @@ class Reweighting:
         param_dtype: str,
     ):
         self.task, self.session, self.param_dtype = task, session, param_dtype
-        self.weights_config, self.scores_config, self.good_label = weights, scores, data.good_label
+        self.weights_config, self.scores_config, self._labels = weights, scores, read_labels(task, data)
         self.refresh_steps = plan_refresh_steps(task.num_steps, weights.refresh)
         self.scores_by_step: dict[int, ExampleScores] = {}
         self._values_by_step: dict[int, Float[np.ndarray, "examples"]] = {}
@@ -135,7 +136,7 @@ class Reweighting:
 
     def score_records(self) -> list[dict[str, Any]]:
         """What the log and the report say of each making so far."""
-        indices, good_mask = self.task.trainable_indices(), self._good_mask()
+        indices = self.task.trainable_indices()
         records: list[dict[str, Any]] = []
         for start, scored in self.scores_by_step.items():
             values = scored.values[indices]
@@ -149,7 +150,7 @@ class Reweighting:
                         self.scores_by_step[0].values[indices] if records else None, values
                     ),
                     "with_previous": _score_correlation(previous_values, values),
-                    "auc": None if good_mask is None else auc(fill_missing_scores(values), good_mask),
+                    "auc": self._label_auc(scored.values),
                     "passes": scored.passes,
                     "seconds": scored.seconds,
                     "notes": list(scored.notes),
@@ -171,10 +172,9 @@ class Reweighting:
         weights = batch_minmax_weights(example_values, index)
         return index, weights / weights[index != PADDING].mean() if self.weights_config.mean_one else weights
 
-    def _good_mask(self) -> Bool[np.ndarray, "kept"] | None:
-        labels = [self.task.examples[row].label for row in self.task.trainable_indices()]
-        good = np.array([label == self.good_label for label in labels])
-        return good if 0 < good.sum() < len(good) else None  # of one kind alone there is nothing to tell apart
+    def _label_auc(self, scores: Float[np.ndarray, "examples"]) -> float | None:
+        value = np.nan if self._labels is None else self._labels.auc(fill_missing_scores(scores))
+        return None if np.isnan(value) else value  # of one kind alone there is nothing to tell apart
 
 
 def plan_refresh_steps(steps: int, count: int) -> tuple[int, ...]:

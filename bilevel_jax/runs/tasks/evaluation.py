@@ -1,15 +1,18 @@
-"""Losses and other per-example values of a model, read from a stream."""
+"""Losses and other per-example values of a model, and what is known of the examples' labels."""
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
 from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Stream
+from bilevel_jax.lm.data.examples import normalize_name
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 
@@ -61,9 +64,42 @@ def headline_part(task: Task) -> str:
     return "test" if "test" in task.held_out_streams else "validation"
 
 
-def good_label_mask(task: Task, data: DataSection) -> Bool[np.ndarray, "examples"] | None:
-    """Which training examples have the label data.good_label; None where the data have no labels."""
+class KnownLabels(NamedTuple):
+    """Which training examples are labelled, and which of them are good. Of the others nobody knows: they count as
+    neither."""
+
+    good: Bool[np.ndarray, "examples"]
+    labelled: Bool[np.ndarray, "examples"]
+    """Of the examples that are trained on."""
+    num_unlabelled: int
+    """Examples that are trained on, without a label."""
+
+    def auc(self, scores: Float[np.ndarray, "examples"]) -> float:
+        """P(score of a good example > score of a labelled other one); nan unless both kinds are there."""
+        return auc(scores[self.labelled], self.good[self.labelled])
+
+    def f1(self, kept: Bool[np.ndarray, "examples"]) -> float:
+        """2 |kept and good| / (|kept| + |good|) over the labelled examples."""
+        kept = kept & self.labelled
+        return float(2 * (kept & self.good).sum() / max(1, kept.sum() + self.good.sum()))
+
+    def count(self) -> dict[str, int]:
+        """How many examples are good, labelled otherwise, and not labelled."""
+        num_good = int(self.good.sum())
+        return {"good": num_good, "other": int(self.labelled.sum()) - num_good, "unlabelled": self.num_unlabelled}
+
+
+def read_labels(task: Task, data: DataSection) -> KnownLabels | None:
+    """What data.label_field and data.good_label say of the training examples; None where the data have no labels."""
     labels = [example.label for example in task.examples]
     if not data.label_field or all(label is None for label in labels):
         return None
-    return np.array([label == data.good_label for label in labels])
+    trained = np.zeros(len(labels), bool)
+    trained[task.trainable_indices()] = True
+    good_label = normalize_name(data.good_label)
+    has_label = np.array([label is not None for label in labels])
+    return KnownLabels(
+        good=np.array([label == good_label for label in labels]) & has_label & trained,
+        labelled=has_label & trained,
+        num_unlabelled=int((trained & ~has_label).sum()),
+    )

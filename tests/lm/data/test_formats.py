@@ -99,7 +99,7 @@ ERRORS = [
     (lines(GOOD, GOOD | {"response": " \n"}), "rows.jsonl:2: 'response' is empty, so there is nothing to learn from."),
     (lines({"text": ""}), "rows.jsonl:1: 'text' is empty"),
     (lines(GOOD | {"response": 3}), "rows.jsonl:1: 'response' is int 3; a string is wanted."),
-    (lines(GOOD | {"response": None}), "rows.jsonl:1: 'response' is NoneType None; a string is wanted."),
+    (lines(GOOD | {"response": None}), "rows.jsonl:1: no 'response'; the keys are ['prompt']."),
     (lines(GOOD | {"source": ["x"]}), "rows.jsonl:1: 'source' is list ['x']; a string or a number is wanted."),
     (lines(GOOD | {"system": 3}), "rows.jsonl:1: 'system' is int 3; a string is wanted."),
     (lines(GOOD, "text"), "rows.jsonl:2: a bare string among prompt rows. Keep one layout per file."),
@@ -157,7 +157,10 @@ ERRORS = [
     ),
     (lines({"prompt": "a", "completion": said(PAIR)}), "'completion' does not answer the prompt: list [{"),
     (lines({"prompt": "1 + 1?", "completion": said(LONG[:3])}), "the last message has role 'user'; training needs an"),
-    (b'{"text": "\xff"}\n', "rows.jsonl:1: not UTF-8 (byte 10). Convert the file to UTF-8."),
+    (
+        b'{"text": "\xff"}\n',
+        "rows.jsonl:1: not UTF-8 (byte 11 of the line). Convert the file to UTF-8, or mend that line.",
+    ),
 ]
 
 
