@@ -218,7 +218,7 @@ def write(path, rows):
     return str(path)
 
 
-GOOD = [{"prompt": f"{a}{b}cde>", "response": "abcde"} for a in "abc" for b in "defg"]
+GOOD = [{"prompt": f"{a}{b}cde>", "response": "abcde", "label": "clean"} for a in "abc" for b in "defg"]
 WRONG = {
     "empty file": (["--data.train", []], "no rows"),
     "bad JSON on line 7": (["--data.train", [*GOOD[:6], '{"prompt": "a\n', *GOOD[6:]]], ":7: "),
@@ -290,3 +290,30 @@ def test_resuming_under_another_config_is_refused(made, whole, capsys):
         main(["select", str(made / "select.yaml"), "--out", str(whole[0]), "--resume", "--train.max-steps", "11"]) == 1
     )
     assert "train.max_steps" in capsys.readouterr().err
+
+
+def test_examples_without_a_label_count_as_neither_good_nor_bad(made, tmp_path):
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    nobody_looked = range(0, len(rows), 3)
+    for place in nobody_looked:
+        rows[place]["label"] = None
+    (tmp_path / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data.train", str(tmp_path / "part.jsonl"), "--certify.no-enabled", "--outer.steps", "1"]
+    result = run(made, tmp_path / "out", *data, "--retrain.variants", "uniform", "oracle")
+    table = pq.read_table(tmp_path / "out" / "weights.parquet").to_pandas()
+    assert sum(table["label"].isna()) == len(nobody_looked)
+
+    def area_by_hand(scores):
+        good, other = scores[table["label"] == "clean"], scores[table["label"].isin(["wrong", "noise"])]
+        return np.mean([(a > b) + (a == b) / 2 for a in good for b in other])
+
+    scores = {"weights": table["weight"], "first_hypergradient": -table["first_hypergradient"],
+              "alignment": -table["alignment"], "low_loss": -table["loss"]}  # fmt: skip
+    assert result["auc"] == pytest.approx({name: area_by_hand(values) for name, values in scores.items()}, abs=1e-12)
+    num_good = int((table["label"] == "clean").sum())
+    assert result["labels"] == {"good": num_good, "other": 24 - num_good, "unlabelled": 12}
+    oracle = result["compare"][1]
+    assert oracle["rows"] == num_good and oracle["meaning"].endswith("; 12 have no label")
+    told = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert "Examples without a label, 12 here, count as neither." in told
+    assert any(note.startswith("12 of 36 training examples have no label: AUC, F1") for note in result["notes"])

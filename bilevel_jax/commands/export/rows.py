@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import Example, find_leaks, load_examples
@@ -52,6 +51,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     notes += leak_notes
     loaded_weights = from_file.load_weights(config.weights, examples)
     usable = loaded_weights.keep_mask & ~_find_unread(config, examples)
+    if loaded_weights.num_unused:
+        notes.append(f"{loaded_weights.num_unused:,} ids of {config.weights.file} are those of no row.")
     if missing := int((~loaded_weights.keep_mask).sum()):
         notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
     if unread := int((loaded_weights.keep_mask & ~usable).sum()):
@@ -72,7 +73,7 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
     """The rows without those that a run with data.leaks = drop left out, so that they have no weight."""
     if config.data.leaks != "drop" or not config.weights.file or config.weights.missing != "error":
         return examples, []
-    known_weights = from_file.read_id_column(config.weights.file, config.weights.column)
+    known_weights = from_file.read_id_column(config.weights.file, config.weights.column).values
     absent = [example for example in examples if example.id not in known_weights]
     if not absent:
         return examples, []
@@ -91,7 +92,5 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
 def _find_unread(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:
     """Rows that a run of `select` left out as too long: they have no loss there."""
     file = config.weights.file
-    if not file.endswith(".parquet") or "loss" not in pq.ParquetFile(file).schema_arrow.names:
-        return np.zeros(len(examples), bool)
-    losses = from_file.read_id_column(file, "loss")
-    return np.array([not np.isfinite(losses.get(example.id, 0.0)) for example in examples])
+    losses = from_file.read_id_column(file, "loss", optional=True).values if file.endswith(".parquet") else {}
+    return np.array([not np.isfinite(losses.get(example.id, 0.0)) for example in examples], bool)

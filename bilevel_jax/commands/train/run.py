@@ -1,6 +1,5 @@
 """The `train` command, which fine-tunes with a weight for every example."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]
+            if not (config.data.streaming or example_weights[task.trainable_indices()].any()):
+                raise ValueError(
+                    "every example that fits data.max_length has weight 0, so nothing would be learned. Raise "
+                    "data.max_length, or choose another weights.column."
+                )
             reweighting = _make_reweighting(task, config, session)
             loaded_weights = loaded_weights._replace(source=reweighting.source) if reweighting else loaded_weights
             for note in [
                 *task.notes,
-                f"weights: {loaded_weights.source}{'' if reweighting else _describe_weights(example_weights)}.",
+                f"weights: {loaded_weights.source}{'' if reweighting else _describe_weights(example_weights)}"
+                f"{_describe_unused(loaded_weights)}.",
             ]:
                 session.print_line(note)
             stream: StreamingBatches | None = None
             if reweighting:
                 training_input = _scored_weights_input(task, config.data, reweighting)
             elif config.data.streaming:
-                training_input, stream = _streaming_input(task, resolved)
+                streamed_weights = from_file.StreamedWeights(resolved.weights)
+                training_input, stream = _streaming_input(task, resolved, streamed_weights)
             else:
                 training_input = _constant_weights_input(task, example_weights, config)
             training_result = TrainingLoop(
@@ -91,6 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 for note in describe_unread_keys(task.examples):
                     session.print_line(note)
                 example_weights = np.array([stream.weight_of(example) for example in task.examples], float)
+                loaded_weights = loaded_weights._replace(num_missing=streamed_weights.count_missing(task.examples))
             return _write_outputs(
                 task, config, loaded_weights, example_weights, reweighting, training_result, session, folder
             )
@@ -128,13 +135,15 @@ def _scored_weights_input(task: TextTask, data: DataSection, reweighting: Reweig
     )
 
 
-def _streaming_input(task: TextTask, config: TrainConfig) -> tuple[TrainingInput, StreamingBatches]:
+def _streaming_input(
+    task: TextTask, config: TrainConfig, weights: from_file.StreamedWeights
+) -> tuple[TrainingInput, StreamingBatches]:
     """Rows that are read as training goes, with their weights; and what reads them."""
     dtype = config.model.param_dtype
     example_stream = StreamingBatches(
         config.data,
         task.layout,
-        weight_of=from_file.make_weight_function(config.weights),
+        weight_of=weights,
         tokenize=lambda examples: tokenize_examples(config.data, examples, task.tokenizer, task.architecture),
         check_examples=lambda examples: check_examples(config.objective, examples),
         held_out_examples=[example for part in task.held_out_examples.values() for example in part],
@@ -211,7 +220,7 @@ def _write_outputs(
             task, folder, training_steps=session.work_done, seconds=training_result.seconds, timed_steps=task.num_steps
         ),
     }
-    run_dir.write_atomic(folder / "result.json", json.dumps(result, indent=1))
+    run_dir.write_json(folder / "result.json", result)
     distributed.run_on_first_process(lambda: report.write_train_report(folder, task.examples))
     return result
 
@@ -229,6 +238,7 @@ def _summarize_weights(loaded_weights: from_file.LoadedWeights, example_weights:
         "mean": float(example_weights.mean()),
         "zero": int((example_weights == 0).sum()),
         "missing": loaded_weights.num_missing,
+        "unused": loaded_weights.num_unused,
     }
 
 
@@ -242,6 +252,11 @@ def summarize_training(result: dict[str, Any]) -> str:
     before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
     direction = "fell" if after < before else "ROSE"
     return f"{steps_text}; {part} loss {direction} from {before:.4f} to {after:.4f} {result['unit']}."
+
+
+def _describe_unused(loaded_weights: from_file.LoadedWeights) -> str:
+    count = loaded_weights.num_unused
+    return f"; {count:,} ids of the file are those of no training example" if count else ""
 
 
 def _describe_weights(example_weights: np.ndarray) -> str:

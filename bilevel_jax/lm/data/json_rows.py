@@ -168,7 +168,9 @@ def _parse(text: str, path: str, line: int | None, decode: Callable[[str], Parse
         elif error.pos >= len(text.rstrip()) or "Unterminated" in error.msg:
             hint = " It ends too early: the file was cut, or one value spans several lines, which is the .json format."
         where = f"{path}:{(line or 1) + error.lineno - 1}"
-        raise ValueError(f"{where}: bad JSON, {error.msg} at column {error.colno}. Mend that line.{hint}") from None
+        raise ValueError(
+            f"{where}: bad JSON, {error.msg.removesuffix(' at')} at column {error.colno}. Mend that line.{hint}"
+        ) from None
     except RecursionError:
         raise ValueError(f"{where}: lists or objects are nested too deeply. Remove or flatten them.") from None
     except ValueError as error:

@@ -292,7 +292,7 @@ class WeightsSection:
     column: str = "weight"
     """file: column that holds the weight, or a score where larger is better."""
 
-    constant: NonNegative = 1.0
+    constant: Annotated[float, Gt(0), Because("with weight 0 nothing is learned")] = 1.0
     """Weight of every example where neither file nor score is given."""
 
     transform: Literal["none", "negate", "minmax", "rank"] = "none"

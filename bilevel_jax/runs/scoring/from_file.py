@@ -1,16 +1,16 @@
 """Example weights from a file, a transformed score or a constant."""
 
-import json
-from collections import Counter
+import difflib
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
-from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data import files
+from bilevel_jax.lm.data.examples import Example, read_name
 from bilevel_jax.runs.config.schema import WeightsSection
 
 
@@ -24,63 +24,48 @@ class LoadedWeights(NamedTuple):
     """Rows whose id the file lacks."""
     source: str
     """In words."""
+    num_unused: int = 0
+    """Ids of the file that no training example has."""
 
 
 def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedWeights:
     """The configured weights of `examples`.
 
-    A file is joined by id, never by position. Raises ValueError for an id that stands twice, rows that the file lacks
-    (unless `missing` says what to do), a value that is not finite, a negative weight, and weights that are all 0.
+    A file is joined by id, never by position. Raises ValueError, with the file and line, for what `read_id_column` and
+    `check_weights` refuse, rows that the file lacks (unless `missing` says what to do), and weights that are all 0.
     """
     num_examples = len(examples)
     if not config.file:
         return LoadedWeights(
-            np.full(num_examples, config.constant),
+            np.full(num_examples, _check_constant(config)),
             np.ones(num_examples, bool),
             0,
             f"{config.constant:g} for every example",
         )
-    values = read_id_column(config.file, config.column)
-    scores = np.array([values.get(example.id, np.nan) for example in examples])
-    is_missing = np.array([example.id not in values for example in examples])
+    column = read_id_column(config.file, config.column)
+    is_missing = np.array([example.id not in column.values for example in examples])
     if is_missing.all():
-        raise ValueError(
-            f"{config.file}: none of its {len(values):,} ids is that of a training example, such as {examples[0].id} "
-            f"({examples[0].where}). An id is a hash of the row's text: give the data that the weights were made for."
-        )
+        raise ValueError(_describe_foreign_ids(column, examples[0]))
     if is_missing.any() and config.missing == "error":
         first = examples[int(is_missing.argmax())]
-        raise ValueError(
-            f"{config.file}: no weight for {int(is_missing.sum()):,} of {num_examples:,} training examples, the first "
-            f"{first.id} at {first.where}. Set weights.missing to one, zero or drop."
-        )
-    nonfinite = ~is_missing & ~np.isfinite(scores)
-    if nonfinite.any():
-        first = examples[int(nonfinite.argmax())]
-        raise ValueError(
-            f"{config.file}: {config.column} is {scores[int(nonfinite.argmax())]} for {int(nonfinite.sum()):,} "
-            f"training examples, the first {first.id} at {first.where}. Choose another weights.column, or remove "
-            "those rows."
-        )
-    weights = np.where(is_missing, 0.0, 1.0)
-    weights[~is_missing] = TRANSFORMS[config.transform](scores[~is_missing])
-    weights[is_missing] = config.missing == "one"
+        raise ValueError(_describe_missing_id(column, first, f"{int(is_missing.sum()):,} of {num_examples:,}"))
+    present = [example for example in examples if example.id in column.values]
+    weights = np.full(num_examples, float(config.missing == "one"))
+    weights[~is_missing] = _scores_to_weights(column, config, [column.values[example.id] for example in present])
+    check_weights(column, present, weights[~is_missing])
     keep_mask = ~is_missing | (config.missing != "drop")
-    if (weights < 0).any():
-        index = int(weights.argmin())
-        raise ValueError(
-            f"{config.file}: {config.column} gives {examples[index].id} ({examples[index].where}) the weight "
-            f"{weights[index]:.4g}, and a weight is 0 or more. If it is a score, set weights.transform to minmax or "
-            "rank."
-        )
-    if not weights.any():
-        raise ValueError(f"{config.file}: every weight is 0, so nothing would be learned.")
+    if not weights[keep_mask].any():
+        raise ValueError(f"{config.file}: {_ALL_ZERO}")
     if config.mean_one:
         weights = weights / weights[keep_mask].mean()
     transform_note = "" if config.transform == "none" else f", {TRANSFORM_MEANINGS[config.transform]}"
     mean_note = ", divided by their mean" if config.mean_one else ""
     return LoadedWeights(
-        weights, keep_mask, int(is_missing.sum()), f"{config.column} of {config.file}{transform_note}{mean_note}"
+        weights,
+        keep_mask,
+        int(is_missing.sum()),
+        f"{config.column} of {config.file}{transform_note}{mean_note}",
+        len(column.values.keys() - {example.id for example in present}),
     )
 
 
@@ -90,52 +75,204 @@ def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
     return LoadedWeights(np.zeros(0), np.zeros(0, bool), 0, source)
 
 
-def make_weight_function(config: WeightsSection) -> Callable[[Example], float | None]:
+class StreamedWeights:
     """The configured weight of one row at a time, for rows that are streamed; None for a row to be left out.
 
-    As `load_weights`, but for two things that would need all rows: `mean_one` divides by the mean of the file, and a
-    score is transformed over the file.
+    As `load_weights`, but for what needs all rows: `mean_one` divides by the mean of the file, a score is transformed
+    over the file, and what is wrong with a row is said when the row is reached.
     """
-    if not config.file:
-        return lambda example: config.constant
-    values = read_id_column(config.file, config.column)
-    scores = np.array(list(values.values()))
-    weights = TRANSFORMS[config.transform](scores)
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        bad_id, weight = next(pair for pair in zip(values, weights, strict=True) if not 0 <= pair[1] < np.inf)
+
+    def __init__(self, config: WeightsSection):
+        self.config = config
+        self._num_present, self._column = 0, None  # type: tuple[int, IdColumn | None]
+        if not config.file:
+            self._constant = _check_constant(config)
+            return
+        self._column = read_id_column(config.file, config.column)
+        weights = _scores_to_weights(self._column, config, list(self._column.values.values()))
+        finite = weights[np.isfinite(weights)]
+        if finite.size and config.missing != "one" and not finite.any():
+            raise ValueError(f"{config.file}: {_ALL_ZERO}")
+        scale = finite.mean() if config.mean_one and finite.any() else 1.0
+        self._weight_by_id = dict(zip(self._column.values, (weights / scale).tolist(), strict=True))
+
+    def __call__(self, example: Example) -> float | None:
+        """The weight of a row. Raises ValueError as `load_weights` does."""
+        if self._column is None:
+            return self._constant
+        weight = self._weight_by_id.get(example.id)
+        if weight is not None:
+            self._num_present += 1
+            check_weights(self._column, [example], np.array([weight]))
+            return weight
+        if self.config.missing == "error":
+            raise ValueError(_describe_missing_id(self._column, example, "1"))
+        return {"one": 1.0, "zero": 0.0, "drop": None}[self.config.missing]
+
+    def check_epoch(self, example: Example, total: float) -> None:
+        """Raises ValueError if no row of a whole epoch, of which `example` is one, had a weight in the file, or if all
+        weights, whose sum is `total`, are 0."""
+        if self._column is not None and not self._num_present:
+            raise ValueError(_describe_foreign_ids(self._column, example))
+        if not total:
+            raise ValueError(f"{self.config.file}: {_ALL_ZERO}")
+
+    def count_missing(self, examples: Sequence[Example]) -> int:
+        """How many of these rows the file lacks."""
+        return 0 if self._column is None else sum(example.id not in self._column.values for example in examples)
+
+
+def check_weights(column: "IdColumn", examples: Sequence[Example], weights: Float[np.ndarray, "examples"]) -> None:
+    """Raises ValueError unless every weight, made of the column for these examples, is finite and 0 or more."""
+    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+    if not bad.size:
+        return
+    example, weight = examples[bad[0]], weights[bad[0]]
+    value, who = column.values[example.id], f"the training example {example.id} ({example.where})"
+    more = f", as for {len(bad) - 1:,} more" if len(bad) > 1 else ""
+    where = f"{column.path}:{column.lines[example.id]}: {column.name}"
+    if np.isfinite(value):
         raise ValueError(
-            f"{config.file}: {config.column} gives {bad_id} the weight {weight:.4g}; a weight is "
-            "finite and 0 or more. If it is a score, set weights.transform to minmax or rank."
+            f"{where} is {value:.4g}, which gives {who} the weight {weight:.4g}{more}, and a weight is 0 or more. "
+            "If it is a score, set weights.transform to minmax or rank."
         )
-    weight_by_id = dict(zip(values, (weights / weights.mean() if config.mean_one else weights).tolist(), strict=True))
-    default_weights = {"one": 1.0, "zero": 0.0, "drop": None}
+    words = "is absent, null or NaN" if np.isnan(value) else f"is {value}"
+    raise ValueError(
+        f"{where} {words} for {who}{more}; a finite number is wanted. Choose another weights.column, or remove such "
+        "rows from the file and say by weights.missing what becomes of these examples."
+    )
 
-    def weight_of(example: Example) -> float | None:
-        if example.id not in weight_by_id and config.missing == "error":
+
+class IdColumn(NamedTuple):
+    """One column of numbers of a file, by the id of the example."""
+
+    path: str
+    name: str
+    values: dict[str, float]
+    """nan where a row has no value, null or NaN."""
+    lines: dict[str, int]
+
+
+def read_id_column(path: str, name: str, *, optional: bool = False) -> IdColumn:
+    """One column of a file that data can be read from, by id: the one way in which files of weights are read.
+
+    Args:
+        path: the weights.parquet of a run, or any file of `lm.data.files` whose rows have an id.
+        name: the column.
+        optional: a file without that column is empty, instead of an error.
+
+    Returns:
+        The values, and the lines that they stand on.
+
+    Raises:
+        ValueError: a row without an id, an id that stands twice, a value that is no number, no such column, no rows,
+            and what `files.read_rows` refuses; with the file and line.
+        FileNotFoundError: no such file.
+    """
+    former = FORMER_COLUMNS.get(name, name)
+    values: dict[str, float] = {}
+    lines: dict[str, int] = {}
+    keys: set[str] = set()
+    for line, row in files.read_rows(path):
+        where = f"{path}:{line}"
+        if not isinstance(row, dict):
             raise ValueError(
-                f"{config.file}: no weight for the row {example.id} at {example.where}. "
-                "Set weights.missing to one, zero or drop."
+                f"{where}: the row is {files.describe_value(row)}; an object with an id and a number is wanted."
             )
-        return weight_by_id.get(example.id, default_weights.get(config.missing))
+        keys.update(row)
+        example_id = read_name(row, "id", where)
+        if example_id is None:
+            raise ValueError(
+                f"{where}: no 'id'; the keys are {sorted(row)}. Each row is the id of a training example and its "
+                f"{name}: give the weights.parquet of a run, or rows with such ids, which `export` writes."
+            )
+        if example_id in values:
+            raise ValueError(
+                f"{where}: the id {example_id} stands twice, first on line {lines[example_id]}; one row for each "
+                "example is wanted. Remove one of them."
+            )
+        values[example_id], lines[example_id] = _to_number(row.get(name, row.get(former)), name, where), line
+    if not values:
+        raise ValueError(f"{path}: no rows. Give the weights.parquet of a run, or leave weights.file empty.")
+    if not {name, former} & keys:
+        if not optional:
+            raise ValueError(_describe_missing_column(path, name, keys))
+        values = {}
+    return IdColumn(path, name, values, lines)
 
-    return weight_of
+
+def _to_number(value: Any, name: str, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    raise ValueError(
+        f"{where}: {name} holds {files.describe_value(value)}; numbers are wanted. Choose another weights.column, or "
+        "write a number."
+    )
 
 
-def read_id_column(path: str, name: str) -> dict[str, float]:
-    """id -> value of one column of a parquet, jsonl or json file."""
-    ids, values = _read_column(path, name)
-    value_by_id = dict(zip(ids, values, strict=True))
-    if len(value_by_id) < len(ids):
-        duplicate_id = Counter(ids).most_common(1)[0][0]
-        raise ValueError(f"{path}: the id {duplicate_id} stands twice; a weight for each row is wanted.")
-    return value_by_id
+_ALL_ZERO = (
+    "every weight is 0, so nothing would be learned. Choose another weights.column or weights.transform, or give the "
+    "data that the weights were made for."
+)
+
+
+def _check_constant(config: WeightsSection) -> float:
+    if not 0 < config.constant < math.inf:
+        raise ValueError(
+            f"weights.constant is {config.constant:g}; a finite number above 0 is wanted: with 0 nothing is learned."
+        )
+    return config.constant
+
+
+def _scores_to_weights(
+    column: IdColumn, config: WeightsSection, scores: Sequence[float]
+) -> Float[np.ndarray, "examples"]:
+    """The scores, transformed; nan where a score is not finite."""
+    values = np.array(scores, float)
+    known = np.isfinite(values)
+    weights = np.full(values.shape, np.nan)
+    try:
+        with np.errstate(all="ignore"):  # what comes of numbers at the edge of floats is checked as any weight is
+            weights[known] = TRANSFORMS[config.transform](values[known]) if known.any() else np.nan
+    except ValueError as error:
+        raise ValueError(f"{column.path}: {error}") from None
+    return weights
+
+
+def _describe_foreign_ids(column: IdColumn, example: Example) -> str:
+    return (
+        f"{column.path}: none of its {len(column.values):,} ids, such as {next(iter(column.values))}, is that of a "
+        f"training example, such as {example.id} ({example.where}). An id is a hash of the row's text: give the data "
+        "that the weights were made for."
+    )
+
+
+def _describe_missing_id(column: IdColumn, example: Example, count: str) -> str:
+    return (
+        f"{column.path}: no weight for {count} training examples, the first {example.id} at {example.where}. Set "
+        "weights.missing to one, zero or drop, or give the data that the weights were made for."
+    )
+
+
+def _describe_missing_column(path: str, name: str, keys: set[str]) -> str:
+    renamed = next((new for new, former in FORMER_COLUMNS.items() if former == name and new in keys), "")
+    if renamed:
+        return f"{path}: the column {name!r} is called {renamed!r} since 0.2: set weights.column to it."
+    nearest = difflib.get_close_matches(name, keys, n=1)
+    hint = f"; nearest: {nearest[0]!r}" if nearest else ""
+    return f"{path}: no column {name!r}{hint}; the columns are {sorted(keys)}. Set weights.column to one of them."
 
 
 def _minmax_transform(scores: np.ndarray) -> np.ndarray:
     low, high = scores.min(), scores.max()
     if low == high:
         raise ValueError(f"every score is {low:g}, so min-max has no scale. Set weights.transform to none.")
-    return (scores - low) / (high - low)
+    return (scores / 2 - low / 2) / (high / 2 - low / 2)  # halves, as the difference of two floats may be none
 
 
 def _rank_transform(scores: np.ndarray) -> np.ndarray:
@@ -158,63 +295,3 @@ TRANSFORM_MEANINGS = {
 
 FORMER_COLUMNS = {"hypergradient": "entry", "first_hypergradient": "first_entry"}
 """Names of today -> what weights.parquet called these columns before version 0.2; files of then are still read."""
-
-
-def stored_column(name: str, columns: Sequence[str]) -> str:
-    """The name of a column in a file, which a version before 0.2 may have written under its former name."""
-    former = FORMER_COLUMNS.get(name, name)
-    return former if name not in columns and former in columns else name
-
-
-def _read_column(path: str, name: str) -> tuple[list[str], list[float]]:
-    kind = Path(path).suffix
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file. Give the weights.parquet of a run, or leave weights.file empty."
-        )
-    if kind == ".parquet":
-        file = pq.ParquetFile(path)
-        name = stored_column(name, file.schema_arrow.names)
-        _check_columns(path, name, file.schema_arrow.names)
-        table = file.read(["id", name])
-        ids, values = table["id"].to_pylist(), table[name].to_pylist()
-    elif kind in (".jsonl", ".json"):
-        rows = _read_json_objects(path, kind)
-        ids, values = [row["id"] for row in rows], []
-        name = stored_column(name, list(rows[0])) if rows else name
-        for number, row in enumerate(rows, 1):
-            _check_columns(f"{path}, row {number}", name, list(row))
-            values.append(row[name])
-    else:
-        raise ValueError(f"{path}: weights are read from .parquet, .jsonl or .json, not from '{kind}'.")
-    try:
-        return ids, [float("nan") if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        not_a_number = next(value for value in values if not isinstance(value, int | float | None))
-        raise ValueError(
-            f"{path}: {name} holds {not_a_number!r}; numbers are wanted. Choose another weights.column."
-        ) from None
-
-
-def _read_json_objects(path: str, kind: str) -> list[dict[str, Any]]:
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: bad JSON, {error}.") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or "id" not in row:
-            raise ValueError(f"{path}, row {number}: no 'id'; each row is an object with an id and a weight.")
-    return rows
-
-
-def _check_columns(where: str, name: str, names: Sequence[str]) -> None:
-    if missing := [key for key in ("id", name) if key not in names]:
-        for today, former in FORMER_COLUMNS.items():
-            if missing[0] == former and today in names:
-                raise ValueError(
-                    f"{where}: the column {former!r} is called {today!r} since 0.2: set weights.column to it."
-                )
-        raise ValueError(
-            f"{where}: no column {missing[0]!r}; the columns are {sorted(names)}. Set weights.column to one of them."
-        )

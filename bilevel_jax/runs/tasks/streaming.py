@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,8 +14,17 @@ from bilevel_jax.lm.data.tokens import TOKENIZER_CHUNK, Corpus, TokenizationRepo
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.tasks.splits import make_data_options
 
-WeightFunction = Callable[[Example], float | None]
-"""The weight of a row; None leaves it out."""
+
+class RowWeights(Protocol):
+    """The weights of rows that are streamed."""
+
+    def __call__(self, example: Example) -> float | None:
+        """The weight of a row; None leaves it out."""
+        ...
+
+    def check_epoch(self, example: Example, total: float) -> None:
+        """Raises ValueError if the weights of the rows of an epoch, of which `example` is one, sum to nothing."""
+        ...
 
 
 class StreamingBatches:
@@ -31,7 +40,7 @@ class StreamingBatches:
         config: DataSection,
         layout: BatchShape,
         *,
-        weight_of: WeightFunction,
+        weight_of: RowWeights,
         tokenize: Callable[[Sequence[Example]], tuple[Corpus, TokenizationReport]],
         check_examples: Callable[[list[Example]], None],
         held_out_examples: Sequence[Example],
@@ -82,7 +91,7 @@ class StreamingBatches:
         self.seen_examples.setdefault(example.id, example._replace(turns=(), rejected=()))
 
     def _drop_leaks(self, examples: Iterator[Example], on_row: Callable[[Example], None]) -> Iterator[Example]:
-        any_left = False
+        total, last = 0.0, None
         for example in examples:
             leaked_from = self.held_out_examples.get(hash_normalized_text(example))
             if leaked_from is not None and self.config.leaks == "error":
@@ -90,12 +99,14 @@ class StreamingBatches:
                     f"{example.where} also stands in the validation examples, at {leaked_from.where}. The validation "
                     "loss would reward copying it. Remove it, or set data.leaks to drop."
                 )
-            if leaked_from is None and self.weight_of(example) is not None:
-                any_left = True
+            weight = self.weight_of(example) if leaked_from is None else None
+            if weight is not None:
+                total, last = total + weight, example
                 on_row(example)
                 yield example
-        if not any_left:
+        if last is None:
             raise ValueError(f"{', '.join(self.config.train)}: no row is left to train on.")
+        self.weight_of.check_epoch(last, total)
 
 
 def _shuffle_with_buffer(examples: Iterator[Example], size: int, seed: int) -> Iterator[Example]:

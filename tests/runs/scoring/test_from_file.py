@@ -1,14 +1,17 @@
 """Weights that a run is given: joined by id, made from scores, refused where they cannot be meant."""
 
+import gzip
 import json
+import math
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.schema import WeightsSection
-from bilevel_jax.runs.scoring.from_file import load_weights
+from bilevel_jax.runs.scoring.from_file import StreamedWeights, load_weights
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]
 
@@ -54,6 +57,11 @@ def test_scores_become_weights(file, transform, expected):
     assert out.weights.tolist() == expected
 
 
+def test_the_widest_scores_have_a_scale(file):
+    out = load_weights(WeightsSection(file=file([-1.5e308, 1.5e308, 0.0, 0.0]), transform="minmax"), ROWS)
+    assert out.weights.tolist() == [0, 1, 0.5, 0.5]
+
+
 def test_negated_and_scaled(file):
     out = load_weights(WeightsSection(file=file([-1.0, -2.0, -3.0, -2.0]), transform="negate", mean_one=True), ROWS)
     assert out.weights.tolist() == [0.5, 1.0, 1.5, 1.0]
@@ -82,13 +90,23 @@ def test_scaling_reads_the_kept_rows_alone(file):
             {},
             r"no weight for 3 of 4 training examples, the first id1 at rows.jsonl:2. Set weights.missing",
         ),
-        ([1.0], ["zzz"], {}, r"none of its 1 ids is that of a training example, such as id0"),
-        ([1.0, 1.0], ["id0", "id0"], {}, r"the id id0 stands twice"),
-        ([1.0, float("nan"), 1.0, 1.0], None, {}, r"weight is nan for 1 training examples, the first id1"),
-        ([1.0, -1.0, 1.0, 1.0], None, {}, r"the weight -1, and a weight is 0 or more. If it is a score"),
+        ([1.0], ["zzz"], {}, r"none of its 1 ids, such as zzz, is that of a training example, such as id0"),
+        ([1.0, 1.0], ["id0", "id0"], {}, r"w.parquet:2: the id id0 stands twice, first on line 1"),
+        (
+            [1.0, float("nan"), 1.0, 1.0],
+            None,
+            {},
+            r"w.parquet:2: weight is absent, null or NaN for the training example id1 \(rows.jsonl:2\); a finite",
+        ),
+        (
+            [1.0, -1.0, 1.0, 1.0],
+            None,
+            {},
+            r"weight is -1, .*the weight -1, and a weight is 0 or more. If it is a score",
+        ),
         ([0.0] * 4, None, {}, r"every weight is 0"),
         ([3.0] * 4, None, {"transform": "minmax"}, r"every score is 3, so min-max has no scale"),
-        (["a"] * 4, None, {}, r"weight holds 'a'; numbers are wanted"),
+        (["a"] * 4, None, {}, r"w.parquet:1: weight holds str 'a'; numbers are wanted"),
         ([1.0] * 4, None, {"column": "score"}, r"no column 'score'; the columns are \['id', 'weight'\]"),
     ],
 )
@@ -101,10 +119,10 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.parquet: no such file"):
         load_weights(WeightsSection(file="nowhere.parquet"), ROWS)
     (tmp_path / "w.csv").write_text("id,weight")
-    with pytest.raises(ValueError, match=r"read from .parquet, .jsonl or .json, not from '.csv'"):
+    with pytest.raises(ValueError, match=r"w.csv: the name must end in one of \['.json', '.jsonl', '.parquet'\]"):
         load_weights(WeightsSection(file=str(tmp_path / "w.csv")), ROWS)
     (tmp_path / "w.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="bad JSON"):
+    with pytest.raises(ValueError, match="w.jsonl:1: bad JSON"):
         load_weights(WeightsSection(file=str(tmp_path / "w.jsonl")), ROWS)
 
 
@@ -116,3 +134,131 @@ def test_columns_of_version_0_1_are_read_by_their_new_names(file, name):
     path = file([0.1, 0.2, 0.3, 0.4], name=f"new_{name}", column="hypergradient")
     with pytest.raises(ValueError, match="'entry' is called 'hypergradient' since 0.2"):
         load_weights(WeightsSection(file=path, column="entry"), ROWS)
+
+
+# ---- every kind of file, at hand and streamed
+
+
+def put_text(change):
+    def put(path, rows):
+        path.write_bytes(change("".join(json.dumps(row) + "\n" for row in rows)))
+        return str(path)
+
+    return put
+
+
+def put_table(path, rows):
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.table({name: pa.array([row.get(name) for row in rows]) for name in names}), path)
+    return str(path)
+
+
+def put_folder(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return str(path)
+
+
+FILES = {
+    "w.jsonl": put_text(str.encode),
+    "mark.jsonl": put_text(lambda text: b"\xef\xbb\xbf" + text.encode()),
+    "separators.jsonl": put_text(lambda text: text.replace("__", "\u2028\u2029\u0085\x7f").encode()),
+    "crlf.jsonl": put_text(lambda text: text.replace("\n", "\r\n\r\n").rstrip().encode()),
+    "w.jsonl.gz": put_text(lambda text: gzip.compress(text.encode())),
+    "w.json": put_text(lambda text: ("[" + ",\n".join(text.splitlines()) + "]").encode()),
+    "w.json.gz": put_text(lambda text: gzip.compress(("[" + ",".join(text.splitlines()) + "]").encode())),
+    "w.parquet": put_table,
+    "folder": put_folder,
+}
+
+
+def weigh(config, examples, way):
+    """The weights of the examples, None for those that are left out."""
+    if way == "streamed":
+        weights_of = StreamedWeights(config)
+        weights = [weights_of(example) for example in examples]
+        if last := [example for example, weight in zip(examples, weights, strict=True) if weight is not None]:
+            weights_of.check_epoch(last[-1], sum(weight or 0 for weight in weights))
+        return weights
+    loaded = load_weights(config, examples)
+    return [weight if kept else None for weight, kept in zip(loaded.weights, loaded.keep_mask, strict=True)]
+
+
+WAYS = ("at hand", "streamed")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FILES)
+def test_the_same_weights_from_every_kind_of_file(tmp_path, name, way):
+    rows = [{"response": "a__b", "id": f"id{i}", "weight": 0.5 * i, "note": None if i else "x"} for i in (3, 1, 0, 2)]
+    path = FILES[name](tmp_path / name, rows)
+    assert weigh(WeightsSection(file=path), ROWS, way) == [0, 0.5, 1, 1.5]
+
+
+BAD = {
+    # name -> (values of the ids id0, id1, ...; options; words with the line; whether the line is named)
+    "negative": ([1, -0.5, 1, 1], {}, ":2: weight is -0.5, which gives the training example id1 (rows.jsonl:2)"),
+    "null": ([1, None, 1, 1], {}, ":2: weight is absent, null or NaN for the training example id1 (rows.jsonl:2); a"),
+    "NaN": ([1, math.nan, 1, 1], {}, ":2: weight is absent, null or NaN for the training example id1"),
+    "infinite": ([1, math.inf, 1, 1], {}, ":2: weight is inf for the training example id1 (rows.jsonl:2)"),
+    "minus infinite": ([1, 1, 1, -math.inf], {}, ":4: weight is -inf for the training example id3"),
+    "a null among scores": ([1, 2, None, 3], {"transform": "rank"}, ":3: weight is absent, null or NaN for"),
+    "a score": ([1, 2, 3, 4], {"transform": "negate"}, ":1: weight is 1, which gives the training example id0"),
+    "true": ([True] * 4, {}, ":1: weight holds bool True; numbers are wanted"),
+    "text": (["0.5"] * 4, {}, ":1: weight holds str '0.5'; numbers are wanted"),
+    "a list": ([[1.0]] * 4, {}, ":1: weight holds list [1.0]; numbers are wanted"),
+    "zero": ([0, 0, 0, 0], {}, ": every weight is 0, so nothing would be learned. Choose another weights.column"),
+    "zero or missing": ([0, 0], {"missing": "zero"}, ": every weight is 0, so nothing would be learned"),
+    "zero or dropped": ([0, 0], {"missing": "drop"}, ": every weight is 0, so nothing would be learned"),
+    "all equal": ([2, 2, 2, 2], {"transform": "minmax"}, ": every score is 2, so min-max has no scale"),
+    "missing": ([1, 1, 1], {}, ": no weight for 1"),
+    "no such column": ([1, 1, 1, 1], {"column": "wieght"}, ": no column 'wieght'; nearest: 'weight'; the columns are"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["w.jsonl", "w.json", "w.parquet"])
+@pytest.mark.parametrize("kind", BAD)
+def test_weights_that_cannot_be_meant_are_refused_in_the_same_words(tmp_path, kind, name, way):
+    values, options, words = BAD[kind]
+    path = FILES[name](tmp_path / name, [{"id": f"id{i}", "weight": value} for i, value in enumerate(values)])
+    with pytest.raises(ValueError) as error:
+        weigh(WeightsSection(file=path, **options), ROWS, way)
+    assert str(error.value).startswith(path + words), str(error.value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"id": "id0", "weight": 1}, {"id": "id0", "weight": 1}], ":2: the id id0 stands twice, first on line 1; one"),
+        ([{"id": 7, "weight": 1}, {"id": "7", "weight": 1}], ":2: the id 7 stands twice, first on line 1"),
+        ([{"id": 0, "weight": 1}], ": none of its 1 ids, such as 0, is that of a training example, such as id"),
+        ([{"id": "id0", "weight": 1}, {"weight": 1}], ":2: no 'id'; the keys are ['weight']. Each row is the id of"),
+        ([{"id": None, "weight": 1}], ":1: no 'id'; the keys are ['weight']"),
+        ([{"id": ["id0"], "weight": 1}], ":1: 'id' is list ['id0']; a string or a number is wanted"),
+        ([{"weight": 1}], ":1: no 'id'"),
+        ([1], ":1: the row is int 1; an object with an id and a number is wanted."),
+        ([{"id": "id0", "weight": 10**400}], ":1: weight is inf for the training example id0"),
+        ([], ": no rows. Give the weights.parquet of a run"),
+    ],
+)
+def test_rows_of_a_weights_file_that_are_refused(tmp_path, rows, words, way):
+    path = FILES["w.jsonl"](tmp_path / "w.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        weigh(WeightsSection(file=path, missing="one"), ROWS, way)
+    assert str(error.value).startswith(path + words), str(error.value)
+
+
+def test_what_no_example_reads_is_no_error_and_is_counted(tmp_path):
+    rows = [{"id": f"id{i}", "weight": 1.0 if i < 4 else None} for i in range(7)]
+    path = FILES["w.jsonl"](tmp_path / "w.jsonl", rows)
+    loaded = load_weights(WeightsSection(file=path), ROWS)
+    assert loaded.weights.tolist() == [1] * 4 and loaded.num_unused == 3
+    assert weigh(WeightsSection(file=path), ROWS, "streamed") == [1] * 4
+
+
+@pytest.mark.parametrize("constant", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_constant_that_teaches_nothing_is_refused(constant, way):
+    with pytest.raises(ValueError, match=r"weights.constant is .*; a finite number above 0 is wanted"):
+        weigh(WeightsSection(constant=constant), ROWS, way)
