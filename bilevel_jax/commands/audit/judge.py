@@ -78,7 +78,7 @@ def judge_scores(
         else None,
         "removed": retrain_losses.fractions,
         "subsets": retrain_losses.left_out.shape[1],
-        "labels": labels.count() if labels is not None else None,
+        "labels": labels.to_counts() if labels is not None else None,
         "unit": task.objective.loss_unit,
         "steps": task.num_steps,
         "batch": task.batch_size,

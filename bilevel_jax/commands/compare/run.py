@@ -132,7 +132,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
     labels = read_labels(task, sections_for_seed(config, 0).data)
     result = {
         "rows": [summarize_method(name, cells) for name in cells],
-        "labels": labels.count() if labels is not None else None,
+        "labels": labels.to_counts() if labels is not None else None,
         "unit": task.objective.loss_unit,
         "right": task.objective.accuracy_name,
         "budget": config.compare.budget,

@@ -241,7 +241,7 @@ def _build_result(
         "best": learned.best_step,
         "ended": learned.stop_reason,
         "auc": areas,
-        "labels": labels.count() if labels is not None else None,
+        "labels": labels.to_counts() if labels is not None else None,
         "notes": task.notes,
         "rows": {"train": task.num_examples, **part_sizes},
         "work": {"outer": sum(record["work"] for record in learned.records)}

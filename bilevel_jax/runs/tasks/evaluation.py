@@ -83,7 +83,7 @@ class KnownLabels(NamedTuple):
         kept = kept & self.labelled
         return float(2 * (kept & self.good).sum() / max(1, kept.sum() + self.good.sum()))
 
-    def count(self) -> dict[str, int]:
+    def to_counts(self) -> dict[str, int]:
         """How many examples are good, labelled otherwise, and not labelled."""
         num_good = int(self.good.sum())
         return {"good": num_good, "other": int(self.labelled.sum()) - num_good, "unlabelled": self.num_unlabelled}

@@ -162,7 +162,7 @@ def check_labels(config: DataSection, train: Sequence[Example]) -> list[str]:
         return []
     counts = Counter(example.label for example in train if example.label is not None)
     good_label = examples.normalize_name(config.good_label)
-    if good_label not in counts:
+    if good_label is None or good_label not in counts:
         shown = ", ".join(f"{label!r} ({count:,})" for label, count in counts.most_common(8))
         more = f" and {len(counts) - 8:,} more" if len(counts) > 8 else ""
         nearest = difflib.get_close_matches(config.good_label, counts, n=1, cutoff=0.5)

@@ -171,7 +171,7 @@ def test_auc_reads_the_labelled_examples_alone(tmp_path):
     scores = np.array([0.5, 9.0, 0.4, 0.3, -9.0, 0.3, 9.0, 0.1, 0.9])
     labels = labelled(tmp_path, values)
     assert labels.auc(scores) == pytest.approx(auc_by_hand(scores, names, "clean"), abs=1e-12)
-    assert labels.count() == {"good": 3, "other": 3, "unlabelled": 3}
+    assert labels.to_counts() == {"good": 3, "other": 3, "unlabelled": 3}
     moved = np.where(labels.labelled, scores, np.linspace(-5, 5, 9))  # what nobody knows changes nothing
     assert labels.auc(moved) == labels.auc(scores)
     assert labels.f1(scores > 0.35) == 2 * 2 / (3 + 3) and labels.f1(moved > 0.35) == labels.f1(scores > 0.35)
@@ -179,7 +179,7 @@ def test_auc_reads_the_labelled_examples_alone(tmp_path):
 
 def test_examples_that_are_not_trained_on_do_not_count(tmp_path):
     labels = labelled(tmp_path, ["clean", "noise", "clean", None], untrained=(2, 3))
-    assert labels.count() == {"good": 1, "other": 1, "unlabelled": 0}
+    assert labels.to_counts() == {"good": 1, "other": 1, "unlabelled": 0}
     assert labels.auc(np.array([1.0, 0.0, np.nan, np.nan])) == 1
 
 
@@ -190,7 +190,7 @@ def test_of_one_kind_there_is_no_auc(tmp_path):
 @pytest.mark.parametrize("good", ["1", "1.0", "true", "True"])
 @pytest.mark.parametrize("values", [[1, 0, None], [1.0, 0.0, None], [True, False, None], ["1", "0", ""]])
 def test_the_good_label_fits_whatever_its_type(tmp_path, good, values):
-    assert labelled(tmp_path, values, good).count() == {"good": 1, "other": 1, "unlabelled": 1}
+    assert labelled(tmp_path, values, good).to_counts() == {"good": 1, "other": 1, "unlabelled": 1}
 
 
 def split(tmp_path, rows, **options):
