@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from bilevel_jax.cli import main
+from bilevel_jax.commands.export import run as export_run
 from bilevel_jax.commands.export.formats import FORMATTERS, ExportTarget, choose_layout
 from bilevel_jax.lm.data import examples
 from bilevel_jax.lm.data.examples import Example, Turn
@@ -282,17 +283,19 @@ def test_rows_that_the_run_left_out_as_too_long(files, capsys):
     assert "1 rows were too long for the run" in out and "7 of 7 rows" in out
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_path):
+def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_path, monkeypatch):
     files(PROMPTS)
     export(capsys)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert "out is there already, and an export never overwrites: choose another with --out" in export(capsys, code=1)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    files([*PROMPTS[:1], {"prompt": "a", "response": "b\ud800"}])
-    assert (
-        main(["export", "config.yaml", "--out", "half", "--export.container", "parquet", "--selection.top-share", "1"])
-        == 1
-    )
+
+    def write_half(path, rows, file_format):
+        path.write_bytes(b"PAR1")
+        raise OSError(5, "the disk went away", str(path))
+
+    monkeypatch.setattr(export_run, "write_rows", write_half)
+    assert "the disk went away" in export(capsys, "--out", "half", code=1)
     assert sorted(path.name for path in tmp_path.iterdir() if "half" in path.name) == []
 
 
