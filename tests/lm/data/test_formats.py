@@ -121,10 +121,7 @@ ERRORS = [
         lines({"messages": [{"role": "user"}]}),
         "message 1 of messages is dict {'role': 'user'}; an object with role and",
     ),
-    (
-        lines({"conversations": [{"from": "gpt"}]}),
-        "'value of message 1 of conversations' is empty, so there is nothing to learn from.",
-    ),
+    (lines({"conversations": [{"from": "gpt"}]}), "{'from': 'gpt'}; an object with from and value is wanted."),
     (
         lines({"messages": [{"role": "human", "content": "a"}]}),
         "message 1 of messages has role str 'human'; the roles are ['system', 'user', 'assistant']. Rename it.",
