@@ -128,8 +128,15 @@ def compare_with_measured(folder: Path) -> str:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
     result = run_dir.read_json(folder / "result.json")
-    if "measured" not in result:
+    if not isinstance(result, dict) or "measured" not in result:
         raise ValueError(
-            f"{folder}/result.json has nothing measured: it is of another command, or of an older version."
+            f"{folder}/result.json has nothing measured: it is of another command, or of an older version. Give the "
+            "folder of a finished run of select or train."
         )
-    return print_comparison(result["estimate"], result["measured"])
+    try:
+        return print_comparison(result["estimate"], result["measured"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder}/result.json has an estimate of another shape ({type(error).__name__}: {error}). Give the "
+            "folder of a run of this version."
+        ) from error

@@ -10,7 +10,9 @@ import yaml
 
 from bilevel_jax.commands.export.formats import TRAINER_NAMES, ExportTarget
 from bilevel_jax.commands.export.rows import SelectedExamples
+from bilevel_jax.lm.data.files import describe_value
 from bilevel_jax.runs.config.load import ExportConfig
+from bilevel_jax.runs.config.yaml_reader import read_yaml
 from bilevel_jax.runs.engine.selection import describe_selection_rule
 from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.runs.terminal import show_control_characters
@@ -160,10 +162,23 @@ def read_run_result(run: Path) -> dict[str, Any]:
     """The result of a run; empty where it has none yet."""
     path = run / "result.json"
     seals.check(path)
-    return run_dir.read_json(path) if path.is_file() else {}
+    result = run_dir.read_json(path) if path.is_file() else {}
+    if not isinstance(result, dict) or not isinstance(result.get("verdict", {}), dict):
+        raise ValueError(
+            f"{path}: no result of a run, but {describe_value(result)}. Put back the file that the run wrote."
+        )
+    return result
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """The config of a run, as it was written; empty where there is none."""
     path = run / run_dir.CONFIG_FILE
-    return yaml.safe_load(run_dir.read_text(path)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    seals.check(path)
+    content = read_yaml(path)[1]
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(
+            f"{path}: no config of a run, but {describe_value(content)}. Put back the file that the run wrote."
+        )
+    return content

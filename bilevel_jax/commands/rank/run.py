@@ -23,6 +23,7 @@ from bilevel_jax.commands.rank.strategies import (
     draw_blocks,
     load_strategy_responses,
     parse_accuracies,
+    read_own_answers,
 )
 from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.data.examples import Example
@@ -52,6 +53,10 @@ def rank(config: RankConfig) -> dict[str, Any]:
     with open_run_dir(config) as folder:
         strategy_responses = load_strategy_responses(config)
         accuracies = parse_accuracies(config.rank.accuracies, strategy_responses.strategies)
+        if config.rank.own_answers:
+            read_own_answers(
+                config.rank.own_answers, config
+            )  # a fault is told before any work
         rank_model = load_rank_model(config)
         sample, notes = sample_blocks(config, rank_model, strategy_responses)
         with start_session(config, folder) as session:
