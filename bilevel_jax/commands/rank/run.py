@@ -54,9 +54,7 @@ def rank(config: RankConfig) -> dict[str, Any]:
         strategy_responses = load_strategy_responses(config)
         accuracies = parse_accuracies(config.rank.accuracies, strategy_responses.strategies)
         if config.rank.own_answers:
-            read_own_answers(
-                config.rank.own_answers, config
-            )  # a fault is told before any work
+            read_own_answers(config.rank.own_answers, config)  # a fault is told before any work
         rank_model = load_rank_model(config)
         sample, notes = sample_blocks(config, rank_model, strategy_responses)
         with start_session(config, folder) as session:

@@ -3,6 +3,7 @@
 A preference pair is two sequences, the chosen and the rejected side, in which only the responses that differ count.
 """
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from bilevel_jax.lm import models
 from bilevel_jax.lm.data.encode import (
     DEFAULT_TEMPLATE,
     TurnMask,
@@ -200,6 +202,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # of any kind: parsers of several libraries read these files
         if type(error).__module__.startswith("bilevel_jax"):
             raise  # from the handler of a signal
+        with contextlib.suppress(FileNotFoundError):
+            models.read_config(folder)  # its own words where the config.json, which transformers reads too, is at fault
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no text")
         raise ValueError(
             f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {text[:200].rstrip('.:')}). Look at "
