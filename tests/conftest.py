@@ -26,6 +26,7 @@ FAST = (
     "core/test_certify.py",
     "core/test_checkpointing.py",
     "lm/builtin",
+    "lm/checkpoint/test_files.py",
     "lm/data",
     "lm/inference/test_prompts.py",
     "lm/inference/test_openai.py",

@@ -151,9 +151,9 @@ class ConfigKeys:
             hint = hint or (f" (is {close[0]!r} meant?)" if close else "")
             shown.append(f"{self._prefix}{_shorten(key)[1:-1]} {_shorten(value)}{hint}")
         more = f" and {len(unknown) - 3} more keys" if len(unknown) > 3 else ""
+        note = " and could change what is computed; delete what is only a note" if set(unknown) - set(inert) else ""
         raise ValueError(
-            f"{', '.join(shown)}{more} {'is' if len(unknown) == 1 else 'are'} not supported in {of} and could change "
-            "what is computed; delete what is only a note."
+            f"{', '.join(shown)}{more} {'is' if len(unknown) == 1 else 'are'} not supported in {of}{note}."
         )
 
     def _value_or_default(self, key: str, default: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ Adapters = dict[str, dict[str, Adapter]]
 """`{"lora": {projection: Adapter}}`: only the arrays that are trained; `join_adapters` adds them to a base."""
 PLAIN_INITIALIZERS = (True, False, "gaussian", "orthogonal", "eva")
 """Of `init_lora_weights`: those that start the factors and leave the base as it is."""
-PLAIN_INITIALIZERS_WHY = " (it changes the base that the adapter stands on)"
+PLAIN_INITIALIZERS_WHY = " (such an adapter may stand on a changed base)"
 NEUTRAL_ADAPTER_KEYS = frozenset(
     # fan_in_fan_out is how a base is stored, not what the factors are; dropout acts in training only
     "base_model_name_or_path revision inference_mode auto_mapping peft_version fan_in_fan_out lora_dropout "
@@ -42,6 +44,15 @@ INERT_ADAPTER_VALUES: dict[str, tuple[Any, ...]] = {
     "target_parameters": ([],),
     "trainable_token_indices": ([],),
     "ensure_weight_tying": (False,),
+    "layers_to_transform": (None,),
+    "layers_pattern": (None,),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
 }
 """Keys that plain LoRA has, with the values under which they change nothing; null is such a value of each."""
 
@@ -274,21 +285,40 @@ def _read_adapter_config(config: DecoderConfig, keys: ConfigKeys) -> tuple[int, 
     keys.expect("init_lora_weights", *PLAIN_INITIALIZERS, why=PLAIN_INITIALIZERS_WHY)
     rank, alpha = keys.integer("r"), keys.number("lora_alpha")
     scale = alpha / (math.sqrt(rank) if keys.flag("use_rslora", False) else rank)
-    targets = keys.value("target_modules")
-    shapes = projection_shapes(config)
-    if targets == "all-linear":
-        projections = list(shapes)
-    elif isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
-        projections = find_target_projections(config, targets)
-    elif targets is None:
-        projections = find_target_projections(config, ())
-    else:
-        raise ValueError(
-            f"target_modules {targets!r} is not supported; supported: a list of names such as "
-            f"{[peft_target_name(config, name) for name in shapes][:2]}, 'all-linear' and null."
-        )
+    projections = _match_targets(config, keys.value("target_modules"))
     keys.refuse_others(NEUTRAL_ADAPTER_KEYS, INERT_ADAPTER_VALUES, of="an adapter of plain LoRA")
     return rank, scale, projections
+
+
+def _match_targets(config: DecoderConfig, targets: Any) -> list[str]:
+    """The projections whose modules `target_modules` means, as peft matches them; each in every layer, or in none."""
+    names = {
+        checkpoint_module_name(config, layer, name): name
+        for name in projection_shapes(config)
+        for layer in range(config.layers)
+    }
+    if targets is None:
+        return find_target_projections(config, ())
+    if targets == "all-linear":
+        return list(projection_shapes(config))
+    if isinstance(targets, str):
+        try:
+            matched = [name for name in names if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is no regular expression ({error}).") from error
+        if not matched:
+            raise ValueError(f"target_modules {targets!r} matches no projection, such as {next(iter(names))}.")
+    elif isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets):
+        found = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+        if unknown := [target for target, matches in found.items() if not matches]:
+            find_target_projections(config, unknown)  # for its error
+        matched = sorted({name for matches in found.values() for name in matches})
+    else:
+        raise ValueError(f"target_modules is {targets!r}; it is a list of names, a regular expression or null.")
+    counts = Counter(names[name] for name in matched)
+    if partly := sorted(peft_target_name(config, name) for name, count in counts.items() if count < config.layers):
+        raise ValueError(f"target_modules has {partly} in some of the {config.layers} layers only; all are supported.")
+    return [name for name in projection_shapes(config) if name in counts]
 
 
 def _peft_name(config: DecoderConfig, layer: int, projection: str, part: str) -> str:

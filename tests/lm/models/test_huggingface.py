@@ -12,8 +12,19 @@ import pytest
 from bilevel_jax.lm.builtin.cipher import make_cipher_tokenizer
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.models import init_params, load_model, read_config, read_source_files, save_model
+from bilevel_jax.lm.models.config import rope_frequencies
 from bilevel_jax.lm.models.source_files import find_hub_name, write_tokenizer
-from tests.lm.models.test_families import CONFIGS, PLAIN, SMALL, TINY, make
+from tests.lm.models.test_families import (
+    CONFIGS,
+    PLAIN,
+    SMALL,
+    TINY,
+    draw_tokens,
+    largest,
+    logits,
+    make,
+    torch_logits,
+)
 
 
 def test_names_without_their_first_part(tmp_path):
@@ -27,6 +38,95 @@ def test_names_without_their_first_part(tmp_path):
     assert "wte.weight" in tensors
     save_file({**tensors, "h.0.attn.bias": np.tri(4, dtype=np.float32)[None, None]}, file, metadata={"format": "pt"})
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "base")[1], load_model(tmp_path / "whole")[1])
+
+
+HEADS = {
+    "qwen2": "lm_head.weight",
+    "gpt2": "lm_head.weight",
+    "gemma3": "lm_head.weight",
+    "llama-tied": "lm_head.weight",
+}
+HEADS["gpt-neox-sequential"] = "embed_out.weight"
+
+
+@pytest.mark.parametrize("family, head", HEADS.items(), ids=HEADS)
+def test_a_tied_model_with_a_head_of_its_own(tmp_path, family, head):
+    """transformers 5 does not tie what differs; a head that equals the embeddings is the tied one."""
+    pytest.importorskip("torch")
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    make(family, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors, (config, params) = load_file(file), load_model(tmp_path)
+    assert config.tied_embeddings and head not in tensors
+    embed = np.asarray(params["embed"])
+    save_file({**tensors, head: embed}, file, metadata={"format": "pt"})
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path)[1], params)
+    own = embed + np.random.default_rng(0).normal(0, 0.1, embed.shape).astype(np.float32)
+    save_file({**tensors, head: own}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors: {head} has other values than .*config.json ties it. Set"):
+        load_model(tmp_path)
+    tokens = draw_tokens(config.vocab_size)
+    theirs = torch_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), tokens)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))  # the remedy
+    config, params = load_model(tmp_path)
+    assert largest(logits(config, params, tokens) - theirs) < 1e-5  # float32, other order of sums
+    save_file({**tensors, head: embed[:-1].copy()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{head}: the file has"):
+        load_model(tmp_path)
+
+
+def rotary(config, **changes):
+    return rope_frequencies(replace(config.rope, **changes), config.head_dim)
+
+
+BUFFERS = {  # id: (config, name, values, what the error says)
+    "mask": ("gpt2", "transformer.h.0.attn.bias", lambda c: np.tri(9, dtype=bool)[None, None], None),
+    "mask of bytes": ("neox", "gpt_neox.layers.1.attention.bias", lambda c: np.tri(9, dtype=np.uint8)[None], None),
+    "masked score": ("neox", "gpt_neox.layers.1.attention.masked_bias", lambda c: np.float32([-1e9])[0], None),
+    "frequencies": ("plain", "model.layers.0.self_attn.rotary_emb.inv_freq", rotary, None),
+    "half": ("plain", "model.layers.0.self_attn.rotary_emb.inv_freq", lambda c: rotary(c).astype(np.float16), None),
+    "before scaling": (
+        "llama3",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        lambda c: rotary(c, scaling="default"),
+        None,
+    ),
+    "partial": ("neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", rotary, None),
+    "sees all": ("gpt2", "transformer.h.0.attn.bias", lambda c: np.ones((1, 1, 9, 9), bool), "a causal mask of other"),
+    "sees later": ("gpt2", "transformer.h.0.attn.bias", lambda c: np.tri(9, dtype=bool).T[None, None], "a causal mask"),
+    "window": ("gpt2", "transformer.h.0.attn.bias", lambda c: np.tri(9) - np.tri(9, k=-3), "a causal mask of other"),
+    "learned": ("gpt2", "transformer.h.0.attn.bias", lambda c: np.ones(16, np.float32), "a causal mask of other value"),
+    "weak mask": ("gpt2", "transformer.h.0.attn.masked_bias", lambda c: np.float32(-1.0), "a masked score of other va"),
+    "theta": (
+        "plain",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        lambda c: rotary(c, theta=5e5),
+        "rotary frequencies of other values than the model of its config.json computes; correct config.json",
+    ),
+    "length": ("plain", "model.rotary_emb.inv_freq", lambda c: np.ones(3, np.float32), "rotary frequencies of other"),
+    "rope of gpt2": ("gpt2", "transformer.rotary_emb.inv_freq", lambda c: np.ones(2, np.float32), "unexpected 1"),
+    "mask of llama": ("plain", "model.layers.0.attn.bias", lambda c: np.tri(9, dtype=bool), "unexpected 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, tensor, make_values, message", BUFFERS.values(), ids=BUFFERS)
+def test_what_is_not_loaded_is_looked_at(tmp_path, name, tensor, make_values, message):
+    from safetensors.numpy import load_file, save_file
+
+    config = replace(CONFIGS[name], biased_projections=()) if name == "llama3" else CONFIGS[name]
+    params = init_params(config, jax.random.key(0))
+    save_model(tmp_path / "model", config, params)
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), tensor: np.array(make_values(config), order="C")}, file)
+    if message is None:
+        jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "model")[1], params)
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path / "model")
+    assert tensor in str(caught.value)
 
 
 def test_reads_shards(tmp_path):

@@ -1,12 +1,14 @@
 """Adapters: against peft both ways, the gauge, folding, and what may be trained."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from bilevel_jax.lm.models import (
     balance_adapters,
@@ -115,11 +117,13 @@ def test_peft_reads_what_we_save(base, tmp_path, family, targets, named):
     [
         ("llama-untied-theta-5e5", ["q_proj", "down_proj"], {}),
         ("llama-untied-theta-5e5", ["q_proj", "down_proj"], {"use_rslora": True}),
+        ("llama-untied-theta-5e5", "all-linear", {"lora_dropout": 0.5}),
+        ("llama-untied-theta-5e5", r".*\.(v|up)_proj", {"init_lora_weights": "gaussian"}),
         ("gpt-neox", ["query_key_value", "dense"], {}),
         ("gpt2", ["c_attn", "c_proj"], {"fan_in_fan_out": True}),
         ("gemma3", ["o_proj", "up_proj"], {}),
     ],
-    ids=["llama", "rslora", "neox", "gpt2", "gemma3"],
+    ids=["llama", "rslora", "all-linear", "regexp", "neox", "gpt2", "gemma3"],
 )
 def test_we_read_what_peft_saves(base, tmp_path, family, targets, options):
     import peft
@@ -138,21 +142,135 @@ def test_we_read_what_peft_saves(base, tmp_path, family, targets, options):
     np.testing.assert_allclose(ours, peft_logits(model), atol=1e-5)  # float32, other order of sums
 
 
-def test_load_peft_refuses(tmp_path):
-    save_peft(tmp_path / "adapter", TINY, trained(TINY))
+# id: (what adapter_config.json says besides, what the error says); the first ones change peft's logits
+REFUSED = {
+    **{
+        kind: (
+            {"init_lora_weights": kind},
+            f"init_lora_weights '{kind}' is not supported .such an adapter may stand on a",
+        )
+        for kind in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new")
+    },
+    "alora": ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens \[5, 6\] \(supported: None\)"),
+    "dora": ({"use_dora": True}, r"use_dora True \(supported: False\) is not supported in an adapter of plain LoRA\.$"),
+    "qalora": ({"use_qalora": True}, "use_qalora True"),
+    "bias": ({"bias": "lora_only"}, "bias 'lora_only' is not supported; supported: 'none'"),
+    "lora-bias": ({"lora_bias": True}, "lora_bias True"),
+    "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save .'lm_head'."),
+    "ranks": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern .'q_proj': 2."),
+    "alphas": ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    "layers": ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_to_transform .0.*, layers_pattern"),
+    "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "parameters": ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
+    "excluded": ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+    "tied": ({"ensure_weight_tying": True}, "ensure_weight_tying True"),
+    "variants": ({"kasa_config": {}, "velora_config": {}}, "kasa_config .*, velora_config .* are not supported"),
+    "unknown": (
+        {"a_new_method": 3},
+        "a_new_method 3 is not supported .* and could change what is computed; delete what",
+    ),
+    "near": ({"user_dora": True}, "user_dora True .is 'use_dora' meant.. is not supported"),
+    "type": ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported: 'LORA'"),
+    "task": ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is not supported; supported: 'CAUSAL_LM' or None"),
+    "rank-0": ({"r": 0}, "r is 0; it is a whole number from 1 to"),
+    "rank-text": ({"r": "3"}, "r is '3'"),
+    "alpha-text": ({"lora_alpha": "16"}, "lora_alpha is '16'; it is a finite number"),
+    "alpha-null": ({"lora_alpha": None}, "lora_alpha is null; it is a finite number"),
+    "rslora": ({"use_rslora": "yes"}, "use_rslora is 'yes'; it is true or false"),
+    "targets-number": ({"target_modules": [1]}, "target_modules is .1.; it is a list of names, a regular expression"),
+    "targets-none": (
+        {"target_modules": "nothing"},
+        "target_modules 'nothing' matches no projection, such as model.lay",
+    ),
+    "targets-pattern": ({"target_modules": "("}, "target_modules '.' is no regular expression"),
+    "targets-layer": ({"target_modules": ["0.self_attn.q_proj"]}, r"\['q_proj'\] in some of the 2 layers only"),
+    "targets-head": ({"target_modules": ["q_proj", "lm_head"]}, r"llama has no \['lm_head'\]; the projections are"),
+    "targets-fewer": ({"target_modules": ["q_proj"]}, "Missing 0: ..; unexpected 24"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    save_peft(folder, TINY, trained(TINY))
+    return folder
+
+
+@pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
+def test_load_peft_names_what_is_not_plain_lora(saved_adapter, tmp_path, change, message):
+    shutil.copytree(saved_adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     about = json.loads(path.read_text())
+    inert = {"init_lora_weights": "orthogonal", "rank_pattern": {}, "modules_to_save": None, "task_type": None}
+    path.write_text(json.dumps({**about, **inert, "loftq_config": {}, "not_yet_known": None}))
+    jax.tree.map(np.testing.assert_array_equal, load_peft(path.parent, TINY), load_peft(saved_adapter, TINY))
+    path.write_text(json.dumps({**about, **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_peft(path.parent, TINY)
+    assert str(path.parent) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@PEFT
+@pytest.mark.parametrize(
+    "options",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"alora_invocation_tokens": [5, 6]}],
+    ids=["pissa", "olora", "alora"],
+)
+def test_what_peft_computes_otherwise_is_refused(base, tmp_path, options):
+    import peft
+    import torch
+    import transformers
+
+    folder = base("llama-untied-theta-5e5")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), str(tmp_path))
+    config, params = load_model(folder)
+    path = tmp_path / "adapter_config.json"
+    with pytest.raises(ValueError, match=f"{path}: .* is not supported"):
+        load_peft(tmp_path, config)
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "init_lora_weights": True, "alora_invocation_tokens": None}))
+    as_plain_lora = logits(config, join_adapters(params, load_peft(tmp_path, config)))
+    assert np.abs(as_plain_lora - peft_logits(model)).max() > 0.1
+
+
+def test_load_peft_refuses_files_that_do_not_fit(saved_adapter, tmp_path):
+    shutil.copytree(saved_adapter, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+    def load_with(tensors, config=TINY):
+        save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+        return load_peft(tmp_path / "adapter", config)
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match=r"Missing 14: \['base_model.model.model.layers.2"):
-        load_peft(tmp_path / "adapter", replace(TINY, layers=3))
-    with pytest.raises(
-        ValueError, match=r"lora_A.weight: the file has \(3, 16\), the configuration asks for \(3, 32\)"
-    ):
-        load_peft(tmp_path / "adapter", replace(TINY, width=32))
-    path.write_text(json.dumps({**about, "use_dora": True}))
-    with pytest.raises(ValueError, match=r"use_dora True \(supported: False\) is not supported in an adapter of"):
-        load_peft(tmp_path / "adapter", TINY)
-    with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file"):
+        load_peft(saved_adapter, replace(TINY, layers=3))
+    with pytest.raises(ValueError, match=r"lora_A.weight: the file has \(3, 16\), .* asks for \(3, 32\)"):
+        load_peft(saved_adapter, replace(TINY, width=32))
+    for extra in ("base_model.model.lm_head.weight", name.replace("lora_A.weight", "lora_magnitude_vector")):
+        with pytest.raises(ValueError, match=f"unexpected 1: .'{extra}'"):
+            load_with({**tensors, extra: np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=f"Missing 1: .'{name}'"):
+        load_with({key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(ValueError, match=f"{name} has 48 NaN or infinite values of 48"):
+        load_with({**tensors, name: tensors[name] * np.nan})
+    with pytest.raises(ValueError, match=f"{name} is I32, which is not supported"):
+        load_with({**tensors, name: tensors[name].astype(np.int32)})
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file; give a PEFT adapter folder"):
         load_peft(tmp_path, TINY)
+    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
+        about = json.loads((saved_adapter / "adapter_config.json").read_text())
+        about.pop(key)
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=f"no {key}; an adapter_config.json of LoRA has them"):
+            load_peft(tmp_path / "adapter", TINY)
 
 
 def test_fresh_adapters_change_nothing(x64):
