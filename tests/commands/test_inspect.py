@@ -13,7 +13,7 @@ from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.runs.config.load import InspectConfig, load_config
 from bilevel_jax.runs.config.schema import DataSection
-from bilevel_jax.runs.tasks import builtin
+from bilevel_jax.runs.tasks import builtin, splits
 from tests.lm.data.test_tokens import CHATML, LLAMA2, bpe
 
 
@@ -203,6 +203,26 @@ def test_what_a_person_should_act_on(look):
     assert "only 6.2% of the tokens are targets" in flat(look(many))
     assert "is padding: data.packing = true" in flat(look([*rows(20), {"prompt": "a" * 20 + ">", "response": "b"}]))
     assert "no validation examples" in look(rows(20))
+
+
+def test_keys_of_messages_are_shown_in_the_mask_and_in_the_list(look, letters, tmp_path):
+    bpe(CHATML).save_pretrained(str(tmp_path / "chat"))
+    config = json.loads((letters / "config.json").read_text()) | {"vocab_size": 999, "max_position_embeddings": 99}
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(config))
+    first, last = {"role": "assistant", "content": "B", "weight": 0}, {"role": "assistant", "content": "D", "name": "x"}
+    said = [{"role": "user", "content": "A?"}, first, {"role": "user", "content": "C?"}, last]
+    out = look([{"messages": said, "weight": 0.5}] * 2, (), "--show.examples", "1", model=tmp_path / "chat")
+    assert out.count("⟦") == out.count("⟦D|<|eot|>⟧") + 1 == 2  # the other is the line that explains the marks
+    table = flat(out)
+    assert "answers marked as no target 2" in table
+    assert (
+        "training: the key 'weight' is not read: 2 rows, the first" in table and "weights come from weights.f" in table
+    )
+    assert "training: the key 'messages[].name' is not read: 2 rows, the first" in table
+    notes = splits.load_splits(DataSection(train=[str(tmp_path / "train.jsonl")])).notes
+    assert any(note.startswith("the key 'messages[].name' is not read: 2 rows, the first") for note in notes)
+    wrong = look([{"messages": [*said[:3], last | {"weight": 0.5}]}], model=tmp_path / "chat", code=1)
+    assert "train.jsonl:1: 'weight' of message 4 of messages is float 0.5; 0 or false (no target)" in wrong
 
 
 HOSTILE = "\x1b[31mred\x1b[0m \x9b31m [bold red]markup[/] :smile: \u202eback\r\x07"

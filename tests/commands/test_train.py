@@ -247,11 +247,16 @@ def test_streamed_stopped_and_resumed_changes_no_bit(made, tmp_path, stop_at):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_streamed_weights_and_leaks(made, tmp_path):
+def test_streamed_weights_and_leaks(made, tmp_path, capsys):
     examples = load_rows([str(made / "train.jsonl")])
     path = weights_file(tmp_path / "w.parquet", examples[:20], [2.0] * 20)
-    result = run(made, tmp_path / "run", *STREAMED, "--weights.file", path, "--weights.missing", "drop")
+    rows = [json.loads(line) | {"system_prompt": "x"} for line in (made / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--weights.file", path, "--weights.missing", "drop", "--data.train", str(tmp_path / "train.jsonl"))
+    result = run(made, tmp_path / "run", *STREAMED, *given)
     assert result["rows"]["train"] == 20 and result["weights"]["mean"] == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the key 'system_prompt' is not read: 20 rows, the first" in told and "train.jsonl:1" in told
     rows = (made / "train.jsonl").read_text() + (made / "test.jsonl").read_text()
     (tmp_path / "leaky.jsonl").write_text(rows)
     with pytest.raises(ValueError, match=r"leaky.jsonl:37 also stands in the validation examples, at .*test.jsonl:1"):

@@ -24,7 +24,7 @@ from bilevel_jax.lm.data.encode import (
     make_template_renderer,
 )
 from bilevel_jax.lm.data.examples import Example
-from bilevel_jax.lm.data.render import Tokenizer, list_special_tokens
+from bilevel_jax.lm.data.render import Tokenizer, get_chat_template, list_special_tokens
 from bilevel_jax.lm.data.vocabulary import check_token_ids
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
@@ -147,6 +147,8 @@ class TokenizationReport(NamedTuple):
     merged: int
     """Responses whose first token also holds white space that ends the prompt. The tokens before the first target are
     the prompt without it; a prompt tokenized for itself would end in a token that training never saw there."""
+    is_dated: bool = False
+    """Whether the chat template asks for the day's date, so that the tokens of another day may differ."""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -161,6 +163,11 @@ class TokenizationReport(NamedTuple):
             *(
                 [f"{self.merged:,} prompts end in white space that the first token of the response takes in"]
                 if self.merged
+                else []
+            ),
+            *(
+                ["the chat template asks for the date (strftime_now), so on another day the tokens may be others"]
+                if self.is_dated
                 else []
             ),
         ]
@@ -323,6 +330,8 @@ def tokenize(
         unknown_share=float(np.isin(corpus.ids, unknown_ids).mean()),
         byte_share=float(np.isin(corpus.ids, byte_ids).mean()),
         merged=counts["merged"],
+        is_dated=any(example.turns[0].role != "text" for example in examples)
+        and "strftime_now" in get_chat_template(tokenizer),
     )
 
 

@@ -373,6 +373,13 @@ def test_pairs_and_single_rows_do_not_mix():
         tokenize(rows[::-1], bpe(), max_length=20)
 
 
+def test_a_template_with_the_date_is_told():
+    dated = bpe("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + LLAMA3)
+    assert "on another day the tokens may be others" in str(tokenize([PAIR], dated, max_length=99)[1])
+    for rows, tokenizer in (([TEXT], dated), ([PAIR], bpe(LLAMA3))):
+        assert "another day" not in str(tokenize(rows, tokenizer, max_length=99)[1])
+
+
 def test_unknown_tokens_are_counted():
     corpus, report = tokenize([example("bhace>", "ciéB7")], cipher_tokenizer(), max_length=32)
     assert report.unknown_share == pytest.approx(3 / 13) and "23.1% of the tokens are unknown" in str(report)
