@@ -317,3 +317,31 @@ def test_examples_without_a_label_count_as_neither_good_nor_bad(made, tmp_path):
     told = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert "Examples without a label, 12 here, count as neither." in told
     assert any(note.startswith("12 of 36 training examples have no label: AUC, F1") for note in result["notes"])
+
+
+def test_every_json_file_of_a_run_is_json(made, tmp_path, stop_at):
+    """Labels of one kind have no AUC: it is nan in the records, in a checkpoint and in the result."""
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["label"] = "clean" if row["label"] == "clean" else None
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data.train", str(tmp_path / "one.jsonl"), "--outer.steps", "1", "--retrain.variants", "uniform"]
+    stop_at(30)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "out", *flags)
+
+    def read_strictly():
+        def refuse(name):
+            raise AssertionError(f"{name} in {path}")
+
+        paths = [path for path in (tmp_path / "out").rglob("*.json*") if path.is_file()]
+        for path in paths:
+            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+                json.loads(text, parse_constant=refuse)
+        return {path.name for path in paths}
+
+    assert "manifest.json" in read_strictly()  # of a checkpoint
+    result = run(made, tmp_path / "out", *flags, "--resume")
+    assert {"result.json", "log.jsonl", "selected.jsonl"} <= read_strictly()
+    assert all(np.isnan(value) for value in result["auc"].values())
+    assert set(json.loads((tmp_path / "out" / "result.json").read_text())["auc"].values()) == {None}

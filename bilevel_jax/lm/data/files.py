@@ -184,11 +184,20 @@ def _one_line(error: Exception) -> str:
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_text(path, "".join(_format_json(path, row) + "\n" for row in rows))
 
 
 def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    _write_text(path, _format_json(path, rows, indent=1) + "\n")
+
+
+def _format_json(path: Path, value: Any, **options: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: a row holds a number that is not finite, which JSON lacks ({error}). Write parquet instead."
+        ) from None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -93,7 +93,7 @@ def format_selected_jsonl(
     lines = []
     for row in selected_indices:
         content = {**example_to_row(examples[row], layout), "id": examples[row].id, "weight": float(weights[row])}
-        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     # Half of a surrogate pair has no UTF-8; its escape is the same character to a reader of JSON.
     return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -9,7 +9,6 @@ A step is one folder, renamed into place when whole:
 orbax alone restores a flipped byte silently as a wrong number, and takes a truncated step for the latest one.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def _save_step(
     part = folder / f".{final.name}.part"
     leaves = _flatten(tree)
     manifest = {"step": step, "meta": meta, "leaves": [_describe_leaf(name, leaf) for name, leaf in leaves]}
-    json.dumps(manifest)  # a meta that is not JSON fails here, before anything is written
+    seals.format_json(manifest)  # a meta that is not JSON fails here, before anything is written
     is_first = distributed.is_first_process()
 
     def create_part_folder() -> None:

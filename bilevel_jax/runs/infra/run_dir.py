@@ -132,7 +132,7 @@ def read_json(path: str | Path) -> Any:
     """As `read_bytes`, the value of a JSON file."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return seals.parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}).") from error
 

@@ -10,6 +10,7 @@ nothing in the folder is written. A file that is in neither is not of the run, a
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import threading
@@ -61,6 +62,32 @@ class Damage(NamedTuple):
         return self.name not in NOT_REMADE and (self.is_missing or self.is_checkpoint)
 
 
+# ---- JSON that keeps every float
+
+
+def format_json(value: Any, **options: Any) -> str:
+    """The value as JSON, which has no word for nan, inf and -inf: they are objects such as {"nonfinite": "nan"}."""
+    return json.dumps(_replace_nonfinite(value), allow_nan=False, **options)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What `format_json` was given, every float with the same bits."""
+    return json.loads(text, object_hook=_restore_nonfinite)
+
+
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_nonfinite(item) for item in value]
+    return {"nonfinite": repr(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore_nonfinite(content: dict[str, Any]) -> Any:
+    is_number = content.keys() == {"nonfinite"} and content["nonfinite"] in ("nan", "inf", "-inf")
+    return float(content["nonfinite"]) if is_number else content
+
+
 # ---- lines with a seal
 
 
@@ -69,7 +96,7 @@ def seal_line(record: Mapping[str, Any], previous: str) -> tuple[bytes, str]:
 
     A lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that stands for it.
     """
-    body = json.dumps(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+    body = format_json(record, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
     if not isinstance(record, Mapping) or not record:
         raise TypeError(f"a line of a journal is a JSON object with at least one key, not {body[:40]!r}.")
     seal = _hash_line(body, previous)
@@ -93,7 +120,7 @@ def read_sealed_lines(path: Path, previous: str, start: int = 0) -> Iterator[tup
             if not key or tail != seal.encode() + b'"}\n':
                 raise DamagedLineError(number)
             end += len(line)
-            yield json.loads(body + b"}"), seal, end
+            yield parse_json(body + b"}"), seal, end
             previous = seal
 
 
@@ -123,13 +150,13 @@ def cut_torn_line(file: Any) -> int:
 
 def seal_document(document: Mapping[str, Any]) -> str:
     """The document as JSON that ends in its own SHA-256."""
-    return json.dumps({**document, "sha256": _hash_text(_format(document))}, indent=1) + "\n"
+    return format_json({**document, "sha256": _hash_text(_format(document))}, indent=1) + "\n"
 
 
 def open_document(content: bytes) -> dict[str, Any] | None:
     """What `seal_document` was given; None where a byte is not as it was written."""
     try:
-        document = json.loads(content)
+        document = parse_json(content)
         sha256 = document.pop("sha256")
         sound = sha256 == _hash_text(_format(document)) and content == seal_document(document).encode()
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
@@ -138,7 +165,7 @@ def open_document(content: bytes) -> dict[str, Any] | None:
 
 
 def _format(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=1)
+    return format_json(document, indent=1)
 
 
 def _hash_text(text: str) -> str:

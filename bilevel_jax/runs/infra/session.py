@@ -1,7 +1,6 @@
 """A running command, its log, progress, signals and finished jobs."""
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +120,7 @@ class Session:
                 "work": self.work_done - work_before,
                 "seconds": time.monotonic() - start_time,
             }
-            run_dir.write_atomic(self._finished_jobs_path, json.dumps(self._finished_jobs))
+            run_dir.write_atomic(self._finished_jobs_path, seals.format_json(self._finished_jobs))
             self.check_signals()
         else:
             self.advance(self._finished_jobs[key]["work"])

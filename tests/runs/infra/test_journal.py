@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.lm.inference.generate import Response
-from bilevel_jax.runs.infra import journal
+from bilevel_jax.runs.infra import journal, seals
 from bilevel_jax.runs.infra.journal import Journal, JsonLog, read_journal
 from bilevel_jax.runs.infra.session import open_session
 from bilevel_jax.runs.scoring.generation import ResponseFile
@@ -155,3 +156,22 @@ def test_responses_go_on_after_a_torn_line(tmp_path):
     assert resumed.responses == {"a": first}
     resumed.append({"b": second})
     assert ResponseFile(tmp_path / "responses.jsonl").responses == {"a": first, "b": second}
+
+
+NUMBERS = {"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf}], "d": 0.1 + 0.2, "e": {"nonfinite": "x"}}
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_are_not_finite_are_json_and_come_back(tmp_path):
+    text = seals.format_json(NUMBERS)
+    assert json.loads(text, parse_constant=refuse_constant)["a"] == {"nonfinite": "nan"}
+    back = seals.parse_json(text)
+    assert math.isnan(back.pop("a")) and back == {key: value for key, value in NUMBERS.items() if key != "a"}
+    journal = Journal(tmp_path / "j.jsonl", fsync=False)
+    journal.append(NUMBERS)
+    json.loads((tmp_path / "j.jsonl").read_text(), parse_constant=refuse_constant)
+    assert repr(Journal(tmp_path / "j.jsonl", fsync=False).read_new()) == repr([NUMBERS])
+    assert repr(seals.open_document(seals.seal_document(NUMBERS).encode())) == repr(NUMBERS)
