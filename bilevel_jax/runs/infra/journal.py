@@ -36,6 +36,12 @@ class Journal:
         self._read = LineEnd(0, 0, "")
         self._written = LineEnd(0, 0, "")
 
+    def create(self) -> None:
+        """Make an empty journal where there is none."""
+        if not self.path.exists():
+            seals.note_journal(self.path, 0, seals.find_journal_start(self.path))
+            self.path.touch()
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one JSON object, after cutting off a torn last line."""
         if not distributed.is_first_process():
@@ -102,7 +108,7 @@ class JsonLog:
     def __init__(self, path: str | Path):
         self._journal = Journal(path, fsync=False)
         if distributed.is_first_process():
-            self._journal.path.touch()
+            self._journal.create()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numpy and jax scalars and arrays become numbers and lists."""

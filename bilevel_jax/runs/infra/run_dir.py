@@ -30,6 +30,10 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another folder with --out.")
     if resume:
+        if not (path / CONFIG_FILE).is_file() and (path / "environment.json").is_file():
+            raise FileNotFoundError(
+                f"{path / CONFIG_FILE} is missing; put back a copy of it, or start a new run with --out."
+            )
         if not (path / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path} holds no run ({CONFIG_FILE} is missing); start one without --resume.")
         return path

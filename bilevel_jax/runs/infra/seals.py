@@ -503,9 +503,7 @@ def check(path: str | Path) -> None:
 def format_damages(root: Path, damages: list[Damage]) -> str:
     """What is wrong with the first of them."""
     listed = "; ".join(f"{root / damage.name} {damage.problem}" for damage in damages[:MAX_DAMAGES_SHOWN])
-    if len(damages) > MAX_DAMAGES_SHOWN:
-        listed += f"; and {len(damages) - MAX_DAMAGES_SHOWN} more, unless {root / SEALS_FILE} is of another run"
-    return listed
+    return listed + (f"; and {len(damages) - MAX_DAMAGES_SHOWN} more" if len(damages) > MAX_DAMAGES_SHOWN else "")
 
 
 def raise_damage(root: Path, damages: list[Damage], is_finished: bool) -> None:
@@ -519,6 +517,8 @@ def raise_damage(root: Path, damages: list[Damage], is_finished: bool) -> None:
         remedy = f"Put back a copy of {it}, or let --resume of the run make {it} again."
     else:
         remedy = f"Put back a copy of {it}, or remove {it}: --resume of the run makes {it} again."
+    if not is_finished:
+        remedy += f" (What was written is said by {root / SEALS_FILE}, which may be another run's.)"
     raise DamagedFileError(f"{format_damages(root, damages)}. {remedy}")
 
 
