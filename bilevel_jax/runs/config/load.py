@@ -12,7 +12,7 @@ import yaml
 from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.flags import parse_flags, print_help, split_flags
 from bilevel_jax.runs.config.rules import check_config, flatten_config
-from bilevel_jax.runs.config.yaml_reader import read_yaml_config
+from bilevel_jax.runs.config.yaml_reader import read_yaml_config, suggest_nearest
 
 
 @dataclass(frozen=True)
@@ -390,8 +390,12 @@ def find_config(path: str | Path) -> Path:
     shipped_names = sorted(
         {file.name for folder in shipped_folders if folder.is_dir() for file in folder.glob("*.yaml")}
     )
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: a folder, and no config. Name a YAML file.")
+    siblings = [str(file) for file in Path(path).parent.glob("*.yaml")] if Path(path).parent.is_dir() else []
+    hint = suggest_nearest(path, [*siblings, *shipped_names])
     raise FileNotFoundError(
-        f"{path}: no such config. Those that come with the package: {', '.join(shipped_names) or 'none'}."
+        f"{path}: no such config. {hint[:1].upper()}{hint[1:]}Those that come with the package: {', '.join(shipped_names) or 'none'}."
     )
 
 
