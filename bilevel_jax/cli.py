@@ -67,6 +67,8 @@ COMMANDS = {
 
 DEBUG_VARIABLE = "BILEVEL_JAX_DEBUG"
 """The environment variable that, where it is set, lets an unexpected error pass with its traceback."""
+MAX_LINE = 1600
+"""Characters of a line of an error."""
 OS_REMEDIES = {
     errno.ENOENT: "Look at its spelling; paths are relative to the current folder.",
     errno.EACCES: "Change its permissions, or choose another with --out.",
@@ -262,7 +264,12 @@ def _report_errors(work: Callable[[], str]) -> int:
 
 
 def _print_error(text: str) -> None:
-    print(f"bilevel-jax: {text}", file=sys.stderr)
+    """Print an error; of a long line, which quotes what was given, the beginning and the end with the remedy."""
+    lines = [
+        line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+        for line in text.splitlines()
+    ]
+    print("bilevel-jax: " + "\n".join(lines), file=sys.stderr)
 
 
 def _describe_error(error: Exception) -> str | None:
@@ -273,6 +280,8 @@ def _describe_error(error: Exception) -> str | None:
             "`bilevel-jax estimate CONFIG` says what a run needs; raise train.gradient_accumulation_steps, lower "
             "data.max_length, or set model.remat to full."
         )
+    if "Unable to initialize backend" in str(error):
+        return f"{str(error).splitlines()[0]} Look at JAX_PLATFORMS, and at which jaxlib is installed for this machine."
     if isinstance(error, OSError) and error.strerror:
         if error.filename is None:
             return error.strerror

@@ -395,7 +395,8 @@ def find_config(path: str | Path) -> Path:
     siblings = [str(file) for file in Path(path).parent.glob("*.yaml")] if Path(path).parent.is_dir() else []
     hint = suggest_nearest(path, [*siblings, *shipped_names])
     raise FileNotFoundError(
-        f"{path}: no such config. {hint[:1].upper()}{hint[1:]}Those that come with the package: {', '.join(shipped_names) or 'none'}."
+        f"{path}: no such config. {hint[:1].upper()}{hint[1:]}Those that come with the package: "
+        f"{', '.join(shipped_names) or 'none'}."
     )
 
 

@@ -330,6 +330,11 @@ def check_config(config: Any, config_source: str) -> None:
         for key, value in values.items()
         if key.startswith("data.") and isinstance(value, tuple) and "" in value
     ]
+    violations += [
+        (key, "holds a null character or no valid text: write it in UTF-8")
+        for key, value in values.items()
+        if not _is_text(value)
+    ]
     violations += [(key, "must be finite") for key, value in values.items() if not _is_finite(value)]
     order = {key: place for place, key in enumerate(values)}
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
@@ -358,6 +363,12 @@ def _bound_violations(name: str, section: Any) -> list[tuple[str, str]]:
 def _rule_applies(key: str, config: Any, values: dict[str, Any]) -> bool:
     sections = {field.name for field in dataclasses.fields(config)}
     return (key in values or key in sections) and sections.issuperset(REQUIRED_SECTIONS.get(key, ()))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it holds neither a null character nor half of a surrogate pair, which stands for bytes that are no UTF-8."""
+    items = value if isinstance(value, tuple) else (value,)
+    return not any("\0" in item or re.search("[\ud800-\udfff]", item) for item in items if isinstance(item, str))
 
 
 def _is_finite(value: Any) -> bool:

@@ -105,7 +105,7 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
         raise ValueError(f"{path}: a value that cannot be read ({error}). Write it in fewer digits.") from None
     except yaml.reader.ReaderError as error:
         raise ValueError(
-            f"{path}: not YAML: the character U+{ord(str(error.character)):04X} at {error.position}. Remove it."
+            f"{path}: not YAML: the character U+{int(error.character):04X} at {error.position}. Remove it."
         ) from None
 
 
