@@ -329,6 +329,23 @@ def test_what_does_not_fit_is_one_clear_error(files, capsys, rows, flags, said):
     assert re.search(said, capsys.readouterr().err, re.DOTALL)
 
 
+@pytest.mark.parametrize("form, role, content", [("trl", "role", "content"), ("llama_factory", "from", "value")])
+def test_marks_and_reasoning_of_messages_are_written_and_told(files, capsys, form, role, content):
+    first = {"role": "assistant", "content": "B", "train": False, "name": "x"}
+    last = {"role": "assistant", "content": "D", "reasoning": "hm"}
+    said = [{"role": "user", "content": "A?"}, first, {"role": "user", "content": "C?"}, last]
+    files([{"messages": said}] * 2)
+    out = " ".join(export(capsys, "--export.format", form).split())
+    assert "the key 'messages[].name' is not read: 2 rows, the first rows.jsonl:1" in out
+    assert '2 answers are marked as no target ("weight": 0): see that the trainer leaves them out.' in out
+    assert "2 answers have reasoning_content: see that" in out and "see that" in Path("out/README.md").read_text()
+    row = json.loads(next(Path("out").glob("train*")).read_text().splitlines()[0])
+    messages = row.get("messages", row.get("conversations"))
+    assert [sorted(message.keys() - {role, content}) for message in messages] == [
+        [], ["weight"], [], ["reasoning_content"],
+    ]  # fmt: skip
+
+
 def test_mixed_rows():
     def row(*roles):
         return Example("x#0", 0, tuple(Turn(role, role) for role in roles), "s", None, "f", 1)

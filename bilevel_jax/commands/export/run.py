@@ -1,6 +1,7 @@
 """The `export` command, which writes chosen examples for other trainers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from bilevel_jax.commands.export.card import format_dataset_card, read_run_config, read_run_result, to_one_line
 from bilevel_jax.commands.export.formats import FILE_SUFFIXES, FORMATTERS, TRAINER_NAMES, ExportTarget, choose_layout
 from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
+from bilevel_jax.lm.data.examples import Example, describe_unread_keys
 from bilevel_jax.lm.data.files import write_rows
 from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.config.load import ExportConfig
@@ -53,10 +55,17 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
         pq.write_table(_selection_table(selected), temporary_folder / "selection.parquet")
         if formatted.config_file:
             (temporary_folder / formatted.config_file[0]).write_text(formatted.config_file[1], encoding="utf-8")
-        text = format_dataset_card(config, run, command, selected, target, formatted.instructions)
+        instructions = "\n\n".join([formatted.instructions, *_warn_of_message_keys(examples)])
+        text = format_dataset_card(config, run, command, selected, target, instructions)
         (temporary_folder / "README.md").write_text(text, encoding="utf-8")
     return "\n".join(
-        [*selected.notes, *_warn_of_run_verdict(run), _summarize_export(config, selected, folder / name, layout)]
+        [
+            *selected.notes,
+            *describe_unread_keys(examples),
+            *_warn_of_message_keys(examples),
+            *_warn_of_run_verdict(run),
+            _summarize_export(config, selected, folder / name, layout),
+        ]
     )
 
 
@@ -82,6 +91,25 @@ def _selection_table(selected: SelectedExamples) -> pa.Table:
     }
     meaning = {"repeats": "how often the row was written; 0: it was left out", "row": "0-based, of the data read"}
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
+
+
+def _warn_of_message_keys(examples: Sequence[Example]) -> list[str]:
+    """What messages say beside role and content, which not every trainer reads."""
+    turns = [turn for example in examples for turn in example.turns + example.rejected]
+    not_learned = sum(not turn.is_target for turn in turns)
+    with_reasoning = sum(bool(turn.reasoning) for turn in turns)
+    return [
+        *(
+            [f'{not_learned:,} answers are marked as no target ("weight": 0): see that the trainer leaves them out.']
+            if not_learned
+            else []
+        ),
+        *(
+            [f"{with_reasoning:,} answers have reasoning_content: see that the trainer's chat template shows it."]
+            if with_reasoning
+            else []
+        ),
+    ]
 
 
 def _warn_of_run_verdict(run: Path | None) -> list[str]:

@@ -105,7 +105,7 @@ def mark_generation_blocks(turns: Turns, targets: Sequence[int], tokenizer: Toke
                 'mark the message as no target ("weight": 0).'
             )
         if turns[target].reasoning and shown < 2:
-            raise _hidden_reasoning(target + 1)
+            raise _hidden_reasoning(target + 1, is_last=target + 1 == len(turns))
     is_choice = len(targets) < len(answers)
     beside = _find_answers_beside_blocks(turns, len(blocks), tokenizer) if is_choice and not all(holders) else []
     spans = []
@@ -218,13 +218,14 @@ def _check_text(turn: Turn, text: str, number: int) -> None:
             f"the template shows it, mend the template, or {USE_BLOCKS}."
         )
     if reasoning not in shown[: len(shown) - len(content)]:
-        raise _hidden_reasoning(number)
+        raise _hidden_reasoning(number, is_last=True)
 
 
-def _hidden_reasoning(number: int) -> ValueError:
+def _hidden_reasoning(number: int, *, is_last: bool) -> ValueError:
+    or_last = "" if is_last else ", or set data.train_on to 'last_turn' if it shows that of the last answer alone"
     return ValueError(
         f"the chat template does not show the reasoning of message {number} (reasoning_content), so nothing would "
-        "learn it. Remove the key from the row, or use a tokenizer with a template that shows it."
+        f"learn it. Remove the key from the row, or use a tokenizer with a template that shows it{or_last}."
     )
 
 
