@@ -366,7 +366,7 @@ def _rule_applies(key: str, config: Any, values: dict[str, Any]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it holds neither a null character nor half of a surrogate pair, which stands for bytes that are no UTF-8."""
+    """Whether it holds no null character and no half of a surrogate pair, which stands for bytes that are no UTF-8."""
     items = value if isinstance(value, tuple) else (value,)
     return not any("\0" in item or re.search("[\ud800-\udfff]", item) for item in items if isinstance(item, str))
 
