@@ -267,7 +267,7 @@ def _print_error(text: str) -> None:
     """Print an error; of a long line, which quotes what was given, the beginning and the end with the remedy."""
     lines = [
         line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
-        for line in text.splitlines()
+        for line in text.split("\n")  # the other line ends are shown
     ]
     print("bilevel-jax: " + "\n".join(lines), file=sys.stderr)
 

@@ -266,6 +266,7 @@ def test_wrong_command_lines_show_no_control_character(capsys):
         assert main(arguments) in (1, 2)
         out, err = capsys.readouterr()
         assert out == "" and is_clean(err) and err.startswith("bilevel-jax: ") and "red" in err
+        assert err.count("\n") == 1
 
 
 def test_help_shows_hostile_values_without_obeying_them(tmp_path, capsys):
