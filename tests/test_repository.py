@@ -141,9 +141,28 @@ def test_every_dependency_is_pinned_within_its_range():
         assert requirement.specifier.contains(pinned[name]), f"{name}: {pinned[name]} is outside of {requirement}"
 
 
+def test_versions_before_1_have_an_upper_bound():
+    """Their next minor version may break, and an environment without constraints.txt would take it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins().items()}
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        version = pinned[re.sub(r"[-_.]+", "-", requirement.name).lower()]
+        assert not version.startswith("0.") or not requirement.specifier.contains("0.999"), str(requirement)
+
+
+def test_python_versions_are_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [line.rpartition(" ")[2] for line in project["classifiers"] if line.startswith("Programming Language")]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"python: \[(.*)\]", workflow)[1].replace('"', "").split(", ") == listed
+    assert project["requires-python"] == f">={listed[0]}"
+    assert f"Python {', '.join(listed[:-1])} or {listed[-1]}" in README.read_text(encoding="utf-8")
+
+
 def test_torch_is_only_asked_for_where_it_is_small():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in map(Requirement, project["optional-dependencies"]["parity"]):
         assert requirement.marker is not None
-        for python, wanted in (("3.11", True), ("3.12", False)):
+        for python, wanted in (("3.11", True), ("3.12", False), ("3.13", False)):
             assert requirement.marker.evaluate(default_environment() | {"python_version": python}) == wanted

@@ -50,6 +50,7 @@ from bilevel_jax.core import tree
 from bilevel_jax.core.problem import divide_by_multiplicity, get_multiplicity
 from bilevel_jax.core.training import (
     apply_gradients,
+    compute_update,
     init_train_state,
     loss_grad_and_example_losses,
     mix_gradients,
@@ -491,7 +492,7 @@ class _BMO:
 
         validation_loss, validation_grad = validation_batch_loss_and_grad(self.problem, params, frozen, validation)
         grad = mix_gradients(validation_grad, merit_grad, share)
-        updates, opt_state = self.optimizer.update(grad, opt_state, params)
+        updates, opt_state = compute_update(self.optimizer, grad, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         if isinstance(self.reference, TrainedReference):
             reference = optax.tree.add(reference, optax.tree.sub(new_params, params))
@@ -542,7 +543,7 @@ class _BMO:
             reference, opt_state = carry
             grad = weighted_loss_and_grad(self.problem, reference, frozen, train, normalizer, losses, -1)[1]
             grad = optax.tree.add_scale(grad, trained.proximal, optax.tree.sub(reference, params))
-            updates, opt_state = trained.optimizer.update(grad, opt_state, reference)
+            updates, opt_state = compute_update(trained.optimizer, grad, opt_state, reference)
             return (optax.apply_updates(reference, updates), opt_state), None
 
         start = (state.reference, state.reference_opt_state)

@@ -92,7 +92,7 @@ def step_functions(
             return apply_update(state, *all_reduce(inner_loss_and_grad(problem, state.params, weights, frozen, batch)))
 
     def apply_update(state: TrainState, loss: Scalar, grad: Params) -> tuple[TrainState, StepMetrics]:
-        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
         new_state = TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
         return new_state, StepMetrics(loss, grad, tree.norm(grad))
 
@@ -192,9 +192,16 @@ def mix_gradients(outer: Params, inner: Params, outer_share: Scalar | float) -> 
     return jax.tree.map(lambda a, b: (outer_share * a + (1 - outer_share) * b).astype(b.dtype), outer, inner)
 
 
+def compute_update(
+    optimizer: optax.GradientTransformation, grad: Params, opt_state: PyTree, params: Params
+) -> tuple[Params, PyTree]:
+    """The optimizer's update and its new state. `optax.lookahead` takes the gradient of its fast parameters alone."""
+    return optimizer.update(grad.fast if isinstance(grad, optax.LookaheadParams) else grad, opt_state, params)
+
+
 def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, grad: Params) -> TrainState:
     """The state of training after one step along a gradient."""
-    updates, opt = optimizer.update(grad, state.opt_state, state.params)
+    updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
 
 
@@ -224,7 +231,7 @@ def forward_only_step(
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, hyper: Hyper, frozen: Frozen, batch: Batch) -> tuple[TrainState, Scalar]:
         loss, grad = inner_loss_and_grad(problem, state.params, problem.gather(hyper, batch), frozen, batch)
-        updates, opt = optimizer.update(grad, state.opt_state, state.params)
+        updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1), loss
 
     return step
@@ -237,7 +244,7 @@ def optimizer_vjp(
     floats, join = tree.split_inexact_leaves(state.opt_state)
 
     def update(grad, params, floats):
-        updates, opt = optimizer.update(grad, join(floats), params)
+        updates, opt = compute_update(optimizer, grad, join(floats), params)
         return optax.apply_updates(params, updates), tree.inexact_leaves(opt)
 
     return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt_state))

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from bilevel_jax.core import checkpointing, tree
-from bilevel_jax.core.training import backward_step, optimizer_vjp, store_step
+from bilevel_jax.core.training import backward_step, compute_update, optimizer_vjp, store_step
 from bilevel_jax.core.types import (
     Adjoint,
     BackwardState,
@@ -313,8 +313,10 @@ def check_differentiable(
 ) -> None:
     """Refuse an optimizer whose update has no usable derivative, with the remedy, before the backward pass.
 
-    Pulls a vector back through the update at the first step and near the middle, at the gradient met there and at the
-    same gradient with half of its entries set to exactly 0 (what rows of an embedding get before their first use).
+    From the first step and from one near the middle, repeats the gradient met there until the update depends on a
+    gradient (an accumulating optimizer acts at its k-th step, a warm-up from 0 after its first), and pulls a vector
+    back through the update of that step. Again with half of the gradient's entries set to exactly 0 (what rows of an
+    embedding get before their first use).
 
     Args:
         step: of `train_step`.
@@ -328,8 +330,9 @@ def check_differentiable(
         Nothing.
 
     Raises:
-        ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry) or is 0 at both places
-            (lion and other sign methods: no weight would change anything).
+        ValueError: if a derivative is not finite (Adam with eps_root = 0 at a zero entry), if no parameter depends on
+            the size of a gradient (lion and other sign methods: no weight would change anything), or if no gradient
+            reaches the parameters within the run (accumulation over more steps, a learning rate of 0).
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: (theta - batch["data"]) ** 2)
@@ -341,31 +344,48 @@ def check_differentiable(
         Traceback (most recent call last):
         ValueError: the optimizer's update does not depend on the gradient's size ...
     """
-    check_gradient, zero_half = (
-        jax.jit(partial(_probe_optimizer, optimizer)),
+    if not trajectory.steps:
+        return
+    advance, has_finite_vjp, zero_half = (  # compiled: one by one, their operations take longer
+        jax.jit(partial(_advance_along, optimizer)),
+        jax.jit(partial(_has_finite_vjp, optimizer)),
         jax.jit(_zero_half),
-    )  # one by one, their operations take longer
-    any_nonzero = False
+    )
+    any_acts = False
+    start_grad = None
     for state in (trajectory.start, _state_near_middle(trajectory)):
         index = int(state.step)
         batch = train.batch(index)
         grad = step.forward(state, step.gather(hyper, batch), frozen, batch)[1].grad
+        start_grad = grad if start_grad is None else start_grad
         for description, probe_grad in (
             ("a gradient of this run", grad),
             ("a gradient with zero entries", zero_half(grad)),
         ):
-            is_finite, is_nonzero = check_gradient(probe_grad, state)
-            if not is_finite:
+            acting, acts = _find_acting_step(advance, state, probe_grad, trajectory.steps)
+            any_acts |= acts
+            if acts and not has_finite_vjp(probe_grad, acting):
                 raise ValueError(
-                    f"the optimizer's update has a derivative that is not finite at {description} (step {index}). Adam "
-                    "and its kin need eps_root > 0 (1e-12 is enough); a clip by a norm needs one that is safe at 0."
+                    f"the optimizer's update has a derivative that is not finite at {description} (step "
+                    f"{int(acting.step)}). Adam and its kin need eps_root > 0 (1e-12 is enough), a clip by a norm "
+                    "needs one that is safe at 0, and radam has none before it rectifies."
                 )
-            any_nonzero |= bool(is_nonzero)
-    if not any_nonzero:
+    if any_acts:
+        return
+    ends = [
+        _find_acting_step(advance, trajectory.start, signed_grad, trajectory.steps)[0].params
+        for signed_grad in (start_grad, jax.tree.map(jnp.negative, start_grad))
+    ]
+    if jax.jit(tree.bitwise_equal)(*ends):
         raise ValueError(
-            "the optimizer's update does not depend on the gradient's size (its derivative is 0), as with lion or "
-            "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
+            f"no gradient reaches the parameters in the {trajectory.steps} steps of this run, so no weight would "
+            "change anything: the optimizer accumulates over more steps, its learning rate is 0, or it freezes all "
+            "parameters. Train for more steps, or use another optimizer."
         )
+    raise ValueError(
+        "the optimizer's update does not depend on the gradient's size (its derivative is 0), as with lion or "
+        "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
+    )
 
 
 def _state_near_middle(trajectory: Trajectory) -> TrainState:
@@ -377,15 +397,46 @@ def _state_near_middle(trajectory: Trajectory) -> TrainState:
     return trajectory.snapshots[nearest_step] if nearest_step else trajectory.start
 
 
-def _probe_optimizer(
-    optimizer: optax.GradientTransformation, grad: Params, state: TrainState
-) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+def _find_acting_step(advance: Callable, state: TrainState, grad: Params, steps: int) -> tuple[TrainState, bool]:
+    """(the state before the first update that depends on the size of `grad`, True), or (the state at the end, False).
+
+    Every step has the same gradient. Its tangent is carried forward through the optimizer's state.
+    """
+    tangents = [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(state.opt_state)]
+    for _ in range(int(state.step), steps):
+        new_state, new_tangents, acts = advance(state, grad, tangents)
+        if acts:
+            return state, True
+        state, tangents = new_state, new_tangents
+    return state, False
+
+
+def _advance_along(
+    optimizer: optax.GradientTransformation, state: TrainState, grad: Params, tangents: list[Array]
+) -> tuple[TrainState, list[Array], Bool[Array, ""]]:
+    """A step along `grad`; the derivative of the optimizer's new state along directions of all gradients so far; and
+    whether that of the parameters is other than 0."""
+    floats, join = tree.split_inexact_leaves(state.opt_state)
+
+    def update(grad, floats):
+        updates, opt_state = compute_update(optimizer, grad, join(floats), state.params)
+        return (optax.apply_updates(state.params, updates), tree.inexact_leaves(opt_state)), opt_state
+
+    keys = optax.tree.split_key_like(jax.random.fold_in(jax.random.key(0), state.step), grad)
+    direction = jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, grad)
+    (params, _), (params_tangent, new_tangents), opt_state = jax.jvp(
+        update, (grad, floats), (direction, tangents), has_aux=True
+    )
+    acts = jnp.stack([(leaf != 0).any() for leaf in jax.tree.leaves(params_tangent)]).any()  # nan, too
+    return TrainState(params, opt_state, state.step + 1), new_tangents, acts
+
+
+def _has_finite_vjp(optimizer: optax.GradientTransformation, grad: Params, state: TrainState) -> Bool[Array, ""]:
+    """Whether a vector, pulled back through the update of one step, is finite."""
     keys = optax.tree.split_key_like(jax.random.key(0), grad)
     cotangent = jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, grad)
     adjoint = Adjoint(cotangent, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(state.opt_state)])
-    grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
-    is_nonzero = jnp.logical_or(tree.norm(grad_bar) > 0, (tree.norm(opt_bar) > 0) if opt_bar else False)
-    return tree.all_finite((grad_bar, params_bar, opt_bar)), is_nonzero
+    return tree.all_finite(optimizer_vjp(optimizer, grad, state, adjoint))
 
 
 def _zero_half(grad: Params) -> Params:
