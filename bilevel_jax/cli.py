@@ -180,7 +180,14 @@ def _run_export(name: str, arguments: list[str]) -> str:
     if run:
         path, flags = str(run / "config.yaml"), [*flags_for_run(run), *flags]
     _check_config_file(path)
-    return _call(name, load_config(ExportConfig, path, flags), run, f"bilevel-jax export {shlex.join(arguments)}")
+    return _call(name, load_config(ExportConfig, path, flags), run, _quote_export(arguments))
+
+
+def _quote_export(arguments: list[str]) -> str:
+    """The command as the card of the export quotes it."""
+    from bilevel_jax.runs.config.local_paths import hide_paths_in_arguments
+
+    return f"bilevel-jax export {shlex.join(hide_paths_in_arguments(arguments))}"
 
 
 def _run_estimate(name: str, arguments: list[str]) -> str:

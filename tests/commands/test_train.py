@@ -1,6 +1,7 @@
 """The command `train` as a user runs it: what it writes, which weights it uses, that it stops and goes on."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,31 @@ def whole(made, tmp_path_factory):
 def weights_file(path, examples, weights, **more):
     pq.write_table(pa.table({"id": [e.id for e in examples], "weight": weights, **more}), path)
     return str(path)
+
+
+LOCAL = ("config.yaml", "inputs.json", "environment.json", "log.jsonl", "report.html", "identity.json", "manifest.json")
+
+
+def test_what_travels_names_no_place_of_this_machine(made, whole):
+    out, _ = whole
+    travels = [path for path in out.rglob("*") if path.is_file() and path.name not in LOCAL]
+    travels = [path for path in travels if path.relative_to(out).parts[0] not in ("checkpoints", "parts")]
+    assert {"result.json", "weights.parquet", "config.json"} <= {path.name for path in travels}
+    place = str(made.parent).encode()
+    assert [path.name for path in travels if place in path.read_bytes()] == []
+    assert set(pq.read_table(out / "weights.parquet")["file"].to_pylist()) == {"train.jsonl"}
+
+
+def test_modes_of_files_follow_the_umask(whole):
+    out, _ = whole
+    umask = os.umask(0)
+    os.umask(umask)
+    odd = [
+        path.relative_to(out)
+        for path in out.rglob("*")
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
+    ]
+    assert odd == []
 
 
 def tensors(folder):

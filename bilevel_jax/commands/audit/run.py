@@ -172,7 +172,7 @@ def _run_audit(
     )
     run_dir.write_parquet(session.folder / "bank.parquet", table)
     run_dir.write_parquet(session.folder / SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
-    run_dir.write_json(session.folder / "result.json", result)
+    run_dir.write_result(session.folder, result)
     report.write_audit_report(session.folder)
     return result
 

@@ -150,7 +150,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
     result["sentence"] = report.summarize_comparison(result)
     session.set_phase("writing")
     run_dir.write_parquet(session.folder / "weights.parquet", pa.concat_tables(tables))
-    run_dir.write_json(session.folder / "result.json", result)
+    run_dir.write_result(session.folder, result)
     run_dir.write_atomic(session.folder / "table.md", report.format_markdown(result))
     report.write_compare_report(session.folder)
     return result

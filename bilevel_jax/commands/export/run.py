@@ -16,6 +16,8 @@ from bilevel_jax.lm.data.examples import Example, describe_unread_keys
 from bilevel_jax.lm.data.files import write_rows
 from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.config.load import ExportConfig
+from bilevel_jax.runs.config.local_paths import hide_local_paths
+from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.engine.selection import describe_selection_rule
 
 MAX_SOURCES_SHOWN = 6
@@ -57,6 +59,7 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
             (temporary_folder / formatted.config_file[0]).write_text(formatted.config_file[1], encoding="utf-8")
         instructions = "\n\n".join([formatted.instructions, *_warn_of_message_keys(examples)])
         text = format_dataset_card(config, run, command, selected, target, instructions)
+        text = hide_local_paths(text, [value for _, value in flatten_config(config)])  # a card goes where the rows go
         (temporary_folder / "README.md").write_text(text, encoding="utf-8")
     return "\n".join(
         [

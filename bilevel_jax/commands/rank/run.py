@@ -28,6 +28,7 @@ from bilevel_jax.commands.rank.strategies import (
 from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.config.load import RankConfig, config_hash
+from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -134,7 +135,7 @@ def _run_ranking(
         session.folder / TABLE_FILE,
         build_response_table(strategy_responses.strategies, sample, measures, rows, own_answers),
     )
-    run_dir.write_json(session.folder / "result.json", result)
+    run_dir.write_result(session.folder, result)
     report.write_rank_report(session.folder)
     return result
 
@@ -240,9 +241,10 @@ def build_response_table(
     count = len(strategies)
     questions = [(b, q, question) for b, block in enumerate(sample) for q, question in enumerate(block)]
     cells = [(b, q, question, s) for b, q, question in questions for s in range(count)]
+    file_names = short_file_names(question.file for _, _, question, _ in cells)
     columns: dict[str, Any] = {
         "id": [question.id for _, _, question, _ in cells],
-        "file": [question.file for _, _, question, _ in cells],
+        "file": [file_names[question.file] for _, _, question, _ in cells],
         "line": [question.line for _, _, question, _ in cells],
         "block": [b for b, _, _, _ in cells],
         "strategy": [strategies[s] for _, _, _, s in cells],

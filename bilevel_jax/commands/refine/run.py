@@ -204,7 +204,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         "config_hash": config_hash(config),
     }
     result["sentence"] = report.summarize_refinement(result)
-    run_dir.write_json(session.folder / "result.json", result)
+    run_dir.write_result(session.folder, result)
     report.write_refine_report(session.folder)
     return result
 

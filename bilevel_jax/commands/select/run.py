@@ -97,7 +97,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
         seconds=sum(result["seconds"].values()),
         timed_steps=sum(result["work"].values()),
     )
-    run_dir.write_json(folder / "result.json", result)
+    run_dir.write_result(folder, result)
     distributed.run_on_first_process(lambda: report.write_select_report(folder, task.examples))
     return result
 

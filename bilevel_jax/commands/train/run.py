@@ -220,7 +220,7 @@ def _write_outputs(
             task, folder, training_steps=session.work_done, seconds=training_result.seconds, timed_steps=task.num_steps
         ),
     }
-    run_dir.write_json(folder / "result.json", result)
+    run_dir.write_result(folder, result)
     distributed.run_on_first_process(lambda: report.write_train_report(folder, task.examples))
     return result
 

@@ -15,6 +15,7 @@ from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
 from bilevel_jax.lm.models.source_files import find_hub_name
+from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.infra import distributed, seals
@@ -33,6 +34,7 @@ def weights_table(
     """One row per training example, joined by `id` and never by position; signs and units in the schema's metadata."""
     selected_mask = np.zeros(task.num_examples, bool)
     selected_mask[selected_indices] = True
+    file_names = short_file_names(example.file for example in task.examples)
     columns = {
         "id": [example.id for example in task.examples],
         "row": np.arange(task.num_examples),
@@ -44,7 +46,7 @@ def weights_table(
         "alignment": learned.alignment,
         "loss": learned.losses,
         "selected": selected_mask,
-        "file": [example.file for example in task.examples],
+        "file": [file_names[example.file] for example in task.examples],
         "line": [example.line for example in task.examples],
     }
     meanings = {
@@ -100,13 +102,14 @@ def format_selected_jsonl(
 
 def train_weights_table(task: TextTask, weights: np.ndarray, *, source: str, config_hash: str) -> pa.Table:
     """What `train` used: one row per training example, joined by `id`."""
+    file_names = short_file_names(example.file for example in task.examples)
     columns = {
         "id": [example.id for example in task.examples],
         "row": np.arange(task.num_examples),
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
         "weight": weights,
-        "file": [example.file for example in task.examples],
+        "file": [file_names[example.file] for example in task.examples],
         "line": [example.line for example in task.examples],
     }
     meanings = {"weight": "factor of the row's loss", "from": source, "config_hash": config_hash}

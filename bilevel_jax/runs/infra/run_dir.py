@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
+from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.infra import distributed, seals
 
 CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
+RESULT_FILE = "result.json"
 
 
 def create_run_dir(path: str | Path, resume: bool = False) -> Path:
@@ -103,6 +106,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """A JSON file, whole or not at all; numbers that are not finite become null."""
     write_atomic(path, json.dumps(_nonfinite_to_none(value), indent=1, allow_nan=False))
+
+
+def write_result(folder: str | Path, result: Any) -> None:
+    """`folder`/result.json. It may leave this machine, so absolute paths of the run's config.yaml are shortened."""
+    settings = yaml.safe_load(read_text(Path(folder) / CONFIG_FILE))
+    write_json(Path(folder) / RESULT_FILE, hide_local_paths(result, settings))
 
 
 def write_parquet(path: str | Path, table: pa.Table) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from bilevel_jax.lm.data import files
 from bilevel_jax.lm.data.examples import Example, read_name
+from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.schema import WeightsSection
 
 
@@ -64,15 +65,20 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
         weights,
         keep_mask,
         int(is_missing.sum()),
-        f"{config.column} of {config.file}{transform_note}{mean_note}",
+        f"{config.column} of {_short_name(config)}{transform_note}{mean_note}",
         len(column.values.keys() - {example.id for example in present}),
     )
 
 
 def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
     """What can be said of weights before any row was read."""
-    source = f"{config.column} of {config.file}" if config.file else f"{config.constant:g} for every example"
+    source = f"{config.column} of {_short_name(config)}" if config.file else f"{config.constant:g} for every example"
     return LoadedWeights(np.zeros(0), np.zeros(0, bool), 0, source)
+
+
+def _short_name(config: WeightsSection) -> str:
+    """The weights' file as results name it."""
+    return short_file_names([config.file])[config.file]
 
 
 class StreamedWeights:
