@@ -391,11 +391,12 @@ def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
         "method alignment, weighting softmax",
         result["config_hash"],
         result["verdict"]["level"],
-        f"`bilevel-jax export {run} --out e --export.format axolotl --export.layout chat`",
+        f"`bilevel-jax export {run.name} --out e --export.format axolotl --export.layout chat`",
         "**Licence:** not stated",
         "| rows with a weight | 36 |",
     ):
         assert said in card, said
+    assert str(run.parent) not in card  # the card goes where the rows go
     assert (
         main(["export", str(run), "--out", "f", "--selection.top-share", "0.25", "--weights.transform", "negate"]) == 1
     )
