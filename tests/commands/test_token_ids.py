@@ -71,11 +71,11 @@ def write(path, rows):
 def test_refused_before_training(inputs, tmp_path, monkeypatch, capsys, arguments, where):
     monkeypatch.chdir(inputs)
     command, *rest = [str(ROOT / item) if item.startswith("configs/") else item for item in arguments]
-    flags = ["--model.name-or-path", "model", "--data.max-length", "32"]
+    flags = ["--model.name-or-path", "model", "--data.max-length", "32", "--data.label-field", ""]
     if command not in ("inspect", "estimate"):
         flags += ["--out", str(tmp_path / "run"), "--output.no-progress"]
     if command == "rank":
-        flags = [flag for flag in flags if flag not in ("--data.max-length", "32")]
+        flags = [flag for flag in flags if flag not in ("--data.max-length", "32", "--data.label-field", "")]
     assert main([command, *rest, *flags]) == (0 if command == "inspect" else 1)
     printed = " ".join("".join(capsys.readouterr()).split())
     assert f"{where}: the token '{NEW}' has the id {SIZE}, and the model's embedding has {SIZE} rows" in printed
