@@ -119,9 +119,10 @@ def _render_within_limits(render: Callable[[], str], turns: Sequence[Turn]) -> s
             text = render()
         if len(text) > MAX_GROWTH + 10 * sum(len(turn.content) + len(turn.reasoning) for turn in turns):
             raise _LimitError(f"writes {len(text):,} characters")
-    except _LimitError as error:
+    except (_LimitError, MemoryError) as error:
+        limit = error if isinstance(error, _LimitError) else "takes more memory than there is"
         raise TemplateLimitError(
-            f"the chat template {error} for a dialogue of {len(turns)} messages and was stopped. Mend the loop in "
+            f"the chat template {limit} for a dialogue of {len(turns)} messages and was stopped. Mend the loop in "
             f"it, or {ANOTHER_TEMPLATE}."
         ) from None
     except Exception as error:  # a template can raise anything: it computes with what it is given
@@ -174,12 +175,20 @@ def _limit_time_and_memory() -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, check)
     timer = signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _take_pending_signal()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
     if time.thread_time() - start > TICK_SECONDS:
         check(0, None)  # one long step of the interpreter, in which no signal came through
+
+
+def _take_pending_signal() -> None:
+    """Nothing: the interpreter hands out signals where a function begins, here to the handler that they are for."""
 
 
 def _peak_memory() -> int:

@@ -125,7 +125,7 @@ class DataSection:
     """Examples longer than max_length: error (stop and list them), cut on the right or left, or drop."""
 
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
-    """Assistant turns whose tokens have the loss."""
+    """Assistant turns that have the loss; a message with weight 0 (or train, loss, trainable: false) has none."""
 
     packing: bool = False
     """Put several examples into one sequence: faster, with the same losses and gradients."""

@@ -577,6 +577,7 @@ DOUBLING = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x
         DOUBLING.replace("START", "[1, 2, 3]"),
         "{{ (messages | length + 8) ** (10 ** 9) > 3 }}",
         "{{ 'a' * 2000000 }}",
+        "{{ 'a' * 10 ** 18 }}",
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(monkeypatch, template):
@@ -588,6 +589,18 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch, template):
     ):
         learned(bpe(template + CHATML), talk("uA?", "aB"))
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_an_alarm_of_the_process_stays_as_it_is():
+    handler = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    try:
+        own = signal.getsignal(signal.SIGALRM)
+        learned(bpe(CHATML), talk("uA?", "aB"))
+        assert signal.getsignal(signal.SIGALRM) is own and 500 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_templates_render_in_other_threads():
