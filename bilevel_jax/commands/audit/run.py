@@ -31,6 +31,7 @@ from bilevel_jax.runs.engine.trainer import (
     delete_stored_states,
 )
 from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
@@ -160,6 +161,7 @@ def _run_audit(
         seed=config.data.seed,
     )
     session.set_phase("writing")
+    keep_last_checkpoints(session.folder)
     result = judge.judge_scores(
         task, scores, retrain_losses, certification, data=labelled_data(config), train_seed=config.train.seed
     )

@@ -1,7 +1,6 @@
 """The `compare` command, which tests every method at one compute budget."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -286,7 +285,7 @@ def learn_weights(
         return _make_cell(task, outcome, outer_loss)
 
     cell = session.run_once(key, make, path)
-    shutil.rmtree(session.folder / "parts" / key.replace("/", " "), ignore_errors=True)
+    run_dir.remove_folder(session.folder / "parts" / key.replace("/", " "))
     return dict(cell), run_dir.read_arrays(path)
 
 

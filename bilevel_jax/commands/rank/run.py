@@ -104,7 +104,7 @@ def _run_ranking(
         session.print_line(note)
     began = time.monotonic()
     own_answers = collect_own_answers(config, rank_model, sample, session)
-    costs = {"answers": time.monotonic() - began}
+    costs = {"answers": session.run_once("answers", lambda: time.monotonic() - began)}
     rows, num_cut = _tokenize_all_responses(config, rank_model, sample)
     measures, measure_costs = measure_responses(config, rank_model, sample, rows, own_answers, session)
     trial_results = (
@@ -315,6 +315,7 @@ def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, ScorePlan
     reader = ResumableEngine(rank_model.decoder, rank_model.params, rank_model.mesh, session)
     requests = [request for plan in plans.values() for request in plan.requests]
     replies = reader(requests, on_batch)
+    on_batch(len(set(requests)))  # also what a process before this one answered
     values, at = {}, 0
     for name, plan in plans.items():
         plan_replies = replies[at : at + len(plan.requests)]

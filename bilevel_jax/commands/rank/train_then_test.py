@@ -1,6 +1,5 @@
 """Short trainings on each strategy's responses, tested on validation examples."""
 
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,7 +51,6 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
     session.set_phase(
         "training", total=session.work_done + len(indices_by_strategy) * config.rank.train_seeds * task.num_steps
     )
-    started = time.monotonic()
     train_and_score = partial(_run_trial, config, task, trainer, session)
     before = session.run_once("trials/before", partial(train_and_score, None, 0))
     lines = []
@@ -73,7 +71,7 @@ def run_trials(config: RankConfig, strategy_responses: StrategyResponses, sessio
         "steps": task.num_steps,
         "batch": task.batch_size,
         "validation": len(task.held_out_examples["validation"]),
-        "seconds": time.monotonic() - started,
+        "seconds": session.job_cost("trials/")[1],
     }
 
 

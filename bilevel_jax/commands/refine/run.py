@@ -1,6 +1,5 @@
 """The `refine` command, which retrains the model on its own responses."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -170,19 +169,21 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         session.advance(sum(record["work"] for record in records))
     elif refine_config.refine.questions == "dynamic":
         state = state._replace(weights=estimate_initial_weights(context, start))
+    for number in range(len(records)):
+        _remove_candidates(context, number)  # a kill may have come before it
     for number in range(len(records), refine_config.refine.rounds):
         state, record = run_round(context, state, number)
         records.append(record)
         session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
         session.print_line(_format_round(record))
         checkpoint.save_checkpoint(folder, number, state, {"records": records})
-        for name in refine_config.refine.methods:
-            shutil.rmtree(_candidate_folder(session, number, name), ignore_errors=True)
+        _remove_candidates(context, number)
         session.mark_saved()
     session.set_phase("reading test")
     ends = {"first": start, "last": state.params}
     final_evaluation = session.run_once("test", lambda: evaluate_final(context, ends))
     session.set_phase("writing")
+    checkpoint.keep_last_checkpoints(session.folder)
     write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
     artifacts.write_round_tables(session, records, config_hash(config))
     result = {
@@ -424,6 +425,12 @@ LOGGED_KEYS = (
     "ess",
     "seconds",
 )
+
+
+def _remove_candidates(context: RefineContext, number: int) -> None:
+    """Remove what the candidates of a round have saved, once the round itself is."""
+    for name in context.config.refine.methods:
+        run_dir.remove_folder(_candidate_folder(context.session, number, name))
 
 
 def _candidate_folder(session: Session, number: int, name: str) -> Path:

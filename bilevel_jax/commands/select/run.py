@@ -19,7 +19,7 @@ from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, build_variants, 
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
-from bilevel_jax.runs.infra import distributed, run_dir, seals
+from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.tasks import splits
@@ -78,7 +78,8 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     )
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
-    _write_artifacts(task, config, trainer, learned, single_loop_result, selected, folder)
+    distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
+    _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
     result = _build_result(task, config, session, learned, single_loop_result)
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
@@ -92,7 +93,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     }
     result["measured"] = usage.measure_usage(
         task,
-        folder,
+        session,
         training_steps=session.work_done,
         seconds=sum(result["seconds"].values()),
         timed_steps=sum(result["work"].values()),
@@ -186,9 +187,10 @@ def _write_artifacts(
     learned: LearnedWeights,
     single_loop_result: SingleLoopResult | None,
     selected: Int[np.ndarray, "selected"],
-    folder: Path,
+    session: Session,
 ) -> None:
     """weights.parquet, selected.jsonl, and the models."""
+    folder = session.folder
     table = artifacts.weights_table(
         task,
         learned,
@@ -205,6 +207,8 @@ def _write_artifacts(
     if not distributed.broadcast_from_first(seals.is_noted_folder(folder / "model")):
         params = _train_final_model(task, config, trainer, learned)
         artifacts.write_model(folder / "model", task, params, base_path=base_path)
+    else:
+        session.advance(task.num_steps)  # of the process that wrote it
     if single_loop_result is not None:
         artifacts.write_model(folder / "model-own", task, single_loop_result.params, base_path=base_path)
 

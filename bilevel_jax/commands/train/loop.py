@@ -16,7 +16,7 @@ from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.config.schema import FineTuneSection, OptimizerSection
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.engine.trainer import check_finite, describe_example
-from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra import checkpoint, distributed
 from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
@@ -38,6 +38,8 @@ class TrainingInput(NamedTuple):
     """(step, parameters before it): called before each step, so that the weights may follow the model."""
     update_steps: tuple[int, ...] = ()
     """The steps at which `update_weights` may take long."""
+    restore: Callable[[int], None] = lambda step: None
+    """(number of steps): have what those steps left behind; called where a run goes on after them, or has made all."""
 
 
 class TrainCheckpoint(NamedTuple):
@@ -48,6 +50,17 @@ class TrainCheckpoint(NamedTuple):
     """The parameters of the least dev loss so far; () where the last ones are written."""
 
 
+class TrainingTiming(NamedTuple):
+    """How long training took: of the process that made the last step, whatever processes come after it."""
+
+    seconds: float
+    """Of training, without evaluation."""
+    tokens_per_second: float | None
+    """Supervised tokens per second after the first steps, which compile; None for a run as short as that."""
+    start_step: int
+    """The step that the process began with."""
+
+
 class TrainingResult(NamedTuple):
     """The parameters to write, and how training went."""
 
@@ -56,14 +69,9 @@ class TrainingResult(NamedTuple):
     """Losses and accuracies of these parameters on the held-out examples."""
     evaluations: list[dict[str, Any]]
     tokens: int
-    seconds: float
-    """Of training, without evaluation."""
-    tokens_per_second: float
-    """Supervised tokens per second after the first steps, which compile; nan for a run as short as that."""
-    start_step: int
-    """The step that this process began with."""
     num_skipped: int
     """Steps that were left out because their gradient was not finite."""
+    timing: TrainingTiming
 
 
 class TrainingLoop:
@@ -113,21 +121,24 @@ class TrainingLoop:
         self.session.advance(self.start_step)
         if not self.records and self.task.held_out_streams:
             self._record_evaluation(0, state)
+        self.input.restore(self.start_step)
         self._timer_start = time.monotonic()
         remaining = range(self.start_step, self.task.num_steps)
         state = run_steps(self.session, self._take_step, state, remaining, on_step=self._on_step, save=self._save)
-        self._stop_timer()
+        distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(self.session.folder))
         params = self._best_params if self.config.load_best else state.params
         return TrainingResult(
             params,
             self._evaluate(params, with_accuracy=True),
             self.records,
             self.tokens,
-            self.seconds,
-            self._token_rate.rate(),
-            self.start_step,
             self._count_skipped(state),
+            TrainingTiming(**self.session.run_once("timing", lambda: self._timing()._asdict())),
         )
+
+    def _timing(self) -> TrainingTiming:
+        rate = self._token_rate.rate()
+        return TrainingTiming(self.seconds, rate if math.isfinite(rate) else None, self.start_step)
 
     def _take_step(self, index: int, state: TrainState) -> TrainState:
         self._stop_timer()
@@ -154,8 +165,9 @@ class TrainingLoop:
         return save_due or is_last
 
     def _save(self, steps_done: int, state: TrainState) -> None:
-        seconds = self.seconds + time.monotonic() - self._timer_start
-        meta = {"records": self.records, "tokens": self.tokens, "seconds": seconds}
+        self._stop_timer()
+        self._timer_start = time.monotonic()
+        meta = {"records": self.records, "tokens": self.tokens, "seconds": self.seconds}
         checkpoint.save_checkpoint(self.folder, steps_done, TrainCheckpoint(state, self._best_params), meta)
 
     def _stop_timer(self) -> None:

@@ -1,6 +1,5 @@
 """The `train` command, which fine-tunes with a weight for every example."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with open_run_dir(config) as folder:
         resolved = resolve_builtin(config, folder)
         dataset = splits.load_splits(resolved.data)
+        if config.train.load_best and not dataset.held_out["dev"]:
+            raise ValueError(
+                "train.load_best chooses by dev, which has no examples: give data.dev, or data.validation with a "
+                "share for dev in data.split."
+            )
         if config.weights.score:
             scores.check_score_name(config.weights.score, holdout=bool(dataset.held_out["validation"]))
         loaded_weights = (
@@ -53,11 +57,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         task = prepare_text_task(
             resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed]
         )
-        if config.train.load_best and "dev" not in task.held_out_streams:
-            raise ValueError(
-                "train.load_best chooses by dev, which has no examples: give data.dev, or data.validation with a "
-                "share for dev in data.split."
-            )
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]
@@ -132,6 +131,7 @@ def _scored_weights_input(task: TextTask, data: DataSection, reweighting: Reweig
         reweighting.problem,
         reweighting.update_scores,
         reweighting.refresh_steps,
+        reweighting.restore,
     )
 
 
@@ -156,7 +156,7 @@ def _streaming_input(
         device_stream = place_stream(task.mesh, Stream(lambda _: batch, 1))
         return replicate(task.mesh, jnp.asarray(hyper, dtype)), device_stream.batch(0)
 
-    return TrainingInput(batch_at, task.problem), example_stream
+    return TrainingInput(batch_at, task.problem, restore=example_stream.restore), example_stream
 
 
 def _write_outputs(
@@ -179,7 +179,7 @@ def _write_outputs(
     artifacts.write_model(
         folder / "model", task, training_result.params, base_path=config.model.name_or_path, parts=config.output.model
     )
-    records = training_result.evaluations
+    records, timing = training_result.evaluations, training_result.timing
     best = min(records, key=lambda record: record["loss"]["dev"]) if config.train.load_best else None
     ends = {"before": records[0], "after": training_result.final_metrics} if records else {}
     result = {
@@ -203,21 +203,19 @@ def _write_outputs(
         "best": {"step": best["step"], "part": "dev"} if best else None,
         "kept": "best" if config.train.load_best else "last",
         "tokens": training_result.tokens,
-        "seconds": training_result.seconds,
+        "seconds": timing.seconds,
         "skipped": training_result.num_skipped,
-        "tokens_per_second": training_result.tokens_per_second
-        if math.isfinite(training_result.tokens_per_second)
-        else None,
+        "tokens_per_second": timing.tokens_per_second,
         "weights": _summarize_weights(loaded_weights, example_weights),
-        "scoring": reweighting.to_result(training_result.seconds) if reweighting else None,
+        "scoring": reweighting.to_result(timing.seconds) if reweighting else None,
         "records": records,
         "notes": task.notes
         + ([f"{training_result.num_skipped} steps were left out: not finite."] if training_result.num_skipped else []),
-        "resumed": training_result.start_step,
+        "resumed": timing.start_step,
         "config_hash": config_hash(config),
         "estimate": usage.predict_usage(task, config, session),
         "measured": usage.measure_usage(
-            task, folder, training_steps=session.work_done, seconds=training_result.seconds, timed_steps=task.num_steps
+            task, session, training_steps=session.work_done, seconds=timing.seconds, timed_steps=task.num_steps
         ),
     }
     run_dir.write_result(folder, result)

@@ -1,6 +1,7 @@
 """A tiny character-level Llama and tokenizer for the builtin tasks."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 def write_once(path: Path, text: str) -> None:
     """Write a file, unless it is there with just this text; one with another is an error."""
-    if path.exists() and path.read_bytes() != text.encode():
-        raise FileExistsError(f"{path}: already there, with other contents. Name another folder, or remove the file.")
-    path.write_bytes(text.encode())
+    if path.exists():
+        if path.read_bytes() != text.encode():
+            raise FileExistsError(
+                f"{path}: already there, with other contents. Name another folder, or remove the file."
+            )
+        return
+    part = path.with_name(f".{path.name}.part")  # a kill leaves no half of a file, which would be refused next time
+    part.write_bytes(text.encode())
+    os.replace(part, path)

@@ -1,5 +1,7 @@
 """Loading and saving of Hugging Face model folders."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -189,18 +191,45 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises."""
+    """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises.
+
+    Those that killed processes left for the same name are removed first.
+    """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty; give another folder, or remove it first.")
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}." + "[0-9a-f]" * 32):
+        with _held_folder(leftover) as is_held:
+            if is_held:  # or the process that makes it is at work
+                shutil.rmtree(leftover, ignore_errors=True)
     target = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     target.mkdir(parents=True)
     try:
-        yield target
-        os.replace(target, folder)
+        with _held_folder(target):
+            yield target
+            os.replace(target, folder)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _held_folder(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process; whether it can be. The kernel lets go of those of a killed process."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held by another, or a file system that cannot
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _extend_source_config(

@@ -11,7 +11,7 @@ from bilevel_jax.runs.budget import compiled_steps, memory, work
 from bilevel_jax.runs.budget.memory import MID_STEP_CHECKPOINT
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
 from bilevel_jax.runs.engine.trajectory_store import GIB
-from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.infra.session import EXPECTED_USAGE_JOB, Session
 from bilevel_jax.runs.tasks.text import TextTask
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,7 +22,7 @@ def predict_usage(task: TextTask, config: SelectConfig | TrainConfig, session: S
 
     Made where a run begins and remembered by it, with the most memory so far.
     """
-    return session.run_once("expected", lambda: _predict_usage(task, config))
+    return session.run_once(EXPECTED_USAGE_JOB, lambda: _predict_usage(task, config))
 
 
 def _predict_usage(task: TextTask, config: SelectConfig | TrainConfig) -> dict[str, Any]:
@@ -53,9 +53,23 @@ def peak_memory() -> tuple[float, str]:
 
 
 def measure_usage(
+    task: TextTask, session: Session, *, training_steps: float, seconds: float, timed_steps: float
+) -> dict[str, Any]:
+    """What the run took: `training_steps`, of which `timed_steps` took `seconds`.
+
+    Measured by the process that comes here first, and remembered by the run.
+    """
+    return session.run_once(
+        "measured",
+        lambda: _measure_usage(
+            task, session.folder, training_steps=training_steps, seconds=seconds, timed_steps=timed_steps
+        ),
+    )
+
+
+def _measure_usage(
     task: TextTask, folder: Path, *, training_steps: float, seconds: float, timed_steps: float
 ) -> dict[str, Any]:
-    """What the run took: `training_steps`, of which `timed_steps` took `seconds`."""
     peak_bytes, memory_of = peak_memory()
     return {
         "passes": training_steps,

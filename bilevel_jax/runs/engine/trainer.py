@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(self, task: Task, outer: OuterSection, session: Session):
         self.task, self.outer, self.session = task, outer, session
-        self.folder: Path = session.folder / "checkpoints" / "inner"
+        self.folder: Path = session.folder / "checkpoints" / checkpoint.MID_STEP_FOLDER
         split = dict(task.mesh.shape).get("fsdp", 1) > 1
         if outer.method == "implicit" and split and distributed.is_multiprocess() and jax.default_backend() == "cpu":
             raise ValueError(

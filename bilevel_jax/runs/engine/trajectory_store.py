@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from bilevel_jax.core import checkpointing
 from bilevel_jax.core.types import CheckpointPlan, TrainState, TrainStep
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.infra import checkpoint, distributed
+from bilevel_jax.runs.infra.run_dir import remove_folder
 
 GIB = 2.0**30
 DEFAULT_MEMORY_SHARE = 0.5
@@ -114,7 +114,7 @@ class DiskStore(MutableMapping[int, TrainState]):
 
     def __init__(self, folder: Path, like: TrainState, *, resume: bool = False):
         if not resume:
-            distributed.run_on_first_process(lambda: shutil.rmtree(folder, ignore_errors=True))
+            distributed.run_on_first_process(lambda: remove_folder(folder))
         self._files, self._folder = checkpoint.make_snapshot_store(folder), folder
         self._like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
@@ -178,7 +178,7 @@ class DiskStore(MutableMapping[int, TrainState]):
         if self._worker:
             self._worker.shutdown()
         self._steps.clear()
-        distributed.run_on_first_process(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+        distributed.run_on_first_process(lambda: remove_folder(self._folder))
 
 
 # ---- sizes

@@ -21,10 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bilevel_jax.runs.infra import distributed, seals
-from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path
+from bilevel_jax.runs.infra.run_dir import disk_full_error, fsync_path, remove_folder
 from bilevel_jax.runs.infra.seals import MANIFEST_FILE
 
 PyTree = Any
+MID_STEP_FOLDER = "inner"
+"""In the run's checkpoints: what is saved in the middle of an outer step."""
 
 
 class RestoredCheckpoint(NamedTuple):
@@ -129,7 +131,16 @@ def prune_checkpoints(folder: str | Path, max_to_keep: int) -> None:
         if remaining > 0 and _verify(path, contents=False)[0] is not None:
             remaining -= 1
         elif remaining <= 0:
-            shutil.rmtree(path)
+            remove_folder(path)
+
+
+def keep_last_checkpoints(run_folder: Path) -> None:
+    """Of a run that has done its work: the last checkpoint of each kind, and none of the middle of an outer step.
+
+    Which others there are depends on when the run was saved.
+    """
+    for kind in sorted(path for path in (run_folder / "checkpoints").iterdir() if path.is_dir()):
+        remove_folder(kind) if kind.name == MID_STEP_FOLDER else prune_checkpoints(kind, 1)
 
 
 def list_checkpoint_steps(folder: str | Path) -> list[int]:
@@ -153,7 +164,7 @@ def make_snapshot_store(folder: str | Path) -> SnapshotStore:
             raise ValueError(f"snapshot {path} is refused: {problem}. Remove {folder} and train again to replace it.")
         return _load_tree(path, manifest, like)
 
-    return SnapshotStore(put, get, lambda step: shutil.rmtree(_step_folder(folder, step)))
+    return SnapshotStore(put, get, lambda step: remove_folder(_step_folder(folder, step)))
 
 
 # --- leaves: what orbax stores, and what the manifest itself can hold

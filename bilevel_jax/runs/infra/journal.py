@@ -61,6 +61,11 @@ class Journal:
                 raise disk_full from error
             raise
 
+    def remove(self) -> None:
+        """Remove the file: its records are needed no more."""
+        seals.note_removal(self.path)
+        self.path.unlink(missing_ok=True)
+
     def read_new(self) -> list[dict[str, Any]]:
         """The records since the last call, at first all. Raises ValueError, with the line, for a damaged one."""
         records: list[dict[str, Any]] = []

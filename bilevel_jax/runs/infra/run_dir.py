@@ -7,7 +7,10 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import socket
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +28,8 @@ from bilevel_jax.runs.infra import distributed, seals
 CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
+LEFTOVER_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>part|old|[0-9a-f]{32})")
+"""What a process that was killed leaves behind: what it had not finished writing, and what it was about to remove."""
 
 
 def create_run_dir(path: str | Path, resume: bool = False) -> Path:
@@ -42,7 +47,7 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
         return path
     known_names = (LOCK_FILE, seals.SEALS_FILE)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    present_names = [name for name in names if name not in known_names]
+    present_names = [name for name in names if name not in known_names and not LEFTOVER_NAME.fullmatch(name)]
     if CONFIG_FILE in present_names:
         raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
     if present_names:
@@ -69,8 +74,8 @@ def lock_run_dir(folder: str | Path) -> Iterator[None]:
         yield  # the lock file stays: removing it would let two processes lock two files of one name
 
 
-def reopen_run(folder: Path) -> None:
-    """Check every file of a run before it is resumed, and let it write again.
+def check_files(folder: Path) -> None:
+    """Check every file of a run before it is resumed.
 
     Warns of files of a finished run that are missing and of checkpoints that are damaged: the run makes them again.
     Raises seals.DamagedFileError for any other file that is not as it was written.
@@ -80,6 +85,10 @@ def reopen_run(folder: Path) -> None:
         seals.raise_damage(folder, damages, is_finished)
     elif damages:
         warnings.warn(f"{seals.format_damages(folder, damages)}. It is made again where it is needed.", stacklevel=2)
+
+
+def reopen_run(folder: Path) -> None:
+    """Let a run that is resumed write again: until it has come to its end, its ledger alone holds its seals."""
     (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
     for name in seals.Ledger(folder).settle():
         warnings.warn(f"{folder / name} is missing. It begins anew: what it held is not in the report.", stacklevel=2)
@@ -87,7 +96,37 @@ def reopen_run(folder: Path) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Seal the folder of a run that has come to its end."""
+    seals.Ledger(folder).settle()
     write_atomic(folder / seals.MANIFEST_FILE, seals.format_manifest(seals.Ledger(folder).read()))
+
+
+def sweep_leftovers(folder: str | Path) -> None:
+    """Remove from the folder of a run, which this process holds, what a killed process left in it.
+
+    A folder that was moved aside while another took its place, which never came, goes back to its name. Folders of
+    other runs inside are left alone.
+    """
+    for entry in sorted(Path(folder).iterdir()):
+        leftover = LEFTOVER_NAME.fullmatch(entry.name)
+        if leftover and leftover["kind"] == "old" and not entry.with_name(leftover["name"]).exists():
+            entry.rename(entry.with_name(leftover["name"]))
+        elif leftover and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif leftover:
+            entry.unlink()
+        elif entry.is_dir() and not entry.is_symlink() and not (entry / LOCK_FILE).exists():
+            sweep_leftovers(entry)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder whole or not at all, as others see it; a kill leaves a leftover, which `sweep_leftovers` takes.
+
+    Nothing happens where there is none.
+    """
+    trash = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(trash)
+        shutil.rmtree(trash)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -375,6 +375,13 @@ def note_file(path: Path, content: Path) -> None:
         ledger.append({name: Seal(written["bytes"], written["sha256"])})
 
 
+def note_removal(path: Path) -> None:
+    """Note that a file is removed; nothing where it is in no run that goes on."""
+    if found := _find_open_run(path):
+        ledger, name = found
+        ledger.append({name: None})
+
+
 def note_folder(folder: Path) -> None:
     """Note what each file in a folder holds, and that the folder is whole with them."""
     if found := _find_open_run(folder):

@@ -1,6 +1,8 @@
 """A running command, its log, progress, signals and finished jobs."""
 
 import contextlib
+import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,19 @@ MULTIPROCESS_COMMANDS = ("select", "train")
 """The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
+LOG_FILE, FINISHED_JOBS_FILE = "log.jsonl", "done.json"
+EXPECTED_USAGE_JOB = "expected"
+"""The finished job that a run begins with; no work."""
+INPUT_FOLDER = "input"
+"""Where the files of a built-in task are made."""
+START_FILES = (
+    run_dir.CONFIG_FILE, identity.ENVIRONMENT_FILE, identity.TOKENS_FILE, inputs.INPUTS_FILE, run_dir.LOCK_FILE,
+    seals.SEALS_FILE,
+)  # fmt: skip
+"""What a run writes before it works."""
+
+_start_signal = 0
+"""The signal that came before the session was open."""
 
 
 class Interrupted(Exception):
@@ -36,11 +51,11 @@ class Session:
         self.log: JsonLog | PartLog = log
         self._bar, self._task = bar, bar.add_task("starting", total=None)
         self._save_seconds, self._last_save = save_seconds, time.monotonic()
-        self._received_signal = 0
+        self._received_signal = _start_signal
         self._agreed_signal = 0
         """The signal that all processes have agreed on; without others the one that came."""
         self._calls_per_sync, self._calls_since_sync, self._last_sync = 1, 0, time.monotonic()
-        self._finished_jobs_path = folder / "checkpoints" / "done.json"
+        self._finished_jobs_path = folder / "checkpoints" / FINISHED_JOBS_FILE
         self._finished_jobs: dict[str, Any] = (
             run_dir.read_json(self._finished_jobs_path) if self._finished_jobs_path.exists() else {}
         )
@@ -205,11 +220,13 @@ class PartLog:
 def open_run_dir(config: Any) -> Iterator[Path]:
     """The folder of a command's run, locked: made new, or, to resume, that of a run with the same config and files.
 
-    A run that comes to its end is sealed by manifest.json; nothing in its folder is written after that.
+    From here on a signal is noticed, and config.yaml is there: a run that is stopped while it prepares its data and
+    model is resumed as any other. One that fails there, before it has done any work, leaves no folder behind. One that
+    comes to its end is sealed by manifest.json; nothing in its folder is written after that.
 
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
-    written.
+    written; and `Interrupted` for a signal before the session is open.
     """
     command, folder = COMMANDS[type(config)], Path(config.output.dir)
     if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
@@ -220,30 +237,100 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     if distributed.is_multiprocess():
         distributed.require_agreement("the run", identity.list_shared_values(config))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_catch_signals_at_start())
+        existing = [path for path in (folder, *folder.parents) if path.exists()]
+        is_new = False
 
         def claim_folder() -> None:
+            nonlocal is_new
             inputs.check_inputs_whole(config)
             run_dir.create_run_dir(folder, config.output.resume)
             stack.enter_context(run_dir.lock_run_dir(folder))
-            if not config.output.resume:
-                seals.begin(folder)
-            else:
-                run_dir.reopen_run(folder)
+            is_new = not config.output.resume
+            run_dir.sweep_leftovers(folder)
+            if config.output.resume:
+                run_dir.check_files(folder)
                 check_same_config(config, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
                 identity.check_environment(config, folder)
+            else:
+                seals.begin(folder)
+                run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
 
-        distributed.run_on_first_process(claim_folder)
-        yield folder
-        distributed.run_on_first_process(lambda: run_dir.write_manifest(folder))
+        try:
+            distributed.run_on_first_process(claim_folder)
+            yield folder
+            distributed.run_on_first_process(lambda: run_dir.write_manifest(folder))
+        except Exception as error:
+            if is_new and not isinstance(error, Interrupted):  # new in the first process alone, which writes
+                _remove_failed_start(folder, existing)
+            raise
+
+
+@contextlib.contextmanager
+def _catch_signals_at_start() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into `Interrupted`, until the session opens and lets the step that is made end first."""
+
+    def handle_signal(number: int, frame: Any) -> None:
+        global _start_signal
+        if _start_signal:
+            raise KeyboardInterrupt
+        _start_signal = number  # a library may pass over the exception: the session asks, too
+        raise Interrupted(number)
+
+    global _start_signal
+    _start_signal = 0
+    with _signal_handler(handle_signal):
+        try:
+            yield
+        finally:
+            _start_signal = 0
+
+
+@contextlib.contextmanager
+def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have `handler` take SIGTERM and SIGINT."""
+    old_handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
+
+
+def _remove_failed_start(folder: Path, existing: list[Path]) -> None:
+    """Remove the folder of a run that failed before it had done any work, and its parents that were made for it.
+
+    What is not known to be of no worth stays, and the folder with it.
+    """
+
+    def is_worthless(path: Path) -> bool:
+        name = path.relative_to(folder).parts[0]
+        if name in START_FILES or name == INPUT_FOLDER or path.stat().st_size == 0:
+            return True
+        if path == folder / "checkpoints" / FINISHED_JOBS_FILE:
+            return set(json.loads(path.read_text("utf-8"))) <= {EXPECTED_USAGE_JOB}
+        return False
+
+    if not all(map(is_worthless, (path for path in folder.rglob("*") if not path.is_dir()))):
+        return
+    for entry in folder.iterdir():
+        if entry.name != run_dir.LOCK_FILE:  # last, so that no other run takes the folder in between
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (folder / run_dir.LOCK_FILE).unlink(missing_ok=True)
+    for path in (folder, *folder.parents):
+        if path in existing or any(path.iterdir()):
+            break
+        path.rmdir()
 
 
 @contextlib.contextmanager
 def start_session(config: Any, folder: Path) -> Iterator[Session]:
-    """Write the config and the environment of the run, and open its session."""
+    """Write the environment and the input files of the run, and open its session."""
     output = config.output
     changes = identity.check_environment(config, folder) if output.resume else []
-    run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))
+    if output.resume:
+        distributed.run_on_first_process(lambda: run_dir.reopen_run(folder))
     distributed.run_on_first_process(lambda: identity.record_environment(folder))
     distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
     with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
@@ -257,17 +344,12 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     distributed.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
     bar = make_progress_bar(progress and distributed.is_first_process())
-    log = JsonLog(folder / "log.jsonl")
+    log = JsonLog(folder / LOG_FILE)
     run_session = Session(folder, log, bar, save_seconds)
-    old_handlers = {
-        number: signal.signal(number, run_session.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
     try:
-        with bar:
+        with _signal_handler(run_session.handle_signal), bar:
             yield run_session
     finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
         log.close()
 
 

@@ -30,6 +30,8 @@ from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples, make_token
 
 ANSWERS_FILE = "answers.jsonl"
 """The journal of answers in the run's checkpoints, deleted when all requests are answered."""
+POSITIONS_KEY = "positions"
+"""In a record of the journal: the token places that were read for its answers. Keys of answers are hashes."""
 AGREEMENT_SAMPLE_SIZE = 200
 """Rows of which a cheaper choice of demonstrations is compared with the published one; at most a tenth of all."""
 
@@ -59,16 +61,26 @@ class ResumableEngine:
     ) -> list[LogLik]:
         """The answers, in order; `on_batch` is told after each batch how many distinct ones have one."""
         journal = Journal(self._path, fsync=True)
-        stored_answers = {key: answer for record in journal.read_new() for key, answer in record.items()}
-        store = LogLikStore(fingerprint_params(self.params), stored_answers, journal.append)
+        records = journal.read_new()
+        stored_answers = {key: answer for record in records for key, answer in record.items() if key != POSITIONS_KEY}
+        self._positions_before -= sum(record.get(POSITIONS_KEY, 0) for record in records)
+        positions_saved = self._engine.positions_read
+
+        def save(new_answers: dict[str, float]) -> None:
+            nonlocal positions_saved
+            new_positions = self._engine.positions_read - positions_saved
+            positions_saved = self._engine.positions_read
+            journal.append({**new_answers, POSITIONS_KEY: new_positions})
+
+        store = LogLikStore(fingerprint_params(self.params), stored_answers, save)
         self._engine.on_batch = on_batch
         answers = self._engine.engine.resume(self.params, requests, store)
-        distributed.run_on_first_process(lambda: self._path.unlink(missing_ok=True))
+        distributed.run_on_first_process(journal.remove)
         return answers
 
     @property
     def positions_read(self) -> int:
-        """Token places that were read so far."""
+        """Token places that were read so far, by this process and those before it that were stopped."""
         return self._engine.positions_read - self._positions_before
 
 

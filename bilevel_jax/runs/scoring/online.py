@@ -9,7 +9,13 @@ from bilevel_jax.core.types import PADDING, Hyper, Params, Problem
 from bilevel_jax.runs.config.schema import DataSection, ScoresSection, WeightsSection
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.scores import SCORES_FILE, ExampleScores, has_score_column, load_or_compute_score
+from bilevel_jax.runs.scoring.scores import (
+    SCORES_FILE,
+    ExampleScores,
+    has_score_column,
+    load_or_compute_score,
+    read_score,
+)
 from bilevel_jax.runs.stats import rank_correlation
 from bilevel_jax.runs.tasks.evaluation import read_labels
 from bilevel_jax.runs.tasks.text import TextTask
@@ -77,30 +83,45 @@ class Reweighting:
         scaling = SCALING_DESCRIPTIONS[weights.scaling]
         return f"the score {weights.score}, {scaling}{normalization}; made {frequency}{steps}"
 
-    def update_scores(self, step: int, params: Params) -> None:
-        """Have the scores that `step` rests on; where they are not there, `params`, those before it, make them."""
-        name, folder = self.weights_config.score, self.session.folder
-        for refresh_index, refresh_step in enumerate(self.refresh_steps):
-            if refresh_step > step or refresh_step in self.scores_by_step:
-                continue
-            column = name if refresh_step == 0 else f"{name}_at_{refresh_step}"
-            if refresh_step < step and not has_score_column(column, folder):
+    def restore(self, steps_done: int) -> None:
+        """Read the scores that the steps before `steps_done` rest on, as the process that made the steps stored them.
+
+        Raises FileNotFoundError where a column is missing: what it was made from is gone.
+        """
+        for refresh_step in self.refresh_steps:
+            if refresh_step >= steps_done:
+                break
+            column, folder = self._column(refresh_step), self.session.folder
+            if not has_score_column(column, folder):
                 raise FileNotFoundError(
                     f"{folder / SCORES_FILE} has no column {column!r}, on which the steps after {refresh_step:,} "
                     "rest: it was removed or changed since. Start the run anew, in another folder."
                 )
-            self.session.set_phase(f"scoring: {name}, {refresh_index + 1} of {len(self.refresh_steps)}")
-            self.scores_by_step[refresh_step] = load_or_compute_score(
-                column, name, self.task, params, self.scores_config, self.session
-            )
-            scores, scale = fill_missing_scores(self.scores_by_step[refresh_step].values), self.weights_config.scaling
-            self._values_by_step[refresh_step] = (
-                scores if scale == "batch" else scale_over_examples(scores, self.weights_config)
-            )
-            record = self.score_records()[-1]
-            self.session.log.write({"event": "scored", **record})
-            self.session.print_line(_format_record(record))
-            self.session.set_phase("training")
+            self._keep_scores(refresh_step, read_score(column, self.task, folder))
+
+    def update_scores(self, step: int, params: Params) -> None:
+        """Where scores are due before `step`, have `params`, those before it, make them."""
+        if step not in self.refresh_steps or step in self.scores_by_step:
+            return
+        name = self.weights_config.score
+        count = self.refresh_steps.index(step) + 1
+        self.session.set_phase(f"scoring: {name}, {count} of {len(self.refresh_steps)}")
+        scores = load_or_compute_score(self._column(step), name, self.task, params, self.scores_config, self.session)
+        self._keep_scores(step, scores)
+        record = self.score_records()[-1]
+        self.session.log.write({"event": "scored", **record})
+        self.session.print_line(_format_record(record))
+        self.session.set_phase("training")
+
+    def _column(self, refresh_step: int) -> str:
+        name = self.weights_config.score
+        return name if refresh_step == 0 else f"{name}_at_{refresh_step}"
+
+    def _keep_scores(self, refresh_step: int, scores: ExampleScores) -> None:
+        self.scores_by_step[refresh_step] = scores
+        values = fill_missing_scores(scores.values)
+        is_per_step = self.weights_config.scaling == "batch"
+        self._values_by_step[refresh_step] = values if is_per_step else scale_over_examples(values, self.weights_config)
 
     def step_weights(self, step: int) -> Hyper:
         """What `problem` reads at a step, on the mesh."""

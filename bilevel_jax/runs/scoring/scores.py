@@ -84,20 +84,23 @@ def load_or_compute_score(
 
     The file holds the rows that were read (none that was dropped), by id, with what made each column in its metadata.
     """
-    path, indices = session.folder / SCORES_FILE, task.trainable_indices()
-    stored = run_dir.read_parquet(path) if path.exists() else _ids_table(task)
-    ids = [task.examples[row].id for row in indices]
-    if stored["id"].to_pylist() != ids:
-        raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
-    if column not in stored.column_names:
+    path = session.folder / SCORES_FILE
+    if not has_score_column(column, session.folder):
+        stored = _read_scores_table(path, task)
         computed = compute_score(name, task, params, settings, session)
         column_metadata = {"score": name, "meaning": SCORE_MEANINGS[name], **computed._asdict()}
         del column_metadata["values"]
         table_metadata = (stored.schema.metadata or {}) | {column.encode(): json.dumps(column_metadata).encode()}
-        stored = stored.append_column(column, pa.array(computed.values[indices])).replace_schema_metadata(
-            table_metadata
-        )
+        stored = stored.append_column(
+            column, pa.array(computed.values[task.trainable_indices()])
+        ).replace_schema_metadata(table_metadata)
         run_dir.write_parquet(path, stored)
+    return read_score(column, task, session.folder)
+
+
+def read_score(column: str, task: Task, folder: Path) -> ExampleScores:
+    """A column of scores.parquet that was made before."""
+    stored, indices = _read_scores_table(folder / SCORES_FILE, task), task.trainable_indices()
     column_metadata = json.loads(stored.schema.metadata[column.encode()])
     values = np.full(task.num_examples, np.nan)
     values[indices] = stored[column].to_numpy()
@@ -260,6 +263,14 @@ HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 
 
 # ---- parts
+
+
+def _read_scores_table(path: Path, task: Task) -> pa.Table:
+    """scores.parquet, or the rows without any score; a ValueError where it is of other rows."""
+    stored = run_dir.read_parquet(path) if path.exists() else _ids_table(task)
+    if stored["id"].to_pylist() != [task.examples[row].id for row in task.trainable_indices()]:
+        raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
+    return stored
 
 
 def _ids_table(task: Task) -> pa.Table:

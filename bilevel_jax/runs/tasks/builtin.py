@@ -1,7 +1,6 @@
 """Built-in tasks with generated data and small pretrained models."""
 
 import difflib
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from bilevel_jax.lm.builtin import cipher, sums
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.losses import sft
+from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.config.load import (
     AuditConfig,
     CompareConfig,
@@ -27,7 +27,7 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
 from bilevel_jax.runs.infra import distributed, seals
-from bilevel_jax.runs.infra.session import make_progress_bar
+from bilevel_jax.runs.infra.session import INPUT_FOLDER, make_progress_bar
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
 
@@ -78,7 +78,7 @@ BUILTIN_TASKS = {
 
 
 def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
-    """The config with `builtin:NAME` replaced by the files that it is made into, once, in `folder`/input.
+    """The config with `builtin:NAME` replaced by the files that it is made into, once and whole, in `folder`/input.
 
     Raises ValueError for a task or an option that there is not, for two tasks in one config, and for options
     elsewhere than in data.train.
@@ -87,19 +87,23 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
     if not name:
         return config
     task = BUILTIN_TASKS[name]
-    input_folder = folder / "input"
+    input_folder = folder / INPUT_FOLDER
+
+    def write_files(target: Path) -> None:
+        task.write_files(target, seed=config.data.seed, **options)
+        if _is_builtin(config.model.name_or_path) and not (target / "model").exists():
+            pretrain_builtin_model(
+                target, task, progress=not isinstance(config, InspectConfig) and config.output.progress
+            )
 
     def write_task_files() -> None:
         if seals.find_run(input_folder) and seals.is_noted_folder(input_folder):
             return  # a run that goes on
-        task.write_files(input_folder, seed=config.data.seed, **options)
-        model_folder = input_folder / "model"
-        if _is_builtin(config.model.name_or_path) and not seals.is_noted_folder(model_folder):
-            shutil.rmtree(model_folder, ignore_errors=True)
-            pretrain_builtin_model(
-                input_folder, task, progress=not isinstance(config, InspectConfig) and config.output.progress
-            )
-            seals.note_folder(model_folder)
+        if input_folder.exists():
+            write_files(input_folder)  # which compares what is there
+        else:
+            with atomic_folder(input_folder) as target:
+                write_files(target)
         seals.note_folder(input_folder)
 
     distributed.run_on_first_process(write_task_files)
@@ -127,7 +131,7 @@ def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
     """As `resolve_builtin`, with the model's config and tokenizer alone, for which nothing is trained."""
     name, options = parse_builtin_reference(config)
     if name and _is_builtin(config.model.name_or_path):
-        input_folder = BUILTIN_TASKS[name].write_files(folder / "input", seed=config.data.seed, **options)
+        input_folder = BUILTIN_TASKS[name].write_files(folder / INPUT_FOLDER, seed=config.data.seed, **options)
         config = replace(config, model=replace(config.model, name_or_path=str(input_folder / "untrained")))
     return resolve_builtin(config, folder)
 

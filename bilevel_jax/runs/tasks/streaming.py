@@ -59,14 +59,14 @@ class StreamingBatches:
 
     def batch(self, step: int) -> tuple[np.ndarray, Batch]:
         """(the weight of each slot's row, the batch whose index points into them)."""
-        size = self.layout.num_micro_batches * self.layout.examples
         if step != self._next_step:
-            self._source = itertools.islice(self._iterate_examples(), step * size, None)
+            self.restore(step)
         self._next_step = step + 1
-        examples = list(itertools.islice(self._source, size))
+        examples = list(itertools.islice(self._source, self._batch_size))
         self.check_examples(examples)
         corpus, _ = self.tokenize(examples)
-        indices = np.where(np.isin(np.arange(size), corpus.kept_indices), np.arange(size), corpus.num_examples)
+        slots = np.arange(self._batch_size)
+        indices = np.where(np.isin(slots, corpus.kept_indices), slots, corpus.num_examples)
         weights = np.array([self.weight_of(example) for example in examples], float)
         stream = batches.make_train_stream(corpus, lambda _: indices, 1, self.layout)
         return weights, stream.batch(0)
@@ -79,6 +79,16 @@ class StreamingBatches:
         rows = self._drop_leaks(stream_examples(self.config.train, make_data_options(self.config)), lambda row: None)
         while chunk := list(itertools.islice(rows, TOKENIZER_CHUNK)):
             self.tokenize(chunk)
+
+    def restore(self, steps_done: int) -> None:
+        """Read the rows of the first `steps_done` steps again, without tokenizing: `seen_examples` is theirs, too."""
+        self._source, self._next_step = self._iterate_examples(), steps_done
+        for _ in itertools.islice(self._source, steps_done * self._batch_size):
+            pass
+
+    @property
+    def _batch_size(self) -> int:
+        return self.layout.num_micro_batches * self.layout.examples
 
     def _iterate_examples(self) -> Iterator[Example]:
         """Rows for ever, those without a weight left out."""

@@ -17,6 +17,12 @@ from tests.runs import damage
 STATE = {"w": jnp.zeros(5), "n": 0}
 
 
+def reopen(folder):
+    """As a run that is resumed does."""
+    run_dir.check_files(folder)
+    run_dir.reopen_run(folder)
+
+
 def write_run(folder: Path, seed: int) -> Path:
     """A run with a file of each kind, that is not finished."""
     random = np.random.default_rng(seed)
@@ -116,7 +122,7 @@ def resume_outcome(folder: Path, case: damage.Case) -> str:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            run_dir.reopen_run(folder)
+            reopen(folder)
             newest = checkpoint.restore_checkpoint(folder / "checkpoints" / "train", STATE)
         except ValueError as error:
             return "named" if names_case(str(error), folder, case) else f"wrong: {error}"
@@ -202,7 +208,7 @@ def test_a_kill_between_the_note_and_the_file_is_no_damage(runs, tmp_path, monke
     if kill == "after":
         path.write_text(json.dumps({"new": 1}, indent=1))
     for _ in range(2):
-        run_dir.reopen_run(folder)
+        reopen(folder)
         run_dir.write_json(folder / "environment.json", {"other": 1})
     assert path.exists() == (had or kill == "after")
     if path.exists():
@@ -213,9 +219,9 @@ def test_a_log_that_was_deleted_is_told(runs, tmp_path):
     folder = Path(shutil.copytree(runs["stopped"][0], tmp_path / "run"))
     (folder / "log.jsonl").unlink()
     with pytest.warns(UserWarning, match=r"log.jsonl is missing. It begins anew"):
-        run_dir.reopen_run(folder)
+        reopen(folder)
     JsonLog(folder / "log.jsonl").write({"step": 9})
-    run_dir.reopen_run(folder)
+    reopen(folder)
     assert read_journal(folder / "log.jsonl") == [{"step": 9}]
 
 

@@ -205,7 +205,7 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
         one.update_scores(0, task.init_params(0))
         one.update_scores(2, task.init_params(0))
         other = reweighting(task, config(made, *flags, "--weights.mean-one"), work)  # from scores.parquet
-        other.update_scores(3, task.init_params(0))
+        other.restore(3)
     assert one.refresh_steps == (0, 2) and list(other.scores_by_step) == [0, 2]
     order = task.data_order(0)
     for step, scores in ((1, values[0]), (2, np.where(np.isnan(values[2]), -35.0, values[2]))):
