@@ -14,6 +14,7 @@ line where it has one, and the remedy.
 """
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -109,6 +110,8 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path}: two columns are called '{repeated[0]}'. Rename or remove one of them.")
 
 
+NUM_ROWS_VALIDATED = 1000
+"""Rows of a data set that are looked at together before the first of them is read."""
 FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": _read_parquet}
 
 
@@ -131,8 +134,12 @@ def _load_saved_dataset(folder: str, split: str) -> Iterator[Any]:
         data = data[split]
     elif split:
         raise ValueError(f"{folder}: the split '{split}' is asked for, and the data set has no splits. Write {folder}.")
+    rows, table = iter(data), data.data.table
     try:
-        yield from data
+        for start in range(0, len(data), NUM_ROWS_VALIDATED):
+            # Arrow takes the offsets of a file as they are: a damaged one would read beyond the memory
+            table.slice(start, NUM_ROWS_VALIDATED).validate(full=True)
+            yield from itertools.islice(rows, NUM_ROWS_VALIDATED)
     except Exception as error:
         raise _damaged_folder(folder, error) from None
 

@@ -218,3 +218,44 @@ def test_a_split_of_a_set_without_splits_is_refused(tmp_path):
         load_examples([f"{path}@train"])
     assert len(load_examples([path])) == 300
     shutil.rmtree(path)
+
+
+def damage(content, random):
+    """The content cut, with a bit flipped, a stretch lost, or something hostile put in."""
+    place = random.integers(len(content))
+    kind = random.choice(["cut", "flip", "lose", "insert"])
+    if kind == "cut":
+        return content[:place]
+    if kind == "flip":
+        return content[:place] + bytes([content[place] ^ 1 << random.integers(8)]) + content[place + 1 :]
+    if kind == "lose":
+        return content[:place] + content[place + random.integers(1, 30) :]
+    hostile = [b"\\ud800", b'"', b"{", b"[", b"\xff", b"\0", b"1e999", b"NaN", b"\n", b"\\", random.bytes(9)]
+    return content[:place] + hostile[random.integers(len(hostile))] + content[place:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "set"])
+def test_whatever_happens_to_a_file_is_read_or_one_sentence(tmp_path, name):
+    random = np.random.default_rng(0)
+    path = tmp_path / name
+    table = pyarrow.Table.from_pylist(ROWS[:20])
+    if name == "set":  # Arrow itself believes the offsets of a file, and would read beyond the memory
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(str(path))
+    elif name == "a.parquet":
+        path.write_bytes(parquet(ROWS[:20], compression="none"))
+    else:
+        text = json.dumps(ROWS[:20]) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in ROWS[:20])
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    num_refused = 0
+    for _ in range(60):
+        file = files[random.integers(len(files))]
+        whole = file.read_bytes()
+        file.write_bytes(damage(whole, random))
+        try:
+            assert len(load_examples([str(path)])) <= 21
+        except (ValueError, OSError) as error:
+            num_refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 700, error
+        file.write_bytes(whole)
+    assert num_refused > 20
