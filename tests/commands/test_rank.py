@@ -98,6 +98,20 @@ def test_a_table_and_files_say_the_same(inputs):
     assert some.strategies == ("same <b>", "next") and some.questions[0].responses[1] == one.questions[0].responses[0]
 
 
+def test_questions_are_joined_by_ids_whatever_their_type(inputs, tmp_path):
+    paths = []
+    for name, to_id in zip(SHIFTS, (int, float, str), strict=True):  # of pandas, ids beside a null are floats
+        rows = [json.loads(line) for line in (inputs / f"{name}.jsonl").read_text().splitlines()]
+        rows = [{**row, "number": to_id(i)} for i, row in enumerate(sorted(rows, key=lambda row: row["prompt"]))]
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        write(tmp_path / f"{name}.jsonl", rows)
+    flags = ("--rank.id-field", "number", "--data.train", *paths)
+    assert len(load_strategy_responses(config(inputs, *flags)).questions) == 20
+    write(tmp_path / "next.jsonl", [{**rows[0], "number": ""}])
+    with pytest.raises(ValueError, match=r"next.jsonl:1: 'number' is empty. Fill it, or remove the row."):
+        load_strategy_responses(config(inputs, *flags))
+
+
 def test_blocks_are_disjoint_and_follow_ids(inputs):
     questions = load_strategy_responses(config(inputs)).questions
     blocks = draw_blocks(questions, 6, 3, seed=0)

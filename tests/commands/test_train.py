@@ -360,3 +360,38 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, mo
     for skip in ("1", "0"):
         with pytest.raises(FloatingPointError, match=r"the loss of \w+#0 \(.*train.jsonl:6\) is not finite"):
             run(made, tmp_path / f"skip {skip}", "--train.max-nonfinite-steps", skip)
+
+
+@pytest.mark.parametrize(
+    "ids, weights, flags, said",
+    [
+        (slice(0, 36), 0.0, (), "every weight is 0, so nothing would be learned"),
+        (slice(0, 0), 1.0, ("--weights.missing", "one"), "none of its 1 ids, such as other, is that of a training"),
+        (slice(0, 0), 1.0, ("--weights.missing", "zero"), "none of its 1 ids, such as other, is that of a training"),
+        (slice(0, 0), 1.0, ("--weights.missing", "drop"), "no row is left to train on"),
+        (slice(0, 20), -1.0, ("--weights.missing", "drop"), "a weight is 0 or more. If it is a score"),
+    ],
+)
+def test_streamed_weights_that_teach_nothing_are_refused(made, tmp_path, ids, weights, flags, said):
+    examples = load_rows([str(made / "train.jsonl")])[ids]
+    rows = [{"id": example.id, "weight": weights} for example in examples] + [{"id": "other", "weight": 1.0}]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=said):
+        run(made, tmp_path / "run", *STREAMED, "--weights.file", str(tmp_path / "w.jsonl"), *flags)
+
+
+def test_streamed_rows_without_a_weight_are_counted(made, tmp_path):
+    examples = load_rows([str(made / "train.jsonl")])
+    path = weights_file(tmp_path / "w.parquet", examples[:20], [2.0] * 20)
+    flags = ("--data.streaming", "--train.max-steps", "5", "--weights.file", path, "--weights.missing", "one")
+    assert run(made, tmp_path / "run", *flags)["weights"]["missing"] == 16
+
+
+def test_weights_of_rows_that_do_not_fit_teach_nothing(made, tmp_path):
+    long = {"prompt": "abcdefgh>", "response": "abcdefgh", "label": "clean"}
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()] + [long]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = weights_file(tmp_path / "w.parquet", load_rows([str(tmp_path / "long.jsonl")]), [0.0] * 36 + [1.0])
+    flags = ["--data.train", str(tmp_path / "long.jsonl"), "--data.truncation", "drop", "--data.max-length", "12"]
+    with pytest.raises(ValueError, match=r"every example that fits data.max_length has weight 0"):
+        run(made, tmp_path / "run", *flags, "--weights.file", path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_jax.lm.data import files
-from bilevel_jax.lm.data.examples import Example, hash_content
+from bilevel_jax.lm.data.examples import Example, hash_content, read_name
 from bilevel_jax.lm.data.files import describe_value
 from bilevel_jax.lm.data.turns import Turn, check_row, read_field, require_string
 from bilevel_jax.runs.config.load import RankConfig
@@ -219,7 +219,10 @@ def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionR
             response = read_field(row, config.data.response_field, remedy, where)
             key = text
             if config.rank.id_field:
-                key = str(read_field(row, config.rank.id_field, "Set rank.id_field to one of them.", where))
+                read_field(row, config.rank.id_field, "Set rank.id_field to one of them.", where)
+                if (named := read_name(row, config.rank.id_field, where)) is None:
+                    raise ValueError(f"{where}: '{config.rank.id_field}' is empty. Fill it, or remove the row.")
+                key = named  # 1 in one file and 1.0 in another are one question
             joined_row = joined.setdefault(
                 key, _QuestionRow(text, {}, {}, _read_reference_answer(row, config, where), path, line)
             )
@@ -276,9 +279,9 @@ def _read_reference_answer(row: dict[str, Any], config: RankConfig, where: str) 
 
 def _read_reward(row: _QuestionRow, name: str, where: str) -> float:
     value = row.rewards.get(name) if isinstance(row.rewards, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(
-            f"{where}: the reward of '{name}' is {describe_value(value)}; a number is wanted for each strategy."
+            f"{where}: the reward of '{name}' is {describe_value(value)}; a finite number is wanted for each strategy."
         )
     return float(value)
 
