@@ -1,5 +1,6 @@
 """JSON objects and safetensors of a model folder."""
 
+import fnmatch
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds {_kind(value)}; a JSON object {{...}} belongs there.")
     return value
+
+
+def require_whole_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Raise ValueError for a file of such a name that is empty, a link to nothing, or no file.
+
+    Libraries pass over such a file, as if it had never been there: what an interrupted download left.
+    """
+    for path in sorted(folder.iterdir()):
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path}: a link to a file that is not there; fetch it again.")
+        if not path.is_file():
+            raise ValueError(f"{path}: no file, though a file of this name is read; remove it, or fetch it again.")
+        if not path.stat().st_size:
+            raise ValueError(f"{path}: empty; the download was interrupted, so fetch it again, or remove it.")
 
 
 def open_tensors(folder: str | Path, file: str) -> dict[str, LazyTensor]:

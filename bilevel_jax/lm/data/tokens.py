@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.lm import models
+from bilevel_jax.lm.checkpoint.files import require_whole_files
 from bilevel_jax.lm.data.encode import (
     DEFAULT_TEMPLATE,
     TurnMask,
@@ -26,6 +27,7 @@ from bilevel_jax.lm.data.encode import (
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer, get_chat_template, list_special_tokens
 from bilevel_jax.lm.data.vocabulary import check_token_ids
+from bilevel_jax.lm.models.source_files import TOKENIZER_FILES
 
 TRUNCATION_MODES = ("error", "left", "right", "drop")
 TRAIN_ON_MODES = ("all_turns", "last_turn")
@@ -193,6 +195,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder}: no tokenizer.json or tokenizer_config.json. "
             "Name a folder in the Hugging Face layout, with the model and its tokenizer."
         )
+    require_whole_files(folder, TOKENIZER_FILES)
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -203,9 +206,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        # rows beyond the model's context are named by `tokenize`
-        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        return tokenizer
     except Exception as error:  # of any kind: parsers of several libraries read these files
         if type(error).__module__.startswith("bilevel_jax"):
             raise  # from the handler of a signal
@@ -218,6 +218,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    _check_tokenizer(folder, tokenizer)
+    # rows beyond the model's context are named by `tokenize`
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for what transformers makes of a folder that lacks a file, or has odd values in one."""
+    if type(tokenizer.model_max_length) not in (int, float):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r}; it is a number."
+        )
+    of_text = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    if not of_text:
+        raise ValueError(
+            f"{folder}: the tokenizer has no token for text, only special and added ones; fetch what is missing, "
+            "tokenizer.json or its vocabulary."
+        )
 
 
 def tokenize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
-UNCHANGED_FILES = (
+TOKENIZER_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,6 +23,10 @@ UNCHANGED_FILES = (
     "*.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
+)
+"""Patterns of the names of files that say how text becomes tokens, and how answers are generated."""
+UNCHANGED_FILES = (
+    *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja",
     "LICENSE*",
     "LICENCE*",

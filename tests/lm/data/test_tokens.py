@@ -1,5 +1,6 @@
 """Exactly one BOS, an end token, and a mask that decodes to the response, whatever tokenizer and template."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -404,6 +405,77 @@ def test_load_tokenizer(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="no tokenizer.json or tokenizer_config.json. Name a folder in the"):
         load_tokenizer(tmp_path)
+
+
+def relink(path):
+    path.unlink()
+    path.symlink_to("blob-that-never-came")
+
+
+def remake(path):
+    path.unlink()
+    path.mkdir()
+
+
+def rewrite(**changes):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGES = {  # id: (file, what happens to it, what the error says)
+    "no vocabulary": (
+        "tokenizer.json",
+        lambda path: path.unlink(),
+        "has no token for text, only special and added ones",
+    ),
+    "empty vocabulary": ("tokenizer.json", rewrite(model={"type": "BPE"}), "tokenizer "),
+    "link": ("tokenizer.json", relink, "tokenizer.json: a link to a file that is not there; fetch it again"),
+    "link of the settings": (
+        "tokenizer_config.json",
+        relink,
+        "tokenizer_config.json: a link to a file that is not there",
+    ),
+    "folder": ("tokenizer_config.json", remake, "tokenizer_config.json: no file, though a file of this name is read"),
+    "empty": (
+        "tokenizer_config.json",
+        lambda path: path.write_bytes(b""),
+        "tokenizer_config.json: empty; the download",
+    ),
+    "empty template": (
+        "chat_template.jinja",
+        lambda path: path.write_bytes(b""),
+        "chat_template.jinja: empty; the down",
+    ),
+    "empty settings": ("generation_config.json", lambda path: path.write_bytes(b""), "generation_config.json: empty"),
+    "length": ("tokenizer_config.json", rewrite(model_max_length="long"), "model_max_length is 'long'; it is a number"),
+    "cut": ("tokenizer.json", lambda path: path.write_text(path.read_text()[:99]), "the tokenizer cannot be read"),
+    "null": ("tokenizer.json", lambda path: path.write_text("null"), "the tokenizer cannot be read"),
+    "list": ("tokenizer_config.json", lambda path: path.write_text("[1]"), "the tokenizer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_a_tokenizer_that_lacks_something(tmp_path, file, damage, message):
+    bpe(LLAMA3).save_pretrained(str(tmp_path))
+    # the tokenizer's class of this family makes do without a vocabulary
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), 2)
+    sizes |= dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 16)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
+    damage(tmp_path / file)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_of_a_vocabulary(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+        (folder / name).write_text(
+            '{"a": 0, "b": 1, "<|endoftext|>": 2}' if name == "vocab.json" else "#version: 0.2\n"
+        )
+        with pytest.raises(ValueError, match=f"{folder}: the tokenizer cannot be read .*vocab"):
+            load_tokenizer(folder)
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="the shared folder of real models is absent")
