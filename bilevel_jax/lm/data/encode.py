@@ -115,7 +115,7 @@ def _encode_marked_texts(
                 apart = not str(tokenizer.decode(prompt[start:])).strip()
                 merged |= start < len(prompt)  # white space that the prompt ends with went into the first token
             else:
-                start, apart = _find_first_token(encoded, place, span, tokenizer), True
+                start, apart = _find_first_token(encoded, place, span, example), True
             if not apart or stop is None:
                 raise ValueError(
                     f"{example.where}: a token holds the end of a prompt and the start of a response, or the reverse, "
@@ -147,11 +147,11 @@ def _find_stop(encoded: Any, place: int, one: MarkedText, end: int, tokenizer: T
     return None if one.follows_prompt and one.text[end:beyond].strip() else last + 1
 
 
-def _find_first_token(encoded: Any, place: int, span: Span, tokenizer: Tokenizer) -> int:
+def _find_first_token(encoded: Any, place: int, span: Span, example: Example) -> int:
     if not encoded.is_fast:
         raise ValueError(
-            "the chat template marks answers by {% generation %} blocks, and the tokenizer does not say which "
-            "characters its tokens hold. Use the model's fast tokenizer (tokenizer.json), or a template without blocks."
+            f"{example.where}: the chat template marks answers by {{% generation %}} blocks, and the tokenizer does not say which "
+            "characters its tokens hold. Use the model's fast tokenizer (tokenizer.json), or a template without them."
         )
     characters = range(span.start, span.stop)
     found = (token for i in characters if (token := encoded.char_to_token(place, i)) is not None)

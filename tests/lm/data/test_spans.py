@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from bilevel_jax.lm.data import render
 from bilevel_jax.lm.data.examples import Example
@@ -388,6 +388,47 @@ def learned(tokenizer, turns, **options):
     """The texts that are targets."""
     row = Example("0#0", 0, turns, "mine", None, "rows.jsonl", 7)
     return runs(tokenize([row], tokenizer, max_length=500, **options)[0].get_sequence(0), tokenizer)
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python, which does not say where its tokens stand."""
+
+    @property
+    def vocab_size(self):
+        return 0x110000 - 1
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)} | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+def test_a_tokenizer_without_positions():
+    tokenizer = Letters(eos_token="<|eot|>", bos_token="<|begin|>")
+    for name in ("chatml", "no generation prompt", "instructions", "eos behind the dialogue"):
+        tokenizer.chat_template = TEMPLATES[name][0]
+        for title in ("two answers", "of the end mark", "letter D", "first answer is no target"):
+            turns = DIALOGUES[title]
+            targets = choose(turns, "all_turns")
+            pieces = list(TEMPLATES[name][1](turns, targets))
+            wanted = ["".join(text for text, turn in pieces if turn == target) for target in targets]
+            got = learned(tokenizer, turns)
+            assert [text.removesuffix("<|eot|>") for text in got] == [
+                text.replace(END, "<|eot|>").removesuffix("<|eot|>") for text in wanted
+            ]
+    tokenizer.chat_template = TEMPLATES["blocks"][0]
+    with pytest.raises(ValueError, match="rows.jsonl:7: .* {% generation %} blocks, and the tokenizer does not say wh"):
+        learned(tokenizer, talk("uA?", "aB"))
 
 
 def test_the_mark_is_in_no_text():
