@@ -150,8 +150,8 @@ def _find_stop(encoded: Any, place: int, one: MarkedText, end: int, tokenizer: T
 def _find_first_token(encoded: Any, place: int, span: Span, example: Example) -> int:
     if not encoded.is_fast:
         raise ValueError(
-            f"{example.where}: the chat template marks answers by {{% generation %}} blocks, and the tokenizer does not "
-            "say which characters its tokens hold. Use the model's fast tokenizer (tokenizer.json), or a template "
+            f"{example.where}: the chat template marks answers by {{% generation %}} blocks, and the tokenizer does "
+            "not say which characters its tokens hold. Use the model's fast tokenizer (tokenizer.json), or a template "
             "without them."
         )
     characters = range(span.start, span.stop)

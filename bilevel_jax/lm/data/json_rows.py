@@ -1,4 +1,4 @@
-"""Rows of JSON and JSON lines, packed or not, each with the line on which it begins.
+"""Rows of JSON and JSON lines, each with its line.
 
 Stricter than Python's JSON where a row would have two readings or none: a key that stands twice and half of a surrogate
 pair are errors. NaN is read, as Python and pandas write it, and is null.
