@@ -37,7 +37,6 @@ from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import (
-    ArrayTask,
     build_array_model,
     label_array_data,
     prepare_array_task,
@@ -65,9 +64,9 @@ def audit(config: AuditConfig) -> dict[str, Any]:
 
     Raises as `select` does, and ValueError for scores that the task does not allow and queries it has not.
     """
+    names = list_cheap_scores(config)
     with open_run_dir(config) as folder:
         task = prepare_audit_task(config, folder)
-        names = list_cheap_scores(config, task)
         query_indices = draw_queries(config, task)
         with start_session(config, folder) as session:
             return _run_audit(config, task, names, query_indices, session)
@@ -110,9 +109,9 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
     )
 
 
-def list_cheap_scores(config: AuditConfig, task: Task) -> list[str]:
-    """The cheap scores to judge; a ValueError for one that the task does not allow."""
-    arrays = isinstance(task, ArrayTask)
+def list_cheap_scores(config: AuditConfig) -> list[str]:
+    """The cheap scores to judge; a ValueError for one that is none, or that arrays do not have."""
+    arrays = reads_array_data(config)
     for name in config.audit.scores:
         check_score_name(name, arrays=arrays)
     return list(dict.fromkeys(config.audit.scores)) or list(ARRAY_SCORES if arrays else SCORES)
