@@ -418,7 +418,7 @@ REFUSED = Response("", (), (), False, "the model refused: I cannot")
 
 def test_a_service_that_answers_nothing_is_named_and_not_asked_again(inputs, tmp_path, monkeypatch):
     asked = answer_by(monkeypatch, lambda at, draw: SPENT)
-    with pytest.raises(ValueError, match=r"table.jsonl:\d+: .* 1 draws: 1 times generate.max_new_tokens = 4 was spent on reasoning\)\. Raise generate.max_new_tokens, or let the service answer without reasoning") as caught:  # fmt: skip # noqa: E501
+    with pytest.raises(ValueError, match=r"table.jsonl:\d+: .*the service gave none, 1 time, generate.max_new_tokens = 4 was spent on reasoning\)\. Raise generate.max_new_tokens, or let the service answer without reasoning") as caught:  # fmt: skip # noqa: E501
         run(inputs, tmp_path / "out", *SERVICE)
     assert "temperature" not in str(caught.value)
     assert {draws[0] for _, draws in asked} == {0}
@@ -427,10 +427,10 @@ def test_a_service_that_answers_nothing_is_named_and_not_asked_again(inputs, tmp
 def test_a_question_that_is_always_refused_is_named(inputs, tmp_path, monkeypatch):
     answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at or draw else REFUSED)
     out = run(inputs, tmp_path / "out", *SERVICE, *BY_PERPLEXITY)
-    assert any("1 requests got no answer from the service: 1 times the model refused: I can" in n for n in out["notes"])
+    assert any("1 request got no answer from the service: 1 time, the model refused: I can" in n for n in out["notes"])
     assert pq.read_table(tmp_path / "out" / "rank.parquet")["own_answer"].to_pylist() == ["abcd"] * 54
     answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at else REFUSED)
-    with pytest.raises(ValueError, match=r"5 draws: 5 times the model refused: I cannot\)\. Remove the question"):
+    with pytest.raises(ValueError, match=r"gave none, 5 times, the model refused: I cannot\)\. Remove the question"):
         run(inputs, tmp_path / "again", *SERVICE, *BY_PERPLEXITY)
 
 

@@ -24,6 +24,7 @@ from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.infra.placement import make_mesh, replicate
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.report.numbers import format_count
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.verifiers import make_verifier
 from bilevel_jax.scores.requests import TokenizedExamples, make_tokenized_examples, trim_responses
@@ -183,12 +184,14 @@ def _generate_answers(
             f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
         )
     if all_reasons := [reason for one in reasons.values() for reason in one]:
-        notes.append(f"{len(all_reasons):,} requests got no answer from the service: {_count_reasons(all_reasons)}")
+        notes.append(
+            f"{format_count('request', len(all_reasons))} got no answer from the service: {_count_reasons(all_reasons)}"
+        )
     return [texts[question.id] for question in questions], notes
 
 
 def _no_answer_error(question: Question, reasons: Sequence[str]) -> ValueError:
-    why = f"from the service in {len(reasons)} draws: {_count_reasons(reasons)}" if reasons else ""
+    why = f"the service gave none, {_count_reasons(reasons)}" if reasons else ""
     remedy = "Raise generate.temperature"
     if any("max_new_tokens" in reason for reason in reasons):
         remedy = "Raise generate.max_new_tokens, or let the service answer without reasoning"
@@ -204,7 +207,8 @@ def _count_reasons(reasons: Sequence[str]) -> str:
     """Each kind of reason with its number, the most frequent first, and the words of the first."""
     first = {reason.partition(":")[0]: reason for reason in reversed(reasons)}
     kinds = Counter(reason.partition(":")[0] for reason in reasons)
-    return "; ".join(f"{number:,} times {first[kind]}" for kind, number in kinds.most_common())
+    words = (f"{format_count('time', number)}, {first[kind].rstrip('.')}" for kind, number in kinds.most_common())
+    return "; ".join(words)
 
 
 def _special_token_matcher(tokenizer: Tokenizer) -> Callable[[str], Any]:
