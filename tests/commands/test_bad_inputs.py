@@ -967,7 +967,21 @@ def test_hostile_text_in_every_field_of_an_output(command, bench, capsys):
     shutil.copytree(bench.made / "model", model)
     settings = "output: {progress: false}\nmesh: {data: 1}\nlora: {r: 0}\n"
     data = [word for part in parts for word in (f"--data.{part}", parts[part])]
-    flags = ["--model", model, *data, "--data.split", 1, 0, 0, "--data.label-field", "label", "--out", folder / "out"]
+    flags = [
+        "--model",
+        model,
+        *data,
+        "--data.split",
+        1,
+        0,
+        0,
+        "--data.label-field",
+        "label",
+        "--data.good-label",
+        f"{EVIL}0",
+        "--out",
+        folder / "out",
+    ]
     config = bench.file(f"{EVIL}/c.yaml", settings)
     if command == "rank":
         table = [{"prompt": row["prompt"], "responses": {EVIL: "abcd", f"{EVIL}2": "bcd"}} for row in GOOD]
