@@ -130,7 +130,8 @@ class ConfigKeys:
 
         Args:
             neutral: keys that change nothing, whatever their value.
-            inert: key -> values under which it changes nothing. null is such a value of every key.
+            inert: key -> values under which it changes nothing. null is one of them where such a value is false or
+                null, and of keys that do not stand here.
             of: what has the keys, for the error.
         """
         inert = inert or {}
@@ -139,8 +140,7 @@ class ConfigKeys:
             for key, value in self._raw.items()
             if key not in self._read
             and key not in neutral
-            and value is not None
-            and not any(_is_same(value, wanted) for wanted in inert.get(key, ()))
+            and not any(_is_same(value, wanted) or (value is None and not wanted) for wanted in inert.get(key, [None]))
         }
         if not unknown:
             return

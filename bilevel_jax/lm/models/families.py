@@ -114,7 +114,7 @@ INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0,),
+    "partial_rotary_factor": (1.0, None),
     "use_qk_norm": (False,),
     "sliding_window": (None,),
 }

@@ -54,7 +54,7 @@ INERT_ADAPTER_VALUES: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "velora_config": (None,),
 }
-"""Keys that plain LoRA has, with the values under which they change nothing; null is such a value of each."""
+"""Keys that plain LoRA has, with the values under which they change nothing, as null does."""
 
 
 def init_lora(

@@ -91,6 +91,7 @@ EQUAL = {  # family -> what a file adds to its base; the logits are those of tra
 }
 EVERY = [  # refused in every family: what a file adds, and what the error says
     ({"is_causal": False}, r"is_causal False \(supported: True\) is not supported in a \w+ config.json"),
+    ({"is_causal": None}, r"is_causal None \(supported: True\)"),  # false, as transformers reads it
     ({"is_encoder_decoder": True}, "is_encoder_decoder True"),
     ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map .* could change what is computed"),
     ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "per_layer_config"),

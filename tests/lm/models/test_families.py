@@ -34,6 +34,14 @@ FAMILIES = {  # id: (class of transformers' configuration, what differs from SMA
     "llama-linear-rope": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 5}),
+    "ministral": (
+        "MinistralConfig",
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 12}),
@@ -223,7 +231,8 @@ def test_saved_folder_loads_in_transformers(checkpoint, tmp_path):
 
 def old_spelling(raw):
     """The same config.json as transformers 4 would have written it."""
-    old = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype", "layer_types")}
+    new = ("rope_parameters", "dtype", *(() if raw["model_type"] == "ministral" else ("layer_types",)))
+    old = {key: value for key, value in raw.items() if key not in new}
     old["torch_dtype"] = raw["dtype"]
     if "rope_parameters" not in raw:
         return old
