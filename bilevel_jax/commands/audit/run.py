@@ -374,7 +374,7 @@ def _estimate_once(
             "checks": checks,
         }
 
-    record = session.run_once(f"entries/{name}", make, path)
+    record = session.run_once(f"entries/{name}", make, path.exists())
     return run_dir.read_arrays(path), record
 
 

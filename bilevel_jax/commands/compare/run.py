@@ -284,7 +284,7 @@ def learn_weights(
             np.save(file, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
 
-    cell = session.run_once(key, make, path)
+    cell = session.run_once(key, make, path.exists())
     run_dir.remove_folder(session.folder / "parts" / key.replace("/", " "))
     return dict(cell), run_dir.read_arrays(path)
 
@@ -330,7 +330,7 @@ def _train_uniform(
         return session.work_done - before
 
     session.set_phase(key)
-    passes = session.run_once(key, make, path)
+    passes = session.run_once(key, make, path.exists())
     return run_dir.read_arrays(path) | {"passes": passes}
 
 

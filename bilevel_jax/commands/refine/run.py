@@ -333,10 +333,11 @@ def train_candidate(
         checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
         return {"work": session.work_done - before, "seconds": time.monotonic() - began}
 
-    record = session.run_once(f"round {number}/{name}", make)
     restored = checkpoint.restore_checkpoint(end, structure)
+    record = session.run_once(f"round {number}/{name}", make, restored is not None)
+    restored = restored or checkpoint.restore_checkpoint(end, structure)
     if restored is None:
-        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Start anew.")
+        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Go on with --resume.")
     params, weights = restored.tree
     return Candidate(params, np.asarray(weights)), dict(record)
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 SEALS_FILE, MANIFEST_FILE = "seals.jsonl", "manifest.json"
 NOT_REMADE = ("config.yaml", "inputs.json", "environment.json", "tokens.json")
-"""Files that a run begins with, and cannot make again. Whatever else is missing is made again by --resume."""
+"""Files that a run begins with, and cannot make again. Whatever else is missing is made again, the log aside."""
+LOG_FILE = "log.jsonl"
+"""What a finished run cannot make again either; one that is not finished goes on without it, and says so."""
 SEAL_DIGITS = 16
 """Hex digits of the seal of a line."""
 MAX_DAMAGES_SHOWN = 5
@@ -59,7 +61,7 @@ class Damage(NamedTuple):
     @property
     def heals(self) -> bool:
         """Whether --resume of a finished run makes it again, or passes over it."""
-        return self.name not in NOT_REMADE and (self.is_missing or self.is_checkpoint)
+        return self.name not in (*NOT_REMADE, LOG_FILE) and (self.is_missing or self.is_checkpoint)
 
 
 # ---- JSON that keeps every float

@@ -122,12 +122,12 @@ class Session:
         )
         return bool(all_values[0, 1])
 
-    def run_once(self, key: str, compute: Callable[[], Any], file: Path | None = None) -> Any:
+    def run_once(self, key: str, compute: Callable[[], Any], is_kept: bool = True) -> Any:
         """The JSON value of a job: computed now, or read if an earlier run of this folder finished it.
 
-        A job that writes a `file`, too, is done again where the file is not there.
+        A job that wrote a file, too, is done again where the file is not kept.
         """
-        if key not in self._finished_jobs or (file is not None and not file.exists()):
+        if key not in self._finished_jobs or not is_kept:
             work_before, start_time = self.work_done, time.monotonic()
             value = compute()
             self._finished_jobs[key] = {
