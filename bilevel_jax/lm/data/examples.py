@@ -311,7 +311,7 @@ def normalize_name(value: Any) -> str | None:
     if value is None or value != value:  # NaN differs from itself
         return None
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else str(value)
+        return str(int(value)) if value == int(value) else str(float(value))
     if isinstance(value, int | datetime.date | datetime.time):
         return str(int(value) if isinstance(value, bool) else value)
     raise ValueError(f"{files.describe_value(value)}; a string or a number is wanted.")

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+from decimal import Decimal
 
 import datasets
 import numpy as np
@@ -31,8 +32,24 @@ def test_nothing_is_no_name(value):
 
 
 def test_other_names():
-    values = [0, 0.0, False, "false", 0.5, "v1.0", "1.50", "01", "nan", "None", 10**30, -2.0, "clean\n"]
-    expected = ["0", "0", "0", "0", "0.5", "v1.0", "1.50", "01", "nan", "None", str(10**30), "-2", "clean"]
+    values = [
+        0,
+        0.0,
+        False,
+        "false",
+        0.5,
+        "v1.0",
+        "1.50",
+        "01",
+        "nan",
+        "None",
+        10**30,
+        -2.0,
+        "clean\n",
+        Decimal("1.50"),
+        Decimal("2.0"),
+    ]
+    expected = ["0", "0", "0", "0", "0.5", "v1.0", "1.50", "01", "nan", "None", str(10**30), "-2", "clean", "1.5", "2"]
     assert [normalize_name(value) for value in values] == expected
     for value in ([1], {"a": 1}, b"clean", float("inf")):
         with pytest.raises(ValueError, match="a string or a number is wanted"):
