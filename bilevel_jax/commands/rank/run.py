@@ -29,11 +29,12 @@ from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.config.load import RankConfig, config_hash
 from bilevel_jax.runs.config.local_paths import short_file_names
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import identity, run_dir
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.likelihoods import ResumableEngine
 from bilevel_jax.runs.stats import rank_correlation
+from bilevel_jax.runs.tasks.text import describe_corpus
 from bilevel_jax.scores import selfaligned
 from bilevel_jax.scores.ifd import ifd_score
 from bilevel_jax.scores.perplexity import perplexity_score
@@ -106,6 +107,7 @@ def _run_ranking(
     own_answers = collect_own_answers(config, rank_model, sample, session)
     costs = {"answers": session.run_once("answers", lambda: time.monotonic() - began)}
     rows, num_cut = _tokenize_all_responses(config, rank_model, sample)
+    identity.check_tokens(session.folder, {"responses": describe_corpus(rows.corpus, rows.examples)})
     measures, measure_costs = measure_responses(config, rank_model, sample, rows, own_answers, session)
     trial_results = (
         train_then_test.run_trials(config, strategy_responses, session) if config.rank.train_examples else None

@@ -70,6 +70,8 @@ class Peers:
         self._gathered: dict[str, dict[int, str]] = {}
         self._futures: dict[str, futures.Future] = {}
         self._tasks: set[asyncio.Task] = set()
+        self._relayed: list[asyncio.StreamWriter] = []
+        """To JAX in this process: a writer that nothing holds is closed."""
         self._last_word = threading.Lock()
         """Held by what says why this process ends; never released."""
         self.is_leaving = False
@@ -86,10 +88,18 @@ class Peers:
         """
 
         async def open_port() -> int:
-            server = await asyncio.start_server(self._serve, hosts, port, limit=MAX_MESSAGE_BYTES)
-            return server.sockets[0].getsockname()[1]
+            if port:
+                await asyncio.start_server(self._serve, hosts, port, limit=MAX_MESSAGE_BYTES)
+                return port
+            # one socket: each of two would get a port of its own
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            opened = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+            await asyncio.start_server(self._serve, sock=opened, limit=MAX_MESSAGE_BYTES)
+            return opened.getsockname()[1]
 
         self.jax_port = find_free_port()
+        self._futures["everyone"] = futures.Future()
         return self._run(open_port())
 
     def wait_for_all(self, address: str, timeout: float) -> None:
@@ -229,11 +239,11 @@ class Peers:
             )
 
     async def _check_complete(self) -> None:
-        everyone = self._futures.setdefault("everyone", futures.Future())
-        if len(self._names) == self.num_processes and not self._is_complete:
+        everyone = self._futures["everyone"]
+        if len(self._names) == self.num_processes and not self._is_complete and not everyone.done():
             self._is_complete = True
-            await self._tell_others({"go": True})
             everyone.set_result({})
+            await self._tell_others({"go": True})
 
     async def _collect(self, topic: str, number: int, value: str) -> None:
         values = self._gathered.setdefault(topic, {})
@@ -299,14 +309,15 @@ class Peers:
     ) -> asyncio.StreamReader:
         await _write_message(writer, self._hello("lifeline"))
         answer = await _read_message(reader, ANSWER_SECONDS)
+        if answer and answer.get("protocol") == PROTOCOL:
+            return reader
+        writer.close()
         if answer and "stop" in answer:
             raise PeerError(f"{address}: {answer['stop']}")
-        if not answer or answer.get("protocol") != PROTOCOL:
-            raise PeerError(
-                f"{address}: what answers there is not process 0 of a run of this version. Another program may have "
-                "the port: choose one that is free on that machine, the same for all processes."
-            )
-        return reader
+        raise PeerError(
+            f"{address}: what answers there is not process 0 of a run of this version. Another program may have the "
+            "port: choose one that is free on that machine, the same for all processes."
+        )
 
     def _open_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         set_keepalive(writer)
@@ -326,6 +337,7 @@ class Peers:
                 self._fail(message["stop"], message["code"])
             elif "leave" in message:
                 self._finished.add(0)
+        self._lines[0].close()
         if 0 not in self._finished:
             self._fail(
                 f"process 0 of {self.num_processes} ended without a word: it was killed, or its machine or the network "
@@ -341,6 +353,7 @@ class Peers:
             except OSError:
                 return  # the first process is gone; the lifeline says so
             # what JAX has here stays open when the first process goes: JAX would abort before a word was said
+            self._relayed.append(writer)
             await asyncio.gather(_pump(reader, up_writer), _pump(up_reader, writer, close=False))
 
         server = await asyncio.start_server(relay, "127.0.0.1", 0)

@@ -253,18 +253,20 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
 def describe_tokens(tokenized_data: TokenizedData, *, streaming: bool) -> dict[str, dict[str, Any]]:
     """name -> sizes and hashes of each corpus, in the order of its rows: what a run that is resumed must read again."""
     examples = group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=streaming)
+    return {name: describe_corpus(corpus, examples[name]) for name, corpus in tokenized_data.corpora.items()}
+
+
+def describe_corpus(corpus: Corpus, examples: Sequence[Example]) -> dict[str, Any]:
+    """Sizes and hashes of a corpus and of its examples' ids, for `identity.check_tokens`."""
     return {
-        name: {
-            "sequences": len(corpus.lengths),
-            "tokens": len(corpus.ids),
-            "targets": int(corpus.target_mask.sum()),
-            "token ids": identity.hash_arrays(corpus.ids, corpus.offsets),
-            "target mask": identity.hash_arrays(corpus.target_mask),
-            "example ids and sources": identity.hash_text(
-                text for example in examples[name] for text in (example.id, example.source)
-            ),
-        }
-        for name, corpus in tokenized_data.corpora.items()
+        "sequences": len(corpus.lengths),
+        "tokens": len(corpus.ids),
+        "targets": int(corpus.target_mask.sum()),
+        "token ids": identity.hash_arrays(corpus.ids, corpus.offsets),
+        "target mask": identity.hash_arrays(corpus.target_mask),
+        "example ids and sources": identity.hash_text(
+            text for example in examples for text in (example.id, example.source)
+        ),
     }
 
 

@@ -19,17 +19,17 @@ from tests.runs.engine.test_agreement import free_port
 pytestmark = pytest.mark.slow
 
 SMOOTH = (
-    "--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3", "--model.param-dtype", "float64", "--fast",
+    "--optimizer.eps-root", "1e-6", "--optimizer.learning-rate", "1e-3", "--model.param-dtype", "float64",
 )  # fmt: skip
 
 
-def launch(made, out, processes: int, *flags, verb: str = "dev") -> list[subprocess.Popen]:
-    """Eight devices in all; the log of process i is in OUT.i."""
+def launch(made, out, processes: int, *flags, verb: str = "select", own_flags=None) -> list[subprocess.Popen]:
+    """Eight devices in all; the log of process i is in OUT.i, and `own_flags[i]` are its own."""
     port, running = free_port(), []
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // processes}")
     for number in range(processes):
         command = [sys.executable, "-m", "bilevel_jax.cli", verb, str(made / f"{verb}.yaml"), "--out", str(out)]
-        command += ["--mesh.data", "0", *flags]
+        command += ["--mesh.data", "0", *flags, *(own_flags[number] if own_flags else ())]
         environment = os.environ | {"XLA_FLAGS": xla}
         if processes > 1:
             environment |= {
@@ -105,3 +105,52 @@ def test_scores_and_training(made, tmp_path):
     one, two = (pq.read_table(tmp_path / name / "scores.parquet") for name in "12")
     for column in one.column_names[4:]:
         np.testing.assert_allclose(np.array(two[column]), np.array(one[column]), rtol=1e-9, atol=1e-9)
+
+
+def log(out, number: int) -> str:
+    return out.with_name(f"{out.name}.{number}").read_text()
+
+
+def last_words(out, number: int) -> str:
+    """The last line of a process; nothing of C++ stands above it."""
+    lines = log(out, number).splitlines()
+    assert not [line for line in lines if "Traceback" in line or "Check failure" in line or line.startswith("    @")]
+    return lines[-1]
+
+
+LONG = ("--train.num-epochs", "12", "--train.eval-steps", "10", "--output.save-minutes", "0.02")
+
+
+def test_processes_with_two_learning_rates_all_stop(made, tmp_path):
+    out = tmp_path / "run"
+    own_flags = [("--optimizer.learning-rate", rate) for rate in ("1e-3", "2e-3")]
+    assert ended(launch(made, out, 2, verb="train", own_flags=own_flags)) == [1, 1]
+    for number in range(2):
+        assert "optimizer.learning_rate (0.001 in process 0, 0.002 in process 1)" in last_words(out, number)
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """`train` in two processes, not interrupted."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert ended(launch(made, out, 2, *LONG, verb="train")) == [0, 0]
+    return out
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_within_seconds_and_both_resume(victim, made, trained, tmp_path):
+    out = tmp_path / "run"
+    running = launch(made, out, 2, *LONG, verb="train")
+    while "step     20" not in log(out, 0):
+        time.sleep(0.02)
+        assert all(process.poll() is None for process in running), log(out, 0)
+    running[victim].kill()
+    start = time.monotonic()
+    codes = ended(running)
+    assert time.monotonic() - start < 10  # under a second on an idle machine
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    assert f"process {victim} of 2" in last_words(out, 1 - victim)
+    assert "ended without a word" in last_words(out, 1 - victim)
+    assert ended(launch(made, out, 2, *LONG, "--output.resume", verb="train")) == [0, 0]
+    assert (out / "model" / "model.safetensors").read_bytes() == (trained / "model" / "model.safetensors").read_bytes()
