@@ -97,7 +97,6 @@ OTHERS = {
     "yogi": lambda: optax.yogi(RATE),
     "clip_by_global_norm": lambda: chain(optax.clip_by_global_norm(0.1)),
     "clip_by_block_rms": lambda: chain(optax.clip_by_block_rms(0.1)),
-    "adaptive_grad_clip": lambda: chain(optax.adaptive_grad_clip(0.01)),
     "centralize": lambda: chain(optax.centralize()),
     "ema": lambda: chain(optax.ema(0.9)),
     "add_noise": lambda: chain(optax.add_noise(0.01, 0.55, 0)),
@@ -106,10 +105,6 @@ OTHERS = {
     "block norms": lambda: chain(optax.scale_by_param_block_norm()),
     "acprop": lambda: contrib.acprop(RATE),
     "ademamix": lambda: contrib.ademamix(RATE, **ROOT),
-    "galore": lambda: contrib.galore(RATE, rank=1),
-    "madgrad": lambda: contrib.madgrad(RATE),
-    "muon": lambda: contrib.muon(RATE),
-    "prodigy": lambda: contrib.prodigy(RATE),
     "schedule_free": lambda: contrib.schedule_free_sgd(RATE),
 }
 SIGN, UNREACHED = "does not depend on the gradient's size", f"no gradient reaches the parameters in the {STEPS} steps"
@@ -119,6 +114,11 @@ REFUSED = {
     "MultiSteps, too many": (lambda: optax.MultiSteps(optax.sgd(RATE), STEPS + 1), UNREACHED),
 }
 REFUSED_OTHERS = {
+    "adaptive_grad_clip": (lambda: chain(optax.adaptive_grad_clip(0.01)), NOT_FINITE),
+    "galore": (lambda: contrib.galore(RATE, rank=1), NOT_FINITE),
+    "madgrad": (lambda: contrib.madgrad(RATE), NOT_FINITE),
+    "muon": (lambda: contrib.muon(RATE), NOT_FINITE),
+    "prodigy": (lambda: contrib.prodigy(RATE), NOT_FINITE),
     "MultiSteps, adam without eps_root": (lambda: optax.MultiSteps(optax.adam(RATE), 2), NOT_FINITE),
     "lion": (lambda: optax.lion(RATE), SIGN),
     "signum": (lambda: optax.signum(RATE), SIGN),
