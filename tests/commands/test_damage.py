@@ -129,12 +129,15 @@ def test_every_damage_is_named_or_healed(runs, table_inputs, tmp_path, kind, sta
         if told.startswith("goes on") and part_of(case) not in healed:
             with without_clock(), warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
-                start(table_inputs, name, again, "--resume")
+                try:
+                    start(table_inputs, name, again, "--resume")
+                except (ValueError, OSError) as error:
+                    assert names_case(str(error), again, case), (case, error)
+                    healed[part_of(case)] = "named when it is read"
+        if told.startswith("goes on") and part_of(case) not in healed:
             is_named = any(names_case(str(one.message), again, case) for one in warned)
             different = differences(whole, contents_without_place(again, made))
-            if (
-                case.name == "log.jsonl" and is_named
-            ):  # it goes on, and says what the report lacks
+            if case.name == "log.jsonl" and is_named:  # it goes on, and says what the report lacks
                 different = [name for name in different if name != "report.html"]
             assert different == [], (case, is_named)
             healed[part_of(case)] = "healed, and named" if is_named else "healed"

@@ -169,7 +169,12 @@ def read_bytes(path: str | Path) -> bytes:
     Raises seals.DamagedFileError for a file of a run that was changed, cut, swapped or deleted.
     """
     seals.check(path)
-    return Path(path).read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing, and nothing makes it again here. Put back a copy of it, or start a new run with --out."
+        ) from None
 
 
 def read_text(path: str | Path) -> str:
