@@ -206,8 +206,13 @@ def linearization_bytes(step: TrainStep, *arguments: Any) -> int:
 
 
 def device_memory_bytes() -> float:
-    """Bytes that one device of this machine has; the CPU's devices share the machine's."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / len(jax.local_devices())
+    """Bytes that one device of this machine has; the CPU's devices share the machine's.
+
+    Of several processes all call this, and get the least of all: what is planned by it must be the same in each.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}  # those of other processes cannot be asked
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device_bytes = float(stats.get("bytes_limit", machine_bytes / len(jax.local_devices())))
+    if not distributed.is_multiprocess():
+        return device_bytes
+    return float(distributed.allgather_values([int(device_bytes) >> 20]).min()) * (1 << 20)
