@@ -182,7 +182,7 @@ BAD_PATHS = {
     "a link to nothing": (lambda path: path.symlink_to(path.parent / "b"), "a.jsonl", "a link to"),
     "below a file": (lambda path: path.write_bytes(GOOD), "a.jsonl/b.jsonl", "is a file, not a folder"),
     "a long name": (lambda path: None, "a" * 300 + ".jsonl", "cannot be opened (File name too long)"),
-    "a NUL": (lambda path: None, "a\0.jsonl", "cannot be opened (embedded null byte)"),
+    "a NUL": (lambda path: None, "a\0.jsonl", "embedded null "),  # byte, or character: by the version of Python
 }
 
 
