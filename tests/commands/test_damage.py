@@ -35,8 +35,13 @@ DAMAGED = {
     "rank": ("--data.seed 5", 2),
     "refine": ("--data.seed 5", 60),
 }
-TOLD = {"log.jsonl": ("report.html",), "checkpoints/responses.jsonl": ("checkpoints/responses.jsonl",)}
-"""Records that a run goes on without, and says so, and what lacks them then: responses are in the tables of rounds."""
+TOLD = {
+    "log.jsonl": ("report.html",),
+    "checkpoints/responses.jsonl": ("checkpoints/responses.jsonl",),
+    "checkpoints/done.json": ("checkpoints/done.json",),
+}
+"""Records that a run may go on without, and says so, and what lacks them then: the rounds of refine have checkpoints
+and tables of their own."""
 TRIES = 60
 """Of each kind of damage, for each run, finished and stopped."""
 
