@@ -346,8 +346,8 @@ def check_differentiable(
     """
     if not trajectory.steps:
         return
-    advance, has_finite_vjp, zero_half = (  # compiled: one by one, their operations take longer
-        jax.jit(partial(_advance_along, optimizer)),
+    find_acting_step, has_finite_vjp, zero_half = (  # compiled: one by one, their operations take longer
+        jax.jit(partial(_find_acting_step, optimizer)),
         jax.jit(partial(_has_finite_vjp, optimizer)),
         jax.jit(_zero_half),
     )
@@ -362,8 +362,8 @@ def check_differentiable(
             ("a gradient of this run", grad),
             ("a gradient with zero entries", zero_half(grad)),
         ):
-            acting, acts = _find_acting_step(advance, state, probe_grad, trajectory.steps)
-            any_acts |= acts and probe_grad is grad  # entries set to 0 lie within any clip
+            acting, acts = find_acting_step(state, probe_grad, trajectory.steps)
+            any_acts |= bool(acts) and probe_grad is grad  # entries set to 0 lie within any clip
             if acts and not has_finite_vjp(probe_grad, acting):
                 raise ValueError(
                     f"the optimizer's update has a derivative that is not finite at {description} (step "
@@ -373,7 +373,7 @@ def check_differentiable(
     if any_acts:
         return
     ends = [
-        _find_acting_step(advance, trajectory.start, signed_grad, trajectory.steps)[0].params
+        find_acting_step(trajectory.start, signed_grad, trajectory.steps)[0].params
         for signed_grad in (start_grad, jax.tree.map(jnp.negative, start_grad))
     ]
     if jax.jit(tree.bitwise_equal)(*ends):
@@ -397,18 +397,27 @@ def _state_near_middle(trajectory: Trajectory) -> TrainState:
     return trajectory.snapshots[nearest_step] if nearest_step else trajectory.start
 
 
-def _find_acting_step(advance: Callable, state: TrainState, grad: Params, steps: int) -> tuple[TrainState, bool]:
+def _find_acting_step(
+    optimizer: optax.GradientTransformation, state: TrainState, grad: Params, steps: int
+) -> tuple[TrainState, Bool[Array, ""]]:
     """(the state before the first update that depends on the size of `grad`, True), or (the state at the end, False).
 
     Every step has the same gradient. Its tangent is carried forward through the optimizer's state.
     """
+
+    def goes_on(carry):
+        state, _, acts = carry
+        return jnp.logical_and(~acts, state.step < steps)
+
+    def advance(carry):
+        state, tangents, _ = carry
+        new_state, new_tangents, acts = _advance_along(optimizer, state, grad, tangents)
+        kept = jax.tree.map(partial(jnp.where, acts), state, new_state)
+        return kept, new_tangents, acts
+
     tangents = [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(state.opt_state)]
-    for _ in range(int(state.step), steps):
-        new_state, new_tangents, acts = advance(state, grad, tangents)
-        if acts:
-            return state, True
-        state, tangents = new_state, new_tangents
-    return state, False
+    state, _, acts = jax.lax.while_loop(goes_on, advance, (state, tangents, jnp.array(False)))
+    return state, acts
 
 
 def _advance_along(

@@ -1,6 +1,7 @@
 """Short names of this machine's files, for results that leave it."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,11 +18,11 @@ def short_file_names(paths: Iterable[str]) -> dict[str, str]:
     paths = list(dict.fromkeys(paths))
     parts = {path: PurePosixPath(path).parts[1:] for path in paths if PurePosixPath(path).is_absolute()}
 
+    ends = Counter(own[-length:] for own in parts.values() for length in range(1, len(own) + 1))
+
     def shorten(path: str) -> str:
         own = parts[path]
-        lengths = range(1, len(own) + 1)
-        taken = [other for key, other in parts.items() if key != path]
-        length = next((n for n in lengths if not any(other[-n:] == own[-n:] for other in taken)), len(own))
+        length = next((n for n in range(1, len(own) + 1) if ends[own[-n:]] == 1), len(own))
         return "/".join(own[-length:]) or path
 
     return {path: shorten(path) if path in parts else path for path in paths}
@@ -32,7 +33,9 @@ def hide_local_paths(value: Any, settings: Any) -> Any:
 
     A path within a folder of the settings is shortened with the folder.
     """
-    absolute = [text for text in _iterate_strings(settings) if PurePosixPath(text).is_absolute()]
+    texts = list(_iterate_strings(settings))
+    texts += [text.partition("@")[0] for text in texts if "@" in text]  # of folder@split the folder
+    absolute = [text for text in texts if PurePosixPath(text).is_absolute()]
     names = {path.rstrip("/"): name for path, name in short_file_names(absolute).items() if path.strip("/")}
     if not names:
         return value

@@ -27,8 +27,7 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
     for key, value in flatten_config(config):
         if key not in INPUT_FILE_KEYS:
             continue
-        paths = [Path(item) for item in (value if isinstance(value, tuple) else (value,)) if item]
-        if key_files := [file for path in paths for file in _list_files(path)]:
+        if key_files := [file for path in _list_paths(value) for file in _list_files(path)]:
             files_by_key[key] = key_files
     return files_by_key
 
@@ -37,8 +36,8 @@ def check_inputs_whole(config: Any) -> None:
     """Raise seals.DamagedFileError for an input file of a run's folder that is not what that run wrote."""
     for key, value in flatten_config(config):
         if key in INPUT_FILE_KEYS:
-            for item in filter(None, value if isinstance(value, tuple) else (value,)):
-                seals.check(item)
+            for path in _list_paths(value):
+                seals.check(path)
 
 
 def record_inputs(config: Any, folder: Path) -> None:
@@ -92,6 +91,13 @@ def hash_file_ends(config: Any) -> dict[str, str]:
                 digest.update(content.read(END_BYTES))
         hashes[key] = f"{len(key_files):,} files with hash {digest.hexdigest()[:12]}"
     return hashes
+
+
+def _list_paths(value: Any) -> Iterator[Path]:
+    """The paths that a config's value names; of `folder@split` the folder."""
+    for item in filter(None, value if isinstance(value, tuple) else (value,)):
+        folder, at, _ = str(item).partition("@")
+        yield Path(folder) if at and not Path(item).exists() and Path(folder).is_dir() else Path(item)
 
 
 def _list_files(path: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ def test_short_file_names(paths, names):
 
 
 SETTINGS = {
-    "data": {"train": ["/home/me/a+b/rows.jsonl"], "test": []},
+    "data": {"train": ["/home/me/a+b/rows.jsonl"], "test": ["/home/me/set@test"]},
     "output": {"dir": "/home/me/out/run/"},
     "model": {"name_or_path": "/home/me/m", "template": "/{prompt}", "none": None, "rate": 0.1},
 }
@@ -38,6 +38,7 @@ SETTINGS = {
         ("in /home/me/out/run/input/train.jsonl:7.", "in run/input/train.jsonl:7."),
         ("/home/me/m2 and x/home/me/m are others", "/home/me/m2 and x/home/me/m are others"),
         ("weight of ('/home/me/m')", "weight of ('m')"),
+        ("/home/me/set holds no rows", "set holds no rows"),
         ("rows.jsonl", "rows.jsonl"),
         (3.5, 3.5),
         (None, None),

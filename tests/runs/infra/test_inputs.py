@@ -62,3 +62,9 @@ def test_every_key_that_names_files_exists():
     config = replace(SelectConfig(), data=DataSection(train=("nowhere",)))
     assert inputs.list_input_files(config) == {}
     assert {key.split(".")[0] for key in inputs.INPUT_FILE_KEYS} <= section_names()
+
+
+def test_a_split_of_a_folder_names_the_files_of_the_folder(started, tmp_path):
+    config, folder, _, weights = started
+    config = replace(config, data=replace(config.data, train=(f"{weights.parent}@train",)))
+    assert inputs.list_input_files(config)["data.train"] == [weights]
