@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 SHOWN_INSTEAD = "(the key)"
 SECRET_RUN = 8
 """Letters and digits of a key in a row that no error shows; a shorter key is replaced where it stands as it is."""
+SECRET_KEY = 16
+"""Letters and digits of a key, at least, that no answer may hold; a shorter one may be a placeholder or a word."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,15 @@ class ApiKey:
         return text
 
     def is_in(self, text: str) -> bool:
-        """Whether a text holds the whole key, in any form that `hide` knows; False for one shorter than SECRET_RUN."""
+        """Whether a text holds the whole key, in any form that `hide` knows.
+
+        False for a key that may be an ordinary word, as `not-needed`: of fewer than SECRET_KEY letters and digits, or
+        without either of them.
+        """
         key = _letters(self.value)
-        return len(key) >= SECRET_RUN and any(key in reading for reading in _readings(text))
+        if len(key) < SECRET_KEY or key.isalpha() or key.isdigit():
+            return False
+        return any(key in reading for reading in _readings(text))
 
     def _forms(self) -> set[str]:
         if not self.value:
