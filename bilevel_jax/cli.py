@@ -281,7 +281,7 @@ def _print_error(text: str) -> None:
 
 def _describe_error(error: Exception) -> str | None:
     """The sentence of an error of the user or the machine; None for one that nobody thought of."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not _is_raised_here(error)):
         return (
             f"the memory is full ({str(error).splitlines()[0][:200] if str(error) else 'of this machine'}). "
             "`bilevel-jax estimate CONFIG` says what a run needs; raise train.gradient_accumulation_steps, lower "
@@ -291,7 +291,9 @@ def _describe_error(error: Exception) -> str | None:
         return f"{str(error).splitlines()[0]} Look at JAX_PLATFORMS, and at which jaxlib is installed for this machine."
     if isinstance(error, OSError) and error.strerror:
         if error.filename is None:
-            return error.strerror
+            remedy = OS_REMEDIES.get(error.errno or 0, "")
+            is_whole = not remedy or error.strerror.endswith(remedy)
+            return error.strerror if is_whole else f"{error.strerror.rstrip('.')}. {remedy}"
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
         remedy = OS_REMEDIES.get(error.errno or 0, "Look at the file or the folder, or name another.")
         return f"{name}: {error.strerror[:1].lower()}{error.strerror[1:]}. {remedy}"

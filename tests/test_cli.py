@@ -181,6 +181,8 @@ def test_an_error_that_nobody_thought_of_is_a_sentence_with_its_traceback_in_a_f
         (PermissionError(13, "Permission denied", "out/x\x1b[2J"), "out/x␛[2J: permission denied. Change its perm", 1),
         (FileNotFoundError(2, "No such file or directory", b"a.txt"), "a.txt: no such file or directory. Look at", 1),
         (OSError(28, "the disk is full: x was not written."), "the disk is full: x was not written.", 1),
+        (OSError(28, "No space left on device"), "No space left on device. Free space, then --resume.\n", 1),
+        (OSError(104, "Connection reset by peer"), "Connection reset by peer\n", 1),
         (MemoryError(), "the memory is full (of this machine). `bilevel-jax estimate", 1),
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
@@ -196,6 +198,12 @@ def test_known_errors_of_the_machine(error, text, code, monkeypatch, capsys):
     assert main(["inspect", "--model", "m", "--train", "t"]) == code
     said = capsys.readouterr().err
     assert said.startswith(f"bilevel-jax: {text}") and said.count("\n") == 1
+
+
+def test_a_rate_limit_of_a_service_is_no_full_memory(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_call", raised(RuntimeError("status 429: RESOURCE_EXHAUSTED")))
+    assert main(["inspect", "--model", "m", "--train", "t"]) == 1
+    assert capsys.readouterr().err == "bilevel-jax: status 429: RESOURCE_EXHAUSTED\n"
 
 
 def test_a_renamed_flag_is_a_wrong_command_line(capsys):

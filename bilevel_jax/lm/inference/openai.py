@@ -391,6 +391,8 @@ def _has_sampler_log_probs(sampling: SamplingParams, parameter_names: Mapping[st
 
 def _find_error(content: Any) -> _ServiceError | None:
     """The error that a JSON reply states: beside or instead of choices, in its choice, or as the reply itself."""
+    if isinstance(content, list) and len(content) == 1:  # as Google wraps it
+        [content] = content
     if not isinstance(content, dict):
         return None
     choices = content.get("choices")
@@ -419,7 +421,8 @@ def _describe_body(reply: transport.Reply) -> str:
     if re.match(r"(?i)<!doctype html|<html|<head|<body", text):
         title = re.search(r"(?is)<(title|h1)[^>]*>(.*?)</\1", text)
         return (
-            f"a page of HTML{f', {title[2].strip()}' if title else ''}. Does the url end in /v1, and is it no web page"
+            f"a page of HTML{f', {title[2].strip()}' if title else ''}. Give the address of the API, which ends in "
+            "/v1, not that of a web page"
         )
     if text.startswith(("data:", "event:")):
         return "a stream of events, which was not asked for"

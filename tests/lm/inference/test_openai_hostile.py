@@ -112,6 +112,8 @@ REPEATED = {
     "429 in a 200": error(429),
     "'429' in a 200": error("429"),
     "503 in the type": {"error": {"type": "overloaded_error", "message": "busy"}},
+    "a list of one error": http([{"error": {"code": 429, "message": "x", "status": "RESOURCE_EXHAUSTED"}}], 429),
+    "a list of one error in a 200": [{"error": {"message": "x", "status": "RESOURCE_EXHAUSTED"}}],
     "a code in words": error("rate_limit_exceeded"),
     "an error in the choice": {"choices": [{"error": {"code": 502, "message": "x"}, "message": {"content": ""}}]},
     "vLLM's error object": {"object": "error", "message": "busy", "type": "InternalServerError", "code": 500},
@@ -135,6 +137,7 @@ REPEATED = {
 REFUSED = {
     "quota": (http(error("insufficient_quota", "You exceeded your quota"), 429), "status 429: You exceeded your quota"),
     "402 in a 200": (error(402, "no credits"), "an error in an answer of status 200 402: no credits"),
+    "400 in a list": (http([error(400, "no such model")], 400), r"status 400: no such model\."),
     "an error in words": ({"error": "model 'm' not found"}, "status 200: model 'm' not found"),
     "FastAPI's detail": (http({"detail": [{"msg": "field required"}]}, 422), 'status 422: .*"msg": "field required"'),
     "401 without a body": (http(b"", 401), r"status 401: .*The key is that of the environment variable MY_KEY\."),
@@ -143,7 +146,7 @@ REFUSED = {
         r"Give max_tokens the name that this service knows in generate.parameter_names, as max_tokens=max_completion",
     ),
     "an unknown parameter": (http(error(None, "unknown field `seed`"), 400), r"or leave it out, as seed=\."),
-    "a page": (http(PAGE), r"no chat completion: .*a page of HTML, 502 Bad Gateway\. Does the url end in /v1"),
+    "a page": (http(PAGE), r"no chat completion: .*a page of HTML, 502 Bad Gateway\. Give the address of the API"),
     "404 and a page": (http(PAGE, 404), "status 404: a page of HTML"),
     "empty": (http(b""), "no chat completion"),
     "204": (http(b"", 204), "no chat completion"),
@@ -328,7 +331,9 @@ def test_the_key_is_sent_to_one_host_only_and_stands_in_no_repr(service):
     assert service.seen[-1][1]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in repr(ApiKey(KEY)) and ApiKey("").hide("as it was") == "as it was"
     assert ApiKey("EMPTY").hide("the key EMPTY, no empty key") == "the key (the key), no empty key"
-    assert not ApiKey("token").is_in("a token")  # too short to be told from a word
+    for placeholder in ("token", "not-needed", "lm-studio", "EMPTY", "a-key-of-letters-alone", "0000000000000000"):
+        assert not ApiKey(placeholder).is_in(f"A proof is not needed: {placeholder}")
+    assert ApiKey(KEY).is_in(f"so {KEY}")
     before = len(service.seen)
     there = service.url + "/chat/completions"
     with pytest.raises(RuntimeError, match="has moved"):
