@@ -8,7 +8,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import IO, Any, TypeVar, cast
 
@@ -46,7 +46,11 @@ def read_json(path: str) -> Iterator[tuple[int, Any]]:
         text = _decode(b"".join(_iter_lines(file, path)), path, None)
     if not text.strip():
         return
-    content = _parse(text, path, None, partial(json.loads, parse_int=float))
+    content = _parse(text, path, None, partial(json.loads, parse_int=float, object_pairs_hook=tuple))
+    if isinstance(content, tuple):  # the outermost object; those inside are checked row by row
+        pairs = content
+        _parse(text, path, None, lambda _: _make_object(pairs))
+        content = dict(pairs)
     rows = content.get("instances") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         kinds = {bool: "true or false", float: "a number", str: "a string", type(None): "null"}
@@ -143,7 +147,7 @@ class RepeatedKeyError(ValueError):
     """A JSON object with one key twice, of which a reader would have to choose a value."""
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

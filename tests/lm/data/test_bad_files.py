@@ -100,6 +100,8 @@ BAD_FILES = {
                         "the key 'role' stands twice"),
     "key twice in json": ("a.json", b'[{"prompt": "x", "response": "b"},\n\n{"prompt": "a", "prompt": "a"}]',
                           "a.json:3", "the key 'prompt' stands twice"),
+    "key twice around the rows": ("a.json", b'{"instances": [{"text": "a"}], "b": {}, "instances": [{"text": "b"}]}',
+                                  "a.json", "the key 'instances' stands twice"),
     "deep": ("a.jsonl", GOOD + DEEP, "a.jsonl:2", "nested too deeply"),
     "deep json": ("a.json", b"[" + DEEP + b"]", "a.json", "nested too deeply"),
     "huge number": ("a.jsonl", GOOD + b'{"prompt": "a", "response": ' + b"9" * 5000 + b"}", "a.jsonl:2",
