@@ -159,7 +159,8 @@ def _limit_time_and_memory() -> Iterator[None]:
     """Raises _LimitError in a rendering that takes too much of either.
 
     A timer's signal looks at both: it comes through in the middle of a loop, and of the arithmetic of large numbers.
-    Signals reach the main thread alone; in another there is no limit.
+    Signals reach the main thread alone; in another there is no limit. The peak of memory is the process's, which other
+    threads raise, too, so it counts only from where the rendering has worked for longer than TICK_SECONDS itself.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -167,9 +168,10 @@ def _limit_time_and_memory() -> Iterator[None]:
     start, peak = time.thread_time(), _peak_memory()
 
     def check(number: int, frame: Any) -> None:
-        if time.thread_time() - start > MAX_SECONDS:
+        seconds = time.thread_time() - start
+        if seconds > MAX_SECONDS:
             raise _LimitError(f"does not end within {MAX_SECONDS:g} s")
-        if _peak_memory() - peak > MAX_BYTES:
+        if seconds > TICK_SECONDS and _peak_memory() - peak > MAX_BYTES:
             raise _LimitError(f"takes more than {MAX_BYTES >> 20} MiB")
 
     handler = signal.signal(signal.SIGALRM, check)

@@ -4,7 +4,9 @@ Each template has an oracle: plain Python that writes the text it renders piece 
 answers. What it writes is first compared with transformers, then the mask of every token with the pieces.
 """
 
+import itertools
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -630,6 +632,14 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch, template):
     ):
         learned(bpe(template + CHATML), talk("uA?", "aB"))
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_memory_of_other_threads_is_not_the_templates(monkeypatch):
+    peaks = itertools.count(0, 1 << 40)
+    monkeypatch.setattr(render, "_peak_memory", lambda: next(peaks))
+    with render._limit_time_and_memory():
+        time.sleep(3 * render.TICK_SECONDS)
+    assert next(peaks) == 1 << 40  # it was looked at once, at the beginning
 
 
 def test_an_alarm_of_the_process_stays_as_it_is():
