@@ -220,7 +220,7 @@ def _join_strategy_files(config: RankConfig) -> tuple[list[str], list[_QuestionR
             key = text
             if config.rank.id_field:
                 read_field(row, config.rank.id_field, "Set rank.id_field to one of them.", where)
-                if (named := read_name(row, config.rank.id_field, where)) is None:
+                if (named := read_name(row, config.rank.id_field, where, is_id=True)) is None:
                     raise ValueError(f"{where}: '{config.rank.id_field}' is empty. Fill it, or remove the row.")
                 key = named  # 1 in one file and 1.0 in another are one question
             joined_row = joined.setdefault(

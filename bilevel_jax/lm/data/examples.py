@@ -16,6 +16,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bilevel_jax.lm.data import files, formats
 from bilevel_jax.lm.data.turns import TARGET_KEYS, UNREAD_ROW_KEYS, DataOptions, Dialogue, EmptyExampleError, Turn
 
@@ -274,24 +276,26 @@ def is_preference_pair(example: Example) -> bool:
 # ---- names: labels, sources, ids
 
 
-def read_name(row: Any, field: str, where: str) -> str | None:
+def read_name(row: Any, field: str, where: str, *, is_id: bool = False) -> str | None:
     """The label, source or id under one key of a row, as `normalize_name` gives it; None where there is none."""
     value = row.get(field) if isinstance(row, dict) else None
     try:
-        return normalize_name(value)
+        return normalize_name(value, is_id=is_id)
     except ValueError as error:
         raise ValueError(f"{where}: '{field}' is {error}") from None
 
 
-def normalize_name(value: Any) -> str | None:
+def normalize_name(value: Any, *, is_id: bool = False) -> str | None:
     """The one spelling of a label, source or id, whatever kind of file or column it comes from.
 
     1, 1.0, true, "1", "1.0" and "true" are all "1", and false is "0": a column of whole numbers becomes one of floats
-    as soon as it holds a null, and labels of two classes are written as booleans or as numbers. null, NaN and text
-    without a letter are no name. Space around a text does not count.
+    as soon as it holds a null, and labels of two classes are written as booleans or as numbers. A text is a number
+    where it is a plain decimal one: "1.50" and 1.5 are the same, and "007", "+1" and "1_000" stay as they are. null,
+    NaN and text without a letter are no name. Space around a text does not count.
 
     Args:
         value: what a row holds.
+        is_id: booleans are no numbers: true is "true", and the text "true" stays as it is.
 
     Returns:
         The name, or None.
@@ -305,20 +309,31 @@ def normalize_name(value: Any) -> str | None:
     """
     if isinstance(value, str):
         text = value.strip()
-        if text.lower() in ("true", "false"):
+        if text.lower() in ("true", "false") and not is_id:
             return str(int(text.lower() == "true"))
-        return WHOLE_NUMBER.sub(r"\1", text) or None
+        return (_spell_number(Decimal(text)) if PLAIN_NUMBER.fullmatch(text) else text) or None
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or value != value:  # NaN differs from itself
         return None
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else str(float(value))
+        return _spell_number(Decimal(repr(value)) if isinstance(value, float) else value)
+    if isinstance(value, bool):
+        return str(value).lower() if is_id else str(int(value))
     if isinstance(value, int | datetime.date | datetime.time):
-        return str(int(value) if isinstance(value, bool) else value)
+        return str(value)
     raise ValueError(f"{files.describe_value(value)}; a string or a number is wanted.")
 
 
-WHOLE_NUMBER = re.compile(r"^(-?\d+)\.0+$")
-"""A whole number that was written as a float."""
+PLAIN_NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|[1-9](?:\.[0-9]+)?[eE][+-]?[0-9]{1,3})")
+"""A decimal number as programs write it; others, as 007, 12e4 and 1_000, may be ids."""
+
+
+def _spell_number(value: Decimal) -> str:
+    """All digits, without an exponent, zeros at the end and the sign of 0."""
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 # ---- rows -> examples

@@ -49,11 +49,34 @@ def test_other_names():
         Decimal("1.50"),
         Decimal("2.0"),
     ]
-    expected = ["0", "0", "0", "0", "0.5", "v1.0", "1.50", "01", "nan", "None", str(10**30), "-2", "clean", "1.5", "2"]
+    expected = ["0", "0", "0", "0", "0.5", "v1.0", "1.5", "01", "nan", "None", str(10**30), "-2", "clean", "1.5", "2"]
     assert [normalize_name(value) for value in values] == expected
     for value in ([1], {"a": 1}, b"clean", float("inf")):
         with pytest.raises(ValueError, match="a string or a number is wanted"):
             normalize_name(value)
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        ((0, 0.0, -0.0, "-0.0", "-0", "0.00", np.int64(0), np.bool_(False)), "0"),
+        ((1.5, "1.50", Decimal("1.500"), np.float32(1.5)), "1.5"),
+        ((1e22, "1e22", "1e+22", 10**22), "1" + "0" * 22),
+        ((1e23, "1e23", 10**23), "1" + "0" * 23),
+        ((1e-7, "1e-07", "0.0000001"), "0.0000001"),
+    ],
+    ids=str,
+)
+def test_a_number_has_one_spelling(values, name):
+    assert {normalize_name(value) for value in values} == {name}
+
+
+def test_a_text_that_may_be_an_id_stays_as_it_is():
+    for text in ("007", "007.0", "1_000", "+1", "1.", ".5", "12e4", "0x10", "1e9999", "\u0661", "inf", "-"):
+        assert normalize_name(text) == text
+    assert [normalize_name(value, is_id=True) for value in (True, "true", "True", 1, "1.0")] == [
+        "true", "true", "True", "1", "1"
+    ]  # fmt: skip
 
 
 # ---- the same data in every kind of file
