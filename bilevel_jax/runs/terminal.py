@@ -1,4 +1,4 @@
-"""Text of anyone's on a terminal, whose control characters it must not obey."""
+"""Terminal output in which control characters of foreign text are made visible."""
 
 import contextlib
 import sys

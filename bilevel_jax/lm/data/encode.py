@@ -24,7 +24,7 @@ TemplateRenderer = Callable[[Example], tuple[str, list[int]]]
 def encode_examples(
     examples: Sequence[Example], targets: Sequence[Sequence[int]], tokenizer: Tokenizer, render: TemplateRenderer
 ) -> Iterator[EncodedExample]:
-    """The tokens of each example, BOS and EOS not yet in order.
+    """The tokens of each example, before BOS and EOS are added.
 
     Args:
         examples: single ones; of a pair, its sides.
