@@ -428,6 +428,7 @@ def test_a_question_that_is_always_refused_is_named(inputs, tmp_path, monkeypatc
     answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at or draw else REFUSED)
     out = run(inputs, tmp_path / "out", *SERVICE, *BY_PERPLEXITY)
     assert any("1 request got no answer from the service: 1 time, the model refused: I can" in n for n in out["notes"])
+    assert not any("could not be used" in note for note in out["notes"])
     assert pq.read_table(tmp_path / "out" / "rank.parquet")["own_answer"].to_pylist() == ["abcd"] * 54
     answer_by(monkeypatch, lambda at, draw: Response("abcd", (), (), True) if at else REFUSED)
     with pytest.raises(ValueError, match=r"gave none, 5 times, the model refused: I cannot\)\. Remove the question"):

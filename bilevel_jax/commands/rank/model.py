@@ -162,13 +162,15 @@ def _generate_answers(
     count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
     reasons: dict[str, list[str]] = {}  # prompt id -> why a service gave no answer, once for each draw
-    num_redrawn = 0
+    num_unusable, redrawn = 0, False
     for draws in (range(count), range(count, count + SPARE_DRAWS)):
+        redrawn = draws.start > 0
         for prompt, responses in zip(pending, generate(pending, draws), strict=True):
             usable = texts.setdefault(prompt.id, [])
-            reasons.setdefault(prompt.id, []).extend(item.missing for item in responses if item.missing)
+            missing = [item.missing for item in responses if item.missing]
+            reasons.setdefault(prompt.id, []).extend(missing)
             good = [item.text for item in responses if item.text.strip() and not unusable(item.text)]
-            num_redrawn += len(responses) - len(good) if draws.start == 0 else 0
+            num_unusable += len(responses) - len(good) - len(missing) if draws.start == 0 else 0
             usable += good[: count - len(usable)]
         pending = [prompt for prompt in pending if len(texts[prompt.id]) < count]
         if not pending or not config.generate.temperature:
@@ -179,9 +181,10 @@ def _generate_answers(
         if not texts[question.id]:
             raise _no_answer_error(question, reasons[question.id])
     notes = []
-    if num_redrawn:
+    if num_unusable:
         notes.append(
-            f"{num_redrawn:,} answers of the model were empty or held a special token; others were drawn instead"
+            f"{format_count('answer', num_unusable)} of the model could not be used, empty or with a special token"
+            + ("; others were drawn instead" if redrawn else "")
         )
     if all_reasons := [reason for one in reasons.values() for reason in one]:
         notes.append(
