@@ -161,8 +161,10 @@ def to_one_line(text: str) -> str:
 def read_run_result(run: Path) -> dict[str, Any]:
     """The result of a run; empty where it has none yet."""
     path = run / "result.json"
-    seals.check(path)
-    result = run_dir.read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        seals.check(path)
+        return {}
+    result = run_dir.read_json(path)
     if not isinstance(result, dict) or not isinstance(result.get("verdict", {}), dict):
         raise ValueError(
             f"{path}: no result of a run, but {describe_value(result)}. Put back the file that the run wrote."

@@ -1,11 +1,11 @@
 """Responses of several generation strategies to the same questions."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.data import files
 from bilevel_jax.lm.data.examples import Example, hash_content, read_name
 from bilevel_jax.lm.data.files import describe_value
@@ -134,11 +134,7 @@ def parse_accuracies(specs: Sequence[str], strategies: Sequence[str]) -> dict[st
     Raises ValueError for a strategy that is not there, one without a number, and what is no number.
     """
     if len(specs) == 1 and specs[0].endswith(".json"):
-        try:
-            loaded = json.loads(Path(specs[0]).read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{specs[0]}: no JSON ({error}). Write an object of {{name: number}}.") from None
-        pairs: list[tuple[str, Any]] = list(loaded.items()) if isinstance(loaded, dict) else [(specs[0], loaded)]
+        pairs: list[tuple[str, Any]] = list(read_json_object(Path(specs[0])).items())
     else:
         pairs = [(name, value) for name, _, value in (spec.rpartition("=") for spec in specs)]
     parsed: dict[str, float] = {}

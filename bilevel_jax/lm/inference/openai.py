@@ -26,13 +26,12 @@ from bilevel_jax.lm.inference.generate import (
     deduplicate_prompts,
     hash_generation,
 )
+from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 
 RETRY_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which a request is sent again: the service is busy, or broken for a while."""
 MAX_RETRY_WAIT = 60.0
 """Seconds that are waited before a request is sent again, at most."""
-PARAMETERS = ("n", "seed", "temperature", "top_p", "top_k", "max_tokens", "logprobs")
-"""What is sent beside the model and the messages; `parameter_names` gives one of them another name, or none."""
 ENDED, CUT = ("stop", "eos", "eos_token", "stop_sequence", "end_turn"), ("length", "max_tokens", "model_length")
 """The finish_reason of a response that the model has ended, and of one that max_new_tokens has cut."""
 TEMPORARY_CODES = (
@@ -90,7 +89,7 @@ def make_chat_client(
         retries: how often a request is sent again after a status in RETRY_STATUSES, a lost connection or a timeout.
         first_wait: seconds before the first retry, doubled for each further one, unless the server's Retry-After says
             another time; MAX_RETRY_WAIT at most.
-        parameter_names: for some of PARAMETERS the name by which this service knows it; "" leaves it out.
+        parameter_names: for some of SERVICE_PARAMETERS the name by which this service knows it; "" leaves it out.
         progress: called with (responses done, responses in all) after each.
 
     Returns:
@@ -113,8 +112,8 @@ def make_chat_client(
         raise ValueError(
             f"concurrency {concurrency}, retries {retries}, timeout {timeout}: give at least 1, at least 0, above 0."
         )
-    if unknown := sorted(set(parameter_names) - set(PARAMETERS)):
-        raise ValueError(f"parameter_names has {unknown}; what is sent is {', '.join(PARAMETERS)}.")
+    if unknown := sorted(set(parameter_names) - set(SERVICE_PARAMETERS)):
+        raise ValueError(f"parameter_names has {unknown}; what is sent is {', '.join(SERVICE_PARAMETERS)}.")
     address = url.rstrip("/") + "/chat/completions"
     connection = _Connection(
         address, model, sampling, dict(parameter_names), read_api_key(api_key_env), timeout, retries, first_wait
@@ -267,7 +266,7 @@ class _Connection:
             return f" The key is that of the environment variable {self.api_key.variable}."
         if error.status not in (400, 422, None):
             return ""
-        for name in PARAMETERS:
+        for name in SERVICE_PARAMETERS:
             sent = self.parameter_names.get(name, name)
             if sent in body and re.search(rf"""['"`]{re.escape(sent)}['"`]""", error.text):
                 example = "max_completion_tokens" if name == "max_tokens" else "NAME"

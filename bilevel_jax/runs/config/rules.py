@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 from bilevel_jax.runs.config.bounds import violation
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 
@@ -15,9 +16,6 @@ def reads_array_data(config: Any) -> bool:
     """Whether a run of `compare` reads arrays rather than text."""
     return hasattr(config, "arrays") and len(config.data.train) == 1 and config.data.train[0].endswith(".npz")
 
-
-SERVICE_PARAMETERS = ("n", "seed", "temperature", "top_p", "top_k", "max_tokens", "logprobs")
-"""What a service is sent beside the model and the messages; lm/inference/openai.py, which starts jax, has the same."""
 
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.

@@ -16,8 +16,8 @@ import pytest
 from bilevel_jax.lm.inference import openai, transport
 from bilevel_jax.lm.inference.api_key import ApiKey, read_api_key
 from bilevel_jax.lm.inference.generate import NULL_RESPONSE_STORE, Prompt, Response, SamplingParams
-from bilevel_jax.lm.inference.openai import PARAMETERS, make_chat_client
-from bilevel_jax.runs.config.rules import SERVICE_PARAMETERS
+from bilevel_jax.lm.inference.openai import make_chat_client
+from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 
 KEY = "sk-proj-7Hq2/Zx+9LmN04vTb_Rw"
 GOOD = Response("Then she went home.", (), (), True)
@@ -394,8 +394,7 @@ def test_parameters_have_other_names_or_none(service):
     assert body["max_completion_tokens"] == 256 and not {"max_tokens", "seed", "temperature"} & set(body)
     assert response.log_probs == () and not body["logprobs"]  # the service's own temperature is not known
     ask(service, "all names", log_probs(-0.5))
-    assert PARAMETERS == SERVICE_PARAMETERS  # of the rule on the config key
-    assert set(service.seen[-1][0]) == {"model", "messages", *PARAMETERS} - {"top_k"}
+    assert set(service.seen[-1][0]) == {"model", "messages", *SERVICE_PARAMETERS} - {"top_k"}
     with pytest.raises(ValueError, match=r"parameter_names has \['max_token'\]; what is sent is n, seed"):
         ask(service, "names", words(), parameter_names={"max_token": "x"})
 
