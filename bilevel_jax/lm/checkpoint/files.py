@@ -44,7 +44,15 @@ class LazyTensor(NamedTuple):
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises ValueError in one sentence for anything else, FileNotFoundError without the file.
+    Args:
+        path: of a text in UTF-8, with or without a byte order mark.
+
+    Returns:
+        The object; of a key that stands twice, the last value.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds anything else; one sentence with the path, and the line where it is known.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
@@ -64,9 +72,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def require_whole_files(folder: Path, patterns: Sequence[str]) -> None:
-    """Raise ValueError for a file of such a name that is empty, a link to nothing, or no file.
+    """Raise an error for a file that an interrupted download left.
 
-    Libraries pass over such a file, as if it had never been there: what an interrupted download left.
+    Libraries pass over such a file, as if it had never been there.
+
+    Args:
+        folder: where the files are; not its subfolders.
+        patterns: names as fnmatch reads them, of which the case counts.
+
+    Raises:
+        ValueError: a file of such a name is empty, a link to nothing, or no file.
     """
     for path in sorted(folder.iterdir()):
         if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
@@ -82,8 +97,16 @@ def require_whole_files(folder: Path, patterns: Sequence[str]) -> None:
 def open_tensors(folder: str | Path, file: str) -> dict[str, LazyTensor]:
     """The tensors of `file` in `folder`, or of the shards that `file`.index.json lists; nothing is read yet.
 
-    Raises FileNotFoundError for a missing file or shard, ValueError for a damaged one and for shards that do not hold
-    what the index says.
+    Args:
+        folder: of a model or an adapter.
+        file: the name of a safetensors file; where there is one, the index is not looked at.
+
+    Returns:
+        name -> tensor.
+
+    Raises:
+        FileNotFoundError: the file or a shard is missing.
+        ValueError: one is damaged, or the shards do not hold what the index says.
     """
     folder = Path(folder)
     index = folder / f"{file}{INDEX_SUFFIX}"
@@ -110,9 +133,20 @@ def open_tensors(folder: str | Path, file: str) -> dict[str, LazyTensor]:
 def read_stacked_tensors(
     tensors: Mapping[str, LazyTensor], names: Sequence[str], shape: tuple[int, ...], dtype: Any, *, transpose: bool
 ) -> np.ndarray:
-    """Tensors of one shape as one array [len(names), *shape] of `dtype`; each transposed if asked.
+    """Tensors of one shape as one array.
 
-    Raises ValueError for another shape, for another dtype than floats, and for NaN or infinite values.
+    Args:
+        tensors: name -> tensor, as `open_tensors` gives them.
+        names: of the tensors, in the order of the array.
+        shape: of each tensor in its file.
+        dtype: of the array.
+        transpose: whether the axes of each tensor are reversed.
+
+    Returns:
+        [len(names), *shape], or [len(names), *reversed(shape)] where they are.
+
+    Raises:
+        ValueError: a tensor has another shape, is none of floats, or holds NaN or infinite values in `dtype`.
     """
     for name in names:
         if tensors[name].shape() != shape:
@@ -129,7 +163,17 @@ def read_stacked_tensors(
 
 
 def read_floats(tensor: LazyTensor) -> np.ndarray:
-    """The numbers of a tensor; ValueError where they are no floats."""
+    """The numbers of a tensor of floats.
+
+    Args:
+        tensor: of a safetensors file.
+
+    Returns:
+        The numbers, in the dtype of the file.
+
+    Raises:
+        ValueError: the dtype is not in FLOAT_DTYPES, or the tensor cannot be read.
+    """
     if tensor.dtype() not in FLOAT_DTYPES:
         raise ValueError(
             f"{tensor.path}: {tensor.name} is {tensor.dtype()}, which is not supported; supported: "
@@ -139,7 +183,15 @@ def read_floats(tensor: LazyTensor) -> np.ndarray:
 
 
 def require_finite(tensor: LazyTensor, values: np.ndarray) -> None:
-    """Raise ValueError where `values`, which were read from `tensor`, are NaN or infinite."""
+    """Raise an error for numbers that are NaN or infinite.
+
+    Args:
+        tensor: what they were read from, which the error names.
+        values: the numbers, in the dtype in which they are used.
+
+    Raises:
+        ValueError: some are NaN or infinite; it says how many.
+    """
     bad = values.size - int(
         np.count_nonzero(jnp.isfinite(values) if values.dtype == jnp.bfloat16 else np.isfinite(values))
     )

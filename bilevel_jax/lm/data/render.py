@@ -78,9 +78,20 @@ def list_special_tokens(tokenizer: Tokenizer) -> list[str]:
 
 
 def render_chat(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> str:
-    """The dialogue as text; with `add_generation_prompt`, up to where the assistant is to speak.
+    """The dialogue as text, by the tokenizer's chat template.
 
-    Raises ChatTemplateError, whose sentence a caller puts behind the place of the row.
+    Args:
+        turns: of the dialogue, in order.
+        tokenizer: of transformers, with a chat template.
+        add_generation_prompt: whether the text goes on to where the assistant is to speak.
+
+    Returns:
+        The text.
+
+    Raises:
+        ChatTemplateError: the template raised something; a caller puts the place of the row before the sentence.
+        TemplateLimitError: it took too much time or memory, or wrote too much. In another than the main thread, only
+            what it writes is limited.
     """
 
     def render() -> str:
@@ -91,7 +102,19 @@ def render_chat(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_p
 
 
 def render_with_blocks(turns: Sequence[Turn], tokenizer: Tokenizer) -> RenderedChat:
-    """The dialogue as text, with the characters that {% generation %} blocks mark; raises as `render_chat`."""
+    """The dialogue as text, with the characters that {% generation %} blocks mark.
+
+    Args:
+        turns: of the dialogue, in order.
+        tokenizer: of transformers, with a chat template that has such blocks.
+
+    Returns:
+        The text and its blocks.
+
+    Raises:
+        ChatTemplateError: as of `render_chat`.
+        TemplateLimitError: as of `render_chat`.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     blocks: list[tuple[int, int]] = []

@@ -129,7 +129,16 @@ class StreamedWeights:
 
 
 def check_weights(column: "IdColumn", examples: Sequence[Example], weights: Float[np.ndarray, "examples"]) -> None:
-    """Raises ValueError unless every weight, made of the column for these examples, is finite and 0 or more."""
+    """Raise an error for a weight that is negative or not finite.
+
+    Args:
+        column: what the weights were made of.
+        examples: training examples, all of whose ids the column has.
+        weights: one for each of them.
+
+    Raises:
+        ValueError: with the first such weight, its file, line and example, the number of others, and the remedy.
+    """
     bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
     if not bad.size:
         return
