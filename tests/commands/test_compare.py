@@ -101,6 +101,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (4, 30, 250)), 80])
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path, stop_at, at):
     """SIGTERM while looking first, in a retrain, in an outer step, in the second seed."""
     stop_at(at)

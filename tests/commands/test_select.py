@@ -96,6 +96,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop
         *(pytest.param(*one, marks=pytest.mark.slow) for one in (("host", "1e-3", 27), ("device", "1e-3", 16))),
     ],
 )
+@pytest.mark.slow
 def test_where_states_are_kept_changes_no_bit(made, whole, tmp_path, stop_at, states, memory_gib, at):
     """A tape of three steps, of two where a step is replayed more than once; stopped in a sweep, and gone on with."""
     flags = (
@@ -168,7 +169,7 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
             marks=pytest.mark.slow,
         ),
         pytest.param(("--selection.threshold", "1.0", "--optimizer.max-grad-norm", "0.5"), marks=pytest.mark.slow),
-        ("--selection.resample", "50", "--data.dev", "--data.validation"),
+        pytest.param(("--selection.resample", "50", "--data.dev", "--data.validation"), marks=pytest.mark.slow),
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
@@ -277,6 +278,7 @@ def test_duplicates_are_told_and_kept_apart(made, tmp_path, capsys):
     assert ids[0].endswith("#0") and ids[-1] == ids[0].replace("#0", "#1")
 
 
+@pytest.mark.slow
 def test_leaks_can_be_dropped(made, tmp_path):
     rows = (made / "validation.jsonl").read_text().splitlines(keepends=True)
     train = (made / "train.jsonl").read_text().splitlines(keepends=True)
@@ -319,6 +321,7 @@ def test_examples_without_a_label_count_as_neither_good_nor_bad(made, tmp_path):
     assert any(note.startswith("12 of 36 training examples have no label: AUC, F1") for note in result["notes"])
 
 
+@pytest.mark.slow
 def test_every_json_file_of_a_run_is_json(made, tmp_path, stop_at):
     """Labels of one kind have no AUC: it is nan in the records, in a checkpoint and in the result."""
     rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]

@@ -57,7 +57,7 @@ def test_a_refused_resume_removes_nothing(table_inputs, tmp_path):  # noqa: F811
     assert files(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name, place",
     [

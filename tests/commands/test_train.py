@@ -132,7 +132,7 @@ def test_select_weighs_pairs(made, tmp_path, objective):
     "flags, at",
     [
         ((), 6),
-        (("--train.load-best", "--lora.r", "2"), 9),
+        pytest.param(("--train.load-best", "--lora.r", "2"), 9, marks=pytest.mark.slow),
         pytest.param(OBJECTIVES["dpo"], 3, marks=pytest.mark.slow),
     ],
     ids=["sft", "lora, best", "dpo"],
@@ -162,6 +162,7 @@ def test_weights_are_joined_by_id(made, tmp_path):
     assert result["weights"]["zero"] == 18 and result["weights"]["ess"] == pytest.approx(18)
 
 
+@pytest.mark.slow
 def test_constant_weights_scale_the_loss(made, tmp_path):
     """A constant weight c is c times the loss: the same as c times the learning rate of plain SGD, bit-near."""
     sgd = ("--optimizer.name", "sgd", "--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0")
@@ -210,6 +211,7 @@ def test_lora_is_written_as_asked(made, tmp_path, parts, written):
         assert json.loads(path.read_text())["base_model_name_or_path"] is None  # a place on this machine names nothing
 
 
+@pytest.mark.slow
 def test_bfloat16_products_train(made, tmp_path):
     result = run(made, tmp_path / "run", "--train.compute-dtype", "bfloat16", "--train.num-epochs", "6")
     part = result["parts"]["test"]
@@ -341,6 +343,7 @@ def test_a_real_model_learns_real_rows_and_says_the_same_in_transformers(shared,
     assert theirs == ours
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(made, tmp_path, monkeypatch):
     """One row's loss is nan: it is met in each of two epochs."""
     made_by = build_objective

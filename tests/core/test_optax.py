@@ -42,9 +42,9 @@ def adam(rate=RATE):
 
 FAST = {
     "MultiSteps, all steps": lambda: optax.MultiSteps(optax.sgd(RATE, 0.9), STEPS),
-    "lookahead": lambda: optax.lookahead(optax.sgd(RATE), 3, 0.5),
 }
 OTHERS = {
+    "lookahead": lambda: optax.lookahead(optax.sgd(RATE), 3, 0.5),
     "MultiSteps 2": lambda: optax.MultiSteps(optax.sgd(RATE), 2),
     "apply_every, all steps": lambda: chain(optax.apply_every(STEPS)),
     "rate 0 until the end": lambda: optax.sgd(late),

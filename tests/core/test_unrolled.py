@@ -165,6 +165,7 @@ def test_window_sweeps_the_last_steps_only():
     np.testing.assert_array_equal(estimate(toy, ADAMW, window=99).grad, estimate(toy, ADAMW).grad)
 
 
+@pytest.mark.slow
 def test_several_outer_losses_in_one_sweep_are_the_single_ones():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, ADAMW, weights)

@@ -142,6 +142,7 @@ def test_weights_count_rows(name, x64):
 
 
 @pytest.mark.parametrize("kind", ["mixer", pytest.param("decoder", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     """Of a model that learns even pairs by DPO and odd ones by SimPO, packed, judged by the loss of responses."""
     model = MODEL if kind == "mixer" else make_decoder(TINY, remat="none")

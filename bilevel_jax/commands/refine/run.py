@@ -326,14 +326,16 @@ def train_candidate(
     candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
     structure = (round_task.task.init_params(0), jnp.ones(round_task.task.num_examples))
+    restored = checkpoint.restore_checkpoint(end, structure)
 
     def make() -> dict[str, Any]:
+        nonlocal restored
+        restored = None  # saved by a run that was stopped before it noted the job
         began, before = time.monotonic(), session.work_done
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
         checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
         return {"work": session.work_done - before, "seconds": time.monotonic() - began}
 
-    restored = checkpoint.restore_checkpoint(end, structure)
     record = session.run_once(f"round {number}/{name}", make, restored is not None)
     restored = restored or checkpoint.restore_checkpoint(end, structure)
     if restored is None:

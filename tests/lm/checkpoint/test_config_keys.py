@@ -193,12 +193,21 @@ REFUSED = {  # family -> what a file adds, and what the error says
 }
 
 
-def rows(table):
-    return [pytest.param(family, *(row if isinstance(row, tuple) else (row,)), id=f"{family}-{i}") for family, changes
-            in table.items() for i, row in enumerate(changes)]  # fmt: skip
+def rows(table, *, fast=None):
+    """The rows of each family, those after the first `fast` marked slow."""
+    return [
+        pytest.param(
+            family,
+            *(row if isinstance(row, tuple) else (row,)),
+            id=f"{family}-{i}",
+            marks=[pytest.mark.slow] * (fast is not None and i >= fast),
+        )
+        for family, changes in table.items()
+        for i, row in enumerate(changes)
+    ]
 
 
-@pytest.mark.parametrize("family, change", rows(EQUAL))
+@pytest.mark.parametrize("family, change", rows(EQUAL, fast=3))
 def test_logits_equal_transformers(tmp_path, family, change):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     raw = json.dumps({"model_type": family, **BASES[family], **change})

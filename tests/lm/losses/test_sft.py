@@ -136,6 +136,7 @@ def test_link_is_convex(mode, x64):
     assert min(curvature(key) for key in jax.random.split(jax.random.key(2), 8)) > 0
 
 
+@pytest.mark.slow
 def test_hessian_product_is_the_slope_of_the_gradient(x64):
     _, params, fixed = split("lora, hidden states", jnp.float64)
     losses = sft_losses(MODEL, chunk=8)

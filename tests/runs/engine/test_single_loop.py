@@ -38,6 +38,7 @@ SLOW = ("memory-saving", "per source", "bmo", "bmo with a copy", "mixing")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
+@pytest.mark.slow
 def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
     whole = name == "penalty"  # the comparison is the same for all of them
     result = run(made, tmp_path / "run", *METHODS[name], *(() if whole else ("--fast",)))
@@ -54,6 +55,7 @@ def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
     assert "<html" in page and "trains on V" in page and ">nan<" not in page
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at):
     run(made, tmp_path / "whole", "--fast", *METHODS["penalty"])
     stop_at(45)

@@ -52,6 +52,7 @@ def collectives(compiled, kind: str) -> list[int]:
     return [int(np.prod([int(one) for one in dims.split(",") if one])) for dims in shapes]
 
 
+@pytest.mark.slow
 def test_a_device_keeps_its_part_through_a_step_and_its_transpose(mesh):
     """Of parameters, moments, gradient and adjoint; and no more than one layer is brought together at a time."""
     split = sharding.parse_sharding_rules((), mesh)

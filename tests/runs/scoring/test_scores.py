@@ -221,6 +221,7 @@ def test_scales_and_what_rows_got(made, tmp_path, monkeypatch):
     assert one.score_records()[1]["with_first"] < -0.8
 
 
+@pytest.mark.slow
 def test_equal_scores_are_plain_training_bit_for_bit(made, tmp_path, monkeypatch):
     monkeypatch.setitem(SCORES, "random", lambda task, *rest: ScoreResult(np.full(task.num_examples, 7.0), 0.0))
     result = run(made, tmp_path / "run", "--weights.score", "random")
@@ -299,6 +300,7 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     ],
     ids=["sft", "lora, packed", "dpo", "simpo"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, flags, at):
     flags = ("--weights.score", *flags)
     run(made, tmp_path / "whole", *flags)
@@ -315,6 +317,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, tmp_path, stop_at, fl
     assert "The scores of all rows" in report or "Bar: median" in report
 
 
+@pytest.mark.slow
 def test_select_compares_scores_and_starts_from_them(made, tmp_path):
     """The first training is uniform all the same; the second has the score's logits. What is written is read again."""
     flags = [
