@@ -89,6 +89,7 @@ def check_files(folder: Path) -> None:
 
 def reopen_run(folder: Path) -> None:
     """Let a run that is resumed write again: until it has come to its end, its ledger alone holds its seals."""
+    seals.hold(folder)
     (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
     for name in seals.Ledger(folder).settle():
         warnings.warn(f"{folder / name} is missing. It begins anew: what it held is not in the report.", stacklevel=2)

@@ -344,7 +344,21 @@ def journal_start(run: str, name: str) -> str:
 
 
 _ledgers: dict[Path, Ledger] = {}
-"""The ledgers that this process appends to. One that is read to check files is read anew."""
+"""The ledgers of the runs that this process holds, to which it alone appends. One to check files is read anew."""
+
+
+def hold(folder: Path) -> None:
+    """Note from here on what this process writes in the folder of a run; what others write there are their own files.
+
+    Two processes that append to one ledger would break the chain of its seals.
+    """
+    root = folder.resolve()
+    _ledgers.setdefault(root, Ledger(root))
+
+
+def release(folder: Path) -> None:
+    """Note no more of what this process writes in the folder of a run."""
+    _ledgers.pop(folder.resolve(), None)
 
 
 def begin(folder: Path) -> None:
@@ -356,21 +370,26 @@ def begin(folder: Path) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    hold(folder)
 
 
 def _find_open_run(path: Path) -> tuple[Ledger, str] | None:
-    """(the ledger of the run that goes on where `path` lies, the name of `path` in it); None elsewhere."""
+    """(the ledger of the run that goes on where `path` lies, the name of `path` in it); None elsewhere.
+
+    A file that somebody adds to a finished run, or to one that another process holds, is not of the run.
+    """
     path = path.resolve()
-    for root in path.parents:
-        if (root / SEALS_FILE).is_file():
-            if (root / MANIFEST_FILE).is_file():
-                return None  # the run is finished: this is a file that somebody adds to it
-            return _ledgers.setdefault(root, Ledger(root)), path.relative_to(root).as_posix()
-    return None
+    root = _find_unfinished_root(path)
+    return (_ledgers[root], path.relative_to(root).as_posix()) if root in _ledgers else None
+
+
+def _find_unfinished_root(path: Path) -> Path | None:
+    root = next((root for root in path.parents if (root / SEALS_FILE).is_file()), None)
+    return None if root is None or (root / MANIFEST_FILE).is_file() else root
 
 
 def note_file(path: Path, content: Path) -> None:
-    """Note that `path` will hold what `content` holds now; nothing where it is in no run that goes on."""
+    """Note that `path` will hold what `content` holds now; nothing where it is in no run that this process holds."""
     if found := _find_open_run(path):
         ledger, name = found
         written = describe_file(content)
@@ -378,7 +397,7 @@ def note_file(path: Path, content: Path) -> None:
 
 
 def note_removal(path: Path) -> None:
-    """Note that a file is removed; nothing where it is in no run that goes on."""
+    """Note that a file is removed; nothing where it is in no run that this process holds."""
     if found := _find_open_run(path):
         ledger, name = found
         ledger.append({name: None})
@@ -397,11 +416,11 @@ def is_noted_folder(folder: Path) -> bool:
     """Whether a folder has all files that it was written with; where no run goes on, whether it is there."""
     if not folder.exists():
         return False
-    if not (found := _find_open_run(folder)):
+    folder = folder.resolve()
+    if (root := _find_unfinished_root(folder)) is None:
         return True
-    ledger, name = found
-    names = ledger.read().folders.get(name)
-    return names is not None and all((ledger.root / file).exists() for file in names)
+    names = Ledger(root).read().folders.get(folder.relative_to(root).as_posix())
+    return names is not None and all((root / file).exists() for file in names)
 
 
 def note_journal(path: Path, size: int, line_seal: str) -> None:

@@ -247,12 +247,14 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             run_dir.create_run_dir(folder, config.output.resume)
             stack.enter_context(run_dir.lock_run_dir(folder))
             is_new = not config.output.resume
+            stack.callback(seals.release, folder)
             run_dir.sweep_leftovers(folder)
             if config.output.resume:
                 run_dir.check_files(folder)
                 check_same_config(config, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
                 identity.check_environment(config, folder)
+                seals.hold(folder)
             else:
                 seals.begin(folder)
                 run_dir.write_atomic(folder / run_dir.CONFIG_FILE, config_to_yaml(config))

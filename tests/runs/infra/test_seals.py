@@ -87,6 +87,7 @@ def runs(tmp_path_factory):
     stopped = [write_run(folder / f"stopped {seed}", seed) for seed in (1, 2)]
     finished = [Path(shutil.copytree(one, folder / one.name.replace("stopped", "finished"))) for one in stopped]
     for one in finished:
+        seals.hold(one)
         run_dir.write_manifest(one)
     return {"stopped": stopped, "finished": finished}
 
@@ -198,6 +199,7 @@ def test_the_manifest_names_every_file_but_the_seals(runs):
 def test_a_kill_between_the_note_and_the_file_is_no_damage(runs, tmp_path, monkeypatch, kill, had):
     folder = Path(shutil.copytree(runs["stopped"][0], tmp_path / "run"))
     path = folder / ("result.json" if had else "new.json")
+    seals.hold(folder)
 
     def killed(*arguments):
         raise SystemExit
@@ -232,3 +234,16 @@ def test_a_table_that_is_copied_elsewhere_is_read_by_its_checksums(runs, tmp_pat
     (tmp_path / "weights.parquet").write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"weights.parquet: not a whole parquet file \(.*CRC"):
         run_dir.read_parquet(tmp_path / "weights.parquet")
+
+
+def test_a_file_that_another_process_writes_into_a_run_that_goes_on_is_not_of_the_run(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["stopped"][0], tmp_path / "run"))
+    seals_before = (folder / seals.SEALS_FILE).read_bytes()
+    run_dir.write_json(folder / "estimate.json", {"bytes": 1})  # this process has not reopened the run
+    assert (folder / seals.SEALS_FILE).read_bytes() == seals_before
+    reopen(folder)
+    run_dir.write_json(folder / "result.json", {"loss": 1.0})
+    seals.release(folder)
+    run_dir.write_json(folder / "estimate.json", {"bytes": 2})
+    reopen(folder)
+    assert run_dir.read_json(folder / "estimate.json") == {"bytes": 2}
