@@ -115,14 +115,16 @@ def test_leftovers_are_swept(tmp_path):
     names = (
         ".result.json.77.part", "checkpoints/train/.step_0000000004.part/arrays/d", "checkpoints/x/.step_1.old/a",
         "checkpoints/x/step_1/a", "checkpoints/y/.step_2.old/a", f".model.{hexadecimal}/config.json",
-        "model/config.json", ".hidden", "inside/.lock", "inside/.a.1.part",
+        "model/config.json", ".hidden", "parts/inside/.lock", "parts/inside/.a.1.part", "parts/.b.1.part",
+        "notes/.git/.thesis.2.part", "notes/.a.1.part", ".thesis.part", ".draft.md.old", f".note.{hexadecimal}",
+        "checkpoints/.git/.b.1.part", ".step_x.part/a",
     )  # fmt: skip
     for name in names:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     run_dir.sweep_leftovers(run)
     kept = {str(path.relative_to(run)): path.read_text() for path in run.rglob("*") if path.is_file()}
-    own = ("checkpoints/x/step_1/a", "model/config.json", ".hidden", "inside/.lock", "inside/.a.1.part")
+    own = ("checkpoints/x/step_1/a", *names[6:10], *names[11:])
     assert kept == {name: name for name in own} | {"checkpoints/y/step_2/a": "checkpoints/y/.step_2.old/a"}
 
 

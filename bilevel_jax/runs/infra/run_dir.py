@@ -28,7 +28,12 @@ from bilevel_jax.runs.infra import distributed, seals
 CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
-LEFTOVER_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>part|old|[0-9a-f]{32})")
+INPUT_FOLDER = "input"
+"""Where the files of a built-in task are made."""
+WORK_FOLDERS = ("checkpoints", "parts", INPUT_FOLDER)
+"""The folders of a run that hold files which are written one by one."""
+LEFTOVER_FILE = re.compile(r"\..+\.[0-9]+\.part")
+LEFTOVER_FOLDER = re.compile(r"\.(?P<name>step_[0-9]+)\.(?P<kind>part|old)|\..+\.[0-9a-f]{32}")
 """What a process that was killed leaves behind: what it had not finished writing, and what it was about to remove."""
 
 
@@ -47,7 +52,10 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
         return path
     known_names = (LOCK_FILE, seals.SEALS_FILE)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    present_names = [name for name in names if name not in known_names and not LEFTOVER_NAME.fullmatch(name)]
+    was_run = any(name in known_names for name in names)
+    present_names = [
+        name for name in names if name not in known_names and not (was_run and _find_leftover(path / name))
+    ]
     if CONFIG_FILE in present_names:
         raise FileExistsError(f"{path} holds a run; go on with it by --resume, or choose another folder with --out.")
     if present_names:
@@ -104,19 +112,40 @@ def write_manifest(folder: Path) -> None:
 def sweep_leftovers(folder: str | Path) -> None:
     """Remove from the folder of a run, which this process holds, what a killed process left in it.
 
-    A folder that was moved aside while another took its place, which never came, goes back to its name. Folders of
-    other runs inside are left alone.
+    A step that was moved aside while another took its place, which never came, goes back to its name. What has any
+    other name, or lies in a folder that no run makes or in another run, is left alone.
     """
     for entry in sorted(Path(folder).iterdir()):
-        leftover = LEFTOVER_NAME.fullmatch(entry.name)
-        if leftover and leftover["kind"] == "old" and not entry.with_name(leftover["name"]).exists():
-            entry.rename(entry.with_name(leftover["name"]))
-        elif leftover and entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif leftover:
-            entry.unlink()
-        elif entry.is_dir() and not entry.is_symlink() and not (entry / LOCK_FILE).exists():
-            sweep_leftovers(entry)
+        if _find_leftover(entry):
+            _remove_leftover(entry)
+        elif entry.name in WORK_FOLDERS:
+            _sweep_work_folder(entry)
+
+
+def _sweep_work_folder(folder: Path) -> None:
+    if not folder.is_dir() or folder.is_symlink() or (folder / LOCK_FILE).exists():
+        return
+    for entry in sorted(folder.iterdir()):
+        if _find_leftover(entry):
+            _remove_leftover(entry)
+        elif not entry.name.startswith("."):
+            _sweep_work_folder(entry)
+
+
+def _find_leftover(path: Path) -> re.Match[str] | None:
+    if path.is_symlink():
+        return None
+    return LEFTOVER_FOLDER.fullmatch(path.name) if path.is_dir() else LEFTOVER_FILE.fullmatch(path.name)
+
+
+def _remove_leftover(path: Path) -> None:
+    leftover = LEFTOVER_FOLDER.fullmatch(path.name)
+    if leftover and leftover["kind"] == "old" and not path.with_name(leftover["name"]).exists():
+        path.rename(path.with_name(leftover["name"]))
+    elif leftover:
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_folder(folder: Path) -> None:

@@ -23,8 +23,6 @@ SYNC_SECONDS = 1.0
 LOG_FILE, FINISHED_JOBS_FILE = "log.jsonl", "done.json"
 EXPECTED_USAGE_JOB = "expected"
 """The finished job that a run begins with; no work."""
-INPUT_FOLDER = "input"
-"""Where the files of a built-in task are made."""
 START_FILES = (
     run_dir.CONFIG_FILE, identity.ENVIRONMENT_FILE, identity.TOKENS_FILE, inputs.INPUTS_FILE, run_dir.LOCK_FILE,
     seals.SEALS_FILE,
@@ -308,7 +306,7 @@ def _remove_failed_start(folder: Path, existing: list[Path]) -> None:
 
     def is_worthless(path: Path) -> bool:
         name = path.relative_to(folder).parts[0]
-        if name in START_FILES or name == INPUT_FOLDER or path.stat().st_size == 0:
+        if name in START_FILES or name == run_dir.INPUT_FOLDER or path.stat().st_size == 0:
             return True
         if path == folder / "checkpoints" / FINISHED_JOBS_FILE:
             return set(json.loads(path.read_text("utf-8"))) <= {EXPECTED_USAGE_JOB}

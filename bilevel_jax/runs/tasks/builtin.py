@@ -27,7 +27,8 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
 from bilevel_jax.runs.infra import distributed, seals
-from bilevel_jax.runs.infra.session import INPUT_FOLDER, make_progress_bar
+from bilevel_jax.runs.infra.run_dir import INPUT_FOLDER
+from bilevel_jax.runs.infra.session import make_progress_bar
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 
 

@@ -75,6 +75,11 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match=r"is not empty \(thesis.tex\); choose another folder with --out"):
         create_run_dir(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".thesis.1.part").write_text("x")  # of another program: no run has been here
+    with pytest.raises(FileExistsError, match=r"is not empty \(.thesis.1.part\)"):
+        create_run_dir(other)
     with pytest.raises(NotADirectoryError, match="is a file"):
         create_run_dir(tmp_path / "thesis.tex")
     with pytest.raises(FileNotFoundError, match="holds no run"):
