@@ -90,8 +90,7 @@ def write_once(path: Path, text: str) -> None:
                 f"{path}: already there, with other contents. Name another folder, or remove the file."
             )
         return
-    part = path.with_name(
-        f".{path.name}.{os.getpid()}.part"
-    )  # a kill leaves no half of a file, which would be refused next time
+    # a kill leaves no half of a file, which would be refused next time
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(text.encode())
     os.replace(part, path)
