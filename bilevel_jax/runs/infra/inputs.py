@@ -8,7 +8,7 @@ from typing import Any
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import run_dir, seals
 
-INPUTS_FILE = "inputs.json"
+INPUTS_FILE = seals.INPUTS_FILE
 INPUT_FILE_KEYS = (
     "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file",
     "objective.reference", "rank.own_answers", "rank.accuracies",

@@ -25,7 +25,7 @@ import yaml
 from bilevel_jax.runs.config.local_paths import hide_local_paths
 from bilevel_jax.runs.infra import distributed, seals
 
-CONFIG_FILE = "config.yaml"  # the resolved config: what makes a folder a run's folder
+CONFIG_FILE = seals.CONFIG_FILE  # the resolved config: what makes a folder a run's folder
 LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
 INPUT_FOLDER = "input"
@@ -43,7 +43,7 @@ def create_run_dir(path: str | Path, resume: bool = False) -> Path:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; choose another folder with --out.")
     if resume:
-        if not (path / CONFIG_FILE).is_file() and (path / "environment.json").is_file():
+        if not (path / CONFIG_FILE).is_file() and (path / seals.ENVIRONMENT_FILE).is_file():
             raise FileNotFoundError(
                 f"{path / CONFIG_FILE} is missing; put back a copy of it, or start a new run with --out."
             )
@@ -86,13 +86,31 @@ def check_files(folder: Path) -> None:
     """Check every file of a run before it is resumed.
 
     Warns of files of a finished run that are missing and of checkpoints that are damaged: the run makes them again.
-    Raises seals.DamagedFileError for any other file that is not as it was written.
+    Raises seals.DamagedFileError for any other file that is not as it was written, and ValueError for a run of a
+    version that wrote no seals.
     """
+    if not (folder / seals.SEALS_FILE).exists() and (version := _find_earlier_version(folder)):
+        raise ValueError(
+            f"{folder} was made by {version}, whose runs cannot be resumed by this one. Start a new run with --out."
+        )
     is_finished, damages = seals.is_finished(folder), seals.check_run(folder)
     if not is_finished or not all(damage.heals for damage in damages):
         seals.raise_damage(folder, damages, is_finished)
     elif damages:
         warnings.warn(f"{seals.format_damages(folder, damages)}. It is made again where it is needed.", stacklevel=2)
+
+
+def _find_earlier_version(folder: Path) -> str:
+    """The version of the package that began a run, in words, if it wrote no seals; "" for another, or where unknown."""
+    try:
+        packages = json.loads((folder / seals.ENVIRONMENT_FILE).read_bytes()).get("packages") or {}
+        version = packages.get("bilevel-jax")
+        numbers = [int(number) for number in version.split(".")[:2]] if version else []
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if numbers >= [0, 2]:
+        return ""
+    return f"an earlier version ({version})" if version else "an earlier version"
 
 
 def reopen_run(folder: Path) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SEALS_FILE, MANIFEST_FILE = "seals.jsonl", "manifest.json"
-NOT_REMADE = ("config.yaml", "inputs.json", "environment.json", "tokens.json")
+CONFIG_FILE, INPUTS_FILE, ENVIRONMENT_FILE, TOKENS_FILE = NOT_REMADE = (
+    "config.yaml", "inputs.json", "environment.json", "tokens.json",
+)  # fmt: skip
 """Files that a run begins with, and cannot make again. Whatever else is missing is made again, the log aside."""
 LOG_FILE = "log.jsonl"
 """What a finished run cannot make again either; one that is not finished goes on without it, and says so."""
@@ -308,16 +310,18 @@ class Ledger:
 
         The files of the last line may hold what they held before, where a kill came before they had their names.
         """
-        for name in self.read().replaced:
-            replaced = self.replaced[name]
-            if replaced and self._find_difference(name, self.files.get(name, replaced)):
-                if not self._find_difference(name, replaced):
-                    self.append({name: replaced})
+        changed: dict[str, Seal | None] = {
+            name: replaced
+            for name, replaced in self.read().replaced.items()
+            if replaced
+            and self._find_difference(name, self.files.get(name, replaced))
+            and not self._find_difference(name, replaced)
+        }
         gone = {
             name: seal for name, seal in self.files.items() if name != MANIFEST_FILE and not (self.root / name).exists()
         }
-        if gone:
-            self.append(dict.fromkeys(gone))
+        if changed or gone:
+            self.append(changed | dict.fromkeys(gone))
         return [name for name, seal in gone.items() if seal.line_seal and seal.size]
 
     def _find_difference(self, name: str, seal: Seal) -> str:

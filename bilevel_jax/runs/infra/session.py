@@ -20,7 +20,7 @@ MULTIPROCESS_COMMANDS = ("select", "train")
 """The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
-LOG_FILE, FINISHED_JOBS_FILE = "log.jsonl", "done.json"
+FINISHED_JOBS_FILE = "done.json"
 EXPECTED_USAGE_JOB = "expected"
 """The finished job that a run begins with; no work."""
 START_FILES = (
@@ -344,7 +344,7 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
     """Open a run: catch signals, show the bar; close all of it whatever happens."""
     distributed.run_on_first_process(lambda: (folder / "checkpoints").mkdir(exist_ok=True))
     bar = make_progress_bar(progress and distributed.is_first_process())
-    log = JsonLog(folder / LOG_FILE)
+    log = JsonLog(folder / seals.LOG_FILE)
     run_session = Session(folder, log, bar, save_seconds)
     try:
         with _signal_handler(run_session.handle_signal), bar:

@@ -30,7 +30,7 @@ def write_run(folder: Path, seed: int) -> Path:
     seals.begin(folder)
     (folder / "checkpoints").mkdir()
     run_dir.write_atomic(folder / "config.yaml", f"train: {{seed: {seed}}}\n")
-    run_dir.write_json(folder / "environment.json", {"python": "3.11", "seed": seed})
+    run_dir.write_json(folder / "environment.json", {"packages": {"bilevel-jax": "0.2.0"}, "seed": seed})
     run_dir.write_json(folder / "inputs.json", {"data.train": {"rows.jsonl": {"bytes": 7 + seed}}})
     log = JsonLog(folder / "log.jsonl")
     for step in range(4):
@@ -215,6 +215,30 @@ def test_a_kill_between_the_note_and_the_file_is_no_damage(runs, tmp_path, monke
     assert path.exists() == (had or kill == "after")
     if path.exists():
         assert (run_dir.read_json(path) == {"new": 1}) == (kill == "after")
+
+
+def test_a_kill_before_several_files_of_one_line_is_no_damage(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["stopped"][0], tmp_path / "run"))
+    seals.hold(folder)
+    for name in ("a", "b"):
+        run_dir.write_json(folder / name, 1)
+    seals.Ledger(folder).append(dict.fromkeys(("a", "b"), seals.Seal(5, "0" * 64)))
+    reopen(folder)
+    run_dir.write_json(folder / "c", 1)
+    assert seals.check_run(folder) == []
+
+
+@pytest.mark.parametrize(("packages", "words"), [({"bilevel-jax": "0.1.0"}, r"version \(0.1.0\)"), ({}, "version,")])
+def test_a_run_of_a_version_without_seals_is_told_as_such(tmp_path, packages, words):
+    (tmp_path / "environment.json").write_text(json.dumps({"packages": packages}))
+    with pytest.raises(ValueError, match=f"was made by an earlier {words}.* cannot be resumed .* with --out"):
+        run_dir.check_files(tmp_path)
+
+
+def test_a_run_of_this_version_without_its_seals_is_damaged(tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps({"packages": {"bilevel-jax": "0.2.0.dev0"}}))
+    with pytest.raises(seals.DamagedFileError, match=r"seals.jsonl is missing"):
+        run_dir.check_files(tmp_path)
 
 
 def test_a_log_that_was_deleted_is_told(runs, tmp_path):
