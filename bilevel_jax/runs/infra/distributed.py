@@ -234,7 +234,7 @@ def _meet_after_jax(timeout: int) -> None:
     if jax.process_index() == 0:
         port = connections.listen(None, 0)
         hosts = [socket.gethostname(), *(str(entry[4][0]) for entry in _addresses_of(socket.gethostname()))]
-        own_addresses = json.dumps([[host, port] for host in dict.fromkeys(hosts)])
+        own_addresses = _format_addresses(list(dict.fromkeys(hosts)), port)
     addresses = json.loads(_broadcast_text(own_addresses))
     if jax.process_index() == 0:
         connections.wait_for_all(f"port {addresses[0][1]} of {addresses[0][0]}", timeout)
@@ -288,10 +288,17 @@ def _addresses_of(host: str) -> list[Any]:
         return []
 
 
+def _format_addresses(hosts: list[str], port: int) -> str:
+    """As many of the first hosts as `_broadcast_text` can hold, each with the port, as JSON."""
+    while len(text := json.dumps([[host, port] for host in hosts])) > MAX_ERROR_BYTES:
+        hosts = hosts[:-1]
+    return text
+
+
 def _broadcast_text(text: str) -> str:
-    """The first process's text, in every process."""
+    """The first process's text, in every process, cut at MAX_ERROR_BYTES."""
     buffer = np.zeros(MAX_ERROR_BYTES, np.uint8)
-    encoded = text.encode()[:MAX_ERROR_BYTES]
+    encoded = text.encode(errors="backslashreplace")[:MAX_ERROR_BYTES]
     buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     buffer = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
     return bytes(buffer).rstrip(bytes(1)).decode(errors="replace")

@@ -1,8 +1,8 @@
-"""What a run's numbers come from besides its config and files: tokens, package versions, devices and JAX's settings.
+"""Records of a run's environment and tokens, compared when it is resumed.
 
-`environment.json` and `tokens.json` record them when a run begins. A run that is resumed must have the same, as far as
-they change numbers: one half of a run by one version and one half by another is the run of no version. What cannot
-change a number, or by rounding alone, is said in a line.
+`environment.json` and `tokens.json` hold what a run's numbers come from besides its config and files. A run that is
+resumed must have the same, as far as they change numbers: one half of a run by one version and one half by another is
+the run of no version. What cannot change a number, or by rounding alone, is said in a line.
 """
 
 import hashlib
@@ -19,18 +19,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import bilevel_jax
 from bilevel_jax.runs.config.load import COMMANDS, PROCESS_OWN_KEYS, describe_rounding_changes
 from bilevel_jax.runs.config.rules import flatten_config
-from bilevel_jax.runs.infra import distributed, inputs, run_dir
+from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
 
-ENVIRONMENT_FILE = "environment.json"
-TOKENS_FILE = "tokens.json"
+ENVIRONMENT_FILE = seals.ENVIRONMENT_FILE
+TOKENS_FILE = seals.TOKENS_FILE
 
 NUMBER_PACKAGES = (
     "bilevel-jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml-dtypes", "libtpu",
-    *(f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt")),
-    "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-nccl-cu12", "nvidia-cublas", "nvidia-cudnn-cu13",
-    "nvidia-nccl-cu13",
+    *(
+        f"jax-{kind}-{part}" for kind in ("cuda12", "cuda13", "rocm60", "rocm7", "rocm10")
+        for part in ("plugin", "pjrt")
+    ),
+    *(
+        f"nvidia-{library}{suffix}" for suffix in ("-cu12", "")
+        for library in ("cublas", "cuda-nvcc", "cuda-nvrtc", "cufft", "cusolver", "cusparse", "nvjitlink")
+    ),
+    *(f"nvidia-{library}-cu{version}" for version in (12, 13) for library in ("cudnn", "nccl")),
+    "nvidia-nvvm",
 )  # fmt: skip
 """Packages whose code computes: another version sums in another order, draws other numbers or has another formula."""
 TOKEN_PACKAGES = ("transformers", "tokenizers", "jinja2", "sentencepiece", "tiktoken")
@@ -78,9 +86,6 @@ class Change(NamedTuple):
 
 def describe_environment() -> dict[str, Any]:
     """Versions, devices, settings and commit: what another person needs to see the same numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -92,8 +97,21 @@ def describe_environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "jax": _list_jax_settings(),
         "flags": list_flags(os.environ),
-        "commit": commit.stdout.strip() or None,
+        "commit": find_commit(Path(bilevel_jax.__file__).parents[1]),
     }
+
+
+def find_commit(source_folder: Path) -> str | None:
+    """The commit of a git work tree; None for any other folder, also for one inside a work tree, and without git."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True, cwd=source_folder, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    top, _, commit = os.fsdecode(answer).strip().rpartition("\n")
+    return commit if Path(top).resolve() == source_folder.resolve() else None
 
 
 def list_packages() -> dict[str, str]:
@@ -299,6 +317,8 @@ def _is_harmless(name: str) -> bool:
 
 
 def _package_version(name: str) -> str | None:
+    if name == "bilevel-jax":
+        return bilevel_jax.__version__  # of the code that runs, also where it is not installed
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

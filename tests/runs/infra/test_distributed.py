@@ -1,5 +1,7 @@
 """What several processes ask of each other, as far as one process can say; test_agreement really starts two."""
 
+import json
+
 import pytest
 
 from bilevel_jax.runs.config.load import CompareConfig
@@ -47,3 +49,11 @@ def test_signals_and_saves_are_asked_about_at_the_same_calls(tmp_path, monkeypat
         work.handle_signal(15, None)
         assert [work.should_save() for _ in range(3)] == [False, False, True]  # the signal is heard when they meet
         assert said[-1][0] == 15
+
+
+def test_texts_for_the_other_processes_fit(monkeypatch):
+    hosts = [f"fe80::{number:04x}" for number in range(200)]
+    sent = distributed._format_addresses(hosts, 1234)
+    assert 1900 < len(sent) <= distributed.MAX_ERROR_BYTES and json.loads(sent)[-1][0] in hosts
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", lambda buffer: buffer)
+    assert distributed._broadcast_text("no file \udcff.json") == "no file \\udcff.json"

@@ -1,6 +1,7 @@
 """A run is resumed with the tokens, versions, devices and settings that it began with, or not at all."""
 
 import json
+import subprocess
 
 import jax
 import numpy as np
@@ -122,6 +123,18 @@ def test_every_setting_that_is_compared_exists():
     )
     with jax.enable_x64(True):
         assert identity.describe_environment()["jax"]["jax_enable_x64"] == "True"
+
+
+def test_a_commit_is_that_of_the_work_tree_itself(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert identity.find_commit(tmp_path) is None
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "--no-verify", "-m", "a"], check=True)
+    assert len(identity.find_commit(tmp_path) or "") == 40
+    (tmp_path / "site-packages").mkdir()
+    assert identity.find_commit(tmp_path / "site-packages") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert identity.find_commit(tmp_path) is None
 
 
 def test_an_environment_is_recorded_once_and_compared(tmp_path):
