@@ -6,9 +6,10 @@ connection to it, its lifeline, for as long as it lives. The kernel closes the l
 keepalive packets notice a machine that is gone, so every other process knows within seconds, even inside a collective
 that never returns; no process has to answer in time, so a busy one is never taken for dead.
 
-JAX's coordination service listens to the first process itself. The other processes reach it through the same port: each
-connects to a relay of its own, which passes the bytes on. Of a first process that dies JAX sees nothing, as the relay
-stays open, and the lifeline ends the process with a sentence before JAX can abort it.
+JAX's coordination service listens on the loopback interface of the first process's machine. The other processes reach
+it through the port of the coordinator's address: each connects to a relay of its own, which passes the bytes on. Of a
+first process that dies JAX sees nothing, as the relay stays open, and the lifeline ends the process with a sentence
+before JAX can abort it. Whoever reaches the port is taken at its word: the network has to be a trusted one.
 
 Messages are lines of JSON.
 """
@@ -183,7 +184,7 @@ class Peers:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Whoever connects: another process, its relay, or a stranger."""
         hello = await _read_message(reader, ANSWER_SECONDS)
-        if not hello or hello.get("protocol") != PROTOCOL:
+        if not hello or not _is_hello(hello):
             writer.close()
         elif hello["role"] == "relay":
             await self._relay_to_service(reader, writer)
@@ -191,7 +192,7 @@ class Peers:
             await self._accept(hello, reader, writer)
 
     async def _accept(self, hello: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number, count, name = int(hello["process"]), int(hello["processes"]), str(hello["name"])
+        number, count, name = hello["process"], hello["processes"], hello["name"]
         problem = ""
         if self._is_complete:
             problem = (
@@ -438,6 +439,12 @@ def set_keepalive(writer: asyncio.StreamWriter) -> None:
     for name, value in KEEPALIVE.items():
         if name in vars(socket):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _is_hello(message: dict[str, Any]) -> bool:
+    """Whether a message is what a process of this version says first."""
+    kinds = {"role": str, "process": int, "processes": int, "name": str}
+    return message.get("protocol") == PROTOCOL and all(isinstance(message.get(key), kinds[key]) for key in kinds)
 
 
 async def _read_message(reader: asyncio.StreamReader, timeout: float | None = None) -> dict[str, Any] | None:

@@ -216,3 +216,15 @@ def test_the_relay_passes_on_what_jax_says(ended):
 
 async def _port_of(process: Peers) -> int:
     return process._lines[1].get_extra_info("sockname")[1]
+
+
+@pytest.mark.parametrize(
+    "hello", [{}, {"role": "relay"}, {"role": "process", "process": "x", "processes": 2, "name": ""}]
+)
+def test_a_first_message_that_lacks_something_is_hung_up_on(hello):
+    first = Peers(0, 2)
+    KEPT.append(first)
+    port = first.listen([HOST], 0)
+    with socket.create_connection((HOST, port), timeout=5) as stranger:
+        stranger.sendall(json.dumps({"protocol": peers.PROTOCOL, **hello}).encode() + b"\n")
+        assert stranger.recv(1) == b""
