@@ -249,7 +249,7 @@ def _report_errors(work: Callable[[], str]) -> int:
         distributed.exit_after_error(str(stop), 128 + stop.number)
         return 128 + stop.number
     except KeyboardInterrupt:
-        reason = "stopped at once by SIGINT; what was saved last is there. Go on with --resume."
+        reason = "stopped at once by SIGINT; a run that had begun to save goes on with --resume."
         _print_error(reason)
         distributed.exit_after_error(reason, 128 + signal.SIGINT)
         return 128 + signal.SIGINT

@@ -17,6 +17,9 @@ NO_CHECKPOINTS = CheckpointPlan(0, 0)
 NUM_BUDGET_TRIALS = 32
 """Numbers of stored steps that are tried, less one, where every plan replays some step twice."""
 
+MAX_COUNTED_SEGMENTS = 1000
+"""Segments of stored steps up to which a plan is tried, or as many as the most stored steps make: each is counted."""
+
 
 def square_root_plan(steps: int) -> CheckpointPlan:
     """About sqrt(steps) snapshots and sqrt(steps) stored steps: the least memory with which a step is replayed once.
@@ -100,8 +103,13 @@ def plan_within_budget(steps: int, state_bytes: float, step_bytes: float, budget
     for stored_steps in range(max_stored_steps, 0, -1):
         if single_replay_plan(steps, stored_steps).snapshots <= max_snapshots(stored_steps):
             return single_replay_plan(steps, stored_steps)
+    most_segments = max(MAX_COUNTED_SEGMENTS, -(-steps // max_stored_steps))
     candidates = sorted(
-        {round(max_stored_steps ** (trial / NUM_BUDGET_TRIALS)) for trial in range(NUM_BUDGET_TRIALS + 1)}
+        stored_steps
+        for stored_steps in {
+            round(max_stored_steps ** (trial / NUM_BUDGET_TRIALS)) for trial in range(NUM_BUDGET_TRIALS + 1)
+        }
+        if -(-steps // stored_steps) <= most_segments
     )
     return min(
         (CheckpointPlan(max_snapshots(stored_steps), stored_steps) for stored_steps in candidates),

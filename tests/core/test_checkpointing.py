@@ -54,3 +54,11 @@ def test_named_schedules():
     assert checkpointing.place_snapshots(0, 100, 0, 0) == []
     with pytest.raises(ValueError, match="7 bytes; 6 are given"):
         checkpointing.plan_within_budget(100, 3, 4, 6)
+
+
+def test_of_many_steps_only_plans_of_few_segments_are_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(checkpointing, "count_replayed_steps", lambda steps, plan: tried.append(plan) or len(tried))
+    plan = checkpointing.plan_within_budget(1_000_000, state_bytes=1.0, step_bytes=2.0, budget_bytes=2000.0)
+    assert plan in tried and all(1_000_000 / plan.stored_steps <= 1002 for plan in tried)
+    assert all(plan.snapshots + 2 * plan.stored_steps <= 2000 for plan in tried)

@@ -123,7 +123,14 @@ def _load_saved_dataset(folder: str, split: str) -> Iterator[Any]:
     except FileNotFoundError as error:
         if Path(folder, "state.json").exists():
             raise _damaged_folder(folder, error) from None
-        files = sorted(p.name for p in Path(folder).iterdir() if p.suffix in FILE_READERS)
+        files = sorted(
+            (p.name for p in Path(folder).iterdir() if p.suffix in FILE_READERS),
+            key=lambda name: (
+                name != "weights.parquet",
+                name.endswith(".json"),
+                name,
+            ),  # a run's other files are about it
+        )
         hint = f"Name a file in it, such as {Path(folder, files[0])}." if files else "Name a file."
         raise ValueError(f"{folder}: a folder, but not one that `datasets.save_to_disk` wrote. {hint}") from None
     except Exception as error:  # damaged JSON, Arrow files and states: each has an error class of its own

@@ -56,6 +56,11 @@ def get_chat_template(tokenizer: Tokenizer) -> str:
     """The chat template that renders dialogues; empty where the tokenizer has none."""
     if not tokenizer.chat_template:
         return ""
+    if not isinstance(tokenizer.chat_template, str | dict):
+        raise ValueError(
+            f"the tokenizer's chat_template is {tokenizer.chat_template!r}; a text is wanted. Mend it in "
+            "tokenizer_config.json, or put a chat_template.jinja beside it."
+        )
     try:
         return tokenizer.get_chat_template()
     except ValueError:

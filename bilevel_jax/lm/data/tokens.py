@@ -191,10 +191,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer.json or tokenizer_config.json. "
-            "Name a folder in the Hugging Face layout, with the model and its tokenizer."
-        )
+        remedy = "Name a folder in the Hugging Face layout, with the model and its tokenizer."
+        if (folder / "model" / "tokenizer_config.json").exists():
+            remedy = f"The model of this run is {folder / 'model'}: name that."
+        raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer_config.json. {remedy}")
     require_whole_files(folder, TOKENIZER_FILES)
     import transformers
 

@@ -82,7 +82,8 @@ def load_model(
     if missing or unexpected:
         raise ValueError(
             f"{folder}: the tensors do not fit its config.json ({config.family}). "
-            f"Missing {len(missing)}: {missing[:5]}; unexpected {len(unexpected)}: {unexpected[:5]}."
+            f"Missing {len(missing)}: {missing[:5]}; unexpected {len(unexpected)}: {unexpected[:5]}. "
+            "Take both files from one model: num_hidden_layers and the sizes must be those of the tensors."
         )
     for name in sorted(ignored & set(tensors) - {head}):
         check_buffer(config, tensors[name])

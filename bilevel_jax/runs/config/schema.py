@@ -18,6 +18,8 @@ LossReduction = Literal["example_mean", "token_sum", "token_mean"]
 Remat = Literal["full", "selective", "none"]
 
 Count = Annotated[int, Ge(1)]
+MAX_STEPS = 10_000_000
+"""Most optimizer steps of a run that is differentiated: more take longer to plan than anyone waits."""
 Seed = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -225,7 +227,7 @@ class OptimizerSection:
 class TrainSection:
     """One training run of the model; the outer loop repeats it."""
 
-    max_steps: Count = 300
+    max_steps: Annotated[int, Interval(ge=1, le=MAX_STEPS)] = 300
     """Optimizer steps of one run."""
 
     global_batch_size: Count = 16

@@ -88,6 +88,11 @@ def _save_step(
             shutil.rmtree(part, ignore_errors=True)
         if disk_full := disk_full_error(final, error):
             raise disk_full from error
+        if isinstance(error, OSError | ValueError) and "OCDBT" in str(error):  # orbax's storage
+            raise OSError(
+                f"{final} could not be written ({str(error).splitlines()[0][:200]}); what was there before is intact. "
+                "Look at the disk and its limits (ulimit -f, quotas), then --resume."
+            ) from error
         raise
     return final
 

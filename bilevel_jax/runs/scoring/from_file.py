@@ -128,8 +128,12 @@ class StreamedWeights:
         return 0 if self._column is None else sum(example.id not in self._column.values for example in examples)
 
 
+MAX_WEIGHT = 1e18
+"""The largest factor of a loss: its square is finite in float32, as a gradient's norm needs it."""
+
+
 def check_weights(column: "IdColumn", examples: Sequence[Example], weights: Float[np.ndarray, "examples"]) -> None:
-    """Raise an error for a weight that is negative or not finite.
+    """Raise an error for a weight that is negative, not finite or above MAX_WEIGHT.
 
     Args:
         column: what the weights were made of.
@@ -139,13 +143,18 @@ def check_weights(column: "IdColumn", examples: Sequence[Example], weights: Floa
     Raises:
         ValueError: with the first such weight, its file, line and example, the number of others, and the remedy.
     """
-    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+    bad = np.flatnonzero(~((weights >= 0) & (weights <= MAX_WEIGHT)))
     if not bad.size:
         return
     example, weight = examples[bad[0]], weights[bad[0]]
     value, who = column.values[example.id], f"the training example {example.id} ({example.where})"
     more = f", as for {len(bad) - 1:,} more" if len(bad) > 1 else ""
     where = f"{column.path}:{column.lines[example.id]}: {column.name}"
+    if np.isfinite(value) and weight > MAX_WEIGHT:
+        raise ValueError(
+            f"{where} is {value:.4g}, which gives {who} the weight {weight:.4g}{more}: no training step holds such a "
+            "factor. Set weights.mean_one to true, or weights.transform to minmax or rank."
+        )
     if np.isfinite(value):
         raise ValueError(
             f"{where} is {value:.4g}, which gives {who} the weight {weight:.4g}{more}, and a weight is 0 or more. "

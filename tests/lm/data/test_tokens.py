@@ -404,6 +404,8 @@ def test_load_tokenizer(tmp_path):
         tokenize([TALK], bpe(LLAMA3), max_length=99)[0].ids.tolist()
     )
     with pytest.raises(FileNotFoundError, match="no tokenizer.json or tokenizer_config.json. Name a folder in the"):
+        load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="The model of this run is .*model: name that"):
         load_tokenizer(tmp_path)
 
 

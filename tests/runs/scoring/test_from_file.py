@@ -196,6 +196,11 @@ def test_the_same_weights_from_every_kind_of_file(tmp_path, name, way):
 
 BAD = {
     # name -> (values of the ids id0, id1, ...; options; words with the line; whether the line is named)
+    "beyond any step": (
+        [1, 1e300, 1, 1],
+        {},
+        ":2: weight is 1e+300, which gives the training example id1 (rows.jsonl:2) the weight 1e+300",
+    ),
     "negative": ([1, -0.5, 1, 1], {}, ":2: weight is -0.5, which gives the training example id1 (rows.jsonl:2)"),
     "null": ([1, None, 1, 1], {}, ":2: weight is absent, null or NaN for the training example id1 (rows.jsonl:2); a"),
     "NaN": ([1, math.nan, 1, 1], {}, ":2: weight is absent, null or NaN for the training example id1"),
