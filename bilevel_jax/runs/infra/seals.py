@@ -543,7 +543,8 @@ def raise_damage(root: Path, damages: list[Damage], is_finished: bool) -> None:
     if not damages:
         return
     it = "it" if len(damages) == 1 else "them"
-    if any(damage.name in (*NOT_REMADE, SEALS_FILE) or (damage.is_missing and not is_finished) for damage in damages):
+    lasting = (*NOT_REMADE, SEALS_FILE, *([LOG_FILE] if is_finished else []))
+    if any(damage.name in lasting or (damage.is_missing and not is_finished) for damage in damages):
         remedy = f"Put back a copy of {it}, or start a new run with --out."
     elif all(damage.is_missing for damage in damages):
         remedy = f"Put back a copy of {it}, or let --resume of the run make {it} again."

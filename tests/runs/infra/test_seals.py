@@ -251,6 +251,15 @@ def test_a_log_that_was_deleted_is_told(runs, tmp_path):
     assert read_journal(folder / "log.jsonl") == [{"step": 9}]
 
 
+@pytest.mark.parametrize("harm", ["changed", "deleted"])
+def test_the_log_of_a_finished_run_is_not_promised_to_be_made_again(runs, tmp_path, harm):
+    folder = Path(shutil.copytree(runs["finished"][0], tmp_path / "run"))
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text() + "x\n") if harm == "changed" else log.unlink()
+    with pytest.raises(seals.DamagedFileError, match="Put back a copy of it, or start a new run with --out"):
+        reopen(folder)
+
+
 def test_a_table_that_is_copied_elsewhere_is_read_by_its_checksums(runs, tmp_path):
     content = bytearray((runs["finished"][0] / "weights.parquet").read_bytes())
     assert pq.read_table(pa.BufferReader(bytes(content))).num_rows == 2
