@@ -93,9 +93,9 @@ def runs(tmp_path_factory):
 
 
 def names_case(text: str, folder: Path, case: damage.Case) -> bool:
-    """Whether a message names the damaged file, the other one of a swap, or the checkpoint of one."""
-    step = next((str(parent) for parent in Path(case.name).parents if parent.name.startswith("step_")), case.name)
-    names = [case.name, case.other or case.name, step]
+    """Whether a message names the damaged file, the other one of a swap, or the checkpoint of one of them."""
+    names = [case.name, case.other or case.name]
+    names += [str(parent) for name in names for parent in Path(name).parents if parent.name.startswith("step_")]
     return any(str(folder / name) in text for name in names)
 
 
