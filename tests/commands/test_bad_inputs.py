@@ -876,7 +876,7 @@ SERVICES = {
     ),
     "a page": (
         reply(f"<html><title>Log in{EVIL}</title>".encode()),
-        r"a page of HTML, Log in.*Does the url end in /v1",
+        r"a page of HTML, Log in.*which ends in /v1",
     ),
     "moved": (reply(b"", 308), r"moved: status 308.*set generate.url"),
     "cut reasoning": (

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import bilevel_jax
 from bilevel_jax.runs.config.load import COMMANDS, PROCESS_OWN_KEYS, describe_rounding_changes
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import distributed, inputs, run_dir, seals
@@ -97,7 +96,7 @@ def describe_environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "jax": _list_jax_settings(),
         "flags": list_flags(os.environ),
-        "commit": find_commit(Path(bilevel_jax.__file__).parents[1]),
+        "commit": find_commit(Path(__file__).parents[3]),
     }
 
 
@@ -318,7 +317,7 @@ def _is_harmless(name: str) -> bool:
 
 def _package_version(name: str) -> str | None:
     if name == "bilevel-jax":
-        return bilevel_jax.__version__  # of the code that runs, also where it is not installed
+        return sys.modules["bilevel_jax"].__version__  # of the code that runs, also where it is not installed
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

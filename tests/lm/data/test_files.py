@@ -90,7 +90,7 @@ def test_errors_of_files(tmp_path):
         (ValueError, str(tmp_path / "rows.parquet"), "the file cannot be read as parquet", "rows.parquet"),
         (ValueError, str(tmp_path / "plain.jsonl.gz"), "not a whole gzip file", "Pack it anew"),
         (ValueError, str(tmp_path / "half.jsonl.gz"), "not a whole gzip file", "half.jsonl.gz"),
-        (ValueError, str(tmp_path), "not one that `datasets.save_to_disk` wrote", "lines.json"),
+        (ValueError, str(tmp_path), "not one that `datasets.save_to_disk` wrote", "rows.parquet"),
         (ValueError, both, "no split asked for; it has ['validation']", "@NAME"),
         (ValueError, "hub:owner/name", "is written hub:name@split", "hub:name:config@split"),
     ]
