@@ -12,9 +12,9 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import (
     SCORES_FILE,
     ExampleScores,
-    has_score_column,
+    get_score,
     load_or_compute_score,
-    read_score,
+    read_scores_table,
 )
 from bilevel_jax.runs.stats import rank_correlation
 from bilevel_jax.runs.tasks.evaluation import read_labels
@@ -88,16 +88,18 @@ class Reweighting:
 
         Raises FileNotFoundError where a column is missing: what it was made from is gone.
         """
-        for refresh_step in self.refresh_steps:
-            if refresh_step >= steps_done:
-                break
-            column, folder = self._column(refresh_step), self.session.folder
-            if not has_score_column(column, folder):
+        made_steps = [step for step in self.refresh_steps if step < steps_done]
+        if not made_steps:
+            return
+        stored = read_scores_table(self.session.folder, self.task)
+        for refresh_step in made_steps:
+            column = self._column(refresh_step)
+            if column not in stored.column_names:
                 raise FileNotFoundError(
-                    f"{folder / SCORES_FILE} has no column {column!r}, on which the steps after {refresh_step:,} "
-                    "rest: it was removed or changed since. Start the run anew, in another folder."
+                    f"{self.session.folder / SCORES_FILE} has no column {column!r}, on which the steps after "
+                    f"{refresh_step:,} rest: it was removed or changed since. Start the run anew, in another folder."
                 )
-            self._keep_scores(refresh_step, read_score(column, self.task, folder))
+            self._keep_scores(refresh_step, get_score(stored, column, self.task))
 
     def update_scores(self, step: int, params: Params) -> None:
         """Where scores are due before `step`, have `params`, those before it, make them."""

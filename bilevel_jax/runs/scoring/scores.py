@@ -85,8 +85,8 @@ def load_or_compute_score(
     The file holds the rows that were read (none that was dropped), by id, with what made each column in its metadata.
     """
     path = session.folder / SCORES_FILE
-    if not has_score_column(column, session.folder):
-        stored = _read_scores_table(path, task)
+    stored = read_scores_table(session.folder, task)
+    if column not in stored.column_names:
         computed = compute_score(name, task, params, settings, session)
         column_metadata = {"score": name, "meaning": SCORE_MEANINGS[name], **computed._asdict()}
         del column_metadata["values"]
@@ -95,12 +95,13 @@ def load_or_compute_score(
             column, pa.array(computed.values[task.trainable_indices()])
         ).replace_schema_metadata(table_metadata)
         run_dir.write_parquet(path, stored)
-    return read_score(column, task, session.folder)
+        stored = read_scores_table(session.folder, task)  # as the first of several processes wrote it
+    return get_score(stored, column, task)
 
 
-def read_score(column: str, task: Task, folder: Path) -> ExampleScores:
-    """A column of scores.parquet that was made before."""
-    stored, indices = _read_scores_table(folder / SCORES_FILE, task), task.trainable_indices()
+def get_score(stored: pa.Table, column: str, task: Task) -> ExampleScores:
+    """A column of `read_scores_table`."""
+    indices = task.trainable_indices()
     column_metadata = json.loads(stored.schema.metadata[column.encode()])
     values = np.full(task.num_examples, np.nan)
     values[indices] = stored[column].to_numpy()
@@ -124,12 +125,6 @@ def warm_start_logits(
         _, source = np.unique([example.source for example in task.examples], return_inverse=True)
         logits = np.bincount(source, logits) / np.bincount(source)
     return place_table(task.mesh, logits.astype(hyper.dtype))
-
-
-def has_score_column(column: str, folder: Path) -> bool:
-    """Whether `load_or_compute_score` has made a column in this folder."""
-    path = folder / SCORES_FILE
-    return path.exists() and column in run_dir.read_parquet(path).column_names
 
 
 def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
@@ -265,8 +260,9 @@ HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 # ---- parts
 
 
-def _read_scores_table(path: Path, task: Task) -> pa.Table:
-    """scores.parquet, or the rows without any score; a ValueError where it is of other rows."""
+def read_scores_table(folder: Path, task: Task) -> pa.Table:
+    """scores.parquet of a run, or the rows without any score; a ValueError where it is of other rows."""
+    path = folder / SCORES_FILE
     stored = run_dir.read_parquet(path) if path.exists() else _ids_table(task)
     if stored["id"].to_pylist() != [task.examples[row].id for row in task.trainable_indices()]:
         raise ValueError(f"{path} holds scores of other rows. Give the data that the run was started with.")
