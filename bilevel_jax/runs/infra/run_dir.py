@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -93,7 +94,7 @@ def check_files(folder: Path) -> None:
         raise ValueError(
             f"{folder} was made by {version}, whose runs cannot be resumed by this one. Start a new run with --out."
         )
-    is_finished, damages = seals.is_finished(folder), seals.check_run(folder)
+    is_finished, damages = restore_manifest(folder), seals.check_run(folder)
     if not is_finished or not all(damage.heals for damage in damages):
         seals.raise_damage(folder, damages, is_finished)
     elif damages:
@@ -115,10 +116,19 @@ def _find_earlier_version(folder: Path) -> str:
 
 def reopen_run(folder: Path) -> None:
     """Let a run that is resumed write again: until it has come to its end, its ledger alone holds its seals."""
-    seals.hold(folder)
     (folder / seals.MANIFEST_FILE).unlink(missing_ok=True)
     for name in seals.Ledger(folder).settle():
         warnings.warn(f"{folder / name} is missing. It begins anew: what it held is not in the report.", stacklevel=2)
+
+
+def restore_manifest(folder: Path) -> bool:
+    """Whether a run has come to its end; of one whose manifest alone is missing, the manifest is written again."""
+    ledger, path = seals.Ledger(folder).read(), folder / seals.MANIFEST_FILE
+    if not path.is_file() and seals.MANIFEST_FILE in ledger.files and seals.MANIFEST_FILE in ledger.replaced:
+        content, written = seals.format_manifest(ledger).encode(), ledger.files[seals.MANIFEST_FILE]
+        if (len(content), hashlib.sha256(content).hexdigest()) == (written.size, written.sha256):
+            write_atomic(path, content)
+    return path.is_file()
 
 
 def write_manifest(folder: Path) -> None:

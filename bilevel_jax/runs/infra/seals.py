@@ -585,19 +585,6 @@ def check_run(root: Path) -> list[Damage]:
     return damages
 
 
-def is_finished(root: Path) -> bool:
-    """Whether a run has come to its end; of one whose manifest alone is missing, the manifest is written again."""
-    ledger = Ledger(root).read()
-    if not (root / MANIFEST_FILE).is_file() and MANIFEST_FILE in ledger.files and MANIFEST_FILE in ledger.replaced:
-        content = format_manifest(ledger).encode()
-        written = ledger.files[MANIFEST_FILE]
-        if (len(content), hashlib.sha256(content).hexdigest()) == (written.size, written.sha256):
-            part = root / f".{MANIFEST_FILE}.{os.getpid()}.part"
-            part.write_bytes(content)
-            os.replace(part, root / MANIFEST_FILE)
-    return (root / MANIFEST_FILE).is_file()
-
-
 def format_manifest(ledger: Ledger) -> str:
     """The manifest of a run with such a ledger: every file that it wrote and did not remove.
 

@@ -20,6 +20,7 @@ STATE = {"w": jnp.zeros(5), "n": 0}
 def reopen(folder):
     """As a run that is resumed does."""
     run_dir.check_files(folder)
+    seals.hold(folder)
     run_dir.reopen_run(folder)
 
 
@@ -161,7 +162,7 @@ def test_files_that_somebody_adds_are_read_as_they_are(runs, tmp_path):
     (folder / "model" / "notes.json").write_text('{"mine": 2}')
     seals.check(folder / "model")
     assert run_dir.read_json(folder / "notes.json") == {"mine": 1}
-    assert seals.check_run(folder) == [] and seals.is_finished(folder)
+    assert seals.check_run(folder) == [] and run_dir.restore_manifest(folder)
     run_dir.write_json(folder / "mine" / "estimate.json", 1) if (folder / "mine").mkdir() else None
     assert seals.check_run(folder) == []
 
@@ -179,7 +180,7 @@ def test_a_model_that_is_copied_elsewhere_is_read_as_any_other(runs, tmp_path):
 def test_a_manifest_that_was_deleted_is_written_again_byte_for_byte(runs, tmp_path):
     folder = Path(shutil.copytree(runs["finished"][0], tmp_path / "run"))
     (folder / seals.MANIFEST_FILE).unlink()
-    assert seals.is_finished(folder)
+    assert run_dir.restore_manifest(folder)
     assert (folder / seals.MANIFEST_FILE).read_bytes() == (runs["finished"][0] / seals.MANIFEST_FILE).read_bytes()
 
 
