@@ -71,7 +71,7 @@ class Session:
     def print_line(self, line: str) -> None:
         """One line for the person who watches."""
         if distributed.is_first_process():
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _print_line(self._bar.console, line)
 
     def should_save(self) -> bool:
         """Whether to save now: a signal came, or the last save is long ago."""
@@ -251,7 +251,11 @@ def open_run_dir(config: Any) -> Iterator[Path]:
                 run_dir.check_files(folder)
                 check_same_config(config, folder / run_dir.CONFIG_FILE)
                 inputs.check_inputs_unchanged(config, folder)
-                identity.check_environment(config, folder)
+                if changes := identity.check_environment(config, folder):
+                    _print_line(
+                        make_console(stderr=True),
+                        f"resumed with what changes no number beyond rounding: {'; '.join(changes)}",
+                    )
                 seals.hold(folder)
             else:
                 seals.begin(folder)
@@ -328,14 +332,11 @@ def _remove_failed_start(folder: Path, existing: list[Path]) -> None:
 def start_session(config: Any, folder: Path) -> Iterator[Session]:
     """Write the environment and the input files of the run, and open its session."""
     output = config.output
-    changes = identity.check_environment(config, folder) if output.resume else []
     if output.resume:
         distributed.run_on_first_process(lambda: run_dir.reopen_run(folder))
     distributed.run_on_first_process(lambda: identity.record_environment(folder))
     distributed.run_on_first_process(lambda: inputs.record_inputs(config, folder))
     with open_session(folder, progress=output.progress, save_seconds=60 * output.save_minutes) as run_session:
-        if changes:
-            run_session.print_line(f"resumed with what changes no number beyond rounding: {'; '.join(changes)}")
         yield run_session
 
 
@@ -351,6 +352,10 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
             yield run_session
     finally:
         log.close()
+
+
+def _print_line(console: Any, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_progress_bar(shown: bool) -> Progress:
