@@ -44,6 +44,27 @@ output: {{progress: false}}
 mesh: {{data: 1}}
 """
 
+REFINE = """
+model: {{name_or_path: {made}/model}}
+lora: {{r: 0}}
+data:
+  train: [{made}/train.jsonl]
+  validation: [{made}/validation.jsonl]
+  dev: [{made}/dev.jsonl]
+  test: [{made}/test.jsonl]
+  split: [1, 0, 0]
+  label_field: label
+refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
+generate: {{num_generations: 2, max_new_tokens: 6}}
+verifier: {{name: exact}}
+optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
+train: {{max_steps: 6, global_batch_size: 8}}
+outer: {{steps: 1, weighting: sigmoid}}
+single_loop: {{steps: 6, eval_steps: 6}}
+output: {{progress: false}}
+mesh: {{data: 1}}
+"""
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
@@ -58,6 +79,7 @@ def made(tmp_path_factory):
     )
     (folder / "select.yaml").write_text(SELECT.format(made=folder))
     (folder / "train.yaml").write_text(TRAIN.format(made=folder))
+    (folder / "refine.yaml").write_text(REFINE.format(made=folder))
     for name, new in (("train", "pairs"), ("validation", "pairs_validation"), ("test", "pairs_report")):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         (folder / f"{new}.jsonl").write_text("".join(json.dumps(pair(row)) + "\n" for row in rows))
@@ -82,16 +104,18 @@ def pair(row):
 def stop_at(monkeypatch):
     """count -> from now on, SIGTERM at the count-th piece of work that a run counts, and at no other."""
 
-    def stop(count):
-        done, advance = 0, Session.advance
+    return lambda count: stop_session_at(monkeypatch, count)
 
-        def stopping(self, amount=1.0):
-            nonlocal done
-            done += 1
-            if done == count:
-                signal.raise_signal(signal.SIGTERM)
-            advance(self, amount)
 
-        monkeypatch.setattr(Session, "advance", stopping)
+def stop_session_at(patch, count):
+    """What `stop_at` does, by any `pytest.MonkeyPatch`."""
+    done, advance = 0, Session.advance
 
-    return stop
+    def stopping(self, amount=1.0):
+        nonlocal done
+        done += 1
+        if done == count:
+            signal.raise_signal(signal.SIGTERM)
+        advance(self, amount)
+
+    patch.setattr(Session, "advance", stopping)

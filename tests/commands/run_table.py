@@ -31,26 +31,6 @@ generate: {{max_new_tokens: 4, temperature: 1.0, top_p: 1.0, top_k: 0}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
-REFINE = """
-model: {{name_or_path: {made}/model}}
-lora: {{r: 0}}
-data:
-  train: [{made}/train.jsonl]
-  validation: [{made}/validation.jsonl]
-  dev: [{made}/dev.jsonl]
-  test: [{made}/test.jsonl]
-  split: [1, 0, 0]
-  label_field: label
-refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
-generate: {{num_generations: 2, max_new_tokens: 6}}
-verifier: {{name: exact}}
-optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
-train: {{max_steps: 6, global_batch_size: 8}}
-outer: {{steps: 1, weighting: sigmoid}}
-single_loop: {{steps: 6, eval_steps: 6}}
-output: {{progress: false}}
-mesh: {{data: 1}}
-"""
 AUDIT = """
 data: {{train: ['{made}/blobs.npz']}}
 arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30, noise_share: 0.2}}
@@ -180,7 +160,6 @@ def table_inputs(made):
     (made / "compare.yaml").write_text(blobs.CONFIG.format(path=made / "blobs.npz"))
     (made / "audit.yaml").write_text(AUDIT.format(made=made))
     (made / "rank.yaml").write_text(RANK.format(made=made))
-    (made / "refine_runs.yaml").write_text(REFINE.format(made=made))
     from bilevel_jax.lm.data.examples import load_examples
 
     ids = [example.id for example in load_examples([str(made / "train.jsonl")])]
@@ -208,7 +187,7 @@ def write_rows(path, rows):
 def start(inputs, name, out, *flags):
     """Make one of RUNS in a folder."""
     command, options = RUNS[name]
-    file = inputs / {"refine": "refine_runs.yaml"}.get(command, f"{command}.yaml")
+    file = inputs / f"{command}.yaml"
     flags = [*options.format(made=inputs).split(), *flags, "--out", str(out)]
     return getattr(commands, command)(load.load_config(CONFIG_CLASSES[command], file, flags))
 

@@ -2,7 +2,6 @@
 
 import importlib
 import shutil
-import signal
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bilevel_jax.runs.config import load
-from bilevel_jax.runs.infra.session import Interrupted, Session, open_run_dir
+from bilevel_jax.runs.infra.session import Interrupted, open_run_dir
 from tests.commands.run_table import (
     CONFIG_CLASSES,
     RUNS,
@@ -21,6 +20,7 @@ from tests.commands.run_table import (
     without_clock,
 )
 from tests.runs import damage
+from tests.tiny_task import stop_session_at
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def runs(request, table_inputs, tmp_path_factory):  # noqa: F811
             for out, more in zip(made[state], ((), flags.split()), strict=True):
                 with pytest.MonkeyPatch.context() as patch:
                     if state == "stopped":
-                        stop_at(patch, count)
+                        stop_session_at(patch, count)
                     try:
                         start(table_inputs, name, out, *more)
                     except Interrupted:
@@ -74,19 +74,6 @@ def contents_without_place(folder, made):
         for place in (made["finished"][0], made["stopped"][0]):
             held[name] = held[name].replace(str(place).encode(), b"PLACE")
     return held
-
-
-def stop_at(patch, count):
-    done, advance = 0, Session.advance
-
-    def stopping(self, amount=1.0):
-        nonlocal done
-        done += 1
-        if done == count:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self, amount)
-
-    patch.setattr(Session, "advance", stopping)
 
 
 def names_case(text: str, folder: Path, case: damage.Case) -> bool:
@@ -122,7 +109,7 @@ def test_every_damage_is_named_or_healed(runs, table_inputs, tmp_path, kind, sta
     one, other = made[state]
     whole = contents_without_place(made["finished"][0], made)
     command, options = RUNS[name]
-    file = table_inputs / {"refine": "refine_runs.yaml"}.get(command, f"{command}.yaml")
+    file = table_inputs / f"{command}.yaml"
     place, healed = tmp_path / "run", {}
     flags = [*options.format(made=table_inputs).split(), "--resume", "--out", str(place)]
     config = load.load_config(CONFIG_CLASSES[command], file, flags)

@@ -147,8 +147,9 @@ def count_kills():
 
 
 def report(name, way, tried, wrong):
+    """Print how many kills were tried; those that ended otherwise."""
     print(f"\n{name}, {way}: {tried} tried, {len(wrong)} wrong")
-    assert wrong == {}
+    return wrong
 
 
 def check_states(inputs, name, tmp_path, count):
@@ -161,7 +162,7 @@ def check_states(inputs, name, tmp_path, count):
             wrong[copy.name] = found
         if number % 20 == 19:
             jax.clear_caches()
-    report(name, f"{len(copies)} states of the disk", len(chosen), wrong)
+    assert report(name, f"{len(copies)} states of the disk", len(chosen), wrong) == {}
 
 
 def test_what_a_kill_leaves_ends_with_the_same_bits(table_inputs, tmp_path):  # noqa: F811
@@ -191,7 +192,7 @@ def test_killed_twice_it_ends_with_the_same_bits(table_inputs, tmp_path, name): 
         if found := ends_otherwise(table_inputs, name, out, whole):
             wrong[f"{copy.name} {second.name}"] = found
         shutil.rmtree(tmp_path / "again")
-    report(name, "two kills", len(chosen), wrong)
+    assert report(name, "two kills", len(chosen), wrong) == {}
 
 
 @pytest.mark.slow
@@ -215,7 +216,7 @@ def test_stopped_by_a_signal_at_any_call_it_ends_with_the_same_bits(table_inputs
             stopped += 1
         if found := ends_otherwise(table_inputs, name, out, whole):
             wrong[call] = found
-    report(name, f"{signal.Signals(number).name}, {stopped} stopped", len(chosen), wrong)
+    assert report(name, f"{signal.Signals(number).name}, {stopped} stopped", len(chosen), wrong) == {}
 
 
 @pytest.mark.slow
@@ -226,7 +227,7 @@ def test_a_process_killed_at_any_call_ends_with_the_same_bits(table_inputs, tmp_
     run = subprocess.run([*map(str, command), str(count_kills())], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     told = json.loads((tmp_path / "told.json").read_text())
-    report(name, f"SIGKILL, {told['killed']} killed", told["tried"], told["wrong"])
+    assert report(name, f"SIGKILL, {told['killed']} killed", told["tried"], told["wrong"]) == {}
     assert told["killed"] == told["tried"]
 
 

@@ -25,31 +25,9 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 
-CONFIG = """
-model: {{name_or_path: {made}/model}}
-lora: {{r: 0}}
-data:
-  train: [{made}/train.jsonl]
-  validation: [{made}/validation.jsonl]
-  dev: [{made}/dev.jsonl]
-  test: [{made}/test.jsonl]
-  split: [1, 0, 0]
-  label_field: label
-refine: {{rounds: 2, questions: dynamic, share: 0.25, methods: [uniform, unrolled], level: 0.5}}
-generate: {{num_generations: 2, max_new_tokens: 6}}
-verifier: {{name: exact}}
-optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
-train: {{max_steps: 6, global_batch_size: 8}}
-outer: {{steps: 1, weighting: sigmoid}}
-single_loop: {{steps: 6, eval_steps: 6}}
-output: {{progress: false}}
-mesh: {{data: 1}}
-"""
-
 
 @pytest.fixture(scope="module")
 def config(made):
-    (made / "refine.yaml").write_text(CONFIG.format(made=made))
     return made / "refine.yaml"
 
 
