@@ -10,8 +10,6 @@ import numpy as np
 from bilevel_jax.commands.rank.strategies import StrategyResponses, draw_blocks
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm.data.examples import load_examples
-from bilevel_jax.lm.data.tokens import DEFAULT_TEMPLATE
-from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.config.schema import (
@@ -26,7 +24,7 @@ from bilevel_jax.runs.config.schema import (
 )
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.generation import make_generator_factory
+from bilevel_jax.runs.scoring.generation import make_generator_factory, make_task_prompts
 from bilevel_jax.runs.scoring.verifiers import make_verifier
 from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks import splits
@@ -144,12 +142,7 @@ def _run_trial(
         generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, session)(
             assemble_params(params, task.base_params)
         )
-        validation_prompts = make_prompts(
-            validation,
-            task.tokenizer,
-            template=config.data.template or DEFAULT_TEMPLATE,
-            vocab_size=task.architecture.vocab_size,
-        )
+        validation_prompts = make_task_prompts(task, config.data, validation)
         responses = [draws[0].text for draws in generate(validation_prompts, [0])]
         scores["accuracy"] = float(
             np.mean([judge(example, text) for example, text in zip(validation, responses, strict=True)])

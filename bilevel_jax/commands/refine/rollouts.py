@@ -12,9 +12,9 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
-from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.scoring.generation import make_task_prompts
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.tasks.text import TextTask
 
@@ -85,12 +85,7 @@ def collect_rollouts(
     Raises ValueError where the file holds responses of another model, or to other questions.
     """
     question_examples = [task.examples[row] for row in question_rows]
-    question_prompts = make_prompts(
-        question_examples,
-        task.tokenizer,
-        template=config.data.template or tokens.DEFAULT_TEMPLATE,
-        vocab_size=task.architecture.vocab_size,
-    )
+    question_prompts = make_task_prompts(task, config.data, question_examples)
     draws = config.generate.num_generations
     if not path.exists():
         numbers = range(round_number * draws, (round_number + 1) * draws)

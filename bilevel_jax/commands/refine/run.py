@@ -29,9 +29,7 @@ from bilevel_jax.commands.refine.rollouts import (
 )
 from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import PADDING, Params
-from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.inference.generate import GenerateFn
-from bilevel_jax.lm.inference.prompts import make_prompts
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
@@ -41,7 +39,7 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
-from bilevel_jax.runs.scoring.generation import make_generator_factory
+from bilevel_jax.runs.scoring.generation import make_generator_factory, make_task_prompts
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
@@ -123,12 +121,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
         "test", []
     )
-    questions = make_prompts(
-        question_examples,
-        task.tokenizer,
-        template=config.data.template or tokens.DEFAULT_TEMPLATE,
-        vocab_size=task.architecture.vocab_size,
-    )
+    questions = make_task_prompts(task, config.data, question_examples)
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
         raise ValueError(
@@ -397,12 +390,7 @@ def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.nd
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
     test_examples = task.held_out_examples["test"]
-    test_prompts = make_prompts(
-        test_examples,
-        task.tokenizer,
-        template=config.data.template or tokens.DEFAULT_TEMPLATE,
-        vocab_size=task.architecture.vocab_size,
-    )
+    test_prompts = make_task_prompts(task, config.data, test_examples)
     generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
         assemble_params(params, task.base_params)
     )

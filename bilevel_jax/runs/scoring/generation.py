@@ -7,20 +7,33 @@ from typing import Any
 from jax.sharding import Mesh
 
 from bilevel_jax.core.types import Batch, Params, Stream
+from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE
+from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.inference import generate, openai
 from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response, ResponseStore
-from bilevel_jax.lm.inference.prompts import find_end_tokens
+from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
 from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.lm.models import Decoder
-from bilevel_jax.runs.config.schema import GenerateSection
+from bilevel_jax.runs.config.schema import DataSection, GenerateSection
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from bilevel_jax.runs.tasks.text import TextTask
 
 RESPONSES_FILE = "responses.jsonl"
 """In the run's checkpoints: one line for each batch of stored responses."""
+
+
+def make_task_prompts(task: TextTask, data: DataSection, examples: Sequence[Example]) -> list[Prompt]:
+    """`make_prompts` with the tokenizer, the template and the vocabulary of a task."""
+    return make_prompts(
+        examples,
+        task.tokenizer,
+        template=data.template or DEFAULT_TEMPLATE,
+        vocab_size=task.architecture.vocab_size,
+    )
 
 
 def make_generator_factory(
