@@ -1,12 +1,12 @@
 """Exact hypergradients for weighting and selecting training data in JAX.
 
 `hypergradient` takes a loss on plain arrays. The rest is what it is made of: a `Problem`, a training run that is stored
-for its backward pass (`train`), and an estimator of the metagradient d L_v / d weights (`unrolled`, `implicit`,
-`penalty`). `lm`, `scores` and `commands` are imported when they are first read: `import bilevel_jax` needs jax and
-optax alone.
+for its backward pass (`train`), and an estimator of the metagradient d L_v / d weights (`unrolled_estimator`,
+`implicit_estimator`, `penalty_estimator`). `lm`, `scores` and `commands` are imported when they are first read:
+`import bilevel_jax` needs jax and optax alone.
 
-- `bilevel_jax.core.curvature`: Hessian-vector and Gauss-Newton-vector products for `implicit`
-- `bilevel_jax.core.solvers`: linear solvers for `implicit`
+- `bilevel_jax.core.curvature`: Hessian-vector and Gauss-Newton-vector products for `implicit_estimator`
+- `bilevel_jax.core.solvers`: linear solvers for `implicit_estimator`
 - `bilevel_jax.core.weightings`: maps from outer variables to example weights
 - `bilevel_jax.core.single_loop`: methods that move parameters and weights together
 - `bilevel_jax.core.certify`: certificates of a hypergradient
@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 from bilevel_jax.core import certify, checkpointing, curvature, single_loop, solvers, weightings
 from bilevel_jax.core.certify import Verdict
 from bilevel_jax.core.hypergradient import full_batch_stream, hypergradient, shuffled_stream
-from bilevel_jax.core.implicit import implicit
-from bilevel_jax.core.penalty import penalty
+from bilevel_jax.core.implicit import implicit_estimator
+from bilevel_jax.core.penalty import penalty_estimator
 from bilevel_jax.core.problem import proximal, shared, weighted
 from bilevel_jax.core.training import init_train_state, scan, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Checks, Estimate, Problem, Stream, Trajectory
-from bilevel_jax.core.unrolled import check_differentiable, each, unrolled
+from bilevel_jax.core.unrolled import check_differentiable, each, unrolled_estimator
 
 if TYPE_CHECKING:
     from bilevel_jax import commands, lm, scores
@@ -53,10 +53,10 @@ __all__ = [
     "each",
     "full_batch_stream",
     "hypergradient",
-    "implicit",
+    "implicit_estimator",
     "init_train_state",
     "lm",
-    "penalty",
+    "penalty_estimator",
     "proximal",
     "scan",
     "scores",
@@ -67,7 +67,7 @@ __all__ = [
     "train",
     "train_step",
     "trajectory_from_params",
-    "unrolled",
+    "unrolled_estimator",
     "weighted",
     "weightings",
 ]

@@ -26,11 +26,11 @@ from bilevel_jax import hypergradient
 from bilevel_jax.core import penalty, single_loop, solvers, weightings
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.hypergradient import full_batch_stream
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Adjoint
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 
 jax.config.update("jax_enable_x64", True)  # mathematics in double precision; notebook 2 is about single precision
 plt.style.use("notebooks.mplstyle")
@@ -204,11 +204,13 @@ fixed = jnp.zeros(WIDTH)  # nothing is frozen here; the prior reads its shape
 curvature = hessian(problem)
 optimizer = optax.sgd(RATE)
 step = train_step(problem, optimizer)
-sweep = unrolled(problem, step)
+sweep = unrolled_estimator(problem, step)
 
 
 def by_implicit(solver):
-    return implicit(problem, curvature, solver)(trajectory_from_params(start), ones, fixed, everything, held_out).grad
+    return implicit_estimator(problem, curvature, solver)(
+        trajectory_from_params(start), ones, fixed, everything, held_out
+    ).grad
 
 
 def by_unrolled(steps, begins):
@@ -219,7 +221,7 @@ def by_unrolled(steps, begins):
 
 def by_penalty(gamma):
     momentum = optax.sgd(0.5, momentum=0.9, nesterov=True)
-    estimator = penalty.penalty(problem, momentum, gamma=gamma, steps=300)
+    estimator = penalty.penalty_estimator(problem, momentum, gamma=gamma, steps=300)
     return estimator(trajectory_from_params(start), ones, fixed, everything, held_out).grad
 
 
@@ -366,7 +368,7 @@ def path(begins, steps=60):
     """Where training goes from a start, and the hypergradient of that run."""
     stream, state, places = pair_stream._replace(steps=steps), init_train_state(optax.sgd(0.15), begins), [begins]
     run = train(pair_step, state, jnp.ones(1), None, stream, on_step=lambda state, info: places.append(state.params))
-    return jnp.stack(places), unrolled(plain, pair_step)(run, jnp.ones(1), None, stream, pair_held_out)
+    return jnp.stack(places), unrolled_estimator(plain, pair_step)(run, jnp.ones(1), None, stream, pair_held_out)
 
 
 def ridge(w, delta=0.3):

@@ -23,7 +23,7 @@ from bilevel_jax.core import certify, tree
 from bilevel_jax.core.hypergradient import full_batch_stream, shuffled_stream
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 
 plt.style.use("notebooks.mplstyle")
 BLUE, ORANGE, GREEN = "C0", "C1", "C2"
@@ -86,7 +86,7 @@ def tools(losses, training, trusted, optimizer=optimizer):
     """(w, start) -> the exact hypergradient, and (w, start) -> L_v of a new training run, nats."""
     problem = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
     step = train_step(problem, optimizer)
-    sweep = unrolled(problem, step)
+    sweep = unrolled_estimator(problem, step)
     drawn, held_out = shuffled_stream(training, BATCH, STEPS, seed=0), full_batch_stream(trusted)
     kept = [drawn.batch(index) for index in range(STEPS)]  # every run sees the same batches
     stream = drawn._replace(batch=lambda index: kept[index])

@@ -27,13 +27,13 @@ from bilevel_jax.core import single_loop
 from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.hypergradient import full_batch_stream
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.single_loop import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.solvers import cg
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Stream
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.core.weightings import (
     effective_sample_size,
     normalized_gradient_step,
@@ -631,7 +631,7 @@ def ridge(weights, task, delta):
 def implicit_for(delta):
     """(task) -> (weights) -> Estimate, compiled once for tasks of one shape."""
     inner = problem._replace(prior=proximal(delta, lambda fixed: fixed))
-    estimator = implicit(inner, hessian(inner), cg(tolerance=1e-9))
+    estimator = implicit_estimator(inner, hessian(inner), cg(tolerance=1e-9))
 
     def at(task):
         training, trusted, centre = (
@@ -648,7 +648,7 @@ def unrolled_for(task, steps, optimizer):
     """(weights) -> Estimate, through `steps` steps on all rows."""
     whole, trusted = full_batch_stream(task.training).batch(0), full_batch_stream(task.trusted)
     stream, step = Stream(lambda _: whole, steps), train_step(problem, optimizer)
-    estimator, start = unrolled(problem, step), init_train_state(optimizer, jnp.zeros_like(task.truth))
+    estimator, start = unrolled_estimator(problem, step), init_train_state(optimizer, jnp.zeros_like(task.truth))
     keep = store_all_plan(stream.steps)
     return lambda w: estimator(train(step, start, w, None, stream, plan=keep), w, None, stream, trusted)
 

@@ -38,7 +38,7 @@ from scipy.special import betaln
 
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train, train_step
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.lm import models
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.lm.data import batches, tokens
@@ -347,7 +347,7 @@ def measure(model, made, k, rate):
     stream = batches.make_train_stream(corpus, batches.shuffled_order(corpus.num_examples, BATCH, 0), STEPS, layout)
     weights, step = jnp.ones(corpus.num_examples), train_step(problem, adamw)
     run = train(step, init_train_state(adamw, params), weights, None, stream)
-    estimate = unrolled(problem, step)(run, weights, None, stream, trusted_rows)
+    estimate = unrolled_estimator(problem, step)(run, weights, None, stream, trusted_rows)
     assert estimate.checks.replayed
     found = {"exact entry": -np.array(estimate.grad), "perplexity": -np.array(before)}
 

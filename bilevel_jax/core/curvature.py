@@ -21,7 +21,7 @@ def hessian(problem: Problem) -> CurvatureProduct:
         problem: with its training loss and prior.
 
     Returns:
-        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit`.
+        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit_estimator`.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -51,7 +51,7 @@ def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
         loss: the same losses as link(outputs).
 
     Returns:
-        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit`.
+        (params, hyper, frozen, stream, v) -> the product, shaped as params; for `implicit_estimator`.
 
     Example:
         >>> from bilevel_jax.core.types import CompositeLoss

@@ -9,12 +9,12 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.solvers import cg
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import PADDING, Batch, Estimate, Params, PyTree, Solver, Stream
-from bilevel_jax.core.unrolled import check_differentiable, unrolled
+from bilevel_jax.core.unrolled import check_differentiable, unrolled_estimator
 
 
 def hypergradient(
@@ -85,7 +85,7 @@ def hypergradient(
     validation_stream = full_batch_stream(validation)
     if optimizer is None:
         # The prior's centre is `frozen` with every entry set to 0, so any tree of the right shape will do.
-        estimator = implicit(problem, hessian(problem), solver or cg())
+        estimator = implicit_estimator(problem, hessian(problem), solver or cg())
         return estimator(
             trajectory_from_params(params), weights, params, full_batch_stream(training), validation_stream
         )
@@ -93,7 +93,7 @@ def hypergradient(
     step = train_step(problem, optimizer)
     trajectory = train(step, init_train_state(optimizer, params), weights, params, stream)
     check_differentiable(step, optimizer, trajectory, weights, params, stream)
-    return unrolled(problem, step)(trajectory, weights, params, stream, validation_stream)
+    return unrolled_estimator(problem, step)(trajectory, weights, params, stream, validation_stream)
 
 
 def full_batch_stream(data: PyTree) -> Stream:

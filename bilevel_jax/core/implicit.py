@@ -26,7 +26,7 @@ from bilevel_jax.core.types import (
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 
 
-def implicit(
+def implicit_estimator(
     problem: Problem,
     curvature_product: CurvatureProduct,
     solver: Solver,
@@ -63,7 +63,7 @@ def implicit(
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
-        >>> estimator = bj.implicit(problem, bj.curvature.hessian(problem), bj.solvers.cg())
+        >>> estimator = bj.implicit_estimator(problem, bj.curvature.hessian(problem), bj.solvers.cg())
         >>> train, validation = (bj.full_batch_stream(jnp.array(data)) for data in ([1.0, 3.0], [4.0]))
         >>> run = bj.trajectory_from_params(jnp.array(2.0))  # the mean minimises the training loss
         >>> estimator(run, jnp.ones(2), (), train, validation).grad.tolist()

@@ -19,7 +19,7 @@ from bilevel_jax.core.types import Checks, Estimate, Estimator, Frozen, Hyper, P
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 
 
-def penalty(
+def penalty_estimator(
     problem: Problem, optimizer: optax.GradientTransformation, *, gamma: float, steps: int, batches: int | None = None
 ) -> Estimator:
     """The metagradient d L_v(theta*(w)) / dw up to O(1 / gamma), by two minimisers and no second derivative.
@@ -27,8 +27,8 @@ def penalty(
         theta_0 = argmin G + r,  theta_gamma = argmin L_v + gamma (G + r),
         hypergradient_i = gamma (l_i(theta_gamma) - l_i(theta_0)) / N
 
-    Sign, units and (summed) streams are those of `implicit`. Each minimiser is sought by `steps` steps of `optimizer`
-    over the whole streams, theta_0 from the end of the trajectory, theta_gamma from theta_0 on lambda L_v +
+    Sign, units and (summed) streams are those of `implicit_estimator`. Each minimiser is sought by `steps` steps of
+    `optimizer` over the whole streams, theta_0 from the end of the trajectory, theta_gamma from theta_0 on lambda L_v +
     (1 - lambda) (G + r), so that one learning rate suits every gamma.
 
     `validation_loss` is L_v(theta_0); `direction`, gamma (theta_0 - theta_gamma), tends to implicit's v.
@@ -55,7 +55,7 @@ def penalty(
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
-        >>> estimator = bj.penalty(problem, optax.sgd(0.9), gamma=100.0, steps=20)
+        >>> estimator = bj.penalty_estimator(problem, optax.sgd(0.9), gamma=100.0, steps=20)
         >>> train, validation = (bj.full_batch_stream(jnp.array(data)) for data in ([1.0, 3.0], [4.0]))
         >>> estimate = estimator(bj.trajectory_from_params(jnp.array(2.0)), jnp.ones(2), (), train, validation)
         >>> [round(float(grad), 1) for grad in estimate.grad]  # exact: 1, -1

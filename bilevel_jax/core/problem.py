@@ -101,7 +101,7 @@ def shared(
         >>> def outer(theta, frozen, batch):
         ...     return 0.5 * jnp.mean((theta - batch["data"]) ** 2)
         >>> problem = bj.shared(inner, outer)
-        >>> estimator = bj.implicit(problem, bj.curvature.hessian(problem), bj.solvers.cg())
+        >>> estimator = bj.implicit_estimator(problem, bj.curvature.hessian(problem), bj.solvers.cg())
         >>> train, validation = (bj.full_batch_stream(jnp.array([value])) for value in (2.0, 0.0))
         >>> run = bj.trajectory_from_params(jnp.array(1.0))  # minimises inner at strength exp(0) = 1
         >>> float(estimator(run, jnp.array(0.0), (), train, validation).grad)  # more regularisation helps
@@ -121,8 +121,8 @@ def shared(
 def proximal(strength: float, centre: Callable[[Frozen], Params]) -> Callable[[Params, Frozen], Scalar]:
     """The prior (strength / 2) |params - centre(frozen)|^2 of the inner problem: it makes the minimiser unique.
 
-    `implicit` is exact for the problem *with* this term. Added to the linear solve alone it would be damping, and the
-    result exact for nothing. The centre is read from `frozen`, so that it is an argument of the compiled step.
+    Implicit differentiation is exact for the problem *with* this term. Added to the linear solve alone it would be
+    damping, and the result exact for nothing. The centre is read from `frozen`, so that it is an argument of the compiled step.
 
     Args:
         strength: delta, nats per squared unit of the parameters.

@@ -270,7 +270,7 @@ def init_train_state(optimizer: optax.GradientTransformation, params: Params) ->
 def trajectory_from_params(params: Params) -> Trajectory:
     """A trajectory that ended at `params`, however they were found.
 
-    For estimators that read a trajectory's end only: `implicit` and `penalty`.
+    For estimators that read a trajectory's end only: `implicit_estimator` and `penalty_estimator`.
 
     Args:
         params: the trained model.
@@ -377,7 +377,7 @@ def scan(step: TrainStep, start: TrainState, hyper: Hyper, frozen: Frozen, batch
     """Train over stacked batches with `lax.scan`: the driver of small problems.
 
     The end of training is one differentiable function of `hyper`; `jax.grad` through it is the oracle of the tests. It
-    keeps every step's intermediate values for a backward pass: for large models use `train` and `unrolled`.
+    keeps every step's intermediate values for a backward pass: for large models use `train` and `unrolled_estimator`.
 
     Args:
         step: of `train_step`; static.

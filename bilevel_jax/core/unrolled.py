@@ -44,7 +44,7 @@ class BackwardPass(NamedTuple):
     finish: Callable[[Trajectory, BackwardState], Estimate]
 
 
-def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) -> Estimator:
+def unrolled_estimator(problem: Problem, step: TrainStep, *, window: int | None = None) -> Estimator:
     """The metagradient d L_v(theta_T(w)) / dw by reverse-mode differentiation through the last `window` training steps.
 
         lambda_T = grad L_v(theta_T);  for t = T-1 .. 0:  lambda_t = (d step_t / d theta)^T lambda_{t+1},
@@ -76,8 +76,8 @@ def unrolled(problem: Problem, step: TrainStep, *, window: int | None = None) ->
         >>> stream = bj.shuffled_stream(jnp.array([1.0, 3.0]), 2, steps=30, seed=0)
         >>> trajectory = bj.train(step, bj.init_train_state(optimizer, jnp.array(0.0)), jnp.ones(2), (), stream)
         >>> validation = bj.full_batch_stream(jnp.array([4.0]))
-        >>> estimate = bj.unrolled(problem, step)(trajectory, jnp.ones(2), (), stream, validation)
-        >>> [round(float(grad), 3) for grad in estimate.grad]  # trained to the minimum: as `implicit`
+        >>> estimate = bj.unrolled_estimator(problem, step)(trajectory, jnp.ones(2), (), stream, validation)
+        >>> [round(float(grad), 3) for grad in estimate.grad]  # trained to the minimum: as `implicit_estimator`
         [1.0, -1.0]
     """
     backward = backward_pass(problem, step, window=window)
@@ -97,8 +97,8 @@ def each(
     """The metagradients of several outer losses by one backward pass: d L_q(theta_T(w)) / dw for each q.
 
     The adjoints go back side by side, so the replayed steps and the primal passes of the Hessian products are paid for
-    once. Equal to `unrolled` for each stream. Memory: that of one backward pass and, for each loss more, an adjoint
-    and the tangents of one step. Exact and wrong where `unrolled` is.
+    once. Equal to `unrolled_estimator` for each stream. Memory: that of one backward pass and, for each loss more, an
+    adjoint and the tangents of one step. Exact and wrong where `unrolled_estimator` is.
 
     Args:
         problem: as `weighted` or `shared` gives it.
@@ -163,7 +163,7 @@ def backward_pass(
     on_step: Callable[[int], None] | None = None,
     on_replay: Callable[[int], None] | None = None,
 ) -> BackwardPass:
-    """The pieces of `unrolled`. A `BackwardState` is plain arrays: save it after any piece, load it, and go on.
+    """The pieces of `unrolled_estimator`. A `BackwardState` is plain arrays: save it after any piece, load it, go on.
 
     `on_step` is called after each step back with the step's number, `on_replay` after each step replayed.
     """

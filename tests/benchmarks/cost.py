@@ -26,7 +26,7 @@ import numpy as np
 from bilevel_jax.core import checkpointing, tree
 from bilevel_jax.core.training import train
 from bilevel_jax.core.types import Adjoint
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.runs.engine.trajectory_store import linearization_bytes
 from tests.runs.problems_lm import adamw, reviews, setting, stories, tokenized
 
@@ -42,7 +42,7 @@ def measure(shared: Path, *, steps: int, batch: int, micro: int, lora_rank: int,
     one = setting(shared, rows, optimizer, steps=steps, batch=batch, micro=micro, lora_rank=lora_rank)
     weights = jnp.ones(one.rows)
     step, run = one.trained(weights)
-    estimator = unrolled(one.problem, step)
+    estimator = unrolled_estimator(one.problem, step)
 
     def trained(**options):
         return train(step, one.start(), weights, one.fixed, one.train, **options)

@@ -24,9 +24,9 @@ import numpy as np
 
 from bilevel_jax.core import certify, curvature, solvers
 from bilevel_jax.core.checkpointing import store_all_plan
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.training import scan, train, train_step
-from bilevel_jax.core.unrolled import unrolled, validation_loss_fn
+from bilevel_jax.core.unrolled import unrolled_estimator, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from tests.runs.problems_lm import adamw, reviews, setting, stacked, stories, summed, tokenized
 
@@ -59,7 +59,7 @@ def measure(
 
     def swept(w: jax.Array):
         run = train(step, plain.start(), w, plain.fixed, plain.train, plan=store_all_plan(plain.train.steps))
-        return run, unrolled(plain.problem, step)(run, w, plain.fixed, plain.train, fit)
+        return run, unrolled_estimator(plain.problem, step)(run, w, plain.fixed, plain.train, fit)
 
     run, exact = swept(weights)
     once = summed(rows, batch)
@@ -68,10 +68,12 @@ def measure(
     stationary = run._replace(end=run.end._replace(params=params))
     estimates = {
         "unrolled": exact,
-        "implicit Gauss-Newton": implicit(with_prior.problem, product, solvers.cg(tolerance=1e-3))(
+        "implicit Gauss-Newton": implicit_estimator(with_prior.problem, product, solvers.cg(tolerance=1e-3))(
             stationary, weights, with_prior.fixed, once, fit
         ),
-        "alignment": implicit(plain.problem, product, solvers.identity())(run, weights, plain.fixed, once, fit),
+        "alignment": implicit_estimator(plain.problem, product, solvers.identity())(
+            run, weights, plain.fixed, once, fit
+        ),
     }
     ratios = certify.check_finite_differences(lambda w: float(values(w)[0]), weights, exact.grad, (0.1,))
     smooth = certify.metasmoothness(lambda w: swept(w)[1].grad, jax.random.key(1), weights, exact.grad)

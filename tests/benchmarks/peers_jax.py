@@ -11,11 +11,11 @@ import optax
 
 from bilevel_jax.core import checkpointing, solvers
 from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import forward_only_step, init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Problem, Stream
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.models.config import rope_frequencies
@@ -115,7 +115,7 @@ def swept(problem: Training, *, kept: str) -> Callable[[], np.ndarray]:
     """This package's training and sweep; `kept` is one of `KEEPS`."""
     core, adam, params, train_stream, held_out, weights = _ours(problem)
     step = train_step(core, adam)
-    estimate = unrolled(core, step)
+    estimate = unrolled_estimator(core, step)
 
     def run() -> np.ndarray:
         keep = KEEPS[kept](train_stream.steps)
@@ -146,7 +146,7 @@ def solved(problem: Regression) -> Callable[[], np.ndarray]:
         lambda theta, fixed, batch: _cross_entropy(batch["x"] @ theta, batch["y"]),
         prior=proximal(problem.delta, lambda fixed: fixed),
     )
-    estimate = implicit(core, hessian(core), solvers.cg(tolerance=problem.tolerance, max_steps=1000))
+    estimate = implicit_estimator(core, hessian(core), solvers.cg(tolerance=problem.tolerance, max_steps=1000))
     theta, weights = _array(problem.solution), _array(problem.weights)
     train_stream, validation = Stream(lambda step: batch, 1), Stream(lambda step: held_out, 1)
     centre = jnp.zeros_like(theta)

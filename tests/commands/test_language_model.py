@@ -13,10 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import certify, curvature, solvers, tree
 from bilevel_jax.core.checkpointing import store_all_plan
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.training import scan, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import PADDING, Adjoint, Estimate, Params, TrainStep, Trajectory
-from bilevel_jax.core.unrolled import unrolled, validation_loss_fn
+from bilevel_jax.core.unrolled import unrolled_estimator, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.lm.models.lora import Adapter
 from bilevel_jax.runs.infra.placement import make_mesh, replicate
@@ -92,7 +92,7 @@ def swept(shared: Path, mode: Mode, *, micro: int = MICRO, x64: bool = True) -> 
     one = problem(shared, mode, micro=micro, x64=x64)
     w = weights(one.rows)
     step, run = one.trained(w)
-    return Swept(one, step, w, run, unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation))
+    return Swept(one, step, w, run, unrolled_estimator(one.problem, step)(run, w, one.fixed, one.train, one.validation))
 
 
 def test_the_run_holds_every_trap(shared):
@@ -178,7 +178,7 @@ def test_eight_devices_equal_one(eight_devices, shared):
         one = setting(shared, rows(shared), optimizer, steps=4, batch=16, micro=2, mesh=mesh)
         w = replicate(mesh, weights(one.rows))
         step, run = one.trained(w, plan=store_all_plan(one.train.steps))
-        out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
+        out = unrolled_estimator(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert len(out.grad.sharding.device_set) == count
         results.append(jax.device_get((out.validation_loss, run.gradient(0), out.grad)))
     # float32, other order of sums; where a gradient is near 0 Adam makes the more of it (measured 0, 2e-6, 9e-4).
@@ -215,7 +215,7 @@ def test_implicit_does_not_depend_on_the_gauge(shared, x64):
     """(s A, B / s) is the same model: after `balance` it has the same entries, without it other ones."""
     one, params = with_prior(shared, LORA)
     product = curvature.gauss_newton(one.problem, one.loss)
-    estimator = implicit(one.problem, product, solvers.cg(tolerance=1e-7, max_steps=1000))
+    estimator = implicit_estimator(one.problem, product, solvers.cg(tolerance=1e-7, max_steps=1000))
     stream, w = summed(rows(shared), 2 * BATCH), weights(one.rows)
     other = {"lora": {name: Adapter(3 * x.a, x.b / 3, x.scale) for name, x in params["lora"].items()}}
 
@@ -277,7 +277,7 @@ def test_each_step_is_traced_once(shared):
 
     one = one._replace(problem=one.problem._replace(inner=counted))
     step, run = one.trained(weights(one.rows))
-    estimator = unrolled(one.problem, step)
+    estimator = unrolled_estimator(one.problem, step)
     estimator(run, weights(one.rows), one.fixed, one.train, one.validation)
     first = len(traces)
     estimator(run, 0.5 * weights(one.rows), one.fixed, one.train, one.validation)

@@ -7,10 +7,10 @@ import pytest
 
 from bilevel_jax.core import certify, curvature, solvers
 from bilevel_jax.core.checkpointing import single_replay_plan, store_all_plan
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.training import train
 from bilevel_jax.core.types import CheckpointPlan
-from bilevel_jax.core.unrolled import check_differentiable, unrolled, validation_loss_fn
+from bilevel_jax.core.unrolled import check_differentiable, unrolled_estimator, validation_loss_fn
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs.infra.placement import make_mesh, replicate
 from tests.core.problems import relative
@@ -37,7 +37,7 @@ def problem(data: Rows, shared, rank: int, **options) -> Setting:
 def swept(one: Setting, **options):
     w = jnp.ones(one.rows)
     step, run = one.trained(w, **options)
-    return step, run, unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
+    return step, run, unrolled_estimator(one.problem, step)(run, w, one.fixed, one.train, one.validation)
 
 
 @pytest.mark.parametrize("rank, eps_root, warmup", [(0, 1e-12, 10), (0, 1e-8, 2), (4, 1e-12, 2)])
@@ -78,7 +78,7 @@ def test_eight_devices_equal_one_in_float64(rank, packing, eight_devices, shared
         assert one.train.batch(0)["tokens"].shape[1] == (8 if packing else 16)
         w = replicate(mesh, jnp.ones(one.rows))
         step, run = one.trained(w)
-        out = unrolled(one.problem, step)(run, w, one.fixed, one.train, one.validation)
+        out = unrolled_estimator(one.problem, step)(run, w, one.fixed, one.train, one.validation)
         assert out.checks.replayed and len(out.grad.sharding.device_set) == count
         results.append(jax.device_get(out.grad))
     assert relative(*results) < 1e-10  # float64, other order of sums
@@ -117,7 +117,7 @@ def test_conjugate_gradients_solve_what_dense_solves(shared, x64):
     run = run._replace(end=run.end._replace(params=balance_adapters(run.end.params)))
     product, stream = curvature.gauss_newton(one.problem, one.loss), summed(data, 16)
     dense, cg = (
-        implicit(one.problem, product, solver)(run, w, one.fixed, stream, one.validation)
+        implicit_estimator(one.problem, product, solver)(run, w, one.fixed, stream, one.validation)
         for solver in (solvers.dense(), solvers.cg(tolerance=1e-10, max_steps=1000))
     )
     assert dense.checks.curvature > 0.99  # the prior's 1 and a positive semi-definite rest

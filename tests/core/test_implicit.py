@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax.core import hypergradient, solvers
 from bilevel_jax.core.curvature import gauss_newton, hessian
-from bilevel_jax.core.implicit import implicit, subsample_stream
+from bilevel_jax.core.implicit import implicit_estimator, subsample_stream
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import CompositeLoss, Stream
@@ -26,7 +26,7 @@ SOLVERS = {
 def test_equals_closed_form(make, solver):
     closed = make()
     problem = closed.problem()
-    estimator = implicit(problem, hessian(problem), SOLVERS[solver])
+    estimator = implicit_estimator(problem, hessian(problem), SOLVERS[solver])
     estimate = estimator(closed.run(), closed.weights, closed.params, *closed.streams())
     assert relative(estimate.grad, closed.gradient()) < 1e-9  # systems solved to 1e-12, condition numbers below 1e2
     assert abs(estimate.checks.gap) < 1e-12  # stationary
@@ -70,7 +70,7 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
     stream = hypergradient.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
     curvatures = {}
     for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, CompositeLoss(outputs, link)))):
-        estimate = implicit(problem, product, solvers.dense())(
+        estimate = implicit_estimator(problem, product, solvers.dense())(
             trajectory_from_params(params), jnp.ones(30), None, stream, stream
         )
         curvatures[name] = estimate.checks.curvature
@@ -87,7 +87,7 @@ def test_law_of_the_simplex_and_its_gap():
     for params, stationary in ((best, True), (best + 0.1, False)):
         at = closed._replace(params=params)
         problem = at.problem()
-        estimate = implicit(problem, hessian(problem), solvers.dense())(at.run(), w, params, *at.streams())
+        estimate = implicit_estimator(problem, hessian(problem), solvers.dense())(at.run(), w, params, *at.streams())
         assert abs(float(w @ estimate.grad) + estimate.checks.gap) < 1e-12
         assert (abs(estimate.checks.gap) < 1e-12) == stationary
 
@@ -96,7 +96,7 @@ def test_entries_are_linear_in_the_outer_loss():
     closed = ridge()
     double = closed._replace(held_out=(jnp.sqrt(2.0) * closed.held_out[0], jnp.sqrt(2.0) * closed.held_out[1]))
     one, two = (
-        implicit(closed.problem(), hessian(closed.problem()), solvers.dense())(
+        implicit_estimator(closed.problem(), hessian(closed.problem()), solvers.dense())(
             c.run(), c.weights, c.params, *c.streams()
         ).grad
         for c in (closed, double)
@@ -119,11 +119,13 @@ def test_sampled_batches_double_until_they_agree():
     )
     half = subsample_stream(train, 5)
     assert float(half.batch(0)["num_examples"][0]) == 25.0  # so that 5 of 10 batches still sum to a mean
-    estimator = implicit(problem, hessian(problem), solvers.dense(), batches=2, min_cosine=1.1)  # never satisfied
+    estimator = implicit_estimator(
+        problem, hessian(problem), solvers.dense(), batches=2, min_cosine=1.1
+    )  # never satisfied
     estimate = estimator(closed.run(), closed.weights, closed.params, train, held_out)
     assert estimate.checks.batches == 10
     assert relative(estimate.grad, closed.gradient()) < 1e-9
-    early = implicit(problem, hessian(problem), solvers.dense(), batches=2, min_cosine=-1.0)
+    early = implicit_estimator(problem, hessian(problem), solvers.dense(), batches=2, min_cosine=-1.0)
     assert early(closed.run(), closed.weights, closed.params, train, held_out).checks.batches == 4
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bilevel_jax.core import penalty, solvers
 from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from tests.core.problems import logistic, relative, ridge
 
 
@@ -16,9 +16,11 @@ def test_the_error_falls_as_one_over_gamma(make):
     problem, streams = closed.problem(), closed.streams()
     optimizer = optax.sgd(0.3, momentum=0.8, nesterov=True)
     gammas, errors, apart = (10.0, 100.0, 1000.0, 10000.0), [], []
-    exact = implicit(problem, hessian(problem), solvers.dense())(closed.run(), closed.weights, closed.params, *streams)
+    exact = implicit_estimator(problem, hessian(problem), solvers.dense())(
+        closed.run(), closed.weights, closed.params, *streams
+    )
     for gamma in gammas:
-        estimator = penalty.penalty(problem, optimizer, gamma=gamma, steps=160)
+        estimator = penalty.penalty_estimator(problem, optimizer, gamma=gamma, steps=160)
         estimate = estimator(closed.run(), closed.weights, closed.params, *streams)
         errors.append(relative(estimate.grad, closed.gradient()))
         apart.append(relative(estimate.direction, exact.direction))
@@ -33,7 +35,7 @@ def test_the_error_falls_as_one_over_gamma(make):
 def test_minimisers_that_were_not_reached_are_told():
     closed = ridge()
     away = closed._replace(params=closed.params + 1.0)
-    estimator = penalty.penalty(closed.problem(), optax.sgd(0.01), gamma=100.0, steps=3)
+    estimator = penalty.penalty_estimator(closed.problem(), optax.sgd(0.01), gamma=100.0, steps=3)
     checks = estimator(away.run(), closed.weights, closed.params, *closed.streams()).checks
     assert checks.residual > 0.1 and abs(checks.gap) > 1e-3
 
@@ -44,4 +46,4 @@ def test_minimisers_that_were_not_reached_are_told():
 )
 def test_wrong_settings_are_refused(gamma, steps, words):
     with pytest.raises(ValueError, match=words):
-        penalty.penalty(ridge().problem(), optax.sgd(0.1), gamma=gamma, steps=steps)
+        penalty.penalty_estimator(ridge().problem(), optax.sgd(0.1), gamma=gamma, steps=steps)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.types import Adjoint, CheckpointPlan, Stream
-from bilevel_jax.core.unrolled import unrolled, validation_loss_and_grad_fn
+from bilevel_jax.core.unrolled import unrolled_estimator, validation_loss_and_grad_fn
 from tests.core.problems import ROWS, lora, relative
 
 ADAMW = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-2, eps_root=1e-12))
@@ -75,7 +75,7 @@ def test_each_step_compiles_once(linear):
 
     problem = toy.problem._replace(inner=counted)
     step = train_step(problem, ADAMW)
-    estimator = unrolled(problem, step)
+    estimator = unrolled_estimator(problem, step)
 
     def once(weights):
         keep = CheckpointPlan(3, 6, linear)
@@ -122,7 +122,9 @@ def test_eight_devices_equal_one(eight_devices):
     for where, table in ((toy, weights), (distributed, put(weights, P("data")))):
         step = train_step(toy.problem, ADAMW)
         run = train(step, init_train_state(ADAMW, where.params), table, where.fixed, where.train)
-        results.append(unrolled(toy.problem, step)(run, table, where.fixed, where.train, where.validation).grad)
+        results.append(
+            unrolled_estimator(toy.problem, step)(run, table, where.fixed, where.train, where.validation).grad
+        )
     assert len(results[1].sharding.device_set) == 8
     assert relative(np.asarray(results[1]), np.asarray(results[0])) < 1e-12
 

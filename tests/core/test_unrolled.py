@@ -12,7 +12,7 @@ from bilevel_jax.core import checkpointing, hypergradient
 from bilevel_jax.core.problem import shared
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
-from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled, validation_loss_fn
+from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled_estimator, validation_loss_fn
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
@@ -33,7 +33,9 @@ WEIGHTS = np.random.default_rng(0).uniform(0.2, 2, ROWS)
 
 def estimate(toy, optimizer, *, plan=None, **options):
     step, run = trained(toy, optimizer, jnp.asarray(WEIGHTS), plan=plan)
-    return unrolled(toy.problem, step, **options)(run, jnp.asarray(WEIGHTS), toy.fixed, toy.train, toy.validation)
+    return unrolled_estimator(toy.problem, step, **options)(
+        run, jnp.asarray(WEIGHTS), toy.fixed, toy.train, toy.validation
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -79,7 +81,7 @@ def test_what_is_kept_changes_no_bit(plan):
     steps_made = []
     counted = step._replace(forward=lambda *args: (steps_made.append(1), step.forward(*args))[1])
     for turn in range(2):
-        out = unrolled(toy.problem, counted)(run, weights, toy.fixed, toy.train, toy.validation)
+        out = unrolled_estimator(toy.problem, counted)(run, weights, toy.fixed, toy.train, toy.validation)
         np.testing.assert_array_equal(out.grad, whole.grad)
         assert out.checks == whole.checks and len(run.snapshots) < plan.snapshots
         if turn == 0:
@@ -92,7 +94,7 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(plan):
     whole = estimate(toy, ADAMW)
     step, run = trained(toy, ADAMW, weights, plan=plan)
     never = step._replace(backward=lambda *arguments: pytest.fail("the primal pass is made again"))
-    out = unrolled(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
+    out = unrolled_estimator(toy.problem, never)(run, weights, toy.fixed, toy.train, toy.validation)
     assert relative(out.grad, whole.grad) < 1e-13  # the same float64 sums in another program
     assert out.checks.replayed and out.validation_loss == whole.validation_loss
     both = each(toy.problem, never)(run, weights, toy.fixed, toy.train, [toy.validation] * 2)
@@ -160,7 +162,7 @@ def test_window_sweeps_the_last_steps_only():
     assert relative(estimate(toy, ADAMW, window=7).grad, out.grad) > 1e-3  # a window inside a tape is no longer one
     last = trained(toy, ADAMW, weights, first_backward_step=14)[1]
     assert min(last.snapshots) == 14
-    only = unrolled(toy.problem, step, window=10)(last, weights, toy.fixed, toy.train, toy.validation)
+    only = unrolled_estimator(toy.problem, step, window=10)(last, weights, toy.fixed, toy.train, toy.validation)
     np.testing.assert_array_equal(only.grad, out.grad)
     np.testing.assert_array_equal(estimate(toy, ADAMW, window=99).grad, estimate(toy, ADAMW).grad)
 
@@ -180,7 +182,7 @@ def test_several_outer_losses_in_one_sweep_are_the_single_ones():
     out = each(toy.problem, step, on_step=swept.append)(run, weights, toy.fixed, toy.train, streams)
     assert sorted(swept) == list(range(run.steps)) and out.checks.replayed
     for index, stream in enumerate(streams):
-        one = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, stream)
+        one = unrolled_estimator(toy.problem, step)(run, weights, toy.fixed, toy.train, stream)
         assert relative(out.grad[index], one.grad) < 1e-12  # the same float64 sums in another order
         assert relative(out.validation_loss[index], one.validation_loss) < 1e-13
     assert relative(out.grad[1:].sum(0), out.grad[0]) < 1e-12  # each row's loss is a share of L_v
@@ -213,7 +215,9 @@ def test_permuting_rows_permutes_entries():
 
     renamed = toy._replace(train=Stream(batch, toy.train.steps))
     step, run = trained(renamed, ADAMW, jnp.asarray(WEIGHTS)[order])
-    out = unrolled(toy.problem, step)(run, jnp.asarray(WEIGHTS)[order], toy.fixed, renamed.train, toy.validation)
+    out = unrolled_estimator(toy.problem, step)(
+        run, jnp.asarray(WEIGHTS)[order], toy.fixed, renamed.train, toy.validation
+    )
     np.testing.assert_array_equal(out.grad, estimate(toy, ADAMW).grad[order])
 
 
@@ -260,7 +264,7 @@ def test_a_global_outer_variable():
     hyper = {"log": jnp.asarray(-1.0)}
     step = train_step(problem, optimizer)
     run = train(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stream)
-    out = unrolled(problem, step)(run, hyper, None, stream, held_out)
+    out = unrolled_estimator(problem, step)(run, hyper, None, stream, held_out)
 
     def value(hyper):
         end = scan(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stacked(stream))
@@ -296,7 +300,7 @@ def test_a_replay_that_misses_is_told():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, ADAMW, weights, plan=CheckpointPlan(4, 5))
     run.snapshots[4] = jax.tree.map(lambda leaf: leaf + 1e-9 if leaf.ndim else leaf, run.snapshots[4])
-    out = unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
+    out = unrolled_estimator(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
     assert not out.checks.replayed
 
 
@@ -304,7 +308,7 @@ def test_a_training_that_kept_nothing_is_refused():
     toy, weights = lora(), jnp.asarray(WEIGHTS)
     step, run = trained(toy, ADAMW, weights, plan=checkpointing.NO_CHECKPOINTS)
     with pytest.raises(ValueError, match="stored nothing"):
-        unrolled(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
+        unrolled_estimator(toy.problem, step)(run, weights, toy.fixed, toy.train, toy.validation)
 
 
 def test_hypergradient_wants_one_estimand():

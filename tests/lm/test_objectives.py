@@ -11,7 +11,7 @@ import pytest
 from bilevel_jax.core.checkpointing import single_replay_plan
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.types import PADDING, Stream
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.lm.data.batches import (
     BatchShape,
     fit_batch_shape,
@@ -162,7 +162,7 @@ def test_hypergradient_equals_reverse_mode_through_a_scan(kind, x64):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps_root=1e-12))
     weights = jnp.asarray(WEIGHTS)
     transition, run = trained(toy, optimizer, weights, plan=single_replay_plan(4, 2))
-    out = unrolled(problem, transition)(run, weights, None, toy.train, toy.validation)
+    out = unrolled_estimator(problem, transition)(run, weights, None, toy.train, toy.validation)
     value, grad = through_scan(toy, optimizer, weights)
     assert relative(out.validation_loss, value) < 1e-12 and (grad != 0).all()
     assert relative(out.grad, grad) < 1e-11  # two orders of summation of the same float64 numbers

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.core import checkpointing, curvature, solvers, tree
-from bilevel_jax.core.implicit import implicit
+from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
     Adjoint,
@@ -228,12 +228,12 @@ class Trainer:
 
     @cached_property
     def _alignment(self) -> Estimator:
-        return implicit(self.task.problem, self._curvature_product(), solvers.identity())
+        return implicit_estimator(self.task.problem, self._curvature_product(), solvers.identity())
 
     @cached_property
     def _implicit(self) -> Estimator:
         solver, batches = SOLVERS[self.outer.solver](self.outer), self.outer.curvature_batches
-        return implicit(self.task.problem, self._curvature_product(), solver, batches=batches)
+        return implicit_estimator(self.task.problem, self._curvature_product(), solver, batches=batches)
 
     def _curvature_product(self) -> curvature.CurvatureProduct:
         if self.outer.curvature == "hessian":

@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.types import PADDING, Stream
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences
 from bilevel_jax.lm.losses import sft
@@ -118,7 +118,9 @@ def test_unrolled_entries_are_finite_differences(params):
     def trained(weights):
         return train(step, start, weights, None, stream)
 
-    found = unrolled(problem, step)(trained(jnp.ones(6)), jnp.ones(6), None, stream, Stream(lambda step: validation, 1))
+    found = unrolled_estimator(problem, step)(
+        trained(jnp.ones(6)), jnp.ones(6), None, stream, Stream(lambda step: validation, 1)
+    )
 
     def value(weights):
         end = trained(weights).end.params

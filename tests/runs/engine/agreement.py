@@ -12,7 +12,7 @@ from bilevel_jax.core import checkpointing, solvers, tree
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train, train_step
 from bilevel_jax.core.types import Adjoint
-from bilevel_jax.core.unrolled import unrolled, validation_loss_and_grad_fn
+from bilevel_jax.core.unrolled import unrolled_estimator, validation_loss_and_grad_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.tokens import Corpus
@@ -82,7 +82,7 @@ def numbers(data: int, model: int = 1, *, pmap: bool = False, linear: bool = Fal
     run = train(
         step, start, weights, fixed, stream, plan=checkpointing.square_root_plan(STEPS)._replace(linearize=linear)
     )
-    estimate = unrolled(problem, step)(run, weights, fixed, stream, validation)
+    estimate = unrolled_estimator(problem, step)(run, weights, fixed, stream, validation)
 
     batch = stream.batch(0)
     part = step.gather(weights, batch)

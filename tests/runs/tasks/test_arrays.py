@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax.commands.compare.run import make_task_builder
 from bilevel_jax.core.training import init_train_state, scan, train
 from bilevel_jax.core.types import PADDING
-from bilevel_jax.core.unrolled import unrolled
+from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.runs.config.load import CompareConfig, load_config
 from bilevel_jax.runs.tasks.arrays import add_label_noise, read_npz_dataset
 from tests.runs import blobs
@@ -105,7 +105,7 @@ def test_unrolled_equals_autodiff_through_scan(path, x64, flags):
     assert held_out.steps == 2
     expected_value, expected = jax.value_and_grad(value)(weights)
     run = train(made.train_step, start, weights, fixed, stream)
-    found = unrolled(made.problem, made.train_step)(run, weights, fixed, stream, held_out)
+    found = unrolled_estimator(made.problem, made.train_step)(run, weights, fixed, stream, held_out)
     assert found.grad.dtype == jnp.float64 and float(jnp.linalg.norm(expected)) > 0
     np.testing.assert_allclose(found.validation_loss, expected_value, rtol=1e-12)
     np.testing.assert_allclose(found.grad, expected, rtol=1e-9, atol=1e-12)  # sums in another order
