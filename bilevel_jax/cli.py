@@ -19,48 +19,36 @@ class Command(NamedTuple):
 
     config: str
     """Class of its config, in runs/config/load.py."""
-    function: str
-    """`module:function` that takes the config and returns the result."""
-    summary: str
-    """Keys of the result that lead to its one sentence, or `module:function` that makes one; "": the result itself."""
     help: str
 
 
 COMMANDS = {
     "select": Command(
-        "SelectConfig", "bilevel_jax.commands.select.run:select", "verdict.sentence",
-        "learn a weight for every training example from a small validation set, by hypergradients",
+        "SelectConfig", "learn a weight for every training example from a small validation set, by hypergradients"
     ),
     "train": Command(
-        "TrainConfig", "bilevel_jax.commands.train.run:train", "bilevel_jax.commands.train.run:summarize_training",
-        "fine-tune with a weight for every training example: SFT, DPO or SimPO, all parameters or LoRA",
+        "TrainConfig", "fine-tune with a weight for every training example: SFT, DPO or SimPO, all parameters or LoRA"
     ),
     "compare": Command(
-        "CompareConfig", "bilevel_jax.commands.compare.run:compare", "sentence",
-        "compare methods that learn weights at one compute budget, with several seeds",
+        "CompareConfig", "compare methods that learn weights at one compute budget, with several seeds"
     ),
     "audit": Command(
-        "AuditConfig", "bilevel_jax.commands.audit.run:audit", "verdict.sentence",
-        "test data scores and hypergradients by leave-k-out retraining",
+        "AuditConfig", "test data scores and hypergradients by leave-k-out retraining"
     ),
     "rank": Command(
-        "RankConfig", "bilevel_jax.commands.rank.run:rank", "verdict.sentence",
-        "rank response generation strategies for a model, without training",
+        "RankConfig", "rank response generation strategies for a model, without training"
     ),
     "refine": Command(
-        "RefineConfig", "bilevel_jax.commands.refine.run:refine", "sentence",
-        "improve a model with its own responses in rounds, each accepted only if it helps",
+        "RefineConfig", "improve a model with its own responses in rounds, each accepted only if it helps"
     ),
     "inspect": Command(
-        "InspectConfig", "bilevel_jax.commands.inspect.run:inspect", "",
-        "show the examples as training sees them: tokens, lengths, truncation, duplicates, leaks",
+        "InspectConfig", "show the examples as training sees them: tokens, lengths, truncation, duplicates, leaks"
     ),
     "estimate": Command(
-        "EstimateConfig", "bilevel_jax.commands.estimate.run:estimate", "",
-        "estimate memory, disk, work and hours of a run before it starts",
+        "EstimateConfig", "estimate memory, disk, work and hours of a run before it starts"
     ),
     "export": Command(
-        "ExportConfig", "bilevel_jax.commands.export.run:export", "",
+        "ExportConfig",
         "write the examples that their weights select, for another trainer; CONFIG may be a run's folder",
     ),
 }  # fmt: skip
@@ -165,7 +153,7 @@ def _run(name: str, arguments: list[str]) -> str:
     _check_config_file(path)
     config_class = _config_class(name)
     config = load_config(config_class, path, flags) if path else load_shipped_config(config_class, flags)
-    return _call(name, config)
+    return _call("run_command", config)
 
 
 def _run_export(name: str, arguments: list[str]) -> str:
@@ -180,7 +168,7 @@ def _run_export(name: str, arguments: list[str]) -> str:
     if run:
         path, flags = str(run / "config.yaml"), [*flags_for_run(run), *flags]
     _check_config_file(path)
-    return _call(name, load_config(ExportConfig, path, flags), run, _quote_export(arguments))
+    return _call("run_export", load_config(ExportConfig, path, flags), run, _quote_export(arguments))
 
 
 def _quote_export(arguments: list[str]) -> str:
@@ -197,9 +185,9 @@ def _run_estimate(name: str, arguments: list[str]) -> str:
 
     path, flags = _split_config(arguments)
     if path and Path(path).is_dir():
-        return compare_with_measured(Path(path))
+        return compare_with_measured(Path(path)).summary
     _check_config_file(path)
-    return _call(name, *load_config_to_estimate(path, flags))
+    return _call("run_estimate", *load_config_to_estimate(path, flags))
 
 
 def _check_config_file(path: str | None) -> None:
@@ -214,27 +202,10 @@ RUNNERS: dict[str, Callable[[str, list[str]], str]] = {"export": _run_export, "e
 """Commands that take something else than a config file; the others are run by `_run`."""
 
 
-def _call(name: str, config: Any, *more: Any) -> str:
-    """Prepare jax for a config, call the function of a command and summarize the result."""
-    command = COMMANDS[name]
-    if "distributed" in vars(config) and name != "estimate":
-        from bilevel_jax.runs.infra import distributed, identity
-
-        distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))
-    if "model" in vars(config) and config.model.param_dtype == "float64":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
-    result = _import(command.function)(config, *more)
-    if not command.summary:
-        return result
-    if ":" in command.summary:
-        sentence = _import(command.summary)(result)
-    else:
-        sentence = result
-        for key in command.summary.split("."):
-            sentence = sentence[key]
-    return f"{sentence}\nreport: {config.output.dir}/report.html"
+def _call(function: str, config: Any, *more: Any) -> str:
+    """Call a function of commands/functions.py, and summarize its result."""
+    result = _import(f"bilevel_jax.commands.functions:{function}")(config, *more)
+    return f"{result.summary}\nreport: {config.output.dir}/report.html" if "report" in vars(result) else result.summary
 
 
 def _report_errors(work: Callable[[], str]) -> int:

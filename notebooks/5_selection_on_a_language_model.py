@@ -130,7 +130,7 @@ def words(flags):
 # %%
 about = {key: value for key, value in flags.items() if key.startswith(("model.", "data."))}
 seen = load_config(InspectConfig, base, [*words(about | {"show.examples": 1, "show.width": 100})])
-print(inspect(seen))
+print(inspect(seen).summary)
 
 # %% [markdown]
 # ## The run
@@ -291,7 +291,7 @@ config = load_config(
         "rows-to-keep",
     ],
 )
-print(export(config, Path("run"), "bilevel-jax export run --export.format axolotl --selection.top-share 0.5"))
+print(export(config, Path("run"), "bilevel-jax export run --export.format axolotl --selection.top-share 0.5").summary)
 for file in sorted(Path("rows-to-keep").iterdir()):
     print(f"  {file.name}")
 kept = [json.loads(line) for line in Path("rows-to-keep/train.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -33,7 +33,8 @@ def public_functions() -> dict[str, object]:
             value = getattr(module, member)
             if is_function(value) and value.__module__.startswith("bilevel_jax.core"):
                 functions[f"{name}.{member}"] = value
-    return functions
+    commands = [name for name in bj.commands.__all__ if is_function(getattr(bj.commands, name))]
+    return functions | {f"commands.{name}": getattr(bj.commands, name) for name in commands}
 
 
 FUNCTIONS = public_functions()
@@ -59,13 +60,20 @@ def test_every_name_is_there():
             _ = module.nothing
 
 
-@pytest.mark.parametrize("name", bj.commands.__all__)
+@pytest.mark.parametrize("name", bj.commands.COMMAND_NAMES)
 def test_a_command_is_a_function_also_after_its_folder_is_imported(name):
     command = getattr(bj.commands, name)
     package = importlib.import_module(f"bilevel_jax.commands.{name}")
     assert isinstance(package, ModuleType)
-    assert getattr(bj.commands, name) is command is sys.modules[f"bilevel_jax.commands.{name}.run"].__dict__[name]
-    assert command.__doc__ and name in dir(bj.commands)
+    assert callable(importlib.import_module(f"bilevel_jax.commands.{name}.run").__dict__[name])
+    assert getattr(bj.commands, name) is command is sys.modules["bilevel_jax.commands.functions"].__dict__[name]
+    assert name in dir(bj.commands)
+
+
+def test_every_name_of_commands_is_there():
+    assert set(bj.commands.__all__) <= set(dir(bj.commands))
+    for name in bj.commands.__all__:
+        assert getattr(bj.commands, name).__doc__, name
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -76,7 +84,8 @@ def test_is_documented(name):
     for section in ("Returns:", "Example:", *(["Args:"] if parameters else [])):
         assert f"\n{section}\n" in doc, f"{name} has no section {section}"
     described = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
-    missing = [parameter for parameter in parameters if f"    {parameter}: " not in described + "\n"]
+    names = [f"**{name}" if parameter.kind is parameter.VAR_KEYWORD else name for name, parameter in parameters.items()]
+    missing = [name for name in names if f"    {name}: " not in described + "\n"]
     assert missing == [], f"{name} does not describe {missing}"
 
 

@@ -70,6 +70,13 @@ def make_console(**options: Any) -> Any:
     return GuardedConsole(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
+def in_notebook() -> bool:
+    """Whether the code runs in a kernel that a notebook shows, such as Jupyter's or Colab's."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 class _GuardedStream:
     """A text stream that shows control characters. `rich_proxied_file` is where rich looks for the one behind it."""
 

@@ -17,6 +17,7 @@ from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.load import AuditConfig, load_config
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.stats import auc, rank_correlation
+from tests.commands.typed_results import check_columns
 from tests.runs import blobs
 
 CONFIG = """
@@ -104,6 +105,13 @@ def test_permuted_scores_foretell_nothing(whole):
 
 def _lds(result, name):
     return next(row["lds"]["validation"][0].value for row in result["rows"] if row["name"] == name)
+
+
+def test_the_typed_result_holds_the_scores(whole):
+    names = [name for name in pq.read_table(whole[0] / "scores.parquet").column_names if name != "id"]
+    typed, _ = check_columns(whole[0], "scores.parquet", {"ids": "id"} | {("scores", name): name for name in names})
+    assert list(typed.scores) == names and {"unrolled", "loss_start", "random"} <= set(names)
+    assert typed.use == whole[1]["verdict"]["use"] and typed.summary == whole[1]["verdict"]["sentence"]
 
 
 def test_writes_what_it_promises(whole):

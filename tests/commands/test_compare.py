@@ -17,6 +17,7 @@ from bilevel_jax.runs.config.load import CompareConfig, load_config
 from bilevel_jax.runs.config.schema import Baseline, CompareMethod
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.stats import auc
+from tests.commands.typed_results import check_columns
 from tests.runs import blobs
 
 ITERATED = ("--compare.methods", "unrolled", "implicit", "penalty")
@@ -85,6 +86,16 @@ def test_writes_what_it_promises(whole):
     assert [record["work"] for record in steps] == [6 + 30, 30, 30]  # baselines; 6 steps and their sweep of 4 each
     rates = [record["rate"] for record in steps]
     assert rates == pytest.approx([1, 1 - 36 / 90, 1 - 66 / 90], rel=1e-6)  # by what is spent before the last step
+
+
+def test_the_typed_result_holds_the_table(whole):
+    columns = {
+        "seeds": "seed", "ids": "id", "sources": "source", "labels": "label", "alignment": "alignment", "losses": "loss"
+    }  # fmt: skip
+    columns |= {("weights", name): f"weight {name}" for name in ("unrolled", "implicit", "penalty")}
+    typed, table = check_columns(whole[0], "weights.parquet", columns)
+    assert list(typed.weights) == ["unrolled", "implicit", "penalty"] and len(table) == 120
+    assert typed.result["rows"][0]["name"] == "uniform" and typed.summary == whole[1]["sentence"]
 
 
 def same(one, other):

@@ -22,6 +22,7 @@ from bilevel_jax.runs.scoring import generation
 from bilevel_jax.runs.stats import rank_correlation, weighted_rank_correlation
 from bilevel_jax.scores import selfaligned, strategies
 from bilevel_jax.scores.requests import make_tokenized_examples
+from tests.commands.typed_results import check_columns
 
 CONFIG = """
 model: {{name_or_path: {made}/model}}
@@ -80,6 +81,14 @@ def whole(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     result = run(inputs, out, "--rank.reward-field", "rewards", "--generate.num-generations", "2")
     return out, result, pq.read_table(out / "rank.parquet").to_pandas()
+
+
+def test_the_typed_result_holds_the_table(whole):
+    columns = {"ids": "id", "strategies": "strategy", "blocks": "block"}
+    columns |= {("measures", name): name for name in ("sppl", "perplexity", "ifd", "self_similarity", "rewards")}
+    typed, _ = check_columns(whole[0], "rank.parquet", columns)
+    assert set(typed.measures) == {name[1] for name in columns if isinstance(name, tuple)}
+    assert typed.pick == whole[1]["verdict"]["use"] and typed.summary == whole[1]["verdict"]["sentence"]
 
 
 # ---- what it reads

@@ -24,6 +24,7 @@ from bilevel_jax.runs.config.load import RefineConfig, load_config
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.stats import bootstrap_paired_gain
+from tests.commands.typed_results import check_columns
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,17 @@ def answered(ready, folder, number=0, **changes):
     chosen = choose_questions(settings, task.trainable_indices(), np.ones(task.num_examples))
     arguments = {"fingerprint": fingerprint_params(params), "verifier": None} | changes
     return collect_rollouts(settings, task, chosen, number, folder / "responses.parquet", write(params), **arguments)
+
+
+def test_the_typed_result_holds_the_table(whole):
+    columns = {
+        "rounds": "round", "ids": "id", "questions": "question", "generated": "generated", "sources": "source",
+        "labels": "label", "multiplicity": "base", "weights": "weight",
+    }  # fmt: skip
+    typed, _ = check_columns(whole[0], "weights.parquet", columns)
+    assert typed.accepted == whole[1]["accepted"] and typed.summary == whole[1]["sentence"]
+    assert set(typed.rounds) == {0, 1} and 0 < typed.generated.sum() < len(typed.ids)
+    assert (typed.model / "config.json").is_file()
 
 
 # ---- what a round is made of

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
+from bilevel_jax.commands.results import summarize_training
 from bilevel_jax.commands.select.run import select
-from bilevel_jax.commands.train.run import summarize_training, train
+from bilevel_jax.commands.train.run import train
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import load_examples as load_rows
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config

@@ -20,6 +20,7 @@ from bilevel_jax.commands.estimate.compute import collect_workspace, compile_ste
 from bilevel_jax.commands.estimate.peak import estimate_memory, plan_run_checkpoints
 from bilevel_jax.commands.estimate.remedies import find_remedies
 from bilevel_jax.commands.estimate.table import print_comparison, print_estimate
+from bilevel_jax.commands.results import EstimateResult
 from bilevel_jax.core import checkpointing
 from bilevel_jax.runs.budget import memory
 from bilevel_jax.runs.budget.memory import Workspace
@@ -37,8 +38,8 @@ from bilevel_jax.runs.infra.inputs import check_inputs_whole
 ESTIMATE_FILE = "estimate.json"
 
 
-def estimate(config: RunConfig, options: EstimateSection) -> str:
-    """Print the estimate, write it where --estimate.dir says, and return its verdict in a sentence.
+def estimate(config: RunConfig, options: EstimateSection) -> EstimateResult:
+    """Print the estimate, write it where --estimate.dir says, and return it with its verdict in a sentence.
 
     Raises ValueError for a config that its command would not run either, FileNotFoundError without a config.json.
     """
@@ -70,7 +71,8 @@ def estimate(config: RunConfig, options: EstimateSection) -> str:
         out = Path(options.dir)
         out.mkdir(parents=True, exist_ok=True)
         run_dir.write_json(out / ESTIMATE_FILE, result)
-    return print_estimate(result)
+    hours = sum(result["hours"].values()) if "hours" in result else None
+    return EstimateResult(print_estimate(result), result["peak"], result["passes"], hours, result)
 
 
 def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSection, simulated: bool) -> dict[str, Any]:
@@ -122,8 +124,8 @@ def describe_run(config: Any, abstract_run: AbstractRun, options: EstimateSectio
     }
 
 
-def compare_with_measured(folder: Path) -> str:
-    """Print the estimate of a finished run next to what was measured, and return it in a sentence."""
+def compare_with_measured(folder: Path) -> EstimateResult:
+    """Print the estimate of a finished run next to what was measured, and return what was measured in a sentence."""
     for name in (run_dir.CONFIG_FILE, "result.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; give the folder of a finished run of select or train.")
@@ -134,7 +136,12 @@ def compare_with_measured(folder: Path) -> str:
             "folder of a finished run of select or train."
         )
     try:
-        return print_comparison(result["estimate"], result["measured"])
+        estimated, measured = result["estimate"], result["measured"]
+        sentence, seconds = print_comparison(estimated, measured), measured["seconds_per_pass"]
+        hours = None if seconds is None else measured["passes"] * seconds / 3600
+        return EstimateResult(
+            sentence, estimated["peak"], estimated["passes"], hours, {"estimate": estimated, "measured": measured}
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder}/result.json has an estimate of another shape ({type(error).__name__}: {error}). Give the "

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from bilevel_jax.commands.export.card import format_dataset_card, read_run_config, read_run_result, to_one_line
 from bilevel_jax.commands.export.formats import FILE_SUFFIXES, FORMATTERS, TRAINER_NAMES, ExportTarget, choose_layout
 from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
+from bilevel_jax.commands.results import ExportResult
 from bilevel_jax.lm.data.examples import Example, describe_unread_keys
 from bilevel_jax.lm.data.files import write_rows
 from bilevel_jax.lm.models.huggingface import atomic_folder
@@ -35,7 +36,7 @@ def flags_for_run(run: Path) -> list[str]:
     ]
 
 
-def export(config: ExportConfig, run: Path | None = None, command: str = "") -> str:
+def export(config: ExportConfig, run: Path | None = None, command: str = "") -> ExportResult:
     """Write `config.export.dir`, and say in a few lines what is in it.
 
     `run` is the folder of a run, where the weights are those of a run; `command` is quoted in the card. Raises
@@ -61,14 +62,22 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
         text = format_dataset_card(config, run, command, selected, target, instructions)
         text = hide_local_paths(text, [value for _, value in flatten_config(config)])  # a card goes where the rows go
         (temporary_folder / "README.md").write_text(text, encoding="utf-8")
-    return "\n".join(
-        [
-            *selected.notes,
-            *describe_unread_keys(examples),
-            *_warn_of_message_keys(examples),
-            *_warn_of_run_verdict(run),
-            _summarize_export(config, selected, folder / name, layout),
-        ]
+    summary = [
+        *selected.notes,
+        *describe_unread_keys(examples),
+        *_warn_of_message_keys(examples),
+        *_warn_of_run_verdict(run),
+        _summarize_export(config, selected, folder / name, layout),
+    ]
+    return ExportResult(
+        folder=folder,
+        file=folder / name,
+        card=folder / "README.md",
+        summary="\n".join(summary),
+        ids=np.array([example.id for example in selected.examples], str),
+        sources=np.array([example.source for example in selected.examples], str),
+        weights=np.asarray(selected.weights),
+        repeats=np.asarray(selected.repeats),
     )
 
 

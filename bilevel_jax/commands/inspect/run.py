@@ -22,6 +22,7 @@ from bilevel_jax.commands.inspect.survey import (
     find_copies,
     survey_part,
 )
+from bilevel_jax.commands.results import InspectedPart, InspectResult
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import examples, tokens
 from bilevel_jax.lm.data.examples import Example
@@ -41,8 +42,8 @@ FEW_EXAMPLES = 5
 """Rows of a source, and 3 times as many of a part, below which they tell little."""
 
 
-def inspect(config: InspectConfig) -> str:
-    """Print everything, and return the verdict: what to act on, or that there is nothing.
+def inspect(config: InspectConfig) -> InspectResult:
+    """Print everything, and return what to act on and the tokens of each example.
 
     Raises ValueError for files, rows or a template that no command could begin with.
     """
@@ -83,13 +84,25 @@ def inspect(config: InspectConfig) -> str:
     )
     findings += [f"show.ids: no row has the id {missing_id}" for missing_id in missing]
     console.print()
+    inspected = {part.name: _measure_part(part) for part in parts}
     if not findings:
-        return "OK: nothing to act on."
+        return InspectResult("OK: nothing to act on.", (), inspected)
     listed = Table.grid(padding=(0, 1))
     for number, line in enumerate(findings, 1):
         listed.add_row(Text(f"{number}.", "bold", justify="right"), to_plain_text(line))
     console.print(listed)
-    return f"{_format_quantity(len(findings), 'thing')} to act on, listed above."
+    summary = f"{_format_quantity(len(findings), 'thing')} to act on, listed above."
+    return InspectResult(summary, tuple(findings), inspected)
+
+
+def _measure_part(part: PartSurvey) -> InspectedPart:
+    readable = [part.example(place) for place in range(len(part.as_trained))]
+    return InspectedPart(
+        ids=np.array([example.id for example in readable], str),
+        sources=np.array([example.source for example in readable], str),
+        tokens=np.array(part.lengths),
+        targets=np.array([sum(int(side.target_mask.sum()) for side in sides) for sides in part.as_trained], int),
+    )
 
 
 def to_plain_text(text: str) -> Text:

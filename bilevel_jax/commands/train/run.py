@@ -240,18 +240,6 @@ def _summarize_weights(loaded_weights: from_file.LoadedWeights, example_weights:
     }
 
 
-def summarize_training(result: dict[str, Any]) -> str:
-    """One sentence: what the validation loss did."""
-    parts = result["parts"]
-    steps_text = f"{result['steps']:,} steps on {result['rows']['train']:,} rows"
-    part = next((name for name in ("test", "dev", "validation") if name in parts), None)
-    if part is None:
-        return f"{steps_text}; no validation examples were given, so nothing says whether the model became better."
-    before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
-    direction = "fell" if after < before else "ROSE"
-    return f"{steps_text}; {part} loss {direction} from {before:.4f} to {after:.4f} {result['unit']}."
-
-
 def _describe_unused(loaded_weights: from_file.LoadedWeights) -> str:
     count = loaded_weights.num_unused
     return f"; {count:,} ids of the file are those of no training example" if count else ""

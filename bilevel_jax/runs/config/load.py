@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -258,7 +258,7 @@ def load_config(config_class: type[ConfigT], path: str | Path | None, overrides:
     config = (
         config_class()
         if path is None
-        else read_yaml_config(config_class, find_config(path), _ignored_sections(config_class))
+        else read_yaml_config(config_class, find_config(path), ignored_sections(config_class))
     )
     prog = f"bilevel-jax {COMMANDS[config_class]} {'CONFIG' if path is None else path}"
     config = parse_flags(config, overrides, prog, _keys_of_other_commands())
@@ -288,7 +288,7 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
     """
     command = COMMANDS.get(config_class, "estimate")
     if path is not None and config_class in COMMANDS and not Path(path).is_dir():
-        config = read_yaml_config(config_class, find_config(path), _ignored_sections(config_class))
+        config = read_yaml_config(config_class, find_config(path), ignored_sections(config_class))
         print_help(config, f"bilevel-jax {command} {path}", show_all)
         return
     shipped = SHIPPED_CONFIGS.get(config_class)
@@ -301,7 +301,7 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
     print_help(config, f"bilevel-jax {command} [CONFIG]", show_all)
 
 
-def _ignored_sections(config_class: Any) -> Collection[str]:
+def ignored_sections(config_class: Any) -> Collection[str]:
     """Sections of other commands, which a command that reads any command's config passes over."""
     commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
     return () if config_class in commands_with_own_sections else section_names()
@@ -329,34 +329,42 @@ def load_config_to_estimate(
     check_config(options, "the command line")
     if path is None:
         raise ValueError("estimate: give the config of the run, or the folder of one that is finished.")
+    config_class = choose_config_to_estimate(
+        options.estimate.command, lambda config_class: read_yaml_config(config_class, find_config(path)), str(path)
+    )
+    return load_config(config_class, path, command_flags), options.estimate
+
+
+def choose_config_to_estimate(command: str, read: Callable[[Any], Any], config_source: str) -> Any:
+    """The config class of the run to estimate: that of `command`, or for "auto" of the one that can read the config.
+
+    Args:
+        command: select, train, compare, audit or auto.
+        read: config class -> the config; a ValueError lists what does not fit the class.
+        config_source: names the config, for errors.
+    """
     config_classes: dict[str, Any] = {
         COMMANDS[config_class]: config_class for config_class in (SelectConfig, TrainConfig, CompareConfig, AuditConfig)
     }
-    command = (
-        options.estimate.command
-        if options.estimate.command != "auto"
-        else _detect_command(find_config(path), config_classes)
-    )
-    return load_config(config_classes[command], path, command_flags), options.estimate
-
-
-def _detect_command(path: Path, config_classes: dict[str, Any]) -> str:
-    """The command that a config file is for."""
+    if command != "auto":
+        return config_classes[command]
     matches, errors = [], {}
-    for command, config_class in config_classes.items():
+    for name, config_class in config_classes.items():
         try:
-            read_yaml_config(config_class, path)
-            matches.append(command)
+            read(config_class)
+            matches.append(name)
         except ValueError as error:
-            errors[command] = str(error)
+            errors[name] = str(error)
     if len(matches) == 1:
-        return matches[0]
+        return config_classes[matches[0]]
     if matches:
-        raise ValueError(f"{path} may be a config of {' or '.join(matches)}: choose one by --estimate.command.")
-    closest_command = min(errors, key=lambda command: errors[command].count("\n"))
+        raise ValueError(
+            f"{config_source} may be a config of {' or '.join(matches)}: choose one by --estimate.command."
+        )
+    closest = min(errors, key=lambda name: errors[name].count("\n"))
     raise ValueError(
-        f"{path} is a config of none of {', '.join(config_classes)}, which can be estimated. "
-        f"As one of {closest_command}: {errors[closest_command]}"
+        f"{config_source} is a config of none of {', '.join(config_classes)}, which can be estimated. "
+        f"As one of {closest}: {errors[closest]}"
     )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,46 +29,71 @@ def read_yaml_config(config_class: type[ConfigT], path: Path, ignored_sections: 
         ValueError: that lists every unknown, renamed, repeated or wrongly typed key with its line.
     """
     root, content = read_yaml(path)
-    sections = field_types(config_class)
+    defaults = config_class()  # a command may have its own for a section
     if root is None or content is None:
-        return config_class()
+        return defaults
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {_describe_value(content)}; wanted sections: {', '.join(sections)}.")
+        sections = ", ".join(field_types(config_class))
+        raise ValueError(f"{path}: holds {describe_value(content)}; wanted sections: {sections}.")
     lines, errors = _locate_keys(root, str(path))
     errors += _find_odd_numbers(root, str(path))
+    values_by_section, value_errors = decode_sections(
+        config_class, content, lambda key: lines.get(key, str(path)), ignored_sections
+    )
+    if errors or value_errors:
+        raise ValueError("\n".join([*errors, *value_errors]))
+    return replace_values(defaults, values_by_section)
+
+
+def decode_sections(
+    config_class: type, content: Mapping[Any, Any], locate: Callable[[str], str], ignored_sections: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The values of a config class in nested dicts, as YAML holds them, by section and key.
+
+    Args:
+        config_class: the class of the config.
+        content: section -> key -> value.
+        locate: `section` or `section.key` -> where it stands, for errors.
+        ignored_sections: sections of other commands, which are passed over.
+
+    Returns:
+        The values, each of the type of its key, and a line for each key that is unknown, renamed or wrongly typed.
+    """
+    sections = field_types(config_class)
+    errors: list[str] = []
     values_by_section = {}
     for name, values in content.items():
-        location = lines.get(str(name), str(path))
+        location = locate(str(name))
         if name not in sections and name in ignored_sections:
             continue
         if name not in sections and name in RENAMED_SECTIONS:
-            errors += _describe_renamed_section(name, values, lines)
+            errors += _describe_renamed_section(name, values, locate)
         elif name not in sections:
             hint = suggest_nearest(name, sections)
             errors.append(f"{location}: unknown section '{name}'; {hint}the sections: {', '.join(sections)}.")
         elif not isinstance(values, dict | None):
             keys = ", ".join(field_types(sections[name]))
-            errors.append(f"{location}: {name} is {_describe_value(values)}; wanted its keys: {keys}.")
+            errors.append(f"{location}: {name} is {describe_value(values)}; wanted its keys: {keys}.")
         else:
             section_values = {}
             for key, value in (values or {}).items():
-                location = lines.get(f"{name}.{key}", str(path))
+                location = locate(f"{name}.{key}")
                 try:
                     section_values[key] = decode_value(_key_type(sections, name, key), value)
                 except KeyError as error:
                     errors.append(f"{location}: {error.args[0]}")
                 except ValueError as error:
-                    errors.append(f"{location}: {name}.{key} is {_describe_value(value)}; wanted {error}.")
+                    errors.append(f"{location}: {name}.{key} is {describe_value(value)}; wanted {error}.")
             values_by_section[name] = section_values
-    if errors:
-        raise ValueError("\n".join(errors))
-    defaults = config_class()  # a command may have its own for a section
-    return config_class(
-        **{
-            name: dataclasses.replace(getattr(defaults, name), **section_values)
-            for name, section_values in values_by_section.items()
-        }
-    )
+    return values_by_section, errors
+
+
+def replace_values(config: ConfigT, values_by_section: Mapping[str, Mapping[str, Any]]) -> ConfigT:
+    """The config with the given values of its sections; the others stay."""
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in values_by_section.items()
+    }
+    return dataclasses.replace(config, **sections)  # type: ignore[type-var]
 
 
 def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
@@ -117,7 +142,7 @@ def decode_value(expected_type: Any, value: Any) -> Any:
     """Convert a value read from YAML to the expected type; a ValueError says what was wanted."""
     origin, arguments = typing.get_origin(expected_type), typing.get_args(expected_type)
     if origin is Literal:
-        if value not in arguments:
+        if not isinstance(value, str) or value not in arguments:
             suggestion = suggest_nearest(value, [choice for choice in arguments if choice]).strip()
             names = ", ".join(choice or "''" for choice in arguments)
             raise ValueError(f"one of {names}{suggestion and f' ({suggestion})'}")
@@ -190,21 +215,24 @@ def _key_type(sections: dict[str, Any], name: str, key: str) -> Any:
     raise KeyError(f"unknown key '{name}.{key}'; {hint}the keys of {name}: {', '.join(key_types)}.")
 
 
-def _describe_renamed_section(name: str, values: Any, lines: dict[str, str]) -> list[str]:
+def _describe_renamed_section(name: str, values: Any, locate: Callable[[str], str]) -> list[str]:
     """An error for a section with a former name, or for each of its keys."""
     if not isinstance(values, dict) or not values:
-        return [f"{lines[name]}: section '{name}' is now '{RENAMED_SECTIONS[name]}'."]
-    return [f"{lines[f'{name}.{key}']}: '{name}.{key}' {describe_renaming(f'{name}.{key}')}." for key in values]
+        return [f"{locate(name)}: section '{name}' is now '{RENAMED_SECTIONS[name]}'."]
+    return [f"{locate(f'{name}.{key}')}: '{name}.{key}' {describe_renaming(f'{name}.{key}')}." for key in values]
 
 
 def suggest_nearest(name: Any, names: Iterable[str]) -> str:
     """`did you mean ...?` with the name most similar to the given one, or nothing where none is similar."""
-    matches = difflib.get_close_matches(str(name), list(names), n=1)
+    names = list(names)
+    same = [known for known in names if known.lower() == str(name).lower()]  # adamW is adamw, and not adam
+    matches = same or difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean '{matches[0]}'? " if matches else ""
 
 
-def _describe_value(value: Any) -> str:
-    text = repr(value)
+def describe_value(value: Any) -> str:
+    """A value and its type, for errors, in one line."""
+    text = " ".join(repr(value).split())
     shown = text if len(text) <= 60 else f"{text[:57]}..."
     return "empty" if value is None else f"{shown} ({type(value).__name__})"
 

@@ -4,16 +4,18 @@ import contextlib
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from bilevel_jax.runs.config.load import COMMANDS, check_same_config, config_to_yaml
 from bilevel_jax.runs.infra import distributed, identity, inputs, run_dir, seals
 from bilevel_jax.runs.infra.journal import JsonLog
+from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.terminal import make_console
 
 MULTIPROCESS_COMMANDS = ("select", "train")
@@ -293,7 +295,10 @@ def _catch_signals_at_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have `handler` take SIGTERM and SIGINT."""
+    """Have `handler` take SIGTERM and SIGINT; Python lets the main thread alone do so, others stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old_handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -356,13 +361,3 @@ def open_session(folder: Path, *, progress: bool, save_seconds: float) -> Iterat
 
 def _print_line(console: Any, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def make_progress_bar(shown: bool) -> Progress:
-    """A bar with the time that is left, gone when its work is done."""
-    console = make_console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        console=console, disable=not shown, transient=True,
-    )  # fmt: skip

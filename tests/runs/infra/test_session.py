@@ -1,5 +1,11 @@
 """What a run says while it works."""
 
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+from bilevel_jax.runs.infra.progress import NotebookProgress
 from bilevel_jax.runs.infra.session import open_session
 
 
@@ -8,3 +14,80 @@ def test_a_notebook_gets_plain_lines(tmp_path, capsys, monkeypatch):
     with open_session(tmp_path, progress=False, save_seconds=60) as work:
         work.print_line("one line [of text]")
     assert capsys.readouterr().err == "one line [of text]\n"
+
+
+def test_signals_are_left_alone_outside_of_the_main_thread(tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    seen = []
+
+    def run():
+        with open_session(tmp_path, progress=False, save_seconds=60) as work:
+            seen.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+            work.check_signals()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == handlers
+    with open_session(tmp_path, progress=False, save_seconds=60) as work:
+        assert signal.getsignal(signal.SIGTERM) == work.handle_signal
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+class Output:
+    """What IPython's `display` returns: one output of a cell, by its present text."""
+
+    def __init__(self, data):
+        self.texts = [data["text/plain"]]
+
+    def update(self, data, raw):
+        assert raw
+        self.texts.append(data["text/plain"])
+
+
+def notebook(monkeypatch, config):
+    """IPython as a process has imported it, with outputs that are kept here."""
+    outputs = []
+
+    def display(data, raw, display_id):
+        assert raw and display_id is True
+        outputs.append(Output(data))
+        return outputs[-1]
+
+    shell = SimpleNamespace(config=config)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    return outputs
+
+
+def test_a_notebook_has_one_output_that_is_updated(tmp_path, capsys, monkeypatch):
+    outputs = notebook(monkeypatch, {"IPKernelApp": {}})
+    monkeypatch.setattr(NotebookProgress, "SECONDS", -1.0)
+    with open_session(tmp_path, progress=True, save_seconds=60) as work:
+        work.set_phase("training\x1b[31m", total=4)
+        work.print_line("a line")
+        work.advance()
+        work.advance()
+    [output] = outputs
+    assert output.texts[0].startswith("starting ") and output.texts[-1] == ""
+    assert output.texts[-2].startswith("training␛[31") and " 50% 0:00:0" in output.texts[-2]
+    assert "ETA" in output.texts[-2] and not any("\n" in text or "\x1b" in text for text in output.texts)
+    assert capsys.readouterr() == ("a line\n", "")  # stderr would be shown as an error
+
+
+def test_updates_of_a_notebook_are_rare(tmp_path, monkeypatch):
+    outputs = notebook(monkeypatch, {"IPKernelApp": {}})
+    with open_session(tmp_path, progress=True, save_seconds=60) as work:
+        for _ in range(1000):
+            work.advance()
+    assert len(outputs[0].texts) <= 5
+
+
+def test_a_disabled_bar_and_a_terminal_of_ipython_have_no_output(tmp_path, monkeypatch, capsys):
+    outputs = notebook(monkeypatch, {"IPKernelApp": {}})
+    with open_session(tmp_path, progress=False, save_seconds=60) as work:
+        work.advance()
+    outputs += notebook(monkeypatch, {"TerminalIPythonApp": {}})
+    with open_session(tmp_path, progress=True, save_seconds=60) as work:
+        work.print_line("a line")
+    assert outputs == [] and "a line" in capsys.readouterr().err

@@ -1,0 +1,511 @@
+"""The results of the commands: frozen dataclasses with arrays, read from the folder of a finished run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Int, Shaped
+
+from bilevel_jax.core.certify import Verdict
+from bilevel_jax.runs.budget.usage import format_bytes
+from bilevel_jax.runs.config.load import (
+    COMMANDS,
+    AuditConfig,
+    CompareConfig,
+    RankConfig,
+    RefineConfig,
+    SelectConfig,
+    TrainConfig,
+    load_config,
+)
+from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
+from bilevel_jax.runs.infra import run_dir, seals
+
+Column = Shaped[np.ndarray, "rows"]
+"""Texts, or numbers, one to a row of a table."""
+LabelColumn = Column
+"""The known label of each row as a text, None where it has none."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SelectResult:
+    """What `select` learned. Arrays hold one entry for each training example, in the order of `ids`."""
+
+    folder: Path
+    """The run's folder."""
+    report: Path
+    """The report, a page of HTML."""
+    summary: str
+    """The verdict in one sentence."""
+    config: SelectConfig
+    """The config of the run, with every key."""
+    result: dict[str, Any]
+    """What result.json holds: the outer loop, certificates, retrains, AUC, work."""
+    verdict: Verdict
+    """Whether to believe the hypergradients at uniform weights."""
+    ids: Column
+    """Hash of the example's content and the number of its occurrence."""
+    sources: Column
+    labels: LabelColumn
+    weights: Float[np.ndarray, "examples"]
+    """Factor of the example's loss; the mean of a competing weighting is 1."""
+    hypergradients: Float[np.ndarray, "examples"] | None
+    """d L_v / d weight at `weights`, in result["unit"] per unit of weight; below 0: more weight lowers the validation
+    loss L_v. None for a single-loop method, which has none."""
+    first_hypergradients: Float[np.ndarray, "examples"] | None
+    """The same at weight 1 for every example."""
+    alignment: Float[np.ndarray, "examples"]
+    """-<grad loss_i, grad L_v> / examples at the end of uniform training; same sign as `hypergradients`."""
+    losses: Float[np.ndarray, "examples"]
+    """Of each example at the end of uniform training; NaN where it does not fit data.max_length."""
+    selected: Bool[np.ndarray, "examples"]
+    """Whether it stands in selected.jsonl."""
+    model: Path
+    """Folder of the model trained with `weights`."""
+
+    def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
+        """The places of some ids: `result.weights[result.rows(ids)]`. Raises ValueError for one that is not there."""
+        return _find_rows(self.ids, ids)
+
+    def __repr__(self) -> str:
+        examples = f"{_describe_weights(self.weights)}, {self.selected.sum():,} selected"
+        return _describe(self, {"verdict": self.summary, "examples": examples})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainResult:
+    """What `train` did. Arrays hold one entry for each training example, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """What the loss on held-out examples did."""
+    config: TrainConfig
+    result: dict[str, Any]
+    """What result.json holds: losses before and after, their course, work."""
+    ids: Column
+    sources: Column
+    labels: LabelColumn
+    weights: Float[np.ndarray, "examples"]
+    """Factor of the example's loss; of a score that was refreshed, its mean over the run."""
+    model: Path
+    """Folder of the trained model, or of the adapter where that alone is written."""
+
+    def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
+        """The places of some ids: `result.weights[result.rows(ids)]`. Raises ValueError for one that is not there."""
+        return _find_rows(self.ids, ids)
+
+    def __repr__(self) -> str:
+        return _describe(self, {"summary": self.summary, "examples": _describe_weights(self.weights)})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CompareResult:
+    """What `compare` measured. Arrays hold one entry for each training example and seed, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """Which method is best, in one sentence."""
+    config: CompareConfig
+    result: dict[str, Any]
+    """What result.json holds; `rows` is the table of methods with means and 95 % intervals over the seeds."""
+    seeds: Int[np.ndarray, "rows"]
+    """Number of the repetition."""
+    ids: Column
+    sources: Column
+    labels: LabelColumn
+    alignment: Float[np.ndarray, "rows"]
+    losses: Float[np.ndarray, "rows"]
+    """Of each example at the end of uniform training."""
+    weights: dict[str, Float[np.ndarray, "rows"]]
+    """By method."""
+
+    def __repr__(self) -> str:
+        lines = {
+            "summary": self.summary,
+            "rows": f"{len(self.ids):,} (examples x {len(np.unique(self.seeds))} seeds), weights of "
+            f"{', '.join(self.weights) or 'no method'}",
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AuditResult:
+    """What `audit` judged. Arrays hold one entry for each example that training reads, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """Which score to use, in one sentence."""
+    config: AuditConfig
+    result: dict[str, Any]
+    """What result.json holds; `rows` is the table of scores with their linear datamodeling scores (LDS)."""
+    use: str | None
+    """The score that predicts the effect of removing examples best; None where none does."""
+    ids: Column
+    scores: dict[str, Float[np.ndarray, "examples"]]
+    """By name, larger is better; estimators are -dL_v/dweight."""
+
+    def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
+        """The places of some ids: `scores["loss"][rows(ids)]`. Raises ValueError for one that is not there."""
+        return _find_rows(self.ids, ids)
+
+    def __repr__(self) -> str:
+        lines = {
+            "summary": self.summary,
+            "use": str(self.use),
+            "scores": f"{', '.join(self.scores)} of {len(self.ids):,} examples",
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RankResult:
+    """What `rank` measured. Arrays hold one entry for each question and strategy, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """The pick, or that there is no clear winner, in one sentence."""
+    config: RankConfig
+    result: dict[str, Any]
+    """What result.json holds; `metrics` has the score of each strategy by each metric, with intervals."""
+    pick: str | None
+    """The strategy to train on; None where there is no clear winner."""
+    ids: Column
+    """Of the questions."""
+    strategies: Column
+    blocks: Int[np.ndarray, "rows"]
+    """Number of the block of questions."""
+    measures: dict[str, Float[np.ndarray, "rows"]]
+    """What the metrics read of each response: sppl, perplexity, ifd, self_similarity, rewards, as configured."""
+
+    def __repr__(self) -> str:
+        names = list(dict.fromkeys(self.strategies.tolist()))
+        lines = {
+            "summary": self.summary,
+            "pick": str(self.pick),
+            "rows": f"{len(self.ids):,} (questions x strategies {', '.join(names)}); {', '.join(self.measures)}",
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RefineResult:
+    """What `refine` did. Arrays hold one entry for each example of each round, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """Whether the model became better, in one sentence."""
+    config: RefineConfig
+    result: dict[str, Any]
+    """What result.json holds; `records` has the rounds and `test` the losses at the start and at the end."""
+    accepted: int
+    """Rounds whose candidate became the model."""
+    rounds: Int[np.ndarray, "rows"]
+    ids: Column
+    questions: Column
+    """Id of the offline example whose prompt was answered."""
+    generated: Bool[np.ndarray, "rows"]
+    """Whether the model wrote the response."""
+    sources: Column
+    labels: LabelColumn
+    multiplicity: Float[np.ndarray, "rows"]
+    """What the example counts before any weight; the mean is 1."""
+    weights: Float[np.ndarray, "rows"]
+    model: Path
+    """Folder of the last accepted model."""
+
+    def __repr__(self) -> str:
+        lines = {
+            "summary": self.summary,
+            "rows": f"{_describe_weights(self.weights)}; {self.generated.sum():,} generated, "
+            f"{self.accepted} of {len(self.result['records'])} rounds accepted",
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False)
+class InspectedPart:
+    """One part of the data as training sees it; arrays hold one entry for each example that can be read."""
+
+    ids: Column
+    sources: Column
+    tokens: Int[np.ndarray, "examples"]
+    """Before any cut; of a preference pair, those of its longer side."""
+    targets: Int[np.ndarray, "examples"]
+    """Tokens that have the loss, after the cut to data.max_length; of a pair, those of both sides."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InspectResult:
+    """What `inspect` found; what it printed is on the terminal."""
+
+    summary: str
+    """How many things there are to act on."""
+    findings: tuple[str, ...]
+    """What to act on; empty where there is nothing."""
+    parts: dict[str, InspectedPart]
+    """training, validation, dev and test, as far as they have examples."""
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(part.ids):,} {name}" for name, part in self.parts.items())
+        lines = {f"{number}.": line for number, line in enumerate(self.findings, 1)}
+        return _describe(self, {"summary": self.summary, "examples": counts} | lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EstimateResult:
+    """What `estimate` predicts; the tables that it printed are on the terminal."""
+
+    summary: str
+    """Whether the run fits, or what a finished run took."""
+    peak_bytes: float
+    """Most memory of one device."""
+    training_steps: float
+    """Work of the whole run, at most."""
+    hours: float | None
+    """Of the whole run; None where nothing was timed."""
+    result: dict[str, Any]
+    """All of the estimate, as estimate.json holds it."""
+
+    def __repr__(self) -> str:
+        lines = {
+            "summary": self.summary,
+            "peak": f"{format_bytes(self.peak_bytes)} of one device",
+            "work": f"{self.training_steps:,.0f} training steps"
+            + (f", {self.hours:.3g} hours" if self.hours is not None else ""),
+        }
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExportResult:
+    """What `export` wrote. Arrays hold one entry for each example that has a weight, in the order of `ids`."""
+
+    folder: Path
+    file: Path
+    """The examples in the trainer's format: a file, or a folder for the container datasets."""
+    card: Path
+    """The dataset card."""
+    summary: str
+    ids: Column
+    sources: Column
+    weights: Float[np.ndarray, "examples"]
+    repeats: Int[np.ndarray, "examples"]
+    """How often the example was written; 0: it was left out."""
+
+    def __repr__(self) -> str:
+        return _describe(self, {"summary": self.summary, "examples": _describe_weights(self.weights)})
+
+
+RunResult = SelectResult | TrainResult | CompareResult | AuditResult | RankResult | RefineResult
+"""Of the commands that make a run's folder."""
+Result = RunResult | InspectResult | EstimateResult | ExportResult
+
+
+def read_result(folder: str | Path) -> RunResult:
+    """The result of a finished run of `select`, `train`, `compare`, `audit`, `rank` or `refine`, from its folder.
+
+    Args:
+        folder: the run's folder, output.dir of its config.
+
+    Returns:
+        What the command returned when it made the run.
+
+    Raises:
+        FileNotFoundError: for a folder that holds no run, or one that is not finished.
+        ValueError: for a file that is not as the run wrote it, and for a run of another version.
+
+    Example:
+        >>> result = bj.commands.read_result("out/quickstart")  # doctest: +SKIP
+        >>> result.weights[result.rows(["0c5d1b1a1d4e#0"])]  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    for name in (run_dir.CONFIG_FILE, run_dir.RESULT_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}. Give the folder of a finished run.")
+    seals.check(folder / run_dir.CONFIG_FILE)
+    content = read_yaml(folder / run_dir.CONFIG_FILE)[1]
+    names = set(content) if isinstance(content, dict) else set()
+    for config_class, command in COMMANDS.items():
+        if command in _READERS and names == set(field_types(config_class)):
+            return read_run(load_config(config_class, folder / run_dir.CONFIG_FILE), folder)
+    raise ValueError(f"{folder / run_dir.CONFIG_FILE} has the sections of no command of this version.")
+
+
+def read_run(config: Any, folder: str | Path) -> RunResult:
+    """The result of a run, by its config, from what it has written to its folder."""
+    folder = Path(folder)
+    result = run_dir.read_json(folder / run_dir.RESULT_FILE)
+    command = COMMANDS[type(config)]
+    shared = {"folder": folder, "report": folder / "report.html", "config": config, "result": result}
+    try:
+        return _READERS[command](shared, result, folder)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: its files are those of another version or command ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _read_select(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> SelectResult:
+    table = run_dir.read_parquet(folder / "weights.parquet")
+    verdict = {name: result["verdict"][name] for name in Verdict._fields}
+    return SelectResult(
+        **shared,
+        summary=result["verdict"]["sentence"],
+        verdict=Verdict(**verdict),
+        **_facts(table),
+        weights=_numbers(table, "weight"),
+        hypergradients=_optional(table, "hypergradient"),
+        first_hypergradients=_optional(table, "first_hypergradient"),
+        alignment=_numbers(table, "alignment"),
+        losses=_numbers(table, "loss"),
+        selected=_numbers(table, "selected"),
+        model=folder / "model",
+    )
+
+
+def _read_train(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> TrainResult:
+    table = run_dir.read_parquet(folder / "weights.parquet")
+    model = folder / "model" if (folder / "model").is_dir() else folder / "model-adapter"
+    return TrainResult(
+        **shared,
+        summary=summarize_training(result),
+        **_facts(table),
+        weights=_numbers(table, "weight"),
+        model=model,
+    )
+
+
+def _read_compare(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> CompareResult:
+    table, prefix = run_dir.read_parquet(folder / "weights.parquet"), "weight "
+    methods = [name.removeprefix(prefix) for name in table.column_names if name.startswith(prefix)]
+    return CompareResult(
+        **shared,
+        summary=result["sentence"],
+        seeds=_numbers(table, "seed"),
+        **_facts(table),
+        alignment=_numbers(table, "alignment"),
+        losses=_numbers(table, "loss"),
+        weights={name: _numbers(table, f"{prefix}{name}") for name in methods},
+    )
+
+
+def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> AuditResult:
+    table = run_dir.read_parquet(folder / "scores.parquet")
+    names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
+    return AuditResult(
+        **shared,
+        summary=result["verdict"]["sentence"],
+        use=result["verdict"]["use"],
+        ids=_texts(table, "id"),
+        scores={name: _numbers(table, name) for name in names},
+    )
+
+
+def _read_rank(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> RankResult:
+    table = run_dir.read_parquet(folder / "rank.parquet")
+    names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
+    return RankResult(
+        **shared,
+        summary=result["verdict"]["sentence"],
+        pick=result["verdict"]["use"],
+        ids=_texts(table, "id"),
+        strategies=_texts(table, "strategy"),
+        blocks=_numbers(table, "block"),
+        measures={name: _numbers(table, name) for name in names},
+    )
+
+
+def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> RefineResult:
+    table = run_dir.read_parquet(folder / "weights.parquet")
+    return RefineResult(
+        **shared,
+        summary=result["sentence"],
+        accepted=result["accepted"],
+        rounds=_numbers(table, "round"),
+        **_facts(table),
+        questions=_texts(table, "question"),
+        generated=_numbers(table, "generated"),
+        multiplicity=_numbers(table, "base"),
+        weights=_numbers(table, "weight"),
+        model=folder / "model",
+    )
+
+
+_READERS: Mapping[str, Any] = {
+    "select": _read_select, "train": _read_train, "compare": _read_compare,
+    "audit": _read_audit, "rank": _read_rank, "refine": _read_refine,
+}  # fmt: skip
+"""The commands that make a run's folder, and what reads it."""
+
+
+def summarize_training(result: Mapping[str, Any]) -> str:
+    """One sentence on a result of `train`: what the validation loss did."""
+    parts = result["parts"]
+    steps_text = f"{result['steps']:,} steps on {result['rows']['train']:,} rows"
+    part = next((name for name in ("test", "dev", "validation") if name in parts), None)
+    if part is None:
+        return f"{steps_text}; no validation examples were given, so nothing says whether the model became better."
+    before, after = parts[part]["before"]["loss"], parts[part]["after"]["loss"]
+    direction = "fell" if after < before else "ROSE"
+    return f"{steps_text}; {part} loss {direction} from {before:.4f} to {after:.4f} {result['unit']}."
+
+
+# ---- columns and words
+
+
+def _facts(table: pa.Table) -> dict[str, Any]:
+    return {
+        "ids": _texts(table, "id"),
+        "sources": _texts(table, "source"),
+        "labels": np.array(table["label"].to_pylist(), object),
+    }
+
+
+def _texts(table: pa.Table, name: str) -> Column:
+    return np.array(table[name].to_pylist(), str)
+
+
+def _numbers(table: pa.Table, name: str) -> Any:
+    return np.array(table[name].to_numpy())  # a copy, which may be written to and does not hold the table
+
+
+def _optional(table: pa.Table, name: str) -> Any:
+    return _numbers(table, name) if name in table.column_names else None
+
+
+def _find_rows(ids: Column, wanted: Iterable[str]) -> Int[np.ndarray, "wanted"]:
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    places = {example_id: place for place, example_id in enumerate(ids.tolist())}
+    if missing := [example_id for example_id in wanted if example_id not in places]:
+        more = f", and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"no example has the id {', '.join(map(repr, missing[:3]))}{more}; there are {len(ids):,} ids."
+        )
+    return np.array([places[example_id] for example_id in wanted], int)
+
+
+def _describe_weights(weights: np.ndarray) -> str:
+    if not len(weights):
+        return "0"
+    effective = weights.sum() ** 2 / max((weights**2).sum(), np.finfo(float).tiny)
+    return f"{len(weights):,}, weights {weights.min():.3g} to {weights.max():.3g}, effective size {effective:,.0f}"
+
+
+def _describe(result: Any, lines: Mapping[str, str]) -> str:
+    """The class with its folder, some lines, the names of its arrays, and where the report is."""
+    fields = vars(result)
+    columns = [name for name, value in fields.items() if isinstance(value, np.ndarray)]
+    lines = {**lines, **({"arrays": ", ".join(columns)} if columns else {})}
+    if "report" in fields:
+        lines["report"] = str(fields["report"])
+    width = max(map(len, lines))
+    shown = [f"  {name:<{width}}  {text}".replace("\n", f"\n  {'':<{width}}  ") for name, text in lines.items()]
+    return "\n".join([f"{type(result).__name__}({fields.get('folder', '')})", *shown])
