@@ -108,7 +108,8 @@ def _lds(result, name):
 
 
 def test_the_typed_result_holds_the_scores(whole):
-    names = [name for name in pq.read_table(whole[0] / "scores.parquet").column_names if name != "id"]
+    columns = pq.read_table(whole[0] / "scores.parquet").column_names
+    names = [name for name in columns if name not in ("id", "row", "source", "label", "file", "line")]
     typed, _ = check_columns(whole[0], "scores.parquet", {"ids": "id"} | {("scores", name): name for name in names})
     assert list(typed.scores) == names and {"unrolled", "loss_start", "random"} <= set(names)
     assert typed.use == whole[1]["verdict"]["use"] and typed.summary == whole[1]["verdict"]["sentence"]
