@@ -34,9 +34,9 @@ import optax
 from bilevel_jax import hypergradient
 from bilevel_jax.core import penalty, single_loop, solvers, weightings
 from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.streams import full_batch_stream
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Adjoint
 from bilevel_jax.core.unrolled import unrolled_estimator

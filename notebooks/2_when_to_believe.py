@@ -33,8 +33,8 @@ import optax
 
 from bilevel_jax import hypergradient
 from bilevel_jax.core import certify, tree
-from bilevel_jax.core.hypergradient import full_batch_stream, shuffled_stream
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.streams import full_batch_stream, shuffled_stream
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.unrolled import unrolled_estimator
 

@@ -26,11 +26,11 @@ from scipy.optimize import nnls
 from bilevel_jax.core import single_loop
 from bilevel_jax.core.checkpointing import store_all_plan
 from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.single_loop import TrainedReference, bmo, geometric_schedule
 from bilevel_jax.core.solvers import cg
+from bilevel_jax.core.streams import full_batch_stream
 from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Stream
 from bilevel_jax.core.unrolled import unrolled_estimator

@@ -1,6 +1,7 @@
 """Hessian-vector and Gauss-Newton-vector products over a stream of batches."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,23 @@ import optax
 
 from bilevel_jax.core.types import Batch, CompositeLoss, Frozen, Hyper, HyperSlice, Params, Problem, Stream
 
-CurvatureProduct = Callable[[Params, Hyper, Frozen, Stream, Params], Params]
-"""(params, hyper, fixed, stream, v) -> (curvature of sum over the stream of inner, plus prior) v."""
+MicroBatchProduct = Callable[[Problem, Params, HyperSlice, Frozen, Batch, Params], Params]
+
+
+class CurvatureProduct(NamedTuple):
+    """A product with the curvature of inner + prior.
+
+    Called with (params, hyper, frozen, stream, v): the product with the curvature of the sum over the stream.
+    """
+
+    over_stream: Callable[[Params, Hyper, Frozen, Stream, Params], Params]
+    """(params, hyper, frozen, stream, v) -> the product, by a Python loop."""
+    of_micro_batch: MicroBatchProduct
+    """(problem, params, slice, frozen, micro-batch, v) -> the product without the prior's part; a pure function."""
+
+    def __call__(self, params: Params, hyper: Hyper, frozen: Frozen, stream: Stream, v: Params) -> Params:
+        """The product over a stream."""
+        return self.over_stream(params, hyper, frozen, stream, v)
 
 
 def hessian(problem: Problem) -> CurvatureProduct:
@@ -31,10 +47,12 @@ def hessian(problem: Problem) -> CurvatureProduct:
         1.5
     """
 
-    def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:
+    def micro_product(
+        problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
+    ) -> Params:
         return jax.jvp(lambda p: jax.grad(problem.inner)(p, weights, frozen, batch), (params,), (v,))[1]
 
-    return _sum_over_stream(problem, micro_product)
+    return over_streams_of(problem, micro_product)
 
 
 def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
@@ -66,7 +84,9 @@ def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
         1.5
     """
 
-    def micro_product(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params) -> Params:
+    def micro_product(
+        problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
+    ) -> Params:
         def outputs(p):
             return loss.outputs(p, frozen, batch)
 
@@ -77,10 +97,26 @@ def gauss_newton(problem: Problem, loss: CompositeLoss) -> CurvatureProduct:
         link_curvature = jax.jvp(jax.grad(link), (values,), (tangent,))[1]
         return jax.vjp(outputs, params)[1](link_curvature)[0]
 
-    return _sum_over_stream(problem, micro_product)
+    return over_streams_of(problem, micro_product)
 
 
-def _sum_over_stream(problem: Problem, micro_product) -> CurvatureProduct:
+def over_streams_of(problem: Problem, micro_product: MicroBatchProduct) -> CurvatureProduct:
+    """The product with the curvature of a problem, from the product of a micro-batch.
+
+    Args:
+        problem: with its training loss and prior.
+        micro_product: (problem, params, slice, frozen, micro-batch, v) -> the product without the prior's part.
+
+    Returns:
+        The product.
+
+    Example:
+        >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
+        >>> identity = bj.curvature.over_streams_of(problem, lambda problem, params, weights, frozen, batch, v: v)
+        >>> stream = bj.full_batch_stream(jnp.array([1.0]))
+        >>> float(identity(jnp.array(0.0), jnp.ones(1), (), stream, jnp.array(2.0)))
+        2.0
+    """
     gather = jax.jit(problem.gather)
 
     @jax.jit
@@ -91,7 +127,7 @@ def _sum_over_stream(problem: Problem, micro_product) -> CurvatureProduct:
     @jax.jit
     def add_batch_product(total, params, weights, frozen, batch, v):
         def add_micro(total, micro):
-            return optax.tree.add(total, micro_product(params, micro[0], frozen, micro[1], v)), None
+            return optax.tree.add(total, micro_product(problem, params, micro[0], frozen, micro[1], v)), None
 
         with jax.default_matmul_precision("highest"):
             return jax.lax.scan(add_micro, total, (weights, batch))[0]
@@ -103,4 +139,4 @@ def _sum_over_stream(problem: Problem, micro_product) -> CurvatureProduct:
             total = add_batch_product(total, params, gather(hyper, batch), frozen, batch, v)
         return total
 
-    return product
+    return CurvatureProduct(product, micro_product)

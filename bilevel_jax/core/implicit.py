@@ -15,10 +15,10 @@ from bilevel_jax.core.types import (
     Frozen,
     Hyper,
     HyperSlice,
+    LinearSolver,
     Params,
     Problem,
     Scalar,
-    Solver,
     SolveResult,
     Stream,
     Trajectory,
@@ -29,7 +29,7 @@ from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 def implicit_estimator(
     problem: Problem,
     curvature_product: CurvatureProduct,
-    solver: Solver,
+    solver: LinearSolver,
     *,
     batches: int | None = None,
     min_cosine: float = 0.95,
@@ -113,7 +113,7 @@ def implicit_estimator(
             sample=sample_cosine,
             batches=num_batches,
         )
-        return Estimate(grad, validation_loss, solution.x, checks)
+        return Estimate(grad, validation_loss, solution.x, checks, params)
 
     return estimate
 

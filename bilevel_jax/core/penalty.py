@@ -125,6 +125,6 @@ def penalty_estimator(
             grad = scatter_add(
                 grad, batch, loss_differences(penalized, unpenalized, gather(hyper, batch), frozen, batch)
             )
-        return Estimate(grad, loss_and_grad(unpenalized, frozen, validation)[0], direction, checks)
+        return Estimate(grad, loss_and_grad(unpenalized, frozen, validation)[0], direction, checks, unpenalized)
 
     return estimate

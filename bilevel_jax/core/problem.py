@@ -1,15 +1,18 @@
 """Bilevel problems built from per-example losses."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from bilevel_jax.core.types import PADDING, Batch, Frozen, Hyper, HyperSlice, Params, Problem, Scalar
+from bilevel_jax.core.types import PADDING, Batch, Frozen, Hyper, HyperSlice, ModelState, Params, Problem, Scalar
 
-ExampleLosses = Callable[[Params, Frozen, Batch], Float[Array, "examples"]]
+ExampleLosses = Callable[..., Any]
+"""(params, frozen, batch) -> float[examples]; of a model with a state, (params, state, frozen, batch) -> the same, or,
+in training, the same and the new state."""
 
 
 def weighted(
@@ -17,6 +20,7 @@ def weighted(
     *,
     outer: ExampleLosses | None = None,
     prior: Callable[[Params, Frozen], Scalar] | None = None,
+    has_state: bool = False,
 ) -> Problem:
     """The problem whose outer variable is a weight for each training example.
 
@@ -31,12 +35,16 @@ def weighted(
         losses: (params, frozen, batch) -> one loss for each example of a micro-batch, float[examples], nats.
         outer: the losses of validation examples; default `losses`.
         prior: (params, frozen) -> r(params), nats, added once per step; default none. See `proximal`.
+        has_state: the model carries a state, such as the averages of batch normalisation: then losses is (params,
+            state, frozen, batch) -> (losses, new state), and outer, which must be given, (params, state, frozen, batch)
+            -> losses.
 
     Returns:
         The problem; its outer variable is the table of weights, float[examples].
 
     Raises:
-        ValueError: when it is traced, if the losses are not one for each example.
+        ValueError: if a model with a state has no outer losses; when it is traced, if the losses are not one for each
+            example.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -44,16 +52,32 @@ def weighted(
         >>> float(problem.inner(jnp.array(0.0), jnp.array([1.0, 2.0]), (), batch))  # (1 * 0.5 + 2 * 4.5) / 2
         4.75
     """
+    if has_state and outer is None:
+        raise ValueError("a model with a state needs outer=: (params, state, frozen, batch) -> validation losses.")
     outer = losses if outer is None else outer
 
-    def inner(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch) -> Scalar:
-        values = losses(params, frozen, batch)
-        if values.shape != weights.shape:
-            raise ValueError(f"losses {values.shape} and weights {weights.shape} differ; give one loss per example.")
+    def weigh(values: Float[Array, "examples"], weights: HyperSlice, batch: Batch) -> Scalar:
+        if jnp.shape(values) != weights.shape:
+            raise ValueError(
+                f"losses {jnp.shape(values)} and weights {weights.shape} differ; give one loss per example."
+            )
         return jnp.sum(weights * get_multiplicity(batch) * values) / batch["num_examples"]
 
+    def inner(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch) -> Scalar:
+        return weigh(losses(params, frozen, batch), weights, batch)
+
+    def stateful_inner(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch) -> Any:
+        values, model_state = losses(params, batch["model_state"], frozen, batch)
+        return weigh(values, weights, batch), model_state
+
     def outer_loss(params: Params, frozen: Frozen, batch: Batch) -> Scalar:
-        values = outer(params, frozen, batch)
+        state = (batch["model_state"],) if has_state else ()
+        values = outer(params, *state, frozen, batch)
+        if jnp.shape(values) != batch["index"].shape:
+            raise ValueError(
+                f"validation losses {jnp.shape(values)} of {batch['index'].shape[0]} examples; give one loss per "
+                "example."
+            )
         return jnp.sum(jnp.where(batch["index"] != PADDING, values, 0)) / batch["num_examples"]
 
     def gather(table: Hyper, batch: Batch) -> HyperSlice:
@@ -62,7 +86,8 @@ def weighted(
     def scatter_add(table: Hyper, batch: Batch, hypergradients: HyperSlice) -> Hyper:
         return table.at[batch["index"]].add(hypergradients, mode="drop")
 
-    return Problem(inner, prior or (lambda params, frozen: jnp.zeros(())), outer_loss, gather, scatter_add)
+    inner_loss: Callable[..., Any] = stateful_inner if has_state else inner
+    return Problem(inner_loss, prior or _no_prior, outer_loss, gather, scatter_add, has_state=has_state)
 
 
 def get_multiplicity(batch: Batch) -> Float[Array, "*micro examples"] | float:
@@ -78,19 +103,24 @@ def divide_by_multiplicity(values: Float[Array, "*micro examples"], batch: Batch
     return jnp.where(is_counted, values / jnp.where(is_counted, batch["multiplicity"], 1), 0)
 
 
-def shared(
-    inner: Callable[[Params, HyperSlice, Frozen, Batch], Scalar],
-    outer: Callable[[Params, Frozen, Batch], Scalar],
+def problem(
+    inner: Callable[..., Any],
+    outer: Callable[..., Scalar],
+    *,
     prior: Callable[[Params, Frozen], Scalar] | None = None,
+    has_state: bool = False,
 ) -> Problem:
-    """The problem whose outer variable is global: every batch touches all of it (a regulariser's strength, say).
+    """The problem whose outer variable is any pytree that every batch sees whole (the strength of a regulariser, say).
 
         min_hyper L_v(params*(hyper)),  params* from training on the sum of `inner` over micro-batches, plus the prior
 
     Args:
-        inner: (params, hyper, frozen, batch) -> one micro-batch's share of the training loss, nats.
+        inner: (params, hyper, frozen, batch) -> one micro-batch's share of the training loss, nats. With one
+            micro-batch in a step, as the solvers on arrays have, that is the whole loss.
         outer: (params, frozen, batch) -> one micro-batch's share of L_v, nats.
         prior: (params, frozen) -> r(params), nats, added once per step; default none.
+        has_state: the model carries a state: then inner is (params, hyper, state, frozen, batch) -> (loss, new state),
+            and outer (params, state, frozen, batch) -> loss.
 
     Returns:
         The problem; its outer variable is any pytree of arrays, the same in every batch.
@@ -100,44 +130,83 @@ def shared(
         ...     return 0.5 * jnp.mean((theta - batch["data"]) ** 2) + 0.5 * jnp.exp(log_strength) * theta**2
         >>> def outer(theta, frozen, batch):
         ...     return 0.5 * jnp.mean((theta - batch["data"]) ** 2)
-        >>> problem = bj.shared(inner, outer)
-        >>> estimator = bj.implicit_estimator(problem, bj.curvature.hessian(problem), bj.solvers.cg())
-        >>> train, validation = (bj.full_batch_stream(jnp.array([value])) for value in (2.0, 0.0))
-        >>> run = bj.trajectory_from_params(jnp.array(1.0))  # minimises inner at strength exp(0) = 1
-        >>> float(estimator(run, jnp.array(0.0), (), train, validation).grad)  # more regularisation helps
+        >>> solver = bj.unroll(bj.problem(inner, outer), optax.sgd(0.3), steps=60)
+        >>> solution = solver.run(jnp.array(0.0), jnp.array(0.0), jnp.array([2.0]), jnp.array([0.0]))
+        >>> round(float(solution.grad), 3)  # more regularisation helps
         -0.5
     """
 
     def gather(hyper: Hyper, batch: Batch) -> HyperSlice:
         num_micro_batches = batch["num_examples"].shape[0]
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_micro_batches, *leaf.shape)), hyper)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_micro_batches, *jnp.shape(leaf))), hyper)
 
     def scatter_add(hyper: Hyper, batch: Batch, hypergradients: HyperSlice) -> Hyper:
         return jax.tree.map(lambda leaf, part: leaf + part.sum(0), hyper, hypergradients)
 
-    return Problem(inner, prior or (lambda params, frozen: jnp.zeros(())), outer, gather, scatter_add)
+    def stateful_inner(params: Params, hyper: HyperSlice, frozen: Frozen, batch: Batch) -> Any:
+        return inner(params, hyper, batch["model_state"], frozen, batch)
+
+    def stateful_outer(params: Params, frozen: Frozen, batch: Batch) -> Scalar:
+        return outer(params, batch["model_state"], frozen, batch)
+
+    return Problem(
+        stateful_inner if has_state else inner,
+        prior or _no_prior,
+        stateful_outer if has_state else outer,
+        gather,
+        scatter_add,
+        per_example=False,
+        has_state=has_state,
+    )
 
 
-def proximal(strength: float, centre: Callable[[Frozen], Params]) -> Callable[[Params, Frozen], Scalar]:
+def hold_state(problem: Problem, model_state: ModelState) -> Problem:
+    """The problem with the model's state held where it is: of `inner` the loss alone remains."""
+    if not problem.has_state:
+        return problem
+
+    def inner(params: Params, hyper: HyperSlice, frozen: Frozen, batch: Batch) -> Scalar:
+        return problem.inner(params, hyper, frozen, {**batch, "model_state": model_state})[0]
+
+    def outer(params: Params, frozen: Frozen, batch: Batch) -> Scalar:
+        return problem.outer(params, frozen, {**batch, "model_state": model_state})
+
+    return problem._replace(inner=inner, outer=outer, has_state=False)
+
+
+def _no_prior(params: Params, frozen: Frozen) -> Scalar:
+    return jnp.zeros(())
+
+
+def proximal(strength: float, centre: Callable[[Frozen], Params] | None = None) -> Callable[[Params, Frozen], Scalar]:
     """The prior (strength / 2) |params - centre(frozen)|^2 of the inner problem: it makes the minimiser unique.
 
     Implicit differentiation is exact for the problem *with* this term. Added to the linear solve alone it would be
-    damping, and the result exact for nothing. The centre is read from `frozen`, so that it is an argument of the compiled step.
+    damping, and the result exact for nothing. The centre is read from `frozen`, so that it is an argument of the
+    compiled step. Where `frozen` holds a base model, too, let it be a dict of both, and read one entry of it.
 
     Args:
-        strength: delta, nats per squared unit of the parameters.
-        centre: frozen -> parameters to stay close to, shaped as `params`.
+        strength: delta, nats per squared unit of the parameters, at least 0.
+        centre: frozen -> parameters to stay close to, shaped as `params`; default 0.
 
     Returns:
-        (params, frozen) -> the prior, nats: the argument `prior` of `weighted` and `shared`.
+        (params, frozen) -> the prior, nats: the argument `prior` of `weighted` and `problem`.
+
+    Raises:
+        ValueError: if the strength is negative.
 
     Example:
-        >>> prior = bj.proximal(0.5, lambda frozen: frozen)
-        >>> float(prior(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])))
+        >>> prior = bj.proximal(0.5, lambda frozen: frozen["start"])
+        >>> float(prior(jnp.array([1.0, 2.0]), {"start": jnp.array([1.0, 0.0])}))
+        1.0
+        >>> float(bj.proximal(0.5)(jnp.array([2.0]), ()))
         1.0
     """
+    if not isinstance(strength, jax.Array) and not strength >= 0:
+        raise ValueError(f"strength {strength} of the prior; give a number of at least 0.")
 
     def prior(params: Params, frozen: Frozen) -> Scalar:
-        return 0.5 * strength * optax.tree.norm(optax.tree.sub(params, centre(frozen)), squared=True)
+        difference = params if centre is None else optax.tree.sub(params, centre(frozen))
+        return 0.5 * strength * optax.tree.norm(difference, squared=True)
 
     return prior

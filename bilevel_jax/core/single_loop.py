@@ -49,6 +49,7 @@ from jaxtyping import Array, Float
 from bilevel_jax.core import tree
 from bilevel_jax.core.problem import divide_by_multiplicity, get_multiplicity
 from bilevel_jax.core.training import (
+    Devices,
     apply_gradients,
     compute_update,
     init_train_state,
@@ -60,6 +61,7 @@ from bilevel_jax.core.types import (
     PADDING,
     Batch,
     Frozen,
+    Hyper,
     HyperSlice,
     Params,
     Problem,
@@ -139,6 +141,7 @@ def penalty(
     second_model: Literal["copy", "none"] = "copy",
     normalize_step: bool = False,
     max_step: float = float("inf"),
+    axis_name: str | None = None,
 ) -> SingleLoop:
     """Train theta and the weights together by a value-function penalty: one step of each on every batch, first order
     only.
@@ -179,12 +182,15 @@ def penalty(
         normalize_step: divide the gradient of the logits by the rms of its entries that are not 0. Such steps never
             come to rest, and where all differences are rounding they follow rounding: let the rate fall.
         max_step: the cap of a logit's change in one step.
+        axis_name: of a pmap or shard_map in which each device holds its share of the examples and of their weights;
+            for weights that do not compete, such as `weightings.online_sigmoid`.
 
     Returns:
         The method, with states of type `PenaltyState` and metrics of type `PenaltyMetrics`.
 
     Raises:
-        ValueError: if `second_model` is neither "copy" nor "none".
+        ValueError: if `second_model` is neither "copy" nor "none", or the weights of examples cannot be shared out
+            along `axis_name`.
 
     Example:
         >>> problem = bj.weighted(lambda theta, frozen, batch: 0.5 * (theta - batch["data"]) ** 2)
@@ -205,11 +211,20 @@ def penalty(
             f"second_model={second_model!r}; use 'copy' (a second model) or 'none' (the memory-saving form)."
         )
 
-    def init(params: Params) -> PenaltyState:
+    if axis_name and (normalize_step or not online_weights.is_separate):
+        raise ValueError(
+            f"weights that compete and normalized steps read all examples of a batch, which axis {axis_name!r} shares "
+            "out: use weightings.online_sigmoid without normalize_step, or arrays sharded on a mesh without axis_name."
+        )
+    devices = Devices(axis_name)
+
+    def init(params: Params, logits: Hyper | None = None) -> PenaltyState:
         def fresh_state() -> TrainState:  # buffers of its own: the step donates them
             return init_train_state(optimizer, jax.tree.map(jnp.array, params))
 
-        return PenaltyState(fresh_state(), fresh_state() if second_model == "copy" else None, online_weights.init())
+        return PenaltyState(
+            fresh_state(), fresh_state() if second_model == "copy" else None, online_weights.init(logits)
+        )
 
     @partial(jax.jit, donate_argnums=0)
     def step(
@@ -218,15 +233,21 @@ def penalty(
         train_state, copy, index = state.train_state, state.second_model, train["index"]
         share = validation_share(train_state.step)
         weights = online_weights.batch_weights(state.weights_state, index)
-        train_loss, train_grad, hypergradients = loss_grad_and_example_losses(
-            problem, train_state.params, weights, frozen, train
-        )
-        validation_loss, validation_grad = validation_batch_loss_and_grad(
-            problem, train_state.params, frozen, validation
+        local, own_frozen = devices.share(problem), devices.make_local(frozen)
+
+        def sum_devices(params: Params) -> tuple[Scalar, Params, HyperSlice]:
+            *sums, example_losses = loss_grad_and_example_losses(
+                local, devices.make_local(params), weights, own_frozen, train
+            )
+            return *devices.sum(sums), example_losses
+
+        train_loss, train_grad, hypergradients = sum_devices(train_state.params)
+        validation_loss, validation_grad = devices.mean(
+            validation_batch_loss_and_grad(problem, devices.make_local(train_state.params), own_frozen, validation)
         )
         grad = mix_gradients(validation_grad, train_grad, share)
         if copy is not None:
-            _, copy_grad, copy_losses = loss_grad_and_example_losses(problem, copy.params, weights, frozen, train)
+            _, copy_grad, copy_losses = sum_devices(copy.params)
             hypergradients, copy = hypergradients - copy_losses, apply_gradients(optimizer, copy, copy_grad)
         per_example = divide_by_multiplicity(hypergradients, train) * train["num_examples"][:, None]
         hypergradients = jnp.where(index != PADDING, per_example, 0)
@@ -242,7 +263,14 @@ def penalty(
             train_loss, validation_loss, jnp.asarray(share), tree.norm(grad), hypergradients
         )
 
-    return SingleLoop(init, step, lambda state: online_weights.weights(state.weights_state), OPTIMISTIC_ESTIMAND)
+    return SingleLoop(
+        init,
+        step,
+        lambda state: online_weights.weights(state.weights_state),
+        OPTIMISTIC_ESTIMAND,
+        lambda state: online_weights.logits(state.weights_state),
+        axis_name,
+    )
 
 
 def mixing(
@@ -452,7 +480,9 @@ def bmo(
             "temperature and no negative memory."
         )
     method = _BMO(problem, optimizer, num_examples, validation_share, temperature, reference, normalizer_memory)
-    return SingleLoop(method.init, jax.jit(method.step, donate_argnums=0), method.weights, BMO_ESTIMAND)
+    return SingleLoop(
+        method.init, jax.jit(method.step, donate_argnums=0), method.weights, BMO_ESTIMAND, lambda state: ()
+    )
 
 
 @dataclass(frozen=True)
@@ -467,7 +497,7 @@ class _BMO:
     reference: Reference
     normalizer_memory: float
 
-    def init(self, params: Params) -> BMOState:
+    def init(self, params: Params, hyper: Hyper = ()) -> BMOState:
         # buffers of its own: the step donates them
         train_state = init_train_state(self.optimizer, jax.tree.map(jnp.array, params))
         reference = () if self.reference == "none" else jax.tree.map(jnp.array, params)
@@ -476,7 +506,7 @@ class _BMO:
         return BMOState(train_state, reference, opt_state, jnp.zeros(()), jnp.zeros(()), last_gaps)
 
     def step(self, state: BMOState, frozen: Frozen, train: Batch, validation: Batch) -> tuple[BMOState, BMOMetrics]:
-        (params, opt_state, num_steps), reference = state.train_state, state.reference
+        (params, opt_state, num_steps, _), reference = state.train_state, state.reference
         temperature = jnp.asarray(self.temperature(num_steps), float)
         share = jnp.asarray(self.validation_share(num_steps), float)
         counts = jnp.where(train["index"] != PADDING, get_multiplicity(train), 0)

@@ -10,10 +10,10 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.types import Matvec, Params, Solver, SolveResult
+from bilevel_jax.core.types import LinearSolver, Matvec, Params, Scalar, SolveResult
 
 
-def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
+def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> LinearSolver:
     """Conjugate gradients, stopped when |A x - b| <= tolerance |b|, or by the first direction with p.Ap <= 0.
 
     Exact to the tolerance where A is positive definite. `min_curvature` is the least p.Ap / p.p met; at or below 0 the
@@ -25,7 +25,7 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
         max_steps: products at most.
 
     Returns:
-        (matvec, b, guess or None) -> `SolveResult`.
+        The solver: (matvec, b, guess or None) -> `SolveResult`.
 
     Example:
         >>> A = jnp.array([[2.0, 1.0], [1.0, 3.0]])
@@ -59,10 +59,35 @@ def cg(*, tolerance: float = 1e-6, max_steps: int = 200) -> Solver:
             x, r, p, rr = advance(x, r, p, Ap, rr, pAp)
         return SolveResult(x, _residual(matvec, x, b), curvature, steps)
 
-    return solve
+    def solve_traced(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        limit = tolerance * tree.norm(b)
+        x = optax.tree.zeros_like(b) if guess is None else guess
+        r = b if guess is None else optax.tree.sub(b, matvec(x))
+        rr = optax.tree.vdot(r, r)
+
+        def unsolved(carry):
+            _, _, _, rr, _, steps, is_stopped = carry
+            return (steps < max_steps) & (jnp.sqrt(rr) > limit) & ~is_stopped
+
+        def iterate(carry):
+            x, r, p, rr, curvature, steps, _ = carry
+            Ap = matvec(p)
+            pAp, pp = optax.tree.vdot(p, Ap), optax.tree.vdot(p, p)
+            is_positive = pAp > 0  # False of a nan, too
+            alpha = jnp.where(is_positive, rr / pAp, 0)  # no step along a direction of negative curvature
+            x, r = optax.tree.add_scale(x, alpha, p), optax.tree.add_scale(r, -alpha, Ap)
+            new_rr = jnp.where(is_positive, optax.tree.vdot(r, r), rr)
+            p = optax.tree.add_scale(r, jnp.where(is_positive, new_rr / rr, 0), p)
+            return x, r, p, new_rr, jnp.fmin(pAp / pp, curvature), steps + 1, ~is_positive
+
+        start = (x, r, r, rr, jnp.full_like(rr, jnp.nan), jnp.zeros((), jnp.int32), jnp.array(False))
+        x, _, _, _, curvature, steps, _ = jax.lax.while_loop(unsolved, iterate, start)
+        return SolveResult(x, _residual_norm(matvec(x), b), curvature, steps)
+
+    return LinearSolver(solve, solve_traced)
 
 
-def neumann(*, step_size: float, terms: int) -> Solver:
+def neumann(*, step_size: float, terms: int) -> LinearSolver:
     """The truncated Neumann series, which is `terms` gradient steps on the system.
 
         x = step_size * sum_{k < terms} (I - step_size A)^k b
@@ -90,10 +115,17 @@ def neumann(*, step_size: float, terms: int) -> Solver:
             x = update(x, matvec(x), b)
         return SolveResult(x, _residual(matvec, x, b), float("nan"), terms)
 
-    return solve
+    def solve_traced(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        def iterate(_, x):
+            return jax.tree.map(lambda x, y, z: x + step_size * (z - y), x, matvec(x), b)
+
+        x = jax.lax.fori_loop(0, terms, iterate, optax.tree.zeros_like(b) if guess is None else guess)
+        return SolveResult(x, _residual_norm(matvec(x), b), float("nan"), terms)
+
+    return LinearSolver(solve, solve_traced)
 
 
-def identity(*, scale: float = 1.0) -> Solver:
+def identity(*, scale: float = 1.0) -> LinearSolver:
     """No curvature: x = scale * b. The results are then alignments, <grad l_i, grad L_v>, not hypergradients.
 
     Args:
@@ -110,10 +142,10 @@ def identity(*, scale: float = 1.0) -> Solver:
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
         return SolveResult(_scale(scale, b), float("nan"), float("nan"), 0)
 
-    return solve
+    return LinearSolver(solve, solve)
 
 
-def dense(*, max_params: int = 4096) -> Solver:
+def dense(*, max_params: int = 4096) -> LinearSolver:
     """The matrix, column by column, and a direct solve; for checking, and for few parameters.
 
     Works for indefinite A too (`min_curvature` is then the least eigenvalue, below 0).
@@ -131,17 +163,28 @@ def dense(*, max_params: int = 4096) -> Solver:
         ([0.5, -2.0], -1.0)
     """
 
+    def check_size(size: int) -> None:
+        if size > max_params:
+            raise ValueError(f"{size} parameters are too many for the dense solver (limit {max_params}); use cg.")
+
     def solve(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
         flat, unravel = ravel_pytree(b)
-        if flat.size > max_params:
-            raise ValueError(f"{flat.size} parameters are too many for the dense solver (limit {max_params}); use cg.")
+        check_size(flat.size)
         columns = [ravel_pytree(matvec(unravel(row)))[0] for row in jnp.eye(flat.size, dtype=flat.dtype)]
         A = jnp.stack(columns, axis=1)
         x = unravel(jnp.linalg.solve(A, flat))
         min_eigenvalue = float(jnp.linalg.eigvalsh((A + A.T) / 2)[0])
         return SolveResult(x, _residual(matvec, x, b), min_eigenvalue, flat.size)
 
-    return solve
+    def solve_traced(matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        flat, unravel = ravel_pytree(b)
+        check_size(flat.size)
+        columns = jax.lax.map(lambda row: ravel_pytree(matvec(unravel(row)))[0], jnp.eye(flat.size, dtype=flat.dtype))
+        x = unravel(jnp.linalg.solve(columns.T, flat))
+        min_eigenvalue = jnp.linalg.eigvalsh((columns + columns.T) / 2)[0]
+        return SolveResult(x, _residual_norm(matvec(x), b), min_eigenvalue, flat.size)
+
+    return LinearSolver(solve, solve_traced)
 
 
 def _residual(matvec: Matvec, x: Params, b: Params) -> float:
@@ -153,4 +196,12 @@ _squared_norm = jax.jit(lambda v: optax.tree.vdot(v, v))
 _zeros = jax.jit(optax.tree.zeros_like)
 _subtract = jax.jit(optax.tree.sub)
 _scale = jax.jit(optax.tree.scale)
+
+
+def _residual_norm(Ax: Params, b: Params) -> Scalar:
+    """|A x - b| / |b|, and 0 where b and the residual are 0."""
+    norm, b_norm = tree.norm(optax.tree.sub(Ax, b)), tree.norm(b)
+    return jnp.where(norm == 0, 0, norm / b_norm)
+
+
 _relative_residual = jax.jit(lambda Ax, b: tree.norm(optax.tree.sub(Ax, b)) / tree.norm(b))

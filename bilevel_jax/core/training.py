@@ -1,11 +1,14 @@
 """The differentiable training step and the training loops that repeat it."""
 
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from bilevel_jax.core import checkpointing, tree
 from bilevel_jax.core.types import (
@@ -17,6 +20,7 @@ from bilevel_jax.core.types import (
     Hyper,
     HyperSlice,
     Linearization,
+    ModelState,
     Params,
     Problem,
     PyTree,
@@ -28,6 +32,66 @@ from bilevel_jax.core.types import (
     TrainStep,
     Trajectory,
 )
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Those that share the examples of one run, along an axis of pmap or shard_map; one device without an axis."""
+
+    axis_name: str | None = None
+
+    def count(self) -> int:
+        """Known when a program is traced."""
+        return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+
+    def sum(self, parts: PyTree) -> PyTree:
+        """The sum over devices, the same on each."""
+        return jax.lax.psum(parts, self.axis_name) if self.axis_name else parts
+
+    def mean(self, parts: PyTree) -> PyTree:
+        """The mean over devices, the same on each."""
+        return jax.lax.pmean(parts, self.axis_name) if self.axis_name else parts
+
+    def max(self, part: Array) -> Array:
+        """The largest of the devices' values, the same on each."""
+        return jax.lax.pmax(part, self.axis_name) if self.axis_name else part
+
+    def make_local(self, whole: PyTree) -> PyTree:
+        """What all devices hold in common, typed as each device's own: jax.shard_map knows the difference, and would
+        sum derivatives by it over the devices itself."""
+        if not self.axis_name:
+            return whole
+
+        def cast(leaf):
+            try:
+                return jax.lax.pcast(leaf, self.axis_name, to="varying")
+            except ValueError:  # it is each device's own already
+                return leaf
+
+        return jax.tree.map(cast, whole)
+
+    def share(self, problem: Problem) -> Problem:
+        """A device's share of a problem: the shares of all of them add up to the whole."""
+        count = self.count()
+        if count == 1:
+            return problem
+        prior, inner, outer = problem.prior, problem.inner, problem.outer
+        problem = problem._replace(prior=lambda params, frozen: prior(params, frozen) / count)
+        if problem.per_example:  # its losses are divided by the examples of all devices already
+            return problem
+
+        def inner_share(params: Params, hyper: Hyper, frozen: Frozen, batch: Batch) -> Any:
+            if not problem.has_state:
+                return inner(params, hyper, frozen, batch) / count
+            loss, model_state = inner(params, hyper, frozen, batch)
+            return loss / count, model_state
+
+        return problem._replace(
+            inner=inner_share, outer=lambda params, frozen, batch: outer(params, frozen, batch) / count
+        )
+
+
+ONE_DEVICE = Devices()
 
 
 def train_step(problem: Problem, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -69,10 +133,12 @@ def train_step(problem: Problem, optimizer: optax.GradientTransformation) -> Tra
 def step_functions(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    all_reduce: Callable[[PyTree], PyTree] = lambda part: part,
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    """`train_step`'s four functions of a step, to be compiled; `all_reduce` sums further what micro-batches summed up
-    to."""
+    """`train_step`'s four functions of a step, to be compiled; `problem` is a device's share of the whole."""
+    if problem.has_state:
+        return stateful_step_functions(problem, optimizer, devices)
+    all_reduce, make_local = devices.sum, devices.make_local
 
     def hessian_product(
         params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, v: Params
@@ -84,16 +150,20 @@ def step_functions(
             hvp, hypergradients = jax.jvp(both_grads, (params,), (v,))[1]
             return optax.tree.add(total, hvp), hypergradients
 
+        params, frozen, weights, v = make_local((params, frozen, weights, v))
         prior = jax.jvp(lambda params: jax.grad(problem.prior)(params, frozen), (params,), (v,))[1]
         return jax.lax.scan(add_micro, prior, (weights, batch))
 
     def forward(state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with jax.default_matmul_precision("highest"):
-            return apply_update(state, *all_reduce(inner_loss_and_grad(problem, state.params, weights, frozen, batch)))
+            params, weights, frozen = make_local((state.params, weights, frozen))
+            return apply_update(state, *all_reduce(inner_loss_and_grad(problem, params, weights, frozen, batch)))
 
     def apply_update(state: TrainState, loss: Scalar, grad: Params) -> tuple[TrainState, StepMetrics]:
         updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
-        new_state = TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
+        new_state = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt, step=state.step + 1
+        )
         return new_state, StepMetrics(loss, grad, tree.norm(grad))
 
     def backward(
@@ -107,6 +177,8 @@ def step_functions(
     def linearize(
         state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch
     ) -> tuple[TrainState, StepMetrics, Linearization]:
+        local_params, weights, frozen = make_local((state.params, weights, frozen))
+
         def grads_and_loss(params: Params) -> tuple[tuple[Params, HyperSlice], Scalar]:
             def add_micro(total, micro):
                 loss, (grad, weights_grad) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
@@ -119,7 +191,7 @@ def step_functions(
             return (grad, weights_grads), loss
 
         with jax.default_matmul_precision("highest"):
-            (grad, _), linearization, loss = jax.linearize(grads_and_loss, state.params, has_aux=True)
+            (grad, _), linearization, loss = jax.linearize(grads_and_loss, local_params, has_aux=True)
             return *apply_update(state, *all_reduce((loss, grad))), _strip_inputs(
                 linearization, state, weights, frozen, batch
             )
@@ -135,8 +207,79 @@ def step_functions(
     ) -> tuple[Adjoint, HyperSlice]:
         with jax.default_matmul_precision("highest"):
             grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
-            hvp, hypergradients = linearization(jax.tree.leaves((state, weights, frozen, batch)), grad_bar)
+            inputs = jax.tree.leaves((state, weights, frozen, batch))
+            hvp, hypergradients = linearization(inputs, make_local(grad_bar))
             return Adjoint(optax.tree.add(params_bar, all_reduce(hvp)), opt_bar), hypergradients
+
+    return forward, backward, linearize, vjp_step
+
+
+def stateful_step_functions(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    devices: Devices,
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """`step_functions` of a model with a state, which goes from micro-batch to micro-batch and is then averaged over
+    devices.
+
+        backward:  (theta~, s~, w~) = vjp of (theta, s, w) -> (d(inner + prior)/d theta, new s) of (g~, adjoint of s)
+
+    Reverse mode over reverse mode through a step's micro-batches, as the new state has derivatives, too.
+    """
+
+    all_reduce, make_local = devices.sum, devices.make_local
+
+    def grad_and_state(params, model_state, weights, frozen, batch):
+        def add_micro(carry, micro):
+            total, state = carry
+            (loss, state), grad = jax.value_and_grad(problem.inner, has_aux=True)(
+                params, micro[0], frozen, {**micro[1], "model_state": state}
+            )
+            return (optax.tree.add(total, (loss, grad)), state), None
+
+        prior = jax.value_and_grad(problem.prior)(params, frozen)
+        ((loss, grad), model_state), _ = jax.lax.scan(add_micro, (prior, model_state), (weights, batch))
+        return loss, grad, model_state
+
+    def average(model_state: ModelState) -> ModelState:
+        if devices.axis_name is None:
+            return model_state
+        join = tree.split_inexact_leaves(jax.tree.map(devices.max, model_state))[1]  # counters are the same on each
+        return join([leaf / devices.count() for leaf in all_reduce(tree.inexact_leaves(model_state))])
+
+    def forward(state: TrainState, weights: HyperSlice, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with jax.default_matmul_precision("highest"):
+            local_params, local_state, weights, frozen = make_local((state.params, state.model_state, weights, frozen))
+            loss, grad, model_state = grad_and_state(local_params, local_state, weights, frozen, batch)
+            loss, grad = all_reduce((loss, grad))
+            updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            new_state = TrainState(params, opt, state.step + 1, average(model_state))
+            return new_state, StepMetrics(loss, grad, tree.norm(grad))
+
+    def backward(
+        state: TrainState, grad: Params, weights: HyperSlice, frozen: Frozen, batch: Batch, adjoint: Adjoint
+    ) -> tuple[Adjoint, HyperSlice]:
+        with jax.default_matmul_precision("highest"):
+            grad_bar, params_bar, opt_bar = optimizer_vjp(optimizer, grad, state, adjoint)
+            params, weights, frozen, model_state = make_local((state.params, weights, frozen, state.model_state))
+            floats, join = tree.split_inexact_leaves(model_state)
+
+            def step_grad_and_state(params, floats, weights):
+                _, grad, new_state = grad_and_state(params, join(floats), weights, frozen, batch)
+                return grad, tree.inexact_leaves(new_state)
+
+            state_bar = [leaf / devices.count() for leaf in adjoint.model_state]
+            pull = jax.vjp(step_grad_and_state, params, floats, weights)[1]
+            params_part, floats_bar, hypergradients = pull((make_local(grad_bar), make_local(state_bar)))
+            params_part, floats_bar = all_reduce((params_part, floats_bar))
+            return Adjoint(optax.tree.add(params_bar, params_part), opt_bar, tuple(floats_bar)), hypergradients
+
+    def linearize(*arguments: PyTree) -> tuple[TrainState, StepMetrics, Linearization]:
+        raise ValueError("linearize: the steps of a model with a state are not linearized; use a plan without it.")
+
+    def vjp_step(*arguments: PyTree) -> tuple[Adjoint, HyperSlice]:
+        raise ValueError("linearize: the steps of a model with a state are not linearized; use a plan without it.")
 
     return forward, backward, linearize, vjp_step
 
@@ -202,7 +345,7 @@ def compute_update(
 def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, grad: Params) -> TrainState:
     """The state of training after one step along a gradient."""
     updates, opt = compute_update(optimizer, grad, state.opt_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), opt, state.step + 1)
+    return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt, step=state.step + 1)
 
 
 def validation_batch_loss_and_grad(
@@ -250,12 +393,15 @@ def optimizer_vjp(
     return jax.vjp(update, grad, state.params, floats)[1]((adjoint.params, adjoint.opt_state))
 
 
-def init_train_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+def init_train_state(
+    optimizer: optax.GradientTransformation, params: Params, model_state: ModelState = ()
+) -> TrainState:
     """The state of training before the first step.
 
     Args:
         optimizer: gives the optimizer's state.
         params: where training starts.
+        model_state: what the model carries beside them, such as averages of batch normalisation; default nothing.
 
     Returns:
         The state; it holds `params` themselves, not a copy.
@@ -264,7 +410,7 @@ def init_train_state(optimizer: optax.GradientTransformation, params: Params) ->
         >>> int(bj.init_train_state(optax.adam(1e-3), jnp.zeros(2)).step)
         0
     """
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), model_state)
 
 
 def trajectory_from_params(params: Params) -> Trajectory:

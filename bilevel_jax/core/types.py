@@ -14,6 +14,8 @@ Hyper = PyTree
 """What the estimators differentiate with respect to; by default the weight table, float[examples]."""
 Frozen = PyTree
 """Constant over a run (a frozen base model). Never stacked, scanned or differentiated."""
+ModelState = PyTree
+"""What a model carries from step to step beside its parameters: averages of batch normalisation, or of parameters."""
 Batch = PyTree
 """A dict of arrays that lead with [micro, ...]. Always there: `index` int32[micro, examples], the place of each
 example in the weight table (`PADDING` where there is none), and `num_examples` float[micro], the number of real
@@ -50,7 +52,7 @@ class Problem(NamedTuple):
     `scatter_add`, which see the whole global step.
     """
 
-    inner: Callable[[Params, HyperSlice, Frozen, Batch], Scalar]
+    inner: Callable[[Params, HyperSlice, Frozen, Batch], Any]
     """One micro-batch's share of the training loss: sum(weights * losses) / N."""
     prior: Callable[[Params, Frozen], Scalar]
     """r(params), added once per step."""
@@ -60,6 +62,11 @@ class Problem(NamedTuple):
     """The slice of hyper that a global step touches."""
     scatter_add: Callable[[Hyper, Batch, HyperSlice], Hyper]
     """The transpose of `gather`, in which repeated examples add up."""
+    per_example: bool = True
+    """Whether the outer variable holds a number for each training example; else every batch touches all of it."""
+    has_state: bool = False
+    """Whether the model carries a state: `inner` and `outer` then find it in the batch as `model_state`, and `inner`
+    returns (loss, new state)."""
 
 
 class TrainState(NamedTuple):
@@ -68,6 +75,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: PyTree
     step: Int[Array, ""]
+    model_state: ModelState = ()
 
 
 class StepMetrics(NamedTuple):
@@ -79,10 +87,12 @@ class StepMetrics(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """d L_v / d (state of training): of the parameters and of the optimizer state's inexact leaves, in leaf order."""
+    """d L_v / d (state of training): of the parameters, and of the inexact leaves of the optimizer's and the model's
+    state, in leaf order."""
 
     params: Params
     opt_state: list[Array]
+    model_state: tuple[Array, ...] = ()
 
 
 class TrainStep(NamedTuple):
@@ -159,22 +169,24 @@ class BackwardState(NamedTuple):
 class Checks(NamedTuple):
     """Numerical trouble as fields, never as exceptions inside jit; nan where a field does not apply."""
 
-    residual: float = float("nan")
+    residual: float | Scalar = float("nan")
     """|A x - b| / |b| of the linear solve."""
-    curvature: float = float("nan")
+    curvature: float | Scalar = float("nan")
     """The least p.Ap / p.p that the solve met; at or below 0 the system was not positive definite."""
-    gap: float = float("nan")
+    gap: float | Scalar = float("nan")
     """<v, grad of inner + prior>, nats of L_v: what finishing the inner training would still change, to first order."""
-    growth: float = float("nan")
+    growth: float | Scalar = float("nan")
     """The largest norm of the adjoint over its norm at the end of training."""
-    replayed: bool = True
+    replayed: bool | Array = True
     """Every replayed piece ended, bit for bit, where training did."""
-    steps: int = 0
+    steps: int | Array = 0
     """Training steps gone back through, or products of the linear solve."""
-    sample: float = float("nan")
+    sample: float | Scalar = float("nan")
     """Cosine of the solutions on half and on all of the curvature batches that were used."""
-    batches: int = 0
+    batches: int | Array = 0
     """Curvature batches that were used."""
+    resolution: float | Scalar = float("nan")
+    """Norm of the hypergradient over the rounding error of its sum over steps; at or below 1 it is noise."""
 
 
 class Estimate(NamedTuple):
@@ -187,6 +199,8 @@ class Estimate(NamedTuple):
     direction: Params
     """implicit: the solution v; unrolled: d L_v / d (parameters at the earliest step reached)."""
     checks: Checks
+    params: Params = ()
+    """The parameters that L_v was read at."""
 
 
 Estimator = Callable[[Trajectory, Hyper, Frozen, Stream, Stream], Estimate]
@@ -198,13 +212,22 @@ class SolveResult(NamedTuple):
     """The result of a linear solve A x = b."""
 
     x: Params
-    residual: float
-    min_curvature: float
-    steps: int
+    residual: float | Scalar
+    min_curvature: float | Scalar
+    steps: int | Scalar
 
 
-Solver = Callable[[Matvec, Params, Params | None], SolveResult]
-"""(product v -> A v, right-hand side, first guess) -> SolveResult."""
+class LinearSolver(NamedTuple):
+    """A solver of A x = b; both functions take (product v -> A v, right-hand side, first guess or None)."""
+
+    solve: Callable[[Matvec, Params, Params | None], SolveResult]
+    """With a Python loop, for products that read a stream; the result's numbers are Python's."""
+    solve_traced: Callable[[Matvec, Params, Params | None], SolveResult]
+    """The same as a pure function, for products that can be traced."""
+
+    def __call__(self, matvec: Matvec, b: Params, guess: Params | None = None) -> SolveResult:
+        """`solve`."""
+        return self.solve(matvec, b, guess)
 
 
 class Weighting(NamedTuple):
@@ -223,11 +246,15 @@ class SingleLoop(NamedTuple):
     the gradient, and `grad_norm`, the gradient's norm.
     """
 
-    init: Callable[[Params], Any]
-    """The state before the first step, in buffers of its own."""
+    init: Callable[..., Any]
+    """(params, outer variable; default: weights 1) -> the state before the first step, in buffers of its own."""
     step: Callable[[Any, Frozen, Batch, Batch], tuple[Any, Any]]
     """(state, frozen, training batch, validation batch) -> (state, metrics); compiled; the state given is donated."""
     weights: Callable[[Any], Float[Array, "examples"]]
     """state -> the whole table, mean about 1; it costs O(examples)."""
     estimand: str
     """What the trained model and the weights solve, in words."""
+    hyper: Callable[[Any], Hyper]
+    """state -> the outer variable, as `init` takes it; () of a method that learns none."""
+    axis_name: str | None = None
+    """Of devices that each hold a share of the examples."""

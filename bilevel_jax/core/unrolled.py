@@ -15,11 +15,13 @@ from bilevel_jax.core.training import backward_step, compute_update, optimizer_v
 from bilevel_jax.core.types import (
     Adjoint,
     BackwardState,
+    Batch,
     Checks,
     Estimate,
     Estimator,
     Frozen,
     Hyper,
+    ModelState,
     Params,
     Problem,
     Scalar,
@@ -119,6 +121,8 @@ def each(
         >>> bj.each(problem, step)(trajectory, jnp.ones(2), (), stream, validations).grad.round(3).tolist()
         [[1.0, -1.0], [-1.0, 1.0]]
     """
+    if problem.has_state:
+        raise ValueError("several outer losses of a model with a state: use unrolled_estimator for each of them.")
     loss_and_grad = validation_loss_and_grad_fn(problem)
     vmapped_step = step._replace(
         backward=jax.jit(jax.vmap(step.backward, in_axes=(None, None, None, None, None, 0))),
@@ -167,7 +171,7 @@ def backward_pass(
 
     `on_step` is called after each step back with the step's number, `on_replay` after each step replayed.
     """
-    loss_and_grad = validation_loss_and_grad_fn(problem)
+    end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
 
     def first_step(trajectory: Trajectory) -> int:
         return 0 if window is None else max(0, trajectory.steps - window)
@@ -175,9 +179,8 @@ def backward_pass(
     def init(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
         if trajectory.steps and not trajectory.plan.stored_steps:
             raise ValueError("this training run stored nothing for a backward pass; give `train` another `plan`.")
-        validation_loss, params_grad = loss_and_grad(trajectory.end.params, frozen, validation)
-        norm_at_end = tree.norm(params_grad)
-        adjoint = Adjoint(params_grad, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(trajectory.end.opt_state)])
+        validation_loss, adjoint = end_loss_and_adjoint(trajectory.end, frozen, validation)
+        norm_at_end = tree.norm(adjoint.params)
         grad = jax.tree.map(jnp.zeros_like, hyper)
         return BackwardState(
             trajectory.steps, trajectory.end, adjoint, grad, validation_loss, norm_at_end, norm_at_end, jnp.array(True)
@@ -248,9 +251,41 @@ def backward_pass(
             bool(backward_state.replay_matches),
         )
         checks = Checks(growth=growth, replayed=replay_matches, steps=trajectory.steps - first_step(trajectory))
-        return Estimate(backward_state.grad, backward_state.validation_loss, backward_state.adjoint.params, checks)
+        params = trajectory.end.params
+        return Estimate(
+            backward_state.grad, backward_state.validation_loss, backward_state.adjoint.params, checks, params
+        )
 
     return BackwardPass(init, advance, is_done, finish)
+
+
+def _end_loss_and_adjoint_fn(problem: Problem) -> Callable[[TrainState, Frozen, Stream], tuple[Scalar, Adjoint]]:
+    """(state at the end of training, frozen, validation stream) -> (L_v, its derivative by that state)."""
+    if not problem.has_state:
+        loss_and_grad = validation_loss_and_grad_fn(problem)
+
+        def stateless(end: TrainState, frozen: Frozen, validation: Stream) -> tuple[Scalar, Adjoint]:
+            value, params_grad = loss_and_grad(end.params, frozen, validation)
+            return value, Adjoint(params_grad, _zero_opt_adjoint(end))
+
+        return stateless
+
+    def outer(evaluated: tuple[Params, list[Array]], given: tuple[Frozen, ModelState], batch: Batch) -> Scalar:
+        model_state = tree.split_inexact_leaves(given[1])[1](evaluated[1])
+        return problem.outer(evaluated[0], given[0], {**batch, "model_state": model_state})
+
+    state_loss_and_grad = validation_loss_and_grad_fn(problem._replace(outer=outer))
+
+    def stateful(end: TrainState, frozen: Frozen, validation: Stream) -> tuple[Scalar, Adjoint]:
+        evaluated = (end.params, tree.inexact_leaves(end.model_state))
+        value, (params_grad, state_grad) = state_loss_and_grad(evaluated, (frozen, end.model_state), validation)
+        return value, Adjoint(params_grad, _zero_opt_adjoint(end), tuple(state_grad))
+
+    return stateful
+
+
+def _zero_opt_adjoint(end: TrainState) -> list[Array]:
+    return [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(end.opt_state)]
 
 
 _states_equal = jax.jit(tree.bitwise_equal)
@@ -437,7 +472,8 @@ def _advance_along(
         update, (grad, floats), (direction, tangents), has_aux=True
     )
     acts = jnp.stack([(leaf != 0).any() for leaf in jax.tree.leaves(params_tangent)]).any()  # nan, too
-    return TrainState(params, opt_state, state.step + 1), new_tangents, acts
+    new_state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+    return new_state, new_tangents, acts
 
 
 def _has_finite_vjp(optimizer: optax.GradientTransformation, grad: Params, state: TrainState) -> Bool[Array, ""]:

@@ -26,7 +26,8 @@ class OnlineWeights(NamedTuple):
     weight table for each slot of a batch, `PADDING` where there is none; an example may repeat.
     """
 
-    init: Callable[[], Any]
+    init: Callable[..., Any]
+    """(logits h; default 0) -> state."""
     batch_weights: Callable[[Any, ExampleIndex], BatchValues]
     """(state, index) -> weights, mean 1 at the start; 0 for padding."""
     batch_grad: Callable[[Any, ExampleIndex, BatchValues], Hyper]
@@ -37,6 +38,10 @@ class OnlineWeights(NamedTuple):
     """state -> the whole table; for the end of a run, it costs O(examples)."""
     renormalize: Callable[[Any], Any]
     """state -> the same state without the rounding that running sums gathered; once an epoch, it costs O(examples)."""
+    logits: Callable[[Any], Hyper]
+    """state -> h, what `init` takes."""
+    is_separate: bool = False
+    """Whether the weight of an example depends on its own logit alone, so that each device can hold a share of them."""
 
 
 def softmax(num_examples: int, table_size: int = 0) -> Weighting:
@@ -291,11 +296,18 @@ def online_softmax(num_examples: int) -> OnlineWeights:
             state.logits, logit_bound, jnp.exp(state.logits - logit_bound).sum(), jnp.zeros_like(logit_bound)
         )
 
-    def init() -> SoftmaxState:
-        return renormalize(SoftmaxState(jnp.zeros(num_examples), jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))
+    def init(logits: WeightTable | None = None) -> SoftmaxState:
+        logits = jnp.zeros(num_examples) if logits is None else jnp.array(logits)
+        return renormalize(SoftmaxState(logits, jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))
 
     return OnlineWeights(
-        init, batch_weights, batch_grad, update, lambda state: num_examples * jax.nn.softmax(state.logits), renormalize
+        init,
+        batch_weights,
+        batch_grad,
+        update,
+        lambda state: num_examples * jax.nn.softmax(state.logits),
+        renormalize,
+        lambda state: state.logits,
     )
 
 
@@ -327,12 +339,14 @@ def online_sigmoid(num_examples: int) -> OnlineWeights:
         return logits.at[index].add(change, mode="drop")
 
     return OnlineWeights(
-        lambda: jnp.zeros(num_examples),
+        lambda logits=None: jnp.zeros(num_examples) if logits is None else jnp.array(logits),
         batch_weights,
         batch_grad,
         update,
         lambda logits: 2 * jax.nn.sigmoid(logits),
         lambda logits: logits,
+        lambda logits: logits,
+        is_separate=True,
     )
 
 
@@ -390,15 +404,19 @@ def online_per_source(example_source: Int[Array, "examples"], num_sources: int) 
     def update(state: SourceState, index: ExampleIndex, change: Float[Array, "sources"]) -> SourceState:
         return state._replace(logits=state.logits + change)
 
-    def init() -> SourceState:
+    def init(logits: Float[Array, "sources"] | None = None) -> SourceState:
         return SourceState(
-            jnp.zeros(num_sources), jnp.array(example_source), jnp.bincount(example_source, length=num_sources)
+            jnp.zeros(num_sources) if logits is None else jnp.array(logits),
+            jnp.array(example_source),
+            jnp.bincount(example_source, length=num_sources),
         )
 
     def weights(state: SourceState) -> WeightTable:
         return source_weights(state.logits, state.source_counts)[state.example_source]
 
-    return OnlineWeights(init, batch_weights, batch_grad, update, weights, lambda state: state)
+    return OnlineWeights(
+        init, batch_weights, batch_grad, update, weights, lambda state: state, lambda state: state.logits
+    )
 
 
 def online_uniform(num_examples: int) -> OnlineWeights:
@@ -420,12 +438,14 @@ def online_uniform(num_examples: int) -> OnlineWeights:
         return jnp.where(index != PADDING, 1.0, 0.0)
 
     return OnlineWeights(
-        lambda: None,
+        lambda logits=None: None,
         ones,
         lambda state, index, hypergradients: jnp.zeros_like(hypergradients),
         lambda state, index, change: state,
         lambda state: jnp.ones(num_examples),
         lambda state: state,
+        lambda state: (),
+        is_separate=True,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.core import hypergradient
+from bilevel_jax.core import streams
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import init_train_state, scan, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import PADDING, Problem, Stream, Trajectory
@@ -52,7 +52,7 @@ class Closed(NamedTuple):
         return trajectory_from_params(self.params)
 
     def streams(self) -> tuple[Stream, Stream]:
-        return hypergradient.full_batch_stream(self.data), hypergradient.full_batch_stream(self.held_out)
+        return streams.full_batch_stream(self.data), streams.full_batch_stream(self.held_out)
 
 
 def ridge() -> Closed:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import hypergradient, single_loop
+from bilevel_jax.core import single_loop, streams
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.single_loop import TrainedReference, bmo, geometric_schedule, smooth_merit, weights_from_gaps
 from bilevel_jax.core.training import inner_loss_and_grad
@@ -47,7 +47,7 @@ class Convex:
     def __init__(self):
         prior = proximal(0.2, lambda fixed: fixed)
         self.problem = weighted(lambda p, fixed, b: self.losses(p, b["data"]), prior=prior)
-        self.batch = hypergradient.full_batch_stream(self.data).batch(0)
+        self.batch = streams.full_batch_stream(self.data).batch(0)
 
     def losses(self, params, data=None):
         centre, slope = self.data if data is None else data
@@ -144,7 +144,7 @@ def test_two_objectives_end_on_the_front_where_validation_is_least():
     """
     centres, aim, steps, inner = jnp.array([[-1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.4, 0.1]]), 40_000, 20
     problem = weighted(lambda p, fixed, b: 0.5 * jnp.sum((p[None] - b["data"]) ** 2, -1))
-    train, held_out = (hypergradient.full_batch_stream(data).batch(0) for data in (centres, aim))
+    train, held_out = (streams.full_batch_stream(data).batch(0) for data in (centres, aim))
     tau, share = geometric_schedule(1.0, 1e-5, steps // 2), geometric_schedule(0.5, 3e-3, steps // 2)
     rate = geometric_schedule(0.2, 0.2e-5, inner * steps // 2)  # phi's problem has curvature 1 / tau along the front
     copy = TrainedReference(optax.sgd(rate, momentum=0.9, nesterov=True), inner, 1.0)
@@ -170,7 +170,7 @@ def useless(seed: int, gap: float = 2.0):
     wrong = xv[:15] @ truth + gap * rng.choice([-1.0, 1.0], 15)
     problem = weighted(lambda p, fixed, b: 0.5 * (b["data"][0] @ p - b["data"][1]) ** 2)
     training = np.concatenate([x, xv[:15]]), np.concatenate([x @ truth, wrong])
-    return problem, hypergradient.full_batch_stream(training), hypergradient.full_batch_stream((xv, xv @ truth))
+    return problem, streams.full_batch_stream(training), streams.full_batch_stream((xv, xv @ truth))
 
 
 @pytest.mark.parametrize("seed", range(3))

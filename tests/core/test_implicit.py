@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.core import hypergradient, solvers
+from bilevel_jax.core import solvers, streams
 from bilevel_jax.core.curvature import gauss_newton, hessian
 from bilevel_jax.core.implicit import implicit_estimator, subsample_stream
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.solve.hypergradient import hypergradient
 from bilevel_jax.core.training import trajectory_from_params
 from bilevel_jax.core.types import CompositeLoss, Stream
 from tests.core.problems import logistic, normal, relative, ridge
@@ -36,7 +37,7 @@ def test_equals_closed_form(make, solver):
 
 def test_friendly_face_is_three_lines():
     closed = ridge()
-    estimate = hypergradient.hypergradient(
+    estimate = hypergradient(
         closed.losses, closed.params, closed.data, closed.held_out, weights=closed.weights, l2=closed.delta,
         solver=solvers.cg(tolerance=1e-12),
     )  # fmt: skip
@@ -67,7 +68,7 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
 
     problem = weighted(lambda p, fixed, b: link(outputs(p, fixed, b), fixed, b))
     params = {"in": normal(21, 4, 5), "out": normal(22, 5)}
-    stream = hypergradient.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
+    stream = streams.full_batch_stream((normal(23, 30, 4), 5 * normal(24, 30)))
     curvatures = {}
     for name, product in (("hessian", hessian(problem)), ("gn", gauss_newton(problem, CompositeLoss(outputs, link)))):
         estimate = implicit_estimator(problem, product, solvers.dense())(

@@ -7,7 +7,9 @@ import optax
 import pytest
 from optax import contrib
 
-from bilevel_jax.core.hypergradient import hypergradient, shuffled_stream
+from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.solve.unroll import unroll
+from bilevel_jax.core.streams import full_batch_stream, shuffled_stream
 from tests.core.problems import relative
 
 STEPS, BATCH, EXAMPLES = 6, 3, 5  # two steps an epoch, the second with an empty slot
@@ -188,6 +190,12 @@ def grad_through_steps(optimizer, start, training, validation):
     return jax.grad(trained_loss)(jnp.ones(EXAMPLES))
 
 
+def solve(optimizer, start, training, validation):
+    solver = unroll(weighted(lambda params, frozen, batch: losses(params, batch["data"])), optimizer, steps=STEPS)
+    stream = shuffled_stream(training, BATCH, STEPS, seed=0)
+    return solver.run(start, jnp.ones(EXAMPLES), stream, full_batch_stream(validation))
+
+
 def cases(fast, others):
     return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
@@ -195,7 +203,7 @@ def cases(fast, others):
 @pytest.mark.parametrize("name", cases(FAST, OTHERS))
 def test_equals_jax_grad_through_the_same_steps(name):
     optimizer, (start, training, validation) = (FAST | OTHERS)[name](), problem(name)
-    out = hypergradient(losses, start, training, validation, optimizer=optimizer, steps=STEPS, batch_size=BATCH)
+    out = solve(optimizer, start, training, validation)
     expected = grad_through_steps(optimizer, start, training, validation)
     assert np.abs(expected).max() > 1e-6
     assert relative(out.grad, expected) < 1e-10  # lbfgs divides by small curvatures
@@ -206,7 +214,7 @@ def test_refused_with_the_true_reason(name):
     make, message = (REFUSED | REFUSED_OTHERS)[name]
     optimizer, (start, training, validation) = make(), problem(name)
     with pytest.raises(ValueError, match=message):
-        hypergradient(losses, start, training, validation, optimizer=optimizer, steps=STEPS, batch_size=BATCH)
+        solve(optimizer, start, training, validation)
     expected = grad_through_steps(optimizer, start, training, validation)
     if name == "radam":
         assert not np.isfinite(expected).all()

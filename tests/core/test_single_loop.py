@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import hypergradient, single_loop, weightings
+from bilevel_jax.core import single_loop, streams, weightings
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.types import PADDING, Stream
 from tests.core.problems import ROWS, lora, normal, relative
@@ -301,7 +301,7 @@ def regression(seed: int):
 
 def outcome(build, seed=0, steps=60_000):
     """L_v and the weights after `steps` steps of SGD with momentum on whole batches, from 0."""
-    train, held_out = (hypergradient.full_batch_stream(data).batch(0) for data in regression(seed))
+    train, held_out = (streams.full_batch_stream(data).batch(0) for data in regression(seed))
     problem = weighted(lambda params, fixed, batch: 0.5 * (batch["data"][0] @ params - batch["data"][1]) ** 2)
     method = build(problem, optax.sgd(0.2, momentum=0.9, nesterov=True))
 

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import checkpointing, hypergradient
-from bilevel_jax.core.problem import shared
+from bilevel_jax.core import checkpointing, streams
+from bilevel_jax.core.problem import problem as global_problem
+from bilevel_jax.core.solve.hypergradient import hypergradient
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
 from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled_estimator, validation_loss_fn
@@ -237,7 +238,7 @@ def test_an_example_in_two_halves_keeps_its_total():
         return (data[0] @ p - data[1]) ** 2
 
     def entries(rows, weights):
-        return hypergradient.hypergradient(
+        return hypergradient(
             losses, jnp.zeros(3), (x[rows], y[rows]), (x[:3], y[:3]), weights=weights, steps=12,
             optimizer=optax.sgd(0.05 * len(rows)),  # the denominator counts rows; the rate takes it out
         ).grad  # fmt: skip
@@ -255,12 +256,12 @@ def test_a_global_outer_variable():
     def squares(p, batch):
         return (batch["data"][0] @ p - batch["data"][1]) ** 2
 
-    problem = shared(
+    problem = global_problem(
         lambda p, strength, fixed, b: jnp.mean(squares(p, b)) + jnp.exp(strength["log"]) * jnp.sum(p**2),
         lambda p, fixed, b: jnp.mean(squares(p, b)),
     )
     optimizer = optax.sgd(0.05, momentum=0.9)
-    stream, held_out = hypergradient.shuffled_stream((x, y), 12, 10, 0), hypergradient.full_batch_stream((x[:5], y[:5]))
+    stream, held_out = streams.shuffled_stream((x, y), 12, 10, 0), streams.full_batch_stream((x[:5], y[:5]))
     hyper = {"log": jnp.asarray(-1.0)}
     step = train_step(problem, optimizer)
     run = train(step, init_train_state(optimizer, jnp.zeros(4)), hyper, None, stream)
@@ -313,8 +314,6 @@ def test_a_training_that_kept_nothing_is_refused():
 
 def test_hypergradient_wants_one_estimand():
     with pytest.raises(ValueError, match="either optimizer .* or l2"):
-        hypergradient.hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
+        hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match=r"weights \(4,\) for 3 training examples"):
-        hypergradient.hypergradient(
-            lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), l2=1.0
-        )
+        hypergradient(lambda p, d: d @ p, jnp.zeros(2), jnp.ones((3, 2)), jnp.ones((3, 2)), weights=jnp.ones(4), l2=1.0)

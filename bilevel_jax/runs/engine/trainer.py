@@ -220,7 +220,7 @@ class Trainer:
         self.session.advance(2 * train_stream.steps)
         estimate = estimator(run, weights, fixed, train_stream, validation)
         if not alignment and outer.method == "implicit":  # where the batches were doubled: the last solve alone
-            self.session.advance(HVP_WORK * estimate.checks.steps * estimate.checks.batches)
+            self.session.advance(HVP_WORK * int(estimate.checks.steps * estimate.checks.batches))
         if task.base_params is None or alignment:
             return estimate
         # The prior's centre is not balanced along, so its slope, and with it the gap, would depend on the factoring.

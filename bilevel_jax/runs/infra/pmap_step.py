@@ -1,12 +1,11 @@
 """Data-parallel training step written with jax.pmap."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import optax
 
-from bilevel_jax.core.training import step_functions
+from bilevel_jax.core.training import Devices, step_functions
 from bilevel_jax.core.types import (
     Adjoint,
     Batch,
@@ -36,9 +35,7 @@ def pmap_train_step(
     devices = list(devices or jax.local_devices())
     count, axis = len(devices), "devices"
     per_device_problem = problem._replace(prior=lambda params, frozen: problem.prior(params, frozen) / count)
-    forward_step, backward_step, linearize, vjp_step = step_functions(
-        per_device_problem, optimizer, all_reduce=partial(jax.lax.psum, axis_name=axis)
-    )
+    forward_step, backward_step, linearize, vjp_step = step_functions(per_device_problem, optimizer, Devices(axis))
     pmap_forward = jax.pmap(forward_step, axis, in_axes=(None, 0, None, 0), out_axes=None, devices=devices)
     pmap_backward = jax.pmap(
         backward_step, axis, in_axes=(None, None, 0, None, 0, None), out_axes=(None, 0), devices=devices

@@ -1,0 +1,1 @@
+"""Solvers on arrays: training and hypergradient as one pure function."""

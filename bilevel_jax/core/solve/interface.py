@@ -1,0 +1,141 @@
+"""The one form of all solvers: what `run` and `value` check, compile, and refuse."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.core.solve.arrays import Inputs, check_arguments, check_floating, signature
+from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, is_traced, raise_for_status
+from bilevel_jax.core.types import Problem, Scalar, Stream
+
+NO_DERIVATIVE_OF_RUN = (
+    "a solver's `run` returns derivatives and has none itself. Differentiate `solver.value` for jax.grad; a second "
+    "derivative through a training run is not supported."
+)
+NO_DERIVATIVE_OF_VALUE = (
+    "this method moves parameters and weights together, so its end has no hypergradient. For one, use unroll, implicit "
+    "or penalty."
+)
+
+
+class Method(NamedTuple):
+    """A bilevel method, as `build_solver` makes a solver of it."""
+
+    solve: Callable[[Inputs], Solution]
+    """On arrays; a pure function."""
+    evaluate: Callable[[Inputs], Scalar]
+    """On arrays: L_v alone."""
+    solve_streams: Callable[[Inputs], Solution]
+    """The same on streams, with a Python loop."""
+    evaluate_streams: Callable[[Inputs], Scalar]
+    diagnose: Callable[[Inputs, Status], None] = lambda inputs, status: None
+    """Raises a sentence that says more of a bad status of arrays, where there is one."""
+
+
+def build_solver(
+    problem: Problem,
+    method: Method,
+    *,
+    estimand: str,
+    is_retrained: bool = True,
+    batch_size: int | None = None,
+    has_gradient: bool = True,
+) -> BilevelSolver:
+    """The solver of a method: arrays run as one compiled program, streams by a Python loop."""
+    compiled = jax.jit(_refuse_derivatives(method.solve, NO_DERIVATIVE_OF_RUN))
+    evaluate = method.evaluate if has_gradient else _refuse_derivatives(method.evaluate, NO_DERIVATIVE_OF_VALUE)
+    compiled_value = jax.jit(evaluate)
+    checked: set[tuple] = set()
+
+    def check(inputs: Inputs) -> bool:
+        """Refuse what cannot be used; whether the data are streams."""
+        shapes = signature(inputs)
+        if shapes in checked:
+            return False
+        if isinstance(inputs.train, Stream) or isinstance(inputs.valid, Stream):
+            _check_streams(problem, inputs)
+            return True
+        check_arguments(problem, inputs, batch_size=batch_size, hyper_is_optional=not has_gradient)
+        checked.add(shapes)
+        return False
+
+    def run(
+        params: Any, hyper: Any, train: Any, valid: Any, *, frozen: Any = (), model_state: Any = (), key: Any = None,
+        throw: bool = True,
+    ) -> Solution:  # fmt: skip
+        inputs = Inputs(params, hyper, train, valid, frozen, model_state, key)
+        is_stream = check(inputs)
+        solution = method.solve_streams(inputs) if is_stream else compiled(inputs)
+        if throw and not is_traced(solution.status) and (status := int(solution.status)) != Status.OK:
+            if not is_stream:
+                method.diagnose(inputs, Status(status))
+            raise_for_status(solution.status)
+        return solution._replace(start=params, hyper=hyper if has_gradient else solution.hyper)
+
+    @jax.custom_vjp
+    def differentiable_value(params, hyper, others):
+        return compiled_value(Inputs(params, hyper, *others))
+
+    def value_forward(params, hyper, others):
+        perturbed = [leaf.perturbed for leaf in jax.tree.leaves(others, is_leaf=_is_primal) if _is_primal(leaf)]
+        if any(perturbed):
+            raise ValueError(
+                "`value` has derivatives by params and hyper alone. To differentiate by the data or by what is frozen, "
+                "make it part of hyper: bj.problem(inner, outer)."
+            )
+        strip = partial(jax.tree.map, lambda leaf: leaf.value if _is_primal(leaf) else leaf, is_leaf=_is_primal)
+        solution = compiled(Inputs(strip(params), strip(hyper), *strip(others)))
+        return solution.value, (solution.grad_start, solution.grad, strip(others))
+
+    def value_backward(residuals, cotangent):
+        grad_start, grad, others = residuals
+        scale = partial(jax.tree.map, lambda leaf: leaf * cotangent)
+        return scale(grad_start), scale(grad), jax.tree.map(lambda leaf: None, others)
+
+    differentiable_value.defvjp(value_forward, value_backward, symbolic_zeros=True)
+
+    def value(
+        params: Any, hyper: Any, train: Any, valid: Any, *, frozen: Any = (), model_state: Any = (), key: Any = None
+    ) -> Scalar:
+        inputs = Inputs(params, hyper, train, valid, frozen, model_state, key)
+        if check(inputs):
+            return method.evaluate_streams(inputs)
+        if not has_gradient:
+            return compiled_value(inputs)
+        return differentiable_value(params, hyper, tuple(inputs[2:]))
+
+    return BilevelSolver(run, value, estimand, is_retrained)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed") and hasattr(leaf, "value")
+
+
+def _check_streams(problem: Problem, inputs: Inputs) -> None:
+    for name, stream in (("train", inputs.train), ("valid", inputs.valid)):
+        if not isinstance(stream, Stream):
+            raise ValueError(f"{name} is {type(stream).__name__}; give streams for both, or arrays for both.")
+        if stream.steps < 1:
+            raise ValueError(f"{name} has no batches; give a stream of at least one.")
+    check_floating("params", inputs.params)
+    check_floating("hyper", inputs.hyper)
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((inputs.params, inputs.hyper))):
+        raise ValueError("streams are read by a Python loop, which does not run under jit, vmap or grad: give arrays.")
+    if problem.per_example and jnp.ndim(inputs.hyper) != 1:
+        raise ValueError(f"weights {jnp.shape(inputs.hyper)}; give one for each training example.")
+    if not float(jnp.sum(inputs.valid.batch(0)["num_examples"])) > 0:
+        raise ValueError("valid has no examples; give at least one.")
+
+
+def _refuse_derivatives(function: Callable[[Inputs], Any], reason: str) -> Callable[[Inputs], Any]:
+    """The function, with a clear error where JAX would differentiate through it."""
+    refusing = jax.custom_jvp(function)
+
+    @refusing.defjvp
+    def jvp(primals, tangents):
+        raise ValueError(reason)
+
+    return refusing
