@@ -87,7 +87,7 @@ def weighted(
         return table.at[batch["index"]].add(hypergradients, mode="drop")
 
     inner_loss: Callable[..., Any] = stateful_inner if has_state else inner
-    return Problem(inner_loss, prior or _no_prior, outer_loss, gather, scatter_add, has_state=has_state)
+    return Problem(inner_loss, prior or no_prior, outer_loss, gather, scatter_add, has_state=has_state)
 
 
 def get_multiplicity(batch: Batch) -> Float[Array, "*micro examples"] | float:
@@ -151,7 +151,7 @@ def problem(
 
     return Problem(
         stateful_inner if has_state else inner,
-        prior or _no_prior,
+        prior or no_prior,
         stateful_outer if has_state else outer,
         gather,
         scatter_add,
@@ -174,8 +174,9 @@ def hold_state(problem: Problem, model_state: ModelState) -> Problem:
     return problem._replace(inner=inner, outer=outer, has_state=False)
 
 
-def _no_prior(params: Params, frozen: Frozen) -> Scalar:
-    return jnp.zeros(())
+def no_prior(params: Params, frozen: Frozen) -> Scalar:
+    """0; under jax.shard_map each device's own where the parameters are."""
+    return jnp.zeros_like(jax.tree.leaves(params)[0], float, shape=())
 
 
 def proximal(strength: float, centre: Callable[[Frozen], Params] | None = None) -> Callable[[Params, Frozen], Scalar]:

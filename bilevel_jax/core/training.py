@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.problem import no_prior
 from bilevel_jax.core.types import (
     PADDING,
     Adjoint,
@@ -355,7 +356,7 @@ def validation_batch_loss_and_grad(
     time."""
     outer_problem = problem._replace(
         inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
-        prior=lambda params, frozen: jnp.zeros(()),
+        prior=no_prior,
     )
     num_real = jnp.sum(validation["index"] != PADDING)
     batch = {**validation, "num_examples": jnp.full_like(validation["num_examples"], num_real)}

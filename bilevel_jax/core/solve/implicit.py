@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.core import curvature as curvatures
-from bilevel_jax.core import solvers, tree
+from bilevel_jax.core import tree
+from bilevel_jax.core.curvature import CurvatureProduct, hessian, over_streams_of
 from bilevel_jax.core.implicit import hypergradients_along, implicit_estimator
 from bilevel_jax.core.problem import hold_state
 from bilevel_jax.core.solve.arrays import Inputs, check_counts, first_micro_batch, full_batch
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.scanned import scan_forward
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
+from bilevel_jax.core.solvers import cg
 from bilevel_jax.core.training import (
     Devices,
     init_train_state,
@@ -28,7 +29,7 @@ from bilevel_jax.core.unrolled import validation_loss_fn
 def implicit(
     problem: Problem,
     *,
-    curvature: curvatures.CurvatureProduct | None = None,
+    curvature: CurvatureProduct | None = None,
     solver: LinearSolver | None = None,
     optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
@@ -83,8 +84,8 @@ def implicit(
     for name, number in (("max_residual", max_residual), ("max_gap", max_gap)):
         if not number > 0:
             raise ValueError(f"{name} = {number!r}; give a number above 0.")
-    product = curvatures.hessian(problem) if curvature is None else curvature
-    linear_solver = solvers.cg() if solver is None else solver
+    product = hessian(problem) if curvature is None else curvature
+    linear_solver = cg() if solver is None else solver
     devices = Devices(axis_name)
 
     def minimize(local: Problem, inputs: Inputs, batch: Batch) -> Params:
@@ -166,7 +167,7 @@ def implicit(
     def solve_streams(inputs: Inputs) -> Solution:
         held = hold_state(problem, inputs.model_state)
         trajectory = minimize_on_stream(inputs, held)
-        product_of_held = product if held is problem else curvatures.over_streams_of(held, product.of_micro_batch)
+        product_of_held = product if held is problem else over_streams_of(held, product.of_micro_batch)
         estimate = implicit_estimator(held, product_of_held, linear_solver)(
             trajectory, inputs.hyper, inputs.frozen, inputs.train, inputs.valid
         )

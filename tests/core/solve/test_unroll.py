@@ -354,7 +354,7 @@ def test_an_optimizer_without_a_derivative_at_zero_is_told():
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), optax.adam(1e-2), steps=3)
     rows = (train[0].at[:, 0].set(0), train[1])  # the gradient of w[0] is 0
-    with pytest.raises(ValueError, match="not finite at a gradient of this run .step 0.. Adam and its kin need eps_root"):
+    with pytest.raises(ValueError, match="not finite at a gradient of this run .step 0..*need eps_root"):
         solver.run(start, weights, rows, valid)
     assert int(solver.run(start, weights, rows, valid, throw=False).status) == Status.NOT_FINITE
 
