@@ -38,8 +38,8 @@ import numpy as np
 import optax
 
 from bilevel_jax.core import single_loop
-from bilevel_jax.core.hypergradient import full_batch_stream
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.streams import full_batch_stream
 from bilevel_jax.core.weightings import online_softmax
 
 jax.config.update("jax_enable_x64", True)
