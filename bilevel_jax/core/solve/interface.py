@@ -107,7 +107,7 @@ def build_solver(
             return compiled_value(inputs)
         return differentiable_value(params, hyper, tuple(inputs[2:]))
 
-    return BilevelSolver(run, value, estimand, is_retrained)
+    return BilevelSolver(run, value, estimand, is_retrained, problem.per_example)
 
 
 def _is_primal(leaf: Any) -> bool:

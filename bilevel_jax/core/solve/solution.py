@@ -89,6 +89,8 @@ class BilevelSolver(NamedTuple):
     """What `grad` is the derivative of, in words."""
     is_retrained: bool
     """Whether `value` trains (or minimizes) again for another outer variable, so that differences of it test `grad`."""
+    is_per_example: bool
+    """Whether the outer variable holds a number for each training example."""
 
 
 def raise_for_status(status: Int[Array, "..."]) -> None:
