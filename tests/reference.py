@@ -12,7 +12,11 @@ from pathlib import Path
 import bilevel_jax
 
 EXPORTED = ("certify", "checkpointing", "curvature", "single_loop", "solvers", "weightings")
-MODULES = ("bilevel_jax", *(f"bilevel_jax.core.{name}" for name in (*EXPORTED, "types")))
+MODULES = (
+    "bilevel_jax",
+    *(f"bilevel_jax.core.{name}" for name in (*EXPORTED, "types")),
+    "bilevel_jax.runs.config.schema",
+)
 """Modules with a page; pdoc adds those that a module's `__all__` names."""
 
 

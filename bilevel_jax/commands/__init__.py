@@ -27,6 +27,7 @@ _MODULE_OF = {
     "RefineConfig": "bilevel_jax.runs.config.load",
     "SelectConfig": "bilevel_jax.runs.config.load",
     "TrainConfig": "bilevel_jax.runs.config.load",
+    "schema": "bilevel_jax.runs.config.load",  # the module of the sections' dataclasses
     # results
     "AuditResult": "bilevel_jax.commands.results",
     "CompareResult": "bilevel_jax.commands.results",

@@ -53,7 +53,8 @@ def select(config: Any = None, **sections: Any) -> SelectResult:
         config: a `SelectConfig`, a dict of sections or the name of a YAML file; None for the defaults of the keys.
         **sections: sections of the config by name, each a dict of its keys or its dataclass, which override `config`:
             model, lora, data, objective, optimizer, train, outer, single_loop, scores, output, selection, retrain,
-            certify, mesh, distributed. A single key is `**{"train.max_steps": 100}`.
+            certify, mesh, distributed. A single key is `**{"train.max_steps": 100}`; `bj.commands.schema` has the
+            dataclasses of the sections with the meaning of each key.
 
     Returns:
         The verdict, and arrays with one entry for each training example.
@@ -297,10 +298,13 @@ def run_export(config: ExportConfig, run: Path | None = None, command: str = "")
 
 @contextlib.contextmanager
 def _precision(config: Any) -> Iterator[None]:
-    """Inside, JAX has 64 bits where model.param_dtype asks for them: in all threads, and as before afterwards."""
+    """Inside, JAX has 64 bits if model.param_dtype asks for them and else not, in all threads; then as before.
+
+    So the config alone decides what is computed, whatever the program that calls has set.
+    """
     before = jax.config.read("jax_enable_x64")
-    wants_64_bits = "model" in vars(config) and config.model.param_dtype == "float64"
-    jax.config.update("jax_enable_x64", before or wants_64_bits)
+    if "model" in vars(config):
+        jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")
     try:
         yield
     finally:

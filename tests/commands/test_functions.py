@@ -123,7 +123,7 @@ def test_the_other_commands_take_a_result(made, selected, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_64_bits_stay_in_the_call(made, before, monkeypatch):
+def test_the_config_decides_on_64_bits_and_the_caller_keeps_its_own(made, before, monkeypatch):
     seen = []
 
     def run(config):
@@ -136,7 +136,7 @@ def test_64_bits_stay_in_the_call(made, before, monkeypatch):
         for dtype in ("float64", "float32"):
             with pytest.raises(FloatingPointError):
                 commands.train(made / "train.yaml", **{"model.param_dtype": dtype})
-        assert seen == [True, before] and jax.config.read("jax_enable_x64") is before
+        assert seen == [True, False] and jax.config.read("jax_enable_x64") is before
     finally:
         jax.config.update("jax_enable_x64", False)
 
