@@ -7,6 +7,7 @@ line. Messages speak of flags; in Python `--out` is `output={"dir": ...}` and `-
 import contextlib
 import importlib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def select(config: Any = None, **sections: Any) -> SelectResult:
             for data, a model or a machine that do not fit; no work is done before.
         FileNotFoundError: for a config or file that is not there; other kinds of OSError for one that cannot be read.
         FileExistsError: where output.dir holds a run and output.resume is false, or something else.
-        RuntimeError: where another process uses output.dir.
+        RuntimeError: where another process uses output.dir, or another thread runs a command.
         FloatingPointError: where training diverges.
         Interrupted: when the run is asked to stop (SIGTERM, or SIGINT as a notebook's button sends); it has saved.
 
@@ -272,6 +273,8 @@ FLAGS_IN_PYTHON = (
     "output={'resume': True}."
 )
 """Note on errors whose text names flags."""
+_process = threading.Lock()
+"""Held while a command runs."""
 
 
 def run_command(config: Any) -> Result:
@@ -280,14 +283,14 @@ def run_command(config: Any) -> Result:
     if "distributed" in vars(config):
         distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))
     function = _import(f"bilevel_jax.commands.{command}.run:{command}")
-    with _precision(config):
+    with _hold_process(config):
         outcome = function(config)
         return outcome if isinstance(outcome, InspectResult) else read_run(config, config.output.dir)
 
 
 def run_estimate(config: Any, options: Any) -> EstimateResult:
     """Estimate the run of a checked config."""
-    with _precision(config):
+    with _hold_process(config):
         return _import("bilevel_jax.commands.estimate.run:estimate")(config, options)
 
 
@@ -297,18 +300,24 @@ def run_export(config: ExportConfig, run: Path | None = None, command: str = "")
 
 
 @contextlib.contextmanager
-def _precision(config: Any) -> Iterator[None]:
-    """Inside, JAX has 64 bits if model.param_dtype asks for them and else not, in all threads; then as before.
+def _hold_process(config: Any) -> Iterator[None]:
+    """Inside, this command alone runs, and JAX has 64 bits if model.param_dtype asks for them and else not.
 
-    So the config alone decides what is computed, whatever the program that calls has set.
+    So the config alone decides what is computed, whatever the program that calls has set; then all is as before. The
+    setting holds for all threads, so that two commands at once could change each other's numbers.
     """
+    if not _process.acquire(blocking=False):
+        raise RuntimeError(
+            "another command runs in this process, in another thread. Call them one after the other, or in processes."
+        )
     before = jax.config.read("jax_enable_x64")
-    if "model" in vars(config):
-        jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")
     try:
+        if "model" in vars(config):
+            jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
+        _process.release()
 
 
 def _run(config_class: Any, config: Any, sections: Mapping[str, Any]) -> Any:

@@ -141,6 +141,18 @@ def test_the_config_decides_on_64_bits_and_the_caller_keeps_its_own(made, before
         jax.config.update("jax_enable_x64", False)
 
 
+def test_a_process_runs_one_command_at_a_time(made, monkeypatch):
+    def run(config):
+        with pytest.raises(RuntimeError, match="another command runs in this process, in another thread. Call them"):
+            in_a_thread(lambda: commands.inspect(made / "select.yaml"))
+        raise FloatingPointError
+
+    monkeypatch.setattr(functions, "_import", lambda path: run)
+    for _ in range(2):  # also after an error
+        with pytest.raises(FloatingPointError):
+            commands.train(made / "train.yaml")
+
+
 def test_a_stop_is_an_exception_and_the_run_goes_on(made, tmp_path, stop_at):
     flags = {"output": {"dir": tmp_path / "run"}, "train": {"max_steps": 3, "global_batch_size": 8}}
     stop_at(2)

@@ -300,6 +300,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
 REQUIRED_SECTIONS = {
     "data.validation": ("outer",),
     "optimizer.warmup_steps": ("train",),
+    "model.from_scratch": ("objective",),
     "optimizer.name": ("outer",),
     "data.split": ("train",),
     "data.packing": ("train",),
@@ -308,6 +309,10 @@ REQUIRED_SECTIONS = {
     "verifier.answer_field": ("rank",),
 }
 """Sections that a rule reads in addition to its own, or that mark the command which it is for."""
+
+
+MAX_VALUE = 400
+"""Characters of a value in an error."""
 
 
 def check_config(config: Any, config_source: str) -> None:
@@ -338,13 +343,20 @@ def check_config(config: Any, config_source: str) -> None:
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
     if violations:
         shown = values | ({"generate.url": _hide_secrets(values["generate.url"])} if "generate.url" in values else {})
-        lines = [f"{key} = {shown[key]!r}: {text}" if key in values else f"{key}: {text}" for key, text in violations]
+        lines = [
+            f"{key} = {_shorten(repr(shown[key]))}: {text}" if key in values else f"{key}: {text}"
+            for key, text in violations
+        ]
         raise ValueError((" " if len(lines) == 1 else "\n  ").join([f"{config_source}:", *lines]) + ".")
 
 
 def flatten_config(config: Any) -> list[tuple[str, Any]]:
     """("section.key", value) of every key."""
     return [(f"{name}.{key}", value) for name, section in vars(config).items() for key, value in vars(section).items()]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE // 2]} ... {text[-MAX_VALUE // 2 :]}"
 
 
 def _hide_secrets(url: str) -> str:

@@ -1,5 +1,6 @@
 """Configs from Python: dataclasses, dicts and keywords give what a YAML file gives, and follow the same rules."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,7 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
 from bilevel_jax.runs.config.rules import flatten_config
-from bilevel_jax.runs.config.yaml_reader import read_yaml
+from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
 
 SHIPPED = {
     "select.yaml": SelectConfig, "quickstart.yaml": SelectConfig, "train.yaml": TrainConfig,
@@ -215,6 +216,24 @@ def test_all_errors_are_told_at_once(tmp_path):
 def test_the_messages_of_every_command_name_it(config_class):
     with pytest.raises(ValueError, match=f"^{COMMANDS[config_class]}: unknown section 'nothing'; the sections: "):
         make_config(config_class, None, {"nothing": {}})
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_no_value_of_any_key_breaks_the_check(config_class):
+    """Whatever is given for a key or a section, the answer is a config or a ValueError."""
+    sections = field_types(config_class)
+    base = {name: values for name, values in GIVEN.items() if name in sections and name != "train"}
+    keys = [*sections, *(f"{name}.{key}" for name, section in sections.items() for key in field_types(section))]
+    for key in keys:
+        for value in (None, True, -1, 1e308, "x", "1e400", [[1, 2]], {"a": 1}, np.ones((2, 2)), "a" * 10_000, Odd()):
+            with contextlib.suppress(ValueError):
+                make_config(config_class, base, {key: value})
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(ValueError) as caught:
+        make_config(SelectConfig, GIVEN, {"objective.reference": "a" * 10_000})
+    assert len(str(caught.value)) < 600 and "aaa ... aaa" in str(caught.value)
 
 
 def test_a_config_that_is_not_there_is_no_value_error():
