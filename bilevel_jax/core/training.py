@@ -185,9 +185,9 @@ def step_functions(
                 loss, (grad, weights_grad) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
                     params, micro[0], frozen, micro[1]
                 )
-                return optax.tree.add(total, (loss, grad)), weights_grad
+                return _add_to(total, (loss, grad)), weights_grad
 
-            prior = jax.value_and_grad(problem.prior)(params, frozen)
+            prior = prior_and_grad(problem, params, frozen)
             (loss, grad), weights_grads = jax.lax.scan(add_micro, prior, (weights, batch))
             return (grad, weights_grads), loss
 
@@ -236,9 +236,9 @@ def stateful_step_functions(
             (loss, state), grad = jax.value_and_grad(problem.inner, has_aux=True)(
                 params, micro[0], frozen, {**micro[1], "model_state": state}
             )
-            return (optax.tree.add(total, (loss, grad)), state), None
+            return (_add_to(total, (loss, grad)), state), None
 
-        prior = jax.value_and_grad(problem.prior)(params, frozen)
+        prior = prior_and_grad(problem, params, frozen)
         ((loss, grad), model_state), _ = jax.lax.scan(add_micro, (prior, model_state), (weights, batch))
         return loss, grad, model_state
 
@@ -302,6 +302,17 @@ def _strip_inputs(linearized: Callable, *inputs: PyTree) -> Linearization:
     return jax.tree_util.Partial(apply, own_leaves)
 
 
+def prior_and_grad(problem: Problem, params: Params, frozen: Frozen) -> tuple[Scalar, Params]:
+    """r(params) and its gradient: what the micro-batches of a step add to, in float32 at least."""
+    value, grad = jax.value_and_grad(problem.prior)(params, frozen)
+    return value.astype(jnp.promote_types(value.dtype, float)), grad
+
+
+def _add_to(total: PyTree, part: PyTree) -> PyTree:
+    """The sum, in the types of the total: a loss may be wider than the parameters."""
+    return jax.tree.map(lambda whole, more: whole + more.astype(whole.dtype), total, part)
+
+
 def inner_loss_and_grad(
     problem: Problem, params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch
 ) -> tuple[Scalar, Params]:
@@ -309,9 +320,9 @@ def inner_loss_and_grad(
 
     def add_micro(total, micro):
         value = jax.value_and_grad(problem.inner)(params, micro[0], frozen, micro[1])
-        return optax.tree.add(total, value), None
+        return _add_to(total, value), None
 
-    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    prior = prior_and_grad(problem, params, frozen)
     return jax.lax.scan(add_micro, prior, (weights, batch))[0]
 
 
@@ -324,9 +335,9 @@ def loss_grad_and_example_losses(
         value, (grad, example_losses) = jax.value_and_grad(problem.inner, argnums=(0, 1))(
             params, micro[0], frozen, micro[1]
         )
-        return optax.tree.add(total, (value, grad)), example_losses
+        return _add_to(total, (value, grad)), example_losses
 
-    prior = jax.value_and_grad(problem.prior)(params, frozen)
+    prior = prior_and_grad(problem, params, frozen)
     (value, grad), example_losses = jax.lax.scan(add_micro, prior, (weights, batch))
     return value, grad, example_losses
 

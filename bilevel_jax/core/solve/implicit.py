@@ -132,7 +132,7 @@ def implicit(
                 inner_loss_and_grad(local, own_params, jax.tree.map(lambda leaf: leaf[None], own_hyper), frozen, batch)
             )[1]
         gap = optax.tree.vdot(result.x, inner_grad)
-        is_finite = tree.all_finite((value, grad, params))
+        is_finite = tree.all_finite((value, grad, params, gap))  # a solve that met a nan gave up at x = 0
         if axis_name and problem.per_example:
             is_finite = devices.sum(jnp.where(is_finite, 0, 1)) == 0
         status = first_status(
@@ -173,7 +173,7 @@ def implicit(
         )
         params, checks, value = trajectory.end.params, estimate.checks, estimate.validation_loss
         status = first_status(
-            (Status.NOT_FINITE, ~tree.all_finite((value, estimate.grad, params))),
+            (Status.NOT_FINITE, ~tree.all_finite((value, estimate.grad, params, jnp.asarray(checks.gap)))),
             (Status.NOT_POSITIVE_DEFINITE, jnp.asarray(checks.curvature <= 0)),
             (Status.NOT_SOLVED, jnp.asarray(checks.residual > max_residual)),
             (Status.NOT_STATIONARY, jnp.abs(checks.gap) > max_gap * jnp.abs(value)),

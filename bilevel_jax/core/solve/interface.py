@@ -69,6 +69,8 @@ def build_solver(
         inputs = Inputs(params, hyper, train, valid, frozen, model_state, key)
         is_stream = check(inputs)
         solution = method.solve_streams(inputs) if is_stream else compiled(inputs)
+        if is_stream and not float(jnp.sum(inputs.valid.batch(0)["num_examples"])) > 0:
+            solution = solution._replace(status=jnp.asarray(Status.EMPTY, jnp.int32))
         if throw and not is_traced(solution.status) and (status := int(solution.status)) != Status.OK:
             if not is_stream:
                 method.diagnose(inputs, Status(status))
@@ -126,8 +128,6 @@ def _check_streams(problem: Problem, inputs: Inputs) -> None:
         raise ValueError("streams are read by a Python loop, which does not run under jit, vmap or grad: give arrays.")
     if problem.per_example and jnp.ndim(inputs.hyper) != 1:
         raise ValueError(f"weights {jnp.shape(inputs.hyper)}; give one for each training example.")
-    if not float(jnp.sum(inputs.valid.batch(0)["num_examples"])) > 0:
-        raise ValueError("valid has no examples; give at least one.")
 
 
 def _refuse_derivatives(function: Callable[[Inputs], Any], reason: str) -> Callable[[Inputs], Any]:

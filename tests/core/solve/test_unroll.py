@@ -359,47 +359,6 @@ def test_an_optimizer_without_a_derivative_at_zero_is_told():
     assert int(solver.run(start, weights, rows, valid, throw=False).status) == Status.NOT_FINITE
 
 
-def call(**changes):
-    """A run with some of its arguments changed."""
-    train, valid, start, weights = data()
-    settings = {"steps": 3, "batch_size": None, "memory": "sqrt", "window": None}
-    settings |= {name: changes.pop(name) for name in list(changes) if name in settings}
-    arguments = {"params": start, "hyper": weights, "train": train, "valid": valid} | changes
-    return unroll(weighted(example_losses), optax.sgd(0.1), **settings).run(**arguments)
-
-
-X, Y = np.ones((24, 3)), np.ones(24)
-MISUSES = {
-    "no steps": (dict(steps=0), "steps = 0"),
-    "half a step": (dict(steps=5.0), "steps = 5.0"),
-    "steps that are true": (dict(steps=True), "steps = True"),
-    "batch of none": (dict(batch_size=0), "batch_size = 0"),
-    "window of none": (dict(window=0), "window = 0"),
-    "memory in words": (dict(memory="little"), "memory = 'little'"),
-    "memory of one state": (dict(steps=100, memory=1), "1 states are too few for 100 steps"),
-    "an order without a key": (dict(batch_size=5), "give key=jax.random.key"),
-    "no examples": (dict(train=(X[:0], Y[:0])), "train has no examples"),
-    "no validation examples": (dict(valid=(X[:0], Y[:0])), "valid has no examples"),
-    "columns of two lengths": (dict(train=(X, Y[:20])), "different numbers of examples"),
-    "validation columns of two lengths": (dict(valid=(X, Y[:20])), "valid: the arrays have different numbers"),
-    "a column of strings": (dict(train=(X, np.array(["a"] * 24))), r"train\[1\] is <U1"),
-    "a list": (dict(train=(X, [1.0, 2.0])), "arrays of numbers"),
-    "a number": (dict(train=(X, np.float64(1))), r"train\[1\] is one number"),
-    "nothing": (dict(train=()), "train holds no arrays"),
-    "a weight too few": (dict(hyper=np.ones(23)), r"weights \(23,\) for 24 training examples"),
-    "integer weights": (dict(hyper=np.ones(24, int)), "hyper is int64"),
-    "boolean weights": (dict(hyper=np.ones(24, bool)), "hyper is bool"),
-    "integer parameters": (dict(params={"w": np.ones((3, 4), int), "a": np.ones(4)}), r"params\['w'\] is int64"),
-}
-
-
-@pytest.mark.parametrize("name", MISUSES)
-def test_misuse_is_one_sentence(name):
-    changes, words = MISUSES[name]
-    with pytest.raises(ValueError, match=words):
-        call(**changes)
-
-
 def test_second_derivatives_are_refused():
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), ADAM, steps=3)
