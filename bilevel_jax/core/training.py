@@ -54,8 +54,13 @@ class Devices:
         return jax.lax.pmean(parts, self.axis_name) if self.axis_name else parts
 
     def max(self, part: Array) -> Array:
-        """The largest of the devices' values, the same on each."""
-        return jax.lax.pmax(part, self.axis_name) if self.axis_name else part
+        """The largest of the devices' values, the same on each; of keys, which have no order, of their numbers."""
+        if not self.axis_name:
+            return part
+        if jnp.issubdtype(part.dtype, jax.dtypes.prng_key):
+            numbers = jax.lax.pmax(jax.random.key_data(part), self.axis_name)
+            return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(part))
+        return jax.lax.pmax(part, self.axis_name)
 
     def make_local(self, whole: PyTree) -> PyTree:
         """What all devices hold in common, typed as each device's own: jax.shard_map knows the difference, and would

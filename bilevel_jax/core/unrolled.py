@@ -180,7 +180,7 @@ def backward_pass(
         if trajectory.steps and not trajectory.plan.stored_steps:
             raise ValueError("this training run stored nothing for a backward pass; give `train` another `plan`.")
         validation_loss, adjoint = end_loss_and_adjoint(trajectory.end, frozen, validation)
-        norm_at_end = tree.norm(adjoint.params)
+        norm_at_end = tree.norm((adjoint.params, adjoint.model_state))
         grad = jax.tree.map(jnp.zeros_like, hyper)
         return BackwardState(
             trajectory.steps, trajectory.end, adjoint, grad, validation_loss, norm_at_end, norm_at_end, jnp.array(True)
@@ -289,7 +289,7 @@ def _zero_opt_adjoint(end: TrainState) -> list[Array]:
 
 
 _states_equal = jax.jit(tree.bitwise_equal)
-_update_max_norm = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm(adjoint.params)))
+_update_max_norm = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm((adjoint.params, adjoint.model_state))))
 
 
 @lru_cache(maxsize=8)

@@ -108,7 +108,7 @@ def scan_forward_and_back(
         adjoint, parts = backward(state, inner_grad, problem.gather(hyper, batch), frozen, batch, adjoint)
         grad = problem.scatter_add(grad, batch, parts)
         magnitude = problem.scatter_add(magnitude, batch, jax.tree.map(jnp.abs, parts))
-        max_norm = jnp.maximum(max_norm, tree.norm(adjoint.params))
+        max_norm = jnp.maximum(max_norm, tree.norm((adjoint.params, adjoint.model_state)))
         return (adjoint, grad, magnitude, max_norm, has_derivative), None
 
     def store(state: TrainState, count: int, lengths: tuple[int, ...]) -> tuple[TrainState, PyTree]:
@@ -152,7 +152,7 @@ def scan_forward_and_back(
         begin = run(start, steps - window)
         end, stored = store(begin, window, lengths)
         value, adjoint = end_loss_and_adjoint(end)
-        norm = tree.norm(adjoint.params)
+        norm = tree.norm((adjoint.params, adjoint.model_state))
         zeros = jax.tree.map(jnp.zeros_like, hyper)
         carry, matches = back(stored, end, (adjoint, zeros, zeros, norm, norm == 0), window, lengths)
         adjoint, grad, magnitude, max_norm, has_derivative = carry
