@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -38,6 +39,21 @@ def public_functions() -> dict[str, object]:
 
 
 FUNCTIONS = public_functions()
+
+
+def test_the_example_of_the_readme_prints_what_it_says(capsys):
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    options = jnp.get_printoptions()
+    try:
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        jnp.set_printoptions(**options)
+    promised = [line.partition("  # ")[2] for line in code.splitlines() if line.startswith("print(")]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(promised) >= 3
+    for line, words in zip(printed, promised, strict=True):
+        assert words == line or words.startswith(f"{line}: "), (line, words)
 
 
 def test_importing_the_package_pulls_nothing_heavy():

@@ -88,7 +88,11 @@ class Certificates(NamedTuple):
                 f"  {count} retrains without {removal.fraction:.0%} of the examples: rank correlation of predicted and "
                 f"actual {removal.rank:.3f}, slope {removal.slope:.3f}"
             )
-        measured = {name: value for name, value in self.checks._asdict().items() if not np.isnan(float(value))}
+        measured = {
+            name: value
+            for name, value in self.checks._asdict().items()
+            if not np.isnan(float(value)) and (name != "batches" or value)
+        }
         lines.append("  " + ", ".join(f"{name} {float(value):.3g}" for name, value in measured.items()))
         return "\n".join(lines)
 

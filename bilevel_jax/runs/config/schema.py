@@ -738,7 +738,10 @@ class ArraysSection:
     """Classification with wrong labels (hyper-cleaning); data.train is one .npz: x_train, y_train, x_test, y_test."""
 
     hidden_sizes: tuple[Annotated[int, Ge(1)], ...] = ()
-    """Widths of the hidden layers (ReLU); empty: softmax regression."""
+    """Widths of the hidden layers; empty: softmax regression."""
+
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Of the hidden layers; with relu, that of the published protocol, the validation loss jumps as weights change."""
 
     train_examples: Annotated[int, Ge(2), Because("weights compare examples")] = 5000
     """Training examples, drawn from x_train for each seed."""

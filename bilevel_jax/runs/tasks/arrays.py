@@ -4,6 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -204,14 +205,21 @@ def build_array_model(
     max_steps: int,
     proximal_strength: float = 0.0,
 ) -> ArrayModel:
-    """Linear softmax regression or, with arrays.hidden_sizes, a multilayer perceptron with ReLU; and its training."""
+    """Linear softmax regression or, with arrays.hidden_sizes, a multilayer perceptron; and its training."""
     shape = (dataset.train.x.shape[1], *arrays.hidden_sizes, dataset.num_classes)
     dtype = jnp.dtype(model.param_dtype)
-    objective = Objective(
-        network_losses, network_accuracy, CompositeLoss(network_logits, cross_entropy), "nats per example", "accuracy"
-    )
+    logits = partial(network_logits, activation=arrays.activation)
+
+    def losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
+        return cross_entropy(logits(params, frozen, batch), frozen, batch)
+
+    def accuracy(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
+        is_correct = logits(params, frozen, batch).argmax(-1) == batch["y"]
+        return is_correct.astype(jnp.float32)
+
+    objective = Objective(losses, accuracy, CompositeLoss(logits, cross_entropy), "nats per example", "accuracy")
     prior = proximal(proximal_strength, lambda frozen: frozen["start"]) if proximal_strength else None
-    problem = weighted(network_losses, prior=prior)
+    problem = weighted(losses, prior=prior)
     optax_optimizer = build_optimizer(optimizer, max_steps)
     return ArrayModel(
         problem=problem,
@@ -415,7 +423,12 @@ def init_network(layer_sizes: tuple[int, ...], seed: int, dtype: Any) -> Params:
     ]
 
 
-def network_logits(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples classes"]:
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}
+
+
+def network_logits(
+    params: Params, frozen: Frozen, batch: Batch, activation: str = "relu"
+) -> Float[Array, "examples classes"]:
     """The logits."""
     del frozen
     *hidden, last = params
@@ -423,7 +436,7 @@ def network_logits(params: Params, frozen: Frozen, batch: Batch) -> Float[Array,
     if batch["x"].dtype == jnp.uint8:
         x = x / 255
     for layer in hidden:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        x = ACTIVATIONS[activation](x @ layer["kernel"] + layer["bias"][None])
     return x @ last["kernel"] + last["bias"][None]
 
 
@@ -431,14 +444,3 @@ def cross_entropy(logits: Float[Array, "examples classes"], frozen: Frozen, batc
     """-log softmax(logits)[y], nats: convex in the logits."""
     del frozen
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-
-
-def network_losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
-    """The cross-entropy of each row, nats."""
-    return cross_entropy(network_logits(params, frozen, batch), frozen, batch)
-
-
-def network_accuracy(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
-    """Whether the class of the largest logit is the label."""
-    is_correct = network_logits(params, frozen, batch).argmax(-1) == batch["y"]
-    return is_correct.astype(jnp.float32)

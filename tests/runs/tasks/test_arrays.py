@@ -85,7 +85,11 @@ def test_streams_are_pure_and_cover_every_row_once(path):
         (),
         *(
             pytest.param(one, marks=pytest.mark.slow)
-            for one in (("--train.gradient-accumulation-steps", "2"), ("--arrays.hidden-sizes", "5"))
+            for one in (
+                ("--train.gradient-accumulation-steps", "2"),
+                ("--arrays.hidden-sizes", "5"),
+                ("--arrays.hidden-sizes", "5", "--arrays.activation", "tanh"),
+            )
         ),
     ],
     ids=str,
