@@ -12,38 +12,78 @@ they are first read.
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors read; at run time the names are imported when they are first read
+    from bilevel_jax.commands.functions import audit, compare, estimate, export, inspect, rank, refine, select, train
+    from bilevel_jax.commands.results import (
+        AuditResult,
+        CompareResult,
+        EstimateResult,
+        ExportResult,
+        InspectedPart,
+        InspectResult,
+        RankResult,
+        RefineResult,
+        SelectResult,
+        TrainResult,
+        read_result,
+    )
+    from bilevel_jax.runs.config import schema
+    from bilevel_jax.runs.config.load import (
+        AuditConfig,
+        CompareConfig,
+        EstimateConfig,
+        ExportConfig,
+        InspectConfig,
+        RankConfig,
+        RefineConfig,
+        SelectConfig,
+        TrainConfig,
+    )
+    from bilevel_jax.runs.infra.session import Interrupted
 
 COMMAND_NAMES = ("audit", "compare", "estimate", "export", "inspect", "rank", "refine", "select", "train")
-_MODULE_OF = {
-    **dict.fromkeys(COMMAND_NAMES, "bilevel_jax.commands.functions"),
-    # configs, one to a command
-    "AuditConfig": "bilevel_jax.runs.config.load",
-    "CompareConfig": "bilevel_jax.runs.config.load",
-    "EstimateConfig": "bilevel_jax.runs.config.load",
-    "ExportConfig": "bilevel_jax.runs.config.load",
-    "InspectConfig": "bilevel_jax.runs.config.load",
-    "RankConfig": "bilevel_jax.runs.config.load",
-    "RefineConfig": "bilevel_jax.runs.config.load",
-    "SelectConfig": "bilevel_jax.runs.config.load",
-    "TrainConfig": "bilevel_jax.runs.config.load",
-    "schema": "bilevel_jax.runs.config.load",  # the module of the sections' dataclasses
-    # results
-    "AuditResult": "bilevel_jax.commands.results",
-    "CompareResult": "bilevel_jax.commands.results",
-    "EstimateResult": "bilevel_jax.commands.results",
-    "ExportResult": "bilevel_jax.commands.results",
-    "InspectResult": "bilevel_jax.commands.results",
-    "InspectedPart": "bilevel_jax.commands.results",
-    "RankResult": "bilevel_jax.commands.results",
-    "RefineResult": "bilevel_jax.commands.results",
-    "SelectResult": "bilevel_jax.commands.results",
-    "TrainResult": "bilevel_jax.commands.results",
-    "read_result": "bilevel_jax.commands.results",
-    # of a run that was asked to stop
-    "Interrupted": "bilevel_jax.runs.infra.session",
+__all__ = [
+    "AuditConfig",
+    "AuditResult",
+    "CompareConfig",
+    "CompareResult",
+    "EstimateConfig",
+    "EstimateResult",
+    "ExportConfig",
+    "ExportResult",
+    "InspectConfig",
+    "InspectResult",
+    "InspectedPart",
+    "Interrupted",
+    "RankConfig",
+    "RankResult",
+    "RefineConfig",
+    "RefineResult",
+    "SelectConfig",
+    "SelectResult",
+    "TrainConfig",
+    "TrainResult",
+    "audit",
+    "compare",
+    "estimate",
+    "export",
+    "inspect",
+    "rank",
+    "read_result",
+    "refine",
+    "schema",
+    "select",
+    "train",
+]
+_HOMES = {
+    "bilevel_jax.commands.functions": COMMAND_NAMES,
+    "bilevel_jax.commands.results": [name for name in __all__ if name.endswith(("Result", "_result", "Part"))],
+    "bilevel_jax.runs.config.load": [*(name for name in __all__ if name.endswith("Config")), "schema"],
+    "bilevel_jax.runs.infra.session": ["Interrupted"],
 }
-__all__ = sorted(_MODULE_OF)
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 class _Commands(ModuleType):

@@ -6,6 +6,7 @@ line. Messages speak of flags; in Python `--out` is `output={"dir": ...}` and `-
 
 import contextlib
 import importlib
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from bilevel_jax.runs.config.load import (
     InspectConfig,
     RankConfig,
     RefineConfig,
+    RunConfig,
     SelectConfig,
     TrainConfig,
     load_config,
@@ -43,8 +45,14 @@ from bilevel_jax.runs.config.load import (
 from bilevel_jax.runs.config.python_values import make_config, make_config_to_estimate
 from bilevel_jax.runs.infra import distributed, identity, seals
 
+ConfigLike = Mapping[str, Any] | str | os.PathLike[str] | None
+"""Sections by name, the name of a YAML file, or nothing for the defaults."""
+AnyConfig = (
+    SelectConfig | TrainConfig | CompareConfig | AuditConfig | RankConfig | RefineConfig | InspectConfig | ExportConfig
+)
 
-def select(config: Any = None, **sections: Any) -> SelectResult:
+
+def select(config: SelectConfig | ConfigLike = None, **sections: Any) -> SelectResult:
     """Learn a weight for every training example from a small trusted validation set, by exact hypergradients.
 
     The weights w minimise L_v(theta_T(w)), the validation loss of the model that is trained with them. A run takes
@@ -92,7 +100,7 @@ def select(config: Any = None, **sections: Any) -> SelectResult:
     return _run(SelectConfig, config, sections)
 
 
-def train(config: Any = None, **sections: Any) -> TrainResult:
+def train(config: TrainConfig | ConfigLike = None, **sections: Any) -> TrainResult:
     """Fine-tune a language model with a weight for every training example: SFT, DPO or SimPO, in full or with LoRA.
 
     Args:
@@ -114,7 +122,7 @@ def train(config: Any = None, **sections: Any) -> TrainResult:
     return _run(TrainConfig, config, sections)
 
 
-def compare(config: Any = None, **sections: Any) -> CompareResult:
+def compare(config: CompareConfig | ConfigLike = None, **sections: Any) -> CompareResult:
     """Compare methods that learn weights on one data set at one compute budget, with several seeds.
 
     Args:
@@ -135,7 +143,7 @@ def compare(config: Any = None, **sections: Any) -> CompareResult:
     return _run(CompareConfig, config, sections)
 
 
-def audit(config: Any = None, **sections: Any) -> AuditResult:
+def audit(config: AuditConfig | ConfigLike = None, **sections: Any) -> AuditResult:
     """Test data scores and hypergradients by leave-k-out retraining (linear datamodeling score, LDS).
 
     Args:
@@ -156,7 +164,7 @@ def audit(config: Any = None, **sections: Any) -> AuditResult:
     return _run(AuditConfig, config, sections)
 
 
-def rank(config: Any = None, **sections: Any) -> RankResult:
+def rank(config: RankConfig | ConfigLike = None, **sections: Any) -> RankResult:
     """Rank response generation strategies for a model, before training on any of them.
 
     Args:
@@ -176,7 +184,7 @@ def rank(config: Any = None, **sections: Any) -> RankResult:
     return _run(RankConfig, config, sections)
 
 
-def refine(config: Any = None, **sections: Any) -> RefineResult:
+def refine(config: RefineConfig | ConfigLike = None, **sections: Any) -> RefineResult:
     """Improve a model with its own responses in rounds, and accept a round only if it helps on held-out examples.
 
     Args:
@@ -197,7 +205,7 @@ def refine(config: Any = None, **sections: Any) -> RefineResult:
     return _run(RefineConfig, config, sections)
 
 
-def inspect(config: Any = None, **sections: Any) -> InspectResult:
+def inspect(config: AnyConfig | ConfigLike = None, **sections: Any) -> InspectResult:
     """Print the training examples as training sees them, and what to act on; nothing is trained.
 
     Args:
@@ -218,7 +226,7 @@ def inspect(config: Any = None, **sections: Any) -> InspectResult:
     return _run(InspectConfig, config, sections)
 
 
-def estimate(config: Any = None, **sections: Any) -> EstimateResult:
+def estimate(config: RunConfig | RunResult | ConfigLike = None, **sections: Any) -> EstimateResult:
     """Print and return the memory, disk, work and hours of a run before it starts; or next to those of a finished run.
 
     Args:
@@ -242,7 +250,7 @@ def estimate(config: Any = None, **sections: Any) -> EstimateResult:
         return _estimate(config, sections)
 
 
-def export(config: Any = None, **sections: Any) -> ExportResult:
+def export(config: AnyConfig | RunResult | ConfigLike = None, **sections: Any) -> ExportResult:
     """Write the examples that their weights select, in the input format of another trainer, with a dataset card.
 
     Args:
@@ -365,15 +373,15 @@ def _explain_flags() -> Iterator[None]:
 
 def _check_config_file(config: Any) -> None:
     """Raise an error for the config of a run's folder that is not as the run wrote it."""
-    if isinstance(config, str | Path):
-        seals.check(config)
+    if isinstance(config, str | os.PathLike):
+        seals.check(Path(config))
 
 
 def _find_run(config: Any) -> Path | None:
     """The folder of a run, where one is given or the result of one."""
     if isinstance(config, RunResult):
         return config.folder
-    if not isinstance(config, str | Path) or not Path(config).is_dir():
+    if not isinstance(config, str | os.PathLike) or not Path(config).is_dir():
         return None
     if not (Path(config) / "config.yaml").is_file():
         raise ValueError(f"{config} holds no run: config.yaml is missing. Give a run's folder or a config.")
