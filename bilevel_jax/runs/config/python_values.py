@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_jax.runs.config.flags import short_flags
 from bilevel_jax.runs.config.load import (
     COMMANDS,
     ConfigT,
@@ -156,6 +157,11 @@ def _decode(
         for name, value in content.items()
         if name in types and dataclasses.is_dataclass(value) and not isinstance(value, types[name])
     }
+    for flag, long_name in short_flags(config_class()).items():
+        name, (section, _, key) = flag.removeprefix("--"), long_name.partition(".")
+        if name in content and not isinstance(value := to_plain(content[name]), dict | None):
+            shown = f"{name}={describe_value(value)} is the flag {flag}"
+            wrong[name] = f"{command}: {shown}; in Python give {section}={{'{key}': ...}}."
     split, errors = split_sections({name: value for name, value in content.items() if name not in wrong})
     errors = [*wrong.values(), *(f"{command}: {error}" for error in errors)]
     data = split.get("data")

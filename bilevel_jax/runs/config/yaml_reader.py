@@ -69,11 +69,12 @@ def decode_sections(
         if name not in sections and name in RENAMED_SECTIONS:
             errors += _describe_renamed_section(name, values, locate)
         elif name not in sections:
-            hint = suggest_nearest(name, sections)
+            keys = [f"{section}.{name}" for section in sections if name in field_types(sections[section])]
+            hint = suggest_nearest(name, sections) if not keys else f"did you mean '{keys[0]}'? "
             errors.append(f"{location}: unknown section '{name}'; {hint}the sections: {', '.join(sections)}.")
         elif not isinstance(values, dict | None):
-            keys = ", ".join(field_types(sections[name]))
-            errors.append(f"{location}: {name} is {describe_value(values)}; wanted its keys: {keys}.")
+            own_keys = ", ".join(field_types(sections[name]))
+            errors.append(f"{location}: {name} is {describe_value(values)}; wanted its keys: {own_keys}.")
         else:
             section_values = {}
             for key, value in (values or {}).items():
