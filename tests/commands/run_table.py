@@ -1,6 +1,7 @@
 """Small runs of every command and option set, without the clock; what two folders of one run have in common."""
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -204,7 +205,7 @@ def without_clock(*, save_every=0):
 
     clock = SimpleNamespace(**vars(time) | {"monotonic": lambda: 0.0})
     for command in CONFIG_CLASSES:
-        getattr(commands, command)  # imports it: a module that came later would have the clock
+        importlib.import_module(f"bilevel_jax.commands.{command}.run")  # a module that came later would have the clock
     with pytest.MonkeyPatch.context() as patch:
         for module in [module for name, module in sys.modules.items() if name.startswith("bilevel_jax.")]:
             if hasattr(module, "time") and hasattr(module.time, "monotonic"):

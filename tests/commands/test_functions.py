@@ -9,6 +9,7 @@ import pytest
 
 import bilevel_jax as bj
 from bilevel_jax import commands
+from bilevel_jax.cli import main
 from bilevel_jax.commands import functions
 from bilevel_jax.lm.data.examples import load_examples
 from tests.commands.typed_results import check_columns
@@ -163,6 +164,29 @@ def test_a_stop_is_an_exception_and_the_run_goes_on(made, tmp_path, stop_at):
         commands.read_result(tmp_path / "run")
     stop_at(0)
     assert commands.train(made / "train.yaml", **flags, **{"output.resume": True}).result["resumed"] == 1
+
+
+def test_the_builtin_task_needs_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = commands.inspect("configs/quickstart.yaml")
+    assert len(found.parts["training"].ids) == 384 and found.findings == ()
+    assert commands.estimate("configs/quickstart.yaml", estimate={"compile": False, "measure": False}).peak_bytes > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow  # 16 s: the model of the task is taught twice
+def test_the_quickstart_gives_what_the_command_line_gives(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    brief = {"train.max_steps": 4, "optimizer.warmup_steps": 2, "outer.steps": 1}
+    result = commands.select("configs/quickstart.yaml", **brief, **{"certify.enabled": False, "retrain.enabled": False})
+    assert len(result.ids) == 384 and set(result.labels) == {"clean", "wrong", "noise"}
+    assert result.report == Path("out/quickstart/report.html") and result.report.is_file()
+    flags = [word for key, value in brief.items() for word in (f"--{key}", str(value))]
+    assert main(["select", "configs/quickstart.yaml", "--fast", *flags, "--out", "out/cli"]) == 0
+    assert capsys.readouterr().out == f"{result.summary}\nreport: out/cli/report.html\n"
+    again = commands.read_result("out/cli")
+    np.testing.assert_array_equal(again.weights, result.weights)
+    np.testing.assert_array_equal(again.hypergradients, result.hypergradients)
 
 
 # ---- wrong input

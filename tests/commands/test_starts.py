@@ -45,7 +45,7 @@ def test_an_error_after_work_keeps_the_folder(table_inputs, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="late"):
         start(table_inputs, "train", tmp_path / "run")
     monkeypatch.undo()
-    assert start(table_inputs, "train", tmp_path / "run", "--resume")["resumed"] == 0
+    assert start(table_inputs, "train", tmp_path / "run", "--resume").result["resumed"] == 0
 
 
 def test_a_refused_resume_removes_nothing(table_inputs, tmp_path):  # noqa: F811

@@ -150,7 +150,7 @@ MISUSES = [
     ({}, {"learning_rate": 0.1}, "unknown section 'learning_rate'; did you mean 'optimizer.learning_rate'? the s"),
     ({}, {"out": "there"}, "select: out='there' (str) is the flag --out; in Python give output={'dir': ...}."),
     ({}, {"train": "rows.jsonl"}, "train='rows.jsonl' (str) is the flag --train; in Python give data={'train': ...}."),
-    ({}, {"model": Path("m")}, "select: model='m' (str) is the flag --model; in Python give model={'name_or_path': ...}."),
+    ({}, {"model": Path("m")}, "model='m' (str) is the flag --model; in Python give model={'name_or_path': ...}."),
     ({}, {"resume": True}, "select: resume=True (bool) is the flag --resume; in Python give output={'resume': ...}."),
     ({}, {"weights": {"file": "w"}}, "unknown section 'weights'; the sections: model,"),
     ({}, {"bench": {}}, "select: section 'bench' is now 'compare'."),
