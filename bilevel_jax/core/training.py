@@ -1,5 +1,6 @@
 """The differentiable training step and the training loops that repeat it."""
 
+import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,9 @@ from bilevel_jax.core.types import (
     TrainStep,
     Trajectory,
 )
+
+_ASKS_FOR_MORE = "required keyword-only argument|must be provided|to have a batch dimension"
+"""What optax says where an update lacks the loss's value, its function, or the gradients of single examples."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +360,16 @@ def compute_update(
     optimizer: optax.GradientTransformation, grad: Params, opt_state: PyTree, params: Params
 ) -> tuple[Params, PyTree]:
     """The optimizer's update and its new state. `optax.lookahead` takes the gradient of its fast parameters alone."""
-    return optimizer.update(grad.fast if isinstance(grad, optax.LookaheadParams) else grad, opt_state, params)
+    try:
+        return optimizer.update(grad.fast if isinstance(grad, optax.LookaheadParams) else grad, opt_state, params)
+    except (TypeError, ValueError) as error:
+        if not re.search(_ASKS_FOR_MORE, str(error)):
+            raise
+        raise ValueError(
+            "the optimizer asks for more than a gradient, its state and the parameters, which is what a training step "
+            f"gives ({error}). Line searches, polyak_sgd, momo, reduce_on_plateau, sophia and dpsgd do: use lbfgs with "
+            "linesearch=None, sgd, or adamw with eps_root=1e-12."
+        ) from error
 
 
 def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, grad: Params) -> TrainState:

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.solve.remedies import remedy_for_not_finite, remedy_for_sign
 from bilevel_jax.core.training import backward_step, compute_update, optimizer_vjp, store_step
 from bilevel_jax.core.types import (
     Adjoint,
@@ -381,9 +382,9 @@ def check_differentiable(
     """
     if not trajectory.steps:
         return
-    find_acting_step, has_finite_vjp, zero_half = (  # compiled: one by one, their operations take longer
+    find_acting_step, pull_back, zero_half = (  # compiled: one by one, their operations take longer
         jax.jit(partial(_find_acting_step, optimizer)),
-        jax.jit(partial(_has_finite_vjp, optimizer)),
+        jax.jit(partial(_pull_back_update, optimizer)),
         jax.jit(_zero_half),
     )
     any_acts = False
@@ -399,12 +400,16 @@ def check_differentiable(
         ):
             acting, acts = find_acting_step(state, probe_grad, trajectory.steps)
             any_acts |= bool(acts) and probe_grad is grad  # entries set to 0 lie within any clip
-            if acts and not has_finite_vjp(probe_grad, acting):
-                raise ValueError(
-                    f"the optimizer's update has a derivative that is not finite at {description} (step "
-                    f"{int(acting.step)}). Adam and its kin need eps_root > 0 (1e-12 is enough), a clip by a norm "
-                    "needs one that is safe at 0, and radam has none before it rectifies."
-                )
+            if not acts:
+                continue
+            grad_bar, params_bar, opt_bar = pull_back(probe_grad, acting)
+            is_finite = [bool(jnp.isfinite(leaf).all()) for leaf in opt_bar]
+            if tree.all_finite((grad_bar, params_bar)) and all(is_finite):
+                continue
+            raise ValueError(
+                f"the optimizer's update has a derivative that is not finite at {description} (step "
+                f"{int(acting.step)}){remedy_for_not_finite(grad_bar, acting.opt_state, is_finite)}"
+            )
     if any_acts:
         return
     ends = [
@@ -418,8 +423,8 @@ def check_differentiable(
             "parameters. Train for more steps, or use another optimizer."
         )
     raise ValueError(
-        "the optimizer's update does not depend on the gradient's size (its derivative is 0), as with lion or "
-        "signSGD: no weight would change anything. Use sgd, momentum, adam or adamw."
+        "the optimizer's update does not depend on the gradient's size (its derivative is 0), so no weight would "
+        f"change anything: {remedy_for_sign(trajectory.end.opt_state)}"
     )
 
 
@@ -476,12 +481,14 @@ def _advance_along(
     return new_state, new_tangents, acts
 
 
-def _has_finite_vjp(optimizer: optax.GradientTransformation, grad: Params, state: TrainState) -> Bool[Array, ""]:
-    """Whether a vector, pulled back through the update of one step, is finite."""
+def _pull_back_update(
+    optimizer: optax.GradientTransformation, grad: Params, state: TrainState
+) -> tuple[Params, Params, list[Array]]:
+    """A vector, pulled back through the update of one step: (of the gradient, of the parameters, of the state)."""
     keys = optax.tree.split_key_like(jax.random.key(0), grad)
     cotangent = jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, grad)
     adjoint = Adjoint(cotangent, [jnp.zeros_like(leaf) for leaf in tree.inexact_leaves(state.opt_state)])
-    return tree.all_finite(optimizer_vjp(optimizer, grad, state, adjoint))
+    return optimizer_vjp(optimizer, grad, state, adjoint)
 
 
 def _zero_half(grad: Params) -> Params:

@@ -1,5 +1,7 @@
 """optax's optimizers and wrappers: hypergradients agree with jax.grad through the same steps, or are refused truly."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from optax import contrib
 
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.solve.remedies import remedy_for_not_finite
 from bilevel_jax.core.solve.unroll import unroll
 from bilevel_jax.core.streams import full_batch_stream, shuffled_stream
 from tests.core.problems import relative
@@ -110,19 +113,31 @@ OTHERS = {
     "schedule_free": lambda: contrib.schedule_free_sgd(RATE),
 }
 SIGN, UNREACHED = "does not depend on the gradient's size", f"no gradient reaches the parameters in the {STEPS} steps"
-NOT_FINITE = "derivative that is not finite.*eps_root > 0"
+NOT_FINITE = "derivative that is not finite"
 REFUSED = {
     "rprop": (lambda: optax.rprop(RATE), SIGN),  # its step sizes live in the state, and depend on signs alone
     "MultiSteps, too many": (lambda: optax.MultiSteps(optax.sgd(RATE), STEPS + 1), UNREACHED),
 }
 REFUSED_OTHERS = {
-    "adaptive_grad_clip": (lambda: chain(optax.adaptive_grad_clip(0.01)), NOT_FINITE),
-    "galore": (lambda: contrib.galore(RATE, rank=1), NOT_FINITE),
-    "madgrad": (lambda: contrib.madgrad(RATE), NOT_FINITE),
-    "muon": (lambda: contrib.muon(RATE), NOT_FINITE),
-    "prodigy": (lambda: contrib.prodigy(RATE), NOT_FINITE),
-    "MultiSteps, adam without eps_root": (lambda: optax.MultiSteps(optax.adam(RATE), 2), NOT_FINITE),
-    "lion": (lambda: optax.lion(RATE), SIGN),
+    "adaptive_grad_clip": (
+        lambda: chain(optax.adaptive_grad_clip(0.01)),
+        f"{NOT_FINITE}.*In place of adaptive_grad_clip use clip_by_global_norm",
+    ),
+    "galore": (
+        lambda: contrib.galore(RATE, rank=1),
+        f"{NOT_FINITE}.*galore projects on singular vectors.*use adamw with eps_root",
+    ),
+    "madgrad": (lambda: contrib.madgrad(RATE), f"{NOT_FINITE}.*madgrad takes a cube root.*use optax.adagrad"),
+    "muon": (lambda: contrib.muon(RATE), f"{NOT_FINITE}.*muon .*adam_eps_root=1e-12 and preconditioning="),
+    "prodigy": (
+        lambda: contrib.prodigy(RATE),
+        f"{NOT_FINITE}.*prodigy has no eps inside its root.*use optax.contrib.dowg",
+    ),
+    "MultiSteps, adam without eps_root": (
+        lambda: optax.MultiSteps(optax.adam(RATE), 2),
+        f"{NOT_FINITE}.*Adam and its kin need eps_root > 0",
+    ),
+    "lion": (lambda: optax.lion(RATE), f"{SIGN}.*scale_by_lion"),
     "signum": (lambda: optax.signum(RATE), SIGN),
     "MultiSteps, lion": (lambda: optax.MultiSteps(optax.lion(RATE), 2), SIGN),
     "apply_every, lion": (lambda: optax.chain(optax.lion(RATE), optax.apply_every(4)), SIGN),
@@ -136,7 +151,7 @@ REFUSED_OTHERS = {
     "rate 0": (lambda: optax.sgd(0.0), UNREACHED),
     "frozen": (optax.set_to_zero, UNREACHED),
     "mask, always": (lambda: optax.conditionally_mask(optax.sgd(RATE), NEVER), UNREACHED),
-    "radam": (lambda: optax.radam(RATE, **ROOT), "not finite.*radam has none before it rectifies"),
+    "radam": (lambda: optax.radam(RATE, **ROOT), f"{NOT_FINITE}.*radam has none before it rectifies"),
 }
 
 
@@ -218,5 +233,44 @@ def test_refused_with_the_true_reason(name):
     expected = grad_through_steps(optimizer, start, training, validation)
     if name == "radam":
         assert not np.isfinite(expected).all()
-    elif message != NOT_FINITE:  # of a gradient entry that is 0, and this run has none
+    elif not message.startswith(NOT_FINITE):  # of a gradient entry that is 0, and this run has none
         assert not np.any(expected)
+
+
+ADAM, MUON = "eps_root > 0", "contrib.muon"
+AT_FAULT = {  # the optimizer, the leaves of its state whose derivative is not finite, what is named
+    "adam": (lambda: optax.adam(RATE), ".nu", ADAM),
+    "adam in MultiSteps in partition": (
+        lambda: optax.partition({"first": optax.MultiSteps(optax.adam(RATE), 2), "second": optax.sgd(RATE)}, LABELS),
+        ".nu",
+        ADAM,
+    ),
+    "Adam inside muon": (lambda: contrib.muon(RATE), ".inner_states['adam'].inner_state[0].nu", MUON),
+    "muon": (lambda: contrib.muon(RATE), ".inner_states['muon'].inner_state[0].mu", MUON),
+    "adafactor": (lambda: optax.adafactor(RATE), ".v['", "adafactor .* eps=1e-16"),
+    "galore": (lambda: contrib.galore(RATE, rank=1), ".nu", "contrib.galore"),
+    "galore, of the gradient alone": (lambda: contrib.galore(RATE, rank=1), "nothing", "contrib.galore"),
+    "schedule_free": (lambda: contrib.schedule_free_adamw(RATE), ".nu", r"schedule_free\(optax.adamw\(rate, b1=0.0"),
+    "mechanize around adam": (lambda: contrib.mechanize(optax.adam(RATE)), ".s", "contrib.mechanize"),
+    "after adam": (lambda: optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), "u['", "radam"),
+    "no state": (lambda: chain(optax.adaptive_grad_clip(0.1)), "nothing", "In place of adaptive_grad_clip"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", AT_FAULT)
+def test_the_transformation_at_fault_is_named(name):
+    make, fault, words = AT_FAULT[name]
+    params = problem(name)[0]
+    state = make().init(params)
+    floats = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    is_finite = [fault not in path for path in floats]
+    assert fault == "nothing" or not all(is_finite), floats
+    grad_bar = {"w": jnp.full((3, 2), jnp.nan), "b": jnp.zeros(2)}
+    sentence = remedy_for_not_finite(grad_bar, state, is_finite)
+    assert sentence.startswith(" for the parameters['w']: ")
+    assert re.search(words, sentence), sentence

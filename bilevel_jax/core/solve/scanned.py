@@ -65,7 +65,9 @@ def scan_forward(
 
     def advance(state, _):
         batch = batch_at(state.step)
-        return forward(state, problem.gather(hyper, batch), frozen, batch)[0], None
+        new_state = forward(state, problem.gather(hyper, batch), frozen, batch)[0]
+        _check_structure(state, new_state)
+        return new_state, None
 
     return jax.lax.scan(advance, state, length=steps)[0] if steps else state
 
@@ -94,6 +96,7 @@ def scan_forward_and_back(
     def advance(state: TrainState) -> tuple[TrainState, Params]:
         batch = batch_at(state.step)
         new_state, metrics = forward(state, problem.gather(hyper, batch), frozen, batch)
+        _check_structure(state, new_state)
         return new_state, metrics.grad
 
     def run(state: TrainState, count: int) -> TrainState:
@@ -157,6 +160,14 @@ def scan_forward_and_back(
         carry, matches = back(stored, end, (adjoint, zeros, zeros, norm, norm == 0), window, lengths)
         adjoint, grad, magnitude, max_norm, has_derivative = carry
     return ScanResult(end, value, grad, magnitude, adjoint, max_norm / norm, matches, has_derivative)
+
+
+def _check_structure(before: TrainState, after: TrainState) -> None:
+    if jax.tree.structure(before.opt_state) != jax.tree.structure(after.opt_state):
+        raise ValueError(
+            "the optimizer's state changes its structure at the first update, as optax.monitor's does, which one "
+            "compiled loop cannot: use optax.snapshot, or give streams."
+        )
 
 
 def start_and_hyperparameter_gradients(
