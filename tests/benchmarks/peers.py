@@ -69,6 +69,11 @@ TRAINING = (
     Contestant("the same, linearised", "peers_jax", "swept", OURS, {"kept": "square root, linear"}),
     Contestant("bilevel_jax, half of √T", "peers_jax", "swept", OURS, {"kept": "half"}),
 )
+ON_ARRAYS = (
+    Contestant("bilevel_jax, unroll on arrays, every state kept", "peers_jax", "compiled", OURS, {"memory": "all"}),
+    Contestant("bilevel_jax, unroll on arrays, √T", "peers_jax", "compiled", OURS, {"memory": "sqrt"}),
+)
+"""Of the MLP: a language model's batches come from a stream."""
 SOLVE = "jax.scipy's CG, one program"
 SOLVING = (
     Contestant(SOLVE, "peers_jax", "closed", SOLVE),
@@ -97,7 +102,7 @@ def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clo
     with tempfile.TemporaryDirectory() as folder:
         for name in problems:
             problem = PROBLEMS[name](Path(folder))
-            chosen = SOLVING if name == "solve" else TRAINING
+            chosen = {"mlp": TRAINING + ON_ARRAYS, "transformer": TRAINING, "solve": SOLVING}[name]
             kept = {one.plain for one in chosen if _matches(one, only)} | {chosen[0].name}
             chosen = [one for one in chosen if one.name in kept or _matches(one, only)]
             table(name, compete(chosen, problem, _exact(problem, threads), rounds, threads, clock), chosen)

@@ -13,13 +13,14 @@ from bilevel_jax.core import checkpointing, solvers
 from bilevel_jax.core.curvature import hessian
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.problem import proximal, weighted
+from bilevel_jax.core.solve.unroll import unroll
 from bilevel_jax.core.training import forward_only_step, init_train_state, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Problem, Stream
 from bilevel_jax.core.unrolled import unrolled_estimator
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.models.config import rope_frequencies
-from tests.benchmarks.peers_problems import Adam, Regression, Training
+from tests.benchmarks.peers_problems import ORDER_SEED, Adam, Regression, Training
 
 Rows = dict[str, Any]
 
@@ -126,6 +127,16 @@ def swept(problem: Training, *, kept: str) -> Callable[[], np.ndarray]:
         return np.asarray(out.grad)
 
     return run
+
+
+def compiled(problem: Training, *, memory: str) -> Callable[[], np.ndarray]:
+    """This package's solver on arrays, one compiled program; its key draws the problem's batches."""
+    steps, size = problem.order.shape
+    core = weighted(lambda params, frozen, batch: _mlp_losses(params, batch["data"]))
+    solver = unroll(core, _adam(problem.adam), steps=steps, batch_size=size, memory=memory)
+    params, rows, held_out = (jax.tree.map(_array, part) for part in (problem.start, problem.rows, problem.held_out))
+    weights, key = _array(problem.weights), jax.random.key(ORDER_SEED)
+    return lambda: np.asarray(solver.run(params, weights, rows, held_out, key=key).grad)
 
 
 def solved(problem: Regression) -> Callable[[], np.ndarray]:

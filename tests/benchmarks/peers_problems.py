@@ -54,8 +54,17 @@ class Regression(NamedTuple):
     tolerance: float = 1e-6
 
 
+ORDER_SEED = 0
+"""Of the MLP's batches, as the solvers on arrays draw them."""
+
+
 def mlp(*, steps: int = 100, batch: int = 128, rows: int = 1024, widths=(784, 200, 200, 10)) -> Training:
     """An MLP of 199,210 parameters, tanh; a tenth of its labels are drawn at random."""
+    import jax  # here, so that reading this module starts no framework
+
+    import bilevel_jax as bj
+
+    order = np.asarray(bj.batch_order(rows, batch, steps, jax.random.key(ORDER_SEED)))
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(widths[0], widths[-1]))
 
@@ -68,7 +77,7 @@ def mlp(*, steps: int = 100, batch: int = 128, rows: int = 1024, widths=(784, 20
         (rng.normal(size=shape).astype(np.float32) / np.float32(np.sqrt(shape[0])), np.zeros(shape[1], np.float32))
         for shape in zip(widths[:-1], widths[1:], strict=True)
     ]
-    return Training(sample(rows), sample(batch), _epochs(rng, rows, steps, batch), _weights(rng, rows), start)
+    return Training(sample(rows), sample(batch), order, _weights(rng, rows), start)
 
 
 def transformer(folder: Path, *, steps: int = 16, batch: int = 16, rows: int = 256, length: int = 64) -> Training:
