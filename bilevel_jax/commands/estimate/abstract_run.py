@@ -21,6 +21,7 @@ from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
+from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.text import (
     TextTask,
     TokenizedData,
@@ -138,9 +139,11 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
     else:
         steps, proximal = config.train.max_steps, config.outer.proximal
         seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]
+    optimizer = build_optimizer(config.optimizer, steps)
     abstract_task = compose_text_task(
-        config, text, base, fresh, mesh, sharding_rules, num_steps=steps, seeds=seeds, proximal_strength=proximal
-    )
+        config, text, base, fresh, optimizer, mesh, sharding_rules,
+        num_steps=steps, seeds=seeds, proximal_strength=proximal,
+    )  # fmt: skip
     return AbstractRun(
         command,
         config,

@@ -9,7 +9,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
@@ -87,7 +89,66 @@ def load_examples(
         ['2 + 2 = ', '4']
     """
     _check_options(paths, options)
-    return list(_iter_examples(paths, options, on_drop, streaming=False, keys=keys))
+    return list(_iter_examples(_open_paths(paths, streaming=False), options, on_drop, keys=keys))
+
+
+def read_examples(
+    source: Any,
+    options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    *,
+    name: str = "examples",
+    on_drop: Callable[[str], Any] = lambda message: None,
+    keys: set[str] | None = None,
+) -> list[Example]:
+    """The examples of a file, of rows in memory or of a data set: the same examples with the same ids from each.
+
+    Args:
+        source: a path (as one of `load_examples`); a list of paths (`pathlib.Path`); a list of rows, which are dicts
+            in any format of `options` or, for plain text, strings; a `datasets.Dataset`; or a list of `Example`, which
+            is returned with `row` counted anew.
+        options: the format of rows and the names of their fields.
+        name: what rows in memory are called in errors, as in "examples:3" for the third.
+        on_drop: as for `load_examples`.
+        keys: as for `load_examples`.
+
+    Returns:
+        One example for each row.
+
+    Raises:
+        ValueError: as `load_examples`; another type of source; no rows; strings that are names of files; two examples
+            with one id, which were read apart.
+
+    Example:
+        >>> [example] = read_examples([{"prompt": "2 + 2 = ", "response": "4"}])
+        >>> [turn.content for turn in example.turns], example.where
+        (['2 + 2 = ', '4'], 'examples:1')
+    """
+    if isinstance(source, str | os.PathLike):
+        return load_examples([os.fspath(source)], options, on_drop, keys)
+    if not isinstance(source, list | tuple) and not _is_dataset(source):
+        remedy = {
+            "DataFrame": "Of a pandas DataFrame give df.to_dict('records').",
+            "DatasetDict": "Of a DatasetDict name one split, as in data['train'].",
+            "dict": "Put a single row into a list.",
+        }.get(type(source).__name__, "Make a list of it.")
+        raise ValueError(
+            f"the {name} are a {type(source).__name__}; a path, a list of rows or a datasets.Dataset is wanted. {remedy}"
+        )
+    if isinstance(source, list | tuple) and source and all(isinstance(row, os.PathLike) for row in source):
+        return load_examples([os.fspath(path) for path in source], options, on_drop, keys)
+    if isinstance(source, list | tuple) and any(isinstance(row, Example) for row in source):
+        return _renumber_examples(source, name)
+    if isinstance(source, list | tuple) and any(files.is_file_name(row) for row in source):
+        [file, *_] = [row for row in source if files.is_file_name(row)]
+        raise ValueError(
+            f"the {name} hold the string {file!r}, and strings in a list are rows of text. Of a file give its path, of "
+            f"several a list of pathlib.Path."
+        )
+    if not len(source):
+        raise ValueError(f"the {name} have no rows; at least one is wanted.")
+    _check_options([name], options)
+    rows = files.iterate_rows_in_memory(source)
+    return list(_iter_examples([(name, rows)], options, on_drop, keys=keys))
 
 
 def stream_examples(
@@ -118,7 +179,9 @@ def stream_examples(
         ValueError: as `load_examples`, when the row is reached.
     """
     _check_options(paths, options)
-    return itertools.islice(_iter_examples(paths, options, on_drop, streaming=True, keys=keys), skip, None)
+    return itertools.islice(
+        _iter_examples(_open_paths(paths, streaming=True), options, on_drop, keys=keys), skip, None
+    )
 
 
 def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:
@@ -339,20 +402,48 @@ def _spell_number(value: Decimal) -> str:
 # ---- rows -> examples
 
 
+def _is_dataset(source: Any) -> bool:
+    """Whether it is a `datasets.Dataset`, which is not imported where nobody has."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(source, datasets.Dataset)
+
+
+def _renumber_examples(source: Sequence[Any], name: str) -> list[Example]:
+    """Examples that were read before, with their row in this list."""
+    ids: Counter[str] = Counter()
+    for place, example in enumerate(source, 1):
+        if not isinstance(example, Example):
+            raise ValueError(
+                f"{name}:{place}: {files.describe_value(example)} among examples that are read already. Give rows "
+                "alone, or read all of them by `read_examples`."
+            )
+        ids[example.id] += 1
+        if ids[example.id] > 1:
+            raise ValueError(
+                f"{name}:{place}: the id {example.id} stands twice. Read the rows of both together: copies then get "
+                "ids of their own."
+            )
+    return [example._replace(row=row) for row, example in enumerate(source)]
+
+
+def _open_paths(paths: Sequence[str], *, streaming: bool) -> Iterator[tuple[str, Iterator[tuple[int, Any]]]]:
+    return ((path, files.read_rows(path, streaming=streaming)) for path in map(str, paths))
+
+
 def _iter_examples(
-    paths: Sequence[str],
+    sources: Iterable[tuple[str, Iterator[tuple[int, Any]]]],
     options: DataOptions,
     on_drop: Callable[[str], Any],
     *,
-    streaming: bool,
     keys: set[str] | None,
 ) -> Iterator[Example]:
+    """The examples of all rows; a source is its path, or its name, and its rows with their lines."""
     count = 0
     seen: Counter[str] = Counter()
     firsts: dict[bool, str] = {}
-    for path in map(str, paths):
+    for path, rows in sources:
         row_format, count_before, num_empty = options.format, count, 0
-        for line, row in files.read_rows(path, streaming=streaming):
+        for line, row in rows:
             where = f"{path}:{line}"
             if keys is not None and isinstance(row, dict):
                 keys.update(row)

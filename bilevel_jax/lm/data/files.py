@@ -50,6 +50,18 @@ def read_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]
         yield line, drop_nulls(row)
 
 
+def iterate_rows_in_memory(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, of a list of rows or of a `datasets.Dataset`."""
+    return ((line, drop_nulls(row)) for line, row in enumerate(rows, 1))
+
+
+def is_file_name(row: Any) -> bool:
+    """Whether a string is written as a path that `read_rows` reads, rather than as text."""
+    if not isinstance(row, str) or len(row.split()) != 1:
+        return False
+    return row.startswith("hub:") or Path(row.removesuffix(".gz")).suffix in FILE_READERS
+
+
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], file_format: str) -> None:
     """Write rows as jsonl, json, parquet, or a folder of `datasets.save_to_disk`; `read_rows` reads each of them.
 

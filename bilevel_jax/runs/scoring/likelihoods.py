@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from bilevel_jax.core.types import Batch, Params, Stream
+from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, LogLikStore, make_loglik_scorer
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
@@ -26,7 +27,13 @@ from bilevel_jax.scores import incontext, oneshot
 from bilevel_jax.scores.demonstrations import demonstration_selector
 from bilevel_jax.scores.embedding import hidden_states, tfidf
 from bilevel_jax.scores.random import hash_to_int
-from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples, make_tokenized_examples, take_examples
+from bilevel_jax.scores.requests import (
+    LoglikFn,
+    ScorePlan,
+    TokenizedExamples,
+    make_tokenized_examples,
+    take_examples,
+)
 
 ANSWERS_FILE = "answers.jsonl"
 """The journal of answers in the run's checkpoints, deleted when all requests are answered."""
@@ -130,44 +137,69 @@ def _cached_engine(decoder: Decoder, mesh: Mesh, session: Session) -> CountingEn
 def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`ica_score` with validation as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
-    embedding = (
-        tfidf if settings.embedding == "tfidf" else hidden_states(task.decoder, model.params, fetch=fetch_to_host)
-    )
-
-    def make_score(demonstrations: str) -> incontext.ScoreFn:
-        demonstration_choice = demonstration_selector(
-            demonstrations, embedding=embedding, max_similarity=settings.max_similarity, seed=settings.seed
-        )
-        return incontext.ica_score(
-            _prompt_format(task, settings), demonstration_choice, max_length=task.architecture.max_length, k=settings.k,
-            per_token_mean=settings.per_token,
-        )  # fmt: skip
-
-    plan = make_score(settings.demonstrations)(train_rows, holdout)
-    values = plan.combine(model(plan.requests))
-    notes = _shortage_notes(plan, train_rows, "demonstrations")
-    sample = min(AGREEMENT_SAMPLE_SIZE, len(task.trainable_indices()) // 10)
-    if settings.demonstrations != "knn" and sample >= 10:
-        correlation = incontext.measure_rank_agreement(
-            values, make_score("knn"), train_rows, holdout, model, sample_size=sample, seed=settings.seed
-        )
-        notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
+    values, notes = ica_values(train_rows, holdout, model, task.tokenizer, task.decoder, model.params, settings)
     return ScoreResult(values, model.passes, notes)
 
 
 def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`oneshot_score` with scores.anchors validation examples as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
+    values, notes = one_shot_values(train_rows, holdout, model, task.tokenizer, task.architecture.max_length, settings)
+    return ScoreResult(values, model.passes, notes)
+
+
+def ica_values(
+    candidates: TokenizedExamples,
+    holdout: TokenizedExamples,
+    loglik_fn: LoglikFn,
+    tokenizer: Tokenizer,
+    decoder: Decoder,
+    params: Params,
+    settings: ScoresSection,
+) -> tuple[Float[np.ndarray, "examples"], tuple[str, ...]]:
+    """(`ica_score` of the candidates, notes); `params` are the whole ones, read for embedding = hidden alone."""
+    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(decoder, params, fetch=fetch_to_host)
+
+    def make_score(demonstrations: str) -> incontext.ScoreFn:
+        demonstration_choice = demonstration_selector(
+            demonstrations, embedding=embedding, max_similarity=settings.max_similarity, seed=settings.seed
+        )
+        return incontext.ica_score(
+            _prompt_format(tokenizer, settings), demonstration_choice, max_length=decoder.config.max_length,
+            k=settings.k, per_token_mean=settings.per_token,
+        )  # fmt: skip
+
+    plan = make_score(settings.demonstrations)(candidates, holdout)
+    values = plan.combine(loglik_fn(plan.requests))
+    notes = _shortage_notes(plan, candidates, "demonstrations")
+    sample = min(AGREEMENT_SAMPLE_SIZE, int(candidates.is_kept.sum()) // 10)
+    if settings.demonstrations != "knn" and sample >= 10:
+        correlation = incontext.measure_rank_agreement(
+            values, make_score("knn"), candidates, holdout, loglik_fn, sample_size=sample, seed=settings.seed
+        )
+        notes += (f"rank correlation with demonstrations = knn on {sample} rows: {correlation:.3f}.",)
+    return values, notes
+
+
+def one_shot_values(
+    candidates: TokenizedExamples,
+    holdout: TokenizedExamples,
+    loglik_fn: LoglikFn,
+    tokenizer: Tokenizer,
+    max_length: int,
+    settings: ScoresSection,
+) -> tuple[Float[np.ndarray, "examples"], tuple[str, ...]]:
+    """(`oneshot_score` of the candidates on scores.anchors examples of the holdout, notes)."""
     usable_indices = np.flatnonzero(holdout.is_kept)
     anchors = sorted(usable_indices, key=lambda j: hash_to_int(holdout.examples[int(j)].id, settings.seed))[
         : settings.anchors
     ]
     score = oneshot.oneshot_score(
-        _prompt_format(task, settings), max_length=task.architecture.max_length, max_similarity=settings.max_similarity
+        _prompt_format(tokenizer, settings), max_length=max_length, max_similarity=settings.max_similarity
     )
-    plan = score(train_rows, take_examples(holdout, np.sort(np.array(anchors))))
-    values = plan.combine(model(plan.requests))
-    return ScoreResult(values, model.passes, _shortage_notes(plan, train_rows, "rows of validation to be judged by"))
+    plan = score(candidates, take_examples(holdout, np.sort(np.array(anchors))))
+    values = plan.combine(loglik_fn(plan.requests))
+    return values, _shortage_notes(plan, candidates, "rows of validation to be judged by")
 
 
 def train_and_validation_rows(task: TextTask) -> tuple[TokenizedExamples, TokenizedExamples]:
@@ -190,9 +222,9 @@ def _moments(params: Params) -> list[jax.Array]:
     return [jnp.stack([leaf.sum(), (leaf * leaf).sum()]) for leaf in jax.tree.leaves(params)]
 
 
-def _prompt_format(task: TextTask, settings: ScoresSection) -> incontext.DemonstrationFormat:
+def _prompt_format(tokenizer: Tokenizer, settings: ScoresSection) -> incontext.DemonstrationFormat:
     return incontext.make_demonstration_format(
-        task.tokenizer, settings.template or incontext.DEMONSTRATIONS_TEMPLATE, settings.demonstration_template
+        tokenizer, settings.template or incontext.DEMONSTRATIONS_TEMPLATE, settings.demonstration_template
     )
 
 

@@ -148,7 +148,7 @@ def loss_score(task: Task, params: Params, settings: ScoresSection, session: Ses
 
     Wrong where labels are: noise is hard. `perplexity` orders the other way round.
     """
-    return ScoreResult(_example_losses(task, params), _steps_per_epoch(task) / 3)
+    return ScoreResult(example_losses(task, params), _steps_per_epoch(task) / 3)
 
 
 def perplexity_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -156,7 +156,7 @@ def perplexity_score(task: Task, params: Params, settings: ScoresSection, sessio
 
     Wrong where the model already knows what it likes.
     """
-    return ScoreResult(-np.exp(_example_losses(task, params)), _steps_per_epoch(task) / 3)
+    return ScoreResult(-np.exp(example_losses(task, params)), _steps_per_epoch(task) / 3)
 
 
 def reducible_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -170,13 +170,13 @@ def reducible_score(task: Task, params: Params, settings: ScoresSection, session
     passes = _steps_per_epoch(task) / 3
     if not path.exists():
         steps = min(settings.holdout_steps or task.num_steps, task.num_steps)
-        values = _example_losses(task, _train_holdout_model(task, settings.seed, steps, session))
+        values = example_losses(task, _train_holdout_model(task, settings.seed, steps, session))
         ids = [example.id for example in task.examples]
         run_dir.write_parquet(path, pa.table({"id": ids, "loss": values}))
         passes += steps + _steps_per_epoch(task) / 3
     holdout_loss_by_id = dict(zip(*(column.to_pylist() for column in run_dir.read_parquet(path).columns), strict=True))
     holdout_losses = np.array([holdout_loss_by_id[example.id] for example in task.examples], float)
-    return ScoreResult(_example_losses(task, params) - holdout_losses, passes)
+    return ScoreResult(example_losses(task, params) - holdout_losses, passes)
 
 
 def alignment_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -185,16 +185,8 @@ def alignment_score(task: Task, params: Params, settings: ScoresSection, session
     One forward-mode product of the rows' losses along grad L_v over all of validation; no gradient of a row is formed
     (TracIn, Pruthi et al. 2020, at one checkpoint; one step of GREATS, Wang et al. 2024).
     """
-    frozen, validation = task.frozen(params), task.held_out_streams["validation"]
-    _, validation_gradient = _validation_gradient(task.problem)(params, frozen, validation)
-    values = evaluate_per_example(
-        _directional_derivatives(task.objective.losses),
-        (params, validation_gradient),
-        frozen,
-        task.full_pass_stream(seed=0),
-        task.num_examples,
-    )
-    return ScoreResult(values, validation.steps + _steps_per_epoch(task) * 2 / 3)
+    passes = task.held_out_streams["validation"].steps + _steps_per_epoch(task) * 2 / 3
+    return ScoreResult(example_alignments(task, params), passes)
 
 
 def ica_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -214,18 +206,7 @@ def margin_score(task: Task, params: Params, settings: ScoresSection, session: S
 
     Of a preference pair its two sides are the classes: sqrt(2) (1 - σ(z)), where -log σ(z) is its loss.
     """
-    if isinstance(task, TextTask) and task.corpus.sequences_per_example == 2:
-        return ScoreResult(np.sqrt(2) * -np.expm1(-_example_losses(task, params)), _steps_per_epoch(task) / 3)
-    if isinstance(task, TextTask):
-        el2n_function = _el2n_of_tokens(task.decoder)
-    else:
-        el2n_function = _el2n_of_labels(task.objective.composite_loss.outputs)
-    return ScoreResult(
-        evaluate_per_example(
-            el2n_function, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
-        ),
-        _steps_per_epoch(task) / 3,
-    )
+    return ScoreResult(example_margins(task, params), _steps_per_epoch(task) / 3)
 
 
 def random_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -275,9 +256,36 @@ def _ids_table(task: Task) -> pa.Table:
     return pa.table(columns)
 
 
-def _example_losses(task: Task, params: Params) -> Float[np.ndarray, "examples"]:
+def example_losses(task: Task, params: Params) -> Float[np.ndarray, "examples"]:
+    """l_i(params), in the unit of the objective."""
     return evaluate_per_example(
         task.objective.losses, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
+    )
+
+
+def example_alignments(task: Task, params: Params) -> Float[np.ndarray, "examples"]:
+    """<grad l_i, grad L_v> at `params`."""
+    frozen, validation = task.frozen(params), task.held_out_streams["validation"]
+    _, validation_gradient = _validation_gradient(task.problem)(params, frozen, validation)
+    return evaluate_per_example(
+        _directional_derivatives(task.objective.losses),
+        (params, validation_gradient),
+        frozen,
+        task.full_pass_stream(seed=0),
+        task.num_examples,
+    )
+
+
+def example_margins(task: Task, params: Params) -> Float[np.ndarray, "examples"]:
+    """EL2N of each example at `params`."""
+    if isinstance(task, TextTask) and task.corpus.sequences_per_example == 2:
+        return np.sqrt(2) * -np.expm1(-example_losses(task, params))
+    if isinstance(task, TextTask):
+        el2n_function = _el2n_of_tokens(task.decoder)
+    else:
+        el2n_function = _el2n_of_labels(task.objective.composite_loss.outputs)
+    return evaluate_per_example(
+        el2n_function, params, task.frozen(params), task.full_pass_stream(seed=0), task.num_examples
     )
 
 

@@ -42,8 +42,8 @@ from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.splits import DataSplits
 
 
-class TextTaskConfig(Protocol):
-    """The sections that a text task is prepared from; the configs of the commands that train on text have them."""
+class TextSections(Protocol):
+    """The sections that a text task is composed from."""
 
     @property
     def model(self) -> ModelSection:
@@ -62,16 +62,20 @@ class TextTaskConfig(Protocol):
         """The loss of one example."""
 
     @property
-    def optimizer(self) -> OptimizerSection:
-        """The optimizer of the parameters."""
-
-    @property
     def train(self) -> TrainSection | FineTuneSection:
         """The size of a step and the seed of the start."""
 
     @property
     def mesh(self) -> MeshSection:
         """The devices."""
+
+
+class TextTaskConfig(TextSections, Protocol):
+    """The sections that a text task is prepared from; the configs of the commands that train on text have them."""
+
+    @property
+    def optimizer(self) -> OptimizerSection:
+        """The optimizer of the parameters."""
 
 
 class TextTask(NamedTuple):
@@ -220,6 +224,7 @@ def prepare_text_task(
         tokenized_data,
         base_params,
         init_params,
+        build_optimizer(config.optimizer, num_steps),
         mesh,
         sharding_rules,
         num_steps=num_steps,
@@ -230,6 +235,20 @@ def prepare_text_task(
 
 def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData:
     """The examples as tokens of the model's tokenizer; checked against the objective."""
+    folder = config.model.name_or_path
+    tokenizer, architecture = tokens.load_tokenizer(folder), models.read_config(folder)
+    check_special_tokens(folder, tokenizer, architecture.vocab_size)
+    return tokenize_parts(config, splits, tokenizer, architecture, models.read_source_files(folder))
+
+
+def tokenize_parts(
+    config: TextSections,
+    splits: DataSplits,
+    tokenizer: Any,
+    architecture: models.DecoderConfig,
+    source_files: dict[str, bytes],
+) -> TokenizedData:
+    """The examples as tokens of a tokenizer that is loaded; checked against the objective."""
     examples, held_out = (
         splits.train,
         {part: part_examples for part, part_examples in splits.held_out.items() if part_examples},
@@ -237,16 +256,10 @@ def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData
     check_examples(
         config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)]
     )
-    tokenizer, architecture = (
-        tokens.load_tokenizer(config.model.name_or_path),
-        models.read_config(config.model.name_or_path),
-    )
-    check_special_tokens(config.model.name_or_path, tokenizer, architecture.vocab_size)
     notes, corpora = list(splits.notes), {}
     for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
         corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture)
         notes.append(f"{name}: {report}.")
-    source_files = models.read_source_files(config.model.name_or_path)
     return TokenizedData(examples, held_out, notes, tokenizer, source_files, architecture, corpora)
 
 
@@ -279,10 +292,11 @@ def group_by_corpus(
 
 
 def compose_text_task(
-    config: TextTaskConfig,
+    config: TextSections,
     tokenized_data: TokenizedData,
     base_params: Params | None,
     init_params: Callable[[int], Params],
+    optimizer: optax.GradientTransformation,
     mesh: Mesh,
     sharding_rules: sharding.ShardingRules,
     *,
@@ -303,7 +317,6 @@ def compose_text_task(
     local_slots = local_rows(mesh, layout.unpacked.rows)
     run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
     problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
-    run_optimizer = build_optimizer(config.optimizer, num_steps)
     return TextTask(
         examples=tokenized_data.examples,
         held_out_examples=tokenized_data.held_out_examples,
@@ -323,8 +336,8 @@ def compose_text_task(
         init_params=init_params,
         problem=problem,
         objective=run_objective,
-        optimizer=run_optimizer,
-        train_step=train_step(problem, run_optimizer),
+        optimizer=optimizer,
+        train_step=train_step(problem, optimizer),
         num_steps=num_steps,
         batch_size=layout.num_micro_batches * layout.examples,
         mesh=mesh,
@@ -334,7 +347,7 @@ def compose_text_task(
 
 
 def _fit_layout(
-    config: TextTaskConfig, tokenized_data: TokenizedData, *, num_steps: int, seeds: Sequence[int]
+    config: TextSections, tokenized_data: TokenizedData, *, num_steps: int, seeds: Sequence[int]
 ) -> tuple[Corpus, BatchShape]:
     """The corpus of the examples that get weights, and the shape that all batches of the run share."""
     num_micro_batches = config.train.gradient_accumulation_steps
@@ -433,11 +446,6 @@ def _attach_reference_margins(
     stored_path = config.objective.reference or (
         folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else ""
     )
-    log_likelihoods = sft.sequence_log_likelihoods(decoder)
-
-    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
-        return log_likelihoods(params, batch).reshape(-1, 2)
-
     log_probs: dict[str, np.ndarray] = {}
     tables = []
     for name, corpus in corpora.items():
@@ -447,15 +455,7 @@ def _attach_reference_margins(
         if stored_path:
             log_probs[name] = reference.read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
         else:
-            flat = batches.BatchShape(
-                1,
-                config.train.global_batch_size,
-                2 * config.train.global_batch_size,
-                batches.padded_max_length(corpus),
-                2,
-            )
-            stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
-            log_probs[name] = evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
+            log_probs[name] = compute_pair_log_probs(decoder, params, corpus, config.train.global_batch_size, mesh)
         tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
     run_dir.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
     identity.check_tokens(
@@ -466,6 +466,20 @@ def _attach_reference_margins(
         name: corpus.with_reference_margins(reference.reference_margins(log_probs[name]))
         for name, corpus in corpora.items()
     }
+
+
+def compute_pair_log_probs(
+    decoder: models.Decoder, params: Params, corpus: Corpus, batch_size: int, mesh: Mesh
+) -> Float[np.ndarray, "rows 2"]:
+    """log p of both responses of each pair under a model, nats, summed over their tokens; nan for a dropped pair."""
+    log_likelihoods = sft.sequence_log_likelihoods(decoder)
+
+    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
+        return log_likelihoods(params, batch).reshape(-1, 2)
+
+    flat = batches.BatchShape(1, batch_size, 2 * batch_size, batches.padded_max_length(corpus), 2)
+    stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
+    return evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
 
 
 def _proximal_term(strength: float) -> Callable | None:
