@@ -24,6 +24,7 @@ RANKS = (
     "runs/budget",
     "runs/report",
     "commands",
+    "language_model",  # of which `lm` gives names that it imports when they are read
     "",  # the public names and the command line
 )
 CORE_MAY_IMPORT = {"jax", "optax", "numpy", "jaxtyping"}  # and the standard library
@@ -178,6 +179,10 @@ def test_runs_stands_on_few_floors():
         ("commands/rank/a.py", "from bilevel_jax.commands.select import run", True),
         ("commands/estimate/a.py", "from bilevel_jax.commands.select import run", True),
         ("cli.py", "from bilevel_jax.runs.config import load", False),
+        ("language_model/a.py", "from bilevel_jax.runs.engine import trainer\nimport optax", False),
+        ("language_model/a.py", "from bilevel_jax import cli", True),
+        ("commands/rank/a.py", "from bilevel_jax.language_model import model", True),
+        ("lm/a.py", "def f():\n    from bilevel_jax.language_model import model", True),
     ],
 )
 def test_the_reader_of_imports_bites(path, source, bites):

@@ -1,6 +1,7 @@
 """Language models with their data, losses, likelihoods and generation.
 
-Flax is fenced in here, and nothing in it sees an optimizer. The names below are imported when they are first read.
+`load` gives a model that fine-tunes with hypergradients, scores data and generates; the other names are what it is made
+of. Flax is fenced in here, and nothing in it sees an optimizer. The names are imported when they are first read.
 """
 
 import importlib
@@ -10,6 +11,15 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, unused here
 
 _MODULE_OF = {
+    # a model to load, fine-tune, score with and generate with: of a package above this one, which nothing here imports
+    "DataSection": "bilevel_jax.runs.config.schema",
+    "FineTuned": "bilevel_jax.language_model.finetuning",
+    "LanguageModel": "bilevel_jax.language_model.model",
+    "LoraSection": "bilevel_jax.runs.config.schema",
+    "MeshSection": "bilevel_jax.runs.config.schema",
+    "ObjectiveSection": "bilevel_jax.runs.config.schema",
+    "builtin_rows": "bilevel_jax.language_model.model",
+    "load": "bilevel_jax.language_model.model",
     # a model from a Hugging Face folder, and back
     "DecoderConfig": "models",
     "init_lora": "models",
@@ -30,6 +40,7 @@ _MODULE_OF = {
     "fit_evaluation_batch_shape": "data.batches",
     "load_examples": "data.examples",
     "load_tokenizer": "data.tokens",
+    "read_examples": "data.examples",
     "make_evaluation_stream": "data.batches",
     "make_train_stream": "data.batches",
     "shuffled_order": "data.batches",
@@ -57,7 +68,9 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        module = _MODULE_OF[name]
+        module = module if module.startswith("bilevel_jax.") else f"{__name__}.{module}"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -25,7 +25,9 @@ from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.text import (
     TextTask,
     TokenizedData,
+    build_programs,
     compose_text_task,
+    compute_dtype,
     group_by_corpus,
     make_abstract_params,
     max_example_length,
@@ -139,11 +141,18 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
     else:
         steps, proximal = config.train.max_steps, config.outer.proximal
         seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]
-    optimizer = build_optimizer(config.optimizer, steps)
-    abstract_task = compose_text_task(
-        config, text, base, fresh, optimizer, mesh, sharding_rules,
-        num_steps=steps, seeds=seeds, proximal_strength=proximal,
-    )  # fmt: skip
+    programs = build_programs(
+        text.architecture,
+        config.objective,
+        build_optimizer(config.optimizer, steps),
+        mesh,
+        sharding_rules,
+        remat=config.model.remat,
+        compute_dtype=compute_dtype(config.train),
+        lora=base is not None,
+        proximal_strength=proximal,
+    )
+    abstract_task = compose_text_task(config, text, base, fresh, programs, mesh, num_steps=steps, seeds=seeds)
     return AbstractRun(
         command,
         config,

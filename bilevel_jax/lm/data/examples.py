@@ -132,7 +132,8 @@ def read_examples(
             "dict": "Put a single row into a list.",
         }.get(type(source).__name__, "Make a list of it.")
         raise ValueError(
-            f"the {name} are a {type(source).__name__}; a path, a list of rows or a datasets.Dataset is wanted. {remedy}"
+            f"the {name} are a {type(source).__name__}; a path, a list of rows or a datasets.Dataset is wanted. "
+            f"{remedy}"
         )
     if isinstance(source, list | tuple) and source and all(isinstance(row, os.PathLike) for row in source):
         return load_examples([os.fspath(path) for path in source], options, on_drop, keys)
@@ -179,9 +180,7 @@ def stream_examples(
         ValueError: as `load_examples`, when the row is reached.
     """
     _check_options(paths, options)
-    return itertools.islice(
-        _iter_examples(_open_paths(paths, streaming=True), options, on_drop, keys=keys), skip, None
-    )
+    return itertools.islice(_iter_examples(_open_paths(paths, streaming=True), options, on_drop, keys=keys), skip, None)
 
 
 def example_to_row(example: Example, row_format: str = "auto") -> dict[str, Any]:

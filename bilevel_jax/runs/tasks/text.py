@@ -31,6 +31,7 @@ from bilevel_jax.runs.config.schema import (
     ModelSection,
     ObjectiveSection,
     OptimizerSection,
+    Remat,
     TrainSection,
 )
 from bilevel_jax.runs.infra import identity, run_dir, sharding
@@ -166,6 +167,17 @@ class TextTask(NamedTuple):
         return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
 
+class TextPrograms(NamedTuple):
+    """The compiled functions of a task, which do not depend on its data."""
+
+    decoder: models.Decoder
+    objective: Objective
+    problem: Problem
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    has_proximal: bool
+
+
 class TokenizedData(NamedTuple):
     """The examples of a run as tokens."""
 
@@ -219,17 +231,19 @@ def prepare_text_task(
     ):
         note = f"mesh.fsdp = {config.mesh.fsdp} does not divide {', '.join(unsharded)}: whole on every device."
         tokenized_data = tokenized_data._replace(notes=[*tokenized_data.notes, note])
-    return compose_text_task(
-        config,
-        tokenized_data,
-        base_params,
-        init_params,
+    programs = build_programs(
+        tokenized_data.architecture,
+        config.objective,
         build_optimizer(config.optimizer, num_steps),
         mesh,
         sharding_rules,
-        num_steps=num_steps,
-        seeds=seeds,
+        remat=config.model.remat,
+        compute_dtype=compute_dtype(config.train),
+        lora=base_params is not None,
         proximal_strength=proximal_strength,
+    )
+    return compose_text_task(
+        config, tokenized_data, base_params, init_params, programs, mesh, num_steps=num_steps, seeds=seeds
     )
 
 
@@ -291,32 +305,49 @@ def group_by_corpus(
     return joint | dict(held_out.items())
 
 
+def build_programs(
+    architecture: models.DecoderConfig,
+    objective: ObjectiveSection,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    sharding_rules: sharding.ShardingRules,
+    *,
+    remat: Remat,
+    compute_dtype: Any = None,
+    lora: bool,
+    proximal_strength: float,
+) -> TextPrograms:
+    """The model's functions, its loss and its training step; with `lora` adapters are trained over `frozen["base"]`."""
+    gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
+    decoder = models.make_decoder(architecture, remat=remat, compute_dtype=compute_dtype, gather_params=gather_params)
+    run_objective = build_objective(objective, decoder, lora=lora)
+    problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
+    step = train_step(problem, optimizer)
+    return TextPrograms(decoder, run_objective, problem, optimizer, step, proximal_strength > 0)
+
+
+def compute_dtype(section: TrainSection | FineTuneSection) -> Any:
+    """The dtype of the factors of matrix products; None: that of the parameters."""
+    is_half = isinstance(section, FineTuneSection) and section.compute_dtype == "bfloat16"
+    return jnp.bfloat16 if is_half else None
+
+
 def compose_text_task(
     config: TextSections,
     tokenized_data: TokenizedData,
     base_params: Params | None,
     init_params: Callable[[int], Params],
-    optimizer: optax.GradientTransformation,
+    programs: TextPrograms,
     mesh: Mesh,
-    sharding_rules: sharding.ShardingRules,
     *,
     num_steps: int,
     seeds: Sequence[int],
-    proximal_strength: float,
 ) -> TextTask:
-    """The task of a text and of parameters that lie on the mesh, split so: arrays, or, to estimate a run, shapes."""
-    half_precision = isinstance(config.train, FineTuneSection) and config.train.compute_dtype == "bfloat16"
-    compute_dtype = jnp.bfloat16 if half_precision else None
-    gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
-    decoder = models.make_decoder(
-        tokenized_data.architecture, remat=config.model.remat, compute_dtype=compute_dtype, gather_params=gather_params
-    )
+    """The task of a text and of parameters that lie on the mesh: arrays, or, to estimate a run, shapes."""
     corpora = tokenized_data.corpora
     corpus, layout = _fit_layout(config, tokenized_data, num_steps=num_steps, seeds=seeds)
     layout = align_layout(mesh, layout)
     local_slots = local_rows(mesh, layout.unpacked.rows)
-    run_objective = build_objective(config.objective, decoder, lora=base_params is not None)
-    problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
     return TextTask(
         examples=tokenized_data.examples,
         held_out_examples=tokenized_data.held_out_examples,
@@ -329,20 +360,20 @@ def compose_text_task(
             for part in tokenized_data.held_out_examples
         },
         architecture=tokenized_data.architecture,
-        decoder=decoder,
+        decoder=programs.decoder,
         tokenizer=tokenized_data.tokenizer,
         source_files=tokenized_data.source_files,
         base_params=base_params,
         init_params=init_params,
-        problem=problem,
-        objective=run_objective,
-        optimizer=optimizer,
-        train_step=train_step(problem, optimizer),
+        problem=programs.problem,
+        objective=programs.objective,
+        optimizer=programs.optimizer,
+        train_step=programs.train_step,
         num_steps=num_steps,
         batch_size=layout.num_micro_batches * layout.examples,
         mesh=mesh,
         layout=layout,
-        has_proximal=proximal_strength > 0,
+        has_proximal=programs.has_proximal,
     )
 
 

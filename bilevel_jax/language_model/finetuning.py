@@ -1,0 +1,615 @@
+"""Fine-tuning with a weight for every example, and the hypergradients of the weights."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
+from bilevel_jax.core.certify import Certificates, Verdict
+from bilevel_jax.core.implicit import implicit_estimator
+from bilevel_jax.core.training import init_train_state, train
+from bilevel_jax.core.types import (
+    CheckpointPlan,
+    Checks,
+    CompositeLoss,
+    Estimate,
+    Estimator,
+    Params,
+    Problem,
+    Solver,
+    StepMetrics,
+    TrainState,
+    TrainStep,
+    Trajectory,
+)
+from bilevel_jax.core.unrolled import check_differentiable, unrolled_estimator, validation_loss_fn
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data.examples import Example, describe_unread_keys, find_leaks, summarize_examples
+from bilevel_jax.runs.config.rules import check_config
+from bilevel_jax.runs.config.schema import (
+    CertifySection,
+    DataSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OuterSection,
+    Remat,
+    TrainSection,
+)
+from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
+from bilevel_jax.runs.engine.trainer import FINITE_CHECK_INTERVAL, describe_example
+from bilevel_jax.runs.engine.trajectory_store import plan_checkpoints
+from bilevel_jax.runs.infra import sharding
+from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
+from bilevel_jax.runs.infra.session import make_progress_bar
+from bilevel_jax.runs.tasks.reference import reference_margins
+from bilevel_jax.runs.tasks.splits import DataSplits
+from bilevel_jax.runs.tasks.text import (
+    JOINT_CORPUS,
+    TextPrograms,
+    TextTask,
+    TokenizedData,
+    build_programs,
+    compose_text_task,
+    compute_pair_log_probs,
+    tokenize_parts,
+)
+
+if TYPE_CHECKING:
+    from bilevel_jax.language_model.model import LanguageModel
+
+Weights = Any
+"""One float for each example: an array, or {id: weight}; None: 1 for each."""
+SOLVERS = {
+    "unroll": "L_v of the model after this training run",
+    "implicit": "L_v of the minimiser of the training loss with the prior, near the end of this run",
+    "alignment": "nothing: the first-order effect of one more step at the end of this run, a baseline",
+}
+"""How the hypergradient is computed -> what it is the derivative of."""
+MAX_RESIDUAL = 0.1
+"""The relative residual from which a linear system counts as not solved."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FineTuned:
+    """A fine-tuned model with the hypergradients of the examples' weights."""
+
+    lm: "LanguageModel"
+    """The model after training; everything that a loaded model can do, it can."""
+    value: float
+    """L_v, the mean validation loss of that model, nats per token (of pairs: nats per pair); nan without validation."""
+    grad: Float[np.ndarray, "examples"]
+    """d L_v / d weight of each example, in the order of the examples: below 0 where more weight lowers L_v. 0 for an
+    example that no step saw or that was dropped as too long; nan without a solver."""
+    examples: list[Example]
+    """The training examples as they were read: ids, turns, source, label."""
+    losses: Float[np.ndarray, "steps"]
+    """The weighted training loss, with the prior, before each step."""
+    estimand: str
+    """What the hypergradient is the derivative of, in words."""
+    checks: Checks
+    """Numerical diagnostics of the hypergradient."""
+    status: str
+    """ok, not_finite, not_positive_definite or not_solved; none where there was no solver."""
+    certificates: Certificates | None
+    """What retraining says of the hypergradient, where it was asked for."""
+    notes: list[str]
+    """What a person should know of the data: duplicates, truncation, keys that are not read."""
+    tuning: "FineTuning"
+    """The prepared run; see `rerun`."""
+
+    def __repr__(self) -> str:
+        return (
+            f"FineTuned({self.lm.folder!r}, {len(self.losses):,} steps on {len(self.examples):,} examples, "
+            f"value {self.value:.4g}, status {self.status!r})"
+        )
+
+    @property
+    def hypergradients(self) -> dict[str, float]:
+        """Example id -> d L_v / d weight."""
+        return {example.id: float(value) for example, value in zip(self.examples, self.grad, strict=True)}
+
+    @property
+    def verdict(self) -> Verdict:
+        """The certificates in one sentence: `print(result.verdict)`."""
+        missing = Certificates(None, None, None, self.checks)
+        return certify.judge_certificates(self.certificates or missing)
+
+    def rerun(
+        self,
+        weights: Weights = None,
+        *,
+        seed: int | None = None,
+        certify: bool = False,
+        throw: bool = True,
+        progress: bool = False,
+    ) -> "FineTuned":
+        """The same fine-tuning, from the same model, with other weights: nothing is compiled again.
+
+        Args:
+            weights: one for each example, as an array or by id; default 1.
+            seed: of the data order; default that of the first run. Fresh adapters keep theirs.
+            certify: as of `finetune`.
+            throw: as of `finetune`.
+            progress: as of `finetune`.
+
+        Returns:
+            The model and its hypergradients.
+
+        Raises:
+            ValueError: as of `finetune`.
+            FloatingPointError: as of `finetune`.
+
+        Example:
+            >>> result = lm.finetune(rows, held_out, optax.adamw(1e-2, eps_root=1e-12), steps=4, batch_size=4)
+            >>> weights = jnp.exp(-result.grad / jnp.abs(result.grad).max())
+            >>> result.rerun(weights).value < result.value
+            True
+        """
+        return self.tuning.run(weights, seed=seed, with_certificates=certify, throw=throw, progress=progress)
+
+
+@dataclass(frozen=True)
+class TaskSections:
+    """The settings that a text task is composed from, in the words of a config."""
+
+    model: ModelSection
+    lora: LoraSection
+    data: DataSection
+    objective: ObjectiveSection
+    train: TrainSection
+    mesh: MeshSection
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How the hypergradient of a fine-tuning is computed."""
+
+    name: str | None
+    window: int | None
+    proximal: float
+    curvature: str
+    linear_solver: Solver | None
+    curvature_batches: int | None
+    memory_gib: float
+
+
+class FineTuning:
+    """A fine-tuning that is prepared: its data as tokens, its model, its compiled programs. `run` trains."""
+
+    def __init__(self, lm: "LanguageModel", task: TextTask, solver: SolverOptions, seed: int):
+        self.lm, self.task, self.solver, self.seed = lm, task, solver, seed
+
+    def run(
+        self,
+        weights: Weights = None,
+        *,
+        seed: int | None = None,
+        with_certificates: bool = False,
+        throw: bool = True,
+        progress: bool = False,
+    ) -> FineTuned:
+        """As `FineTuned.rerun`."""
+        task, solver = self.task, self.solver
+        if with_certificates and solver.name is None:
+            raise ValueError("certify checks a hypergradient, and with solver=None there is none: give a solver.")
+        table = self._read_weights(weights)
+        seed = self.seed if seed is None else seed
+        rounds = 2 + 2 * len(CertifySection().step_sizes) if with_certificates else 1
+        with make_progress_bar(progress) as bar:
+            entry = bar.add_task("training", total=task.num_steps * rounds)
+            trajectory, losses = self._train(table, seed, plan=self._plan(), advance=lambda: bar.advance(entry))
+            trained = dataclasses.replace(self.lm, **self._trained_params(trajectory.end.params))
+            if solver.name is None:
+                value = self._validation_loss(trajectory) if "validation" in task.held_out_streams else math.nan
+                nothing = np.full(task.num_examples, np.nan)
+                return FineTuned(
+                    trained, value, nothing, task.examples, losses, "", Checks(), "none", None, task.notes, self
+                )
+            bar.update(entry, description="differentiating")
+            estimate = self._estimate(trajectory, table, seed)
+            grad = np.asarray(fetch_to_host(estimate.grad), float)[: task.num_examples]
+            status = judge_status(estimate, grad, solver.name)
+            if throw:
+                raise_if_bad(status, estimate.checks)
+            certificates = None
+            if with_certificates:
+                bar.update(entry, description="certifying by retraining")
+                certificates = self._certify(table, seed, estimate, advance=lambda: bar.advance(entry))
+        return FineTuned(
+            trained,
+            float(estimate.validation_loss),
+            grad,
+            task.examples,
+            losses,
+            SOLVERS[solver.name],
+            estimate.checks,
+            status,
+            certificates,
+            task.notes,
+            self,
+        )
+
+    # ---- parts
+
+    def _train(
+        self, table: jax.Array, seed: int, *, plan: CheckpointPlan, advance: Callable[[], Any]
+    ) -> tuple[Trajectory, Float[np.ndarray, "steps"]]:
+        """The run, and its losses; a FloatingPointError at the first number that is not finite."""
+        task = self.task
+        start = self._start()
+        frozen, stream = task.frozen(start.params), self._stream(seed)
+        losses: list[jax.Array] = []
+
+        def explain(step: int) -> str:
+            return find_first_nonfinite(
+                task.problem, task.optimizer, task.objective.losses, start, step, frozen,
+                lambda at: (table, stream.batch(at)), lambda index: describe_example(task, index),
+            )  # fmt: skip
+
+        def on_step(state: TrainState, metrics: StepMetrics) -> None:
+            losses.append(metrics.loss)
+            advance()
+            if len(losses) % FINITE_CHECK_INTERVAL == 0 or len(losses) == task.num_steps:
+                recent = np.array(jax.device_get(losses[-FINITE_CHECK_INTERVAL:]))
+                if np.isfinite(recent).all() and bool(tree.all_finite(state.params)):
+                    return
+                raise FloatingPointError(
+                    f"training is not finite any more within {len(losses)} of {task.num_steps} steps: "
+                    f"{explain(len(losses) - 1)}. Lower the learning rate, clip the gradient, or look at these rows."
+                )
+
+        trajectory = train(
+            task.train_step,
+            start,
+            table,
+            frozen,
+            stream,
+            plan=plan,
+            first_backward_step=task.num_steps - self._num_backward_steps,
+            on_step=on_step,
+        )
+        return trajectory, np.array(jax.device_get(losses), float)
+
+    def _estimate(self, trajectory: Trajectory, table: jax.Array, seed: int) -> Estimate:
+        task, frozen = self.task, self.task.frozen(trajectory.start.params)
+        validation = task.held_out_streams["validation"]
+        estimator = _cached_estimator(task.problem, task.train_step, task.objective.composite_loss, self.solver)
+        if self.solver.name == "unroll":
+            stream = self._stream(seed)
+            if task.num_steps not in (checked := _cached_checks(task.train_step)):
+                check_differentiable(task.train_step, task.optimizer, trajectory, table, frozen, stream)
+                checked.add(task.num_steps)
+            return estimator(trajectory, table, frozen, stream, validation)
+        is_balanced = self.solver.name == "implicit" and task.base_params is not None
+        if is_balanced:  # a LoRA product has many factorings; a prior on the factors singles out the balanced one
+            params = models.balance_adapters(trajectory.end.params)
+            trajectory = trajectory._replace(end=trajectory.end._replace(params=params))
+        estimate = estimator(trajectory, table, frozen, task.full_pass_stream(seed=0), validation)
+        if is_balanced:  # the prior's centre is not balanced along, so its slope would depend on the factoring
+            return estimate._replace(checks=estimate.checks._replace(gap=math.nan))
+        return estimate
+
+    def _certify(self, table: jax.Array, seed: int, estimate: Estimate, *, advance: Callable[[], Any]) -> Certificates:
+        """Finite differences of L_v(theta_T(w)), and the hypergradient without a fifth of the examples."""
+
+        def retrain(weights: jax.Array) -> float:
+            plan = checkpointing.NO_CHECKPOINTS
+            return self._validation_loss(self._train(weights, seed, plan=plan, advance=advance)[0])
+
+        def estimate_again(weights: jax.Array) -> jax.Array:
+            trajectory, _ = self._train(weights, seed, plan=self._plan(), advance=advance)
+            return self._estimate(trajectory, weights, seed).grad
+
+        settings, key = CertifySection(), jax.random.key(self.seed + 1)
+        differences = certify.check_finite_differences(retrain, table, estimate.grad, settings.step_sizes)
+        smoothness = certify.metasmoothness(estimate_again, key, table, estimate.grad, settings.removed)
+        return Certificates(differences, smoothness, None, estimate.checks)
+
+    def _start(self) -> TrainState:
+        task = self.task
+        return replicate_unplaced(task.mesh, init_train_state(task.optimizer, task.init_params(self.seed)))
+
+    def _stream(self, seed: int) -> Any:
+        return self.task.training_stream(seed, packed=seed == self.seed)  # the packed shape holds that order alone
+
+    def _validation_loss(self, trajectory: Trajectory) -> float:
+        frozen = self.task.frozen(trajectory.start.params)
+        loss_fn = validation_loss_fn(self.task.problem)
+        return float(loss_fn(trajectory.end.params, frozen, self.task.held_out_streams["validation"]))
+
+    @property
+    def _num_backward_steps(self) -> int:
+        if self.solver.name != "unroll":
+            return 0
+        return min(self.solver.window or self.task.num_steps, self.task.num_steps)
+
+    def _plan(self) -> CheckpointPlan:
+        if self.solver.name != "unroll":
+            return checkpointing.NO_CHECKPOINTS
+        outer = OuterSection(method="unrolled", memory_gib=self.solver.memory_gib)
+        return plan_checkpoints(outer, self._num_backward_steps, self._start(), self.task.base_params)
+
+    def _trained_params(self, params: Params) -> dict[str, Params]:
+        base = self.task.base_params
+        return {"params": params, "adapters": None} if base is None else {"params": base, "adapters": params}
+
+    def _read_weights(self, weights: Weights) -> jax.Array:
+        """The weight table on the mesh."""
+        task = self.task
+        dtype = jax.tree.leaves(task.init_params(self.seed))[0].dtype
+        if weights is None:
+            values = np.ones(task.num_examples)
+        elif isinstance(weights, Mapping):
+            missing = [example for example in task.examples if example.id not in weights]
+            if missing or len(weights) > task.num_examples:
+                what = f"{len(missing)} examples, the first {missing[0].where}, have none" if missing else (
+                    f"{len(weights) - task.num_examples} ids are those of no example"
+                )  # fmt: skip
+                raise ValueError(f"the weights by id do not fit the examples: {what}. Give each example one.")
+            values = np.array([weights[example.id] for example in task.examples])
+        else:
+            values = np.asarray(weights)
+        if values.shape != (task.num_examples,):
+            raise ValueError(
+                f"weights {values.shape} for {task.num_examples} examples; give one for each, in their order or by id."
+            )
+        if not np.issubdtype(values.dtype, np.floating):
+            raise ValueError(f"weights are {values.dtype}; floats are wanted, as in weights.astype(float).")
+        if not np.isfinite(values).all():
+            place = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(f"the weight of {task.examples[place].where} is {values[place]}; give finite numbers.")
+        return place_table(task.mesh, values.astype(dtype))
+
+
+def prepare(
+    lm: "LanguageModel",
+    examples: Any,
+    validation: Any,
+    optimizer: optax.GradientTransformation | None,
+    *,
+    steps: int,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    lora: int | LoraSection,
+    objective: str | ObjectiveSection,
+    solver: SolverOptions,
+    leaks: str,
+    seed: int,
+) -> FineTuning:
+    """Check the arguments, read and tokenize the data, and compose the task."""
+    _check_solver(solver, validation)
+    for name, count in (("steps", steps), ("batch_size", batch_size), ("seed", seed)):
+        check_count(name, count, least=0 if name == "seed" else 1)
+    check_count("gradient_accumulation_steps", gradient_accumulation_steps)
+    if leaks not in ("error", "keep"):
+        raise ValueError(f"leaks is {leaks!r}; it is 'error' or 'keep'.")
+    optimizer = optax.adamw(1e-4, eps_root=1e-12) if optimizer is None else optimizer
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise ValueError(
+            f"the optimizer is {optimizer!r}; one of optax is wanted, as optax.adamw(1e-4, eps_root=1e-12)."
+        )
+    sections = make_sections(
+        lm,
+        lora=lora,
+        objective=objective,
+        train=TrainSection(steps, batch_size, gradient_accumulation_steps, seed),
+    )
+    train_examples = lm.read(examples)
+    held_out = lm.read(validation, name="validation") if validation is not None else []
+    if leaks == "error" and (leaked := find_leaks(train_examples, held_out)):
+        raise ValueError(
+            f"{len({example.id for example, _ in leaked})} training examples also stand in the validation examples, "
+            f"the first: {leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be rewarded for being "
+            "copied. Remove them, or set leaks='keep'."
+        )
+    task = make_task(lm, sections, train_examples, held_out, optimizer, solver.proximal)
+    return FineTuning(lm, task, solver, seed)
+
+
+def make_sections(
+    lm: "LanguageModel", *, lora: int | LoraSection, objective: str | ObjectiveSection, train: TrainSection
+) -> TaskSections:
+    """The arguments in the words of a config, checked as those of a config are."""
+    if isinstance(lora, int) and not isinstance(lora, bool):
+        lora = LoraSection(r=lora)
+    if not isinstance(lora, LoraSection):
+        raise ValueError(f"lora is {lora!r}; a rank or lm.LoraSection(r=, alpha=, target_modules=) is wanted.")
+    if isinstance(objective, str):
+        objective = ObjectiveSection(name=objective)  # type: ignore[arg-type]
+    if not isinstance(objective, ObjectiveSection) or objective.name not in ("sft", "dpo", "simpo"):
+        name = objective.name if isinstance(objective, ObjectiveSection) else objective
+        raise ValueError(f"objective is {name!r}; it is 'sft', 'dpo', 'simpo' or an lm.ObjectiveSection.")
+    base_dtype = jax.tree.leaves(lm.params)[0].dtype
+    if base_dtype == jnp.bfloat16 and not lora.r:
+        raise ValueError("the parameters are bfloat16, which only a frozen base can be: give lora, or load as float32.")
+    model = ModelSection(
+        lm.folder,
+        base_dtype="bfloat16" if base_dtype == jnp.bfloat16 else "float32",
+        param_dtype="float64" if base_dtype == jnp.float64 else "float32",
+        remat=lm.remat,
+    )
+    mesh = MeshSection(lm.mesh.shape["data"], lm.mesh.shape["fsdp"])
+    data = dataclasses.replace(lm.data, train=("examples",), validation=("validation",))  # as a config names its files
+    sections = TaskSections(model, lora, data, objective, train, mesh)
+    check_config(sections, "the arguments")
+    return sections
+
+
+def make_task(
+    lm: "LanguageModel",
+    sections: TaskSections,
+    examples: list[Example],
+    validation: list[Example],
+    optimizer: optax.GradientTransformation,
+    proximal: float = 0.0,
+) -> TextTask:
+    """The examples and the model as a task, which training and scores read."""
+    held_out = {"validation": validation} if validation else {}
+    notes = [f"examples: {summarize_examples(examples)}"]
+    notes += [f"validation: {summarize_examples(validation)}"] if validation else []
+    notes += describe_unread_keys([*examples, *validation])
+    text = tokenize_parts(
+        sections, DataSplits(examples, held_out, notes), lm.tokenizer, lm.architecture, dict(lm.source_files)
+    )
+    if sections.objective.name == "dpo":
+        text = _with_reference_margins(lm, text, sections.train.global_batch_size)
+    whole = lm.merged_params
+
+    def init_params(seed: int) -> Params:
+        if not sections.lora.r:
+            return whole
+        adapters = models.init_lora(
+            lm.architecture,
+            jax.random.key(seed),
+            rank=sections.lora.r,
+            alpha=sections.lora.alpha,
+            target_modules=sections.lora.target_modules,
+            dtype=jnp.dtype(sections.model.param_dtype),
+        )
+        return sharding.shard_tree(lm.mesh, lm.sharding_rules, adapters)
+
+    programs = _cached_programs(
+        lm.architecture, sections.objective, optimizer, lm.mesh, tuple(lm.sharding_rules.items()), lm.remat,
+        sections.lora.r > 0, float(proximal),
+    )  # fmt: skip
+    return compose_text_task(
+        sections,
+        text,
+        whole if sections.lora.r else None,
+        init_params,
+        programs,
+        lm.mesh,
+        num_steps=sections.train.max_steps,
+        seeds=[sections.train.seed],
+    )
+
+
+@lru_cache(maxsize=8)
+def _cached_programs(
+    architecture: models.DecoderConfig,
+    objective: ObjectiveSection,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    sharding_rules: tuple[tuple[str, sharding.MeshAxes], ...],
+    remat: Remat,
+    lora: bool,
+    proximal_strength: float,
+) -> TextPrograms:
+    """`build_programs`; those of the same model and the same optimizer object are not compiled again."""
+    return build_programs(
+        architecture, objective, optimizer, mesh, dict(sharding_rules),
+        remat=remat, lora=lora, proximal_strength=proximal_strength,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _cached_estimator(
+    problem: Problem, train_step: TrainStep, composite_loss: CompositeLoss, options: SolverOptions
+) -> Estimator:
+    """The estimator of a solver; compiled once for the programs of a task."""
+    if options.name == "unroll":
+        return unrolled_estimator(problem, train_step, window=options.window)
+    product = (
+        curvature.hessian(problem)
+        if options.curvature == "hessian"
+        else curvature.gauss_newton(problem, composite_loss)
+    )
+    if options.name == "alignment":
+        return implicit_estimator(problem, product, solvers.identity())
+    linear_solver = options.linear_solver or solvers.cg(tolerance=1e-4, max_steps=100)
+    return implicit_estimator(problem, product, linear_solver, batches=options.curvature_batches)
+
+
+@lru_cache(maxsize=8)
+def _cached_checks(train_step: TrainStep) -> set[int]:
+    """Numbers of steps within which the optimizer of a step is known to have a derivative."""
+    return set()
+
+
+def judge_status(estimate: Estimate, grad: Float[np.ndarray, "examples"], solver: str) -> str:
+    """ok, not_finite, not_positive_definite or not_solved."""
+    if not np.isfinite(grad).all() or not math.isfinite(float(estimate.validation_loss)):
+        return "not_finite"
+    if solver != "implicit":
+        return "ok"
+    if estimate.checks.curvature <= 0:
+        return "not_positive_definite"
+    return "not_solved" if estimate.checks.residual > MAX_RESIDUAL else "ok"
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Raise ValueError for what is no whole number, or too small a one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}; a whole number of {least} or more is wanted.")
+
+
+def _with_reference_margins(lm: "LanguageModel", text: TokenizedData, batch_size: int) -> TokenizedData:
+    """The pairs with the margins of the model before training, the reference of dpo."""
+    joint = text.corpora[JOINT_CORPUS]
+    log_probs = compute_pair_log_probs(lm.decoder, lm.joined_params, joint, batch_size, lm.mesh)
+    margins = reference_margins(log_probs)
+    return text._replace(
+        corpora={
+            name: corpus.with_reference_margins(margins if name == JOINT_CORPUS else margins[-corpus.num_examples :])
+            for name, corpus in text.corpora.items()
+        }
+    )
+
+
+def _check_solver(solver: SolverOptions, validation: Any) -> None:
+    """Raise ValueError for a solver that is none, and for what it lacks or does not read."""
+    name = solver.name
+    if name is not None and name not in SOLVERS:
+        raise ValueError(f"solver is {name!r}; it is one of {', '.join(map(repr, SOLVERS))}, or None to train alone.")
+    if name is not None and validation is None:
+        raise ValueError(
+            f"solver={name!r} differentiates the validation loss, and there are no validation examples. Give them, or "
+            "solver=None to train alone."
+        )
+    if not math.isfinite(solver.proximal) or solver.proximal < 0:
+        raise ValueError(f"proximal is {solver.proximal!r}; 0 or a positive number is wanted.")
+    if name == "implicit" and not solver.proximal:
+        raise ValueError(
+            "solver='implicit' needs a minimiser that is unique: give proximal above 0 (try 0.1), or solver='unroll'."
+        )
+    readers = {"window": "unroll", "memory_gib": "unroll", "linear_solver": "implicit", "curvature_batches": "implicit"}
+    for key, reader in readers.items():
+        if getattr(solver, key) and name != reader:
+            raise ValueError(f"{key} is an argument of solver={reader!r}, and solver is {name!r}: leave it out.")
+    if solver.curvature not in ("gauss_newton", "hessian"):
+        raise ValueError(f"curvature is {solver.curvature!r}; it is 'gauss_newton' or 'hessian'.")
+    for key in ("window", "curvature_batches"):
+        if getattr(solver, key) is not None:
+            check_count(key, getattr(solver, key))
+
+
+def raise_if_bad(status: str, checks: Checks) -> None:
+    """The error of a status, in one sentence."""
+    if status == "not_finite":
+        raise FloatingPointError(
+            f"the hypergradient is not finite ({checks}), although training was: raise eps_root of the optimizer, or "
+            "lower its learning rate."
+        )
+    if status == "not_positive_definite":
+        raise ValueError(
+            f"the curvature is not positive definite (least {checks.curvature:.2g}), so that the implicit function "
+            "theorem does not hold: raise proximal, or use curvature='gauss_newton' or solver='unroll'."
+        )
+    if status == "not_solved":
+        raise ValueError(
+            f"the linear system was not solved (relative residual {checks.residual:.2g} after {checks.steps} products):"
+            " raise proximal, or give linear_solver=bj.solvers.cg(max_steps=...) more."
+        )
