@@ -14,8 +14,10 @@
 
 # %%
 import os
+import warnings
 
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the model is small: compiling is what takes time
+warnings.filterwarnings("ignore", message="IProgress")  # no bar is drawn here
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -34,6 +36,7 @@ ROWS = {"clean": 68, "wrong": 66, "noise": 66, "validation": 16, "test": 64}  # 
 STEPS, BATCH_SIZE, LEARNING_RATE = 32, 16, 1e-3  # of one fine-tuning
 EPS_ROOT = 1e-8  # of AdamW, inside its root; at 1e-12 the derivative holds for tiny changes alone: see section 3 fail
 PROXIMAL = 0.3  # strength of the prior that makes the implicit derivative exist
+OUTER_STEP = 0.3  # how far the weights move, in standard deviations of the hypergradient
 SEED = 0
 
 # %% [markdown]
@@ -50,7 +53,7 @@ settings = {"steps": STEPS, "batch_size": BATCH_SIZE, "seed": SEED}
 unrolled = lm.finetune(train, validation, adamw, **settings)
 implicit = lm.finetune(train, validation, adamw, **settings, solver="implicit", proximal=PROXIMAL)
 
-weights = jnp.exp(-unrolled.grad / unrolled.grad.std())  # one step of multiplicative weights
+weights = jnp.exp(-OUTER_STEP * unrolled.grad / unrolled.grad.std())  # one step of multiplicative weights
 weighted = unrolled.rerun(weights / weights.mean())
 answers = weighted.lm.generate([row["prompt"] for row in test], max_new_tokens=6, temperature=0)
 
@@ -64,7 +67,7 @@ sppl = lm.score(
 #
 # `unrolled.grad` has a number for each row, nats of validation loss per unit of weight: below 0 where more weight on
 # the row lowers the loss. `unrolled.hypergradients` is the same by the row's id, `unrolled.lm` the model after
-# training, `unrolled.value` its validation loss, and `unrolled.status` says whether the numbers are numbers. `rerun`
+# training, `unrolled.value` its validation loss, and `unrolled.status` says whether they can be used. `rerun`
 # trains again from the same start with other weights, and compiles nothing.
 
 # %%
@@ -76,7 +79,7 @@ print(f"linear system: residual {implicit.checks.residual:.1e}, least curvature 
 for row, [response] in list(zip(test, answers, strict=True))[:3]:
     print(f"{row['prompt']} wants {row['response']}, and the model says {response.text}")
 
-assert unrolled.status == implicit.status == "ok", "a hypergradient is not finite, or its linear system not solved"
+assert unrolled.status == implicit.status == bj.Status.OK, "finetune raises otherwise, unless throw=False"
 assert len(unrolled.hypergradients) == len(train) == 200, "rows of ROWS do not sum to 200, or two rows have one id"
 assert implicit.checks.curvature > 0, "Gauss-Newton with a prior is positive definite: PROXIMAL is too small"
 
@@ -89,10 +92,8 @@ assert implicit.checks.curvature > 0, "Gauss-Newton with a prior is positive def
 
 # %%
 certified = unrolled.rerun(certify=True)
-print(certified.verdict)
+print(certified.certificates)
 differences = certified.certificates.finite_differences
-for share, ratio in zip(differences.steps, differences.ratios, strict=True):
-    print(f"weights changed by {share:4.1%}: {ratio:.3f} of the predicted change")
 
 assert np.array_equal(certified.grad, unrolled.grad), "the same weights and seed gave other numbers"
 assert abs(differences.ratios[-1] - 1) < 0.05, (
@@ -145,7 +146,7 @@ uniform, learned = (
 print(f"test loss, nats per token: {uniform:.3f} with equal weights, {learned:.3f} after one step of the weights")
 
 assert auc(scores["unrolled"]) > 0.6, "the validation rows do not tell the rules apart: more of them, or more STEPS"
-assert weighted.value < unrolled.value, "a step along the hypergradient raised the loss: LEARNING_RATE is too high"
+assert weighted.value < unrolled.value, "the step of the weights is too long for a line: lower OUTER_STEP"
 
 # %% [markdown]
 # ## 5. Adapters, pairs, and other data

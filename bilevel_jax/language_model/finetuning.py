@@ -17,6 +17,8 @@ from jaxtyping import Float
 from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
 from bilevel_jax.core.certify import Certificates, Verdict
 from bilevel_jax.core.implicit import implicit_estimator
+from bilevel_jax.core.solve.scanned import start_and_hyperparameter_gradients
+from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status
 from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
     CheckpointPlan,
@@ -24,20 +26,19 @@ from bilevel_jax.core.types import (
     CompositeLoss,
     Estimate,
     Estimator,
+    LinearSolver,
     Params,
     Problem,
-    Solver,
     StepMetrics,
     TrainState,
     TrainStep,
     Trajectory,
 )
-from bilevel_jax.core.unrolled import check_differentiable, unrolled_estimator, validation_loss_fn
+from bilevel_jax.core.unrolled import backward_pass, check_differentiable, validation_loss_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, describe_unread_keys, find_leaks, summarize_examples
 from bilevel_jax.runs.config.rules import check_config
 from bilevel_jax.runs.config.schema import (
-    CertifySection,
     DataSection,
     LoraSection,
     MeshSection,
@@ -53,7 +54,7 @@ from bilevel_jax.runs.engine.trajectory_store import plan_checkpoints
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
-from bilevel_jax.runs.infra.session import make_progress_bar
+from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.tasks.reference import reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
 from bilevel_jax.runs.tasks.text import (
@@ -74,12 +75,14 @@ Weights = Any
 """One float for each example: an array, or {id: weight}; None: 1 for each."""
 SOLVERS = {
     "unroll": "L_v of the model after this training run",
-    "implicit": "L_v of the minimiser of the training loss with the prior, near the end of this run",
+    "implicit": "L_v of the minimizer of the training loss with the prior; with Gauss-Newton curvature, of the "
+    "proximal Bregman problem at the end of this run",
     "alignment": "nothing: the first-order effect of one more step at the end of this run, a baseline",
 }
 """How the hypergradient is computed -> what it is the derivative of."""
-MAX_RESIDUAL = 0.1
-"""The relative residual from which a linear system counts as not solved."""
+MAX_RESIDUAL, MAX_GAP = 1e-3, 1e-2
+"""The relative residual from which a linear system counts as not solved, and the share of L_v that finishing training
+may change to first order; as of `bj.implicit`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,21 +91,14 @@ class FineTuned:
 
     lm: "LanguageModel"
     """The model after training; everything that a loaded model can do, it can."""
-    value: float
-    """L_v, the mean validation loss of that model, nats per token (of pairs: nats per pair); nan without validation."""
-    grad: Float[np.ndarray, "examples"]
-    """d L_v / d weight of each example, in the order of the examples: below 0 where more weight lowers L_v. 0 for an
-    example that no step saw or that was dropped as too long; nan without a solver."""
+    solution: Solution
+    """Parameters, L_v, its derivatives, checks and status, as of the solvers of `core`."""
     examples: list[Example]
     """The training examples as they were read: ids, turns, source, label."""
     losses: Float[np.ndarray, "steps"]
     """The weighted training loss, with the prior, before each step."""
     estimand: str
     """What the hypergradient is the derivative of, in words."""
-    checks: Checks
-    """Numerical diagnostics of the hypergradient."""
-    status: str
-    """ok, not_finite, not_positive_definite or not_solved; none where there was no solver."""
     certificates: Certificates | None
     """What retraining says of the hypergradient, where it was asked for."""
     notes: list[str]
@@ -113,19 +109,48 @@ class FineTuned:
     def __repr__(self) -> str:
         return (
             f"FineTuned({self.lm.folder!r}, {len(self.losses):,} steps on {len(self.examples):,} examples, "
-            f"value {self.value:.4g}, status {self.status!r})"
+            f"value {self.value:.4g}, status {self.status.name})"
         )
+
+    @property
+    def value(self) -> float:
+        """L_v, the mean validation loss of the trained model, nats per token (of pairs: per pair); nan without
+        validation."""
+        return float(self.solution.value)
+
+    @property
+    def grad(self) -> Float[np.ndarray, "examples"]:
+        """d L_v / d weight of each example, in their order, nats: below 0 where more weight lowers L_v. 0 for an
+        example that no step saw or that was dropped as too long; nan without a solver."""
+        if not isinstance(self.solution.grad, jax.Array):
+            return np.full(len(self.examples), np.nan)
+        return np.asarray(fetch_to_host(self.solution.grad), float)[: len(self.examples)]
 
     @property
     def hypergradients(self) -> dict[str, float]:
         """Example id -> d L_v / d weight."""
-        return {example.id: float(value) for example, value in zip(self.examples, self.grad, strict=True)}
+        return {example.id: value for example, value in zip(self.examples, self.grad.tolist(), strict=True)}
+
+    @property
+    def grad_optimizer(self) -> dict[str, jax.Array]:
+        """unroll: d L_v / d (each hyperparameter that `optax.inject_hyperparams` holds), by name; else empty."""
+        return self.solution.grad_optimizer
+
+    @property
+    def checks(self) -> Checks:
+        """Numerical diagnostics of the hypergradient."""
+        return self.solution.checks
+
+    @property
+    def status(self) -> Status:
+        """What the solution is worth: `Status.OK`, or the reason why it is not."""
+        return Status(int(self.solution.status))
 
     @property
     def verdict(self) -> Verdict:
         """The certificates in one sentence: `print(result.verdict)`."""
-        missing = Certificates(None, None, None, self.checks)
-        return certify.judge_certificates(self.certificates or missing)
+        missing = "the hypergradient was not certified. Give certify=True to `finetune` or `rerun`."
+        return (self.certificates or Certificates(None, None, None, self.checks, self.status, missing=missing)).verdict
 
     def rerun(
         self,
@@ -153,8 +178,7 @@ class FineTuned:
             FloatingPointError: as of `finetune`.
 
         Example:
-            >>> result = lm.finetune(rows, held_out, optax.adamw(1e-2, eps_root=1e-12), steps=4, batch_size=4)
-            >>> weights = jnp.exp(-result.grad / jnp.abs(result.grad).max())
+            >>> weights = jnp.exp(-result.grad / jnp.abs(result.grad).max())  # result: of `finetune`
             >>> result.rerun(weights).value < result.value
             True
         """
@@ -181,7 +205,7 @@ class SolverOptions:
     window: int | None
     proximal: float
     curvature: str
-    linear_solver: Solver | None
+    linear_solver: LinearSolver | None
     curvature_batches: int | None
     memory_gib: float
 
@@ -202,41 +226,36 @@ class FineTuning:
         progress: bool = False,
     ) -> FineTuned:
         """As `FineTuned.rerun`."""
-        task, solver = self.task, self.solver
-        if with_certificates and solver.name is None:
+        task, name = self.task, self.solver.name
+        if with_certificates and name is None:
             raise ValueError("certify checks a hypergradient, and with solver=None there is none: give a solver.")
-        table = self._read_weights(weights)
-        seed = self.seed if seed is None else seed
-        rounds = 2 + 2 * len(CertifySection().step_sizes) if with_certificates else 1
+        table, seed = self._read_weights(weights), self.seed if seed is None else seed
         with make_progress_bar(progress) as bar:
-            entry = bar.add_task("training", total=task.num_steps * rounds)
-            trajectory, losses = self._train(table, seed, plan=self._plan(), advance=lambda: bar.advance(entry))
-            trained = dataclasses.replace(self.lm, **self._trained_params(trajectory.end.params))
-            if solver.name is None:
-                value = self._validation_loss(trajectory) if "validation" in task.held_out_streams else math.nan
-                nothing = np.full(task.num_examples, np.nan)
-                return FineTuned(
-                    trained, value, nothing, task.examples, losses, "", Checks(), "none", None, task.notes, self
-                )
-            bar.update(entry, description="differentiating")
-            estimate = self._estimate(trajectory, table, seed)
-            grad = np.asarray(fetch_to_host(estimate.grad), float)[: task.num_examples]
-            status = judge_status(estimate, grad, solver.name)
-            if throw:
-                raise_if_bad(status, estimate.checks)
+            entry = bar.add_task("training", total=task.num_steps)
+            solver = self._make_solver(seed, on_step=lambda: bar.advance(entry))
+            trajectory, losses = self._train(table, seed, plan=self._plan(), on_step=lambda: bar.advance(entry))
             certificates = None
+            if name is None:
+                value = self._validation_loss(trajectory) if "validation" in task.held_out_streams else math.nan
+                no_status = jnp.asarray(int(Status.OK))
+                solution = Solution(trajectory.end.params, jnp.asarray(value), (), (), {}, Checks(), no_status)
+            else:
+                bar.update(entry, description="differentiating")
+                solution = self._solve(trajectory, table, seed)
+                if throw:
+                    raise_if_bad(Status(int(solution.status)), solution.checks)
             if with_certificates:
-                bar.update(entry, description="certifying by retraining")
-                certificates = self._certify(table, seed, estimate, advance=lambda: bar.advance(entry))
+                bar.update(entry, description="certifying by retraining", total=None)
+                streams = self._stream(seed), task.held_out_streams["validation"]
+                certificates = certify.check(solver, solution, *streams, num_retrains=0, seed=self.seed)
+        base = task.base_params
+        trained = (trajectory.end.params, None) if base is None else (base, trajectory.end.params)
         return FineTuned(
-            trained,
-            float(estimate.validation_loss),
-            grad,
+            dataclasses.replace(self.lm, params=trained[0], adapters=trained[1]),
+            solution,
             task.examples,
             losses,
-            SOLVERS[solver.name],
-            estimate.checks,
-            status,
+            SOLVERS[name] if name else "",
             certificates,
             task.notes,
             self,
@@ -245,7 +264,7 @@ class FineTuning:
     # ---- parts
 
     def _train(
-        self, table: jax.Array, seed: int, *, plan: CheckpointPlan, advance: Callable[[], Any]
+        self, table: jax.Array, seed: int, *, plan: CheckpointPlan, on_step: Callable[[], Any]
     ) -> tuple[Trajectory, Float[np.ndarray, "steps"]]:
         """The run, and its losses; a FloatingPointError at the first number that is not finite."""
         task = self.task
@@ -259,9 +278,9 @@ class FineTuning:
                 lambda at: (table, stream.batch(at)), lambda index: describe_example(task, index),
             )  # fmt: skip
 
-        def on_step(state: TrainState, metrics: StepMetrics) -> None:
+        def note_step(state: TrainState, metrics: StepMetrics) -> None:
             losses.append(metrics.loss)
-            advance()
+            on_step()
             if len(losses) % FINITE_CHECK_INTERVAL == 0 or len(losses) == task.num_steps:
                 recent = np.array(jax.device_get(losses[-FINITE_CHECK_INTERVAL:]))
                 if np.isfinite(recent).all() and bool(tree.all_finite(state.params)):
@@ -279,44 +298,64 @@ class FineTuning:
             stream,
             plan=plan,
             first_backward_step=task.num_steps - self._num_backward_steps,
-            on_step=on_step,
+            on_step=note_step,
         )
         return trajectory, np.array(jax.device_get(losses), float)
 
-    def _estimate(self, trajectory: Trajectory, table: jax.Array, seed: int) -> Estimate:
+    def _solve(self, trajectory: Trajectory, table: jax.Array, seed: int) -> Solution:
+        """The derivatives of a run that was trained with these weights."""
         task, frozen = self.task, self.task.frozen(trajectory.start.params)
         validation = task.held_out_streams["validation"]
-        estimator = _cached_estimator(task.problem, task.train_step, task.objective.composite_loss, self.solver)
         if self.solver.name == "unroll":
-            stream = self._stream(seed)
-            if task.num_steps not in (checked := _cached_checks(task.train_step)):
-                check_differentiable(task.train_step, task.optimizer, trajectory, table, frozen, stream)
-                checked.add(task.num_steps)
-            return estimator(trajectory, table, frozen, stream, validation)
-        is_balanced = self.solver.name == "implicit" and task.base_params is not None
-        if is_balanced:  # a LoRA product has many factorings; a prior on the factors singles out the balanced one
-            params = models.balance_adapters(trajectory.end.params)
-            trajectory = trajectory._replace(end=trajectory.end._replace(params=params))
-        estimate = estimator(trajectory, table, frozen, task.full_pass_stream(seed=0), validation)
-        if is_balanced:  # the prior's centre is not balanced along, so its slope would depend on the factoring
-            return estimate._replace(checks=estimate.checks._replace(gap=math.nan))
-        return estimate
+            estimate, grad_start, grad_optimizer = self._unroll(trajectory, table, seed)
+        else:
+            estimator = _cached_estimator(task.problem, task.objective.composite_loss, self.solver)
+            is_balanced = self.solver.name == "implicit" and task.base_params is not None
+            end = trajectory.end
+            if is_balanced:  # a LoRA product has many factorings; a prior on the factors singles out the balanced one
+                end = end._replace(params=models.balance_adapters(end.params))
+            summed = task.full_pass_stream(seed=0)
+            estimate = estimator(trajectory._replace(end=end), table, frozen, summed, validation)
+            if is_balanced:  # the prior's centre is not balanced along, so its slope would depend on the factoring
+                estimate = estimate._replace(checks=estimate.checks._replace(gap=math.nan))
+            grad_start, grad_optimizer = jax.tree.map(jnp.zeros_like, trajectory.start.params), {}
+        status = judge_status(estimate, self.solver, grad_is_finite=bool(tree.all_finite(estimate.grad)))
+        return Solution(
+            trajectory.end.params, estimate.validation_loss, estimate.grad, grad_start, grad_optimizer, estimate.checks,
+            jnp.asarray(int(status)), start=trajectory.start.params, hyper=table,
+        )  # fmt: skip
 
-    def _certify(self, table: jax.Array, seed: int, estimate: Estimate, *, advance: Callable[[], Any]) -> Certificates:
-        """Finite differences of L_v(theta_T(w)), and the hypergradient without a fifth of the examples."""
+    def _unroll(
+        self, trajectory: Trajectory, table: jax.Array, seed: int
+    ) -> tuple[Estimate, Params, dict[str, jax.Array]]:
+        """The estimate, and the derivatives by the start and by the optimizer's hyperparameters."""
+        task, frozen, stream = self.task, self.task.frozen(trajectory.start.params), self._stream(seed)
+        if task.num_steps not in (checked := _cached_checks(task.train_step)):
+            check_differentiable(task.train_step, task.optimizer, trajectory, table, frozen, stream)
+            checked.add(task.num_steps)
+        passes = backward_pass(task.problem, task.train_step, window=self.solver.window)
+        state = passes.init(trajectory, table, frozen, task.held_out_streams["validation"])
+        while not passes.is_done(trajectory, state):
+            state = passes.advance(trajectory, table, frozen, stream, state)
+        gradients = start_and_hyperparameter_gradients(task.optimizer, trajectory.start, state.adjoint)
+        return passes.finish(trajectory, state), *gradients
 
-        def retrain(weights: jax.Array) -> float:
+    def _make_solver(self, seed: int, on_step: Callable[[], Any]) -> BilevelSolver:
+        """This fine-tuning in the form of core's solvers, for `certify.check`: it trains, whatever differentiates."""
+
+        def run(
+            params: Params, table: jax.Array, train: Any, valid: Any, *, frozen: Any, model_state: Any, key: Any,
+            throw: bool,
+        ) -> Solution:  # fmt: skip
+            return self._solve(self._train(table, seed, plan=self._plan(), on_step=on_step)[0], table, seed)
+
+        def value(
+            params: Params, table: jax.Array, train: Any, valid: Any, *, frozen: Any, model_state: Any, key: Any
+        ) -> Any:
             plan = checkpointing.NO_CHECKPOINTS
-            return self._validation_loss(self._train(weights, seed, plan=plan, advance=advance)[0])
+            return self._validation_loss(self._train(table, seed, plan=plan, on_step=on_step)[0])
 
-        def estimate_again(weights: jax.Array) -> jax.Array:
-            trajectory, _ = self._train(weights, seed, plan=self._plan(), advance=advance)
-            return self._estimate(trajectory, weights, seed).grad
-
-        settings, key = CertifySection(), jax.random.key(self.seed + 1)
-        differences = certify.check_finite_differences(retrain, table, estimate.grad, settings.step_sizes)
-        smoothness = certify.metasmoothness(estimate_again, key, table, estimate.grad, settings.removed)
-        return Certificates(differences, smoothness, None, estimate.checks)
+        return BilevelSolver(run, value, SOLVERS.get(self.solver.name or "", ""), True, True)
 
     def _start(self) -> TrainState:
         task = self.task
@@ -341,10 +380,6 @@ class FineTuning:
             return checkpointing.NO_CHECKPOINTS
         outer = OuterSection(method="unrolled", memory_gib=self.solver.memory_gib)
         return plan_checkpoints(outer, self._num_backward_steps, self._start(), self.task.base_params)
-
-    def _trained_params(self, params: Params) -> dict[str, Params]:
-        base = self.task.base_params
-        return {"params": params, "adapters": None} if base is None else {"params": base, "adapters": params}
 
     def _read_weights(self, weights: Weights) -> jax.Array:
         """The weight table on the mesh."""
@@ -516,12 +551,8 @@ def _cached_programs(
 
 
 @lru_cache(maxsize=8)
-def _cached_estimator(
-    problem: Problem, train_step: TrainStep, composite_loss: CompositeLoss, options: SolverOptions
-) -> Estimator:
-    """The estimator of a solver; compiled once for the programs of a task."""
-    if options.name == "unroll":
-        return unrolled_estimator(problem, train_step, window=options.window)
+def _cached_estimator(problem: Problem, composite_loss: CompositeLoss, options: SolverOptions) -> Estimator:
+    """The estimator of a solver that reads the end of a run; compiled once for the programs of a task."""
     product = (
         curvature.hessian(problem)
         if options.curvature == "hessian"
@@ -539,15 +570,20 @@ def _cached_checks(train_step: TrainStep) -> set[int]:
     return set()
 
 
-def judge_status(estimate: Estimate, grad: Float[np.ndarray, "examples"], solver: str) -> str:
-    """ok, not_finite, not_positive_definite or not_solved."""
-    if not np.isfinite(grad).all() or not math.isfinite(float(estimate.validation_loss)):
-        return "not_finite"
-    if solver != "implicit":
-        return "ok"
-    if estimate.checks.curvature <= 0:
-        return "not_positive_definite"
-    return "not_solved" if estimate.checks.residual > MAX_RESIDUAL else "ok"
+def judge_status(estimate: Estimate, solver: SolverOptions, *, grad_is_finite: bool) -> Status:
+    """What an estimate is worth. Gauss-Newton assumes no stationary point: it is exact for another problem, of which
+    every point is a minimizer."""
+    checks = estimate.checks
+    if not grad_is_finite or not math.isfinite(float(estimate.validation_loss)):
+        return Status.NOT_FINITE
+    if solver.name != "implicit":
+        return Status.OK
+    if checks.curvature <= 0:
+        return Status.NOT_POSITIVE_DEFINITE
+    if checks.residual > MAX_RESIDUAL:
+        return Status.NOT_SOLVED
+    is_far = solver.curvature == "hessian" and abs(float(checks.gap)) > MAX_GAP * abs(float(estimate.validation_loss))
+    return Status.NOT_STATIONARY if is_far else Status.OK
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
@@ -596,20 +632,23 @@ def _check_solver(solver: SolverOptions, validation: Any) -> None:
             check_count(key, getattr(solver, key))
 
 
-def raise_if_bad(status: str, checks: Checks) -> None:
+def raise_if_bad(status: Status, checks: Checks) -> None:
     """The error of a status, in one sentence."""
-    if status == "not_finite":
+    if status != Status.OK:
         raise FloatingPointError(
-            f"the hypergradient is not finite ({checks}), although training was: raise eps_root of the optimizer, or "
-            "lower its learning rate."
+            f"{status.name}: {REASONS[status].format(**checks._asdict())} throw=False returns the numbers."
         )
-    if status == "not_positive_definite":
-        raise ValueError(
-            f"the curvature is not positive definite (least {checks.curvature:.2g}), so that the implicit function "
-            "theorem does not hold: raise proximal, or use curvature='gauss_newton' or solver='unroll'."
-        )
-    if status == "not_solved":
-        raise ValueError(
-            f"the linear system was not solved (relative residual {checks.residual:.2g} after {checks.steps} products):"
-            " raise proximal, or give linear_solver=bj.solvers.cg(max_steps=...) more."
-        )
+
+
+REASONS = {
+    Status.NOT_FINITE: "the hypergradient is not finite, although training was: raise eps_root of the optimizer, or "
+    "lower its learning rate.",
+    Status.NOT_POSITIVE_DEFINITE: "the curvature is not positive definite (least {curvature:.2g}): raise proximal, or "
+    "use curvature='gauss_newton' or solver='unroll'.",
+    Status.NOT_SOLVED: "the linear system was not solved (relative residual {residual:.2g} after {steps} products): "
+    "raise proximal, or give linear_solver=bj.solvers.cg(max_steps=...) more of them.",
+    Status.NOT_STATIONARY: "training ended where the loss with the prior still falls (by {gap:.2g} nats of L_v, to "
+    "first order), and the Hessian is that of its minimum: train longer, or use curvature='gauss_newton' or "
+    "solver='unroll'.",
+}
+"""Why a status is not OK, and what helps here."""

@@ -25,7 +25,7 @@ from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_stream
-from bilevel_jax.runs.infra.session import make_progress_bar
+from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.tasks.text import tokenize_examples
 from bilevel_jax.scores.requests import TokenizedExamples, make_target_requests, make_tokenized_examples
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from bilevel_jax.core.types import Params, Solver
+from bilevel_jax.core.types import LinearSolver, Params
 from bilevel_jax.language_model import finetuning, inference, scoring
 from bilevel_jax.language_model.finetuning import FineTuned, SolverOptions
 from bilevel_jax.language_model.inference import LogLiks
@@ -115,7 +115,7 @@ class LanguageModel:
         window: int | None = None,
         proximal: float = 0.0,
         curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
-        linear_solver: Solver | None = None,
+        linear_solver: LinearSolver | None = None,
         curvature_batches: int | None = None,
         memory_gib: float = 0.0,
         leaks: Literal["error", "keep"] = "error",
@@ -145,7 +145,7 @@ class LanguageModel:
                 Adapters that the model has already are merged first.
             objective: "sft"; "dpo" and "simpo" for preference pairs; or an `ObjectiveSection` with beta and more. The
                 reference of dpo is this model.
-            solver: "unroll": exact through the whole run, or its last `window` steps. "implicit": of the minimiser of
+            solver: "unroll": exact through the whole run, or its last `window` steps. "implicit": of the minimizer of
                 the training loss with the prior, at the end of the run. "alignment": -<grad loss_i, grad L_v> / N
                 there, a baseline. None: train alone.
             window: of "unroll": training steps that are differentiated; default all.
@@ -158,9 +158,9 @@ class LanguageModel:
                 rewarded for being copied: "error", or "keep" them.
             seed: of the data order and of fresh adapters.
             weights: one for each example, as an array or by id; default 1.
-            certify: whether to check the hypergradient by retraining, with a verdict: about twelve further runs.
-            throw: whether a hypergradient that is not finite, or of a linear system that is not solved, is an error;
-                False: `status` says so.
+            certify: whether to check the hypergradient by retraining, with a verdict: 10 to 20 further runs.
+            throw: whether a hypergradient that is not finite, whose linear system is not solved, or, with the Hessian,
+                of a training that is not at its end, is an error; False: `status` says so.
             progress: whether to show a bar.
 
         Returns:
@@ -168,14 +168,14 @@ class LanguageModel:
 
         Raises:
             ValueError: bad arguments; examples that cannot be read or do not fit the objective; an optimizer without
-                a usable derivative; with `throw`, a system that is not positive definite or not solved.
+                a usable derivative.
             FloatingPointError: a loss or parameter that is not finite, with the step and the rows; with `throw`, a
-                hypergradient that is not finite.
+                status that is not OK.
 
         Example:
             >>> result = lm.finetune(rows, held_out, optax.adamw(1e-2, eps_root=1e-12), steps=4, batch_size=4)
-            >>> result.status, len(result.hypergradients), result.lm
-            ('ok', 8, LanguageModel(..., 768 parameters))
+            >>> result.status.name, len(result.hypergradients), result.lm
+            ('OK', 8, LanguageModel(..., 768 parameters))
         """
         tuning = finetuning.prepare(
             self,
