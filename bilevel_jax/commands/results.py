@@ -145,7 +145,7 @@ class AuditResult:
     result: dict[str, Any]
     """What result.json holds; `rows` is the table of scores with their linear datamodeling scores (LDS)."""
     use: str | None
-    """The score that predicts the effect of removing examples best; None where none does."""
+    """Key of the score in `scores` that predicts the effect of removing examples best; None where none does."""
     ids: Column
     scores: dict[str, Float[np.ndarray, "examples"]]
     """By name, larger is better; estimators are -dL_v/dweight."""
@@ -400,10 +400,11 @@ def _read_compare(shared: dict[str, Any], result: dict[str, Any], folder: Path) 
 def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> AuditResult:
     table = run_dir.read_parquet(folder / "scores.parquet")
     names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
+    use = result["verdict"]["use"]
     return AuditResult(
         **shared,
         summary=result["verdict"]["sentence"],
-        use=result["verdict"]["use"],
+        use=use and use.replace(", ", "_"),  # `loss, start` of the table is the column loss_start
         ids=_texts(table, "id"),
         scores={name: _numbers(table, name) for name in names},
     )
