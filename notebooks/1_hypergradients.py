@@ -31,15 +31,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from bilevel_jax import hypergradient
-from bilevel_jax.core import penalty, single_loop, solvers, weightings
-from bilevel_jax.core.curvature import hessian
-from bilevel_jax.core.implicit import implicit_estimator
-from bilevel_jax.core.problem import proximal, weighted
-from bilevel_jax.core.streams import full_batch_stream
-from bilevel_jax.core.training import init_train_state, train, train_step, trajectory_from_params
+import bilevel_jax as bj
 from bilevel_jax.core.types import Adjoint
-from bilevel_jax.core.unrolled import unrolled_estimator
 
 jax.config.update("jax_enable_x64", True)  # mathematics in double precision; notebook 2 is about single precision
 plt.style.use("notebooks.mplstyle")
@@ -142,7 +135,7 @@ assert closed_form[~right].mean() > 0 > closed_form[right].mean(), "wrong rows a
 
 # %%
 start = minimiser(ones)
-estimate = hypergradient(losses, start, training, trusted, l2=DELTA, solver=solvers.cg(tolerance=1e-12))
+estimate = bj.hypergradient(losses, start, training, trusted, l2=DELTA, solver=bj.solvers.cg(tolerance=1e-12))
 
 
 def distance(one, other=closed_form):
@@ -150,7 +143,8 @@ def distance(one, other=closed_form):
 
 
 print(f"relative distance to the closed form: {distance(estimate.grad):.1e}")
-print(estimate.checks)
+for name in ("residual", "curvature", "gap"):
+    print(f"{name:9} {float(getattr(estimate.checks, name)):.1e}")
 assert distance(estimate.grad) < 1e-10, "the implicit way misses the closed form"
 
 # %% [markdown]
@@ -164,10 +158,18 @@ assert distance(estimate.grad) < 1e-10, "the implicit way misses the closed form
 # never formed: for a million examples and a billion parameters it would hold $10^{15}$ numbers; the product holds
 # $10^6$.
 
+
 # %%
-slopes = jax.jvp(lambda params: losses(params, training), (start,), (estimate.direction,))[1]  # one float for each row
+def weighted_loss(params):
+    return losses(params, training).mean() + DELTA / 2 * params @ params
+
+
+direction = jnp.linalg.solve(
+    jax.hessian(weighted_loss)(start), jax.grad(lambda p: losses(p, trusted).mean())(start)
+)  # v
+slopes = jax.jvp(lambda params: losses(params, training), (start,), (direction,))[1]  # one float for each row
 table = jax.jacobian(losses)(start, training)  # rows x parameters: here small enough to look at
-np.testing.assert_allclose(slopes, table @ estimate.direction, rtol=1e-10, atol=1e-13)
+np.testing.assert_allclose(slopes, table @ direction, rtol=1e-10, atol=1e-13)
 np.testing.assert_allclose(-slopes / ROWS, closed_form, rtol=1e-9, atol=1e-12)
 print(f"numbers made: {slopes.size} by the product, {table.size} in the table of gradients")
 
@@ -206,64 +208,41 @@ print(f"numbers made: {slopes.size} by the product, {table.size} in the table of
 # Now all three against the closed form, each against its own knob.
 
 # %%
-problem = weighted(lambda params, fixed, batch: losses(params, batch["data"]), prior=proximal(DELTA, jnp.zeros_like))
-everything, held_out = full_batch_stream(training), full_batch_stream(trusted)  # every step sees all rows
-whole = everything.batch(0)
-fixed = jnp.zeros(WIDTH)  # nothing is frozen here; the prior reads its shape
-
-curvature = hessian(problem)
-optimizer = optax.sgd(RATE)
-step = train_step(problem, optimizer)
-sweep = unrolled_estimator(problem, step)
+problem = bj.weighted(lambda params, frozen, batch: losses(params, batch["data"]), prior=bj.proximal(DELTA))
+optimizer, nothing = optax.sgd(RATE), jnp.zeros(WIDTH)
 
 
 def by_implicit(solver):
-    return implicit_estimator(problem, curvature, solver)(
-        trajectory_from_params(start), ones, fixed, everything, held_out
-    ).grad
+    method = bj.implicit(problem, solver=solver)
+    return method.run(start, ones, training, trusted, throw=False).grad  # also where the system is not solved yet
 
 
 def by_unrolled(steps, begins):
-    stream = everything._replace(steps=steps)
-    run = train(step, init_train_state(optimizer, begins), ones, fixed, stream)
-    return sweep(run, ones, fixed, stream, held_out).grad
+    return bj.unroll(problem, optimizer, steps=steps).run(begins, ones, training, trusted).grad
 
 
 def by_penalty(gamma):
     momentum = optax.sgd(0.5, momentum=0.9, nesterov=True)
-    estimator = penalty.penalty_estimator(problem, momentum, gamma=gamma, steps=300)
-    return estimator(trajectory_from_params(start), ones, fixed, everything, held_out).grad
+    method = bj.penalty(problem, momentum, gamma=gamma, steps=300)
+    return method.run(start, ones, training, trusted, throw=False).grad  # also where gamma is too small or too large
 
 
 products, lengths, gammas = (1, 3, 5, 7, 9, 11, 12, 13), (1, 3, 10, 50, 100, 200, 300), (1e1, 1e2, 1e3, 1e4)
-error_cg = [distance(by_implicit(solvers.cg(tolerance=0.0, max_steps=count))) for count in products]
-runs = [by_unrolled(steps, jnp.zeros(WIDTH)) for steps in lengths]
+error_cg = [distance(by_implicit(bj.solvers.cg(tolerance=0.0, max_steps=count))) for count in products]
+runs = [by_unrolled(steps, nothing) for steps in lengths]
 error_unrolled = [distance(grad) for grad in runs]
 error_penalty = [distance(by_penalty(gamma)) for gamma in gammas]
 
 
 # %%
-def stopped(steps):
-    """w -> L_v(theta_T(w)) for each T of `steps`, nats: one run of training from 0, read on its way."""
-
-    def value(w):
-        def body(state, _):
-            state, _ = step.forward(state, step.gather(w, whole), fixed, whole)
-            return state, losses(state.params, trusted).mean()
-
-        values = jax.lax.scan(body, init_train_state(optimizer, jnp.zeros(WIDTH)), length=max(steps))[1]
-        return values[jnp.array(steps) - 1]
-
-    return value
+def finite_differences(steps, size=1e-4):
+    """The derivatives of L_v(theta_T) by training again with every weight moved up and down: 2 x 48 runs."""
+    method = bj.unroll(problem, optimizer, steps=steps)
+    value = jax.jit(jax.vmap(lambda w: method.value(nothing, w, training, trusted)))
+    return (value(ones + size * jnp.eye(ROWS)) - value(ones - size * jnp.eye(ROWS))) / (2 * size)
 
 
-def finite_differences(value, size=1e-4):
-    """The same derivatives by training again with every weight moved up and down: 2 x 48 runs. [steps, rows]"""
-    up, down = (jax.vmap(value)(ones + sign * size * jnp.eye(ROWS)) for sign in (1, -1))
-    return (up - down).T / (2 * size)
-
-
-own_error = [distance(*pair) for pair in zip(runs, finite_differences(stopped(lengths)), strict=True)]
+own_error = [distance(grad, finite_differences(steps)) for grad, steps in zip(runs, lengths, strict=True)]
 slope = np.polyfit(np.log(gammas), np.log(error_penalty), 1)[0]
 
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True)
@@ -304,7 +283,7 @@ assert abs(slope + 1) < 0.05, "the penalty's error does not fall as 1 / gamma"
 
 # %%
 for window in (1, 7, 40):
-    series = by_implicit(solvers.neumann(step_size=RATE, terms=window))
+    series = by_implicit(bj.solvers.neumann(step_size=RATE, terms=window))
     assert distance(by_unrolled(window, start), series) < 1e-12, "K steps at the minimiser differ from K Neumann terms"
     print(f"{window:2d} steps = {window:2d} terms; both are {distance(series):.3f} away from the closed form")
 
@@ -442,9 +421,11 @@ for condition in CONDITIONS:
     few = np.unique(np.linspace(root / 2, 4 * root, 9).astype(int))
     many_terms = np.unique(np.linspace(condition, 6 * condition, 9).astype(int))
     best, some = float(2 / (eigenvalues.min() + eigenvalues.max())), int(condition / 4)
-    cg_errors = solve_errors(lambda count: solvers.cg(tolerance=0.0, max_steps=count), eigenvalues, few)
+    cg_errors = solve_errors(lambda count: bj.solvers.cg(tolerance=0.0, max_steps=count), eigenvalues, few)
     series_errors = np.array([series_error(eigenvalues, best, count) for count in many_terms])
-    of_solver = solve_errors(lambda count, best=best: solvers.neumann(step_size=best, terms=count), eigenvalues, [some])
+    of_solver = solve_errors(
+        lambda count, best=best: bj.solvers.neumann(step_size=best, terms=count), eigenvalues, [some]
+    )
     assert abs(of_solver[0] / series_error(eigenvalues, best, some) - 1) < 1e-9, "the solver is not Neumann's series"
     by_condition[condition] = few, cg_errors, many_terms, series_errors
     per_product["CG"].append(np.polyfit(few, np.log(cg_errors), 1)[0])
@@ -536,8 +517,8 @@ assert np.abs(per_product["Neumann"] / rate_series - 1).max() < 0.05, (
 # **Stop early, and the first two part.** The same 48 examples, after 2 steps of training and after 300:
 
 # %%
-early, late, optimistic = by_unrolled(2, jnp.zeros(WIDTH)), runs[-1], by_penalty(1e4)
-assert distance(early, finite_differences(stopped([2]))[0]) < 1e-7, "not exact for the run of two steps"
+early, late, optimistic = by_unrolled(2, nothing), runs[-1], by_penalty(1e4)
+assert distance(early, finite_differences(2)) < 1e-7, "not exact for the run of two steps"
 
 figure, (left, middle) = plt.subplots(1, 2, figsize=(7.2, 3.4))
 for axes, grad, title in (
@@ -578,16 +559,21 @@ def pair_losses(params, data):
 
 
 pair_training, pair_trusted = (row[None], jnp.array([answer])), (judge_row[None], jnp.array([judge_answer]))
-plain = weighted(lambda params, fixed, batch: pair_losses(params, batch["data"]))
-pair_step = train_step(plain, optax.sgd(0.15))
-pair_stream, pair_held_out = full_batch_stream(pair_training), full_batch_stream(pair_trusted)
+plain = bj.weighted(lambda params, frozen, batch: pair_losses(params, batch["data"]))
+descent, one_weight = optax.sgd(0.15), jnp.ones(1)
 
 
 def path(begins, steps=60):
     """Where training goes from a start, and the hypergradient of that run."""
-    stream, state, places = pair_stream._replace(steps=steps), init_train_state(optax.sgd(0.15), begins), [begins]
-    run = train(pair_step, state, jnp.ones(1), None, stream, on_step=lambda state, info: places.append(state.params))
-    return jnp.stack(places), unrolled_estimator(plain, pair_step)(run, jnp.ones(1), None, stream, pair_held_out)
+    run = bj.unroll(plain, descent, steps=steps).run(begins, one_weight, pair_training, pair_trusted)
+
+    def body(params, _):
+        params = params - 0.15 * jax.grad(lambda params: pair_losses(params, pair_training).mean())(params)
+        return params, params
+
+    places = jax.lax.scan(body, begins, length=steps)[1]
+    assert jnp.abs(places[-1] - run.params).max() < 1e-12, "the drawn path is not that of the run"
+    return jnp.vstack([begins, places]), run
 
 
 def ridge(w, delta=0.3):
@@ -595,17 +581,18 @@ def ridge(w, delta=0.3):
 
 
 starts = jnp.array([[1.2, 1.7], [1.9, 1.2]])
-mixed = single_loop.penalty(
+mixed = bj.single_loop.penalty(
     plain,
     optax.sgd(0.6),
-    weightings.online_softmax(1),
+    bj.weightings.online_softmax(1),
     validation_share=optax.constant_schedule(0.5),
     weights_learning_rate=optax.constant_schedule(0.1),
 )
+pair_batches = [bj.full_batch_stream(data).batch(0) for data in (pair_training, pair_trusted)]
 state = mixed.init(starts[1])
 together = [np.array(state.train_state.params)]
 for _ in range(120):
-    state, _ = mixed.step(state, None, pair_stream.batch(0), pair_held_out.batch(0))
+    state, _ = mixed.step(state, None, *pair_batches)
     together.append(np.array(state.train_state.params))
 paths, sweeps = zip(*[path(begins) for begins in starts], strict=True)
 ridges = jax.vmap(ridge)(jnp.geomspace(1e-2, 1e3, 60))
@@ -646,7 +633,7 @@ for name, params in (
 ):
     print(f"{name:31s} L_v = {pair_value(params):.1e} nats")
 print("entries of the two training runs:", *[f"{float(one.grad[0]):.0e}" for one in sweeps])
-ridge_entry = hypergradient(pair_losses, ridge(1.0), pair_training, pair_trusted, l2=0.3).grad
+ridge_entry = bj.hypergradient(pair_losses, ridge(1.0), pair_training, pair_trusted, l2=0.3).grad
 print(f"entry of the ridge minimiser: {float(ridge_entry[0]):.2f}")
 assert pair_value(together[-1]) < 1e-6, "the penalty run does not reach the validation example's line"
 assert min(map(pair_value, (paths[0][-1], paths[1][-1], ridge(1.0)))) > 0.01, "a run that sees no validation is optimal"
@@ -677,7 +664,7 @@ questions, useful = (
 wrong = questions[:15] @ truth + 1.78 * jax.random.rademacher(seeds[3], (15,), float)
 many = jnp.concatenate([useful, questions[:15]]), jnp.concatenate([useful @ truth, wrong])
 many_trusted = questions, questions @ truth
-selector = weightings.softmax(30)
+selector = bj.weightings.softmax(30)
 
 
 def many_value(params):
@@ -700,7 +687,7 @@ def hundred_steps(h):
 
 def learned(trained, steps=1000):
     """Outer descent on L_v(trained(h)) by its exact derivative, for which plain jax.grad is quick enough here."""
-    move = weightings.normalized_gradient_step(0.3, 1.0)
+    move = bj.weightings.normalized_gradient_step(0.3, 1.0)
 
     def body(h, _):
         return move(h, jax.grad(lambda h: many_value(trained(h)))(h)), None
@@ -710,7 +697,7 @@ def learned(trained, steps=1000):
 
 
 def together_of(method, steps=20_000):
-    batch, judge = full_batch_stream(many).batch(0), full_batch_stream(many_trusted).batch(0)
+    batch, judge = (bj.full_batch_stream(data).batch(0) for data in (many, many_trusted))
     run = jax.jit(
         lambda state, batch, judge: jax.lax.scan(
             lambda state, _: (method.step(state, None, batch, judge)[0], None), state, length=steps
@@ -720,12 +707,12 @@ def together_of(method, steps=20_000):
     return state.train_state.params, method.weights(state)
 
 
-square = weighted(lambda params, fixed, batch: losses(params, batch["data"]))
+square = bj.weighted(lambda params, frozen, batch: losses(params, batch["data"]))
 nesterov = optax.sgd(0.2, momentum=0.9, nesterov=True)
-single = single_loop.penalty(
+single = bj.single_loop.penalty(
     square,
     nesterov,
-    weightings.online_softmax(30),
+    bj.weightings.online_softmax(30),
     validation_share=optax.constant_schedule(0.5),
     weights_learning_rate=lambda step: jnp.where(step < 5000, 0.0, 0.3),
 )
@@ -733,7 +720,7 @@ ends = {
     "exact: ridge minimiser": learned(ridge_of),
     "exact: 100 training steps": learned(hundred_steps),
     "optimistic: penalty": together_of(single),
-    "mixing, half and half": together_of(single_loop.mixing(square, nesterov, 0.5, 30)),
+    "mixing, half and half": together_of(bj.single_loop.mixing(square, nesterov, 0.5, 30)),
     "validation examples alone": (jnp.linalg.pinv(questions) @ many_trusted[1], None),
 }
 seen = [float(many_value(params)) for params, _ in ends.values()]
@@ -786,8 +773,9 @@ def mlp_losses(params, data):
 
 
 network, inputs = [jnp.zeros((UNITS, UNITS))] * LAYERS, (jnp.zeros((BATCH, UNITS)),) * 2
-deep, sgd = weighted(lambda params, fixed, batch: mlp_losses(params, batch["data"])), optax.sgd(0.1)
-deep_step, state, batch = train_step(deep, sgd), init_train_state(sgd, network), full_batch_stream(inputs).batch(0)
+deep, sgd = bj.weighted(lambda params, frozen, batch: mlp_losses(params, batch["data"])), optax.sgd(0.1)
+deep_step, state = bj.train_step(deep, sgd), bj.init_train_state(sgd, network)
+batch = bj.full_batch_stream(inputs).batch(0)
 part, adjoint = deep_step.gather(jnp.ones(BATCH), batch), Adjoint(network, [])
 
 

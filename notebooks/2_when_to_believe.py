@@ -327,7 +327,7 @@ print("plain jax.grad:", naive)
 assert jnp.isnan(naive).all(), "plain jax.grad of this step is finite now: the trap of eps_root = 0 is gone"
 try:
     hypergradient(pulled, jnp.zeros(()), tug, jnp.ones(1), optimizer=optax.adam(0.1), steps=1)
-except ValueError as refusal:
+except FloatingPointError as refusal:
     print("hypergradient:", refusal)
 
 # %% [markdown]

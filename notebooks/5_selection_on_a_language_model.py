@@ -11,6 +11,16 @@
 # named: `BILEVEL_MODEL` (a Hugging Face folder) and `BILEVEL_STORIES` (a JSON list of texts).
 
 # %%
+# Parameters: change these and run the page again; a failing assert says what the change broke.
+CLEAN, GARBLED, TRUSTED = 64, 64, 96  # rows of stories: training examples of two kinds, and as many for test as trusted
+STEPS, OUTER_STEPS = 16, 2  # of training, and of the weights, on the stories
+CIPHER_STEPS, CIPHER_OUTER_STEPS = 96, 4  # the same on the cipher
+STORIES_RATE = 5e-4  # learning rate on the stories
+TOP_SHARE = 0.5  # of the examples that `selected subset` and the export keep
+RETRAIN_SEEDS = 2
+SEED = 0  # of the passages' order
+
+# %%
 import contextlib
 import json
 import os
@@ -87,29 +97,31 @@ def garbler(tokenizer, random):
 
 
 if REAL:
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(SEED)
     texts = list(dict.fromkeys(passages(json.loads(STORIES.read_text(encoding="utf-8")))))
     garbled = garbler(tokens.load_tokenizer(str(MODEL)), random)
-    train = [{"text": text, "label": "clean"} for text in texts[:64]]
-    train += [{"text": garbled(text), "label": "garbled"} for text in texts[64:128]]
+    train = [{"text": text, "label": "clean"} for text in texts[:CLEAN]]
+    train += [{"text": garbled(text), "label": "garbled"} for text in texts[CLEAN : CLEAN + GARBLED]]
     write("train.jsonl", [train[i] for i in random.permutation(len(train))])
-    write("trusted.jsonl", [{"text": text} for text in texts[128:224]])
-    write("test.jsonl", [{"text": text} for text in texts[224:320]])
+    rest = [{"text": text} for text in texts[CLEAN + GARBLED :]]
+    write("trusted.jsonl", rest[:TRUSTED])
+    write("test.jsonl", rest[TRUSTED : 2 * TRUSTED])
     base = "select.yaml"
     flags = {
         "model.name_or_path": MODEL, "lora.r": 0, "model.remat": "none",
         "data.train": "train.jsonl", "data.validation": "trusted.jsonl", "data.test": "test.jsonl",
         "data.split": ("0.667", "0.333", "0"), "data.label-field": "label", "data.max-length": 96,
-        "optimizer.learning-rate": 5e-4, "optimizer.warmup_steps": 2, "optimizer.eps-root": 1e-8,
-        "train.max_steps": 16, "train.global_batch_size": 8, "outer.steps": 2, "selection.top-share": 0.5,
+        "optimizer.learning-rate": STORIES_RATE, "optimizer.warmup_steps": 2, "optimizer.eps-root": 1e-8,
+        "train.max_steps": STEPS, "train.global_batch_size": 8, "outer.steps": OUTER_STEPS,
+        "selection.top-share": TOP_SHARE,
     }  # fmt: skip
 else:
     base = "quickstart.yaml"
     flags = {
-        "model.remat": "none", "train.max_steps": 96, "outer.steps": 4,
+        "model.remat": "none", "train.max_steps": CIPHER_STEPS, "outer.steps": CIPHER_OUTER_STEPS,
     }  # fmt: skip
 flags |= {
-    "retrain.seeds": 2, "certify.step-sizes": "0.1",
+    "retrain.seeds": RETRAIN_SEEDS, "certify.step-sizes": "0.1",
     "retrain.variants": ("uniform", "learned", "selected", "top_alignment", "low_loss", "validation", "oracle"),
 }  # fmt: skip
 
@@ -168,8 +180,12 @@ for place, one in result["certificates"].items():
 
 start = result["certificates"]["uniform weights"]
 believed = 0.95 <= start["exact"]["ratios"][0] <= 1.05 and start["smooth"] >= 0.7
-assert believed == (result["verdict"]["level"] == "BELIEVE")  # the rule, in numbers
-assert start["checks"]["replayed"]  # every replayed segment ended where training did
+assert believed == (result["verdict"]["level"] == "BELIEVE"), (
+    "the verdict is not what ratio and cosine say by the rule of this page"
+)  # the rule, in numbers
+assert start["checks"]["replayed"], (
+    "a replayed segment did not end where training did"
+)  # every replayed segment ended where training did
 
 # %% [markdown]
 # ## The report
@@ -230,8 +246,12 @@ names = {
 print(
     "\nAUC against the hidden labels:", ", ".join(f"{names[key]} {value:.3f}" for key, value in result["auc"].items())
 )
-assert table["weight"][good].mean() > 1 > table["weight"][~good].mean()
-assert result["auc"]["weights"] > 0.85
+assert table["weight"][good].mean() > 1 > table["weight"][~good].mean(), (
+    "clean rows do not weigh more than 1 on average, or others not less"
+)
+assert result["auc"]["weights"] > 0.85, (
+    "the weights do not find the clean rows: more OUTER_STEPS, or is the verdict not BELIEVE?"
+)
 
 # %% [markdown]
 # ## Does it help? Trained again from cold
@@ -259,13 +279,19 @@ won = {name: (loss["uniform"] - value) / headroom for name, value in loss.items(
 print(f"\nThe oracle is {headroom:.3f} {unit} better than uniform weights. Of that way go")
 for name, share in sorted(won.items(), key=lambda item: -item[1]):
     print(f"  {name:<18} {share:.0%}")
-assert headroom > 0.05 and won["learned weights"] > 0.5
+assert headroom > 0.05 and won["learned weights"] > 0.5, (
+    "the oracle is not better than uniform weights, or the learned weights go less than half of its way"
+)
 simple = min(("low_loss", "top_alignment", "validation only"), key=loss.get)
 print(f"\nThe best choice that learns nothing is {simple}: {loss[simple]:.3f} {unit}.")
 if REAL and "BILEVEL_MODEL" not in os.environ:
-    assert loss["validation only"] == loss[simple] < loss["selected subset"]
+    assert loss["validation only"] == loss[simple] < loss["selected subset"], (
+        "on the stories V alone is not the best of the choices that learn nothing, or not better than the selected rows"
+    )
 elif not REAL:
-    assert loss["learned weights"] < loss[simple]
+    assert loss["learned weights"] < loss[simple], (
+        "on the cipher a choice that learns nothing is as good as the learned weights"
+    )
 
 # %% [markdown]
 # ## How to go on
@@ -284,21 +310,25 @@ config = load_config(
     [
         *flags_for_run(Path("run")),
         "--selection.top-share",
-        "0.5",
+        str(TOP_SHARE),
         "--export.format",
         "axolotl",
         "--out",
         "rows-to-keep",
     ],
 )
-print(export(config, Path("run"), "bilevel-jax export run --export.format axolotl --selection.top-share 0.5").summary)
+print(
+    export(
+        config, Path("run"), f"bilevel-jax export run --export.format axolotl --selection.top-share {TOP_SHARE}"
+    ).summary
+)
 for file in sorted(Path("rows-to-keep").iterdir()):
     print(f"  {file.name}")
 kept = [json.loads(line) for line in Path("rows-to-keep/train.jsonl").read_text(encoding="utf-8").splitlines()]
 label = dict(zip(table["id"], table["label"], strict=True))
 share = np.mean([label[row["id"]] == "clean" for row in kept])
 print(f"{share:.0%} of the kept rows are clean; of all rows {good.mean():.0%}.")
-assert share > good.mean()
+assert share > good.mean(), "the exported rows are not cleaner than all rows"
 
 # %% [markdown]
 # Or train here with the soft weights, one for each example, joined by id; the model that comes out loads in

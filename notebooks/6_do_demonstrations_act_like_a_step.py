@@ -17,6 +17,16 @@
 # section 1 and 2 are textbook probability; putting them together, and the measurements, are ours.
 
 # %%
+# Parameters: change these and run the page again; a failing assert says what the change broke.
+A, B = 2.0, 2.0  # the prior of section 1, Beta(A, B), worth A + B flips; A = B in what section 2 says of even rows
+SHARP = 20.0  # a = b of two panels of section 2: a coin that is known as from 2 SHARP flips
+CLEAN, GARBLED, TRUSTED = 60, 36, 40  # rows of stories in section 3
+STEPS, BATCH = 16, 12  # of the training run
+SHOWN, STORIES_RATE = 3, 5e-4  # demonstrations and learning rate on the stories
+CIPHER_SHOWN, CIPHER_RATE = 2, 2e-3  # the same on the cipher, whose model's context holds two demonstrations
+SEED = 0
+
+# %%
 import json
 import os
 import re
@@ -79,7 +89,6 @@ BLUE, ORANGE, GREEN, PINK = (f"C{number}" for number in range(4))
 # updating the prior with the example, in closed form.
 
 # %%
-A = B = 2.0  # the prior of this section: mean 1/2, worth 4 flips
 BOS = 2
 
 
@@ -110,7 +119,7 @@ def evidence(ones, flips, a=A, b=B):
     return betaln(a + ones, b + flips - ones) - betaln(a, b)
 
 
-random = np.random.default_rng(0)
+random = np.random.default_rng(SEED)
 trusted = ["11011", "101", "1111"]
 drawn = ["".join(random.choice(["0", "1"], random.integers(1, 9))) for _ in range(80)]
 rows = [row for row in drawn if row not in trusted][:60]  # the score shows no row its own copy
@@ -129,7 +138,9 @@ shown, many = sum(row.count("1") for row in trusted), sum(map(len, trusted))
 by_learning = evidence(shown, many, A + ones, B + flips - ones) - evidence(shown, many)
 print(f"{len(rows)} rows, demonstrations with {shown} ones in {many} flips")
 print(f"greatest difference of the two: {np.abs(by_reading - by_learning).max():.0e} nats")
-assert np.abs(by_reading - by_learning).max() < 1e-12
+assert np.abs(by_reading - by_learning).max() < 1e-12, (
+    "reading and learning differ: the score is not the pointwise mutual information"
+)
 
 # %% [markdown]
 # So for an exact learner the *idea* of ICA is no approximation. What it is to a **gradient step** is another question.
@@ -176,7 +187,6 @@ np.testing.assert_allclose(scores(ones, flips, shown, many), by_reading, atol=1e
 sizes = np.geomspace(4, 4e4, 13)  # prior counts a + b
 miss = [abs(scores(6, 8, 4, 5, c / 2, c / 2) / linear(6, 8, 4, 5, c / 2, c / 2) - 1) for c in sizes]
 slope = np.polyfit(np.log(sizes[-6:]), np.log(miss[-6:]), 1)[0]
-SHARP = 20.0  # a = b of the next two panels: a coin that is known as from 40 flips
 numbers = 5 * 4 ** np.arange(7)  # flips shown, always 4 of 5 ones
 one_row = [scores(4, 6, 0.8 * number, number, SHARP, SHARP) for number in numbers]
 to_the_end = ones * log(0.8) + (flips - ones) * log(0.2) - evidence(ones, flips, SHARP, SHARP)
@@ -214,8 +224,12 @@ for name, values in ranks.items():
     print(f"rank correlation with {name}: {values[0]:.3f} at {numbers[0]} flips, {values[-1]:.3f} at {numbers[-1]}")
 print("demonstrations with as many ones as zeros, of 10 flips: linear form", linear(1, 2, 5, 10), "for every row;")
 print(f"score of the row 10: {scores(1, 2, 5, 10):+.3f}, of the row 11: {scores(2, 2, 5, 10):+.3f} nats")
-assert abs(slope + 1) < 0.05 and abs(one_row[-1] - end_of_one) < 0.01
-assert ranks["training to the end"][-1] > 0.99 and scores(1, 2, 5, 10) > 0 > scores(2, 2, 5, 10)
+assert abs(slope + 1) < 0.05 and abs(one_row[-1] - end_of_one) < 0.01, (
+    "the error of the linear form does not fall as 1/(a + b), or many flips do not end at the reducible loss"
+)
+assert ranks["training to the end"][-1] > 0.99 and scores(1, 2, 5, 10) > 0 > scores(2, 2, 5, 10), (
+    "many flips do not order rows as finished training does, or even demonstrations do not prefer even rows: is A = B?"
+)
 
 # %% [markdown]
 # *Left:* as the prior sharpens, the score tends to the linear form, with an error of order $1/(a + b)$. *Middle:* the
@@ -271,14 +285,14 @@ def garbler(tokenizer, random):
 
 
 def story_rows(model):
-    """60 clean and 36 garbled answers, and 40 validation examples, as files."""
-    random = np.random.default_rng(0)
-    pairs = list(dict.fromkeys(passages(json.loads(STORIES.read_text(encoding="utf-8")))))[:136]
-    assert len(pairs) == 136
+    """Clean and garbled answers, and validation examples, as files."""
+    random = np.random.default_rng(SEED)
+    pairs = list(dict.fromkeys(passages(json.loads(STORIES.read_text(encoding="utf-8")))))[: CLEAN + GARBLED + TRUSTED]
+    assert len(pairs) == CLEAN + GARBLED + TRUSTED, f"the file has only {len(pairs)} passages: ask for fewer rows"
     garbled = garbler(tokens.load_tokenizer(str(model)), random)
-    some = [{"prompt": a, "response": b, "label": "clean"} for a, b in pairs[:60]]
-    some += [{"prompt": a, "response": garbled(b), "label": "garbled"} for a, b in pairs[60:96]]
-    parts = {"train": some, "validation": [{"prompt": a, "response": b} for a, b in pairs[96:]]}
+    some = [{"prompt": a, "response": b, "label": "clean"} for a, b in pairs[:CLEAN]]
+    some += [{"prompt": a, "response": garbled(b), "label": "garbled"} for a, b in pairs[CLEAN : CLEAN + GARBLED]]
+    parts = {"train": some, "validation": [{"prompt": a, "response": b} for a, b in pairs[CLEAN + GARBLED :]]}
     for name, part in parts.items():
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -293,11 +307,11 @@ def cipher_rows():
 
 
 if REAL:
-    model, made, k, rate = MODEL, story_rows(MODEL), 3, 5e-4
+    model, made, k, rate = MODEL, story_rows(MODEL), SHOWN, STORIES_RATE
     print("Real: a pretrained model of children's stories, of 260 thousand parameters, and rows of stories.")
 else:
     made = cipher_rows()
-    model, k, rate = made / "model", 2, 2e-3  # its context holds two demonstrations
+    model, k, rate = made / "model", CIPHER_SHOWN, CIPHER_RATE
     print("No folder of a model was found: this is the cipher that the package makes itself, and its model.")
 
 # %% [markdown]
@@ -315,7 +329,7 @@ else:
 # ICA and alignment are taken twice: at the start, and at the end of the training run (`trained`).
 
 # %%
-STEPS, BATCH, LEARNED = 16, 12, (1, 2, 4, 8, 16, 32)
+LEARNED = (1, 2, 4, 8, 16, 32)
 
 
 def one_batch(corpus, length, micro=1):
@@ -348,7 +362,7 @@ def measure(model, made, k, rate):
     weights, step = jnp.ones(corpus.num_examples), train_step(problem, adamw)
     run = train(step, init_train_state(adamw, params), weights, None, stream)
     estimate = unrolled_estimator(problem, step)(run, weights, None, stream, trusted_rows)
-    assert estimate.checks.replayed
+    assert estimate.checks.replayed, "a replayed segment did not end where training did"
     found = {"exact entry": -np.array(estimate.grad), "perplexity": -np.array(before)}
 
     def slope(params, micro):
@@ -378,7 +392,9 @@ def measure(model, made, k, rate):
             found[f"ICA {name}{when}"] = asked.combine(answer.score(reached, asked.requests))
             shown = demonstration_selector(name)(*sides, k)
             found[f"alignment with shown {name}{when}"] = np.take_along_axis(np.array(gram), shown, 1).mean(1)
-            assert (asked.num_holdout == k).all()
+            assert (asked.num_holdout == k).all(), (
+                "not every prompt holds all its demonstrations: fewer, or shorter rows"
+            )
         last = [judge.get_sequence(i).ids.tolist() for i in range(judge.num_examples)]
         ends = answer.score(reached, [LogLikRequest(tuple(ids[:-1]), tuple(ids[-1:])) for ids in last])
         print(
@@ -486,7 +502,9 @@ for (one, other), every, of_clean in zip(PAIRS, *read.values(), strict=True):
         f"{one:18s} ~ {other:36s} {every.value:+.2f} [{every.low:+.2f}, {every.high:+.2f}]"
         f"   clean {of_clean.value:+.2f} [{of_clean.low:+.2f}, {of_clean.high:+.2f}]"
     )
-assert read["all rows"][PAIRS.index(("alignment", "1 × step on V"))].value > 0.95  # the second link is calculus
+assert read["all rows"][PAIRS.index(("alignment", "1 × step on V"))].value > 0.95, (
+    "alignment and one real step on V disagree, which Taylor's theorem forbids for a small step"
+)  # the second link is calculus
 
 # %% [markdown]
 # ## What came out

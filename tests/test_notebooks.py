@@ -1,5 +1,6 @@
 """A notebook is what its script says, and its outputs are those of one run, from top to bottom, that ended well."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -49,6 +50,29 @@ def test_notebook(script):
     assert not places, f"places on somebody's machine: {places}"
     assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{number}" for number in range(len(found))]
     assert file.stat().st_size < 500_000
+
+
+PARAMETERS = "# Parameters: change these and run the page again; a failing assert says what the change broke."
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_parameters_and_asserts(script):
+    """The first code cell is the one with parameters, all of them are read, and every assert says what broke."""
+    code = [source for kind, source in cells(script.read_text(encoding="utf-8")) if kind == "code"]
+    assert [place for place, source in enumerate(code) if source.startswith(PARAMETERS)] == [0]
+    names = set()
+    for statement in ast.parse(code[0]).body:
+        assert isinstance(statement, ast.Assign), f"no assignment: {ast.unparse(statement)}"
+        assert not [node for node in ast.walk(statement.value) if isinstance(node, ast.Call)]
+        names |= {node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    rest = [node for source in code[1:] for node in ast.walk(ast.parse(source))]
+    used = {node.id for node in rest if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assigned = {node.id for node in rest if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert names and names == {name for name in names if name.isupper()}
+    assert not names - used, f"parameters that nothing reads: {sorted(names - used)}"
+    assert not names & assigned, f"parameters that a later cell overwrites: {sorted(names & assigned)}"
+    asserts = [node for node in rest if isinstance(node, ast.Assert)]
+    assert asserts and not [ast.unparse(node.test) for node in asserts if node.msg is None], "asserts without a message"
 
 
 def test_the_reader_of_scripts():

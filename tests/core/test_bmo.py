@@ -103,6 +103,61 @@ def test_gradient_is_that_of_the_merit_function(tau):
     assert low.merit < info.merit  # a lower bound away from the maximiser
 
 
+def test_merit_is_the_least_distance_from_being_trained_with_some_weights():
+    """m = min_q D_q + tau KL(q | even), attained at BMO's weights; D_q is what training with weights q still gains."""
+    toy, theta, tau = Convex(), normal(40, 3), 0.3
+    phi = toy.maximiser(theta, tau)
+    own = weights_from_gaps(toy.losses(phi) - toy.losses(theta), tau) / toy.rows
+
+    def distance(q, phi):
+        prior = toy.problem.prior(theta, toy.fixed) - toy.problem.prior(phi, toy.fixed)
+        return q @ (toy.losses(theta) - toy.losses(phi)) + prior - toy.strength / 2 * jnp.sum((phi - theta) ** 2)
+
+    def upper(q, phi):
+        return distance(q, phi) + tau * jnp.sum(q * jnp.log(toy.rows * q))
+
+    assert abs(upper(own, phi) - toy.value(theta, tau)) < 1e-12
+    assert jnp.linalg.norm(jax.grad(distance, 1)(own, phi)) < 1e-12  # phi is the maximiser of D_q, too
+    for q in jax.random.dirichlet(jax.random.key(3), jnp.ones(toy.rows), (20,)):
+        assert upper(q, phi) >= toy.value(theta, tau) - 1e-12  # at any phi a lower bound of D_q + tau KL
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.5, 1.0, 2.0, 5.0])
+def test_weights_of_drawn_answers_are_powers_of_the_likelihood_ratio(tau):
+    """Over answers y ~ pi_phi: w = ratio^(1/tau) / mean, and m = -(1 - tau) D_(1/tau)(pi_theta | pi_phi)."""
+    author, student = jax.nn.log_softmax(normal(43, 6)), jax.nn.log_softmax(normal(44, 6))
+    gaps, power = student - author, 1 / tau  # l(phi) - l(theta) of l = -log pi
+
+    def merit(student):
+        return smooth_merit(student - author, tau, jnp.exp(author))  # the sum over all answers
+
+    moment = jnp.exp(author) @ jnp.exp(gaps) ** power
+    ratios = jnp.exp(gaps) ** power
+    assert relative(weights_from_gaps(gaps, tau), ratios / ratios.mean()) < 1e-12
+    renyi = (student - author) @ jnp.exp(student) if tau == 1 else jnp.log(moment) / (power - 1)
+    assert abs(merit(student) + (1 - tau) * renyi) < 1e-12
+    slope = jax.grad(lambda logits: merit(jax.nn.log_softmax(logits)))(normal(44, 6))
+    assert (jnp.linalg.norm(slope) < 1e-12) == (tau == 1)  # at tau = 1 own answers have no direction
+
+
+def test_weights_one_step_from_the_sampler_are_hypergradients():
+    """theta = phi - eps grad L_v: w = 1 + (eps / tau)(a - mean a) + O(eps^2), a = <grad log pi, -grad L_v>."""
+    questions, choice = normal(45, 8, 3), normal(46, 3, 4)
+    answers = jnp.arange(8) % 4
+
+    def log_likelihoods(choice):
+        return jax.nn.log_softmax(questions @ choice)[jnp.arange(8), answers]
+
+    step = -jax.grad(lambda choice: -jax.nn.log_softmax(normal(47, 5, 3) @ choice)[:, 0].mean())(choice)
+    slopes = jax.jvp(log_likelihoods, (choice,), (step,))[1]
+    errors = []
+    for size in (1e-2, 1e-3):
+        gaps = log_likelihoods(choice + size * step) - log_likelihoods(choice)
+        linear = size / 0.5 * (slopes - slopes.mean())
+        errors.append(relative(weights_from_gaps(gaps, 0.5) - 1, linear))
+    assert errors[1] < 0.01 and 8 < errors[0] / errors[1] < 12
+
+
 @pytest.mark.parametrize("form", ["none", "snapshot"])
 def test_gradient_at_a_given_phi(form):
     toy, theta, phi = Convex(), normal(40, 3), normal(42, 3)
