@@ -327,7 +327,7 @@ print("plain jax.grad:", naive)
 assert jnp.isnan(naive).all(), "plain jax.grad of this step is finite now: the trap of eps_root = 0 is gone"
 try:
     hypergradient(pulled, jnp.zeros(()), tug, jnp.ones(1), optimizer=optax.adam(0.1), steps=1)
-except FloatingPointError as refusal:
+except ValueError as refusal:
     print("hypergradient:", refusal)
 
 # %% [markdown]
@@ -469,7 +469,7 @@ def walker(activation):
     return lambda w: float(compiled(w)), jax.jit(jax.grad(compiled)), along
 
 
-kinks, steepness = {}, {}
+kinks, steepness, told = {}, {}, {}
 with jax.enable_x64(True):
     w = double(ones)
     for name, activation in ACTIVATIONS.items():
@@ -477,6 +477,7 @@ with jax.enable_x64(True):
         kinked = slope_64(w)
         kinks[name] = np.array(certify.check_finite_differences(value_64, w, kinked, closer).ratios)
         steepness[name] = float(jnp.abs(kinked).sum())
+        told[name] = certify.has_kinks(certify.check_finite_differences(value_64, w, kinked, value=value_64(w)))
         if name == "ReLU":
             estimate_64, _ = tools(losses_with(exactly, activation), double(training), double(trusted))
             ours = estimate_64(w, begins(CALM, params=double(network))).grad
@@ -513,6 +514,8 @@ panels[2].set(xlabel="step size s", ylabel="|ratio $-$ 1|", title="the certifica
 panels[2].legend(fontsize=8, loc="lower right")
 plt.show()
 
+print("kinks, told from the ratios alone:", ", ".join(name for name, kinked in told.items() if kinked))
+assert told == {name: name == "ReLU" for name in told}, "certify.has_kinks takes another network than the ReLU's for kinked"
 assert same < 1e-9, "the package's derivative of a ReLU network is not that of plain automatic differentiation"
 assert np.abs(rest[~crossed]).max() < 0.05 * np.abs(rest[crossed]).max(), (
     "L_v jumps where no unit's input changes its sign"
@@ -528,8 +531,8 @@ for name in ("ReLU squared", "GELU", "tanh"):
 # would take, goes up to far above 1 as the step falls, and comes back to 1 only where no jump lies between the two
 # runs any more.*
 #
-# So a ratio that gets *worse* as the step falls is a sign of kinks (in double precision; in single precision rounding
-# does the same at the smallest steps, section 4). A ratio that is off only at the largest step is one of curvature. The
+# So a ratio that gets *worse* as the step falls is a sign of kinks, and `certify.has_kinks` looks for it. (In single
+# precision rounding does the same at the smallest steps, section 4; it measures that, too.) A ratio that is off only at the largest step is one of curvature. The
 # remedy is another: a lower learning rate makes jumps smaller, since each is proportional to it, but there are as many;
 # **a smooth activation has none.** Hinge losses, max-pooling, absolute values and clipping of gradients have kinks,
 # too; a squared ReLU has not.

@@ -252,8 +252,9 @@ def has_kinks(differences: FiniteDifferences) -> bool:
 
     Central differences of a smooth function come nearer to its slope as the step falls, until rounding shows. Kinks are
     seen where a ratio that is nearly right at the largest step gets worse at a smaller one (by half, and more than .1
-    off), or where ratios are off still at the smallest step that rounding allows. Where training is chaotic, but
-    smooth, ratios are far off at large steps and right at small ones.
+    off), where one is far off (by 3 and more) and three times as far as at every larger step, or where ratios are off
+    still at the smallest step that rounding allows. Where training is chaotic, but smooth, ratios are far off at large
+    steps and right at small ones.
 
     Args:
         differences: the ratios, largest step first, with what rounding does to them (`noise`).
@@ -267,6 +268,8 @@ def has_kinks(differences: FiniteDifferences) -> bool:
         True
         >>> bj.certify.has_kinks(bj.certify.FiniteDifferences((0.1, 0.03, 0.01), (0.7, 0.96, 0.995), exact))
         False
+        >>> bj.certify.has_kinks(bj.certify.FiniteDifferences((0.1, 3e-5, 3e-6), (0.66, 28.0, 1.0), exact))
+        True
     """
     if not differences.noise:
         return False
@@ -276,8 +279,12 @@ def has_kinks(differences: FiniteDifferences) -> bool:
         error > limit and error > 1.5 * min(errors[:place], default=error)
         for place, (error, limit) in enumerate(zip(errors, limits, strict=True))
     )
+    grows = any(  # one jump J adds J / (2 s slope), also where the largest step is off for another reason
+        error > max(3.0, limit, 3 * max(errors[:place], default=error))
+        for place, (error, limit) in enumerate(zip(errors, limits, strict=True))
+    )
     is_off_at_the_end = errors[-1] > limits[-1] and differences.steps[-1] <= 1e-4
-    return gets_worse or is_off_at_the_end
+    return gets_worse or grows or is_off_at_the_end
 
 
 def drop_random_examples(key: Array, weights: Float[Array, "examples"], fraction: float) -> Float[Array, "examples"]:

@@ -131,6 +131,7 @@ def test_kinks_are_told_from_curvature(name):
         ((0.5, 0.95, 0.995, 0.9995), False),  # curvature
         ((0.0, 1.7, 0.4, 0.99), False),  # chaotic, but smooth
         ((0.945, 0.896, 0.882, 0.99), True),
+        ((0.66, 1.1, 28.0, 1.0), True),  # a jump at one step alone, beside curvature
         ((1.0, 1.01, 1.02, 1.04), False),  # rounding
     ],
 )
