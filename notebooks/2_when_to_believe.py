@@ -515,7 +515,9 @@ panels[2].legend(fontsize=8, loc="lower right")
 plt.show()
 
 print("kinks, told from the ratios alone:", ", ".join(name for name, kinked in told.items() if kinked))
-assert told == {name: name == "ReLU" for name in told}, "certify.has_kinks takes another network than the ReLU's for kinked"
+assert told == {name: name == "ReLU" for name in told}, (
+    "certify.has_kinks takes another network than the ReLU's for kinked"
+)
 assert same < 1e-9, "the package's derivative of a ReLU network is not that of plain automatic differentiation"
 assert np.abs(rest[~crossed]).max() < 0.05 * np.abs(rest[crossed]).max(), (
     "L_v jumps where no unit's input changes its sign"
@@ -527,15 +529,14 @@ for name in ("ReLU squared", "GELU", "tanh"):
 # %% [markdown]
 # *Left: the smallest case; one weight, and a model that jumps. Middle: the ReLU network. The dots are training runs;
 # the exact derivative is the slope of the short pieces, and has little to do with where the jumps go. Right: for smooth
-# activations the ratio tends to 1. For ReLU it is off at every step that anybody
-# would take, goes up to far above 1 as the step falls, and comes back to 1 only where no jump lies between the two
-# runs any more.*
+# activations the ratio tends to 1. For ReLU it is off at every step that anybody would take, goes up to far above 1 as
+# the step falls, and comes back to 1 only where no jump lies between the two runs any more.*
 #
 # So a ratio that gets *worse* as the step falls is a sign of kinks, and `certify.has_kinks` looks for it. (In single
-# precision rounding does the same at the smallest steps, section 4; it measures that, too.) A ratio that is off only at the largest step is one of curvature. The
-# remedy is another: a lower learning rate makes jumps smaller, since each is proportional to it, but there are as many;
-# **a smooth activation has none.** Hinge losses, max-pooling, absolute values and clipping of gradients have kinks,
-# too; a squared ReLU has not.
+# precision rounding does the same at the smallest steps, section 4; it measures that, too.) A ratio that is off only at
+# the largest step is one of curvature. The remedy is another: a lower learning rate makes jumps smaller, since each is
+# proportional to it, but there are as many; **a smooth activation has none.** Hinge losses, max-pooling, absolute
+# values and clipping of gradients have kinks, too; a squared ReLU has not.
 #
 # Smooth is not enough, though. A GELU whose argument is multiplied by 64 has a derivative everywhere, and looks like a
 # ReLU from afar. What was a jump is now a steep slope of small width:
