@@ -52,27 +52,37 @@ def test_notebook(script):
     assert file.stat().st_size < 500_000
 
 
-PARAMETERS = "# Parameters: change these and run the page again; a failing assert says what the change broke."
+def assigned_names(statement: ast.stmt) -> set[str]:
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def is_parameters(source: str) -> bool:
+    """Whether a cell does nothing but give numbers, texts and tables of them names in capitals."""
+    return all(
+        isinstance(statement, ast.Assign)
+        and not [node for node in ast.walk(statement.value) if isinstance(node, ast.Call)]
+        and all(name.isupper() for name in assigned_names(statement))
+        for statement in ast.parse(source).body
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_parameters_and_asserts(script):
-    """The first code cell is the one with parameters, all of them are read, and every assert says what broke."""
+    """One cell holds what a reader may change, all of it is read, and every assert says what a change broke."""
     code = [source for kind, source in cells(script.read_text(encoding="utf-8")) if kind == "code"]
-    assert [place for place, source in enumerate(code) if source.startswith(PARAMETERS)] == [0]
-    names = set()
-    for statement in ast.parse(code[0]).body:
-        assert isinstance(statement, ast.Assign), f"no assignment: {ast.unparse(statement)}"
-        assert not [node for node in ast.walk(statement.value) if isinstance(node, ast.Call)]
-        names |= {node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
-    rest = [node for source in code[1:] for node in ast.walk(ast.parse(source))]
-    used = {node.id for node in rest if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    assigned = {node.id for node in rest if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    assert names and names == {name for name in names if name.isupper()}
-    assert not names - used, f"parameters that nothing reads: {sorted(names - used)}"
-    assert not names & assigned, f"parameters that a later cell overwrites: {sorted(names & assigned)}"
+    places = [place for place, source in enumerate(code) if is_parameters(source)]
+    assert len(places) == 1, f"{len(places)} cells of parameters; keep one, of names in capitals and plain values"
+    names = set().union(*map(assigned_names, ast.parse(code[places[0]]).body))
+    rest = [node for place, source in enumerate(code) if place not in places for node in ast.walk(ast.parse(source))]
+    read, assigned = (
+        {node.id for node in rest if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+        for context in (ast.Load, ast.Store)
+    )
+    assert not names - read, f"parameters that nothing reads: {sorted(names - read)}"
+    assert not names & assigned, f"parameters that another cell overwrites: {sorted(names & assigned)}"
     asserts = [node for node in rest if isinstance(node, ast.Assert)]
-    assert asserts and not [ast.unparse(node.test) for node in asserts if node.msg is None], "asserts without a message"
+    assert asserts, "no assert: say in code what the text says in numbers"
+    assert not [ast.unparse(node.test) for node in asserts if node.msg is None], "asserts without a message"
 
 
 def test_the_reader_of_scripts():
