@@ -101,6 +101,20 @@ def unroll(
         >>> solution = solver.run(jnp.array(0.0), jnp.ones(2), jnp.array([1.0, 3.0]), jnp.array([4.0]))
         >>> [round(float(grad), 3) for grad in solution.grad]
         [1.0, -1.0]
+
+        The derivative by the start of training, of a training that is too short to forget it:
+
+        >>> train, valid = jnp.array([1.0, 3.0]), jnp.array([4.0])
+        >>> short = bj.unroll(problem, optax.sgd(0.5), steps=2)
+        >>> float(short.run(jnp.array(0.0), jnp.ones(2), train, valid).grad_start)  # (1.5 - 4) / 2^2
+        -0.625
+
+        By the learning rate, and by whatever else `optax.inject_hyperparams` holds:
+
+        >>> momentum = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9)
+        >>> solution = bj.unroll(problem, momentum, steps=3).run(jnp.array(0.0), jnp.ones(2), train, valid)
+        >>> {name: round(float(grad), 2) for name, grad in sorted(solution.grad_optimizer.items())}
+        {'learning_rate': -27.82, 'momentum': -2.14}
     """
     check_counts(steps=steps, batch_size=batch_size, window=window)
     window = steps if window is None else min(window, steps)

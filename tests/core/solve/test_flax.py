@@ -12,10 +12,13 @@ import pytest
 from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
 
+from bilevel_jax.core import single_loop
 from bilevel_jax.core.problem import problem as global_problem
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.solve.arrays import batch_order
 from bilevel_jax.core.solve.implicit import implicit
+from bilevel_jax.core.solve.jointly import jointly
+from bilevel_jax.core.solve.penalty import penalty
 from bilevel_jax.core.solve.solution import Status
 from bilevel_jax.core.solve.unroll import unroll
 from bilevel_jax.core.solvers import cg
@@ -396,3 +399,23 @@ def test_implicit_differentiation_holds_the_state():
 
     assert relative(solution.grad, expected(params, weights)) < TOLERANCE
     assert solution.model_state["mean"].tolist() == averages["mean"].tolist()
+
+
+def test_penalty_holds_the_state_and_jointly_refuses_it():
+    train, valid, weights = data()
+    model, average = averaging_model(), jax.tree.map(lambda leaf: leaf / 2, averaging_model().state)
+    stateful = weighted(model.losses, outer=model.outer, prior=proximal(0.5), has_state=True)
+    held = weighted(
+        lambda params, frozen, batch: model.losses(params, average, frozen, batch)[0],
+        outer=lambda params, frozen, batch: model.outer(params, average, frozen, batch),
+        prior=proximal(0.5),
+    )
+    settings = {"gamma": 20.0, "steps": 100, "max_gap": 1.0}
+    by_state = penalty(stateful, optax.sgd(0.1), **settings).run(
+        model.params, weights, train, valid, model_state=average, throw=False
+    )
+    by_closure = penalty(held, optax.sgd(0.1), **settings).run(model.params, weights, train, valid, throw=False)
+    assert relative(by_state.grad, by_closure.grad) < 1e-12
+    method = single_loop.mixing(held, optax.sgd(0.1), 0.5, N)
+    with pytest.raises(ValueError, match="single-loop methods weigh examples, of a model without a state"):
+        jointly(stateful, method, steps=3)
