@@ -74,7 +74,7 @@ def weighted(
         return weigh(losses(params, frozen, batch), weights, batch)
 
     def stateful_inner(params: Params, weights: HyperSlice, frozen: Frozen, batch: Batch) -> Any:
-        values, model_state = losses(params, batch["model_state"], frozen, batch)
+        values, model_state = loss_and_state(losses(params, batch["model_state"], frozen, batch), batch)
         return weigh(values, weights, batch), model_state
 
     def outer_loss(params: Params, frozen: Frozen, batch: Batch) -> Scalar:
@@ -204,7 +204,7 @@ def problem(
         return jax.tree.map(lambda leaf, part: leaf + part.sum(0), hyper, hypergradients)
 
     def stateful_inner(params: Params, hyper: HyperSlice, frozen: Frozen, batch: Batch) -> Any:
-        return inner(params, hyper, batch["model_state"], frozen, batch)
+        return loss_and_state(inner(params, hyper, batch["model_state"], frozen, batch), batch)
 
     def stateful_outer(params: Params, frozen: Frozen, batch: Batch) -> Scalar:
         return outer(params, batch["model_state"], frozen, batch)
@@ -218,6 +218,27 @@ def problem(
         per_example=False,
         has_state=has_state,
     )
+
+
+def loss_and_state(returned: Any, batch: Batch) -> tuple[Any, ModelState]:
+    """What the training loss of a model with a state returned, where it is (loss, new state of the same kind)."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        kind = type(returned).__name__ if isinstance(returned, tuple | list | dict) else f"an array {returned.shape}"
+        raise ValueError(f"the training loss returns {kind}; of a model with a state it returns (loss, new state).")
+    old, new = batch["model_state"], returned[1]
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"the training loss takes a model state {jax.tree.structure(old)} and returns {jax.tree.structure(new)}; "
+            "return the whole state that it takes."
+        )
+    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
+        kinds = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (before, after)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"the training loss makes of model_state{jax.tree_util.keystr(path)}, {kinds[0]}, a {kinds[1]}; return "
+                f"it as it was, or give run model_state= of the second kind."
+            )
+    return returned
 
 
 def hold_state(problem: Problem, model_state: ModelState) -> Problem:

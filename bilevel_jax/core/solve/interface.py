@@ -45,9 +45,9 @@ def build_solver(
     has_gradient: bool = True,
 ) -> BilevelSolver:
     """The solver of a method: arrays run as one compiled program, streams by a Python loop."""
-    compiled = jax.jit(_refuse_derivatives(method.solve, NO_DERIVATIVE_OF_RUN))
+    compiled = _explain_missing_key(jax.jit(_refuse_derivatives(method.solve, NO_DERIVATIVE_OF_RUN)))
     evaluate = method.evaluate if has_gradient else _refuse_derivatives(method.evaluate, NO_DERIVATIVE_OF_VALUE)
-    compiled_value = jax.jit(evaluate)
+    compiled_value = _explain_missing_key(jax.jit(evaluate))
     checked: set[tuple] = set()
 
     def check(inputs: Inputs) -> bool:
@@ -128,6 +128,23 @@ def _check_streams(problem: Problem, inputs: Inputs) -> None:
         raise ValueError("streams are read by a Python loop, which does not run under jit, vmap or grad: give arrays.")
     if problem.per_example and jnp.ndim(inputs.hyper) != 1:
         raise ValueError(f"weights {jnp.shape(inputs.hyper)}; give one for each training example.")
+
+
+def _explain_missing_key(function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    """The function, with a clear error where a loss reads a key that its batch does not have."""
+
+    def call(inputs: Inputs) -> Any:
+        try:
+            return function(inputs)
+        except KeyError as error:
+            if error.args != ("key",):
+                raise
+            raise ValueError(
+                'a loss reads batch["key"], which is not there: training batches have it where run is given '
+                "key=jax.random.key(0), and validation batches never, so that L_v has no noise."
+            ) from error
+
+    return call
 
 
 def _refuse_derivatives(function: Callable[[Inputs], Any], reason: str) -> Callable[[Inputs], Any]:

@@ -419,3 +419,54 @@ def test_penalty_holds_the_state_and_jointly_refuses_it():
     method = single_loop.mixing(held, optax.sgd(0.1), 0.5, N)
     with pytest.raises(ValueError, match="single-loop methods weigh examples, of a model without a state"):
         jointly(stateful, method, steps=3)
+
+
+STATE = {"mean": np.zeros(WIDTH)}
+STATE_FAULTS = {
+    "not returned": (lambda values, state: values, r"returns an array \(16,\); of a model with a state"),
+    "too much returned": (lambda values, state: (values, state, state), "returns tuple; of a model with a state"),
+    "another structure": (lambda values, state: (values, {"var": state["mean"]}), "return the whole state"),
+    "another shape": (
+        lambda values, state: (values, {"mean": jnp.zeros(2)}), r"model_state\['mean'\], float64\[3\], a float64\[2\]"
+    ),
+    "another type": (
+        lambda values, state: (values, {"mean": jnp.zeros(WIDTH, jnp.float32)}), r"float64\[3\], a float32\[3\]"
+    ),
+}  # fmt: skip
+
+
+def linear(params, data):
+    return (data[0] @ params - data[1]) ** 2
+
+
+@pytest.mark.parametrize("name", STATE_FAULTS)
+def test_a_state_that_does_not_go_round_is_one_sentence(name):
+    train, valid, weights = data()
+    returned, words = STATE_FAULTS[name]
+    outer = lambda params, state, frozen, batch: linear(params, batch["data"])  # noqa: E731
+    weighing = weighted(
+        lambda params, state, frozen, batch: returned(linear(params, batch["data"]), state), outer=outer, has_state=True
+    )
+    state = double(STATE)
+    with pytest.raises(ValueError, match=words):
+        unroll(weighing, ADAM, steps=2).run(jnp.zeros(WIDTH), weights, train, valid, model_state=state)
+    sharing = global_problem(
+        lambda params, hyper, state, frozen, batch: returned(hyper * linear(params, batch["data"]), state),
+        lambda params, state, frozen, batch: outer(params, state, frozen, batch).mean(),
+        has_state=True,
+    )
+    with pytest.raises(ValueError, match=words):
+        unroll(sharing, ADAM, steps=2).run(jnp.zeros(WIDTH), jnp.ones(()), train, valid, model_state=state)
+
+
+def test_a_key_that_is_not_there_is_one_sentence():
+    train, valid, weights = data()
+
+    def noisy(params, frozen, batch):
+        return linear(params, batch["data"]) * jax.random.normal(batch["key"], ())
+
+    solver = unroll(weighted(noisy), ADAM, steps=2)
+    for key in (None, jax.random.key(0)):
+        for call in (solver.run, solver.value):
+            with pytest.raises(ValueError, match="training batches have it where run is given key"):
+                call(jnp.zeros(WIDTH), weights, train, valid, key=key)
