@@ -101,7 +101,10 @@ def newton(value, start, steps=60):
         tried = x - jnp.append(lengths, 0.0)[:, None] * move
         return tried[jnp.nanargmin(jax.vmap(value)(tried))], None
 
-    return jax.lax.scan(body, start, length=steps)[0]
+    x = jax.lax.scan(body, start, length=steps)[0]
+    for _ in range(3):  # values are blind to the last digits; whole steps are not
+        x = x - jnp.linalg.solve(jax.hessian(value)(x), jax.grad(value)(x))
+    return x
 
 
 def maximiser(losses, theta, tau):
