@@ -209,6 +209,9 @@ class LanguageModel:
         """Responses to prompts, by sampling.
 
         Token t of a draw depends on (seed, prompt, draw, t) alone: neither other prompts nor their order change it.
+        Where the tokenizer has no chat template, prompt and response are joined as in training, by data.template, which
+        puts a new line between them: to go on with a text itself, load the model with
+        data=DataSection(template="{prompt}{response}").
 
         Args:
             prompts: strings; lists of messages, as [{"role": "user", "content": "..."}]; or examples, whose last

@@ -26,7 +26,13 @@ from bilevel_jax.scores.embedding import extract_question
 from bilevel_jax.scores.ifd import ifd_score
 from bilevel_jax.scores.perplexity import loss_score, perplexity_score, reducible_loss
 from bilevel_jax.scores.random import hash_to_int, random_score
-from bilevel_jax.scores.requests import ScoreFn, TokenizedExamples, make_tokenized_examples, trim_responses
+from bilevel_jax.scores.requests import (
+    ScoreFn,
+    TokenizedExamples,
+    make_tokenized_examples,
+    take_examples,
+    trim_responses,
+)
 from bilevel_jax.scores.selfsimilarity import response_similarity
 
 if TYPE_CHECKING:
@@ -192,15 +198,12 @@ def compute_sppl(job: ScoreJob) -> ScoreResult:
         for example in job.candidates
     ]
     rows = tokenize_without_end(job.lm, prompted)
-    plan = selfaligned.sppl_score(rows, rows)
-    lengths = [len(request.prefix) + len(request.response) - 1 for request in plan.requests]
-    if max(lengths) > (context := job.lm.architecture.max_length):
-        raise ValueError(
-            f"{job.candidates[int(np.argmax(lengths))].where}: behind {k} of the model's own answers the question and "
-            f"the response take {max(lengths)} token places, and the model's context has {context}. Lower k or "
-            "max_new_tokens, or give a shorter template and demonstration_template."
-        )
-    values = plan.combine(inference.answer_requests(job.lm, plan.requests, progress=job.progress))
+    lengths = np.array([len(rows.sequences(i)[0].ids) - 1 for i in range(len(prompted))])
+    fits = find_fitting(job, lengths, job.lm.architecture.max_length, f"behind {k} answers of the model's own it takes")
+    fitting_rows = take_examples(rows, np.flatnonzero(fits))
+    plan = selfaligned.sppl_score(fitting_rows, fitting_rows)
+    values = np.full(len(prompted), np.nan)
+    values[fits] = plan.combine(inference.answer_requests(job.lm, plan.requests, progress=job.progress))
     return values, notes
 
 
@@ -209,18 +212,24 @@ def compute_self_similarity(job: ScoreJob) -> ScoreResult:
     lm = job.lm
     answers, _, notes = collect_own_answers(job)
     own = [example.turns[-1]._replace(content=answers[extract_question(example)]) for example in job.candidates]
-    usable = [bool(turn.content.strip()) for turn in own]
-    pairs = [(example, turn) for example, turn, ok in zip(job.candidates, own, usable, strict=True) if ok]
-    if not pairs:
+    sides = (
+        job.candidates,
+        [
+            example._replace(turns=(*example.turns[:-1], turn))
+            for example, turn in zip(job.candidates, own, strict=True)
+            if turn.content.strip()
+        ],
+    )
+    has_own = np.array([bool(turn.content.strip()) for turn in own])
+    if not has_own.any():
         raise ValueError("the model answers every question with nothing: raise temperature, or give own_answers.")
-    sides = [
-        tokenize_without_end(lm, side)
-        for side in (
-            [example for example, _ in pairs],
-            [example._replace(turns=(*example.turns[:-1], turn)) for example, turn in pairs],
-        )
-    ]
-    responses, others = ([_response_ids(rows, i) for i in range(len(pairs))] for rows in sides)
+    rows, own_rows = (tokenize_without_end(lm, side) for side in sides)
+    responses = [_response_ids(rows, i) for i in np.flatnonzero(has_own).tolist()]
+    others = [_response_ids(own_rows, i) for i in range(int(has_own.sum()))]
+    lengths = np.array([max(map(len, pair)) for pair in zip(responses, others, strict=True)])
+    room = lm.architecture.max_length - (lm.tokenizer.bos_token_id is not None)
+    places = np.flatnonzero(has_own)
+    fits = find_fitting(job, lengths, room, "its response, or the model's own, takes", places)
     similarity = response_similarity(
         lm.decoder,
         lm.tokenizer.bos_token_id,
@@ -228,7 +237,8 @@ def compute_self_similarity(job: ScoreJob) -> ScoreResult:
         place_batch=partial(inference.place_batch, lm.mesh),
     )
     values = np.full(len(job.candidates), np.nan)
-    values[np.flatnonzero(usable)] = similarity(lm.joined_params, responses, others)
+    chosen = np.flatnonzero(fits).tolist()
+    values[places[fits]] = similarity(lm.joined_params, [responses[i] for i in chosen], [others[i] for i in chosen])
     return values, notes
 
 
@@ -286,6 +296,22 @@ def collect_own_answers(job: ScoreJob) -> tuple[dict[str, str], list[str], tuple
     notes = [f"{cut:,} of {len(order):,} own answers were cut at max_new_tokens = {options.max_new_tokens}."]
     notes = notes * bool(cut) + [f"{empty:,} own answers are empty, and not shown."] * bool(empty)
     return answers, order, tuple(notes)
+
+
+def find_fitting(
+    job: ScoreJob, lengths: np.ndarray, room: int, what: str, places: np.ndarray | None = None
+) -> np.ndarray:
+    """Which examples are within the model's context; a ValueError where one is not, unless such are to be dropped."""
+    fits = lengths <= room
+    if not fits.any() or (job.lm.data.truncation != "drop" and not fits.all()):
+        longest = int(np.argmax(lengths))
+        example = job.candidates[longest if places is None else int(places[longest])]
+        raise ValueError(
+            f"{example.where}: {what} {lengths[longest]} token places, and the model's context has {room}; so do "
+            f"{int((~fits).sum())} of {len(fits)} examples. Lower k or max_new_tokens, give shorter templates or "
+            "examples, or load the model with data.truncation = drop."
+        )
+    return fits
 
 
 def tokenize_without_end(lm: "LanguageModel", examples: list[Example]) -> TokenizedExamples:

@@ -1,5 +1,6 @@
 """Scores from Python: each equals what the formula or the command of its name gives."""
 
+import dataclasses
 import json
 
 import jax
@@ -129,7 +130,7 @@ MISUSES = {
     "holdout model": (("reducible",), {}, "give holdout_model=lm.finetune(holdout, optimizer=..., steps=..., solver="),
     "few answers": (("sppl",), {"k": 7, "own_answers": "own"}, "8 of 8 questions have one that can be shown; 9 are"),
     "no answer": (("sppl",), {"own_answers": {}}, "own_answers has none to 8 of 8 questions, the first at examples:"),
-    "long": (("sppl",), {"own_answers": "own"}, "the response take 180 token places, and the model's context has 32"),
+    "long": (("sppl",), {"own_answers": "own"}, "own it takes 180 token places, and the model's context has 32"),
 }  # fmt: skip
 
 
@@ -146,3 +147,16 @@ def test_misuse_is_one_clear_sentence(lm, rows, held_out, misuse):
 def test_scores_with_own_answers_want_a_question_and_a_response(lm):
     with pytest.raises(ValueError, match=r"examples:1: a question and one response .* and this is text \(text\)\."):
         lm.score("sppl", [{"text": "abcd"}])
+
+
+def test_examples_that_do_not_fit_are_dropped_where_the_model_says_so(lm, rows):
+    long = [*rows, {"prompt": "dcba>", "response": "a" * 22}]
+    own = {row["prompt"]: "abcd" for row in long}
+    with pytest.raises(ValueError, match="so do 1 of 9 examples"):
+        lm.score("sppl", long, own_answers=own, **SHORT)
+    dropping = dataclasses.replace(lm, data=bj.lm.DataSection(truncation="drop"))
+    for name, arguments in (("sppl", SHORT), ("self_similarity", {})):
+        longest = [*rows, {"prompt": "dcba>", "response": "a" * (22 if name == "sppl" else 40)}]
+        scores = dropping.score(name, longest, own_answers=own, **arguments)
+        assert np.isnan(scores.values).tolist() == [False] * 8 + [True]
+        assert scores.notes[-1] == f"1 of 9 examples have no {name}, the first examples:9."
