@@ -324,8 +324,8 @@ for window in (1, 7, 40):
 #
 # So a decimal digit costs about $\frac{\ln 10}2\kappa$ products by the series, and $\frac{\ln10}2\sqrt\kappa$ by CG.
 # The series is what an unrolled window computes: this is the price of a short one. Measured on the same examples with
-# a loss that is not quadratic, $\log\cosh$ of the residual; and for the solvers on systems of 400 unknowns whose
-# eigenvalues lie like the nodes of Chebyshev's polynomials, the worst case for CG.
+# a loss that is not quadratic, $\log\cosh$ of the residual; and for the solvers on systems of 400 and more unknowns
+# whose eigenvalues lie like the nodes of Chebyshev's polynomials, the worst case for CG.
 
 
 # %%
@@ -386,8 +386,9 @@ predicted = float(jnp.linalg.norm(constant) / jnp.linalg.norm(truly)) / strength
 
 
 # %%
-def spectrum(condition, size=400):
-    """Eigenvalues from 1 / condition to 1."""
+def spectrum(condition):
+    """Eigenvalues from 1 / condition to 1: many more than products that CG will make, or it ends sooner."""
+    size = int(max(400, 20 * condition**0.5))
     nodes = jnp.cos(jnp.pi * jnp.arange(size) / (size - 1))
     return (1 + nodes) / 2 * (1 - 1 / condition) + 1 / condition
 
