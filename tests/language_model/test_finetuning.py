@@ -147,7 +147,7 @@ def test_equals_the_first_step_of_select(made, tmp_path):
     """What weights.parquet of the command holds as first_hypergradient, through all of its run folder."""
     import pyarrow.parquet as pq
 
-    flags = ["--out", str(tmp_path / "run"), "--outer.steps", "1", "--no-certify.enabled", "--no-retrain.enabled"]
+    flags = ["--out", str(tmp_path / "run"), "--outer.steps", "1", "--certify.no-enabled", "--retrain.no-enabled"]
     select(config := load_config(SelectConfig, made / "select.yaml", flags))
     table = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
     optimizer = build_optimizer(config.optimizer, 10)
