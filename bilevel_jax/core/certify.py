@@ -119,7 +119,7 @@ def check(
 
     Differences of the estimand along the signs of the gradient, at the step sizes given and, where their ratios are
     not near 1 yet, at ever smaller ones down to rounding; metasmoothness; and retrains without a part of the examples.
-    With the defaults it costs 8 to 18 trainings for the differences, one more solution, and 8 trainings. For an outer
+    With the defaults it costs 9 to 19 trainings for the differences, one more solution, and 8 trainings. For an outer
     variable that is not one weight for each example only the differences apply: every entry then moves by the step
     itself, not by a share of it.
 
@@ -148,6 +148,11 @@ def check(
         >>> bj.certify.check(solver, solution, train, valid, num_retrains=0).verdict.level
         'BELIEVE'
     """
+    if jnp.ndim(solution.status):
+        raise ValueError(
+            f"the solution holds {jnp.size(solution.status)} solutions; give one of them: "
+            "jax.tree.map(lambda leaf: leaf[0], solution)."
+        )
     checks, status = jax.tree.map(np.asarray, solution.checks), Status(int(solution.status))
     given = {"key": key, "frozen": frozen, "model_state": model_state}
     without = Certificates(None, None, None, checks, status, solver.is_per_example)
@@ -163,9 +168,25 @@ def check(
     def retrain(hyper: Hyper) -> float:
         return float(solver.value(solution.start, hyper, train, valid, **given))
 
-    hyper, grad = solution.hyper, solution.grad
+    hyper, grad, value = solution.hyper, solution.grad, float(solution.value)
+    direction = _direction(hyper, grad, is_relative=solver.is_per_example)
+    slope = float(optax.tree.vdot(grad, direction))
+    if slope == 0:
+        return without._replace(
+            missing="the gradient is 0 wherever the outer variable is not: no change by a share of a weight tests it. "
+            "Compute it at weights above 0."
+            if solver.is_per_example
+            else "the gradient is 0: it predicts no change that a difference could test."
+        )
+    again = retrain(hyper)
+    if not abs(again - value) <= max(0.05 * step_sizes[0] * abs(slope), 1e-6 * abs(value)):
+        return without._replace(
+            missing=f"the same outer variable gives L_v = {again:.6g} now, and {value:.6g} in the solution. Give check "
+            "the train, valid, key, frozen and model_state that run was given; if it has them, training amplifies "
+            "rounding: lower the learning rate, or use float64."
+        )
     differences = check_finite_differences(
-        retrain, hyper, grad, step_sizes, is_relative=solver.is_per_example, value=float(solution.value)
+        retrain, hyper, grad, step_sizes, is_relative=solver.is_per_example, value=value
     )
     if not solver.is_per_example:
         return without._replace(finite_differences=differences)
@@ -177,7 +198,7 @@ def check(
     removal = None
     if num_retrains:
         removal = predict_removals(
-            retrain, removal_key, hyper, grad, float(solution.value), fraction=fraction, num_retrains=num_retrains
+            retrain, removal_key, hyper, grad, value, fraction=fraction, num_retrains=num_retrains
         )
     return without._replace(
         finite_differences=differences,
@@ -226,7 +247,7 @@ def check_finite_differences(
         >>> round(check.ratios[0], 3)
         1.0
     """
-    direction = jax.tree.map(lambda w, g: jnp.sign(g) * (w if is_relative else 1), weights, grad)
+    direction = _direction(weights, grad, is_relative=is_relative)
     predicted_slope = float(optax.tree.vdot(grad, direction))
     if predicted_slope == 0:
         return FiniteDifferences(tuple(step_sizes), (float("nan"),) * len(step_sizes))
@@ -247,14 +268,19 @@ def check_finite_differences(
     return FiniteDifferences(tuple(sizes), tuple(ratios), tuple(rounding / size for size in sizes))
 
 
+def _direction(weights: Hyper, grad: Hyper, *, is_relative: bool) -> Hyper:
+    return jax.tree.map(lambda w, g: jnp.sign(g) * (w if is_relative else 1), weights, grad)
+
+
 def has_kinks(differences: FiniteDifferences) -> bool:
     """Whether the ratios fail to tend to 1 as the step falls: L_v(w) jumps, as it does for a network of ReLU units.
 
     Central differences of a smooth function come nearer to its slope as the step falls, until rounding shows. Kinks are
     seen where a ratio that is nearly right at the largest step gets worse at a smaller one (by half, and more than .1
     off), where one is far off (by 3 and more) and three times as far as at every larger step, or where ratios are off
-    still at the smallest step that rounding allows. Where training is chaotic, but smooth, ratios are far off at large
-    steps and right at small ones.
+    still at the smallest step that rounding allows and have not settled there (those that have are of a number that is
+    not the derivative). Where training is chaotic, but smooth, ratios are far off at large steps and right at small
+    ones.
 
     Args:
         differences: the ratios, largest step first, with what rounding does to them (`noise`).
@@ -284,7 +310,16 @@ def has_kinks(differences: FiniteDifferences) -> bool:
         for place, (error, limit) in enumerate(zip(errors, limits, strict=True))
     )
     is_off_at_the_end = errors[-1] > limits[-1] and differences.steps[-1] <= 1e-4
-    return gets_worse or grows or is_off_at_the_end
+    return gets_worse or grows or (is_off_at_the_end and not _has_another_slope(differences))
+
+
+def _has_another_slope(differences: FiniteDifferences) -> bool:
+    """Whether the ratios settle away from 1 as the step falls: L_v is smooth, and its slope another."""
+    if not differences.noise or len(differences.ratios) < 3 or differences.steps[-1] > 1e-4:
+        return False
+    last, noise = differences.ratios[-3:], 3 * max(differences.noise[-3:])
+    is_settled = max(last) - min(last) <= 0.01 * abs(last[-1]) + noise
+    return is_settled and noise < 0.1 and abs(last[-1] - 1) > 0.1
 
 
 def drop_random_examples(key: Array, weights: Float[Array, "examples"], fraction: float) -> Float[Array, "examples"]:
@@ -468,6 +503,12 @@ def judge_certificates(certificates: Certificates) -> Verdict:
             "it does where a network has kinks (ReLU, max, abs, clipping)."
         )
         remedy = "Take a smooth activation (GELU, SiLU, tanh) in place of ReLU."
+    elif _has_another_slope(differences):
+        reason += (
+            f" The ratio tends to {differences.ratios[-1]:.3g} as the change falls: L_v is smooth, and the number is "
+            "not its derivative, as with a window shorter than training, a small gamma, or a truncated solve."
+        )
+        remedy = "Lengthen the window, raise gamma, or take unroll without a window."
     if not 0.9 <= ratio <= 1.1 or not (cosine is not None and cosine >= 0.5):
         return Verdict("DO NOT BELIEVE", "", reason, remedy)
     if is_kinked:

@@ -88,7 +88,7 @@ def weighted(
         return jnp.sum(jnp.where(batch["index"] != PADDING, values, 0)) / batch["num_examples"]
 
     def gather(table: Hyper, batch: Batch) -> HyperSlice:
-        return table.at[batch["index"]].get(mode="fill", fill_value=0)
+        return jnp.asarray(table).at[batch["index"]].get(mode="fill", fill_value=0)
 
     def scatter_add(table: Hyper, batch: Batch, hypergradients: HyperSlice) -> Hyper:
         return table.at[batch["index"]].add(hypergradients, mode="drop")

@@ -69,7 +69,7 @@ class Devices:
     def make_local(self, whole: PyTree) -> PyTree:
         """What all devices hold in common, typed as each device's own: jax.shard_map knows the difference, and would
         sum derivatives by it over the devices itself."""
-        if not self.axis_name:
+        if not self.axis_name or not self._is_of_mesh():
             return whole
 
         def cast(leaf):
@@ -79,6 +79,17 @@ class Devices:
                 return leaf
 
         return jax.tree.map(cast, whole)
+
+    def know_copies(self) -> bool:
+        """Whether JAX tells what is each device's own from what all hold in common, and so transposes a sum over
+        devices once, not once for each device: under jax.shard_map, but with check_vma=False; never under pmap."""
+        common = jnp.zeros(())
+        return not self.axis_name or str(jax.typeof(self.make_local(common))) != str(jax.typeof(common))
+
+    def _is_of_mesh(self) -> bool:
+        """False under vmap, whose axes are of no mesh."""
+        names = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+        return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def share(self, problem: Problem) -> Problem:
         """A device's share of a problem: the shares of all of them add up to the whole."""

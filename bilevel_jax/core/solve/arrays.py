@@ -97,9 +97,14 @@ def batch_order(num_examples: int, batch_size: int, steps: int, key: Array) -> I
 
 
 def signature(*trees: PyTree) -> tuple:
-    """Shapes and types: what decides whether arguments were checked before."""
+    """Shapes, types and layouts: what decides whether arguments were checked before."""
     leaves, structure = jax.tree.flatten(trees)
-    return structure, tuple((type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves)
+    return structure, tuple(
+        jax.typeof(leaf)
+        if isinstance(leaf, jax.Array)
+        else (type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+        for leaf in leaves
+    )
 
 
 def check_arguments(problem: Problem, inputs: Inputs, *, batch_size: int | None, hyper_is_optional: bool) -> None:
@@ -108,6 +113,9 @@ def check_arguments(problem: Problem, inputs: Inputs, *, batch_size: int | None,
         check_columns(name, data)
     for name, values in (("params", inputs.params), ("hyper", inputs.hyper)):
         check_floating(name, values)
+    check_layout(inputs)
+    for name, values in (("frozen", inputs.frozen), ("model_state", inputs.model_state)):
+        check_arrays(name, values)
     if not jax.tree.leaves(inputs.params):
         raise ValueError("params holds no arrays; give a pytree of floating-point arrays.")
     count = count_rows(inputs.train)
@@ -161,6 +169,33 @@ def check_floating(name: str, values: PyTree) -> None:
             raise ValueError(
                 f"{place} is {_describe(leaf)}; derivatives need floating-point arrays. What is not trained goes into "
                 "frozen."
+            )
+
+
+def check_arrays(name: str, values: PyTree) -> None:
+    """Refuse leaves that a compiled program cannot be given."""
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)  # the last: keys
+    for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+        dtype = (
+            jnp.result_type(leaf) if isinstance(leaf, bool | int | float | complex) else getattr(leaf, "dtype", None)
+        )
+        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            place = name + jax.tree_util.keystr(path)
+            raise ValueError(f"{place} is {_describe(leaf)}; give arrays, and let the losses close over all else.")
+
+
+def check_layout(inputs: Inputs) -> None:
+    """Refuse arrays that are split over an axis of explicit sharding, where indexing by examples has no rule."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inputs._asdict()):
+        if not isinstance(leaf, jax.Array) or not (sharding := jax.typeof(leaf).sharding).mesh.axis_names:
+            continue
+        kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+        names = jax.tree.leaves(tuple(sharding.spec))
+        if any(kinds.get(axis) == jax.sharding.AxisType.Explicit for axis in names):
+            place = path[0].key + jax.tree_util.keystr(path[1:])
+            raise ValueError(
+                f"{place} is split over an explicit axis of a mesh, {sharding.spec}; make the mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,) for each axis."
             )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +91,20 @@ def hypergradient(
         dtype = jnp.result_type(*jax.tree.leaves(params)) if jax.tree.leaves(params) else float
         weights = jnp.ones(count, dtype if jnp.issubdtype(dtype, jnp.floating) else float)
     if optimizer is None:
-        return _implicit_solver(losses, l2, solver).run(params, weights, training, validation)
-    solver_of_run = _unrolling_solver(losses, optimizer, DEFAULT_STEPS if steps is None else steps, batch_size)
+        return _build_once(_implicit_solver, losses, l2, solver).run(params, weights, training, validation)
+    steps = DEFAULT_STEPS if steps is None else steps
+    solver_of_run = _build_once(_unrolling_solver, losses, optimizer, steps, batch_size)
     key = None if batch_size is None or batch_size == count else jax.random.key(seed)
     return solver_of_run.run(params, weights, training, validation, key=key)
+
+
+def _build_once(build: Any, *settings: Any) -> BilevelSolver:
+    """The solver of these settings; a new one where they have no hash, as an array or a traced number."""
+    try:
+        hash(settings)
+    except TypeError:
+        return build.__wrapped__(*settings)
+    return build(*settings)
 
 
 @lru_cache(maxsize=16)

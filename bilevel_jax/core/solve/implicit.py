@@ -191,4 +191,5 @@ def implicit(
         Method(solve, evaluate, solve_streams, evaluate_streams),
         estimand="L_v at the minimizer of the inner problem",
         is_retrained=optimizer is not None,
+        devices=devices,
     )

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel_jax.core.solve.arrays import Inputs, check_arguments, check_floating, signature
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, is_traced, raise_for_status
-from bilevel_jax.core.types import Problem, Scalar, Stream
+from bilevel_jax.core.training import ONE_DEVICE, Devices
+from bilevel_jax.core.types import Checks, Problem, Scalar, Stream
 
 NO_DERIVATIVE_OF_RUN = (
     "a solver's `run` returns derivatives and has none itself. Differentiate `solver.value` for jax.grad; a second "
@@ -18,6 +20,12 @@ NO_DERIVATIVE_OF_RUN = (
 NO_DERIVATIVE_OF_VALUE = (
     "this method moves parameters and weights together, so its end has no hypergradient. For one, use unroll, implicit "
     "or penalty."
+)
+
+
+NO_DERIVATIVE_OVER_COPIES = (
+    "JAX transposes a sum over the axis once for each device under pmap, vmap and shard_map(check_vma=False): "
+    "derivatives of `value` would be wrong by that factor. Take `run(...).grad` there, or a typed shard_map."
 )
 
 
@@ -43,12 +51,19 @@ def build_solver(
     is_retrained: bool = True,
     batch_size: int | None = None,
     has_gradient: bool = True,
+    devices: Devices = ONE_DEVICE,
 ) -> BilevelSolver:
     """The solver of a method: arrays run as one compiled program, streams by a Python loop."""
-    compiled = _explain_missing_key(jax.jit(_refuse_derivatives(method.solve, NO_DERIVATIVE_OF_RUN)))
+    solve = _explain_missing_key(
+        jax.jit(_refuse_derivatives(lambda inputs: _split_checks(method.solve(inputs)), NO_DERIVATIVE_OF_RUN))
+    )
     evaluate = method.evaluate if has_gradient else _refuse_derivatives(method.evaluate, NO_DERIVATIVE_OF_VALUE)
     compiled_value = _explain_missing_key(jax.jit(evaluate))
     checked: set[tuple] = set()
+
+    def compiled(inputs: Inputs) -> Solution:
+        solution, checks = solve(inputs)
+        return solution._replace(checks=jax.tree.map(np.asarray, Checks())._replace(**checks))
 
     def check(inputs: Inputs) -> bool:
         """Refuse what cannot be used; whether the data are streams."""
@@ -82,6 +97,8 @@ def build_solver(
         return compiled_value(Inputs(params, hyper, *others))
 
     def value_forward(params, hyper, others):
+        if not devices.know_copies():
+            raise ValueError(NO_DERIVATIVE_OVER_COPIES)
         perturbed = [leaf.perturbed for leaf in jax.tree.leaves(others, is_leaf=_is_primal) if _is_primal(leaf)]
         if any(perturbed):
             raise ValueError(
@@ -110,6 +127,16 @@ def build_solver(
         return differentiable_value(params, hyper, tuple(inputs[2:]))
 
     return BilevelSolver(run, value, estimand, is_retrained, problem.per_example)
+
+
+def _split_checks(solution: Solution) -> tuple[Solution, dict[str, Any]]:
+    """The checks that apply, apart: under `jax_debug_nans` a compiled program must not return nan for the others."""
+    checks = {
+        name: check
+        for name, check in solution.checks._asdict().items()
+        if not (isinstance(check, float) and np.isnan(check))
+    }
+    return solution._replace(checks=jax.tree.map(lambda _: 0, solution.checks)), checks
 
 
 def _is_primal(leaf: Any) -> bool:

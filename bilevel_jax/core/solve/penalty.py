@@ -165,4 +165,5 @@ def penalty(
         problem,
         Method(solve, evaluate, solve_streams, evaluate_streams),
         estimand="L_v at the minimizer of the inner problem, up to O(1 / gamma)",
+        devices=devices,
     )

@@ -83,10 +83,12 @@ def unroll(
         steps: optimizer steps.
         batch_size: examples of a step; default all. The order of smaller ones is `batch_order`'s.
         memory: states of training kept at once: a number, "sqrt" (2 sqrt(steps), every step computed twice) or "all".
-        window: steps to go back; default all.
+        window: steps to go back; default all. `grad_start`, and jax.grad of `value` by params, are then by the
+            parameters where the window begins.
         axis_name: of a pmap or shard_map in which each device holds its share of the examples and of their weights:
             gradients, Hessian products and L_v are summed over it, a model's state is averaged, and each device returns
-            the hypergradients of its examples. Shares are of equal size. `batch_size` is then that of a device.
+            the hypergradients of its examples. Shares are of equal size. `batch_size` is then that of a device. `value`
+            has derivatives under shard_map alone; under pmap take those of `run`.
 
     Returns:
         The solver. Its `run` gives a `Solution`; it raises a FloatingPointError for one whose status is not OK, unless
@@ -244,6 +246,7 @@ def unroll(
         Method(solve, evaluate, solve_streams, evaluate_streams, diagnose),
         estimand=estimand,
         batch_size=batch_size,
+        devices=devices,
     )
 
 

@@ -58,7 +58,26 @@ def test_a_wrong_gradient_is_not_believed():
     train, valid = data()
     solver = unroll(RIDGE, SGD, steps=10, window=1)  # an approximation, here a bad one
     solution = solver.run(jnp.zeros(3), jnp.ones(N), train, valid)
-    assert check(solver, solution, train, valid, num_retrains=0).verdict.level == "DO NOT BELIEVE"
+    verdict = check(solver, solution, train, valid, num_retrains=0).verdict
+    assert verdict.level == "DO NOT BELIEVE"
+    assert "is not its derivative" in verdict.reason and "Lengthen the window" in verdict.remedy
+
+
+def test_what_the_solution_was_not_made_of_is_named():
+    train, valid = data()
+    solver = unroll(RIDGE, SGD, steps=10, batch_size=5)
+    solution = solver.run(jnp.zeros(3), jnp.ones(N), train, valid, key=jax.random.key(0))
+    for others in ((train, train, 0), ((2 * train[0], train[1]), valid, 0), (train, valid, 1)):
+        verdict = check(solver, solution, *others[:2], key=jax.random.key(others[2])).verdict
+        assert verdict.level == "UNDECIDED" and "Give check the train, valid, key" in verdict.reason
+
+
+def test_weights_of_0_cannot_be_checked_by_shares_of_them():
+    train, valid = data()
+    solver = unroll(RIDGE, SGD, steps=10)
+    solution = solver.run(jnp.zeros(3), jnp.zeros(N), train, valid)
+    verdict = check(solver, solution, train, valid).verdict
+    assert verdict.level == "UNDECIDED" and "no change by a share of a weight" in verdict.reason
 
 
 def test_an_outer_variable_of_another_kind_has_differences_alone():

@@ -64,6 +64,21 @@ def single(**changes):
     return single_loop.penalty(PLAIN, SGD, settings.pop("weights", online("online_sigmoid")), **settings)
 
 
+SHARED = unroll(PLAIN, SGD, steps=3, axis_name="i")
+SHARES = jnp.ones((4, 3)), (X.reshape(4, 3, 3), Y.reshape(4, 3)), (X[:4].reshape(4, 1, 3), Y[:4].reshape(4, 1))
+
+
+def explicitly_split(array):
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows")))
+
+
+def check_several():
+    solver = unroll(PLAIN, SGD, steps=3)
+    solutions = jax.vmap(lambda w: run(solver, hyper=w))(jnp.ones((2, N)))
+    return certify.check(solver, solutions, (X, Y), (X[:4], Y[:4]))
+
+
 MISUSES = {
     # settings
     "no steps": (lambda: unroll(PLAIN, SGD, steps=0), "steps = 0; give a whole number of at least 1"),
@@ -120,6 +135,14 @@ MISUSES = {
     "too many parameters for a dense solve": (
         lambda: run(implicit(RIDGE, solver=dense(max_params=2))), "3 parameters are too many for the dense solver",
     ),
+    "frozen words": (lambda: run(frozen={"name": "a"}), r"frozen\['name'\] is str; give arrays"),
+    "a frozen function": (lambda: run(frozen=(losses,)), r"frozen\[0\] is function"),
+    "an explicit mesh": (lambda: run(hyper=explicitly_split(jnp.ones(N))), "hyper is split over an explicit axis"),
+    "derivatives over copies": (
+        lambda: jax.vmap(jax.grad(SHARED.value, 1), (None, 0, 0, 0), axis_name="i")(jnp.zeros(3), *SHARES),
+        r"`value` would be wrong by that factor. Take `run\(...\).grad`",
+    ),
+    "several solutions to check": (lambda: check_several(), "the solution holds 2 solutions; give one"),
     # streams
     "a stream and arrays": (lambda: run(train=shuffled()), "valid is tuple; give streams for both"),
     "a stream too short": (
@@ -256,3 +279,30 @@ def test_certificates_of_streams():
     solution = run(solver, train=train, valid=valid)
     certificates = certify.check(solver, solution, train, valid, num_retrains=0)
     assert abs(certificates.finite_differences.ratios[2] - 1) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        unroll(RIDGE, SGD, steps=3),
+        implicit(RIDGE, solver=neumann(step_size=0.5, terms=60), optimizer=SGD, steps=200),
+        penalty(RIDGE, SGD, gamma=100.0, steps=200),
+    ],
+    ids=["unroll", "implicit", "penalty"],
+)
+def test_nan_checks_of_jax_find_none_in_a_good_solution(solver):
+    with jax.debug_nans(True):
+        assert not run(solver).status
+        gradient = jax.grad(solver.value, 1)(jnp.zeros(3), jnp.ones(N), (X, Y), (X[:4], Y[:4]))
+        with pytest.raises(FloatingPointError):
+            run(solver, hyper=NAN_WEIGHT)
+    assert np.isfinite(gradient).all()
+
+
+def test_settings_without_a_hash_build_a_solver_each_time():
+    def grad(l2):
+        return hypergradient(plain_losses, jnp.asarray(RIDGE_PARAMS), (X, Y), (X[:4], Y[:4]), l2=l2).grad
+
+    expected = grad(0.5)
+    assert np.array_equal(grad(jnp.array(0.5)), expected)
+    assert np.allclose(jax.jit(grad)(0.5), expected, rtol=1e-10)

@@ -206,6 +206,9 @@ def test_eight_devices(name, eight_devices):
     other = jax.jit(CASES[name].plain)(starts[5], hyper, train, valid)
     assert relative(by_start[5], other) < TOLERANCE, "pmap over seeds"
 
+    by_axis = jax.vmap(lambda *own: result(solver.run(start, *own)), axis_name="devices")
+    assert relative(by_axis(cut(hyper), cut(train), cut(valid)).reshape(-1), expected) < TOLERANCE, "an axis of vmap"
+
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = PartitionSpec("devices")
 
@@ -220,3 +223,24 @@ def test_eight_devices(name, eight_devices):
 
     placed = jax.device_put((hyper, train, valid), NamedSharding(mesh, rows))
     assert relative(result(alone.run(start, *placed)), expected) < TOLERANCE, "sharded inputs"
+
+
+def test_grad_of_value_over_devices(eight_devices):
+    start, hyper, train, valid = data()
+    solver = CASES["unrolled"].build("devices")
+    expected = jax.jit(CASES["unrolled"].plain)(start, hyper, train, valid)
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, common = PartitionSpec("devices"), PartitionSpec()
+    specs = (common, rows, rows, rows)
+    share_data = partial(jax.shard_map, mesh=mesh, in_specs=specs)
+    inside = share_data(jax.grad(solver.value, 1), out_specs=rows)
+    assert relative(jax.jit(inside)(start, hyper, train, valid), expected) < TOLERANCE
+    outside = jax.grad(share_data(solver.value, out_specs=common), 1)
+    assert relative(jax.jit(outside)(start, hyper, train, valid), expected) < TOLERANCE
+
+    untyped = jax.grad(share_data(solver.value, out_specs=common, check_vma=False), 1)
+    by_pmap = jax.pmap(jax.grad(solver.value, 1), "devices", in_axes=(None, 0, 0, 0))
+    with pytest.raises(ValueError, match="would be wrong by that factor"):
+        untyped(start, hyper, train, valid)
+    with pytest.raises(ValueError, match="would be wrong by that factor"):
+        by_pmap(start, cut(hyper), cut(train), cut(valid))
