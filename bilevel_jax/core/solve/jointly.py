@@ -68,7 +68,12 @@ def jointly(
 
     def move(inputs: Inputs):
         """The state after the last step."""
-        if valid_batch_size is not None and valid_batch_size < count_rows(inputs.valid) and inputs.key is None:
+        count = count_rows(inputs.valid)
+        if valid_batch_size is not None and valid_batch_size > count:
+            raise ValueError(
+                f"valid_batch_size {valid_batch_size} is more than the {count} validation examples; give as many."
+            )
+        if valid_batch_size is not None and valid_batch_size < count and inputs.key is None:
             raise ValueError("batches of validation examples have an order: give key=jax.random.key(0).")
         keys = (None, None) if inputs.key is None else jax.random.split(inputs.key)
         train = batches_of(inputs.train, steps, batch_size, devices.count(), keys[0])

@@ -106,6 +106,9 @@ MISUSES = {
     "a batch larger than the data": (
         lambda: run(unroll(PLAIN, SGD, steps=3, batch_size=99)), "batch_size 99 is more than the 12",
     ),
+    "a validation batch larger than its data": (
+        lambda: run(jointly(PLAIN, single(), steps=3, valid_batch_size=9), hyper=()), "9 is more than the 4 validation",
+    ),
     "no examples": (lambda: run(train=(X[:0], Y[:0]), hyper=np.ones(0)), "train has no examples"),
     "no validation examples": (lambda: run(valid=(X[:0], Y[:0])), "valid has no examples"),
     "columns of two lengths": (lambda: run(train=(X, Y[:5])), "train: the arrays have different numbers of examples"),
