@@ -276,7 +276,7 @@ def test_a_global_outer_variable():
 
 REFUSED = {
     "adam without eps_root": (optax.adam(1e-2), "not finite.*eps_root > 0"),
-    "lion": (optax.lion(1e-3), "does not depend on the gradient's size.*lion.*Use sgd"),
+    "lion": (optax.lion(1e-3), "does not depend on the gradient's size.*lion takes a sign: use optax.scale_by_lion"),
     "sign": (optax.chain(optax.scale_by_sign(), optax.sgd(1e-3)), "its derivative is 0"),
 }
 

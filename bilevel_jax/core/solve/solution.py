@@ -63,8 +63,8 @@ class Solution(NamedTuple):
     grad_start: Params
     """unroll: d L_v / d (parameters before the first step differentiated); else 0, as a minimizer forgets its start."""
     grad_optimizer: dict[str, Array]
-    """unroll: d L_v / d (each hyperparameter that `optax.inject_hyperparams` holds), by name; else empty. 0 for one that
-    is a schedule: each step overwrites it."""
+    """unroll: d L_v / d (each hyperparameter that `optax.inject_hyperparams` holds), by name; else empty. It is 0 for
+    one that is a schedule: each step overwrites it."""
     checks: Checks
     """Numerical trouble, as arrays; nan where a field does not apply."""
     status: Int[Array, ""]
