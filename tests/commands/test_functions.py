@@ -90,6 +90,7 @@ def test_what_stands_there_is_not_overwritten_and_can_be_resumed(selected):
         commands.select(selected.config, output={"resume": True}, train={"max_steps": 5})
 
 
+@pytest.mark.slow
 def test_the_other_commands_take_a_result(made, selected, tmp_path, capsys):
     exported = commands.export(selected, export={"dir": tmp_path / "exported"}, selection={"top_share": 0.25})
     assert exported.repeats.sum() == 9 and exported.file.is_file() and exported.card.is_file()
@@ -154,6 +155,7 @@ def test_a_process_runs_one_command_at_a_time(made, monkeypatch):
             commands.train(made / "train.yaml")
 
 
+@pytest.mark.slow
 def test_a_stop_is_an_exception_and_the_run_goes_on(made, tmp_path, stop_at):
     flags = {"output": {"dir": tmp_path / "run"}, "train": {"max_steps": 3, "global_batch_size": 8}}
     stop_at(2)

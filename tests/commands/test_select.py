@@ -153,7 +153,10 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
             ("--outer.method", "implicit", "--outer.proximal", "0.5", "--outer.curvature-batches", "2"),
             marks=pytest.mark.slow,
         ),
-        ("--outer.method", "implicit", "--outer.proximal", "0.5", "--lora.r", "2", "--outer.restart", "warm"),
+        pytest.param(
+            ("--outer.method", "implicit", "--outer.proximal", "0.5", "--lora.r", "2", "--outer.restart", "warm"),
+            marks=pytest.mark.slow,
+        ),
         ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
         pytest.param(

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 GUIDE = Path(__file__).resolve().parents[2] / "bilevel_jax" / "core" / "GUIDE.md"
 SOLVE = Path(__file__).resolve().parent / "solve"
 TEXT = GUIDE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_code_runs():
     names: dict = {}
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # as a reader's JAX is

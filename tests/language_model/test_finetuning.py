@@ -57,6 +57,7 @@ def token_losses(lm, params, examples):
 # ---- exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", (0, pytest.param(2, marks=pytest.mark.slow)))
 def test_unrolled_equals_finite_differences(lm64, rows, held_out, lora):
     """Central differences in float64 along random directions of the weights; their error is of the order of h^2."""
@@ -70,6 +71,7 @@ def test_unrolled_equals_finite_differences(lm64, rows, held_out, lora):
         assert (up - down) / (2 * step) == pytest.approx(result.grad @ direction, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", (pytest.param(0, marks=pytest.mark.slow), 1))
 def test_implicit_gauss_newton_equals_a_dense_solve(lm64, rows, held_out, lora):
     """The whole Gauss-Newton matrix of the logits, by plain JAX: J^T (diag p - p p^T) J / N + delta I."""

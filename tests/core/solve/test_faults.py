@@ -253,7 +253,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_parameters_may_be_narrower_than_losses(name, dtype):
     solution = run(SOLVERS[name](), params=jnp.zeros(3, dtype), throw=False)
     assert solution.params.dtype == dtype and np.isfinite(solution.value)

@@ -211,7 +211,9 @@ def plain(model: Model, key, batch_size=None, optimizer=ADAM):
     return value
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "linen" else []) for name in MODELS]
+)
 def test_weights(name):
     train, valid, weights = data()
     model, key = MODELS[name](), jax.random.key(5)
@@ -228,6 +230,7 @@ def test_weights(name):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_streams():
     train, valid, weights = data()
     model = averaging_model()
@@ -240,6 +243,7 @@ def test_streams():
     assert on_stream.checks.growth == pytest.approx(float(on_arrays.checks.growth))
 
 
+@pytest.mark.slow
 def test_the_derivative_through_running_averages():
     """Differences of L_v tell whether it is there: flax.nnx stops it, flax.linen and the subclass do not."""
     train, valid, weights = data()
@@ -262,6 +266,7 @@ def normalized(x, state, momentum):
     return (x - mean[None]) / jnp.sqrt(var[None] + 1e-5), averages
 
 
+@pytest.mark.slow
 def test_momentum_of_the_averages_and_size_of_the_noise():
     """A global outer variable in the model's state and in the noise of its units."""
     train, valid, _ = data()
@@ -324,6 +329,7 @@ DATA_PARALLEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_PARALLEL)
 def test_data_parallel(name, eight_devices):
     """The state is averaged over devices. An average of parameters is that of one device; batch normalization is so
@@ -344,6 +350,7 @@ def test_data_parallel(name, eight_devices):
     assert (max(errors) < TOLERANCE) == is_equal and (max(errors) > 1e-3) != is_equal, errors
 
 
+@pytest.mark.slow
 def test_keys_and_counters_on_devices(eight_devices):
     """What is no number to average is the same on each device."""
     model, key = averaging_model(), jax.random.key(3)

@@ -133,6 +133,10 @@ CASES = {
 }
 
 
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "window" else []) for name in CASES]
+"""A window is the unrolled method with a shorter way back."""
+
+
 def data():
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (START, HYPER, TRAIN, VALID))
 
@@ -141,7 +145,7 @@ def cut(tree):
     return jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), tree)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_device(name):
     start, hyper, train, valid = data()
     solver, result = CASES[name].build(None), CASES[name].result
@@ -171,7 +175,7 @@ def test_one_device(name):
         assert relative(value, expected) < TOLERANCE, transformation
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_grad_of_value(name):
     start, hyper, train, valid = data()
     solver = CASES[name].build(None)
@@ -191,7 +195,7 @@ def test_grad_of_value(name):
         jax.grad(lambda train: solver.value(start, hyper, train, valid))(train)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_eight_devices(name, eight_devices):
     start, hyper, train, valid = data()
     result = CASES[name].result

@@ -77,7 +77,9 @@ def plain(optimizer, order=None):
     return value
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("adamw") else [pytest.mark.slow]) for name in OPTIMIZERS]
+)
 def test_equals_reverse_mode_through_the_loop(name):
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), OPTIMIZERS[name], steps=STEPS, batch_size=7)
@@ -123,6 +125,7 @@ def test_equals_the_driver_of_long_runs():
     assert float(solution.checks.growth) == pytest.approx(estimate.checks.growth, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_window_stops_early():
     train, valid, start, weights = data()
     whole = unroll(weighted(example_losses), ADAM, steps=STEPS)
@@ -187,7 +190,9 @@ OUTER = {
 }
 
 
-@pytest.mark.parametrize("name", OUTER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "rating network" else [pytest.mark.slow]) for name in OUTER]
+)
 def test_any_outer_variable(name):
     inner, hyper = OUTER[name]
     train, valid, start, _ = data()
@@ -214,6 +219,7 @@ def test_any_outer_variable(name):
 # --- transformations
 
 
+@pytest.mark.slow
 def test_composes_with_transformations_of_jax():
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), ADAM, steps=STEPS)
@@ -261,6 +267,7 @@ def prior():
     return proximal(0.1, lambda frozen: optax.tree.zeros_like(START))
 
 
+@pytest.mark.slow
 def test_data_parallel(eight_devices, prior):
     train, valid, start, weights = data()
     one = unroll(weighted(example_losses, prior=prior), ADAM, steps=STEPS).run(start, weights, train, valid)
@@ -350,6 +357,7 @@ def test_divergence_is_told():
     assert many.tolist()[0] == Status.NOT_FINITE
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_a_derivative_at_zero_is_told():
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), optax.adam(1e-2), steps=3)

@@ -55,11 +55,12 @@ WAYS = {
 
 
 SLOW = [  # test_select has eight devices, too
-    pytest.param(way, marks=pytest.mark.slow) for way in ("8 x 1", "pmap", "4 x 2, linearised", "pmap, linearised")
+    pytest.param(way, marks=pytest.mark.slow)
+    for way in ("8 x 1", "4 x 2", "pmap", "4 x 2, linearised", "pmap, linearised")
 ]
 
 
-@pytest.mark.parametrize("way", ["4 x 2", "2 processes", *SLOW])
+@pytest.mark.parametrize("way", ["2 processes", *SLOW])
 def test_equals_one_device(way, one_device, tmp_path, eight_devices, x64):
     found = WAYS[way](tmp_path)
     np.testing.assert_array_equal(found["batches"], one_device["batches"])
