@@ -47,6 +47,7 @@ def selected(made, tmp_path_factory):
     return in_a_thread(lambda: bj.commands.select(made / "select.yaml", **BRIEF, **{"output.dir": out}))
 
 
+@pytest.mark.slow
 def test_the_arrays_are_those_of_the_table_by_id(made, selected):
     columns = {
         "ids": "id", "sources": "source", "labels": "label", "weights": "weight", "hypergradients": "hypergradient",
@@ -71,6 +72,7 @@ def test_the_arrays_are_those_of_the_table_by_id(made, selected):
     assert selected.result["records"][-1]["step"] == 1 and selected.config.train.max_steps == 4
 
 
+@pytest.mark.slow
 def test_a_result_is_readable_and_frozen(selected):
     lines = repr(selected).splitlines()
     assert lines[0] == f"SelectResult({selected.folder})" and lines[1].startswith("  verdict   UNDECIDED: ")
@@ -80,6 +82,7 @@ def test_a_result_is_readable_and_frozen(selected):
     assert selected == selected and hash(selected)  # by identity: arrays have no single truth
 
 
+@pytest.mark.slow
 def test_what_stands_there_is_not_overwritten_and_can_be_resumed(selected):
     with pytest.raises(FileExistsError, match="holds a run; go on with it by --resume") as caught:
         commands.select(selected.config)
@@ -255,6 +258,7 @@ def test_wrong_files_are_named_and_leave_no_folder(made, sections, kind, said, t
     assert list(tmp_path.iterdir()) == [tmp_path / "here.yaml"]
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_result_are_named(selected, tmp_path):
     for folder, kind, said in (
         (tmp_path, FileNotFoundError, "no config.yaml. Give the folder of a finished run."),

@@ -157,7 +157,9 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
             ("--outer.method", "implicit", "--outer.proximal", "0.5", "--lora.r", "2", "--outer.restart", "warm"),
             marks=pytest.mark.slow,
         ),
-        ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"),
+        pytest.param(
+            ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"), marks=pytest.mark.slow
+        ),
         ("--outer.method", "alignment", "--outer.weighting", "by_features"),
         pytest.param(
             (

@@ -374,6 +374,7 @@ def test_keys_and_counters_on_devices(eight_devices):
 # --- implicit differentiation holds the state
 
 
+@pytest.mark.slow
 def test_implicit_differentiation_holds_the_state():
     train, valid, weights = data()
     start = double({"in": RANDOM.normal(size=(WIDTH, UNITS)), "out": RANDOM.normal(size=UNITS)})
@@ -408,6 +409,7 @@ def test_implicit_differentiation_holds_the_state():
     assert solution.model_state["mean"].tolist() == averages["mean"].tolist()
 
 
+@pytest.mark.slow
 def test_penalty_holds_the_state_and_jointly_refuses_it():
     train, valid, weights = data()
     model, average = averaging_model(), jax.tree.map(lambda leaf: leaf / 2, averaging_model().state)

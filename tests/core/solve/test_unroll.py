@@ -102,6 +102,7 @@ def test_memory_changes_nothing_but_rounding(memory):
     assert solution.checks.replayed
 
 
+@pytest.mark.slow
 def test_equals_the_driver_of_long_runs():
     train_data, valid, start, weights = data()
     problem, key = weighted(example_losses), jax.random.key(3)
@@ -290,6 +291,7 @@ def test_data_parallel(eight_devices, prior):
     assert relative(by_sharding.grad, one.grad) < 1e-12
 
 
+@pytest.mark.slow
 def test_data_parallel_with_a_common_outer_variable(eight_devices):
     train, valid, start, _ = data()
     problem = global_problem(decayed, lambda params, frozen, batch: example_losses(params, frozen, batch).mean())
@@ -300,6 +302,7 @@ def test_data_parallel_with_a_common_outer_variable(eight_devices):
     assert relative(jax.tree.map(lambda leaf: leaf[3], many.grad), one.grad) < 1e-12
 
 
+@pytest.mark.slow
 def test_pmap_over_seeds(eight_devices):
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), ADAM, steps=STEPS, batch_size=7)
@@ -348,6 +351,7 @@ def test_what_rounding_cannot_resolve_is_told():
     assert int(by_sgd.status) == Status.OK
 
 
+@pytest.mark.slow
 def test_divergence_is_told():
     train, valid, start, weights = data()
     solver = unroll(weighted(example_losses), optax.sgd(1e4), steps=60)

@@ -345,7 +345,7 @@ def test_same_draws_in_both_precisions(x64):
     jax.tree.map(np.testing.assert_array_equal, single, double)  # float32 numbers are float64 numbers
 
 
-@pytest.mark.parametrize("remat", ("full", "selective"))
+@pytest.mark.parametrize("remat", (pytest.param("full", marks=pytest.mark.slow), "selective"))
 def test_remat_changes_nothing(remat):
     params = init_params(TINY, jax.random.key(0))
     tokens = jnp.asarray(draw_tokens(31, 2, 8))
