@@ -125,7 +125,8 @@ def test_equals_reverse_mode_through_a_scan(mode, shared, x64):
     assert out.checks.replayed and (out.grad != 0).all()
 
 
-@pytest.mark.parametrize("mode", [pytest.param(FULL, marks=pytest.mark.slow), LORA], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=str)
 def test_equals_finite_differences(mode, shared, x64):
     """Central differences: the error falls as the square of the step, until the rounding of float64.
 

@@ -267,6 +267,7 @@ def test_wrong_input_gets_one_clear_error(made, whole, tmp_path, capsys, name):
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_duplicates_are_told_and_kept_apart(made, tmp_path, capsys):
     rows = (made / "train.jsonl").read_text().splitlines(keepends=True)
     result = run(
@@ -299,6 +300,7 @@ def test_resuming_under_another_config_is_refused(made, whole, capsys):
     assert "train.max_steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_examples_without_a_label_count_as_neither_good_nor_bad(made, tmp_path):
     rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
     nobody_looked = range(0, len(rows), 3)

@@ -220,6 +220,7 @@ def test_bfloat16_products_train(made, tmp_path):
     assert all(leaf.dtype == np.float32 for leaf in tensors(tmp_path / "run").values())
 
 
+@pytest.mark.slow
 def test_a_stored_reference_is_used_and_checked(made, whole, tmp_path, capsys):
     run(made, tmp_path / "one", *OBJECTIVES["dpo"])
     stored = ("--objective.reference", str(tmp_path / "one" / "reference.parquet"))
@@ -256,6 +257,7 @@ def test_wrong_input_gets_one_clear_error(made, tmp_path, capsys, name):
 STREAMED = ("--data.streaming", "--train.max-steps", "12")
 
 
+@pytest.mark.slow
 def test_streamed_rows_are_the_rows_in_order(made, tmp_path):
     """Without a buffer, an epoch is the files in order: the run on rows held at hand, in that order, to rounding."""
     result = run(made, tmp_path / "run", *STREAMED, "--data.shuffle-buffer", "0")

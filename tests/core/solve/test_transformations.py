@@ -133,8 +133,8 @@ CASES = {
 }
 
 
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "window" else []) for name in CASES]
-"""A window is the unrolled method with a shorter way back."""
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in ("window", "penalty") else []) for name in CASES]
+"""A window is the unrolled method with a shorter way back; penalty is made of the same steps as implicit."""
 
 
 def data():

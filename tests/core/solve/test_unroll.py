@@ -93,7 +93,7 @@ def test_equals_reverse_mode_through_the_loop(name):
     assert solution.checks.replayed and int(solution.status) == Status.OK
 
 
-@pytest.mark.parametrize("memory", ["sqrt", 12])
+@pytest.mark.parametrize("memory", [pytest.param("sqrt", marks=pytest.mark.slow), 12])
 def test_memory_changes_nothing_but_rounding(memory):
     train, valid, start, weights = data()
     whole = unroll(weighted(example_losses), ADAM, steps=37, memory="all").run(start, weights, train, valid)
