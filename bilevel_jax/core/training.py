@@ -57,6 +57,12 @@ class Devices:
         """The mean over devices, the same on each."""
         return jax.lax.pmean(parts, self.axis_name) if self.axis_name else parts
 
+    def all(self, condition: Array) -> Array:
+        """Whether a condition holds on every device, the same on each."""
+        if not self.axis_name:
+            return condition
+        return self.sum(self.make_local(jnp.where(condition, 0, 1))) == 0
+
     def max(self, part: Array) -> Array:
         """The largest of the devices' values, the same on each; of keys, which have no order, of their numbers."""
         if not self.axis_name:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from bilevel_jax.core.types import Batch, Frozen, Hyper, ModelState, Params, Problem, PyTree
+from bilevel_jax.core.training import Devices
+from bilevel_jax.core.types import Batch, Frozen, Hyper, ModelState, Params, Problem, PyTree, Scalar, Stream
 
 BatchAt = Callable[[Array], Batch]
 """The batch of a step, as a traceable function of the step's number."""
@@ -51,6 +52,18 @@ def make_batch(rows: PyTree, index: Array, num_examples: int, step: Array) -> Ba
 def first_micro_batch(batch: Batch) -> Batch:
     """The batch without its leading axis."""
     return jax.tree.map(lambda leaf: leaf[0], batch)
+
+
+def training_batch(inputs: Inputs, devices: Devices) -> Batch:
+    """All training examples of a device as one micro-batch, with the key that `run` was given."""
+    batch = full_batch(inputs.train, devices.count())
+    return batch if inputs.key is None else {**batch, "key": inputs.key[None]}
+
+
+def validation_loss(problem: Problem, inputs: Inputs, devices: Devices, params: Params) -> Scalar:
+    """A device's share of L_v, nats; `problem` is its share, `params` its own."""
+    validation = first_micro_batch(full_batch(inputs.valid, devices.count()))
+    return problem.outer(params, devices.make_local(inputs.frozen), validation)
 
 
 def batches_of(data: PyTree, steps: int, batch_size: int | None, num_devices: int, key: Any) -> BatchAt:
@@ -197,6 +210,12 @@ def check_layout(inputs: Inputs) -> None:
                 f"{place} is split over an explicit axis of a mesh, {sharding.spec}; make the mesh with "
                 "axis_types=(jax.sharding.AxisType.Auto,) for each axis."
             )
+
+
+def check_stream_steps(train: Stream, steps: int) -> None:
+    """Refuse a training stream that does not have one batch for each step."""
+    if train.steps != steps:
+        raise ValueError(f"the train stream has {train.steps} batches for {steps} steps; give as many.")
 
 
 def check_counts(**counts: int | None) -> None:

@@ -8,10 +8,10 @@ from bilevel_jax.core import tree
 from bilevel_jax.core.curvature import CurvatureProduct, hessian, over_streams_of
 from bilevel_jax.core.implicit import hypergradients_along, implicit_estimator
 from bilevel_jax.core.problem import hold_state
-from bilevel_jax.core.solve.arrays import Inputs, check_counts, first_micro_batch, full_batch
+from bilevel_jax.core.solve.arrays import Inputs, check_counts, first_micro_batch, training_batch, validation_loss
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.scanned import scan_forward
-from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
+from bilevel_jax.core.solve.solution import BilevelSolver, Solution, judge_minimizer
 from bilevel_jax.core.solvers import cg
 from bilevel_jax.core.training import (
     Devices,
@@ -98,13 +98,8 @@ def implicit(
     def prepare(inputs: Inputs) -> tuple[Problem, Batch, Params]:
         """(a device's share of the problem, its training examples, the minimizer)"""
         local = devices.share(hold_state(problem, inputs.model_state))
-        batch = full_batch(inputs.train, devices.count())
-        batch = batch if inputs.key is None else {**batch, "key": inputs.key[None]}
+        batch = training_batch(inputs, devices)
         return local, batch, minimize(local, inputs, batch)
-
-    def validation_loss(local: Problem, inputs: Inputs, params: Params) -> Scalar:
-        validation = first_micro_batch(full_batch(inputs.valid, devices.count()))
-        return local.outer(params, devices.make_local(inputs.frozen), validation)
 
     def solve(inputs: Inputs) -> Solution:
         with jax.default_matmul_precision("highest"):
@@ -113,7 +108,7 @@ def implicit(
             hyper = jax.tree.map(lambda leaf: leaf[0], local.gather(inputs.hyper, batch))
             own_params, own_hyper, frozen = devices.make_local((params, hyper, inputs.frozen))
             value, validation_grad = devices.sum(
-                jax.value_and_grad(lambda params: validation_loss(local, inputs, params))(own_params)
+                jax.value_and_grad(lambda params: validation_loss(local, inputs, devices, params))(own_params)
             )
 
             def matvec(v: Params) -> Params:
@@ -132,16 +127,10 @@ def implicit(
                 inner_loss_and_grad(local, own_params, jax.tree.map(lambda leaf: leaf[None], own_hyper), frozen, batch)
             )[1]
         gap = optax.tree.vdot(result.x, inner_grad)
-        is_finite = tree.all_finite((value, grad, params, gap))  # a solve that met a nan gave up at x = 0
-        if axis_name and problem.per_example:
-            is_finite = devices.sum(jnp.where(is_finite, 0, 1)) == 0
-        status = first_status(
-            (Status.NOT_FINITE, ~is_finite),
-            (Status.NOT_POSITIVE_DEFINITE, jnp.asarray(result.min_curvature <= 0)),
-            (Status.NOT_SOLVED, jnp.asarray(result.residual > max_residual)),
-            (Status.NOT_STATIONARY, jnp.abs(gap) > max_gap * jnp.abs(value)),
-        )
+        # a solve that met a nan gave up at x = 0, but its gap is nan
+        is_finite = devices.all(tree.all_finite((value, grad, params, gap)))
         checks = Checks(residual=result.residual, curvature=result.min_curvature, gap=gap, steps=result.steps)
+        status = judge_minimizer(is_finite, checks, value, max_residual=max_residual, max_gap=max_gap)
         return Solution(
             params, value, grad, jax.tree.map(jnp.zeros_like, params), {}, checks, status, inputs.model_state
         )
@@ -149,7 +138,7 @@ def implicit(
     def evaluate(inputs: Inputs) -> Scalar:
         with jax.default_matmul_precision("highest"):
             local, _, params = prepare(inputs)
-            return devices.sum(validation_loss(local, inputs, devices.make_local(params)))
+            return devices.sum(validation_loss(local, inputs, devices, devices.make_local(params)))
 
     def minimize_on_stream(inputs: Inputs, held: Problem) -> Trajectory:
         if optimizer is None:
@@ -172,12 +161,8 @@ def implicit(
             trajectory, inputs.hyper, inputs.frozen, inputs.train, inputs.valid
         )
         params, checks, value = trajectory.end.params, estimate.checks, estimate.validation_loss
-        status = first_status(
-            (Status.NOT_FINITE, ~tree.all_finite((value, estimate.grad, params, jnp.asarray(checks.gap)))),
-            (Status.NOT_POSITIVE_DEFINITE, jnp.asarray(checks.curvature <= 0)),
-            (Status.NOT_SOLVED, jnp.asarray(checks.residual > max_residual)),
-            (Status.NOT_STATIONARY, jnp.abs(checks.gap) > max_gap * jnp.abs(value)),
-        )
+        is_finite = tree.all_finite((value, estimate.grad, params, jnp.asarray(checks.gap)))
+        status = judge_minimizer(is_finite, checks, value, max_residual=max_residual, max_gap=max_gap)
         zeros = jax.tree.map(jnp.zeros_like, params)
         return Solution(params, value, estimate.grad, zeros, {}, checks, status, inputs.model_state)
 

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.core import tree
-from bilevel_jax.core.solve.arrays import Inputs, batches_of, check_counts, count_rows, first_micro_batch, full_batch
+from bilevel_jax.core.solve.arrays import (
+    Inputs,
+    batches_of,
+    check_counts,
+    check_stream_steps,
+    count_rows,
+    validation_loss,
+)
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
 from bilevel_jax.core.training import Devices
@@ -84,17 +91,13 @@ def jointly(
 
         return jax.lax.scan(advance, init(inputs), jnp.arange(steps, dtype=jnp.int32))[0]
 
-    def validation_loss(inputs: Inputs, params) -> Scalar:
-        validation = first_micro_batch(full_batch(inputs.valid, devices.count()))
-        frozen = devices.make_local(inputs.frozen)
+    def evaluate_params(inputs: Inputs, params) -> Scalar:
         with jax.default_matmul_precision("highest"):
-            return devices.sum(devices.share(problem).outer(devices.make_local(params), frozen, validation))
+            return devices.sum(validation_loss(devices.share(problem), inputs, devices, devices.make_local(params)))
 
     def finish(inputs: Inputs, state, value: Scalar) -> Solution:
         params, weights = state.train_state.params, method.weights(state)
-        is_finite = tree.all_finite((value, params, weights))
-        if method.axis_name:
-            is_finite = devices.sum(jnp.where(is_finite, 0, 1)) == 0
+        is_finite = devices.all(tree.all_finite((value, params, weights)))
         status = first_status((Status.NOT_FINITE, ~is_finite))
         checks = Checks(steps=jnp.asarray(steps))
         hyper = method.hyper(state)
@@ -102,14 +105,13 @@ def jointly(
 
     def solve(inputs: Inputs) -> Solution:
         state = move(inputs)
-        return finish(inputs, state, validation_loss(inputs, state.train_state.params))
+        return finish(inputs, state, evaluate_params(inputs, state.train_state.params))
 
     def evaluate(inputs: Inputs) -> Scalar:
-        return validation_loss(inputs, move(inputs).train_state.params)
+        return evaluate_params(inputs, move(inputs).train_state.params)
 
     def solve_streams(inputs: Inputs) -> Solution:
-        if inputs.train.steps != steps:
-            raise ValueError(f"the train stream has {inputs.train.steps} batches for {steps} steps; give as many.")
+        check_stream_steps(inputs.train, steps)
         state = init(inputs)
         for t in range(steps):
             batch, validation = inputs.train.batch(t), inputs.valid.batch(t % inputs.valid.steps)

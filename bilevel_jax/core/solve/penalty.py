@@ -7,9 +7,9 @@ import optax
 from bilevel_jax.core import tree
 from bilevel_jax.core.penalty import penalty_estimator
 from bilevel_jax.core.problem import hold_state
-from bilevel_jax.core.solve.arrays import Inputs, check_counts, first_micro_batch, full_batch
+from bilevel_jax.core.solve.arrays import Inputs, check_counts, training_batch, validation_loss
 from bilevel_jax.core.solve.interface import Method, build_solver
-from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
+from bilevel_jax.core.solve.solution import BilevelSolver, Solution, judge_minimizer
 from bilevel_jax.core.training import (
     Devices,
     apply_gradients,
@@ -79,13 +79,11 @@ def penalty(
     validation_share = 1 / (1 + gamma)
     devices = Devices(axis_name)
 
-    def validation_loss(local: Problem, inputs: Inputs, params: Params) -> Scalar:
-        validation = first_micro_batch(full_batch(inputs.valid, devices.count()))
-        return local.outer(params, devices.make_local(inputs.frozen), validation)
-
     def validation_grad(local: Problem, inputs: Inputs, params: Params) -> tuple[Scalar, Params]:
         own_params = devices.make_local(params)
-        return devices.sum(jax.value_and_grad(lambda params: validation_loss(local, inputs, params))(own_params))
+        return devices.sum(
+            jax.value_and_grad(lambda params: validation_loss(local, inputs, devices, params))(own_params)
+        )
 
     def inner_grad(local: Problem, inputs: Inputs, batch: Batch, params: Params) -> Params:
         weights = devices.make_local(local.gather(inputs.hyper, batch))
@@ -103,8 +101,7 @@ def penalty(
 
     def prepare(inputs: Inputs) -> tuple[Problem, Batch, Params]:
         local = devices.share(hold_state(problem, inputs.model_state))
-        batch = full_batch(inputs.train, devices.count())
-        batch = batch if inputs.key is None else {**batch, "key": inputs.key[None]}
+        batch = training_batch(inputs, devices)
         return local, batch, minimize(local, inputs, batch, inputs.params, 0.0)
 
     def solve(inputs: Inputs) -> Solution:
@@ -126,25 +123,16 @@ def penalty(
             direction = optax.tree.scale(gamma, optax.tree.sub(unpenalized, penalized))
             gap = optax.tree.vdot(direction, inner_grad(local, inputs, batch, unpenalized))
         residual = jnp.where(residual_norm == 0, 0, residual_norm / outer_norm)
-        is_finite = tree.all_finite((value, grad, unpenalized))
-        if axis_name and problem.per_example:
-            is_finite = devices.sum(jnp.where(is_finite, 0, 1)) == 0
+        is_finite = devices.all(tree.all_finite((value, grad, unpenalized)))
         checks = Checks(residual=residual, gap=gap, steps=jnp.asarray(2 * steps))
         zeros = jax.tree.map(jnp.zeros_like, unpenalized)
-        status = _judge(is_finite, residual, gap, value)
+        status = judge_minimizer(is_finite, checks, value, max_residual=max_residual, max_gap=max_gap)
         return Solution(unpenalized, value, grad, zeros, {}, checks, status, inputs.model_state)
-
-    def _judge(is_finite, residual, gap, value):
-        return first_status(
-            (Status.NOT_FINITE, ~is_finite),
-            (Status.NOT_SOLVED, jnp.asarray(residual > max_residual)),
-            (Status.NOT_STATIONARY, jnp.abs(gap) > max_gap * jnp.abs(value)),
-        )
 
     def evaluate(inputs: Inputs) -> Scalar:
         with jax.default_matmul_precision("highest"):
             local, _, unpenalized = prepare(inputs)
-            return devices.sum(validation_loss(local, inputs, devices.make_local(unpenalized)))
+            return devices.sum(validation_loss(local, inputs, devices, devices.make_local(unpenalized)))
 
     def solve_streams(inputs: Inputs) -> Solution:
         held = hold_state(problem, inputs.model_state)
@@ -155,7 +143,7 @@ def penalty(
         value, checks, params = estimate.validation_loss, estimate.checks, estimate.params
         is_finite = tree.all_finite((value, estimate.grad, params))
         zeros = jax.tree.map(jnp.zeros_like, params)
-        status = _judge(is_finite, checks.residual, checks.gap, value)
+        status = judge_minimizer(is_finite, checks, value, max_residual=max_residual, max_gap=max_gap)
         return Solution(params, value, estimate.grad, zeros, {}, checks, status, inputs.model_state)
 
     def evaluate_streams(inputs: Inputs) -> Scalar:

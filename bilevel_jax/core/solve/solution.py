@@ -123,6 +123,18 @@ def first_status(*conditions: tuple[Status, Array]) -> Int[Array, ""]:
     return jnp.select([condition for _, condition in conditions], codes, jnp.asarray(Status.OK, jnp.int32))
 
 
+def judge_minimizer(
+    is_finite: Array, checks: Checks, value: Scalar, *, max_residual: float, max_gap: float
+) -> Int[Array, ""]:
+    """The status of a hypergradient at a minimizer; what a method does not check is nan, and passes."""
+    return first_status(
+        (Status.NOT_FINITE, ~is_finite),
+        (Status.NOT_POSITIVE_DEFINITE, jnp.asarray(checks.curvature <= 0)),
+        (Status.NOT_SOLVED, jnp.asarray(checks.residual > max_residual)),
+        (Status.NOT_STATIONARY, jnp.abs(checks.gap) > max_gap * jnp.abs(value)),
+    )
+
+
 def is_traced(status: Array) -> bool:
     """Whether the status is known only when the compiled program runs."""
     return isinstance(status, jax.core.Tracer)

@@ -9,14 +9,15 @@ import numpy as np
 import optax
 
 from bilevel_jax.core import checkpointing, tree
+from bilevel_jax.core.problem import hold_state
 from bilevel_jax.core.solve import scanned
 from bilevel_jax.core.solve.arrays import (
     BatchAt,
     Inputs,
     batches_of,
     check_counts,
-    first_micro_batch,
-    full_batch,
+    check_stream_steps,
+    validation_loss,
 )
 from bilevel_jax.core.solve.interface import Method, build_solver
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, first_status
@@ -47,7 +48,6 @@ class _Run(NamedTuple):
     step_functions: tuple[Callable, Callable]
     start: TrainState
     batch_at: BatchAt
-    validation_loss: Callable[[Params, ModelState], Scalar]
 
 
 def unroll(
@@ -124,29 +124,23 @@ def unroll(
     devices = Devices(axis_name)
 
     def prepare(inputs: Inputs) -> _Run:
-        count = devices.count()
         local = devices.share(problem)
-        validation = first_micro_batch(full_batch(inputs.valid, count))
-        frozen = devices.make_local(inputs.frozen)
-
-        def validation_loss(params: Params, model_state: ModelState) -> Scalar:
-            batch = {**validation, "model_state": model_state} if problem.has_state else validation
-            return local.outer(params, frozen, batch)
-
         return _Run(
             local,
             step_functions(local, optimizer, devices)[:2],
             init_train_state(optimizer, inputs.params, inputs.model_state),
-            batches_of(inputs.train, steps, batch_size, count, inputs.key),
-            validation_loss,
+            batches_of(inputs.train, steps, batch_size, devices.count(), inputs.key),
         )
+
+    def end_loss(run: _Run, inputs: Inputs, params: Params, model_state: ModelState) -> Scalar:
+        return validation_loss(hold_state(run.problem, model_state), inputs, devices, params)
 
     def solve(inputs: Inputs) -> Solution:
         run = prepare(inputs)
 
         def end_loss_and_adjoint(end: TrainState) -> tuple[Scalar, Adjoint]:
             floats, join = tree.split_inexact_leaves(devices.make_local(end.model_state))
-            value, grads = jax.value_and_grad(lambda p, s: run.validation_loss(p, join(s)), (0, 1))(
+            value, grads = jax.value_and_grad(lambda p, s: end_loss(run, inputs, p, join(s)), (0, 1))(
                 devices.make_local(end.params), floats
             )
             value, (params_grad, state_grad) = devices.sum((value, grads))
@@ -164,9 +158,7 @@ def unroll(
         squares = [_square_sum(grad), _square_sum(magnitude)]
         grad_squared, magnitude_squared = devices.sum(squares) if problem.per_example else squares
         resolution = _resolution(grad_squared, magnitude_squared, _eps(grad), window)
-        is_finite = tree.all_finite((result.value, grad, result.end.params))
-        if axis_name and problem.per_example:
-            is_finite = devices.sum(jnp.where(is_finite, 0, 1)) == 0
+        is_finite = devices.all(tree.all_finite((result.value, grad, result.end.params)))
         status = first_status(
             (Status.NOT_FINITE, ~is_finite),
             (Status.NOT_DIFFERENTIABLE, ~result.has_derivative),
@@ -186,14 +178,13 @@ def unroll(
                 run.step_functions[0], run.problem, run.start, inputs.hyper, inputs.frozen, run.batch_at, steps
             )
             params, model_state = devices.make_local((end.params, end.model_state))
-            return devices.sum(run.validation_loss(params, model_state))
+            return devices.sum(end_loss(run, inputs, params, model_state))
 
     step = train_step(problem, optimizer)  # compiled when a stream is first given
     plan = _checkpoint_plan(window, memory)
 
     def train_on_stream(inputs: Inputs, plan: CheckpointPlan | None) -> Trajectory:
-        if inputs.train.steps != steps:
-            raise ValueError(f"the train stream has {inputs.train.steps} batches for {steps} steps; give as many.")
+        check_stream_steps(inputs.train, steps)
         start = init_train_state(optimizer, inputs.params, inputs.model_state)
         return train(
             step, start, inputs.hyper, inputs.frozen, inputs.train, plan=plan, first_backward_step=steps - window
