@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.audit import judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
-from bilevel_jax.core.types import PADDING, Estimate, Stream, TrainState, Trajectory
+from bilevel_jax.core.types import PADDING, Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs.budget.work import count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
@@ -325,7 +325,7 @@ def certify_exact(
         weights=np.ones(task.num_examples),
         hypergradient=slopes,
         validation_loss=exact_record["value"],
-        checks=certify.Checks(**exact_record["checks"]),
+        checks=Checks(**exact_record["checks"]),
         start_seed=config.train.seed,
         order_seed=config.data.seed,
         data_seed=config.data.seed,

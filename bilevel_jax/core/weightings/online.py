@@ -1,21 +1,18 @@
-"""Maps from outer variables to example weights, and their update steps.
-
-Every weighting starts at weight 1 for each example. A `Weighting` is pulled back once per estimate, outside the
-backward pass; `OnlineWeights` are read and moved in every training step, on the examples that are present.
-"""
+"""Weights that single-loop methods read and move in every training step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
-from bilevel_jax.core.types import PADDING, Hyper, Scalar, Weighting
+from bilevel_jax.core.types import PADDING, Hyper, Scalar
+from bilevel_jax.core.weightings.tables import WeightTable
 
-WeightTable = Float[Array, "examples"]
 ExampleIndex = Int[Array, "micro examples"]
+
+
 BatchValues = Float[Array, "micro examples"]
 
 
@@ -42,194 +39,6 @@ class OnlineWeights(NamedTuple):
     """state -> h, what `init` takes."""
     is_separate: bool = False
     """Whether the weight of an example depends on its own logit alone, so that each device can hold a share of them."""
-
-
-def softmax(num_examples: int, table_size: int = 0) -> Weighting:
-    """One logit for each example: the weights compete, and their mean is 1 (the paper's default).
-
-        w = N softmax(h)
-
-    Args:
-        num_examples: N.
-        table_size: more than N where the table has entries of weight 0 at its end, so that devices divide it evenly.
-
-    Returns:
-        The weighting; h is float[table_size].
-
-    Example:
-        >>> weighting = bj.weightings.softmax(2)
-        >>> bool(jnp.allclose(weighting.weights(jnp.log(jnp.array([1.0, 3.0]))), jnp.array([0.5, 1.5])))
-        True
-    """
-    table_size = table_size or num_examples
-
-    def weights(h: WeightTable) -> WeightTable:
-        return num_examples * jax.nn.softmax(
-            h if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, h, -jnp.inf)
-        )
-
-    return Weighting(lambda: jnp.zeros(table_size), weights)
-
-
-def sigmoid(num_examples: int, table_size: int = 0) -> Weighting:
-    """One logit for each example: the weights do not compete, and lie between 0 and 2.
-
-        w = 2 sigmoid(h)
-
-    Args:
-        num_examples: N.
-        table_size: as in `softmax`.
-
-    Returns:
-        The weighting; h is float[table_size].
-
-    Example:
-        >>> weighting = bj.weightings.sigmoid(2)
-        >>> weighting.weights(weighting.init()).tolist()
-        [1.0, 1.0]
-    """
-    table_size = table_size or num_examples
-
-    def weights(h: WeightTable) -> WeightTable:
-        w = 2 * jax.nn.sigmoid(h)
-        return w if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, w, 0)
-
-    return Weighting(lambda: jnp.zeros(table_size), weights)
-
-
-def pad_weighting(weighting: Weighting, num_padding: int) -> Weighting:
-    """A weighting whose table has further entries of weight 0 at its end; for those whose outer variable is small.
-
-    Args:
-        weighting: such as `per_source`.
-        num_padding: entries to add.
-
-    Returns:
-        The weighting with the longer table.
-
-    Example:
-        >>> weighting = bj.weightings.pad_weighting(bj.weightings.softmax(2), 1)
-        >>> weighting.weights(weighting.init()).tolist()
-        [1.0, 1.0, 0.0]
-    """
-    return Weighting(weighting.init, lambda h: jnp.pad(weighting.weights(h), (0, num_padding)))
-
-
-def per_source(example_source: Int[Array, "examples"], num_sources: int) -> Weighting:
-    """One weight for each source of data; the mean over examples is 1 (the setting of ScaleBiO).
-
-        w_i = p_s(i) / mean_j p_s(j)  with p = softmax(h)
-
-    Args:
-        example_source: the source of each example, int[examples], 0 .. num_sources - 1.
-        num_sources: the number of sources.
-
-    Returns:
-        The weighting; h is float[num_sources].
-
-    Example:
-        >>> weighting = bj.weightings.per_source(jnp.array([0, 0, 1]), num_sources=2)
-        >>> bool(jnp.allclose(weighting.weights(jnp.log(jnp.array([1.0, 4.0]))), jnp.array([0.5, 0.5, 2.0])))
-        True
-    """
-    counts = jnp.bincount(example_source, length=num_sources)
-
-    def weights(h: Float[Array, "sources"]) -> WeightTable:
-        p = jax.nn.softmax(h)
-        return (p / (jnp.sum(p * counts) / example_source.shape[0]))[example_source]
-
-    return Weighting(lambda: jnp.zeros(num_sources), weights)
-
-
-def by_features(features: Float[Array, "examples features"]) -> Weighting:
-    """One coefficient for each feature: weights that extend to unseen examples.
-
-        w = N softmax(features h)
-
-    Features should be standardised; a constant one has no effect, as softmax ignores a shift.
-
-    Args:
-        features: float[examples, features].
-
-    Returns:
-        The weighting; h is float[features].
-
-    Example:
-        >>> weighting = bj.weightings.by_features(jnp.array([[0.0], [1.0]]))
-        >>> bool(jnp.allclose(weighting.weights(jnp.log(jnp.array([3.0]))), jnp.array([0.5, 1.5])))
-        True
-    """
-
-    def weights(h: Float[Array, "features"]) -> WeightTable:
-        return features.shape[0] * jax.nn.softmax(features @ h)
-
-    return Weighting(lambda: jnp.zeros(features.shape[1]), weights)
-
-
-def weighting_vjp(weighting: Weighting, hyper: Hyper, hypergradients: WeightTable) -> Hyper:
-    """d L_v / d hyper from the hypergradients d L_v / d w: one vector-Jacobian product of the weighting.
-
-    Args:
-        weighting: the map hyper -> w.
-        hyper: where the product is taken.
-        hypergradients: d L_v / d w, float[examples], nats per unit of weight.
-
-    Returns:
-        The gradient, shaped as `hyper`, nats per unit of hyper.
-
-    Example:
-        >>> weighting = bj.weightings.softmax(2)
-        >>> bj.weightings.weighting_vjp(weighting, jnp.zeros(2), jnp.array([1.0, -1.0])).tolist()
-        [1.0, -1.0]
-    """
-    return jax.vjp(weighting.weights, hyper)[1](hypergradients)[0]
-
-
-def normalized_gradient_step(learning_rate: float | Scalar, max_step: float) -> Callable[[Hyper, Hyper], Hyper]:
-    """A gradient step of a size that does not depend on the gradient's scale, with a cap.
-
-        hyper <- hyper - clip(learning_rate * gradient / rms(gradient), -max_step, max_step)
-
-    The rms is over the entries that are not 0, so that examples that no batch touched neither move nor change the
-    scale. Not Adam: on one logit an example Adam moves examples that are absent, and is blind to the size of what it
-    follows.
-
-    Args:
-        learning_rate: the rms of the step.
-        max_step: the largest change of an entry.
-
-    Returns:
-        (hyper, gradient) -> hyper.
-
-    Example:
-        >>> step = bj.weightings.normalized_gradient_step(0.5, max_step=10.0)
-        >>> step(jnp.zeros(3), jnp.array([4.0, -4.0, 0.0])).tolist()
-        [-0.5, 0.5, 0.0]
-    """
-
-    def step(hyper: Hyper, grad: Hyper) -> Hyper:
-        scale = learning_rate * inverse_rms(grad)
-        return jax.tree.map(lambda h, g: h - jnp.clip(scale * g, -max_step, max_step), hyper, grad)
-
-    return step
-
-
-def inverse_rms(grad: Hyper) -> Scalar:
-    """1 / rms over the entries of grad that are not 0; 0 where there is none.
-
-    Args:
-        grad: any pytree.
-
-    Returns:
-        A scalar.
-
-    Example:
-        >>> float(bj.weightings.inverse_rms(jnp.array([2.0, -2.0, 0.0])))
-        0.5
-    """
-    num_nonzero = sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(grad))
-    rms = optax.tree.norm(grad) / jnp.sqrt(jnp.maximum(num_nonzero, 1))
-    return jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
 
 
 class SoftmaxState(NamedTuple):
@@ -447,38 +256,3 @@ def online_uniform(num_examples: int) -> OnlineWeights:
         lambda state: (),
         is_separate=True,
     )
-
-
-def effective_sample_size(weights: WeightTable) -> Scalar:
-    """How many equally weighted examples the weights amount to.
-
-        ESS = (sum w)^2 / sum w^2
-
-    Args:
-        weights: float[examples].
-
-    Returns:
-        Between 1 and the number of examples.
-
-    Example:
-        >>> float(bj.weightings.effective_sample_size(jnp.array([1.0, 1.0, 0.0])))
-        2.0
-    """
-    return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
-
-
-def entropy(weights: WeightTable) -> Scalar:
-    """Entropy of w / sum w, nats; at most log(examples).
-
-    Args:
-        weights: float[examples], at least 0.
-
-    Returns:
-        A scalar, nats.
-
-    Example:
-        >>> round(float(bj.weightings.entropy(jnp.ones(4))), 4)  # log 4
-        1.3863
-    """
-    p = weights / jnp.sum(weights)
-    return jnp.sum(jax.scipy.special.entr(p))
