@@ -25,6 +25,7 @@ FAST = (
     "test_repository.py",
     "core/test_certify.py",
     "core/test_checkpointing.py",
+    "core/test_reliability.py",
     "lm/builtin",
     "lm/checkpoint/test_files.py",
     "lm/data",

@@ -8,6 +8,12 @@ from bilevel_jax.core.certify.finite_differences import (
     check_finite_differences,
     has_kinks,
 )
+from bilevel_jax.core.certify.reliability import (
+    Reliability,
+    average_reliability,
+    measure_reliability,
+    validation_halves,
+)
 from bilevel_jax.core.certify.removals import (
     RemovalPrediction,
     drop_random_examples,
@@ -21,15 +27,19 @@ __all__ = [
     "STEP_SIZES",
     "Certificates",
     "FiniteDifferences",
+    "Reliability",
     "RemovalPrediction",
     "RetrainFn",
     "Verdict",
+    "average_reliability",
     "check",
     "check_finite_differences",
     "drop_random_examples",
     "has_kinks",
     "judge_certificates",
+    "measure_reliability",
     "metasmoothness",
     "predict_removals",
     "spearman",
+    "validation_halves",
 ]

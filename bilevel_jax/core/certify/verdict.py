@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax.core.certify.finite_differences import FiniteDifferences, has_another_slope, has_kinks
+from bilevel_jax.core.certify.reliability import Reliability
 from bilevel_jax.core.certify.removals import RemovalPrediction
 from bilevel_jax.core.solve.solution import STATUS_REMEDIES, Status
 from bilevel_jax.core.types import Checks
@@ -39,6 +40,8 @@ class Certificates(NamedTuple):
     """Whether the outer variable holds a number for each training example; else only the differences apply."""
     missing: str = ""
     """Why no check was made, and what helps."""
+    reliability: Reliability | None = None
+    """How far the entries speak for examples that are not in the validation set."""
 
     @property
     def verdict(self) -> Verdict:
@@ -59,6 +62,8 @@ class Certificates(NamedTuple):
                 f"  {count} retrains without {removal.fraction:.0%} of the examples: rank correlation of predicted and "
                 f"actual {removal.rank:.3f}, slope {removal.slope:.3f}"
             )
+        if self.reliability is not None:
+            lines.append(f"  reliability for other validation examples {self.reliability}")
         measured = {
             name: value
             for name, value in self.checks._asdict().items()
