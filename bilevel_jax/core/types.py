@@ -235,6 +235,11 @@ class Weighting(NamedTuple):
 
     init: Callable[[], Hyper]
     weights: Callable[[Hyper], Float[Array, "examples"]]
+    step: Callable[[Hyper, Hyper, float | Scalar, float], Hyper]
+    """(variable, gradient, learning rate, largest change of a logit) -> the variable after a step against it, in which
+    the logits move by the learning rate (root mean square)."""
+    fit_logits: Callable[[Float[Array, "examples"]], Hyper]
+    """Logits of the examples -> the variable whose logits are nearest (least squares)."""
 
 
 class SingleLoop(NamedTuple):

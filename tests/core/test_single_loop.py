@@ -19,10 +19,11 @@ SELECTORS = {
     "sigmoid": weightings.online_sigmoid(ROWS),
     "per_source": weightings.online_per_source(SOURCE, 3),
 }
+SOURCES = weightings.rater(jax.nn.one_hot(SOURCE, 3))
 WEIGHTINGS = {
     "softmax": weightings.softmax(ROWS),
     "sigmoid": weightings.sigmoid(ROWS),
-    "per_source": weightings.per_source(SOURCE, 3),
+    "per_source": SOURCES._replace(weights=lambda h: SOURCES.weights(weightings.RaterVariable(h, ()))),
 }
 
 

@@ -12,9 +12,15 @@ SOURCE = jnp.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
 WEIGHTINGS = {
     "softmax": weightings.softmax(10),
     "sigmoid": weightings.sigmoid(10),
-    "per_source": weightings.per_source(SOURCE, 3),
-    "by_features": weightings.by_features(normal(1, 10, 4)),
+    "sources": weightings.rater(jax.nn.one_hot(SOURCE, 3)),
+    "rater": weightings.rater(normal(1, 10, 4)),
+    "rater, sigmoid": weightings.rater(normal(1, 10, 4), "sigmoid"),
+    "rater, residual": weightings.rater(normal(1, 10, 4), "softmax", 0.5),
 }
+
+
+def moved(start, seed=2):
+    return jax.tree.map(lambda leaf: leaf + normal(seed, *leaf.shape), start)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -22,17 +28,18 @@ def test_starts_at_one_and_pulls_back(name):
     made = WEIGHTINGS[name]
     start = made.init()
     np.testing.assert_allclose(made.weights(start), np.ones(10), rtol=1e-14)
-    h, entries = start + normal(2, *start.shape), normal(3, 10)
-    assert relative(weightings.weighting_vjp(made, h, entries), jax.jacobian(made.weights)(h).T @ entries) < 1e-12
+    h, entries = moved(start), normal(3, 10)
+    expected = jax.tree.map(lambda jacobian: jacobian.T @ entries, jax.jacobian(made.weights)(h))
+    assert relative(weightings.weighting_vjp(made, h, entries), expected) < 1e-12
     assert made.weights(h).shape == (10,) and (made.weights(h) > 0).all()
 
 
-@pytest.mark.parametrize("name", ["softmax", "per_source", "by_features"])
+@pytest.mark.parametrize("name", ["softmax", "sources", "rater", "rater, residual"])
 def test_competing_weights_keep_their_mean(name):
     made = WEIGHTINGS[name]
-    h = made.init() + normal(4, *made.init().shape)
+    h = moved(made.init(), 4)
     np.testing.assert_allclose(made.weights(h).mean(), 1, rtol=1e-12)
-    if name == "per_source":
+    if name == "sources":
         assert all(len(set(np.asarray(made.weights(h))[np.asarray(SOURCE) == s])) == 1 for s in range(3))
 
 

@@ -13,13 +13,11 @@ from bilevel_jax.core.weightings.online import (
     online_softmax,
     online_uniform,
 )
+from bilevel_jax.core.weightings.rater import RaterVariable, rater
 from bilevel_jax.core.weightings.steps import inverse_rms, normalized_gradient_step
 from bilevel_jax.core.weightings.tables import (
-    by_features,
     effective_sample_size,
     entropy,
-    pad_weighting,
-    per_source,
     sigmoid,
     softmax,
     weighting_vjp,
@@ -27,9 +25,9 @@ from bilevel_jax.core.weightings.tables import (
 
 __all__ = [
     "OnlineWeights",
+    "RaterVariable",
     "SoftmaxState",
     "SourceState",
-    "by_features",
     "effective_sample_size",
     "entropy",
     "inverse_rms",
@@ -38,8 +36,7 @@ __all__ = [
     "online_sigmoid",
     "online_softmax",
     "online_uniform",
-    "pad_weighting",
-    "per_source",
+    "rater",
     "sigmoid",
     "softmax",
     "weighting_vjp",

@@ -168,7 +168,7 @@ class SourceState(NamedTuple):
 
 
 def online_per_source(example_source: Int[Array, "examples"], num_sources: int) -> OnlineWeights:
-    """`per_source` for single-loop methods: one weight for each source, stepped on its small table.
+    """A `rater` of one-hot sources for single-loop methods: one weight for each, stepped on its small table.
 
         w_s = p_s / mean_j p_s(j), p = softmax(h);
         d/dh = (d w / d h)^T [sum of e over the present examples of s, over the number of present examples]_s

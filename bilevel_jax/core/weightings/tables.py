@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Hyper, Scalar, Weighting
+from bilevel_jax.core.weightings.steps import normalized_gradient_step
 
 WeightTable = Float[Array, "examples"]
 
@@ -33,7 +34,7 @@ def softmax(num_examples: int, table_size: int = 0) -> Weighting:
             h if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, h, -jnp.inf)
         )
 
-    return Weighting(lambda: jnp.zeros(table_size), weights)
+    return Weighting(lambda: jnp.zeros(table_size), weights, _step, lambda logits: logits)
 
 
 def sigmoid(num_examples: int, table_size: int = 0) -> Weighting:
@@ -59,76 +60,7 @@ def sigmoid(num_examples: int, table_size: int = 0) -> Weighting:
         w = 2 * jax.nn.sigmoid(h)
         return w if table_size == num_examples else jnp.where(jnp.arange(table_size) < num_examples, w, 0)
 
-    return Weighting(lambda: jnp.zeros(table_size), weights)
-
-
-def pad_weighting(weighting: Weighting, num_padding: int) -> Weighting:
-    """A weighting whose table has further entries of weight 0 at its end; for those whose outer variable is small.
-
-    Args:
-        weighting: such as `per_source`.
-        num_padding: entries to add.
-
-    Returns:
-        The weighting with the longer table.
-
-    Example:
-        >>> weighting = bj.weightings.pad_weighting(bj.weightings.softmax(2), 1)
-        >>> weighting.weights(weighting.init()).tolist()
-        [1.0, 1.0, 0.0]
-    """
-    return Weighting(weighting.init, lambda h: jnp.pad(weighting.weights(h), (0, num_padding)))
-
-
-def per_source(example_source: Int[Array, "examples"], num_sources: int) -> Weighting:
-    """One weight for each source of data; the mean over examples is 1 (the setting of ScaleBiO).
-
-        w_i = p_s(i) / mean_j p_s(j)  with p = softmax(h)
-
-    Args:
-        example_source: the source of each example, int[examples], 0 .. num_sources - 1.
-        num_sources: the number of sources.
-
-    Returns:
-        The weighting; h is float[num_sources].
-
-    Example:
-        >>> weighting = bj.weightings.per_source(jnp.array([0, 0, 1]), num_sources=2)
-        >>> bool(jnp.allclose(weighting.weights(jnp.log(jnp.array([1.0, 4.0]))), jnp.array([0.5, 0.5, 2.0])))
-        True
-    """
-    counts = jnp.bincount(example_source, length=num_sources)
-
-    def weights(h: Float[Array, "sources"]) -> WeightTable:
-        p = jax.nn.softmax(h)
-        return (p / (jnp.sum(p * counts) / example_source.shape[0]))[example_source]
-
-    return Weighting(lambda: jnp.zeros(num_sources), weights)
-
-
-def by_features(features: Float[Array, "examples features"]) -> Weighting:
-    """One coefficient for each feature: weights that extend to unseen examples.
-
-        w = N softmax(features h)
-
-    Features should be standardised; a constant one has no effect, as softmax ignores a shift.
-
-    Args:
-        features: float[examples, features].
-
-    Returns:
-        The weighting; h is float[features].
-
-    Example:
-        >>> weighting = bj.weightings.by_features(jnp.array([[0.0], [1.0]]))
-        >>> bool(jnp.allclose(weighting.weights(jnp.log(jnp.array([3.0]))), jnp.array([0.5, 1.5])))
-        True
-    """
-
-    def weights(h: Float[Array, "features"]) -> WeightTable:
-        return features.shape[0] * jax.nn.softmax(features @ h)
-
-    return Weighting(lambda: jnp.zeros(features.shape[1]), weights)
+    return Weighting(lambda: jnp.zeros(table_size), weights, _step, lambda logits: logits)
 
 
 def weighting_vjp(weighting: Weighting, hyper: Hyper, hypergradients: WeightTable) -> Hyper:
@@ -183,3 +115,7 @@ def entropy(weights: WeightTable) -> Scalar:
     """
     p = weights / jnp.sum(weights)
     return jnp.sum(jax.scipy.special.entr(p))
+
+
+def _step(hyper: Hyper, grad: Hyper, learning_rate: float | Scalar, max_step: float) -> Hyper:
+    return normalized_gradient_step(learning_rate, max_step)(hyper, grad)

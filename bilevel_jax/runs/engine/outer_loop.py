@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import weightings
@@ -65,14 +67,14 @@ def data_order_seed(data: DataSection, outer: OuterSection, step: int) -> int:
 
 def make_weighting(task: Task, name: str) -> Weighting:
     """The map from the outer variable to the weight table, by its name in outer.weighting."""
-    padding = padded_table_size(task.num_examples) - task.num_examples
+    table_size = padded_table_size(task.num_examples)
     if name == "per_source":
         source, count = source_indices(task)
-        return weightings.pad_weighting(weightings.per_source(jnp.asarray(source), count), padding)
+        return weightings.rater(np.eye(count)[source], table_size=table_size)
     if name == "by_features":
-        return weightings.pad_weighting(weightings.by_features(jnp.asarray(task.example_features())), padding)
+        return weightings.rater(task.example_features(), table_size=table_size)
     factory = {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name]
-    return factory(task.num_examples, task.num_examples + padding)
+    return factory(task.num_examples, table_size)
 
 
 def source_indices(task: Task) -> tuple[Int[np.ndarray, "examples"], int]:
@@ -155,16 +157,13 @@ class OuterLoop:
         self.folder = session.folder / "checkpoints" / "outer"
         self.progress: ProgressFunction = progress or (lambda records: len(records) / outer.steps)
         weighting = make_weighting(task, outer.weighting)
-        self._weights_of = jax.jit(weighting.weights)
-        self._weighting_vjp = jax.jit(
-            lambda hyper, hypergradient: weightings.weighting_vjp(weighting, hyper, hypergradient)
-        )
-        self._update_hyper = jax.jit(
-            lambda rate, hyper, grad: weightings.normalized_gradient_step(rate, outer.max_step)(hyper, grad)
-        )
+        self._fit_logits = weighting.fit_logits
+        self._weights_of = compile_with_arrays(weighting.weights)
+        self._weighting_vjp = compile_with_arrays(Partial(_pull_back, Partial(weighting.weights)))
+        self._step = compile_with_arrays(weighting.step)
         self._validation_loss = validation_loss_fn(task.problem)
         self._labels = read_labels(task, data)
-        hyper, zeros = (place_table(task.mesh, array) for array in (weighting.init(), jnp.zeros(task.num_examples)))
+        hyper, zeros = jax.tree.map(partial(place_table, task.mesh), (weighting.init(), jnp.zeros(task.num_examples)))
         self.state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(train_seed))
         self.records: OuterRecords = []
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
@@ -185,7 +184,7 @@ class OuterLoop:
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = self.state.hyper if step else self._first_logits()
         hyper_grad = self._weighting_vjp(self.state.hyper, estimate.grad)
-        self.state = self.state._replace(hyper=self._update_hyper(record["rate"], origin, hyper_grad))
+        self.state = self.state._replace(hyper=self._step(origin, hyper_grad, record["rate"], self.outer.max_step))
         record |= {"work": self.session.work_done - work_before, "seconds": time.monotonic() - began}
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
@@ -226,9 +225,13 @@ class OuterLoop:
         )
 
     def _first_logits(self) -> Hyper:
-        return warm_start_logits(
-            self.task, self.state.hyper, self.session, outer=self.outer, scores=self.scores, train_seed=self.train_seed
+        if not self.outer.warm_start:
+            return self.state.hyper
+        logits = warm_start_logits(
+            self.task, self.outer.warm_start, self.session, scores=self.scores, train_seed=self.train_seed
         )
+        hyper = self._fit_logits(jnp.asarray(logits))
+        return jax.tree.map(partial(place_table, self.task.mesh), hyper)
 
     def _make_record(self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate) -> dict[str, Any]:
         frozen = self.task.frozen(trajectory.start.params)
@@ -255,6 +258,16 @@ class OuterLoop:
             self.state = self.state._replace(best_hyper=self.state.hyper, best_hypergradient=grad)
         if self.outer.restart == "warm":
             self.state = self.state._replace(start_params=trajectory.end.params)
+
+
+def compile_with_arrays(function: Callable) -> Callable:
+    """The function compiled; the arrays of a `Partial` are arguments of the compiled one, not constants in it."""
+    compiled, partial_function = jax.jit(lambda function, *given: function(*given)), Partial(function)
+    return lambda *given: compiled(partial_function, *given)
+
+
+def _pull_back(weights: Callable[[Hyper], jax.Array], hyper: Hyper, hypergradient: jax.Array) -> Hyper:
+    return jax.vjp(weights, hyper)[1](hypergradient)[0]
 
 
 def train_and_estimate(

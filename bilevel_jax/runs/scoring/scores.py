@@ -15,14 +15,14 @@ from jaxtyping import Float
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step, init_train_state
-from bilevel_jax.core.types import Batch, Frozen, Hyper, Params, Problem, TrainState
+from bilevel_jax.core.types import Batch, Frozen, Params, Problem, TrainState
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
-from bilevel_jax.runs.config.schema import OuterSection, ScoresSection
+from bilevel_jax.runs.config.schema import ScoresSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
 from bilevel_jax.runs.infra import checkpoint, run_dir
-from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
+from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.scoring import likelihoods
@@ -109,22 +109,12 @@ def get_score(stored: pa.Table, column: str, task: Task) -> ExampleScores:
 
 
 def warm_start_logits(
-    task: Task, hyper: Hyper, session: Session, *, outer: OuterSection, scores: ScoresSection, train_seed: int
-) -> Hyper:
-    """The logits `hyper`, all 0, or those of outer.warm_start: its scores, standardised and cut at -2 and 2.
-
-    Of a weighting by sources, the mean over the examples of each source. An example without a score stays at 0.
-    """
-    name = outer.warm_start
-    if not name:
-        return hyper
+    task: Task, name: str, session: Session, *, scores: ScoresSection, train_seed: int
+) -> Float[np.ndarray, "examples"]:
+    """First logits of the examples: the score `name`, standardised and cut at -2 and 2; 0 of an example without one."""
     values = load_or_compute_score(name, name, task, task.init_params(train_seed), scores, session).values
     spread = float(np.nanstd(values))
-    logits = np.nan_to_num(np.clip((values - np.nanmean(values)) / (spread or 1.0), -2, 2))
-    if outer.weighting == "per_source":
-        _, source = np.unique([example.source for example in task.examples], return_inverse=True)
-        logits = np.bincount(source, logits) / np.bincount(source)
-    return place_table(task.mesh, logits.astype(hyper.dtype))
+    return np.nan_to_num(np.clip((values - np.nanmean(values)) / (spread or 1.0), -2, 2))
 
 
 def check_score_name(name: str, *, arrays: bool = False, holdout: bool = True) -> None:
