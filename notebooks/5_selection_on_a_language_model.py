@@ -16,7 +16,7 @@ CLEAN, GARBLED, TRUSTED = 64, 64, 96  # rows of stories: training examples of tw
 STEPS, OUTER_STEPS = 16, 2  # of training, and of the weights, on the stories
 CIPHER_STEPS, CIPHER_OUTER_STEPS = 96, 4  # the same on the cipher
 STORIES_RATE = 5e-4  # learning rate on the stories
-TOP_SHARE = 0.5  # of the examples that `selected subset` and the export keep
+TOP_SHARE = 0.5  # of the examples that `selected` and the export keep
 RETRAIN_SEEDS = 2
 SEED = 0  # of the passages' order
 
@@ -260,7 +260,7 @@ assert result["auc"]["weights"] > 0.85, (
 # the examples that the weights have not seen, and read on test. Read the `oracle` first: it trains on the clean
 # examples alone, and only if it beats uniform weights do the labels mean anything for this model.
 #
-# Then look at the choices that learn nothing: the examples of least loss, and V alone (`validation only`). **Where one
+# Then look at the choices that learn nothing: the examples of least loss, and V alone (`validation`). **Where one
 # of them is as good, take it; it is cheaper.** The stories are such a case: garbled text has a high loss for a model
 # that knows stories, so every score finds it, and V alone, which holds nothing but what is wanted, is no worse. The
 # cipher is the other case: its wrong examples follow a rule that can be learned, so a low loss does not mean right, its
@@ -279,17 +279,17 @@ won = {name: (loss["uniform"] - value) / headroom for name, value in loss.items(
 print(f"\nThe oracle is {headroom:.3f} {unit} better than uniform weights. Of that way go")
 for name, share in sorted(won.items(), key=lambda item: -item[1]):
     print(f"  {name:<18} {share:.0%}")
-assert headroom > 0.05 and won["learned weights"] > 0.5, (
+assert headroom > 0.05 and won["learned"] > 0.5, (
     "the oracle is not better than uniform weights, or the learned weights go less than half of its way"
 )
-simple = min(("low_loss", "top_alignment", "validation only"), key=loss.get)
+simple = min(("low_loss", "top_alignment", "validation"), key=loss.get)
 print(f"\nThe best choice that learns nothing is {simple}: {loss[simple]:.3f} {unit}.")
 if REAL and "BILEVEL_MODEL" not in os.environ:
-    assert loss["validation only"] == loss[simple] < loss["selected subset"], (
+    assert loss["validation"] == loss[simple] < loss["selected"], (
         "on the stories V alone is not the best of the choices that learn nothing, or not better than the selected rows"
     )
 elif not REAL:
-    assert loss["learned weights"] < loss[simple], (
+    assert loss["learned"] < loss[simple], (
         "on the cipher a choice that learns nothing is as good as the learned weights"
     )
 
@@ -340,11 +340,11 @@ assert share > good.mean(), "the exported rows are not cleaner than all rows"
 # ```
 #
 # Before you trust weights of your own examples: is the verdict BELIEVE? If not, lower the learning rate until it is.
-# Does the comparison beat `validation only`? If not, the validation examples alone would do. And is the learned
+# Does the comparison beat `validation`? If not, the validation examples alone would do. And is the learned
 # example's test near its validation? If not, V is too small, and more validation examples help more than more outer
 # steps.
 
 # %%
-for one in (lines[name] for name in ("learned weights", "validation only") if name in lines):
+for one in (lines[name] for name in ("learned", "validation") if name in lines):
     print(f"{one['name']:<16} validation {one['mean']['validation']:.3f}, test {one['mean']['test']:.3f} {unit}")
 work.cleanup()

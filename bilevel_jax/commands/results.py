@@ -22,6 +22,7 @@ from bilevel_jax.runs.config.load import (
     load_config,
 )
 from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
+from bilevel_jax.runs.engine.recommendation import Recommendation
 from bilevel_jax.runs.infra import run_dir, seals
 
 Column = Shaped[np.ndarray, "rows"]
@@ -46,6 +47,8 @@ class SelectResult:
     """What result.json holds: the outer loop, certificates, retrains, AUC, work."""
     verdict: Verdict
     """Whether to believe the hypergradients at uniform weights."""
+    recommendation: Recommendation
+    """Which arm of the comparison to use, chosen on dev; its `use` is None where nothing could be chosen."""
     ids: Column
     """Hash of the example's content and the number of its occurrence."""
     sources: Column
@@ -72,7 +75,8 @@ class SelectResult:
 
     def __repr__(self) -> str:
         examples = f"{_describe_weights(self.weights)}, {self.selected.sum():,} selected"
-        return _describe(self, {"verdict": self.summary, "examples": examples})
+        lines = {"verdict": self.summary, "recommendation": self.recommendation.sentence, "examples": examples}
+        return _describe(self, lines)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -360,6 +364,7 @@ def _read_select(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
         **shared,
         summary=result["verdict"]["sentence"],
         verdict=Verdict(**verdict),
+        recommendation=Recommendation.from_json(result["recommendation"]),
         **_facts(table),
         weights=_numbers(table, "weight"),
         hypergradients=_optional(table, "hypergradient"),

@@ -30,6 +30,7 @@ ARMS = [
     "random",
     "top_alignment",
     "low_loss",
+    "validation_model",
 ]
 
 
@@ -54,6 +55,9 @@ def whole(config, tmp_path_factory):
 def test_writes_what_it_promises(whole):
     out, result = whole
     assert [row["name"] for row in result["rows"]] == [*ARMS, "unrolled", "implicit", "penalty"]
+    absent = result["absent_baselines"]  # no dev examples
+    assert [text.partition(" ")[0] for text in absent] == ["validation_early_stop", "low_loss_dev"]
+    assert all("no dev examples" in text and text in (out / "report.html").read_text() for text in absent)
     rows = {row["name"]: row for row in result["rows"]}
     table = pq.read_table(out / "weights.parquet").to_pandas()
     assert len(table) == 120 and set(table["seed"]) == {0, 1}
@@ -74,6 +78,7 @@ def test_writes_what_it_promises(whole):
     assert rows["oracle"]["mean"]["f1"] == 1 and rows["oracle+validation"]["mean"]["distance"] == 0
     assert rows["uniform"]["mean"]["passes"] == 6 and "f1" not in rows["uniform"]["mean"]
     assert rows["top_alignment"]["mean"]["passes"] == 6 + 6 + 2 * 3  # look, and a pass over all rows and back
+    assert rows["validation_model"]["mean"]["passes"] == 6 + 6  # the model of validation, and the retrain
 
     text = (out / "report.html").read_text()
     assert "<svg" in text and "Which method finds the examples to trust" in text

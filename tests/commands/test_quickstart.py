@@ -24,13 +24,13 @@ def test_finds_what_was_hidden_on_fresh_seeds(tmp_path):
         result = run(tmp_path / str(seed), "--data.seed", str(seed))
         mean = {row["name"]: row["mean"] for row in result["compare"]}
         half = {row["name"]: row["interval"] for row in result["compare"]}
-        learned = mean.pop("learned weights")
+        learned = mean.pop("learned")
         areas.append(result["auc"]["weights"])
         assert areas[-1] >= 0.95
         assert letters(learned["accuracy"]) >= 0.88
         assert learned["test"] <= mean["uniform"]["test"] / 2
-        for name in set(mean) - {"oracle", "selected subset"}:  # the subset is the learned weights' own
-            assert learned["test"] + half["learned weights"]["test"] < mean[name]["test"] - half[name]["test"], name
+        for name in set(mean) - {"oracle", "selected"}:  # the subset is the learned weights' own
+            assert learned["test"] + half["learned"]["test"] < mean[name]["test"] - half[name]["test"], name
     assert statistics.median(areas) >= 0.98
 
 

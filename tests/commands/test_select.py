@@ -54,7 +54,7 @@ def test_writes_what_it_promises(made, whole):
     assert "<html" in (out / "report.html").read_text()
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged] == [0, 1, 2]
-    assert [row["name"] for row in result["compare"]] == ["uniform", "learned weights", "validation only", "oracle"]
+    assert [row["name"] for row in result["compare"]] == ["uniform", "learned", "validation", "oracle"]
     assert result["verdict"]["sentence"].startswith(result["verdict"]["level"])
     # the certificates at the learned weights, 2 retrains, an estimate and its training, are left out where none were
     planned, left_out = result["estimate"]["passes"], 0 if result["best"] else 10 * (2 + 1 + 4)

@@ -17,6 +17,7 @@ from bilevel_jax.commands.select import report
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
+from bilevel_jax.runs.engine.recommendation import NO_DEV, recommend_nothing
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.numbers import format_number
 from bilevel_jax.runs.terminal import show_control_characters
@@ -27,7 +28,7 @@ VERDICTS = {
     "UNDECIDED": {"level": "UNDECIDED", "scope": "", "reason": "a reason.", "remedy": "Compute them."},
     "DO NOT BELIEVE": {"level": "DO NOT BELIEVE", "scope": "", "reason": "a reason.", "remedy": "Do this."},
 }
-GOOD = {"uniform": 1.8, "learned weights": 1.4, "selected subset": 1.6, "validation only": 3.7, "oracle": 1.1}
+GOOD = {"uniform": 1.8, "learned": 1.4, "selected": 1.6, "validation": 3.7, "oracle": 1.1}
 
 
 def checks(**changes):
@@ -87,6 +88,8 @@ def result(level="BELIEVE", **changes):
         "ended": "all 2 outer steps were made",
         "auc": {"weights": 0.9123, "first_hypergradient": 0.8345, "alignment": 0.7456, "low_loss": 0.6567},
         "compare": compared(),
+        "absent_arms": [],
+        "recommendation": recommend_nothing(NO_DEV).to_json(),
         "notes": [f"a note {HOSTILE}"],
         "rows": {"train": 40, "validation": 16, "dev": 8, "test": 32},
         "selected": 13,
@@ -348,7 +351,7 @@ def test_the_verdict_comes_first_in_words(level, tmp_path):
     "values, says",
     [
         ({}, "Learned weights lower test loss by 0.4000 ± 0.0248 nats per token"),
-        ({"learned weights": 2.0}, "Learned weights raise test loss by 0.2000 ± 0.0248 nats per token"),
+        ({"learned": 2.0}, "Learned weights raise test loss by 0.2000 ± 0.0248 nats per token"),
         ({"oracle": 1.9}, "does not clearly beat uniform"),
         ({"oracle": 1.0}, "beats uniform (−0.8000 ± 0.0248 nats per token on test)"),
     ],
@@ -362,9 +365,9 @@ def test_the_headline_follows_the_numbers(values, says, tmp_path):
 
 
 def test_uniform_weights_are_not_said_to_change_the_loss(tmp_path):
-    told = result(compare=compared(values={"learned weights": GOOD["uniform"]})) | {"best": 0}
+    told = result(compare=compared(values={"learned": GOOD["uniform"]})) | {"best": 0}
     for row in told["compare"][1:]:
-        if row["name"] == "learned weights":
+        if row["name"] == "learned":
             row["runs"] = told["compare"][0]["runs"]
     assert "the weights are the uniform ones of step 0" in words(written(tmp_path, told))
 

@@ -24,6 +24,6 @@ def test_most_of_the_headroom_is_won_and_believed(shared, tmp_path):
     result = run_verb("select", "configs/select.yaml", tmp_path / "run", *given, *arms)
     loss = {row["name"]: row["mean"]["test"] for row in result["compare"]}
     assert loss["oracle"] < loss["uniform"] - 0.2  # else the labels mean nothing here
-    headroom = (loss["uniform"] - loss["learned weights"]) / (loss["uniform"] - loss["oracle"])
+    headroom = (loss["uniform"] - loss["learned"]) / (loss["uniform"] - loss["oracle"])
     assert headroom >= 0.6 and result["auc"]["weights"] >= 0.85
     assert result["verdict"]["level"] == "BELIEVE"

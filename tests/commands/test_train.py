@@ -124,7 +124,7 @@ def test_select_weighs_pairs(made, tmp_path, objective):
     result = select(load_config(SelectConfig, made / "select.yaml", [*flags, "--out", str(tmp_path / "run")]))
     assert result["auc"]["weights"] > 0.9  # a third of the pairs is swapped
     loss = {row["name"]: row["mean"]["test"] for row in result["compare"]}
-    assert loss["learned weights"] < loss["uniform"]
+    assert loss["learned"] < loss["uniform"]
     assert "nats per pair" in (tmp_path / "run" / "report.html").read_text()
     assert result["certificates"]["uniform weights"]["exact"]["ratios"][0] == pytest.approx(1, abs=0.1)
 

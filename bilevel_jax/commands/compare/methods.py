@@ -47,6 +47,8 @@ class MethodResult(NamedTuple):
     """Why it stopped before its budget was spent, or nothing."""
     params: Params | None = None
     """The model that a single-loop method trained itself, on V too."""
+    validation_weight: float = 1.0
+    """The weight of each validation example in a training on them, too."""
 
 
 class MethodSpec(NamedTuple):
@@ -89,7 +91,12 @@ def _run_outer_loop_within_budget(
     stop_reason = learned.stop_reason if progress(learned.records) <= 1 else ""
     spent = sum(record["work"] for record in learned.records)
     return MethodResult(
-        learned.weights, _cost_history(learned.records), spent, _total_seconds(learned.records), stop_reason
+        learned.weights,
+        _cost_history(learned.records),
+        spent,
+        _total_seconds(learned.records),
+        stop_reason,
+        validation_weight=learned.validation_weight,
     )
 
 

@@ -1,7 +1,6 @@
 """The `compare` command, which tests every method at one compute budget."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +17,23 @@ from bilevel_jax.core.weightings import effective_sample_size
 from bilevel_jax.runs.budget.work import count_compare_work
 from bilevel_jax.runs.config.load import CompareConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
+from bilevel_jax.runs.engine.arms import ArmInputs, build_simple_arm, make_variant, why_absent
 from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores
-from bilevel_jax.runs.engine.retrain import RetrainVariant, retrain_variant
+from bilevel_jax.runs.engine.retrain import Retrainer, RetrainVariant
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.stats import mean_interval, top_indices
+from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import build_array_model, label_array_data, prepare_array_task, read_npz_dataset
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import KnownLabels, accuracy, headline_part, read_labels
+from bilevel_jax.runs.tasks.evaluation import accuracy, headline_part, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 from bilevel_jax.runs.tasks.text import prepare_text_task
 
+RANKED_AFTER_UNIFORM = ("top_alignment", "low_loss", "low_loss_dev")
+"""Baselines that a uniform training ranks."""
 SEED_STRIDE = 1_000_000
 """Distance of the data seeds of two repetitions: further than any outer step or retrain goes."""
 
@@ -120,7 +122,8 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
     for seed in range(config.compare.seeds):
         task = build_task(seed)
         if seed == 0:
-            session.set_phase("starting", total=count_compare_work(task, config.compare))
+            labels = read_labels(task, sections_for_seed(config, seed).data)
+            session.set_phase("starting", total=count_compare_work(task, config.compare, labels))
         for note in task.notes:
             session.print_line(f"seed {seed}  {note}")
         notes += [note for note in task.notes if note not in notes]
@@ -142,6 +145,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         "top_share": config.compare.top_share,
         "counts": {"train": task.num_examples}
         | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
+        "absent_baselines": [reason for name in config.compare.baselines if (reason := why_absent(name, task, labels))],
         "notes": notes,
         "seconds": session.job_cost("seed")[1],
         "config_hash": config_hash(config),
@@ -160,12 +164,11 @@ def run_repetition(
 ) -> tuple[dict[str, dict[str, Any]], pa.Table]:
     """Every baseline and every method under one seed: (name -> its cell of the table, the weights of every example)."""
     repetition = Repetition(config, task, seed, session)
-    cells = {}
-    for name, (variant, scores) in make_baselines(
-        config, task, seed, repetition.uniform_stats, repetition.labels
-    ).items():
-        cells[name] = repetition.run_baseline(name, variant, scores)
-        session.print_line(f"seed {seed}  {_format_cell(name, cells[name])}")
+    cells: dict[str, dict[str, Any]] = {}
+    for baseline in config.compare.baselines:
+        if not why_absent(baseline, task, repetition.labels):
+            cells[baseline] = repetition.run_baseline(baseline)
+            session.print_line(f"seed {seed}  {_format_cell(baseline, cells[baseline])}")
     columns = {"alignment": repetition.uniform_stats["alignment"], "loss": repetition.uniform_stats["losses"]}
     for name in config.compare.methods:
         cells[name], columns[f"weight {name}"] = repetition.run_method(name)
@@ -189,15 +192,32 @@ class Repetition:
         self.trainer = Trainer(task, self.sections.outer, session)
         self.outer_loss = validation_loss_fn(task.problem)
         self.uniform_stats = _train_uniform(task, self.sections, seed, self.trainer, session)
+        self.retrainer = Retrainer(
+            task,
+            self.trainer,
+            session,
+            f"seed {seed}",
+            train_seed=self.sections.train.seed,
+            data_seed=self.sections.data.seed,
+        )
+        self.arm_inputs = ArmInputs(
+            losses=self.uniform_stats["losses"],
+            alignment=self.uniform_stats["alignment"],
+            subset_size=max(1, round(config.compare.top_share * len(task.trainable_indices()))),
+            random_seed=(config.data.seed, seed, 2),
+            labels=self.labels,
+            good_label=self.sections.data.good_label,
+        )
 
-    def run_baseline(self, name: str, variant: RetrainVariant, scores: np.ndarray | None) -> dict[str, Any]:
+    def run_baseline(self, name: str) -> dict[str, Any]:
         """The cell of a selection that learns no weights."""
-        ranking_passes = self.uniform_stats["passes"] if name in ("top_alignment", "low_loss") else 0
-        is_kept = np.isin(np.arange(self.task.num_examples), variant.example_indices)
-        cell = self._retrain_cold(name, variant) | {"ess": int(is_kept.sum())}
-        if self.labels is not None and scores is not None:
-            cell |= {"auc": self.labels.auc(scores), "f1": self.labels.f1(is_kept)}
-        return cell | {"meaning": variant.meaning, "passes": cell["passes"] + ranking_passes}
+        arm = build_simple_arm(name, self.task, self.retrainer, self.arm_inputs)
+        is_kept = np.isin(np.arange(self.task.num_examples), arm.variant.example_indices)
+        cell = self._retrain_cold(name, arm.variant) | {"ess": int(is_kept.sum())}
+        if self.labels is not None and arm.scores is not None:
+            cell |= {"auc": self.labels.auc(arm.scores), "f1": self.labels.f1(is_kept)}
+        ranking_passes = self.uniform_stats["passes"] if name in RANKED_AFTER_UNIFORM else 0
+        return cell | {"meaning": arm.variant.meaning, "passes": cell["passes"] + ranking_passes}
 
     def run_method(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         """The cell of a method, after cold retrains with its weights, and the weights; mixing learns none."""
@@ -206,68 +226,25 @@ class Repetition:
         )
         if name == "mixing":
             return cell, weights
-        table = np.ones(self.task.corpus.num_examples)
-        table[: self.task.num_examples] = weights
-        trainable = self.task.trainable_indices()
-        with_validation = np.concatenate([trainable, self.task.validation_indices()])
-        alone = self._retrain_cold(f"{name}, alone", RetrainVariant(name, "", trainable, table))
-        both = self._retrain_cold(f"{name}, with validation", RetrainVariant(name, "", with_validation, table))
+        task, trainable = self.task, self.task.trainable_indices()
+        table = np.full(task.corpus.num_examples, cell["validation_weight"])
+        table[: task.num_examples] = weights
+        with_validation = np.concatenate([trainable, task.validation_indices()])
+        alone = self._retrain_cold(f"{name}, alone", make_variant(name, "", task, trainable, table))
+        both = self._retrain_cold(f"{name}, with validation", make_variant(name, "", task, with_validation, table))
         cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
         cell["with_v"] = {key: both[key] for key in ("test", "accuracy")}
         if self.labels is not None:  # a learned weight keeps where it is above 1, i.e. sigma(h) > .5
             cell |= {"auc": self.labels.auc(weights), "f1": self.labels.f1(weights > 1)}
         return cell, weights
 
-    def _retrain_cold(self, name: str, variant: RetrainVariant) -> dict[str, Any]:
-        train_seed, data_seed = self.sections.train.seed, self.sections.data.seed
-
-        def make() -> dict[str, Any]:
-            began = time.monotonic()
-            losses = retrain_variant(self.task, self.trainer, self.outer_loss, variant, train_seed, data_seed)
-            return losses | {"passes": self.task.num_steps, "seconds": time.monotonic() - began}
-
-        self.session.set_phase(f"seed {self.seed}/{name}")
-        return self.session.run_once(f"seed {self.seed}/{name}", make)
-
-
-def make_baselines(
-    config: CompareConfig, task: Task, seed: int, uniform_stats: dict[str, Any], labels: KnownLabels | None
-) -> dict[str, tuple[RetrainVariant, np.ndarray | None]]:
-    """The rows of the table that learn no weights: name -> (what it trains on, the scores that chose it)."""
-    everything, fit = task.trainable_indices(), task.validation_indices()
-    ones = np.ones(task.corpus.num_examples)
-    count = max(1, round(config.compare.top_share * len(everything)))
-    random_subset = np.sort(np.random.default_rng((config.data.seed, seed, 2)).choice(everything, count, replace=False))
-    share = f"{config.compare.top_share:.0%} of the rows"
-    specs: dict[str, tuple[str, np.ndarray, np.ndarray | None]] = {
-        "uniform": ("every example, weight 1", everything, None),
-        "validation": ("validation alone", fit, None),
-        "train+validation": ("every example and validation", np.concatenate([everything, fit]), None),
-        "random": (
-            f"{share}, at random",
-            random_subset,
-            np.isin(np.arange(task.num_examples), random_subset).astype(float),
-        ),
-        "top_alignment": (
-            f"{share}, by alignment once",
-            top_indices(-uniform_stats["alignment"], count, everything),
-            -uniform_stats["alignment"],
-        ),
-        "low_loss": (
-            f"{share}, of least loss",
-            top_indices(-uniform_stats["losses"], count, everything),
-            -uniform_stats["losses"],
-        ),
-    }
-    if labels is not None:
-        clean, is_good = np.flatnonzero(labels.good), labels.good.astype(float)
-        specs["oracle"] = ("the good rows", clean, is_good)
-        specs["oracle+validation"] = ("the good rows and validation", np.concatenate([clean, fit]), is_good)
-    return {
-        name: (RetrainVariant(name, specs[name][0], specs[name][1], ones), specs[name][2])
-        for name in config.compare.baselines
-        if name in specs
-    }
+    def _retrain_cold(self, key: str, variant: RetrainVariant) -> dict[str, Any]:
+        """The readings of a retrain, with the passes and seconds of it and of what was tried to choose it."""
+        losses = self.retrainer.retrain(variant, key, 0)
+        del losses["dev_losses"]
+        costs = [self.session.job_cost(f"seed {self.seed}/{key}{after}") for after in ("/", ", ")]
+        passes, seconds = (sum(values) for values in zip(*costs, strict=True))
+        return losses | {"passes": passes, "seconds": seconds}
 
 
 def learn_weights(
@@ -297,6 +274,7 @@ def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, 
         "seconds": outcome.seconds,
         "trail": outcome.history,
         "ended": outcome.stop_reason,
+        "validation_weight": outcome.validation_weight,
         "ess": float(effective_sample_size(jnp.asarray(outcome.weights))),
         "sources": {name: float(outcome.weights[source_names == name].mean()) for name in sources}
         if 2 <= len(sources) <= 6

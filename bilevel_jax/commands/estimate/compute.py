@@ -28,6 +28,7 @@ from bilevel_jax.runs.config.load import (
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.engine.trajectory_store import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
+from bilevel_jax.runs.tasks.evaluation import read_labels
 
 
 class CompiledStep(NamedTuple):
@@ -157,11 +158,9 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
     if isinstance(config, TrainConfig):
         return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
     if isinstance(config, CompareConfig):
-        return [
-            WorkStage(
-                "all methods and baselines", other_work=work.count_compare_work(abstract_run.task, config.compare)
-            )
-        ]
+        labels = read_labels(abstract_run.task, config.data)
+        total = work.count_compare_work(abstract_run.task, config.compare, labels)
+        return [WorkStage("all methods and baselines", other_work=total)]
     if isinstance(config, AuditConfig):
         return [
             WorkStage(

@@ -43,7 +43,7 @@ from bilevel_jax.runs.report.weights import (
 )
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 
-FIRST_PICTURE_VARIANTS = ("oracle", "uniform", "learned weights", "selected subset", "random subset")
+FIRST_PICTURE_VARIANTS = ("oracle", "uniform", "learned", "learned+validation", "selected", "random")
 """Variants of the first picture, from the top."""
 PART_USES = {
     "train": "get weights",
@@ -129,8 +129,8 @@ def write_headline(run: RunResults) -> tuple[str, str]:
             "was not measured."
         )
     part = most_independent_part(run)
-    if not (gain := difference_from_uniform(run, "learned weights", part)):
-        return no_number, "the comparison lacks “uniform” or “learned weights” (retrain.variants)."
+    if not (gain := difference_from_uniform(run, "learned", part)):
+        return no_number, "the comparison lacks “uniform” or “learned” (retrain.variants)."
     verb, size = "lower" if gain.mean < 0 else "raise", abs(gain.mean)
     if run.result["best"] == 0 and gain.mean == 0:
         words = (
@@ -162,11 +162,11 @@ def list_key_numbers(run: RunResults) -> list[tuple[str, str, str]]:
     part, total = most_independent_part(run), run.result["rows"]["train"]
     ess = float(best_record(run)["ess"])
     numbers = []
-    for name in ("learned weights", "uniform"):
+    for name in ("learned", "uniform"):
         if row := find_variant(run, name):
             loss = format_interval(variant_interval(row, part)).removeprefix("+")
             numbers.append((f"{part} loss, {name}", loss, run.unit))
-    if gain := difference_from_uniform(run, "learned weights", part):
+    if gain := difference_from_uniform(run, "learned", part):
         numbers.append(("learned − uniform, paired", format_interval(gain), f"{run.unit}; below 0 is better"))
     rule = selection.describe_selection_rule(SelectionSection(**run.config["selection"]))
     return [

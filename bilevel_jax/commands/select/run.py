@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bilevel_jax.commands.select import report
+from bilevel_jax.commands.select.arms import build_arms
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks, Params
 from bilevel_jax.runs.budget import usage, work
@@ -15,7 +16,8 @@ from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts
 from bilevel_jax.runs.engine.certificates import compute_certificates
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, run_outer_loop
-from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, build_variants, retrain_all_variants
+from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
+from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
@@ -81,13 +83,13 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
     _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
     result = _build_result(task, config, session, learned, single_loop_result)
+    result |= comparison
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
         # tells less; that certificate is in the report, but is not the verdict.
         "verdict": {**verdicts["uniform weights"]._asdict(), "sentence": str(verdicts["uniform weights"])},
-        "compare": comparison,
         "selected": len(selected),
         "estimate": expected,
     }
@@ -158,26 +160,18 @@ def _compare_by_retraining(
     session: Session,
     learned: LearnedWeights,
     selected_indices: Int[np.ndarray, "selected"],
-) -> list[dict[str, Any]]:
-    variants = build_variants(
-        task,
-        learned,
-        selected_indices,
-        session,
-        retrain=config.retrain,
-        data=config.data,
-        scores=config.scores,
-        train_seed=config.train.seed,
-    )
-    return retrain_all_variants(
-        task,
-        trainer,
-        session,
-        variants,
-        retrain=config.retrain,
-        train_seed=config.train.seed,
-        data_seed=config.data.seed,
-    )
+) -> dict[str, Any]:
+    """What result.json holds of the retrains: the lines of the table, and why an arm is not among them."""
+    if not config.retrain.enabled:
+        return {"compare": [], "absent_arms": [], "recommendation": recommend_nothing(NOT_COMPARED).to_json()}
+    retrainer = Retrainer(task, trainer, session, "compare", train_seed=config.train.seed, data_seed=config.data.seed)
+    arms = build_arms(config, task, retrainer, learned, selected_indices)
+    for reason in arms.absent:
+        session.print_line(f"not compared: {reason}.")
+    lines, dev_losses = retrain_variants(task, retrainer, arms.variants, config.retrain.seeds)
+    recommendation = recommend(dev_losses, task.objective.loss_unit)
+    session.print_line(recommendation.sentence)
+    return {"compare": lines, "absent_arms": arms.absent, "recommendation": recommendation.to_json()}
 
 
 def _write_artifacts(

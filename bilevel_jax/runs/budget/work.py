@@ -16,9 +16,10 @@ from bilevel_jax.runs.config.schema import (
     RefineMethod,
     SingleLoopSection,
 )
+from bilevel_jax.runs.engine.arms import count_trainings
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
-from bilevel_jax.runs.tasks.evaluation import read_labels
+from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
 
@@ -69,9 +70,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         )
     if config.retrain.enabled:
         labels = read_labels(task, config.data)
-        has_good_labels = labels is not None and labels.good.any()
-        variants = [variant for variant in config.retrain.variants if variant != "oracle" or has_good_labels]
-        stages.append(training.repeat(len(variants) * config.retrain.seeds, "comparison"))
+        trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
+        stages.append(training.repeat(trainings, "comparison"))
     return [*stages, training.repeat(1, "the model that is written")]
 
 
@@ -94,7 +94,10 @@ def evaluation_work(task: TextTask, config: RunConfig) -> float:
             * FORWARD_WORK
         )
     if isinstance(config, SelectConfig) and config.retrain.enabled:
-        total += len(config.retrain.variants) * config.retrain.seeds * all_parts_work
+        labels = read_labels(task, config.data)
+        trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
+        dev_work = part_steps.get("dev", 0) * FORWARD_WORK  # once more for the losses of single examples
+        total += trainings * (all_parts_work + dev_work)
     return total
 
 
@@ -112,10 +115,10 @@ def count_audit_work(task: Task, audit: AuditSection, certify: CertifySection, n
     return task.num_steps * (1 + backward + certified + len(audit.removed) * audit.subsets)
 
 
-def count_compare_work(task: Task, compare: CompareSection) -> float:
+def count_compare_work(task: Task, compare: CompareSection, labels: KnownLabels | None) -> float:
     """The whole `compare` run in training steps, for the ETA."""
     steps = task.num_steps
-    baselines = steps + count_baseline_work(task) + len(compare.baselines) * steps
+    baselines = steps + count_baseline_work(task) + count_trainings(compare.baselines, task, labels, 1) * steps
     return compare.seeds * (baselines + len(compare.methods) * (compare.budget + 2 * steps))
 
 

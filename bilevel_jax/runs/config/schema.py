@@ -589,10 +589,11 @@ class SelectionSection:
 
 
 Variant = Literal[
-    "uniform", "learned", "selected", "random", "top_alignment", "low_loss", "validation", "train+validation", "oracle",
+    "uniform", "learned", "learned+validation", "selected", "random", "top_alignment", "low_loss", "low_loss_dev",
+    "validation", "validation_early_stop", "validation_model", "train+validation", "oracle",
     "ica", "loss", "reducible", "oneshot", "margin",
 ]  # fmt: skip
-DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:9]
+DEFAULT_VARIANTS: tuple[Variant, ...] = get_args(Variant)[:13]
 """All variants but the data scores that cost a pass of their own over the examples."""
 
 
@@ -607,7 +608,7 @@ class RetrainSection:
     """Trainings of each variant, with different seeds."""
 
     variants: tuple[Variant, ...] = DEFAULT_VARIANTS
-    """Variants that are trained; the name of a data score: the examples with its highest values."""
+    """Variants that are trained; a data score: its highest values; low_loss_dev, validation_*: chosen on dev."""
 
 
 @dataclass(frozen=True)
@@ -764,8 +765,9 @@ class ArraysSection:
 
 CompareMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
 Baseline = Literal[
-    "uniform", "validation", "train+validation", "oracle", "oracle+validation", "random", "top_alignment", "low_loss"
-]
+    "uniform", "validation", "validation_early_stop", "train+validation", "oracle", "oracle+validation", "random",
+    "top_alignment", "low_loss", "low_loss_dev", "validation_model",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -787,7 +789,7 @@ class CompareSection:
     """Repetitions with other wrong labels, orders of the data and initial parameters."""
 
     top_share: Share = 0.5
-    """Share of the examples that the baselines random, top_alignment and low_loss select."""
+    """Share of the examples that random, top_alignment and low_loss select; validation_model, where there is no dev."""
 
 
 EstimatorName = Literal["unrolled", "implicit", "alignment"]

@@ -58,6 +58,14 @@ class LearnedWeights(NamedTuple):
     """The outer step whose weights these are."""
     stop_reason: str
     """Why the loop ended, in words."""
+    validation_weight: float = 1.0
+    """The weight of each validation example in a training on them, too."""
+
+    def corpus_weights(self, task: Task) -> Float[np.ndarray, "corpus"]:
+        """The weights of the training examples, then those of validation."""
+        weights = np.full(task.corpus.num_examples, self.validation_weight)
+        weights[: task.num_examples] = self.weights
+        return weights
 
 
 def data_order_seed(data: DataSection, outer: OuterSection, step: int) -> int:

@@ -94,10 +94,12 @@ class Trainer:
         *,
         for_backward: bool = False,
         outer_step: int | None = None,
+        on_params: Callable[[int, Params], None] | None = None,
     ) -> Trajectory:
         """Train once; with `for_backward`, store the states that `estimate` reads on its way back.
 
-        With `outer_step` it is saved when due, and resumed from where it was saved.
+        With `outer_step` it is saved when due, and resumed from where it was saved. `on_params` is called with the
+        number of finished steps and the parameters after each of them.
         """
         task, session = self.task, self.session
         restored = None if outer_step is None else self._load_mid_step(outer_step, start, weights)
@@ -113,7 +115,7 @@ class Trainer:
             for later in [step for step in snapshots if step > steps_done]:
                 del snapshots[later]  # of the minutes that were lost
             session.advance(steps_done)
-        monitor = _RunMonitor(self, weights, start, stream, snapshots, outer_step, resume_state)
+        monitor = _RunMonitor(self, weights, start, stream, snapshots, outer_step, resume_state, on_params)
         run = train(
             task.train_step,
             start,
@@ -302,9 +304,10 @@ class _RunMonitor:
         snapshots: MutableMapping[int, TrainState],
         outer_step: int | None,
         resume_state: TrainState | None,
+        on_params: Callable[[int, Params], None] | None,
     ):
         self.trainer, self.weights, self.start, self.stream = trainer, weights, start, stream
-        self.snapshots, self.outer_step = snapshots, outer_step
+        self.snapshots, self.outer_step, self.on_params = snapshots, outer_step, on_params
         self.steps_done = 0 if resume_state is None else int(resume_state.step)
         self._unread_losses: dict[int, jax.Array] = {}
 
@@ -314,6 +317,8 @@ class _RunMonitor:
         self._unread_losses[self.steps_done] = metrics.loss
         self.steps_done += 1
         session.advance()
+        if self.on_params is not None:
+            self.on_params(self.steps_done, state.params)
         due = session.should_save()
         if due or self.steps_done % FINITE_CHECK_INTERVAL == 0:  # not at each step: reading a loss waits for the device
             self.check(state.params)

@@ -30,6 +30,9 @@ def describe_comparison(run: RunResults) -> dict[str, Any]:
         "oracle": describe_oracle(run, part),
         "headroom": _describe_headroom(run, part),
         "table": variants_table(run, rows, part),
+        "absent": run.result["absent_arms"],
+        "recommendation": run.result["recommendation"]["sentence"],
+        "standings": standings_table(run),
         "trainings": sum(len(row["runs"]) for row in rows),
         "seed_table": seeds_table(run, rows),
         "picture": plot_comparison(run, rows, part, second_part),
@@ -38,11 +41,9 @@ def describe_comparison(run: RunResults) -> dict[str, Any]:
 
 def variants_table(run: RunResults, rows: Sequence[dict[str, Any]], part: str) -> Table:
     """A line for each variant: means and intervals over the seeds, and the difference from uniform weights."""
-    marks = {"learned weights": "strong", "oracle": "oracle"}
-    names = [
-        bold_cell(row["name"], tag="knows the labels" if row["name"] == "oracle" else "", sub=row["meaning"])
-        for row in rows
-    ]
+    marks = {"learned": "strong", "oracle": "oracle"}
+    tags = {"oracle": "knows the labels", run.result["recommendation"]["use"]: "recommended"}
+    names = [bold_cell(row["name"], tag=tags.get(row["name"], ""), sub=row["meaning"]) for row in rows]
     return make_table(
         Column("trained on", names),
         *(Column(one, [variant_interval(row, one) for row in rows], f"loss, {run.unit}") for one in _parts(rows)),
@@ -61,6 +62,22 @@ def variants_table(run: RunResults, rows: Sequence[dict[str, Any]], part: str) -
         Column("steps", [row["steps"] for row in rows]),
         Column("epochs", [row["epochs"] for row in rows]),
         row_classes={index: marks[row["name"]] for index, row in enumerate(rows) if row["name"] in marks},
+    )
+
+
+def standings_table(run: RunResults) -> Table | None:
+    """A line for each arm that may be recommended, the simplest first; None where nothing was chosen."""
+    recommendation = run.result["recommendation"]
+    standings = recommendation["standings"]
+    if not standings:
+        return None
+    chosen = next(place for place, standing in enumerate(standings) if standing["name"] == recommendation["use"])
+    return make_table(
+        Column("arm, the simplest first", [standing["name"] for standing in standings]),
+        Column("dev", [standing["dev_loss"] for standing in standings], f"loss, {run.unit}"),
+        Column("behind the best", [standing["behind"] for standing in standings], run.unit),
+        Column("standard error", [standing["standard_error"] for standing in standings], "of that difference"),
+        row_classes={chosen: "strong"},
     )
 
 
@@ -105,7 +122,7 @@ def describe_oracle(run: RunResults, part: str) -> str:
 
 
 def _describe_headroom(run: RunResults, part: str) -> str:
-    gap, gain = difference_from_uniform(run, "oracle", part), difference_from_uniform(run, "learned weights", part)
+    gap, gain = difference_from_uniform(run, "oracle", part), difference_from_uniform(run, "learned", part)
     if not gap or not gain or not gap.mean + gap.half_width < 0:
         return ""
     closed = gain.mean / gap.mean
@@ -121,7 +138,7 @@ def plot_comparison(run: RunResults, rows: Sequence[dict[str, Any]], part: str, 
         mean, half_width = variant_interval(row, part)
         seed_values = [float_or_nan(one[part]) for one in row["runs"]]
         second_value = variant_interval(row, second_part).mean if second_part else math.nan
-        emphasized = row["name"] == "learned weights"
+        emphasized = row["name"] == "learned"
         lines.append(
             IntervalRow(row["name"], mean, mean - half_width, mean + half_width, seed_values, second_value, emphasized)
         )

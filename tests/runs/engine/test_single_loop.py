@@ -50,7 +50,7 @@ def test_every_method_writes_weights_and_its_own_model(made, tmp_path, name):
     assert "trains on V" in result["estimand"]
     assert result["records"][-1]["loss"]["validation"] < result["records"][0]["loss"]["validation"]
     assert (tmp_path / "run" / "model-own" / "model.safetensors").exists()
-    assert [row["name"] for row in result["compare"]] == (["uniform", "learned weights"] if whole else [])
+    assert [row["name"] for row in result["compare"]] == (["uniform", "learned"] if whole else [])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<html" in page and "trains on V" in page and ">nan<" not in page
 
