@@ -84,9 +84,7 @@ def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
         }  # fmt: skip
         given = [text for flag, value in settings.items() for text in (f"--{flag}", *str(value).split())]
         began = time.process_time()
-        result = select(
-            load_config(SelectConfig, "configs/select.yaml", [*given, *flags, "--retrain.variants", *arms])
-        )
+        result = select(load_config(SelectConfig, "configs/select.yaml", [*given, *flags, "--retrain.variants", *arms]))
     return {
         "test": {row["name"]: row["mean"]["test"] for row in result["compare"]},
         "dev": {row["name"]: row["mean"]["dev"] for row in result["compare"]},
@@ -113,11 +111,15 @@ def draw(lines: Path, picture: Path | None) -> None:
     held = {(line["run"], line["size"], line["seed"]): line for line in _read(lines)}
     sizes, seeds = (sorted({key[place] for key in held}) for place in (1, 2))
     table = {
-        label: {size: [held[run, size, seed]["test"][arm] for seed in seeds if (run, size, seed) in held] for size in sizes}
+        label: {
+            size: [held[run, size, seed]["test"][arm] for seed in seeds if (run, size, seed) in held] for size in sizes
+        }
         for label, (run, arm) in CURVES.items()
     }
     table = {label: values for label, values in table.items() if any(values.values())}
-    print(f"| test loss, nats per token | {' | '.join(f'|V| = {size}'.replace('|', chr(92) + '|') for size in sizes)} |")
+    print(
+        f"| test loss, nats per token | {' | '.join(f'|V| = {size}'.replace('|', chr(92) + '|') for size in sizes)} |"
+    )
     print("|---" * (len(sizes) + 1) + "|")
     for label, values in table.items():
         print(f"| {label} | {' | '.join(_cell(values[size]) for size in sizes)} |")
