@@ -38,7 +38,7 @@ from bilevel_jax.core.solve.jointly import jointly
 from bilevel_jax.core.solve.penalty import penalty
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status, raise_for_status
 from bilevel_jax.core.solve.unroll import unroll
-from bilevel_jax.core.streams import full_batch_stream, shuffled_stream
+from bilevel_jax.core.streams import full_batch_stream, halve_stream, shuffled_stream
 from bilevel_jax.core.training import init_train_state, scan, train, train_step, trajectory_from_params
 from bilevel_jax.core.types import Checks, Estimate, Problem, Stream, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each, unrolled_estimator
@@ -65,6 +65,7 @@ __all__ = [
     "curvature",
     "each",
     "full_batch_stream",
+    "halve_stream",
     "hypergradient",
     "implicit",
     "implicit_estimator",

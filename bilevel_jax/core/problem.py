@@ -85,7 +85,8 @@ def weighted(
                 f"validation losses {jnp.shape(values)} of {batch['index'].shape[0]} examples; give one loss per "
                 "example."
             )
-        return jnp.sum(jnp.where(batch["index"] != PADDING, values, 0)) / batch["num_examples"]
+        values = jnp.where(batch["index"] != PADDING, values, 0)
+        return jnp.sum(values * batch.get("halves", 1.0)) / batch["num_examples"]
 
     def gather(table: Hyper, batch: Batch) -> HyperSlice:
         return jnp.asarray(table).at[batch["index"]].get(mode="fill", fill_value=0)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.types import PADDING, Batch, PyTree, Stream
 
@@ -55,6 +56,37 @@ def shuffled_stream(data: PyTree, batch_size: int, steps: int, seed: int) -> Str
         )
 
     return Stream(batch_at, steps)
+
+
+def halve_stream(stream: Stream, halves: Float[Array, "validation"]) -> Stream:
+    """A validation stream whose sum is the difference of two halves, (mean over A - mean over B) / 2 where they are
+    equal.
+
+    Args:
+        stream: that sums to the mean over validation examples.
+        halves: float[validation], of `certify.validation_halves`; the place of an example in it is its `index`.
+
+    Returns:
+        The same batches with the leaf `halves`, which the outer loss of `weighted` multiplies by.
+
+    Example:
+        >>> stream = bj.full_batch_stream(jnp.array([5.0, 7.0]))
+        >>> problem = bj.weighted(lambda theta, frozen, batch: batch["data"])
+        >>> batch = bj.halve_stream(stream, jnp.array([1.0, -1.0])).batch(0)
+        >>> float(problem.outer((), (), jax.tree.map(lambda leaf: leaf[0], batch)))  # (5 - 7) / 2
+        -1.0
+    """
+
+    def batch(step: int) -> Batch:
+        given = stream.batch(step)
+        return {**given, "halves": _gather_halves(halves, given["index"])}
+
+    return Stream(batch, stream.steps)
+
+
+@jax.jit
+def _gather_halves(halves: Float[Array, "validation"], index: Int[Array, "micro examples"]) -> Array:
+    return jnp.asarray(halves).at[index].get(mode="fill", fill_value=0)
 
 
 def _make_batch(data: PyTree, indices: np.ndarray, size: int) -> Batch:

@@ -21,7 +21,8 @@ Batch = PyTree
 example in the weight table (`PADDING` where there is none), and `num_examples` float[micro], the number of real
 examples in the whole global step (in a stream that is summed, as the validation stream is: in the whole stream). Where
 examples do not all count the same before they are weighted, `multiplicity` float[micro, examples], mean 1: a factor of
-each."""
+each. In a validation stream whose sum is the difference of two halves, `halves` float[micro, examples]: the factors of
+`certify.validation_halves`."""
 Linearization = Callable[[list[Array], Params], tuple[Params, HyperSlice]]
 """(the step's inputs, v) -> (H v, the hypergradients along v): a step's second derivatives, as arrays that compiled
 functions take and return."""
@@ -201,6 +202,9 @@ class Estimate(NamedTuple):
     checks: Checks
     params: Params = ()
     """The parameters that L_v was read at."""
+    half_difference: Hyper = ()
+    """d of two halves A and B of the validation set, (g_A - g_B) / 2, shaped as `grad`: E |d|^2 is the sampling
+    variance of `grad`. () where it was not measured."""
 
 
 Estimator = Callable[[Trajectory, Hyper, Frozen, Stream, Stream], Estimate]

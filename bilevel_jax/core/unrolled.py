@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from bilevel_jax.core.types import (
     Estimator,
     Frozen,
     Hyper,
+    HyperSlice,
     ModelState,
     Params,
     Problem,
@@ -39,8 +40,9 @@ STEPS_PER_ADVANCE = 32
 class BackwardPass(NamedTuple):
     """The backward pass in pieces, for drivers that save between them."""
 
-    init: Callable[[Trajectory, Hyper, Frozen, Stream], BackwardState]
-    """(trajectory, hyper, frozen, validation stream): the adjoint is grad L_v, and 0 for the optimizer's state."""
+    init: Callable[[Trajectory, Hyper, Frozen, Any], BackwardState]
+    """(trajectory, hyper, frozen, validation stream): the adjoint is grad L_v, and 0 for the optimizer's state. Of
+    `backward_pass_of_each`, a sequence of streams."""
     advance: Callable[[Trajectory, Hyper, Frozen, Stream, BackwardState], BackwardState]
     """(trajectory, hyper, frozen, train stream, state): at most `STEPS_PER_ADVANCE` steps further back."""
     is_done: Callable[[Trajectory, BackwardState], bool]
@@ -122,37 +124,12 @@ def each(
         >>> bj.each(problem, step)(trajectory, jnp.ones(2), (), stream, validations).grad.round(3).tolist()
         [[1.0, -1.0], [-1.0, 1.0]]
     """
-    if problem.has_state:
-        raise ValueError("several outer losses of a model with a state: use unrolled_estimator for each of them.")
-    loss_and_grad = validation_loss_and_grad_fn(problem)
-    vmapped_step = step._replace(
-        backward=jax.jit(jax.vmap(step.backward, in_axes=(None, None, None, None, None, 0))),
-        vjp_step=jax.jit(jax.vmap(step.vjp_step, in_axes=(None, None, None, None, None, None, 0))),
-        scatter_add=jax.jit(jax.vmap(problem.scatter_add, in_axes=(0, None, 0)), donate_argnums=0),
-    )
-    backward = backward_pass(problem, vmapped_step, on_step=on_step)
+    backward = backward_pass_of_each(problem, step, on_step=on_step)
 
     def estimate(
         trajectory: Trajectory, hyper: Hyper, frozen: Frozen, train: Stream, validations: Sequence[Stream]
     ) -> Estimate:
-        losses_and_grads = [loss_and_grad(trajectory.end.params, frozen, validation) for validation in validations]
-        validation_losses, params_grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *losses_and_grads)
-
-        def stacked_zeros(leaf):
-            return jnp.zeros((len(validations), *leaf.shape), leaf.dtype)
-
-        adjoint = Adjoint(params_grads, [stacked_zeros(leaf) for leaf in tree.inexact_leaves(trajectory.end.opt_state)])
-        grad, norm_at_end = jax.tree.map(stacked_zeros, hyper), tree.norm(params_grads)
-        backward_state = BackwardState(
-            trajectory.steps,
-            trajectory.end,
-            adjoint,
-            grad,
-            validation_losses,
-            norm_at_end,
-            norm_at_end,
-            jnp.array(True),
-        )
+        backward_state = backward.init(trajectory, hyper, frozen, validations)
         while not backward.is_done(trajectory, backward_state):
             backward_state = backward.advance(trajectory, hyper, frozen, train, backward_state)
         return backward.finish(trajectory, backward_state)
@@ -174,15 +151,80 @@ def backward_pass(
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
 
+    def start(
+        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream
+    ) -> tuple[Scalar, Adjoint, Hyper]:
+        return *end_loss_and_adjoint(trajectory.end, frozen, validation), jax.tree.map(jnp.zeros_like, hyper)
+
+    return _build_backward_pass(step, start, window=window, on_step=on_step, on_replay=on_replay)
+
+
+def backward_pass_of_each(
+    problem: Problem,
+    step: TrainStep,
+    *,
+    keep_bits: bool = False,
+    window: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+    on_replay: Callable[[int], None] | None = None,
+) -> BackwardPass:
+    """`backward_pass` of several outer losses side by side: the pieces of `each`.
+
+    `init` takes a sequence of validation streams; the adjoint, `grad` and L_v of a state, and every leaf of the
+    estimate but `checks` and `params`, lead with [losses], and of the checks `growth` does.
+
+    With `keep_bits` the adjoints are not batched: one compiled program has the products of all of them, so that each
+    has the same bits as alone (in every case tried on CPUs) and the compiler shares their primal passes. It grows with
+    their number.
+    """
+    end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
+
+    def of_each(step_back: Callable[..., tuple[Adjoint, HyperSlice]], num_arguments: int) -> Callable[..., Any]:
+        if not keep_bits:
+            return jax.vmap(step_back, in_axes=(*[None] * num_arguments, 0))
+
+        def one_by_one(*arguments: Any) -> tuple[Adjoint, HyperSlice]:
+            count = jax.tree.leaves(arguments[-1])[0].shape[0]
+            adjoints = [jax.tree.map(lambda leaf, place=place: leaf[place], arguments[-1]) for place in range(count)]
+            results = [step_back(*arguments[:-1], adjoint) for adjoint in adjoints]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+        return one_by_one
+
+    step_of_each = step._replace(
+        backward=jax.jit(of_each(step.backward, 5)),
+        vjp_step=jax.jit(of_each(step.vjp_step, 6)),
+        scatter_add=jax.jit(jax.vmap(problem.scatter_add, in_axes=(0, None, 0)), donate_argnums=0),
+    )
+
+    def start(
+        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
+    ) -> tuple[Array, Adjoint, Hyper]:
+        ends = [end_loss_and_adjoint(trajectory.end, frozen, validation) for validation in validations]
+        losses, adjoint = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+        return losses, adjoint, jax.tree.map(lambda leaf: jnp.zeros((len(ends), *leaf.shape), leaf.dtype), hyper)
+
+    return _build_backward_pass(step_of_each, start, window=window, on_step=on_step, on_replay=on_replay)
+
+
+def _build_backward_pass(
+    step: TrainStep,
+    start: Callable[..., tuple[Array, Adjoint, Hyper]],
+    *,
+    window: int | None,
+    on_step: Callable[[int], None] | None,
+    on_replay: Callable[[int], None] | None,
+) -> BackwardPass:
+    """`start` gives L_v, the adjoint at the end of training and a table of zeros."""
+
     def first_step(trajectory: Trajectory) -> int:
         return 0 if window is None else max(0, trajectory.steps - window)
 
-    def init(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Stream) -> BackwardState:
+    def init(trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validation: Any) -> BackwardState:
         if trajectory.steps and not trajectory.plan.stored_steps:
             raise ValueError("this training run stored nothing for a backward pass; give `train` another `plan`.")
-        validation_loss, adjoint = end_loss_and_adjoint(trajectory.end, frozen, validation)
-        norm_at_end = tree.norm((adjoint.params, adjoint.model_state))
-        grad = jax.tree.map(jnp.zeros_like, hyper)
+        validation_loss, adjoint, grad = start(trajectory, hyper, frozen, validation)
+        norm_at_end = _max_norm(jnp.zeros_like(validation_loss), adjoint)
         return BackwardState(
             trajectory.steps, trajectory.end, adjoint, grad, validation_loss, norm_at_end, norm_at_end, jnp.array(True)
         )
@@ -229,7 +271,7 @@ def backward_pass(
             t -= 1
             batch = train.batch(t)
             adjoint, hypergradients = backward_step(step, trajectory.stored_steps[t], hyper, frozen, batch, adjoint)
-            grad, max_norm = step.scatter_add(grad, batch, hypergradients), _update_max_norm(max_norm, adjoint)
+            grad, max_norm = step.scatter_add(grad, batch, hypergradients), _max_norm(max_norm, adjoint)
             if on_step:
                 on_step(t)
         return BackwardState(
@@ -247,10 +289,8 @@ def backward_pass(
         return backward_state.step <= first_step(trajectory)
 
     def finish(trajectory: Trajectory, backward_state: BackwardState) -> Estimate:
-        growth, replay_matches = (
-            float(backward_state.max_norm / backward_state.norm_at_end),
-            bool(backward_state.replay_matches),
-        )
+        ratio = backward_state.max_norm / backward_state.norm_at_end
+        growth, replay_matches = ratio if ratio.ndim else float(ratio), bool(backward_state.replay_matches)
         checks = Checks(growth=growth, replayed=replay_matches, steps=trajectory.steps - first_step(trajectory))
         params = trajectory.end.params
         return Estimate(
@@ -290,7 +330,13 @@ def _zero_opt_adjoint(end: TrainState) -> list[Array]:
 
 
 _states_equal = jax.jit(tree.bitwise_equal)
-_update_max_norm = jax.jit(lambda peak, adjoint: jnp.maximum(peak, tree.norm((adjoint.params, adjoint.model_state))))
+
+
+@jax.jit
+def _max_norm(peak: Array, adjoint: Adjoint) -> Array:
+    """The larger one of a norm and that of an adjoint; of several side by side, each with its own."""
+    norm = lambda adjoint: tree.norm((adjoint.params, adjoint.model_state))  # noqa: E731
+    return jnp.maximum(peak, jax.vmap(norm)(adjoint) if peak.ndim else norm(adjoint))
 
 
 @lru_cache(maxsize=8)

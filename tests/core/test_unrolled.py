@@ -8,12 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax.core import checkpointing, streams
+from bilevel_jax.core import certify, checkpointing, streams
 from bilevel_jax.core.problem import problem as global_problem
+from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.solve.hypergradient import hypergradient
 from bilevel_jax.core.training import init_train_state, scan, train, train_step
 from bilevel_jax.core.types import PADDING, CheckpointPlan, Stream
-from bilevel_jax.core.unrolled import backward_pass, check_differentiable, each, unrolled_estimator, validation_loss_fn
+from bilevel_jax.core.unrolled import (
+    backward_pass,
+    backward_pass_of_each,
+    check_differentiable,
+    each,
+    unrolled_estimator,
+    validation_loss_fn,
+)
 from tests.core.problems import ROWS, lora, relative, stacked, through_scan, trained
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-2, 4, 24)
@@ -100,6 +108,77 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(plan):
     assert out.checks.replayed and out.validation_loss == whole.validation_loss
     both = each(toy.problem, never)(run, weights, toy.fixed, toy.train, [toy.validation] * 2)
     assert relative(both.grad[1], whole.grad) < 1e-13
+
+
+def test_the_difference_of_halves_is_that_of_each_example():
+    """d = (1/n) sum_i c_i g_i, the g_i by a pass of their own, in float64; an odd number of examples, with padding."""
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    step, run = trained(toy, ADAMW, weights)
+    batches = [toy.validation.batch(place) for place in range(toy.validation.steps)]
+    count = int(batches[0]["num_examples"][0])
+    halves = certify.validation_halves(count, 3)
+    alone = [streams.halve_stream(toy.validation, count * jnp.eye(count)[place]) for place in range(count)]
+    each_example = each(toy.problem, step)(run, weights, toy.fixed, toy.train, alone).grad
+    both = [toy.validation, streams.halve_stream(toy.validation, jnp.asarray(halves))]
+    out = each(toy.problem, step)(run, weights, toy.fixed, toy.train, both)
+    assert relative(out.grad[0], each_example.mean(0)) < 1e-12  # sums of the same float64 numbers in another order
+    assert relative(out.grad[1], halves @ each_example / count) < 1e-12
+
+
+@pytest.mark.parametrize("window", (None, 7))
+@pytest.mark.parametrize("plan", (CheckpointPlan(2, 3), CheckpointPlan(1, 24, linearize=True)))
+def test_halves_change_no_bit_and_are_resumed(plan, window):
+    """Both adjoints side by side: the bits of each alone; saved in the middle, written to bytes, read, gone on with."""
+    toy, weights = lora(), jnp.asarray(WEIGHTS)
+    count = int(toy.validation.batch(0)["num_examples"][0])
+    halved = streams.halve_stream(toy.validation, jnp.asarray(certify.validation_halves(count, 0)))
+    alone = []
+    for validation in (toy.validation, halved):
+        step, run = trained(toy, ADAMW, weights, plan=plan)
+        alone.append(
+            unrolled_estimator(toy.problem, step, window=window)(run, weights, toy.fixed, toy.train, validation)
+        )
+    step, run = trained(toy, ADAMW, weights, plan=plan)
+    passes = backward_pass_of_each(toy.problem, step, window=window, keep_bits=True)
+    state = passes.init(run, weights, toy.fixed, [toy.validation, halved])
+    while not passes.is_done(run, state):
+        state = passes.advance(run, weights, toy.fixed, toy.train, state)
+        leaves, structure = jax.tree.flatten(state)
+        file = io.BytesIO()
+        np.savez(file, *leaves)
+        file.seek(0)
+        loaded = structure.unflatten([jnp.asarray(leaf) for leaf in np.load(file).values()])
+        state = loaded._replace(step=int(loaded.step))
+    out = passes.finish(run, state)
+    for place, estimate_alone in enumerate(alone):
+        np.testing.assert_array_equal(out.grad[place], estimate_alone.grad)
+        assert out.checks.growth[place] == estimate_alone.checks.growth
+        assert out.validation_loss[place] == estimate_alone.validation_loss
+    assert out.checks.replayed
+
+
+def test_halves_of_a_model_with_a_state():
+    """The adjoint of the state begins with the halves, too."""
+
+    def losses(params, state, frozen, batch):
+        x, y = batch["data"]
+        return (x @ params * (1 + state) - y) ** 2
+
+    problem = weighted(
+        lambda p, s, f, b: (losses(p, s, f, b), 0.9 * s + 0.1 * jnp.mean(p)), outer=losses, has_state=True
+    )
+    random = np.random.default_rng(0)
+    x, y = jnp.asarray(random.normal(size=(12, 3))), jnp.asarray(random.normal(size=12))
+    optimizer, weights = optax.sgd(0.05), jnp.ones(8)
+    step = train_step(problem, optimizer)
+    stream = streams.shuffled_stream((x[:8], y[:8]), 4, steps=6, seed=0)
+    validation = streams.full_batch_stream((x[8:], y[8:]))
+    halved = streams.halve_stream(validation, jnp.asarray(certify.validation_halves(4, 0)))
+    start = init_train_state(optimizer, jnp.ones(3) / 3, jnp.array(0.2))
+    run = train(step, start, weights, (), stream, plan=checkpointing.store_all_plan(6))
+    out = each(problem, step)(run, weights, (), stream, [validation, halved])
+    for place, one in enumerate((validation, halved)):
+        assert relative(out.grad[place], unrolled_estimator(problem, step)(run, weights, (), stream, one).grad) < 1e-13
 
 
 @pytest.mark.parametrize("plan", (CheckpointPlan(4, 5), CheckpointPlan(2, 3)))

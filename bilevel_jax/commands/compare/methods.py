@@ -81,7 +81,7 @@ def _run_outer_loop_within_budget(
 
     learned = run_outer_loop(
         task,
-        Trainer(task, sections.outer, session),
+        Trainer(task, replace(sections.outer, reliability_every=0), session),  # all of the budget goes to steps
         session,
         data=sections.data,
         train_seed=sections.train.seed,

@@ -17,8 +17,9 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
 )
 from bilevel_jax.runs.engine.arms import count_trainings
+from bilevel_jax.runs.engine.outer_loop import measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.engine.trainer import HALVES_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
@@ -61,7 +62,10 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         single_loop_stage = WorkStage("", other_work=count_single_loop_work(config.single_loop, outer, steps))
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
-        stages = [_add_stages("learning", _add_stages("", training, estimate).repeat(outer.steps + 1, ""), baselines)]
+        loop = _add_stages("", training, estimate).repeat(outer.steps + 1, "")
+        halves = _halves_stage(task, outer, steps, epoch_steps)
+        measured = halves.repeat(sum(measures_reliability(outer, step) for step in range(outer.steps + 1)), "")
+        stages = [_add_stages("learning", loop, measured, baselines)]
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
         certificate_count = 2 if outer.restart == "cold" else 1
@@ -158,6 +162,16 @@ def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> W
     # a direct solve makes as many products as there are parameters, which are few where it is used
     products = outer.max_iterations if outer.solver in ("cg", "neumann") else 0
     return WorkStage("", other_work=2 * epoch_steps + HVP_WORK * products * min(outer.curvature_batches, epoch_steps))
+
+
+def _halves_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
+    """What the difference of two halves of the validation set adds to a hypergradient."""
+    if len(task.validation_indices()) < 2:
+        return WorkStage("")
+    hypergradient = _hypergradient_stage(outer, steps, epoch_steps)
+    if outer.method not in ("unrolled", "window"):
+        return hypergradient
+    return WorkStage("", other_work=HALVES_WORK * hypergradient.backward_steps)
 
 
 def _add_stages(name: str, *stages: WorkStage) -> WorkStage:

@@ -466,6 +466,10 @@ class OuterSection:
     patience: Annotated[int, Ge(0), Special(0, "never stop early")] = 3
     """Stop after this many outer steps without a lower dev loss; 0: never."""
 
+    reliability_every: Annotated[int, Ge(0), Special(0, "never")] = 2
+    """Outer steps from one measurement of reliability (how far the hypergradient speaks for examples beside the
+    validation set) to the next; the first and the last measure it, too. 0: never."""
+
     window: Count = 20
     """method=window: number of last training steps that are differentiated."""
 

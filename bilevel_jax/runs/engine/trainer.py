@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from bilevel_jax.core import checkpointing, curvature, solvers, tree
+from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
 from bilevel_jax.core.implicit import implicit_estimator
+from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
     Adjoint,
@@ -24,13 +26,13 @@ from bilevel_jax.core.types import (
     TrainState,
     Trajectory,
 )
-from bilevel_jax.core.unrolled import BackwardPass, backward_pass
+from bilevel_jax.core.unrolled import BackwardPass, backward_pass, backward_pass_of_each
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine import trajectory_store
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint, distributed
-from bilevel_jax.runs.infra.placement import replicate_unplaced
+from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -40,6 +42,8 @@ REPLAY_WORK, HVP_WORK = 1.0, 3.0
 Each step of a backward pass counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must
 not depend on the memory of the machine.
 """
+HALVES_WORK = 2.0
+"""What a second adjoint adds to a backward step, the difference of two halves: the tangents of its Hessian product."""
 FINITE_CHECK_INTERVAL = 32
 """Training steps between two looks at whether their losses are finite."""
 
@@ -73,11 +77,23 @@ class Trainer:
             )
         window = outer.window if outer.method == "window" else None
         self._backward_pass: BackwardPass | None = None
+        self._backward_pass_with_halves: BackwardPass | None = None
         if outer.method in ("unrolled", "window"):
-            on_step = lambda step: session.advance(REPLAY_WORK + HVP_WORK)  # noqa: E731
             on_replay = lambda step: self._pause()  # noqa: E731
             self._backward_pass = backward_pass(
-                task.problem, task.train_step, window=window, on_step=on_step, on_replay=on_replay
+                task.problem,
+                task.train_step,
+                window=window,
+                on_step=lambda step: session.advance(backward_step_work()),
+                on_replay=on_replay,
+            )
+            self._backward_pass_with_halves = backward_pass_of_each(
+                task.problem,
+                task.train_step,
+                keep_bits=True,  # what is measured beside the hypergradient changes none of its bits
+                window=window,
+                on_step=lambda step: session.advance(backward_step_work(with_halves=True)),
+                on_replay=on_replay,
             )
         self._pause: Callable[[], None] = lambda: None
         """Saves the backward pass in its middle, if it is time to."""
@@ -167,33 +183,68 @@ class Trainer:
         return float(loss_fn(run.end.params, task.frozen(start.params), validation))
 
     def estimate(
-        self, run: Trajectory, weights: jax.Array, stream: Stream, *, outer_step: int | None = None
+        self,
+        run: Trajectory,
+        weights: jax.Array,
+        stream: Stream,
+        *,
+        outer_step: int | None = None,
+        halves_seed: int | None = None,
     ) -> Estimate:
-        """The hypergradient of validation loss by the configured method."""
+        """The hypergradient of validation loss by the configured method.
+
+        With `halves_seed`, `half_difference` is that of the two halves of the validation set that `validation_halves`
+        draws. It goes back beside the hypergradient, of which it changes no bit.
+        """
         task, fixed = self.task, self.task.frozen(run.start.params)
-        validation = task.held_out_streams["validation"]
-        if self._backward_pass is None:
-            return self.estimate_at_end(run, weights)
+        has_halves = halves_seed is not None and len(task.validation_indices()) > 1
+        if self._backward_pass is None or self._backward_pass_with_halves is None:
+            estimate = self.estimate_at_end(run, weights)
+            if not has_halves:
+                return estimate
+            halved = self.estimate_at_end(run, weights, validation=self._halved_validation(halves_seed))
+            return estimate._replace(half_difference=halved.grad)
+        validation: Any = task.held_out_streams["validation"]
+        passes = self._backward_pass
+        if has_halves:
+            passes, validation = (
+                self._backward_pass_with_halves,
+                [validation, self._halved_validation(halves_seed)],
+            )
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
-            self.session.advance((REPLAY_WORK + HVP_WORK) * (run.steps - backward_state.step))
+            self.session.advance(backward_step_work(with_halves=has_halves) * (run.steps - backward_state.step))
         else:
-            backward_state = self._backward_pass.init(run, weights, fixed, validation)
+            backward_state = passes.init(run, weights, fixed, validation)
 
         def pause() -> None:
             if self.session.should_save():
                 if outer_step is not None:
-                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state)
+                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, with_halves=has_halves)
                 self.session.mark_saved()
 
         self._pause = pause
-        while not self._backward_pass.is_done(run, backward_state):
-            backward_state = self._backward_pass.advance(run, weights, fixed, stream, backward_state)
+        while not passes.is_done(run, backward_state):
+            backward_state = passes.advance(run, weights, fixed, stream, backward_state)
             pause()
         self._pause = lambda: None  # the other holds this run's states
         delete_stored_states(run)
-        return self._backward_pass.finish(run, backward_state)
+        estimate = passes.finish(run, backward_state)
+        return _split_halves(estimate) if has_halves else estimate
+
+    def validation_halves(self, seed: int) -> Float[np.ndarray, "validation"]:
+        """The factors of the validation examples in the difference of two halves (`certify.validation_halves`), in the
+        order of `held_out_examples`; 0 for those that are too long."""
+        kept = self.task.validation_indices() - self.task.num_examples
+        halves = np.zeros(len(self.task.held_out_examples["validation"]))
+        halves[kept] = certify.validation_halves(len(kept), seed)
+        return halves
+
+    def _halved_validation(self, seed: int | None) -> Stream:
+        assert seed is not None
+        halves = replicate(self.task.mesh, self.validation_halves(seed).astype(jnp.result_type(float)))
+        return halve_stream(self.task.held_out_streams["validation"], halves)
 
     def estimate_at_end(
         self,
@@ -249,12 +300,14 @@ class Trainer:
         """The step at which backward passes end."""
         return self.task.num_steps - trajectory_store.num_backward_steps(self.outer, self.task.num_steps)
 
-    def _empty_backward_state(self, start: TrainState, weights: jax.Array) -> BackwardState:
+    def _empty_backward_state(
+        self, start: TrainState, weights: jax.Array, *, with_halves: bool = False
+    ) -> BackwardState:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
-        adjoint = Adjoint(start.params, tree.inexact_leaves(start.opt_state))
-        return replicate_unplaced(
-            self.task.mesh, BackwardState(-1, start, adjoint, weights, zero, zero, zero, jnp.array(True))
-        )
+        carried = (Adjoint(start.params, tree.inexact_leaves(start.opt_state)), weights, zero, zero, zero)
+        if with_halves:
+            carried = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carried)
+        return replicate_unplaced(self.task.mesh, BackwardState(-1, start, *carried, jnp.array(True)))
 
     def save_training(
         self,
@@ -273,19 +326,23 @@ class Trainer:
         state: TrainState,
         snapshots: MutableMapping[int, TrainState],
         backward_state: BackwardState,
+        *,
+        with_halves: bool = False,
     ) -> None:
         """What is on disk already is not written again."""
         steps = [] if isinstance(snapshots, trajectory_store.DiskStore) else sorted(snapshots)
         if isinstance(snapshots, trajectory_store.DiskStore):
             snapshots.wait_until_written()
         midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
-        checkpoint.save_checkpoint(self.folder, outer_step, midway, {"kept": steps}, max_to_keep=1)
+        meta = {"kept": steps, "halves": with_halves}
+        checkpoint.save_checkpoint(self.folder, outer_step, midway, meta, max_to_keep=1)
 
     def _load_mid_step(self, outer_step: int, start: TrainState, weights: jax.Array) -> "RestoredMidStep | None":
         meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
         if meta is None:
             return None
-        like = MidStepCheckpoint(start, [start] * len(meta["kept"]), self._empty_backward_state(start, weights))
+        empty = self._empty_backward_state(start, weights, with_halves=meta["halves"])
+        like = MidStepCheckpoint(start, [start] * len(meta["kept"]), empty)
         restored = checkpoint.restore_checkpoint(self.folder, like, outer_step)
         return restored and RestoredMidStep(
             restored.tree, dict(zip(meta["kept"], restored.tree.snapshots, strict=True))
@@ -346,6 +403,21 @@ class _RunMonitor:
             lambda at: (self.weights, self.stream.batch(at)),
             lambda index: describe_example(task, index),
         )
+
+
+def backward_step_work(*, with_halves: bool = False) -> float:
+    """Work of a step back, in training steps."""
+    return REPLAY_WORK + HVP_WORK + (HALVES_WORK if with_halves else 0)
+
+
+def _split_halves(estimates: Estimate) -> Estimate:
+    """The estimate of the first of two outer losses, with the hypergradient of the second, the halves' difference."""
+    grad, validation_loss, direction = jax.tree.map(
+        lambda leaf: leaf[0], (estimates.grad, estimates.validation_loss, estimates.direction)
+    )
+    checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[0]))
+    half_difference = jax.tree.map(lambda leaf: leaf[1], estimates.grad)
+    return Estimate(grad, validation_loss, direction, checks, estimates.params, half_difference)
 
 
 def delete_stored_states(run: Trajectory) -> None:
