@@ -13,6 +13,15 @@ from bilevel_jax.core.weightings.online import (
     online_softmax,
     online_uniform,
 )
+from bilevel_jax.core.weightings.pooling import (
+    PartReliability,
+    Parts,
+    PoolingFeatures,
+    measure_part_reliability,
+    pool_contributions,
+    rank_curves,
+    split_contributions,
+)
 from bilevel_jax.core.weightings.rater import RaterVariable, rater
 from bilevel_jax.core.weightings.steps import inverse_rms, normalized_gradient_step
 from bilevel_jax.core.weightings.tables import (
@@ -25,19 +34,26 @@ from bilevel_jax.core.weightings.tables import (
 
 __all__ = [
     "OnlineWeights",
+    "PartReliability",
+    "Parts",
+    "PoolingFeatures",
     "RaterVariable",
     "SoftmaxState",
     "SourceState",
     "effective_sample_size",
     "entropy",
     "inverse_rms",
+    "measure_part_reliability",
     "normalized_gradient_step",
     "online_per_source",
     "online_sigmoid",
     "online_softmax",
     "online_uniform",
+    "pool_contributions",
+    "rank_curves",
     "rater",
     "sigmoid",
     "softmax",
+    "split_contributions",
     "weighting_vjp",
 ]
