@@ -262,9 +262,9 @@ assert few_late[:, 2].mean() > few_late[:, 4].mean() + 0.3, "halves of a used-up
 # Three lessons. Learning uses V up: its loss falls to almost nothing, and the gradients that are left are about V's own
 # quirks. Halves of V notice that at first, when they fall to 0; but once V is fitted its two halves, which were both
 # learned from, agree with each other again, and with 16 examples they say .5 and more where the truth is below 0. A dev
-# set stays with the truth, for the same price. (So `select` measures by dev at learned weights, stops there, and without
-# dev says that its number is an upper bound.) And the loss on others can *rise* while every single number remains an
-# exact derivative.
+# set stays with the truth, for the same price. (So `select` measures by dev at learned weights, stops there, and
+# without dev says that its number is an upper bound.) And the loss on others can *rise* while every single number
+# remains an exact derivative.
 #
 # ## 4. Pooling: what examples share
 #
