@@ -15,6 +15,8 @@ from bilevel_jax.core.certify.reliability import (
     validation_halves,
 )
 from bilevel_jax.core.certify.removals import (
+    REMOVED,
+    Metasmoothness,
     RemovalPrediction,
     drop_random_examples,
     metasmoothness,
@@ -24,9 +26,11 @@ from bilevel_jax.core.certify.removals import (
 from bilevel_jax.core.certify.verdict import Certificates, Verdict, judge_certificates
 
 __all__ = [
+    "REMOVED",
     "STEP_SIZES",
     "Certificates",
     "FiniteDifferences",
+    "Metasmoothness",
     "Reliability",
     "RemovalPrediction",
     "RetrainFn",

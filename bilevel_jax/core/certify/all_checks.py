@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from bilevel_jax.core.certify.finite_differences import STEP_SIZES, check_finite_differences, sign_direction
-from bilevel_jax.core.certify.removals import metasmoothness, predict_removals
-from bilevel_jax.core.certify.verdict import Certificates
+from bilevel_jax.core.certify.removals import REMOVED, metasmoothness, predict_removals
+from bilevel_jax.core.certify.verdict import Certificates, effective_share
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status
 from bilevel_jax.core.types import Frozen, Hyper, ModelState, PyTree
 
@@ -25,6 +25,8 @@ def check(
     frozen: Frozen = (),
     model_state: ModelState = (),
     step_sizes: Sequence[float] = STEP_SIZES,
+    removed: Sequence[float] = REMOVED,
+    draws: int = 3,
     num_retrains: int = 8,
     fraction: float = 0.5,
     seed: int = 0,
@@ -34,9 +36,9 @@ def check(
     Differences of the estimand along the signs of the gradient, at the step sizes given and, where their ratios are
     not near 1 yet, at ever smaller ones down to rounding; metasmoothness; and retrains without a part of the examples.
     A weight of 0 does not move in the differences, so that they say nothing of its derivative.
-    With the defaults it costs 9 to 19 trainings for the differences, one more solution, and 8 trainings. For an outer
-    variable that is not one weight for each example only the differences apply: every entry then moves by the step
-    itself, not by a share of it.
+    With the defaults it costs 9 to 19 trainings for the differences, 3 to 6 more solutions, and 8 trainings. For an
+    outer variable that is not one weight for each example only the differences apply: every entry then moves by the
+    step itself, not by a share of it.
 
     Args:
         solver: as it made the solution.
@@ -47,6 +49,8 @@ def check(
         frozen: likewise.
         model_state: likewise.
         step_sizes: of the differences, largest first.
+        removed: shares of the examples that metasmoothness leaves out; see there.
+        draws: choices of examples for each of them.
         num_retrains: retrains without some examples; 0 for none.
         fraction: of the examples that each of them leaves out.
         seed: of the choices of examples.
@@ -117,6 +121,7 @@ def check(
         )
     return without._replace(
         finite_differences=differences,
-        metasmoothness=metasmoothness(estimate, smoothness_key, hyper, grad),
+        metasmoothness=metasmoothness(estimate, smoothness_key, hyper, grad, removed, draws),
         removal_prediction=removal,
+        effective_share=effective_share(hyper),
     )

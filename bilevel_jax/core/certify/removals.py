@@ -1,6 +1,6 @@
 """Metasmoothness, and retrains without some of the examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,20 @@ from jaxtyping import Array, Float
 from bilevel_jax.core import tree
 from bilevel_jax.core.certify.finite_differences import RetrainFn
 from bilevel_jax.core.types import Hyper
+
+REMOVED = (0.5, 0.2)
+"""Shares of the examples that metasmoothness leaves out: for changes of half of the data, and for small ones."""
+SMOOTH_LARGE = 0.8
+"""The cosine from which on a share tells of all smaller ones, which are then not measured."""
+
+
+class Metasmoothness(NamedTuple):
+    """Cosines of the centred entries (weights times hypergradient) with those after a random share left."""
+
+    removed: tuple[float, ...]
+    """The shares of the examples that were left out."""
+    cosines: tuple[float, ...]
+    """For each share, over the examples that stay, the mean of several draws."""
 
 
 class RemovalPrediction(NamedTuple):
@@ -50,33 +64,79 @@ def metasmoothness(
     key: Array,
     weights: Float[Array, "examples"],
     grad: Float[Array, "examples"],
-    removed: float = 0.2,
-) -> float:
-    """Metasmoothness in its cosine form: how far the hypergradient stays the same when random examples leave.
+    removed: Sequence[float] = REMOVED,
+    draws: int = 3,
+) -> Metasmoothness:
+    """Metasmoothness in its cosine form: how far the entries stay the same when random examples leave.
 
-        cos(grad(w), grad(w with a random share `removed` of the examples left out)), over the examples that stay
+        cos(w * grad(w), w' * grad(w')), both centred, over the examples that stay; w' is w with a random share of the
+        examples at 0; the mean over draws
 
-    Near 1 where the landscape is smooth at the size of the changes one makes; near 0 where it is noise. Costs one more
-    estimate.
+    The entries count by their weight, as a change of the weights by shares of themselves does, and without their mean,
+    which only tells what a change of the learning rate would do. Near 1 where the landscape is smooth at the size of
+    the changes one makes; near 0 where it is noise. The largest share comes first; a smaller one follows only where the
+    cosine is below SMOOTH_LARGE. Costs a training and an estimate for each draw.
+
+    Wrong about changes larger than the shares removed, and about others than leaving examples out at random.
 
     Args:
         estimate: weights -> their hypergradient, float[examples].
-        key: of the choice of examples.
+        key: of the choices of examples.
         weights: float[examples].
         grad: the hypergradient at `weights`, float[examples].
-        removed: share of the examples left out.
+        removed: shares of the examples left out.
+        draws: choices of examples for each share.
 
     Returns:
-        The cosine.
+        The mean cosine for each share that was measured; nan where an estimate is, or where fewer than two examples
+        stay.
 
     Example:
-        >>> weights = jnp.arange(1.0, 6.0)
-        >>> round(bj.certify.metasmoothness(lambda w: 2 * w, jax.random.key(0), weights, 2 * weights), 3)
-        1.0
+        >>> weights, grad = jnp.ones(8), jnp.arange(8.0)
+        >>> smooth = bj.certify.metasmoothness(lambda w: w @ grad * grad, jax.random.key(0), weights, grad, [0.25])
+        >>> [round(cosine, 3) for cosine in smooth.cosines]
+        [1.0]
     """
-    subset_weights = drop_random_examples(key, weights, removed)
-    remaining = subset_weights != 0
-    return float(tree.cosine(jnp.where(remaining, grad, 0), jnp.where(remaining, estimate(subset_weights), 0)))
+    return average_draws(
+        lambda share, draw: smoothness_of_draw(estimate, draw_key(key, share, draw), weights, grad, share),
+        removed,
+        draws,
+    )
+
+
+def average_draws(cosine_of: Callable[[float, int], float], removed: Sequence[float], draws: int) -> Metasmoothness:
+    """The mean cosines by cosine_of(share, draw), the largest share first, until one is large enough."""
+    shares: list[float] = []
+    cosines: list[float] = []
+    for share in sorted(removed, reverse=True):
+        shares.append(share)
+        cosines.append(sum(cosine_of(share, draw) for draw in range(draws)) / draws)
+        if cosines[-1] >= SMOOTH_LARGE:
+            break
+    return Metasmoothness(tuple(shares), tuple(cosines))
+
+
+def draw_key(key: Array, removed: float, draw: int) -> Array:
+    """The key of one choice of examples, the same whichever other shares are measured."""
+    return jax.random.fold_in(jax.random.fold_in(key, round(1000 * removed)), draw)
+
+
+def smoothness_of_draw(
+    estimate: Callable[[Hyper], Hyper],
+    key: Array,
+    weights: Float[Array, "examples"],
+    grad: Float[Array, "examples"],
+    removed: float,
+) -> float:
+    """The cosine of one choice of examples; see `metasmoothness`."""
+    remaining_weights = drop_random_examples(key, weights, removed)
+    is_left = remaining_weights != 0
+
+    def center(entries):
+        mean = jnp.sum(jnp.where(is_left, entries, 0)) / jnp.sum(is_left)
+        return jnp.where(is_left, entries - mean, 0)
+
+    return float(tree.cosine(center(weights * grad), center(remaining_weights * estimate(remaining_weights))))
 
 
 def predict_removals(

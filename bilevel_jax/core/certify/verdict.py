@@ -1,37 +1,65 @@
 """The verdict that a person reads first, and the evidence it judges."""
 
+import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from bilevel_jax.core.certify.finite_differences import FiniteDifferences, has_another_slope, has_kinks
 from bilevel_jax.core.certify.reliability import Reliability
-from bilevel_jax.core.certify.removals import RemovalPrediction
+from bilevel_jax.core.certify.removals import SMOOTH_LARGE, Metasmoothness, RemovalPrediction
 from bilevel_jax.core.solve.solution import STATUS_REMEDIES, Status
-from bilevel_jax.core.types import Checks
+from bilevel_jax.core.types import Checks, Hyper
+
+BELIEVE, UNDECIDED, DO_NOT_BELIEVE = "BELIEVE", "UNDECIDED", "DO NOT BELIEVE"
+SMALL_CHANGES, LARGE_CHANGES = "small changes", "changes of up to half of the data"
+SMALL, LARGE = 0.1, 0.5
+"""How large the changes of the two scopes are: the share by which every weight moves, or of the examples that leave."""
+
+RATIO_TOLERANCE, RATIO_LIMIT = 0.05, 0.1
+"""How far actual over predicted may be from 1 to BELIEVE, and from where on DO NOT BELIEVE."""
+SMOOTH_SMALL, SMOOTH_LIMIT = 0.7, 0.5
+"""Metasmoothness wanted for small changes (SMOOTH_LARGE for those of half of the data), and from where on down DO NOT
+BELIEVE."""
+RANK_WANTED, RANK_LIMIT = 0.7, 0.3
+"""The rank correlation of retrains that speaks for changes of their size; below the second it speaks against."""
+SLOPE_RANGE = (1 / 3, 3.0)
+"""Actual per predicted change of the retrains that speak for it."""
+MIN_RETRAINS = 8
+NEAR_SMALL = 0.25
+"""Evidence at changes up to this size speaks against small ones."""
+MIN_EFFECTIVE_SHARE = 0.9
+"""Effective sample size of the weights, as a share of the examples, from which on they count as nearly uniform."""
+RELIABILITY_WANTED, RELIABILITY_LIMIT = 0.7, 0.3
+"""The reliability that speaks for other examples; below the second it speaks against."""
 
 
 class Verdict(NamedTuple):
-    """The sentence that a person reads first."""
+    """The two sentences that a person reads first."""
 
     level: str
-    """BELIEVE, DO NOT BELIEVE or UNDECIDED."""
+    """BELIEVE, DO NOT BELIEVE or UNDECIDED: whether the number predicts what retraining does to this validation set."""
     scope: str
     """How large a change of the weights the level is about."""
     reason: str
     remedy: str
+    others_level: str = UNDECIDED
+    """Whether it also speaks for other examples than those of the validation set; never above `level`."""
+    others_reason: str = "whether another validation set would say the same was not measured."
 
     def __str__(self) -> str:
-        head = f"{self.level} {self.scope}".strip()
-        return " ".join(filter(None, [f"{head}:", self.reason, self.remedy]))
+        head = f"{self.level} {self.scope}, for this validation set" if self.scope else self.level
+        sentence = " ".join(filter(None, [f"{head}:", self.reason, self.remedy]))
+        return f"{sentence}\nFor other examples {self.others_level}: {self.others_reason}"
 
 
 class Certificates(NamedTuple):
     """What was checked of one estimate; None where a check was not made."""
 
     finite_differences: FiniteDifferences | None
-    metasmoothness: float | None
-    """cos(grad(w), grad(w without a fifth of the examples)), over the examples that stay."""
+    metasmoothness: Metasmoothness | None
+    """How far the entries stay the same when random examples leave."""
     removal_prediction: RemovalPrediction | None
     checks: Checks
     status: Status = Status.OK
@@ -42,6 +70,8 @@ class Certificates(NamedTuple):
     """Why no check was made, and what helps."""
     reliability: Reliability | None = None
     """How far the entries speak for examples that are not in the validation set."""
+    effective_share: float = 1.0
+    """Effective sample size of the weights over the number of examples; 1 where they are uniform."""
 
     @property
     def verdict(self) -> Verdict:
@@ -54,7 +84,8 @@ class Certificates(NamedTuple):
             for size, ratio in zip(self.finite_differences.steps, self.finite_differences.ratios, strict=True):
                 lines.append(f"  change by {size:<7g} actual / predicted {ratio:.4f}")
         if self.metasmoothness is not None:
-            lines.append(f"  cosine without a fifth of the examples {self.metasmoothness:.4f}")
+            for share, cosine in zip(*self.metasmoothness, strict=True):
+                lines.append(f"  without {share:.0%} of the examples the entries keep a cosine of {cosine:.4f}")
         if self.removal_prediction is not None:
             removal = self.removal_prediction
             count = len(removal.actual)
@@ -74,74 +105,279 @@ class Certificates(NamedTuple):
 
 
 def judge_certificates(certificates: Certificates) -> Verdict:
-    """The certificates as one level with its reason and remedy.
+    """The certificates as one level with its reason and remedy, and whether it speaks for other examples.
 
-    BELIEVE for small changes where the ratio at step .1 lies in [.95, 1.05] and the metasmoothness is at least .7, for
-    changes of half of the data where it is at least .9; DO NOT BELIEVE where that ratio leaves [.9, 1.1],
-    metasmoothness is below .5, a number is not finite or the solution's status is bad; in between, with checks missing,
-    or where the ratios do not tend to 1 as the step falls (`has_kinks`), UNDECIDED. For an outer variable that is not
-    one weight for each example the ratio alone decides. The thresholds come from ten calibrated settings of small
-    language models, not from a theorem.
+    Making any number worse never raises the level or widens the scope. A claim about changes of some size rests on
+    evidence at that size or above:
+
+        BELIEVE small changes    the ratio at a step of .1 (the least one from there on) lies in [.95, 1.05], with
+                                 rounding below .05 / 3, every smaller step's in [.9, 1.1], and metasmoothness without
+                                 a tenth or more is at least SMOOTH_SMALL, or 8 retrains without a tenth or more have a
+                                 rank correlation of .7 and a slope between 1/3 and 3
+        BELIEVE changes of up    in addition metasmoothness without a half is at least SMOOTH_LARGE at nearly uniform
+        to half of the data      weights, or 8 retrains without a half have that rank correlation and slope
+        DO NOT BELIEVE           a number is not finite, the status is bad, the replay failed, the system has no
+                                 positive curvature or was not solved, that ratio leaves [.9, 1.1], metasmoothness
+                                 without a quarter or less is below SMOOTH_LIMIT, or retrains speak against it
+        UNDECIDED                in between, with checks missing, and where smaller steps' ratios are off (`has_kinks`)
+
+    For an outer variable that is not one weight for each example the ratios alone decide. It speaks for other examples
+    where it is believed and the reliability is at least .7; below .3 it does not.
+
+    The thresholds come from half of the settings of tests/benchmarks/calibration.py and were tested on the other half;
+    they are no theorem. Wrong where the changes that one makes are unlike those tested: the differences move all
+    weights along the gradient's signs, the removals leave out random examples.
 
     Args:
         certificates: the checks of one estimate.
 
     Returns:
-        The verdict; `str(verdict)` is its sentence.
+        The verdict; `str(verdict)` is its two sentences.
 
     Example:
         >>> differences = bj.certify.FiniteDifferences(steps=(0.1,), ratios=(1.01,))
-        >>> verdict = bj.certify.judge_certificates(bj.certify.Certificates(differences, 0.95, None, bj.Checks()))
-        >>> verdict.level
-        'BELIEVE'
+        >>> smooth = bj.certify.Metasmoothness(removed=(0.2,), cosines=(0.95,))
+        >>> verdict = bj.certify.judge_certificates(bj.certify.Certificates(differences, smooth, None, bj.Checks()))
+        >>> verdict.level, verdict.scope, verdict.others_level
+        ('BELIEVE', 'small changes', 'UNDECIDED')
     """
-    checks = certificates.checks
+    against = _find_against(certificates)
+    if against:
+        return _finish(certificates, DO_NOT_BELIEVE, "", *against)
+    doubt = _find_doubt(certificates)
+    if doubt:
+        return _finish(certificates, UNDECIDED, "", *doubt)
+    limit = _find_limit(certificates)
+    reason = f"{_describe_evidence(certificates)}{f' {limit}' if limit else ''}"
+    return _finish(certificates, BELIEVE, SMALL_CHANGES if limit else LARGE_CHANGES, reason, "")
+
+
+def effective_share(weights: Hyper) -> float:
+    """The effective sample size of the weights over the number of examples: (sum w)^2 / (n sum w^2)."""
+    table = np.asarray(jax.tree.leaves(weights)[0], np.float64)
+    return float(table.sum() ** 2 / (table.size * (table**2).sum()))
+
+
+def _finish(certificates: Certificates, level: str, scope: str, reason: str, remedy: str) -> Verdict:
+    return Verdict(level, scope, reason, remedy, *_judge_for_others(certificates.reliability, level))
+
+
+def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str, str]:
+    """(level, reason): whether the number speaks for other examples than those of the validation set."""
+    value = math.nan if reliability is None or reliability.value == math.inf else reliability.value
+    measured = not math.isnan(value)
+    number = (
+        f"its reliability is {reliability}." if measured else "whether another validation set agrees was not measured."
+    )
+    if value < RELIABILITY_LIMIT:
+        return DO_NOT_BELIEVE, f"{number} The entries are mostly this validation set's noise."
+    if level != BELIEVE:
+        return level, f"what holds for this validation set comes first; {number}"
+    if not measured:
+        return UNDECIDED, f"{number} Compute the reliability, or read the loss of a dev set."
+    if value >= RELIABILITY_WANTED:
+        return BELIEVE, number
+    return UNDECIDED, f"{number} A part of the entries is this validation set's noise: give more validation examples."
+
+
+# ---- what speaks against, what leaves doubt, and what limits the scope: (reason, remedy), or nothing
+
+LOWER_RATE = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."
+
+
+class _Ratio(NamedTuple):
+    step: float
+    error: float
+    """|actual / predicted - 1|."""
+    noise: float
+    value: float
+
+
+def _find_against(certificates: Certificates) -> tuple[str, str] | None:
+    checks, smooth, removal = certificates.checks, certificates.metasmoothness, certificates.removal_prediction
     if not checks.replayed:
-        reason = "replaying the training run did not end where training did."
-        return Verdict("DO NOT BELIEVE", "", reason, "Run again on one kind of device.")
+        return "replaying the training run did not end where training did.", "Run again on one kind of device."
     if checks.curvature <= 0:
         reason = f"the curvature is not positive definite ({checks.curvature:.2g})."
-        return Verdict("DO NOT BELIEVE", "", reason, "Raise the prior, or use Gauss-Newton curvature, or unrolled.")
+        return reason, "Raise the prior, or use Gauss-Newton curvature, or unrolled."
     if checks.residual > 0.1:
         reason = f"the linear system was not solved (relative residual {checks.residual:.2g})."
-        return Verdict("DO NOT BELIEVE", "", reason, "Raise the number of iterations or the prior.")
+        return reason, "Raise the number of iterations or the prior."
     if certificates.status != Status.OK:
-        return Verdict("DO NOT BELIEVE", "", STATUS_REMEDIES[certificates.status], "")
+        return STATUS_REMEDIES[certificates.status], ""
+    if checks.resolution <= 1:
+        return STATUS_REMEDIES[Status.UNRESOLVED], ""
+    if name := _find_nonfinite(certificates):
+        return f"{name} is not finite.", "Look for a loss that is not finite, or weights and entries that are all 0."
+    judged = _judged_ratio(_ratios(certificates))
+    if judged and judged.error > RATIO_LIMIT:
+        return _explain_ratios(certificates)
+    for share, cosine in zip(*smooth, strict=True) if smooth else ():
+        if share <= NEAR_SMALL and cosine < SMOOTH_LIMIT:
+            return _describe_evidence(certificates), LOWER_RATE
+    if removal and removal.actual:
+        near = removal.fraction <= NEAR_SMALL
+        if removal.rank < (RANK_LIMIT if near else -RANK_LIMIT) or (near and removal.slope <= 0):
+            return f"{_describe_removal(removal)}.", LOWER_RATE
+    return None
+
+
+def _find_doubt(certificates: Certificates) -> tuple[str, str] | None:
     if certificates.missing:
-        return Verdict("UNDECIDED", "", certificates.missing, "")
-    differences, cosine = certificates.finite_differences, certificates.metasmoothness
-    if differences is None or (cosine is None and certificates.is_per_example):
-        return Verdict("UNDECIDED", "", "the certificates were not computed.", "Compute them (run without --fast).")
-    step_size, ratio = differences.steps[0], differences.ratios[0]
-    if certificates.is_per_example:
-        reason = (
-            f"a change of every weight by {step_size:.0%} moves L_v by {ratio:.3f} of what the gradient predicts, and "
-            f"without a fifth of the examples the gradient keeps a cosine of {cosine:.3f}."
+        return certificates.missing, ""
+    ratios = _ratios(certificates)
+    judged = _judged_ratio(ratios)
+    if judged is None:
+        return "the finite differences were not computed.", "Compute them (run without --fast)."
+    if judged.step < SMALL:
+        reason = f"the largest change that was tried is one by {judged.step:g}, and it says nothing of larger ones."
+        return reason, f"Compute the ratio at a step of {SMALL:g} or more."
+    if 3 * judged.noise > RATIO_TOLERANCE:
+        reason = f"rounding may change the ratio at a change by {judged.step:g} by {judged.noise:.2g}."
+        return reason, "Use float64, or a larger step."
+    if judged.error > RATIO_TOLERANCE or any(one.error > RATIO_LIMIT for one in ratios if one.step < judged.step):
+        return _explain_ratios(certificates)
+    if not certificates.is_per_example:
+        return None
+    smooth, removal = certificates.metasmoothness, certificates.removal_prediction
+    if removal and removal.actual and removal.fraction <= NEAR_SMALL and not _is_predicted(removal):
+        return _describe_evidence(certificates), LOWER_RATE
+    if removal and _supports(removal, SMALL):
+        return None
+    cosine = _smallest_share_from(smooth, SMALL)
+    if cosine is None:
+        reason = f"metasmoothness was not computed without {SMALL:.0%} of the examples or more."
+        return f"{_describe_evidence(certificates)} {reason[0].upper()}{reason[1:]}", "Compute it (run without --fast)."
+    if cosine < SMOOTH_SMALL:
+        return _describe_evidence(certificates), LOWER_RATE
+    return None
+
+
+def _find_limit(certificates: Certificates) -> str:
+    """Why the claim is about small changes alone; empty where it is not."""
+    smooth, removal = certificates.metasmoothness, certificates.removal_prediction
+    if not certificates.is_per_example:
+        return "Larger changes were not tried."
+    if removal and removal.actual and not _is_predicted(removal):
+        return f"That speaks for small changes alone: larger ones need a rank correlation of {RANK_WANTED:g}."
+    if removal and _supports(removal, LARGE):
+        return ""
+    cosine = _smallest_share_from(smooth, LARGE)
+    if cosine is None:
+        return "Larger changes were not tried: compute metasmoothness without a half of the examples, or 8 retrains."
+    if cosine < SMOOTH_LARGE:
+        return f"Larger changes need {SMOOTH_LARGE:g} without a half."
+    if not certificates.effective_share >= MIN_EFFECTIVE_SHARE:
+        return "At weights this uneven, larger changes need retrains without a half of the examples."
+    return ""
+
+
+def _ratios(certificates: Certificates) -> list[_Ratio]:
+    """The ratios, largest step first; of a step that is there twice, the worse one first."""
+    differences = certificates.finite_differences
+    if differences is None:
+        return []
+    noises = differences.noise or (0.0,) * len(differences.steps)
+    some = [
+        _Ratio(step, abs(ratio - 1), noise, ratio)
+        for step, ratio, noise in zip(differences.steps, differences.ratios, noises, strict=True)
+    ]
+    return sorted(some, key=lambda one: (-one.step, -one.error))
+
+
+def _judged_ratio(ratios: list[_Ratio]) -> _Ratio | None:
+    """The ratio that a claim about small changes rests on: of the least step from .1 on, else of the largest."""
+    from_small = [one for one in ratios if one.step >= SMALL]
+    if not from_small:
+        return ratios[0] if ratios else None
+    return next(one for one in ratios if one.step == from_small[-1].step)
+
+
+def _smallest_share_from(smooth: Metasmoothness | None, size: float) -> float | None:
+    """The cosine at the least share that is not below `size`."""
+    some = [(share, cosine) for share, cosine in zip(*smooth, strict=True) if share >= size] if smooth else []
+    return min(some)[1] if some else None
+
+
+def _is_predicted(removal: RemovalPrediction) -> bool:
+    return removal.rank >= RANK_WANTED and SLOPE_RANGE[0] <= removal.slope <= SLOPE_RANGE[1]
+
+
+def _supports(removal: RemovalPrediction, size: float) -> bool:
+    """Whether enough retrains that leave out `size` or more of the examples speak for the prediction."""
+    return removal.fraction >= size and len(removal.actual) >= MIN_RETRAINS and _is_predicted(removal)
+
+
+def _find_nonfinite(certificates: Certificates) -> str:
+    """The name of a number that is not finite; empty where all are."""
+    differences, smooth, removal = certificates[:3]
+    numbers: dict[str, tuple[float, ...]] = {}
+    if differences is not None:
+        numbers["a ratio of actual to predicted change"] = (
+            *differences.steps,
+            *differences.ratios,
+            *differences.noise,
         )
-    else:
-        reason = f"a change of every entry by {step_size:g} moves L_v by {ratio:.3f} of what the gradient predicts."
-        cosine = 0.7  # no such check applies
-    remedy = "Lower the learning rate, lengthen the warm-up, raise eps_root, or use a window."
-    is_kinked = has_kinks(differences)
-    if is_kinked:
-        smallest = max(zip(differences.steps, differences.ratios, strict=True), key=lambda pair: abs(pair[1] - 1))
+    if smooth is not None:
+        numbers["metasmoothness"] = (*smooth.removed, *smooth.cosines)
+    if removal is not None and removal.actual:
+        numbers["a retrain without some examples"] = (*removal[:1], *removal.predicted, *removal.actual)
+        numbers["the rank correlation of the retrains"] = (removal.rank, removal.slope)
+    return next((name for name, some in numbers.items() if not np.isfinite(np.asarray(some, float)).all()), "")
+
+
+# ---- words
+
+
+def _explain_ratios(certificates: Certificates) -> tuple[str, str]:
+    """What the ratios say, by their trend as the step falls, and what helps."""
+    differences, reason = certificates.finite_differences, _describe_evidence(certificates)
+    assert differences is not None
+    ordered = _in_order(differences)
+    worst = max(zip(ordered.steps, ordered.ratios, strict=True), key=lambda pair: abs(pair[1] - 1))
+    if has_kinks(ordered):
         reason += (
-            f" The ratio does not tend to 1 as the change falls ({smallest[1]:.3g} at {smallest[0]:g}): L_v jumps, as "
+            f" The ratio does not tend to 1 as the change falls ({worst[1]:.3g} at {worst[0]:g}): L_v jumps, as "
             "it does where a network has kinks (ReLU, max, abs, clipping)."
         )
-        remedy = "Take a smooth activation (GELU, SiLU, tanh) in place of ReLU."
-    elif has_another_slope(differences):
+        return reason, "Take a smooth activation (GELU, SiLU, tanh) in place of ReLU."
+    if has_another_slope(ordered):
         reason += (
-            f" The ratio tends to {differences.ratios[-1]:.3g} as the change falls: L_v is smooth, and the number is "
+            f" The ratio tends to {ordered.ratios[-1]:.3g} as the change falls: L_v is smooth, and the number is "
             "not its derivative, as with a window shorter than training, a small gamma, or a truncated solve."
         )
-        remedy = "Lengthen the window, raise gamma, or take unroll without a window."
-    if not 0.9 <= ratio <= 1.1 or not (cosine is not None and cosine >= 0.5):
-        return Verdict("DO NOT BELIEVE", "", reason, remedy)
-    if is_kinked:
-        return Verdict("UNDECIDED", "", reason, remedy)
-    if 0.95 <= ratio <= 1.05 and cosine >= 0.9:
-        return Verdict("BELIEVE", "changes up to half of the data", reason, "")
-    if 0.95 <= ratio <= 1.05 and cosine >= 0.7:
-        return Verdict("BELIEVE", "small changes", reason, "")
-    return Verdict("UNDECIDED", "", reason, remedy)
+        return reason, "Lengthen the window, raise gamma, or take unroll without a window."
+    if abs(worst[1] - 1) > RATIO_LIMIT:
+        reason += f" At {worst[0]:g} it is {worst[1]:.3g}."
+    return reason, LOWER_RATE
+
+
+def _in_order(differences: FiniteDifferences) -> FiniteDifferences:
+    order = sorted(range(len(differences.steps)), key=lambda place: -differences.steps[place])
+    return FiniteDifferences(
+        *(tuple(part[place] for place in order) if part else () for part in differences)  # noise may be empty
+    )
+
+
+def _describe_evidence(certificates: Certificates) -> str:
+    """The ratio that is judged and the cosines, in one sentence."""
+    judged = _judged_ratio(_ratios(certificates))
+    parts = []
+    if judged:
+        what = f"weight by {judged.step:.0%}" if certificates.is_per_example else f"entry by {judged.step:g}"
+        parts.append(f"a change of every {what} moves L_v by {judged.value:.3f} of what the gradient predicts")
+    if certificates.metasmoothness and certificates.metasmoothness.removed:
+        shares = [
+            f"{cosine:.3f} without {share:.0%}" for share, cosine in zip(*certificates.metasmoothness, strict=True)
+        ]
+        parts.append(f"when random examples leave, its entries keep a cosine of {' and '.join(shares)} of them")
+    if certificates.removal_prediction and certificates.removal_prediction.actual:
+        parts.append(_describe_removal(certificates.removal_prediction))
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _describe_removal(removal: RemovalPrediction) -> str:
+    return (
+        f"over {len(removal.actual)} retrains without {removal.fraction:.0%} of the examples predicted and actual "
+        f"changes have a rank correlation of {removal.rank:.2f} and a slope of {removal.slope:.2f}"
+    )

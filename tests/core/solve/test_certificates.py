@@ -15,6 +15,7 @@ from bilevel_jax.core.solve.jointly import jointly
 from bilevel_jax.core.solve.penalty import penalty
 from bilevel_jax.core.solve.solution import Status
 from bilevel_jax.core.solve.unroll import unroll
+from bilevel_jax.core.types import Checks
 
 N = 20
 
@@ -169,5 +170,6 @@ def test_a_jump_at_one_step_alone_is_a_kink_beside_curvature():
 def test_a_bad_status_is_never_believed():
     good = FiniteDifferences((0.1,), (1.0,))
     for status in list(Status)[1:]:
-        certificates = certify.Certificates(good, 0.99, None, certify.Checks(), status)
+        smooth = certify.Metasmoothness((0.5,), (0.99,))
+        certificates = certify.Certificates(good, smooth, None, Checks(), status)
         assert certificates.verdict.level == "DO NOT BELIEVE"
