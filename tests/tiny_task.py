@@ -23,7 +23,7 @@ data:
 optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
 train: {{max_steps: 10, global_batch_size: 8}}
 outer: {{steps: 2, patience: 0, learning_rate: 0.1}}
-certify: {{step_sizes: [0.1]}}
+certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 retrain: {{seeds: 1, variants: [uniform, learned, validation, oracle]}}
 output: {{progress: false}}
 selection: {{top_share: 0.5}}

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from bilevel_jax.core import certify
+from bilevel_jax.core.certify.removals import draw_key, smoothness_of_draw
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.solve.unroll import unroll
 from bilevel_jax.core.types import Params, PyTree
@@ -74,27 +75,27 @@ class Setting(NamedTuple):
 def list_settings() -> list[Setting]:
     """All settings; the kinds alternate, so that a part of them is a sample."""
     linear = [
-        ("sgd", 0.1, "uniform"), ("sgd", 0.5, "learned"), ("sgd", 1.0, "uniform"), ("sgd", 3.0, "uniform"),
+        ("sgd", 0.1, "uniform"), ("sgd", 0.5, "collapsed"), ("sgd", 1.0, "uniform"), ("sgd", 3.0, "uniform"),
         ("momentum", 0.1, "skewed"), ("momentum", 0.5, "uniform"), ("adam", 1e-3, "uniform"),
-        ("adam", 3e-3, "learned"), ("adam", 1e-2, "uniform"), ("adam", 1e-2, "skewed"), ("adam", 5e-2, "learned"),
-        ("adam", 1e-1, "uniform"),
+        ("adam", 3e-3, "collapsed"), ("adam", 1e-2, "uniform"), ("adam", 1e-2, "skewed"), ("adam", 5e-2, "learned"),
+        ("adam", 1e-1, "uniform"), ("sgd", 0.5, "learned"), ("adam", 3e-3, "learned"), ("sgd", 0.5, "skewed"),
+        ("momentum", 0.1, "learned"), ("adam", 3e-2, "uniform"), ("sgd", 2.0, "uniform"),
     ]  # fmt: skip
     network = [
         ("tanh", "sgd", 0.1, "uniform"), ("relu", "sgd", 0.1, "uniform"), ("tanh", "sgd", 1.0, "uniform"),
-        ("relu", "sgd", 0.5, "learned"), ("tanh", "momentum", 0.1, "learned"), ("relu", "momentum", 0.1, "uniform"),
-        ("tanh", "adam", 1e-3, "uniform"), ("relu", "adam", 1e-3, "skewed"), ("tanh", "adam", 1e-2, "uniform"),
-        ("relu", "adam", 1e-2, "uniform"), ("tanh", "adam", 3e-3, "skewed"), ("relu", "adam", 3e-3, "learned"),
-        ("tanh", "momentum", 0.5, "uniform"), ("tanh", "adam", 3e-2, "uniform"),
+        ("relu", "sgd", 0.5, "collapsed"), ("tanh", "momentum", 0.1, "collapsed"),
+        ("relu", "momentum", 0.1, "uniform"), ("tanh", "adam", 1e-3, "uniform"), ("relu", "adam", 1e-3, "skewed"),
+        ("tanh", "adam", 1e-2, "uniform"), ("relu", "adam", 1e-2, "uniform"), ("tanh", "adam", 3e-3, "skewed"),
+        ("relu", "adam", 3e-3, "learned"), ("tanh", "momentum", 0.5, "uniform"), ("tanh", "adam", 1e-3, "learned"),
+        ("tanh", "sgd", 0.3, "learned"), ("tanh", "sgd", 0.3, "skewed"),
     ]  # fmt: skip
     language = [
         ("stories", "full", 3e-4, "uniform"), ("cipher", "full", 2e-3, "uniform"), ("sums", "full", 1e-3, "uniform"),
-        ("stories", "full", 3e-3, "uniform"), ("cipher", "full", 2e-3, "learned"), ("sums", "full", 5e-3, "uniform"),
-        ("stories", "lora", 3e-3, "uniform"), ("cipher", "full", 5e-3, "uniform"), ("sums", "full", 1e-3, "learned"),
-        ("stories", "full", 1e-3, "learned"), ("cipher", "full", 1e-2, "uniform"), ("sums", "lora", 5e-3, "skewed"),
-        ("stories", "full", 1e-2, "uniform"), ("cipher", "lora", 5e-3, "uniform"), ("sums", "full", 2e-2, "uniform"),
-        ("stories", "lora", 1e-2, "skewed"), ("cipher", "full", 1e-3, "skewed"), ("sums", "full", 3e-4, "uniform"),
-        ("stories", "full", 1e-3, "skewed"), ("cipher", "full", 2e-2, "uniform"), ("stories", "lora", 3e-3, "learned"),
-        ("stories", "full", 2e-3, "uniform"), ("cipher", "full", 4e-3, "skewed"), ("sums", "full", 3e-3, "skewed"),
+        ("stories", "full", 3e-3, "uniform"), ("cipher", "full", 2e-3, "collapsed"), ("sums", "full", 5e-3, "uniform"),
+        ("stories", "lora", 3e-3, "uniform"), ("cipher", "full", 1e-3, "learned"), ("sums", "lora", 5e-3, "uniform"),
+        ("stories", "full", 1e-3, "learned"), ("cipher", "full", 5e-3, "uniform"), ("sums", "full", 1e-3, "skewed"),
+        ("stories", "lora", 1e-2, "skewed"), ("cipher", "lora", 5e-3, "learned"), ("sums", "full", 1e-3, "learned"),
+        ("stories", "full", 1e-2, "uniform"), ("cipher", "full", 1e-2, "uniform"),
     ]  # fmt: skip
     parts = [
         [Setting("mnist", "linear", *cell) for cell in linear],
@@ -108,9 +109,8 @@ def list_settings() -> list[Setting]:
 def measure(setting: Setting, task: Task) -> dict[str, Any]:
     """One line: evidence and truth of one setting."""
     began = time.perf_counter()
-    solver = unroll(
-        weighted(task.losses), make_optimizer(setting, task.steps), steps=task.steps, batch_size=task.batch, memory="all"
-    )
+    optimizer = make_optimizer(setting, task.steps)
+    solver = unroll(weighted(task.losses), optimizer, steps=task.steps, batch_size=task.batch, memory="all")
 
     @jax.jit
     def solve(weights, task_data):
@@ -142,8 +142,10 @@ def measure(setting: Setting, task: Task) -> dict[str, Any]:
     }
     for removed in REMOVED:
         line["smooth"][str(removed)] = [
-            smoothness_of_draw(lambda w: solve(w, data)[1], key, weights, grad, removed)
-            for key in jax.random.split(jax.random.key(1), 3)
+            measure_draw(
+                lambda w: solve(w, data)[1], draw_key(jax.random.key(1), removed, draw), weights, grad, removed
+            )
+            for draw in range(3)
         ]
     for fraction in FRACTIONS:
         keys = jax.random.split(jax.random.key(2), task.retrains)
@@ -154,31 +156,34 @@ def measure(setting: Setting, task: Task) -> dict[str, Any]:
     return line | {"seconds": time.perf_counter() - began}
 
 
-def smoothness_of_draw(estimate: Callable, key, weights, grad, removed: float) -> dict[str, float]:
-    """The cosine of one draw, of the entries and of centred weights times entries."""
+def measure_draw(estimate: Callable, key, weights, grad, removed: float) -> dict[str, float]:
+    """The cosine of one draw as `metasmoothness` takes it, over the examples that stay, and over all of them."""
     fewer = certify.drop_random_examples(key, weights, removed)
-    rest, other = np.asarray(fewer != 0), np.asarray(estimate(fewer), np.float64)
-    grad, weights = np.asarray(grad, np.float64)[rest], np.asarray(weights, np.float64)[rest]
-    other = other[rest]
-    one, two = grad * weights, other * weights
-    return {"entries": cosine(grad, other), "centred": cosine(one - one.mean(), two - two.mean())}
-
-
-def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two vectors."""
-    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
+    other = estimate(fewer)
+    entries = np.asarray(weights * grad, np.float64), np.asarray(weights * other, np.float64)
+    return {
+        "smooth": smoothness_of_draw(lambda w: other, key, weights, grad, removed),
+        "all": float(np.corrcoef(*entries)[0, 1]),
+    }
 
 
 def make_weights(kind: str, count: int, gradient: Callable) -> jax.Array:
-    """uniform; skewed: log-normal; learned: three normalised steps of softmax logits."""
+    """uniform; skewed: log-normal; learned, collapsed: three normalised steps of sigmoid or of softmax logits."""
     if kind == "uniform":
         return jnp.ones(count)
     logits = jax.random.normal(jax.random.key(5), (count,)) if kind == "skewed" else jnp.zeros(count)
-    for _ in range(3 if kind == "learned" else 0):
-        entries = count * jax.nn.softmax(logits) * gradient(count * jax.nn.softmax(logits))
-        entries -= entries.mean()
+
+    def link(logits):
+        return 2 * jax.nn.sigmoid(logits) if kind == "learned" else count * jax.nn.softmax(logits)
+
+    for _ in range(0 if kind == "skewed" else 3):
+        entries = gradient(link(logits)) * jax.grad(lambda h: link(h).sum())(logits)
+        if kind == "collapsed":
+            weights = link(logits)
+            entries = weights * gradient(weights)
+            entries -= entries.mean()
         logits -= 0.7 * jnp.clip(entries / jnp.sqrt(jnp.mean(entries**2)), -3, 3)
-    return count * jax.nn.softmax(logits)
+    return link(logits)
 
 
 def make_optimizer(setting: Setting, steps: int) -> optax.GradientTransformation:
@@ -202,7 +207,7 @@ def make_task(setting: Setting, shared: Path, taught: Path) -> Task:
 
 
 def make_mnist(shared: Path, model: str) -> Task:
-    """600 digits of 14 x 14 pixels, half of the labels wrong; 100 trusted ones; softmax regression or 32 hidden units."""
+    """600 digits of 14 x 14 pixels, half with wrong labels, and 100 trusted; softmax regression or 32 hidden units."""
     with np.load(shared / "data/mnist/mnist_70k.npz") as file:
         images, labels = file["x_train"][:2000], file["y_train"][:2000].astype(np.int32)
     images = images.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(images), -1).astype(np.float32) / 255

@@ -93,7 +93,8 @@ def measure(
     trained = f"lora {lora_rank}" if lora_rank else "full"
     print(f"\n{trained}, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps of {batch} rows")
     print(f"L_v before training {_before(plain, value)}; after {base.round(3)} nats per token on validation, test")
-    print(f"ratio at .1 {ratios.ratios[0]:.3f}, smooth {smooth:.2f}, growth {exact.checks.growth:.3g}")
+    cosines = ", ".join(f"{cosine:.2f} without {share:.0%}" for share, cosine in zip(*smooth, strict=True))
+    print(f"ratio at .1 {ratios.ratios[0]:.3f}, smooth {cosines}, growth {exact.checks.growth:.3g}")
     print(f"{verdict}\n")
     print("| estimator | half out, validation | 7.5 % out, validation | half out, test | 7.5 % out, test | checks |")
     print("|---|---|---|---|---|---|")

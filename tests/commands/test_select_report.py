@@ -14,6 +14,7 @@ import pytest
 from markupsafe import escape
 
 from bilevel_jax.commands.select import report
+from bilevel_jax.core.certify import Verdict
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
@@ -24,11 +25,12 @@ from bilevel_jax.runs.terminal import show_control_characters
 
 HOSTILE = "<script>alert('x')</script>\"'&\x00\u202e مرحبا 🙂 $x^2$ \ud800"
 VERDICTS = {
-    "BELIEVE": {"level": "BELIEVE", "scope": "small changes", "reason": "a reason.", "remedy": ""},
-    "UNDECIDED": {"level": "UNDECIDED", "scope": "", "reason": "a reason.", "remedy": "Compute them."},
-    "DO NOT BELIEVE": {"level": "DO NOT BELIEVE", "scope": "", "reason": "a reason.", "remedy": "Do this."},
+    "BELIEVE": Verdict("BELIEVE", "small changes", "a reason.", "")._asdict(),
+    "UNDECIDED": Verdict("UNDECIDED", "", "a reason.", "Compute them.")._asdict(),
+    "DO NOT BELIEVE": Verdict("DO NOT BELIEVE", "", "a reason.", "Do this.")._asdict(),
 }
 GOOD = {"uniform": 1.8, "learned": 1.4, "selected": 1.6, "validation": 3.7, "oracle": 1.1}
+SMOOTH = {"removed": [0.5, 0.2], "cosines": [0.71234, 0.81234]}
 
 
 def checks(**changes):
@@ -62,7 +64,8 @@ def compared(seeds=3, values=None):
 def result(level="BELIEVE", **changes):
     exact = {"steps": [0.1, 0.03], "ratios": [1.0123, 0.98765]}
     predictive = {"fraction": 0.5, "predicted": [0.1, 0.2], "actual": [0.1, 0.3], "rank": 0.8765, "slope": 1.2345}
-    one = {"exact": exact, "smooth": 0.81234, "predictive": predictive, "checks": checks(growth=3.1969)}
+    one = {"exact": exact, "smooth": SMOOTH, "predictive": predictive, "checks": checks(growth=3.1969)}
+    one |= {"effective_share": 0.8123, "reliability": {"value": 0.7234}}
     records = [
         {
             "step": step,
@@ -234,7 +237,7 @@ CASES = {
             certificates={
                 "uniform weights": {
                     "exact": {"steps": [0.1], "ratios": [0.9]},
-                    "smooth": 0.4,
+                    "smooth": {"removed": [0.2], "cosines": [0.4]},
                     "predictive": None,
                     "checks": checks(residual=2e-5, curvature=-0.1, gap=0.012, sample=0.97),
                 }
@@ -386,7 +389,7 @@ def test_what_was_left_out_is_said(tmp_path):
     assert "with one seed: no interval" in text
     text = words(written(tmp_path, **CASES["no certificates"]))
     assert "The certificates were not computed" in text
-    assert "Without a number in this run: smooth, predictive rank" in text
+    assert "Without a number in this run: smooth without 50%, smooth without 20%, predictive rank" in text
 
 
 def test_rows_without_text_are_still_listed(tmp_path):

@@ -73,6 +73,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     if single_loop_result is None:
         certificates_by_weights = _certify(task, config, trainer, session, learned)
         verdicts = {name: certify.judge_certificates(value) for name, value in certificates_by_weights.items()}
+    verdict = _combine_verdicts(verdicts)
 
     sources = [example.source for example in task.examples]
     selected = select_examples(
@@ -87,9 +88,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
-        # The thresholds were calibrated at uniform weights. At the learned ones the slope nears 0, and a ratio with it
-        # tells less; that certificate is in the report, but is not the verdict.
-        "verdict": {**verdicts["uniform weights"]._asdict(), "sentence": str(verdicts["uniform weights"])},
+        "verdict": {**verdict._asdict(), "sentence": str(verdict)},
         "selected": len(selected),
         "estimate": expected,
     }
@@ -151,6 +150,18 @@ def _certify(
             data_seed=config.data.seed,
         )
     return out
+
+
+def _combine_verdicts(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
+    """The verdict of the run: that of where the steps began, with what is known of where they ended.
+
+    At the learned weights the slope nears 0, and a ratio with it tells less, so their level stands beside the other.
+    """
+    verdict, learned = verdicts["uniform weights"], verdicts.get("learned weights")
+    if learned is None:
+        return verdict
+    level = " ".join(filter(None, (learned.level, learned.scope)))
+    return verdict._replace(reason=f"At uniform weights {verdict.reason} At the learned weights: {level}.")
 
 
 def _compare_by_retraining(
@@ -253,7 +264,9 @@ def _build_result(
 def _certificates_to_dict(certified: certify.Certificates) -> dict[str, Any]:
     return {
         "exact": certified.finite_differences._asdict() if certified.finite_differences else None,
-        "smooth": certified.metasmoothness,
+        "smooth": certified.metasmoothness._asdict() if certified.metasmoothness else None,
         "predictive": certified.removal_prediction._asdict() if certified.removal_prediction else None,
         "checks": certified.checks._asdict(),
+        "effective_share": certified.effective_share,
+        "reliability": certified.reliability._asdict() if certified.reliability else None,
     }

@@ -23,7 +23,7 @@ from bilevel_jax.core.certify.removals import (
     predict_removals,
     spearman,
 )
-from bilevel_jax.core.certify.verdict import Certificates, Verdict, judge_certificates
+from bilevel_jax.core.certify.verdict import Certificates, Verdict, effective_share, judge_certificates
 
 __all__ = [
     "REMOVED",
@@ -39,6 +39,7 @@ __all__ = [
     "check",
     "check_finite_differences",
     "drop_random_examples",
+    "effective_share",
     "has_kinks",
     "judge_certificates",
     "measure_reliability",

@@ -77,6 +77,8 @@ def metasmoothness(
     the changes one makes; near 0 where it is noise. The largest share comes first; a smaller one follows only where the
     cosine is below SMOOTH_LARGE. Costs a training and an estimate for each draw.
 
+    It is blind to what an example's own leaving does to its entry, which spoils predictions where single weights are
+    large (`effective_share`).
     Wrong about changes larger than the shares removed, and about others than leaving examples out at random.
 
     Args:

@@ -153,9 +153,26 @@ def judge_certificates(certificates: Certificates) -> Verdict:
 
 
 def effective_share(weights: Hyper) -> float:
-    """The effective sample size of the weights over the number of examples: (sum w)^2 / (n sum w^2)."""
+    """The effective sample size of the weights over the number of examples.
+
+        (sum_i w_i)^2 / (n sum_i w_i^2)
+
+    1 where all weights are equal, 1/n where one example has all. Wrong as a measure of how many examples matter where
+    some of them are never trained on.
+
+    Args:
+        weights: float[examples], or a tree with this as its only leaf.
+
+    Returns:
+        Between 1/n and 1; nan where all weights are 0.
+
+    Example:
+        >>> bj.certify.effective_share(jnp.array([1.0, 1.0, 0.0, 0.0]))
+        0.5
+    """
     table = np.asarray(jax.tree.leaves(weights)[0], np.float64)
-    return float(table.sum() ** 2 / (table.size * (table**2).sum()))
+    energy = table.size * float((table**2).sum())
+    return float(table.sum()) ** 2 / energy if energy > 0 else math.nan
 
 
 def _finish(certificates: Certificates, level: str, scope: str, reason: str, remedy: str) -> Verdict:

@@ -51,8 +51,10 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
 
     It is the most that a run does: a loop may end early (outer.patience, outer.ess_floor), a solve before
     outer.max_iterations, and the certificates at the learned weights are left out where no step was better than the
-    first. Only `implicit` may do more, where it doubles outer.curvature_batches. Not counted, as a run does not count
-    them: readings of losses, and scores made to start from or to compare with.
+    first; so are smaller shares of certify.removed where the largest is smooth. It does more where `implicit` doubles
+    outer.curvature_batches, and where the ratios of the certificates are off 1 at the smallest step asked for: two
+    trainings for each smaller one. Not counted, as a run does not count them: readings of losses, and scores made to
+    start from or to compare with.
     """
     outer, steps = config.outer, task.num_steps
     epoch_steps = math.ceil(len(task.trainable_indices()) / task.batch_size)
@@ -67,11 +69,10 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         measured = halves.repeat(sum(measures_reliability(outer, step) for step in range(outer.steps + 1)), "")
         stages = [_add_stages("learning", loop, measured, baselines)]
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
-        retrains = 2 * len(config.certify.step_sizes) + config.certify.retrains + 1
+        retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
         certificate_count = 2 if outer.restart == "cold" else 1
-        stages.append(
-            _add_stages("", training.repeat(retrains, ""), estimate).repeat(certificate_count, "certificates")
-        )
+        parts = training.repeat(retrains + estimates, ""), estimate.repeat(estimates, "")
+        stages.append(_add_stages("", *parts).repeat(certificate_count, "certificates"))
     if config.retrain.enabled:
         labels = read_labels(task, config.data)
         trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
@@ -93,9 +94,8 @@ def evaluation_work(task: TextTask, config: RunConfig) -> float:
         certificate_count = 2 if config.outer.restart == "cold" else 1
         total += (
             certificate_count
-            * (2 * len(config.certify.step_sizes) + config.certify.retrains)
+            * (count_certificate_retrains(config.certify) * FORWARD_WORK + count_certificate_estimates(config.certify))
             * validation_steps
-            * FORWARD_WORK
         )
     if isinstance(config, SelectConfig) and config.retrain.enabled:
         labels = read_labels(task, config.data)
@@ -115,8 +115,19 @@ def count_train_steps(train: FineTuneSection, num_examples: int) -> int:
 def count_audit_work(task: Task, audit: AuditSection, certify: CertifySection, num_queries: int) -> float:
     """The whole `audit` run in training steps, for the ETA; solves and scores are counted when they are done."""
     backward = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
-    certified = 2 * len(certify.step_sizes) + 2 + REPLAY_WORK + HVP_WORK if certify.enabled else 0
+    estimates = count_certificate_estimates(certify) * (1 + REPLAY_WORK + HVP_WORK)
+    certified = count_certificate_retrains(certify) + estimates if certify.enabled else 0
     return task.num_steps * (1 + backward + certified + len(audit.removed) * audit.subsets)
+
+
+def count_certificate_retrains(certify: CertifySection) -> int:
+    """Trainings of one set of certificates: differences, rounding, and those without some examples."""
+    return 2 * len(certify.step_sizes) + 1 + certify.retrains
+
+
+def count_certificate_estimates(certify: CertifySection) -> int:
+    """Hypergradients of one set of certificates, each with a training, at most."""
+    return len(certify.removed) * certify.draws
 
 
 def count_compare_work(task: Task, compare: CompareSection, labels: KnownLabels | None) -> float:

@@ -620,18 +620,23 @@ class CertifySection:
     """Checks that the hypergradient is exact, smooth and predictive, with a verdict."""
 
     enabled: bool = True
-    """Run the checks; they cost two trainings per step size and one backward pass."""
+    """Run the checks; they cost two trainings per step size and one, and a hypergradient with its training for each of
+    certify.draws of each share of certify.removed."""
 
     step_sizes: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.1, 0.03, 0.01, 0.003)
     """Exactness: step sizes of the finite differences along the sign of the hypergradient."""
 
-    removed: OpenShare = 0.2
-    """Smoothness (metasmoothness): share of the training examples whose removal is tested."""
+    removed: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.5, 0.2)
+    """Smoothness (metasmoothness): shares of the training examples whose removal is tested, the largest first; a
+    smaller one is tested only where the larger ones are not smooth. A verdict speaks of changes up to the largest."""
+
+    draws: Annotated[int, Ge(1)] = 3
+    """Smoothness: random choices of examples for each share, whose mean is judged."""
 
     retrains: Annotated[int, Ge(8), Special(0, "not measured"), Because("fewer say nothing about a correlation")] = 0
     """Predictiveness: trainings without random subsets of the examples; 0: not measured."""
 
-    retrain_removed: OpenShare = 0.2
+    retrain_removed: OpenShare = 0.5
     """Predictiveness: share of the training examples that each of those trainings leaves out."""
 
 

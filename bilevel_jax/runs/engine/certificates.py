@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core import certify
-from bilevel_jax.core.certify import Certificates
+from bilevel_jax.core.certify import Certificates, Reliability, removals
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.config.schema import CertifySection
@@ -29,15 +29,20 @@ def compute_certificates(
     start_seed: int,
     order_seed: int,
     data_seed: int,
+    reliability: Reliability | None = None,
 ) -> Certificates:
     """Certify an estimate that was made at `weights`, by training again from the same start in the same data order.
 
     `start_seed` and `order_seed` are those of the training that was estimated; what a certificate draws comes from
-    `data_seed`. The differences are of L_v(theta_T(w)), the estimand of `unrolled`. For the other methods they tell how
-    far the estimate is from the effect on the run that really happens.
+    `data_seed`. `reliability` is what was measured with the estimate. The differences are of L_v(theta_T(w)), the
+    estimand of `unrolled`. For the other methods they tell how far the estimate is from the effect on the run that
+    really happens.
     """
+    without = Certificates(
+        None, None, None, checks, reliability=reliability, effective_share=certify.effective_share(weights)
+    )
     if not settings.enabled:
-        return Certificates(None, None, None, checks)
+        return without
     device_weights, grad = replicate(task.mesh, (weights, hypergradient))
     start = trainer.init_state(task.init_params(start_seed))
     stream = task.training_stream(order_seed)
@@ -50,7 +55,16 @@ def compute_certificates(
         return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
 
     def compute_exact() -> dict:
-        return certify.check_finite_differences(retrain, device_weights, grad, settings.step_sizes)._asdict()
+        return certify.check_finite_differences(
+            retrain, device_weights, grad, settings.step_sizes, value=validation_loss
+        )._asdict()
+
+    def compute_draw(share: float, draw: int) -> float:
+        key = removals.draw_key(jax.random.key(data_seed + 1), share, draw)
+        return session.run_once(
+            f"certify/{name}/smooth/{share:g}/{draw}",
+            lambda: removals.smoothness_of_draw(estimate, key, device_weights, grad, share),
+        )
 
     def compute_predictive() -> dict:
         key = jax.random.key(data_seed + 2)
@@ -65,17 +79,11 @@ def compute_certificates(
         )._asdict()
 
     session.set_phase(f"certifying the gradient at {name}")
-    key = jax.random.key(data_seed + 1)
     ratios = session.run_once(f"certify/{name}/exact", compute_exact)
-    cosine = session.run_once(
-        f"certify/{name}/smooth", lambda: certify.metasmoothness(estimate, key, device_weights, grad, settings.removed)
-    )
-    predictive_result = (
-        session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
-    )
-    return Certificates(
-        certify.FiniteDifferences(**{key: tuple(validation_loss) for key, validation_loss in ratios.items()}),
-        cosine,
-        certify.RemovalPrediction(**predictive_result) if predictive_result else None,
-        checks,
+    smoothness = removals.average_draws(compute_draw, settings.removed, settings.draws)
+    predictive = session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
+    return without._replace(
+        finite_differences=certify.FiniteDifferences(**{key: tuple(numbers) for key, numbers in ratios.items()}),
+        metasmoothness=smoothness,
+        removal_prediction=certify.RemovalPrediction(**predictive) if predictive else None,
     )

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from bilevel_jax.core import certify
+from bilevel_jax.core.certify import verdict
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Cell, Column, bold_cell, make_table
@@ -49,7 +51,7 @@ def describe_certificates(run: RunResults) -> dict[str, Any]:
         Column(
             "meaning",
             [
-                "by the thresholds; the run's verdict is the one at uniform weights",
+                "by the thresholds, from all numbers together; the run's verdict is the one at uniform weights",
                 *(check.explanation for check in checks),
             ],
         ),
@@ -117,26 +119,38 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
     estimator_checks = [one["checks"] for one in places]
     has_backward_pass = run.config["outer"]["method"] in ("unrolled", "window")
     checks = []
-    for index, size in enumerate(next((one["steps"] for one in exact if one), [])):
-        ratios = [one["ratios"][index] if one else None for one in exact]
+    tolerated, limit = ((1 - width, 1 + width) for width in (verdict.RATIO_TOLERANCE, verdict.RATIO_LIMIT))
+    judged = min((size for size in _sizes(exact, "steps") if size >= verdict.SMALL), default=None)
+    for size in _sizes(exact, "steps"):
+        ratios = [_value_at(one, "steps", "ratios", size) for one in exact]
         words = (
             f"actual over predicted change of validation loss when each weight moves by {size:g} along sign(gradient)"
         )
-        if index == 0:  # the step that verdicts are made of
-            threshold, good, fair = ".95 to 1.05; outside .9 to 1.1: do not believe", (0.95, 1.05), (0.9, 1.1)
-            checks.append(_judge(f"exact, step {size:g}", ratios, threshold, words, good, fair))
+        if size == judged:
+            threshold = f"{_range(tolerated)}; outside {_range(limit)}: do not believe"
+            checks.append(_judge(f"exact, step {size:g}", ratios, threshold, words, tolerated, limit))
+        elif size < verdict.SMALL:
+            checks.append(_judge(f"exact, step {size:g}", ratios, f"{_range(limit)}", words, limit, limit))
         else:
             checks.append(_judge(f"exact, step {size:g}", ratios, "near 1; not judged", words))
-    checks.append(
-        _judge(
-            "smooth",
-            [one["smooth"] for one in places],
-            ".7 or more, .9 for changes of half the data; below .5: do not believe",
-            "metasmoothness: cosine between the hypergradient and the one without a random fifth of the examples",
-            (0.7, math.inf),
-            (0.5, math.inf),
+    smooth = [one["smooth"] for one in places]
+    for share in _sizes(smooth, "removed") or certify.REMOVED:
+        is_large = share >= verdict.LARGE
+        wanted, least = verdict.SMOOTH_LARGE if is_large else verdict.SMOOTH_SMALL, verdict.SMOOTH_LIMIT
+        threshold = f"{_short(wanted)} or more, for {verdict.LARGE_CHANGES if is_large else verdict.SMALL_CHANGES}"
+        if share <= verdict.NEAR_SMALL:
+            threshold += f"; below {_short(least)}: do not believe"
+        checks.append(
+            _judge(
+                f"smooth without {share:.0%}",
+                [_value_at(one, "removed", "cosines", share) for one in smooth],
+                threshold,
+                "metasmoothness: cosine of weight times hypergradient, centred, with those without a random "
+                f"{share:.0%} of the examples, over those that stay; the mean of several draws",
+                (wanted, math.inf),
+                (least, math.inf),
+            )
         )
-    )
     left_out_words = next(
         (f" when a random {one['fraction']:.0%} of the examples is left out" for one in predicted if one), ""
     )
@@ -145,7 +159,31 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
         words = f"{words} changes of validation loss{left_out_words}" + (
             "; with 8 retrains its error is about .35" if key == "rank" else ""
         )
-        checks.append(_judge(f"predictive {key}", values, "near 1; not judged", words))
+        good = (verdict.RANK_WANTED, math.inf) if key == "rank" else verdict.SLOPE_RANGE
+        fair = (verdict.RANK_LIMIT, math.inf) if key == "rank" else (0.0, math.inf)
+        threshold = f"{_short(good[0])} or more" if key == "rank" else _range(good)
+        checks.append(_judge(f"predictive {key}", values, threshold, words, good, fair))
+    checks.append(
+        _judge(
+            "reliability",
+            [one["reliability"]["value"] if one.get("reliability") else None for one in places],
+            f"{_short(verdict.RELIABILITY_WANTED)} or more, to speak for other examples; below "
+            f"{_short(verdict.RELIABILITY_LIMIT)}: mostly noise",
+            "about the correlation of weight times hypergradient with those by an endless validation set",
+            (verdict.RELIABILITY_WANTED, math.inf),
+            (verdict.RELIABILITY_LIMIT, math.inf),
+        )
+    )
+    checks.append(
+        _judge(
+            "effective share",
+            [one.get("effective_share") for one in places],
+            f"{_short(verdict.MIN_EFFECTIVE_SHARE)} or more, for {verdict.LARGE_CHANGES} without retrains",
+            "effective sample size of the weights over the number of examples",
+            (verdict.MIN_EFFECTIVE_SHARE, math.inf),
+            (0.0, math.inf),
+        )
+    )
     replayed = [("yes" if one["replayed"] else "no") if has_backward_pass else None for one in estimator_checks]
     states = [{"yes": "good", "no": "bad"}.get(value or "", "") for value in replayed]
     words = "every replayed segment of training ended bit for bit where training did"
@@ -155,6 +193,24 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
         bounds, values = bounds_by_check.get(key, UNBOUNDED), [one[key] for one in estimator_checks]
         checks.append(_judge(key, values, threshold, words.format(unit=run.unit), bounds, bounds))
     return checks
+
+
+def _sizes(measured: list[dict[str, Any] | None], key: str) -> list[float]:
+    """The sizes at which any of the places was measured, largest first."""
+    return sorted({size for one in measured if one for size in one[key]}, reverse=True)
+
+
+def _value_at(measured: dict[str, Any] | None, sizes: str, values: str, size: float) -> float | None:
+    """What was measured at a size; None where it was not."""
+    return dict(zip(measured[sizes], measured[values], strict=True)).get(size) if measured else None
+
+
+def _range(bounds: tuple[float, float]) -> str:
+    return f"{_short(bounds[0])} to {_short(bounds[1])}"
+
+
+def _short(threshold: float) -> str:
+    return f"{threshold:.3g}".removeprefix("0")
 
 
 def _judge(
@@ -181,7 +237,8 @@ def _check_cell(value: Any, state: str) -> Cell:
     return Cell(text + icons.get(state, ""), "span", f"figure {state}".strip())
 
 
-def _verdict_badge(verdict: dict[str, Any]) -> Cell:
-    kind, icon = VERDICT_STYLES[verdict["level"]]
-    scope = f", {verdict['scope']}" if verdict["scope"] else ""
-    return Cell(f"{icon} {verdict['level']}{scope}", "span", f"badge {kind}")
+def _verdict_badge(judged: dict[str, Any]) -> Cell:
+    kind, icon = VERDICT_STYLES[judged["level"]]
+    scope = f", {judged['scope']}" if judged["scope"] else ""
+    others = f"; for other examples {judged['others_level']}"
+    return Cell(f"{icon} {judged['level']}{scope}{others}", "span", f"badge {kind}")
