@@ -40,6 +40,7 @@ def test_smooth_compares_the_centred_entries_of_the_rows_that_stay():
     opposite = certify.metasmoothness(lambda w: -jnp.asarray(SLOPE), key, weights, SLOPE)
     assert opposite.removed == (0.5, 0.2) and max(opposite.cosines) < -0.99
     assert np.isnan(certify.metasmoothness(lambda w: SLOPE * np.nan, key, weights, SLOPE).cosines).all()
+    assert certify.metasmoothness(lambda w: SLOPE * 0, key, weights, SLOPE).removed == ()  # nothing to compare
     assert (certify.drop_random_examples(key, weights, 0.2) == 0).sum() == 8
 
 

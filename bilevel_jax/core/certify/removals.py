@@ -90,8 +90,8 @@ def metasmoothness(
         draws: choices of examples for each share.
 
     Returns:
-        The mean cosine for each share that was measured; nan where an estimate is, or where fewer than two examples
-        stay.
+        The mean cosine for each share that was measured; nan where an estimate is. A share has none where all entries
+        that stay are equal, as those of a single example.
 
     Example:
         >>> weights, grad = jnp.ones(8), jnp.arange(8.0)
@@ -106,14 +106,21 @@ def metasmoothness(
     )
 
 
-def average_draws(cosine_of: Callable[[float, int], float], removed: Sequence[float], draws: int) -> Metasmoothness:
-    """The mean cosines by cosine_of(share, draw), the largest share first, until one is large enough."""
+def average_draws(
+    cosine_of: Callable[[float, int], float | None], removed: Sequence[float], draws: int
+) -> Metasmoothness:
+    """The mean cosines by cosine_of(share, draw), the largest share first, until one is large enough.
+
+    Draws without a cosine are left out, and so is a share that has none.
+    """
     shares: list[float] = []
     cosines: list[float] = []
     for share in sorted(removed, reverse=True):
-        shares.append(share)
-        cosines.append(sum(cosine_of(share, draw) for draw in range(draws)) / draws)
-        if cosines[-1] >= SMOOTH_LARGE:
+        some = [cosine for draw in range(draws) if (cosine := cosine_of(share, draw)) is not None]
+        if some:
+            shares.append(share)
+            cosines.append(sum(some) / len(some))
+        if some and cosines[-1] >= SMOOTH_LARGE:
             break
     return Metasmoothness(tuple(shares), tuple(cosines))
 
@@ -129,8 +136,8 @@ def smoothness_of_draw(
     weights: Float[Array, "examples"],
     grad: Float[Array, "examples"],
     removed: float,
-) -> float:
-    """The cosine of one choice of examples; see `metasmoothness`."""
+) -> float | None:
+    """The cosine of one choice of examples; None where all entries that stay are equal. See `metasmoothness`."""
     remaining_weights = drop_random_examples(key, weights, removed)
     is_left = remaining_weights != 0
 
@@ -138,7 +145,10 @@ def smoothness_of_draw(
         mean = jnp.sum(jnp.where(is_left, entries, 0)) / jnp.sum(is_left)
         return jnp.where(is_left, entries - mean, 0)
 
-    return float(tree.cosine(center(weights * grad), center(remaining_weights * estimate(remaining_weights))))
+    entries, others = center(weights * grad), center(remaining_weights * estimate(remaining_weights))
+    if not jnp.any(entries) or not jnp.any(others):
+        return None
+    return float(tree.cosine(entries, others))
 
 
 def predict_removals(

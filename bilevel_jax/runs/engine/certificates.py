@@ -59,7 +59,7 @@ def compute_certificates(
             retrain, device_weights, grad, settings.step_sizes, value=validation_loss
         )._asdict()
 
-    def compute_draw(share: float, draw: int) -> float:
+    def compute_draw(share: float, draw: int) -> float | None:
         key = removals.draw_key(jax.random.key(data_seed + 1), share, draw)
         return session.run_once(
             f"certify/{name}/smooth/{share:g}/{draw}",
