@@ -205,6 +205,8 @@ class Estimate(NamedTuple):
     half_difference: Hyper = ()
     """d of two halves A and B of the validation set, (g_A - g_B) / 2, shaped as `grad`: E |d|^2 is the sampling
     variance of `grad`. () where it was not measured."""
+    independent: tuple[Hyper, Hyper] | tuple[()] = ()
+    """(hypergradient, difference of halves) of a second validation set, at the same weights. () where not measured."""
 
 
 Estimator = Callable[[Trajectory, Hyper, Frozen, Stream, Stream], Estimate]

@@ -173,23 +173,25 @@ def backward_pass_of_each(
     `init` takes a sequence of validation streams; the adjoint, `grad` and L_v of a state, and every leaf of the
     estimate but `checks` and `params`, lead with [losses], and of the checks `growth` does.
 
-    With `keep_bits` the adjoints are not batched: one compiled program has the products of all of them, so that each
-    has the same bits as alone (in every case tried on CPUs) and the compiler shares their primal passes. It grows with
-    their number.
+    With `keep_bits` the adjoints of a step of one micro-batch are not batched: one compiled program has the products of
+    all of them, so that each has the same bits as alone (in every case tried on CPUs) and the compiler shares their
+    primal passes. It grows with their number. Of several micro-batches they are batched even so, as the compiler would
+    not share the passes of several loops: then the bits are equal but for rounding.
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
 
     def of_each(step_back: Callable[..., tuple[Adjoint, HyperSlice]], num_arguments: int) -> Callable[..., Any]:
-        if not keep_bits:
-            return jax.vmap(step_back, in_axes=(*[None] * num_arguments, 0))
+        batched = jax.vmap(step_back, in_axes=(*[None] * num_arguments, 0))
 
         def one_by_one(*arguments: Any) -> tuple[Adjoint, HyperSlice]:
+            if arguments[-2]["num_examples"].shape[0] > 1:  # the batch's micro-batches
+                return batched(*arguments)
             count = jax.tree.leaves(arguments[-1])[0].shape[0]
             adjoints = [jax.tree.map(lambda leaf, place=place: leaf[place], arguments[-1]) for place in range(count)]
             results = [step_back(*arguments[:-1], adjoint) for adjoint in adjoints]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-        return one_by_one
+        return one_by_one if keep_bits else batched
 
     step_of_each = step._replace(
         backward=jax.jit(of_each(step.backward, 5)),

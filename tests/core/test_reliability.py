@@ -59,17 +59,47 @@ def test_linear_problem_has_the_noise_of_its_covariance():
     assert np.isclose(math.sqrt(signal_energy / (signal_energy + far)), 0.95)
 
 
+def test_at_learned_weights_halves_are_an_upper_bound_and_an_independent_set_tells():
+    """Entries fitted to the validation set: v_j = mean + noise, of which the weights have used up all but a little."""
+    random = np.random.default_rng(1)
+    num_examples, dim, count = 60, 20, 40
+    a, mean = random.normal(size=(num_examples, dim)), 0.3 * random.normal(size=dim)
+    weights, halves, against, truths = np.ones(num_examples), [], [], []
+    for seed in range(200):
+        own, other = (mean + random.normal(size=(count, dim)) for _ in range(2))
+        fitted = 0.3 * mean - 0.9 * (own.mean(0) - mean)  # the step back from the noise that was followed
+        own = fitted + 0.3 * (own - own.mean(0))  # fitted examples differ less
+        factors = certify.validation_halves(count, seed) / count
+        grad, dev = a @ own.mean(0), a @ other.mean(0)
+        halves.append(certify.measure_reliability(weights, grad, a @ (factors @ own), count))
+        against.append(certify.measure_reliability_against(weights, grad, dev, a @ (factors @ other), count))
+        truths.append(np.corrcoef(grad, a @ mean)[0, 1])
+    assert certify.average_reliability(halves).value > np.mean(truths) + 0.2
+    average = certify.average_reliability(against)
+    assert abs(average.value - np.mean(truths)) < 0.05  # its standard error is about .02
+    assert average.num_draws == 200
+    assert "against an independent set" in str(average)
+    with pytest.raises(ValueError, match="two things"):
+        certify.average_reliability([halves[0], against[0]])
+
+
 def test_what_cannot_be_told_is_said():
     one = certify.measure_reliability(np.ones(3), np.arange(3.0), np.zeros(3), 1)
     assert math.isnan(one.value)
     assert math.isnan(one.validation_examples_for(0.9))
     assert "one validation example has no halves" in str(one)
+    no_signal = certify.measure_reliability_against(np.ones(2), np.arange(2.0), np.arange(2.0), np.array([9.0, 0]), 4)
+    assert math.isnan(no_signal.value)
+    assert "cannot be told" in str(no_signal)
     assert certify.validation_halves(1, 0).tolist() == [0.0]
     noise = certify.measure_reliability(np.ones(3), np.arange(3.0), np.array([2.0, 0, -2.0]), 8)
     assert noise.value == 0
     assert noise.noise > 1
     assert math.isinf(noise.validation_examples_for(0.9))
-    assert "no number can be told" in str(noise)
+    assert "no number of examples can be told" in str(noise)
+    bound = noise._replace(value=0.5, noise=0.75, is_upper_bound=True)
+    assert str(bound).startswith("at most 0.50")
+    assert math.isnan(bound.validation_examples_for(0.9))
     assert math.isnan(certify.measure_reliability(np.ones(3), np.ones(3), np.zeros(3), 8).value)
     assert math.isnan(certify.average_reliability([one, one]).value)
     with pytest.raises(ValueError, match=r"give one number of each"):
@@ -88,6 +118,5 @@ def test_a_certificate_says_its_reliability():
     line = next(
         line for line in str(certificates._replace(reliability=reliability)).splitlines() if "reliability" in line
     )
-    assert "0.71 with 100 validation examples" in line
-    assert "over 2 draws" in line
-    assert "for .9: about 426" in line
+    assert "0.71 by halves of 100 validation examples (noise 0.50 ± 0.20, 2 draws)" in line
+    assert "for 0.9 about 426" in line

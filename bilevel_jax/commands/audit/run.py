@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.audit import judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
+from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.types import PADDING, Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs.budget.work import count_audit_work
@@ -32,7 +33,7 @@ from bilevel_jax.runs.engine.trainer import (
 )
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
-from bilevel_jax.runs.infra.placement import cache_stream
+from bilevel_jax.runs.infra.placement import cache_stream, replicate
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
@@ -208,7 +209,11 @@ def compute_estimates(
     """The configured estimates of -dL/dw for L_v and for each query; and the record of the exact one."""
     scores: list[DataScore] = []
     exact_record: dict[str, Any] = {}
-    fit = task.held_out_streams["validation"]
+    fit, trainer = task.held_out_streams["validation"], uniform_training.trainer
+    has_halves = trainer.has_halves("validation")
+    trainer_halves = replicate(
+        task.mesh, trainer.draw_halves("validation", config.data.seed).astype(jnp.result_type(float))
+    )
     query_streams = [retrains.single_example_stream(fit, row) for row in uniform_training.query_indices]
     groups = [
         query_streams[start : start + config.audit.vmap_size]
@@ -218,7 +223,8 @@ def compute_estimates(
     for name in config.audit.estimators:
         session.set_phase(f"hypergradients: {name}")
         estimate = make_estimator(name, config, task, uniform_training, session)
-        values, record = _estimate_once(session, name, estimate, [fit])
+        halves = [halve_stream(fit, trainer_halves)] if name == EXACT_ESTIMATOR and has_halves else []
+        values, record = _estimate_once(session, name, estimate, [fit, *halves])
         # each query's share of L_v, times the number of rows: its own loss
         size = float(np.ravel(fit.batch(0)["num_examples"])[0])
         query_values = [
@@ -226,12 +232,24 @@ def compute_estimates(
             for n, streams in enumerate(groups)
         ]
         checkpoint = "through" if name == EXACT_ESTIMATOR else "end"
-        passes, seconds = task.num_steps + record["passes"], uniform_training.seconds + record["seconds"]
+        passes = task.num_steps + record["passes"] - len(halves) * HVP_WORK * task.num_steps
+        seconds = uniform_training.seconds + record["seconds"]
         solved = record["checks"].get("residual")
         notes = (f"relative residual of the solve for L_v {solved:.2g}",) if solved is not None else ()
         each_query = np.concatenate(query_values) if query_values else None
         scores.append(DataScore(name, checkpoint, values[0], each_query, passes, seconds, notes))
-        exact_record = record if name == EXACT_ESTIMATOR else exact_record
+        if name == EXACT_ESTIMATOR:
+            kept = task.trainable_indices()
+            exact_record = record | {
+                "reliability": certify.measure_reliability(
+                    jnp.ones(len(kept)),
+                    jnp.asarray(values[0][kept]),
+                    jnp.asarray(values[1][kept]),
+                    trainer.num_held_out("validation"),
+                )
+                if has_halves
+                else None
+            }
         session.print_line(_format_score(scores[-1]))
     return scores, exact_record
 
@@ -329,7 +347,7 @@ def certify_exact(
         start_seed=config.train.seed,
         order_seed=config.data.seed,
         data_seed=config.data.seed,
-    )
+    )._replace(reliability=exact_record["reliability"])
     verdict = certify.judge_certificates(certificate_set)
     session.print_line(f"the exact hypergradients: {verdict}")
     return certificate_set, verdict
@@ -365,7 +383,8 @@ def _estimate_once(
         check_hypergradient_finite(result, name)
         with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, -np.asarray(result.grad))
-        checks = {key: value for key, value in result.checks._asdict().items() if not math.isnan(value)}
+        first_checks = {key: np.ravel(value)[0].item() for key, value in result.checks._asdict().items()}
+        checks = {key: value for key, value in first_checks.items() if not math.isnan(value)}
         value = float(np.ravel(result.validation_loss)[0])
         return {
             "passes": session.work_done - before,

@@ -200,6 +200,7 @@ def describe_outer_loop(run: RunResults) -> dict[str, Any]:
             vertical_mark=_chosen_step_mark(run),
             y_values_shown=[0, run.result["rows"]["train"]],
         ),
+        "reliability": plot_reliability(run),
         "table": outer_steps_table(run),
     }
 
@@ -214,6 +215,8 @@ def outer_steps_table(run: RunResults) -> Table:
         Column("entropy", [record["entropy"] for record in records], "nats"),
         Column("largest", [record["largest"] for record in records], "weight"),
         *([Column("AUC", [record["auc"] for record in records], "weights, labels")] if run.result["auc"] else []),
+        Column("reliability", [record.get("reliability") for record in records], "correlation"),
+        Column("at most", [record.get("reliability_at_most") for record in records], "reliability, by halves"),
         Column("growth", [record["checks"].get("growth") for record in records], "of the adjoint"),
         Column("residual", [record["checks"].get("residual") for record in records], "relative"),
         Column("cost", [record["work"] for record in records], "training steps"),
@@ -232,6 +235,26 @@ def _plot_validation_losses(run: RunResults) -> Markup:
         if records[0]["loss"].get(part) is not None
     ]
     return figures.plot_lines(curves, "outer step", f"loss, {run.unit}", vertical_mark=_chosen_step_mark(run))
+
+
+def plot_reliability(run: RunResults) -> Markup | None:
+    """The reliability of the hypergradient over the outer steps; None where it was not measured."""
+    curves = []
+    for name, key, colour in (("reliability", "reliability", 0), ("upper bound of it", "reliability_at_most", 4)):
+        measured = [record for record in run.result["records"] if record.get(key) is not None]
+        if measured:
+            steps, values = [record["step"] for record in measured], [record[key] for record in measured]
+            curves.append(Series(name, steps, values, colour))
+    if not curves:
+        return None
+    return figures.plot_lines(
+        curves,
+        "outer step",
+        "reliability",
+        vertical_mark=_chosen_step_mark(run),
+        x_values_shown=[record["step"] for record in run.result["records"]],
+        y_values_shown=[0, 1],
+    )
 
 
 def _chosen_step_mark(run: RunResults) -> tuple[float, str]:

@@ -15,7 +15,12 @@ from bilevel_jax.runs.config.load import SelectConfig, config_hash
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts
 from bilevel_jax.runs.engine.certificates import compute_certificates
-from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, run_outer_loop
+from bilevel_jax.runs.engine.outer_loop import (
+    LearnedWeights,
+    average_reliability_near,
+    data_order_seed,
+    run_outer_loop,
+)
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
 from bilevel_jax.runs.engine.selection import select_examples
@@ -148,7 +153,7 @@ def _certify(
             start_seed=config.train.seed,
             order_seed=data_order_seed(config.data, config.outer, step),
             data_seed=config.data.seed,
-        )
+        )._replace(reliability=average_reliability_near(learned.records, step))
     return out
 
 

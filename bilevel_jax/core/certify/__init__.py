@@ -12,6 +12,7 @@ from bilevel_jax.core.certify.reliability import (
     Reliability,
     average_reliability,
     measure_reliability,
+    measure_reliability_against,
     validation_halves,
 )
 from bilevel_jax.core.certify.removals import (
@@ -43,6 +44,7 @@ __all__ = [
     "has_kinks",
     "judge_certificates",
     "measure_reliability",
+    "measure_reliability_against",
     "metasmoothness",
     "predict_removals",
     "spearman",

@@ -10,39 +10,57 @@ from jaxtyping import Array, Float
 
 
 class Reliability(NamedTuple):
-    """How much of the entries (weight times hypergradient) is sampling noise of the validation set."""
+    """How far the entries, weight times hypergradient, speak for examples that are not in the validation set."""
 
     value: float
-    """About the correlation of the entries with those of an endless validation set; nan where it was not measured."""
+    """About the correlation of the entries with those of an endless validation set; nan where it cannot be told."""
     noise: float
-    """The noise's share of the entries' energy; about 1 where nothing but noise is seen."""
+    """By halves: the share of the validation set's sampling noise in the entries' energy; about 1 where nothing but
+    noise is seen. nan where an independent set was the evidence."""
     num_validation: int
     spread: float = math.nan
-    """The standard deviation of the noise over draws of halves; nan with one draw."""
+    """Standard deviation over draws of halves, of the noise or of the value; nan with one draw."""
     num_draws: int = 1
+    is_upper_bound: bool = False
+    """Whether the weights were learned from the same validation examples: halves then see only part of the noise."""
+    agreement: float = math.nan
+    """By an independent set: <entries, its entries> / |entries|^2."""
+    signal: float = math.nan
+    """By an independent set: |what its two halves agree on|^2 / |entries|^2."""
 
     def validation_examples_for(self, target: float) -> float:
         """About how many validation examples would give the reliability `target`: the noise's energy falls as 1/n.
 
-        Infinite where nothing but noise is seen, nan where it was not measured.
+        Infinite where nothing but noise is seen; nan where no noise was measured, or only a bound of it.
         """
-        if math.isnan(self.noise):
+        if math.isnan(self.noise) or self.is_upper_bound:
             return math.nan
         if self.noise >= 1:
             return math.inf
         return self.num_validation * self.noise * target**2 / ((1 - self.noise) * (1 - target**2))
 
     def __str__(self) -> str:
+        draws = "1 draw" if self.num_draws == 1 else f"{self.num_draws} draws"
+        spread = "" if math.isnan(self.spread) else f" ± {self.spread:.2f}"
+        if not math.isnan(self.agreement):
+            if math.isnan(self.value):
+                return f"cannot be told: the halves of the independent set do not agree ({draws})"
+            return f"{self.value:.2f}{spread} against an independent set ({draws} of its halves)"
         if math.isnan(self.value):
             reason = " (one validation example has no halves)" if self.num_validation == 1 else ""
             return f"not measured{reason}"
-        spread = "" if math.isnan(self.spread) else f" ± {self.spread:.2f} over {self.num_draws} draws of halves"
-        needed = self.validation_examples_for(0.9)
-        count = "no number can be told" if math.isinf(needed) else f"about {max(1, round(needed)):,}"
-        return (
-            f"{self.value:.2f} with {self.num_validation:,} validation examples (noise {self.noise:.2f}{spread}); for "
-            f".9: {count}"
-        )
+        measured = f"{self.value:.2f} by halves of {self.num_validation:,} validation examples (noise {self.noise:.2f}"
+        measured += f"{spread}, {draws})"
+        if self.is_upper_bound:
+            return f"at most {measured}: the weights were learned from them, and only an independent set tells more"
+        needed = self.validation_examples_for(NEEDED_FOR)
+        if math.isinf(needed):
+            return f"{measured}; nothing but noise is seen, so no number of examples can be told"
+        return f"{measured}; for {NEEDED_FOR:g} about {max(1, round(needed)):,} would be needed"
+
+
+NEEDED_FOR = 0.9
+"""The reliability for which sentences say the number of validation examples."""
 
 
 def validation_halves(num_validation: int, seed: int) -> Float[np.ndarray, "validation"]:
@@ -93,9 +111,11 @@ def measure_reliability(
     validation set of the same kind would give. One draw of halves has a standard deviation of .03 to .07 in the noise:
     see `average_reliability`.
 
-    Wrong where the validation examples are not independent draws of what one cares for: duplicates, several turns of
-    one conversation, another distribution. The number then says too much. It is also about the examples given: leave
-    out those that are never trained on.
+    Wrong at weights that were learned from the same validation examples: their gradients are fitted, their halves
+    differ too little, and the number is only an upper bound (.94 was measured where the correlation was -.74); take
+    `measure_reliability_against` an independent set there. Also wrong where the validation examples are not independent
+    draws of what one cares for (duplicates, turns of one conversation, another distribution): it then says too much.
+    It is about the examples given: leave out those that are never trained on.
 
     Args:
         weights: float[examples].
@@ -114,27 +134,65 @@ def measure_reliability(
         >>> round(reliability.validation_examples_for(0.95))  # 8 * .143 / .857 * .9025 / .0975
         12
     """
-    shapes = {jnp.shape(values) for values in (weights, grad, half_difference)}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise ValueError(
-            f"weights {jnp.shape(weights)}, grad {jnp.shape(grad)} and half_difference {jnp.shape(half_difference)}; "
-            "give one number of each for every training example."
-        )
+    _check_shapes(weights=weights, grad=grad, half_difference=half_difference)
     if num_validation < 2:
         return Reliability(math.nan, math.nan, num_validation)
-    energy, noise_energy = (
-        float(np.square(entries - entries.mean()).sum())
-        for entries in (
-            np.asarray(weights, np.float64) * np.asarray(part, np.float64) for part in (grad, half_difference)
-        )
+    entries, differences = _entries(weights, grad), _entries(weights, half_difference)
+    return _from_noise(_ratio(differences @ differences, entries @ entries), num_validation)
+
+
+def measure_reliability_against(
+    weights: Float[Array, "examples"],
+    grad: Float[Array, "examples"],
+    independent_grad: Float[Array, "examples"],
+    independent_half_difference: Float[Array, "examples"],
+    num_validation: int,
+) -> Reliability:
+    """How far the hypergradient speaks for other examples, judged by a second validation set that it has not seen.
+
+        reliability = <c(g), c(h)> / (|c(g)| sqrt(|c(h)|^2 - |c(d)|^2)),  c(x) = centred(w x)
+
+    with g the hypergradient, h that of the mean loss of the independent set, and d the difference of two halves of that
+    set: |c(h)|^2 - |c(d)|^2 has the expectation of the energy without the set's own noise. So this is the correlation
+    with an endless set, also at weights that were learned from the validation set. Clipped to [-1, 1].
+
+    Wrong where the weights were chosen by the independent set, and noisy where it is small: average several draws of
+    halves, or neighbouring outer steps, with `average_reliability`.
+
+    Args:
+        weights: float[examples].
+        grad: the hypergradient at `weights`, float[examples], nats per unit of weight.
+        independent_grad: h, float[examples], in the same units.
+        independent_half_difference: d of the independent set, float[examples]; see `validation_halves`.
+        num_validation: examples of the validation set of `grad`.
+
+    Returns:
+        The reliability; its value is nan where the halves of the independent set do not agree on anything.
+
+    Example:
+        >>> grad, other = jnp.array([3.0, -1.0, -2.0]), jnp.array([2.0, -2.0, 0.0])
+        >>> half_difference = jnp.array([0.5, 0.0, -0.5])
+        >>> reliability = bj.certify.measure_reliability_against(jnp.ones(3), grad, other, half_difference, 8)
+        >>> round(reliability.value, 3)  # 8 / sqrt(14 * 7.5)
+        0.781
+    """
+    _check_shapes(
+        weights=weights,
+        grad=grad,
+        independent_grad=independent_grad,
+        independent_half_difference=independent_half_difference,
     )
-    return _from_noise(noise_energy / energy if energy > 0 else math.nan, num_validation)
+    own, other = _entries(weights, grad), _entries(weights, independent_grad)
+    differences, energy = _entries(weights, independent_half_difference), float(own @ own)
+    return _from_agreement(
+        _ratio(own @ other, energy), _ratio(other @ other - differences @ differences, energy), num_validation
+    )
 
 
 def average_reliability(draws: Sequence[Reliability]) -> Reliability:
     """The reliability by several draws of halves: the noise is their mean.
 
-        noise = mean_k noise_k;  reliability = sqrt(max(0, 1 - noise))
+        by halves: noise = mean_k noise_k;  against an independent set: the means of `agreement` and of `signal`
 
     Of one hypergradient with halves drawn anew, or of neighbouring outer steps, between which the noise moves slowly.
     Draws that are nan are left out.
@@ -157,13 +215,44 @@ def average_reliability(draws: Sequence[Reliability]) -> Reliability:
         raise ValueError("no draws to average; give at least one of `measure_reliability`.")
     if len(counts := {draw.num_validation for draw in draws}) > 1:
         raise ValueError(f"draws of validation sets of {sorted(counts)} examples; give those of one validation set.")
-    noises = [draw.noise for draw in draws if not math.isnan(draw.noise)]
-    if not noises:
-        return draws[0]
-    spread = float(np.std(noises, ddof=1)) if len(noises) > 1 else math.nan
-    return _from_noise(float(np.mean(noises)), draws[0].num_validation)._replace(spread=spread, num_draws=len(noises))
+    if len({math.isnan(draw.agreement) for draw in draws}) > 1:
+        raise ValueError("draws by halves and against an independent set measure two things; average each alone.")
+    num_validation, is_upper_bound = draws[0].num_validation, any(draw.is_upper_bound for draw in draws)
+    if not math.isnan(draws[0].agreement):
+        agreement, signal = (float(np.mean([getattr(draw, key) for draw in draws])) for key in ("agreement", "signal"))
+        average, each = _from_agreement(agreement, signal, num_validation), [draw.value for draw in draws]
+    else:
+        noises = [draw.noise for draw in draws if not math.isnan(draw.noise)]
+        if not noises:
+            return draws[0]
+        average, each = _from_noise(float(np.mean(noises)), num_validation), noises
+    told = [value for value in each if not math.isnan(value)]
+    spread = float(np.std(told, ddof=1)) if len(told) > 1 else math.nan
+    return average._replace(spread=spread, num_draws=len(each), is_upper_bound=is_upper_bound)
+
+
+def _entries(weights: Float[Array, "examples"], grad: Float[Array, "examples"]) -> Float[np.ndarray, "examples"]:
+    """weight x hypergradient in float64, without its mean over the examples."""
+    products = np.asarray(weights, np.float64) * np.asarray(grad, np.float64)
+    return products - products.mean()
+
+
+def _check_shapes(**arrays: Array) -> None:
+    shapes = {name: jnp.shape(values) for name, values in arrays.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["weights"]) != 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{listed}; give one number of each for every training example.")
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else math.nan
 
 
 def _from_noise(noise: float, num_validation: int) -> Reliability:
     value = math.nan if math.isnan(noise) else math.sqrt(max(0.0, 1 - noise))
     return Reliability(value, noise, num_validation)
+
+
+def _from_agreement(agreement: float, signal: float, num_validation: int) -> Reliability:
+    value = max(-1.0, min(1.0, agreement / math.sqrt(signal))) if signal > 0 else math.nan
+    return Reliability(value, math.nan, num_validation, agreement=agreement, signal=signal)

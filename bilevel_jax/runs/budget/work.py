@@ -19,7 +19,7 @@ from bilevel_jax.runs.config.schema import (
 from bilevel_jax.runs.engine.arms import count_trainings
 from bilevel_jax.runs.engine.outer_loop import measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
-from bilevel_jax.runs.engine.trainer import HALVES_WORK, HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
@@ -65,8 +65,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
         loop = _add_stages("", training, estimate).repeat(outer.steps + 1, "")
-        halves = _halves_stage(task, outer, steps, epoch_steps)
-        measured = halves.repeat(sum(measures_reliability(outer, step) for step in range(outer.steps + 1)), "")
+        num_measured = sum(measures_reliability(outer, step) for step in range(outer.steps + 1))
+        measured = _reliability_stage(task, outer, steps, epoch_steps).repeat(num_measured, "")
         stages = [_add_stages("learning", loop, measured, baselines)]
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
@@ -114,7 +114,8 @@ def count_train_steps(train: FineTuneSection, num_examples: int) -> int:
 
 def count_audit_work(task: Task, audit: AuditSection, certify: CertifySection, num_queries: int) -> float:
     """The whole `audit` run in training steps, for the ETA; solves and scores are counted when they are done."""
-    backward = 2 * REPLAY_WORK + (1 + num_queries) * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
+    num_losses = 1 + (len(task.validation_indices()) > 1) + num_queries  # L_v, the halves of validation, the queries
+    backward = 2 * REPLAY_WORK + num_losses * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
     estimates = count_certificate_estimates(certify) * (1 + REPLAY_WORK + HVP_WORK)
     certified = count_certificate_retrains(certify) + estimates if certify.enabled else 0
     return task.num_steps * (1 + backward + certified + len(audit.removed) * audit.subsets)
@@ -175,14 +176,14 @@ def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> W
     return WorkStage("", other_work=2 * epoch_steps + HVP_WORK * products * min(outer.curvature_batches, epoch_steps))
 
 
-def _halves_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
-    """What the difference of two halves of the validation set adds to a hypergradient."""
-    if len(task.validation_indices()) < 2:
-        return WorkStage("")
+def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
+    """What measuring the reliability adds to a hypergradient: dev and its halves, or the halves of validation."""
+    sizes = {part: len(task.held_out_examples.get(part, ())) for part in ("dev", "validation")}
+    extra_losses = 2 if sizes["dev"] > 1 else 1 if sizes["validation"] > 1 else 0
     hypergradient = _hypergradient_stage(outer, steps, epoch_steps)
     if outer.method not in ("unrolled", "window"):
-        return hypergradient
-    return WorkStage("", other_work=HALVES_WORK * hypergradient.backward_steps)
+        return hypergradient.repeat(extra_losses, "")
+    return WorkStage("", other_work=extra_losses * EXTRA_LOSS_WORK * hypergradient.backward_steps)
 
 
 def _add_stages(name: str, *stages: WorkStage) -> WorkStage:

@@ -470,6 +470,9 @@ class OuterSection:
     """Outer steps from one measurement of reliability (how far the hypergradient speaks for examples beside the
     validation set) to the next; the first and the last measure it, too. 0: never."""
 
+    reliability_floor: Annotated[float, Interval(ge=0, lt=1), Special(0, "never stop for it")] = 0.05
+    """Stop where the reliability was at most this twice in a row; 0: never stop for it."""
+
     window: Count = 20
     """method=window: number of last training steps that are differentiated."""
 

@@ -12,7 +12,12 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import weightings
-from bilevel_jax.core.certify import Reliability, average_reliability, measure_reliability
+from bilevel_jax.core.certify import (
+    Reliability,
+    average_reliability,
+    measure_reliability,
+    measure_reliability_against,
+)
 from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, ScoresSection
@@ -26,6 +31,8 @@ from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_los
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
 
+AVERAGED_DRAWS = 3
+"""Measurements of reliability at learned weights that are averaged."""
 OuterRecords = list[dict[str, Any]]
 ProgressFunction = Callable[[OuterRecords], float]
 """Records of the steps so far -> how far the loop is: 0 at the start, at most 1 while another step may be made."""
@@ -186,10 +193,12 @@ class OuterLoop:
         stream = self.task.training_stream(data_order_seed(self.data, self.outer, step))
         self.session.set_phase(f"outer step {step} of {self.outer.steps}")
         start = self.trainer.init_state(self.state.start_params)
-        halves_seed = self.data.seed + step if measures_reliability(self.outer, step) else None
+        seed = self.data.seed + step if measures_reliability(self.outer, step) else None
+        reads_dev = self.trainer.has_halves("dev")
         trajectory, estimate = train_and_estimate(
-            self.trainer, weights, start, stream, step, is_first=step == 0, halves_seed=halves_seed
-        )
+            self.trainer, weights, start, stream, step, is_first=step == 0,
+            halves_seed=None if reads_dev else seed, dev_seed=seed if reads_dev else None,
+        )  # fmt: skip
         check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
         record = self._make_record(step, weights, trajectory, estimate)
         self._update_tables(record, trajectory, weights, estimate.grad)
@@ -214,10 +223,26 @@ class OuterLoop:
                 f"the effective sample size fell to {effective_size:.0f} of {num_examples} rows, below outer.ess_floor "
                 f"({self.outer.ess_floor:g} of the rows)"
             )
+        if self._is_reliability_at_floor():
+            return (
+                "the reliability was at most outer.reliability_floor in two measurements in a row "
+                f"({self.outer.reliability_floor:g}): the validation set is used up"
+            )
         steps_since_best = len(self.records) - 1 - _best_step(self.records)
         if self.outer.patience and steps_since_best >= self.outer.patience:
             return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
         return f"all {len(self.records) - 1} outer steps were made" if self.progress(self.records) > 1 else ""
+
+    def _is_reliability_at_floor(self) -> bool:
+        measured = [record for record in self.records if record["reliability_draw"]]
+        floor = self.outer.reliability_floor
+        if floor == 0 or len(measured) < 2 or measured[-1] is not self.records[-1]:
+            return False
+        values = [
+            record["reliability_at_most"] if record["reliability"] is None else record["reliability"]
+            for record in measured[-2:]
+        ]
+        return all(value is not None and value <= floor for value in values)
 
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
         """The best weights so far, on the host."""
@@ -248,7 +273,9 @@ class OuterLoop:
     def _make_record(self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate) -> dict[str, Any]:
         frozen = self.task.frozen(trajectory.start.params)
         labels, num_examples = self._labels, self.task.num_examples
-        draw = measure_estimate_reliability(self.task, weights, estimate)
+        draw = measure_estimate_reliability(self.task, self.trainer, weights, estimate, is_learned=step > 0)
+        drawn = {"step": step, "reliability_draw": draw and reliability_to_json(draw)}
+        reliability = draw and average_reliability_near([*self.records, drawn], step)
         return {
             "step": step,
             "loss": held_out_losses(self.task, self._validation_loss, trajectory.end.params, frozen),
@@ -257,15 +284,11 @@ class OuterLoop:
             "largest": float(weights.max()),
             "auc": labels.auc(fetch_to_host(weights)[:num_examples]) if labels is not None else None,
             "checks": _checks_to_json(estimate.checks),
-            "noise": draw and finite_or_none(draw.noise),
-            "reliability": draw and finite_or_none(self._average_with_last(draw).value),
+            "reliability": _reliability_value(reliability, is_upper_bound=False),
+            "reliability_at_most": _reliability_value(reliability, is_upper_bound=True),
+            "reliability_draw": drawn["reliability_draw"],
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
         }
-
-    def _average_with_last(self, draw: Reliability) -> Reliability:
-        """With the draw of halves before it: one alone has a standard deviation of up to .07 in the noise."""
-        last = next((record["noise"] for record in reversed(self.records) if record["noise"] is not None), None)
-        return draw if last is None else average_reliability([draw._replace(noise=last), draw])
 
     def _update_tables(
         self, record: dict[str, Any], trajectory: Trajectory, weights: jax.Array, grad: jax.Array
@@ -299,33 +322,78 @@ def train_and_estimate(
     *,
     is_first: bool,
     halves_seed: int | None = None,
+    dev_seed: int | None = None,
 ) -> tuple[Trajectory, Estimate]:
     """Train from `start` with these weights, and estimate the hypergradient at its end; resumable as outer step `step`.
 
-    The first step checks that the optimizer's update has a finite derivative. With `halves_seed` the difference of two
-    halves of the validation set is estimated, too.
+    The first step checks that the optimizer's update has a finite derivative. The seeds are those of
+    `Trainer.estimate`.
     """
     task = trainer.task
     trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
     if is_first and trainer.outer.method in ("unrolled", "window"):
         frozen = task.frozen(trajectory.start.params)
         check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
-    return trajectory, trainer.estimate(trajectory, weights, stream, outer_step=step, halves_seed=halves_seed)
+    return trajectory, trainer.estimate(
+        trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed
+    )
 
 
 def measures_reliability(outer: OuterSection, step: int) -> bool:
-    """Whether an outer step measures the difference of two halves of the validation set, too."""
+    """Whether an outer step measures its reliability."""
     every = outer.reliability_every
     return every > 0 and (step % every == 0 or step == outer.steps)
 
 
-def measure_estimate_reliability(task: Task, weights: jax.Array, estimate: Estimate) -> Reliability | None:
-    """The reliability over the examples that are trained on; None where no difference of halves was estimated."""
+def measure_estimate_reliability(
+    task: Task, trainer: Trainer, weights: jax.Array, estimate: Estimate, *, is_learned: bool
+) -> Reliability | None:
+    """The reliability over the examples that are trained on; None where neither halves nor dev were estimated.
+
+    At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
+    which has not steered them; without dev there is an upper bound.
+    """
+    kept, num_validation = task.trainable_indices(), len(task.validation_indices())
+    fetch = lambda table: fetch_to_host(table)[kept]  # noqa: E731
+    if estimate.independent:
+        dev_grad, dev_halves = map(fetch, estimate.independent)
+        if is_learned:
+            return measure_reliability_against(
+                fetch(weights), fetch(estimate.grad), dev_grad, dev_halves, num_validation
+            )
+        scale = (trainer.num_held_out("dev") / num_validation) ** 0.5  # the noise of one set from that of another
+        return measure_reliability(fetch(weights), fetch(estimate.grad), scale * dev_halves, num_validation)
     if not isinstance(estimate.half_difference, jax.Array):
         return None
-    kept = task.trainable_indices()
-    tables = [fetch_to_host(table)[kept] for table in (weights, estimate.grad, estimate.half_difference)]
-    return measure_reliability(tables[0], tables[1], tables[2], len(task.validation_indices()))
+    draw = measure_reliability(fetch(weights), fetch(estimate.grad), fetch(estimate.half_difference), num_validation)
+    return draw._replace(is_upper_bound=is_learned)
+
+
+def average_reliability_near(records: OuterRecords, step: int) -> Reliability | None:
+    """The reliability at an outer step: at step 0 what was measured there; later, at weights that were learned, the
+    mean over the nearest measurements at such weights, since one alone is noisy. None without any."""
+    measured = [record for record in records if record["reliability_draw"] and (record["step"] > 0) == (step > 0)]
+    nearest = sorted(measured, key=lambda record: abs(record["step"] - step))[: AVERAGED_DRAWS if step else 1]
+    draws = [reliability_from_json(record["reliability_draw"]) for record in nearest]
+    return average_reliability(draws) if draws else None
+
+
+def reliability_to_json(reliability: Reliability) -> dict[str, Any]:
+    """Its fields, None for nan."""
+    fields = reliability._asdict().items()
+    return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in fields}
+
+
+def reliability_from_json(fields: dict[str, Any]) -> Reliability:
+    """The inverse of `reliability_to_json`."""
+    values: dict[str, Any] = {key: np.nan if value is None else value for key, value in fields.items()}
+    return Reliability(**values)
+
+
+def _reliability_value(reliability: Reliability | None, *, is_upper_bound: bool) -> float | None:
+    if reliability is None or reliability.is_upper_bound != is_upper_bound or np.isnan(reliability.value):
+        return None
+    return reliability.value
 
 
 def _best_step(records: OuterRecords) -> int:
@@ -338,14 +406,10 @@ def format_record(label: str, record: dict[str, Any], unit: str) -> str:
     """One line for people: L_v on every part, effective size, AUC."""
     loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
     auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    reliability = record.get("reliability")
+    reliability, bound = record.get("reliability"), record.get("reliability_at_most")
     reliability_words = "" if reliability is None else f"  reliability {reliability:.2f}"
+    reliability_words += "" if bound is None else f"  reliability at most {bound:.2f}"
     return f"{label}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}{reliability_words}"
-
-
-def finite_or_none(value: float) -> float | None:
-    """A number as JSON can hold it."""
-    return value if np.isfinite(value) else None
 
 
 def _checks_to_json(checks: Checks) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bilevel_jax.core import certify, checkpointing, curvature, solvers, tree
 from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
+    PADDING,
     Adjoint,
     BackwardState,
     CheckpointPlan,
@@ -32,6 +33,7 @@ from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine import trajectory_store
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint, distributed
+from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.protocol import Task
@@ -42,8 +44,8 @@ REPLAY_WORK, HVP_WORK = 1.0, 3.0
 Each step of a backward pass counts as replayed once, as it is with sqrt(T) snapshots: what methods are compared by must
 not depend on the memory of the machine.
 """
-HALVES_WORK = 2.0
-"""What a second adjoint adds to a backward step, the difference of two halves: the tangents of its Hessian product."""
+EXTRA_LOSS_WORK = 2.0
+"""What another outer loss adds to a backward step: the tangents of its Hessian product."""
 FINITE_CHECK_INTERVAL = 32
 """Training steps between two looks at whether their losses are finite."""
 
@@ -77,22 +79,24 @@ class Trainer:
             )
         window = outer.window if outer.method == "window" else None
         self._backward_pass: BackwardPass | None = None
-        self._backward_pass_with_halves: BackwardPass | None = None
+        self._backward_pass_of_each: BackwardPass | None = None
+        self._num_losses = 1
+        """How many outer losses go back side by side."""
         if outer.method in ("unrolled", "window"):
             on_replay = lambda step: self._pause()  # noqa: E731
             self._backward_pass = backward_pass(
                 task.problem,
                 task.train_step,
                 window=window,
-                on_step=lambda step: session.advance(backward_step_work()),
+                on_step=lambda step: session.advance(backward_step_work(1)),
                 on_replay=on_replay,
             )
-            self._backward_pass_with_halves = backward_pass_of_each(
+            self._backward_pass_of_each = backward_pass_of_each(
                 task.problem,
                 task.train_step,
                 keep_bits=True,  # what is measured beside the hypergradient changes none of its bits
                 window=window,
-                on_step=lambda step: session.advance(backward_step_work(with_halves=True)),
+                on_step=lambda step: session.advance(backward_step_work(self._num_losses)),
                 on_replay=on_replay,
             )
         self._pause: Callable[[], None] = lambda: None
@@ -190,38 +194,36 @@ class Trainer:
         *,
         outer_step: int | None = None,
         halves_seed: int | None = None,
+        dev_seed: int | None = None,
     ) -> Estimate:
         """The hypergradient of validation loss by the configured method.
 
-        With `halves_seed`, `half_difference` is that of the two halves of the validation set that `validation_halves`
-        draws. It goes back beside the hypergradient, of which it changes no bit.
+        With `halves_seed`, `half_difference` is that of the two halves of the validation set that `draw_halves` draws;
+        with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. They
+        go back beside the hypergradient, of which they change no bit where a step is one micro-batch.
         """
-        task, fixed = self.task, self.task.frozen(run.start.params)
-        has_halves = halves_seed is not None and len(task.validation_indices()) > 1
-        if self._backward_pass is None or self._backward_pass_with_halves is None:
-            estimate = self.estimate_at_end(run, weights)
-            if not has_halves:
-                return estimate
-            halved = self.estimate_at_end(run, weights, validation=self._halved_validation(halves_seed))
-            return estimate._replace(half_difference=halved.grad)
-        validation: Any = task.held_out_streams["validation"]
-        passes = self._backward_pass
-        if has_halves:
-            passes, validation = (
-                self._backward_pass_with_halves,
-                [validation, self._halved_validation(halves_seed)],
-            )
+        fixed = self.task.frozen(run.start.params)
+        validation = self.task.held_out_streams["validation"]
+        extra = self._extra_streams(halves_seed, dev_seed)
+        if self._backward_pass is None or self._backward_pass_of_each is None:
+            ends = [self.estimate_at_end(run, weights, validation=stream) for stream in extra.values()]
+            grads = dict(zip(extra, [end.grad for end in ends], strict=True))
+            return _add_grads(self.estimate_at_end(run, weights), grads)
+        passes, streams = (
+            (self._backward_pass_of_each, [validation, *extra.values()]) if extra else (self._backward_pass, validation)
+        )
+        self._num_losses = 1 + len(extra)
         restored = None if outer_step is None else self._load_mid_step(outer_step, run.start, weights)
         if restored is not None and restored.checkpoint.backward_state.step >= 0:
             backward_state = restored.checkpoint.backward_state
-            self.session.advance(backward_step_work(with_halves=has_halves) * (run.steps - backward_state.step))
+            self.session.advance(backward_step_work(self._num_losses) * (run.steps - backward_state.step))
         else:
-            backward_state = passes.init(run, weights, fixed, validation)
+            backward_state = passes.init(run, weights, fixed, streams)
 
         def pause() -> None:
             if self.session.should_save():
                 if outer_step is not None:
-                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, with_halves=has_halves)
+                    self._save_mid_step(outer_step, run.end, run.snapshots, backward_state, self._num_losses)
                 self.session.mark_saved()
 
         self._pause = pause
@@ -231,20 +233,47 @@ class Trainer:
         self._pause = lambda: None  # the other holds this run's states
         delete_stored_states(run)
         estimate = passes.finish(run, backward_state)
-        return _split_halves(estimate) if has_halves else estimate
+        return _split_losses(estimate, list(extra)) if extra else estimate
 
-    def validation_halves(self, seed: int) -> Float[np.ndarray, "validation"]:
-        """The factors of the validation examples in the difference of two halves (`certify.validation_halves`), in the
-        order of `held_out_examples`; 0 for those that are too long."""
-        kept = self.task.validation_indices() - self.task.num_examples
-        halves = np.zeros(len(self.task.held_out_examples["validation"]))
+    def draw_halves(self, part: str, seed: int) -> Float[np.ndarray, "examples"]:
+        """The factors of the examples of validation or dev in the difference of two halves, in the order of
+        `held_out_examples`: `certify.validation_halves`, and 0 for those that are too long."""
+        kept = self._held_out_indices[part]
+        halves = np.zeros(len(self.task.held_out_examples[part]))
         halves[kept] = certify.validation_halves(len(kept), seed)
         return halves
 
-    def _halved_validation(self, seed: int | None) -> Stream:
-        assert seed is not None
-        halves = replicate(self.task.mesh, self.validation_halves(seed).astype(jnp.result_type(float)))
-        return halve_stream(self.task.held_out_streams["validation"], halves)
+    def has_halves(self, part: str) -> bool:
+        """Whether a part has the two examples that two halves need."""
+        return self.num_held_out(part) > 1
+
+    def num_held_out(self, part: str) -> int:
+        """The number of examples of a part that its stream holds."""
+        return len(self._held_out_indices.get(part, ()))
+
+    @cached_property
+    def _held_out_indices(self) -> dict[str, Int[np.ndarray, "kept"]]:
+        """The examples of each part that its stream holds."""
+        indices = {}
+        for part, stream in self.task.held_out_streams.items():
+            index = np.concatenate([fetch_to_host(stream.batch(at)["index"]).ravel() for at in range(stream.steps)])
+            indices[part] = np.sort(index[index != PADDING])
+        return indices
+
+    def _extra_streams(self, halves_seed: int | None, dev_seed: int | None) -> dict[str, Stream]:
+        """The outer losses that go back beside that of validation, by the name of what they give."""
+
+        def halve(part: str, seed: int) -> Stream:
+            halves = replicate(self.task.mesh, self.draw_halves(part, seed).astype(jnp.result_type(float)))
+            return halve_stream(self.task.held_out_streams[part], halves)
+
+        streams: dict[str, Stream] = {}
+        if halves_seed is not None and self.has_halves("validation"):
+            streams["half_difference"] = halve("validation", halves_seed)
+        if dev_seed is not None and self.has_halves("dev"):
+            streams["dev"] = self.task.held_out_streams["dev"]
+            streams["dev_half_difference"] = halve("dev", dev_seed)
+        return streams
 
     def estimate_at_end(
         self,
@@ -300,13 +329,11 @@ class Trainer:
         """The step at which backward passes end."""
         return self.task.num_steps - trajectory_store.num_backward_steps(self.outer, self.task.num_steps)
 
-    def _empty_backward_state(
-        self, start: TrainState, weights: jax.Array, *, with_halves: bool = False
-    ) -> BackwardState:
+    def _empty_backward_state(self, start: TrainState, weights: jax.Array, num_losses: int = 1) -> BackwardState:
         zero = jnp.zeros((), jax.tree.leaves(start.params)[0].dtype)
         carried = (Adjoint(start.params, tree.inexact_leaves(start.opt_state)), weights, zero, zero, zero)
-        if with_halves:
-            carried = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carried)
+        if num_losses > 1:
+            carried = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_losses), carried)
         return replicate_unplaced(self.task.mesh, BackwardState(-1, start, *carried, jnp.array(True)))
 
     def save_training(
@@ -326,22 +353,21 @@ class Trainer:
         state: TrainState,
         snapshots: MutableMapping[int, TrainState],
         backward_state: BackwardState,
-        *,
-        with_halves: bool = False,
+        num_losses: int = 1,
     ) -> None:
         """What is on disk already is not written again."""
         steps = [] if isinstance(snapshots, trajectory_store.DiskStore) else sorted(snapshots)
         if isinstance(snapshots, trajectory_store.DiskStore):
             snapshots.wait_until_written()
         midway = MidStepCheckpoint(state, [snapshots[step] for step in steps], backward_state)
-        meta = {"kept": steps, "halves": with_halves}
+        meta = {"kept": steps, "losses": num_losses}
         checkpoint.save_checkpoint(self.folder, outer_step, midway, meta, max_to_keep=1)
 
     def _load_mid_step(self, outer_step: int, start: TrainState, weights: jax.Array) -> "RestoredMidStep | None":
         meta = checkpoint.read_checkpoint_meta(self.folder, outer_step)
         if meta is None:
             return None
-        empty = self._empty_backward_state(start, weights, with_halves=meta["halves"])
+        empty = self._empty_backward_state(start, weights, meta["losses"])
         like = MidStepCheckpoint(start, [start] * len(meta["kept"]), empty)
         restored = checkpoint.restore_checkpoint(self.folder, like, outer_step)
         return restored and RestoredMidStep(
@@ -405,19 +431,24 @@ class _RunMonitor:
         )
 
 
-def backward_step_work(*, with_halves: bool = False) -> float:
-    """Work of a step back, in training steps."""
-    return REPLAY_WORK + HVP_WORK + (HALVES_WORK if with_halves else 0)
+def backward_step_work(num_losses: int) -> float:
+    """Work of a step back through so many outer losses side by side, in training steps."""
+    return REPLAY_WORK + HVP_WORK + EXTRA_LOSS_WORK * (num_losses - 1)
 
 
-def _split_halves(estimates: Estimate) -> Estimate:
-    """The estimate of the first of two outer losses, with the hypergradient of the second, the halves' difference."""
+def _split_losses(estimates: Estimate, extra_names: list[str]) -> Estimate:
+    """The estimate of the first of several outer losses, with the hypergradients of the others."""
     grad, validation_loss, direction = jax.tree.map(
         lambda leaf: leaf[0], (estimates.grad, estimates.validation_loss, estimates.direction)
     )
     checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[0]))
-    half_difference = jax.tree.map(lambda leaf: leaf[1], estimates.grad)
-    return Estimate(grad, validation_loss, direction, checks, estimates.params, half_difference)
+    first = Estimate(grad, validation_loss, direction, checks, estimates.params)
+    return _add_grads(first, {name: estimates.grad[place] for place, name in enumerate(extra_names, start=1)})
+
+
+def _add_grads(estimate: Estimate, grads: dict[str, jax.Array]) -> Estimate:
+    independent = (grads["dev"], grads["dev_half_difference"]) if "dev" in grads else ()
+    return estimate._replace(half_difference=grads.get("half_difference", ()), independent=independent)
 
 
 def delete_stored_states(run: Trajectory) -> None:
