@@ -166,7 +166,11 @@ def _combine_verdicts(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
     if learned is None:
         return verdict
     level = " ".join(filter(None, (learned.level, learned.scope)))
-    return verdict._replace(reason=f"At uniform weights {verdict.reason} At the learned weights: {level}.")
+    return verdict._replace(
+        reason=f"At uniform weights {verdict.reason} At the learned weights: {level}.",
+        others_reason=f"at uniform weights {verdict.others_reason} At the learned weights {learned.others_level}: "
+        f"{learned.others_reason}",
+    )
 
 
 def _compare_by_retraining(
