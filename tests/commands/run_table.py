@@ -87,6 +87,11 @@ RUNS = {
     "train, skipping": ("train", "--train.max-nonfinite-steps 2 --optimizer.max-grad-norm 1"),
     "select": ("select", ""),
     "select, dev": ("select", f"{BRIEF} --data.dev {{made}}/dev.jsonl --outer.patience 1 --outer.steps 4"),
+    "select, validation trains": (
+        "select",
+        "--outer.steps 2 --train.max-steps 4 --outer.validation-folds 2 --data.dev {made}/dev.jsonl --retrain.variants "
+        "learned+validation low_loss_dev validation_early_stop validation_model",
+    ),
     "select, warm, sigmoid": ("select", f"{BRIEF} --outer.restart warm --outer.weighting sigmoid"),
     "select, warm start": ("select", f"{BRIEF} --outer.warm-start loss"),
     "select, linearize": ("select", f"{BRIEF} --outer.linearize"),

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
+from bilevel_jax.commands.results import read_result
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm import models
 from bilevel_jax.runs.config.load import SelectConfig, load_config
@@ -88,6 +89,67 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop
     assert not (out / "report.html").exists()
     run(made, out, "--resume")
     same_run(out, whole[0])
+
+
+CHOSEN_ON_DEV = ("low_loss_dev", "validation_early_stop", "validation_model")
+
+
+def run_with_dev(made, out, *flags):
+    """Validation trains, too, in two folds; every arm that chooses on dev, and a recommendation."""
+    arms = ("--retrain.variants", "uniform", "learned", "learned+validation", *CHOSEN_ON_DEV)
+    folds = ("--outer.validation-folds", "2", "--data.dev", str(made / "dev.jsonl"), "--retrain.seeds", "2")
+    small = ("--train.max-steps", "4", "--outer.steps", "1", "--certify.no-enabled")
+    return run(made, out, *folds, *small, *arms, *flags)
+
+
+@pytest.fixture(scope="module")
+def with_dev(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("with_dev") / "run"
+    return out, run_with_dev(made, out)
+
+
+@pytest.mark.slow
+def test_arms_choose_on_dev_and_one_is_recommended(with_dev):
+    out, result = with_dev
+    rows = {row["name"]: row for row in result["compare"]}
+    assert list(rows) == ["uniform", "learned", "learned+validation", *CHOSEN_ON_DEV]
+    jobs = json.loads((out / "checkpoints/done.json").read_text())
+    for name in ("low_loss_dev", "validation_model"):
+        tried = {
+            key: job["value"]
+            for key, job in jobs.items()
+            if key.startswith(f"compare/{name}, ") and key.endswith("%/0")
+        }
+        shares = {key.split(", ")[1].partition("/")[0]: value["dev"] for key, value in tried.items()}
+        chosen = rows[name]["meaning"].rpartition(": ")[2]
+        assert len(shares) == 5 and shares[chosen] == min(shares.values())
+        assert rows[name]["runs"][0]["dev"] == shares[chosen]  # the first seed is the one it was chosen under
+    assert all(1 <= one["step"] <= 4 for one in rows["validation_early_stop"]["runs"])
+    for name, row in rows.items():  # the losses of single dev examples, whose means the table has
+        share = f", {row['meaning'].rpartition(': ')[2]}" if name in ("low_loss_dev", "validation_model") else ""
+        for seed, one in enumerate(row["runs"]):
+            kept = jobs[f"compare/{name}{share}/{seed}"]["value"]["dev_losses"]
+            assert len(kept) == 8 and np.mean(kept) == pytest.approx(one["dev"], abs=2e-6)
+    told = result["recommendation"]
+    assert told["use"] in rows and told["sentence"] in (out / "report.html").read_text()
+    assert {standing["name"] for standing in told["standings"]} == set(rows)
+    typed = read_result(out)
+    assert typed.recommendation.use == told["use"] and told["sentence"] in repr(typed)
+    weights = [record["validation_weight"] for record in result["records"]]
+    assert weights[0] == 1 and result["validation_weight"] == pytest.approx(weights[result["best"]])
+    assert rows["learned+validation"]["rows"] == 36 + 8
+    assert result["measured"]["passes"] == result["estimate"]["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 12, 40, 90])
+def test_with_folds_and_dev_a_stop_changes_no_bit(made, with_dev, tmp_path, stop_at, at):
+    """SIGTERM in a training, in a sweep, while an arm chooses on dev, in a retrain."""
+    stop_at(at)
+    with pytest.raises(session.Interrupted):
+        run_with_dev(made, tmp_path / "run")
+    run_with_dev(made, tmp_path / "run", "--resume")
+    same_run(tmp_path / "run", with_dev[0])
 
 
 @pytest.mark.parametrize(

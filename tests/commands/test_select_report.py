@@ -18,7 +18,7 @@ from bilevel_jax.core.certify import Verdict
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import SelectConfig, config_to_yaml
 from bilevel_jax.runs.config.schema import DataSection, OuterSection
-from bilevel_jax.runs.engine.recommendation import NO_DEV, recommend_nothing
+from bilevel_jax.runs.engine.recommendation import NO_DEV, recommend, recommend_nothing
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.numbers import format_number
 from bilevel_jax.runs.terminal import show_control_characters
@@ -88,6 +88,7 @@ def result(level="BELIEVE", **changes):
         "verdicts": {"uniform weights": VERDICTS[level], "learned weights": VERDICTS["BELIEVE"]},
         "records": records,
         "best": 2,
+        "validation_weight": None,
         "ended": "all 2 outer steps were made",
         "auc": {"weights": 0.9123, "first_hypergradient": 0.8345, "alignment": 0.7456, "low_loss": 0.6567},
         "compare": compared(),
@@ -380,6 +381,16 @@ def test_a_difference_within_its_interval_is_no_difference(tmp_path):
     for seed, (learned, uniform) in enumerate(zip(compare[1]["runs"], compare[0]["runs"], strict=True)):
         learned["test"] = uniform["test"] + (0.3, -0.4, 0.2)[seed]
     assert "cannot be told apart on test" in words(written(tmp_path, result(compare=compare)))
+
+
+def test_the_recommendation_stands_at_the_top_and_marks_its_arm(tmp_path):
+    random = np.random.default_rng(0)
+    dev = {name: value + random.normal(0, 0.1, (3, 20)) for name, value in GOOD.items()}
+    told = recommend(dev, "nats per token")
+    text = words(written(tmp_path, result(recommendation=told.to_json(), validation_weight=1.75)))
+    assert text.index(told.sentence) < text.index("Do the weights help?") and "recommended" in text
+    assert "Use learned: it gains 0." in text and "How each arm stands on dev" in text
+    assert "folds took turns" in text and "1.75" in text
 
 
 def test_what_was_left_out_is_said(tmp_path):

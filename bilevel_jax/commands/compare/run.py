@@ -213,7 +213,7 @@ class Repetition:
         """The cell of a selection that learns no weights."""
         arm = build_simple_arm(name, self.task, self.retrainer, self.arm_inputs)
         is_kept = np.isin(np.arange(self.task.num_examples), arm.variant.example_indices)
-        cell = self._retrain_cold(name, arm.variant) | {"ess": int(is_kept.sum())}
+        cell = self._retrain_cold(name, arm.variant, arm.variant.key) | {"ess": int(is_kept.sum())}
         if self.labels is not None and arm.scores is not None:
             cell |= {"auc": self.labels.auc(arm.scores), "f1": self.labels.f1(is_kept)}
         ranking_passes = self.uniform_stats["passes"] if name in RANKED_AFTER_UNIFORM else 0
@@ -238,11 +238,11 @@ class Repetition:
             cell |= {"auc": self.labels.auc(weights), "f1": self.labels.f1(weights > 1)}
         return cell, weights
 
-    def _retrain_cold(self, key: str, variant: RetrainVariant) -> dict[str, Any]:
+    def _retrain_cold(self, name: str, variant: RetrainVariant, key: str = "") -> dict[str, Any]:
         """The readings of a retrain, with the passes and seconds of it and of what was tried to choose it."""
-        losses = self.retrainer.retrain(variant, key, 0)
+        losses = self.retrainer.retrain(variant, key or name, 0)
         del losses["dev_losses"]
-        costs = [self.session.job_cost(f"seed {self.seed}/{key}{after}") for after in ("/", ", ")]
+        costs = [self.session.job_cost(f"seed {self.seed}/{name}{after}") for after in ("/", ", ")]
         passes, seconds = (sum(values) for values in zip(*costs, strict=True))
         return losses | {"passes": passes, "seconds": seconds}
 

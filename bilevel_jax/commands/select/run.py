@@ -15,6 +15,7 @@ from bilevel_jax.runs.config.load import SelectConfig, config_hash
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts
 from bilevel_jax.runs.engine.certificates import compute_certificates
+from bilevel_jax.runs.engine.folds import take_turn
 from bilevel_jax.runs.engine.outer_loop import (
     LearnedWeights,
     average_reliability_near,
@@ -133,9 +134,15 @@ def _certify(
     task: TextTask, config: SelectConfig, trainer: Trainer, session: Session, learned: LearnedWeights
 ) -> dict[str, certify.Certificates]:
     """Certificates of the gradient at uniform weights and, where restarts are cold, at the learned weights."""
-    points = {"uniform weights": (0, np.ones(task.num_examples), learned.first_hypergradient)}
+    first, best = learned.first_hypergradient, learned.hypergradient
+    weights = learned.weights
+    if config.outer.validation_folds:
+        first = np.concatenate([first, learned.first_validation_hypergradient])
+        best = np.concatenate([best, learned.validation_hypergradient])
+        weights = learned.corpus_weights(task)
+    points = {"uniform weights": (0, np.ones(len(first)), first)}
     if config.outer.restart == "cold" and learned.best_step > 0:
-        points["learned weights"] = (learned.best_step, learned.weights, learned.hypergradient)
+        points["learned weights"] = (learned.best_step, weights, best)
     out = {}
     for name, (step, weights, hypergradients) in points.items():
         record = learned.records[step]
@@ -153,6 +160,7 @@ def _certify(
             start_seed=config.train.seed,
             order_seed=data_order_seed(config.data, config.outer, step),
             data_seed=config.data.seed,
+            turn=take_turn(task, config.outer.validation_folds, config.data.seed, step),
         )._replace(reliability=average_reliability_near(learned.records, step))
     return out
 
@@ -228,10 +236,16 @@ def _write_artifacts(
 
 
 def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Params:
-    """The model that is written: trained from cold with the learned weights, as the first seed of the comparison."""
+    """The model that is written: trained from cold with the learned weights, as the first seed of the comparison.
+
+    With outer.validation_folds, on validation, too.
+    """
     start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED))
-    stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, packed=False)
-    return trainer.run(place_table(task.mesh, learned.weights), start, stream).end.params
+    indices, weights = task.trainable_indices(), learned.weights
+    if config.outer.validation_folds:
+        indices, weights = np.concatenate([indices, task.validation_indices()]), learned.corpus_weights(task)
+    stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, indices, packed=False)
+    return trainer.run(place_table(task.mesh, weights.astype(learned.weights.dtype)), start, stream).end.params
 
 
 def _build_result(
@@ -257,6 +271,7 @@ def _build_result(
         "right": task.objective.accuracy_name,
         "records": learned.records,
         "best": learned.best_step,
+        "validation_weight": learned.validation_weight if config.outer.validation_folds else None,
         "ended": learned.stop_reason,
         "auc": areas,
         "labels": labels.to_counts() if labels is not None else None,

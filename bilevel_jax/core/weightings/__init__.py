@@ -23,6 +23,7 @@ from bilevel_jax.core.weightings.pooling import (
     split_contributions,
 )
 from bilevel_jax.core.weightings.rater import RaterVariable, rater
+from bilevel_jax.core.weightings.shared import SharedWeightVariable, append_shared_weight
 from bilevel_jax.core.weightings.steps import inverse_rms, normalized_gradient_step
 from bilevel_jax.core.weightings.tables import (
     effective_sample_size,
@@ -38,8 +39,10 @@ __all__ = [
     "Parts",
     "PoolingFeatures",
     "RaterVariable",
+    "SharedWeightVariable",
     "SoftmaxState",
     "SourceState",
+    "append_shared_weight",
     "effective_sample_size",
     "entropy",
     "inverse_rms",

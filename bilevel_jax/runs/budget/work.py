@@ -57,9 +57,9 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     start from or to compare with.
     """
     outer, steps = config.outer, task.num_steps
-    epoch_steps = math.ceil(len(task.trainable_indices()) / task.batch_size)
+    epoch_steps = _count_epoch_steps(task, outer)
     training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(outer, steps, epoch_steps)
-    baselines = WorkStage("", other_work=2 * epoch_steps)
+    baselines = WorkStage("", other_work=count_baseline_work(task))
     if outer.method in SINGLE_LOOP_METHODS:
         single_loop_stage = WorkStage("", other_work=count_single_loop_work(config.single_loop, outer, steps))
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
@@ -140,7 +140,7 @@ def count_compare_work(task: Task, compare: CompareSection, labels: KnownLabels 
 
 def count_outer_step_work(task: Task, outer: OuterSection) -> float:
     """The most that one outer step costs, in passes: a training run and an estimate."""
-    epoch = math.ceil(len(task.trainable_indices()) / task.batch_size)
+    epoch = _count_epoch_steps(task, outer)
     estimate = {
         "unrolled": (REPLAY_WORK + HVP_WORK) * task.num_steps,
         "window": (REPLAY_WORK + HVP_WORK) * min(outer.window, task.num_steps),
@@ -162,6 +162,13 @@ def count_candidate_work(
     if name in SINGLE_LOOP_METHODS:
         return count_single_loop_work(single_loop, outer, max_steps)
     return max_steps if name == "uniform" else max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK))
+
+
+def _count_epoch_steps(task: Task, outer: OuterSection) -> int:
+    """Batches of a pass over what the outer loop trains on: with folds all of validation but the smallest one, too."""
+    num_validation = len(task.validation_indices())
+    others = num_validation - num_validation // outer.validation_folds if outer.validation_folds else 0
+    return math.ceil((len(task.trainable_indices()) + others) / task.batch_size)
 
 
 def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:

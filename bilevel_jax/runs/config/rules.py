@@ -77,6 +77,21 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "is for methods that repeat training, with weighting softmax, sigmoid or per_source: leave it empty",
     ),
     (
+        "outer.validation_folds",
+        lambda c: c.outer.validation_folds != 1,
+        "one fold would judge every step and none would train: give 2 or more, or 0",
+    ),
+    (
+        "outer.validation_folds",
+        lambda c: c.outer.validation_folds == 0 or c.outer.method not in SINGLE_LOOP_METHODS,
+        "is for methods that repeat training; this one trains on validation anyway: leave it at 0",
+    ),
+    (
+        "outer.validation_folds",
+        lambda c: c.outer.validation_folds == 0 or hasattr(c, "retrain") or hasattr(c, "compare"),
+        "is for the commands select and compare: leave it at 0",
+    ),
+    (
         "selection",
         lambda c: (
             sum(value > 0 for value in (c.selection.threshold, c.selection.resample, c.selection.per_source)) <= 1

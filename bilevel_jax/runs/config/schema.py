@@ -466,6 +466,9 @@ class OuterSection:
     patience: Annotated[int, Ge(0), Special(0, "never stop early")] = 3
     """Stop after this many outer steps without a lower dev loss; 0: never."""
 
+    validation_folds: Annotated[int, Ge(0), Special(0, "validation judges only")] = 0
+    """Also train on validation: its folds take turns to judge, the others train with one learned weight; 0: never."""
+
     reliability_every: Annotated[int, Ge(0), Special(0, "never")] = 2
     """Outer steps from one measurement of reliability (how far the hypergradient speaks for examples beside the
     validation set) to the next; the first and the last measure it, too. 0: never."""
@@ -768,8 +771,8 @@ class ArraysSection:
     test_examples: Annotated[int, Ge(0), Special(0, "all of x_test")] = 0
     """Test examples, drawn from x_test; 0: all of x_test."""
 
-    label_noise: Literal["forced", "redrawn", "none"] = "forced"
-    """Label noise: forced (a wrong class), redrawn (uniform over all classes), none."""
+    label_noise: Literal["forced", "redrawn", "shifted", "none"] = "forced"
+    """Label noise: forced (a wrong class), redrawn (uniform over all classes), shifted (the next class), none."""
 
     noise_share: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Share of the training examples with noisy labels."""

@@ -176,16 +176,14 @@ def _top(name: str, meaning: str, scores: np.ndarray, task: Task, inputs: ArmInp
 def _top_share_on_dev(name: str, meaning: str, scores: np.ndarray, task: Task, retrainer: Retrainer) -> Arm:
     """The arm of the largest scores whose share has the least dev loss under the first seed; a tie: the larger."""
     trainable = task.trainable_indices()
-    candidates = {
-        share: make_variant(name, meaning, task, top_indices(scores, max(1, round(share * len(trainable))), trainable))
-        for share in SHARES
-    }
-    losses = {
-        share: retrainer.retrain(variant, f"{name}, {share:.0%}", 0)["dev"] for share, variant in candidates.items()
-    }
-    share = min(reversed(SHARES), key=lambda share: losses[share])
-    variant = candidates[share]._replace(meaning=f"{meaning}: {share:.0%}")
-    return Arm(variant, scores)
+    candidates = []
+    for share in SHARES:
+        indices = top_indices(scores, max(1, round(share * len(trainable))), trainable)
+        words = f"{meaning}: {share:.0%}"
+        candidates.append(make_variant(name, words, task, indices)._replace(choice=f"{share:.0%}"))
+    losses = [retrainer.retrain(variant, variant.key, 0)["dev"] for variant in candidates]
+    least = len(losses) - 1 - int(np.argmin(losses[::-1]))
+    return Arm(candidates[least], scores)
 
 
 def rank_by_validation_model(task: Task, retrainer: Retrainer) -> Float[np.ndarray, "examples"]:

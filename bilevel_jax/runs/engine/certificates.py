@@ -9,6 +9,7 @@ from bilevel_jax.core.certify import Certificates, Reliability, removals
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.config.schema import CertifySection
+from bilevel_jax.runs.engine.folds import Turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
@@ -30,11 +31,12 @@ def compute_certificates(
     order_seed: int,
     data_seed: int,
     reliability: Reliability | None = None,
+    turn: Turn | None = None,
 ) -> Certificates:
     """Certify an estimate that was made at `weights`, by training again from the same start in the same data order.
 
-    `start_seed` and `order_seed` are those of the training that was estimated; what a certificate draws comes from
-    `data_seed`. `reliability` is what was measured with the estimate. The differences are of L_v(theta_T(w)), the
+    `start_seed`, `order_seed` and `turn` are those of the training that was estimated; what a certificate draws comes
+    from `data_seed`. `reliability` is what was measured with the estimate. The differences are of L_v(theta_T(w)), the
     estimand of `unrolled`. For the other methods they tell how far the estimate is from the effect on the run that
     really happens.
     """
@@ -45,14 +47,15 @@ def compute_certificates(
         return without
     device_weights, grad = replicate(task.mesh, (weights, hypergradient))
     start = trainer.init_state(task.init_params(start_seed))
-    stream = task.training_stream(order_seed)
+    stream, validation = turn_training_stream(task, order_seed, turn), turn_validation_stream(task, turn)
     loss_fn = validation_loss_fn(task.problem)
 
     def retrain(new_weights: jax.Array) -> float:
-        return trainer.validation_loss(new_weights, start, stream, task.held_out_streams["validation"], loss_fn)
+        return trainer.validation_loss(new_weights, start, stream, validation, loss_fn)
 
     def estimate(new_weights: jax.Array) -> jax.Array:
-        return trainer.estimate(trainer.run(new_weights, start, stream, for_backward=True), new_weights, stream).grad
+        run = trainer.run(new_weights, start, stream, for_backward=True)
+        return trainer.estimate(run, new_weights, stream, turn=turn).grad
 
     def compute_exact() -> dict:
         return certify.check_finite_differences(

@@ -21,6 +21,7 @@ from bilevel_jax.core.certify import (
 from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, ScoresSection
+from bilevel_jax.runs.engine.folds import Turn, count_judges, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -67,7 +68,11 @@ class LearnedWeights(NamedTuple):
     stop_reason: str
     """Why the loop ended, in words."""
     validation_weight: float = 1.0
-    """The weight of each validation example in a training on them, too."""
+    """The weight of each validation example in a training on them, too; learned with outer.validation_folds."""
+    validation_hypergradient: Float[np.ndarray, "validation"] = np.zeros(0)
+    """With outer.validation_folds, d L_v / d weight of each validation example; 0 for those that judged."""
+    first_validation_hypergradient: Float[np.ndarray, "validation"] = np.zeros(0)
+    """The same at weight 1 for every example."""
 
     def corpus_weights(self, task: Task) -> Float[np.ndarray, "corpus"]:
         """The weights of the training examples, then those of validation."""
@@ -172,15 +177,17 @@ class OuterLoop:
         self.outer, self.data, self.train_seed, self.scores = outer, data, train_seed, scores
         self.folder = session.folder / "checkpoints" / "outer"
         self.progress: ProgressFunction = progress or (lambda records: len(records) / outer.steps)
-        weighting = make_weighting(task, outer.weighting)
+        weighting = self._with_validation_weight(make_weighting(task, outer.weighting))
         self._fit_logits = weighting.fit_logits
         self._weights_of = compile_with_arrays(weighting.weights)
         self._weighting_vjp = compile_with_arrays(Partial(_pull_back, Partial(weighting.weights)))
         self._step = compile_with_arrays(weighting.step)
         self._validation_loss = validation_loss_fn(task.problem)
         self._labels = read_labels(task, data)
-        hyper, zeros = jax.tree.map(partial(place_table, task.mesh), (weighting.init(), jnp.zeros(task.num_examples)))
-        self.state = OuterState(hyper, hyper, zeros, zeros, zeros, zeros, task.init_params(train_seed))
+        place = partial(place_table, task.mesh)
+        hyper = jax.tree.map(place, weighting.init())
+        losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
+        self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
         self.records: OuterRecords = []
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
             self.state, self.records = restored.tree, restored.meta["records"]
@@ -190,17 +197,18 @@ class OuterLoop:
         """Train, estimate, record, step the weights, save."""
         step, work_before, began = len(self.records), self.session.work_done, time.monotonic()
         weights = self._weights_of(self.state.hyper)
-        stream = self.task.training_stream(data_order_seed(self.data, self.outer, step))
+        turn = take_turn(self.task, self.outer.validation_folds, self.data.seed, step)
+        stream = turn_training_stream(self.task, data_order_seed(self.data, self.outer, step), turn)
         self.session.set_phase(f"outer step {step} of {self.outer.steps}")
         start = self.trainer.init_state(self.state.start_params)
         seed = self.data.seed + step if measures_reliability(self.outer, step) else None
         reads_dev = self.trainer.has_halves("dev")
         trajectory, estimate = train_and_estimate(
             self.trainer, weights, start, stream, step, is_first=step == 0,
-            halves_seed=None if reads_dev else seed, dev_seed=seed if reads_dev else None,
+            halves_seed=None if reads_dev else seed, dev_seed=seed if reads_dev else None, turn=turn,
         )  # fmt: skip
         check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
-        record = self._make_record(step, weights, trajectory, estimate)
+        record = self._make_record(step, weights, trajectory, estimate, turn)
         self._update_tables(record, trajectory, weights, estimate.grad)
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = self.state.hyper if step else self._first_logits()
@@ -247,19 +255,40 @@ class OuterLoop:
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
         """The best weights so far, on the host."""
 
-        def fetch_table(table: jax.Array) -> Float[np.ndarray, "examples"]:
-            return fetch_to_host(table)[: self.task.num_examples]
+        num_examples, num_weights = self.task.num_examples, self._num_weights()
 
+        def fetch_table(table: jax.Array) -> Float[np.ndarray, "examples"]:
+            return fetch_to_host(table)[:num_examples]
+
+        def fetch_shared(table: jax.Array) -> Float[np.ndarray, "validation"]:
+            return fetch_to_host(table)[num_examples:num_weights]
+
+        weights = self._weights_of(self.state.best_hyper)
+        shared = fetch_shared(weights)
         return LearnedWeights(
-            weights=fetch_table(self._weights_of(self.state.best_hyper)),
+            weights=fetch_table(weights),
             hypergradient=fetch_table(self.state.best_hypergradient),
             first_hypergradient=fetch_table(self.state.first_hypergradient),
+            validation_weight=float(shared[0]) if len(shared) else 1.0,
+            validation_hypergradient=fetch_shared(self.state.best_hypergradient),
+            first_validation_hypergradient=fetch_shared(self.state.first_hypergradient),
             alignment=fetch_table(self.state.alignment),
             losses=fetch_table(self.state.losses),
             records=self.records,
             best_step=_best_step(self.records),
             stop_reason=stop_reason,
         )
+
+    def _num_weights(self) -> int:
+        """Examples that have a weight: those of training, and with folds those of validation."""
+        return self.task.corpus.num_examples if self.outer.validation_folds else self.task.num_examples
+
+    def _with_validation_weight(self, weighting: Weighting) -> Weighting:
+        num_examples, num_weights = self.task.num_examples, self._num_weights()
+        if num_weights == num_examples:
+            return weighting
+        size = padded_table_size(num_weights)
+        return weightings.append_shared_weight(weighting, num_examples, num_weights - num_examples, size)
 
     def _first_logits(self) -> Hyper:
         if not self.outer.warm_start:
@@ -270,19 +299,26 @@ class OuterLoop:
         hyper = self._fit_logits(jnp.asarray(logits))
         return jax.tree.map(partial(place_table, self.task.mesh), hyper)
 
-    def _make_record(self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate) -> dict[str, Any]:
-        frozen = self.task.frozen(trajectory.start.params)
-        labels, num_examples = self._labels, self.task.num_examples
-        draw = measure_estimate_reliability(self.task, self.trainer, weights, estimate, is_learned=step > 0)
+    def _make_record(
+        self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate, turn: Turn | None
+    ) -> dict[str, Any]:
+        task, params, labels = self.task, trajectory.end.params, self._labels
+        judging = turn_validation_stream(task, turn)
+        draw = measure_estimate_reliability(task, self.trainer, weights, estimate, turn, is_learned=step > 0)
         drawn = {"step": step, "reliability_draw": draw and reliability_to_json(draw)}
         reliability = draw and average_reliability_near([*self.records, drawn], step)
+        validation_weight = {} if turn is None else {"validation_weight": float(weights[task.num_examples])}
+        weights = weights if turn is None else weights[: task.num_examples]
         return {
             "step": step,
-            "loss": held_out_losses(self.task, self._validation_loss, trajectory.end.params, frozen),
+            "loss": held_out_losses(
+                task, self._validation_loss, params, task.frozen(trajectory.start.params), validation=judging
+            ),
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),
-            "auc": labels.auc(fetch_to_host(weights)[:num_examples]) if labels is not None else None,
+            **validation_weight,
+            "auc": labels.auc(fetch_to_host(weights)[: task.num_examples]) if labels is not None else None,
             "checks": _checks_to_json(estimate.checks),
             "reliability": _reliability_value(reliability, is_upper_bound=False),
             "reliability_at_most": _reliability_value(reliability, is_upper_bound=True),
@@ -323,11 +359,12 @@ def train_and_estimate(
     is_first: bool,
     halves_seed: int | None = None,
     dev_seed: int | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Trajectory, Estimate]:
     """Train from `start` with these weights, and estimate the hypergradient at its end; resumable as outer step `step`.
 
     The first step checks that the optimizer's update has a finite derivative. The seeds are those of
-    `Trainer.estimate`.
+    `Trainer.estimate`; `turn` says which examples `stream` holds, and which judge.
     """
     task = trainer.task
     trajectory = trainer.run(weights, start, stream, for_backward=True, outer_step=step)
@@ -335,7 +372,7 @@ def train_and_estimate(
         frozen = task.frozen(trajectory.start.params)
         check_differentiable(task.train_step, task.optimizer, trajectory, weights, frozen, stream)
     return trajectory, trainer.estimate(
-        trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed
+        trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn
     )
 
 
@@ -346,14 +383,20 @@ def measures_reliability(outer: OuterSection, step: int) -> bool:
 
 
 def measure_estimate_reliability(
-    task: Task, trainer: Trainer, weights: jax.Array, estimate: Estimate, *, is_learned: bool
+    task: Task,
+    trainer: Trainer,
+    weights: jax.Array,
+    estimate: Estimate,
+    turn: Turn | None = None,
+    *,
+    is_learned: bool,
 ) -> Reliability | None:
     """The reliability over the examples that are trained on; None where neither halves nor dev were estimated.
 
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
     which has not steered them; without dev there is an upper bound.
     """
-    kept, num_validation = task.trainable_indices(), len(task.validation_indices())
+    kept, num_validation = task.trainable_indices(), count_judges(task, turn)
     fetch = lambda table: fetch_to_host(table)[kept]  # noqa: E731
     if estimate.independent:
         dev_grad, dev_halves = map(fetch, estimate.independent)

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from bilevel_jax.runs.stats import BootstrapInterval, bootstrap_means, percentile_interval
 
 SIMPLICITY = (
-    "uniform", "validation", "train+validation", "validation_early_stop", "low_loss", "low_loss_dev", "loss", "margin",
-    "top_alignment", "validation_model", "reducible", "ica", "oneshot", "selected", "learned", "learned+validation",
+    "uniform", "validation", "train+validation", "validation_early_stop", "low_loss", "low_loss_dev",
+    "validation_model", "loss", "margin", "top_alignment", "reducible", "ica", "oneshot", "selected", "learned",
+    "learned+validation",
 )  # fmt: skip
-"""The arms that can be recommended, the simplest first: nothing to choose; then one cheap choice; a second model;
-scores of their own cost; then learned weights. `oracle` knows the labels, and `random` is a control."""
+"""The arms that can be recommended, the simplest first: nothing to choose; losses of one model; losses of a second;
+scores that take gradients or a prompt; then learned weights. `oracle` knows the labels, and `random` is a control."""
 NO_DEV = (
     "No arm is recommended: there are no dev examples, which alone may choose one. Give data.dev, or a share of "
     "data.split."

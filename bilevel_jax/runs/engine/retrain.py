@@ -35,6 +35,13 @@ class RetrainVariant(NamedTuple):
     weights: Float[np.ndarray, "corpus"]
     stop_on_dev: bool = False
     """Take the model of the step with the least dev loss rather than the last."""
+    choice: str = ""
+    """What was chosen on dev, as jobs are named by it: the first retrain is the one that it was chosen by."""
+
+    @property
+    def key(self) -> str:
+        """The name of its retrains among the session's jobs."""
+        return f"{self.name}, {self.choice}" if self.choice else self.name
 
 
 class Retrainer:
@@ -107,7 +114,7 @@ def retrain_variants(
     """
     lines, dev_losses = [], {}
     for variant in variants:
-        runs = [retrainer.retrain(variant, variant.name, seed) for seed in range(seeds)]
+        runs = [retrainer.retrain(variant, variant.key, seed) for seed in range(seeds)]
         losses = [run.pop("dev_losses") for run in runs]
         if losses[0] is not None:
             dev_losses[variant.name] = np.array(losses)

@@ -1,7 +1,7 @@
 """Resumable training runs and hypergradient estimates of a task."""
 
 from collections.abc import Callable, MutableMapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,12 @@ from bilevel_jax.core.unrolled import BackwardPass, backward_pass, backward_pass
 from bilevel_jax.lm.models import balance_adapters
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine import trajectory_store
+from bilevel_jax.runs.engine.folds import (
+    Turn,
+    halved_validation_stream,
+    turn_full_pass_stream,
+    turn_validation_stream,
+)
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint, distributed
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -195,20 +201,23 @@ class Trainer:
         outer_step: int | None = None,
         halves_seed: int | None = None,
         dev_seed: int | None = None,
+        turn: Turn | None = None,
     ) -> Estimate:
-        """The hypergradient of validation loss by the configured method.
+        """The hypergradient of validation loss by the configured method; `turn` says which examples train and judge.
 
-        With `halves_seed`, `half_difference` is that of the two halves of the validation set that `draw_halves` draws;
+        With `halves_seed`, `half_difference` is that of the two halves of the judges that `draw_halves` draws;
         with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. They
         go back beside the hypergradient, of which they change no bit where a step is one micro-batch.
         """
         fixed = self.task.frozen(run.start.params)
-        validation = self.task.held_out_streams["validation"]
-        extra = self._extra_streams(halves_seed, dev_seed)
+        validation = turn_validation_stream(self.task, turn)
+        extra = self._extra_streams(halves_seed, dev_seed, turn)
         if self._backward_pass is None or self._backward_pass_of_each is None:
-            ends = [self.estimate_at_end(run, weights, validation=stream) for stream in extra.values()]
-            grads = dict(zip(extra, [end.grad for end in ends], strict=True))
-            return _add_grads(self.estimate_at_end(run, weights), grads)
+            estimate_at_end = partial(
+                self.estimate_at_end, run, weights, train_stream=turn_full_pass_stream(self.task, turn)
+            )
+            grads = {name: estimate_at_end(validation=outer_stream).grad for name, outer_stream in extra.items()}
+            return _add_grads(estimate_at_end(validation=validation), grads)
         passes, streams = (
             (self._backward_pass_of_each, [validation, *extra.values()]) if extra else (self._backward_pass, validation)
         )
@@ -260,7 +269,7 @@ class Trainer:
             indices[part] = np.sort(index[index != PADDING])
         return indices
 
-    def _extra_streams(self, halves_seed: int | None, dev_seed: int | None) -> dict[str, Stream]:
+    def _extra_streams(self, halves_seed: int | None, dev_seed: int | None, turn: Turn | None) -> dict[str, Stream]:
         """The outer losses that go back beside that of validation, by the name of what they give."""
 
         def halve(part: str, seed: int) -> Stream:
@@ -268,7 +277,9 @@ class Trainer:
             return halve_stream(self.task.held_out_streams[part], halves)
 
         streams: dict[str, Stream] = {}
-        if halves_seed is not None and self.has_halves("validation"):
+        if halves_seed is not None and turn is not None and len(turn.judges) > 1:
+            streams["half_difference"] = halved_validation_stream(self.task, halves_seed, turn)
+        elif halves_seed is not None and turn is None and self.has_halves("validation"):
             streams["half_difference"] = halve("validation", halves_seed)
         if dev_seed is not None and self.has_halves("dev"):
             streams["dev"] = self.task.held_out_streams["dev"]

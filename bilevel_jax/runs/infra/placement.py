@@ -77,7 +77,12 @@ def padded_table_size(num_examples: int) -> int:
 
 
 def place_table(mesh: Mesh, values: Any) -> jax.Array:
-    """A per-example table on the mesh: replicated; from MIN_SHARDED_TABLE_SIZE on split by row and padded with 0."""
+    """A per-example table on the mesh: replicated; from MIN_SHARDED_TABLE_SIZE on split by row and padded with 0.
+
+    A single number is replicated.
+    """
+    if not np.ndim(values):
+        return replicate(mesh, values)
     size = padded_table_size(len(values))
     if size > len(values):
         values = np.pad(np.asarray(values), (0, size - len(values)))

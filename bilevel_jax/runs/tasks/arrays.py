@@ -112,13 +112,13 @@ class ArrayTask(NamedTuple):
             Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps),
         )
 
-    def full_pass_stream(self, seed: int) -> Stream:
-        """All N training examples once, in random order, as a stream that sums to their mean loss."""
-        order = batches.shuffled_subset_order(self.trainable_indices(), self.corpus.num_examples, self.batch_size, seed)
-        steps = batches.steps_per_epoch(self.num_examples, self.batch_size)
-        stream = Stream(
-            lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, self.num_examples), steps
-        )
+    def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
+        """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to
+        their mean loss."""
+        indices = self.trainable_indices() if indices is None else indices
+        order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
+        steps, total = batches.steps_per_epoch(len(indices), self.batch_size), len(indices)
+        stream = Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches, total), steps)
         return place_stream(self.mesh, stream)
 
     def trainable_indices(self) -> Int[np.ndarray, "examples"]:
@@ -345,7 +345,12 @@ def draw_array_parts(dataset: ArrayDataset, arrays: ArraysSection, seed: int) ->
 def _describe_parts(
     name: str, arrays: ArraysSection, clean_mask: Bool[np.ndarray, "examples"], held_out: dict[str, LabelledArrays]
 ) -> str:
-    noise = {"forced": "always to a wrong class", "redrawn": "uniformly over all classes", "none": "never"}
+    noise = {
+        "forced": "always to a wrong class",
+        "redrawn": "uniformly over all classes",
+        "shifted": "to the next class",
+        "none": "never",
+    }
     share = 0.0 if arrays.label_noise == "none" else arrays.noise_share
     sizes = ", ".join(f"{part}: {labelled.num_examples:,} rows" for part, labelled in held_out.items())
     return (
@@ -361,19 +366,22 @@ def take_examples(labelled: LabelledArrays, indices: Int[np.ndarray, "places"]) 
 
 def add_label_noise(
     labels: Int[np.ndarray, "examples"],
-    kind: Literal["none", "forced", "redrawn"],
+    kind: Literal["none", "forced", "redrawn", "shifted"],
     share: float,
     num_classes: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, "examples"]:
     """The labels with exactly `share` of them changed: `forced`, each to another class, all others equally likely;
-    `redrawn`, uniformly over all classes, so that one in `num_classes` of them stays right."""
+    `redrawn`, uniformly over all classes, so that one in `num_classes` of them stays right; `shifted`, to the next
+    class, a wrong rule that can be learned as well as the right one."""
     noisy_labels = labels.copy()
     if kind == "none":
         return noisy_labels
     changed = random.permutation(len(labels))[: round(share * len(labels))]
     if kind == "forced":
         noisy_labels[changed] = (labels[changed] + random.integers(1, num_classes, len(changed))) % num_classes
+    elif kind == "shifted":
+        noisy_labels[changed] = (labels[changed] + 1) % num_classes
     else:
         noisy_labels[changed] = random.integers(0, num_classes, len(changed))
     return noisy_labels

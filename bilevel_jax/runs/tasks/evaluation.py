@@ -44,13 +44,18 @@ def _map_micro_batches(function: Callable) -> Callable:
 
 
 def held_out_losses(
-    task: Task, loss_fn: Callable[[Params, Frozen, Stream], jax.Array], params: Params, frozen: Frozen
+    task: Task,
+    loss_fn: Callable[[Params, Frozen, Stream], jax.Array],
+    params: Params,
+    frozen: Frozen,
+    validation: Stream | None = None,
 ) -> dict[str, float | None]:
-    """The mean loss on validation, dev and test; None for a part without examples."""
-    return {
-        part: float(loss_fn(params, frozen, task.held_out_streams[part])) if part in task.held_out_streams else None
-        for part in PART_NAMES
-    }
+    """The mean loss on validation, dev and test; None for a part without examples.
+
+    `validation` replaces the stream of all validation examples.
+    """
+    streams = task.held_out_streams | ({} if validation is None else {"validation": validation})
+    return {part: float(loss_fn(params, frozen, streams[part])) if part in streams else None for part in PART_NAMES}
 
 
 def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float:

@@ -96,8 +96,9 @@ class Task(Protocol):
     ) -> Stream:
         """The batches of a training run: epochs over some examples of the corpus (default: all N with weights)."""
 
-    def full_pass_stream(self, seed: int) -> Stream:
-        """All N training examples once, in random order, as a stream that sums to their mean loss."""
+    def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
+        """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to
+        their mean loss."""
 
     def example_features(self) -> Float[np.ndarray, "examples features"]:
         """Features of the training examples, for weights that are a function of features."""

@@ -142,9 +142,10 @@ class TextTask(NamedTuple):
             self.trainable_indices() if indices is None else indices, self.corpus.num_examples, self.batch_size, seed
         )
 
-    def full_pass_stream(self, seed: int) -> Stream:
-        """All N training examples once, in random order, as a stream that sums to their mean loss."""
-        indices = self.trainable_indices()
+    def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
+        """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to
+        their mean loss."""
+        indices = self.trainable_indices() if indices is None else indices
         order = batches.shuffled_subset_order(indices, self.corpus.num_examples, self.batch_size, seed)
         steps = batches.steps_per_epoch(len(indices), self.batch_size)
         flat = self.layout.unpacked

@@ -31,6 +31,12 @@ def task(path, *flags, seed=0):
     return make_task_builder(load_config(CompareConfig, path, flags), folder)(seed)
 
 
+def test_shifted_labels_are_those_of_the_next_class():
+    y = np.tile(np.arange(10, dtype=np.int32), 30)
+    noisy = add_label_noise(y, "shifted", 0.6, 10, np.random.default_rng(0))
+    assert (noisy != y).sum() == 180 and set(((noisy - y) % 10).tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("kind", ["forced", "redrawn", "none"])
 def test_noise_is_exactly_what_it_says(kind):
     y = np.tile(np.arange(10, dtype=np.int32), 300)
