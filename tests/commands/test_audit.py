@@ -81,6 +81,7 @@ def test_exact_entries_foretell_what_one_row_does(whole):
         assert value > 0.97 and low > 0.9
     assert lds["unrolled"]["validation"][1].value > lds["loss, start"]["validation"][1].value
     assert whole[1]["certificate"]["level"] and whole[1]["verdict"]["sentence"]
+    assert "retrains without" in whole[1]["certificate"]["reason"]  # the verdict reads them
 
 
 def test_permuted_scores_foretell_nothing(whole):

@@ -35,7 +35,7 @@ def judge_scores(
     task: Task,
     scores: list[DataScore],
     retrain_losses: LeaveOutRetrains,
-    certification: tuple[certify.Certificates, certify.Verdict] | None,
+    certificate_verdict: certify.Verdict | None,
     *,
     data: DataSection,
     train_seed: int,
@@ -69,7 +69,6 @@ def judge_scores(
             )[:, 0]
             line["rank"] = stats.percentile_interval(correlations)
         lines.append(line)
-    certificate_verdict = certification[1] if certification else None
     return {
         "rows": lines,
         "verdict": choose_score(lines, draws, certificate_verdict, retrain_losses.fractions[0]),
@@ -120,7 +119,8 @@ def choose_score(
         f"validation loss after training without them ({100 * fraction:g} % of the examples)"
     )
     if certificate and certificate.level == "DO NOT BELIEVE":
-        why = f"None: training is too rough here for a sum over examples to predict it. {certificate}"
+        first_line = str(certificate).splitlines()[0]
+        why = f"None: training is too rough here for a sum over examples to predict it. {first_line}"
         return {
             "use": None,
             "instead": None,

@@ -1,5 +1,6 @@
 """Leave-k-out retraining and the linear datamodeling score (LDS)."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from bilevel_jax.core.certify import RemovalPrediction, spearman
 from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import stats
@@ -167,6 +169,19 @@ def compute_lds(
                     (query_counts * np.nan_to_num(correlations)).sum(1) / query_counts.sum(1)
                 )
     return scores_by_target
+
+
+def predict_removals(
+    retrains: LeaveOutRetrains, scores: Float[np.ndarray, "examples"], validation_loss: float
+) -> RemovalPrediction:
+    """What hypergradients (as scores, larger is better) foretell of the retrains without the first share of rows."""
+    predicted = retrains.predict_loss_rise(scores)[0]
+    actual = retrains.losses["validation"][0][:, 0] - validation_loss
+    centered = predicted - predicted.mean()
+    energy = float(centered @ centered)
+    slope = float(centered @ (actual - actual.mean())) / energy if energy else math.nan
+    rank = spearman(jnp.asarray(predicted), jnp.asarray(actual))
+    return RemovalPrediction(retrains.fractions[0], tuple(predicted.tolist()), tuple(actual.tolist()), rank, slope)
 
 
 def build_retrain_table(retrains: LeaveOutRetrains, example_ids: list[str], query_ids: list[str]) -> pa.Table:

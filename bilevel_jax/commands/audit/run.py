@@ -148,7 +148,7 @@ def _run_audit(
     estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
     delete_stored_states(uniform_training.trajectory)
     scores = estimate_scores + compute_cheap_scores(config, task, uniform_training, names, session)
-    certification = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
+    certificates = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
     retrain_losses = retrains.retrain_without_subsets(
         task,
         session,
@@ -160,10 +160,16 @@ def _run_audit(
         vmap_size=min(config.audit.vmap_size, config.audit.subsets),
         seed=config.data.seed,
     )
+    verdict = None
+    if certificates is not None:
+        exact = next(score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
+        prediction = retrains.predict_removals(retrain_losses, exact, exact_record["value"])
+        verdict = certify.judge_certificates(certificates._replace(removal_prediction=prediction))
+        session.print_line(f"the exact hypergradients: {verdict}")
     session.set_phase("writing")
     keep_last_checkpoints(session.folder)
     result = judge.judge_scores(
-        task, scores, retrain_losses, certification, data=labelled_data(config), train_seed=config.train.seed
+        task, scores, retrain_losses, verdict, data=labelled_data(config), train_seed=config.train.seed
     )
     result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": config_hash(config)}
     validation_ids = [
@@ -329,12 +335,12 @@ def certify_exact(
     estimate_scores: list[DataScore],
     exact_record: dict[str, Any],
     session: Session,
-) -> tuple[certify.Certificates, certify.Verdict] | None:
-    """Whether the exact hypergradients can be believed; None without them or without certificates."""
+) -> certify.Certificates | None:
+    """What was checked of the exact hypergradients; None without them or without certificates."""
     if not exact_record or not config.certify.enabled:
         return None
     slopes = next(-score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
-    certificate_set = compute_certificates(
+    return compute_certificates(
         task,
         uniform_training.trainer,
         session,
@@ -348,9 +354,6 @@ def certify_exact(
         order_seed=config.data.seed,
         data_seed=config.data.seed,
     )._replace(reliability=exact_record["reliability"])
-    verdict = certify.judge_certificates(certificate_set)
-    session.print_line(f"the exact hypergradients: {verdict}")
-    return certificate_set, verdict
 
 
 def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> pa.Table:
