@@ -27,10 +27,12 @@ import numpy as np
 import optax
 
 from bilevel_jax.core import certify
-from bilevel_jax.core.certify.removals import draw_key, smoothness_of_draw
+from bilevel_jax.core.certify import verdict
+from bilevel_jax.core.certify.removals import average_draws, draw_key, smoothness_of_draw
 from bilevel_jax.core.problem import weighted
+from bilevel_jax.core.solve.solution import Status
 from bilevel_jax.core.solve.unroll import unroll
-from bilevel_jax.core.types import Params, PyTree
+from bilevel_jax.core.types import Checks, Params, PyTree
 from bilevel_jax.lm import models
 from bilevel_jax.lm.builtin import cipher, sums
 from bilevel_jax.lm.data.tokens import load_tokenizer
@@ -97,8 +99,17 @@ def list_settings() -> list[Setting]:
         ("stories", "lora", 1e-2, "skewed"), ("cipher", "lora", 5e-3, "learned"), ("sums", "full", 1e-3, "learned"),
         ("stories", "full", 1e-2, "uniform"), ("cipher", "full", 1e-2, "uniform"),
     ]  # fmt: skip
+    rule = [
+        ("linear", "sgd", 0.3, "uniform"), ("gelu", "adam", 2e-3, "uniform"), ("linear", "adam", 2e-3, "learned"),
+        ("gelu", "sgd", 0.3, "skewed"), ("linear", "momentum", 0.2, "uniform"), ("gelu", "sgd", 1.0, "learned"),
+        ("linear", "adam", 2e-2, "uniform"), ("gelu", "adam", 5e-3, "uniform"), ("linear", "sgd", 1.5, "learned"),
+        ("gelu", "momentum", 0.05, "learned"), ("linear", "adam", 5e-3, "skewed"), ("relu", "adam", 1e-3, "uniform"),
+        ("linear", "sgd", 1.0, "collapsed"), ("gelu", "adam", 2e-2, "uniform"), ("relu", "sgd", 0.2, "learned"),
+        ("linear", "momentum", 0.05, "collapsed"),
+    ]  # fmt: skip
     parts = [
         [Setting("mnist", "linear", *cell) for cell in linear],
+        [Setting("rule", *cell) for cell in rule],
         [Setting("mnist", *cell) for cell in network],
         [Setting(task, model, "adam", rate, weights) for task, model, rate, weights in language],
     ]
@@ -193,7 +204,7 @@ def make_optimizer(setting: Setting, steps: int) -> optax.GradientTransformation
     if setting.optimizer == "momentum":
         return optax.sgd(setting.rate, momentum=0.9)
     adam = {"eps_root": 1e-12, "b2": 0.99}
-    if setting.task == "mnist":
+    if setting.task in ("mnist", "rule"):
         return optax.adam(setting.rate, **adam)
     schedule = optax.warmup_cosine_decay_schedule(0.0, setting.rate, 5, steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, **adam))
@@ -201,18 +212,25 @@ def make_optimizer(setting: Setting, steps: int) -> optax.GradientTransformation
 
 def make_task(setting: Setting, shared: Path, taught: Path) -> Task:
     """Data, model and losses of a setting."""
-    if setting.task == "mnist":
-        return make_mnist(shared, setting.model)
+    if setting.task in ("mnist", "rule"):
+        return make_mnist(shared, setting.model, follows_rule=setting.task == "rule")
     return make_language(setting.task, shared, taught, lora=setting.model == "lora")
 
 
-def make_mnist(shared: Path, model: str) -> Task:
-    """600 digits of 14 x 14 pixels, half with wrong labels, and 100 trusted; softmax regression or 32 hidden units."""
+def make_mnist(shared: Path, model: str, *, follows_rule: bool) -> Task:
+    """600 digits of 14 x 14 pixels, half with wrong labels, and 100 trusted; softmax regression or 32 hidden units.
+
+    With `follows_rule` other digits, of which three of five are labelled with the next one.
+    """
     with np.load(shared / "data/mnist/mnist_70k.npz") as file:
-        images, labels = file["x_train"][:2000], file["y_train"][:2000].astype(np.int32)
+        part = slice(4000, 6000) if follows_rule else slice(2000)
+        images, labels = file["x_train"][part], file["y_train"][part].astype(np.int32)
     images = images.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(images), -1).astype(np.float32) / 255
     noisy = labels.copy()
     noisy[: MNIST_IMAGES // 2] = (noisy[: MNIST_IMAGES // 2] + 1 + np.arange(MNIST_IMAGES // 2) % 9) % 10
+    if follows_rule:
+        noisy = np.where(np.arange(len(labels)) % 5 < 3, (labels + 1) % 10, labels).astype(np.int32)
+        noisy[MNIST_IMAGES:] = labels[MNIST_IMAGES:]
     rng = np.random.default_rng(0)
     hidden = {"in": 2 * rng.normal(size=(196, 32)) / 14, "bias": np.zeros(32), "out": rng.normal(size=(32, 10)) / 6}
     params = {"out": np.zeros((196, 10))} if model == "linear" else hidden
@@ -295,14 +313,71 @@ def tokenize(tokenizer, rows: list[tuple[str, str]], length: int) -> tuple[jax.A
     return jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), jnp.asarray(counted[:, 1:])
 
 
+# ---- the table
+
+
+def certificates_of(line: dict[str, Any]) -> certify.Certificates:
+    """What a run with the default settings would have judged; the retrains are not in it."""
+    differences = certify.FiniteDifferences(**{key: tuple(some) for key, some in line["differences"].items()})
+    taken = [place for place, step in enumerate(differences.steps) if step in certify.STEP_SIZES or step < 3e-3]
+    smooth = average_draws(lambda share, draw: line["smooth"][str(share)][draw]["smooth"], certify.REMOVED, 3)
+    return certify.Certificates(
+        certify.FiniteDifferences(*(tuple(part[place] for place in taken) for part in differences)),
+        smooth,
+        None,
+        Checks(**line["checks"]),
+        Status(line["status"]),
+        effective_share=line["effective"],
+    )
+
+
+def rank_of(line: dict[str, Any], fraction: float) -> float:
+    """Spearman's correlation over the retrains without a share of the examples."""
+    truth = line["truth"][str(fraction)]
+    return certify.spearman(jnp.array(truth["predicted"]), jnp.array(truth["actual"]))
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """All settings with their verdicts, and what is wrong among the even and the odd ones."""
+    print("| setting | share | ratio at .1 | farthest below | without .5 | .2 | verdict | rank, tenth | rank, half |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    wrong: dict[str, list[int]] = {}
+    for place, line in enumerate(sorted(lines, key=lambda line: line["name"])):
+        one = certificates_of(line)
+        judged, tenth, half = certify.judge_certificates(one), rank_of(line, 0.1), rank_of(line, 0.5)
+        level = f"{judged.level}{', half' if judged.scope == verdict.LARGE_CHANGES else ', small' * bool(judged.scope)}"
+        ratios = dict(zip(one.finite_differences.steps, one.finite_differences.ratios, strict=True))
+        below = max((ratio for step, ratio in ratios.items() if step < 0.1), key=lambda ratio: abs(ratio - 1))
+        cosines = dict(zip(*one.metasmoothness, strict=True))
+        cells = [f"{one.effective_share:.2f}", f"{ratios[0.1]:.3f}", f"{below:.2f}"]
+        cells += [f"{cosines[share]:.2f}" if share in cosines else "" for share in (0.5, 0.2)]
+        print(f"| {line['name']} | {' | '.join(cells)} | {level} | {tenth:.2f} | {half:.2f} |")
+        kinds = {
+            f"{level}": True,
+            "BELIEVE at a rank of a tenth below .7": judged.level == "BELIEVE" and tenth < 0.7,
+            "BELIEVE of half at a rank of a half below .5": judged.scope == verdict.LARGE_CHANGES and half < 0.5,
+            "DO NOT BELIEVE at a rank of a tenth above .85": judged.level == "DO NOT BELIEVE" and tenth > 0.85,
+            "rank of a tenth above .85": tenth > 0.85,
+        }
+        for kind, is_so in kinds.items():
+            wrong.setdefault(kind, [0, 0])[place % 2] += is_so
+    print()
+    for kind, (even, odd) in sorted(wrong.items()):
+        print(f"- {kind}: {even} + {odd} of {(len(lines) + 1) // 2} + {len(lines) // 2}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--only", default="", help="settings whose names hold this text")
+    parser.add_argument("--table", action="store_true", help="measure nothing; judge the lines that there are")
     options = parser.parse_args()
     measured = [json.loads(line) for line in options.lines.read_text().splitlines()] if options.lines.exists() else []
     names = {line["name"] for line in measured}
+    if options.table:
+        print_table(measured)
+        raise SystemExit
     with tempfile.TemporaryDirectory() as folder:
         for setting in list_settings():
             if setting.name in names or options.only not in setting.name:

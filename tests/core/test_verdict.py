@@ -55,7 +55,7 @@ CASES = {
     "a twentieth alone": (smooth((0.05,), (0.99,)), "UNDECIDED"),
     "a half alone": (smooth((0.5,), (0.95,)), LARGE),
     "rough at a half": (smooth((0.5, 0.2), (0.3, 0.99)), SMALL),
-    "rough at a fifth": (smooth((0.5, 0.2), (0.99, 0.4)), "DO NOT BELIEVE"),
+    "rough at a fifth": (smooth((0.5, 0.2), (0.99, 0.2)), "DO NOT BELIEVE"),
     "not quite smooth": (smooth((0.2,), (0.6,)), "UNDECIDED"),
     "no cosine": (smooth((0.5, 0.2), (0.99, NAN)), "DO NOT BELIEVE"),
     "no metasmoothness": ({"metasmoothness": None}, "UNDECIDED"),
@@ -68,6 +68,8 @@ CASES = {
     "retrains of a tenth that hardly agree": ({"removal_prediction": retrains(0.1, rank=0.5)}, "UNDECIDED"),
     "another slope": ({"removal_prediction": retrains(slope=5.0)}, SMALL),
     "uneven weights": ({"effective_share": 0.4}, SMALL),
+    "few heavy weights": ({"effective_share": 0.2}, "UNDECIDED"),
+    "few heavy weights, shown": ({"effective_share": 0.2, "removal_prediction": retrains(0.1)}, SMALL),
     "uneven weights, shown": ({"effective_share": 0.4, "removal_prediction": retrains()}, LARGE),
     "a bad status": ({"status": Status.NOT_SOLVED}, "DO NOT BELIEVE"),
     "replayed elsewhere": ({"checks": Checks(replayed=False)}, "DO NOT BELIEVE"),
@@ -135,7 +137,7 @@ def evidence(draw):
     noise = draw(st.just([]) | st.lists(st.sampled_from([0.0, 0.016, 0.02, 1.0, NAN]), min_size=size, max_size=size))
     shares = draw(st.lists(SHARES, max_size=3))
     count = len(shares)
-    cosines = draw(st.lists(st.just(0.99) | near(0.5, 0.7, 0.8), min_size=count, max_size=count))
+    cosines = draw(st.lists(st.just(0.99) | near(0.3, 0.8), min_size=count, max_size=count))
     removal = retrains(draw(SHARES), draw(near(0.3, 0.7, -0.3)), draw(near(0.33, 1, 3)), draw(st.integers(0, 12)))
     number = st.just(NAN) | st.floats(-1, 5)
     return Certificates(
@@ -146,8 +148,13 @@ def evidence(draw):
         draw(st.sampled_from(Status)) if draw(st.integers(0, 4)) == 4 else Status.OK,
         draw(st.booleans()),
         draw(st.sampled_from(["", "", "", "why."])),
-        draw(st.none() | st.builds(Reliability, st.floats(0, 1) | st.just(NAN), st.just(0.5), st.just(10))),
-        draw(st.sampled_from([1.0, 0.95, 0.89, 0.3, NAN])),
+        draw(
+            st.none()
+            | st.builds(
+                Reliability, st.floats(0, 1) | st.just(NAN), st.just(0.5), st.just(10), is_upper_bound=st.booleans()
+            )
+        ),
+        draw(st.sampled_from([1.0, 0.95, 0.89, 0.34, 0.3, NAN])),
     )
 
 
@@ -170,7 +177,9 @@ def speaks_for_step(differences, place):
 
 
 def speaks_for_share(share, cosine):
-    return cosine >= (verdict.SMOOTH_LARGE if share >= verdict.LARGE else verdict.SMOOTH_SMALL)
+    return math.isfinite(cosine) and cosine >= (
+        verdict.SMOOTH_LARGE if share >= verdict.LARGE else verdict.SMOOTH_SMALL
+    )
 
 
 def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificates]:
@@ -235,6 +244,7 @@ def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificat
     out["uneven nan"] = one._replace(effective_share=NAN)
     if one.reliability and not math.isnan(one.reliability.value):
         value = one.reliability.value
+        out["only a bound"] = one._replace(reliability=one.reliability._replace(is_upper_bound=True))
         out["unreliable"] = one._replace(reliability=one.reliability._replace(value=max(0.0, value - by)))
         if value >= verdict.RELIABILITY_WANTED:
             out["reliability nan"] = one._replace(reliability=one.reliability._replace(value=NAN))

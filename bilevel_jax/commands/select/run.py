@@ -175,7 +175,8 @@ def _combine_verdicts(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
         return verdict
     level = " ".join(filter(None, (learned.level, learned.scope)))
     return verdict._replace(
-        reason=f"At uniform weights {verdict.reason} At the learned weights: {level}.",
+        scope=f"{verdict.scope} at uniform weights" if verdict.scope else "",
+        reason=f"at uniform weights {verdict.reason} At the learned weights: {level}.",
         others_reason=f"at uniform weights {verdict.others_reason} At the learned weights {learned.others_level}: "
         f"{learned.others_reason}",
     )

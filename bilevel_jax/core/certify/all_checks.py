@@ -10,7 +10,7 @@ import optax
 
 from bilevel_jax.core.certify.finite_differences import STEP_SIZES, check_finite_differences, sign_direction
 from bilevel_jax.core.certify.removals import REMOVED, metasmoothness, predict_removals
-from bilevel_jax.core.certify.verdict import Certificates, effective_share
+from bilevel_jax.core.certify.verdict import Certificates, effective_share, shares_to_remove
 from bilevel_jax.core.solve.solution import BilevelSolver, Solution, Status
 from bilevel_jax.core.types import Frozen, Hyper, ModelState, PyTree
 
@@ -49,7 +49,8 @@ def check(
         frozen: likewise.
         model_state: likewise.
         step_sizes: of the differences, largest first.
-        removed: shares of the examples that metasmoothness leaves out; see there.
+        removed: shares of the examples that metasmoothness leaves out; at uneven weights, where it cannot speak for
+            changes of half of the data, those below a half alone.
         draws: choices of examples for each of them.
         num_retrains: retrains without some examples; 0 for none.
         fraction: of the examples that each of them leaves out.
@@ -113,6 +114,7 @@ def check(
     def estimate(weights: Hyper) -> Hyper:
         return solver.run(solution.start, weights, train, valid, throw=False, **given).grad
 
+    share = effective_share(hyper)
     smoothness_key, removal_key = jax.random.split(jax.random.key(seed))
     removal = None
     if num_retrains:
@@ -121,7 +123,7 @@ def check(
         )
     return without._replace(
         finite_differences=differences,
-        metasmoothness=metasmoothness(estimate, smoothness_key, hyper, grad, removed, draws),
+        metasmoothness=metasmoothness(estimate, smoothness_key, hyper, grad, shares_to_remove(removed, share), draws),
         removal_prediction=removal,
-        effective_share=effective_share(hyper),
+        effective_share=share,
     )

@@ -634,7 +634,8 @@ class CertifySection:
 
     removed: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.5, 0.2)
     """Smoothness (metasmoothness): shares of the training examples whose removal is tested, the largest first; a
-    smaller one is tested only where the larger ones are not smooth. A verdict speaks of changes up to the largest."""
+    smaller one is tested only where the larger ones are not smooth, a half only at nearly uniform weights. A verdict
+    speaks of changes up to the largest."""
 
     draws: Annotated[int, Ge(1)] = 3
     """Smoothness: random choices of examples for each share, whose mean is judged."""

@@ -5,7 +5,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bilevel_jax.core import certify
-from bilevel_jax.core.certify import Certificates, Reliability, removals
+from bilevel_jax.core.certify import Certificates, removals
+from bilevel_jax.core.certify.verdict import shares_to_remove
 from bilevel_jax.core.types import Checks
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs.config.schema import CertifySection
@@ -30,19 +31,16 @@ def compute_certificates(
     start_seed: int,
     order_seed: int,
     data_seed: int,
-    reliability: Reliability | None = None,
     turn: Turn | None = None,
 ) -> Certificates:
     """Certify an estimate that was made at `weights`, by training again from the same start in the same data order.
 
     `start_seed`, `order_seed` and `turn` are those of the training that was estimated; what a certificate draws comes
-    from `data_seed`. `reliability` is what was measured with the estimate. The differences are of L_v(theta_T(w)), the
-    estimand of `unrolled`. For the other methods they tell how far the estimate is from the effect on the run that
-    really happens.
+    from `data_seed`. The differences are of L_v(theta_T(w)), the estimand of `unrolled`. For the other methods they
+    tell how far the estimate is from the effect on the run that really happens.
     """
-    without = Certificates(
-        None, None, None, checks, reliability=reliability, effective_share=certify.effective_share(weights)
-    )
+    share = certify.effective_share(weights)
+    without = Certificates(None, None, None, checks, effective_share=share)
     if not settings.enabled:
         return without
     device_weights, grad = replicate(task.mesh, (weights, hypergradient))
@@ -83,7 +81,7 @@ def compute_certificates(
 
     session.set_phase(f"certifying the gradient at {name}")
     ratios = session.run_once(f"certify/{name}/exact", compute_exact)
-    smoothness = removals.average_draws(compute_draw, settings.removed, settings.draws)
+    smoothness = removals.average_draws(compute_draw, shares_to_remove(settings.removed, share), settings.draws)
     predictive = session.run_once(f"certify/{name}/predictive", compute_predictive) if settings.retrains else None
     return without._replace(
         finite_differences=certify.FiniteDifferences(**{key: tuple(numbers) for key, numbers in ratios.items()}),

@@ -178,10 +178,11 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
         _judge(
             "effective share",
             [one.get("effective_share") for one in places],
-            f"{_short(verdict.MIN_EFFECTIVE_SHARE)} or more, for {verdict.LARGE_CHANGES} without retrains",
+            f"{_short(verdict.SHARE_SMALL)} or more, for {verdict.SMALL_CHANGES}; {_short(verdict.SHARE_LARGE)}, for "
+            f"{verdict.LARGE_CHANGES}; retrains speak for any",
             "effective sample size of the weights over the number of examples",
-            (verdict.MIN_EFFECTIVE_SHARE, math.inf),
-            (0.0, math.inf),
+            (verdict.SHARE_LARGE, math.inf),
+            (verdict.SHARE_SMALL, math.inf),
         )
     )
     replayed = [("yes" if one["replayed"] else "no") if has_backward_pass else None for one in estimator_checks]
