@@ -88,7 +88,8 @@ assert implicit.checks.curvature > 0, "Gauss-Newton with a prior is positive def
 #
 # The derivative of 200 weights against two trainings: every weight changes by the share $s$ of itself, up where its
 # hypergradient is positive and down where it is negative, and the change of the validation loss is divided by what the
-# hypergradients say that it is. `certify=True` does that, and takes the derivative again without a fifth of the rows.
+# hypergradients say that it is. `certify=True` does that, and takes the derivative again without a half of the rows
+# (and, where the rest does not keep its entries, without a fifth).
 
 # %%
 certified = unrolled.rerun(certify=True)
