@@ -320,7 +320,8 @@ def certificates_of(line: dict[str, Any]) -> certify.Certificates:
     """What a run with the default settings would have judged; the retrains are not in it."""
     differences = certify.FiniteDifferences(**{key: tuple(some) for key, some in line["differences"].items()})
     taken = [place for place, step in enumerate(differences.steps) if step in certify.STEP_SIZES or step < 3e-3]
-    smooth = average_draws(lambda share, draw: line["smooth"][str(share)][draw]["smooth"], certify.REMOVED, 3)
+    shares = verdict.shares_to_remove(certify.REMOVED, line["effective"])
+    smooth = average_draws(lambda share, draw: line["smooth"][str(share)][draw]["smooth"], shares, 3)
     return certify.Certificates(
         certify.FiniteDifferences(*(tuple(part[place] for place in taken) for part in differences)),
         smooth,
