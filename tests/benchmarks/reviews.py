@@ -79,7 +79,8 @@ def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
             "data.test": folder / "test.jsonl", "data.split": "1 0 0", "data.label-field": "label",
             "data.max-length": 96, "data.seed": seed, "data.no-packing": "", "train.seed": seed,
             "train.max_steps": 32, "optimizer.eps-root": 1e-8, "optimizer.learning-rate": 6e-4, "outer.steps": 4,
-            "outer.patience": 0, "selection.top-share": 0.4, "retrain.seeds": 1, "certify.no-enabled": "",
+            "outer.patience": 0, "outer.reliability-every": 0,
+            "selection.top-share": 0.4, "retrain.seeds": 1, "certify.no-enabled": "",
             "output.no-progress": "", "mesh.data": 1, "out": folder / "run",
         }  # fmt: skip
         given = [text for flag, value in settings.items() for text in (f"--{flag}", *str(value).split())]

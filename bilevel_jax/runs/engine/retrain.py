@@ -51,12 +51,17 @@ class Retrainer:
         self.task, self.trainer, self.session, self.prefix = task, trainer, session, prefix
         self.train_seed, self.data_seed = train_seed + FIRST_RETRAIN_SEED, data_seed + FIRST_RETRAIN_SEED
         self.loss_fn = validation_loss_fn(task.problem)
+        self._measured: dict[str, dict[str, Any]] = {}
+        """By job: what was asked for twice is not counted as work twice."""
 
     def retrain(self, variant: RetrainVariant, key: str, seed: int) -> dict[str, Any]:
         """The loss of each part (nats), the accuracy on test, the step that the model is of, and its `dev_losses`: the
         loss of each dev example, None where there is no dev."""
-        self.session.set_phase(f"{self.prefix}: {key}")
-        return dict(self.session.run_once(f"{self.prefix}/{key}/{seed}", lambda: self._measure(variant, seed)))
+        job = f"{self.prefix}/{key}/{seed}"
+        if job not in self._measured:
+            self.session.set_phase(f"{self.prefix}: {key}")
+            self._measured[job] = self.session.run_once(job, lambda: self._measure(variant, seed))
+        return dict(self._measured[job])
 
     def _measure(self, variant: RetrainVariant, seed: int) -> dict[str, Any]:
         params, frozen, step = self.train(variant, seed)
