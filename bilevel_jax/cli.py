@@ -41,6 +41,9 @@ COMMANDS = {
     "refine": Command(
         "RefineConfig", "improve a model with its own responses in rounds, each accepted only if it helps"
     ),
+    "score": Command(
+        "ScoreConfig", "apply a rater of select to new examples: weights, a selection, and what has drifted"
+    ),
     "inspect": Command(
         "InspectConfig", "show the examples as training sees them: tokens, lengths, truncation, duplicates, leaks"
     ),

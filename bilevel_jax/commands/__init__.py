@@ -15,7 +15,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors read; at run time the names are imported when they are first read
-    from bilevel_jax.commands.functions import audit, compare, estimate, export, inspect, rank, refine, select, train
+    from bilevel_jax.commands.functions import (
+        audit,
+        compare,
+        estimate,
+        export,
+        inspect,
+        rank,
+        refine,
+        score,
+        select,
+        train,
+    )
     from bilevel_jax.commands.results import (
         AuditResult,
         CompareResult,
@@ -25,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         InspectResult,
         RankResult,
         RefineResult,
+        ScoreResult,
         SelectResult,
         TrainResult,
         read_result,
@@ -38,12 +50,13 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         InspectConfig,
         RankConfig,
         RefineConfig,
+        ScoreConfig,
         SelectConfig,
         TrainConfig,
     )
     from bilevel_jax.runs.infra.session import Interrupted
 
-COMMAND_NAMES = ("audit", "compare", "estimate", "export", "inspect", "rank", "refine", "select", "train")
+COMMAND_NAMES = ("audit", "compare", "estimate", "export", "inspect", "rank", "refine", "score", "select", "train")
 __all__ = [
     "AuditConfig",
     "AuditResult",
@@ -61,6 +74,8 @@ __all__ = [
     "RankResult",
     "RefineConfig",
     "RefineResult",
+    "ScoreConfig",
+    "ScoreResult",
     "SelectConfig",
     "SelectResult",
     "TrainConfig",
@@ -74,6 +89,7 @@ __all__ = [
     "read_result",
     "refine",
     "schema",
+    "score",
     "select",
     "train",
 ]

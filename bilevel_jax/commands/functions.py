@@ -25,6 +25,7 @@ from bilevel_jax.commands.results import (
     RefineResult,
     Result,
     RunResult,
+    ScoreResult,
     SelectResult,
     TrainResult,
     read_run,
@@ -38,6 +39,7 @@ from bilevel_jax.runs.config.load import (
     RankConfig,
     RefineConfig,
     RunConfig,
+    ScoreConfig,
     SelectConfig,
     TrainConfig,
     load_config,
@@ -48,7 +50,15 @@ from bilevel_jax.runs.infra import distributed, identity, seals
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str] | None
 """Sections by name, the name of a YAML file, or nothing for the defaults."""
 AnyConfig = (
-    SelectConfig | TrainConfig | CompareConfig | AuditConfig | RankConfig | RefineConfig | InspectConfig | ExportConfig
+    SelectConfig
+    | TrainConfig
+    | CompareConfig
+    | AuditConfig
+    | RankConfig
+    | RefineConfig
+    | ScoreConfig
+    | InspectConfig
+    | ExportConfig
 )
 
 
@@ -205,6 +215,33 @@ def refine(config: RefineConfig | ConfigLike = None, **sections: Any) -> RefineR
     return _run(RefineConfig, config, sections)
 
 
+def score(config: ScoreConfig | ConfigLike = None, **sections: Any) -> ScoreResult:
+    """Apply a rater, which `select` has learned, to examples that it has never seen: weights without a training.
+
+    Args:
+        config: a `ScoreConfig`, a dict of sections or the name of a YAML file; None for the defaults of the keys.
+        **sections: as of `select`: score, data, selection, output, distributed. score.rater is the folder rater/ of a
+            run of `select`, data.train the new examples.
+
+    Returns:
+        The logit and the weight of each example, by id, and the features that have drifted.
+
+    Raises:
+        ValueError: and other errors as `select` does; for another model than the rater's, a rater that is damaged, and
+            a feature that is no finite number, with the id of the row.
+
+    Example:
+        >>> result = bj.commands.score(  # doctest: +SKIP
+        ...     score={"rater": "out/mine/rater"}, data={"train": ["new.jsonl"]}, output={"dir": "out/scored"}
+        ... )
+        >>> result.ids[result.weights > 1], result.drifted  # doctest: +SKIP
+
+    Wrong when:
+        features have drifted: the new examples are unlike those that the rater was learned from.
+    """
+    return _run(ScoreConfig, config, sections)
+
+
 def inspect(config: AnyConfig | ConfigLike = None, **sections: Any) -> InspectResult:
     """Print the training examples as training sees them, and what to act on; nothing is trained.
 
@@ -286,7 +323,8 @@ _process = threading.Lock()
 
 
 def run_command(config: Any) -> Result:
-    """Run the command of a checked config: of `select`, `train`, `compare`, `audit`, `rank`, `refine` or `inspect`."""
+    """Run the command of a checked config: of `select`, `train`, `score`, `compare`, `audit`, `rank`, `refine` or
+    `inspect`."""
     command = COMMANDS[type(config)]
     if "distributed" in vars(config):
         distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))

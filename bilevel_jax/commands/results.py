@@ -17,6 +17,7 @@ from bilevel_jax.runs.config.load import (
     CompareConfig,
     RankConfig,
     RefineConfig,
+    ScoreConfig,
     SelectConfig,
     TrainConfig,
     load_config,
@@ -234,6 +235,38 @@ class RefineResult:
         return _describe(self, lines)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreResult:
+    """What `score` gave. Arrays hold one entry for each new example, in the order of `ids`."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """How many rows were scored and chosen, and what has drifted."""
+    config: ScoreConfig
+    result: dict[str, Any]
+    """What result.json holds: counts, weights, logits, drift of each feature, rows per second."""
+    drifted: tuple[str, ...]
+    """Features whose values are not as those of the rater's training examples."""
+    ids: Column
+    sources: Column
+    labels: LabelColumn
+    logits: Float[np.ndarray, "examples"]
+    """NaN where it does not fit the length that the rater was learned with."""
+    weights: Float[np.ndarray, "examples"]
+    """Factor of the example's loss, as if it had stood among the rater's training examples."""
+    selected: Bool[np.ndarray, "examples"]
+    """Whether it stands in selected.jsonl."""
+
+    def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
+        """The places of some ids: `result.weights[result.rows(ids)]`. Raises ValueError for one that is not there."""
+        return _find_rows(self.ids, ids)
+
+    def __repr__(self) -> str:
+        examples = f"{_describe_weights(self.weights)}, {self.selected.sum():,} selected"
+        return _describe(self, {"summary": self.summary, "examples": examples})
+
+
 @dataclass(frozen=True, eq=False)
 class InspectedPart:
     """One part of the data as training sees it; arrays hold one entry for each example that can be read."""
@@ -308,13 +341,13 @@ class ExportResult:
         return _describe(self, {"summary": self.summary, "examples": _describe_weights(self.weights)})
 
 
-RunResult = SelectResult | TrainResult | CompareResult | AuditResult | RankResult | RefineResult
+RunResult = SelectResult | TrainResult | CompareResult | AuditResult | RankResult | RefineResult | ScoreResult
 """Of the commands that make a run's folder."""
 Result = RunResult | InspectResult | EstimateResult | ExportResult
 
 
 def read_result(folder: str | Path) -> RunResult:
-    """The result of a finished run of `select`, `train`, `compare`, `audit`, `rank` or `refine`, from its folder.
+    """The result of a finished run of `select`, `train`, `compare`, `audit`, `rank`, `refine` or `score`.
 
     Args:
         folder: the run's folder, output.dir of its config.
@@ -445,9 +478,22 @@ def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
     )
 
 
+def _read_score(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> ScoreResult:
+    table = run_dir.read_parquet(folder / "scores.parquet")
+    return ScoreResult(
+        **shared,
+        summary=result["sentence"],
+        drifted=tuple(column["name"] for column in result["drift"] if column["sentence"]),
+        **_facts(table),
+        logits=_numbers(table, "logit"),
+        weights=_numbers(table, "weight"),
+        selected=_numbers(table, "selected"),
+    )
+
+
 _READERS: Mapping[str, Any] = {
     "select": _read_select, "train": _read_train, "compare": _read_compare,
-    "audit": _read_audit, "rank": _read_rank, "refine": _read_refine,
+    "audit": _read_audit, "rank": _read_rank, "refine": _read_refine, "score": _read_score,
 }  # fmt: skip
 """The commands that make a run's folder, and what reads it."""
 

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +32,23 @@ def extract_question(example: Example) -> str:
     return "\n".join(turn.content for turn in example.turns if turn.role in ("user", "text"))
 
 
-def tfidf(candidates: TokenizedExamples, holdout: TokenizedExamples) -> tuple[Vectors, Vectors]:
-    """Counts of words in the question times log((1 + H)/(1 + h)) + 1, where h of the H holdout questions have the word.
+class WordIndex(NamedTuple):
+    """The words of some holdout questions with their weights; see `tfidf`."""
 
-    The words are the holdout's, so a row's vector depends on that row and the holdout alone; its other words count
-    for its length (with h = 0) and match nothing. Word order and synonyms are not seen.
-    """
-    document_counts: Counter[str] = Counter()
-    for example in holdout.examples:
-        document_counts.update(set(_split_words(example)))
-    column = {word: j for j, word in enumerate(sorted(document_counts))}
-    weight = {
-        word: float(np.log((1 + len(holdout.examples)) / (1 + count)) + 1) for word, count in document_counts.items()
-    }
-    unseen_weight = float(np.log(1 + len(holdout.examples)) + 1)
+    words: list[str]
+    weights: Float[np.ndarray, "words"]
+    unseen_weight: float
+    """Of a word that no holdout question has: it counts for the length of a vector alone."""
 
-    def vectors(examples: Any) -> Vectors:
+    def vectors(self, examples: Iterable[Example]) -> Vectors:
+        """The vectors of the questions of some examples, which depend on nothing but each of them and the index."""
+        column = {word: j for j, word in enumerate(self.words)}
+        weight = dict(zip(self.words, self.weights.tolist(), strict=True))
         data, indices, ends = [], [], [0]
         for example in examples:
-            terms = {word: n * weight.get(word, unseen_weight) for word, n in Counter(_split_words(example)).items()}
+            terms = {
+                word: n * weight.get(word, self.unseen_weight) for word, n in Counter(_split_words(example)).items()
+            }
             length = float(np.sqrt(sum(value**2 for value in terms.values()))) or 1.0
             known = sorted((column[word], value / length) for word, value in terms.items() if word in column)
             indices += [j for j, _ in known]
@@ -59,7 +57,25 @@ def tfidf(candidates: TokenizedExamples, holdout: TokenizedExamples) -> tuple[Ve
         shape = len(ends) - 1, len(column)
         return sparse.csr_array((np.array(data, float), np.array(indices, int), np.array(ends)), shape=shape)
 
-    return vectors(candidates.examples), vectors(holdout.examples)
+
+def index_words(holdout: Sequence[Example]) -> WordIndex:
+    """The words of the holdout's questions; a word of h among H questions weighs log((1 + H)/(1 + h)) + 1."""
+    document_counts: Counter[str] = Counter()
+    for example in holdout:
+        document_counts.update(set(_split_words(example)))
+    words = sorted(document_counts)
+    weights = [float(np.log((1 + len(holdout)) / (1 + document_counts[word])) + 1) for word in words]
+    return WordIndex(words, np.array(weights), float(np.log(1 + len(holdout)) + 1))
+
+
+def tfidf(candidates: TokenizedExamples, holdout: TokenizedExamples) -> tuple[Vectors, Vectors]:
+    """Counts of words in the question times log((1 + H)/(1 + h)) + 1, where h of the H holdout questions have the word.
+
+    The words are the holdout's, so a row's vector depends on that row and the holdout alone; its other words count
+    for its length (with h = 0) and match nothing. Word order and synonyms are not seen.
+    """
+    index = index_words(holdout.examples)
+    return index.vectors(candidates.examples), index.vectors(holdout.examples)
 
 
 def hidden_states(

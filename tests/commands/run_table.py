@@ -18,6 +18,7 @@ from bilevel_jax.runs.config import load
 from bilevel_jax.runs.infra import identity
 from bilevel_jax.runs.infra.session import Session
 from tests.runs import blobs
+from tests.runs.tiny_rater import write_rater
 
 RANK = """
 model: {{name_or_path: {made}/model}}
@@ -48,6 +49,11 @@ SELECT_PAIRS = (
     "--data.train {made}/pairs.jsonl --data.validation {made}/pairs_validation.jsonl --data.test "
     "{made}/pairs_report.jsonl --optimizer.eps-root 1e-6"
 )
+SCORE = """
+score: {{rater: {made}/rater, model: {made}/model}}
+data: {{train: [{made}/train.jsonl]}}
+output: {{progress: false}}
+"""
 BRIEF = "--outer.steps 2 --train.max-steps 4 --certify.no-enabled --retrain.variants uniform learned"
 ON_TEXT = (
     "--model.name-or-path {made}/model --lora.r 0 --data.train {made}/train.jsonl --data.validation "
@@ -131,6 +137,20 @@ RUNS = {
         "audit",
         f"{ON_TEXT} --train.max-steps 4 --audit.scores ica random --audit.queries 0 --audit.checkpoints start end",
     ),
+    "select, rater": (
+        "select",
+        f"{BRIEF} --outer.weighting rater --rater.link sigmoid --rater.residual-scale 0.3 --rater.directions 2 "
+        "--rater.features length kind source tokens likeness loss margin hidden hidden_likeness validation_loss "
+        "reducible uniform_loss",
+    ),
+    "select, rater, lora": ("select", f"{BRIEF} --lora.r 2 --outer.weighting rater"),
+    "select, sources": ("select", f"{BRIEF} --outer.weighting per_source --data.source-field label"),
+    "compare, rater": (
+        "compare",
+        "--compare.methods unrolled --compare.seeds 1 --outer.weighting rater --rater.features uniform_loss "
+        "validation_loss hidden --rater.directions 2",
+    ),
+    "score": ("score", "--score.features"),
     "rank": ("rank", ""),
     "rank, two answers": ("rank", "--generate.num-generations 2 --generate.temperature 0.7"),
     "rank, some metrics": ("rank", "--rank.metrics sppl perplexity --rank.own-answers {made}/own.jsonl"),
@@ -182,6 +202,9 @@ def table_inputs(made):
         for prompt in asked
     ]
     write_rows(made / "strategies.jsonl", strategies)
+    if not (made / "rater").exists():
+        write_rater(made, made)
+    (made / "score.yaml").write_text(SCORE.format(made=made))
     write_rows(made / "own.jsonl", [{"prompt": prompt, "response": prompt[:4]} for prompt in asked])
     return made
 

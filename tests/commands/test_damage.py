@@ -34,6 +34,7 @@ DAMAGED = {
     "audit": ("--data.seed 5", 40),
     "rank": ("--data.seed 5", 2),
     "refine": ("--data.seed 5", 60),
+    "score": ("--selection.top-share 0.3", 1),
 }
 TOLD = {
     "log.jsonl": ("report.html",),

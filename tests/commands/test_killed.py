@@ -37,6 +37,8 @@ KILLED = (
     "audit",
     "rank, trials",
     "refine",
+    "select, rater",
+    "score",
 )
 SAVE_EVERY = 5
 """A checkpoint at every fifth moment that one may be written at."""

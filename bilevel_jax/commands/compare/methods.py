@@ -14,11 +14,13 @@ from bilevel_jax.runs.config.schema import (
     OptimizerSection,
     OuterMethod,
     OuterSection,
+    RaterSection,
     ScoresSection,
     SingleLoopSection,
     TrainSection,
 )
 from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
+from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
 from bilevel_jax.runs.infra.session import Session
@@ -33,6 +35,7 @@ class MethodSections(NamedTuple):
     train: TrainSection
     outer: OuterSection
     single_loop: SingleLoopSection
+    rater: RaterSection
 
 
 class MethodResult(NamedTuple):
@@ -86,6 +89,7 @@ def _run_outer_loop_within_budget(
         data=sections.data,
         train_seed=sections.train.seed,
         scores=ScoresSection(),
+        rater=sections.rater,
         progress=progress,
     )
     stop_reason = learned.stop_reason if progress(learned.records) <= 1 else ""
@@ -159,7 +163,8 @@ def _without_second_model(sections: MethodSections) -> MethodSections:
 
 def _outer_loop_method(name: OuterMethod, estimand: str, exactness: str) -> MethodSpec:
     def min_budget(task: Task, sections: MethodSections) -> float:
-        return 2 * count_outer_step_work(task, sections.outer) + count_baseline_work(task)
+        features_work = rater_work(task, sections.outer, sections.rater, ScoresSection())
+        return 2 * count_outer_step_work(task, sections.outer) + count_baseline_work(task) + features_work
 
     return MethodSpec(estimand, exactness, _set_method(name), _run_outer_loop_within_budget, min_budget)
 

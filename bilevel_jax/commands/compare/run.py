@@ -59,6 +59,7 @@ def sections_for_seed(config: CompareConfig, seed: int) -> MethodSections:
         train=replace(config.train, seed=config.train.seed + seed),
         outer=replace(config.outer, patience=0),
         single_loop=config.single_loop,
+        rater=config.rater,
     )
 
 

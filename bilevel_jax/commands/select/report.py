@@ -32,6 +32,7 @@ from bilevel_jax.runs.report.numbers import (
     format_number,
     format_percent,
 )
+from bilevel_jax.runs.report.raters import describe_rater
 from bilevel_jax.runs.report.reproduction import describe_reproduction
 from bilevel_jax.runs.report.results import RunResults, float_or_nan, most_independent_part, read_results
 from bilevel_jax.runs.report.weights import (
@@ -88,6 +89,7 @@ def render_select_report(run: RunResults) -> str:
         headline=write_headline(run),
         pictures=draw_first_pictures(run),
         key_numbers=list_key_numbers(run),
+        rater=describe_rater(run.result["rater"]),
         comparison=describe_comparison(run),
         loop=describe_outer_loop(run),
         gap=measure_generalization_gap(run),

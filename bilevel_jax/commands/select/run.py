@@ -13,7 +13,7 @@ from bilevel_jax.core.types import Checks, Params
 from bilevel_jax.runs.budget import usage, work
 from bilevel_jax.runs.config.load import SelectConfig, config_hash
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
-from bilevel_jax.runs.engine import artifacts
+from bilevel_jax.runs.engine import artifacts, raters
 from bilevel_jax.runs.engine.certificates import compute_certificates
 from bilevel_jax.runs.engine.folds import take_turn
 from bilevel_jax.runs.engine.outer_loop import (
@@ -89,12 +89,14 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
     _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
+    coefficients = _write_rater(task, config, learned, folder)
     result = _build_result(task, config, session, learned, single_loop_result)
     result |= comparison
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         "verdict": {**verdict._asdict(), "sentence": str(verdict)},
+        "rater": coefficients,
         "selected": len(selected),
         "estimate": expected,
     }
@@ -125,7 +127,13 @@ def _learn_weights(
             train=config.train,
         )
     learned = run_outer_loop(
-        task, trainer, session, data=config.data, train_seed=config.train.seed, scores=config.scores
+        task,
+        trainer,
+        session,
+        data=config.data,
+        train_seed=config.train.seed,
+        scores=config.scores,
+        rater=config.rater,
     )
     return learned, None
 
@@ -234,6 +242,26 @@ def _write_artifacts(
         session.advance(task.num_steps)  # of the process that wrote it
     if single_loop_result is not None:
         artifacts.write_model(folder / "model-own", task, single_loop_result.params, base_path=base_path)
+
+
+def _write_rater(
+    task: TextTask, config: SelectConfig, learned: LearnedWeights, folder: Path
+) -> list[dict[str, Any]] | None:
+    """rater/, where the weights are a rater's; its coefficients with their intervals."""
+    if learned.rater is None:
+        return None
+    rater_features, variable = learned.rater
+    return raters.write_rater(
+        folder,
+        rater_features,
+        variable,
+        config.rater,
+        data=config.data,
+        model=resolve_builtin(config, folder).model,
+        task=task,
+        records=learned.records,
+        best_step=learned.best_step,
+    )
 
 
 def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Params:

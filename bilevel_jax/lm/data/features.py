@@ -1,37 +1,36 @@
-"""Model-free features of examples for learned data weightings."""
-
-from collections.abc import Sequence
+"""Model-free features of examples: lengths, and shares of hashed tokens."""
 
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
 
 NUM_HASH_BUCKETS = 32
 """Buckets of the hashed vocabulary."""
 
 
-def extract_features(examples: Sequence[Example], corpus: Corpus) -> Float[np.ndarray, "rows features"]:
-    """Log lengths of prompt and response, the response's type-token ratio, source indicators, hashed token shares.
+def token_features(
+    corpus: Corpus, num_examples: int
+) -> tuple[Float[np.ndarray, "examples 2"], Float[np.ndarray, "examples 33"]]:
+    """(log(1 + tokens) of prompt and response; type-token ratio and hashed token shares of the response) of each row.
 
-    Standardised over the rows; features that do not vary are left out. No model is needed, so a new row's weight is a
-    dot product. The shares are of `NUM_HASH_BUCKETS` buckets of response token ids: what the text is about, coarsely.
+    The shares are of `NUM_HASH_BUCKETS` buckets of response token ids: what the text is about, coarsely. All are 0 of
+    an example that was dropped as too long. Of a preference pair the chosen response is read.
+
+    Args:
+        corpus: tokenized examples.
+        num_examples: how many of its first rows are read.
+
+    Returns:
+        Two tables.
     """
-    rows = len(examples)
-    columns = []
-    for row in range(rows):
+    lengths = np.zeros((num_examples, 2))
+    shares = np.zeros((num_examples, 1 + NUM_HASH_BUCKETS))
+    for row in range(num_examples):
         ids, supervised = corpus.get_sequence(row)
         response = ids[supervised].astype(np.int64)
-        buckets = np.bincount(response * 2654435761 % 2**32 % NUM_HASH_BUCKETS, minlength=NUM_HASH_BUCKETS) / max(
-            1, len(response)
-        )
-        lengths = [np.log1p(len(ids) - len(response)), np.log1p(len(response))]
-        columns.append([*lengths, len(set(response.tolist())) / max(1, len(response)), *buckets])
-    table = np.array(columns)
-    sources = sorted({example.source for example in examples})
-    indicators = np.array([[example.source == source for source in sources] for example in examples], float)
-    table = np.concatenate([table, indicators], axis=1)
-    spread = table.std(axis=0)
-    varies = spread > 1e-12
-    return ((table - table.mean(axis=0)) / np.where(varies, spread, 1))[:, varies].astype(np.float32)
+        lengths[row] = np.log1p(len(ids) - len(response)), np.log1p(len(response))
+        if len(response):
+            buckets = np.bincount(response * 2654435761 % 2**32 % NUM_HASH_BUCKETS, minlength=NUM_HASH_BUCKETS)
+            shares[row] = [len(np.unique(response)) / len(response), *(buckets / len(response))]
+    return lengths, shares

@@ -18,6 +18,7 @@ from bilevel_jax.runs.config.schema import (
 )
 from bilevel_jax.runs.engine.arms import count_trainings
 from bilevel_jax.runs.engine.outer_loop import measures_reliability
+from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
@@ -68,6 +69,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         num_measured = sum(measures_reliability(outer, step) for step in range(outer.steps + 1))
         measured = _reliability_stage(task, outer, steps, epoch_steps).repeat(num_measured, "")
         stages = [_add_stages("learning", loop, measured, baselines)]
+        if outer.weighting == "rater":
+            stages.insert(0, WorkStage("features", other_work=rater_work(task, outer, config.rater, config.scores)))
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
         certificate_count = 2 if outer.restart == "cold" else 1

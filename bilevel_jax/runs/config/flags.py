@@ -30,6 +30,8 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "outer": ("method", "weighting", "steps", "learning_rate"),
     "compare": ("methods", "baselines", "budget", "seeds"),
     "audit": ("estimators", "scores", "removed", "subsets"),
+    "rater": ("features", "link"),
+    "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples"),
     "refine": ("rounds", "questions", "share", "methods"),
     "generate": ("num_generations", "temperature", "max_new_tokens"),
@@ -48,6 +50,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
 SHORT_FLAGS = {
     "--model": "model.name_or_path",
     "--train": "data.train",
+    "--rater": "score.rater",
     "--validation": "data.validation",
     "--weights": "weights.file",
     "--resume": "output.resume",
@@ -239,6 +242,8 @@ def short_flags(config: Any) -> dict[str, str]:
     keys = dict(flatten_config(config))
     flags = {flag: key for flag, key in SHORT_FLAGS.items() if key in keys}
     dirs = [key for key in ("output.dir", "export.dir", "estimate.dir") if key in keys]
+    if "score.rater" in keys:
+        flags |= {"--data": "data.train", "--model": "score.model"}
     return flags | ({"--out": dirs[0]} if dirs else {})
 
 

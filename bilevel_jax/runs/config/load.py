@@ -30,6 +30,7 @@ class SelectConfig:
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
     train: schema.TrainSection = schema.TrainSection()
     outer: schema.OuterSection = schema.OuterSection()
+    rater: schema.RaterSection = schema.RaterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
     scores: schema.ScoresSection = schema.ScoresSection()
     output: schema.OutputSection = schema.OutputSection()
@@ -108,6 +109,7 @@ class CompareConfig:
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
     train: schema.TrainSection = schema.TrainSection()
     outer: schema.OuterSection = schema.OuterSection()
+    rater: schema.RaterSection = schema.RaterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
     compare: schema.CompareSection = schema.CompareSection()
     output: schema.OutputSection = schema.OutputSection()
@@ -190,6 +192,22 @@ class RefineConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Apply a rater, which `select` has learned (outer.weighting = rater), to examples that it has never seen.
+
+    data.train names the new examples; they are read as a stream, in memory that does not grow with them. Writes
+    scores.parquet (id, logit, weight), the rows that section selection chooses, and which features have drifted.
+    Several processes share the work.
+    """
+
+    score: schema.ScoreSection = schema.ScoreSection()
+    data: schema.DataSection = schema.DataSection()
+    selection: schema.SelectionSection = schema.SelectionSection()
+    output: schema.OutputSection = schema.OutputSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
+
+
+@dataclass(frozen=True)
 class EstimateConfig:
     """Estimate memory per device, disk, work and hours of a run before it starts; loads no weights.
 
@@ -216,10 +234,12 @@ ConfigT = TypeVar(
     AuditConfig,
     RankConfig,
     RefineConfig,
+    ScoreConfig,
 )
 COMMANDS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
     CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
+    ScoreConfig: "score",
 }  # fmt: skip
 
 SHIPPED_CONFIGS: dict[type, str] = {SelectConfig: "configs/select.yaml", TrainConfig: "configs/train.yaml"}
@@ -303,7 +323,9 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
 
 def ignored_sections(config_class: Any) -> Collection[str]:
     """Sections of other commands, which a command that reads any command's config passes over."""
-    commands_with_own_sections = (SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig)
+    commands_with_own_sections = (
+        SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig, ScoreConfig
+    )  # fmt: skip
     return () if config_class in commands_with_own_sections else section_names()
 
 

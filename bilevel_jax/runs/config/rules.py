@@ -70,11 +70,33 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.warm_start",
+        lambda c: c.outer.warm_start == "" or c.outer.method not in SINGLE_LOOP_METHODS,
+        "is for methods that repeat training: leave it empty",
+    ),
+    (
+        "rater.columns",
+        lambda c: bool(c.rater.columns) == bool(c.rater.file),
+        "rater.columns are columns of rater.file: give both, or neither",
+    ),
+    (
+        "rater.features",
+        lambda c: "columns" not in c.rater.features or bool(c.rater.columns),
+        "columns needs rater.file and rater.columns: give both",
+    ),
+    (
+        "rater.features",
         lambda c: (
-            c.outer.warm_start == ""
-            or (c.outer.method not in SINGLE_LOOP_METHODS and c.outer.weighting != "by_features")
+            c.outer.weighting != "rater"
+            or not c.model.from_scratch
+            or not {"loss", "margin", "reducible", "hidden", "hidden_likeness"} & set(c.rater.features)
         ),
-        "is for methods that repeat training, with weighting softmax, sigmoid or per_source: leave it empty",
+        "loss, margin, reducible and hidden states are those of the model before training, which model.from_scratch "
+        "draws at random: name others, as uniform_loss and validation_loss",
+    ),
+    (
+        "outer.weighting",
+        lambda c: c.outer.weighting != "rater" or c.objective.name == "sft",
+        "a rater reads single responses: set objective.name to sft, or choose another weighting",
     ),
     (
         "outer.validation_folds",
@@ -200,13 +222,19 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "outer.weighting",
-        lambda c: c.outer.method != "penalty" or c.outer.weighting != "by_features",
-        "the penalty method updates the weights of the examples in a batch: choose softmax, sigmoid or per_source",
+        lambda c: c.outer.method not in SINGLE_LOOP_METHODS or c.outer.weighting != "rater",
+        "single-loop methods update the weights of the examples in a batch: choose softmax, sigmoid or per_source",
     ),
     (
         "compare",
         lambda c: len(c.compare.methods) + len(c.compare.baselines) > 0,
         "name a method or a baseline to compare",
+    ),
+    (
+        "compare.methods",
+        lambda c: c.outer.weighting != "rater" or not {"penalty", "penalty_alone"} & set(c.compare.methods),
+        "the penalty method updates the weights of the examples in a batch: leave it out, or set outer.weighting to "
+        "softmax, sigmoid or per_source",
     ),
     (
         "compare.methods",

@@ -12,6 +12,10 @@ ExampleFormat = Literal[
     "preference", "implicit_preference", "alpaca_preference", "sharegpt_preference", "hh",
 ]  # fmt: skip
 ScoreName = Literal["", "ica", "perplexity", "loss", "reducible", "oneshot", "alignment", "margin", "random"]
+FeatureName = Literal[
+    "length", "kind", "source", "tokens", "likeness", "loss", "margin", "hidden", "hidden_likeness", "validation_loss",
+    "reducible", "uniform_loss", "columns",
+]  # fmt: skip
 OuterMethod = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
 SINGLE_LOOP_METHODS = ("penalty", "bmo", "mixing")
 LossReduction = Literal["example_mean", "token_sum", "token_mean"]
@@ -106,7 +110,7 @@ class DataSection:
     """Key of the rejected response of a preference pair."""
 
     source_field: str = "source"
-    """Key of the source that an example comes from, used by outer.weighting per_source and in reports."""
+    """Key of the source that an example comes from, used by outer.weighting per_source, raters and reports."""
 
     label_field: str = ""
     """Key of a known quality label, for AUC and the oracle in reports only; training never reads it."""
@@ -439,7 +443,7 @@ class OuterSection:
     method: OuterMethod = "unrolled"
     """unrolled, implicit, window and alignment repeat training; for penalty, bmo, mixing see section single_loop."""
 
-    weighting: Literal["softmax", "sigmoid", "per_source", "by_features"] = "softmax"
+    weighting: Literal["softmax", "sigmoid", "per_source", "rater"] = "softmax"
     """Map from the learned logits to weights: softmax, sigmoid, one logit per source, or a function of features."""
 
     steps: Count = 8
@@ -511,6 +515,37 @@ class OuterSection:
 
     warm_start: ScoreName = ""
     """Data score whose standardized values are the initial logits; empty: equal weights."""
+
+
+@dataclass(frozen=True)
+class RaterSection:
+    """A rater (outer.weighting = rater): weights that are one function of features, for examples never seen, too."""
+
+    features: Annotated[tuple[FeatureName, ...], MinLen(1), Unique()] = (
+        "length", "loss", "validation_loss", "reducible",
+    )  # fmt: skip
+    """Features of an example; runs/scoring/features.py lists them with what each of them takes."""
+
+    link: Literal["softmax", "sigmoid"] = "softmax"
+    """Map from the logits to weights: softmax (mean 1) or sigmoid (between 0 and 2, with an intercept)."""
+
+    transform: Literal["clip", "rank", "none"] = "clip"
+    """Heavy tails: cut at the quantiles .01 and .99 of the training examples (clip), ranks among them, or none."""
+
+    directions: Count = 8
+    """Feature hidden: principal directions of the hidden states."""
+
+    residual_scale: NonNegative = 0.0
+    """Prior standard deviation of a logit of each example's own, which new examples do not have; 0: none."""
+
+    file: str = ""
+    """Feature columns: file with an id for each example and columns of your own, or scores.parquet of a run."""
+
+    columns: Annotated[tuple[str, ...], Unique()] = ()
+    """Feature columns: columns of rater.file that are features."""
+
+    batch_tokens: Count = 8192
+    """Tokens in one forward pass for features, over all devices."""
 
 
 @dataclass(frozen=True)
@@ -840,6 +875,26 @@ class AuditSection:
 
     subsets: Annotated[int, Ge(8), Because("fewer say nothing about a correlation (40 give it to about .1)")] = 40
     """Retrains for each share, each without another random subset."""
+
+
+@dataclass(frozen=True)
+class ScoreSection:
+    """The rater that `score` applies, and what it reads beside the examples."""
+
+    rater: Annotated[str, Required("name the folder rater/ of a run of select with outer.weighting rater")] = ""
+    """Folder of a rater: rater/ in the folder of a run of `select`."""
+
+    model: str = ""
+    """Folder of the model that makes the rater's features; empty: that of the rater's run."""
+
+    file: str = ""
+    """Where the rater reads columns of the user's own: file with an id and these columns for each example."""
+
+    features: bool = False
+    """Write the features into scores.parquet, too."""
+
+    batch_tokens: Count = 8192
+    """Tokens in one forward pass, over all devices of a process."""
 
 
 RankMetric = Literal["sppl", "perplexity", "ifd", "self_similarity", "mix", "car"]

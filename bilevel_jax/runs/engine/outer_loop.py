@@ -20,8 +20,10 @@ from bilevel_jax.core.certify import (
 )
 from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
-from bilevel_jax.runs.config.schema import DataSection, OuterSection, ScoresSection
+from bilevel_jax.core.weightings import RaterVariable, SharedWeightVariable
+from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.folds import Turn, count_judges, take_turn, turn_training_stream, turn_validation_stream
+from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -73,6 +75,8 @@ class LearnedWeights(NamedTuple):
     """With outer.validation_folds, d L_v / d weight of each validation example; 0 for those that judged."""
     first_validation_hypergradient: Float[np.ndarray, "validation"] = np.zeros(0)
     """The same at weight 1 for every example."""
+    rater: tuple[RaterFeatures, RaterVariable] | None = None
+    """Where outer.weighting is rater: its features, and what was learned of it."""
 
     def corpus_weights(self, task: Task) -> Float[np.ndarray, "corpus"]:
         """The weights of the training examples, then those of validation."""
@@ -86,14 +90,14 @@ def data_order_seed(data: DataSection, outer: OuterSection, step: int) -> int:
     return data.seed + (step if outer.reshuffle else 0)
 
 
-def make_weighting(task: Task, name: str) -> Weighting:
+def make_weighting(task: Task, name: str, rater: RaterSection, rater_features: RaterFeatures | None) -> Weighting:
     """The map from the outer variable to the weight table, by its name in outer.weighting."""
     table_size = padded_table_size(task.num_examples)
     if name == "per_source":
         source, count = source_indices(task)
         return weightings.rater(np.eye(count)[source], table_size=table_size)
-    if name == "by_features":
-        return weightings.rater(task.example_features(), table_size=table_size)
+    if rater_features is not None:
+        return make_rater_weighting(rater_features, rater)
     factory = {"softmax": weightings.softmax, "sigmoid": weightings.sigmoid}[name]
     return factory(task.num_examples, table_size)
 
@@ -143,6 +147,7 @@ def run_outer_loop(
     data: DataSection,
     train_seed: int,
     scores: ScoresSection,
+    rater: RaterSection,
     progress: ProgressFunction | None = None,
 ) -> LearnedWeights:
     """Optimise the weights by hypergradients of the validation loss, and return the best by dev loss.
@@ -152,7 +157,9 @@ def run_outer_loop(
     dev the last weights are returned. Ends after outer.steps steps (with `progress`, where it passes 1 instead), after
     outer.patience steps without a better dev loss, or where the effective sample size falls below outer.ess_floor.
     """
-    loop = OuterLoop(task, trainer, session, data=data, train_seed=train_seed, scores=scores, progress=progress)
+    loop = OuterLoop(
+        task, trainer, session, data=data, train_seed=train_seed, scores=scores, rater=rater, progress=progress
+    )
     while not (stop_reason := loop.stop_reason()):
         loop.take_step()
     return loop.learned_weights(stop_reason)
@@ -170,6 +177,7 @@ class OuterLoop:
         data: DataSection,
         train_seed: int,
         scores: ScoresSection,
+        rater: RaterSection,
         progress: ProgressFunction | None = None,
     ):
         outer = trainer.outer
@@ -177,7 +185,14 @@ class OuterLoop:
         self.outer, self.data, self.train_seed, self.scores = outer, data, train_seed, scores
         self.folder = session.folder / "checkpoints" / "outer"
         self.progress: ProgressFunction = progress or (lambda records: len(records) / outer.steps)
-        weighting = self._with_validation_weight(make_weighting(task, outer.weighting))
+        self._rater_features: RaterFeatures | None = None
+        if outer.weighting == "rater":
+            self._rater_features = make_rater_features(
+                task, rater, session, scores_settings=scores, train_seed=train_seed
+            )
+        weighting = self._with_validation_weight(
+            make_weighting(task, outer.weighting, rater, self._rater_features)
+        )
         self._fit_logits = weighting.fit_logits
         self._weights_of = compile_with_arrays(weighting.weights)
         self._weighting_vjp = compile_with_arrays(Partial(_pull_back, Partial(weighting.weights)))
@@ -192,6 +207,8 @@ class OuterLoop:
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
             self.state, self.records = restored.tree, restored.meta["records"]
             session.advance(sum(record["work"] for record in self.records))
+        elif self._rater_features is not None:
+            session.advance(self._rater_features.work)
 
     def take_step(self) -> None:
         """Train, estimate, record, step the weights, save."""
@@ -214,7 +231,8 @@ class OuterLoop:
         origin = self.state.hyper if step else self._first_logits()
         hyper_grad = self._weighting_vjp(self.state.hyper, estimate.grad)
         self.state = self.state._replace(hyper=self._step(origin, hyper_grad, record["rate"], self.outer.max_step))
-        record |= {"work": self.session.work_done - work_before, "seconds": time.monotonic() - began}
+        features_work = self._rater_features.work if self._rater_features is not None and not step else 0.0
+        record |= {"work": self.session.work_done - work_before + features_work, "seconds": time.monotonic() - began}
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
         self.session.print_line(format_record(f"outer step {step:>3}", record, self.task.objective.loss_unit))
@@ -277,6 +295,9 @@ class OuterLoop:
             records=self.records,
             best_step=_best_step(self.records),
             stop_reason=stop_reason,
+            rater=None
+            if self._rater_features is None
+            else (self._rater_features, _rater_variable(self.state.best_hyper)),
         )
 
     def _num_weights(self) -> int:
@@ -324,7 +345,15 @@ class OuterLoop:
             "reliability_at_most": _reliability_value(reliability, is_upper_bound=True),
             "reliability_draw": drawn["reliability_draw"],
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
+            **self._record_coefficients(),
         }
+
+    def _record_coefficients(self) -> dict[str, list[float]]:
+        """The coefficients of a rater before the step."""
+        if self._rater_features is None:
+            return {}
+        coefficients = _rater_variable(self.state.hyper).coefficients
+        return {"coefficients": fetch_to_host(coefficients).astype(float).tolist()}
 
     def _update_tables(
         self, record: dict[str, Any], trajectory: Trajectory, weights: jax.Array, grad: jax.Array
@@ -343,6 +372,11 @@ def compile_with_arrays(function: Callable) -> Callable:
     """The function compiled; the arrays of a `Partial` are arguments of the compiled one, not constants in it."""
     compiled, partial_function = jax.jit(lambda function, *given: function(*given)), Partial(function)
     return lambda *given: compiled(partial_function, *given)
+
+
+def _rater_variable(hyper: Hyper) -> RaterVariable:
+    """The rater's part of the outer variable, which may have a shared weight of validation beside it."""
+    return hyper.table if isinstance(hyper, SharedWeightVariable) else hyper
 
 
 def _pull_back(weights: Callable[[Hyper], jax.Array], hyper: Hyper, hypergradient: jax.Array) -> Hyper:

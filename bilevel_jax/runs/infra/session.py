@@ -18,7 +18,7 @@ from bilevel_jax.runs.infra.journal import JsonLog
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.terminal import make_console
 
-MULTIPROCESS_COMMANDS = ("select", "train")
+MULTIPROCESS_COMMANDS = ("select", "train", "score")
 """The commands that several processes can run."""
 SYNC_SECONDS = 1.0
 """Seconds, about, between two meetings of several processes about signals and saves."""
@@ -232,7 +232,7 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     if distributed.is_multiprocess() and command not in MULTIPROCESS_COMMANDS:
         raise ValueError(
             f"{command} runs in one process, on all devices of one machine; several processes can run "
-            f"{' and '.join(MULTIPROCESS_COMMANDS)}."
+            f"{', '.join(MULTIPROCESS_COMMANDS[:-1])} and {MULTIPROCESS_COMMANDS[-1]}."
         )
     if distributed.is_multiprocess():
         distributed.require_agreement("the run", identity.list_shared_values(config))

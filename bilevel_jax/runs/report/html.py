@@ -157,6 +157,7 @@ ENVIRONMENT.filters |= {
     "capital": capitalize_first,
     "count": lambda count, noun: format_count(noun, count),
     "interval": format_interval,
+    "merge": lambda first, second: {**first, **second},
     "number": format_number,
     "percent": format_percent,
     "repr": repr,

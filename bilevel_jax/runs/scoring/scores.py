@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step, init_train_state
@@ -159,11 +159,10 @@ def reducible_score(task: Task, params: Params, settings: ScoresSection, session
     path = session.folder / "holdout.parquet"
     passes = _steps_per_epoch(task) / 3
     if not path.exists():
-        steps = min(settings.holdout_steps or task.num_steps, task.num_steps)
-        values = example_losses(task, _train_holdout_model(task, settings.seed, steps, session))
+        values = example_losses(task, train_holdout_model(task, settings, session))
         ids = [example.id for example in task.examples]
         run_dir.write_parquet(path, pa.table({"id": ids, "loss": values}))
-        passes += steps + _steps_per_epoch(task) / 3
+        passes += holdout_steps(task, settings) + _steps_per_epoch(task) / 3
     holdout_loss_by_id = dict(zip(*(column.to_pylist() for column in run_dir.read_parquet(path).columns), strict=True))
     holdout_losses = np.array([holdout_loss_by_id[example.id] for example in task.examples], float)
     return ScoreResult(example_losses(task, params) - holdout_losses, passes)
@@ -313,16 +312,36 @@ def _el2n_of_tokens(decoder: Decoder) -> Callable:
     return lambda params, frozen, batch: of_sequences(assemble_params(params, frozen["base"]), batch)
 
 
-def _train_holdout_model(task: Task, seed: int, steps: int, session: Session) -> Params:
-    """The parameters after `steps` steps on validation alone; saved when due, and resumed from there."""
-    folder = session.folder / "checkpoints" / "holdout"
+def holdout_steps(task: Task, settings: ScoresSection) -> int:
+    """Training steps of the holdout model."""
+    return min(settings.holdout_steps or task.num_steps, task.num_steps)
+
+
+def train_holdout_model(task: Task, settings: ScoresSection, session: Session) -> Params:
+    """The parameters after training on validation alone, from scores.seed; saved when due, and resumed from there."""
+    session.set_phase("scoring: training the holdout model on validation")
+    return train_side_model(
+        task,
+        "holdout",
+        task.validation_indices(),
+        seed=settings.seed,
+        steps=holdout_steps(task, settings),
+        session=session,
+    )
+
+
+def train_side_model(
+    task: Task, name: str, indices: Int[np.ndarray, "chosen"], *, seed: int, steps: int, session: Session
+) -> Params:
+    """The parameters after `steps` steps on some examples with weight 1; `name` is its checkpoint's, and in errors."""
+    folder = session.folder / "checkpoints" / name
     # copied: a step takes the memory of the state that it is given, and the model's own must stay
     start = jax.tree.map(jnp.copy, task.init_params(seed))
     state = replicate_unplaced(task.mesh, init_train_state(task.optimizer, start))
     frozen = task.frozen(task.init_params(seed))
     if restored := checkpoint.restore_checkpoint(folder, state):
         state = restored.tree
-    stream = task.training_stream(seed, task.validation_indices(), packed=False)
+    stream = task.training_stream(seed, indices, packed=False)
     weights = jnp.ones(task.corpus.num_examples)
     step = forward_only_step(task.problem, task.optimizer)
 
@@ -332,11 +351,10 @@ def _train_holdout_model(task: Task, seed: int, steps: int, session: Session) ->
     def save(steps_done: int, state: TrainState) -> None:
         checkpoint.save_checkpoint(folder, steps_done, state, {})
 
-    session.set_phase("scoring: training the holdout model on validation")
     state = run_steps(session, take_step, state, range(int(state.step), steps), work=0.0, save=save)
     if not bool(tree.all_finite(state.params)):
         raise FloatingPointError(
-            f"the holdout model's parameters are not finite after {steps} steps on validation. Lower "
+            f"the {name} model's parameters are not finite after {steps} steps on {len(indices):,} examples. Lower "
             "optimizer.learning_rate, or set optimizer.max_grad_norm."
         )
     return state.params

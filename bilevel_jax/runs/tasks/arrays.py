@@ -129,10 +129,6 @@ class ArrayTask(NamedTuple):
         """The corpus indices of the validation examples."""
         return np.arange(self.num_examples, self.corpus.num_examples)
 
-    def example_features(self) -> Float[np.ndarray, "examples features"]:
-        """For outer.weighting = by_features, which reads text."""
-        raise ValueError("outer.weighting = by_features reads text; for arrays choose softmax, sigmoid or per_source.")
-
 
 def read_npz_dataset(path: str) -> ArrayDataset:
     """An .npz file with x_train, y_train, x_test, y_test: features [rows, ...] and classes 0, 1, ....

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from bilevel_jax.core.types import Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm.data.examples import Example
@@ -99,9 +99,6 @@ class Task(Protocol):
     def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
         """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to
         their mean loss."""
-
-    def example_features(self) -> Float[np.ndarray, "examples features"]:
-        """Features of the training examples, for weights that are a function of features."""
 
     def trainable_indices(self) -> Int[np.ndarray, "kept"]:
         """The training examples that are not dropped as too long."""

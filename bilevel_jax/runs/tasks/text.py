@@ -19,7 +19,6 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.batches import BatchShape
 from bilevel_jax.lm.data.examples import Example
-from bilevel_jax.lm.data.features import extract_features
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.losses import sft
@@ -154,10 +153,6 @@ class TextTask(NamedTuple):
             self.corpus, order, steps, flat, total_examples=len(indices), local_rows=local_slots
         )
         return place_stream(self.mesh, stream)
-
-    def example_features(self) -> Float[np.ndarray, "examples features"]:
-        """Plain features of the training examples, for weights that extend to unseen examples."""
-        return extract_features(self.examples, self.corpus)
 
     def trainable_indices(self) -> Int[np.ndarray, "kept"]:
         """The training examples that were not dropped as too long."""

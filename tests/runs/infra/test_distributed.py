@@ -12,7 +12,9 @@ from bilevel_jax.runs.infra.session import open_run_dir, open_session
 
 def test_other_verbs_refuse_several_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "is_multiprocess", lambda: True)
-    with pytest.raises(ValueError, match="compare runs in one process.*several processes can run select and train"):
+    with pytest.raises(
+        ValueError, match="compare runs in one process.*several processes can run select, train and score"
+    ):
         with open_run_dir(CompareConfig(output=OutputSection(dir=str(tmp_path / "run")))):
             raise AssertionError("it was opened")
     assert not (tmp_path / "run").exists()

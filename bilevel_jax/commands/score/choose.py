@@ -1,0 +1,133 @@
+"""Choice of scored examples by section selection, in passes over chunks on disk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bilevel_jax.commands.score.chunks import kth_largest, read_columns
+from bilevel_jax.runs.config.schema import SelectionSection
+from bilevel_jax.runs.engine.raters import Rater
+
+
+class Choice(NamedTuple):
+    """How often each example is chosen."""
+
+    repeats: Callable[[], Iterator[Int[np.ndarray, "chunk"]]]
+    """Of each chunk, anew at each call."""
+    total: int
+    """Chosen rows, with repeats."""
+
+
+class Threshold(NamedTuple):
+    """The examples of the largest logits of a group: all above a value, and the first of those that equal it."""
+
+    value: float
+    num_equal: int
+
+
+def choose_rows(paths: Sequence[Path], rater: Rater, rule: SelectionSection, *, seed: int) -> Choice:
+    """The same choice as `selection.select_examples` makes of weights in memory, for scores of any number.
+
+    Raises ValueError where the rule leaves no row.
+    """
+
+    def logits() -> Iterator[Float[np.ndarray, "chunk"]]:
+        return (columns[0] for columns in read_columns(paths, "logit"))
+
+    num_scored = sum(int((~np.isnan(chunk)).sum()) for chunk in logits())
+    if not num_scored:
+        raise ValueError("every example was dropped as too long, so there is none to choose. Look at data.truncation.")
+    if rule.resample:
+        repeats = _resample(logits, rater, rule.resample, seed)
+    elif rule.per_source:
+        repeats = _take_of_sources(paths, rater, rule.per_source)
+    elif rule.threshold:
+        repeats = lambda: ((weights_of(rater, chunk) >= rule.threshold).astype(int) for chunk in logits())  # noqa: E731
+    else:
+        count = max(1, round(rule.top_share * num_scored))
+        repeats = _take_largest(paths, {"": _find_threshold(logits, count)}, grouped=False)
+    total = sum(int(chunk.sum()) for chunk in repeats())
+    if not total:
+        largest = max(float(weights_of(rater, chunk).max(initial=0)) for chunk in logits())
+        raise ValueError(
+            f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is {largest:.3g}. "
+            "Lower it, or use selection.top_share."
+        )
+    return Choice(repeats, total)
+
+
+def weights_of(rater: Rater, logits: Float[np.ndarray, "chunk"]) -> Float[np.ndarray, "chunk"]:
+    """The weights; 0 of an example that was dropped as too long."""
+    return np.nan_to_num(rater.weights(logits), nan=0.0)
+
+
+def _find_threshold(logits: Callable[[], Iterator[np.ndarray]], count: int) -> Threshold:
+    value, larger = kth_largest(logits, count)
+    return Threshold(value, count - larger)
+
+
+def _take_largest(
+    paths: Sequence[Path], thresholds: dict[str, Threshold], *, grouped: bool
+) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
+    def repeats() -> Iterator[np.ndarray]:
+        left = {name: threshold.num_equal for name, threshold in thresholds.items()}
+        for columns in read_columns(paths, "logit", *(["source"] if grouped else [])):
+            chosen = np.zeros(len(columns[0]), int)
+            for name, threshold in thresholds.items():
+                is_member = columns[1] == name if grouped else np.ones(len(chosen), bool)
+                chosen[is_member & (columns[0] > threshold.value)] = 1
+                equal = np.flatnonzero(is_member & (columns[0] == threshold.value))[: left[name]]
+                chosen[equal] = 1
+                left[name] -= len(equal)
+            yield chosen
+
+    return repeats
+
+
+def _take_of_sources(
+    paths: Sequence[Path], rater: Rater, count: int
+) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
+    totals: dict[str, float] = {}
+    members: dict[str, int] = {}
+    for logits, sources in read_columns(paths, "logit", "source"):
+        weights = weights_of(rater, logits)
+        for name in set(sources[~np.isnan(logits)]):
+            mask = (sources == name) & ~np.isnan(logits)
+            totals[name] = totals.get(name, 0.0) + float(weights[mask].sum())
+            members[name] = members.get(name, 0) + int(mask.sum())
+    names, total = sorted(totals), sum(totals.values())
+    quotas = {name: count * totals[name] / total for name in names}
+    counts = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(names, key=lambda name: counts[name] - quotas[name])
+    for name in by_remainder[: count - sum(counts.values())]:
+        counts[name] += 1
+
+    def logits_of(name: str) -> Callable[[], Iterator[np.ndarray]]:
+        return lambda: (logits[sources == name] for logits, sources in read_columns(paths, "logit", "source"))
+
+    thresholds = {
+        name: _find_threshold(logits_of(name), min(counts[name], members[name])) for name in names if counts[name]
+    }
+    return _take_largest(paths, thresholds, grouped=True)
+
+
+def _resample(
+    logits: Callable[[], Iterator[np.ndarray]], rater: Rater, count: int, seed: int
+) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
+    """Systematic resampling: row i is drawn floor or ceil of count w_i / sum w times."""
+    total = sum(float(weights_of(rater, chunk).sum()) for chunk in logits())
+    offset = np.random.default_rng(seed).random()
+
+    def repeats() -> Iterator[np.ndarray]:
+        done, drawn = 0.0, 0
+        for chunk in logits():
+            ends = done + np.cumsum(weights_of(rater, chunk))
+            done = float(ends[-1])
+            upto = np.clip(np.ceil(ends / total * count - offset).astype(int), 0, count)  # points below each end
+            yield np.diff(upto, prepend=drawn)
+            drawn = int(upto[-1])
+
+    return repeats

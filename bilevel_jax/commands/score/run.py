@@ -1,0 +1,253 @@
+"""The `score` command, which applies a rater to new examples."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bilevel_jax.commands.score import report
+from bilevel_jax.commands.score.choose import Choice, choose_rows, weights_of
+from bilevel_jax.commands.score.chunks import (
+    ColumnMoments,
+    batched,
+    chunk_path,
+    count_rows,
+    list_chunks,
+    read_columns,
+    read_moments,
+    to_json,
+    write_chunk,
+)
+from bilevel_jax.commands.score.scorer import Scorer, check_reading, load_scorer, score_examples
+from bilevel_jax.lm.data.examples import Example, example_to_row, normalize_name, stream_examples
+from bilevel_jax.runs.config.load import ScoreConfig, config_hash
+from bilevel_jax.runs.config.schema import ObjectiveSection
+from bilevel_jax.runs.engine import raters, selection
+from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES, Rater
+from bilevel_jax.runs.infra import distributed, run_dir, seals
+from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.stats import auc
+from bilevel_jax.runs.tasks.objective import check_examples
+from bilevel_jax.runs.tasks.splits import make_data_options
+
+SCORES_FILE, SELECTED_FILE = "scores.parquet", "selected.jsonl"
+SHIFTED_MEAN, SHIFTED_SCALE, OUTSIDE_SHARE = 0.5, 1.5, 0.05
+"""A feature has drifted where its mean is this many deviations off, its deviation differs by this factor, or this share
+of the examples lies beyond the range of the training examples."""
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Run the command in `config.output.dir` and return what result.json holds.
+
+    Raises ValueError for input that cannot be used, another model than the rater's and a feature that is not finite,
+    FileExistsError for a folder that holds a run, and `Interrupted` when asked to stop.
+    """
+    with open_run_dir(config) as folder:
+        rater = raters.read_rater(config.score.rater)
+        check_reading(config, rater)
+        if bool(rater.recipe.user_columns) != bool(config.score.file):
+            wanted = ", ".join(rater.recipe.user_columns)
+            raise ValueError(
+                f"the rater reads the columns {wanted}: give a file with them, by id, as --score.file."
+                if wanted
+                else "the rater reads no columns of a file: leave score.file empty."
+            )
+        scorer = load_scorer(config, rater)
+        with start_session(config, folder) as session:
+            return _run_scoring(config, scorer, session)
+
+
+def _run_scoring(config: ScoreConfig, scorer: Scorer, session: Session) -> dict[str, Any]:
+    folder = session.folder
+    distributed.run_on_first_process(lambda: chunk_path(folder, 0).parent.mkdir(parents=True, exist_ok=True))
+    if not distributed.broadcast_from_first((folder / SCORES_FILE).exists()):
+        _score_chunks(config, scorer, session)
+    return distributed.run_on_first_process(lambda: _finish(config, scorer.rater, session)) or {}
+
+
+def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> None:
+    """Score the chunks of this process, each once."""
+    session.set_phase("scoring", total=count_rows(config.data.train))
+    processes = jax.process_count() if distributed.is_multiprocess() else 1
+    own = jax.process_index() if processes > 1 else 0
+    recipe = scorer.rater.recipe
+    began, num_scored = time.monotonic(), 0
+    for number, examples in batched(_read_examples(config), CHUNK_EXAMPLES):
+        path = chunk_path(session.folder, number)
+        if number % processes == own and not path.exists():
+            check_examples(ObjectiveSection(), examples)
+            scored = score_examples(scorer, examples)
+            columns = recipe.columns if config.score.features else ()
+            write_chunk(path, examples, scored, recipe.low, recipe.high, columns=columns)
+            num_scored += len(examples)
+        session.advance(float(len(examples)))
+        if number % processes == processes - 1:  # where each has done one, so that none waits for another's
+            session.check_signals()
+    seconds = time.monotonic() - began
+    rate = num_scored * processes / seconds if seconds else None
+    session.run_once("timing", lambda: {"seconds": seconds, "rows_per_second": rate})
+
+
+def _read_examples(config: ScoreConfig) -> Iterator[Example]:
+    return stream_examples(config.data.train, make_data_options(config.data))
+
+
+def _finish(config: ScoreConfig, rater: Rater, session: Session) -> dict[str, Any]:
+    """Join the chunks into scores.parquet, choose, and write what was found."""
+    folder = session.folder
+    session.set_phase("writing")
+    if not (folder / SCORES_FILE).exists():
+        paths = list_chunks(folder)
+        if not paths:
+            raise ValueError(f"{', '.join(config.data.train)}: no rows, so there is nothing to score.")
+        moments, kinds = read_moments(paths)
+        choice = choose_rows(paths, rater, config.selection, seed=config.data.seed)
+        session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choice.total))
+        _write_selected(config, folder, rater, paths, choice, kinds)
+        _write_scores(folder, rater, paths, choice)
+    for path in list_chunks(folder):
+        seals.note_removal(path)
+        path.unlink()
+    result = session.run_once("facts", dict) | session.run_once("timing", dict)
+    result |= {"config_hash": config_hash(config), "sentence": summarize(result)}
+    run_dir.write_result(folder, result)
+    for line in [*result["drift_sentences"], *result["notes"]]:
+        session.print_line(line)
+    report.write_score_report(folder)
+    return result
+
+
+def summarize(result: dict[str, Any]) -> str:
+    """One sentence on the scores."""
+    counts = result["counts"]
+    drifted = [column["name"] for column in result["drift"] if column["sentence"]]
+    drift = (
+        f"{len(drifted)} of {len(result['drift'])} features have drifted ({', '.join(drifted[:3])}"
+        f"{', ...' if len(drifted) > 3 else ''}): read the report before you use them"
+        if drifted
+        else "no feature has drifted"
+    )
+    return f"{counts['scored']:,} of {counts['rows']:,} rows scored, {counts['selected']:,} selected; {drift}."
+
+
+def _collect_facts(
+    config: ScoreConfig, rater: Rater, paths: Sequence[Path], moments: ColumnMoments, num_selected: int
+) -> dict[str, Any]:
+    sums = np.zeros(5)  # rows, scored, logit, weight, weight^2
+    low, high, centred = np.inf, -np.inf, 0.0
+    for (logits,) in read_columns(paths, "logit"):
+        known = logits[~np.isnan(logits)]
+        weights = rater.weights(known)
+        sums += len(logits), len(known), known.sum(), weights.sum(), (weights**2).sum()
+        low, high = min(low, weights.min(initial=np.inf)), max(high, weights.max(initial=-np.inf))
+    rows, scored, logit, weight, square = sums.tolist()
+    mean = logit / scored
+    for (logits,) in read_columns(paths, "logit"):
+        centred += float(((logits[~np.isnan(logits)] - mean) ** 2).sum())
+    dropped = int(rows - scored)
+    return {
+        "counts": {"rows": int(rows), "scored": int(scored), "dropped": dropped, "selected": num_selected},
+        "selection": selection.describe_selection_rule(config.selection),
+        "weights": {"mean": weight / scored, "ess": weight**2 / square, "least": low, "largest": high},
+        "logits": {"mean": mean, "deviation": float(np.sqrt(centred / scored))},
+        "training": rater.document["training"],
+        "coefficients": rater.document["coefficients"],
+        "link": rater.link,
+        "auc": _measure_auc(config, paths),
+        "drift": (drift := describe_drift(rater, moments)),
+        "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
+        "notes": [f"{dropped:,} rows are longer than {rater.document['reading']['max_length']} tokens: no score."]
+        if dropped
+        else [],
+    }
+
+
+def describe_drift(rater: Rater, moments: ColumnMoments) -> list[dict[str, Any]]:
+    """Of each feature: mean and deviation in units of the training examples', the ranges, and in words what moved."""
+    deviations = np.sqrt(moments.squares / max(1, moments.num_examples))
+    columns = []
+    for k, name in enumerate(rater.recipe.columns):
+        mean, deviation, outside = (
+            float(moments.mean[k]),
+            float(deviations[k]),
+            moments.outside[k] / moments.num_examples,
+        )
+        words = []
+        if abs(mean) > SHIFTED_MEAN:
+            words.append(f"is {abs(mean):.1f} deviations {'higher' if mean > 0 else 'lower'} than in training")
+        is_constant = rater.recipe.low[k] == rater.recipe.high[k]
+        if not is_constant and not 1 / SHIFTED_SCALE < deviation < SHIFTED_SCALE:
+            words.append(f"has {deviation:.2g} times the spread of training")
+        if outside > OUTSIDE_SHARE:
+            words.append(f"lies outside the range of training in {outside:.1%} of the rows")
+        columns.append(
+            {
+                "name": name,
+                "mean": mean,
+                "deviation": deviation,
+                "range": [float(moments.low[k]), float(moments.high[k])],
+                "training_range": [float(rater.recipe.low[k]), float(rater.recipe.high[k])],
+                "outside": outside,
+                "sentence": f"drift: {name} {' and '.join(words)}." if words else "",
+            }
+        )
+    return columns
+
+
+def _measure_auc(config: ScoreConfig, paths: Sequence[Path]) -> float | None:
+    """P(logit of a good example > that of a labelled other one), where there are labels; these are all in memory."""
+    if not config.data.label_field:
+        return None
+    known: list[np.ndarray] = []
+    for logits, labels in read_columns(paths, "logit", "label"):
+        mask = np.array([label is not None for label in labels]) & ~np.isnan(logits)
+        known.append(np.stack([logits[mask], labels[mask] == normalize_name(config.data.good_label)]).astype(float))
+    table = np.concatenate(known, axis=1)
+    value = auc(table[0], table[1] > 0)
+    return value if np.isfinite(value) else None
+
+
+def _write_selected(
+    config: ScoreConfig, folder: Path, rater: Rater, paths: Sequence[Path], choice: Choice, kinds: set[str]
+) -> None:
+    """selected.jsonl: the chosen rows, read again, with id and weight, in the one layout that holds all of them."""
+    layout = "chat" if kinds == {"chat", "prompt"} else "auto"
+    with run_dir.atomic_replace(folder / SELECTED_FILE) as part, open(part, "w", encoding="utf-8") as file:
+        chunks = batched(_read_examples(config), CHUNK_EXAMPLES)
+        tables = read_columns(paths, "id", "logit")
+        for (_, examples), (ids, logits), repeats in zip(chunks, tables, choice.repeats(), strict=True):
+            for example, known_id, logit, count in zip(examples, ids, logits, repeats, strict=True):
+                if example.id != known_id:
+                    raise ValueError(f"{example.where}: has changed since it was scored. Start a new run with --out.")
+                if count:
+                    row = {**example_to_row(example, layout), "id": example.id, "weight": float(rater.weights(logit))}
+                    file.write(to_json(row) * int(count))
+
+
+def _write_scores(folder: Path, rater: Rater, paths: Sequence[Path], choice: Choice) -> None:
+    """scores.parquet: the chunks one after the other, with weights and what was chosen."""
+    meanings = {
+        "logit": "the rater's logit: the larger, the more it trusts the row; null for a row that is too long",
+        "weight": "factor of the row's loss, as if it had stood among the rater's training examples; 0 without a logit",
+        "selected": "whether the row stands in selected.jsonl",
+    }
+    with run_dir.atomic_replace(folder / SCORES_FILE) as part:
+        writer = None
+        for path, repeats in zip(paths, choice.repeats(), strict=True):
+            table = pq.read_table(path, page_checksum_verification=True)
+            logits = table["logit"].to_numpy()
+            place = table.column_names.index("logit")
+            logit_column = pa.array(logits, pa.float64(), from_pandas=True)  # nan is null
+            table = table.set_column(place, "logit", logit_column)
+            table = table.add_column(place + 1, "weight", pa.array(weights_of(rater, logits)))
+            table = table.add_column(place + 2, "selected", pa.array(repeats > 0))
+            table = table.replace_schema_metadata({key.encode(): text.encode() for key, text in meanings.items()})
+            writer = writer or pq.ParquetWriter(part, table.schema, write_page_checksum=True)
+            writer.write_table(table)
+        assert writer is not None
+        writer.close()

@@ -1,0 +1,173 @@
+"""`score`: a rater on new rows gives what it gave on its own, chooses as weights in memory do, and tells drift."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+from bilevel_jax.commands.score import chunks
+from bilevel_jax.commands.score import run as score_run
+from bilevel_jax.commands.score.choose import choose_rows
+from bilevel_jax.runs.config.load import ScoreConfig, load_config
+from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
+from bilevel_jax.runs.engine import raters
+from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.infra.session import Interrupted
+from tests.commands.run_table import contents, without_clock
+from tests.commands.typed_results import check_columns
+from tests.runs.tiny_rater import write_rater
+
+
+@pytest.fixture(scope="module")
+def rater(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned")
+    return folder / "rater", write_rater(made, folder)
+
+
+def score(made, rater_folder, out, *flags):
+    words = ["--rater", str(rater_folder), "--data", str(made / "train.jsonl"), "--model", str(made / "model"),
+             "--output.no-progress", *flags, "--out", str(out)]  # fmt: skip
+    return score_run.score(load_config(ScoreConfig, None, words))
+
+
+def test_the_rater_says_of_its_own_examples_what_it_said_in_training(made, rater, tmp_path):
+    folder, logits = rater
+    result = score(made, folder, tmp_path / "out", "--score.features", "--selection.top-share", "0.25")
+    columns = {"ids": "id", "sources": "source", "logits": "logit", "weights": "weight", "selected": "selected"}
+    typed, table = check_columns(tmp_path / "out", "scores.parquet", columns)
+    np.testing.assert_allclose(typed.logits, logits, atol=1e-4)  # float32 losses in other batches
+    np.testing.assert_allclose(typed.weights.mean(), 1, rtol=1e-6)
+    assert result["drift_sentences"] == [] and typed.drifted == ()
+    expected = select_examples(typed.weights, np.arange(len(logits)), SelectionSection(top_share=0.25),
+                               sources=typed.sources.tolist(), seed=0)  # fmt: skip
+    assert np.flatnonzero(typed.selected).tolist() == expected.tolist()
+    chosen = [json.loads(line) for line in (tmp_path / "out" / "selected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in chosen] == typed.ids[expected].tolist()
+    assert [row["weight"] for row in chosen] == typed.weights[expected].tolist()
+    assert {"feature loss", "feature length of prompt", "feature mean likeness"} <= set(table.column_names)
+    assert not list((tmp_path / "out" / "checkpoints" / "score").iterdir())
+    assert "No feature has drifted" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(made, rater, tmp_path, stop_at, monkeypatch):
+    monkeypatch.setattr(score_run, "CHUNK_EXAMPLES", 8)
+    with without_clock():
+        score(made, rater[0], tmp_path / "run")
+        whole = contents(tmp_path / "run")
+        (tmp_path / "run").rename(tmp_path / "whole")
+        stop_at(3)
+        with pytest.raises(Interrupted):
+            score(made, rater[0], tmp_path / "run")
+        assert len(chunks.list_chunks(tmp_path / "run")) == 3
+        score(made, rater[0], tmp_path / "run", "--output.resume")
+    assert contents(tmp_path / "run") == whole
+
+
+def test_other_rows_are_told_as_drift(made, rater, tmp_path):
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "response": row["response"] * 2}) + "\n" for row in rows)
+    )
+    words = ["score", "--rater", rater[0], "--data", tmp_path / "long.jsonl", "--model", made / "model"]
+    assert main([*map(str, words), "--output.no-progress", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert any("length of response" in line and "outside the range" in line for line in result["drift_sentences"])
+    assert "drifted" in result["sentence"]
+
+
+ERRORS = {
+    "no rater": (lambda made, rater: ["--rater", str(made)], "no rater.json, so no rater"),
+    "another model": (lambda made, rater: ["--model", str(rater.parent / "other")], "another model than the one"),
+    "other reading": (lambda made, rater: ["--data.max-length", "9"], "data.max_length = 9, and the rater was learned"),
+    "columns that are not read": (lambda made, rater: ["--score.file", str(made / "dev.jsonl")], "reads no columns"),
+    "no place of the model": (lambda made, rater: ["--model", ""], "lies in no run's folder"),
+    "no data": (lambda made, rater: ["--data", str(made / "nothing.jsonl")], "nothing.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_does_not_fit_is_an_error_before_any_work(made, rater, tmp_path, name):
+    flags, words = ERRORS[name]
+    other = rater[0].parent / "other"
+    if not other.exists():
+        shutil.copytree(made / "model", other)
+        content = (other / "config.json").read_text()
+        (other / "config.json").write_text(content + "\n")
+    given = {"--rater": str(rater[0]), "--data": str(made / "train.jsonl"), "--model": str(made / "model")}
+    changed = flags(made, rater[0])
+    given |= dict(zip(changed[::2], changed[1::2], strict=True))
+    arguments = [word for pair in given.items() for word in pair]
+    with pytest.raises((ValueError, OSError), match=words):
+        score_run.score(load_config(ScoreConfig, None, [*arguments, "--out", str(tmp_path / "new" / "out")]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_rater_is_refused(rater, tmp_path):
+    for name, words in ((raters.ARRAYS_FILE, "rater.safetensors is damaged"), (raters.DOCUMENT_FILE, "is damaged")):
+        copy = tmp_path / name
+        shutil.copytree(rater[0], copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(bytes(content))
+        with pytest.raises(ValueError, match=words):
+            raters.read_rater(copy)
+
+
+def test_the_folder_holds_the_rater(made, tmp_path):
+    settings = RaterSection(features=("length", "hidden", "hidden_likeness"), link="sigmoid", directions=2)
+    with pytest.raises(KeyError):  # the hidden states of validation are measured by a run alone
+        write_rater(made, tmp_path, settings)
+    logits = write_rater(made, tmp_path, RaterSection(features=("length", "hidden"), link="sigmoid", directions=2))
+    rater = raters.read_rater(tmp_path / "rater")
+    assert (
+        rater.recipe.columns[-2:] == ("hidden 1", "hidden 2")
+        and rater.document["coefficients"][-1]["name"] == "intercept"
+    )
+    assert len(rater.coefficients) == len(rater.recipe.columns) + 1
+    weights = rater.weights(logits)
+    np.testing.assert_allclose(weights, 2 / (1 + np.exp(-logits)))
+
+
+@pytest.mark.parametrize("values", ["normal", "ties", "special"])
+def test_the_kth_largest_is_exact(values):
+    rng = np.random.default_rng(0)
+    table = {
+        "normal": rng.normal(size=2000) * 10.0 ** rng.integers(-300, 300, 2000),
+        "ties": rng.integers(-3, 4, 2000).astype(float),
+        "special": np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324, -5e-324, 1.0, np.nan, -1.0]),
+    }[values]
+    parts = np.array_split(table, 7)
+    known = np.sort(table[~np.isnan(table)])[::-1]
+    for count in {1, 2, len(known) // 3, len(known)} - {0}:
+        value, larger = chunks.kth_largest(lambda: iter(parts), count)
+        assert value == known[count - 1] and larger == int((known > value).sum())
+
+
+RULES = {
+    "share": SelectionSection(top_share=0.3),
+    "threshold": SelectionSection(threshold=1.2),
+    "resample": SelectionSection(resample=37),
+    "sources": SelectionSection(per_source=23),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_are_chosen_as_from_weights_in_memory(rater, tmp_path, rule):
+    learned = raters.read_rater(rater[0])
+    rng = np.random.default_rng(1)
+    logits = np.round(rng.normal(size=100), 1)  # with ties
+    logits[::17] = np.nan
+    sources = rng.choice(["a", "b", "c"], 100)
+    paths = []
+    for number, rows in enumerate(np.array_split(np.arange(100), 6)):
+        paths.append(tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"logit": logits[rows], "source": sources[rows]}), paths[-1])
+    weights = np.nan_to_num(learned.weights(logits))
+    expected = select_examples(weights, np.flatnonzero(~np.isnan(logits)), RULES[rule], sources=sources, seed=3)
+    choice = choose_rows(paths, learned, RULES[rule], seed=3)
+    repeats = np.concatenate(list(choice.repeats()))
+    assert np.repeat(np.arange(100), repeats).tolist() == expected.tolist() and choice.total == len(expected)
