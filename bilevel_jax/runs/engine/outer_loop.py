@@ -190,9 +190,7 @@ class OuterLoop:
             self._rater_features = make_rater_features(
                 task, rater, session, scores_settings=scores, train_seed=train_seed
             )
-        weighting = self._with_validation_weight(
-            make_weighting(task, outer.weighting, rater, self._rater_features)
-        )
+        weighting = self._with_validation_weight(make_weighting(task, outer.weighting, rater, self._rater_features))
         self._fit_logits = weighting.fit_logits
         self._weights_of = compile_with_arrays(weighting.weights)
         self._weighting_vjp = compile_with_arrays(Partial(_pull_back, Partial(weighting.weights)))
