@@ -27,7 +27,7 @@ from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.runs.stats import auc, mean_interval
 from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
 
-FEATURES = ["length", "loss", "validation_loss", "reducible", "hidden"]
+FEATURES = ["length", "loss", "validation_loss", "hidden"]
 OPTIMIZER = [
     "--optimizer.learning-rate", "2e-3", "--optimizer.warmup-steps", "20", "--optimizer.b2", "0.99",
     "--optimizer.eps-root", "1e-6",
@@ -163,7 +163,7 @@ def measure_stories(folder: Path, shared: Path, seeds: int) -> None:
             "--validation", folder / "validation.jsonl", "--data.dev", folder / "dev.jsonl", "--data.test",
             folder / "test.jsonl", "--data.split", 1, 0, 0, "--data.label-field", "label", "--data.max-length", 128,
             "--optimizer.learning-rate", 3e-4, "--optimizer.warmup-steps", 5, "--optimizer.eps-root", 1e-8,
-            "--train.max-steps", 25, "--outer.steps", 4, "--outer.learning-rate", 1, "--outer.weighting", "rater",
+            "--train.max-steps", 16, "--outer.steps", 3, "--outer.learning-rate", 1, "--outer.weighting", "rater",
             "--rater.features", *FEATURES, "--fast", "--output.no-progress", "--out", rater)  # fmt: skip
     scored = folder / "scored"
     if not (scored / "result.json").exists():
@@ -181,7 +181,7 @@ def measure_stories(folder: Path, shared: Path, seeds: int) -> None:
                 run("train", "--model", shared / "models" / "babyllama-1m", "--lora.r", 0, "--train", train,
                     "--validation", folder / "validation.jsonl", "--data.test", folder / "test.jsonl", "--data.split",
                     1, 0, 0, "--data.max-length", 256, "--data.truncation", "right", "--optimizer.learning-rate", 3e-4,
-                    "--optimizer.warmup-steps", 5, "--train.max-steps", 32, "--train.global-batch-size", 8,
+                    "--optimizer.warmup-steps", 2, "--train.max-steps", 20, "--train.global-batch-size", 8,
                     "--data.seed", seed, "--output.no-progress", "--out", target)  # fmt: skip
             losses[name].append(read(target)["parts"]["test"]["after"]["loss"])
     for name, values in losses.items():
@@ -209,7 +209,7 @@ def prepare_stories(folder: Path, shared: Path) -> None:
                     passages.append(" ".join(words))
                 words = []
     passages = list(dict.fromkeys(passages))
-    sizes = {"validation": 64, "dev": 64, "test": 128}
+    sizes = {"validation": 64, "dev": 32, "test": 64}
     for name, size in sizes.items():
         write(folder / f"{name}.jsonl", [{"text": text, "label": "clean"} for text in passages[:size]])
         passages = passages[size:]

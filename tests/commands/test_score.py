@@ -1,7 +1,10 @@
 """`score`: a rater on new rows gives what it gave on its own, chooses as weights in memory do, and tells drift."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +18,13 @@ from bilevel_jax.commands.score.choose import choose_rows
 from bilevel_jax.runs.config.load import ScoreConfig, load_config
 from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
 from bilevel_jax.runs.engine import raters
+from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.infra.session import Interrupted
 from tests.commands.run_table import contents, without_clock
 from tests.commands.typed_results import check_columns
+from tests.conftest import ROOT
+from tests.runs.engine.test_agreement import free_port
 from tests.runs.tiny_rater import write_rater
 
 
@@ -171,3 +177,27 @@ def test_rows_are_chosen_as_from_weights_in_memory(rater, tmp_path, rule):
     choice = choose_rows(paths, learned, RULES[rule], seed=3)
     repeats = np.concatenate(list(choice.repeats()))
     assert np.repeat(np.arange(100), repeats).tolist() == expected.tolist() and choice.total == len(expected)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_chunks_and_write_the_same(made, rater, tmp_path):
+    rows = (made / "train.jsonl").read_text().splitlines()
+    (tmp_path / "many.jsonl").write_text("\n".join(rows * (1 + 2 * CHUNK_EXAMPLES // len(rows))) + "\n")
+    port = free_port()
+
+    def launch(out, processes):
+        command = [sys.executable, "-m", "bilevel_jax.cli", "score", "--rater", rater[0], "--model", made / "model",
+                   "--data", tmp_path / "many.jsonl", "--output.no-progress", "--out", tmp_path / out]  # fmt: skip
+        settings = [
+            {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+            if processes > 1
+            else {}
+            for number in range(processes)
+        ]
+        running = [subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | extra) for extra in settings]
+        assert [process.wait(timeout=900) for process in running] == [0] * processes
+
+    launch("one", 1)
+    launch("two", 2)
+    for name in ("scores.parquet", "selected.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -522,9 +522,9 @@ class RaterSection:
     """A rater (outer.weighting = rater): weights that are one function of features, for examples never seen, too."""
 
     features: Annotated[tuple[FeatureName, ...], MinLen(1), Unique()] = (
-        "length", "loss", "validation_loss", "reducible",
+        "length", "loss", "validation_loss",
     )  # fmt: skip
-    """Features of an example; runs/scoring/features.py lists them with what each of them takes."""
+    """Features of an example; commands/README.md says what each of them takes."""
 
     link: Literal["softmax", "sigmoid"] = "softmax"
     """Map from the logits to weights: softmax (mean 1) or sigmoid (between 0 and 2, with an intercept)."""
