@@ -91,6 +91,7 @@ def result(level="BELIEVE", **changes):
         "validation_weight": None,
         "ended": "all 2 outer steps were made",
         "auc": {"weights": 0.9123, "first_hypergradient": 0.8345, "alignment": 0.7456, "low_loss": 0.6567},
+        "rater": None,
         "compare": compared(),
         "absent_arms": [],
         "recommendation": recommend_nothing(NO_DEV).to_json(),
@@ -251,6 +252,14 @@ CASES = {
     "zero weights": {"weights": np.r_[np.zeros(39), 40.0]},
     "two rows": {"rows": examples(2), "weights": np.array([0.5, 1.5])},
     "many rows": {"rows": examples(10_000, sources=200), "told": result(rows={"train": 10_000, "validation": 16})},
+    "a rater": {
+        "told": result(
+            rater=[
+                {"name": "loss", "value": -1.2345, "half_width": 0.2},
+                {"name": f"source {HOSTILE}", "value": 0.5, "half_width": None},
+            ]
+        )
+    },
     "one outer step": {"told": result(records=result()["records"][:1], best=0)},
 }
 
