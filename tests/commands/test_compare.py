@@ -188,7 +188,7 @@ WRONG = {
     "too few rows": (["--arrays.validation-examples", "5000"], "has 120 in x_train"),
     "text without validation examples": (["--data.train", "rows.jsonl"], "name the validation examples"),
     "features of arrays": (
-        ["--outer.weighting", "by_features", "--compare.methods", "window"],
+        ["--outer.weighting", "rater", "--compare.methods", "window"],
         "reads text; for arrays",
     ),
     "diverging": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),

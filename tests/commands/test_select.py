@@ -223,7 +223,7 @@ def test_a_flipped_byte_is_refused_and_the_step_before_is_used(made, whole, tmp_
         pytest.param(
             ("--outer.method", "window", "--outer.window", "4", "--outer.weighting", "sigmoid"), marks=pytest.mark.slow
         ),
-        ("--outer.method", "alignment", "--outer.weighting", "by_features"),
+        ("--outer.method", "alignment", "--outer.weighting", "rater", "--rater.features", "length", "loss"),
         pytest.param(
             (
                 "--data.packing",
