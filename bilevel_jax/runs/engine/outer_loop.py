@@ -147,7 +147,7 @@ def run_outer_loop(
     data: DataSection,
     train_seed: int,
     scores: ScoresSection,
-    rater: RaterSection,
+    rater: RaterSection = RaterSection(),  # noqa: B008 (frozen)
     progress: ProgressFunction | None = None,
 ) -> LearnedWeights:
     """Optimise the weights by hypergradients of the validation loss, and return the best by dev loss.
@@ -177,7 +177,7 @@ class OuterLoop:
         data: DataSection,
         train_seed: int,
         scores: ScoresSection,
-        rater: RaterSection,
+        rater: RaterSection = RaterSection(),  # noqa: B008 (frozen)
         progress: ProgressFunction | None = None,
     ):
         outer = trainer.outer
