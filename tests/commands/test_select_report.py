@@ -206,6 +206,16 @@ def pairs(count=40):
 
 
 PAIRS = {"unit": "nats per pair", "right": "pair accuracy"}
+
+
+def pooled_records():
+    """Those of `result` with the reliability of the two parts of a step."""
+    records = result()["records"]
+    return [
+        record | {"pooling": {"shared": 0.9125 / (1 + at), "own": 0.0375 * at}} for at, record in enumerate(records)
+    ]
+
+
 CASES = {
     "whole": {},
     "pairs": {"told": result(**PAIRS), "rows": pairs()},
@@ -260,6 +270,7 @@ CASES = {
             ]
         )
     },
+    "pooled steps": {"told": result(records=pooled_records()), "outer": OuterSection(estimate="auto")},
     "one outer step": {"told": result(records=result()["records"][:1], best=0)},
 }
 
@@ -274,6 +285,15 @@ def test_every_kind_of_run_makes_a_whole_page(case, tmp_path):
     assert not re.search(r"\bnan\b|\binf\b|None", html.unescape(re.sub(r"<style>.*?</style>|<pre>.*?</pre>", "", page)))
     for picture in re.findall(r"<svg.*?</svg>", page):
         xml.fromstring(picture)
+
+
+def test_pooled_steps_tell_how_reliable_their_parts_were(tmp_path):
+    text = words(written(tmp_path, **CASES["pooled steps"]))
+    assert "It was 0.9125 for the shared part and 0 for the examples' own in the first step" in text
+    assert "shared part" in text and "own part" in text and "Each part counted as much as it is reliable" in text
+    pooled = words(written(tmp_path, **CASES["pooled steps"] | {"outer": OuterSection(estimate="pooled")}))
+    assert "The steps are the shared part alone" in pooled
+    assert "relied on" not in words(written(tmp_path))
 
 
 def test_hostile_text_is_shown_and_never_markup(tmp_path):

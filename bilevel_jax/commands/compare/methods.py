@@ -12,6 +12,7 @@ from bilevel_jax.runs.budget.work import count_baseline_work, count_outer_step_w
 from bilevel_jax.runs.config.schema import (
     DataSection,
     OptimizerSection,
+    OuterEstimate,
     OuterMethod,
     OuterSection,
     RaterSection,
@@ -19,7 +20,7 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
     TrainSection,
 )
-from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
+from bilevel_jax.runs.engine.outer_loop import OuterRecords, pooling_work, pools_steps, run_outer_loop
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
@@ -82,9 +83,12 @@ def _run_outer_loop_within_budget(
         costs = [record["work"] for record in records]
         return sum(costs) / (budget - max(costs[1:], default=count_outer_step_work(task, sections.outer)))
 
+    outer = sections.outer
+    if not pools_steps(task, outer):
+        outer = replace(outer, reliability_every=0)  # all of the budget goes to steps
     learned = run_outer_loop(
         task,
-        Trainer(task, replace(sections.outer, reliability_every=0), session),  # all of the budget goes to steps
+        Trainer(task, outer, session),
         session,
         data=sections.data,
         train_seed=sections.train.seed,
@@ -161,12 +165,19 @@ def _without_second_model(sections: MethodSections) -> MethodSections:
     return sections._replace(outer=outer, single_loop=replace(sections.single_loop, second_model="none"))
 
 
-def _outer_loop_method(name: OuterMethod, estimand: str, exactness: str) -> MethodSpec:
-    def min_budget(task: Task, sections: MethodSections) -> float:
-        features_work = rater_work(task, sections.outer, sections.rater, ScoresSection())
-        return 2 * count_outer_step_work(task, sections.outer) + count_baseline_work(task) + features_work
+def _set_estimate(estimate: OuterEstimate) -> Callable[[MethodSections], MethodSections]:
+    return lambda sections: sections._replace(outer=replace(sections.outer, method="unrolled", estimate=estimate))
 
-    return MethodSpec(estimand, exactness, _set_method(name), _run_outer_loop_within_budget, min_budget)
+
+def _outer_loop_method(
+    estimand: str, exactness: str, configure: Callable[[MethodSections], MethodSections]
+) -> MethodSpec:
+    def min_budget(task: Task, sections: MethodSections) -> float:
+        once = count_baseline_work(task) + pooling_work(task, sections.outer)
+        once += rater_work(task, sections.outer, sections.rater, ScoresSection())
+        return 2 * count_outer_step_work(task, sections.outer) + once
+
+    return MethodSpec(estimand, exactness, configure, _run_outer_loop_within_budget, min_budget)
 
 
 def _single_loop_method(
@@ -183,10 +194,16 @@ def _single_loop_method(
 
 OPTIMISTIC_ESTIMAND = "min over θ in argmin G(θ, w) of L_v: trains on V"
 METHODS: dict[str, MethodSpec] = {
-    "unrolled": _outer_loop_method("unrolled", "L_v(θ_T(w)), the training run", "yes"),
-    "window": _outer_loop_method("window", "L_v(θ_T(w)), its last steps", "no: stops early"),
-    "implicit": _outer_loop_method("implicit", "L_v(θ*(w)), the minimiser with the prior", "where θ is stationary"),
-    "alignment": _outer_loop_method("alignment", "one step's effect on L_v at the end", "no: a baseline"),
+    "unrolled": _outer_loop_method("L_v(θ_T(w)), the training run", "yes", _set_method("unrolled")),
+    "pooled": _outer_loop_method("L_v(θ_T(w)), as a function of two losses", "its projection", _set_estimate("pooled")),
+    "auto": _outer_loop_method(
+        "L_v(θ_T(w)), each part as far as it is reliable", "shrunken parts of it", _set_estimate("auto")
+    ),
+    "window": _outer_loop_method("L_v(θ_T(w)), its last steps", "no: stops early", _set_method("window")),
+    "implicit": _outer_loop_method(
+        "L_v(θ*(w)), the minimiser with the prior", "where θ is stationary", _set_method("implicit")
+    ),
+    "alignment": _outer_loop_method("one step's effect on L_v at the end", "no: a baseline", _set_method("alignment")),
     "penalty": _single_loop_method(_set_method("penalty"), OPTIMISTIC_ESTIMAND, "as the penalty grows"),
     "penalty_alone": _single_loop_method(
         _without_second_model, f"{OPTIMISTIC_ESTIMAND}; without a second model", "no: prefers low losses"

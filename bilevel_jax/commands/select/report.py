@@ -203,7 +203,29 @@ def describe_outer_loop(run: RunResults) -> dict[str, Any]:
             y_values_shown=[0, run.result["rows"]["train"]],
         ),
         "reliability": plot_reliability(run),
+        "pooling": describe_pooling(run),
         "table": outer_steps_table(run),
+    }
+
+
+def describe_pooling(run: RunResults) -> dict[str, Any]:
+    """How reliable the parts of pooled steps were, over the outer steps; nothing where steps were per example."""
+    records = [record for record in run.result["records"] if record.get("pooling")]
+    if not records:
+        return {}
+    steps = [record["step"] for record in records]
+    names = {"shared": "shared part", "own": "own part"}
+    curves = [
+        Series(words, steps, [record["pooling"][part] for record in records], colour)
+        for colour, (part, words) in enumerate(names.items())
+    ]
+    moved = records[:-1] or records  # nothing is stepped after the last training
+    return {
+        "estimate": run.config["outer"]["estimate"],
+        "first": moved[0]["pooling"],
+        "last": moved[-1]["pooling"],
+        "still": sum(not any(record["pooling"].values()) for record in moved),
+        "picture": figures.plot_lines(curves, "outer step", "reliability, 0 to 1", y_values_shown=[0, 1]),
     }
 
 
@@ -219,6 +241,10 @@ def outer_steps_table(run: RunResults) -> Table:
         *([Column("AUC", [record["auc"] for record in records], "weights, labels")] if run.result["auc"] else []),
         Column("reliability", [record.get("reliability") for record in records], "correlation"),
         Column("at most", [record.get("reliability_at_most") for record in records], "reliability, by halves"),
+        *(
+            Column(name, [(record.get("pooling") or {}).get(part) for record in records], "reliability")
+            for part, name in (("shared", "shared part"), ("own", "own part"))
+        ),
         Column("growth", [record["checks"].get("growth") for record in records], "of the adjoint"),
         Column("residual", [record["checks"].get("residual") for record in records], "relative"),
         Column("cost", [record["work"] for record in records], "training steps"),

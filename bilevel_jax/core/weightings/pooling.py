@@ -36,8 +36,8 @@ class Parts(NamedTuple):
 class PartReliability(NamedTuple):
     """How far each part of the contributions would be found again, between 0 and 1."""
 
-    shared: Scalar
-    own: Scalar
+    shared: Scalar | float
+    own: Scalar | float
 
 
 def rank_curves(scores: Float[np.ndarray, "examples"], num_pieces: int = 4) -> Float[np.ndarray, "examples pieces"]:

@@ -17,7 +17,7 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
 )
 from bilevel_jax.runs.engine.arms import count_trainings
-from bilevel_jax.runs.engine.outer_loop import measures_reliability
+from bilevel_jax.runs.engine.outer_loop import measures_reliability, pooling_work, pools_steps
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
@@ -68,7 +68,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         loop = _add_stages("", training, estimate).repeat(outer.steps + 1, "")
         num_measured = sum(measures_reliability(outer, step) for step in range(outer.steps + 1))
         measured = _reliability_stage(task, outer, steps, epoch_steps).repeat(num_measured, "")
-        stages = [_add_stages("learning", loop, measured, baselines)]
+        pooling = WorkStage("", other_work=pooling_work(task, outer))
+        stages = [_add_stages("learning", loop, measured, baselines, pooling)]
         if outer.weighting == "rater":
             stages.insert(0, WorkStage("features", other_work=rater_work(task, outer, config.rater, config.scores)))
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
@@ -150,7 +151,8 @@ def count_outer_step_work(task: Task, outer: OuterSection) -> float:
         "alignment": 2.0 * epoch,
         "implicit": 2.0 * epoch + HVP_WORK * outer.max_iterations * epoch,
     }
-    return task.num_steps + estimate[outer.method]
+    halves = _reliability_stage(task, outer, task.num_steps, epoch).work if pools_steps(task, outer) else 0.0
+    return task.num_steps + estimate[outer.method] + halves
 
 
 def count_baseline_work(task: Task) -> float:
@@ -187,9 +189,13 @@ def _hypergradient_stage(outer: OuterSection, steps: int, epoch_steps: int) -> W
 
 
 def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps: int) -> WorkStage:
-    """What measuring the reliability adds to a hypergradient: dev and its halves, or the halves of validation."""
+    """What measuring the reliability adds to a hypergradient: dev and its halves, or the halves of validation.
+
+    Pooled steps read the halves of validation in any case.
+    """
     sizes = {part: len(task.held_out_examples.get(part, ())) for part in ("dev", "validation")}
-    extra_losses = 2 if sizes["dev"] > 1 else 1 if sizes["validation"] > 1 else 0
+    extra_losses = 2 if sizes["dev"] > 1 else 0
+    extra_losses += sizes["validation"] > 1 and (not extra_losses or pools_steps(task, outer))
     hypergradient = _hypergradient_stage(outer, steps, epoch_steps)
     if outer.method not in ("unrolled", "window"):
         return hypergradient.repeat(extra_losses, "")

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 from bilevel_jax.runs.config.bounds import violation
-from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
+from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS
 
 
 def reads_array_data(config: Any) -> bool:
@@ -112,6 +112,42 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "outer.validation_folds",
         lambda c: c.outer.validation_folds == 0 or hasattr(c, "retrain") or hasattr(c, "compare"),
         "is for the commands select and compare: leave it at 0",
+    ),
+    (
+        "outer.estimate",
+        lambda c: c.outer.estimate != "pooled" or c.outer.method not in SINGLE_LOOP_METHODS,
+        "pooled is for methods that repeat training (unrolled, window, implicit, alignment): choose one of them, or "
+        "set outer.estimate to per_example",
+    ),
+    (
+        "outer.estimate",
+        lambda c: c.outer.estimate == "per_example" or not hasattr(c, "refine"),
+        "refine makes per-example steps: leave it out",
+    ),
+    (
+        "outer.estimate",
+        lambda c: c.outer.estimate != "pooled" or c.outer.weighting in ("softmax", "sigmoid"),
+        "a step is pooled over logits of single examples: set outer.weighting to softmax or sigmoid, or outer.estimate "
+        "to per_example",
+    ),
+    (
+        "outer.estimate",
+        lambda c: c.outer.estimate != "pooled" or (c.outer.reliability_every > 0 and not c.outer.validation_folds),
+        "pooling compares two halves of the validation set: set outer.reliability_every above 0 and "
+        "outer.validation_folds to 0, or outer.estimate to per_example",
+    ),
+    (
+        "compare.methods",
+        lambda c: (
+            not set(POOLED_METHODS) & {*c.compare.methods}
+            or (
+                c.outer.weighting in ("softmax", "sigmoid")
+                and c.outer.reliability_every > 0
+                and not c.outer.validation_folds
+            )
+        ),
+        "pooled and auto compare two halves of the validation set over logits of single examples: set outer.weighting "
+        "to softmax or sigmoid, outer.reliability_every above 0 and outer.validation_folds to 0, or leave them out",
     ),
     (
         "selection",

@@ -17,6 +17,7 @@ FeatureName = Literal[
     "reducible", "uniform_loss", "columns",
 ]  # fmt: skip
 OuterMethod = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
+OuterEstimate = Literal["per_example", "pooled", "auto"]
 SINGLE_LOOP_METHODS = ("penalty", "bmo", "mixing")
 LossReduction = Literal["example_mean", "token_sum", "token_mean"]
 Remat = Literal["full", "selective", "none"]
@@ -446,6 +447,10 @@ class OuterSection:
     weighting: Literal["softmax", "sigmoid", "per_source", "rater"] = "softmax"
     """Map from the learned logits to weights: softmax, sigmoid, one logit per source, or a function of features."""
 
+    estimate: OuterEstimate = "per_example"
+    """Step of the weights: the gradient of each example, what examples of like losses share of it (pooled), or both,
+    each as far as two halves of the validation set and two trainings agree on it (auto)."""
+
     steps: Count = 8
     """Outer steps: each trains once and computes one hypergradient."""
 
@@ -814,7 +819,11 @@ class ArraysSection:
     """Share of the training examples with noisy labels."""
 
 
-CompareMethod = Literal["unrolled", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"]
+CompareMethod = Literal[
+    "unrolled", "pooled", "auto", "window", "implicit", "alignment", "penalty", "penalty_alone", "bmo", "mixing"
+]
+POOLED_METHODS = ("pooled", "auto")
+"""Methods of compare that are `unrolled` with the outer.estimate of their name."""
 Baseline = Literal[
     "uniform", "validation", "validation_early_stop", "train+validation", "oracle", "oracle+validation", "random",
     "top_alignment", "low_loss", "low_loss_dev", "validation_model",

@@ -20,15 +20,32 @@ from bilevel_jax.core.certify import (
 )
 from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
-from bilevel_jax.core.weightings import RaterVariable, SharedWeightVariable
+from bilevel_jax.core.weightings import (
+    PartReliability,
+    PoolingFeatures,
+    RaterVariable,
+    SharedWeightVariable,
+    measure_part_reliability,
+    pool_contributions,
+)
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.folds import Turn, count_judges, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
-from bilevel_jax.runs.infra.placement import padded_table_size, place_table
+from bilevel_jax.runs.infra.placement import padded_table_size, place_table, replicate
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.pooling import (
+    PoolingState,
+    count_validation_models_work,
+    empty_pooling_state,
+    make_pooling_features,
+    measure_first_reliability,
+    measure_validation_model_losses,
+    split_halves,
+    why_not_pooled,
+)
 from bilevel_jax.runs.scoring.scores import warm_start_logits
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_losses, read_labels
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
@@ -54,6 +71,8 @@ class OuterState(NamedTuple):
     """The loss of each example at the end of the first (uniform) training: a baseline."""
     start_params: Params
     """Where the next training starts; moves with restart: warm."""
+    pooling: PoolingState | tuple[()] = ()
+    """() where steps are not pooled."""
 
 
 class LearnedWeights(NamedTuple):
@@ -201,6 +220,11 @@ class OuterLoop:
         hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
+        if outer.estimate == "auto" and (reason := why_not_pooled(outer, len(task.validation_indices()))):
+            session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
+        if pools_steps(task, outer):
+            self.state = self.state._replace(pooling=empty_pooling_state(task.num_examples, losses))
+        self._pooling_features: PoolingFeatures | None = None
         self.records: OuterRecords = []
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
             self.state, self.records = restored.tree, restored.meta["records"]
@@ -217,10 +241,15 @@ class OuterLoop:
         self.session.set_phase(f"outer step {step} of {self.outer.steps}")
         start = self.trainer.init_state(self.state.start_params)
         seed = self.data.seed + step if measures_reliability(self.outer, step) else None
-        reads_dev = self.trainer.has_halves("dev")
+        reads_dev, halves_seed = self.trainer.has_halves("dev"), seed
+        is_pooled = isinstance(self.state.pooling, PoolingState)
+        if is_pooled:  # it compares the halves of different steps, so they must be the same
+            halves_seed = None if seed is None else self.data.seed
+        elif reads_dev:
+            halves_seed = None
         trajectory, estimate = train_and_estimate(
             self.trainer, weights, start, stream, step, is_first=step == 0,
-            halves_seed=None if reads_dev else seed, dev_seed=seed if reads_dev else None, turn=turn,
+            halves_seed=halves_seed, dev_seed=seed if reads_dev else None, turn=turn,
         )  # fmt: skip
         check_hypergradient_finite(estimate, f"outer step {step}", alternative=", or use outer.method: window")
         record = self._make_record(step, weights, trajectory, estimate, turn)
@@ -228,6 +257,8 @@ class OuterLoop:
         # the first training is uniform in any case: what is certified and compared with begins there
         origin = self.state.hyper if step else self._first_logits()
         hyper_grad = self._weighting_vjp(self.state.hyper, estimate.grad)
+        if is_pooled:
+            hyper_grad, record["pooling"] = self._pool(hyper_grad, estimate)
         self.state = self.state._replace(hyper=self._step(origin, hyper_grad, record["rate"], self.outer.max_step))
         features_work = self._rater_features.work if self._rater_features is not None and not step else 0.0
         record |= {"work": self.session.work_done - work_before + features_work, "seconds": time.monotonic() - began}
@@ -262,10 +293,7 @@ class OuterLoop:
         floor = self.outer.reliability_floor
         if floor == 0 or len(measured) < 2 or measured[-1] is not self.records[-1]:
             return False
-        values = [
-            record["reliability_at_most"] if record["reliability"] is None else record["reliability"]
-            for record in measured[-2:]
-        ]
+        values = [_largest_reliability(record) for record in measured[-2:]]
         return all(value is not None and value <= floor for value in values)
 
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
@@ -318,6 +346,33 @@ class OuterLoop:
         hyper = self._fit_logits(jnp.asarray(logits))
         return jax.tree.map(partial(place_table, self.task.mesh), hyper)
 
+    def _pool(self, hyper_grad: jax.Array, estimate: Estimate) -> tuple[jax.Array, dict[str, float]]:
+        """The direction of a pooled step, and how reliable its parts are."""
+        state = self.state.pooling
+        assert isinstance(state, PoolingState)
+        halves = self.trainer.draw_halves("validation", self.data.seed)
+        if not self.records:
+            losses = measure_validation_model_losses(self.task, halves, self.session, train_seed=self.train_seed)
+            self.session.advance(pooling_work(self.task, self.outer))
+            state = state._replace(losses=losses)
+        if self._pooling_features is None:
+            features = make_pooling_features(fetch_to_host(self.state.losses), state.losses, len(hyper_grad))
+            self._pooling_features = replicate(self.task.mesh, features)
+        is_measured = isinstance(estimate.half_difference, jax.Array)
+        difference = self._weighting_vjp(self.state.hyper, estimate.half_difference) if is_measured else 0 * hyper_grad
+        factors = np.array([halves.max(), halves.min()], hyper_grad.dtype)
+        parts = split_halves(self._pooling_features, factors, hyper_grad, difference)
+        reliability = PartReliability(**self.records[-1]["pooling"]) if self.records else PartReliability(0.0, 0.0)
+        if is_measured:
+            measured = (
+                measure_part_reliability(parts, state.earlier) if self.records else measure_first_reliability(parts)
+            )
+            reliability = PartReliability(*map(float, measured))
+            state = state._replace(earlier=replicate(self.task.mesh, parts))
+        self.state = self.state._replace(pooling=state)
+        relied_on = PartReliability(1.0, 0.0) if self.outer.estimate == "pooled" else reliability
+        return pool_contributions(parts, relied_on), reliability._asdict()
+
     def _make_record(
         self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate, turn: Turn | None
     ) -> dict[str, Any]:
@@ -343,6 +398,7 @@ class OuterLoop:
             "reliability_at_most": _reliability_value(reliability, is_upper_bound=True),
             "reliability_draw": drawn["reliability_draw"],
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
+            "pooling": None,
             **self._record_coefficients(),
         }
 
@@ -408,6 +464,21 @@ def train_and_estimate(
     )
 
 
+def pools_steps(task: Task, outer: OuterSection) -> bool:
+    """Whether the steps of the weights are pooled; a ValueError where outer.estimate wants what cannot be."""
+    if outer.estimate == "per_example":
+        return False
+    reason = why_not_pooled(outer, len(task.validation_indices()))
+    if reason and outer.estimate == "pooled":
+        raise ValueError(f"outer.estimate = pooled: {reason}. Set outer.estimate to per_example, or to auto.")
+    return not reason
+
+
+def pooling_work(task: Task, outer: OuterSection) -> float:
+    """What the models of pooled steps take, in training steps; 0 where steps are not pooled."""
+    return count_validation_models_work(task) if pools_steps(task, outer) else 0.0
+
+
 def measures_reliability(outer: OuterSection, step: int) -> bool:
     """Whether an outer step measures its reliability."""
     every = outer.reliability_every
@@ -469,6 +540,13 @@ def _reliability_value(reliability: Reliability | None, *, is_upper_bound: bool)
     if reliability is None or reliability.is_upper_bound != is_upper_bound or np.isnan(reliability.value):
         return None
     return reliability.value
+
+
+def _largest_reliability(record: dict[str, Any]) -> float | None:
+    """The reliability of what an outer step went by: of its hypergradient, or of the better part of a pooled one."""
+    if record["pooling"]:
+        return float(np.sqrt(max(record["pooling"].values())))  # a share of energy is a correlation squared
+    return record["reliability_at_most"] if record["reliability"] is None else record["reliability"]
 
 
 def _best_step(records: OuterRecords) -> int:

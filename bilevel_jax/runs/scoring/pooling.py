@@ -1,0 +1,131 @@
+"""Pooled steps of the weights, with losses under models of the validation set as features."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bilevel_jax.core.weightings import (
+    PartReliability,
+    Parts,
+    PoolingFeatures,
+    measure_part_reliability,
+    rank_curves,
+    split_contributions,
+)
+from bilevel_jax.runs.config.schema import OuterSection
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.scores import example_losses, train_side_model
+from bilevel_jax.runs.tasks.protocol import Task
+
+LEAST_VALIDATION_EXAMPLES = 4
+"""With fewer, a half of the validation set would be one example."""
+
+
+class PoolingState(NamedTuple):
+    """What pooled steps keep from one outer step to the next."""
+
+    losses: "ValidationModelLosses"
+    earlier: Parts
+    """Of the last step that measured two halves of the validation set."""
+
+
+class ValidationModelLosses(NamedTuple):
+    """The loss of each training example, nats, under models trained on validation alone; nan for a dropped one."""
+
+    first_half: Float[np.ndarray, "examples"]
+    second_half: Float[np.ndarray, "examples"]
+    whole: Float[np.ndarray, "examples"]
+
+
+def why_not_pooled(outer: OuterSection, num_validation: int) -> str:
+    """Why the steps of a run cannot be pooled, in words; nothing where they can."""
+    if outer.weighting not in ("softmax", "sigmoid"):
+        return f"a step is pooled over logits of single examples, and outer.weighting is {outer.weighting}"
+    if outer.validation_folds:
+        return "pooling compares two halves of the validation set, and with outer.validation_folds they also train"
+    if num_validation < LEAST_VALIDATION_EXAMPLES:
+        return (
+            f"pooling compares two halves of the validation set, and it has {num_validation} examples; "
+            f"{LEAST_VALIDATION_EXAMPLES} or more are needed"
+        )
+    if outer.reliability_every == 0:
+        return "pooling compares two halves of the validation set, which outer.reliability_every = 0 never measures"
+    return ""
+
+
+def empty_pooling_state(num_examples: int, table: Float[Array, "table"]) -> PoolingState:
+    """The state before the first step, shaped as all later ones."""
+    unknown, halves = np.zeros(num_examples), jnp.zeros((2, *table.shape), table.dtype)
+    return PoolingState(ValidationModelLosses(unknown, unknown, unknown), Parts(halves, halves, table))
+
+
+@jax.jit
+def split_halves(
+    features: PoolingFeatures,
+    half_factors: Float[Array, "2"],
+    contributions: Float[Array, "table"],
+    difference: Float[Array, "table"],
+) -> Parts:
+    """The parts of a step whose half h of the validation set contributes `contributions + half_factors[h] difference`.
+
+    Where no difference of halves was measured it is 0: both halves contribute the same.
+    """
+    return split_contributions(features, contributions[None] + half_factors[:, None] * difference[None])
+
+
+def measure_first_reliability(parts: Parts) -> PartReliability:
+    """Where nothing is known of another training: the shared part counts as far as the halves agree, own parts not."""
+    return PartReliability(measure_part_reliability(parts, parts).shared, jnp.zeros(()))
+
+
+def measure_validation_model_losses(
+    task: Task, halves: Float[np.ndarray, "validation"], session: Session, *, train_seed: int
+) -> ValidationModelLosses:
+    """Train a model on each half of the validation set and one on all of it, and read the training examples' losses.
+
+    Each is trained as the run trains, from the same start, and resumed where it was stopped. `halves` is above 0 for
+    the examples of the first half and below 0 for those of the second.
+    """
+    of_validation = task.num_examples + np.arange(len(halves))
+    sets = {
+        "first_half": of_validation[halves > 0],
+        "second_half": of_validation[halves < 0],
+        "whole": of_validation[halves != 0],
+    }
+    losses = {}
+    for name, indices in sets.items():
+        session.set_phase(f"training a model on validation ({name.replace('_', ' ')})")
+        params = train_side_model(
+            task, f"validation_{name}", indices, seed=train_seed, steps=task.num_steps, session=session
+        )
+        losses[name] = example_losses(task, params)
+    return ValidationModelLosses(**losses)
+
+
+def count_validation_models_work(task: Task) -> float:
+    """What `measure_validation_model_losses` takes, in training steps."""
+    epoch = -(-len(task.trainable_indices()) // task.batch_size)
+    return len(ValidationModelLosses._fields) * (task.num_steps + epoch / 3)
+
+
+def make_pooling_features(
+    uniform_losses: Float[np.ndarray, "table"], losses: ValidationModelLosses, table_size: int
+) -> PoolingFeatures:
+    """Curves of two losses of an example: after uniform training, and under a model of the validation set.
+
+    Entries beyond the examples, to `table_size`, are padding.
+    """
+    num_examples = len(losses.whole)
+    known = np.isfinite(losses.whole)
+    uniform = rank_curves(np.where(known, np.asarray(uniform_losses)[:num_examples], np.nan))
+
+    def columns(validation_losses: Float[np.ndarray, "examples"]) -> np.ndarray:
+        curves = np.concatenate([uniform, rank_curves(validation_losses)], axis=1)
+        return np.pad(curves, ((0, table_size - num_examples), (0, 0)))
+
+    by_half = np.stack([columns(losses.second_half), columns(losses.first_half)])
+    dtype = jnp.result_type(float)
+    return PoolingFeatures(jnp.asarray(by_half, dtype), jnp.asarray(columns(losses.whole), dtype))
