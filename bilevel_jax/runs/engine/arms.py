@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.runs.engine.retrain import Retrainer, RetrainVariant
+from bilevel_jax.runs.engine.retrain import LOSS_DIGITS, Retrainer, RetrainVariant
 from bilevel_jax.runs.stats import top_indices
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example
 from bilevel_jax.runs.tasks.protocol import Task
@@ -197,7 +197,7 @@ def rank_by_validation_model(task: Task, retrainer: Retrainer) -> Float[np.ndarr
         params, frozen, _ = retrainer.train(variant, 0)
         stream = task.full_pass_stream(seed=0)
         losses = evaluate_per_example(task.objective.losses, params, frozen, stream, task.num_examples)
-        return losses[: task.num_examples].tolist()
+        return [round(float(loss), LOSS_DIGITS) for loss in losses[: task.num_examples]]
 
     return np.array(
         retrainer.session.run_once(f"{retrainer.prefix}/validation_model, the model of validation", compute)

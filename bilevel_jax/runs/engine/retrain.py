@@ -22,8 +22,8 @@ FIRST_RETRAIN_SEED = 10_000
 """Data orders of the comparison begin here: the learned weights have seen none of them."""
 NUM_STOPS = 16
 """Steps, about, at which a training that stops on dev is read, each later than the last by one factor."""
-DEV_LOSS_DIGITS = 6
-"""Decimals of the dev losses that are kept, in the unit of the loss."""
+LOSS_DIGITS = 6
+"""Decimals of the losses of single examples that are kept, in the unit of the loss."""
 
 
 class RetrainVariant(NamedTuple):
@@ -75,7 +75,7 @@ class Retrainer:
             return None
         stream, count = self.task.held_out_streams["dev"], len(self.task.held_out_examples["dev"])
         losses = evaluate_per_example(self.task.objective.losses, params, frozen, stream, count)
-        return [round(float(loss), DEV_LOSS_DIGITS) for loss in losses if not np.isnan(loss)]
+        return [round(float(loss), LOSS_DIGITS) for loss in losses if not np.isnan(loss)]
 
     def train(self, variant: RetrainVariant, seed: int) -> tuple[Params, Frozen, int]:
         """(parameters, constants of the losses, the step that the parameters are of) of one cold training.
