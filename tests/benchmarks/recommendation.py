@@ -1,7 +1,7 @@
 """How good select's recommendation is: its regret on test, over many settings.
 
     python -m tests.benchmarks.recommendation ../shared out/recommendation.jsonl
-    python -m tests.benchmarks.recommendation ../shared out/recommendation.jsonl --print
+    python -m tests.benchmarks.recommendation ../shared out/recommendation.jsonl --print --reviews out/reviews.jsonl
 
 A setting is a task, a kind and a share of noise and a number of validation examples. Every arm of `select` but `random`
 is trained (two seeds; text: one), one is recommended from dev, and the regret is the test loss of that arm minus the
@@ -192,7 +192,7 @@ def _builtin_model(name: str, folder: Path) -> Path:
 def _run_text(shared: Path, folder: Path, setting: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     name, size = setting["task"], setting["validation"]
     model = _builtin_model(name, folder)
-    target = folder / f"{name} {size}"
+    target = folder / f"{name}-{size}"
     counts = {"validation": size, "dev": max(16, size // 2), "test": 384, "seed": 1}
     write: dict[str, Callable[[], Any]] = {
         "cipher": lambda: cipher.write_cipher_data(target, clean=64, wrong=64, noise=64, copies=0, **counts),
@@ -205,8 +205,8 @@ def _run_text(shared: Path, folder: Path, setting: Mapping[str, Any]) -> tuple[d
         "data.test": target / "test.jsonl", "data.split": "1 0 0", "data.label-field": "label", "data.max-length": 32,
         "optimizer.learning-rate": 2e-3, "optimizer.warmup-steps": 5, "optimizer.b2": 0.99, "optimizer.eps-root": 1e-6,
         "train.max-steps": 32, "train.global-batch-size": 32, "outer.weighting": "sigmoid", "outer.steps": 3,
-        "outer.learning-rate": 1.5, "outer.patience": 0, "certify.no-enabled": "", "output.no-progress": "",
-        "selection.top-share": 0.4, "retrain.seeds": 1, "mesh.data": 1, "out": target / "run",
+        "outer.learning-rate": 1.5, "outer.patience": 0, "outer.reliability-every": 0, "certify.no-enabled": "",
+        "output.no-progress": "", "selection.top-share": 0.4, "retrain.seeds": 1, "mesh.data": 1, "out": target / "run",
     }  # fmt: skip
     given = [text for flag, value in settings.items() for text in (f"--{flag}", *str(value).split())]
     result = select(load_config(SelectConfig, None, [*given, "--retrain.variants", *SIMPLE, *LEARNED]))
@@ -228,9 +228,9 @@ def read_dev_losses(run: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
     return {arm: np.array([min(found, key=lambda value: value["dev"])["dev_losses"]]) for arm, found in values.items()}
 
 
-def print_table(lines: Path) -> None:
+def print_table(lines: Path, reviews: Path | None) -> None:
     """A row for each setting, and how many have a regret of at most one standard error."""
-    rows = _read(lines)
+    rows = _read(lines) + (judge_reviews(reviews) if reviews else [])
     print("| task | noise | \\|V\\| | recommended | best on test | regret | standard error | regret of uniform |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -242,6 +242,16 @@ def print_table(lines: Path) -> None:
     print(f"\n{sum(row['good'] for row in rows)} of {len(rows)} within one standard error.")
 
 
+def judge_reviews(lines: Path) -> list[dict[str, Any]]:
+    """The settings of tests.benchmarks.reviews, by the same measure: what its runs `learned` recommended."""
+    runs = [line for line in _read(lines) if line["run"] == "learned"]
+    return [
+        {"task": "film reviews", "noise": "60 %", "validation": line["size"]}
+        | judge({arm: np.array(losses) for arm, losses in line["dev_losses"].items()}, line["test"])
+        for line in runs
+    ]
+
+
 def _read(lines: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
 
@@ -250,9 +260,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("lines", type=Path)
+    parser.add_argument("--reviews", type=Path, help="lines of tests.benchmarks.reviews, three more settings")
     parser.add_argument("--print", action="store_true", help="print the table of what the file holds")
     options = parser.parse_args()
     if options.print:
-        print_table(options.lines)
+        print_table(options.lines, options.reviews)
     else:
         measure(options.shared, options.lines)

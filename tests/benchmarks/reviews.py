@@ -23,6 +23,7 @@ import numpy as np
 
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.runs.config.load import SelectConfig, load_config
+from tests.benchmarks.recommendation import read_dev_losses
 from tests.runs.problems_lm import MODEL, with_headroom
 
 SIMPLE = (
@@ -65,7 +66,9 @@ def measure(shared: Path, lines: Path, names: list[str], sizes: list[int], seeds
                     line = {"run": name, "size": size, "seed": seed, **_run(shared, name, size, seed)}
                     with open(lines, "a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
-                    print({key: value for key, value in line.items() if key != "records"}, flush=True)
+                    print(
+                        {key: value for key, value in line.items() if key not in ("records", "dev_losses")}, flush=True
+                    )
 
 
 def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
@@ -86,9 +89,11 @@ def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
         given = [text for flag, value in settings.items() for text in (f"--{flag}", *str(value).split())]
         began = time.process_time()
         result = select(load_config(SelectConfig, "configs/select.yaml", [*given, *flags, "--retrain.variants", *arms]))
+        dev_losses = {name: losses.tolist() for name, losses in read_dev_losses(folder / "run", arms).items()}
     return {
         "test": {row["name"]: row["mean"]["test"] for row in result["compare"]},
         "dev": {row["name"]: row["mean"]["dev"] for row in result["compare"]},
+        "dev_losses": dev_losses,
         "meaning": {row["name"]: row["meaning"] for row in result["compare"]},
         "auc": result["auc"],
         "recommendation": result["recommendation"]["sentence"],
@@ -138,7 +143,7 @@ def _cell(values: list[float]) -> str:
 def _plot(table: dict[str, dict[int, list[float]]], sizes: list[int], picture: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
     colours = iter(plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors)
     for label, values in table.items():
         there = [size for size in sizes if values[size]]
@@ -151,7 +156,7 @@ def _plot(table: dict[str, dict[int, list[float]]], sizes: list[int], picture: P
     axes.set(xscale="log", xlabel="validation examples", ylabel="test loss, nats per token")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(picture)
 
 
