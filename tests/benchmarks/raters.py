@@ -2,12 +2,14 @@
 
     python -m tests.benchmarks.raters cipher out/raters --seeds 3
     python -m tests.benchmarks.raters stories out/raters_stories --shared ../shared --seeds 3
+    python -m tests.benchmarks.raters speed out/raters_speed --shared ../shared --sizes 1024
     python -m tests.benchmarks.raters rows out/raters_rows --rater out/raters/0/rater/rater
 
 `cipher`: half of 400 examples wrong or random, 16 validation examples. Per-example logits and a rater, 8 outer steps at
 one rate; then the rater weighs 4,000 others, without a sweep, and a model is trained on them with these weights. The
 headroom is (uniform - arm) / (uniform - oracle) of test loss. `stories`: passages of TinyStories, half with their words
-permuted, a rater over stories-260k; its selection trains babyllama-1m. `rows`: memory and speed of `score`.
+permuted, a rater over stories-260k; its selection trains babyllama-1m. `rows`: memory of `score`; `speed`: its
+processor time next to that of the forward passes that its features take.
 """
 
 import argparse
@@ -20,12 +22,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import pyarrow.parquet as pq
+import pytest
 
+from bilevel_jax.commands.score.chunks import write_chunk
+from bilevel_jax.commands.score.scorer import load_scorer, score_examples, tokenize_chunk
 from bilevel_jax.lm.builtin import cipher
-from bilevel_jax.runs.stats import auc, mean_interval
+from bilevel_jax.lm.data.examples import load_examples
+from bilevel_jax.runs.config.load import ScoreConfig, load_config
+from bilevel_jax.runs.config.schema import RaterSection
+from bilevel_jax.runs.engine import raters
+from bilevel_jax.runs.scoring import features
+from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks.builtin import BUILTIN_TASKS, pretrain_builtin_model
+from tests.runs.tiny_rater import write_rater
 
 FEATURES = ["length", "loss", "validation_loss", "hidden"]
 OPTIMIZER = [
@@ -249,15 +260,51 @@ def measure_rows(folder: Path, rater: Path, sizes: list[int]) -> None:
         )
 
 
-def check_auc(folder: Path) -> float:
-    """AUC of scores.parquet against its labels, computed anew."""
-    table = pq.read_table(folder / "scores.parquet")
-    return auc(table["logit"].to_numpy(), np.array([label == "clean" for label in table["label"].to_pylist()]))
+def measure_speed(folder: Path, shared: Path, count: int) -> None:
+    """The processor's time of `score` per row, next to that of the forward passes that its features take."""
+    prepare_stories(folder, shared)
+    if not (folder / "model").exists():
+        (folder / "model").symlink_to((shared / "models" / "stories-260k").resolve())
+    settings = RaterSection(features=("length", "loss", "likeness", "hidden"))
+    if not (folder / "rater").exists():
+        write_rater(folder, folder, settings)
+    words = ["--rater", folder / "rater", "--model", folder / "model", "--data", folder / "unseen.jsonl"]
+    config = load_config(ScoreConfig, None, list(map(str, words)))
+    scorer = load_scorer(config, raters.read_rater(config.score.rater))
+    examples = load_examples([str(folder / "unseen.jsonl")])[:count]
+    recipe = scorer.rater.recipe
+    wanted = features.measures_of("start", recipe.features)
+    compiled = features._compiled_measures(scorer.decoder, wanted)
+    passes: list[tuple[Any, Any]] = []
+
+    def forward() -> None:
+        jax.block_until_ready([compiled(params, batch) for params, batch in passes])
+
+    with pytest.MonkeyPatch.context() as patch:  # the batches that score makes, which compiles the shapes, too
+        patch.setattr(
+            features, "_compiled_measures", lambda *given: lambda *call: passes.append(call) or compiled(*call)
+        )
+        score_examples(scorer, examples, tokenize_chunk(scorer, examples))
+
+    def score() -> None:
+        scored = score_examples(scorer, examples, tokenize_chunk(scorer, examples))
+        write_chunk(folder / "chunk.parquet", examples, scored, recipe.low, recipe.high, columns=())
+
+    seconds = {}
+    for name, work in (("forward", forward), ("score", score), ("forward again", forward)):
+        began, wall = time.process_time(), time.perf_counter()
+        work()
+        seconds[name] = time.process_time() - began
+        print(
+            f"{name}: {1e3 * seconds[name] / count:.3f} ms of processor time a row, {time.perf_counter() - wall:.0f} s"
+        )
+    share = (seconds["forward"] + seconds["forward again"]) / 2 / seconds["score"]
+    print(f"score has {share:.3f} of the throughput of its forward passes")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["cipher", "stories", "rows"])
+    parser.add_argument("part", choices=["cipher", "stories", "rows", "speed"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--rater", type=Path)
@@ -268,5 +315,7 @@ if __name__ == "__main__":
         measure_cipher(options.folder, options.seeds)
     elif options.part == "stories":
         measure_stories(options.folder, options.shared, options.seeds)
+    elif options.part == "speed":
+        measure_speed(options.folder, options.shared, options.sizes[0])
     else:
         measure_rows(options.folder, options.rater, options.sizes)

@@ -23,16 +23,22 @@ from bilevel_jax.commands.score.chunks import (
     to_json,
     write_chunk,
 )
-from bilevel_jax.commands.score.scorer import Scorer, check_reading, load_scorer, score_examples
+from bilevel_jax.commands.score.scorer import (
+    Scorer,
+    check_reading,
+    load_scorer,
+    read_ahead,
+    score_examples,
+    tokenize_chunk,
+)
 from bilevel_jax.lm.data.examples import Example, example_to_row, normalize_name, stream_examples
+from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.config.load import ScoreConfig, config_hash
-from bilevel_jax.runs.config.schema import ObjectiveSection
 from bilevel_jax.runs.engine import raters, selection
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES, Rater
 from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import auc
-from bilevel_jax.runs.tasks.objective import check_examples
 from bilevel_jax.runs.tasks.splits import make_data_options
 
 SCORES_FILE, SELECTED_FILE = "scores.parquet", "selected.jsonl"
@@ -77,11 +83,16 @@ def _score_chunks(config: ScoreConfig, scorer: Scorer, session: Session) -> None
     own = jax.process_index() if processes > 1 else 0
     recipe = scorer.rater.recipe
     began, num_scored = time.monotonic(), 0
-    for number, examples in batched(_read_examples(config), CHUNK_EXAMPLES):
-        path = chunk_path(session.folder, number)
-        if number % processes == own and not path.exists():
-            check_examples(ObjectiveSection(), examples)
-            scored = score_examples(scorer, examples)
+
+    def tokenized_chunks() -> Iterator[tuple[int, list[Example], Corpus | None]]:
+        for number, examples in batched(_read_examples(config), CHUNK_EXAMPLES):
+            is_due = number % processes == own and not chunk_path(session.folder, number).exists()
+            yield number, examples, tokenize_chunk(scorer, examples) if is_due else None
+
+    for number, examples, corpus in read_ahead(tokenized_chunks()):
+        if corpus is not None:
+            path = chunk_path(session.folder, number)
+            scored = score_examples(scorer, examples, corpus)
             columns = recipe.columns if config.score.features else ()
             write_chunk(path, examples, scored, recipe.low, recipe.high, columns=columns)
             num_scored += len(examples)

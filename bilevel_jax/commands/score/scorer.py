@@ -1,9 +1,10 @@
 """A rater with the models that make its features, applied to examples."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,22 @@ from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.models.lora import join_adapters, load_peft
 from bilevel_jax.runs.config.load import ScoreConfig
-from bilevel_jax.runs.config.schema import DataSection
+from bilevel_jax.runs.config.schema import DataSection, ObjectiveSection
 from bilevel_jax.runs.engine import raters
 from bilevel_jax.runs.engine.raters import Rater
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.scoring import features
 from bilevel_jax.runs.scoring.features import Measured, Table
+from bilevel_jax.runs.tasks.objective import check_examples
 from bilevel_jax.runs.tasks.reference import fingerprint_model_files
 from bilevel_jax.runs.tasks.text import tokenize_examples
+
+T = TypeVar("T")
 
 
 class Scorer(NamedTuple):
@@ -115,12 +120,24 @@ def check_reading(config: ScoreConfig, rater: Rater) -> None:
             )
 
 
-def score_examples(
-    scorer: Scorer, examples: Sequence[Example], on_batch: Callable[[], None] = lambda: None
-) -> ScoredExamples:
-    """The features and logits of some examples. Raises ValueError, with the id, for a feature that is not finite."""
+def read_ahead(chunks: Iterator[T]) -> Iterator[T]:
+    """The same, the next one made by a thread while the present one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, chunks, None)
+        while (chunk := future.result()) is not None:
+            future = pool.submit(next, chunks, None)
+            yield chunk
+
+
+def tokenize_chunk(scorer: Scorer, examples: Sequence[Example]) -> Corpus:
+    """The examples as the rater's own were read."""
+    check_examples(ObjectiveSection(), list(examples))
+    return tokenize_examples(scorer.data, examples, scorer.tokenizer, scorer.architecture)[0]
+
+
+def score_examples(scorer: Scorer, examples: Sequence[Example], corpus: Corpus) -> ScoredExamples:
+    """The features and logits of tokenized examples; a ValueError names the row of a feature that is not finite."""
     recipe = scorer.rater.recipe
-    corpus, _ = tokenize_examples(scorer.data, examples, scorer.tokenizer, scorer.architecture)
     is_kept = np.isin(np.arange(len(examples)), corpus.kept_indices)
     measured: Measured = {}
     for model in features.models_of(recipe.features):
@@ -132,7 +149,6 @@ def score_examples(
             features.measures_of(model, recipe.features),
             mesh=scorer.mesh,
             batch_tokens=scorer.batch_tokens,
-            on_batch=on_batch,
         )
         measured |= found if model == "start" else {raters.LOSS_NAMES[model]: found["loss"]}
     _, raw = features.raw_table(recipe, scorer.file, examples, corpus, measured)

@@ -122,7 +122,6 @@ def measure_corpus(
     *,
     mesh: Mesh,
     batch_tokens: int,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> Measured:
     """`forward_measures` of some rows of a corpus, in batches of rows of about the same length; 0 of a dropped row.
 
@@ -142,7 +141,6 @@ def measure_corpus(
             index = np.pad(rows[places], (0, size - len(places)), constant_values=corpus.num_examples)
             stream = batches.make_train_stream(corpus, partial(_only_step, index), 1, shape)
             found.append((places, compiled(params, place_stream(mesh, stream).batch(0))))
-            on_batch()
     sizes = [decoder.config.width if measure == "hidden" else 1 for measure in wanted]
     values = np.zeros((len(rows), sum(sizes)))
     for places, batch_values in found:
