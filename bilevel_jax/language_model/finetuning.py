@@ -30,6 +30,7 @@ from bilevel_jax.core.types import (
     Params,
     Problem,
     StepMetrics,
+    Stream,
     TrainState,
     TrainStep,
     Trajectory,
@@ -241,7 +242,7 @@ class FineTuning:
                 solution = Solution(trajectory.end.params, jnp.asarray(value), (), (), {}, Checks(), no_status)
             else:
                 bar.update(entry, description="differentiating")
-                solution = self._solve(trajectory, table, seed)
+                solution = self._solve(trajectory, table, seed, task.held_out_streams["validation"])
                 if throw:
                     raise_if_bad(Status(int(solution.status)), solution.checks)
             if with_certificates:
@@ -302,12 +303,11 @@ class FineTuning:
         )
         return trajectory, np.array(jax.device_get(losses), float)
 
-    def _solve(self, trajectory: Trajectory, table: jax.Array, seed: int) -> Solution:
+    def _solve(self, trajectory: Trajectory, table: jax.Array, seed: int, validation: Stream) -> Solution:
         """The derivatives of a run that was trained with these weights."""
         task, frozen = self.task, self.task.frozen(trajectory.start.params)
-        validation = task.held_out_streams["validation"]
         if self.solver.name == "unroll":
-            estimate, grad_start, grad_optimizer = self._unroll(trajectory, table, seed)
+            estimate, grad_start, grad_optimizer = self._unroll(trajectory, table, seed, validation)
         else:
             estimator = _cached_estimator(task.problem, task.objective.composite_loss, self.solver)
             is_balanced = self.solver.name == "implicit" and task.base_params is not None
@@ -326,7 +326,7 @@ class FineTuning:
         )  # fmt: skip
 
     def _unroll(
-        self, trajectory: Trajectory, table: jax.Array, seed: int
+        self, trajectory: Trajectory, table: jax.Array, seed: int, validation: Stream
     ) -> tuple[Estimate, Params, dict[str, jax.Array]]:
         """The estimate, and the derivatives by the start and by the optimizer's hyperparameters."""
         task, frozen, stream = self.task, self.task.frozen(trajectory.start.params), self._stream(seed)
@@ -334,7 +334,7 @@ class FineTuning:
             check_differentiable(task.train_step, task.optimizer, trajectory, table, frozen, stream)
             checked.add(task.num_steps)
         passes = backward_pass(task.problem, task.train_step, window=self.solver.window)
-        state = passes.init(trajectory, table, frozen, task.held_out_streams["validation"])
+        state = passes.init(trajectory, table, frozen, validation)
         while not passes.is_done(trajectory, state):
             state = passes.advance(trajectory, table, frozen, stream, state)
         gradients = start_and_hyperparameter_gradients(task.optimizer, trajectory.start, state.adjoint)
@@ -347,7 +347,8 @@ class FineTuning:
             params: Params, table: jax.Array, train: Any, valid: Any, *, frozen: Any, model_state: Any, key: Any,
             throw: bool,
         ) -> Solution:  # fmt: skip
-            return self._solve(self._train(table, seed, plan=self._plan(), on_step=on_step)[0], table, seed)
+            trajectory = self._train(table, seed, plan=self._plan(), on_step=on_step)[0]
+            return self._solve(trajectory, table, seed, valid)
 
         def value(
             params: Params, table: jax.Array, train: Any, valid: Any, *, frozen: Any, model_state: Any, key: Any

@@ -3,11 +3,15 @@
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import bilevel_jax as bj
 from bilevel_jax.core import certify
-from bilevel_jax.core.types import Checks
+from bilevel_jax.core.types import Checks, Stream
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 11])
@@ -59,7 +63,7 @@ def test_linear_problem_has_the_noise_of_its_covariance():
     assert np.isclose(math.sqrt(signal_energy / (signal_energy + far)), 0.95)
 
 
-def test_at_learned_weights_halves_are_an_upper_bound_and_an_independent_set_tells():
+def test_at_learned_weights_halves_say_too_much_and_an_independent_set_tells():
     """Entries fitted to the validation set: v_j = mean + noise, of which the weights have used up all but a little."""
     random = np.random.default_rng(1)
     num_examples, dim, count = 60, 20, 40
@@ -97,9 +101,9 @@ def test_what_cannot_be_told_is_said():
     assert noise.noise > 1
     assert math.isinf(noise.validation_examples_for(0.9))
     assert "no number of examples can be told" in str(noise)
-    bound = noise._replace(value=0.5, noise=0.75, is_upper_bound=True)
-    assert str(bound).startswith("at most 0.50")
-    assert math.isnan(bound.validation_examples_for(0.9))
+    fitted = noise._replace(value=0.5, noise=0.75, is_fitted=True)
+    assert str(fitted).startswith("not known: 0.50")
+    assert math.isnan(fitted.validation_examples_for(0.9))
     assert math.isnan(certify.measure_reliability(np.ones(3), np.ones(3), np.zeros(3), 8).value)
     assert math.isnan(certify.average_reliability([one, one]).value)
     with pytest.raises(ValueError, match=r"give one number of each"):
@@ -120,3 +124,41 @@ def test_a_certificate_says_its_reliability():
     )
     assert "0.71 by halves of 100 validation examples (noise 0.50 ± 0.20, 2 draws)" in line
     assert "for 0.9 about 426" in line
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("count", [6, 7])
+def test_check_measures_it_by_solutions_on_halves(count):
+    """Against the hypergradient of each validation example alone, on arrays and on streams, and against a dev set."""
+    random = np.random.default_rng(count)
+    x, y = jnp.asarray(random.normal(size=(30, 3))), jnp.asarray(random.normal(size=30))
+    train, valid, dev = ((x[part], y[part]) for part in (slice(8), slice(8, 8 + count), slice(20, 30)))
+    problem = bj.weighted(lambda p, frozen, batch: (batch["data"][0] @ p - batch["data"][1]) ** 2)
+    solver, weights = bj.unroll(problem, optax.sgd(0.05), steps=6), jnp.ones(8)
+
+    def grad(data):
+        return np.asarray(solver.run(jnp.zeros(3), weights, train, data).grad)
+
+    def each_example(data):
+        return np.stack([grad(jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], data)) for at in range(len(data[1]))])
+
+    solution = solver.run(jnp.zeros(3), weights, train, valid)
+    halves = certify.validation_halves(count, 4) / count
+    expected = certify.measure_reliability(weights, grad(valid), halves @ each_example(valid), count)
+    options = {"num_retrains": 0, "draws": 1, "step_sizes": (0.1,), "seed": 4}
+    found = certify.check(solver, solution, train, valid, **options).reliability
+    assert np.isclose(found.noise, expected.noise, rtol=1e-9)
+    assert not found.is_fitted
+    dev_halves = certify.validation_halves(10, 4) / 10
+    against = certify.measure_reliability_against(
+        weights, grad(valid), grad(dev), dev_halves @ each_example(dev), count
+    )
+    found = certify.check(solver, solution, train, valid, dev=dev, **options).reliability
+    assert np.isclose(found.agreement, against.agreement, rtol=1e-9)
+    assert np.isclose(found.signal, against.signal, rtol=1e-9)
+    streams = Stream(lambda step: bj.full_batch_stream(train).batch(0), 6), bj.full_batch_stream(valid)
+    on_streams = solver.run(jnp.zeros(3), weights, *streams)
+    found = certify.check(solver, on_streams, *streams, **options).reliability
+    assert np.isclose(found.noise, expected.noise, rtol=1e-9)
+    learned = solver.run(jnp.zeros(3), weights.at[0].set(0.5), train, valid)
+    assert certify.check(solver, learned, train, valid, **options).reliability.is_fitted

@@ -240,7 +240,7 @@ def outer_steps_table(run: RunResults) -> Table:
         Column("largest", [record["largest"] for record in records], "weight"),
         *([Column("AUC", [record["auc"] for record in records], "weights, labels")] if run.result["auc"] else []),
         Column("reliability", [record.get("reliability") for record in records], "correlation"),
-        Column("at most", [record.get("reliability_at_most") for record in records], "reliability, by halves"),
+        Column("fitted", [record.get("fitted_reliability") for record in records], "reliability by halves"),
         *(
             Column(name, [(record.get("pooling") or {}).get(part) for record in records], "reliability")
             for part, name in (("shared", "shared part"), ("own", "own part"))
@@ -268,7 +268,7 @@ def _plot_validation_losses(run: RunResults) -> Markup:
 def plot_reliability(run: RunResults) -> Markup | None:
     """The reliability of the hypergradient over the outer steps; None where it was not measured."""
     curves = []
-    for name, key, colour in (("reliability", "reliability", 0), ("upper bound of it", "reliability_at_most", 4)):
+    for name, key, colour in (("reliability", "reliability", 0), ("by fitted halves", "fitted_reliability", 4)):
         measured = [record for record in run.result["records"] if record.get(key) is not None]
         if measured:
             steps, values = [record["step"] for record in measured], [record[key] for record in measured]

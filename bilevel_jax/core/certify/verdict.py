@@ -202,7 +202,7 @@ def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str,
         return level, f"what holds for this validation set comes first; {number}"
     if not measured:
         return UNDECIDED, f"{number} Compute the reliability, or read the loss of a dev set."
-    if reliability is not None and reliability.is_upper_bound:
+    if reliability is not None and reliability.is_fitted:
         return UNDECIDED, f"{number} Give a dev set."
     if value >= RELIABILITY_WANTED:
         return BELIEVE, number

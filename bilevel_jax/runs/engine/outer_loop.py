@@ -51,8 +51,6 @@ from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_los
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
 
-AVERAGED_DRAWS = 3
-"""Measurements of reliability at learned weights that are averaged."""
 OuterRecords = list[dict[str, Any]]
 ProgressFunction = Callable[[OuterRecords], float]
 """Records of the steps so far -> how far the loop is: 0 at the start, at most 1 while another step may be made."""
@@ -379,8 +377,6 @@ class OuterLoop:
         task, params, labels = self.task, trajectory.end.params, self._labels
         judging = turn_validation_stream(task, turn)
         draw = measure_estimate_reliability(task, self.trainer, weights, estimate, turn, is_learned=step > 0)
-        drawn = {"step": step, "reliability_draw": draw and reliability_to_json(draw)}
-        reliability = draw and average_reliability_near([*self.records, drawn], step)
         validation_weight = {} if turn is None else {"validation_weight": float(weights[task.num_examples])}
         weights = weights if turn is None else weights[: task.num_examples]
         return {
@@ -394,9 +390,9 @@ class OuterLoop:
             **validation_weight,
             "auc": labels.auc(fetch_to_host(weights)[: task.num_examples]) if labels is not None else None,
             "checks": _checks_to_json(estimate.checks),
-            "reliability": _reliability_value(reliability, is_upper_bound=False),
-            "reliability_at_most": _reliability_value(reliability, is_upper_bound=True),
-            "reliability_draw": drawn["reliability_draw"],
+            "reliability": _reliability_value(draw, is_fitted=False),
+            "fitted_reliability": _reliability_value(draw, is_fitted=True),
+            "reliability_draw": draw and reliability_to_json(draw),
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
             "pooling": None,
             **self._record_coefficients(),
@@ -497,7 +493,7 @@ def measure_estimate_reliability(
     """The reliability over the examples that are trained on; None where neither halves nor dev were estimated.
 
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
-    which has not steered them; without dev there is an upper bound.
+    which has not steered them; without dev nobody knows.
     """
     kept, num_validation = task.trainable_indices(), count_judges(task, turn)
     fetch = lambda table: fetch_to_host(table)[kept]  # noqa: E731
@@ -512,14 +508,15 @@ def measure_estimate_reliability(
     if not isinstance(estimate.half_difference, jax.Array):
         return None
     draw = measure_reliability(fetch(weights), fetch(estimate.grad), fetch(estimate.half_difference), num_validation)
-    return draw._replace(is_upper_bound=is_learned)
+    return draw._replace(is_fitted=is_learned)
 
 
 def average_reliability_near(records: OuterRecords, step: int) -> Reliability | None:
-    """The reliability at an outer step: at step 0 what was measured there; later, at weights that were learned, the
-    mean over the nearest measurements at such weights, since one alone is noisy. None without any."""
+    """The reliability at an outer step, or the mean of those nearest to it; that of step 0, where nothing was learned
+    yet, stands for no other step. None without any."""
     measured = [record for record in records if record["reliability_draw"] and (record["step"] > 0) == (step > 0)]
-    nearest = sorted(measured, key=lambda record: abs(record["step"] - step))[: AVERAGED_DRAWS if step else 1]
+    distance = min((abs(record["step"] - step) for record in measured), default=0)
+    nearest = [record for record in measured if abs(record["step"] - step) == distance]
     draws = [reliability_from_json(record["reliability_draw"]) for record in nearest]
     return average_reliability(draws) if draws else None
 
@@ -536,8 +533,8 @@ def reliability_from_json(fields: dict[str, Any]) -> Reliability:
     return Reliability(**values)
 
 
-def _reliability_value(reliability: Reliability | None, *, is_upper_bound: bool) -> float | None:
-    if reliability is None or reliability.is_upper_bound != is_upper_bound or np.isnan(reliability.value):
+def _reliability_value(reliability: Reliability | None, *, is_fitted: bool) -> float | None:
+    if reliability is None or reliability.is_fitted != is_fitted or np.isnan(reliability.value):
         return None
     return reliability.value
 
@@ -546,7 +543,7 @@ def _largest_reliability(record: dict[str, Any]) -> float | None:
     """The reliability of what an outer step went by: of its hypergradient, or of the better part of a pooled one."""
     if record["pooling"]:
         return float(np.sqrt(max(record["pooling"].values())))  # a share of energy is a correlation squared
-    return record["reliability_at_most"] if record["reliability"] is None else record["reliability"]
+    return record["fitted_reliability"] if record["reliability"] is None else record["reliability"]
 
 
 def _best_step(records: OuterRecords) -> int:
@@ -559,9 +556,8 @@ def format_record(label: str, record: dict[str, Any], unit: str) -> str:
     """One line for people: L_v on every part, effective size, AUC."""
     loss = " ".join(f"{part} {value:.4f}" for part, value in record["loss"].items() if value is not None)
     auc_words = "" if record["auc"] is None else f"  AUC {record['auc']:.3f}"
-    reliability, bound = record.get("reliability"), record.get("reliability_at_most")
+    reliability = record.get("reliability")
     reliability_words = "" if reliability is None else f"  reliability {reliability:.2f}"
-    reliability_words += "" if bound is None else f"  reliability at most {bound:.2f}"
     return f"{label}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}{reliability_words}"
 
 
