@@ -152,6 +152,35 @@ def test_with_folds_and_dev_a_stop_changes_no_bit(made, with_dev, tmp_path, stop
     same_run(tmp_path / "run", with_dev[0])
 
 
+def test_dev_judges_the_reliability_at_learned_weights(made, tmp_path, stop_at):
+    """Stopped in a step back that carries dev and its halves, and gone on with: the same bits."""
+    flags = ("--fast", "--outer.steps", "1", "--outer.reliability-every", "1", "--data.dev", str(made / "dev.jsonl"))
+    whole = run(made, tmp_path / "whole", *flags)
+    first, second = whole["records"]
+    assert [first["reliability_draw"]["agreement"], second["reliability_draw"]["noise"]] == [None, None]
+    assert first["reliability_draw"]["noise"] > 0
+    assert -1 <= (second["reliability"] or 0) <= 1
+    assert second["work"] == 10 * (1 + 1 + 3 + 2 * 2)  # training, replay, the product, and tangents of two more losses
+    stop_at(35)
+    with pytest.raises(session.Interrupted):
+        run(made, tmp_path / "run", *flags)
+    again = run(made, tmp_path / "run", *flags, "--resume")
+    tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("whole", "run")]
+    assert tables[0].equals(tables[1])
+    assert again["records"][1]["reliability_draw"] == second["reliability_draw"]
+
+
+@pytest.mark.slow
+def test_the_loop_stops_where_the_validation_set_is_used_up(made, tmp_path):
+    flags = ("--outer.steps", "3", "--outer.reliability-every", "1", "--outer.reliability-floor", "0.999")
+    result = run(made, tmp_path / "run", "--fast", *flags)
+    assert len(result["records"]) == 2
+    assert "the reliability was at most outer.reliability_floor in two measurements in a row (0.999)" in result["ended"]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "How far the hypergradients speak for examples" in page
+    assert "nobody knows. A dev set would tell" in page
+
+
 @pytest.mark.parametrize(
     "states, memory_gib, at",
     [

@@ -127,7 +127,7 @@ def test_a_certificate_says_its_reliability():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("count", [6, 7])
+@pytest.mark.parametrize("count", [pytest.param(6, marks=pytest.mark.slow), 7])
 def test_check_measures_it_by_solutions_on_halves(count):
     """Against the hypergradient of each validation example alone, on arrays and on streams, and against a dev set."""
     random = np.random.default_rng(count)

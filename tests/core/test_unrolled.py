@@ -125,8 +125,14 @@ def test_the_difference_of_halves_is_that_of_each_example():
     assert relative(out.grad[1], halves @ each_example / count) < 1e-12
 
 
-@pytest.mark.parametrize("window", (None, 7))
-@pytest.mark.parametrize("plan", (CheckpointPlan(2, 3), CheckpointPlan(1, 24, linearize=True)))
+@pytest.mark.parametrize(
+    "plan, window",
+    (
+        (CheckpointPlan(2, 3), 7),
+        pytest.param(CheckpointPlan(2, 3), None, marks=pytest.mark.slow),
+        pytest.param(CheckpointPlan(1, 24, linearize=True), None, marks=pytest.mark.slow),
+    ),
+)
 def test_halves_change_no_bit_and_are_resumed(plan, window):
     """Both adjoints side by side: the bits of each alone; saved in the middle, written to bytes, read, gone on with."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
