@@ -140,9 +140,8 @@ def print_tables(measured: list[Measured]) -> None:
             [run[stop_step([read(one) for one in run])] for run in runs]
             for read in (lambda one: one.halves[0].value, lambda one: one.against_large.value)
         ]
-        cells = [
-            f"{np.mean(values):.3f}" for values in ([x[0] for x in losses], map_min(losses), [x[-1] for x in losses])
-        ]
+        first, best, last = [x[0] for x in losses], [min(x) for x in losses], [x[-1] for x in losses]
+        cells = [f"{np.mean(values):.3f}" for values in (first, best, last)]
         cells += [f"{np.mean([x.loss for x in stop]):.3f} (step {mean_step(stop):.1f})" for stop in stops]
         print(f"| {size} | {' | '.join(cells)} |")
 

@@ -122,7 +122,7 @@ def test_a_certificate_says_its_reliability():
     line = next(
         line for line in str(certificates._replace(reliability=reliability)).splitlines() if "reliability" in line
     )
-    assert "0.71 by halves of 100 validation examples (noise 0.50 ± 0.20, 2 draws)" in line
+    assert "0.71 with 100 validation examples (noise 0.50 ± 0.20, 2 draws of halves)" in line
     assert "for 0.9 about 426" in line
 
 

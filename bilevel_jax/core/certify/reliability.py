@@ -49,8 +49,10 @@ class Reliability(NamedTuple):
         if math.isnan(self.value):
             reason = " (one validation example has no halves)" if self.num_validation == 1 else ""
             return f"not measured{reason}"
-        measured = f"{self.value:.2f} by halves of {self.num_validation:,} validation examples (noise {self.noise:.2f}"
-        measured += f"{spread}, {draws})"
+        measured = (
+            f"{self.value:.2f} with {self.num_validation:,} validation examples (noise {self.noise:.2f}{spread}, "
+        )
+        measured += f"{draws} of halves)"
         if self.is_fitted:
             return f"not known: {measured}, but the weights were learned from them, so only an independent set tells"
         needed = self.validation_examples_for(NEEDED_FOR)
