@@ -150,9 +150,7 @@ def evidence(draw):
         draw(st.sampled_from(["", "", "", "why."])),
         draw(
             st.none()
-            | st.builds(
-                Reliability, st.floats(0, 1) | st.just(NAN), st.just(0.5), st.just(10), is_upper_bound=st.booleans()
-            )
+            | st.builds(Reliability, st.floats(0, 1) | st.just(NAN), st.just(0.5), st.just(10), is_fitted=st.booleans())
         ),
         draw(st.sampled_from([1.0, 0.95, 0.89, 0.34, 0.3, NAN])),
     )
@@ -244,7 +242,7 @@ def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificat
     out["uneven nan"] = one._replace(effective_share=NAN)
     if one.reliability and not math.isnan(one.reliability.value):
         value = one.reliability.value
-        out["only a bound"] = one._replace(reliability=one.reliability._replace(is_upper_bound=True))
+        out["only a bound"] = one._replace(reliability=one.reliability._replace(is_fitted=True))
         out["unreliable"] = one._replace(reliability=one.reliability._replace(value=max(0.0, value - by)))
         if value >= verdict.RELIABILITY_WANTED:
             out["reliability nan"] = one._replace(reliability=one.reliability._replace(value=NAN))
