@@ -64,7 +64,7 @@ SIMPLE = (
 LEARNED = ("selected", "learned", "learned+validation")
 MNIST_NOISE = {"50 % forced": ("forced", 0.5), "90 % redrawn": ("redrawn", 0.9), "60 % shifted": ("shifted", 0.6)}
 MNIST_MODELS: dict[str, tuple[int, ...]] = {"linear": (), "MLP": (32,)}
-TEXT_NOISE = {"cipher": (64, 64, 64), "sums": (0.5, 0.1)}
+TEXT_NOISE = {"cipher": "67 % wrong or random", "sums": "60 % wrong or random"}
 OPTIMIZER = OptimizerSection(name="momentum", learning_rate=0.1, schedule="constant", warmup_steps=0)
 OUTER = OuterSection(weighting="sigmoid", steps=6, learning_rate=1.0, schedule="linear", patience=0)
 TRAIN = TrainSection(max_steps=40, global_batch_size=100)
@@ -235,7 +235,7 @@ def print_table(lines: Path, reviews: Path | None) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['task']} | {row['noise']} | {row['validation']} | {row['use']} | {row['best']} | "
+            f"| {row['task']} | {row['noise'] or TEXT_NOISE[row['task']]} | {row['validation']} | {row['use']} | {row['best']} | "
             f"{row['regret']:.3f} | {row['standard_error']:.3f}{'' if row['good'] else ' ✕'} | "
             f"{row['uniform_regret']:.3f} |"
         )

@@ -30,11 +30,12 @@ SIMPLE = (
     "uniform", "oracle", "low_loss", "low_loss_dev", "top_alignment", "validation", "validation_early_stop",
     "validation_model",
 )  # fmt: skip
+ALONE = ["--outer.reliability-every", "0"]
 RUNS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "learned": ([], (*SIMPLE, "learned", "learned+validation", "selected")),
-    "learned with folds": (["--outer.validation-folds", "4"], ("learned+validation",)),
+    "learned": (ALONE, (*SIMPLE, "learned", "learned+validation", "selected")),
+    "learned with folds": ([*ALONE, "--outer.validation-folds", "4"], ("learned+validation",)),
     "pooled": (["--outer.estimate", "pooled"], ("learned", "selected")),
-    "rater": (["--outer.weighting", "rater"], ("learned", "selected", "learned+validation")),
+    "rater": ([*ALONE, "--outer.weighting", "rater"], ("learned", "selected", "learned+validation")),
 }
 """Runs of `select` by name: their flags, and the arms that are retrained."""
 CURVES = {
@@ -47,7 +48,7 @@ CURVES = {
     "learned": ("learned", "learned"),
     "learned, share told": ("learned", "selected"),
     "learned + V": ("learned", "learned+validation"),
-    "learned + V, its weight learned": ("learned with folds", "learned+validation"),
+    "learned + V, weight learned": ("learned with folds", "learned+validation"),
     "pooled": ("pooled", "learned"),
     "rater": ("rater", "learned"),
     "rater + V": ("rater", "learned+validation"),
@@ -82,8 +83,7 @@ def _run(shared: Path, name: str, size: int, seed: int) -> dict[str, Any]:
             "data.test": folder / "test.jsonl", "data.split": "1 0 0", "data.label-field": "label",
             "data.max-length": 96, "data.seed": seed, "data.no-packing": "", "train.seed": seed,
             "train.max_steps": 32, "optimizer.eps-root": 1e-8, "optimizer.learning-rate": 6e-4, "outer.steps": 4,
-            "outer.patience": 0, "outer.reliability-every": 0,
-            "selection.top-share": 0.4, "retrain.seeds": 1, "certify.no-enabled": "",
+            "outer.patience": 0, "selection.top-share": 0.4, "retrain.seeds": 1, "certify.no-enabled": "",
             "output.no-progress": "", "mesh.data": 1, "out": folder / "run",
         }  # fmt: skip
         given = [text for flag, value in settings.items() for text in (f"--{flag}", *str(value).split())]
