@@ -235,8 +235,8 @@ def print_table(lines: Path, reviews: Path | None) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['task']} | {row['noise'] or TEXT_NOISE[row['task']]} | {row['validation']} | {row['use']} | {row['best']} | "
-            f"{row['regret']:.3f} | {row['standard_error']:.3f}{'' if row['good'] else ' ✕'} | "
+            f"| {row['task']} | {row['noise'] or TEXT_NOISE[row['task']]} | {row['validation']} | "
+            f"{row['use']} | {row['best']} | {row['regret']:.3f} | {row['standard_error']:.3f}{'' if row['good'] else ' ✕'} | "
             f"{row['uniform_regret']:.3f} |"
         )
     print(f"\n{sum(row['good'] for row in rows)} of {len(rows)} within one standard error.")
