@@ -234,10 +234,10 @@ def print_table(lines: Path, reviews: Path | None) -> None:
     print("| task | noise | \\|V\\| | recommended | best on test | regret | standard error | regret of uniform |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
+        noise, mark = row["noise"] or TEXT_NOISE[row["task"]], "" if row["good"] else " ✕"
         print(
-            f"| {row['task']} | {row['noise'] or TEXT_NOISE[row['task']]} | {row['validation']} | "
-            f"{row['use']} | {row['best']} | {row['regret']:.3f} | {row['standard_error']:.3f}{'' if row['good'] else ' ✕'} | "
-            f"{row['uniform_regret']:.3f} |"
+            f"| {row['task']} | {noise} | {row['validation']} | {row['use']} | {row['best']} | {row['regret']:.3f} | "
+            f"{row['standard_error']:.3f}{mark} | {row['uniform_regret']:.3f} |"
         )
     print(f"\n{sum(row['good'] for row in rows)} of {len(rows)} within one standard error.")
 
