@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load, save
 from scipy import sparse
+from scipy.special import expit
 
 from bilevel_jax.core import weightings
 from bilevel_jax.core.types import Params, Weighting
@@ -72,7 +73,7 @@ class Rater(NamedTuple):
         """The factors of the examples' losses, as if each had stood among the training examples."""
         if self.link == "softmax":
             return np.exp(logits - self.normalizer)
-        return 2 / (1 + np.exp(-logits))
+        return 2 * expit(logits)
 
 
 # ---- in a run
