@@ -89,6 +89,12 @@ def test_what_a_level_needs(changes, start):
     assert "nan" not in str(judged) or "NaN" in str(judged) or judged.level != "BELIEVE"
 
 
+def test_shares_that_cannot_widen_a_verdict_are_not_measured():
+    assert verdict.shares_to_remove((0.5, 0.2), 1.0) == (0.5, 0.2)
+    assert verdict.shares_to_remove((0.5, 0.2), 0.4) == (0.2,)
+    assert verdict.shares_to_remove((0.5,), 0.4) == (0.5,)
+
+
 OTHERS = [
     (0.95, "BELIEVE"),
     (0.69, "UNDECIDED"),
