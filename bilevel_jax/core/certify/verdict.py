@@ -18,8 +18,9 @@ SMALL_CHANGES, LARGE_CHANGES = "small changes", "changes of up to half of the da
 SMALL, LARGE = 0.1, 0.5
 """How large the changes of the two scopes are: the share by which every weight moves, or of the examples that leave."""
 
-RATIO_TOLERANCE, RATIO_LIMIT = 0.05, 0.1
-"""How far actual over predicted may be from 1 to BELIEVE, and from where on DO NOT BELIEVE."""
+RATIO_TOLERANCE, RATIO_LIMIT, RATIO_LARGE = 0.05, 0.1, 0.3
+"""How far actual over predicted may be from 1 to BELIEVE, and from where on DO NOT BELIEVE; at steps above the one that
+is judged, from where on the claim is about small changes alone."""
 SMOOTH_SMALL, SMOOTH_LIMIT = 0.8, 0.3
 """Metasmoothness wanted for small changes (SMOOTH_LARGE for those of half of the data), and from where on down DO NOT
 BELIEVE."""
@@ -117,8 +118,9 @@ def judge_certificates(certificates: Certificates) -> Verdict:
                                  a tenth or more is at least .8 at weights whose effective sample size is a third of
                                  the examples or more; or, in place of it, 8 retrains without a tenth or more have a
                                  rank correlation of .7 and a slope between 1/3 and 3
-        BELIEVE changes of up    in addition metasmoothness without a half is at least .8 at nearly uniform weights, or
-        to half of the data      8 retrains without a half have that rank correlation and slope
+        BELIEVE changes of up    in addition larger steps' ratios, if any, lie in [.7, 1.3], and metasmoothness without a
+        to half of the data      half is at least .8 at nearly uniform weights, or 8 retrains without a half have that
+                                 rank correlation and slope
         DO NOT BELIEVE           a number is not finite, the status is bad, the replay failed, the system has no
                                  positive curvature or was not solved, that ratio leaves [.9, 1.1], metasmoothness
                                  without a quarter or less is below .3, or retrains speak against it
@@ -296,6 +298,11 @@ def _find_limit(certificates: Certificates) -> str:
     smooth, removal = certificates.metasmoothness, certificates.removal_prediction
     if not certificates.is_per_example:
         return "Larger changes were not tried."
+    ratios = _ratios(certificates)
+    judged = _judged_ratio(ratios)
+    bent = next((one for one in ratios if judged and one.step > judged.step and one.error > RATIO_LARGE), None)
+    if bent:
+        return f"That speaks for small changes alone: at a change by {bent.step:g} the ratio is {bent.value:.3g}."
     if removal and removal.actual and not _is_predicted(removal):
         return f"That speaks for small changes alone: larger ones need a rank correlation of {RANK_WANTED:g}."
     if removal and _supports(removal, LARGE):
@@ -326,9 +333,11 @@ def _ratios(certificates: Certificates) -> list[_Ratio]:
 def _judged_ratio(ratios: list[_Ratio]) -> _Ratio | None:
     """The ratio that a claim about small changes rests on: of the least step from .1 on, else of the largest."""
     from_small = [one for one in ratios if one.step >= SMALL]
-    if not from_small:
-        return ratios[0] if ratios else None
-    return next(one for one in ratios if one.step == from_small[-1].step)
+    if not ratios:
+        return None
+    step = from_small[-1].step if from_small else ratios[0].step
+    same = [one for one in ratios if one.step == step]
+    return same[0]._replace(noise=max(one.noise for one in same))
 
 
 def _smallest_share_from(smooth: Metasmoothness | None, size: float) -> float | None:

@@ -132,7 +132,9 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
         elif size < verdict.SMALL:
             checks.append(_judge(f"exact, step {size:g}", ratios, f"{_range(limit)}", words, limit, limit))
         else:
-            checks.append(_judge(f"exact, step {size:g}", ratios, "near 1; not judged", words))
+            large = (1 - verdict.RATIO_LARGE, 1 + verdict.RATIO_LARGE)
+            threshold = f"{_range(large)}, for {verdict.LARGE_CHANGES}"
+            checks.append(_judge(f"exact, step {size:g}", ratios, threshold, words, large, large))
     smooth = [one["smooth"] for one in places]
     for share in _sizes(smooth, "removed") or certify.REMOVED:
         is_large = share >= verdict.LARGE
