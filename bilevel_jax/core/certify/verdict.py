@@ -118,8 +118,8 @@ def judge_certificates(certificates: Certificates) -> Verdict:
                                  a tenth or more is at least .8 at weights whose effective sample size is a third of
                                  the examples or more; or, in place of it, 8 retrains without a tenth or more have a
                                  rank correlation of .7 and a slope between 1/3 and 3
-        BELIEVE changes of up    in addition larger steps' ratios, if any, lie in [.7, 1.3], and metasmoothness without a
-        to half of the data      half is at least .8 at nearly uniform weights, or 8 retrains without a half have that
+        BELIEVE changes of up    in addition larger steps' ratios, if any, lie in [.7, 1.3], and metasmoothness without
+        to half of the data      a half is at least .8 at nearly uniform weights, or 8 retrains without a half have that
                                  rank correlation and slope
         DO NOT BELIEVE           a number is not finite, the status is bad, the replay failed, the system has no
                                  positive curvature or was not solved, that ratio leaves [.9, 1.1], metasmoothness
