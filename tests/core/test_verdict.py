@@ -69,6 +69,7 @@ CASES = {
     "retrains of a tenth that hardly agree": ({"removal_prediction": retrains(0.1, rank=0.5)}, "UNDECIDED"),
     "another slope": ({"removal_prediction": retrains(slope=5.0)}, SMALL),
     "uneven weights": ({"effective_share": 0.4}, SMALL),
+    "uneven weights, not quite smooth": (smooth((0.2,), (0.85,)) | {"effective_share": 0.6}, "UNDECIDED"),
     "few heavy weights": ({"effective_share": 0.2}, "UNDECIDED"),
     "few heavy weights, shown": ({"effective_share": 0.2, "removal_prediction": retrains(0.1)}, SMALL),
     "uneven weights, shown": ({"effective_share": 0.4, "removal_prediction": retrains()}, LARGE),
@@ -146,7 +147,7 @@ def some_differences(rng):
 def some_smoothness(rng):
     shares = rng.choice([[0.5, 0.2], [rng.choice(SHARES) for _ in range(rng.randint(0, 3))]])
     off = rng.randint(0, 3)
-    cosines = [near(rng, 0.3, 0.8) if place == off else 0.99 for place in range(len(shares))]
+    cosines = [near(rng, 0.3, 0.8, 0.9) if place == off else 0.99 for place in range(len(shares))]
     return rng.choice([None, *3 * [Metasmoothness(tuple(shares), tuple(cosines))]])
 
 
@@ -202,10 +203,8 @@ def speaks_for_step(differences, place):
     return abs(differences.ratios[place] - 1) <= verdict.RATIO_TOLERANCE >= 3 * noise
 
 
-def speaks_for_share(share, cosine):
-    return math.isfinite(cosine) and cosine >= (
-        verdict.SMOOTH_LARGE if share >= verdict.LARGE else verdict.SMOOTH_SMALL
-    )
+def speaks_for_share(_, cosine):
+    return INF > cosine >= verdict.SMOOTH_UNEVEN
 
 
 def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificates]:

@@ -21,9 +21,9 @@ SMALL, LARGE = 0.1, 0.5
 RATIO_TOLERANCE, RATIO_LIMIT, RATIO_LARGE = 0.05, 0.1, 0.3
 """How far actual over predicted may be from 1 to BELIEVE, and from where on DO NOT BELIEVE; at steps above the one that
 is judged, from where on the claim is about small changes alone."""
-SMOOTH_SMALL, SMOOTH_LIMIT = 0.8, 0.3
-"""Metasmoothness wanted for small changes (SMOOTH_LARGE for those of half of the data), and from where on down DO NOT
-BELIEVE."""
+SMOOTH_SMALL, SMOOTH_UNEVEN, SMOOTH_LIMIT = 0.8, 0.9, 0.3
+"""Metasmoothness wanted for small changes, and for those at uneven weights (SMOOTH_LARGE for changes of half of the
+data), and from where on down DO NOT BELIEVE."""
 RANK_WANTED, RANK_LIMIT = 0.7, 0.3
 """The rank correlation of retrains that speaks for changes of their size; below the second it speaks against."""
 SLOPE_RANGE = (1 / 3, 3.0)
@@ -115,12 +115,12 @@ def judge_certificates(certificates: Certificates) -> Verdict:
 
         BELIEVE small changes    the ratio at a step of .1 (the least one from there on) lies in [.95, 1.05], with
                                  rounding below .05 / 3, every smaller step's in [.9, 1.1], and metasmoothness without
-                                 a tenth or more is at least .8 at weights whose effective sample size is a third of
-                                 the examples or more; or, in place of it, 8 retrains without a tenth or more have a
-                                 rank correlation of .7 and a slope between 1/3 and 3
-        BELIEVE changes of up    in addition larger steps' ratios, if any, lie in [.7, 1.3], and metasmoothness without
-        to half of the data      a half is at least .8 at nearly uniform weights, or 8 retrains without a half have that
-                                 rank correlation and slope
+                                 a tenth or more is at least .8, or .9 at weights whose effective sample size is below
+                                 .9 of the examples (below a third it says nothing); or, in place of it, 8 retrains
+                                 without a tenth or more have a rank correlation of .7 and a slope between 1/3 and 3
+        BELIEVE changes of up    in addition larger steps' ratios, if any, lie in [.7, 1.3], and metasmoothness
+        to half of the data      without a half is at least .8 at nearly uniform weights, or 8 retrains without a half
+                                 have that rank correlation and slope
         DO NOT BELIEVE           a number is not finite, the status is bad, the replay failed, the system has no
                                  positive curvature or was not solved, that ratio leaves [.9, 1.1], metasmoothness
                                  without a quarter or less is below .3, or retrains speak against it
@@ -279,7 +279,7 @@ def _find_doubt(certificates: Certificates) -> tuple[str, str] | None:
     if cosine is None:
         reason = f"metasmoothness was not computed without {SMALL:.0%} of the examples or more."
         return f"{_describe_evidence(certificates)} {reason[0].upper()}{reason[1:]}", "Compute it (run without --fast)."
-    if cosine < SMOOTH_SMALL:
+    if cosine < (SMOOTH_SMALL if certificates.effective_share >= SHARE_LARGE else SMOOTH_UNEVEN):
         return _describe_evidence(certificates), LOWER_RATE
     if not certificates.effective_share >= SHARE_SMALL:
         reason = (

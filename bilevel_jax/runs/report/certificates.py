@@ -141,6 +141,7 @@ def _check_rows(run: RunResults) -> list[CheckRow]:
         wanted, least = verdict.SMOOTH_LARGE if is_large else verdict.SMOOTH_SMALL, verdict.SMOOTH_LIMIT
         threshold = f"{_short(wanted)} or more, for {verdict.LARGE_CHANGES if is_large else verdict.SMALL_CHANGES}"
         if share <= verdict.NEAR_SMALL:
+            threshold += f", {_short(verdict.SMOOTH_UNEVEN)} at uneven weights"
             threshold += f"; below {_short(least)}: do not believe"
         checks.append(
             _judge(
