@@ -34,8 +34,8 @@ def rater(made, tmp_path_factory):
     return folder / "rater", write_rater(made, folder)
 
 
-def score(made, rater_folder, out, *flags):
-    words = ["--rater", str(rater_folder), "--data", str(made / "train.jsonl"), "--model", str(made / "model"),
+def score(made, rater_folder, out, *flags, data=None):
+    words = ["--rater", str(rater_folder), "--data", str(data or made / "train.jsonl"), "--model", str(made / "model"),
              "--output.no-progress", *flags, "--out", str(out)]  # fmt: skip
     return score_run.score(load_config(ScoreConfig, None, words))
 
@@ -85,10 +85,24 @@ def test_other_rows_are_told_as_drift(made, rater, tmp_path):
     assert "drifted" in result["sentence"]
 
 
+def test_a_row_that_is_too_long_stops_the_run_or_is_dropped(made, rater, tmp_path):
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()][:3]
+    rows[1]["response"] *= 99
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="long.jsonl:2: .* set truncation to .* 'drop'"):
+        score(made, rater[0], tmp_path / "stopped", data=data)
+    result = score(made, rater[0], tmp_path / "out", "--data.truncation", "drop", data=data)
+    assert result["counts"] == {"rows": 3, "scored": 2, "dropped": 1, "selected": 2}
+    logits = pq.read_table(tmp_path / "out" / "scores.parquet")["logit"].to_pylist()
+    assert logits[1] is None and None not in (logits[0], logits[2])
+
+
 ERRORS = {
     "no rater": (lambda made, rater: ["--rater", str(made)], "no rater.json, so no rater"),
     "another model": (lambda made, rater: ["--model", str(rater.parent / "other")], "another model than the one"),
     "other reading": (lambda made, rater: ["--data.max-length", "9"], "data.max_length = 9, and the rater was learned"),
+    "validation": (lambda made, rater: ["--data.validation", str(made / "dev.jsonl")], "reads data.train alone"),
     "columns that are not read": (lambda made, rater: ["--score.file", str(made / "dev.jsonl")], "reads no columns"),
     "no place of the model": (lambda made, rater: ["--model", ""], "lies in no run's folder"),
     "no data": (lambda made, rater: ["--data", str(made / "nothing.jsonl")], "nothing.jsonl"),

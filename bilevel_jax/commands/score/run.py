@@ -172,7 +172,7 @@ def _collect_facts(
         "auc": _measure_auc(config, paths),
         "drift": (drift := describe_drift(rater, moments)),
         "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
-        "notes": [f"{dropped:,} rows are longer than {rater.document['reading']['max_length']} tokens: no score."]
+        "notes": [f"{dropped:,} of {int(rows):,} rows are too long for the rater (data.truncation): no score."]
         if dropped
         else [],
     }

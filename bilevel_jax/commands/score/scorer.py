@@ -89,7 +89,10 @@ def load_scorer(config: ScoreConfig, rater: Rater) -> Scorer:
             else:
                 params_of[name] = replicate(mesh, models.load_model(side, dtype=jnp.float32)[1])
     decoder = models.make_decoder(architecture, remat="none")
-    data = dataclasses.replace(config.data, **rater.document["reading"])
+    reading = rater.document["reading"]
+    if config.data.truncation == "drop":
+        reading = {**reading, "truncation": "drop"}
+    data = dataclasses.replace(config.data, **reading)
     return Scorer(
         rater, data, tokenizer, architecture, decoder, params_of, mesh, config.score.file, config.score.batch_tokens
     )
@@ -110,10 +113,19 @@ def find_model(config: ScoreConfig, rater: Rater) -> str:
 
 
 def check_reading(config: ScoreConfig, rater: Rater) -> None:
-    """Raise a ValueError for keys of section data that would make other tokens than the rater was learned from."""
+    """Raise a ValueError for keys of section data that score has no use for, or that would make other tokens.
+
+    To drop rows that are too long changes nothing of the others, so it is always allowed.
+    """
+    for key in ("validation", "dev", "test"):
+        if given := getattr(config.data, key):
+            raise ValueError(
+                f"data.{key} = {', '.join(given)}: score trains and judges nothing, so it reads data.train alone, the "
+                f"new examples. Leave data.{key} out."
+            )
     for key, value in rater.document["reading"].items():
         given, default = getattr(config.data, key), getattr(DataSection, key)
-        if given not in (default, value):
+        if given not in (default, value) and (key, given) != ("truncation", "drop"):
             raise ValueError(
                 f"data.{key} = {given!r}, and the rater was learned from examples read with {value!r}; its features "
                 f"would mean something else. Leave data.{key} out."

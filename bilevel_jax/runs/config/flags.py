@@ -47,6 +47,9 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Keys that most runs set, by section; `--help` shows these and `--help-all` shows all."""
 
+NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
+"""Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
+
 SHORT_FLAGS = {
     "--model": "model.name_or_path",
     "--train": "data.train",
@@ -243,6 +246,7 @@ def short_flags(config: Any) -> dict[str, str]:
     flags = {flag: key for flag, key in SHORT_FLAGS.items() if key in keys}
     dirs = [key for key in ("output.dir", "export.dir", "estimate.dir") if key in keys]
     if "score.rater" in keys:
+        flags = {flag: key for flag, key in flags.items() if key not in NOT_IN_SCORE}
         flags |= {"--data": "data.train", "--model": "score.model"}
     return flags | ({"--out": dirs[0]} if dirs else {})
 
@@ -277,8 +281,9 @@ def _show_values(config: Any) -> Any:
 def _with_common_keys(config: Any) -> Any:
     """The same values in classes whose other keys are hidden from the help."""
     sections = {}
+    unused = NOT_IN_SCORE if hasattr(config, "score") else ()
     for name, section in vars(config).items():
-        hidden = {key for key in vars(section) if key not in COMMON_KEYS.get(name, ())}
+        hidden = {key for key in vars(section) if key not in COMMON_KEYS.get(name, ()) or f"{name}.{key}" in unused}
         sections[name] = _hide(type(section), hidden)(**vars(section))
     config_class = _hide(type(config), {name for name in sections if name not in COMMON_KEYS})
     return config_class(**sections)
