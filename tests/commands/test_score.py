@@ -21,6 +21,7 @@ from bilevel_jax.runs.engine import raters
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.infra.session import Interrupted
+from bilevel_jax.runs.scoring import features
 from tests.commands.run_table import contents, without_clock
 from tests.commands.typed_results import check_columns
 from tests.conftest import ROOT
@@ -96,6 +97,21 @@ def test_a_row_that_is_too_long_stops_the_run_or_is_dropped(made, rater, tmp_pat
     assert result["counts"] == {"rows": 3, "scored": 2, "dropped": 1, "selected": 2}
     logits = pq.read_table(tmp_path / "out" / "scores.parquet")["logit"].to_pylist()
     assert logits[1] is None and None not in (logits[0], logits[2])
+
+
+def test_a_column_that_hardly_varied_in_training_has_not_drifted_where_it_is_the_same(rater):
+    learned = raters.read_rater(rater[0])
+    raw = np.ones((1000, 2))
+    raw[0], raw[:, 1] = 3, np.arange(1000)  # cut at the quantile .99, the first column is constant
+    knots = np.quantile(raw, np.linspace(0, 1, features.RANK_KNOTS), axis=0).T
+    recipe = learned.recipe._replace(
+        columns=("rare", "varied"), low=raw.min(0), high=raw.max(0), knots=knots, indicators=np.zeros(2, bool)
+    )
+    assert features.find_constant_columns(recipe).tolist() == [True, False]
+    none = np.zeros(2)
+    moments = chunks.ColumnMoments(1000, none, none, raw.min(0), raw.max(0), none.astype(int))
+    drift = score_run.describe_drift(learned._replace(recipe=recipe), moments)
+    assert drift[0]["deviation"] is None and drift[0]["sentence"] == "" and "spread" in drift[1]["sentence"]
 
 
 ERRORS = {

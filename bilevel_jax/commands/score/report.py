@@ -27,6 +27,7 @@ def render_score_report(name: str, result: JsonObject, config_text: str, environ
         picture=plot_coefficients(result["coefficients"]),
         key_numbers=list_key_numbers(result),
         drift=drift_table(result["drift"]),
+        transform=result["transform"],
     )
 
 

@@ -38,6 +38,7 @@ from bilevel_jax.runs.engine import raters, selection
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES, Rater
 from bilevel_jax.runs.infra import distributed, run_dir, seals
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.features import find_constant_columns
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.splits import make_data_options
 
@@ -169,6 +170,7 @@ def _collect_facts(
         "training": rater.document["training"],
         "coefficients": rater.document["coefficients"],
         "link": rater.link,
+        "transform": rater.recipe.transform,
         "auc": _measure_auc(config, paths),
         "drift": (drift := describe_drift(rater, moments)),
         "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
@@ -179,7 +181,11 @@ def _collect_facts(
 
 
 def describe_drift(rater: Rater, moments: ColumnMoments) -> list[dict[str, Any]]:
-    """Of each feature: mean and deviation in units of the training examples', the ranges, and in words what moved."""
+    """Of each feature: mean and deviation in units of the training examples', the ranges, and in words what moved.
+
+    A column that was constant among these has no such unit: mean and deviation are None, and its range alone tells.
+    """
+    constant = find_constant_columns(rater.recipe)
     deviations = np.sqrt(moments.squares / max(1, moments.num_examples))
     columns = []
     for k, name in enumerate(rater.recipe.columns):
@@ -189,18 +195,17 @@ def describe_drift(rater: Rater, moments: ColumnMoments) -> list[dict[str, Any]]
             moments.outside[k] / moments.num_examples,
         )
         words = []
-        if abs(mean) > SHIFTED_MEAN:
+        if not constant[k] and abs(mean) > SHIFTED_MEAN:
             words.append(f"is {abs(mean):.1f} deviations {'higher' if mean > 0 else 'lower'} than in training")
-        is_constant = rater.recipe.low[k] == rater.recipe.high[k]
-        if not is_constant and not 1 / SHIFTED_SCALE < deviation < SHIFTED_SCALE:
+        if not constant[k] and not 1 / SHIFTED_SCALE < deviation < SHIFTED_SCALE:
             words.append(f"has {deviation:.2g} times the spread of training")
         if outside > OUTSIDE_SHARE:
             words.append(f"lies outside the range of training in {outside:.1%} of the rows")
         columns.append(
             {
                 "name": name,
-                "mean": mean,
-                "deviation": deviation,
+                "mean": None if constant[k] else mean,
+                "deviation": None if constant[k] else deviation,
                 "range": [float(moments.low[k]), float(moments.high[k])],
                 "training_range": [float(rater.recipe.low[k]), float(rater.recipe.high[k])],
                 "outside": outside,

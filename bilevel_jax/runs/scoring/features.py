@@ -249,14 +249,13 @@ def fit_recipe(
         indicators=np.asarray(np.isin(kept, (0, 1)).all(0)),
     )
     moved = _transform(recipe, kept)
-    spread = moved.std(0)
-    varies = spread > 1e-9 * np.maximum(1e-30, np.abs(moved).max(0))
+    varies = _varies(moved)
     if not varies.any():
         raise ValueError(
             f"rater.features: {', '.join(columns)} are the same for all {len(kept):,} training examples, so nothing "
             "can be told by them. Name others."
         )
-    recipe = recipe._replace(mean=moved.mean(0), scale=np.where(varies, spread, 1))
+    recipe = recipe._replace(mean=moved.mean(0), scale=np.where(varies, moved.std(0), 1))
     scaled = np.zeros_like(raw)
     scaled[trainable] = scale_features(recipe, kept)
     return recipe, FeatureTable(raw, scaled)
@@ -360,6 +359,15 @@ def check_finite_features(
 def scale_features(recipe: Recipe, raw: Table) -> Table:
     """The features as the rater reads them: transformed, less the training examples' mean, over their deviation."""
     return (_transform(recipe, raw) - recipe.mean) / recipe.scale
+
+
+def find_constant_columns(recipe: Recipe) -> Bool[np.ndarray, "columns"]:
+    """Columns that are one value for all training examples once transformed, so that nothing was learned of them."""
+    return ~_varies(_transform(recipe, recipe.knots.T))
+
+
+def _varies(moved: Table) -> Bool[np.ndarray, "columns"]:
+    return moved.std(0) > 1e-9 * np.maximum(1e-30, np.abs(moved).max(0))
 
 
 def _transform(recipe: Recipe, raw: Table) -> Table:
