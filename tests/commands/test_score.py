@@ -95,6 +95,7 @@ def test_a_row_that_is_too_long_stops_the_run_or_is_dropped(made, rater, tmp_pat
         score(made, rater[0], tmp_path / "stopped", data=data)
     result = score(made, rater[0], tmp_path / "out", "--data.truncation", "drop", data=data)
     assert result["counts"] == {"rows": 3, "scored": 2, "dropped": 1, "selected": 2}
+    assert "too few to tell" in result["sentence"] and result["drift_sentences"] == []
     logits = pq.read_table(tmp_path / "out" / "scores.parquet")["logit"].to_pylist()
     assert logits[1] is None and None not in (logits[0], logits[2])
 

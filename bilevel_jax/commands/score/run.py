@@ -46,6 +46,8 @@ SCORES_FILE, SELECTED_FILE = "scores.parquet", "selected.jsonl"
 SHIFTED_MEAN, SHIFTED_SCALE, OUTSIDE_SHARE = 0.5, 1.5, 0.05
 """A feature has drifted where its mean is this many deviations off, its deviation differs by this factor, or this share
 of the examples lies beyond the range of the training examples."""
+LEAST_ROWS = 30
+"""Of fewer rows the mean and the deviation are chance, and only the range is judged."""
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -143,6 +145,8 @@ def summarize(result: dict[str, Any]) -> str:
         f"{', ...' if len(drifted) > 3 else ''}): read the report before you use them"
         if drifted
         else "no feature has drifted"
+        if result["judges_drift"]
+        else f"fewer than {LEAST_ROWS} rows are too few to tell whether features have drifted"
     )
     return f"{counts['scored']:,} of {counts['rows']:,} rows scored, {counts['selected']:,} selected; {drift}."
 
@@ -172,6 +176,7 @@ def _collect_facts(
         "link": rater.link,
         "transform": rater.recipe.transform,
         "auc": _measure_auc(config, paths),
+        "judges_drift": scored >= LEAST_ROWS,
         "drift": (drift := describe_drift(rater, moments)),
         "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
         "notes": [f"{dropped:,} of {int(rows):,} rows are too long for the rater (data.truncation): no score."]
@@ -186,6 +191,7 @@ def describe_drift(rater: Rater, moments: ColumnMoments) -> list[dict[str, Any]]
     A column that was constant among these has no such unit: mean and deviation are None, and its range alone tells.
     """
     constant = find_constant_columns(rater.recipe)
+    is_judged = ~constant & (moments.num_examples >= LEAST_ROWS)
     deviations = np.sqrt(moments.squares / max(1, moments.num_examples))
     columns = []
     for k, name in enumerate(rater.recipe.columns):
@@ -195,9 +201,9 @@ def describe_drift(rater: Rater, moments: ColumnMoments) -> list[dict[str, Any]]
             moments.outside[k] / moments.num_examples,
         )
         words = []
-        if not constant[k] and abs(mean) > SHIFTED_MEAN:
+        if is_judged[k] and abs(mean) > SHIFTED_MEAN:
             words.append(f"is {abs(mean):.1f} deviations {'higher' if mean > 0 else 'lower'} than in training")
-        if not constant[k] and not 1 / SHIFTED_SCALE < deviation < SHIFTED_SCALE:
+        if is_judged[k] and not 1 / SHIFTED_SCALE < deviation < SHIFTED_SCALE:
             words.append(f"has {deviation:.2g} times the spread of training")
         if outside > OUTSIDE_SHARE:
             words.append(f"lies outside the range of training in {outside:.1%} of the rows")
