@@ -161,6 +161,16 @@ def some_checks(rng):
     return Checks(residual=residual, curvature=curvature, resolution=resolution, replayed=rng.random() < 0.8)
 
 
+def test_what_was_not_told_of_other_examples_is_said_with_its_reason():
+    def say(reliability):
+        return judge_certificates(SOUND._replace(reliability=reliability)).others_reason
+
+    assert say(None).startswith("whether another validation set agrees was not measured. Compute")
+    assert "one validation example has no halves" in say(Reliability(NAN, NAN, 1))
+    assert "the independent set do not agree" in say(Reliability(NAN, NAN, 9, agreement=0.1, signal=-0.1))
+    assert "Even of these the halves hardly agree" in say(Reliability(0.0, 1.2, 9, is_fitted=True))
+
+
 def some_reliability(rng):
     reliability = Reliability(rng.choice([rng.random(), rng.random(), NAN]), 0.5, 10)
     return rng.choice([None, reliability, reliability._replace(is_fitted=True)])

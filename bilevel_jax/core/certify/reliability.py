@@ -44,7 +44,7 @@ class Reliability(NamedTuple):
         spread = "" if math.isnan(self.spread) else f" ± {self.spread:.2f}"
         if not math.isnan(self.agreement):
             if math.isnan(self.value):
-                return f"cannot be told: the halves of the independent set do not agree ({draws})"
+                return f"unknown: the halves of the independent set do not agree ({draws})"
             return f"{self.value:.2f}{spread} against an independent set ({draws} of its halves)"
         if math.isnan(self.value):
             reason = " (one validation example has no halves)" if self.num_validation == 1 else ""

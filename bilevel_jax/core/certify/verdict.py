@@ -196,15 +196,20 @@ def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str,
     value = math.nan if reliability is None or reliability.value == math.inf else reliability.value
     measured = not math.isnan(value)
     number = (
-        f"its reliability is {reliability}." if measured else "whether another validation set agrees was not measured."
+        "whether another validation set agrees was not measured."
+        if reliability is None
+        else f"its reliability is {reliability}."
     )
     if value < RELIABILITY_LIMIT:
-        return DO_NOT_BELIEVE, f"{number} The entries are mostly this validation set's noise."
+        seen = "Even of these the halves hardly agree: the" if reliability and reliability.is_fitted else "The"
+        return DO_NOT_BELIEVE, f"{number} {seen} entries are mostly this validation set's noise."
     if level != BELIEVE:
         return level, f"what holds for this validation set comes first; {number}"
-    if not measured:
+    if reliability is None:
         return UNDECIDED, f"{number} Compute the reliability, or read the loss of a dev set."
-    if reliability is not None and reliability.is_fitted:
+    if not measured:
+        return UNDECIDED, f"{number} Give a dev set with more examples."
+    if reliability.is_fitted:
         return UNDECIDED, f"{number} Give a dev set."
     if value >= RELIABILITY_WANTED:
         return BELIEVE, number
