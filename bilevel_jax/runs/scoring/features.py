@@ -252,8 +252,8 @@ def fit_recipe(
     varies = _varies(moved)
     if not varies.any():
         raise ValueError(
-            f"rater.features: {', '.join(columns)} are the same for all {len(kept):,} training examples, so nothing "
-            "can be told by them. Name others."
+            f"rater.features: {', '.join(columns)} tells no training example from another: all {len(kept):,} have "
+            "the same. Name other features."
         )
     recipe = recipe._replace(mean=moved.mean(0), scale=np.where(varies, moved.std(0), 1))
     scaled = np.zeros_like(raw)

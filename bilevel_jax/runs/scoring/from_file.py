@@ -217,7 +217,7 @@ def read_id_column(path: str, name: str, *, optional: bool = False) -> IdColumn:
             )
         values[example_id], lines[example_id] = _to_number(row.get(name, row.get(former)), name, where), line
     if not values:
-        raise ValueError(f"{path}: no rows. Give the weights.parquet of a run, or leave weights.file empty.")
+        raise ValueError(f"{path}: no rows. Give the weights.parquet of a run, or leave the file out.")
     if not {name, former} & keys:
         if not optional:
             raise ValueError(_describe_missing_column(path, name, keys))
@@ -234,7 +234,7 @@ def _to_number(value: Any, name: str, where: str) -> float:
         except OverflowError:
             return math.inf if value > 0 else -math.inf
     raise ValueError(
-        f"{where}: {name} holds {files.describe_value(value)}; numbers are wanted. Choose another weights.column, or "
+        f"{where}: {name} holds {files.describe_value(value)}; numbers are wanted. Choose another column, or "
         "write a number."
     )
 
@@ -286,10 +286,10 @@ def _describe_missing_id(column: IdColumn, example: Example, count: str) -> str:
 def _describe_missing_column(path: str, name: str, keys: set[str]) -> str:
     renamed = next((new for new, former in FORMER_COLUMNS.items() if former == name and new in keys), "")
     if renamed:
-        return f"{path}: the column {name!r} is called {renamed!r} since 0.2: set weights.column to it."
+        return f"{path}: the column {name!r} is called {renamed!r} since 0.2: name it so."
     nearest = difflib.get_close_matches(name, keys, n=1)
     hint = f"; nearest: {nearest[0]!r}" if nearest else ""
-    return f"{path}: no column {name!r}{hint}; the columns are {sorted(keys)}. Set weights.column to one of them."
+    return f"{path}: no column {name!r}{hint}; the columns are {sorted(keys)}. Name one of them."
 
 
 def _minmax_transform(scores: np.ndarray) -> np.ndarray:

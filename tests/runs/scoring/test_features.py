@@ -132,7 +132,7 @@ def test_columns_of_the_user_are_joined_by_id(task, tmp_path):
 
 
 def test_features_that_say_nothing_are_an_error(task):
-    with pytest.raises(ValueError, match="the same for all"):
+    with pytest.raises(ValueError, match="kind prompt tells no training example from another"):
         make_features(task, RaterSection(features=("kind",)))
 
 
