@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.score import chunks
+from bilevel_jax.commands.score import chunks, scorer
 from bilevel_jax.commands.score import run as score_run
 from bilevel_jax.commands.score.choose import choose_rows
+from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.runs.config.load import ScoreConfig, load_config
 from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
 from bilevel_jax.runs.engine import raters
@@ -113,6 +114,16 @@ def test_a_column_that_hardly_varied_in_training_has_not_drifted_where_it_is_the
     moments = chunks.ColumnMoments(1000, none, none, raw.min(0), raw.max(0), none.astype(int))
     drift = score_run.describe_drift(learned._replace(recipe=recipe), moments)
     assert drift[0]["deviation"] is None and drift[0]["sentence"] == "" and "spread" in drift[1]["sentence"]
+
+
+def test_a_weight_that_overflows_names_its_row_and_feature(made, rater):
+    learned = raters.read_rater(rater[0])
+    rows = load_examples([str(made / "train.jsonl")])[:3]
+    scaled = np.zeros((3, len(learned.recipe.columns)))
+    scorer.check_weights(learned, rows, scaled, np.array([0.0, 100.0, -1e9]))
+    scaled[1, 0] = -4000
+    with pytest.raises(ValueError, match="train.jsonl:2: .* overflows: 'length of prompt' is -4e\\+03 deviations"):
+        scorer.check_weights(learned, rows, scaled, np.array([0.0, 1000.0, 2000.0]))
 
 
 ERRORS = {

@@ -169,7 +169,12 @@ def _collect_facts(
     return {
         "counts": {"rows": int(rows), "scored": int(scored), "dropped": dropped, "selected": num_selected},
         "selection": selection.describe_selection_rule(config.selection),
-        "weights": {"mean": weight / scored, "ess": weight**2 / square, "least": low, "largest": high},
+        "weights": {
+            "mean": weight / scored,
+            "ess": weight**2 / square if square else 0.0,
+            "least": low,
+            "largest": high,
+        },
         "logits": {"mean": mean, "deviation": float(np.sqrt(centred / scored))},
         "training": rater.document["training"],
         "coefficients": rater.document["coefficients"],

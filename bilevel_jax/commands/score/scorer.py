@@ -33,6 +33,8 @@ from bilevel_jax.runs.tasks.reference import fingerprint_model_files
 from bilevel_jax.runs.tasks.text import tokenize_examples
 
 T = TypeVar("T")
+LARGEST_WEIGHT = 1e100
+"""Sums of squares of larger ones overflow."""
 
 
 class Scorer(NamedTuple):
@@ -167,4 +169,20 @@ def score_examples(scorer: Scorer, examples: Sequence[Example], corpus: Corpus) 
     features.check_finite_features(recipe.columns, raw, examples, np.flatnonzero(is_kept))
     scaled = features.scale_features(recipe, raw)
     logits = scorer.rater.logits(scaled)
+    check_weights(scorer.rater, examples, np.where(is_kept[:, None], scaled, 0), np.where(is_kept, logits, 0))
     return ScoredExamples(is_kept, raw, scaled, np.where(is_kept, logits, np.nan))
+
+
+def check_weights(rater: Rater, examples: Sequence[Example], scaled: Table, logits: np.ndarray) -> None:
+    """Raise a ValueError that names the first row whose weight overflows, and the feature that is farthest off."""
+    with np.errstate(over="ignore"):
+        too_large = np.flatnonzero(~(rater.weights(logits) <= LARGEST_WEIGHT))
+    if len(too_large):
+        row = too_large[0]
+        column = int(np.argmax(np.abs(scaled[row])))
+        raise ValueError(
+            f"{examples[row].where}: the rater's logit is {logits[row]:.3g}, and the weight overflows: "
+            f"{rater.recipe.columns[column]!r} is {scaled[row, column]:.3g} deviations off its mean in training, "
+            f"which rater.transform = {rater.recipe.transform} lets through. Mend the row, or learn the rater with "
+            "rater.transform: clip."
+        )
