@@ -196,7 +196,8 @@ def with_prior(shared: Path, mode: Mode) -> tuple[Setting, Params]:
     return problem(shared, mode, prior=1.0), swept(shared, mode).run.end.params
 
 
-@pytest.mark.parametrize("mode", [pytest.param(FULL, marks=pytest.mark.slow), LORA], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=str)
 def test_gauss_newton_is_symmetric_and_positive(mode, shared, x64):
     one, params = with_prior(shared, mode)
     product = curvature.gauss_newton(one.problem, one.loss)

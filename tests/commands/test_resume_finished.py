@@ -4,7 +4,7 @@ import pytest
 
 from tests.commands.run_table import RUNS, files, start, table_inputs  # noqa: F401
 
-FAST = ("train, a score, refreshed", "train, streaming")
+FAST = ("train, streaming",)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def test_likelihoods_are_the_losses_of_training(lm, rows):
     assert logliks.num_tokens.tolist() == [5] * 8  # four letters and the end token
 
 
+@pytest.mark.slow
 def test_draws_depend_on_their_prompt_alone(lm, rows):
     drawn = lm.generate(["abcd>", "bcda>"], max_new_tokens=6, num_generations=2, seed=3)
     assert [len(responses) for responses in drawn] == [2, 2] and drawn[0][0] != drawn[0][1]

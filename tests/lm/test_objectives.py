@@ -121,7 +121,10 @@ def distance(one, other):
     return max(np.abs(np.asarray(a) - b).max() / np.abs(b).max() for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("simpo", "sft, token mean"))) for name in OBJECTIVES],
+)
 def test_weights_count_rows(name, x64):
     """Weight 0 = the row is not there, weight 2 = it is there twice, under one denominator."""
     loss, data = OBJECTIVES[name]

@@ -211,9 +211,7 @@ def plain(model: Model, key, batch_size=None, optimizer=ADAM):
     return value
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "linen" else []) for name in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "nnx")) for name in MODELS])
 def test_weights(name):
     train, valid, weights = data()
     model, key = MODELS[name](), jax.random.key(5)

@@ -293,7 +293,9 @@ def test_packed_equals_separate(config, x64):
 SMOOTH = {name: CONFIGS[name] for name in ("qwen3", "neox", "gpt2", "gemma3")}
 
 
-@pytest.mark.parametrize("config", SMOOTH.values(), ids=SMOOTH)
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name == "neox")) for name, c in SMOOTH.items()]
+)
 def test_products_are_slopes_of_the_loss_and_its_gradient(config, x64):
     model = make_decoder(config)
     params = init_params(config, jax.random.key(0), dtype=jnp.float64)
