@@ -174,9 +174,9 @@ def backward_pass_of_each(
     estimate but `checks` and `params`, lead with [losses], and of the checks `growth` does.
 
     With `keep_bits` the adjoints of a step of one micro-batch are not batched: one compiled program has the products of
-    all of them, so that each has the same bits as alone (in every case tried on CPUs) and the compiler shares their
-    primal passes. It grows with their number. Of several micro-batches they are batched even so, as the compiler would
-    not share the passes of several loops: then the bits are equal but for rounding.
+    all of them, so that each is computed as alone (on CPUs mostly to the bit, else to rounding) and the compiler shares
+    their primal passes. It grows with their number. Of several micro-batches they are batched even so, as the compiler
+    would not share the passes of several loops.
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
 

@@ -152,6 +152,7 @@ def test_with_folds_and_dev_a_stop_changes_no_bit(made, with_dev, tmp_path, stop
     same_run(tmp_path / "run", with_dev[0])
 
 
+@pytest.mark.slow
 def test_dev_judges_the_reliability_at_learned_weights(made, tmp_path, stop_at):
     """Stopped in a step back that carries dev and its halves, and gone on with: the same bits."""
     flags = ("--fast", "--outer.steps", "1", "--outer.reliability-every", "1", "--data.dev", str(made / "dev.jsonl"))

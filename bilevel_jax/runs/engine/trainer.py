@@ -100,7 +100,7 @@ class Trainer:
             self._backward_pass_of_each = backward_pass_of_each(
                 task.problem,
                 task.train_step,
-                keep_bits=True,  # what is measured beside the hypergradient changes none of its bits
+                keep_bits=True,  # what is measured beside the hypergradient changes it by rounding at most
                 window=window,
                 on_step=lambda step: session.advance(backward_step_work(self._num_losses)),
                 on_replay=on_replay,
