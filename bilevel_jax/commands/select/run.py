@@ -16,13 +16,9 @@ from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
 from bilevel_jax.runs.engine import artifacts, raters
 from bilevel_jax.runs.engine.certificates import compute_certificates
 from bilevel_jax.runs.engine.folds import take_turn
-from bilevel_jax.runs.engine.outer_loop import (
-    LearnedWeights,
-    average_reliability_near,
-    data_order_seed,
-    run_outer_loop,
-)
+from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, run_outer_loop
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
+from bilevel_jax.runs.engine.reliability import average_reliability_near
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines

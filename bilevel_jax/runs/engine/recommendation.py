@@ -129,5 +129,6 @@ def _describe(
         )
     if chosen == 0:
         return f"Use {use.name}, the simplest arm: {why} ({where})."
-    amount = f"{gain.value:.4f} {unit} (95 % interval {gain.low:.4f} to {gain.high:.4f})"
+    chance = "; it may be chance" if gain.low <= 0 else ""
+    amount = f"{gain.value:.4f} {unit} (95 % interval {gain.low:.4f} to {gain.high:.4f}{chance})".replace("-", "−")
     return f"Use {use.name}: it gains {amount} over {simplest.name}, the simplest; {why} ({where})."

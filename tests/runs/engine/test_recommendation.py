@@ -47,6 +47,16 @@ def test_a_tie_goes_to_the_simpler_and_less_than_one_standard_error_is_a_tie():
     assert recommend(drawn({"uniform": 0.0, "learned": 0.3}), "nats").sentence.startswith("Use uniform, the simplest")
 
 
+def test_a_gain_whose_interval_holds_zero_is_said_to_be_perhaps_chance():
+    """Better by 1.5 standard errors: the best is recommended, and not as if that were certain."""
+    difference = np.array([[1.0, -1.0] * 20])
+    difference -= 1.5 * difference.std() / 39**0.5
+    told = recommend({"uniform": np.full((1, 40), 3.0), "learned": 3.0 + difference}, "nats")
+    assert told.use == "learned" and told.gain.low < 0 < told.gain.value
+    assert f"interval −{-told.gain.low:.4f} to" in told.sentence and "it may be chance" in told.sentence
+    assert "chance" not in recommend(drawn({"learned": -0.5, "uniform": 0.0}), "nats").sentence
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_neither_the_order_of_arms_nor_that_of_examples_matters(seed):
     random = np.random.default_rng(seed)
