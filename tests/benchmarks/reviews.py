@@ -51,6 +51,7 @@ CURVES = {
     "learned + V, weight learned": ("learned with folds", "learned+validation"),
     "pooled": ("pooled", "learned"),
     "rater": ("rater", "learned"),
+    "rater, share told": ("rater", "selected"),
     "rater + V": ("rater", "learned+validation"),
     "oracle": ("learned", "oracle"),
 }
