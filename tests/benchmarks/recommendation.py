@@ -86,7 +86,7 @@ def list_settings() -> list[dict[str, Any]]:
 
 def measure(shared: Path, lines: Path) -> None:
     """Run the settings that the file does not hold yet."""
-    held = [{key: line[key] for key in ("task", "noise", "validation")} for line in _read(lines)]
+    held = [{key: line[key] for key in ("task", "noise", "validation")} for line in read_lines(lines)]
     with tempfile.TemporaryDirectory() as temporary:
         for setting in list_settings():
             if setting in held:
@@ -230,7 +230,7 @@ def read_dev_losses(run: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
 
 def print_table(lines: Path, reviews: Path | None) -> None:
     """A row for each setting, and how many have a regret of at most one standard error."""
-    rows = _read(lines) + (judge_reviews(reviews) if reviews else [])
+    rows = read_lines(lines) + (judge_reviews(reviews) if reviews else [])
     print("| task | noise | \\|V\\| | recommended | best on test | regret | standard error | regret of uniform |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -244,7 +244,7 @@ def print_table(lines: Path, reviews: Path | None) -> None:
 
 def judge_reviews(lines: Path) -> list[dict[str, Any]]:
     """The settings of tests.benchmarks.reviews, by the same measure: what its runs `learned` recommended."""
-    runs = [line for line in _read(lines) if line["run"] == "learned"]
+    runs = [line for line in read_lines(lines) if line["run"] == "learned"]
     return [
         {"task": "film reviews", "noise": "60 %", "validation": line["size"]}
         | judge({arm: np.array(losses) for arm, losses in line["dev_losses"].items()}, line["test"])
@@ -252,7 +252,8 @@ def judge_reviews(lines: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _read(lines: Path) -> list[dict[str, Any]]:
+def read_lines(lines: Path) -> list[dict[str, Any]]:
+    """The lines of a file that a benchmark adds to; none where there is no file."""
     return [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.runs.config.load import SelectConfig, load_config
-from tests.benchmarks.recommendation import read_dev_losses
+from tests.benchmarks.recommendation import read_dev_losses, read_lines
 from tests.runs.problems_lm import MODEL, with_headroom
 
 SIMPLE = (
@@ -60,7 +60,7 @@ CURVES = {
 
 def measure(shared: Path, lines: Path, names: list[str], sizes: list[int], seeds: int) -> None:
     """Run what the file does not hold yet, and add it as it is finished."""
-    held = {(line["run"], line["size"], line["seed"]) for line in _read(lines)}
+    held = {(line["run"], line["size"], line["seed"]) for line in read_lines(lines)}
     for seed in range(seeds):
         for name in names:
             for size in sizes:
@@ -115,7 +115,7 @@ def _write_data(shared: Path, folder: Path, size: int) -> None:
 
 def draw(lines: Path, picture: Path | None) -> None:
     """Print the table, and draw a curve for each way of choosing."""
-    held = {(line["run"], line["size"], line["seed"]): line for line in _read(lines)}
+    held = {(line["run"], line["size"], line["seed"]): line for line in read_lines(lines)}
     sizes, seeds = (sorted({key[place] for key in held}) for place in (1, 2))
     table = {
         label: {
@@ -159,10 +159,6 @@ def _plot(table: dict[str, dict[int, list[float]]], sizes: list[int], picture: P
     axes.minorticks_off()
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(picture)
-
-
-def _read(lines: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Leave-k-out retraining and the linear datamodeling score (LDS)."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from bilevel_jax.core.certify import RemovalPrediction, spearman
+from bilevel_jax.core.certify import RemovalPrediction, compare_with_retrains
 from bilevel_jax.core.types import PADDING, Params, Stream, TrainState, TrainStep
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.runs import stats
@@ -177,11 +176,7 @@ def predict_removals(
     """What hypergradients (as scores, larger is better) foretell of the retrains without the first share of rows."""
     predicted = retrains.predict_loss_rise(scores)[0]
     actual = retrains.losses["validation"][0][:, 0] - validation_loss
-    centered = predicted - predicted.mean()
-    energy = float(centered @ centered)
-    slope = float(centered @ (actual - actual.mean())) / energy if energy else math.nan
-    rank = spearman(jnp.asarray(predicted), jnp.asarray(actual))
-    return RemovalPrediction(retrains.fractions[0], tuple(predicted.tolist()), tuple(actual.tolist()), rank, slope)
+    return compare_with_retrains(retrains.fractions[0], predicted, actual)
 
 
 def build_retrain_table(retrains: LeaveOutRetrains, example_ids: list[str], query_ids: list[str]) -> pa.Table:

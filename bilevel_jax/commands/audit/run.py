@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.audit import judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
-from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.types import PADDING, Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs.budget.work import count_audit_work
@@ -33,7 +32,7 @@ from bilevel_jax.runs.engine.trainer import (
 )
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
-from bilevel_jax.runs.infra.placement import cache_stream, replicate
+from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
@@ -217,9 +216,6 @@ def compute_estimates(
     exact_record: dict[str, Any] = {}
     fit, trainer = task.held_out_streams["validation"], uniform_training.trainer
     has_halves = trainer.has_halves("validation")
-    trainer_halves = replicate(
-        task.mesh, trainer.draw_halves("validation", config.data.seed).astype(jnp.result_type(float))
-    )
     query_streams = [retrains.single_example_stream(fit, row) for row in uniform_training.query_indices]
     groups = [
         query_streams[start : start + config.audit.vmap_size]
@@ -229,7 +225,9 @@ def compute_estimates(
     for name in config.audit.estimators:
         session.set_phase(f"hypergradients: {name}")
         estimate = make_estimator(name, config, task, uniform_training, session)
-        halves = [halve_stream(fit, trainer_halves)] if name == EXACT_ESTIMATOR and has_halves else []
+        halves = (
+            [trainer.halved_stream("validation", config.data.seed)] if name == EXACT_ESTIMATOR and has_halves else []
+        )
         values, record = _estimate_once(session, name, estimate, [fit, *halves])
         # each query's share of L_v, times the number of rows: its own loss
         size = float(np.ravel(fit.batch(0)["num_examples"])[0])

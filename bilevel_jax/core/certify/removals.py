@@ -1,10 +1,12 @@
 """Metasmoothness, and retrains without some of the examples."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bilevel_jax.core import tree
@@ -191,9 +193,31 @@ def predict_removals(
         subset_weights = drop_random_examples(subkey, weights, fraction)
         predicted.append(float(jnp.vdot(grad, subset_weights - weights)))
         actual.append(retrain(subset_weights) - validation_loss)
-    p, a = jnp.array(predicted), jnp.array(actual)
-    slope = jnp.vdot(p - p.mean(), a - a.mean()) / jnp.vdot(p - p.mean(), p - p.mean())
-    return RemovalPrediction(fraction, tuple(predicted), tuple(actual), spearman(p, a), float(slope))
+    return compare_with_retrains(fraction, predicted, actual)
+
+
+def compare_with_retrains(fraction: float, predicted: Sequence[float], actual: Sequence[float]) -> RemovalPrediction:
+    """The rank correlation and the slope of predicted and actual changes of L_v.
+
+    Args:
+        fraction: of the examples that each retrain left out.
+        predicted: changes of L_v by the hypergradient, nats.
+        actual: by retraining, nats.
+
+    Returns:
+        The prediction; its slope is nan where all predicted changes are equal.
+
+    Example:
+        >>> bj.certify.compare_with_retrains(0.5, [0.0, 1.0, 2.0], [0.0, 2.0, 4.0]).slope
+        2.0
+    """
+    p, a = np.asarray(predicted, float), np.asarray(actual, float)
+    centred = p - p.mean()
+    energy = float(centred @ centred)
+    slope = float(centred @ (a - a.mean())) / energy if energy else math.nan
+    return RemovalPrediction(
+        fraction, tuple(p.tolist()), tuple(a.tolist()), spearman(jnp.asarray(p), jnp.asarray(a)), slope
+    )
 
 
 def spearman(first: Float[Array, "n"], second: Float[Array, "n"]) -> float:

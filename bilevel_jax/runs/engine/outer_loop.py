@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import weightings
 from bilevel_jax.core.certify import Reliability
-from bilevel_jax.core.types import Checks, Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
+from bilevel_jax.core.types import Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.core.weightings import (
     PartReliability,
@@ -26,11 +26,7 @@ from bilevel_jax.core.weightings import (
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
-from bilevel_jax.runs.engine.reliability import (
-    measure_estimate_reliability,
-    measures_reliability,
-    reliability_to_json,
-)
+from bilevel_jax.runs.engine.reliability import fields_to_json, measure_estimate_reliability, measures_reliability
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -389,10 +385,10 @@ class OuterLoop:
             "largest": float(weights.max()),
             **validation_weight,
             "auc": labels.auc(fetch_to_host(weights)[: task.num_examples]) if labels is not None else None,
-            "checks": _checks_to_json(estimate.checks),
+            "checks": fields_to_json(estimate.checks),
             "reliability": _reliability_value(draw, is_fitted=False),
             "fitted_reliability": _reliability_value(draw, is_fitted=True),
-            "reliability_draw": draw and reliability_to_json(draw),
+            "reliability_draw": draw and fields_to_json(draw),
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
             "pooling": None,
             **self._record_coefficients(),
@@ -501,9 +497,3 @@ def format_record(label: str, record: dict[str, Any], unit: str) -> str:
     reliability = record.get("reliability")
     reliability_words = "" if reliability is None else f"  reliability {reliability:.2f}"
     return f"{label}   L_v ({unit}): {loss}   ESS {record['ess']:.0f}{auc_words}{reliability_words}"
-
-
-def _checks_to_json(checks: Checks) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and np.isnan(value) else value for key, value in checks._asdict().items()
-    }

@@ -102,9 +102,8 @@ def make_rater_features(
 def features_work(task: Task, settings: RaterSection, scores_settings: ScoresSection) -> float:
     """What making the features takes, in training steps: side models, and a forward pass over all for each model."""
     needed = features.models_of(settings.features)
-    steps_per_epoch = -(-len(task.trainable_indices()) // task.batch_size)
     training = {"start": 0, "holdout": scores.holdout_steps(task, scores_settings), "uniform": task.num_steps}
-    return sum(training[name] + steps_per_epoch / 3 for name in needed)
+    return sum(training[name] + scores.steps_per_epoch(task) / 3 for name in needed)
 
 
 def rater_work(task: Task, outer: OuterSection, settings: RaterSection, scores_settings: ScoresSection) -> float:

@@ -11,7 +11,7 @@ from bilevel_jax.core.certify import (
     measure_reliability,
     measure_reliability_against,
 )
-from bilevel_jax.core.types import Estimate
+from bilevel_jax.core.types import Checks, Estimate
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.folds import Turn, count_judges
 from bilevel_jax.runs.engine.trainer import Trainer
@@ -65,13 +65,13 @@ def average_reliability_near(records: list[dict[str, Any]], step: int) -> Reliab
     return average_reliability(draws) if draws else None
 
 
-def reliability_to_json(reliability: Reliability) -> dict[str, Any]:
-    """Its fields, None for nan."""
-    fields = reliability._asdict().items()
+def fields_to_json(measured: Reliability | Checks) -> dict[str, Any]:
+    """The fields, None for nan."""
+    fields = measured._asdict().items()
     return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in fields}
 
 
 def reliability_from_json(fields: dict[str, Any]) -> Reliability:
-    """The inverse of `reliability_to_json`."""
+    """The inverse of `fields_to_json`."""
     values: dict[str, Any] = {key: np.nan if value is None else value for key, value in fields.items()}
     return Reliability(**values)

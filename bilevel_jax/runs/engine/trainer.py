@@ -207,7 +207,7 @@ class Trainer:
 
         With `halves_seed`, `half_difference` is that of the two halves of the judges that `draw_halves` draws;
         with `dev_seed`, `independent` holds the hypergradient of dev loss and the difference of two halves of dev. They
-        go back beside the hypergradient, of which they change no bit where a step is one micro-batch.
+        go back beside the hypergradient, which they change by rounding at most.
         """
         fixed = self.task.frozen(run.start.params)
         validation = turn_validation_stream(self.task, turn)
@@ -252,6 +252,11 @@ class Trainer:
         halves[kept] = certify.validation_halves(len(kept), seed)
         return halves
 
+    def halved_stream(self, part: str, seed: int) -> Stream:
+        """A stream that sums to the difference of the two halves of validation or dev that `draw_halves` draws."""
+        halves = replicate(self.task.mesh, self.draw_halves(part, seed).astype(jnp.result_type(float)))
+        return halve_stream(self.task.held_out_streams[part], halves)
+
     def has_halves(self, part: str) -> bool:
         """Whether a part has the two examples that two halves need."""
         return self.num_held_out(part) > 1
@@ -271,19 +276,14 @@ class Trainer:
 
     def _extra_streams(self, halves_seed: int | None, dev_seed: int | None, turn: Turn | None) -> dict[str, Stream]:
         """The outer losses that go back beside that of validation, by the name of what they give."""
-
-        def halve(part: str, seed: int) -> Stream:
-            halves = replicate(self.task.mesh, self.draw_halves(part, seed).astype(jnp.result_type(float)))
-            return halve_stream(self.task.held_out_streams[part], halves)
-
         streams: dict[str, Stream] = {}
         if halves_seed is not None and turn is not None and len(turn.judges) > 1:
             streams["half_difference"] = halved_validation_stream(self.task, halves_seed, turn)
         elif halves_seed is not None and turn is None and self.has_halves("validation"):
-            streams["half_difference"] = halve("validation", halves_seed)
+            streams["half_difference"] = self.halved_stream("validation", halves_seed)
         if dev_seed is not None and self.has_halves("dev"):
             streams["dev"] = self.task.held_out_streams["dev"]
-            streams["dev_half_difference"] = halve("dev", dev_seed)
+            streams["dev_half_difference"] = self.halved_stream("dev", dev_seed)
         return streams
 
     def estimate_at_end(

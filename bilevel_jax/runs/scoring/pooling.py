@@ -17,7 +17,7 @@ from bilevel_jax.core.weightings import (
 )
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.scores import example_losses, train_side_model
+from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
 from bilevel_jax.runs.tasks.protocol import Task
 
 LEAST_VALIDATION_EXAMPLES = 4
@@ -107,8 +107,7 @@ def measure_validation_model_losses(
 
 def count_validation_models_work(task: Task) -> float:
     """What `measure_validation_model_losses` takes, in training steps."""
-    epoch = -(-len(task.trainable_indices()) // task.batch_size)
-    return len(ValidationModelLosses._fields) * (task.num_steps + epoch / 3)
+    return len(ValidationModelLosses._fields) * (task.num_steps + steps_per_epoch(task) / 3)
 
 
 def make_pooling_features(

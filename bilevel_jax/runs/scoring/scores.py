@@ -138,7 +138,7 @@ def loss_score(task: Task, params: Params, settings: ScoresSection, session: Ses
 
     Wrong where labels are: noise is hard. `perplexity` orders the other way round.
     """
-    return ScoreResult(example_losses(task, params), _steps_per_epoch(task) / 3)
+    return ScoreResult(example_losses(task, params), steps_per_epoch(task) / 3)
 
 
 def perplexity_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -146,7 +146,7 @@ def perplexity_score(task: Task, params: Params, settings: ScoresSection, sessio
 
     Wrong where the model already knows what it likes.
     """
-    return ScoreResult(-np.exp(example_losses(task, params)), _steps_per_epoch(task) / 3)
+    return ScoreResult(-np.exp(example_losses(task, params)), steps_per_epoch(task) / 3)
 
 
 def reducible_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -157,12 +157,12 @@ def reducible_score(task: Task, params: Params, settings: ScoresSection, session
     Wrong where validation is so small that the holdout model over-fits it: noise then looks no worse than the rest.
     """
     path = session.folder / "holdout.parquet"
-    passes = _steps_per_epoch(task) / 3
+    passes = steps_per_epoch(task) / 3
     if not path.exists():
         values = example_losses(task, train_holdout_model(task, settings, session))
         ids = [example.id for example in task.examples]
         run_dir.write_parquet(path, pa.table({"id": ids, "loss": values}))
-        passes += holdout_steps(task, settings) + _steps_per_epoch(task) / 3
+        passes += holdout_steps(task, settings) + steps_per_epoch(task) / 3
     holdout_loss_by_id = dict(zip(*(column.to_pylist() for column in run_dir.read_parquet(path).columns), strict=True))
     holdout_losses = np.array([holdout_loss_by_id[example.id] for example in task.examples], float)
     return ScoreResult(example_losses(task, params) - holdout_losses, passes)
@@ -174,7 +174,7 @@ def alignment_score(task: Task, params: Params, settings: ScoresSection, session
     One forward-mode product of the rows' losses along grad L_v over all of validation; no gradient of a row is formed
     (TracIn, Pruthi et al. 2020, at one checkpoint; one step of GREATS, Wang et al. 2024).
     """
-    passes = task.held_out_streams["validation"].steps + _steps_per_epoch(task) * 2 / 3
+    passes = task.held_out_streams["validation"].steps + steps_per_epoch(task) * 2 / 3
     return ScoreResult(example_alignments(task, params), passes)
 
 
@@ -195,7 +195,7 @@ def margin_score(task: Task, params: Params, settings: ScoresSection, session: S
 
     Of a preference pair its two sides are the classes: sqrt(2) (1 - σ(z)), where -log σ(z) is its loss.
     """
-    return ScoreResult(example_margins(task, params), _steps_per_epoch(task) / 3)
+    return ScoreResult(example_margins(task, params), steps_per_epoch(task) / 3)
 
 
 def random_score(task: Task, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
@@ -278,7 +278,7 @@ def example_margins(task: Task, params: Params) -> Float[np.ndarray, "examples"]
     )
 
 
-def _steps_per_epoch(task: Task) -> float:
+def steps_per_epoch(task: Task) -> float:
     """Batches that hold every row once."""
     return float(-(-len(task.trainable_indices()) // task.batch_size))
 
