@@ -57,6 +57,7 @@ def test_writes_what_it_promises(made, whole):
     assert [record["step"] for record in logged] == [0, 1, 2]
     assert [row["name"] for row in result["compare"]] == ["uniform", "learned", "validation", "oracle"]
     assert result["verdict"]["sentence"].startswith(result["verdict"]["level"])
+    assert result["verdict"]["sentence"].count("At the learned weights") == (result["best"] > 0)
     # the certificates at the learned weights, 3 retrains, two estimates and their trainings, are left out without any
     planned, left_out = result["estimate"]["passes"], 0 if result["best"] else 10 * (3 + 2 * (1 + 4))
     smaller = sum(len(place["exact"]["steps"]) - 1 for place in result["certificates"].values())  # a ratio was off
@@ -169,6 +170,16 @@ def test_dev_judges_the_reliability_at_learned_weights(made, tmp_path, stop_at):
     tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("whole", "run")]
     assert tables[0].equals(tables[1])
     assert again["records"][1]["reliability_draw"] == second["reliability_draw"]
+
+
+def test_one_validation_example_has_no_halves_and_the_verdict_asks_for_more_of_them(made, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text((made / "validation.jsonl").read_text("utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    flags = ("--outer.steps", "1", "--outer.reliability-every", "1", "--fast")
+    result = run(made, tmp_path / "run", "--data.validation", str(one), *flags)
+    assert [record["reliability_draw"]["num_validation"] for record in result["records"]] == [1, 1]
+    assert [record["reliability"] for record in result["records"]] == [None, None]
+    assert "not measured (one validation example has no halves)" in result["verdict"]["others_reason"]
 
 
 @pytest.mark.slow

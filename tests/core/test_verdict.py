@@ -166,7 +166,7 @@ def test_what_was_not_told_of_other_examples_is_said_with_its_reason():
         return judge_certificates(SOUND._replace(reliability=reliability)).others_reason
 
     assert say(None).startswith("whether another validation set agrees was not measured. Compute")
-    assert "one validation example has no halves" in say(Reliability(NAN, NAN, 1))
+    assert "one validation example has no halves). Give more of them." in say(Reliability(NAN, NAN, 1))
     assert "the independent set do not agree" in say(Reliability(NAN, NAN, 9, agreement=0.1, signal=-0.1))
     assert "Even of these the halves hardly agree" in say(Reliability(0.0, 1.2, 9, is_fitted=True))
 

@@ -75,7 +75,6 @@ def render_select_report(run: RunResults) -> str:
     """The whole report as HTML."""
     verdict, verdicts = run.result["verdict"], run.result["verdicts"]
     kind, icon = VERDICT_STYLES[verdict["level"]]
-    learned_level = verdicts.get("learned weights", verdict)["level"]
     return render_page(
         "select.html",
         run=run,
@@ -85,7 +84,7 @@ def render_select_report(run: RunResults) -> str:
         record=best_record(run),
         verdict=verdict | {"kind": kind, "icon": icon},
         certified=any(place["exact"] for place in run.result["certificates"].values()),
-        learned_level="" if learned_level == verdict["level"] else learned_level,
+        learned=verdicts.get("learned weights"),
         headline=write_headline(run),
         pictures=draw_first_pictures(run),
         key_numbers=list_key_numbers(run),

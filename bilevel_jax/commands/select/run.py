@@ -75,7 +75,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     if single_loop_result is None:
         certificates_by_weights = _certify(task, config, trainer, session, learned)
         verdicts = {name: certify.judge_certificates(value) for name, value in certificates_by_weights.items()}
-    verdict = _combine_verdicts(verdicts)
+    verdict = _verdict_of_run(verdicts)
 
     sources = [example.source for example in task.examples]
     selected = select_examples(
@@ -91,7 +91,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
-        "verdict": {**verdict._asdict(), "sentence": str(verdict)},
+        "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts)},
         "rater": coefficients,
         "selected": len(selected),
         "estimate": expected,
@@ -169,21 +169,25 @@ def _certify(
     return out
 
 
-def _combine_verdicts(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
-    """The verdict of the run: that of where the steps began, with what is known of where they ended.
+def _verdict_of_run(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
+    """The verdict of the run: that of where the steps began.
 
-    At the learned weights the slope nears 0, and a ratio with it tells less, so their level stands beside the other.
+    At the learned weights the slope nears 0, and a ratio with it tells less, so their verdict stands beside this one.
     """
-    verdict, learned = verdicts["uniform weights"], verdicts.get("learned weights")
-    if learned is None:
+    verdict = verdicts["uniform weights"]
+    if "learned weights" not in verdicts:
         return verdict
-    level = " ".join(filter(None, (learned.level, learned.scope)))
-    return verdict._replace(
-        scope=f"{verdict.scope} at uniform weights" if verdict.scope else "",
-        reason=f"at uniform weights {verdict.reason} At the learned weights: {level}.",
-        others_reason=f"at uniform weights {verdict.others_reason} At the learned weights {learned.others_level}: "
-        f"{learned.others_reason}",
-    )
+    if not verdict.scope:
+        return verdict._replace(reason=f"at uniform weights {verdict.reason}")
+    return verdict._replace(scope=f"{verdict.scope} at uniform weights")
+
+
+def _describe_verdicts(verdicts: dict[str, certify.Verdict]) -> str:
+    """Lines for people: the verdict of the run, for this validation set and for others; that at the learned weights."""
+    lines = str(_verdict_of_run(verdicts)).splitlines()
+    if learned := verdicts.get("learned weights"):
+        lines.append(f"At the learned weights {' '.join(str(learned).splitlines())}")
+    return "\n".join(lines)
 
 
 def _compare_by_retraining(

@@ -208,7 +208,8 @@ def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str,
     if reliability is None:
         return UNDECIDED, f"{number} Compute the reliability, or read the loss of a dev set."
     if not measured:
-        return UNDECIDED, f"{number} Give a dev set with more examples."
+        remedy = "Give more of them" if reliability.num_validation < 2 else "Give a dev set with more examples"
+        return UNDECIDED, f"{number} {remedy}."
     if reliability.is_fitted:
         return UNDECIDED, f"{number} Give a dev set."
     if value >= RELIABILITY_WANTED:

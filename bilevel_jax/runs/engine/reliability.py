@@ -1,5 +1,6 @@
 """Reliability of the hypergradients of outer steps, and its JSON."""
 
+import math
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ def measure_estimate_reliability(
     *,
     is_learned: bool,
 ) -> Reliability | None:
-    """The reliability over the examples that are trained on; None where neither halves nor dev were estimated.
+    """The reliability over the examples that are trained on; None where neither halves nor dev were estimated, and
+    without a number where there can be no halves.
 
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
     which has not steered them; without dev nobody knows.
@@ -50,7 +52,8 @@ def measure_estimate_reliability(
         scale = (trainer.num_held_out("dev") / num_validation) ** 0.5  # the noise of one set from that of another
         return measure_reliability(fetch(weights), fetch(estimate.grad), scale * dev_halves, num_validation)
     if not isinstance(estimate.half_difference, jax.Array):
-        return None
+        is_impossible = trainer.outer.reliability_every > 0 and num_validation < 2
+        return Reliability(math.nan, math.nan, num_validation) if is_impossible else None
     draw = measure_reliability(fetch(weights), fetch(estimate.grad), fetch(estimate.half_difference), num_validation)
     return draw._replace(is_fitted=is_learned)
 
