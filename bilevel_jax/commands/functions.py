@@ -21,6 +21,7 @@ from bilevel_jax.commands.results import (
     EstimateResult,
     ExportResult,
     InspectResult,
+    RankRecordsResult,
     RankResult,
     RefineResult,
     Result,
@@ -174,7 +175,7 @@ def audit(config: AuditConfig | ConfigLike = None, **sections: Any) -> AuditResu
     return _run(AuditConfig, config, sections)
 
 
-def rank(config: RankConfig | ConfigLike = None, **sections: Any) -> RankResult:
+def rank(config: RankConfig | ConfigLike = None, **sections: Any) -> RankResult | RankRecordsResult:
     """Rank response generation strategies for a model, before training on any of them.
 
     Args:
@@ -183,7 +184,8 @@ def rank(config: RankConfig | ConfigLike = None, **sections: Any) -> RankResult:
             distributed.
 
     Returns:
-        The pick, the scores of the strategies, and what was measured of each response.
+        The pick, the scores of the strategies, and what was measured of each response; with rank.records, what
+        picking by each metric reached.
 
     Raises:
         ValueError: and other errors as `select` does.

@@ -200,6 +200,34 @@ class RankResult:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class RankRecordsResult:
+    """What `rank` with rank.records measured. Arrays hold one entry for each pair and metric."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """What picking by rank.pick_by reaches, and its gain over the best other metric."""
+    config: RankConfig
+    result: dict[str, Any]
+    """What result.json holds; `subsets` has accuracies of picks and rank correlations with intervals."""
+    models: Column
+    tasks: Column
+    metrics: Column
+    picks: Column
+    """The strategy that the metric picks; of several that tie, all."""
+    accuracies: Float[np.ndarray, "rows"]
+    """Of the pick, as a share."""
+    best_accuracies: Float[np.ndarray, "rows"]
+    """Of the best strategy of the pair."""
+    rank_correlations: Float[np.ndarray, "rows"]
+    """Spearman's, of the metric with the accuracies; nan where one of them is constant."""
+
+    def __repr__(self) -> str:
+        lines = {"summary": self.summary, "rows": f"{len(self.models):,} (pairs of a model and a task x metrics)"}
+        return _describe(self, lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class RefineResult:
     """What `refine` did. Arrays hold one entry for each example of each round, in the order of `ids`."""
 
@@ -341,7 +369,16 @@ class ExportResult:
         return _describe(self, {"summary": self.summary, "examples": _describe_weights(self.weights)})
 
 
-RunResult = SelectResult | TrainResult | CompareResult | AuditResult | RankResult | RefineResult | ScoreResult
+RunResult = (
+    SelectResult
+    | TrainResult
+    | CompareResult
+    | AuditResult
+    | RankResult
+    | RankRecordsResult
+    | RefineResult
+    | ScoreResult
+)
 """Of the commands that make a run's folder."""
 Result = RunResult | InspectResult | EstimateResult | ExportResult
 
@@ -448,7 +485,20 @@ def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
     )
 
 
-def _read_rank(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> RankResult:
+def _read_rank(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> RankResult | RankRecordsResult:
+    if shared["config"].rank.records:
+        table = run_dir.read_parquet(folder / "records.parquet")
+        return RankRecordsResult(
+            **shared,
+            summary=result["sentence"],
+            models=_texts(table, "model"),
+            tasks=_texts(table, "task"),
+            metrics=_texts(table, "metric"),
+            picks=_texts(table, "pick"),
+            accuracies=_numbers(table, "accuracy"),
+            best_accuracies=_numbers(table, "best_accuracy"),
+            rank_correlations=_numbers(table, "rank_correlation"),
+        )
     table = run_dir.read_parquet(folder / "rank.parquet")
     names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
     return RankResult(

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.rank import metrics
+from bilevel_jax.commands.rank import metrics, model
 from bilevel_jax.commands.rank.run import collect_remarks, rank
 from bilevel_jax.commands.rank.strategies import draw_blocks, load_strategy_responses
 from bilevel_jax.lm.builtin import cipher
@@ -155,7 +155,7 @@ def test_scores_are_means_of_blocks_of_what_the_table_holds(whole):
     car = [rewards / (1 + 3 * np.log(values["perplexity"][b]).mean(0)) for b in range(3)]
     np.testing.assert_allclose([line["score"].value for line in result["metrics"]["car"]], np.mean(car, 0))
     scores = {key: [line["score"].value for line in result["metrics"][key]] for key in ("sppl", "ifd")}
-    expected = rank_correlation(-np.array(scores["sppl"]), np.array(scores["ifd"]))
+    expected = rank_correlation(-np.array(scores["sppl"]), -np.array(scores["ifd"]))  # of both the least wins
     assert result["agreement"]["sppl"]["ifd"] == pytest.approx(expected, nan_ok=True)
 
 
@@ -228,6 +228,45 @@ def test_given_answers_are_checked_and_their_result_is_shown(inputs, made, tmp_p
     expected = [[kept[(p + 1) % (len(kept) - 1)]] for p in before]
     assert [answers for _, answers in seen] == expected
     assert any(f"{len(kept)} of 18 answers of the model are right" in note for note in result["notes"])
+
+
+def test_a_hard_task_asks_further_questions_and_then_shows_what_there_is(inputs):
+    """Block 1 needs 4 right answers (k = 2) and has 1; every third further question is answered right."""
+    options = config(inputs, "--verifier.name", "exact", "--verifier.answer-field", "result")
+    questions = load_strategy_responses(options).questions
+    accepted = np.array([[True] + 5 * [False], 6 * [True]])
+    asked = []
+
+    def answer(chunk):
+        asked.append(len(chunk))
+        return [(one, one.reference_answer if at % 3 == 0 else "zz") for at, one in enumerate(chunk)]
+
+    further, notes = model._find_further_answers(options, accepted, questions, answer)
+    assert [len(some) for some in further] == [4, 0] and asked == [6, 6]
+    assert all(text == one.reference_answer for one, text in further[0])
+    assert notes == ["block 1 has 1 right answer of the model; of 12 further questions (rank.answer_questions) 4 were answered right"]  # fmt: skip # noqa: E501
+    few = config(
+        inputs, "--verifier.name", "exact", "--verifier.answer-field", "result", "--rank.answer-questions", "14"
+    )
+    further, notes = model._find_further_answers(few, accepted, questions, answer)
+    assert len(further[0]) == 1 and "of 2 further questions" in notes[0]
+    assert notes[0].endswith(
+        "2 for each question (rank.k) take 4, so all answers of the block are shown, right or wrong"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", [0, 3])
+def test_too_few_right_answers_do_not_stop_the_ranking(inputs, tmp_path, right):
+    """20 questions, of which 18 are in blocks: all that is there is shown, and it is said."""
+    rows = [json.loads(line) for line in (inputs / "table.jsonl").read_text().splitlines()]
+    own = [{"prompt": row["prompt"], "response": row["result"] if at < right else "zz"} for at, row in enumerate(rows)]
+    write(tmp_path / "own.jsonl", own)
+    flags = ("--rank.own-answers", str(tmp_path / "own.jsonl"), "--verifier.name", "exact", "--verifier.answer-field")
+    result = run(inputs, tmp_path / "run", *flags, "result", "--rank.final-answer", "", "--rank.metrics", "sppl")
+    assert sum("right or wrong" in note for note in result["notes"]) == 3
+    assert pq.read_table(tmp_path / "run" / "rank.parquet")["own_answer_kept"].to_pylist().count(True) <= 3 * right
+    assert all(math.isfinite(line["score"].value) for line in result["metrics"]["sppl"])
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ METRICS = {
     ),
     "perplexity": Metric("perplexity", "how surprising a response is after its question", -1, ("perplexity",)),
     "ifd": Metric(
-        "IFD", "loss with the question over loss without: how little the question tells of the response", 1, ("ifd",)
+        "IFD", "loss with the question over loss without: how little the question tells of the response", -1, ("ifd",)
     ),
     "self_similarity": Metric(
         "self-similarity", "mean cosine of hidden states with the model's own answer (alignment score, v1)", 1,

@@ -50,6 +50,10 @@ class OwnAnswers(NamedTuple):
     accepted: Bool[np.ndarray, "blocks block"]
     """The verifier accepts the first one, or there is none."""
     notes: list[str]
+    shown: Bool[np.ndarray, "blocks block"]
+    """Which may be shown before other questions: those accepted, or all of a block that has too few of these."""
+    further: list[list[tuple[Question, str]]]
+    """Of each block, accepted answers to questions of no block, which may be shown, too."""
 
 
 def load_rank_model(config: RankConfig) -> RankModel:
@@ -62,12 +66,23 @@ def load_rank_model(config: RankConfig) -> RankModel:
 
 
 def collect_own_answers(
-    config: RankConfig, rank_model: RankModel, sample: Sequence[Sequence[Question]], session: Session
+    config: RankConfig,
+    rank_model: RankModel,
+    sample: Sequence[Sequence[Question]],
+    session: Session,
+    *,
+    others: Sequence[Question] | None = None,
 ) -> OwnAnswers:
-    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a verifier."""
+    """The model's own answers: read from rank.own_answers, or generated; then judged, where there is a verifier.
+
+    Where it accepts too few of a block to show rank.k of them to each question, `others` are asked, up to
+    rank.answer_questions in all; where these do not suffice, all answers of the block are shown, right or wrong. None:
+    no answer is going to be shown.
+    """
     questions = [question for block in sample for question in block]
     unusable = _special_token_matcher(rank_model.tokenizer)
     notes = []
+    known_answers: dict[str, list[str]] | None = None
     if config.rank.own_answers:
         known_answers = strategies.read_own_answers(config.rank.own_answers, config)
         if missing := [question for question in questions if question.text not in known_answers]:
@@ -90,18 +105,24 @@ def collect_own_answers(
             f"{len(texts):,} questions had more"
         )
         texts = [drafts[:fewest] for drafts in texts]
-    accepted = np.ones(len(questions), bool)
+    first_texts = [drafts[0] for drafts in texts]
+    accepted = np.array(_judge_answers(config, questions, first_texts)).reshape(len(sample), -1)
     if config.verifier.name:
-        judge = make_verifier(
-            config.verifier, [question.with_response(question.responses[0]) for question in questions]
-        )
-        pairs = zip(questions, texts, strict=True)
-        accepted = np.array([judge(question.with_response(drafts[0]), drafts[0]) >= 0.5 for question, drafts in pairs])
-        notes.append(
-            f"{int(accepted.sum()):,} of {len(accepted):,} answers of the model are right; the others are not shown"
-        )
+        notes.append(f"{int(accepted.sum()):,} of {accepted.size:,} answers of the model are right")
+    further: list[list[tuple[Question, str]]] = [[] for _ in sample]
+    if others is not None and config.verifier.name:
+        others = [one for one in others if known_answers is None or one.text in known_answers]
+
+        def answer(further_questions: Sequence[Question]) -> list[tuple[Question, str]]:
+            return _answer_further(config, rank_model, further_questions, known_answers, unusable, session)
+
+        further, further_notes = _find_further_answers(config, accepted, others, answer)
+        notes += further_notes
+    has_enough = accepted.sum(1) + np.array([len(some) for some in further]) >= config.rank.k + 2
+    shown = accepted | ~has_enough[:, None]
     size = len(sample[0])
-    return OwnAnswers([texts[at : at + size] for at in range(0, len(texts), size)], accepted.reshape(-1, size), notes)
+    blocks_of_texts = [texts[at : at + size] for at in range(0, len(texts), size)]
+    return OwnAnswers(blocks_of_texts, accepted, notes, shown, further)
 
 
 def build_question_prompts(config: RankConfig, rank_model: RankModel, questions: Sequence[Question]) -> list[Prompt]:
@@ -138,14 +159,81 @@ def tokenize_for_scoring(
 # ---- parts
 
 
+def _judge_answers(config: RankConfig, questions: Sequence[Question], texts: Sequence[str]) -> list[bool]:
+    """Whether the verifier accepts each answer; True where there is none."""
+    if not config.verifier.name:
+        return [True] * len(questions)
+    judge = make_verifier(config.verifier, [question.with_response(question.responses[0]) for question in questions])
+    pairs = zip(questions, texts, strict=True)
+    return [judge(question.with_response(text), text) >= 0.5 for question, text in pairs]
+
+
+def _find_further_answers(
+    config: RankConfig,
+    accepted: Bool[np.ndarray, "blocks block"],
+    others: Sequence[Question],
+    answer: Callable[[Sequence[Question]], list[tuple[Question, str]]],
+) -> tuple[list[list[tuple[Question, str]]], list[str]]:
+    """(right answers to questions of no block, for each block that has too few of its own; notes)."""
+    block_size, wanted = accepted.shape[1], config.rank.k + 2
+    limit, asked = min(len(others), config.rank.answer_questions - accepted.size), 0
+    further: list[list[tuple[Question, str]]] = [[] for _ in accepted]
+    notes = []
+    for at, own in enumerate(accepted.sum(1).tolist()):
+        before = asked
+        while own + len(further[at]) < wanted and asked < limit:
+            chunk = others[asked : min(asked + block_size, limit)]
+            asked += len(chunk)
+            answered = answer(chunk)
+            is_right = _judge_answers(config, [one for one, _ in answered], [text for _, text in answered])
+            further[at] += [pair for pair, right in zip(answered, is_right, strict=True) if right]
+        words = f"block {at + 1} has {format_count('right answer', own)} of the model"
+        if asked > before:
+            words += (
+                f"; of {format_count('further question', asked - before)} (rank.answer_questions) "
+                f"{len(further[at])} were answered right"
+            )
+        if own + len(further[at]) < wanted:
+            words += (
+                f"; {config.rank.k} for each question (rank.k) take {wanted}, so all answers of the block are shown, "
+                "right or wrong"
+            )
+        if asked > before or own < wanted:
+            notes.append(words)
+    return further, notes
+
+
+def _answer_further(
+    config: RankConfig,
+    rank_model: RankModel,
+    questions: Sequence[Question],
+    known_answers: dict[str, list[str]] | None,
+    unusable: Callable[[str], Any],
+    session: Session,
+) -> list[tuple[Question, str]]:
+    """The questions that have a usable answer, with it."""
+    if known_answers is not None:
+        texts = [known_answers[question.text][:1] for question in questions]
+    else:
+        space = rank_model.decoder.config.max_length - config.generate.max_new_tokens
+        prompts = build_question_prompts(config, rank_model, questions)
+        is_short = [len(prompt.tokens) <= space or config.generate.backend != "embedded" for prompt in prompts]
+        questions = [question for question, fits in zip(questions, is_short, strict=True) if fits]
+        texts, _ = _generate_answers(config, rank_model, questions, unusable, session, is_required=False)
+    pairs = [(question, drafts[0]) for question, drafts in zip(questions, texts, strict=True) if drafts]
+    return [(question, text) for question, text in pairs if text.strip() and not unusable(text)]
+
+
 def _generate_answers(
     config: RankConfig,
     rank_model: RankModel,
     questions: Sequence[Question],
     unusable: Callable[[str], Any],
     session: Session,
+    *,
+    is_required: bool = True,
 ) -> tuple[list[list[str]], list[str]]:
-    """The first usable answers to each question, at least one, and notes on those that were not."""
+    """The first usable answers to each question, at least one where it is required, and notes on the others."""
     session.set_phase("answering")
     pending = build_question_prompts(config, rank_model, questions)
     new, context = config.generate.max_new_tokens, rank_model.decoder.config.max_length
@@ -178,7 +266,7 @@ def _generate_answers(
         if not any(texts.values()) and any(reasons.values()):
             break  # a service that answers nothing at all is not asked again
     for question in questions:
-        if not texts[question.id]:
+        if is_required and not texts[question.id]:
             raise _no_answer_error(question, reasons[question.id])
     notes = []
     if num_unusable:

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax.commands.rank import metrics, report, train_then_test
+from bilevel_jax.commands.rank import metrics, records, report, report_records, train_then_test
 from bilevel_jax.commands.rank.metrics import METRICS, ResponseMeasures
 from bilevel_jax.commands.rank.model import (
     OwnAnswers,
@@ -22,6 +22,7 @@ from bilevel_jax.commands.rank.strategies import (
     StrategyResponses,
     draw_blocks,
     load_strategy_responses,
+    order_questions,
     parse_accuracies,
     read_own_answers,
 )
@@ -42,7 +43,7 @@ from bilevel_jax.scores.requests import ScorePlan, TokenizedExamples
 from bilevel_jax.scores.selfsimilarity import response_similarity
 from bilevel_jax.scores.strategies import MAX_PERPLEXITY
 
-TABLE_FILE = "rank.parquet"
+TABLE_FILE, RECORDS_FILE = "rank.parquet", "records.parquet"
 
 
 def rank(config: RankConfig) -> dict[str, Any]:
@@ -51,6 +52,8 @@ def rank(config: RankConfig) -> dict[str, Any]:
     Raises as `load_strategy_responses` and `draw_blocks` do, and ValueError for questions or responses that do not fit
     the model's context, for a model that gives no answer of its own, and for accuracies of other strategies.
     """
+    if config.rank.records:
+        return _judge_metrics(config)
     _make_prompt_formatter(config)
     with open_run_dir(config) as folder:
         strategy_responses = load_strategy_responses(config)
@@ -58,22 +61,46 @@ def rank(config: RankConfig) -> dict[str, Any]:
         if config.rank.own_answers:
             read_own_answers(config.rank.own_answers, config)  # a fault is told before any work
         rank_model = load_rank_model(config)
-        sample, notes = sample_blocks(config, rank_model, strategy_responses)
+        sample = sample_blocks(config, rank_model, strategy_responses)
         with start_session(config, folder) as session:
             return _run_ranking(
                 config,
                 rank_model,
-                strategy_responses._replace(notes=strategy_responses.notes + notes),
+                strategy_responses._replace(notes=strategy_responses.notes + sample.notes),
                 sample,
                 accuracies,
                 session,
             )
 
 
-def sample_blocks(
-    config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses
-) -> tuple[list[list[Question]], list[str]]:
-    """The blocks of questions, and what was left out of them."""
+def _judge_metrics(config: RankConfig) -> dict[str, Any]:
+    """What result.json holds of metrics that are judged by rank.records."""
+    with open_run_dir(config) as folder:
+        stored = records.load_records(config.rank)
+        with start_session(config, folder) as session:
+            for note in stored.notes:
+                session.print_line(note)
+            result = records.judge_records(stored, config.rank, config.data.seed)
+            result |= {"config_hash": config_hash(config)}
+            run_dir.write_parquet(folder / RECORDS_FILE, records.pairs_table(result))
+            run_dir.write_result(folder, result)
+            report_records.write_records_report(folder)
+            return result
+
+
+class QuestionSample(NamedTuple):
+    """The questions that strategies are judged by."""
+
+    blocks: list[list[Question]]
+    """Disjoint, of one size."""
+    others: list[Question]
+    """The rest that could be asked, in the order in which they would be drawn."""
+    notes: list[str]
+    """What was left out."""
+
+
+def sample_blocks(config: RankConfig, rank_model: RankModel, strategy_responses: StrategyResponses) -> QuestionSample:
+    """The blocks of questions."""
     questions, max_tokens = strategy_responses.questions, config.rank.max_question_tokens
     notes = []
     if max_tokens:
@@ -87,24 +114,27 @@ def sample_blocks(
             f"{len(questions):,} questions have at most {max_tokens} tokens (rank.max_question_tokens), template "
             "included"
         )
-    sample = draw_blocks(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
-    if len(sample) < config.rank.num_blocks:
-        notes.append(f"they suffice for {len(sample)} of {config.rank.num_blocks} blocks of {config.rank.block_size}")
-    return sample, notes
+    blocks = draw_blocks(questions, config.rank.block_size, config.rank.num_blocks, config.data.seed)
+    if len(blocks) < config.rank.num_blocks:
+        notes.append(f"they suffice for {len(blocks)} of {config.rank.num_blocks} blocks of {config.rank.block_size}")
+    others = order_questions(questions, config.data.seed)[len(blocks) * config.rank.block_size :]
+    return QuestionSample(blocks, others, notes)
 
 
 def _run_ranking(
     config: RankConfig,
     rank_model: RankModel,
     strategy_responses: StrategyResponses,
-    sample: list[list[Question]],
+    questions: QuestionSample,
     accuracies: dict[str, float],
     session: Session,
 ) -> dict[str, Any]:
     for note in strategy_responses.notes:
         session.print_line(note)
-    began = time.monotonic()
-    own_answers = collect_own_answers(config, rank_model, sample, session)
+    began, sample = time.monotonic(), questions.blocks
+    shows_answers = any("sppl" in METRICS[name].inputs for name in metrics.list_metrics(config.rank))
+    others = questions.others if shows_answers else None
+    own_answers = collect_own_answers(config, rank_model, sample, session, others=others)
     costs = {"answers": session.run_once("answers", lambda: time.monotonic() - began)}
     rows, num_cut = _tokenize_all_responses(config, rank_model, sample)
     identity.check_tokens(session.folder, {"responses": describe_corpus(rows.corpus, rows.examples)})
@@ -198,16 +228,20 @@ def measure_responses(
 def build_self_aligned_prompts(
     config: RankConfig, sample: Sequence[Sequence[Question]], own_answers: OwnAnswers
 ) -> list[Example]:
-    """Every response behind its question with the model's own answers to other questions of its block."""
+    """Every response behind its question with the model's own answers to other questions: of its block, and, where a
+    verifier rejects too many of these, further ones."""
     write = _make_prompt_formatter(config)
     out = []
-    for block, texts, is_kept in zip(sample, own_answers.texts, own_answers.accepted, strict=True):
-        shown_by_question = selfaligned.choose_shown_answers(is_kept, config.rank.k)
+    answers_by_block = zip(own_answers.texts, own_answers.shown, own_answers.further, strict=True)
+    for block, (texts, is_shown, further) in zip(sample, answers_by_block, strict=True):
+        is_shown = np.concatenate([is_shown, np.ones(len(further), bool)])
+        shown_by_question = selfaligned.choose_shown_answers(is_shown, config.rank.k)
+        answered = [*zip(block, (drafts[0] for drafts in texts), strict=True), *further]
         own = [
-            selfaligned.append_result(drafts[0], question.reference_answer, config.rank.final_answer)
-            for question, drafts in zip(block, texts, strict=True)
+            selfaligned.append_result(answer, question.reference_answer, config.rank.final_answer)
+            for question, answer in answered
         ]
-        for question, places in zip(block, shown_by_question, strict=True):
+        for question, places in zip(block, shown_by_question[: len(block)], strict=True):
             with_own = question._replace(text=write(question.text, [own[at] for at in places]))
             out += [with_own.with_response(response) for response in question.responses]
     return out
@@ -261,7 +295,7 @@ def build_response_table(
         "tokens": "tokens of the response that were read, end token left out",
         "sppl": "perplexity after answers of the model's own; the least wins",
         "perplexity": "exp(nats per token); the least wins",
-        "ifd": "loss with the question over loss without",
+        "ifd": "loss with the question over loss without; the least wins",
         "self_similarity": "mean cosine of hidden states with the model's own answers; the largest wins",
         "own_answer_kept": "whether the checker let the model's own answer pass",
     }
@@ -322,7 +356,7 @@ def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, ScorePlan
     for name, plan in plans.items():
         plan_replies = replies[at : at + len(plan.requests)]
         at += len(plan_replies)
-        sign = METRICS[name].sign  # scores are larger-is-better; what is shown are perplexities
+        sign = 1 if name == "ifd" else -1  # scores of perplexity are minus it, so that the largest is the best
         values[name] = (sign * plan.combine(plan_replies)).tolist()
     size = sum(len(request.prefix) + len(request.response) for request in requests)
     return {"values": values, "seconds": time.monotonic() - began, "places": reader.positions_read, "tokens": size}

@@ -106,8 +106,13 @@ def draw_blocks(questions: Sequence[Question], block_size: int, max_blocks: int,
             f"{len(questions)} questions can be asked, and a block has rank.block_size = {block_size} of them. Give "
             "more questions, lower rank.block_size, or raise rank.max_question_tokens."
         )
-    ordered = sorted(questions, key=lambda question: (hash_to_int(question.id, seed), question.id))
+    ordered = order_questions(questions, seed)
     return [ordered[start : start + block_size] for start in range(0, count * block_size, block_size)]
+
+
+def order_questions(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The order in which questions are drawn."""
+    return sorted(questions, key=lambda question: (hash_to_int(question.id, seed), question.id))
 
 
 def read_own_answers(path: str, config: RankConfig) -> dict[str, list[str]]:

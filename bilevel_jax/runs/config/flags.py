@@ -32,7 +32,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "audit": ("estimators", "scores", "removed", "subsets"),
     "rater": ("features", "link"),
     "score": ("rater", "model", "features"),
-    "rank": ("strategies", "metrics", "pick_by", "train_examples"),
+    "rank": ("strategies", "metrics", "pick_by", "train_examples", "records"),
     "refine": ("rounds", "questions", "share", "methods"),
     "generate": ("num_generations", "temperature", "max_new_tokens"),
     "verifier": ("name", "answer_field"),

@@ -150,6 +150,9 @@ class RankConfig:
     generate). Metrics: self-aligned perplexity (sppl), perplexity, instruction-following difficulty (ifd), similarity
     to its own answers (self_similarity), a mix of the last two kinds, and rewards over loss (car). Ends with a pick or
     "no clear winner". Sections optimizer, train and lora are for rank.train_examples only.
+
+    With rank.records it reads scores and accuracies of many models and tasks instead, and judges the metrics by them:
+    the accuracy of each one's pick, and its rank correlation with the accuracies.
     """
 
     model: schema.ModelSection = schema.ModelSection()

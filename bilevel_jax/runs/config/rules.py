@@ -17,14 +17,29 @@ def reads_array_data(config: Any) -> bool:
     return hasattr(config, "arrays") and len(config.data.train) == 1 and config.data.train[0].endswith(".npz")
 
 
+def reads_records(config: Any) -> bool:
+    """Whether a run of `rank` judges metrics by a table of known scores, and needs neither model nor responses."""
+    return hasattr(config, "rank") and config.rank.records != ""
+
+
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
 Rule = tuple[str, Callable[[Any], bool], str]
 CONFIG_RULES: tuple[Rule, ...] = (
     (
         "model.name_or_path",
-        lambda c: c.model.name_or_path != "" or reads_array_data(c),
+        lambda c: c.model.name_or_path != "" or reads_array_data(c) or reads_records(c),
         "name a checkpoint's folder, or builtin:cipher",
+    ),
+    (
+        "data.train",
+        lambda c: len(c.data.train) > 0 or reads_records(c),
+        "name the training examples: files or a dataset",
+    ),
+    (
+        "rank.records",
+        lambda c: c.rank.records == "" or not c.data.train,
+        "judges metrics by known scores, and data.train ranks strategies by responses: leave one of them empty",
     ),
     (
         "model.base_dtype",
@@ -299,12 +314,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "rank.pick_by",
-        lambda c: c.rank.pick_by in (c.rank.metrics or (c.rank.pick_by,)),
+        lambda c: c.rank.pick_by in (c.rank.metrics or (c.rank.pick_by,)) or reads_records(c),
         "must be among rank.metrics: add it there, or pick by one of them",
     ),
     (
         "rank.metrics",
-        lambda c: c.rank.reward_field != "" or "car" not in (*c.rank.metrics, c.rank.pick_by),
+        lambda c: c.rank.reward_field != "" or "car" not in (*c.rank.metrics, c.rank.pick_by) or reads_records(c),
         "car needs rewards: name rank.reward_field",
     ),
     (

@@ -71,7 +71,7 @@ class LoraSection:
 class DataSection:
     """Training and validation examples, and how they are read."""
 
-    train: Annotated[tuple[str, ...], Required("name the training examples: files or a dataset")] = ()
+    train: tuple[str, ...] = ()
     """Training examples: files (jsonl, json, parquet) or the name of a dataset."""
 
     validation: tuple[str, ...] = ()
@@ -952,6 +952,9 @@ class RankSection:
     own_answers: str = ""
     """File of the model's own answers, with a question and a response per example; empty: generated."""
 
+    answer_questions: Annotated[int, Ge(0)] = 500
+    """sppl: where a verifier rejects too many own answers of a block, the most questions that are asked in all."""
+
     template: str = ""
     """sppl: text with {question} and {examples} that the prompt is built from."""
 
@@ -975,3 +978,15 @@ class RankSection:
 
     train_seeds: Annotated[int, Ge(1), Because("an interval needs 2")] = 3
     """Trial trainings of each strategy, with different seeds."""
+
+    records: str = ""
+    """Table of known scores and accuracies to judge the metrics by: model, task, strategy, accuracy, a column each."""
+
+    least_wins: tuple[str, ...] = ()
+    """records: further columns that are metrics, of which the least wins."""
+
+    largest_wins: tuple[str, ...] = ()
+    """records: further columns that are metrics, of which the largest wins."""
+
+    spreads: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] = (0.02, 0.04)
+    """records: also judge by the pairs whose accuracies have a standard deviation above these."""

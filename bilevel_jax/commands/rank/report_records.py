@@ -1,0 +1,115 @@
+"""The report page of metrics judged by known accuracies."""
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from bilevel_jax.commands.rank.records import title_of
+from bilevel_jax.commands.rank.report import DIRECTION_LABELS
+from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.figures import IntervalRow
+from bilevel_jax.runs.report.html import Column, Table, bold_cell, isolated_cell, make_table, render_page
+from bilevel_jax.runs.report.numbers import MISSING
+from bilevel_jax.runs.report.results import float_or_nan, write_report
+
+JsonObject = dict[str, Any]
+MAX_PAIRS_SHOWN = 200
+"""Pairs of the last table."""
+
+
+def write_records_report(folder: Path) -> Path:
+    """Write `folder`/report.html from the files of a finished run, and return its path."""
+    return write_report(folder, render_records_report)
+
+
+def render_records_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
+    """The whole report as HTML."""
+    return render_page(
+        "rank_records.html",
+        name=name,
+        result=result,
+        config_text=config_text,
+        environment=environment,
+        first=title_of(result["metrics"][0]),
+        picture=plot_accuracies(result),
+        subsets=[(subset, metrics_table(result, subset), choices_table(subset)) for subset in result["subsets"]],
+        pairs=pairs_table(result),
+        shown=min(MAX_PAIRS_SHOWN, len(result["pairs"])),
+    )
+
+
+def metrics_table(result: JsonObject, subset: JsonObject) -> Table:
+    """A line per metric: what its pick is worth, and how it orders the strategies."""
+    names, lines = result["metrics"], subset["metrics"]
+    return make_table(
+        Column("picked by", [bold_cell(title_of(name)) for name in names]),
+        Column("", [DIRECTION_LABELS[result["signs"][name]] for name in names], "", "tight"),
+        Column("accuracy", [_percent(lines[name]["accuracy"]) for name in names], "%, 95 % interval", "tight"),
+        Column(
+            f"gain of {title_of(names[0])}",
+            [_percent(lines[name]["behind"]) for name in names],
+            "points, same pairs",
+            "tight",
+        ),
+        Column("picks the best", [lines[name]["hits"] for name in names], f"of {subset['pairs']} pairs"),
+        Column("rank correlation", [_reading(lines[name]["correlation"]) for name in names], "mean", "tight"),
+        Column("weighted", [_reading(lines[name]["weighted"]) for name in names], "by spread", "tight"),
+        css_class="bench",
+    )
+
+
+def choices_table(subset: JsonObject) -> Table:
+    """What choices without a metric reach."""
+    always = sorted(subset["always"].items(), key=lambda item: (-item[1], item[0]))
+    names = ["the best of each pair", "one drawn at random", *(f"always {name}" for name, _ in always)]
+    return make_table(
+        Column("strategy", [isolated_cell(name) for name in names]),
+        Column("accuracy", [100 * value for value in (subset["best"], subset["mean"], *(v for _, v in always))], "%"),
+    )
+
+
+def pairs_table(result: JsonObject) -> Table:
+    """A line per pair, the largest spread first: its best strategy, and what the first metric picks."""
+    name = result["metrics"][0]
+    pairs = sorted(result["pairs"], key=lambda pair: -pair["spread"])[:MAX_PAIRS_SHOWN]
+    return make_table(
+        Column("model", [isolated_cell(pair["model"]) for pair in pairs]),
+        Column("task", [isolated_cell(pair["task"]) for pair in pairs]),
+        Column("strategies", [pair["strategies"] for pair in pairs]),
+        Column("spread", [100 * pair["spread"] for pair in pairs], "points"),
+        Column("best", [isolated_cell(pair["best"]) for pair in pairs]),
+        Column("its accuracy", [100 * pair["best_accuracy"] for pair in pairs], "%"),
+        Column(f"picked by {title_of(name)}", [isolated_cell(pair["picks"][name]) for pair in pairs]),
+        Column("its accuracy", [100 * pair["accuracies"][name] for pair in pairs], "%"),
+        Column("rank correlation", [pair["correlations"][name] for pair in pairs]),
+    )
+
+
+def plot_accuracies(result: JsonObject) -> Markup:
+    """A line per metric: the accuracy of its pick over all pairs, and what choices without a metric reach."""
+    subset = result["subsets"][0]
+    rows = []
+    for at, name in enumerate(result["metrics"]):
+        value, low, high = (100 * float_or_nan(item) for item in subset["metrics"][name]["accuracy"])
+        rows.append(IntervalRow(title_of(name), value, low, high, emphasized=not at, colour=0 if at else 3))
+    others = [("best of each pair", subset["best"]), ("at random", subset["mean"])]
+    if subset["always"]:
+        name, value = max(subset["always"].items(), key=lambda item: item[1])
+        others.insert(1, (f"always {name}", value))
+    rows += [IntervalRow(name, 100 * value, colour=5) for name, value in others]
+    return figures.plot_intervals(rows, "accuracy of what is picked, %", reference=100 * subset["best"])
+
+
+def _reading(values: list[float | None] | None) -> str:
+    if values is None or values[0] is None:
+        return MISSING
+    value, low, high = (float_or_nan(item) for item in values)
+    return (f"{value:.3f}" if low != low else f"{value:.3f} [{low:.3f}, {high:.3f}]").replace("-", "−")
+
+
+def _percent(values: list[float | None] | None) -> str:
+    if values is None:
+        return MISSING
+    value, low, high = (100 * float_or_nan(item) for item in values)
+    return (f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]").replace("-", "−")
