@@ -170,10 +170,11 @@ def describe_judgement(result: dict[str, Any]) -> str:
         return words
     other = max(others, key=lambda one: subset["metrics"][one]["accuracy"].value)
     gain = subset["metrics"][other]["behind"]
-    told = "no difference is told" if not gain.low > 0 and not gain.high < 0 else "which is told from 0"
-    if math.isnan(gain.low):
-        told = "one pair tells no interval"
-    return f"{words} Over {title_of(other)}, the best of the others, it gains {_format_percent(gain)} points: {told}."
+    words += f" Over {title_of(other)}, the best of the others, it "
+    if gain.low > 0 or gain.high < 0:
+        return f"{words}{'gains' if gain.low > 0 else 'loses'} {_format_percent(gain)} points."
+    told = "one pair tells no interval" if math.isnan(gain.low) else "no difference is told"
+    return f"{words}gains {_format_percent(gain)} points: {told}."
 
 
 def title_of(name: str) -> str:
