@@ -179,6 +179,22 @@ def backward_pass_of_each(
     would not share the passes of several loops.
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
+    step_of_each = _step_of_each(problem, step, keep_bits)
+
+    def start(
+        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
+    ) -> tuple[Array, Adjoint, Hyper]:
+        ends = [end_loss_and_adjoint(trajectory.end, frozen, validation) for validation in validations]
+        losses, adjoint = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+        return losses, adjoint, jax.tree.map(lambda leaf: jnp.zeros((len(ends), *leaf.shape), leaf.dtype), hyper)
+
+    return _build_backward_pass(step_of_each, start, window=window, on_step=on_step, on_replay=on_replay)
+
+
+@lru_cache(maxsize=8)
+def _step_of_each(problem: Problem, step: TrainStep, keep_bits: bool) -> TrainStep:
+    """The step with `backward`, `vjp_step` and `scatter_add` of several adjoints; a memo, so that the passes of
+    several trainers compile it once."""
 
     def of_each(step_back: Callable[..., tuple[Adjoint, HyperSlice]], num_arguments: int) -> Callable[..., Any]:
         batched = jax.vmap(step_back, in_axes=(*[None] * num_arguments, 0))
@@ -193,20 +209,11 @@ def backward_pass_of_each(
 
         return one_by_one if keep_bits else batched
 
-    step_of_each = step._replace(
+    return step._replace(
         backward=jax.jit(of_each(step.backward, 5)),
         vjp_step=jax.jit(of_each(step.vjp_step, 6)),
         scatter_add=jax.jit(jax.vmap(problem.scatter_add, in_axes=(0, None, 0)), donate_argnums=0),
     )
-
-    def start(
-        trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
-    ) -> tuple[Array, Adjoint, Hyper]:
-        ends = [end_loss_and_adjoint(trajectory.end, frozen, validation) for validation in validations]
-        losses, adjoint = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
-        return losses, adjoint, jax.tree.map(lambda leaf: jnp.zeros((len(ends), *leaf.shape), leaf.dtype), hyper)
-
-    return _build_backward_pass(step_of_each, start, window=window, on_step=on_step, on_replay=on_replay)
 
 
 def _build_backward_pass(
