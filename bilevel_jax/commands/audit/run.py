@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from bilevel_jax.commands.audit import judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
-from bilevel_jax.core.types import PADDING, Checks, Estimate, Stream, TrainState, Trajectory
+from bilevel_jax.core.types import Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.runs.budget.work import count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
@@ -43,6 +43,7 @@ from bilevel_jax.runs.tasks.arrays import (
     read_npz_dataset,
 )
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
+from bilevel_jax.runs.tasks.evaluation import held_out_indices
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import prepare_text_task
 
@@ -119,11 +120,7 @@ def list_cheap_scores(config: AuditConfig) -> list[str]:
 
 def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     """The validation examples whose own losses are predicted, drawn from data.seed."""
-    validation_stream = task.held_out_streams["validation"]
-    index = np.concatenate(
-        [np.asarray(validation_stream.batch(step)["index"]).ravel() for step in range(validation_stream.steps)]
-    )
-    present = np.sort(index[index != PADDING])
+    present = held_out_indices(task.held_out_streams["validation"])
     if config.audit.queries > len(present):
         raise ValueError(
             f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more "

@@ -15,7 +15,6 @@ from bilevel_jax.core.implicit import implicit_estimator
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.training import init_train_state, train
 from bilevel_jax.core.types import (
-    PADDING,
     Adjoint,
     BackwardState,
     CheckpointPlan,
@@ -39,9 +38,9 @@ from bilevel_jax.runs.engine.folds import (
 )
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
 from bilevel_jax.runs.infra import checkpoint, distributed
-from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.evaluation import held_out_indices
 from bilevel_jax.runs.tasks.protocol import Task
 
 REPLAY_WORK, HVP_WORK = 1.0, 3.0
@@ -268,11 +267,7 @@ class Trainer:
     @cached_property
     def _held_out_indices(self) -> dict[str, Int[np.ndarray, "kept"]]:
         """The examples of each part that its stream holds."""
-        indices = {}
-        for part, stream in self.task.held_out_streams.items():
-            index = np.concatenate([fetch_to_host(stream.batch(at)["index"]).ravel() for at in range(stream.steps)])
-            indices[part] = np.sort(index[index != PADDING])
-        return indices
+        return {part: held_out_indices(stream) for part, stream in self.task.held_out_streams.items()}
 
     def _extra_streams(self, halves_seed: int | None, dev_seed: int | None, turn: Turn | None) -> dict[str, Stream]:
         """The outer losses that go back beside that of validation, by the name of what they give."""

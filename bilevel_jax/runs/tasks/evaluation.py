@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Stream
 from bilevel_jax.lm.data.examples import normalize_name
@@ -41,6 +41,12 @@ def evaluate_per_example(
 def _map_micro_batches(function: Callable) -> Callable:
     """`function` of each micro-batch, compiled; cached, as a comparison evaluates the same function again and again."""
     return jax.jit(lambda params, frozen, batch: jax.lax.map(lambda micro: function(params, frozen, micro), batch))
+
+
+def held_out_indices(stream: Stream) -> Int[np.ndarray, "kept"]:
+    """The indices of the examples that a stream holds, ascending."""
+    index = np.concatenate([fetch_to_host(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
+    return np.sort(index[index != PADDING])
 
 
 def held_out_losses(
