@@ -37,9 +37,11 @@ FAST = (
     "runs/infra/test_run_dir.py",
     "runs/engine/test_nonfinite.py",
     "runs/engine/test_outer_loop.py",
+    "runs/engine/test_reliability.py",
     "runs/engine/test_selection.py",
     "runs/engine/test_trajectory_store.py",
     "commands/test_inspect.py",
+    "commands/test_refine_report.py",
 )
 """Files and folders of tests that compile little: `pytest -m fast`, for the inner loop of work."""
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ from bilevel_jax.commands.refine.rollouts import (
     choose_questions,
     collect_rollouts,
 )
-from bilevel_jax.commands.refine.run import make_generator_factory, prepare_refine_task, refine, run_round
+from bilevel_jax.commands.refine.run import (
+    count_rounds_work,
+    make_generator_factory,
+    prepare_refine_task,
+    refine,
+    run_round,
+)
 from bilevel_jax.lm import models
 from bilevel_jax.lm.losses import sft
 from bilevel_jax.lm.losses.importance import importance_weighted_losses
@@ -25,6 +32,7 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from tests.commands.typed_results import check_columns
+from tests.tiny_task import stop_session_at
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +54,8 @@ def whole(config, tmp_path_factory):
         traced.append(1)
         return hidden(*args)
 
-    def round_(*args):
-        made = one_round(*args)
+    def round_(*args, **named):
+        made = one_round(*args, **named)
         counts.append(len(traced))
         return made
 
@@ -150,7 +158,10 @@ def test_wrong_responses_can_be_left_out(ready, tmp_path):
         ["--refine.verifier-use", "filter", "--verifier.name", "exact", "--generate.num-generations", "2", *NEEDED],
     )
     base = build_round_task(filtered, task, found, 0).multiplicity[task.num_examples - len(found.questions) :]
-    kept = base / build_round_task(filtered, task, found, 0).multiplicity[0]
+    made = build_round_task(filtered, task, found, 0)
+    kept = base / made.multiplicity[0]
+    offline = np.arange(task.num_examples - len(found.questions))
+    assert made.trained.tolist() == [*offline, *(len(offline) + np.array([0, 2, 3]))]  # reliability is of these alone
     np.testing.assert_allclose(kept, [1, 0, 0.5, 0.5] + [0] * (len(base) - 4))
 
 
@@ -252,6 +263,75 @@ def test_writes_a_model_and_a_report(whole):
     assert [line["accepted"] for line in log if line["event"] == "round"] == [True, True]
 
 
+def test_a_round_says_how_far_its_weights_speak_for_others(whole, config, tmp_path):
+    """The questions follow validation from the start, so dev tells; the passes are those that were planned."""
+    out, result, _ = whole
+    for record in result["records"]:
+        uniform, unrolled = record["candidates"]
+        assert "reliability" not in uniform and uniform["work"] == 6
+        draw = unrolled["reliability"]["last"]
+        assert unrolled["reliability"] == {"first": draw, "last": draw, "steps": 1, "is_used_up": False}
+        assert draw["noise"] is None and draw["agreement"] is not None and draw["num_validation"] == 8
+        assert not draw["is_fitted"] and -1 <= (draw["value"] or 0) <= 1
+        assert unrolled["work"] == 6 * (1 + 5 + 2 * 2)  # the last training; back through validation, dev, its halves
+    settings = load_config(RefineConfig, config)
+    planned = count_rounds_work(settings, prepare_refine_task(settings, tmp_path))
+    assert planned == sum(record["work"] for record in result["records"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rounds, steps = ([line for line in log if line["event"] == event] for event in ("round", "outer"))
+    assert [line["candidates"] for line in rounds] == [record["candidates"] for record in result["records"]]
+    assert [line["reliability_draw"] for line in steps] == [
+        record["candidates"][1]["reliability"]["last"] for record in result["records"]
+    ]
+    page = " ".join((out / "report.html").read_text().split())
+    assert "Round 1: in the one step, where all weights are equal, " in page
+
+
+def train_weighted(ready, made, folder, **outer):
+    """The unrolled candidate of a round."""
+    settings, task, _ = ready
+    settings = replace(settings, outer=replace(settings.outer, **outer))
+    (folder / "checkpoints").mkdir(parents=True)
+    with session.open_session(folder, progress=False, save_seconds=1e9) as work:
+        candidate = make_candidate_trainers(settings, task)["unrolled"](made, None, work, 0)
+        return candidate, work.work_done
+
+
+def test_dev_measures_and_steers_nothing(ready, tmp_path):
+    """With other examples as dev the weights and the model keep every bit, and the last reliability is another."""
+    settings, task, _ = ready
+    made = build_round_task(settings, task, answered(ready, tmp_path), 0)
+    parts = {
+        name: {**getattr(made.task, name), "dev": getattr(made.task, name)["test"]}
+        for name in ("held_out_streams", "held_out_examples")
+    }
+    other = made._replace(task=made.task._replace(**parts), is_fitted=True)
+    outer = {"steps": 2, "reliability_every": 1}
+    (one, work), (two, _) = (
+        train_weighted(ready, rows, tmp_path / name, **outer) for name, rows in (("a", made), ("b", other))
+    )
+    np.testing.assert_array_equal(one.weights, two.weights)
+    assert fingerprint_params(one.params) == fingerprint_params(two.params)
+    first, last = one.reliability["first"], one.reliability["last"]
+    assert 0 < first["noise"] and not first["is_fitted"] and last["agreement"] is not None
+    assert last["agreement"] != two.reliability["last"]["agreement"]
+    assert two.reliability["first"] == first | {"is_fitted": True}  # the same halves, of what the model had seen
+    assert work == 6 * (1 + 2 * 5 + 2 * (1 + 2))
+
+
+def test_a_round_stops_where_validation_is_used_up(ready, tmp_path):
+    """By halves of validation, twice in a row; dev is not asked."""
+    settings, task, _ = ready
+    made = build_round_task(settings, task, answered(ready, tmp_path), 0)
+    outer = {"steps": 4, "reliability_every": 1, "reliability_floor": 0.999}
+    candidate, work = train_weighted(ready, made, tmp_path / "run", **outer)
+    found = candidate.reliability
+    assert found["steps"] == 2 and found["is_used_up"] and found["last"]["is_fitted"]
+    assert work == 6 * (1 + 2 * (5 + 2))
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["event"] == "outer"] == [0, 1]
+
+
 @pytest.mark.slow
 def test_dynamic_begins_with_the_rows_that_raise_validation_loss(whole, config, tmp_path):
     """Against slow, separate gradients: the questions of round 0 are those of the least <grad l_i, grad L_v>."""
@@ -283,6 +363,13 @@ def batch_of(task):
 def same(one, other):
     for name in ("model/model.safetensors", "responses.parquet", "weights.parquet"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    measured = [
+        [(candidate["name"], candidate["dev"], candidate["work"], candidate.get("reliability"))
+         for record in result["records"] for candidate in record["candidates"]]
+        for result in results
+    ]  # fmt: skip
+    assert measured[0] == measured[1]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +382,29 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(config, whole, tmp_path, st
         run(config, tmp_path / "run")
     run(config, tmp_path / "run", "--resume")
     same(whole[0], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_rounds_of_several_measured_steps_are_resumed(config, tmp_path, monkeypatch):
+    """Halves of validation in the first step, dev in the last; stopped in every training and backward pass."""
+    flags = (
+        "--outer.steps",
+        "3",
+        "--outer.reliability-every",
+        "1",
+        "--refine.rounds",
+        "1",
+        "--refine.methods",
+        "unrolled",
+    )
+    run(config, tmp_path / "whole", *flags)
+    for count in range(3, 40, 7):
+        with monkeypatch.context() as patch:
+            stop_session_at(patch, count)
+            with pytest.raises(session.Interrupted):
+                run(config, tmp_path / str(count), *flags)
+        run(config, tmp_path / str(count), *flags, "--resume")
+        same(tmp_path / "whole", tmp_path / str(count))
 
 
 def test_what_is_not_better_is_not_taken(config, tmp_path):
@@ -363,13 +473,11 @@ def test_what_the_data_lack_is_told(config, tmp_path):
 @pytest.mark.slow
 def test_bmo_compares_with_the_model_that_wrote(ready, tmp_path, monkeypatch):
     """Also where training starts from another: the weights of the first step are ratios to the sampler."""
-    from dataclasses import replace
-
-    from bilevel_jax.core import single_loop
+    from bilevel_jax.runs.engine import single_loop
 
     settings, task, _ = ready
-    single = replace(settings.single, reference="snapshot", steps=1)
-    settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single=single)
+    section = replace(settings.single_loop, reference="snapshot", steps=1)
+    settings = replace(settings, refine=replace(settings.refine, methods=("bmo",)), single_loop=section)
     made = build_round_task(settings, task, answered(ready, tmp_path), 0)
     compared, refresh = [], single_loop.replace_reference
     monkeypatch.setattr(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,19 @@ from bilevel_jax.runs.config import schema
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import OuterSection, RefineMethod
 from bilevel_jax.runs.engine.outer_loop import outer_learning_rate, train_and_estimate
+from bilevel_jax.runs.engine.reliability import (
+    RoundSizes,
+    choose_round_evidence,
+    is_reliability_at_floor,
+    measure_estimate_reliability,
+    reliability_to_record,
+)
 from bilevel_jax.runs.engine.single_loop import (
     build_single_loop,
     num_single_loop_steps,
     run_single_loop,
 )
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer, check_hypergradient_finite
+from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
@@ -49,6 +56,8 @@ class Candidate(NamedTuple):
     params: Params
     weights: Float[np.ndarray, "examples"]
     """Multiplied by `RoundTask.multiplicity` in the loss; 1 where the method learns none."""
+    reliability: dict[str, Any] | None = None
+    """How far its hypergradients speak for other validation examples (`summarize_reliability`); None without any."""
 
 
 CandidateTrainer = Callable[[RoundTask, Params, Session, int], Candidate]
@@ -132,13 +141,15 @@ def build_compiled_functions(
 def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dict[RefineMethod, CandidateTrainer]:
     """What trains each configured method; nothing is compiled again for another round.
 
-    Only validation is read, by the methods that use it; dev and test stay unseen.
+    Only validation steers, in the methods that use it. Dev is seen by `unrolled` alone, which measures by it how
+    reliable its last hypergradient is; test stays unseen.
     """
     functions = compiled_functions_for_config(config, offline_task)
 
     def hide_held_out(task: TextTask, name: RefineMethod) -> TextTask:
         """The task of a method: BMO's weights are importance ratios already, so its losses are plain."""
-        task = task._replace(held_out_streams={"validation": task.held_out_streams["validation"]})
+        seen = ("validation", "dev") if name == "unrolled" else ("validation",)
+        task = task._replace(held_out_streams={part: task.held_out_streams[part] for part in seen})
         return (
             task._replace(problem=functions.plain_problem, train_step=functions.plain_step) if name == "bmo" else task
         )
@@ -217,34 +228,97 @@ def train_unrolled_candidate(
     step these are the hypergradients at equal weights: one backward pass judges every response.
 
     It takes the steps of `OuterLoop` (`train_and_estimate`) without what that loop reads to choose the best step: dev
-    is kept for the test of the candidate, so every step is made, the last weights count, and the model is trained once
-    more with them.
+    is kept for the test of the candidate, so the last weights count, and the model is trained once more with them.
+    Every step is made, unless two halves of validation see nothing but noise (outer.reliability_floor). Dev tells how
+    far the last hypergradient speaks for other examples, and nothing in the round depends on that
+    (`choose_round_evidence`).
     """
-    task, outer = round_task.task, candidate_outer(config.outer, "unrolled")
-    seed = config.data.seed + ROUND_SEED_STRIDE * round_number
-    trainer = Trainer(task, outer, session)
-    start = trainer.init_state(task.init_params(config.train.seed))
-    multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
-    hyper, done = jnp.zeros(task.num_examples), 0
-    folder = session.folder / "checkpoints" / "outer"
-    if restored := checkpoint.restore_checkpoint(folder, hyper):
-        hyper, done = restored.tree, restored.step + 1
-        session.advance(done * task.num_steps * (1 + REPLAY_WORK + HVP_WORK))
-    for step in range(done, outer.steps):
-        weights, stream = hyper_to_weights(outer.weighting, hyper, multiplicity), task.training_stream(seed + step)
-        is_first = round_number == step == 0
-        _, estimate = train_and_estimate(trainer, weights, start, stream, step, is_first=is_first)
-        check_hypergradient_finite(estimate, f"round {round_number}, outer step {step},")
-        learning_rate = jnp.asarray(outer_learning_rate(outer, step / outer.steps))
-        hyper = _update_hyper(outer.weighting, outer.max_step, hyper, multiplicity, estimate.grad, learning_rate)
-        session.log.write(
-            {"event": "outer", "step": step, "round": round_number, "validation": float(estimate.validation_loss)}
+    loop = _OuterSteps(config, round_task, session, round_number)
+    while not loop.is_done():
+        loop.take_step()
+    return loop.train_candidate()
+
+
+class _OuterSteps:
+    """The outer steps of a round's unrolled candidate, which go on where a stopped run left them."""
+
+    def __init__(self, config: RefineConfig, round_task: RoundTask, session: Session, round_number: int):
+        self.round_task, self.task, self.session, self.round_number = round_task, round_task.task, session, round_number
+        self.outer = candidate_outer(config.outer, "unrolled")
+        self.seed = config.data.seed + ROUND_SEED_STRIDE * round_number
+        self.trainer = Trainer(self.task, self.outer, session)
+        self.sizes = RoundSizes(self.trainer.num_held_out("validation"), self.trainer.num_held_out("dev"))
+        self.start = self.trainer.init_state(self.task.init_params(config.train.seed))
+        self.multiplicity = jnp.asarray(round_task.multiplicity, jnp.result_type(float))
+        self.hyper = jnp.zeros(self.task.num_examples)
+        self.records: list[dict[str, Any]] = []
+        self.folder = session.folder / "checkpoints" / "outer"
+        if restored := checkpoint.restore_checkpoint(self.folder, self.hyper):
+            self.hyper, self.records = restored.tree, restored.meta["records"]
+            session.advance(sum(record["work"] for record in self.records))
+
+    def is_done(self) -> bool:
+        """Whether all steps were made, or validation is used up."""
+        return len(self.records) == self.outer.steps or self._is_used_up()
+
+    def take_step(self) -> None:
+        """Train, estimate, measure, step the weights, save."""
+        step, work_before = len(self.records), self.session.work_done
+        weights, seed = self._weights(), self.seed + step
+        is_fitted = self.round_task.is_fitted or step > 0
+        evidence = choose_round_evidence(self.outer, step, self.sizes, is_fitted=is_fitted)
+        _, estimate = train_and_estimate(
+            self.trainer, weights, self.start, self.task.training_stream(seed), step,
+            is_first=self.round_number == step == 0,
+            halves_seed=seed if evidence == "halves" else None, dev_seed=seed if evidence == "dev" else None,
+        )  # fmt: skip
+        check_hypergradient_finite(estimate, f"round {self.round_number}, outer step {step},")
+        draw = measure_estimate_reliability(
+            self.task, self.trainer, weights, estimate,
+            trained=self.round_task.trained, is_learned=is_fitted or evidence == "dev",
+        )  # fmt: skip
+        learning_rate = jnp.asarray(outer_learning_rate(self.outer, step / self.outer.steps))
+        self.hyper = _update_hyper(
+            self.outer.weighting, self.outer.max_step, self.hyper, self.multiplicity, estimate.grad, learning_rate
         )
-        checkpoint.save_checkpoint(folder, step, hyper, {})
-        session.mark_saved()
-    weights = hyper_to_weights(outer.weighting, hyper, multiplicity)
-    trajectory = trainer.run(weights, start, task.training_stream(seed + outer.steps), outer_step=outer.steps)
-    return Candidate(trajectory.end.params, np.asarray(weights))
+        record = {
+            "step": step,
+            "round": self.round_number,
+            "validation": float(estimate.validation_loss),
+            **reliability_to_record(draw),
+            "work": self.session.work_done - work_before,
+        }
+        self.records.append(record)
+        self.session.log.write({"event": "outer", **record})
+        checkpoint.save_checkpoint(self.folder, step, self.hyper, {"records": self.records})
+        self.session.mark_saved()
+
+    def train_candidate(self) -> Candidate:
+        """The model that is trained with the last weights, in an order of its own."""
+        weights, place = self._weights(), self.outer.steps
+        trajectory = self.trainer.run(
+            weights, self.start, self.task.training_stream(self.seed + place), outer_step=place
+        )
+        reliability = summarize_reliability(self.records, is_used_up=self._is_used_up())
+        return Candidate(trajectory.end.params, np.asarray(weights), reliability)
+
+    def _weights(self) -> Float[Array, "examples"]:
+        return hyper_to_weights(self.outer.weighting, self.hyper, self.multiplicity)
+
+    def _is_used_up(self) -> bool:
+        is_last = len(self.records) == self.outer.steps
+        return not is_last and is_reliability_at_floor(self.records, self.outer.reliability_floor)
+
+
+def summarize_reliability(records: list[dict[str, Any]], *, is_used_up: bool) -> dict[str, Any]:
+    """What result.json holds of the reliability of a candidate's hypergradients: the draws of its first and of its last
+    step, None where nothing was measured; how many steps were made; whether validation was used up before all were."""
+    return {
+        "first": records[0]["reliability_draw"],
+        "last": records[-1]["reliability_draw"],
+        "steps": len(records),
+        "is_used_up": is_used_up,
+    }
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,10 +1,14 @@
 """The report page of a `refine` run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from bilevel_jax.core.certify import Reliability
+from bilevel_jax.core.certify.reliability import NEEDED_FOR
+from bilevel_jax.runs.engine.reliability import known_reliability, reliability_from_json
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Point, Series
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, isolated_cell, make_table, render_page
@@ -58,6 +62,7 @@ def render_refine_report(name: str, result: JsonObject, config_text: str, enviro
         picture=plot_rounds(result),
         test_numbers=list_test_numbers(result),
         rounds=rounds_table(result),
+        reliability=describe_reliability(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
     )
@@ -118,10 +123,23 @@ def rounds_table(result: JsonObject) -> Table:
         Column("responses right", [record["right"] for record, _, _ in lines], "share, by the verifier"),
         Column("ended", [record["ended"] for record, _, _ in lines], "share of responses"),
         Column("ESS", [record["ess"] for record, _, _ in lines], "examples, of the best that weights them"),
+        *_reliability_columns([candidate for _, candidate, _ in lines]),
         Column("passes", [round(candidate["work"]) for _, candidate, _ in lines], "training steps"),
         Column("seconds", [round(candidate["seconds"]) for _, candidate, _ in lines], "with compilation"),
         row_classes={at: "strong" for at, (record, _, is_best) in enumerate(lines) if record["accepted"] and is_best},
     )
+
+
+def _reliability_columns(candidates: list[JsonObject]) -> list[Column]:
+    """The reliability of hypergradients, by what it was measured; columns without a number are left out."""
+    draws = [read_reliability(candidate) for candidate in candidates]
+    by_halves = [known_reliability(first) if _is_by_halves(first) else None for first, _ in draws]
+    by_dev = [None if _is_by_halves(last) else known_reliability(last) for _, last in draws]
+    columns = [
+        Column("reliability", by_halves, "first step, by halves of validation"),
+        Column("reliability", by_dev, "last step, by dev"),
+    ]
+    return [column for column in columns if any(cell is not None for cell in column.cells)]
 
 
 def responses_table(result: JsonObject) -> Table:
@@ -163,6 +181,96 @@ def mean_weights_table(result: JsonObject) -> Table:
 def format_gain(gain: JsonObject) -> str:
     """A gain with its interval."""
     return f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]".replace("-", "−")
+
+
+# ---- reliability
+
+
+def read_reliability(candidate: JsonObject) -> tuple[Reliability | None, Reliability | None]:
+    """The reliability of the first and of the last hypergradient of a candidate; None where it was not measured."""
+    stored = candidate.get("reliability") or {}  # runs of earlier versions have none
+    first, last = (stored.get(place) for place in ("first", "last"))
+    return (first and reliability_from_json(first)), (last and reliability_from_json(last))
+
+
+def describe_reliability(result: JsonObject) -> JsonObject:
+    """What the report says of how far weights speak for other examples: a line per round, or why there is none."""
+    candidates = [
+        (record["step"], candidate)
+        for record in result["records"]
+        for candidate in record["candidates"]
+        if candidate["name"] == "unrolled"
+    ]
+    measured = [(number, candidate) for number, candidate in candidates if any(read_reliability(candidate))]
+    missing = ""
+    if not candidates:
+        missing = "no candidate has hypergradients, and of these alone it is measured (refine.methods: unrolled)"
+    elif not any("reliability" in candidate for _, candidate in candidates):
+        missing = "this run is of a version that did not measure it"
+    elif not measured:
+        missing = "outer.reliability_every is 0, or neither validation nor dev has two examples to make halves of"
+    lines = [f"Round {number}: {_describe_candidate(candidate)}" for number, candidate in measured]
+    return {"missing": missing, "lines": lines}
+
+
+def format_reliability(candidate: JsonObject) -> str:
+    """The reliability of a candidate's hypergradients, first → last, for the line of a round; "" without any."""
+    first, last = read_reliability(candidate)
+    if first is None and last is None:
+        return ""
+    draws = [first, last] if _is_worth_telling(candidate, first) else [last]
+    values = [known_reliability(draw) for draw in draws]
+    return "reliability " + " → ".join("unknown" if value is None else f"{value:.2f}" for value in values)
+
+
+def _is_worth_telling(candidate: JsonObject, first: Reliability | None) -> bool:
+    """Whether the first step says something beside the last."""
+    return candidate["reliability"]["steps"] > 1 and known_reliability(first) is not None
+
+
+def _describe_candidate(candidate: JsonObject) -> str:
+    first, last = read_reliability(candidate)
+    stored = candidate["reliability"]
+    if stored["steps"] == 1:
+        words = f"in the one step, where all weights are equal, {_describe_draw(last)}."
+    elif _is_worth_telling(candidate, first):
+        words = f"in the first step, where all weights are equal, {_describe_draw(first)}; "
+        words += f"in the last, at learned weights, {_describe_draw(last)}."
+    else:
+        words = f"in the last step, at learned weights, {_describe_draw(last)}."
+    words += _describe_need(first)
+    if stored["is_used_up"]:
+        words += (
+            f" The weights stopped after {stored['steps']} steps: twice in a row two halves of validation agreed on "
+            "next to nothing (outer.reliability_floor), so it is used up."
+        )
+    return words
+
+
+def _describe_draw(draw: Reliability | None) -> str:
+    """The number, or why nobody knows it."""
+    value = known_reliability(draw)
+    if value is not None:
+        return f"{format_number(value, 2)} by {'halves of validation' if _is_by_halves(draw) else 'dev'}"
+    if draw is None:
+        return "nobody knows"
+    if draw.is_fitted:
+        return "nobody knows (halves of what the weights follow do not tell, and dev was not read)"
+    return f"nobody knows (halves of {'validation' if _is_by_halves(draw) else 'dev'} agree on nothing)"
+
+
+def _describe_need(draw: Reliability | None) -> str:
+    """About how many validation examples would be enough, where their noise was measured and they are not."""
+    if draw is None or known_reliability(draw) is None or draw.value >= NEEDED_FOR or math.isnan(draw.noise):
+        return ""
+    needed = draw.validation_examples_for(NEEDED_FOR)
+    if math.isinf(needed):
+        return " Nothing but noise is seen there, so no number of validation examples can be told."
+    return f" For {NEEDED_FOR:g} about {format_count('validation example', round(needed))} would be needed."
+
+
+def _is_by_halves(draw: Reliability | None) -> bool:
+    return draw is not None and math.isnan(draw.agreement)
 
 
 # ---- the picture

@@ -52,6 +52,14 @@ class RoundTask(NamedTuple):
     """The number of the response in `Rollouts`; -1 for an offline row."""
     multiplicity: Float[np.ndarray, "examples"]
     """How much each row counts before any weight; mean 1."""
+    is_fitted: bool = False
+    """Whether validation had a say before the round: in the model that answers and is trained, or in its questions."""
+
+    @property
+    def trained(self) -> Int[np.ndarray, "trained"]:
+        """The rows that are trained on: not those that are too long, or that count nothing."""
+        rows = self.task.trainable_indices()
+        return rows[self.multiplicity[rows] > 0]
 
 
 def choose_questions(

@@ -28,13 +28,14 @@ from bilevel_jax.commands.refine.rollouts import (
     mean_verifier_score,
 )
 from bilevel_jax.core.training import trajectory_from_params
-from bilevel_jax.core.types import PADDING, Params
+from bilevel_jax.core.types import Params
 from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
+from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -45,7 +46,7 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_indices
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
@@ -144,16 +145,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     task, session, refine_config = context.task, context.session, context.config
     for note in task.notes:
         session.print_line(note)
-    total = refine_config.refine.rounds * sum(
-        count_candidate_work(
-            name,
-            candidates.candidate_outer(refine_config.outer, name),
-            refine_config.single_loop,
-            refine_config.train.max_steps,
-        )
-        for name in refine_config.refine.methods
-    )
-    session.set_phase("starting", total=total)
+    session.set_phase("starting", total=count_rounds_work(refine_config, task))
     folder = session.folder / "checkpoints" / "rounds"
     start = task.init_params(refine_config.train.seed)
     state, records = RefineState(start, jnp.ones(task.num_examples)), []
@@ -165,7 +157,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     for number in range(len(records)):
         _remove_candidates(context, number)  # a kill may have come before it
     for number in range(len(records), refine_config.refine.rounds):
-        state, record = run_round(context, state, number)
+        state, record = run_round(context, state, number, is_fitted=follows_validation(refine_config, records))
         records.append(record)
         session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
         session.print_line(_format_round(record))
@@ -206,8 +198,36 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
 # ---- a round
 
 
-def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[RefineState, dict[str, Any]]:
-    """Choose questions, answer them with the present model, train every candidate, test the best one."""
+def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> bool:
+    """Whether validation had a say before the next round: it chose the questions, or trained the present model."""
+    is_trained_by_it = any(record["accepted"] and record["best"] != "uniform" for record in records)
+    return config.refine.questions == "dynamic" or is_trained_by_it
+
+
+def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
+    """The most that the candidates of all rounds cost, in training steps."""
+    sizes = RoundSizes(*(len(held_out_indices(task.held_out_streams[part])) for part in ("validation", "dev")))
+    return sum(
+        count_candidate_work(
+            name,
+            candidates.candidate_outer(config.outer, name),
+            config.single_loop,
+            config.train.max_steps,
+            sizes,
+            is_fitted=number > 0 or follows_validation(config, []),
+        )
+        for number in range(config.refine.rounds)
+        for name in config.refine.methods
+    )
+
+
+def run_round(
+    context: RefineContext, state: RefineState, number: int, *, is_fitted: bool
+) -> tuple[RefineState, dict[str, Any]]:
+    """Choose questions, answer them with the present model, train every candidate, test the best one.
+
+    `is_fitted` is that of `RoundTask`.
+    """
     config, offline_task, session = context.config, context.task, context.session
     began, before = time.monotonic(), session.work_done
     model_fingerprint = fingerprint_params(assemble_params(state.params, offline_task.base_params))
@@ -228,7 +248,9 @@ def run_round(context: RefineContext, state: RefineState, number: int) -> tuple[
     start_params = (
         state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
     )
-    round_task = round_task._replace(task=round_task.task._replace(init_params=lambda seed: start_params))
+    round_task = round_task._replace(
+        task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
+    )
 
     present = compute_dev_losses(offline_task, state.params)
     trained = train_candidates(context, round_task, state.params, number)
@@ -282,7 +304,7 @@ class TrainedCandidates(NamedTuple):
     models: dict[str, Candidate]
     dev_losses: dict[str, Float[np.ndarray, "dev"]]
     records: list[dict[str, Any]]
-    """Name, mean dev loss, work and seconds of each."""
+    """Name, mean dev loss, work and seconds of each; with hypergradients their reliability."""
 
 
 def train_candidates(
@@ -292,10 +314,10 @@ def train_candidates(
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
-        candidate, cost = train_candidate(context, round_task, sampler_params, number, name)
+        candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
         dev_losses = compute_dev_losses(context.task, candidate.params)
         trained.models[name], trained.dev_losses[name] = candidate, dev_losses
-        trained.records.append({"name": name, "dev": float(dev_losses.mean()), **cost})
+        trained.records.append({"name": name, "dev": float(dev_losses.mean()), **measured})
     return trained
 
 
@@ -314,7 +336,8 @@ def estimate_initial_weights(context: RefineContext, params: Params) -> Float[Ar
 def train_candidate(
     context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int, name: RefineMethod
 ) -> tuple[Candidate, dict[str, Any]]:
-    """A candidate, trained now or read where a stopped run left it, and what it cost."""
+    """A candidate, trained now or read where a stopped run left it, and what its round's record says of it beside its
+    name and dev loss."""
     session = context.session
     candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
@@ -327,7 +350,8 @@ def train_candidate(
         began, before = time.monotonic(), session.work_done
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
         checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
-        return {"work": session.work_done - before, "seconds": time.monotonic() - began}
+        cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
+        return cost | ({"reliability": candidate.reliability} if candidate.reliability else {})
 
     record = session.run_once(f"round {number}/{name}", make, restored is not None)
     restored = restored or checkpoint.restore_checkpoint(end, structure)
@@ -359,8 +383,7 @@ def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.n
     """The loss of each example of a part that is not too long, nats; FloatingPointError where one is not finite."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
-    index = np.concatenate([np.asarray(stream.batch(step)["index"]).ravel() for step in range(stream.steps)])
-    values = values[np.sort(index[index != PADDING])]
+    values = values[held_out_indices(stream)]
     if not np.isfinite(values).all():
         raise FloatingPointError(
             f"the loss of a row of {part} is not finite. Lower optimizer.learning_rate, or set optimizer.max_grad_norm."
@@ -409,6 +432,7 @@ LOGGED_KEYS = (
     "responses",
     "right",
     "present",
+    "candidates",
     "best",
     "gain",
     "bound",
@@ -433,8 +457,9 @@ def _format_round(record: dict[str, Any]) -> str:
     gain = record["gain"]
     losses_text = "  ".join(f"{candidate['name']} {candidate['dev']:.4f}" for candidate in record["candidates"])
     right = "" if record["right"] is None else f"   {record['right']:.0%} of the responses right"
+    reliability = "".join(f"   {words}" for words in map(report.format_reliability, record["candidates"]) if words)
     return (
         f"round {record['step']}   dev loss: present {record['present']:.4f}  {losses_text}   gain "
         f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
-        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}"
+        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}{reliability}"
     )

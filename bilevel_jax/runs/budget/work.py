@@ -17,8 +17,9 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
 )
 from bilevel_jax.runs.engine.arms import count_trainings
-from bilevel_jax.runs.engine.outer_loop import measures_reliability, pooling_work, pools_steps
+from bilevel_jax.runs.engine.outer_loop import pooling_work, pools_steps
 from bilevel_jax.runs.engine.raters import rater_work
+from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
@@ -66,7 +67,7 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
         loop = _add_stages("", training, estimate).repeat(outer.steps + 1, "")
-        num_measured = sum(measures_reliability(outer, step) for step in range(outer.steps + 1))
+        num_measured = sum(measures_reliability(outer, step, outer.steps) for step in range(outer.steps + 1))
         measured = _reliability_stage(task, outer, steps, epoch_steps).repeat(num_measured, "")
         pooling = WorkStage("", other_work=pooling_work(task, outer))
         stages = [_add_stages("learning", loop, measured, baselines, pooling)]
@@ -161,12 +162,29 @@ def count_baseline_work(task: Task) -> float:
 
 
 def count_candidate_work(
-    name: RefineMethod, outer: OuterSection, single_loop: SingleLoopSection, max_steps: int
+    name: RefineMethod,
+    outer: OuterSection,
+    single_loop: SingleLoopSection,
+    max_steps: int,
+    sizes: RoundSizes,
+    *,
+    is_fitted: bool,
 ) -> float:
-    """The work of one candidate of `refine`, in training steps; `outer` is that of the candidate."""
+    """The most that one candidate of `refine` costs, in training steps; `outer` is that of the candidate.
+
+    `is_fitted` says whether the round begins with what follows validation. Its weights may stop at
+    outer.reliability_floor.
+    """
     if name in SINGLE_LOOP_METHODS:
         return count_single_loop_work(single_loop, outer, max_steps)
-    return max_steps if name == "uniform" else max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK))
+    if name == "uniform":
+        return max_steps
+    num_extra_losses = {"": 0, "halves": 1, "dev": 2}
+    extra_losses = sum(
+        num_extra_losses[choose_round_evidence(outer, step, sizes, is_fitted=is_fitted or step > 0)]
+        for step in range(outer.steps)
+    )
+    return max_steps * (1 + outer.steps * (1 + REPLAY_WORK + HVP_WORK) + EXTRA_LOSS_WORK * extra_losses)
 
 
 def _count_epoch_steps(task: Task, outer: OuterSection) -> int:

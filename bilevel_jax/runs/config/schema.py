@@ -480,10 +480,10 @@ class OuterSection:
 
     reliability_every: Annotated[int, Ge(0), Special(0, "never")] = 2
     """Outer steps from one measurement of reliability (how far the hypergradient speaks for examples beside the
-    validation set) to the next; the first and the last measure it, too. 0: never."""
+    validation set) to the next; the first and the last, too; in refine the last alone reads dev. 0: never."""
 
     reliability_floor: Annotated[float, Interval(ge=0, lt=1), Special(0, "never stop for it")] = 0.05
-    """Stop where the reliability was at most this twice in a row; 0: never stop for it."""
+    """Stop where the reliability, in refine by halves of validation, was at most this twice in a row; 0: never."""
 
     window: Count = 20
     """method=window: number of last training steps that are differentiated."""

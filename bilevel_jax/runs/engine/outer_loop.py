@@ -12,7 +12,6 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core import weightings
-from bilevel_jax.core.certify import Reliability
 from bilevel_jax.core.types import Estimate, Hyper, Params, Stream, TrainState, Trajectory, Weighting
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.core.weightings import (
@@ -26,7 +25,14 @@ from bilevel_jax.core.weightings import (
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream, turn_validation_stream
 from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
-from bilevel_jax.runs.engine.reliability import fields_to_json, measure_estimate_reliability, measures_reliability
+from bilevel_jax.runs.engine.reliability import (
+    FLOOR_REASON,
+    fields_to_json,
+    is_reliability_at_floor,
+    measure_estimate_reliability,
+    measures_reliability,
+    reliability_to_record,
+)
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
@@ -234,7 +240,7 @@ class OuterLoop:
         stream = turn_training_stream(self.task, data_order_seed(self.data, self.outer, step), turn)
         self.session.set_phase(f"outer step {step} of {self.outer.steps}")
         start = self.trainer.init_state(self.state.start_params)
-        seed = self.data.seed + step if measures_reliability(self.outer, step) else None
+        seed = self.data.seed + step if measures_reliability(self.outer, step, self.outer.steps) else None
         reads_dev, halves_seed = self.trainer.has_halves("dev"), seed
         is_pooled = isinstance(self.state.pooling, PoolingState)
         if is_pooled:  # it compares the halves of different steps, so they must be the same
@@ -272,23 +278,12 @@ class OuterLoop:
                 f"the effective sample size fell to {effective_size:.0f} of {num_examples} rows, below outer.ess_floor "
                 f"({self.outer.ess_floor:g} of the rows)"
             )
-        if self._is_reliability_at_floor():
-            return (
-                "the reliability was at most outer.reliability_floor in two measurements in a row "
-                f"({self.outer.reliability_floor:g}): the validation set is used up"
-            )
+        if is_reliability_at_floor(self.records, self.outer.reliability_floor):
+            return f"{FLOOR_REASON} ({self.outer.reliability_floor:g}): the validation set is used up"
         steps_since_best = len(self.records) - 1 - _best_step(self.records)
         if self.outer.patience and steps_since_best >= self.outer.patience:
             return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
         return f"all {len(self.records) - 1} outer steps were made" if self.progress(self.records) > 1 else ""
-
-    def _is_reliability_at_floor(self) -> bool:
-        measured = [record for record in self.records if record["reliability_draw"]]
-        floor = self.outer.reliability_floor
-        if floor == 0 or len(measured) < 2 or measured[-1] is not self.records[-1]:
-            return False
-        values = [_largest_reliability(record) for record in measured[-2:]]
-        return all(value is not None and value <= floor for value in values)
 
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
         """The best weights so far, on the host."""
@@ -372,7 +367,9 @@ class OuterLoop:
     ) -> dict[str, Any]:
         task, params, labels = self.task, trajectory.end.params, self._labels
         judging = turn_validation_stream(task, turn)
-        draw = measure_estimate_reliability(task, self.trainer, weights, estimate, turn, is_learned=step > 0)
+        draw = measure_estimate_reliability(
+            task, self.trainer, weights, estimate, turn, trained=task.trainable_indices(), is_learned=step > 0
+        )
         validation_weight = {} if turn is None else {"validation_weight": float(weights[task.num_examples])}
         weights = weights if turn is None else weights[: task.num_examples]
         return {
@@ -386,9 +383,7 @@ class OuterLoop:
             **validation_weight,
             "auc": labels.auc(fetch_to_host(weights)[: task.num_examples]) if labels is not None else None,
             "checks": fields_to_json(estimate.checks),
-            "reliability": _reliability_value(draw, is_fitted=False),
-            "fitted_reliability": _reliability_value(draw, is_fitted=True),
-            "reliability_draw": draw and fields_to_json(draw),
+            **reliability_to_record(draw),
             "rate": outer_learning_rate(self.outer, min(1.0, self.progress(self.records))),
             "pooling": None,
             **self._record_coefficients(),
@@ -469,19 +464,6 @@ def pools_steps(task: Task, outer: OuterSection) -> bool:
 def pooling_work(task: Task, outer: OuterSection) -> float:
     """What the models of pooled steps take, in training steps; 0 where steps are not pooled."""
     return count_validation_models_work(task) if pools_steps(task, outer) else 0.0
-
-
-def _reliability_value(reliability: Reliability | None, *, is_fitted: bool) -> float | None:
-    if reliability is None or reliability.is_fitted != is_fitted or np.isnan(reliability.value):
-        return None
-    return reliability.value
-
-
-def _largest_reliability(record: dict[str, Any]) -> float | None:
-    """The reliability of what an outer step went by: of its hypergradient, or of the better part of a pooled one."""
-    if record["pooling"]:
-        return float(np.sqrt(max(record["pooling"].values())))  # a share of energy is a correlation squared
-    return record["fitted_reliability"] if record["reliability"] is None else record["reliability"]
 
 
 def _best_step(records: OuterRecords) -> int:

@@ -1,10 +1,11 @@
-"""Reliability of the hypergradients of outer steps, and its JSON."""
+"""Reliability of the hypergradients of outer steps: when it is measured, by what, and its JSON."""
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from bilevel_jax.core.certify import (
     Reliability,
@@ -19,11 +20,37 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.tasks.protocol import Task
 
+Evidence = Literal["", "halves", "dev"]
+"""What the reliability of a step in a round of `refine` is measured by: nothing, halves of validation, or dev."""
+FLOOR_REASON = "the reliability was at most outer.reliability_floor in two measurements in a row"
 
-def measures_reliability(outer: OuterSection, step: int) -> bool:
+
+class RoundSizes(NamedTuple):
+    """How many examples can judge in a round of `refine`."""
+
+    validation: int
+    dev: int
+
+
+def measures_reliability(outer: OuterSection, step: int, last_step: int) -> bool:
     """Whether an outer step measures its reliability."""
     every = outer.reliability_every
-    return every > 0 and (step % every == 0 or step == outer.steps)
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def choose_round_evidence(outer: OuterSection, step: int, sizes: RoundSizes, *, is_fitted: bool) -> Evidence:
+    """What an outer step of a round of `refine` measures its reliability by.
+
+    Dev decides the round, so it is read beside the round's last hypergradient alone, when no choice is left that it
+    could steer, and there only where halves of validation do not tell: where the weights, the model or the questions
+    follow validation already (`is_fitted`), or it is one example.
+    """
+    last_step = outer.steps - 1
+    if not measures_reliability(outer, step, last_step):
+        return ""
+    if step == last_step and sizes.dev > 1 and (is_fitted or sizes.validation < 2):
+        return "dev"
+    return "halves" if sizes.validation > 1 else ""
 
 
 def measure_estimate_reliability(
@@ -33,16 +60,17 @@ def measure_estimate_reliability(
     estimate: Estimate,
     turn: Turn | None = None,
     *,
+    trained: Int[np.ndarray, "trained"],
     is_learned: bool,
 ) -> Reliability | None:
-    """The reliability over the examples that are trained on; None where neither halves nor dev were estimated, and
+    """The reliability over the examples that are `trained` on; None where neither halves nor dev were estimated, and
     without a number where there can be no halves.
 
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
     which has not steered them; without dev nobody knows.
     """
-    kept, num_validation = task.trainable_indices(), count_judges(task, turn)
-    fetch = lambda table: fetch_to_host(table)[kept]  # noqa: E731
+    num_validation = count_judges(task, turn)
+    fetch = lambda table: fetch_to_host(table)[trained]  # noqa: E731
     if estimate.independent:
         dev_grad, dev_halves = map(fetch, estimate.independent)
         if is_learned:
@@ -56,6 +84,36 @@ def measure_estimate_reliability(
         return Reliability(math.nan, math.nan, num_validation) if is_impossible else None
     draw = measure_reliability(fetch(weights), fetch(estimate.grad), fetch(estimate.half_difference), num_validation)
     return draw._replace(is_fitted=is_learned)
+
+
+def reliability_to_record(draw: Reliability | None) -> dict[str, Any]:
+    """What the record of an outer step holds of its reliability: the number where it is known, and the draw."""
+    return {
+        "reliability": known_reliability(draw),
+        "fitted_reliability": draw.value if draw and draw.is_fitted and not np.isnan(draw.value) else None,
+        "reliability_draw": draw and fields_to_json(draw),
+    }
+
+
+def known_reliability(draw: Reliability | None) -> float | None:
+    """The reliability as a number; None where nobody knows it."""
+    return None if draw is None or draw.is_fitted or np.isnan(draw.value) else draw.value
+
+
+def is_reliability_at_floor(records: list[dict[str, Any]], floor: float) -> bool:
+    """Whether the last two measurements, the second of them in the last step, were at most `floor`; never at 0."""
+    measured = [record for record in records if record["reliability_draw"]]
+    if floor == 0 or len(measured) < 2 or measured[-1] is not records[-1]:
+        return False
+    values = [_largest_reliability(record) for record in measured[-2:]]
+    return all(value is not None and value <= floor for value in values)
+
+
+def _largest_reliability(record: dict[str, Any]) -> float | None:
+    """The reliability of what an outer step went by: of its hypergradient, or of the better part of a pooled one."""
+    if record.get("pooling"):
+        return float(np.sqrt(max(record["pooling"].values())))  # a share of energy is a correlation squared
+    return record["fitted_reliability"] if record["reliability"] is None else record["reliability"]
 
 
 def average_reliability_near(records: list[dict[str, Any]], step: int) -> Reliability | None:
