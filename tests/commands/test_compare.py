@@ -128,6 +128,19 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
     same(tmp_path / "run", whole[0])
 
 
+def test_the_report_says_how_far_the_first_hypergradients_speak_for_others(whole):
+    def of(*values):
+        return {"name": "auto", "runs": [{"trail": [{"reliability": value}, {"reliability": 0.9}]} for value in values]}
+
+    plain = whole[1]["rows"]  # baselines, and methods that spend all of the budget on steps
+    assert report.describe_reliability({"rows": plain}) == ""
+    assert report.describe_reliability({"rows": [*plain, of(None, 0.4)]}) == ""
+    assert " is 0.40 (measured by auto): about" in report.describe_reliability({"rows": [*plain, of(0.4)]})
+    assert " is 0.30 ± 1.3 (measured by auto)" in report.describe_reliability({"rows": [of(0.4, 0.2)]})
+    old = [{"name": "auto", "runs": [{"trail": [{"auc": 0.5}]}]}]
+    assert report.describe_reliability({"rows": old}) == ""
+
+
 @pytest.mark.slow
 def test_every_method_runs(config, tmp_path):
     flags = ("--compare.seeds", "1", "--compare.methods", *METHODS, "--compare.baselines", "oracle+validation")
@@ -138,6 +151,9 @@ def test_every_method_runs(config, tmp_path):
     for name in METHODS:
         assert rows[name]["mean"]["passes"] <= 120 and np.isfinite(rows[name]["mean"]["distance"])
     assert "One seed tells nothing apart." in result["sentence"]
+    first = rows["pooled"]["runs"][0]["trail"][0]["reliability"]  # of the same uniform training and halves
+    assert first == rows["auto"]["runs"][0]["trail"][0]["reliability"] and 0 <= first <= 1
+    assert "(measured by pooled)" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_sentence_names_what_is_not_told_apart():

@@ -44,7 +44,8 @@ class MethodResult(NamedTuple):
 
     weights: Float[np.ndarray, "examples"]
     history: list[dict[str, Any]]
-    """On the way: passes and seconds so far, the AUC of the weights, their effective size, L_v of the model then."""
+    """On the way: passes so far, the AUC of the weights, their effective size, L_v of the model then, and where the
+    method measured it the reliability of the hypergradient."""
     passes: float
     seconds: float
     stop_reason: str
@@ -145,9 +146,10 @@ def _total_seconds(records: list[dict[str, Any]]) -> float:
 
 def _cost_history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     passes = np.cumsum([record["work"] for record in records]).tolist()
-    keys = ("auc", "ess", "loss")
+    keys = ("auc", "ess", "loss", "reliability")  # the last one in pooled and auto alone, which measure it
     return [
-        {"passes": spent, **{key: record[key] for key in keys}} for spent, record in zip(passes, records, strict=True)
+        {"passes": spent, **{key: record.get(key) for key in keys}}
+        for spent, record in zip(passes, records, strict=True)
     ]
 
 

@@ -49,6 +49,7 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
         protocol=describe_protocol(result),
         picture=plot_cost_curves(result),
         table=comparison_table(result),
+        reliability=describe_reliability(result),
         estimands=estimand_table(result),
         ended=[
             f"{row['name']}: {cell['ended']}." for row in result["rows"] for cell in row["runs"] if cell.get("ended")
@@ -101,6 +102,23 @@ def describe_protocol(result: JsonObject) -> str:
         f"{RESTART_DESCRIPTIONS[result['restart']]}. Seeds: {result['seeds']}; ± is the half-width "
         "of the 95 % interval of their mean by Student's t. " + (F1_DEFINITION if result["labels"] else "")
     )
+
+
+def describe_reliability(result: JsonObject) -> str:
+    """How far the hypergradients of the first outer step speak for other examples, by a method that measured it; "" if
+    none did."""
+    for row in result["rows"]:
+        values = [cell["trail"][0].get("reliability") for cell in row["runs"] if cell.get("trail")]
+        known: list[float] = [value for value in values if value is not None]
+        if known and len(known) == len(row["runs"]):
+            mean, half = mean_interval(known)
+            reliability = format_number(mean, 2) + ("" if math.isnan(half) else f" ± {format_number(half, 2)}")
+            return (
+                f"Where all weights are equal, the reliability of the hypergradients is {reliability} (measured by "
+                f"{row['name']}): about their correlation with those by an endless validation set. Near 1 they speak "
+                "for other validation examples, too; near 0 for these alone."
+            )
+    return ""
 
 
 RESTART_DESCRIPTIONS = {
