@@ -23,19 +23,20 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 
 TRUSTED = {"validation": 64, "dev": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
+STEPS_ALONE = ("--outer.reliability-every", "0")  # the cost of the weights, without what measures them
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "validation alone": ("refine_mixing", ("--single-loop.validation-shares", "1.0")),
     "direct mixing": ("refine_mixing", ()),
     "BDS, offline": ("refine_offline", ()),
     "BMO, offline": ("refine_bmo", NONE),
-    "exact, offline": ("refine_exact", NONE),
+    "exact, offline": ("refine_exact", (*NONE, *STEPS_ALONE)),
     "self-training": ("refine_self_training", ()),
     "BDS + online fixed": ("refine_dynamic", FIXED),
     "BDS + online dynamic": ("refine_dynamic", ()),
     "BDS + online dynamic, more steps": ("refine_dynamic", ("--single-loop.steps", "520")),
     "BMO + online fixed": ("refine_bmo", ()),
-    "exact + online fixed": ("refine_exact", ()),
-    "exact + online dynamic": ("refine_exact", DYNAMIC),
+    "exact + online fixed": ("refine_exact", STEPS_ALONE),
+    "exact + online dynamic": ("refine_exact", (*DYNAMIC, *STEPS_ALONE)),
     "right responses (oracle)": ("refine_self_training", ("--refine.verifier-use", "filter")),
 }
 """name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth; "more steps"
