@@ -110,6 +110,20 @@ def test_linearisations_on_the_tape_change_nothing_but_rounding(plan):
     assert relative(both.grad[1], whole.grad) < 1e-13
 
 
+def test_passes_of_several_losses_are_compiled_once_for_a_step():
+    """Each trainer makes its own pass, with its own calls after a step."""
+    toy, weights, traced, counts = lora(), jnp.asarray(WEIGHTS), [], []
+    step = trained(toy, ADAMW, weights)[0]
+    counted = step._replace(backward=lambda *arguments: traced.append(1) or step.backward(*arguments))
+    for _ in range(2):
+        run = trained(toy, ADAMW, weights)[1]
+        passes = backward_pass_of_each(toy.problem, counted, keep_bits=True, on_step=lambda step: None)
+        state = passes.init(run, weights, toy.fixed, [toy.validation] * 2)
+        passes.advance(run, weights, toy.fixed, toy.train, state)
+        counts.append(len(traced))
+    assert counts[0] == counts[1] > 0
+
+
 def test_the_difference_of_halves_is_that_of_each_example():
     """d = (1/n) sum_i c_i g_i, the g_i by a pass of their own, in float64; an odd number of examples, with padding."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)
