@@ -624,5 +624,6 @@ assert held["gain"]["low"] > 0 and held["right"]["gain"]["low"] > 0, "no gain is
 # from wrong ones rests on two things that hold here: the validation examples have the rule in common with the questions
 # (section 3: $c \ne 0$), and right answers are among those that the model gives. Where a model is never right, there is
 # nothing to weigh. And $V$ is used up: with every round the weights fit its 16 examples more closely, which is why the
-# rounds are judged on examples that no weight has seen. `configs/refine_*.yaml` hold the methods of the paper and their
-# controls on a harder task, sums with forgotten carries.
+# rounds are judged on examples that no weight has seen. These also say, at the end of each line of section 5, how far
+# the round's last hypergradients speak for other examples than $V$: 1 entirely, 0 not at all. `configs/refine_*.yaml`
+# hold the methods of the paper and their controls on a harder task, sums with forgotten carries.
