@@ -78,9 +78,9 @@ SAID = {
     ),
     "used up": (
         candidate(FITTED, FITTED, steps=2, is_used_up=True),
-        f"in the last step, at learned weights, {NOBODY}. The weights stopped after 2 steps: twice in a row two halves "
-        "of validation agreed on next to nothing (outer.reliability_floor), so it is used up.",
-        "reliability unknown",
+        f"in the last step, at learned weights, {NOBODY}. The weights stopped after 2 steps: by halves of validation "
+        "the reliability was at most outer.reliability_floor twice in a row, so validation is used up.",
+        "reliability unknown (used up after 2 steps)",
     ),
 }
 
@@ -88,7 +88,8 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_a_round_says_what_is_known_of_other_examples(name):
     measured, sentence, line = SAID[name]
-    assert describe_reliability(result(UNIFORM, measured)) == {"missing": "", "lines": [f"Round 0: {sentence}"]}
+    described = describe_reliability(result(UNIFORM, measured))
+    assert described == {"missing": "", "lines": [f"Round 0: {sentence}"], "num_validation": 64}
     assert format_reliability(measured) == line and not format_reliability(UNIFORM)
 
 

@@ -210,7 +210,8 @@ def describe_reliability(result: JsonObject) -> JsonObject:
     elif not measured:
         missing = "outer.reliability_every is 0, or neither validation nor dev has two examples to make halves of"
     lines = [f"Round {number}: {_describe_candidate(candidate)}" for number, candidate in measured]
-    return {"missing": missing, "lines": lines}
+    counts = [draw.num_validation for _, candidate in measured for draw in read_reliability(candidate) if draw]
+    return {"missing": missing, "lines": lines, "num_validation": max(counts, default=0)}
 
 
 def format_reliability(candidate: JsonObject) -> str:
@@ -220,7 +221,10 @@ def format_reliability(candidate: JsonObject) -> str:
         return ""
     draws = [first, last] if _is_worth_telling(candidate, first) else [last]
     values = [known_reliability(draw) for draw in draws]
-    return "reliability " + " → ".join("unknown" if value is None else f"{value:.2f}" for value in values)
+    numbers = " → ".join("unknown" if value is None else f"{value:.2f}" for value in values)
+    stored = candidate["reliability"]
+    used_up = f" (used up after {stored['steps']} steps)" if stored["is_used_up"] else ""
+    return f"reliability {numbers}{used_up}"
 
 
 def _is_worth_telling(candidate: JsonObject, first: Reliability | None) -> bool:
@@ -241,8 +245,8 @@ def _describe_candidate(candidate: JsonObject) -> str:
     words += _describe_need(first)
     if stored["is_used_up"]:
         words += (
-            f" The weights stopped after {stored['steps']} steps: twice in a row two halves of validation agreed on "
-            "next to nothing (outer.reliability_floor), so it is used up."
+            f" The weights stopped after {stored['steps']} steps: by halves of validation the reliability was at most "
+            "outer.reliability_floor twice in a row, so validation is used up."
         )
     return words
 
