@@ -10,6 +10,7 @@ NAN = float("nan")
 HALVES = Reliability(0.6, 0.64, 64)
 FITTED = Reliability(0.03, 0.999, 64, is_fitted=True)
 DEV = Reliability(-0.4, NAN, 64, agreement=-0.2, signal=0.25)
+ONE = Reliability(NAN, NAN, 1)
 UNKNOWN = Reliability(NAN, NAN, 64, agreement=0.1, signal=-0.1)
 
 
@@ -71,6 +72,12 @@ SAID = {
         "in the last step, at learned weights, nobody knows (halves of dev agree on nothing).",
         "reliability unknown",
     ),
+    "one validation example": (
+        candidate(ONE, ONE),
+        "in the last step, at learned weights, nobody knows (one validation example has no halves, and dev was not "
+        "read).",
+        "reliability unknown",
+    ),
     "one step": (
         candidate(DEV, DEV, steps=1),
         "in the one step, where all weights are equal, −0.40 by dev.",
@@ -89,7 +96,11 @@ SAID = {
 def test_a_round_says_what_is_known_of_other_examples(name):
     measured, sentence, line = SAID[name]
     described = describe_reliability(result(UNIFORM, measured))
-    assert described == {"missing": "", "lines": [f"Round 0: {sentence}"], "num_validation": 64}
+    assert described == {
+        "missing": "",
+        "lines": [f"Round 0: {sentence}"],
+        "num_validation": measured["reliability"]["last"]["num_validation"],
+    }
     assert format_reliability(measured) == line and not format_reliability(UNIFORM)
 
 
@@ -97,7 +108,7 @@ OLD = {"name": "unrolled", "dev": 1.0, "work": 9.0, "seconds": 1.0}
 MISSING = {
     "no candidate has hypergradients": [UNIFORM, UNIFORM | {"name": "penalty"}],
     "this run is of a version that did not measure it": [UNIFORM, OLD],
-    "outer.reliability_every is 0, or neither validation nor dev has two examples": [candidate(None, None)],
+    "outer.reliability_every is 0": [candidate(None, None)],
 }
 
 

@@ -208,7 +208,7 @@ def describe_reliability(result: JsonObject) -> JsonObject:
     elif not any("reliability" in candidate for _, candidate in candidates):
         missing = "this run is of a version that did not measure it"
     elif not measured:
-        missing = "outer.reliability_every is 0, or neither validation nor dev has two examples to make halves of"
+        missing = "outer.reliability_every is 0"
     lines = [f"Round {number}: {_describe_candidate(candidate)}" for number, candidate in measured]
     counts = [draw.num_validation for _, candidate in measured for draw in read_reliability(candidate) if draw]
     return {"missing": missing, "lines": lines, "num_validation": max(counts, default=0)}
@@ -258,6 +258,8 @@ def _describe_draw(draw: Reliability | None) -> str:
         return f"{format_number(value, 2)} by {'halves of validation' if _is_by_halves(draw) else 'dev'}"
     if draw is None:
         return "nobody knows"
+    if draw.num_validation < 2 and _is_by_halves(draw):
+        return "nobody knows (one validation example has no halves, and dev was not read)"
     if draw.is_fitted:
         return "nobody knows (halves of what the weights follow do not tell, and dev was not read)"
     return f"nobody knows (halves of {'validation' if _is_by_halves(draw) else 'dev'} agree on nothing)"
