@@ -908,8 +908,8 @@ def test_one_clear_sentence_of_a_service(name, bench, capsys, monkeypatch):
 
 
 FAULTS = {
-    "a full disk": (errno.ENOSPC, r"the disk is full: .*/out/.* Free space, then --resume"),
-    "a full quota": (errno.EDQUOT, r"the disk is full: .*/out/.* Free space, then --resume"),
+    "a full disk": (errno.ENOSPC, r"the disk is full: .*/out holds no run yet\. Free space, then start it again"),
+    "a full quota": (errno.EDQUOT, r"the disk is full: .*/out holds no run yet\. Free space, then start it again"),
     "no permission": (errno.EACCES, r"/out/.*: permission denied\. Change its permissions"),
     "a read-only disk": (errno.EROFS, r"/out/.*: read-only file system\. Choose a folder that can be written"),
     "too many files": (errno.EMFILE, r"too many open files\. Raise the limit"),

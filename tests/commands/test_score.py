@@ -1,7 +1,9 @@
 """`score`: a rater on new rows gives what it gave on its own, chooses as weights in memory do, and tells drift."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +75,45 @@ def test_a_stopped_run_goes_on_to_the_same_bits(made, rater, tmp_path, stop_at, 
         assert len(chunks.list_chunks(tmp_path / "run")) == 3
         score(made, rater[0], tmp_path / "run", "--output.resume")
     assert contents(tmp_path / "run") == whole
+
+
+FULL_AT = {
+    "config.yaml": "the disk is full: .*/run holds no run yet. Free space, then start it again.",
+    "chunk_00000000.parquet": "",
+    "chunk_00000001.parquet": "",
+    "scores.parquet": "",
+    "report.html": "",
+}
+"""The file that meets a full disk -> what is said, if it is not that --resume goes on."""
+
+
+def test_a_full_disk_keeps_what_was_written_and_resumes_to_the_same_bits(made, rater, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score_run, "CHUNK_EXAMPLES", 12)
+    words = ["score", "--rater", rater[0], "--data", made / "train.jsonl", "--model", made / "model",
+             "--output.no-progress", "--out", tmp_path / "run"]  # fmt: skip
+    words = list(map(str, words))
+    replace = os.replace
+    with without_clock():
+        assert main(words) == 0
+        whole = contents(tmp_path / "run")
+        for name, said in FULL_AT.items():
+            shutil.rmtree(tmp_path / "run")
+
+            def replace_or_fail(source, target, name=name):
+                if os.path.basename(target) == name:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                replace(source, target)
+
+            capsys.readouterr()
+            with monkeypatch.context() as full:
+                full.setattr(os, "replace", replace_or_fail)
+                assert main(words) == 1
+            said = said or f"the disk is full: .*/{name} was not written, .* Free space, then --resume."
+            assert re.fullmatch(f"bilevel-jax: {said}\n", capsys.readouterr().err)
+            is_kept = (tmp_path / "run").exists()
+            assert is_kept == (name != "config.yaml"), name
+            assert main([*words, *(["--resume"] if is_kept else [])]) == 0
+            assert contents(tmp_path / "run") == whole, name
 
 
 def test_other_rows_are_told_as_drift(made, rater, tmp_path):

@@ -221,8 +221,9 @@ def open_run_dir(config: Any) -> Iterator[Path]:
     """The folder of a command's run, locked: made new, or, to resume, that of a run with the same config and files.
 
     From here on a signal is noticed, and config.yaml is there: a run that is stopped while it prepares its data and
-    model is resumed as any other. One that fails there, before it has done any work, leaves no folder behind. One that
-    comes to its end is sealed by manifest.json; nothing in its folder is written after that.
+    model, or that meets a full disk, is resumed as any other. One that fails otherwise before it has done any work
+    leaves no folder behind. One that comes to its end is sealed by manifest.json; nothing in its folder is written
+    after that.
 
     Raises FileExistsError for a folder that holds a run, RuntimeError for one in use, ValueError for another config or
     other data, or another model, and for a file of the run, or of another run that it reads, that is not as it was
@@ -268,8 +269,13 @@ def open_run_dir(config: Any) -> Iterator[Path]:
             yield folder
             distributed.run_on_first_process(lambda: run_dir.write_manifest(folder))
         except Exception as error:
-            if is_new and not isinstance(error, Interrupted):  # new in the first process alone, which writes
+            disk_full = run_dir.disk_full_error(folder, error) is not None
+            is_resumable = (disk_full and (folder / run_dir.CONFIG_FILE).is_file()) or isinstance(error, Interrupted)
+            if is_new and not is_resumable:  # new in the first process alone, which writes
                 _remove_failed_start(folder, existing)
+                if disk_full:
+                    text = f"the disk is full: {folder} holds no run yet. Free space, then start it again."
+                    raise OSError(text) from error
             raise
 
 
