@@ -25,7 +25,7 @@ from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
 from bilevel_jax.runs.engine.selection import select_examples
 from bilevel_jax.runs.infra.session import Interrupted
 from bilevel_jax.runs.scoring import features
-from tests.commands.run_table import contents, without_clock
+from tests.commands.run_table import contents, differences, without_clock
 from tests.commands.typed_results import check_columns
 from tests.conftest import ROOT
 from tests.runs.engine.test_agreement import free_port
@@ -114,6 +114,20 @@ def test_a_full_disk_keeps_what_was_written_and_resumes_to_the_same_bits(made, r
             assert is_kept == (name != "config.yaml"), name
             assert main([*words, *(["--resume"] if is_kept else [])]) == 0
             assert contents(tmp_path / "run") == whole, name
+
+
+@pytest.mark.parametrize("name", ["selected.jsonl", "checkpoints/done.json"])
+def test_what_a_finished_run_has_lost_is_made_again_from_its_scores(made, rater, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(score_run, "CHUNK_EXAMPLES", 12)
+    flags = ("--selection.resample", "40")
+    with without_clock():
+        score(made, rater[0], tmp_path / "run", *flags)
+        whole = contents(tmp_path / "run")
+        (tmp_path / "run" / name).unlink()
+        monkeypatch.setattr(score_run, "score_examples", None)  # nothing is scored again
+        with pytest.warns(UserWarning, match=f"{name} is missing"):
+            score(made, rater[0], tmp_path / "run", *flags, "--output.resume")
+    assert set(differences(contents(tmp_path / "run"), whole)) <= {"checkpoints/done.json"}  # in another order
 
 
 def test_other_rows_are_told_as_drift(made, rater, tmp_path):

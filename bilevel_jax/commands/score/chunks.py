@@ -16,6 +16,8 @@ from bilevel_jax.lm.data.examples import Example, example_kind
 from bilevel_jax.runs.infra import run_dir, seals
 
 RADIX_BITS = 16
+Metadata = dict[bytes, bytes]
+"""Of the schema of a parquet file."""
 
 
 class ColumnMoments(NamedTuple):
@@ -61,16 +63,15 @@ def write_chunk(
         "logit": scored.logits,
     }
     features = {f"feature {name}": np.where(scored.is_kept, scored.raw[:, k], np.nan) for k, name in enumerate(columns)}
-    metadata = {
-        "moments": {key: np.asarray(value).tolist() for key, value in _moments(scored, low, high)._asdict().items()},
-        "kinds": sorted({example_kind(example) for example in examples}),
-    }
+    metadata = format_metadata(_moments(scored, low, high), {example_kind(example) for example in examples})
     with run_dir.atomic_replace(path) as part:
-        pq.write_table(
-            pa.table(table | features).replace_schema_metadata({b"score": seals.format_json(metadata).encode()}),
-            part,
-            write_page_checksum=True,
-        )
+        pq.write_table(pa.table(table | features).replace_schema_metadata(metadata), part, write_page_checksum=True)
+
+
+def format_metadata(moments: ColumnMoments, kinds: set[str]) -> Metadata:
+    """What a file of scored examples holds beside its columns; `read_moments` reads it."""
+    values = {key: np.asarray(value).tolist() for key, value in moments._asdict().items()}
+    return {b"score": seals.format_json({"moments": values, "kinds": sorted(kinds)}).encode()}
 
 
 def _moments(scored: ScoredExamples, low: np.ndarray, high: np.ndarray) -> ColumnMoments:
@@ -85,7 +86,7 @@ def _moments(scored: ScoredExamples, low: np.ndarray, high: np.ndarray) -> Colum
 
 
 def read_moments(paths: Sequence[Path]) -> tuple[ColumnMoments, set[str]]:
-    """(the moments of all chunks together, by Chan's update in their order; the kinds of their examples)."""
+    """(the moments of all files together, by Chan's update in their order; the kinds of their examples)."""
     total: ColumnMoments | None = None
     kinds: set[str] = set()
     for path in paths:
@@ -113,11 +114,13 @@ def _add_moments(one: ColumnMoments, other: ColumnMoments) -> ColumnMoments:
 
 
 def read_columns(paths: Sequence[Path], *columns: str) -> Iterator[tuple[np.ndarray, ...]]:
-    """Some columns of each chunk, in order."""
+    """Some columns of each chunk, in order: of a chunk's own file, and of scores.parquet of each row group."""
     for path in paths:
-        table = pq.read_table(path, columns=list(columns), page_checksum_verification=True)
-        yield tuple(np.array(table[name].to_pylist(), object) if name in ("id", "source", "label") else
-                    table[name].to_numpy() for name in columns)  # fmt: skip
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=list(columns))
+                yield tuple(np.array(table[name].to_pylist(), object) if name in ("id", "source", "label") else
+                            table[name].to_numpy() for name in columns)  # fmt: skip
 
 
 def kth_largest(values: Callable[[], Iterator[Float[np.ndarray, "chunk"]]], count: int) -> tuple[float, int]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from bilevel_jax.commands.score import report
 from bilevel_jax.commands.score.choose import Choice, choose_rows, weights_of
 from bilevel_jax.commands.score.chunks import (
     ColumnMoments,
+    Metadata,
     batched,
     chunk_path,
     count_rows,
+    format_metadata,
     list_chunks,
     read_columns,
     read_moments,
@@ -112,22 +115,28 @@ def _read_examples(config: ScoreConfig) -> Iterator[Example]:
 
 
 def _finish(config: ScoreConfig, rater: Rater, session: Session) -> dict[str, Any]:
-    """Join the chunks into scores.parquet, choose, and write what was found."""
+    """Join the chunks into scores.parquet, choose, and write what was found.
+
+    Once scores.parquet is there it takes the place of the chunks, so that what is lost of the rest is made again.
+    """
     folder = session.folder
     session.set_phase("writing")
-    if not (folder / SCORES_FILE).exists():
-        paths = list_chunks(folder)
-        if not paths:
-            raise ValueError(f"{', '.join(config.data.train)}: no rows, so there is nothing to score.")
-        moments, kinds = read_moments(paths)
-        choice = choose_rows(paths, rater, config.selection, seed=config.data.seed)
-        session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choice.total))
-        _write_selected(config, folder, rater, paths, choice, kinds)
-        _write_scores(folder, rater, paths, choice)
+    is_joined = (folder / SCORES_FILE).exists()
+    paths = [folder / SCORES_FILE] if is_joined else list_chunks(folder)
+    if not paths:
+        raise ValueError(f"{', '.join(config.data.train)}: no rows, so there is nothing to score.")
+    moments, kinds = read_moments(paths)
+    choose = cache(lambda: choose_rows(paths, rater, config.selection, seed=config.data.seed))
+    session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choose().total))
+    if not (folder / SELECTED_FILE).exists():
+        _write_selected(config, folder, rater, paths, choose(), kinds)
+    if not is_joined:
+        _write_scores(folder, rater, paths, choose(), format_metadata(moments, kinds))
     for path in list_chunks(folder):
         seals.note_removal(path)
         path.unlink()
-    result = session.run_once("facts", dict) | session.run_once("timing", dict)
+    timing = session.run_once("timing", lambda: {"seconds": 0.0, "rows_per_second": None})
+    result = session.run_once("facts", dict) | timing
     result |= {"config_hash": config_hash(config), "sentence": summarize(result)}
     run_dir.write_result(folder, result)
     for line in [*result["drift_sentences"], *result["notes"]]:
@@ -256,8 +265,8 @@ def _write_selected(
                     file.write(to_json(row) * int(count))
 
 
-def _write_scores(folder: Path, rater: Rater, paths: Sequence[Path], choice: Choice) -> None:
-    """scores.parquet: the chunks one after the other, with weights and what was chosen."""
+def _write_scores(folder: Path, rater: Rater, paths: Sequence[Path], choice: Choice, metadata: Metadata) -> None:
+    """scores.parquet: the chunks one after the other, a row group each, with weights and what was chosen."""
     meanings = {
         "logit": "the rater's logit: the larger, the more it trusts the row; null for a row that is too long",
         "weight": "factor of the row's loss, as if it had stood among the rater's training examples; 0 without a logit",
@@ -273,7 +282,9 @@ def _write_scores(folder: Path, rater: Rater, paths: Sequence[Path], choice: Cho
             table = table.set_column(place, "logit", logit_column)
             table = table.add_column(place + 1, "weight", pa.array(weights_of(rater, logits)))
             table = table.add_column(place + 2, "selected", pa.array(repeats > 0))
-            table = table.replace_schema_metadata({key.encode(): text.encode() for key, text in meanings.items()})
+            table = table.replace_schema_metadata(
+                metadata | {key.encode(): text.encode() for key, text in meanings.items()}
+            )
             writer = writer or pq.ParquetWriter(part, table.schema, write_page_checksum=True)
             writer.write_table(table)
         assert writer is not None
