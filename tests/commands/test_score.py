@@ -22,7 +22,7 @@ from bilevel_jax.runs.config.load import ScoreConfig, load_config
 from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
 from bilevel_jax.runs.engine import raters
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
-from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.engine.selection import describe_ties, select_examples
 from bilevel_jax.runs.infra.session import Interrupted
 from bilevel_jax.runs.scoring import features
 from tests.commands.run_table import contents, differences, without_clock
@@ -258,22 +258,40 @@ RULES = {
 }
 
 
+def write_chunks(folder, logits, sources):
+    paths = []
+    for number, rows in enumerate(np.array_split(np.arange(len(logits)), 6)):
+        paths.append(folder / f"{number}.parquet")
+        pq.write_table(pa.table({"logit": logits[rows], "source": sources[rows]}), paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.0], ids=["learned", "nothing learned"])
 @pytest.mark.parametrize("rule", RULES)
-def test_rows_are_chosen_as_from_weights_in_memory(rater, tmp_path, rule):
+def test_rows_are_chosen_as_from_weights_in_memory(rater, tmp_path, rule, spread):
     learned = raters.read_rater(rater[0])
     rng = np.random.default_rng(1)
-    logits = np.round(rng.normal(size=100), 1)  # with ties
+    logits = np.round(spread * rng.normal(size=100), 1) + (1 - spread)  # with ties, or ties alone
     logits[::17] = np.nan
     sources = rng.choice(["a", "b", "c"], 100)
-    paths = []
-    for number, rows in enumerate(np.array_split(np.arange(100), 6)):
-        paths.append(tmp_path / f"{number}.parquet")
-        pq.write_table(pa.table({"logit": logits[rows], "source": sources[rows]}), paths[-1])
+    paths = write_chunks(tmp_path, logits, sources)
     weights = np.nan_to_num(learned.weights(logits))
-    expected = select_examples(weights, np.flatnonzero(~np.isnan(logits)), RULES[rule], sources=sources, seed=3)
+    known = np.flatnonzero(~np.isnan(logits))
+    expected = select_examples(weights, known, RULES[rule], sources=sources, seed=3)
     choice = choose_rows(paths, learned, RULES[rule], seed=3)
     repeats = np.concatenate(list(choice.repeats()))
     assert np.repeat(np.arange(100), repeats).tolist() == expected.tolist() and choice.total == len(expected)
+    assert choice.note == describe_ties(weights, known, expected, RULES[rule], sources)
+    assert spread or rule == "threshold" or "all 94 rows weigh the same" in choice.note
+
+
+@pytest.mark.parametrize("rule", ["resample", "sources"])
+def test_weights_that_underflow_leave_nothing_to_draw_by(rater, tmp_path, rule):
+    learned = raters.read_rater(rater[0])
+    paths = write_chunks(tmp_path, np.linspace(-2000, -1000, 100), np.repeat(["a", "b"], 50))
+    with pytest.raises(ValueError, match="every weight underflows to 0, as the largest logit is -1e\\+03 .*top_share"):
+        choose_rows(paths, learned, RULES[rule], seed=3)
+    assert choose_rows(paths, learned, RULES["share"], seed=3).total == 30
 
 
 @pytest.mark.slow

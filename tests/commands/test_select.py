@@ -323,6 +323,14 @@ def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
         assert np.linalg.norm(one - other) < 1e-9 * np.linalg.norm(one)
 
 
+def test_weights_that_learned_nothing_are_said_to_choose_nothing(made, tmp_path, capsys):
+    flags = ["--outer.learning-rate", "1e-30", "--outer.steps", "1", "--certify.no-enabled", "--retrain.no-enabled"]
+    result = run(made, tmp_path / "run", *flags)
+    told = "all 36 rows weigh the same, so the weights choose nothing: the selection is the first rows in the order"
+    assert result["notes"][-1].startswith(told) and told in capsys.readouterr().err
+    assert told in (tmp_path / "run" / "report.html").read_text()
+
+
 def write(path, rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return str(path)

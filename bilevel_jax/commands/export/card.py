@@ -86,9 +86,7 @@ def format_dataset_card(
         + _markdown_table(("source", "rows before", "share of the weight", "rows written"), _source_lines(selected)),
     ]
     if selected.notes:
-        parts.append(
-            "## Left out before choosing\n\n" + "\n".join(f"- {_escape_cell(note)}" for note in selected.notes)
-        )
+        parts.append("## Notes on the choice\n\n" + "\n".join(f"- {_escape_cell(note)}" for note in selected.notes))
     return "\n\n".join(parts) + "\n"
 
 

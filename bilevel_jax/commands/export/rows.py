@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import Example, find_leaks, load_examples
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
-from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.engine.selection import describe_ties, select_examples
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.scoring import from_file
 from bilevel_jax.runs.tasks import splits
@@ -61,6 +61,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     places = select_examples(
         loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
     )
+    if note := describe_ties(loaded_weights.weights, np.flatnonzero(usable), places, config.selection, sources):
+        notes.append(note)
     if config.selection.per_source and len(places) < config.selection.per_source:
         wanted = config.selection.per_source
         notes.append(f"selection.per_source = {wanted:,}: a source gave all it has, so {len(places):,} rows.")

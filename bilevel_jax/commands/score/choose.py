@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.commands.score.chunks import kth_largest, read_columns
 from bilevel_jax.runs.config.schema import SelectionSection
+from bilevel_jax.runs.engine import selection
 from bilevel_jax.runs.engine.raters import Rater
+from bilevel_jax.runs.engine.selection import Cut
 
 
 class Choice(NamedTuple):
@@ -19,13 +21,15 @@ class Choice(NamedTuple):
     """Of each chunk, anew at each call."""
     total: int
     """Chosen rows, with repeats."""
+    note: str
+    """What equal weights left to the order of the data; "" where nothing."""
 
 
 class Threshold(NamedTuple):
     """The examples of the largest logits of a group: all above a value, and the first of those that equal it."""
 
     value: float
-    num_equal: int
+    cut: Cut
 
 
 def choose_rows(paths: Sequence[Path], rater: Rater, rule: SelectionSection, *, seed: int) -> Choice:
@@ -37,26 +41,40 @@ def choose_rows(paths: Sequence[Path], rater: Rater, rule: SelectionSection, *, 
     def logits() -> Iterator[Float[np.ndarray, "chunk"]]:
         return (columns[0] for columns in read_columns(paths, "logit"))
 
-    num_scored = sum(int((~np.isnan(chunk)).sum()) for chunk in logits())
+    num_scored, least, largest = 0, np.inf, -np.inf
+    for chunk in logits():
+        num_scored += int((~np.isnan(chunk)).sum())
+        least, largest = np.fmin.reduce(chunk, initial=least), np.fmax.reduce(chunk, initial=largest)
+    cuts: list[Cut] = []
     if not num_scored:
         raise ValueError("every example was dropped as too long, so there is none to choose. Look at data.truncation.")
+    largest_weight = float(rater.weights(np.array(largest)))
+    if (rule.resample or rule.per_source) and not largest_weight:
+        key = "resample" if rule.resample else "per_source"
+        raise ValueError(
+            f"every weight underflows to 0, as the largest logit is {largest:.3g} and that of the rater's training "
+            f"examples {rater.document['training']['logits']['mean']:.3g} in the mean: selection.{key} has nothing to "
+            "go by. Use selection.top_share, which ranks by the logits."
+        )
     if rule.resample:
         repeats = _resample(logits, rater, rule.resample, seed)
     elif rule.per_source:
-        repeats = _take_of_sources(paths, rater, rule.per_source)
+        thresholds = _find_source_thresholds(paths, rater, rule.per_source)
+        repeats, cuts = _take_largest(paths, thresholds, grouped=True), [one.cut for one in thresholds.values()]
     elif rule.threshold:
         repeats = lambda: ((weights_of(rater, chunk) >= rule.threshold).astype(int) for chunk in logits())  # noqa: E731
     else:
         count = max(1, round(rule.top_share * num_scored))
-        repeats = _take_largest(paths, {"": _find_threshold(logits, count)}, grouped=False)
+        threshold = _find_threshold(logits, count)
+        repeats, cuts = _take_largest(paths, {"": threshold}, grouped=False), [threshold.cut]
     total = sum(int(chunk.sum()) for chunk in repeats())
     if not total:
-        largest = max(float(weights_of(rater, chunk).max(initial=0)) for chunk in logits())
         raise ValueError(
-            f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is {largest:.3g}. "
-            "Lower it, or use selection.top_share."
+            f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is "
+            f"{largest_weight:.3g}. Lower it, or use selection.top_share."
         )
-    return Choice(repeats, total)
+    note = selection.describe_cuts(cuts, rule, num_equal=num_scored if least == largest else 0)
+    return Choice(repeats, total, note)
 
 
 def weights_of(rater: Rater, logits: Float[np.ndarray, "chunk"]) -> Float[np.ndarray, "chunk"]:
@@ -66,14 +84,14 @@ def weights_of(rater: Rater, logits: Float[np.ndarray, "chunk"]) -> Float[np.nda
 
 def _find_threshold(logits: Callable[[], Iterator[np.ndarray]], count: int) -> Threshold:
     value, larger = kth_largest(logits, count)
-    return Threshold(value, count - larger)
+    return Threshold(value, Cut(count - larger, sum(int((chunk == value).sum()) for chunk in logits())))
 
 
 def _take_largest(
     paths: Sequence[Path], thresholds: dict[str, Threshold], *, grouped: bool
 ) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
     def repeats() -> Iterator[np.ndarray]:
-        left = {name: threshold.num_equal for name, threshold in thresholds.items()}
+        left = {name: threshold.cut.taken for name, threshold in thresholds.items()}
         for columns in read_columns(paths, "logit", *(["source"] if grouped else [])):
             chosen = np.zeros(len(columns[0]), int)
             for name, threshold in thresholds.items():
@@ -87,9 +105,7 @@ def _take_largest(
     return repeats
 
 
-def _take_of_sources(
-    paths: Sequence[Path], rater: Rater, count: int
-) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
+def _find_source_thresholds(paths: Sequence[Path], rater: Rater, count: int) -> dict[str, Threshold]:
     totals: dict[str, float] = {}
     members: dict[str, int] = {}
     for logits, sources in read_columns(paths, "logit", "source"):
@@ -108,10 +124,7 @@ def _take_of_sources(
     def logits_of(name: str) -> Callable[[], Iterator[np.ndarray]]:
         return lambda: (logits[sources == name] for logits, sources in read_columns(paths, "logit", "source"))
 
-    thresholds = {
-        name: _find_threshold(logits_of(name), min(counts[name], members[name])) for name in names if counts[name]
-    }
-    return _take_largest(paths, thresholds, grouped=True)
+    return {name: _find_threshold(logits_of(name), min(counts[name], members[name])) for name in names if counts[name]}
 
 
 def _resample(

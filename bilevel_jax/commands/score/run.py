@@ -127,7 +127,7 @@ def _finish(config: ScoreConfig, rater: Rater, session: Session) -> dict[str, An
         raise ValueError(f"{', '.join(config.data.train)}: no rows, so there is nothing to score.")
     moments, kinds = read_moments(paths)
     choose = cache(lambda: choose_rows(paths, rater, config.selection, seed=config.data.seed))
-    session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choose().total))
+    session.run_once("facts", lambda: _collect_facts(config, rater, paths, moments, choose()))
     if not (folder / SELECTED_FILE).exists():
         _write_selected(config, folder, rater, paths, choose(), kinds)
     if not is_joined:
@@ -161,7 +161,7 @@ def summarize(result: dict[str, Any]) -> str:
 
 
 def _collect_facts(
-    config: ScoreConfig, rater: Rater, paths: Sequence[Path], moments: ColumnMoments, num_selected: int
+    config: ScoreConfig, rater: Rater, paths: Sequence[Path], moments: ColumnMoments, choice: Choice
 ) -> dict[str, Any]:
     sums = np.zeros(5)  # rows, scored, logit, weight, weight^2
     low, high, centred = np.inf, -np.inf, 0.0
@@ -176,7 +176,7 @@ def _collect_facts(
         centred += float(((logits[~np.isnan(logits)] - mean) ** 2).sum())
     dropped = int(rows - scored)
     return {
-        "counts": {"rows": int(rows), "scored": int(scored), "dropped": dropped, "selected": num_selected},
+        "counts": {"rows": int(rows), "scored": int(scored), "dropped": dropped, "selected": choice.total},
         "selection": selection.describe_selection_rule(config.selection),
         "weights": {
             "mean": weight / scored,
@@ -193,9 +193,14 @@ def _collect_facts(
         "judges_drift": scored >= LEAST_ROWS,
         "drift": (drift := describe_drift(rater, moments)),
         "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
-        "notes": [f"{dropped:,} of {int(rows):,} rows are too long for the rater (data.truncation): no score."]
-        if dropped
-        else [],
+        "notes": [
+            *(
+                [f"{dropped:,} of {int(rows):,} rows are too long for the rater (data.truncation): no score."]
+                if dropped
+                else []
+            ),
+            *([choice.note] if choice.note else []),
+        ],
     }
 
 

@@ -20,7 +20,7 @@ from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, 
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
 from bilevel_jax.runs.engine.reliability import average_reliability_near
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
-from bilevel_jax.runs.engine.selection import select_examples
+from bilevel_jax.runs.engine.selection import describe_ties, select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
@@ -81,6 +81,9 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     selected = select_examples(
         learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed
     )
+    note = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources)
+    if note:
+        session.print_line(note)
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
@@ -94,6 +97,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
         "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts)},
         "rater": coefficients,
         "selected": len(selected),
+        "notes": [*task.notes, *([note] if note else [])],
         "estimate": expected,
     }
     result["measured"] = usage.measure_usage(
@@ -304,7 +308,6 @@ def _build_result(
         "ended": learned.stop_reason,
         "auc": areas,
         "labels": labels.to_counts() if labels is not None else None,
-        "notes": task.notes,
         "rows": {"train": task.num_examples, **part_sizes},
         "work": {"outer": sum(record["work"] for record in learned.records)}
         | {name: steps for name, (steps, _) in costs.items()},

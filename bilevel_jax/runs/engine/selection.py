@@ -1,6 +1,7 @@
 """Rules that turn weights into a selected subset."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,6 +42,59 @@ def select_examples(
             )
         return selected
     return top_indices(weights, max(1, round(rule.top_share * len(candidates))), candidates)
+
+
+def describe_ties(
+    weights: Float[np.ndarray, "examples"],
+    candidates: Int[np.ndarray, "kept"],
+    selected: Int[np.ndarray, "selected"],
+    rule: SelectionSection,
+    sources: Sequence[str],
+) -> str:
+    """What equal weights left to the order of the data in a selection by `select_examples`; "" where nothing."""
+    names = np.asarray(sources) if rule.per_source else np.full(len(weights), "")
+    is_selected, cuts = np.isin(candidates, selected), []
+    for name in np.unique(names[candidates]):
+        members = names[candidates] == name
+        chosen = weights[candidates[members & is_selected]]
+        equal = members & (weights[candidates] == chosen.min(initial=np.inf))
+        cuts.append(Cut(int((equal & is_selected).sum()), int(equal.sum())))
+    all_equal = bool((weights[candidates] == weights[candidates[0]]).all())
+    return describe_cuts(cuts, rule, num_equal=len(candidates) if all_equal else 0)
+
+
+class Cut(NamedTuple):
+    """The rows whose weight is the least that is selected, of all rows or of one source."""
+
+    taken: int
+    """How many of them are selected."""
+    equal: int
+    """How many there are."""
+
+
+def describe_cuts(cuts: Sequence[Cut], rule: SelectionSection, num_equal: int) -> str:
+    """As `describe_ties`, from the cuts; `num_equal` is the number of rows if all of them weigh the same, or else 0."""
+    if rule.threshold:
+        return ""
+    if num_equal > 1 and rule.resample:
+        return (
+            f"all {num_equal:,} rows weigh the same, so the weights choose nothing: rows are drawn evenly over the "
+            "order of the data."
+        )
+    through = [cut for cut in cuts if cut.taken < cut.equal]
+    if rule.resample or not through:
+        return ""
+    where = " of each source" if rule.per_source else ""
+    if num_equal:
+        return (
+            f"all {num_equal:,} rows weigh the same, so the weights choose nothing: the selection is the first rows"
+            f"{where} in the order of the data."
+        )
+    taken, equal = sum(cut.taken for cut in through), sum(cut.equal for cut in through)
+    return (
+        f"the cut of the selection goes through {equal:,} rows of equal weight{where}: {taken:,} of them are selected, "
+        "the first in the order of the data."
+    )
 
 
 def describe_selection_rule(rule: SelectionSection) -> str:

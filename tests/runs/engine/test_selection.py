@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.runs.config.schema import SelectionSection
-from bilevel_jax.runs.engine.selection import describe_selection_rule, select_examples
+from bilevel_jax.runs.engine.selection import describe_selection_rule, describe_ties, select_examples
 
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5, 1.0, 3.0])
 SOURCES = ["a", "a", "b", "b", "b", "c"]
@@ -87,3 +87,28 @@ def test_a_threshold_above_all_weights_is_an_error():
 )
 def test_the_rule_in_words(keep, words):
     assert describe_selection_rule(keep) == words
+
+
+SAME, TIED = np.ones(6), np.array([2.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+FIRST = "all 6 rows weigh the same, so the weights choose nothing: the selection is the first rows"
+
+
+@pytest.mark.parametrize(
+    "rule, weights, wanted",
+    [
+        (SelectionSection(top_share=0.5), SAME, f"{FIRST} in the order of the data."),
+        (SelectionSection(per_source=3), SAME, f"{FIRST} of each source in the order of the data."),
+        (SelectionSection(resample=3), SAME, "all 6 rows weigh the same, so the weights choose nothing: rows are drawn "
+         "evenly over the order of the data."),
+        (SelectionSection(top_share=0.5), TIED, "the cut of the selection goes through 3 rows of equal weight: 2 of "
+         "them are selected, the first in the order of the data."),
+        (SelectionSection(top_share=1), SAME, ""),
+        (SelectionSection(threshold=1), SAME, ""),
+        (SelectionSection(top_share=2 / 3), TIED, ""),
+        (SelectionSection(top_share=0.5), WEIGHTS, ""),
+        (SelectionSection(resample=3), TIED, ""),
+    ],
+)  # fmt: skip
+def test_what_equal_weights_leave_to_the_order_is_told(rule, weights, wanted):
+    selected = select_examples(weights, ALL, rule, sources=SOURCES, seed=0)
+    assert describe_ties(weights, ALL, selected, rule, SOURCES) == wanted
