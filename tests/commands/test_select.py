@@ -331,6 +331,65 @@ def test_weights_that_learned_nothing_are_said_to_choose_nothing(made, tmp_path,
     assert told in (tmp_path / "run" / "report.html").read_text()
 
 
+RATER = ["--outer.weighting", "rater", "--rater.features", "loss", "length", "--certify.no-enabled",
+         "--retrain.no-enabled", "--data.test"]  # fmt: skip
+FOLDS = [*RATER, "--rater.folds", "2"]
+
+
+@pytest.fixture(scope="module")
+def with_folds(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("folds") / "run"
+    return out, run(made, out, *FOLDS)
+
+
+def check_fold(made, out, fold, folder):
+    """The coefficients without a fold are those of a run on the rest of validation."""
+    lines = (made / "validation.jsonl").read_text().splitlines(keepends=True)
+    left_out = set(np.random.default_rng((0, 4)).permutation(len(lines))[fold - 1 :: 2])
+    path = folder / "rest.jsonl"
+    path.write_text("".join(line for place, line in enumerate(lines) if place not in left_out))
+    rest = run(made, folder / "rest", *RATER, "--data.validation", str(path))
+    row = json.loads((out / "checkpoints" / "done.json").read_text())[f"folds/without fold {fold} of 2"]["value"]
+    np.testing.assert_allclose(rest["records"][-1]["coefficients"], row, rtol=1e-3, atol=1e-6)  # float32
+
+
+def test_intervals_of_a_rater_are_over_folds_of_validation(made, with_folds, tmp_path):
+    out, result = with_folds
+    document = json.loads((out / "rater" / "rater.json").read_text())
+    assert document["intervals"] == result["rater_intervals"] == {"over": "folds", "count": 2}
+    assert document["coefficients"] == result["rater"]
+    assert not (out / "parts" / "without fold 1 of 2").exists()
+    done = json.loads((out / "checkpoints" / "done.json").read_text())
+    rows = [done[f"folds/without fold {fold} of 2"]["value"] for fold in (1, 2)]
+    half_widths = 12.706 * np.abs(np.subtract(*rows)) / 2  # Student's t of 1 degree
+    np.testing.assert_allclose([one["half_width"] for one in result["rater"]], half_widths, rtol=1e-4)
+    assert done["folds/without fold 1 of 2"]["work"] == result["work"]["folds"] / 2 == 2 * 10 * (1 + 1 + 3)
+    assert abs(result["estimate"]["passes"] - result["measured"]["passes"]) < 1e-6  # sums of thirds
+    assert "over validation sets, from 2 loops" in (out / "report.html").read_text()
+    check_fold(made, out, 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_fold_is_left_out_and_a_stop_in_one_changes_no_bit(made, with_folds, tmp_path, stop_at):
+    out, result = with_folds
+    check_fold(made, out, 2, tmp_path)
+    for at in (85, 125):  # in the loops without the first and the second fold
+        out = tmp_path / f"stopped at {at}"
+        stop_at(at)
+        with pytest.raises(session.Interrupted):
+            run(made, out, *FOLDS)
+        again = run(made, out, *FOLDS, "--output.resume")
+        assert again["rater"] == result["rater"] and again["work"] == result["work"], at
+
+
+def test_more_folds_than_validation_examples_are_an_error_before_any_work(made, tmp_path):
+    with pytest.raises(
+        ValueError, match="rater.folds = 9, and there are 8 validation examples, .* each fold needs one"
+    ):
+        run(made, tmp_path / "run", *RATER, "--rater.folds", "9")
+    assert not (tmp_path / "run").exists()
+
+
 def write(path, rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return str(path)

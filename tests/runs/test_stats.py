@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from bilevel_jax.core import certify
-from bilevel_jax.runs.stats import auc, mean_interval, rank_correlation
+from bilevel_jax.runs.stats import auc, jackknife_half_width, mean_interval, rank_correlation
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """The .975 quantile of Student's t for 1 to 15 degrees of freedom, to three decimals, from printed tables."""
@@ -53,3 +53,12 @@ def test_intervals_of_many_seeds_narrow_towards_the_normal_quantile():
     assert abs(widths[2] - 2.042) < 6e-4 and abs(widths[3] - 1.960) < 1e-3
     mean, half_width = mean_interval([2.0])
     assert mean == 2.0 and np.isnan(half_width)
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_the_jackknife_of_means_is_students_interval(count):
+    values = np.random.default_rng(count).normal(size=(count, 3))
+    without_one = (values.sum(0) - values) / (count - 1)
+    expected = [mean_interval(column.tolist())[1] for column in values.T]
+    np.testing.assert_allclose(jackknife_half_width(without_one), expected, rtol=1e-10)
+    assert np.isnan(jackknife_half_width(values[:1])).all()

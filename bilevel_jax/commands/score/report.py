@@ -5,7 +5,7 @@ from typing import Any
 
 from bilevel_jax.runs.report.html import Column, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import format_number, format_percent
-from bilevel_jax.runs.report.raters import plot_coefficients
+from bilevel_jax.runs.report.raters import describe_bars, plot_coefficients
 from bilevel_jax.runs.report.results import write_report
 
 JsonObject = dict[str, Any]
@@ -25,6 +25,7 @@ def render_score_report(name: str, result: JsonObject, config_text: str, environ
         config_text=config_text,
         environment=environment,
         picture=plot_coefficients(result["coefficients"]),
+        bars=describe_bars(result["coefficients"], result["intervals"]),
         key_numbers=list_key_numbers(result),
         drift=drift_table(result["drift"]),
         transform=result["transform"],

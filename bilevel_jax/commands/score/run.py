@@ -187,6 +187,7 @@ def _collect_facts(
         "logits": {"mean": mean, "deviation": float(np.sqrt(centred / scored))},
         "training": rater.document["training"],
         "coefficients": rater.document["coefficients"],
+        "intervals": rater.document.get("intervals", {"over": "steps", "count": None}),
         "link": rater.link,
         "transform": rater.recipe.transform,
         "auc": _measure_auc(config, paths),

@@ -55,6 +55,7 @@ PART_USES = {
 COST_LABELS = {
     "outer": "learning: training and backward pass, once per outer step",
     "certify": "certificates",
+    "folds": "intervals of the rater: its steps without each fold of validation",
     "compare": "the comparison",
 }
 
@@ -88,7 +89,7 @@ def render_select_report(run: RunResults) -> str:
         headline=write_headline(run),
         pictures=draw_first_pictures(run),
         key_numbers=list_key_numbers(run),
-        rater=describe_rater(run.result["rater"]),
+        rater=describe_rater(run.result["rater"], run.result.get("rater_intervals")),
         comparison=describe_comparison(run),
         loop=describe_outer_loop(run),
         gap=measure_generalization_gap(run),

@@ -88,14 +88,15 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
     _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
-    coefficients = _write_rater(task, config, learned, folder)
+    rater = _write_rater(task, config, learned, folder)
     result = _build_result(task, config, session, learned, single_loop_result)
     result |= comparison
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
         "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts)},
-        "rater": coefficients,
+        "rater": rater["coefficients"] if rater else None,
+        "rater_intervals": rater["intervals"] if rater else None,
         "selected": len(selected),
         "notes": [*task.notes, *([note] if note else [])],
         "estimate": expected,
@@ -134,6 +135,7 @@ def _learn_weights(
         train_seed=config.train.seed,
         scores=config.scores,
         rater=config.rater,
+        leave_out=True,
     )
     return learned, None
 
@@ -248,23 +250,21 @@ def _write_artifacts(
         artifacts.write_model(folder / "model-own", task, single_loop_result.params, base_path=base_path)
 
 
-def _write_rater(
-    task: TextTask, config: SelectConfig, learned: LearnedWeights, folder: Path
-) -> list[dict[str, Any]] | None:
+def _write_rater(task: TextTask, config: SelectConfig, learned: LearnedWeights, folder: Path) -> dict[str, Any] | None:
     """rater/, where the weights are a rater's; its coefficients with their intervals."""
     if learned.rater is None:
         return None
-    rater_features, variable = learned.rater
     return raters.write_rater(
         folder,
-        rater_features,
-        variable,
+        learned.rater.features,
+        learned.rater.variable,
         config.rater,
         data=config.data,
         model=resolve_builtin(config, folder).model,
         task=task,
         records=learned.records,
         best_step=learned.best_step,
+        without_folds=learned.rater.without_folds,
     )
 
 
@@ -296,7 +296,8 @@ def _build_result(
         if single_loop_result is None:
             areas["first_hypergradient"] = labels.auc(-learned.first_hypergradient)
         areas |= {"alignment": labels.auc(-learned.alignment), "low_loss": labels.auc(-learned.losses)}
-    costs = {name: session.job_cost(name) for name in ("certify", "compare")}
+    jobs = ("certify", "compare", *(["folds"] if config.rater.folds else []))
+    costs = {name: session.job_cost(name) for name in jobs}
     part_sizes = {part: len(examples) for part, examples in task.held_out_examples.items()}
     return {
         "estimand": artifacts.describe_estimand(config.outer, config.train.max_steps),

@@ -73,6 +73,9 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         stages = [_add_stages("learning", loop, measured, baselines, pooling)]
         if outer.weighting == "rater":
             stages.insert(0, WorkStage("features", other_work=rater_work(task, outer, config.rater, config.scores)))
+            if config.rater.folds:
+                one_step = _add_stages("", training, estimate)
+                stages.append(one_step.repeat(config.rater.folds * outer.steps, "intervals of the rater"))
     if config.certify.enabled and outer.method not in SINGLE_LOOP_METHODS:
         retrains, estimates = count_certificate_retrains(config.certify), count_certificate_estimates(config.certify)
         certificate_count = 2 if outer.restart == "cold" else 1
@@ -102,6 +105,8 @@ def evaluation_work(task: TextTask, config: RunConfig) -> float:
             * (count_certificate_retrains(config.certify) * FORWARD_WORK + count_certificate_estimates(config.certify))
             * validation_steps
         )
+    if isinstance(config, SelectConfig):
+        total += config.rater.folds * config.outer.steps * validation_steps
     if isinstance(config, SelectConfig) and config.retrain.enabled:
         labels = read_labels(task, config.data)
         trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)

@@ -109,6 +109,21 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "draws at random: name others, as uniform_loss and validation_loss",
     ),
     (
+        "rater.folds",
+        lambda c: c.rater.folds != 1,
+        "without the one part there would be no validation left: give 2 or more, or 0",
+    ),
+    (
+        "rater.folds",
+        lambda c: c.rater.folds == 0 or (c.outer.weighting == "rater" and not hasattr(c, "compare")),
+        "gives the coefficients of a rater intervals, in select with outer.weighting = rater: leave it at 0",
+    ),
+    (
+        "rater.folds",
+        lambda c: c.rater.folds == 0 or c.outer.validation_folds == 0,
+        "leaves parts of validation out, and with outer.validation_folds they train: set one of them to 0",
+    ),
+    (
         "outer.weighting",
         lambda c: c.outer.weighting != "rater" or c.objective.name == "sft",
         "a rater reads single responses: set objective.name to sft, or choose another weighting",

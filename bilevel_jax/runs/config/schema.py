@@ -543,6 +543,9 @@ class RaterSection:
     residual_scale: NonNegative = 0.0
     """Prior standard deviation of a logit of each example's own, which new examples do not have; 0: none."""
 
+    folds: Annotated[int, Ge(0), Special(0, "off")] = 0
+    """Intervals of the coefficients: loops without one of so many parts of validation, 2 or more; 0: off."""
+
     file: str = ""
     """Feature columns: file with an id for each example and columns of your own, or scores.parquet of a run."""
 

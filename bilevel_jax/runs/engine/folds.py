@@ -22,23 +22,32 @@ class Turn(NamedTuple):
     """Places in the validation set, in order."""
 
 
-def take_turn(task: Task, num_folds: int, seed: int, step: int) -> Turn | None:
+def take_turn(task: Task, num_folds: int, seed: int, step: int, *, key: str = "outer.validation_folds") -> Turn | None:
     """The turn of an outer step: fold `step` modulo the number of folds judges; None without folds.
 
-    The folds are drawn once, from the seed, and differ in size by one example at most.
+    The folds are drawn once, from the seed, and differ in size by one example at most. `key` is that which asks for
+    them, for the error where there are fewer examples.
     """
     if not num_folds:
         return None
     kept = task.validation_indices()
     if len(kept) < num_folds:
         raise ValueError(
-            f"outer.validation_folds = {num_folds}, and there are {len(kept)} validation examples, of which each fold "
+            f"{key} = {num_folds}, and there are {len(kept)} validation examples, of which each fold "
             "needs one. Lower it, or give more of them."
         )
     order = np.random.default_rng((seed, 4)).permutation(len(kept))
     is_judge = np.zeros(len(kept), bool)
     is_judge[order[step % num_folds :: num_folds]] = True
     return Turn(np.concatenate([task.trainable_indices(), kept[~is_judge]]), kept[is_judge] - task.num_examples)
+
+
+def leave_out_fold(task: Task, num_folds: int, seed: int, fold: int) -> Turn:
+    """The turn in which all validation examples but those of one fold judge, and the training examples alone train."""
+    kept, judges_of_fold = task.validation_indices(), take_turn(task, num_folds, seed, fold, key="rater.folds")
+    assert judges_of_fold is not None
+    others = np.setdiff1d(kept - task.num_examples, judges_of_fold.judges)
+    return Turn(task.trainable_indices(), others)
 
 
 def turn_training_stream(task: Task, seed: int, turn: Turn | None) -> Stream:

@@ -23,7 +23,13 @@ from bilevel_jax.core.weightings import (
     pool_contributions,
 )
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
-from bilevel_jax.runs.engine.folds import Turn, take_turn, turn_training_stream, turn_validation_stream
+from bilevel_jax.runs.engine.folds import (
+    Turn,
+    leave_out_fold,
+    take_turn,
+    turn_training_stream,
+    turn_validation_stream,
+)
 from bilevel_jax.runs.engine.raters import RaterFeatures, make_rater_features, make_rater_weighting
 from bilevel_jax.runs.engine.reliability import (
     FLOOR_REASON,
@@ -34,7 +40,7 @@ from bilevel_jax.runs.engine.reliability import (
     reliability_to_record,
 )
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
-from bilevel_jax.runs.infra import checkpoint
+from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import padded_table_size, place_table, replicate
 from bilevel_jax.runs.infra.session import Session
@@ -75,6 +81,15 @@ class OuterState(NamedTuple):
     """() where steps are not pooled."""
 
 
+class LearnedRater(NamedTuple):
+    """A rater as the outer loop has learned it."""
+
+    features: RaterFeatures
+    variable: RaterVariable
+    without_folds: Float[np.ndarray, "folds coefficients"] | None = None
+    """With rater.folds, the coefficients of the loops that each lack a fold of the validation set."""
+
+
 class LearnedWeights(NamedTuple):
     """The weights, where they come from, and how the loop went."""
 
@@ -94,8 +109,8 @@ class LearnedWeights(NamedTuple):
     """With outer.validation_folds, d L_v / d weight of each validation example; 0 for those that judged."""
     first_validation_hypergradient: Float[np.ndarray, "validation"] = np.zeros(0)
     """The same at weight 1 for every example."""
-    rater: tuple[RaterFeatures, RaterVariable] | None = None
-    """Where outer.weighting is rater: its features, and what was learned of it."""
+    rater: LearnedRater | None = None
+    """Where outer.weighting is rater."""
 
     def corpus_weights(self, task: Task) -> Float[np.ndarray, "corpus"]:
         """The weights of the training examples, then those of validation."""
@@ -168,6 +183,7 @@ def run_outer_loop(
     scores: ScoresSection,
     rater: RaterSection = RaterSection(),  # noqa: B008 (frozen)
     progress: ProgressFunction | None = None,
+    leave_out: bool = False,
 ) -> LearnedWeights:
     """Optimise the weights by hypergradients of the validation loss, and return the best by dev loss.
 
@@ -175,13 +191,21 @@ def run_outer_loop(
     outer variable along the hypergradient divided by its rms, at the learning rate of its place in the loop. Without
     dev the last weights are returned. Ends after outer.steps steps (with `progress`, where it passes 1 instead), after
     outer.patience steps without a better dev loss, or where the effective sample size falls below outer.ess_floor.
+
+    With `leave_out` and rater.folds a rater's steps are made again without each fold of the validation set.
     """
+    if leave_out and rater.folds:
+        leave_out_fold(task, rater.folds, data.seed, 0)  # an error before any work where there are too few examples
     loop = OuterLoop(
         task, trainer, session, data=data, train_seed=train_seed, scores=scores, rater=rater, progress=progress
     )
     while not (stop_reason := loop.stop_reason()):
         loop.take_step()
-    return loop.learned_weights(stop_reason)
+    learned = loop.learned_weights(stop_reason)
+    if not leave_out or learned.rater is None or not rater.folds or not learned.best_step:
+        return learned
+    without_folds = loop.learn_without_folds(rater.folds, learned.best_step)
+    return learned._replace(rater=learned.rater._replace(without_folds=without_folds))
 
 
 class OuterLoop:
@@ -217,7 +241,7 @@ class OuterLoop:
         self._validation_loss = validation_loss_fn(task.problem)
         self._labels = read_labels(task, data)
         place = partial(place_table, task.mesh)
-        hyper = jax.tree.map(place, weighting.init())
+        self._initial_hyper = hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
         if outer.estimate == "auto" and (reason := why_not_pooled(outer, len(task.validation_indices()))):
@@ -312,8 +336,49 @@ class OuterLoop:
             stop_reason=stop_reason,
             rater=None
             if self._rater_features is None
-            else (self._rater_features, _rater_variable(self.state.best_hyper)),
+            else LearnedRater(self._rater_features, _rater_variable(self.state.best_hyper)),
         )
+
+    def learn_without_folds(self, num_folds: int, num_steps: int) -> Float[np.ndarray, "folds coefficients"]:
+        """The coefficients of a rater after so many steps, each row without one fold of the validation set.
+
+        The start, the data orders and the rates are those of the loop, so the rows differ by the folds alone.
+        """
+        rows = []
+        for fold in range(num_folds):
+            name = f"without fold {fold + 1} of {num_folds}"
+            learn = partial(self._learn_without_fold, num_folds, fold, num_steps, name)
+            rows.append(self.session.run_once(f"folds/{name}", learn))
+            distributed.run_on_first_process(partial(run_dir.remove_folder, self.session.folder / "parts" / name))
+        return np.array(rows)
+
+    def _learn_without_fold(self, num_folds: int, fold: int, num_steps: int, name: str) -> list[float]:
+        """Resumable: each step is saved, and its middle when due."""
+        part, work_before = self.session.part_session(name), self.session.work_done
+        turn = leave_out_fold(self.task, num_folds, self.data.seed, fold)
+        state = (self._initial_hyper, self.task.init_params(self.train_seed))
+        done, folder = 0, part.folder / "checkpoints" / "outer"
+        if restored := checkpoint.restore_checkpoint(folder, state):
+            state, done = restored.tree, restored.step + 1
+            part.advance(restored.meta["work"])
+        for step in range(done, num_steps):
+            part.set_phase(f"outer step {step} of {num_steps}")
+            hyper, start_params = state
+            weights, start = self._weights_of(hyper), self.trainer.init_state(start_params)
+            stream = turn_training_stream(self.task, data_order_seed(self.data, self.outer, step), None)
+            with self.trainer.saving_in(part.folder / "checkpoints" / checkpoint.MID_STEP_FOLDER):
+                trajectory, estimate = train_and_estimate(
+                    self.trainer, weights, start, stream, step, is_first=False, turn=turn
+                )
+            check_hypergradient_finite(estimate, f"outer step {step} {name}")
+            origin = hyper if step else self._first_logits()
+            grad = self._weighting_vjp(hyper, estimate.grad)
+            hyper = self._step(origin, grad, self.records[step]["rate"], self.outer.max_step)
+            state = (hyper, trajectory.end.params if self.outer.restart == "warm" else start_params)
+            part.log.write({"event": "outer", "step": step, "validation": float(estimate.validation_loss)})
+            checkpoint.save_checkpoint(folder, step, state, {"work": part.work_done - work_before})
+            part.mark_saved()
+        return fetch_to_host(_rater_variable(state[0]).coefficients).astype(float).tolist()
 
     def _num_weights(self) -> int:
         """Examples that have a weight: those of training, and with folds those of validation."""
@@ -328,7 +393,7 @@ class OuterLoop:
 
     def _first_logits(self) -> Hyper:
         if not self.outer.warm_start:
-            return self.state.hyper
+            return self._initial_hyper
         logits = warm_start_logits(
             self.task, self.outer.warm_start, self.session, scores=self.scores, train_seed=self.train_seed
         )

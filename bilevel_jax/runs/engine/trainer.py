@@ -1,6 +1,7 @@
 """Resumable training runs and hypergradient estimates of a task."""
 
-from collections.abc import Callable, MutableMapping
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,15 @@ class Trainer:
             )
         self._pause: Callable[[], None] = lambda: None
         """Saves the backward pass in its middle, if it is time to."""
+
+    @contextlib.contextmanager
+    def saving_in(self, folder: Path) -> Iterator[None]:
+        """Inside, what is saved in the middle of outer steps lies in another folder; what is compiled stays."""
+        own_folder, self.folder = self.folder, folder
+        try:
+            yield
+        finally:
+            self.folder = own_folder
 
     def init_state(self, params: Params) -> TrainState:
         """The state before the first step."""

@@ -86,6 +86,7 @@ def plot_intervals(
     names: tuple[str, str] = ("", ""),
     reference: float = math.nan,
     log: bool = False,
+    ends: tuple[float, float] = (-math.inf, math.inf),
     width: float = 520,
 ) -> Markup:
     """A line for each row: its value with its interval, below them its single runs.
@@ -96,10 +97,13 @@ def plot_intervals(
         names: the legend's words for the filled and the hollow points; empty for no legend.
         reference: where the dashed line stands; nan for none.
         log: equal steps per factor.
+        ends: between which intervals are drawn; one that goes on beyond ends in an arrow.
         width: of the figure, in points.
     """
     figure, axes = new_figure(width, 27 * len(rows) + (70 if names[0] else 46))
-    values = [value for row in rows for value in (row.value, row.low, row.high, row.second_value, *row.seed_values)]
+    shown = [(max(row.low, ends[0]), min(row.high, ends[1])) for row in rows]
+    values = [value for row, interval in zip(rows, shown, strict=True)
+              for value in (row.value, *interval, row.second_value, *row.seed_values)]  # fmt: skip
     _set_axis(axes.xaxis, axis_limits(values, log=log), label, log=log)
     _name_rows(axes, [(row.name, "") for row in rows], [row.emphasized for row in rows])
     if math.isfinite(reference):
@@ -109,7 +113,11 @@ def plot_intervals(
         colour = COLOURS[f"c{row.colour}"]
         hollow = axes.plot([row.second_value], [place], **_marker("hollow", COLOURS["c1"]))
         axes.plot(row.seed_values, [place + 0.3] * len(row.seed_values), **_marker("faint", colour))
-        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=3 if row.emphasized else 1.6)
+        low, high = shown[place]
+        axes.plot([low, high], [place, place], color=colour, linewidth=3 if row.emphasized else 1.6)
+        beyond = [(end, marker) for end, whole, marker in ((low, row.low, "<"), (high, row.high, ">")) if end != whole]
+        for end, marker in beyond:
+            axes.plot([end], [place], color=colour, marker=marker, markersize=6, linestyle="")
         filled = axes.plot([row.value], [place], **_marker("dot", colour))
         handles = [*filled, *(hollow if any(math.isfinite(each.second_value) for each in rows) else [])]
     if names[0]:
