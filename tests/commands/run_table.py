@@ -140,6 +140,7 @@ RUNS = {
     "select, rater": (
         "select",
         f"{BRIEF} --outer.weighting rater --rater.link sigmoid --rater.residual-scale 0.3 --rater.directions 2 "
+        "--rater.folds 2 "
         "--rater.features length kind source tokens likeness loss margin hidden hidden_likeness validation_loss "
         "reducible uniform_loss",
     ),

@@ -60,6 +60,8 @@ FEATURES = {
 MODELS = ("start", "holdout", "uniform")
 CLIPPED_SHARE = 0.01
 """transform = clip: the share of the training examples beyond each bound."""
+LARGEST_FEATURE = 1e100
+"""Sums of squares of larger ones overflow."""
 RANK_KNOTS = 129
 """transform = rank: quantiles of the training examples between which ranks are interpolated."""
 
@@ -330,10 +332,11 @@ def read_user_columns(file: str, columns: Sequence[str], examples: Sequence[Exam
     if len(missing):
         row, column = missing[0]
         example = examples[row]
-        is_there = example.id in tables[column].values
+        is_there, num_missing = example.id in tables[column].values, len(set(missing[:, 0]))
         raise ValueError(
             f"{file}: {columns[column]} {'is no finite number' if is_there else 'is missing'} for the example "
-            f"{example.id} ({example.where}), one of {len(set(missing[:, 0])):,}. Give a file with a number for each."
+            f"{example.id} ({example.where}){f', one of {num_missing:,}' if num_missing > 1 else ''}. Give a file with a "
+            "number for each."
         )
     return values
 
@@ -344,11 +347,16 @@ _cached_column = lru_cache(maxsize=16)(read_id_column)
 def check_finite_features(
     columns: Sequence[str], raw: Table, examples: Sequence[Example], rows: Sequence[int] | np.ndarray
 ) -> None:
-    """Raise a ValueError that names the first of some rows with a feature that is no finite number."""
+    """Raise a ValueError that names the first of some rows with a feature that is no finite number, or too large."""
     rows = np.asarray(rows)
-    bad = np.argwhere(~np.isfinite(raw[rows]))
+    bad = np.argwhere(~(np.abs(raw[rows]) <= LARGEST_FEATURE))
     if len(bad):
         row, column = rows[bad[0][0]], bad[0][1]
+        if np.isfinite(raw[row, column]):
+            raise ValueError(
+                f"the feature {columns[column]!r} of the example {examples[row].id} ({examples[row].where}) is "
+                f"{raw[row, column]:.3g}; beyond {LARGEST_FEATURE:g} its variance overflows. Give it another unit."
+            )
         raise ValueError(
             f"the feature {columns[column]!r} of the example {examples[row].id} ({examples[row].where}) is "
             f"{raw[row, column]}; a finite number is wanted. Remove the row, or leave the feature out of "

@@ -118,6 +118,14 @@ def test_a_number_that_is_not_finite_is_refused_with_the_row(task):
     features.check_finite_features(("a", "b"), raw, task.examples, np.array([0, 2]))
 
 
+def test_a_number_whose_square_overflows_is_refused_with_the_row(task):
+    raw = np.ones((3, 2))
+    raw[2, 0] = -1e300
+    words = f"feature 'a' of the example {task.examples[2].id} .* is -1e\\+300; beyond 1e\\+100 its variance overflows"
+    with pytest.raises(ValueError, match=words):
+        features.check_finite_features(("a", "b"), raw, task.examples, np.arange(3))
+
+
 def test_columns_of_the_user_are_joined_by_id(task, tmp_path):
     rows = [{"id": example.id, "stars": place} for place, example in enumerate(task.examples)]
     file = tmp_path / "stars.jsonl"
