@@ -37,7 +37,7 @@ from bilevel_jax.core.types import (
 )
 from bilevel_jax.core.unrolled import backward_pass, check_differentiable, validation_loss_fn
 from bilevel_jax.lm import models
-from bilevel_jax.lm.data.examples import Example, describe_unread_keys, find_leaks, summarize_examples
+from bilevel_jax.lm.data.examples import Example, describe_unread_keys, find_leaks, format_count, summarize_examples
 from bilevel_jax.runs.config.rules import check_config
 from bilevel_jax.runs.config.schema import (
     DataSection,
@@ -446,10 +446,11 @@ def prepare(
     train_examples = lm.read(examples)
     held_out = lm.read(validation, name="validation") if validation is not None else []
     if leaks == "error" and (leaked := find_leaks(train_examples, held_out)):
+        num_leaked = len({example.id for example, _ in leaked})
         raise ValueError(
-            f"{len({example.id for example, _ in leaked})} training examples also stand in the validation examples, "
-            f"the first: {leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be rewarded for being "
-            "copied. Remove them, or set leaks='keep'."
+            f"{format_count('training example', num_leaked)} also {'stands' if num_leaked == 1 else 'stand'} in the "
+            f"validation examples, the first: {leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be "
+            "rewarded for being copied. Remove them, or set leaks='keep'."
         )
     task = make_task(lm, sections, train_examples, held_out, optimizer, solver.proximal)
     return FineTuning(lm, task, solver, seed)

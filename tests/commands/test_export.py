@@ -257,7 +257,7 @@ def test_rows_without_a_weight(files, capsys):
     with open("rows.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "New?", "response": "Yes."}) + "\n")
     assert "no weight for 1 of 9 training examples" in export(capsys, code=1)
-    assert "1 rows have no weight and were left out" in export(capsys, "--weights.missing", "drop")
+    assert "1 row was left out for having no weight" in export(capsys, "--weights.missing", "drop")
 
 
 @pytest.mark.parametrize("validation", ["there", "gone", "says something else"])
@@ -274,13 +274,13 @@ def test_rows_that_the_run_dropped_as_leaks(files, capsys, validation):
         assert "no weight for 1 of 9 training examples" in export(capsys, *flags, code=1)
         return
     out = export(capsys, *flags)
-    assert "1 rows were left out" in out and "6 of 8 rows" in out
+    assert "1 row was left out" in out and "6 of 8 rows" in out
 
 
 def test_rows_that_the_run_left_out_as_too_long(files, capsys):
     files(PROMPTS, weights=np.ones(8), loss=[1.0] * 7 + [float("nan")])
     out = export(capsys, "--selection.top-share", "1")
-    assert "1 rows were too long for the run" in out and "7 of 7 rows" in out
+    assert "1 row was too long for the run" in out and "7 of 7 rows" in out
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_path, monkeypatch):

@@ -340,7 +340,7 @@ def test_misuse_is_one_clear_sentence(lm, rows, held_out, misuse):
 
 
 def test_leaks_are_named_or_kept(lm, rows):
-    with pytest.raises(ValueError, match="1 training examples also stand in the validation examples, the first: ex"):
+    with pytest.raises(ValueError, match="1 training example also stands in the validation examples, the first: ex"):
         lm.finetune(rows, rows[:1], ADAMW, steps=4, batch_size=4)
     assert lm.finetune(rows, rows[:1], ADAMW, steps=4, batch_size=4, leaks="keep").status is bj.Status.OK
 

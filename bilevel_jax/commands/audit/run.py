@@ -18,6 +18,7 @@ from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.budget.work import count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
@@ -123,8 +124,8 @@ def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     present = held_out_indices(task.held_out_streams["validation"])
     if config.audit.queries > len(present):
         raise ValueError(
-            f"audit.queries = {config.audit.queries}, but validation has {len(present)} rows. Lower it, or give more "
-            "rows."
+            f"audit.queries = {config.audit.queries}, but validation has {format_count('row', len(present))}. Lower "
+            "it, or give more rows."
         )
     drawn = np.random.default_rng((config.data.seed, 3)).permutation(present)[: config.audit.queries]
     return np.sort(drawn)

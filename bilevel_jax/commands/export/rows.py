@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from bilevel_jax.lm.data.examples import Example, find_leaks, load_examples
+from bilevel_jax.lm.data.examples import Example, find_leaks, format_count, load_examples
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
 from bilevel_jax.runs.engine.selection import describe_ties, select_examples
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
@@ -46,17 +46,25 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
         check_inputs_whole(config)
         empty: list[str] = []
         examples = load_examples(config.data.train, splits.make_data_options(config.data), empty.append)
-        notes = [f"{len(empty):,} rows were left out (data.empty = drop), the first: {empty[0]}"] if empty else []
+        notes = (
+            [f"{format_count('row', len(empty), ('was', 'were'))} left out (data.empty = drop), the first: {empty[0]}"]
+            if empty
+            else []
+        )
         examples, leak_notes = _drop_leaks(config, examples)
     notes += leak_notes
     loaded_weights = from_file.load_weights(config.weights, examples)
     usable = loaded_weights.keep_mask & ~_find_unread(config, examples)
     if loaded_weights.num_unused:
-        notes.append(f"{loaded_weights.num_unused:,} ids of {config.weights.file} are those of no row.")
+        notes.append(f"{format_count('id', loaded_weights.num_unused)} of {config.weights.file} not among the rows.")
     if missing := int((~loaded_weights.keep_mask).sum()):
-        notes.append(f"{missing:,} rows have no weight and were left out (weights.missing = drop).")
+        notes.append(
+            f"{format_count('row', missing, ('was', 'were'))} left out for having no weight (weights.missing = drop)."
+        )
     if unread := int((loaded_weights.keep_mask & ~usable).sum()):
-        notes.append(f"{unread:,} rows were too long for the run, which gave them no weight by reading; left out.")
+        notes.append(
+            f"{format_count('row', unread, ('was', 'were'))} too long for the run, which gave no loss, and left out."
+        )
     sources = [example.source for example in examples]
     places = select_examples(
         loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
@@ -65,7 +73,9 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
         notes.append(note)
     if config.selection.per_source and len(places) < config.selection.per_source:
         wanted = config.selection.per_source
-        notes.append(f"selection.per_source = {wanted:,}: a source gave all it has, so {len(places):,} rows.")
+        notes.append(
+            f"selection.per_source = {wanted:,}: a source gave all it has, so {format_count('row', len(places))}."
+        )
     repeats = np.bincount(places, minlength=len(examples))[usable]
     examples = [example for example, use in zip(examples, usable, strict=True) if use]
     return SelectedExamples(examples, loaded_weights.weights[usable], repeats, loaded_weights.source, notes)
@@ -87,7 +97,7 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
         leaked_ids = {row.id for row, _ in find_leaks(absent, [row for part in trusted.values() for row in part])}
     remaining = [example for example in examples if example.id not in leaked_ids]
     return remaining, [
-        f"{len(leaked_ids):,} rows were left out, as by the run: they stand in the validation examples, too."
+        f"{format_count('row', len(leaked_ids), ('was', 'were'))} left out, as by the run: also a validation example."
     ] if leaked_ids else []
 
 

@@ -13,7 +13,7 @@ from bilevel_jax.commands.export.card import format_dataset_card, read_run_confi
 from bilevel_jax.commands.export.formats import FILE_SUFFIXES, FORMATTERS, TRAINER_NAMES, ExportTarget, choose_layout
 from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
 from bilevel_jax.commands.results import ExportResult
-from bilevel_jax.lm.data.examples import Example, describe_unread_keys
+from bilevel_jax.lm.data.examples import Example, describe_unread_keys, format_count
 from bilevel_jax.lm.data.files import write_rows
 from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.config.load import ExportConfig
@@ -141,7 +141,7 @@ def _summarize_export(config: ExportConfig, selected: SelectedExamples, path: Pa
     rest = f", and {len(before) - MAX_SOURCES_SHOWN:,} more sources" if len(before) > MAX_SOURCES_SHOWN else ""
     parts = f" ({', '.join(source_texts)}{rest})" if len(before) > 1 else ""
     return (
-        f"{int(selected.repeats.sum()):,} of {len(selected.examples):,} rows{parts}, "
+        f"{int(selected.repeats.sum()):,} of {format_count('row', len(selected.examples))}{parts}, "
         f"{describe_selection_rule(config.selection)}: {path}, layout {layout}, "
         f"for {TRAINER_NAMES[config.export.format]}; README.md beside it says how it was made."
     )

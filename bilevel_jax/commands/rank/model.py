@@ -16,7 +16,7 @@ from bilevel_jax.commands.rank.strategies import Question
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import tokens
-from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.inference.generate import Prompt
@@ -24,7 +24,6 @@ from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.infra.placement import make_mesh, replicate
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.report.numbers import format_count
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.verifiers import make_verifier
 from bilevel_jax.scores.requests import TokenizedExamples, make_tokenized_examples, trim_responses

@@ -10,12 +10,12 @@ from jaxtyping import Float
 
 from bilevel_jax.commands.rank.metrics import METRICS
 from bilevel_jax.lm.data import files
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.data.files import describe_value
 from bilevel_jax.lm.data.turns import check_row, read_field
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import RankSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
-from bilevel_jax.runs.report.numbers import format_count
 from bilevel_jax.runs.stats import BootstrapInterval, rank_correlation
 
 KEY_FIELDS = ("model", "task", "strategy")

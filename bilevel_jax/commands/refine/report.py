@@ -8,11 +8,12 @@ from markupsafe import Markup
 
 from bilevel_jax.core.certify import Reliability
 from bilevel_jax.core.certify.reliability import NEEDED_FOR
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.engine.reliability import known_reliability, reliability_from_json
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Point, Series
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, isolated_cell, make_table, render_page
-from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_count, format_number, format_percent
+from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_number, format_percent
 from bilevel_jax.runs.report.results import write_report
 
 JsonObject = dict[str, Any]

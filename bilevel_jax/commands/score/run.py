@@ -34,7 +34,7 @@ from bilevel_jax.commands.score.scorer import (
     score_examples,
     tokenize_chunk,
 )
-from bilevel_jax.lm.data.examples import Example, example_to_row, normalize_name, stream_examples
+from bilevel_jax.lm.data.examples import Example, example_to_row, format_count, normalize_name, stream_examples
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.config.load import ScoreConfig, config_hash
 from bilevel_jax.runs.engine import raters, selection
@@ -150,14 +150,16 @@ def summarize(result: dict[str, Any]) -> str:
     counts = result["counts"]
     drifted = [column["name"] for column in result["drift"] if column["sentence"]]
     drift = (
-        f"{len(drifted)} of {len(result['drift'])} features have drifted ({', '.join(drifted[:3])}"
+        f"{len(drifted)} of {format_count('feature', len(result['drift']))} {'has' if len(drifted) == 1 else 'have'} "
+        f"drifted ({', '.join(drifted[:3])}"
         f"{', ...' if len(drifted) > 3 else ''}): read the report before you use them"
         if drifted
         else "no feature has drifted"
         if result["judges_drift"]
         else f"fewer than {LEAST_ROWS} rows are too few to tell whether features have drifted"
     )
-    return f"{counts['scored']:,} of {counts['rows']:,} rows scored, {counts['selected']:,} selected; {drift}."
+    rows = format_count("row", counts["rows"])
+    return f"{counts['scored']:,} of {rows} scored, {counts['selected']:,} selected; {drift}."
 
 
 def _collect_facts(
@@ -196,7 +198,7 @@ def _collect_facts(
         "drift_sentences": [column["sentence"] for column in drift if column["sentence"]],
         "notes": [
             *(
-                [f"{dropped:,} of {int(rows):,} rows are too long for the rater (data.truncation): no score."]
+                [f"{dropped:,} of {format_count('row', int(rows))} too long for the rater (data.truncation): no score."]
                 if dropped
                 else []
             ),

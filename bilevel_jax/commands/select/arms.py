@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.load import SelectConfig
 from bilevel_jax.runs.engine.arms import SIMPLE_ARMS, ArmInputs, build_simple_arm, make_variant, why_absent
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
@@ -60,7 +61,7 @@ def _build_learned_arm(
     name: str, task: TextTask, learned: LearnedWeights, selected_indices: Int[np.ndarray, "selected"]
 ) -> RetrainVariant:
     if name == "selected":
-        meaning = f"the {len(selected_indices):,} examples written to selected.jsonl, weight 1"
+        meaning = f"the {format_count('example', len(selected_indices))} written to selected.jsonl, weight 1"
         return make_variant(name, meaning, task, selected_indices)
     weights = learned.corpus_weights(task)
     if name == "learned":
@@ -76,5 +77,5 @@ def _build_score_arm(
 ) -> RetrainVariant:
     params = task.init_params(config.train.seed)
     values = load_or_compute_score(name, name, task, params, config.scores, retrainer.session).values
-    meaning = f"the {count:,} examples of the largest {name} by the model before training"
+    meaning = f"the {format_count('example', count)} of the largest {name} by the model before training"
     return make_variant(name, meaning, task, top_indices(values, count, task.trainable_indices()))

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from bilevel_jax.commands.train.report_scores import ScoreHistory, describe_scores, read_score_history
-from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.curves import (
     TrainingLog,
@@ -24,7 +24,6 @@ from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, r
 from bilevel_jax.runs.report.numbers import (
     SignedNumber,
     capitalize_first,
-    format_count,
     format_number,
     format_percent,
     format_signed,

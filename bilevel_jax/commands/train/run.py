@@ -10,7 +10,7 @@ from bilevel_jax.commands.train import report
 from bilevel_jax.commands.train.loop import TrainingInput, TrainingLoop, TrainingResult
 from bilevel_jax.core.types import Batch, Hyper, Stream
 from bilevel_jax.lm.data import batches
-from bilevel_jax.lm.data.examples import describe_unread_keys
+from bilevel_jax.lm.data.examples import describe_unread_keys, format_count
 from bilevel_jax.lm.data.vocabulary import largest_token_id
 from bilevel_jax.runs.budget import usage
 from bilevel_jax.runs.budget.work import count_train_steps
@@ -210,7 +210,11 @@ def _write_outputs(
         "scoring": reweighting.to_result(timing.seconds) if reweighting else None,
         "records": records,
         "notes": task.notes
-        + ([f"{training_result.num_skipped} steps were left out: not finite."] if training_result.num_skipped else []),
+        + (
+            [f"{format_count('step', training_result.num_skipped, ('was', 'were'))} left out: not finite."]
+            if training_result.num_skipped
+            else []
+        ),
         "resumed": timing.start_step,
         "config_hash": config_hash(config),
         "estimate": usage.predict_usage(task, config, session),

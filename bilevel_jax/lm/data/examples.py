@@ -290,17 +290,23 @@ def summarize_examples(examples: Sequence[Example]) -> str:
     by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
     by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
     parts = [
-        f"{len(examples):,} rows",
+        format_count("row", len(examples)),
         ", ".join(by_file) if len(by_file) <= 4 else f"{', '.join(by_format)} from {len(by_file)} files",
         f"{len(sources)} sources" if len(sources) > 1 else f"source {next(iter(sources), 'none')}",
         *([f"labels {', '.join(sorted(labels)[:8])}"] if labels else []),
         *([f"{len(examples) - labels.total():,} without a label"] if 0 < labels.total() < len(examples) else []),
-        *([f"{copies:,} are copies of an earlier row"] if copies else []),
-        *([f"{not_learned:,} answers are marked as no target"] if not_learned else []),
-        *([f"{with_reasoning:,} answers come with a reasoning"] if with_reasoning else []),
+        *([f"{copies:,} {'is a copy' if copies == 1 else 'are copies'} of an earlier row"] if copies else []),
+        *([f"{format_count('answer', not_learned, ('is', 'are'))} marked as no target"] if not_learned else []),
+        *([f"{format_count('answer', with_reasoning, ('comes', 'come'))} with a reasoning"] if with_reasoning else []),
         *([f"{shortened:,} lost a last message of the user, which nothing answers"] if shortened else []),
     ]
     return "; ".join(parts)
+
+
+def format_count(noun: str, count: int, verbs: tuple[str, str] = ("", "")) -> str:
+    """So many of something, and the verb for one or for several: 1 row was, 2 rows were."""
+    one, several = verbs
+    return f"{count:,} {noun}{'s' if count != 1 else ''} {one if count == 1 else several}".rstrip()
 
 
 def describe_unread_keys(examples: Iterable[Example]) -> list[str]:
@@ -313,7 +319,7 @@ def describe_unread_keys(examples: Iterable[Example]) -> list[str]:
         (key for key in rows if key.rpartition("[].")[2] in TARGET_KEYS and "[]." in key), "only answers are targets"
     )
     return [
-        f"the key '{key}' is not read: {len(found):,} rows, the first {found[0].where}"
+        f"the key '{key}' is not read: {format_count('row', len(found))}, the first {found[0].where}"
         + (f" ({hints[key]})" if key in hints else "")
         for key, found in rows.items()
     ]

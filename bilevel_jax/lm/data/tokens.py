@@ -24,7 +24,7 @@ from bilevel_jax.lm.data.encode import (
     encode_examples,
     make_template_renderer,
 )
-from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.data.render import Tokenizer, get_chat_template, list_special_tokens
 from bilevel_jax.lm.data.vocabulary import check_token_ids
 from bilevel_jax.lm.models.source_files import TOKENIZER_FILES
@@ -155,15 +155,19 @@ class TokenizationReport(NamedTuple):
     def __str__(self) -> str:
         """One line for people."""
         parts = [
-            f"{self.num_examples:,} rows, {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
+            f"{format_count('row', self.num_examples)}, {format_count('token', self.num_tokens)}, "
+            f"{self.num_targets:,} of them targets; "
             f"longest {self.max_length}",
-            *([f"{self.truncated:,} rows cut at the end"] if self.truncated else []),
-            *([f"{self.truncated_left:,} rows cut at the beginning"] if self.truncated_left else []),
-            *([f"{self.dropped:,} rows dropped as too long"] if self.dropped else []),
+            *([f"{format_count('row', self.truncated)} cut at the end"] if self.truncated else []),
+            *([f"{format_count('row', self.truncated_left)} cut at the beginning"] if self.truncated_left else []),
+            *([f"{format_count('row', self.dropped)} dropped as too long"] if self.dropped else []),
             *([f"{self.unknown_share:.1%} of the tokens are unknown to the tokenizer"] if self.unknown_share else []),
             *([f"{self.byte_share:.1%} of the tokens are bytes of unknown characters"] if self.byte_share else []),
             *(
-                [f"{self.merged:,} prompts end in white space that the first token of the response takes in"]
+                [
+                    f"{format_count('prompt', self.merged, ('ends', 'end'))} in white space that the first token of "
+                    "the response takes in"
+                ]
                 if self.merged
                 else []
             ),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.engine.retrain import LOSS_DIGITS, Retrainer, RetrainVariant
 from bilevel_jax.runs.stats import top_indices
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example
@@ -92,16 +93,18 @@ def _random(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Arm:
     random = np.random.default_rng(inputs.random_seed)
     indices = np.sort(random.choice(task.trainable_indices(), inputs.subset_size, replace=False))
     scores = np.isin(np.arange(task.num_examples), indices).astype(float)
-    return Arm(make_variant("random", f"{inputs.subset_size:,} examples drawn at random", task, indices), scores)
+    return Arm(
+        make_variant("random", f"{format_count('example', inputs.subset_size)} drawn at random", task, indices), scores
+    )
 
 
 def _top_alignment(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Arm:
-    meaning = f"the {inputs.subset_size:,} examples best aligned with grad L_v after uniform training"
+    meaning = f"the {format_count('example', inputs.subset_size)} best aligned with grad L_v after uniform training"
     return _top("top_alignment", meaning, -inputs.alignment, task, inputs)
 
 
 def _low_loss(task: Task, retrainer: Retrainer, inputs: ArmInputs) -> Arm:
-    meaning = f"the {inputs.subset_size:,} examples of least loss after uniform training"
+    meaning = f"the {format_count('example', inputs.subset_size)} of least loss after uniform training"
     return _top("low_loss", meaning, -inputs.losses, task, inputs)
 
 

@@ -33,8 +33,8 @@ def take_turn(task: Task, num_folds: int, seed: int, step: int, *, key: str = "o
     kept = task.validation_indices()
     if len(kept) < num_folds:
         raise ValueError(
-            f"{key} = {num_folds}, and there are {len(kept)} validation examples, of which each fold "
-            "needs one. Lower it, or give more of them."
+            f"{key} = {num_folds}, and each fold needs a validation example, of which there are {len(kept)}. Lower "
+            "it, or give more."
         )
     order = np.random.default_rng((seed, 4)).permutation(len(kept))
     is_judge = np.zeros(len(kept), bool)

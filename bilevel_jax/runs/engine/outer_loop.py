@@ -22,6 +22,7 @@ from bilevel_jax.core.weightings import (
     measure_part_reliability,
     pool_contributions,
 )
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
 from bilevel_jax.runs.engine.folds import (
     Turn,
@@ -306,8 +307,12 @@ class OuterLoop:
             return f"{FLOOR_REASON} ({self.outer.reliability_floor:g}): the validation set is used up"
         steps_since_best = len(self.records) - 1 - _best_step(self.records)
         if self.outer.patience and steps_since_best >= self.outer.patience:
-            return f"{steps_since_best} outer steps in a row did not lower dev loss (outer.patience)"
-        return f"all {len(self.records) - 1} outer steps were made" if self.progress(self.records) > 1 else ""
+            return f"{format_count('outer step', steps_since_best)} in a row did not lower dev loss (outer.patience)"
+        return self._describe_whole_loop() if self.progress(self.records) > 1 else ""
+
+    def _describe_whole_loop(self) -> str:
+        count = len(self.records) - 1
+        return "the one outer step was made" if count == 1 else f"all {count} outer steps were made"
 
     def learned_weights(self, stop_reason: str) -> LearnedWeights:
         """The best weights so far, on the host."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import SelectionSection
 from bilevel_jax.runs.stats import top_indices
 
@@ -100,9 +101,9 @@ def describe_cuts(cuts: Sequence[Cut], rule: SelectionSection, num_equal: int) -
 def describe_selection_rule(rule: SelectionSection) -> str:
     """The rule in words."""
     if rule.resample:
-        return f"{rule.resample:,} rows drawn in proportion to their weight, as whole repeats"
+        return f"{format_count('row', rule.resample)} drawn in proportion to their weight, as whole repeats"
     if rule.per_source:
-        return f"{rule.per_source:,} rows, each source in proportion to its total weight"
+        return f"{format_count('row', rule.per_source)}, each source in proportion to its total weight"
     if rule.threshold:
         return f"weight {rule.threshold:g} or more"
     return f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")

@@ -6,10 +6,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table
-from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_count, format_interval
+from bilevel_jax.runs.report.numbers import MISSING, MeanInterval, format_interval
 from bilevel_jax.runs.report.results import RunResults, float_or_nan, most_independent_part
 from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks.splits import PART_NAMES

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.infra.journal import read_journal
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Series
-from bilevel_jax.runs.report.numbers import engineering_exponent, format_count, format_power_of_ten
+from bilevel_jax.runs.report.numbers import engineering_exponent, format_power_of_ten
 from bilevel_jax.runs.report.results import RunResults, float_or_nan
 from bilevel_jax.runs.report.weights import all_equal
 

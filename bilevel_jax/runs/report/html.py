@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report.numbers import (
     MISSING,
     MeanInterval,
     SignedNumber,
     capitalize_first,
-    format_count,
     format_interval,
     format_number,
     format_percent,

@@ -50,11 +50,6 @@ def _format_half_width(half: float) -> str:
     return "" if math.isnan(half) else f" ± {format_number(half, 3)}"
 
 
-def format_count(noun: str, count: int) -> str:
-    """So many of something."""
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
-
-
 def capitalize_first(text: str) -> str:
     """The text with a capital first letter."""
     return text[:1].upper() + text[1:]

@@ -335,8 +335,8 @@ def read_user_columns(file: str, columns: Sequence[str], examples: Sequence[Exam
         is_there, num_missing = example.id in tables[column].values, len(set(missing[:, 0]))
         raise ValueError(
             f"{file}: {columns[column]} {'is no finite number' if is_there else 'is missing'} for the example "
-            f"{example.id} ({example.where}){f', one of {num_missing:,}' if num_missing > 1 else ''}. Give a file with a "
-            "number for each."
+            f"{example.id} ({example.where}){f', one of {num_missing:,}' if num_missing > 1 else ''}. Give a file with "
+            "a number for each."
         )
     return values
 

@@ -15,6 +15,7 @@ from bilevel_jax.core.weightings import (
     rank_curves,
     split_contributions,
 )
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
@@ -48,7 +49,7 @@ def why_not_pooled(outer: OuterSection, num_validation: int) -> str:
         return "pooling compares two halves of the validation set, and with outer.validation_folds they also train"
     if num_validation < LEAST_VALIDATION_EXAMPLES:
         return (
-            f"pooling compares two halves of the validation set, and it has {num_validation} examples; "
+            f"pooling compares two halves of the validation set, and it has {format_count('example', num_validation)}; "
             f"{LEAST_VALIDATION_EXAMPLES} or more are needed"
         )
     if outer.reliability_every == 0:

@@ -17,6 +17,7 @@ from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step, init_train_state
 from bilevel_jax.core.types import Batch, Frozen, Params, Problem, TrainState
 from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
+from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import ScoresSection
@@ -73,7 +74,10 @@ def compute_score(name: str, task: Task, params: Params, settings: ScoresSection
         )
     if len(unscored):
         first = task.examples[unscored[0]].where
-        notes = (*notes, f"{len(unscored):,} of {len(indices):,} rows have no finite {name}, the first {first}.")
+        notes = (
+            *notes,
+            f"{len(unscored):,} of {format_count('row', len(indices))} without a finite {name}, the first {first}.",
+        )
     return ExampleScores(values, result.passes, time.monotonic() - start_time, notes)
 
 

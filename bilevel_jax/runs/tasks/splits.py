@@ -56,27 +56,33 @@ def load_splits(config: DataSection) -> DataSplits:
         check_fields(config, train_keys, keys)
         notes += check_labels(config, train)
     if dropped:
-        notes.append(f"{len(dropped):,} rows were left out (data.empty = drop), the first: {dropped[0]}")
+        notes.append(
+            f"{examples.format_count('row', len(dropped), ('was', 'were'))} left out (data.empty = drop), the first: "
+            f"{dropped[0]}"
+        )
     for part, other_parts in (("dev", ("test",)), ("validation", ("dev", "test"))):
         for other_part in other_parts:
             if pairs := examples.find_leaks(held_out[part], held_out[other_part]):
+                stand = examples.format_count("validation example", len(pairs), ("stands", "stand"))
                 raise ValueError(
-                    f"{len(pairs)} validation examples stand in both {part} and {other_part}, the first: "
+                    f"{stand} in both {part} and {other_part}, the first: "
                     f"{pairs[0][0].where} and {pairs[0][1].where}. {other_part} would not be independent: remove them "
                     "from one."
                 )
     leaked_pairs = examples.find_leaks(train, [example for part in held_out.values() for example in part])
     if leaked_pairs and config.leaks == "error":
+        num_leaked = len({example.id for example, _ in leaked_pairs})
         raise ValueError(
-            f"{len({example.id for example, _ in leaked_pairs})} training examples also stand in the validation "
-            f"examples, the first: {leaked_pairs[0][0].where} equals {leaked_pairs[0][1].where}. Their weights would "
-            "be rewarded for being copied. Remove them, or set data.leaks to drop."
+            f"{examples.format_count('training example', num_leaked)} also {'stands' if num_leaked == 1 else 'stand'} "
+            f"in the validation examples, the first: {leaked_pairs[0][0].where} equals {leaked_pairs[0][1].where}. "
+            "Their weights would be rewarded for being copied. Remove them, or set data.leaks to drop."
         )
     if leaked_pairs:
         leaked_rows = {example.row for example, _ in leaked_pairs}
         train = [example for example in train if example.row not in leaked_rows]
         notes.append(
-            f"{len(leaked_rows)} training examples were dropped because they also stand in the validation examples."
+            f"{examples.format_count('training example', len(leaked_rows), ('was', 'were'))} dropped because "
+            f"{'it also stands' if len(leaked_rows) == 1 else 'they also stand'} in the validation examples."
         )
         if not train:
             raise ValueError(
@@ -86,7 +92,8 @@ def load_splits(config: DataSection) -> DataSplits:
         copies = sum(len(group) - 1 for group in groups)
         first_places = " and ".join(example.where for example in groups[0][:2])
         notes.append(
-            f"{copies} training examples repeat another row, the first: {first_places}. Each copy has its own weight."
+            f"{examples.format_count('training example', copies, ('repeats', 'repeat'))} another row, the first: "
+            f"{first_places}. Each copy has its own weight."
         )
     return DataSplits(train, held_out, notes)
 

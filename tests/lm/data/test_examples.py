@@ -193,4 +193,4 @@ def test_summary_names_the_format_of_each_file(tmp_path):
     many = load_examples([put(tmp_path, lines({"text": f"{i}"}), f"{i}.jsonl") for i in range(5)])
     assert summarize_examples(many) == "5 rows; 5 text from 5 files; 5 sources"
     assert {example_kind(e) for e in many} == {"text"}
-    assert summarize_examples([examples[3]._replace(format="")]).startswith("1 rows; 1 prompt from plain.json")
+    assert summarize_examples([examples[3]._replace(format="")]).startswith("1 row; 1 prompt from plain.json")

@@ -144,12 +144,12 @@ def test_keys_that_nothing_reads_are_counted_and_named(tmp_path):
     ]
     path = f"{tmp_path}/rows.jsonl"
     assert describe_unread_keys(examples) == [
-        f"the key 'weight' is not read: 1 rows, the first {path}:3 (weights come from weights.file or weights.score, "
+        f"the key 'weight' is not read: 1 row, the first {path}:3 (weights come from weights.file or weights.score, "
         "or are learned)",
         f"the key 'messages[].name' is not read: 2 rows, the first {path}:3",
-        f"the key 'messages[].id' is not read: 1 rows, the first {path}:3",
-        f"the key 'system_prompt' is not read: 1 rows, the first {path}:6 (set data.system_field to it)",
-        f"the key 'messages[].train' is not read: 1 rows, the first {path}:6 (only answers are targets)",
+        f"the key 'messages[].id' is not read: 1 row, the first {path}:3",
+        f"the key 'system_prompt' is not read: 1 row, the first {path}:6 (set data.system_field to it)",
+        f"the key 'messages[].train' is not read: 1 row, the first {path}:6 (only answers are targets)",
     ]
     options = DataOptions(system_field="system_prompt", source_field="weight")
     assert "system_prompt" not in str([e.unread_keys for e in load_examples(put(tmp_path, *rows), options)])
@@ -203,4 +203,4 @@ def test_marks_belong_to_the_identity_of_an_example(tmp_path):
 
 def test_what_was_found_is_told(tmp_path):
     examples = load_examples(put(tmp_path, {"messages": chat({"weight": 0}, {"reasoning": "hm"})}))
-    assert "1 answers are marked as no target; 1 answers come with a reasoning" in summarize_examples(examples)
+    assert "1 answer is marked as no target; 1 answer comes with a reasoning" in summarize_examples(examples)

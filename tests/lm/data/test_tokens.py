@@ -156,7 +156,7 @@ def test_token_across_the_border():
     template = "{prompt} A: {response}"  # the space goes into the first token of the response
     corpus, report = tokenize([example("Name a pet.", "The cat")], tokenizer, max_length=99, template=template)
     assert report.merged == 1 and runs(corpus.get_sequence(0), tokenizer) == [" The cat<|eot|>"]
-    assert "1 prompts end in white space that the first token of the response takes in" in str(report)
+    assert "1 prompt ends in white space that the first token of the response takes in" in str(report)
     with pytest.raises(ValueError, match="rows.jsonl:7: a token holds the end of a prompt and the start of a response"):
         tokenize([example("Which on", "e", line=7)], tokenizer, max_length=99, template="{prompt}{response}")
 

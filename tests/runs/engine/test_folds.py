@@ -61,7 +61,9 @@ def test_every_validation_example_judges_once_in_a_round_and_trains_otherwise(ta
         assert sorted([*trained, *turn.judges]) == list(range(24)) and count_judges(task, turn) == 8
         assert np.array_equal(turn.trained[:60], np.arange(60))
     assert all(map(np.array_equal, take_turn(task, FOLDS, 0, FOLDS), turns[0]))
-    with pytest.raises(ValueError, match="validation_folds = 30, and there are 24 validation examples"):
+    with pytest.raises(
+        ValueError, match="validation_folds = 30, and each fold needs a validation example, of which there are 24"
+    ):
         take_turn(task, 30, 0, 0)
 
 
