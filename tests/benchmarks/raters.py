@@ -1,15 +1,17 @@
 """What a rater learned on 400 examples is worth on thousands that it has never seen.
 
     python -m tests.benchmarks.raters cipher out/raters --seeds 3
+    python -m tests.benchmarks.raters sweeps out/raters --seeds 3
     python -m tests.benchmarks.raters stories out/raters_stories --shared ../shared --seeds 3
     python -m tests.benchmarks.raters speed out/raters_speed --shared ../shared --sizes 1024
     python -m tests.benchmarks.raters rows out/raters_rows --rater out/raters/0/rater/rater
 
 `cipher`: half of 400 examples wrong or random, 16 validation examples. Per-example logits and a rater, 8 outer steps at
 one rate; then the rater weighs 4,000 others, without a sweep, and a model is trained on them with these weights. The
-headroom is (uniform - arm) / (uniform - oracle) of test loss. `stories`: passages of TinyStories, half with their words
-permuted, a rater over stories-260k; its selection trains babyllama-1m. `rows`: memory of `score`; `speed`: its
-processor time next to that of the forward passes that its features take.
+headroom is (uniform - arm) / (uniform - oracle) of test loss. `sweeps`: outer steps that each takes to one dev loss, by
+the rate of these steps. `stories`: passages of TinyStories, half with their words permuted, a rater over stories-260k;
+its selection trains babyllama-1m. `rows`: memory of `score`; `speed`: its processor time next to that of the forward
+passes that its features take.
 """
 
 import argparse
@@ -43,6 +45,13 @@ OPTIMIZER = [
     "--optimizer.learning-rate", "2e-3", "--optimizer.warmup-steps", "20", "--optimizer.b2", "0.99",
     "--optimizer.eps-root", "1e-6",
 ]  # fmt: skip
+
+
+WEIGHTINGS: dict[str, list[str]] = {
+    "per_example": ["--outer.weighting", "softmax"],
+    "rater": ["--outer.weighting", "rater", "--rater.features", *FEATURES],
+}
+RATES = (0.25, 0.5, 1.0, 2.0)
 
 
 def run(*arguments: Any) -> float:
@@ -82,22 +91,13 @@ def measure_cipher_seed(folder: Path, seed: int) -> dict[str, float]:
     """One seed: both kinds of weights learned, and the rater's applied."""
     prepare_cipher(folder, seed)
     common = [
-        "--model", folder / "model", "--lora.r", 0, "--train", folder / "train.jsonl", "--validation",
-        folder / "validation.jsonl", "--data.dev", folder / "dev.jsonl", "--data.test", folder / "test.jsonl",
-        "--data.split", 1, 0, 0, "--data.label-field", "label", "--data.max-length", 32, *OPTIMIZER,
-        "--train.max-steps", 128, "--train.global-batch-size", 32, "--train.seed", seed, "--data.seed", seed,
-        "--outer.steps", 8, "--outer.learning-rate", 1.5, "--outer.ess-floor", 0.05, "--outer.patience", 0,
-        "--certify.no-enabled", "--retrain.variants", "uniform", "learned", "oracle", "--retrain.seeds", 1,
-        "--output.no-progress",
+        *cipher_flags(folder, seed), "--outer.learning-rate", 1.5, "--certify.no-enabled", "--retrain.variants",
+        "uniform", "learned", "oracle", "--retrain.seeds", 1,
     ]  # fmt: skip
-    arms = {
-        "per_example": ["--outer.weighting", "softmax"],
-        "rater": ["--outer.weighting", "rater", "--rater.features", *FEATURES],
-    }
-    for name, flags in arms.items():
+    for name, flags in WEIGHTINGS.items():
         if not (folder / name / "result.json").exists():
             run("select", *common, *flags, "--out", folder / name)
-    results = {name: read(folder / name) for name in arms}
+    results = {name: read(folder / name) for name in WEIGHTINGS}
     dev = {name: [record["loss"]["dev"] for record in result["records"]] for name, result in results.items()}
     best = min(dev["per_example"])
     reached = [step for step, loss in enumerate(dev["rater"]) if loss <= best]
@@ -111,7 +111,7 @@ def measure_cipher_seed(folder: Path, seed: int) -> dict[str, float]:
     }
     for name, result in results.items():
         mean = {row["name"]: row["mean"]["test"] for row in result["compare"]}
-        out[f"headroom on own examples, {name}"] = headroom(mean["uniform"], mean["learned weights"], mean["oracle"])
+        out[f"headroom on own examples, {name}"] = headroom(mean["uniform"], mean["learned"], mean["oracle"])
     scored = folder / "scored"
     if not (scored / "result.json").exists():
         run("score", "--rater", folder / "rater" / "rater", "--data", folder / "unseen.jsonl", "--selection.top-share",
@@ -139,6 +139,43 @@ def measure_cipher_seed(folder: Path, seed: int) -> dict[str, float]:
     for name in ("rater's weights", "rater's half"):
         out[f"headroom on unseen, {name}"] = headroom(losses["uniform"], losses[name], losses["oracle"])
     return out
+
+
+def cipher_flags(folder: Path, seed: int) -> list[Any]:
+    """What all runs of `select` on the cipher share."""
+    return [
+        "--model", folder / "model", "--lora.r", 0, "--train", folder / "train.jsonl", "--validation",
+        folder / "validation.jsonl", "--data.dev", folder / "dev.jsonl", "--data.test", folder / "test.jsonl",
+        "--data.split", 1, 0, 0, "--data.label-field", "label", "--data.max-length", 32, *OPTIMIZER,
+        "--train.max-steps", 128, "--train.global-batch-size", 32, "--train.seed", seed, "--data.seed", seed,
+        "--outer.steps", 8, "--outer.ess-floor", 0.05, "--outer.patience", 0, "--output.no-progress",
+    ]  # fmt: skip
+
+
+def measure_sweeps(folder: Path, seeds: int) -> None:
+    """Print how many outer steps a rater and per-example logits take to one dev loss, each at its own best rate.
+
+    The loss is the least that per-example logits reach at any rate; a weighting's rate is that which gets there first.
+    """
+    for seed in range(seeds):
+        place = folder / str(seed)
+        prepare_cipher(place, seed)
+        dev: dict[str, dict[float, list[float]]] = {name: {} for name in WEIGHTINGS}
+        for name, flags in WEIGHTINGS.items():
+            for rate in RATES:
+                out = place / f"{name} {rate:g}"
+                if not (out / "result.json").exists():
+                    run("select", *cipher_flags(place, seed), *flags, "--outer.learning-rate", rate,
+                        "--outer.reliability-every", 0, "--fast", "--out", out)  # fmt: skip
+                dev[name][rate] = [record["loss"]["dev"] for record in read(out)["records"]]
+        target = min(min(losses) for losses in dev["per_example"].values())
+        for name, by_rate in dev.items():
+            reached = {
+                rate: next((step for step, loss in enumerate(losses) if loss <= target), None)
+                for rate, losses in by_rate.items()
+            }
+            least = {rate: round(min(losses), 3) for rate, losses in by_rate.items()}
+            print(f"seed {seed}, {name:<12} steps to {target:.3f}: {reached}; least dev loss {least}", flush=True)
 
 
 def prepare_cipher(folder: Path, seed: int) -> None:
@@ -304,7 +341,7 @@ def measure_speed(folder: Path, shared: Path, count: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["cipher", "stories", "rows", "speed"])
+    parser.add_argument("part", choices=["cipher", "sweeps", "stories", "rows", "speed"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--rater", type=Path)
@@ -313,6 +350,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.part == "cipher":
         measure_cipher(options.folder, options.seeds)
+    elif options.part == "sweeps":
+        measure_sweeps(options.folder, options.seeds)
     elif options.part == "stories":
         measure_stories(options.folder, options.shared, options.seeds)
     elif options.part == "speed":
