@@ -54,7 +54,8 @@ score: {{rater: {made}/rater, model: {made}/model}}
 data: {{train: [{made}/train.jsonl]}}
 output: {{progress: false}}
 """
-BRIEF = "--outer.steps 2 --train.max-steps 4 --certify.no-enabled --retrain.variants uniform learned"
+SHORT = "--outer.steps 2 --train.max-steps 4 --certify.no-enabled"
+BRIEF = f"{SHORT} --retrain.variants uniform learned"
 ON_TEXT = (
     "--model.name-or-path {made}/model --lora.r 0 --data.train {made}/train.jsonl --data.validation "
     "{made}/validation.jsonl --data.test {made}/test.jsonl --data.split 1 0 0 --data.label-field label "
@@ -115,7 +116,7 @@ RUNS = {
     "select, bmo": ("select", f"{BRIEF} --outer.method bmo --single-loop.steps 6"),
     "select, mixing": ("select", f"{BRIEF} --outer.method mixing --single-loop.steps 6"),
     "select, no retrains": ("select", "--outer.steps 1 --train.max-steps 4 --retrain.no-enabled"),
-    "select, retrains by a score": ("select", f"{BRIEF} --retrain.variants random selected top_alignment low_loss"),
+    "select, retrains by a score": ("select", f"{SHORT} --retrain.variants random selected top_alignment low_loss"),
     "select, lora": ("select", f"{BRIEF} --lora.r 2"),
     "select, dpo": ("select", f"{BRIEF} {SELECT_PAIRS} --objective.name dpo"),
     "select, simpo": ("select", f"{BRIEF} {SELECT_PAIRS} --objective.name simpo"),
