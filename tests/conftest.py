@@ -55,6 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("fast")
 
 
+LARGEST_PROCESS = 6e9 / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 2))
+"""Bytes; processes that kept the programs of all files would grow to 5 GB each."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Where a process has grown large, its compiled programs go with their file; else the next file uses them, too."""
@@ -62,10 +66,6 @@ def forget_compiled_programs():
     if resident_bytes() > LARGEST_PROCESS:
         jax.clear_caches()
         gc.collect()
-
-
-LARGEST_PROCESS = 3e9
-"""Bytes; a process that kept the programs of all files would grow to 5 GB."""
 
 
 def resident_bytes() -> float:

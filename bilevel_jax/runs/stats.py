@@ -1,6 +1,5 @@
 """AUC, rank correlation, confidence intervals and the bootstrap."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,19 +33,6 @@ def auc(scores: Float[np.ndarray, "examples"], positive: Bool[np.ndarray, "examp
 def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
     """Spearman's rank correlation in O(n log n); ties take the mean of their ranks; nan where one is constant."""
     return float(bootstrap_rank_correlations(x[None], y[None], np.ones((1, len(x)), np.int32))[0, 0])
-
-
-def weighted_rank_correlation(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Σ SD ρ / Σ SD over pairs (scores, accuracies) of strategies; SD is that of the accuracies, ρ `rank_correlation`.
-
-    So pairs whose strategies hardly differ count little: how arXiv 2502.11779 judges a metric over models and tasks.
-    Scores are larger-is-better (give minus a perplexity). Pairs without a rank correlation do not count; nan for none.
-    """
-    spreads = np.array([np.std(accuracies) for _, accuracies in pairs])
-    correlations = np.array([rank_correlation(*pair) for pair in pairs])
-    is_finite = np.isfinite(correlations)
-    total = float(spreads[is_finite].sum())
-    return float((spreads * correlations)[is_finite].sum()) / total if total else float("nan")
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:

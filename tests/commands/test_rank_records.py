@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 
 from bilevel_jax.cli import main
 from bilevel_jax.commands.functions import rank as rank_from_python
@@ -48,31 +48,33 @@ def judge(path, **options):
 def test_the_numbers_are_those_of_a_loop(tmp_path):
     rows = make_rows()
     result = judge(write(tmp_path / "table.jsonl", rows), largest_wins=("mine",))
-    assert result["metrics"] == ["sppl", "perplexity", "mine"] and len(result["pairs"]) == 12
+    assert result["metrics"] == ["mine", "sppl", "perplexity"] and len(result["pairs"]) == 12
     assert result["notes"][1].startswith("columns that were not read: note")
+    assert result["notes"][2] == "accuracies are read as shares (rank.accuracy_unit)"
     groups = [[row for row in rows if (row["model"], row["task"]) == key] for key in
               {(row["model"], row["task"]): None for row in rows}]  # fmt: skip
     spreads = np.array([np.std([row["accuracy"] for row in group]) for group in groups])
     for subset in result["subsets"]:
-        kept = [group for group, spread in zip(groups, spreads, strict=True) if spread > subset["above"]]
+        kept = [group for group, spread in zip(groups, spreads, strict=True) if spread > subset["spread_above"]]
         assert subset["pairs"] == len(kept)
         for name, sign in (("sppl", -1), ("perplexity", -1), ("mine", 1)):
             picks = [max(group, key=lambda row: sign * row[name])["accuracy"] for group in kept]
             rho = [
                 spearmanr([sign * row[name] for row in group], [row["accuracy"] for row in group])[0] for group in kept
             ]
-            line, weights = subset["metrics"][name], spreads[spreads > subset["above"]]
+            line, weights = subset["metrics"][name], spreads[spreads > subset["spread_above"]]
             assert line["accuracy"].value == pytest.approx(np.mean(picks), abs=1e-12)
             assert line["correlation"].value == pytest.approx(np.mean(rho), abs=1e-12)
-            assert line["weighted"].value == pytest.approx(np.average(rho, weights=weights), abs=1e-12)
-            assert line["accuracy"].low <= line["accuracy"].value <= line["accuracy"].high
+            assert line["weighted_correlation"].value == pytest.approx(np.average(rho, weights=weights), abs=1e-12)
+            mean, half = np.mean(picks), t.ppf(0.975, len(picks) - 1) * np.std(picks, ddof=1) / len(picks) ** 0.5
+            np.testing.assert_allclose(line["accuracy"], [mean, mean - half, mean + half], rtol=1e-12)
         assert subset["best"] == pytest.approx(np.mean([max(row["accuracy"] for row in group) for group in kept]))
         assert subset["mean"] == pytest.approx(np.mean([np.mean([r["accuracy"] for r in group]) for group in kept]))
         assert set(subset["always"]) == {f"s{s}" for s in range(5)}
-    assert [subset["above"] for subset in result["subsets"]] == [0.0, 0.02, 0.04]
+    assert [subset["spread_above"] for subset in result["subsets"]] == [0.0, 0.02, 0.04]
     mine = result["subsets"][0]["metrics"]["mine"]
-    assert mine["correlation"].value == pytest.approx(1) and mine["hits"] == 12
-    assert mine["behind"].value < 0 and "Over mine, the best of the others, it gains −0.0" in result["sentence"]
+    assert mine["correlation"].value == pytest.approx(1) and mine["picks_the_best"] == 12
+    assert result["subsets"][0]["metrics"]["sppl"]["gain"].value > 0
 
 
 def test_intervals_are_of_pairs_and_paired(tmp_path):
@@ -80,19 +82,54 @@ def test_intervals_are_of_pairs_and_paired(tmp_path):
     rows = [{**row, "perplexity": 3 * row["sppl"] + 1} for row in make_rows()]
     result = judge(write(tmp_path / "table.jsonl", rows))
     line = result["subsets"][0]["metrics"]["perplexity"]
-    assert tuple(line["behind"]) == (0, 0, 0) and line["accuracy"].high > line["accuracy"].low
-    assert result["sentence"].endswith("no difference is told.")
+    assert tuple(line["gain"]) == (0, 0, 0) and line["accuracy"].high > line["accuracy"].low
+    assert result["sentence"].endswith("the difference is 0.00 [0.00, 0.00] points and may be 0.")
+
+
+def test_a_gain_and_a_loss_are_said_and_few_pairs_tell_nothing(tmp_path):
+    rows = make_rows()
+    said = judge(write(tmp_path / "a.jsonl", rows))["sentence"]
+    lost = judge(write(tmp_path / "b.jsonl", rows), pick_by="perplexity")["sentence"]
+    gain = re.search(r"it gains (\S+) \[(\S+), (\S+)\] points\.$", said).groups()
+    assert re.search(r"it loses (\S+) \[(\S+), (\S+)\] points\.$", lost).groups() == gain
+    few = judge(write(tmp_path / "c.jsonl", rows[:10]))["sentence"]
+    assert re.search(
+        r"Against perplexity, the best of the others, [+−]\d+\.\d\d points: so few pairs tell no difference", few
+    )
+
+
+def test_a_claimed_difference_is_seldom_chance():
+    """Two metrics that pick alike on average, 10 pairs: at most a twentieth, and noise, of tables is told apart."""
+    rng = np.random.default_rng(0)
+    gains = 0.05 * rng.normal(size=(2000, records.MIN_PAIRS))
+    intervals = [records._mean_interval(one) for one in gains]
+    assert np.mean([one.low > 0 or one.high < 0 for one in intervals]) < 0.065
+
+
+def test_metrics_that_tie_over_the_best_strategies_pick_them(tmp_path):
+    """The mean of three times .1 is not .1 in floating point, and still it is the best."""
+    rows = [
+        {"model": f"m{at}", "task": "t", "strategy": name, "accuracy": 0.1 if name != "d" else 0.05,
+         "sppl": 1.0 if name != "d" else 2.0}
+        for at in range(3) for name in "abcd"
+    ]  # fmt: skip
+    result = judge(write(tmp_path / "table.jsonl", rows))
+    assert result["subsets"][0]["metrics"]["sppl"]["picks_the_best"] == 3
+    assert result["pairs"][0]["accuracies"]["sppl"] == 0.1
 
 
 def test_neither_the_order_of_rows_nor_percent_changes_anything(tmp_path):
     rows = make_rows()
     one = judge(write(tmp_path / "a.jsonl", rows))
     order = np.random.default_rng(1).permutation(len(rows))
-    other = judge(write(tmp_path / "b.jsonl", [{**rows[at], "accuracy": 100 * rows[at]["accuracy"]} for at in order]))
+    percent = [{**rows[at], "accuracy": 100 * rows[at]["accuracy"]} for at in order]
+    other = judge(write(tmp_path / "b.jsonl", percent), accuracy_unit="percent")
     assert any("read as percent" in note for note in other["notes"])
     for mine, theirs in zip(one["subsets"], other["subsets"], strict=True):
         for name, line in mine["metrics"].items():
-            np.testing.assert_allclose(line["weighted"], theirs["metrics"][name]["weighted"], rtol=1e-9)
+            np.testing.assert_allclose(
+                line["weighted_correlation"], theirs["metrics"][name]["weighted_correlation"], rtol=1e-9
+            )
             np.testing.assert_allclose(line["accuracy"], theirs["metrics"][name]["accuracy"], rtol=1e-9)
     assert [pair["picks"] for pair in one["pairs"]] == [pair["picks"] for pair in other["pairs"]]
 
@@ -105,7 +142,7 @@ def test_ties_and_constants_count_as_they_should(tmp_path):
     whole, *some = result["subsets"]
     line = whole["metrics"]["sppl"]
     assert line["accuracy"].value == pytest.approx((0.4 + 0.5) / 2)  # of a tie the mean; where all are equal, any
-    assert np.isnan(line["correlation"].value) and line["defined"] == 0
+    assert np.isnan(line["correlation"].value) and line["pairs_with_correlation"] == 0
     assert whole["always"] == pytest.approx({"a": 0.35, "b": 0.55}) and [one["pairs"] for one in some] == [1, 1]
     assert np.isnan(some[0]["metrics"]["sppl"]["accuracy"].low)
     assert result["pairs"][0]["picks"]["sppl"] == "a, b"
@@ -143,11 +180,15 @@ WRONG = {
     "no model": (changed(model=" "), [], r"table.jsonl:3: 'model' is str ' '; a name is wanted"),
     "no number": (changed(sppl="low"), [], r"table.jsonl:3: 'sppl' is str 'low'; a finite number is wanted"),
     "nan": (changed(perplexity=float("nan")), [], r"jsonl:3"),
-    "negative": (changed(accuracy=-0.1), [], r"table.jsonl:3: 'accuracy' is -0.1; a share, or a percentage, is wanted"),
+    "negative": (changed(accuracy=-0.1), [], r"table.jsonl:3: 'accuracy' is -0.1; a number from 0 to 1 is wanted"),
+    "percent": (changed(accuracy=61.5), [], r"jsonl:3: 'accuracy' is 61.5; .* Set rank.accuracy_unit to percent, if"),
+    "huge": (changed(sppl=10**400), [], r"table.jsonl:3: 'sppl' is int .*; a finite number is wanted"),
+    "no such metric": (None, ["--rank.metrics", "ifd", "sppl"], r"rank.metrics names 'ifd', which is no column"),
+    "no use for strategies": (None, ["--rank.strategies", "s0", "s1"], r"is read without model and responses"),
     "twice": (lambda rows: [*rows, rows[1]], [], r"jsonl:61: 's1' of 'm0' and 't0' stands at .*table.jsonl:2, too"),
     "alone": (lambda rows: rows[:6], [], r"table.jsonl:6: 's0' is the only strategy of 'm0' and 't1'"),
     "empty": (lambda rows: [], [], r"table.jsonl"),
-    "unknown column": (None, ["--rank.least-wins", "splp"], r"name 'splp', .* did you mean 'sppl'"),
+    "unknown column": (None, ["--rank.least-wins", "splp"], r"rank.least_wins names 'splp', .* did you mean 'sppl'"),
     "no metric": (lambda rows: [{k: r[k] for k in ("model", "task", "strategy", "accuracy", "mine")} for r in rows], [],
                   r"no column of scores that is known .* Name yours in rank.least_wins"),
     "both": (None, ["--rank.least-wins", "mine", "--rank.largest-wins", "mine"], "both name 'mine'; name it in one"),

@@ -19,7 +19,7 @@ from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
-from bilevel_jax.lm.inference.generate import Prompt
+from bilevel_jax.lm.inference.generate import GenerateFn, Prompt
 from bilevel_jax.lm.inference.prompts import find_end_tokens, make_prompts
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.infra.placement import make_mesh, replicate
@@ -51,8 +51,8 @@ class OwnAnswers(NamedTuple):
     notes: list[str]
     shown: Bool[np.ndarray, "blocks block"]
     """Which may be shown before other questions: those accepted, or all of a block that has too few of these."""
-    further: list[list[tuple[Question, str]]]
-    """Of each block, accepted answers to questions of no block, which may be shown, too."""
+    further: list[tuple[Question, str]]
+    """Accepted answers to questions of no block, shown in blocks that have too few of their own."""
 
 
 def load_rank_model(config: RankConfig) -> RankModel:
@@ -81,7 +81,8 @@ def collect_own_answers(
     questions = [question for block in sample for question in block]
     unusable = _special_token_matcher(rank_model.tokenizer)
     notes = []
-    known_answers: dict[str, list[str]] | None = None
+    known_answers: dict[str, list[str]] = {}
+    generate: GenerateFn | None = None
     if config.rank.own_answers:
         known_answers = strategies.read_own_answers(config.rank.own_answers, config)
         if missing := [question for question in questions if question.text not in known_answers]:
@@ -92,7 +93,10 @@ def collect_own_answers(
             )
         texts = [known_answers[question.text][: config.generate.num_generations] for question in questions]
     else:
-        texts, answer_notes = _generate_answers(config, rank_model, questions, unusable, session)
+        generate = make_generator_factory(
+            config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
+        )(rank_model.params)
+        texts, answer_notes = _generate_answers(config, rank_model, questions, unusable, session, generate)
         notes += answer_notes
     for question, drafts in zip(questions, texts, strict=True):
         if any(not text.strip() or unusable(text) for text in drafts) or not drafts:
@@ -108,16 +112,25 @@ def collect_own_answers(
     accepted = np.array(_judge_answers(config, questions, first_texts)).reshape(len(sample), -1)
     if config.verifier.name:
         notes.append(f"{int(accepted.sum()):,} of {accepted.size:,} answers of the model are right")
-    further: list[list[tuple[Question, str]]] = [[] for _ in sample]
+    further: list[tuple[Question, str]] = []
     if others is not None and config.verifier.name:
-        others = [one for one in others if known_answers is None or one.text in known_answers]
+        others = [one for one in others if generate is not None or one.text in known_answers]
 
-        def answer(further_questions: Sequence[Question]) -> list[tuple[Question, str]]:
-            return _answer_further(config, rank_model, further_questions, known_answers, unusable, session)
+        def answer(chunk: Sequence[Question]) -> tuple[list[tuple[Question, str]], list[str]]:
+            if generate is None:
+                drafts = [known_answers[question.text][:1] for question in chunk]
+                chunk_notes: list[str] = []
+            else:
+                chunk = [question for question in chunk if _fits_context(config, rank_model, question)]
+                drafts, chunk_notes = _generate_answers(
+                    config, rank_model, chunk, unusable, session, generate, is_required=False
+                )
+            pairs = [(question, some[0]) for question, some in zip(chunk, drafts, strict=True) if some]
+            return [(question, text) for question, text in pairs if text.strip() and not unusable(text)], chunk_notes
 
         further, further_notes = _find_further_answers(config, accepted, others, answer)
         notes += further_notes
-    has_enough = accepted.sum(1) + np.array([len(some) for some in further]) >= config.rank.k + 2
+    has_enough = accepted.sum(1) + len(further) >= config.rank.k + 2
     shown = accepted | ~has_enough[:, None]
     size = len(sample[0])
     blocks_of_texts = [texts[at : at + size] for at in range(0, len(texts), size)]
@@ -171,56 +184,39 @@ def _find_further_answers(
     config: RankConfig,
     accepted: Bool[np.ndarray, "blocks block"],
     others: Sequence[Question],
-    answer: Callable[[Sequence[Question]], list[tuple[Question, str]]],
-) -> tuple[list[list[tuple[Question, str]]], list[str]]:
-    """(right answers to questions of no block, for each block that has too few of its own; notes)."""
-    block_size, wanted = accepted.shape[1], config.rank.k + 2
+    answer: Callable[[Sequence[Question]], tuple[list[tuple[Question, str]], list[str]]],
+) -> tuple[list[tuple[Question, str]], list[str]]:
+    """(right answers to questions of no block, as many as the block with the fewest lacks; notes)."""
+    wanted, own = config.rank.k + 2, accepted.sum(1).tolist()
     limit, asked = min(len(others), config.rank.answer_questions - accepted.size), 0
-    further: list[list[tuple[Question, str]]] = [[] for _ in accepted]
-    notes = []
-    for at, own in enumerate(accepted.sum(1).tolist()):
-        before = asked
-        while own + len(further[at]) < wanted and asked < limit:
-            chunk = others[asked : min(asked + block_size, limit)]
-            asked += len(chunk)
-            answered = answer(chunk)
-            is_right = _judge_answers(config, [one for one, _ in answered], [text for _, text in answered])
-            further[at] += [pair for pair, right in zip(answered, is_right, strict=True) if right]
-        words = f"block {at + 1} has {format_count('right answer', own)} of the model"
-        if asked > before:
-            words += (
-                f"; of {format_count('further question', asked - before)} (rank.answer_questions) "
-                f"{len(further[at])} were answered right"
-            )
-        if own + len(further[at]) < wanted:
-            words += (
-                f"; {config.rank.k} for each question (rank.k) take {wanted}, so all answers of the block are shown, "
-                "right or wrong"
-            )
-        if asked > before or own < wanted:
-            notes.append(words)
+    further: list[tuple[Question, str]] = []
+    notes: list[str] = []
+    while min(own) + len(further) < wanted and asked < limit:
+        chunk = others[asked : min(asked + accepted.shape[1], limit)]
+        asked += len(chunk)
+        answered, chunk_notes = answer(chunk)
+        is_right = _judge_answers(config, [one for one, _ in answered], [text for _, text in answered])
+        further += [pair for pair, right in zip(answered, is_right, strict=True) if right]
+        notes += chunk_notes
+    if asked:
+        notes.append(
+            f"blocks with fewer than {wanted} right answers also show those to further questions: of "
+            f"{asked:,} that were asked (rank.answer_questions) {len(further)} were answered right"
+        )
+    if short := [at + 1 for at, count in enumerate(own) if count + len(further) < wanted]:
+        notes.append(
+            f"{config.rank.k} right answers for each question (rank.k) take {wanted}, and there are fewer for block "
+            f"{', '.join(map(str, short))}: there all answers are shown, right or wrong"
+        )
     return further, notes
 
 
-def _answer_further(
-    config: RankConfig,
-    rank_model: RankModel,
-    questions: Sequence[Question],
-    known_answers: dict[str, list[str]] | None,
-    unusable: Callable[[str], Any],
-    session: Session,
-) -> list[tuple[Question, str]]:
-    """The questions that have a usable answer, with it."""
-    if known_answers is not None:
-        texts = [known_answers[question.text][:1] for question in questions]
-    else:
-        space = rank_model.decoder.config.max_length - config.generate.max_new_tokens
-        prompts = build_question_prompts(config, rank_model, questions)
-        is_short = [len(prompt.tokens) <= space or config.generate.backend != "embedded" for prompt in prompts]
-        questions = [question for question, fits in zip(questions, is_short, strict=True) if fits]
-        texts, _ = _generate_answers(config, rank_model, questions, unusable, session, is_required=False)
-    pairs = [(question, drafts[0]) for question, drafts in zip(questions, texts, strict=True) if drafts]
-    return [(question, text) for question, text in pairs if text.strip() and not unusable(text)]
+def _fits_context(config: RankConfig, rank_model: RankModel, question: Question) -> bool:
+    """Whether the model can answer a question to the end."""
+    if config.generate.backend != "embedded":
+        return True
+    num_tokens = len(build_question_prompts(config, rank_model, [question])[0].tokens)
+    return num_tokens + config.generate.max_new_tokens <= rank_model.decoder.config.max_length
 
 
 def _generate_answers(
@@ -229,6 +225,7 @@ def _generate_answers(
     questions: Sequence[Question],
     unusable: Callable[[str], Any],
     session: Session,
+    generate: GenerateFn,
     *,
     is_required: bool = True,
 ) -> tuple[list[list[str]], list[str]]:
@@ -243,9 +240,6 @@ def _generate_answers(
                 f"generate.max_new_tokens = {new}; the model's context holds {context}. Lower "
                 f"generate.max_new_tokens, or set rank.max_question_tokens to {context - new} or less."
             )
-    generate = make_generator_factory(
-        config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
-    )(rank_model.params)
     count = config.generate.num_generations
     texts: dict[str, list[str]] = {}
     reasons: dict[str, list[str]] = {}  # prompt id -> why a service gave no answer, once for each draw

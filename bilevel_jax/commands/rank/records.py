@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
 
 from bilevel_jax.commands.rank.metrics import METRICS
+from bilevel_jax.commands.rank.strategies import finite_number
 from bilevel_jax.lm.data import files
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.data.files import describe_value
@@ -16,10 +18,15 @@ from bilevel_jax.lm.data.turns import check_row, read_field
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import RankSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
-from bilevel_jax.runs.stats import BootstrapInterval, rank_correlation
+from bilevel_jax.runs.stats import BootstrapInterval
 
 KEY_FIELDS = ("model", "task", "strategy")
 """What a row is about; no two rows have the same three."""
+MIN_PAIRS = 10
+"""Pairs from which on a difference is claimed: by simulation its 95 % interval, of Student's t, then holds what it says
+also for skewed differences, and of fewer pairs nobody should hear more than the means."""
+ROUNDING = 1e-6
+"""How far a share may be above 1, as of float32, and a spread above its threshold."""
 
 
 class Pair(NamedTuple):
@@ -48,9 +55,9 @@ class Records(NamedTuple):
 def load_records(options: RankSection) -> Records:
     """Read rank.records: rows of model, task, strategy, accuracy, and a column of numbers for each metric.
 
-    The known metrics are read in their own direction; rank.least_wins and rank.largest_wins name further columns.
-    Accuracies are shares, or percent where one is above 1. Raises ValueError, with file and line, for a row without one
-    of these, a number that is not finite, a strategy that stands twice, and a pair with one strategy.
+    The known metrics are read in their own direction; rank.least_wins and rank.largest_wins name columns of one's own,
+    which are judged first. Raises ValueError, with file and line, for a row without one of these, a number that is not
+    finite or no share (rank.accuracy_unit), a strategy that stands twice, and a pair with one strategy.
     """
     path = options.records
     rows = []
@@ -60,6 +67,7 @@ def load_records(options: RankSection) -> Records:
     if not rows:
         raise ValueError(f"{path}: no rows. Each is a strategy of a model and a task, with its accuracy and scores.")
     signs, notes = _choose_metrics(list(dict.fromkeys(name for _, row in rows for name in row)), options)
+    largest = {"share": 1, "percent": 100}[options.accuracy_unit]
     places: dict[tuple[str, ...], str] = {}
     lines: dict[tuple[str, str], list[tuple[str, float, list[float]]]] = {}
     for where, row in rows:
@@ -67,12 +75,14 @@ def load_records(options: RankSection) -> Records:
         if (other := places.setdefault(key, where)) != where:
             raise ValueError(f"{where}: {key[2]!r} of {key[0]!r} and {key[1]!r} stands at {other}, too. Remove one.")
         numbers = [_read_number(row, name, where) for name in ("accuracy", *signs)]
-        if not 0 <= numbers[0] <= 100:
-            raise ValueError(f"{where}: 'accuracy' is {numbers[0]:g}; a share, or a percentage, is wanted.")
+        if not 0 <= numbers[0] <= largest * (1 + ROUNDING):
+            remedy = "Set rank.accuracy_unit to percent, if that is its unit." if largest == 1 else "Correct the row."
+            raise ValueError(
+                f"{where}: 'accuracy' is {numbers[0]:g}; a number from 0 to {largest} is wanted, as rank.accuracy_unit "
+                f"is {options.accuracy_unit}. {remedy}"
+            )
         lines.setdefault((key[0], key[1]), []).append((key[2], numbers[0], numbers[1:]))
-    is_percent = any(accuracy > 1 for some in lines.values() for _, accuracy, _ in some)
-    if is_percent:
-        notes.append("accuracies above 1 stand in the table, so all of them are read as percent")
+    notes.append(f"accuracies are read as {'shares' if largest == 1 else 'percent'} (rank.accuracy_unit)")
     pairs = []
     for (model, task), some in sorted(lines.items()):
         if len(some) < 2:
@@ -81,7 +91,7 @@ def load_records(options: RankSection) -> Records:
                 "there is nothing to choose from. Add another one, or remove the row."
             )
         names, accuracies, scores = zip(*sorted(some), strict=True)
-        shares = np.array(accuracies) / (100 if is_percent else 1)
+        shares = np.minimum(np.array(accuracies) / largest, 1.0)
         pairs.append(Pair(model, task, names, shares, np.array(scores).T))
     return Records(tuple(signs), signs, pairs, notes)
 
@@ -95,27 +105,22 @@ def judge_records(records: Records, options: RankSection, seed: int) -> dict[str
         rank correlation       mean_p rho_p, Spearman's of m and A_p, pairs where one of them is constant left out
         weighted               sum_p SD_p rho_p / sum_p SD_p, with SD_p the standard deviation of A_p over strategies
 
-    Subsets are the pairs with SD_p above each of rank.spreads: elsewhere the choice hardly matters. Intervals are 95 %
-    percentiles over resampled pairs, the same for all metrics, so that differences are paired. Source: arXiv
-    2502.11779. Wrong as a claim about other tasks where pairs share a model or a task: they are resampled as if
-    independent, and the intervals are then too narrow.
+    Subsets are the pairs with SD_p (the variance divided by the number of strategies) above each of rank.spreads:
+    elsewhere the choice hardly matters. Intervals are 95 %, by Student's t over pairs for means, which are paired for
+    differences, and percentiles over resampled pairs for the weighted one. Source: arXiv 2502.11779. Wrong as a claim
+    about other tasks where pairs share a model or a task: they count as independent, and the intervals are too narrow.
     """
     pairs, metrics = records.pairs, records.metrics
-    spreads = np.array([pair.accuracies.std() for pair in pairs])
-    picked, correlations = (np.zeros((len(metrics), len(pairs))) for _ in range(2))
-    chosen = [[_pick(records, metric, pair) for pair in pairs] for metric in range(len(metrics))]
-    for metric, name in enumerate(metrics):
-        for at, pair in enumerate(pairs):
-            picked[metric, at] = pair.accuracies[chosen[metric][at]].mean()
-            correlations[metric, at] = rank_correlation(records.signs[name] * pair.scores[metric], pair.accuracies)
+    judged = judge_pairs(records)
+    spreads = judged.spreads
     subsets = [
-        _judge_subset(records, spread, np.flatnonzero((spreads > spread) | (spread == 0)), picked, correlations, seed)
+        _judge_subset(records, judged, spread, np.flatnonzero((spreads > spread + ROUNDING) | (spread == 0)), seed)
         for spread in sorted({0.0, *options.spreads})
     ]
     result = {
         "metrics": list(metrics),
         "signs": records.signs,
-        "subsets": [subset for subset in subsets if subset["pairs"]],
+        "subsets": subsets,
         "pairs": [
             {
                 "model": pair.model,
@@ -124,9 +129,11 @@ def judge_records(records: Records, options: RankSection, seed: int) -> dict[str
                 "spread": float(spreads[at]),
                 "best": ", ".join(_names_of(pair, pair.accuracies == pair.accuracies.max())),
                 "best_accuracy": float(pair.accuracies.max()),
-                "picks": {name: ", ".join(_names_of(pair, chosen[metric][at])) for metric, name in enumerate(metrics)},
-                "accuracies": dict(zip(metrics, picked[:, at].tolist(), strict=True)),
-                "correlations": dict(zip(metrics, correlations[:, at].tolist(), strict=True)),
+                "picks": {
+                    name: ", ".join(_names_of(pair, judged.chosen[metric][at])) for metric, name in enumerate(metrics)
+                },
+                "accuracies": dict(zip(metrics, judged.accuracies[:, at].tolist(), strict=True)),
+                "correlations": dict(zip(metrics, judged.correlations[:, at].tolist(), strict=True)),
             }
             for at, pair in enumerate(pairs)
         ],
@@ -137,6 +144,44 @@ def judge_records(records: Records, options: RankSection, seed: int) -> dict[str
         ],
     }
     return result | {"sentence": describe_judgement(result)}
+
+
+class JudgedPairs(NamedTuple):
+    """What each metric says of each pair."""
+
+    chosen: list[list[Bool[np.ndarray, "strategies"]]]
+    """Of each metric and pair, the best strategies by it: one, or those that tie."""
+    accuracies: Float[np.ndarray, "metrics pairs"]
+    """Of what is chosen: of strategies that tie, the mean."""
+    hits: Bool[np.ndarray, "metrics pairs"]
+    """Whether no strategy is better than any that is chosen."""
+    correlations: Float[np.ndarray, "metrics pairs"]
+    """Spearman's, with the accuracies; nan where one of the two is constant."""
+    spreads: Float[np.ndarray, "pairs"]
+
+
+def judge_pairs(records: Records) -> JudgedPairs:
+    """Picks, their accuracies and rank correlations."""
+    pairs, shape = records.pairs, (len(records.metrics), len(records.pairs))
+    accuracies, correlations, hits = np.zeros(shape), np.full(shape, math.nan), np.zeros(shape, bool)
+    chosen: list[list[np.ndarray]] = [[] for _ in records.metrics]
+    for at, pair in enumerate(pairs):
+        ranks = rankdata(pair.accuracies)
+        for metric, name in enumerate(records.metrics):
+            scores = records.signs[name] * pair.scores[metric]
+            is_chosen = scores == scores.max()
+            values = pair.accuracies[is_chosen]
+            chosen[metric].append(is_chosen)
+            hits[metric, at] = values.min() == pair.accuracies.max()
+            accuracies[metric, at] = values[0] if values_equal(values) else values.mean()
+            if not (values_equal(scores) or values_equal(ranks)):
+                correlations[metric, at] = np.corrcoef(rankdata(scores), ranks)[0, 1]
+    return JudgedPairs(chosen, accuracies, hits, correlations, np.array([pair.accuracies.std() for pair in pairs]))
+
+
+def values_equal(values: Float[np.ndarray, "strategies"]) -> bool:
+    """Whether all values are the same."""
+    return bool((values == values[0]).all())
 
 
 def pairs_table(result: dict[str, Any]) -> pa.Table:
@@ -169,12 +214,15 @@ def describe_judgement(result: dict[str, Any]) -> str:
     if not others:
         return words
     other = max(others, key=lambda one: subset["metrics"][one]["accuracy"].value)
-    gain = subset["metrics"][other]["behind"]
-    words += f" Over {title_of(other)}, the best of the others, it "
-    if gain.low > 0 or gain.high < 0:
-        return f"{words}{'gains' if gain.low > 0 else 'loses'} {_format_percent(gain)} points."
-    told = "one pair tells no interval" if math.isnan(gain.low) else "no difference is told"
-    return f"{words}gains {_format_percent(gain)} points: {told}."
+    gain = subset["metrics"][other]["gain"]
+    words += f" Against {title_of(other)}, the best of the others, "
+    if subset["pairs"] < MIN_PAIRS:
+        return f"{words}{100 * gain.value:+.2f} points: so few pairs tell no difference.".replace("-", "−")
+    if gain.low > 0:
+        return f"{words}it gains {_format_percent(gain)} points."
+    if gain.high < 0:
+        return f"{words}it loses {_format_percent(BootstrapInterval(-gain.value, -gain.high, -gain.low))} points."
+    return f"{words}the difference is {_format_percent(gain)} points and may be 0."
 
 
 def title_of(name: str) -> str:
@@ -188,16 +236,19 @@ def title_of(name: str) -> str:
 def _choose_metrics(columns: Sequence[str], options: RankSection) -> tuple[dict[str, int], list[str]]:
     """(column -> its sign, the judged one first; notes)."""
     path, named = options.records, {**dict.fromkeys(options.least_wins, -1), **dict.fromkeys(options.largest_wins, 1)}
-    for name in named:
-        if name not in columns or name in (*KEY_FIELDS, "accuracy"):
+    scores = [name for name in columns if name not in (*KEY_FIELDS, "accuracy")]
+    for name in (*named, *options.metrics):
+        if name not in scores:
+            key = next(key for key in ("least_wins", "largest_wins", "metrics") if name in getattr(options, key))
             raise ValueError(
-                f"rank.least_wins and rank.largest_wins name {name!r}, which is no column of scores of {path}; "
-                f"{suggest_nearest(name, columns)}its columns are {', '.join(columns)}."
+                f"rank.{key} names {name!r}, which is no column of scores of {path}; "
+                f"{suggest_nearest(name, scores)}there are {', '.join(scores) or 'none'}."
             )
     if both := sorted(set(options.least_wins) & set(options.largest_wins)):
         raise ValueError(f"rank.least_wins and rank.largest_wins both name {both[0]!r}; name it in one of them.")
-    signs = {name: metric.sign for name, metric in METRICS.items() if name in columns} | named
-    signs = {name: sign for name, sign in signs.items() if not options.metrics or name in (*options.metrics, *named)}
+    known = [name for name in options.metrics or METRICS if name in scores and name not in named]
+    known.sort(key=lambda name: name != options.pick_by)
+    signs = named | {name: METRICS[name].sign for name in known}
     if not signs:
         raise ValueError(
             f"{path}: no column of scores that is known ({', '.join(METRICS)}). Name yours in rank.least_wins or "
@@ -205,28 +256,21 @@ def _choose_metrics(columns: Sequence[str], options: RankSection) -> tuple[dict[
         )
     unused = [name for name in columns if name not in (*KEY_FIELDS, "accuracy", *signs)]
     notes = [f"columns that were not read: {', '.join(unused)} (rank.least_wins, rank.largest_wins)"] if unused else []
-    first = options.pick_by if options.pick_by in signs else next(iter(signs))
-    return {first: signs[first]} | signs, notes
+    return signs, notes
 
 
 def _read_text(row: dict[str, Any], name: str, where: str) -> str:
     value = read_field(row, name, f"Every row has {', '.join(KEY_FIELDS)} and accuracy.", where)
     if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
         raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a name is wanted.")
-    return str(value)
+    return str(value).strip()
 
 
 def _read_number(row: dict[str, Any], name: str, where: str) -> float:
     value = read_field(row, name, "Every row has a number there.", where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (number := finite_number(value)) is None:
         raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a finite number is wanted.")
-    return float(value)
-
-
-def _pick(records: Records, metric: int, pair: Pair) -> np.ndarray:
-    """Which strategies are the best by a metric: one, or those that tie."""
-    turned = records.signs[records.metrics[metric]] * pair.scores[metric]
-    return turned == turned.max()
+    return number
 
 
 def _names_of(pair: Pair, mask: np.ndarray) -> list[str]:
@@ -234,46 +278,39 @@ def _names_of(pair: Pair, mask: np.ndarray) -> list[str]:
 
 
 def _judge_subset(
-    records: Records,
-    spread: float,
-    kept: np.ndarray,
-    picked: Float[np.ndarray, "metrics pairs"],
-    correlations: Float[np.ndarray, "metrics pairs"],
-    seed: int,
+    records: Records, judged: JudgedPairs, spread: float, kept: Int[np.ndarray, "kept"], seed: int
 ) -> dict[str, Any]:
-    pairs = [records.pairs[at] for at in kept]
+    pairs, accuracies = [records.pairs[at] for at in kept], judged.accuracies[:, kept]
     if not pairs:
-        return {"above": spread, "pairs": 0}
+        return {"spread_above": spread, "pairs": 0}
     counts = stats.resample_counts(len(kept), (seed, 23, len(kept))).astype(float)
-    means = counts @ picked[:, kept].T / len(kept)
-    best = np.array([pair.accuracies.max() for pair in pairs])
-    average = np.array([pair.accuracies.mean() for pair in pairs])
-    spreads = np.array([pair.accuracies.std() for pair in pairs])
     lines = {}
     for metric, name in enumerate(records.metrics):
-        defined = np.isfinite(correlations[metric, kept])
-        values = np.where(defined, correlations[metric, kept], 0.0)
-        weights = spreads * defined
+        correlations = judged.correlations[metric, kept]
+        defined = np.isfinite(correlations)
+        weights = judged.spreads[kept] * defined
+        weighted = _divide(counts @ (weights * np.where(defined, correlations, 0.0)), counts @ weights)
         lines[name] = {
-            "accuracy": _interval(means[:, metric], len(kept)),
-            "behind": _interval(means[:, 0] - means[:, metric], len(kept)) if metric else None,
-            "hits": int((picked[metric, kept] == best).sum()),
-            "correlation": _interval(_divide(counts @ values, counts @ defined), len(kept)),
-            "weighted": _interval(_divide(counts @ (weights * values), counts @ weights), len(kept)),
-            "defined": int(defined.sum()),
+            "accuracy": _mean_interval(accuracies[metric]),
+            "gain": _mean_interval(accuracies[0] - accuracies[metric]) if metric else None,
+            "picks_the_best": int(judged.hits[metric, kept].sum()),
+            "correlation": _mean_interval(correlations[defined]),
+            "weighted_correlation": stats.percentile_interval(weighted)
+            if defined.sum() > 1
+            else BootstrapInterval(float(weighted[0]), math.nan, math.nan),
+            "pairs_with_correlation": int(defined.sum()),
         }
-    everywhere = set.intersection(*(set(pair.strategies) for pair in pairs))
-    always = {
-        name: float(np.mean([pair.accuracies[pair.strategies.index(name)] for pair in pairs]))
-        for name in sorted(everywhere)
-    }
+    sums: dict[str, list[float]] = {}
+    for pair in pairs:
+        for name, accuracy in zip(pair.strategies, pair.accuracies.tolist(), strict=True):
+            sums.setdefault(name, []).append(accuracy)
     return {
-        "above": spread,
+        "spread_above": spread,
         "pairs": len(pairs),
         "metrics": lines,
-        "best": float(best.mean()),
-        "mean": float(average.mean()),
-        "always": always,
+        "best": float(np.mean([pair.accuracies.max() for pair in pairs])),
+        "mean": float(np.mean([pair.accuracies.mean() for pair in pairs])),
+        "always": {name: float(np.mean(some)) for name, some in sorted(sums.items()) if len(some) == len(pairs)},
     }
 
 
@@ -282,14 +319,16 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return np.where(below > 0, above / below, np.nan)
 
 
-def _interval(draws: np.ndarray, num_pairs: int) -> BootstrapInterval:
-    """The value, and its interval where there are two pairs to resample."""
-    if num_pairs < 2:
-        return BootstrapInterval(float(draws[0]), math.nan, math.nan)
-    return stats.percentile_interval(draws)
+def _mean_interval(values: Float[np.ndarray, "pairs"]) -> BootstrapInterval:
+    """The mean with its interval over pairs, which two of them at least can tell."""
+    if not len(values):
+        return BootstrapInterval(math.nan, math.nan, math.nan)
+    mean, half = stats.mean_interval(values.tolist())
+    return BootstrapInterval(mean, mean - half, mean + half)
 
 
 def _format_percent(interval: BootstrapInterval) -> str:
-    if math.isnan(interval.low):
-        return f"{100 * interval.value:.2f}"
-    return f"{100 * interval.value:.2f} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]".replace("-", "−")
+    text = f"{100 * interval.value:.2f}"
+    if not math.isnan(interval.low):
+        text += f" [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+    return text.replace("-", "−")

@@ -9,13 +9,17 @@ from bilevel_jax.commands.rank.records import title_of
 from bilevel_jax.commands.rank.report import DIRECTION_LABELS
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
-from bilevel_jax.runs.report.html import Column, Table, bold_cell, isolated_cell, make_table, render_page
+from bilevel_jax.runs.report.html import Column, Table, isolated_cell, make_table, render_page, shorten_text
 from bilevel_jax.runs.report.numbers import MISSING
 from bilevel_jax.runs.report.results import float_or_nan, write_report
 
 JsonObject = dict[str, Any]
 MAX_PAIRS_SHOWN = 200
 """Pairs of the last table."""
+MAX_STRATEGIES_SHOWN = 20
+"""Strategies of a table of those that are always used."""
+MAX_NAME_CHARACTERS = 40
+"""Characters of a name of a metric."""
 
 
 def write_records_report(folder: Path) -> Path:
@@ -31,9 +35,13 @@ def render_records_report(name: str, result: JsonObject, config_text: str, envir
         result=result,
         config_text=config_text,
         environment=environment,
-        first=title_of(result["metrics"][0]),
         picture=plot_accuracies(result),
-        subsets=[(subset, metrics_table(result, subset), choices_table(subset)) for subset in result["subsets"]],
+        subsets=[
+            (subset, metrics_table(result, subset), choices_table(subset))
+            for subset in result["subsets"]
+            if subset["pairs"]
+        ],
+        absent=[100 * subset["spread_above"] for subset in result["subsets"] if not subset["pairs"]],
         pairs=pairs_table(result),
         shown=min(MAX_PAIRS_SHOWN, len(result["pairs"])),
     )
@@ -43,25 +51,26 @@ def metrics_table(result: JsonObject, subset: JsonObject) -> Table:
     """A line per metric: what its pick is worth, and how it orders the strategies."""
     names, lines = result["metrics"], subset["metrics"]
     return make_table(
-        Column("picked by", [bold_cell(title_of(name)) for name in names]),
+        Column("picked by", [isolated_cell(_title(name)) for name in names]),
         Column("", [DIRECTION_LABELS[result["signs"][name]] for name in names], "", "tight"),
         Column("accuracy", [_percent(lines[name]["accuracy"]) for name in names], "%, 95 % interval", "tight"),
         Column(
-            f"gain of {title_of(names[0])}",
-            [_percent(lines[name]["behind"]) for name in names],
+            f"gain of {_title(names[0])}",
+            [_percent(lines[name]["gain"]) for name in names],
             "points, same pairs",
             "tight",
         ),
-        Column("picks the best", [lines[name]["hits"] for name in names], f"of {subset['pairs']} pairs"),
+        Column("picks the best", [lines[name]["picks_the_best"] for name in names], f"of {subset['pairs']} pairs"),
         Column("rank correlation", [_reading(lines[name]["correlation"]) for name in names], "mean", "tight"),
-        Column("weighted", [_reading(lines[name]["weighted"]) for name in names], "by spread", "tight"),
+        Column("weighted", [_reading(lines[name]["weighted_correlation"]) for name in names], "by spread", "tight"),
+        Column("pairs with one", [lines[name]["pairs_with_correlation"] for name in names]),
         css_class="bench",
     )
 
 
 def choices_table(subset: JsonObject) -> Table:
     """What choices without a metric reach."""
-    always = sorted(subset["always"].items(), key=lambda item: (-item[1], item[0]))
+    always = sorted(subset["always"].items(), key=lambda item: (-item[1], item[0]))[:MAX_STRATEGIES_SHOWN]
     names = ["the best of each pair", "one drawn at random", *(f"always {name}" for name, _ in always)]
     return make_table(
         Column("strategy", [isolated_cell(name) for name in names]),
@@ -79,9 +88,9 @@ def pairs_table(result: JsonObject) -> Table:
         Column("strategies", [pair["strategies"] for pair in pairs]),
         Column("spread", [100 * pair["spread"] for pair in pairs], "points"),
         Column("best", [isolated_cell(pair["best"]) for pair in pairs]),
-        Column("its accuracy", [100 * pair["best_accuracy"] for pair in pairs], "%"),
-        Column(f"picked by {title_of(name)}", [isolated_cell(pair["picks"][name]) for pair in pairs]),
-        Column("its accuracy", [100 * pair["accuracies"][name] for pair in pairs], "%"),
+        Column("accuracy of the best", [100 * pair["best_accuracy"] for pair in pairs], "%"),
+        Column(f"picked by {_title(name)}", [isolated_cell(pair["picks"][name]) for pair in pairs]),
+        Column("accuracy of that", [100 * pair["accuracies"][name] for pair in pairs], "%"),
         Column("rank correlation", [pair["correlations"][name] for pair in pairs]),
     )
 
@@ -92,13 +101,17 @@ def plot_accuracies(result: JsonObject) -> Markup:
     rows = []
     for at, name in enumerate(result["metrics"]):
         value, low, high = (100 * float_or_nan(item) for item in subset["metrics"][name]["accuracy"])
-        rows.append(IntervalRow(title_of(name), value, low, high, emphasized=not at, colour=0 if at else 3))
+        rows.append(IntervalRow(_title(name), value, low, high, emphasized=not at, colour=0 if at else 3))
     others = [("best of each pair", subset["best"]), ("at random", subset["mean"])]
     if subset["always"]:
         name, value = max(subset["always"].items(), key=lambda item: item[1])
         others.insert(1, (f"always {name}", value))
     rows += [IntervalRow(name, 100 * value, colour=5) for name, value in others]
     return figures.plot_intervals(rows, "accuracy of what is picked, %", reference=100 * subset["best"])
+
+
+def _title(name: str) -> str:
+    return shorten_text(title_of(name), MAX_NAME_CHARACTERS)
 
 
 def _reading(values: list[float | None] | None) -> str:

@@ -44,6 +44,8 @@ from bilevel_jax.scores.selfsimilarity import response_similarity
 from bilevel_jax.scores.strategies import MAX_PERPLEXITY
 
 TABLE_FILE, RECORDS_FILE = "rank.parquet", "records.parquet"
+SIGNS_OF_PLANS = {"sppl": -1, "perplexity": -1, "ifd": 1}
+"""By which a score is what is measured: those of perplexity are minus it, so that the largest is the best."""
 
 
 def rank(config: RankConfig) -> dict[str, Any]:
@@ -232,8 +234,10 @@ def build_self_aligned_prompts(
     verifier rejects too many of these, further ones."""
     write = _make_prompt_formatter(config)
     out = []
-    answers_by_block = zip(own_answers.texts, own_answers.shown, own_answers.further, strict=True)
-    for block, (texts, is_shown, further) in zip(sample, answers_by_block, strict=True):
+    for block, texts, accepted, is_shown in zip(
+        sample, own_answers.texts, own_answers.accepted, own_answers.shown, strict=True
+    ):
+        further = own_answers.further if accepted.sum() < config.rank.k + 2 else []
         is_shown = np.concatenate([is_shown, np.ones(len(further), bool)])
         shown_by_question = selfaligned.choose_shown_answers(is_shown, config.rank.k)
         answered = [*zip(block, (drafts[0] for drafts in texts), strict=True), *further]
@@ -356,8 +360,7 @@ def _compute_likelihood_scores(rank_model: RankModel, plans: dict[str, ScorePlan
     for name, plan in plans.items():
         plan_replies = replies[at : at + len(plan.requests)]
         at += len(plan_replies)
-        sign = 1 if name == "ifd" else -1  # scores of perplexity are minus it, so that the largest is the best
-        values[name] = (sign * plan.combine(plan_replies)).tolist()
+        values[name] = (SIGNS_OF_PLANS[name] * plan.combine(plan_replies)).tolist()
     size = sum(len(request.prefix) + len(request.response) for request in requests)
     return {"values": values, "seconds": time.monotonic() - began, "places": reader.positions_read, "tokens": size}
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,11 +281,22 @@ def _read_reference_answer(row: dict[str, Any], config: RankConfig, where: str) 
 
 def _read_reward(row: _QuestionRow, name: str, where: str) -> float:
     value = row.rewards.get(name) if isinstance(row.rewards, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (number := finite_number(value)) is None:
         raise ValueError(
             f"{where}: the reward of '{name}' is {describe_value(value)}; a finite number is wanted for each strategy."
         )
-    return float(value)
+    return number
+
+
+def finite_number(value: Any) -> float | None:
+    """The value as a float; None where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more digits than a float holds
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _format_names(names: Any) -> str:

@@ -32,7 +32,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "audit": ("estimators", "scores", "removed", "subsets"),
     "rater": ("features", "link"),
     "score": ("rater", "model", "features"),
-    "rank": ("strategies", "metrics", "pick_by", "train_examples", "records"),
+    "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
     "refine": ("rounds", "questions", "share", "methods"),
     "generate": ("num_generations", "temperature", "max_new_tokens"),
     "verifier": ("name", "answer_field"),

@@ -22,6 +22,10 @@ def reads_records(config: Any) -> bool:
     return hasattr(config, "rank") and config.rank.records != ""
 
 
+def _of_responses(rank: Any) -> tuple[Any, ...]:
+    return rank.own_answers, rank.accuracies, rank.reward_field, rank.strategies, rank.train_examples
+
+
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -40,6 +44,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "rank.records",
         lambda c: c.rank.records == "" or not c.data.train,
         "judges metrics by known scores, and data.train ranks strategies by responses: leave one of them empty",
+    ),
+    (
+        "rank.records",
+        lambda c: c.rank.records == "" or not any((c.model.name_or_path, *_of_responses(c.rank))),
+        "is read without model and responses: leave out model.name_or_path, rank.own_answers, rank.accuracies, "
+        "rank.reward_field, rank.strategies and rank.train_examples",
     ),
     (
         "model.base_dtype",

@@ -983,13 +983,16 @@ class RankSection:
     """Trial trainings of each strategy, with different seeds."""
 
     records: str = ""
-    """Table of known scores and accuracies to judge the metrics by: model, task, strategy, accuracy, a column each."""
+    """Table to judge the metrics by: columns model, task, strategy, accuracy, and one for each metric."""
+
+    accuracy_unit: Literal["share", "percent"] = "share"
+    """records: unit of the column accuracy."""
 
     least_wins: tuple[str, ...] = ()
-    """records: further columns that are metrics, of which the least wins."""
+    """records: columns of your own that are metrics, of which the least wins; judged before the known ones."""
 
     largest_wins: tuple[str, ...] = ()
-    """records: further columns that are metrics, of which the largest wins."""
+    """records: columns of your own that are metrics, of which the largest wins; judged before the known ones."""
 
-    spreads: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] = (0.02, 0.04)
-    """records: also judge by the pairs whose accuracies have a standard deviation above these."""
+    spreads: tuple[Annotated[float, Interval(ge=0, lt=1), Because(".02 is 2 points of accuracy")], ...] = (0.02, 0.04)
+    """records: also judge by the pairs whose accuracies have a standard deviation above these shares."""

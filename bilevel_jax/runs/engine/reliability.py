@@ -120,6 +120,9 @@ def average_reliability_near(records: list[dict[str, Any]], step: int) -> Reliab
     """The reliability at an outer step, or the mean of those nearest to it; that of step 0, where nothing was learned
     yet, stands for no other step. None without any."""
     measured = [record for record in records if record["reliability_draw"] and (record["step"] > 0) == (step > 0)]
+    # of one validation example there are no halves, at any step: such a record tells less than a farther one by dev
+    numbers = ("noise", "agreement")
+    measured = [one for one in measured if any(one["reliability_draw"][key] is not None for key in numbers)] or measured
     distance = min((abs(record["step"] - step) for record in measured), default=0)
     nearest = [record for record in measured if abs(record["step"] - step) == distance]
     draws = [reliability_from_json(record["reliability_draw"]) for record in nearest]
