@@ -37,11 +37,9 @@ FAST = (
     "runs/infra/test_run_dir.py",
     "runs/engine/test_nonfinite.py",
     "runs/engine/test_outer_loop.py",
-    "runs/engine/test_reliability.py",
     "runs/engine/test_selection.py",
     "runs/engine/test_trajectory_store.py",
     "commands/test_inspect.py",
-    "commands/test_refine_report.py",
 )
 """Files and folders of tests that compile little: `pytest -m fast`, for the inner loop of work."""
 
@@ -55,26 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("fast")
 
 
-LARGEST_PROCESS = 6e9 / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 2))
-"""Bytes; processes that kept the programs of all files would grow to 5 GB each."""
-
-
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Where a process has grown large, its compiled programs go with their file; else the next file uses them, too."""
+    """A file's compiled programs go with it: a process that kept those of all files would grow to 5 GB."""
     yield
-    if resident_bytes() > LARGEST_PROCESS:
-        jax.clear_caches()
-        gc.collect()
-
-
-def resident_bytes() -> float:
-    """The memory that this process holds now; infinite where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except OSError:
-        return float("inf")
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
