@@ -297,6 +297,7 @@ def train_weighted(ready, made, folder, **outer):
         return candidate, work.work_done
 
 
+@pytest.mark.slow
 def test_dev_measures_and_steers_nothing(ready, tmp_path):
     """With other examples as dev the weights and the model keep every bit, and the last reliability is another."""
     settings, task, _ = ready

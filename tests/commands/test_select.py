@@ -172,6 +172,7 @@ def test_dev_judges_the_reliability_at_learned_weights(made, tmp_path, stop_at):
     assert again["records"][1]["reliability_draw"] == second["reliability_draw"]
 
 
+@pytest.mark.slow
 def test_one_validation_example_has_no_halves_and_the_verdict_asks_for_more_of_them(made, tmp_path):
     one = tmp_path / "one.jsonl"
     one.write_text((made / "validation.jsonl").read_text("utf-8").splitlines()[0] + "\n", encoding="utf-8")
@@ -323,6 +324,7 @@ def test_eight_devices_equal_one(made, tmp_path, eight_devices, x64, method):
         assert np.linalg.norm(one - other) < 1e-9 * np.linalg.norm(one)
 
 
+@pytest.mark.slow
 def test_weights_that_learned_nothing_are_said_to_choose_nothing(made, tmp_path, capsys):
     flags = ["--outer.learning-rate", "1e-30", "--outer.steps", "1", "--certify.no-enabled", "--retrain.no-enabled"]
     result = run(made, tmp_path / "run", *flags)
@@ -353,6 +355,7 @@ def check_fold(made, out, fold, folder):
     np.testing.assert_allclose(rest["records"][-1]["coefficients"], row, rtol=1e-3, atol=1e-6)  # float32
 
 
+@pytest.mark.slow
 def test_intervals_of_a_rater_are_over_folds_of_validation(made, with_folds, tmp_path):
     out, result = with_folds
     document = json.loads((out / "rater" / "rater.json").read_text())

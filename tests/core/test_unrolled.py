@@ -209,7 +209,9 @@ def test_halves_of_a_model_with_a_state():
 
 
 @pytest.mark.parametrize("plan", (CheckpointPlan(4, 5), CheckpointPlan(2, 3)))
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize(
+    "after", [0, pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_interrupted_and_resumed_changes_no_bit(after, plan):
     """The sweep is saved after a tape, written to bytes, read by a program with cold caches, and gone on with."""
     toy, weights = lora(), jnp.asarray(WEIGHTS)

@@ -60,7 +60,17 @@ def in_blocks(model, params, tokens):
     return jnp.concatenate([middle[:, 1:5], jnp.moveaxis(last, 0, 1)], axis=1)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+OFTEN = ("plain", "window", "gemma3", "neox")
+"""Those whose caches differ most; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_blocks_equal_the_whole(config, x64):
     params = params_of(config, jnp.float64)
     out = jax.jit(lambda params, tokens: in_blocks(make_decoder(config), params, tokens))(params, jnp.asarray(TOKENS))
