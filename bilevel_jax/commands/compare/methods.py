@@ -20,11 +20,12 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
     TrainSection,
 )
-from bilevel_jax.runs.engine.outer_loop import OuterRecords, pooling_work, pools_steps, run_outer_loop
+from bilevel_jax.runs.engine.outer_loop import OuterRecords, run_outer_loop
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.single_loop import run_single_loop, single_loop_step_work
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK, Trainer
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
 from bilevel_jax.runs.tasks.protocol import Task
 
 

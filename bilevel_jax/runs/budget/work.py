@@ -17,11 +17,11 @@ from bilevel_jax.runs.config.schema import (
     SingleLoopSection,
 )
 from bilevel_jax.runs.engine.arms import count_trainings
-from bilevel_jax.runs.engine.outer_loop import pooling_work, pools_steps
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
+from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
 from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask

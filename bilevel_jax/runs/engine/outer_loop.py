@@ -16,11 +16,8 @@ from bilevel_jax.core.types import Estimate, Hyper, Params, Stream, TrainState, 
 from bilevel_jax.core.unrolled import check_differentiable, validation_loss_fn
 from bilevel_jax.core.weightings import (
     PartReliability,
-    PoolingFeatures,
     RaterVariable,
     SharedWeightVariable,
-    measure_part_reliability,
-    pool_contributions,
 )
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import DataSection, OuterSection, RaterSection, ScoresSection
@@ -43,16 +40,13 @@ from bilevel_jax.runs.engine.reliability import (
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir
 from bilevel_jax.runs.infra.distributed import fetch_to_host
-from bilevel_jax.runs.infra.placement import padded_table_size, place_table, replicate
+from bilevel_jax.runs.infra.placement import padded_table_size, place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.pooling import (
     PoolingState,
-    count_validation_models_work,
+    StepPooling,
     empty_pooling_state,
-    make_pooling_features,
-    measure_first_reliability,
-    measure_validation_model_losses,
-    split_halves,
+    pools_steps,
     why_not_pooled,
 )
 from bilevel_jax.runs.scoring.scores import warm_start_logits
@@ -247,9 +241,11 @@ class OuterLoop:
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
         if outer.estimate == "auto" and (reason := why_not_pooled(outer, len(task.validation_indices()))):
             session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
+        self._step_pooling: StepPooling | None = None
         if pools_steps(task, outer):
             self.state = self.state._replace(pooling=empty_pooling_state(task.num_examples, losses))
-        self._pooling_features: PoolingFeatures | None = None
+            halves = trainer.draw_halves("validation", data.seed)
+            self._step_pooling = StepPooling(task, session, halves, estimate=outer.estimate, train_seed=train_seed)
         self.records: OuterRecords = []
         if restored := checkpoint.restore_checkpoint(self.folder, self.state):
             self.state, self.records = restored.tree, restored.meta["records"]
@@ -407,30 +403,14 @@ class OuterLoop:
 
     def _pool(self, hyper_grad: jax.Array, estimate: Estimate) -> tuple[jax.Array, dict[str, float]]:
         """The direction of a pooled step, and how reliable its parts are."""
-        state = self.state.pooling
-        assert isinstance(state, PoolingState)
-        halves = self.trainer.draw_halves("validation", self.data.seed)
-        if not self.records:
-            losses = measure_validation_model_losses(self.task, halves, self.session, train_seed=self.train_seed)
-            self.session.advance(pooling_work(self.task, self.outer))
-            state = state._replace(losses=losses)
-        if self._pooling_features is None:
-            features = make_pooling_features(fetch_to_host(self.state.losses), state.losses, len(hyper_grad))
-            self._pooling_features = replicate(self.task.mesh, features)
-        is_measured = isinstance(estimate.half_difference, jax.Array)
-        difference = self._weighting_vjp(self.state.hyper, estimate.half_difference) if is_measured else 0 * hyper_grad
-        factors = np.array([halves.max(), halves.min()], hyper_grad.dtype)
-        parts = split_halves(self._pooling_features, factors, hyper_grad, difference)
-        reliability = PartReliability(**self.records[-1]["pooling"]) if self.records else PartReliability(0.0, 0.0)
-        if is_measured:
-            measured = (
-                measure_part_reliability(parts, state.earlier) if self.records else measure_first_reliability(parts)
-            )
-            reliability = PartReliability(*map(float, measured))
-            state = state._replace(earlier=replicate(self.task.mesh, parts))
+        state, difference = self.state.pooling, None
+        assert isinstance(state, PoolingState) and self._step_pooling is not None
+        if isinstance(estimate.half_difference, jax.Array):
+            difference = self._weighting_vjp(self.state.hyper, estimate.half_difference)
+        last = PartReliability(**self.records[-1]["pooling"]) if self.records else None
+        direction, reliability, state = self._step_pooling.take(state, hyper_grad, difference, self.state.losses, last)
         self.state = self.state._replace(pooling=state)
-        relied_on = PartReliability(1.0, 0.0) if self.outer.estimate == "pooled" else reliability
-        return pool_contributions(parts, relied_on), reliability._asdict()
+        return direction, reliability._asdict()
 
     def _make_record(
         self, step: int, weights: jax.Array, trajectory: Trajectory, estimate: Estimate, turn: Turn | None
@@ -519,21 +499,6 @@ def train_and_estimate(
     return trajectory, trainer.estimate(
         trajectory, weights, stream, outer_step=step, halves_seed=halves_seed, dev_seed=dev_seed, turn=turn
     )
-
-
-def pools_steps(task: Task, outer: OuterSection) -> bool:
-    """Whether the steps of the weights are pooled; a ValueError where outer.estimate wants what cannot be."""
-    if outer.estimate == "per_example":
-        return False
-    reason = why_not_pooled(outer, len(task.validation_indices()))
-    if reason and outer.estimate == "pooled":
-        raise ValueError(f"outer.estimate = pooled: {reason}. Set outer.estimate to per_example, or to auto.")
-    return not reason
-
-
-def pooling_work(task: Task, outer: OuterSection) -> float:
-    """What the models of pooled steps take, in training steps; 0 where steps are not pooled."""
-    return count_validation_models_work(task) if pools_steps(task, outer) else 0.0
 
 
 def _best_step(records: OuterRecords) -> int:

@@ -12,11 +12,14 @@ from bilevel_jax.core.weightings import (
     Parts,
     PoolingFeatures,
     measure_part_reliability,
+    pool_contributions,
     rank_curves,
     split_contributions,
 )
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import OuterSection
+from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
 from bilevel_jax.runs.tasks.protocol import Task
@@ -55,6 +58,68 @@ def why_not_pooled(outer: OuterSection, num_validation: int) -> str:
     if outer.reliability_every == 0:
         return "pooling compares two halves of the validation set, which outer.reliability_every = 0 never measures"
     return ""
+
+
+def pools_steps(task: Task, outer: OuterSection) -> bool:
+    """Whether the steps of the weights are pooled; a ValueError where outer.estimate wants what cannot be."""
+    if outer.estimate == "per_example":
+        return False
+    reason = why_not_pooled(outer, len(task.validation_indices()))
+    if reason and outer.estimate == "pooled":
+        raise ValueError(f"outer.estimate = pooled: {reason}. Set outer.estimate to per_example, or to auto.")
+    return not reason
+
+
+def pooling_work(task: Task, outer: OuterSection) -> float:
+    """What the models of pooled steps take, in training steps; 0 where steps are not pooled."""
+    return count_validation_models_work(task) if pools_steps(task, outer) else 0.0
+
+
+class StepPooling:
+    """The pooled steps of one outer loop, with the features that they share."""
+
+    def __init__(
+        self,
+        task: Task,
+        session: Session,
+        halves: Float[np.ndarray, "validation"],
+        *,
+        estimate: str,
+        train_seed: int,
+    ):
+        self.task, self.session, self.halves = task, session, halves
+        self.estimate, self.train_seed = estimate, train_seed
+        self._features: PoolingFeatures | None = None
+
+    def take(
+        self,
+        state: PoolingState,
+        hyper_grad: Float[Array, "table"],
+        difference: Float[Array, "table"] | None,
+        uniform_losses: Float[Array, "table"],
+        last: PartReliability | None,
+    ) -> tuple[Float[Array, "table"], PartReliability, PoolingState]:
+        """(the direction of a step, how reliable its parts are, the next state).
+
+        `difference` is that of the halves of the validation set, None in a step that did not measure it, which goes by
+        the reliability of the `last` step; that is None in the first, which trains the models of the validation set.
+        """
+        if last is None:
+            losses = measure_validation_model_losses(self.task, self.halves, self.session, train_seed=self.train_seed)
+            self.session.advance(count_validation_models_work(self.task))
+            state = state._replace(losses=losses)
+        if self._features is None:
+            features = make_pooling_features(fetch_to_host(uniform_losses), state.losses, len(hyper_grad))
+            self._features = replicate(self.task.mesh, features)
+        factors = np.array([self.halves.max(), self.halves.min()], hyper_grad.dtype)
+        parts = split_halves(self._features, factors, hyper_grad, 0 * hyper_grad if difference is None else difference)
+        reliability = last or PartReliability(0.0, 0.0)
+        if difference is not None:
+            measured = measure_part_reliability(parts, state.earlier) if last else measure_first_reliability(parts)
+            reliability = PartReliability(*map(float, measured))
+            state = state._replace(earlier=replicate(self.task.mesh, parts))
+        relied_on = PartReliability(1.0, 0.0) if self.estimate == "pooled" else reliability
+        return pool_contributions(parts, relied_on), reliability, state
 
 
 def empty_pooling_state(num_examples: int, table: Float[Array, "table"]) -> PoolingState:

@@ -12,10 +12,10 @@ from bilevel_jax.commands.compare.run import make_task_builder
 from bilevel_jax.core.weightings import rank_curves
 from bilevel_jax.runs.config.load import CompareConfig, load_config
 from bilevel_jax.runs.config.schema import OuterSection, RaterSection, ScoresSection
-from bilevel_jax.runs.engine.outer_loop import OuterLoop, count_validation_models_work
+from bilevel_jax.runs.engine.outer_loop import OuterLoop
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, Trainer
 from bilevel_jax.runs.infra.session import Interrupted, open_session
-from bilevel_jax.runs.scoring.pooling import why_not_pooled
+from bilevel_jax.runs.scoring.pooling import count_validation_models_work, why_not_pooled
 from bilevel_jax.runs.scoring.scores import example_losses
 from tests.runs import blobs
 
@@ -110,7 +110,7 @@ def test_the_first_two_steps_are_what_the_formulas_say(task, config, tmp_path):
 def test_a_pooled_step_is_a_function_of_the_features_or_of_what_is_reliable(task, config, tmp_path, estimate):
     loop = run_loop(task, config, tmp_path, estimate, max_step=100.0)  # a cut step is no function of them
     assert [set(record["pooling"]) for record in loop.records] == [{"shared", "own"}] * (STEPS + 1)
-    columns = np.asarray(loop._pooling_features.whole)
+    columns = np.asarray(loop._step_pooling._features.whole)
     logits = np.asarray(loop.state.hyper)
     rest = logits - columns @ project(columns, logits)
     if estimate == "pooled":
