@@ -153,29 +153,29 @@ def cipher_flags(folder: Path, seed: int) -> list[Any]:
 
 
 def measure_sweeps(folder: Path, seeds: int) -> None:
-    """Print how many outer steps a rater and per-example logits take to one dev loss, each at its own best rate.
+    """Print the outer steps that a rater takes to the dev loss of per-example logits after 1, 2, ... of theirs.
 
-    The loss is the least that per-example logits reach at any rate; a weighting's rate is that which gets there first.
+    Of each the least dev loss after so many steps, at the rate that is best for this number.
     """
     for seed in range(seeds):
         place = folder / str(seed)
         prepare_cipher(place, seed)
-        dev: dict[str, dict[float, list[float]]] = {name: {} for name in WEIGHTINGS}
+        dev: dict[str, list[np.ndarray]] = {name: [] for name in WEIGHTINGS}
         for name, flags in WEIGHTINGS.items():
             for rate in RATES:
                 out = place / f"{name} {rate:g}"
                 if not (out / "result.json").exists():
                     run("select", *cipher_flags(place, seed), *flags, "--outer.learning-rate", rate,
                         "--outer.reliability-every", 0, "--fast", "--out", out)  # fmt: skip
-                dev[name][rate] = [record["loss"]["dev"] for record in read(out)["records"]]
-        target = min(min(losses) for losses in dev["per_example"].values())
-        for name, by_rate in dev.items():
-            reached = {
-                rate: next((step for step, loss in enumerate(losses) if loss <= target), None)
-                for rate, losses in by_rate.items()
-            }
-            least = {rate: round(min(losses), 3) for rate, losses in by_rate.items()}
-            print(f"seed {seed}, {name:<12} steps to {target:.3f}: {reached}; least dev loss {least}", flush=True)
+                losses = np.full(9, np.inf)
+                records = read(out)["records"]
+                losses[: len(records)] = [record["loss"]["dev"] for record in records]
+                dev[name].append(np.minimum.accumulate(losses))
+        least = {name: np.min(curves, axis=0) for name, curves in dev.items()}
+        steps = [int(np.argmax(least["rater"] <= loss)) or None for loss in least["per_example"][1:]]
+        for name, curve in least.items():
+            print(f"seed {seed}, {name:<12} least dev loss after 0, 1, ... steps: {curve.round(3).tolist()}")
+        print(f"seed {seed}, the rater's steps to the loss of per-example logits after 1, 2, ...: {steps}", flush=True)
 
 
 def prepare_cipher(folder: Path, seed: int) -> None:
