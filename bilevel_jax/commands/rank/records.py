@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from bilevel_jax.lm.data.turns import check_row, read_field
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import RankSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
+from bilevel_jax.runs.report.numbers import MISSING
+from bilevel_jax.runs.report.results import float_or_nan
 from bilevel_jax.runs.stats import BootstrapInterval
 
 KEY_FIELDS = ("model", "task", "strategy")
@@ -207,7 +210,7 @@ def describe_judgement(result: dict[str, Any]) -> str:
     subset, name = result["subsets"][0], result["metrics"][0]
     words = (
         f"Over {format_count('pair', subset['pairs'])} of a model and a task, picking by {title_of(name)} reaches an "
-        f"accuracy of {_format_percent(subset['metrics'][name]['accuracy'])}; the best strategy of each pair "
+        f"accuracy of {format_percents(subset['metrics'][name]['accuracy'])}; the best strategy of each pair "
         f"{100 * subset['best']:.2f}, one drawn at random {100 * subset['mean']:.2f}."
     )
     others = [other for other in result["metrics"] if other != name]
@@ -219,10 +222,25 @@ def describe_judgement(result: dict[str, Any]) -> str:
     if subset["pairs"] < MIN_PAIRS:
         return f"{words}{100 * gain.value:+.2f} points: so few pairs tell no difference.".replace("-", "−")
     if gain.low > 0:
-        return f"{words}it gains {_format_percent(gain)} points."
+        return f"{words}it gains {format_percents(gain)} points."
     if gain.high < 0:
-        return f"{words}it loses {_format_percent(BootstrapInterval(-gain.value, -gain.high, -gain.low))} points."
-    return f"{words}the difference is {_format_percent(gain)} points and may be 0."
+        return f"{words}it loses {format_percents(BootstrapInterval(-gain.value, -gain.high, -gain.low))} points."
+    return f"{words}the difference is {format_percents(gain)} points and may be 0."
+
+
+def format_reading(interval: Sequence[float | None] | None, *, scale: float = 1.0, digits: int = 3) -> str:
+    """A value with the ends of its interval, where there are any."""
+    if interval is None or interval[0] is None:
+        return MISSING
+    value, low, high = (scale * float_or_nan(item) for item in interval)
+    text = f"{value:.{digits}f}"
+    if not math.isnan(low):
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return text.replace("-", "−")
+
+
+format_percents = partial(format_reading, scale=100.0, digits=2)
+"""The same of shares, in percent."""
 
 
 def title_of(name: str) -> str:
@@ -325,10 +343,3 @@ def _mean_interval(values: Float[np.ndarray, "pairs"]) -> BootstrapInterval:
         return BootstrapInterval(math.nan, math.nan, math.nan)
     mean, half = stats.mean_interval(values.tolist())
     return BootstrapInterval(mean, mean - half, mean + half)
-
-
-def _format_percent(interval: BootstrapInterval) -> str:
-    text = f"{100 * interval.value:.2f}"
-    if not math.isnan(interval.low):
-        text += f" [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
-    return text.replace("-", "−")

@@ -5,12 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bilevel_jax.commands.rank.records import title_of
+from bilevel_jax.commands.rank.records import format_percents, format_reading, title_of
 from bilevel_jax.commands.rank.report import DIRECTION_LABELS
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
 from bilevel_jax.runs.report.html import Column, Table, isolated_cell, make_table, render_page, shorten_text
-from bilevel_jax.runs.report.numbers import MISSING
 from bilevel_jax.runs.report.results import float_or_nan, write_report
 
 JsonObject = dict[str, Any]
@@ -53,16 +52,18 @@ def metrics_table(result: JsonObject, subset: JsonObject) -> Table:
     return make_table(
         Column("picked by", [isolated_cell(_title(name)) for name in names]),
         Column("", [DIRECTION_LABELS[result["signs"][name]] for name in names], "", "tight"),
-        Column("accuracy", [_percent(lines[name]["accuracy"]) for name in names], "%, 95 % interval", "tight"),
+        Column("accuracy", [format_percents(lines[name]["accuracy"]) for name in names], "%, 95 % interval", "tight"),
         Column(
             f"gain of {_title(names[0])}",
-            [_percent(lines[name]["gain"]) for name in names],
+            [format_percents(lines[name]["gain"]) for name in names],
             "points, same pairs",
             "tight",
         ),
         Column("picks the best", [lines[name]["picks_the_best"] for name in names], f"of {subset['pairs']} pairs"),
-        Column("rank correlation", [_reading(lines[name]["correlation"]) for name in names], "mean", "tight"),
-        Column("weighted", [_reading(lines[name]["weighted_correlation"]) for name in names], "by spread", "tight"),
+        Column("rank correlation", [format_reading(lines[name]["correlation"]) for name in names], "mean", "tight"),
+        Column(
+            "weighted", [format_reading(lines[name]["weighted_correlation"]) for name in names], "by spread", "tight"
+        ),
         Column("pairs with one", [lines[name]["pairs_with_correlation"] for name in names]),
         css_class="bench",
     )
@@ -112,17 +113,3 @@ def plot_accuracies(result: JsonObject) -> Markup:
 
 def _title(name: str) -> str:
     return shorten_text(title_of(name), MAX_NAME_CHARACTERS)
-
-
-def _reading(values: list[float | None] | None) -> str:
-    if values is None or values[0] is None:
-        return MISSING
-    value, low, high = (float_or_nan(item) for item in values)
-    return (f"{value:.3f}" if low != low else f"{value:.3f} [{low:.3f}, {high:.3f}]").replace("-", "−")
-
-
-def _percent(values: list[float | None] | None) -> str:
-    if values is None:
-        return MISSING
-    value, low, high = (100 * float_or_nan(item) for item in values)
-    return (f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]").replace("-", "−")
