@@ -240,6 +240,15 @@ def test_weights_are_joined_by_id_and_repeats_are_whole(files, capsys):
     assert "| rows written | 8 (2 different ones) |" in card and "| b | 4 | 100.0% | 8 |" in card
 
 
+def test_a_cap_on_repeats_gives_the_rest_to_the_others(files, capsys):
+    ids = files(PROMPTS, weights=[0, 0, 0, 1, 0, 30, 0, 1])
+    out = export(capsys, "--selection.resample", "8", "--selection.max-repeats", "4")
+    assert "8 rows drawn in proportion to their weight, as whole repeats, none more than 4 times" in out
+    table = pq.read_table("out/selection.parquet").to_pydict()
+    assert table["id"] == ids and table["repeats"] == [0, 0, 0, 2, 0, 4, 0, 2]
+    assert "none more than 4 times" in text("README.md")
+
+
 def test_no_weight_key_when_none_is_wanted(files, capsys):
     files(PROMPTS)
     export(capsys, "--export.no-weight-key")

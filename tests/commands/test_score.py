@@ -22,7 +22,7 @@ from bilevel_jax.runs.config.load import ScoreConfig, load_config
 from bilevel_jax.runs.config.schema import RaterSection, SelectionSection
 from bilevel_jax.runs.engine import raters
 from bilevel_jax.runs.engine.raters import CHUNK_EXAMPLES
-from bilevel_jax.runs.engine.selection import describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
 from bilevel_jax.runs.infra.session import Interrupted
 from bilevel_jax.runs.scoring import features
 from tests.commands.run_table import contents, differences, without_clock
@@ -254,6 +254,8 @@ RULES = {
     "share": SelectionSection(top_share=0.3),
     "threshold": SelectionSection(threshold=1.2),
     "resample": SelectionSection(resample=37),
+    "capped": SelectionSection(resample=150, max_repeats=2),
+    "capped at all": SelectionSection(resample=999, max_repeats=3),
     "sources": SelectionSection(per_source=23),
 }
 
@@ -281,7 +283,11 @@ def test_rows_are_chosen_as_from_weights_in_memory(rater, tmp_path, rule, spread
     choice = choose_rows(paths, learned, RULES[rule], seed=3)
     repeats = np.concatenate(list(choice.repeats()))
     assert np.repeat(np.arange(100), repeats).tolist() == expected.tolist() and choice.total == len(expected)
-    assert choice.note == describe_ties(weights, known, expected, RULES[rule], sources)
+    notes = (
+        describe_ties(weights, known, expected, RULES[rule], sources),
+        describe_shortfall(RULES[rule], len(expected)),
+    )
+    assert choice.note == " ".join(filter(None, notes))
     assert spread or rule == "threshold" or "all 94 rows weigh the same" in choice.note
 
 

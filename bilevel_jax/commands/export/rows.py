@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import Example, find_leaks, format_count, load_examples
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
-from bilevel_jax.runs.engine.selection import describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.scoring import from_file
 from bilevel_jax.runs.tasks import splits
@@ -71,11 +71,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     )
     if note := describe_ties(loaded_weights.weights, np.flatnonzero(usable), places, config.selection, sources):
         notes.append(note)
-    if config.selection.per_source and len(places) < config.selection.per_source:
-        wanted = config.selection.per_source
-        notes.append(
-            f"selection.per_source = {wanted:,}: a source gave all it has, so {format_count('row', len(places))}."
-        )
+    if shortfall := describe_shortfall(config.selection, len(places)):
+        notes.append(shortfall)
     repeats = np.bincount(places, minlength=len(examples))[usable]
     examples = [example for example, use in zip(examples, usable, strict=True) if use]
     return SelectedExamples(examples, loaded_weights.weights[usable], repeats, loaded_weights.source, notes)

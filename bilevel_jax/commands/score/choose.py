@@ -22,7 +22,8 @@ class Choice(NamedTuple):
     total: int
     """Chosen rows, with repeats."""
     note: str
-    """What equal weights left to the order of the data; "" where nothing."""
+    """What equal weights left to the order of the data, and why there are fewer rows than asked for; "" where nothing.
+    """
 
 
 class Threshold(NamedTuple):
@@ -57,7 +58,7 @@ def choose_rows(paths: Sequence[Path], rater: Rater, rule: SelectionSection, *, 
             "go by. Use selection.top_share, which ranks by the logits."
         )
     if rule.resample:
-        repeats = _resample(logits, rater, rule.resample, seed)
+        repeats = _resample(logits, rater, rule, seed)
     elif rule.per_source:
         thresholds = _find_source_thresholds(paths, rater, rule.per_source)
         repeats, cuts = _take_largest(paths, thresholds, grouped=True), [one.cut for one in thresholds.values()]
@@ -73,8 +74,11 @@ def choose_rows(paths: Sequence[Path], rater: Rater, rule: SelectionSection, *, 
             f"no row has a weight of selection.threshold = {rule.threshold:g} or more; the largest is "
             f"{largest_weight:.3g}. Lower it, or use selection.top_share."
         )
-    note = selection.describe_cuts(cuts, rule, num_equal=num_scored if least == largest else 0)
-    return Choice(repeats, total, note)
+    notes = (
+        selection.describe_cuts(cuts, rule, num_equal=num_scored if least == largest else 0),
+        selection.describe_shortfall(rule, total),
+    )
+    return Choice(repeats, total, " ".join(filter(None, notes)))
 
 
 def weights_of(rater: Rater, logits: Float[np.ndarray, "chunk"]) -> Float[np.ndarray, "chunk"]:
@@ -128,19 +132,35 @@ def _find_source_thresholds(paths: Sequence[Path], rater: Rater, count: int) -> 
 
 
 def _resample(
-    logits: Callable[[], Iterator[np.ndarray]], rater: Rater, count: int, seed: int
+    logits: Callable[[], Iterator[np.ndarray]], rater: Rater, rule: SelectionSection, seed: int
 ) -> Callable[[], Iterator[Int[np.ndarray, "chunk"]]]:
-    """Systematic resampling: row i is drawn floor or ceil of count w_i / sum w times."""
-    total = sum(float(weights_of(rater, chunk).sum()) for chunk in logits())
+    """Systematic resampling: row i is drawn floor or ceil of count w_i / sum w times, and at most max_repeats."""
+
+    def weights() -> Iterator[np.ndarray]:
+        return (weights_of(rater, chunk) for chunk in logits())
+
+    def weigh_rows(level: float) -> tuple[int, float]:
+        num_above, total = 0, 0.0
+        for chunk in weights():
+            num_above += int((chunk >= level).sum())
+            total += float(chunk[chunk < level].sum())
+        return num_above, total
+
+    draw = selection.cap_draw(weigh_rows, rule, sum(int((chunk > 0).sum()) for chunk in weights()))
     offset = np.random.default_rng(seed).random()
 
     def repeats() -> Iterator[np.ndarray]:
         done, drawn = 0.0, 0
-        for chunk in logits():
-            ends = done + np.cumsum(weights_of(rater, chunk))
-            done = float(ends[-1])
-            upto = np.clip(np.ceil(ends / total * count - offset).astype(int), 0, count)  # points below each end
-            yield np.diff(upto, prepend=drawn)
-            drawn = int(upto[-1])
+        for chunk in weights():
+            is_capped = chunk >= draw.level
+            out = np.where(is_capped, rule.max_repeats, 0)
+            if draw.num_drawn:
+                ends = done + np.cumsum(np.where(is_capped, 0.0, chunk))
+                done = float(ends[-1])
+                points = np.ceil(ends / draw.total * draw.num_drawn - offset).astype(int)  # below each end
+                upto = np.clip(points, 0, draw.num_drawn)
+                out += np.diff(upto, prepend=drawn)
+                drawn = int(upto[-1])
+            yield out
 
     return repeats

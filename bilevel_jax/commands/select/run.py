@@ -20,7 +20,7 @@ from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, 
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
 from bilevel_jax.runs.engine.reliability import average_reliability_near
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
-from bilevel_jax.runs.engine.selection import describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
@@ -81,8 +81,9 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     selected = select_examples(
         learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed
     )
-    note = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources)
-    if note:
+    ties = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources)
+    selection_notes = [note for note in (ties, describe_shortfall(config.selection, len(selected))) if note]
+    for note in selection_notes:
         session.print_line(note)
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
@@ -98,7 +99,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
         "rater": rater["coefficients"] if rater else None,
         "rater_intervals": rater["intervals"] if rater else None,
         "selected": len(selected),
-        "notes": [*task.notes, *([note] if note else [])],
+        "notes": [*task.notes, *selection_notes],
         "estimate": expected,
     }
     result["measured"] = usage.measure_usage(

@@ -197,6 +197,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "threshold, resample and per_source are three ways to select: give one and leave the others at 0",
     ),
     (
+        "selection.max_repeats",
+        lambda c: not c.selection.max_repeats or c.selection.resample > 0,
+        "it caps how often selection.resample takes one example, and that is 0: set it, or leave max_repeats at 0",
+    ),
+    (
         "export.container",
         lambda c: c.export.container != "datasets" or c.export.format != "llama_factory",
         "LLaMA-Factory reads files, not a folder of `datasets`: choose jsonl, json or parquet",

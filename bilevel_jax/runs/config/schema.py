@@ -637,6 +637,12 @@ class SelectionSection:
     resample: Annotated[int, Ge(0), Special(0, "off")] = 0
     """Instead of top_share: number of examples drawn in proportion to weight, with whole repeats; 0: off."""
 
+    max_repeats: Annotated[int, Ge(0), Special(0, "no cap")] = 0
+    """Most times that resample takes one example, the others taking its rest in proportion; 0: no cap.
+
+    Language models gain nearly as much from up to 4 epochs over the same data as from new data, and ever less from more
+    (Muennighoff et al., arXiv 2305.16264)."""
+
     per_source: Annotated[int, Ge(0), Special(0, "off")] = 0
     """Instead of top_share: number of examples, divided over sources by total weight, highest first; 0: off."""
 

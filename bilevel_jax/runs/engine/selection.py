@@ -1,6 +1,7 @@
 """Rules that turn weights into a selected subset."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +25,16 @@ def select_examples(
     - top_share: that share of the rows, those of the largest weights;
     - threshold: all rows of at least that weight;
     - resample: n rows, row i floor or ceil of n w_i / Σ w times (systematic resampling: the least noise that whole
-      repeats allow, and each count right on average over seeds);
+      repeats allow, and each count right on average over seeds). With max_repeats = r row i is expected
+      min(r, λ w_i) times, with the one λ for which these sum to n, and never taken more than r times; where the rows of
+      a weight above 0 are too few for n, each is taken r times;
     - per_source: n rows, dealt to the sources by their total weight (largest remainders) and, inside a source, those of
       the largest weights; a source with fewer rows gives all it has.
 
     Raises ValueError where the rule leaves no row.
     """
     if rule.resample:
-        return _resample(weights, candidates, rule.resample, seed)
+        return _resample(weights, candidates, rule, seed)
     if rule.per_source:
         return _select_per_source(weights, candidates, rule.per_source, np.asarray(sources))
     if rule.threshold:
@@ -98,10 +101,27 @@ def describe_cuts(cuts: Sequence[Cut], rule: SelectionSection, num_equal: int) -
     )
 
 
+def describe_shortfall(rule: SelectionSection, num_selected: int) -> str:
+    """Why fewer rows were selected than the rule asks for; "" where there are as many."""
+    if num_selected >= max(rule.resample, rule.per_source):
+        return ""
+    if rule.per_source:
+        return (
+            f"selection.per_source = {rule.per_source:,}: a source gave all it has, so "
+            f"{format_count('row', num_selected)}."
+        )
+    return (
+        f"selection.resample = {rule.resample:,}: {format_count('row', num_selected // rule.max_repeats)} weigh more "
+        f"than 0, and selection.max_repeats = {rule.max_repeats:,} takes none more often, so "
+        f"{format_count('row', num_selected)}."
+    )
+
+
 def describe_selection_rule(rule: SelectionSection) -> str:
     """The rule in words."""
     if rule.resample:
-        return f"{format_count('row', rule.resample)} drawn in proportion to their weight, as whole repeats"
+        cap = f", none more than {format_count('time', rule.max_repeats)}" if rule.max_repeats else ""
+        return f"{format_count('row', rule.resample)} drawn in proportion to their weight, as whole repeats{cap}"
     if rule.per_source:
         return f"{format_count('row', rule.per_source)}, each source in proportion to its total weight"
     if rule.threshold:
@@ -109,13 +129,60 @@ def describe_selection_rule(rule: SelectionSection) -> str:
     return f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
 
 
-def _resample(weights: np.ndarray, candidates: np.ndarray, count: int, seed: int) -> np.ndarray:
-    total = weights[candidates].sum()
-    if total <= 0:
+class CappedDraw(NamedTuple):
+    """What `max_repeats` makes of a draw in proportion to weight."""
+
+    level: float
+    """Rows of at least this weight are taken `max_repeats` times; infinity where the cap binds none."""
+    total: float
+    """Weight of the rows below the level."""
+    num_drawn: int
+    """Rows that are drawn among them, in proportion to weight."""
+
+
+def cap_draw(weigh_rows: Callable[[float], tuple[int, float]], rule: SelectionSection, num_positive: int) -> CappedDraw:
+    """The level above which rows are taken `rule.max_repeats` times, so that `rule.resample` rows are drawn in all.
+
+    With r = max_repeats and n = resample, row i is expected min(r, λ w_i) times, and λ is where these sum to n. It is
+    found from below: of the rows that the last λ leaves under the cap, λ = (n - r capped) / Σ w, until no other row is
+    capped. Each λ is larger than the last, so a row that is capped stays so.
+
+    Args:
+        weigh_rows: level -> the number of rows of at least that weight, and the sum of the other weights.
+        rule: its `resample` and `max_repeats`; max_repeats 0 caps nothing.
+        num_positive: rows with a weight above 0.
+
+    Returns:
+        The level, and what is left to draw below it. Where r num_positive is at most n, every positive row is capped.
+    """
+    if rule.max_repeats and rule.max_repeats * num_positive <= rule.resample:
+        return CappedDraw(math.ulp(0.0), 0.0, 0)
+    level, num_capped = math.inf, 0
+    while True:
+        count, total = rule.resample - rule.max_repeats * num_capped, weigh_rows(level)[1]
+        if not rule.max_repeats:
+            return CappedDraw(level, total, count)
+        next_level = rule.max_repeats * total / count if count else level
+        now_capped = weigh_rows(next_level)[0]
+        if now_capped <= num_capped:  # below: rounding, of a weight at the level itself
+            return CappedDraw(level, total, count)
+        level, num_capped = next_level, now_capped
+
+
+def _resample(weights: np.ndarray, candidates: np.ndarray, rule: SelectionSection, seed: int) -> np.ndarray:
+    chances = weights[candidates]
+    if chances.sum() <= 0:
         raise ValueError("every weight is 0, so no row can be drawn in proportion to it. Use selection.top_share.")
-    cumulative = np.cumsum(weights[candidates]) / total
-    points = (np.arange(count) + np.random.default_rng(seed).random()) / count
-    return candidates[np.minimum(np.searchsorted(cumulative, points, side="right"), len(candidates) - 1)]
+    draw = cap_draw(
+        lambda level: (int((chances >= level).sum()), chances[chances < level].sum()), rule, int((chances > 0).sum())
+    )
+    below = candidates[chances < draw.level]
+    drawn = below[:0]
+    if draw.num_drawn:
+        cumulative = np.cumsum(weights[below]) / draw.total
+        points = (np.arange(draw.num_drawn) + np.random.default_rng(seed).random()) / draw.num_drawn
+        drawn = below[np.minimum(np.searchsorted(cumulative, points, side="right"), len(below) - 1)]
+    return np.sort(np.concatenate([drawn, np.repeat(candidates[chances >= draw.level], rule.max_repeats)]))
 
 
 def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, sources: np.ndarray) -> np.ndarray:

@@ -160,6 +160,10 @@ def test_an_empty_file_is_the_defaults(tmp_path):
             ["--selection.threshold", "1", "--selection.resample", "5"],
             "selection: threshold, resample and per_source are three ways",
         ),
+        (
+            ["--selection.max-repeats", "4"],
+            "selection.max_repeats = 4: it caps how often selection.resample takes one example, and that is 0",
+        ),
         (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
     ],
 )

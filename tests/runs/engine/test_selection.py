@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from bilevel_jax.runs.config.schema import SelectionSection
-from bilevel_jax.runs.engine.selection import describe_selection_rule, describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import (
+    describe_selection_rule,
+    describe_shortfall,
+    describe_ties,
+    select_examples,
+)
 
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5, 1.0, 3.0])
 SOURCES = ["a", "a", "b", "b", "b", "c"]
@@ -64,6 +69,64 @@ def test_repeats_only_of_what_may_be_kept():
     assert set(kept(SelectionSection(resample=50), among=np.array([0, 3]))) == {0, 3}
 
 
+def capped_expectation(weights, count, cap):
+    """min(cap, λ w) with the λ at which these sum to count, by bisection."""
+    low, high = 0.0, cap / weights[weights > 0].min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.minimum(cap, middle * weights).sum() > count else (middle, high)
+    return np.minimum(cap, low * weights)
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4, 50])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0], ids=["equal", "unequal", "very unequal"])
+def test_no_row_is_repeated_more_than_max_repeats_and_the_others_take_its_rest(spread, cap):
+    weights = np.exp(spread * np.random.default_rng(int(spread)).normal(size=60))
+    weights[::7] = 0
+    num_positive = int((weights > 0).sum())
+    for count in {cap, num_positive * cap // 3, num_positive * cap - 1, num_positive * cap}:
+        expected = capped_expectation(weights, count, cap)
+        for seed in range(20):
+            rule = SelectionSection(resample=count, max_repeats=cap)
+            repeats = np.bincount(kept(rule, weights, np.arange(60), seed), minlength=60)
+            assert repeats.sum() == count and repeats.max() <= cap and not repeats[weights == 0].any()
+            assert (repeats >= np.floor(expected - 1e-6)).all() and (repeats <= np.ceil(expected + 1e-6)).all()
+            if expected.max() < cap - 1e-6:  # the cap binds nobody: the same rows as without it
+                assert kept(rule, weights, np.arange(60), seed) == kept(
+                    SelectionSection(resample=count), weights, np.arange(60), seed
+                )
+
+
+def test_capped_repeats_of_weights_by_hand():
+    weights = np.array([8.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    # the first is expected 16 times of 24, takes 6, and the others share 18 evenly: 4.5 each
+    for seed in range(20):
+        repeats = np.bincount(kept(SelectionSection(resample=24, max_repeats=6), weights, seed=seed), minlength=6)
+        assert repeats[0] == 6 and repeats[5] == 0 and sorted(repeats[1:5]) == [4, 4, 5, 5]
+    for scale in (1e-3, 1e6):  # as without a cap, only shares count
+        assert kept(SelectionSection(resample=24, max_repeats=6), scale * weights) == kept(
+            SelectionSection(resample=24, max_repeats=6), weights
+        )
+
+
+def test_capped_repeats_are_right_on_average_over_seeds():
+    rule, seeds = SelectionSection(resample=7, max_repeats=2), 4000
+    total = sum(np.bincount(kept(rule, seed=seed), minlength=6) for seed in range(seeds))
+    expected = capped_expectation(WEIGHTS, 7, 2)
+    assert expected[5] == 2 and np.abs(total / seeds - expected).max() < 5 * 0.008  # as above
+
+
+def test_too_few_rows_for_the_cap_are_told():
+    rule = SelectionSection(resample=24, max_repeats=4)
+    repeats = np.bincount(kept(rule), minlength=6)
+    assert repeats.tolist() == [4, 4, 0, 4, 4, 4]
+    assert describe_shortfall(rule, 20) == (
+        "selection.resample = 24: 5 rows weigh more than 0, and selection.max_repeats = 4 takes none more often, so 20 "
+        "rows."
+    )
+    assert describe_shortfall(rule, 24) == describe_shortfall(SelectionSection(), 3) == ""
+
+
 @pytest.mark.parametrize("keep", [SelectionSection(resample=3), SelectionSection(per_source=3)])
 def test_weights_that_are_all_zero_choose_nothing(keep):
     with pytest.raises(ValueError, match="every weight is 0"):
@@ -82,6 +145,10 @@ def test_a_threshold_above_all_weights_is_an_error():
         (SelectionSection(top_share=0.125), "the top 12.5% by weight"),
         (SelectionSection(threshold=1.5), "weight 1.5 or more"),
         (SelectionSection(resample=5000), "5,000 rows drawn in proportion to their weight, as whole repeats"),
+        (
+            SelectionSection(resample=5000, max_repeats=4),
+            "5,000 rows drawn in proportion to their weight, as whole repeats, none more than 4 times",
+        ),
         (SelectionSection(per_source=5), "5 rows, each source in proportion to its total weight"),
     ],
 )
