@@ -344,7 +344,7 @@ def _scores_section(options: ScoreOptions) -> ScoresSection:
 
 
 def _response_ids(rows: TokenizedExamples, i: int) -> tuple[int, ...]:
-    ids, is_target = rows.sequences(i)[0]
+    ids, is_target, _ = rows.sequences(i)[0]
     return tuple(ids[is_target].tolist())
 
 

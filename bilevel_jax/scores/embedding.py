@@ -169,7 +169,7 @@ def _split_words(example: Example) -> list[str]:
 
 
 def _prompt_tokens(candidates: TokenizedExamples, i: int) -> Int[np.ndarray, "length"]:
-    ids, supervised = candidates.sequences(i)[0]
+    ids, supervised, _ = candidates.sequences(i)[0]
     return ids if example_kind(candidates.examples[i]) == "text" else ids[: int(np.argmax([*supervised, True]))]
 
 

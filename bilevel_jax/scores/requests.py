@@ -141,7 +141,7 @@ def trim_responses(corpus: Corpus, end_tokens: Collection[int], max_targets: int
     """
     trimmed, num_cut = [], 0
     for i in range(corpus.num_examples):
-        ids, supervised = corpus.get_sequence(i)
+        ids, supervised, _ = corpus.get_sequence(i)
         length = len(ids)
         while length and int(ids[length - 1]) in end_tokens:
             length -= 1

@@ -221,8 +221,11 @@ def test_keys_of_messages_are_shown_in_the_mask_and_in_the_list(look, letters, t
     assert "training: the key 'messages[].name' is not read: 2 rows, the first" in table
     notes = splits.load_splits(DataSection(train=[str(tmp_path / "train.jsonl")])).notes
     assert any(note.startswith("the key 'messages[].name' is not read: 2 rows, the first") for note in notes)
-    wrong = look([{"messages": [*said[:3], last | {"weight": 0.5}]}], model=tmp_path / "chat", code=1)
-    assert "train.jsonl:1: 'weight' of message 4 of messages is float 0.5; 0 or false (no target)" in wrong
+    assert "answers with a weight" not in table
+    weighed = look([{"messages": [*said[:3], last | {"weight": 0.5}]}] * 2, model=tmp_path / "chat")
+    assert "answers with a weight 2" in flat(weighed)
+    wrong = look([{"messages": [*said[:3], last | {"train": 0.5}]}], model=tmp_path / "chat", code=1)
+    assert "train.jsonl:1: 'train' of message 4 of messages is float 0.5; 0 or false, or 1 or true, is read" in wrong
 
 
 HOSTILE = "\x1b[31mred\x1b[0m \x9b31m [bold red]markup[/] :smile: \u202eback\r\x07"

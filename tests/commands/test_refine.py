@@ -112,7 +112,7 @@ def test_the_rows_of_a_round_are_what_the_model_wrote(ready, tmp_path):
     assert made.task.num_examples == offline + 2 * len(found.questions) == len(made.task.examples)
     assert not set(made.question_rows[:offline]) & set(found.questions)  # their offline examples have left
     for at, response in enumerate(found.tokens):
-        ids, supervised = corpus.get_sequence(offline + at)
+        ids, supervised, _ = corpus.get_sequence(offline + at)
         assert ids[supervised].tolist() == response.tolist()
         before = task.corpus.get_sequence(int(found.question_rows[at]))
         assert ids[~supervised].tolist() == before.ids[~before.target_mask].tolist()  # the prompt that training reads

@@ -57,7 +57,7 @@ def test_hidden_states_are_means_over_the_prompt_whatever_stands_beside_it():
     found, other = hidden_states(model, params, batch_size=3)(some, take_examples(some, np.array([2])))
     tokens, real, prompt = (np.zeros((4, 64), np.int32) for _ in range(3))
     for i in range(4):
-        ids, supervised = some.sequences(i)[0]
+        ids, supervised, _ = some.sequences(i)[0]
         tokens[i, : len(ids)], real[i, : len(ids)], prompt[i, : len(ids)] = ids, 1, ~supervised
     # the whole rows: what stands before a token does not see it
     states = np.asarray(

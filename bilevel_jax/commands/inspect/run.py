@@ -133,7 +133,12 @@ def _build_table(parts: Sequence[PartSurvey], tokenizer: Any, limit: int) -> Tab
         add_line("labels", (_format_counts(part_labels, "labels") for part_labels in labels))
     not_learned = [sum(not turn.is_target for turn in _iterate_turns(part)) for part in parts]
     with_reasoning = [sum(bool(turn.reasoning) for turn in _iterate_turns(part)) for part in parts]
-    for name, counts in (("answers marked as no target", not_learned), ("answers with a reasoning", with_reasoning)):
+    with_weight = [sum(turn.weight != 1 for turn in _iterate_turns(part)) for part in parts]
+    for name, counts in (
+        ("answers marked as no target", not_learned),
+        ("answers with a weight", with_weight),
+        ("answers with a reasoning", with_reasoning),
+    ):
         if any(counts):
             add_line(name, (f"{count:,}" for count in counts))
     add_line("tokens", (f"{_count_tokens(part):,}" for part in parts))

@@ -412,7 +412,7 @@ def _pair_with_own_answers(
 
 
 def _response_token_ids(rows: TokenizedExamples, i: int) -> tuple[int, ...]:
-    ids, supervised = rows.sequences(i)[0]
+    ids, supervised, _ = rows.sequences(i)[0]
     return tuple(ids[supervised].tolist())
 
 

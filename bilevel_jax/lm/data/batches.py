@@ -15,6 +15,7 @@ packing several sequences share a row. Batches are numpy:
     reference   f32[M,E]     where the corpus has it: the reference model's margin of a pair, nats; 0 for an empty slot
     sampler     f32[M,R,L]   where the corpus has it: log-probability of the target under the model that sampled it,
                              nats; nan where it was not sampled
+    token_weights f32[M,R,L] where the corpus has it: factor of the loss of the target; 1 elsewhere
     multiplicity f32[M,E]    where the corpus has it: how much the example counts before any weight; 0 for an empty slot
     num_examples f32[M]      real examples in the whole global step (in an evaluation stream: in the whole stream)
     targeted    f32[M]       supervised targets in the same, for losses per token
@@ -333,7 +334,7 @@ def _build_batch(
     shape = (num_micro_batches, rows, length)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     slot = np.full(shape, slots, np.int32)
-    sampler_log_probs = np.full(shape, np.nan, np.float32)
+    sampler_log_probs, token_weights = np.full(shape, np.nan, np.float32), np.ones(shape, np.float32)
     supervised = np.ones((num_micro_batches, slots), np.float32)
     real = indices < corpus.num_examples
     targeted = 0
@@ -366,6 +367,8 @@ def _build_batch(
             slot[cell] = np.where(is_target, s, slots)
             if corpus.sampler_log_probs is not None:
                 sampler_log_probs[cell] = corpus.sampler_log_probs[first + 1 : first + n + 1]
+            if corpus.token_weights is not None:
+                token_weights[cell] = np.where(is_target, corpus.token_weights[first + 1 : first + n + 1], 1)
     count, targeted = totals or (int(real.sum()), targeted)
     batch = {
         "tokens": tokens,
@@ -383,6 +386,8 @@ def _build_batch(
         batch["reference"] = reference_margins.astype(np.float32).reshape(num_micro_batches, examples)
     if corpus.sampler_log_probs is not None:
         batch["sampler"] = sampler_log_probs
+    if corpus.token_weights is not None:
+        batch["token_weights"] = token_weights
     if corpus.multiplicity is not None:
         multiplicity = np.where(real, corpus.multiplicity[np.where(real, indices, 0)], 0)
         batch["multiplicity"] = multiplicity.astype(np.float32).reshape(num_micro_batches, examples)

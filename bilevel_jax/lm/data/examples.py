@@ -216,7 +216,10 @@ def hash_content(turns: Iterable[Turn], rejected: Iterable[Turn] = ()) -> str:
     """
     # What a turn says beyond role and content counts where it says something, so that plain turns keep their hash.
     sides = [
-        [[*turn[:2], *(turn[2:] if formats.has_message_keys((turn,)) else ())] for turn in side]
+        [
+            [*turn[:2], *(turn[2 : 5 if turn.weight != 1 else 4] if formats.has_message_keys((turn,)) else ())]
+            for turn in side
+        ]
         for side in (turns, rejected)
     ]
     return _hash_text(json.dumps(sides if sides[1] else sides[0], ensure_ascii=False))
@@ -286,6 +289,7 @@ def summarize_examples(examples: Sequence[Example]) -> str:
     answers = [turn for e in examples for turn in e.turns + e.rejected if turn.role == "assistant"]
     not_learned = sum(not turn.is_target for turn in answers)
     with_reasoning = sum(bool(turn.reasoning) for turn in answers)
+    with_weight = sum(turn.weight != 1 for turn in answers)
     shortened = sum(e.num_dropped_turns > 0 for e in examples)
     by_file = [f"{n:,} {kind} from {Path(file).name}" for (kind, file), n in formats_and_files.most_common()]
     by_format = [f"{n:,} {kind}" for kind, n in formats_only.most_common()]
@@ -297,6 +301,11 @@ def summarize_examples(examples: Sequence[Example]) -> str:
         *([f"{len(examples) - labels.total():,} without a label"] if 0 < labels.total() < len(examples) else []),
         *([f"{copies:,} {'is a copy' if copies == 1 else 'are copies'} of an earlier row"] if copies else []),
         *([f"{format_count('answer', not_learned, ('is', 'are'))} marked as no target"] if not_learned else []),
+        *(
+            [f"{format_count('answer', with_weight, ('has a weight of its', 'have a weight of their'))} own"]
+            if with_weight
+            else []
+        ),
         *([f"{format_count('answer', with_reasoning, ('comes', 'come'))} with a reasoning"] if with_reasoning else []),
         *([f"{shortened:,} lost a last message of the user, which nothing answers"] if shortened else []),
     ]

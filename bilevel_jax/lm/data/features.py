@@ -27,7 +27,7 @@ def token_features(
     lengths = np.zeros((num_examples, 2))
     shares = np.zeros((num_examples, 1 + NUM_HASH_BUCKETS))
     for row in range(num_examples):
-        ids, supervised = corpus.get_sequence(row)
+        ids, supervised, _ = corpus.get_sequence(row)
         response = ids[supervised].astype(np.int64)
         lengths[row] = np.log1p(len(ids) - len(response)), np.log1p(len(response))
         if len(response):

@@ -110,6 +110,11 @@ def parse_row(row: Any, row_format: str, options: DataOptions, where: str) -> Di
                 f"{where}: every answer is marked as no target (weight 0, or train, loss or trainable false), so "
                 "there is nothing to learn from. Remove the row, or set data.empty to 'drop' to leave such rows out."
             )
+        if dialogue.rejected and (odd := next((turn for turn in answers if turn.weight != 1), None)):
+            raise ValueError(
+                f"{where}: an answer has the weight {odd.weight:g}, and a preference compares the log-likelihoods of "
+                "whole responses: weigh the pair as an example, and leave 0, 1 or nothing as the weight of a message."
+            )
     return dialogue._replace(unread_keys=find_unread_keys(row, fields_read))
 
 
@@ -132,7 +137,7 @@ def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str
 
 def has_message_keys(turns: Turns) -> bool:
     """Whether a turn says more than its role and content, which only messages can hold."""
-    return any(not turn.is_target or turn.reasoning for turn in turns)
+    return any(not turn.is_target or turn.reasoning or turn.weight != 1 for turn in turns)
 
 
 # ---- rows -> turns
@@ -231,7 +236,12 @@ def _list_fields_read(row: dict, row_format: str, options: DataOptions) -> froze
 
 
 def _turns_to_messages(turns: Turns) -> list[dict[str, Any]]:
-    return [turn_to_message(turn) | ({} if turn.is_target else {"weight": 0}) for turn in turns]
+    return [turn_to_message(turn) | _weight_keys(turn) for turn in turns]
+
+
+def _weight_keys(turn: Turn) -> dict[str, float]:
+    weight = turn.weight if turn.is_target else 0
+    return {} if weight == 1 else {"weight": weight}
 
 
 def _to_sharegpt(dialogue: Dialogue, where: str) -> dict[str, Any]:
@@ -251,8 +261,8 @@ def _to_prompt_response(turns: Turns, names: tuple[str, str], row_format: str, w
     use = "preference_chat" if row_format == "preference" else "chat"
     if has_message_keys(rest):
         raise ValueError(
-            f"{where}: an answer with reasoning, or that is no target, does not fit the layout '{row_format}', which "
-            f"has strings. Use '{use}'."
+            f"{where}: an answer with reasoning, with a weight or that is no target does not fit the layout "
+            f"'{row_format}', which has strings. Use '{use}'."
         )
     if [turn.role for turn in rest] != ["user", "assistant"]:
         raise ValueError(

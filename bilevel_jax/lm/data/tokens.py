@@ -7,7 +7,7 @@ import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +19,20 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.checkpoint.files import require_whole_files
 from bilevel_jax.lm.data.encode import (
     DEFAULT_TEMPLATE,
-    TurnMask,
-    common_prefix_length,
     encode_examples,
     make_template_renderer,
 )
 from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.data.render import Tokenizer, get_chat_template, list_special_tokens
+from bilevel_jax.lm.data.targets import (
+    EncodedSide,
+    TokenWeights,
+    add_bos_and_eos,
+    choose_targets,
+    leave_out_weightless,
+    truncate_sides,
+    weigh_targets,
+)
 from bilevel_jax.lm.data.vocabulary import check_token_ids
 from bilevel_jax.lm.models.source_files import TOKENIZER_FILES
 
@@ -41,6 +48,8 @@ class TokenizedSequence(NamedTuple):
 
     ids: Int[np.ndarray, "length"]
     target_mask: Bool[np.ndarray, "length"]
+    token_weights: Float[np.ndarray, "length"] | None = None
+    """Factor of the loss of each target; None: 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +72,18 @@ class Corpus:
     """Log-probability of each token under the model that sampled it, nats; nan for a token that was not sampled."""
     multiplicity: Float[np.ndarray, "rows"] | None = None
     """How much each row counts before any weight; where it is not given, 1."""
+    token_weights: Float[np.ndarray, "tokens"] | None = None
+    """Factor of the loss of each token that is a target, above 0; anything elsewhere. None: 1 for all."""
 
     def __post_init__(self) -> None:
+        if self.token_weights is not None and (
+            self.token_weights.shape != self.ids.shape
+            or not (np.isfinite(self.token_weights) & (self.token_weights > 0))[self.target_mask].all()
+        ):
+            raise ValueError(
+                f"token_weights {self.token_weights.shape} for {len(self.ids)} tokens; give each one number, and each "
+                "target a finite one above 0."
+            )
         if (len(self.offsets) - 1) % self.sequences_per_example:
             raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences_per_example}.")
         if self.sampler_log_probs is not None and self.sampler_log_probs.shape != self.ids.shape:
@@ -110,7 +129,8 @@ class Corpus:
         """One example; of a pair, side 0 is the chosen and side 1 the rejected one."""
         sequence = i * self.sequences_per_example + side
         part = slice(int(self.offsets[sequence]), int(self.offsets[sequence + 1]))
-        return TokenizedSequence(self.ids[part], self.target_mask[part])
+        weights = None if self.token_weights is None else self.token_weights[part]
+        return TokenizedSequence(self.ids[part], self.target_mask[part], weights)
 
     def with_reference_margins(self, reference_margins: Float[np.ndarray, "rows"]) -> "Corpus":
         """The same pairs with `preference_margins` under the reference model."""
@@ -252,6 +272,7 @@ def tokenize(
     train_on: str = "all_turns",
     vocab_size: int | None = None,
     is_model_limit: bool = False,
+    token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> tuple[Corpus, TokenizationReport]:
     """Token ids and response masks of all examples; row i of the corpus is examples[i].
 
@@ -275,13 +296,15 @@ def tokenize(
             after the turns which both sides share.
         vocab_size: rows of the model's embedding, so that no token is beyond them; None: they are not checked.
         is_model_limit: max_length is the model's context, which no setting raises: for errors.
+        token_weights: example id -> a factor for the loss of each of its targets, before any of them is cut off, the
+            end token included; they multiply the weight of the turn. A target of weight 0 is none. Not for pairs.
 
     Returns:
-        The corpus, and a report of counts.
+        The corpus, and a report of counts. The corpus has `token_weights` where a turn or a token has one other than 1.
 
     Raises:
         ValueError: an unknown option, a special token in a text, an example without a target, one beyond max_length
-            under "error", or a token beyond vocab_size; with file and line.
+            under "error", a token beyond vocab_size, or token weights that do not fit; with file and line.
 
     Example:
         >>> import tempfile
@@ -307,26 +330,31 @@ def tokenize(
     counts: Counter[str] = Counter()
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     problems: list[str] = []
     for first in range(0, len(examples), TOKENIZER_CHUNK):
         chunk = examples[first : first + TOKENIZER_CHUNK]
         chunk_sides = [side for example in chunk for side in _split_sides(example)]
-        targets = [_choose_targets(side, example, train_on) for example in chunk for side in _split_sides(example)]
-        encoded = encode_examples(chunk_sides, targets, tokenizer, render)
+        targets = [choose_targets(side, example, train_on) for example in chunk for side in _split_sides(example)]
+        encoded, target_turns = encode_examples(chunk_sides, targets, tokenizer, render), iter(targets)
         for example in chunk:
             sides = []
-            for _ in _split_sides(example):
+            given = (token_weights or {}).get(example.id)
+            for dialogue in _split_sides(example):
                 row, mask, merged = next(encoded)
-                sides.append(_add_bos_and_eos(row, mask, tokenizer))
+                side = add_bos_and_eos(row, mask, tokenizer)
+                sides.append(weigh_targets(side, dialogue, next(target_turns), given))
                 counts["merged"] += merged
-            longest = max(len(row) for row, _ in sides)
+            longest = max(len(side.ids) for side in sides)
             if longest > max_length:
-                sides, cuts = _truncate_sides(sides, max_length, truncation, num_bos)
+                sides, cuts = truncate_sides(sides, max_length, truncation, num_bos)
                 counts.update(cuts)
+            sides = [leave_out_weightless(side) for side in sides]
             if problem := _describe_problem(example, longest, sides, max_length, truncation, is_model_limit):
                 problems.append(problem)
-            ids += [np.asarray(row, np.int32) for row, _ in sides]
-            masks += [np.asarray(mask, bool) for _, mask in sides]
+            ids += [np.asarray(side.ids, np.int32) for side in sides]
+            masks += [np.asarray(side.mask, bool) for side in sides]
+            weights += [np.asarray(side.weights or np.ones(len(side.ids)), np.float32) for side in sides]
     _raise_first_problem(problems)
     lengths = np.array([len(row) for row in ids], np.int64)
     if not lengths.any():
@@ -336,7 +364,9 @@ def tokenize(
             else f"none of {len(examples)} rows is within max_length = {max_length}. Raise it, or cut the rows."
         )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    corpus = Corpus(np.concatenate(ids), np.concatenate(masks), offsets, sequences)
+    corpus = Corpus(
+        np.concatenate(ids), np.concatenate(masks), offsets, sequences, token_weights=_join_weights(weights, masks)
+    )
     if vocab_size is not None:
         check_token_ids(corpus.ids, offsets, examples, tokenizer, vocab_size, sequences)
     byte_ids = [i for text, i in tokenizer.get_vocab().items() if re.fullmatch(r"<0x[0-9A-F]{2}>", text)]
@@ -365,22 +395,29 @@ def corpus_from_sequences(sequences: Sequence[TokenizedSequence], sequences_per_
         sequences_per_example: 1, or 2: chosen, rejected, chosen, ...
 
     Returns:
-        The corpus, without reference margins, sampler log-probs or multiplicity.
+        The corpus, without reference margins, sampler log-probs or multiplicity. It has token weights where a sequence
+        has them and one is other than 1.
 
     Raises:
         ValueError: the sequences do not divide into examples.
     """
     offsets = np.concatenate([[0], np.cumsum([len(sequence.ids) for sequence in sequences])]).astype(np.int64)
     ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int32)
+    masks = [sequence.target_mask for sequence in sequences]
+    weights = [
+        np.ones(len(sequence.ids), np.float32) if sequence.token_weights is None else sequence.token_weights
+        for sequence in sequences
+    ]
     return Corpus(
         ids,
-        np.concatenate([sequence.target_mask for sequence in sequences]).astype(bool),
+        np.concatenate(masks).astype(bool),
         offsets,
         sequences_per_example,
+        token_weights=_join_weights(weights, masks),
     )
 
 
-# ---- which targets count, and the length limit
+# ---- parts
 
 
 def _count_sequences_per_example(examples: Sequence[Example]) -> int:
@@ -401,87 +438,10 @@ def _split_sides(example: Example) -> list[Example]:
     return [example, example._replace(turns=example.rejected)] if example.rejected else [example]
 
 
-def _choose_targets(side: Example, example: Example, train_on: str) -> list[int]:
-    """Which turns of one side of an example are answers to learn."""
-    answers = [i for i, turn in enumerate(side.turns) if turn.role == "assistant"]
-    answers = answers[_count_shared_answers(example) if example.rejected else 0 :]
-    if train_on == "last_turn":
-        answers = answers[-1:]
-    targets = [i for i in answers if side.turns[i].is_target]
-    if answers and not targets:
-        raise ValueError(
-            f"{example.where}: the {'last answer' if train_on == 'last_turn' else 'response'} is marked as no target "
-            "(weight 0, or train, loss or trainable false), so no token is left to learn. Remove the mark or the row"
-            + (", or set data.train_on to 'all_turns'." if train_on == "last_turn" else ".")
-        )
-    return targets
-
-
-def _count_shared_answers(example: Example) -> int:
-    """Assistant turns that both sides of a pair begin with; beyond them, both must answer."""
-    shared = common_prefix_length(example.turns, example.rejected)
-    differing = example.turns[shared : shared + 1] + example.rejected[shared : shared + 1]
-    if not differing:
-        raise ValueError(f"{example.where}: the chosen and the rejected response are the same. Remove the pair.")
-    if [turn.role for turn in differing] != ["assistant", "assistant"]:
-        raise ValueError(
-            f"{example.where}: the two sides of the pair differ at message {shared + 1} before the assistant answers; "
-            "a preference compares two responses to one prompt. Give both the same messages up to the response."
-        )
-    return sum(turn.role == "assistant" for turn in example.turns[:shared])
-
-
-def _add_bos_and_eos(ids: list[int], mask: TurnMask, tokenizer: Tokenizer) -> tuple[list[int], TurnMask]:
-    """Exactly one BOS in front, nothing after the last target, EOS at its end."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None:
-        num_bos = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        ids, mask = [bos, *ids[num_bos:]], [0, *mask[num_bos:]]
-    end = len(mask) - next((i for i, is_target in enumerate(reversed(mask)) if is_target), len(mask))
-    ids, mask = ids[:end], mask[:end]
-    if end and eos is not None and ids[-1] != eos:
-        ids, mask = [*ids, eos], [*mask, mask[-1]]
-    if mask:
-        mask[0] = 0  # nothing stands before it to predict it from
-    return ids, mask
-
-
-EncodedSides = list[tuple[list[int], TurnMask]]
-
-
-def _truncate_sides(
-    sides: EncodedSides, max_length: int, truncation: str, num_bos: int
-) -> tuple[EncodedSides, list[str]]:
-    """The sides of an example within max_length, and which cuts were made; `num_bos` = 1 where a BOS comes first."""
-    if truncation == "drop":
-        return [([], []) for _ in sides], ["drop"]
-    cuts = []
-    if truncation == "left" and all(any(mask) for _, mask in sides):
-        # up to the response that must stay: of a pair the first target, of a dialogue the last answer's. Without BOS
-        # one token stays before it, to predict it from.
-        response_starts = [mask.index(max(mask) if len(sides) == 1 else next(filter(None, mask))) for _, mask in sides]
-        num_removed = min(max(len(ids) for ids, _ in sides) - max_length, min(response_starts) - 1)
-        if num_removed:
-            sides = [_delete_tokens(ids, mask, num_bos, num_bos + num_removed) for ids, mask in sides]
-            cuts.append("left")
-    if any(len(ids) > max_length for ids, _ in sides):
-        sides = [(ids[:max_length], mask[:max_length]) for ids, mask in sides]
-        cuts.append("error" if truncation == "error" else "right")
-    return sides, cuts
-
-
-def _delete_tokens(ids: list[int], mask: TurnMask, start: int, stop: int) -> tuple[list[int], TurnMask]:
-    """The sequence without some tokens. An answer that loses its first words is no target: only something to read."""
-    split_turn = mask[stop - 1] if mask[stop - 1] == mask[stop] else 0
-    remaining_mask = mask[:start] + [0 if turn == split_turn else turn for turn in mask[stop:]]
-    remaining_mask[0] = 0
-    return ids[:start] + ids[stop:], remaining_mask
-
-
 def _describe_problem(
-    example: Example, longest: int, sides: EncodedSides, max_length: int, truncation: str, is_model_limit: bool
+    example: Example, longest: int, sides: list[EncodedSide], max_length: int, truncation: str, is_model_limit: bool
 ) -> str:
-    targets = all(any(mask) for _, mask in sides)
+    targets = all(any(side.mask) for side in sides)
     remedy = "Shorten" if is_model_limit else "Raise max_length, shorten"
     if longest > max_length and truncation == "error":
         limit = f"the model reads at most {max_length}" if is_model_limit else f"max_length is {max_length}"
@@ -498,6 +458,15 @@ def _describe_problem(
     if (longest <= max_length or truncation == "left") and not targets:
         return f"{example.where}: no token to predict among its {longest}. Remove the row."
     return ""
+
+
+def _join_weights(
+    weights: Sequence[Float[np.ndarray, "length"]], masks: Sequence[Bool[np.ndarray, "length"]]
+) -> Float[np.ndarray, "tokens"] | None:
+    """The weights of all tokens, 1 where there is no target; None if all are 1."""
+    if all((part[mask] == 1).all() for part, mask in zip(weights, masks, strict=True)):
+        return None
+    return np.where(np.concatenate(masks), np.concatenate(weights), 1).astype(np.float32)
 
 
 def _check_texts(examples: Sequence[Example], tokenizer: Tokenizer) -> None:

@@ -17,8 +17,12 @@ CONVERSATION_FIELDS = ("conversations", "conversation", "messages")
 """Fields in which ShareGPT rows have their messages, the usual one first."""
 
 
-TARGET_KEYS = ("weight", "train", "loss", "trainable")
+WEIGHT_KEYS = ("weight", "loss_weight")
+"""Keys of a message with the factor of its tokens' losses, as OpenAI-like services and LLaMA-Factory read them."""
+TARGET_KEYS = (*WEIGHT_KEYS, "train", "loss", "trainable")
 """Keys of a message that say whether it is a target, in the words of several tools: 0 and false, or 1 and true."""
+MAX_TURN_WEIGHT = 1e6
+"""The largest weight of a turn or a token; more is taken for a mistake."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer with what was thought before it, as transformers hands it to chat templates."""
 TOOL_KEYS = ("tool_calls", "tool_call_id", "function_call", "tool_responses")
@@ -59,6 +63,8 @@ class Turn(NamedTuple):
     row marks so (`weight`: 0, or `train`, `loss` or `trainable`: false)."""
     reasoning: str = ""
     """What the assistant thought before an answer, for chat templates that show it."""
+    weight: float = 1.0
+    """Factor of the losses of an answer's tokens, above 0; an answer of weight 0 is no target."""
 
 
 Turns = tuple[Turn, ...]
@@ -268,7 +274,7 @@ def _parse_message(message: Any, place: str, roles: dict[str, str], where: str) 
         raise ValueError(
             f"{where}: {place} has role {describe_value(speaker)}; the roles are {list(roles)}. Rename it."
         )
-    is_target = _read_is_target(message, place, where)
+    weight = _read_weight(message, place, where)
     reasoning = _read_reasoning(message, place, where) if role == "assistant" else ""
     if message.get(content_key) is None:
         if role != "assistant":
@@ -279,9 +285,9 @@ def _parse_message(message: Any, place: str, roles: dict[str, str], where: str) 
     content = _read_content(message[content_key], f"{content_key} of {place}", where)
     if role != "assistant":
         return Turn(role, content)
-    if is_target is not False:
+    if weight:
         require_nonblank(content, f"{content_key} of {place}", where)
-    return Turn(role, content, is_target is not False, reasoning)
+    return Turn(role, content, weight > 0, reasoning, weight or 1.0)
 
 
 def _read_content(value: Any, name: str, where: str) -> str:
@@ -290,8 +296,9 @@ def _read_content(value: Any, name: str, where: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         kinds = [part.get("type", "text") for part in value]
-        if kinds == ["text"] and isinstance(value[0].get("text"), str):
-            return value[0]["text"]
+        for key in ("text", "value"):  # the second is LLaMA-Factory's
+            if kinds == ["text"] and isinstance(value[0].get(key), str):
+                return value[0][key]
         raise ValueError(
             f"{where}: '{name}' is a list of parts of the types {kinds}; a string, or one part of type text, is "
             "wanted. Write one text, as the model is to see it, or remove the row."
@@ -300,18 +307,22 @@ def _read_content(value: Any, name: str, where: str) -> str:
     raise ValueError(f"{where}: '{name}' is {describe_value(value)}; a string is wanted.{hint}")
 
 
-def _read_is_target(message: dict, place: str, where: str) -> bool | None:
-    """What the message says about being a target: 1 and true, 0 and false, or nothing."""
+def _read_weight(message: dict, place: str, where: str) -> float:
+    """The factor of a message's losses: 0 where it says that it is no target, 1 where it says nothing."""
     said = {key: message[key] for key in TARGET_KEYS if message.get(key) is not None}
     for key, value in said.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        is_number = isinstance(value, (bool, int, float))
+        if not is_number or not (0 <= value <= MAX_TURN_WEIGHT if key in WEIGHT_KEYS else value in (0, 1)):
+            wanted = f"a number from 0 to {MAX_TURN_WEIGHT:,.0f}" if key in WEIGHT_KEYS else "0 or false, or 1 or true,"
+            remedy = "" if key in WEIGHT_KEYS else " Write a factor of its loss under the key 'weight'."
             raise ValueError(
-                f"{where}: '{key}' of {place} is {describe_value(value)}; 0 or false (no target) and 1 or true (a "
-                "target) are read. Weights of examples come from weights.file or weights.score, or are learned."
+                f"{where}: '{key}' of {place} is {describe_value(value)}; {wanted} is read, and 0 makes it no target."
+                f"{remedy}"
             )
-    if len({bool(value) for value in said.values()}) > 1:
+    weights = {float(said[key]) for key in WEIGHT_KEYS if key in said}
+    if len({value > 0 for value in said.values()}) > 1 or len(weights) > 1:
         raise ValueError(f"{where}: {place} says two things about being a target: {said}. Leave one of them.")
-    return next((bool(value) for value in said.values()), None)
+    return weights.pop() if weights else float(all(said.values()))
 
 
 def _read_reasoning(message: dict, place: str, where: str) -> str:
@@ -355,7 +366,8 @@ def find_unread_keys(row: dict, fields_read: Collection[str]) -> tuple[str, ...]
 def _is_target_in_vain(key: str, value: Any, message: dict) -> bool:
     """Whether it asks for a message of the user or the system as a target: only answers are."""
     speaker = str(message.get("role", message.get("from"))).lower()
-    return key in TARGET_KEYS and value in (1, True) and SHAREGPT_ROLES.get(speaker) != "assistant"
+    asks = isinstance(value, (bool, int, float)) and value > 0
+    return key in TARGET_KEYS and asks and SHAREGPT_ROLES.get(speaker) != "assistant"
 
 
 def check_row(row: Any, where: str) -> None:

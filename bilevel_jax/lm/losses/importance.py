@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.losses.sft import LossReduction, reduce_losses, sum_per_sequence, token_losses
+from bilevel_jax.lm.losses.sft import LossReduction, reduce_losses, sum_per_sequence, token_losses, weigh_tokens
 from bilevel_jax.lm.models.decoder import Decoder
 
 RatioKind = Literal["token", "sequence", "none"]
@@ -36,6 +36,9 @@ def importance_weighted_losses(
     chunk: int = 1024,
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
     """The loss of each example; where `sampler` is nan, that of `sft_losses`, n_t = -log π_θ(y_t).
+
+    Where the batch has `token_weights`, the term of each token is multiplied by its own, as in `sft_losses`; ratios are
+    not.
 
         token     mean_t [1 − log q_t − ψ(r_t)],   ψ(r) = e^r up to r = log c, c (1 + r − log c) beyond,   nats per
                   token. Its gradient is that of the plain loss times min(ρ_t, c) at each token, as ρ ∇log π = ∇ρ: ψ is
@@ -98,7 +101,7 @@ def importance_weighted_losses(
     def losses(params: Params, batch: Batch) -> Array:
         nll = tokens(params, batch)
         if ratio == "none":
-            return reduce_losses(sum_per_sequence(nll, batch), batch, reduction)
+            return reduce_losses(sum_per_sequence(weigh_tokens(nll, batch), batch), batch, reduction)
         if "sampler" not in batch:
             raise ValueError("the batch has no `sampler`; give the corpus one by `with_sampler_log_probs`.")
         is_sampled = jnp.isfinite(batch["sampler"])
@@ -107,14 +110,14 @@ def importance_weighted_losses(
             values = jnp.where(
                 is_sampled, 1 - sampler_log_probs - _potential(-nll - sampler_log_probs, max_log_ratio), nll
             )
-            return reduce_losses(sum_per_sequence(values, batch), batch, reduction)
+            return reduce_losses(sum_per_sequence(weigh_tokens(values, batch), batch), batch, reduction)
         log_ratios = sum_per_sequence(jnp.where(is_sampled, -nll - sampler_log_probs, 0), batch)
         has_samples = sum_per_sequence(is_sampled.astype(nll.dtype), batch) > 0
         shares = jax.nn.softmax(
             jnp.minimum(log_ratios, max_log_ratio).reshape(-1, responses_per_prompt), axis=1
         ).ravel()
         weight = jnp.where(has_samples, responses_per_prompt * jax.lax.stop_gradient(shares), 1)
-        return weight * reduce_losses(sum_per_sequence(nll, batch), batch, reduction)
+        return weight * reduce_losses(sum_per_sequence(weigh_tokens(nll, batch), batch), batch, reduction)
 
     return losses
 

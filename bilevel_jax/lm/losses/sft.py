@@ -2,7 +2,8 @@
 
 A batch is one micro-batch: a dict of `tokens`, `targets`, `positions`, `segments` (0 = padding) and `slot`, all
 int32[rows, len], and `supervised` float32[slots]. `slot` says which sequence a *target* counts for; `slots` (one past
-the last) = none. `supervised` is the number of those targets, 1 for an empty slot. Here an example is one sequence;
+the last) = none. `supervised` is the number of those targets, 1 for an empty slot. A batch may have `token_weights`
+float32[rows, len], the factor of the loss of each target. Here an example is one sequence;
 `preferences` compares two. Packing changes nothing.
 """
 
@@ -25,13 +26,17 @@ LOSS_REDUCTIONS = ("example_mean", "token_sum", "token_mean")
 def sft_losses(
     decoder: Decoder, *, chunk: int = 1024, reduction: LossReduction = "example_mean"
 ) -> Callable[[Params, Batch], Float[Array, "examples"]]:
-    """The loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t.
+    """The loss of each example, from n_t = -log p(y_t | x, y_<t) of its supervised tokens t, times their weight v_t.
 
-        example_mean  (1/|y|) Σ_t n_t                nats per token; every example counts the same
-        token_sum     Σ_t n_t                        nats per example; long answers count for more
-        token_mean    (examples/tokens) Σ_t n_t      nats per token; every token counts the same. Both counts are those
-                      of the global step, so that Σ_i w_i loss_i / examples = Σ_i w_i Σ_t n_t / tokens, as trainers that
-                      average over tokens do. The number then depends on the step that an example is in.
+        example_mean  (1/|y|) Σ_t v_t n_t             nats per token; every example counts the same
+        token_sum     Σ_t v_t n_t                     nats per example; long answers count for more
+        token_mean    (examples/tokens) Σ_t v_t n_t   nats per token; every token counts the same. Both counts are those
+                      of the global step, so that Σ_i w_i loss_i / examples = Σ_i w_i Σ_t v_t n_t / tokens, as trainers
+                      that average over tokens do. The number then depends on the step that an example is in.
+
+    v_t is 1 unless the batch has `token_weights`. |y| and tokens count supervised tokens and never sum their weights,
+    so that a weight means the same beside any other: half of it is half of the token's gradient. A token of weight 0
+    is not supervised and not counted, which makes a step at 0 under example_mean: there |y| loses the token.
 
     An empty slot is exactly 0. Logits are in memory for `chunk` tokens at a time, in the forward and in the backward
     pass, never for the whole batch. A target outside the vocabulary gives NaN (or, if negative, counts from the end):
@@ -73,7 +78,7 @@ def sft_losses(
 
     def losses(params: Params, batch: Batch) -> Array:
         _refuse_pairs(batch)
-        return reduce_losses(sum_per_sequence(tokens(params, batch), batch), batch, reduction)
+        return reduce_losses(sum_per_sequence(weigh_tokens(tokens(params, batch), batch), batch), batch, reduction)
 
     return losses
 
@@ -82,7 +87,7 @@ def sequence_log_likelihoods(
     decoder: Decoder, *, chunk: int = 1024
 ) -> Callable[[Params, Batch], Float[Array, "slots"]]:
     """Σ_t log p(y_t | x, y_<t) of each *sequence*, nats: of pairs 2e is chosen, 2e + 1 rejected. An empty slot is
-    exactly 0.
+    exactly 0. Token weights are no part of a likelihood and are not read.
 
     Args:
         decoder: the model, from `make_decoder`.
@@ -173,7 +178,7 @@ def sft_composite_loss(
 
     def affine_link(outputs: Array, frozen: Frozen, batch: Batch) -> Array:
         per_token = _map_chunks(negative_log_likelihood, outputs, decoder.head(frozen), batch, chunk)
-        return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
+        return reduce_losses(sum_per_sequence(weigh_tokens(per_token, batch), batch), batch, reduction)
 
     def logits(params: Params, frozen: Frozen, batch: Batch) -> Array:
         _refuse_pairs(batch)
@@ -182,7 +187,7 @@ def sft_composite_loss(
 
     def link(outputs: Array, frozen: Frozen, batch: Batch) -> Array:
         per_token = negative_log_likelihood(outputs, _valid_targets(batch))
-        return reduce_losses(sum_per_sequence(per_token, batch), batch, reduction)
+        return reduce_losses(sum_per_sequence(weigh_tokens(per_token, batch), batch), batch, reduction)
 
     return CompositeLoss(hidden, affine_link) if frozen_head else CompositeLoss(logits, link)
 
@@ -267,6 +272,11 @@ def negative_log_likelihood(logits: Float[Array, "rows len vocab"], targets: Arr
 def _valid_targets(batch: Batch) -> Array:
     # a place that no example counts may hold anything (-100), and must not be NaN: NaN * 0 is NaN in a gradient
     return jnp.where(batch["slot"] < batch["supervised"].shape[0], batch["targets"], 0)
+
+
+def weigh_tokens(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "rows len"]:
+    """The losses times the weights of their tokens, where the batch has any."""
+    return token_losses * batch["token_weights"] if "token_weights" in batch else token_losses
 
 
 def sum_per_sequence(token_losses: Float[Array, "rows len"], batch: Batch) -> Float[Array, "slots"]:

@@ -287,6 +287,7 @@ def describe_corpus(corpus: Corpus, examples: Sequence[Example]) -> dict[str, An
         "targets": int(corpus.target_mask.sum()),
         "token ids": identity.hash_arrays(corpus.ids, corpus.offsets),
         "target mask": identity.hash_arrays(corpus.target_mask),
+        **({} if corpus.token_weights is None else {"token weights": identity.hash_arrays(corpus.token_weights)}),
         "example ids and sources": identity.hash_text(
             text for example in examples for text in (example.id, example.source)
         ),

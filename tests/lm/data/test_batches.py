@@ -205,7 +205,7 @@ def test_composition_is_the_same_whatever_the_layout(sequences, micro, packing):
                 )
                 assert not batch["reference"][~there].any()
             for sequence, places in found.items():
-                ids, mask = data.get_sequence(*divmod(sequence, sequences))
+                ids, mask, _ = data.get_sequence(*divmod(sequence, sequences))
                 assert places == list(zip(ids[:-1].tolist(), ids[1:].tolist(), mask[1:].astype(int), strict=True))
 
 

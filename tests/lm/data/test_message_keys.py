@@ -71,8 +71,16 @@ def test_marks_in_other_formats(tmp_path):
 
 
 REFUSED = [
-    ({"weight": 0.5}, "'weight' of message 2 of messages is float 0.5; 0 or false (no target) and 1 or true"),
-    ({"weight": -1}, "'weight' of message 2 of messages is int -1; 0 or false"),
+    ({"weight": -1}, "'weight' of message 2 of messages is int -1; a number from 0 to 1,000,000 is read, and 0 makes"),
+    ({"loss_weight": float("inf")}, "'loss_weight' of message 2 of messages is float inf; a number from 0 to"),
+    ({"weight": "0.5"}, "'weight' of message 2 of messages is str '0.5'; a number from 0 to 1,000,000 is read"),
+    ({"weight": 0.5, "loss_weight": 0.25}, "says two things about being a target: {'weight': 0.5, 'loss_weight': 0.25"),
+    ({"weight": 0.5, "loss": 0}, "says two things about being a target: {'weight': 0.5, 'loss': 0}. Leave one"),
+    (
+        {"loss": 0.5},
+        "'loss' of message 2 of messages is float 0.5; 0 or false, or 1 or true, is read, and 0 makes it no"
+        " target. Write a factor of its loss under the key 'weight'.",
+    ),
     ({"train": "no"}, "'train' of message 2 of messages is str 'no'; 0 or false"),
     ({"loss": [0]}, "'loss' of message 2 of messages is list [0]"),
     ({"weight": 1, "train": False}, "message 2 of messages says two things about being a target: {'weight': 1, 't"),

@@ -259,7 +259,7 @@ def test_cut_on_the_left(bos):
     response = int(whole.target_mask.sum())
     for limit in range(2, len(whole.ids) + 2):
         out, report = tokenize([row], tokenizer, max_length=limit, truncation="left")
-        ids, mask = out.get_sequence(0)
+        ids, mask, _ = out.get_sequence(0)
         gone = max(len(whole.ids) - limit, 0)
         room = len(whole.ids) - response - 1  # all of the prompt but BOS; without BOS, one token stays to begin with
         kept = np.delete(whole.ids, slice(lead, lead + min(gone, room)))

@@ -29,7 +29,7 @@ def test_a_prompt_and_the_response_are_the_row(template, row, begins, turns):
     tokenizer = bpe(template)
     (prompt,) = make_prompts([row], tokenizer)
     corpus, _ = tokenize([row], tokenizer, max_length=200, train_on="last_turn")
-    ids, supervised = corpus.get_sequence(0)
+    ids, supervised, _ = corpus.get_sequence(0)
     assert (*prompt.tokens, *ids[supervised]) == tuple(ids) and prompt.id == row.id
     text = tokenizer.decode(prompt.tokens)
     assert prompt.tokens[0] == tokenizer.bos_token_id and prompt.tokens.count(tokenizer.bos_token_id) == 1

@@ -57,7 +57,7 @@ BATCH = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.make_evaluation_
 
 def tokens_of(params, row):
     """log pi of the targets of one row, by that row alone."""
-    ids, supervised = DATA.get_sequence(row)
+    ids, supervised, _ = DATA.get_sequence(row)
     log_p = jax.nn.log_softmax(params["rows"][ids[:-1]] @ params["head"])
     return log_p[np.arange(len(ids) - 1), ids[1:]][np.flatnonzero(supervised[1:])]
 

@@ -49,7 +49,7 @@ def test_what_a_model_says_does_not_depend_on_the_batches(task):
     )
     np.testing.assert_array_equal(measure(np.arange(ROWS), 1024), whole)
     for row in (0, 5):
-        ids, target = task.corpus.get_sequence(row)
+        ids, target, _ = task.corpus.get_sequence(row)
         batch = {
             "tokens": ids[None, :-1], "targets": ids[None, 1:], "positions": np.arange(len(ids) - 1)[None],
             "segments": np.ones((1, len(ids) - 1), int), "slot": np.where(target[1:], 0, 1)[None],

@@ -261,7 +261,7 @@ def test_ica_is_the_change_of_the_plain_likelihood(made, tmp_path):
     )
     chosen = demonstration_selector("knn")(rows_, holdout, 2)
     for i in range(3):
-        ids, asked = rows_.sequences(i)[0]
+        ids, asked, _ = rows_.sequences(i)[0]
         head = form.format_context([form.format_demonstration(holdout.sequences(int(j))[0]) for j in chosen[i]])
         said = len(ids) - int(asked.argmax())
         before, after = (log_p(jnp.asarray(x))[-said:].mean() for x in (ids, [*head, *ids[1:].tolist()]))
