@@ -163,6 +163,41 @@ def test_weights_are_joined_by_id(made, tmp_path):
     assert result["weights"]["zero"] == 18 and result["weights"]["ess"] == pytest.approx(18)
 
 
+@pytest.fixture(scope="module")
+def twice(made, tmp_path_factory):
+    """The parameters of plain SGD on twice the loss."""
+    out = tmp_path_factory.mktemp("twice") / "run"
+    run(made, out, *SGD, "--weights.constant", "2")
+    return tensors(out)
+
+
+SGD = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "0.1", "--data.packing")
+
+
+@pytest.mark.parametrize("way", ["weights.tokens", pytest.param("messages", marks=pytest.mark.slow)])
+def test_weights_of_tokens_and_messages_are_factors_of_the_loss(made, twice, tmp_path, capsys, way):
+    examples = load_rows([str(made / "train.jsonl")])
+    if way == "weights.tokens":  # the first example gets none, and the weight of a row instead
+        rows = [{"id": e.id, "token_weights": [2.0] * 5} for e in examples[1:]]
+        pq.write_table(pa.Table.from_pylist([*rows, {"id": "0#0", "token_weights": [1.0]}]), tmp_path / "t.parquet")
+        weights = weights_file(tmp_path / "w.parquet", examples, [2.0] + [1.0] * 35)
+        flags = ("--weights.tokens", str(tmp_path / "t.parquet"), "--weights.file", weights)
+    else:
+        rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+        rows = [row | {"response": [{"role": "assistant", "content": row["response"], "weight": 2}]} for row in rows]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ("--data.train", str(tmp_path / "train.jsonl"))
+    result = run(made, tmp_path / "run", *SGD, *flags)
+    ours = tensors(tmp_path / "run")
+    assert all(np.allclose(ours[key], twice[key], atol=1e-7) for key in twice)
+    assert result["tokens"] == 2 * 36 * 5  # a weight changes no count
+    if way == "weights.tokens":
+        note = "weights of tokens: of 35 of 36 training examples, from t.parquet; 1 id of the file is that of no"
+        assert any(one.startswith(note) for one in result["notes"])
+        tokens = json.loads((tmp_path / "run" / "tokens.json").read_text())
+        assert "token weights" in json.dumps(tokens) and "t.parquet" in (tmp_path / "run" / "inputs.json").read_text()
+
+
 @pytest.mark.slow
 def test_constant_weights_scale_the_loss(made, tmp_path):
     """A constant weight c is c times the loss: the same as c times the learning rate of plain SGD, bit-near."""
@@ -238,6 +273,14 @@ WRONG = {
     "pairs": (("--data.train", "pairs.jsonl"), "a preference pair, and objective.name = sft"),
     "best without dev": (("--train.load-best", "--data.dev", "--data.split", "1", "0", "0"), "has no examples"),
     "no such weights": (("--weights.file", "nowhere.parquet"), "nowhere.parquet: no such file"),
+    "no such tokens": (
+        ("--weights.tokens", "test.jsonl"),
+        "test.jsonl:1: no 'id'; the keys are .* Each row is the id of a training example and its token_weights",
+    ),
+    "streamed tokens": (
+        ("--weights.tokens", "test.jsonl", "--data.streaming", "--train.max-steps", "2"),
+        "weights.tokens = .*: are joined with the examples before the first step",
+    ),
     "diverges": (("--optimizer.learning-rate", "1e30"), "training loss is (nan|inf) at step"),
     "smoothing of sft": (("--objective.label-smoothing", "0.1"), "is for dpo only"),
 }  # fmt: skip

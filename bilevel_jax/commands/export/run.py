@@ -31,7 +31,7 @@ def flags_for_run(run: Path) -> list[str]:
     left_out = config.get("weights", {}).get("missing") == "drop"  # `train` left those rows out of its table, too
     return [
         *("--weights.file", str(run / "weights.parquet"), "--weights.column", "weight"),
-        *("--weights.score", "", "--weights.transform", "none", "--weights.no-mean-one"),
+        *("--weights.score", "", "--weights.tokens", "", "--weights.transform", "none", "--weights.no-mean-one"),
         *("--weights.missing", "drop" if left_out else "error"),
     ]
 

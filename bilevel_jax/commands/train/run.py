@@ -53,10 +53,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         kept_examples = [
             example for example, is_kept in zip(dataset.train, loaded_weights.keep_mask, strict=True) if is_kept
         ]
+        dataset = dataset._replace(train=kept_examples)
+        if config.weights.tokens:
+            token_weights, note = from_file.load_token_weights(resolved.weights.tokens, kept_examples)
+            dataset = dataset._replace(token_weights=token_weights, notes=[*dataset.notes, note])
         steps = count_train_steps(config.train, len(kept_examples))
-        task = prepare_text_task(
-            resolved, dataset._replace(train=kept_examples), folder, num_steps=steps, seeds=[config.data.seed]
-        )
+        task = prepare_text_task(resolved, dataset, folder, num_steps=steps, seeds=[config.data.seed])
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]

@@ -273,6 +273,17 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "compute the scores in another run and give its scores.parquet as weights.file",
     ),
     (
+        "weights.tokens",
+        lambda c: not (c.weights.tokens and hasattr(c, "export")),
+        "no trainer reads weights of tokens: leave it empty, or weigh messages by their key 'weight'",
+    ),
+    (
+        "weights.tokens",
+        lambda c: not (c.weights.tokens and c.data.streaming),
+        "are joined with the examples before the first step, and streaming reads those later: set data.streaming to "
+        "false",
+    ),
+    (
         "weights.transform",
         lambda c: not c.weights.score or c.weights.transform == "none",
         "is for weights.file; a score is mapped to weights by weights.scaling",

@@ -308,6 +308,10 @@ class WeightsSection:
     mean_one: bool = False
     """Divide the weights by their mean, so that the learning rate keeps its meaning."""
 
+    tokens: str = ""
+    """File with an id and token_weights, a list of factors of the losses of an example's targets, before truncation and
+    with the end token; examples that it lacks have 1. They multiply the weights of the messages."""
+
     missing: Literal["error", "one", "zero", "drop"] = "error"
     """file: training examples whose id it lacks: error (stop and list them), weight one, weight zero, or drop."""
 

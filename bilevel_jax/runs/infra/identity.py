@@ -274,7 +274,11 @@ def _describe_token_changes(recorded: Mapping[str, Any], record: Mapping[str, An
         for key, then in recorded.items()
         if isinstance(then, int) and then != record.get(key)
     ]
-    others = [key for key, then in recorded.items() if isinstance(then, str) and then != record.get(key)]
+    others = [
+        key
+        for key in {**recorded, **record}  # weights of tokens are recorded where there are any
+        if not isinstance(recorded.get(key), int) and recorded.get(key) != record.get(key)
+    ]
     return counts + ([f"other {', '.join(others)}"] if others else [])
 
 

@@ -10,7 +10,7 @@ from bilevel_jax.runs.infra import run_dir, seals
 
 INPUTS_FILE = seals.INPUTS_FILE
 INPUT_FILE_KEYS = (
-    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file",
+    "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "weights.tokens",
     "objective.reference", "rank.own_answers", "rank.accuracies", "rank.records", "rater.file",
     "score.rater", "score.model", "score.file",
 )  # fmt: skip

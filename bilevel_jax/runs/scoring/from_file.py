@@ -1,8 +1,8 @@
-"""Example weights from a file, a transformed score or a constant."""
+"""Example and token weights from a file, a transformed score or a constant."""
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from bilevel_jax.lm.data import files
-from bilevel_jax.lm.data.examples import Example, read_name
+from bilevel_jax.lm.data.examples import Example, format_count, read_name
+from bilevel_jax.lm.data.targets import TokenWeights
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.schema import WeightsSection
 
@@ -68,6 +69,37 @@ def load_weights(config: WeightsSection, examples: Sequence[Example]) -> LoadedW
         f"{config.column} of {_short_name(config)}{transform_note}{mean_note}",
         len(column.values.keys() - {example.id for example in present}),
     )
+
+
+TOKEN_WEIGHTS_COLUMN = "token_weights"
+
+
+def load_token_weights(path: str, examples: Sequence[Example]) -> tuple[dict[str, TokenWeights], str]:
+    """The factors of the losses of single targets in a file, for those of `examples` that it names, and a note on them.
+
+    Args:
+        path: weights.tokens; any file of `lm.data.files` whose rows have an `id` and a list of numbers `token_weights`.
+        examples: the training examples.
+
+    Returns:
+        Example id -> its weights, and where they stand; and how many of the examples have some, in words.
+
+    Raises:
+        ValueError: as `read_id_lists`; a file that names none of the examples.
+        FileNotFoundError: no such file.
+    """
+    lists = read_id_lists(path, TOKEN_WEIGHTS_COLUMN)
+    named = [example.id for example in examples if example.id in lists.values]
+    if not named:
+        raise ValueError(_describe_foreign_ids(lists, examples[0]))
+    unused = len(lists.values) - len(named)
+    verbs = "of the file is that", "of the file are those"
+    unused_note = f"; {format_count('id', unused, verbs)} of no training example" if unused else ""
+    note = (
+        f"weights of tokens: of {len(named):,} of {format_count('training example', len(examples))}, from "
+        f"{short_file_names([path])[path]}{unused_note}."
+    )
+    return {i: TokenWeights(lists.values[i], lists.where(i)) for i in named}, note
 
 
 def describe_unread_weights(config: WeightsSection) -> LoadedWeights:
@@ -197,32 +229,93 @@ def read_id_column(path: str, name: str, *, optional: bool = False) -> IdColumn:
     values: dict[str, float] = {}
     lines: dict[str, int] = {}
     keys: set[str] = set()
+    for line, example_id, row in _iterate_rows_with_id(path, name):
+        keys.update(row)
+        values[example_id] = _to_number(row.get(name, row.get(former)), name, f"{path}:{line}")
+        lines[example_id] = line
+    if not {name, former} & keys:
+        if not optional:
+            raise ValueError(_describe_missing_column(path, name, keys))
+        values = {}
+    return IdColumn(path, name, values, lines)
+
+
+class IdLists(NamedTuple):
+    """One column of lists of numbers of a file, by the id of the example."""
+
+    path: str
+    name: str
+    values: dict[str, Float[np.ndarray, "numbers"]]
+    lines: dict[str, int]
+
+    def where(self, example_id: str) -> str:
+        """`file:line` of an example."""
+        return f"{self.path}:{self.lines[example_id]}"
+
+
+def read_id_lists(path: str, name: str) -> IdLists:
+    """As `read_id_column`, of a column whose values are lists of finite numbers.
+
+    Args:
+        path: any file of `lm.data.files` whose rows have an id.
+        name: the column.
+
+    Returns:
+        The lists, and the lines that they stand on.
+
+    Raises:
+        ValueError: as `read_id_column`; a value that is no list, is empty, or holds something else than finite numbers.
+        FileNotFoundError: no such file.
+    """
+    values: dict[str, np.ndarray] = {}
+    lines: dict[str, int] = {}
+    keys: set[str] = set()
+    for line, example_id, row in _iterate_rows_with_id(path, name):
+        keys.update(row)
+        lines[example_id] = line
+        if name in row:
+            values[example_id] = _to_numbers(row[name], f"{path}:{line}: {name} of the example {example_id}")
+    if name not in keys:
+        raise ValueError(_describe_missing_column(path, name, keys))
+    if missing := next((example_id for example_id in lines if example_id not in values), ""):
+        raise ValueError(f"{path}:{lines[missing]}: no {name} for the example {missing}. Write one, or remove the row.")
+    return IdLists(path, name, values, lines)
+
+
+def _to_numbers(value: Any, what: str) -> Float[np.ndarray, "numbers"]:
+    numbers = value if isinstance(value, list) else []
+    if not numbers or not all(isinstance(x, int | float | Decimal) and not isinstance(x, bool) for x in numbers):
+        raise ValueError(f"{what} is {files.describe_value(value)}; a list of numbers is wanted.")
+    array = np.array(numbers, float)
+    if bad := np.flatnonzero(~np.isfinite(array)).tolist():
+        raise ValueError(f"{what} holds {array[bad[0]]} at place {bad[0] + 1}; finite numbers are wanted.")
+    return array
+
+
+def _iterate_rows_with_id(path: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(line, id, row) of each row of a file with one row for each example."""
+    first_lines: dict[str, int] = {}
     for line, row in files.read_rows(path):
         where = f"{path}:{line}"
         if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: the row is {files.describe_value(row)}; an object with an id and a number is wanted."
+                f"{where}: the row is {files.describe_value(row)}; an object with an id and its {name} is wanted."
             )
-        keys.update(row)
         example_id = read_name(row, "id", where)
         if example_id is None:
             raise ValueError(
                 f"{where}: no 'id'; the keys are {sorted(row)}. Each row is the id of a training example and its "
                 f"{name}: give the weights.parquet of a run, or rows with such ids, which `export` writes."
             )
-        if example_id in values:
+        if example_id in first_lines:
             raise ValueError(
-                f"{where}: the id {example_id} stands twice, first on line {lines[example_id]}; one row for each "
+                f"{where}: the id {example_id} stands twice, first on line {first_lines[example_id]}; one row for each "
                 "example is wanted. Remove one of them."
             )
-        values[example_id], lines[example_id] = _to_number(row.get(name, row.get(former)), name, where), line
-    if not values:
-        raise ValueError(f"{path}: no rows. Give the weights.parquet of a run, or leave the file out.")
-    if not {name, former} & keys:
-        if not optional:
-            raise ValueError(_describe_missing_column(path, name, keys))
-        values = {}
-    return IdColumn(path, name, values, lines)
+        first_lines[example_id] = line
+        yield line, example_id, row
+    if not first_lines:
+        raise ValueError(f"{path}: no rows. Give one for each example, or leave the file out.")
 
 
 def _to_number(value: Any, name: str, where: str) -> float:
@@ -268,7 +361,7 @@ def _scores_to_weights(
     return weights
 
 
-def _describe_foreign_ids(column: IdColumn, example: Example) -> str:
+def _describe_foreign_ids(column: "IdColumn | IdLists", example: Example) -> str:
     return (
         f"{column.path}: none of its {len(column.values):,} ids, such as {next(iter(column.values))}, is that of a "
         f"training example, such as {example.id} ({example.where}). An id is a hash of the row's text: give the data "

@@ -3,12 +3,13 @@
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from bilevel_jax.lm.data import examples
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.targets import TokenWeights
 from bilevel_jax.runs.config.schema import DataSection
 
 PART_NAMES = ("validation", "dev", "test")
@@ -24,6 +25,8 @@ class DataSplits(NamedTuple):
     """validation, dev and test; all empty where no validation examples were given."""
     notes: list[str]
     """What loading found: layouts, duplicates, leaks."""
+    token_weights: Mapping[str, TokenWeights] | None = None
+    """Factors of the losses of single tokens, by the id of a training example."""
 
 
 def load_splits(config: DataSection) -> DataSplits:

@@ -1,6 +1,6 @@
 """Language-model task with its data, model, problem and batch streams."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.batches import BatchShape
 from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.targets import TokenWeights
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.lm.losses import sft
@@ -268,7 +269,8 @@ def tokenize_parts(
     )
     notes, corpora = list(splits.notes), {}
     for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
-        corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture)
+        token_weights = splits.token_weights if name == JOINT_CORPUS else None
+        corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture, token_weights)
         notes.append(f"{name}: {report}.")
     return TokenizedData(examples, held_out, notes, tokenizer, source_files, architecture, corpora)
 
@@ -435,7 +437,11 @@ def make_abstract_params(
 
 
 def tokenize_examples(
-    data: DataSection, examples: Sequence[Example], tokenizer: Any, architecture: models.DecoderConfig
+    data: DataSection,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    architecture: models.DecoderConfig,
+    token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> tuple[Corpus, tokens.TokenizationReport]:
     """The tokens of some examples, as every command makes them."""
     return tokens.tokenize(
@@ -447,6 +453,7 @@ def tokenize_examples(
         train_on=data.train_on,
         vocab_size=architecture.vocab_size,
         is_model_limit=data.max_length >= architecture.max_length,
+        token_weights=token_weights,
     )
 
 

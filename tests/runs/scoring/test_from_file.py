@@ -11,7 +11,7 @@ import pytest
 
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.schema import WeightsSection
-from bilevel_jax.runs.scoring.from_file import StreamedWeights, load_weights
+from bilevel_jax.runs.scoring.from_file import StreamedWeights, load_token_weights, load_weights
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]
 
@@ -242,15 +242,54 @@ def test_weights_that_cannot_be_meant_are_refused_in_the_same_words(tmp_path, ki
         ([{"id": None, "weight": 1}], ":1: no 'id'; the keys are ['weight']"),
         ([{"id": ["id0"], "weight": 1}], ":1: 'id' is list ['id0']; a string or a number is wanted"),
         ([{"weight": 1}], ":1: no 'id'"),
-        ([1], ":1: the row is int 1; an object with an id and a number is wanted."),
+        ([1], ":1: the row is int 1; an object with an id and its weight is wanted."),
         ([{"id": "id0", "weight": 10**400}], ":1: weight is inf for the training example id0"),
-        ([], ": no rows. Give the weights.parquet of a run"),
+        ([], ": no rows. Give one for each example, or leave the file out."),
     ],
 )
 def test_rows_of_a_weights_file_that_are_refused(tmp_path, rows, words, way):
     path = FILES["w.jsonl"](tmp_path / "w.jsonl", rows)
     with pytest.raises(ValueError) as error:
         weigh(WeightsSection(file=path, missing="one"), ROWS, way)
+    assert str(error.value).startswith(path + words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["w.jsonl", "w.parquet"])
+def test_lists_are_joined_by_id(tmp_path, name):
+    rows = [{"id": f"id{i}", "token_weights": [0.5, i, 2.0]} for i in (2, 0, 9)]
+    path = FILES[name](tmp_path / name, rows)
+    weights, note = load_token_weights(path, ROWS)
+    assert {i: one.values.tolist() for i, one in weights.items()} == {"id0": [0.5, 0, 2], "id2": [0.5, 2, 2]}
+    assert weights["id0"].where == f"{path}:2"
+    assert note == (
+        f"weights of tokens: of 2 of {len(ROWS)} training examples, from {name}; 1 id of the file is that of no "
+        "training example."
+    )
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"id": "id0", "token_weights": 0.5}], ":1: token_weights of the example id0 is float 0.5; a list of numbers"),
+        ([{"id": "id0", "token_weights": []}], ":1: token_weights of the example id0 is list []; a list of numbers"),
+        ([{"id": "id0", "token_weights": ["1"]}], ":1: token_weights of the example id0 is list ['1']; a list of num"),
+        ([{"id": "id0", "token_weights": [True]}], ":1: token_weights of the example id0 is list [True]; a list of nu"),
+        (
+            [{"id": "id0", "token_weights": [1, float("nan")]}],
+            ":1: token_weights of the example id0 holds nan at place 2; finite numbers are wanted.",
+        ),
+        ([{"id": "id0", "token_weights": [1]}, {"id": "id1"}], ":2: no token_weights for the example id1. Write one"),
+        ([{"id": "id0", "token_weight": [1]}], ": no column 'token_weights'; nearest: 'token_weight'; the columns are"),
+        ([{"id": "id0", "token_weights": [1]}] * 2, ":2: the id id0 stands twice, first on line 1"),
+        ([{"token_weights": [1]}], ":1: no 'id'; the keys are ['token_weights']. Each row is the id of a training ex"),
+        ([{"id": "x", "token_weights": [1]}], ": none of its 1 ids, such as x, is that of a training example, such as"),
+        ([], ": no rows. Give one for each example"),
+    ],
+)
+def test_lists_that_are_refused(tmp_path, rows, words):
+    path = FILES["w.jsonl"](tmp_path / "t.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        load_token_weights(path, ROWS)
     assert str(error.value).startswith(path + words), str(error.value)
 
 
