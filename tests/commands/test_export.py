@@ -324,6 +324,10 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(files, capsys, tmp_pa
             ["--export.container", "datasets", "--export.format", "llama_factory"],
             "choose jsonl, json or parquet",
         ),
+        (TEXTS, ["--export.format", "llama_factory_v1"], "v1 read messages, .* Set export.format to llama_factory."),
+        (TEXTS, ["--export.format", "openai"], "OpenAI-like services read messages, and the rows are plain text"),
+        (PROMPTS, ["--export.format", "openai", "--export.container", "json"], "take JSON lines: choose jsonl"),
+        (PROMPTS, ["--weights.tokens", "t.jsonl"], "weights.tokens = 't.jsonl': no trainer reads weights of tokens"),
         (PROMPTS, ["--weights.file", ""], "weights.file is empty, so every example weighs the same"),
         (PROMPTS, ["--weights.column", "score"], "no column 'score'"),
         (PROMPTS, ["--selection.threshold", "9"], "the largest is 2"),
@@ -353,6 +357,89 @@ def test_marks_and_reasoning_of_messages_are_written_and_told(files, capsys, for
     assert [sorted(message.keys() - {role, content}) for message in messages] == [
         [], ["weight"], [], ["reasoning_content"],
     ]  # fmt: skip
+
+
+def test_llama_factory_v1_has_the_weight_of_an_answer_in_its_message(files, capsys):
+    answers = [{"role": "assistant", "content": "B", "weight": 0.5}, {"role": "assistant", "content": "D", "train": 0}]
+    said = [{"role": "user", "content": "A?"}, answers[0], {"role": "user", "content": "C?"}, answers[1]]
+    last = {"role": "assistant", "content": "F", "reasoning": "hm"}
+    files([{"messages": [{"role": "system", "content": "S"}, *said, last]}] * 2, weights=[3, 0.25])
+    out = export(capsys, "--export.format", "llama_factory_v1", "--selection.top-share", "1")
+    assert "no target" not in out and "a weight of" not in out  # both are read
+    rows = loaded("jsonl")
+    assert [[message["loss_weight"] for message in row["messages"]] for row in rows] == [
+        [0, 0, 1.5, 0, 0, 3],
+        [0, 0, 0.125, 0, 0, 0.25],
+    ]
+    assert [row["weight"] for row in rows] == [3, 0.25]
+    assert rows[0]["messages"][2]["content"] == [{"type": "text", "value": "B"}]
+    assert rows[0]["messages"][5]["content"] == [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "value": "F"},
+    ]
+    assert yaml.safe_load(text("dataset_info.yaml")) == {"out": {"path": "out/train.jsonl", "source": "local"}}
+    card = text("README.md")
+    assert "train_dataset: out/dataset_info.yaml" in card and "`Σ w n / (Σ w + 1e-6)`" in card
+    assert "`micro_batch_size: 1` it has no effect" in card and "`loss_weight` of its answers holds it" in card
+    # without weights of rows, and as repeats
+    for number, flags in enumerate((("--export.no-weight-key",), ("--selection.resample", "2"))):
+        export(capsys, "--export.format", "llama_factory_v1", *flags, "--out", f"other{number}")
+        row = json.loads(Path(f"other{number}/train.jsonl").read_text().splitlines()[0])
+        assert [message["loss_weight"] for message in row["messages"]] == [0, 0, 0.5, 0, 0, 1]
+
+
+def test_llama_factory_v1_reads_prompts_and_pairs(files, capsys):
+    files(PROMPTS)
+    export(capsys, "--export.format", "llama_factory_v1", "--selection.top-share", "0.1", "--export.container", "json")
+    (row,) = json.loads(text("train.json"))
+    assert [message["loss_weight"] for message in row["messages"]] == [0, 2]
+    files(PAIRS)
+    export(capsys, "--export.format", "llama_factory_v1", "--out", "pairs")
+    row = json.loads(Path("pairs/train.jsonl").read_text().splitlines()[0])
+    sides = row["chosen_messages"], row["rejected_messages"]
+    assert [[message["loss_weight"] for message in side] for side in sides] == [[0, 1]] * 2
+    assert [side[1]["content"][0]["value"] for side in sides] == ["Good 2.", "Bad 2."]
+    assert "Its DPO reads no weights." in Path("pairs/README.md").read_text()
+
+
+def test_services_read_weights_of_messages_and_of_rows(files, capsys):
+    said = [*CHATS[1]["messages"][1:3], *CHATS[3]["messages"][1:3]]
+    rows = [{"messages": [said[0], said[1] | {"weight": 0}, *said[2:]]}] * 2
+    files(rows, weights=[3, 0.25])
+    out = export(capsys, "--export.format", "openai", "--selection.top-share", "1")
+    assert "no target" not in out
+    written = loaded("jsonl")
+    assert set(written[0]) == {"messages", "weight"} and [row["weight"] for row in written] == [3, 0.25]
+    assert [message.get("weight") for message in first()["messages"]] == [None, 0, None, None]
+    card = text("README.md")
+    assert "no keys but those of the format" in card and "Fireworks does" in card
+    assert "`weight` at the root of a row is the factor of its loss" in card
+    table = pq.read_table("out/selection.parquet").to_pydict()  # where the ids are
+    assert len(table["id"]) == 2
+    export(capsys, "--export.format", "openai", "--export.no-weight-key", "--out", "bare")
+    assert set(json.loads(Path("bare/train.jsonl").read_text().splitlines()[0])) == {"messages"}
+    assert "Weights were left out" in Path("bare/README.md").read_text()
+
+
+def test_services_read_pairs(files, capsys):
+    files(DEEP)
+    export(capsys, "--export.format", "openai")
+    row = first()
+    assert set(row) == {"input", "preferred_output", "non_preferred_output", "weight"}
+    assert [message["content"] for message in row["input"]["messages"]][-1] == "Question 2?"
+    assert row["preferred_output"] == [{"role": "assistant", "content": "Good 2."}]
+    assert row["non_preferred_output"] == [{"role": "assistant", "content": "Bad 2."}]
+
+
+def test_weights_of_answers_that_nobody_reads_are_told(files, capsys):
+    rows = [{"messages": [*chat["messages"][:2], chat["messages"][2] | {"weight": 0.5}]} for chat in CHATS[::2]]
+    files(rows)
+    out = " ".join(export(capsys, "--export.format", "axolotl", "--selection.top-share", "1").split())
+    assert "4 answers have a weight of their own, which Axolotl reads nowhere: llama_factory_v1 is the format" in out
+    assert "4 answers have a weight of their own" in text("README.md")
+    assert "Axolotl reads none and takes every row as one" in text("README.md")
+    assert main(["export", "config.yaml", "--out", "o", "--export.format", "openai"]) == 1
+    assert "rows.jsonl:2: an answer has the weight 0.5, and OpenAI-like services read 0 or 1" in capsys.readouterr().err
 
 
 def test_mixed_rows():
@@ -415,6 +502,15 @@ def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
 def test_a_folder_without_a_run(tmp_path, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "e")]) == 1
     assert "holds no run: config.yaml is missing" in capsys.readouterr().err
+
+
+def test_weights_of_tokens_stay_behind_and_that_is_told(tmp_path):
+    (tmp_path / "config.yaml").write_text("weights: {tokens: t.jsonl}\n")
+    (said,) = export_run._warn_of_token_weights(tmp_path)
+    assert "(weights.tokens) are not written: no trainer reads them" in said
+    assert "--weights.tokens" in export_run.flags_for_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("weights: {}\n")
+    assert export_run._warn_of_token_weights(tmp_path) == export_run._warn_of_token_weights(None) == []
 
 
 def test_hostile_names_stay_text_in_the_card(files, capsys):

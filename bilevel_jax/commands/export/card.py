@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bilevel_jax.commands.export.formats import TRAINER_NAMES, ExportTarget
+from bilevel_jax.commands.export.formats import TRAINER_NAMES, WEIGHTS_READ, ExportTarget
 from bilevel_jax.commands.export.rows import SelectedExamples
 from bilevel_jax.lm.data.files import describe_value
 from bilevel_jax.runs.config.load import ExportConfig
@@ -33,6 +33,8 @@ def format_dataset_card(
     selected: SelectedExamples,
     target: ExportTarget,
     instructions: str,
+    *,
+    has_ids: bool,
 ) -> str:
     """README.md of an export: front matter for the hub, how to use the rows, how they were chosen, from what."""
     total = int(selected.repeats.sum())
@@ -67,7 +69,16 @@ def format_dataset_card(
     weight = (
         "`weight` is 1 in every row: the repeats are the weight."
         if config.selection.resample
-        else "`weight` is the factor of the row's loss; a trainer that reads none takes every row as one."
+        else WEIGHTS_READ.get(
+            config.export.format,
+            f"`weight` is the factor of the row's loss; {TRAINER_NAMES[config.export.format]} reads none and takes "
+            "every row as one: write whole repeats (`selection.resample`) in place of weights for it.",
+        )
+    )
+    ids = (
+        "Each row has an `id`, a hash of its text (`#n` counts copies)"
+        if has_ids
+        else "The rows have no keys but those of the format"
     )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -78,8 +89,7 @@ def format_dataset_card(
         "**Licence:** not stated. These rows were chosen from others, whose terms hold for them; name those terms "
         "before you share the rows.",
         f"## Use\n\n{instructions}",
-        "Each row has an `id`, a hash of its text"
-        + (f". {weight}" if config.export.weight_key else " (`#n` counts copies).")
+        f"{ids}. {weight if config.export.weight_key else 'Weights were left out (export.weight_key).'}"
         + " `selection.parquet` tells of every row, written or not: `id`, `row`, `repeats`, `weight`, `source`.",
         "## How it was made\n\n" + _markdown_table(("", ""), facts),
         "## Rows by source\n\n"

@@ -1,7 +1,7 @@
-"""Input formats of TRL, Axolotl, LLaMA-Factory, MaxText and Tunix."""
+"""Input formats of TRL, Axolotl, LLaMA-Factory, MaxText and Tunix, and of OpenAI-like services."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import yaml
 
 from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE, make_template_renderer
 from bilevel_jax.lm.data.examples import Example, example_kind, example_to_row, is_preference_pair
+from bilevel_jax.lm.data.turns import Turn, Turns
 
 ExportRow = dict[str, Any]
 FILE_SUFFIXES = {"jsonl": ".jsonl", "json": ".json", "parquet": ".parquet", "datasets": ""}
@@ -27,6 +28,8 @@ class ExportTarget(NamedTuple):
     container: str
     template: str
     """data.template: it joins a prompt and its response where no chat template does; empty if none was given."""
+    weights: Sequence[float] = ()
+    """Of each example, the factor of its loss, for formats that have a place of their own for it; empty: 1."""
 
 
 class FormattedRows(NamedTuple):
@@ -37,6 +40,8 @@ class FormattedRows(NamedTuple):
     """(name, text) of a file with the trainer's settings for these rows."""
     instructions: str
     """For people: how the trainer is pointed at the rows. Markdown."""
+    has_ids: bool = True
+    """Whether the rows may have keys beyond those of the format, as `id`."""
 
 
 def choose_layout(examples: Sequence[Example], requested: str) -> str:
@@ -202,8 +207,93 @@ def maxtext(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
     return FormattedRows(rows, ("maxtext.yml", text), use)
 
 
-FORMATTERS = {"trl": trl, "axolotl": axolotl, "llama_factory": llama_factory, "maxtext": maxtext}
-TRAINER_NAMES = {"trl": "TRL", "axolotl": "Axolotl", "llama_factory": "LLaMA-Factory", "maxtext": "MaxText and Tunix"}
+def llama_factory_v1(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
+    """messages, or chosen_messages and rejected_messages, in LLaMA-Factory's standard format of its v1.
+
+    `loss_weight` of an answer is the weight of its turn times that of its example. Of a pair no weight is read.
+    """
+    _refuse_text(target.layout, "LLaMA-Factory v1", "llama_factory")
+    pairs = target.layout == "preference"
+    weights = target.weights or [1.0] * len(examples)
+    rows = [
+        {
+            "chosen_messages": _to_weighted_parts(example.turns, 1.0),
+            "rejected_messages": _to_weighted_parts(_require_one_answer(example).rejected, 1.0),
+        }
+        if pairs
+        else {"messages": _to_weighted_parts(example.turns, weight)}
+        for example, weight in zip(examples, weights, strict=True)
+    ]
+    info = {target.path.parent.name: {"path": str(target.path), "source": "local"}}
+    settings = _dump_yaml({"train_dataset": str(target.path.parent / "dataset_info.yaml")})
+    use = f"`dataset_info.yaml` describes the rows. In your training config, with `USE_V1=1`:\n\n```yaml\n{settings}```"
+    loss = (
+        "Its DPO reads no weights."
+        if pairs
+        else "Each answer is learned as a row of its own, and the loss of a micro-batch is divided by the sum of its "
+        "tokens' `loss_weight`, `Σ w n / (Σ w + 1e-6)`: a weight counts against the other rows of its micro-batch "
+        "alone, and with `micro_batch_size: 1` it has no effect. Make micro-batches large, or export whole repeats "
+        "(`selection.resample`)."
+    )
+    return FormattedRows(rows, ("dataset_info.yaml", _dump_yaml(info)), f"{use}\n\n{loss}")
+
+
+def openai(examples: Sequence[Example], target: ExportTarget) -> FormattedRows:
+    """messages, or input, preferred_output and non_preferred_output, as OpenAI-like fine-tuning services read them.
+
+    Of a message they read `weight` 0 or 1; that of a row, at its root, is read by some.
+    """
+    _refuse_text(target.layout, "OpenAI-like services", "trl")
+    rows = []
+    for example in examples:
+        if odd := next((turn for turn in example.turns if turn.weight != 1), None):
+            raise ValueError(
+                f"{example.where}: an answer has the weight {odd.weight:g}, and OpenAI-like services read 0 or 1 for a "
+                "message. Set export.format to llama_factory_v1, or give the row a weight."
+            )
+        if target.layout == "preference":
+            row = _to_preference_messages(example, "messages")
+            rows.append(
+                {
+                    "input": {"messages": row["messages"]},
+                    "preferred_output": [row["chosen"]],
+                    "non_preferred_output": [row["rejected"]],
+                }
+            )
+        else:
+            rows.append(example_to_row(example, "chat"))
+    use = (
+        f"Upload `{target.path.name}`. Services that read a `weight` at the root of a row, as Fireworks does, multiply "
+        "the loss of the row by it. OpenAI documents `weight` for messages alone, 0 or 1: for services that read none "
+        "at the root, or refuse keys that they do not know, export with `--export.no-weight-key`, and repeats with "
+        "`--selection.resample` in place of weights."
+    )
+    return FormattedRows(rows, None, use, has_ids=False)
+
+
+FORMATTERS: dict[str, Callable[[Sequence[Example], ExportTarget], FormattedRows]] = {
+    "trl": trl,
+    "axolotl": axolotl,
+    "llama_factory": llama_factory,
+    "llama_factory_v1": llama_factory_v1,
+    "maxtext": maxtext,
+    "openai": openai,
+}
+TRAINER_NAMES = {
+    "trl": "TRL",
+    "axolotl": "Axolotl",
+    "llama_factory": "LLaMA-Factory",
+    "llama_factory_v1": "LLaMA-Factory v1",
+    "maxtext": "MaxText and Tunix",
+    "openai": "OpenAI-like services",
+}
+WEIGHTS_READ = {
+    "llama_factory_v1": "`weight` is the factor of the row's loss, and `loss_weight` of its answers holds it.",
+    "openai": "`weight` at the root of a row is the factor of its loss, for services that read it there.",
+}
+"""What the weights of rows are for readers of a format; of others that none reads them is said."""
+READS_MESSAGE_WEIGHTS = ("llama_factory_v1", "openai")
+"""Formats whose readers know which messages are no targets."""
 
 
 # ---- rows
@@ -225,6 +315,32 @@ def _to_messages(example: Example, layout: str) -> ExportRow:
         messages = example_to_row(example, "chat")["messages"]
         return {"prompt": messages[:1], "response": messages[1:]}
     return example_to_row(example, "preference_chat" if layout == "preference" else layout)
+
+
+def _refuse_text(layout: str, readers: str, other: str) -> None:
+    if layout == "text":
+        raise ValueError(f"{readers} read messages, and the rows are plain text. Set export.format to {other}.")
+
+
+def _require_one_answer(example: Example) -> Example:
+    """The pair, whose sides must end with one answer each behind what they share."""
+    _to_preference_messages(example, "messages")
+    return example
+
+
+def _to_weighted_parts(turns: Turns, weight: float) -> list[ExportRow]:
+    """Messages with content in parts, and `loss_weight`: `weight` times that of the turn, 0 of what is not learned."""
+
+    def to_message(turn: Turn) -> ExportRow:
+        reasoning = [{"type": "reasoning", "value": turn.reasoning}] if turn.reasoning else []
+        is_learned = turn.role == "assistant" and turn.is_target
+        return {
+            "role": turn.role,
+            "content": [*reasoning, {"type": "text", "value": turn.content}],
+            "loss_weight": float(turn.weight * weight) if is_learned else 0.0,
+        }
+
+    return [to_message(turn) for turn in turns]
 
 
 def _to_strings(example: Example, template: str) -> ExportRow:

@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
 from bilevel_jax.commands.export.card import format_dataset_card, read_run_config, read_run_result, to_one_line
-from bilevel_jax.commands.export.formats import FILE_SUFFIXES, FORMATTERS, TRAINER_NAMES, ExportTarget, choose_layout
+from bilevel_jax.commands.export.formats import (
+    FILE_SUFFIXES,
+    FORMATTERS,
+    READS_MESSAGE_WEIGHTS,
+    TRAINER_NAMES,
+    ExportTarget,
+    FormattedRows,
+    choose_layout,
+)
 from bilevel_jax.commands.export.rows import SelectedExamples, choose_examples
 from bilevel_jax.commands.results import ExportResult
 from bilevel_jax.lm.data.examples import Example, describe_unread_keys, format_count
@@ -50,22 +59,31 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     examples = [selected.examples[i] for i in indices]
     layout = choose_layout(examples, config.export.layout)
     name = f"train{FILE_SUFFIXES[config.export.container]}"
-    target = ExportTarget(layout, folder / name, config.export.container, config.data.template)
+    weights = _written_weights(config, selected)[indices].tolist()
+    target = ExportTarget(
+        layout,
+        folder / name,
+        config.export.container,
+        config.data.template,
+        weights if config.export.weight_key else (),
+    )
     formatted = FORMATTERS[config.export.format](examples, target)
     kind = "folder" if config.export.container == "datasets" else config.export.container
     with atomic_folder(folder) as temporary_folder:
-        write_rows(temporary_folder / name, _build_export_rows(formatted.rows, indices, selected, config), kind)
+        rows = _build_export_rows(formatted, indices, selected, target.weights)
+        write_rows(temporary_folder / name, rows, kind)
         pq.write_table(_selection_table(selected), temporary_folder / "selection.parquet")
         if formatted.config_file:
             (temporary_folder / formatted.config_file[0]).write_text(formatted.config_file[1], encoding="utf-8")
-        instructions = "\n\n".join([formatted.instructions, *_warn_of_message_keys(examples)])
-        text = format_dataset_card(config, run, command, selected, target, instructions)
+        lost = [*_warn_of_message_keys(examples, config.export.format), *_warn_of_token_weights(run)]
+        instructions = "\n\n".join([formatted.instructions, *lost])
+        text = format_dataset_card(config, run, command, selected, target, instructions, has_ids=formatted.has_ids)
         text = hide_local_paths(text, [value for _, value in flatten_config(config)])  # a card goes where the rows go
         (temporary_folder / "README.md").write_text(text, encoding="utf-8")
     summary = [
         *selected.notes,
         *describe_unread_keys(examples),
-        *_warn_of_message_keys(examples),
+        *lost,
         *_warn_of_run_verdict(run),
         _summarize_export(config, selected, folder / name, layout),
     ]
@@ -81,14 +99,19 @@ def export(config: ExportConfig, run: Path | None = None, command: str = "") -> 
     )
 
 
+def _written_weights(config: ExportConfig, selected: SelectedExamples) -> Float[np.ndarray, "examples"]:
+    """The weights that rows are written with; a repeat weighs 1, since repeats are the weight."""
+    return np.ones(len(selected.weights)) if config.selection.resample else selected.weights
+
+
 def _build_export_rows(
-    formatted_rows: list[dict[str, Any]], indices: np.ndarray, selected: SelectedExamples, config: ExportConfig
+    formatted: FormattedRows, indices: np.ndarray, selected: SelectedExamples, weights: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Each row as often as it was chosen, with its id and weight; a repeat weighs 1, since repeats are the weight."""
+    """Each row as often as it was chosen, with its id, where the format allows one, and its weight, where wanted."""
     out = []
-    for row, i in zip(formatted_rows, indices.tolist(), strict=True):
-        weight = 1.0 if config.selection.resample else float(selected.weights[i])
-        extra = {"id": selected.examples[i].id} | ({"weight": weight} if config.export.weight_key else {})
+    for place, (row, i) in enumerate(zip(formatted.rows, indices.tolist(), strict=True)):
+        extra: dict[str, Any] = {"id": selected.examples[i].id} if formatted.has_ids else {}
+        extra |= {"weight": weights[place]} if weights else {}
         out += [row | extra] * int(selected.repeats[i])
     return out
 
@@ -105,10 +128,12 @@ def _selection_table(selected: SelectedExamples) -> pa.Table:
     return pa.table(columns).replace_schema_metadata({key: value.encode() for key, value in meaning.items()})
 
 
-def _warn_of_message_keys(examples: Sequence[Example]) -> list[str]:
+def _warn_of_message_keys(examples: Sequence[Example], export_format: str) -> list[str]:
     """What messages say beside role and content, which not every trainer reads."""
     turns = [turn for example in examples for turn in example.turns + example.rejected]
-    not_learned = sum(not turn.is_target for turn in turns)
+    is_read = export_format in READS_MESSAGE_WEIGHTS
+    not_learned = 0 if is_read else sum(not turn.is_target for turn in turns)
+    with_weight = 0 if is_read else sum(turn.weight != 1 for turn in turns)
     with_reasoning = sum(bool(turn.reasoning) for turn in turns)
     return [
         *(
@@ -117,11 +142,25 @@ def _warn_of_message_keys(examples: Sequence[Example]) -> list[str]:
             else []
         ),
         *(
+            [
+                f"{format_count('answer', with_weight, ('has a weight of its', 'have a weight of their'))} own, which "
+                f"{TRAINER_NAMES[export_format]} reads nowhere: llama_factory_v1 is the format that holds it."
+            ]
+            if with_weight
+            else []
+        ),
+        *(
             [f"{with_reasoning:,} answers have reasoning_content: see that the trainer's chat template shows it."]
             if with_reasoning
             else []
         ),
     ]
+
+
+def _warn_of_token_weights(run: Path | None) -> list[str]:
+    """That the weights of single tokens stay behind, which a run was given."""
+    given = read_run_config(run).get("weights", {}).get("tokens") if run else ""
+    return ["The run's weights of tokens (weights.tokens) are not written: no trainer reads them."] if given else []
 
 
 def _warn_of_run_verdict(run: Path | None) -> list[str]:

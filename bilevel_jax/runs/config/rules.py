@@ -203,8 +203,13 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "export.container",
-        lambda c: c.export.container != "datasets" or c.export.format != "llama_factory",
+        lambda c: c.export.container != "datasets" or not c.export.format.startswith("llama_factory"),
         "LLaMA-Factory reads files, not a folder of `datasets`: choose jsonl, json or parquet",
+    ),
+    (
+        "export.container",
+        lambda c: c.export.container == "jsonl" or c.export.format != "openai",
+        "fine-tuning services take JSON lines: choose jsonl",
     ),
     (
         "distributed.coordinator_address",

@@ -790,8 +790,8 @@ class ExportSection:
     dir: Annotated[str, Required("name the folder to write")] = "out/export"
     """New folder for the files; never overwritten."""
 
-    format: Literal["trl", "axolotl", "llama_factory", "maxtext"] = "trl"
-    """Trainer whose input format is written; Tunix reads that of maxtext."""
+    format: Literal["trl", "axolotl", "llama_factory", "llama_factory_v1", "maxtext", "openai"] = "trl"
+    """Trainer or service whose input format is written; Tunix reads that of maxtext, Fireworks that of openai."""
 
     layout: Literal["auto", "chat", "prompt", "text", "preference"] = "auto"
     """Layout of an example; auto: that of the training examples."""
@@ -800,7 +800,7 @@ class ExportSection:
     """File format; datasets: a folder of `save_to_disk`."""
 
     weight_key: bool = True
-    """Add the key `weight` to each example, for trainers that read it."""
+    """Write the weight of each example as its `weight`, and in llama_factory_v1 as `loss_weight` of answers, too."""
 
 
 @dataclass(frozen=True)
