@@ -272,7 +272,8 @@ class LanguageModel:
         *,
         k: int | None = None,
         demonstrations: str = "knn",
-        embedding: Literal["tfidf", "hidden"] = "tfidf",
+        embedding: Literal["tfidf", "hidden", "file"] = "tfidf",
+        embedding_file: str = "",
         per_token: bool = True,
         max_similarity: float = 0.95,
         template: str = "",
@@ -298,7 +299,9 @@ class LanguageModel:
             holdout: trusted examples, for the scores that compare with them.
             k: demonstrations of ica (default 3), own answers shown by sppl (default 2).
             demonstrations: of ica: knn, clustered:K, fixed or random.
-            embedding: of ica: features by which demonstrations are near.
+            embedding: of ica: vectors by which demonstrations are near: of words, of hidden states, or of a file.
+            embedding_file: of ica, with embedding="file": parquet or JSON lines with an `id` and an `embedding`, a list
+                of numbers, for each example and each of the holdout.
             per_token: of ica: mean over tokens, or sum.
             max_similarity: of ica and oneshot: cosine from which two questions are never shown to each other.
             template: of ica and oneshot: text with {demonstrations} and {row}; of sppl: text with {question} and
@@ -330,6 +333,7 @@ class LanguageModel:
             k=k,
             demonstrations=demonstrations,
             embedding=embedding,
+            embedding_file=embedding_file,
             per_token=per_token,
             max_similarity=max_similarity,
             template=template,

@@ -60,6 +60,7 @@ class ScoreOptions:
     k: int | None = None
     demonstrations: str = "knn"
     embedding: str = "tfidf"
+    embedding_file: str = ""
     per_token: bool = True
     max_similarity: float = 0.95
     template: str = ""
@@ -251,7 +252,7 @@ SCORES: dict[str, ScoreKind] = {
     "random": ScoreKind(partial(compute_plan, score_fn=lambda job: random_score(job.options.seed)), ("seed",)),
     "ica": ScoreKind(
         compute_ica,
-        ("k", "demonstrations", "embedding", "per_token", "max_similarity", *TEMPLATES, "seed"),
+        ("k", "demonstrations", "embedding", "embedding_file", "per_token", "max_similarity", *TEMPLATES, "seed"),
         takes_holdout=True,
     ),
     "oneshot": ScoreKind(compute_one_shot, ("anchors", "max_similarity", *TEMPLATES, "seed"), takes_holdout=True),
@@ -334,6 +335,7 @@ def _scores_section(options: ScoreOptions) -> ScoresSection:
         k=3 if options.k is None else options.k,
         demonstrations=options.demonstrations,
         embedding=options.embedding,  # type: ignore[arg-type]
+        embedding_file=options.embedding_file,
         per_token=options.per_token,
         max_similarity=options.max_similarity,
         template=options.template,
@@ -365,5 +367,7 @@ def _check_options(name: str, kind: ScoreKind, options: ScoreOptions, has_holdou
     check_count("seed", options.seed, least=0)
     if options.k is not None:
         check_count("k", options.k)
-    if options.embedding not in ("tfidf", "hidden"):
-        raise ValueError(f"embedding is {options.embedding!r}; it is 'tfidf' or 'hidden'.")
+    if options.embedding not in ("tfidf", "hidden", "file"):
+        raise ValueError(f"embedding is {options.embedding!r}; it is 'tfidf', 'hidden' or 'file'.")
+    if bool(options.embedding_file) != (options.embedding == "file"):
+        raise ValueError("embedding='file' reads embedding_file: give both, or neither.")

@@ -36,7 +36,7 @@ def demonstration_selector(
 
     Args:
         name: `knn`, `clustered:K`, `fixed` or `random`.
-        embedding: vectors of questions, `tfidf` or `hidden_states`; read by `knn` and `clustered`.
+        embedding: vectors of questions, `tfidf`, `hidden_states` or `given_vectors`; read by `knn` and `clustered`.
         max_similarity: cosine of TF-IDF vectors from which two questions are near-duplicates.
         seed: of clusters and draws.
 

@@ -1,4 +1,4 @@
-"""Embeddings of questions by TF-IDF or hidden states, and their clusters."""
+"""Embeddings of questions by TF-IDF, hidden states or vectors of the user's own, and their clusters."""
 
 import re
 from collections import Counter
@@ -113,6 +113,23 @@ def hidden_states(
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-30)
 
     return lambda candidates, holdout: (vectors(candidates), vectors(holdout))
+
+
+def given_vectors(rows: Callable[[Sequence[Example]], Float[np.ndarray, "examples features"]]) -> Embedding:
+    """Vectors that were made elsewhere, as by a sentence encoder; scaled to unit length.
+
+    Args:
+        rows: examples -> their vectors, none of them zero.
+
+    Returns:
+        The embedding.
+    """
+
+    def vectors(examples: Sequence[Example]) -> Vectors:
+        given = rows(examples)
+        return given / np.linalg.norm(given, axis=1, keepdims=True)
+
+    return lambda candidates, holdout: (vectors(candidates.examples), vectors(holdout.examples))
 
 
 def cosine_similarities(first: Vectors, second: Vectors) -> Float[np.ndarray, "rows others"]:

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import bilevel_jax as bj
 from bilevel_jax.commands.rank.run import rank
+from bilevel_jax.language_model import inference
 from bilevel_jax.language_model.scoring import SCORES
 from bilevel_jax.runs.config.load import RankConfig, TrainConfig, load_config
 from bilevel_jax.runs.config.schema import ScoresSection
@@ -18,6 +21,7 @@ from bilevel_jax.runs.infra.session import open_session
 from bilevel_jax.runs.scoring.scores import compute_score
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.text import prepare_text_task
+from bilevel_jax.scores.embedding import hidden_states
 
 SHORT = {"template": "{examples}{question}", "demonstration_template": "{answer}\n"}
 """For the small model, whose context has 32 tokens."""
@@ -89,8 +93,6 @@ mesh: {{data: 1}}
 """
     )
     rank(load_config(RankConfig, tmp_path / "rank.yaml"))
-    import pyarrow.parquet as pq
-
     wanted = pq.read_table(tmp_path / "run" / "rank.parquet").to_pylist()
     lm = bj.lm.load(made / "model")
     examples = [{"prompt": row["question"], "response": row["response"]} for row in wanted]
@@ -109,6 +111,36 @@ def test_own_answers_are_generated_and_do_not_depend_on_the_order(lm, rows):
     assert all("own answers were cut" in note or "are empty" in note for note in scores.notes)
 
 
+@pytest.mark.parametrize("demonstrations", ["knn", "clustered:2"])
+def test_vectors_of_a_file_choose_demonstrations_as_the_same_of_the_model(lm, rows, held_out, tmp_path, demonstrations):
+    """The model's hidden states, of any length, in any order, from a file."""
+    parts = [inference.tokenize(lm, bj.lm.read_examples(part)) for part in (rows, held_out)]
+    vectors = hidden_states(lm.decoder, lm.joined_params)(*parts)
+    ids = [example.id for part in parts for example in part.examples]
+    scaled = np.concatenate(vectors) * np.random.default_rng(0).uniform(0.1, 9, len(ids))[:, None]
+    order = np.random.default_rng(1).permutation(len(ids))
+    table = {"id": [ids[i] for i in order], "embedding": [scaled[i].tolist() for i in order]}
+    path = str(tmp_path / "vectors.parquet")
+    pq.write_table(pa.table(table), path)
+    given = {
+        "demonstrations": demonstrations,
+        "k": 1,
+        "template": "{demonstrations}{row}",
+        "demonstration_template": "{demonstration}\n",
+    }
+    found = lm.score("ica", rows, held_out, embedding="file", embedding_file=path, **given)
+    np.testing.assert_array_equal(found.values, lm.score("ica", rows, held_out, embedding="hidden", **given).values)
+    with pytest.raises(ValueError, match=r"no embedding for the example \w+#0 \(examples:2\)"):
+        lm.score(
+            "ica",
+            bj.lm.read_examples([*rows[:1], {"prompt": "ab>", "response": "ba"}]),
+            held_out,
+            embedding="file",
+            embedding_file=path,
+            **given,
+        )
+
+
 def test_reducible_is_the_difference_of_two_models(lm, rows, held_out):
     holdout_model = lm.finetune(held_out, optimizer=optax.sgd(0.5), steps=2, batch_size=5, solver=None).lm
     found = lm.score("reducible", rows, holdout_model=holdout_model).values
@@ -125,7 +157,9 @@ MISUSES = {
     "k": (("ica", "held_out"), {"k": 0}, "k is 0; a whole number of 1 or more is wanted."),
     "many": (("ica", "held_out"), {"k": 9}, "5 holdout rows, and k = 9 of them are to be shown."),
     "demonstrations": (("ica", "held_out"), {"demonstrations": "best"}, "demonstrations are 'best'; they are 'knn'"),
-    "embedding": (("ica", "held_out"), {"embedding": "words"}, "embedding is 'words'; it is 'tfidf' or 'hidden'."),
+    "embedding": (("ica", "held_out"), {"embedding": "words"}, "embedding is 'words'; it is 'tfidf', 'hidden' or"),
+    "no file": (("ica", "held_out"), {"embedding": "file"}, "embedding='file' reads embedding_file: give both, or nei"),
+    "file": (("ica", "held_out"), {"embedding_file": "e"}, "embedding='file' reads embedding_file: give both, or nei"),
     "template": (("ica", "held_out"), {"template": "{row}"}, "must hold {demonstrations} and then {row}, once each"),
     "holdout model": (("reducible",), {}, "give holdout_model=lm.finetune(holdout, optimizer=..., steps=..., solver="),
     "few answers": (("sppl",), {"k": 7, "own_answers": "own"}, "8 of 8 questions have one that can be shown; 9 are"),

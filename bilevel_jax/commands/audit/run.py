@@ -35,6 +35,7 @@ from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import (
@@ -101,9 +102,11 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
             dataset, model, config.arrays, folder, train=config.train, mesh=config.mesh, data_seed=config.data.seed
         )
     resolved = resolve_builtin(config, folder)
+    text = splits.load_splits(resolved.data)
+    check_embeddings(config.scores, text.train, text.held_out["validation"])
     return prepare_text_task(
         resolved,
-        splits.load_splits(resolved.data),
+        text,
         folder,
         num_steps=config.train.max_steps,
         seeds=[config.data.seed],

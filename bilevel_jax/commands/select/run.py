@@ -26,6 +26,7 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import read_labels
@@ -50,6 +51,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
         dataset = splits.load_splits(resolved.data)
         if len(dataset.train) < 2:
             raise ValueError(f"{len(dataset.train)} training example; weights compare rows, so give at least 2.")
+        check_embeddings(config.scores, dataset.train, dataset.held_out["validation"])
         seeds = [data_order_seed(config.data, config.outer, step) for step in range(config.outer.steps + 1)]
         task = prepare_text_task(
             resolved,

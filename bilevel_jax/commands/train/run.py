@@ -20,7 +20,7 @@ from bilevel_jax.runs.engine import artifacts
 from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.placement import place_stream, place_table, replicate
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.scoring import from_file, scores
+from bilevel_jax.runs.scoring import from_file, likelihoods, scores
 from bilevel_jax.runs.scoring.online import Reweighting
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
         if config.weights.score:
             scores.check_score_name(config.weights.score, holdout=bool(dataset.held_out["validation"]))
+            likelihoods.check_embeddings(config.scores, dataset.train, dataset.held_out["validation"])
         loaded_weights = (
             from_file.load_weights(resolved.weights, dataset.train)
             if dataset.train

@@ -90,7 +90,8 @@ def drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: drop_nulls(item) for name, item in value.items() if not _is_null(item)}
     if isinstance(value, list):
-        return [drop_nulls(item) for item in value]
+        holds_more = any(issubclass(kind, dict | list) for kind in set(map(type, value)))
+        return [drop_nulls(item) for item in value] if holds_more else value
     return value
 
 

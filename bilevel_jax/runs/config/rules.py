@@ -99,6 +99,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "is for methods that repeat training: leave it empty",
     ),
     (
+        "scores.embedding_file",
+        lambda c: bool(c.scores.embedding_file) == (c.scores.embedding == "file"),
+        "scores.embedding = file reads it: give both, or neither",
+    ),
+    (
         "rater.columns",
         lambda c: bool(c.rater.columns) == bool(c.rater.file),
         "rater.columns are columns of rater.file: give both, or neither",

@@ -326,8 +326,11 @@ class ScoresSection:
     demonstrations: str = "knn"
     """ica: choice of demonstrations: knn (nearest), clustered:K (of the example's cluster among K), fixed or random."""
 
-    embedding: Literal["tfidf", "hidden"] = "tfidf"
-    """ica: features for nearness: tfidf (words) or hidden (mean hidden states of the model)."""
+    embedding: Literal["tfidf", "hidden", "file"] = "tfidf"
+    """ica: vectors for nearness: tfidf (words), hidden (mean hidden states of the model) or those of embedding_file."""
+
+    embedding_file: str = ""
+    """embedding=file: file with an id and an embedding, a list of numbers, for each training and validation example."""
 
     per_token: bool = True
     """ica, oneshot: mean log-likelihood over the tokens of a response, as training losses are; false: the sum."""

@@ -1,9 +1,11 @@
-"""Example and token weights from a file, a transformed score or a constant."""
+"""Weights of examples and tokens, and embeddings, from a file, a transformed score or a constant."""
 
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -282,9 +284,67 @@ def read_id_lists(path: str, name: str) -> IdLists:
     return IdLists(path, name, values, lines)
 
 
+EMBEDDING_COLUMN = "embedding"
+
+
+class Embeddings(NamedTuple):
+    """Vectors of one width, by the id of the example."""
+
+    lists: IdLists
+    width: int
+
+    def rows(self, examples: Sequence[Example]) -> Float[np.ndarray, "examples width"]:
+        """The vectors of some examples, as the file has them; a ValueError names the first that it lacks."""
+        values = self.lists.values
+        missing = [example for example in examples if example.id not in values]
+        if missing:
+            more = f", one of {len(missing):,}" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{self.lists.path}: no {self.lists.name} for the example {missing[0].id} ({missing[0].where}){more}; "
+                f"it has {format_count('id', len(values))}, such as {next(iter(values))}. An id is a hash of the row's text: give a file with a vector for each training "
+                "and validation example."
+            )
+        return np.stack([values[example.id] for example in examples]) if examples else np.zeros((0, self.width))
+
+
+def read_embeddings(path: str) -> Embeddings:
+    """A file of vectors of the user's own: rows with an `id` and an `embedding`, a list of numbers.
+
+    Raises:
+        ValueError: as `read_id_lists`; vectors of several widths, or one that is all zeros and has no direction; with
+            the file, line and id.
+        FileNotFoundError: no such file.
+    """
+    lists = read_id_lists(path, EMBEDDING_COLUMN)
+    first, width = next((example_id, len(vector)) for example_id, vector in lists.values.items())
+    for example_id, vector in lists.values.items():
+        if len(vector) != width:
+            raise ValueError(
+                f"{lists.where(example_id)}: the embedding of the example {example_id} has {len(vector):,} numbers, "
+                f"and that of {first} before it has {width:,}. Give all examples vectors of one width, of one model."
+            )
+        if not vector.any():
+            raise ValueError(
+                f"{lists.where(example_id)}: the embedding of the example {example_id} is all zeros, which is near "
+                "nothing. Make it anew, or remove the example."
+            )
+    return Embeddings(lists, width)
+
+
+def load_embeddings(path: str) -> Embeddings:
+    """`read_embeddings`, whose result is kept until the file changes."""
+    file = Path(path)
+    return _cached_embeddings(path, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@lru_cache(maxsize=2)
+def _cached_embeddings(path: str, changed_ns: int) -> Embeddings:
+    return read_embeddings(path)
+
+
 def _to_numbers(value: Any, what: str) -> Float[np.ndarray, "numbers"]:
     numbers = value if isinstance(value, list) else []
-    if not numbers or not all(isinstance(x, int | float | Decimal) and not isinstance(x, bool) for x in numbers):
+    if not numbers or not set(map(type, numbers)) <= {int, float, Decimal}:
         raise ValueError(f"{what} is {files.describe_value(value)}; a list of numbers is wanted.")
     array = np.array(numbers, float)
     if bad := np.flatnonzero(~np.isfinite(array)).tolist():

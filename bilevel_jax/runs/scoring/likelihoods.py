@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from bilevel_jax.core.types import Batch, Params, Stream
+from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
 from bilevel_jax.lm.inference.loglik import LogLik, LogLikRequest, LogLikStore, make_loglik_scorer
 from bilevel_jax.lm.losses.sft import assemble_params
@@ -22,10 +23,11 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.journal import Journal
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.from_file import load_embeddings
 from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores import incontext, oneshot
 from bilevel_jax.scores.demonstrations import demonstration_selector
-from bilevel_jax.scores.embedding import hidden_states, tfidf
+from bilevel_jax.scores.embedding import given_vectors, hidden_states, tfidf
 from bilevel_jax.scores.random import hash_to_int
 from bilevel_jax.scores.requests import (
     LoglikFn,
@@ -141,6 +143,12 @@ def compute_ica(task: TextTask, params: Params, settings: ScoresSection, session
     return ScoreResult(values, model.passes, notes)
 
 
+def check_embeddings(settings: ScoresSection, *parts: Sequence[Example]) -> None:
+    """Raise ValueError before a run where scores.embedding_file lacks one of the examples that `ica` compares."""
+    for examples in parts if settings.embedding == "file" else ():
+        load_embeddings(settings.embedding_file).rows(examples)
+
+
 def compute_one_shot(task: TextTask, params: Params, settings: ScoresSection, session: Session) -> ScoreResult:
     """`oneshot_score` with scores.anchors validation examples as the holdout."""
     model, (train_rows, holdout) = TaskLikelihoods(task, params, session), train_and_validation_rows(task)
@@ -158,7 +166,11 @@ def ica_values(
     settings: ScoresSection,
 ) -> tuple[Float[np.ndarray, "examples"], tuple[str, ...]]:
     """(`ica_score` of the candidates, notes); `params` are the whole ones, read for embedding = hidden alone."""
-    embedding = tfidf if settings.embedding == "tfidf" else hidden_states(decoder, params, fetch=fetch_to_host)
+    embedding = {
+        "tfidf": lambda: tfidf,
+        "hidden": lambda: hidden_states(decoder, params, fetch=fetch_to_host),
+        "file": lambda: given_vectors(load_embeddings(settings.embedding_file).rows),
+    }[settings.embedding]()
 
     def make_score(demonstrations: str) -> incontext.ScoreFn:
         demonstration_choice = demonstration_selector(

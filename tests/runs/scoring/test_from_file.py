@@ -11,7 +11,7 @@ import pytest
 
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.schema import WeightsSection
-from bilevel_jax.runs.scoring.from_file import StreamedWeights, load_token_weights, load_weights
+from bilevel_jax.runs.scoring.from_file import StreamedWeights, load_token_weights, load_weights, read_embeddings
 
 ROWS = [Example(f"id{i}", i, (Turn("text", "x"),), "s", None, "rows.jsonl", i + 1) for i in range(4)]
 
@@ -290,6 +290,32 @@ def test_lists_that_are_refused(tmp_path, rows, words):
     path = FILES["w.jsonl"](tmp_path / "t.jsonl", rows)
     with pytest.raises(ValueError) as error:
         load_token_weights(path, ROWS)
+    assert str(error.value).startswith(path + words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["w.jsonl", "w.parquet"])
+def test_embeddings_are_joined_by_id(tmp_path, name):
+    rows = [{"id": f"id{i}", "embedding": [float(i), 1.0]} for i in (3, 1, 0, 2)]
+    embeddings = read_embeddings(FILES[name](tmp_path / name, rows))
+    assert embeddings.width == 2 and embeddings.rows(ROWS).tolist() == [[0, 1], [1, 1], [2, 1], [3, 1]]
+    assert embeddings.rows(ROWS[2:3]).tolist() == [[2, 1]] and embeddings.rows([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "vectors, words",
+    [
+        ([[1, 2], [1, 2, 3]], ":2: the embedding of the example id1 has 3 numbers, and that of id0 before it has 2."),
+        ([[1, 2], [0, 0.0]], ":2: the embedding of the example id1 is all zeros, which is near nothing."),
+        ([[1, 2], [1, float("nan")]], ":2: embedding of the example id1 holds nan at place 2; finite numbers are wan"),
+        ([[1, 2]], ": no embedding for the example id1 (rows.jsonl:2), one of 3; it has 1 id, such as id0. An id"),
+        ([[1, 2]] * 3, ": no embedding for the example id3 (rows.jsonl:4); it has 3 ids, such as id0. An id is"),
+    ],
+)
+def test_embeddings_that_are_refused(tmp_path, vectors, words):
+    rows = [{"id": f"id{i}", "embedding": vector} for i, vector in enumerate(vectors)]
+    path = FILES["w.jsonl"](tmp_path / "e.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        read_embeddings(path).rows(ROWS)
     assert str(error.value).startswith(path + words), str(error.value)
 
 

@@ -1,5 +1,6 @@
 """Scores by name, and training with the weights that they give while the model moves."""
 
+import re
 import signal
 from functools import partial
 from typing import get_args
@@ -7,6 +8,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -349,6 +351,8 @@ WRONG = {
     ),
     "no holdout": (("--weights.score", "ica", "--data.validation", "--data.dev"), "validation has none: give data"),
     "k": (("--weights.score", "ica", "--scores.k", "5"), "4 holdout rows, and k = 5 of them are to be shown"),
+    "no vectors": (("--scores.embedding", "file"), "scores.embedding_file = '': scores.embedding = file reads it"),
+    "vectors": (("--scores.embedding-file", "e.parquet"), "scores.embedding = file reads it: give both, or neither"),
     "way": (("--weights.score", "ica", "--scores.k", "2", "--scores.demonstrations", "near"), "they are 'knn'"),
 }
 
@@ -359,6 +363,18 @@ def test_wrong_input_gets_one_clear_error(made, tmp_path, capsys, name):
     assert main(["train", str(made / "train.yaml"), *flags, "--out", str(tmp_path / "run")]) == 1
     told = capsys.readouterr().err
     assert said in told.replace("\n", " ") and "Traceback" not in told, told
+
+
+def test_vectors_of_a_file_are_checked_before_training(made, tmp_path, capsys):
+    examples = load_rows([str(made / "train.jsonl")])
+    table = {"id": [e.id for e in examples], "embedding": np.eye(len(examples)).tolist()}
+    pq.write_table(pa.table(table), tmp_path / "e.parquet")
+    flags = ("--weights.score", "ica", "--scores.embedding", "file", "--scores.embedding-file", tmp_path / "e.parquet")
+    assert main(["train", str(made / "train.yaml"), *map(str, flags), "--out", str(tmp_path / "run")]) == 1
+    told = " ".join(capsys.readouterr().err.split())  # validation has no vectors
+    assert re.search(
+        r"e.parquet: no embedding for the example \w+#0 \(.*/test.jsonl:1\), one of 4; it has 36 ids", told
+    )
 
 
 def test_a_config_that_names_no_score_is_told_the_nearest(made, tmp_path):
