@@ -235,6 +235,40 @@ def test_the_folder_holds_the_rater(made, tmp_path):
     np.testing.assert_allclose(weights, 2 / (1 + np.exp(-logits)))
 
 
+def test_a_rater_of_embeddings_reads_those_of_new_examples(made, tmp_path, capsys):
+    examples = [e for name in ("train", "validation") for e in load_examples([str(made / f"{name}.jsonl")])]
+    vectors = np.random.default_rng(0).normal(size=(len(examples), 5))
+
+    def write(name, width=5, count=None):
+        table = {"id": [e.id for e in examples[:count]], "embedding": vectors[:count, :width].tolist()}
+        pq.write_table(pa.table(table), tmp_path / name)
+        return str(tmp_path / name)
+
+    settings = RaterSection(
+        features=("length", "embedding", "embedding_likeness"), directions=2, embedding_file=write("e.parquet")
+    )
+    logits = write_rater(made, tmp_path, settings)
+    words = ["score", "--rater", tmp_path / "rater", "--data", made / "train.jsonl", "--model", made / "model"]
+    words = [*map(str, words), "--output.no-progress"]
+    assert main([*words, "--score.embedding-file", write("e.parquet"), "--out", str(tmp_path / "out")]) == 0
+    np.testing.assert_allclose(pq.read_table(tmp_path / "out" / "scores.parquet")["logit"].to_numpy(), logits)
+    for flags, said in (
+        ((), "the rater reads embeddings of the user's own: give a file with those of the new examples"),
+        (("--score.embedding-file", write("n.parquet", width=4)), "embeddings of 4 numbers, and the rater was learned"),
+        (("--score.embedding-file", write("s.parquet", count=9)), "no embedding for the example"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *flags, "--out", str(tmp_path / "wrong")]) == 1
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_rater_without_embeddings_reads_none(made, rater, tmp_path, capsys):
+    words = ["score", "--rater", rater[0], "--data", made / "train.jsonl", "--model", made / "model"]
+    flags = ["--score.embedding-file", "e.parquet", "--output.no-progress", "--out", tmp_path / "out"]
+    assert main([*map(str, [*words, *flags])]) == 1
+    assert "the rater reads no embeddings of a file: leave score.embedding_file empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", ["normal", "ties", "special"])
 def test_the_kth_largest_is_exact(values):
     rng = np.random.default_rng(0)

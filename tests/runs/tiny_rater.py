@@ -49,6 +49,7 @@ def make_features(task, settings):
         measured = features.measure_corpus(
             task.decoder, task.params, task.corpus, rows, wanted, mesh=task.mesh, batch_tokens=256
         )
+    measured |= features.read_embedding_features(settings, task.examples, task.held_out_examples["validation"])
     recipe, table = features.fit_recipe(
         settings, task.examples, task.held_out_examples["validation"], task.corpus, measured, task.trainable_indices()
     )

@@ -28,6 +28,7 @@ from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.scoring import features
 from bilevel_jax.runs.scoring.features import Measured, Table
+from bilevel_jax.runs.scoring.from_file import Embeddings, load_embeddings
 from bilevel_jax.runs.tasks.objective import check_examples
 from bilevel_jax.runs.tasks.reference import fingerprint_model_files
 from bilevel_jax.runs.tasks.text import tokenize_examples
@@ -51,6 +52,8 @@ class Scorer(NamedTuple):
     mesh: Mesh
     """Of this process's own devices: processes score different examples, and do not wait for each other."""
     file: str
+    embeddings: Embeddings | None
+    """Vectors of the user's own, where the rater reads any."""
     batch_tokens: int
 
 
@@ -96,8 +99,38 @@ def load_scorer(config: ScoreConfig, rater: Rater) -> Scorer:
         reading = {**reading, "truncation": "drop"}
     data = dataclasses.replace(config.data, **reading)
     return Scorer(
-        rater, data, tokenizer, architecture, decoder, params_of, mesh, config.score.file, config.score.batch_tokens
+        rater=rater,
+        data=data,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        decoder=decoder,
+        params_of=params_of,
+        mesh=mesh,
+        file=config.score.file,
+        embeddings=_load_embeddings(config, rater),
+        batch_tokens=config.score.batch_tokens,
     )
+
+
+def _load_embeddings(config: ScoreConfig, rater: Rater) -> Embeddings | None:
+    """The vectors of the new examples, as wide as those that the rater was learned from."""
+    path, mean = config.score.embedding_file, rater.recipe.embedding_mean
+    if bool(path) != (mean is not None):
+        raise ValueError(
+            "the rater reads embeddings of the user's own: give a file with those of the new examples, by id, as "
+            "--score.embedding-file."
+            if mean is not None
+            else "the rater reads no embeddings of a file: leave score.embedding_file empty."
+        )
+    if mean is None:
+        return None
+    embeddings = load_embeddings(path)
+    if embeddings.width != len(mean):
+        raise ValueError(
+            f"{path}: embeddings of {embeddings.width:,} numbers, and the rater was learned from ones of "
+            f"{len(mean):,}: make them by the same model."
+        )
+    return embeddings
 
 
 def find_model(config: ScoreConfig, rater: Rater) -> str:
@@ -165,6 +198,8 @@ def score_examples(scorer: Scorer, examples: Sequence[Example], corpus: Corpus) 
             batch_tokens=scorer.batch_tokens,
         )
         measured |= found if model == "start" else {raters.LOSS_NAMES[model]: found["loss"]}
+    if scorer.embeddings is not None:
+        measured["embedding"] = scorer.embeddings.rows(examples)
     _, raw = features.raw_table(recipe, scorer.file, examples, corpus, measured)
     features.check_finite_features(recipe.columns, raw, examples, np.flatnonzero(is_kept))
     scaled = features.scale_features(recipe, raw)

@@ -114,6 +114,11 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "columns needs rater.file and rater.columns: give both",
     ),
     (
+        "rater.embedding_file",
+        lambda c: bool(c.rater.embedding_file) == bool({"embedding", "embedding_likeness"} & set(c.rater.features)),
+        "embedding and embedding_likeness of rater.features read it: name one of them and the file, or neither",
+    ),
+    (
         "rater.features",
         lambda c: (
             c.outer.weighting != "rater"

@@ -14,7 +14,7 @@ ExampleFormat = Literal[
 ScoreName = Literal["", "ica", "perplexity", "loss", "reducible", "oneshot", "alignment", "margin", "random"]
 FeatureName = Literal[
     "length", "kind", "source", "tokens", "likeness", "loss", "margin", "hidden", "hidden_likeness", "validation_loss",
-    "reducible", "uniform_loss", "columns",
+    "reducible", "uniform_loss", "embedding", "embedding_likeness", "columns",
 ]  # fmt: skip
 OuterMethod = Literal["unrolled", "implicit", "window", "alignment", "penalty", "bmo", "mixing"]
 OuterEstimate = Literal["per_example", "pooled", "auto"]
@@ -545,7 +545,7 @@ class RaterSection:
     """Heavy tails: cut at the quantiles .01 and .99 of the training examples (clip), ranks among them, or none."""
 
     directions: Count = 8
-    """Feature hidden: principal directions of the hidden states."""
+    """Features hidden and embedding: principal directions of the hidden states, or of the vectors of embedding_file."""
 
     residual_scale: NonNegative = 0.0
     """Prior standard deviation of a logit of each example's own, which new examples do not have; 0: none."""
@@ -558,6 +558,10 @@ class RaterSection:
 
     columns: Annotated[tuple[str, ...], Unique()] = ()
     """Feature columns: columns of rater.file that are features."""
+
+    embedding_file: str = ""
+    """Features embedding and embedding_likeness: file with an id and an embedding, a list of numbers, for each training
+    example; for the second, each validation example, too."""
 
     batch_tokens: Count = 8192
     """Tokens in one forward pass for features, over all devices."""
@@ -914,6 +918,9 @@ class ScoreSection:
 
     file: str = ""
     """Where the rater reads columns of the user's own: file with an id and these columns for each example."""
+
+    embedding_file: str = ""
+    """Where the rater reads embeddings of the user's own: file with an id and an embedding for each example."""
 
     features: bool = False
     """Write the features into scores.parquet, too."""

@@ -191,7 +191,8 @@ def _measure_text(task: TextTask, settings: RaterSection, params_of: Mapping[str
         measured |= found if model == "start" else {LOSS_NAMES[model]: found["loss"]}
     if "hidden_likeness" in settings.features:
         measured["validation_hidden"] = measure("start", task.validation_indices())["hidden"]
-    return measured
+    validation = task.held_out_examples.get("validation", [])
+    return measured | features.read_embedding_features(settings, task.examples, validation)
 
 
 LOSS_NAMES = {"holdout": "validation_loss", "uniform": "uniform_loss"}
@@ -351,7 +352,8 @@ def fingerprint_start_model(folder: str, model: Any) -> str:
 
 
 _RECIPE_ARRAYS = ("low", "high", "knots", "mean", "scale", "indicators", "hidden_mean", "directions",
-                  "validation_hidden")  # fmt: skip
+                  "validation_hidden", "embedding_mean", "embedding_directions",
+                  "validation_embedding")  # fmt: skip
 
 
 def _recipe_arrays(recipe: Recipe) -> dict[str, np.ndarray]:

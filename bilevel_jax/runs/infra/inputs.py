@@ -12,8 +12,8 @@ INPUTS_FILE = seals.INPUTS_FILE
 INPUT_FILE_KEYS = (
     "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "weights.tokens",
     "objective.reference", "rank.own_answers", "rank.accuracies", "rank.records", "rater.file",
-    "scores.embedding_file",
-    "score.rater", "score.model", "score.file",
+    "scores.embedding_file", "rater.embedding_file",
+    "score.rater", "score.model", "score.file", "score.embedding_file",
 )  # fmt: skip
 """The config keys whose values name input files."""
 END_BYTES = 1 << 24

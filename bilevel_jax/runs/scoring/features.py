@@ -21,7 +21,7 @@ from bilevel_jax.lm.models import Decoder
 from bilevel_jax.runs.config.schema import RaterSection
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_stream
-from bilevel_jax.runs.scoring.from_file import read_id_column
+from bilevel_jax.runs.scoring.from_file import load_embeddings, read_id_column
 from bilevel_jax.scores.embedding import WordIndex, index_words
 from bilevel_jax.scores.margin import token_el2n
 
@@ -54,6 +54,8 @@ FEATURES = {
     "validation_loss": Feature("loss under a model that is trained on validation alone", "holdout", True),
     "reducible": Feature("loss - validation_loss: what validation has taught of the example", "holdout", True),
     "uniform_loss": Feature("loss under a model that is trained on all examples alike", "uniform", True),
+    "embedding": Feature("principal directions of the vectors in rater.embedding_file"),
+    "embedding_likeness": Feature("cosine of the vector in rater.embedding_file with the mean of validation's"),
     "columns": Feature("the columns that rater.columns names, of rater.file"),
 }  # fmt: skip
 """Every feature, in the order of their columns. Scores that are made elsewhere (ica, ifd, ...) come as `columns`."""
@@ -198,6 +200,10 @@ class Recipe(NamedTuple):
     directions: Float[np.ndarray, "width directions"] | None = None
     validation_hidden: Float[np.ndarray, "width"] | None = None
     """The mean of validation's hidden states."""
+    embedding_mean: Float[np.ndarray, "vector"] | None = None
+    embedding_directions: Float[np.ndarray, "vector directions"] | None = None
+    validation_embedding: Float[np.ndarray, "vector"] | None = None
+    """The mean of validation's vectors."""
 
 
 class FeatureTable(NamedTuple):
@@ -232,13 +238,16 @@ def fit_recipe(
     if "likeness" in names:
         words = index_words(validation)
         recipe = recipe._replace(words=words, validation_vectors=words.vectors(validation))
-    if "hidden" in measured:
-        hidden = measured["hidden"][trainable]
-        recipe = recipe._replace(hidden_mean=hidden.mean(0))
-        if "hidden" in names:
-            recipe = recipe._replace(directions=_principal_directions(hidden, settings.directions))
-        if "hidden_likeness" in names:
-            recipe = recipe._replace(validation_hidden=measured["validation_hidden"].mean(0))
+    for kind, directions in (("hidden", "directions"), ("embedding", "embedding_directions")):
+        if kind not in measured:
+            continue
+        vectors = measured[kind][trainable]
+        fitted = {f"{kind}_mean": vectors.mean(0)}
+        if kind in names:
+            fitted[directions] = _principal_directions(vectors, settings.directions)
+        if f"{kind}_likeness" in names:
+            fitted[f"validation_{kind}"] = measured[f"validation_{kind}"].mean(0)
+        recipe = recipe._replace(**fitted)
     columns, raw = raw_table(recipe, settings.file, examples, corpus, measured)
     check_finite_features(columns, raw, examples, trainable)
     kept = raw[trainable]
@@ -282,15 +291,16 @@ def raw_table(
         dense = cosines.toarray() if sparse.issparse(cosines) else cosines
         return np.stack([dense.mean(1), dense.max(1)], 1)
 
-    def hidden() -> Table:
-        assert recipe.directions is not None and recipe.hidden_mean is not None
-        return (measured["hidden"] - recipe.hidden_mean) @ recipe.directions
+    def project(kind: str, directions: Table | None) -> tuple[Sequence[str], Table]:
+        assert directions is not None
+        table = (measured[kind] - getattr(recipe, f"{kind}_mean")) @ directions
+        return [f"{kind} {n + 1}" for n in range(table.shape[1])], table
 
-    def hidden_likeness() -> Table:
-        assert recipe.validation_hidden is not None
-        states, other = measured["hidden"] - recipe.hidden_mean, recipe.validation_hidden - recipe.hidden_mean
-        norms = np.linalg.norm(states, axis=1) * np.linalg.norm(other)
-        return ((states @ other) / np.maximum(norms, 1e-30))[:, None]
+    def compare(kind: str) -> tuple[Sequence[str], Table]:
+        mean, other = (getattr(recipe, name) for name in (f"{kind}_mean", f"validation_{kind}"))
+        vectors, other = measured[kind] - mean, other - mean
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(other)
+        return (f"{kind}_likeness",), ((vectors @ other) / np.maximum(norms, 1e-30))[:, None]
 
     makers: dict[str, Callable[[], tuple[Sequence[str], Table]]] = {
         "length": lambda: (("length of prompt", "length of response"), lengths),
@@ -304,11 +314,10 @@ def raw_table(
         ),
         "tokens": lambda: (["type-token ratio", *(f"tokens {n}" for n in range(NUM_HASH_BUCKETS))], shares),
         "likeness": lambda: (("mean likeness", "nearest likeness"), likeness()),
-        "hidden": lambda: (
-            [f"hidden {n + 1}" for n in range(recipe.directions.shape[1] if recipe.directions is not None else 0)],
-            hidden(),
-        ),
-        "hidden_likeness": lambda: (("hidden_likeness",), hidden_likeness()),
+        "hidden": lambda: project("hidden", recipe.directions),
+        "hidden_likeness": lambda: compare("hidden"),
+        "embedding": lambda: project("embedding", recipe.embedding_directions),
+        "embedding_likeness": lambda: compare("embedding"),
         "reducible": lambda: (("reducible",), measured["loss"] - measured["validation_loss"]),
         "columns": lambda: (
             [f"column {name}" for name in recipe.user_columns],
@@ -322,6 +331,18 @@ def raw_table(
         names += columns
         tables.append(table)
     return tuple(names), np.concatenate(tables, axis=1)
+
+
+def read_embedding_features(
+    settings: RaterSection, examples: Sequence[Example], validation: Sequence[Example]
+) -> Measured:
+    """The vectors of the user's own, of the training examples and, where they are compared, of validation."""
+    names = {"embedding", "embedding_likeness"} & set(settings.features)
+    if not names:
+        return {}
+    embeddings = load_embeddings(settings.embedding_file)
+    measured = {"embedding": embeddings.rows(examples)}
+    return measured | ({"validation_embedding": embeddings.rows(validation)} if "embedding_likeness" in names else {})
 
 
 def read_user_columns(file: str, columns: Sequence[str], examples: Sequence[Example]) -> Table:

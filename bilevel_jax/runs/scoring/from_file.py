@@ -301,8 +301,8 @@ class Embeddings(NamedTuple):
             more = f", one of {len(missing):,}" if len(missing) > 1 else ""
             raise ValueError(
                 f"{self.lists.path}: no {self.lists.name} for the example {missing[0].id} ({missing[0].where}){more}; "
-                f"it has {format_count('id', len(values))}, such as {next(iter(values))}. An id is a hash of the row's text: give a file with a vector for each training "
-                "and validation example."
+                f"it has {format_count('id', len(values))}, such as {next(iter(values))}. An id is a hash of the row's "
+                "text: give a file with a vector for each training and validation example."
             )
         return np.stack([values[example.id] for example in examples]) if examples else np.zeros((0, self.width))
 

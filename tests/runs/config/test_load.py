@@ -161,6 +161,11 @@ def test_an_empty_file_is_the_defaults(tmp_path):
             "selection: threshold, resample and per_source are three ways",
         ),
         (
+            ["--rater.features", "length", "embedding"],
+            "rater.embedding_file = '': embedding and embedding_likeness of rater.features read it",
+        ),
+        (["--rater.embedding-file", "e.parquet"], "name one of them and the file, or neither"),
+        (
             ["--selection.max-repeats", "4"],
             "selection.max_repeats = 4: it caps how often selection.resample takes one example, and that is 0",
         ),

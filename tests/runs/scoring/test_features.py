@@ -139,6 +139,35 @@ def test_columns_of_the_user_are_joined_by_id(task, tmp_path):
         make_features(task, replace(settings, file=str(short)))
 
 
+def test_vectors_of_a_file_are_features_as_hidden_states_are(task, tmp_path):
+    """The same vectors, by the model and from a file; the likeness by its formula."""
+    rows = np.arange(len(task.examples) + len(task.held_out_examples["validation"]))
+    found = features.measure_corpus(
+        task.decoder, task.params, task.corpus, rows, ("hidden",), mesh=task.mesh, batch_tokens=256
+    )["hidden"]
+    examples = [*task.examples, *task.held_out_examples["validation"]]
+    order = np.random.default_rng(0).permutation(len(examples))
+    file = tmp_path / "e.jsonl"
+    lines = [json.dumps({"id": examples[i].id, "embedding": found[i].tolist()}) + "\n" for i in order]
+    file.write_text("".join(lines))
+    hidden = make_features(task, RaterSection(features=("hidden",), directions=3)).table
+    settings = RaterSection(
+        features=("embedding", "embedding_likeness"), directions=3, embedding_file=str(file), transform="none"
+    )
+    made = make_features(task, settings)
+    assert made.recipe.columns == ("embedding 1", "embedding 2", "embedding 3", "embedding_likeness")
+    np.testing.assert_allclose(made.table.raw[:, :3], hidden.raw, atol=1e-5)  # hidden states are float32
+    count = len(task.examples)
+    centred = found - found[:count].mean(0)
+    other = centred[count:].mean(0)
+    cosines = centred[:count] @ other / np.linalg.norm(centred[:count], axis=1) / np.linalg.norm(other)
+    np.testing.assert_allclose(made.table.raw[:, 3], cosines, atol=1e-9)
+    file.write_text("".join(line for line, i in zip(lines, order, strict=True) if i != count))  # one of validation
+    with pytest.raises(ValueError, match=f"no embedding for the example {examples[count].id} "):
+        make_features(task, settings)
+    make_features(task, replace(settings, features=("embedding",)))
+
+
 def test_features_that_say_nothing_are_an_error(task):
     with pytest.raises(ValueError, match="kind prompt tells no training example from another"):
         make_features(task, RaterSection(features=("kind",)))
