@@ -56,8 +56,12 @@ class ApiKey:
         return forms
 
 
-def read_api_key(variable: str) -> ApiKey:
+def read_api_key(variable: str, config_key: str = "generate.api_key_env") -> ApiKey:
     """The key that an environment variable holds, without white space around it.
+
+    Args:
+        variable: its name.
+        config_key: the key of the config that names it, for the error.
 
     Raises:
         ValueError: it holds a character that no HTTP header can carry; the text does not show it.
@@ -66,7 +70,7 @@ def read_api_key(variable: str) -> ApiKey:
     for at, character in enumerate(value, 1):
         if not "!" <= character <= "~":
             raise ValueError(
-                f"the environment variable {variable} (generate.api_key_env) holds no key: its character {at} of "
+                f"the environment variable {variable} ({config_key}) holds no key: its character {at} of "
                 f"{len(value)} is U+{ord(character):04X}, and a key is of ASCII letters, digits and signs. Set it to "
                 "the key alone."
             )

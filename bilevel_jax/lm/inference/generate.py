@@ -42,6 +42,8 @@ class Response(NamedTuple):
     """False: cut off at `max_new_tokens`."""
     missing: str = ""
     """Why a service gave no answer, in words: then the text is empty; "" for an answer."""
+    usage: tuple[int, int] | tuple[()] = ()
+    """(tokens of the prompt, of the response) as a service counts them; () where it does not."""
 
 
 GenerateFn = Callable[[Sequence[Prompt], Sequence[int]], list[list[Response]]]

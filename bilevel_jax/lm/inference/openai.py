@@ -62,6 +62,7 @@ def make_chat_client(
     retries: int = 6,
     first_wait: float = 1.0,
     parameter_names: Mapping[str, str] = {},  # noqa: B006 - never changed
+    section: str = "generate",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ChatClient:
     """The client of a model behind the OpenAI-compatible HTTP API (vLLM, SGLang, llama.cpp, ...).
@@ -90,6 +91,7 @@ def make_chat_client(
         first_wait: seconds before the first retry, doubled for each further one, unless the server's Retry-After says
             another time; MAX_RETRY_WAIT at most.
         parameter_names: for some of SERVICE_PARAMETERS the name by which this service knows it; "" leaves it out.
+        section: the section of the config whose keys errors name.
         progress: called with (responses done, responses in all) after each.
 
     Returns:
@@ -107,7 +109,7 @@ def make_chat_client(
         >>> generate([], [0], NULL_RESPONSE_STORE)  # no prompt, so no request
         []
     """
-    _check_address(url, model)
+    _check_address(url, model, section)
     if concurrency < 1 or retries < 0 or timeout <= 0:
         raise ValueError(
             f"concurrency {concurrency}, retries {retries}, timeout {timeout}: give at least 1, at least 0, above 0."
@@ -116,7 +118,15 @@ def make_chat_client(
         raise ValueError(f"parameter_names has {unknown}; what is sent is {', '.join(SERVICE_PARAMETERS)}.")
     address = url.rstrip("/") + "/chat/completions"
     connection = _Connection(
-        address, model, sampling, dict(parameter_names), read_api_key(api_key_env), timeout, retries, first_wait
+        address,
+        model,
+        sampling,
+        dict(parameter_names),
+        read_api_key(api_key_env, f"{section}.api_key_env"),
+        timeout,
+        retries,
+        first_wait,
+        section,
     )
 
     def generate(
@@ -200,6 +210,7 @@ class _Connection:
     timeout: float
     retries: int
     first_wait: float
+    section: str
 
     def request(self, prompt: Prompt, draw: int, stopped: threading.Event) -> Response:
         """The server's response, after retries; `stopped` ends the waits between them."""
@@ -271,8 +282,8 @@ class _Connection:
             if sent in body and re.search(rf"""['"`]{re.escape(sent)}['"`]""", error.text):
                 example = "max_completion_tokens" if name == "max_tokens" else "NAME"
                 return (
-                    f" Give {name} the name that this service knows in generate.parameter_names, as {name}={example}, "
-                    f"or leave it out, as {name}=."
+                    f" Give {name} the name that this service knows in {self.section}.parameter_names, as "
+                    f"{name}={example}, or leave it out, as {name}=."
                 )
         return ""
 
@@ -282,7 +293,8 @@ class _Connection:
         location = re.sub(r"//[^/]*@", "//", location).removesuffix("/chat/completions")
         return (
             f"the service has moved: status {reply.status} to {self._shown(location)}. Redirects are not followed, so "
-            "that prompts and the key go only where they were sent; set generate.url to the address that you trust."
+            f"that prompts and the key go only where they were sent; set {self.section}.url to the address that you "
+            "trust."
         )
 
     def _parse_choice(self, content: Any) -> Response:
@@ -303,14 +315,17 @@ class _Connection:
         text = _message_text(message)
         if self.api_key.is_in(text):
             raise _LastingError(
-                "it holds the API key, so it is not stored. Is generate.url the service that the key of "
+                f"it holds the API key, so it is not stored. Is {self.section}.url the service that the key of "
                 f"{self.api_key.variable} is for?"
             )
+        usage = _parse_usage(content.get("usage"))
         if missing := self._why_missing(text, reason, message, content.get("usage")):
-            return Response("", (), (), False, self._shown(missing))
-        log_probs = _parse_log_probs(choice.get("logprobs"), self.sampling.max_new_tokens, content.get("usage"))
+            return Response("", (), (), False, self._shown(missing), usage)
+        log_probs = _parse_log_probs(
+            choice.get("logprobs"), self.sampling.max_new_tokens, content.get("usage"), self.section
+        )
         is_sampler = _has_sampler_log_probs(self.sampling, self.parameter_names)
-        return Response(text, (), log_probs if is_sampler else (), reason in ENDED)
+        return Response(text, (), log_probs if is_sampler else (), reason in ENDED, usage=usage)
 
     def _why_missing(self, text: str, reason: str | None, message: dict[str, Any], usage: Any) -> str:
         """Why a message is no answer; "" for one that is."""
@@ -329,7 +344,7 @@ class _Connection:
             return ""
         if reason in CUT:
             on = "on reasoning" if has_reasoned else "before an answer began, most likely on reasoning"
-            return f"generate.max_new_tokens = {self.sampling.max_new_tokens} was spent {on}"
+            return f"{self.section}.max_new_tokens = {self.sampling.max_new_tokens} was spent {on}"
         return f"the message is empty (finish_reason {reason}){' behind its reasoning' if has_reasoned else ''}"
 
     def _shown(self, text: str) -> str:
@@ -351,7 +366,7 @@ class _ServiceError:
     text: str
 
 
-def _check_address(url: str, model: str) -> None:
+def _check_address(url: str, model: str, section: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
         has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -360,7 +375,7 @@ def _check_address(url: str, model: str) -> None:
     if re.search(r"//[^/]*@|[?#]", url):
         raise ValueError(
             "the url of the service has a password, a query or a fragment. Give what ends before /chat/completions, "
-            "and the key by the environment variable that generate.api_key_env names."
+            f"and the key by the environment variable that {section}.api_key_env names."
         )
     if not has_host or not model or not all("!" <= character <= "~" for character in url):
         raise ValueError(f"url {url!r}, model {model!r}: give a url that begins with http, and the name of a model.")
@@ -443,7 +458,17 @@ def _message_text(message: dict[str, Any]) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", content or "")
 
 
-def _parse_log_probs(logprobs: Any, max_tokens: int, usage: Any) -> tuple[float, ...]:
+def _parse_usage(usage: Any) -> tuple[int, int] | tuple[()]:
+    """(tokens of the prompt, of the answer) as the service counts them; () where it does not."""
+    if not isinstance(usage, dict):
+        return ()
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int or not (0 <= prompt < 2**53 and 0 <= completion < 2**53):
+        return ()
+    return prompt, completion
+
+
+def _parse_log_probs(logprobs: Any, max_tokens: int, usage: Any, section: str) -> tuple[float, ...]:
     """Log-probs of the tokens; () where there are none."""
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else logprobs
     if not tokens:
@@ -454,7 +479,7 @@ def _parse_log_probs(logprobs: Any, max_tokens: int, usage: Any) -> tuple[float,
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not (math.isfinite(value) and value <= 0):
             raise _NoCompletionError(
-                f"log-prob {at} is {value!r}, and a finite number of at most 0 is wanted (generate.parameter_names "
+                f"log-prob {at} is {value!r}, and a finite number of at most 0 is wanted ({section}.parameter_names "
                 "leaves log-probs out by logprobs=)"
             )
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None

@@ -50,34 +50,10 @@ def make_generator_factory(
     after a stop then ends with the same bits. Between batches (of a service: responses) a signal is noticed, and raises
     `Interrupted`.
     """
-    sampling = SamplingParams(
-        settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed
-    )
-    response_store = ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE)
-
-    def progress(done: int, total: int) -> None:
-        session.set_phase(f"writing responses, {done:,} of {total:,}")
-        session.check_signals()
-
     if settings.backend == "service":
-        query_service = openai.make_chat_client(
-            settings.url,
-            settings.model,
-            sampling,
-            api_key_env=settings.api_key_env,
-            concurrency=settings.concurrency,
-            timeout=settings.timeout,
-            parameter_names=dict(_split_name(pair) for pair in settings.parameter_names),
-            progress=progress,
-        )
-        store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
-
-        def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
-            distributed.run_on_first_process(lambda: query_service(prompts, draws, store))
-            response_store.read_new()
-            return query_service(prompts, draws, store)  # all of it is there
-
+        generate_from_service = make_service_generator(settings, session)
         return lambda params: generate_from_service
+    sampling, response_store, progress = _prepare(settings, session)
 
     def place_batch(batch: Batch) -> Batch:
         return place_stream(mesh, Stream(lambda step: batch, 1)).batch(0)
@@ -101,6 +77,47 @@ def make_generator_factory(
     return make_generator
 
 
+def make_service_generator(settings: GenerateSection, session: Session) -> GenerateFn:
+    """(prompts, draws) -> responses[prompt][draw] of the model `settings.model` on the server at `settings.url`.
+
+    Every response is stored in the run's folder as it arrives, and not asked for again.
+    """
+    sampling, response_store, progress = _prepare(settings, session)
+    query_service = openai.make_chat_client(
+        settings.url,
+        settings.model,
+        sampling,
+        api_key_env=settings.api_key_env,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        parameter_names=parse_parameter_names(settings.parameter_names),
+        progress=progress,
+    )
+    store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)
+
+    def generate_from_service(prompts: Sequence[Prompt], draws: Sequence[int]) -> list[list[Response]]:
+        distributed.run_on_first_process(lambda: query_service(prompts, draws, store))
+        response_store.read_new()
+        return query_service(prompts, draws, store)  # all of it is there
+
+    return generate_from_service
+
+
+def _prepare(
+    settings: GenerateSection, session: Session
+) -> tuple[SamplingParams, "ResponseFile", Callable[[int, int], None]]:
+    """How responses are drawn, where they are stored, and what is called after each batch."""
+    sampling = SamplingParams(
+        settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed
+    )
+
+    def progress(done: int, total: int) -> None:
+        session.set_phase(f"writing responses, {done:,} of {total:,}")
+        session.check_signals()
+
+    return sampling, ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE), progress
+
+
 class ResponseFile:
     """Responses in a journal; each record holds those of one call of `append`."""
 
@@ -122,10 +139,11 @@ class ResponseFile:
 
 
 def _parse_response(fields: list[Any]) -> Response:
-    text, tokens, log_probs, ended, *missing = fields  # version 0.1 had no `missing`
-    return Response(text, tuple(tokens), tuple(log_probs), ended, *missing)
+    text, tokens, log_probs, ended, *more = fields
+    missing = more[0] if more else ""  # earlier versions had neither of the two, or no usage
+    return Response(text, tuple(tokens), tuple(log_probs), ended, missing, tuple(more[1]) if len(more) > 1 else ())
 
 
-def _split_name(pair: str) -> tuple[str, str]:
-    name, _, other = pair.partition("=")
-    return name, other
+def parse_parameter_names(pairs: Sequence[str]) -> dict[str, str]:
+    """`max_tokens=max_completion_tokens` and the like as {name: the service's name}."""
+    return {name: other for name, _, other in (pair.partition("=") for pair in pairs)}
