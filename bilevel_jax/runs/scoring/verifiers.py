@@ -1,8 +1,11 @@
-"""Verifiers of generated responses, numeric, exact or user-defined.
+"""Verifiers of generated responses, numeric, exact, by choice letter or user-defined.
 
 Read as numbers: 1,234 and -$3.50 and +7 and .5 and 2e3, 3/4 and 2 1/2 and \\frac{3}{4}; a percent sign or a unit behind
 them is passed over, and so are digits inside a word (m2). A hyphen is a sign unless a digit, a letter or a closing
 bracket stands right before it: 10-3 holds 10 and 3.
+
+Read as the letter of a choice, the first of these that a response holds, of several of its kind the last: the letter
+behind a marker; \\boxed{B}; "answer is B", "answer: (B)"; (B); a line that begins with B. or B) or B: or is B alone.
 """
 
 import importlib.util
@@ -36,12 +39,22 @@ _NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _LATEX = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_LETTER = r"(?<![A-Za-z0-9])([A-J])(?![A-Za-z0-9'])(?!(?<=[AI]) (?!because|since|as )[a-z])"  # no "A cat", "I think"
+_CHOICE_PATTERNS = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"\\boxed\{\s*(?:\\text\{)?\(?([A-J])\)?\}",
+        rf"(?i:\b(?:answer|choice|option)\b(?:\s+is)?)\s*:?\s*(?:\*\*|\()*{_LETTER}",
+        r"\(([A-J])\)",
+        r"^\s*(?:\*\*|\()?([A-J])(?:\*\*)?(?:[.):]|\s*$)",
+    )
+)
 _MAX_NUMBER_LENGTH = 400
 """Characters of a number; a model that repeats one digit writes longer ones, which are no answers."""
 
 
 def make_verifier(config: VerifierSection, examples: Sequence[Example] = ()) -> Verifier:
-    """The verifier that `verifier.name` names: numeric, exact, or path/to/file.py:function.
+    """The verifier that `verifier.name` names: numeric, exact, choice, or path/to/file.py:function.
 
     The right answer is what the row's key `verifier.answer_field` holds, read from its file again; without such a key,
     the row's own last response. The question is what stands before that. `examples` are rows that will be asked about:
@@ -59,6 +72,11 @@ def make_verifier(config: VerifierSection, examples: Sequence[Example] = ()) -> 
         if config.name == "numeric" and parse_final_number(text, config.markers) is None:
             raise ValueError(
                 f"{example.where}: no number in the right answer {describe_value(text)}. Set verifier.name to exact."
+            )
+        if config.name == "choice" and parse_choice(text, config.markers) is None:
+            raise ValueError(
+                f"{example.where}: no letter of a choice, A to J, in the right answer {describe_value(text)}. Set "
+                "verifier.answer_field to the key that holds it, or verifier.name to exact."
             )
         return text
 
@@ -84,6 +102,21 @@ def parse_final_number(text: str, markers: Sequence[str] = ()) -> Fraction | Non
     text = _LATEX.sub(r"\1/\2", text[marker_matches[-1].end() :] if marker_matches else text)
     number_matches = list(_NUMBER.finditer(text))
     return _parse_number(number_matches[0 if marker_matches else -1]) if number_matches else None
+
+
+def parse_choice(text: str, markers: Sequence[str] = ()) -> str | None:
+    """The letter of the choice, A to J, that a text answers with; None where it says none.
+
+    Wrong where a response discusses choices behind its answer in the same words ("the answer is B, and not (C)" is
+    read as B, "B. Not (C)" as C).
+    """
+    matches = list(re.finditer("|".join(map(re.escape, markers)), text, re.IGNORECASE)) if markers else []
+    if matches and (letter := re.search(_LETTER, text[matches[-1].end() :])):
+        return letter[1]
+    for pattern in _CHOICE_PATTERNS:
+        if letters := pattern.findall(text):
+            return letters[-1]
+    return None
 
 
 def exact_match(question: str, answer: str, response: str) -> float:
@@ -138,9 +171,13 @@ def _make_grader(config: VerifierSection) -> Grader:
         )
     if config.name == "exact":
         return exact_match
+    if config.name == "choice":
+        return lambda question, answer, response: float(
+            parse_choice(answer, config.markers) == parse_choice(response, config.markers)
+        )
     if ".py:" in config.name:
         return load_grader(config.name)
-    raise ValueError(f"verifier.name is {config.name!r}; it is numeric, exact, or path/to/file.py:function.")
+    raise ValueError(f"verifier.name is {config.name!r}; it is numeric, exact, choice, or path/to/file.py:function.")
 
 
 def _answer_reader(config: VerifierSection) -> Callable[[Example], str]:

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.runs.config.schema import VerifierSection
-from bilevel_jax.runs.scoring.verifiers import make_verifier, parse_final_number
+from bilevel_jax.runs.scoring.verifiers import make_verifier, parse_choice, parse_final_number
 
 MARKERS = VerifierSection().markers
 NUMBERS = [  # text, the number that it ends in
@@ -82,7 +82,7 @@ def test_exact(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl:1: the row has no response to compare with"):
         make_verifier(VerifierSection("exact"), [text])
     with pytest.raises(
-        ValueError, match=r"verifier.name is 'equal'; it is numeric, exact, or path/to/file.py:function"
+        ValueError, match=r"verifier.name is 'equal'; it is numeric, exact, choice, or path/to/file.py:function"
     ):
         make_verifier(VerifierSection("equal"))
 
@@ -128,3 +128,30 @@ def test_function(tmp_path):
     file.write_text("x = 1\ny = (\n")
     with pytest.raises(ValueError, match=r"own.py cannot be loaded: SyntaxError at .*own.py:2"):
         make_verifier(VerifierSection(f"{file}:judge"))
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B", "B"), ("(C)", "C"), ("**D**", "D"), ("b", None), ("The answer is B.", "B"),
+        ("Answer: (D) because A", "D"),
+        ("I think it is B) two", None), ("B. two\nC is wrong", "B"), (r"so \boxed{C}, not (A)", "C"),
+        (r"\boxed{\text{(E)}}", "E"), ("the answer is A because", "A"), ("The answer is A cat", None),
+        ("The answer is I think", None), ("Not (A), but (B)", "B"), ("Answer: A. Final Answer: C", "C"),
+        ("#### D", "D"), ("", None), ("A dog. It barks", None), ("The answer's B", None), ("K", None),
+    ],
+)  # fmt: skip
+def test_the_letter_of_a_choice(text, letter):
+    assert parse_choice(text, VerifierSection().markers) == letter
+
+
+def test_choice(tmp_path):
+    right, none = rows(
+        tmp_path, {"prompt": "A or B?", "response": "B) blue"}, {"prompt": "A or B?", "response": "the blue one"}
+    )
+    verify = make_verifier(VerifierSection("choice"), [right])
+    assert (verify(right, "The answer is (B)."), verify(right, "(A)"), verify(right, "blue")) == (1.0, 0.0, 0.0)
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:2: no letter of a choice, A to J, in the right answer .*'the blue"
+    ):
+        make_verifier(VerifierSection("choice"), [none])
