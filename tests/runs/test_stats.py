@@ -4,7 +4,14 @@ import pytest
 from scipy import stats
 
 from bilevel_jax.core import certify
-from bilevel_jax.runs.stats import auc, jackknife_half_width, mean_interval, rank_correlation
+from bilevel_jax.runs.stats import (
+    auc,
+    bootstrap_mean,
+    jackknife_half_width,
+    mean_interval,
+    rank_correlation,
+    sign_flip_p,
+)
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """The .975 quantile of Student's t for 1 to 15 degrees of freedom, to three decimals, from printed tables."""
@@ -62,3 +69,26 @@ def test_the_jackknife_of_means_is_students_interval(count):
     expected = [mean_interval(column.tolist())[1] for column in values.T]
     np.testing.assert_allclose(jackknife_half_width(without_one), expected, rtol=1e-10)
     assert np.isnan(jackknife_half_width(values[:1])).all()
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_students_interval():
+    for count in (5, 12, 100):
+        values = np.random.default_rng(count).normal(size=count)
+        interval, (mean, half) = bootstrap_mean(values, (1,)), mean_interval(list(values))
+        assert interval.value == pytest.approx(mean) and interval == bootstrap_mean(values, (1,))
+        assert (interval.high - interval.low) / 2 == pytest.approx(
+            half, rel=0.15
+        )  # resamples, and skew of a few values
+    assert np.isnan(bootstrap_mean(np.ones(1), (1,)).low) and np.isnan(bootstrap_mean(np.ones(0), (1,)).value)
+
+
+def test_sign_flips_are_the_sign_test_where_all_differences_are_equal():
+    for wins, losses in ((5, 0), (6, 0), (9, 1), (3, 3)):
+        differences = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 50)
+        assert sign_flip_p(differences, (0,)) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
+    many = np.array([1.0] * 30 + [-1.0] * 12)
+    assert sign_flip_p(many, (0,)) == pytest.approx(stats.binomtest(30, 42).pvalue, abs=0.006)  # 2,000 draws
+    assert sign_flip_p(np.zeros(4), (0,)) == 1.0
+    values = np.array([0.5, -0.2, 1.5, 0.7, 0.1])
+    exact = stats.permutation_test((values,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flip_p(values, (0,)) == pytest.approx(exact)

@@ -92,6 +92,54 @@ def load_examples(
     return list(_iter_examples(_open_paths(paths, streaming=False), options, on_drop, keys=keys))
 
 
+def load_prompts(
+    paths: Sequence[str],
+    options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    on_drop: Callable[[str], Any] = lambda message: None,
+    keys: set[str] | None = None,
+) -> list[Example]:
+    """As `load_examples`, of rows that may lack the answer: their turns then end with the user's.
+
+    A prompt without a response (prompt, Alpaca), or messages that end with the user's (chat, ShareGPT). The id of a
+    prompt is that of its turns.
+
+    Args:
+        paths: as for `load_examples`.
+        options: as for `load_examples`.
+        on_drop: as for `load_examples`.
+        keys: as for `load_examples`.
+
+    Returns:
+        One example for each row.
+
+    Raises:
+        ValueError: as `load_examples`.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "asked.jsonl")
+        ...     _ = path.write_text(json.dumps({"prompt": "2 + 2 = "}))
+        ...     [prompt] = load_prompts([str(path)])
+        >>> [turn.role for turn in prompt.turns]
+        ['user']
+    """
+    _check_options(paths, options)
+    sources = (
+        (path, ((line, formats.add_missing_answer(row, options)) for line, row in rows))
+        for path, rows in _open_paths(paths, streaming=False)
+    )
+    prompts, seen = [], Counter[str]()
+    for example in _iter_examples(sources, options, on_drop, keys=keys):
+        if example.turns[-1].content == formats.MISSING_ANSWER:
+            turns = example.turns[:-1]
+            content = hash_content(turns)
+            example = example._replace(id=f"{content}#{seen[content]}", turns=turns)
+            seen[content] += 1
+        prompts.append(example)
+    return prompts
+
+
 def read_examples(
     source: Any,
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)

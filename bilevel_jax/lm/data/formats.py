@@ -29,6 +29,7 @@ from typing import Any
 from bilevel_jax.lm.data import pairs
 from bilevel_jax.lm.data.turns import (
     CHAT_ROLES,
+    SHAREGPT_ROLES,
     DataOptions,
     Dialogue,
     EmptyExampleError,
@@ -50,6 +51,9 @@ from bilevel_jax.lm.data.turns import (
     require_nonblank,
     turn_to_message,
 )
+
+MISSING_ANSWER = "\ufffc"
+"""Stands for the answer of a row that has none: the object replacement character, which is no text."""
 
 
 def detect_format(row: Any, options: DataOptions, where: str) -> str:
@@ -116,6 +120,29 @@ def parse_row(row: Any, row_format: str, options: DataOptions, where: str) -> Di
                 "whole responses: weigh the pair as an example, and leave 0, 1 or nothing as the weight of a message."
             )
     return dialogue._replace(unread_keys=find_unread_keys(row, fields_read))
+
+
+def add_missing_answer(row: Any, options: DataOptions) -> Any:
+    """A row that asks and has no answer, with MISSING_ANSWER in its place; any other row as it is."""
+    if not isinstance(row, dict) or {options.chosen_field, options.rejected_field} & set(row):
+        return row
+    for name in dict.fromkeys((options.messages_field, find_conversation_field(row, options))):
+        messages = row.get(name)
+        if isinstance(messages, list) and messages and isinstance(last := messages[-1], dict):
+            keys = ("from", "value") if "from" in last else ("role", "content")
+            is_question = isinstance(last.get(keys[0]), str) and SHAREGPT_ROLES.get(last[keys[0]].lower()) == "user"
+            answer = dict(zip(keys, ("gpt" if "from" in last else "assistant", MISSING_ANSWER), strict=True))
+            return row | {name: [*messages, answer]} if is_question else row
+    layouts: tuple[tuple[str, tuple[str, ...]], ...] = (
+        (options.prompt_field, (options.response_field, "completion")),
+        ("instruction", ("output",)),
+    )
+    for prompt, fields in layouts:
+        if prompt in row:
+            answers = {name: row[name] for name in fields if name in row}
+            is_blank = all(isinstance(answer, str) and not answer.strip() for answer in answers.values())
+            return row | {next(iter(answers), fields[0]): MISSING_ANSWER} if is_blank else row
+    return row
 
 
 def dialogue_to_row(dialogue: Dialogue, row_format: str, where: str) -> dict[str, Any]:

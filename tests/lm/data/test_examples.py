@@ -16,6 +16,7 @@ from bilevel_jax.lm.data.examples import (
     is_preference_pair,
     list_formats,
     load_examples,
+    load_prompts,
     split_examples,
     stream_examples,
     summarize_examples,
@@ -194,3 +195,41 @@ def test_summary_names_the_format_of_each_file(tmp_path):
     assert summarize_examples(many) == "5 rows; 5 text from 5 files; 5 sources"
     assert {example_kind(e) for e in many} == {"text"}
     assert summarize_examples([examples[3]._replace(format="")]).startswith("1 row; 1 prompt from plain.json")
+
+
+# ---- prompts, with or without an answer
+
+TURNS = [{"role": "user", "content": "a"}]
+SHARED = [{"from": "human", "value": "a"}]
+PROMPTS = {
+    "prompt": ({"prompt": "a"}, {"prompt": "a", "response": "b"}, {}),
+    "an empty response": ({"prompt": "a", "response": " "}, {"prompt": "a", "response": "b"}, {}),
+    "messages": ({"prompt": TURNS}, {"prompt": TURNS, "response": "b"}, {}),
+    "completion": ({"prompt": "a"}, {"prompt": "a", "completion": "b"}, {}),
+    "an empty completion": ({"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}, {}),
+    "other names": ({"q": "a", "responses": {"x": "y"}}, {"q": "a", "response": "b"}, {"prompt_field": "q"}),
+    "both names": ({"q": "a"}, {"q": "a", "r": "b"}, {"prompt_field": "q", "response_field": "r"}),
+    "alpaca": ({"instruction": "a"}, {"instruction": "a", "output": "b"}, {}),
+    "chat": ({"messages": TURNS}, {"messages": [*TURNS, {"role": "assistant", "content": "b"}]}, {}),
+    "sharegpt": ({"conversations": SHARED}, {"conversations": [*SHARED, {"from": "gpt", "value": "b"}]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_is_the_same_with_and_without_an_answer(tmp_path, name):
+    without, with_answer, options = PROMPTS[name]
+    paths = [put(tmp_path, lines(row), f"{at}.jsonl") for at, row in enumerate((without, with_answer))]
+    asked, answered = (load_prompts([path], DataOptions(**options))[0] for path in paths)
+    assert [(turn.role, turn.content) for turn in asked.turns] == [("user", "a")]
+    assert [(turn.role, turn.content) for turn in answered.turns] == [("user", "a"), ("assistant", "b")]
+    assert answered == load_examples(paths[1:], DataOptions(**options))[0] and asked.where.endswith("0.jsonl:1")
+
+
+def test_copies_of_a_prompt_have_ids_of_their_own_and_pairs_stay_pairs(tmp_path):
+    first, second = load_prompts([put(tmp_path, lines({"prompt": "a"}, {"prompt": "a"}))])
+    assert first.id.partition("#")[0] == second.id.partition("#")[0] and first.id != second.id
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = put(tmp_path, lines(pair), "pairs.jsonl")
+    assert load_prompts([path]) == load_examples([path])
+    with pytest.raises(ValueError, match="rows.jsonl:1: no known layout; the keys are \\['question'\\]"):
+        load_prompts([put(tmp_path, lines({"question": "a"}))])

@@ -1,0 +1,81 @@
+"""Where a model lies: a Hugging Face folder, an adapter on its base, the folder of a run"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from bilevel_jax.lm.checkpoint.files import read_json_object
+
+ADAPTER_FILE = "adapter_config.json"
+RUN_FOLDERS = ("model", "model-adapter")
+"""Folders of a run that hold its model, the whole one first."""
+
+
+class ModelFolder(NamedTuple):
+    """The folders that a model is loaded from."""
+
+    base: Path
+    """A Hugging Face folder: of the whole model, or of what an adapter stands on."""
+    adapter: Path | None
+    """A PEFT folder; None for a whole model."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer: the adapter's where it has one."""
+        has_own = self.adapter is not None and any(
+            (self.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        return self.adapter if has_own and self.adapter is not None else self.base
+
+    @property
+    def folders(self) -> list[Path]:
+        """All of them."""
+        return [self.base, *([self.adapter] if self.adapter else [])]
+
+
+def find_model_folder(path: str | Path, base: str = "") -> ModelFolder:
+    """The folders of the model that a path names.
+
+    Args:
+        path: a Hugging Face folder, a PEFT adapter folder, or the folder of a run, which holds model/ or
+            model-adapter/.
+        base: the folder of an adapter's base; empty: the folder that its adapter_config.json names.
+
+    Returns:
+        The base and the adapter.
+
+    Raises:
+        FileNotFoundError: no such folder, or none that holds a model.
+        ValueError: an adapter whose base is not known, or is no folder here.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = pathlib.Path(folder, "run", "model")
+        ...     model.mkdir(parents=True)
+        ...     _ = (model / "config.json").write_text("{}")
+        ...     find_model_folder(model.parent).base == model
+        True
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such folder. Give a folder of a model, of an adapter or of a run"
+            f"{', or a service as NAME@http://localhost:8000/v1' if '://' not in str(path) else ''}."
+        )
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
+        inside = [folder / name for name in RUN_FOLDERS if (folder / name).is_dir()]
+        if not inside:
+            raise FileNotFoundError(
+                f"{path}: no config.json of a model, no {ADAPTER_FILE}, and no folder model/ of a run. Give a folder "
+                "that has one of them."
+            )
+        folder = inside[0]
+    if not (folder / ADAPTER_FILE).is_file():
+        return ModelFolder(folder, None)
+    name = base or read_json_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or ""
+    candidates = [Path(name), *([] if base else [folder / name])] if name else []
+    found = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
+    if found is None:
+        named = f"its base is {name!r}, which is no folder of a model here" if name else "it names no base"
+        raise ValueError(f"{folder}: an adapter, and {named}. Name the base's folder in evaluate.base.")
+    return ModelFolder(found, folder)
