@@ -44,6 +44,9 @@ COMMANDS = {
     "score": Command(
         "ScoreConfig", "apply a rater of select to new examples: weights, a selection, and what has drifted"
     ),
+    "evaluate": Command(
+        "EvaluateConfig", "ask one or two models a set of prompts, judge the answers, and say whether one is better"
+    ),
     "inspect": Command(
         "InspectConfig", "show the examples as training sees them: tokens, lengths, truncation, duplicates, leaks"
     ),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         audit,
         compare,
         estimate,
+        evaluate,
         export,
         inspect,
         rank,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         AuditResult,
         CompareResult,
         EstimateResult,
+        EvaluateResult,
         ExportResult,
         InspectedPart,
         InspectResult,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         AuditConfig,
         CompareConfig,
         EstimateConfig,
+        EvaluateConfig,
         ExportConfig,
         InspectConfig,
         RankConfig,
@@ -57,7 +60,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
     )
     from bilevel_jax.runs.infra.session import Interrupted
 
-COMMAND_NAMES = ("audit", "compare", "estimate", "export", "inspect", "rank", "refine", "score", "select", "train")
+COMMAND_NAMES = (
+    "audit", "compare", "estimate", "evaluate", "export", "inspect", "rank", "refine", "score", "select", "train",
+)  # fmt: skip
 __all__ = [
     "AuditConfig",
     "AuditResult",
@@ -65,6 +70,8 @@ __all__ = [
     "CompareResult",
     "EstimateConfig",
     "EstimateResult",
+    "EvaluateConfig",
+    "EvaluateResult",
     "ExportConfig",
     "ExportResult",
     "InspectConfig",
@@ -85,6 +92,7 @@ __all__ = [
     "audit",
     "compare",
     "estimate",
+    "evaluate",
     "export",
     "inspect",
     "rank",

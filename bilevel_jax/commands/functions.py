@@ -19,6 +19,7 @@ from bilevel_jax.commands.results import (
     AuditResult,
     CompareResult,
     EstimateResult,
+    EvaluateResult,
     ExportResult,
     InspectResult,
     RankRecordsResult,
@@ -35,6 +36,7 @@ from bilevel_jax.runs.config.load import (
     COMMANDS,
     AuditConfig,
     CompareConfig,
+    EvaluateConfig,
     ExportConfig,
     InspectConfig,
     RankConfig,
@@ -58,6 +60,7 @@ AnyConfig = (
     | RankConfig
     | RefineConfig
     | ScoreConfig
+    | EvaluateConfig
     | InspectConfig
     | ExportConfig
 )
@@ -244,6 +247,36 @@ def score(config: ScoreConfig | ConfigLike = None, **sections: Any) -> ScoreResu
     return _run(ScoreConfig, config, sections)
 
 
+def evaluate(config: EvaluateConfig | ConfigLike = None, **sections: Any) -> EvaluateResult:
+    """Ask one or two models a set of prompts, judge their answers, and say whether the first is better.
+
+    Args:
+        config: an `EvaluateConfig`, a dict of sections or the name of a YAML file; None for the defaults of the keys.
+        **sections: as of `select`: evaluate, data, generate, verifier, judge, output, mesh, distributed. data.test has
+            the prompts, evaluate.model and evaluate.baseline the models: folders of models, adapters or runs, or
+            services as NAME@URL.
+
+    Returns:
+        Better, worse or no difference told, with paired intervals; every answer, and what was measured of it.
+
+    Raises:
+        ValueError: and other errors as `select` does; for prompts without references where a metric needs them, too.
+        RuntimeError: where a service refuses or does not answer; what it answered before is stored, and the run goes
+            on with output={"resume": True}.
+
+    Example:
+        >>> result = bj.commands.evaluate(  # doctest: +SKIP
+        ...     evaluate={"model": "out/mine", "baseline": "models/mine"}, data={"test": ["asked.jsonl"]},
+        ...     verifier={"name": "numeric"}, output={"dir": "out/evaluated"},
+        ... )
+        >>> result.level, result.answers[result.roles == "model"]  # doctest: +SKIP
+
+    Wrong when:
+        the prompts were trained on, or a judge prefers what has nothing to do with quality, as length.
+    """
+    return _run(EvaluateConfig, config, sections)
+
+
 def inspect(config: AnyConfig | ConfigLike = None, **sections: Any) -> InspectResult:
     """Print the training examples as training sees them, and what to act on; nothing is trained.
 
@@ -325,8 +358,7 @@ _process = threading.Lock()
 
 
 def run_command(config: Any) -> Result:
-    """Run the command of a checked config: of `select`, `train`, `score`, `compare`, `audit`, `rank`, `refine` or
-    `inspect`."""
+    """Run the command of a checked config: of any but `estimate` and `export`."""
     command = COMMANDS[type(config)]
     if "distributed" in vars(config):
         distributed.initialize_distributed(config.distributed, lambda: identity.list_shared_values(config))

@@ -15,6 +15,7 @@ from bilevel_jax.runs.config.load import (
     COMMANDS,
     AuditConfig,
     CompareConfig,
+    EvaluateConfig,
     RankConfig,
     RefineConfig,
     ScoreConfig,
@@ -295,6 +296,38 @@ class ScoreResult:
         return _describe(self, {"summary": self.summary, "examples": examples})
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class EvaluateResult:
+    """What `evaluate` found. Arrays hold one entry for each answer, those of the model first."""
+
+    folder: Path
+    report: Path
+    summary: str
+    """Whether the model is better, in one sentence."""
+    config: EvaluateConfig
+    result: dict[str, Any]
+    """What result.json holds; `metrics` has the values of both models and their paired difference, with intervals."""
+    level: str
+    """better, worse, none (no difference told), open (no direction is better), undecided or single (one model)."""
+    ids: Column
+    """Of the prompts."""
+    roles: Column
+    """model or baseline."""
+    draws: Int[np.ndarray, "rows"]
+    """Number of the answer to its prompt."""
+    answers: Column
+    measures: dict[str, Float[np.ndarray, "rows"]]
+    """Of each answer: accuracy, chrf, bleu, rouge_l, safety, refusal, as configured; nan where there is none."""
+
+    def __repr__(self) -> str:
+        lines = {
+            "summary": self.summary,
+            "level": self.level,
+            "rows": f"{len(self.ids):,} answers; {', '.join(self.measures)}",
+        }
+        return _describe(self, lines)
+
+
 @dataclass(frozen=True, eq=False)
 class InspectedPart:
     """One part of the data as training sees it; arrays hold one entry for each example that can be read."""
@@ -378,13 +411,14 @@ RunResult = (
     | RankRecordsResult
     | RefineResult
     | ScoreResult
+    | EvaluateResult
 )
 """Of the commands that make a run's folder."""
 Result = RunResult | InspectResult | EstimateResult | ExportResult
 
 
 def read_result(folder: str | Path) -> RunResult:
-    """The result of a finished run of `select`, `train`, `compare`, `audit`, `rank`, `refine` or `score`.
+    """The result of a finished run of a command that makes a folder: any but `inspect`, `estimate`, `export`.
 
     Args:
         folder: the run's folder, output.dir of its config.
@@ -541,9 +575,25 @@ def _read_score(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
     )
 
 
+def _read_evaluate(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> EvaluateResult:
+    table = run_dir.read_parquet(folder / "answers.parquet")
+    names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
+    return EvaluateResult(
+        **shared,
+        summary=result["sentence"],
+        level=result["level"],
+        ids=_texts(table, "id"),
+        roles=_texts(table, "role"),
+        draws=_numbers(table, "draw"),
+        answers=_texts(table, "answer"),
+        measures={name: _numbers(table, name) for name in names},
+    )
+
+
 _READERS: Mapping[str, Any] = {
     "select": _read_select, "train": _read_train, "compare": _read_compare,
     "audit": _read_audit, "rank": _read_rank, "refine": _read_refine, "score": _read_score,
+    "evaluate": _read_evaluate,
 }  # fmt: skip
 """The commands that make a run's folder, and what reads it."""
 

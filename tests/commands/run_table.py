@@ -54,6 +54,14 @@ score: {{rater: {made}/rater, model: {made}/model}}
 data: {{train: [{made}/train.jsonl]}}
 output: {{progress: false}}
 """
+EVALUATE = """
+evaluate: {{model: {made}/model, baseline: {made}/model}}
+data: {{test: [{made}/test.jsonl]}}
+generate: {{max_new_tokens: 6, temperature: 1.0, num_generations: 2}}
+verifier: {{name: exact}}
+output: {{progress: false}}
+mesh: {{data: 1}}
+"""
 SHORT = "--outer.steps 2 --train.max-steps 4 --certify.no-enabled"
 BRIEF = f"{SHORT} --retrain.variants uniform learned"
 ON_TEXT = (
@@ -153,6 +161,7 @@ RUNS = {
         "validation_loss hidden --rater.directions 2",
     ),
     "score": ("score", "--score.features"),
+    "evaluate": ("evaluate", "--evaluate.harness"),
     "rank": ("rank", ""),
     "rank, two answers": ("rank", "--generate.num-generations 2 --generate.temperature 0.7"),
     "rank, some metrics": ("rank", "--rank.metrics sppl perplexity --rank.own-answers {made}/own.jsonl"),
@@ -207,6 +216,7 @@ def table_inputs(made):
     if not (made / "rater").exists():
         write_rater(made, made)
     (made / "score.yaml").write_text(SCORE.format(made=made))
+    (made / "evaluate.yaml").write_text(EVALUATE.format(made=made))
     write_rows(made / "own.jsonl", [{"prompt": prompt, "response": prompt[:4]} for prompt in asked])
     return made
 

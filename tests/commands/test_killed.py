@@ -39,6 +39,7 @@ KILLED = (
     "refine",
     "select, rater",
     "score",
+    "evaluate",
 )
 SAVE_EVERY = 5
 """A checkpoint at every fifth moment that one may be written at."""

@@ -1,4 +1,4 @@
-"""Where a model lies: a Hugging Face folder, an adapter on its base, the folder of a run"""
+"""Folders of models, of adapters on their bases, and of runs."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -34,6 +34,8 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
     "refine": ("rounds", "questions", "share", "methods"),
+    "evaluate": ("model", "baseline", "metrics", "questions"),
+    "judge": ("url", "model", "template"),
     "generate": ("num_generations", "temperature", "max_new_tokens"),
     "verifier": ("name", "answer_field"),
     "show": ("examples", "ids"),
@@ -46,6 +48,9 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "estimate": ("devices", "memory_gib", "train_examples", "compile", "measure", "tflops", "dir"),
 }  # fmt: skip
 """Keys that most runs set, by section; `--help` shows these and `--help-all` shows all."""
+
+NOT_IN_EVALUATE = ("data.train", "data.validation", "data.label_field", "data.max_length")
+"""Those that `evaluate` has no use for: it asks the prompts of data.test."""
 
 NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
 """Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
@@ -248,6 +253,9 @@ def short_flags(config: Any) -> dict[str, str]:
     if "score.rater" in keys:
         flags = {flag: key for flag, key in flags.items() if key not in NOT_IN_SCORE}
         flags |= {"--data": "data.train", "--model": "score.model"}
+    if "evaluate.baseline" in keys:
+        flags = {flag: key for flag, key in flags.items() if key not in NOT_IN_EVALUATE}
+        flags |= {"--model": "evaluate.model", "--baseline": "evaluate.baseline", "--prompts": "data.test"}
     return flags | ({"--out": dirs[0]} if dirs else {})
 
 
@@ -281,7 +289,7 @@ def _show_values(config: Any) -> Any:
 def _with_common_keys(config: Any) -> Any:
     """The same values in classes whose other keys are hidden from the help."""
     sections = {}
-    unused = NOT_IN_SCORE if hasattr(config, "score") else ()
+    unused = NOT_IN_SCORE if hasattr(config, "score") else NOT_IN_EVALUATE if hasattr(config, "evaluate") else ()
     for name, section in vars(config).items():
         hidden = {key for key in vars(section) if key not in COMMON_KEYS.get(name, ()) or f"{name}.{key}" in unused}
         sections[name] = _hide(type(section), hidden)(**vars(section))

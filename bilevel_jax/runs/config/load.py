@@ -211,6 +211,27 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask one or two models the prompts of data.test, judge the answers, and say whether the first is better.
+
+    A model is a folder of Hugging Face, of a PEFT adapter or of a run of ours, or a service, NAME@URL. Answers are
+    greedy or sampled (section generate) and judged by a verifier, by their references (perplexity, chrF, BLEU, ROUGE-L)
+    or by a model behind the OpenAI-compatible API (section judge), which sees each pair in both orders. Ends with
+    better, worse, or no difference told, by paired intervals over the questions. What was answered and judged before a
+    stop is not asked again.
+    """
+
+    evaluate: schema.EvaluateSection = schema.EvaluateSection()
+    data: schema.DataSection = schema.DataSection()
+    generate: schema.GenerateSection = schema.GenerateSection(temperature=0.0)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    judge: schema.JudgeSection = schema.JudgeSection()
+    output: schema.OutputSection = schema.OutputSection()
+    mesh: schema.MeshSection = schema.MeshSection()
+    distributed: schema.DistributedSection = schema.DistributedSection()
+
+
+@dataclass(frozen=True)
 class EstimateConfig:
     """Estimate memory per device, disk, work and hours of a run before it starts; loads no weights.
 
@@ -238,11 +259,12 @@ ConfigT = TypeVar(
     RankConfig,
     RefineConfig,
     ScoreConfig,
+    EvaluateConfig,
 )
 COMMANDS: dict[type, str] = {
     SelectConfig: "select", TrainConfig: "train", InspectConfig: "inspect", ExportConfig: "export",
     CompareConfig: "compare", AuditConfig: "audit", RankConfig: "rank", RefineConfig: "refine",
-    ScoreConfig: "score",
+    ScoreConfig: "score", EvaluateConfig: "evaluate",
 }  # fmt: skip
 
 SHIPPED_CONFIGS: dict[type, str] = {SelectConfig: "configs/select.yaml", TrainConfig: "configs/train.yaml"}
@@ -327,7 +349,7 @@ def print_config_help(config_class: Any, path: str | None, show_all: bool) -> No
 def ignored_sections(config_class: Any) -> Collection[str]:
     """Sections of other commands, which a command that reads any command's config passes over."""
     commands_with_own_sections = (
-        SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig, ScoreConfig
+        SelectConfig, TrainConfig, CompareConfig, AuditConfig, RankConfig, RefineConfig, ScoreConfig, EvaluateConfig
     )  # fmt: skip
     return () if config_class in commands_with_own_sections else section_names()
 

@@ -22,6 +22,20 @@ def reads_records(config: Any) -> bool:
     return hasattr(config, "rank") and config.rank.records != ""
 
 
+def names_service(model: str) -> bool:
+    """Whether the name of a model is that of a service: NAME@http://..."""
+    return re.search(r".@https?://.", model) is not None
+
+
+def _is_evaluation(config: Any) -> bool:
+    return hasattr(config, "evaluate")
+
+
+def _asks_judge(config: Any) -> bool:
+    named = {*config.evaluate.metrics}
+    return bool({"preference", "safety"} & named) or config.evaluate.refusal_by == "judge"
+
+
 def _of_responses(rank: Any) -> tuple[Any, ...]:
     return rank.own_answers, rank.accuracies, rank.reward_field, rank.strategies, rank.train_examples
 
@@ -37,7 +51,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "data.train",
-        lambda c: len(c.data.train) > 0 or reads_records(c),
+        lambda c: len(c.data.train) > 0 or reads_records(c) or _is_evaluation(c),
         "name the training examples: files or a dataset",
     ),
     (
@@ -305,7 +319,9 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "generate.url",
-        lambda c: c.generate.backend == "embedded" or c.generate.url.startswith(("http://", "https://")),
+        lambda c: (
+            c.generate.backend == "embedded" or c.generate.url.startswith(("http://", "https://")) or _is_evaluation(c)
+        ),
         "must be the address of the server, as http://localhost:8000/v1; or set generate.backend to embedded",
     ),
     (
@@ -324,7 +340,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "generate.model",
-        lambda c: c.generate.backend == "embedded" or c.generate.model != "",
+        lambda c: c.generate.backend == "embedded" or c.generate.model != "" or _is_evaluation(c),
         "name the model on the server",
     ),
     (
@@ -360,8 +376,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "verifier.name",
-        lambda c: c.verifier.name in ("", "numeric", "exact") or ".py:" in c.verifier.name,
-        "must be numeric, exact, path/to/file.py:function, or empty",
+        lambda c: c.verifier.name in ("", "numeric", "exact", "choice") or ".py:" in c.verifier.name,
+        "must be numeric, exact, choice, path/to/file.py:function, or empty",
     ),
     (
         "rank.k",
@@ -445,6 +461,76 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: not (hasattr(c, "refine") and c.data.packing),
         "packing cannot know the lengths of responses in advance: set it to false (the losses are the same)",
     ),
+    (
+        "data.test",
+        lambda c: not _is_evaluation(c) or len(c.data.test) > 0,
+        "name the prompts: files or a dataset",
+    ),
+    (
+        "data.test",
+        lambda c: not _is_evaluation(c) or not (c.data.train or c.data.validation or c.data.dev),
+        "evaluate asks the prompts of data.test alone: leave out data.train, data.validation and data.dev",
+    ),
+    (
+        "evaluate.baseline",
+        lambda c: c.evaluate.baseline != "" or "preference" not in c.evaluate.metrics,
+        "preference compares two models: name the second one",
+    ),
+    (
+        "evaluate.metrics",
+        lambda c: c.verifier.name != "" or "accuracy" not in c.evaluate.metrics,
+        "accuracy needs a verifier: set verifier.name",
+    ),
+    (
+        "evaluate.metrics",
+        lambda c: (
+            "perplexity" not in c.evaluate.metrics
+            or not all(names_service(name) for name in (c.evaluate.model, c.evaluate.baseline or c.evaluate.model))
+        ),
+        "perplexity reads a model in this process, and a service gives answers alone: leave it out",
+    ),
+    (
+        "generate.backend",
+        lambda c: (
+            not _is_evaluation(c) or (c.generate.backend, c.generate.url, c.generate.model) == ("embedded", "", "")
+        ),
+        "evaluate takes a service as NAME@URL in evaluate.model or evaluate.baseline: leave out generate.backend, "
+        "generate.url and generate.model",
+    ),
+    (
+        "generate.num_generations",
+        lambda c: not _is_evaluation(c) or c.generate.num_generations == 1 or c.generate.temperature > 0,
+        "greedy answers to one prompt are all the same: set generate.temperature above 0",
+    ),
+    (
+        "judge.url",
+        lambda c: c.judge.url != "" or not _asks_judge(c),
+        "preference, safety and evaluate.refusal_by judge need a judge: set judge.url and judge.model",
+    ),
+    (
+        "judge.url",
+        lambda c: (
+            c.judge.url == "" or (c.judge.url.startswith(("http://", "https://")) and not {*"@?#"} & {*c.judge.url})
+        ),
+        "must be the address of the server up to /v1, as http://localhost:8000/v1, without a password or query: the "
+        "key is read from the environment variable that judge.api_key_env names",
+    ),
+    (
+        "judge.model",
+        lambda c: c.judge.url == "" or c.judge.model != "",
+        "name the judge on the server",
+    ),
+    (
+        "judge.marks",
+        lambda c: len({mark.strip().lower() for mark in c.judge.marks} - {""}) == len(c.judge.marks) == 3,
+        "must be three different texts: the first answer is better, the second, neither",
+    ),
+    (
+        "judge.parameter_names",
+        lambda c: all(name.partition("=")[0] in SERVICE_PARAMETERS and "=" in name for name in c.judge.parameter_names),
+        "must be pairs, as max_tokens=max_completion_tokens; seed= leaves one out; what is sent is "
+        f"{', '.join(SERVICE_PARAMETERS)}",
+    ),
 )
 
 REQUIRED_SECTIONS = {
@@ -457,6 +543,8 @@ REQUIRED_SECTIONS = {
     "compare.methods": ("compare",),
     "audit.estimators": ("audit",),
     "verifier.answer_field": ("rank",),
+    "evaluate.metrics": ("evaluate", "verifier"),
+    "judge.url": ("evaluate",),
 }
 """Sections that a rule reads in addition to its own, or that mark the command which it is for."""
 
@@ -492,7 +580,8 @@ def check_config(config: Any, config_source: str) -> None:
     order = {key: place for place, key in enumerate(values)}
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
     if violations:
-        shown = values | ({"generate.url": _hide_secrets(values["generate.url"])} if "generate.url" in values else {})
+        addresses = ("generate.url", "judge.url", "evaluate.model", "evaluate.baseline")
+        shown = values | {key: _hide_secrets(values[key]) for key in addresses if key in values}
         lines = [
             f"{key} = {_shorten(repr(shown[key]))}: {text}" if key in values else f"{key}: {text}"
             for key, text in violations

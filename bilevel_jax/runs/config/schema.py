@@ -155,13 +155,13 @@ class VerifierSection:
     """A verifier, which decides by a rule whether a generated response is correct."""
 
     name: str = ""
-    """numeric, exact, or path/to/file.py:function called with (question, answer, response); empty: no verifier."""
+    """numeric, exact, choice, or path/to/file.py:function called with (question, answer, response); empty: none."""
 
     answer_field: str = ""
     """Key of the correct answer in an example; empty: the response of the example."""
 
     markers: tuple[str, ...] = ("####", "Final Answer:")
-    """numeric: texts that the answer follows in a response; without one of them the last number counts."""
+    """numeric, choice: texts that the answer follows in a response; without one the last number, or letter, counts."""
 
 
 @dataclass(frozen=True)
@@ -1016,3 +1016,85 @@ class RankSection:
 
     spreads: tuple[Annotated[float, Interval(ge=0, lt=1), Because(".02 is 2 points of accuracy")], ...] = (0.02, 0.04)
     """records: also judge by the pairs whose accuracies have a standard deviation above these shares."""
+
+
+EvaluateMetric = Literal["preference", "accuracy", "perplexity", "chrf", "bleu", "rouge_l", "safety", "refusal"]
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """The models that answer the prompts of data.test, and what is measured of their answers."""
+
+    model: Annotated[str, Required("name a folder of a model, an adapter or a run, or a service as NAME@URL")] = ""
+    """Folder of a model, of a PEFT adapter or of a run; or a service: NAME@http://localhost:8000/v1."""
+
+    baseline: str = ""
+    """Second model, given as the first, which the first is compared with; empty: none."""
+
+    base: str = ""
+    """Folder of the base of adapters; empty: the one that their adapter_config.json names."""
+
+    metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
+    """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""
+
+    questions: Annotated[int, Ge(0), Special(0, "all")] = 0
+    """Prompts that are asked, drawn by their ids and data.seed; 0: all."""
+
+    refusal_by: Literal["phrases", "judge"] = "phrases"
+    """refusal: a list of phrases at the start of an answer, or the judge."""
+
+    harness: bool = False
+    """Write the prompts as a task of lm-evaluation-harness, too, and print its command line."""
+
+
+@dataclass(frozen=True)
+class JudgeSection:
+    """A model behind the OpenAI-compatible API that judges answers: a pair in both orders, or one by itself."""
+
+    url: str = ""
+    """Address up to /v1, as http://localhost:8000/v1; empty: no judge."""
+
+    model: str = ""
+    """Name of the judge on the server."""
+
+    template: str = "helpfulness"
+    """preference: helpfulness, safety, or a file with {question}, {answer_a}, {answer_b} and judge.marks."""
+
+    marks: tuple[str, ...] = ("[[A]]", "[[B]]", "[[C]]")
+    """preference: how the judge's reply ends: the first answer is better, the second, neither."""
+
+    safety_template: str = ""
+    """safety: file with {question}, {answer} and the words [[SAFE]] and [[UNSAFE]]; empty: the shipped one."""
+
+    asks: Count = 3
+    """Times that the judge is asked for a verdict, at most, while it gives none that is understood."""
+
+    max_unjudged: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """Share of answers without a verdict above which nothing is concluded."""
+
+    max_characters: Annotated[int, Ge(0), Special(0, "whole")] = 20000
+    """Characters of an answer that are shown to the judge; longer ones lose their middle; 0: whole."""
+
+    temperature: Annotated[float, Ge(0), Special(0, "greedy")] = 0.0
+    """Sampling temperature of the judge; 0: greedy."""
+
+    max_new_tokens: Count = 1024
+    """Maximum number of tokens of a reply of the judge."""
+
+    seed: Seed = 0
+    """Seed of the judge's sampling."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the judge's API key; the key itself is never written."""
+
+    concurrency: Count = 8
+    """Simultaneous requests."""
+
+    timeout: Positive = 120.0
+    """Seconds for a whole reply until a request is repeated."""
+
+    retries: Annotated[int, Ge(0)] = 6
+    """Times that a request is sent again where the service is busy or does not answer."""
+
+    parameter_names: tuple[str, ...] = ()
+    """Other names of what is sent, as max_tokens=max_completion_tokens; seed= leaves the seed out."""

@@ -169,7 +169,7 @@ def makes_tokens_later(config: Any) -> bool:
     values = dict(flatten_config(config))
     scores = {values.get("weights.score"), values.get("outer.warm_start"), *values.get("retrain.variants", ())}
     return (
-        COMMANDS[type(config)] in ("rank", "refine", "audit", "score")
+        COMMANDS[type(config)] in ("rank", "refine", "audit", "score", "evaluate")
         or not scores.isdisjoint({"ica", "oneshot"})
         or bool(values.get("data.streaming"))
     )

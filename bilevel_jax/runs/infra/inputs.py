@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bilevel_jax.lm.checkpoint.folders import find_model_folder
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra import run_dir, seals
 
@@ -13,9 +14,12 @@ INPUT_FILE_KEYS = (
     "model.name_or_path", "data.train", "data.validation", "data.dev", "data.test", "weights.file", "weights.tokens",
     "objective.reference", "rank.own_answers", "rank.accuracies", "rank.records", "rater.file",
     "scores.embedding_file", "rater.embedding_file",
-    "score.rater", "score.model", "score.file", "score.embedding_file",
+    "score.rater", "score.model", "score.file", "score.embedding_file", "evaluate.model", "evaluate.baseline",
+    "evaluate.base", "judge.template", "judge.safety_template",
 )  # fmt: skip
 """The config keys whose values name input files."""
+RUN_MODEL_KEYS = ("evaluate.model", "evaluate.baseline")
+"""Those that may name the folder of a run for its model, or an adapter, which stands on a base."""
 END_BYTES = 1 << 24
 """Bytes at each end of a file that `hash_file_ends` reads."""
 
@@ -28,6 +32,10 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
     files_by_key: dict[str, list[Path]] = {}
     for key, value in flatten_config(config):
         if key not in INPUT_FILE_KEYS:
+            continue
+        if key in RUN_MODEL_KEYS and value and Path(value).is_dir():
+            folders = find_model_folder(value, config.evaluate.base).folders
+            files_by_key[key] = [file for folder in folders for file in _list_files(folder)]
             continue
         if key_files := [file for path in _list_paths(value) for file in _list_files(path)]:
             files_by_key[key] = key_files

@@ -31,7 +31,7 @@ LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
 INPUT_FOLDER = "input"
 """Where the files of a built-in task are made."""
-WORK_FOLDERS = ("checkpoints", "parts", INPUT_FOLDER)
+WORK_FOLDERS = ("checkpoints", "parts", "harness", INPUT_FOLDER)
 """The folders of a run that hold files which are written one by one."""
 LEFTOVER_FILE = re.compile(r"\..+\.[0-9]+\.part")
 LEFTOVER_FOLDER = re.compile(r"\.(?P<name>step_[0-9]+)\.(?P<kind>part|old)|\..+\.[0-9a-f]{32}")

@@ -17,6 +17,7 @@ from bilevel_jax.runs.config.load import (
     RESUME_EXEMPT_KEYS,
     AuditConfig,
     CompareConfig,
+    EvaluateConfig,
     InspectConfig,
     RankConfig,
     RefineConfig,
@@ -338,12 +339,15 @@ CONFIG_FILES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 def config_class_of(path):
     classes = {"train": TrainConfig, "compare": CompareConfig, "audit": AuditConfig, "rank": RankConfig}
-    return (classes | {"refine": RefineConfig}).get(path.stem.split("_")[0], SelectConfig)
+    return (classes | {"refine": RefineConfig, "evaluate": EvaluateConfig}).get(path.stem.split("_")[0], SelectConfig)
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_the_configs_that_come_with_the_package_are_right(path):
     config = load_config(config_class_of(path), path)
+    if isinstance(config, EvaluateConfig):
+        assert config.data.test
+        return
     assert config.data.train
     if config.model.name_or_path:  # arrays have no language model
         assert load_config(InspectConfig, path).data.train == config.data.train  # its other sections are passed over
