@@ -167,14 +167,21 @@ def test_weights_are_joined_by_id(made, tmp_path):
 def twice(made, tmp_path_factory):
     """The parameters of plain SGD on twice the loss."""
     out = tmp_path_factory.mktemp("twice") / "run"
-    run(made, out, *SGD, "--weights.constant", "2")
+    run(made, out, *SGD, "--data.packing", "--weights.constant", "2")
     return tensors(out)
 
 
-SGD = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "0.1", "--data.packing")
+SGD = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "0.1")
 
 
-@pytest.mark.parametrize("way", ["weights.tokens", pytest.param("messages", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "weights.tokens",
+        pytest.param("messages", marks=pytest.mark.slow),
+        pytest.param("messages, four devices", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_of_tokens_and_messages_are_factors_of_the_loss(made, twice, tmp_path, capsys, way):
     examples = load_rows([str(made / "train.jsonl")])
     if way == "weights.tokens":  # the first example gets none, and the weight of a row instead
@@ -187,7 +194,8 @@ def test_weights_of_tokens_and_messages_are_factors_of_the_loss(made, twice, tmp
         rows = [row | {"response": [{"role": "assistant", "content": row["response"], "weight": 2}]} for row in rows]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = ("--data.train", str(tmp_path / "train.jsonl"))
-    result = run(made, tmp_path / "run", *SGD, *flags)
+        flags += ("--mesh.data", "2", "--mesh.fsdp", "2") if way != "messages" else ()
+    result = run(made, tmp_path / "run", *SGD, "--data.packing", *flags)
     ours = tensors(tmp_path / "run")
     assert all(np.allclose(ours[key], twice[key], atol=1e-7) for key in twice)
     assert result["tokens"] == 2 * 36 * 5  # a weight changes no count
@@ -308,6 +316,24 @@ def test_streamed_rows_are_the_rows_in_order(made, tmp_path):
     assert result["parts"]["test"]["after"]["loss"] < result["parts"]["test"]["before"]["loss"]
     ids = pq.read_table(tmp_path / "run" / "weights.parquet")["id"].to_pylist()
     assert ids == [example.id for example in load_rows([str(made / "train.jsonl")])]
+
+
+@pytest.mark.slow
+def test_streamed_answers_have_weights_in_some_batches_alone(made, tmp_path):
+    """The first batch has weights of answers, and the others none: as the same weights of rows."""
+    examples = load_rows([str(made / "train.jsonl")])
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"response": [{"role": "assistant", "content": row["response"], "weight": 1 + int(i < 8)}]}
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (*STREAMED[:1], "--train.max-steps", "4", "--data.shuffle-buffer", "0", *SGD)
+    run(made, tmp_path / "turns", *flags, "--data.train", str(tmp_path / "train.jsonl"))
+    weights = weights_file(tmp_path / "w.parquet", examples, [2.0] * 8 + [1.0] * 28)
+    run(made, tmp_path / "rows", *flags, "--weights.file", weights)
+    ours, wanted = tensors(tmp_path / "turns"), tensors(tmp_path / "rows")
+    assert all(np.allclose(ours[key], wanted[key], atol=1e-7) for key in wanted)
 
 
 def test_streamed_stopped_and_resumed_changes_no_bit(made, tmp_path, stop_at):

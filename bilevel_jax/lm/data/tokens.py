@@ -84,6 +84,8 @@ class Corpus:
                 f"token_weights {self.token_weights.shape} for {len(self.ids)} tokens; give each one number, and each "
                 "target a finite one above 0."
             )
+        if self.token_weights is not None and self.sequences_per_example != 1:
+            raise ValueError("token_weights of preference pairs, whose losses compare whole responses: leave them out.")
         if (len(self.offsets) - 1) % self.sequences_per_example:
             raise ValueError(f"{len(self.offsets) - 1} sequences do not make rows of {self.sequences_per_example}.")
         if self.sampler_log_probs is not None and self.sampler_log_probs.shape != self.ids.shape:

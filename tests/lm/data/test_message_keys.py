@@ -1,5 +1,6 @@
 """Keys of messages and rows beside the usual ones: right in the mask, refused, or counted and named."""
 
+import hashlib
 import json
 
 import pytest
@@ -207,6 +208,8 @@ def test_marks_belong_to_the_identity_of_an_example(tmp_path):
     ids = [example.id for example in load_examples(put(tmp_path, *({"messages": one} for one in rows)))]
     assert len({one.split("#")[0] for one in ids}) == 3 and ids[3] == ids[0].replace("#0", "#1")
     assert hash_content([Turn("user", "a")]) == "050d8ef56e888db0"  # files of weights name examples by it
+    said = hashlib.sha256(json.dumps([["assistant", "B", False, "hm"]]).encode()).hexdigest()[:16]
+    assert hash_content([Turn("assistant", "B", is_target=False, reasoning="hm")]) == said  # as before weights
 
 
 def test_what_was_found_is_told(tmp_path):

@@ -207,3 +207,5 @@ def test_a_corpus_checks_its_weights():
     for bad in (np.ones(3), np.array([1, 1, 0, 1.0]), np.array([1, np.inf, 1, 1]), np.array([1, -1.0, 1, 1])):
         with pytest.raises(ValueError, match="token_weights .* for 4 tokens; give each one number, and each target"):
             Corpus(ids, mask, offsets, token_weights=bad)
+    with pytest.raises(ValueError, match="token_weights of preference pairs, whose losses compare whole responses"):
+        Corpus(ids, mask, np.array([0, 2, 4]), 2, token_weights=np.ones(4))
