@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,6 +13,7 @@ from bilevel_jax.cli import main
 from bilevel_jax.commands.results import read_result
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.lm import models
+from bilevel_jax.lm.data.examples import load_examples as load_rows
 from bilevel_jax.runs.config.load import SelectConfig, load_config
 from bilevel_jax.runs.infra import session
 
@@ -383,6 +385,24 @@ def test_every_fold_is_left_out_and_a_stop_in_one_changes_no_bit(made, with_fold
             run(made, out, *FOLDS)
         again = run(made, out, *FOLDS, "--output.resume")
         assert again["rater"] == result["rater"] and again["work"] == result["work"], at
+
+
+@pytest.mark.slow
+def test_a_rater_of_vectors_of_a_file_says_in_score_what_it_said_in_select(made, tmp_path):
+    examples = [e for name in ("train", "validation") for e in load_rows([str(made / f"{name}.jsonl")])]
+    vectors = np.random.default_rng(0).normal(size=(len(examples), 6))
+    path = str(tmp_path / "e.parquet")
+    pq.write_table(pa.table({"id": [e.id for e in examples], "embedding": vectors.tolist()}), path)
+    names = ("--rater.features", "length", "embedding", "embedding_likeness", "--rater.embedding-file", path)
+    result = run(made, tmp_path / "run", *RATER[:2], *RATER[5:], *names, "--outer.steps", "1")
+    assert [one["name"] for one in result["rater"]][-2:] == ["mean embedding likeness", "nearest embedding likeness"]
+    assert path in json.dumps(json.loads((tmp_path / "run" / "inputs.json").read_text())["rater.embedding_file"])
+    weights = pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy()
+    words = ["score", "--rater", tmp_path / "run" / "rater", "--data", made / "train.jsonl", "--out", tmp_path / "out"]
+    assert main([*map(str, words), "--score.embedding-file", path, "--output.no-progress"]) == 0
+    np.testing.assert_allclose(
+        pq.read_table(tmp_path / "out" / "scores.parquet")["weight"].to_numpy(), weights, rtol=1e-4
+    )
 
 
 def test_more_folds_than_validation_examples_are_an_error_before_any_work(made, tmp_path):

@@ -22,7 +22,7 @@ from bilevel_jax.runs.config.schema import RaterSection
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.scoring.from_file import load_embeddings, read_id_column
-from bilevel_jax.scores.embedding import WordIndex, index_words
+from bilevel_jax.scores.embedding import WordIndex, index_words, iterate_blocks
 from bilevel_jax.scores.margin import token_el2n
 
 Table = Float[np.ndarray, "examples columns"]
@@ -55,7 +55,8 @@ FEATURES = {
     "reducible": Feature("loss - validation_loss: what validation has taught of the example", "holdout", True),
     "uniform_loss": Feature("loss under a model that is trained on all examples alike", "uniform", True),
     "embedding": Feature("principal directions of the vectors in rater.embedding_file"),
-    "embedding_likeness": Feature("cosine of the vector in rater.embedding_file with the mean of validation's"),
+    "embedding_likeness": Feature("cosine of the vector in rater.embedding_file with those of validation: the mean, "
+                                  "and the nearest; all less the training examples' mean"),
     "columns": Feature("the columns that rater.columns names, of rater.file"),
 }  # fmt: skip
 """Every feature, in the order of their columns. Scores that are made elsewhere (ica, ifd, ...) come as `columns`."""
@@ -202,8 +203,8 @@ class Recipe(NamedTuple):
     """The mean of validation's hidden states."""
     embedding_mean: Float[np.ndarray, "vector"] | None = None
     embedding_directions: Float[np.ndarray, "vector directions"] | None = None
-    validation_embedding: Float[np.ndarray, "vector"] | None = None
-    """The mean of validation's vectors."""
+    validation_embedding: Float[np.ndarray, "validation vector"] | None = None
+    """The vectors of validation."""
 
 
 class FeatureTable(NamedTuple):
@@ -238,16 +239,20 @@ def fit_recipe(
     if "likeness" in names:
         words = index_words(validation)
         recipe = recipe._replace(words=words, validation_vectors=words.vectors(validation))
-    for kind, directions in (("hidden", "directions"), ("embedding", "embedding_directions")):
-        if kind not in measured:
-            continue
-        vectors = measured[kind][trainable]
-        fitted = {f"{kind}_mean": vectors.mean(0)}
-        if kind in names:
-            fitted[directions] = _principal_directions(vectors, settings.directions)
-        if f"{kind}_likeness" in names:
-            fitted[f"validation_{kind}"] = measured[f"validation_{kind}"].mean(0)
-        recipe = recipe._replace(**fitted)
+    if "hidden" in measured:
+        hidden = measured["hidden"][trainable]
+        recipe = recipe._replace(hidden_mean=hidden.mean(0))
+        if "hidden" in names:
+            recipe = recipe._replace(directions=_principal_directions(hidden, settings.directions))
+        if "hidden_likeness" in names:
+            recipe = recipe._replace(validation_hidden=measured["validation_hidden"].mean(0))
+    if "embedding" in measured:
+        vectors = measured["embedding"][trainable]
+        recipe = recipe._replace(embedding_mean=vectors.mean(0))
+        if "embedding" in names:
+            recipe = recipe._replace(embedding_directions=_principal_directions(vectors, settings.directions))
+        if "embedding_likeness" in names:
+            recipe = recipe._replace(validation_embedding=measured["validation_embedding"])
     columns, raw = raw_table(recipe, settings.file, examples, corpus, measured)
     check_finite_features(columns, raw, examples, trainable)
     kept = raw[trainable]
@@ -291,16 +296,27 @@ def raw_table(
         dense = cosines.toarray() if sparse.issparse(cosines) else cosines
         return np.stack([dense.mean(1), dense.max(1)], 1)
 
-    def project(kind: str, directions: Table | None) -> tuple[Sequence[str], Table]:
-        assert directions is not None
-        table = (measured[kind] - getattr(recipe, f"{kind}_mean")) @ directions
-        return [f"{kind} {n + 1}" for n in range(table.shape[1])], table
+    def project(name: str, mean: np.ndarray | None, directions: Table | None) -> tuple[Sequence[str], Table]:
+        assert mean is not None and directions is not None
+        table = (measured[name] - mean) @ directions
+        return [f"{name} {n + 1}" for n in range(table.shape[1])], table
 
-    def compare(kind: str) -> tuple[Sequence[str], Table]:
-        mean, other = (getattr(recipe, name) for name in (f"{kind}_mean", f"validation_{kind}"))
-        vectors, other = measured[kind] - mean, other - mean
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(other)
-        return (f"{kind}_likeness",), ((vectors @ other) / np.maximum(norms, 1e-30))[:, None]
+    def hidden_likeness() -> Table:
+        assert recipe.validation_hidden is not None
+        states, other = measured["hidden"] - recipe.hidden_mean, recipe.validation_hidden - recipe.hidden_mean
+        norms = np.linalg.norm(states, axis=1) * np.linalg.norm(other)
+        return ((states @ other) / np.maximum(norms, 1e-30))[:, None]
+
+    def embedding_likeness() -> Table:
+        assert recipe.validation_embedding is not None
+        vectors, others = (
+            centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-30)
+            for centred in (
+                table - recipe.embedding_mean for table in (measured["embedding"], recipe.validation_embedding)
+            )
+        )
+        cosines = (vectors[block] @ others.T for block in iterate_blocks(len(vectors), len(others)))
+        return np.concatenate([np.stack([part.mean(1), part.max(1)], 1) for part in cosines])
 
     makers: dict[str, Callable[[], tuple[Sequence[str], Table]]] = {
         "length": lambda: (("length of prompt", "length of response"), lengths),
@@ -314,10 +330,10 @@ def raw_table(
         ),
         "tokens": lambda: (["type-token ratio", *(f"tokens {n}" for n in range(NUM_HASH_BUCKETS))], shares),
         "likeness": lambda: (("mean likeness", "nearest likeness"), likeness()),
-        "hidden": lambda: project("hidden", recipe.directions),
-        "hidden_likeness": lambda: compare("hidden"),
-        "embedding": lambda: project("embedding", recipe.embedding_directions),
-        "embedding_likeness": lambda: compare("embedding"),
+        "hidden": lambda: project("hidden", recipe.hidden_mean, recipe.directions),
+        "hidden_likeness": lambda: (("hidden_likeness",), hidden_likeness()),
+        "embedding": lambda: project("embedding", recipe.embedding_mean, recipe.embedding_directions),
+        "embedding_likeness": lambda: (("mean embedding likeness", "nearest embedding likeness"), embedding_likeness()),
         "reducible": lambda: (("reducible",), measured["loss"] - measured["validation_loss"]),
         "columns": lambda: (
             [f"column {name}" for name in recipe.user_columns],

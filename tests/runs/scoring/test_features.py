@@ -155,13 +155,13 @@ def test_vectors_of_a_file_are_features_as_hidden_states_are(task, tmp_path):
         features=("embedding", "embedding_likeness"), directions=3, embedding_file=str(file), transform="none"
     )
     made = make_features(task, settings)
-    assert made.recipe.columns == ("embedding 1", "embedding 2", "embedding 3", "embedding_likeness")
+    likeness = ("mean embedding likeness", "nearest embedding likeness")
+    assert made.recipe.columns == ("embedding 1", "embedding 2", "embedding 3", *likeness)
     np.testing.assert_allclose(made.table.raw[:, :3], hidden.raw, atol=1e-5)  # hidden states are float32
     count = len(task.examples)
     centred = found - found[:count].mean(0)
-    other = centred[count:].mean(0)
-    cosines = centred[:count] @ other / np.linalg.norm(centred[:count], axis=1) / np.linalg.norm(other)
-    np.testing.assert_allclose(made.table.raw[:, 3], cosines, atol=1e-9)
+    cosines = np.array([[x @ y / np.sqrt((x @ x) * (y @ y)) for y in centred[count:]] for x in centred[:count]])
+    np.testing.assert_allclose(made.table.raw[:, 3:].T, [cosines.mean(1), cosines.max(1)], atol=1e-9)
     file.write_text("".join(line for line, i in zip(lines, order, strict=True) if i != count))  # one of validation
     with pytest.raises(ValueError, match=f"no embedding for the example {examples[count].id} "):
         make_features(task, settings)
