@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any
@@ -156,34 +156,29 @@ def _send_requests(
     concurrency: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Adds what is missing of (prompt id, draw) -> response, and stores each as it arrives."""
-    by_id, stopped = {prompt.id: prompt for prompt in prompts}, threading.Event()
+    """Adds what is missing of (prompt id, draw) -> response.
+
+    A response is stored before its thread sends another request: a kill loses no more than are under way.
+    """
+    by_id, stopped, storing = {prompt.id: prompt for prompt in prompts}, threading.Event(), threading.Lock()
+
+    def request_and_store(pair: tuple[str, int]) -> None:
+        response = connection.request(by_id[pair[0]], pair[1], stopped)
+        with storing:
+            store.save({keys[pair]: response})
+            responses[pair] = response
+
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
-    futures = {
-        pool.submit(connection.request, by_id[id], draw, stopped): (id, draw)
-        for id, draw in keys
-        if (id, draw) not in responses
-    }
-
-    def store_response(future: Future[Response]) -> None:
-        pair = futures[future]
-        if pair not in responses:
-            responses[pair] = future.result()
-            store.save({keys[pair]: responses[pair]})
-
-    pending = set(futures)
+    pending = {pool.submit(request_and_store, pair) for pair in keys if pair not in responses}
     try:
         while pending:
             done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
             for future in done:
-                store_response(future)
+                future.result()
             progress(len(responses), len(keys))
     finally:  # after an error or a signal nothing more is sent, and requests under way, perhaps paid for, are stored
         stopped.set()
         pool.shutdown(cancel_futures=True)
-        for future in futures:
-            if not future.cancelled() and future.exception() is None:
-                store_response(future)
 
 
 class _TemporaryError(Exception):

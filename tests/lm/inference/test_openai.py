@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from bilevel_jax.lm.inference import openai
 from bilevel_jax.lm.inference.generate import NULL_RESPONSE_STORE, Prompt, Response, ResponseStore, SamplingParams
 from bilevel_jax.lm.inference.openai import make_chat_client
 
@@ -137,6 +138,27 @@ def test_what_came_before_an_error_is_kept_and_not_asked_again(server):
     server.trouble[:] = []
     out = ask(server, store=store)
     assert len(server.requests) - before == 6 - already and out == ask(server)
+
+
+def test_a_response_is_stored_before_its_thread_asks_again(server):
+    """However slow the disk is, a kill loses no more responses than requests are under way."""
+    lost = []
+
+    def save(new):
+        lost.append(len(server.requests) - len(kept))  # asked, and not stored
+        time.sleep(0.01)
+        kept.update(new)
+
+    kept = {}
+    ask(server, draws=range(8), store=ResponseStore("small", kept, save), concurrency=3)
+    assert len(kept) == len(server.requests) == 24 and max(lost) <= 3
+
+
+def test_usage_is_kept_where_it_is_counted():
+    counted = {"prompt_tokens": 5, "completion_tokens": 3}
+    assert openai._parse_usage(counted) == (5, 3)
+    odd = [counted | {key: value} for key in counted for value in (-1, True, "3", 10**30, None, 1.5)]
+    assert {openai._parse_usage(usage) for usage in (None, [], {}, {"prompt_tokens": 5}, *odd)} == {()}
 
 
 def test_the_key_is_sent_and_never_shown(server, monkeypatch):
