@@ -934,6 +934,7 @@ HOSTILE_RUNS = {
     "inspect": [],
     "estimate": ["--estimate.no-compile"],
     "export": [],
+    "evaluate": ["--generate.max-new-tokens", 4, "--verifier.name", "exact", "--evaluate.harness"],
     "rank": ["--rank.metrics", "perplexity", "--rank.pick-by", "perplexity"],
     "train": ["--train.max-steps", 2, "--optimizer.warmup-steps", 0, "--train.eval-steps", 1],
     "select": ["--train.max-steps", 2, "--optimizer.warmup-steps", 0, "--outer.steps", 1, "--fast"],
@@ -948,7 +949,7 @@ HOSTILE_RUNS = {
         "uniform",
     ],
 }
-SLOW_COMMANDS = ("estimate", "rank", "train", "select", "refine")
+SLOW_COMMANDS = ("estimate", "evaluate", "rank", "train", "select", "refine")
 
 
 @pytest.mark.parametrize(
@@ -989,6 +990,18 @@ def test_hostile_text_in_every_field_of_an_output(command, bench, capsys):
             "c.yaml", settings + "rank: {block_size: 6, num_blocks: 2}\ngenerate: {max_new_tokens: 4}\n"
         )
         flags = ["--model", model, "--data.train", bench.file(f"{EVIL}/t.jsonl", table), "--out", folder / "out"]
+    elif command == "evaluate":
+        config = bench.file(f"{EVIL}/e.yaml", settings.replace("lora: {r: 0}\n", ""))
+        flags = [
+            "--model",
+            model,
+            "--baseline",
+            bench.made / "model",
+            "--prompts",
+            parts["train"],
+            "--out",
+            folder / "out",
+        ]
     elif command == "export":
         ids = [example.id for example in load_examples([parts["train"]])]
         weights = bench.file(f"{EVIL}/w.jsonl", [{"id": one, "weight": 1.0 + at} for at, one in enumerate(ids)])

@@ -256,7 +256,7 @@ def test_hostile_answers_change_no_verdict_and_no_page(serve, tmp_path):
 
     server = serve(judge=judge, plain=lambda text: attack.get(text, "16"))
     result = evaluate(server, prompts, tmp_path / "out", "--evaluate.metrics", "preference", "refusal")
-    assert result["metrics"]["preference"]["model"] == (1.0, 1.0, 1.0) and result["judge"]["pairs"]["unjudged"] == 0
+    assert result["metrics"]["preference"]["model"].value == 1 and result["judge"]["pairs"]["unjudged"] == 0
     assert len(set(seen)) == len(seen) == 34
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in page and "<img src=x" not in page and "<h1>Better" not in page
@@ -410,7 +410,7 @@ def test_a_pair_needs_a_second_model_and_a_judge(serve, prompts, tmp_path):
             evaluate(server, prompts, tmp_path / "out", *flags, **more)
     result = evaluate(server, prompts, tmp_path / "one", baseline="")
     assert list(result["metrics"]) == ["safety", "refusal"] and result["level"] == "single"
-    assert result["sentence"] == "good: safety 100.0\u00a0% [100.0, 100.0] on 40 questions."
+    assert result["sentence"] == "good: safety 100.0\u00a0% [91.2, 100.0] on 40 questions."
 
 
 def test_too_long_a_prompt_is_told_or_left_out(made, tmp_path):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from bilevel_jax.commands.evaluate import harness, judge, metrics, reference_scores
 from bilevel_jax.commands.evaluate.metrics import METRICS, PairOutcomes, describe_verdict, summarize_metric
@@ -116,6 +117,16 @@ def test_a_better_model_is_told_and_few_questions_tell_nothing():
     assert "too few questions differ" in describe_verdict(
         "accuracy", line | {"level": "none", "p": 0.06}, {"model": "a", "baseline": "b"}
     )
+
+
+def test_shares_that_are_all_alike_have_the_exact_interval():
+    for count in (1, 12, 40):
+        for value in (0.0, 1.0):
+            exact = stats.binomtest(int(value * count), count).proportion_ci(0.95, "exact")
+            found = metrics.mean_interval(np.full(count, value), True, (0,))
+            assert found == pytest.approx((value, exact.low, exact.high))
+    assert metrics.mean_interval(np.full(9, 0.5), True, (0,)) == (0.5, 0.5, 0.5)
+    assert metrics.mean_interval(np.ones(9), False, (0,)) == (1, 1, 1)
 
 
 def test_signs_and_questions_without_a_value():

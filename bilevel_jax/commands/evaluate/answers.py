@@ -91,6 +91,16 @@ def describe_answers(answers: ModelAnswers) -> list[str]:
     return notes
 
 
+def describe_left_out(answers: ModelAnswers, questions: Sequence[Question]) -> list[str]:
+    """How many references a model in this process could not read, as a sentence; none where it read all."""
+    has_reference = np.array([question.reference is not None for question in questions])
+    left_out = int((has_reference & np.isnan(answers.reference_nats)).sum())
+    if not left_out or left_out == has_reference.sum():  # all: nothing was asked of it
+        return []
+    are = format_count("reference", left_out, ("does", "do"))
+    return [f"{are} not fit the context of {answers.candidate.name} and are left out of its reference loss"]
+
+
 def summarize_answers(answers: ModelAnswers) -> dict[str, Any]:
     """Counts for result.json."""
     responses = [response for row in answers.responses for response in row]

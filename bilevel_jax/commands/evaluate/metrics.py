@@ -118,7 +118,7 @@ def summarize_metric(
         "meaning": metric.meaning,
         "questions": int(known.sum()),
         **dict.fromkeys(ROLES),
-        **{role: bootstrap_mean(of_role, (*key, ROLES.index(role))) for role, of_role in kept.items()},
+        **{role: mean_interval(of_role, metric.is_share, (*key, ROLES.index(role))) for role, of_role in kept.items()},
         "difference": None,
         "p": None,
     }
@@ -133,7 +133,22 @@ def summarize_metric(
     if not len(differences):
         return line | {"level": "none"}
     difference, p = bootstrap_mean(differences, (*key, 2)), sign_flip_p(differences, (*key, 3))
+    if name == "preference":  # the same items
+        difference = BootstrapInterval(*(end - 0.5 for end in line["model"]))
     return line | {"difference": difference, "p": p, "level": decide_level(metric.sign, difference, p)}
+
+
+def mean_interval(values: Float[np.ndarray, "questions"], is_share: bool, seed: tuple[int, ...]) -> BootstrapInterval:
+    """The mean with its 95 % bootstrap interval; of shares that are all 0, or all 1, with the exact binomial one.
+
+    No resample of those differs, and the bootstrap would be sure of what n questions cannot tell: the bound is at a
+    distance of 1 - .025^(1/n) (Clopper and Pearson 1934).
+    """
+    if is_share and len(values) and np.all(values == values[0]) and values[0] in (0, 1):
+        distance = 1 - 0.025 ** (1 / len(values))
+        value = float(values[0])
+        return BootstrapInterval(value, value * (1 - distance), value + (1 - value) * distance)
+    return bootstrap_mean(values, seed)
 
 
 def decide_level(sign: int, difference: BootstrapInterval, p: float) -> str:

@@ -45,14 +45,15 @@ class LocalModel(NamedTuple):
     decoder: models.Decoder
     mesh: Mesh
     sharding_rules: sharding.ShardingRules
+    dtype: Any
 
     def load_params(self) -> Params:
         """The parameters on the mesh, with the adapter's where there is one."""
         place = sharding.parameter_placer(self.mesh, self.sharding_rules)
-        _, params = models.load_model(self.folders.base, dtype=jnp.float32, place=place)
+        _, params = models.load_model(self.folders.base, dtype=self.dtype, place=place)
         if self.folders.adapter is None:
             return params
-        adapters = models.load_peft(self.folders.adapter, self.architecture)
+        adapters = models.load_peft(self.folders.adapter, self.architecture, dtype=self.dtype)
         return models.join_adapters(params, sharding.shard_tree(self.mesh, self.sharding_rules, adapters))
 
 
@@ -127,7 +128,8 @@ def _open_candidate(config: EvaluateConfig, role: str, path: str, name: str) -> 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     decoder = models.make_decoder(architecture, remat="none", gather_params=sharding.parameter_gatherer(mesh, rules))
-    return Candidate(role, name, None, LocalModel(folders, tokenizer, architecture, decoder, mesh, rules))
+    dtype = jnp.dtype(config.evaluate.dtype)
+    return Candidate(role, name, None, LocalModel(folders, tokenizer, architecture, decoder, mesh, rules, dtype))
 
 
 def _split_service(path: str) -> Service:

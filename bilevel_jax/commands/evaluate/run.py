@@ -70,7 +70,7 @@ def _run_evaluation(
         began = time.monotonic()
         models.append(answers.collect_answers(config, candidate, questions, place, session))
         _store_seconds(session, candidate.role, began)
-        notes += answers.describe_answers(models[-1])
+        notes += [*answers.describe_answers(models[-1]), *answers.describe_left_out(models[-1], questions)]
     needs_judge = bool(set(LEVELS_OF_JUDGE) & set(metrics)) or config.evaluate.refusal_by == "judge"
     judge_client = Judge(config.judge, session) if needs_judge else None
     began = time.monotonic()

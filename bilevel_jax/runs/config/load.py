@@ -218,7 +218,7 @@ class EvaluateConfig:
     greedy or sampled (section generate) and judged by a verifier, by their references (perplexity, chrF, BLEU, ROUGE-L)
     or by a model behind the OpenAI-compatible API (section judge), which sees each pair in both orders. Ends with
     better, worse, or no difference told, by paired intervals over the questions. What was answered and judged before a
-    stop is not asked again.
+    stop is not asked again. Prompts that do not fit a model's context are errors, or left out by data.truncation drop.
     """
 
     evaluate: schema.EvaluateSection = schema.EvaluateSection()

@@ -81,7 +81,7 @@ class DataSection:
     """Separate examples for early stopping and model choice; empty: a part of data.validation."""
 
     test: tuple[str, ...] = ()
-    """Separate examples for the final evaluation; empty: a part of data.validation."""
+    """Separate examples for the final evaluation; empty: a part of data.validation. evaluate: the prompts."""
 
     split: tuple[float, float, float] = (0.5, 0.25, 0.25)
     """Fractions of data.validation that become validation, dev and test; the split goes by example id."""
@@ -1033,6 +1033,9 @@ class EvaluateSection:
 
     base: str = ""
     """Folder of the base of adapters; empty: the one that their adapter_config.json names."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and of what models in this process compute; bfloat16 halves the memory."""
 
     metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
     """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""
