@@ -1,16 +1,18 @@
 """A client of OpenAI-compatible chat completion servers."""
 
+import contextlib
 import email.utils
 import hashlib
 import http.client
 import json
 import math
+import queue
 import re
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any
@@ -169,12 +171,19 @@ def _send_requests(
             responses[pair] = response
 
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="service")
-    pending = {pool.submit(request_and_store, pair) for pair in keys if pair not in responses}
+    done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+    missing = [pair for pair in keys if pair not in responses]
+    for pair in missing:
+        pool.submit(request_and_store, pair).add_done_callback(done.put)
+    num_pending = len(missing)
     try:
-        while pending:
-            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-            for future in done:
-                future.result()
+        while num_pending:
+            with contextlib.suppress(queue.Empty):  # what came meanwhile is told at once
+                done.get(timeout=POLL_SECONDS).result()
+                num_pending -= 1
+                while num_pending:
+                    done.get_nowait().result()
+                    num_pending -= 1
             progress(len(responses), len(keys))
     finally:  # after an error or a signal nothing more is sent, and requests under way, perhaps paid for, are stored
         stopped.set()
