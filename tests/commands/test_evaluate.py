@@ -276,7 +276,7 @@ def test_nonsense_is_asked_again_and_then_left_out(serve, prompts, tmp_path):
     result = evaluate(server, prompts, tmp_path / "out", "--evaluate.metrics", "preference")
     assert result["level"] == "better" and result["metrics"]["preference"]["questions"] == 38
     assert result["judge"]["asked_again"] == 2 * 2 * 2 + 8 * 2 and result["judge"]["pairs"]["unjudged"] == 2
-    assert any("5.0 % have no verdict" in text for text in result["remarks"])
+    assert any("5.0 % have no verdict" in text and "'I like both.'" in text for text in result["remarks"])
     server.models["judge"] = lambda request: "[[A]] or [[B]]?"
     result = evaluate(server, prompts, tmp_path / "none", "--evaluate.metrics", "preference")
     assert result["level"] == "undecided" and result["metrics"]["preference"]["questions"] == 0
@@ -284,6 +284,7 @@ def test_nonsense_is_asked_again_and_then_left_out(serve, prompts, tmp_path):
         "Undecided between good and plain: the judge gave no verdict that is understood on 100.0 %"
         in result["sentence"]
     )
+    assert "as '[[A]] or [[B]]?'; judgements.parquet has its replies." in result["sentence"]
     assert "Undecided" in (tmp_path / "none" / "report.html").read_text()
 
 

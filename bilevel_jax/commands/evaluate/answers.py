@@ -87,7 +87,7 @@ def describe_answers(answers: ModelAnswers) -> list[str]:
         notes.append(f"{empty:,} of {total} of {answers.candidate.name} are empty")
     cut = sum(not response.ended and not response.missing for response in responses)
     if cut:
-        notes.append(f"{cut:,} of {total} of {answers.candidate.name} were cut at generate.max_new_tokens")
+        notes.append(f"{cut:,} of {total} of {answers.candidate.name} did not end within generate.max_new_tokens")
     return notes
 
 

@@ -1,15 +1,14 @@
 """The report page of an `evaluate` run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from bilevel_jax.commands.evaluate.metrics import format_number_of, format_value
-from bilevel_jax.lm.data.examples import format_count
+from bilevel_jax.commands.evaluate.metrics import METRICS, format_number_of, format_value
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow
@@ -58,6 +57,7 @@ def render_evaluate_report(
 ) -> str:
     """The whole report as HTML."""
     order = order_questions(questions, result)
+    picture, caption = plot_differences(result)
     return render_page(
         "evaluate.html",
         name=name,
@@ -66,7 +66,8 @@ def render_evaluate_report(
         environment=environment,
         level=LEVELS[result["level"]],
         deciding=result["metrics"][result["metric"]],
-        picture=plot_differences(result),
+        picture=picture,
+        caption=caption,
         metrics=metrics_table(result),
         judge=judge_table(result),
         details=[describe_question(questions[at], answers, judgements, result) for at in order],
@@ -249,31 +250,35 @@ def describe_question(
 # ---- the picture
 
 
-def plot_differences(result: JsonObject) -> Markup | None:
-    """A line per metric: the difference over its half-width, so that metrics of all units stand on one axis."""
+def plot_differences(result: JsonObject) -> tuple[Markup | None, str]:
+    """(a line for each metric that has a direction, turned so that the right is better; its caption).
+
+    One metric stands in its own unit; several over the half-widths of their intervals, so that they share an axis.
+    """
+    lines = {name: line for name, line in result["metrics"].items() if line["difference"] is not None and line["sign"]}
+    spans = {name: _turned(line) for name, line in lines.items()}
+    shown = [name for name, (_, low, high) in spans.items() if high > low]
+    if not shown:
+        return None, ""
+    unit = "half-widths of its interval"
+    if len(shown) == 1:
+        unit = "points" if lines[shown[0]]["is_share"] else lines[shown[0]]["unit"]
     rows = []
-    for name, line in result["metrics"].items():
-        interval: Mapping[int, float] | Sequence[float] | None = line["difference"]
-        if interval is None or line["sign"] == 0:
-            continue
-        value, low, high = (line["sign"] * float_or_nan(end) for end in interval)
-        low, high = min(low, high), max(low, high)
-        half = (high - low) / 2
-        if not half > 0:
-            continue
-        colour = 3 if line["level"] == "better" else 4 if line["level"] == "worse" else 5
-        emphasized = name == result["metric"]
-        rows.append(
-            IntervalRow(line["title"], value / half, low / half, high / half, emphasized=emphasized, colour=colour)
-        )
-    if not rows:
-        return None
-    return figures.plot_intervals(
-        rows, "difference in half-widths of its interval; right of 0: the model is better", reference=0.0
+    for name in shown:
+        value, low, high = spans[name]
+        scale = 2 / (high - low) if len(shown) > 1 else 100 if lines[name]["is_share"] else 1
+        ends = scale * value, scale * low, scale * high
+        colour = {"better": 3, "worse": 4}.get(lines[name]["level"], 5)
+        rows.append(IntervalRow(lines[name]["title"], *ends, emphasized=name == result["metric"], colour=colour))
+    caption = (
+        "Differences between the models with their 95 % intervals, turned so that the right side is better. An "
+        "interval that reaches the dashed line tells no difference."
     )
+    return figures.plot_intervals(rows, f"difference, {unit}; right of 0: the model is better", reference=0.0), caption
 
 
-def summarize_counts(result: JsonObject) -> str:
-    """How much was asked, in words."""
-    counts = result["counts"]
-    return f"{format_count('question', counts['questions'])}, {format_count('answer', counts['draws'])} each"
+def _turned(line: JsonObject) -> tuple[float, float, float]:
+    """(value, low, high) of a difference, so that more is better; of win rates that of the two."""
+    factor = line["sign"] * (2 if line["unit"] == METRICS["preference"].unit else 1)
+    value, *ends = (factor * float_or_nan(end) for end in line["difference"])
+    return value, min(ends), max(ends)

@@ -27,6 +27,7 @@ from bilevel_jax.runs.config.load import EvaluateConfig, config_hash
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.report.html import shorten_text
 from bilevel_jax.runs.scoring.verifiers import Verifier
 
 ANSWERS_FILE, QUESTIONS_FILE, JUDGEMENTS_FILE = "answers.parquet", "questions.parquet", "judgements.parquet"
@@ -183,8 +184,14 @@ def _why_undecided(config: EvaluateConfig, metric: str, measures: Measures) -> s
     of = "pairs" if metric == "preference" else "answers"
     return (
         f"the judge gave no verdict that is understood on {100 * share:.1f} % of the {of} (judge.max_unjudged = "
-        f"{config.judge.max_unjudged:g}); judgements.parquet has its replies"
+        f"{config.judge.max_unjudged:g}), as {_quote_nonsense(metric, measures)}; judgements.parquet has its replies"
     )
+
+
+def _quote_nonsense(metric: str, measures: Measures) -> str:
+    """The first reply without a verdict, in words."""
+    replies = [row["reply"] for row in measures.judgements if row["metric"] == metric and row["verdict"] is None]
+    return repr(shorten_text(" ".join(replies[0].split()), 80))
 
 
 def _summarize_judge(config: EvaluateConfig, measures: Measures, client: Judge, seed: int) -> dict[str, Any]:
@@ -215,6 +222,8 @@ def _collect_remarks(
 ) -> list[str]:
     """What a person should know before the numbers."""
     remarks = []
+    if list(lines) == ["refusal"]:
+        remarks.append("refusals alone are measured: name a verifier, a judge, or prompts with references")
     if judge_facts and (pairs := judge_facts["pairs"]):
         bias = pairs["position_bias"]
         if bias.low > 0 or bias.high < 0:
@@ -237,7 +246,7 @@ def _collect_remarks(
         if share:
             remarks.append(
                 f"{METRICS[name].title}: {100 * share:.1f} % have no verdict that is understood after "
-                f"{config.judge.asks} asks, and are left out"
+                f"{config.judge.asks} asks, the first {_quote_nonsense(name, measures)}, and are left out"
             )
     if judge_facts and judge_facts["shortened"]:
         requests = format_count("request", judge_facts["shortened"])
