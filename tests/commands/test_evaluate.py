@@ -141,6 +141,19 @@ def test_a_position_bias_is_measured_and_does_not_move_the_win_rate(serve, tmp_p
     assert mirrored["model"].value == pytest.approx(line["baseline"].value) and other["level"] != "better"
 
 
+def test_tastes_of_a_judge_are_told(serve, prompts, tmp_path):
+    """That it is one of the models, and that the preferred answers are the longer ones."""
+    judge = make_judge(quality)
+    server = serve(
+        judge=lambda text: judge(text) if "BEGIN" in text else f"good {text}", plain=lambda text: "no" + text[-5:]
+    )
+    result = evaluate(server, prompts, tmp_path / "out", "--evaluate.metrics", "preference", model="judge")
+    assert any("the judge is judge itself" in text for text in result["remarks"])
+    assert any("the preferred answers are longer, 17 characters on average against 7" in t for t in result["remarks"])
+    same = evaluate(serve(), prompts, tmp_path / "same", "--evaluate.metrics", "preference")
+    assert not any("itself" in text or "longer" in text for text in same["remarks"])
+
+
 def test_equal_answers_tie_unasked_and_a_missing_one_loses(serve, tmp_path):
     prompts = write(tmp_path / "few.jsonl", QUESTIONS[:4])
     server = serve(

@@ -174,18 +174,28 @@ def test_refusals_begin_with_their_phrases(answer, refuses):
     assert is_refusal(answer) == refuses
 
 
-def test_reference_scores_or_the_package_that_is_missing():
-    for name in reference_scores.PACKAGES:
-        if not reference_scores.is_installed(name):
-            with pytest.raises(ValueError, match=rf"names {name}, and .* is not installed: pip install 'bilevel-jax\["):
-                reference_scores.make_text_score(name)
-            continue
+@pytest.mark.parametrize("name", reference_scores.PACKAGES)
+def test_reference_scores_and_the_package_that_is_missing(name, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_scores, "is_installed", lambda name: False)
+        with pytest.raises(ValueError, match=rf"names {name}, and .* is not installed: pip install 'bilevel-jax\["):
+            reference_scores.make_text_score(name)
+    pytest.importorskip(reference_scores.PACKAGES[name][0])
+    score = reference_scores.make_text_score(name)
+    text = "the cat sat on the mat today"
+    assert score.score_answer(text, text) == pytest.approx(100) and score.score_answer("dog", text) < 20
+    assert 20 < score.score_answer("the cat sat on a mat today", text) < 100 and score.signature
+    if score.score_corpus:
+        assert score.score_corpus([text, text], [text, text]) == pytest.approx(100)
+
+
+def test_bleu_and_chrf_of_a_corpus_are_not_the_mean_of_its_sentences():
+    pytest.importorskip("sacrebleu")
+    answers, references = ["the cat sat on the mat", "a dog"], ["the cat sat on a mat", "a dog runs home now"]
+    for name in ("bleu", "chrf"):
         score = reference_scores.make_text_score(name)
-        text = "the cat sat on the mat today"
-        assert score.score_answer(text, text) == pytest.approx(100) and score.score_answer("dog", text) < 20
-        assert 20 < score.score_answer("the cat sat on a mat today", text) < 100 and score.signature
-        if score.score_corpus:
-            assert score.score_corpus([text, text], [text, text]) == pytest.approx(100)
+        alone = [score.score_answer(*pair) for pair in zip(answers, references, strict=True)]
+        assert abs(score.score_corpus(answers, references) - sum(alone) / 2) > 0.2
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from bilevel_jax.commands.evaluate import answers, harness, judge, report
+from bilevel_jax.commands.evaluate import answers, harness, judge, remarks, report
 from bilevel_jax.commands.evaluate.answers import ModelAnswers
 from bilevel_jax.commands.evaluate.judge import Judge
 from bilevel_jax.commands.evaluate.measures import Measures, choose_metrics, make_question_verifier, measure
@@ -16,18 +16,15 @@ from bilevel_jax.commands.evaluate.metrics import (
     BITS_PER_BYTE,
     METRICS,
     describe_verdict,
-    measure_position_bias,
     nanmean_rows,
     summarize_metric,
 )
 from bilevel_jax.commands.evaluate.models import ROLES, Candidate, describe_templates, open_candidates
 from bilevel_jax.commands.evaluate.questions import Question, leave_out_long, load_questions
-from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.load import EvaluateConfig, config_hash
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.report.html import shorten_text
 from bilevel_jax.runs.scoring.verifiers import Verifier
 
 ANSWERS_FILE, QUESTIONS_FILE, JUDGEMENTS_FILE = "answers.parquet", "questions.parquet", "judgements.parquet"
@@ -133,10 +130,10 @@ def summarize(
             "unjudged": measures.unjudged.get(name),
         }
     deciding = metrics[0]
-    undecided = _why_undecided(config, deciding, measures)
+    undecided = remarks.why_undecided(config.judge, deciding, measures)
     if undecided:
         lines[deciding]["level"] = "undecided"
-    judge_facts = _summarize_judge(config, measures, judge_client, seed) if judge_client else None
+    judge_facts = remarks.summarize_judge(config.judge, measures, judge_client, seed) if judge_client else None
     return {
         "sentence": describe_verdict(deciding, lines[deciding], names, undecided=undecided),
         "level": lines[deciding]["level"],
@@ -150,7 +147,7 @@ def summarize(
         "models": {model.candidate.role: answers.summarize_answers(model) for model in models},
         "metrics": lines,
         "judge": judge_facts,
-        "remarks": _collect_remarks(config, lines, judge_facts, measures),
+        "remarks": remarks.collect_remarks(config.judge, lines, judge_facts, measures, models),
     }
 
 
@@ -175,85 +172,6 @@ def _have_different_tokenizers(models: Sequence[ModelAnswers]) -> bool:
     """Whether two models in this process split references into other numbers of tokens."""
     counts = [model.reference_tokens for model in models if not np.isnan(model.reference_tokens).all()]
     return len(counts) == 2 and not np.array_equal(counts[0], counts[1], equal_nan=True)
-
-
-def _why_undecided(config: EvaluateConfig, metric: str, measures: Measures) -> str:
-    share = measures.unjudged.get(metric, 0.0)
-    if share <= config.judge.max_unjudged:
-        return ""
-    of = "pairs" if metric == "preference" else "answers"
-    return (
-        f"the judge gave no verdict that is understood on {100 * share:.1f} % of the {of} (judge.max_unjudged = "
-        f"{config.judge.max_unjudged:g}), as {_quote_nonsense(metric, measures)}; judgements.parquet has its replies"
-    )
-
-
-def _quote_nonsense(metric: str, measures: Measures) -> str:
-    """The first reply without a verdict, in words."""
-    replies = [row["reply"] for row in measures.judgements if row["metric"] == metric and row["verdict"] is None]
-    return repr(shorten_text(" ".join(replies[0].split()), 80))
-
-
-def _summarize_judge(config: EvaluateConfig, measures: Measures, client: Judge, seed: int) -> dict[str, Any]:
-    use, pairs = client.use(), measures.pairs
-    facts: dict[str, Any] = {
-        "name": config.judge.model,
-        "url": config.judge.url,
-        "template": config.judge.template,
-        "requests": use.requests,
-        "asked_again": use.asked_again,
-        "shortened": use.shortened,
-        "tokens": use.usage,
-        "pairs": None,
-    }
-    if pairs is not None:
-        facts["pairs"] = {
-            "total": int(pairs.asked.size),
-            "asked": int(pairs.asked.sum()),
-            "unjudged": pairs.num_unjudged,
-            "contradictions": pairs.num_contradictions,
-            "position_bias": measure_position_bias(pairs, seed),
-        }
-    return facts
-
-
-def _collect_remarks(
-    config: EvaluateConfig, lines: dict[str, Any], judge_facts: dict[str, Any] | None, measures: Measures
-) -> list[str]:
-    """What a person should know before the numbers."""
-    remarks = []
-    if list(lines) == ["refusal"]:
-        remarks.append("refusals alone are measured: name a verifier, a judge, or prompts with references")
-    if judge_facts and (pairs := judge_facts["pairs"]):
-        bias = pairs["position_bias"]
-        if bias.low > 0 or bias.high < 0:
-            place = "first" if bias.value > 0 else "second"
-            remarks.append(
-                f"the judge prefers the answer that it sees {place}: by {100 * abs(bias.value):.1f} points, 95 % "
-                f"interval {100 * min(abs(bias.low), abs(bias.high)):.1f} to "
-                f"{100 * max(abs(bias.low), abs(bias.high)):.1f}. Each pair was asked in both "
-                "orders, so that this cancels"
-            )
-        if pairs["asked"] and pairs["contradictions"] > pairs["asked"] / 2:
-            remarks.append(
-                f"the judge contradicts itself in {pairs['contradictions']:,} of {pairs['asked']:,} pairs, which count "
-                "as ties: it hardly tells these answers apart"
-            )
-        if pairs["asked"] < pairs["total"]:
-            same = format_count("pair", pairs["total"] - pairs["asked"], ("has", "have"))
-            remarks.append(f"{same} equal answers, or lack one, and the judge was not asked")
-    for name, share in measures.unjudged.items():
-        if share:
-            remarks.append(
-                f"{METRICS[name].title}: {100 * share:.1f} % have no verdict that is understood after "
-                f"{config.judge.asks} asks, the first {_quote_nonsense(name, measures)}, and are left out"
-            )
-    if judge_facts and judge_facts["shortened"]:
-        requests = format_count("request", judge_facts["shortened"])
-        remarks.append(f"{requests} showed the judge an answer without its middle (judge.max_characters)")
-    if (line := lines.get("perplexity")) and line["unit"] == BITS_PER_BYTE.unit:
-        remarks.append("the models have different tokenizers: losses of references are compared in bits per byte")
-    return remarks
 
 
 def build_answer_table(
