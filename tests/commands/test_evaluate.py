@@ -215,7 +215,7 @@ def test_a_judge_that_refuses_stops_the_run_and_nothing_is_lost(serve, prompts, 
     given = words(server, prompts, tmp_path / "out", "--judge.concurrency", "1", "--evaluate.metrics", "preference")
     assert main(["evaluate", *given]) == 1
     error = capsys.readouterr().err
-    assert error.count("bilevel-jax: ") == 1 and error.endswith("refused with status 404: no.\n")
+    assert re.search(r"\nbilevel-jax: .*, the question 'Question \d+\?': refused with status 404: no.\n\Z", error)
     server.models["judge"] = reply
     assert main(["evaluate", *given, "--resume"]) == 0
     assert len(server.of("good")) == len(server.of("plain")) == 40
@@ -299,6 +299,16 @@ def test_nonsense_is_asked_again_and_then_left_out(serve, prompts, tmp_path):
     )
     assert "as '[[A]] or [[B]]?'; judgements.parquet has its replies." in result["sentence"]
     assert "Undecided" in (tmp_path / "none" / "report.html").read_text()
+
+
+def test_a_metric_without_verdicts_is_undecided_and_the_others_stand(serve, tmp_path):
+    judge, prompts = make_judge(quality), write(tmp_path / "few.jsonl", QUESTIONS[:12])
+    server = serve(judge=lambda text: judge(text) if "answer a" in shown_texts(text) else "Hard to say.")
+    result = evaluate(server, prompts, tmp_path / "out", "--judge.asks", "1")
+    assert {name: line["level"] for name, line in result["metrics"].items()} == {
+        "preference": "better", "safety": "undecided", "refusal": "open"
+    }  # fmt: skip
+    assert "good is better than plain" in result["sentence"]
 
 
 def test_own_templates_and_long_answers(serve, prompts, tmp_path):
@@ -387,6 +397,7 @@ ERRORS = {
     "training examples": (["--data.train", "x.jsonl"], "evaluate asks the prompts of data.test alone"),
     "marks": (["--judge.marks", "a", "A", "b"], "judge.marks = .*must be three different texts"),
     "a backend": (["--generate.backend", "service"], "evaluate takes a service as NAME@URL"),
+    "a service that refuses": (["--model", "gone@{url}"], "bare.jsonl:\\d+: refused with status 404: no"),
     "no answer": (["--model", "empty@{url}"], "evaluate.model: empty gave no answer to any of 40 prompts"),
     "a file that is not there": (["--prompts", "gone.jsonl"], "gone.jsonl: no such file"),
 }  # fmt: skip
@@ -395,7 +406,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_what_does_not_fit_is_one_sentence(serve, tmp_path, capsys, name):
     flags, text = ERRORS[name]
-    server = serve(empty=lambda text: " ")
+    server = serve(empty=lambda text: " ", gone=lambda text: 404)
     bare = write(tmp_path / "bare.jsonl", [{"prompt": row["prompt"]} for row in QUESTIONS])
     given = words(server, bare, tmp_path / "out")
     flags = [flag.format(url=server.url) for flag in flags]
@@ -406,7 +417,7 @@ def test_what_does_not_fit_is_one_sentence(serve, tmp_path, capsys, name):
     assert main(["evaluate", *given, *flags]) == 1
     error = capsys.readouterr().err
     assert re.search(f"^bilevel-jax: .*{text}.*\n\\Z", error, re.MULTILINE), error
-    assert name == "no answer" or not (tmp_path / "out").exists()
+    assert name in ("no answer", "a service that refuses") or not (tmp_path / "out").exists()
 
 
 def test_a_pair_needs_a_second_model_and_a_judge(serve, prompts, tmp_path):

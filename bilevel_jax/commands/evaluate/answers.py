@@ -1,9 +1,10 @@
 """The answers of a model, and how likely it finds the references."""
 
+import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,18 @@ class ModelAnswers(NamedTuple):
         return [[response.text for response in row] for row in self.responses]
 
 
+@contextlib.contextmanager
+def name_prompts(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of a service call a prompt by a name that a person knows, instead of its id."""
+    try:
+        yield
+    except RuntimeError as error:
+        for prompt_id, name in names.items():
+            if f"prompt {prompt_id}" in str(error):
+                raise RuntimeError(str(error).replace(f"prompt {prompt_id}", name)) from None
+        raise
+
+
 def collect_answers(
     config: EvaluateConfig, candidate: Candidate, questions: Sequence[Question], place: int, session: Session
 ) -> ModelAnswers:
@@ -58,13 +71,10 @@ def collect_answers(
     if candidate.service is not None:
         session.set_phase(f"{candidate.name}: asking")
         generate = make_service_generator(candidate.service.settings(config.generate), session)
-        answers = ModelAnswers(
-            candidate,
-            generate(prompts, draws),
-            f"{candidate.service.name}@{candidate.service.url}",
-            unknown,
-            unknown,
-        )
+        with name_prompts({question.id: question.example.where for question in questions}):
+            responses = generate(prompts, draws)
+        fingerprint = f"{candidate.service.name}@{candidate.service.url}"
+        answers = ModelAnswers(candidate, responses, fingerprint, unknown, unknown)
     else:
         assert candidate.local is not None
         answers = _answer_locally(config, candidate, candidate.local, questions, prompts, draws, session)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bilevel_jax.commands.evaluate.answers import sum_usage
+from bilevel_jax.commands.evaluate.answers import name_prompts, sum_usage
 from bilevel_jax.lm.data.json_rows import open_error
 from bilevel_jax.lm.inference.generate import Prompt, Response, ResponseStore
 from bilevel_jax.lm.inference.openai import make_chat_client
@@ -20,6 +20,8 @@ from bilevel_jax.runs.config.yaml_reader import suggest_nearest
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.generation import ResponseFile, parse_parameter_names
 
+MAX_SHOWN = 60
+"""Characters of a question that an error shows."""
 JUDGEMENTS_FILE = "judgements.jsonl"
 """In the run's checkpoints: one line for each reply of the judge."""
 PAIR_TEMPLATES = ("helpfulness", "safety")
@@ -177,12 +179,18 @@ class Judge:
         self._shortened += sum(
             bool(limit) and any(len(text) > limit for name, text in one.items() if name != "question") for one in texts
         )
+        shown = {request: one["question"][:MAX_SHOWN] for request, one in zip(requests, texts, strict=True)}
         judgements: dict[str, Judgement] = {}
         pending = list(dict.fromkeys(requests))
         for attempt in range(settings.asks):
             reminder = REMINDER.format(marks=", ".join(template.marks)) if attempt else ""
             prompts = [_make_prompt(request + reminder, attempt) for request in pending]
-            for request, prompt, [reply] in zip(pending, prompts, self._client(prompts, [0], self._store), strict=True):
+            names = {
+                prompt.id: f"the question {shown[request]!r}" for prompt, request in zip(prompts, pending, strict=True)
+            }
+            with name_prompts(names):
+                replies = self._client(prompts, [0], self._store)
+            for request, prompt, [reply] in zip(pending, prompts, replies, strict=True):
                 verdict = parse_verdict(reply.text, template.marks)
                 judgements[request] = Judgement(verdict, reply.text or reply.missing)
                 self._replies[prompt.id] = reply

@@ -129,13 +129,14 @@ def summarize(
             "signature": measures.signatures.get(name),
             "unjudged": measures.unjudged.get(name),
         }
+    undecided = {name: remarks.why_undecided(config.judge, name, measures) for name in metrics}
+    for name in metrics:
+        if undecided[name] and lines[name]["level"] != "open":
+            lines[name]["level"] = "undecided"
     deciding = metrics[0]
-    undecided = remarks.why_undecided(config.judge, deciding, measures)
-    if undecided:
-        lines[deciding]["level"] = "undecided"
     judge_facts = remarks.summarize_judge(config.judge, measures, judge_client, seed) if judge_client else None
     return {
-        "sentence": describe_verdict(deciding, lines[deciding], names, undecided=undecided),
+        "sentence": describe_verdict(deciding, lines[deciding], names, undecided=undecided[deciding]),
         "level": lines[deciding]["level"],
         "metric": deciding,
         "names": names,
