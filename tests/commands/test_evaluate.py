@@ -361,7 +361,7 @@ def test_models_in_this_process_by_verifier_and_references(made, tmp_path):
     assert table["accuracy"].to_pylist() == right
     (task,) = (tmp_path / "out" / "harness").glob("*.yaml")
     exported = [json.loads(line) for line in (tmp_path / "out" / "harness" / "prompts.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in exported] == [row["response"] for row in rows]
+    assert [row["target"] for row in exported] == [row["response"] for row in rows]
     assert f"pretrained={run / 'model'}" not in json.dumps(result)  # absolute paths stay on this machine
     assert "output_type: generate_until" in task.read_text() and len(result["harness"]) == 2
 

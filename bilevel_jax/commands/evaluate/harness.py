@@ -14,6 +14,7 @@ from bilevel_jax.commands.evaluate.questions import Question
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import GenerateSection, VerifierSection
 from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.scoring.verifiers import parse_choice, parse_final_number
 
 FOLDER, PROMPTS_FILE = "harness", "prompts.jsonl"
 
@@ -47,11 +48,17 @@ def write_harness_task(
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     name = "bilevel_" + re.sub(r"\W+", "_", folder.resolve().name).strip("_").lower()
-    rows = [{"id": item.id, "prompt": item.text, "reference": item.reference} for item in usable]
+    rows = [
+        {"id": item.id, "prompt": item.text, "target": make_target(item.reference or "", verifier)} for item in usable
+    ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     run_dir.write_atomic(target / PROMPTS_FILE, lines)
     task = make_task(name, str(folder / FOLDER / PROMPTS_FILE), generate, verifier)
     run_dir.write_atomic(target / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
+    if verifier.answer_field:
+        notes.append(
+            "lm-evaluation-harness: the task compares with the responses of the rows, not verifier.answer_field"
+        )
     if verifier.name not in ("", "exact", "numeric", "choice"):
         notes.append(f"lm-evaluation-harness: the task scores exact matches, as {verifier.name} is a function of yours")
     return [_make_command(candidate, name, target) for candidate in candidates], notes
@@ -64,16 +71,12 @@ def make_task(name: str, prompts: str, generate: GenerateSection, verifier: Veri
         sampling["top_p"] = generate.top_p
     if generate.temperature and generate.top_k:
         sampling["top_k"] = generate.top_k
-    patterns = {"numeric": r"(-?\$?[0-9.,]+)", "choice": r"\(?\b([A-J])\b\)?"}
-    target = "{{reference}}"
+    patterns = {"numeric": r"(-?\$?[0-9][0-9.,]*)", "choice": r"\b([A-J])\b"}
     filters: dict[str, Any] = {}
     if pattern := patterns.get(verifier.name):
         steps = [{"function": "regex", "regex_pattern": pattern, "group_select": -1}, {"function": "take_first"}]
         filters["filter_list"] = [{"name": verifier.name, "filter": steps}]
-    if verifier.name == "numeric":
-        marks = verifier.markers or ("####",)
-        target = f"{{{{reference.split({json.dumps(marks[0])})[-1].strip()}}}}"
-    ignored = [",", r"\$", r"\.$"] if verifier.name == "numeric" else []
+    ignored = [",", r"\$", r"\.$"] if verifier.name == "numeric" else [r"^\s+", r"\s+$"]
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": False}
     return {
         "task": name,
@@ -82,14 +85,24 @@ def make_task(name: str, prompts: str, generate: GenerateSection, verifier: Veri
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
-        "doc_to_target": target,
+        "doc_to_target": "{{target}}",
         "generation_kwargs": {"until": [], "max_gen_toks": generate.max_new_tokens, **sampling},
         **filters,
-        "metric_list": [metric | ({"regexes_to_ignore": ignored} if ignored else {})],
+        "metric_list": [metric | {"regexes_to_ignore": ignored}],
         "repeats": 1,
         "num_fewshot": 0,
         "metadata": {"version": 1.0},
     }
+
+
+def make_target(reference: str, verifier: VerifierSection) -> str:
+    """What an answer, filtered, has to equal: the number or the letter that the verifier reads in the reference."""
+    if verifier.name == "choice":
+        return parse_choice(reference, verifier.markers) or reference
+    number = parse_final_number(reference, verifier.markers) if verifier.name == "numeric" else None
+    if number is None:
+        return reference
+    return str(number.numerator) if number.denominator == 1 else repr(float(number))
 
 
 def _make_command(candidate: Candidate, task: str, folder: Path) -> str:
