@@ -394,6 +394,8 @@ def _hold_process(config: Any) -> Iterator[None]:
     try:
         if "model" in vars(config):
             jax.config.update("jax_enable_x64", config.model.param_dtype == "float64")
+        elif "evaluate" in vars(config):  # evaluate.dtype has no 64 bits
+            jax.config.update("jax_enable_x64", False)
         yield
     finally:
         jax.config.update("jax_enable_x64", before)

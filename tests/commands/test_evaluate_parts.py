@@ -124,10 +124,14 @@ def test_shares_that_are_all_alike_have_the_exact_interval():
     for count in (1, 12, 40):
         for value in (0.0, 1.0):
             exact = stats.binomtest(int(value * count), count).proportion_ci(0.95, "exact")
-            found = metrics.mean_interval(np.full(count, value), True, (0,))
+            found = metrics.mean_interval(np.full(count, value), (0, 1), (0,))
             assert found == pytest.approx((value, exact.low, exact.high))
-    assert metrics.mean_interval(np.full(9, 0.5), True, (0,)) == (0.5, 0.5, 0.5)
-    assert metrics.mean_interval(np.ones(9), False, (0,)) == (1, 1, 1)
+    assert metrics.mean_interval(np.full(9, 0.5), (0, 1), (0,)) == (0.5, 0.5, 0.5)
+    assert metrics.mean_interval(np.ones(9), None, (0,)) == (1, 1, 1)
+    rare = stats.binomtest(0, 12).proportion_ci(0.95, "exact").high
+    for value, low, high in ((0, -rare, rare), (1, 1 - rare, 1), (-1, -1, rare - 1)):  # differences of shares
+        found = metrics.mean_interval(np.full(12, float(value)), (-1, 1), (0,))
+        assert found == pytest.approx((value, low, high))
 
 
 def test_signs_and_questions_without_a_value():
@@ -226,8 +230,8 @@ def test_the_task_of_the_harness(tmp_path):
 @pytest.mark.parametrize(
     "verifier, reference, target",
     [
-        ("numeric", "so 3 + 4\n#### 1,234", "1234"), ("numeric", "x = -1234567.50", "-1234567.5"), ("choice", "B) blue", "B"),
-        ("exact", "B) blue", "B) blue"), ("", "as it is", "as it is"),
+        ("numeric", "so 3 + 4\n#### 1,234", "1234"), ("numeric", "x = -1234567.50", "-1234567.5"),
+        ("choice", "B) blue", "B"), ("exact", "B) blue", "B) blue"), ("", "as it is", "as it is"),
     ],
 )  # fmt: skip
 def test_the_target_of_the_harness_is_what_the_verifier_reads(verifier, reference, target):

@@ -118,7 +118,10 @@ def summarize_metric(
         "meaning": metric.meaning,
         "questions": int(known.sum()),
         **dict.fromkeys(ROLES),
-        **{role: mean_interval(of_role, metric.is_share, (*key, ROLES.index(role))) for role, of_role in kept.items()},
+        **{
+            role: mean_interval(of_role, (0, 1) if metric.is_share else None, (*key, ROLES.index(role)))
+            for role, of_role in kept.items()
+        },
         "difference": None,
         "p": None,
     }
@@ -132,22 +135,33 @@ def summarize_metric(
         return line | {"level": "single"}
     if not len(differences):
         return line | {"level": "none"}
-    difference, p = bootstrap_mean(differences, (*key, 2)), sign_flip_p(differences, (*key, 3))
+    difference = mean_interval(differences, (-1, 1) if metric.is_share else None, (*key, 2))
+    p = sign_flip_p(differences, (*key, 3))
     if name == "preference":  # the same items
         difference = BootstrapInterval(*(end - 0.5 for end in line["model"]))
     return line | {"difference": difference, "p": p, "level": decide_level(metric.sign, difference, p)}
 
 
-def mean_interval(values: Float[np.ndarray, "questions"], is_share: bool, seed: tuple[int, ...]) -> BootstrapInterval:
-    """The mean with its 95 % bootstrap interval; of shares that are all 0, or all 1, with the exact binomial one.
+def mean_interval(
+    values: Float[np.ndarray, "questions"], ends: tuple[float, float] | None, seed: tuple[int, ...]
+) -> BootstrapInterval:
+    """The mean with its 95 % bootstrap interval; of shares that are all alike, the exact binomial one.
 
-    No resample of those differs, and the bootstrap would be sure of what n questions cannot tell: the bound is at a
-    distance of 1 - .025^(1/n) (Clopper and Pearson 1934).
+    Where all shares are 0, or 1, or all their differences are -1, 0 or 1, no resample differs, and the bootstrap would
+    be sure of what n questions cannot tell. Other questions may then be otherwise with a probability of up to
+    1 - .025^(1/n) (Clopper and Pearson 1934); the interval goes that far, within `ends`.
+
+    Args:
+        values: of each question.
+        ends: the least and the largest value of a share, or of a difference of two; None for other numbers.
+        seed: of the resamples.
+
+    Returns:
+        The mean and its interval; nan for none.
     """
-    if is_share and len(values) and np.all(values == values[0]) and values[0] in (0, 1):
-        distance = 1 - 0.025 ** (1 / len(values))
-        value = float(values[0])
-        return BootstrapInterval(value, value * (1 - distance), value + (1 - value) * distance)
+    if ends is not None and len(values) and np.all(values == values[0]) and values[0] in (*ends, 0):
+        value, distance = float(values[0]), 1 - 0.025 ** (1 / len(values))
+        return BootstrapInterval(value, max(ends[0], value - distance), min(ends[1], value + distance))
     return bootstrap_mean(values, seed)
 
 
