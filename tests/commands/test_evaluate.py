@@ -217,7 +217,7 @@ def test_a_judge_that_refuses_stops_the_run_and_nothing_is_lost(serve, prompts, 
     error = capsys.readouterr().err
     assert re.search(r"\nbilevel-jax: .*, the question 'Question \d+\?': refused with status 404: no.\n\Z", error)
     server.models["judge"] = reply
-    assert main(["evaluate", *given, "--resume"]) == 0
+    assert main(["evaluate", *given, "--resume", "--judge.retries", "3", "--judge.timeout", "9"]) == 0
     assert len(server.of("good")) == len(server.of("plain")) == 40
     assert len(answered) == len(set(answered)) == 80
     assert "good is better than plain" in capsys.readouterr().out

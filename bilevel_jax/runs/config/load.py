@@ -275,11 +275,13 @@ RESUME_ROUNDING_KEYS = ("mesh.data", "mesh.fsdp", "mesh.sharding_rules")
 _DISTRIBUTED_KEYS = tuple(
     f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id", "initialization_timeout")
 )
+_SERVICE_KEYS = ("generate.concurrency", "generate.timeout", "judge.concurrency", "judge.timeout", "judge.retries")
 RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",
     "output.progress",
     "output.save_minutes",
+    *_SERVICE_KEYS,
     *RESUME_ROUNDING_KEYS,
     *_DISTRIBUTED_KEYS,
 )
