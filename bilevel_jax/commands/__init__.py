@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; at run time the names 
         EstimateResult,
         EvaluateResult,
         ExportResult,
+        ExtremeRemovals,
         InspectedPart,
         InspectResult,
         RankRecordsResult,
@@ -74,6 +75,7 @@ __all__ = [
     "EvaluateResult",
     "ExportConfig",
     "ExportResult",
+    "ExtremeRemovals",
     "InspectConfig",
     "InspectResult",
     "InspectedPart",
@@ -105,7 +107,9 @@ __all__ = [
 ]
 _HOMES = {
     "bilevel_jax.commands.functions": COMMAND_NAMES,
-    "bilevel_jax.commands.results": [name for name in __all__ if name.endswith(("Result", "_result", "Part"))],
+    "bilevel_jax.commands.results": [
+        name for name in __all__ if name.endswith(("Result", "_result", "Part", "Removals"))
+    ],
     "bilevel_jax.runs.config.load": [*(name for name in __all__ if name.endswith("Config")), "schema"],
     "bilevel_jax.runs.infra.session": ["Interrupted"],
 }

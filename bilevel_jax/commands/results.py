@@ -139,6 +139,23 @@ class CompareResult:
         return _describe(self, lines)
 
 
+@dataclass(frozen=True, eq=False)
+class ExtremeRemovals:
+    """Changes of losses when the examples with the highest scores, or the lowest, leave training: after - before.
+
+    Arrays hold one entry for each of `shares`. Parts are validation, dev, test and queries (the mean of theirs).
+    """
+
+    shares: Float[np.ndarray, "shares"]
+    """Of the training examples that left."""
+    best: dict[str, dict[str, Float[np.ndarray, "shares"]]]
+    """By score (a key of `AuditResult.scores`) and part, without the highest scores; above 0 for a good score."""
+    worst: dict[str, dict[str, Float[np.ndarray, "shares"]]]
+    """Without the lowest scores; below 0 for a good score."""
+    random: dict[str, Float[np.ndarray, "shares 3"]]
+    """By part, without random examples: the mean, and the ends of where 95 % of such removals fall."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class AuditResult:
     """What `audit` judged. Arrays hold one entry for each example that training reads, in the order of `ids`."""
@@ -155,6 +172,8 @@ class AuditResult:
     ids: Column
     scores: dict[str, Float[np.ndarray, "examples"]]
     """By name, larger is better; estimators are -dL_v/dweight."""
+    extremes: ExtremeRemovals | None
+    """Retrains without the best and without the worst examples; None where audit.extremes is empty."""
 
     def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
         """The places of some ids: `scores["loss"][rows(ids)]`. Raises ValueError for one that is not there."""
@@ -513,10 +532,28 @@ def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
     return AuditResult(
         **shared,
         summary=result["verdict"]["sentence"],
-        use=use and use.replace(", ", "_"),  # `loss, start` of the table is the column loss_start
+        use=use and _score_column(use),
         ids=_texts(table, "id"),
         scores={name: _numbers(table, name) for name in names},
+        extremes=_read_extremes(result["extremes"]) if result["extremes"] else None,
     )
+
+
+def _score_column(name: str) -> str:
+    """The column of a score: `loss, start` of the tables is loss_start."""
+    return name.replace(", ", "_")
+
+
+def _read_extremes(found: dict[str, Any]) -> ExtremeRemovals:
+    best, worst = (
+        {
+            _score_column(row["name"]): {part: np.array(values, float) for part, values in row[end].items()}
+            for row in found["rows"]
+        }
+        for end in ("best", "worst")
+    )
+    random = {part: np.array(values, float) for part, values in found["random"].items()}
+    return ExtremeRemovals(np.array(found["shares"], float), best, worst, random)
 
 
 def _read_rank(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> RankResult | RankRecordsResult:

@@ -39,7 +39,7 @@ arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30, noise_
 optimizer: {{name: sgd, learning_rate: 0.1, schedule: constant, warmup_steps: 0}}
 train: {{max_steps: 6, global_batch_size: 20}}
 outer: {{proximal: 0.01, max_iterations: 3, curvature_batches: 3}}
-audit: {{queries: 4, vmap_size: 4, removed: [0.5], subsets: 8, scores: [loss, alignment, random]}}
+audit: {{queries: 4, vmap_size: 4, removed: [0.5], subsets: 8, scores: [loss, alignment, random], extremes: [0.1]}}
 certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}

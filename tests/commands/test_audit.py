@@ -9,11 +9,12 @@ import pytest
 from scipy.stats import spearmanr
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.audit import retrains
-from bilevel_jax.commands.audit.judge import choose_score
+from bilevel_jax.commands.audit import extremes, retrains
+from bilevel_jax.commands.audit.judge import DataScore, choose_score
 from bilevel_jax.commands.audit.run import audit
 from bilevel_jax.core.certify import Verdict
 from bilevel_jax.runs import stats
+from bilevel_jax.runs.budget import work
 from bilevel_jax.runs.config.load import AuditConfig, load_config
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.stats import auc, rank_correlation
@@ -26,7 +27,8 @@ arrays: {{train_examples: 60, validation_examples: 24, test_examples: 30, noise_
 optimizer: {{name: sgd, learning_rate: 0.1, schedule: constant, warmup_steps: 0}}
 train: {{max_steps: 6, global_batch_size: 20}}
 outer: {{proximal: 0.01, max_iterations: 3, curvature_batches: 3}}
-audit: {{queries: 24, vmap_size: 12, removed: [0.5, 0.02], subsets: 16, scores: [loss, alignment, random]}}
+audit: {{queries: 24, vmap_size: 12, removed: [0.5, 0.02], subsets: 16, scores: [loss, alignment, random],
+  extremes: [0.01, 0.1]}}
 certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}
@@ -84,6 +86,63 @@ def test_exact_entries_foretell_what_one_row_does(whole):
     assert "retrains without" in whole[1]["certificate"]["reason"]  # the verdict reads them
 
 
+def test_the_best_raise_the_loss_and_the_worst_lower_it(whole):
+    """Retrains without the ends of each score, against those at random; one example of 60 is a small change."""
+    out, found = whole[0], whole[1]["extremes"]
+    table = pq.read_table(out / "extremes.parquet").to_pandas()
+    scores = pq.read_table(out / "scores.parquet").to_pandas().set_index("id")
+    assert found["shares"] == [0.01, 0.1] and found["counts"] == [1, 6]
+    assert len(table) == 1 + 2 * (2 * 6 + found["draws"])  # six scores but `random`
+    assert not len(table["left_out"][0]) and table["end"][0] == "none"
+    exact = scores["unrolled"].sort_values()
+    for share, count in zip(found["shares"], found["counts"], strict=True):
+        lines = table[(table["score"] == "unrolled") & (table["share"] == share)].set_index("end")
+        assert set(lines["left_out"]["worst"]) == set(exact.index[:count])
+        assert set(lines["left_out"]["best"]) == set(exact.index[-count:])
+        drawn = table[(table["end"] == "random") & (table["share"] == share)]
+        assert len({tuple(sorted(ids)) for ids in drawn["left_out"]}) > 8 and {*map(len, drawn["left_out"])} == {count}
+    row = next(row for row in found["rows"] if row["name"] == "unrolled")
+    full = table["validation"][0]
+    for end in ("best", "worst"):
+        lines = table[(table["score"] == "unrolled") & (table["end"] == end)]
+        np.testing.assert_allclose(row[end]["validation"], lines["validation"] - full, atol=1e-12)
+        np.testing.assert_allclose(
+            row[f"{end}_queries"], np.array([*lines["queries"]]) - table["queries"][0], atol=1e-12
+        )
+        # every row of validation is a query; float32, another order of sums
+        np.testing.assert_allclose(row[end]["queries"], row[end]["validation"], atol=1e-5)
+    # a linear model without one row: the change is what the entry says to first order
+    np.testing.assert_allclose(row["best"]["validation"][0], exact.iloc[-1], rtol=0.2)
+    np.testing.assert_allclose(row["worst"]["validation"][0], exact.iloc[0], rtol=0.2)
+    for at, share in enumerate(found["shares"]):
+        drawn = table[(table["end"] == "random") & (table["share"] == share)]["validation"] - full
+        assert row["worst"]["validation"][at] <= drawn.min() < drawn.max() <= row["best"]["validation"][at]
+        mean, low, high = found["random"]["validation"][at]
+        assert low < mean < high and mean == pytest.approx(drawn.mean())
+    jobs = json.loads((out / "checkpoints" / "done.json").read_text())
+    audit_section = load_config(AuditConfig, out / "config.yaml").audit
+    counted = work.count_extreme_retrains(audit_section, ["loss", "alignment", "random"])
+    assert counted == 60 and sum(job["work"] for key, job in jobs.items() if key.startswith("extremes/")) == 60 * 6
+    assert "with the lowest scores differs most for" in found["sentence"] and "test loss by" in found["sentence"]
+
+
+def test_a_range_holds_the_next_draw_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (2000, 17))
+    ranges = np.array([extremes.predict_interval(line[:16]) for line in draws])
+    share = np.mean((ranges[:, 1] < draws[:, 16]) & (draws[:, 16] < ranges[:, 2]))
+    assert abs(share - 0.95) < 0.02  # standard error .005
+
+
+def test_ends_of_a_score_with_ties_are_as_many_as_asked_for_and_apart():
+    tied = DataScore("tied", "", np.repeat([0.0, 1.0], 10), None, 0.0, 0.0)
+    removals = extremes.plan_removals([tied], np.arange(2, 20), 20, [0.05, 0.4], seed=0)
+    ends = {(one.share, one.end): one.left_out for one in removals if one.name}
+    assert [ends[key].sum() for key in ((0.05, "best"), (0.05, "worst"), (0.4, "best"), (0.4, "worst"))] == [1, 1, 7, 7]
+    assert not any((one.left_out[:2]).any() for one in removals)  # rows that training does not read
+    assert (ends[0.4, "best"] >= ends[0.05, "best"]).all() and not (ends[0.4, "best"] & ends[0.4, "worst"]).any()
+    assert ends[0.4, "worst"][10:].sum() == 0
+
+
 def test_permuted_scores_foretell_nothing(whole):
     table = pq.read_table(whole[0] / "bank.parquet")
     ids = pq.read_table(whole[0] / "scores.parquet")
@@ -114,6 +173,10 @@ def test_the_typed_result_holds_the_scores(whole):
     typed, _ = check_columns(whole[0], "scores.parquet", {"ids": "id"} | {("scores", name): name for name in names})
     assert list(typed.scores) == names and {"unrolled", "loss_start", "random"} <= set(names)
     assert typed.summary == whole[1]["verdict"]["sentence"]
+    assert set(typed.extremes.best) == set(typed.extremes.worst) == set(names) - {"random"}
+    first = whole[1]["extremes"]["rows"][0]
+    assert typed.extremes.best["unrolled"]["test"].tolist() == first["best"]["test"] and first["name"] == "unrolled"
+    assert typed.extremes.random["test"].shape == (2, 3) and typed.extremes.shares.tolist() == [0.01, 0.1]
     assert typed.use in typed.scores and typed.use == whole[1]["verdict"]["use"].replace(", ", "_")
 
 
@@ -142,7 +205,8 @@ def test_writes_what_it_promises(whole):
     passes = {row["name"]: row["passes"] for row in result["rows"]}
     assert passes["unrolled"] == 6 + 6 * 4 and passes["loss, end"] == passes["loss, start"] + 6
     text = (out / "report.html").read_text()
-    assert text.count("<svg") == 2 and "Which score tells what a training example is worth here" in text
+    assert "where 95 % of random removals fall" in text and "queries that rose, worst out" in text
+    assert text.count("<svg") == 4 and "Which score tells what a training example is worth here" in text
 
 
 @pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (3, 9, 200)), 60])
@@ -153,11 +217,12 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
         run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "report.html").exists()
     run(config, tmp_path / "run", "--resume")
-    for name in ("bank.parquet", "scores.parquet"):
+    for name in ("bank.parquet", "extremes.parquet", "scores.parquet"):
         one, other = (pq.read_table(folder / name) for folder in (tmp_path / "run", whole[0]))
         assert one.equals(other)
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", whole[0]))
     assert [{**row, "seconds": 0} for row in a["rows"]] == [{**row, "seconds": 0} for row in b["rows"]]
+    assert a["extremes"] == b["extremes"]
     assert a["verdict"] == b["verdict"] and a["certificate"] == b["certificate"]
 
 
@@ -222,6 +287,7 @@ WRONG = {
     "no text to trust": (["--data.train", "rows.jsonl"], "name the validation examples"),
     "an unknown score": (["--audit.scores", "lost"], "there is no score 'lost'; did you mean 'loss'"),
     "a score of text": (["--audit.scores", "ica"], "'ica' reads text; for arrays"),
+    "an extreme of everything": (["--audit.extremes", "1"], "audit.extremes = .1.0,.: name each once and in .0, 1."),
     "a share twice": (["--audit.removed", "0.5", "0.5"], "each once and in .0, 1."),
     "implicit without a prior": (["--outer.proximal", "0"], "implicit needs outer.proximal above 0"),
     "no derivative": (["--optimizer.name", "lion"], "lion steps along a sign"),

@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from bilevel_jax.commands.audit.retrains import TARGET_LABELS
 from bilevel_jax.runs.report import figures
-from bilevel_jax.runs.report.figures import Point
-from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
+from bilevel_jax.runs.report.figures import IntervalRow, Point
+from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MISSING
 from bilevel_jax.runs.report.results import float_or_nan, write_report
 
@@ -20,7 +20,12 @@ CHECKPOINT_LABELS = {
     "end": "at the end of uniform training",
     "": "of no model",
 }
-TARGET_HEADINGS = {"validation": "validation loss", "queries": "single queries, mean", "test": "test loss"}
+TARGET_HEADINGS = {
+    "validation": "validation loss",
+    "queries": "single queries, mean",
+    "dev": "dev loss",
+    "test": "test loss",
+}
 
 
 def write_audit_report(folder: Path) -> Path:
@@ -41,6 +46,7 @@ def render_audit_report(name: str, result: JsonObject, config_text: str, environ
         pictures=[plot_cost(result, at) for at in range(len(result["removed"]))],
         scores=score_table(result),
         targets=target_tables(result),
+        extremes=describe_extremes(result),
         query_scores=[row["name"] for row in rows if row["own_queries"]],
         score_notes=[f"{row['name']}: {text}." for row in rows for text in row["notes"]],
     )
@@ -84,6 +90,80 @@ def target_tables(result: JsonObject) -> list[Table]:
         for target in TARGET_LABELS
         if target in rows[0]["lds"] and target != "validation"
     ]
+
+
+def describe_extremes(result: JsonObject) -> list[JsonObject]:
+    """For each share of audit.extremes its words, the table of changes, and the picture for validation loss."""
+    found = result["extremes"]
+    if not found or not found["rows"]:
+        return []
+    return [
+        {
+            "share": format_share(share),
+            "count": count,
+            "table": extremes_table(result, at),
+            "picture": plot_extremes(result, at),
+        }
+        for at, (share, count) in enumerate(zip(found["shares"], found["counts"], strict=True))
+    ]
+
+
+def sort_by_extremes(result: JsonObject, at: int) -> list[JsonObject]:
+    """The scores, first those whose best examples validation loss misses most, against their worst."""
+    return sorted(
+        result["extremes"]["rows"], key=lambda row: row["worst"]["validation"][at] - row["best"]["validation"][at]
+    )
+
+
+def extremes_table(result: JsonObject, at: int) -> Table:
+    """A line per score, and one of random removals: the change of each loss without the best and without the worst."""
+    found = result["extremes"]
+    rows, random = sort_by_extremes(result, at), found["random"]
+    names = [bold_cell(row["name"]) for row in rows]
+    columns = [Column("", [*names, bold_cell("random", sub="where 95 % of random removals fall")])]
+    for target in (target for target in TARGET_HEADINGS if target in random):
+        for end in ("best", "worst"):
+            changes = [_change_cell(row[end][target][at], random[target][at]) for row in rows]
+            heading = f"{TARGET_HEADINGS[target]}, {end} out"
+            columns.append(Column(heading, [*changes, _format_range(random[target][at])], result["unit"], "tight"))
+    if "queries" in random:
+        for end in ("best", "worst"):
+            risen = [sum(change > 0 for change in row[f"{end}_queries"][at]) for row in rows]
+            count = len(rows[0][f"{end}_queries"][at])
+            texts = [f"{number} of {count}" for number in risen]
+            columns.append(Column(f"queries that rose, {end} out", [*texts, MISSING], "", "tight"))
+    return make_table(*columns, css_class="bench")
+
+
+def _change_cell(change: float | None, random: Sequence[float | None]) -> Cell:
+    """A change with its sign, marked where it lies outside the range of random removals."""
+    value, low, high = float_or_nan(change), float_or_nan(random[1]), float_or_nan(random[2])
+    return Cell(_format_change(value) + (" *" if value < low or value > high else ""))
+
+
+def _format_range(random: Sequence[float | None]) -> str:
+    return " to ".join(_format_change(float_or_nan(end)) for end in random[1:])
+
+
+def _format_change(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "\u2212")
+
+
+def plot_extremes(result: JsonObject, at: int) -> Markup:
+    """A line per score: the change of validation loss without its best and, hollow, without its worst examples."""
+    mean, low, high = (float_or_nan(value) for value in result["extremes"]["random"]["validation"][at])
+    lines = [
+        IntervalRow(
+            row["name"],
+            float_or_nan(row["best"]["validation"][at]),
+            second_value=float_or_nan(row["worst"]["validation"][at]),
+            emphasized=row["name"] == result["verdict"]["use"],
+        )
+        for row in sort_by_extremes(result, at)
+    ]
+    lines.append(IntervalRow("random", mean, low, high, colour=5))
+    label = f"change of validation loss, {result['unit']}"
+    return figures.plot_intervals(lines, label, names=("without the best", "without the worst"), reference=0)
 
 
 def _lds_columns(result: JsonObject, rows: Sequence[JsonObject], target: str, unit: str) -> list[Column]:

@@ -20,7 +20,7 @@ from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.protocol import Task
 
-TARGET_LABELS = {"validation": "L_v", "queries": "each query", "test": "test"}
+TARGET_LABELS = {"validation": "L_v", "queries": "each query", "dev": "dev", "test": "test"}
 """What is predicted, as people read it."""
 
 
@@ -30,7 +30,7 @@ class LeaveOutRetrains(NamedTuple):
     fractions: tuple[float, ...]
     left_out: Bool[np.ndarray, "fractions subsets rows"]
     losses: dict[str, Float[np.ndarray, "fractions subsets losses"]]
-    """By target (a key of TARGETS): of all of validation, of each query, of all of test; only what there is."""
+    """By target (a key of TARGET_LABELS): of all of validation, dev and test, of each query; only what there is."""
 
     def predict_loss_rise(self, scores: Float[np.ndarray, "... rows"]) -> Float[np.ndarray, "... fractions subsets"]:
         """The rise of the loss that scores (larger is better) predict: the sum of those of the rows that left."""
@@ -60,19 +60,51 @@ def retrain_without_subsets(
     vmap_size: int,
     seed: int,
 ) -> LeaveOutRetrains:
-    """Train once without each subset, its rows at weight 0, and read the losses; finished retrains are stored.
-
-    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). `vmap_size` of
-    them run at once, which changes no loss but by rounding.
-    """
-    value, frozen = validation_loss_fn(task.problem), task.frozen(start.params)
-    part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
+    """Train once without each random subset and read the losses; see `retrain_without`."""
     left_out = np.stack(
         [
             draw_subsets(task.num_examples, task.trainable_indices(), fraction, num_subsets, seed)
             for fraction in fractions
         ]
     )
+    readings: list[dict[str, np.ndarray]] = []
+    for fraction, group in zip(fractions, left_out, strict=True):
+        session.set_phase(f"retraining without {fraction:.3g} of the rows")
+        readings.append(
+            retrain_without(
+                task,
+                session,
+                start=start,
+                stream=stream,
+                queries=queries,
+                left_out=group,
+                vmap_size=vmap_size,
+                job=f"bank/{fraction:g}",
+            )
+        )
+    losses = {target: np.stack([reading[target] for reading in readings]) for target in readings[0]}
+    return LeaveOutRetrains(fractions, left_out, losses)
+
+
+def retrain_without(
+    task: Task,
+    session: Session,
+    *,
+    start: TrainState,
+    stream: Stream,
+    queries: Int[np.ndarray, "queries"],
+    left_out: Bool[np.ndarray, "runs rows"],
+    vmap_size: int,
+    job: str,
+) -> dict[str, Float[np.ndarray, "runs losses"]]:
+    """Losses by target of one training for each line of `left_out`, its rows at weight 0; finished ones are stored.
+
+    Start, batches and their denominators stay, so the estimand is that of `unrolled`: L_v(theta_T(w)). `vmap_size` of
+    them run at once, which changes no loss but by rounding. `job` is what their keys among the finished jobs begin
+    with.
+    """
+    value, frozen = validation_loss_fn(task.problem), task.frozen(start.params)
+    part_streams = {part: task.held_out_streams[part] for part in TARGET_LABELS if part in task.held_out_streams}
 
     def read_losses(params: Params) -> dict[str, list[float]]:
         found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
@@ -98,15 +130,10 @@ def retrain_without_subsets(
             )
         return found
 
-    lines: list[list[dict[str, list[float]]]] = []
-    for fraction, group in zip(fractions, left_out, strict=True):
-        session.set_phase(f"retraining without {fraction:.3g} of the rows")
-        groups = {offset: group[offset : offset + vmap_size] for offset in range(0, num_subsets, vmap_size)}
-        jobs = {f"bank/{fraction:g}/{offset}": partial(retrain, excluded) for offset, excluded in groups.items()}
-        lines.append([line for key, job in jobs.items() for line in session.run_once(key, job)])
-    targets = [target for target in TARGET_LABELS if target in lines[0][0]]
-    losses = {target: np.array([[line[target] for line in some] for some in lines]) for target in targets}
-    return LeaveOutRetrains(fractions, left_out, losses)
+    lines: list[dict[str, list[float]]] = []
+    for offset in range(0, len(left_out), vmap_size):
+        lines += session.run_once(f"{job}/{offset}", partial(retrain, left_out[offset : offset + vmap_size]))
+    return {target: np.array([line[target] for line in lines]) for target in TARGET_LABELS if target in lines[0]}
 
 
 def train_vmapped(

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from bilevel_jax.commands.audit import judge, report, retrains
+from bilevel_jax.commands.audit import extremes, judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks, Estimate, Stream, TrainState, Trajectory
 from bilevel_jax.core.unrolled import check_differentiable, each
 from bilevel_jax.lm.data.examples import format_count
-from bilevel_jax.runs.budget.work import count_audit_work
+from bilevel_jax.runs.budget.work import audit_vmap_size, count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection, EstimatorName, OuterSection
@@ -143,7 +143,8 @@ def _run_audit(
 ) -> dict[str, Any]:
     for note in task.notes:
         session.print_line(note)
-    session.set_phase("training", total=count_audit_work(task, config.audit, config.certify, len(query_indices)))
+    total = count_audit_work(task, config.audit, config.certify, len(query_indices), names)
+    session.set_phase("training", total=total)
     uniform_training = train_uniform(config, task, query_indices, session)
     estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
     delete_stored_states(uniform_training.trajectory)
@@ -157,9 +158,22 @@ def _run_audit(
         queries=query_indices,
         fractions=config.audit.removed,
         num_subsets=config.audit.subsets,
-        vmap_size=min(config.audit.vmap_size, config.audit.subsets),
+        vmap_size=audit_vmap_size(config.audit),
         seed=config.data.seed,
     )
+    extreme_retrains = None
+    if config.audit.extremes:
+        extreme_retrains = extremes.retrain_without_extremes(
+            task,
+            session,
+            extremes.plan_removals(
+                scores, task.trainable_indices(), task.num_examples, config.audit.extremes, config.data.seed
+            ),
+            start=uniform_training.start,
+            stream=uniform_training.stream,
+            queries=query_indices,
+            vmap_size=audit_vmap_size(config.audit),
+        )
     verdict = None
     if certificates is not None:
         exact = next(score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
@@ -175,10 +189,15 @@ def _run_audit(
     validation_ids = [
         getattr(example, "id", str(index)) for index, example in enumerate(task.held_out_examples["validation"])
     ]
-    table = retrains.build_retrain_table(
-        retrain_losses, [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
-    )
-    run_dir.write_parquet(session.folder / "bank.parquet", table)
+    ids = [example.id for example in task.examples], [validation_ids[row] for row in query_indices]
+    run_dir.write_parquet(session.folder / "bank.parquet", retrains.build_retrain_table(retrain_losses, *ids))
+    result["extremes"] = None
+    if extreme_retrains is not None:
+        table = extremes.build_extremes_table(extreme_retrains, *ids)
+        run_dir.write_parquet(session.folder / "extremes.parquet", table)
+        result["extremes"] = extremes.summarize_extremes(
+            extreme_retrains, len(task.trainable_indices()), result["unit"]
+        )
     run_dir.write_parquet(session.folder / SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
     run_dir.write_result(session.folder, result)
     report.write_audit_report(session.folder)

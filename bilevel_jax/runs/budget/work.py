@@ -1,6 +1,7 @@
 """Work of a run, counted in training steps before it begins."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from bilevel_jax.lm.data import batches
@@ -122,13 +123,47 @@ def count_train_steps(train: FineTuneSection, num_examples: int) -> int:
     return math.ceil(train.num_epochs * batches.steps_per_epoch(num_examples, train.global_batch_size))
 
 
-def count_audit_work(task: Task, audit: AuditSection, certify: CertifySection, num_queries: int) -> float:
-    """The whole `audit` run in training steps, for the ETA; solves and scores are counted when they are done."""
+NUM_RANDOM_REMOVALS = 16
+"""Random removals of each share of audit.extremes: they give the range of what chance does to about a fifth."""
+
+
+def count_audit_work(
+    task: Task, audit: AuditSection, certify: CertifySection, num_queries: int, names: Sequence[str]
+) -> float:
+    """The whole `audit` run in training steps, for the ETA; solves and scores are counted when they are done.
+
+    `names` are those of the cheap scores.
+    """
     num_losses = 1 + (len(task.validation_indices()) > 1) + num_queries  # L_v, the halves of validation, the queries
     backward = 2 * REPLAY_WORK + num_losses * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
     estimates = count_certificate_estimates(certify) * (1 + REPLAY_WORK + HVP_WORK)
     certified = count_certificate_retrains(certify) + estimates if certify.enabled else 0
-    return task.num_steps * (1 + backward + certified + len(audit.removed) * audit.subsets)
+    retrains = len(audit.removed) * _round_up(audit.subsets, audit_vmap_size(audit))
+    return task.num_steps * (1 + backward + certified + retrains + count_extreme_retrains(audit, names))
+
+
+def audit_vmap_size(audit: AuditSection) -> int:
+    """Retrains of `audit` that run at once."""
+    return min(audit.vmap_size, audit.subsets)
+
+
+def count_extreme_retrains(audit: AuditSection, names: Sequence[str]) -> int:
+    """Trainings without the best and without the worst examples of each score, at random, and with all examples."""
+    if not audit.extremes:
+        return 0
+    cheap = {
+        (name, checkpoint)
+        for name in names
+        for checkpoint in audit.checkpoints
+        if name != "random" and not (name == "alignment" and checkpoint == "end" and name in audit.estimators)
+    }
+    removals = 2 * (len(audit.estimators) + len(cheap)) + NUM_RANDOM_REMOVALS
+    return _round_up(1 + len(audit.extremes) * removals, audit_vmap_size(audit))
+
+
+def _round_up(count: int, group_size: int) -> int:
+    """The trainings of whole groups: what a group lacks is filled up, so that all compile to one program."""
+    return math.ceil(count / group_size) * group_size
 
 
 def count_certificate_retrains(certify: CertifySection) -> int:

@@ -29,7 +29,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "train": ("num_epochs", "max_steps", "global_batch_size"),
     "outer": ("method", "weighting", "steps", "learning_rate"),
     "compare": ("methods", "baselines", "budget", "seeds"),
-    "audit": ("estimators", "scores", "removed", "subsets"),
+    "audit": ("estimators", "scores", "removed", "subsets", "extremes"),
     "rater": ("features", "link"),
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),

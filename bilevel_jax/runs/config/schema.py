@@ -905,6 +905,10 @@ class AuditSection:
     subsets: Annotated[int, Ge(8), Because("fewer say nothing about a correlation (40 give it to about .1)")] = 40
     """Retrains for each share, each without another random subset."""
 
+    extremes: Annotated[tuple[OpenShare, ...], Unique()] = (0.01, 0.05)
+    """Shares of the training examples, at least one example, that two retrains for each score leave out: those with the
+    highest scores and those with the lowest, beside as many at random; empty: none."""
+
 
 @dataclass(frozen=True)
 class ScoreSection:
