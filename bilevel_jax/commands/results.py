@@ -26,6 +26,8 @@ from bilevel_jax.runs.config.load import (
 from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
 from bilevel_jax.runs.engine.recommendation import Recommendation
 from bilevel_jax.runs.infra import run_dir, seals
+from bilevel_jax.runs.report.results import float_or_nan
+from bilevel_jax.runs.stats import BootstrapInterval
 
 Column = Shaped[np.ndarray, "rows"]
 """Texts, or numbers, one to a row of a table."""
@@ -172,6 +174,15 @@ class AuditResult:
     ids: Column
     scores: dict[str, Float[np.ndarray, "examples"]]
     """By name, larger is better; estimators are -dL_v/dweight."""
+    lds: dict[str, dict[str, BootstrapInterval]]
+    """By score and part (validation, dev, test, queries): the rank correlation of the sums of scores with the loss
+    after retraining without the first of audit.removed, with its 95 % interval. No score has read dev or test."""
+    others_part: str | None
+    """The part whose correlation tells whether `use` speaks for other examples: dev, test without a dev, or None."""
+    others_level: str
+    """BELIEVE, UNDECIDED or DO NOT BELIEVE: whether it does."""
+    verdict: Verdict | None
+    """Whether to believe the exact hypergradients; None without them or their certificates."""
     extremes: ExtremeRemovals | None
     """Retrains without the best and without the worst examples; None where audit.extremes is empty."""
 
@@ -528,13 +539,23 @@ def _read_compare(shared: dict[str, Any], result: dict[str, Any], folder: Path) 
 def _read_audit(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> AuditResult:
     table = run_dir.read_parquet(folder / "scores.parquet")
     names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
-    use = result["verdict"]["use"]
+    use, certificate = result["verdict"]["use"], result["certificate"]
     return AuditResult(
         **shared,
         summary=result["verdict"]["sentence"],
         use=use and _score_column(use),
         ids=_texts(table, "id"),
         scores={name: _numbers(table, name) for name in names},
+        lds={
+            _score_column(row["name"]): {
+                part: BootstrapInterval(*(float_or_nan(value) for value in readings[0]))
+                for part, readings in row["lds"].items()
+            }
+            for row in result["rows"]
+        },
+        others_part=result["verdict"]["others_part"],
+        others_level=result["verdict"]["others_level"],
+        verdict=Verdict(**{name: certificate[name] for name in Verdict._fields}) if certificate else None,
         extremes=_read_extremes(result["extremes"]) if result["extremes"] else None,
     )
 

@@ -74,6 +74,8 @@ def test_weighted_ranks_are_those_of_repeated_items():
 
 # ---- what it finds
 
+PARTS = (("validation", "L_v"), ("test", "test loss"))
+
 
 def test_exact_entries_foretell_what_one_row_does(whole):
     """One of 60 rows leaves a linear model: nearly the infinitesimal change that the entries are exact for."""
@@ -83,7 +85,12 @@ def test_exact_entries_foretell_what_one_row_does(whole):
         assert value > 0.97 and low > 0.9
     assert lds["unrolled"]["validation"][1].value > lds["loss, start"]["validation"][1].value
     assert whole[1]["certificate"]["level"] and whole[1]["verdict"]["sentence"]
-    assert "retrains without" in whole[1]["certificate"]["reason"]  # the verdict reads them
+    certificate, lds = whole[1]["certificate"], lds["unrolled"]
+    assert "retrains without" in certificate["reason"]  # the verdict reads them
+    own, others = (f"of {lds[part][0].value:.2f} with those of {name}" for part, name in PARTS)
+    assert certificate["others_reason"].endswith(f"{others}, {own}.") or own in certificate["others_reason"]
+    for reading in (f"{lds[part][0].value:.2f} [" for part, _ in PARTS):
+        assert reading in whole[1]["verdict"]["sentence"].partition("The exact hypergradient reaches")[2]
 
 
 def test_the_best_raise_the_loss_and_the_worst_lower_it(whole):
@@ -177,6 +184,9 @@ def test_the_typed_result_holds_the_scores(whole):
     first = whole[1]["extremes"]["rows"][0]
     assert typed.extremes.best["unrolled"]["test"].tolist() == first["best"]["test"] and first["name"] == "unrolled"
     assert typed.extremes.random["test"].shape == (2, 3) and typed.extremes.shares.tolist() == [0.01, 0.1]
+    assert typed.lds["unrolled"]["test"] == whole[1]["rows"][0]["lds"]["test"][0] and set(typed.lds) == set(names)
+    assert typed.others_part == "test" and typed.others_level == whole[1]["verdict"]["others_level"]
+    assert str(typed.verdict) == whole[1]["certificate"]["sentence"]
     assert typed.use in typed.scores and typed.use == whole[1]["verdict"]["use"].replace(", ", "_")
 
 
@@ -261,9 +271,13 @@ def test_the_verdict_says_which_score_or_none():
     assert (
         "Not told apart from it: near." in told["sentence"] and "exact hypergradient reaches 0.90" in told["sentence"]
     )
-    assert told["instead"] is None and "test" not in told["sentence"]
+    assert told["instead"] is None and (told["others_part"], told["others_level"]) == ("test", "UNDECIDED")
+    assert (
+        "correlation of 0.50 [0.30, 0.90] with validation loss and of 0.50 [0.30, 0.90] with test" in told["sentence"]
+    )
+    assert "For other examples UNDECIDED: 0.50 [0.30, 0.90] on test, which no score has read" in told["sentence"]
     none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
-    assert none["use"] is None and "which may be 0" in none["sentence"]
+    assert none["use"] is None and "the first may be 0" in none["sentence"]
     rough = choose_score(lines, draws, BAD, 0.5)
     assert rough["use"] is None and "ratio 2. Lower the rate." in rough["sentence"]
     assert choose_score([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
@@ -276,7 +290,28 @@ def test_the_verdict_tells_of_a_score_that_is_better_on_rows_that_none_has_read(
     }
     told = choose_score([line("one", 0.3), line("far", 0.1, 0.2, report=0.8)], draws, GOOD, 0.5)
     assert (told["use"], told["instead"]) == ("one", "far")
-    assert "on test, which no score has read, far does better: 0.80" in told["sentence"]
+    assert "on test, which no score has read" in told["sentence"] and "There far does better: 0.80" in told["sentence"]
+
+
+def test_what_is_said_of_other_examples_rests_on_dev_and_not_on_validation():
+    """Entries that foretell validation with .85 and other examples with .57 do not speak for these."""
+
+    def told(value, low, part="dev"):
+        readings = {"validation": [stats.BootstrapInterval(0.85, 0.7, 0.9)]}
+        readings |= {part: [stats.BootstrapInterval(value, low, 0.9)]} if part else {}
+        draws = {"one": {"validation": [STEADY], "dev": [STEADY], "test": [STEADY]}}
+        return choose_score([{"name": "one", "lds": readings, "passes": 10.0}], draws, GOOD, 0.5)
+
+    levels = [told(0.9, 0.7), told(0.57, 0.3), told(0.5, -0.1), told(0.1, 0.05), told(0.9, 0.7, part=None)]
+    assert [one["others_level"] for one in levels] == [
+        "BELIEVE", "UNDECIDED", "DO NOT BELIEVE", "DO NOT BELIEVE", "UNDECIDED",
+    ]  # fmt: skip
+    assert all(one["use"] == "one" for one in levels)
+    assert "0.85 [0.70, 0.90] with validation loss and of 0.57 [0.30, 0.90] with dev loss" in levels[1]["sentence"]
+    assert "give a dev set" in levels[-1]["sentence"] and levels[-1]["others_part"] is None
+    both = line("one", 0.3) | {"lds": line("one", 0.3)["lds"] | {"dev": [stats.BootstrapInterval(0.8, 0.6, 0.9)]}}
+    draws = {"one": {"validation": [STEADY], "dev": [STEADY], "test": [STEADY]}}
+    assert choose_score([both], draws, GOOD, 0.5)["others_part"] == "dev"  # test stays for the last reading
 
 
 WRONG = {

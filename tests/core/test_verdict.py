@@ -91,6 +91,31 @@ def test_what_a_level_needs(changes, start):
     assert "nan" not in str(judged) or "NaN" in str(judged) or judged.level != "BELIEVE"
 
 
+OTHERS_RETRAINS = {
+    "they agree": (retrains(rank=0.85), "BELIEVE"),
+    "they agree in part, which no reliability outdoes": (retrains(rank=0.57), "UNDECIDED"),
+    "they hardly agree": (retrains(rank=0.2), "DO NOT BELIEVE"),
+    "no rank": (retrains(rank=NAN), "DO NOT BELIEVE"),
+    "too few": (retrains(count=7), "UNDECIDED"),
+    "without too few examples": (retrains(0.05), "UNDECIDED"),
+    "none": (None, "BELIEVE"),
+}
+
+
+@pytest.mark.parametrize("others, level", OTHERS_RETRAINS.values(), ids=list(OTHERS_RETRAINS))
+def test_retrains_that_read_other_examples_say_whether_it_speaks_for_them(others, level):
+    shown = SOUND._replace(removal_prediction=retrains(rank=0.93), others_prediction=others, others_part="test")
+    judged = judge_certificates(shown)
+    assert (judged.level, judged.others_level) == ("BELIEVE", level)
+    if others:
+        both = f"correlation of {others.rank:.2f} with those of test loss, of 0.93 with those of L_v."
+        assert both in judged.others_reason and "test loss" in str(shown)
+    worse = judge_certificates(shown._replace(checks=Checks(replayed=False)))
+    assert worse.others_level == "DO NOT BELIEVE"
+    unreliable = shown._replace(reliability=Reliability(0.1, 0.99, 10))
+    assert judge_certificates(unreliable).others_level == (level if others else "DO NOT BELIEVE")
+
+
 def test_shares_that_cannot_widen_a_verdict_are_not_measured():
     assert verdict.shares_to_remove((0.5, 0.2), 1.0) == (0.5, 0.2)
     assert verdict.shares_to_remove((0.5, 0.2), 0.4) == (0.2,)
@@ -185,6 +210,7 @@ FIELDS = {
     "is_per_example": lambda rng: rng.random() < 0.5,
     "missing": lambda rng: rng.choice(["", "why."]),
     "reliability": some_reliability,
+    "others_prediction": some_retrains,
     "effective_share": lambda rng: rng.choice([0.95, 0.89, 0.34, 0.3, NAN]),
 }
 
@@ -288,6 +314,18 @@ def worsenings(one: Certificates, by: float, place: int) -> dict[str, Certificat
             out["no reliability"] = one._replace(reliability=None)
     else:
         out["unreliable"] = one._replace(reliability=Reliability(0.1, 0.99, 10))
+    others = one.others_prediction
+    if others and others.actual:
+        changes = {
+            "others' rank": {"rank": others.rank - by},
+            "others' rank nan": {"rank": NAN},
+            "others' smaller share": {"fraction": others.fraction / (1 + by)},
+        }
+        if len(others.actual) > 1:
+            changes["others' retrain less"] = {"predicted": others.predicted[:-1], "actual": others.actual[:-1]}
+        out |= {name: one._replace(others_prediction=others._replace(**change)) for name, change in changes.items()}
+    else:
+        out["others' retrains against it"] = one._replace(others_prediction=retrains(0.1 + by, rank=-0.9))
     return out
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bilevel_jax.commands.audit.retrains import TARGET_LABELS
+from bilevel_jax.commands.audit.retrains import TARGET_LABELS, independent_part
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import IntervalRow, Point
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, make_table, render_page
@@ -61,9 +61,11 @@ def format_share(share: float) -> str:
 
 
 def score_table(result: JsonObject) -> Table:
-    """A line per score: its LDS for validation loss, its correlation with the exact hypergradient, its cost."""
+    """A line per score: its LDS for validation and for other examples, its correlation with the exact one, its cost."""
     rows = sort_by_lds(result)
     columns = _lds_columns(result, rows, "validation", "validation loss")
+    if part := independent_part(rows[0]["lds"]):
+        columns[1:1] = _lds_columns(result, rows, part, TARGET_HEADINGS[part])[:1]
     if any("rank" in row for row in rows):
         exact = [format_reading(row.get("rank")) for row in rows]
         columns.append(Column("exact hypergradient", exact, "rank correlation with it", "tight"))
@@ -80,7 +82,7 @@ def score_table(result: JsonObject) -> Table:
 
 
 def target_tables(result: JsonObject) -> list[Table]:
-    """The LDS of the same scores for the other targets: single queries and test."""
+    """The LDS of the same scores for the other targets: single queries, dev and test."""
     rows = sort_by_lds(result)
     return [
         make_table(

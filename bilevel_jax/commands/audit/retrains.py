@@ -1,6 +1,6 @@
 """Leave-k-out retraining and the linear datamodeling score (LDS)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import NamedTuple
@@ -22,6 +22,11 @@ from bilevel_jax.runs.tasks.protocol import Task
 
 TARGET_LABELS = {"validation": "L_v", "queries": "each query", "dev": "dev", "test": "test"}
 """What is predicted, as people read it."""
+
+
+def independent_part(parts: Container[str]) -> str | None:
+    """The held-out part that tells whether what holds for validation holds for other examples: dev, else test."""
+    return next((part for part in ("dev", "test") if part in parts), None)
 
 
 class LeaveOutRetrains(NamedTuple):
@@ -198,12 +203,14 @@ def compute_lds(
 
 
 def predict_removals(
-    retrains: LeaveOutRetrains, scores: Float[np.ndarray, "examples"], validation_loss: float
+    retrains: LeaveOutRetrains, scores: Float[np.ndarray, "examples"], part: str, loss: float
 ) -> RemovalPrediction:
-    """What hypergradients (as scores, larger is better) foretell of the retrains without the first share of rows."""
+    """What hypergradients (as scores, larger is better) foretell of the retrains without the first share of rows.
+
+    `loss` is that of the held-out `part` with all rows.
+    """
     predicted = retrains.predict_loss_rise(scores)[0]
-    actual = retrains.losses["validation"][0][:, 0] - validation_loss
-    return compare_with_retrains(retrains.fractions[0], predicted, actual)
+    return compare_with_retrains(retrains.fractions[0], predicted, retrains.losses[part][0][:, 0] - loss)
 
 
 def build_retrain_table(retrains: LeaveOutRetrains, example_ids: list[str], query_ids: list[str]) -> pa.Table:

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.commands.audit import extremes, judge, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore
+from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
 from bilevel_jax.core.types import Checks, Estimate, Stream, TrainState, Trajectory
-from bilevel_jax.core.unrolled import check_differentiable, each
+from bilevel_jax.core.unrolled import check_differentiable, each, validation_loss_fn
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.budget.work import audit_vmap_size, count_audit_work
 from bilevel_jax.runs.config.load import AuditConfig, config_hash
@@ -177,8 +178,9 @@ def _run_audit(
     verdict = None
     if certificates is not None:
         exact = next(score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
-        prediction = retrains.predict_removals(retrain_losses, exact, exact_record["value"])
-        verdict = certify.judge_certificates(certificates._replace(removal_prediction=prediction))
+        verdict = certify.judge_certificates(
+            add_retrains(certificates, task, uniform_training, retrain_losses, exact, exact_record["value"])
+        )
         session.print_line(f"the exact hypergradients: {verdict}")
     session.set_phase("writing")
     keep_last_checkpoints(session.folder)
@@ -372,6 +374,32 @@ def certify_exact(
         order_seed=config.data.seed,
         data_seed=config.data.seed,
     )._replace(reliability=exact_record["reliability"])
+
+
+def add_retrains(
+    certificates: certify.Certificates,
+    task: Task,
+    uniform_training: UniformTraining,
+    retrain_losses: LeaveOutRetrains,
+    exact: Float[np.ndarray, "examples"],
+    validation_loss: float,
+) -> certify.Certificates:
+    """The certificates with what the retrains say of L_v and, where there are such, of examples outside validation."""
+    own = retrains.predict_removals(retrain_losses, exact, "validation", validation_loss)
+    part = retrains.independent_part(retrain_losses.losses)
+    if part is None:
+        return certificates._replace(removal_prediction=own)
+    params = uniform_training.trajectory.end.params
+    loss = float(
+        validation_loss_fn(task.problem)(
+            params, task.frozen(uniform_training.start.params), task.held_out_streams[part]
+        )
+    )
+    return certificates._replace(
+        removal_prediction=own,
+        others_prediction=retrains.predict_removals(retrain_losses, exact, part, loss),
+        others_part=part,
+    )
 
 
 def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> pa.Table:

@@ -25,11 +25,10 @@ from bilevel_jax.runs.config.load import (
     CompareConfig,
     TrainConfig,
 )
-from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS, EstimateSection
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.engine.trajectory_store import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
-from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES
+from bilevel_jax.runs.scoring.scores import SCORES
 from bilevel_jax.runs.tasks.evaluation import read_labels
 
 
@@ -164,10 +163,8 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
         total = work.count_compare_work(abstract_run.task, config.compare, labels)
         return [WorkStage("all methods and baselines", other_work=total)]
     if isinstance(config, AuditConfig):
-        names = config.audit.scores or (ARRAY_SCORES if reads_array_data(config) else SCORES)
-        total = work.count_audit_work(
-            abstract_run.task, config.audit, config.certify, config.audit.queries, list(names)
-        )
+        names = config.audit.scores or tuple(SCORES)
+        total = work.count_audit_work(abstract_run.task, config.audit, config.certify, config.audit.queries, names)
         return [WorkStage("hypergradients and retrains", other_work=total)]
     steps = num_backward_steps(config.outer, abstract_run.task.num_steps)
     replays_per_step = (

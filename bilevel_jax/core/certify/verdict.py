@@ -35,7 +35,10 @@ SHARE_SMALL, SHARE_LARGE = 1 / 3, 0.9
 """Effective sample size of the weights, as a share of the examples, from which on metasmoothness says enough: where few
 examples have most of the weight, what an example's own leaving does to its entry spoils the prediction."""
 RELIABILITY_WANTED, RELIABILITY_LIMIT = 0.7, 0.3
-"""The reliability that speaks for other examples; below the second it speaks against."""
+"""The reliability that speaks for other examples; below the second it speaks against. Where retrains have read the loss
+of other examples, their rank correlation decides instead, by RANK_WANTED and RANK_LIMIT."""
+
+PARTLY_NOISE = "A part of the entries is this validation set's noise: give more validation examples."
 
 
 class Verdict(NamedTuple):
@@ -75,6 +78,10 @@ class Certificates(NamedTuple):
     """How far the entries speak for examples that are not in the validation set."""
     effective_share: float = 1.0
     """Effective sample size of the weights over the number of examples; 1 where they are uniform."""
+    others_prediction: RemovalPrediction | None = None
+    """The same predictions against changes of the loss of other examples than those of the validation set."""
+    others_part: str = "dev"
+    """What these are called."""
 
     @property
     def verdict(self) -> Verdict:
@@ -96,6 +103,9 @@ class Certificates(NamedTuple):
                 f"  {count} retrains without {removal.fraction:.0%} of the examples: rank correlation of predicted and "
                 f"actual {removal.rank:.3f}, slope {removal.slope:.3f}"
             )
+        if self.others_prediction is not None:
+            others = self.others_prediction
+            lines.append(f"  of the same predictions and {self.others_part} loss {others.rank:.3f}, {others.slope:.3f}")
         if self.reliability is not None:
             lines.append(f"  reliability for other validation examples {self.reliability}")
         measured = {
@@ -127,7 +137,9 @@ def judge_certificates(certificates: Certificates) -> Verdict:
         UNDECIDED                in between, with checks missing, and where smaller steps' ratios are off (`has_kinks`)
 
     For an outer variable that is not one weight for each example the ratios alone decide. It speaks for other examples
-    where it is believed and the reliability is at least .7; below .3 it does not.
+    where it is believed and 8 retrains without a tenth or more have a rank correlation of .7 with the loss of examples
+    outside the validation set; below .3 it does not. Where no retrain has read such a loss, the reliability decides, by
+    the same two numbers.
 
     The thresholds come from the settings of tests/benchmarks/calibration.py, whose table is in the README there: of
     those BELIEVEd none had a rank correlation below .7 over retrains without a tenth, or below .5 without a half. They
@@ -188,11 +200,14 @@ def shares_to_remove(removed: Sequence[float], share: float) -> tuple[float, ...
 
 
 def _finish(certificates: Certificates, level: str, scope: str, reason: str, remedy: str) -> Verdict:
-    return Verdict(level, scope, reason, remedy, *_judge_for_others(certificates.reliability, level))
+    return Verdict(level, scope, reason, remedy, *_judge_for_others(certificates, level))
 
 
-def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str, str]:
+def _judge_for_others(certificates: Certificates, level: str) -> tuple[str, str]:
     """(level, reason): whether the number speaks for other examples than those of the validation set."""
+    reliability, others = certificates.reliability, certificates.others_prediction
+    if others and others.actual:
+        return _judge_others_prediction(certificates, others, level)
     value = math.nan if reliability is None or reliability.value == math.inf else reliability.value
     measured = not math.isnan(value)
     number = (
@@ -214,7 +229,29 @@ def _judge_for_others(reliability: Reliability | None, level: str) -> tuple[str,
         return UNDECIDED, f"{number} Give a dev set."
     if value >= RELIABILITY_WANTED:
         return BELIEVE, number
-    return UNDECIDED, f"{number} A part of the entries is this validation set's noise: give more validation examples."
+    return UNDECIDED, f"{number} {PARTLY_NOISE}"
+
+
+def _judge_others_prediction(certificates: Certificates, others: RemovalPrediction, level: str) -> tuple[str, str]:
+    """The same by the retrains that have read the loss of other examples."""
+    own = certificates.removal_prediction
+    number = (
+        f"over {len(others.actual)} retrains without {others.fraction:.0%} of the examples predicted changes have a "
+        f"rank correlation of {others.rank:.2f} with those of {certificates.others_part} loss"
+        f"{f', of {own.rank:.2f} with those of L_v' if own else ''}."
+    )
+    if not others.rank >= RANK_LIMIT:
+        return DO_NOT_BELIEVE, f"{number} What the entries say of this validation set hardly holds outside of it."
+    if level != BELIEVE:
+        return level, f"what holds for this validation set comes first; {number}"
+    if others.rank < RANK_WANTED:
+        return (
+            UNDECIDED,
+            f"{number} A part of the entries is this validation set's noise: give more validation examples.",
+        )
+    if len(others.actual) < MIN_RETRAINS or others.fraction < SMALL:
+        return UNDECIDED, f"{number} Retrain {MIN_RETRAINS} times without {SMALL:.0%} or more."
+    return BELIEVE, number
 
 
 # ---- what speaks against, what leaves doubt, and what limits the scope: (reason, remedy), or nothing
