@@ -238,13 +238,22 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
 
 @pytest.mark.slow
 def test_text_with_every_score(made, tmp_path):
-    settings = re.sub(r"^(compare|keep):.*\n", "", (made / "select.yaml").read_text(), flags=re.MULTILINE)
+    settings = re.sub(r"^(retrain|selection):.*\n", "", (made / "select.yaml").read_text(), flags=re.MULTILINE)
     (tmp_path / "audit.yaml").write_text(settings)
     flags = ("--outer.proximal", "0.1", "--audit.queries", "3", "--audit.subsets", "8", "--audit.removed", "0.5")
     result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.vmap-size", "2")
     names = {row["name"] for row in result["rows"]}
     assert {"unrolled", "ica, start", "ica, end", "oneshot, start"} <= names
-    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {"validation", "queries", "test"}
+    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {
+        "validation",
+        "queries",
+        "dev",
+        "test",
+    }
+    assert result["verdict"]["others_part"] == "dev" and "dev" in result["extremes"]["random"]
+    by_loss = next(row["difficulty"] for row in result["rows"] if row["name"] == "loss, start")
+    assert by_loss["loss"] == pytest.approx(1) and "the hardest" in by_loss["sentence"]
+    assert all(row["difficulty"]["length"] is not None for row in result["rows"])
 
 
 # ---- the verdict
@@ -255,7 +264,7 @@ def line(name, low, value=0.5, report=0.5):
         "validation": [stats.BootstrapInterval(value, low, 0.9)],
         "test": [stats.BootstrapInterval(report, low, 0.9)],
     }
-    return {"name": name, "lds": lds, "passes": 10.0}
+    return {"name": name, "lds": lds, "passes": 10.0, "difficulty": {"sentence": ""}}
 
 
 GOOD, BAD = Verdict("BELIEVE", "", "it is.", ""), Verdict("DO NOT BELIEVE", "", "ratio 2.", "Lower the rate.")
@@ -278,6 +287,9 @@ def test_the_verdict_says_which_score_or_none():
     assert "For other examples UNDECIDED: 0.50 [0.30, 0.90] on test, which no score has read" in told["sentence"]
     none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "the first may be 0" in none["sentence"]
+    trap = {"difficulty": {"sentence": "The scores of one order the examples nearly by length."}}
+    trapped = choose_score([lines[0] | trap, *lines[1:]], draws, GOOD, 0.5)
+    assert trap["difficulty"]["sentence"] in trapped["sentence"]
     rough = choose_score(lines, draws, BAD, 0.5)
     assert rough["use"] is None and "ratio 2. Lower the rate." in rough["sentence"]
     assert choose_score([line("unrolled", 0.8)], draws, GOOD, 0.5)["use"] is None
@@ -300,7 +312,7 @@ def test_what_is_said_of_other_examples_rests_on_dev_and_not_on_validation():
         readings = {"validation": [stats.BootstrapInterval(0.85, 0.7, 0.9)]}
         readings |= {part: [stats.BootstrapInterval(value, low, 0.9)]} if part else {}
         draws = {"one": {"validation": [STEADY], "dev": [STEADY], "test": [STEADY]}}
-        return choose_score([{"name": "one", "lds": readings, "passes": 10.0}], draws, GOOD, 0.5)
+        return choose_score([line("one", 0.3) | {"lds": readings}], draws, GOOD, 0.5)
 
     levels = [told(0.9, 0.7), told(0.57, 0.3), told(0.5, -0.1), told(0.1, 0.05), told(0.9, 0.7, part=None)]
     assert [one["others_level"] for one in levels] == [

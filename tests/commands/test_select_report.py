@@ -91,6 +91,7 @@ def result(level="BELIEVE", **changes):
         "validation_weight": None,
         "ended": "all 2 outer steps were made",
         "auc": {"weights": 0.9123, "first_hypergradient": 0.8345, "alignment": 0.7456, "low_loss": 0.6567},
+        "difficulty": {"length": 0.1234, "loss": 0.9234, "sentence": "The weights order the examples nearly by loss."},
         "rater": None,
         "compare": compared(),
         "absent_arms": [],

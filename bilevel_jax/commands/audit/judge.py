@@ -37,6 +37,7 @@ def judge_scores(
     scores: list[DataScore],
     retrain_losses: LeaveOutRetrains,
     certificate_verdict: certify.Verdict | None,
+    difficulty: dict[str, dict[str, Any]],
     *,
     data: DataSection,
     train_seed: int,
@@ -63,6 +64,7 @@ def judge_scores(
                 for target, by_fraction in draws[score.name].items()
             },
             "auc": None if labels is None else labels.auc(score.values),
+            "difficulty": difficulty[score.name],
         }
         if exact is not None and score.name != EXACT_ESTIMATOR:
             correlations = stats.bootstrap_rank_correlations(
@@ -112,6 +114,8 @@ def choose_score(
         if exact
         else ""
     )
+    if exact and exact["difficulty"]["sentence"]:
+        tail += f" {exact['difficulty']['sentence']}"
     nothing = {"use": None, "instead": None, "others_part": part, "others_level": verdict.UNDECIDED}
     if not rivals:
         return nothing | {"sentence": f"None: no cheap score was judged.{tail}"}
@@ -136,6 +140,8 @@ def choose_score(
         line["name"] for line in rivals if line is not best and not _is_higher(draws, name, line["name"], "validation")
     ]
     remarks = f" Not told apart from it: {', '.join(close)}." if close else ""
+    if told := best["difficulty"]["sentence"]:
+        remarks += f" {told}"
     others_level, others_words = judge_for_others(best["lds"][part][0] if part else None, part)
     remarks += f" For other examples {others_level}: {others_words}"
     instead = None

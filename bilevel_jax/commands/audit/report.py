@@ -69,6 +69,10 @@ def score_table(result: JsonObject) -> Table:
     if any("rank" in row for row in rows):
         exact = [format_reading(row.get("rank")) for row in rows]
         columns.append(Column("exact hypergradient", exact, "rank correlation with it", "tight"))
+    for name, unit in (("length", "tokens"), ("loss", "before training")):
+        if any(row["difficulty"][name] is not None for row in rows):
+            correlations = [row["difficulty"][name] for row in rows]
+            columns.append(Column(name, correlations, f"{unit}; rank correlation with it"))
     if result["labels"]:
         columns.append(Column("AUC", [row["auc"] for row in rows], "good examples against bad, by label"))
     return make_table(

@@ -36,6 +36,7 @@ from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.checkpoint import keep_last_checkpoints
 from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
 from bilevel_jax.runs.tasks import splits
@@ -185,7 +186,13 @@ def _run_audit(
     session.set_phase("writing")
     keep_last_checkpoints(session.folder)
     result = judge.judge_scores(
-        task, scores, retrain_losses, verdict, data=labelled_data(config), train_seed=config.train.seed
+        task,
+        scores,
+        retrain_losses,
+        verdict,
+        correlate_with_difficulty(task, uniform_training, scores, session),
+        data=labelled_data(config),
+        train_seed=config.train.seed,
     )
     result |= {"seconds": session.job_cost("")[1], "notes": task.notes, "config_hash": config_hash(config)}
     validation_ids = [
@@ -374,6 +381,20 @@ def certify_exact(
         order_seed=config.data.seed,
         data_seed=config.data.seed,
     )._replace(reliability=exact_record["reliability"])
+
+
+def correlate_with_difficulty(
+    task: Task, uniform_training: UniformTraining, scores: list[DataScore], session: Session
+) -> dict[str, dict[str, Any]]:
+    """By score: rank correlations with length and with loss before training, and a sentence where one is large."""
+
+    def correlate() -> dict[str, dict[str, Any]]:
+        difficulty = measure_difficulty(task, uniform_training.start.params)
+        return {
+            score.name: difficulty.correlate(score.values).to_json(f"the scores of {score.name}") for score in scores
+        }
+
+    return session.run_once("difficulty", correlate)
 
 
 def add_retrains(

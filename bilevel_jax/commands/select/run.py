@@ -26,6 +26,7 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
+from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
@@ -87,6 +88,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     selection_notes = [note for note in (ties, describe_shortfall(config.selection, len(selected))) if note]
     for note in selection_notes:
         session.print_line(note)
+    difficulty = _correlate_with_difficulty(task, config, session, learned)
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
@@ -97,7 +99,8 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     result |= {
         "certificates": {name: _certificates_to_dict(value) for name, value in certificates_by_weights.items()},
         "verdicts": {name: value._asdict() for name, value in verdicts.items()},
-        "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts)},
+        "verdict": {**verdict._asdict(), "sentence": _describe_verdicts(verdicts, difficulty["sentence"])},
+        "difficulty": difficulty,
         "rater": rater["coefficients"] if rater else None,
         "rater_intervals": rater["intervals"] if rater else None,
         "selected": len(selected),
@@ -191,12 +194,25 @@ def _verdict_of_run(verdicts: dict[str, certify.Verdict]) -> certify.Verdict:
     return verdict._replace(scope=f"{verdict.scope} at uniform weights")
 
 
-def _describe_verdicts(verdicts: dict[str, certify.Verdict]) -> str:
-    """Lines for people: the verdict of the run, for this validation set and for others; that at the learned weights."""
+def _describe_verdicts(verdicts: dict[str, certify.Verdict], difficulty: str) -> str:
+    """Lines for people: the verdict of the run, for this validation set and for others; that at the learned weights;
+    and that these order the examples by length or loss, where they do."""
     lines = str(_verdict_of_run(verdicts)).splitlines()
     if learned := verdicts.get("learned weights"):
         lines.append(f"At the learned weights {' '.join(str(learned).splitlines())}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [difficulty])])
+
+
+def _correlate_with_difficulty(
+    task: TextTask, config: SelectConfig, session: Session, learned: LearnedWeights
+) -> dict[str, Any]:
+    """Rank correlations of the weights with length and with loss before training, and a sentence where one is large."""
+
+    def correlate() -> dict[str, Any]:
+        found = measure_difficulty(task, task.init_params(config.train.seed)).correlate(learned.weights)
+        return found.to_json("the weights")
+
+    return session.run_once("difficulty", correlate)
 
 
 def _compare_by_retraining(
