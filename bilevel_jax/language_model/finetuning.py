@@ -38,7 +38,7 @@ from bilevel_jax.core.types import (
 from bilevel_jax.core.unrolled import backward_pass, check_differentiable, validation_loss_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import Example, describe_unread_keys, find_leaks, format_count, summarize_examples
-from bilevel_jax.runs.config.rules import check_config
+from bilevel_jax.runs.config.rules import PARAMETERS_TARGET, check_config
 from bilevel_jax.runs.config.schema import (
     DataSection,
     LoraSection,
@@ -47,6 +47,7 @@ from bilevel_jax.runs.config.schema import (
     ObjectiveSection,
     OuterSection,
     Remat,
+    TargetSection,
     TrainSection,
 )
 from bilevel_jax.runs.engine.nonfinite import find_first_nonfinite
@@ -56,16 +57,17 @@ from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.progress import make_progress_bar
-from bilevel_jax.runs.tasks.reference import reference_margins
+from bilevel_jax.runs.tasks.reference import compute_pair_log_probs, reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
+from bilevel_jax.runs.tasks.targets import TargetLoss, TargetSpec, list_targets
 from bilevel_jax.runs.tasks.text import (
-    JOINT_CORPUS,
     TextPrograms,
     TextTask,
     TokenizedData,
     build_programs,
+    check_target_functions,
     compose_text_task,
-    compute_pair_log_probs,
+    corpora_with_reference,
     tokenize_parts,
 )
 
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
 
 Weights = Any
 """One float for each example: an array, or {id: weight}; None: 1 for each."""
+Target = TargetLoss | Mapping[str, tuple[float, TargetLoss]] | TargetSection | None
+"""What validation examples judge by: a loss, several by source with their coefficients, or the training loss."""
 SOLVERS = {
     "unroll": "L_v of the model after this training run",
     "implicit": "L_v of the minimizer of the training loss with the prior; with Gauss-Newton curvature, of the "
@@ -196,6 +200,7 @@ class TaskSections:
     objective: ObjectiveSection
     train: TrainSection
     mesh: MeshSection
+    target: TargetSection = TargetSection()
 
 
 @dataclass(frozen=True)
@@ -421,12 +426,13 @@ def prepare(
     gradient_accumulation_steps: int,
     lora: int | LoraSection,
     objective: str | ObjectiveSection,
+    target: Target,
     solver: SolverOptions,
     leaks: str,
     seed: int,
 ) -> FineTuning:
     """Check the arguments, read and tokenize the data, and compose the task."""
-    _check_solver(solver, validation)
+    _check_solver(solver, validation, target)
     for name, count in (("steps", steps), ("batch_size", batch_size), ("seed", seed)):
         check_count(name, count, least=0 if name == "seed" else 1)
     check_count("gradient_accumulation_steps", gradient_accumulation_steps)
@@ -442,7 +448,9 @@ def prepare(
         lora=lora,
         objective=objective,
         train=TrainSection(steps, batch_size, gradient_accumulation_steps, seed),
+        target=target if isinstance(target, TargetSection) else TargetSection(),
     )
+    specs = make_target_specs(target, sections.objective, has_validation=validation is not None)
     train_examples = lm.read(examples)
     held_out = lm.read(validation, name="validation") if validation is not None else []
     if leaks == "error" and (leaked := find_leaks(train_examples, held_out)):
@@ -452,12 +460,17 @@ def prepare(
             f"validation examples, the first: {leaked[0][0].where} equals {leaked[0][1].where}. Their weights would be "
             "rewarded for being copied. Remove them, or set leaks='keep'."
         )
-    task = make_task(lm, sections, train_examples, held_out, optimizer, solver.proximal)
+    task = make_task(lm, sections, train_examples, held_out, optimizer, solver.proximal, specs=specs)
     return FineTuning(lm, task, solver, seed)
 
 
 def make_sections(
-    lm: "LanguageModel", *, lora: int | LoraSection, objective: str | ObjectiveSection, train: TrainSection
+    lm: "LanguageModel",
+    *,
+    lora: int | LoraSection,
+    objective: str | ObjectiveSection,
+    train: TrainSection,
+    target: TargetSection = TargetSection(),  # noqa: B008 (frozen)
 ) -> TaskSections:
     """The arguments in the words of a config, checked as those of a config are."""
     if isinstance(lora, int) and not isinstance(lora, bool):
@@ -480,9 +493,38 @@ def make_sections(
     )
     mesh = MeshSection(lm.mesh.shape["data"], lm.mesh.shape["fsdp"])
     data = dataclasses.replace(lm.data, train=("examples",), validation=("validation",))  # as a config names its files
-    sections = TaskSections(model, lora, data, objective, train, mesh)
+    sections = TaskSections(model, lora, data, objective, train, mesh, target)
     check_config(sections, "the arguments")
     return sections
+
+
+def make_target_specs(target: Target, objective: ObjectiveSection, *, has_validation: bool) -> tuple[TargetSpec, ...]:
+    """The targets of the argument; a ValueError for what is none."""
+    if target is None:
+        target = TargetSection()
+    elif isinstance(target, str) or callable(target):
+        target = {"" if has_validation else PARAMETERS_TARGET: (1.0, target)}
+    if isinstance(target, TargetSection):
+        return list_targets(target, objective)
+    specs = []
+    for source, term in dict(target).items():
+        coefficient, loss = term if isinstance(term, tuple) and len(term) == 2 else (math.nan, term)
+        if not isinstance(coefficient, int | float) or not math.isfinite(coefficient) or not coefficient:
+            raise ValueError(f"target[{source!r}] is {term!r}; wanted (a factor other than 0, a loss).")
+        if callable(loss):
+            specs.append(TargetSpec(source, loss, float(coefficient), None))
+            continue
+        section = TargetSection(losses=(loss,), sources=(source,) if source else ())
+        check_config(TargetOnly(section), "the argument target")
+        specs.append(list_targets(section, objective)[0]._replace(coefficient=float(coefficient)))
+    return tuple(sorted(specs, key=lambda spec: not spec.has_examples))
+
+
+@dataclass(frozen=True)
+class TargetOnly:
+    """A target in the form of a config, for its checks."""
+
+    target: TargetSection
 
 
 def make_task(
@@ -492,17 +534,19 @@ def make_task(
     validation: list[Example],
     optimizer: optax.GradientTransformation,
     proximal: float = 0.0,
+    *,
+    specs: tuple[TargetSpec, ...] | None = None,
 ) -> TextTask:
     """The examples and the model as a task, which training and scores read."""
     held_out = {"validation": validation} if validation else {}
     notes = [f"examples: {summarize_examples(examples)}"]
     notes += [f"validation: {summarize_examples(validation)}"] if validation else []
     notes += describe_unread_keys([*examples, *validation])
+    specs = specs or list_targets(TargetSection(), sections.objective)
     text = tokenize_parts(
-        sections, DataSplits(examples, held_out, notes), lm.tokenizer, lm.architecture, dict(lm.source_files)
+        sections, DataSplits(examples, held_out, notes), lm.tokenizer, lm.architecture, dict(lm.source_files), specs
     )
-    if sections.objective.name == "dpo":
-        text = _with_reference_margins(lm, text, sections.train.global_batch_size)
+    text = _with_reference_margins(lm, text, sections)
     whole = lm.merged_params
 
     def init_params(seed: int) -> Params:
@@ -520,9 +564,9 @@ def make_task(
 
     programs = _cached_programs(
         lm.architecture, sections.objective, optimizer, lm.mesh, tuple(lm.sharding_rules.items()), lm.remat,
-        sections.lora.r > 0, float(proximal),
+        sections.lora.r > 0, float(proximal), specs,
     )  # fmt: skip
-    return compose_text_task(
+    task = compose_text_task(
         sections,
         text,
         whole if sections.lora.r else None,
@@ -532,6 +576,8 @@ def make_task(
         num_steps=sections.train.max_steps,
         seeds=[sections.train.seed],
     )
+    check_target_functions(task, sections.train.seed, specs)
+    return task
 
 
 @lru_cache(maxsize=8)
@@ -544,11 +590,12 @@ def _cached_programs(
     remat: Remat,
     lora: bool,
     proximal_strength: float,
+    specs: tuple[TargetSpec, ...],
 ) -> TextPrograms:
     """`build_programs`; those of the same model and the same optimizer object are not compiled again."""
     return build_programs(
         architecture, objective, optimizer, mesh, dict(sharding_rules),
-        remat=remat, lora=lora, proximal_strength=proximal_strength,
+        remat=remat, lora=lora, proximal_strength=proximal_strength, specs=specs,
     )  # fmt: skip
 
 
@@ -594,25 +641,24 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; a whole number of {least} or more is wanted.")
 
 
-def _with_reference_margins(lm: "LanguageModel", text: TokenizedData, batch_size: int) -> TokenizedData:
-    """The pairs with the margins of the model before training, the reference of dpo."""
-    joint = text.corpora[JOINT_CORPUS]
-    log_probs = compute_pair_log_probs(lm.decoder, lm.joined_params, joint, batch_size, lm.mesh)
-    margins = reference_margins(log_probs)
-    return text._replace(
-        corpora={
-            name: corpus.with_reference_margins(margins if name == JOINT_CORPUS else margins[-corpus.num_examples :])
-            for name, corpus in text.corpora.items()
-        }
-    )
+def _with_reference_margins(lm: "LanguageModel", text: TokenizedData, sections: TaskSections) -> TokenizedData:
+    """The pairs that dpo compares, with the margins of the model before training."""
+    margins = {}
+    for name in corpora_with_reference(text, sections.objective):
+        corpus = text.corpora[name]
+        log_probs = compute_pair_log_probs(
+            lm.decoder, lm.joined_params, corpus, sections.train.global_batch_size, lm.mesh
+        )
+        margins[name] = corpus.with_reference_margins(reference_margins(log_probs))
+    return text._replace(corpora=text.corpora | margins)
 
 
-def _check_solver(solver: SolverOptions, validation: Any) -> None:
+def _check_solver(solver: SolverOptions, validation: Any, target: Any) -> None:
     """Raise ValueError for a solver that is none, and for what it lacks or does not read."""
     name = solver.name
     if name is not None and name not in SOLVERS:
         raise ValueError(f"solver is {name!r}; it is one of {', '.join(map(repr, SOLVERS))}, or None to train alone.")
-    if name is not None and validation is None:
+    if name is not None and validation is None and not callable(target):
         raise ValueError(
             f"solver={name!r} differentiates the validation loss, and there are no validation examples. Give them, or "
             "solver=None to train alone."

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from bilevel_jax.core.types import LinearSolver, Params
 from bilevel_jax.language_model import finetuning, inference, scoring
-from bilevel_jax.language_model.finetuning import FineTuned, SolverOptions
+from bilevel_jax.language_model.finetuning import FineTuned, SolverOptions, Target
 from bilevel_jax.language_model.inference import LogLiks
 from bilevel_jax.language_model.scoring import Scores
 from bilevel_jax.lm import models
@@ -111,6 +111,7 @@ class LanguageModel:
         gradient_accumulation_steps: int = 1,
         lora: int | LoraSection = 0,
         objective: str | ObjectiveSection = "sft",
+        target: Target = None,
         solver: str | None = "unroll",
         window: int | None = None,
         proximal: float = 0.0,
@@ -145,6 +146,10 @@ class LanguageModel:
                 Adapters that the model has already are merged first.
             objective: "sft"; "dpo" and "simpo" for preference pairs; or an `ObjectiveSection` with beta and more. The
                 reference of dpo is this model.
+            target: what the validation examples judge by, where it is not the objective: "sft", "dpo", "simpo"; a
+                function of the decoder that gives (params, batch) -> a loss for each example, as `lm.sft_losses` does;
+                without validation, a function of the parameters alone that gives a number; several of them as {source
+                of the examples: (factor, loss)}, of which "parameters" reads no examples; or a `TargetSection`.
             solver: "unroll": exact through the whole run, or its last `window` steps. "implicit": of the minimizer of
                 the training loss with the prior, at the end of the run. "alignment": -<grad loss_i, grad L_v> / N
                 there, a baseline. None: train alone.
@@ -176,6 +181,17 @@ class LanguageModel:
             >>> result = lm.finetune(rows, held_out, optax.adamw(1e-2, eps_root=1e-12), steps=4, batch_size=4)
             >>> result.status.name, len(result.hypergradients), result.lm
             ('OK', 8, LanguageModel(..., 768 parameters))
+
+            Validation examples that judge by another loss than that of training, here the log-probability of a whole
+            response:
+
+            >>> def response_losses(decoder):
+            ...     log_likelihoods = bj.lm.sequence_log_likelihoods(decoder)
+            ...     return lambda params, batch: -log_likelihoods(params, batch)
+            >>> optimizer = optax.adamw(1e-2, eps_root=1e-12)
+            >>> judged = lm.finetune(rows, held_out, optimizer, steps=4, batch_size=4, target=response_losses)
+            >>> judged.value > result.value  # a sum over tokens, and not their mean
+            True
         """
         tuning = finetuning.prepare(
             self,
@@ -187,6 +203,7 @@ class LanguageModel:
             gradient_accumulation_steps=gradient_accumulation_steps,
             lora=lora,
             objective=objective,
+            target=target,
             solver=SolverOptions(solver, window, proximal, curvature, linear_solver, curvature_batches, memory_gib),
             leaks=leaks,
             seed=seed,

@@ -18,6 +18,7 @@ _MODULE_OF = {
     "LoraSection": "bilevel_jax.runs.config.schema",
     "MeshSection": "bilevel_jax.runs.config.schema",
     "ObjectiveSection": "bilevel_jax.runs.config.schema",
+    "TargetSection": "bilevel_jax.runs.config.schema",
     "builtin_rows": "bilevel_jax.language_model.model",
     "load": "bilevel_jax.language_model.model",
     # a model from a Hugging Face folder, and back
@@ -50,6 +51,8 @@ _MODULE_OF = {
     "dpo_composite_loss": "losses.preferences",
     "dpo_losses": "losses.preferences",
     "importance_weighted_losses": "losses.importance",
+    "mean_over_targets": "losses.sft",
+    "sequence_log_likelihoods": "losses.sft",
     "sft_composite_loss": "losses.sft",
     "sft_losses": "losses.sft",
     "simpo_composite_loss": "losses.preferences",

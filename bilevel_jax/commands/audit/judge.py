@@ -81,7 +81,7 @@ def judge_scores(
         "removed": retrain_losses.fractions,
         "subsets": retrain_losses.left_out.shape[1],
         "labels": labels.to_counts() if labels is not None else None,
-        "unit": task.objective.loss_unit,
+        "unit": task.outer_objective.unit,
         "steps": task.num_steps,
         "batch": task.batch_size,
         "seeds": {"data": data.seed, "start": train_seed},

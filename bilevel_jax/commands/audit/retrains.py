@@ -115,7 +115,7 @@ def retrain_without(
         found = {part: [float(value(params, frozen, part_stream))] for part, part_stream in part_streams.items()}
         if len(queries):
             losses = evaluate_per_example(
-                task.objective.losses,
+                task.outer_objective.losses,
                 params,
                 frozen,
                 part_streams["validation"],

@@ -38,7 +38,14 @@ from bilevel_jax.runs.infra.placement import cache_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
-from bilevel_jax.runs.scoring.scores import ARRAY_SCORES, SCORES, SCORES_FILE, check_score_name, load_or_compute_score
+from bilevel_jax.runs.scoring.scores import (
+    ARRAY_SCORES,
+    SCORES,
+    SCORES_FILE,
+    TRAINABLE_HOLDOUT_SCORES,
+    check_score_name,
+    load_or_compute_score,
+)
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import (
     build_array_model,
@@ -47,7 +54,7 @@ from bilevel_jax.runs.tasks.arrays import (
     read_npz_dataset,
 )
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import held_out_indices
+from bilevel_jax.runs.tasks.evaluation import held_out_indices, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import prepare_text_task
 
@@ -72,6 +79,8 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     names = list_cheap_scores(config)
     with open_run_dir(config) as folder:
         task = prepare_audit_task(config, folder)
+        if not config.audit.scores and not is_validation_trainable(task):
+            names = [name for name in names if name not in TRAINABLE_HOLDOUT_SCORES]
         query_indices = draw_queries(config, task)
         with start_session(config, folder) as session:
             return _run_audit(config, task, names, query_indices, session)
@@ -113,6 +122,7 @@ def prepare_audit_task(config: AuditConfig, folder: Path) -> Task:
         num_steps=config.train.max_steps,
         seeds=[config.data.seed],
         proximal_strength=proximal_strength,
+        target=config.target,
     )
 
 
@@ -432,7 +442,7 @@ def add_estimate_columns(task: Task, scores: list[DataScore], folder: Path) -> p
     for score in scores:
         if score.name in table.column_names:  # of a run that was stopped after it wrote them
             table = table.drop_columns([score.name])
-        meaning = f"-dL_v/dweight by {score.name}, {task.objective.loss_unit} per unit of weight; larger is better"
+        meaning = f"-dL_v/dweight by {score.name}, {task.outer_objective.unit} per unit of weight; larger is better"
         metadata[score.name.encode()] = json.dumps({"meaning": meaning, "passes": score.passes}).encode()
         table = table.append_column(score.name, pa.array(score.values[rows].astype(float)))
     return table.replace_schema_metadata(metadata)

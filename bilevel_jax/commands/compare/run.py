@@ -27,7 +27,13 @@ from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.arrays import build_array_model, label_array_data, prepare_array_task, read_npz_dataset
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import accuracy, headline_part, read_labels
+from bilevel_jax.runs.tasks.evaluation import (
+    accuracy,
+    accuracy_name,
+    headline_part,
+    is_validation_trainable,
+    read_labels,
+)
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 from bilevel_jax.runs.tasks.text import prepare_text_task
@@ -75,6 +81,7 @@ def make_task_builder(config: CompareConfig, folder: Path) -> Callable[[int], Ta
         num_steps=config.train.max_steps,
         seeds=[0],
         proximal_strength=config.outer.proximal,
+        target=config.target,
     )
     return lambda seed: text_task
 
@@ -136,8 +143,8 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
     result = {
         "rows": [summarize_method(name, cells) for name in cells],
         "labels": labels.to_counts() if labels is not None else None,
-        "unit": task.objective.loss_unit,
-        "right": task.objective.accuracy_name,
+        "unit": task.outer_objective.unit,
+        "right": accuracy_name(task),
         "budget": config.compare.budget,
         "steps": task.num_steps,
         "batch": task.batch_size,
@@ -230,11 +237,13 @@ class Repetition:
         task, trainable = self.task, self.task.trainable_indices()
         table = np.full(task.corpus.num_examples, cell["validation_weight"])
         table[: task.num_examples] = weights
-        with_validation = np.concatenate([trainable, task.validation_indices()])
         alone = self._retrain_cold(f"{name}, alone", make_variant(name, "", task, trainable, table))
-        both = self._retrain_cold(f"{name}, with validation", make_variant(name, "", task, with_validation, table))
         cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
-        cell["with_v"] = {key: both[key] for key in ("test", "accuracy")}
+        cell |= {key: alone[key] for key in ("targets",) if key in alone}
+        if is_validation_trainable(task):
+            with_validation = np.concatenate([trainable, task.validation_indices()])
+            both = self._retrain_cold(f"{name}, with validation", make_variant(name, "", task, with_validation, table))
+            cell["with_v"] = {key: both[key] for key in ("test", "accuracy")}
         if self.labels is not None:  # a learned weight keeps where it is above 1, i.e. sigma(h) > .5
             cell |= {"auc": self.labels.auc(weights), "f1": self.labels.f1(weights > 1)}
         return cell, weights

@@ -15,22 +15,25 @@ from bilevel_jax.runs.budget import compiled_steps
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
 from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import AuditConfig, RunConfig, TrainConfig
-from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, EstimateSection
+from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, EstimateSection, TargetSection
 from bilevel_jax.runs.engine.outer_loop import data_order_seed
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.targets import list_targets
 from bilevel_jax.runs.tasks.text import (
     TextTask,
     TokenizedData,
     build_programs,
     compose_text_task,
     compute_dtype,
+    corpora_with_reference,
     group_by_corpus,
     make_abstract_params,
     max_example_length,
+    target_corpus_name,
     tokenize_splits,
 )
 
@@ -81,7 +84,9 @@ def read_examples(config: Any, folder: Path) -> tuple[RunConfig, TokenizedData]:
     """The rows of the run, as it would read them."""
     ready_config = resolve_builtin_untrained(config, folder)
     try:
-        return ready_config, tokenize_splits(ready_config, splits.load_splits(ready_config.data))
+        return ready_config, tokenize_splits(
+            ready_config, splits.load_splits(ready_config.data), target_section(ready_config)
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} Where data or a tokenizer are not here, --estimate.train-examples stands for them."
@@ -95,46 +100,58 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
             f"{config.model.name_or_path}/config.json: no such file; it is all that is needed of a model."
         )
     architecture = models.read_config(config.model.name_or_path)
-    sequences = 1 if config.objective.name == "sft" else 2
+    sequences = _num_sequences(config.objective.name)
     longest = max_example_length(config.data, architecture)
     example = Example("", 0, (Turn("text", ""),), "", None, "", 0)
 
-    def corpus(count: int) -> Corpus:
+    def corpus(count: int, sequences: int) -> Corpus:
         lengths = np.full(count * sequences, 2)
         lengths[0] = longest
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
 
+    specs = list_targets(target_section(config), config.objective)
     sizes = np.floor(np.array(config.data.split) * options.validation_examples).astype(int)
+    reading = [spec for spec in specs if spec.has_examples]
     parts = {
-        part: [example] * int(size)
+        part: [[example] * max(1, int(size) // len(reading)) for _ in reading]
         for part, size in zip(splits.PART_NAMES, sizes, strict=True)
-        if size and config.data.validation
+        if size and reading and config.data.validation
     }
-    examples_by_corpus = group_by_corpus([example] * options.train_examples, parts, streaming=config.data.streaming)
+    is_joint = all(spec.settings is not None and _num_sequences(spec.settings.name) == sequences for spec in specs)
     notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
-    return TokenizedData(
-        [example] * options.train_examples,
-        parts,
-        notes,
-        None,
-        {},
-        architecture,
-        {name: corpus(len(examples)) for name, examples in examples_by_corpus.items()},
+    text = TokenizedData(
+        [example] * options.train_examples, parts, notes, None, {}, architecture, {}, specs, is_joint=is_joint
     )
+    of_target = {
+        target_corpus_name(part, spec): _num_sequences(spec.settings.name) if spec.settings else 1
+        for part in parts
+        for spec in reading
+    }
+    for name, examples in group_by_corpus(text, streaming=config.data.streaming).items():
+        text.corpora[name] = corpus(len(examples), of_target.get(name, sequences))
+    return text
+
+
+def _num_sequences(loss: str) -> int:
+    """Of one example."""
+    return 1 if loss == "sft" else 2
+
+
+def target_section(config: RunConfig) -> TargetSection:
+    """What validation examples judge by: in `train`, which has no such section, the training loss."""
+    return TargetSection() if isinstance(config, TrainConfig) else config.target
 
 
 def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> AbstractRun:
     """The task of a text with parameters that are shapes only."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
-    if config.objective.name == "dpo":
-        text = text._replace(
-            corpora={
-                name: corpus.with_reference_margins(np.zeros(corpus.num_examples))
-                for name, corpus in text.corpora.items()
-            }
-        )
+    margins = {
+        name: text.corpora[name].with_reference_margins(np.zeros(text.corpora[name].num_examples))
+        for name in corpora_with_reference(text, config.objective)
+    }
+    text = text._replace(corpora=text.corpora | margins)
     base, fresh = make_abstract_params(config.model, config.lora, text.architecture, mesh, sharding_rules)
     if isinstance(config, TrainConfig):
         steps, seeds, proximal = count_train_steps(config.train, len(text.examples)), [config.data.seed], 0.0
@@ -151,6 +168,7 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
         compute_dtype=compute_dtype(config.train),
         lora=base is not None,
         proximal_strength=proximal,
+        specs=text.targets,
     )
     abstract_task = compose_text_task(config, text, base, fresh, programs, mesh, num_steps=steps, seeds=seeds)
     return AbstractRun(

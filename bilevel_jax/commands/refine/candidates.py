@@ -40,6 +40,7 @@ from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.targets import OuterObjective, TargetSpec, build_outer_objective, list_targets
 from bilevel_jax.runs.tasks.text import TextTask
 
 ROUND_SEED_STRIDE = 1000
@@ -70,6 +71,7 @@ class CompiledFunctions(NamedTuple):
     """The functions that a run compiles."""
 
     objective: Objective
+    outer_objective: OuterObjective
     optimizer: optax.GradientTransformation
     plain_problem: Problem
     """With the losses of the objective."""
@@ -90,6 +92,7 @@ def attach_compiled_functions(config: RefineConfig, task: TextTask) -> TextTask:
     return task._replace(
         decoder=decoder,
         objective=functions.objective,
+        outer_objective=functions.outer_objective,
         optimizer=functions.optimizer,
         problem=functions.problem,
         train_step=functions.step,
@@ -102,6 +105,7 @@ def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> Compi
     return build_compiled_functions(
         task.decoder,
         config.objective,
+        list_targets(config.target, config.objective),
         task.base_params is not None,
         config.optimizer,
         config.train.max_steps,
@@ -115,6 +119,7 @@ def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> Compi
 def build_compiled_functions(
     decoder: models.Decoder,
     losses: schema.ObjectiveSection,
+    specs: tuple[TargetSpec, ...],
     lora: bool,
     training: schema.OptimizerSection,
     steps: int,
@@ -124,18 +129,19 @@ def build_compiled_functions(
 ) -> CompiledFunctions:
     """The problems of a run and one step of each; the same ones for the same arguments."""
     chosen_objective, optimizer = build_objective(losses, decoder, lora=lora), build_optimizer(training, steps)
-    plain = weighted(chosen_objective.losses)
+    outer = build_outer_objective(specs, losses, chosen_objective, decoder, lora=lora)
+    plain = weighted(chosen_objective.losses, outer=outer.losses)
     step = train_step(plain, optimizer)
     if ratio == "none":
-        return CompiledFunctions(chosen_objective, optimizer, plain, step, plain, step)
+        return CompiledFunctions(chosen_objective, outer, optimizer, plain, step, plain, step)
     response_losses = importance_weighted_losses(
         decoder, ratio=ratio, responses_per_prompt=responses, max_ratio=max_ratio
     )
     problem = weighted(
         lambda params, fixed, batch: response_losses(assemble_params(params, fixed["base"]), batch),
-        outer=chosen_objective.losses,
+        outer=outer.losses,
     )
-    return CompiledFunctions(chosen_objective, optimizer, plain, step, problem, train_step(problem, optimizer))
+    return CompiledFunctions(chosen_objective, outer, optimizer, plain, step, problem, train_step(problem, optimizer))
 
 
 def make_candidate_trainers(config: RefineConfig, offline_task: TextTask) -> dict[RefineMethod, CandidateTrainer]:

@@ -113,6 +113,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
         folder,
         num_steps=config.train.max_steps,
         seeds=[config.data.seed],
+        target=config.target,
     )
     if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
         raise ValueError(
@@ -175,7 +176,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
         "test": final_evaluation,
-        "unit": task.objective.loss_unit,
+        "unit": task.outer_objective.unit,
         "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
         "looks": count_dev_tests(refine_config),
         "rows": {
@@ -382,7 +383,7 @@ def compute_dev_losses(task: TextTask, params: Params) -> Float[np.ndarray, "dev
 def compute_part_losses(task: TextTask, params: Params, part: str) -> Float[np.ndarray, "part"]:
     """The loss of each example of a part that is not too long, nats; FloatingPointError where one is not finite."""
     stream, count = task.held_out_streams[part], len(task.held_out_examples[part])
-    values = evaluate_per_example(task.objective.losses, params, task.frozen(params), stream, count)
+    values = evaluate_per_example(task.outer_objective.losses, params, task.frozen(params), stream, count)
     values = values[held_out_indices(stream)]
     if not np.isfinite(values).all():
         raise FloatingPointError(

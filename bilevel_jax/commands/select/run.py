@@ -30,7 +30,7 @@ from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import read_labels
+from bilevel_jax.runs.tasks.evaluation import accuracy_name, read_labels
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -61,6 +61,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
             num_steps=config.train.max_steps,
             seeds=seeds,
             proximal_strength=config.outer.proximal,
+            target=config.target,
         )
         with start_session(config, folder) as session:
             return _run_selection(task, config, session, folder)
@@ -231,7 +232,7 @@ def _compare_by_retraining(
     for reason in arms.absent:
         session.print_line(f"not compared: {reason}.")
     lines, dev_losses = retrain_variants(task, retrainer, arms.variants, config.retrain.seeds)
-    recommendation = recommend(dev_losses, task.objective.loss_unit)
+    recommendation = recommend(dev_losses, task.outer_objective.unit)
     session.print_line(recommendation.sentence)
     return {"compare": lines, "absent_arms": arms.absent, "recommendation": recommendation.to_json()}
 
@@ -320,8 +321,8 @@ def _build_result(
     part_sizes = {part: len(examples) for part, examples in task.held_out_examples.items()}
     return {
         "estimand": artifacts.describe_estimand(config.outer, config.train.max_steps),
-        "unit": task.objective.loss_unit,
-        "right": task.objective.accuracy_name,
+        "unit": task.outer_objective.unit,
+        "right": accuracy_name(task),
         "records": learned.records,
         "best": learned.best_step,
         "validation_weight": learned.validation_weight if config.outer.validation_folds else None,

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax import dtypes
 from jaxtyping import Bool, Int
 
 from bilevel_jax.core.types import PADDING, Batch, Stream
@@ -383,7 +384,9 @@ def _build_batch(
     }
     if corpus.reference_margins is not None:
         reference_margins = np.where(real, corpus.reference_margins[np.where(real, indices, 0)], 0)
-        batch["reference"] = reference_margins.astype(np.float32).reshape(num_micro_batches, examples)
+        batch["reference"] = reference_margins.astype(dtypes.canonicalize_dtype(float)).reshape(
+            num_micro_batches, examples
+        )
     if corpus.sampler_log_probs is not None:
         batch["sampler"] = sampler_log_probs
     if corpus.token_weights is not None:

@@ -98,6 +98,20 @@ def sequence_log_likelihoods(
 
     Raises:
         ValueError: a chunk below 1.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from bilevel_jax.lm import models
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import batches, tokens
+        >>> config = models.read_config(cipher.make_cipher_config())
+        >>> decoder, params = models.make_decoder(config), models.init_params(config, jax.random.key(0))
+        >>> sequence = tokens.TokenizedSequence(np.array([1, 5, 6, 2]), np.array([False, False, True, True]))
+        >>> corpus = tokens.corpus_from_sequences([sequence])
+        >>> shape = batches.fit_evaluation_batch_shape(corpus, 1, num_micro_batches=1, length=8, packing=False)
+        >>> batch = jax.tree.map(lambda leaf: leaf[0], batches.make_evaluation_stream(corpus, shape).batch(0))
+        >>> float(jax.jit(sequence_log_likelihoods(decoder))(params, batch)[0]) < 0
+        True
     """
     _check_options(chunk, "token_sum")
     tokens = token_losses(decoder, chunk)
@@ -138,6 +152,24 @@ def mean_over_targets(
 
     Raises:
         ValueError: a chunk below 1.
+
+    Example:
+        The mean probability of an example's targets:
+
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from bilevel_jax.lm import models
+        >>> from bilevel_jax.lm.builtin import cipher
+        >>> from bilevel_jax.lm.data import batches, tokens
+        >>> config = models.read_config(cipher.make_cipher_config())
+        >>> decoder, params = models.make_decoder(config), models.init_params(config, jax.random.key(0))
+        >>> sequence = tokens.TokenizedSequence(np.array([1, 5, 6, 2]), np.array([False, False, True, True]))
+        >>> corpus = tokens.corpus_from_sequences([sequence])
+        >>> shape = batches.fit_evaluation_batch_shape(corpus, 1, num_micro_batches=1, length=8, packing=False)
+        >>> batch = jax.tree.map(lambda leaf: leaf[0], batches.make_evaluation_stream(corpus, shape).batch(0))
+        >>> def probability(logits, targets):
+        ...     return jnp.exp(-negative_log_likelihood(logits, targets))
+        >>> 0 < float(mean_over_targets(decoder, probability)(params, batch)[0]) < 1
+        True
     """
     _check_options(chunk, "example_mean")
 

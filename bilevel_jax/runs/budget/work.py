@@ -23,7 +23,7 @@ from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidenc
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
-from bilevel_jax.runs.tasks.evaluation import KnownLabels, read_labels
+from bilevel_jax.runs.tasks.evaluation import KnownLabels, num_judges, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
 
@@ -134,7 +134,7 @@ def count_audit_work(
 
     `names` are those of the cheap scores.
     """
-    num_losses = 1 + (len(task.validation_indices()) > 1) + num_queries  # L_v, the halves of validation, the queries
+    num_losses = 1 + (num_judges(task) > 1) + num_queries  # L_v, the halves of validation, the queries
     backward = 2 * REPLAY_WORK + num_losses * HVP_WORK if EXACT_ESTIMATOR in audit.estimators else 0
     estimates = count_certificate_estimates(certify) * (1 + REPLAY_WORK + HVP_WORK)
     certified = count_certificate_retrains(certify) + estimates if certify.enabled else 0

@@ -40,6 +40,24 @@ def _of_responses(rank: Any) -> tuple[Any, ...]:
     return rank.own_answers, rank.accuracies, rank.reward_field, rank.strategies, rank.train_examples
 
 
+PARAMETERS_TARGET = "parameters"
+"""In target.sources, the target that reads no examples."""
+
+
+def is_target_function(loss: str) -> bool:
+    """Whether an item of target.losses names a function of a file."""
+    return ".py:" in loss
+
+
+def _reads_parameters_alone(config: Any) -> bool:
+    return hasattr(config, "target") and config.target.sources == (PARAMETERS_TARGET,)
+
+
+def _target_losses(target: Any) -> tuple[str, ...]:
+    """A loss for each target; empty where it is that of training."""
+    return target.losses * len(target.sources) if len(target.losses) == 1 and target.sources else target.losses
+
+
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -72,7 +90,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "data.validation",
-        lambda c: len(c.data.validation) > 0 or reads_array_data(c),
+        lambda c: len(c.data.validation) > 0 or reads_array_data(c) or _reads_parameters_alone(c),
         "name the validation examples: files or a dataset",
     ),
     (
@@ -259,6 +277,68 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "objective.reference",
         lambda c: c.objective.reference == "" or c.objective.name == "dpo",
         "is for dpo only: the other objectives have no reference model",
+    ),
+    (
+        "target.losses",
+        lambda c: all(loss in ("sft", "dpo", "simpo") or is_target_function(loss) for loss in c.target.losses),
+        "each must be sft, dpo, simpo or path/to/file.py:function",
+    ),
+    (
+        "target.losses",
+        lambda c: len(c.target.losses) in (0, 1, len(c.target.sources)),
+        "give one for each of target.sources, one for all of them, or none",
+    ),
+    (
+        "target.sources",
+        lambda c: (
+            PARAMETERS_TARGET not in c.target.sources
+            or is_target_function(
+                (*_target_losses(c.target), *[""] * len(c.target.sources))[c.target.sources.index(PARAMETERS_TARGET)]
+            )
+        ),
+        f"{PARAMETERS_TARGET} has no examples: give it a path/to/file.py:function of the parameters in target.losses, "
+        "in its place",
+    ),
+    (
+        "target.sources",
+        lambda c: not c.target.sources or "" not in c.target.sources,
+        "one of the names is empty: remove it",
+    ),
+    (
+        "target.coefficients",
+        lambda c: (
+            not c.target.coefficients
+            or (len(c.target.coefficients) == len(c.target.sources) and 0 not in c.target.coefficients)
+        ),
+        "give one number other than 0 for each of target.sources, or none",
+    ),
+    (
+        "target.beta",
+        lambda c: c.target.beta == 0 or not {"dpo", "simpo"}.isdisjoint(c.target.losses),
+        "is for the losses dpo and simpo in target.losses: leave it out",
+    ),
+    (
+        "target",
+        lambda c: not reads_array_data(c) or not (c.target.losses or c.target.sources),
+        "is for text: on arrays the validation examples judge by the training loss, so leave the section out",
+    ),
+    (
+        "target",
+        lambda c: not (c.model.from_scratch and "dpo" in c.target.losses),
+        "dpo compares with the model that training starts from, which must not be random: choose simpo, or set "
+        "model.from_scratch to false",
+    ),
+    (
+        "outer.validation_folds",
+        lambda c: c.outer.validation_folds == 0 or not (c.target.losses or c.target.sources),
+        "trains on validation examples by the training loss, and section target judges by another: set it to 0, or "
+        "leave the section out",
+    ),
+    (
+        "rater.folds",
+        lambda c: c.rater.folds == 0 or not (c.target.losses or c.target.sources),
+        "leaves out parts of one validation set, and section target makes others of it: set it to 0, or leave the "
+        "section out",
     ),
     (
         "model.from_scratch",
@@ -535,6 +615,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
 
 REQUIRED_SECTIONS = {
     "data.validation": ("outer",),
+    "target": ("model", "data"),
     "optimizer.warmup_steps": ("train",),
     "model.from_scratch": ("objective",),
     "optimizer.name": ("outer",),

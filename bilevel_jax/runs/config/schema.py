@@ -188,6 +188,27 @@ class ObjectiveSection:
 
 
 @dataclass(frozen=True)
+class TargetSection:
+    """What the validation examples judge by, where it is another loss than that of training, or several at once."""
+
+    losses: tuple[str, ...] = ()
+    """sft, dpo, simpo or path/to/file.py:function, one for each target or one for all; empty: the training loss."""
+
+    sources: Annotated[tuple[str, ...], Unique()] = ()
+    """Sources of validation examples (data.source_field, or their file) that are a target each; parameters: a target
+    without examples, a function of the parameters alone. Empty: all validation examples are one target."""
+
+    coefficients: tuple[float, ...] = ()
+    """Factor of each target's mean loss in the validation loss, as 0.7 0.3; empty: equal ones that sum to 1."""
+
+    beta: Annotated[float, Ge(0), Special(0, "that of the objective, or the usual one")] = 0.0
+    """dpo, simpo: inverse temperature; 0: that of the objective where it has the same name, else 0.1 and 2.5."""
+
+    gamma_ratio: NonNegative = 0.55
+    """simpo, where the objective is another: margin gamma / beta, in nats per token."""
+
+
+@dataclass(frozen=True)
 class OptimizerSection:
     """The optimizer of the model's parameters, which hypergradients differentiate through."""
 

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.engine.retrain import LOSS_DIGITS, Retrainer, RetrainVariant
+from bilevel_jax.runs.scoring.scores import TRAINABLE_HOLDOUT_SCORES
 from bilevel_jax.runs.stats import top_indices
-from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example
+from bilevel_jax.runs.tasks.evaluation import KnownLabels, evaluate_per_example, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -49,6 +50,10 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
         return (
             f"{name} chooses {NEEDS_DEV[name]} on dev, and there are no dev examples: give data.dev, or a share of "
             "data.split (for arrays, arrays.dev_examples)"
+        )
+    if not is_validation_trainable(task) and (name in TRAINABLE_HOLDOUT_SCORES or "validation" in name):
+        return (
+            f"{name} trains on validation examples, and those of section target are of another kind than is trained on"
         )
     if name.startswith("oracle") and (labels is None or not labels.good.any()):
         return f"{name} trains on the good examples, and none is labelled so: give data.label_field and data.good_label"

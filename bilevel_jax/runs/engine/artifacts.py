@@ -51,7 +51,7 @@ def weights_table(
     }
     meanings = {
         "weight": "factor of the row's loss; the mean of a competing weighting is 1",
-        "hypergradient": f"d L_v / d weight at these weights, {task.objective.loss_unit} on validation per unit of "
+        "hypergradient": f"d L_v / d weight at these weights, {task.outer_objective.unit} on validation per unit of "
         "weight; below 0: more weight lowers L_v",
         "first_hypergradient": "the same at weight 1 for every example",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",

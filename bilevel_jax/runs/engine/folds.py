@@ -10,6 +10,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.streams import halve_stream
 from bilevel_jax.core.types import Stream
 from bilevel_jax.runs.infra.placement import replicate
+from bilevel_jax.runs.tasks.evaluation import num_judges
 from bilevel_jax.runs.tasks.protocol import Task
 
 
@@ -80,7 +81,7 @@ def judge_halves(task: Task, seed: int, turn: Turn) -> Float[np.ndarray, "valida
 
 def count_judges(task: Task, turn: Turn | None) -> int:
     """How many validation examples judge."""
-    return len(task.validation_indices()) if turn is None else len(turn.judges)
+    return num_judges(task) if turn is None else len(turn.judges)
 
 
 def _spread(task: Task, turn: Turn, factors: Float[np.ndarray, "judges"]) -> Float[np.ndarray, "validation"]:

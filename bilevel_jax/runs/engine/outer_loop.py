@@ -50,7 +50,7 @@ from bilevel_jax.runs.scoring.pooling import (
     why_not_pooled,
 )
 from bilevel_jax.runs.scoring.scores import warm_start_logits
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_losses, read_labels
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_losses, num_judges, read_labels
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -239,7 +239,7 @@ class OuterLoop:
         self._initial_hyper = hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
-        if outer.estimate == "auto" and (reason := why_not_pooled(outer, len(task.validation_indices()))):
+        if outer.estimate == "auto" and (reason := why_not_pooled(outer, num_judges(task))):
             session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
         self._step_pooling: StepPooling | None = None
         if pools_steps(task, outer):
@@ -285,7 +285,7 @@ class OuterLoop:
         record |= {"work": self.session.work_done - work_before + features_work, "seconds": time.monotonic() - began}
         self.records.append(record)
         self.session.log.write({"event": "outer", **record})
-        self.session.print_line(format_record(f"outer step {step:>3}", record, self.task.objective.loss_unit))
+        self.session.print_line(format_record(f"outer step {step:>3}", record, self.task.outer_objective.unit))
         checkpoint.save_checkpoint(self.folder, step, self.state, {"records": self.records})
         self.session.mark_saved()
 

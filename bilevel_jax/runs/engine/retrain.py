@@ -14,7 +14,14 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.stats import mean_interval
-from bilevel_jax.runs.tasks.evaluation import accuracy, evaluate_per_example, headline_part, held_out_losses
+from bilevel_jax.runs.tasks.evaluation import (
+    accuracy,
+    accuracy_name,
+    evaluate_per_example,
+    headline_part,
+    held_out_losses,
+    read_targets,
+)
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
 
@@ -68,13 +75,15 @@ class Retrainer:
         task = self.task
         losses: dict[str, Any] = held_out_losses(task, self.loss_fn, params, frozen)
         losses |= {"accuracy": accuracy(task, params, frozen, headline_part(task)), "step": step}
+        if len(task.outer_objective.targets) > 1:
+            losses["targets"] = {part: read_targets(task, params, frozen, part) for part in task.held_out_streams}
         return losses | {"dev_losses": self._dev_losses(params, frozen)}
 
     def _dev_losses(self, params: Params, frozen: Frozen) -> list[float] | None:
         if "dev" not in self.task.held_out_streams:
             return None
         stream, count = self.task.held_out_streams["dev"], len(self.task.held_out_examples["dev"])
-        losses = evaluate_per_example(self.task.objective.losses, params, frozen, stream, count)
+        losses = evaluate_per_example(self.task.outer_objective.losses, params, frozen, stream, count)
         return [round(float(loss), LOSS_DIGITS) for loss in losses if not np.isnan(loss)]
 
     def train(self, variant: RetrainVariant, seed: int) -> tuple[Params, Frozen, int]:
@@ -137,7 +146,7 @@ def retrain_variants(
                 "interval": {column: half for column, (_, half) in intervals.items()},
             }
         )
-        retrainer.session.print_line(_format_line(lines[-1], task.objective.accuracy_name))
+        retrainer.session.print_line(_format_line(lines[-1], accuracy_name(task)))
     return lines, dev_losses
 
 
@@ -145,4 +154,5 @@ def _format_line(line: dict[str, Any], accuracy_name: str) -> str:
     mean, half = line["mean"].get("test"), line["interval"].get("test")
     interval = "" if half is None or np.isnan(half) else f" ± {half:.4f}"  # one seed has none
     loss = "" if mean is None else f"test loss {mean:.4f}{interval}   "
-    return f"{line['name']:<22}{loss}{accuracy_name} {line['mean']['accuracy']:.3f}   {line['rows']} examples"
+    accuracy = f"{accuracy_name} {line['mean']['accuracy']:.3f}   " if accuracy_name else ""
+    return f"{line['name']:<22}{loss}{accuracy}{line['rows']} examples"

@@ -112,7 +112,7 @@ def run_single_loop(
     if reference_params is not None and outer.method == "bmo" and single_loop.reference == "snapshot":
         state = replace_reference(state, reference_params)
     train_stream = task.training_stream(data.seed + seed, packed=False)
-    validation_stream = task.training_stream(data.seed + seed + 1, task.validation_indices(), packed=False)
+    validation_stream = task.validation_stream(data.seed + seed + 1)
     work = single_loop_step_work(single_loop, outer.method)
     recorder = SingleLoopRecorder(
         task, session, method, frozen, num_steps=steps, eval_steps=single_loop.eval_steps, step_work=work, data=data
@@ -179,7 +179,7 @@ class SingleLoopRecorder:
             self.records.append(record)
             self._last_time = time.monotonic()
             self.session.log.write({"event": "single", **record})
-            self.session.print_line(format_record(f"step {steps_done:>6}", record, self.task.objective.loss_unit))
+            self.session.print_line(format_record(f"step {steps_done:>6}", record, self.task.outer_objective.unit))
         return save_due or is_last
 
     def _make_record(self, step: int, state: Any, seconds: float) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import held_out_indices
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.targets import target_ranges
 
 REPLAY_WORK, HVP_WORK = 1.0, 3.0
 """Work of a backward step in training steps: a replayed step is one, a Hessian product with its primal about three.
@@ -52,6 +53,8 @@ not depend on the memory of the machine.
 """
 EXTRA_LOSS_WORK = 2.0
 """What another outer loss adds to a backward step: the tangents of its Hessian product."""
+TARGET_SEED_STRIDE = 1_000_003
+"""Between the seeds of the halves of two targets, which are drawn apart."""
 FINITE_CHECK_INTERVAL = 32
 """Training steps between two looks at whether their losses are finite."""
 
@@ -255,10 +258,10 @@ class Trainer:
 
     def draw_halves(self, part: str, seed: int) -> Float[np.ndarray, "examples"]:
         """The factors of the examples of validation or dev in the difference of two halves, in the order of
-        `held_out_examples`: `certify.validation_halves`, and 0 for those that are too long."""
-        kept = self._held_out_indices[part]
+        `held_out_examples`: `certify.validation_halves` of each target, and 0 for those that are too long."""
         halves = np.zeros(len(self.task.held_out_examples[part]))
-        halves[kept] = certify.validation_halves(len(kept), seed)
+        for place, kept in enumerate(self._kept_of_targets(part)):
+            halves[kept] = certify.validation_halves(len(kept), seed + TARGET_SEED_STRIDE * place)
         return halves
 
     def halved_stream(self, part: str, seed: int) -> Stream:
@@ -267,8 +270,21 @@ class Trainer:
         return halve_stream(self.task.held_out_streams[part], halves)
 
     def has_halves(self, part: str) -> bool:
-        """Whether a part has the two examples that two halves need."""
-        return self.num_held_out(part) > 1
+        """Whether a part has the two examples that two halves need, of each target that reads examples."""
+        sizes = [
+            len(kept)
+            for target, kept in zip(self.task.outer_objective.targets, self._kept_of_targets(part), strict=False)
+            if target.has_examples
+        ]
+        return bool(sizes) and min(sizes) > 1
+
+    def _kept_of_targets(self, part: str) -> list[Int[np.ndarray, "kept"]]:
+        """The examples of each target that the stream of a part holds."""
+        kept = self._held_out_indices.get(part, np.zeros(0, int))
+        return [
+            kept[(rows.start <= kept) & (kept < rows.stop)]
+            for rows in target_ranges(self.task.target_sizes.get(part, ()))
+        ]
 
     def num_held_out(self, part: str) -> int:
         """The number of examples of a part that its stream holds."""

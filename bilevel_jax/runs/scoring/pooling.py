@@ -22,6 +22,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
+from bilevel_jax.runs.tasks.evaluation import num_judges
 from bilevel_jax.runs.tasks.protocol import Task
 
 LEAST_VALIDATION_EXAMPLES = 4
@@ -64,7 +65,7 @@ def pools_steps(task: Task, outer: OuterSection) -> bool:
     """Whether the steps of the weights are pooled; a ValueError where outer.estimate wants what cannot be."""
     if outer.estimate == "per_example":
         return False
-    reason = why_not_pooled(outer, len(task.validation_indices()))
+    reason = why_not_pooled(outer, num_judges(task))
     if reason and outer.estimate == "pooled":
         raise ValueError(f"outer.estimate = pooled: {reason}. Set outer.estimate to per_example, or to auto.")
     return not reason

@@ -29,7 +29,7 @@ from bilevel_jax.runs.infra.step_loop import run_steps
 from bilevel_jax.runs.scoring import likelihoods
 from bilevel_jax.runs.scoring.likelihoods import ScoreResult
 from bilevel_jax.runs.tasks.arrays import ArrayTask
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask
 from bilevel_jax.scores.margin import el2n, token_el2n
@@ -62,6 +62,12 @@ def compute_score(name: str, task: Task, params: Params, settings: ScoresSection
     FloatingPointError where no row has a finite score. Where some have none, a note says how many.
     """
     check_score_name(name, arrays=isinstance(task, ArrayTask), holdout="validation" in task.held_out_streams)
+    if name in TRAINABLE_HOLDOUT_SCORES and not is_validation_trainable(task):
+        others = ", ".join(other for other in SCORES if other not in TRAINABLE_HOLDOUT_SCORES)
+        raise ValueError(
+            f"the score {name!r} reads validation examples as it reads training examples, and here they are of another "
+            f"kind (section target); choose one of {others}."
+        )
     start_time = time.monotonic()
     result = SCORES[name](task, params, settings, session)
     values, indices = np.asarray(result.values, float), task.trainable_indices()
@@ -228,6 +234,8 @@ SCORE_MEANINGS = {
     "random": "uniform in [0, 1)",
 }
 ARRAY_SCORES = ("loss", "perplexity", "reducible", "alignment", "margin", "random")
+TRAINABLE_HOLDOUT_SCORES = ("ica", "reducible", "oneshot")
+"""Those that read validation examples as ones to train on."""
 HOLDOUT_FREE_SCORES = ("loss", "perplexity", "margin", "random")
 
 

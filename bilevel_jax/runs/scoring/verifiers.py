@@ -8,21 +8,18 @@ Read as the letter of a choice, the first of these that a response holds, of sev
 behind a marker; \\boxed{B}; "answer is B", "answer: (B)"; (B); a line that begins with B. or B) or B: or is B alone.
 """
 
-import importlib.util
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from bilevel_jax.lm.data import files
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.files import describe_value
 from bilevel_jax.runs.config.schema import VerifierSection
+from bilevel_jax.runs.tasks.user_functions import error_location, load_user_function
 
 Verifier = Callable[[Example, str], float]
 """(the row with the question and its right answer, a response) -> 0 to 1."""
@@ -126,23 +123,14 @@ def exact_match(question: str, answer: str, response: str) -> float:
 
 def load_grader(location: str) -> Grader:
     """The function (question, answer, response) -> bool or 0 to 1 that `path/to/file.py:function` names."""
-    path, _, name = location.rpartition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"verifier.name names {path}, which is no file. Give path/to/file.py:function.")
-    module = _load_module(str(Path(path).resolve()), path)
-    user_function = getattr(module, name, None)
-    if not callable(user_function):
-        function_names = sorted(
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        )
-        raise ValueError(f"{path} has no function {name!r}; it has {function_names}. Set verifier.name to {path}:NAME.")
+    user_function, path = load_user_function(location, key="verifier.name"), location.rpartition(":")[0]
 
     def grade(question: str, answer: str, response: str) -> float:
         try:
             value = user_function(question, answer, response)
         except Exception as error:
             raise ValueError(
-                f"{location} failed at {_error_location(error, path)} with {type(error).__name__}: {error}. It is "
+                f"{location} failed at {error_location(error, path)} with {type(error).__name__}: {error}. It is "
                 "called with (question, answer, response), three strings."
             ) from error
         try:
@@ -219,28 +207,3 @@ def _parse_number(match: re.Match[str]) -> Fraction | None:
         (fractions["part"], fractions["parts"]) if "ones" in fractions else (fractions["over"], fractions["under"])
     )
     return sign * (fractions.get("ones", Fraction(0)) + numerator / denominator) if denominator else None
-
-
-def _load_module(resolved: str, path: str) -> Any:
-    """The file as a module of its own; its name is in sys.modules while it runs, as dataclasses want."""
-    name = f"checker {resolved}"
-    spec = importlib.util.spec_from_file_location(name, resolved)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be loaded: {type(error).__name__} at {_error_location(error, path)}: {error}"
-        ) from error
-    return module
-
-
-def _error_location(error: BaseException, path: str) -> str:
-    """`file:line` where the error arose, in the user's file if it passed through it."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f"{path}:{error.lineno}"
-    resolved_path = str(Path(path).resolve())
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == resolved_path]
-    return f"{path}:{lines[-1]}" if lines else path

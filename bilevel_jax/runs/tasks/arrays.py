@@ -32,6 +32,7 @@ from bilevel_jax.runs.infra import identity
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, make_mesh, place_stream, replicate
 from bilevel_jax.runs.tasks.objective import Objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.targets import OuterObjective, training_target
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -96,6 +97,16 @@ class ArrayTask(NamedTuple):
         """N, the size of the weight table."""
         return len(self.examples)
 
+    @property
+    def outer_objective(self) -> OuterObjective:
+        """The training loss: on arrays the validation examples judge by no other."""
+        return training_target(self.objective)
+
+    @property
+    def target_sizes(self) -> dict[str, list[int]]:
+        """The number of examples of each part, as of one target."""
+        return {part: [len(examples)] for part, examples in self.held_out_examples.items()}
+
     def frozen(self, start: Params) -> Frozen:
         """The start of training where the prior is centred there."""
         return {"base": None, "start": start if self.has_proximal else None}
@@ -111,6 +122,10 @@ class ArrayTask(NamedTuple):
             self.mesh,
             Stream(lambda step: make_array_batch(self.corpus, order(step), self.num_micro_batches), self.num_steps),
         )
+
+    def validation_stream(self, seed: int) -> Stream:
+        """Batches of validation examples in epochs of their own."""
+        return self.training_stream(seed, self.validation_indices())
 
     def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
         """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to

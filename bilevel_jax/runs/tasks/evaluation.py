@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
+from bilevel_jax.runs.tasks.targets import target_ranges
 
 
 def evaluate_per_example(
@@ -49,6 +50,16 @@ def held_out_indices(stream: Stream) -> Int[np.ndarray, "kept"]:
     return np.sort(index[index != PADDING])
 
 
+def num_judges(task: Task) -> int:
+    """How many validation rows judge: those that are not too long, and one for a target without examples."""
+    return len(held_out_indices(task.held_out_streams["validation"])) if "validation" in task.held_out_streams else 0
+
+
+def is_validation_trainable(task: Task) -> bool:
+    """Whether the validation examples are of the kind that is trained on, so that models can be trained on them."""
+    return len(task.validation_indices()) > 0
+
+
 def held_out_losses(
     task: Task,
     loss_fn: Callable[[Params, Frozen, Stream], jax.Array],
@@ -64,10 +75,40 @@ def held_out_losses(
     return {part: float(loss_fn(params, frozen, streams[part])) if part in streams else None for part in PART_NAMES}
 
 
-def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float:
-    """The mean accuracy on one part of the held-out examples, as the objective defines it."""
+def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float | None:
+    """The mean accuracy on one part of the held-out examples, of the first target that has one; None without any."""
+    outer = task.outer_objective
+    if not accuracy_name(task):
+        return None
     stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
-    return float(np.nanmean(evaluate_per_example(task.objective.accuracy, params, frozen, stream, num_examples)))
+    values = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
+    ranges = target_ranges(task.target_sizes[part])
+    return next(
+        float(np.nanmean(values[rows]))
+        for target, rows in zip(outer.targets, ranges, strict=True)
+        if target.accuracy is not None
+    )
+
+
+def accuracy_name(task: Task) -> str:
+    """What `accuracy` is called; nothing where no target has one."""
+    return next((target.accuracy_name for target in task.outer_objective.targets if target.accuracy is not None), "")
+
+
+def read_targets(task: Task, params: Params, frozen: Frozen, part: str) -> list[dict[str, Any]]:
+    """The mean loss and the accuracy of each target on one part, in its own unit."""
+    outer = task.outer_objective
+    stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
+    losses = evaluate_per_example(outer.unscaled_losses, params, frozen, stream, num_examples)
+    accuracies = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
+    return [
+        {
+            "name": target.name,
+            "loss": float(np.nanmean(losses[rows])),
+            "accuracy": None if target.accuracy is None else float(np.nanmean(accuracies[rows])),
+        }
+        for target, rows in zip(outer.targets, target_ranges(task.target_sizes[part]), strict=True)
+    ]
 
 
 def headline_part(task: Task) -> str:

@@ -1,6 +1,6 @@
 """Training losses, accuracies and units of each objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bilevel_jax.core.types import CompositeLoss
@@ -42,20 +42,24 @@ def loss_unit(config: schema.ObjectiveSection) -> str:
     return "nats per pair"
 
 
-def check_examples(config: schema.ObjectiveSection, examples: list[Example]) -> None:
+def check_examples(config: schema.ObjectiveSection, examples: Sequence[Example]) -> None:
     """Raise ValueError where the examples are not what the objective reads: pairs, or single responses."""
-    wants_pairs = config.name != "sft"
+    check_kind(examples, config.name, key="objective.name")
+
+
+def check_kind(examples: Sequence[Example], loss: str, *, key: str) -> None:
+    """Raise ValueError where the examples are not what a loss (sft, dpo, simpo), set in `key`, reads."""
+    wants_pairs = loss != "sft"
     mismatched = next((example for example in examples if bool(example.rejected) != wants_pairs), None)
     if mismatched is None:
         return
     if wants_pairs:
         raise ValueError(
-            f"{mismatched.where}: one response, and objective.name = {config.name} compares a chosen with a rejected "
-            "one. Give rows with 'chosen' and 'rejected', or set objective.name to sft."
+            f"{mismatched.where}: one response, and {key} = {loss} compares a chosen with a rejected "
+            f"one. Give rows with 'chosen' and 'rejected', or set {key} to sft."
         )
     raise ValueError(
-        f"{mismatched.where}: a preference pair, and objective.name = sft reads single responses. "
-        "Set objective.name to dpo or simpo."
+        f"{mismatched.where}: a preference pair, and {key} = sft reads single responses. Set {key} to dpo or simpo."
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from bilevel_jax.core.types import Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.tasks.objective import Objective
+from bilevel_jax.runs.tasks.targets import OuterObjective
 
 
 class ExampleTable(Protocol):
@@ -34,7 +35,8 @@ class Task(Protocol):
 
     @property
     def held_out_examples(self) -> dict[str, Any]:
-        """The examples of validation (the last ones of `corpus`), dev and test; only parts that have some."""
+        """The examples of validation (the last ones of `corpus`, where they are of the kind that is trained on), of dev
+        and of test; only parts that have some."""
 
     @property
     def notes(self) -> list[str]:
@@ -62,7 +64,15 @@ class Task(Protocol):
 
     @property
     def objective(self) -> Objective:
-        """The loss and the accuracy of one example, and their names."""
+        """The loss and the accuracy of one training example, and their names."""
+
+    @property
+    def outer_objective(self) -> OuterObjective:
+        """What validation, dev and test examples judge by."""
+
+    @property
+    def target_sizes(self) -> dict[str, list[int]]:
+        """The number of rows of each target of `outer_objective` in each part, which stand in that order."""
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -96,6 +106,9 @@ class Task(Protocol):
     ) -> Stream:
         """The batches of a training run: epochs over some examples of the corpus (default: all N with weights)."""
 
+    def validation_stream(self, seed: int) -> Stream:
+        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train."""
+
     def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
         """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to
         their mean loss."""
@@ -104,4 +117,4 @@ class Task(Protocol):
         """The training examples that are not dropped as too long."""
 
     def validation_indices(self) -> Int[np.ndarray, "kept"]:
-        """The corpus indices of the validation examples."""
+        """The corpus indices of the validation examples; none where they are of another kind than is trained on."""

@@ -1,18 +1,84 @@
 """Reference-model log-probabilities for DPO, stored by example id."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
+from jax.sharding import Mesh
 from jaxtyping import Float
 
+from bilevel_jax.core.types import Batch, Frozen, Params
+from bilevel_jax.lm import models
+from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.schema import ModelSection
+from bilevel_jax.runs.infra import identity, run_dir
+from bilevel_jax.runs.infra.placement import align_layout, place_stream
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 
 REFERENCE_FILE = "reference.parquet"
+
+
+def attach_reference_margins(
+    corpora: Mapping[str, Corpus],
+    examples: Mapping[str, Sequence[Example]],
+    folder: Path,
+    decoder: models.Decoder,
+    params: Params,
+    mesh: Mesh,
+    *,
+    model: ModelSection,
+    stored: str,
+    batch_size: int,
+) -> dict[str, Corpus]:
+    """Corpora of pairs with the reference model's margins: read where they were stored, made and stored otherwise.
+
+    `stored` is objective.reference; a run that is resumed reads what it has written into `folder`. Rows that two
+    corpora share, as those of validation behind the training examples, are computed and stored once.
+    """
+    model_fingerprint = fingerprint_model_files(model.name_or_path, f"{model.param_dtype} {model.base_dtype}")
+    stored_path = stored or (folder / REFERENCE_FILE if (folder / REFERENCE_FILE).exists() else "")
+    known: dict[str, Float[np.ndarray, "2"]] = {}
+    log_probs: dict[str, np.ndarray] = {}
+    tables = []
+    for name, corpus in corpora.items():
+        ids = [
+            f"{example.id} {tokens}" for example, tokens in zip(examples[name], hash_pair_tokens(corpus), strict=True)
+        ]
+        if all(id in known for id in ids):
+            log_probs[name] = np.stack([known[id] for id in ids])
+            continue
+        if stored_path:
+            log_probs[name] = read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
+        else:
+            log_probs[name] = compute_pair_log_probs(decoder, params, corpus, batch_size, mesh)
+        known |= dict(zip(ids, log_probs[name], strict=True))
+        tables.append(build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
+    run_dir.write_parquet(folder / REFERENCE_FILE, pa.concat_tables(tables))
+    identity.check_tokens(
+        folder,
+        {f"reference of {name}": {"log-probabilities": identity.hash_arrays(log_probs[name])} for name in log_probs},
+    )
+    return {name: corpus.with_reference_margins(reference_margins(log_probs[name])) for name, corpus in corpora.items()}
+
+
+def compute_pair_log_probs(
+    decoder: models.Decoder, params: Params, corpus: Corpus, batch_size: int, mesh: Mesh
+) -> Float[np.ndarray, "rows 2"]:
+    """log p of both responses of each pair under a model, nats, summed over their tokens; nan for a dropped pair."""
+    log_likelihoods = sft.sequence_log_likelihoods(decoder)
+
+    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
+        return log_likelihoods(params, batch).reshape(-1, 2)
+
+    flat = batches.BatchShape(1, batch_size, 2 * batch_size, batches.padded_max_length(corpus), 2)
+    stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
+    return evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
 
 
 def fingerprint_model_files(model: str | Path, dtype: str) -> str:

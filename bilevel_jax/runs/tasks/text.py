@@ -1,6 +1,7 @@
 """Language-model task with its data, model, problem and batch streams."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -8,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyarrow as pa
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from bilevel_jax.core.problem import proximal, weighted
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import Batch, Frozen, Params, Problem, Stream, TrainStep
+from bilevel_jax.core.types import Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches, tokens
 from bilevel_jax.lm.data.batches import BatchShape
@@ -22,7 +22,6 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.targets import TokenWeights
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
-from bilevel_jax.lm.losses import sft
 from bilevel_jax.runs.config.schema import (
     DataSection,
     FineTuneSection,
@@ -32,15 +31,17 @@ from bilevel_jax.runs.config.schema import (
     ObjectiveSection,
     OptimizerSection,
     Remat,
+    TargetSection,
     TrainSection,
 )
-from bilevel_jax.runs.infra import identity, run_dir, sharding
+from bilevel_jax.runs.infra import identity, sharding
 from bilevel_jax.runs.infra.placement import align_layout, cache_stream, local_rows, make_mesh, place_stream
-from bilevel_jax.runs.tasks import reference
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
+from bilevel_jax.runs.tasks import targets
 from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_examples
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
+from bilevel_jax.runs.tasks.reference import attach_reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
+from bilevel_jax.runs.tasks.targets import OuterObjective, TargetCorpus, TargetSpec
 
 
 class TextSections(Protocol):
@@ -85,7 +86,8 @@ class TextTask(NamedTuple):
     examples: list[Example]
     """The training examples, which get weights: 0 .. N-1 of `corpus`."""
     held_out_examples: dict[str, list[Example]]
-    """validation (steers the weights; N .. of `corpus`), dev (stops early), test (headline numbers)."""
+    """validation (steers the weights; N .. of `corpus`, where they are of the kind that is trained on), dev (stops
+    early), test (headline numbers); target by target."""
     notes: list[str]
     """What loading found and a person should know: duplicates, leaks, truncation."""
     corpus: Corpus
@@ -108,6 +110,9 @@ class TextTask(NamedTuple):
     mesh: Mesh
     layout: BatchShape
     has_proximal: bool
+    outer_objective: OuterObjective
+    target_corpora: dict[str, list[TargetCorpus]]
+    """The examples of each target in each part."""
     groups: Int[np.ndarray, "groups size"] | None = None
     """Examples that share every batch, for losses that compare them; None: examples are shuffled one by one."""
 
@@ -133,6 +138,26 @@ class TextTask(NamedTuple):
         return place_stream(
             self.mesh, batches.make_train_stream(self.corpus, order, self.num_steps, layout, local_rows=local_slots)
         )
+
+    def validation_stream(self, seed: int) -> Stream:
+        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train."""
+        if self.outer_objective.losses is self.objective.losses and len(self.validation_indices()):
+            return self.training_stream(seed, self.validation_indices(), packed=False)
+        drawn = targets.make_drawn_stream(
+            self.target_corpora["validation"],
+            self.outer_objective.targets,
+            self.layout.unpacked,
+            partial(local_rows, self.mesh),
+            steps=self.num_steps,
+            batch_size=self.batch_size,
+            seed=seed,
+        )
+        return place_stream(self.mesh, drawn)
+
+    @property
+    def target_sizes(self) -> dict[str, list[int]]:
+        """The number of rows of each target in each part."""
+        return {part: [one.num_rows for one in corpora] for part, corpora in self.target_corpora.items()}
 
     def data_order(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> batches.BatchOrder:
         """step -> the corpus indices of its batch in `training_stream`."""
@@ -160,7 +185,7 @@ class TextTask(NamedTuple):
         return self.corpus.kept_indices[self.corpus.kept_indices < self.num_examples]
 
     def validation_indices(self) -> Int[np.ndarray, "kept"]:
-        """The corpus indices of the validation examples."""
+        """The corpus indices of the validation examples; none where they are of another kind than is trained on."""
         return self.corpus.kept_indices[self.corpus.kept_indices >= self.num_examples]
 
 
@@ -169,6 +194,7 @@ class TextPrograms(NamedTuple):
 
     decoder: models.Decoder
     objective: Objective
+    outer_objective: OuterObjective
     problem: Problem
     optimizer: optax.GradientTransformation
     train_step: TrainStep
@@ -179,18 +205,45 @@ class TokenizedData(NamedTuple):
     """The examples of a run as tokens."""
 
     examples: list[Example]
-    held_out_examples: dict[str, list[Example]]
-    """The parts that have examples."""
+    held_out_examples: dict[str, list[list[Example]]]
+    """The parts that have examples; those of each target."""
     notes: list[str]
     tokenizer: Any
     source_files: dict[str, bytes]
     architecture: models.DecoderConfig
     corpora: dict[str, Corpus]
-    """TOGETHER (unless training examples are streamed) and each part of the validation examples."""
+    """`train_corpus` (unless training examples are streamed) and, by `target_corpus_name`, those of each target."""
+    targets: tuple[TargetSpec, ...]
+    is_joint: bool
+    """Whether the validation examples stand behind the training examples in `train_corpus`."""
+
+    @property
+    def train_corpus(self) -> str:
+        """The name of the corpus of the training examples."""
+        return JOINT_CORPUS if self.is_joint else TRAINING_CORPUS
+
+    def part_corpora(self, part: str) -> list[TargetCorpus]:
+        """What the targets read in a part."""
+        return [
+            TargetCorpus(place, self.corpora[target_corpus_name(part, spec)] if spec.has_examples else None)
+            for place, spec in enumerate(self.targets)
+        ]
+
+    def part_examples(self, part: str) -> list[Example]:
+        """The rows of a part, target by target."""
+        rows = [example for own in self.held_out_examples.get(part, ()) for example in own]
+        return rows + [targets.parameters_example() for spec in self.targets if not spec.has_examples]
+
+    @property
+    def parts(self) -> list[str]:
+        """Those that have rows: with targets that read the parameters alone, at least validation."""
+        if not self.held_out_examples and not self.targets[0].has_examples:
+            return ["validation"]
+        return list(self.held_out_examples)
 
 
-JOINT_CORPUS = "training and validation"
-"""The corpus of the training examples, with validation behind them."""
+JOINT_CORPUS, TRAINING_CORPUS = "training and validation", "training"
+"""The corpus of the training examples, with validation behind them and alone."""
 
 
 def prepare_text_task(
@@ -201,8 +254,9 @@ def prepare_text_task(
     num_steps: int,
     seeds: Sequence[int],
     proximal_strength: float = 0.0,
+    target: TargetSection = TargetSection(),  # noqa: B008 (frozen)
 ) -> TextTask:
-    """Tokenize the examples, load the model, and compose the bilevel problem.
+    """Tokenize the examples, load the model, and compose the bilevel problem, in which `target` judges.
 
     `seeds` are those of all the data orders that the run will draw: with packing, the shape that all batches share must
     hold each of them. `proximal_strength` is delta in delta/2 |params - start|^2. A reference model's log-probabilities
@@ -210,19 +264,29 @@ def prepare_text_task(
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
-    tokenized_data = tokenize_splits(config, splits)
+    tokenized_data = tokenize_splits(config, splits, target)
     identity.check_tokens(folder, describe_tokens(tokenized_data, streaming=config.data.streaming))
     base_params, init_params = _load_params(
         config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules
     )
-    if config.objective.name == "dpo":
+    if names := corpora_with_reference(tokenized_data, config.objective):
         reference_params = base_params if base_params is not None else init_params(config.train.seed)
         decoder = models.make_decoder(
             tokenized_data.architecture, gather_params=sharding.parameter_gatherer(mesh, sharding_rules)
         )
-        tokenized_data = tokenized_data._replace(
-            corpora=_attach_reference_margins(config, folder, tokenized_data, decoder, reference_params, mesh)
+        examples = group_by_corpus(tokenized_data, streaming=config.data.streaming)
+        with_margins = attach_reference_margins(
+            {name: tokenized_data.corpora[name] for name in names},
+            examples,
+            folder,
+            decoder,
+            reference_params,
+            mesh,
+            model=config.model,
+            stored=config.objective.reference,
+            batch_size=config.train.global_batch_size,
         )
+        tokenized_data = tokenized_data._replace(corpora=tokenized_data.corpora | with_margins)
     if unsharded := sharding.find_unsharded(
         mesh, sharding_rules, init_params(config.train.seed) if base_params is None else base_params
     ):
@@ -238,18 +302,36 @@ def prepare_text_task(
         compute_dtype=compute_dtype(config.train),
         lora=base_params is not None,
         proximal_strength=proximal_strength,
+        specs=tokenized_data.targets,
     )
-    return compose_text_task(
+    task = compose_text_task(
         config, tokenized_data, base_params, init_params, programs, mesh, num_steps=num_steps, seeds=seeds
     )
+    check_target_functions(task, config.train.seed, tokenized_data.targets)
+    return task
 
 
-def tokenize_splits(config: TextTaskConfig, splits: DataSplits) -> TokenizedData:
-    """The examples as tokens of the model's tokenizer; checked against the objective."""
+def check_target_functions(task: TextTask, seed: int, specs: Sequence[TargetSpec]) -> None:
+    """Raise ValueError for a target that is a function of the user's and cannot judge."""
+    if all(spec.settings is not None for spec in specs):
+        return
+    start = task.init_params(seed)
+    targets.check_functions(
+        task.outer_objective.targets, task.held_out_streams["validation"], start, task.frozen(start), specs
+    )
+
+
+def tokenize_splits(
+    config: TextTaskConfig,
+    splits: DataSplits,
+    target: TargetSection = TargetSection(),  # noqa: B008 (frozen)
+) -> TokenizedData:
+    """The examples as tokens of the model's tokenizer; checked against the objective and the targets."""
     folder = config.model.name_or_path
     tokenizer, architecture = tokens.load_tokenizer(folder), models.read_config(folder)
     check_special_tokens(folder, tokenizer, architecture.vocab_size)
-    return tokenize_parts(config, splits, tokenizer, architecture, models.read_source_files(folder))
+    specs = targets.list_targets(target, config.objective)
+    return tokenize_parts(config, splits, tokenizer, architecture, models.read_source_files(folder), specs)
 
 
 def tokenize_parts(
@@ -258,26 +340,47 @@ def tokenize_parts(
     tokenizer: Any,
     architecture: models.DecoderConfig,
     source_files: dict[str, bytes],
+    specs: tuple[TargetSpec, ...],
 ) -> TokenizedData:
-    """The examples as tokens of a tokenizer that is loaded; checked against the objective."""
-    examples, held_out = (
+    """The examples as tokens of a tokenizer that is loaded; checked against the objective and the targets."""
+    held_out = targets.group_by_target(specs, splits.held_out)
+    check_examples(config.objective, splits.train)
+    targets.check_target_examples(specs, held_out, config.objective)
+    text = TokenizedData(
         splits.train,
-        {part: part_examples for part, part_examples in splits.held_out.items() if part_examples},
+        held_out,
+        list(splits.notes),
+        tokenizer,
+        source_files,
+        architecture,
+        {},
+        specs,
+        is_joint=_is_trainable(config.objective, specs, held_out),
     )
-    check_examples(
-        config.objective, [*examples, *(example for part_examples in held_out.values() for example in part_examples)]
+    for name, part_examples in group_by_corpus(text, streaming=config.data.streaming).items():
+        token_weights = splits.token_weights if name == text.train_corpus else None
+        text.corpora[name], report = tokenize_examples(
+            config.data, part_examples, tokenizer, architecture, token_weights
+        )
+        text.notes.append(f"{name}: {report}.")
+    if not targets.is_training_loss(specs, config.objective):
+        text.notes.append(targets.describe_targets(specs))
+    return text
+
+
+def _is_trainable(
+    objective: ObjectiveSection, specs: Sequence[TargetSpec], held_out: Mapping[str, list[list[Example]]]
+) -> bool:
+    """Whether the validation examples are of the kind that the objective trains on: pairs, or single responses."""
+    rows = [example for own in held_out.get("validation", ()) for example in own]
+    return all(spec.has_examples for spec in specs) and all(
+        bool(example.rejected) == (objective.name != "sft") for example in rows
     )
-    notes, corpora = list(splits.notes), {}
-    for name, part_examples in group_by_corpus(examples, held_out, streaming=config.data.streaming).items():
-        token_weights = splits.token_weights if name == JOINT_CORPUS else None
-        corpora[name], report = tokenize_examples(config.data, part_examples, tokenizer, architecture, token_weights)
-        notes.append(f"{name}: {report}.")
-    return TokenizedData(examples, held_out, notes, tokenizer, source_files, architecture, corpora)
 
 
 def describe_tokens(tokenized_data: TokenizedData, *, streaming: bool) -> dict[str, dict[str, Any]]:
     """name -> sizes and hashes of each corpus, in the order of its rows: what a run that is resumed must read again."""
-    examples = group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=streaming)
+    examples = group_by_corpus(tokenized_data, streaming=streaming)
     return {name: describe_corpus(corpus, examples[name]) for name, corpus in tokenized_data.corpora.items()}
 
 
@@ -296,12 +399,26 @@ def describe_corpus(corpus: Corpus, examples: Sequence[Example]) -> dict[str, An
     }
 
 
-def group_by_corpus(
-    examples: list[Example], held_out: dict[str, list[Example]], *, streaming: bool = False
-) -> dict[str, list[Example]]:
+def group_by_corpus(text: TokenizedData, *, streaming: bool = False) -> dict[str, list[Example]]:
     """The examples of each corpus."""
-    joint = {} if streaming else {JOINT_CORPUS: examples + held_out.get("validation", [])}
-    return joint | dict(held_out.items())
+    validation = [example for own in text.held_out_examples.get("validation", ()) for example in own]
+    groups = {} if streaming else {text.train_corpus: text.examples + (validation if text.is_joint else [])}
+    for part, examples_by_target in text.held_out_examples.items():
+        for spec, examples in zip(text.targets, examples_by_target, strict=False):
+            groups[target_corpus_name(part, spec)] = examples
+    return groups
+
+
+def target_corpus_name(part: str, spec: TargetSpec) -> str:
+    """The name of the corpus of a target's examples in a part."""
+    return f"{part}: {spec.source}" if spec.source else part
+
+
+def corpora_with_reference(text: TokenizedData, objective: ObjectiveSection) -> list[str]:
+    """The names of the corpora whose pairs dpo compares with a reference model."""
+    names = [text.train_corpus] if objective.name == "dpo" and text.train_corpus in text.corpora else []
+    judged = [spec for spec in text.targets if spec.loss == "dpo"]
+    return names + [target_corpus_name(part, spec) for part in text.held_out_examples for spec in judged]
 
 
 def build_programs(
@@ -315,14 +432,23 @@ def build_programs(
     compute_dtype: Any = None,
     lora: bool,
     proximal_strength: float,
+    specs: Sequence[TargetSpec] = (),
 ) -> TextPrograms:
-    """The model's functions, its loss and its training step; with `lora` adapters are trained over `frozen["base"]`."""
+    """The model's functions, its loss and its training step; with `lora` adapters are trained over `frozen["base"]`.
+
+    `specs` are the targets that validation examples judge by; none: the training loss.
+    """
     gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
     decoder = models.make_decoder(architecture, remat=remat, compute_dtype=compute_dtype, gather_params=gather_params)
     run_objective = build_objective(objective, decoder, lora=lora)
-    problem = weighted(run_objective.losses, prior=_proximal_term(proximal_strength))
+    outer = (
+        targets.build_outer_objective(specs, objective, run_objective, decoder, lora=lora)
+        if specs
+        else targets.training_target(run_objective)
+    )
+    problem = weighted(run_objective.losses, outer=outer.losses, prior=_proximal_term(proximal_strength))
     step = train_step(problem, optimizer)
-    return TextPrograms(decoder, run_objective, problem, optimizer, step, proximal_strength > 0)
+    return TextPrograms(decoder, run_objective, outer, problem, optimizer, step, proximal_strength > 0)
 
 
 def compute_dtype(section: TrainSection | FineTuneSection) -> Any:
@@ -343,20 +469,20 @@ def compose_text_task(
     seeds: Sequence[int],
 ) -> TextTask:
     """The task of a text and of parameters that lie on the mesh: arrays, or, to estimate a run, shapes."""
-    corpora = tokenized_data.corpora
     corpus, layout = _fit_layout(config, tokenized_data, num_steps=num_steps, seeds=seeds)
     layout = align_layout(mesh, layout)
-    local_slots = local_rows(mesh, layout.unpacked.rows)
+    target_corpora = {part: tokenized_data.part_corpora(part) for part in tokenized_data.parts}
+    judging = programs.outer_objective.targets
     return TextTask(
         examples=tokenized_data.examples,
-        held_out_examples=tokenized_data.held_out_examples,
+        held_out_examples={part: tokenized_data.part_examples(part) for part in target_corpora},
         notes=tokenized_data.notes,
         corpus=corpus,
         held_out_streams={
             part: cache_stream(
-                mesh, batches.make_evaluation_stream(corpora[part], layout.unpacked, local_rows=local_slots)
+                mesh, targets.make_target_stream(corpora, judging, layout.unpacked, partial(local_rows, mesh))
             )
-            for part in tokenized_data.held_out_examples
+            for part, corpora in target_corpora.items()
         },
         architecture=tokenized_data.architecture,
         decoder=programs.decoder,
@@ -373,6 +499,8 @@ def compose_text_task(
         mesh=mesh,
         layout=layout,
         has_proximal=programs.has_proximal,
+        outer_objective=programs.outer_objective,
+        target_corpora=target_corpora,
     )
 
 
@@ -389,7 +517,7 @@ def _fit_layout(
         rows = micro_batch_size * sequences
         return empty_corpus, batches.BatchShape(num_micro_batches, micro_batch_size, rows, num_positions, sequences)
     corpora = tokenized_data.corpora
-    corpus = corpora[JOINT_CORPUS]
+    corpus = corpora[tokenized_data.train_corpus]
     trainable = corpus.kept_indices[corpus.kept_indices < len(tokenized_data.examples)]
     if not len(trainable):
         first = tokenized_data.examples[0]
@@ -460,61 +588,6 @@ def tokenize_examples(
 def max_example_length(data: DataSection, architecture: models.DecoderConfig) -> int:
     """Tokens that an example may have."""
     return min(data.max_length, architecture.max_length)
-
-
-def _attach_reference_margins(
-    config: TextTaskConfig,
-    folder: Path,
-    tokenized_data: TokenizedData,
-    decoder: models.Decoder,
-    params: Params,
-    mesh: Mesh,
-) -> dict[str, Corpus]:
-    """The corpora with the reference model's margins: read where they were stored, made and stored otherwise."""
-    corpora, examples = (
-        tokenized_data.corpora,
-        group_by_corpus(tokenized_data.examples, tokenized_data.held_out_examples, streaming=config.data.streaming),
-    )
-    model_fingerprint = reference.fingerprint_model_files(
-        config.model.name_or_path, f"{config.model.param_dtype} {config.model.base_dtype}"
-    )
-    stored_path = config.objective.reference or (
-        folder / reference.REFERENCE_FILE if (folder / reference.REFERENCE_FILE).exists() else ""
-    )
-    log_probs: dict[str, np.ndarray] = {}
-    tables = []
-    for name, corpus in corpora.items():
-        if name == "validation":  # its rows were read behind the training examples
-            log_probs[name] = log_probs[JOINT_CORPUS][-corpus.num_examples :]
-            continue
-        if stored_path:
-            log_probs[name] = reference.read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
-        else:
-            log_probs[name] = compute_pair_log_probs(decoder, params, corpus, config.train.global_batch_size, mesh)
-        tables.append(reference.build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
-    run_dir.write_parquet(folder / reference.REFERENCE_FILE, pa.concat_tables(tables))
-    identity.check_tokens(
-        folder,
-        {f"reference of {name}": {"log-probabilities": identity.hash_arrays(log_probs[name])} for name in log_probs},
-    )
-    return {
-        name: corpus.with_reference_margins(reference.reference_margins(log_probs[name]))
-        for name, corpus in corpora.items()
-    }
-
-
-def compute_pair_log_probs(
-    decoder: models.Decoder, params: Params, corpus: Corpus, batch_size: int, mesh: Mesh
-) -> Float[np.ndarray, "rows 2"]:
-    """log p of both responses of each pair under a model, nats, summed over their tokens; nan for a dropped pair."""
-    log_likelihoods = sft.sequence_log_likelihoods(decoder)
-
-    def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
-        return log_likelihoods(params, batch).reshape(-1, 2)
-
-    flat = batches.BatchShape(1, batch_size, 2 * batch_size, batches.padded_max_length(corpus), 2)
-    stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
-    return evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
 
 
 def _proximal_term(strength: float) -> Callable | None:
