@@ -13,6 +13,7 @@ from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MeanInterval, format_number
 from bilevel_jax.runs.report.results import float_or_nan, write_report
+from bilevel_jax.runs.report.targets import describe_target_results
 from bilevel_jax.runs.stats import mean_interval
 
 JsonObject = dict[str, Any]
@@ -51,6 +52,9 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
         table=comparison_table(result),
         reliability=describe_reliability(result),
         estimands=estimand_table(result),
+        targets=describe_target_results(
+            result["targets"], {row["name"]: [cell.get("targets") for cell in row["runs"]] for row in result["rows"]}
+        ),
         ended=[
             f"{row['name']}: {cell['ended']}." for row in result["rows"] for cell in row["runs"] if cell.get("ended")
         ],

@@ -32,6 +32,7 @@ from bilevel_jax.runs.tasks.evaluation import (
     accuracy_name,
     headline_part,
     is_validation_trainable,
+    list_target_facts,
     read_labels,
 )
 from bilevel_jax.runs.tasks.protocol import Task
@@ -145,6 +146,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         "labels": labels.to_counts() if labels is not None else None,
         "unit": task.outer_objective.unit,
         "right": accuracy_name(task),
+        "targets": list_target_facts(task),
         "budget": config.compare.budget,
         "steps": task.num_steps,
         "batch": task.batch_size,

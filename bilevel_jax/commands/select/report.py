@@ -35,6 +35,7 @@ from bilevel_jax.runs.report.numbers import (
 from bilevel_jax.runs.report.raters import describe_rater
 from bilevel_jax.runs.report.reproduction import describe_reproduction
 from bilevel_jax.runs.report.results import RunResults, float_or_nan, most_independent_part, read_results
+from bilevel_jax.runs.report.targets import describe_target_results
 from bilevel_jax.runs.report.weights import (
     best_record,
     describe_label_ranking,
@@ -91,6 +92,10 @@ def render_select_report(run: RunResults) -> str:
         key_numbers=list_key_numbers(run),
         rater=describe_rater(run.result["rater"], run.result.get("rater_intervals")),
         comparison=describe_comparison(run),
+        targets=describe_target_results(
+            run.result["targets"],
+            {row["name"]: [one.get("targets") for one in row["runs"]] for row in run.result["compare"]},
+        ),
         loop=describe_outer_loop(run),
         gap=measure_generalization_gap(run),
         weights=describe_weights(run),

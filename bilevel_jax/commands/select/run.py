@@ -30,7 +30,7 @@ from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import accuracy_name, read_labels
+from bilevel_jax.runs.tasks.evaluation import accuracy_name, list_target_facts, read_labels
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -323,6 +323,7 @@ def _build_result(
         "estimand": artifacts.describe_estimand(config.outer, config.train.max_steps),
         "unit": task.outer_objective.unit,
         "right": accuracy_name(task),
+        "targets": list_target_facts(task),
         "records": learned.records,
         "best": learned.best_step,
         "validation_weight": learned.validation_weight if config.outer.validation_folds else None,

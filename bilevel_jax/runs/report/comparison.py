@@ -54,10 +54,16 @@ def variants_table(run: RunResults, rows: Sequence[dict[str, Any]], part: str) -
             f"paired by seed, {run.unit}",
             "tight",
         ),
-        Column(
-            run.result["right"],
-            [variant_interval(row, "accuracy") for row in rows],
-            f"{run.accuracy_unit}, {part}",
+        *(
+            [
+                Column(
+                    run.result["right"],
+                    [variant_interval(row, "accuracy") for row in rows],
+                    f"{run.accuracy_unit}, {part}",
+                )
+            ]
+            if run.result["right"]
+            else []
         ),
         Column("examples", [row["rows"] for row in rows]),
         Column("steps", [row["steps"] for row in rows]),
@@ -89,7 +95,11 @@ def seeds_table(run: RunResults, rows: Sequence[dict[str, Any]]) -> Table:
         Column("trained on", [name for name, _, _ in trainings]),
         Column("seed", [seed for _, seed, _ in trainings]),
         *(Column(part, [losses[part] for *_, losses in trainings], f"loss, {run.unit}") for part in _parts(rows)),
-        Column(run.result["right"], [losses["accuracy"] for *_, losses in trainings], run.accuracy_unit),
+        *(
+            [Column(run.result["right"], [losses["accuracy"] for *_, losses in trainings], run.accuracy_unit)]
+            if run.result["right"]
+            else []
+        ),
     )
 
 

@@ -45,7 +45,8 @@ class RunResults(NamedTuple):
     @property
     def accuracy_unit(self) -> str:
         """What an accuracy is a share of."""
-        return "share of pairs" if self.result["right"] == "pair accuracy" else "share of target tokens"
+        names = {"pair accuracy": "share of pairs", "token accuracy": "share of target tokens"}
+        return names.get(self.result["right"], "")
 
     @property
     def has_labels(self) -> bool:

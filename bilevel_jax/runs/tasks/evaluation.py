@@ -95,6 +95,19 @@ def accuracy_name(task: Task) -> str:
     return next((target.accuracy_name for target in task.outer_objective.targets if target.accuracy is not None), "")
 
 
+def list_target_facts(task: Task) -> list[dict[str, Any]]:
+    """Name, coefficient, unit and name of the accuracy of each target, for result.json."""
+    return [
+        {
+            "name": target.name,
+            "coefficient": target.coefficient,
+            "unit": target.unit,
+            "accuracy_name": target.accuracy_name,
+        }
+        for target in task.outer_objective.targets
+    ]
+
+
 def read_targets(task: Task, params: Params, frozen: Frozen, part: str) -> list[dict[str, Any]]:
     """The mean loss and the accuracy of each target on one part, in its own unit."""
     outer = task.outer_objective

@@ -1,0 +1,213 @@
+"""Commands whose validation examples judge by another loss than that of training."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from bilevel_jax.cli import main
+
+FUNCTIONS = '''
+import jax.numpy as jnp
+from bilevel_jax.lm import sequence_log_likelihoods
+
+
+def distance(params):
+    """Of the first weights from a picture."""
+    picture = jnp.linspace(-1, 1, params["norm"]["scale"].shape[0])
+    return jnp.mean((params["norm"]["scale"] - picture) ** 2)
+
+
+def response_losses(decoder):
+    log_likelihoods = sequence_log_likelihoods(decoder)
+    return lambda params, batch: -log_likelihoods(params, batch)
+
+
+def constant(params):
+    return jnp.zeros(())
+'''
+SMALL = ["--certify.no-enabled", "--retrain.no-enabled", "--output.no-progress"]
+
+
+@pytest.fixture(scope="module")
+def files(made, tmp_path_factory):
+    """The pairs of validation and test by two sources, a function file, and the flags that name them."""
+    folder = tmp_path_factory.mktemp("targets")
+    for part, name in (("validation", "pairs_validation"), ("test", "pairs_report")):
+        rows = [json.loads(line) for line in (made / f"{name}.jsonl").read_text().splitlines()]
+        for place, row in enumerate(rows):
+            row["source"] = "helpful" if place % 3 else "harmless"
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "targets.py").write_text(FUNCTIONS)
+    return folder
+
+
+def flags(made, files, *more):
+    return [
+        str(made / "select.yaml"), "--data.validation", str(files / "validation.jsonl"),
+        "--data.test", str(files / "test.jsonl"), "--optimizer.eps-root", "1e-6", *more,
+    ]  # fmt: skip
+
+
+SEVERAL = [
+    "--target.sources", "helpful", "harmless", "parameters", "--target.coefficients", "0.7", "0.3", "0.5",
+    "--target.losses", "simpo", "dpo",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def several(made, files, tmp_path_factory):
+    """A run of `select` with three targets, its validation examples being pairs."""
+    out = tmp_path_factory.mktemp("several") / "run"
+    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", "--out", str(out))
+    assert main(["select", *arguments, "--retrain.variants", "uniform", "learned", "validation", "oracle"]) == 0
+    return out
+
+
+def test_several_targets_are_reported_each(several):
+    result = json.loads((several / "result.json").read_text())
+    assert result["unit"] == "weighted sum of the targets" and result["right"] == "pair accuracy"
+    assert [target["coefficient"] for target in result["targets"]] == [0.7, 0.3, 0.5]
+    for line in result["compare"]:
+        for run in line["runs"]:
+            for part in ("validation", "test"):
+                helpful, harmless, parameters = run["targets"][part]
+                total = 0.7 * helpful["loss"] + 0.3 * harmless["loss"] + 0.5 * parameters["loss"]
+                assert total == pytest.approx(run[part], rel=1e-5)
+                assert 0 <= helpful["accuracy"] <= 1 and parameters["accuracy"] is None
+            assert run["accuracy"] == run["targets"]["test"][0]["accuracy"]
+    exact = result["certificates"]["uniform weights"]["exact"]
+    assert exact["ratios"][0] == pytest.approx(1, abs=0.05)  # at a step of 10 %
+    page = (several / "report.html").read_text()
+    assert "0.7 helpful + 0.3 harmless + 0.5 parameters" in page and "(Pareto)" in page
+    assert [line["name"] for line in result["compare"]] == ["uniform", "learned", "oracle"]
+    assert "validation trains on validation examples, and here they are of another kind" in result["absent_arms"][0]
+
+
+@pytest.mark.slow
+def test_the_split_of_a_step_changes_nothing(made, files, several, tmp_path):
+    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", *SMALL, "--out", str(tmp_path / "run"))
+    assert main(["select", *arguments, "--train.gradient_accumulation_steps", "4"]) == 0
+    whole, split = (
+        pq.read_table(folder / "weights.parquet")["first_hypergradient"].to_numpy()
+        for folder in (several, tmp_path / "run")
+    )
+    np.testing.assert_allclose(split, whole, rtol=2e-3, atol=1e-4 * abs(whole).max())
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_the_same_bits(made, files, several, tmp_path, stop_at):
+    out = tmp_path / "run"
+    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", *SMALL, "--out", str(out))
+    stop_at(30)
+    assert main(["select", *arguments]) == 128 + 15
+    assert main(["select", *arguments, "--resume"]) == 0
+    for name in ("weight", "first_hypergradient"):
+        columns = [pq.read_table(folder / "weights.parquet")[name].to_numpy() for folder in (several, out)]
+        np.testing.assert_array_equal(*columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    (
+        ["--outer.method", "implicit", "--outer.proximal", "0.1", "--outer.curvature_batches", "2"],
+        ["--outer.method", "penalty", "--single_loop.steps", "8"],
+        ["--outer.method", "bmo", "--single_loop.steps", "8"],
+        ["--outer.method", "mixing", "--single_loop.steps", "8"],
+        ["--outer.estimate", "pooled"],
+        ["--outer.weighting", "rater", "--rater.features", "length", "loss"],
+        ["--lora.r", "2"],
+    ),
+    ids=lambda more: more[1],
+)
+def test_every_method_takes_targets(made, files, tmp_path, more):
+    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", *SMALL, *more)
+    assert main(["select", *arguments, "--out", str(tmp_path / "run")]) == 0
+    weights = pq.read_table(tmp_path / "run" / "weights.parquet")["weight"].to_numpy()
+    assert np.isfinite(weights).all() and (np.ptp(weights) > 0 or "mixing" in more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ("simpo", "dpo"))
+def test_compare_audit_and_refine_take_targets(made, files, tmp_path, loss):
+    given = ["--data.validation", str(files / "validation.jsonl"), "--data.test", str(files / "test.jsonl")]
+    given += ["--target.losses", loss, "--output.no-progress", "--mesh.data", "1"]
+    base = [str(made / "select.yaml")]
+    text = (made / "select.yaml").read_text()
+    text = re.sub(r"(?m)^(certify|retrain|selection):.*\n", "", text)
+    (tmp_path / "compare.yaml").write_text(
+        text + "compare: {methods: [unrolled, penalty, bmo, mixing], budget: 200, seeds: 1}\n"
+    )
+    (tmp_path / "audit.yaml").write_text(
+        text.replace("outer: {steps: 2, patience: 0, learning_rate: 0.1}", "outer: {proximal: 0.1}")
+        + "audit: {queries: 2, subsets: 8, removed: [0.5], checkpoints: [end]}\n"
+    )
+    assert base
+    assert main(["compare", str(tmp_path / "compare.yaml"), *given, "--out", str(tmp_path / "compare")]) == 0
+    assert main(["audit", str(tmp_path / "audit.yaml"), *given, "--out", str(tmp_path / "audit")]) == 0
+    refined = [*given, "--data.dev", str(files / "test.jsonl"), "--data.test", "--verifier.name", ""]
+    shutil.copy(files / "test.jsonl", tmp_path / "dev.jsonl")
+    refined = [*given[:2], "--data.dev", str(tmp_path / "dev.jsonl"), *given[4:], "--data.split", "1", "0", "0"]
+    config = re.sub(r"(?m)^  test:.*\n", "", (made / "refine.yaml").read_text())
+    (tmp_path / "refine.yaml").write_text(config)
+    assert main(["refine", str(tmp_path / "refine.yaml"), *refined, "--out", str(tmp_path / "refine")]) == 0
+    units = [
+        json.loads((tmp_path / name / "result.json").read_text())["unit"] for name in ("compare", "audit", "refine")
+    ]
+    assert units == ["nats per pair"] * 3
+
+
+@pytest.mark.slow
+def test_a_function_of_parameters_needs_no_validation_examples(made, files, tmp_path):
+    arguments = ["--target.sources", "parameters", "--target.losses", f"{files}/targets.py:distance", "--data.test"]
+    text = re.sub(r"(?m)^  (validation|test):.*\n", "", (made / "select.yaml").read_text())
+    (tmp_path / "select.yaml").write_text(text)
+    assert main(["select", str(tmp_path / "select.yaml"), *arguments[:-1], "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["rows"] == {"train": 36, "validation": 1} and result["right"] == ""
+
+
+MISUSES = {
+    "unknown source": (["--target.sources", "helpful", "harmles"], "its source is 'harmless', which no target reads"),
+    "no pairs": (["--target.losses", "sft"], "a preference pair, and target.losses = sft reads single responses"),
+    "no target": ([], "a preference pair, and objective.name = sft reads single responses"),
+    "loss": (["--target.losses", "rouge"], "each must be sft, dpo, simpo or path/to/file.py:function"),
+    "numbers": (
+        ["--target.sources", "helpful", "harmless", "--target.coefficients", "1"],
+        "give one number other than 0 for each of target.sources",
+    ),
+    "zero": (
+        ["--target.sources", "helpful", "harmless", "--target.coefficients", "1", "0"],
+        "give one number other than 0 for each of target.sources",
+    ),
+    "parameters without a function": (
+        ["--target.losses", "simpo", "--target.sources", "helpful", "harmless", "parameters"],
+        "parameters has no examples: give it a path/to/file.py:function",
+    ),
+    "no file": (["--target.losses", "nowhere.py:f"], "target.losses names nowhere.py, which is no file"),
+    "no function": (["--target.losses", "{files}/targets.py:f"], "has no function 'f'; it has"),
+    "constant": (
+        ["--target.sources", "parameters", "--target.losses", "{files}/targets.py:constant"],
+        "does not depend on the parameters",
+    ),
+    "folds": (
+        ["--target.losses", "simpo", "--outer.validation_folds", "2"],
+        "trains on validation examples by the training loss",
+    ),
+    "warm start": (
+        ["--target.losses", "simpo", "--outer.warm_start", "ica"],
+        "the score 'ica' reads validation examples as it reads training examples",
+    ),
+}
+
+
+@pytest.mark.parametrize("more, said", MISUSES.values(), ids=MISUSES)
+def test_a_misuse_is_one_sentence(made, files, tmp_path, capsys, more, said):
+    more = [word.replace("{files}", str(files)) for word in more]
+    assert main(["select", *flags(made, files, *more, *SMALL), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert said in error.strip().splitlines()[-1], error
