@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from bilevel_jax.lm.data.vocabulary import check_special_tokens
 from bilevel_jax.runs.config.load import InspectConfig
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
-from bilevel_jax.runs.tasks import objective, splits
+from bilevel_jax.runs.tasks import objective, splits, targets
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
+from bilevel_jax.runs.tasks.text import target_corpus_name
 from bilevel_jax.runs.terminal import make_console, show_control_characters
 
 MAX_NAMES_SHOWN = 6
@@ -60,9 +61,8 @@ def inspect(config: InspectConfig) -> InspectResult:
         train = examples.load_examples(resolved.data.train, options, empty.append, keys)
         train_keys = frozenset(keys)
         trusted = splits.load_held_out(resolved.data, options, empty.append, keys)
-    examples_by_part = {"training": train} | {
-        part: part_examples for part, part_examples in trusted.items() if part_examples
-    }
+    by_target, target_errors = _split_by_target(resolved, trusted)
+    examples_by_part = {"training": train} | by_target
     parts = [
         survey_part(name, part_examples, tokenizer, resolved.data, limit, architecture.vocab_size)
         for name, part_examples in examples_by_part.items()
@@ -76,6 +76,7 @@ def inspect(config: InspectConfig) -> InspectResult:
         _print_examples(console, part, tokenizer, config)
     findings = [
         *_find_unread_fields(resolved.data, train, train_keys, keys),
+        *target_errors,
         *_find_errors(resolved, parts, duplicates, empty, limit),
         *_find_warnings(resolved, parts, duplicates, tokenizer),
     ]
@@ -390,6 +391,24 @@ def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
 # ---- what to act on
 
 
+def _split_by_target(
+    config: InspectConfig, trusted: Mapping[str, list[Example]]
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """The examples of each target in each part, by their names; and what other commands would stop at."""
+    specs = targets.list_targets(config.target, config.objective)
+    whole = {part: part_examples for part, part_examples in trusted.items() if part_examples}
+    try:
+        grouped = targets.group_by_target(specs, whole)
+        targets.check_target_examples(specs, grouped, config.objective)
+    except ValueError as error:
+        return whole, [f"the other commands stop: {error}"]
+    return {
+        target_corpus_name(part, spec): own
+        for part, of_targets in grouped.items()
+        for spec, own in zip(specs, of_targets, strict=False)
+    }, []
+
+
 def _find_errors(
     config: InspectConfig, parts: Sequence[PartSurvey], duplicates: Duplicates, empty: Sequence[str], limit: int
 ) -> Iterable[str]:
@@ -398,7 +417,7 @@ def _find_errors(
         does = "left out" if config.data.empty == "drop" else "a stop for the other commands"
         yield f"{_format_quantity(len(empty), 'row')} with nothing to learn from, {does}. The first: {empty[0]}"
     try:
-        objective.check_examples(config.objective, [example for part in parts for example in part.examples])
+        objective.check_examples(config.objective, parts[0].examples)
     except ValueError as error:
         yield f"the other commands stop: {error}"
     for part in parts:

@@ -80,6 +80,10 @@ def list_test_numbers(result: JsonObject) -> list[tuple[str, str, str]]:
         ("after", format_number(test_result["last"]), result["unit"]),
         ("gain", format_number(gain["value"]), f"{format_number(gain['low'])} to {format_number(gain['high'])}"),
     ]
+    if readings := test_result["targets"]:
+        for before, after in zip(readings["first"], readings["last"], strict=True):
+            change = f"{format_number(before['loss'])} → {format_number(after['loss'])}"
+            numbers.append((f"test loss of {before['name']}", change, "before → after, in its own unit"))
     if right := test_result["right"]:
         low, high = right["gain"]["low"], right["gain"]["high"]
         numbers += [

@@ -46,7 +46,7 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_indices
+from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_indices, read_targets
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
@@ -120,9 +120,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
             f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and "
             "judged on dev. Give data.validation with shares for both in data.split, or data.dev."
         )
-    question_examples = [task.examples[row] for row in task.trainable_indices()] + task.held_out_examples.get(
-        "test", []
-    )
+    question_examples = [task.examples[row] for row in task.trainable_indices()] + list_test_questions(task)
     questions = make_task_prompts(task, config.data, question_examples)
     longest = max((len(prompt.tokens) for prompt in questions), default=0) + config.generate.max_new_tokens
     if longest > task.architecture.max_length:
@@ -139,7 +137,12 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
 def list_verified_examples(config: RefineConfig, task: TextTask) -> list[Any]:
     """The examples whose responses a verifier will see."""
     offline = [] if config.refine.questions == "none" else [task.examples[row] for row in task.trainable_indices()]
-    return offline + task.held_out_examples.get("test", [])
+    return offline + list_test_questions(task)
+
+
+def list_test_questions(task: TextTask) -> list[Any]:
+    """The test examples that ask something: a target that reads the parameters alone has none."""
+    return [example for example in task.held_out_examples.get("test", []) if example.turns]
 
 
 def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
@@ -406,14 +409,22 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
     if accuracy:
         difference, _ = bootstrap_paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
         right = {"first": float(accuracy[0].mean()), "last": float(accuracy[1].mean()), "gain": difference._asdict()}
-    return {"first": float(before.mean()), "last": float(after.mean()), "gain": gain._asdict(), "right": right}
+    task = context.task
+    readings = {name: read_targets(task, params, task.frozen(params), "test") for name, params in ends.items()}
+    return {
+        "first": float(before.mean()),
+        "last": float(after.mean()),
+        "gain": gain._asdict(),
+        "right": right,
+        "targets": readings if len(task.outer_objective.targets) > 1 else None,
+    }
 
 
 def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "test"]:
     """What the verifier says of the greedy answer to each question of test."""
     config, task = context.config, context.task
     greedy = replace(config.generate, temperature=0.0, top_k=0, top_p=1.0, num_generations=1)
-    test_examples = task.held_out_examples["test"]
+    test_examples = list_test_questions(task)
     test_prompts = make_task_prompts(task, config.data, test_examples)
     generate = make_generator_factory(greedy, task.decoder, task.tokenizer, task.mesh, context.session)(
         assemble_params(params, task.base_params)

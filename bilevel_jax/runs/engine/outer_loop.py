@@ -50,7 +50,13 @@ from bilevel_jax.runs.scoring.pooling import (
     why_not_pooled,
 )
 from bilevel_jax.runs.scoring.scores import warm_start_logits
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_losses, num_judges, read_labels
+from bilevel_jax.runs.tasks.evaluation import (
+    evaluate_per_example,
+    held_out_losses,
+    is_validation_trainable,
+    num_judges,
+    read_labels,
+)
 from bilevel_jax.runs.tasks.optimizers import DECAY_SHAPES
 from bilevel_jax.runs.tasks.protocol import Task
 
@@ -239,7 +245,8 @@ class OuterLoop:
         self._initial_hyper = hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
-        if outer.estimate == "auto" and (reason := why_not_pooled(outer, num_judges(task))):
+        trainable = is_validation_trainable(task)
+        if outer.estimate == "auto" and (reason := why_not_pooled(outer, num_judges(task), is_trainable=trainable)):
             session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
         self._step_pooling: StepPooling | None = None
         if pools_steps(task, outer):

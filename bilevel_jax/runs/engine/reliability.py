@@ -69,6 +69,8 @@ def measure_estimate_reliability(
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
     which has not steered them; without dev nobody knows.
     """
+    if not any(target.has_examples for target in task.outer_objective.targets):
+        return None  # a function of the parameters: there are no other examples to speak for
     num_validation = count_judges(task, turn)
     fetch = lambda table: fetch_to_host(table)[trained]  # noqa: E731
     if estimate.independent:

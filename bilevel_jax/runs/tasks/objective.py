@@ -59,7 +59,8 @@ def check_kind(examples: Sequence[Example], loss: str, *, key: str) -> None:
             f"one. Give rows with 'chosen' and 'rejected', or set {key} to sft."
         )
     raise ValueError(
-        f"{mismatched.where}: a preference pair, and {key} = sft reads single responses. Set {key} to dpo or simpo."
+        f"{mismatched.where}: a preference pair, and {key} = sft reads single responses. Set {key} to dpo or simpo"
+        f"{', or, where validation examples alone are pairs, target.losses' if key == 'objective.name' else ''}."
     )
 
 

@@ -463,7 +463,8 @@ def check_functions(
         if slope == 0:
             raise ValueError(
                 f"the target {spec.name} does not depend on the parameters (its gradient is 0), so no weight can "
-                "change it. Look for stop_gradient, argmax, rounding, or numbers that do not come from the parameters."
+                "change it. Look for stop_gradient, argmax, rounding and numbers that do not come from the parameters, "
+                "and under LoRA for parameters that it leaves as they are."
             )
 
 
