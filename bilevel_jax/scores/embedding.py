@@ -1,4 +1,4 @@
-"""Embeddings of questions by TF-IDF, hidden states or vectors of the user's own, and their clusters."""
+"""Embeddings of questions (TF-IDF, hidden states, the user's own) and clusters."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Targets of a tokenized dialogue: which answers they are, their weights, and what a length limit leaves of them."""
+"""Targets of a tokenized dialogue, their weights, and what truncation leaves."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
