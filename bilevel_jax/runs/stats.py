@@ -42,6 +42,8 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     count = len(values)
     if count < 2:
         return float(np.mean(values)), float("nan")
+    if min(values) == max(values):  # their mean is rounded, and so would be their spread
+        return float(values[0]), 0.0
     return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
 
 

@@ -69,7 +69,7 @@ def several(made, files, tmp_path_factory):
 
 def test_several_targets_are_reported_each(several):
     result = json.loads((several / "result.json").read_text())
-    assert result["unit"] == "weighted sum of the targets" and result["right"] == "pair accuracy"
+    assert result["unit"] == "units of the sum of targets" and result["right"] == "pair accuracy of helpful"
     assert [target["coefficient"] for target in result["targets"]] == [0.7, 0.3, 0.5]
     for line in result["compare"]:
         for run in line["runs"]:
@@ -164,7 +164,7 @@ def test_a_function_of_parameters_needs_no_validation_examples(made, files, tmp_
     (tmp_path / "select.yaml").write_text(text)
     assert main(["select", str(tmp_path / "select.yaml"), *arguments[:-1], "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["rows"] == {"train": 36, "validation": 1} and result["right"] == ""
+    assert result["rows"] == {"train": 36, "validation": 0} and result["right"] == ""
 
 
 MISUSES = {

@@ -12,7 +12,7 @@ from bilevel_jax.core import certify
 from bilevel_jax.core.certify import verdict
 from bilevel_jax.runs import stats
 from bilevel_jax.runs.config.schema import EXACT_ESTIMATOR, DataSection
-from bilevel_jax.runs.tasks.evaluation import read_labels
+from bilevel_jax.runs.tasks.evaluation import count_examples, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
 
 
@@ -86,7 +86,7 @@ def judge_scores(
         "batch": task.batch_size,
         "seeds": {"data": data.seed, "start": train_seed},
         "counts": {"train": len(trainable)}
-        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams}
+        | count_examples(task)
         | ({"queries": retrain_losses.losses["queries"].shape[2]} if "queries" in retrain_losses.losses else {}),
     }
 

@@ -30,6 +30,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import (
     accuracy,
     accuracy_name,
+    count_examples,
     headline_part,
     is_validation_trainable,
     list_target_facts,
@@ -153,8 +154,7 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         "restart": config.outer.restart,
         "seeds": config.compare.seeds,
         "top_share": config.compare.top_share,
-        "counts": {"train": task.num_examples}
-        | {part: len(task.held_out_examples[part]) for part in task.held_out_streams},
+        "counts": {"train": task.num_examples, **count_examples(task)},
         "absent_baselines": [reason for name in config.compare.baselines if (reason := why_absent(name, task, labels))],
         "notes": notes,
         "seconds": session.job_cost("seed")[1],

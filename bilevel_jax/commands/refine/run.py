@@ -46,7 +46,7 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import evaluate_per_example, held_out_indices, read_targets
+from bilevel_jax.runs.tasks.evaluation import count_examples, evaluate_per_example, held_out_indices, read_targets
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
@@ -184,7 +184,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         "looks": count_dev_tests(refine_config),
         "rows": {
             "train": task.num_examples,
-            **{part: len(part_examples) for part, part_examples in task.held_out_examples.items()},
+            **count_examples(task),
         },
         "checker": refine_config.verifier.name,
         "examples": artifacts.pick_extreme_responses(session, task, records),

@@ -30,7 +30,7 @@ from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import accuracy_name, list_target_facts, read_labels
+from bilevel_jax.runs.tasks.evaluation import accuracy_name, count_examples, list_target_facts, read_labels
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -318,7 +318,7 @@ def _build_result(
         areas |= {"alignment": labels.auc(-learned.alignment), "low_loss": labels.auc(-learned.losses)}
     jobs = ("certify", "compare", *(["folds"] if config.rater.folds else []))
     costs = {name: session.job_cost(name) for name in jobs}
-    part_sizes = {part: len(examples) for part, examples in task.held_out_examples.items()}
+    part_sizes = count_examples(task)
     return {
         "estimand": artifacts.describe_estimand(config.outer, config.train.max_steps),
         "unit": task.outer_objective.unit,

@@ -45,8 +45,8 @@ class RunResults(NamedTuple):
     @property
     def accuracy_unit(self) -> str:
         """What an accuracy is a share of."""
-        names = {"pair accuracy": "share of pairs", "token accuracy": "share of target tokens"}
-        return names.get(self.result["right"], "")
+        right = self.result["right"]
+        return "share of pairs" if right.startswith("pair") else "share of target tokens" if right else ""
 
     @property
     def has_labels(self) -> bool:

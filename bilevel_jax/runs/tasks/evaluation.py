@@ -91,8 +91,21 @@ def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float | N
 
 
 def accuracy_name(task: Task) -> str:
-    """What `accuracy` is called; nothing where no target has one."""
-    return next((target.accuracy_name for target in task.outer_objective.targets if target.accuracy is not None), "")
+    """What `accuracy` is called, and of which target of several; nothing where no target has one."""
+    targets = task.outer_objective.targets
+    first = next((target for target in targets if target.accuracy is not None), None)
+    if first is None:
+        return ""
+    return first.accuracy_name if len(targets) == 1 else f"{first.accuracy_name} of {first.name}"
+
+
+def count_examples(task: Task) -> dict[str, int]:
+    """The number of examples of each part; a target that reads the parameters alone has none."""
+    targets = task.outer_objective.targets
+    return {
+        part: sum(size for target, size in zip(targets, sizes, strict=True) if target.has_examples)
+        for part, sizes in task.target_sizes.items()
+    }
 
 
 def list_target_facts(task: Task) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def build_outer_objective(
         return _accuracy_of(find_target(targets, batch)[0], params, frozen, batch)
 
     units = {target.unit for target in targets}
-    unit = units.pop() if len(units) == 1 else "weighted sum of the targets"
+    unit = units.pop() if len(units) == 1 else "units of the sum of targets"
     return OuterObjective(targets, losses, unscaled_losses, accuracy, unit)
 
 
