@@ -53,7 +53,8 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
         reliability=describe_reliability(result),
         estimands=estimand_table(result),
         targets=describe_target_results(
-            result["targets"], {row["name"]: [cell.get("targets") for cell in row["runs"]] for row in result["rows"]}
+            result.get("targets", []),
+            {row["name"]: [cell.get("targets") for cell in row["runs"]] for row in result["rows"]},
         ),
         ended=[
             f"{row['name']}: {cell['ended']}." for row in result["rows"] for cell in row["runs"] if cell.get("ended")

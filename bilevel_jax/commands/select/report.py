@@ -93,7 +93,7 @@ def render_select_report(run: RunResults) -> str:
         rater=describe_rater(run.result["rater"], run.result.get("rater_intervals")),
         comparison=describe_comparison(run),
         targets=describe_target_results(
-            run.result["targets"],
+            run.result.get("targets", []),
             {row["name"]: [one.get("targets") for one in row["runs"]] for row in run.result["compare"]},
         ),
         loop=describe_outer_loop(run),
