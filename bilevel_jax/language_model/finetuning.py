@@ -57,6 +57,7 @@ from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.progress import make_progress_bar
+from bilevel_jax.runs.scoring.token_hypergradients import TokenHypergradients, compute_token_hypergradients
 from bilevel_jax.runs.tasks.reference import compute_pair_log_probs, reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
 from bilevel_jax.runs.tasks.targets import TargetLoss, TargetSpec, list_targets
@@ -110,6 +111,8 @@ class FineTuned:
     """What a person should know of the data: duplicates, truncation, keys that are not read."""
     tuning: "FineTuning"
     """The prepared run; see `rerun`."""
+    seed: int = 0
+    """Of the data order."""
 
     def __repr__(self) -> str:
         return (
@@ -189,6 +192,32 @@ class FineTuned:
         """
         return self.tuning.run(weights, seed=seed, with_certificates=certify, throw=throw, progress=progress)
 
+    def token_hypergradients(self) -> TokenHypergradients:
+        """Which tokens of the examples help and which harm: d L_v / d factor of each token's loss, through the run.
+
+            loss_i = sum_t v_t n_t / |y| (by objective.reduction), at v = 1
+
+        Trains once more, as this run did, and goes back through it: as much as `rerun`, for any number of tokens. The
+        values of an example's tokens sum to its weight times its hypergradient. Wrong where that is.
+
+        Returns:
+            Token ids and derivatives of each example, nan for tokens without a loss.
+
+        Raises:
+            ValueError: without solver='unroll', and for preference pairs.
+
+        Example:
+            >>> found = result.token_hypergradients()  # result: of `finetune`
+            >>> bool(jnp.allclose(jnp.nansum(found.values[0]), found.examples[0], atol=1e-4))  # its weight is 1
+            True
+        """
+        if self.tuning.solver.name != "unroll":
+            raise ValueError(
+                f"solver is {self.tuning.solver.name!r}; token hypergradients go back through the training: give "
+                "solver='unroll'."
+            )
+        return self.tuning.differentiate_tokens(self.solution.hyper, self.seed)
+
 
 @dataclass(frozen=True)
 class TaskSections:
@@ -265,6 +294,19 @@ class FineTuning:
             certificates,
             task.notes,
             self,
+            seed,
+        )
+
+    def differentiate_tokens(self, table: jax.Array, seed: int) -> TokenHypergradients:
+        """As `FineTuned.token_hypergradients`, of a run with these weights and this data order."""
+        return compute_token_hypergradients(
+            self.task,
+            table,
+            self.task.init_params(self.seed),
+            self._stream(seed),
+            self.task.held_out_streams["validation"],
+            plan=self._plan(),
+            window=self.solver.window,
         )
 
     # ---- parts

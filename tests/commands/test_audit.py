@@ -244,13 +244,9 @@ def test_text_with_every_score(made, tmp_path):
     result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--audit.vmap-size", "2")
     names = {row["name"] for row in result["rows"]}
     assert {"unrolled", "ica, start", "ica, end", "oneshot, start"} <= names
-    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == {
-        "validation",
-        "queries",
-        "dev",
-        "test",
-    }
-    assert result["verdict"]["others_part"] == "dev" and "dev" in result["extremes"]["random"]
+    targets = {"validation", "queries", "test"}
+    assert result["unit"] == "nats per token" and set(result["rows"][0]["lds"]) == targets
+    assert result["verdict"]["others_part"] == "test" and set(result["extremes"]["random"]) == targets
     by_loss = next(row["difficulty"] for row in result["rows"] if row["name"] == "loss, start")
     assert by_loss["loss"] == pytest.approx(1) and "the hardest" in by_loss["sentence"]
     assert all(row["difficulty"]["length"] is not None for row in result["rows"])
