@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.audit import extremes, retrains
+from bilevel_jax.commands.audit import extremes, report, retrains
 from bilevel_jax.commands.audit.judge import DataScore, choose_score
 from bilevel_jax.commands.audit.run import audit
 from bilevel_jax.core.certify import Verdict
@@ -33,6 +33,7 @@ certify: {{step_sizes: [0.1], removed: [0.5], draws: 2}}
 output: {{progress: false}}
 mesh: {{data: 1}}
 """
+ENVIRONMENT = {"devices": ["cpu"], "platform": "here", "packages": {"jax": "0"}}
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,43 @@ def test_stopped_anywhere_and_resumed_changes_no_number(config, whole, tmp_path,
     assert [{**row, "seconds": 0} for row in a["rows"]] == [{**row, "seconds": 0} for row in b["rows"]]
     assert a["extremes"] == b["extremes"]
     assert a["verdict"] == b["verdict"] and a["certificate"] == b["certificate"]
+
+
+def test_the_tokens_of_an_example_sum_to_its_entry_and_are_shown_escaped(made, tmp_path):
+    (tmp_path / "audit.yaml").write_text(
+        re.sub(r"^(retrain|selection):.*\n", "", (made / "select.yaml").read_text(), flags=re.M)
+    )
+    flags = (
+        "--train.max-steps",
+        "4",
+        "--audit.estimators",
+        "unrolled",
+        "--audit.scores",
+        "random",
+        "--audit.queries",
+        "0",
+    )
+    flags += ("--audit.subsets", "8", "--audit.removed", "0.5", "--audit.extremes", "--audit.token-examples", "2")
+    result = run(tmp_path / "audit.yaml", tmp_path / "run", *flags, "--certify.no-enabled")
+    assert result["extremes"] is None
+    tokens = pq.read_table(tmp_path / "run" / "tokens.parquet").to_pandas().set_index("id")
+    exact = pq.read_table(tmp_path / "run" / "scores.parquet").to_pandas().set_index("id")["unrolled"]
+    sums = [np.nansum(np.array(values, float)) for values in tokens["hypergradients"]]
+    np.testing.assert_allclose(sums, -exact[tokens.index], rtol=2e-3, atol=2e-3 * exact.abs().max())  # float32
+    assert all(len(a) == len(b) for a, b in zip(tokens["tokens"], tokens["token_ids"], strict=True))
+    shown = result["tokens"]
+    assert [one["end"] for one in shown] == ["help"] * 2 + ["harm"] * 2
+    assert [shown[0]["id"], shown[2]["id"]] == [exact.idxmax(), exact.idxmin()]
+    text = (tmp_path / "run" / "report.html").read_text()
+    colours = re.findall('class="token (good|bad)" style="--a: (.*?)"', text)
+    assert ("good" in dict(colours)) and ("bad" in dict(colours)) and max(float(a) for _, a in colours) == 1
+    drawn = report.describe_tokens({"tokens": [shown[0] | {"tokens": [["<b>", -1.0], ["x", None], ["&", 0.5]]}]})
+    assert drawn[0][1][0]["tokens"] == [
+        ("<b>", "good", "1.00", "\u22121"), ("x", "", "", ""), ("&", "bad", "0.50", "+0.5"),
+    ]  # fmt: skip
+    hostile = shown[0] | {"tokens": [["<script>alert(1)</script>", -1.0], ["<i>", None]], "place": "<u>"}
+    page = report.render_audit_report("run", result | {"tokens": [hostile]}, "", ENVIRONMENT)
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;</span>&lt;i&gt;" in page
 
 
 @pytest.mark.slow

@@ -6,11 +6,12 @@ import re
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.inspect.run import spell_tokens, to_plain_text
+from bilevel_jax.commands.inspect.run import to_plain_text
 from bilevel_jax.commands.inspect.survey import MAX_TOKENIZER_CALLS, survey_part, tokenize_readable
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.data.vocabulary import spell_tokens
 from bilevel_jax.runs.config.load import InspectConfig, load_config
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.tasks import builtin, splits

@@ -47,6 +47,7 @@ def render_audit_report(name: str, result: JsonObject, config_text: str, environ
         scores=score_table(result),
         targets=target_tables(result),
         extremes=describe_extremes(result),
+        token_ends=describe_tokens(result),
         query_scores=[row["name"] for row in rows if row["own_queries"]],
         score_notes=[f"{row['name']}: {text}." for row in rows for text in row["notes"]],
     )
@@ -112,6 +113,36 @@ def describe_extremes(result: JsonObject) -> list[JsonObject]:
         }
         for at, (share, count) in enumerate(zip(found["shares"], found["counts"], strict=True))
     ]
+
+
+def describe_tokens(result: JsonObject) -> list[tuple[str, list[JsonObject]]]:
+    """The examples that help and that harm most: of each its tokens as (text, class, strength of 0 to 1, title).
+
+    The strengths of all are relative to the largest one.
+    """
+    shown = result["tokens"]
+    largest = max((abs(value) for one in shown for _, value in one["tokens"] if value is not None), default=0.0)
+
+    def describe_token(text: str, value: float | None) -> tuple[str, str, str, str]:
+        if value is None:
+            return text, "", "", ""
+        kind = "good" if value < 0 else "bad"
+        return text, kind, f"{abs(value) / (largest or 1):.2f}", f"{value:+.3g}".replace("-", "\u2212")
+
+    headings = {"help": "The examples that lower validation loss most", "harm": "The examples that raise it most"}
+    ends = {
+        heading: [
+            one
+            | {
+                "hypergradient": f"{one['hypergradient']:+.3g}".replace("-", "\u2212"),
+                "tokens": [describe_token(*token) for token in one["tokens"]],
+            }
+            for one in shown
+            if one["end"] == end
+        ]
+        for end, heading in headings.items()
+    }
+    return [(heading, lines) for heading, lines in ends.items() if lines]
 
 
 def sort_by_extremes(result: JsonObject, at: int) -> list[JsonObject]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from bilevel_jax.commands.audit import extremes, judge, report, retrains
+from bilevel_jax.commands.audit import extremes, judge, report, retrains, tokens
 from bilevel_jax.commands.audit.judge import DataScore
 from bilevel_jax.commands.audit.retrains import LeaveOutRetrains
 from bilevel_jax.core import certify
@@ -56,7 +56,7 @@ from bilevel_jax.runs.tasks.arrays import (
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import held_out_indices, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.text import prepare_text_task
+from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
 class UniformTraining(NamedTuple):
@@ -160,6 +160,9 @@ def _run_audit(
     uniform_training = train_uniform(config, task, query_indices, session)
     estimate_scores, exact_record = compute_estimates(config, task, uniform_training, session)
     delete_stored_states(uniform_training.trajectory)
+    token_values = tokens.compute_tokens(
+        task, config.audit, exact_outer(config), uniform_training.start, uniform_training.stream, session
+    )
     scores = estimate_scores + compute_cheap_scores(config, task, uniform_training, names, session)
     certificates = certify_exact(config, task, uniform_training, estimate_scores, exact_record, session)
     retrain_losses = retrains.retrain_without_subsets(
@@ -217,6 +220,11 @@ def _run_audit(
         result["extremes"] = extremes.summarize_extremes(
             extreme_retrains, len(task.trainable_indices()), result["unit"]
         )
+    result["tokens"] = []
+    if token_values is not None and isinstance(task, TextTask):
+        exact = next(score.values for score in estimate_scores if score.name == EXACT_ESTIMATOR)
+        run_dir.write_parquet(session.folder / "tokens.parquet", tokens.build_tokens_table(task, token_values))
+        result["tokens"] = tokens.describe_extremes(task, token_values, exact, config.audit.token_examples)
     run_dir.write_parquet(session.folder / SCORES_FILE, add_estimate_columns(task, estimate_scores, session.folder))
     run_dir.write_result(session.folder, result)
     report.write_audit_report(session.folder)

@@ -28,7 +28,7 @@ from bilevel_jax.lm.data import examples, tokens
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.turns import Turn
-from bilevel_jax.lm.data.vocabulary import check_special_tokens
+from bilevel_jax.lm.data.vocabulary import check_special_tokens, spell_tokens
 from bilevel_jax.runs.config.load import InspectConfig
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
@@ -361,30 +361,6 @@ def _render_token_span(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any, 
             out.append("\n")
     if inside and not joined:
         out.append("⟧", "bold green")
-    return out
-
-
-def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
-    """(text, whether it is special) of each token; its name in the vocabulary where it is no whole character."""
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    names = tokenizer.convert_ids_to_tokens(list(ids))
-    out: list[tuple[str, bool]] = []
-    # tokens since the last special one, decoded together: a token's space may hang on its neighbour
-    run: list[int] = []
-    before = ""
-    for token, name in zip(ids, names, strict=True):
-        if token in special:
-            out.append((name, True))
-            run, before = [], ""
-            continue
-        run.append(token)
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-        if text.startswith(before) and not text.endswith("\ufffd") and len(text) > len(before):
-            out.append((text[len(before) :], False))
-            before = text
-        else:
-            out.append((f"‹{name}›", False))
     return out
 
 

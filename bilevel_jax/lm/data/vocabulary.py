@@ -1,4 +1,4 @@
-"""Checks that every token id has a row of the model's embedding."""
+"""Tokens of a vocabulary: as text, and checks that each has a row of the model's embedding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,38 @@ import numpy as np
 from bilevel_jax.lm.checkpoint.files import read_json_object
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.render import Tokenizer
+
+
+def spell_tokens(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, whether it is special) of each token; its name in the vocabulary where it is no whole character.
+
+    Args:
+        ids: of one sequence.
+        tokenizer: that made them.
+
+    Returns:
+        A pair for each id; the texts of what is not special join to the decoded text, but for the names.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    out: list[tuple[str, bool]] = []
+    # tokens since the last special one, decoded together: a token's space may hang on its neighbour
+    run: list[int] = []
+    before = ""
+    for token, name in zip(ids, names, strict=True):
+        if token in special:
+            out.append((name, True))
+            run, before = [], ""
+            continue
+        run.append(token)
+        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+        if text.startswith(before) and not text.endswith("\ufffd") and len(text) > len(before):
+            out.append((text[len(before) :], False))
+            before = text
+        else:
+            out.append((f"‹{name}›", False))
+    return out
 
 
 def check_token_ids(

@@ -139,7 +139,14 @@ def count_audit_work(
     estimates = count_certificate_estimates(certify) * (1 + REPLAY_WORK + HVP_WORK)
     certified = count_certificate_retrains(certify) + estimates if certify.enabled else 0
     retrains = len(audit.removed) * _round_up(audit.subsets, audit_vmap_size(audit))
-    return task.num_steps * (1 + backward + certified + retrains + count_extreme_retrains(audit, names))
+    tokens = 1 + REPLAY_WORK + HVP_WORK if differentiates_tokens(task, audit) else 0
+    return task.num_steps * (1 + backward + certified + retrains + count_extreme_retrains(audit, names) + tokens)
+
+
+def differentiates_tokens(task: Task, audit: AuditSection) -> bool:
+    """Whether `audit` computes hypergradients of tokens: of text with a loss for each token."""
+    is_asked_for = audit.token_examples > 0 and EXACT_ESTIMATOR in audit.estimators
+    return is_asked_for and isinstance(task, TextTask) and task.corpus.sequences_per_example == 1
 
 
 def audit_vmap_size(audit: AuditSection) -> int:

@@ -930,6 +930,10 @@ class AuditSection:
     """Shares of the training examples, at least one example, that two retrains for each score leave out: those with the
     highest scores and those with the lowest, beside as many at random; empty: none."""
 
+    token_examples: Annotated[int, Ge(0), Special(0, "none")] = 5
+    """Examples from either end of the exact hypergradients that the report shows with a hypergradient for each token,
+    by one more training and its backward pass; not for preference pairs; 0: none."""
+
 
 @dataclass(frozen=True)
 class ScoreSection:
