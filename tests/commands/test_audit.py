@@ -315,9 +315,7 @@ def test_the_verdict_says_which_score_or_none():
         "Not told apart from it: near." in told["sentence"] and "exact hypergradient reaches 0.90" in told["sentence"]
     )
     assert told["instead"] is None and (told["others_part"], told["others_level"]) == ("test", "UNDECIDED")
-    assert (
-        "correlation of 0.50 [0.30, 0.90] with validation loss and of 0.50 [0.30, 0.90] with test" in told["sentence"]
-    )
+    assert "correlation of 0.50 [0.30, 0.90] with validation loss and 0.50 [0.30, 0.90] with test" in told["sentence"]
     assert "For other examples UNDECIDED: 0.50 [0.30, 0.90] on test, which no score has read" in told["sentence"]
     none = choose_score([line("one", -0.1)], draws, GOOD, 0.5)
     assert none["use"] is None and "the first may be 0" in none["sentence"]
@@ -353,7 +351,7 @@ def test_what_is_said_of_other_examples_rests_on_dev_and_not_on_validation():
         "BELIEVE", "UNDECIDED", "DO NOT BELIEVE", "DO NOT BELIEVE", "UNDECIDED",
     ]  # fmt: skip
     assert all(one["use"] == "one" for one in levels)
-    assert "0.85 [0.70, 0.90] with validation loss and of 0.57 [0.30, 0.90] with dev loss" in levels[1]["sentence"]
+    assert "0.85 [0.70, 0.90] with validation loss and 0.57 [0.30, 0.90] with dev loss" in levels[1]["sentence"]
     assert "give a dev set" in levels[-1]["sentence"] and levels[-1]["others_part"] is None
     both = line("one", 0.3) | {"lds": line("one", 0.3)["lds"] | {"dev": [stats.BootstrapInterval(0.8, 0.6, 0.9)]}}
     draws = {"one": {"validation": [STEADY], "dev": [STEADY], "test": [STEADY]}}

@@ -184,7 +184,7 @@ def _is_higher(draws: dict[str, dict[str, list[np.ndarray]]], name: str, other: 
 def _format_readings(line: dict[str, Any], part: str | None) -> str:
     """The readings for L_v and for the independent part, side by side."""
     own = f"{_format_reading(line['lds']['validation'][0])} with validation loss"
-    return own + (f" and of {_format_reading(line['lds'][part][0])} with {part} loss" if part else "")
+    return own + (f" and {_format_reading(line['lds'][part][0])} with {part} loss" if part else "")
 
 
 def _format_reading(reading: stats.BootstrapInterval) -> str:

@@ -43,7 +43,7 @@ class DifficultyCorrelation(NamedTuple):
         ends = " and ".join(END_NAMES[name][value < 0] for name, value in large.items())
         return (
             f"{what[0].upper()}{what[1:]} order the examples nearly by {orders.replace('-', '−')}, as rank "
-            f"correlation: the {ends} come first. Long and hard examples have large gradients whatever they teach, so "
+            f"correlation: the {ends} come first. Length and loss make gradients large whatever an example teaches, so "
             f"compare with {' or '.join(MEASURE_NAMES[name] for name in large)} alone, and with random examples."
         )
 
