@@ -18,7 +18,14 @@ from bilevel_jax import cli
 from bilevel_jax.cli import COMMANDS, main
 from bilevel_jax.commands import functions
 from bilevel_jax.runs.config import load
-from bilevel_jax.runs.config.flags import COMMON_KEYS, NOT_IN_EVALUATE, NOT_IN_SCORE, SHORT_FLAGS, parse_flags
+from bilevel_jax.runs.config.flags import (
+    COMMON_KEYS,
+    NOT_IN_EVALUATE,
+    NOT_IN_OWN_EVALUATION,
+    NOT_IN_SCORE,
+    SHORT_FLAGS,
+    parse_flags,
+)
 from bilevel_jax.runs.config.rules import flatten_config
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.infra.session import Interrupted
@@ -59,7 +66,8 @@ def test_help_shows_the_keys_that_most_runs_set_and_help_all_the_rest(name, caps
     assert main([name, "--help"]) == 0
     short = capsys.readouterr().out
     common = {f"--{section}.{key}".replace("_", "-") for section, keys in COMMON_KEYS.items() for key in keys}
-    unused = {"score": NOT_IN_SCORE, "evaluate": NOT_IN_EVALUATE}.get(name, ())
+    own = dict.fromkeys(("select", "train"), NOT_IN_OWN_EVALUATION)
+    unused = ({"score": NOT_IN_SCORE, "evaluate": NOT_IN_EVALUATE} | own).get(name, ())
     common -= {f"--{key}".replace("_", "-") for key in unused}
     assert flags_in(short) == common & flags_of(config_class) and 1 < len(flags_in(short)) <= 30
     assert "--help-all shows all" in short and "Exit codes" in short and config_class.__doc__.split("\n")[0] in short

@@ -20,6 +20,7 @@ RANKS = (
     "runs/infra",
     "runs/tasks",
     "runs/scoring",
+    "runs/evaluation",
     "runs/engine",
     "runs/budget",
     "runs/report",

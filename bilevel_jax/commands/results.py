@@ -25,6 +25,7 @@ from bilevel_jax.runs.config.load import (
 )
 from bilevel_jax.runs.config.yaml_reader import field_types, read_yaml
 from bilevel_jax.runs.engine.recommendation import Recommendation
+from bilevel_jax.runs.evaluation.summary import ANSWERS_FILE, RUN_FOLDER
 from bilevel_jax.runs.infra import run_dir, seals
 from bilevel_jax.runs.report.results import float_or_nan
 from bilevel_jax.runs.stats import BootstrapInterval
@@ -33,6 +34,27 @@ Column = Shaped[np.ndarray, "rows"]
 """Texts, or numbers, one to a row of a table."""
 LabelColumn = Column
 """The known label of each row as a text, None where it has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerComparison:
+    """Two models of a run compared by their answers to evaluate.prompts; arrays hold one entry for each answer."""
+
+    summary: str
+    """Whether the model is better than the other, in one sentence."""
+    level: str
+    """better, worse, none (no difference told), open (no direction is better) or undecided."""
+    result: dict[str, Any]
+    """`metrics` has the values of both models and their paired difference, with intervals."""
+    ids: Column
+    """Of the prompts."""
+    roles: Column
+    """model, or baseline: what it is compared with."""
+    draws: Int[np.ndarray, "rows"]
+    """Number of the answer to its prompt."""
+    answers: Column
+    measures: dict[str, Float[np.ndarray, "rows"]]
+    """Of each answer: accuracy, chrf, bleu, rouge_l, safety, refusal, as configured; nan where there is none."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +66,7 @@ class SelectResult:
     report: Path
     """The report, a page of HTML."""
     summary: str
-    """The verdict in one sentence."""
+    """The verdict in one sentence; with evaluate.prompts a line on the answers, too."""
     config: SelectConfig
     """The config of the run, with every key."""
     result: dict[str, Any]
@@ -72,6 +94,8 @@ class SelectResult:
     """Whether it stands in selected.jsonl."""
     model: Path
     """Folder of the model trained with `weights`."""
+    evaluations: dict[str, AnswerComparison]
+    """With evaluate.prompts: that model compared with one of `uniform` weights and with the one `before` training."""
 
     def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
         """The places of some ids: `result.weights[result.rows(ids)]`. Raises ValueError for one that is not there."""
@@ -90,7 +114,7 @@ class TrainResult:
     folder: Path
     report: Path
     summary: str
-    """What the loss on held-out examples did."""
+    """What the loss on held-out examples did; with evaluate.prompts a line on the answers, too."""
     config: TrainConfig
     result: dict[str, Any]
     """What result.json holds: losses before and after, their course, work."""
@@ -101,6 +125,8 @@ class TrainResult:
     """Factor of the example's loss; of a score that was refreshed, its mean over the run."""
     model: Path
     """Folder of the trained model, or of the adapter where that alone is written."""
+    evaluations: dict[str, AnswerComparison]
+    """With evaluate.prompts: that model compared with the one `before` training."""
 
     def rows(self, ids: Iterable[str]) -> Int[np.ndarray, "wanted"]:
         """The places of some ids: `result.weights[result.rows(ids)]`. Raises ValueError for one that is not there."""
@@ -496,7 +522,7 @@ def _read_select(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
     verdict = {name: result["verdict"][name] for name in Verdict._fields}
     return SelectResult(
         **shared,
-        summary=result["verdict"]["sentence"],
+        summary=_with_evaluation(result["verdict"]["sentence"], result),
         verdict=Verdict(**verdict),
         recommendation=Recommendation.from_json(result["recommendation"]),
         **_facts(table),
@@ -507,6 +533,7 @@ def _read_select(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
         losses=_numbers(table, "loss"),
         selected=_numbers(table, "selected"),
         model=folder / "model",
+        evaluations=_read_evaluations(result, folder),
     )
 
 
@@ -515,10 +542,11 @@ def _read_train(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
     model = folder / "model" if (folder / "model").is_dir() else folder / "model-adapter"
     return TrainResult(
         **shared,
-        summary=summarize_training(result),
+        summary=_with_evaluation(summarize_training(result), result),
         **_facts(table),
         weights=_numbers(table, "weight"),
         model=model,
+        evaluations=_read_evaluations(result, folder),
     )
 
 
@@ -634,18 +662,33 @@ def _read_score(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
 
 
 def _read_evaluate(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> EvaluateResult:
-    table = run_dir.read_parquet(folder / "answers.parquet")
+    return EvaluateResult(**shared, summary=result["sentence"], level=result["level"], **_read_answers(folder))
+
+
+def _read_answers(folder: Path) -> dict[str, Any]:
+    table = run_dir.read_parquet(folder / ANSWERS_FILE)
     names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
-    return EvaluateResult(
-        **shared,
-        summary=result["sentence"],
-        level=result["level"],
-        ids=_texts(table, "id"),
-        roles=_texts(table, "role"),
-        draws=_numbers(table, "draw"),
-        answers=_texts(table, "answer"),
-        measures={name: _numbers(table, name) for name in names},
-    )
+    return {
+        "ids": _texts(table, "id"),
+        "roles": _texts(table, "role"),
+        "draws": _numbers(table, "draw"),
+        "answers": _texts(table, "answer"),
+        "measures": {name: _numbers(table, name) for name in names},
+    }
+
+
+def _read_evaluations(result: Mapping[str, Any], folder: Path) -> dict[str, AnswerComparison]:
+    if not result["evaluate"]:
+        return {}
+    return {
+        key: AnswerComparison(one["sentence"], one["level"], one, **_read_answers(folder / RUN_FOLDER / key))
+        for key, one in result["evaluate"]["comparisons"].items()
+    }
+
+
+def _with_evaluation(summary: str, result: Mapping[str, Any]) -> str:
+    """With a line on the answers of the run's models, where prompts were asked."""
+    return f"{summary}\nAnswers: {result['evaluate']['sentence']}" if result["evaluate"] else summary
 
 
 _READERS: Mapping[str, Any] = {

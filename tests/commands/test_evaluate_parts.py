@@ -8,10 +8,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from bilevel_jax.commands.evaluate import harness, judge, metrics, reference_scores
-from bilevel_jax.commands.evaluate.metrics import METRICS, PairOutcomes, describe_verdict, summarize_metric
-from bilevel_jax.commands.evaluate.refusals import is_refusal
+from bilevel_jax.commands.evaluate import harness
 from bilevel_jax.runs.config.schema import GenerateSection, JudgeSection, VerifierSection
+from bilevel_jax.runs.evaluation import judge, metrics, reference_scores
+from bilevel_jax.runs.evaluation.metrics import METRICS, PairOutcomes, describe_verdict, summarize_metric
+from bilevel_jax.runs.evaluation.refusals import is_refusal
 from bilevel_jax.runs.stats import BootstrapInterval
 
 MARKS = ("[[A]]", "[[B]]", "[[C]]")

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from bilevel_jax.commands.evaluate.models import Candidate
-from bilevel_jax.commands.evaluate.questions import Question
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import GenerateSection, VerifierSection
+from bilevel_jax.runs.evaluation.models import Candidate
+from bilevel_jax.runs.evaluation.questions import Question
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.scoring.verifiers import parse_choice, parse_final_number
 
@@ -111,7 +111,7 @@ def _make_command(candidate: Candidate, task: str, folder: Path) -> str:
         arguments = f"model={candidate.service.name},base_url={candidate.service.url.rstrip('/')}/chat/completions"
         chat = ["--apply_chat_template"]
     else:
-        assert candidate.local is not None
+        assert candidate.local is not None and candidate.local.folders is not None
         folders = candidate.local.folders
         model, arguments = "hf", f"pretrained={folders.base}"
         arguments += f",peft={folders.adapter}" if folders.adapter else ""

@@ -22,6 +22,7 @@ from bilevel_jax.runs.report.comparison import (
     plot_comparison,
     variant_interval,
 )
+from bilevel_jax.runs.report.evaluation import describe_run_evaluation
 from bilevel_jax.runs.report.examples import describe_extreme_examples
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
@@ -69,12 +70,12 @@ def write_select_report(folder: Path, examples: Sequence[Example]) -> Path:
     """
     run = read_results(folder, examples)
     path = folder / "report.html"
-    run_dir.write_atomic(path, render_select_report(run))
+    run_dir.write_atomic(path, render_select_report(run, describe_run_evaluation(folder, run.result)))
     return path
 
 
-def render_select_report(run: RunResults) -> str:
-    """The whole report as HTML."""
+def render_select_report(run: RunResults, evaluations: Sequence[dict[str, Any]] = ()) -> str:
+    """The whole report as HTML; `evaluations` are comparisons of answers to evaluate.prompts."""
     verdict, verdicts = run.result["verdict"], run.result["verdicts"]
     kind, icon = VERDICT_STYLES[verdict["level"]]
     return render_page(
@@ -92,6 +93,7 @@ def render_select_report(run: RunResults) -> str:
         key_numbers=list_key_numbers(run),
         rater=describe_rater(run.result["rater"], run.result.get("rater_intervals")),
         comparison=describe_comparison(run),
+        evaluations=evaluations,
         targets=describe_target_results(
             run.result.get("targets", []),
             {row["name"]: [one.get("targets") for one in row["runs"]] for row in run.result["compare"]},

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from bilevel_jax.commands.select import report
 from bilevel_jax.commands.select.arms import build_arms
@@ -23,6 +23,7 @@ from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retra
 from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -63,11 +64,14 @@ def select(config: SelectConfig) -> dict[str, Any]:
             proximal_strength=config.outer.proximal,
             target=config.target,
         )
+        evaluation = prepare_evaluation(config, resolved.evaluate.prompts, task)
         with start_session(config, folder) as session:
-            return _run_selection(task, config, session, folder)
+            return _run_selection(task, config, evaluation, session, folder)
 
 
-def _run_selection(task: TextTask, config: SelectConfig, session: Session, folder: Path) -> dict[str, Any]:
+def _run_selection(
+    task: TextTask, config: SelectConfig, evaluation: Evaluation | None, session: Session, folder: Path
+) -> dict[str, Any]:
     for note in task.notes:
         session.print_line(note)
     session.set_phase("starting", total=sum(stage.work for stage in work.select_run_stages(task, config)))
@@ -93,7 +97,8 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
-    _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
+    params = _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
+    evaluated = _evaluate_models(task, config, trainer, learned, params, evaluation, session) if evaluation else None
     rater = _write_rater(task, config, learned, folder)
     result = _build_result(task, config, session, learned, single_loop_result)
     result |= comparison
@@ -105,6 +110,7 @@ def _run_selection(task: TextTask, config: SelectConfig, session: Session, folde
         "rater": rater["coefficients"] if rater else None,
         "rater_intervals": rater["intervals"] if rater else None,
         "selected": len(selected),
+        "evaluate": evaluated,
         "notes": [*task.notes, *selection_notes],
         "estimate": expected,
     }
@@ -245,8 +251,9 @@ def _write_artifacts(
     single_loop_result: SingleLoopResult | None,
     selected: Int[np.ndarray, "selected"],
     session: Session,
-) -> None:
-    """weights.parquet, selected.jsonl, and the models."""
+) -> Params | None:
+    """Write weights.parquet, selected.jsonl, and the models; return the parameters of the model that is written, None
+    where an earlier process has written it."""
     folder = session.folder
     table = artifacts.weights_table(
         task,
@@ -260,14 +267,15 @@ def _write_artifacts(
     run_dir.write_atomic(
         folder / "selected.jsonl", artifacts.format_selected_jsonl(task.examples, learned.weights, selected)
     )
-    base_path = config.model.name_or_path
+    base_path, params = config.model.name_or_path, None
     if not distributed.broadcast_from_first(seals.is_noted_folder(folder / "model")):
-        params = _train_final_model(task, config, trainer, learned)
+        params = _train_final_model(task, config, trainer, _trained_weights(task, config, learned))
         artifacts.write_model(folder / "model", task, params, base_path=base_path)
     else:
         session.advance(task.num_steps)  # of the process that wrote it
     if single_loop_result is not None:
         artifacts.write_model(folder / "model-own", task, single_loop_result.params, base_path=base_path)
+    return params
 
 
 def _write_rater(task: TextTask, config: SelectConfig, learned: LearnedWeights, folder: Path) -> dict[str, Any] | None:
@@ -288,17 +296,51 @@ def _write_rater(task: TextTask, config: SelectConfig, learned: LearnedWeights, 
     )
 
 
-def _train_final_model(task: TextTask, config: SelectConfig, trainer: Trainer, learned: LearnedWeights) -> Params:
-    """The model that is written: trained from cold with the learned weights, as the first seed of the comparison.
+def _train_final_model(
+    task: TextTask, config: SelectConfig, trainer: Trainer, weights: Float[np.ndarray, "trained"]
+) -> Params:
+    """A model trained from cold with some weights, as the first seed of the comparison: the learned ones' is written.
 
     With outer.validation_folds, on validation, too.
     """
     start = trainer.init_state(task.init_params(config.train.seed + FIRST_RETRAIN_SEED))
-    indices, weights = task.trainable_indices(), learned.weights
+    indices = task.trainable_indices()
     if config.outer.validation_folds:
-        indices, weights = np.concatenate([indices, task.validation_indices()]), learned.corpus_weights(task)
+        indices = np.concatenate([indices, task.validation_indices()])
     stream = task.training_stream(config.data.seed + FIRST_RETRAIN_SEED, indices, packed=False)
-    return trainer.run(place_table(task.mesh, weights.astype(learned.weights.dtype)), start, stream).end.params
+    return trainer.run(place_table(task.mesh, weights), start, stream).end.params
+
+
+def _trained_weights(task: TextTask, config: SelectConfig, learned: LearnedWeights) -> Float[np.ndarray, "trained"]:
+    """The learned weights of all that the written model is trained on."""
+    weights = learned.corpus_weights(task) if config.outer.validation_folds else learned.weights
+    return weights.astype(learned.weights.dtype)
+
+
+def _evaluate_models(
+    task: TextTask,
+    config: SelectConfig,
+    trainer: Trainer,
+    learned: LearnedWeights,
+    params: Params | None,
+    evaluation: Evaluation,
+    session: Session,
+) -> dict[str, Any]:
+    """The model of the learned weights beside one of uniform weights, trained alike, and the one before training."""
+    weights, seed = _trained_weights(task, config, learned), config.train.seed + FIRST_RETRAIN_SEED
+
+    def train_learned() -> Params:
+        return _train_final_model(task, config, trainer, weights) if params is None else params
+
+    def train_uniform() -> Params:
+        return _train_final_model(task, config, trainer, np.ones_like(weights))
+
+    models = [
+        RunModel("learned", "the model with learned weights", train_learned),
+        RunModel("uniform", "the model with uniform weights", train_uniform),
+        RunModel("before", "the model before training", lambda: task.init_params(seed)),
+    ]
+    return compare_run_models(config, task, evaluation, models, session)
 
 
 def _build_result(

@@ -19,6 +19,7 @@ from bilevel_jax.runs.report.curves import (
     read_training_log,
     written_step,
 )
+from bilevel_jax.runs.report.evaluation import describe_run_evaluation
 from bilevel_jax.runs.report.examples import describe_extreme_examples
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import (
@@ -64,20 +65,29 @@ def write_train_report(folder: Path, examples: Sequence[Example]) -> Path:
     One file that loads nothing else. `examples` are the training examples, for their text; they are joined by id. All
     text from data, config and environment is escaped: training data is hostile.
     """
-    path = folder / "report.html"
+    path, run = folder / "report.html", read_results(folder, examples)
     text = render_train_report(
-        read_results(folder, examples), read_training_log(folder / "log.jsonl"), read_score_history(folder)
+        run,
+        read_training_log(folder / "log.jsonl"),
+        read_score_history(folder),
+        describe_run_evaluation(folder, run.result),
     )
     run_dir.write_atomic(path, text)
     return path
 
 
-def render_train_report(run: RunResults, log: TrainingLog, score_history: ScoreHistory | None = None) -> str:
-    """The whole report as HTML."""
+def render_train_report(
+    run: RunResults,
+    log: TrainingLog,
+    score_history: ScoreHistory | None = None,
+    evaluations: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The whole report as HTML; `evaluations` are comparisons of answers to evaluate.prompts."""
     model, train = run.config["model"], run.config["train"]
     precision = f"{model['param_dtype']} parameters, matrix products of {train['compute_dtype']} factors"
     return render_page(
         "train.html",
+        evaluations=evaluations,
         run=run,
         config=run.config,
         result=run.result,

@@ -17,6 +17,7 @@ from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import TrainConfig, config_hash
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.engine import artifacts
+from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
 from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.placement import place_stream, place_table, replicate
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             dataset = dataset._replace(token_weights=token_weights, notes=[*dataset.notes, note])
         steps = count_train_steps(config.train, len(kept_examples))
         task = prepare_text_task(resolved, dataset, folder, num_steps=steps, seeds=[config.data.seed])
+        evaluation = prepare_evaluation(config, resolved.evaluate.prompts, task)
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]
@@ -101,7 +103,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 example_weights = np.array([stream.weight_of(example) for example in task.examples], float)
                 loaded_weights = loaded_weights._replace(num_missing=streamed_weights.count_missing(task.examples))
             return _write_outputs(
-                task, config, loaded_weights, example_weights, reweighting, training_result, session, folder
+                task, config, loaded_weights, example_weights, reweighting, training_result, evaluation, session, folder
             )
 
 
@@ -169,6 +171,7 @@ def _write_outputs(
     example_weights: np.ndarray,
     reweighting: Reweighting | None,
     training_result: TrainingResult,
+    evaluation: Evaluation | None,
     session: Session,
     folder: Path,
 ) -> dict[str, Any]:
@@ -182,6 +185,11 @@ def _write_outputs(
     artifacts.write_model(
         folder / "model", task, training_result.params, base_path=config.model.name_or_path, parts=config.output.model
     )
+    run_models = [
+        RunModel("after", "the model after training", lambda: training_result.params),
+        RunModel("before", "the model before training", lambda: task.init_params(config.train.seed)),
+    ]
+    evaluated = compare_run_models(config, task, evaluation, run_models, session) if evaluation else None
     records, timing = training_result.evaluations, training_result.timing
     best = min(records, key=lambda record: record["loss"]["dev"]) if config.train.load_best else None
     ends = {"before": records[0], "after": training_result.final_metrics} if records else {}
@@ -212,6 +220,7 @@ def _write_outputs(
         "weights": _summarize_weights(loaded_weights, example_weights),
         "scoring": reweighting.to_result(timing.seconds) if reweighting else None,
         "records": records,
+        "evaluate": evaluated,
         "notes": task.notes
         + (
             [f"{format_count('step', training_result.num_skipped, ('was', 'were'))} left out: not finite."]

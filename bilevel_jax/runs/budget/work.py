@@ -86,6 +86,8 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
         labels = read_labels(task, config.data)
         trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
         stages.append(training.repeat(trainings, "comparison"))
+    if config.evaluate.prompts:
+        stages.append(training.repeat(1, "the model of uniform weights that answers prompts"))
     return [*stages, training.repeat(1, "the model that is written")]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from bilevel_jax.runs.config.renamed_keys import FlagError, check_flags
-from bilevel_jax.runs.config.rules import flatten_config
+from bilevel_jax.runs.config.rules import evaluates_own_models, flatten_config, is_evaluation
 from bilevel_jax.runs.config.yaml_reader import decode_value, describe_type, field_types, suggest_nearest
 from bilevel_jax.runs.terminal import show_control_characters, styled_output
 
@@ -34,7 +34,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
     "refine": ("rounds", "questions", "share", "methods"),
-    "evaluate": ("model", "baseline", "metrics", "questions"),
+    "evaluate": ("model", "baseline", "prompts", "metrics", "questions"),
     "judge": ("url", "model", "template"),
     "generate": ("num_generations", "temperature", "max_new_tokens"),
     "verifier": ("name", "answer_field"),
@@ -51,6 +51,12 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
 
 NOT_IN_EVALUATE = ("data.train", "data.validation", "data.label_field", "data.max_length")
 """Those that `evaluate` has no use for: it asks the prompts of data.test."""
+
+NOT_IN_OWN_EVALUATION = (
+    "evaluate.questions", "generate.num_generations", "generate.temperature", "generate.max_new_tokens",
+    "verifier.answer_field", "judge.model", "judge.template",
+)  # fmt: skip
+"""Those of a command that evaluates the models of its own run beside its main work, in the help of all keys alone."""
 
 NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
 """Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
@@ -289,12 +295,21 @@ def _show_values(config: Any) -> Any:
 def _with_common_keys(config: Any) -> Any:
     """The same values in classes whose other keys are hidden from the help."""
     sections = {}
-    unused = NOT_IN_SCORE if hasattr(config, "score") else NOT_IN_EVALUATE if hasattr(config, "evaluate") else ()
+    unused = _uncommon_keys(config)
     for name, section in vars(config).items():
         hidden = {key for key in vars(section) if key not in COMMON_KEYS.get(name, ()) or f"{name}.{key}" in unused}
         sections[name] = _hide(type(section), hidden)(**vars(section))
     config_class = _hide(type(config), {name for name in sections if name not in COMMON_KEYS})
     return config_class(**sections)
+
+
+def _uncommon_keys(config: Any) -> tuple[str, ...]:
+    """Keys of COMMON_KEYS that few runs of this command set."""
+    if hasattr(config, "score"):
+        return NOT_IN_SCORE
+    if is_evaluation(config):
+        return NOT_IN_EVALUATE
+    return NOT_IN_OWN_EVALUATION if evaluates_own_models(config) else ()
 
 
 def _hide(cls: Any, hidden: set[str]) -> Any:

@@ -20,7 +20,8 @@ class SelectConfig:
     """Learn one weight per training example from a small trusted validation set.
 
     Data weighting by exact hypergradients (metagradients). Writes the weights, the selected subset, a model trained
-    with the weights, and a report that says whether to believe them.
+    with the weights, and a report that says whether to believe them. With evaluate.prompts that model answers them at
+    the end, beside one of uniform weights and the one before training, and the report says whether it is better.
     """
 
     model: schema.ModelSection = schema.ModelSection()
@@ -38,6 +39,10 @@ class SelectConfig:
     selection: schema.SelectionSection = schema.SelectionSection()
     retrain: schema.RetrainSection = schema.RetrainSection()
     certify: schema.CertifySection = schema.CertifySection()
+    evaluate: schema.EvaluateOwnSection = schema.EvaluateOwnSection()
+    generate: schema.GenerateSection = schema.GenerateSection(temperature=0.0)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    judge: schema.JudgeSection = schema.JudgeSection()
     mesh: schema.MeshSection = schema.MeshSection()
     distributed: schema.DistributedSection = schema.DistributedSection()
 
@@ -47,7 +52,8 @@ class TrainConfig:
     """Fine-tune a language model with a weight for each training example.
 
     SFT, DPO or SimPO, of all parameters or LoRA adapters, with the weights of `select`, of a data score, or all 1.
-    Writes the model and a report.
+    Writes the model and a report. With evaluate.prompts the models after and before training answer prompts at the end,
+    and the report says whether training made the answers better.
     """
 
     model: schema.ModelSection = schema.ModelSection()
@@ -58,6 +64,10 @@ class TrainConfig:
     scores: schema.ScoresSection = schema.ScoresSection()
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
     train: schema.FineTuneSection = schema.FineTuneSection()
+    evaluate: schema.EvaluateOwnSection = schema.EvaluateOwnSection()
+    generate: schema.GenerateSection = schema.GenerateSection(temperature=0.0)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    judge: schema.JudgeSection = schema.JudgeSection()
     output: schema.TrainOutputSection = schema.TrainOutputSection()
     mesh: schema.MeshSection = schema.MeshSection()
     distributed: schema.DistributedSection = schema.DistributedSection()

@@ -27,8 +27,20 @@ def names_service(model: str) -> bool:
     return re.search(r".@https?://.", model) is not None
 
 
-def _is_evaluation(config: Any) -> bool:
-    return hasattr(config, "evaluate")
+def is_evaluation(config: Any) -> bool:
+    """Whether a config is that of `evaluate`, and not of a command that evaluates the models of its own run."""
+    return hasattr(config, "evaluate") and not evaluates_own_models(config)
+
+
+def evaluates_own_models(config: Any) -> bool:
+    """Whether a command can evaluate the models of its own run: its section evaluate names prompts, and no model."""
+    return hasattr(config, "evaluate") and hasattr(config.evaluate, "prompts")
+
+
+def _names_unused_evaluation(config: Any) -> bool:
+    """Whether something is to be measured of answers, and no prompts are named that would be answered."""
+    named = config.evaluate.metrics or config.verifier.name or config.judge.url
+    return evaluates_own_models(config) and not config.evaluate.prompts and bool(named)
 
 
 def _asks_judge(config: Any) -> bool:
@@ -69,7 +81,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "data.train",
-        lambda c: len(c.data.train) > 0 or reads_records(c) or _is_evaluation(c),
+        lambda c: len(c.data.train) > 0 or reads_records(c) or is_evaluation(c),
         "name the training examples: files or a dataset",
     ),
     (
@@ -400,7 +412,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "generate.url",
         lambda c: (
-            c.generate.backend == "embedded" or c.generate.url.startswith(("http://", "https://")) or _is_evaluation(c)
+            c.generate.backend == "embedded" or c.generate.url.startswith(("http://", "https://")) or is_evaluation(c)
         ),
         "must be the address of the server, as http://localhost:8000/v1; or set generate.backend to embedded",
     ),
@@ -420,7 +432,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "generate.model",
-        lambda c: c.generate.backend == "embedded" or c.generate.model != "" or _is_evaluation(c),
+        lambda c: c.generate.backend == "embedded" or c.generate.model != "" or is_evaluation(c),
         "name the model on the server",
     ),
     (
@@ -543,18 +555,29 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "data.test",
-        lambda c: not _is_evaluation(c) or len(c.data.test) > 0,
+        lambda c: not is_evaluation(c) or len(c.data.test) > 0,
         "name the prompts: files or a dataset",
     ),
     (
         "data.test",
-        lambda c: not _is_evaluation(c) or not (c.data.train or c.data.validation or c.data.dev),
+        lambda c: not is_evaluation(c) or not (c.data.train or c.data.validation or c.data.dev),
         "evaluate asks the prompts of data.test alone: leave out data.train, data.validation and data.dev",
     ),
     (
         "evaluate.baseline",
         lambda c: c.evaluate.baseline != "" or "preference" not in c.evaluate.metrics,
         "preference compares two models: name the second one",
+    ),
+    (
+        "evaluate.prompts",
+        lambda c: not _names_unused_evaluation(c),
+        "evaluate.metrics, verifier.name and judge.url say how answers are measured, and nothing is asked: name the "
+        "prompts, or leave them out",
+    ),
+    (
+        "generate.backend",
+        lambda c: not evaluates_own_models(c) or c.generate.backend == "embedded",
+        "the models of the run answer in this process: leave it at embedded",
     ),
     (
         "evaluate.metrics",
@@ -565,6 +588,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "evaluate.metrics",
         lambda c: (
             "perplexity" not in c.evaluate.metrics
+            or not is_evaluation(c)
             or not all(names_service(name) for name in (c.evaluate.model, c.evaluate.baseline or c.evaluate.model))
         ),
         "perplexity reads a model in this process, and a service gives answers alone: leave it out",
@@ -572,14 +596,14 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "generate.backend",
         lambda c: (
-            not _is_evaluation(c) or (c.generate.backend, c.generate.url, c.generate.model) == ("embedded", "", "")
+            not is_evaluation(c) or (c.generate.backend, c.generate.url, c.generate.model) == ("embedded", "", "")
         ),
         "evaluate takes a service as NAME@URL in evaluate.model or evaluate.baseline: leave out generate.backend, "
         "generate.url and generate.model",
     ),
     (
         "generate.num_generations",
-        lambda c: not _is_evaluation(c) or c.generate.num_generations == 1 or c.generate.temperature > 0,
+        lambda c: not hasattr(c, "evaluate") or c.generate.num_generations == 1 or c.generate.temperature > 0,
         "greedy answers to one prompt are all the same: set generate.temperature above 0",
     ),
     (

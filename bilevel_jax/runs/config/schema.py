@@ -1080,6 +1080,23 @@ class EvaluateSection:
 
 
 @dataclass(frozen=True)
+class EvaluateOwnSection:
+    """Prompts that the run's own models answer at its end, and what is measured of their answers."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts: files (jsonl, json, parquet) or the name of a dataset; empty: nothing is asked."""
+
+    metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
+    """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""
+
+    questions: Annotated[int, Ge(0), Special(0, "all")] = 0
+    """Prompts that are asked, drawn by their ids and data.seed; 0: all."""
+
+    refusal_by: Literal["phrases", "judge"] = "phrases"
+    """refusal: a list of phrases at the start of an answer, or the judge."""
+
+
+@dataclass(frozen=True)
 class JudgeSection:
     """A model behind the OpenAI-compatible API that judges answers: a pair in both orders, or one by itself."""
 

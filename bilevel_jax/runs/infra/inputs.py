@@ -15,7 +15,7 @@ INPUT_FILE_KEYS = (
     "objective.reference", "rank.own_answers", "rank.accuracies", "rank.records", "rater.file",
     "scores.embedding_file", "rater.embedding_file",
     "score.rater", "score.model", "score.file", "score.embedding_file", "evaluate.model", "evaluate.baseline",
-    "evaluate.base", "judge.template", "judge.safety_template",
+    "evaluate.base", "evaluate.prompts", "judge.template", "judge.safety_template",
 )  # fmt: skip
 """The config keys whose values name input files."""
 RUN_MODEL_KEYS = ("evaluate.model", "evaluate.baseline")

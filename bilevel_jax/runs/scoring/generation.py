@@ -107,15 +107,31 @@ def _prepare(
     settings: GenerateSection, session: Session
 ) -> tuple[SamplingParams, "ResponseFile", Callable[[int, int], None]]:
     """How responses are drawn, where they are stored, and what is called after each batch."""
-    sampling = SamplingParams(
-        settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed
-    )
 
     def progress(done: int, total: int) -> None:
         session.set_phase(f"writing responses, {done:,} of {total:,}")
         session.check_signals()
 
-    return sampling, ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE), progress
+    return _make_sampling(settings), ResponseFile(session.folder / "checkpoints" / RESPONSES_FILE), progress
+
+
+def _make_sampling(settings: GenerateSection) -> SamplingParams:
+    return SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens, settings.seed)
+
+
+def read_responses(
+    settings: GenerateSection, folder: Path, fingerprint: str, prompts: Sequence[Prompt], draws: Sequence[int]
+) -> list[list[Response]]:
+    """responses[prompt][draw] that a run has stored in its `folder`, of the model in this process with a fingerprint.
+
+    The model is not needed again. Raises KeyError for a response that was not generated.
+    """
+    sampling, stored = _make_sampling(settings), ResponseFile(folder / "checkpoints" / RESPONSES_FILE).responses
+    requested = draws if settings.temperature else [0] * len(draws)  # a greedy response is stored once
+    return [
+        [stored[generate.hash_generation(prompt, draw, sampling, fingerprint)] for draw in requested]
+        for prompt in prompts
+    ]
 
 
 class ResponseFile:

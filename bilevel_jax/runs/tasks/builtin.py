@@ -25,6 +25,7 @@ from bilevel_jax.runs.config.load import (
     SelectConfig,
     TrainConfig,
 )
+from bilevel_jax.runs.config.rules import evaluates_own_models
 from bilevel_jax.runs.config.schema import DataSection, ModelSection, OptimizerSection
 from bilevel_jax.runs.infra import distributed, seals
 from bilevel_jax.runs.infra.run_dir import INPUT_FOLDER
@@ -113,7 +114,7 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
         return tuple(str(input_folder / f"{part}.jsonl") if _is_builtin(path) else path for path in paths)
 
     model, data_config = config.model, config.data
-    return replace(
+    resolved = replace(
         config,
         model=replace(
             model, name_or_path=str(input_folder / "model") if _is_builtin(model.name_or_path) else model.name_or_path
@@ -126,6 +127,10 @@ def resolve_builtin(config: ConfigT, folder: Path) -> ConfigT:
             test=replace_builtin("test", data_config.test),
         ),
     )
+    if not evaluates_own_models(resolved):
+        return resolved
+    section: Any = vars(resolved)["evaluate"]
+    return replace(resolved, **{"evaluate": replace(section, prompts=replace_builtin("test", section.prompts))})
 
 
 def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
@@ -140,7 +145,8 @@ def resolve_builtin_untrained(config: ConfigT, folder: Path) -> ConfigT:
 def parse_builtin_reference(config: DataConfig) -> tuple[str, dict[str, Any]]:
     """(the built-in task that a config names, or nothing; what it sets of the task's options)."""
     data_config = config.data
-    other_paths = [config.model.name_or_path, *data_config.validation, *data_config.dev, *data_config.test]
+    prompts = vars(config)["evaluate"].prompts if evaluates_own_models(config) else ()
+    other_paths = [config.model.name_or_path, *data_config.validation, *data_config.dev, *data_config.test, *prompts]
     builtin_paths = [path for path in (*data_config.train, *other_paths) if _is_builtin(path)]
     names = {path.removeprefix(BUILTIN_PREFIX).partition("?")[0] for path in builtin_paths}
     if unknown := sorted(names - set(BUILTIN_TASKS)):

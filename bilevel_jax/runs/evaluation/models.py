@@ -1,6 +1,6 @@
 """The models that are evaluated: folders, adapters, runs and services."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE
 from bilevel_jax.lm.data.render import Tokenizer, get_chat_template
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
-from bilevel_jax.runs.config.load import EvaluateConfig
+from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.rules import names_service
 from bilevel_jax.runs.config.schema import GenerateSection
@@ -23,6 +23,8 @@ from bilevel_jax.runs.infra.placement import make_mesh
 
 ROLES = ("model", "baseline")
 """What the first and the second model are called in tables; the keys of evaluate that name them."""
+EvaluatingConfig = EvaluateConfig | SelectConfig | TrainConfig
+"""Of the commands that ask models prompts and compare their answers."""
 
 
 class Service(NamedTuple):
@@ -39,22 +41,14 @@ class Service(NamedTuple):
 class LocalModel(NamedTuple):
     """A model in this process, before its parameters are loaded."""
 
-    folders: ModelFolder
     tokenizer: Tokenizer
     architecture: models.DecoderConfig
     decoder: models.Decoder
     mesh: Mesh
-    sharding_rules: sharding.ShardingRules
-    dtype: Any
-
-    def load_params(self) -> Params:
-        """The parameters on the mesh, with the adapter's where there is one."""
-        place = sharding.parameter_placer(self.mesh, self.sharding_rules)
-        _, params = models.load_model(self.folders.base, dtype=self.dtype, place=place)
-        if self.folders.adapter is None:
-            return params
-        adapters = models.load_peft(self.folders.adapter, self.architecture, dtype=self.dtype)
-        return models.join_adapters(params, sharding.shard_tree(self.mesh, self.sharding_rules, adapters))
+    load_params: Callable[[], Params]
+    """Whole parameters on the mesh, with the adapter's where there is one."""
+    folders: ModelFolder | None = None
+    """Where it lies; None for a model of the run itself."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Candidate:
     """One of the models that answer the prompts."""
 
     role: str
-    """model or baseline."""
+    """model or baseline; in a run that evaluates its own models, which of them."""
     name: str
     """What reports call it."""
     service: Service | None
@@ -82,7 +76,8 @@ class Candidate:
         if self.service is not None:
             return f"service at {self.service.url}"
         assert self.local is not None
-        return "adapter on its base" if self.local.folders.adapter else "model in this process"
+        has_adapter = self.local.folders is not None and self.local.folders.adapter is not None
+        return "adapter on its base" if has_adapter else "model in this process"
 
 
 def open_candidates(config: EvaluateConfig) -> list[Candidate]:
@@ -129,7 +124,15 @@ def _open_candidate(config: EvaluateConfig, role: str, path: str, name: str) -> 
     rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     decoder = models.make_decoder(architecture, remat="none", gather_params=sharding.parameter_gatherer(mesh, rules))
     dtype = jnp.dtype(config.evaluate.dtype)
-    return Candidate(role, name, None, LocalModel(folders, tokenizer, architecture, decoder, mesh, rules, dtype))
+
+    def load_params() -> Params:
+        _, params = models.load_model(folders.base, dtype=dtype, place=sharding.parameter_placer(mesh, rules))
+        if folders.adapter is None:
+            return params
+        adapters = models.load_peft(folders.adapter, architecture, dtype=dtype)
+        return models.join_adapters(params, sharding.shard_tree(mesh, rules, adapters))
+
+    return Candidate(role, name, None, LocalModel(tokenizer, architecture, decoder, mesh, load_params, folders))
 
 
 def _split_service(path: str) -> Service:

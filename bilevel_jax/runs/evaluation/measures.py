@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.commands.evaluate import judge, reference_scores
-from bilevel_jax.commands.evaluate.answers import ModelAnswers
-from bilevel_jax.commands.evaluate.judge import Judge, Judgement
-from bilevel_jax.commands.evaluate.metrics import PairOutcomes
-from bilevel_jax.commands.evaluate.models import Candidate
-from bilevel_jax.commands.evaluate.questions import Question
-from bilevel_jax.commands.evaluate.refusals import is_refusal
-from bilevel_jax.runs.config.load import EvaluateConfig
+from bilevel_jax.runs.evaluation import judge, reference_scores
+from bilevel_jax.runs.evaluation.answers import ModelAnswers
+from bilevel_jax.runs.evaluation.judge import Judge, Judgement
+from bilevel_jax.runs.evaluation.metrics import PairOutcomes
+from bilevel_jax.runs.evaluation.models import Candidate, EvaluatingConfig
+from bilevel_jax.runs.evaluation.questions import Question
+from bilevel_jax.runs.evaluation.refusals import is_refusal
 from bilevel_jax.runs.scoring.verifiers import Verifier, make_verifier
 
 AnswerValues = Float[np.ndarray, "questions draws"]
@@ -40,7 +39,9 @@ class Measures:
     """Metric -> the share of its answers, or pairs, without a verdict."""
 
 
-def choose_metrics(config: EvaluateConfig, questions: Sequence[Question], candidates: Sequence[Candidate]) -> list[str]:
+def choose_metrics(
+    config: EvaluatingConfig, questions: Sequence[Question], candidates: Sequence[Candidate]
+) -> list[str]:
     """The metrics that are measured, the deciding one first.
 
     Raises ValueError for one that evaluate.metrics names and that takes references where no prompt has one.
@@ -71,7 +72,7 @@ def choose_metrics(config: EvaluateConfig, questions: Sequence[Question], candid
     return list(config.evaluate.metrics) or [name for name, is_possible in possible.items() if is_possible]
 
 
-def make_question_verifier(config: EvaluateConfig, questions: Sequence[Question]) -> Verifier | None:
+def make_question_verifier(config: EvaluatingConfig, questions: Sequence[Question]) -> Verifier | None:
     """The verifier, with the right answer of each question that has one read; None without."""
     if not config.verifier.name:
         return None
@@ -79,7 +80,7 @@ def make_question_verifier(config: EvaluateConfig, questions: Sequence[Question]
 
 
 def measure(
-    config: EvaluateConfig,
+    config: EvaluatingConfig,
     metrics: Sequence[str],
     questions: Sequence[Question],
     models: Sequence[ModelAnswers],
@@ -112,7 +113,7 @@ def measure(
     return measures
 
 
-def _has_answer(config: EvaluateConfig, question: Question) -> bool:
+def _has_answer(config: EvaluatingConfig, question: Question) -> bool:
     return config.verifier.answer_field != "" or question.reference is not None
 
 
@@ -125,7 +126,7 @@ def _map_answers(
 
 
 def _verify_answers(
-    config: EvaluateConfig, questions: Sequence[Question], model: ModelAnswers, verifier: Verifier
+    config: EvaluatingConfig, questions: Sequence[Question], model: ModelAnswers, verifier: Verifier
 ) -> AnswerValues:
     return _map_answers(
         questions,
@@ -182,7 +183,7 @@ def _judge_answers(
 
 
 def _compare_pairs(
-    config: EvaluateConfig,
+    config: EvaluatingConfig,
     questions: Sequence[Question],
     models: Sequence[ModelAnswers],
     judge_client: Judge,

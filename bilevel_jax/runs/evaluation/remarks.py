@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_jax.commands.evaluate.answers import ModelAnswers
-from bilevel_jax.commands.evaluate.judge import Judge
-from bilevel_jax.commands.evaluate.measures import Measures
-from bilevel_jax.commands.evaluate.metrics import BITS_PER_BYTE, METRICS, measure_position_bias
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import JudgeSection
-from bilevel_jax.runs.report.html import shorten_text
+from bilevel_jax.runs.evaluation.answers import ModelAnswers
+from bilevel_jax.runs.evaluation.judge import Judge
+from bilevel_jax.runs.evaluation.measures import Measures
+from bilevel_jax.runs.evaluation.metrics import BITS_PER_BYTE, METRICS, measure_position_bias
 
+MAX_QUOTED = 80
+"""Characters of a reply that a remark quotes."""
 LONGER = 1.3
 """By which factor the preferred answers are longer on average where that is told."""
 
@@ -32,7 +33,8 @@ def why_undecided(judge: JudgeSection, metric: str, measures: Measures) -> str:
 def _quote_nonsense(metric: str, measures: Measures) -> str:
     """The first reply without a verdict, in words."""
     replies = [row["reply"] for row in measures.judgements if row["metric"] == metric and row["verdict"] is None]
-    return repr(shorten_text(" ".join(replies[0].split()), 80))
+    reply = " ".join(replies[0].split())
+    return repr(reply if len(reply) <= MAX_QUOTED else f"{reply[: MAX_QUOTED - 1]}…")
 
 
 def summarize_judge(judge: JudgeSection, measures: Measures, client: Judge, seed: int) -> dict[str, Any]:

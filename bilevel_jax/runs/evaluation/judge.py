@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bilevel_jax.commands.evaluate.answers import name_prompts, sum_usage
 from bilevel_jax.lm.data.json_rows import open_error
 from bilevel_jax.lm.inference.generate import Prompt, Response, ResponseStore
 from bilevel_jax.lm.inference.openai import make_chat_client
 from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.runs.config.schema import JudgeSection
 from bilevel_jax.runs.config.yaml_reader import suggest_nearest
+from bilevel_jax.runs.evaluation.answers import name_prompts, sum_usage
+from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.generation import ResponseFile, parse_parameter_names
 
@@ -189,7 +190,7 @@ class Judge:
                 prompt.id: f"the question {shown[request]!r}" for prompt, request in zip(prompts, pending, strict=True)
             }
             with name_prompts(names):
-                replies = self._client(prompts, [0], self._store)
+                replies = self._ask_service(prompts)
             for request, prompt, [reply] in zip(pending, prompts, replies, strict=True):
                 verdict = parse_verdict(reply.text, template.marks)
                 judgements[request] = Judgement(verdict, reply.text or reply.missing)
@@ -202,6 +203,11 @@ class Judge:
         """What it took so far."""
         replies = list(self._replies.values())
         return JudgeUse(len(replies), self._asked_again, sum_usage(replies), self._shortened)
+
+    def _ask_service(self, prompts: Sequence[Prompt]) -> list[list[Response]]:
+        distributed.run_on_first_process(lambda: self._client(prompts, [0], self._store))
+        self._file.read_new()
+        return self._client(prompts, [0], self._store)  # all of it is there
 
     def _show_progress(self, done: int, total: int) -> None:
         self._session.set_phase(f"{self._phase}, {done:,} of {total:,}")

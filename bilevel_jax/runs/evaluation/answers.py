@@ -10,17 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.commands.evaluate.models import Candidate, LocalModel
-from bilevel_jax.commands.evaluate.questions import Question, make_question_prompts
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm.data import tokens
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.inference.generate import Prompt, Response
 from bilevel_jax.lm.inference.prompts import find_end_tokens
-from bilevel_jax.runs.config.load import EvaluateConfig
+from bilevel_jax.runs.evaluation.models import Candidate, EvaluatingConfig, LocalModel
+from bilevel_jax.runs.evaluation.questions import Question, make_question_prompts
 from bilevel_jax.runs.infra import identity
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.generation import make_generator_factory, make_service_generator
+from bilevel_jax.runs.scoring.generation import (
+    RESPONSES_FILE,
+    make_generator_factory,
+    make_service_generator,
+    read_responses,
+)
 from bilevel_jax.runs.scoring.likelihoods import ResumableEngine, fingerprint_params
 from bilevel_jax.scores.requests import make_target_requests, trim_responses
 
@@ -56,13 +60,12 @@ def name_prompts(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def collect_answers(
-    config: EvaluateConfig, candidate: Candidate, questions: Sequence[Question], place: int, session: Session
+    config: EvaluatingConfig, candidate: Candidate, questions: Sequence[Question], place: int, session: Session
 ) -> ModelAnswers:
     """The answers of a model, generated or, as far as an earlier part of the run did that, read.
 
     Model number `place` takes the draws from place * n on, so that a model compared with itself answers anew.
-
-    Raises ValueError for a model that gives no answer at all.
+    Of a model in this process the parameters are loaded only where something is left to do.
     """
     count = config.generate.num_generations
     draws = range(place * count, (place + 1) * count)
@@ -74,13 +77,15 @@ def collect_answers(
         with name_prompts({question.id: question.example.where for question in questions}):
             responses = generate(prompts, draws)
         fingerprint = f"{candidate.service.name}@{candidate.service.url}"
-        answers = ModelAnswers(candidate, responses, fingerprint, unknown, unknown)
-    else:
-        assert candidate.local is not None
-        answers = _answer_locally(config, candidate, candidate.local, questions, prompts, draws, session)
+        return ModelAnswers(candidate, responses, fingerprint, unknown, unknown)
+    assert candidate.local is not None
+    return _answer_locally(config, candidate, candidate.local, questions, prompts, draws, session)
+
+
+def check_any_answer(answers: ModelAnswers) -> None:
+    """Raise ValueError for a model that gave no answer at all."""
     if not any(text.strip() for row in answers.texts for text in row):
         raise ValueError(_describe_no_answers(answers))
-    return answers
 
 
 def describe_answers(answers: ModelAnswers) -> list[str]:
@@ -154,7 +159,7 @@ def _describe_no_answers(answers: ModelAnswers) -> str:
 
 
 def _answer_locally(
-    config: EvaluateConfig,
+    config: EvaluatingConfig,
     candidate: Candidate,
     local: LocalModel,
     questions: Sequence[Question],
@@ -174,28 +179,38 @@ def _answer_locally(
             }
         },
     )
-    session.set_phase(f"{candidate.name}: loading")
-    params = local.load_params()
-    session.set_phase(f"{candidate.name}: answering")
-    generate = make_generator_factory(config.generate, local.decoder, local.tokenizer, local.mesh, session)(params)
-    responses = generate(prompts, draws)
-    nats = token_counts = np.full(len(questions), math.nan)
-    if wants_perplexity(config) and any(question.reference is not None for question in questions):
-        session.set_phase(f"{candidate.name}: reading references")
-        stored = session.run_once(
-            f"references of the {candidate.role}", lambda: _read_references(config, local, params, questions, session)
+    wants_references = wants_perplexity(config) and any(question.reference is not None for question in questions)
+
+    def answer() -> dict[str, Any]:
+        session.set_phase(f"{candidate.name}: loading")
+        params = local.load_params()
+        session.set_phase(f"{candidate.name}: answering")
+        make_generator_factory(config.generate, local.decoder, local.tokenizer, local.mesh, session)(params)(
+            prompts, draws
         )
-        nats, token_counts = (np.array(column, float) for column in zip(*stored, strict=True))
-    return ModelAnswers(candidate, responses, fingerprint_params(params), nats, token_counts)
+        references = None
+        if wants_references:
+            session.set_phase(f"{candidate.name}: reading references")
+            references = _read_references(config, local, params, questions, session)
+        return {"fingerprint": fingerprint_params(params), "references": references}
+
+    stored = session.run_once(
+        f"answers of the {candidate.role}", answer, (session.folder / "checkpoints" / RESPONSES_FILE).exists()
+    )
+    responses = read_responses(config.generate, session.folder, stored["fingerprint"], prompts, draws)
+    nats = token_counts = np.full(len(questions), math.nan)
+    if stored["references"] is not None:
+        nats, token_counts = (np.array(column, float) for column in zip(*stored["references"], strict=True))
+    return ModelAnswers(candidate, responses, stored["fingerprint"], nats, token_counts)
 
 
-def wants_perplexity(config: EvaluateConfig) -> bool:
+def wants_perplexity(config: EvaluatingConfig) -> bool:
     """Whether references are read by the models in this process."""
     return not config.evaluate.metrics or "perplexity" in config.evaluate.metrics
 
 
 def _read_references(
-    config: EvaluateConfig, local: LocalModel, params: Params, questions: Sequence[Question], session: Session
+    config: EvaluatingConfig, local: LocalModel, params: Params, questions: Sequence[Question], session: Session
 ) -> list[tuple[float, float]]:
     """(-log p in nats, tokens) of each reference, end marks left out; nan where it does not fit the context."""
     corpus, _ = tokens.tokenize(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from bilevel_jax.commands.evaluate.models import ROLES
+from bilevel_jax.runs.evaluation.models import ROLES
 from bilevel_jax.runs.stats import BootstrapInterval, bootstrap_mean, sign_flip_p
 
 LEVEL = 0.05

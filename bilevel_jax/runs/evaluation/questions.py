@@ -1,9 +1,9 @@
 """The prompts that are asked, with the references of those that have one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from bilevel_jax.commands.evaluate.models import Candidate
 from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE
 from bilevel_jax.lm.data.examples import (
     Example,
@@ -17,7 +17,8 @@ from bilevel_jax.lm.data.examples import (
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.inference.generate import Prompt
 from bilevel_jax.lm.inference.prompts import make_prompts
-from bilevel_jax.runs.config.load import EvaluateConfig
+from bilevel_jax.runs.config.schema import DataSection
+from bilevel_jax.runs.evaluation.models import Candidate, EvaluatingConfig
 from bilevel_jax.runs.tasks.splits import check_fields, make_data_options
 from bilevel_jax.scores.random import hash_to_int
 
@@ -57,15 +58,16 @@ class Questions(NamedTuple):
     """What reading found."""
 
 
-def load_questions(config: EvaluateConfig) -> Questions:
-    """The prompts of data.test, each once, as many as evaluate.questions; drawn ones in the order of the files.
+def load_questions(config: EvaluatingConfig, files: Sequence[str]) -> Questions:
+    """The prompts of some files, each once, as many as evaluate.questions; drawn ones in the order of the files.
 
     Raises ValueError, with file and line, for a row that is no prompt.
     """
     dropped: list[str] = []
     keys: set[str] = set()
-    examples = load_prompts(config.data.test, make_data_options(config.data), dropped.append, keys)
-    check_fields(config.data, keys, keys)
+    data = replace(config.data, label_field="", source_field=DataSection.source_field)  # which nothing here reads
+    examples = load_prompts(files, make_data_options(data), dropped.append, keys)
+    check_fields(data, keys, keys)
     if texts := [example for example in examples if example_kind(example) == "text"]:
         raise ValueError(
             f"{texts[0].where}: a row of plain text has no prompt to answer. Give rows with a prompt, or name its key "
@@ -89,7 +91,9 @@ def load_questions(config: EvaluateConfig) -> Questions:
     return Questions(questions, notes)
 
 
-def make_question_prompts(config: EvaluateConfig, candidate: Candidate, questions: Sequence[Question]) -> list[Prompt]:
+def make_question_prompts(
+    config: EvaluatingConfig, candidate: Candidate, questions: Sequence[Question]
+) -> list[Prompt]:
     """The questions as a model reads them: by its own template."""
     if candidate.local is None:
         return [Prompt(question.id, (), question.messages) for question in questions]
@@ -102,7 +106,7 @@ def make_question_prompts(config: EvaluateConfig, candidate: Candidate, question
 
 
 def leave_out_long(
-    config: EvaluateConfig, candidates: Sequence[Candidate], questions: Sequence[Question]
+    config: EvaluatingConfig, candidates: Sequence[Candidate], questions: Sequence[Question]
 ) -> tuple[list[Question], list[str]]:
     """The questions that fit the context of every model with the longest answer; notes on those that do not.
 
