@@ -10,7 +10,7 @@ from bilevel_jax.commands.train import run as train_run
 from bilevel_jax.commands.train.loop import TrainingLoop
 from bilevel_jax.lm.models.huggingface import atomic_folder
 from bilevel_jax.runs.infra import run_dir, session
-from bilevel_jax.runs.tasks import builtin, text
+from bilevel_jax.runs.tasks import builtin, reference
 from tests.commands.run_table import contents, files, start, table_inputs, without_clock  # noqa: F401
 
 ERRORS = {
@@ -61,7 +61,7 @@ def test_a_refused_resume_removes_nothing(table_inputs, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "name, place",
     [
-        ("train, dpo", (text, "evaluate_per_example")),
+        ("train, dpo", (reference, "evaluate_per_example")),
         pytest.param(
             "select, the built-in task", (builtin, "pretrain_builtin_model"), marks=pytest.mark.slow
         ),  # 300 steps of training, three times
