@@ -291,7 +291,7 @@ class RefineResult:
     folder: Path
     report: Path
     summary: str
-    """Whether the model became better, in one sentence."""
+    """Whether the model became better, in one sentence; with evaluate.prompts a line on the answers, too."""
     config: RefineConfig
     result: dict[str, Any]
     """What result.json holds; `records` has the rounds and `test` the losses at the start and at the end."""
@@ -310,6 +310,8 @@ class RefineResult:
     weights: Float[np.ndarray, "rows"]
     model: Path
     """Folder of the last accepted model."""
+    evaluations: dict[str, AnswerComparison]
+    """With evaluate.prompts: that model compared with the `first` one."""
 
     def __repr__(self) -> str:
         lines = {
@@ -636,7 +638,7 @@ def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
     table = run_dir.read_parquet(folder / "weights.parquet")
     return RefineResult(
         **shared,
-        summary=result["sentence"],
+        summary=_with_evaluation(result["sentence"], result),
         accepted=result["accepted"],
         rounds=_numbers(table, "round"),
         **_facts(table),
@@ -645,6 +647,7 @@ def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
         multiplicity=_numbers(table, "base"),
         weights=_numbers(table, "weight"),
         model=folder / "model",
+        evaluations=_read_evaluations(result, folder),
     )
 
 

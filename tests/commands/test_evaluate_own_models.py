@@ -1,4 +1,4 @@
-"""Section `evaluate` of `select` and `train`: their models answer as the written ones do, once, and are compared."""
+"""Section `evaluate` of `select`, `train` and `refine`: their models answer as written ones do, once."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.commands.evaluate.run import evaluate
+from bilevel_jax.commands.refine.run import refine
 from bilevel_jax.commands.results import read_result
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.commands.train.run import train
 from bilevel_jax.lm.inference import generate
-from bilevel_jax.runs.config.load import EvaluateConfig, SelectConfig, TrainConfig, load_config
+from bilevel_jax.runs.config.load import EvaluateConfig, RefineConfig, SelectConfig, TrainConfig, load_config
 from bilevel_jax.runs.infra.session import Interrupted, Session
 from tests.commands.chat_server import ChatServer, make_judge
 
@@ -107,6 +108,19 @@ def test_without_prompts_nothing_is_asked_and_prompts_of_training_are_told(made,
     assert read_result(tmp_path / "asked").summary.splitlines()[-1] == f"Answers: {asked['sentence']}"
     found = compare_folders(made, tmp_path / "folders", tmp_path / "asked" / "model", made / "model")
     assert set(found["metrics"]) == set(asked["comparisons"]["before"]["metrics"])
+
+
+def test_refine_compares_its_last_model_with_the_first(made, tmp_path):
+    """None is accepted where dev must gain more than it can, so that both are the model that was given."""
+    prompts = ("--evaluate.prompts", str(made / "test.jsonl"), "--evaluate.questions", "9", "--refine.rounds", "1")
+    given = [*prompts, "--refine.methods", "unrolled", "--refine.level", "1e-6", "--out", str(tmp_path / "out")]
+    result = refine(load_config(RefineConfig, made / "refine.yaml", given))
+    compared = read_result(tmp_path / "out").evaluations["first"]
+    assert result["accepted"] == 0 and compared.level == "none" and compared.summary == result["evaluate"]["sentence"]
+    assert compared.result["metrics"]["perplexity"]["difference"] == [0, 0, 0]
+    assert len(compared.answers) == 2 * 2 * 9 and compared.result["counts"]["questions"] == 9
+    assert (compared.answers[:18] != compared.answers[18:]).any()  # sampled anew
+    assert "The last accepted model against the first model" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_stop_asks_nothing_twice_and_changes_no_number(made, tmp_path, monkeypatch):

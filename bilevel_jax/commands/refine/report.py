@@ -1,6 +1,7 @@
 """The report page of a `refine` run."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bilevel_jax.core.certify.reliability import NEEDED_FOR
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.engine.reliability import known_reliability, reliability_from_json
 from bilevel_jax.runs.report import figures
+from bilevel_jax.runs.report.evaluation import describe_run_evaluation
 from bilevel_jax.runs.report.figures import Point, Series
 from bilevel_jax.runs.report.html import Cell, Column, Table, bold_cell, isolated_cell, make_table, render_page
 from bilevel_jax.runs.report.numbers import MISSING, SignedNumber, format_number, format_percent
@@ -21,7 +23,7 @@ JsonObject = dict[str, Any]
 
 def write_refine_report(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    return write_report(folder, render_refine_report)
+    return write_report(folder, partial(render_refine_report, folder))
 
 
 def summarize_refinement(result: JsonObject) -> str:
@@ -49,11 +51,12 @@ def summarize_refinement(result: JsonObject) -> str:
     return f"{words}."
 
 
-def render_refine_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
+def render_refine_report(folder: Path, name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
     """The whole report as HTML."""
     test_result = result["test"]
     return render_page(
         "refine.html",
+        evaluations=describe_run_evaluation(folder, result),
         name=name,
         result=result,
         config_text=config_text,

@@ -37,6 +37,7 @@ from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
@@ -70,6 +71,8 @@ class RefineContext(NamedTuple):
     """parameters -> the generator of the model with them."""
     verifier: Verifier | None
     session: Session
+    evaluation: Evaluation | None
+    """What the first and the last model are asked, with evaluate.prompts."""
 
 
 def refine(config: RefineConfig) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
             if refine_config.verifier.name
             else None
         )
+        evaluation = prepare_evaluation(refine_config, refine_config.evaluate.prompts, task)
         with start_session(config, folder) as session:
             trainers = candidates.make_candidate_trainers(refine_config, task)
             generator_factory = make_generator_factory(
@@ -97,6 +101,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
                 lambda params: generator_factory(assemble_params(params, task.base_params)),
                 verifier,
                 session,
+                evaluation,
             )
             return _run_rounds(context, config)
 
@@ -175,10 +180,12 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     checkpoint.keep_last_checkpoints(session.folder)
     write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
     artifacts.write_round_tables(session, records, config_hash(config))
+    evaluated = evaluate_ends(context, start, state.params) if context.evaluation else None
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
         "test": final_evaluation,
+        "evaluate": evaluated,
         "unit": task.outer_objective.unit,
         "estimands": {name: ESTIMANDS[name] for name in refine_config.refine.methods},
         "looks": count_dev_tests(refine_config),
@@ -418,6 +425,16 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
         "right": right,
         "targets": readings if len(task.outer_objective.targets) > 1 else None,
     }
+
+
+def evaluate_ends(context: RefineContext, first: Params, last: Params) -> dict[str, Any]:
+    """What result.json holds of the answers of the last accepted model beside those of the first."""
+    assert context.evaluation is not None
+    models = [
+        RunModel("last", "the last accepted model", lambda: last),
+        RunModel("first", "the first model", lambda: first),
+    ]
+    return compare_run_models(context.config, context.task, context.evaluation, models, context.session)
 
 
 def verify_greedy_answers(context: RefineContext, params: Params) -> Float[np.ndarray, "test"]:

@@ -189,7 +189,7 @@ class RefineConfig:
     In each round the present model answers some questions of data.train (section generate), every method of
     refine.methods weights the examples by the validation loss (sections outer, single_loop) and trains a candidate,
     and the best candidate replaces the model where the lower bound of its gain on dev (paired bootstrap) is above 0.
-    The test examples are evaluated once, at the end.
+    The test examples are evaluated once, at the end; evaluate.prompts are then answered by the first and last model.
     """
 
     model: schema.ModelSection = schema.ModelSection()
@@ -198,8 +198,10 @@ class RefineConfig:
     objective: schema.ObjectiveSection = schema.ObjectiveSection()
     target: schema.TargetSection = schema.TargetSection()
     refine: schema.RefineSection = schema.RefineSection()
+    evaluate: schema.EvaluateOwnSection = schema.EvaluateOwnSection()
     generate: schema.GenerateSection = schema.GenerateSection(num_generations=4)
     verifier: schema.VerifierSection = schema.VerifierSection()
+    judge: schema.JudgeSection = schema.JudgeSection()
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
     train: schema.TrainSection = schema.TrainSection()
     outer: schema.OuterSection = schema.OuterSection(weighting="sigmoid")

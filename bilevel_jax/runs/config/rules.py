@@ -39,7 +39,8 @@ def evaluates_own_models(config: Any) -> bool:
 
 def _names_unused_evaluation(config: Any) -> bool:
     """Whether something is to be measured of answers, and no prompts are named that would be answered."""
-    named = config.evaluate.metrics or config.verifier.name or config.judge.url
+    is_verified = config.verifier.name and not hasattr(config, "refine")  # whose responses it verifies in any case
+    named = config.evaluate.metrics or is_verified or config.judge.url
     return evaluates_own_models(config) and not config.evaluate.prompts and bool(named)
 
 
@@ -576,7 +577,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "generate.backend",
-        lambda c: not evaluates_own_models(c) or c.generate.backend == "embedded",
+        lambda c: not evaluates_own_models(c) or hasattr(c, "refine") or c.generate.backend == "embedded",
         "the models of the run answer in this process: leave it at embedded",
     ),
     (
@@ -603,7 +604,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "generate.num_generations",
-        lambda c: not hasattr(c, "evaluate") or c.generate.num_generations == 1 or c.generate.temperature > 0,
+        lambda c: (
+            not hasattr(c, "evaluate")
+            or hasattr(c, "refine")
+            or c.generate.num_generations == 1
+            or c.generate.temperature > 0
+        ),
         "greedy answers to one prompt are all the same: set generate.temperature above 0",
     ),
     (

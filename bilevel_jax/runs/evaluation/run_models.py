@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.losses.sft import assemble_params
-from bilevel_jax.runs.config.load import SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import RefineConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.evaluation import answers, judge
 from bilevel_jax.runs.evaluation.answers import ModelAnswers
 from bilevel_jax.runs.evaluation.measures import choose_metrics, make_question_verifier, measure
@@ -20,7 +20,7 @@ from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.tasks.text import TextTask
 
-OwnModelsConfig = SelectConfig | TrainConfig
+OwnModelsConfig = SelectConfig | TrainConfig | RefineConfig
 
 
 class RunModel(NamedTuple):
