@@ -548,6 +548,8 @@ def make_target_specs(target: Target, objective: ObjectiveSection, *, has_valida
         target = {"" if has_validation else PARAMETERS_TARGET: (1.0, target)}
     if isinstance(target, TargetSection):
         return list_targets(target, objective)
+    if not target:
+        raise ValueError("target is an empty dict; wanted {source: (factor, loss)}, or nothing for the training loss.")
     specs = []
     for source, term in dict(target).items():
         coefficient, loss = term if isinstance(term, tuple) and len(term) == 2 else (math.nan, term)

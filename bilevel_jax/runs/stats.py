@@ -1,5 +1,6 @@
 """AUC, rank correlation, confidence intervals and the bootstrap."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -110,19 +111,27 @@ def percentile_interval(draws: Float[np.ndarray, "draws"]) -> BootstrapInterval:
 
 
 def bootstrap_paired_gain(
-    before: Float[np.ndarray, "items"], after: Float[np.ndarray, "items"], level: float, seed: tuple[int, ...]
+    before: Float[np.ndarray, "items"],
+    after: Float[np.ndarray, "items"],
+    level: float,
+    seed: tuple[int, ...],
+    groups: Sequence[int] = (),
 ) -> tuple[BootstrapInterval, float]:
     """The mean of before - after over items, with its 95 % interval, and its lower bound at a one-sided `level`.
 
     Items are resampled, both values of an item together; the bounds are quantiles of the means and too high for few
     items, whose resampled means have thinner tails. There are at least 4000 resamples, and enough for 25 below the
-    bound.
+    bound. Items that stand in `groups` of these sizes, one behind the other, are resampled within their group.
     """
     gain = np.asarray(before - after, float)
     draws, random = max(4000, round(25 / level)), np.random.default_rng(seed)
+    parts = np.split(gain, np.cumsum(groups)[:-1]) if len(groups) else [gain]
     means = np.concatenate(
         [
-            random.choice(gain, (min(NUM_RESAMPLES, draws - start), len(gain))).mean(1)
+            sum(
+                random.choice(part, (min(NUM_RESAMPLES, draws - start), len(part))).mean(1) * (len(part) / len(gain))
+                for part in parts
+            )
             for start in range(0, draws, NUM_RESAMPLES)
         ]
     )
@@ -171,9 +180,11 @@ def sign_flip_p(differences: Float[np.ndarray, "items"], seed: tuple[int, ...]) 
 
 
 def bootstrap_means(
-    values: Float[np.ndarray, "things seeds items"], seed: tuple[int, ...]
+    values: Float[np.ndarray, "things seeds items"], seed: tuple[int, ...], groups: Sequence[int] = ()
 ) -> Float[np.ndarray, "draws things"]:
     """Means over seeds and items: the first row of the sample itself, then of NUM_MEAN_RESAMPLES resamples of both.
+
+    Items that stand in `groups` of these sizes, one behind the other, are resampled within their group.
 
     Seeds and items are resampled independently, and the same for all things, so that their differences are paired. A
     resample has one seed and one item less than the sample, by which the variance of a mean is right on average also
@@ -181,10 +192,11 @@ def bootstrap_means(
     """
     _, num_seeds, num_items = values.shape
     random = np.random.default_rng(seed)
-    seed_shares, item_shares = (
+    seed_shares, *group_shares = (
         random.multinomial(max(1, count - 1), np.full(count, 1 / count), size=NUM_MEAN_RESAMPLES) / max(1, count - 1)
-        for count in (num_seeds, num_items)
+        for count in (num_seeds, *(groups or (num_items,)))
     )
+    item_shares = np.concatenate([shares * (shares.shape[1] / num_items) for shares in group_shares], axis=1)
     by_seed = np.einsum("di,tsi->dts", item_shares, values, optimize=True)
     means = (by_seed * seed_shares[:, None]).sum(-1)
     return np.concatenate([values.mean((1, 2))[None], means])

@@ -26,8 +26,18 @@ def response_losses(decoder):
     return lambda params, batch: -log_likelihoods(params, batch)
 
 
-def constant(params):
-    return jnp.zeros(())
+def constant(decoder):
+    return lambda params, batch: jnp.zeros(batch["index"].shape)
+
+
+def sometimes_nan(decoder):
+    losses = response_losses(decoder)
+    return lambda params, batch: jnp.where(batch["index"] == 7, jnp.nan, losses(params, batch)[::2])
+
+
+def pairs(decoder):
+    losses = response_losses(decoder)
+    return lambda params, batch: losses(params, batch)[::2]
 '''
 SMALL = ["--certify.no-enabled", "--retrain.no-enabled", "--output.no-progress"]
 
@@ -84,7 +94,7 @@ def test_several_targets_are_reported_each(several):
     page = (several / "report.html").read_text()
     assert "0.7 helpful + 0.3 harmless + 0.5 parameters" in page and "(Pareto)" in page
     assert [line["name"] for line in result["compare"]] == ["uniform", "learned", "oracle"]
-    assert "validation trains on validation examples, and here they are of another kind" in result["absent_arms"][0]
+    assert "validation trains on validation examples, and here they judge by another loss" in result["absent_arms"][0]
 
 
 @pytest.mark.slow
@@ -108,6 +118,19 @@ def test_a_stopped_run_ends_with_the_same_bits(made, files, several, tmp_path, s
     for name in ("weight", "first_hypergradient"):
         columns = [pq.read_table(folder / "weights.parquet")[name].to_numpy() for folder in (several, out)]
         np.testing.assert_array_equal(*columns)
+
+
+@pytest.mark.slow
+def test_a_changed_function_is_another_run(made, files, tmp_path, stop_at, capsys):
+    (tmp_path / "own.py").write_text((files / "targets.py").read_text())
+    arguments = flags(
+        made, files, "--target.losses", f"{tmp_path}/own.py:pairs", *SMALL, "--out", str(tmp_path / "run")
+    )
+    stop_at(20)
+    assert main(["select", *arguments]) == 128 + 15
+    (tmp_path / "own.py").write_text((files / "targets.py").read_text().replace("[::2]", "[::2] * 3"))
+    assert main(["select", *arguments, "--resume"]) == 1
+    assert "target.losses" in (error := capsys.readouterr().err) and "started with other files" in error
 
 
 @pytest.mark.slow
@@ -191,8 +214,18 @@ MISUSES = {
     "no file": (["--target.losses", "nowhere.py:f"], "target.losses names nowhere.py, which is no file"),
     "no function": (["--target.losses", "{files}/targets.py:f"], "has no function 'f'; it has"),
     "constant": (
-        ["--target.sources", "parameters", "--target.losses", "{files}/targets.py:constant"],
+        ["--target.losses", "{files}/targets.py:constant"],
         "does not depend on the parameters",
+    ),
+    "nan": (["--target.losses", "{files}/targets.py:sometimes_nan"], "is nan with a gradient of norm"),
+    "sequences": (["--target.losses", "{files}/targets.py:response_losses"], "a preference pair is one example of two"),
+    "unread": (
+        ["--target.sources", "parameters", "--target.losses", "{files}/targets.py:distance"],
+        "the target 'parameters' reads no examples, and examples are given",
+    ),
+    "rater": (
+        ["--target.losses", "simpo", "--outer.weighting", "rater"],
+        "rater.features validation_loss read validation examples as they read training examples",
     ),
     "folds": (
         ["--target.losses", "simpo", "--outer.validation_folds", "2"],
@@ -200,7 +233,7 @@ MISUSES = {
     ),
     "pooled": (
         ["--target.losses", "simpo", "--outer.estimate", "pooled"],
-        "pooling compares examples by models of two halves of the validation set, and here",
+        "pooling compares examples by models of two halves of one validation set, and here",
     ),
     "warm start": (
         ["--target.losses", "simpo", "--outer.warm_start", "ica"],

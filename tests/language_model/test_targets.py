@@ -229,6 +229,21 @@ def test_the_training_loss_by_name_is_the_training_loss(lm, rows, held_out):
     np.testing.assert_array_equal(named.grad, plain.grad)
 
 
+@pytest.mark.slow
+def test_a_file_is_read_again_when_it_has_changed(lm, rows, held_out, tmp_path):
+    text = (
+        "from bilevel_jax.lm import sequence_log_likelihoods\n"
+        "def f(decoder):\n    g = sequence_log_likelihoods(decoder)\n"
+        "    return lambda params, batch: FACTOR * g(params, batch)\n"
+    )
+    values = []
+    for factor in ("-1", "-3"):
+        (tmp_path / "own.py").write_text(text.replace("FACTOR", factor))
+        result = lm.finetune(rows, held_out, OPTIMIZER, steps=1, batch_size=4, target=f"{tmp_path}/own.py:f")
+        values.append(result.value)
+    assert values[1] == pytest.approx(3 * values[0], rel=1e-5)
+
+
 def constant(decoder):
     return lambda params, batch: jnp.zeros(batch["index"].shape)
 

@@ -7,6 +7,8 @@ from bilevel_jax.core import certify
 from bilevel_jax.runs.stats import (
     auc,
     bootstrap_mean,
+    bootstrap_means,
+    bootstrap_paired_gain,
     jackknife_half_width,
     mean_interval,
     rank_correlation,
@@ -92,3 +94,16 @@ def test_sign_flips_are_the_sign_test_where_all_differences_are_equal():
     values = np.array([0.5, -0.2, 1.5, 0.7, 0.1])
     exact = stats.permutation_test((values,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
     assert sign_flip_p(values, (0,)) == pytest.approx(exact)
+
+
+def test_groups_are_resampled_apart():
+    """A group of one item has no sampling error; the others keep theirs, at their share."""
+    gain = np.r_[np.random.default_rng(0).normal(size=20), 5.0]
+    interval, _ = bootstrap_paired_gain(gain, np.zeros(21), 0.025, (0,), [20, 1])
+    alone, _ = bootstrap_paired_gain(gain[:20], np.zeros(20), 0.025, (0,))
+    assert interval.value == pytest.approx(gain.mean())
+    assert interval.high - interval.low == pytest.approx((alone.high - alone.low) * 20 / 21, rel=0.1)
+    values = np.stack([np.tile(gain, (3, 1)), np.zeros((3, 21))])
+    grouped, whole = (bootstrap_means(values, (0,), groups)[1:, 0].std() for groups in ((20, 1), ()))
+    assert grouped == pytest.approx(gain[:20].std() / 20**0.5 * 20 / 21, rel=0.1) and whole > 1.3 * grouped
+    assert np.array_equal(bootstrap_means(values, (0,), (21,)), bootstrap_means(values, (0,)))

@@ -54,7 +54,7 @@ from bilevel_jax.runs.tasks.arrays import (
     read_npz_dataset,
 )
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import held_out_indices, is_validation_trainable
+from bilevel_jax.runs.tasks.evaluation import count_examples, held_out_indices, is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
@@ -136,7 +136,7 @@ def list_cheap_scores(config: AuditConfig) -> list[str]:
 
 def draw_queries(config: AuditConfig, task: Task) -> Int[np.ndarray, "queries"]:
     """The validation examples whose own losses are predicted, drawn from data.seed."""
-    present = held_out_indices(task.held_out_streams["validation"])
+    present = held_out_indices(task.held_out_streams["validation"])[: count_examples(task)["validation"]]
     if config.audit.queries > len(present):
         raise ValueError(
             f"audit.queries = {config.audit.queries}, but validation has {format_count('row', len(present))}. Lower "

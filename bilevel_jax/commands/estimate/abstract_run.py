@@ -22,7 +22,7 @@ from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
-from bilevel_jax.runs.tasks.targets import list_targets
+from bilevel_jax.runs.tasks.targets import is_trainable, list_targets
 from bilevel_jax.runs.tasks.text import (
     TextTask,
     TokenizedData,
@@ -118,7 +118,7 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
         for part, size in zip(splits.PART_NAMES, sizes, strict=True)
         if size and reading and config.data.validation
     }
-    is_joint = all(spec.settings is not None and _num_sequences(spec.settings.name) == sequences for spec in specs)
+    is_joint = is_trainable(specs, config.objective)
     notes = [f"{options.train_examples:,} rows of {longest:,} tokens each stand for the data."]
     text = TokenizedData(
         [example] * options.train_examples, parts, notes, None, {}, architecture, {}, specs, is_joint=is_joint

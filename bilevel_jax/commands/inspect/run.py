@@ -30,11 +30,13 @@ from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.data.vocabulary import check_special_tokens, spell_tokens
 from bilevel_jax.runs.config.load import InspectConfig
+from bilevel_jax.runs.config.rules import PARAMETERS_TARGET
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.tasks import objective, splits, targets
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.tasks.text import target_corpus_name
+from bilevel_jax.runs.tasks.user_functions import load_user_function
 from bilevel_jax.runs.terminal import make_console, show_control_characters
 
 MAX_NAMES_SHOWN = 6
@@ -376,7 +378,10 @@ def _split_by_target(
     try:
         grouped = targets.group_by_target(specs, whole)
         targets.check_target_examples(specs, grouped, config.objective)
-    except ValueError as error:
+        for spec in specs:
+            if spec.settings is None:
+                load_user_function(str(spec.loss), key="target.losses")
+    except (ValueError, FileNotFoundError) as error:
         return whole, [f"the other commands stop: {error}"]
     return {
         target_corpus_name(part, spec): own
@@ -457,7 +462,7 @@ def _find_warnings(
     tokenizer: Any,
 ) -> Iterable[str]:
     """What no command stops at."""
-    if len(parts) == 1:
+    if len(parts) == 1 and config.target.sources != (PARAMETERS_TARGET,):
         yield "no validation examples: `select` needs data.validation, and `train` has nothing to read its progress on"
     if tokenizer.eos_token_id is None:
         yield "the tokenizer has no EOS: nothing teaches the model where an answer ends"

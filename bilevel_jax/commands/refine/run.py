@@ -47,7 +47,13 @@ from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.stats import bootstrap_paired_gain
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import count_examples, evaluate_per_example, held_out_indices, read_targets
+from bilevel_jax.runs.tasks.evaluation import (
+    count_examples,
+    evaluate_per_example,
+    held_out_indices,
+    kept_by_target,
+    read_targets,
+)
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 
@@ -267,7 +273,11 @@ def run_round(
     trained = train_candidates(context, round_task, state.params, number)
     best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
-        present, trained.dev_losses[best], significance_level(config), (config.data.seed, 13, number)
+        present,
+        trained.dev_losses[best],
+        significance_level(config),
+        (config.data.seed, 13, number),
+        kept_by_target(offline_task, "dev"),
     )
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
@@ -410,7 +420,8 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
     if "test" not in context.task.held_out_streams:
         return None
     before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
-    gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17))
+    groups = kept_by_target(context.task, "test")
+    gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17), groups)
     accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
     right = None
     if accuracy:

@@ -31,7 +31,13 @@ from bilevel_jax.runs.scoring.difficulty import measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
-from bilevel_jax.runs.tasks.evaluation import accuracy_name, count_examples, list_target_facts, read_labels
+from bilevel_jax.runs.tasks.evaluation import (
+    accuracy_name,
+    count_examples,
+    kept_by_target,
+    list_target_facts,
+    read_labels,
+)
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 NO_CERTIFICATE_VERDICT = certify.Verdict(
@@ -238,7 +244,8 @@ def _compare_by_retraining(
     for reason in arms.absent:
         session.print_line(f"not compared: {reason}.")
     lines, dev_losses = retrain_variants(task, retrainer, arms.variants, config.retrain.seeds)
-    recommendation = recommend(dev_losses, task.outer_objective.unit)
+    groups = kept_by_target(task, "dev") if "dev" in task.held_out_streams else []
+    recommendation = recommend(dev_losses, task.outer_objective.unit, groups)
     session.print_line(recommendation.sentence)
     return {"compare": lines, "absent_arms": arms.absent, "recommendation": recommendation.to_json()}
 

@@ -204,8 +204,8 @@ class TargetSection:
     beta: Annotated[float, Ge(0), Special(0, "that of the objective, or the usual one")] = 0.0
     """dpo, simpo: inverse temperature; 0: that of the objective where it has the same name, else 0.1 and 2.5."""
 
-    gamma_ratio: NonNegative = 0.55
-    """simpo, where the objective is another: margin gamma / beta, in nats per token."""
+    gamma_ratio: Annotated[float, Ge(0), Special(-1, "that of the objective, or 0.55")] = -1.0
+    """simpo: margin gamma / beta, in nats per token; -1: that of the objective where it is simpo, too, else 0.55."""
 
 
 @dataclass(frozen=True)

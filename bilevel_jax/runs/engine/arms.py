@@ -52,7 +52,7 @@ def why_absent(name: str, task: Task, labels: KnownLabels | None) -> str:
             "data.split (for arrays, arrays.dev_examples)"
         )
     if not is_validation_trainable(task) and (name in TRAINABLE_HOLDOUT_SCORES or "validation" in name):
-        return f"{name} trains on validation examples, and here they are of another kind than the training examples"
+        return f"{name} trains on validation examples, and here they judge by another loss than that of training"
     if name.startswith("oracle") and (labels is None or not labels.good.any()):
         return f"{name} trains on the good examples, and none is labelled so: give data.label_field and data.good_label"
     return ""

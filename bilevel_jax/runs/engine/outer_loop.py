@@ -1,5 +1,6 @@
 """Outer loop of hypergradient descent on per-example weights."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +54,7 @@ from bilevel_jax.runs.scoring.scores import warm_start_logits
 from bilevel_jax.runs.tasks.evaluation import (
     evaluate_per_example,
     held_out_losses,
-    is_validation_trainable,
+    is_one_trainable_set,
     num_judges,
     read_labels,
 )
@@ -245,7 +246,7 @@ class OuterLoop:
         self._initial_hyper = hyper = jax.tree.map(place, weighting.init())
         losses, table = place(jnp.zeros(task.num_examples)), place(jnp.zeros(self._num_weights()))
         self.state = OuterState(hyper, hyper, table, table, table, losses, task.init_params(train_seed))
-        trainable = is_validation_trainable(task)
+        trainable = is_one_trainable_set(task)
         if outer.estimate == "auto" and (reason := why_not_pooled(outer, num_judges(task), is_trainable=trainable)):
             session.print_line(f"outer.estimate = auto makes per-example steps: {reason}.")
         self._step_pooling: StepPooling | None = None
@@ -273,7 +274,7 @@ class OuterLoop:
         is_pooled = isinstance(self.state.pooling, PoolingState)
         if is_pooled:  # it compares the halves of different steps, so they must be the same
             halves_seed = None if seed is None else self.data.seed
-        elif reads_dev:
+        elif reads_dev and len(self.task.outer_objective.targets) == 1:
             halves_seed = None
         trajectory, estimate = train_and_estimate(
             self.trainer, weights, start, stream, step, is_first=step == 0,
@@ -429,11 +430,17 @@ class OuterLoop:
         )
         validation_weight = {} if turn is None else {"validation_weight": float(weights[task.num_examples])}
         weights = weights if turn is None else weights[: task.num_examples]
+        loss = held_out_losses(
+            task, self._validation_loss, params, task.frozen(trajectory.start.params), validation=judging
+        )
+        if not math.isfinite(loss["validation"] or 0.0):
+            raise FloatingPointError(
+                f"validation loss is {loss['validation']} at outer step {step}, although training was finite. Look at "
+                "the validation examples and at what they judge by (section target)."
+            )
         return {
             "step": step,
-            "loss": held_out_losses(
-                task, self._validation_loss, params, task.frozen(trajectory.start.params), validation=judging
-            ),
+            "loss": loss,
             "ess": float(weightings.effective_sample_size(weights)),
             "entropy": float(weightings.entropy(weights)),
             "largest": float(weights.max()),

@@ -26,6 +26,7 @@ from bilevel_jax.runs.scoring import features, scores
 from bilevel_jax.runs.scoring.features import FeatureTable, Measured, Recipe
 from bilevel_jax.runs.stats import jackknife_half_width, mean_interval
 from bilevel_jax.runs.tasks.arrays import ArrayTask
+from bilevel_jax.runs.tasks.evaluation import is_validation_trainable
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.reference import fingerprint_model_files
 from bilevel_jax.runs.tasks.text import TextTask
@@ -78,6 +79,9 @@ class Rater(NamedTuple):
         return 2 * expit(logits)
 
 
+VALIDATION_FEATURES = {"validation_loss", "reducible", "likeness", "hidden_likeness", "embedding_likeness"}
+"""Features that read validation examples."""
+
 # ---- in a run
 
 
@@ -90,6 +94,11 @@ def make_rater_features(
     train_seed: int,
 ) -> RaterFeatures:
     """The features of the training examples; made once in a run, and read from its checkpoints where it is resumed."""
+    if (reading := VALIDATION_FEATURES & {*settings.features}) and not is_validation_trainable(task):
+        raise ValueError(
+            f"rater.features {', '.join(sorted(reading))} read validation examples as they read training examples, and "
+            "here they judge by another loss (section target): name others, as length, loss, hidden and uniform_loss."
+        )
     path = session.folder / "checkpoints" / "rater" / "features.safetensors"
     if not distributed.broadcast_from_first(path.exists()):
         made = _make_features(task, settings, session, scores_settings, train_seed)
@@ -142,7 +151,10 @@ def _make_features(
     else:
         assert isinstance(task, TextTask)
         measured = _measure_text(task, settings, params_of)
-        corpus, validation = task.corpus, task.held_out_examples.get("validation", [])
+        corpus, validation = (
+            task.corpus,
+            [example for example in task.held_out_examples.get("validation", []) if example.turns],
+        )
         _keep_side_models(task, session, {name: params_of[name] for name in SIDE_MODELS if name in params_of})
     recipe, table = features.fit_recipe(settings, task.examples, validation, corpus, measured, task.trainable_indices())
     return RaterFeatures(recipe, table, features_work(task, settings, scores_settings))
@@ -191,7 +203,7 @@ def _measure_text(task: TextTask, settings: RaterSection, params_of: Mapping[str
         measured |= found if model == "start" else {LOSS_NAMES[model]: found["loss"]}
     if "hidden_likeness" in settings.features:
         measured["validation_hidden"] = measure("start", task.validation_indices())["hidden"]
-    validation = task.held_out_examples.get("validation", [])
+    validation = [example for example in task.held_out_examples.get("validation", []) if example.turns]
     return measured | features.read_embedding_features(settings, task.examples, validation)
 
 

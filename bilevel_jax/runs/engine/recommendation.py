@@ -1,6 +1,6 @@
 """Which arm of a comparison to use, chosen on dev."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +70,15 @@ def recommend_nothing(why: str) -> Recommendation:
     return Recommendation(None, None, None, (), why)
 
 
-def recommend(dev_losses: Mapping[str, Float[np.ndarray, "seeds dev"]], unit: str) -> Recommendation:
+def recommend(
+    dev_losses: Mapping[str, Float[np.ndarray, "seeds dev"]], unit: str, groups: Sequence[int] = ()
+) -> Recommendation:
     """The simplest arm whose mean dev loss is within one standard error of the least.
 
     The standard error is that of the difference from the best arm, by paired bootstrap: all arms are read on the same
     resampled dev examples and seeds. It depends neither on the order of the arms nor on that of the examples, and a tie
-    goes to the simpler arm.
+    goes to the simpler arm. Dev examples that stand in `groups` of these sizes, those of each target, are resampled
+    within their group.
 
     Wrong where dev is not like what the model is for, and too sure of an arm that chose many things on the same dev
     (its stopping step, its share, the outer step of its weights).
@@ -84,7 +87,10 @@ def recommend(dev_losses: Mapping[str, Float[np.ndarray, "seeds dev"]], unit: st
     if len(names) < 2:
         return recommend_nothing(TOO_FEW_ARMS if dev_losses else NO_DEV)
     losses = np.stack([dev_losses[name] for name in names])
-    draws = bootstrap_means(_sort_examples(losses), seed=(len(names), losses.shape[-1]))
+    ends = np.cumsum(groups or (losses.shape[-1],))
+    sorted_losses = [_sort_examples(part) for part in np.split(losses, ends[:-1], axis=2)]
+    seed = (len(names), losses.shape[-1])
+    draws = bootstrap_means(np.concatenate(sorted_losses, axis=2), seed, groups if len(groups) > 1 else ())
     means = draws[0]
     best = int(np.argmin(means))  # the first of equals, which is the simplest
     errors = np.std(draws[1:] - draws[1:, best : best + 1], axis=0)

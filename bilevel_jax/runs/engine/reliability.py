@@ -73,7 +73,8 @@ def measure_estimate_reliability(
         return None  # a function of the parameters: there are no other examples to speak for
     num_validation = count_judges(task, turn)
     fetch = lambda table: fetch_to_host(table)[trained]  # noqa: E731
-    if estimate.independent:
+    has_own = isinstance(estimate.half_difference, jax.Array)  # of several targets, whose sizes differ from dev's
+    if estimate.independent and (is_learned or not has_own or len(task.outer_objective.targets) == 1):
         dev_grad, dev_halves = map(fetch, estimate.independent)
         if is_learned:
             return measure_reliability_against(

@@ -19,6 +19,7 @@ from bilevel_jax.runs.tasks.evaluation import (
     accuracy_name,
     evaluate_per_example,
     headline_part,
+    held_out_indices,
     held_out_losses,
     read_targets,
 )
@@ -84,7 +85,7 @@ class Retrainer:
             return None
         stream, count = self.task.held_out_streams["dev"], len(self.task.held_out_examples["dev"])
         losses = evaluate_per_example(self.task.outer_objective.losses, params, frozen, stream, count)
-        return [round(float(loss), LOSS_DIGITS) for loss in losses if not np.isnan(loss)]
+        return [round(float(loss), LOSS_DIGITS) for loss in losses[held_out_indices(stream)]]
 
     def train(self, variant: RetrainVariant, seed: int) -> tuple[Params, Frozen, int]:
         """(parameters, constants of the losses, the step that the parameters are of) of one cold training.

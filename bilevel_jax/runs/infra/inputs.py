@@ -16,8 +16,11 @@ INPUT_FILE_KEYS = (
     "scores.embedding_file", "rater.embedding_file",
     "score.rater", "score.model", "score.file", "score.embedding_file", "evaluate.model", "evaluate.baseline",
     "evaluate.base", "evaluate.prompts", "judge.template", "judge.safety_template",
+    "target.losses", "verifier.name",
 )  # fmt: skip
 """The config keys whose values name input files."""
+FUNCTION_KEYS = ("target.losses", "verifier.name")
+"""Those whose values may be path/to/file.py:function; their other values are no files."""
 RUN_MODEL_KEYS = ("evaluate.model", "evaluate.baseline")
 """Those that may name the folder of a run for its model, or an adapter, which stands on a base."""
 END_BYTES = 1 << 24
@@ -37,7 +40,7 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
             folders = find_model_folder(value, config.evaluate.base).folders
             files_by_key[key] = [file for folder in folders for file in _list_files(folder)]
             continue
-        if key_files := [file for path in _list_paths(value) for file in _list_files(path)]:
+        if key_files := [file for path in _list_paths(key, value) for file in _list_files(path)]:
             files_by_key[key] = key_files
     return files_by_key
 
@@ -46,7 +49,7 @@ def check_inputs_whole(config: Any) -> None:
     """Raise seals.DamagedFileError for an input file of a run's folder that is not what that run wrote."""
     for key, value in flatten_config(config):
         if key in INPUT_FILE_KEYS:
-            for path in _list_paths(value):
+            for path in _list_paths(key, value):
                 seals.check(path)
 
 
@@ -103,9 +106,13 @@ def hash_file_ends(config: Any) -> dict[str, str]:
     return hashes
 
 
-def _list_paths(value: Any) -> Iterator[Path]:
-    """The paths that a config's value names; of `folder@split` the folder."""
+def _list_paths(key: str, value: Any) -> Iterator[Path]:
+    """The paths that a config's value names; of `folder@split` the folder, of `file.py:function` the file."""
     for item in filter(None, value if isinstance(value, tuple) else (value,)):
+        if key in FUNCTION_KEYS:
+            if ".py:" in item:
+                yield Path(item.rpartition(":")[0])
+            continue
         folder, at, _ = str(item).partition("@")
         yield Path(folder) if at and not Path(item).exists() and Path(folder).is_dir() else Path(item)
 

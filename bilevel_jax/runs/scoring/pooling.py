@@ -22,7 +22,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses, steps_per_epoch, train_side_model
-from bilevel_jax.runs.tasks.evaluation import is_validation_trainable, num_judges
+from bilevel_jax.runs.tasks.evaluation import is_one_trainable_set, num_judges
 from bilevel_jax.runs.tasks.protocol import Task
 
 LEAST_VALIDATION_EXAMPLES = 4
@@ -48,7 +48,7 @@ class ValidationModelLosses(NamedTuple):
 def why_not_pooled(outer: OuterSection, num_validation: int, *, is_trainable: bool = True) -> str:
     """Why the steps of a run cannot be pooled, in words; nothing where they can.
 
-    `is_trainable`: models can be trained on the validation examples.
+    `is_trainable`: models can be trained on the validation examples, which are one set.
     """
     if outer.weighting not in ("softmax", "sigmoid"):
         return f"a step is pooled over logits of single examples, and outer.weighting is {outer.weighting}"
@@ -56,8 +56,8 @@ def why_not_pooled(outer: OuterSection, num_validation: int, *, is_trainable: bo
         return "pooling compares two halves of the validation set, and with outer.validation_folds they also train"
     if not is_trainable:
         return (
-            "pooling compares examples by models of two halves of the validation set, and here the validation examples "
-            "are of another kind than is trained on"
+            "pooling compares examples by models of two halves of one validation set, and here its examples judge by "
+            "another loss than that of training, or are several targets"
         )
     if num_validation < LEAST_VALIDATION_EXAMPLES:
         return (
@@ -73,7 +73,7 @@ def pools_steps(task: Task, outer: OuterSection) -> bool:
     """Whether the steps of the weights are pooled; a ValueError where outer.estimate wants what cannot be."""
     if outer.estimate == "per_example":
         return False
-    reason = why_not_pooled(outer, num_judges(task), is_trainable=is_validation_trainable(task))
+    reason = why_not_pooled(outer, num_judges(task), is_trainable=is_one_trainable_set(task))
     if reason and outer.estimate == "pooled":
         raise ValueError(f"outer.estimate = pooled: {reason}. Set outer.estimate to per_example, or to auto.")
     return not reason

@@ -65,8 +65,8 @@ def compute_score(name: str, task: Task, params: Params, settings: ScoresSection
     if name in TRAINABLE_HOLDOUT_SCORES and not is_validation_trainable(task):
         others = ", ".join(other for other in SCORES if other not in TRAINABLE_HOLDOUT_SCORES)
         raise ValueError(
-            f"the score {name!r} reads validation examples as it reads training examples, and here they are of another "
-            f"kind (section target); choose one of {others}."
+            f"the score {name!r} reads validation examples as it reads training examples, and here they judge by "
+            f"another loss (section target); choose one of {others}."
         )
     start_time = time.monotonic()
     result = SCORES[name](task, params, settings, session)

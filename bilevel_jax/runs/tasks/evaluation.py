@@ -56,8 +56,13 @@ def num_judges(task: Task) -> int:
 
 
 def is_validation_trainable(task: Task) -> bool:
-    """Whether the validation examples are of the kind that is trained on, so that models can be trained on them."""
+    """Whether the validation examples judge by the training loss, so that models can be trained on them."""
     return len(task.validation_indices()) > 0
+
+
+def is_one_trainable_set(task: Task) -> bool:
+    """Whether, besides, they are one target."""
+    return is_validation_trainable(task) and len(task.outer_objective.targets) == 1
 
 
 def held_out_losses(
@@ -84,8 +89,8 @@ def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float | N
     values = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
     ranges = target_ranges(task.target_sizes[part])
     return next(
-        float(np.nanmean(values[rows]))
-        for target, rows in zip(outer.targets, ranges, strict=True)
+        float(values[rows].mean())
+        for target, rows in zip(outer.targets, _kept_ranges(stream, ranges), strict=True)
         if target.accuracy is not None
     )
 
@@ -127,14 +132,26 @@ def read_targets(task: Task, params: Params, frozen: Frozen, part: str) -> list[
     stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
     losses = evaluate_per_example(outer.unscaled_losses, params, frozen, stream, num_examples)
     accuracies = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
+    ranges = _kept_ranges(stream, target_ranges(task.target_sizes[part]))
     return [
         {
             "name": target.name,
-            "loss": float(np.nanmean(losses[rows])),
-            "accuracy": None if target.accuracy is None else float(np.nanmean(accuracies[rows])),
+            "loss": float(losses[rows].mean()),
+            "accuracy": None if target.accuracy is None else float(accuracies[rows].mean()),
         }
-        for target, rows in zip(outer.targets, target_ranges(task.target_sizes[part]), strict=True)
+        for target, rows in zip(outer.targets, ranges, strict=True)
     ]
+
+
+def _kept_ranges(stream: Stream, ranges: list[slice]) -> list[Int[np.ndarray, "kept"]]:
+    """The rows of each range that a stream holds: others have no value, and a nan among these is one."""
+    kept = held_out_indices(stream)
+    return [kept[(rows.start <= kept) & (kept < rows.stop)] for rows in ranges]
+
+
+def kept_by_target(task: Task, part: str) -> list[int]:
+    """How many rows of each target the stream of a part holds."""
+    return [len(rows) for rows in _kept_ranges(task.held_out_streams[part], target_ranges(task.target_sizes[part]))]
 
 
 def headline_part(task: Task) -> str:

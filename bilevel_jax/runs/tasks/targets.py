@@ -1,8 +1,10 @@
 """What validation examples judge by: the training loss, another one, or a weighted sum of several."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,8 @@ class TargetSpec(NamedTuple):
     coefficient: float
     settings: schema.ObjectiveSection | None
     """Of sft, dpo and simpo; None of a function."""
+    digest: str = ""
+    """Of the file of a function, so that another content is another target."""
 
     @property
     def has_examples(self) -> bool:
@@ -108,10 +112,17 @@ def list_targets(section: schema.TargetSection, objective: schema.ObjectiveSecti
     losses = losses if len(losses) == len(sources) else [losses[0]] * len(sources)
     coefficients = section.coefficients or [1 / len(sources)] * len(sources)
     specs = [
-        TargetSpec(source, loss, coefficient, _find_settings(loss, section, objective))
+        TargetSpec(source, loss, coefficient, _find_settings(loss, section, objective), _hash_file(loss))
         for source, loss, coefficient in zip(sources, losses, coefficients, strict=True)
     ]
     return tuple(sorted(specs, key=lambda spec: not spec.has_examples))
+
+
+def _hash_file(loss: TargetLoss) -> str:
+    if not isinstance(loss, str) or not is_target_function(loss):
+        return ""
+    path = Path(loss.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _find_settings(
@@ -121,9 +132,19 @@ def _find_settings(
     if not isinstance(loss, str) or is_target_function(loss):
         return None
     if loss == objective.name:
-        return replace(objective, beta=section.beta) if section.beta else objective
+        gamma_ratio = objective.gamma_ratio if section.gamma_ratio < 0 else section.gamma_ratio
+        return replace(objective, beta=section.beta or objective.beta, gamma_ratio=gamma_ratio)
     beta = section.beta if loss != "sft" else 0.0
-    return schema.ObjectiveSection(name=loss, beta=beta, gamma_ratio=section.gamma_ratio)  # type: ignore[arg-type]
+    gamma_ratio = schema.ObjectiveSection.gamma_ratio if section.gamma_ratio < 0 else section.gamma_ratio
+    return schema.ObjectiveSection(name=loss, beta=beta, gamma_ratio=gamma_ratio)  # type: ignore[arg-type]
+
+
+def is_trainable(specs: Sequence[TargetSpec], objective: schema.ObjectiveSection) -> bool:
+    """Whether training on the validation examples lowers what they judge by: they judge by the training loss."""
+    reading = [spec for spec in specs if spec.has_examples]
+    return bool(reading) and all(
+        spec.settings is not None and spec.settings.name == objective.name and spec.coefficient > 0 for spec in reading
+    )
 
 
 def is_training_loss(specs: Sequence[TargetSpec], objective: schema.ObjectiveSection) -> bool:
@@ -151,6 +172,12 @@ def group_by_target(
 
     Raises ValueError for a source that no target names, and for a target without examples in a part.
     """
+    unread = next((examples for examples in held_out.values() if examples), [])
+    if unread and not any(spec.has_examples for spec in specs):
+        raise ValueError(
+            f"{unread[0].where}: the target {PARAMETERS_TARGET!r} reads no examples, and examples are given. Name "
+            "their source in target.sources, too, or give none."
+        )
     specs = [spec for spec in specs if spec.has_examples]
     grouped = {}
     for part, examples in held_out.items():
@@ -161,6 +188,11 @@ def group_by_target(
             continue
         sources = {spec.source for spec in specs}
         if strange := next((example for example in examples if example.source not in sources), None):
+            if strange.source == PARAMETERS_TARGET:
+                raise ValueError(
+                    f"{strange.where}: its source is {PARAMETERS_TARGET!r}, which is the name of the target without "
+                    "examples. Give the examples another source."
+                )
             raise ValueError(
                 f"{strange.where}: its source is {strange.source!r}, which no target reads; target.sources names "
                 f"{sorted(sources)}. Name it there, or set data.source_field to the key that tells the targets apart."
@@ -224,8 +256,9 @@ def build_outer_objective(
     def accuracy(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
         return _accuracy_of(find_target(targets, batch)[0], params, frozen, batch)
 
-    units = {target.unit for target in targets}
-    unit = units.pop() if len(units) == 1 else "units of the sum of targets"
+    kinds = {(spec.settings, target.unit) for spec, target in zip(specs, targets, strict=True)}
+    is_mean = min(spec.coefficient for spec in specs) > 0 and abs(sum(spec.coefficient for spec in specs) - 1) < 1e-9
+    unit = targets[0].unit if len(kinds) == 1 and is_mean else "units of the sum of targets"
     return OuterObjective(targets, losses, unscaled_losses, accuracy, unit)
 
 
@@ -303,7 +336,7 @@ def _losses_of_examples(function: Callable[..., Any], name: str, decoder: models
         if jnp.shape(values) != batch["index"].shape:
             raise ValueError(
                 f"{name} gives losses of shape {jnp.shape(values)} for {batch['index'].shape[0]} examples; wanted one "
-                "for each."
+                "for each (a preference pair is one example of two sequences, chosen and rejected)."
             )
         return jnp.where(batch["index"] != PADDING, values, 0)
 
@@ -452,28 +485,34 @@ def check_functions(
     for place, (target, spec) in enumerate(zip(targets, specs, strict=True)):
         if spec.settings is not None:
             continue
-        marked = (batch for batch in map(validation.batch, range(validation.steps)) if f"{MARK}{place}" in batch)
-        batch = jax.tree.map(lambda leaf: leaf[0], next(marked) if len(targets) > 1 else validation.batch(0))
-        loss, slope = _loss_and_slope(target, near, frozen, batch)
+        loss, slope = _loss_and_slope(target, place if len(targets) > 1 else None, near, frozen, validation)
         if not np.isfinite([loss, slope]).all():
             raise ValueError(
                 f"the target {spec.name} is {loss:g} with a gradient of norm {slope:g} at the start of training; "
-                "wanted finite numbers. Look for a division by 0, a logarithm or root at 0, or padding that is read."
+                "wanted finite numbers. Look for a division by 0 and a logarithm or root at 0, also in the empty rows "
+                "that fill a batch, whose gradient counts although their losses do not."
             )
         if slope == 0:
             raise ValueError(
-                f"the target {spec.name} does not depend on the parameters (its gradient is 0), so no weight can "
-                "change it. Look for stop_gradient, argmax, rounding and numbers that do not come from the parameters, "
-                "and under LoRA for parameters that it leaves as they are."
+                f"the target {spec.name} does not depend on the parameters: its gradient over all validation examples "
+                "is 0, so no weight can change it. Look for stop_gradient, argmax, rounding and numbers that do not "
+                "come from the parameters, and under LoRA for parameters that it leaves as they are."
             )
 
 
-def _loss_and_slope(target: Target, params: Params, frozen: Frozen, batch: Batch) -> tuple[float, float]:
-    """The sum of the losses of a micro-batch, and the norm of its gradient."""
-    value, grad = jax.jit(jax.value_and_grad(lambda p, frozen, batch: target.losses(p, frozen, batch).sum()))(
-        params, frozen, batch
-    )
-    return float(value), float(optax.tree.norm(grad))
+def _loss_and_slope(
+    target: Target, place: int | None, params: Params, frozen: Frozen, validation: Stream
+) -> tuple[float, float]:
+    """The sum of the losses of a target over its batches, and the norm of its gradient."""
+
+    def total(params: Params, frozen: Frozen, batch: Batch) -> Array:
+        return jax.lax.map(lambda micro: target.losses(params, frozen, micro).sum(), batch).sum()
+
+    value_and_grad = jax.jit(jax.value_and_grad(total))
+    batches_of_all = map(validation.batch, range(validation.steps))
+    own = [batch for batch in batches_of_all if place is None or f"{MARK}{place}" in batch]
+    values, grads = zip(*(value_and_grad(params, frozen, batch) for batch in own), strict=True)
+    return float(sum(values)), float(optax.tree.norm(jax.tree.map(lambda *leaves: sum(leaves), *grads)))
 
 
 @jax.jit

@@ -355,7 +355,7 @@ def tokenize_parts(
         architecture,
         {},
         specs,
-        is_joint=_is_trainable(config.objective, specs, held_out),
+        is_joint=targets.is_trainable(specs, config.objective),
     )
     for name, part_examples in group_by_corpus(text, streaming=config.data.streaming).items():
         token_weights = splits.token_weights if name == text.train_corpus else None
@@ -366,16 +366,6 @@ def tokenize_parts(
     if not targets.is_training_loss(specs, config.objective):
         text.notes.append(targets.describe_targets(specs))
     return text
-
-
-def _is_trainable(
-    objective: ObjectiveSection, specs: Sequence[TargetSpec], held_out: Mapping[str, list[list[Example]]]
-) -> bool:
-    """Whether the validation examples are of the kind that the objective trains on: pairs, or single responses."""
-    rows = [example for own in held_out.get("validation", ()) for example in own]
-    return all(spec.has_examples for spec in specs) and all(
-        bool(example.rejected) == (objective.name != "sft") for example in rows
-    )
 
 
 def describe_tokens(tokenized_data: TokenizedData, *, streaming: bool) -> dict[str, dict[str, Any]]:
