@@ -16,6 +16,10 @@ processes take turns, one of them at work at a time, and medians over the rounds
 slows all. Memory is a run's largest resident size above that before it: imports, data and compiled programs are there,
 and what was freed has been given back to the system. The error is |found - exact| / |exact|, where exact is jax.grad
 through a scan of the whole training in float64 (for `solve`: the Hessian in closed form, solved directly, in numpy).
+
+With --retrains N each hypergradient foretells the held-out losses of N trainings without a random half of the rows, by
+the sum of the parts that leave; Spearman's correlation with what they are, and its 95 % interval by bootstrap over the
+retrains, which are the same for all.
 """
 
 import argparse
@@ -33,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from tests.benchmarks import peers_problems
 
@@ -83,6 +88,7 @@ SOLVING = (
     Contestant("bilevel_jax, implicit", "peers_jax", "solved", SOLVE),
 )
 ORACLE = Contestant("oracle", "peers_jax", "oracle")
+RETRAINS = Contestant("retrains", "peers_jax", "retrained")
 
 
 class Result(NamedTuple):
@@ -92,10 +98,12 @@ class Result(NamedTuple):
     megabytes: float = float("nan")
     error: float | None = None
     """None: it gives no hypergradient."""
+    rank: tuple[float, float, float] | None = None
+    """Spearman's correlation with retrains, and its 95 % interval by bootstrap over them; None where none were made."""
     reason: str = ""
 
 
-def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clock: str) -> None:
+def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clock: str, retrains: int) -> None:
     """Print the tables."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before any process starts
     print(f"{threads} threads, {clock} time, {rounds} rounds; load {os.getloadavg()[0]:.1f} at the beginning")
@@ -105,12 +113,32 @@ def main(*, problems: list[str], only: list[str], rounds: int, threads: int, clo
             chosen = {"mlp": TRAINING + ON_ARRAYS, "transformer": TRAINING, "solve": SOLVING}[name]
             kept = {one.plain for one in chosen if _matches(one, only)} | {chosen[0].name}
             chosen = [one for one in chosen if one.name in kept or _matches(one, only)]
-            table(name, compete(chosen, problem, _exact(problem, threads), rounds, threads, clock), chosen)
+            measured = Measured(_exact(problem, threads), *_retrain(problem, threads, retrains))
+            table(name, compete(chosen, problem, measured, rounds, threads, clock), chosen)
     print(f"\nload {os.getloadavg()[0]:.1f} at the end")
 
 
+class Measured(NamedTuple):
+    """What hypergradients are compared with."""
+
+    exact: np.ndarray
+    removed: np.ndarray
+    """bool[retrains, rows]: what each left out."""
+    losses: np.ndarray
+    """The held-out loss of each retrain."""
+
+    def rank(self, weights: np.ndarray, found: np.ndarray) -> tuple[float, float, float] | None:
+        """How well the sum of the parts that leave, to first order, ranks the losses."""
+        if not len(self.losses):
+            return None
+        foretold = -(self.removed @ (weights * found))
+        draws = np.random.default_rng(0).integers(len(foretold), size=(1000, len(foretold)))
+        values = [spearmanr(foretold[at], self.losses[at]).statistic for at in draws]
+        return (spearmanr(foretold, self.losses).statistic, *np.quantile(values, [0.025, 0.975]))
+
+
 def compete(
-    chosen: list[Contestant], problem: Any, exact: np.ndarray, rounds: int, threads: int, clock: str
+    chosen: list[Contestant], problem: Any, measured: Measured, rounds: int, threads: int, clock: str
 ) -> dict[str, Result]:
     """Every contestant's result; their processes live at the same time and work in turns."""
     workers, results = {}, {}
@@ -122,8 +150,11 @@ def compete(
             results[one.name] = Result([], reason=str(failure))
             continue
         print(f"{one.name} is ready", file=sys.stderr, flush=True)
-        error = None if found is None else float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-        workers[one.name], results[one.name] = worker, Result([], megabytes, error)
+        error, rank = None, None
+        if found is not None:
+            error = float(np.linalg.norm(found - measured.exact) / np.linalg.norm(measured.exact))
+            rank = measured.rank(problem.weights, found)
+        workers[one.name], results[one.name] = worker, Result([], megabytes, error, rank)
     for _ in range(rounds):
         for name, worker in workers.items():
             results[name].seconds.append(worker.ask(clock))
@@ -136,16 +167,18 @@ def table(name: str, results: dict[str, Result], chosen: list[Contestant]) -> No
     """Print one problem's rows."""
     medians = {name: np.median(result.seconds) for name, result in results.items() if result.seconds}
     first = chosen[0].name
-    print(f"\n| {name} | s | / own plain | / {first} | MB | error |\n|---|---|---|---|---|---|")
+    print(f"\n| {name} | s | / own plain | / {first} | MB | error | rank correlation |\n|---|---|---|---|---|---|---|")
     for one in chosen:
         result = results[one.name]
         if result.reason:
-            print(f"| {one.name} | {result.reason} | | | | |")
+            print(f"| {one.name} | {result.reason} | | | | | |")
             continue
         seconds = medians[one.name]
         ratios = [f"{seconds / medians[base]:.2f}" if base in medians else "" for base in (one.plain, first)]
         error = "" if result.error is None else f"{result.error:.1e}"
-        print(f"| {one.name} | {seconds:.3f} | {' | '.join(ratios)} | {result.megabytes:.0f} | {error} |", flush=True)
+        rank = "" if result.rank is None else "{:.4f} ({:.4f} to {:.4f})".format(*result.rank)
+        cells = [one.name, f"{seconds:.3f}", *ratios, f"{result.megabytes:.0f}", error, rank]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 class Failure(Exception):
@@ -251,6 +284,16 @@ def _exact(problem: Any, threads: int) -> np.ndarray:
     return exact
 
 
+def _retrain(problem: Any, threads: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(what each retrain left out, its loss): of a problem that trains, random halves of the rows."""
+    if isinstance(problem, peers_problems.Regression) or not count:
+        return np.zeros((0, 0), bool), np.zeros(0)
+    worker = Worker(RETRAINS._replace(options={"count": count}), problem, threads)
+    found, _ = worker.receive()
+    worker.stop()
+    return found
+
+
 def _matches(one: Contestant, only: list[str]) -> bool:
     return not only or any(part.lower() in one.name.lower() for part in only)
 
@@ -261,5 +304,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", default=[], help="parts of contestants' names; their baselines run too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="cores, and threads, of each contestant")
+    parser.add_argument("--retrains", type=int, default=0, help="trainings that the hypergradients foretell")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: seconds of all its threads")
     main(**vars(parser.parse_args()))

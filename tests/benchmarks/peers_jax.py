@@ -98,6 +98,34 @@ def oracle(problem: Training) -> Callable[[], np.ndarray]:
     return scanned(problem, checkpoint=True, dtype=jnp.float64)
 
 
+def retrained(problem: Training, *, count: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+    """The held-out losses of trainings without a random half of the rows, whose weights are 0."""
+    one = _plain(problem, jnp.float32)
+
+    @jax.jit
+    def loss(weights, params, rows, held_out, order):
+        def step(state, at):
+            params, opt = state
+            batch, parts = jax.tree.map(lambda leaf: leaf[at], rows), weights[at]
+            grad = jax.grad(lambda params: jnp.mean(parts * one.losses(params, batch)))(params)
+            updates, opt = one.adam.update(grad, opt, params)
+            return (optax.apply_updates(params, updates), opt), None
+
+        (params, _), _ = jax.lax.scan(step, (params, one.adam.init(params)), order)
+        return jnp.mean(one.losses(params, held_out))
+
+    rng = np.random.default_rng(3)
+    size = len(problem.weights)
+    removed = np.stack([rng.permutation(size) < size // 2 for _ in range(count)])
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        kept = jnp.where(removed, 0, one.weights[None])
+        losses = [float(loss(weights, one.params, one.rows, one.held_out, one.order)) for weights in kept]
+        return removed, np.array(losses)
+
+    return run
+
+
 def alone(problem: Training) -> Callable[[], None]:
     """This package's training without a sweep."""
     core, adam, params, train_stream, _, weights = _ours(problem)
