@@ -1,4 +1,4 @@
-"""Tokens of a vocabulary: as text, and checks that each has a row of the model's embedding."""
+"""Tokens of a vocabulary as text, and checks of their embedding rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
