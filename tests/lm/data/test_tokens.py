@@ -1,7 +1,6 @@
 """Exactly one BOS, an end token, and a mask that decodes to the response, whatever tokenizer and template."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from bilevel_jax.lm.builtin.cipher import make_cipher_tokenizer as cipher_tokeni
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.lm.data.tokens import TokenizedSequence, corpus_from_sequences, load_tokenizer, tokenize
 from bilevel_jax.lm.data.turns import turn_to_message
-
-MODELS = Path(__file__).parents[3] / "shared" / "models"
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}"
@@ -480,10 +477,9 @@ def test_half_of_a_vocabulary(tmp_path):
             load_tokenizer(folder)
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="the shared folder of real models is absent")
 @pytest.mark.parametrize("name", ["babyllama-1m", "stories-260k"])
-def test_real_tokenizer(name):
-    tokenizer = load_tokenizer(MODELS / name)
+def test_real_tokenizer(shared, name):
+    tokenizer = load_tokenizer(shared / "models" / name)
     rows = [example("Tom said:", "“Hi”, 3 + 4 = 7\n\nThe end.", line=1), example("One day, Lily\nran.", line=2)]
     corpus, report = tokenize(rows, tokenizer, max_length=256)
     assert (
