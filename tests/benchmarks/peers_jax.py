@@ -72,9 +72,8 @@ def plain(problem: Training) -> Callable[[], None]:
     return run
 
 
-def scanned(problem: Training, *, checkpoint: bool, dtype: Any = jnp.float32) -> Callable[[], np.ndarray]:
-    """jax.grad of all of training as one scan; `checkpoint`: only the states are kept, each step is computed twice."""
-    one = _plain(problem, dtype)
+def _loss_after_training(one: Plain, *, checkpoint: bool) -> Callable[..., jax.Array]:
+    """(weights, params, rows, held-out rows, order) -> the held-out loss after all of training, as one scan."""
 
     def after(weights, params, rows, held_out, order):
         def step(state, at):
@@ -88,7 +87,13 @@ def scanned(problem: Training, *, checkpoint: bool, dtype: Any = jnp.float32) ->
         (params, _), _ = jax.lax.scan(body, (params, one.adam.init(params)), order)
         return jnp.mean(one.losses(params, held_out))
 
-    slope = jax.jit(jax.grad(after))
+    return after
+
+
+def scanned(problem: Training, *, checkpoint: bool, dtype: Any = jnp.float32) -> Callable[[], np.ndarray]:
+    """jax.grad of all of training as one scan; `checkpoint`: only the states are kept, each step is computed twice."""
+    one = _plain(problem, dtype)
+    slope = jax.jit(jax.grad(_loss_after_training(one, checkpoint=checkpoint)))
     return lambda: np.asarray(slope(one.weights, one.params, one.rows, one.held_out, one.order))
 
 
@@ -101,19 +106,7 @@ def oracle(problem: Training) -> Callable[[], np.ndarray]:
 def retrained(problem: Training, *, count: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
     """The held-out losses of trainings without a random half of the rows, whose weights are 0."""
     one = _plain(problem, jnp.float32)
-
-    @jax.jit
-    def loss(weights, params, rows, held_out, order):
-        def step(state, at):
-            params, opt = state
-            batch, parts = jax.tree.map(lambda leaf: leaf[at], rows), weights[at]
-            grad = jax.grad(lambda params: jnp.mean(parts * one.losses(params, batch)))(params)
-            updates, opt = one.adam.update(grad, opt, params)
-            return (optax.apply_updates(params, updates), opt), None
-
-        (params, _), _ = jax.lax.scan(step, (params, one.adam.init(params)), order)
-        return jnp.mean(one.losses(params, held_out))
-
+    loss = jax.jit(_loss_after_training(one, checkpoint=False))
     rng = np.random.default_rng(3)
     size = len(problem.weights)
     removed = np.stack([rng.permutation(size) < size // 2 for _ in range(count)])
