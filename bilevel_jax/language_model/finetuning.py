@@ -58,7 +58,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
 from bilevel_jax.runs.infra.progress import make_progress_bar
 from bilevel_jax.runs.scoring.token_hypergradients import TokenHypergradients, compute_token_hypergradients
-from bilevel_jax.runs.tasks.reference import compute_pair_log_probs, reference_margins
+from bilevel_jax.runs.tasks.reference import compute_pair_log_probs, measure_pairs, reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
 from bilevel_jax.runs.tasks.targets import TargetLoss, TargetSpec, list_targets
 from bilevel_jax.runs.tasks.text import (
@@ -69,6 +69,7 @@ from bilevel_jax.runs.tasks.text import (
     check_target_functions,
     compose_text_task,
     corpora_with_reference,
+    group_by_corpus,
     tokenize_parts,
 )
 
@@ -687,14 +688,17 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
 
 def _with_reference_margins(lm: "LanguageModel", text: TokenizedData, sections: TaskSections) -> TokenizedData:
     """The pairs that dpo compares, with the margins of the model before training."""
-    margins = {}
-    for name in corpora_with_reference(text, sections.objective):
-        corpus = text.corpora[name]
-        log_probs = compute_pair_log_probs(
-            lm.decoder, lm.joined_params, corpus, sections.train.global_batch_size, lm.mesh
-        )
-        margins[name] = corpus.with_reference_margins(reference_margins(log_probs))
-    return text._replace(corpora=text.corpora | margins)
+    corpora = {name: text.corpora[name] for name in corpora_with_reference(text, sections.objective)}
+    batch_size = sections.train.global_batch_size
+    log_probs = measure_pairs(
+        corpora,
+        group_by_corpus(text),
+        lambda name: compute_pair_log_probs(lm.decoder, lm.joined_params, corpora[name], batch_size, lm.mesh),
+    )
+    with_margins = {
+        name: corpus.with_reference_margins(reference_margins(log_probs[name])) for name, corpus in corpora.items()
+    }
+    return text._replace(corpora=text.corpora | with_margins)
 
 
 def _check_solver(solver: SolverOptions, validation: Any, target: Any) -> None:

@@ -125,7 +125,7 @@ def bootstrap_paired_gain(
     """
     gain = np.asarray(before - after, float)
     draws, random = max(4000, round(25 / level)), np.random.default_rng(seed)
-    parts = np.split(gain, np.cumsum(groups)[:-1]) if len(groups) else [gain]
+    parts = np.split(gain, np.cumsum(groups or (len(gain),))[:-1])
     means = np.concatenate(
         [
             sum(

@@ -126,7 +126,7 @@ def expected(lm, rows, outer, weights, *, lora=0):
     return jax.jit(jax.value_and_grad(value))(weights)
 
 
-def check(lm, rows, validation, target, outer, *, lora=0):
+def assert_equals_plain_jax(lm, rows, validation, target, outer, *, lora=0):
     rows = rows[:4]
     weights = np.linspace(0.5, 1.5, len(rows))
     with jax.enable_x64(True):
@@ -143,7 +143,7 @@ def check(lm, rows, validation, target, outer, *, lora=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, outer", [("simpo", simpo), ("dpo", dpo)])
 def test_pairs_judge_supervised_examples(lm64, rows, judges, name, outer):
-    check(lm64, rows, judges, name, lambda params: outer(lm64, lm64.params, params, judges))
+    assert_equals_plain_jax(lm64, rows, judges, name, lambda params: outer(lm64, lm64.params, params, judges))
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_function_of_the_users_judges(lm64, rows, held_out):
     def outer(params):
         return -log_probs(lm64, params, column(held_out, "prompt"), column(held_out, "response")).sum(1).mean()
 
-    check(lm64, rows, held_out, response_losses, outer)
+    assert_equals_plain_jax(lm64, rows, held_out, response_losses, outer)
 
 
 @pytest.mark.slow
@@ -183,13 +183,13 @@ def test_a_classifier_judges(lm64, rows):
         right = jnp.take_along_axis(logits, targets[..., None], 2)[..., 0]
         return (jax.nn.logsumexp(logits[..., ids], -1) - right)[:, 3:].mean()  # the label, and the end behind it
 
-    check(lm64, rows, validation, target, outer)
+    assert_equals_plain_jax(lm64, rows, validation, target, outer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", (0, 2))
 def test_the_parameters_alone_judge(lm64, rows, lora):
-    result = check(lm64, rows, None, distance, distance, lora=lora)
+    result = assert_equals_plain_jax(lm64, rows, None, distance, distance, lora=lora)
     assert [note for note in result.notes if "distance of the parameters" in note]
 
 
@@ -207,7 +207,7 @@ def test_several_targets_are_a_weighted_sum(lm64, rows, judges, order):
             - 0.5 * distance(params)
         )
 
-    check(lm64, rows, judges[::order], dict(list(MIXED.items())[::order]), outer)
+    assert_equals_plain_jax(lm64, rows, judges[::order], dict(list(MIXED.items())[::order]), outer)
 
 
 @pytest.mark.slow

@@ -241,7 +241,8 @@ class Repetition:
         table[: task.num_examples] = weights
         alone = self._retrain_cold(f"{name}, alone", make_variant(name, "", task, trainable, table))
         cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
-        cell |= {key: alone[key] for key in ("targets",) if key in alone}
+        if "targets" in alone:
+            cell["targets"] = alone["targets"]
         if is_validation_trainable(task):
             with_validation = np.concatenate([trainable, task.validation_indices()])
             both = self._retrain_cold(f"{name}, with validation", make_variant(name, "", task, with_validation, table))

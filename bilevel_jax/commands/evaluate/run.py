@@ -5,14 +5,12 @@ from typing import Any
 
 from bilevel_jax.commands.evaluate import harness, report
 from bilevel_jax.runs.config.load import EvaluateConfig, config_hash
-from bilevel_jax.runs.evaluation import answers, judge
-from bilevel_jax.runs.evaluation.measures import choose_metrics, make_question_verifier, measure
-from bilevel_jax.runs.evaluation.models import ROLES, Candidate, describe_templates, open_candidates
-from bilevel_jax.runs.evaluation.questions import Question, leave_out_long, load_questions
+from bilevel_jax.runs.evaluation import answers
+from bilevel_jax.runs.evaluation.measures import Evaluation, measure, prepare_evaluation
+from bilevel_jax.runs.evaluation.models import ROLES, describe_templates, open_candidates
 from bilevel_jax.runs.evaluation.summary import make_judge, summarize, write_tables
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.scoring.verifiers import Verifier
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -22,28 +20,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     RuntimeError where a service refuses or does not answer: what it answered before is stored, and --resume goes on.
     """
     with open_run_dir(config) as folder:
-        if config.judge.url:
-            judge.load_pair_template(config.judge)  # a fault is told before any work
-            judge.load_safety_template(config.judge)
-        questions, notes = load_questions(config, config.data.test)
-        candidates = open_candidates(config)
-        questions, long_notes = leave_out_long(config, candidates, questions)
-        metrics = choose_metrics(config, questions, candidates)
-        verifier = make_question_verifier(config, questions)
-        notes += [*long_notes, *describe_templates(candidates, config.data.template)]
+        evaluation = prepare_evaluation(config, config.data.test, lambda: open_candidates(config))
         with start_session(config, folder) as session:
-            return _run_evaluation(config, questions, candidates, metrics, verifier, notes, session)
+            return _run_evaluation(config, evaluation, session)
 
 
-def _run_evaluation(
-    config: EvaluateConfig,
-    questions: list[Question],
-    candidates: list[Candidate],
-    metrics: list[str],
-    verifier: Verifier | None,
-    notes: list[str],
-    session: Session,
-) -> dict[str, Any]:
+def _run_evaluation(config: EvaluateConfig, evaluation: Evaluation, session: Session) -> dict[str, Any]:
+    questions, candidates, metrics, verifier, _ = evaluation
+    notes = [*evaluation.notes, *describe_templates(candidates, config.data.template)]
     for note in notes:
         session.print_line(note)
     models = []

@@ -30,7 +30,7 @@ from bilevel_jax.lm.data.tokens import TokenizedSequence
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.data.vocabulary import check_special_tokens, spell_tokens
 from bilevel_jax.runs.config.load import InspectConfig
-from bilevel_jax.runs.config.rules import PARAMETERS_TARGET
+from bilevel_jax.runs.config.rules import reads_parameters_alone
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.tasks import objective, splits, targets
@@ -462,7 +462,7 @@ def _find_warnings(
     tokenizer: Any,
 ) -> Iterable[str]:
     """What no command stops at."""
-    if len(parts) == 1 and config.target.sources != (PARAMETERS_TARGET,):
+    if len(parts) == 1 and not reads_parameters_alone(config):
         yield "no validation examples: `select` needs data.validation, and `train` has nothing to read its progress on"
     if tokenizer.eos_token_id is None:
         yield "the tokenizer has no EOS: nothing teaches the model where an answer ends"

@@ -37,7 +37,8 @@ from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.trainer import Trainer
-from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
+from bilevel_jax.runs.evaluation.measures import Evaluation
+from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models, prepare_run_evaluation
 from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring import verifiers
@@ -51,8 +52,8 @@ from bilevel_jax.runs.tasks.evaluation import (
     count_examples,
     evaluate_per_example,
     held_out_indices,
-    kept_by_target,
     read_targets,
+    rows_by_target,
 )
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
@@ -94,7 +95,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
             if refine_config.verifier.name
             else None
         )
-        evaluation = prepare_evaluation(refine_config, refine_config.evaluate.prompts, task)
+        evaluation = prepare_run_evaluation(refine_config, refine_config.evaluate.prompts, task)
         with start_session(config, folder) as session:
             trainers = candidates.make_candidate_trainers(refine_config, task)
             generator_factory = make_generator_factory(
@@ -277,7 +278,7 @@ def run_round(
         trained.dev_losses[best],
         significance_level(config),
         (config.data.seed, 13, number),
-        kept_by_target(offline_task, "dev"),
+        [len(rows) for rows in rows_by_target(offline_task, "dev")],
     )
     accepted = bound > 0
     judge = next((name for name in (best, *others) if name in WEIGHT_LEARNING_METHODS), None)
@@ -420,7 +421,7 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
     if "test" not in context.task.held_out_streams:
         return None
     before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
-    groups = kept_by_target(context.task, "test")
+    groups = [len(rows) for rows in rows_by_target(context.task, "test")]
     gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17), groups)
     accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
     right = None

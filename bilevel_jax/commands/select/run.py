@@ -23,7 +23,8 @@ from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retra
 from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
-from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
+from bilevel_jax.runs.evaluation.measures import Evaluation
+from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models, prepare_run_evaluation
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -34,9 +35,9 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import (
     accuracy_name,
     count_examples,
-    kept_by_target,
     list_target_facts,
     read_labels,
+    rows_by_target,
 )
 from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
@@ -70,7 +71,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
             proximal_strength=config.outer.proximal,
             target=config.target,
         )
-        evaluation = prepare_evaluation(config, resolved.evaluate.prompts, task)
+        evaluation = prepare_run_evaluation(config, resolved.evaluate.prompts, task)
         with start_session(config, folder) as session:
             return _run_selection(task, config, evaluation, session, folder)
 
@@ -244,7 +245,7 @@ def _compare_by_retraining(
     for reason in arms.absent:
         session.print_line(f"not compared: {reason}.")
     lines, dev_losses = retrain_variants(task, retrainer, arms.variants, config.retrain.seeds)
-    groups = kept_by_target(task, "dev") if "dev" in task.held_out_streams else []
+    groups = [len(rows) for rows in rows_by_target(task, "dev")] if "dev" in task.held_out_streams else []
     recommendation = recommend(dev_losses, task.outer_objective.unit, groups)
     session.print_line(recommendation.sentence)
     return {"compare": lines, "absent_arms": arms.absent, "recommendation": recommendation.to_json()}

@@ -17,7 +17,8 @@ from bilevel_jax.runs.budget.work import count_train_steps
 from bilevel_jax.runs.config.load import TrainConfig, config_hash
 from bilevel_jax.runs.config.schema import DataSection
 from bilevel_jax.runs.engine import artifacts
-from bilevel_jax.runs.evaluation.run_models import Evaluation, RunModel, compare_run_models, prepare_evaluation
+from bilevel_jax.runs.evaluation.measures import Evaluation
+from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models, prepare_run_evaluation
 from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.placement import place_stream, place_table, replicate
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             dataset = dataset._replace(token_weights=token_weights, notes=[*dataset.notes, note])
         steps = count_train_steps(config.train, len(kept_examples))
         task = prepare_text_task(resolved, dataset, folder, num_steps=steps, seeds=[config.data.seed])
-        evaluation = prepare_evaluation(config, resolved.evaluate.prompts, task)
+        evaluation = prepare_run_evaluation(config, resolved.evaluate.prompts, task)
         with start_session(config, folder) as session:
             usage.predict_usage(task, config, session)
             example_weights = loaded_weights.weights[loaded_weights.keep_mask]

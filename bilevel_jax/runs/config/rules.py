@@ -57,12 +57,13 @@ PARAMETERS_TARGET = "parameters"
 """In target.sources, the target that reads no examples."""
 
 
-def is_target_function(loss: str) -> bool:
-    """Whether an item of target.losses names a function of a file."""
-    return ".py:" in loss
+def names_function(value: str) -> bool:
+    """Whether a value is path/to/file.py:function."""
+    return ".py:" in value
 
 
-def _reads_parameters_alone(config: Any) -> bool:
+def reads_parameters_alone(config: Any) -> bool:
+    """Whether the only target is a function of the parameters, which needs no validation examples."""
     return hasattr(config, "target") and config.target.sources == (PARAMETERS_TARGET,)
 
 
@@ -103,7 +104,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "data.validation",
-        lambda c: len(c.data.validation) > 0 or reads_array_data(c) or _reads_parameters_alone(c),
+        lambda c: len(c.data.validation) > 0 or reads_array_data(c) or reads_parameters_alone(c),
         "name the validation examples: files or a dataset",
     ),
     (
@@ -293,7 +294,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "target.losses",
-        lambda c: all(loss in ("sft", "dpo", "simpo") or is_target_function(loss) for loss in c.target.losses),
+        lambda c: all(loss in ("sft", "dpo", "simpo") or names_function(loss) for loss in c.target.losses),
         "each must be sft, dpo, simpo or path/to/file.py:function",
     ),
     (
@@ -305,7 +306,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "target.sources",
         lambda c: (
             PARAMETERS_TARGET not in c.target.sources
-            or is_target_function(
+            or names_function(
                 (*_target_losses(c.target), *[""] * len(c.target.sources))[c.target.sources.index(PARAMETERS_TARGET)]
             )
         ),
@@ -469,7 +470,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "verifier.name",
-        lambda c: c.verifier.name in ("", "numeric", "exact", "choice") or ".py:" in c.verifier.name,
+        lambda c: c.verifier.name in ("", "numeric", "exact", "choice") or names_function(c.verifier.name),
         "must be numeric, exact, choice, path/to/file.py:function, or empty",
     ),
     (

@@ -87,10 +87,9 @@ def recommend(
     if len(names) < 2:
         return recommend_nothing(TOO_FEW_ARMS if dev_losses else NO_DEV)
     losses = np.stack([dev_losses[name] for name in names])
-    ends = np.cumsum(groups or (losses.shape[-1],))
-    sorted_losses = [_sort_examples(part) for part in np.split(losses, ends[:-1], axis=2)]
-    seed = (len(names), losses.shape[-1])
-    draws = bootstrap_means(np.concatenate(sorted_losses, axis=2), seed, groups if len(groups) > 1 else ())
+    groups = groups or (losses.shape[-1],)
+    sorted_losses = [_sort_examples(part) for part in np.split(losses, np.cumsum(groups)[:-1], axis=2)]
+    draws = bootstrap_means(np.concatenate(sorted_losses, axis=2), (len(names), losses.shape[-1]), groups)
     means = draws[0]
     best = int(np.argmin(means))  # the first of equals, which is the simplest
     errors = np.std(draws[1:] - draws[1:, best : best + 1], axis=0)

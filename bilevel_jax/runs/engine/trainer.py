@@ -43,7 +43,7 @@ from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.evaluation import held_out_indices
 from bilevel_jax.runs.tasks.protocol import Task
-from bilevel_jax.runs.tasks.targets import target_ranges
+from bilevel_jax.runs.tasks.targets import split_by_target
 
 REPLAY_WORK, HVP_WORK = 1.0, 3.0
 """Work of a backward step in training steps: a replayed step is one, a Hessian product with its primal about three.
@@ -280,11 +280,9 @@ class Trainer:
 
     def _kept_of_targets(self, part: str) -> list[Int[np.ndarray, "kept"]]:
         """The examples of each target that the stream of a part holds."""
-        kept = self._held_out_indices.get(part, np.zeros(0, int))
-        return [
-            kept[(rows.start <= kept) & (kept < rows.stop)]
-            for rows in target_ranges(self.task.target_sizes.get(part, ()))
-        ]
+        if part not in self._held_out_indices:
+            return []
+        return split_by_target(self._held_out_indices[part], self.task.target_sizes[part])
 
     def num_held_out(self, part: str) -> int:
         """The number of examples of a part that its stream holds."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from bilevel_jax.runs.evaluation.answers import ModelAnswers
 from bilevel_jax.runs.evaluation.judge import Judge, Judgement
 from bilevel_jax.runs.evaluation.metrics import PairOutcomes
 from bilevel_jax.runs.evaluation.models import Candidate, EvaluatingConfig
-from bilevel_jax.runs.evaluation.questions import Question
+from bilevel_jax.runs.evaluation.questions import Question, leave_out_long, load_questions
 from bilevel_jax.runs.evaluation.refusals import is_refusal
 from bilevel_jax.runs.scoring.verifiers import Verifier, make_verifier
 
@@ -37,6 +37,35 @@ class Measures:
     """Metric -> the score of all answers of each model together."""
     unjudged: dict[str, float] = field(default_factory=dict)
     """Metric -> the share of its answers, or pairs, without a verdict."""
+
+
+class Evaluation(NamedTuple):
+    """What models are asked and how their answers are measured, read and checked before any work."""
+
+    questions: list[Question]
+    candidates: list[Candidate]
+    metrics: list[str]
+    """The deciding one first."""
+    verifier: Verifier | None
+    notes: list[str]
+
+
+def prepare_evaluation(
+    config: EvaluatingConfig, files: Sequence[str], make_candidates: Callable[[], list[Candidate]]
+) -> Evaluation:
+    """The prompts of some files that fit the models, and what is measured of the answers.
+
+    Raises ValueError for prompts, models, references, metrics or a judge's template that do not fit, with the place.
+    """
+    if config.judge.url:
+        judge.load_pair_template(config.judge)
+        judge.load_safety_template(config.judge)
+    questions, notes = load_questions(config, files)
+    candidates = make_candidates()
+    questions, long_notes = leave_out_long(config, candidates, questions)
+    metrics = choose_metrics(config, questions, candidates)
+    verifier = make_question_verifier(config, questions)
+    return Evaluation(questions, candidates, metrics, verifier, [*notes, *long_notes])
 
 
 def choose_metrics(

@@ -1,4 +1,4 @@
-"""The models of a run answer prompts at its end: is what it trained better than what it is to be compared with?"""
+"""Answers of a run's own models to prompts, compared at its end."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,15 +9,14 @@ from bilevel_jax.core.types import Params
 from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config.load import RefineConfig, SelectConfig, TrainConfig
-from bilevel_jax.runs.evaluation import answers, judge
+from bilevel_jax.runs.evaluation import answers
 from bilevel_jax.runs.evaluation.answers import ModelAnswers
-from bilevel_jax.runs.evaluation.measures import choose_metrics, make_question_verifier, measure
+from bilevel_jax.runs.evaluation.measures import Evaluation, measure, prepare_evaluation
 from bilevel_jax.runs.evaluation.models import ROLES, Candidate, LocalModel, describe_templates
-from bilevel_jax.runs.evaluation.questions import Question, leave_out_long, load_questions
+from bilevel_jax.runs.evaluation.questions import Question
 from bilevel_jax.runs.evaluation.summary import RUN_FOLDER, make_judge, summarize, write_tables
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Session
-from bilevel_jax.runs.scoring.verifiers import Verifier
 from bilevel_jax.runs.tasks.text import TextTask
 
 OwnModelsConfig = SelectConfig | TrainConfig | RefineConfig
@@ -34,32 +33,18 @@ class RunModel(NamedTuple):
     """Its trained parameters; called at most once, and not where its answers are stored."""
 
 
-class Evaluation(NamedTuple):
-    """What the models of a run are asked, read and checked before the run does any work."""
-
-    questions: list[Question]
-    metrics: list[str]
-    verifier: Verifier | None
-    notes: list[str]
-
-
-def prepare_evaluation(config: OwnModelsConfig, files: Sequence[str], task: TextTask) -> Evaluation | None:
+def prepare_run_evaluation(config: OwnModelsConfig, files: Sequence[str], task: TextTask) -> Evaluation | None:
     """The prompts of evaluate.prompts, of which `files` are the files, and the metrics; None without prompts.
 
-    Raises ValueError for prompts, references, metrics or a judge's template that do not fit, with the place.
+    Raises as `prepare_evaluation`.
     """
     if not files:
         return None
-    if config.judge.url:
-        judge.load_pair_template(config.judge)
-        judge.load_safety_template(config.judge)
-    questions, notes = load_questions(config, files)
-    candidates = [_make_candidate(task, RunModel(role, "the model", dict)) for role in ROLES]
-    questions, long_notes = leave_out_long(config, candidates, questions)
-    metrics = choose_metrics(config, questions, candidates)
-    verifier = make_question_verifier(config, questions)
-    notes += [*long_notes, *_describe_trained_prompts(task, questions)]
-    return Evaluation(questions, metrics, verifier, [*notes, *describe_templates(candidates[:1], config.data.template)])
+    stand_ins = [_make_candidate(task, RunModel(role, "the model", dict)) for role in ROLES]
+    found = prepare_evaluation(config, files, lambda: stand_ins)
+    trained = _describe_trained_prompts(task, found.questions)
+    templates = describe_templates(stand_ins[:1], config.data.template)
+    return found._replace(notes=[*found.notes, *trained, *templates])
 
 
 def compare_run_models(

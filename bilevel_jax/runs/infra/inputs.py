@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
-from bilevel_jax.runs.config.rules import flatten_config
+from bilevel_jax.runs.config.rules import flatten_config, names_function
 from bilevel_jax.runs.infra import run_dir, seals
 
 INPUTS_FILE = seals.INPUTS_FILE
@@ -110,7 +110,7 @@ def _list_paths(key: str, value: Any) -> Iterator[Path]:
     """The paths that a config's value names; of `folder@split` the folder, of `file.py:function` the file."""
     for item in filter(None, value if isinstance(value, tuple) else (value,)):
         if key in FUNCTION_KEYS:
-            if ".py:" in item:
+            if names_function(item):
                 yield Path(item.rpartition(":")[0])
             continue
         folder, at, _ = str(item).partition("@")

@@ -18,6 +18,7 @@ from typing import Any
 from bilevel_jax.lm.data import files
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.files import describe_value
+from bilevel_jax.runs.config.rules import names_function
 from bilevel_jax.runs.config.schema import VerifierSection
 from bilevel_jax.runs.tasks.user_functions import error_location, load_user_function
 
@@ -163,7 +164,7 @@ def _make_grader(config: VerifierSection) -> Grader:
         return lambda question, answer, response: float(
             parse_choice(answer, config.markers) == parse_choice(response, config.markers)
         )
-    if ".py:" in config.name:
+    if names_function(config.name):
         return load_grader(config.name)
     raise ValueError(f"verifier.name is {config.name!r}; it is numeric, exact, choice, or path/to/file.py:function.")
 

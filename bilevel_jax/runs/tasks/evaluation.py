@@ -15,7 +15,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.targets import target_ranges
+from bilevel_jax.runs.tasks.targets import split_by_target
 
 
 def evaluate_per_example(
@@ -87,10 +87,9 @@ def accuracy(task: Task, params: Params, frozen: Frozen, part: str) -> float | N
         return None
     stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
     values = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
-    ranges = target_ranges(task.target_sizes[part])
     return next(
         float(values[rows].mean())
-        for target, rows in zip(outer.targets, _kept_ranges(stream, ranges), strict=True)
+        for target, rows in zip(outer.targets, rows_by_target(task, part), strict=True)
         if target.accuracy is not None
     )
 
@@ -132,26 +131,19 @@ def read_targets(task: Task, params: Params, frozen: Frozen, part: str) -> list[
     stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
     losses = evaluate_per_example(outer.unscaled_losses, params, frozen, stream, num_examples)
     accuracies = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
-    ranges = _kept_ranges(stream, target_ranges(task.target_sizes[part]))
     return [
         {
             "name": target.name,
             "loss": float(losses[rows].mean()),
             "accuracy": None if target.accuracy is None else float(accuracies[rows].mean()),
         }
-        for target, rows in zip(outer.targets, ranges, strict=True)
+        for target, rows in zip(outer.targets, rows_by_target(task, part), strict=True)
     ]
 
 
-def _kept_ranges(stream: Stream, ranges: list[slice]) -> list[Int[np.ndarray, "kept"]]:
-    """The rows of each range that a stream holds: others have no value, and a nan among these is one."""
-    kept = held_out_indices(stream)
-    return [kept[(rows.start <= kept) & (kept < rows.stop)] for rows in ranges]
-
-
-def kept_by_target(task: Task, part: str) -> list[int]:
-    """How many rows of each target the stream of a part holds."""
-    return [len(rows) for rows in _kept_ranges(task.held_out_streams[part], target_ranges(task.target_sizes[part]))]
+def rows_by_target(task: Task, part: str) -> list[Int[np.ndarray, "kept"]]:
+    """The rows of each target that the stream of a part holds: others have no value, and a nan among these is one."""
+    return split_by_target(held_out_indices(task.held_out_streams[part]), task.target_sizes[part])
 
 
 def headline_part(task: Task) -> str:

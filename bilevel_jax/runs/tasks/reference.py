@@ -1,7 +1,7 @@
 """Reference-model log-probabilities for DPO, stored by example id."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -43,22 +43,19 @@ def attach_reference_margins(
     """
     model_fingerprint = fingerprint_model_files(model.name_or_path, f"{model.param_dtype} {model.base_dtype}")
     stored_path = stored or (folder / REFERENCE_FILE if (folder / REFERENCE_FILE).exists() else "")
-    known: dict[str, Float[np.ndarray, "2"]] = {}
-    log_probs: dict[str, np.ndarray] = {}
     tables = []
-    for name, corpus in corpora.items():
-        ids = [
-            f"{example.id} {tokens}" for example, tokens in zip(examples[name], hash_pair_tokens(corpus), strict=True)
-        ]
-        if all(id in known for id in ids):
-            log_probs[name] = np.stack([known[id] for id in ids])
-            continue
-        if stored_path:
-            log_probs[name] = read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
-        else:
-            log_probs[name] = compute_pair_log_probs(decoder, params, corpus, batch_size, mesh)
-        known |= dict(zip(ids, log_probs[name], strict=True))
-        tables.append(build_reference_table(examples[name], corpus, log_probs[name], model_fingerprint))
+
+    def measure(name: str) -> Float[np.ndarray, "rows 2"]:
+        corpus = corpora[name]
+        found = (
+            read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
+            if stored_path
+            else compute_pair_log_probs(decoder, params, corpus, batch_size, mesh)
+        )
+        tables.append(build_reference_table(examples[name], corpus, found, model_fingerprint))
+        return found
+
+    log_probs = measure_pairs(corpora, examples, measure)
     run_dir.write_parquet(folder / REFERENCE_FILE, pa.concat_tables(tables))
     identity.check_tokens(
         folder,
@@ -79,6 +76,24 @@ def compute_pair_log_probs(
     flat = batches.BatchShape(1, batch_size, 2 * batch_size, batches.padded_max_length(corpus), 2)
     stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
     return evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
+
+
+def measure_pairs(
+    corpora: Mapping[str, Corpus],
+    examples: Mapping[str, Sequence[Example]],
+    measure: Callable[[str], Float[np.ndarray, "rows 2"]],
+) -> dict[str, Float[np.ndarray, "rows 2"]]:
+    """`measure` of each corpus by its name, once for rows that two share, as validation behind the training examples
+    does."""
+    known: dict[str, Float[np.ndarray, "2"]] = {}
+    log_probs: dict[str, Float[np.ndarray, "rows 2"]] = {}
+    for name, corpus in corpora.items():
+        rows = zip(examples[name], hash_pair_tokens(corpus), strict=True)
+        keys = [f"{example.id} {tokens}" for example, tokens in rows]
+        is_known = all(key in known for key in keys)
+        log_probs[name] = np.stack([known[key] for key in keys]) if is_known else measure(name)
+        known |= dict(zip(keys, log_probs[name], strict=True))
+    return log_probs
 
 
 def fingerprint_model_files(model: str | Path, dtype: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import dtypes
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Stream
 from bilevel_jax.lm import models
@@ -22,7 +22,7 @@ from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config import schema
-from bilevel_jax.runs.config.rules import PARAMETERS_TARGET, is_target_function
+from bilevel_jax.runs.config.rules import PARAMETERS_TARGET, names_function
 from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_kind
 from bilevel_jax.runs.tasks.user_functions import load_user_function
 
@@ -119,7 +119,7 @@ def list_targets(section: schema.TargetSection, objective: schema.ObjectiveSecti
 
 
 def _hash_file(loss: TargetLoss) -> str:
-    if not isinstance(loss, str) or not is_target_function(loss):
+    if not isinstance(loss, str) or not names_function(loss):
         return ""
     path = Path(loss.rpartition(":")[0])
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -129,7 +129,7 @@ def _find_settings(
     loss: TargetLoss, section: schema.TargetSection, objective: schema.ObjectiveSection
 ) -> schema.ObjectiveSection | None:
     """Those of the objective where it is the same loss."""
-    if not isinstance(loss, str) or is_target_function(loss):
+    if not isinstance(loss, str) or names_function(loss):
         return None
     if loss == objective.name:
         gamma_ratio = objective.gamma_ratio if section.gamma_ratio < 0 else section.gamma_ratio
@@ -303,10 +303,8 @@ def _build_target(
         if isinstance(spec.loss, str)
         else (spec.loss, function_name(spec.loss))
     )
-    build = _losses_of_examples if spec.has_examples else _loss_of_parameters
-    return Target(
-        spec.name, spec.coefficient, build(function, name, decoder), f"units of {name}", None, "", spec.has_examples
-    )
+    losses = _losses_of_examples(function, name, decoder) if spec.has_examples else _loss_of_parameters(function, name)
+    return Target(spec.name, spec.coefficient, losses, f"units of {name}", None, "", spec.has_examples)
 
 
 def function_name(function: Any) -> str:
@@ -343,9 +341,8 @@ def _losses_of_examples(function: Callable[..., Any], name: str, decoder: models
     return losses
 
 
-def _loss_of_parameters(function: Callable[..., Any], name: str, decoder: models.Decoder) -> Callable[..., Any]:
+def _loss_of_parameters(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The loss of a user's function of all parameters, LoRA merged, as that of the one row that stands for them."""
-    del decoder
 
     def losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
         whole = params if frozen["base"] is None else models.merge_adapters(frozen["base"], params)
@@ -524,7 +521,6 @@ def _perturb(params: Params) -> Params:
     )
 
 
-def target_ranges(sizes: Sequence[int]) -> list[slice]:
-    """The rows of each target in a part."""
-    ends = np.cumsum(sizes)
-    return [slice(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
+def split_by_target(kept: Int[np.ndarray, "kept"], sizes: Sequence[int]) -> list[Int[np.ndarray, "own"]]:
+    """The rows of each target among those of a part that are read, ascending; `sizes` are those of the targets."""
+    return np.split(kept, np.searchsorted(kept, np.cumsum(sizes)[:-1]))

@@ -422,20 +422,16 @@ def build_programs(
     compute_dtype: Any = None,
     lora: bool,
     proximal_strength: float,
-    specs: Sequence[TargetSpec] = (),
+    specs: Sequence[TargetSpec],
 ) -> TextPrograms:
     """The model's functions, its loss and its training step; with `lora` adapters are trained over `frozen["base"]`.
 
-    `specs` are the targets that validation examples judge by; none: the training loss.
+    `specs` are the targets that validation examples judge by.
     """
     gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
     decoder = models.make_decoder(architecture, remat=remat, compute_dtype=compute_dtype, gather_params=gather_params)
     run_objective = build_objective(objective, decoder, lora=lora)
-    outer = (
-        targets.build_outer_objective(specs, objective, run_objective, decoder, lora=lora)
-        if specs
-        else targets.training_target(run_objective)
-    )
+    outer = targets.build_outer_objective(specs, objective, run_objective, decoder, lora=lora)
     problem = weighted(run_objective.losses, outer=outer.losses, prior=_proximal_term(proximal_strength))
     step = train_step(problem, optimizer)
     return TextPrograms(decoder, run_objective, outer, problem, optimizer, step, proximal_strength > 0)
