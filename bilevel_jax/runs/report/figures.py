@@ -95,7 +95,7 @@ def plot_intervals(
         rows: from the top down.
         label: what the axis holds, with its unit.
         names: the legend's words for the filled and the hollow points; empty for no legend.
-        reference: where the dashed line stands; nan for none.
+        reference: where the dashed line stands, which the axis holds; nan for none.
         log: equal steps per factor.
         ends: between which intervals are drawn; one that goes on beyond ends in an arrow.
         width: of the figure, in points.
@@ -104,7 +104,7 @@ def plot_intervals(
     shown = [(max(row.low, ends[0]), min(row.high, ends[1])) for row in rows]
     values = [value for row, interval in zip(rows, shown, strict=True)
               for value in (row.value, *interval, row.second_value, *row.seed_values)]  # fmt: skip
-    _set_axis(axes.xaxis, axis_limits(values, log=log), label, log=log)
+    _set_axis(axes.xaxis, axis_limits([*values, reference], log=log), label, log=log)
     _name_rows(axes, [(row.name, "") for row in rows], [row.emphasized for row in rows])
     if math.isfinite(reference):
         axes.axvline(reference, **REFERENCE)

@@ -109,3 +109,10 @@ def test_many_names_in_the_margin_do_not_overlap():
 def test_matplotlib_is_imported_when_a_figure_is_drawn():
     code = "import sys, bilevel_jax.cli, bilevel_jax.commands.train.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_axis_of_intervals_holds_the_reference():
+    rows = [IntervalRow("one", 15, 14, 16), IntervalRow("other", 43, 42, 44)]
+    pictures = [str(figures.plot_intervals(rows, "difference", reference=at)) for at in (0.0, math.nan)]
+    with_zero, without = (re.findall(r">(\d+)<", picture) for picture in pictures)
+    assert with_zero[0] == "0" and "0" not in without
