@@ -179,7 +179,7 @@ def backward_pass_of_each(
     would not share the passes of several loops.
     """
     end_loss_and_adjoint = _end_loss_and_adjoint_fn(problem)
-    step_of_each = _step_of_each(problem, step, keep_bits)
+    each = step_of_each(problem, step, keep_bits)
 
     def start(
         trajectory: Trajectory, hyper: Hyper, frozen: Frozen, validations: Sequence[Stream]
@@ -188,11 +188,11 @@ def backward_pass_of_each(
         losses, adjoint = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
         return losses, adjoint, jax.tree.map(lambda leaf: jnp.zeros((len(ends), *leaf.shape), leaf.dtype), hyper)
 
-    return _build_backward_pass(step_of_each, start, window=window, on_step=on_step, on_replay=on_replay)
+    return _build_backward_pass(each, start, window=window, on_step=on_step, on_replay=on_replay)
 
 
 @lru_cache(maxsize=8)
-def _step_of_each(problem: Problem, step: TrainStep, keep_bits: bool) -> TrainStep:
+def step_of_each(problem: Problem, step: TrainStep, keep_bits: bool) -> TrainStep:
     """The step with `backward`, `vjp_step` and `scatter_add` of several adjoints; a memo, so that the passes of
     several trainers compile it once."""
 

@@ -548,6 +548,11 @@ def make_target_specs(target: Target, objective: ObjectiveSection, *, has_valida
     elif isinstance(target, str) or callable(target):
         target = {"" if has_validation else PARAMETERS_TARGET: (1.0, target)}
     if isinstance(target, TargetSection):
+        if 0 in target.coefficients:
+            raise ValueError(
+                "target.coefficients has a 0, which is for targets that are reported on dev and test, and finetune "
+                "reads validation examples alone: leave that target out."
+            )
         return list_targets(target, objective)
     if not target:
         raise ValueError("target is an empty dict; wanted {source: (factor, loss)}, or nothing for the training loss.")
@@ -689,11 +694,11 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
 def _with_reference_margins(lm: "LanguageModel", text: TokenizedData, sections: TaskSections) -> TokenizedData:
     """The pairs that dpo compares, with the margins of the model before training."""
     corpora = {name: text.corpora[name] for name in corpora_with_reference(text, sections.objective)}
-    batch_size = sections.train.global_batch_size
+    batch_size, parts = sections.train.global_batch_size, sections.train.gradient_accumulation_steps
     log_probs = measure_pairs(
         corpora,
         group_by_corpus(text),
-        lambda name: compute_pair_log_probs(lm.decoder, lm.joined_params, corpora[name], batch_size, lm.mesh),
+        lambda name: compute_pair_log_probs(lm.decoder, lm.joined_params, corpora[name], batch_size, parts, lm.mesh),
     )
     with_margins = {
         name: corpus.with_reference_margins(reference_margins(log_probs[name])) for name, corpus in corpora.items()

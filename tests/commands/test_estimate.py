@@ -7,21 +7,25 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bilevel_jax.cli import main
 from bilevel_jax.commands.estimate.abstract_run import make_abstract_run
 from bilevel_jax.commands.select.run import select
 from bilevel_jax.core.training import init_train_state
-from bilevel_jax.runs.budget import compiled_steps, memory
+from bilevel_jax.runs.budget import compiled_steps, memory, work
 from bilevel_jax.runs.config.load import SelectConfig, TrainConfig, load_config, load_config_to_estimate
+from bilevel_jax.runs.config.schema import CertifySection, RetrainSection
 from bilevel_jax.runs.engine import trajectory_store
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.text import prepare_text_task, tokenize_splits
+from tests.commands.test_targets import SEVERAL, files, flags  # noqa: F401
 from tests.conftest import ROOT
 
 LLAMA_3_8B = {
@@ -52,9 +56,15 @@ def subjects(made, tmp_path, *flags):
     config = load_config(SelectConfig, made / "select.yaml", flags)
     found = splits.load_splits(config.data)
     task = prepare_text_task(
-        config, found, tmp_path, num_steps=config.train.max_steps, seeds=[0], proximal_strength=config.outer.proximal
+        config,
+        found,
+        tmp_path,
+        num_steps=config.train.max_steps,
+        seeds=[0],
+        proximal_strength=config.outer.proximal,
+        target=config.target,
     )
-    return config, make_abstract_run(config, tokenize_splits(config, found), "select"), task
+    return config, make_abstract_run(config, tokenize_splits(config, found, config.target), "select"), task
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,40 @@ def test_shapes_are_those_of_the_loaded_model(made, tmp_path, flags):
         trajectory_store.bytes_per_device(subject.shapes.state) == 4 * 3 * size + 3 * 4
     )  # AdamW's moments, and three counts
     assert trajectory_store.bytes_per_device(subject.shapes.adjoint) == 4 * 3 * size
+
+
+def test_each_target_is_estimated_by_its_own_validation_batch(made, files, tmp_path):  # noqa: F811
+    """Its model passes, the readings of a run, and what DPO's reference leaves on the disk."""
+    given = flags(made, files, *SEVERAL, f"{files}/targets.py:distance")[1:]
+    given += ["--train.gradient-accumulation-steps", "2", "--model.remat", "none"]
+    _, subject, task = subjects(made, tmp_path, *given)
+    programs = compiled_steps.validation_gradient_programs(subject.task, subject.shapes)
+    simpo, dpo, parameters = (
+        compiled_steps.count_flops(program.function.trace(*program.arguments).jaxpr.jaxpr) for program in programs
+    )
+    training = compiled_steps.forward_program(subject.task, subject.shapes)
+    sft = compiled_steps.count_flops(training.function.trace(*training.arguments).jaxpr.jaxpr)
+    assert simpo == dpo == 2 * sft  # two answers for each example; the reference is read before
+    assert parameters == 0  # reads no example
+    for real, program in zip(compiled_steps.validation_gradient_programs(task, subject.shapes), programs, strict=True):
+        assert {name: leaf.shape for name, leaf in real.arguments[2].items()} == {
+            name: leaf.shape for name, leaf in program.arguments[2].items()
+        }
+    kept = [len(one.corpus.kept_indices) for one in task.target_corpora["validation"][:2]]
+    assert kept == [5, 3]  # one batch each
+    config = replace(subject.config, certify=CertifySection(enabled=False), retrain=RetrainSection(enabled=False))
+    readings = [work.evaluation_work(subject.task, config, costs) for costs in np.eye(3).tolist()]
+    trainings = config.outer.steps + 1
+    test_batches = [math.ceil(len(one.corpus.kept_indices) / 8) for one in task.target_corpora["test"][:2]]
+    assert readings[0] == pytest.approx(trainings * (1 + (1 + test_batches[0]) / 3))
+    assert readings[1] == pytest.approx(trainings * (1 + (1 + test_batches[1]) / 3) + (1 + test_batches[1]) / 3)
+    assert readings[2] == pytest.approx(trainings * (1 + 2 / 3))
+    on_disk = (tmp_path / "reference.parquet").stat().st_size
+    said = memory.disk_bytes(subject.task, subject.config, subject.shapes)["log-probabilities of the reference"]
+    assert said == memory.BYTES_OF_PAIR * sum(
+        one.num_rows for part in task.target_corpora.values() for one in part[1:2]
+    )
+    assert abs(on_disk - said) < 6000, (on_disk, said)
 
 
 @pytest.mark.slow  # compiles two steps of a run twice
@@ -221,10 +265,11 @@ def test_a_run_counts_what_was_planned(made, tmp_path, flags):
         ("--outer.memory-gib", "1e-3"),
         ("--outer.linearize",),
         ("--outer.linearize", "--outer.memory-gib", "3e-2"),
+        (*SEVERAL, "{files}/targets.py:distance"),
     ],
-    ids=" ".join,
+    ids=lambda flags: " ".join(flags[:4]),
 )
-def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, flags):
+def test_arrays_that_live_are_those_that_were_said(made, files, tmp_path, monkeypatch, flags):  # noqa: F811
     """After each step that is trained or replayed: never more than the largest phase, and as much in one of them."""
     most, due, advance = 0, Session.should_save, Session.advance
 
@@ -243,9 +288,12 @@ def test_arrays_that_live_are_those_that_were_said(made, tmp_path, monkeypatch, 
         nonlocal most
         most = max(most, live())
 
-    flags = ("--fast", "--lora.r", "0", *flags)
+    flags = ["--fast", "--lora.r", "0", *(word.replace("{files}", str(files)) for word in flags)]
+    if "--target.sources" in flags:
+        flags += ["--data.validation", f"{files}/validation.jsonl", "--data.test", f"{files}/test.jsonl"]
     config = load_config(SelectConfig, made / "select.yaml", flags)
-    subject = make_abstract_run(config, tokenize_splits(config, splits.load_splits(config.data)), "dev")
+    text = tokenize_splits(config, splits.load_splits(config.data), config.target)
+    subject = make_abstract_run(config, text, "dev")
     phases = memory.memory_phases(subject.task, subject.config, subject.shapes, memory.Workspace())
     gc.collect()  # what tests before this one left
     before = live()

@@ -51,6 +51,8 @@ def files(made, tmp_path_factory):
         for place, row in enumerate(rows):
             row["source"] = "helpful" if place % 3 else "harmless"
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [json.loads(line) for line in (made / "test.jsonl").read_text().splitlines()][:6]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "targets.py").write_text(FUNCTIONS)
     return folder
 
@@ -68,11 +70,21 @@ SEVERAL = [
 ]  # fmt: skip
 
 
+def with_reported(files):
+    """SEVERAL, and a target that judges nothing."""
+    words = [*SEVERAL, f"{files}/targets.py:distance", "sft"]
+    words.insert(words.index("parameters") + 1, "other")
+    words.insert(words.index("0.5") + 1, "0")
+    return words
+
+
 @pytest.fixture(scope="module")
 def several(made, files, tmp_path_factory):
-    """A run of `select` with three targets, its validation examples being pairs."""
+    """A run of `select` with three targets, its validation examples being pairs, and single responses of coefficient 0
+    beside those of test."""
     out = tmp_path_factory.mktemp("several") / "run"
-    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", "--out", str(out))
+    arguments = flags(made, files, *with_reported(files), "--out", str(out))
+    arguments.insert(arguments.index(f"{files}/test.jsonl"), f"{files}/other.jsonl")
     assert main(["select", *arguments, "--retrain.variants", "uniform", "learned", "validation", "oracle"]) == 0
     return out
 
@@ -80,19 +92,22 @@ def several(made, files, tmp_path_factory):
 def test_several_targets_are_reported_each(several):
     result = json.loads((several / "result.json").read_text())
     assert result["unit"] == "units of the sum of targets" and result["right"] == "pair accuracy of helpful"
-    assert [target["coefficient"] for target in result["targets"]] == [0.7, 0.3, 0.5]
+    assert [target["coefficient"] for target in result["targets"]] == [0.7, 0.3, 0.5, 0]
     for line in result["compare"]:
         for run in line["runs"]:
             for part in ("validation", "test"):
-                helpful, harmless, parameters = run["targets"][part]
+                helpful, harmless, parameters, other = run["targets"][part]
                 total = 0.7 * helpful["loss"] + 0.3 * harmless["loss"] + 0.5 * parameters["loss"]
                 assert total == pytest.approx(run[part], rel=1e-5)
                 assert 0 <= helpful["accuracy"] <= 1 and parameters["accuracy"] is None
+                assert other["name"] == "other" and (other["loss"] is None) == (part == "validation")
             assert run["accuracy"] == run["targets"]["test"][0]["accuracy"]
     exact = result["certificates"]["uniform weights"]["exact"]
     assert exact["ratios"][0] == pytest.approx(1, abs=0.05)  # at a step of 10 %
     page = (several / "report.html").read_text()
-    assert "0.7 helpful + 0.3 harmless + 0.5 parameters" in page and "(Pareto)" in page
+    assert "0.7 helpful + 0.3 harmless + 0.5 parameters:" in page and "(Pareto)" in page
+    assert "Reported beside it, judging nothing: other." in page and "nats per token" in page
+    assert result["rows"]["test"] == 16 and any("Reported beside it: sft of other." in note for note in result["notes"])
     assert [line["name"] for line in result["compare"]] == ["uniform", "learned", "oracle"]
     assert "validation trains on validation examples, and here they judge by another loss" in result["absent_arms"][0]
 
@@ -188,6 +203,13 @@ def test_a_function_of_parameters_needs_no_validation_examples(made, files, tmp_
     assert main(["select", str(tmp_path / "select.yaml"), *arguments[:-1], "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["rows"] == {"train": 36, "validation": 0} and result["right"] == ""
+    assert "reads no examples" in result["verdict"]["others_reason"]
+    told = result["recommendation"]
+    assert [one["dev_loss"] for one in told["standings"]] == [row["mean"]["validation"] for row in result["compare"]][
+        :2
+    ]
+    assert "a loss without examples, 1 seed" in told["sentence"]
+    assert "nothing but the seeds can be chance" in (tmp_path / "run" / "report.html").read_text()
 
 
 MISUSES = {
@@ -201,11 +223,44 @@ MISUSES = {
     "loss": (["--target.losses", "rouge"], "each must be sft, dpo, simpo or path/to/file.py:function"),
     "numbers": (
         ["--target.sources", "helpful", "harmless", "--target.coefficients", "1"],
-        "give one number other than 0 for each of target.sources",
+        "give one number for each of target.sources, at least one of them not 0",
     ),
-    "zero": (
-        ["--target.sources", "helpful", "harmless", "--target.coefficients", "1", "0"],
-        "give one number other than 0 for each of target.sources",
+    "zeros": (
+        ["--target.sources", "helpful", "harmless", "--target.coefficients", "0", "0"],
+        "give one number for each of target.sources, at least one of them not 0",
+    ),
+    "reported nowhere": (
+        [
+            "--target.losses",
+            "simpo",
+            "--target.sources",
+            "helpful",
+            "harmless",
+            "other",
+            "--target.coefficients",
+            "1",
+            "1",
+            "0",
+        ],
+        "'other' has coefficient 0, so it is read on dev and test alone, and has no example there",
+    ),
+    "three of two": (
+        ["--target.losses", "simpo", "--target.sources", "helpful", "harmless", "--target.beta", "1", "2", "3"],
+        "target.beta = (1.0, 2.0, 3.0): give one for all targets, or one for each of target.sources",
+    ),
+    "a margin of dpo": (
+        [
+            "--target.losses",
+            "simpo",
+            "dpo",
+            "--target.sources",
+            "helpful",
+            "harmless",
+            "--target.gamma-ratio",
+            "1",
+            "2",
+        ],
+        "target.gamma_ratio = (1.0, 2.0): give one for all targets, or one for each of target.sources, with -1",
     ),
     "parameters without a function": (
         ["--target.losses", "simpo", "--target.sources", "helpful", "harmless", "parameters"],

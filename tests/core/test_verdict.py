@@ -186,6 +186,12 @@ def some_checks(rng):
     return Checks(residual=residual, curvature=curvature, resolution=resolution, replayed=rng.random() < 0.8)
 
 
+@pytest.mark.parametrize(("changes", "level"), [({}, "BELIEVE"), (ratios((0.1,), (0.88,)), "DO NOT BELIEVE")])
+def test_a_loss_without_examples_has_no_others_to_speak_of(changes, level):
+    told = judge_certificates(SOUND._replace(reliability=None, is_sampled=False, **changes))
+    assert told.others_level == level and "reads no examples, so there are no others" in told.others_reason
+
+
 def test_what_was_not_told_of_other_examples_is_said_with_its_reason():
     def say(reliability):
         return judge_certificates(SOUND._replace(reliability=reliability)).others_reason

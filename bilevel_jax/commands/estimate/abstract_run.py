@@ -22,7 +22,7 @@ from bilevel_jax.runs.infra.placement import make_mesh
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin_untrained
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
-from bilevel_jax.runs.tasks.targets import is_trainable, list_targets
+from bilevel_jax.runs.tasks.targets import is_trainable, list_targets, split_reported
 from bilevel_jax.runs.tasks.text import (
     TextTask,
     TokenizedData,
@@ -110,7 +110,7 @@ def placeholder_text(config: RunConfig, options: EstimateSection) -> TokenizedDa
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Corpus(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], bool), offsets, sequences)
 
-    specs = list_targets(target_section(config), config.objective)
+    specs, _ = split_reported(list_targets(target_section(config), config.objective))
     sizes = np.floor(np.array(config.data.split) * options.validation_examples).astype(int)
     reading = [spec for spec in specs if spec.has_examples]
     parts = {
@@ -169,6 +169,7 @@ def make_abstract_run(config: RunConfig, text: TokenizedData, command: str) -> A
         lora=base is not None,
         proximal_strength=proximal,
         specs=text.targets,
+        reported=text.reported,
     )
     abstract_task = compose_text_task(config, text, base, fresh, programs, mesh, num_steps=steps, seeds=seeds)
     return AbstractRun(

@@ -30,6 +30,8 @@ from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.engine.trajectory_store import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
 from bilevel_jax.runs.scoring.scores import SCORES
 from bilevel_jax.runs.tasks.evaluation import read_labels
+from bilevel_jax.runs.tasks.targets import select_target
+from bilevel_jax.runs.tasks.text import TextTask
 
 
 class CompiledStep(NamedTuple):
@@ -41,6 +43,8 @@ class CompiledStep(NamedTuple):
 
 def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, CompiledStep]:
     """The steps of the run by their name in `Workspace`; with outer.linearize `forward` and `backward` with that.
+
+    Those of several targets have their names besides, as "slope, helpful".
 
     XLA's CPU compiler turns a base in bfloat16 into float32 as a whole, once, which takes twice its memory again; those
     of accelerators have no need to. For devices that are simulated the base is therefore compiled as float32.
@@ -61,15 +65,23 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
             steps["backward"] = compile_step(compiled_steps.vjp_program(task, shapes, steps["linearize"].compiled))
         else:
             steps["backward"] = compile_step(compiled_steps.backward_program(task, shapes))
+            losses = work.count_backward_losses(task, abstract_run.config)
+            if losses > 1 and not isinstance(abstract_run.config, AuditConfig):
+                program = compiled_steps.backward_of_each_program(task, shapes, losses)
+                steps[f"backward, of {losses} losses"] = compile_step(program)
     config = abstract_run.config
+    judges_as_training = task.outer_objective.losses is task.objective.losses
+    names = [f", {target.name}" * (len(task.outer_objective.targets) > 1) for target in task.outer_objective.targets]
     if not isinstance(config, AuditConfig) and config.outer.method in SINGLE_LOOP_METHODS:
-        steps["alone"] = compile_step(compiled_steps.single_loop_program(task, config, config.single_loop, shapes))
-    if (
-        "validation" in task.held_out_streams and task.layout != task.layout.unpacked
-    ):  # V is not packed, and may be wider than a step
-        steps["slope"] = compile_step(
-            compiled_steps.validation_gradient_program(task, shapes, task.held_out_streams["validation"].batch(0))
-        )
+        drawn = None if judges_as_training else task.validation_stream(config.data.seed)
+        for place, name in enumerate(names):
+            batch = None if drawn is None else select_target(drawn, place).batch(0)
+            program = compiled_steps.single_loop_program(task, config, config.single_loop, shapes, batch)
+            steps[f"alone{name}"] = compile_step(program)
+    # V is not packed, and may be wider than a step
+    if "validation" in task.held_out_streams and (task.layout != task.layout.unpacked or not judges_as_training):
+        for name, program in zip(names, compiled_steps.validation_gradient_programs(task, shapes), strict=True):
+            steps[f"slope{name}"] = compile_step(program)
     return steps
 
 
@@ -79,10 +91,12 @@ def compile_step(program: Program) -> CompiledStep:
 
 
 def collect_workspace(abstract_run: AbstractRun, steps: dict[str, CompiledStep], simulated: bool) -> Workspace:
-    """The workspaces of the compiled steps."""
-    return Workspace(
-        **{name: step.compiled.workspace_bytes + upcast_bytes(abstract_run, simulated) for name, step in steps.items()}
-    )
+    """The workspaces of the compiled steps; of those of several targets, which take turns, the largest."""
+    largest: dict[str, float] = {}
+    for name, step in steps.items():
+        kind = name.partition(",")[0]
+        largest[kind] = max(largest.get(kind, 0.0), step.compiled.workspace_bytes)
+    return Workspace(**{kind: size + upcast_bytes(abstract_run, simulated) for kind, size in largest.items()})
 
 
 def upcast_bytes(abstract_run: AbstractRun, simulated: bool) -> float:
@@ -102,7 +116,9 @@ def estimate_compute(
     forward = steps["forward"].compiled.flops
     backward = steps["backward"].compiled.flops if "backward" in steps else HVP_WORK * forward
     stages = list_stages(config, abstract_run, plan_run_checkpoints(abstract_run, options))
-    flops = sum(
+    target_costs = _target_costs(task, {name: step.compiled.flops for name, step in steps.items()})
+    evaluation_steps = work.evaluation_work(task, abstract_run.config, target_costs)
+    flops = evaluation_steps * forward + sum(
         stage.forward_steps * forward + stage.backward_steps * backward + stage.other_work * forward for stage in stages
     )
     result: dict[str, Any] = {
@@ -147,11 +163,19 @@ def estimate_compute(
     result["speed"] = {"source": source, **seconds}
     if seconds:
         result["hours"] = {stage.name: _stage_hours(stage, seconds) for stage in stages}
-        evaluation_steps = work.evaluation_work(task, abstract_run.config)
+        if not options.tflops:
+            evaluation_steps = work.evaluation_work(task, abstract_run.config, _target_costs(task, seconds))
         result["hours"]["readings of losses"] = evaluation_steps * seconds["forward"] / 3600
         training_hours = task.num_steps * (seconds["forward"] + seconds["batch"]) / 3600
         result["hours_of_one_training"] = training_hours
     return result
+
+
+def _target_costs(task: TextTask, amounts: dict[str, float]) -> list[float]:
+    """The gradient of a validation batch of each target in training steps; `amounts` are operations, or seconds, of the
+    compiled steps. 1 where it is a training step's."""
+    slopes = [amount for name, amount in amounts.items() if name.partition(",")[0] == "slope"]
+    return [slope / amounts["forward"] for slope in slopes] or [1.0] * len(task.outer_objective.targets)
 
 
 def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: CheckpointPlan) -> list[WorkStage]:

@@ -83,10 +83,15 @@ def _compiled_table(estimated: dict[str, Any]) -> Table | None:
     for name, step in estimated["programs"].items():
         seconds = estimated["speed"].get(name)
         table.add_row(
-            STEP_LABELS[name], format_bytes(step["workspace"]), f"{step['flops'] / 1e12:,.4g}",
+            _label_step(name), format_bytes(step["workspace"]), f"{step['flops'] / 1e12:,.4g}",
             "" if seconds is None else f"{seconds:.3g}", f"{step['seconds_to_compile']:.1f}",
         )  # fmt: skip
     return table
+
+
+def _label_step(name: str) -> str:
+    kind, comma, target = name.partition(", ")
+    return f"{STEP_LABELS[kind]}{comma}{target}"
 
 
 def _checkpoint_plans_table(estimated: dict[str, Any]) -> Table | None:

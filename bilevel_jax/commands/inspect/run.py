@@ -376,8 +376,11 @@ def _split_by_target(
     specs = targets.list_targets(config.target, config.objective)
     whole = {part: part_examples for part, part_examples in trusted.items() if part_examples}
     try:
-        grouped = targets.group_by_target(specs, whole)
-        targets.check_target_examples(specs, grouped, config.objective)
+        judging, reported = targets.split_reported(specs)
+        beside, judges, _ = targets.group_reported(reported, whole)
+        grouped = targets.group_by_target(judging, judges)
+        for some, of_parts in ((judging, grouped), (reported, beside)):
+            targets.check_target_examples(some, of_parts, config.objective)
         for spec in specs:
             if spec.settings is None:
                 load_user_function(str(spec.loss), key="target.losses")
@@ -385,8 +388,10 @@ def _split_by_target(
         return whole, [f"the other commands stop: {error}"]
     return {
         target_corpus_name(part, spec): own
-        for part, of_targets in grouped.items()
-        for spec, own in zip(specs, of_targets, strict=False)
+        for some, of_parts in ((judging, grouped), (reported, beside))
+        for part, of_targets in of_parts.items()
+        for spec, own in zip(some, of_targets, strict=False)
+        if own
     }, []
 
 

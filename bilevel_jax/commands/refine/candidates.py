@@ -40,7 +40,13 @@ from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.objective import Objective, build_objective
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
-from bilevel_jax.runs.tasks.targets import OuterObjective, TargetSpec, build_outer_objective, list_targets
+from bilevel_jax.runs.tasks.targets import (
+    OuterObjective,
+    TargetSpec,
+    build_outer_objective,
+    list_targets,
+    split_reported,
+)
 from bilevel_jax.runs.tasks.text import TextTask
 
 ROUND_SEED_STRIDE = 1000
@@ -105,7 +111,7 @@ def compiled_functions_for_config(config: RefineConfig, task: TextTask) -> Compi
     return build_compiled_functions(
         task.decoder,
         config.objective,
-        list_targets(config.target, config.objective),
+        split_reported(list_targets(config.target, config.objective))[0],
         task.base_params is not None,
         config.optimizer,
         config.train.max_steps,

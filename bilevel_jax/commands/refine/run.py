@@ -51,6 +51,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import (
     count_examples,
     evaluate_per_example,
+    has_target_readings,
     held_out_indices,
     read_targets,
     rows_by_target,
@@ -435,7 +436,7 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
         "last": float(after.mean()),
         "gain": gain._asdict(),
         "right": right,
-        "targets": readings if len(task.outer_objective.targets) > 1 else None,
+        "targets": readings if has_target_readings(task) else None,
     }
 
 

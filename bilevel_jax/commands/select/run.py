@@ -35,6 +35,7 @@ from bilevel_jax.runs.tasks.builtin import resolve_builtin
 from bilevel_jax.runs.tasks.evaluation import (
     accuracy_name,
     count_examples,
+    judges_by_examples,
     list_target_facts,
     read_labels,
     rows_by_target,
@@ -246,7 +247,11 @@ def _compare_by_retraining(
         session.print_line(f"not compared: {reason}.")
     lines, dev_losses = retrain_variants(task, retrainer, arms.variants, config.retrain.seeds)
     groups = [len(rows) for rows in rows_by_target(task, "dev")] if "dev" in task.held_out_streams else []
-    recommendation = recommend(dev_losses, task.outer_objective.unit, groups)
+    reads_examples = judges_by_examples(task)
+    if not reads_examples:  # whatever the part, the loss is that of the parameters
+        dev_losses = {line["name"]: np.array([[run["validation"]] for run in line["runs"]]) for line in lines}
+        groups = []
+    recommendation = recommend(dev_losses, task.outer_objective.unit, groups, reads_examples=reads_examples)
     session.print_line(recommendation.sentence)
     return {"compare": lines, "absent_arms": arms.absent, "recommendation": recommendation.to_json()}
 

@@ -82,6 +82,9 @@ class Certificates(NamedTuple):
     """The same predictions against changes of the loss of other examples than those of the validation set."""
     others_part: str = "dev"
     """What these are called."""
+    is_sampled: bool = True
+    """Whether the validation loss is a mean over examples, of which there are others, and not of the parameters
+    alone."""
 
     @property
     def verdict(self) -> Verdict:
@@ -206,6 +209,8 @@ def _finish(certificates: Certificates, level: str, scope: str, reason: str, rem
 def _judge_for_others(certificates: Certificates, level: str) -> tuple[str, str]:
     """(level, reason): whether the number speaks for other examples than those of the validation set."""
     reliability, others = certificates.reliability, certificates.others_prediction
+    if not certificates.is_sampled:
+        return level, "the validation loss reads no examples, so there are no others that could disagree."
     if others and others.actual:
         return _judge_others_prediction(certificates, others, level)
     value = math.nan if reliability is None or reliability.value == math.inf else reliability.value

@@ -60,6 +60,8 @@ def load_examples(
     options: DataOptions = DataOptions(),  # noqa: B008 (frozen)
     on_drop: Callable[[str], Any] = lambda message: None,
     keys: set[str] | None = None,
+    *,
+    mixed: bool = False,
 ) -> list[Example]:
     """Reads all rows of all paths, in order; `row` counts through them.
 
@@ -70,6 +72,7 @@ def load_examples(
         options: the format of rows and the names of their fields.
         on_drop: with options.empty = "drop", called with a sentence for each row that is left out.
         keys: receives the keys that any row has with a value other than null.
+        mixed: whether preference pairs may stand next to other examples, for losses that read the one or the other.
 
     Returns:
         One example for each row.
@@ -89,7 +92,7 @@ def load_examples(
         ['2 + 2 = ', '4']
     """
     _check_options(paths, options)
-    return list(_iter_examples(_open_paths(paths, streaming=False), options, on_drop, keys=keys))
+    return list(_iter_examples(_open_paths(paths, streaming=False), options, on_drop, keys=keys, mixed=mixed))
 
 
 def load_prompts(
@@ -498,6 +501,7 @@ def _iter_examples(
     on_drop: Callable[[str], Any],
     *,
     keys: set[str] | None,
+    mixed: bool = False,
 ) -> Iterator[Example]:
     """The examples of all rows; a source is its path, or its name, and its rows with their lines."""
     count = 0
@@ -519,7 +523,7 @@ def _iter_examples(
                     continue
                 raise
             firsts.setdefault(bool(rejected), where)
-            if len(firsts) == 2:
+            if len(firsts) == 2 and not mixed:
                 raise ValueError(
                     f"{firsts[True]} is a preference pair, and {firsts[False]} is not: one loss cannot read both. "
                     "Give pairs alone, or none; data.format says how a file is read."

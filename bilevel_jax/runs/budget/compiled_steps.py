@@ -16,12 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bilevel_jax.core import tree
 from bilevel_jax.core.training import forward_only_step
 from bilevel_jax.core.types import Adjoint, Batch, Params, TrainState
+from bilevel_jax.core.unrolled import step_of_each
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.config.load import OuterLoopConfig, RunConfig
 from bilevel_jax.runs.config.schema import SingleLoopSection
 from bilevel_jax.runs.engine import single_loop
 from bilevel_jax.runs.infra.placement import place_stream
+from bilevel_jax.runs.tasks.targets import select_target
 from bilevel_jax.runs.tasks.text import TextTask
 
 
@@ -97,6 +99,23 @@ def backward_program(task: TextTask, shapes: StepShapes) -> Program:
     return Program(task.train_step.backward, arguments)
 
 
+def backward_of_each_program(task: TextTask, shapes: StepShapes, num_losses: int) -> Program:
+    """A step back of several outer losses side by side."""
+    adjoints = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (num_losses, *leaf.shape), leaf.dtype, sharding=_behind_losses(leaf.sharding)
+        ),
+        shapes.adjoint,
+    )
+    arguments = (shapes.state, shapes.params, shapes.hyper_slice, shapes.frozen, shapes.batch, adjoints)
+    return Program(step_of_each(task.problem, task.train_step, keep_bits=True).backward, arguments)
+
+
+def _behind_losses(sharding: NamedSharding) -> NamedSharding:
+    """That of the same arrays, stacked."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
 def linearize_program(task: TextTask, shapes: StepShapes) -> Program:
     """`forward`, with what the step back needs of it."""
     return Program(task.train_step.linearize, (shapes.state, shapes.hyper_slice, shapes.frozen, shapes.batch))
@@ -136,12 +155,26 @@ def validation_gradient_program(task: TextTask, shapes: StepShapes, validation_b
     return Program(outer_value_and_grad, (shapes.params, shapes.frozen, validation_batch))
 
 
+def validation_gradient_programs(task: TextTask, shapes: StepShapes) -> list[Program]:
+    """`validation_gradient_program` of a batch of each target: each has a loss and a shape of its own."""
+    validation = task.held_out_streams["validation"]
+    return [
+        validation_gradient_program(task, shapes, select_target(validation, place).batch(0))
+        for place in range(len(task.outer_objective.targets))
+    ]
+
+
 def single_loop_program(
-    task: TextTask, config: OuterLoopConfig, single_loop_config: SingleLoopSection, shapes: StepShapes
+    task: TextTask,
+    config: OuterLoopConfig,
+    single_loop_config: SingleLoopSection,
+    shapes: StepShapes,
+    validation_batch: Batch | None = None,
 ) -> Program:
     """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
 
-    Its state is taken to lie whole on every device.
+    Its state is taken to lie whole on every device. `validation_batch` is by default of the shape of the training
+    batch.
     """
     replicated = NamedSharding(task.mesh, PartitionSpec())
     steps = single_loop.num_single_loop_steps(single_loop_config, config.outer, config.train.max_steps)
@@ -152,7 +185,7 @@ def single_loop_program(
     batch = task.training_stream(config.data.seed, packed=False).batch(0)
     return Program(
         method.step,
-        (state, shapes.frozen, batch, batch),
+        (state, shapes.frozen, batch, batch if validation_batch is None else validation_batch),
         lambda result, arguments_before: (result[0], *arguments_before[1:]),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel_jax.core.checkpointing import NO_CHECKPOINTS, single_replay_plan
 from bilevel_jax.core.types import CheckpointPlan
-from bilevel_jax.runs.budget import compiled_steps
+from bilevel_jax.runs.budget import compiled_steps, work
 from bilevel_jax.runs.budget.compiled_steps import StepShapes
 from bilevel_jax.runs.config.load import AuditConfig, OuterLoopConfig, RunConfig, TrainConfig
 from bilevel_jax.runs.config.schema import SINGLE_LOOP_METHODS
@@ -23,6 +23,10 @@ from bilevel_jax.runs.tasks.text import TextTask
 
 MID_STEP_CHECKPOINT = "in the middle of an outer step"
 """The checkpoint of a run that was stopped, or that took longer than output.save_minutes for an outer step."""
+
+
+BYTES_OF_PAIR = 128
+"""In reference.parquet: four numbers, an id and a hash, at most."""
 
 
 class Phase(NamedTuple):
@@ -86,7 +90,7 @@ def memory_phases(
 
 def _resident_arrays(task: TextTask, config: RunConfig, shapes: StepShapes) -> dict[str, float]:
     """What a run holds from the beginning to the end."""
-    streams = task.held_out_streams.values()
+    streams = [*task.held_out_streams.values(), *(task.reported.streams.values() if task.reported else ())]
     table_bytes = bytes_per_device(shapes.weights)
     num_tables = 1 if isinstance(config, TrainConfig) else 8  # weights, entries and baselines of the outer loop
     loaded = task.base_params is None and not config.model.from_scratch
@@ -150,10 +154,14 @@ def _hypergradient_phases(
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )
+    losses = work.count_backward_losses(task, config) if config.outer.method in ("unrolled", "window") else 1
     validation_phase = Phase(
         "slope",
-        {**resident, **stored, "end": state, "gradients": 2 * gradient, "workspace": workspace.slope},
-    )
+        {
+            **resident, **stored, "end": state, "gradients": 2 * gradient, "adjoints": (losses - 1) * adjoint,
+            "workspace": workspace.slope,
+        },
+    )  # fmt: skip
     if not isinstance(config, AuditConfig) and config.outer.method in SINGLE_LOOP_METHODS:
         program = compiled_steps.single_loop_program(task, config, config.single_loop, shapes)
         both_models = bytes_per_device(program.arguments[0])
@@ -168,16 +176,20 @@ def _hypergradient_phases(
     backward_phase = Phase(
         "step back",
         {
-            **resident, **stored, "end": state, "adjoints": 2 * adjoint, "entries": table,
+            **resident, **stored, "end": state, "adjoints": 2 * losses * adjoint, "entries": losses * table,
             "workspace": workspace.backward,
         },
     )  # fmt: skip
     if all_stored:
         return [training, validation_phase, backward_phase]
+    if backward_steps > plan.stored_steps * (1 + starts_at_beginning):
+        # after a replay; where it is of the first steps, the state on the tape that is the start makes up for it
+        backward_phase.parts["edge of the sweep"] = state
     replay_phase = Phase(
         "replay",
         {
-            **resident, **stored, "end": state, "edge of the sweep": state, "adjoints": adjoint, "entries": table,
+            **resident, **stored, "end": state, "edge of the sweep": state, "adjoints": losses * adjoint,
+            "entries": losses * table,
             "workspace": max(workspace.forward, workspace.linearize),
         },
     )  # fmt: skip
@@ -247,6 +259,8 @@ def disk_bytes(task: TextTask, config: RunConfig, shapes: StepShapes) -> dict[st
             num_backward_steps(config.outer, task.num_steps) == task.num_steps and plan.snapshots > 0
         )
         sizes[MID_STEP_CHECKPOINT] = (count + 2) * state + _total_bytes(shapes.adjoint) + table
+    if num_pairs := sum(corpus.num_examples for corpus, _ in task.reference_corpora()):
+        sizes["log-probabilities of the reference"] = num_pairs * BYTES_OF_PAIR
     if task.base_params is None:
         sizes["model"] = params
     else:

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bilevel_jax.lm.data import batches
-from bilevel_jax.runs.config.load import CompareConfig, RunConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import (
+    AuditConfig,
+    CompareConfig,
+    OuterLoopConfig,
+    RunConfig,
+    SelectConfig,
+    TrainConfig,
+)
 from bilevel_jax.runs.config.schema import (
     EXACT_ESTIMATOR,
     SINGLE_LOOP_METHODS,
@@ -23,8 +30,9 @@ from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidenc
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
 from bilevel_jax.runs.engine.trainer import EXTRA_LOSS_WORK, HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.scoring.pooling import pooling_work, pools_steps
-from bilevel_jax.runs.tasks.evaluation import KnownLabels, num_judges, read_labels
+from bilevel_jax.runs.tasks.evaluation import KnownLabels, has_target_readings, num_judges, read_labels
 from bilevel_jax.runs.tasks.protocol import Task
+from bilevel_jax.runs.tasks.targets import find_place
 from bilevel_jax.runs.tasks.text import TextTask
 
 
@@ -91,31 +99,51 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     return [*stages, training.repeat(1, "the model that is written")]
 
 
-def evaluation_work(task: TextTask, config: RunConfig) -> float:
+def evaluation_work(task: TextTask, config: RunConfig, target_costs: Sequence[float] = (1.0,)) -> float:
     """What evaluating the validation loss adds to the stages, in training steps: a forward pass is a third of one.
 
     Each estimate takes the gradient of L_v too, and each retrain of a certificate reads validation alone.
+    `target_costs` are those of the gradient of a batch of each target, in training steps. DPO's reference model reads
+    all pairs once.
     """
-    part_steps = {part: stream.steps for part, stream in task.held_out_streams.items()}
-    all_parts_work, validation_steps = sum(part_steps.values()) * FORWARD_WORK, part_steps.get("validation", 0)
+    part_work = {
+        part: sum(target_costs[find_place(stream.batch(step))] for step in range(stream.steps))
+        for part, stream in task.held_out_streams.items()
+    }
+    all_parts_work, validation_work = sum(part_work.values()) * FORWARD_WORK, part_work.get("validation", 0.0)
+    reference_work = _count_reference_work(task, target_costs)
     if isinstance(config, TrainConfig):
-        return all_parts_work * (task.num_steps // config.train.eval_steps + 2)
-    total = (config.outer.steps + 1) * (all_parts_work + validation_steps)
+        return reference_work + all_parts_work * (task.num_steps // config.train.eval_steps + 2)
+    total = reference_work + (config.outer.steps + 1) * (all_parts_work + validation_work)
     if not isinstance(config, CompareConfig) and config.certify.enabled:
         certificate_count = 2 if config.outer.restart == "cold" else 1
         total += (
             certificate_count
             * (count_certificate_retrains(config.certify) * FORWARD_WORK + count_certificate_estimates(config.certify))
-            * validation_steps
+            * validation_work
         )
     if isinstance(config, SelectConfig):
-        total += config.rater.folds * config.outer.steps * validation_steps
+        total += config.rater.folds * config.outer.steps * validation_work
     if isinstance(config, SelectConfig) and config.retrain.enabled:
         labels = read_labels(task, config.data)
         trainings = count_trainings(config.retrain.variants, task, labels, config.retrain.seeds)
-        dev_work = part_steps.get("dev", 0) * FORWARD_WORK  # once more for the losses of single examples
+        dev_work = part_work.get("dev", 0.0) * FORWARD_WORK  # once more for the losses of single examples
         total += trainings * (all_parts_work + dev_work)
+        if has_target_readings(task):  # each target's loss and accuracy, too
+            beside = sum(stream.steps for stream in task.reported.streams.values()) if task.reported else 0
+            total += trainings * 2 * (all_parts_work + FORWARD_WORK * beside)
     return total
+
+
+def _count_reference_work(task: TextTask, target_costs: Sequence[float]) -> float:
+    """Reading DPO's pairs by the reference model, in training steps."""
+    return sum(
+        FORWARD_WORK
+        * (1.0 if place is None else target_costs[place])
+        * batches.steps_per_epoch(num_pairs, task.batch_size)
+        for corpus, place in task.reference_corpora()
+        if (num_pairs := len(corpus.kept_indices))
+    )
 
 
 def count_train_steps(train: FineTuneSection, num_examples: int) -> int:
@@ -260,13 +288,29 @@ def _reliability_stage(task: Task, outer: OuterSection, steps: int, epoch_steps:
 
     Pooled steps read the halves of validation in any case.
     """
-    sizes = {part: len(task.held_out_examples.get(part, ())) for part in ("dev", "validation")}
-    extra_losses = 2 if sizes["dev"] > 1 else 0
-    extra_losses += sizes["validation"] > 1 and (not extra_losses or pools_steps(task, outer))
+    extra_losses = count_reliability_losses(task, outer)
     hypergradient = _hypergradient_stage(outer, steps, epoch_steps)
     if outer.method not in ("unrolled", "window"):
         return hypergradient.repeat(extra_losses, "")
     return WorkStage("", other_work=extra_losses * EXTRA_LOSS_WORK * hypergradient.backward_steps)
+
+
+def count_reliability_losses(task: Task, outer: OuterSection) -> int:
+    """The outer losses that go back beside L_v in a step that measures its reliability."""
+    sizes = {part: len(task.held_out_examples.get(part, ())) for part in ("dev", "validation")}
+    extra_losses = 2 if sizes["dev"] > 1 else 0
+    # of several targets, whose sizes differ from dev's, the first step reads both
+    reads_both = pools_steps(task, outer) or len(task.outer_objective.targets) > 1
+    return extra_losses + (sizes["validation"] > 1 and (not extra_losses or reads_both))
+
+
+def count_backward_losses(task: Task, config: OuterLoopConfig) -> int:
+    """The most outer losses whose hypergradients one backward pass of the run computes."""
+    if isinstance(config, AuditConfig):
+        return 1 + (num_judges(task) > 1) + config.audit.queries
+    if not config.outer.reliability_every and not pools_steps(task, config.outer):
+        return 1
+    return 1 + count_reliability_losses(task, config.outer)
 
 
 def _add_stages(name: str, *stages: WorkStage) -> WorkStage:

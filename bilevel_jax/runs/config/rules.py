@@ -72,6 +72,16 @@ def _target_losses(target: Any) -> tuple[str, ...]:
     return target.losses * len(target.sources) if len(target.losses) == 1 and target.sources else target.losses
 
 
+def _fits_targets(target: Any, values: tuple[float, ...], readers: tuple[str, ...], *, default: float) -> bool:
+    """Whether a setting of some losses is one for all targets, or one for each, `default` where the loss has none."""
+    losses = _target_losses(target)
+    if len(values) <= 1:
+        return all(value == default for value in values) or not set(readers).isdisjoint(losses)
+    return len(values) == len(losses) == len(target.sources) and all(
+        value == default or loss in readers for value, loss in zip(values, losses, strict=True)
+    )
+
+
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -289,8 +299,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "objective.reference",
-        lambda c: c.objective.reference == "" or c.objective.name == "dpo",
-        "is for dpo only: the other objectives have no reference model",
+        lambda c: (
+            c.objective.reference == ""
+            or c.objective.name == "dpo"
+            or (hasattr(c, "target") and "dpo" in c.target.losses)
+        ),
+        "is for dpo only, in objective.name or target.losses: the other losses have no reference model",
     ),
     (
         "target.losses",
@@ -322,14 +336,27 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "target.coefficients",
         lambda c: (
             not c.target.coefficients
-            or (len(c.target.coefficients) == len(c.target.sources) and 0 not in c.target.coefficients)
+            or (len(c.target.coefficients) == len(c.target.sources) and any(c.target.coefficients))
         ),
-        "give one number other than 0 for each of target.sources, or none",
+        "give one number for each of target.sources, at least one of them not 0, or none",
+    ),
+    (
+        "target.coefficients",
+        lambda c: not hasattr(c, "audit") or 0 not in c.target.coefficients,
+        "a target of coefficient 0 is reported beside the validation loss, and audit reports none by itself: leave it "
+        "out",
     ),
     (
         "target.beta",
-        lambda c: c.target.beta == 0 or not {"dpo", "simpo"}.isdisjoint(c.target.losses),
-        "is for the losses dpo and simpo in target.losses: leave it out",
+        lambda c: _fits_targets(c.target, c.target.beta, ("dpo", "simpo"), default=0),
+        "give one for all targets, or one for each of target.sources, with 0 for those that are neither dpo nor simpo "
+        "in target.losses",
+    ),
+    (
+        "target.gamma_ratio",
+        lambda c: _fits_targets(c.target, c.target.gamma_ratio, ("simpo",), default=-1),
+        "give one for all targets, or one for each of target.sources, with -1 for those that are not simpo in "
+        "target.losses",
     ),
     (
         "target",

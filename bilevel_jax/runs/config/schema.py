@@ -184,7 +184,8 @@ class ObjectiveSection:
     """dpo: assumed share of pairs whose order is wrong, below 0.5."""
 
     reference: str = ""
-    """dpo: reference.parquet of an earlier run; empty: the initial model is the reference."""
+    """dpo, in target.losses, too: reference.parquet of an earlier run; empty: the initial model is the reference, and
+    reads all pairs once."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,16 @@ class TargetSection:
     without examples, a function of the parameters alone. Empty: all validation examples are one target."""
 
     coefficients: tuple[float, ...] = ()
-    """Factor of each target's mean loss in the validation loss, as 0.7 0.3; empty: equal ones that sum to 1."""
+    """Factor of each target's mean loss in the validation loss, as 0.7 0.3; 0: it judges nothing, and is reported on
+    dev and test. Empty: equal ones that sum to 1."""
 
-    beta: Annotated[float, Ge(0), Special(0, "that of the objective, or the usual one")] = 0.0
-    """dpo, simpo: inverse temperature; 0: that of the objective where it has the same name, else 0.1 and 2.5."""
+    beta: tuple[Annotated[float, Ge(0), Special(0, "that of the objective, or the usual one")], ...] = ()
+    """dpo, simpo: inverse temperature, one for each target or one for all; 0, and where none is given: that of the
+    objective where it has the same name, else 0.1 and 2.5."""
 
-    gamma_ratio: Annotated[float, Ge(0), Special(-1, "that of the objective, or 0.55")] = -1.0
-    """simpo: margin gamma / beta, in nats per token; -1: that of the objective where it is simpo, too, else 0.55."""
+    gamma_ratio: tuple[Annotated[float, Ge(0), Special(-1, "that of the objective, or 0.55")], ...] = ()
+    """simpo: margin gamma / beta, in nats per token, one for each target or one for all; -1, and where none is given:
+    that of the objective where it is simpo, too, else 0.55."""
 
 
 @dataclass(frozen=True)

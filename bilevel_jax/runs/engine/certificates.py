@@ -14,6 +14,7 @@ from bilevel_jax.runs.engine.folds import Turn, turn_training_stream, turn_valid
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.placement import replicate
 from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.tasks.evaluation import judges_by_examples
 from bilevel_jax.runs.tasks.protocol import Task
 
 
@@ -40,7 +41,7 @@ def compute_certificates(
     tell how far the estimate is from the effect on the run that really happens.
     """
     share = certify.effective_share(weights)
-    without = Certificates(None, None, None, checks, effective_share=share)
+    without = Certificates(None, None, None, checks, effective_share=share, is_sampled=judges_by_examples(task))
     if not settings.enabled:
         return without
     device_weights, grad = replicate(task.mesh, (weights, hypergradient))

@@ -71,7 +71,11 @@ def recommend_nothing(why: str) -> Recommendation:
 
 
 def recommend(
-    dev_losses: Mapping[str, Float[np.ndarray, "seeds dev"]], unit: str, groups: Sequence[int] = ()
+    dev_losses: Mapping[str, Float[np.ndarray, "seeds dev"]],
+    unit: str,
+    groups: Sequence[int] = (),
+    *,
+    reads_examples: bool = True,
 ) -> Recommendation:
     """The simplest arm whose mean dev loss is within one standard error of the least.
 
@@ -79,6 +83,9 @@ def recommend(
     resampled dev examples and seeds. It depends neither on the order of the arms nor on that of the examples, and a tie
     goes to the simpler arm. Dev examples that stand in `groups` of these sizes, those of each target, are resampled
     within their group.
+
+    Without examples (`reads_examples` false) they are the losses of a function of the parameters alone, one for each
+    seed: nothing but the seeds is resampled, and of one seed the best arm is the best.
 
     Wrong where dev is not like what the model is for, and too sure of an arm that chose many things on the same dev
     (its stopping step, its share, the outer step of its weights).
@@ -99,7 +106,7 @@ def recommend(
     )
     chosen = next(place for place, standing in enumerate(standings) if standing.behind <= standing.standard_error)
     gain = percentile_interval(draws[:, 0] - draws[:, chosen])
-    sentence = _describe(standings, chosen, best, gain, losses.shape, unit)
+    sentence = _describe(standings, chosen, best, gain, losses.shape, unit, reads_examples)
     return Recommendation(names[chosen], names[0], gain, standings, sentence)
 
 
@@ -117,19 +124,23 @@ def _describe(
     gain: BootstrapInterval,
     shape: tuple[int, ...],
     unit: str,
+    reads_examples: bool,
 ) -> str:
     use, simplest, leader = standings[chosen], standings[0], standings[best]
     seeds = "1 seed" if shape[1] == 1 else f"{shape[1]} seeds"
-    where = f"{shape[2]:,} dev examples, {seeds}"
+    where = f"{shape[2]:,} dev examples, {seeds}" if reads_examples else f"a loss without examples, {seeds}"
+    if not reads_examples and shape[1] == 1:
+        where += ", whose own spread retrain.seeds above 1 would tell"
+    on = "on dev" if reads_examples else "in validation loss"
     if chosen == best:
         why = (
-            "no arm is better on dev"
+            f"no arm is better {on}"
             if chosen == 0
-            else "the best on dev, and no simpler arm is within one standard error"
+            else f"the best {on}, and no simpler arm is within one standard error"
         )
     else:
         why = (
-            f"{leader.name} is better on dev by {use.behind:.4f} {unit}, which is within one standard error "
+            f"{leader.name} is better {on} by {use.behind:.4f} {unit}, which is within one standard error "
             f"({use.standard_error:.4f})"
         )
     if chosen == 0:

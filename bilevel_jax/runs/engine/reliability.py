@@ -18,6 +18,7 @@ from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.folds import Turn, count_judges
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra.distributed import fetch_to_host
+from bilevel_jax.runs.tasks.evaluation import judges_by_examples
 from bilevel_jax.runs.tasks.protocol import Task
 
 Evidence = Literal["", "halves", "dev"]
@@ -69,7 +70,7 @@ def measure_estimate_reliability(
     At weights that were not learned, halves of either set tell the validation set's noise. At learned ones dev does,
     which has not steered them; without dev nobody knows.
     """
-    if not any(target.has_examples for target in task.outer_objective.targets):
+    if not judges_by_examples(task):
         return None  # a function of the parameters: there are no other examples to speak for
     num_validation = count_judges(task, turn)
     fetch = lambda table: fetch_to_host(table)[trained]  # noqa: E731

@@ -18,6 +18,7 @@ from bilevel_jax.runs.tasks.evaluation import (
     accuracy,
     accuracy_name,
     evaluate_per_example,
+    has_target_readings,
     headline_part,
     held_out_indices,
     held_out_losses,
@@ -76,7 +77,7 @@ class Retrainer:
         task = self.task
         losses: dict[str, Any] = held_out_losses(task, self.loss_fn, params, frozen)
         losses |= {"accuracy": accuracy(task, params, frozen, headline_part(task)), "step": step}
-        if len(task.outer_objective.targets) > 1:
+        if has_target_readings(task):
             losses["targets"] = {part: read_targets(task, params, frozen, part) for part in task.held_out_streams}
         return losses | {"dev_losses": self._dev_losses(params, frozen)}
 

@@ -34,6 +34,7 @@ def describe_comparison(run: RunResults) -> dict[str, Any]:
         "absent": run.result["absent_arms"],
         "recommendation": run.result["recommendation"]["sentence"],
         "standings": standings_table(run),
+        "reads_dev": _reads_dev(run),
         "trainings": sum(len(row["runs"]) for row in rows),
         "seed_table": seeds_table(run, rows),
         "picture": plot_comparison(run, rows, part, second_part),
@@ -81,11 +82,20 @@ def standings_table(run: RunResults) -> Table | None:
     chosen = next(place for place, standing in enumerate(standings) if standing["name"] == recommendation["use"])
     return make_table(
         Column("arm, the simplest first", [standing["name"] for standing in standings]),
-        Column("dev", [standing["dev_loss"] for standing in standings], f"loss, {run.unit}"),
+        Column(
+            "dev" if _reads_dev(run) else "validation",
+            [standing["dev_loss"] for standing in standings],
+            f"loss, {run.unit}",
+        ),
         Column("behind the best", [standing["behind"] for standing in standings], run.unit),
         Column("standard error", [standing["standard_error"] for standing in standings], "of that difference"),
         row_classes={chosen: "strong"},
     )
+
+
+def _reads_dev(run: RunResults) -> bool:
+    """Whether the recommendation is by dev examples, and not by a loss of the parameters alone, which reads none."""
+    return run.result["rows"].get("dev", 0) > 0
 
 
 def seeds_table(run: RunResults, rows: Sequence[dict[str, Any]]) -> Table:

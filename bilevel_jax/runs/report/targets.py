@@ -34,7 +34,10 @@ def describe_target_results(targets: Sequence[Mapping[str, Any]], readings: Read
     parts = [part for part in reversed(PART_NAMES) if part in first]
     shown = [part for part in parts if part != "validation"] or parts
     return {
-        "sum": " + ".join(f"{target['coefficient']:g} {target['name']}" for target in targets).replace("+ -", "− "),
+        "sum": " + ".join(
+            f"{target['coefficient']:g} {target['name']}" for target in targets if target["coefficient"]
+        ).replace("+ -", "− "),
+        "beside": ", ".join(target["name"] for target in targets if not target["coefficient"]),
         "part": shown[0],
         "tables": [(part, _targets_table(targets, readings, part)) for part in shown],
         "pictures": [
@@ -87,7 +90,9 @@ def _is_dominated(own: Sequence[MeanInterval], others: Any, targets: Sequence[Ma
     """Whether another is at least as good in each target and better in one."""
 
     def costs(means: Sequence[MeanInterval]) -> list[float]:
-        return [math.copysign(1, t["coefficient"]) * m.mean for t, m in zip(targets, means, strict=True)]
+        return [
+            math.copysign(1, t["coefficient"]) * m.mean for t, m in zip(targets, means, strict=True) if t["coefficient"]
+        ]
 
     mine = costs(own)
     return any(
@@ -98,4 +103,5 @@ def _is_dominated(own: Sequence[MeanInterval], others: Any, targets: Sequence[Ma
 def _interval(
     runs: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]], part: str, place: int, key: str
 ) -> MeanInterval:
-    return MeanInterval(*mean_interval([run[part][place][key] for run in runs]))
+    values = [run[part][place][key] for run in runs]
+    return MeanInterval(*mean_interval([math.nan if value is None else value for value in values]))

@@ -103,6 +103,10 @@ class ArrayTask(NamedTuple):
         return training_target(self.objective)
 
     @property
+    def reported(self) -> None:
+        """None: on arrays there are no other losses."""
+
+    @property
     def target_sizes(self) -> dict[str, list[int]]:
         """The number of examples of each part, as of one target."""
         return {part: [len(examples)] for part, examples in self.held_out_examples.items()}

@@ -1,6 +1,6 @@
 """Losses and other per-example values of a model, and what is known of the examples' labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.stats import auc
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.targets import split_by_target
+from bilevel_jax.runs.tasks.targets import OuterObjective, split_by_target
 
 
 def evaluate_per_example(
@@ -53,6 +53,11 @@ def held_out_indices(stream: Stream) -> Int[np.ndarray, "kept"]:
 def num_judges(task: Task) -> int:
     """How many validation rows judge: those that are not too long, and one for a target without examples."""
     return len(held_out_indices(task.held_out_streams["validation"])) if "validation" in task.held_out_streams else 0
+
+
+def judges_by_examples(task: Task) -> bool:
+    """Whether the validation loss is a mean over examples, of which there are others; not of the parameters alone."""
+    return any(target.has_examples for target in task.outer_objective.targets)
 
 
 def is_validation_trainable(task: Task) -> bool:
@@ -112,8 +117,14 @@ def count_examples(task: Task) -> dict[str, int]:
     }
 
 
+def has_target_readings(task: Task) -> bool:
+    """Whether there are several targets to read, judging or not."""
+    return len(task.outer_objective.targets) > 1 or task.reported is not None
+
+
 def list_target_facts(task: Task) -> list[dict[str, Any]]:
-    """Name, coefficient, unit and name of the accuracy of each target, for result.json."""
+    """Name, coefficient, unit and name of the accuracy of each target, for result.json; those that judge nothing, of
+    coefficient 0, last."""
     return [
         {
             "name": target.name,
@@ -121,24 +132,41 @@ def list_target_facts(task: Task) -> list[dict[str, Any]]:
             "unit": target.unit,
             "accuracy_name": target.accuracy_name,
         }
-        for target in task.outer_objective.targets
+        for target in (*task.outer_objective.targets, *(task.reported.objective.targets if task.reported else ()))
     ]
 
 
 def read_targets(task: Task, params: Params, frozen: Frozen, part: str) -> list[dict[str, Any]]:
-    """The mean loss and the accuracy of each target on one part, in its own unit."""
-    outer = task.outer_objective
-    stream, num_examples = task.held_out_streams[part], len(task.held_out_examples[part])
-    losses = evaluate_per_example(outer.unscaled_losses, params, frozen, stream, num_examples)
-    accuracies = evaluate_per_example(outer.accuracy, params, frozen, stream, num_examples)
-    return [
-        {
-            "name": target.name,
-            "loss": float(losses[rows].mean()),
-            "accuracy": None if target.accuracy is None else float(accuracies[rows].mean()),
-        }
-        for target, rows in zip(outer.targets, rows_by_target(task, part), strict=True)
+    """The mean loss and the accuracy of each target on one part, in its own unit, in the order of `list_target_facts`;
+    None for one that is not read there."""
+    places = range(len(task.outer_objective.targets))
+    sizes = dict(zip(places, task.target_sizes[part], strict=True))
+    readings = _read_stream(task.outer_objective, task.held_out_streams[part], sizes, params, frozen)
+    if task.reported is None:
+        return readings
+    beside = task.reported
+    sizes = {one.place: one.num_rows for one in beside.corpora.get(part, ())}
+    return readings + _read_stream(beside.objective, beside.streams.get(part), sizes, params, frozen)
+
+
+def _read_stream(
+    objective: OuterObjective, stream: Stream | None, sizes: Mapping[int, int], params: Params, frozen: Frozen
+) -> list[dict[str, Any]]:
+    """`read_targets` of a stream; `sizes` are the numbers of rows of the targets that it holds, by their place."""
+    readings: list[dict[str, Any]] = [
+        {"name": target.name, "loss": None, "accuracy": None} for target in objective.targets
     ]
+    if stream is None:
+        return readings
+    num_examples = sum(sizes.values())
+    losses = evaluate_per_example(objective.unscaled_losses, params, frozen, stream, num_examples)
+    accuracies = evaluate_per_example(objective.accuracy, params, frozen, stream, num_examples)
+    rows_of_targets = split_by_target(held_out_indices(stream), list(sizes.values()))
+    for place, rows in zip(sizes, rows_of_targets, strict=True):
+        readings[place]["loss"] = float(losses[rows].mean())
+        if objective.targets[place].accuracy is not None:
+            readings[place]["accuracy"] = float(accuracies[rows].mean())
+    return readings
 
 
 def rows_by_target(task: Task, part: str) -> list[Int[np.ndarray, "kept"]]:

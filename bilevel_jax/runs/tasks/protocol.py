@@ -11,7 +11,7 @@ from jaxtyping import Int
 from bilevel_jax.core.types import Frozen, Params, Problem, Stream, TrainStep
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.tasks.objective import Objective
-from bilevel_jax.runs.tasks.targets import OuterObjective
+from bilevel_jax.runs.tasks.targets import OuterObjective, ReportedTargets
 
 
 class ExampleTable(Protocol):
@@ -69,6 +69,10 @@ class Task(Protocol):
     @property
     def outer_objective(self) -> OuterObjective:
         """What validation, dev and test examples judge by."""
+
+    @property
+    def reported(self) -> ReportedTargets | None:
+        """The targets that dev and test read beside `outer_objective`, and that judge nothing."""
 
     @property
     def target_sizes(self) -> dict[str, list[int]]:

@@ -35,6 +35,7 @@ def attach_reference_margins(
     model: ModelSection,
     stored: str,
     batch_size: int,
+    num_micro_batches: int,
 ) -> dict[str, Corpus]:
     """Corpora of pairs with the reference model's margins: read where they were stored, made and stored otherwise.
 
@@ -50,7 +51,7 @@ def attach_reference_margins(
         found = (
             read_reference_log_probs(stored_path, examples[name], corpus, model_fingerprint)
             if stored_path
-            else compute_pair_log_probs(decoder, params, corpus, batch_size, mesh)
+            else compute_pair_log_probs(decoder, params, corpus, batch_size, num_micro_batches, mesh)
         )
         tables.append(build_reference_table(examples[name], corpus, found, model_fingerprint))
         return found
@@ -65,15 +66,19 @@ def attach_reference_margins(
 
 
 def compute_pair_log_probs(
-    decoder: models.Decoder, params: Params, corpus: Corpus, batch_size: int, mesh: Mesh
+    decoder: models.Decoder, params: Params, corpus: Corpus, batch_size: int, num_micro_batches: int, mesh: Mesh
 ) -> Float[np.ndarray, "rows 2"]:
-    """log p of both responses of each pair under a model, nats, summed over their tokens; nan for a dropped pair."""
+    """log p of both responses of each pair under a model, nats, summed over their tokens; nan for a dropped pair.
+
+    `batch_size` pairs in so many micro-batches, as in training: the model runs on no more of them at once than there.
+    """
     log_likelihoods = sft.sequence_log_likelihoods(decoder)
 
     def pair_log_probs(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
         return log_likelihoods(params, batch).reshape(-1, 2)
 
-    flat = batches.BatchShape(1, batch_size, 2 * batch_size, batches.padded_max_length(corpus), 2)
+    pairs = batch_size // num_micro_batches
+    flat = batches.BatchShape(num_micro_batches, pairs, 2 * pairs, batches.padded_max_length(corpus), 2)
     stream = place_stream(mesh, batches.make_evaluation_stream(corpus, align_layout(mesh, flat)))
     return evaluate_per_example(pair_log_probs, params, None, stream, corpus.num_examples)
 

@@ -109,20 +109,21 @@ def load_held_out(
 ) -> dict[str, list[Example]]:
     """validation, dev and test: from files of their own where given, the rest by splitting `validation`.
 
-    Not yet checked for rows that stand in two of them. `on_dropped` is called for each row that is left out as empty;
+    Not yet checked for rows that stand in two of them, nor for pairs next to other rows: each target reads its own.
+    `on_dropped` is called for each row that is left out as empty;
     `keys` receives the keys of the rows.
     """
     if not config.validation and not config.dev and not config.test:
         return {part: [] for part in PART_NAMES}
     paths_by_part = {"dev": config.dev, "test": config.test}
     held_out = {
-        part: examples.load_examples(paths, options, on_dropped, keys) if paths else []
+        part: examples.load_examples(paths, options, on_dropped, keys, mixed=True) if paths else []
         for part, paths in paths_by_part.items()
     }
     shares = dict(zip(PART_NAMES, config.split, strict=True))
     parts_to_split = [part for part in PART_NAMES if shares[part] > 0 and not held_out.get(part)]
     total = sum(shares[part] for part in parts_to_split)
-    validation = examples.load_examples(config.validation, options, on_dropped, keys)
+    validation = examples.load_examples(config.validation, options, on_dropped, keys, mixed=True)
     split_examples = (
         examples.split_examples(validation, [shares[part] / total for part in parts_to_split], config.seed)
         if len(parts_to_split) > 1

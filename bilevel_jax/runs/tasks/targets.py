@@ -14,11 +14,13 @@ import optax
 from jax import dtypes
 from jaxtyping import Array, Float, Int
 
+from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Stream
+from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.batches import BatchShape
-from bilevel_jax.lm.data.examples import Example
+from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.config import schema
@@ -105,17 +107,40 @@ class TargetCorpus(NamedTuple):
         return 1 if self.corpus is None else len(self.corpus.kept_indices)
 
 
+class ReportedTargets(NamedTuple):
+    """Targets of coefficient 0: read on dev and test beside the validation loss, where they judge nothing."""
+
+    objective: OuterObjective
+    streams: dict[str, Stream]
+    """Of the parts in which some have examples."""
+    corpora: dict[str, list[TargetCorpus]]
+
+
+def split_reported(specs: Sequence[TargetSpec]) -> tuple[tuple[TargetSpec, ...], tuple[TargetSpec, ...]]:
+    """The targets that judge, and those of coefficient 0, which are reported alone."""
+    judging = tuple(spec for spec in specs if spec.coefficient)
+    return judging, tuple(spec for spec in specs if not spec.coefficient)
+
+
 def list_targets(section: schema.TargetSection, objective: schema.ObjectiveSection) -> tuple[TargetSpec, ...]:
-    """The targets of a config, those without examples last; one, the training loss, where section target is empty."""
+    """The targets of a config, those without examples last; one, the training loss, where section target is empty.
+
+    Those of coefficient 0 are among them: see `split_reported`.
+    """
     sources = section.sources or ("",)
     losses: Sequence[TargetLoss] = section.losses or (objective.name,)
-    losses = losses if len(losses) == len(sources) else [losses[0]] * len(sources)
     coefficients = section.coefficients or [1 / len(sources)] * len(sources)
+    columns = (_for_each(values, len(sources)) for values in (losses, section.beta or [0], section.gamma_ratio or [-1]))
     specs = [
-        TargetSpec(source, loss, coefficient, _find_settings(loss, section, objective), _hash_file(loss))
-        for source, loss, coefficient in zip(sources, losses, coefficients, strict=True)
+        TargetSpec(source, loss, coefficient, _find_settings(loss, beta, gamma_ratio, objective), _hash_file(loss))
+        for source, coefficient, loss, beta, gamma_ratio in zip(sources, coefficients, *columns, strict=True)
     ]
     return tuple(sorted(specs, key=lambda spec: not spec.has_examples))
+
+
+def _for_each(values: Sequence[Any], count: int) -> list[Any]:
+    """One value for each target, where there may be one for all."""
+    return list(values) * count if len(values) == 1 else list(values)
 
 
 def _hash_file(loss: TargetLoss) -> str:
@@ -126,16 +151,16 @@ def _hash_file(loss: TargetLoss) -> str:
 
 
 def _find_settings(
-    loss: TargetLoss, section: schema.TargetSection, objective: schema.ObjectiveSection
+    loss: TargetLoss, beta: float, gamma_ratio: float, objective: schema.ObjectiveSection
 ) -> schema.ObjectiveSection | None:
     """Those of the objective where it is the same loss."""
     if not isinstance(loss, str) or names_function(loss):
         return None
     if loss == objective.name:
-        gamma_ratio = objective.gamma_ratio if section.gamma_ratio < 0 else section.gamma_ratio
-        return replace(objective, beta=section.beta or objective.beta, gamma_ratio=gamma_ratio)
-    beta = section.beta if loss != "sft" else 0.0
-    gamma_ratio = schema.ObjectiveSection.gamma_ratio if section.gamma_ratio < 0 else section.gamma_ratio
+        gamma_ratio = objective.gamma_ratio if gamma_ratio < 0 else gamma_ratio
+        return replace(objective, beta=beta or objective.beta, gamma_ratio=gamma_ratio)
+    gamma_ratio = schema.ObjectiveSection.gamma_ratio if gamma_ratio < 0 else gamma_ratio
+    beta = beta if loss != "sft" else 0.0
     return schema.ObjectiveSection(name=loss, beta=beta, gamma_ratio=gamma_ratio)  # type: ignore[arg-type]
 
 
@@ -152,14 +177,24 @@ def is_training_loss(specs: Sequence[TargetSpec], objective: schema.ObjectiveSec
     return len(specs) == 1 and not specs[0].source and specs[0].settings == objective
 
 
-def describe_targets(specs: Sequence[TargetSpec]) -> str:
-    """What the validation loss is, in words."""
+def describe_targets(specs: Sequence[TargetSpec], reported: Sequence[TargetSpec] = ()) -> str:
+    """What the validation loss is, in words, and what is reported beside it."""
+    beside = ", ".join(map(_describe_loss, reported))
+    return f"validation loss: {_describe_sum(specs)}." + (f" Reported beside it: {beside}." if beside else "")
+
+
+def _describe_sum(specs: Sequence[TargetSpec]) -> str:
     terms = []
     for spec in specs:
-        loss = spec.loss if isinstance(spec.loss, str) else function_name(spec.loss)
-        of = "" if not spec.source else " of the parameters" if not spec.has_examples else f" of {spec.source}"
-        terms.append(f"{'' if len(specs) == 1 and spec.coefficient == 1 else f'{spec.coefficient:g} '}{loss}{of}")
-    return f"validation loss: {' + '.join(terms)}."
+        factor = "" if len(specs) == 1 and spec.coefficient == 1 else f"{spec.coefficient:g} "
+        terms.append(f"{factor}{_describe_loss(spec)}")
+    return " + ".join(terms)
+
+
+def _describe_loss(spec: TargetSpec) -> str:
+    loss = spec.loss if isinstance(spec.loss, str) else function_name(spec.loss)
+    of = "" if not spec.source else " of the parameters" if not spec.has_examples else f" of {spec.source}"
+    return f"{loss}{of}"
 
 
 # ---- the examples
@@ -168,7 +203,7 @@ def describe_targets(specs: Sequence[TargetSpec]) -> str:
 def group_by_target(
     specs: Sequence[TargetSpec], held_out: Mapping[str, list[Example]]
 ) -> dict[str, list[list[Example]]]:
-    """part -> the examples of each target that has some; a part without any is left out.
+    """part -> the examples of each target that judges and has some; a part without any is left out.
 
     Raises ValueError for a source that no target names, and for a target without examples in a part.
     """
@@ -205,6 +240,50 @@ def group_by_target(
                     f"Give it more (data.split divides by example), or files of its own in data.{part}."
                 )
     return grouped
+
+
+def group_reported(
+    reported: Sequence[TargetSpec], held_out: Mapping[str, list[Example]]
+) -> tuple[dict[str, list[list[Example]]], dict[str, list[Example]], list[str]]:
+    """(dev and test: the examples of each target that is reported alone; the other examples; notes).
+
+    Raises ValueError for one that has examples in neither.
+    """
+    sources = {spec.source for spec in reported}
+    others = {part: [one for one in examples if one.source not in sources] for part, examples in held_out.items()}
+    grouped = {}
+    for part in ("dev", "test"):
+        own = [[one for one in held_out.get(part, ()) if one.source == spec.source] for spec in reported]
+        if any(own):
+            grouped[part] = own
+    notes = []
+    for place, spec in enumerate(reported):
+        is_read = any(own[place] for own in grouped.values()) if spec.has_examples else held_out.get("test")
+        if not (is_read or (not spec.has_examples and held_out.get("dev"))):
+            raise ValueError(
+                f"the target {spec.source!r} has coefficient 0, so it is read on dev and test alone, and has no "
+                "example there. Name its file in data.dev or data.test, or give it another coefficient."
+            )
+        if unread := sum(one.source == spec.source for one in held_out.get("validation", ())):
+            notes.append(
+                f"{format_count('validation example', unread, ('is', 'are'))} of {spec.source} not read, as its "
+                "target has coefficient 0."
+            )
+    return grouped, others, notes
+
+
+def check_reported_parts(
+    specs: Sequence[TargetSpec],
+    grouped: Mapping[str, list[list[Example]]],
+    reported: Mapping[str, list[list[Example]]],
+) -> None:
+    """Raise ValueError for a part that has examples of targets of coefficient 0 alone, where others judge by
+    examples."""
+    if alone := [part for part in reported if part not in grouped and any(spec.has_examples for spec in specs)]:
+        raise ValueError(
+            f"{alone[0]} has examples of targets of coefficient 0 alone. They are read beside the validation loss: "
+            f"give {alone[0]} examples of the targets that judge, too."
+        )
 
 
 def check_target_examples(
@@ -282,10 +361,13 @@ def _accuracy_of(target: Target, params: Params, frozen: Frozen, batch: Batch) -
 
 def find_target(targets: Sequence[Target], batch: Batch) -> tuple[Target, float | Array]:
     """The target that judges by a batch, and the scale of its losses there."""
-    if len(targets) == 1:
-        return targets[0], batch.get(f"{MARK}0", 1.0)
-    place = next(place for place in range(len(targets)) if f"{MARK}{place}" in batch)
-    return targets[place], batch[f"{MARK}{place}"]
+    place = find_place(batch)
+    return targets[place], batch.get(f"{MARK}{place}", 1.0)
+
+
+def find_place(batch: Batch) -> int:
+    """The place among the others of the target that judges by a batch."""
+    return next((int(key.removeprefix(MARK)) for key in batch if key.startswith(MARK)), 0)
 
 
 def _build_target(
@@ -450,13 +532,15 @@ def shape_of(corpus: Corpus, shape: BatchShape) -> BatchShape:
 def _mark(batch: Batch, place: int, scale: float, *, first: int = 0, total: int = 0) -> Batch:
     """The batch of one target among others: its rows counted from `first`, its examples among `total` in all."""
     num_examples, targeted = batch["num_examples"], batch["targeted"]
+    real = dtypes.canonicalize_dtype(float)
     if total:  # a mean over tokens multiplies by the one and divides by the other: their ratio stays
-        num_examples, targeted = np.full_like(num_examples, total), targeted * (total / num_examples)
+        targeted = (targeted * (total / num_examples.astype(np.float64))).astype(real)
+        num_examples = np.full_like(num_examples, total)
     return batch | {
         "index": np.where(batch["index"] != PADDING, batch["index"] + first, PADDING).astype(np.int32),
         "num_examples": num_examples,
         "targeted": targeted,
-        f"{MARK}{place}": np.full(len(num_examples), scale, dtypes.canonicalize_dtype(float)),
+        f"{MARK}{place}": np.full(len(num_examples), scale, real),
     }
 
 
@@ -482,7 +566,7 @@ def check_functions(
     for place, (target, spec) in enumerate(zip(targets, specs, strict=True)):
         if spec.settings is not None:
             continue
-        loss, slope = _loss_and_slope(target, place if len(targets) > 1 else None, near, frozen, validation)
+        loss, slope = _loss_and_slope(target, select_target(validation, place), near, frozen)
         if not np.isfinite([loss, slope]).all():
             raise ValueError(
                 f"the target {spec.name} is {loss:g} with a gradient of norm {slope:g} at the start of training; "
@@ -497,19 +581,17 @@ def check_functions(
             )
 
 
-def _loss_and_slope(
-    target: Target, place: int | None, params: Params, frozen: Frozen, validation: Stream
-) -> tuple[float, float]:
+def select_target(stream: Stream, place: int) -> Stream:
+    """The batches of one target of a stream."""
+    steps = [step for step in range(stream.steps) if find_place(stream.batch(step)) == place]
+    return Stream(lambda step: stream.batch(steps[step]), len(steps))
+
+
+def _loss_and_slope(target: Target, own: Stream, params: Params, frozen: Frozen) -> tuple[float, float]:
     """The sum of the losses of a target over its batches, and the norm of its gradient."""
-
-    def total(params: Params, frozen: Frozen, batch: Batch) -> Array:
-        return jax.lax.map(lambda micro: target.losses(params, frozen, micro).sum(), batch).sum()
-
-    value_and_grad = jax.jit(jax.value_and_grad(total))
-    batches_of_all = map(validation.batch, range(validation.steps))
-    own = [batch for batch in batches_of_all if place is None or f"{MARK}{place}" in batch]
-    values, grads = zip(*(value_and_grad(params, frozen, batch) for batch in own), strict=True)
-    return float(sum(values)), float(optax.tree.norm(jax.tree.map(lambda *leaves: sum(leaves), *grads)))
+    summed = weighted(lambda *given: target.losses(*given) * given[-1]["num_examples"])  # which its mean divides by
+    loss, grad = validation_loss_and_grad_fn(summed)(params, frozen, own)
+    return float(loss), float(optax.tree.norm(grad))
 
 
 @jax.jit

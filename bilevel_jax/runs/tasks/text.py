@@ -41,7 +41,7 @@ from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_e
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.reference import attach_reference_margins
 from bilevel_jax.runs.tasks.splits import DataSplits
-from bilevel_jax.runs.tasks.targets import OuterObjective, TargetCorpus, TargetSpec
+from bilevel_jax.runs.tasks.targets import OuterObjective, ReportedTargets, TargetCorpus, TargetSpec
 
 
 class TextSections(Protocol):
@@ -113,6 +113,8 @@ class TextTask(NamedTuple):
     outer_objective: OuterObjective
     target_corpora: dict[str, list[TargetCorpus]]
     """The examples of each target in each part."""
+    reported: ReportedTargets | None = None
+    """What dev and test read beside `outer_objective`."""
     groups: Int[np.ndarray, "groups size"] | None = None
     """Examples that share every batch, for losses that compare them; None: examples are shuffled one by one."""
 
@@ -153,6 +155,18 @@ class TextTask(NamedTuple):
             seed=seed,
         )
         return place_stream(self.mesh, drawn)
+
+    def reference_corpora(self) -> list[tuple[Corpus, int | None]]:
+        """The pairs that dpo compares with a reference model, each once, and the place of their target; None of those
+        that judge nothing."""
+        is_joint = len(self.validation_indices()) > 0  # those of validation stand behind the training examples
+        corpora: list[tuple[Corpus, int | None]] = [(self.corpus, None)]
+        for part, of_targets in self.target_corpora.items():
+            if part != "validation" or not is_joint:
+                corpora += [(one.corpus, one.place) for one in of_targets if one.corpus is not None]
+        for of_targets in self.reported.corpora.values() if self.reported else ():
+            corpora += [(one.corpus, None) for one in of_targets if one.corpus is not None]
+        return [(corpus, place) for corpus, place in corpora if corpus.reference_margins is not None]
 
     @property
     def target_sizes(self) -> dict[str, list[int]]:
@@ -195,6 +209,8 @@ class TextPrograms(NamedTuple):
     decoder: models.Decoder
     objective: Objective
     outer_objective: OuterObjective
+    reported: OuterObjective | None
+    """Of the targets that judge nothing."""
     problem: Problem
     optimizer: optax.GradientTransformation
     train_step: TrainStep
@@ -216,6 +232,10 @@ class TokenizedData(NamedTuple):
     targets: tuple[TargetSpec, ...]
     is_joint: bool
     """Whether the validation examples stand behind the training examples in `train_corpus`."""
+    reported: tuple[TargetSpec, ...] = ()
+    """Targets that judge nothing."""
+    reported_examples: Mapping[str, list[list[Example]]] = {}
+    """Those of each of them, in dev and test."""
 
     @property
     def train_corpus(self) -> str:
@@ -229,6 +249,16 @@ class TokenizedData(NamedTuple):
             for place, spec in enumerate(self.targets)
         ]
 
+    def reported_corpora(self) -> dict[str, list[TargetCorpus]]:
+        """What the targets that judge nothing read in dev and test."""
+        corpora: dict[str, list[TargetCorpus]] = {}
+        for part in (part for part in self.parts if part != "validation"):
+            for place, spec in enumerate(self.reported):
+                corpus = self.corpora.get(target_corpus_name(part, spec))
+                if corpus is not None or not spec.has_examples:
+                    corpora.setdefault(part, []).append(TargetCorpus(place, corpus))
+        return corpora
+
     def part_examples(self, part: str) -> list[Example]:
         """The rows of a part, target by target."""
         rows = [example for own in self.held_out_examples.get(part, ()) for example in own]
@@ -238,7 +268,7 @@ class TokenizedData(NamedTuple):
     def parts(self) -> list[str]:
         """Those that have rows: with targets that read the parameters alone, at least validation."""
         if not self.held_out_examples and not self.targets[0].has_examples:
-            return ["validation"]
+            return ["validation", *self.reported_examples]
         return list(self.held_out_examples)
 
 
@@ -285,6 +315,7 @@ def prepare_text_task(
             model=config.model,
             stored=config.objective.reference,
             batch_size=config.train.global_batch_size,
+            num_micro_batches=config.train.gradient_accumulation_steps,
         )
         tokenized_data = tokenized_data._replace(corpora=tokenized_data.corpora | with_margins)
     if unsharded := sharding.find_unsharded(
@@ -303,6 +334,7 @@ def prepare_text_task(
         lora=base_params is not None,
         proximal_strength=proximal_strength,
         specs=tokenized_data.targets,
+        reported=tokenized_data.reported,
     )
     task = compose_text_task(
         config, tokenized_data, base_params, init_params, programs, mesh, num_steps=num_steps, seeds=seeds
@@ -343,19 +375,25 @@ def tokenize_parts(
     specs: tuple[TargetSpec, ...],
 ) -> TokenizedData:
     """The examples as tokens of a tokenizer that is loaded; checked against the objective and the targets."""
-    held_out = targets.group_by_target(specs, splits.held_out)
+    specs, reported = targets.split_reported(specs)
+    reported_examples, judges, unread = targets.group_reported(reported, splits.held_out)
+    held_out = targets.group_by_target(specs, judges)
+    targets.check_reported_parts(specs, held_out, reported_examples)
     check_examples(config.objective, splits.train)
     targets.check_target_examples(specs, held_out, config.objective)
+    targets.check_target_examples(reported, reported_examples, config.objective)
     text = TokenizedData(
         splits.train,
         held_out,
-        list(splits.notes),
+        [*splits.notes, *unread],
         tokenizer,
         source_files,
         architecture,
         {},
         specs,
         is_joint=targets.is_trainable(specs, config.objective),
+        reported=reported,
+        reported_examples=reported_examples,
     )
     for name, part_examples in group_by_corpus(text, streaming=config.data.streaming).items():
         token_weights = splits.token_weights if name == text.train_corpus else None
@@ -363,8 +401,8 @@ def tokenize_parts(
             config.data, part_examples, tokenizer, architecture, token_weights
         )
         text.notes.append(f"{name}: {report}.")
-    if not targets.is_training_loss(specs, config.objective):
-        text.notes.append(targets.describe_targets(specs))
+    if reported or not targets.is_training_loss(specs, config.objective):
+        text.notes.append(targets.describe_targets(specs, reported))
     return text
 
 
@@ -393,9 +431,11 @@ def group_by_corpus(text: TokenizedData, *, streaming: bool = False) -> dict[str
     """The examples of each corpus."""
     validation = [example for own in text.held_out_examples.get("validation", ()) for example in own]
     groups = {} if streaming else {text.train_corpus: text.examples + (validation if text.is_joint else [])}
-    for part, examples_by_target in text.held_out_examples.items():
-        for spec, examples in zip(text.targets, examples_by_target, strict=False):
-            groups[target_corpus_name(part, spec)] = examples
+    for specs, parts in ((text.targets, text.held_out_examples), (text.reported, text.reported_examples)):
+        for part, examples_by_target in parts.items():
+            for spec, examples in zip(specs, examples_by_target, strict=False):
+                if examples:
+                    groups[target_corpus_name(part, spec)] = examples
     return groups
 
 
@@ -407,8 +447,10 @@ def target_corpus_name(part: str, spec: TargetSpec) -> str:
 def corpora_with_reference(text: TokenizedData, objective: ObjectiveSection) -> list[str]:
     """The names of the corpora whose pairs dpo compares with a reference model."""
     names = [text.train_corpus] if objective.name == "dpo" and text.train_corpus in text.corpora else []
-    judged = [spec for spec in text.targets if spec.loss == "dpo"]
-    return names + [target_corpus_name(part, spec) for part in text.held_out_examples for spec in judged]
+    parts = [*text.held_out_examples, *(part for part in text.reported_examples if part not in text.held_out_examples)]
+    read_by_dpo = [spec for spec in (*text.targets, *text.reported) if spec.loss == "dpo"]
+    corpora = [target_corpus_name(part, spec) for part in parts for spec in read_by_dpo]
+    return names + [name for name in corpora if name in text.corpora]
 
 
 def build_programs(
@@ -423,18 +465,20 @@ def build_programs(
     lora: bool,
     proximal_strength: float,
     specs: Sequence[TargetSpec],
+    reported: Sequence[TargetSpec] = (),
 ) -> TextPrograms:
     """The model's functions, its loss and its training step; with `lora` adapters are trained over `frozen["base"]`.
 
-    `specs` are the targets that validation examples judge by.
+    `specs` are the targets that validation examples judge by, `reported` those that judge nothing.
     """
     gather_params = sharding.parameter_gatherer(mesh, sharding_rules)
     decoder = models.make_decoder(architecture, remat=remat, compute_dtype=compute_dtype, gather_params=gather_params)
     run_objective = build_objective(objective, decoder, lora=lora)
     outer = targets.build_outer_objective(specs, objective, run_objective, decoder, lora=lora)
+    beside = targets.build_outer_objective(reported, objective, run_objective, decoder, lora=lora) if reported else None
     problem = weighted(run_objective.losses, outer=outer.losses, prior=_proximal_term(proximal_strength))
     step = train_step(problem, optimizer)
-    return TextPrograms(decoder, run_objective, outer, problem, optimizer, step, proximal_strength > 0)
+    return TextPrograms(decoder, run_objective, outer, beside, problem, optimizer, step, proximal_strength > 0)
 
 
 def compute_dtype(section: TrainSection | FineTuneSection) -> Any:
@@ -458,18 +502,20 @@ def compose_text_task(
     corpus, layout = _fit_layout(config, tokenized_data, num_steps=num_steps, seeds=seeds)
     layout = align_layout(mesh, layout)
     target_corpora = {part: tokenized_data.part_corpora(part) for part in tokenized_data.parts}
-    judging = programs.outer_objective.targets
+
+    def make_streams(objective: OuterObjective, parts: Mapping[str, list[TargetCorpus]]) -> dict[str, Stream]:
+        make = partial(targets.make_target_stream, shape=layout.unpacked, local_rows=partial(local_rows, mesh))
+        return {part: cache_stream(mesh, make(corpora, objective.targets)) for part, corpora in parts.items()}
+
+    reported, beside = None, tokenized_data.reported_corpora()
+    if programs.reported is not None:
+        reported = ReportedTargets(programs.reported, make_streams(programs.reported, beside), beside)
     return TextTask(
         examples=tokenized_data.examples,
         held_out_examples={part: tokenized_data.part_examples(part) for part in target_corpora},
         notes=tokenized_data.notes,
         corpus=corpus,
-        held_out_streams={
-            part: cache_stream(
-                mesh, targets.make_target_stream(corpora, judging, layout.unpacked, partial(local_rows, mesh))
-            )
-            for part, corpora in target_corpora.items()
-        },
+        held_out_streams=make_streams(programs.outer_objective, target_corpora),
         architecture=tokenized_data.architecture,
         decoder=programs.decoder,
         tokenizer=tokenized_data.tokenizer,
@@ -487,6 +533,7 @@ def compose_text_task(
         has_proximal=programs.has_proximal,
         outer_objective=programs.outer_objective,
         target_corpora=target_corpora,
+        reported=reported,
     )
 
 

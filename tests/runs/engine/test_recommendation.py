@@ -73,3 +73,13 @@ def test_without_dev_or_arms_it_says_so():
     losses = drawn({"oracle": 0.0, "random": 0.0, "uniform": 1.0})
     assert recommend(losses, "nats").use is None  # the oracle and the control are never recommended
     assert Recommendation.from_json(told.to_json()) == told
+
+
+def test_a_loss_without_examples_varies_by_its_seeds_alone():
+    """One seed: the best arm is the best. More: within a standard error of the seeds the simpler one."""
+    told = recommend({"uniform": np.array([[1.0]]), "learned": np.array([[0.9]])}, "nats", reads_examples=False)
+    assert told.use == "learned" and told.standings[0].standard_error < 1e-12
+    assert "a loss without examples, 1 seed, whose own spread retrain.seeds above 1 would tell" in told.sentence
+    seeds = {"uniform": np.array([[1.0], [0.8], [1.2]]), "learned": np.array([[1.1], [0.7], [1.1]])}
+    told = recommend(seeds, "nats", reads_examples=False)
+    assert told.use == "uniform" and told.standings[0].standard_error > 0 and "dev" not in told.sentence

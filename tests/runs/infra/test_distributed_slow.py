@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.commands.test_select import same_run
+from tests.commands.test_targets import SEVERAL, files, flags  # noqa: F401
 from tests.conftest import ROOT
 from tests.runs.engine.test_agreement import free_port
 
@@ -95,6 +96,19 @@ def test_parameters_split_over_two_processes(made, whole, tmp_path):
     out = tmp_path / "run"
     assert ended(launch(made, out, 2, *SMOOTH, "--mesh.fsdp", "4")) == [0, 0]
     assert far(out, whole / "1") < 1e-9
+
+
+def test_targets_in_two_processes(made, files, tmp_path):  # noqa: F811
+    """Pairs of two sources, whose reference model is read once, and a function of the parameters."""
+    given = flags(made, files, *SEVERAL, f"{files}/targets.py:distance")[1:]
+    for processes in (1, 2):
+        assert ended(launch(made, tmp_path / str(processes), processes, *SMOOTH, *given)) == [0] * processes
+    assert far(tmp_path / "2", tmp_path / "1") < 1e-9
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in "12")
+    for ours, theirs in zip(two["compare"][0]["runs"], one["compare"][0]["runs"], strict=True):
+        for part in ("validation", "test"):
+            losses = [[target["loss"] for target in run["targets"][part]] for run in (ours, theirs)]
+            np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
 def test_scores_and_training(made, tmp_path):
