@@ -396,10 +396,13 @@ def apply_gradients(optimizer: optax.GradientTransformation, state: TrainState, 
 
 
 def validation_batch_loss_and_grad(
-    problem: Problem, params: Params, frozen: Frozen, validation: Batch
+    problem: Problem, params: Params, frozen: Frozen, validation: Batch | tuple[Batch, ...]
 ) -> tuple[Scalar, Params]:
     """L_v of one validation batch, the mean over its own examples, and its gradient; one micro-batch in memory at a
-    time."""
+    time. Of a tuple of batches, one for each term of L_v, the sum."""
+    if isinstance(validation, tuple):
+        terms = [validation_batch_loss_and_grad(problem, params, frozen, batch) for batch in validation]
+        return jax.tree.map(lambda *leaves: sum(leaves), *terms)
     outer_problem = problem._replace(
         inner=lambda params, weights, frozen, batch: problem.outer(params, frozen, batch),
         prior=no_prior,

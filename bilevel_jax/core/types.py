@@ -259,8 +259,9 @@ class SingleLoop(NamedTuple):
 
     init: Callable[..., Any]
     """(params, outer variable; default: weights 1) -> the state before the first step, in buffers of its own."""
-    step: Callable[[Any, Frozen, Batch, Batch], tuple[Any, Any]]
-    """(state, frozen, training batch, validation batch) -> (state, metrics); compiled; the state given is donated."""
+    step: Callable[[Any, Frozen, Batch, Any], tuple[Any, Any]]
+    """(state, frozen, training batch, validation batch) -> (state, metrics); compiled; the state given is donated. A
+    tuple of validation batches are those of the terms of L_v, whose losses and gradients add up."""
     weights: Callable[[Any], Float[Array, "examples"]]
     """state -> the whole table, mean about 1; it costs O(examples)."""
     estimand: str

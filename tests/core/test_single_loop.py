@@ -44,6 +44,33 @@ def drive(method, toy, steps, state=None):
 # What a step does
 
 
+@pytest.mark.parametrize("name", ["penalty", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mixing", "bmo"))])
+def test_the_terms_of_the_validation_loss_add_up_before_the_clip(name):
+    """A batch of each: the step of the sum of their gradients, as steps of each term alone say without a clip."""
+    toy, train = lora(), lora().train.batch(0)
+    whole = toy.validation.batch(0)
+    part = whole | {"index": jnp.where(jnp.arange(whole["index"].shape[-1]) % 2, PADDING, whole["index"])}
+
+    def change(validation, share, *clips):
+        optimizer = optax.chain(*clips, optax.sgd(1.0))
+        method = {
+            "penalty": lambda: made(toy, optimizer=optimizer, validation_share=CONSTANT(share)),
+            "mixing": lambda: single_loop.mixing(toy.problem, optimizer, share, ROWS),
+            "bmo": lambda: single_loop.bmo(
+                toy.problem, optimizer, ROWS, validation_share=CONSTANT(share), temperature=CONSTANT(1.0)
+            ),
+        }[name]()
+        state, metrics = method.step(method.init(toy.params), toy.fixed, train, validation)
+        return optax.tree.sub(state.train_state.params, toy.params), metrics.validation_loss
+
+    (first, one), (second, other) = change(whole, 0.4), change(part, 0.4)
+    both = jax.tree.map(lambda a, b, c: a + b - 0.6 * c, first, second, change(whole, 0.0)[0])
+    norm = optax.tree.norm(both)
+    clipped, total = change((whole, part), 0.4, optax.clip_by_global_norm(0.1 * norm))
+    assert relative(clipped, optax.tree.scale(0.1, both)) < 1e-5 and relative(first, second) > 0.01
+    assert float(total) == pytest.approx(float(one + other), rel=1e-5)
+
+
 def test_a_step_is_the_gradient_step_of_the_minimax_objective():
     """ScaleBiO's: min over theta and the sources' logits, max over u, of L_v + gamma (G(theta) - G(u))."""
     gamma, eta, rate = 3.0, 0.1, 0.7

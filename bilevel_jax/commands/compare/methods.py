@@ -114,7 +114,7 @@ def _run_single_loop_within_budget(
     task: Task, sections: MethodSections, session: Session, budget: float
 ) -> MethodResult:
     """`run_single_loop` with as many steps as the budget pays for."""
-    step_work = _single_loop_step_work(sections)
+    step_work = _single_loop_step_work(task, sections)
     steps = int(budget / step_work)
     # its rate is set so that the weights move as far as in the outer loop of `unrolled` with this budget
     moves = max(1, int(budget / ((1 + REPLAY_WORK + HVP_WORK) * task.num_steps)) - 1)
@@ -137,8 +137,8 @@ def _run_single_loop_within_budget(
     )
 
 
-def _single_loop_step_work(sections: MethodSections) -> float:
-    return single_loop_step_work(sections.single_loop, sections.outer.method)
+def _single_loop_step_work(task: Task, sections: MethodSections) -> float:
+    return single_loop_step_work(sections.single_loop, sections.outer.method, len(task.outer_objective.targets))
 
 
 def _total_seconds(records: list[dict[str, Any]]) -> float:
@@ -191,7 +191,7 @@ def _single_loop_method(
         exactness,
         configure,
         _run_single_loop_within_budget,
-        lambda task, sections: _single_loop_step_work(sections),
+        _single_loop_step_work,
     )
 
 

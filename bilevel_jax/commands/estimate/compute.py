@@ -30,7 +30,6 @@ from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.engine.trajectory_store import GIB, bytes_per_device, device_memory_bytes, num_backward_steps
 from bilevel_jax.runs.scoring.scores import SCORES
 from bilevel_jax.runs.tasks.evaluation import read_labels
-from bilevel_jax.runs.tasks.targets import select_target
 from bilevel_jax.runs.tasks.text import TextTask
 
 
@@ -73,11 +72,7 @@ def compile_steps(abstract_run: AbstractRun, simulated: bool) -> dict[str, Compi
     judges_as_training = task.outer_objective.losses is task.objective.losses
     names = [f", {target.name}" * (len(task.outer_objective.targets) > 1) for target in task.outer_objective.targets]
     if not isinstance(config, AuditConfig) and config.outer.method in SINGLE_LOOP_METHODS:
-        drawn = None if judges_as_training else task.validation_stream(config.data.seed)
-        for place, name in enumerate(names):
-            batch = None if drawn is None else select_target(drawn, place).batch(0)
-            program = compiled_steps.single_loop_program(task, config, config.single_loop, shapes, batch)
-            steps[f"alone{name}"] = compile_step(program)
+        steps["alone"] = compile_step(compiled_steps.single_loop_program(task, config, config.single_loop, shapes))
     # V is not packed, and may be wider than a step
     if "validation" in task.held_out_streams and (task.layout != task.layout.unpacked or not judges_as_training):
         for name, program in zip(names, compiled_steps.validation_gradient_programs(task, shapes), strict=True):

@@ -234,6 +234,7 @@ def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
             config.train.max_steps,
             sizes,
             is_fitted=number > 0 or follows_validation(config, []),
+            num_targets=len(task.outer_objective.targets),
         )
         for number in range(config.refine.rounds)
         for name in config.refine.methods

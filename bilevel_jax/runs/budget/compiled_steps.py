@@ -169,12 +169,10 @@ def single_loop_program(
     config: OuterLoopConfig,
     single_loop_config: SingleLoopSection,
     shapes: StepShapes,
-    validation_batch: Batch | None = None,
 ) -> Program:
     """A step of a method whose weights move with the parameters; it takes the memory of the state that it is given.
 
-    Its state is taken to lie whole on every device. `validation_batch` is by default of the shape of the training
-    batch.
+    Its state is taken to lie whole on every device.
     """
     replicated = NamedSharding(task.mesh, PartitionSpec())
     steps = single_loop.num_single_loop_steps(single_loop_config, config.outer, config.train.max_steps)
@@ -185,7 +183,7 @@ def single_loop_program(
     batch = task.training_stream(config.data.seed, packed=False).batch(0)
     return Program(
         method.step,
-        (state, shapes.frozen, batch, batch if validation_batch is None else validation_batch),
+        (state, shapes.frozen, batch, task.validation_stream(config.data.seed).batch(0)),
         lambda result, arguments_before: (result[0], *arguments_before[1:]),
     )
 

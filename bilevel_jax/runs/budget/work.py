@@ -72,7 +72,9 @@ def select_run_stages(task: Task, config: SelectConfig) -> list[WorkStage]:
     training, estimate = WorkStage("", forward_steps=steps), _hypergradient_stage(outer, steps, epoch_steps)
     baselines = WorkStage("", other_work=count_baseline_work(task))
     if outer.method in SINGLE_LOOP_METHODS:
-        single_loop_stage = WorkStage("", other_work=count_single_loop_work(config.single_loop, outer, steps))
+        single_loop_stage = WorkStage(
+            "", other_work=count_single_loop_work(config.single_loop, outer, steps, len(task.outer_objective.targets))
+        )
         stages = [_add_stages("learning", training, baselines, single_loop_stage)]
     else:
         loop = _add_stages("", training, estimate).repeat(outer.steps + 1, "")
@@ -246,6 +248,7 @@ def count_candidate_work(
     sizes: RoundSizes,
     *,
     is_fitted: bool,
+    num_targets: int = 1,
 ) -> float:
     """The most that one candidate of `refine` costs, in training steps; `outer` is that of the candidate.
 
@@ -253,7 +256,7 @@ def count_candidate_work(
     outer.reliability_floor.
     """
     if name in SINGLE_LOOP_METHODS:
-        return count_single_loop_work(single_loop, outer, max_steps)
+        return count_single_loop_work(single_loop, outer, max_steps, num_targets)
     if name == "uniform":
         return max_steps
     num_extra_losses = {"": 0, "halves": 1, "dev": 2}

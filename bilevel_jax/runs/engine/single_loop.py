@@ -67,18 +67,21 @@ def num_single_loop_steps(single_loop: SingleLoopSection, outer: OuterSection, m
     return single_loop.steps or max_steps * outer.steps
 
 
-def single_loop_step_work(single_loop: SingleLoopSection, method: str) -> float:
-    """The work of one step of penalty, bmo or mixing, in training steps."""
+def single_loop_step_work(single_loop: SingleLoopSection, method: str, num_targets: int) -> float:
+    """The work of one step of penalty, bmo or mixing, in training steps; a batch of each target is one more."""
+    further = float(num_targets - 1)
     if method == "bmo":
         reference_work = {"none": 0.0, "snapshot": FORWARD_WORK, "copy": single_loop.inner_steps + FORWARD_WORK}
-        return ONE_MODEL_WORK + reference_work[single_loop.reference]
-    return TWO_MODEL_WORK if method == "penalty" and single_loop.second_model == "copy" else ONE_MODEL_WORK
+        return further + ONE_MODEL_WORK + reference_work[single_loop.reference]
+    return further + (TWO_MODEL_WORK if method == "penalty" and single_loop.second_model == "copy" else ONE_MODEL_WORK)
 
 
-def count_single_loop_work(single_loop: SingleLoopSection, outer: OuterSection, max_steps: int) -> float:
+def count_single_loop_work(
+    single_loop: SingleLoopSection, outer: OuterSection, max_steps: int, num_targets: int
+) -> float:
     """The work of the one run, in training steps."""
     steps = num_single_loop_steps(single_loop, outer, max_steps)
-    return steps * single_loop_step_work(single_loop, outer.method)
+    return steps * single_loop_step_work(single_loop, outer.method, num_targets)
 
 
 def run_single_loop(
@@ -113,7 +116,7 @@ def run_single_loop(
         state = replace_reference(state, reference_params)
     train_stream = task.training_stream(data.seed + seed, packed=False)
     validation_stream = task.validation_stream(data.seed + seed + 1)
-    work = single_loop_step_work(single_loop, outer.method)
+    work = single_loop_step_work(single_loop, outer.method, len(task.outer_objective.targets))
     recorder = SingleLoopRecorder(
         task, session, method, frozen, num_steps=steps, eval_steps=single_loop.eval_steps, step_work=work, data=data
     )

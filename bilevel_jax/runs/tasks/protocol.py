@@ -111,7 +111,8 @@ class Task(Protocol):
         """The batches of a training run: epochs over some examples of the corpus (default: all N with weights)."""
 
     def validation_stream(self, seed: int) -> Stream:
-        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train."""
+        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train; of several
+        targets tuples, a batch of each."""
 
     def full_pass_stream(self, seed: int, indices: Int[np.ndarray, "chosen"] | None = None) -> Stream:
         """Some examples of the corpus (default: the N with weights) once, in random order, as a stream that sums to

@@ -490,7 +490,7 @@ def make_target_stream(
     return Stream(batch_at, len(owners))
 
 
-def make_drawn_stream(
+def make_drawn_streams(
     parts: Sequence[TargetCorpus],
     targets: Sequence[Target],
     shape: BatchShape,
@@ -499,28 +499,25 @@ def make_drawn_stream(
     steps: int,
     batch_size: int,
     seed: int,
-) -> Stream:
-    """Batches of validation examples in epochs, for methods that step on L_v as they train.
+) -> list[Stream]:
+    """Of each target batches of its validation examples in epochs, for methods that step on L_v as they train.
 
-    The targets take turns, each scaled by their number, so that the mean over their turns is that of the sum.
+    Scaled so that the means over the batches of a step, one of each target, sum to an estimate of L_v.
     """
     streams = []
     for part in parts:
-        if part.corpus is None:
-            streams.append(Stream(lambda step: _parameters_batch(shape), steps))
-            continue
-        kept, own_shape = part.corpus.kept_indices, shape_of(part.corpus, shape)
-        order = batches.shuffled_subset_order(kept, part.corpus.num_examples, batch_size, seed)
-        streams.append(
-            batches.make_train_stream(part.corpus, order, steps, own_shape, local_rows=local_rows(own_shape.rows))
-        )
+        stream = Stream(lambda step: _parameters_batch(shape), steps)
+        if part.corpus is not None:
+            kept, own_shape = part.corpus.kept_indices, shape_of(part.corpus, shape)
+            order = batches.shuffled_subset_order(kept, part.corpus.num_examples, batch_size, seed)
+            rows = local_rows(own_shape.rows)
+            stream = batches.make_train_stream(part.corpus, order, steps, own_shape, local_rows=rows)
+        streams.append(_mark_stream(stream, part.place, targets[part.place].coefficient))
+    return streams
 
-    def batch_at(step: int) -> Batch:
-        own_step, turn = divmod(step, len(parts))
-        place = parts[turn].place
-        return _mark(streams[turn].batch(own_step), place, targets[place].coefficient * len(parts))
 
-    return Stream(batch_at, steps)
+def _mark_stream(stream: Stream, place: int, scale: float) -> Stream:
+    return Stream(lambda step: _mark(stream.batch(step), place, scale), stream.steps)
 
 
 def shape_of(corpus: Corpus, shape: BatchShape) -> BatchShape:

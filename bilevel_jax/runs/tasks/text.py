@@ -142,10 +142,11 @@ class TextTask(NamedTuple):
         )
 
     def validation_stream(self, seed: int) -> Stream:
-        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train."""
+        """Batches of validation examples in epochs of their own, for methods that step on L_v as they train; of several
+        targets tuples, a batch of each."""
         if self.outer_objective.losses is self.objective.losses and len(self.validation_indices()):
             return self.training_stream(seed, self.validation_indices(), packed=False)
-        drawn = targets.make_drawn_stream(
+        drawn = targets.make_drawn_streams(
             self.target_corpora["validation"],
             self.outer_objective.targets,
             self.layout.unpacked,
@@ -154,7 +155,12 @@ class TextTask(NamedTuple):
             batch_size=self.batch_size,
             seed=seed,
         )
-        return place_stream(self.mesh, drawn)
+        streams = [place_stream(self.mesh, stream) for stream in drawn]
+        return (
+            streams[0]
+            if len(streams) == 1
+            else Stream(lambda step: tuple(stream.batch(step) for stream in streams), self.num_steps)
+        )
 
     def reference_corpora(self) -> list[tuple[Corpus, int | None]]:
         """The pairs that dpo compares with a reference model, each once, and the place of their target; None of those

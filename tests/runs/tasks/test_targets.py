@@ -193,7 +193,7 @@ def whole_hypergradient(made, rows, write_rows, tmp_path_factory):
     [
         *(more for way, more in WAYS.items() if way != "one row at a time"),  # which is another training
         ("--outer.linearize",),
-        ("--outer.memory-gib", "1e-3"),
+        ("--outer.memory-gib", "2e-3"),
     ],
     ids=" ".join,
 )
