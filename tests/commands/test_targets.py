@@ -112,6 +112,34 @@ def test_several_targets_are_reported_each(several):
     assert "validation trains on validation examples, and here they judge by another loss" in result["absent_arms"][0]
 
 
+def test_inspect_and_estimate_tell_the_targets_apart(made, files, tmp_path, capsys):
+    arguments = flags(made, files, *with_reported(files))
+    arguments.insert(arguments.index(f"{files}/test.jsonl"), f"{files}/other.jsonl")
+    own = [word for word in arguments if word not in ("--optimizer.eps-root", "1e-6")]
+    assert main(["inspect", *own, "--show.width", "200"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("validation: helpful", "test: harmless", "test: other"))
+    assert main(["estimate", *arguments, "--estimate.no-compile", "--out", str(tmp_path)]) == 0
+    estimated = json.loads((tmp_path / "estimate.json").read_text())
+    assert any("Reported beside it: sft of other." in note for note in estimated["notes"])
+    assert estimated["disk"]["log-probabilities of the reference"] > 0
+
+
+@pytest.mark.slow
+def test_estimate_compiles_a_validation_batch_of_each_target(made, files, tmp_path, capsys):
+    arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", "--out", str(tmp_path))
+    assert main(["estimate", *arguments]) == 0
+    estimated = json.loads((tmp_path / "estimate.json").read_text())
+    slopes = {name: step["flops"] for name, step in estimated["programs"].items() if name.startswith("slope")}
+    assert list(slopes) == ["slope, helpful", "slope, harmless", "slope, parameters"]
+    assert slopes["slope, helpful"] == slopes["slope, harmless"] > estimated["programs"]["forward"]["flops"]
+    assert slopes["slope, parameters"] == 0 and estimated["speed"]["slope, helpful"] > 0
+    assert "slope of L_v, harmless" in capsys.readouterr().out
+    largest = max(estimated["programs"][name]["workspace"] for name in slopes)
+    [phase] = [phase for phase in estimated["phases"] if phase["name"] == "slope"]
+    assert phase["parts"]["workspace"] == largest
+
+
 @pytest.mark.slow
 def test_the_split_of_a_step_changes_nothing(made, files, several, tmp_path):
     arguments = flags(made, files, *SEVERAL, f"{files}/targets.py:distance", *SMALL, "--out", str(tmp_path / "run"))

@@ -33,6 +33,11 @@ def describe_target_results(targets: Sequence[Mapping[str, Any]], readings: Read
     first = next(iter(readings.values()))[0]
     parts = [part for part in reversed(PART_NAMES) if part in first]
     shown = [part for part in parts if part != "validation"] or parts
+    read = [
+        place
+        for place in range(len(targets))
+        if all(math.isfinite(_interval(runs, shown[0], place, "loss").mean) for runs in readings.values())
+    ]
     return {
         "sum": " + ".join(
             f"{target['coefficient']:g} {target['name']}" for target in targets if target["coefficient"]
@@ -41,8 +46,7 @@ def describe_target_results(targets: Sequence[Mapping[str, Any]], readings: Read
         "part": shown[0],
         "tables": [(part, _targets_table(targets, readings, part)) for part in shown],
         "pictures": [
-            _plot_trade_off(targets, readings, shown[0], pair)
-            for pair in list(combinations(range(len(targets)), 2))[:MOST_PICTURES]
+            _plot_trade_off(targets, readings, shown[0], pair) for pair in list(combinations(read, 2))[:MOST_PICTURES]
         ],
     }
 

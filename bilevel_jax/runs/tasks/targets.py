@@ -15,8 +15,8 @@ from jax import dtypes
 from jaxtyping import Array, Float, Int
 
 from bilevel_jax.core.problem import weighted
-from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Stream
-from bilevel_jax.core.unrolled import validation_loss_and_grad_fn
+from bilevel_jax.core.types import PADDING, Batch, Frozen, Params, Problem, Stream
+from bilevel_jax.core.unrolled import validation_loss_and_grad_fn, validation_loss_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data import batches
 from bilevel_jax.lm.data.batches import BatchShape
@@ -578,6 +578,28 @@ def check_functions(
             )
 
 
+def check_reported_functions(
+    reported: ReportedTargets, params: Params, frozen: Frozen, specs: Sequence[TargetSpec]
+) -> None:
+    """Raise ValueError for a function of the user's that is reported alone and whose loss is not finite."""
+    for part, stream in reported.streams.items():
+        for target, spec, place in zip(reported.objective.targets, specs, range(len(specs)), strict=True):
+            own = select_target(stream, place)
+            if spec.settings is not None or not own.steps:
+                continue
+            loss = float(validation_loss_fn(_summed(target))(params, frozen, own))
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"the target {spec.name} is {loss:g} on {part} at the start of training; wanted a finite number. "
+                    "Look for a division by 0 and a logarithm at 0."
+                )
+
+
+def _summed(target: Target) -> Problem:
+    """The problem whose outer loss is the sum of a target's: its mean divides by the number of examples."""
+    return weighted(lambda *given: target.losses(*given) * given[-1]["num_examples"])
+
+
 def select_target(stream: Stream, place: int) -> Stream:
     """The batches of one target of a stream."""
     steps = [step for step in range(stream.steps) if find_place(stream.batch(step)) == place]
@@ -586,8 +608,7 @@ def select_target(stream: Stream, place: int) -> Stream:
 
 def _loss_and_slope(target: Target, own: Stream, params: Params, frozen: Frozen) -> tuple[float, float]:
     """The sum of the losses of a target over its batches, and the norm of its gradient."""
-    summed = weighted(lambda *given: target.losses(*given) * given[-1]["num_examples"])  # which its mean divides by
-    loss, grad = validation_loss_and_grad_fn(summed)(params, frozen, own)
+    loss, grad = validation_loss_and_grad_fn(_summed(target))(params, frozen, own)
     return float(loss), float(optax.tree.norm(grad))
 
 

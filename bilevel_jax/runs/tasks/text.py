@@ -345,18 +345,22 @@ def prepare_text_task(
     task = compose_text_task(
         config, tokenized_data, base_params, init_params, programs, mesh, num_steps=num_steps, seeds=seeds
     )
-    check_target_functions(task, config.train.seed, tokenized_data.targets)
+    check_target_functions(task, config.train.seed, tokenized_data.targets, tokenized_data.reported)
     return task
 
 
-def check_target_functions(task: TextTask, seed: int, specs: Sequence[TargetSpec]) -> None:
-    """Raise ValueError for a target that is a function of the user's and cannot judge."""
-    if all(spec.settings is not None for spec in specs):
+def check_target_functions(
+    task: TextTask, seed: int, specs: Sequence[TargetSpec], reported: Sequence[TargetSpec] = ()
+) -> None:
+    """Raise ValueError for a target that is a function of the user's and cannot judge, or cannot be read."""
+    if all(spec.settings is not None for spec in (*specs, *reported)):
         return
     start = task.init_params(seed)
     targets.check_functions(
         task.outer_objective.targets, task.held_out_streams["validation"], start, task.frozen(start), specs
     )
+    if task.reported is not None:
+        targets.check_reported_functions(task.reported, start, task.frozen(start), reported)
 
 
 def tokenize_splits(
