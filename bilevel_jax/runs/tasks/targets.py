@@ -95,6 +95,8 @@ class TargetCorpus(NamedTuple):
     """Of the target among the others."""
     corpus: Corpus | None
     """None of a target without examples."""
+    length: int = 0
+    """Token places of a row, which hold its longest example in every part; 0: as many as in training."""
 
     @property
     def num_rows(self) -> int:
@@ -468,7 +470,7 @@ def make_target_stream(
     so many that this process builds.
     """
     if len(parts) == 1 and parts[0].corpus is not None and targets[0].coefficient == 1:
-        own_shape = shape_of(parts[0].corpus, shape)
+        own_shape = _own_shape(parts[0], parts[0].corpus, shape)
         return batches.make_evaluation_stream(parts[0].corpus, own_shape, local_rows=local_rows(own_shape.rows))
     total = sum(part.num_kept for part in parts)
     pieces, first = [], 0
@@ -476,7 +478,7 @@ def make_target_stream(
         if part.corpus is None:
             stream = Stream(lambda step: _parameters_batch(shape), 1)
         else:
-            own_shape = shape_of(part.corpus, shape)
+            own_shape = _own_shape(part, part.corpus, shape)
             stream = batches.make_evaluation_stream(part.corpus, own_shape, local_rows=local_rows(own_shape.rows))
         scale = targets[part.place].coefficient * total / part.num_kept
         pieces.append((stream, part.place, scale, first))
@@ -508,7 +510,7 @@ def make_drawn_streams(
     for part in parts:
         stream = Stream(lambda step: _parameters_batch(shape), steps)
         if part.corpus is not None:
-            kept, own_shape = part.corpus.kept_indices, shape_of(part.corpus, shape)
+            kept, own_shape = part.corpus.kept_indices, _own_shape(part, part.corpus, shape)
             order = batches.shuffled_subset_order(kept, part.corpus.num_examples, batch_size, seed)
             rows = local_rows(own_shape.rows)
             stream = batches.make_train_stream(part.corpus, order, steps, own_shape, local_rows=rows)
@@ -520,10 +522,11 @@ def _mark_stream(stream: Stream, place: int, scale: float) -> Stream:
     return Stream(lambda step: _mark(stream.batch(step), place, scale), stream.steps)
 
 
-def shape_of(corpus: Corpus, shape: BatchShape) -> BatchShape:
-    """The unpacked shape for the sequences of a corpus: two for each example of pairs."""
+def _own_shape(part: TargetCorpus, corpus: Corpus, shape: BatchShape) -> BatchShape:
+    """The unpacked shape for the sequences of a target: two for each example of pairs, as long as its own are."""
     rows = shape.rows // shape.sequences_per_example * corpus.sequences_per_example
-    return shape._replace(rows=rows, sequences_per_example=corpus.sequences_per_example)
+    length = part.length or shape.length
+    return shape._replace(rows=rows, sequences_per_example=corpus.sequences_per_example, length=length)
 
 
 def _mark(batch: Batch, place: int, scale: float, *, first: int = 0, total: int = 0) -> Batch:

@@ -40,7 +40,7 @@ from bilevel_jax.runs.tasks import targets
 from bilevel_jax.runs.tasks.objective import Objective, build_objective, check_examples
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.reference import attach_reference_margins
-from bilevel_jax.runs.tasks.splits import DataSplits
+from bilevel_jax.runs.tasks.splits import PART_NAMES, DataSplits
 from bilevel_jax.runs.tasks.targets import OuterObjective, ReportedTargets, TargetCorpus, TargetSpec
 
 
@@ -250,19 +250,24 @@ class TokenizedData(NamedTuple):
 
     def part_corpora(self, part: str) -> list[TargetCorpus]:
         """What the targets read in a part."""
-        return [
-            TargetCorpus(place, self.corpora[target_corpus_name(part, spec)] if spec.has_examples else None)
-            for place, spec in enumerate(self.targets)
-        ]
+        return [self._target_corpus(part, place, spec) for place, spec in enumerate(self.targets)]
+
+    def _target_corpus(self, part: str, place: int, spec: TargetSpec) -> TargetCorpus:
+        corpus = self.corpora.get(target_corpus_name(part, spec))
+        if corpus is None or not spec.source and self.is_joint:  # one target whose batches are those of training
+            return TargetCorpus(place, corpus)
+        of_parts = [self.corpora.get(target_corpus_name(part, spec)) for part in PART_NAMES]
+        longest = max(batches.padded_max_length(one) for one in of_parts if one is not None)
+        return TargetCorpus(place, corpus, longest)
 
     def reported_corpora(self) -> dict[str, list[TargetCorpus]]:
         """What the targets that judge nothing read in dev and test."""
         corpora: dict[str, list[TargetCorpus]] = {}
         for part in (part for part in self.parts if part != "validation"):
             for place, spec in enumerate(self.reported):
-                corpus = self.corpora.get(target_corpus_name(part, spec))
-                if corpus is not None or not spec.has_examples:
-                    corpora.setdefault(part, []).append(TargetCorpus(place, corpus))
+                own = self._target_corpus(part, place, spec)
+                if own.corpus is not None or not spec.has_examples:
+                    corpora.setdefault(part, []).append(own)
         return corpora
 
     def part_examples(self, part: str) -> list[Example]:
