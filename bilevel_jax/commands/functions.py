@@ -141,11 +141,12 @@ def compare(config: CompareConfig | ConfigLike = None, **sections: Any) -> Compa
 
     Args:
         config: a `CompareConfig`, a dict of sections or the name of a YAML file; None for the defaults of the keys.
-        **sections: as of `select`: model, lora, data, arrays, objective, optimizer, train, outer, single_loop, compare,
-            output, mesh, distributed.
+        **sections: as of `select`: model, lora, data, arrays, objective, target, optimizer, train, outer, rater,
+            single_loop, compare, evaluate, generate, verifier, judge, output, mesh, distributed.
 
     Returns:
-        The table of methods, and the weights of each by example and seed.
+        The table of methods, and the weights of each by example and seed; with evaluate.prompts each arm's answers
+        beside those of evaluate.baseline.
 
     Raises:
         ValueError: and other errors as `select` does; where the budget moves no weight twice, too.

@@ -38,7 +38,10 @@ LabelColumn = Column
 
 @dataclass(frozen=True, eq=False)
 class AnswerComparison:
-    """Two models of a run compared by their answers to evaluate.prompts; arrays hold one entry for each answer."""
+    """Two models of a run compared by their answers to evaluate.prompts; arrays hold one entry for each answer.
+
+    Of `compare`, an arm and the baseline, and the models of all seeds: their draws come one seed after the other.
+    """
 
     summary: str
     """Whether the model is better than the other, in one sentence."""
@@ -143,7 +146,7 @@ class CompareResult:
     folder: Path
     report: Path
     summary: str
-    """Which method is best, in one sentence."""
+    """Which method is best, in one sentence; with evaluate.prompts a line on the answers, too."""
     config: CompareConfig
     result: dict[str, Any]
     """What result.json holds; `rows` is the table of methods with means and 95 % intervals over the seeds."""
@@ -157,6 +160,8 @@ class CompareResult:
     """Of each example at the end of uniform training."""
     weights: dict[str, Float[np.ndarray, "rows"]]
     """By method."""
+    evaluations: dict[str, AnswerComparison]
+    """With evaluate.prompts: each arm compared with evaluate.baseline."""
 
     def __repr__(self) -> str:
         lines = {
@@ -557,12 +562,13 @@ def _read_compare(shared: dict[str, Any], result: dict[str, Any], folder: Path) 
     methods = [name.removeprefix(prefix) for name in table.column_names if name.startswith(prefix)]
     return CompareResult(
         **shared,
-        summary=result["sentence"],
+        summary=_with_evaluation(result["sentence"], result),
         seeds=_numbers(table, "seed"),
         **_facts(table),
         alignment=_numbers(table, "alignment"),
         losses=_numbers(table, "loss"),
         weights={name: _numbers(table, f"{prefix}{name}") for name in methods},
+        evaluations=_read_evaluations(result, folder),
     )
 
 
@@ -681,7 +687,7 @@ def _read_answers(folder: Path) -> dict[str, Any]:
 
 
 def _read_evaluations(result: Mapping[str, Any], folder: Path) -> dict[str, AnswerComparison]:
-    if not result["evaluate"]:
+    if not result.get("evaluate"):  # `compare` of earlier versions had none
         return {}
     return {
         key: AnswerComparison(one["sentence"], one["level"], one, **_read_answers(folder / RUN_FOLDER / key))
@@ -691,7 +697,7 @@ def _read_evaluations(result: Mapping[str, Any], folder: Path) -> dict[str, Answ
 
 def _with_evaluation(summary: str, result: Mapping[str, Any]) -> str:
     """With a line on the answers of the run's models, where prompts were asked."""
-    return f"{summary}\nAnswers: {result['evaluate']['sentence']}" if result["evaluate"] else summary
+    return f"{summary}\nAnswers: {result['evaluate']['sentence']}" if result.get("evaluate") else summary
 
 
 _READERS: Mapping[str, Any] = {

@@ -139,27 +139,90 @@ def bootstrap_paired_gain(
     return BootstrapInterval(float(gain.mean()), float(low), float(high)), float(bound)
 
 
-def bootstrap_mean(values: Float[np.ndarray, "items"], seed: tuple[int, ...]) -> BootstrapInterval:
-    """The mean over items with its 95 % bootstrap interval; of paired items, give the differences.
+def bootstrap_mean(values: Float[np.ndarray, "items"], seed: tuple[int, ...], level: float = 0.05) -> BootstrapInterval:
+    """The mean over items with its bootstrap interval of 1 - `level`; of paired items, give the differences.
 
-    Percentiles of NUM_MEAN_RESAMPLES resampled means, taken further out by what an interval of Student's t is wider
-    than a percentile one of n items: the quantile Phi(-sqrt(n / (n - 1)) t(.975, n - 1)) instead of .025 (the expanded
-    percentile interval; Hesterberg, arXiv 1411.5279). nan at the ends for one item. Wrong, too narrow, where nearly all
-    items are the same number: ask `sign_flip_p`, too.
+    Percentiles of resampled means, taken further out by what an interval of Student's t is wider than a percentile one
+    of n items: the quantile Phi(-sqrt(n / (n - 1)) t(.975, n - 1)) instead of .025 (the expanded percentile interval;
+    Hesterberg, arXiv 1411.5279). There are NUM_MEAN_RESAMPLES of them, and enough for 25 beyond either end. nan at the
+    ends for one item. Wrong, too narrow, where nearly all items are the same number: ask `sign_flip_p`, too.
     """
     count = len(values)
     if count < 2:
         return BootstrapInterval(float(np.mean(values)) if count else np.nan, np.nan, np.nan)
-    tail = stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1))
+    tail = stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf(1 - level / 2, count - 1))
     random, step = np.random.default_rng(seed), max(1, MAX_BLOCK_ELEMENTS // count)
+    draws = max(NUM_MEAN_RESAMPLES, round(50 / level))
     means = np.concatenate(
-        [
-            random.choice(values, (min(step, NUM_MEAN_RESAMPLES - start), count)).mean(1)
-            for start in range(0, NUM_MEAN_RESAMPLES, step)
-        ]
+        [random.choice(values, (min(step, draws - start), count)).mean(1) for start in range(0, draws, step)]
     )
     low, high = np.quantile(means, [tail, 1 - tail])
     return BootstrapInterval(float(np.mean(values)), float(low), float(high))
+
+
+def crossed_half_width(values: Float[np.ndarray, "seeds items"], level: float = 0.05) -> float:
+    """Half-width of the interval of 1 - `level` of a mean over seeds and items, each seed with a value of each item.
+
+    Both are drawn from many: a value is mu + a_seed + b_item + rest. With the mean squares A of seeds, B of items and E
+    of the rest, A / SQ estimates the variance that seeds give to the mean of S seeds and Q items, and (B - E) / SQ
+    what items add. The seeds' part has S - 1 degrees of freedom, however many items there are:
+
+        half^2 = max(t_{S-1}^2 A + t_{Q-1}^2 max(B - E, 0), t_{Q-1}^2 B) / SQ
+
+    as half-widths of independent parts add (Graybill and Wang 1980). Right where either part dominates, else up to a
+    half too wide; Satterthwaite's degrees of freedom are too narrow for 2 or 3 seeds. Resampling both (the pigeonhole
+    bootstrap; Owen 2007) has up to three times the variance, and is too narrow for few seeds. The model is of values
+    whose means are about normal. nan for less than two seeds or items.
+    """
+    num_seeds, num_items = values.shape
+    if min(num_seeds, num_items) < 2:
+        return float("nan")
+    of_seeds, of_items, of_rest = _crossed_variances(values)
+    t_seeds, t_items = (stats.t.ppf(1 - level / 2, count - 1) for count in (num_seeds, num_items))
+    both = t_seeds**2 * of_seeds + t_items**2 * max(of_items - of_rest, 0.0)
+    return float(np.sqrt(max(both, t_items**2 * of_items)))
+
+
+def crossed_p(values: Float[np.ndarray, "seeds items"]) -> float:
+    """The least level whose interval by `crossed_half_width` around the mean leaves out 0; nan where there is none."""
+    distance = abs(float(values.mean()))
+    if min(values.shape) < 2:
+        return float("nan")
+    least, most = -30.0, 0.0  # natural logarithms
+    if distance <= crossed_half_width(values, 1.0):
+        return 1.0
+    if distance > crossed_half_width(values, np.exp(least)):
+        return float(np.exp(least))
+    while most - least > 1e-6:
+        middle = (least + most) / 2
+        least, most = (least, middle) if distance > crossed_half_width(values, np.exp(middle)) else (middle, most)
+    return float(np.exp(most))
+
+
+def _crossed_variances(values: Float[np.ndarray, "seeds items"]) -> tuple[float, float, float]:
+    """Mean squares of seeds, of items and of the rest, each over the number of values."""
+    num_seeds, num_items = values.shape
+    by_seed, by_item = values.mean(1) - values.mean(), values.mean(0) - values.mean()
+    rest = values - values.mean() - by_seed[:, None] - by_item
+    return (
+        float((by_seed**2).sum()) / (num_seeds - 1) / num_seeds,
+        float((by_item**2).sum()) / (num_items - 1) / num_items,
+        float((rest**2).sum()) / ((num_seeds - 1) * (num_items - 1) * values.size),
+    )
+
+
+def sidak_level(level: float, count: int) -> float:
+    """The level of each of `count` intervals that all cover at once with a probability of at least 1 - `level`.
+
+    1 - (1 - level)^(1 / count), which holds for independent intervals and, of means that are about normal, whatever
+    their correlation (Sidak 1967). The p-value that corresponds to it is 1 - (1 - p)^count.
+    """
+    return float(-np.expm1(np.log1p(-level) / count))
+
+
+def sidak_p(p: float, count: int) -> float:
+    """The p-value of one of `count` tests, corrected for their number as `sidak_level` corrects intervals."""
+    return 1.0 if p >= 1 else float(-np.expm1(count * np.log1p(-p)))
 
 
 def sign_flip_p(differences: Float[np.ndarray, "items"], seed: tuple[int, ...]) -> float:

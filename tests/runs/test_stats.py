@@ -9,9 +9,13 @@ from bilevel_jax.runs.stats import (
     bootstrap_mean,
     bootstrap_means,
     bootstrap_paired_gain,
+    crossed_half_width,
+    crossed_p,
     jackknife_half_width,
     mean_interval,
     rank_correlation,
+    sidak_level,
+    sidak_p,
     sign_flip_p,
 )
 
@@ -107,3 +111,67 @@ def test_groups_are_resampled_apart():
     grouped, whole = (bootstrap_means(values, (0,), groups)[1:, 0].std() for groups in ((20, 1), ()))
     assert grouped == pytest.approx(gain[:20].std() / 20**0.5 * 20 / 21, rel=0.1) and whole > 1.3 * grouped
     assert np.array_equal(bootstrap_means(values, (0,), (21,)), bootstrap_means(values, (0,)))
+
+
+def test_crossed_intervals_are_students_where_one_part_alone_varies():
+    seeds, items = draw(0, "distinct", 4), draw(1, "distinct", 9)
+    for level in (0.05, 0.01):
+        t_seeds, t_items = (stats.t.ppf(1 - level / 2, count - 1) for count in (4, 9))
+        by_seed = crossed_half_width(np.tile(seeds[:, None], 9), level)
+        assert by_seed == pytest.approx(t_seeds * seeds.std(ddof=1) / 2, rel=1e-12)
+        by_item = crossed_half_width(np.tile(items, (4, 1)), level)
+        assert by_item == pytest.approx(t_items * items.std(ddof=1) / 3, rel=1e-12)
+    assert np.isnan(crossed_half_width(items[None])) and np.isnan(crossed_p(items[None]))
+
+
+def test_the_crossed_p_is_the_level_at_which_the_interval_ends_at_0():
+    values = 0.3 + np.random.default_rng(0).normal(size=(3, 20))
+    assert crossed_half_width(values, crossed_p(values)) == pytest.approx(values.mean(), rel=1e-4)
+    assert crossed_p(values - values.mean()) == 1.0 and crossed_p(np.ones((3, 4))) < 1e-12
+
+
+def simulate(seeds, items, by_seed, by_item, arms=1, shares=False):
+    """Differences of arms from one baseline, all of the same quality: crossed effects and noise, [arm, seed, item]."""
+    random = np.random.default_rng((seeds, items, round(10 * by_seed), round(10 * by_item)))
+    while True:
+        shape = arms + 1, seeds, items
+        values = by_seed * random.normal(size=(*shape[:2], 1)) + by_item * random.normal(size=(shape[0], 1, items))
+        difficulty = random.normal(size=items)
+        if shares:  # right answers, by the model and the difficulty of the question
+            values = (random.random(shape) < 1 / (1 + np.exp(-values - difficulty))).astype(float)
+        else:
+            values = values + difficulty + random.normal(size=shape)
+        yield values[1:] - values[0]
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["numbers", "right or wrong"])
+@pytest.mark.parametrize("seeds, by_seed, by_item", [(2, 1, 1), (3, 0, 0), (3, 0.3, 1), (3, 1, 0), (5, 0.5, 0.5)])
+def test_crossed_intervals_of_a_against_a_cover(seeds, by_seed, by_item, shares):
+    """500 comparisons with 0 as the truth: at least .95 but for chance, of standard deviation .01."""
+    draws = simulate(seeds, 40, by_seed, by_item, shares=shares)
+    values = [next(draws)[0] for _ in range(500)]
+    covered = np.mean([abs(one.mean()) <= crossed_half_width(one) for one in values])
+    assert covered >= 0.95 - 0.02
+    of_items_alone = np.mean(
+        [abs(one.mean()) <= bootstrap_mean(one.mean(0), (0,)).high - one.mean() for one in values[:100]]
+    )
+    if by_seed == 1:  # what intervals would say that take the seeds for all that there are
+        assert of_items_alone < 0.85
+
+
+def test_sidak_intervals_of_arms_against_one_baseline_cover_at_once():
+    """8 arms that are as good as the baseline: one is told apart in 5 % of comparisons, else in more."""
+    draws = simulate(4, 30, 0.5, 0.5, arms=8)
+    values = [next(draws) for _ in range(250)]
+    for level, least, most in ((sidak_level(0.05, 8), 0.92, 1.0), (0.05, 0.0, 0.9)):
+        at_once = np.mean([all(abs(arm.mean()) <= crossed_half_width(arm, level) for arm in arms) for arms in values])
+        assert least <= at_once <= most
+    assert sidak_level(0.05, 1) == pytest.approx(0.05) and 1 - (1 - sidak_level(0.05, 8)) ** 8 == pytest.approx(0.05)
+    assert sidak_p(sidak_level(0.05, 8), 8) == pytest.approx(0.05) and sidak_p(1.0, 3) == 1.0
+
+
+def test_a_bootstrap_interval_of_another_level_is_students():
+    values = np.random.default_rng(3).normal(size=60)
+    low, high = bootstrap_mean(values, (1,), 0.004)[1:]
+    half = stats.t.ppf(0.998, 59) * values.std(ddof=1) / np.sqrt(60)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)  # 25 of 12,500 resamples beyond either end

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from bilevel_jax.commands.compare.report_answers import describe_arm_answers, format_answers_markdown
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.figures import Series
 from bilevel_jax.runs.report.html import Column, Table, bold_cell, make_table, render_page
@@ -36,11 +37,18 @@ TABLE_COLUMNS = (
 
 def write_compare_report(folder: Path) -> Path:
     """Write `folder`/report.html from the files of a finished run, and return its path."""
-    return write_report(folder, render_compare_report)
+
+    def render(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
+        answers = describe_arm_answers(folder, result)
+        return render_compare_report(name, result, config_text, environment, answers)
+
+    return write_report(folder, render)
 
 
-def render_compare_report(name: str, result: JsonObject, config_text: str, environment: JsonObject) -> str:
-    """The whole report as HTML."""
+def render_compare_report(
+    name: str, result: JsonObject, config_text: str, environment: JsonObject, answers: JsonObject | None = None
+) -> str:
+    """The whole report as HTML; `answers` are those of all arms to evaluate.prompts."""
     return render_page(
         "compare.html",
         name=name,
@@ -51,6 +59,7 @@ def render_compare_report(name: str, result: JsonObject, config_text: str, envir
         picture=plot_cost_curves(result),
         table=comparison_table(result),
         reliability=describe_reliability(result),
+        answers=answers,
         estimands=estimand_table(result),
         targets=describe_target_results(
             result.get("targets", []),
@@ -208,7 +217,8 @@ def format_markdown(result: JsonObject) -> str:
     return "\n".join(
         [
             result["sentence"], "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines, "",
-            describe_protocol(result), "", "| method | of | exact for that |", "|---|---|---|", *exact, "",
+            describe_protocol(result), "", *format_answers_markdown(result),
+            "| method | of | exact for that |", "|---|---|---|", *exact, "",
         ]
     )  # fmt: skip
 

@@ -12,15 +12,20 @@ import pyarrow as pa
 
 from bilevel_jax.commands.compare import report
 from bilevel_jax.commands.compare.methods import METHODS, MethodResult, MethodSections
+from bilevel_jax.core.types import Params
 from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.core.weightings import effective_sample_size
-from bilevel_jax.runs.budget.work import count_compare_work
+from bilevel_jax.runs.budget.work import count_compare_work, sum_work
 from bilevel_jax.runs.config.load import CompareConfig, config_hash
 from bilevel_jax.runs.config.rules import reads_array_data
 from bilevel_jax.runs.engine.arms import ArmInputs, build_simple_arm, make_variant, why_absent
 from bilevel_jax.runs.engine.outer_loop import compute_baseline_scores
 from bilevel_jax.runs.engine.retrain import Retrainer, RetrainVariant
 from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.evaluation.answers import ModelAnswers
+from bilevel_jax.runs.evaluation.arms import collect_arm_answers, compare_arms
+from bilevel_jax.runs.evaluation.measures import Evaluation
+from bilevel_jax.runs.evaluation.run_models import prepare_run_evaluation
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.stats import mean_interval
@@ -38,7 +43,7 @@ from bilevel_jax.runs.tasks.evaluation import (
 )
 from bilevel_jax.runs.tasks.protocol import Task
 from bilevel_jax.runs.tasks.splits import PART_NAMES
-from bilevel_jax.runs.tasks.text import prepare_text_task
+from bilevel_jax.runs.tasks.text import TextTask, prepare_text_task
 
 RANKED_AFTER_UNIFORM = ("top_alignment", "low_loss", "low_loss_dev")
 """Baselines that a uniform training ranks."""
@@ -52,10 +57,17 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises as `select` does, and ValueError where the budget is too small for a method to move a weight.
     """
     with open_run_dir(config) as folder:
-        build_task = make_task_builder(config, folder)
-        _check_budget(config, build_task(0))
+        resolved = config if reads_array_data(config) else resolve_builtin(config, folder)
+        build_task = make_task_builder(resolved, folder)
+        first_task = build_task(0)
+        _check_budget(config, first_task)
+        evaluation = None
+        if config.evaluate.prompts:
+            assert isinstance(first_task, TextTask)
+            _check_evaluated_arms(config, first_task)
+            evaluation = prepare_run_evaluation(config, resolved.evaluate.prompts, first_task)
         with start_session(config, folder) as session:
-            return _run_comparison(config, build_task, session)
+            return _run_comparison(config, build_task, evaluation, session)
 
 
 def sections_for_seed(config: CompareConfig, seed: int) -> MethodSections:
@@ -126,20 +138,40 @@ def _check_budget(config: CompareConfig, task: Task) -> None:
         )
 
 
-def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], session: Session) -> dict[str, Any]:
+def _check_evaluated_arms(config: CompareConfig, task: Task) -> None:
+    """Raise ValueError where the baseline of the answers is no part of this comparison, or all of it."""
+    labels, baseline = read_labels(task, sections_for_seed(config, 0).data), config.evaluate.baseline
+    absent = {name: reason for name in config.compare.baselines if (reason := why_absent(name, task, labels))}
+    if baseline in absent:
+        raise ValueError(f"evaluate.baseline = {baseline!r}: {absent[baseline]}. Or name another arm.")
+    if not {*config.compare.baselines, *config.compare.methods} - {*absent, baseline}:
+        raise ValueError(
+            f"evaluate.baseline = {baseline!r} is the only arm that is possible here ({'; '.join(absent.values())}): "
+            "name another one in compare.baselines or compare.methods."
+        )
+
+
+def _run_comparison(
+    config: CompareConfig, build_task: Callable[[int], Task], evaluation: Evaluation | None, session: Session
+) -> dict[str, Any]:
     cells: dict[str, list[dict[str, Any]]] = {}
+    arm_answers: dict[str, list[ModelAnswers]] = {}
     tables, notes = [], []
+    for note in evaluation.notes if evaluation else []:
+        session.print_line(f"evaluate: {note}")
     for seed in range(config.compare.seeds):
         task = build_task(seed)
         if seed == 0:
             labels = read_labels(task, sections_for_seed(config, seed).data)
-            session.set_phase("starting", total=count_compare_work(task, config.compare, labels))
+            session.set_phase("starting", total=sum_work(count_compare_work(task, config, labels)))
         for note in task.notes:
             session.print_line(f"seed {seed}  {note}")
         notes += [note for note in task.notes if note not in notes]
-        seed_cells, table = run_repetition(config, task, seed, session)
+        seed_cells, seed_answers, table = run_repetition(config, task, seed, evaluation, session)
         for name, cell in seed_cells.items():
             cells.setdefault(name, []).append(cell)
+        for name, answers in seed_answers.items():
+            arm_answers.setdefault(name, []).append(answers)
         tables.append(table)
     labels = read_labels(task, sections_for_seed(config, 0).data)
     result = {
@@ -157,7 +189,8 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
         "counts": {"train": task.num_examples, **count_examples(task)},
         "absent_baselines": [reason for name in config.compare.baselines if (reason := why_absent(name, task, labels))],
         "notes": notes,
-        "seconds": session.job_cost("seed")[1],
+        "evaluate": compare_arms(config, evaluation, arm_answers, session) if evaluation else None,
+        "seconds": session.job_cost("seed")[1] + session.job_cost("answers of the")[1],
         "config_hash": config_hash(config),
     }
     result["sentence"] = report.summarize_comparison(result)
@@ -170,10 +203,11 @@ def _run_comparison(config: CompareConfig, build_task: Callable[[int], Task], se
 
 
 def run_repetition(
-    config: CompareConfig, task: Task, seed: int, session: Session
-) -> tuple[dict[str, dict[str, Any]], pa.Table]:
-    """Every baseline and every method under one seed: (name -> its cell of the table, the weights of every example)."""
-    repetition = Repetition(config, task, seed, session)
+    config: CompareConfig, task: Task, seed: int, evaluation: Evaluation | None, session: Session
+) -> tuple[dict[str, dict[str, Any]], dict[str, ModelAnswers], pa.Table]:
+    """Every baseline and every method under one seed: (name -> its cell of the table, name -> the answers of its model,
+    none without prompts, the weights of every example)."""
+    repetition = Repetition(config, task, seed, evaluation, session)
     cells: dict[str, dict[str, Any]] = {}
     for baseline in config.compare.baselines:
         if not why_absent(baseline, task, repetition.labels):
@@ -189,14 +223,17 @@ def run_repetition(
         "source": [example.source for example in task.examples],
         "label": [example.label for example in task.examples],
     }
-    return cells, pa.table(facts | columns)
+    return cells, repetition.answers, pa.table(facts | columns)
 
 
 class Repetition:
     """One repetition of the comparison: its task, its seeds, and the uniform training that the baselines read."""
 
-    def __init__(self, config: CompareConfig, task: Task, seed: int, session: Session):
+    def __init__(self, config: CompareConfig, task: Task, seed: int, evaluation: Evaluation | None, session: Session):
         self.config, self.task, self.seed, self.session = config, task, seed, session
+        self.evaluation = evaluation
+        self.answers: dict[str, ModelAnswers] = {}
+        """Of the model of each arm, with prompts."""
         self.sections = sections_for_seed(config, seed)
         self.labels = read_labels(task, self.sections.data)
         self.trainer = Trainer(task, self.sections.outer, session)
@@ -209,6 +246,7 @@ class Repetition:
             f"seed {seed}",
             train_seed=self.sections.train.seed,
             data_seed=self.sections.data.seed,
+            keeps_last=evaluation is not None,
         )
         self.arm_inputs = ArmInputs(
             losses=self.uniform_stats["losses"],
@@ -224,6 +262,7 @@ class Repetition:
         arm = build_simple_arm(name, self.task, self.retrainer, self.arm_inputs)
         is_kept = np.isin(np.arange(self.task.num_examples), arm.variant.example_indices)
         cell = self._retrain_cold(name, arm.variant, arm.variant.key) | {"ess": int(is_kept.sum())}
+        self._answer(name, lambda: self.retrainer.take_params(arm.variant, arm.variant.key, 0))
         if self.labels is not None and arm.scores is not None:
             cell |= {"auc": self.labels.auc(arm.scores), "f1": self.labels.f1(is_kept)}
         ranking_passes = self.uniform_stats["passes"] if name in RANKED_AFTER_UNIFORM else 0
@@ -231,15 +270,20 @@ class Repetition:
 
     def run_method(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         """The cell of a method, after cold retrains with its weights, and the weights; mixing learns none."""
-        cell, weights = learn_weights(
+        cell, weights, load_own = learn_weights(
             self.task, self.sections, name, self.seed, self.config.compare.budget, self.session, self.outer_loss
         )
+        if name == "mixing":
+            self._answer(name, load_own)
+        run_dir.remove_folder(part_folder(self.session, name, self.seed))
         if name == "mixing":
             return cell, weights
         task, trainable = self.task, self.task.trainable_indices()
         table = np.full(task.corpus.num_examples, cell["validation_weight"])
         table[: task.num_examples] = weights
-        alone = self._retrain_cold(f"{name}, alone", make_variant(name, "", task, trainable, table))
+        variant, key = make_variant(name, "", task, trainable, table), f"{name}, alone"
+        alone = self._retrain_cold(key, variant)
+        self._answer(name, lambda: self.retrainer.take_params(variant, key, 0))
         cell |= {key: alone[key] for key in (*PART_NAMES, "accuracy")}
         if "targets" in alone:
             cell["targets"] = alone["targets"]
@@ -250,6 +294,15 @@ class Repetition:
         if self.labels is not None:  # a learned weight keeps where it is above 1, i.e. sigma(h) > .5
             cell |= {"auc": self.labels.auc(weights), "f1": self.labels.f1(weights > 1)}
         return cell, weights
+
+    def _answer(self, name: str, load_params: Callable[[], Params]) -> None:
+        """Have the model of an arm answer the prompts, where there are any; what it has answered before is read."""
+        if self.evaluation is not None:
+            assert isinstance(self.task, TextTask)
+            self.answers[name] = collect_arm_answers(
+                self.config, self.task, self.evaluation, name, self.seed, load_params, self.session
+            )
+        self.retrainer.drop_params()
 
     def _retrain_cold(self, name: str, variant: RetrainVariant, key: str = "") -> dict[str, Any]:
         """The readings of a retrain, with the passes and seconds of it and of what was tried to choose it."""
@@ -262,21 +315,40 @@ class Repetition:
 
 def learn_weights(
     task: Task, sections: MethodSections, name: str, seed: int, budget: int, session: Session, outer_loss: Any
-) -> tuple[dict[str, Any], np.ndarray]:
-    """A method's cell before its retrains, and its weights: computed now, or read where an earlier run left them."""
+) -> tuple[dict[str, Any], np.ndarray, Callable[[], Params]]:
+    """(a method's cell before its retrains, its weights, what gives the model that it has trained itself).
+
+    Computed now, or read where an earlier run left them. The part's folder holds its last step until the caller removes
+    it: with it, the model is there again at once.
+    """
     method, key = METHODS[name], f"seed {seed}/{name}"
-    path = session.folder / "parts" / f"{key.replace('/', ' ')}.npy"
+    folder = part_folder(session, name, seed)
+    path = folder.with_name(f"{folder.name}.npy")
+    own_params: list[Params] = []
+
+    def run() -> MethodResult:
+        return method.run(task, method.configure(sections), session.part_session(folder.name), float(budget))
+
+    def load_own() -> Params:
+        params = own_params.pop() if own_params else run().params
+        assert params is not None
+        return params
 
     def make() -> dict[str, Any]:
-        part = session.part_session(key.replace("/", " "))
-        outcome = method.run(task, method.configure(sections), part, float(budget))
+        outcome = run()
+        if outcome.params is not None:
+            own_params.append(outcome.params)
         with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, outcome.weights)
         return _make_cell(task, outcome, outer_loss)
 
     cell = session.run_once(key, make, path.exists())
-    run_dir.remove_folder(session.folder / "parts" / key.replace("/", " "))
-    return dict(cell), run_dir.read_arrays(path)
+    return dict(cell), run_dir.read_arrays(path), load_own
+
+
+def part_folder(session: Session, name: str, seed: int) -> Path:
+    """Where a method keeps its last step while it learns."""
+    return session.folder / "parts" / f"seed {seed} {name}"
 
 
 def _make_cell(task: Task, outcome: MethodResult, outer_loss: Any) -> dict[str, Any]:

@@ -179,8 +179,7 @@ def list_stages(config: Any, abstract_run: AbstractRun, checkpoint_plan: Checkpo
         return [WorkStage("training", forward_steps=abstract_run.task.num_steps)]
     if isinstance(config, CompareConfig):
         labels = read_labels(abstract_run.task, config.data)
-        total = work.count_compare_work(abstract_run.task, config.compare, labels)
-        return [WorkStage("all methods and baselines", other_work=total)]
+        return work.count_compare_work(abstract_run.task, config, labels)
     if isinstance(config, AuditConfig):
         names = config.audit.scores or tuple(SCORES)
         total = work.count_audit_work(abstract_run.task, config.audit, config.certify, config.audit.queries, names)

@@ -18,13 +18,12 @@ from bilevel_jax.runs.config.schema import (
     SINGLE_LOOP_METHODS,
     AuditSection,
     CertifySection,
-    CompareSection,
     FineTuneSection,
     OuterSection,
     RefineMethod,
     SingleLoopSection,
 )
-from bilevel_jax.runs.engine.arms import count_trainings
+from bilevel_jax.runs.engine.arms import SHARE_ON_DEV, count_trainings, why_absent
 from bilevel_jax.runs.engine.raters import rater_work
 from bilevel_jax.runs.engine.reliability import RoundSizes, choose_round_evidence, measures_reliability
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK, count_single_loop_work
@@ -215,11 +214,26 @@ def count_certificate_estimates(certify: CertifySection) -> int:
     return len(certify.removed) * certify.draws
 
 
-def count_compare_work(task: Task, compare: CompareSection, labels: KnownLabels | None) -> float:
-    """The whole `compare` run in training steps, for the ETA."""
-    steps = task.num_steps
+def count_compare_work(task: Task, config: CompareConfig, labels: KnownLabels | None) -> list[WorkStage]:
+    """The whole `compare` run in training steps, by stage.
+
+    With evaluate.prompts the model of an arm answers right after its retrain; that of one that has chosen on dev is
+    trained again, as others were trained since.
+    """
+    compare, steps = config.compare, task.num_steps
     baselines = steps + count_baseline_work(task) + count_trainings(compare.baselines, task, labels, 1) * steps
-    return compare.seeds * (baselines + len(compare.methods) * (compare.budget + 2 * steps))
+    total = compare.seeds * (baselines + len(compare.methods) * (compare.budget + 2 * steps))
+    stages = [WorkStage("all methods and baselines", other_work=total)]
+    again = [name for name in compare.baselines if name in SHARE_ON_DEV and "dev" in task.held_out_streams]
+    if config.evaluate.prompts and (again := [name for name in again if not why_absent(name, task, labels)]):
+        work = compare.seeds * len(again) * steps
+        stages.append(WorkStage("models chosen on dev, again to answer prompts", forward_steps=work))
+    return stages
+
+
+def sum_work(stages: Sequence[WorkStage]) -> float:
+    """The work of all stages, in training steps."""
+    return sum(stage.work for stage in stages)
 
 
 def count_outer_step_work(task: Task, outer: OuterSection) -> float:

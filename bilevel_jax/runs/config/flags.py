@@ -264,7 +264,7 @@ def short_flags(config: Any) -> dict[str, str]:
     if "score.rater" in keys:
         flags = {flag: key for flag, key in flags.items() if key not in NOT_IN_SCORE}
         flags |= {"--data": "data.train", "--model": "score.model"}
-    if "evaluate.baseline" in keys:
+    if is_evaluation(config):
         flags = {flag: key for flag, key in flags.items() if key not in NOT_IN_EVALUATE}
         flags |= {"--model": "evaluate.model", "--baseline": "evaluate.baseline", "--prompts": "data.test"}
     return flags | ({"--out": dirs[0]} if dirs else {})

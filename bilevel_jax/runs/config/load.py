@@ -110,7 +110,8 @@ class CompareConfig:
     """Compare methods that learn weights on one data set at one compute budget, with several seeds.
 
     data.train names one .npz file (classification, section arrays) or files of text examples. Every method's weights
-    are judged by retraining from scratch. Writes a table, figures and a report.
+    are judged by retraining from scratch. Writes a table, figures and a report. With evaluate.prompts (text alone) the
+    retrained model of every arm and seed answers prompts, and is compared with that of one arm (evaluate.baseline).
     """
 
     model: schema.ModelSection = schema.ModelSection()
@@ -125,6 +126,10 @@ class CompareConfig:
     rater: schema.RaterSection = schema.RaterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
     compare: schema.CompareSection = schema.CompareSection()
+    evaluate: schema.EvaluateArmsSection = schema.EvaluateArmsSection()
+    generate: schema.GenerateSection = schema.GenerateSection(temperature=0.0)
+    verifier: schema.VerifierSection = schema.VerifierSection()
+    judge: schema.JudgeSection = schema.JudgeSection()
     output: schema.OutputSection = schema.OutputSection()
     mesh: schema.MeshSection = schema.MeshSection()
     distributed: schema.DistributedSection = schema.DistributedSection()

@@ -44,6 +44,11 @@ def _names_unused_evaluation(config: Any) -> bool:
     return evaluates_own_models(config) and not config.evaluate.prompts and bool(named)
 
 
+def _compares_answers(config: Any) -> bool:
+    """Whether the arms of `compare` are to answer prompts."""
+    return hasattr(config, "compare") and len(config.evaluate.prompts) > 0
+
+
 def _asks_judge(config: Any) -> bool:
     named = {*config.evaluate.metrics}
     return bool({"preference", "safety"} & named) or config.evaluate.refusal_by == "judge"
@@ -602,6 +607,22 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: not _names_unused_evaluation(c),
         "evaluate.metrics, verifier.name and judge.url say how answers are measured, and nothing is asked: name the "
         "prompts, or leave them out",
+    ),
+    (
+        "evaluate.prompts",
+        lambda c: not (evaluates_own_models(c) and c.evaluate.prompts and reads_array_data(c)),
+        "is for text: a task of arrays has no language model that could answer, so leave it out",
+    ),
+    (
+        "evaluate.baseline",
+        lambda c: not _compares_answers(c) or c.evaluate.baseline in (*c.compare.baselines, *c.compare.methods),
+        "is none of the arms that are compared: add it to compare.baselines, or name one of compare.baselines and "
+        "compare.methods",
+    ),
+    (
+        "evaluate.baseline",
+        lambda c: not _compares_answers(c) or {*c.compare.baselines, *c.compare.methods} != {c.evaluate.baseline},
+        "is the only arm, and there is none to compare with it: name more in compare.baselines or compare.methods",
     ),
     (
         "generate.backend",

@@ -875,6 +875,10 @@ Baseline = Literal[
 ]  # fmt: skip
 
 
+ArmName = Literal[Baseline, CompareMethod]
+"""What `compare` compares: a baseline or a method."""
+
+
 @dataclass(frozen=True)
 class CompareSection:
     """The methods and baselines that are compared, and their compute budget."""
@@ -1089,6 +1093,26 @@ class EvaluateOwnSection:
 
     prompts: tuple[str, ...] = ()
     """Prompts: files (jsonl, json, parquet) or the name of a dataset; empty: nothing is asked."""
+
+    metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
+    """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""
+
+    questions: Annotated[int, Ge(0), Special(0, "all")] = 0
+    """Prompts that are asked, drawn by their ids and data.seed; 0: all."""
+
+    refusal_by: Literal["phrases", "judge"] = "phrases"
+    """refusal: a list of phrases at the start of an answer, or the judge."""
+
+
+@dataclass(frozen=True)
+class EvaluateArmsSection:
+    """Prompts that the model of every arm answers, each compared with that of one arm, and what is measured."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts: files (jsonl, json, parquet) or the name of a dataset; empty: nothing is asked. Text alone."""
+
+    baseline: ArmName = "uniform"
+    """Arm that every other one is compared with: one of compare.baselines or compare.methods."""
 
     metrics: Annotated[tuple[EvaluateMetric, ...], Unique()] = ()
     """What is measured, the deciding one first; empty: preference, accuracy, perplexity, safety and refusal."""

@@ -56,8 +56,20 @@ class RetrainVariant(NamedTuple):
 class Retrainer:
     """Trains variants from cold under the seeds of one comparison; each retrain is a finished job of the session."""
 
-    def __init__(self, task: Task, trainer: Trainer, session: Session, prefix: str, *, train_seed: int, data_seed: int):
+    def __init__(
+        self,
+        task: Task,
+        trainer: Trainer,
+        session: Session,
+        prefix: str,
+        *,
+        train_seed: int,
+        data_seed: int,
+        keeps_last: bool = False,
+    ):
         self.task, self.trainer, self.session, self.prefix = task, trainer, session, prefix
+        self._keeps_last = keeps_last
+        self._last: tuple[str, Params] | None = None
         self.train_seed, self.data_seed = train_seed + FIRST_RETRAIN_SEED, data_seed + FIRST_RETRAIN_SEED
         self.loss_fn = validation_loss_fn(task.problem)
         self._measured: dict[str, dict[str, Any]] = {}
@@ -69,11 +81,27 @@ class Retrainer:
         job = f"{self.prefix}/{key}/{seed}"
         if job not in self._measured:
             self.session.set_phase(f"{self.prefix}: {key}")
-            self._measured[job] = self.session.run_once(job, lambda: self._measure(variant, seed))
+            self._measured[job] = self.session.run_once(job, lambda: self._measure(variant, job, seed))
         return dict(self._measured[job])
 
-    def _measure(self, variant: RetrainVariant, seed: int) -> dict[str, Any]:
+    def take_params(self, variant: RetrainVariant, key: str, seed: int) -> Params:
+        """The parameters that a retrain has ended with: those of the last one are kept until they are taken, where
+        `keeps_last` says so, and others are trained again."""
+        last, self._last = self._last, None
+        if last is not None and last[0] == f"{self.prefix}/{key}/{seed}":
+            return last[1]
+        del last  # not beside those of the training
+        return self.train(variant, seed)[0]
+
+    def drop_params(self) -> None:
+        """Free the parameters of the last retrain, which nothing takes."""
+        self._last = None
+
+    def _measure(self, variant: RetrainVariant, job: str, seed: int) -> dict[str, Any]:
+        self.drop_params()
         params, frozen, step = self.train(variant, seed)
+        if self._keeps_last:
+            self._last = job, params
         task = self.task
         losses: dict[str, Any] = held_out_losses(task, self.loss_fn, params, frozen)
         losses |= {"accuracy": accuracy(task, params, frozen, headline_part(task)), "step": step}

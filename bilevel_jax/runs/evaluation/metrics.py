@@ -110,12 +110,7 @@ def summarize_metric(
     known = ~np.isnan(np.stack(list(values.values()))).any(0)
     kept, key = {role: of_role[known] for role, of_role in values.items()}, (seed, *name.encode())
     line: dict[str, Any] = {
-        "title": metric.title,
-        "unit": metric.unit,
-        "sign": metric.sign,
-        "is_share": metric.is_share,
-        "digits": metric.digits,
-        "meaning": metric.meaning,
+        **metric_facts(metric),
         "questions": int(known.sum()),
         **dict.fromkeys(ROLES),
         **{
@@ -142,8 +137,23 @@ def summarize_metric(
     return line | {"difference": difference, "p": p, "level": decide_level(metric.sign, difference, p)}
 
 
+def metric_facts(metric: Metric) -> dict[str, Any]:
+    """What result.json holds of a metric itself, from which numbers are written."""
+    return {
+        "title": metric.title,
+        "unit": metric.unit,
+        "sign": metric.sign,
+        "is_share": metric.is_share,
+        "digits": metric.digits,
+        "meaning": metric.meaning,
+    }
+
+
 def mean_interval(
-    values: Float[np.ndarray, "questions"], ends: tuple[float, float] | None, seed: tuple[int, ...]
+    values: Float[np.ndarray, "questions"],
+    ends: tuple[float, float] | None,
+    seed: tuple[int, ...],
+    level: float = LEVEL,
 ) -> BootstrapInterval:
     """The mean with its 95 % bootstrap interval; of shares that are all alike, the exact binomial one.
 
@@ -155,14 +165,15 @@ def mean_interval(
         values: of each question.
         ends: the least and the largest value of a share, or of a difference of two; None for other numbers.
         seed: of the resamples.
+        level: what the interval may miss.
 
     Returns:
         The mean and its interval; nan for none.
     """
     if ends is not None and len(values) and np.all(values == values[0]) and values[0] in (*ends, 0):
-        value, distance = float(values[0]), 1 - 0.025 ** (1 / len(values))
+        value, distance = float(values[0]), 1 - (level / 2) ** (1 / len(values))
         return BootstrapInterval(value, max(ends[0], value - distance), min(ends[1], value + distance))
-    return bootstrap_mean(values, seed)
+    return bootstrap_mean(values, seed, level)
 
 
 def decide_level(sign: int, difference: BootstrapInterval, p: float) -> str:

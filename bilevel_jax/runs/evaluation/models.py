@@ -14,7 +14,7 @@ from bilevel_jax.lm.data.encode import DEFAULT_TEMPLATE
 from bilevel_jax.lm.data.render import Tokenizer, get_chat_template
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.data.vocabulary import check_special_tokens
-from bilevel_jax.runs.config.load import EvaluateConfig, RefineConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import CompareConfig, EvaluateConfig, RefineConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.rules import names_service
 from bilevel_jax.runs.config.schema import GenerateSection
@@ -23,7 +23,7 @@ from bilevel_jax.runs.infra.placement import make_mesh
 
 ROLES = ("model", "baseline")
 """What the first and the second model are called in tables; the keys of evaluate that name them."""
-EvaluatingConfig = EvaluateConfig | SelectConfig | TrainConfig | RefineConfig
+EvaluatingConfig = EvaluateConfig | SelectConfig | TrainConfig | RefineConfig | CompareConfig
 """Of the commands that ask models prompts and compare their answers."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from bilevel_jax.core.types import Params
 from bilevel_jax.lm.data.examples import Example, format_count
 from bilevel_jax.lm.losses.sft import assemble_params
-from bilevel_jax.runs.config.load import RefineConfig, SelectConfig, TrainConfig
+from bilevel_jax.runs.config.load import CompareConfig, RefineConfig, SelectConfig, TrainConfig
 from bilevel_jax.runs.evaluation import answers
 from bilevel_jax.runs.evaluation.answers import ModelAnswers
 from bilevel_jax.runs.evaluation.measures import Evaluation, measure, prepare_evaluation
@@ -19,7 +19,7 @@ from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.text import TextTask
 
-OwnModelsConfig = SelectConfig | TrainConfig | RefineConfig
+OwnModelsConfig = SelectConfig | TrainConfig | RefineConfig | CompareConfig
 
 
 class RunModel(NamedTuple):
@@ -40,7 +40,7 @@ def prepare_run_evaluation(config: OwnModelsConfig, files: Sequence[str], task: 
     """
     if not files:
         return None
-    stand_ins = [_make_candidate(task, RunModel(role, "the model", dict)) for role in ROLES]
+    stand_ins = [make_run_candidate(task, RunModel(role, "the model", dict)) for role in ROLES]
     found = prepare_evaluation(config, files, lambda: stand_ins)
     trained = _describe_trained_prompts(task, found.questions)
     templates = describe_templates(stand_ins[:1], config.data.template)
@@ -69,16 +69,16 @@ def compare_run_models(
     for note in evaluation.notes:
         session.print_line(f"evaluate: {note}")
     all_answers = [
-        answers.collect_answers(config, _make_candidate(task, model), evaluation.questions, place, session)
+        answers.collect_answers(config, make_run_candidate(task, model), evaluation.questions, place, session)
         for place, model in enumerate(run_models)
     ]
     comparisons = {}
     for model, other in zip(run_models[1:], all_answers[1:], strict=True):
-        pair = [_in_role(role, one) for role, one in zip(ROLES, (all_answers[0], other), strict=True)]
+        pair = [put_in_role(role, one) for role, one in zip(ROLES, (all_answers[0], other), strict=True)]
         judge_client = make_judge(config, evaluation.metrics, session)  # counts what this comparison takes
         measures = measure(config, evaluation.metrics, evaluation.questions, pair, evaluation.verifier, judge_client)
         summary = summarize(config, evaluation.metrics, evaluation.questions, pair, measures, judge_client)
-        notes = [note for one in pair for note in _describe_answers(one, evaluation.questions)]
+        notes = [note for one in pair for note in describe_run_answers(one, evaluation.questions)]
         jobs = [f"answers of the {run_models[0].key}", f"answers of the {model.key}"]
         seconds = {role: session.job_cost(job)[1] for role, job in zip(ROLES, jobs, strict=True)}
         comparisons[model.key] = summary | {
@@ -95,7 +95,9 @@ def compare_run_models(
     return {"sentence": first["sentence"], "level": first["level"], "comparisons": comparisons}
 
 
-def _make_candidate(task: TextTask, model: RunModel) -> Candidate:
+def make_run_candidate(task: TextTask, model: RunModel) -> Candidate:
+    """A model of a run, as one that answers prompts."""
+
     def load_params() -> Params:
         return assemble_params(model.load_params(), task.base_params)
 
@@ -103,11 +105,13 @@ def _make_candidate(task: TextTask, model: RunModel) -> Candidate:
     return Candidate(model.key, model.name, None, local)
 
 
-def _in_role(role: str, model_answers: ModelAnswers) -> ModelAnswers:
+def put_in_role(role: str, model_answers: ModelAnswers) -> ModelAnswers:
+    """The same answers as those of the model, or of the baseline, in a comparison."""
     return model_answers._replace(candidate=replace(model_answers.candidate, role=role))
 
 
-def _describe_answers(model_answers: ModelAnswers, questions: Sequence[Question]) -> list[str]:
+def describe_run_answers(model_answers: ModelAnswers, questions: Sequence[Question]) -> list[str]:
+    """What a person should know of the answers of a model of a run, in sentences."""
     return [*answers.describe_answers(model_answers), *answers.describe_left_out(model_answers, questions)]
 
 

@@ -1,6 +1,6 @@
 """What is found of one or two models: the verdict, every metric, and the tables of answers and questions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,23 @@ def summarize(
     models: Sequence[ModelAnswers],
     measures: Measures,
     judge_client: Judge | None,
+    lines_by_seed: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What result.json holds of the numbers: the verdict by the first metric, every metric, the judge."""
+    """What result.json holds of the numbers: the verdict by the first metric, every metric, the judge.
+
+    `lines_by_seed` are the numbers of each metric where models are of several trainings; of one, they come from the
+    values of the questions alone.
+    """
     seed, names = config.data.seed, {model.candidate.role: model.candidate.name for model in models}
     lines = {}
     for name in metrics:
-        metric, values = METRICS[name], question_values(name, questions, models, measures)
-        if name == "perplexity" and _have_different_tokenizers(models):
-            metric = BITS_PER_BYTE
-        lines[name] = summarize_metric(name, metric, values, seed)
+        if lines_by_seed is not None:
+            lines[name] = lines_by_seed[name]
+        else:
+            metric, values = METRICS[name], question_values(name, questions, models, measures)
+            if name == "perplexity" and _have_different_tokenizers(models):
+                metric = BITS_PER_BYTE
+            lines[name] = summarize_metric(name, metric, values, seed)
         lines[name] |= {
             "corpus": measures.corpus_scores.get(name),
             "signature": measures.signatures.get(name),

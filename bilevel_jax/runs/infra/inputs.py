@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_jax.lm.checkpoint.folders import find_model_folder
-from bilevel_jax.runs.config.rules import flatten_config, names_function
+from bilevel_jax.runs.config.rules import flatten_config, is_evaluation, names_function
 from bilevel_jax.runs.infra import run_dir, seals
 
 INPUTS_FILE = seals.INPUTS_FILE
@@ -22,7 +22,7 @@ INPUT_FILE_KEYS = (
 FUNCTION_KEYS = ("target.losses", "verifier.name")
 """Those whose values may be path/to/file.py:function; their other values are no files."""
 RUN_MODEL_KEYS = ("evaluate.model", "evaluate.baseline")
-"""Those that may name the folder of a run for its model, or an adapter, which stands on a base."""
+"""Those that may name the folder of a run for its model, or an adapter, which stands on a base; of `evaluate` alone."""
 END_BYTES = 1 << 24
 """Bytes at each end of a file that `hash_file_ends` reads."""
 
@@ -33,9 +33,7 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
     Hub names and built-in tasks name no file: the first are not watched, the second are made from the config.
     """
     files_by_key: dict[str, list[Path]] = {}
-    for key, value in flatten_config(config):
-        if key not in INPUT_FILE_KEYS:
-            continue
+    for key, value in _list_file_values(config):
         if key in RUN_MODEL_KEYS and value and Path(value).is_dir():
             folders = find_model_folder(value, config.evaluate.base).folders
             files_by_key[key] = [file for folder in folders for file in _list_files(folder)]
@@ -47,10 +45,15 @@ def list_input_files(config: Any) -> dict[str, list[Path]]:
 
 def check_inputs_whole(config: Any) -> None:
     """Raise seals.DamagedFileError for an input file of a run's folder that is not what that run wrote."""
-    for key, value in flatten_config(config):
-        if key in INPUT_FILE_KEYS:
-            for path in _list_paths(key, value):
-                seals.check(path)
+    for key, value in _list_file_values(config):
+        for path in _list_paths(key, value):
+            seals.check(path)
+
+
+def _list_file_values(config: Any) -> list[tuple[str, Any]]:
+    """("section.key", value) of every key whose value names input files."""
+    unread = () if is_evaluation(config) else RUN_MODEL_KEYS  # where evaluate.baseline is the name of an arm
+    return [(key, value) for key, value in flatten_config(config) if key in INPUT_FILE_KEYS and key not in unread]
 
 
 def record_inputs(config: Any, folder: Path) -> None:
