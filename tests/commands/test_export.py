@@ -249,6 +249,18 @@ def test_a_cap_on_repeats_gives_the_rest_to_the_others(files, capsys):
     assert "none more than 4 times" in text("README.md")
 
 
+def test_a_share_of_each_stratum_of_length(files, capsys):
+    ids = files(PROMPTS, weights=[5, 6, 7, 8, 1, 2, 3, 4], tokens=[9, 8, 7, 6, 3, 4, 1, 2])
+    strata = ("--selection.top-share", "0.5", "--selection.strata", "length", "--selection.num-strata", "2")
+    assert "4 of 8 rows (a 2 of 4, b 2 of 4), the top 50% by weight in each of 2 strata" in export(capsys, *strata)
+    assert pq.read_table("out/selection.parquet")["repeats"].to_pylist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    told = export(capsys, *strata, "--out", "other", "--selection.strata", "loss", code=1)
+    assert "weights.parquet: no column 'start_loss'; the columns are ['id', 'tokens', 'weight']" in told
+    files(PROMPTS, tokens=[9.0, np.nan, 7, 6, 3, 4, 1, 2])
+    told = " ".join(export(capsys, *strata, "--out", "third", code=1).split())
+    assert "rows.jsonl:2: weights.parquet: its column 'tokens' is no number for this row" in told and len(ids) == 8
+
+
 def test_no_weight_key_when_none_is_wanted(files, capsys):
     files(PROMPTS)
     export(capsys, "--export.no-weight-key")
@@ -466,6 +478,7 @@ def run(made, tmp_path_factory):
     """A finished run of `select`."""
     out = tmp_path_factory.mktemp("export") / "run"
     flags = ("--fast", "--outer.steps", "1", "--outer.method", "alignment")  # which compiles no sweep
+    flags = (*flags, "--selection.strata", "loss", "--selection.num-strata", "4")
     assert main(["select", str(made / "select.yaml"), *flags, "--out", str(out)]) == 0
     return out
 
@@ -474,8 +487,16 @@ def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(run), "--out", "e", "--export.format", "axolotl", "--export.layout", "chat"]) == 0
     out = capsys.readouterr().out
-    assert "18 of 36 rows, the top 50% by weight: e/train.jsonl" in out  # selection.top_share of the run
+    rule = "the top 50% by weight in each of 4 strata of like loss before training"  # section selection of the run
+    assert f"18 of 36 rows, {rule}: e/train.jsonl" in out
     table = pq.read_table(run / "weights.parquet").to_pydict()
+    order = np.argsort(np.array(table["start_loss"]), kind="stable")
+    assert [int(np.array(table["selected"])[order[begin : begin + 9]].sum()) for begin in range(0, 36, 9)] == [
+        4,
+        5,
+        5,
+        4,
+    ]
     rows = [json.loads(line) for line in Path("e/train.jsonl").read_text().splitlines()]
     selected = [(i, w) for i, w, s in zip(table["id"], table["weight"], table["selected"], strict=True) if s]
     assert [(row["id"], row["weight"]) for row in rows] == selected

@@ -12,7 +12,13 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import Example, find_leaks, format_count, load_examples
 from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
-from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import (
+    STRATA_COLUMNS,
+    describe_shortfall,
+    describe_ties,
+    divide_into_strata,
+    select_examples,
+)
 from bilevel_jax.runs.infra.inputs import check_inputs_whole
 from bilevel_jax.runs.scoring import from_file
 from bilevel_jax.runs.tasks import splits
@@ -66,10 +72,12 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
             f"{format_count('row', unread, ('was', 'were'))} too long for the run, which gave no loss, and left out."
         )
     sources = [example.source for example in examples]
+    candidates = np.flatnonzero(usable)
+    strata = _read_strata(config, examples, candidates)
     places = select_examples(
-        loaded_weights.weights, np.flatnonzero(usable), config.selection, sources=sources, seed=config.data.seed
+        loaded_weights.weights, candidates, config.selection, sources=sources, seed=config.data.seed, strata=strata
     )
-    if note := describe_ties(loaded_weights.weights, np.flatnonzero(usable), places, config.selection, sources):
+    if note := describe_ties(loaded_weights.weights, candidates, places, config.selection, sources, strata):
         notes.append(note)
     if shortfall := describe_shortfall(config.selection, len(places)):
         notes.append(shortfall)
@@ -96,6 +104,29 @@ def _drop_leaks(config: ExportConfig, examples: list[Example]) -> tuple[list[Exa
     return remaining, [
         f"{format_count('row', len(leaked_ids), ('was', 'were'))} left out, as by the run: also a validation example."
     ] if leaked_ids else []
+
+
+def _read_strata(
+    config: ExportConfig, examples: Sequence[Example], candidates: Int[np.ndarray, "usable"]
+) -> Int[np.ndarray, "examples"] | None:
+    """The strata that selection.strata asks for, by a column of the file of weights; None where it is off."""
+    rule = config.selection
+    if not rule.strata:
+        return None
+    if not config.weights.file:
+        raise ValueError(
+            f"selection.strata = {rule.strata} reads a column of the file of weights, and there is none: give a run's "
+            "folder or weights.file, or leave strata empty."
+        )
+    column = from_file.read_id_column(config.weights.file, STRATA_COLUMNS[rule.strata])
+    values = np.array([column.values.get(example.id, np.nan) for example in examples])
+    unknown = candidates[~np.isfinite(values[candidates])]
+    if len(unknown):
+        raise ValueError(
+            f"{examples[unknown[0]].where}: {config.weights.file}: its column {column.name!r} is no number for this "
+            "row, which so belongs to no stratum. Give every row one, or leave selection.strata empty."
+        )
+    return divide_into_strata(values, candidates, rule.num_strata)
 
 
 def _find_unread(config: ExportConfig, examples: Sequence[Example]) -> np.ndarray:

@@ -20,7 +20,12 @@ from bilevel_jax.runs.engine.outer_loop import LearnedWeights, data_order_seed, 
 from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, recommend_nothing
 from bilevel_jax.runs.engine.reliability import average_reliability_near
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
-from bilevel_jax.runs.engine.selection import describe_shortfall, describe_ties, select_examples
+from bilevel_jax.runs.engine.selection import (
+    describe_shortfall,
+    describe_ties,
+    divide_by_difficulty,
+    select_examples,
+)
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
 from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.evaluation.measures import Evaluation
@@ -28,7 +33,7 @@ from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models,
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.scoring.difficulty import measure_difficulty
+from bilevel_jax.runs.scoring.difficulty import Difficulty, measure_difficulty
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
@@ -94,18 +99,21 @@ def _run_selection(
     verdict = _verdict_of_run(verdicts)
 
     sources = [example.source for example in task.examples]
+    measured = measure_difficulty(task, task.init_params(config.train.seed))
+    strata = divide_by_difficulty(measured, config.selection)
     selected = select_examples(
-        learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed
-    )
-    ties = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources)
+        learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed,
+        strata=strata,
+    )  # fmt: skip
+    ties = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources, strata)
     selection_notes = [note for note in (ties, describe_shortfall(config.selection, len(selected))) if note]
     for note in selection_notes:
         session.print_line(note)
-    difficulty = _correlate_with_difficulty(task, config, session, learned)
+    difficulty = session.run_once("difficulty", lambda: measured.correlate(learned.weights).to_json("the weights"))
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))
-    params = _write_artifacts(task, config, trainer, learned, single_loop_result, selected, session)
+    params = _write_artifacts(task, config, trainer, learned, single_loop_result, selected, measured, session)
     evaluated = _evaluate_models(task, config, trainer, learned, params, evaluation, session) if evaluation else None
     rater = _write_rater(task, config, learned, folder)
     result = _build_result(task, config, session, learned, single_loop_result)
@@ -218,18 +226,6 @@ def _describe_verdicts(verdicts: dict[str, certify.Verdict], difficulty: str) ->
     return "\n".join([*lines, *filter(None, [difficulty])])
 
 
-def _correlate_with_difficulty(
-    task: TextTask, config: SelectConfig, session: Session, learned: LearnedWeights
-) -> dict[str, Any]:
-    """Rank correlations of the weights with length and with loss before training, and a sentence where one is large."""
-
-    def correlate() -> dict[str, Any]:
-        found = measure_difficulty(task, task.init_params(config.train.seed)).correlate(learned.weights)
-        return found.to_json("the weights")
-
-    return session.run_once("difficulty", correlate)
-
-
 def _compare_by_retraining(
     task: TextTask,
     config: SelectConfig,
@@ -263,6 +259,7 @@ def _write_artifacts(
     learned: LearnedWeights,
     single_loop_result: SingleLoopResult | None,
     selected: Int[np.ndarray, "selected"],
+    measured: Difficulty,
     session: Session,
 ) -> Params | None:
     """Write weights.parquet, selected.jsonl, and the models; return the parameters of the model that is written, None
@@ -272,6 +269,7 @@ def _write_artifacts(
         task,
         learned,
         np.unique(selected),
+        measured,
         estimand=artifacts.describe_estimand(config.outer, config.train.max_steps),
         param_dtype=config.model.param_dtype,
         config_hash=config_hash(config),

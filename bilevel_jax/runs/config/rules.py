@@ -268,6 +268,19 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "threshold, resample and per_source are three ways to select: give one and leave the others at 0",
     ),
     (
+        "selection.strata",
+        lambda c: (
+            not c.selection.strata or not (c.selection.threshold or c.selection.resample or c.selection.per_source)
+        ),
+        "strata divide selection.top_share: leave threshold, resample and per_source at 0, or strata empty",
+    ),
+    (
+        "selection.strata",
+        lambda c: not hasattr(c, "score") or not c.selection.strata,
+        "score knows no loss before training and chooses in passes over chunks on disk: leave strata empty, which "
+        "select and export read",
+    ),
+    (
         "selection.max_repeats",
         lambda c: not c.selection.max_repeats or c.selection.resample > 0,
         "it caps how often selection.resample takes one example, and that is 0: set it, or leave max_repeats at 0",

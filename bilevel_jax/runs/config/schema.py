@@ -682,6 +682,13 @@ class SelectionSection:
     per_source: Annotated[int, Ge(0), Special(0, "off")] = 0
     """Instead of top_share: number of examples, divided over sources by total weight, highest first; 0: off."""
 
+    strata: Literal["", "length", "loss"] = ""
+    """Take top_share of each of num_strata groups of like length in tokens, or of like loss before training, and not of
+    all examples together, so that long or hard ones are no larger part of the selection; empty: off."""
+
+    num_strata: Annotated[int, Ge(2)] = 5
+    """strata: groups of the examples, in order of length or loss, of equal numbers."""
+
 
 Variant = Literal[
     "uniform", "learned", "learned+validation", "selected", "random", "top_alignment", "low_loss", "low_loss_dev",

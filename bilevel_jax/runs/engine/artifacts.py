@@ -19,6 +19,7 @@ from bilevel_jax.runs.config.local_paths import short_file_names
 from bilevel_jax.runs.config.schema import OuterSection
 from bilevel_jax.runs.engine.outer_loop import LearnedWeights
 from bilevel_jax.runs.infra import distributed, seals
+from bilevel_jax.runs.scoring.difficulty import Difficulty
 from bilevel_jax.runs.tasks.text import TextTask
 
 
@@ -26,6 +27,7 @@ def weights_table(
     task: TextTask,
     learned: LearnedWeights,
     selected_indices: Int[np.ndarray, "selected"],
+    difficulty: Difficulty,
     *,
     estimand: str,
     param_dtype: str,
@@ -45,6 +47,8 @@ def weights_table(
         "first_hypergradient": learned.first_hypergradient,
         "alignment": learned.alignment,
         "loss": learned.losses,
+        "start_loss": difficulty.losses,
+        "tokens": difficulty.lengths,
         "selected": selected_mask,
         "file": [file_names[example.file] for example in task.examples],
         "line": [example.line for example in task.examples],
@@ -56,6 +60,8 @@ def weights_table(
         "first_hypergradient": "the same at weight 1 for every example",
         "alignment": "-<grad loss_i, grad L_v> / rows at the end of uniform training; same sign as hypergradient",
         "loss": f"the row's loss at the end of uniform training, {task.objective.loss_unit}",
+        "start_loss": f"the row's loss before training, {task.objective.loss_unit}",
+        "tokens": "tokens of the row, as training sees them",
         "estimand": estimand,
         "precision": f"{param_dtype}, matrix products at the highest precision",
         "device": jax.devices()[0].device_kind,

@@ -9,7 +9,13 @@ from jaxtyping import Float, Int
 
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.schema import SelectionSection
+from bilevel_jax.runs.scoring.difficulty import Difficulty
 from bilevel_jax.runs.stats import top_indices
+
+STRATA_NAMES = {"length": "like length", "loss": "like loss before training"}
+"""selection.strata -> the groups in words."""
+STRATA_COLUMNS = {"length": "tokens", "loss": "start_loss"}
+"""selection.strata -> the column of weights.parquet that it goes by."""
 
 
 def select_examples(
@@ -19,10 +25,12 @@ def select_examples(
     *,
     sources: Sequence[str],
     seed: int,
+    strata: Int[np.ndarray, "examples"] | None = None,
 ) -> Int[np.ndarray, "selected"]:
     """The examples to keep, in their order, out of `candidates`.
 
-    - top_share: that share of the rows, those of the largest weights;
+    - top_share: that share of the rows, those of the largest weights; under rule.strata that share of each of `strata`
+      (the group of each row, by `divide_into_strata`), those of its largest weights;
     - threshold: all rows of at least that weight;
     - resample: n rows, row i floor or ceil of n w_i / Σ w times (systematic resampling: the least noise that whole
       repeats allow, and each count right on average over seeds). With max_repeats = r row i is expected
@@ -45,7 +53,34 @@ def select_examples(
                 f"{weights[candidates].max():.3g}. Lower it, or use selection.top_share."
             )
         return selected
-    return top_indices(weights, max(1, round(rule.top_share * len(candidates))), candidates)
+    count = max(1, round(rule.top_share * len(candidates)))
+    if rule.strata:
+        if strata is None:
+            raise ValueError(f"selection.strata = {rule.strata}: the strata of the rows are not given.")
+        return _select_per_stratum(weights, candidates, count, strata)
+    return top_indices(weights, count, candidates)
+
+
+def divide_by_difficulty(difficulty: Difficulty, rule: SelectionSection) -> Int[np.ndarray, "examples"] | None:
+    """The strata that selection.strata asks for; None where it is off."""
+    values = {"length": difficulty.lengths, "loss": difficulty.losses}.get(rule.strata)
+    return None if values is None else divide_into_strata(values, difficulty.rows, rule.num_strata)
+
+
+def divide_into_strata(
+    values: Float[np.ndarray, "examples"], candidates: Int[np.ndarray, "kept"], num_strata: int
+) -> Int[np.ndarray, "examples"]:
+    """The group of each row: `candidates` in order of their values, cut into groups whose sizes differ by at most one.
+
+        stratum_i = floor(num_strata rank_i / N)
+
+    Equal values keep the order of the data, and may so fall on both sides of a cut. Other rows have -1.
+    Wrong where the value is what makes an example good or bad: of the lowest weights a group keeps as many as all do.
+    """
+    strata = np.full(len(values), -1)
+    ordered = candidates[np.argsort(values[candidates], kind="stable")]
+    strata[ordered] = np.arange(len(ordered)) * num_strata // max(1, len(ordered))
+    return strata
 
 
 def describe_ties(
@@ -54,9 +89,11 @@ def describe_ties(
     selected: Int[np.ndarray, "selected"],
     rule: SelectionSection,
     sources: Sequence[str],
+    strata: Int[np.ndarray, "examples"] | None = None,
 ) -> str:
     """What equal weights left to the order of the data in a selection by `select_examples`; "" where nothing."""
     names = np.asarray(sources) if rule.per_source else np.full(len(weights), "")
+    names = strata if rule.strata and strata is not None else names
     is_selected, cuts = np.isin(candidates, selected), []
     for name in np.unique(names[candidates]):
         members = names[candidates] == name
@@ -88,7 +125,7 @@ def describe_cuts(cuts: Sequence[Cut], rule: SelectionSection, num_equal: int) -
     through = [cut for cut in cuts if cut.taken < cut.equal]
     if rule.resample or not through:
         return ""
-    where = " of each source" if rule.per_source else ""
+    where = " of each source" if rule.per_source else " of each stratum" if rule.strata else ""
     if num_equal:
         return (
             f"all {num_equal:,} rows weigh the same, so the weights choose nothing: the selection is the first rows"
@@ -126,7 +163,8 @@ def describe_selection_rule(rule: SelectionSection) -> str:
         return f"{format_count('row', rule.per_source)}, each source in proportion to its total weight"
     if rule.threshold:
         return f"weight {rule.threshold:g} or more"
-    return f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
+    share = f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
+    return f"{share} in each of {rule.num_strata} strata of {STRATA_NAMES[rule.strata]}" if rule.strata else share
 
 
 class CappedDraw(NamedTuple):
@@ -198,4 +236,15 @@ def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, 
         counts[name] += 1
     return np.sort(
         np.concatenate([top_indices(weights, min(counts[name], len(rows)), rows) for name, rows in members.items()])
+    )
+
+
+def _select_per_stratum(weights: np.ndarray, candidates: np.ndarray, count: int, strata: np.ndarray) -> np.ndarray:
+    """`count` rows, the largest weights of each stratum, in proportion to its size; what is left of whole numbers is
+    spread along the strata, so that neither end gains by it."""
+    members = [candidates[strata[candidates] == stratum] for stratum in np.unique(strata[candidates])]
+    ends = np.round(np.cumsum([len(rows) for rows in members]) * count / len(candidates)).astype(int)
+    counts = np.diff(ends, prepend=0)
+    return np.sort(
+        np.concatenate([top_indices(weights, size, rows) for size, rows in zip(counts, members, strict=True) if size])
     )

@@ -14,7 +14,9 @@ from bilevel_jax.runs.tasks.text import TextTask
 
 LARGE_CORRELATION = 0.8
 """Rank correlation from which on an order is told as that of length or loss: of two Gaussian variables with it 58 % of
-the upper tenth, 71 % of the upper three tenths and 80 % of the upper half are the same examples."""
+the upper tenth, 71 % of the upper three tenths and 80 % of the upper half are the same examples. The best examples can
+lose to random ones without any such order (tests/benchmarks/difficulty.py, where it is 0): both ends are short and hard
+there, by less than a tenth of 256 examples tells from chance. Retraining beside random examples tells."""
 MIN_EXAMPLES = 10
 """Of fewer examples chance alone reaches it more often than once in 200 times."""
 END_NAMES = {"length": ("longest", "shortest"), "loss": ("hardest", "easiest")}
@@ -44,7 +46,9 @@ class DifficultyCorrelation(NamedTuple):
         return (
             f"{what[0].upper()}{what[1:]} order the examples nearly by {orders.replace('-', '−')}, as rank "
             f"correlation: the {ends} come first. Length and loss make gradients large whatever an example teaches, so "
-            f"compare with {' or '.join(MEASURE_NAMES[name] for name in large)} alone, and with random examples."
+            f"compare with {' or '.join(MEASURE_NAMES[name] for name in large)} alone, and with random examples; "
+            f"selection.strata: {next(iter(large))} takes the best of each "
+            f"{' or of each '.join(name for name in large)} instead."
         )
 
     def to_json(self, what: str) -> dict[str, Any]:

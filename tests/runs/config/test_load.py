@@ -170,6 +170,10 @@ def test_an_empty_file_is_the_defaults(tmp_path):
             ["--selection.max-repeats", "4"],
             "selection.max_repeats = 4: it caps how often selection.resample takes one example, and that is 0",
         ),
+        (
+            ["--selection.strata", "length", "--selection.per-source", "5"],
+            "selection.strata = 'length': strata divide selection.top_share: leave threshold, resample and per_source",
+        ),
         (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
     ],
 )

@@ -8,6 +8,7 @@ from bilevel_jax.runs.engine.selection import (
     describe_selection_rule,
     describe_shortfall,
     describe_ties,
+    divide_into_strata,
     select_examples,
 )
 
@@ -36,6 +37,57 @@ def kept(keep, weights=WEIGHTS, among=ALL, seed=0, sources=SOURCES):
 )
 def test_rules(keep, among, wanted):
     assert kept(keep, among=among) == wanted
+
+
+LENGTHS = np.array([3.0, 9.0, 4.0, 8.0, 7.0, 2.0])
+
+
+def test_strata_are_equal_groups_in_order():
+    assert divide_into_strata(LENGTHS, ALL, 2).tolist() == [0, 1, 0, 1, 1, 0]
+    assert divide_into_strata(LENGTHS, np.array([0, 1, 3, 5]), 2).tolist() == [0, 1, -1, 1, -1, 0]
+    values = np.random.default_rng(0).random(103)
+    strata = divide_into_strata(values, np.arange(103), 5)
+    assert np.ptp(np.bincount(strata)) <= 1
+    for stratum in range(4):
+        assert values[strata == stratum].max() < values[strata == stratum + 1].min()
+    assert np.bincount(divide_into_strata(np.ones(4), np.arange(4), 6)).max() == 1  # more groups than rows
+
+
+@pytest.mark.parametrize(
+    "share, among, wanted",
+    [
+        (1 / 3, ALL, [1, 5]),  # the best of the three short and of the three long
+        (2 / 3, ALL, [1, 3, 0, 5]),
+        (1, ALL, [0, 1, 2, 3, 4, 5]),
+        (0.01, ALL, [1]),  # never none: 1/2 of a row from each, rounded to an even number, is 0 and then 1
+        (0.5, np.array([0, 2, 3, 4]), [0, 3]),  # of what may be kept: 0 and 2 are short, 3 and 4 are long
+    ],
+)
+def test_a_share_of_each_stratum(share, among, wanted):
+    rule = SelectionSection(top_share=share, strata="length", num_strata=2)
+    strata = divide_into_strata(LENGTHS, among, 2)
+    assert select_examples(WEIGHTS, among, rule, sources=SOURCES, seed=0, strata=strata).tolist() == sorted(wanted)
+
+
+def test_a_selection_by_strata_has_the_composition_of_all_and_the_size_of_one_without():
+    rng = np.random.default_rng(0)
+    lengths, candidates = rng.random(200), np.delete(np.arange(200), [3, 77, 150])
+    weights = lengths + 0.1 * rng.random(200)  # order by length alone
+    strata = divide_into_strata(lengths, candidates, 7)
+    plain = SelectionSection(top_share=0.3)
+    rule = SelectionSection(top_share=0.3, strata="length", num_strata=7)
+    selected = select_examples(weights, candidates, rule, sources=[""] * 200, seed=0, strata=strata)
+    without = select_examples(weights, candidates, plain, sources=[""] * 200, seed=0)
+    assert len(selected) == len(without) == 59 and set(np.bincount(strata[selected])) <= {8, 9}
+    assert abs(lengths[selected].mean() - lengths[candidates].mean()) < 0.1 < lengths[without].mean() - 0.6
+    for stratum in range(7):
+        inside = candidates[strata[candidates] == stratum]
+        assert weights[np.intersect1d(inside, selected)].min() > weights[np.setdiff1d(inside, selected)].max()
+
+
+def test_strata_that_are_not_given_are_asked_for():
+    with pytest.raises(ValueError, match="the strata of the rows are not given"):
+        kept(SelectionSection(strata="loss"))
 
 
 def test_ties_go_to_the_earlier_row():
@@ -143,6 +195,10 @@ def test_a_threshold_above_all_weights_is_an_error():
     [
         (SelectionSection(), "the top 80% by weight"),
         (SelectionSection(top_share=0.125), "the top 12.5% by weight"),
+        (
+            SelectionSection(top_share=0.1, strata="loss", num_strata=4),
+            "the top 10% by weight in each of 4 strata of like loss before training",
+        ),
         (SelectionSection(threshold=1.5), "weight 1.5 or more"),
         (SelectionSection(resample=5000), "5,000 rows drawn in proportion to their weight, as whole repeats"),
         (
