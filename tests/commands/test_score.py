@@ -188,6 +188,7 @@ ERRORS = {
     "validation": (lambda made, rater: ["--data.validation", str(made / "dev.jsonl")], "reads data.train alone"),
     "columns that are not read": (lambda made, rater: ["--score.file", str(made / "dev.jsonl")], "reads no columns"),
     "no place of the model": (lambda made, rater: ["--model", ""], "lies in no run's folder"),
+    "strata": (lambda made, rater: ["--selection.strata", "loss"], "score knows no loss before training"),
     "no data": (lambda made, rater: ["--data", str(made / "nothing.jsonl")], "nothing.jsonl"),
 }  # fmt: skip
 
