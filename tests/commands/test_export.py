@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from bilevel_jax.commands.export.formats import FORMATTERS, ExportTarget, choose
 from bilevel_jax.lm.data import examples
 from bilevel_jax.lm.data.examples import Example, Turn
 from bilevel_jax.runs.config.load import ExportConfig, load_config
+from bilevel_jax.runs.scoring import difficulty
 
 PROMPTS = [{"prompt": f"Question {i}?", "response": f"Answer {i}.", "source": "ab"[i % 2]} for i in range(8)]
 CHATS = [
@@ -252,13 +254,21 @@ def test_a_cap_on_repeats_gives_the_rest_to_the_others(files, capsys):
 def test_a_share_of_each_stratum_of_length(files, capsys):
     ids = files(PROMPTS, weights=[5, 6, 7, 8, 1, 2, 3, 4], tokens=[9, 8, 7, 6, 3, 4, 1, 2])
     strata = ("--selection.top-share", "0.5", "--selection.strata", "length", "--selection.num-strata", "2")
-    assert "4 of 8 rows (a 2 of 4, b 2 of 4), the top 50% by weight in each of 2 strata" in export(capsys, *strata)
+    assert "4 of 8 rows (a 2 of 4, b 2 of 4), the top 50% by weight in each of up to 2 strata" in export(
+        capsys, *strata
+    )
     assert pq.read_table("out/selection.parquet")["repeats"].to_pylist() == [0, 0, 1, 1, 0, 0, 1, 1]
     told = export(capsys, *strata, "--out", "other", "--selection.strata", "loss", code=1)
-    assert "weights.parquet: no column 'start_loss'; the columns are ['id', 'tokens', 'weight']" in told
+    assert "weights.parquet: no column 'start_loss', which selection.strata = loss reads; runs of select by an" in told
+    assert "few rows" not in told and "Run select again" in told
     files(PROMPTS, tokens=[9.0, np.nan, 7, 6, 3, 4, 1, 2])
     told = " ".join(export(capsys, *strata, "--out", "third", code=1).split())
     assert "rows.jsonl:2: weights.parquet: its column 'tokens' is no number for this row" in told and len(ids) == 8
+    files(PROMPTS, weights=[5, 6, 7, 8, 1, 2, 3, 4], tokens=[3] * 8)
+    told = " ".join(export(capsys, *strata, "--out", "fourth").split())
+    assert "selection.num_strata = 2: rows of equal length are in one stratum, so there is one, of all rows." in told
+    told = " ".join(export(capsys, *strata, "--out", "fifth", "--selection.num-strata", "5", code=1).split())
+    assert "selection.top_share = 0.5 of 8 rows selects 4, and selection.num_strata = 5 asks for at least" in told
 
 
 def test_no_weight_key_when_none_is_wanted(files, capsys):
@@ -473,21 +483,40 @@ def test_mixed_rows():
 # ---- from a run
 
 
+RUN = (
+    *("--fast", "--outer.steps", "1", "--outer.method", "alignment"),  # which compiles no sweep
+    *("--selection.strata", "loss", "--selection.num-strata", "4"),
+)
+
+
 @pytest.fixture(scope="module")
 def run(made, tmp_path_factory):
     """A finished run of `select`."""
     out = tmp_path_factory.mktemp("export") / "run"
-    flags = ("--fast", "--outer.steps", "1", "--outer.method", "alignment")  # which compiles no sweep
-    flags = (*flags, "--selection.strata", "loss", "--selection.num-strata", "4")
-    assert main(["select", str(made / "select.yaml"), *flags, "--out", str(out)]) == 0
+    assert main(["select", str(made / "select.yaml"), *RUN, "--out", str(out)]) == 0
     return out
+
+
+def test_a_run_that_is_resumed_selects_by_the_losses_that_it_measured_first(run, made, tmp_path, monkeypatch):
+    def measure_again(task, params):
+        raise AssertionError("the losses before training are measured twice")
+
+    monkeypatch.setattr(difficulty, "example_losses", measure_again)
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "weights.parquet").unlink()
+    with pytest.warns(UserWarning, match="weights.parquet is missing"):
+        assert main(["select", str(made / "select.yaml"), *RUN, "--out", str(out), "--resume"]) == 0
+    assert pq.read_table(out / "weights.parquet").equals(pq.read_table(run / "weights.parquet"))
 
 
 def test_a_runs_folder_is_enough(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(run), "--out", "e", "--export.format", "axolotl", "--export.layout", "chat"]) == 0
     out = capsys.readouterr().out
-    rule = "the top 50% by weight in each of 4 strata of like loss before training"  # section selection of the run
+    rule = (
+        "the top 50% by weight in each of up to 4 strata of like loss before training"  # section selection of the run
+    )
     assert f"18 of 36 rows, {rule}: e/train.jsonl" in out
     table = pq.read_table(run / "weights.parquet").to_pydict()
     order = np.argsort(np.array(table["start_loss"]), kind="stable")

@@ -435,6 +435,10 @@ WRONG = {
     "NaN loss": (["--optimizer.learning-rate", "1e30"], "training loss is (nan|inf) at step"),
     "no derivative": (["--optimizer.eps-root", "0", "--lora.r", "2"], "eps_root > 0"),
     "no model": (["--model.name-or-path", "nowhere"], "nowhere"),
+    "fewer rows than strata": (
+        ["--selection.strata", "loss", "--selection.num-strata", "19"],
+        r"selection.top_share = 0.5 of 36 rows selects 18, and selection.num_strata = 19",
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from bilevel_jax.runs.config.load import ExportConfig, InspectConfig
 from bilevel_jax.runs.engine.selection import (
     STRATA_COLUMNS,
     describe_shortfall,
+    describe_strata,
     describe_ties,
     divide_into_strata,
     select_examples,
@@ -79,6 +80,8 @@ def choose_examples(config: ExportConfig, run: Path | None = None) -> SelectedEx
     )
     if note := describe_ties(loaded_weights.weights, candidates, places, config.selection, sources, strata):
         notes.append(note)
+    if note := describe_strata(strata, places, config.selection):
+        notes.append(note)
     if shortfall := describe_shortfall(config.selection, len(places)):
         notes.append(shortfall)
     repeats = np.bincount(places, minlength=len(examples))[usable]
@@ -118,7 +121,13 @@ def _read_strata(
             f"selection.strata = {rule.strata} reads a column of the file of weights, and there is none: give a run's "
             "folder or weights.file, or leave strata empty."
         )
-    column = from_file.read_id_column(config.weights.file, STRATA_COLUMNS[rule.strata])
+    column = from_file.read_id_column(config.weights.file, STRATA_COLUMNS[rule.strata], optional=True)
+    if not column.values:
+        raise ValueError(
+            f"{config.weights.file}: no column {column.name!r}, which selection.strata = {rule.strata} reads; runs of "
+            "select by an earlier version have none. Run select again (its weights.parquet has the column), add the "
+            "column to the file, or leave selection.strata empty."
+        )
     values = np.array([column.values.get(example.id, np.nan) for example in examples])
     unknown = candidates[~np.isfinite(values[candidates])]
     if len(unknown):

@@ -21,9 +21,12 @@ from bilevel_jax.runs.engine.recommendation import NOT_COMPARED, recommend, reco
 from bilevel_jax.runs.engine.reliability import average_reliability_near
 from bilevel_jax.runs.engine.retrain import FIRST_RETRAIN_SEED, Retrainer, retrain_variants
 from bilevel_jax.runs.engine.selection import (
+    check_strata,
     describe_shortfall,
+    describe_strata,
     describe_ties,
     divide_by_difficulty,
+    list_further_strata,
     select_examples,
 )
 from bilevel_jax.runs.engine.single_loop import SingleLoopResult, run_single_loop_with_baselines
@@ -33,7 +36,7 @@ from bilevel_jax.runs.evaluation.run_models import RunModel, compare_run_models,
 from bilevel_jax.runs.infra import checkpoint, distributed, run_dir, seals
 from bilevel_jax.runs.infra.placement import place_table
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
-from bilevel_jax.runs.scoring.difficulty import Difficulty, measure_difficulty
+from bilevel_jax.runs.scoring.difficulty import Difficulty, measure_difficulty_once
 from bilevel_jax.runs.scoring.likelihoods import check_embeddings
 from bilevel_jax.runs.tasks import splits
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
@@ -77,6 +80,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
             proximal_strength=config.outer.proximal,
             target=config.target,
         )
+        check_strata(config.selection, len(task.trainable_indices()))
         evaluation = prepare_run_evaluation(config, resolved.evaluate.prompts, task)
         with start_session(config, folder) as session:
             return _run_selection(task, config, evaluation, session, folder)
@@ -99,17 +103,22 @@ def _run_selection(
     verdict = _verdict_of_run(verdicts)
 
     sources = [example.source for example in task.examples]
-    measured = measure_difficulty(task, task.init_params(config.train.seed))
+    measured = measure_difficulty_once(task, lambda: task.init_params(config.train.seed), session)
     strata = divide_by_difficulty(measured, config.selection)
     selected = select_examples(
         learned.weights, task.trainable_indices(), config.selection, sources=sources, seed=config.data.seed,
         strata=strata,
     )  # fmt: skip
     ties = describe_ties(learned.weights, task.trainable_indices(), selected, config.selection, sources, strata)
-    selection_notes = [note for note in (ties, describe_shortfall(config.selection, len(selected))) if note]
+    divided = describe_strata(strata, selected, config.selection)
+    shortfall = describe_shortfall(config.selection, len(selected))
+    selection_notes = [note for note in (ties, divided, shortfall) if note]
     for note in selection_notes:
         session.print_line(note)
-    difficulty = session.run_once("difficulty", lambda: measured.correlate(learned.weights).to_json("the weights"))
+    difficulty = session.run_once(
+        "difficulty",
+        lambda: measured.correlate(learned.weights).to_json("the weights", list_further_strata(config.selection)),
+    )
     comparison = _compare_by_retraining(task, config, trainer, session, learned, np.unique(selected))
     session.set_phase("writing")
     distributed.run_on_first_process(lambda: checkpoint.keep_last_checkpoints(folder))

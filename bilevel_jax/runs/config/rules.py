@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 from bilevel_jax.runs.config.bounds import violation
-from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS
+from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS, SelectionSection
 
 
 def reads_array_data(config: Any) -> bool:
@@ -273,6 +273,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
             not c.selection.strata or not (c.selection.threshold or c.selection.resample or c.selection.per_source)
         ),
         "strata divide selection.top_share: leave threshold, resample and per_source at 0, or strata empty",
+    ),
+    (
+        "selection.num_strata",
+        lambda c: c.selection.strata or c.selection.num_strata == SelectionSection().num_strata,
+        "it is the number of strata of selection.strata, and that is empty: set strata, or leave num_strata at "
+        f"{SelectionSection().num_strata}",
     ),
     (
         "selection.strata",

@@ -684,10 +684,13 @@ class SelectionSection:
 
     strata: Literal["", "length", "loss"] = ""
     """Take top_share of each of num_strata groups of like length in tokens, or of like loss before training, and not of
-    all examples together, so that long or hard ones are no larger part of the selection; empty: off."""
+    all examples together, so that long or hard ones are no larger part of the selection; empty: off.
+
+    Examples of equal length, or equal loss, are in one group, whatever their order."""
 
     num_strata: Annotated[int, Ge(2)] = 5
-    """strata: groups of the examples, in order of length or loss, of equal numbers."""
+    """strata: groups of the examples, in order of length or loss, of as equal numbers as equal values allow; fewer
+    groups where too many are equal, which is told. The selection must have a row for each."""
 
 
 Variant = Literal[

@@ -30,7 +30,7 @@ def select_examples(
     """The examples to keep, in their order, out of `candidates`.
 
     - top_share: that share of the rows, those of the largest weights; under rule.strata that share of each of `strata`
-      (the group of each row, by `divide_into_strata`), those of its largest weights;
+      (the group of each row, by `divide_into_strata`), those of its largest weights, as many in all as without;
     - threshold: all rows of at least that weight;
     - resample: n rows, row i floor or ceil of n w_i / Σ w times (systematic resampling: the least noise that whole
       repeats allow, and each count right on average over seeds). With max_repeats = r row i is expected
@@ -39,7 +39,7 @@ def select_examples(
     - per_source: n rows, dealt to the sources by their total weight (largest remainders) and, inside a source, those of
       the largest weights; a source with fewer rows gives all it has.
 
-    Raises ValueError where the rule leaves no row.
+    Raises ValueError where the rule leaves no row, or fewer than rule.num_strata.
     """
     if rule.resample:
         return _resample(weights, candidates, rule, seed)
@@ -53,12 +53,32 @@ def select_examples(
                 f"{weights[candidates].max():.3g}. Lower it, or use selection.top_share."
             )
         return selected
-    count = max(1, round(rule.top_share * len(candidates)))
+    count = _count_top(rule, len(candidates))
     if rule.strata:
         if strata is None:
             raise ValueError(f"selection.strata = {rule.strata}: the strata of the rows are not given.")
+        check_strata(rule, len(candidates))
         return _select_per_stratum(weights, candidates, count, strata)
     return top_indices(weights, count, candidates)
+
+
+def check_strata(rule: SelectionSection, num_candidates: int) -> None:
+    """Refuse strata of which some would give no row, as fewer rows are selected; known before any weight is."""
+    count = _count_top(rule, num_candidates)
+    if rule.strata and count < rule.num_strata:
+        larger_share = "raise top_share, " if num_candidates >= rule.num_strata else ""
+        raise ValueError(
+            f"selection.top_share = {rule.top_share:g} of {format_count('row', num_candidates)} selects {count:,}, and "
+            f"selection.num_strata = {rule.num_strata} asks for at least one of each stratum: {larger_share}lower "
+            "num_strata, or leave selection.strata empty."
+        )
+
+
+def list_further_strata(rule: SelectionSection) -> list[str]:
+    """Values that selection.strata could have instead of its own; none where the rule selects by no share."""
+    if rule.threshold or rule.resample or rule.per_source:
+        return []
+    return [name for name in STRATA_NAMES if name != rule.strata]
 
 
 def divide_by_difficulty(difficulty: Difficulty, rule: SelectionSection) -> Int[np.ndarray, "examples"] | None:
@@ -70,16 +90,20 @@ def divide_by_difficulty(difficulty: Difficulty, rule: SelectionSection) -> Int[
 def divide_into_strata(
     values: Float[np.ndarray, "examples"], candidates: Int[np.ndarray, "kept"], num_strata: int
 ) -> Int[np.ndarray, "examples"]:
-    """The group of each row: `candidates` in order of their values, cut into groups whose sizes differ by at most one.
+    """The group of each row: `candidates` in order of their values, cut where the groups come nearest to equal sizes.
 
-        stratum_i = floor(num_strata rank_i / N)
+        stratum of v = floor(num_strata (rows below v + rows up to v) / 2N)
 
-    Equal values keep the order of the data, and may so fall on both sides of a cut. Other rows have -1.
+    Equal values are in one group, whatever the order of the data. So sizes differ by at most one where all values do,
+    and by more where many rows share a value; groups that get none are left out, and the others numbered from 0. Rows
+    that are no candidates have -1.
     Wrong where the value is what makes an example good or bad: of the lowest weights a group keeps as many as all do.
     """
     strata = np.full(len(values), -1)
-    ordered = candidates[np.argsort(values[candidates], kind="stable")]
-    strata[ordered] = np.arange(len(ordered)) * num_strata // max(1, len(ordered))
+    _, places, counts = np.unique(values[candidates], return_inverse=True, return_counts=True)
+    up_to = np.cumsum(counts)
+    groups = num_strata * (2 * up_to - counts) // (2 * max(1, len(candidates)))
+    strata[candidates] = np.unique(groups, return_inverse=True)[1][places]
     return strata
 
 
@@ -138,6 +162,25 @@ def describe_cuts(cuts: Sequence[Cut], rule: SelectionSection, num_equal: int) -
     )
 
 
+def describe_strata(
+    strata: Int[np.ndarray, "examples"] | None,
+    selected: Int[np.ndarray, "selected"],
+    rule: SelectionSection,
+) -> str:
+    """That equal values made the strata fewer than asked for, or so unequal that some gave no row; "" otherwise."""
+    if strata is None:
+        return ""
+    sizes = np.bincount(strata[strata >= 0])
+    num_empty = int((np.bincount(strata[selected], minlength=len(sizes)) == 0).sum())
+    if len(sizes) == rule.num_strata and not num_empty:
+        return ""
+    num_rows = f"{sizes.min():,} to {sizes.max():,} rows" if sizes.min() < sizes.max() else f"{sizes[0]:,} rows"
+    told = f"there are {len(sizes)}, of {num_rows}" if len(sizes) > 1 else "there is one, of all rows"
+    empty = f"; of {num_empty} the share is less than one row, and none is selected" if num_empty else ""
+    equal = {"length": "rows of equal length", "loss": "rows of equal loss before training"}[rule.strata]
+    return f"selection.num_strata = {rule.num_strata}: {equal} are in one stratum, so {told}{empty}."
+
+
 def describe_shortfall(rule: SelectionSection, num_selected: int) -> str:
     """Why fewer rows were selected than the rule asks for; "" where there are as many."""
     if num_selected >= max(rule.resample, rule.per_source):
@@ -164,7 +207,7 @@ def describe_selection_rule(rule: SelectionSection) -> str:
     if rule.threshold:
         return f"weight {rule.threshold:g} or more"
     share = f"the top {rule.top_share:.1%} by weight".replace(".0%", "%")
-    return f"{share} in each of {rule.num_strata} strata of {STRATA_NAMES[rule.strata]}" if rule.strata else share
+    return f"{share} in each of up to {rule.num_strata} strata of {STRATA_NAMES[rule.strata]}" if rule.strata else share
 
 
 class CappedDraw(NamedTuple):
@@ -207,6 +250,10 @@ def cap_draw(weigh_rows: Callable[[float], tuple[int, float]], rule: SelectionSe
         level, num_capped = next_level, now_capped
 
 
+def _count_top(rule: SelectionSection, num_candidates: int) -> int:
+    return max(1, round(rule.top_share * num_candidates))
+
+
 def _resample(weights: np.ndarray, candidates: np.ndarray, rule: SelectionSection, seed: int) -> np.ndarray:
     chances = weights[candidates]
     if chances.sum() <= 0:
@@ -240,11 +287,13 @@ def _select_per_source(weights: np.ndarray, candidates: np.ndarray, count: int, 
 
 
 def _select_per_stratum(weights: np.ndarray, candidates: np.ndarray, count: int, strata: np.ndarray) -> np.ndarray:
-    """`count` rows, the largest weights of each stratum, in proportion to its size; what is left of whole numbers is
-    spread along the strata, so that neither end gains by it."""
+    """`count` rows, the largest weights of each stratum, in proportion to its size by largest remainders; where these
+    are equal, what is left of whole numbers is spread along the strata, so that neither end gains by it."""
     members = [candidates[strata[candidates] == stratum] for stratum in np.unique(strata[candidates])]
-    ends = np.round(np.cumsum([len(rows) for rows in members]) * count / len(candidates)).astype(int)
-    counts = np.diff(ends, prepend=0)
+    quotas = count * np.array([len(rows) for rows in members])  # in units of 1 / len(candidates), where they are whole
+    counts, remainders = np.divmod(quotas, len(candidates))
+    is_spread = np.diff(np.round(np.cumsum(remainders) / len(candidates)), prepend=0)
+    counts[np.lexsort((-is_spread, -remainders))[: count - counts.sum()]] += 1
     return np.sort(
         np.concatenate([top_indices(weights, size, rows) for size, rows in zip(counts, members, strict=True) if size])
     )

@@ -1,12 +1,14 @@
 """Whether weights or scores merely order the examples by their length or by their loss before training."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from bilevel_jax.core.types import Params
+from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.scores import example_losses
 from bilevel_jax.runs.stats import rank_correlation
 from bilevel_jax.runs.tasks.protocol import Task
@@ -15,8 +17,10 @@ from bilevel_jax.runs.tasks.text import TextTask
 LARGE_CORRELATION = 0.8
 """Rank correlation from which on an order is told as that of length or loss: of two Gaussian variables with it 58 % of
 the upper tenth, 71 % of the upper three tenths and 80 % of the upper half are the same examples. The best examples can
-lose to random ones without any such order (tests/benchmarks/difficulty.py, where it is 0): both ends are short and hard
-there, by less than a tenth of 256 examples tells from chance. Retraining beside random examples tells."""
+lose to random ones without any such order: in tests/benchmarks/difficulty.py the correlations with length, with loss
+before training and with loss at the end of training are .1 at most, in the mean over seeds, and yet the best tenth is
+worse to train on than a random one. Its 26 examples are shorter, but by no more than 26 random ones could be by chance.
+Retraining beside random examples tells."""
 MIN_EXAMPLES = 10
 """Of fewer examples chance alone reaches it more often than once in 200 times."""
 END_NAMES = {"length": ("longest", "shortest"), "loss": ("hardest", "easiest")}
@@ -32,8 +36,13 @@ class DifficultyCorrelation(NamedTuple):
     """With its loss under the model before training."""
     num_examples: int
 
-    def describe(self, what: str) -> str:
-        """One sentence where a correlation is large, else nothing; `what` is the plural that orders the examples."""
+    def describe(self, what: str, strata: Sequence[str] = ()) -> str:
+        """One sentence where a correlation is large, else nothing.
+
+        Args:
+            what: the plural that orders the examples.
+            strata: values of selection.strata that the reader could set, and has not.
+        """
         large = {
             name: value
             for name, value in (("length", self.length), ("loss", self.loss))
@@ -42,19 +51,23 @@ class DifficultyCorrelation(NamedTuple):
         if not large:
             return ""
         orders = " and ".join(f"{MEASURE_NAMES[name]} ({value:+.2f})" for name, value in large.items())
+        remedies = [
+            f"; selection.strata: {name} selects the best of each group of like {name}"
+            for name in large
+            if name in strata
+        ]
         ends = " and ".join(END_NAMES[name][value < 0] for name, value in large.items())
         return (
             f"{what[0].upper()}{what[1:]} order the examples nearly by {orders.replace('-', '−')}, as rank "
             f"correlation: the {ends} come first. Length and loss make gradients large whatever an example teaches, so "
-            f"compare with {' or '.join(MEASURE_NAMES[name] for name in large)} alone, and with random examples; "
-            f"selection.strata: {next(iter(large))} takes the best of each "
-            f"{' or of each '.join(name for name in large)} instead."
+            f"compare with {' or '.join(MEASURE_NAMES[name] for name in large)} alone, and with random examples"
+            f"{''.join(remedies)}."
         )
 
-    def to_json(self, what: str) -> dict[str, Any]:
-        """The numbers, None where there is none, and the sentence."""
+    def to_json(self, what: str, strata: Sequence[str] = ()) -> dict[str, Any]:
+        """The numbers, None where there is none, and the sentence; see `describe`."""
         values = {name: value if math.isfinite(value) else None for name, value in zip(END_NAMES, self, strict=False)}
-        return values | {"sentence": self.describe(what)}
+        return values | {"sentence": self.describe(what, strata)}
 
 
 class Difficulty(NamedTuple):
@@ -80,8 +93,17 @@ class Difficulty(NamedTuple):
 
 def measure_difficulty(task: Task, start: Params) -> Difficulty:
     """Tokens and losses of the training examples under the model before training: one forward pass over them."""
-    lengths = None
-    if isinstance(task, TextTask):
-        by_example = task.corpus.lengths.reshape(-1, task.corpus.sequences_per_example).sum(1)
-        lengths = by_example[: task.num_examples]
-    return Difficulty(lengths, example_losses(task, start), task.trainable_indices())
+    return Difficulty(_count_tokens(task), example_losses(task, start), task.trainable_indices())
+
+
+def measure_difficulty_once(task: Task, make_start: Callable[[], Params], session: Session) -> Difficulty:
+    """As `measure_difficulty`, with the losses of the first process of a run: on another device they would be rounded
+    otherwise on resume, and what is selected by them would change after its retrains."""
+    losses = session.run_once("losses before training", lambda: example_losses(task, make_start()).tolist())
+    return Difficulty(_count_tokens(task), np.array(losses, float), task.trainable_indices())
+
+
+def _count_tokens(task: Task) -> Int[np.ndarray, "examples"] | None:
+    if not isinstance(task, TextTask):
+        return None
+    return task.corpus.lengths.reshape(-1, task.corpus.sequences_per_example).sum(1)[: task.num_examples]

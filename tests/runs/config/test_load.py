@@ -174,6 +174,11 @@ def test_an_empty_file_is_the_defaults(tmp_path):
             ["--selection.strata", "length", "--selection.per-source", "5"],
             "selection.strata = 'length': strata divide selection.top_share: leave threshold, resample and per_source",
         ),
+        (
+            ["--selection.num-strata", "4"],
+            "selection.num_strata = 4: it is the number of strata of selection.strata, and that is empty: set strata, "
+            "or leave num_strata at 5",
+        ),
         (["--certify.retrains", "3"], "must be 0 (not measured), or 8 or more"),
     ],
 )

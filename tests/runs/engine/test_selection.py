@@ -1,5 +1,7 @@
 """Which rows a selection keeps: each rule against a count by hand, repeats that are right on average."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,10 @@ from bilevel_jax.runs.config.schema import SelectionSection
 from bilevel_jax.runs.engine.selection import (
     describe_selection_rule,
     describe_shortfall,
+    describe_strata,
     describe_ties,
     divide_into_strata,
+    list_further_strata,
     select_examples,
 )
 
@@ -50,7 +54,7 @@ def test_strata_are_equal_groups_in_order():
     assert np.ptp(np.bincount(strata)) <= 1
     for stratum in range(4):
         assert values[strata == stratum].max() < values[strata == stratum + 1].min()
-    assert np.bincount(divide_into_strata(np.ones(4), np.arange(4), 6)).max() == 1  # more groups than rows
+    assert np.bincount(divide_into_strata(np.arange(4.0), np.arange(4), 6)).tolist() == [1] * 4  # more groups than rows
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,6 @@ def test_strata_are_equal_groups_in_order():
         (1 / 3, ALL, [1, 5]),  # the best of the three short and of the three long
         (2 / 3, ALL, [1, 3, 0, 5]),
         (1, ALL, [0, 1, 2, 3, 4, 5]),
-        (0.01, ALL, [1]),  # never none: 1/2 of a row from each, rounded to an even number, is 0 and then 1
         (0.5, np.array([0, 2, 3, 4]), [0, 3]),  # of what may be kept: 0 and 2 are short, 3 and 4 are long
     ],
 )
@@ -67,6 +70,97 @@ def test_a_share_of_each_stratum(share, among, wanted):
     rule = SelectionSection(top_share=share, strata="length", num_strata=2)
     strata = divide_into_strata(LENGTHS, among, 2)
     assert select_examples(WEIGHTS, among, rule, sources=SOURCES, seed=0, strata=strata).tolist() == sorted(wanted)
+
+
+def divide_by_hand(values, num_strata):
+    """Each cut of equal sizes moved to the nearest place between two values, the lower of two that are as near."""
+    places = np.array([0, *np.cumsum(np.unique(values, return_counts=True)[1])])
+    cuts = [places[np.abs(places - len(values) * k / num_strata).argmin()] for k in range(1, num_strata)]
+    strata = np.full(len(values), -1)
+    strata[np.argsort(values, kind="stable")] = np.searchsorted(np.unique(cuts), np.arange(len(values)), side="right")
+    return np.unique(strata, return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 4, 12, 300])
+def test_equal_values_are_in_one_stratum_and_cuts_are_nearest_to_equal_sizes(num_values):
+    rng = np.random.default_rng(num_values)
+    for num_strata in (2, 5, 7):
+        values = rng.integers(0, num_values, 60).astype(float)
+        strata = divide_into_strata(values, np.arange(60), num_strata)
+        assert strata.tolist() == divide_by_hand(values, num_strata).tolist()
+        shuffled = rng.permutation(60)
+        assert (divide_into_strata(values[shuffled], np.arange(60), num_strata) == strata[shuffled]).all()
+
+
+FIVE = SelectionSection(top_share=0.1, strata="length")
+LONG = np.repeat([5.0, 9.0], [97, 3])
+
+
+@pytest.mark.parametrize(
+    "lengths, wanted, told",
+    [
+        (np.full(100, 7.0), range(90, 100), "there is one, of all rows."),  # the largest weights of all
+        (np.repeat([4.0, 8.0], 50), [*range(45, 50), *range(95, 100)], "there are 2, of 50 rows."),
+        (np.tile([4.0, 8.0], 50), range(90, 100), "there are 2, of 50 rows."),
+        (LONG, range(87, 97), "there are 2, of 3 to 97 rows; of 1 the share is less than one row, and none is"),
+    ],
+)
+def test_of_equal_lengths_and_unequal_weights_the_largest_are_selected_and_it_is_told(lengths, wanted, told):
+    strata = divide_into_strata(lengths, np.arange(100), 5)
+    selected = select_examples(np.arange(100.0), np.arange(100), FIVE, sources=[""] * 100, seed=0, strata=strata)
+    assert selected.tolist() == [*wanted]
+    assert describe_strata(strata, selected, FIVE).startswith(
+        f"selection.num_strata = 5: rows of equal length are in one stratum, so {told}"
+    )
+
+
+def test_of_different_values_every_stratum_gives_rows_and_nothing_is_told():
+    for num_rows in (2, 3, 5, 7, 12, 17):
+        values, rows = np.random.default_rng(num_rows).permutation(num_rows).astype(float), np.arange(num_rows)
+        for num_strata in range(2, num_rows + 1):
+            for count in range(num_strata, num_rows + 1):
+                rule = SelectionSection(top_share=count / num_rows, strata="loss", num_strata=num_strata)
+                strata = divide_into_strata(values, rows, num_strata)
+                selected = select_examples(values, rows, rule, sources=[""] * num_rows, seed=0, strata=strata)
+                assert len(selected) == count and describe_strata(strata, selected, rule) == ""
+    assert describe_strata(None, rows, SelectionSection()) == ""
+
+
+@pytest.mark.parametrize(
+    "rule, wanted",
+    [
+        (
+            FIVE,
+            "selection.top_share = 0.1 of 44 rows selects 4, and selection.num_strata = 5 asks for at least one of "
+            "each stratum: raise top_share, lower num_strata, or leave selection.strata empty.",
+        ),
+        (
+            dataclasses.replace(FIVE, top_share=1.0, num_strata=45),
+            "selection.top_share = 1 of 44 rows selects 44, and selection.num_strata = 45 asks for at least one of "
+            "each stratum: lower num_strata, or leave selection.strata empty.",
+        ),
+    ],
+)
+def test_fewer_rows_than_strata_are_refused(rule, wanted):
+    rows = np.arange(44)
+    strata = divide_into_strata(rows.astype(float), rows, rule.num_strata)
+    with pytest.raises(ValueError) as caught:
+        select_examples(rows.astype(float), rows, rule, sources=[""] * 44, seed=0, strata=strata)
+    assert str(caught.value) == wanted
+
+
+@pytest.mark.parametrize(
+    "rule, wanted",
+    [
+        (SelectionSection(), ["length", "loss"]),
+        (FIVE, ["loss"]),
+        (SelectionSection(resample=5), []),
+        (SelectionSection(per_source=5), []),
+        (SelectionSection(threshold=1), []),
+    ],
+)
+def test_strata_that_could_be_set(rule, wanted):
+    assert list_further_strata(rule) == wanted
 
 
 def test_a_selection_by_strata_has_the_composition_of_all_and_the_size_of_one_without():
@@ -197,7 +291,7 @@ def test_a_threshold_above_all_weights_is_an_error():
         (SelectionSection(top_share=0.125), "the top 12.5% by weight"),
         (
             SelectionSection(top_share=0.1, strata="loss", num_strata=4),
-            "the top 10% by weight in each of 4 strata of like loss before training",
+            "the top 10% by weight in each of up to 4 strata of like loss before training",
         ),
         (SelectionSection(threshold=1.5), "weight 1.5 or more"),
         (SelectionSection(resample=5000), "5,000 rows drawn in proportion to their weight, as whole repeats"),

@@ -45,6 +45,19 @@ def test_an_order_by_length_or_loss_is_told_in_one_sentence(name):
     assert told.count("length in tokens") in (0, 2) and "nan" not in told
 
 
+def test_remedies_are_told_for_each_measure_that_is_large_and_could_be_set():
+    both = difficulty.DifficultyCorrelation(-0.9, -0.95, 50)
+    of_length = "selection.strata: length selects the best of each group of like length"
+    of_loss = "selection.strata: loss selects the best of each group of like loss"
+    alone = "alone, and with random examples"
+    assert both.describe("w", ["length", "loss"]).endswith(f"{alone}; {of_length}; {of_loss}.")
+    assert both.describe("w", ["loss"]).endswith(f"{alone}; {of_loss}.")
+    assert both.describe("w").endswith(f"{alone}.")
+    only_length = both._replace(loss=0.1)
+    assert only_length.describe("w", ["length", "loss"]).endswith(f"{alone}; {of_length}.")
+    assert only_length.to_json("w", ["loss"])["sentence"].endswith(f"{alone}.")
+
+
 def test_what_is_not_told():
     assert KNOWN.correlate(np.ones(50)).to_json("the weights") == {"length": None, "loss": None, "sentence": ""}
     assert Difficulty(None, np.full(20, np.nan), np.arange(20)).correlate(np.ones(20)).num_examples == 0
