@@ -270,11 +270,20 @@ class Repetition:
 
     def run_method(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         """The cell of a method, after cold retrains with its weights, and the weights; mixing learns none."""
+        answers_itself = name == "mixing" and self.evaluation is not None
         cell, weights, load_own = learn_weights(
-            self.task, self.sections, name, self.seed, self.config.compare.budget, self.session, self.outer_loss
+            self.task,
+            self.sections,
+            name,
+            self.seed,
+            self.config.compare.budget,
+            self.session,
+            self.outer_loss,
+            keeps_own=answers_itself,
         )
-        if name == "mixing":
+        if answers_itself:
             self._answer(name, load_own)
+        del load_own  # and with it a model that it may still hold
         run_dir.remove_folder(part_folder(self.session, name, self.seed))
         if name == "mixing":
             return cell, weights
@@ -314,12 +323,20 @@ class Repetition:
 
 
 def learn_weights(
-    task: Task, sections: MethodSections, name: str, seed: int, budget: int, session: Session, outer_loss: Any
+    task: Task,
+    sections: MethodSections,
+    name: str,
+    seed: int,
+    budget: int,
+    session: Session,
+    outer_loss: Any,
+    *,
+    keeps_own: bool = False,
 ) -> tuple[dict[str, Any], np.ndarray, Callable[[], Params]]:
     """(a method's cell before its retrains, its weights, what gives the model that it has trained itself).
 
     Computed now, or read where an earlier run left them. The part's folder holds its last step until the caller removes
-    it: with it, the model is there again at once.
+    it: with it, the model is there again at once. With `keeps_own` it stays in memory until it is asked for.
     """
     method, key = METHODS[name], f"seed {seed}/{name}"
     folder = part_folder(session, name, seed)
@@ -336,7 +353,7 @@ def learn_weights(
 
     def make() -> dict[str, Any]:
         outcome = run()
-        if outcome.params is not None:
+        if keeps_own and outcome.params is not None:
             own_params.append(outcome.params)
         with run_dir.atomic_replace(path) as place, open(place, "wb") as file:
             np.save(file, outcome.weights)
