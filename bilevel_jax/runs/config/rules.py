@@ -39,9 +39,14 @@ def evaluates_own_models(config: Any) -> bool:
 
 def _names_unused_evaluation(config: Any) -> bool:
     """Whether something is to be measured of answers, and no prompts are named that would be answered."""
+    if not evaluates_own_models(config):
+        return False
     is_verified = config.verifier.name and not hasattr(config, "refine")  # whose responses it verifies in any case
-    named = config.evaluate.metrics or is_verified or config.judge.url
-    return evaluates_own_models(config) and not config.evaluate.prompts and bool(named)
+    section = config.evaluate
+    default = type(section)()
+    keys = [field.name for field in dataclasses.fields(section) if field.name != "prompts"]
+    named = any(getattr(section, key) != getattr(default, key) for key in keys) or is_verified or config.judge.url
+    return not section.prompts and bool(named)
 
 
 def _compares_answers(config: Any) -> bool:
@@ -624,8 +629,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     (
         "evaluate.prompts",
         lambda c: not _names_unused_evaluation(c),
-        "evaluate.metrics, verifier.name and judge.url say how answers are measured, and nothing is asked: name the "
-        "prompts, or leave them out",
+        "evaluate.metrics, verifier.name, judge.url and the other keys of evaluate say how answers are measured, and "
+        "nothing is asked: name the prompts, or leave them out",
     ),
     (
         "evaluate.prompts",
