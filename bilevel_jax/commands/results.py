@@ -58,6 +58,10 @@ class AnswerComparison:
     answers: Column
     measures: dict[str, Float[np.ndarray, "rows"]]
     """Of each answer: accuracy, chrf, bleu, rouge_l, safety, refusal, as configured; nan where there is none."""
+    fingerprints: Column
+    """Of the parameters of the model that gave it."""
+    seeds: Int[np.ndarray, "rows"] | None
+    """Of `compare`: the seed of that model, from 0; else None."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -671,11 +675,11 @@ def _read_score(shared: dict[str, Any], result: dict[str, Any], folder: Path) ->
 
 
 def _read_evaluate(shared: dict[str, Any], result: dict[str, Any], folder: Path) -> EvaluateResult:
-    return EvaluateResult(**shared, summary=result["sentence"], level=result["level"], **_read_answers(folder))
-
-
-def _read_answers(folder: Path) -> dict[str, Any]:
     table = run_dir.read_parquet(folder / ANSWERS_FILE)
+    return EvaluateResult(**shared, summary=result["sentence"], level=result["level"], **_read_answers(table))
+
+
+def _read_answers(table: pa.Table) -> dict[str, Any]:
     names = [name for name in table.column_names if pa.types.is_floating(table.schema.field(name).type)]
     return {
         "ids": _texts(table, "id"),
@@ -689,10 +693,18 @@ def _read_answers(folder: Path) -> dict[str, Any]:
 def _read_evaluations(result: Mapping[str, Any], folder: Path) -> dict[str, AnswerComparison]:
     if not result.get("evaluate"):  # `compare` of earlier versions had none
         return {}
-    return {
-        key: AnswerComparison(one["sentence"], one["level"], one, **_read_answers(folder / RUN_FOLDER / key))
-        for key, one in result["evaluate"]["comparisons"].items()
-    }
+    found = {}
+    for key, one in result["evaluate"]["comparisons"].items():
+        table = run_dir.read_parquet(folder / RUN_FOLDER / key / ANSWERS_FILE)
+        found[key] = AnswerComparison(
+            one["sentence"],
+            one["level"],
+            one,
+            **_read_answers(table),
+            fingerprints=_texts(table, "fingerprint"),
+            seeds=_numbers(table, "seed") if "seed" in table.column_names else None,
+        )
+    return found
 
 
 def _with_evaluation(summary: str, result: Mapping[str, Any]) -> str:

@@ -1,19 +1,30 @@
 """Section `evaluate` of `compare`: the models of all arms and seeds answer, each against one baseline."""
 
+import gc
 import json
 import os
 import re
 import signal
+import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.cli import main
-from bilevel_jax.commands.compare.run import compare, make_task_builder
+from bilevel_jax.commands.compare import run as run_module
+from bilevel_jax.commands.compare.methods import METHODS, MethodResult
+from bilevel_jax.commands.compare.report import format_markdown, render_compare_report
+from bilevel_jax.commands.compare.report_answers import _choose_level, describe_arm_answers
+from bilevel_jax.commands.compare.run import compare, learn_weights, make_task_builder
 from bilevel_jax.commands.results import read_result
 from bilevel_jax.lm.inference import generate
 from bilevel_jax.runs.budget.work import count_compare_work
 from bilevel_jax.runs.config.load import CompareConfig, load_config
+from bilevel_jax.runs.evaluation.arms import describe_arms, summarize_crossed
+from bilevel_jax.runs.evaluation.metrics import METRICS
+from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.infra.session import Interrupted, Session
 from bilevel_jax.runs.tasks.evaluation import read_labels
 from tests.commands.chat_server import ChatServer, make_judge
@@ -65,6 +76,10 @@ def test_every_arm_is_compared_with_the_baseline_seed_by_seed(whole):
         questions = pq.read_table(out / "evaluate" / arm / "questions.parquet").to_pandas()
         mean = questions["perplexity of the model"].mean() - questions["perplexity of the baseline"].mean()
         assert line["difference"].value == pytest.approx(mean)
+        of_model = answers[answers["role"] == "model"].groupby("seed")["fingerprint"].unique()
+        assert [", ".join(of_seed) for of_seed in zip(*of_model, strict=True)] == [
+            compared["models"]["model"]["fingerprint"]
+        ]
     fingerprints = {compared["models"]["baseline"]["fingerprint"] for compared in found["comparisons"].values()}
     assert len(fingerprints) == 1 and len(fingerprints.pop().split(", ")) == 2
     assert "16 questions and 2 seeds" in found["sentence"]
@@ -92,7 +107,65 @@ def test_the_result_the_report_and_the_table_tell_it(whole):
     assert "hold for all 3 arms at\nonce" in page and "98.3" in page
     lines = (out / "table.md").read_text().splitlines()
     assert result["evaluate"]["sentence"] in lines
-    assert [line for line in lines if line.startswith("| window | ") and "told" in line or "better" in line]
+    [line] = [line for line in lines if line.startswith("| window | ") and line.count("|") == 5]
+    assert line.endswith(("| no difference told |", "| better |", "| worse |"))
+    assert one.seeds.tolist() == [0, 1] * 32 and len(set(one.fingerprints)) == 4
+
+
+@pytest.mark.parametrize("usable", [0, 1])
+def test_a_report_of_one_prompt_and_of_none_that_is_usable_is_written(whole, tmp_path, usable):
+    """From result.json, which holds null for what is unknown."""
+    folder = whole[0]
+    result, environment = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "environment"))
+    found = result["evaluate"]
+    for compared in found["comparisons"].values():
+        for name in compared["metrics"]:
+            values = {role: np.full((2, 16), np.nan) for role in ("model", "baseline")}
+            for at, role in enumerate(values):
+                values[role][:, :usable] = [[0.0], [0.5 + at]]
+            compared["metrics"][name] |= summarize_crossed(name, METRICS[name], values, 0, 3)
+        compared["level"] = compared["metrics"][compared["metric"]]["level"]
+    found["sentence"] = describe_arms(found)
+    run_dir.write_json(tmp_path / "result.json", result)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "\n| oracle | " + ("0.250 [unknown]" if usable else "unknown") in format_markdown(result)
+    page = render_compare_report("run", result, "", environment, describe_arm_answers(folder, result))
+    assert "No difference told" in page and "unknown" in page and "nan" not in re.sub(r"<[^>]*>", "", page).split()
+
+
+@pytest.mark.parametrize("keeps_own", [False, True])
+def test_only_an_own_model_that_answers_stays_in_memory(tmp_path, monkeypatch, keeps_own):
+    made = []
+
+    def train_own(*given):
+        params = np.ones(3)
+        made.append(weakref.ref(params))
+        return MethodResult(np.ones(2), [], 1.0, 0.0, "", params)
+
+    (tmp_path / "parts").mkdir()
+    session = SimpleNamespace(
+        folder=tmp_path, run_once=lambda key, make, is_there: make(), part_session=lambda name: None
+    )
+    monkeypatch.setitem(METHODS, "penalty", METHODS["penalty"]._replace(configure=lambda given: given, run=train_own))
+    monkeypatch.setattr(run_module, "_make_cell", lambda *given: {})
+    _, _, load_own = learn_weights(None, None, "penalty", 0, 1, session, None, keeps_own=keeps_own)
+    gc.collect()
+    assert len(made) == 1 and (made[0]() is not None) == keeps_own
+    assert load_own().sum() == 3 and len(made) == 2 - keeps_own
+    gc.collect()
+    assert made[0]() is None
+
+
+def test_the_headline_counts_both_sides_and_says_what_is_not_judged():
+    def level(*levels):
+        return _choose_level(levels, "uniform")
+
+    assert level("better", *["worse"] * 6) == ("bad", "✗", "1 of 7 better than uniform, 6 worse")
+    assert level("better", "better", "worse", "none")[::2] == ("good", "2 of 4 better than uniform, 1 worse")
+    assert level("better", "worse")[0] == "fair"
+    assert level("worse", "none")[2] == "None of 2 better than uniform, 1 worse"
+    assert level("open", "open")[2] == "Measured, not judged" and level("undecided") == ("fair", "?", "Undecided")
+    assert level("none", "undecided")[2] == "No difference told, 1 undecided"
 
 
 def without_seconds(part):
@@ -166,7 +239,9 @@ def test_a_stop_among_the_verdicts_asks_nothing_twice(config, made, tmp_path, mo
 def test_the_own_model_of_mixing_answers_and_is_not_trained_again_after_a_stop(config, made, tmp_path, monkeypatch):
     flags = ("--compare.methods", "mixing", "--compare.baselines", "uniform", "--compare.seeds", "1")
     result = run(config, made, tmp_path / "whole", *flags)["evaluate"]
-    assert "of other trainings" not in result["sentence"] and result["seeds"] == 1
+    assert "16 questions and 1 seed:" in result["sentence"] and result["seeds"] == 1
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "not for other trainings" in page and "is its own: trained on validation, too, from another start" in page
     set_phase, advance, work = Session.set_phase, Session.advance, []
 
     def stop(self, name, **more):
@@ -223,6 +298,14 @@ def test_what_does_not_fit_is_told_before_any_work(config, made, tmp_path, capsy
     error = capsys.readouterr().err
     assert text in " ".join(error.split()), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["baseline oracle", "questions 4", "metrics refusal"])
+def test_what_nothing_is_asked_for_is_refused(config, capsys, tmp_path, key):
+    name, value = key.split()
+    assert main(["compare", str(config), f"--evaluate.{name}", value, "--out", str(tmp_path / "out")]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the other keys of evaluate say how answers are measured, and nothing is asked: name the prompts" in error
 
 
 def test_arrays_have_no_answers(tmp_path, capsys):

@@ -7,13 +7,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bilevel_jax.runs.evaluation.arms import format_difference
-from bilevel_jax.runs.evaluation.metrics import format_number_of, format_value
+from bilevel_jax.runs.evaluation.metrics import format_difference, format_number_of, format_value
 from bilevel_jax.runs.evaluation.summary import ANSWERS_FILE, JUDGEMENTS_FILE, QUESTIONS_FILE, RUN_FOLDER
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
 from bilevel_jax.runs.report.evaluation import (
     LEVEL_WORDS,
+    LEVELS,
     MAX_CHARACTERS,
     describe_question,
     judge_table,
@@ -37,11 +37,10 @@ def describe_arm_answers(folder: Path, result: JsonObject) -> JsonObject | None:
         return None
     comparisons = found["comparisons"]
     first = next(iter(comparisons.values()))
-    better, worse = (sum(one["level"] == level for one in comparisons.values()) for level in ("better", "worse"))
     one_metric = {"is_share": True, "digits": 1}
     return {
         "result": found,
-        "level": _choose_level(better, worse, len(comparisons), found["baseline"]),
+        "level": _choose_level([one["level"] for one in comparisons.values()], found["baseline"]),
         "confidence": format_number_of(one_metric, 1 - found["level_of_each"]),
         "total": first["counts"]["questions"],
         "metrics": [
@@ -62,13 +61,16 @@ def describe_arm_answers(folder: Path, result: JsonObject) -> JsonObject | None:
     }
 
 
-def _choose_level(better: int, worse: int, total: int, baseline: str) -> tuple[str, str, str]:
-    """(colour, icon, headline) of the deciding metric."""
-    if better:
-        return "good", "✓", f"{better} of {total} better than {baseline}"
-    if worse:
-        return "bad", "✗", f"None better than {baseline}, {worse} of {total} worse"
-    return "fair", "=", "No difference told"
+def _choose_level(levels: Sequence[str], baseline: str) -> tuple[str, str, str]:
+    """(colour, icon, headline) of the deciding metric, of which every arm has a level."""
+    better, worse, undecided = (levels.count(level) for level in ("better", "worse", "undecided"))
+    rest = f", {undecided} undecided" if undecided else ""
+    if better or worse:
+        colour, icon, _ = LEVELS["better" if better > worse else "worse" if worse > better else "none"]
+        counts = f"{better or 'None'} of {len(levels)} better than {baseline}"
+        return colour, icon, counts + (f", {worse} worse" if worse else "") + rest
+    colour, icon, headline = LEVELS[levels[0] if len(set(levels)) == 1 else "none"]
+    return colour, icon, headline + ("" if headline == LEVELS["undecided"][2] else rest)
 
 
 def metric_table(result: JsonObject, name: str) -> Table:
@@ -83,7 +85,8 @@ def metric_table(result: JsonObject, name: str) -> Table:
     def value(row: JsonObject) -> Cell:
         line = lines.get(row["name"], baseline_line)
         reading = line["model" if row["name"] in lines else "baseline"]
-        sub = f"perplexity {math.exp(reading[0]):.2f}" if line["unit"] == "nats per token" else ""
+        has_perplexity = line["unit"] == "nats per token" and reading[0] is not None
+        sub = f"perplexity {math.exp(reading[0]):.2f}" if has_perplexity else ""
         return Cell(format_value(line, reading), sub=sub)
 
     def difference(key: str) -> Any:

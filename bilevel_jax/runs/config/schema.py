@@ -1157,7 +1157,7 @@ class JudgeSection:
     """Times that the judge is asked for a verdict, at most, while it gives none that is understood."""
 
     max_unjudged: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of answers without a verdict above which nothing is concluded."""
+    """Share of answers without a verdict, of compare also of prompts left out, above which nothing is concluded."""
 
     max_characters: Annotated[int, Ge(0), Special(0, "whole")] = 20000
     """Characters of an answer that are shown to the judge; longer ones lose their middle; 0: whole."""

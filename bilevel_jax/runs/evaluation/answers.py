@@ -40,6 +40,8 @@ class ModelAnswers(NamedTuple):
     reference_nats: Float[np.ndarray, "questions"]
     """-log p of the reference; nan without one, and where it was not asked for."""
     reference_tokens: Float[np.ndarray, "questions"]
+    fingerprints: tuple[str, ...] = ()
+    """Of models of several trainings that stand as one: that of each, whose draws come one model after the other."""
 
     @property
     def texts(self) -> list[list[str]]:

@@ -22,13 +22,20 @@ from bilevel_jax.runs.evaluation.metrics import (
     Metric,
     PairOutcomes,
     decide_level,
-    format_value,
+    format_difference,
     mean_interval,
     metric_facts,
 )
 from bilevel_jax.runs.evaluation.models import ROLES
 from bilevel_jax.runs.evaluation.run_models import RunModel, describe_run_answers, make_run_candidate, put_in_role
-from bilevel_jax.runs.evaluation.summary import RUN_FOLDER, make_judge, question_values, summarize, write_tables
+from bilevel_jax.runs.evaluation.summary import (
+    LEVELS_OF_JUDGE,
+    RUN_FOLDER,
+    make_judge,
+    question_values,
+    summarize,
+    write_tables,
+)
 from bilevel_jax.runs.infra import distributed
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.stats import (
@@ -149,35 +156,46 @@ def summarize_crossed(
     Seeds and questions are crossed and both taken as drawn from many (`crossed_half_width`); of one seed, questions
     alone are resampled, and nothing is said of other trainings. Differences have intervals that cover at once for all
     `num_pairs` arms in 95 % of such comparisons (`sidak_level`), and p-values that are corrected likewise; both must
-    tell a difference, and so must sign flips of the questions' differences, which also holds where few differ. The
-    metrics are not corrected for one another.
+    tell a difference, and so must sign flips of the questions' differences, which also holds where few differ. Where
+    all values are alike, see `_interval`. The metrics are not corrected for one another.
 
     Args:
         name: of the metric.
         metric: what it is.
         values: of the model and of the baseline; of preference the win shares of the model alone. Questions that lack a
-            value under any seed are left out.
+            value under any seed are left out, and counted: of what a judge says all of them, of other metrics those
+            that have a value at all, as some have no reference.
         seed: of resamples.
         num_pairs: arms that are compared with the baseline.
 
     Returns:
-        As `summarize_metric`, and `by_seed`, the difference of each seed, `for_these_models`, the 95 % interval of the
-        difference over questions alone, of one arm by itself, and `p_alone`, which is not corrected.
+        As `summarize_metric`, and `seeds`, their number, `left_out`, of questions, `by_seed`, the difference of each
+        seed, `for_these_models`, the 95 % interval of the difference over questions alone, of one arm by itself, and
+        `p_alone`, which is not corrected. The win rates of preference have the interval of the difference, moved by
+        1/2, which covers for all arms at once.
     """
-    known = ~np.isnan(np.stack(list(values.values()))).any((0, 1))
+    missing = np.isnan(np.stack(list(values.values())))
+    known = ~missing.any((0, 1))
+    possible = len(known) if name in (*LEVELS_OF_JUDGE, "refusal") else int((~missing.all((0, 1))).sum())
     kept, key = {role: of_role[:, known] for role, of_role in values.items()}, (seed, *name.encode())
     ends = (0.0, 1.0) if metric.is_share else None
     line: dict[str, Any] = {
         **metric_facts(metric),
         "questions": int(known.sum()),
-        **{role: _interval(kept[role], ends, (*key, ROLES.index(role)), LEVEL) for role in kept},
+        "left_out": possible - int(known.sum()),
+        "seeds": len(values["model"]),
     }
+    level = sidak_level(LEVEL, num_pairs)
     if name == "preference":
-        rate, differences = line["model"], kept["model"] - 0.5
-        line["baseline"] = BootstrapInterval(1 - rate.value, 1 - rate.high, 1 - rate.low)
-        ends = (-0.5, 0.5)
+        differences, ends, draws = kept["model"] - 0.5, (-0.5, 0.5), (*key, 0)
+        difference = _interval(differences, ends, draws, level)
+        line["model"] = BootstrapInterval(*(0.5 + end for end in difference))
+        line["baseline"] = BootstrapInterval(0.5 - difference.value, 0.5 - difference.high, 0.5 - difference.low)
     else:
+        line |= {role: _interval(kept[role], ends, (*key, ROLES.index(role)), LEVEL) for role in kept}
         differences, ends = kept["model"] - kept["baseline"], (-1.0, 1.0) if metric.is_share else None
+        draws = (*key, 2)
+        difference = _interval(differences, ends, draws, level)
     if not differences.shape[1]:
         nothing: dict[str, Any] = {
             "difference": None,
@@ -187,16 +205,15 @@ def summarize_crossed(
             "for_these_models": None,
         }
         return line | nothing | {"level": "none"}
-    difference = _interval(differences, ends, (*key, 2), sidak_level(LEVEL, num_pairs))
     flips = sign_flip_p(differences.mean(0), (*key, 3))
-    p_alone = float(np.nanmax([flips, crossed_p(differences)]))
+    p_alone = float(np.nanmax([flips, crossed_p(_with_one_apart(differences, ends))]))
     p = sidak_p(p_alone, num_pairs)
     return line | {
         "difference": difference,
         "p": p,
         "p_alone": p_alone,
         "by_seed": differences.mean(1).tolist(),
-        "for_these_models": mean_interval(differences.mean(0), ends, (*key, 2)),
+        "for_these_models": mean_interval(differences.mean(0), ends, draws),
         "level": decide_level(metric.sign, difference, p),
     }
 
@@ -204,12 +221,35 @@ def summarize_crossed(
 def _interval(
     values: SeedValues, ends: tuple[float, float] | None, seed: tuple[int, ...], level: float
 ) -> BootstrapInterval:
-    """The mean over seeds and questions with its interval, which stays within `ends`."""
-    if len(values) == 1 or not values.size or np.all(values == values.flat[0]):
+    """The mean over seeds and questions with its interval, which stays within `ends`; nan ends where it is unknown.
+
+    Several seeds that answer one question have no interval. Shares that are all alike show no spread, and few seeds
+    know little of others: their interval holds that of the same sample with one answer that is otherwise
+    (`_with_one_apart`), so that it knows how few seeds there are, and the exact one over questions
+    (`metrics.mean_interval`). As every interval of the crossed seeds it takes their means as about normal: a seed that
+    fails as a whole, and seldom, is not told by a few that do not.
+    """
+    if len(values) == 1 or not values.size:
         return mean_interval(values.mean(0), ends, seed, level)
-    mean, half = float(values.mean()), crossed_half_width(values, level)
-    low, high = ends or (-math.inf, math.inf)
-    return BootstrapInterval(mean, max(low, mean - half), min(high, mean + half))
+    mean, spread = float(values.mean()), _with_one_apart(values, ends)
+    half = crossed_half_width(spread, level) + abs(mean - float(spread.mean()))
+    if math.isnan(half):
+        return BootstrapInterval(mean, math.nan, math.nan)
+    low, high = mean - half, mean + half
+    if spread is not values:
+        over_questions = mean_interval(values.mean(0), ends, seed, level)
+        low, high = min(low, over_questions.low), max(high, over_questions.high)
+    least, most = ends or (-math.inf, math.inf)
+    return BootstrapInterval(mean, max(least, low), min(most, high))
+
+
+def _with_one_apart(values: SeedValues, ends: tuple[float, float] | None) -> SeedValues:
+    """Shares that are all alike with one of them otherwise, by one answer or verdict; other values as they are."""
+    if ends is None or not values.size or not np.all(values == values.flat[0]):
+        return values
+    spread, value = values.copy(), float(values.flat[0])
+    spread.flat[0] = value - 1 if value == ends[1] else value + 1 if value == ends[0] else ends[1]
+    return spread
 
 
 def _pool(models: Sequence[ModelAnswers]) -> ModelAnswers:
@@ -223,6 +263,7 @@ def _pool(models: Sequence[ModelAnswers]) -> ModelAnswers:
         ", ".join(model.fingerprint for model in models),
         np.where(unread, math.nan, nats),
         first.reference_tokens,
+        tuple(model.fingerprint for model in models),
     )
 
 
@@ -240,7 +281,11 @@ def pool_measures(parts: Sequence[Measures], num_draws: int) -> Measures:
     return Measures(
         pooled_answers,
         pairs,
-        [row | {"draw": row["draw"] + at * num_draws} for at, part in enumerate(parts) for row in part.judgements],
+        [
+            row | {"draw": row["draw"] + at * num_draws, "seed": at}
+            for at, part in enumerate(parts)
+            for row in part.judgements
+        ],
         first.signatures,
         {name: np.mean([part.corpus_scores[name] for part in parts], axis=0).tolist() for name in first.corpus_scores},
         {name: float(np.mean([part.unjudged[name] for part in parts])) for name in first.unjudged},
@@ -270,15 +315,9 @@ def describe_arms(found: Mapping[str, Any]) -> str:
 TOLD = {"better": "better than", "worse": "worse than"}
 UNTOLD = {
     "none": "no difference told for",
-    "undecided": "undecided, as the judge gave too few verdicts, for",
+    "undecided": "undecided, as too many prompts lack a verdict, for",
     "open": "neither direction is better, measured for",
 }
-
-
-def format_difference(name: str, line: Mapping[str, Any], key: str = "difference") -> str:
-    """A difference with its interval, as people read it: of win rates that of the two."""
-    factor = 2 if name == "preference" else 1
-    return format_value(line, [factor * float(end) for end in line[key]], signed=True)
 
 
 def _join(names: Sequence[str]) -> str:

@@ -221,13 +221,21 @@ def describe_verdict(name: str, line: Mapping[str, Any], names: Mapping[str, str
 
 
 def format_value(line: Mapping[str, Any], interval: Sequence[float], *, signed: bool = False) -> str:
-    """A value with its interval, in the metric's way of writing."""
+    """A value with its interval, in the metric's way of writing; unknown where they are nan or, from a file, None."""
     value, low, high = (math.nan if number is None else float(number) for number in interval)
+    if math.isnan(value):
+        return "unknown"
     text = format_number_of(line, value, signed=signed)
-    if math.isnan(low):
-        return text
+    if math.isnan(low) or math.isnan(high):
+        return f"{text} [unknown]"
     ends = ", ".join(format_number_of(line, end, signed=signed, bare=True) for end in (low, high))
     return f"{text} [{ends}]"
+
+
+def format_difference(name: str, line: Mapping[str, Any], key: str = "difference") -> str:
+    """A difference with its interval, as people read it: of win rates that of the two, not that from 1/2."""
+    factor = 2 if name == "preference" else 1
+    return format_value(line, [math.nan if end is None else factor * end for end in line[key]], signed=True)
 
 
 def format_number_of(line: Mapping[str, Any], value: float, *, signed: bool = False, bare: bool = False) -> str:

@@ -1,6 +1,6 @@
 """What a person should know before the numbers: the judge's bias, its tastes, what it left open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,31 @@ LONGER = 1.3
 """By which factor the preferred answers are longer on average where that is told."""
 
 
-def why_undecided(judge: JudgeSection, metric: str, measures: Measures) -> str:
-    """Why nothing is concluded from the verdicts of the judge, in words; "" where something is."""
-    share = measures.unjudged.get(metric, 0.0)
+def why_undecided(judge: JudgeSection, metric: str, line: Mapping[str, Any], measures: Measures) -> str:
+    """Why nothing is concluded by a metric, in words; "" where something is.
+
+    Too many answers of one model have no verdict or, where a question counts only with a value under every seed, too
+    many questions are left out, which can be many more.
+    """
+    share, left_out = measures.unjudged.get(metric, 0.0), line.get("left_out", 0)
     if share <= judge.max_unjudged:
+        if left_out > judge.max_unjudged * (left_out + line["questions"]):
+            return f"{_describe_left_out(line)} (judge.max_unjudged = {judge.max_unjudged:g})"
         return ""
     of = "pairs" if metric == "preference" else "answers"
     return (
         f"the judge gave no verdict that is understood on {100 * share:.1f} % of the {of} (judge.max_unjudged = "
         f"{judge.max_unjudged:g}), as {_quote_nonsense(metric, measures)}; judgements.parquet has its replies"
     )
+
+
+def _describe_left_out(line: Mapping[str, Any]) -> str:
+    """How many prompts do not count, in words."""
+    total, seeds = line["left_out"] + line["questions"], " under some seed" if line["seeds"] > 1 else ""
+    lack = "lacks" if line["left_out"] == 1 else "lack"
+    are = "is" if line["left_out"] == 1 else "are"
+    prompts = format_count("prompt", total)
+    return f"{line['left_out']:,} of {prompts} {lack} a verdict or a value{seeds} and {are} left out"
 
 
 def _quote_nonsense(metric: str, measures: Measures) -> str:
@@ -80,6 +95,9 @@ def collect_remarks(
                 f"{METRICS[name].title}: {100 * share:.1f} % have no verdict that is understood after {judge.asks} "
                 f"asks, the first {_quote_nonsense(name, measures)}, and are left out"
             )
+    for line in lines.values():
+        if line.get("left_out"):  # of several seeds
+            remarks.append(f"{line['title']}: {_describe_left_out(line)}")
     if judge_facts and judge_facts["shortened"]:
         requests = format_count("request", judge_facts["shortened"])
         remarks.append(f"{requests} showed the judge an answer without its middle (judge.max_characters)")

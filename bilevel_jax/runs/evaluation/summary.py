@@ -85,7 +85,7 @@ def summarize(
             "signature": measures.signatures.get(name),
             "unjudged": measures.unjudged.get(name),
         }
-    undecided = {name: remarks.why_undecided(config.judge, name, measures) for name in metrics}
+    undecided = {name: remarks.why_undecided(config.judge, name, lines[name], measures) for name in metrics}
     for name in metrics:
         if undecided[name] and lines[name]["level"] != "open":
             lines[name]["level"] = "undecided"
@@ -135,18 +135,25 @@ def _have_different_tokenizers(models: Sequence[ModelAnswers]) -> bool:
 def build_answer_table(
     questions: Sequence[Question], models: Sequence[ModelAnswers], measures: Measures, file_names: dict[str, str]
 ) -> pa.Table:
-    """A row for each answer: its question, model and number, its text, and what was measured of it."""
+    """A row for each answer: its question, model, number and, of models of several trainings, the seed of its own; its
+    text, and what was measured of it."""
     cells = [
         (at, q, d) for at, model in enumerate(models) for q, row in enumerate(model.responses) for d in range(len(row))
     ]
     responses = [models[at].responses[q][d] for at, q, d in cells]
+    num_draws = [len(model.responses[0]) // max(1, len(model.fingerprints)) for model in models]
+    seeds = [d // num_draws[at] for at, _, d in cells]
     columns: dict[str, Any] = {
         "id": [questions[q].id for _, q, _ in cells],
         "file": [file_names[questions[q].example.file] for _, q, _ in cells],
         "line": [questions[q].example.line for _, q, _ in cells],
         "role": [models[at].candidate.role for at, _, _ in cells],
         "model": [models[at].candidate.name for at, _, _ in cells],
-        "fingerprint": [models[at].fingerprint for at, _, _ in cells],
+        "fingerprint": [
+            models[at].fingerprints[seed] if models[at].fingerprints else models[at].fingerprint
+            for (at, _, _), seed in zip(cells, seeds, strict=True)
+        ],
+        **({"seed": seeds} if any(model.fingerprints for model in models) else {}),
         "draw": [d for _, _, d in cells],
         "prompt": [questions[q].text for _, q, _ in cells],
         "reference": pa.array([questions[q].reference for _, q, _ in cells], pa.string()),

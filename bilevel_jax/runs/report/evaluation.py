@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bilevel_jax.runs.evaluation.metrics import METRICS, format_number_of, format_value
+from bilevel_jax.runs.evaluation.metrics import METRICS, format_difference, format_number_of, format_value
 from bilevel_jax.runs.evaluation.summary import ANSWERS_FILE, JUDGEMENTS_FILE, QUESTIONS_FILE, RUN_FOLDER
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.report import figures
@@ -84,7 +84,7 @@ def metrics_table(result: JsonObject) -> Table:
             return MISSING
         corpus = line["corpus"]
         sub = f"all answers together: {corpus[list(names).index(role)]:.1f}" if corpus else ""
-        if line["unit"] == "nats per token":
+        if line["unit"] == "nats per token" and line[role][0] is not None:
             sub = f"perplexity {math.exp(line[role][0]):.2f}"
         return Cell(format_value(line, line[role]), sub=sub)
 
@@ -103,10 +103,7 @@ def metrics_table(result: JsonObject) -> Table:
 
 
 def _difference(name: str, line: JsonObject) -> str:
-    if line["difference"] is None:
-        return MISSING
-    factor = 2 if name == "preference" else 1  # from 1/2 for the test; of the two win rates for people
-    return format_value(line, [factor * float_or_nan(end) for end in line["difference"]], signed=True)
+    return MISSING if line["difference"] is None else format_difference(name, line)
 
 
 def _format_p(p: float | None) -> str:

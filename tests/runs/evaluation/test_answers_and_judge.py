@@ -158,7 +158,8 @@ def test_numbers_are_written_in_the_unit_of_their_metric():
     share, loss = ({"is_share": METRICS[n].is_share, "digits": METRICS[n].digits} for n in ("accuracy", "perplexity"))
     assert metrics.format_value(share, BootstrapInterval(0.413, 0.3, 0.5)) == "41.3\u00a0% [30.0, 50.0]"
     assert metrics.format_value(share, (-0.06, -0.1, 0.02), signed=True) == "−6.0\u00a0points [−10.0, +2.0]"
-    assert metrics.format_value(loss, (1.23456, None, None)) == "1.235"
+    assert metrics.format_value(loss, (1.23456, None, None)) == "1.235 [unknown]"
+    assert metrics.format_value(loss, (None, None, None)) == "unknown"
 
 
 # ---- answers
