@@ -94,8 +94,10 @@ class Measured(NamedTuple):
     lengths: Int[np.ndarray, "examples"]
     losses: Float[np.ndarray, "examples"]
     """At the end of uniform training, nats per token."""
+    start_losses: Float[np.ndarray, "examples"]
+    """Before training, of the random initialisation: what `selection.strata: loss` goes by."""
     reducible: Float[np.ndarray, "examples"]
-    """The same minus the loss under a model of validation."""
+    """The loss at the end of uniform training minus that under a model of validation."""
     grades: Float[np.ndarray, "examples"]
     """Loss under stories-260k: what the grades are made of, and no rule of a user's reads."""
     noise: Float[np.ndarray, "examples"]
@@ -127,7 +129,7 @@ def _select(scores: np.ndarray, share: float, rule: SelectionSection, strata: np
 
 
 def _rate_once(measured: Measured) -> np.ndarray:
-    """The first step of a linear rater of length and losses: what the gains share along these features alone."""
+    """The first step of a linear rater of length and losses at the end: what the gains share along these alone."""
     features = np.stack([measured.lengths, measured.losses, measured.reducible], 1).astype(float)
     features = (features - features.mean(0)) / features.std(0)
     return features @ (features.T @ measured.gains)
@@ -137,16 +139,17 @@ RULES: dict[str, Callable[[Measured, float], np.ndarray]] = {
     "exact": _top(lambda m: m.gains),
     "exact / gradient norm at the end": _top(lambda m: m.gains / m.norms),
     "exact / gradient norm at the start": _top(lambda m: m.gains / m.start_norms),
-    "exact / loss": _top(lambda m: m.gains / m.losses),
+    "exact / loss at the end": _top(lambda m: m.gains / m.losses),
     "exact / tokens": _top(lambda m: m.gains / m.lengths),
     "exact, 5 strata of length": _strata(lambda m: m.lengths),
     "exact, 10 strata of length": _strata(lambda m: m.lengths, 10),
-    "exact, 10 strata of loss": _strata(lambda m: m.losses, 10),
-    "exact, 10 strata of gradient norm": _strata(lambda m: m.norms, 10),
+    "exact, 10 strata of loss before training": _strata(lambda m: m.start_losses, 10),
+    "exact, 10 strata of loss at the end": _strata(lambda m: m.losses, 10),
+    "exact, 10 strata of gradient norm at the end": _strata(lambda m: m.norms, 10),
     "random, 10 strata of length": _strata(lambda m: m.lengths, 10, lambda m: m.noise),
     "a rater's first step": _top(_rate_once),
     "reducible loss": _top(lambda m: m.reducible),
-    "largest gradient norm": _top(lambda m: m.norms),
+    "largest gradient norm at the end": _top(lambda m: m.norms),
     "longest": _top(lambda m: m.lengths.astype(float)),
     "hardest grade": _top(lambda m: m.grades),
     "easiest grade": _top(lambda m: -m.grades),
@@ -283,7 +286,7 @@ def measure_examples(
     losses = np.asarray(learner.losses(end, train))
     measured = Measured(
         -np.asarray(estimate.grad, float), np.asarray(learner.norms(end, train), float),
-        np.asarray(learner.norms(start, train), float), train.lengths, losses,
+        np.asarray(learner.norms(start, train), float), train.lengths, losses, np.asarray(learner.losses(start, train)),
         losses - np.asarray(learner.losses(of_validation, train)), grades, np.random.default_rng(seed).random(TRAIN),
     )  # fmt: skip
     return measured, end
@@ -323,8 +326,9 @@ def run_seed(
         "all": float(np.mean(learner.losses(end, test))),
         "rank_correlation": {
             "length": rank_correlation(measured.gains, measured.lengths.astype(float)),
-            "loss": rank_correlation(measured.gains, measured.losses),
-            "gradient norm": rank_correlation(measured.gains, measured.norms),
+            "loss before training": rank_correlation(measured.gains, measured.start_losses),
+            "loss at the end": rank_correlation(measured.gains, measured.losses),
+            "gradient norm at the end": rank_correlation(measured.gains, measured.norms),
         },
     }
 
@@ -357,7 +361,7 @@ def print_tables(lines: Path) -> None:
         correlations = {
             what: np.mean([run["rank_correlation"][what] for run in runs]) for what in runs[0]["rank_correlation"]
         }
-        told = ", ".join(f"{what} {value:+.2f}" for what, value in correlations.items())
+        told = ", ".join(f"{what} {value:+.2f}" for what, value in correlations.items()).replace("-", "−")
         print(f"\n{name}: {len(runs)} seeds; all examples {_interval([run['all'] for run in runs])}; ", end="")
         print(f"rank correlation of the gains with {told}\n")
         print("| test loss minus random | " + " | ".join(f"{float(share):.0%}" for share in shares), end=" | ")
