@@ -69,6 +69,9 @@ def render_refine_report(folder: Path, name: str, result: JsonObject, config_tex
         reliability=describe_reliability(result),
         responses=responses_table(result) if result["examples"] else None,
         mean_weights=mean_weights_table(result),
+        generator=result.get("generator"),  # runs of earlier versions have none
+        generator_rounds=generator_table(result) if result.get("generator") else None,
+        generator_picture=plot_generator(result) if result.get("generator") else None,
     )
 
 
@@ -150,6 +153,28 @@ def _reliability_columns(candidates: list[JsonObject]) -> list[Column]:
     return [column for column in columns if any(cell is not None for cell in column.cells)]
 
 
+def generator_table(result: JsonObject) -> Table:
+    """A line per round: what its responses did, and what became of the generator."""
+    rounds = [record["generator"] for record in result["records"]]
+
+    def values(key: str) -> list[Any]:
+        return [entry[key] for entry in rounds]
+
+    return make_table(
+        Column("round", [record["step"] for record in result["records"]]),
+        Column("student's loss", values("target_loss"), "validation"),
+        Column("reward", [SignedNumber(value) for value in values("reward")], "mean"),
+        Column("spread", values("reward_spread"), "standard deviation"),
+        Column("KL from the start", values("kl"), "nats per token"),
+        Column("entropy", values("entropy"), "nats per token"),
+        Column("clipped", [format_percent(value) for value in values("clipped")], "of the tokens, after the steps"),
+        Column("length", values("length"), "tokens"),
+        Column("repeated", [format_percent(value) for value in values("repeated")], "4-grams of a response"),
+        Column("duplicates", [format_percent(value) for value in values("duplicates")], "of the responses"),
+        Column("equal rewards", values("equal_groups"), "groups"),
+    )
+
+
 def responses_table(result: JsonObject) -> Table:
     """Responses at both ends of the weights."""
     responses = result["examples"]
@@ -189,6 +214,17 @@ def mean_weights_table(result: JsonObject) -> Table:
 def format_gain(gain: JsonObject) -> str:
     """A gain with its interval."""
     return f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]".replace("-", "−")
+
+
+def format_generator(record: JsonObject) -> str:
+    """The student's loss and the generator's divergence, for the line of a round; "" where none is trained."""
+    generator = record.get("generator")
+    if not generator:
+        return ""
+    return (
+        f"   student {generator['target_loss']:.4f}  KL {generator['kl']:.3f}  entropy {generator['entropy']:.2f}  "
+        f"repeated {generator['repeated']:.0%}"
+    )
 
 
 # ---- reliability
@@ -312,6 +348,14 @@ def plot_rounds(result: JsonObject) -> Markup:
     return figures.plot_lines(
         [present], "round", f"dev loss, {result['unit']}", points=points, x_ticks=ticks, height=300
     )
+
+
+def plot_generator(result: JsonObject) -> Markup:
+    """The target's loss of the student that each round's responses trained."""
+    rounds = [record["step"] for record in result["records"]]
+    losses = [record["generator"]["target_loss"] for record in result["records"]]
+    series = Series("student of the round's responses", [float(at) for at in rounds], losses)
+    return figures.plot_lines([series], "round", f"validation loss, {result['unit']}", height=260)
 
 
 def _candidate_interval(record: JsonObject) -> tuple[float, float]:

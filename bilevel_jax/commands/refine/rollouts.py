@@ -63,19 +63,30 @@ class RoundTask(NamedTuple):
 
 
 def choose_questions(
-    config: RefineConfig, trainable: Int[np.ndarray, "kept"], weights: Float[np.ndarray, "questions"]
+    config: RefineConfig,
+    trainable: Int[np.ndarray, "kept"],
+    weights: Float[np.ndarray, "questions"],
+    round_number: int = 0,
 ) -> Int[np.ndarray, "chosen"]:
     """The questions of a round, ascending, their number the same in every round.
 
-    fixed: drawn once from data.seed. dynamic: those of the least weight now, ties by the same draw. all, none.
+    fixed: drawn once from data.seed. redrawn: one part of the shuffled questions after the other, shuffled anew when
+    all were asked. dynamic: those of the least weight now, ties by the draw of fixed. all, none.
     """
     if config.refine.questions in ("all", "none"):
         return trainable if config.refine.questions == "all" else trainable[:0]
     count = max(1, round(config.refine.share * len(trainable)))
-    shuffled = np.random.default_rng((config.data.seed, 7)).permutation(trainable)
+    if config.refine.questions == "redrawn":
+        epoch, part = divmod(round_number, len(trainable) // count)
+        return np.sort(_shuffle(config, trainable, epoch)[part * count : (part + 1) * count])
+    shuffled = _shuffle(config, trainable)
     if config.refine.questions == "dynamic":
         shuffled = shuffled[np.argsort(weights[shuffled], kind="stable")]
     return np.sort(shuffled[:count])
+
+
+def _shuffle(config: RefineConfig, trainable: Int[np.ndarray, "kept"], epoch: int = 0) -> Int[np.ndarray, "kept"]:
+    return np.random.default_rng((config.data.seed, 7, *((epoch,) if epoch else ()))).permutation(trainable)
 
 
 def collect_rollouts(

@@ -1,9 +1,10 @@
 """The `refine` command, which retrains the model on its own responses."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +19,16 @@ from bilevel_jax.commands.refine.candidates import (
     CandidateTrainer,
     candidate_outer,
 )
+from bilevel_jax.commands.refine.generator import (
+    Generator,
+    count_reinforce_work,
+    describe_generator,
+    is_reinforced,
+    prepare_generator,
+    update_generator,
+    write_generator,
+)
+from bilevel_jax.commands.refine.rewards import check_responses, compute_rewards, rewards_folder
 from bilevel_jax.commands.refine.rollouts import (
     Rollouts,
     RoundTask,
@@ -27,12 +38,14 @@ from bilevel_jax.commands.refine.rollouts import (
     collect_rollouts,
     mean_verifier_score,
 )
+from bilevel_jax.commands.refine.text_statistics import measure_responses
 from bilevel_jax.core.training import trajectory_from_params
-from bilevel_jax.core.types import Params
+from bilevel_jax.core.types import Params, TrainState
 from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
+from bilevel_jax.runs.config.rules import reads_parameters_alone
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.reliability import RoundSizes
@@ -66,6 +79,10 @@ class RefineState(NamedTuple):
     """Of the present model: the last that was accepted."""
     weights: Float[Array, "questions"]
     """The last weight of each question; at the start 1, or of dynamic `estimate_initial_weights`."""
+    generator: TrainState | None = None
+    """Of the generator that is trained; None where the present model answers."""
+    student: Params | None = None
+    """Of the last round's student, where the next one goes on from it."""
 
 
 class RefineContext(NamedTuple):
@@ -81,6 +98,8 @@ class RefineContext(NamedTuple):
     session: Session
     evaluation: Evaluation | None
     """What the first and the last model are asked, with evaluate.prompts."""
+    generator: Generator | None = None
+    """What answers and is trained, with refine.generator = reinforce."""
 
 
 def refine(config: RefineConfig) -> dict[str, Any]:
@@ -99,17 +118,20 @@ def refine(config: RefineConfig) -> dict[str, Any]:
         evaluation = prepare_run_evaluation(refine_config, refine_config.evaluate.prompts, task)
         with start_session(config, folder) as session:
             trainers = candidates.make_candidate_trainers(refine_config, task)
+            generator = prepare_generator(refine_config, task) if is_reinforced(refine_config) else None
+            decoder, base = (generator or task).decoder, (generator or task).base_params
             generator_factory = make_generator_factory(
-                refine_config.generate, task.decoder, task.tokenizer, task.mesh, session
+                refine_config.generate, decoder, task.tokenizer, task.mesh, session
             )
             context = RefineContext(
                 refine_config,
                 task,
                 trainers,
-                lambda params: generator_factory(assemble_params(params, task.base_params)),
+                lambda params: generator_factory(assemble_params(params, base)),
                 verifier,
                 session,
                 evaluation,
+                generator,
             )
             return _run_rounds(context, config)
 
@@ -128,6 +150,8 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
         seeds=[config.data.seed],
         target=config.target,
     )
+    if reads_parameters_alone(config):
+        task = judge_every_part(task)
     if missing := [part for part in ("validation", "dev") if part not in task.held_out_streams]:
         raise ValueError(
             f"no rows for {' and '.join(f'{part}' for part in missing)}: candidates are trained by validation and "
@@ -145,6 +169,18 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
+
+
+def judge_every_part(task: TextTask) -> TextTask:
+    """The task of a target that reads the parameters alone: dev and test are what validation is, as it has no examples
+    and so no sampling error."""
+    streams, examples = task.held_out_streams, task.held_out_examples
+    parts = ("validation", "dev", "test")
+    return task._replace(
+        held_out_streams=dict.fromkeys(parts, streams["validation"]),
+        held_out_examples=dict.fromkeys(parts, examples["validation"]),
+        target_corpora=dict.fromkeys(parts, task.target_corpora["validation"]),
+    )
 
 
 def list_verified_examples(config: RefineConfig, task: TextTask) -> list[Any]:
@@ -165,7 +201,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     session.set_phase("starting", total=count_rounds_work(refine_config, task))
     folder = session.folder / "checkpoints" / "rounds"
     start = task.init_params(refine_config.train.seed)
-    state, records = RefineState(start, jnp.ones(task.num_examples)), []
+    state, records = _init_state(context, start), []
     if restored := checkpoint.restore_checkpoint(folder, state):
         state, records = restored.tree, restored.meta["records"]
         session.advance(sum(record["work"] for record in records))
@@ -176,7 +212,9 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     for number in range(len(records), refine_config.refine.rounds):
         state, record = run_round(context, state, number, is_fitted=follows_validation(refine_config, records))
         records.append(record)
-        session.log.write({"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS}})
+        session.log.write(
+            {"event": "round", "step": number, **{key: record[key] for key in LOGGED_KEYS if key in record}}
+        )
         session.print_line(_format_round(record))
         checkpoint.save_checkpoint(folder, number, state, {"records": records})
         _remove_candidates(context, number)
@@ -187,6 +225,8 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
     session.set_phase("writing")
     checkpoint.keep_last_checkpoints(session.folder)
     write_model(session.folder / "model", task, state.params, base_path=refine_config.model.name_or_path)
+    if context.generator and state.generator:
+        write_generator(session.folder / "generator", context.generator, task, refine_config, state.generator.params)
     artifacts.write_round_tables(session, records, config_hash(config))
     evaluated = evaluate_ends(context, start, state.params) if context.evaluation else None
     result = {
@@ -204,6 +244,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         "checker": refine_config.verifier.name,
         "examples": artifacts.pick_extreme_responses(session, task, records),
         "moved": artifacts.average_weights_by_kind(session, records),
+        "generator": describe_generator(records) if context.generator else None,
         "notes": task.notes,
         "seconds": session.job_cost("")[1],
         "config_hash": config_hash(config),
@@ -218,9 +259,10 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
 
 
 def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> bool:
-    """Whether validation had a say before the next round: it chose the questions, or trained the present model."""
+    """Whether validation had a say before the next round: it chose the questions, trained the present model, or the
+    generator."""
     is_trained_by_it = any(record["accepted"] and record["best"] != "uniform" for record in records)
-    return config.refine.questions == "dynamic" or is_trained_by_it
+    return config.refine.questions == "dynamic" or is_trained_by_it or (is_reinforced(config) and bool(records))
 
 
 def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
@@ -238,7 +280,7 @@ def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
         )
         for number in range(config.refine.rounds)
         for name in config.refine.methods
-    )
+    ) + config.refine.rounds * count_reinforce_work(config, len(task.trainable_indices()))
 
 
 def run_round(
@@ -250,8 +292,11 @@ def run_round(
     """
     config, offline_task, session = context.config, context.task, context.session
     began, before = time.monotonic(), session.work_done
-    model_fingerprint = fingerprint_params(assemble_params(state.params, offline_task.base_params))
-    question_rows = choose_questions(config, offline_task.trainable_indices(), np.asarray(state.weights))
+    sampler_params, base_params = state.params, offline_task.base_params
+    if context.generator and state.generator:
+        sampler_params, base_params = state.generator.params, context.generator.base_params
+    model_fingerprint = fingerprint_params(assemble_params(sampler_params, base_params))
+    question_rows = choose_questions(config, offline_task.trainable_indices(), np.asarray(state.weights), number)
     session.set_phase(f"round {number}: responses")
     round_rollouts = collect_rollouts(
         config,
@@ -259,21 +304,28 @@ def run_round(
         question_rows,
         number,
         artifacts.responses_path(session, number),
-        context.make_generator(state.params),
+        context.make_generator(sampler_params),
         model_fingerprint,
         context.verifier,
     )
     writing_seconds = time.monotonic() - began
     round_task = build_round_task(config, offline_task, round_rollouts, number)
-    start_params = (
-        state.params if config.refine.start_from == "accepted" else offline_task.init_params(config.train.seed)
-    )
+    starts = {"accepted": state.params, "last": state.student}
+    start_params = starts.get(config.refine.start_from, offline_task.init_params(config.train.seed))
+    assert start_params is not None  # `_init_state` gives a first student where the next one goes on from it
     round_task = round_task._replace(
         task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
     )
 
+    update: TrainState | None = None
+    students: dict[str, Candidate] = {}
+    generator_record: dict[str, Any] = {}
+    if context.generator and state.generator:
+        update, students, generator_record = reinforce_round(
+            context, context.generator, state.generator, round_task, round_rollouts, start_params, number
+        )
     present = compute_dev_losses(offline_task, state.params)
-    trained = train_candidates(context, round_task, state.params, number)
+    trained = train_candidates(context, round_task, sampler_params, number, students)
     best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
         present,
@@ -296,6 +348,7 @@ def run_round(
         **_summarize_rollouts(round_rollouts),
         "present": float(present.mean()),
         "candidates": trained.records,
+        **generator_record,
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
@@ -306,11 +359,55 @@ def run_round(
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,
     }
-    params = trained.models[best].params if accepted else state.params
+    state = state._replace(
+        params=trained.models[best].params if accepted else state.params,
+        generator=update,
+        student=None if state.student is None else students["uniform"].params,
+    )
     if judge is None:
-        return RefineState(params, state.weights), record
+        return state, record
     question_weights = average_question_weights(round_task, weights, offline_task.num_examples)
-    return RefineState(params, jnp.asarray(question_weights, state.weights.dtype)), record
+    return state._replace(weights=jnp.asarray(question_weights, state.weights.dtype)), record
+
+
+def _init_state(context: RefineContext, start: Params) -> RefineState:
+    """What the first round begins with."""
+    return RefineState(
+        start,
+        jnp.ones(context.task.num_examples),
+        context.generator.init_state(context.task) if context.generator else None,
+        start if context.config.refine.start_from == "last" else None,
+    )
+
+
+def reinforce_round(
+    context: RefineContext,
+    generator: Generator,
+    state: TrainState,
+    round_task: RoundTask,
+    rollouts: Rollouts,
+    start_params: Params,
+    number: int,
+) -> tuple[TrainState, dict[str, Candidate], dict[str, Any]]:
+    """Reward the responses of a round, and train the generator by that.
+
+    Returns its new state, the student whose training gave the rewards as the candidate `uniform`, and what the record
+    says of them.
+    """
+    session = context.session
+    check_responses(rollouts, number)
+    session.set_phase(f"round {number}: rewards")
+    rewards = compute_rewards(context.config, round_task, start_params, session, number)
+    session.set_phase(f"round {number}: generator")
+    update = update_generator(context.config, generator, state, round_task, rollouts, rewards, session, number)
+    reward_record = {
+        "target_loss": rewards.target_loss,
+        "reward": float(rewards.responses.mean()),
+        "reward_spread": float(rewards.responses.std()),
+    }
+    text_record = measure_responses(rollouts, rewards.responses)
+    student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
+    return update.state, {"uniform": student}, {"generator": reward_record | update.record | text_record}
 
 
 def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
@@ -332,13 +429,20 @@ class TrainedCandidates(NamedTuple):
 
 
 def train_candidates(
-    context: RefineContext, round_task: RoundTask, sampler_params: Params, number: int
+    context: RefineContext,
+    round_task: RoundTask,
+    sampler_params: Params,
+    number: int,
+    students: Mapping[str, Candidate] = MappingProxyType({}),
 ) -> TrainedCandidates:
-    """Train the candidate of every method in refine.methods, and evaluate it on dev."""
+    """Train the candidate of every method in refine.methods, but for those that are there, and evaluate it on dev."""
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
-        candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
+        if name in students:
+            candidate, measured = students[name], {"work": 0.0, "seconds": 0.0}
+        else:
+            candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
         dev_losses = compute_dev_losses(context.task, candidate.params)
         trained.models[name], trained.dev_losses[name] = candidate, dev_losses
         trained.records.append({"name": name, "dev": float(dev_losses.mean()), **measured})
@@ -425,7 +529,8 @@ def evaluate_final(context: RefineContext, ends: dict[str, Params]) -> dict[str,
     before, after = (compute_part_losses(context.task, params, "test") for params in ends.values())
     groups = [len(rows) for rows in rows_by_target(context.task, "test")]
     gain, _ = bootstrap_paired_gain(before, after, 0.025, (context.config.data.seed, 17), groups)
-    accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if context.verifier else None
+    is_verified = context.verifier and list_test_questions(context.task)
+    accuracy = [verify_greedy_answers(context, params) for params in ends.values()] if is_verified else None
     right = None
     if accuracy:
         difference, _ = bootstrap_paired_gain(accuracy[1], accuracy[0], 0.025, (context.config.data.seed, 19))
@@ -476,6 +581,7 @@ LOGGED_KEYS = (
     "right",
     "present",
     "candidates",
+    "generator",
     "best",
     "gain",
     "bound",
@@ -489,6 +595,7 @@ def _remove_candidates(context: RefineContext, number: int) -> None:
     """Remove what the candidates of a round have saved, once the round itself is."""
     for name in context.config.refine.methods:
         run_dir.remove_folder(_candidate_folder(context.session, number, name))
+    run_dir.remove_folder(rewards_folder(context.session, number))
 
 
 def _candidate_folder(session: Session, number: int, name: str) -> Path:
@@ -504,5 +611,5 @@ def _format_round(record: dict[str, Any]) -> str:
     return (
         f"round {record['step']}   dev loss: present {record['present']:.4f}  {losses_text}   gain "
         f"{gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]   "
-        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}{reliability}"
+        f"{'ACCEPTED' if record['accepted'] else 'kept'}{right}{reliability}{report.format_generator(record)}"
     )

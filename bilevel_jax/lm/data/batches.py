@@ -15,6 +15,8 @@ packing several sequences share a row. Batches are numpy:
     reference   f32[M,E]     where the corpus has it: the reference model's margin of a pair, nats; 0 for an empty slot
     sampler     f32[M,R,L]   where the corpus has it: log-probability of the target under the model that sampled it,
                              nats; nan where it was not sampled
+    advantages  f32[M,R,L]   where the corpus has it: how much better than expected what follows the target was; 0
+                             elsewhere
     token_weights f32[M,R,L] where the corpus has it: factor of the loss of the target; 1 elsewhere
     multiplicity f32[M,E]    where the corpus has it: how much the example counts before any weight; 0 for an empty slot
     num_examples f32[M]      real examples in the whole global step (in an evaluation stream: in the whole stream)
@@ -336,6 +338,7 @@ def _build_batch(
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     slot = np.full(shape, slots, np.int32)
     sampler_log_probs, token_weights = np.full(shape, np.nan, np.float32), np.ones(shape, np.float32)
+    advantages = np.zeros(shape, np.float32)
     supervised = np.ones((num_micro_batches, slots), np.float32)
     real = indices < corpus.num_examples
     targeted = 0
@@ -368,6 +371,8 @@ def _build_batch(
             slot[cell] = np.where(is_target, s, slots)
             if corpus.sampler_log_probs is not None:
                 sampler_log_probs[cell] = corpus.sampler_log_probs[first + 1 : first + n + 1]
+            if corpus.advantages is not None:
+                advantages[cell] = np.where(is_target, corpus.advantages[first + 1 : first + n + 1], 0)
             if corpus.token_weights is not None:
                 token_weights[cell] = np.where(is_target, corpus.token_weights[first + 1 : first + n + 1], 1)
     count, targeted = totals or (int(real.sum()), targeted)
@@ -389,6 +394,8 @@ def _build_batch(
         )
     if corpus.sampler_log_probs is not None:
         batch["sampler"] = sampler_log_probs
+    if corpus.advantages is not None:
+        batch["advantages"] = advantages
     if corpus.token_weights is not None:
         batch["token_weights"] = token_weights
     if corpus.multiplicity is not None:

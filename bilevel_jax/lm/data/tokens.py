@@ -74,6 +74,8 @@ class Corpus:
     """How much each row counts before any weight; where it is not given, 1."""
     token_weights: Float[np.ndarray, "tokens"] | None = None
     """Factor of the loss of each token that is a target, above 0; anything elsewhere. None: 1 for all."""
+    advantages: Float[np.ndarray, "tokens"] | None = None
+    """Of each token that was sampled, for `policy_losses`: how much better than expected what follows it was."""
 
     def __post_init__(self) -> None:
         if self.token_weights is not None and (
@@ -92,6 +94,8 @@ class Corpus:
             raise ValueError(
                 f"sampler_log_probs {self.sampler_log_probs.shape} for {len(self.ids)} tokens; give each one number."
             )
+        if self.advantages is not None and self.advantages.shape != self.ids.shape:
+            raise ValueError(f"advantages {self.advantages.shape} for {len(self.ids)} tokens; give each one number.")
         if self.multiplicity is not None and (
             self.multiplicity.shape != (self.num_examples,) or not (self.multiplicity >= 0).all()
         ):
@@ -147,6 +151,10 @@ class Corpus:
             sampler_log_probs=np.asarray(sampler_log_probs, np.float32),
             multiplicity=np.asarray(multiplicity, np.float32),
         )
+
+    def with_advantages(self, advantages: Float[np.ndarray, "tokens"]) -> "Corpus":
+        """The same rows, with the advantages of their tokens; what was not sampled may have anything but nan."""
+        return replace(self, advantages=np.asarray(advantages, np.float32))
 
 
 class TokenizationReport(NamedTuple):

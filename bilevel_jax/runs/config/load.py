@@ -194,6 +194,7 @@ class RefineConfig:
     In each round the present model answers some questions of data.train (section generate), every method of
     refine.methods weights the examples by the validation loss (sections outer, single_loop) and trains a candidate,
     and the best candidate replaces the model where the lower bound of its gain on dev (paired bootstrap) is above 0.
+    With refine.generator = reinforce a generator of its own answers, and learns from what its responses were worth.
     The test examples are evaluated once, at the end; evaluate.prompts are then answered by the first and last model.
     """
 
@@ -203,6 +204,7 @@ class RefineConfig:
     objective: schema.ObjectiveSection = schema.ObjectiveSection()
     target: schema.TargetSection = schema.TargetSection()
     refine: schema.RefineSection = schema.RefineSection()
+    reinforce: schema.ReinforceSection = schema.ReinforceSection()
     evaluate: schema.EvaluateOwnSection = schema.EvaluateOwnSection()
     generate: schema.GenerateSection = schema.GenerateSection(num_generations=4)
     verifier: schema.VerifierSection = schema.VerifierSection()

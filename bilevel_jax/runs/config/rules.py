@@ -54,6 +54,11 @@ def _compares_answers(config: Any) -> bool:
     return hasattr(config, "compare") and len(config.evaluate.prompts) > 0
 
 
+def _reinforces(config: Any) -> bool:
+    """Whether `refine` trains the generator."""
+    return hasattr(config, "refine") and config.refine.generator == "reinforce"
+
+
 def _asks_judge(config: Any) -> bool:
     named = {*config.evaluate.metrics}
     return bool({"preference", "safety"} & named) or config.evaluate.refusal_by == "judge"
@@ -580,6 +585,48 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "refine.questions",
         lambda c: c.refine.questions != "dynamic" or not {"unrolled", "penalty", "bmo"}.isdisjoint(c.refine.methods),
         "dynamic chooses by weights: name unrolled, penalty or bmo in refine.methods",
+    ),
+    (
+        "refine.generator",
+        lambda c: not _reinforces(c) or c.refine.questions != "none",
+        "reinforce learns from responses, and refine.questions = none asks for none: choose fixed, redrawn or all",
+    ),
+    (
+        "refine.ratio",
+        lambda c: not _reinforces(c) or c.refine.ratio == "none",
+        "the student of refine.generator = reinforce imitates what the generator wrote: set it to none",
+    ),
+    (
+        "refine.methods",
+        lambda c: not _reinforces(c) or "bmo" not in c.refine.methods,
+        "bmo compares with the model that answered, which refine.generator = reinforce trains: leave bmo out",
+    ),
+    (
+        "refine.verifier_use",
+        lambda c: not _reinforces(c) or c.refine.verifier_use == "report",
+        "a response that is filtered out has no reward: set it to report with refine.generator = reinforce",
+    ),
+    (
+        "refine.start_from",
+        lambda c: c.refine.start_from != "last" or _reinforces(c),
+        "last goes on with the student of refine.generator = reinforce: choose accepted or first",
+    ),
+    (
+        "generate.temperature",
+        lambda c: not _reinforces(c) or (c.generate.temperature, c.generate.top_k, c.generate.top_p) == (1, 0, 1),
+        "refine.generator = reinforce compares probabilities with those that responses were drawn by: leave "
+        "temperature at 1, top_k at 0 and top_p at 1",
+    ),
+    (
+        "generate.num_generations",
+        lambda c: not _reinforces(c) or c.generate.num_generations > 1,
+        "refine.generator = reinforce compares the responses to one question: ask for 2 at least",
+    ),
+    (
+        "refine.generator",
+        lambda c: _reinforces(c) or c.reinforce == type(c.reinforce)(),
+        "section reinforce says how the generator is trained, and fixed does not train it: set it to reinforce, or "
+        "leave the section out",
     ),
     (
         "refine.verifier_use",

@@ -436,11 +436,16 @@ class RefineSection:
     rounds: Count = 3
     """Rounds; each generates responses, trains every candidate and tests the best one."""
 
-    questions: Literal["fixed", "dynamic", "all", "none"] = "fixed"
-    """Questions answered by the model: fixed (drawn once), dynamic (lowest weights of the round), all, none."""
+    questions: Literal["fixed", "redrawn", "dynamic", "all", "none"] = "fixed"
+    """Questions answered by the model: fixed (drawn once), redrawn (others each round), dynamic (lowest weights of the
+    round), all, none."""
 
     share: Share = 0.1
-    """fixed, dynamic: share of the questions that are answered in a round."""
+    """fixed, redrawn, dynamic: share of the questions that are answered in a round."""
+
+    generator: Literal["fixed", "reinforce"] = "fixed"
+    """Model that answers: fixed (the present model as it is) or reinforce (one that is trained by its responses' exact
+    hypergradients, section reinforce)."""
 
     methods: Annotated[tuple[RefineMethod, ...], MinLen(1), Unique()] = ("penalty",)
     """Methods that weight the examples; each trains one candidate per round. uniform: all weights 1."""
@@ -456,8 +461,9 @@ class RefineSection:
     )
     """Upper clip of the importance ratio."""
 
-    start_from: Literal["accepted", "first"] = "accepted"
-    """Model that candidates are trained from: the last accepted one or the first."""
+    start_from: Literal["accepted", "first", "last"] = "accepted"
+    """Model that candidates are trained from: the last accepted one, the first, or (reinforce) the student of the last
+    round, accepted or not."""
 
     verifier_use: Literal["report", "filter"] = "report"
     """Use of the verifier: report its verdicts only, or filter wrong responses out of training."""
@@ -467,6 +473,39 @@ class RefineSection:
 
     bonferroni: bool = True
     """Divide the level by the number of tests (rounds times methods), so that it holds for the whole run."""
+
+
+@dataclass(frozen=True)
+class ReinforceSection:
+    """Policy gradients of the generator, with refine.generator = reinforce: a response's reward is minus its exact
+    hypergradient on the target (dataset policy gradient)."""
+
+    model: str = ""
+    """Another model that answers, with the same tokenizer; empty: it starts as the model itself."""
+
+    reward: Literal["response", "token"] = "response"
+    """Reward of a whole response, or of each token, of which every token then gets what comes from it on."""
+
+    advantages: Literal["group", "batch"] = "group"
+    """Rewards less the mean of their group, over the standard deviation of the group or of the whole round."""
+
+    learning_rate: Positive = 1e-5
+    """Learning rate of the generator (Adam)."""
+
+    epochs: Positive = 1.0
+    """Passes over a round's responses, in steps of train.global_batch_size."""
+
+    max_ratio_change: Positive = 0.2
+    """Clip of the probability ratio to the generator that answered, at 1 minus and 1 plus this."""
+
+    kl_coefficient: NonNegative = 0.0
+    """Factor of the divergence from the generator at its start, nats per token; 0: none."""
+
+    reduction: Literal["example_mean", "token_sum"] = "example_mean"
+    """Mean over the tokens of a response, or their sum, which gives no premium to length."""
+
+    max_grad_norm: Annotated[float, Ge(0), Special(0, "no clipping")] = 1.0
+    """Maximum norm of the policy gradient; 0: no clipping."""
 
 
 @dataclass(frozen=True)

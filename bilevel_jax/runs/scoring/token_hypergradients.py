@@ -22,7 +22,6 @@ from bilevel_jax.core.types import (
     Stream,
 )
 from bilevel_jax.core.unrolled import backward_pass
-from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.placement import replicate, replicate_unplaced
 from bilevel_jax.runs.tasks.text import TextTask
@@ -41,7 +40,7 @@ class TokenHypergradients(NamedTuple):
     checks: Checks
 
 
-def token_weighted(problem: Problem, corpus: Corpus) -> Problem:
+def token_weighted(problem: Problem, first_tokens: Int[np.ndarray, "examples"]) -> Problem:
     """The problem with a factor for the loss of each token beside the weight of each example.
 
         inner = sum_i w_i loss_i(v) / N,   loss_i(v) = the loss of example i with its token losses n_t times v_t
@@ -52,25 +51,21 @@ def token_weighted(problem: Problem, corpus: Corpus) -> Problem:
 
     Args:
         problem: of `weighted`, with losses that read `token_weights`, as `sft_losses` and those made from it.
-        corpus: the examples, one sequence each.
+        first_tokens: the place of each example's first token in the factors; those of a corpus are
+            `corpus.offsets[:-1]`.
 
     Returns:
-        The problem whose outer variable is (weights float[examples], factors float[tokens of the corpus]).
-
-    Raises:
-        ValueError: for preference pairs, whose losses compare whole responses.
+        The problem whose outer variable is (weights float[examples], factors float[places]).
     """
-    if corpus.sequences_per_example != 1:
-        raise ValueError("preference pairs have no loss of a single token: their losses compare whole responses.")
-    first_tokens = jnp.asarray(corpus.offsets[:-1])
+    starts = jnp.asarray(first_tokens)
 
     def find_tokens(batch: Batch) -> Array:
-        """The place in the corpus of the target at each place of the batch; beyond the corpus where there is none."""
+        """The place in the factors of the target at each place of the batch; beyond them where there is none."""
         slots = batch["slot"].reshape(*batch["slot"].shape[:1], -1)
         examples = jax.vmap(lambda index, slot: index.at[slot].get(mode="fill", fill_value=PADDING))(
             batch["index"], slots
         ).reshape(batch["slot"].shape)
-        places = first_tokens.at[examples].get(mode="fill", fill_value=0) + batch["positions"] + 1
+        places = starts.at[examples].get(mode="fill", fill_value=0) + batch["positions"] + 1
         return jnp.where(examples == PADDING, PADDING, places)
 
     def inner(params: Params, hyper: HyperSlice, frozen: Frozen, batch: Batch) -> Any:
@@ -128,7 +123,9 @@ def compute_token_hypergradients(
     corpus = task.corpus
     if not len(corpus.ids):
         raise ValueError("data are streamed, so there is no table of their tokens. Set data.streaming to false.")
-    problem = token_weighted(task.problem, corpus)
+    if corpus.sequences_per_example != 1:
+        raise ValueError("preference pairs have no loss of a single token: their losses compare whole responses.")
+    problem = token_weighted(task.problem, corpus.offsets[:-1])
     step = train_step(problem, task.optimizer)
     state = replicate_unplaced(task.mesh, init_train_state(task.optimizer, start))
     factors = replicate(task.mesh, np.ones(len(corpus.ids), jax.tree.leaves(start)[0].dtype))

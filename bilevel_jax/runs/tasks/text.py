@@ -307,9 +307,7 @@ def prepare_text_task(
     sharding_rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, mesh)
     tokenized_data = tokenize_splits(config, splits, target)
     identity.check_tokens(folder, describe_tokens(tokenized_data, streaming=config.data.streaming))
-    base_params, init_params = _load_params(
-        config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules
-    )
+    base_params, init_params = load_params(config.model, config.lora, tokenized_data.architecture, mesh, sharding_rules)
     if names := corpora_with_reference(tokenized_data, config.objective):
         reference_params = base_params if base_params is not None else init_params(config.train.seed)
         decoder = models.make_decoder(
@@ -642,7 +640,7 @@ def _proximal_term(strength: float) -> Callable | None:
     return proximal(strength, lambda frozen: frozen["start"]) if strength else None
 
 
-def _load_params(
+def load_params(
     model: ModelSection,
     lora: LoraSection,
     architecture: models.DecoderConfig,

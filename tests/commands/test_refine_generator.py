@@ -1,0 +1,321 @@
+"""`refine` with a generator that is trained: rewards, advantages, what a run writes, that it stops and goes on."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax.commands.refine.generator import check_same_tokens, compute_advantages, compute_token_advantages
+from bilevel_jax.commands.refine.rewards import check_responses, compute_rewards
+from bilevel_jax.commands.refine.rollouts import build_round_task, choose_questions, collect_rollouts
+from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine, run_round
+from bilevel_jax.commands.refine.text_statistics import (
+    describe_degeneration,
+    share_of_duplicates,
+    share_of_repeated_ngrams,
+)
+from bilevel_jax.core.training import init_train_state
+from bilevel_jax.lm import models
+from bilevel_jax.lm.losses import sft
+from bilevel_jax.runs.config.load import RefineConfig, load_config
+from bilevel_jax.runs.engine.trainer import Trainer
+from bilevel_jax.runs.infra import session
+from bilevel_jax.runs.scoring.generation import make_generator_factory
+from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+
+REINFORCE = {
+    "--refine.generator": "reinforce", "--refine.methods": "uniform", "--refine.ratio": "none",
+    "--refine.questions": "redrawn", "--refine.share": "0.25", "--generate.num-generations": "4",
+    "--reinforce.learning-rate": "3e-3", "--reinforce.kl-coefficient": "0.01",
+}  # fmt: skip
+
+
+SMOOTH = ("--optimizer.name", "momentum", "--optimizer.learning-rate", "0.05")  # adam's first steps are signs
+
+
+def load(made, *flags):
+    given = [text for key, value in REINFORCE.items() if key not in flags for text in (key, value)]
+    return load_config(RefineConfig, made / "refine.yaml", [*given, *flags])
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """One uninterrupted run: (its folder, its result, how often the model had been traced after each round)."""
+    out, traced, counts = tmp_path_factory.mktemp("reinforce") / "run", [], []
+    hidden, one_round = sft._hidden_states, run_round
+
+    def counted(*args):
+        traced.append(1)
+        return hidden(*args)
+
+    def round_(*args, **named):
+        value = one_round(*args, **named)
+        counts.append(len(traced))
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "_hidden_states", counted)
+        patch.setattr(sys.modules["bilevel_jax.commands.refine.run"], "run_round", round_)
+        result = refine(load(made, "--out", str(out), "--refine.rounds", "3", "--refine.start-from", "last"))
+    return out, result, counts
+
+
+@pytest.fixture(scope="module")
+def round_of(made, tmp_path_factory):
+    """(config, offline task, round's task, its responses, session) without a run, by the kind of reward."""
+    folder = tmp_path_factory.mktemp("round")
+    (folder / "checkpoints").mkdir()
+    config = load(made, *SMOOTH)
+    task = prepare_refine_task(config, folder)
+    with session.open_session(folder, progress=False, save_seconds=1e9) as work:
+        params = task.init_params(0)
+        write = make_generator_factory(config.generate, task.decoder, task.tokenizer, task.mesh, work)(params)
+        chosen = choose_questions(config, task.trainable_indices(), np.ones(task.num_examples))
+        path, fingerprint = folder / "responses.parquet", fingerprint_params(params)
+        rollouts = collect_rollouts(config, task, chosen, 0, path, write, fingerprint, None)
+        yield config, task, build_round_task(config, task, rollouts, 0), rollouts, work
+
+
+# ---- rewards
+
+
+def test_a_reward_is_what_less_of_the_response_does_to_the_student(round_of):
+    """By differences: the student trained with one response at weight 1 - h and 1 + h, twice."""
+    config, task, round_task, rollouts, work = round_of
+    rewards = compute_rewards(config, round_task, task.init_params(0), work, 0)
+    trainer = Trainer(round_task.task, config.outer, work)
+    start = init_train_state(task.optimizer, task.init_params(0))
+    stream, step = round_task.task.training_stream(config.data.seed), 0.05
+    rows = np.flatnonzero(round_task.response_numbers >= 0)
+    chosen = np.argsort(-np.abs(rewards.responses))[:2]
+
+    def loss(row, weight):
+        weights = jnp.ones(round_task.task.num_examples).at[row].set(weight)
+        outer = trainer.task.problem.outer
+        validation = round_task.task.held_out_streams["validation"]
+        end = trainer.run(weights, start, stream).end.params
+        frozen = round_task.task.frozen(end)
+        total = 0.0
+        for at in range(validation.steps):
+            batch = validation.batch(at)
+            for micro in range(batch["index"].shape[0]):
+                part = {key: leaf[micro] for key, leaf in batch.items()}
+                total += float(outer(end, frozen, part))
+        return total
+
+    for place in chosen:
+        row = rows[place]
+        slope = (loss(row, 1 + step) - loss(row, 1 - step)) / (2 * step) / round_task.multiplicity[row]
+        assert -slope == pytest.approx(rewards.responses[place], rel=0.05)
+
+
+def test_rewards_of_tokens_sum_to_that_of_their_response(round_of, made):
+    _, task, round_task, rollouts, work = round_of
+    config = load(made, *SMOOTH, "--reinforce.reward", "token")
+    by_response = compute_rewards(load(made, *SMOOTH), round_task, task.init_params(0), work, 1)
+    by_token = compute_rewards(config, round_task, task.init_params(0), work, 2)
+    assert [len(own) for own in by_token.tokens] == [len(own) for own in rollouts.tokens]
+    scale = np.abs(by_response.responses).max()
+    np.testing.assert_allclose([own.sum() for own in by_token.tokens], by_token.responses, atol=1e-5 * scale)
+    assert np.corrcoef(by_token.responses, by_response.responses)[0, 1] > 0  # another order of the data, same task
+
+
+def test_a_target_that_nothing_moves_is_told(round_of):
+    config, task, round_task, _, work = round_of
+    still = round_task._replace(
+        task=round_task.task._replace(
+            problem=round_task.task.problem._replace(
+                outer=lambda params, frozen, batch: 0 * round_task.task.problem.outer(params, frozen, batch)
+            )
+        )
+    )
+    with pytest.raises(ValueError, match="every reward of round 3 is 0: nothing that the model was trained on moves"):
+        compute_rewards(config, still, task.init_params(0), work, 3)
+
+
+def test_responses_without_text_are_told():
+    with pytest.raises(ValueError, match="all 2 responses of round 4 are empty"):
+        check_responses(SimpleNamespace(texts=["", " \n"]), 4)
+    check_responses(SimpleNamespace(texts=["", "a"]), 4)
+
+
+# ---- advantages
+
+
+def test_advantages_compare_the_responses_to_one_question():
+    rewards = np.array([[1.0, 3.0], [10.0, 14.0], [5.0, 5.0]])
+    by_group, equal = compute_advantages(rewards, "group")
+    np.testing.assert_allclose(by_group, [[-1, 1], [-1, 1], [0, 0]])
+    assert equal == 1
+    by_batch, _ = compute_advantages(rewards, "batch")
+    np.testing.assert_allclose(by_batch, np.array([[-1, 1], [-2, 2], [0, 0]]) / np.sqrt(10 / 6))
+    shifted, _ = compute_advantages(1e-9 * rewards + 7e-9, "group")  # neither the unit nor the level of rewards counts
+    np.testing.assert_allclose(shifted, by_group, atol=1e-5)
+    assert not compute_advantages(np.zeros((2, 2)), "group")[0].any()
+
+
+def test_a_token_is_judged_by_what_comes_from_it_on():
+    rewards = [np.array([1.0, 0.0, 2.0]), np.array([0.0, 2.0])]
+    advantages, equal = compute_token_advantages(rewards, 2, "group")
+    returns = np.array([[3.0, 2.0, 2.0], [2.0, 2.0, np.nan]])
+    centred = returns - np.nanmean(returns, 0)
+    wanted = centred / np.sqrt(np.nanmean(centred**2))
+    np.testing.assert_allclose(advantages[0], wanted[0])
+    np.testing.assert_allclose(advantages[1], wanted[1, :2])
+    assert equal == 0
+    same, equal = compute_token_advantages([np.ones(2), np.ones(2)], 2, "batch")
+    assert equal == 1 and not np.concatenate(same).any()
+
+
+# ---- a run
+
+
+def test_compiles_in_the_first_rounds_only(whole):
+    counts = whole[2]
+    assert counts[0] > 0 and counts[1] == counts[2]  # the second round is the first with a generator of its own
+
+
+def test_the_generator_moves_and_is_written(whole, made):
+    out, result, _ = whole
+    records = result["records"]
+    assert records[0]["generator"]["kl"] == pytest.approx(0, abs=1e-6) and records[2]["generator"]["kl"] > 1e-5
+    assert len({record["model"] for record in records}) == 3  # every round was answered by another model
+    given = load(made).model.name_or_path
+    before, after = (models.load_model(path, dtype=jnp.float32)[1] for path in (given, out / "generator"))
+    assert fingerprint_params(before) != fingerprint_params(after)
+    assert (out / "generator" / "tokenizer.json").exists()
+    report = (out / "report.html").read_text()
+    assert "What the generator learned" in report and "KL from the start" in report
+    assert not list((out / "parts").glob("round*"))
+
+
+def test_questions_are_redrawn_without_repetition(made, tmp_path):
+    config = load(made)
+    kept = np.arange(3, 20)
+    rounds = [choose_questions(config, kept, np.ones(20), number) for number in range(5)]
+    assert len(np.unique(np.concatenate(rounds[:4]))) == 16  # 17 questions, 4 each
+    assert {len(own) for own in rounds} == {4} and not np.array_equal(rounds[0], rounds[4])
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(count, marks=[pytest.mark.slow] * (count != 14)) for count in (4, 9, 14, 20, 27, 33)]
+)
+def test_stopped_anywhere_and_resumed_changes_no_bit(made, whole, tmp_path, stop_at, count):
+    flags = ("--out", str(tmp_path / "run"), "--refine.rounds", "3", "--refine.start-from", "last")
+    stop_at(count)
+    with pytest.raises(session.Interrupted):
+        refine(load(made, *flags))
+    refine(load(made, *flags, "--resume"))
+    names = ("model/model.safetensors", "generator/model.safetensors", "responses.parquet", "weights.parquet")
+    for name in names:
+        assert (whole[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole[0], tmp_path / "run")]
+    assert [[record["generator"] for record in result["records"]] for result in results][0] == [
+        record["generator"] for record in results[1]["records"]
+    ]
+
+
+VARIANTS = {
+    "tokens": ("--reinforce.reward", "token", "--reinforce.advantages", "batch", "--reinforce.reduction", "token_sum"),
+    "adapters": ("--lora.r", "2", "--model.base-dtype", "float32"),
+    "judged by an unrolled candidate": ("--refine.methods", "uniform", "unrolled", "--refine.start-from", "first"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs(made, tmp_path, name):
+    result = refine(load(made, *VARIANTS[name], "--out", str(tmp_path / "run")))
+    assert all(np.isfinite(record["generator"]["target_loss"]) for record in result["records"])
+
+
+@pytest.mark.slow
+def test_another_model_generates(made, tmp_path):
+    """The same architecture from a folder of its own: the same run, bit for bit."""
+    given = load(made).model.name_or_path
+    own, other = (
+        refine(load(made, *flags, "--out", str(tmp_path / name)))
+        for name, flags in (("own", ()), ("other", ("--reinforce.model", str(given))))
+    )
+    assert [record["generator"] for record in own["records"]] == [record["generator"] for record in other["records"]]
+
+
+@pytest.mark.slow
+def test_a_function_of_the_parameters_needs_no_held_out_rows(made, tmp_path):
+    """The norm of one matrix falls from round to round, though no text says so."""
+    (tmp_path / "norm.py").write_text(
+        "import jax.numpy as jnp\ndef norm(params):\n    return jnp.sum(params['embed'] ** 2)\n"
+    )
+    flags = ("--data.validation", "--data.dev", "--data.test", "--target.losses", f"{tmp_path}/norm.py:norm",
+             "--target.sources", "parameters", "--refine.start-from", "last", "--refine.rounds", "4")  # fmt: skip
+    result = refine(load(made, *flags, "--out", str(tmp_path / "run")))
+    losses = [record["generator"]["target_loss"] for record in result["records"]]
+    assert losses[-1] < losses[0] and result["test"]["first"] > 0
+
+
+# ---- what is refused, and told
+
+REFUSED = {
+    "asks for none": ("--refine.questions", "none"),
+    "imitates what the generator wrote": ("--refine.ratio", "token"),
+    "leave bmo out": ("--refine.methods", "bmo"),
+    "leave temperature at 1": ("--generate.top-k", "5"),
+    "ask for 2 at least": ("--generate.num-generations", "1"),
+    "fixed does not train it": ("--refine.generator", "fixed"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused(made, words):
+    with pytest.raises(ValueError, match=words):
+        load(made, *REFUSED[words])
+
+
+def test_last_needs_a_student(made):
+    with pytest.raises(ValueError, match="last goes on with the student"):
+        load_config(RefineConfig, made / "refine.yaml", ["--refine.start-from", "last"])
+
+
+def test_another_tokenizer_is_told():
+    def make_tokenizer(vocabulary, template=""):
+        return SimpleNamespace(get_vocab=lambda: vocabulary, chat_template=template, get_chat_template=lambda: template)
+
+    tokenizer = make_tokenizer({"a": 0, "b": 1})
+    check_same_tokens(tokenizer, tokenizer, "there")
+    other = make_tokenizer({"a": 0, "b": 2})
+    with pytest.raises(ValueError, match="the token 'b' is 2 there and 1 here"):
+        check_same_tokens(other, tokenizer, "there")
+    templated = make_tokenizer({"a": 0, "b": 1}, "{{ messages }}")
+    with pytest.raises(ValueError, match="another chat template"):
+        check_same_tokens(templated, tokenizer, "there")
+
+
+def test_the_work_is_counted(made, tmp_path):
+    flags = ("--refine.methods", "uniform", "--refine.questions", "fixed")
+    plain = load_config(RefineConfig, made / "refine.yaml", flags)
+    (tmp_path / "checkpoints").mkdir()
+    task = prepare_refine_task(plain, tmp_path)
+    config = load(made)
+    steps = config.train.max_steps
+    asked = max(1, round(0.25 * len(task.trainable_indices())))
+    policy_steps = max(1, round(4 * asked / config.train.global_batch_size))
+    more = count_rounds_work(config, task) - count_rounds_work(plain, task)
+    assert more == pytest.approx(config.refine.rounds * (5 * steps + policy_steps * 4 / 3))
+
+
+def test_degenerate_text_is_told():
+    first = {
+        "repeated": 0.1, "duplicates": 0.1, "entropy": 2.0, "length": 20.0, "reward_by_length": 0.1,
+    }  # fmt: skip
+    assert describe_degeneration(first, first) == []
+    last = {"repeated": 0.6, "duplicates": 0.5, "entropy": 0.1, "length": 40.0, "reward_by_length": -0.95}
+    told = " ".join(describe_degeneration(first, last))
+    for words in ("repeat themselves: 60%", "50% of the responses equal", "from 2.00 to 0.10", "40 tokens", "-0.95"):
+        assert words in told
+    assert share_of_repeated_ngrams(np.array([1, 2, 1, 2, 1, 2]), 2) == pytest.approx(3 / 5)
+    assert share_of_repeated_ngrams(np.array([1]), 2) == 0
+    same = [np.array([1]), np.array([1]), np.array([2]), np.array([1])]
+    assert share_of_duplicates(same, 2) == 0.5  # the last equals a response to another question only
