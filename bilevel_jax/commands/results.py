@@ -317,8 +317,12 @@ class RefineResult:
     multiplicity: Float[np.ndarray, "rows"]
     """What the example counts before any weight; the mean is 1."""
     weights: Float[np.ndarray, "rows"]
+    rewards: Float[np.ndarray, "rows"]
+    """Of the responses of a generator that is trained: minus the derivative of L_v by the weight; NaN for others."""
     model: Path
     """Folder of the last accepted model."""
+    generator: Path | None
+    """Folder of the generator after the last round; None where none is trained."""
     evaluations: dict[str, AnswerComparison]
     """With evaluate.prompts: that model compared with the `first` one."""
 
@@ -656,7 +660,9 @@ def _read_refine(shared: dict[str, Any], result: dict[str, Any], folder: Path) -
         generated=_numbers(table, "generated"),
         multiplicity=_numbers(table, "base"),
         weights=_numbers(table, "weight"),
+        rewards=_numbers(table, "reward") if "reward" in table.column_names else np.full(table.num_rows, np.nan),
         model=folder / "model",
+        generator=folder / "generator" if result.get("generator") else None,  # runs of earlier versions have none
         evaluations=_read_evaluations(result, folder),
     )
 

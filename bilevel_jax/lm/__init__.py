@@ -52,6 +52,7 @@ _MODULE_OF = {
     "dpo_losses": "losses.preferences",
     "importance_weighted_losses": "losses.importance",
     "mean_over_targets": "losses.sft",
+    "policy_losses": "losses.policy",
     "sequence_log_likelihoods": "losses.sft",
     "sft_composite_loss": "losses.sft",
     "sft_losses": "losses.sft",

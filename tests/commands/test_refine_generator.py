@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from bilevel_jax.commands.refine.generator import check_same_tokens, compute_advantages, compute_token_advantages
@@ -25,10 +26,12 @@ from bilevel_jax.runs.engine.trainer import Trainer
 from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
+from tests.commands.typed_results import check_columns
 
 REINFORCE = {
     "--refine.generator": "reinforce", "--refine.methods": "uniform", "--refine.ratio": "none",
     "--refine.questions": "redrawn", "--refine.share": "0.25", "--generate.num-generations": "4",
+    "--train.max-steps": "8",
     "--reinforce.learning-rate": "3e-3", "--reinforce.kl-coefficient": "0.01",
 }  # fmt: skip
 
@@ -187,6 +190,10 @@ def test_the_generator_moves_and_is_written(whole, made):
     before, after = (models.load_model(path, dtype=jnp.float32)[1] for path in (given, out / "generator"))
     assert fingerprint_params(before) != fingerprint_params(after)
     assert (out / "generator" / "tokenizer.json").exists()
+    typed, _ = check_columns(out, "weights.parquet", {"ids": "id", "generated": "generated", "rewards": "reward"})
+    assert typed.generator == out / "generator" and np.array_equal(np.isfinite(typed.rewards), typed.generated)
+    stored = pq.read_table(out / "responses.parquet")["reward"].to_pylist()
+    np.testing.assert_array_equal(stored, typed.rewards[typed.generated])
     report = (out / "report.html").read_text()
     assert "What the generator learned" in report and "KL from the start" in report
     assert not list((out / "parts").glob("round*"))
@@ -279,6 +286,11 @@ def test_last_needs_a_student(made):
         load_config(RefineConfig, made / "refine.yaml", ["--refine.start-from", "last"])
 
 
+def test_a_student_that_would_not_see_all_responses_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match=r"= 24 is less than the 63 examples of a round.*max_steps to at least 8"):
+        refine(load(made, "--train.max-steps", "3", "--out", str(tmp_path / "run")))
+
+
 def test_another_tokenizer_is_told():
     def make_tokenizer(vocabulary, template=""):
         return SimpleNamespace(get_vocab=lambda: vocabulary, chat_template=template, get_chat_template=lambda: template)
@@ -294,7 +306,7 @@ def test_another_tokenizer_is_told():
 
 
 def test_the_work_is_counted(made, tmp_path):
-    flags = ("--refine.methods", "uniform", "--refine.questions", "fixed")
+    flags = ("--refine.methods", "uniform", "--refine.questions", "fixed", "--train.max-steps", "8")
     plain = load_config(RefineConfig, made / "refine.yaml", flags)
     (tmp_path / "checkpoints").mkdir()
     task = prepare_refine_task(plain, tmp_path)

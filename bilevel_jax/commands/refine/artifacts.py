@@ -29,10 +29,11 @@ def build_round_weights_table(
     weights: Float[np.ndarray, "examples"],
     judge: str | None,
     round_number: int,
+    rewards: Float[np.ndarray, "responses"] | None = None,
 ) -> pa.Table:
-    """The examples of a round with their weights."""
+    """The examples of a round with their weights, and, where a generator is trained, the rewards of responses."""
     question_examples = [offline_task.examples[row] for row in round_task.question_rows]
-    return pa.table(
+    table = pa.table(
         {
             "round": np.full(len(weights), round_number),
             "id": [example.id for example in round_task.task.examples],
@@ -45,6 +46,10 @@ def build_round_weights_table(
             "method": pa.array([judge] * len(weights), pa.string()),
         }
     )
+    if rewards is None:
+        return table
+    by_row = [None if number < 0 else float(rewards[number]) for number in round_task.response_numbers]
+    return table.append_column("reward", pa.array(by_row, pa.float64()))
 
 
 def write_round_tables(session: Session, records: list[dict[str, Any]], config_hash: str) -> None:
@@ -53,18 +58,21 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
     for record in records:
         round_weights = run_dir.read_parquet(weights_path(session, record["step"]))
         weights.append(round_weights)
-        weight_by_id = dict(zip(round_weights["id"].to_pylist(), round_weights["weight"].to_pylist(), strict=True))
         round_responses = run_dir.read_parquet(responses_path(session, record["step"]))
-        round_responses = round_responses.append_column(
-            "weight",
-            pa.array([weight_by_id[response_id] for response_id in round_responses["id"].to_pylist()], pa.float64()),
-        )
+        for name in ("weight", "reward"):
+            if name in round_weights.column_names:
+                by_id = dict(zip(round_weights["id"].to_pylist(), round_weights[name].to_pylist(), strict=True))
+                values = pa.array(
+                    [by_id[response_id] for response_id in round_responses["id"].to_pylist()], pa.float64()
+                )
+                round_responses = round_responses.append_column(name, values)
         responses.append(
             round_responses.append_column("accepted", pa.array([record["accepted"]] * len(round_responses), pa.bool_()))
         )
     meaning = {
         "weight": "factor of the row's loss beside base, by `method`, the best candidate that learns weights; else 1",
         "base": "what the row counts before any weight: 1/G for each of G responses, over the mean of all rows",
+        "reward": "of a generator's response: minus the derivative of L_v by its weight at weight 1, over base",
         "config_hash": config_hash,
     }
     table = pa.concat_tables(weights).replace_schema_metadata({key: text.encode() for key, text in meaning.items()})

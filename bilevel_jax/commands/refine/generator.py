@@ -1,5 +1,6 @@
 """A generator that is trained by policy gradients on the rewards of its responses."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -296,11 +297,29 @@ def is_reinforced(config: RefineConfig) -> bool:
     return config.refine.generator == "reinforce"
 
 
+def check_round_fits(config: RefineConfig, num_questions: int) -> None:
+    """Raise ValueError where the student sees fewer examples than a round has: the rest would have rewards of 0."""
+    asked = _num_asked(config, num_questions)
+    num_rows = num_questions + asked * config.generate.num_generations - (0 if config.refine.keep_offline else asked)
+    seen = config.train.max_steps * config.train.global_batch_size
+    if seen < num_rows:
+        raise ValueError(
+            f"train.max_steps * train.global_batch_size = {seen:,} is less than the {num_rows:,} examples of a round: "
+            "the student would not see some responses, and they would have no reward. Set train.max_steps to at least "
+            f"{math.ceil(num_rows / config.train.global_batch_size)}, or ask fewer questions (refine.share, "
+            "generate.num_generations)."
+        )
+
+
+def _num_asked(config: RefineConfig, num_questions: int) -> int:
+    return num_questions if config.refine.questions == "all" else max(1, round(config.refine.share * num_questions))
+
+
 def count_reinforce_work(config: RefineConfig, num_questions: int) -> float:
     """What rewards and policy steps of one round cost, in training steps; 0 where no generator is trained."""
     if not is_reinforced(config):
         return 0.0
-    asked = num_questions if config.refine.questions == "all" else max(1, round(config.refine.share * num_questions))
+    asked = _num_asked(config, num_questions)
     section, num_responses = config.reinforce, asked * config.generate.num_generations
     steps = num_policy_steps(section, num_responses, config.train.global_batch_size)
     return config.train.max_steps * (1 + REPLAY_WORK + HVP_WORK) + steps * policy_step_work(section)

@@ -21,6 +21,7 @@ from bilevel_jax.commands.refine.candidates import (
 )
 from bilevel_jax.commands.refine.generator import (
     Generator,
+    check_round_fits,
     count_reinforce_work,
     describe_generator,
     is_reinforced,
@@ -28,7 +29,7 @@ from bilevel_jax.commands.refine.generator import (
     update_generator,
     write_generator,
 )
-from bilevel_jax.commands.refine.rewards import check_responses, compute_rewards, rewards_folder
+from bilevel_jax.commands.refine.rewards import Rewards, check_responses, compute_rewards, rewards_folder
 from bilevel_jax.commands.refine.rollouts import (
     Rollouts,
     RoundTask,
@@ -166,6 +167,8 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
             f"generate.max_new_tokens = {config.generate.max_new_tokens} that is more than the model's "
             f"{task.architecture.max_length}. Lower generate.max_new_tokens, or shorten the question."
         )
+    if is_reinforced(config):
+        check_round_fits(config, len(task.trainable_indices()))
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
     return task._replace(layout=task.layout._replace(length=max(places, task.layout.length)))
@@ -320,8 +323,9 @@ def run_round(
     update: TrainState | None = None
     students: dict[str, Candidate] = {}
     generator_record: dict[str, Any] = {}
+    rewards: Rewards | None = None
     if context.generator and state.generator:
-        update, students, generator_record = reinforce_round(
+        update, rewards, students, generator_record = reinforce_round(
             context, context.generator, state.generator, round_task, round_rollouts, start_params, number
         )
     present = compute_dev_losses(offline_task, state.params)
@@ -339,7 +343,9 @@ def run_round(
     weights = trained.models[judge].weights if judge else np.ones(len(round_task.multiplicity))
     run_dir.write_parquet(
         artifacts.weights_path(session, number),
-        artifacts.build_round_weights_table(offline_task, round_task, weights, judge, number),
+        artifacts.build_round_weights_table(
+            offline_task, round_task, weights, judge, number, rewards.responses if rewards else None
+        ),
     )
     record = {
         "step": number,
@@ -388,11 +394,11 @@ def reinforce_round(
     rollouts: Rollouts,
     start_params: Params,
     number: int,
-) -> tuple[TrainState, dict[str, Candidate], dict[str, Any]]:
+) -> tuple[TrainState, Rewards, dict[str, Candidate], dict[str, Any]]:
     """Reward the responses of a round, and train the generator by that.
 
-    Returns its new state, the student whose training gave the rewards as the candidate `uniform`, and what the record
-    says of them.
+    Returns its new state, the rewards, the student whose training gave them as the candidate `uniform`, and what the
+    record says of them.
     """
     session = context.session
     check_responses(rollouts, number)
@@ -407,7 +413,7 @@ def reinforce_round(
     }
     text_record = measure_responses(rollouts, rewards.responses)
     student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
-    return update.state, {"uniform": student}, {"generator": reward_record | update.record | text_record}
+    return update.state, rewards, {"uniform": student}, {"generator": reward_record | update.record | text_record}
 
 
 def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
