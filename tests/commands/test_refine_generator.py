@@ -9,7 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bilevel_jax.commands.refine.generator import check_same_tokens, compute_advantages, compute_token_advantages
+from bilevel_jax.commands.refine.generator import (
+    check_same_tokens,
+    compute_advantages,
+    compute_token_advantages,
+    describe_overfitting,
+)
 from bilevel_jax.commands.refine.rewards import check_responses, compute_rewards
 from bilevel_jax.commands.refine.rollouts import build_round_task, choose_questions, collect_rollouts
 from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine, run_round
@@ -316,6 +321,16 @@ def test_the_work_is_counted(made, tmp_path):
     policy_steps = max(1, round(4 * asked / config.train.global_batch_size))
     more = count_rounds_work(config, task) - count_rounds_work(plain, task)
     assert more == pytest.approx(config.refine.rounds * (5 * steps + policy_steps * 4 / 3))
+
+
+def test_a_generator_that_follows_validation_alone_is_told():
+    def rounds(*pairs):
+        return [{"target_loss": validation, "dev_loss": dev} for validation, dev in pairs]
+
+    assert describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.7, 0.91))) == []
+    [told] = describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.7, 1.0)))
+    assert "Since round 1" in told and "from 0.9000 to 1.0000" in told
+    assert describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.9, 1.0))) == []  # both rose
 
 
 def test_degenerate_text_is_told():

@@ -89,11 +89,13 @@ def write_round_tables(session: Session, records: list[dict[str, Any]], config_h
 def pick_extreme_responses(
     session: Session, offline_task: TextTask, records: list[dict[str, Any]], count: int = 5
 ) -> list[dict[str, Any]]:
-    """Responses of the last round that weigh most and least, with their questions, for the report."""
+    """Responses of the last round that weigh most and least, with their questions, for the report; by rewards where a
+    generator is trained."""
     table = run_dir.read_parquet(session.folder / "responses.parquet").to_pylist()
     last = [row for row in table if row["round"] == len(records) - 1]
     example_by_id = {example.id: example for example in offline_task.examples}
-    ranked = sorted(last, key=lambda row: -row["weight"])
+    key = "reward" if last and "reward" in last[0] else "weight"
+    ranked = sorted(last, key=lambda row: -row[key])
     extremes = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
     return [
         {
@@ -108,13 +110,19 @@ def pick_extreme_responses(
             "log_prob": row["log_prob"],
             "checker": row["checker"],
             "weight": row["weight"],
+            "reward": row.get("reward"),
         }
         for row in extremes
     ]
 
 
-def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean weights in each round: of offline examples by label, of responses by the verifier's score."""
+def average_weights_by_kind(
+    session: Session, records: list[dict[str, Any]], column: str = "weight"
+) -> list[dict[str, Any]]:
+    """Mean weights in each round: of offline examples by label, of responses by the verifier's score.
+
+    `column` may be reward, which responses of a generator alone have.
+    """
     out = []
     for record in records:
         table = run_dir.read_parquet(weights_path(session, record["step"])).to_pandas()
@@ -123,7 +131,7 @@ def average_weights_by_kind(session: Session, records: list[dict[str, Any]]) -> 
         kind = table["label"].fillna("offline")
         generated = np.where(right.isna(), "response", np.where(right >= 0.5, "right response", "wrong response"))
         kind = kind.where(~table["generated"], generated)
-        means = table.assign(kind=kind).groupby("kind")["weight"].agg(["mean", "size"])
+        means = table.assign(kind=kind).dropna(subset=[column]).groupby("kind")[column].agg(["mean", "size"])
         out += [
             {"round": record["step"], "kind": name, "weight": float(stats["mean"]), "rows": int(stats["size"])}
             for name, stats in means.iterrows()

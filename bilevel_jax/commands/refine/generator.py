@@ -36,6 +36,8 @@ from bilevel_jax.runs.tasks.text import TextTask, load_params
 
 POLICY_WORK, KL_WORK = 1.0, 1 / 3
 """Work of a policy step in training steps, and what the model at its start adds."""
+OVERFITTING_FACTOR = 1.05
+"""A dev loss this much above its least is told where validation loss fell on."""
 MIN_SPREAD = 1e-6
 """Rewards of a group that differ by less, as a share of the root mean square of all, are taken for equal."""
 
@@ -329,12 +331,26 @@ def describe_generator(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What result.json holds of all rounds: remarks on degenerate text, in sentences."""
     rounds = [record["generator"] for record in records]
     equal = sum(record["equal_groups"] for record in rounds)
-    remarks = describe_degeneration(rounds[0], rounds[-1])
+    remarks = describe_degeneration(rounds[0], rounds[-1]) + describe_overfitting(rounds)
     if equal:
         remarks.append(
             f"{format_count('group', equal)} of responses to one question had equal rewards, and taught nothing."
         )
     return {"remarks": remarks}
+
+
+def describe_overfitting(rounds: list[dict[str, Any]]) -> list[str]:
+    """A sentence where dev loss of the students rose again while validation, which rewards, fell on; none is good."""
+    best = int(np.argmin([record["dev_loss"] for record in rounds]))
+    at_best, last = rounds[best], rounds[-1]
+    if last["target_loss"] >= at_best["target_loss"] or last["dev_loss"] < OVERFITTING_FACTOR * at_best["dev_loss"]:
+        return []
+    return [
+        f"Since round {best} the generator follows the validation examples themselves: validation loss of "
+        f"the student went on from {at_best['target_loss']:.4f} to {last['target_loss']:.4f}, its dev loss rose from "
+        f"{at_best['dev_loss']:.4f} to {last['dev_loss']:.4f}. Take fewer rounds, a larger "
+        "reinforce.kl_coefficient, or more validation examples."
+    ]
 
 
 def write_generator(folder: Path, generator: Generator, task: TextTask, config: RefineConfig, params: Params) -> None:

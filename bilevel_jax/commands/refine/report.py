@@ -163,6 +163,7 @@ def generator_table(result: JsonObject) -> Table:
     return make_table(
         Column("round", [record["step"] for record in result["records"]]),
         Column("student's loss", values("target_loss"), "validation"),
+        Column("student's loss", values("dev_loss"), "dev"),
         Column("reward", [SignedNumber(value) for value in values("reward")], "mean"),
         Column("spread", values("reward_spread"), "standard deviation"),
         Column("KL from the start", values("kl"), "nats per token"),
@@ -176,10 +177,14 @@ def generator_table(result: JsonObject) -> Table:
 
 
 def responses_table(result: JsonObject) -> Table:
-    """Responses at both ends of the weights."""
+    """Responses at both ends of the weights, or of the rewards of a generator that is trained."""
     responses = result["examples"]
+    rewards = [response.get("reward") for response in responses]  # runs of earlier versions have none
+    is_rewarded = any(reward is not None for reward in rewards)
     columns = [
-        Column("weight", [response["weight"] for response in responses]),
+        Column("reward", [SignedNumber(reward) for reward in rewards])
+        if is_rewarded
+        else Column("weight", [response["weight"] for response in responses]),
         Column("question", [isolated_cell(response["question"]) for response in responses]),
         Column("response", [isolated_cell(response["text"] or "(nothing)") for response in responses]),
         Column("offline example says", [isolated_cell(response["offline"]) for response in responses]),
@@ -205,7 +210,11 @@ def mean_weights_table(result: JsonObject) -> Table:
         Column("examples", [bold_cell(kind) for kind in kinds]),
         Column("how many", [means.get((rounds[-1], kind), {}).get("rows") for kind in kinds], "in the last round"),
         *(
-            Column(f"round {at}", [means.get((at, kind), {}).get("weight") for kind in kinds], "mean weight")
+            Column(
+                f"round {at}",
+                [means.get((at, kind), {}).get("weight") for kind in kinds],
+                "mean reward" if result.get("moved_by") == "reward" else "mean weight",
+            )
             for at in rounds
         ),
     )
@@ -353,9 +362,14 @@ def plot_rounds(result: JsonObject) -> Markup:
 def plot_generator(result: JsonObject) -> Markup:
     """The target's loss of the student that each round's responses trained."""
     rounds = [record["step"] for record in result["records"]]
-    losses = [record["generator"]["target_loss"] for record in result["records"]]
-    series = Series("student of the round's responses", [float(at) for at in rounds], losses)
-    return figures.plot_lines([series], "round", f"validation loss, {result['unit']}", height=260)
+    parts = {"validation, which rewards": "target_loss", "dev": "dev_loss"}
+    if all(record["generator"]["target_loss"] == record["generator"]["dev_loss"] for record in result["records"]):
+        del parts["dev"]  # of a target that reads the parameters alone
+    series = [
+        Series(name, [float(at) for at in rounds], [record["generator"][key] for record in result["records"]])
+        for name, key in parts.items()
+    ]
+    return figures.plot_lines(series, "round", f"student's loss, {result['unit']}", height=260)
 
 
 def _candidate_interval(record: JsonObject) -> tuple[float, float]:

@@ -232,6 +232,8 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         write_generator(session.folder / "generator", context.generator, task, refine_config, state.generator.params)
     artifacts.write_round_tables(session, records, config_hash(config))
     evaluated = evaluate_ends(context, start, state.params) if context.evaluation else None
+    learns_weights = not {*WEIGHT_LEARNING_METHODS}.isdisjoint(refine_config.refine.methods)
+    moved_by = "reward" if context.generator and not learns_weights else "weight"
     result = {
         "records": records,
         "accepted": sum(record["accepted"] for record in records),
@@ -246,7 +248,8 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         },
         "checker": refine_config.verifier.name,
         "examples": artifacts.pick_extreme_responses(session, task, records),
-        "moved": artifacts.average_weights_by_kind(session, records),
+        "moved": artifacts.average_weights_by_kind(session, records, moved_by),
+        "moved_by": moved_by,
         "generator": describe_generator(records) if context.generator else None,
         "notes": task.notes,
         "seconds": session.job_cost("")[1],
@@ -320,16 +323,13 @@ def run_round(
         task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
     )
 
-    update: TrainState | None = None
-    students: dict[str, Candidate] = {}
-    generator_record: dict[str, Any] = {}
-    rewards: Rewards | None = None
+    reinforced = ReinforcedRound()
     if context.generator and state.generator:
-        update, rewards, students, generator_record = reinforce_round(
+        reinforced = reinforce_round(
             context, context.generator, state.generator, round_task, round_rollouts, start_params, number
         )
     present = compute_dev_losses(offline_task, state.params)
-    trained = train_candidates(context, round_task, sampler_params, number, students)
+    trained = train_candidates(context, round_task, sampler_params, number, reinforced)
     best, *others = sorted(trained.models, key=lambda name: trained.dev_losses[name].mean())
     gain, bound = bootstrap_paired_gain(
         present,
@@ -344,7 +344,7 @@ def run_round(
     run_dir.write_parquet(
         artifacts.weights_path(session, number),
         artifacts.build_round_weights_table(
-            offline_task, round_task, weights, judge, number, rewards.responses if rewards else None
+            offline_task, round_task, weights, judge, number, reinforced.rewards and reinforced.rewards.responses
         ),
     )
     record = {
@@ -354,7 +354,7 @@ def run_round(
         **_summarize_rollouts(round_rollouts),
         "present": float(present.mean()),
         "candidates": trained.records,
-        **generator_record,
+        **reinforced.record,
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
@@ -367,8 +367,8 @@ def run_round(
     }
     state = state._replace(
         params=trained.models[best].params if accepted else state.params,
-        generator=update,
-        student=None if state.student is None else students["uniform"].params,
+        generator=reinforced.state,
+        student=None if state.student is None else reinforced.students["uniform"].params,
     )
     if judge is None:
         return state, record
@@ -386,6 +386,20 @@ def _init_state(context: RefineContext, start: Params) -> RefineState:
     )
 
 
+class ReinforcedRound(NamedTuple):
+    """What a round gives whose responses train the generator."""
+
+    state: TrainState | None = None
+    """Of the generator; None where none is trained, as all below is empty then."""
+    rewards: Rewards | None = None
+    students: Mapping[str, Candidate] = MappingProxyType({})
+    """The student whose training gave the rewards, as the candidate `uniform`."""
+    cost: Mapping[str, float] = MappingProxyType({})
+    """Its work and seconds, with those of the rewards."""
+    record: Mapping[str, Any] = MappingProxyType({})
+    """What the record of the round says of it."""
+
+
 def reinforce_round(
     context: RefineContext,
     generator: Generator,
@@ -394,26 +408,26 @@ def reinforce_round(
     rollouts: Rollouts,
     start_params: Params,
     number: int,
-) -> tuple[TrainState, Rewards, dict[str, Candidate], dict[str, Any]]:
-    """Reward the responses of a round, and train the generator by that.
-
-    Returns its new state, the rewards, the student whose training gave them as the candidate `uniform`, and what the
-    record says of them.
-    """
+) -> ReinforcedRound:
+    """Reward the responses of a round, and train the generator by that."""
     session = context.session
     check_responses(rollouts, number)
     session.set_phase(f"round {number}: rewards")
+    began, before = time.monotonic(), session.work_done
     rewards = compute_rewards(context.config, round_task, start_params, session, number)
+    cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
     session.set_phase(f"round {number}: generator")
     update = update_generator(context.config, generator, state, round_task, rollouts, rewards, session, number)
     reward_record = {
         "target_loss": rewards.target_loss,
+        "dev_loss": float(compute_dev_losses(context.task, rewards.student).mean()),
         "reward": float(rewards.responses.mean()),
         "reward_spread": float(rewards.responses.std()),
     }
     text_record = measure_responses(rollouts, rewards.responses)
     student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
-    return update.state, rewards, {"uniform": student}, {"generator": reward_record | update.record | text_record}
+    record = {"generator": reward_record | update.record | text_record}
+    return ReinforcedRound(update.state, rewards, {"uniform": student}, cost, record)
 
 
 def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
@@ -439,14 +453,14 @@ def train_candidates(
     round_task: RoundTask,
     sampler_params: Params,
     number: int,
-    students: Mapping[str, Candidate] = MappingProxyType({}),
+    reinforced: "ReinforcedRound",
 ) -> TrainedCandidates:
-    """Train the candidate of every method in refine.methods, but for those that are there, and evaluate it on dev."""
+    """Train the candidate of every method in refine.methods but that which gave the rewards, and evaluate it on dev."""
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
-        if name in students:
-            candidate, measured = students[name], {"work": 0.0, "seconds": 0.0}
+        if name in reinforced.students:
+            candidate, measured = reinforced.students[name], dict(reinforced.cost)
         else:
             candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
         dev_losses = compute_dev_losses(context.task, candidate.params)
