@@ -11,7 +11,6 @@ that it holds. A run that was stopped goes on from FOLDER.
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -65,11 +64,11 @@ def main(folder: Path, model: Path, stories: Path, rounds: int, seed: int) -> No
         "outer.reliability_every": 0, "mesh.data": 1, "output.dir": out,
     }  # fmt: skip
     flags = [text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value))]
-    began, resumed = time.monotonic(), (out / "config.yaml").exists()
+    resumed = (out / "config.yaml").exists()
     if not (out / "result.json").exists():
         refine(load_config(RefineConfig, None, [*flags, "--output.no-progress", *(["--resume"] if resumed else [])]))
-    minutes = (time.monotonic() - began) / 60
     records = json.loads((out / "result.json").read_text())["records"]
+    minutes = sum(record["seconds"] for record in records) / 60
     print("| round | loss of the picture | reward's spread | KL | entropy | repeated 4-grams |")
     print("| --- | --- | --- | --- | --- | --- |")
     for record in records[::10] + records[-1:]:
