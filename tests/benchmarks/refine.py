@@ -37,6 +37,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "BMO + online fixed": ("refine_bmo", ()),
     "exact + online fixed": ("refine_exact", STEPS_ALONE),
     "exact + online dynamic": ("refine_exact", (*DYNAMIC, *STEPS_ALONE)),
+    "trained generator": ("refine_reinforce", ()),
     "right responses (oracle)": ("refine_self_training", ("--refine.verifier-use", "filter")),
 }
 """name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth; "more steps"
