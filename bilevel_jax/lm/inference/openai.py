@@ -44,6 +44,8 @@ TEMPORARY_CODES = (
 """Names of errors that are gone after a while, in answers without a number for a status, and as finish_reason."""
 LASTING_CODES = ("insufficient_quota", "billing_hard_limit_reached", "quota_exceeded")
 """Names of errors that stay, though their status is 429."""
+CONTENT_CODES = ("content_filter", "content_policy_violation", "responsibleaipolicyviolation", "content_filtered")
+"""Names of errors that say that this prompt was refused for what it holds, and nothing of the others."""
 MAX_SHOWN = 300
 """Characters of a service's text that an error shows."""
 POLL_SECONDS = 0.5
@@ -77,8 +79,8 @@ def make_chat_client(
     top-p, since servers report the model's own. In other cases, and where there are none, (). Token ids are not
     reported, nor, by most servers, the end token's log-prob.
 
-    A reply without an answer (null content, a refusal, a call of a tool, tokens that were all spent on reasoning) is a
-    response with the reason in `missing`, an empty text, and not ended. An error in a reply of status 200 is treated as
+    A reply without an answer (null content, a refusal, a call of a tool, tokens that were all spent on reasoning, an
+    error that names a content filter) is a response with the reason in `missing`, an empty text, and not ended. An error in a reply of status 200 is treated as
     the status that it names. No redirect is followed. The key is taken out of whatever the service sends back.
 
     Args:
@@ -251,6 +253,9 @@ class _Connection:
         except (ValueError, RecursionError):  # also what is no UTF-8
             content = None
         error = _find_error(content)
+        if error and error.code.strip().lower() in CONTENT_CODES:
+            reason = self._shown(f"the service refused the prompt for its content: {error.text}")
+            return Response("", (), (), False, reason)
         if 300 <= reply.status < 400:
             raise _LastingError(self._describe_redirect(reply))
         if not 200 <= reply.status < 300:
@@ -425,7 +430,9 @@ def _find_error(content: Any) -> _ServiceError | None:
     numbers = [int(str(code)) for code in codes if re.fullmatch("[45][0-9][0-9]", str(code))]
     names = [code for code in codes if isinstance(code, str) and not code.isdigit()]
     text = next((fields[key] for key in ("message", "detail", "errors", "type") if fields.get(key)), error)
-    name = next((name for name in names if name.lower() in TEMPORARY_CODES + LASTING_CODES), (*names, "")[0])
+    name = next(
+        (name for name in names if name.lower() in TEMPORARY_CODES + LASTING_CODES + CONTENT_CODES), (*names, "")[0]
+    )
     return _ServiceError(
         numbers[0] if numbers else None, name, text if isinstance(text, str) else json.dumps(text)[: 8 * MAX_SHOWN]
     )

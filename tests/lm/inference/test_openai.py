@@ -35,6 +35,8 @@ class Server:
                     time.sleep(1.0)
                 elif trouble == "nonsense":
                     self.answer(200, b'{"object": "list"}')
+                elif isinstance(trouble, dict):
+                    self.answer(400, json.dumps({"error": trouble}).encode())
                 elif trouble != 200:
                     words = {"error": {"message": f"no {body['model']} for {server.keys[-1]}"}}
                     self.answer(trouble, json.dumps(words).encode())
@@ -152,6 +154,20 @@ def test_a_response_is_stored_before_its_thread_asks_again(server):
     kept = {}
     ask(server, draws=range(8), store=ResponseStore("small", kept, save), concurrency=3)
     assert len(kept) == len(server.requests) == 24 and max(lost) <= 3
+
+
+@pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
+def test_a_prompt_that_a_filter_refuses_is_a_missing_response(server, code):
+    """Of that prompt alone: the others are answered, and another refusal of status 400 still is an error."""
+    server.trouble[:] = [{"code": code, "type": None, "status": 400, "message": f"flagged for {SECRET}"}]
+    kept = {}
+    first, *others = ask(server, draws=(0,), concurrency=1, store=ResponseStore("small", kept, kept.update))
+    assert first[0].text == "" and not first[0].ended
+    assert "refused the prompt for its content: flagged" in first[0].missing
+    assert all(response.text for [response] in others) and len(kept) == len(PROMPTS)
+    server.trouble[:] = [{"code": "unsupported_value", "message": "no such size"}]
+    with pytest.raises(RuntimeError, match="refused with status 400: no such size"):
+        ask(server, prompts=PROMPTS[:1], draws=(0,))
 
 
 def test_usage_is_kept_where_it_is_counted():
