@@ -80,8 +80,9 @@ def make_chat_client(
     reported, nor, by most servers, the end token's log-prob.
 
     A reply without an answer (null content, a refusal, a call of a tool, tokens that were all spent on reasoning, an
-    error that names a content filter) is a response with the reason in `missing`, an empty text, and not ended. An error in a reply of status 200 is treated as
-    the status that it names. No redirect is followed. The key is taken out of whatever the service sends back.
+    error that names a content filter) is a response with the reason in `missing`, an empty text, and not ended. An
+    error in a reply of status 200 is treated as the status that it names. No redirect is followed. The key is taken out
+    of whatever the service sends back.
 
     Args:
         url: ends before /chat/completions, as in http://localhost:8000/v1.
