@@ -48,10 +48,9 @@ def main(folder: Path, model: Path, stories: Path, rounds: int, seed: int) -> No
     start = read_patch(model, signs.shape)
     target = folder / "target.py"
     text = TARGET.format(start=start.tolist(), signs=signs.tolist(), first=FIRST_ROW, scale=SCALE)
-    if not target.exists():
-        target.write_text(text, encoding="utf-8")
-        rows = [split_story(story) for story in json.loads(stories.read_text("utf-8"))[:16]]
-        (folder / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    rows = [split_story(story) for story in json.loads(stories.read_text("utf-8"))[:16]]
+    (folder / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out = folder / f"run-{seed}"
     given = {
         "model.name_or_path": model, "lora.r": 0, "data.train": folder / "stories.jsonl", "data.max_length": 64,

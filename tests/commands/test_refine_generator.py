@@ -9,17 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bilevel_jax.commands.refine.generator import (
-    check_same_tokens,
-    compute_advantages,
-    compute_token_advantages,
-    describe_overfitting,
-)
-from bilevel_jax.commands.refine.rewards import check_responses, compute_rewards
+from bilevel_jax.commands.refine.advantages import compute_advantages, share_rewards_of_equal_responses
+from bilevel_jax.commands.refine.generator import check_same_tokens, prepare_generator, update_generator
+from bilevel_jax.commands.refine.rewards import Rewards, _differentiate, check_responses, compute_rewards
 from bilevel_jax.commands.refine.rollouts import build_round_task, choose_questions, collect_rollouts
 from bilevel_jax.commands.refine.run import count_rounds_work, prepare_refine_task, refine, run_round
 from bilevel_jax.commands.refine.text_statistics import (
     describe_degeneration,
+    describe_overfitting,
     share_of_duplicates,
     share_of_repeated_ngrams,
 )
@@ -32,6 +29,7 @@ from bilevel_jax.runs.infra import session
 from bilevel_jax.runs.scoring.generation import make_generator_factory
 from bilevel_jax.runs.scoring.likelihoods import fingerprint_params
 from tests.commands.typed_results import check_columns
+from tests.tiny_task import stop_session_at
 
 REINFORCE = {
     "--refine.generator": "reinforce", "--refine.methods": "uniform", "--refine.ratio": "none",
@@ -122,13 +120,58 @@ def test_a_reward_is_what_less_of_the_response_does_to_the_student(round_of):
 
 def test_rewards_of_tokens_sum_to_that_of_their_response(round_of, made):
     _, task, round_task, rollouts, work = round_of
-    config = load(made, *SMOOTH, "--reinforce.reward", "token")
-    by_response = compute_rewards(load(made, *SMOOTH), round_task, task.init_params(0), work, 1)
-    by_token = compute_rewards(config, round_task, task.init_params(0), work, 2)
+    by_token = compute_rewards(
+        load(made, *SMOOTH, "--reinforce.reward", "token"), round_task, task.init_params(0), work, 2
+    )
     assert [len(own) for own in by_token.tokens] == [len(own) for own in rollouts.tokens]
-    scale = np.abs(by_response.responses).max()
+    scale = np.abs(by_token.responses).max()
     np.testing.assert_allclose([own.sum() for own in by_token.tokens], by_token.responses, atol=1e-5 * scale)
-    assert np.corrcoef(by_token.responses, by_response.responses)[0, 1] > 0  # another order of the data, same task
+    part = work.part_session("again")
+    _, by_example, _, _ = _differentiate(load(made, *SMOOTH), round_task, task.init_params(0), part, 2)
+    rows = np.flatnonzero(round_task.response_numbers >= 0)
+    plain = -np.asarray(by_example)[rows] / round_task.multiplicity[rows]
+    np.testing.assert_allclose(plain, by_token.responses, atol=1e-4 * scale)
+
+
+def test_responses_to_one_question_share_their_batches(round_of):
+    """Else a reward would tell where in training its response stood."""
+    config, _, round_task, rollouts, _ = round_of
+    order = round_task.task.data_order(config.data.seed)
+    seen = {}
+    for step in range(config.train.max_steps):
+        for row in order(step):
+            if row < round_task.task.num_examples and round_task.response_numbers[row] >= 0:
+                question = round_task.response_numbers[row] // rollouts.num_generations
+                seen.setdefault(question, []).append(step)
+    assert len(seen) == len(rollouts.questions)
+    assert all(len(steps) % 4 == 0 and set(np.bincount(steps)) <= {0, 4} for steps in seen.values())
+
+
+def test_a_response_that_is_rewarded_becomes_likelier(round_of, made):
+    """The policy step has the sign of the reward, for whichever response of each group is rewarded."""
+    config, task, round_task, rollouts, work = round_of
+    generator = prepare_generator(load(made, *SMOOTH, "--reinforce.kl-coefficient", "0"), task)
+    state = generator.init_state(task)
+    for chosen in (0, 3):
+        worth = np.zeros((len(rollouts.questions), 4))
+        worth[:, chosen] = 1
+        rewards = Rewards(worth.ravel(), None, state.params, 0.0, {})
+        moved = update_generator(config, generator, state, round_task, rollouts, rewards, work, 0)
+        assert moved.record["kl"] == pytest.approx(0, abs=1e-6) and moved.record["kl_after"] > 1e-6
+        likelihoods = [
+            -sft.sft_losses(task.decoder)(
+                params, {key: leaf[0] for key, leaf in round_task.task.full_pass_stream(0).batch(0).items()}
+            )
+            for params in (state.params, moved.state.params)
+        ]
+        batch = round_task.task.full_pass_stream(0).batch(0)
+        numbers = np.array([
+            round_task.response_numbers[row] if row >= 0 and row < len(round_task.response_numbers) else -1
+            for row in np.asarray(batch["index"][0])
+        ])  # fmt: skip
+        change = np.asarray(likelihoods[1] - likelihoods[0])
+        is_chosen = (numbers >= 0) & (numbers % 4 == chosen)
+        assert change[is_chosen].mean() > change[(numbers >= 0) & ~is_chosen].mean()
 
 
 def test_a_target_that_nothing_moves_is_told(round_of):
@@ -153,29 +196,56 @@ def test_responses_without_text_are_told():
 # ---- advantages
 
 
+def spread_over_tokens(values, counts):
+    return [np.full(count, value / count) for value, count in zip(values, counts, strict=True)]
+
+
 def test_advantages_compare_the_responses_to_one_question():
-    rewards = np.array([[1.0, 3.0], [10.0, 14.0], [5.0, 5.0]])
-    by_group, equal = compute_advantages(rewards, "group")
-    np.testing.assert_allclose(by_group, [[-1, 1], [-1, 1], [0, 0]])
-    assert equal == 1
-    by_batch, _ = compute_advantages(rewards, "batch")
-    np.testing.assert_allclose(by_batch, np.array([[-1, 1], [-2, 2], [0, 0]]) / np.sqrt(10 / 6))
-    shifted, _ = compute_advantages(1e-9 * rewards + 7e-9, "group")  # neither the unit nor the level of rewards counts
-    np.testing.assert_allclose(shifted, by_group, atol=1e-5)
-    assert not compute_advantages(np.zeros((2, 2)), "group")[0].any()
+    counts = [1, 2, 2, 3, 1, 4]
+    rewards = np.array([1.0, 3.0, 10.0, 14.0, 5.0, 5.0])
+    found = compute_advantages(spread_over_tokens(rewards, counts), 2, "group", by_token=False)
+    assert [len(own) for own in found.tokens] == counts and found.num_equal == 1
+    np.testing.assert_allclose([own[0] for own in found.tokens], [-1, 1, -1, 1, 0, 0], atol=1e-12)
+    batch = compute_advantages(spread_over_tokens(rewards, [1] * 6), 2, "batch", by_token=False)
+    np.testing.assert_allclose(np.concatenate(batch.tokens), np.array([-2, 2, -4, 4, 0, 0]) / np.sqrt(40 / 6))
+    moved = compute_advantages(spread_over_tokens(1e-9 * rewards + 7e-9, counts), 2, "group", by_token=False)
+    for own, wanted in zip(moved.tokens, found.tokens, strict=True):  # neither unit nor level of rewards counts
+        np.testing.assert_allclose(own, wanted, atol=1e-5)
+    assert not np.concatenate(compute_advantages([np.zeros(2)] * 2, 2, "group", by_token=True).tokens).any()
 
 
 def test_a_token_is_judged_by_what_comes_from_it_on():
-    rewards = [np.array([1.0, 0.0, 2.0]), np.array([0.0, 2.0])]
-    advantages, equal = compute_token_advantages(rewards, 2, "group")
-    returns = np.array([[3.0, 2.0, 2.0], [2.0, 2.0, np.nan]])
-    centred = returns - np.nanmean(returns, 0)
-    wanted = centred / np.sqrt(np.nanmean(centred**2))
-    np.testing.assert_allclose(advantages[0], wanted[0])
-    np.testing.assert_allclose(advantages[1], wanted[1, :2])
-    assert equal == 0
-    same, equal = compute_token_advantages([np.ones(2), np.ones(2)], 2, "batch")
-    assert equal == 1 and not np.concatenate(same).any()
+    rewards = [np.array([0.0, 0.0, 0.0, 5.0, 5.0]), np.array([1.0, 1.0])]
+    found = compute_advantages(rewards, 2, "group", by_token=True)
+    differences = [np.array([8.0, 9.0, 10.0, 10.0, 5.0]), np.array([-8.0, -9.0])]  # an ended response earns nothing
+    scale = np.sqrt(np.mean(np.concatenate(differences) ** 2))
+    for own, wanted in zip(found.tokens, differences, strict=True):
+        np.testing.assert_allclose(own, wanted / scale)
+
+
+def test_what_is_taken_off_changes_no_expectation():
+    """E[A_t d log pi(y_t)] = E[R_t d log pi(y_t)] for two-token responses that may end, by all pairs of them."""
+    stop, worth = 0.4, {(0,): 1.0, (1, 0): -2.0, (1, 1): 3.0}
+    chance = {(0,): stop, (1, 0): (1 - stop) * 0.5, (1, 1): (1 - stop) * 0.5}
+    slope = {0: 1 / stop, 1: -1 / (1 - stop)}  # of log pi of the first token, by the chance to stop
+    plain = sum(chance[y] * worth[y] * slope[y[0]] for y in worth)
+    baseline = 0.0
+    for first in worth:
+        for second in worth:
+            rewards = [np.array([0.0] * (len(y) - 1) + [worth[y]]) for y in (first, second)]
+            credit = [own.sum() for own in rewards]
+            baseline += chance[first] * chance[second] * (credit[0] - credit[1]) * slope[first[0]]
+            advantages = compute_advantages(rewards, 2, "batch", by_token=True).tokens
+            assert np.sign(advantages[0][0]) == np.sign(round(credit[0] - credit[1], 9))
+    assert baseline == pytest.approx(plain)
+
+
+def test_equal_responses_share_their_reward():
+    same, other = np.array([4, 2]), np.array([5, 2])
+    rewards = [np.array([1.0, 0.0]), np.array([3.0, 2.0]), np.array([7.0, 7.0]), np.array([9.0, 9.0])]
+    shared = share_rewards_of_equal_responses(rewards, [same, same, same, other], 2)
+    np.testing.assert_array_equal(shared, [[2, 1], [2, 1], [7, 7], [9, 9]])  # those to another question stay apart
+    assert compute_advantages(shared[:2], 2, "group", by_token=False).num_equal == 1
 
 
 # ---- a run
@@ -239,8 +309,14 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_runs(made, tmp_path, name):
+def test_every_variant_runs_and_resumes(made, tmp_path, name, monkeypatch):
     result = refine(load(made, *VARIANTS[name], "--out", str(tmp_path / "run")))
+    with monkeypatch.context() as patch:
+        stop_session_at(patch, 14)
+        with pytest.raises(session.Interrupted):
+            refine(load(made, *VARIANTS[name], "--out", str(tmp_path / "stopped")))
+    resumed = refine(load(made, *VARIANTS[name], "--out", str(tmp_path / "stopped"), "--resume"))
+    assert [one["generator"] for one in resumed["records"]] == [one["generator"] for one in result["records"]]
     assert all(np.isfinite(record["generator"]["target_loss"]) for record in result["records"])
 
 
@@ -277,6 +353,9 @@ REFUSED = {
     "leave temperature at 1": ("--generate.top-k", "5"),
     "ask for 2 at least": ("--generate.num-generations", "1"),
     "fixed does not train it": ("--refine.generator", "fixed"),
+    "has no reward": ("--refine.verifier-use", "filter"),
+    "is that of uniform": ("--refine.methods", "mixing"),
+    "a multiple of generate.num_generations": ("--generate.num-generations", "3"),
 }
 
 
@@ -292,7 +371,7 @@ def test_last_needs_a_student(made):
 
 
 def test_a_student_that_would_not_see_all_responses_is_refused(made, tmp_path):
-    with pytest.raises(ValueError, match=r"= 24 is less than the 63 examples of a round.*max_steps to at least 8"):
+    with pytest.raises(ValueError, match=r"= 24 is less than the 64 examples of a round.*max_steps to at least 8"):
         refine(load(made, "--train.max-steps", "3", "--out", str(tmp_path / "run")))
 
 
@@ -310,17 +389,12 @@ def test_another_tokenizer_is_told():
         check_same_tokens(templated, tokenizer, "there")
 
 
-def test_the_work_is_counted(made, tmp_path):
-    flags = ("--refine.methods", "uniform", "--refine.questions", "fixed", "--train.max-steps", "8")
-    plain = load_config(RefineConfig, made / "refine.yaml", flags)
+def test_the_work_is_counted(whole, made, tmp_path):
+    """What the bar promises is what a run does."""
     (tmp_path / "checkpoints").mkdir()
-    task = prepare_refine_task(plain, tmp_path)
-    config = load(made)
-    steps = config.train.max_steps
-    asked = max(1, round(0.25 * len(task.trainable_indices())))
-    policy_steps = max(1, round(4 * asked / config.train.global_batch_size))
-    more = count_rounds_work(config, task) - count_rounds_work(plain, task)
-    assert more == pytest.approx(config.refine.rounds * (5 * steps + policy_steps * 4 / 3))
+    config = load(made, "--refine.rounds", "3", "--refine.start-from", "last")
+    task = prepare_refine_task(config, tmp_path)
+    assert sum(record["work"] for record in whole[1]["records"]) == pytest.approx(count_rounds_work(config, task))
 
 
 def test_a_generator_that_follows_validation_alone_is_told():
@@ -329,7 +403,7 @@ def test_a_generator_that_follows_validation_alone_is_told():
 
     assert describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.7, 0.91))) == []
     [told] = describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.7, 1.0)))
-    assert "Since round 1" in told and "from 0.9000 to 1.0000" in told
+    assert "After round 1" in told and "from 0.9000 to 1.0000" in told
     assert describe_overfitting(rounds((1.0, 1.0), (0.8, 0.9), (0.9, 1.0))) == []  # both rose
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +12,25 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from bilevel_jax.commands.refine.advantages import compute_advantages, share_rewards_of_equal_responses
 from bilevel_jax.commands.refine.rewards import Rewards
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask
-from bilevel_jax.commands.refine.text_statistics import describe_degeneration
+from bilevel_jax.commands.refine.text_statistics import describe_degeneration, describe_overfitting
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train_step
 from bilevel_jax.core.types import Batch, Frozen, Params, TrainState, TrainStep
 from bilevel_jax.lm import models
+from bilevel_jax.lm.data.batches import steps_per_epoch
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.data.render import get_chat_template
 from bilevel_jax.lm.data.tokens import load_tokenizer
+from bilevel_jax.lm.inference.prompts import find_end_tokens
 from bilevel_jax.lm.losses.policy import policy_losses, policy_terms
 from bilevel_jax.lm.losses.sft import assemble_params, reduce_losses, sum_per_sequence
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import OptimizerSection, ReinforceSection
 from bilevel_jax.runs.engine.artifacts import write_model
+from bilevel_jax.runs.engine.single_loop import FORWARD_WORK
 from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import replicate_unplaced
@@ -34,12 +39,10 @@ from bilevel_jax.runs.tasks.evaluation import evaluate_per_example
 from bilevel_jax.runs.tasks.optimizers import build_optimizer
 from bilevel_jax.runs.tasks.text import TextTask, load_params
 
-POLICY_WORK, KL_WORK = 1.0, 1 / 3
-"""Work of a policy step in training steps, and what the model at its start adds."""
-OVERFITTING_FACTOR = 1.05
-"""A dev loss this much above its least is told where validation loss fell on."""
-MIN_SPREAD = 1e-6
-"""Rewards of a group that differ by less, as a share of the root mean square of all, are taken for equal."""
+POLICY_WORK = 1.0
+"""Work of a policy step in training steps, without what the model at its start adds."""
+MAX_LOG_RATIO = 0.1
+"""Nats by which the generator may read the tokens it has just drawn otherwise than it drew them; more is a fault."""
 
 
 class PolicyPrograms(NamedTuple):
@@ -47,8 +50,9 @@ class PolicyPrograms(NamedTuple):
 
     optimizer: optax.GradientTransformation
     step: TrainStep
-    measure: Callable[[Params, Frozen, Batch], Float[Array, "examples 2"]]
-    """Mean over the tokens of a response of the divergence from the start, nats, and of the share that is clipped."""
+    measure: Callable[[Params, Frozen, Batch], Float[Array, "examples 3"]]
+    """Mean over the tokens of a response of the divergence from the start, nats, of the share that is clipped, and of
+    |log rho|, nats."""
 
 
 class Generator(NamedTuple):
@@ -88,13 +92,22 @@ def _load_other_model(config: RefineConfig, task: TextTask) -> tuple[models.Deco
     path = config.reinforce.model
     tokenizer, architecture = load_tokenizer(path), models.read_config(path)
     check_same_tokens(tokenizer, task.tokenizer, path)
+    ends = [
+        find_end_tokens(of, eos) for of, eos in ((tokenizer, architecture.eos), (task.tokenizer, task.architecture.eos))
+    ]
+    if ends[0] != ends[1] or architecture.vocab_size != task.architecture.vocab_size:
+        raise ValueError(
+            f"reinforce.model = {path} has a vocabulary of {architecture.vocab_size:,} tokens and ends responses by "
+            f"{ends[0]}; the model has {task.architecture.vocab_size:,} and {ends[1]}. The model is trained on what "
+            "the generator writes: choose one with the same."
+        )
     if architecture.max_length < task.layout.length:
         raise ValueError(
             f"reinforce.model = {path} reads {architecture.max_length} tokens, and a question with its response has up "
             f"to {task.layout.length}. Lower generate.max_new_tokens, or choose a model with a longer context."
         )
     rules = sharding.parse_sharding_rules(config.mesh.sharding_rules, task.mesh)
-    model = config.model.__class__(**(vars(config.model) | {"name_or_path": path}))
+    model = replace(config.model, name_or_path=path)
     base, init_params = load_params(model, config.lora, architecture, task.mesh, rules)
     decoder = models.make_decoder(
         architecture, remat=config.model.remat, gather_params=sharding.parameter_gatherer(task.mesh, rules)
@@ -135,11 +148,11 @@ def _build_programs(section: ReinforceSection, decoder: models.Decoder) -> Polic
     def response_losses(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples"]:
         return losses(assemble_params(params, frozen["base"]), start_params(frozen), batch)
 
-    def measure(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples 2"]:
+    def measure(params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "examples 3"]:
         terms = compute_terms(assemble_params(params, frozen["base"]), start_params(frozen), batch)
         means = [
             reduce_losses(sum_per_sequence(values, batch), batch, "example_mean")
-            for values in (terms.kl, terms.is_clipped)
+            for values in (terms.kl, terms.is_clipped, jnp.abs(terms.log_ratio))
         ]
         return jnp.stack(means, axis=-1)
 
@@ -152,54 +165,6 @@ def _build_programs(section: ReinforceSection, decoder: models.Decoder) -> Polic
     )
     optimizer = build_optimizer(settings, 1)
     return PolicyPrograms(optimizer, train_step(weighted(response_losses), optimizer), measure)
-
-
-def compute_advantages(
-    rewards: Float[np.ndarray, "questions draws"], mode: str
-) -> tuple[Float[np.ndarray, "questions draws"], int]:
-    """How much better each response was than the others to its question, and the number of questions that tell nothing.
-
-        group  A = (r - mean of the group) / (standard deviation of the group)
-        batch  A = (r - mean of the group) / (root mean square of that over all groups)
-
-    Under `group` each question counts the same, however little its responses differ; under `batch` those count for more
-    whose responses differ more. Rewards of a group that are equal give advantages of 0.
-    """
-    scale = float(np.sqrt(np.mean(rewards**2)))
-    centred = rewards - rewards.mean(1, keepdims=True)
-    spread = centred.std(1, keepdims=True)
-    is_equal = spread[:, 0] <= MIN_SPREAD * scale
-    divisor = spread if mode == "group" else np.full_like(spread, np.sqrt(np.mean(centred**2)))
-    advantages = np.divide(centred, divisor, out=np.zeros_like(centred), where=~is_equal[:, None] & (divisor > 0))
-    return advantages, int(is_equal.sum())
-
-
-def compute_token_advantages(
-    rewards: list[Float[np.ndarray, "tokens"]], draws: int, mode: str
-) -> tuple[list[Float[np.ndarray, "tokens"]], int]:
-    """The advantage of every token by what comes from it on: R_t = sum of the rewards of tokens t, t + 1, ...
-
-    R_t has the mean of R_t over the group taken off, of the responses that are as long, and is divided as
-    `compute_advantages` does, by the spread over all tokens of the group.
-    """
-    counts = np.array([len(own) for own in rewards])
-    returns = np.full((len(rewards), max(1, counts.max(initial=1))), np.nan)
-    for row, own in enumerate(rewards):
-        returns[row, : len(own)] = np.cumsum(own[::-1])[::-1]
-    groups = returns.reshape(-1, draws, returns.shape[1])
-    present = np.isfinite(groups)
-    filled = np.where(present, groups, 0)
-    means = filled.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)
-    centred = np.where(present, groups - means, 0)
-    numbers = np.maximum(present.sum((1, 2), keepdims=True), 1)
-    spread = np.sqrt((centred**2).sum((1, 2), keepdims=True) / numbers)
-    scale = float(np.sqrt((filled**2).sum() / max(present.sum(), 1)))
-    is_equal = spread <= MIN_SPREAD * scale
-    overall = np.sqrt((centred**2).sum() / max(present.sum(), 1))
-    divisor = spread if mode == "group" else np.full_like(spread, overall)
-    advantages = np.divide(centred, divisor, out=np.zeros_like(centred), where=~is_equal & (divisor > 0))
-    flat = advantages.reshape(returns.shape)
-    return [flat[row, :count] for row, count in enumerate(counts)], int(is_equal.sum())
 
 
 class PolicyUpdate(NamedTuple):
@@ -224,18 +189,36 @@ def update_generator(
     Nothing is saved in the middle: the same call gives the same state, and is short beside what made the rewards.
     """
     section, draws = config.reinforce, rollouts.num_generations
-    if rewards.tokens is not None:
-        advantages, num_equal = compute_token_advantages(rewards.tokens, draws, section.advantages)
-    else:
-        by_question, num_equal = compute_advantages(rewards.responses.reshape(-1, draws), section.advantages)
-        advantages = [np.full(len(own), value) for own, value in zip(rollouts.tokens, by_question.ravel(), strict=True)]
-    task = _make_policy_task(config, round_task, advantages)
+    by_token = rewards.tokens is not None
+    of_tokens = rewards.tokens or [
+        np.full(len(tokens), reward / len(tokens))
+        for tokens, reward in zip(rollouts.tokens, rewards.responses, strict=True)
+    ]
+    of_tokens = share_rewards_of_equal_responses(of_tokens, rollouts.tokens, draws)
+    advantages = compute_advantages(of_tokens, draws, section.advantages, by_token=by_token)
+    task = _make_policy_task(config, round_task, advantages.tokens)
     rows = np.flatnonzero(round_task.response_numbers >= 0)
     stream = task.training_stream(config.data.seed + number, rows, packed=False)
     weights, frozen, programs = jnp.ones(task.num_examples), generator.frozen, generator.programs
     everything = task.full_pass_stream(0, rows)
-    measure = partial(_mean_terms, programs, frozen, everything, task.corpus.num_examples)
-    kl, _ = measure(state.params)
+
+    def measure(params: Params) -> Float[np.ndarray, "3"]:
+        values = evaluate_per_example(programs.measure, params, frozen, everything, task.corpus.num_examples)[rows]
+        session.advance(2 * FORWARD_WORK * everything.steps)
+        if not np.isfinite(values).all():
+            raise FloatingPointError(
+                f"the generator gives a response of round {number} no finite probability. Lower "
+                "reinforce.learning_rate."
+            )
+        return values.mean(0)
+
+    before = measure(state.params)
+    if before[2] > MAX_LOG_RATIO:
+        raise ValueError(
+            f"the generator of round {number} reads its own responses with log-probabilities that are {before[2]:.2f} "
+            "nats per token off those that they were drawn by, so its ratios are meaningless. Set model.base_dtype to "
+            "float32, or start anew in another folder."
+        )
     norms = []
     for place in range(stream.steps):
         batch = stream.batch(place)
@@ -243,17 +226,13 @@ def update_generator(
         norms.append(float(metrics.grad_norm))
         session.advance(policy_step_work(section))
         session.check_signals()
-    if not np.isfinite(norms).all():
-        raise FloatingPointError(
-            f"the policy gradient of round {number} is not finite. Lower reinforce.learning_rate, or "
-            "reinforce.max_ratio_change."
-        )
-    _, clipped = measure(state.params)
+    after = measure(state.params)
     record = {
         "steps": stream.steps,
-        "equal_groups": num_equal,
-        "kl": kl,
-        "clipped": clipped,
+        "equal_groups": advantages.num_equal,
+        "kl": float(before[0]),
+        "kl_after": float(after[0]),
+        "clipped": float(after[1]),
         "grad_norm": float(np.mean(norms)),
     }
     return PolicyUpdate(state, record)
@@ -261,12 +240,12 @@ def update_generator(
 
 def policy_step_work(section: ReinforceSection) -> float:
     """The work of one policy step, in training steps."""
-    return POLICY_WORK + (KL_WORK if section.kl_coefficient else 0)
+    return POLICY_WORK + (FORWARD_WORK if section.kl_coefficient else 0)
 
 
 def num_policy_steps(section: ReinforceSection, num_responses: int, batch_size: int) -> int:
-    """The policy steps of a round."""
-    return max(1, round(section.epochs * num_responses / batch_size))
+    """The policy steps of a round; in whole epochs each response is in as many."""
+    return max(1, round(section.epochs * steps_per_epoch(num_responses, batch_size)))
 
 
 def _make_policy_task(
@@ -285,15 +264,6 @@ def _make_policy_task(
     return task._replace(corpus=corpus.with_advantages(by_token), num_steps=steps, groups=None)
 
 
-def _mean_terms(
-    programs: PolicyPrograms, frozen: Frozen, stream: Any, num_examples: int, params: Params
-) -> tuple[float, float]:
-    """Mean divergence from the start, nats per token, and share of clipped tokens, over the responses."""
-    values = evaluate_per_example(programs.measure, params, frozen, stream, num_examples)
-    kl, clipped = np.nanmean(values, axis=0)
-    return float(kl), float(clipped)
-
-
 def is_reinforced(config: RefineConfig) -> bool:
     """Whether the run trains a generator."""
     return config.refine.generator == "reinforce"
@@ -301,8 +271,9 @@ def is_reinforced(config: RefineConfig) -> bool:
 
 def check_round_fits(config: RefineConfig, num_questions: int) -> None:
     """Raise ValueError where the student sees fewer examples than a round has: the rest would have rewards of 0."""
-    asked = _num_asked(config, num_questions)
-    num_rows = num_questions + asked * config.generate.num_generations - (0 if config.refine.keep_offline else asked)
+    asked, draws = _num_asked(config, num_questions), config.generate.num_generations
+    num_offline = num_questions - (0 if config.refine.keep_offline else asked)
+    num_rows = (asked + math.ceil(num_offline / draws)) * draws  # offline examples stand in groups, too
     seen = config.train.max_steps * config.train.global_batch_size
     if seen < num_rows:
         raise ValueError(
@@ -318,39 +289,29 @@ def _num_asked(config: RefineConfig, num_questions: int) -> int:
 
 
 def count_reinforce_work(config: RefineConfig, num_questions: int) -> float:
-    """What rewards and policy steps of one round cost, in training steps; 0 where no generator is trained."""
+    """What one round costs beside its candidates, in training steps; 0 where no generator is trained."""
     if not is_reinforced(config):
         return 0.0
     asked = _num_asked(config, num_questions)
     section, num_responses = config.reinforce, asked * config.generate.num_generations
+    epoch = steps_per_epoch(num_responses, config.train.global_batch_size)
     steps = num_policy_steps(section, num_responses, config.train.global_batch_size)
-    return config.train.max_steps * (1 + REPLAY_WORK + HVP_WORK) + steps * policy_step_work(section)
+    rewards = config.train.max_steps * (REPLAY_WORK + HVP_WORK)  # the student's training is that of `uniform`
+    return rewards + steps * policy_step_work(section) + 2 * 2 * FORWARD_WORK * epoch
 
 
-def describe_generator(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What result.json holds of all rounds: remarks on degenerate text, in sentences."""
-    rounds = [record["generator"] for record in records]
-    equal = sum(record["equal_groups"] for record in rounds)
-    remarks = describe_degeneration(rounds[0], rounds[-1]) + describe_overfitting(rounds)
-    if equal:
+def describe_generator(config: RefineConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What result.json holds of all rounds: whether each student starts anew, and remarks in sentences."""
+    rounds, restarts = [record["generator"] for record in records], config.refine.start_from == "first"
+    remarks = describe_degeneration(rounds[0], rounds[-1])
+    if restarts:
+        remarks += describe_overfitting(rounds)
+    if equal := sum(record["equal_groups"] for record in rounds):
         remarks.append(
-            f"{format_count('group', equal)} of responses to one question had equal rewards, and taught nothing."
+            f"{format_count('group', equal)} of responses to one question had equal rewards, and taught nothing: "
+            "mostly equal responses."
         )
-    return {"remarks": remarks}
-
-
-def describe_overfitting(rounds: list[dict[str, Any]]) -> list[str]:
-    """A sentence where dev loss of the students rose again while validation, which rewards, fell on; none is good."""
-    best = int(np.argmin([record["dev_loss"] for record in rounds]))
-    at_best, last = rounds[best], rounds[-1]
-    if last["target_loss"] >= at_best["target_loss"] or last["dev_loss"] < OVERFITTING_FACTOR * at_best["dev_loss"]:
-        return []
-    return [
-        f"Since round {best} the generator follows the validation examples themselves: validation loss of "
-        f"the student went on from {at_best['target_loss']:.4f} to {last['target_loss']:.4f}, its dev loss rose from "
-        f"{at_best['dev_loss']:.4f} to {last['dev_loss']:.4f}. Take fewer rounds, a larger "
-        "reinforce.kl_coefficient, or more validation examples."
-    ]
+    return {"remarks": remarks, "restarts": restarts}
 
 
 def write_generator(folder: Path, generator: Generator, task: TextTask, config: RefineConfig, params: Params) -> None:

@@ -30,6 +30,11 @@ def summarize_refinement(result: JsonObject) -> str:
     """Rounds accepted, and loss and right answers on test before and after."""
     num_rounds, test_result = len(result["records"]), result["test"]
     words = f"{result['accepted']} of {format_count('round', num_rounds)} accepted"
+    if test_result and not result["rows"]["dev"]:  # one number, without examples and so without sampling error
+        return (
+            f"{words}; the target, a function of the parameters, went from {test_result['first']:.4f} to "
+            f"{test_result['last']:.4f} {result['unit']}."
+        )
     if test_result is None:
         return f"{words}; there is no test, so nothing that decided no round says whether the model became better."
     if not result["accepted"]:
@@ -167,6 +172,7 @@ def generator_table(result: JsonObject) -> Table:
         Column("reward", [SignedNumber(value) for value in values("reward")], "mean"),
         Column("spread", values("reward_spread"), "standard deviation"),
         Column("KL from the start", values("kl"), "nats per token"),
+        Column("KL after", values("kl_after"), "the policy steps"),
         Column("entropy", values("entropy"), "nats per token"),
         Column("clipped", [format_percent(value) for value in values("clipped")], "of the tokens, after the steps"),
         Column("length", values("length"), "tokens"),

@@ -1,5 +1,6 @@
 """Rewards of the responses of a round: what each of them did for the target, by exact hypergradients."""
 
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +27,15 @@ class Rewards(NamedTuple):
     """What the responses of a round are worth: minus the derivative of the target's loss by the weight of each."""
 
     responses: Float[np.ndarray, "responses"]
-    """Above 0 where more of the response lowers the target's loss."""
+    """Above 0 where a larger weight of the response would lower the target's loss."""
     tokens: list[Float[np.ndarray, "tokens"]] | None
     """The same of each token of a response; None where they were not asked for. Their sum is the response's."""
     student: Params
     """The student that was trained on the round's rows at weight 1."""
     target_loss: float
     """Of that student, on validation."""
+    cost: dict[str, float]
+    """Work and seconds of training it and going back, also of a run that was stopped in between."""
 
 
 def compute_rewards(
@@ -56,16 +59,18 @@ def compute_rewards(
     def make() -> dict[str, Any]:
         nonlocal restored
         restored = None
+        began, before = time.monotonic(), session.work_done
         student, by_example, by_place, loss = _differentiate(config, round_task, start_params, part, number)
         checkpoint.save_checkpoint(end, 0, (student, by_example, by_place), {})
-        return {"target_loss": loss}
+        cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
+        return {"target_loss": loss, "cost": cost}
 
     measured = session.run_once(f"round {number}/rewards", make, restored is not None)
     restored = restored or checkpoint.restore_checkpoint(end, structure)
     if restored is None:
         raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Go on with --resume.")
     student, by_example, by_place = restored.tree
-    return _collect_rewards(round_task, student, by_example, by_place, measured["target_loss"], number)
+    return _collect_rewards(round_task, student, by_example, by_place, measured, number)
 
 
 def rewards_folder(session: Session, number: int) -> Path:
@@ -76,9 +81,10 @@ def rewards_folder(session: Session, number: int) -> Path:
 def check_responses(rollouts: Rollouts, number: int) -> None:
     """Raise ValueError where no response of a round has any text: there is nothing to learn from."""
     if not any(text.strip() for text in rollouts.texts):
+        remedy = "Raise reinforce.kl_coefficient, or lower reinforce.learning_rate." if number else "Ask others."
         raise ValueError(
             f"all {len(rollouts.texts)} responses of round {number} are empty, so the generator has nothing to learn "
-            "from. Raise reinforce.kl_coefficient or lower reinforce.learning_rate; for round 0, ask other questions."
+            f"from. {remedy}"
         )
 
 
@@ -111,7 +117,7 @@ def _token_programs(problem: Problem, optimizer: Any, num_examples: int, places:
 
 
 def _collect_rewards(
-    round_task: RoundTask, student: Params, by_example: Any, by_place: Any, loss: float, number: int
+    round_task: RoundTask, student: Params, by_example: Any, by_place: Any, measured: dict[str, Any], number: int
 ) -> Rewards:
     rows = np.flatnonzero(round_task.response_numbers >= 0)
     multiplicity = round_task.multiplicity[rows]
@@ -122,11 +128,11 @@ def _collect_rewards(
             "target that reads what training changes, or train more (train.max_steps, optimizer.learning_rate)."
         )
     if by_place is None:
-        return Rewards(responses, None, student, loss)
+        return Rewards(responses, None, student, **measured)
     corpus = round_task.task.corpus
     table = -np.asarray(fetch_to_host(by_place), float).reshape(round_task.task.num_examples, -1)
     tokens = []
     for row, share in zip(rows, multiplicity, strict=True):
         mask = corpus.target_mask[int(corpus.offsets[row]) : int(corpus.offsets[row + 1])]
         tokens.append(table[row, : len(mask)][mask] / share)
-    return Rewards(responses, tokens, student, loss)
+    return Rewards(responses, tokens, student, **measured)

@@ -71,7 +71,7 @@ def choose_questions(
     """The questions of a round, ascending, their number the same in every round.
 
     fixed: drawn once from data.seed. redrawn: one part of the shuffled questions after the other, shuffled anew when
-    all were asked. dynamic: those of the least weight now, ties by the draw of fixed. all, none.
+    fewer are left than a round asks. dynamic: those of the least weight now, ties by the draw of fixed. all, none.
     """
     if config.refine.questions in ("all", "none"):
         return trainable if config.refine.questions == "all" else trainable[:0]
@@ -211,10 +211,17 @@ def build_round_task(config: RefineConfig, offline_task: TextTask, rollouts: Rol
     groups = _group_rows(config, len(offline_rows), count, corpus.num_examples, rollouts.num_generations, round_number)
     question = np.concatenate([offline_rows, rollouts.question_rows])
     response = np.concatenate([np.full(len(offline_rows), -1), np.arange(count)])
-    task = offline_task._replace(
-        examples=examples, corpus=corpus, groups=groups if config.refine.ratio == "sequence" else None
-    )
+    task = offline_task._replace(examples=examples, corpus=corpus, groups=groups if keeps_groups(config) else None)
     return RoundTask(task, question, response, multiplicity)
+
+
+def keeps_groups(config: RefineConfig) -> bool:
+    """Whether the responses to a question share every batch: for ratios that compare them, and for rewards.
+
+    A hypergradient is proportional to the learning rate, and to what training is left, of the step that its row is in;
+    in one batch the responses to a question differ by what they say alone.
+    """
+    return config.refine.ratio == "sequence" or config.refine.generator == "reinforce"
 
 
 def average_question_weights(

@@ -250,7 +250,7 @@ def _run_rounds(context: RefineContext, config: RefineConfig) -> dict[str, Any]:
         "examples": artifacts.pick_extreme_responses(session, task, records),
         "moved": artifacts.average_weights_by_kind(session, records, moved_by),
         "moved_by": moved_by,
-        "generator": describe_generator(records) if context.generator else None,
+        "generator": describe_generator(refine_config, records) if context.generator else None,
         "notes": task.notes,
         "seconds": session.job_cost("")[1],
         "config_hash": config_hash(config),
@@ -394,8 +394,6 @@ class ReinforcedRound(NamedTuple):
     rewards: Rewards | None = None
     students: Mapping[str, Candidate] = MappingProxyType({})
     """The student whose training gave the rewards, as the candidate `uniform`."""
-    cost: Mapping[str, float] = MappingProxyType({})
-    """Its work and seconds, with those of the rewards."""
     record: Mapping[str, Any] = MappingProxyType({})
     """What the record of the round says of it."""
 
@@ -413,9 +411,7 @@ def reinforce_round(
     session = context.session
     check_responses(rollouts, number)
     session.set_phase(f"round {number}: rewards")
-    began, before = time.monotonic(), session.work_done
     rewards = compute_rewards(context.config, round_task, start_params, session, number)
-    cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
     session.set_phase(f"round {number}: generator")
     update = update_generator(context.config, generator, state, round_task, rollouts, rewards, session, number)
     reward_record = {
@@ -427,7 +423,7 @@ def reinforce_round(
     text_record = measure_responses(rollouts, rewards.responses)
     student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
     record = {"generator": reward_record | update.record | text_record}
-    return ReinforcedRound(update.state, rewards, {"uniform": student}, cost, record)
+    return ReinforcedRound(update.state, rewards, {"uniform": student}, record)
 
 
 def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
@@ -459,8 +455,8 @@ def train_candidates(
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
-        if name in reinforced.students:
-            candidate, measured = reinforced.students[name], dict(reinforced.cost)
+        if reinforced.rewards and name in reinforced.students:
+            candidate, measured = reinforced.students[name], reinforced.rewards.cost
         else:
             candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
         dev_losses = compute_dev_losses(context.task, candidate.params)

@@ -14,6 +14,8 @@ NGRAM = 4
 """Tokens of the pieces whose repetition is counted."""
 REPEATED_RISE, DUPLICATES_RISE = 0.2, 0.3
 """How much more repetition than in the first round is told, as shares."""
+OVERFITTING_FACTOR = 1.05
+"""A dev loss that ends this much above its least is told where validation loss fell on."""
 LENGTH_FACTOR, ENTROPY_FACTOR, LENGTH_CORRELATION = 1.5, 0.25, 0.8
 """What change of length or of entropy is told, and from which rank correlation a reward orders by length alone."""
 
@@ -66,14 +68,14 @@ def describe_degeneration(first: dict[str, Any], last: dict[str, Any]) -> list[s
         )
     if last["entropy"] < ENTROPY_FACTOR * first["entropy"]:
         found.append(
-            f"The generator has nearly stopped to draw: its entropy fell from {first['entropy']:.2f} to "
+            f"The generator is almost deterministic: its entropy fell from {first['entropy']:.2f} to "
             f"{last['entropy']:.2f} nats per token. Raise reinforce.kl_coefficient, or lower reinforce.learning_rate."
         )
     factor = last["length"] / max(first["length"], 1e-9)
     if not 1 / LENGTH_FACTOR < factor < LENGTH_FACTOR:
         found.append(
             f"Responses have {last['length']:.0f} tokens on average, against {first['length']:.0f} in the first round: "
-            "length itself may be what is rewarded. reinforce.reduction = token_sum gives no premium to length."
+            "length itself may be what is rewarded."
         )
     correlation = last["reward_by_length"]
     if correlation is not None and abs(correlation) > LENGTH_CORRELATION:
@@ -82,3 +84,20 @@ def describe_degeneration(first: dict[str, Any], last: dict[str, Any]) -> list[s
             "round)."
         )
     return found
+
+
+def describe_overfitting(rounds: list[dict[str, Any]]) -> list[str]:
+    """A sentence where dev loss of the students rose again while validation, which rewards, fell on; none is good.
+
+    Of students that each start from the same model: one that goes on from the last is over-trained with any generator.
+    """
+    best = int(np.argmin([record["dev_loss"] for record in rounds]))
+    at_best, last = rounds[best], rounds[-1]
+    if last["target_loss"] >= at_best["target_loss"] or last["dev_loss"] < OVERFITTING_FACTOR * at_best["dev_loss"]:
+        return []
+    return [
+        f"After round {best} the generator follows the validation examples themselves: validation loss of the student "
+        f"went on from {at_best['target_loss']:.4f} to {last['target_loss']:.4f}, its dev loss rose from "
+        f"{at_best['dev_loss']:.4f} to {last['dev_loss']:.4f}. Take fewer rounds, a larger "
+        "reinforce.kl_coefficient, or more validation examples."
+    ]

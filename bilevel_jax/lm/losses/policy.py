@@ -2,10 +2,12 @@
 
 With rho_t = pi_theta(y_t | x, y_<t) / q(y_t | x, y_<t), where q is the sampler, and A_t the advantage of token t,
 
-    loss = mean_t [ -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + beta (e^d_t - d_t - 1) ]
+    loss = sum_t [ -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + beta sg(rho_t) d_t^2 / 2 ]
 
-and d_t = log pi_0(y_t) - log pi_theta(y_t), where pi_0 is the model at its start: e^d - d - 1 is never below 0, and
-over samples of pi_theta its mean is the divergence KL(pi_theta, pi_0).
+and d_t = log pi_theta(y_t) - log pi_0(y_t), where pi_0 is the model at its start and sg stops the gradient. The mean of
+sg(rho) d grad d over samples of q is the gradient of the divergence KL(pi_theta, pi_0) of the next token, wherever q
+is; that of the often used e^-d + d - 1 would be the gradient of KL(pi_0, pi_theta). The divergence itself is measured
+by rho (e^-d + d - 1), which is never below 0 and has its mean.
 """
 
 import math
@@ -20,20 +22,23 @@ from bilevel_jax.core.types import Batch, Params
 from bilevel_jax.lm.losses.sft import LossReduction, reduce_losses, sum_per_sequence, token_losses
 from bilevel_jax.lm.models.decoder import Decoder
 
+MAX_LOG_RATIO = 20.0
+"""Log ratios are cut here before exp, which would overflow; a clipped ratio has no gradient there in any case."""
+
 
 def policy_losses(
     decoder: Decoder,
     *,
     max_ratio_change: float = 0.2,
     kl_coefficient: float = 0.0,
-    reduction: LossReduction = "example_mean",
+    reduction: LossReduction = "token_sum",
     chunk: int = 1024,
 ) -> Callable[[Params, Params | None, Batch], Float[Array, "examples"]]:
     """The clipped policy-gradient loss of each response, with a penalty for leaving the model at its start.
 
-        loss = mean_t [ -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + beta (e^d_t - d_t - 1) ]
+        loss = sum_t [ -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + beta sg(rho_t) d_t^2 / 2 ]
 
-    At rho = 1 and beta = 0 its gradient is mean_t [ -A_t grad log pi_theta(y_t) ], that of REINFORCE. A batch carries
+    At rho = 1 and beta = 0 its gradient is sum_t [ -A_t grad log pi_theta(y_t) ], that of REINFORCE. A batch carries
     `sampler` (log q, nan for what was not sampled) and `advantages`, both float[rows, len]. Tokens that were not
     sampled count nothing, but |y| counts them.
 
@@ -47,8 +52,8 @@ def policy_losses(
         decoder: the model, from `make_decoder`.
         max_ratio_change: eps, above 0; `inf` never clips.
         kl_coefficient: beta, nats; 0: no penalty, and the model at its start is not read.
-        reduction: `example_mean` (mean over the tokens of a response) or `token_sum`, which does not favour long
-            responses of negative advantage.
+        reduction: `token_sum`, the gradient of the expected reward; or `example_mean`, over the tokens of a response,
+            which makes short responses of positive advantage and long ones of negative advantage likelier than that.
         chunk: tokens whose logits are in memory at the same time.
 
     Returns:
@@ -82,7 +87,7 @@ def policy_losses(
 
     def losses(params: Params, start: Params | None, batch: Batch) -> Array:
         terms = compute_terms(params, start, batch)
-        values = -terms.surrogate + (kl_coefficient * terms.kl if kl_coefficient else 0)
+        values = -terms.surrogate + (kl_coefficient * terms.penalty if kl_coefficient else 0)
         return reduce_losses(sum_per_sequence(values, batch), batch, reduction)
 
     return losses
@@ -93,8 +98,12 @@ class PolicyTerms(NamedTuple):
 
     surrogate: Float[Array, "rows len"]
     """min(rho A, clip(rho) A)."""
+    penalty: Float[Array, "rows len"]
+    """sg(rho) d^2 / 2, whose gradient is that of the divergence from the start; 0 where it was not asked for."""
     kl: Float[Array, "rows len"]
-    """e^d - d - 1, nats; 0 where it was not asked for."""
+    """rho (e^-d + d - 1), whose mean is the divergence, nats; 0 where it was not asked for."""
+    log_ratio: Float[Array, "rows len"]
+    """log rho, nats."""
     is_clipped: Float[Array, "rows len"]
     """1 where the clipped ratio is the smaller, so that the token has no gradient."""
 
@@ -125,14 +134,17 @@ def policy_terms(
         log_probs = -tokens(params, batch)
         is_sampled = jnp.isfinite(batch["sampler"])
         advantages = jnp.where(is_sampled, batch["advantages"], 0)
-        ratios = jnp.exp(jnp.where(is_sampled, log_probs - jnp.where(is_sampled, batch["sampler"], 0), 0))
+        log_ratio = jnp.where(is_sampled, log_probs - jnp.where(is_sampled, batch["sampler"], 0), 0)
+        ratios = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
         clipped = jnp.clip(ratios, 1 - max_ratio_change, 1 + max_ratio_change) * advantages
         surrogate = jnp.minimum(ratios * advantages, clipped)
-        kl = jnp.zeros_like(log_probs)
+        penalty = kl = jnp.zeros_like(log_probs)
         if with_kl:
             start_log_probs = -jax.lax.stop_gradient(tokens(start, batch))
-            difference = jnp.where(is_sampled, start_log_probs - log_probs, 0)
-            kl = jnp.expm1(difference) - difference
-        return PolicyTerms(surrogate, kl, (clipped < ratios * advantages).astype(log_probs.dtype))
+            difference = jnp.where(is_sampled, log_probs - start_log_probs, 0)
+            penalty = jax.lax.stop_gradient(ratios) * difference**2 / 2
+            kl = ratios * (jnp.expm1(-difference) + difference)
+        is_clipped = (clipped < ratios * advantages).astype(log_probs.dtype)
+        return PolicyTerms(surrogate, penalty, kl, log_ratio, is_clipped)
 
     return terms

@@ -194,7 +194,7 @@ class RefineConfig:
     In each round the present model answers some questions of data.train (section generate), every method of
     refine.methods weights the examples by the validation loss (sections outer, single_loop) and trains a candidate,
     and the best candidate replaces the model where the lower bound of its gain on dev (paired bootstrap) is above 0.
-    With refine.generator = reinforce a generator of its own answers, and learns from what its responses were worth.
+    With refine.generator = reinforce a separate generator answers, and is trained by what its responses were worth.
     The test examples are evaluated once, at the end; evaluate.prompts are then answered by the first and last model.
     """
 

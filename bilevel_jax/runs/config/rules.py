@@ -623,6 +623,23 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "refine.generator = reinforce compares the responses to one question: ask for 2 at least",
     ),
     (
+        "train.global_batch_size",
+        lambda c: (
+            not _reinforces(c)
+            or c.train.global_batch_size
+            // max(c.train.gradient_accumulation_steps, 1)
+            % max(c.generate.num_generations, 1)
+            == 0
+        ),
+        "refine.generator = reinforce compares the responses to one question within a batch: make it, over "
+        "train.gradient_accumulation_steps, a multiple of generate.num_generations",
+    ),
+    (
+        "refine.methods",
+        lambda c: not _reinforces(c) or "uniform" in c.refine.methods,
+        "the student whose training rewards the responses of refine.generator = reinforce is that of uniform: name it",
+    ),
+    (
         "refine.generator",
         lambda c: _reinforces(c) or c.reinforce == type(c.reinforce)(),
         "section reinforce says how the generator is trained, and fixed does not train it: set it to reinforce, or "

@@ -484,13 +484,13 @@ class ReinforceSection:
     """Another model that answers, with the same tokenizer; empty: it starts as the model itself."""
 
     reward: Literal["response", "token"] = "response"
-    """Reward of a whole response, or of each token, of which every token then gets what comes from it on."""
+    """Reward of a whole response, or of each token, which is then credited with its own and all later rewards."""
 
     advantages: Literal["group", "batch"] = "group"
-    """Rewards less the mean of their group, over the standard deviation of the group or of the whole round."""
+    """Rewards less the mean of the other responses to the question, over their spread in the group or in the round."""
 
     learning_rate: Positive = 1e-5
-    """Learning rate of the generator (Adam)."""
+    """Learning rate of the generator (Adam with b2 of .99)."""
 
     epochs: Positive = 1.0
     """Passes over a round's responses, in steps of train.global_batch_size."""
@@ -501,8 +501,9 @@ class ReinforceSection:
     kl_coefficient: NonNegative = 0.0
     """Factor of the divergence from the generator at its start, nats per token; 0: none."""
 
-    reduction: Literal["example_mean", "token_sum"] = "example_mean"
-    """Mean over the tokens of a response, or their sum, which gives no premium to length."""
+    reduction: Literal["token_sum", "example_mean"] = "token_sum"
+    """Sum over the tokens of a response, the gradient of the expected reward, or their mean, which makes short
+    responses of positive advantage and long ones of negative advantage likelier than that."""
 
     max_grad_norm: Annotated[float, Ge(0), Special(0, "no clipping")] = 1.0
     """Maximum norm of the policy gradient; 0: no clipping."""

@@ -76,10 +76,10 @@ def test_ratios_are_clipped_where_that_is_the_smaller_and_the_penalty_is_added()
     expected = []
     for (ids, first), q, values in zip(SEQUENCES, sampler, ADVANTAGES, strict=True):
         own = np.asarray(log_probs(PARAMS, ids, first))
-        ratio, d = np.exp(own - q), np.asarray(log_probs(START, ids, first)) - own
+        ratio, d = np.exp(own - q), own - np.asarray(log_probs(START, ids, first))
         gain = np.minimum(ratio * values, np.clip(ratio, 1 - eps, 1 + eps) * values)
-        expected.append((-gain + beta * (np.exp(d) - d - 1)).mean())
-    losses = policy_losses(MODEL, max_ratio_change=eps, kl_coefficient=beta)
+        expected.append((-gain + beta * ratio * d**2 / 2).mean())
+    losses = policy_losses(MODEL, max_ratio_change=eps, kl_coefficient=beta, reduction="example_mean")
     np.testing.assert_allclose(losses(PARAMS, START, batch), expected, rtol=1e-6)
     packed = batch_of(sampler, packing=True)
     assert packed["tokens"].shape[0] < batch["tokens"].shape[0]
@@ -91,18 +91,41 @@ def test_ratios_are_clipped_where_that_is_the_smaller_and_the_penalty_is_added()
     assert 0 < terms.is_clipped.sum() < 8 and np.isfinite(jax.tree.leaves(slope(PARAMS))[0]).all()
 
 
-def test_the_penalty_is_the_divergence_over_all_responses():
-    """sum_y pi(y) (e^d - d - 1) = KL(pi, pi_0), by every next token after one prompt."""
-    table, start_table = (np.asarray(jax.nn.log_softmax(p["rows"] @ p["head"]))[1] for p in (PARAMS, START))
+@pytest.mark.parametrize("drawn_by", ["the model", "another"])
+def test_the_penalty_has_the_slope_of_the_divergence(drawn_by):
+    """sum_y q(y) grad of the penalty = grad KL(pi, pi_0), by every next token after one prompt; so for the value."""
+
+    def table(params):
+        return jax.nn.log_softmax(params["rows"] @ params["head"])[1]
+
+    def divergence(params):
+        return (jnp.exp(table(params)) * (table(params) - table(START))).sum()
+
+    sampler = np.asarray(table(PARAMS if drawn_by == "the model" else init(2)))
     rows = [TokenizedSequence(np.array([1, token]), np.array([False, True])) for token in range(VOCAB)]
-    flat = np.stack([np.full(VOCAB, np.nan), table], 1).ravel()
-    corpus = corpus_from_sequences(rows).with_sampler_log_probs(flat, np.ones(VOCAB))
+    corpus = corpus_from_sequences(rows).with_sampler_log_probs(
+        np.stack([np.full(VOCAB, np.nan), sampler], 1).ravel(), np.ones(VOCAB)
+    )
     corpus = corpus.with_advantages(np.zeros(2 * VOCAB))
     shape = batches.fit_evaluation_batch_shape(corpus, VOCAB, num_micro_batches=1, length=2, packing=False)
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batches.make_evaluation_stream(corpus, shape).batch(0))
-    penalties = policy_losses(MODEL, kl_coefficient=1.0)(PARAMS, START, batch)
-    divergence = (np.exp(table) * (table - start_table)).sum()
-    np.testing.assert_allclose((np.exp(table) * penalties).sum(), divergence, rtol=1e-12)
+    batch["sampler"] = jnp.asarray(sampler)[batch["targets"]]
+    order = batch["targets"][jnp.arange(VOCAB), 0]
+
+    def penalty(params):
+        return (jnp.exp(sampler[order]) * policy_losses(MODEL, kl_coefficient=1.0)(params, START, batch)).sum()
+
+    ours, wanted = jax.grad(penalty)(PARAMS), jax.grad(divergence)(PARAMS)
+    for got, right in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-12)
+    terms = policy_terms(MODEL, max_ratio_change=0.2, with_kl=True)(PARAMS, START, batch)
+    np.testing.assert_allclose((np.exp(sampler[order]) * terms.kl[:, 0]).sum(), divergence(PARAMS), rtol=1e-12)
+
+
+def test_a_ratio_that_overflows_leaves_a_finite_slope():
+    sampler = [own - 200.0 for own in own_samples(PARAMS)]
+    slope = jax.grad(lambda params: policy_losses(MODEL)(params, None, batch_of(sampler)).sum())(PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
 
 
 def test_what_it_cannot_read_is_refused():
