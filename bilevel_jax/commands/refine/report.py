@@ -262,7 +262,12 @@ def describe_reliability(result: JsonObject) -> JsonObject:
     ]
     measured = [(number, candidate) for number, candidate in candidates if any(read_reliability(candidate))]
     missing = ""
-    if not candidates:
+    if not candidates and result.get("generator"):
+        missing = (
+            "no candidate learns weights (refine.methods: unrolled). How far the rewards of the generator speak for "
+            "other examples, the student's loss on dev shows below"
+        )
+    elif not candidates:
         missing = "no candidate has hypergradients, and of these alone it is measured (refine.methods: unrolled)"
     elif not any("reliability" in candidate for _, candidate in candidates):
         missing = "this run is of a version that did not measure it"
@@ -372,8 +377,8 @@ def plot_generator(result: JsonObject) -> Markup:
     if all(record["generator"]["target_loss"] == record["generator"]["dev_loss"] for record in result["records"]):
         del parts["dev"]  # of a target that reads the parameters alone
     series = [
-        Series(name, [float(at) for at in rounds], [record["generator"][key] for record in result["records"]])
-        for name, key in parts.items()
+        Series(name, [float(at) for at in rounds], [record["generator"][key] for record in result["records"]], colour)
+        for colour, (name, key) in enumerate(parts.items())
     ]
     return figures.plot_lines(series, "round", f"student's loss, {result['unit']}", height=260)
 
