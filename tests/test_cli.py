@@ -20,6 +20,7 @@ from bilevel_jax.commands import functions
 from bilevel_jax.runs.config import load
 from bilevel_jax.runs.config.flags import (
     COMMON_KEYS,
+    NOT_IN_COMPARE,
     NOT_IN_EVALUATE,
     NOT_IN_OWN_EVALUATION,
     NOT_IN_REFINE,
@@ -68,7 +69,7 @@ def test_help_shows_the_keys_that_most_runs_set_and_help_all_the_rest(name, caps
     short = capsys.readouterr().out
     common = {f"--{section}.{key}".replace("_", "-") for section, keys in COMMON_KEYS.items() for key in keys}
     own = dict.fromkeys(("select", "train"), NOT_IN_OWN_EVALUATION)
-    own |= {"refine": NOT_IN_REFINE}
+    own |= {"refine": NOT_IN_REFINE, "compare": NOT_IN_COMPARE}
     unused = ({"score": NOT_IN_SCORE, "evaluate": NOT_IN_EVALUATE} | own).get(name, ())
     common -= {f"--{key}".replace("_", "-") for key in unused}
     assert flags_in(short) == common & flags_of(config_class) and 1 < len(flags_in(short)) <= 30

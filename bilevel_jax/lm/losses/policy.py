@@ -1,4 +1,4 @@
-"""Clipped policy-gradient losses of a model that is trained by rewards of its own responses.
+"""Clipped policy-gradient losses of a generator's own responses.
 
 With rho_t = pi_theta(y_t | x, y_<t) / q(y_t | x, y_<t), where q is the sampler, and A_t the advantage of token t,
 

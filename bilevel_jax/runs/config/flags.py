@@ -58,10 +58,16 @@ NOT_IN_OWN_EVALUATION = (
 )  # fmt: skip
 """Those of a command that evaluates the models of its own run beside its main work, in the help of all keys alone."""
 
-NOT_IN_REFINE = (
-    "evaluate.prompts", "evaluate.metrics", "evaluate.questions", "judge.url", "judge.model", "judge.template",
+NOT_IN_COMPARE = (
+    *NOT_IN_OWN_EVALUATION, "evaluate.metrics", "judge.url", "verifier.name", "rater.features", "rater.link",
 )  # fmt: skip
-"""Those that few runs of `refine` set: it has much to set, and generates and verifies in any case."""
+"""Those that few runs of `compare` set."""
+
+NOT_IN_REFINE = (
+    "objective.name", "evaluate.prompts", "evaluate.metrics", "evaluate.questions", "judge.url", "judge.model",
+    "judge.template",
+)  # fmt: skip
+"""Those that few runs of `refine` set, or none may: it trains with sft, has much to set, and generates and verifies in any case."""
 
 NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
 """Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
@@ -316,6 +322,8 @@ def _uncommon_keys(config: Any) -> tuple[str, ...]:
         return NOT_IN_EVALUATE
     if hasattr(config, "refine"):
         return NOT_IN_REFINE
+    if hasattr(config, "compare"):
+        return NOT_IN_COMPARE
     return NOT_IN_OWN_EVALUATION if evaluates_own_models(config) else ()
 
 

@@ -14,7 +14,7 @@ from bilevel_jax.core.unrolled import validation_loss_fn
 from bilevel_jax.lm import models
 from bilevel_jax.lm.builtin import cipher
 from bilevel_jax.runs.infra.placement import place_table, replicate_unplaced
-from bilevel_jax.runs.scoring.token_hypergradients import token_weighted
+from bilevel_jax.runs.scoring.token_hypergradients import compute_token_hypergradients
 from tests.language_model.conftest import SMALL
 
 ADAMW = optax.adamw(1e-2, eps_root=1e-6)
@@ -98,6 +98,7 @@ def test_pairs_have_no_tokens_of_their_own_and_other_solvers_no_run(lm64, rows, 
         plain = lm64.finetune(rows, held_out, ADAMW, steps=1, batch_size=4, solver=None)
         with pytest.raises(ValueError, match="solver is None; token hypergradients go back .* solver='unroll'"):
             plain.token_hypergradients()
-        corpus = dataclasses.replace(plain.tuning.task.corpus, offsets=np.array([0, 3, 6]), sequences_per_example=2)
+        task = plain.tuning.task
+        corpus = dataclasses.replace(task.corpus, offsets=np.array([0, 3, 6]), sequences_per_example=2)
         with pytest.raises(ValueError, match="preference pairs have no loss of a single token"):
-            token_weighted(plain.tuning.task.problem, corpus)
+            compute_token_hypergradients(task._replace(corpus=corpus), np.ones(1), {}, None, None, plan=NO_CHECKPOINTS)
