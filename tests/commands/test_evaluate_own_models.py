@@ -110,6 +110,7 @@ def test_without_prompts_nothing_is_asked_and_prompts_of_training_are_told(made,
     assert set(found["metrics"]) == set(asked["comparisons"]["before"]["metrics"])
 
 
+@pytest.mark.slow
 def test_refine_compares_its_last_model_with_the_first(made, tmp_path):
     """None is accepted where dev must gain more than it can, so that both are the model that was given."""
     prompts = ("--evaluate.prompts", str(made / "test.jsonl"), "--evaluate.questions", "9", "--refine.rounds", "1")

@@ -89,14 +89,14 @@ def round_of(made, tmp_path_factory):
 
 
 def test_a_reward_is_what_less_of_the_response_does_to_the_student(round_of):
-    """By differences: the student trained with one response at weight 1 - h and 1 + h, twice."""
+    """By differences: the student trained with the response of largest reward at weight 1 - h and 1 + h."""
     config, task, round_task, rollouts, work = round_of
     rewards = compute_rewards(config, round_task, task.init_params(0), work, 0)
     trainer = Trainer(round_task.task, config.outer, work)
     start = init_train_state(task.optimizer, task.init_params(0))
     stream, step = round_task.task.training_stream(config.data.seed), 0.05
     rows = np.flatnonzero(round_task.response_numbers >= 0)
-    chosen = np.argsort(-np.abs(rewards.responses))[:2]
+    place = int(np.argmax(np.abs(rewards.responses)))
 
     def loss(row, weight):
         weights = jnp.ones(round_task.task.num_examples).at[row].set(weight)
@@ -112,10 +112,9 @@ def test_a_reward_is_what_less_of_the_response_does_to_the_student(round_of):
                 total += float(outer(end, frozen, part))
         return total
 
-    for place in chosen:
-        row = rows[place]
-        slope = (loss(row, 1 + step) - loss(row, 1 - step)) / (2 * step) / round_task.multiplicity[row]
-        assert -slope == pytest.approx(rewards.responses[place], rel=0.05)
+    row = rows[place]
+    slope = (loss(row, 1 + step) - loss(row, 1 - step)) / (2 * step) / round_task.multiplicity[row]
+    assert -slope == pytest.approx(rewards.responses[place], rel=0.05)
 
 
 def test_rewards_of_tokens_sum_to_that_of_their_response(round_of, made):

@@ -67,7 +67,7 @@ NOT_IN_REFINE = (
     "objective.name", "evaluate.prompts", "evaluate.metrics", "evaluate.questions", "judge.url", "judge.model",
     "judge.template",
 )  # fmt: skip
-"""Those that few runs of `refine` set, or none may: it trains with sft, has much to set, and generates and verifies in any case."""
+"""Those that few runs of `refine` set, or none may: it trains with sft, and generates and verifies in any case."""
 
 NOT_IN_SCORE = ("data.validation", "data.test", "data.max_length")
 """Those that `score` has no use for: its rater was learned from validation and says how long an example may be."""
