@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int
 
 from bilevel_jax.core.types import Batch, Params
-from bilevel_jax.lm.inference.padding import BatchShapes, make_buckets, pad_left
-from bilevel_jax.lm.inference.sampling import SamplingParams, log_probabilities, make_draw_keys, sample_tokens
-from bilevel_jax.lm.models.cache import EMPTY_POSITION, KVCache, write_cache
+from bilevel_jax.lm.inference.continuous_batching import (
+    ContinuousBatching,
+    Programs,
+    Request,
+    Tokens,
+    compile_programs,
+    plan_batches,
+)
+from bilevel_jax.lm.inference.padding import BatchShapes, make_buckets
+from bilevel_jax.lm.inference.sampling import SamplingParams
 from bilevel_jax.lm.models.decoder import Decoder
 
 
@@ -61,13 +66,6 @@ class ResponseStore(NamedTuple):
     """Stores new responses; when it returns they are there, whole or not at all."""
 
 
-class PromptDraw(NamedTuple):
-    """A row of a batch: the index of a distinct prompt, and of a draw."""
-
-    prompt: int
-    draw: int
-
-
 class Sampler(NamedTuple):
     """Generates responses with a model in this process."""
 
@@ -92,11 +90,11 @@ def make_sampler(
 ) -> Sampler:
     """The sampler of a decoder: its compiled program lives as long as it does, whatever the parameters.
 
-    A batch of prompts, padded on the left, is read once; then one token after another is sampled, for all draws
-    together, until every row has ended. Token t of a draw is the argmax of log p (`log_probabilities`) plus Gumbel
+    A batch has a fixed number of places. Where a response ends, one to a waiting prompt begins (`continuous_batching`):
+    no place waits for the longest response. Token t of a draw is the argmax of log p (`log_probabilities`) plus Gumbel
     noise, a function of (seed, prompt id, draw, t) alone. So the responses do not depend on the order of the prompts,
-    and on batches and devices only through the rounding of log p: a token differs with a probability of about the total
-    variation between the two, 1e-6 in float32 (bit-equal on the same batches). The log-probs of a response are those of
+    and on places and devices only through the rounding of log p: a token differs with a probability of about the total
+    variation between the two, 1e-6 in float32 (bit-equal in the same places). The log-probs of a response are those of
     all its tokens, the end token included once; under temperature 0 they are 0, for nothing is drawn.
 
     Args:
@@ -106,12 +104,12 @@ def make_sampler(
         end_tokens: the tokens that end a response; with none, each has `max_new_tokens` tokens.
         max_batch_tokens: tokens of a batch, prompts and responses, padding included: this bounds the memory.
         bucket_lengths: the lengths in tokens that prompts are padded to; empty: 32, 48, 64, 96, 128 ... up to the
-            context of the model. Each of them compiles once, and once more for each power of 2 of the prompts or rows
+            context of the model. Each of them compiles once, and once more for each power of 2 of the prompts or places
             of a smaller batch.
         row_multiple: the rows of every batch are a multiple of it: the number of devices.
         place: puts a batch, leaves [1, rows, ...], on the devices.
         fetch: gets all of an array from them.
-        progress: called with (responses done, responses in all) after every batch.
+        progress: called with (responses done, responses in all) after as many responses as a batch has places.
 
     Returns:
         Sampling without and with a store of earlier responses. Both raise ValueError, with the prompt's id, for a
@@ -140,15 +138,13 @@ def make_sampler(
     """
     _check_options(sampling, decoder, end_tokens, max_batch_tokens, row_multiple)
     buckets = make_buckets(decoder.config, bucket_lengths)
+    programs = compile_programs(Programs(decoder, sampling, tuple(end_tokens)))
+    shapes = BatchShapes(buckets, max_batch_tokens, row_multiple, sampling.max_new_tokens)
     engine = _SamplerEngine(
         decoder,
-        jax.jit(_Generator(decoder, sampling, tuple(end_tokens)).generate_batch),
-        sampling,
+        ContinuousBatching(programs, sampling, shapes, place, fetch),
         detokenize,
         frozenset(end_tokens),
-        BatchShapes(buckets, max_batch_tokens, row_multiple, sampling.max_new_tokens),
-        place,
-        fetch,
         progress,
     )
     return Sampler(
@@ -199,198 +195,90 @@ def hash_generation(prompt: Prompt, draw: int, sampling: SamplingParams, fingerp
     return hashlib.sha256(json.dumps([fingerprint, prompt, draw, sampling]).encode()).hexdigest()[:32]
 
 
-# ---- on the device
-
-
-class _LoopState(NamedTuple):
-    """What the loop over the tokens of a batch carries."""
-
-    step: Array
-    """Tokens of each row so far."""
-    token: Int[Array, "rows"]
-    """The last of them."""
-    ended: Bool[Array, "rows"]
-    cache: KVCache
-    tokens: Int[Array, "rows max_new_tokens"]
-    log_probs: Float[Array, "rows max_new_tokens"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Generator:
-    """The program that generates one batch of responses."""
-
-    decoder: Decoder
-    sampling: SamplingParams
-    end_tokens: tuple[int, ...]
-
-    def generate_batch(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """Tokens and their log-probs, [rows, max_new_tokens]; anything after a row's end token."""
-        ids, source_row = batch["tokens"][0], batch["source_row"][0]
-        keys = make_draw_keys(self.sampling.seed, batch["words"][0], batch["draws"][0])
-        head = self.decoder.head(params)
-        hidden, block = self.decoder.extend(params, (), ids, batch["positions"][0])
-        cache = _expand_cache(block, source_row, self.sampling.max_new_tokens - 1)
-        last_position = batch["positions"][0][source_row, -1]
-        length = ids.shape[1]
-
-        def unfinished(state: _LoopState) -> Array:
-            return (state.step < self.sampling.max_new_tokens) & ~state.ended.all()
-
-        def generate_token(state: _LoopState) -> _LoopState:
-            step, token, ended, cache, tokens, log_probs = state
-            hidden, block = self.decoder.extend(params, (cache,), token[:, None], (last_position + step)[:, None])
-            cache = write_cache(cache, block, length + step - 1)
-            token, log_prob = self._choose(hidden[:, 0] @ head, keys, step)
-            return _LoopState(
-                step + 1,
-                token,
-                ended | self._is_end(token),
-                cache,
-                _write_column(tokens, token, step),
-                _write_column(log_probs, log_prob, step),
-            )
-
-        token, log_prob = self._choose(hidden[source_row, -1] @ head, keys, 0)
-        shape = (len(source_row), self.sampling.max_new_tokens)
-        tokens = _write_column(jnp.zeros(shape, jnp.int32), token, 0)
-        log_probs = _write_column(jnp.zeros(shape, log_prob.dtype), log_prob, 0)
-        padding = batch["draws"][0] < 0
-        state = _LoopState(jnp.int32(1), token, padding | self._is_end(token), cache, tokens, log_probs)
-        state = jax.lax.while_loop(unfinished, generate_token, state)
-        return state.tokens, state.log_probs
-
-    def _choose(self, logits: Array, keys: PRNGKeyArray, step: Array | int) -> tuple[Array, Array]:
-        """A token of each row, and its log-prob."""
-        log_p = log_probabilities(logits, self.sampling)
-        token = sample_tokens(log_p, keys, step) if self.sampling.temperature else jnp.argmax(log_p, -1)
-        return token.astype(jnp.int32), jnp.take_along_axis(log_p, token[:, None], 1)[:, 0]
-
-    def _is_end(self, token: Array) -> Array:
-        if not self.end_tokens:
-            return jnp.zeros_like(token, bool)
-        return jnp.isin(token, jnp.asarray(self.end_tokens, jnp.int32))
-
-
-def _write_column(tokens: Array, column: Array, step: Array | int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(tokens, column[:, None], step, 1)
-
-
-def _expand_cache(block: KVCache, source_row: Int[Array, "rows"], free_slots: int) -> KVCache:
-    """The cached prompts as the beginning of every row that continues them, with `free_slots` more slots.
-
-    Copied once, and not in each step: the copy is a part of the cache that the loop would read anyway.
-    """
-    free = [(0, 0), (0, free_slots)]
-    return KVCache(
-        jnp.pad(block.keys[:, source_row], [(0, 0)] * 3 + free),
-        jnp.pad(block.values[:, source_row], [(0, 0)] * 2 + [*free, (0, 0)]),
-        jnp.pad(block.positions[source_row], free, constant_values=EMPTY_POSITION),
-    )
-
-
 # ---- on the host
 
 
 @dataclass(frozen=True, eq=False)
 class _SamplerEngine:
-    """The settings of a sampler and its compiled program; the state of a call is a `_ResponseCollector`."""
+    """The settings of a sampler and its compiled programs; the state of a call is a `_ResponseCollector`."""
 
     decoder: Decoder
-    generate_batch: Callable[[Params, Batch], tuple[Array, Array]]
-    sampling: SamplingParams
+    batching: ContinuousBatching
     detokenize: Callable[[Sequence[int], Sequence[int]], str]
     end_tokens: frozenset[int]
-    shapes: BatchShapes
-    place: Callable[[Batch], Batch]
-    fetch: Callable[[Array], np.ndarray]
     progress: Callable[[int, int], None]
 
     def resume(
         self, params: Params, prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore
     ) -> list[list[Response]]:
+        sampling, shapes = self.batching.sampling, self.batching.shapes
         unique_prompts = deduplicate_prompts(prompts)
-        _check_prompts(unique_prompts, draws, self.sampling, self.decoder)
-        is_greedy = not self.sampling.temperature  # then a prompt has one response, draw 0
+        _check_prompts(unique_prompts, draws, sampling, self.decoder)
+        is_greedy = not sampling.temperature  # then a prompt has one response, draw 0
         unique_draws = [0] * bool(draws) if is_greedy else sorted(set(draws))
         collector = _ResponseCollector(self, unique_prompts, unique_draws, store)
-        in_flight = None  # one batch is prepared and sent while the one before it is computed
-        for batch in _plan_batches(unique_prompts, unique_draws, self.shapes):
-            # whole batches, also where a part of one is known: what a row shares a batch with changes its rounding
-            if collector.has_all(batch):
-                continue
-            values = self.generate_batch(params, self.place(_build_batch(batch, unique_prompts, self.shapes)))
-            if in_flight is not None:
-                collector.collect(*in_flight)
-            in_flight = batch, values
-        if in_flight is not None:
-            collector.collect(*in_flight)
+        plans = plan_batches(
+            [prompt.tokens for prompt in unique_prompts],
+            [prompt.id for prompt in unique_prompts],
+            [_hash_id(prompt.id) for prompt in unique_prompts],
+            unique_draws,
+            shapes,
+        )
+        for plan in plans:
+            try:
+                for ended in self.batching.generate(params, plan, collector.count_tokens(plan.requests)):
+                    collector.collect(ended)
+                    if len(collector.unsaved) >= shapes.max_rows(plan.length):
+                        collector.save()
+            finally:
+                collector.save()
         prompt_index = {prompt.id: position for position, prompt in enumerate(unique_prompts)}
         requested_draws = [0] * len(draws) if is_greedy else draws
         return [
-            [cast(Response, collector.responses[PromptDraw(prompt_index[prompt.id], draw)]) for draw in requested_draws]
+            [cast(Response, collector.responses[Request(prompt_index[prompt.id], draw)]) for draw in requested_draws]
             for prompt in prompts
         ]
 
 
 class _ResponseCollector:
-    """The responses of one call: those that the store has, and those that batches add."""
+    """The responses of one call: those that the store has, and those that are generated."""
 
     def __init__(
         self, engine: _SamplerEngine, prompts: Sequence[Prompt], draws: Sequence[int], store: ResponseStore
     ) -> None:
         self.engine, self.prompts, self.store = engine, prompts, store
-        self.responses: dict[PromptDraw, Response | None] = {}
+        self.responses: dict[Request, Response | None] = {}
         for prompt_index in range(len(prompts)):
             for draw in draws:
-                row = PromptDraw(prompt_index, draw)
-                self.responses[row] = store.results.get(self._hash(row))
+                request = Request(prompt_index, draw)
+                self.responses[request] = store.results.get(self._hash(request))
         self.count = sum(response is not None for response in self.responses.values())
+        self.unsaved: dict[str, Response] = {}
 
-    def has_all(self, batch: list[PromptDraw]) -> bool:
-        return all(self.responses[row] is not None for row in batch)
+    def count_tokens(self, requests: Sequence[Request]) -> dict[Request, int]:
+        """The numbers of tokens of the responses that are there."""
+        known = {request: self.responses[request] for request in requests}
+        return {request: len(response.tokens) for request, response in known.items() if response is not None}
 
-    def collect(self, batch: list[PromptDraw], values: tuple[Array, Array]) -> None:
-        """Fetches, stores and counts the responses of a batch that are new."""
-        engine, new_responses = self.engine, {}
-        for row, ids, log_probs in zip(batch, *map(engine.fetch, values), strict=False):  # then rows of padding
-            if self.responses[row] is None:
-                response = _make_response(
-                    self.prompts[row.prompt], ids.tolist(), log_probs.tolist(), engine.end_tokens, engine.detokenize
-                )
-                self.responses[row] = new_responses[self._hash(row)] = response
-        self.count += len(new_responses)
-        self.store.save(new_responses)
-        engine.progress(self.count, len(self.responses))
+    def collect(self, ended: Sequence[tuple[Request, Tokens]]) -> None:
+        for request, tokens in ended:
+            response = _make_response(
+                self.prompts[request.prompt], tokens, self.engine.end_tokens, self.engine.detokenize
+            )
+            self.responses[request] = self.unsaved[self._hash(request)] = response
 
-    def _hash(self, row: PromptDraw) -> str:
-        return hash_generation(self.prompts[row.prompt], row.draw, self.engine.sampling, self.store.fingerprint)
+    def save(self) -> None:
+        """Stores and counts the responses that are new."""
+        if self.unsaved:
+            self.count += len(self.unsaved)
+            self.store.save(self.unsaved)
+            self.unsaved = {}
+            self.engine.progress(self.count, len(self.responses))
 
-
-def _plan_batches(prompts: Sequence[Prompt], draws: Sequence[int], shapes: BatchShapes) -> list[list[PromptDraw]]:
-    """Batches, a function of the prompts and draws alone; longest prompts first, all draws of a prompt together."""
-    order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at].tokens), prompts[at].id))
-    pending = [PromptDraw(at, draw) for at in order for draw in draws]
-    batches, at = [], 0
-    while at < len(pending):
-        count = shapes.max_rows(shapes.pick_length(len(prompts[pending[at].prompt].tokens)))
-        count -= count % len(draws) if count >= len(draws) else 0  # whole prompts: each is read in one batch only
-        batches.append(pending[at : at + count])
-        at += count
-    return batches
-
-
-def _build_batch(batch: list[PromptDraw], prompts: Sequence[Prompt], shapes: BatchShapes) -> Batch:
-    prompt_indices = list(dict.fromkeys(row.prompt for row in batch))
-    length = shapes.pick_length(max(len(prompts[at].tokens) for at in prompt_indices))
-    num_rows = shapes.pad_rows(len(batch), length)
-    source_row, draws = np.zeros((1, num_rows), np.int32), np.full((1, num_rows), -1, np.int32)
-    words = np.zeros((1, num_rows, 2), np.uint32)
-    for at, row in enumerate(batch):
-        source_row[0, at], draws[0, at] = prompt_indices.index(row.prompt), row.draw
-        words[0, at] = _hash_id(prompts[row.prompt].id)
-    ids = [np.asarray(prompts[at].tokens, np.int32) for at in prompt_indices]
-    padding = pad_left(ids, [0] * len(ids), shapes.pad_rows(len(prompt_indices), length), length)
-    return padding | {"source_row": source_row, "draws": draws, "words": words}
+    def _hash(self, request: Request) -> str:
+        return hash_generation(
+            self.prompts[request.prompt], request.draw, self.engine.batching.sampling, self.store.fingerprint
+        )
 
 
 def _hash_id(id: str) -> Int[np.ndarray, "2"]:
@@ -399,16 +287,15 @@ def _hash_id(id: str) -> Int[np.ndarray, "2"]:
 
 
 def _make_response(
-    prompt: Prompt, ids: list[int], log_probs: list[float], end_tokens: frozenset[int], detokenize: Callable[..., str]
+    prompt: Prompt, tokens: Tokens, end_tokens: frozenset[int], detokenize: Callable[..., str]
 ) -> Response:
-    count = next((at + 1 for at, token in enumerate(ids) if token in end_tokens), len(ids))
-    ended = ids[count - 1] in end_tokens
-    ids, log_probs = ids[:count], log_probs[:count]
-    if not np.isfinite(log_probs).all():
+    if not np.isfinite(tokens.log_probs).all():
         raise FloatingPointError(
             f"prompt {prompt.id}: the model's logits are not all finite. Its parameters are broken or too large."
         )
-    return Response(detokenize(prompt.tokens, ids[: count - ended]), tuple(ids), tuple(log_probs), ended)
+    ended = tokens.ids[-1] in end_tokens
+    text = detokenize(prompt.tokens, tokens.ids[: len(tokens.ids) - ended])
+    return Response(text, tuple(tokens.ids), tuple(tokens.log_probs), ended)
 
 
 def deduplicate_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:

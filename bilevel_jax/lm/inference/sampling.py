@@ -66,8 +66,10 @@ def make_draw_keys(seed: int, words: Int[Array, "rows 2"], draws: Int[Array, "ro
     return jax.vmap(draw_key)(words, draws)
 
 
-def sample_tokens(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: Array | int) -> Int[Array, "rows"]:
-    """A token of each row: which of about √vocab groups of tokens, then which token of the group.
+def sample_tokens(
+    log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, steps: Int[Array, "rows"]
+) -> Int[Array, "rows"]:
+    """Token number `steps` of each row: which of about √vocab groups of tokens, then which token of the group.
 
     Each by argmax(log p + Gumbel noise), which rounding moves least; a uniform number on the cumulative sum would fall
     into another token wherever one of the vocab edges moves. In two stages, since noise for every token costs more than
@@ -77,11 +79,11 @@ def sample_tokens(log_p: Float[Array, "rows vocab"], keys: PRNGKeyArray, step: A
     width = math.isqrt(vocab - 1) + 1
     groups = jnp.pad(log_p, [(0, 0), (0, width * width - vocab)], constant_values=-jnp.inf).reshape(rows, width, width)
 
-    def noise(key: PRNGKeyArray) -> Array:
+    def noise(key: PRNGKeyArray, step: Array) -> Array:
         # float32 whatever the model, so that a float64 model draws the same; high: no cut at 2^-23
         return jax.random.gumbel(jax.random.fold_in(key, step), (2, width), jnp.float32, mode="high")
 
-    first, second = jnp.moveaxis(jax.vmap(noise)(keys).astype(log_p.dtype), 1, 0)
+    first, second = jnp.moveaxis(jax.vmap(noise)(keys, steps).astype(log_p.dtype), 1, 0)
     group = jnp.argmax(jax.nn.logsumexp(groups, -1) + first, -1)
     within = jnp.take_along_axis(groups, group[:, None, None], 1)[:, 0]
     return group * width + jnp.argmax(within + second, -1)

@@ -67,12 +67,14 @@ def one():
     model, shapes, traced = make_decoder(TINY), set(), []
 
     def extend(params, caches, tokens, positions):
-        if not caches:
-            traced.append(tokens.shape)
+        traced.append(tokens.shape)
         return model.extend(params, caches, tokens, positions)
 
     def place(batch):
-        shapes.add((batch["tokens"].shape, batch["source_row"].shape))
+        if "positions" in batch:  # of prompts
+            shapes.add(batch["tokens"].shape[1:])
+        if "busy_until" in batch:  # of places, each with one token
+            shapes.add((batch["busy_until"].shape[1], 1))
         return batch
 
     hook = [lambda done, total: None]
@@ -137,6 +139,47 @@ def test_order_batches_and_devices_change_no_token(params, one, expected, eight_
     assert tokens_of(alone) == [[expected[2][1].tokens]]
 
 
+@pytest.mark.parametrize("places", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
+def test_the_number_of_places_changes_no_token(places, params, expected):
+    """A place is filled again with another response; 16 places give up empty ones, too."""
+    out = tiny_sampler(max_batch_tokens=places * 44).sample(params, PROMPTS, DRAWS)
+    assert tokens_of(out) == tokens_of(expected)
+    np.testing.assert_allclose(log_probs_of(out), log_probs_of(expected), atol=1e-5)  # float32, other sums
+
+
+@pytest.mark.slow
+def test_places_change_no_log_prob(x64):
+    params = init_params(TINY, jax.random.key(0), dtype=jnp.float64)
+    few, all_at_once = (tiny_sampler(max_batch_tokens=places * 44).sample(params, PROMPTS, DRAWS) for places in (4, 33))
+    assert tokens_of(few) == tokens_of(all_at_once)
+    np.testing.assert_allclose(log_probs_of(few), log_probs_of(all_at_once), atol=1e-12)  # float64
+
+
+def test_known_responses_hold_their_places(params, one, expected):
+    """Whatever part is known, the rest comes in the places that it had, and so with the same bits."""
+    disk, again = {}, one[0]
+    again.resume(params, PROMPTS, DRAWS, ResponseStore("model", disk, disk.update))
+    rng = np.random.default_rng(2)
+    for share in (0.1, 0.5, 0.9):
+        part = {key: response for key, response in disk.items() if rng.random() < share}
+        size, new = len(part), {}
+        assert again.resume(params, PROMPTS, DRAWS, ResponseStore("model", part, new.update)) == expected
+        assert len(new) == len(disk) - size
+
+
+@pytest.mark.parametrize(
+    "max_new_tokens, end_tokens", [(1, ()), (2, (5,)), pytest.param(7, (), marks=pytest.mark.slow)]
+)
+def test_short_and_endless_responses(max_new_tokens, end_tokens, params):
+    sampling = LIKE._replace(max_new_tokens=max_new_tokens)
+    few, many = (
+        tiny_sampler(sampling=sampling, end_tokens=end_tokens, max_batch_tokens=tokens).sample(params, PROMPTS, DRAWS)
+        for tokens in (3 * (32 + max_new_tokens), 10**4)
+    )
+    assert tokens_of(few) == tokens_of(many)
+    assert all(len(response.tokens) == max_new_tokens or response.ended for some in few for response in some)
+
+
 def test_draws_are_different_and_belong_to_the_id(params, one, expected):
     assert len({response.tokens for some in expected for response in some}) > 2 * len(PROMPTS)
     renamed = one[0].sample(params, [prompt._replace(id=f"{prompt.id}'") for prompt in PROMPTS], DRAWS)
@@ -146,7 +189,8 @@ def test_draws_are_different_and_belong_to_the_id(params, one, expected):
 def test_compiles_once_for_each_shape(params, one, expected):
     sample, shapes, traced, _ = one
     sample.sample(jax.tree.map(lambda leaf: 2 * leaf, params), PROMPTS, (5, 6, 11))
-    assert len(traced) == len(shapes) <= 3
+    assert len(traced) == len(shapes) == len(set(traced)) and set(traced) == shapes
+    assert len(shapes) <= 4  # prompts, all places, and few of them at the end
 
 
 def test_an_interrupted_generation_goes_on(params, one, expected):
@@ -277,7 +321,7 @@ def test_greedy_equals_transformers(family, tmp_path):
     reference = make(family, tmp_path)
     config, params = load_model(tmp_path)
     asked = [prompt._replace(tokens=tuple(3 * token + 4 for token in prompt.tokens)) for prompt in PROMPTS]
-    options = dict(end_tokens=(1, 2), max_batch_tokens=10**4, bucket_lengths=(32,))
+    options = dict(end_tokens=(1, 2), max_batch_tokens=4 * 52, bucket_lengths=(32,))  # 4 places, filled again
     out = tiny_sampler(config, SamplingParams(0.0, max_new_tokens=20), **options).sample(params, asked, (0, 1))
     assert [row[0] for row in out] == [row[1] for row in out]
     assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 20, (1, 2))
@@ -291,21 +335,24 @@ def test_greedy_of_a_real_model_equals_transformers(name, shared):
 
     folder = shared / "models" / name
     (config, params), tokenizer = load_model(folder), load_tokenizer(folder)
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 6)]
-    asked = [Prompt(str(at), (config.bos, *ids[: 5 + 4 * at])) for at, ids in enumerate(texts)]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:30] for text in stories(shared, 8)]
+    asked = [Prompt(str(at), (config.bos, *ids[: 5 + 3 * at])) for at, ids in enumerate(texts)]
+    ends = (config.eos, tokenizer.convert_tokens_to_ids("."))  # a sentence: responses of very different lengths
     sample = make_sampler(
         make_decoder(config),
         SamplingParams(0.0, max_new_tokens=60),
         make_detokenizer(tokenizer),
-        end_tokens=[config.eos],
+        end_tokens=ends,
+        max_batch_tokens=3 * 92,
         bucket_lengths=(32,),
     )
     out = sample.sample(params, asked, (0,))
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, (config.eos,))
+    assert [row[0].tokens for row in out] == in_transformers(reference, [p.tokens for p in asked], 60, ends)
+    assert len({len(row[0].tokens) for row in out}) > 4 and max(len(row[0].text) for row in out) > 30
     for prompt, (response,) in zip(asked, out, strict=True):
-        whole = (*prompt.tokens, *response.tokens)
-        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text) and len(response.text) > 40
+        whole = (*prompt.tokens, *response.tokens[: len(response.tokens) - response.ended])
+        assert tokenizer.decode(whole, skip_special_tokens=True).endswith(response.text)
 
 
 @pytest.mark.slow
@@ -314,7 +361,7 @@ def test_every_family_and_adapters(config, x64):
     adapters = init_lora(config, jax.random.key(1), rank=2, alpha=4.0, dtype=jnp.float64)
     base = init_params(config, jax.random.key(0), dtype=jnp.float64)
     params = join_adapters(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
-    out = tiny_sampler(config, max_batch_tokens=10**4, bucket_lengths=(32,)).sample(params, PROMPTS, DRAWS)
+    out = tiny_sampler(config).sample(params, PROMPTS, DRAWS)  # 9 places for 33 responses
     requests = [LogLikRequest(a.tokens, r.tokens) for a, some in zip(PROMPTS, out, strict=True) for r in some]
     scores = make_loglik_scorer(make_decoder(config), max_batch_tokens=4096, bucket_lengths=(48,)).score(
         params, requests
