@@ -397,8 +397,8 @@ def load(
     """The model in a Hugging Face folder: parameters, tokenizer and config; nothing is downloaded.
 
     Args:
-        folder: with config.json, safetensors files and a tokenizer; or builtin:cipher or builtin:sums, the small models
-            that the package makes itself, in some seconds.
+        folder: with config.json, safetensors files and a tokenizer; or builtin:cipher, builtin:sums or builtin:scripts,
+            the small models that the package makes itself, in some seconds to minutes.
         adapter: a PEFT folder of LoRA factors for it.
         dtype: of the parameters: float32; bfloat16, for a base that adapters are trained over; or float64, which needs
             jax.config.update("jax_enable_x64", True).
@@ -470,7 +470,7 @@ def builtin_rows(
     """Rows of a built-in task, whose truth is known: what `load("builtin:NAME")` can learn.
 
     Args:
-        name: cipher or sums.
+        name: cipher, sums or scripts.
         part: train, validation, dev or test.
         seed: another seed, other rows.
         sizes: numbers of rows by kind, as {"clean": 20, "wrong": 20} of the cipher; default those of the task.

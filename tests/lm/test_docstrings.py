@@ -16,6 +16,7 @@ MODULES = [
 ]
 WITH_EXAMPLES = {  # what a newcomer calls first
     "bilevel_jax.lm.builtin.cipher": ["write_cipher_data"],
+    "bilevel_jax.lm.builtin.scripts": ["write_scripts_data"],
     "bilevel_jax.lm.builtin.sums": ["write_sums_data"],
     "bilevel_jax.lm.data.batches": ["make_train_stream"],
     "bilevel_jax.lm.data.examples": ["load_examples"],

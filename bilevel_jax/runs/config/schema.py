@@ -38,7 +38,7 @@ class ModelSection:
     """The language model."""
 
     name_or_path: str = ""
-    """Folder of a Hugging Face checkpoint; builtin:cipher or builtin:sums for the model of a built-in task."""
+    """Folder of a Hugging Face checkpoint; builtin:cipher, builtin:sums or builtin:scripts for a built-in one."""
 
     from_scratch: bool = False
     """Train from random parameters, drawn for each seed, instead of the checkpoint's."""

@@ -1,11 +1,14 @@
 """The built-in tasks in a config: their files and options, and what their models know before the run."""
 
+import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bilevel_jax.language_model.model import load
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.examples import load_examples
 from bilevel_jax.lm.data.tokens import load_tokenizer
@@ -53,7 +56,7 @@ def test_files_and_options(tmp_path, monkeypatch):
     [
         (
             DataSection(train=("builtin:sum",)),
-            r"builtin:sum is no built-in task; they are \['builtin:cipher', 'builtin:sums'\]",
+            r"builtin:sum is no built-in task; they are \['builtin:cipher', 'builtin:sums', 'builtin:scripts'\]",
         ),
         (replace(SUMS, train=("builtin:cipher",)), "are two built-in tasks; a run has room for one"),
         (replace(SUMS, test=("builtin:sums?train=9",)), r"train=9: options of a built-in task are set in data.train"),
@@ -94,3 +97,33 @@ def test_the_model_of_sums_knows_both_rules(tmp_path):
     print(f"greedy {greedy.mean():.3f}, drawn {four.mean():.3f}, one of four {four.max(1).mean():.3f}")
     assert 0.2 < greedy.mean() < 0.7 and 0.25 < four.mean() < 0.6
     assert four.max(1).mean() > four.mean() + 0.25
+
+
+@pytest.mark.slow  # teaches the model for a minute
+def test_the_model_of_scripts_learns_in_context(tmp_path):
+    """The loss of held-out examples falls with each demonstration, as the scorer renders them; the key is not known
+    before, and examples by another key become less likely."""
+    scripts = DataSection(train=("builtin:scripts?noise=0.25",), validation=("builtin:scripts",))
+    config = SelectConfig(
+        model=ModelSection(name_or_path="builtin:scripts"),
+        data=replace(scripts, test=("builtin:scripts",)),
+        output=OutputSection(progress=False),
+    )
+    found = resolve_builtin(config, tmp_path)
+    lm = load(found.model.name_or_path)
+    train, validation, test = (
+        [json.loads(line) for line in Path(*paths).read_text("utf-8").splitlines()]
+        for paths in (found.data.train, found.data.validation, found.data.test)
+    )
+    alone = lm.loglik([row["prompt"] for row in test], [row["response"] for row in test])
+    losses = [float(-(alone.nats / alone.num_tokens).mean())]
+    losses += [losses[0] - lm.score("ica", test, validation, k=k).values.mean() for k in (1, 3, 5, 10)]
+    print("loss with 0, 1, 3, 5, 10 demonstrations: " + ", ".join(f"{loss:.3f}" for loss in losses))
+    assert losses[0] == pytest.approx(3 * np.log(3) / 4, abs=0.15)  # three letters in three scripts, and the end
+    assert all(after < before - 0.01 for before, after in pairwise(losses)) and losses[-1] < 0.1 * losses[0]
+    scores, labels = lm.score("ica", train, validation).values, np.array([row["label"] for row in train])
+    clean, others = scores[labels == "clean"], scores[labels != "clean"]
+    assert clean.mean() > 0.3 and all(
+        others[labels[labels != "clean"] == kind].mean() < -1 for kind in ("wrong", "noise")
+    )
+    assert (clean[:, None] > others).mean() > 0.97  # the area under the curve
