@@ -180,18 +180,23 @@ def count_batches(monkeypatch):
     return built
 
 
-def test_a_stop_among_the_answers_asks_nothing_twice(config, made, whole, tmp_path, monkeypatch):
-    """Stopped while the model with the learned weights of the first seed answers."""
-    built, set_phase = count_batches(monkeypatch), Session.set_phase
-    flags = ("--evaluate.metrics", "perplexity", "accuracy")
+def stop_in_phase(patch, wanted):
+    """A signal arrives when a phase begins."""
+    set_phase = Session.set_phase
 
     def stop(self, name, **more):
-        if name == "window, seed 0: answering":
+        if name == wanted:
             signal.raise_signal(signal.SIGTERM)
         set_phase(self, name, **more)
 
+    patch.setattr(Session, "set_phase", stop)
+
+
+def test_a_stop_among_the_answers_asks_nothing_twice(config, made, whole, tmp_path, monkeypatch):
+    """Stopped while the model with the learned weights of the first seed answers."""
+    built, flags = count_batches(monkeypatch), ("--evaluate.metrics", "perplexity", "accuracy")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Session, "set_phase", stop)
+        stop_in_phase(patch, "window, seed 0: answering")
         run(config, made, tmp_path / "run", *flags)
     assert len(built) == 4
     result = run(config, made, tmp_path / "run", *flags, "--output.resume")
@@ -242,15 +247,9 @@ def test_the_own_model_of_mixing_answers_and_is_not_trained_again_after_a_stop(c
     assert "16 questions and 1 seed:" in result["sentence"] and result["seeds"] == 1
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "not for other trainings" in page and "is its own: trained on validation, too, from another start" in page
-    set_phase, advance, work = Session.set_phase, Session.advance, []
-
-    def stop(self, name, **more):
-        if name == "mixing, seed 0: answering":
-            signal.raise_signal(signal.SIGTERM)
-        set_phase(self, name, **more)
-
+    advance, work = Session.advance, []
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Session, "set_phase", stop)
+        stop_in_phase(patch, "mixing, seed 0: answering")
         run(config, made, tmp_path / "run", *flags)
     assert (tmp_path / "run" / "parts" / "seed 0 mixing").is_dir()
     monkeypatch.setattr(Session, "advance", lambda self, amount=1.0: work.append(amount) or advance(self, amount))

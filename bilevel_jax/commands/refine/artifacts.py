@@ -1,5 +1,7 @@
 """Artifacts of `refine` with the responses and weights of every round."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,46 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from bilevel_jax.commands.refine.rollouts import RoundTask
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.core.types import PyTree
+from bilevel_jax.runs.infra import checkpoint, run_dir
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.tasks.text import TextTask
+
+
+def run_saved_job(
+    session: Session, number: int, name: str, folder: Path, like: PyTree, compute: Callable[[], tuple[PyTree, Any]]
+) -> tuple[PyTree, dict[str, Any]]:
+    """The arrays and the facts of a job of a round: computed now, or read where a stopped run left them.
+
+    Args:
+        session: of the whole run, which remembers the facts.
+        number: of the round.
+        name: of the job.
+        folder: where its arrays are saved.
+        like: arrays of the structure, dtypes and shardings of its own.
+        compute: gives (the arrays, what else is known of them, as JSON).
+
+    Returns:
+        The arrays, and the facts with `work` and `seconds` of the job.
+
+    Raises:
+        FileNotFoundError: where the arrays are gone of a job that was finished.
+    """
+    restored = checkpoint.restore_checkpoint(folder, like)
+
+    def make() -> dict[str, Any]:
+        nonlocal restored
+        restored = None  # saved by a run that was stopped before it noted the job
+        began, before = time.monotonic(), session.work_done
+        arrays, facts = compute()
+        checkpoint.save_checkpoint(folder, 0, arrays, {})
+        return {"work": session.work_done - before, "seconds": time.monotonic() - began, **facts}
+
+    facts = session.run_once(f"round {number}/{name}", make, restored is not None)
+    restored = restored or checkpoint.restore_checkpoint(folder, like)
+    if restored is None:
+        raise FileNotFoundError(f"{folder} is not there any more, and round {number} needs it. Go on with --resume.")
+    return restored.tree, dict(facts)
 
 
 def responses_path(session: Session, number: int) -> Path:

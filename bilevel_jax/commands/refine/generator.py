@@ -1,6 +1,5 @@
 """A generator that is trained by policy gradients on the rewards of its responses."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,13 +14,11 @@ from jaxtyping import Array, Float
 from bilevel_jax.commands.refine.advantages import compute_advantages, share_rewards_of_equal_responses
 from bilevel_jax.commands.refine.rewards import Rewards
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask
-from bilevel_jax.commands.refine.text_statistics import describe_degeneration, describe_overfitting
 from bilevel_jax.core.problem import weighted
 from bilevel_jax.core.training import init_train_state, train_step
 from bilevel_jax.core.types import Batch, Frozen, Params, TrainState, TrainStep
 from bilevel_jax.lm import models
 from bilevel_jax.lm.data.batches import steps_per_epoch
-from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.lm.data.render import get_chat_template
 from bilevel_jax.lm.data.tokens import load_tokenizer
 from bilevel_jax.lm.inference.prompts import find_end_tokens
@@ -31,7 +28,6 @@ from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.schema import OptimizerSection, ReinforceSection
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.infra import sharding
 from bilevel_jax.runs.infra.placement import replicate_unplaced
 from bilevel_jax.runs.infra.session import Session
@@ -262,56 +258,6 @@ def _make_policy_task(
     steps = num_policy_steps(config.reinforce, len(advantages), task.batch_size)
     corpus = corpus.with_sampler_log_probs(corpus.sampler_log_probs, np.ones(corpus.num_examples))
     return task._replace(corpus=corpus.with_advantages(by_token), num_steps=steps, groups=None)
-
-
-def is_reinforced(config: RefineConfig) -> bool:
-    """Whether the run trains a generator."""
-    return config.refine.generator == "reinforce"
-
-
-def check_round_fits(config: RefineConfig, num_questions: int) -> None:
-    """Raise ValueError where the student sees fewer examples than a round has: the rest would have rewards of 0."""
-    asked, draws = _num_asked(config, num_questions), config.generate.num_generations
-    num_offline = num_questions - (0 if config.refine.keep_offline else asked)
-    num_rows = (asked + math.ceil(num_offline / draws)) * draws  # offline examples stand in groups, too
-    seen = config.train.max_steps * config.train.global_batch_size
-    if seen < num_rows:
-        raise ValueError(
-            f"train.max_steps * train.global_batch_size = {seen:,} is less than the {num_rows:,} examples of a round: "
-            "the student would not see some responses, and they would have no reward. Set train.max_steps to at least "
-            f"{math.ceil(num_rows / config.train.global_batch_size)}, or ask fewer questions (refine.share, "
-            "generate.num_generations)."
-        )
-
-
-def _num_asked(config: RefineConfig, num_questions: int) -> int:
-    return num_questions if config.refine.questions == "all" else max(1, round(config.refine.share * num_questions))
-
-
-def count_reinforce_work(config: RefineConfig, num_questions: int) -> float:
-    """What one round costs beside its candidates, in training steps; 0 where no generator is trained."""
-    if not is_reinforced(config):
-        return 0.0
-    asked = _num_asked(config, num_questions)
-    section, num_responses = config.reinforce, asked * config.generate.num_generations
-    epoch = steps_per_epoch(num_responses, config.train.global_batch_size)
-    steps = num_policy_steps(section, num_responses, config.train.global_batch_size)
-    rewards = config.train.max_steps * (REPLAY_WORK + HVP_WORK)  # the student's training is that of `uniform`
-    return rewards + steps * policy_step_work(section) + 2 * 2 * FORWARD_WORK * epoch
-
-
-def describe_generator(config: RefineConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What result.json holds of all rounds: whether each student starts anew, and remarks in sentences."""
-    rounds, restarts = [record["generator"] for record in records], config.refine.start_from == "first"
-    remarks = describe_degeneration(rounds[0], rounds[-1])
-    if restarts:
-        remarks += describe_overfitting(rounds)
-    if equal := sum(record["equal_groups"] for record in rounds):
-        remarks.append(
-            f"{format_count('group', equal)} of responses to one question had equal rewards, and taught nothing: "
-            "mostly equal responses."
-        )
-    return {"remarks": remarks, "restarts": restarts}
 
 
 def write_generator(folder: Path, generator: Generator, task: TextTask, config: RefineConfig, params: Params) -> None:

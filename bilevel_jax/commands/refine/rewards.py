@@ -1,6 +1,5 @@
 """Rewards of the responses of a round: what each of them did for the target, by exact hypergradients."""
 
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bilevel_jax.commands.refine.artifacts import run_saved_job
 from bilevel_jax.commands.refine.candidates import ROUND_SEED_STRIDE, candidate_outer
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import Params, Problem, TrainStep
+from bilevel_jax.core.types import Params, Problem, PyTree, TrainStep
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.engine.outer_loop import train_and_estimate
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
-from bilevel_jax.runs.infra import checkpoint
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.token_hypergradients import token_weighted
@@ -54,23 +53,14 @@ def compute_rewards(
     by_token = config.reinforce.reward == "token"
     num_tokens = task.num_examples * (task.layout.length + 1)
     structure = (start_params, jnp.ones(task.num_examples), jnp.ones(num_tokens) if by_token else None)
-    restored = checkpoint.restore_checkpoint(end, structure)
 
-    def make() -> dict[str, Any]:
-        nonlocal restored
-        restored = None
-        began, before = time.monotonic(), session.work_done
+    def differentiate() -> tuple[PyTree, dict[str, Any]]:
         student, by_example, by_place, loss = _differentiate(config, round_task, start_params, part, number)
-        checkpoint.save_checkpoint(end, 0, (student, by_example, by_place), {})
-        cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
-        return {"target_loss": loss, "cost": cost}
+        return (student, by_example, by_place), {"target_loss": loss}
 
-    measured = session.run_once(f"round {number}/rewards", make, restored is not None)
-    restored = restored or checkpoint.restore_checkpoint(end, structure)
-    if restored is None:
-        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Go on with --resume.")
-    student, by_example, by_place = restored.tree
-    return _collect_rewards(round_task, student, by_example, by_place, measured, number)
+    (student, by_example, by_place), measured = run_saved_job(session, number, "rewards", end, structure, differentiate)
+    responses, tokens = _collect_rewards(round_task, by_example, by_place, number)
+    return Rewards(responses, tokens, student, measured.pop("target_loss"), measured)
 
 
 def rewards_folder(session: Session, number: int) -> Path:
@@ -117,8 +107,9 @@ def _token_programs(problem: Problem, optimizer: Any, num_examples: int, places:
 
 
 def _collect_rewards(
-    round_task: RoundTask, student: Params, by_example: Any, by_place: Any, measured: dict[str, Any], number: int
-) -> Rewards:
+    round_task: RoundTask, by_example: Any, by_place: Any, number: int
+) -> tuple[Float[np.ndarray, "responses"], list[Float[np.ndarray, "tokens"]] | None]:
+    """The rewards of the responses, and of their tokens where they were asked for."""
     rows = np.flatnonzero(round_task.response_numbers >= 0)
     multiplicity = round_task.multiplicity[rows]
     responses = -np.asarray(fetch_to_host(by_example), float)[rows] / multiplicity
@@ -128,11 +119,11 @@ def _collect_rewards(
             "target that reads what training changes, or train more (train.max_steps, optimizer.learning_rate)."
         )
     if by_place is None:
-        return Rewards(responses, None, student, **measured)
+        return responses, None
     corpus = round_task.task.corpus
     table = -np.asarray(fetch_to_host(by_place), float).reshape(round_task.task.num_examples, -1)
     tokens = []
     for row, share in zip(rows, multiplicity, strict=True):
         mask = corpus.target_mask[int(corpus.offsets[row]) : int(corpus.offsets[row + 1])]
         tokens.append(table[row, : len(mask)][mask] / share)
-    return Rewards(responses, tokens, student, **measured)
+    return responses, tokens

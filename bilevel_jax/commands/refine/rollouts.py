@@ -13,6 +13,7 @@ from bilevel_jax.lm.data.tokens import Corpus
 from bilevel_jax.lm.data.turns import Turn
 from bilevel_jax.lm.inference.generate import GenerateFn, Prompt, Response
 from bilevel_jax.runs.config.load import RefineConfig
+from bilevel_jax.runs.config.rules import trains_generator
 from bilevel_jax.runs.infra import run_dir
 from bilevel_jax.runs.scoring.generation import make_task_prompts
 from bilevel_jax.runs.scoring.verifiers import Verifier
@@ -73,9 +74,9 @@ def choose_questions(
     fixed: drawn once from data.seed. redrawn: one part of the shuffled questions after the other, shuffled anew when
     fewer are left than a round asks. dynamic: those of the least weight now, ties by the draw of fixed. all, none.
     """
+    count = count_questions(config, len(trainable))
     if config.refine.questions in ("all", "none"):
-        return trainable if config.refine.questions == "all" else trainable[:0]
-    count = max(1, round(config.refine.share * len(trainable)))
+        return trainable[:count]
     if config.refine.questions == "redrawn":
         epoch, part = divmod(round_number, len(trainable) // count)
         return np.sort(_shuffle(config, trainable, epoch)[part * count : (part + 1) * count])
@@ -83,6 +84,12 @@ def choose_questions(
     if config.refine.questions == "dynamic":
         shuffled = shuffled[np.argsort(weights[shuffled], kind="stable")]
     return np.sort(shuffled[:count])
+
+
+def count_questions(config: RefineConfig, num_trainable: int) -> int:
+    """The questions that each round asks."""
+    whole = {"all": num_trainable, "none": 0}
+    return whole.get(config.refine.questions, max(1, round(config.refine.share * num_trainable)))
 
 
 def _shuffle(config: RefineConfig, trainable: Int[np.ndarray, "kept"], epoch: int = 0) -> Int[np.ndarray, "kept"]:
@@ -221,7 +228,7 @@ def keeps_groups(config: RefineConfig) -> bool:
     A hypergradient is proportional to the learning rate, and to what training is left, of the step that its row is in;
     in one batch the responses to a question differ by what they say alone.
     """
-    return config.refine.ratio == "sequence" or config.refine.generator == "reinforce"
+    return config.refine.ratio == "sequence" or trains_generator(config)
 
 
 def average_question_weights(

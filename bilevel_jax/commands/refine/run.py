@@ -1,10 +1,9 @@
 """The `refine` command, which retrains the model on its own responses."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,17 +18,15 @@ from bilevel_jax.commands.refine.candidates import (
     CandidateTrainer,
     candidate_outer,
 )
-from bilevel_jax.commands.refine.generator import (
-    Generator,
+from bilevel_jax.commands.refine.generator import Generator, prepare_generator, write_generator
+from bilevel_jax.commands.refine.reinforce import (
+    ReinforcedRound,
     check_round_fits,
     count_reinforce_work,
     describe_generator,
-    is_reinforced,
-    prepare_generator,
-    update_generator,
-    write_generator,
+    reinforce_round,
 )
-from bilevel_jax.commands.refine.rewards import Rewards, check_responses, compute_rewards, rewards_folder
+from bilevel_jax.commands.refine.rewards import rewards_folder
 from bilevel_jax.commands.refine.rollouts import (
     Rollouts,
     RoundTask,
@@ -39,14 +36,13 @@ from bilevel_jax.commands.refine.rollouts import (
     collect_rollouts,
     mean_verifier_score,
 )
-from bilevel_jax.commands.refine.text_statistics import measure_responses
 from bilevel_jax.core.training import trajectory_from_params
-from bilevel_jax.core.types import Params, TrainState
+from bilevel_jax.core.types import Params, PyTree, TrainState
 from bilevel_jax.lm.inference.generate import GenerateFn
 from bilevel_jax.lm.losses.sft import assemble_params
 from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig, config_hash
-from bilevel_jax.runs.config.rules import reads_parameters_alone
+from bilevel_jax.runs.config.rules import reads_parameters_alone, trains_generator
 from bilevel_jax.runs.config.schema import RefineMethod
 from bilevel_jax.runs.engine.artifacts import write_model
 from bilevel_jax.runs.engine.reliability import RoundSizes
@@ -119,7 +115,7 @@ def refine(config: RefineConfig) -> dict[str, Any]:
         evaluation = prepare_run_evaluation(refine_config, refine_config.evaluate.prompts, task)
         with start_session(config, folder) as session:
             trainers = candidates.make_candidate_trainers(refine_config, task)
-            generator = prepare_generator(refine_config, task) if is_reinforced(refine_config) else None
+            generator = prepare_generator(refine_config, task) if trains_generator(refine_config) else None
             decoder, base = (generator or task).decoder, (generator or task).base_params
             generator_factory = make_generator_factory(
                 refine_config.generate, decoder, task.tokenizer, task.mesh, session
@@ -167,7 +163,7 @@ def prepare_refine_task(config: RefineConfig, folder: Path) -> TextTask:
             f"generate.max_new_tokens = {config.generate.max_new_tokens} that is more than the model's "
             f"{task.architecture.max_length}. Lower generate.max_new_tokens, or shorten the question."
         )
-    if is_reinforced(config):
+    if trains_generator(config):
         check_round_fits(config, len(task.trainable_indices()))
     places = -(-(longest - 1) // 8) * 8 if config.refine.questions != "none" else 0
     task = candidates.attach_compiled_functions(config, task)
@@ -268,7 +264,7 @@ def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> b
     """Whether validation had a say before the next round: it chose the questions, trained the present model, or the
     generator."""
     is_trained_by_it = any(record["accepted"] and record["best"] != "uniform" for record in records)
-    return config.refine.questions == "dynamic" or is_trained_by_it or (is_reinforced(config) and bool(records))
+    return config.refine.questions == "dynamic" or is_trained_by_it or (trains_generator(config) and bool(records))
 
 
 def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
@@ -316,17 +312,17 @@ def run_round(
     )
     writing_seconds = time.monotonic() - began
     round_task = build_round_task(config, offline_task, round_rollouts, number)
-    starts = {"accepted": state.params, "last": state.student}
-    start_params = starts.get(config.refine.start_from, offline_task.init_params(config.train.seed))
-    assert start_params is not None  # `_init_state` gives a first student where the next one goes on from it
+    start_params = {"accepted": state.params, "last": state.student}.get(config.refine.start_from)
+    if start_params is None:
+        start_params = offline_task.init_params(config.train.seed)
     round_task = round_task._replace(
         task=round_task.task._replace(init_params=lambda seed: start_params), is_fitted=is_fitted
     )
 
-    reinforced = ReinforcedRound()
+    reinforced = None
     if context.generator and state.generator:
         reinforced = reinforce_round(
-            context, context.generator, state.generator, round_task, round_rollouts, start_params, number
+            config, context.generator, state.generator, round_task, round_rollouts, start_params, session, number
         )
     present = compute_dev_losses(offline_task, state.params)
     trained = train_candidates(context, round_task, sampler_params, number, reinforced)
@@ -344,7 +340,7 @@ def run_round(
     run_dir.write_parquet(
         artifacts.weights_path(session, number),
         artifacts.build_round_weights_table(
-            offline_task, round_task, weights, judge, number, reinforced.rewards and reinforced.rewards.responses
+            offline_task, round_task, weights, judge, number, reinforced.rewards.responses if reinforced else None
         ),
     )
     record = {
@@ -354,7 +350,11 @@ def run_round(
         **_summarize_rollouts(round_rollouts),
         "present": float(present.mean()),
         "candidates": trained.records,
-        **reinforced.record,
+        **(
+            {"generator": reinforced.record | {"dev_loss": float(trained.dev_losses["uniform"].mean())}}
+            if reinforced
+            else {}
+        ),
         "best": best,
         "gain": gain._asdict(),
         "bound": bound,
@@ -365,11 +365,10 @@ def run_round(
         "work": session.work_done - before,
         "seconds": time.monotonic() - began,
     }
-    state = state._replace(
-        params=trained.models[best].params if accepted else state.params,
-        generator=reinforced.state,
-        student=None if state.student is None else reinforced.students["uniform"].params,
-    )
+    state = state._replace(params=trained.models[best].params if accepted else state.params)
+    if reinforced:
+        student = None if state.student is None else reinforced.student.params
+        state = state._replace(generator=reinforced.state, student=student)
     if judge is None:
         return state, record
     question_weights = average_question_weights(round_task, weights, offline_task.num_examples)
@@ -384,46 +383,6 @@ def _init_state(context: RefineContext, start: Params) -> RefineState:
         context.generator.init_state(context.task) if context.generator else None,
         start if context.config.refine.start_from == "last" else None,
     )
-
-
-class ReinforcedRound(NamedTuple):
-    """What a round gives whose responses train the generator."""
-
-    state: TrainState | None = None
-    """Of the generator; None where none is trained, as all below is empty then."""
-    rewards: Rewards | None = None
-    students: Mapping[str, Candidate] = MappingProxyType({})
-    """The student whose training gave the rewards, as the candidate `uniform`."""
-    record: Mapping[str, Any] = MappingProxyType({})
-    """What the record of the round says of it."""
-
-
-def reinforce_round(
-    context: RefineContext,
-    generator: Generator,
-    state: TrainState,
-    round_task: RoundTask,
-    rollouts: Rollouts,
-    start_params: Params,
-    number: int,
-) -> ReinforcedRound:
-    """Reward the responses of a round, and train the generator by that."""
-    session = context.session
-    check_responses(rollouts, number)
-    session.set_phase(f"round {number}: rewards")
-    rewards = compute_rewards(context.config, round_task, start_params, session, number)
-    session.set_phase(f"round {number}: generator")
-    update = update_generator(context.config, generator, state, round_task, rollouts, rewards, session, number)
-    reward_record = {
-        "target_loss": rewards.target_loss,
-        "dev_loss": float(compute_dev_losses(context.task, rewards.student).mean()),
-        "reward": float(rewards.responses.mean()),
-        "reward_spread": float(rewards.responses.std()),
-    }
-    text_record = measure_responses(rollouts, rewards.responses)
-    student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
-    record = {"generator": reward_record | update.record | text_record}
-    return ReinforcedRound(update.state, rewards, {"uniform": student}, record)
 
 
 def _summarize_rollouts(rollouts: Rollouts) -> dict[str, Any]:
@@ -449,14 +408,14 @@ def train_candidates(
     round_task: RoundTask,
     sampler_params: Params,
     number: int,
-    reinforced: "ReinforcedRound",
+    reinforced: ReinforcedRound | None = None,
 ) -> TrainedCandidates:
     """Train the candidate of every method in refine.methods but that which gave the rewards, and evaluate it on dev."""
     trained = TrainedCandidates({}, {}, [])
     for name in context.config.refine.methods:
         context.session.set_phase(f"round {number}: {name}")
-        if reinforced.rewards and name in reinforced.students:
-            candidate, measured = reinforced.students[name], reinforced.rewards.cost
+        if reinforced and name == "uniform":
+            candidate, measured = reinforced.student, reinforced.rewards.cost
         else:
             candidate, measured = train_candidate(context, round_task, sampler_params, number, name)
         dev_losses = compute_dev_losses(context.task, candidate.params)
@@ -486,23 +445,14 @@ def train_candidate(
     candidate_session = session.part_session(_candidate_folder(session, number, name).name)
     end = candidate_session.folder / "checkpoints" / "end"
     structure = (round_task.task.init_params(0), jnp.ones(round_task.task.num_examples))
-    restored = checkpoint.restore_checkpoint(end, structure)
 
-    def make() -> dict[str, Any]:
-        nonlocal restored
-        restored = None  # saved by a run that was stopped before it noted the job
-        began, before = time.monotonic(), session.work_done
+    def train() -> tuple[PyTree, dict[str, Any]]:
         candidate = context.trainers[name](round_task, sampler_params, candidate_session, number)
-        checkpoint.save_checkpoint(end, 0, (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype)), {})
-        cost = {"work": session.work_done - before, "seconds": time.monotonic() - began}
-        return cost | ({"reliability": candidate.reliability} if candidate.reliability else {})
+        arrays = (candidate.params, jnp.asarray(candidate.weights, structure[1].dtype))
+        return arrays, {"reliability": candidate.reliability} if candidate.reliability else {}
 
-    record = session.run_once(f"round {number}/{name}", make, restored is not None)
-    restored = restored or checkpoint.restore_checkpoint(end, structure)
-    if restored is None:
-        raise FileNotFoundError(f"{end} is not there any more, and round {number} needs it. Go on with --resume.")
-    params, weights = restored.tree
-    return Candidate(params, np.asarray(weights)), dict(record)
+    (params, weights), record = artifacts.run_saved_job(session, number, name, end, structure, train)
+    return Candidate(params, np.asarray(weights)), record
 
 
 def count_dev_tests(config: RefineConfig) -> int:

@@ -54,9 +54,15 @@ def _compares_answers(config: Any) -> bool:
     return hasattr(config, "compare") and len(config.evaluate.prompts) > 0
 
 
-def _reinforces(config: Any) -> bool:
-    """Whether `refine` trains the generator."""
+def trains_generator(config: Any) -> bool:
+    """Whether a run is one of `refine` that trains its generator."""
     return hasattr(config, "refine") and config.refine.generator == "reinforce"
+
+
+def _holds_whole_groups(config: Any) -> bool:
+    """Whether the responses to a question, which are neighbours in a batch, share a micro-batch."""
+    micro_batch = config.train.global_batch_size // max(config.train.gradient_accumulation_steps, 1)
+    return micro_batch % max(config.generate.num_generations, 1) == 0
 
 
 def _asks_judge(config: Any) -> bool:
@@ -566,13 +572,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "refine.ratio",
-        lambda c: (
-            c.refine.ratio != "sequence"
-            or c.train.global_batch_size
-            // max(c.train.gradient_accumulation_steps, 1)
-            % max(c.generate.num_generations, 1)
-            == 0
-        ),
+        lambda c: c.refine.ratio != "sequence" or _holds_whole_groups(c),
         "sequence compares the responses to one question within a batch: make train.global_batch_size / "
         "train.gradient_accumulation_steps a multiple of generate.num_generations, or choose token",
     ),
@@ -588,60 +588,54 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     (
         "refine.generator",
-        lambda c: not _reinforces(c) or c.refine.questions != "none",
+        lambda c: not trains_generator(c) or c.refine.questions != "none",
         "reinforce learns from responses, and refine.questions = none asks for none: choose fixed, redrawn or all",
     ),
     (
         "refine.ratio",
-        lambda c: not _reinforces(c) or c.refine.ratio == "none",
+        lambda c: not trains_generator(c) or c.refine.ratio == "none",
         "the student of refine.generator = reinforce imitates what the generator wrote: set it to none",
     ),
     (
         "refine.methods",
-        lambda c: not _reinforces(c) or "bmo" not in c.refine.methods,
+        lambda c: not trains_generator(c) or "bmo" not in c.refine.methods,
         "bmo compares with the model that answered, which refine.generator = reinforce trains: leave bmo out",
     ),
     (
         "refine.verifier_use",
-        lambda c: not _reinforces(c) or c.refine.verifier_use == "report",
+        lambda c: not trains_generator(c) or c.refine.verifier_use == "report",
         "a response that is filtered out has no reward: set it to report with refine.generator = reinforce",
     ),
     (
         "refine.start_from",
-        lambda c: c.refine.start_from != "last" or _reinforces(c),
+        lambda c: c.refine.start_from != "last" or trains_generator(c),
         "last goes on with the student of refine.generator = reinforce: choose accepted or first",
     ),
     (
         "generate.temperature",
-        lambda c: not _reinforces(c) or (c.generate.temperature, c.generate.top_k, c.generate.top_p) == (1, 0, 1),
+        lambda c: not trains_generator(c) or (c.generate.temperature, c.generate.top_k, c.generate.top_p) == (1, 0, 1),
         "refine.generator = reinforce compares probabilities with those that responses were drawn by: leave "
         "temperature at 1, top_k at 0 and top_p at 1",
     ),
     (
         "generate.num_generations",
-        lambda c: not _reinforces(c) or c.generate.num_generations > 1,
+        lambda c: not trains_generator(c) or c.generate.num_generations > 1,
         "refine.generator = reinforce compares the responses to one question: ask for 2 at least",
     ),
     (
         "train.global_batch_size",
-        lambda c: (
-            not _reinforces(c)
-            or c.train.global_batch_size
-            // max(c.train.gradient_accumulation_steps, 1)
-            % max(c.generate.num_generations, 1)
-            == 0
-        ),
+        lambda c: not trains_generator(c) or _holds_whole_groups(c),
         "refine.generator = reinforce compares the responses to one question within a batch: make it, over "
         "train.gradient_accumulation_steps, a multiple of generate.num_generations",
     ),
     (
         "refine.methods",
-        lambda c: not _reinforces(c) or "uniform" in c.refine.methods,
+        lambda c: not trains_generator(c) or "uniform" in c.refine.methods,
         "the student whose training rewards the responses of refine.generator = reinforce is that of uniform: name it",
     ),
     (
         "refine.generator",
-        lambda c: _reinforces(c) or c.reinforce == type(c.reinforce)(),
+        lambda c: trains_generator(c) or c.reinforce == type(c.reinforce)(),
         "section reinforce says how the generator is trained, and fixed does not train it: set it to reinforce, or "
         "leave the section out",
     ),
