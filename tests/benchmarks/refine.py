@@ -1,11 +1,12 @@
-"""Gain of a model from its own responses, by every method of `refine` on sums.
+"""Gain of a model from its own responses, by every method of `refine` on sums, at equal cost.
 
-    python -m tests.benchmarks.refine FOLDER --seeds 3 --corrupted 0.4 0.7
+    python -m tests.benchmarks.refine FOLDER --seeds 5 --corrupted 0.4 0.7
 
 Prints one markdown table for each share of corrupted rows: right answers (greedy, by the checker) and L_v on 384 other
-questions, rounds that were accepted, right responses, cost, mean ± standard deviation over the seeds. A seed has
-questions, labels, a pretrained model and orders of its own, the same for all arms. Arms are configs/refine_*.yaml with
-the flags of ARMS. What is finished in FOLDER is read there: the command goes on after a stop.
+questions, rounds that were accepted, right responses, cost, mean ± standard deviation over the seeds, and how far each
+arm's right answers lie above those of exact hypergradients without responses, with a 95 % interval over the seeds. A
+seed has questions, labels, a pretrained model and orders of its own, the same for all arms. Arms are
+configs/refine_*.yaml with the flags of ARMS. What is finished in FOLDER is read there: the command goes on after a stop.
 """
 
 import argparse
@@ -19,29 +20,38 @@ import numpy as np
 from bilevel_jax.commands.refine.run import refine
 from bilevel_jax.lm.builtin import sums
 from bilevel_jax.runs.config.load import RefineConfig, SelectConfig, load_config
+from bilevel_jax.runs.stats import mean_interval
 from bilevel_jax.runs.tasks.builtin import resolve_builtin
 
 TRUSTED = {"validation": 64, "dev": 128}
 NONE, FIXED, DYNAMIC = (("--refine.questions", name) for name in ("none", "fixed", "dynamic"))
 STEPS_ALONE = ("--outer.reliability-every", "0")  # the cost of the weights, without what measures them
+EXACT, MIXING, PENALTY, BMO, LEARNED = (("--refine.rounds", str(count)) for count in (4, 10, 7, 9, 8))
+PLAIN = ("--refine.rounds", "21", "--train.max-steps", "180")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "validation alone": ("refine_mixing", ("--single-loop.validation-shares", "1.0")),
-    "direct mixing": ("refine_mixing", ()),
-    "BDS, offline": ("refine_offline", ()),
-    "BMO, offline": ("refine_bmo", NONE),
-    "exact, offline": ("refine_exact", (*NONE, *STEPS_ALONE)),
-    "self-training": ("refine_self_training", ()),
-    "BDS + online fixed": ("refine_dynamic", FIXED),
-    "BDS + online dynamic": ("refine_dynamic", ()),
-    "BDS + online dynamic, more steps": ("refine_dynamic", ("--single-loop.steps", "520")),
-    "BMO + online fixed": ("refine_bmo", ()),
-    "exact + online fixed": ("refine_exact", STEPS_ALONE),
-    "exact + online dynamic": ("refine_exact", (*DYNAMIC, *STEPS_ALONE)),
-    "trained generator": ("refine_reinforce", ()),
-    "right responses (oracle)": ("refine_self_training", ("--refine.verifier-use", "filter")),
-}
-"""name -> (config, flags). "right responses" trains on what the checker lets pass, which needs the truth; "more steps"
-has the cost of the exact arms."""
+    "self-training": ("refine_self_training", PLAIN),
+    "validation alone": ("refine_mixing", ("--single-loop.validation-shares", "1.0", *MIXING)),
+    "direct mixing": ("refine_mixing", MIXING),
+    "BDS, offline": ("refine_offline", PENALTY),
+    "BDS + online fixed": ("refine_dynamic", (*FIXED, *PENALTY)),
+    "BDS + online dynamic": ("refine_dynamic", PENALTY),
+    "BMO, offline": ("refine_bmo", (*NONE, *BMO)),
+    "BMO + online fixed": ("refine_bmo", BMO),
+    "exact, offline": ("refine_exact", (*NONE, *STEPS_ALONE, *EXACT)),
+    "exact, offline, sigmoid": ("refine_exact", (*NONE, *STEPS_ALONE, *EXACT, "--outer.weighting", "sigmoid")),
+    "exact + online fixed": ("refine_exact", (*FIXED, *STEPS_ALONE, *EXACT)),
+    "exact + online dynamic": ("refine_exact", (*DYNAMIC, *STEPS_ALONE, *EXACT)),
+    "exact + online dynamic, by ratio": (
+        "refine_exact", (*DYNAMIC, *STEPS_ALONE, *EXACT, "--refine.ratio", "token"),
+    ),
+    "trained generator": ("refine_reinforce", LEARNED),
+    "right responses (oracle)": ("refine_self_training", ("--refine.verifier-use", "filter", *PLAIN)),
+}  # fmt: skip
+"""name -> (config, flags). All cost about as many forward and backward passes as four rounds of exact hypergradients,
+3,840. "by ratio" weighs each token of a response by its probability over the one that it was drawn by, as the paper
+does; "right responses" trains on what the checker lets pass, which needs the truth."""
+REFERENCE = "exact, offline"
+"""The arm that the others are held against."""
 
 
 def measure(folder: Path, *, seeds: int, corrupted: list[float], arms: list[str]) -> None:
@@ -75,15 +85,19 @@ def pretrained(folder: Path, seed: int) -> Path:
 
 
 def arm(folder: Path, name: str, made: Path, model: Path, seed: int) -> dict[str, Any]:
-    """One run: finished, gone on with, or begun."""
+    """One run of an arm."""
+    config, flags = ARMS[name]
+    return run_refine(folder, config, made, [*flags, "--model.name-or-path", str(model), "--data.seed", str(seed)])
+
+
+def run_refine(folder: Path, config: str, made: Path, flags: list[str]) -> dict[str, Any]:
+    """The result of `refine` with a shipped config on the data files in `made`: finished, gone on with, or begun."""
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
-    config, flags = ARMS[name]
     files = {part: made / f"{part}.jsonl" for part in ("train", "validation", "dev", "test")}
     data = [text for part, path in files.items() for text in (f"--data.{part}", str(path))]
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
-    given = [*flags, *data, "--model.name-or-path", str(model), "--data.seed", str(seed), "--mesh.data", "1"]
-    given += ["--output.no-progress", "--out", str(folder), *resume]
+    given = [*data, *flags, "--mesh.data", "1", "--output.no-progress", "--out", str(folder), *resume]
     refine(load_config(RefineConfig, f"{config}.yaml", given))
     return json.loads((folder / "result.json").read_text())
 
@@ -93,6 +107,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     heads = [
         "arm",
         "right answers",
+        f"above {REFERENCE} [95 %]",
         "test loss",
         "rounds accepted",
         "right responses",
@@ -101,7 +116,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     ]
     first = next(iter(cells.values()))
     given = [spread([run["test"]["right"]["first"] for run in first], 3)]
-    given += [spread([run["test"]["first"] for run in first], 3), "", "", "", ""]
+    given += ["", spread([run["test"]["first"] for run in first], 3), "", "", "", ""]
     lines = [heads, ["---"] * len(heads), ["the model as given", *given]]
     for name, runs in cells.items():
         right = [one["right"] for run in runs for one in run["records"] if one["right"] is not None]
@@ -109,6 +124,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
             [
                 name,
                 spread([run["test"]["right"]["last"] for run in runs], 3),
+                paired([right_answers(run) for run in runs], [right_answers(run) for run in cells.get(REFERENCE, [])]),
                 spread([run["test"]["last"] for run in runs], 3),
                 f"{sum(run['accepted'] for run in runs)} of {sum(len(run['records']) for run in runs)}",
                 f"{np.mean(right):.3f}" if right else "",
@@ -117,6 +133,19 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def right_answers(result: dict[str, Any]) -> float:
+    """The share of the test questions that the last model answers right."""
+    return result["test"]["right"]["last"]
+
+
+def paired(values: list[float], reference: list[float]) -> str:
+    """The mean difference over the seeds with its 95 % interval by Student's t; nothing for the reference itself."""
+    if values == reference or len(values) != len(reference) or len(values) < 2:
+        return ""
+    mean, half = mean_interval([one - other for one, other in zip(values, reference, strict=True)])
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -128,7 +157,7 @@ def spread(values: list[float], digits: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--corrupted", type=float, nargs="+", default=[0.4, 0.7])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()

@@ -270,7 +270,7 @@ def test_a_round_says_how_far_its_weights_speak_for_others(whole, config, tmp_pa
         uniform, unrolled = record["candidates"]
         assert "reliability" not in uniform and uniform["work"] == 6
         draw = unrolled["reliability"]["last"]
-        assert unrolled["reliability"] == {"first": draw, "last": draw, "steps": 1, "is_used_up": False}
+        assert unrolled["reliability"] == {"first": draw, "last": draw, "steps": 1} | NOT_STOPPED
         assert draw["noise"] is None and draw["agreement"] is not None and draw["num_validation"] == 8
         assert not draw["is_fitted"] and -1 <= (draw["value"] or 0) <= 1
         assert unrolled["work"] == 6 * (1 + 5 + 2 * 2)  # the last training; back through validation, dev, its halves
@@ -285,6 +285,9 @@ def test_a_round_says_how_far_its_weights_speak_for_others(whole, config, tmp_pa
     ]
     page = " ".join((out / "report.html").read_text().split())
     assert "Round 1: in the one step, where all weights are equal, " in page
+
+
+NOT_STOPPED = {"is_used_up": False, "is_concentrated": False}
 
 
 def train_weighted(ready, made, folder, **outer):
@@ -431,6 +434,21 @@ ARMS = {
 }  # fmt: skip
 
 
+def test_a_step_that_leaves_few_examples_is_not_made(ready, tmp_path):
+    settings, task, _ = ready
+    made = build_round_task(settings, task, answered(ready, tmp_path), 0)
+    outer = {"steps": 4, "weighting": "softmax", "learning_rate": 0.5, "reliability_every": 0, "ess_floor": 0.6}
+    candidate, work = train_weighted(ready, made, tmp_path / "run", **outer)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    *made_steps, refused = [line for line in lines if line["event"] == "outer"]
+    assert made_steps and all(line["is_stepped"] for line in made_steps) and not refused["is_stepped"]
+    ess = candidate.weights.sum() ** 2 / (candidate.weights**2).sum()
+    np.testing.assert_allclose(ess, made_steps[-1]["ess"], rtol=1e-5)
+    assert refused["ess"] < 0.6 * made.task.num_examples <= ess
+    assert candidate.reliability["is_concentrated"] and candidate.reliability["steps"] == len(made_steps) + 1
+    assert work == 6 * (1 + 5 * (len(made_steps) + 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_runs(config, tmp_path, name):
@@ -455,6 +473,9 @@ REFUSED = {
     "choose sigmoid or softmax": ("--outer.weighting", "per_source"),
     "leave section objective at its defaults": ("--objective.name", "simpo"),
     "a model that can answer": ("--model.from-scratch",),
+    "refine.methods says how candidates are trained: leave it out": ("--outer.method", "window"),
+    "dev decides about whole rounds, and is not read between the steps of one": ("--outer.patience", "2"),
+    "the same model .refine.start_from.: leave it out": ("--outer.restart", "warm"),
 }
 
 

@@ -241,9 +241,9 @@ def train_unrolled_candidate(
 
     It takes the steps of `OuterLoop` (`train_and_estimate`) without what that loop reads to choose the best step: dev
     is kept for the test of the candidate, so the last weights count, and the model is trained once more with them.
-    Every step is made, unless two halves of validation see nothing but noise (outer.reliability_floor). Dev tells how
-    far the last hypergradient speaks for other examples, and nothing in the round depends on that
-    (`choose_round_evidence`).
+    Every step is made, unless two halves of validation see nothing but noise (outer.reliability_floor), or the next
+    one would leave the weights on few examples (outer.ess_floor), which is then not made. Dev tells how far the last
+    hypergradient speaks for other examples, and nothing in the round depends on that (`choose_round_evidence`).
     """
     loop = _OuterSteps(config, round_task, session, round_number)
     while not loop.is_done():
@@ -270,8 +270,8 @@ class _OuterSteps:
             session.advance(sum(record["work"] for record in self.records))
 
     def is_done(self) -> bool:
-        """Whether all steps were made, or validation is used up."""
-        return len(self.records) == self.outer.steps or self._is_used_up()
+        """Whether all steps were made, validation is used up, or the weights would stand on few examples."""
+        return len(self.records) == self.outer.steps or self._is_used_up() or self._is_concentrated()
 
     def take_step(self) -> None:
         """Train, estimate, measure, step the weights, save."""
@@ -290,13 +290,20 @@ class _OuterSteps:
             trained=self.round_task.trained, is_learned=is_fitted or evidence == "dev",
         )  # fmt: skip
         learning_rate = jnp.asarray(outer_learning_rate(self.outer, step / self.outer.steps))
-        self.hyper = _update_hyper(
+        stepped = _update_hyper(
             self.outer.weighting, self.outer.max_step, self.hyper, self.multiplicity, estimate.grad, learning_rate
         )
+        ess = float(
+            weightings.effective_sample_size(hyper_to_weights(self.outer.weighting, stepped, self.multiplicity))
+        )
+        if is_above_floor := ess >= self.outer.ess_floor * self.task.num_examples:
+            self.hyper = stepped
         record = {
             "step": step,
             "round": self.round_number,
             "validation": float(estimate.validation_loss),
+            "ess": ess,
+            "is_stepped": is_above_floor,
             **reliability_to_record(draw),
             "work": self.session.work_done - work_before,
         }
@@ -311,7 +318,9 @@ class _OuterSteps:
         trajectory = self.trainer.run(
             weights, self.start, self.task.training_stream(self.seed + place), outer_step=place
         )
-        reliability = summarize_reliability(self.records, is_used_up=self._is_used_up())
+        reliability = summarize_reliability(
+            self.records, is_used_up=self._is_used_up(), is_concentrated=self._is_concentrated()
+        )
         return Candidate(trajectory.end.params, np.asarray(weights), reliability)
 
     def _weights(self) -> Float[Array, "examples"]:
@@ -321,15 +330,20 @@ class _OuterSteps:
         is_last = len(self.records) == self.outer.steps
         return not is_last and is_reliability_at_floor(self.records, self.outer.reliability_floor)
 
+    def _is_concentrated(self) -> bool:
+        return bool(self.records) and not self.records[-1].get("is_stepped", True)  # a run of an earlier version
 
-def summarize_reliability(records: list[dict[str, Any]], *, is_used_up: bool) -> dict[str, Any]:
+
+def summarize_reliability(records: list[dict[str, Any]], *, is_used_up: bool, is_concentrated: bool) -> dict[str, Any]:
     """What result.json holds of the reliability of a candidate's hypergradients: the draws of its first and of its last
-    step, None where nothing was measured; how many steps were made; whether validation was used up before all were."""
+    step, None where nothing was measured; how many hypergradients there were; whether validation was used up before all
+    steps were made, and whether the step of the last one would have left the weights on few examples."""
     return {
         "first": records[0]["reliability_draw"],
         "last": records[-1]["reliability_draw"],
         "steps": len(records),
         "is_used_up": is_used_up,
+        "is_concentrated": is_concentrated,
     }
 
 

@@ -312,6 +312,11 @@ def _describe_candidate(candidate: JsonObject) -> str:
             f" The weights stopped after {stored['steps']} steps: by halves of validation the reliability was at most "
             "outer.reliability_floor twice in a row, so validation is used up."
         )
+    if stored.get("is_concentrated"):  # not in the results of earlier versions
+        words += (
+            f" The weights are those of {format_count('step', stored['steps'] - 1)}: another would have brought their "
+            "effective sample size below outer.ess_floor."
+        )
     return words
 
 

@@ -211,7 +211,7 @@ class RefineConfig:
     judge: schema.JudgeSection = schema.JudgeSection()
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
     train: schema.TrainSection = schema.TrainSection()
-    outer: schema.OuterSection = schema.OuterSection(weighting="sigmoid")
+    outer: schema.OuterSection = schema.OuterSection()
     single_loop: schema.SingleLoopSection = schema.SingleLoopSection()
     output: schema.OutputSection = schema.OutputSection()
     mesh: schema.MeshSection = schema.MeshSection()

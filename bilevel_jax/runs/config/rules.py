@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel_jax.lm.inference.parameters import SERVICE_PARAMETERS
 from bilevel_jax.runs.config.bounds import violation
-from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS, SelectionSection
+from bilevel_jax.runs.config.schema import POOLED_METHODS, SINGLE_LOOP_METHODS, OuterSection, SelectionSection
 
 
 def reads_array_data(config: Any) -> bool:
@@ -106,7 +106,29 @@ def _fits_targets(target: Any, values: tuple[float, ...], readers: tuple[str, ..
 # (key, condition, end of the error message). Bounds of single keys stand next to the keys, in schema.py. A rule whose
 # section a config lacks does not apply; one that reads further sections names them in REQUIRED_SECTIONS.
 Rule = tuple[str, Callable[[Any], bool], str]
+UNREAD_BY_REFINE = {
+    "method": "refine.methods says how candidates are trained",
+    "estimate": "refine makes per-example steps",
+    "restart": "every training run of a round starts from the same model (refine.start_from)",
+    "reshuffle": "every training run of a round has a data order of its own",
+    "patience": "dev decides about whole rounds, and is not read between the steps of one",
+    "warm_start": "every round starts from equal weights",
+    "proximal": "refine trains without a term that holds the parameters",
+}
+"""Keys of section outer that a candidate of `refine` is not trained by, and why."""
+
+
+def _leave_out_in_refine(key: str, reason: str) -> Rule:
+    default = getattr(OuterSection(), key)
+    return (
+        f"outer.{key}",
+        lambda c: not hasattr(c, "refine") or getattr(c.outer, key) == default,
+        f"{reason}: leave it out",
+    )
+
+
 CONFIG_RULES: tuple[Rule, ...] = (
+    *(_leave_out_in_refine(key, reason) for key, reason in UNREAD_BY_REFINE.items()),
     (
         "model.name_or_path",
         lambda c: c.model.name_or_path != "" or reads_array_data(c) or reads_records(c),
@@ -245,11 +267,6 @@ CONFIG_RULES: tuple[Rule, ...] = (
         lambda c: c.outer.estimate != "pooled" or c.outer.method not in SINGLE_LOOP_METHODS,
         "pooled is for methods that repeat training (unrolled, window, implicit, alignment): choose one of them, or "
         "set outer.estimate to per_example",
-    ),
-    (
-        "outer.estimate",
-        lambda c: c.outer.estimate == "per_example" or not hasattr(c, "refine"),
-        "refine makes per-example steps: leave it out",
     ),
     (
         "outer.estimate",

@@ -542,7 +542,7 @@ class OuterSection:
     """New order of the examples in each training, so that the weights do not overfit one order."""
 
     ess_floor: Decay = 0.1
-    """Stop when the effective sample size of the weights falls below this share of the examples."""
+    """Stop when the effective sample size of the weights falls below this share of the examples; in refine before."""
 
     patience: Annotated[int, Ge(0), Special(0, "never stop early")] = 3
     """Stop after this many outer steps without a lower dev loss; 0: never."""
