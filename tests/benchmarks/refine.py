@@ -6,7 +6,8 @@ Prints one markdown table for each share of corrupted rows: right answers (greed
 questions, rounds that were accepted, right responses, cost, mean ± standard deviation over the seeds, and how far each
 arm's right answers lie above those of exact hypergradients without responses, with a 95 % interval over the seeds. A
 seed has questions, labels, a pretrained model and orders of its own, the same for all arms. Arms are
-configs/refine_*.yaml with the flags of ARMS. What is finished in FOLDER is read there: the command goes on after a stop.
+configs/refine_*.yaml with the flags of ARMS. What is finished in FOLDER is read there, so the command goes on after a
+stop.
 """
 
 import argparse

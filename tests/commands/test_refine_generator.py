@@ -126,10 +126,30 @@ def test_rewards_of_tokens_sum_to_that_of_their_response(round_of, made):
     scale = np.abs(by_token.responses).max()
     np.testing.assert_allclose([own.sum() for own in by_token.tokens], by_token.responses, atol=1e-5 * scale)
     part = work.part_session("again")
-    _, by_example, _, _ = _differentiate(load(made, *SMOOTH), round_task, task.init_params(0), part, 2)
+    _, estimate, *_ = _differentiate(load(made, *SMOOTH), round_task, task.init_params(0), part, 2)
     rows = np.flatnonzero(round_task.response_numbers >= 0)
-    plain = -np.asarray(by_example)[rows] / round_task.multiplicity[rows]
+    plain = -np.asarray(estimate.grad)[rows] / round_task.multiplicity[rows]
     np.testing.assert_allclose(plain, by_token.responses, atol=1e-4 * scale)
+
+
+def test_the_reliability_of_rewards_is_that_of_differences_within_questions(round_of, made):
+    """By hand, from the hypergradients of the two halves; by tokens and by responses it is one."""
+    _, task, round_task, _, work = round_of
+    start, rows = task.init_params(0), np.flatnonzero(round_task.response_numbers >= 0)
+    _, estimate, _, stored = _differentiate(load(made, *SMOOTH), round_task, start, work.part_session("c"), 0)
+
+    def energy(table):
+        groups = [np.asarray(table, float)[rows[at : at + 4]] for at in range(0, len(rows), 4)]
+        return sum(((group - group.mean()) ** 2).sum() for group in groups)
+
+    noise = energy(estimate.half_difference) / energy(estimate.grad)
+    assert stored["first"]["noise"] == pytest.approx(noise, rel=1e-4) and stored["steps"] == 1
+    tokens = load(made, *SMOOTH, "--reinforce.reward", "token")
+    *_, by_token = _differentiate(tokens, round_task, start, work.part_session("d"), 0)
+    assert by_token["first"]["noise"] == pytest.approx(noise, rel=1e-2)
+    fitted = round_task._replace(is_fitted=True)
+    *_, by_dev = _differentiate(load(made, *SMOOTH), fitted, start, work.part_session("e"), 0)
+    assert by_dev["first"]["agreement"] is not None and not by_dev["first"]["is_fitted"]
 
 
 def test_responses_to_one_question_share_their_batches(round_of):
@@ -154,7 +174,7 @@ def test_a_response_that_is_rewarded_becomes_likelier(round_of, made):
     for chosen in (0, 3):
         worth = np.zeros((len(rollouts.questions), 4))
         worth[:, chosen] = 1
-        rewards = Rewards(worth.ravel(), None, state.params, 0.0, {})
+        rewards = Rewards(worth.ravel(), None, state.params, 0.0, {}, {})
         moved = update_generator(config, generator, state, round_task, rollouts, rewards, work, 0)
         assert moved.record["kl"] == pytest.approx(0, abs=1e-6) and moved.record["kl_after"] > 1e-6
         likelihoods = [
@@ -386,6 +406,16 @@ def test_another_tokenizer_is_told():
     templated = make_tokenizer({"a": 0, "b": 1}, "{{ messages }}")
     with pytest.raises(ValueError, match="another chat template"):
         check_same_tokens(templated, tokenizer, "there")
+
+
+def test_every_round_says_how_far_its_rewards_speak_for_others(whole):
+    """The first by halves of validation, later ones, whose generator follows it, by dev."""
+    out, result, _ = whole
+    draws = [record["generator"]["reliability"]["last"] for record in result["records"]]
+    assert draws[0]["noise"] is not None and all(draw["agreement"] is not None for draw in draws[1:])
+    page = " ".join((out / "report.html").read_text().split())
+    assert "Round 0, rewards: in the one step, where all weights are equal, " in page
+    assert "How far the weights and rewards speak for other examples" in page
 
 
 def test_the_work_is_counted(whole, made, tmp_path):

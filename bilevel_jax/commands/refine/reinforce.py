@@ -7,7 +7,7 @@ import numpy as np
 
 from bilevel_jax.commands.refine.candidates import Candidate
 from bilevel_jax.commands.refine.generator import Generator, num_policy_steps, policy_step_work, update_generator
-from bilevel_jax.commands.refine.rewards import Rewards, check_responses, compute_rewards
+from bilevel_jax.commands.refine.rewards import Rewards, check_responses, compute_rewards, count_reward_work
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask, count_questions
 from bilevel_jax.commands.refine.text_statistics import (
     describe_degeneration,
@@ -19,8 +19,8 @@ from bilevel_jax.lm.data.batches import steps_per_epoch
 from bilevel_jax.lm.data.examples import format_count
 from bilevel_jax.runs.config.load import RefineConfig
 from bilevel_jax.runs.config.rules import trains_generator
+from bilevel_jax.runs.engine.reliability import RoundSizes
 from bilevel_jax.runs.engine.single_loop import FORWARD_WORK
-from bilevel_jax.runs.engine.trainer import HVP_WORK, REPLAY_WORK
 from bilevel_jax.runs.infra.session import Session
 
 
@@ -56,6 +56,7 @@ def reinforce_round(
         "target_loss": rewards.target_loss,
         "reward": float(rewards.responses.mean()),
         "reward_spread": float(rewards.responses.std()),
+        "reliability": rewards.reliability,
     }
     student = Candidate(rewards.student, np.ones(round_task.task.num_examples))
     record = reward_record | update.record | measure_responses(rollouts, rewards.responses)
@@ -77,7 +78,7 @@ def check_round_fits(config: RefineConfig, num_questions: int) -> None:
         )
 
 
-def count_reinforce_work(config: RefineConfig, num_questions: int) -> float:
+def count_reinforce_work(config: RefineConfig, num_questions: int, sizes: RoundSizes, *, is_fitted: bool) -> float:
     """What one round costs beside its candidates, in training steps; 0 where no generator is trained."""
     if not trains_generator(config):
         return 0.0
@@ -85,7 +86,7 @@ def count_reinforce_work(config: RefineConfig, num_questions: int) -> float:
     section, num_responses = config.reinforce, asked * config.generate.num_generations
     epoch = steps_per_epoch(num_responses, config.train.global_batch_size)
     steps = num_policy_steps(section, num_responses, config.train.global_batch_size)
-    rewards = config.train.max_steps * (REPLAY_WORK + HVP_WORK)  # the student's training is that of `uniform`
+    rewards = count_reward_work(config.outer, config.train.max_steps, sizes, is_fitted=is_fitted)
     return rewards + steps * policy_step_work(section) + 2 * 2 * FORWARD_WORK * epoch
 
 

@@ -253,28 +253,23 @@ def read_reliability(candidate: JsonObject) -> tuple[Reliability | None, Reliabi
 
 
 def describe_reliability(result: JsonObject) -> JsonObject:
-    """What the report says of how far weights speak for other examples: a line per round, or why there is none."""
-    candidates = [
-        (record["step"], candidate)
-        for record in result["records"]
-        for candidate in record["candidates"]
-        if candidate["name"] == "unrolled"
-    ]
-    measured = [(number, candidate) for number, candidate in candidates if any(read_reliability(candidate))]
+    """What the report says of how far weights and rewards speak for other examples: a line for those of each round, or
+    why there is none."""
+    sources: list[tuple[str, JsonObject]] = []
+    for record in result["records"]:
+        if generator := record.get("generator"):
+            sources.append((f"Round {record['step']}, rewards", generator))
+        sources += [(f"Round {record['step']}", one) for one in record["candidates"] if one["name"] == "unrolled"]
+    measured = [(name, source) for name, source in sources if any(read_reliability(source))]
     missing = ""
-    if not candidates and result.get("generator"):
-        missing = (
-            "no candidate learns weights (refine.methods: unrolled). How far the rewards of the generator speak for "
-            "other examples, the student's loss on dev shows below"
-        )
-    elif not candidates:
+    if not sources:
         missing = "no candidate has hypergradients, and of these alone it is measured (refine.methods: unrolled)"
-    elif not any("reliability" in candidate for _, candidate in candidates):
+    elif not any("reliability" in source for _, source in sources):
         missing = "this run is of a version that did not measure it"
     elif not measured:
         missing = "outer.reliability_every is 0"
-    lines = [f"Round {number}: {_describe_candidate(candidate)}" for number, candidate in measured]
-    counts = [draw.num_validation for _, candidate in measured for draw in read_reliability(candidate) if draw]
+    lines = [f"{name}: {_describe_candidate(source)}" for name, source in measured]
+    counts = [draw.num_validation for _, source in measured for draw in read_reliability(source) if draw]
     return {"missing": missing, "lines": lines, "num_validation": max(counts, default=0)}
 
 

@@ -1,5 +1,7 @@
 """Rewards of the responses of a round: what each of them did for the target, by exact hypergradients."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,15 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from bilevel_jax.commands.refine.artifacts import run_saved_job
-from bilevel_jax.commands.refine.candidates import ROUND_SEED_STRIDE, candidate_outer
+from bilevel_jax.commands.refine.candidates import ROUND_SEED_STRIDE, candidate_outer, summarize_reliability
 from bilevel_jax.commands.refine.rollouts import Rollouts, RoundTask
 from bilevel_jax.core.training import train_step
-from bilevel_jax.core.types import Params, Problem, PyTree, TrainStep
+from bilevel_jax.core.types import Estimate, Params, Problem, PyTree, TrainStep
+from bilevel_jax.runs.budget.work import count_candidate_work
 from bilevel_jax.runs.config.load import RefineConfig
+from bilevel_jax.runs.config.schema import OuterSection, SingleLoopSection
 from bilevel_jax.runs.engine.outer_loop import train_and_estimate
+from bilevel_jax.runs.engine.reliability import (
+    RoundSizes,
+    choose_round_evidence,
+    measure_estimate_reliability,
+    reliability_to_record,
+)
 from bilevel_jax.runs.engine.trainer import Trainer, check_hypergradient_finite
 from bilevel_jax.runs.infra.distributed import fetch_to_host
 from bilevel_jax.runs.infra.session import Session
@@ -33,6 +43,9 @@ class Rewards(NamedTuple):
     """The student that was trained on the round's rows at weight 1."""
     target_loss: float
     """Of that student, on validation."""
+    reliability: dict[str, Any]
+    """How far they speak for other validation examples, as differences between the responses to a question
+    (`summarize_reliability`)."""
     cost: dict[str, float]
     """Work and seconds of training it and going back, also of a run that was stopped in between."""
 
@@ -55,12 +68,28 @@ def compute_rewards(
     structure = (start_params, jnp.ones(task.num_examples), jnp.ones(num_tokens) if by_token else None)
 
     def differentiate() -> tuple[PyTree, dict[str, Any]]:
-        student, by_example, by_place, loss = _differentiate(config, round_task, start_params, part, number)
-        return (student, by_example, by_place), {"target_loss": loss}
+        student, estimate, by_place, reliability = _differentiate(config, round_task, start_params, part, number)
+        return (student, estimate.grad, by_place), {
+            "target_loss": float(estimate.validation_loss), "reliability": reliability,
+        }  # fmt: skip
 
     (student, by_example, by_place), measured = run_saved_job(session, number, "rewards", end, structure, differentiate)
     responses, tokens = _collect_rewards(round_task, by_example, by_place, number)
-    return Rewards(responses, tokens, student, measured.pop("target_loss"), measured)
+    target_loss, reliability = measured.pop("target_loss"), measured.pop("reliability")
+    return Rewards(responses, tokens, student, target_loss, reliability, measured)
+
+
+def count_reward_work(outer: OuterSection, max_steps: int, sizes: RoundSizes, *, is_fitted: bool) -> float:
+    """What rewards cost beside the training of their student, in training steps."""
+    whole = count_candidate_work(
+        "unrolled", _one_step(outer), SingleLoopSection(), max_steps, sizes, is_fitted=is_fitted
+    )
+    return whole - 2 * max_steps  # the student's training is that of `uniform`, and none follows
+
+
+def _one_step(outer: OuterSection) -> OuterSection:
+    """Rewards are the hypergradients of one outer step, at weight 1."""
+    return replace(candidate_outer(outer, "unrolled"), steps=1)
 
 
 def rewards_folder(session: Session, number: int) -> Path:
@@ -80,23 +109,57 @@ def check_responses(rollouts: Rollouts, number: int) -> None:
 
 def _differentiate(
     config: RefineConfig, round_task: RoundTask, start_params: Params, session: Session, number: int
-) -> tuple[Params, jax.Array, jax.Array | None, float]:
-    """(the student, the hypergradient of each example, of each place of a token or None, the student's loss)."""
-    task = round_task.task._replace(held_out_streams={"validation": round_task.task.held_out_streams["validation"]})
+) -> tuple[Params, Estimate, jax.Array | None, dict[str, Any]]:
+    """(the student, the hypergradient of each example, that of each place of a token or None, its reliability)."""
+    streams = round_task.task.held_out_streams
+    task = round_task.task._replace(held_out_streams={part: streams[part] for part in ("validation", "dev")})
     weights: Any = jnp.ones(task.num_examples)
     by_token = config.reinforce.reward == "token"
     if by_token:
         problem, step = _token_programs(task.problem, task.optimizer, task.num_examples, task.layout.length + 1)
         task = task._replace(problem=problem, train_step=step)
         weights = (weights, jnp.ones(task.num_examples * (task.layout.length + 1)))
-    trainer = Trainer(task, candidate_outer(config.outer, "unrolled"), session)
-    stream = task.training_stream(config.data.seed + ROUND_SEED_STRIDE * number)
+    outer, seed = _one_step(config.outer), config.data.seed + ROUND_SEED_STRIDE * number
+    trainer = Trainer(task, outer, session)
+    sizes = RoundSizes(trainer.num_held_out("validation"), trainer.num_held_out("dev"))
+    evidence = choose_round_evidence(outer, 0, sizes, is_fitted=round_task.is_fitted)
     trajectory, estimate = train_and_estimate(
-        trainer, weights, trainer.init_state(start_params), stream, 0, is_first=number == 0
-    )
+        trainer, weights, trainer.init_state(start_params), task.training_stream(seed), 0, is_first=number == 0,
+        halves_seed=seed if evidence == "halves" else None, dev_seed=seed if evidence == "dev" else None,
+    )  # fmt: skip
     check_hypergradient_finite(estimate, f"the rewards of round {number}")
-    by_example, by_place = estimate.grad if by_token else (estimate.grad, None)
-    return trajectory.end.params, by_example, by_place, float(estimate.validation_loss)
+    by_place = None
+    if by_token:
+        by_place = estimate.grad[1]
+        estimate = _map_tables(lambda tables: tables[0], estimate)
+    rows = np.flatnonzero(round_task.response_numbers >= 0)
+    draw = measure_estimate_reliability(
+        task, trainer, jnp.ones(task.num_examples),
+        _map_tables(lambda table: _compare_within_questions(table, rows, config.generate.num_generations), estimate),
+        trained=rows, is_learned=evidence == "dev",
+    )  # fmt: skip
+    summary = summarize_reliability([reliability_to_record(draw)], is_used_up=False, is_concentrated=False)
+    return trajectory.end.params, estimate, by_place, summary
+
+
+def _map_tables(function: Callable[[Any], Any], estimate: Estimate) -> Estimate:
+    """The estimate with another table of each outer loss; where none was measured there is none."""
+    return estimate._replace(
+        grad=function(estimate.grad),
+        half_difference=function(estimate.half_difference) if jax.tree.leaves(estimate.half_difference) else (),
+        independent=tuple(map(function, estimate.independent)),
+    )
+
+
+def _compare_within_questions(
+    table: Float[Array, "examples"], rows: Int[np.ndarray, "responses"], num_generations: int
+) -> Float[Array, "examples"]:
+    """Each response's part beside the mean of the responses to its question, which is what the generator learns from.
+
+    The responses to a question have one multiplicity, so they are compared as the rewards are.
+    """
+    parts = table[rows].reshape(-1, num_generations)
+    return table.at[rows].set((parts - parts.mean(1, keepdims=True)).ravel())
 
 
 @lru_cache(maxsize=2)

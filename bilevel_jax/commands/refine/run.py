@@ -270,19 +270,24 @@ def follows_validation(config: RefineConfig, records: list[dict[str, Any]]) -> b
 def count_rounds_work(config: RefineConfig, task: TextTask) -> float:
     """The most that the candidates of all rounds cost, in training steps."""
     sizes = RoundSizes(*(len(held_out_indices(task.held_out_streams[part])) for part in ("validation", "dev")))
-    return sum(
-        count_candidate_work(
-            name,
-            candidates.candidate_outer(config.outer, name),
-            config.single_loop,
-            config.train.max_steps,
-            sizes,
-            is_fitted=number > 0 or follows_validation(config, []),
-            num_targets=len(task.outer_objective.targets),
+
+    def count_round(*, is_fitted: bool) -> float:
+        candidate_work = sum(
+            count_candidate_work(
+                name,
+                candidates.candidate_outer(config.outer, name),
+                config.single_loop,
+                config.train.max_steps,
+                sizes,
+                is_fitted=is_fitted,
+                num_targets=len(task.outer_objective.targets),
+            )
+            for name in config.refine.methods
         )
-        for number in range(config.refine.rounds)
-        for name in config.refine.methods
-    ) + config.refine.rounds * count_reinforce_work(config, len(task.trainable_indices()))
+        return candidate_work + count_reinforce_work(config, len(task.trainable_indices()), sizes, is_fitted=is_fitted)
+
+    later = (config.refine.rounds - 1) * count_round(is_fitted=True)
+    return count_round(is_fitted=follows_validation(config, [])) + later
 
 
 def run_round(

@@ -21,6 +21,7 @@ from bilevel_jax.core.types import (
     CheckpointPlan,
     Estimate,
     Estimator,
+    Hyper,
     Params,
     StepMetrics,
     Stream,
@@ -473,10 +474,16 @@ def _split_losses(estimates: Estimate, extra_names: list[str]) -> Estimate:
     )
     checks = estimates.checks._replace(growth=float(jnp.asarray(estimates.checks.growth)[0]))
     first = Estimate(grad, validation_loss, direction, checks, estimates.params)
-    return _add_grads(first, {name: estimates.grad[place] for place, name in enumerate(extra_names, start=1)})
+    return _add_grads(
+        first,
+        {
+            name: jax.tree.map(lambda leaf, place=place: leaf[place], estimates.grad)
+            for place, name in enumerate(extra_names, start=1)
+        },
+    )
 
 
-def _add_grads(estimate: Estimate, grads: dict[str, jax.Array]) -> Estimate:
+def _add_grads(estimate: Estimate, grads: dict[str, Hyper]) -> Estimate:
     independent = (grads["dev"], grads["dev_half_difference"]) if "dev" in grads else ()
     return estimate._replace(half_difference=grads.get("half_difference", ()), independent=independent)
 
