@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from bilevel_jax.commands.rank import metrics, records, report, report_records, train_then_test
+from bilevel_jax.commands.rank.candidates import write_candidates
 from bilevel_jax.commands.rank.metrics import METRICS, ResponseMeasures
 from bilevel_jax.commands.rank.model import (
     OwnAnswers,
@@ -22,6 +24,7 @@ from bilevel_jax.commands.rank.strategies import (
     StrategyResponses,
     draw_blocks,
     load_strategy_responses,
+    load_written_questions,
     order_questions,
     parse_accuracies,
     read_own_answers,
@@ -58,13 +61,23 @@ def rank(config: RankConfig) -> dict[str, Any]:
         return _judge_metrics(config)
     _make_prompt_formatter(config)
     with open_run_dir(config) as folder:
-        strategy_responses = load_strategy_responses(config)
-        accuracies = parse_accuracies(config.rank.accuracies, strategy_responses.strategies)
+        if config.candidates.strategies:
+            load_written_questions(config)  # a fault is told before any work
+            strategy_responses = None
+        else:
+            strategy_responses = load_strategy_responses(config)
+        names = strategy_responses.strategies if strategy_responses else config.candidates.strategies
+        accuracies = parse_accuracies(config.rank.accuracies, names)
         if config.rank.own_answers:
-            read_own_answers(config.rank.own_answers, config)  # a fault is told before any work
+            read_own_answers(config.rank.own_answers, config)
         rank_model = load_rank_model(config)
-        sample = sample_blocks(config, rank_model, strategy_responses)
+        sample = sample_blocks(config, rank_model, strategy_responses) if strategy_responses else None
         with start_session(config, folder) as session:
+            if strategy_responses is None or sample is None:
+                path, notes = write_candidates(config, rank_model, session)
+                strategy_responses = load_strategy_responses(replace(config, data=replace(config.data, train=(path,))))
+                strategy_responses.notes[:0] = notes
+                sample = sample_blocks(config, rank_model, strategy_responses)
             return _run_ranking(
                 config,
                 rank_model,

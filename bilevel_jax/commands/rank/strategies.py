@@ -96,6 +96,39 @@ def load_strategy_responses(config: RankConfig) -> StrategyResponses:
     return StrategyResponses(strategies, questions, notes)
 
 
+def load_written_questions(config: RankConfig) -> tuple[list[Question], list[str]]:
+    """The questions of data.train, to which candidates.strategies write responses, and notes on rows left out.
+
+    A question that stands twice counts once. `responses` has the response of the row, where a strategy reads it. Raises
+    ValueError, with file and line, for a question without a response that one of them reads.
+    """
+    needs_gold = bool({"gold", "rephrase", "own_style"} & set(config.candidates.strategies))
+    seen: set[str] = set()
+    questions, num_repeated = [], 0
+    for path in config.data.train:
+        for line, row in files.read_rows(path):
+            where = f"{path}:{line}"
+            check_row(row, where)
+            text = _read_question(row, config, where)
+            if text in seen:
+                num_repeated += 1
+                continue
+            seen.add(text)
+            gold: tuple[str, ...] = ()
+            if needs_gold:
+                name, remedy = config.data.response_field, "Set data.response_field to one of them."
+                gold = (require_string(read_field(row, name, remedy, where), name, where),)
+                if not gold[0].strip():
+                    raise ValueError(
+                        f"{where}: '{name}' is empty, and gold, rephrase and own_style of candidates.strategies read "
+                        "it. Fill it, or remove the row."
+                    )
+            key, reference = hash_content([Turn("user", text)]), _read_reference_answer(row, config, where)
+            questions.append(Question(key, text, gold, reference, (), path, line))
+    notes = [f"{num_repeated:,} rows ask what an earlier row asks, and were left out"] if num_repeated else []
+    return questions, notes
+
+
 def draw_blocks(questions: Sequence[Question], block_size: int, max_blocks: int, seed: int) -> list[list[Question]]:
     """Disjoint blocks of questions, drawn by their ids: neither their order nor other questions move one.
 

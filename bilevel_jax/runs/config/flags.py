@@ -33,6 +33,7 @@ COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "rater": ("features", "link"),
     "score": ("rater", "model", "features"),
     "rank": ("strategies", "metrics", "pick_by", "train_examples", "records", "least_wins", "largest_wins"),
+    "candidates": ("strategies", "model"),
     "refine": ("rounds", "questions", "share", "methods", "generator"),
     "evaluate": ("model", "baseline", "prompts", "metrics", "questions"),
     "judge": ("url", "model", "template"),

@@ -165,7 +165,8 @@ class RankConfig:
     """Rank response generation strategies for a model before training on any of them.
 
     data.train names one table whose examples map strategies to responses (data.prompt_field, rank.responses_field), or
-    one file of responses per strategy, named after it. The model answers a sample of the questions itself (section
+    one file of responses per strategy, named after it; or, with candidates.strategies, questions that a model or a
+    service answers by shipped prompts. The model answers a sample of the questions itself (section
     generate). Metrics: self-aligned perplexity (sppl), perplexity, instruction-following difficulty (ifd), similarity
     to its own answers (self_similarity), a mix of the last two kinds, and rewards over loss (car). Ends with a pick or
     "no clear winner". Sections optimizer, train and lora are for rank.train_examples only.
@@ -178,6 +179,7 @@ class RankConfig:
     lora: schema.LoraSection = schema.LoraSection()
     data: schema.DataSection = schema.DataSection()
     rank: schema.RankSection = schema.RankSection()
+    candidates: schema.CandidatesSection = schema.CandidatesSection()
     generate: schema.GenerateSection = schema.GenerateSection(temperature=0.95, top_k=50, top_p=0.7)
     verifier: schema.VerifierSection = schema.VerifierSection()
     optimizer: schema.OptimizerSection = schema.OptimizerSection()
@@ -299,7 +301,15 @@ RESUME_ROUNDING_KEYS = ("mesh.data", "mesh.fsdp", "mesh.sharding_rules")
 _DISTRIBUTED_KEYS = tuple(
     f"distributed.{key}" for key in ("coordinator_address", "num_processes", "process_id", "initialization_timeout")
 )
-_SERVICE_KEYS = ("generate.concurrency", "generate.timeout", "judge.concurrency", "judge.timeout", "judge.retries")
+_SERVICE_KEYS = (
+    "generate.concurrency",
+    "generate.timeout",
+    "judge.concurrency",
+    "judge.timeout",
+    "judge.retries",
+    "candidates.concurrency",
+    "candidates.timeout",
+)
 RESUME_EXEMPT_KEYS = (
     "output.dir",
     "output.resume",

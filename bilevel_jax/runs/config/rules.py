@@ -573,6 +573,41 @@ CONFIG_RULES: tuple[Rule, ...] = (
         "car needs rewards: name rank.reward_field",
     ),
     (
+        "candidates.strategies",
+        lambda c: not c.candidates.strategies or not reads_records(c),
+        "are compared by what a model makes of them, and rank.records judges metrics: leave one of them empty",
+    ),
+    (
+        "candidates.strategies",
+        lambda c: len(c.candidates.strategies) != 1,
+        "names one strategy, and ranking takes at least 2",
+    ),
+    (
+        "candidates.strategies",
+        lambda c: not c.candidates.strategies or not (c.rank.strategies or c.rank.reward_field or c.rank.id_field),
+        "write the responses that are ranked: leave out rank.strategies, rank.reward_field and rank.id_field, which "
+        "are of responses that data.train holds",
+    ),
+    (
+        "candidates.model",
+        lambda c: c.candidates.model == "" or len(c.candidates.strategies) > 0,
+        "writes the responses of candidates.strategies: name strategies there",
+    ),
+    (
+        "candidates.model",
+        lambda c: not names_service(c.candidates.model) or not {*"?#"} & {*c.candidates.model},
+        "must end at /v1, without a query or fragment: the key is read from the environment variable that "
+        "candidates.api_key_env names",
+    ),
+    (
+        "candidates.parameter_names",
+        lambda c: all(
+            name.partition("=")[0] in SERVICE_PARAMETERS and "=" in name for name in c.candidates.parameter_names
+        ),
+        "must be pairs, as max_tokens=max_completion_tokens; seed= leaves one out; what is sent is "
+        f"{', '.join(SERVICE_PARAMETERS)}",
+    ),
+    (
         "rank.train_examples",
         lambda c: c.rank.train_examples == 0 or len(c.data.validation) > 0,
         "must be 0 (off), or name the examples to test on in data.validation",
@@ -802,6 +837,7 @@ REQUIRED_SECTIONS = {
     "compare.methods": ("compare",),
     "audit.estimators": ("audit",),
     "verifier.answer_field": ("rank",),
+    "candidates": ("rank",),
     "evaluate.metrics": ("evaluate", "verifier"),
     "judge.url": ("evaluate",),
 }
@@ -839,7 +875,7 @@ def check_config(config: Any, config_source: str) -> None:
     order = {key: place for place, key in enumerate(values)}
     violations.sort(key=lambda key_and_text: order.get(key_and_text[0], len(order)))
     if violations:
-        addresses = ("generate.url", "judge.url", "evaluate.model", "evaluate.baseline")
+        addresses = ("generate.url", "judge.url", "evaluate.model", "evaluate.baseline", "candidates.model")
         shown = values | {key: _hide_secrets(values[key]) for key in addresses if key in values}
         lines = [
             f"{key} = {_shorten(repr(shown[key]))}: {text}" if key in values else f"{key}: {text}"

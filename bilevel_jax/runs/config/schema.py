@@ -1016,6 +1016,48 @@ class ScoreSection:
     """Tokens in one forward pass, over all devices of a process."""
 
 
+CandidateStrategy = Literal["gold", "direct", "step_by_step", "concise", "rephrase", "own_style"]
+
+
+@dataclass(frozen=True)
+class CandidatesSection:
+    """Responses that shipped strategies write to the questions of data.train; rank then compares the strategies."""
+
+    strategies: Annotated[tuple[CandidateStrategy, ...], Unique()] = ()
+    """gold (data.response_field as it is), direct (the question alone), step_by_step, concise, rephrase (gold in other
+    words), own_style (gold in the style of the model's own answers); empty: data.train holds the responses."""
+
+    model: str = ""
+    """Who writes: folder of a model, or a service as NAME@http://localhost:8000/v1; empty: model.name_or_path."""
+
+    questions: Annotated[int, Ge(0), Special(0, "as many as blocks and trial trainings take")] = 0
+    """Questions that every strategy answers; 0: as many as blocks and trial trainings take."""
+
+    temperature: Annotated[float, Ge(0), Special(0, "greedy")] = 0.7
+    """Sampling temperature of the writer; 0: greedy."""
+
+    top_p: Share = 1.0
+    """Sample from the most probable tokens whose probabilities add up to this; 1: all tokens."""
+
+    max_new_tokens: Count = 512
+    """Maximum number of tokens of a response."""
+
+    seed: Seed = 0
+    """Seed of the sampling."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """service: environment variable that holds the API key; the key itself is never written."""
+
+    concurrency: Count = 8
+    """service: simultaneous requests."""
+
+    timeout: Positive = 120.0
+    """service: seconds for a whole answer until a request is repeated."""
+
+    parameter_names: tuple[str, ...] = ()
+    """service: other names of what is sent, as max_tokens=max_completion_tokens; seed= leaves the seed out."""
+
+
 RankMetric = Literal["sppl", "perplexity", "ifd", "self_similarity", "mix", "car"]
 
 

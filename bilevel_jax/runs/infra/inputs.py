@@ -16,7 +16,7 @@ INPUT_FILE_KEYS = (
     "scores.embedding_file", "rater.embedding_file",
     "score.rater", "score.model", "score.file", "score.embedding_file", "evaluate.model", "evaluate.baseline",
     "evaluate.base", "evaluate.prompts", "judge.template", "judge.safety_template",
-    "target.losses", "verifier.name", "reinforce.model",
+    "target.losses", "verifier.name", "reinforce.model", "candidates.model",
 )  # fmt: skip
 """The config keys whose values name input files."""
 FUNCTION_KEYS = ("target.losses", "verifier.name")

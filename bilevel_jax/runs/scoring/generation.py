@@ -77,10 +77,11 @@ def make_generator_factory(
     return make_generator
 
 
-def make_service_generator(settings: GenerateSection, session: Session) -> GenerateFn:
+def make_service_generator(settings: GenerateSection, session: Session, section: str = "generate") -> GenerateFn:
     """(prompts, draws) -> responses[prompt][draw] of the model `settings.model` on the server at `settings.url`.
 
-    Every response is stored in the run's folder as it arrives, and not asked for again.
+    Every response is stored in the run's folder as it arrives, and not asked for again. Errors name the keys of
+    `section`.
     """
     sampling, response_store, progress = _prepare(settings, session)
     query_service = openai.make_chat_client(
@@ -91,6 +92,7 @@ def make_service_generator(settings: GenerateSection, session: Session) -> Gener
         concurrency=settings.concurrency,
         timeout=settings.timeout,
         parameter_names=parse_parameter_names(settings.parameter_names),
+        section=section,
         progress=progress,
     )
     store = ResponseStore(f"{settings.url} {settings.model}", response_store.responses, response_store.append)

@@ -37,6 +37,8 @@ SAME_HASH = {
     "judge.concurrency": "how many verdicts are waited for at once",
     "judge.timeout": "how long a verdict is waited for",
     "judge.retries": "how often a service that does not answer is asked again",
+    "candidates.concurrency": "how many responses are waited for at once",
+    "candidates.timeout": "how long a response is waited for",
     "mesh.data": "the same numbers on another number of devices",
     "mesh.fsdp": "the same numbers with sharded parameters",
     "mesh.sharding_rules": "the same numbers with other shards",

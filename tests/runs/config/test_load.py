@@ -285,7 +285,7 @@ def test_hash_and_differences_see_what_changes_the_numbers(small):
 def test_what_may_differ_exists():
     known = {
         f"{section}.{key}"
-        for config_class in (SelectConfig, EvaluateConfig)
+        for config_class in (SelectConfig, EvaluateConfig, RankConfig)
         for section, kind in field_types(config_class).items()
         for key in field_types(kind)
     }

@@ -1,0 +1,275 @@
+"""Responses to questions that shipped strategies ask a model for."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from bilevel_jax.commands.rank.model import RankModel, build_question_prompts, load_rank_model
+from bilevel_jax.commands.rank.strategies import Question, load_written_questions, order_questions
+from bilevel_jax.lm.data.examples import format_count
+from bilevel_jax.lm.inference.generate import GenerateFn, Response
+from bilevel_jax.runs.config.load import RankConfig
+from bilevel_jax.runs.config.rules import names_service
+from bilevel_jax.runs.config.schema import CandidatesSection, GenerateSection
+from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra.session import Session
+from bilevel_jax.runs.scoring.generation import make_generator_factory, make_service_generator
+from bilevel_jax.scores.random import hash_to_int
+
+STRATEGIES_FILE = "strategies.jsonl"
+GOLD = "gold"
+"""The strategy of the responses that the rows have already."""
+PROMPTS = {
+    "direct": "{question}",
+    "step_by_step": (
+        "{question}\n\nThink step by step: work through the problem in small numbered steps, say what each step does, "
+        "and end with the final answer on a line of its own."
+    ),
+    "concise": (
+        "{question}\n\nAnswer as concisely as you can: only what the answer needs, without an introduction, "
+        "repetition or a summary."
+    ),
+    "rephrase": (
+        "Here are a question and its correct answer.\n\nQuestion:\n{question}\n\nCorrect answer:\n{answer}\n\nWrite "
+        "the correct answer again in your own words. Keep every fact, every step and the result, and add none. Write "
+        "the new answer alone."
+    ),
+    "own_style": (
+        "Here are a question and its correct answer, and before them answers of a model to other questions.\n\n"
+        "{examples}Question:\n{question}\n\nCorrect answer:\n{answer}\n\nWrite the correct answer again in the style "
+        "of that model's answers: order and explain as they do, and use their words where you can. Keep every fact "
+        "and the result. Write the new answer alone."
+    ),
+}
+"""What each strategy asks; {answer} is the response of the row, {examples} answers of the model itself."""
+EXAMPLE = "Answer of the model to another question:\n{answer}\n\n"
+NUM_EXAMPLES = 2
+"""Answers of the model that own_style shows."""
+MAX_PLACES_SHOWN = 3
+"""Rows with bad responses that a note names."""
+
+
+class WrittenQuestion(NamedTuple):
+    """A question with the responses that strategies gave."""
+
+    question: Question
+    responses: dict[str, Response]
+
+
+def write_candidates(config: RankConfig, rank_model: RankModel, session: Session) -> tuple[str, list[str]]:
+    """The file of the questions that the run reads, each with a response of every strategy, and notes on the rest.
+
+    Questions are taken in the order in which blocks are drawn, until as many as wanted have a usable response of every
+    strategy. Every response is stored in the run's folder as it arrives, and not asked for again. Raises ValueError for
+    a strategy whose responses cannot be used at all, and for a prompt that the writer's context does not hold.
+    """
+    path = session.folder / STRATEGIES_FILE
+    notes = session.run_once("candidates", lambda: _write(config, rank_model, session, path), is_kept=path.exists())
+    return str(path), notes
+
+
+def _write(config: RankConfig, rank_model: RankModel, session: Session, path: Path) -> list[str]:
+    questions, notes = _find_questions(config, rank_model)
+    wanted = config.candidates.questions or (
+        config.rank.block_size * config.rank.num_blocks + config.rank.train_examples
+    )
+    writer, generate = _open_writer(config, rank_model, session)
+    own_answers: list[tuple[str, str]] = []
+    if "own_style" in config.candidates.strategies:
+        own_answers = _answer_first(config, rank_model, session, questions[:wanted])
+    good: list[WrittenQuestion] = []
+    bad: dict[str, list[str]] = {}
+    num_cut, asked = 0, 0
+    while len(good) < min(wanted, len(questions)) and asked < len(questions):
+        chunk = questions[asked : asked + wanted - len(good)]
+        asked += len(chunk)
+        written = _ask(config, rank_model, chunk, own_answers, writer, generate)
+        reasons = [(one, _describe_faults(one)) for one in written]
+        good += [one for one, faults in reasons if not faults]
+        for one, faults in reasons:
+            for name, reason in faults.items():
+                bad.setdefault(name, []).append(f"{one.question.where} ({reason})")
+        num_cut += sum(
+            not (response.ended or response.missing) for one in written for response in one.responses.values()
+        )
+        for name, places in bad.items():
+            if len(places) == asked:
+                raise ValueError(
+                    f"candidates.strategies: none of {format_count('response', asked)} of '{name}' can be used, the "
+                    f"first to {places[0]}. Raise candidates.max_new_tokens, choose another candidates.model, or leave "
+                    f"'{name}' out."
+                )
+    lines = [json.dumps(_make_row(config, one), ensure_ascii=False) for one in good]
+    run_dir.write_atomic(path, "".join(f"{line}\n" for line in lines))
+    return notes + _make_notes(config, len(good), asked, bad, num_cut)
+
+
+def _find_questions(config: RankConfig, rank_model: RankModel) -> tuple[list[Question], list[str]]:
+    """The questions of data.train that are short enough, in the order in which they are drawn; notes on the others."""
+    questions, notes = load_written_questions(config)
+    questions = order_questions(questions, config.data.seed)
+    limit = config.rank.max_question_tokens
+    if limit:
+        prompts = build_question_prompts(config, rank_model, questions)
+        questions = [one for one, prompt in zip(questions, prompts, strict=True) if len(prompt.tokens) <= limit]
+    if len(questions) < config.rank.block_size:
+        raise ValueError(
+            f"{len(questions)} questions can be asked, and a block has rank.block_size = {config.rank.block_size} of "
+            "them. Give more questions, lower rank.block_size, or raise rank.max_question_tokens."
+        )
+    return questions, notes
+
+
+def _open_writer(config: RankConfig, rank_model: RankModel, session: Session) -> tuple[RankModel | None, GenerateFn]:
+    """Who writes: the model of a folder, or the one that will be trained; None for a service. And how it is asked."""
+    section = config.candidates
+    if names_service(section.model):
+        at = max(section.model.rfind("@http://"), section.model.rfind("@https://"))
+        settings = _make_settings(section, "service", section.model[at + 1 :], section.model[:at])
+        return None, make_service_generator(settings, session, "candidates")
+    settings = _make_settings(section, "embedded", "", "")
+    writer = rank_model
+    if section.model:
+        writer = load_rank_model(replace(config, model=replace(config.model, name_or_path=section.model)))
+    factory = make_generator_factory(settings, writer.decoder, writer.tokenizer, writer.mesh, session)
+    return writer, factory(writer.params)
+
+
+def _make_settings(section: CandidatesSection, backend: str, url: str, model: str) -> GenerateSection:
+    return GenerateSection(
+        backend="service" if backend == "service" else "embedded",
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_new_tokens=section.max_new_tokens,
+        seed=section.seed,
+        url=url,
+        model=model,
+        api_key_env=section.api_key_env,
+        concurrency=section.concurrency,
+        timeout=section.timeout,
+        parameter_names=section.parameter_names,
+    )
+
+
+def _ask(
+    config: RankConfig,
+    rank_model: RankModel,
+    questions: Sequence[Question],
+    own_answers: Sequence[tuple[str, str]],
+    writer: RankModel | None,
+    generate: GenerateFn,
+) -> list[WrittenQuestion]:
+    """The response of every strategy to each question."""
+    responses: list[dict[str, Response]] = [{} for _ in questions]
+    for name in config.candidates.strategies:
+        if name == GOLD:
+            for own, question in zip(responses, questions, strict=True):
+                own[name] = Response(question.responses[0], (), (), True)
+            continue
+        asked = [
+            question._replace(text=_fill(PROMPTS[name], question, _choose_examples(question, own_answers)))
+            for question in questions
+        ]
+        prompts = build_question_prompts(config, writer or rank_model, asked)
+        prompts = [prompt._replace(id=f"{name} {prompt.id}") for prompt in prompts]
+        if writer is not None:
+            _check_context(config, writer, name, asked, [len(prompt.tokens) for prompt in prompts])
+        for own, (response,) in zip(responses, generate(prompts, [0]), strict=True):
+            own[name] = response
+    return [WrittenQuestion(question, own) for question, own in zip(questions, responses, strict=True)]
+
+
+def _answer_first(
+    config: RankConfig, rank_model: RankModel, session: Session, questions: Sequence[Question]
+) -> list[tuple[str, str]]:
+    """(question, the answer of the model that will be trained) of those that it answers."""
+    prompts = build_question_prompts(config, rank_model, questions)
+    if config.generate.backend == "embedded":
+        _check_context(config, rank_model, "", questions, [len(prompt.tokens) for prompt in prompts])
+    factory = make_generator_factory(
+        config.generate, rank_model.decoder, rank_model.tokenizer, rank_model.mesh, session
+    )
+    responses = factory(rank_model.params)(prompts, [0])
+    answers = [(one.text, own.text) for one, (own,) in zip(questions, responses, strict=True) if own.text.strip()]
+    if len(answers) <= NUM_EXAMPLES:
+        raise ValueError(
+            f"candidates.strategies has own_style, and the model gave {len(answers)} answers that are not empty to "
+            f"{len(questions)} questions. Raise generate.temperature, or leave own_style out."
+        )
+    return answers
+
+
+def _choose_examples(question: Question, own_answers: Sequence[tuple[str, str]]) -> list[str]:
+    """NUM_EXAMPLES answers of the model to other questions, in a circle that begins where the question's id says."""
+    others = [answer for text, answer in own_answers if text != question.text]
+    start = hash_to_int(question.id, 0) % max(len(others), 1)
+    return [*others[start:], *others[:start]][:NUM_EXAMPLES]
+
+
+def _fill(template: str, question: Question, examples: Sequence[str]) -> str:
+    texts: Mapping[str, str] = {
+        "{question}": question.text,
+        "{answer}": question.responses[0] if question.responses else "",
+        "{examples}": "".join(EXAMPLE.replace("{answer}", example) for example in examples),
+    }
+    # in one pass: a question may hold the text {answer}
+    return re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], template)
+
+
+def _check_context(
+    config: RankConfig, model: RankModel, name: str, questions: Sequence[Question], lengths: Sequence[int]
+) -> None:
+    key = "candidates" if name else "generate"
+    new = config.candidates.max_new_tokens if name else config.generate.max_new_tokens
+    context = model.decoder.config.max_length
+    for question, length in zip(questions, lengths, strict=True):
+        if length + new > context:
+            what = f"the prompt of '{name}'" if name else "the question"
+            raise ValueError(
+                f"{question.where}: {what} has {length} tokens and its answer up to {key}.max_new_tokens = {new}; the "
+                f"model's context holds {context}. Lower {key}.max_new_tokens, set rank.max_question_tokens, or choose "
+                "a model with a longer context."
+            )
+
+
+def _describe_faults(one: WrittenQuestion) -> dict[str, str]:
+    """strategy -> why its response cannot be used."""
+    return {
+        name: response.missing or "empty"
+        for name, response in one.responses.items()
+        if response.missing or not response.text.strip()
+    }
+
+
+def _make_row(config: RankConfig, one: WrittenQuestion) -> dict[str, object]:
+    row: dict[str, object] = {
+        config.data.prompt_field: one.question.text,
+        config.rank.responses_field: {name: response.text for name, response in one.responses.items()},
+    }
+    if config.verifier.answer_field:
+        row[config.verifier.answer_field] = one.question.reference_answer
+    return row
+
+
+def _make_notes(
+    config: RankConfig, num_good: int, asked: int, bad: Mapping[str, Sequence[str]], num_cut: int
+) -> list[str]:
+    names = config.candidates.strategies
+    writer = config.candidates.model or "the model itself"
+    notes = [
+        f"{', '.join(names)}: responses to {num_good:,} questions, written by {writer} (section candidates), are in "
+        f"{STRATEGIES_FILE}"
+    ]
+    for name, places in bad.items():
+        more = f" and {len(places) - MAX_PLACES_SHOWN} more" if len(places) > MAX_PLACES_SHOWN else ""
+        notes.append(
+            f"{format_count('response', len(places))} of '{name}' could not be used, and the questions were left out: "
+            f"{', '.join(places[:MAX_PLACES_SHOWN])}{more}"
+        )
+    if num_cut:
+        total = asked * len(names)
+        notes.append(f"{num_cut:,} of {total:,} written responses did not end within candidates.max_new_tokens")
+    return notes
