@@ -22,6 +22,7 @@ def response_similarity(
     max_batch_tokens: int = 4096,
     batch_size_multiple: int = 1,
     place_batch: Callable[[Batch], Batch] = lambda batch: batch,
+    fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> ResponseSimilarity:
     """a(y, y') = the mean, over the hidden states h of all layers, of cos(mean_t h(y)_t, mean_t h(y')_t), at most 1.
@@ -39,6 +40,7 @@ def response_similarity(
         max_batch_tokens: tokens of a batch, padding included: this bounds the memory.
         batch_size_multiple: the rows of every batch are a multiple of it: the number of devices.
         place_batch: puts a batch, leaves [1, rows, len], on the devices.
+        fetch: gets all of an array from them.
         on_progress: called with the number of distinct responses of each batch.
 
     Returns:
@@ -80,7 +82,7 @@ def response_similarity(
             states = mean_states(
                 params, place_batch(_make_batch([texts[i] for i in batch_indices], head, rows, length))
             )
-            out[batch_indices] = np.moveaxis(np.asarray(states, float), 0, 1)[: len(batch_indices)]
+            out[batch_indices] = np.moveaxis(fetch(states).astype(float), 0, 1)[: len(batch_indices)]
             on_progress(len(batch_indices))
         return out / np.maximum(np.linalg.norm(out, axis=-1, keepdims=True), 1e-30)
 

@@ -14,7 +14,7 @@ from bilevel_jax.lm.inference.generate import GenerateFn, Response
 from bilevel_jax.runs.config.load import RankConfig
 from bilevel_jax.runs.config.rules import names_service
 from bilevel_jax.runs.config.schema import CandidatesSection, GenerateSection
-from bilevel_jax.runs.infra import run_dir
+from bilevel_jax.runs.infra import distributed, run_dir
 from bilevel_jax.runs.infra.session import Session
 from bilevel_jax.runs.scoring.generation import make_generator_factory, make_service_generator
 from bilevel_jax.scores.random import hash_to_int
@@ -67,7 +67,8 @@ def write_candidates(config: RankConfig, rank_model: RankModel, session: Session
     a strategy whose responses cannot be used at all, and for a prompt that the writer's context does not hold.
     """
     path = session.folder / STRATEGIES_FILE
-    notes = session.run_once("candidates", lambda: _write(config, rank_model, session, path), is_kept=path.exists())
+    is_kept = distributed.broadcast_from_first(path.exists()) == 1
+    notes = session.run_once("candidates", lambda: _write(config, rank_model, session, path), is_kept=is_kept)
     return str(path), notes
 
 

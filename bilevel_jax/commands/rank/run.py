@@ -33,7 +33,7 @@ from bilevel_jax.core.types import Batch, Stream
 from bilevel_jax.lm.data.examples import Example
 from bilevel_jax.runs.config.load import RankConfig, config_hash
 from bilevel_jax.runs.config.local_paths import short_file_names
-from bilevel_jax.runs.infra import identity, run_dir
+from bilevel_jax.runs.infra import distributed, identity, run_dir
 from bilevel_jax.runs.infra.placement import place_stream
 from bilevel_jax.runs.infra.session import Session, open_run_dir, start_session
 from bilevel_jax.runs.scoring.likelihoods import ResumableEngine
@@ -395,6 +395,7 @@ def _compute_self_similarity(
         rank_model.tokenizer.bos_token_id,
         batch_size_multiple=rank_model.mesh.size,
         place_batch=place_on_mesh,
+        fetch=distributed.fetch_to_host,
         on_progress=progress,
     )
     return {"values": compute_similarity(rank_model.params, *pairs).tolist(), "seconds": time.monotonic() - began}

@@ -1,5 +1,5 @@
-"""`select` in two processes as a user runs it: equal to one process; stopped by a signal to one of them, resumed by
-another number of processes."""
+"""`select`, `train` and `rank` in two processes as a user runs them: equal to one process; stopped by a signal to one,
+resumed by another number of processes."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.commands.test_rank import inputs  # noqa: F401
 from tests.commands.test_select import same_run
 from tests.commands.test_targets import SEVERAL, files, flags  # noqa: F401
 from tests.conftest import ROOT
@@ -119,6 +120,22 @@ def test_scores_and_training(made, tmp_path):
     one, two = (pq.read_table(tmp_path / name / "scores.parquet") for name in "12")
     for column in one.column_names[4:]:
         np.testing.assert_allclose(np.array(two[column]), np.array(one[column]), rtol=1e-9, atol=1e-9)
+
+
+def test_rank_in_two_processes(inputs, tmp_path):  # noqa: F811
+    """The model's own answers, its likelihoods and its hidden states, over the devices of both."""
+    for processes in (1, 2):
+        running = launch(inputs, tmp_path / str(processes), processes, "--model.param-dtype", "float64", verb="rank")
+        assert ended(running) == [0] * processes, log(tmp_path / str(processes), 0)
+    one, two = (pq.read_table(tmp_path / name / "rank.parquet").to_pydict() for name in "12")
+    for column, values in one.items():
+        if isinstance(values[0], float):
+            np.testing.assert_allclose(two[column], values, rtol=1e-9, err_msg=column)  # float64, other sums
+        else:
+            assert two[column] == values, column
+    verdicts = [json.loads((tmp_path / name / "result.json").read_text())["verdict"]["sentence"] for name in "12"]
+    assert verdicts[0] == verdicts[1]
+    assert "each answered by" in log(tmp_path / "2", 0) and "each answered by" not in log(tmp_path / "2", 1)
 
 
 def log(out, number: int) -> str:
